@@ -1,0 +1,1 @@
+"""Real-time frames from autoregressive video world models by diagonal decoding."""

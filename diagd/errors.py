@@ -1,0 +1,84 @@
+"""The one tree of errors a user of diagd sees.
+
+A message says what failed, the value seen, the value expected, and how to fix it. The command line prints
+it as one line and exits with ``exit_code``: 2 where the user can mend it, 1 where the fault is ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class DiagdWarning(UserWarning):
+    """Something diagd worked around and the user may want to know."""
+
+
+class DiagdError(Exception):
+    """Base of every error raised on purpose by diagd."""
+
+    exit_code = 2
+
+
+class UsageError(DiagdError):
+    """An argument, option or input file is wrong."""
+
+
+class ScheduleError(DiagdError):
+    """A decoding schedule that cannot be run."""
+
+
+class BundleError(DiagdError):
+    """A bundle that is missing, damaged, altered or of another version."""
+
+
+class CheckpointError(DiagdError):
+    """A checkpoint that cannot be read or does not fit the model."""
+
+
+class DependencyError(DiagdError):
+    """An optional package that this operation needs is not installed."""
+
+
+class EngineError(DiagdError):
+    """A backend refused to compile or run a graph."""
+
+    exit_code = 1
+
+
+class QualityError(DiagdError):
+    """A result that is worse than its gate allows."""
+
+    exit_code = 1
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import an optional package, or raise the `pip` line that installs it.
+
+    Args:
+        module: dotted name to import.
+        extra: extra of diagd that brings it.
+        purpose: what it is needed for; completes "... is needed to".
+
+    Raises:
+        DependencyError: the package is absent.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        package = module.split(".")[0]
+        raise DependencyError(
+            f"{package} is needed to {purpose} and is not installed; run: pip install 'diagd[{extra}]'"
+        ) from error
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
+    """An unknown name, with the nearest known one and the whole list."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(name, known, n=1)
+    guess = f"; did you mean '{near[0]}'?" if near else ""
+    return UsageError(f"unknown {kind} '{name}'{guess} (known: {', '.join(known)})")
