@@ -68,9 +68,9 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+        if error.name is None or error.name.split(".")[0] != module.split(".", maxsplit=1)[0]:
             raise
-        package = module.split(".")[0]
+        package = module.split(".", maxsplit=1)[0]
         raise DependencyError(
             f"{package} is needed to {purpose} and is not installed; run: pip install 'diagd[{extra}]'"
         ) from error

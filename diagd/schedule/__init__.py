@@ -1,1 +1,20 @@
-"""Schedule of diagd."""
+"""Decoding schedules as data: layouts, closed forms, row seeds and step tables. NumPy only."""
+
+from diagd.schedule.closed_form import chained_lag, check_lags, steps_per_frame, total_steps
+from diagd.schedule.layout import StreamLayout
+from diagd.schedule.schedule import Schedule
+from diagd.schedule.seeds import RowSeed
+from diagd.schedule.table import NO_SINK, Step, Table
+
+__all__ = [
+    "NO_SINK",
+    "RowSeed",
+    "Schedule",
+    "Step",
+    "StreamLayout",
+    "Table",
+    "chained_lag",
+    "check_lags",
+    "steps_per_frame",
+    "total_steps",
+]

@@ -1,0 +1,55 @@
+"""Where the tokens of a video stand in the stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diagd.errors import ScheduleError
+
+
+@dataclass(frozen=True)
+class StreamLayout:
+    """Raster order of a token stream: ``prefix`` tokens, then per frame ``before + cells + after`` tokens.
+
+    ``prefix`` counts tokens ahead of the first frame (BOS); ``before`` and ``after`` count the known tokens
+    (actions) around the cells of each frame. All positions are raster indices into the stream, from 0.
+    """
+
+    rows: int
+    columns: int
+    prefix: int = 0
+    before: int = 0
+    after: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.columns < 1:
+            raise ScheduleError(f"a grid needs at least 1 x 1 cells, got {self.rows} x {self.columns}")
+        if min(self.prefix, self.before, self.after) < 0:
+            raise ScheduleError(f"token counts of a stream layout cannot be negative: {self}")
+
+    @property
+    def cells(self) -> int:
+        """Visual tokens of one frame."""
+        return self.rows * self.columns
+
+    @property
+    def gap(self) -> int:
+        """Known tokens between the cells of one frame and those of the next."""
+        return self.before + self.after
+
+    @property
+    def frame_length(self) -> int:
+        """Tokens of one frame, its known ones included."""
+        return self.cells + self.gap
+
+    def frame_start(self, frame: int) -> int:
+        """Position of the first token that belongs to ``frame``."""
+        return self.prefix + frame * self.frame_length
+
+    def first_cell(self, frame: int) -> int:
+        """Position of cell (frame, 0, 0)."""
+        return self.frame_start(frame) + self.before
+
+    def cell(self, frame: int, row: int, column: int) -> int:
+        """Position of cell (frame, row, column), all from 0."""
+        return self.first_cell(frame) + row * self.columns + column

@@ -1,0 +1,209 @@
+"""Compiles (layout, k, d, row seed, refeed) into tables. Nothing else derives a schedule.
+
+Cell (t, i, j), all from 0, is decoded at step t*d + i*k + j by feeding the token at its raster predecessor
+(arXiv 2503.14070, section 3). A frame's rows are the same for every frame up to a shift, so they are
+built by broadcasting over frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.errors import ScheduleError
+from diagd.schedule.closed_form import chained_lag, check_lags, steps_per_frame, total_steps
+from diagd.schedule.layout import StreamLayout
+from diagd.schedule.seeds import RowSeed
+from diagd.schedule.table import NO_SINK, Table
+
+Rows = NDArray[np.int64]
+"""int64 [..., 4]: step, source, position, sink."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A decoding order: next-token prediction, diagonal, serial or chained frames.
+
+    Attributes:
+        layout: the token stream.
+        k: steps between the starts of neighbouring rows.
+        d: steps between the starts of neighbouring frames.
+        row_seed: stand-in for a row's missing predecessor.
+        refeed: feed the true predecessor at its position once it is decoded.
+        keep_seeds: leave the K/V rows of seeds visible after their step, as the released code does.
+
+    Raises:
+        ScheduleError: the lags cannot be decoded, or ``refeed`` and ``keep_seeds`` contradict each other.
+    """
+
+    layout: StreamLayout
+    k: int
+    d: int
+    row_seed: RowSeed = RowSeed.PREVIOUS_FRAME
+    refeed: bool = True
+    keep_seeds: bool = False
+
+    def __post_init__(self) -> None:
+        check_lags(self.layout.rows, self.layout.columns, self.k, self.d)
+        if self.refeed and self.keep_seeds:
+            raise ScheduleError(
+                "refeed feeds the true token at the position of a seed, so the seed cannot be kept; "
+                "set refeed=False or keep_seeds=False"
+            )
+
+    @classmethod
+    def next_token(cls, layout: StreamLayout) -> Schedule:
+        """Raster order, one cell a step."""
+        return cls(layout, k=layout.columns, d=layout.cells)
+
+    @classmethod
+    def serial(cls, layout: StreamLayout, k: int, row_seed: RowSeed = RowSeed.PREVIOUS_FRAME) -> Schedule:
+        """Diagonal inside a frame, frames strictly one after another."""
+        return cls(layout, k, steps_per_frame(layout.rows, layout.columns, k), row_seed)
+
+    @classmethod
+    def chained(cls, layout: StreamLayout, k: int, row_seed: RowSeed = RowSeed.PREVIOUS_FRAME) -> Schedule:
+        """Diagonal across frames: the first row of a frame follows the last row of the frame before."""
+        return cls(layout, k, chained_lag(layout.rows, k), row_seed)
+
+    @property
+    def steps_per_frame(self) -> int:
+        """Steps from the first to the last cell of one frame."""
+        return steps_per_frame(self.layout.rows, self.layout.columns, self.k)
+
+    def total_steps(self, frames: int) -> int:
+        """Steps that decode ``frames`` frames behind a prompt that fits in one pass."""
+        return total_steps(frames, self.layout.rows, self.layout.columns, self.k, self.d)
+
+    @property
+    def seeds_per_frame(self) -> int:
+        """Seed rows fed for one frame in the steady state."""
+        row_starts = self.layout.rows - 1 if self.k < self.layout.columns else 0
+        return row_starts + int(self._frame_start_is_seed)
+
+    @property
+    def _frame_start_is_seed(self) -> bool:
+        return self.layout.gap == 0 and self.d < self.steps_per_frame
+
+    def table(self, first_frame: int, frames: int, fed: int, max_width: int | None = None) -> Table:
+        """Compile the steps that decode ``frames`` frames from ``first_frame`` on.
+
+        Args:
+            first_frame: index of the first frame to decode; all earlier frames are known.
+            frames: how many.
+            fed: positions below this one are in the cache already; the rest of the known tokens is fed
+                ahead, together with the first step.
+            max_width: widest pass allowed for feeding known tokens; they are split into that many passes.
+
+        Raises:
+            ScheduleError: no frame precedes ``first_frame``, or ``fed`` lies beyond the known tokens.
+        """
+        start = self.layout.first_cell(first_frame)
+        if first_frame < 1 or frames < 1:
+            raise ScheduleError(
+                f"decoding needs at least one known frame and one to decode, got first_frame={first_frame}, "
+                f"frames={frames}; give a prompt of one frame or more"
+            )
+        if not 0 <= fed < start:
+            raise ScheduleError(f"{fed} positions are said to be fed, expected 0..{start - 1}")
+        last = self.total_steps(frames) - 1
+        parts = [
+            self._known(fed, start),
+            self._queries(first_frame, frames),
+            self._gaps(first_frame, frames),
+            self._row_ends(first_frame, frames),
+        ]
+        rows = np.concatenate([part.reshape(-1, 4) for part in parts])
+        rows = rows[rows[:, 0] <= last]
+        chunks = _split_first_step(rows, max_width)
+        rows = rows[np.lexsort((rows[:, 2], rows[:, 0]))]
+        offsets = np.searchsorted(rows[:, 0], np.arange(-chunks, last + 2)).astype(np.int32)
+        sources, positions, sinks = (np.ascontiguousarray(rows[:, c], dtype=np.int32) for c in (1, 2, 3))
+        starts = chunks + np.arange(frames, dtype=np.int32) * np.int32(self.d)
+        ends = starts + np.int32(self.steps_per_frame - 1)
+        return Table(offsets, sources, positions, sinks, starts, ends, first_frame)
+
+    @staticmethod
+    def _known(fed: int, start: int) -> Rows:
+        """Feed-only rows of the known tokens at fed..start-2; the one at start-1 decodes the first cell."""
+        positions = np.arange(fed, start - 1)
+        return _rows(np.zeros_like(positions), positions, positions, np.full_like(positions, NO_SINK))
+
+    def _queries(self, first_frame: int, frames: int) -> Rows:
+        """The rows that decode cells, [frames, cells, 4]."""
+        layout, cell = self.layout, np.arange(self.layout.cells)
+        frame = np.arange(frames)[:, None]
+        steps = frame * self.d + cell // layout.columns * self.k + cell % layout.columns
+        sinks = layout.first_cell(first_frame) + frame * layout.frame_length + cell
+        sources = sinks - 1
+        if self.k < layout.columns:
+            starts = cell[layout.columns :: layout.columns]
+            sources[:, starts] = self._seed_sources(first_frame, frame, starts)
+        if self._frame_start_is_seed:
+            sources[1:, 0] = self._seed_sources(first_frame, frame[1:], cell[:1])[:, 0]
+        return _rows(steps, sources, sinks - 1, sinks)
+
+    def _seed_sources(self, first_frame: int, frame: Rows, starts: Rows) -> Rows:
+        """Positions fed in place of the undecoded predecessors of the cells ``starts``, [frames, starts].
+
+        A frame start counts as the row below the last row of the frame before.
+        """
+        layout = self.layout
+        own = layout.first_cell(first_frame) + frame * layout.frame_length
+        at_frame_start = starts[0] == 0
+        row_above = (
+            own - layout.frame_length + layout.cells - layout.columns
+            if at_frame_start
+            else own + starts - layout.columns
+        )
+        lead = self.d - (layout.rows - 1) * self.k if at_frame_start else self.k
+        if self.row_seed is RowSeed.ABOVE:
+            return row_above
+        if self.row_seed is RowSeed.DUPLICATE:
+            return row_above + min(layout.columns, lead) - 1
+        row_end = (starts - 1) % layout.cells
+        if self.row_seed is RowSeed.PROMPT:
+            return row_above * 0 + layout.first_cell(0) + row_end
+        wait = self.steps_per_frame - 1 if at_frame_start else layout.columns - 1 - self.k
+        frames_back: Rows = np.minimum(max(1, wait // self.d + 1), frame + 1)
+        return own - frames_back * layout.frame_length + row_end
+
+    def _gaps(self, first_frame: int, frames: int) -> Rows:
+        """The known tokens between two frames, fed with the first step of the later one."""
+        layout = self.layout
+        frame = np.arange(1, frames)[:, None]
+        back = np.arange(-layout.gap, -1)
+        positions = layout.first_cell(first_frame) + frame * layout.frame_length + back
+        steps = np.broadcast_to(frame * self.d, positions.shape)
+        return _rows(steps, positions, positions, np.full_like(positions, NO_SINK))
+
+    def _row_ends(self, first_frame: int, frames: int) -> Rows:
+        """Last tokens of rows, fed at the step after they are decoded where no query feeds them."""
+        layout = self.layout
+        row = np.arange(layout.rows)
+        is_last = row == layout.rows - 1
+        serial = self.d == self.steps_per_frame
+        inner = np.full(layout.rows, self.refeed and self.k < layout.columns)
+        fed = np.where(is_last, layout.gap > 0 if serial else self.refeed, inner)
+        frame, row = np.arange(frames)[:, None], row[fed.astype(bool)]
+        start = layout.first_cell(first_frame) + frame * layout.frame_length
+        positions = start + (row + 1) * layout.columns - 1
+        steps = frame * self.d + row * self.k + layout.columns
+        return _rows(steps, positions, positions, np.full_like(positions, NO_SINK))
+
+
+def _rows(steps: Rows, sources: Rows, positions: Rows, sinks: Rows) -> Rows:
+    return np.stack(np.broadcast_arrays(steps, sources, positions, sinks), axis=-1)
+
+
+def _split_first_step(rows: Rows, max_width: int | None) -> int:
+    """Move the surplus of step 0 (known tokens only) to earlier, negative steps, in place; returns how many."""
+    first = np.flatnonzero(rows[:, 0] == 0)
+    if max_width is None or len(first) <= max_width:
+        return 0
+    newest_first = first[np.argsort(-rows[first, 2])]
+    chunk = np.arange(len(first)) // max_width
+    rows[newest_first, 0] = -chunk
+    return int(chunk[-1])
