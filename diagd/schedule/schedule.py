@@ -199,7 +199,7 @@ def _rows(steps: Rows, sources: Rows, positions: Rows, sinks: Rows) -> Rows:
 
 
 def _split_first_step(rows: Rows, max_width: int | None) -> int:
-    """Move the surplus of step 0 (known tokens only) to earlier, negative steps, in place; returns how many."""
+    """Move the surplus of step 0, all known tokens, to earlier (negative) steps; returns how many."""
     first = np.flatnonzero(rows[:, 0] == 0)
     if max_width is None or len(first) <= max_width:
         return 0
