@@ -1,0 +1,77 @@
+"""One parallel forward that gives every prediction of a schedule from a known video.
+
+Each row of the schedule's table becomes one row of the sequence: the token that inference would feed, at its
+position, seeing exactly what inference would see. Training on it aligns a model to the schedule
+(arXiv 2503.14070, section 3.3); scoring on it measures the schedule without sampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.schedule import NO_SINK, Schedule
+
+NOT_SCORED = -1
+
+
+@dataclass(frozen=True)
+class TeacherForcedPass:
+    """Inputs of the parallel forward; R rows in the order of the schedule.
+
+    Attributes:
+        sources: int64 [R], position in the video's stream of the token that is fed.
+        positions: int64 [R], raster position at which it is fed.
+        targets: int64 [R], position of the token to predict, or ``NOT_SCORED``.
+        visible: bool [R, R], row r attends to column c.
+    """
+
+    sources: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    visible: NDArray[np.bool_]
+
+    @property
+    def rows(self) -> int:
+        """Length of the sequence."""
+        return len(self.sources)
+
+    def padded(self, rows: int) -> TeacherForcedPass:
+        """The same pass with unscored rows at the end, each seeing itself only."""
+        extra = rows - self.rows
+        visible = np.eye(rows, dtype=bool)
+        visible[: self.rows, : self.rows] = self.visible
+        return TeacherForcedPass(
+            np.pad(self.sources, (0, extra)),
+            np.pad(self.positions, (0, extra)),
+            np.pad(self.targets, (0, extra), constant_values=NOT_SCORED),
+            visible,
+        )
+
+
+def teacher_forced_pass(schedule: Schedule, frames: int, *, score_prompt: bool = False) -> TeacherForcedPass:
+    """Derive the pass for a video of ``frames`` frames, the first of which is the prompt.
+
+    Args:
+        schedule: decoding order, row seeds and refeeding.
+        frames: frames of the video, at least 2.
+        score_prompt: also predict the cells of the prompt, in raster order.
+
+    Raises:
+        ScheduleError: fewer than 2 frames.
+    """
+    table = schedule.table(first_frame=1, frames=frames - 1, fed=0)
+    sources, positions, sinks = (a.astype(np.int64) for a in (table.sources, table.positions, table.sinks))
+    steps = np.repeat(np.arange(table.steps), table.widths)
+    same_step = steps == steps[:, None]
+    is_guess = (sources != positions) & (not schedule.keep_seeds)
+    visible = (positions <= positions[:, None]) & (steps <= steps[:, None]) & (~is_guess | same_step)
+    targets = np.where(sinks == NO_SINK, NOT_SCORED, sinks)
+    if score_prompt:
+        first, end = schedule.layout.first_cell(0), schedule.layout.first_cell(0) + schedule.layout.cells
+        following = positions + 1
+        in_prompt = (following >= first) & (following < end) & (sinks == NO_SINK)
+        targets = np.where(in_prompt, following, targets)
+    return TeacherForcedPass(sources, positions, targets, visible)
