@@ -1,0 +1,108 @@
+"""Random weights for latency work without a checkpoint: any size, generated as they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.export.checkpoints.checkpoint import Checkpoint
+from diagd.export.checkpoints.tensors import Shape, TensorHandle
+
+_PER_COUNTER = 16  # 16-bit draws in one 256-bit Philox block
+_CHUNK = 1 << 20
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation of a random tensor."""
+
+    mean: float
+    std: float
+
+
+def initial_moments(name: str, shape: Shape) -> Moments:
+    """Moments that keep activations finite and of order one.
+
+    Matrices and convolutions have mean 0 and standard deviation ``1 / sqrt(fan_in)``, vectors named
+    ``bias`` are 0, other vectors and scalars are gains of 1.
+    """
+    if len(shape) >= 2:
+        return Moments(0.0, 1.0 / math.sqrt(max(1, math.prod(shape[1:]))))
+    return Moments(0.0 if name.endswith("bias") else 1.0, 0.0)
+
+
+class RandomCheckpoint(Checkpoint):
+    """A checkpoint whose float32 tensors are a function of (seed, name, element index) alone.
+
+    Order of reading, chunk sizes and the NumPy version make no difference: elements are uniform 16-bit
+    draws of the counter-based generator Philox4x64-10 (Salmon et al., 2011), scaled to the moments.
+
+    Args:
+        expected: shape of every tensor.
+        seed: any integer.
+        moments: mean and standard deviation of a tensor by name and shape.
+    """
+
+    def __init__(
+        self,
+        expected: Mapping[str, Shape],
+        *,
+        seed: int,
+        moments: Callable[[str, Shape], Moments] = initial_moments,
+    ) -> None:
+        tensors = {
+            name: RandomTensor(tuple(shape), "float32", _key(seed, name), moments(name, tuple(shape)))
+            for name, shape in expected.items()
+        }
+        super().__init__(tensors, source=f"random weights, seed {seed}")
+
+
+@dataclass(frozen=True)
+class RandomTensor(TensorHandle):
+    """A tensor generated on reading; memory is that of the rows read.
+
+    Attributes:
+        key: 128-bit Philox key.
+        moments: mean and standard deviation.
+    """
+
+    key: int
+    moments: Moments
+
+    def read(self) -> NDArray[Any]:
+        """The whole tensor, float32."""
+        return self._generate(0, self.size).reshape(self.shape)
+
+    def read_rows(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows of axis 0, float32."""
+        self._check_rows(start, stop)
+        row = math.prod(self.shape[1:])
+        return self._generate(start * row, stop * row).reshape(stop - start, *self.shape[1:])
+
+    def _generate(self, start: int, stop: int) -> NDArray[np.float32]:
+        values = np.full(stop - start, self.moments.mean, np.float32)
+        if self.moments.std:
+            for first in range(start, stop, _CHUNK):
+                last = min(first + _CHUNK, stop)
+                values[first - start : last - start] += self._deviations(first, last)
+        return values
+
+    def _deviations(self, start: int, stop: int) -> NDArray[np.float32]:
+        counter = start // _PER_COUNTER
+        skipped = start - counter * _PER_COUNTER
+        words = math.ceil((stop - start + skipped) / 4)
+        raw = np.random.Philox(key=self.key, counter=counter).random_raw(words)
+        draws = raw.astype("<u8", copy=False).view("<i2")[skipped : skipped + stop - start]
+        # (integer + 1/2) / 2^15 is uniform on (-1, 1), symmetric, with standard deviation 1 / sqrt(3).
+        return (draws.astype(np.float32) + np.float32(0.5)) * np.float32(
+            self.moments.std * math.sqrt(3.0) / 2**15
+        )
+
+
+def _key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
