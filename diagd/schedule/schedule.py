@@ -98,7 +98,8 @@ class Schedule:
             max_width: widest pass allowed for feeding known tokens; they are split into that many passes.
 
         Raises:
-            ScheduleError: no frame precedes ``first_frame``, or ``fed`` lies beyond the known tokens.
+            ScheduleError: no frame precedes ``first_frame``, ``fed`` lies beyond the known tokens, or
+                ``max_width`` is below 1.
         """
         start = self.layout.first_cell(first_frame)
         if first_frame < 1 or frames < 1:
@@ -138,7 +139,7 @@ class Schedule:
         steps = frame * self.d + cell // layout.columns * self.k + cell % layout.columns
         sinks = layout.first_cell(first_frame) + frame * layout.frame_length + cell
         sources = sinks - 1
-        if self.k < layout.columns:
+        if self.k < layout.columns and layout.rows > 1:
             starts = cell[layout.columns :: layout.columns]
             sources[:, starts] = self._seed_sources(first_frame, frame, starts)
         if self._frame_start_is_seed:
@@ -200,6 +201,8 @@ def _rows(steps: Rows, sources: Rows, positions: Rows, sinks: Rows) -> Rows:
 
 def _split_first_step(rows: Rows, max_width: int | None) -> int:
     """Move the surplus of step 0, all known tokens, to earlier (negative) steps; returns how many."""
+    if max_width is not None and max_width < 1:
+        raise ScheduleError(f"a pass of max_width={max_width} tokens feeds nothing; choose 1 or more")
     first = np.flatnonzero(rows[:, 0] == 0)
     if max_width is None or len(first) <= max_width:
         return 0
