@@ -1,0 +1,71 @@
+"""What every video tokenizer offers to the exporter: two graphs and the numbers a bundle records.
+
+The encoder graph maps ``pixels`` uint8 ``[T, H, W, 3]`` (RGB) to ``tokens`` int32 ``[t, h, w]``, the decoder
+graph maps them back. Scaling, normalisation, clamping and truncation are inside the graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from diagd.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class TokenizerGraphs:
+    """Encoder and decoder of one tokenizer at one frame size.
+
+    Attributes:
+        height: pixel rows of a frame.
+        width: pixel columns of a frame.
+        grid: rows and columns of tokens of one latent frame.
+        codes: size of the codebook; tokens are 0 .. codes - 1.
+        temporal_factor: pixel frames per latent frame. Where it is more than 1 the first frame of every call
+            is a latent frame by itself.
+        chunk_frames: most pixel frames of one call; longer videos are cut into independent calls of that
+            many, which bounds memory.
+        build_encoder: makes the encoder module; honours ``torch.device("meta")``.
+        build_decoder: makes the decoder module; likewise.
+        rename: key of a released checkpoint to parameter name, or None for a tensor that is not used.
+    """
+
+    height: int
+    width: int
+    grid: tuple[int, int]
+    codes: int
+    temporal_factor: int
+    chunk_frames: int
+    build_encoder: Callable[[], nn.Module]
+    build_decoder: Callable[[], nn.Module]
+    rename: Callable[[str], str | None]
+
+    def latents(self, frames: int) -> int:
+        """Latent frames that encode ``frames`` pixel frames of one call.
+
+        Raises:
+            UsageError: the tokenizer has no whole number of latents for that many frames.
+        """
+        if frames < 1 or (frames - 1) % self.temporal_factor:
+            below = max(frames - 1, 0) // self.temporal_factor * self.temporal_factor + 1
+            raise UsageError(
+                f"the video tokenizer encodes 1 + {self.temporal_factor}n frames, not {frames}; "
+                f"give it {below} or {below + self.temporal_factor} (repeat the last frame to fill up)"
+            )
+        return 1 + (frames - 1) // self.temporal_factor
+
+    def frames(self, latents: int) -> int:
+        """Pixel frames that one call decodes from ``latents`` latent frames."""
+        return 1 + (latents - 1) * self.temporal_factor
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter of encoder and decoder, by released name; allocates nothing."""
+        import torch
+
+        with torch.device("meta"):
+            modules = (self.build_encoder(), self.build_decoder())
+        return {name: tuple(p.shape) for module in modules for name, p in module.state_dict().items()}

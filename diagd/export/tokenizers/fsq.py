@@ -1,0 +1,45 @@
+"""Finite scalar quantisation (Mentzer et al. 2023, section 3): each channel is rounded to a few levels.
+
+A token is a mixed-radix number whose first digit is the first channel. All arithmetic is float32 or int32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diagd.export.tokenizers.pixels import constant
+
+# keeps the outermost levels reachable at finite latents
+STRETCH = 1 + 1e-3
+
+
+def tokens_of_latents(latents: Tensor, levels: Sequence[int]) -> Tensor:
+    """Quantise latents ``[T, len(levels), h, w]`` to tokens int32 ``[T, h, w]``; halves round to even."""
+    z = latents.float()
+    halves = [(level - 1) * STRETCH / 2 for level in levels]
+    offsets = [0.0 if level % 2 else 0.5 for level in levels]
+    shifts = [math.atanh(offset / half) for offset, half in zip(offsets, halves, strict=True)]
+    half, offset, shift = (_channels(values, z) for values in (halves, offsets, shifts))
+    digits = ((z + shift).tanh() * half - offset).round() + _channels([level // 2 for level in levels], z)
+    # the sum stays below 2^24, where float32 is exact
+    return (digits * _channels(_place_values(levels), z)).sum(1).to(torch.int32)
+
+
+def codes_of_tokens(tokens: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Quantised latents ``[T, len(levels), h, w]`` in [-1, 1] of tokens int32 ``[T, h, w]``."""
+    places, radices = _channels(_place_values(levels), tokens), _channels(levels, tokens)
+    digits = torch.div(tokens.unsqueeze(1), places, rounding_mode="trunc") % radices
+    middle = _channels([level // 2 for level in levels], tokens)
+    return (digits - middle).to(dtype) / middle.to(dtype)
+
+
+def _place_values(levels: Sequence[int]) -> list[int]:
+    return [math.prod(levels[:digit]) for digit in range(len(levels))]
+
+
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    return constant(values, like).reshape(1, -1, 1, 1)

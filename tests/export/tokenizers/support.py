@@ -1,0 +1,64 @@
+"""Filling modules with known weights and running their graphs in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from diagd.export.tokenizers.base import TokenizerGraphs
+
+torch.set_num_threads(1)
+
+
+def load(module: nn.Module, tensors: dict[str, NDArray[np.float32]]) -> nn.Module:
+    """The module with its parameters taken from a checkpoint's tensors."""
+    names = module.state_dict().keys()
+    module.load_state_dict({name: torch.from_numpy(tensors[name]) for name in names})
+    return module.eval()
+
+
+def modules(graphs: TokenizerGraphs, tensors: dict[str, NDArray[np.float32]]) -> tuple[nn.Module, nn.Module]:
+    return load(graphs.build_encoder(), tensors), load(graphs.build_decoder(), tensors)
+
+
+def run(module: nn.Module, values: NDArray[np.generic]) -> NDArray[np.generic]:
+    with torch.inference_mode():
+        return module(torch.from_numpy(values)).numpy()
+
+
+def session(
+    module: nn.Module, example: NDArray[np.generic], path: Path, opset: int
+) -> onnxruntime.InferenceSession:
+    """Export with a free number of frames and open the graph."""
+    torch.onnx.export(
+        module,
+        (torch.from_numpy(example),),
+        path,
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=({0: torch.export.Dim("frames")},),
+        verbose=False,
+    )
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def frames(count: int, height: int, width: int, seed: int = 1) -> NDArray[np.uint8]:
+    """Smooth but not constant video, so that codes vary within a frame."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (count, -(-height // 4), -(-width // 4), 3))
+    fine = coarse.repeat(4, 1).repeat(4, 2)[:, :height, :width] + rng.integers(
+        -40, 41, (count, height, width, 3)
+    )
+    return fine.clip(0, 255).astype(np.uint8)
+
+
+def worst(left: NDArray[np.generic], right: NDArray[np.generic]) -> int:
+    """Largest difference between two arrays of small integers of equal shape."""
+    assert left.shape == right.shape
+    assert left.dtype == right.dtype
+    return int(np.abs(left.astype(np.int64) - right.astype(np.int64)).max())

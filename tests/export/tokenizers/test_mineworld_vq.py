@@ -1,0 +1,112 @@
+"""MineWorld's image tokenizer against a NumPy reference, its ONNX graphs, and the released sizes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.errors import CheckpointError, UsageError
+from diagd.export.tokenizers.mineworld_vq import (
+    MineworldVqConfig,
+    expected_shapes,
+    graphs,
+    infer_config,
+    rename,
+)
+from tests.export.tokenizers import oracle, support
+from tests.export.tokenizers.oracle import Weights
+
+CONFIG = MineworldVqConfig(
+    height=16, width=24, channels=(32, 32, 64), res_blocks=2, latent_channels=8, codes=96
+)
+TENSORS = oracle.random_tensors(expected_shapes(CONFIG), seed=3)
+PIXELS = support.frames(3, 16, 24)
+
+
+def reference_latents(frame: np.ndarray) -> np.ndarray:
+    w = Weights(TENSORS, "encoder.")
+    x = (frame.transpose(2, 0, 1) / 255 - 0.5) / 0.5
+    x = oracle.same(x, w.at("conv_in"))
+    for level in range(3):
+        block = w.at("down_blocks", level)
+        for n in range(2):
+            x = oracle.resnet(x, block.at("resnets", n), "conv_shortcut")
+        if level < 2:
+            padded = np.pad(x, [(0, 0), (0, 1), (0, 1)])
+            x = oracle.convolve(padded, block.at("downsamplers.0.conv"), (2, 2))
+    for n in range(2):
+        x = oracle.resnet(x, w.at("mid_block.resnets", n), "conv_shortcut")
+    x = oracle.same(oracle.silu(oracle.group_norm(x, w.at("conv_norm_out"), 32)), w.at("conv_out"))
+    return oracle.convolve(x, Weights(TENSORS, "quant_conv."))
+
+
+def reference_pixels(tokens: np.ndarray) -> np.ndarray:
+    w = Weights(TENSORS, "decoder.")
+    x = Weights(TENSORS)["quantize.embedding.weight"][tokens].transpose(2, 0, 1)
+    x = oracle.same(oracle.convolve(x, Weights(TENSORS, "post_quant_conv.")), w.at("conv_in"))
+    for n in range(2):
+        x = oracle.resnet(x, w.at("mid_block.resnets", n), "conv_shortcut")
+    for level in range(3):
+        block = w.at("up_blocks", level)
+        for n in range(3):
+            x = oracle.resnet(x, block.at("resnets", n), "conv_shortcut")
+        if level < 2:
+            x = oracle.same(oracle.repeat2(x), block.at("upsamplers.0.conv"))
+    x = oracle.same(oracle.silu(oracle.group_norm(x, w.at("conv_norm_out"), 32)), w.at("conv_out"))
+    return ((x.clip(-1, 1) + 1) / 2 * 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def reference_tokens(frame: np.ndarray) -> np.ndarray:
+    codebook = Weights(TENSORS)["quantize.embedding.weight"]
+    return oracle.nearest(reference_latents(frame), codebook).astype(np.int32)
+
+
+def test_modules_equal_the_reference() -> None:
+    encoder, decoder = support.modules(graphs(CONFIG), TENSORS)
+    tokens = support.run(encoder, PIXELS)
+    np.testing.assert_array_equal(tokens, np.stack([reference_tokens(frame) for frame in PIXELS]))
+    assert len(np.unique(tokens)) > 8
+    decoded = support.run(decoder, tokens)
+    assert support.worst(decoded, np.stack([reference_pixels(frame) for frame in tokens])) <= 1
+    assert decoded.std() > 10
+
+
+def test_graphs_equal_the_modules(tmp_path: Path) -> None:
+    encoder, decoder = support.modules(graphs(CONFIG), TENSORS)
+    tokens = support.run(encoder, PIXELS)
+    to_tokens = support.session(encoder, PIXELS[:2], tmp_path / "encoder.onnx", opset=18)
+    to_pixels = support.session(decoder, tokens[:2], tmp_path / "decoder.onnx", opset=23)
+    for count in (1, 3):
+        (found,) = to_tokens.run(None, {"pixels": PIXELS[:count]})
+        assert support.worst(found, tokens[:count]) == 0
+        (pixels,) = to_pixels.run(None, {"tokens": tokens[:count]})
+        assert support.worst(pixels, support.run(decoder, tokens[:count])) <= 1
+
+
+def test_the_release_has_the_known_size() -> None:
+    shapes = expected_shapes(MineworldVqConfig())
+    assert len(shapes) == 277
+    assert sum(map(math.prod, shapes.values())) == 146_244_675
+    assert graphs(MineworldVqConfig()).grid == (14, 24)
+
+
+def test_sizes_are_read_off_a_checkpoint() -> None:
+    assert infer_config(expected_shapes(CONFIG), 16, 24) == CONFIG
+    assert infer_config(expected_shapes(MineworldVqConfig())) == MineworldVqConfig()
+    with pytest.raises(CheckpointError, match=r"quantize\.embedding\.weight"):
+        infer_config({"encoder.conv_in.weight": (128, 3, 3, 3)})
+
+
+def test_keys_of_both_released_files() -> None:
+    name = "decoder.up_blocks.0.upsamplers.0.conv.weight"
+    assert name in expected_shapes(CONFIG)
+    assert rename(f"model.{name}") == rename(f"tokenizer.model.{name}") == name
+    assert rename("transformer.model.norm.weight") is None
+
+
+def test_a_frame_that_is_no_multiple_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"225.*multiples of 16"):
+        MineworldVqConfig(height=225)
