@@ -24,7 +24,9 @@ def cut_patches(frames: NDArray[np.uint8], side: int) -> Patches:
     """
     count, height, width, _ = frames.shape
     if height % side or width % side:
-        raise UsageError(f"frames of {height}x{width} pixels cannot be cut into {side}x{side} patches; resize them")
+        raise UsageError(
+            f"frames of {height}x{width} pixels cannot be cut into {side}x{side} patches; resize them"
+        )
     grid = frames.reshape(count, height // side, side, width // side, side, 3)
     return np.ascontiguousarray(grid.transpose(0, 1, 3, 2, 4, 5)).reshape(-1, side * side * 3)
 
@@ -57,9 +59,7 @@ def nearest_codes(patches: Patches, codes: Patches) -> NDArray[np.int64]:
     return nearest[inverse]
 
 
-def _distinct(
-    videos: Iterable[NDArray[np.uint8]], side: int, seed: int
-) -> tuple[Patches, NDArray[np.int64]]:
+def _distinct(videos: Iterable[NDArray[np.uint8]], side: int, seed: int) -> tuple[Patches, NDArray[np.int64]]:
     """Distinct patches and their counts; beyond ``_SAMPLE`` of them, a random sample."""
     random = np.random.default_rng(seed)
     patches, counts = np.zeros((0, side * side * 3), np.uint8), np.zeros(0, np.int64)

@@ -40,7 +40,9 @@ class TokenDataset:
         spans = [np.arange(a, b - frames + 1) for a, b in zip(self.starts[:-1], self.starts[1:], strict=True)]
         starts = np.concatenate(spans) if spans else np.zeros(0, np.int64)
         if not len(starts):
-            raise UsageError(f"no episode has {frames} frames; collect longer episodes or train on fewer frames")
+            raise UsageError(
+                f"no episode has {frames} frames; collect longer episodes or train on fewer frames"
+            )
         return starts
 
     def windows(self, starts: NDArray[np.int64], frames: int) -> NDArray[np.int64]:
