@@ -89,8 +89,9 @@ class TorchArchive:
         if not is_readable(stored.dtype):
             return UnreadableTensor(stored.shape, stored.dtype, member.file_size)
         width = item_bytes(stored.dtype)
-        end = (stored.offset + span_of(stored.shape, stored.strides)) * width
-        if end > member.file_size:
+        span = span_of(stored.shape, stored.strides)
+        end = (stored.offset + span) * width
+        if span and end > member.file_size:
             raise CheckpointError(
                 f"{self.path} describes tensor '{name}' up to byte {end} of a storage of {member.file_size} "
                 "bytes: the file is damaged; download it again"

@@ -50,7 +50,7 @@ def shard_names(index: Path) -> dict[str, str]:
     """File of each tensor of a sharded set, from its index (``weight_map``).
 
     Raises:
-        CheckpointError: the index is malformed or names files outside its folder.
+        CheckpointError: the index is malformed or names something other than files beside it.
     """
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -61,7 +61,7 @@ def shard_names(index: Path) -> dict[str, str]:
             "an object with 'weight_map'; download it again"
         ) from error
     for shard in shards.values():
-        if PurePosixPath(shard).name != shard or "\\" in shard:
+        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith(_SUFFIXES):
             raise CheckpointError(
                 f"{index} names the shard '{shard}', expected a file beside the index; do not use this file"
             )

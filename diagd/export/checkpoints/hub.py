@@ -56,30 +56,27 @@ def parse_address(spec: str) -> HubAddress:
 
 
 def fetch(spec: str) -> Fetched:
-    """Download what an address names, or find it in the cache when the Hub is out of reach.
+    """Download what an address names, or find it in the cache when the Hub does not give it.
 
     Of a folder, only the checkpoint that `choose_file` picks is downloaded, with all its shards.
 
     Raises:
-        CheckpointError: no such repository, revision or file, access not granted, or offline without a
-            copy in the cache.
+        CheckpointError: the Hub has no such repository, revision or file, grants no access or is out of
+            reach, and the cache has no copy.
         DependencyError: huggingface_hub is not installed.
     """
     address = parse_address(spec)
     require("huggingface_hub", extra="export", purpose="read hf:// checkpoints")
-    from huggingface_hub import errors
-
     try:
         path = _download(address)
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise _refused(address, error) from error
-    except errors.EntryNotFoundError as error:
-        path = _cached(address, error)
     except CheckpointError:
         raise
     except Exception as error:
         # Which class a failed connection raises depends on the HTTP library of the installed version.
-        path = _cached(address, error)
+        cached = _cached(address)
+        if cached is None:
+            raise _unavailable(address, error) from error
+        path = cached
     return Fetched(path, _source(address, path))
 
 
@@ -110,41 +107,47 @@ def _main_file(address: HubAddress, names: set[str]) -> str:
     return prefix + folder.choose_file([name for name in inside if "/" not in name], where)
 
 
-def _cached(address: HubAddress, error: Exception) -> Path:
-    """The address within the newest cached snapshot."""
+def _cached(address: HubAddress) -> Path | None:
+    """The address within the cached snapshot of its revision, if it is there."""
     from huggingface_hub import errors, snapshot_download
 
     try:
         snapshot = snapshot_download(address.repo, revision=address.revision, local_files_only=True)
     except errors.LocalEntryNotFoundError as absent:
-        # Known to be incomplete is fine: only the checkpoint has to be there.
+        # A snapshot known to be incomplete is fine: only the checkpoint has to be there.
         snapshot = getattr(absent, "snapshot_path", "")
     path = Path(snapshot) / address.subpath
-    if snapshot and path.exists():
-        return path
-    raise CheckpointError(
-        f"cannot reach the Hugging Face Hub for {_spell(address)} and it is not in the local cache "
-        f"({type(error).__name__}: {_first_line(error)}); go online and unset HF_HUB_OFFLINE, or on another "
-        f"machine run 'hf download {address.repo} --local-dir FOLDER', copy FOLDER here and pass its path"
-    ) from error
+    if not snapshot or not path.exists():
+        return None
+    if path.is_dir():
+        names = [entry.name for entry in path.iterdir() if entry.is_file()]
+        return path / folder.choose_file(names, str(path))
+    return path
 
 
-def _refused(address: HubAddress, error: Exception) -> CheckpointError:
+def _unavailable(address: HubAddress, error: Exception) -> CheckpointError:
     from huggingface_hub import errors
 
+    page = f"https://huggingface.co/{address.repo}"
     if isinstance(error, errors.GatedRepoError):
         return CheckpointError(
-            f"{_spell(address)} is gated: accept its terms at https://huggingface.co/{address.repo} and "
-            "sign in with 'hf auth login' (or set HF_TOKEN)"
+            f"{_spell(address)} is gated: accept its terms at {page} and sign in with 'hf auth login' "
+            "(or set HF_TOKEN)"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return CheckpointError(
             f"{address.repo} has no revision '{address.revision}' on the Hugging Face Hub; expected a "
-            f"branch, tag or commit listed at https://huggingface.co/{address.repo}/commits"
+            f"branch, tag or commit listed at {page}/commits"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return CheckpointError(
+            f"there is no repository {address.repo} on the Hugging Face Hub that you may see: check the "
+            "spelling, sign in with 'hf auth login' if it is private, or pass the path of your own copy"
         )
     return CheckpointError(
-        f"there is no repository {address.repo} on the Hugging Face Hub that you may see: check the "
-        "spelling, sign in with 'hf auth login' if it is private, or pass the path of your own copy"
+        f"cannot reach the Hugging Face Hub for {_spell(address)} and it is not in the local cache "
+        f"({type(error).__name__}: {_first_line(error)}); go online and unset HF_HUB_OFFLINE, or on another "
+        f"machine run 'hf download {address.repo} --local-dir FOLDER', copy FOLDER here and pass its path"
     )
 
 

@@ -33,12 +33,14 @@ _STORAGE_DTYPES = {
     "UntypedStorage": "untyped",
 }
 _DTYPE_PREFIXES = ("float", "bfloat", "int", "uint", "bool", "complex", "qint", "quint")
-_RUNNERS = frozenset(
-    ("os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "pty", "runpy", "importlib", "ctypes")
-)
-_BUILTIN_RUNNERS = frozenset(
-    ("eval", "exec", "execfile", "compile", "open", "input", "breakpoint", "__import__")
-)
+_RUNNERS = {
+    *("os", "posix", "nt", "subprocess", "commands", "shutil", "pty"),
+    *("sys", "importlib", "runpy", "ctypes", "socket"),
+}
+_BUILTIN_RUNNERS = {
+    *("eval", "exec", "execfile", "compile", "__import__"),
+    *("open", "FileIO", "input", "breakpoint"),
+}
 
 
 class DType(NamedTuple):
@@ -159,7 +161,8 @@ def load(pickled: bytes, *, source: str) -> object:
         ) from error
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    # The one written in Python: the one in C sizes its memo by an index that the file chooses.
     def __init__(self, file: io.BytesIO, source: str) -> None:
         super().__init__(file)
         self._source = source
@@ -190,7 +193,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _runs_code(module: str, name: str) -> bool:
-    if module in ("builtins", "__builtin__"):
+    if module in ("builtins", "__builtin__", "io", "_io"):
         return name.partition(".")[0] in _BUILTIN_RUNNERS
     return module.partition(".")[0] in _RUNNERS
 

@@ -1,0 +1,183 @@
+"""The real Hub client against a local server that speaks the Hub's protocol, and its cache offline."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diagd.errors import CheckpointError
+from diagd.export.checkpoints.hub import HubAddress, parse_address
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("spec", "address"),
+    [
+        ("hf://nvidia/Cosmos-Predict1-4B", ("nvidia/Cosmos-Predict1-4B", None, "")),
+        ("hf://microsoft/wham@main", ("microsoft/wham", "main", "")),
+        ("hf://microsoft/wham@v1.0/models/a.ckpt", ("microsoft/wham", "v1.0", "models/a.ckpt")),
+        ("hf://org/name/models/", ("org/name", None, "models")),
+        ("hf://org/name@refs%2Fpr%2F1/", ("org/name", "refs/pr/1", "")),
+    ],
+)
+def test_addresses(spec, address):
+    assert parse_address(spec) == HubAddress(*address)
+
+
+@pytest.mark.parametrize("spec", ["hf://", "hf:org/name", "hf://name", "hf://org/na me", "hf://org/name@"])
+def test_malformed_addresses(spec):
+    with pytest.raises(CheckpointError, match="expected hf://org/name@revision"):
+        parse_address(spec)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Repositories as dicts of file contents."""
+
+    repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
+    requests: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, *, body):
+        parts = self.path.split("?")[0].strip("/").split("/")
+        Hub.requests.append(self.path)
+        api = parts[:2] == ["api", "models"]
+        repo = "/".join(parts[2:4] if api else parts[:2])
+        if repo == "nvidia/gated":
+            return self.reply(403, b"", {"X-Error-Code": "GatedRepo"}, body)
+        if repo not in self.repositories:
+            return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+        files = self.repositories[repo]
+        if api:
+            if parts[4:] not in ([], ["revision", "main"], ["revision", COMMIT]):
+                return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
+            siblings = [{"rfilename": name} for name in files]
+            content = json.dumps({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}).encode()
+            return self.reply(200, content, {"Content-Type": "application/json"}, body)
+        name = "/".join(parts[4:])
+        if name not in files:
+            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+        etag = f'"{name.replace("/", "-")}-{len(files[name])}"'
+        return self.reply(200, files[name], {"ETag": etag, "X-Repo-Commit": COMMIT}, body)
+
+    def reply(self, status, content, headers, body):
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+PROGRAM = """
+import json, sys
+from diagd.errors import CheckpointError
+from diagd.export.checkpoints import open_checkpoint
+for spec in sys.argv[1:]:
+    try:
+        checkpoint = open_checkpoint(spec)
+        answer = [checkpoint.source, {name: float(h.read().sum()) for name, h in checkpoint.items()}]
+    except CheckpointError as error:
+        answer = str(error)
+    print(json.dumps(answer))
+"""
+
+
+def open_in_new_process(home, endpoint, *specs, offline=False):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
+    if offline:
+        environment["HF_HUB_OFFLINE"] = "1"
+    program = [sys.executable, "-c", PROGRAM, *specs]
+    result = subprocess.run(program, check=False, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repositories")
+    torch.save({"model": {"model.w": torch.ones(2)}}, folder / "model.pt")
+    for shard, name in enumerate("ab"):
+        save_file({name: torch.full((2,), float(shard))}, folder / f"{name}.safetensors")
+    index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    Hub.repositories = {
+        "nvidia/cosmos": {"model.pt": files["model.pt"], "big.txt": b"x"},
+        "org/sharded": {f"weights/{name}": text for name, text in files.items() if name != "model.pt"},
+        "microsoft/wham": {
+            f"models/{name}.ckpt": files["model.pt"] for name in ("WHAM_200M", "WHAM_1.6B_v1")
+        },
+    }
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_download_then_offline(endpoint, tmp_path):
+    specs = [
+        "hf://nvidia/cosmos@main",
+        "hf://org/sharded/weights",
+        "hf://microsoft/wham/models/WHAM_200M.ckpt",
+    ]
+    expected = [
+        [f"hf://nvidia/cosmos@{COMMIT}/model.pt", {"model.w": 2.0}],
+        [f"hf://org/sharded@{COMMIT}/weights/model.safetensors.index.json", {"a": 0.0, "b": 2.0}],
+        [f"hf://microsoft/wham@{COMMIT}/models/WHAM_200M.ckpt", {"model.w": 2.0}],
+    ]
+    Hub.requests.clear()
+    assert open_in_new_process(tmp_path, endpoint, *specs) == expected
+    assert not [path for path in Hub.requests if "big.txt" in path or "1.6B" in path]
+    assert open_in_new_process(tmp_path, endpoint, *specs, offline=True) == expected
+    unreachable = open_in_new_process(tmp_path, "http://127.0.0.1:1", specs[0], "hf://org/absent@main")
+    assert unreachable[0] == expected[0]
+    assert "cannot reach the Hugging Face Hub for hf://org/absent@main" in unreachable[1]
+    assert "hf download org/absent --local-dir" in unreachable[1]
+
+
+def test_cached_copy_outlives_its_repository(endpoint, tmp_path):
+    spec = "hf://nvidia/cosmos@main"
+    before = open_in_new_process(tmp_path, endpoint, spec)
+    taken_down = Hub.repositories.pop("nvidia/cosmos")
+    try:
+        assert open_in_new_process(tmp_path, endpoint, spec) == before
+    finally:
+        Hub.repositories["nvidia/cosmos"] = taken_down
+
+
+def test_refusals_are_explained(endpoint, tmp_path):
+    gated, absent, revision, file, ambiguous = open_in_new_process(
+        tmp_path,
+        endpoint,
+        "hf://nvidia/gated",
+        "hf://microsoft/mineworld@main",
+        "hf://nvidia/cosmos@v9",
+        "hf://nvidia/cosmos@main/weights.pt",
+        "hf://microsoft/wham/models",
+    )
+    assert "is gated: accept its terms at https://huggingface.co/nvidia/gated" in gated
+    assert "no repository microsoft/mineworld" in absent and "your own copy" in absent
+    assert "no revision 'v9'" in revision
+    assert "hf://nvidia/cosmos/weights.pt does not exist; the repository holds big.txt, model.pt" in file
+    assert "2 checkpoints (WHAM_1.6B_v1.ckpt, WHAM_200M.ckpt)" in ambiguous

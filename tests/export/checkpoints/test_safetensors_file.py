@@ -1,0 +1,90 @@
+"""Safetensors files written by the reference library, whole and damaged."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diagd.errors import CheckpointError
+from diagd.export.checkpoints import open_checkpoint
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool],
+)
+def test_dtypes_and_metadata(tmp_path, dtype):
+    tensors = {"b": torch.arange(6).reshape(2, 3).to(dtype), "a": torch.ones(()).to(dtype)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    assert set(checkpoint) == {"a", "b"}
+    assert checkpoint.metadata == {"format": "pt"}
+    for name, tensor in tensors.items():
+        assert checkpoint[name].dtype == str(dtype).removeprefix("torch.")
+        assert checkpoint[name].nbytes == tensor.nbytes
+        np.testing.assert_array_equal(checkpoint[name].read().astype(np.float64), tensor.double().numpy())
+    np.testing.assert_array_equal(
+        checkpoint["b"].read_rows(1, 2).astype(np.float64), tensors["b"][1:].double().numpy()
+    )
+
+
+def test_fp8_is_known_but_not_read(tmp_path):
+    save_file({"w": torch.zeros(3, 2, dtype=torch.float8_e4m3fn)}, tmp_path / "w.safetensors")
+    handle = open_checkpoint(tmp_path / "w.safetensors")["w"]
+    assert (handle.dtype, handle.shape, handle.nbytes) == ("float8_e4m3fn", (3, 2), 6)
+    with pytest.raises(CheckpointError, match="float8_e4m3fn"):
+        handle.read()
+
+
+def write(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def entry(**changes):
+    return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
+
+
+def test_name_need_not_end_in_safetensors(tmp_path):
+    write(tmp_path / "weights", entry(), np.array([1, 2], "<f4").tobytes())
+    assert list(open_checkpoint(tmp_path / "weights")["w"].read()) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (entry(data_offsets=[0, 12]), "cut short: tensor 'w' ends at byte"),
+        (entry(data_offsets=[4, 8]), r"gives tensor 'w' 4 bytes, but float32 \[2\] takes 8"),
+        (entry(data_offsets=[8, 0]), "describes tensor 'w'"),
+        (entry(data_offsets=[-8, 0]), "describes tensor 'w'"),
+        (entry(data_offsets=[0]), "describes tensor 'w'"),
+        (entry(shape=[-2]), "describes tensor 'w'"),
+        (entry(shape=[True, 2]), "describes tensor 'w'"),
+        (entry(shape=None), "describes tensor 'w'"),
+        ({"w": 3}, "describes tensor 'w'"),
+        ([1], "not an object"),
+        (b"{not json", "damaged safetensors header"),
+        (b"{" * 100_000, "damaged safetensors header"),
+    ],
+)
+def test_malformed_headers(tmp_path, header, message):
+    write(tmp_path / "w.safetensors", header, bytes(8))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("kept", [1, 7, 8, 40, -1])
+def test_truncated_download(tmp_path, kept):
+    path = tmp_path / "w.safetensors"
+    save_file({"w": torch.ones(8)}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"cut short|is not a safetensors"):
+        open_checkpoint(path)
+
+
+def test_announced_header_is_not_allocated(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="announces a header of"):
+        open_checkpoint(tmp_path / "w.safetensors")
