@@ -43,12 +43,13 @@ class TokenDataset:
             raise UsageError(
                 f"no episode has {frames} frames; collect longer episodes or train on fewer frames"
             )
-        return starts
+        return starts.astype(np.int64)
 
     def windows(self, starts: NDArray[np.int64], frames: int) -> NDArray[np.int64]:
         """Token streams int64 [B, frames * (1 + h * w)] of the windows that begin at ``starts`` [B]."""
         rows = starts[:, None] + np.arange(frames)
-        return self.streams[rows].reshape(len(starts), -1).astype(np.int64)
+        windows: NDArray[np.int64] = self.streams[rows].reshape(len(starts), -1).astype(np.int64)
+        return windows
 
 
 def episode_paths(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ WARM_UP, FLAT_UNTIL = 0.03, 0.3
 class Optimiser:
     """Two optimisers that step together.
 
-    Muon (Jordan 2024) orthogonalises the momentum of a matrix; it does not suit embeddings, the head and gains.
+    Muon (Jordan 2024) orthogonalises the momentum of a matrix; it does not suit embeddings, head and gains.
     """
 
     def __init__(self, model: nn.Module, matrix_rate: float, other_rate: float) -> None:

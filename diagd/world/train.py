@@ -6,7 +6,10 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +72,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.frames < 2 or self.steps < 1 or self.batch % self.processes:
             raise UsageError(
-                f"frames {self.frames}, steps {self.steps}, batch {self.batch}, processes {self.processes}: expected "
-                "at least 2 frames, 1 step, and a batch that the processes share evenly"
+                f"frames {self.frames}, steps {self.steps}, batch {self.batch}, processes {self.processes}: "
+                "expected at least 2 frames, 1 step, and a batch that the processes share evenly"
             )
 
     def recipe(self) -> dict[str, Any]:
@@ -110,8 +113,9 @@ def train(options: TrainOptions, report: Report | None = None) -> Path:
         _Trainer(options, codebook, used, rank=0).run(report)
         return options.output
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (options, codebook, used, f"file://{folder}/rendezvous", report)
-        torch.multiprocessing.spawn(_worker, arguments, nprocs=options.processes)
+        worker = partial(_worker, options, codebook, used, f"file://{folder}/rendezvous", report)
+        with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+            list(pool.map(worker, range(options.processes)))
     return options.output
 
 
@@ -127,7 +131,12 @@ def forced_loss(model: nn.Module, batch: ForcedBatch, *, autocast: bool = True) 
 
 
 def _worker(
-    rank: int, options: TrainOptions, codebook: Any, used: int, meeting: str, report: Report | None
+    options: TrainOptions,
+    codebook: NDArray[np.uint8],
+    used: int,
+    meeting: str,
+    report: Report | None,
+    rank: int,
 ) -> None:
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
     try:
@@ -210,8 +219,8 @@ class _Trainer:
         state = torch.load(self.checkpoint, weights_only=True, map_location=self.options.device)
         if json.loads(state["recipe"]) != json.loads(json.dumps(self.options.recipe())):
             raise UsageError(
-                f"{self.checkpoint} belongs to another recipe: {state['recipe']}; give its options again to resume, "
-                "or another output folder to start anew"
+                f"{self.checkpoint} belongs to another recipe: {state['recipe']}; give its options again to "
+                "resume, or another output folder to start anew"
             )
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])

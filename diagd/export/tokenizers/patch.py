@@ -14,7 +14,8 @@ from diagd.errors import UsageError
 class PatchEncoder(nn.Module):
     """Pixels to the ids of the nearest codes.
 
-    Distances are exact: for 8-bit pixels and patches of up to 8 x 8 x 3 every term is an integer that float32 holds.
+    Distances are exact: with 8-bit pixels and patches of up to 8 x 8 x 3 every term is an integer that
+    float32 holds.
 
     Args:
         codebook: uint8 [codes, p, p, 3].
