@@ -1,6 +1,7 @@
 """Finite scalar quantisation (Mentzer et al. 2023, section 3): each channel is rounded to a few levels.
 
-A token is a mixed-radix number whose first digit is the first channel. All arithmetic is float32 or int32.
+A token is a mixed-radix number whose first digit is the first channel. All arithmetic is float32, which is
+exact on integers of this size.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ def tokens_of_latents(latents: Tensor, levels: Sequence[int]) -> Tensor:
     shifts = [math.atanh(offset / half) for offset, half in zip(offsets, halves, strict=True)]
     half, offset, shift = (_channels(values, z) for values in (halves, offsets, shifts))
     digits = ((z + shift).tanh() * half - offset).round() + _channels([level // 2 for level in levels], z)
-    # the sum stays below 2^24, where float32 is exact
     return (digits * _channels(_place_values(levels), z)).sum(1).to(torch.int32)
 
 
 def codes_of_tokens(tokens: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Quantised latents ``[T, len(levels), h, w]`` in [-1, 1] of tokens int32 ``[T, h, w]``."""
-    places, radices = _channels(_place_values(levels), tokens), _channels(levels, tokens)
-    digits = torch.div(tokens.unsqueeze(1), places, rounding_mode="trunc") % radices
-    middle = _channels([level // 2 for level in levels], tokens)
-    return (digits - middle).to(dtype) / middle.to(dtype)
+    z = tokens.unsqueeze(1).float()
+    radix, middle = _channels(levels, z), _channels([level // 2 for level in levels], z)
+    quotient = (z / _channels(_place_values(levels), z)).floor()
+    digits = quotient - (quotient / radix).floor() * radix
+    return ((digits - middle) / middle).to(dtype)
 
 
 def _place_values(levels: Sequence[int]) -> list[int]:

@@ -23,6 +23,9 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return f"{self.prefix}{name}" in self.tensors
 
+    def get(self, name: str, default: float) -> Array | float:
+        return self[name] if name in self else default
+
     def at(self, *path: object) -> Weights:
         return Weights(self.tensors, self.prefix + ".".join(map(str, path)) + ".")
 

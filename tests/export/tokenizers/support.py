@@ -41,7 +41,7 @@ def session(
         path,
         dynamo=True,
         opset_version=opset,
-        dynamic_shapes=({0: torch.export.Dim("frames")},),
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         verbose=False,
     )
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
