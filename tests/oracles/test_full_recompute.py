@@ -17,11 +17,6 @@ NO_GAP = StreamLayout(3, 4)
 SAMPLED = range(CODES)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("refeed", [True, False])
 @pytest.mark.parametrize("row_seed", RowSeed)
 @pytest.mark.parametrize(("k", "d"), [(1, 3), (1, 6), (2, 7), (4, 12)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from tests.oracles.full_recompute import FullRecompute
@@ -15,11 +14,6 @@ from tests.oracles.rows import rows_of
 LAYOUT = StreamLayout(4, 6, after=3)
 FRAMES = 3
 SEEDS: dict[Policy, RowSeed] = {"prompt": RowSeed.PROMPT, "repeat": RowSeed.DUPLICATE}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def released(tokens: np.ndarray, known: int, k: int, mode: Mode, policy: Policy) -> Released:
