@@ -1,0 +1,203 @@
+"""Actions as people and recorders write them, to the known tokens of each frame."""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle.actions import (
+    ActionCodec,
+    ChoiceSlot,
+    ConstantSlot,
+    EdgesSlot,
+    FirstPressedSlot,
+    MuLawSlot,
+    RawInput,
+    Slot,
+)
+from diagd.errors import UsageError, unknown
+
+MAX_REPEAT = 100_000
+"""Most frames one line may hold an action for."""
+
+
+def encode(codec: ActionCodec, action: Mapping[str, object]) -> NDArray[np.int32]:
+    """Tokens of one action.
+
+    Args:
+        codec: of the model.
+        action: pressed buttons as true or 1, fields as a list of numbers, choices by name; {} is no action.
+
+    Returns:
+        int32 [n], one token a slot.
+
+    Raises:
+        UsageError: an unknown name, or a value of the wrong kind or range.
+    """
+    inputs = {name: _value(codec, name, value) for name, value in action.items()}
+    return np.array([_token(slot, inputs) for slot in codec.slots], dtype=np.int32)
+
+
+def read_actions(path: str | Path, codec: ActionCodec) -> NDArray[np.int32]:
+    """Tokens of a file of JSON lines, one action a line.
+
+    ``"repeat": n`` in a line holds its action for n frames. Lines with ``keyboard`` or ``mouse`` are raw
+    recordings, converted as the codec says. Empty lines are skipped.
+
+    Args:
+        path: text file in UTF-8.
+        codec: of the model.
+
+    Returns:
+        int32 [frames, n].
+
+    Raises:
+        UsageError: the file cannot be read or is empty, or a line is wrong; the message has its number.
+    """
+    rows: list[NDArray[np.int32]] = []
+    for number, line in enumerate(_lines(Path(path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            action = _parse(line)
+            frames = _repeat(action.pop("repeat", 1))
+            if "keyboard" in action or "mouse" in action:
+                action = _from_events(codec, action)
+            rows.append(np.tile(encode(codec, action), (frames, 1)))
+        except UsageError as error:
+            raise UsageError(f"{path}, line {number}: {error}") from None
+    if not rows:
+        raise UsageError(f"{path} holds no action; write one JSON object a line, {{}} for no action")
+    return np.concatenate(rows)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 text ({error.reason}); expected one JSON object a line"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"cannot read actions from {path}: {error.strerror or error}") from None
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line, parse_constant=_no_constant)
+    except ValueError as error:
+        if line.lstrip().startswith("{'") or "array(" in line:
+            raise UsageError(
+                "this is a Python literal and diagd reads JSON; rewrite it with json.dumps and the camera as"
+                ' a list, like {"forward": 1, "camera": [0, 10]}'
+            ) from None
+        raise UsageError(f"not JSON ({error}): {line.strip()[:60]}") from None
+    if not isinstance(record, dict):
+        raise UsageError(f"expected one JSON object a line, got {line.strip()[:60]}")
+    return record
+
+
+def _no_constant(name: str) -> None:
+    raise UsageError(f"expected a finite number, got {name}")
+
+
+def _repeat(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_REPEAT:
+        raise UsageError(f"'repeat' is {value!r}; expected a whole number of frames from 1 to {MAX_REPEAT}")
+    return value
+
+
+def _from_events(codec: ActionCodec, record: Mapping[str, Any]) -> dict[str, object]:
+    """The action of one raw recorded line; see ``RawInput``."""
+    raw = codec.raw
+    if raw is None:
+        raise UsageError(f"this model takes no raw keyboard and mouse events; {_expected(codec)}")
+    try:
+        pressed, camera = _events(raw, record)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        raise UsageError(
+            'raw events are damaged; expected {"keyboard": {"keys": [...]}, "mouse": {"dx": 0, "dy": 0,'
+            ' "buttons": []}}'
+        ) from None
+    for one, other in raw.cancelling:
+        if {one, other} <= pressed:
+            pressed -= {one, other}
+    return {**dict.fromkeys(pressed, True), raw.camera: camera}
+
+
+def _events(raw: RawInput, record: Mapping[str, Any]) -> tuple[set[str], list[float]]:
+    """Pressed buttons, and (pitch, yaw) in degrees."""
+    mouse = {"dx": 0.0, "dy": 0.0, "buttons": [], **record.get("mouse", {})}
+    pressed = {raw.keys[key] for key in record.get("keyboard", {}).get("keys", []) if key in raw.keys}
+    pressed |= {name for number, name in enumerate(raw.mouse_buttons) if number in mouse["buttons"]}
+    camera = [float(mouse[axis]) * raw.degrees_per_pixel for axis in ("dy", "dx")]
+    return pressed, [float(int(degrees)) for degrees in camera] if raw.whole_degrees else camera
+
+
+def _value(codec: ActionCodec, name: str, value: object) -> object:
+    """A checked input: bool for a button, tuple of floats for a field, index for a choice."""
+    if name in codec.buttons:
+        if value not in (0, 1):
+            raise UsageError(f"'{name}' is {value!r}; expected true or false")
+        return bool(value)
+    if name in codec.fields:
+        return _numbers(name, value, codec.fields[name])
+    if name in codec.choices:
+        names = codec.choices[name]
+        if not isinstance(value, str) or value not in names:
+            raise unknown(name, str(value), names)
+        return names.index(value)
+    raise unknown("action", name, {*codec.buttons, *codec.fields, *codec.choices})
+
+
+def _numbers(name: str, value: object, count: int) -> tuple[float, ...]:
+    numbers: list[Any] = list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+    numeric = all(isinstance(one, int | float | np.number) and not isinstance(one, bool) for one in numbers)
+    try:
+        floats = tuple(float(one) for one in numbers) if numeric else ()
+    except OverflowError:
+        floats = ()
+    if len(floats) != count or not all(map(math.isfinite, floats)):
+        raise UsageError(f"'{name}' is {value!r}; expected {count} finite numbers in a list")
+    return floats
+
+
+def _token(slot: Slot, inputs: Mapping[str, Any]) -> int:
+    if isinstance(slot, ConstantSlot):
+        return slot.token
+    if isinstance(slot, ChoiceSlot):
+        return slot.first + int(inputs.get(slot.field, 0))
+    if isinstance(slot, MuLawSlot | EdgesSlot):
+        number = inputs[slot.field][slot.component] if slot.field in inputs else 0.0
+        return slot.first + (
+            _mu_law_bin(slot, number) if isinstance(slot, MuLawSlot) else _edge_bin(slot, number)
+        )
+    pressed = [button.token for button in slot.buttons if inputs.get(button.name, False)]
+    found = pressed[:1] if isinstance(slot, FirstPressedSlot) or len(pressed) == 1 else []
+    return found[0] if found else slot.none
+
+
+def _mu_law_bin(slot: MuLawSlot, number: float) -> int:
+    share = max(-slot.limit, min(slot.limit, number)) / slot.limit
+    level = math.copysign(math.log(1 + slot.mu * abs(share)) / math.log(1 + slot.mu), share)
+    return round((slot.limit * level + slot.limit) / (2 * slot.limit / (slot.bins - 1)))
+
+
+def _edge_bin(slot: EdgesSlot, number: float) -> int:
+    if not slot.edges[0] <= number < slot.edges[-1]:
+        raise UsageError(
+            f"component {slot.component} of '{slot.field}' is {number}; expected"
+            f" {slot.edges[0]} <= value < {slot.edges[-1]}"
+        )
+    return bisect_right(slot.edges, number) - 1
+
+
+def _expected(codec: ActionCodec) -> str:
+    return f"use {', '.join(sorted({*codec.buttons, *codec.fields, *codec.choices}))}"
