@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.schedule import NO_SINK, Schedule
+from diagd.schedule import NO_SINK, Schedule, Table
 
 NOT_SCORED = -1
 
@@ -51,6 +51,19 @@ class TeacherForcedPass:
         )
 
 
+def visible_rows(table: Table, *, keep_seeds: bool) -> NDArray[np.bool_]:
+    """Which rows of a table see which: bool [R, R], row r attends to column c.
+
+    A row sees what was fed by then at its own position or before it, guesses during their own step only.
+    """
+    positions = table.positions
+    steps = np.repeat(np.arange(table.steps), table.widths)
+    by_then, same_step = steps <= steps[:, None], steps == steps[:, None]
+    is_lasting = (table.sources == positions) | keep_seeds
+    visible: NDArray[np.bool_] = (positions <= positions[:, None]) & by_then & (is_lasting | same_step)
+    return visible
+
+
 def teacher_forced_pass(schedule: Schedule, frames: int, *, score_prompt: bool = False) -> TeacherForcedPass:
     """Derive the pass for a video of ``frames`` frames, the first of which is the prompt.
 
@@ -64,10 +77,7 @@ def teacher_forced_pass(schedule: Schedule, frames: int, *, score_prompt: bool =
     """
     table = schedule.table(first_frame=1, frames=frames - 1, fed=0)
     sources, positions, sinks = (a.astype(np.int64) for a in (table.sources, table.positions, table.sinks))
-    steps = np.repeat(np.arange(table.steps), table.widths)
-    same_step = steps == steps[:, None]
-    is_guess = (sources != positions) & (not schedule.keep_seeds)
-    visible = (positions <= positions[:, None]) & (steps <= steps[:, None]) & (~is_guess | same_step)
+    visible = visible_rows(table, keep_seeds=schedule.keep_seeds)
     targets = np.where(sinks == NO_SINK, NOT_SCORED, sinks)
     if score_prompt:
         first, end = schedule.layout.first_cell(0), schedule.layout.first_cell(0) + schedule.layout.cells

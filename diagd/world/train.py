@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import distributed, nn
-from torch.nn import functional
+from torch import distributed
 
 from diagd.bundle.files import atomic_file
+from diagd.calibration.forced_batch import ForcedBatch, ForcedPasses, forced_loss
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
 from diagd.world.codebook import fit_codebook
 from diagd.world.dataset import TokenDataset, cached_tokens, episodes
-from diagd.world.mixture import ForcedBatch, ForcedPasses, mixture_shares
+from diagd.world.mixture import mixture_shares
 from diagd.world.model import World, WorldDescription, save_world
 from diagd.world.optimiser import Optimiser, learning_rate
 from diagd.world.simulator import ACTIONS
@@ -117,17 +117,6 @@ def train(options: TrainOptions, report: Report | None = None) -> Path:
         with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
             list(pool.map(worker, range(options.processes)))
     return options.output
-
-
-def forced_loss(model: nn.Module, batch: ForcedBatch, *, autocast: bool = True) -> torch.Tensor:
-    """Mean negative log-likelihood of the scored tokens, nats, a scalar."""
-    kind = torch.bfloat16 if autocast else torch.float32
-    # The attention kernels of the CPU are 1.5 times faster with an additive mask of their own type.
-    mask = torch.zeros(batch.visible.shape, dtype=kind, device=batch.ids.device)
-    mask.masked_fill_(~batch.visible, float("-inf"))
-    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=autocast):
-        logits = model(batch.ids, batch.positions, mask)
-    return functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-1)
 
 
 def _worker(
