@@ -1,0 +1,226 @@
+"""Frames from video and image files, and to them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle.files import atomic_file
+from diagd.errors import UsageError
+
+SUFFIXES: Final = (".mp4", ".gif")
+"""Kinds of video that can be written."""
+
+# By preference; which of them exist depends on how FFmpeg was built.
+_ENCODERS: Final[tuple[tuple[str, dict[str, str]], ...]] = (
+    ("libx264", {"crf": "17", "preset": "veryfast"}),
+    ("libopenh264", {}),
+    ("mpeg4", {}),
+)
+_BITS_PER_PIXEL: Final = 0.5  # of the encoders that have no constant quality
+
+
+def read_frames(
+    path: str | Path,
+    size: tuple[int, int] | None = None,
+    *,
+    frames: int | None = None,
+    resize: bool = False,
+) -> NDArray[np.uint8]:
+    """Read a video, or an image as a video of one frame.
+
+    Args:
+        path: any file FFmpeg can decode.
+        size: (height, width) the frames must have; None takes any.
+        frames: only the last so many, in memory that does not grow with the video; None reads all.
+        resize: stretch frames of another size (bilinear) instead of refusing them.
+
+    Returns:
+        uint8 [T, H, W, 3], RGB; T is smaller than ``frames`` where the video is shorter.
+
+    Raises:
+        UsageError: the file is missing, damaged or holds no picture, or its frames have another size.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no such video or image: {path}; check the path")
+    av = _av()
+    with _reporting(av, f"cannot read {path}", "it is damaged, incomplete, or no video or image"):
+        kept = deque(_decode(av, path, None if resize else size), maxlen=frames)
+        height, width = size or (None, None)
+        images = [
+            frame.reformat(width, height, format="rgb24", interpolation="BILINEAR").to_ndarray()
+            for frame in kept
+        ]
+    return np.stack(images)
+
+
+class VideoWriter:
+    """Writes frames to .mp4 or .gif; use as a context manager.
+
+    The file appears when the block ends without an error, and not otherwise. The .mp4 is H.264 where FFmpeg
+    has an encoder for it, else MPEG-4, in yuv420p; the .gif has its own 256 colours in each frame.
+    """
+
+    def __init__(self, path: str | Path, fps: float, size: tuple[int, int]) -> None:
+        """``size`` is (height, width).
+
+        Raises:
+            UsageError: an unknown suffix, rate or size.
+        """
+        self.path, self.size = Path(path), size
+        if self.path.suffix not in SUFFIXES:
+            raise UsageError(f"cannot write {path}: expected a name ending in {' or '.join(SUFFIXES)}")
+        if not 0.01 <= fps <= 1000:
+            raise UsageError(f"frame rate is {fps}; expected 0.01 to 1000 frames a second")
+        if self.path.suffix == ".mp4" and (size[0] % 2 or size[1] % 2):
+            raise UsageError(f"frames are {_shown(size)}; .mp4 needs even sides, write a .gif instead")
+        self._rate = Fraction(fps).limit_denominator(1001)
+        self._av = _av()
+        self._stack = ExitStack()
+        self._written = 0
+
+    def __enter__(self) -> VideoWriter:
+        partial = self._stack.enter_context(atomic_file(self.path))
+        with self._reporting(), self._stack:
+            # Registered after the temporary file, hence closed before it is renamed or removed.
+            self._container = self._stack.enter_context(self._av.open(f"file:{partial}", "w"))
+            self._stream = self._add_stream()
+            self._palette = _Palette(self._av, self.size, self._rate) if self._paletted else None
+            self._stack = self._stack.pop_all()
+        return self
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """Append uint8 [H, W, 3] or [T, H, W, 3], RGB.
+
+        Raises:
+            UsageError: the frames have another size, or cannot be encoded.
+        """
+        if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[-3:] != (*self.size, 3):
+            raise UsageError(
+                f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, {self.size[0]},"
+                f" {self.size[1]}, 3]"
+            )
+        for pixels in frames.reshape(-1, *self.size, 3):
+            frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = self._written, 1 / self._rate
+            self._written += 1
+            with self._reporting():
+                self._encode(self._palette.apply(frame) if self._palette else [frame])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._reporting(), self._stack:
+            if not self._written:
+                raise UsageError(f"no frame was written to {self.path}; ask for at least one")
+            self._encode([None])
+
+    @property
+    def _paletted(self) -> bool:
+        return self.path.suffix == ".gif"
+
+    def _add_stream(self) -> Any:
+        name, options = ("gif", {}) if self._paletted else _encoder(self._av)
+        stream = self._container.add_stream(name, rate=self._rate, options=options)
+        stream.height, stream.width = self.size
+        stream.pix_fmt = "pal8" if self._paletted else "yuv420p"
+        if not (options or self._paletted):
+            stream.bit_rate = math.ceil(self._rate * self.size[0] * self.size[1] * _BITS_PER_PIXEL)
+        return stream
+
+    def _encode(self, frames: Iterable[Any]) -> None:
+        for frame in frames:
+            for packet in self._stream.encode(frame):
+                self._container.mux(packet)
+
+    def _reporting(self) -> Any:
+        return _reporting(self._av, f"cannot write {self.path}", "check the disk and the path")
+
+
+class _Palette:
+    """A filter that gives every frame the palette that suits it best."""
+
+    def __init__(self, av: ModuleType, size: tuple[int, int], rate: Fraction) -> None:
+        self._again = av.BlockingIOError
+        self._graph = graph = av.filter.Graph()
+        self._source = graph.add_buffer(
+            width=size[1], height=size[0], format=av.VideoFormat("rgb24"), time_base=1 / rate
+        )
+        split, generate = graph.add("split"), graph.add("palettegen", "stats_mode=single")
+        use, self._sink = graph.add("paletteuse", "new=1"), graph.add("buffersink")
+        self._source.link_to(split)
+        split.link_to(generate, 0, 0)
+        split.link_to(use, 1, 0)
+        generate.link_to(use, 0, 1)
+        use.link_to(self._sink)
+        graph.configure()
+
+    def apply(self, frame: Any) -> Iterator[Any]:
+        self._source.push(frame)
+        try:
+            while True:
+                yield self._sink.pull()
+        except self._again:
+            return
+
+
+def _decode(av: ModuleType, path: Path, size: tuple[int, int] | None) -> Iterator[Any]:
+    """Decoded frames of the given size."""
+    with av.open(f"file:{path}") as container:
+        if not container.streams.video:
+            raise UsageError(f"{path} holds no picture; expected a video or an image")
+        count = 0
+        for frame in container.decode(video=0):
+            seen = (frame.height, frame.width)
+            if size is not None and seen != size:
+                raise UsageError(
+                    f"frames of {path} are {_shown(seen)}; expected {_shown(size)}; add --resize to"
+                    " stretch them"
+                )
+            count += 1
+            yield frame
+    if not count:
+        raise UsageError(f"{path} holds no frame; it is damaged or incomplete")
+
+
+def _encoder(av: ModuleType) -> tuple[str, dict[str, str]]:
+    """The best available encoder of .mp4, and its options."""
+    for name, options in _ENCODERS:
+        try:
+            av.codec.Codec(name, "w")
+        except av.codec.codec.UnknownCodecError:
+            continue
+        return name, dict(options)
+    raise UsageError("this FFmpeg has no encoder for .mp4; write a .gif, or: pip install --upgrade av")
+
+
+def _av() -> ModuleType:
+    import av
+
+    return av
+
+
+@contextmanager
+def _reporting(av: ModuleType, failure: str, remedy: str) -> Iterator[None]:
+    """Turn an error of FFmpeg into one line."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise UsageError(f"{failure}: {error.strerror or error}; {remedy}") from error
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]} pixels (width x height)"
