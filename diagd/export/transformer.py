@@ -1,13 +1,13 @@
 """The transformer of every family: one pre-norm block with explicit options.
 
 Matrices are stored [in, out], so that a graph reads them as they lie in the weights file. How queries meet
-keys is left to a callable, which is how one block serves training, full recomputation and every step graph.
+keys is left to a form, which is how one block serves training, full recomputation and every step graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,17 @@ from torch.nn import functional
 from diagd.export.rotary import Rotary
 from diagd.schedule import StreamLayout
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, queries [..., W, H, D], keys [..., W, G, D], values [..., W, G, D]) -> [..., W, H, D]."""
+
+class AttentionForm(Protocol):
+    """How one layer's queries meet keys: over the fed tokens alone, or over a KV cache."""
+
+    def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Rotary embedding of x [..., W, heads, D] with tables [..., W, D / 2]."""
+        ...
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Queries [..., W, H, D], new keys and values [..., W, G, D] -> [..., W, H, D]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -89,13 +98,15 @@ class Attention(nn.Module):
         self.qkv = nn.Parameter(torch.empty(config.hidden, config.qkv_width))
         self.out = nn.Parameter(torch.empty(config.heads * config.head_size, config.hidden))
 
-    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, attend: Attend, layer: int) -> Tensor:
-        """Attention output for x [..., W, hidden]; cosines and sines [..., W, 1, head_size / 2]."""
-        config = self.config
-        fused = (x @ self.qkv).unflatten(-1, (-1, config.head_size))
-        queries, keys, values = fused.split([config.heads, config.kv_heads, config.kv_heads], dim=-2)
-        attended = attend(layer, rotate(queries, cosines, sines), rotate(keys, cosines, sines), values)
-        return attended.flatten(-2) @ self.out
+    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, form: AttentionForm, layer: int) -> Tensor:
+        """Attention output for x [..., W, hidden]; cosines and sines [..., W, head_size / 2]."""
+        config, fused = self.config, x @ self.qkv
+        heads = fused.reshape(*fused.shape[:-1], config.heads + 2 * config.kv_heads, config.head_size)
+        rotated, values = heads.split([config.heads + config.kv_heads, config.kv_heads], dim=-2)
+        rotated = form.rotate(rotated, cosines, sines)
+        queries, keys = rotated.split([config.heads, config.kv_heads], dim=-2)
+        output: Tensor = form.attend(layer, queries, keys, values).flatten(-2) @ self.out
+        return output
 
 
 class SwiGLU(nn.Module):
@@ -109,7 +120,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Feed-forward output for x [..., hidden]."""
         gate, up = (x @ self.gate_up).chunk(2, dim=-1)
-        return (functional.silu(gate) * up) @ self.down
+        output: Tensor = (functional.silu(gate) * up) @ self.down
+        return output
 
 
 class Block(nn.Module):
@@ -122,10 +134,11 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.hidden, config.norm_epsilon)
         self.feed_forward = SwiGLU(config)
 
-    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, attend: Attend, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, form: AttentionForm, layer: int) -> Tensor:
         """The layer's output for x [..., W, hidden]."""
-        x = x + self.attention(self.attention_norm(x), cosines, sines, attend, layer)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.attention(self.attention_norm(x), cosines, sines, form, layer)
+        output: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        return output
 
 
 class Transformer(nn.Module):
@@ -165,14 +178,15 @@ class Transformer(nn.Module):
             x = x + functional.embedding(slot, self.slot_embedding)
         return x
 
-    def states(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def states(self, ids: Tensor, positions: Tensor, form: AttentionForm) -> Tensor:
         """Normalised hidden states [..., W, hidden] of the fed tokens."""
-        cosines = functional.embedding(positions, self.cosines).unsqueeze(-2)
-        sines = functional.embedding(positions, self.sines).unsqueeze(-2)
+        cosines = functional.embedding(positions, self.cosines)
+        sines = functional.embedding(positions, self.sines)
         x = self.embed(ids, positions)
         for layer, block in enumerate(self.layers):
-            x = block(x, cosines, sines, attend, layer)
-        return self.norm(x)
+            x = block(x, cosines, sines, form, layer)
+        output: Tensor = self.norm(x)
+        return output
 
     def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None = None) -> Tensor:
         """Logits of a whole sequence at once, for training and as an oracle.
@@ -185,7 +199,7 @@ class Transformer(nn.Module):
         Returns:
             float [batch, R, output_vocabulary].
         """
-        return self.states(ids, positions, full_attention(visible)) @ self.head
+        return self.states(ids, positions, FullAttention(visible)) @ self.head
 
 
 def rotary_tables(config: TransformerConfig) -> tuple[Tensor, Tensor]:
@@ -195,22 +209,31 @@ def rotary_tables(config: TransformerConfig) -> tuple[Tensor, Tensor]:
     return table.cos().float(), table.sin().float()
 
 
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotate x [..., D] in rotate-half layout (ONNX RotaryEmbedding-23, interleaved = 0)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
+class FullAttention:
+    """Attention among the fed tokens themselves, with grouped KV heads.
 
+    Args:
+        visible: bool [R, R] or [batch, R, R]; row r may attend to column c. None: causal in row order.
+    """
 
-def full_attention(visible: Tensor | None) -> Attend:
-    """Attention among the fed tokens themselves, with grouped KV heads."""
+    def __init__(self, visible: Tensor | None) -> None:
+        self._mask = visible if visible is None or visible.dim() == 2 else visible.unsqueeze(-3)
 
-    def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Rotate in rotate-half layout (ONNX RotaryEmbedding-23, interleaved = 0)."""
+        cosines, sines = cosines.unsqueeze(-2), sines.unsqueeze(-2)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Scaled dot-product attention over the rows fed."""
         del layer
-        mask = visible if visible is None or visible.dim() == 2 else visible.unsqueeze(-3)
-        heads_first = (t.transpose(-2, -3) for t in (queries, keys, values))
         attended = functional.scaled_dot_product_attention(
-            *heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            queries.transpose(-2, -3),
+            keys.transpose(-2, -3),
+            values.transpose(-2, -3),
+            attn_mask=self._mask,
+            is_causal=self._mask is None,
+            enable_gqa=True,
         )
         return attended.transpose(-2, -3)
-
-    return attend

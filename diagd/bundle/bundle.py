@@ -1,0 +1,133 @@
+"""Opening and sealing bundles."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from diagd.bundle.files import atomic_file, sha256
+from diagd.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest
+from diagd.errors import BundleError
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A directory whose files were checked against its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Check a bundle before anything of it is loaded.
+
+        Sizes are always compared; digests when a file is seen for the first time or has changed since
+        (size, time of change or inode), which is noted in the user's cache directory.
+
+        Raises:
+            BundleError: the bundle is missing, truncated, altered, damaged or too new.
+        """
+        path = Path(path)
+        bundle = cls(path, read_manifest(path))
+        bundle._check_sizes()
+        bundle._check_digests()
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Path of a file of the bundle."""
+        return self.path / name
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the manifest, and through it of every file."""
+        return sha256(self.path / MANIFEST_NAME)
+
+    def _check_sizes(self) -> None:
+        for name, record in self.manifest.files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise BundleError(f"{self.path}: file '{name}' is missing; {_MEND}")
+            if file.stat().st_size != record.bytes:
+                raise BundleError(
+                    f"{self.path}: '{name}' has {file.stat().st_size} bytes, its manifest says "
+                    f"{record.bytes}: it is truncated or was altered; {_MEND}"
+                )
+
+    def _check_digests(self) -> None:
+        stamps = {name: _stamp(self.path / name) for name in self.manifest.files}
+        note = cache_directory() / "verified" / f"{self.digest}.json"
+        known = json.loads(note.read_text()) if note.is_file() else {}
+        if known == stamps:
+            return
+        for name, record in self.manifest.files.items():
+            if known.get(name) != stamps[name] and sha256(self.path / name) != record.sha256:
+                raise BundleError(f"{self.path}: '{name}' was altered (its sha256 differs); {_MEND}")
+        _write_note(note, stamps)
+
+
+_MEND = "export the bundle again or copy it afresh"
+
+
+def cache_directory() -> Path:
+    """Where diagd keeps what belongs to this machine: ``$DIAGD_CACHE``, or diagd in the user's cache."""
+    if explicit := os.environ.get("DIAGD_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diagd"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a bundle's manifest without touching its other files.
+
+    Raises:
+        BundleError: there is no bundle, or its manifest cannot be read or is of a later version.
+    """
+    file = path / MANIFEST_NAME
+    if not path.is_dir():
+        raise BundleError(f"no bundle at {path}: a bundle is a directory made by diagd-export")
+    if not file.is_file():
+        raise BundleError(f"{path} is no bundle: it has no {MANIFEST_NAME}; make one with diagd-export")
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file} is damaged ({error}); {_MEND}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {version}, this diagd reads up to {SCHEMA_VERSION}; "
+            "run: pip install -U diagd"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{file}: field '{where}': {first['msg']}; {_MEND}") from error
+
+
+def seal(directory: Path, manifest: Manifest) -> Manifest:
+    """Record every file of ``directory`` in the manifest and write it; returns what was written."""
+    files = {
+        file.relative_to(directory).as_posix(): FileRecord(bytes=file.stat().st_size, sha256=sha256(file))
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.name != MANIFEST_NAME
+    }
+    sealed = manifest.model_copy(update={"files": files})
+    (directory / MANIFEST_NAME).write_text(sealed.model_dump_json(indent=2) + "\n")
+    return sealed
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _write_note(note: Path, stamps: dict[str, list[int]]) -> None:
+    try:
+        with atomic_file(note) as partial:
+            partial.write_text(json.dumps(stamps))
+    except OSError:
+        return  # a read-only cache only costs the next start another check

@@ -1,0 +1,189 @@
+"""What a bundle says of itself: all that the runtime, or any other language, needs to read."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from diagd.bundle.actions import ActionCodec
+from diagd.schedule import RowSeed, Schedule, StreamLayout
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Form(str, Enum):
+    """How a step graph expresses attention with its cache update, and its head.
+
+    ``PREFIX``: dynamic width and live length, sequence-major buffers bound by prefix, sampling on the host.
+    ``MODERN``: fixed width and capacity, TensorScatter and Attention, sampling in the graph.
+    ``PORTABLE``: fixed width and capacity, read-only cache, new rows out.
+    """
+
+    PREFIX = "prefix"
+    MODERN = "modern"
+    PORTABLE = "portable"
+
+
+class IdRange(_Record):
+    """Ids [low, high) that may be sampled at a place of the frame; ``cell`` None is every other cell."""
+
+    cell: int | None = None
+    low: int
+    high: int
+
+
+class SamplingRules(_Record):
+    """What a family lets be sampled, and its defaults.
+
+    ``keep_crossing``: the token that crosses the top-p mass is kept. ``minimum_temperature``: lower positive
+    temperatures are raised to it.
+    """
+
+    ranges: tuple[IdRange, ...]
+    keep_crossing: bool = True
+    minimum_temperature: float = 0.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def range_table(self, layout: StreamLayout) -> NDArray[np.int32]:
+        """Allowed ids by place inside the frame, int32 [frame_length, 2]; known tokens take the default."""
+        table = np.zeros((layout.frame_length, 2), np.int32)
+        for rule in sorted(self.ranges, key=lambda rule: rule.cell is not None):
+            place = slice(None) if rule.cell is None else layout.before + rule.cell
+            table[place] = rule.low, rule.high
+        return table
+
+
+class GridLayout(_Record):
+    """The token stream; see ``diagd.schedule.StreamLayout``. ``prefix_tokens`` are the ids ahead of it."""
+
+    rows: int
+    columns: int
+    prefix_tokens: tuple[int, ...] = ()
+    before: int = 0
+    after: int = 0
+
+    def stream(self) -> StreamLayout:
+        """The layout that schedules are compiled from."""
+        return StreamLayout(self.rows, self.columns, len(self.prefix_tokens), self.before, self.after)
+
+
+class RotaryContext(_Record):
+    """Sliding context of a rotary model: old frames are voided, nothing is recomputed.
+
+    ``frames``: longest window. ``positions``: rows of the rotary table; before they run out, cached keys are
+    turned back by whole frames, each by ``frame_angles`` (radians, one per channel pair).
+    """
+
+    kind: Literal["rotary"] = "rotary"
+    frames: int
+    positions: int
+    frame_angles: tuple[float, ...]
+
+
+class DefaultSchedule(_Record):
+    """Lags and seeds used when the caller names none; ``d`` 0 is serial."""
+
+    k: int
+    d: int = 0
+    row_seed: RowSeed = RowSeed.PREVIOUS_FRAME
+    refeed: bool = True
+
+    def schedule(self, layout: StreamLayout) -> Schedule:
+        """The schedule it stands for."""
+        return Schedule(
+            layout, self.k, self.d or Schedule.serial(layout, self.k).d, self.row_seed, self.refeed
+        )
+
+
+class CacheShape(_Record):
+    """Dimensions of the K/V buffers; ``dtype`` is a NumPy name."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    dtype: str
+
+
+class StepGraph(_Record):
+    """One step graph; ``width`` and ``capacity`` are None where they are dynamic."""
+
+    file: str
+    form: Form
+    precision: str
+    width: int | None = None
+    capacity: int | None = None
+
+
+class Tokenizer(_Record):
+    """Pixel graphs: ``encoder`` uint8 [T, height, width, 3] -> int32 [t, rows, columns], ``decoder`` back.
+
+    ``temporal_factor``: pixel frames per latent frame; where it is more than 1, the first frame of every call
+    is a latent frame by itself. ``chunk_frames``: most pixel frames of one call; longer videos are cut into
+    independent calls.
+    """
+
+    encoder: str
+    decoder: str
+    height: int
+    width: int
+    temporal_factor: int = 1
+    chunk_frames: int = 8
+
+
+class FileRecord(_Record):
+    """Size and digest of a file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+class Provenance(_Record):
+    """Where the weights came from."""
+
+    source: str
+    diagd_version: str
+    random_seed: int | None = None
+
+
+class Manifest(_Record):
+    """The whole of ``manifest.json``."""
+
+    schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
+    name: str
+    family: str
+    layout: GridLayout
+    vocabulary: int
+    output_vocabulary: int
+    sampling: SamplingRules
+    context: RotaryContext
+    schedule: DefaultSchedule
+    cache: CacheShape
+    actions: ActionCodec | None = None
+    tokenizer: Tokenizer | None = None
+    frames_per_second: float
+    graphs: tuple[StepGraph, ...]
+    files: dict[str, FileRecord] = Field(default_factory=dict)
+    provenance: Provenance
+    licence: str
+
+    def graph(self, form: Form, width: int | None = None) -> StepGraph:
+        """The step graph of a form.
+
+        Raises:
+            KeyError: the bundle has none.
+        """
+        for graph in self.graphs:
+            if graph.form is form and (width is None or graph.width == width):
+                return graph
+        raise KeyError(f"{form.value} width={width}")

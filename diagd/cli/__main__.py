@@ -1,0 +1,7 @@
+"""``python -m diagd.cli``."""
+
+import sys
+
+from diagd.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,116 @@
+"""``diagd export``: a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from diagd.cli.settings import add_set_option, parse_settings
+from diagd.errors import UsageError, require
+from diagd.progress import Progress
+
+if TYPE_CHECKING:
+    from diagd.export.exporter import Exporter, GraphOptions, Sources
+    from diagd.export.families.family import Family
+
+EPILOG = """examples:
+  diagd-export --model crafter-3m
+  diagd-export --model mineworld-300m --random-weights --output mineworld.diagd
+  diagd-export --model mineworld-300m --checkpoint 300M_16f.ckpt --set tokenizer=vae/vae.ckpt
+"""
+
+
+class ExportSettings(BaseModel):
+    """Options behind ``--set``."""
+
+    model_config = ConfigDict(extra="forbid")
+    widths: tuple[int, ...] = Field((1, 16, 64), description="step widths of the modern form")
+    window: int | None = Field(None, description="frames that fixed KV buffers hold (default: the context)")
+    tokenizer: str | None = Field(None, description="checkpoint of the video tokenizer, or 'none'")
+
+    @field_validator("widths", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.epilog = EPILOG
+    parser.add_argument("--model", required=True, help="name of the model; `diagd models` lists them")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", help="file, folder or hf://org/name[@revision]")
+    source.add_argument("--random-weights", action="store_true", help="no checkpoint: measure latency only")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights (default %(default)s)")
+    parser.add_argument("--output", type=Path, help="bundle to write (default MODEL.diagd)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16"), help="default %(default)s")
+    parser.add_argument(
+        "--form",
+        default="prefix",
+        help="prefix (CPU), modern (GPU; in-graph sampling) or both: prefix,modern (default %(default)s)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print files, sizes and memory; write nothing")
+    add_set_option(parser, ExportSettings)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, or say what would be written."""
+    settings = parse_settings(ExportSettings, args.settings)
+    require("torch", extra="export", purpose="export a model")
+    from rich.console import Console
+
+    from diagd.export.exporter import Exporter, export
+    from diagd.export.families.registry import find
+
+    console = Console()
+    family = find(args.model, args.checkpoint)
+    options = _graph_options(args, settings)
+    output = args.output or Path(f"{args.model}.diagd")
+    if args.dry_run:
+        _print_plan(console, Exporter(family, options, settings.tokenizer != "none"), output)
+        return 0
+    result = export(family, options, _sources(args, settings, family), output, Progress(console))
+    size = result.bytes / 1e6
+    console.print(f"exported {args.model} in {result.seconds:.1f} s: {size:,.1f} MB at {result.path}")
+    return 0
+
+
+def _graph_options(args: argparse.Namespace, settings: ExportSettings) -> GraphOptions:
+    from diagd.bundle import Form
+    from diagd.export.exporter import GraphOptions
+
+    try:
+        forms = tuple(Form(name) for name in args.form.split(","))
+    except ValueError as error:
+        raise UsageError(f"--form {args.form}: {error}; choose prefix, modern or prefix,modern") from error
+    return GraphOptions(forms, args.precision, settings.widths, settings.window)
+
+
+def _sources(args: argparse.Namespace, settings: ExportSettings, family: Family) -> Sources:
+    from dataclasses import replace
+
+    from diagd.export.exporter import open_sources, random_sources
+
+    if args.random_weights:
+        sources = random_sources(family, args.seed)
+    else:
+        tokenizer = None if settings.tokenizer == "none" else settings.tokenizer
+        sources = open_sources(family, args.checkpoint, tokenizer)
+    return replace(sources, tokenizer=None) if settings.tokenizer == "none" else sources
+
+
+def _print_plan(console: object, exporter: Exporter, output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    plan = exporter.plan()
+    table = Table("file", "MB", title=f"{output} (nothing was written)")
+    for name, size in plan.files.items():
+        table.add_row(name, f"{size / 1e6:,.2f}")
+    table.add_row("total", f"{plan.total_bytes / 1e6:,.2f}")
+    if isinstance(console, Console):
+        console.print(table)
+        console.print(f"peak memory of the export: about {plan.peak_bytes / 1e9:.1f} GB")

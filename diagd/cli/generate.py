@@ -1,0 +1,172 @@
+"""``diagd generate``: frames from a bundle, a prompt and actions."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from diagd.cli.schedule_options import add_schedule_options, parse_schedule
+from diagd.cli.settings import add_set_option, parse_settings
+from diagd.errors import UsageError
+from diagd.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from diagd.bundle import Manifest
+    from diagd.engines.engine import Int
+    from diagd.runtime.pixels import PixelCodec
+    from diagd.runtime.sampling import SamplingSettings
+    from diagd.runtime.session import Session
+
+EPILOG = """examples:
+  diagd-generate crafter-3m.diagd --prompt first.png --actions walk.jsonl --output walk.mp4
+  diagd-generate crafter-3m.diagd --prompt first.png --actions walk.jsonl --output walk.gif --k 2 --d chained
+  diagd-generate mineworld.diagd --prompt tokens.npy --actions play.jsonl --output out.npy --temperature 0
+
+An action file holds one JSON object a line: the action that leads to each frame to be made.
+--d is the number of steps between the starts of two frames: 'serial' (a frame is finished before the next
+starts), 'chained' (the next frame follows row by row: fewest passes), or a number between the two.
+"""
+
+
+class GenerateSettings(BaseModel):
+    """Options behind ``--set``."""
+
+    model_config = ConfigDict(extra="forbid")
+    window: int | None = Field(None, description="frames that a token may see (default: the model's context)")
+    threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
+    refeed: bool = Field(True, description="feed the true token where a row seed stood in")
+    compat: str | None = Field(None, description="'mineworld' reproduces the released code's cache")
+    resize: bool = Field(False, description="resize a prompt of another size")
+    prompt_frames: int = Field(1, ge=1, description="frames taken from a prompt video, its last ones")
+    fps: float | None = Field(None, gt=0, description="of the video written (default: the model's)")
+    prepack: bool = Field(True, description="cache packed weights on this machine")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.epilog = EPILOG
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--prompt", type=Path, required=True, help="image, video or .npy tokens [P, h, w]")
+    parser.add_argument("--actions", type=Path, help="JSON lines, one action for each frame to make")
+    parser.add_argument("--frames", type=int, help="how many (default: one for each action)")
+    parser.add_argument("--output", type=Path, required=True, help=".mp4, .gif, or .npy for tokens")
+    add_schedule_options(parser)
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the bundle's)")
+    parser.add_argument("--top-p", type=float, help="nucleus mass, 1 for all (default: the bundle's)")
+    parser.add_argument("--top-k", type=int, help="most probable ids, 0 for all (default: the bundle's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default %(default)s)")
+    add_set_option(parser, GenerateSettings)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and write the frames; nothing is written on failure."""
+    from rich.console import Console
+
+    from diagd.bundle import Bundle
+    from diagd.engines.onnxruntime_session import CpuOptions
+    from diagd.runtime.load import open_session
+    from diagd.runtime.output import check_output
+    from diagd.runtime.pixels import PixelCodec
+
+    settings = parse_settings(GenerateSettings, args.settings)
+    check_output(args.output)
+    bundle = Bundle.open(args.bundle)
+    compat = settings.compat is not None
+    schedule = parse_schedule(args, bundle.manifest, refeed=settings.refeed and not compat, keep_seeds=compat)
+    sampling = _sampling(args, bundle.manifest)
+    actions, frames = _actions(args, bundle.manifest)
+    cpu = CpuOptions(settings.threads, settings.prepack)
+    only_tokens = args.prompt.suffix == args.output.suffix == ".npy"
+    pixels = None if only_tokens else PixelCodec(bundle, cpu)
+    prompt = _prompt(args, settings, bundle.manifest, pixels)
+    session = open_session(bundle, window=settings.window, cpu=cpu, compat=settings.compat)
+    session.start(prompt, _idle(bundle.manifest, len(prompt)))
+    console, began = Console(), time.perf_counter()
+    with Progress(console).count(f"{args.bundle.name} k={schedule.k} d={schedule.d}", frames) as advance:
+
+        def decoded() -> Iterator[Int]:
+            for frame in session.generate(
+                frames, actions, schedule=schedule, sampling=sampling, seed=args.seed
+            ):
+                advance(1)
+                yield frame.tokens
+
+        _write(args.output, prompt, decoded(), pixels, settings.fps or bundle.manifest.frames_per_second)
+    _report(console, session, frames, time.perf_counter() - began, args.output)
+    return 0
+
+
+def _sampling(args: argparse.Namespace, manifest: Manifest) -> SamplingSettings:
+    from diagd.runtime.sampling import SamplingSettings
+
+    rules = manifest.sampling
+    return SamplingSettings(
+        rules.temperature if args.temperature is None else args.temperature,
+        rules.top_k if args.top_k is None else args.top_k,
+        rules.top_p if args.top_p is None else args.top_p,
+    )
+
+
+def _actions(args: argparse.Namespace, manifest: Manifest) -> tuple[Int | None, int]:
+    """Action ids [frames, n] and the number of frames."""
+    from diagd.runtime.actions import read_actions
+
+    if manifest.actions is None:
+        if args.frames is None:
+            raise UsageError(f"{manifest.name} takes no actions: say how many frames with --frames N")
+        return None, args.frames
+    if args.actions is None:
+        raise UsageError(f"{manifest.name} is driven by actions: give --actions FILE, one JSON object a line")
+    actions = read_actions(args.actions, manifest.actions)
+    frames = len(actions) if args.frames is None else args.frames
+    if not 1 <= frames <= len(actions):
+        raise UsageError(
+            f"--frames {frames}: {args.actions} has actions for 1..{len(actions)}; add lines, or hold the "
+            'last action with "repeat": N'
+        )
+    return actions[:frames], frames
+
+
+def _idle(manifest: Manifest, frames: int) -> Int | None:
+    """No-op actions for the prompt's frames."""
+    import numpy as np
+
+    from diagd.runtime.actions import encode
+
+    codec = manifest.actions
+    return None if codec is None else np.tile(encode(codec, {}), (frames, 1))
+
+
+def _prompt(
+    args: argparse.Namespace, settings: GenerateSettings, manifest: Manifest, pixels: PixelCodec | None
+) -> Int:
+    from diagd.runtime.prompt import read_prompt, read_tokens
+
+    if args.prompt.suffix == ".npy" or pixels is None:
+        return read_tokens(args.prompt, manifest)
+    return read_prompt(args.prompt, pixels, settings.prompt_frames, settings.resize)
+
+
+def _write(output: Path, prompt: Int, frames: Iterator[Int], pixels: PixelCodec | None, fps: float) -> None:
+    from diagd.runtime.output import write_tokens, write_video
+
+    if output.suffix == ".npy" or pixels is None:
+        write_tokens(output, frames)
+    else:
+        write_video(output, prompt, frames, pixels, fps)
+
+
+def _report(console: Console, session: Session, frames: int, seconds: float, output: Path) -> None:
+    timing = session.timing
+    engine, host = 1e3 * timing.engine / timing.steps, 1e3 * timing.host / timing.steps
+    console.print(
+        f"{frames} frames in {seconds:.2f} s, {frames / seconds:.2f} frames/s: "
+        f"{timing.steps} passes of {engine:.2f} ms, host {host:.2f} ms a pass: {output}"
+    )

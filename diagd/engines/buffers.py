@@ -1,0 +1,30 @@
+"""K/V buffers: allocated once, aligned, zero-filled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+ALIGNMENT = 64
+
+
+def aligned_zeros(
+    shape: Sequence[int], dtype: np.dtype[np.generic] | type[np.generic]
+) -> NDArray[np.generic]:
+    """A zero-filled array whose data starts on a cache line; untouched pages take no memory."""
+    size: int = np.empty(0, dtype).itemsize * math.prod(shape)
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def rotate_pairs(keys: NDArray[np.generic], angles: NDArray[np.float64]) -> None:
+    """Turn keys [..., D] in rotate-half layout by ``angles`` [D / 2], in place."""
+    half = keys.shape[-1] // 2
+    cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    first, second = keys[..., :half].astype(np.float32), keys[..., half:].astype(np.float32)
+    keys[..., :half] = first * cosines - second * sines
+    keys[..., half:] = second * cosines + first * sines

@@ -1,0 +1,91 @@
+"""ONNX Runtime sessions with the settings that were measured to matter, and their prepacked weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diagd.bundle import cache_directory
+from diagd.bundle.files import atomic_directory
+from diagd.errors import EngineError, require
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+SPIN_MICROSECONDS = 50
+"""Idle worker threads spin this long: enough to bridge the gaps inside a step, harmless on a busy machine."""
+
+
+@dataclass(frozen=True)
+class CpuOptions:
+    """``threads`` 0 is one for each core; ``prepack`` keeps packed weights in the machine's cache."""
+
+    threads: int = 0
+    prepack: bool = True
+
+
+def open_session(graph: Path, digest: str, options: CpuOptions) -> onnxruntime.InferenceSession:
+    """Load a step graph on the CPU.
+
+    The first load on a machine writes the weights as this ONNX Runtime packs them for this processor; later
+    loads map that file, which is faster and shares its pages between processes.
+
+    Args:
+        graph: the ONNX file.
+        digest: of the bundle; part of the cache key.
+        options: threads and cache use.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the graph.
+    """
+    runtime = require("onnxruntime", extra="export", purpose="run step graphs on the CPU")
+    if options.prepack:
+        graph = _prepacked(runtime, graph, digest, options)
+    return _load(runtime, graph, _settings(runtime, options))
+
+
+def _load(
+    runtime: onnxruntime, graph: Path, settings: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    try:
+        return runtime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises several unrelated types
+        raise EngineError(f"ONNX Runtime {runtime.__version__} refuses {graph}: {error}") from error
+
+
+def _settings(runtime: onnxruntime, options: CpuOptions) -> onnxruntime.SessionOptions:
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = options.threads or len(os.sched_getaffinity(0))
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
+    return settings
+
+
+def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptions) -> Path:
+    key = hashlib.sha256("\n".join([digest, graph.name, runtime.__version__, cpu_features()]).encode())
+    directory = cache_directory() / "prepacked" / key.hexdigest()[:32]
+    if not (directory / graph.name).is_file():
+        with atomic_directory(directory) as partial:
+            settings = _settings(runtime, options)
+            settings.optimized_model_filepath = str(partial / graph.name)
+            settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+            settings.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name", f"{graph.stem}.bin"
+            )
+            _load(runtime, graph, settings)
+    return directory / graph.name
+
+
+def cpu_features() -> str:
+    """What decides how weights are packed: architecture and instruction sets."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return f"{platform.machine()} {line}"
+    return f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,327 @@
+"""A checkpoint to a bundle: stream the weights, trace the graphs, seal the directory."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diagd.bundle import seal
+from diagd.bundle.files import atomic_directory
+from diagd.bundle.manifest import (
+    CacheShape,
+    Form,
+    GridLayout,
+    Manifest,
+    Provenance,
+    RotaryContext,
+    StepGraph,
+    Tokenizer,
+)
+from diagd.errors import UsageError
+from diagd.export import tokenizer_graphs, weights
+from diagd.export.checkpoints import Checkpoint, RandomCheckpoint, check, open_checkpoint, select
+from diagd.export.families.family import Family
+from diagd.export.step_graph import trace_step
+from diagd.export.tracing import link_weights, save
+from diagd.export.transformer import Transformer, rotary_tables
+from diagd.export.weights import WeightSource
+from diagd.progress import Progress
+from diagd.schedule import StreamLayout, slots_needed
+from diagd.version import __version__
+
+WEIGHTS_NAME = "weights.bin"
+
+TRACING_BYTES = 700_000_000
+"""Memory of PyTorch, the exporter and a traced graph, whatever the model (measured)."""
+
+TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """Which graphs a bundle gets; ``widths`` and ``window`` fix the shapes of the ``modern`` form."""
+
+    forms: tuple[Form, ...] = (Form.PREFIX,)
+    precision: str = "fp32"
+    widths: tuple[int, ...] = (1, 16, 64)
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in TORCH_TYPES:
+            raise UsageError(f"precision '{self.precision}' is none of {', '.join(TORCH_TYPES)}")
+        if Form.PREFIX in self.forms and self.precision != "fp32":
+            raise UsageError(
+                f"the prefix form runs on the CPU, which has no {self.precision} matrix product; "
+                "use --precision fp32, or --form modern for a GPU"
+            )
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Checkpoints under the family's names; without a tokenizer the bundle has no pixel graphs."""
+
+    transformer: Checkpoint
+    tokenizer: Checkpoint | None = None
+    random_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export would write: bytes by file, and the most memory it takes."""
+
+    files: Mapping[str, int]
+    peak_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the bundle."""
+        return sum(self.files.values())
+
+
+@dataclass(frozen=True)
+class _GraphFile:
+    file: str
+    form: Form
+    width: int | None
+    capacity: int | None
+
+
+class Exporter:
+    """Writes bundles of one model.
+
+    Args:
+        family: the model.
+        options: which graphs.
+        pixels: write the tokenizer's graphs, where the family has one.
+    """
+
+    def __init__(self, family: Family, options: GraphOptions, pixels: bool = True) -> None:
+        self.family, self.options = family, options
+        self._tokenizer = family.tokenizer if pixels else None
+        self._dtype = weights.PRECISIONS[options.precision]
+        self._graphs = self._graph_files()
+        self._placements = weights.plan(self._shapes())
+
+    def plan(self) -> ExportPlan:
+        """Sizes and memory, from dimensions alone."""
+        graph_bytes = 40_000 + 12_000 * self.family.transformer.layers
+        files = {WEIGHTS_NAME: weights.total_bytes(self._placements)}
+        files |= {graph.file: graph_bytes for graph in self._graphs}
+        if self._tokenizer:
+            files[tokenizer_graphs.WEIGHTS_NAME] = weights.total_bytes(
+                tokenizer_graphs.placements(self._tokenizer)
+            )
+            files |= dict.fromkeys(tokenizer_graphs.FILES.values(), graph_bytes)
+        largest = max(np.prod(p.shape, dtype=np.int64) for p in self._placements.values())
+        return ExportPlan(files, TRACING_BYTES + int(largest) * 12)
+
+    def run(self, sources: Sources, output: Path, progress: Progress) -> Manifest:
+        """Write the bundle at ``output``; nothing is left of a failed attempt.
+
+        Args:
+            sources: tensors of the model.
+            output: directory to make; an existing one is replaced when everything is written.
+            progress: where to report.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit.
+            UsageError: the disk has not enough room.
+        """
+        check(sources.transformer, self.family.expected)
+        if self._tokenizer and sources.tokenizer is not None:
+            check(sources.tokenizer, self._tokenizer.expected_shapes())
+        self._check_disk(output)
+        with atomic_directory(output) as directory:
+            self._write_weights(directory, sources.transformer, progress)
+            for graph in progress.each(self._graphs, "tracing step graphs"):
+                self._write_graph(directory, graph)
+            tokenizer = self._write_tokenizer(directory, sources.tokenizer, progress)
+            with progress.task("hashing"):
+                return seal(directory, self._manifest(sources, tokenizer))
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
+        with torch.device("meta"):
+            transformer = Transformer(self.family.transformer)
+        tensors = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
+        shapes: dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]] = {
+            f"transformer.{name}": (tuple(tensor.shape), self._dtype) for name, tensor in tensors.items()
+        }
+        if Form.MODERN in self.options.forms:
+            shapes["ranges"] = ((self._layout.frame_length, 2), np.dtype(np.int32))
+        return shapes
+
+    @property
+    def _layout(self) -> StreamLayout:
+        return self.family.transformer.layout
+
+    def _graph_files(self) -> list[_GraphFile]:
+        graphs = (
+            [_GraphFile("step.onnx", Form.PREFIX, None, None)] if Form.PREFIX in self.options.forms else []
+        )
+        if Form.MODERN in self.options.forms:
+            window = self.options.window or self.family.transformer.context_frames
+            capacity = slots_for(self._layout, window, max(self.options.widths))
+            graphs += [
+                _GraphFile(f"step.modern.w{width}.onnx", Form.MODERN, width, capacity)
+                for width in sorted(self.options.widths)
+            ]
+        return graphs
+
+    def _check_disk(self, output: Path) -> None:
+        needed = self.plan().total_bytes
+        parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise UsageError(
+                f"the bundle needs {needed / 1e9:.2f} GB at {parent}, {free / 1e9:.2f} GB are free; "
+                "free some space or give another --output"
+            )
+
+    def _write_weights(self, directory: Path, source: Checkpoint, progress: Progress) -> None:
+        cosines, sines = rotary_tables(self.family.transformer)
+        sources: dict[str, WeightSource] = {
+            f"transformer.{name}": weight for name, weight in self.family.weights(source).items()
+        }
+        sources["transformer.cosines"] = weights.constant(cosines.numpy())
+        sources["transformer.sines"] = weights.constant(sines.numpy())
+        sources["ranges"] = weights.constant(self.family.sampling.range_table(self._layout))
+        total = sum(p.length for p in self._placements.values())
+        with progress.bytes("weights", total) as advance:
+            weights.write(directory / WEIGHTS_NAME, self._placements, sources, advance)
+
+    def _write_graph(self, directory: Path, graph: _GraphFile) -> None:
+        model = trace_step(
+            self.family.transformer,
+            graph.form,
+            self.family.sampling,
+            dtype=TORCH_TYPES[self.options.precision],
+            width=graph.width or 1,
+            capacity=graph.capacity or 0,
+        )
+        tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, directory)
+        save(link_weights(model, tensors), directory / graph.file)
+
+    def _write_tokenizer(
+        self, directory: Path, source: Checkpoint | None, progress: Progress
+    ) -> Tokenizer | None:
+        if self._tokenizer is None or source is None:
+            return None
+        total = sum(p.length for p in tokenizer_graphs.placements(self._tokenizer).values())
+        with progress.bytes("tokenizer", total) as advance:
+            return tokenizer_graphs.write_tokenizer(self._tokenizer, source, directory, advance)
+
+    def _manifest(self, sources: Sources, tokenizer: Tokenizer | None) -> Manifest:
+        family, config = self.family, self.family.transformer
+        layout = self._layout
+        return Manifest(
+            name=family.name,
+            family=family.family,
+            layout=GridLayout(
+                rows=layout.rows,
+                columns=layout.columns,
+                prefix_tokens=family.prefix_tokens,
+                before=layout.before,
+                after=layout.after,
+            ),
+            vocabulary=config.vocabulary,
+            output_vocabulary=config.output_vocabulary,
+            sampling=family.sampling,
+            context=RotaryContext(
+                frames=config.context_frames,
+                positions=config.rotary_positions,
+                frame_angles=tuple(map(float, config.rotary.frame_angles(layout))),
+            ),
+            schedule=family.schedule,
+            cache=CacheShape(
+                layers=config.layers,
+                kv_heads=config.kv_heads,
+                head_size=config.head_size,
+                dtype=self._dtype.name,
+            ),
+            actions=family.actions,
+            tokenizer=tokenizer,
+            frames_per_second=family.frames_per_second,
+            graphs=tuple(
+                StepGraph(
+                    file=graph.file,
+                    form=graph.form,
+                    precision=self.options.precision,
+                    width=graph.width,
+                    capacity=graph.capacity,
+                )
+                for graph in self._graphs
+            ),
+            provenance=Provenance(
+                source=sources.transformer.source,
+                diagd_version=__version__,
+                random_seed=sources.random_seed,
+            ),
+            licence=family.licence,
+        )
+
+
+def slots_for(layout: StreamLayout, window: int, max_width: int) -> int:
+    """Capacity of fixed-shape KV buffers: what a window needs, in multiples of 64 slots."""
+    return -(-slots_needed(layout, window, max_width) // 64) * 64
+
+
+def random_sources(family: Family, seed: int) -> Sources:
+    """Random weights for latency work; the same bytes for the same seed."""
+    tokenizer = family.tokenizer
+    return Sources(
+        RandomCheckpoint(family.expected, seed=seed),
+        RandomCheckpoint(tokenizer.expected_shapes(), seed=seed) if tokenizer else None,
+        seed,
+    )
+
+
+def open_sources(family: Family, checkpoint: str | None, tokenizer: str | None) -> Sources:
+    """Tensors of a released or trained model.
+
+    Args:
+        family: the model.
+        checkpoint: file, folder or ``hf://`` address; None: the family's own.
+        tokenizer: likewise for the tokenizer; None: the family's own, else the checkpoint itself.
+
+    Raises:
+        UsageError: the family ships no weights and none are given.
+        CheckpointError: a file cannot be read.
+    """
+    chosen = family.default_checkpoint or checkpoint
+    if chosen is None:
+        raise UsageError(
+            f"{family.name} has no weights of its own ({family.origin}); give --checkpoint FILE, "
+            "or --random-weights to measure latency"
+        )
+    opened = open_checkpoint(chosen)
+    pixels = None
+    if family.tokenizer:
+        other = tokenizer or family.default_tokenizer
+        pixels = select(open_checkpoint(other) if other else opened, family.tokenizer.rename)
+    return Sources(select(opened, family.rename), pixels)
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A finished export."""
+
+    path: Path
+    bytes: int
+    seconds: float
+
+
+def export(
+    family: Family, options: GraphOptions, sources: Sources, output: Path, progress: Progress | None = None
+) -> ExportResult:
+    """Export a model to ``output``; see ``Exporter.run``."""
+    began = time.perf_counter()
+    exporter = Exporter(family, options, pixels=sources.tokenizer is not None)
+    manifest = exporter.run(sources, output, progress or Progress())
+    written = sum(record.bytes for record in manifest.files.values())
+    return ExportResult(output, written, time.perf_counter() - began)

@@ -1,0 +1,58 @@
+"""Models by name; a family's module is imported when one of its models is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+from diagd.errors import unknown
+from diagd.export.families.family import Family
+
+MODULES = {
+    "mineworld-300m": "mineworld",
+    "mineworld-700m": "mineworld",
+    "mineworld-700m-32f": "mineworld",
+    "mineworld-1200m": "mineworld",
+    "mineworld-1200m-32f": "mineworld",
+    "crafter-3m": "world",
+    "world": "world",
+}
+"""Module of this package that holds each model, as ``build(name, checkpoint)``."""
+
+
+def find(name: str, checkpoint: str | None = None) -> Family:
+    """The model called ``name``.
+
+    Args:
+        name: as users type it.
+        checkpoint: where its weights are, for families whose dimensions are read from there.
+
+    Raises:
+        UsageError: there is none; the nearest name and all names are listed.
+    """
+    if name not in MODULES:
+        raise unknown("model", name, MODULES)
+    module = importlib.import_module(f"diagd.export.families.{MODULES[name]}")
+    family: Family = module.build(name, checkpoint)
+    return family
+
+
+def listing() -> list[dict[str, object]]:
+    """One row for each model that needs no folder: size, grid, context, licence, origin."""
+    rows = []
+    for name in MODULES:
+        if name == "world":
+            continue
+        model = find(name)
+        layout, config = model.transformer.layout, model.transformer
+        rows.append(
+            {
+                "model": name,
+                "parameters": sum(math.prod(shape) for shape in model.expected.values()),
+                "grid": f"{layout.rows} x {layout.columns}",
+                "context": f"{config.context_frames} frames",
+                "licence": model.licence,
+                "weights": model.origin,
+            }
+        )
+    return rows

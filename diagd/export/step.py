@@ -1,0 +1,183 @@
+"""The frontier-step graph: one forward pass over a KV cache, in the forms that backends want.
+
+Prefill, next-token prediction, diagonal steps and verification are this one graph. A form says how attention
+meets the cache and what the head gives back; everything else is the transformer itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diagd.export.sampler import GraphSampler
+from diagd.export.transformer import Transformer
+
+HIDDEN_SCORE = -1e30
+"""Added to the score of an invisible key: its weight is exactly 0, and a row is never NaN."""
+
+
+class PrefixAttention:
+    """Attention over the bound prefix of sequence-major buffers [T, G, D], rows appended in place.
+
+    The query heads of a KV head are rows of one matrix product, so no KV head is repeated, and K and V are
+    read as they lie (ONNX Runtime fuses the transpositions into the products). The cost follows the bound
+    length T = live slots + W, not the capacity.
+    """
+
+    def __init__(self, slots: Tensor, bias: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self._slots, self._bias = slots, bias
+        self.keys, self.values = list(keys), list(values)
+
+    def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Rotate [W, heads, D] with one RotaryEmbedding-23."""
+        width, heads, size = x.shape
+        rows = x.reshape(1, width, heads * size)
+        rotated = torch.onnx.ops.rotary_embedding(
+            rows, cosines.unsqueeze(0), sines.unsqueeze(0), num_heads=heads
+        )
+        return rotated.reshape(width, heads, size)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Write the new rows, then attend to the whole bound prefix."""
+        self.keys[layer] = self.keys[layer].index_put((self._slots,), keys)
+        self.values[layer] = self.values[layer].index_put((self._slots,), values)
+        width, heads, size = queries.shape
+        groups = keys.shape[1]
+        grouped = queries.reshape(width, groups, heads // groups, size) * (1 / math.sqrt(size))
+        grouped = grouped.permute(1, 2, 0, 3).reshape(groups, -1, size)
+        scores = grouped @ self.keys[layer].permute(1, 2, 0) + self._bias
+        attended = torch.softmax(scores, dim=-1) @ self.values[layer].permute(1, 0, 2)
+        return (
+            attended.reshape(groups, heads // groups, width, size)
+            .permute(2, 0, 1, 3)
+            .reshape(width, heads, size)
+        )
+
+
+class ModernAttention:
+    """TensorScatter-24 into head-major buffers [1, G, S, D], then Attention-24 with a boolean mask.
+
+    TensorRT maps the pair to its in-place KV cache update and fused attention.
+    """
+
+    def __init__(
+        self, write_index: Tensor, mask: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
+        self._write_index, self._mask = write_index, mask
+        self.keys, self.values = list(keys), list(values)
+
+    def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Rotate [W, heads, D] with one RotaryEmbedding-23."""
+        heads_first = x.transpose(0, 1).unsqueeze(0)
+        rotated = torch.onnx.ops.rotary_embedding(heads_first, cosines.unsqueeze(0), sines.unsqueeze(0))
+        return rotated.squeeze(0).transpose(0, 1)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Update the cache, then attend to every visible slot."""
+        self.keys[layer] = self._scatter(self.keys[layer], keys)
+        self.values[layer] = self._scatter(self.values[layer], values)
+        heads_first = queries.transpose(0, 1).unsqueeze(0)
+        attended = torch.onnx.ops.symbolic(
+            "Attention",
+            (heads_first, self.keys[layer], self.values[layer], self._mask),
+            attrs={"scale": 1 / math.sqrt(queries.shape[-1])},
+            dtype=queries.dtype,
+            shape=heads_first.shape,
+            version=24,
+        )
+        return attended.squeeze(0).transpose(0, 1)
+
+    def _scatter(self, buffer: Tensor, rows: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            "TensorScatter",
+            (buffer, rows.transpose(0, 1).unsqueeze(0), self._write_index),
+            attrs={"axis": 2, "mode": "linear"},
+            dtype=buffer.dtype,
+            shape=buffer.shape,
+            version=24,
+        )
+
+
+class PrefixStep(nn.Module):
+    """Step with dynamic width and bound length; logits of chosen rows, sampling on the host.
+
+    Inputs: token_buffer int32 [N], sources int32 [W], positions int32 [W], slot_position int32 [T],
+    write_index int64 [1], logit_rows int32 [R], past_key_l and past_value_l [T, G, D].
+    Outputs: logits float32 [R, V], present_key_l, present_value_l.
+    """
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self,
+        token_buffer: Tensor,
+        sources: Tensor,
+        positions: Tensor,
+        slot_position: Tensor,
+        write_index: Tensor,
+        logit_rows: Tensor,
+        past: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """One step; ``past`` alternates keys and values, layer by layer."""
+        config = self.transformer.config
+        slots = write_index + torch.arange(sources.shape[0], device=sources.device)
+        visible = slot_position.unsqueeze(0) <= positions.unsqueeze(1)
+        bias = torch.where(visible, 0.0, HIDDEN_SCORE).repeat(config.heads // config.kv_heads, 1)
+        form = PrefixAttention(slots, bias, past[0::2], past[1::2])
+        ids = token_buffer.index_select(0, sources)
+        states = self.transformer.states(ids, positions, form).index_select(0, logit_rows)
+        logits = (states @ self.transformer.head).float()
+        return logits, *_interleave(form.keys, form.values)
+
+
+class ModernStep(nn.Module):
+    """Step of fixed width and capacity with the sampler in the graph.
+
+    Inputs: token_buffer int32 [N], sources, positions, sinks int32 [W], slot_position int32 [S],
+    write_index int64 [1], uniforms float32 [W], temperature, top_p float32 [], top_k int32 [],
+    past_key_l and past_value_l [1, G, S, D].
+    Outputs: next_token_buffer int32 [N], logits float32 [W, V], present_key_l, present_value_l.
+    """
+
+    ranges: Tensor
+
+    def __init__(self, transformer: Transformer, sampler: GraphSampler, ranges: Tensor) -> None:
+        """``ranges`` is int32 [frame_length, 2]: ids allowed at each place of a frame, [low, high)."""
+        super().__init__()
+        self.transformer, self.sampler = transformer, sampler
+        self.register_buffer("ranges", ranges, persistent=False)
+
+    def forward(
+        self,
+        token_buffer: Tensor,
+        sources: Tensor,
+        positions: Tensor,
+        sinks: Tensor,
+        slot_position: Tensor,
+        write_index: Tensor,
+        uniforms: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        past: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """One step; ``past`` alternates keys and values, layer by layer."""
+        layout = self.transformer.config.layout
+        mask = slot_position.unsqueeze(0) <= positions.unsqueeze(1)
+        form = ModernAttention(write_index, mask, past[0::2], past[1::2])
+        ids = token_buffer.index_select(0, sources)
+        logits = (self.transformer.states(ids, positions, form) @ self.transformer.head).float()
+        allowed = functional.embedding((positions + 1 - layout.prefix) % layout.frame_length, self.ranges)
+        sampled = self.sampler(logits, uniforms, temperature, top_k, top_p, allowed[:, 0], allowed[:, 1])
+        tokens = token_buffer.index_put((sinks.long(),), sampled.to(token_buffer.dtype))
+        return tokens, logits, *_interleave(form.keys, form.values)
+
+
+def _interleave(keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for pair in zip(keys, values, strict=True) for tensor in pair]

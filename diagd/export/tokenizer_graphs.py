@@ -1,0 +1,96 @@
+"""Writes the encoder and decoder graphs of a video tokenizer and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diagd.bundle.manifest import Tokenizer
+from diagd.export import weights
+from diagd.export.checkpoints import Checkpoint
+from diagd.export.tokenizers.base import TokenizerGraphs
+from diagd.export.tracing import link_weights, save, trace
+from diagd.export.weights import Placement
+
+WEIGHTS_NAME = "tokenizer.bin"
+OPSET = 20
+FILES = {"encoder": "encoder.onnx", "decoder": "decoder.onnx"}
+
+NUMPY_TYPES: dict[torch.dtype, np.dtype[np.generic]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.uint8: np.dtype(np.uint8),
+    torch.int64: np.dtype(np.int64),
+}
+
+
+def placements(graphs: TokenizerGraphs) -> dict[str, Placement]:
+    """Where each tensor of both modules lies in the tokenizer's weights file."""
+    shapes = {}
+    for module in _modules(graphs).values():
+        for name, tensor in module.state_dict().items():
+            shapes[name] = (tuple(tensor.shape), NUMPY_TYPES[tensor.dtype])
+    return weights.plan(shapes)
+
+
+def write_tokenizer(
+    graphs: TokenizerGraphs, source: Checkpoint, directory: Path, progress: Callable[[int], None]
+) -> Tokenizer:
+    """Write both graphs beside one weights file.
+
+    Args:
+        graphs: the tokenizer.
+        source: tensors under the modules' names, checked.
+        directory: of the bundle.
+        progress: called with bytes written.
+
+    Returns:
+        What the manifest records.
+    """
+    places = placements(graphs)
+    sources = {name: weights.copied(source[name]) for name in places}
+    weights.write(directory / WEIGHTS_NAME, places, sources, progress)
+    examples = {"encoder": _pixels(graphs), "decoder": _tokens(graphs)}
+    for role, module in _modules(graphs).items():
+        names = ("pixels", "tokens") if role == "encoder" else ("tokens", "pixels")
+        model = trace(
+            module,
+            (examples[role],),
+            input_names=[names[0]],
+            output_names=[names[1]],
+            opset=OPSET,
+            dynamic_shapes=_dynamic_frames(graphs, role),
+        )
+        link_weights(model, weights.external_tensors(places, WEIGHTS_NAME, directory))
+        save(model, directory / FILES[role])
+    return Tokenizer(
+        **FILES,
+        height=graphs.height,
+        width=graphs.width,
+        temporal_factor=graphs.temporal_factor,
+        chunk_frames=graphs.chunk_frames,
+    )
+
+
+def _modules(graphs: TokenizerGraphs) -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        modules = {"encoder": graphs.build_encoder(), "decoder": graphs.build_decoder()}
+    return {role: module.to("meta") for role, module in modules.items()}
+
+
+def _pixels(graphs: TokenizerGraphs) -> Tensor:
+    frames = graphs.frames(2)
+    return torch.zeros(frames, graphs.height, graphs.width, 3, dtype=torch.uint8, device="meta")
+
+
+def _tokens(graphs: TokenizerGraphs) -> Tensor:
+    return torch.zeros(2, *graphs.grid, dtype=torch.int32, device="meta")
+
+
+def _dynamic_frames(graphs: TokenizerGraphs, role: str) -> tuple[dict[int, object]]:
+    if role == "encoder" and graphs.temporal_factor > 1:
+        return ({0: graphs.temporal_factor * torch.export.Dim("latents", min=1) + 1},)
+    return ({0: torch.export.Dim("frames", min=1)},)

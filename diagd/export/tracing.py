@@ -1,0 +1,117 @@
+"""Modules on the meta device to ONNX graphs whose weights lie in a file beside them."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from diagd.errors import require
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import onnx_ir as ir
+
+Shapes = Any
+"""Dynamic shapes as torch.export takes them: nested like the inputs."""
+
+FOLD_LIMIT = 1024
+"""Bytes up to which constants are folded; anything larger is a weight and stays external."""
+
+
+def trace(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    opset: int,
+    dynamic_shapes: Shapes = None,
+) -> ir.Model:
+    """Trace a module whose parameters may be on the meta device.
+
+    Args:
+        module: in evaluation mode; its parameters and buffers become initializers under their own names.
+        inputs: example arguments, on the device of the parameters.
+        input_names: graph inputs, nested arguments flattened in order.
+        output_names: graph outputs.
+        opset: ONNX opset.
+        dynamic_shapes: as for ``torch.export.export``; None fixes every size.
+
+    Returns:
+        The graph, not optimised, its initializers without data where the module is on the meta device.
+    """
+    require("onnxscript", extra="export", purpose="write ONNX graphs")
+    with _quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            inputs,
+            dynamo=True,
+            opset_version=opset,
+            optimize=False,
+            verbose=False,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            dynamic_shapes=dynamic_shapes,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    return program.model
+
+
+def link_weights(model: ir.Model, tensors: Mapping[str, ir.ExternalTensor]) -> ir.Model:
+    """Point the initializers of a traced graph at a weights file, then simplify the graph.
+
+    Simplification comes second because constant folding reads small initializers, which have no data before.
+
+    Args:
+        model: from ``trace``; changed in place.
+        tensors: external tensor of every initializer, by name.
+
+    Raises:
+        KeyError: an initializer has no tensor.
+    """
+    from onnxscript import optimizer
+
+    for name, value in model.graph.initializers.items():
+        value.const_value = tensors[name]
+    optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.producer_name = "diagd"
+    return model
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write a linked graph; its weights are referred to, not copied."""
+    import onnx_ir as ir
+
+    ir.save(model, path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's notes on packages that diagd does not use."""
+    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript")
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,144 @@
+"""The weights file: one aligned, memory-mappable file that every graph of a bundle refers to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.export.checkpoints import TensorHandle
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+ALIGNMENT = 4096
+"""Bytes; a page, so that each tensor can be mapped on its own."""
+
+CHUNK_BYTES = 64 << 20
+"""Rows are read and converted in pieces of about this size."""
+
+PRECISIONS: dict[str, np.dtype[np.generic]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A tensor that is read piece by piece: ``chunks()`` yields blocks of rows, in order."""
+
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[Array]]
+
+
+def constant(array: Array) -> WeightSource:
+    """A tensor that is at hand."""
+    return WeightSource(array.shape, lambda: iter([array]))
+
+
+def copied(handle: TensorHandle) -> WeightSource:
+    """A tensor stored as the graph reads it."""
+
+    def chunks() -> Iterator[Array]:
+        if not handle.shape:
+            yield handle.read()
+            return
+        step = _rows_in_chunk(handle.shape)
+        for start in range(0, handle.shape[0], step):
+            yield handle.read_rows(start, min(start + step, handle.shape[0]))
+
+    return WeightSource(handle.shape, chunks)
+
+
+def transposed(handles: Sequence[TensorHandle]) -> WeightSource:
+    """Matrices stored [out, in], side by side as one [in, sum of out]."""
+    shape = (handles[0].shape[1], sum(handle.shape[0] for handle in handles))
+
+    def chunks() -> Iterator[Array]:
+        matrices = [handle.read() for handle in handles]
+        step = _rows_in_chunk(shape)
+        for start in range(0, shape[0], step):
+            yield np.concatenate([matrix[:, start : start + step].T for matrix in matrices], axis=1)
+
+    return WeightSource(shape, chunks)
+
+
+def _rows_in_chunk(shape: tuple[int, ...]) -> int:
+    return max(1, CHUNK_BYTES // max(1, 4 * math.prod(shape[1:])))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a tensor lies in the weights file."""
+
+    offset: int
+    length: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+
+
+def plan(shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[np.generic]]]) -> dict[str, Placement]:
+    """Lay tensors out one behind the other, each aligned; order is that of the mapping."""
+    placements, offset = {}, 0
+    for name, (shape, dtype) in shapes.items():
+        length = math.prod(shape) * dtype.itemsize
+        placements[name] = Placement(offset, length, shape, dtype)
+        offset += -(-length // ALIGNMENT) * ALIGNMENT
+    return placements
+
+
+def total_bytes(placements: Mapping[str, Placement]) -> int:
+    """Size of the weights file."""
+    return max((p.offset + p.length for p in placements.values()), default=0)
+
+
+def write(
+    path: Path,
+    placements: Mapping[str, Placement],
+    sources: Mapping[str, WeightSource],
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Stream every tensor to its place; memory stays at a few chunks whatever the model's size.
+
+    Args:
+        path: file to create.
+        placements: from ``plan``.
+        sources: a source for each placement, converted to the placement's dtype.
+        progress: called with the bytes written by each chunk.
+    """
+    with path.open("wb") as file:
+        for name, placement in placements.items():
+            file.seek(placement.offset)
+            for chunk in sources[name].chunks():
+                converted = np.ascontiguousarray(chunk, dtype=placement.dtype)
+                file.write(converted.data.cast("B") if converted.dtype.kind == "f" else converted.tobytes())
+                progress(converted.nbytes)
+
+
+def external_tensors(
+    placements: Mapping[str, Placement], location: str, directory: Path, prefix: str = ""
+) -> dict[str, ir.ExternalTensor]:
+    """External tensors for a graph that lies beside the weights file, keyed ``prefix + name``."""
+    import onnx_ir as ir
+
+    return {
+        prefix + name: ir.ExternalTensor(
+            location,
+            p.offset,
+            p.length,
+            ir.DataType.from_numpy(p.dtype),
+            shape=ir.Shape(p.shape),
+            name=prefix + name,
+            base_dir=directory,
+        )
+        for name, p in placements.items()
+    }

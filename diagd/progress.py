@@ -1,0 +1,73 @@
+"""Progress of long work on the terminal; silent unless a console is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Item = TypeVar("Item")
+
+
+class Progress:
+    """Bars on a console, or nothing.
+
+    Args:
+        console: rich console for the bars; None keeps quiet.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+
+    @contextmanager
+    def bytes(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar in bytes with its rate; yields the function that advances it."""
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with self._bar(title, total, TextColumn("{task.description}"), BarColumn(), *columns) as advance:
+            yield advance
+
+    @contextmanager
+    def count(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar in items."""
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+        columns = (MofNCompleteColumn(), TimeElapsedColumn())
+        with self._bar(title, total, TextColumn("{task.description}"), BarColumn(), *columns) as advance:
+            yield advance
+
+    def each(self, items: Sequence[Item], title: str) -> Iterable[Item]:
+        """Iterate with a bar."""
+        with self.count(title, len(items)) as advance:
+            for item in items:
+                yield item
+                advance(1)
+
+    @contextmanager
+    def task(self, title: str) -> Iterator[None]:
+        """A spinner for work whose length is not known."""
+        from contextlib import nullcontext
+
+        with self._console.status(title) if self._console else nullcontext():
+            yield
+
+    @contextmanager
+    def _bar(self, title: str, total: int, *columns: object) -> Iterator[Callable[[int], None]]:
+        if self._console is None:
+            yield lambda _: None
+            return
+        from rich.progress import Progress as Bars
+
+        with Bars(*columns, console=self._console, transient=True) as bars:  # type: ignore[arg-type]
+            task = bars.add_task(title, total=total)
+            yield lambda amount: bars.advance(task, amount)

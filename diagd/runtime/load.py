@@ -1,0 +1,66 @@
+"""From a bundle to a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diagd.bundle import Bundle, Form
+from diagd.engines.engine import Engine
+from diagd.engines.modern import ModernEngine
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.prefix import MAX_WIDTH, PrefixEngine
+from diagd.errors import UsageError, unknown
+from diagd.runtime.session import Session, token_places
+from diagd.schedule import slots_needed
+
+COMPAT = ("mineworld",)
+"""Released implementations whose cache can be reproduced."""
+
+
+def load(
+    path: str | Path,
+    *,
+    window: int | None = None,
+    threads: int = 0,
+    compat: str | None = None,
+    prepack: bool = True,
+) -> Session:
+    """Open a bundle and make its engine ready on the CPU.
+
+    Args:
+        path: a bundle made by ``diagd-export``.
+        window: frames a query may see; default: the model's context. Buffers take memory for these only.
+        threads: of ONNX Runtime; 0 is one for each core.
+        compat: ``mineworld`` shows queries the unwritten slots as zero rows, as the released code does; use
+            it with schedules that have ``refeed=False, keep_seeds=True``.
+        prepack: keep packed weights in this machine's cache, for faster starts.
+
+    Raises:
+        BundleError: the bundle is missing, damaged or altered.
+        UsageError: the window or ``compat`` is not possible.
+    """
+    return open_session(Bundle.open(path), window=window, cpu=CpuOptions(threads, prepack), compat=compat)
+
+
+def open_session(
+    bundle: Bundle, *, window: int | None = None, cpu: CpuOptions | None = None, compat: str | None = None
+) -> Session:
+    """A session over a bundle that is open; see ``load``."""
+    manifest = bundle.manifest
+    frames = manifest.context.frames
+    window = frames if window is None else window
+    if not 2 <= window <= frames:
+        raise UsageError(f"window {window} is outside 2..{frames}, the context of {manifest.name}")
+    if compat is not None and compat not in COMPAT:
+        raise unknown("compat", compat, COMPAT)
+    engine = _make_engine(bundle, window, cpu or CpuOptions(), compat is not None)
+    return Session(manifest, engine, window, zero_slots=compat is not None)
+
+
+def _make_engine(bundle: Bundle, window: int, cpu: CpuOptions, zero_slots: bool) -> Engine:
+    layout = bundle.manifest.layout.stream()
+    places = token_places(layout, window).size
+    if not any(graph.form is Form.PREFIX for graph in bundle.manifest.graphs):
+        return ModernEngine(bundle, places, cpu)
+    zero_rows = layout.frame_start(window) if zero_slots else 0
+    return PrefixEngine(bundle, slots_needed(layout, window, MAX_WIDTH) + zero_rows, places, cpu)

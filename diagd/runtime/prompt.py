@@ -1,0 +1,45 @@
+"""Prompts from files: images, videos or token arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from diagd.bundle import Manifest
+from diagd.engines.engine import Int
+from diagd.errors import UsageError
+from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.video import read_frames
+
+
+def read_prompt(path: Path, pixels: PixelCodec, frames: int, resize: bool) -> Int:
+    """Tokens int32 [P, rows, columns] of the last ``frames`` frames of an image or video.
+
+    Raises:
+        UsageError: the file cannot be read, is of another size or too short.
+    """
+    size = (pixels.spec.height, pixels.spec.width)
+    seen = read_frames(path, size, frames=frames, resize=resize)
+    if len(seen) < frames:
+        raise UsageError(f"{path} has {len(seen)} frames, {frames} are asked for; lower prompt_frames")
+    return pixels.encode(seen)
+
+
+def read_tokens(path: Path, manifest: Manifest) -> Int:
+    """Tokens int32 [P, rows, columns] from a .npy file.
+
+    Raises:
+        UsageError: the file cannot be read, or holds ids that are no visual tokens of the model.
+    """
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path} is no .npy array of tokens: {error}") from error
+    high = max(rule.high for rule in manifest.sampling.ranges)
+    if tokens.dtype.kind not in "iu":
+        raise UsageError(f"{path} holds {tokens.dtype}; expected whole numbers, tokens [P, rows, columns]")
+    if not tokens.size or tokens.min() < 0 or tokens.max() >= high:
+        span = f"{tokens.min()}..{tokens.max()}" if tokens.size else "none"
+        raise UsageError(f"{path} holds tokens {span}; {manifest.name} has visual tokens 0..{high - 1}")
+    return np.ascontiguousarray(tokens, dtype=np.int32)

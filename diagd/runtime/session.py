@@ -1,0 +1,263 @@
+"""A session: one stream of frames, decoded step by step over one engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle import Manifest
+from diagd.engines.engine import Engine, Float, Int, SamplingState, StepInputs
+from diagd.errors import UsageError
+from diagd.runtime.random import uniforms
+from diagd.runtime.sampling import SamplingSettings, sample
+from diagd.runtime.slots import SlotRing
+from diagd.runtime.tokens import TokenPlaces
+from diagd.schedule import NO_SINK, Schedule, StreamLayout, Table
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A decoded frame: its index in the stream, tokens int32 [rows, columns] and what it took."""
+
+    index: int
+    tokens: Int
+    steps: int
+    seconds: float
+
+
+@dataclass
+class Timing:
+    """Seconds inside and outside the engine, summed over the steps of a session."""
+
+    steps: int = 0
+    engine: float = 0.0
+    host: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A table with everything that can be worked out before the first step."""
+
+    table: Table
+    sources: Int
+    sinks: Int
+    uniforms: Float
+    ranges: Int
+    transient: NDArray[np.bool_]
+    frame_starts: dict[int, int]
+    frame_ends: dict[int, int]
+
+
+class Session:
+    """Generates frames behind a prompt.
+
+    Args:
+        manifest: of the bundle.
+        engine: compiled step graph over KV buffers large enough for ``window``.
+        window: frames that a query may see, its own included; older ones are evicted.
+        zero_slots: positions that start as visible zero rows (the released MineWorld code's cache).
+    """
+
+    def __init__(self, manifest: Manifest, engine: Engine, window: int, zero_slots: bool = False) -> None:
+        self.manifest, self.engine, self.window = manifest, engine, window
+        self.layout: StreamLayout = manifest.layout.stream()
+        self.timing = Timing()
+        self._places = token_places(self.layout, window)
+        zero_rows = (self.layout.frame_start(0), self.layout.frame_start(window)) if zero_slots else (0, 0)
+        self._slots = SlotRing(engine.slot_position, zero_rows)
+        self._known = self._fed = 0
+        self._range_table = manifest.sampling.range_table(self.layout)
+
+    def start(self, frames: Int, actions: Int | None = None) -> None:
+        """Forget everything and take a prompt.
+
+        Args:
+            frames: int32 [P, rows, columns], P at least 1 and below the window.
+            actions: int32 [P, n], ids of the known tokens leading to each prompt frame; row 0 only matters
+                where known tokens precede the first frame. Not needed for models without actions.
+
+        Raises:
+            UsageError: shape or length does not fit the model.
+        """
+        grid = (self.layout.rows, self.layout.columns)
+        if frames.ndim != 3 or frames.shape[1:] != grid or not len(frames):
+            raise UsageError(
+                f"the prompt has shape {frames.shape}, this model takes [frames, {grid[0]}, {grid[1]}]"
+            )
+        if len(frames) >= self.window:
+            raise UsageError(
+                f"the prompt has {len(frames)} frames but the window holds {self.window} with the one to "
+                f"decode; give at most {self.window - 1} frames or load with a larger window"
+            )
+        self._slots.reset()
+        self._known = self._fed = 0
+        self.engine.token_buffer[:] = 0
+        self._put(0, np.asarray(self.manifest.layout.prefix_tokens, np.int32))
+        for index, frame in enumerate(frames):
+            self._put_actions(index, None if actions is None else actions[index])
+            self._put(self.layout.first_cell(index), frame.reshape(-1))
+        self._known = len(frames)
+
+    def generate(
+        self,
+        frames: int,
+        actions: Int | None = None,
+        *,
+        schedule: Schedule | None = None,
+        sampling: SamplingSettings | None = None,
+        seed: int = 0,
+    ) -> Iterator[Frame]:
+        """Decode frames behind what is known, yielding each when it is complete.
+
+        Args:
+            frames: how many.
+            actions: int32 [frames, n], ids of the known tokens leading to each of them.
+            schedule: decoding order; default: the manifest's.
+            sampling: default: the manifest's.
+            seed: of the random numbers; with the same engine, the same seed gives the same tokens.
+
+        Raises:
+            UsageError: there is no prompt, or actions are missing.
+        """
+        if not self._known:
+            raise UsageError("a session needs a prompt; call start(frames, actions) first")
+        schedule = schedule or self.manifest.schedule.schedule(self.layout)
+        sampling = self._settings(sampling)
+        if self.layout.gap and (actions is None or len(actions) != frames):
+            raise UsageError(
+                f"{frames} frames need actions of shape [{frames}, {self.layout.gap}], "
+                f"got {'none' if actions is None else list(np.shape(actions))}"
+            )
+        in_flight = schedule.steps_per_frame // schedule.d + 1
+        if self.window < in_flight:
+            raise UsageError(
+                f"k={schedule.k}, d={schedule.d} has {in_flight} frames under way at once, the window holds "
+                f"{self.window}; use a larger window or a larger d"
+            )
+        plan = self._plan(schedule, frames, seed)
+        return self._decode(plan, actions, sampling, schedule.keep_seeds)
+
+    def _settings(self, chosen: SamplingSettings | None) -> SamplingSettings:
+        rules = self.manifest.sampling
+        settings = chosen or SamplingSettings(rules.temperature, rules.top_k, rules.top_p)
+        if 0 < settings.temperature < rules.minimum_temperature:
+            return replace(settings, temperature=rules.minimum_temperature)
+        return settings
+
+    def _plan(self, schedule: Schedule, frames: int, seed: int) -> _Plan:
+        table = schedule.table(self._known, frames, self._fed, self.engine.max_width)
+        offset = self.layout.prefix
+        place = np.where(table.sinks == NO_SINK, 0, (table.sinks - offset) % self.layout.frame_length)
+        return _Plan(
+            table,
+            self._places.of(table.sources),
+            self._places.of(table.sinks),
+            uniforms(seed, table.sinks.astype(np.int64)),
+            self._range_table[place],
+            table.sources != table.positions,
+            {int(step): index for index, step in enumerate(table.frame_starts)},
+            {int(step): index for index, step in enumerate(table.frame_ends)},
+        )
+
+    def _decode(
+        self, plan: _Plan, actions: Int | None, sampling: SamplingSettings, keep_seeds: bool
+    ) -> Iterator[Frame]:
+        table, first = plan.table, plan.table.first_frame
+        began, first_step = time.perf_counter(), 0
+        if actions is not None:
+            self._put_actions(first, actions[0])
+        try:
+            for step in range(table.steps):
+                if (started := plan.frame_starts.get(step)) is not None:
+                    self._begin_frame(first + started, actions[started] if actions is not None else None)
+                self._run_step(plan, step, sampling, keep_seeds)
+                if (ended := plan.frame_ends.get(step)) is None:
+                    continue
+                frame = self._complete(first + ended)
+                yield Frame(first + ended, frame, step + 1 - first_step, time.perf_counter() - began)
+                began, first_step = time.perf_counter(), step + 1
+        finally:
+            # A caller may stop between chained frames: rows of frames that are not complete must go.
+            self._slots.evict(self._fed, self._fed + 2 * self.window * self.layout.frame_length)
+
+    def _complete(self, frame: int) -> Int:
+        """Count a frame as known; all its tokens but the last one are in the cache."""
+        self._known = frame + 1
+        start = self.layout.first_cell(frame)
+        self._fed = start + self.layout.cells - 1
+        places = self._places.of(np.arange(start, start + self.layout.cells, dtype=np.int32))
+        return self.engine.token_buffer[places].reshape(self.layout.rows, self.layout.columns)
+
+    def _run_step(self, plan: _Plan, step: int, sampling: SamplingSettings, keep_seeds: bool) -> None:
+        began = time.perf_counter()
+        rows = slice(int(plan.table.offsets[step]), int(plan.table.offsets[step + 1]))
+        positions = plan.table.positions[rows] - np.int32(self._slots.base)
+        start = self._slots.append(positions, self.engine.padded_width(len(positions)))
+        sinks = plan.sinks[rows]
+        decoded = np.flatnonzero(plan.table.sinks[rows] != NO_SINK).astype(np.int32)
+        draws = plan.uniforms[rows][decoded]
+        inputs = StepInputs(plan.sources[rows], positions, sinks, decoded, draws, start, self._slots.live)
+        state = SamplingState(sampling.temperature, sampling.top_k, sampling.top_p)
+        entered = time.perf_counter()
+        logits = self.engine.step(inputs, state)
+        left = time.perf_counter()
+        if not self.engine.samples_in_graph and len(decoded):
+            ranges = plan.ranges[rows][decoded]
+            self.engine.token_buffer[sinks[decoded]] = sample(
+                logits,
+                draws,
+                sampling,
+                low=ranges[:, 0],
+                high=ranges[:, 1],
+                keep_crossing=self.manifest.sampling.keep_crossing,
+            )
+        if not keep_seeds:
+            self._slots.void(start, np.flatnonzero(plan.transient[rows]))
+        ended = time.perf_counter()
+        self.timing.steps += 1
+        self.timing.engine += left - entered
+        self.timing.host += entered - began + ended - left
+        self.timing.step_seconds.append(ended - began)
+
+    def _begin_frame(self, frame: int, actions: Int | None) -> None:
+        """Evict what falls out of the window, make room in the rotary table, and take the frame's actions."""
+        prefix = self.layout.prefix
+        oldest = max(0, frame - self.window + 1)
+        if oldest:
+            self._slots.evict(prefix, self.layout.frame_start(oldest))
+        if self.layout.frame_start(frame + 2) - self._slots.base > self.manifest.context.positions:
+            self._rebase(oldest)
+        if self.layout.gap and actions is not None:
+            self._put_actions(frame, actions)
+
+    def _rebase(self, oldest: int) -> None:
+        base_frame = self._slots.base // self.layout.frame_length
+        frames = oldest - base_frame
+        angles = -frames * np.asarray(self.manifest.context.frame_angles)
+        self.engine.rotate_keys(angles, self._slots.live)
+        self._slots.rebase(frames * self.layout.frame_length)
+
+    def _put_actions(self, frame: int, ids: Int | None) -> None:
+        """Write the known tokens ahead of a frame; the first frame has only those of its own layout."""
+        count = self.layout.before if frame == 0 else self.layout.gap
+        if not count:
+            return
+        if ids is None or len(ids) < count:
+            raise UsageError(
+                f"frame {frame} needs {count} action tokens, got {0 if ids is None else len(ids)}"
+            )
+        self._put(self.layout.first_cell(frame) - count, np.asarray(ids)[-count:])
+
+    def _put(self, position: int, ids: Int) -> None:
+        places = self._places.of(np.arange(position, position + len(ids), dtype=np.int32))
+        self.engine.token_buffer[places] = ids
+
+
+def token_places(layout: StreamLayout, window: int) -> TokenPlaces:
+    """Places for the window and the frames that seeds and chained frames reach beyond it."""
+    return TokenPlaces(layout, window + 4)
