@@ -36,12 +36,15 @@ def analyse(video: Tensor) -> Tensor:
     """Bands ``[(T + 3) / 4, 192, H / 4, W / 4]`` of ``[T, 3, H, W]``, whose first frame counts four times."""
     padded = torch.cat([video[:1]] * (SIDE - 1) + [video])
     kernel = constant(basis() / SIDE**3, video)
-    bands = functional.conv3d(padded.transpose(0, 1).unsqueeze(0), kernel, stride=SIDE)
+    # a missing bias is exported as one that ONNX Runtime rejects unless constants are folded
+    bias = constant(np.zeros(CHANNELS), video)
+    bands = functional.conv3d(padded.transpose(0, 1).unsqueeze(0), kernel, bias, stride=SIDE)
     return bands.squeeze(0).transpose(0, 1)
 
 
 def synthesise(bands: Tensor) -> Tensor:
     """The inverse: ``[t, 192, h, w]`` to ``[4t - 3, 3, 4h, 4w]``."""
     kernel = constant(basis(), bands)
-    video = functional.conv_transpose3d(bands.transpose(0, 1).unsqueeze(0), kernel, stride=SIDE)
+    bias = constant(np.zeros(COLOURS), bands)
+    video = functional.conv_transpose3d(bands.transpose(0, 1).unsqueeze(0), kernel, bias, stride=SIDE)
     return video.squeeze(0).transpose(0, 1)[SIDE - 1 :]

@@ -24,7 +24,8 @@ class Weights:
         return f"{self.prefix}{name}" in self.tensors
 
     def get(self, name: str, default: float) -> Array | float:
-        return self[name] if name in self else default
+        found = self.tensors.get(f"{self.prefix}{name}")
+        return default if found is None else found.astype(np.float64)
 
     def at(self, *path: object) -> Weights:
         return Weights(self.tensors, self.prefix + ".".join(map(str, path)) + ".")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from diagd.export.tokenizers.base import TokenizerGraphs
+from diagd.export.tracing import save, trace
 
 torch.set_num_threads(1)
 
@@ -34,16 +35,17 @@ def run(module: nn.Module, values: NDArray[np.generic]) -> NDArray[np.generic]:
 def session(
     module: nn.Module, example: NDArray[np.generic], path: Path, opset: int
 ) -> onnxruntime.InferenceSession:
-    """Export with a free number of frames and open the graph."""
-    torch.onnx.export(
+    """Export with a free number of frames and open the graph; its tensors are called pixels and tokens."""
+    names = ("pixels", "tokens") if example.ndim == 4 else ("tokens", "pixels")
+    graph = trace(
         module,
         (torch.from_numpy(example),),
-        path,
-        dynamo=True,
-        opset_version=opset,
+        input_names=names[:1],
+        output_names=names[1:],
+        opset=opset,
         dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-        verbose=False,
     )
+    save(graph, path)
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
