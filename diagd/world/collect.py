@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
 from diagd.world.simulator import ACTIONS, Simulator
 
@@ -108,22 +109,22 @@ def load_episode(path: Path) -> Episode:
     try:
         with np.load(path, allow_pickle=False) as shard:
             episode = Episode(shard["frames"], shard["actions"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is not an episode shard: {error}; delete it and collect again") from error
     if len(episode.frames) != len(episode.actions):
         raise UsageError(f"{path}: {len(episode.frames)} frames but {len(episode.actions)} actions")
     return episode
 
 
+def save_episode(path: Path, episode: Episode) -> None:
+    """Write one shard."""
+    with atomic_file(path) as partial:
+        np.savez_compressed(partial, frames=episode.frames, actions=episode.actions)
+
+
 def _record(options: CollectOptions, index: int) -> Path:
-    episode = play_episode(options, index)
     path = shard_path(options.output, index)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, frames=episode.frames, actions=episode.actions)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    save_episode(path, play_episode(options, index))
     return path
 
 

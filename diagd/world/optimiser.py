@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-WARM_UP, FLAT_UNTIL = 0.03, 0.3
+WARM_UP, WARM_UP_SHARE, FLAT_UNTIL = 60, 0.2, 0.3
 
 
 class Optimiser:
@@ -42,8 +42,7 @@ class Optimiser:
             part.load_state_dict(state[str(n)])
 
 
-def learning_rate(progress: float) -> float:
-    """Share of the base rate at ``progress`` in 0..1: linear warm-up, flat, linear decay to 0."""
-    if progress < WARM_UP:
-        return progress / WARM_UP
-    return min(1.0, (1.0 - progress) / (1.0 - FLAT_UNTIL))
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the base rate at ``step`` in 1..steps: linear warm-up, flat, linear decay to 0."""
+    warm_up = min(WARM_UP, WARM_UP_SHARE * steps)
+    return min(1.0, step / warm_up, (1.0 - step / steps) / (1.0 - FLAT_UNTIL))

@@ -169,7 +169,7 @@ class _Trainer:
             loss = forced_loss(self.model, self.losses.batch(step, self.rank).to(options.device))
             loss.backward()
             self._share_gradients()
-            self.optimiser.step(learning_rate((step + 1) / options.steps))
+            self.optimiser.step(learning_rate(step + 1, options.steps))
             if self.rank == 0:
                 self._log(Progress(step + 1, options.steps, loss.item(), time.monotonic() - started), report)
                 if (step + 1) % options.checkpoint_every == 0:

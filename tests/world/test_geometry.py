@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diagd.world.dataset import TokenDataset
+from diagd.world.geometry import PLAYER, SHIFTS, Geometry, shift_agreement
+from diagd.world.simulator import COLUMNS, ROWS, SCROLL, VIEW_ROWS
+
+GROUND, ROCK, PLAYER_CODE, ICON, CODES = (0, 1, 2), 3, 4, 5, 8
+
+
+def walk(steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A player on a random map of ground and rock, drawn by rules written out here: frames and actions."""
+    random = np.random.default_rng(seed)
+    world = random.choice([*GROUND, ROCK], (80, 80), p=[0.3, 0.25, 0.25, 0.2])
+    y, x = 40, 40
+    frames, actions = [], []
+    for _ in range(steps):
+        action = int(random.integers(0, 6))
+        dy, dx = {1: (0, -1), 2: (0, 1), 3: (-1, 0), 4: (1, 0)}.get(action, (0, 0))
+        if frames and world[y + dy, x + dx] != ROCK:
+            y, x = y + dy, x + dx
+        view = world[y - 3 : y + 4, x - 6 : x + 6].copy()
+        view[PLAYER] = PLAYER_CODE
+        frames.append(np.concatenate([view, np.full((ROWS - VIEW_ROWS, COLUMNS), ICON)]))
+        actions.append(action)
+    return np.stack(frames), np.asarray(actions)
+
+
+@pytest.fixture(scope="module")
+def geometry() -> Geometry:
+    streams, starts = [], [0]
+    for seed in range(4):
+        frames, actions = walk(120, seed)
+        streams.append(np.concatenate([CODES + actions[:, None], frames.reshape(len(frames), -1)], axis=1))
+        starts.append(starts[-1] + len(frames))
+    recording = TokenDataset(np.concatenate(streams).astype(np.int16), np.asarray(starts))
+    return Geometry.learn(recording, CODES)
+
+
+def test_ground_and_rock_are_told_apart(geometry: Geometry) -> None:
+    assert geometry.is_ground[list(GROUND)].all()
+    assert not geometry.is_ground[ROCK]
+
+
+def test_true_frames_follow_every_action(geometry: Geometry) -> None:
+    frames, actions = walk(200, seed=9)
+    verdict = geometry.follows(frames[:-1], frames[1:], actions[1:])
+    assert verdict.counts.mean() > 0.9
+    assert verdict.followed[verdict.counts].all()
+    assert (verdict.agreement == 1).all()
+    assert 0.4 < verdict.walks.mean() < 0.7
+
+
+def test_a_frozen_picture_follows_no_walk(geometry: Geometry) -> None:
+    frames, actions = walk(200, seed=9)
+    frozen = np.broadcast_to(frames[0], frames.shape)
+    verdict = geometry.follows(frozen[:-1], frozen[1:], actions[1:])
+    walks = verdict.counts & verdict.walks
+    assert walks.any()
+    assert not verdict.followed[walks].any()
+
+
+def test_a_walk_the_wrong_way_is_caught(geometry: Geometry) -> None:
+    frames, actions = walk(200, seed=9)
+    mirrored = np.array([0, 2, 1, 4, 3, 5])[actions]
+    verdict = geometry.follows(frames[:-1], frames[1:], mirrored[1:])
+    moved = shift_agreement(frames[:-1], frames[1:])[:, 0] < 1
+    assert not verdict.followed[verdict.counts & moved].any()
+
+
+def test_uniform_ground_tells_nothing(geometry: Geometry) -> None:
+    plain = np.zeros((2, ROWS, COLUMNS), int)
+    assert not geometry.follows(plain[:1], plain[1:], np.array([1])).counts.any()
+
+
+def test_invalid_tiles_depend_on_the_region(geometry: Geometry) -> None:
+    frame = np.full((1, ROWS, COLUMNS), ICON)
+    frame[:, :VIEW_ROWS] = 0
+    assert not geometry.invalid(frame).any()
+    frame[0, 2, 3], frame[0, 8, 1], frame[0, 1, 1] = ICON, 0, CODES - 1
+    assert sorted(map(tuple, np.argwhere(geometry.invalid(frame)[0]))) == [(1, 1), (2, 3), (8, 1)]
+
+
+def test_agreement_finds_each_shift() -> None:
+    random = np.random.default_rng(0)
+    world = random.integers(0, 50, (20, 20))
+    before = world[5 : 5 + ROWS, 4 : 4 + COLUMNS]
+    for n, (dy, dx) in enumerate(SHIFTS):
+        after = world[5 + dy : 5 + dy + ROWS, 4 + dx : 4 + dx + COLUMNS]
+        agreement = shift_agreement(before[None], after[None])[0]
+        assert agreement[n] == 1
+        assert (np.delete(agreement, n) < 0.3).all()
+    assert len(SHIFTS) == 1 + len(SCROLL)
