@@ -1,0 +1,84 @@
+"""Plays a scripted walk through a bundle, frame by frame, by next-token prediction and by diagonal decoding.
+
+Usage: python examples/demo.py BUNDLE OUTPUT.mp4
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import diagd
+from diagd.bundle import Bundle
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.progress import Progress
+from diagd.runtime.actions import encode
+from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.prompt import read_prompt
+from diagd.runtime.video import VideoWriter
+from diagd.schedule import Schedule
+
+PROMPT = Path(__file__).parent / "crafter.png"
+WALK = [("right", 10), ("down", 8), ("left", 14), ("up", 8), ("right", 8)]
+WARM_UP = 3
+
+
+def main(bundle_path: Path, output: Path) -> None:
+    """Decode the walk with each schedule, print the table, and write the last one as a video."""
+    bundle = Bundle.open(bundle_path)
+    manifest, layout = bundle.manifest, bundle.manifest.layout.stream()
+    assert manifest.actions is not None
+    pixels = PixelCodec(bundle, CpuOptions())
+    prompt = read_prompt(PROMPT, pixels, frames=1, resize=False)
+    walk = [name for name, count in WALK for _ in range(count)]
+    actions = np.stack([encode(manifest.actions, {"action": name}) for name in walk])
+    schedules = {
+        "next-token": Schedule.next_token(layout),
+        "diagonal k=2": Schedule.serial(layout, 2),
+        "diagonal k=1": Schedule.serial(layout, 1),
+        "diagonal k=1 chained": Schedule.chained(layout, 1),
+    }
+    console = Console()
+    table = Table("decoding", "passes", "ms a pass", "ms a frame", "frames/s", "gain", title=manifest.name)
+    slowest = 0.0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for name, schedule in schedules.items():
+        session = diagd.load(bundle_path)
+        session.start(prompt, np.tile(encode(manifest.actions, {}), (1, 1)))
+        for _ in session.generate(WARM_UP, actions[:WARM_UP], schedule=schedule):
+            pass
+        session.start(prompt, np.tile(encode(manifest.actions, {}), (1, 1)))
+        passes = session.timing.steps
+        size = (pixels.spec.height, pixels.spec.width)
+        with (
+            Progress(console).count(name, len(actions)) as advance,
+            VideoWriter(output, manifest.frames_per_second, size) as video,
+        ):
+            for image in pixels.decode(iter(prompt)):
+                video.write(image)
+            began = time.perf_counter()
+            for frame in session.generate(len(actions), actions, schedule=schedule):
+                video.write(next(pixels.decode(iter([frame.tokens]))))
+                advance(1)
+            seconds = time.perf_counter() - began
+        passes = session.timing.steps - passes
+        slowest = slowest or seconds
+        table.add_row(
+            name,
+            str(passes),
+            f"{1e3 * seconds / passes:.2f}",
+            f"{1e3 * seconds / len(actions):.1f}",
+            f"{len(actions) / seconds:.1f}",
+            f"{slowest / seconds:.1f}x",
+        )
+    console.print(table)
+    console.print(f"{len(actions)} frames, pixels and video included; the walk of the last row is in {output}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
