@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +31,40 @@ class Frame:
     seconds: float
 
 
+RECENT_STEPS: Final = 1 << 15
+
+
+class StepTime(NamedTuple):
+    """One step: when it began (``time.perf_counter``), its size, and the seconds of its parts.
+
+    ``rows`` are fed, ``decoded`` of them predict a cell, ``live`` slots are in use. ``host`` is what is
+    neither in the engine nor in the sampler of the host.
+    """
+
+    began: float
+    rows: int
+    decoded: int
+    live: int
+    engine: float
+    sampling: float
+    host: float
+
+
 @dataclass
 class Timing:
-    """Seconds inside and outside the engine, summed over the steps of a session."""
+    """Seconds inside and outside the engine over all steps, and the last steps one by one."""
 
     steps: int = 0
     engine: float = 0.0
     host: float = 0.0
-    step_seconds: list[float] = field(default_factory=list)
+    recent: deque[StepTime] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+
+    def add(self, step: StepTime) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.engine += step.engine
+        self.host += step.host + step.sampling
+        self.recent.append(step)
 
 
 @dataclass(frozen=True)
@@ -216,13 +244,12 @@ class Session:
                 high=ranges[:, 1],
                 keep_crossing=self.manifest.sampling.keep_crossing,
             )
+        sampled = time.perf_counter()
         if not keep_seeds:
             self._slots.void(start, np.flatnonzero(plan.transient[rows]))
-        ended = time.perf_counter()
-        self.timing.steps += 1
-        self.timing.engine += left - entered
-        self.timing.host += entered - began + ended - left
-        self.timing.step_seconds.append(ended - began)
+        host = entered - began + time.perf_counter() - sampled
+        width = len(positions), len(decoded), self._slots.live
+        self.timing.add(StepTime(began, *width, left - entered, sampled - left, host))
 
     def _begin_frame(self, frame: int, actions: Int | None) -> None:
         """Evict what falls out of the window, make room in the rotary table, and take the frame's actions."""
