@@ -77,7 +77,7 @@ def main(bundle_path: Path, output: Path) -> None:
             f"{slowest / seconds:.1f}x",
         )
     console.print(table)
-    console.print(f"{len(actions)} frames, pixels and video included; the walk of the last row is in {output}")
+    console.print(f"{len(actions)} frames, pixels and video included; the last walk is in {output}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ FILES = {"encoder": "encoder.onnx", "decoder": "decoder.onnx"}
 
 NUMPY_TYPES: dict[torch.dtype, np.dtype[np.generic]] = {
     torch.float32: np.dtype(np.float32),
+    torch.float16: np.dtype(np.float16),
     torch.uint8: np.dtype(np.uint8),
     torch.int64: np.dtype(np.int64),
 }
@@ -82,12 +83,12 @@ def _modules(graphs: TokenizerGraphs) -> dict[str, nn.Module]:
 
 
 def _pixels(graphs: TokenizerGraphs) -> Tensor:
-    frames = graphs.frames(2)
+    frames = graphs.frames(3)
     return torch.zeros(frames, graphs.height, graphs.width, 3, dtype=torch.uint8, device="meta")
 
 
 def _tokens(graphs: TokenizerGraphs) -> Tensor:
-    return torch.zeros(2, *graphs.grid, dtype=torch.int32, device="meta")
+    return torch.zeros(3, *graphs.grid, dtype=torch.int32, device="meta")
 
 
 def _dynamic_frames(graphs: TokenizerGraphs, role: str) -> tuple[dict[int, object]]:

@@ -73,15 +73,13 @@ def link_weights(model: ir.Model, tensors: Mapping[str, ir.ExternalTensor]) -> i
 
     Args:
         model: from ``trace``; changed in place.
-        tensors: external tensor of every initializer, by name.
-
-    Raises:
-        KeyError: an initializer has no tensor.
+        tensors: external tensor of every parameter and buffer, by name.
     """
     from onnxscript import optimizer
 
     for name, value in model.graph.initializers.items():
-        value.const_value = tensors[name]
+        if name in tensors:  # the others are literals of the module's code and hold their data
+            value.const_value = tensors[name]
     optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     for node in model.graph:
         node.metadata_props.clear()

@@ -46,11 +46,13 @@ class PixelCodec:
         expected = (self.spec.height, self.spec.width, 3)
         if pixels.ndim != 4 or pixels.shape[1:] != expected:
             raise UsageError(f"frames of shape {pixels.shape[1:]}; this tokenizer takes {expected}")
-        if (len(pixels) - 1) % self.spec.temporal_factor:
+        step, factor = self.spec.chunk_frames, self.spec.temporal_factor
+        rest = len(pixels) % step
+        if rest and (rest - 1) % factor:
             raise UsageError(
-                f"{len(pixels)} frames; this tokenizer takes 1 + {self.spec.temporal_factor} n of them"
+                f"{len(pixels)} frames; this tokenizer takes chunks of {step} and a rest of 1 + {factor} n "
+                f"frames: give {len(pixels) - (rest - 1) % factor}"
             )
-        step = self.spec.chunk_frames
         chunks = [pixels[start : start + step] for start in range(0, len(pixels), step)]
         return np.concatenate([self._run(self.spec.encoder, "pixels", chunk) for chunk in chunks])
 

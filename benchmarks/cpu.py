@@ -1,0 +1,254 @@
+"""mineworld-300m on this CPU: DiagD against NTP, against PyTorch, against capacity, and over time.
+
+All candidates of a table are interleaved in one process. Times are process CPU time with one intra-op
+thread, which other work on the machine disturbs least; with --wall, wall time with all cores. From the root:
+
+    python -m benchmarks.cpu --bundle mineworld-300m.diagd [--part frame|capacity|window|host] [--wall]
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from diagd.bundle import Bundle
+from diagd.engines.engine import VOID, SamplingState, StepInputs
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.prefix import PrefixEngine
+from diagd.runtime.load import open_session
+from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.session import Session, token_places
+from diagd.schedule import Schedule, StreamLayout
+from diagd.schedule.table import Table as StepTable
+
+CONSOLE = Console(width=120)
+GREEDY = SamplingState(0.0, 0, 1.0)
+Clock = Callable[[], float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--part", choices=("frame", "peers", "capacity", "window", "host"), action="append")
+    parser.add_argument("--wall", action="store_true", help="wall time with all cores")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    bundle = Bundle.open(args.bundle)
+    parts = {"frame": frame, "peers": peers, "capacity": capacity, "window": window, "host": host}
+    for name in args.part or parts:
+        parts[name](bundle, args.wall, args.repeats)
+
+
+def clock(wall: bool) -> Clock:
+    return time.perf_counter if wall else time.process_time
+
+
+class Bench:
+    """An engine whose cache is filled with random rows up to a number of live slots."""
+
+    def __init__(self, bundle: Bundle, slots: int, wall: bool) -> None:
+        self.layout: StreamLayout = bundle.manifest.layout.stream()
+        places = token_places(self.layout, bundle.manifest.context.frames).size
+        self.engine = PrefixEngine(bundle, slots, places, CpuOptions(0 if wall else 1))
+        random = np.random.default_rng(0)
+        for buffer in self.engine.buffers.values():
+            rows = min(len(buffer), 4096)
+            buffer[:rows] = random.standard_normal(buffer[:rows].shape, dtype=np.float32)
+        self.engine.token_buffer[:] = random.integers(0, 8192, places)
+
+    def frame(self, schedule: Schedule, live: int, now: Clock, steps: slice = slice(None)) -> float:
+        """Seconds of the chosen steps of one frame behind ``live`` slots."""
+        table = schedule.table(live // self.layout.frame_length, 1, live - 1)
+        total = 0.0
+        for index in range(table.steps)[steps]:
+            inputs = self._inputs(table, index, live)
+            began = now()
+            logits = self.engine.step(inputs, GREEDY)
+            logits[:, :8192].argmax(axis=1)
+            total += now() - began
+        return total
+
+    def _inputs(self, table: StepTable, index: int, live: int) -> StepInputs:
+        rows = slice(int(table.offsets[index]), int(table.offsets[index + 1]))
+        start = live - 1 + int(table.offsets[index])
+        positions = table.positions[rows]
+        width = len(positions)
+        self.engine.slot_position[:] = VOID
+        self.engine.slot_position[:start] = np.minimum(np.arange(start), live - 1)
+        self.engine.slot_position[start : start + width] = positions
+        decoded = np.flatnonzero(table.sinks[rows] >= 0).astype(np.int32)
+        sources = (table.sources[rows] % 5000).astype(np.int32)
+        scratch = np.full(width, len(self.engine.token_buffer) - 1, np.int32)
+        uniforms = np.full(len(decoded), 0.5, np.float32)
+        return StepInputs(sources, positions, scratch, decoded, uniforms, start, start + width)
+
+
+def frame(bundle: Bundle, wall: bool, repeats: int) -> None:
+    """One 14 x 24 frame behind 347 and 2,776 slots: DiagD k=1, 2, 4 against NTP (48 of its 336 steps)."""
+    bench, now = Bench(bundle, 4096, wall), clock(wall)
+    layout = bench.layout
+    sampled = slice(8, None, 7)
+    ntp_steps = len(range(layout.cells)[sampled])
+    for live in (347, 2776):
+        seconds: dict[str, list[float]] = {"NTP": [], "k=4": [], "k=2": [], "k=1": []}
+        bench.frame(Schedule.serial(layout, 1), live, now)
+        for _ in range(repeats):
+            ntp = bench.frame(Schedule.next_token(layout), live, now, sampled)
+            seconds["NTP"].append(ntp * layout.cells / ntp_steps)
+            for k in (4, 2, 1):
+                seconds[f"k={k}"].append(bench.frame(Schedule.serial(layout, k), live, now))
+        table = Table(
+            "decoding", "steps", "s a frame", "gain", "step ratio", "share of it", title=_title(live, wall)
+        )
+        ntp = float(np.median(seconds["NTP"]))
+        for name, values in seconds.items():
+            schedule = Schedule.serial(layout, int(name[2:])) if "=" in name else Schedule.next_token(layout)
+            steps, spent = schedule.total_steps(1), float(np.median(values))
+            ratio, gain = layout.cells / steps, ntp / spent
+            table.add_row(
+                name, str(steps), f"{spent:.2f}", f"{gain:.2f}x", f"{ratio:.2f}x", f"{gain / ratio:.2f}"
+            )
+        CONSOLE.print(table)
+
+
+def peers(bundle: Bundle, wall: bool, repeats: int) -> None:
+    """The same frame in PyTorch: the published form of the runtime, and the best form we know."""
+    import torch
+
+    from benchmarks.baselines import OptimisedForm, PublishedForm
+    from diagd.export.families.registry import find
+
+    torch.set_num_threads(torch.get_num_threads() if wall else 1)
+    bench, now = Bench(bundle, 4096, wall), clock(wall)
+    config, weights = find(bundle.manifest.name).transformer, _weights(bundle)
+    schedule = Schedule.serial(bench.layout, 1)
+    rivals = {
+        "PyTorch, published form": PublishedForm(weights, config, torch.float32, 5552),
+        "PyTorch, optimised form": OptimisedForm(weights, config, torch.float32, 5552),
+    }
+    for live in (347, 2776):
+        table = schedule.table(live // bench.layout.frame_length, 1, live - 1)
+        seconds: dict[str, list[float]] = {name: [] for name in ("diagd", *rivals)}
+        bench.frame(schedule, live, now)
+        for _ in range(repeats):
+            seconds["diagd"].append(bench.frame(schedule, live, now))
+            for name, form in rivals.items():
+                form.prefill(live - 1)
+                began = now()
+                form.decode(table)
+                seconds[name].append(now() - began)
+        rows = Table("runtime, k=1, float32", "s a frame", "diagd is", title=_title(live, wall))
+        ours = float(np.median(seconds["diagd"]))
+        for name, values in seconds.items():
+            spent = float(np.median(values))
+            rows.add_row(name, f"{spent:.2f}", f"{spent / ours:.2f}x")
+        CONSOLE.print(rows)
+
+
+def capacity(bundle: Bundle, wall: bool, repeats: int) -> None:
+    """A step at 512 live slots with buffers of 1,024 and of 50,000 slots."""
+    now, layout = clock(wall), bundle.manifest.layout.stream()
+    benches = {slots: Bench(bundle, slots, wall) for slots in (1024, 50_000)}
+    schedule = Schedule.serial(layout, 1)
+    for chosen, width in ((slice(1, 2), 1), (slice(16, 17), 14)):
+        seconds: dict[int, list[float]] = {slots: [] for slots in benches}
+        for repeat in range(4 * repeats + 2):
+            for slots, bench in benches.items():
+                spent = bench.frame(schedule, 512, now, chosen)
+                if repeat >= 2:
+                    seconds[slots].append(spent)
+        small, large = (1e3 * float(np.median(seconds[slots])) for slots in benches)
+        CONSOLE.print(
+            f"step of width {width} at 512 live slots: {small:.1f} ms with 1,024 slots, {large:.1f} ms with "
+            f"50,000: {large / small:.3f}x"
+        )
+    engine = benches[50_000].engine
+    pointers = [value.data_ptr() for value in engine.outputs[1:]]
+    same = pointers == [buffer.ctypes.data for buffer in engine.buffers.values()]
+    CONSOLE.print(f"output pointer == input pointer for all {len(pointers)} K/V tensors: {same}")
+
+
+def _session(bundle: Bundle, window_frames: int, wall: bool) -> tuple[Session, np.ndarray]:
+    session = open_session(bundle, window=window_frames, cpu=CpuOptions(0 if wall else 1))
+    random = np.random.default_rng(0)
+    session.start(random.integers(0, 8192, (1, 14, 24)).astype(np.int32), np.full((1, 11), 8258, np.int32))
+    return session, np.full((64, 11), 8258, np.int32)
+
+
+def window(bundle: Bundle, wall: bool, repeats: int) -> None:
+    """64 frames in a window of 4: step time and memory, frames 5-14 against the last ten."""
+    del repeats
+    session, actions = _session(bundle, 4, wall)
+    schedule = Schedule.serial(session.layout, 1)
+    spent, memory, now = [], [], clock(wall)
+    began = now()
+    for frame in session.generate(64, actions, schedule=schedule, sampling=SamplingSettings(0.0)):
+        spent.append((now() - began) / frame.steps)
+        memory.append(resident_bytes())
+        began = now()
+    early, late = (1e3 * float(np.median(spent[part])) for part in (slice(5, 15), slice(-10, None)))
+    CONSOLE.print(
+        f"64 frames in a 4-frame window: {early:.1f} ms a step in frames 5-14, {late:.1f} ms in the last ten "
+        f"({late / early:.3f}x); resident {memory[15] / 1e6:,.0f} MB after 15 frames, "
+        f"{memory[-1] / 1e6:,.0f} MB after 64"
+    )
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def host(bundle: Bundle, wall: bool, repeats: int) -> None:
+    """Time of a step outside the engine call, by sampling rule."""
+    session, actions = _session(bundle, 4, wall)
+    schedule = Schedule.serial(session.layout, 1)
+    rules = {
+        "greedy": SamplingSettings(0.0),
+        "temperature 1": SamplingSettings(1.0),
+        "top-k 50": SamplingSettings(1.0, 50),
+        "top-p 0.8": SamplingSettings(1.0, 0, 0.8),
+    }
+    for name, sampling in rules.items():
+        timing = session.timing
+        steps, engine, outside = timing.steps, timing.engine, timing.host
+        for _ in session.generate(repeats, actions[:repeats], schedule=schedule, sampling=sampling):
+            pass
+        count = timing.steps - steps
+        inside, out = 1e3 * (timing.engine - engine) / count, 1e3 * (timing.host - outside) / count
+        CONSOLE.print(
+            f"host, {name}: {out:.3f} ms a step outside the engine, {100 * out / (inside + out):.2f} %"
+        )
+
+
+def _weights(bundle: Bundle) -> dict[str, np.ndarray]:
+    """Canonical float32 tensors of a bundle, mapped from its weights file."""
+    import onnx
+
+    graph = onnx.load(bundle.file("step.onnx"), load_external_data=False).graph
+    weights = {}
+    for tensor in graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place:
+            count = int(np.prod(tensor.dims))
+            file = bundle.file(place["location"])
+            data = np.memmap(file, np.float32, "r", int(place["offset"]), (count,))
+            weights[tensor.name.removeprefix("transformer.")] = data.reshape(tuple(tensor.dims))
+    return weights
+
+
+def _title(live: int, wall: bool) -> str:
+    return f"{live} live slots, {'wall time, all cores' if wall else 'CPU time, one thread'}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Bundles that are missing, truncated, altered or too new are refused before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from diagd.bundle import Bundle, Manifest, seal
+from diagd.bundle.files import atomic_directory, atomic_file, sha256
+from diagd.bundle.manifest import (
+    CacheShape,
+    DefaultSchedule,
+    Form,
+    GridLayout,
+    IdRange,
+    Provenance,
+    RotaryContext,
+    SamplingRules,
+    StepGraph,
+)
+from diagd.errors import BundleError
+from diagd.schedule import StreamLayout
+
+
+def manifest() -> Manifest:
+    return Manifest(
+        name="small",
+        family="small",
+        layout=GridLayout(rows=2, columns=3, before=1),
+        vocabulary=10,
+        output_vocabulary=8,
+        sampling=SamplingRules(ranges=(IdRange(low=0, high=8), IdRange(cell=0, low=1, high=8))),
+        context=RotaryContext(frames=4, positions=70, frame_angles=(0.5, 0.25)),
+        schedule=DefaultSchedule(k=1),
+        cache=CacheShape(layers=1, kv_heads=1, head_size=4, dtype="float32"),
+        frames_per_second=10,
+        graphs=(StepGraph(file="step.onnx", form=Form.PREFIX, precision="fp32"),),
+        provenance=Provenance(source="the tests", diagd_version="0"),
+        licence="none",
+    )
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    path = tmp_path / "small.diagd"
+    with atomic_directory(path) as directory:
+        (directory / "step.onnx").write_bytes(b"graph" * 100)
+        (directory / "weights.bin").write_bytes(os.urandom(5000))
+        seal(directory, manifest())
+    return path
+
+
+def edit(bundle: Path, **fields: object) -> None:
+    file = bundle / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_what_was_sealed_is_what_is_opened(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    assert opened.manifest.model_copy(update={"files": {}}) == manifest()
+    assert set(opened.manifest.files) == {"step.onnx", "weights.bin"}
+    assert opened.manifest.layout.stream() == StreamLayout(2, 3, before=1)
+
+
+def test_missing_bundles_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no bundle at"):
+        Bundle.open(tmp_path / "none.diagd")
+    with pytest.raises(BundleError, match=r"has no manifest\.json"):
+        Bundle.open(tmp_path)
+
+
+def test_missing_files_are_refused(bundle: Path) -> None:
+    (bundle / "weights.bin").unlink()
+    with pytest.raises(BundleError, match=r"'weights\.bin' is missing"):
+        Bundle.open(bundle)
+
+
+def test_truncated_files_are_refused(bundle: Path) -> None:
+    os.truncate(bundle / "weights.bin", 4999)
+    with pytest.raises(BundleError, match="4999 bytes, its manifest says 5000"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_altered_files_are_refused(bundle: Path, opened_before: bool) -> None:
+    if opened_before:
+        Bundle.open(bundle)
+    file = bundle / "weights.bin"
+    content = bytearray(file.read_bytes())
+    content[2500] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match="altered"):
+        Bundle.open(bundle)
+
+
+def test_digests_are_taken_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Bundle.open(bundle)
+    hashed: list[str] = []
+
+    def count(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr("diagd.bundle.bundle.sha256", count)
+    Bundle.open(bundle)
+    assert hashed == ["manifest.json"]
+
+
+def test_newer_bundles_are_refused(bundle: Path) -> None:
+    edit(bundle, schema_version=99)
+    with pytest.raises(BundleError, match=r"schema version 99.*pip install -U diagd"):
+        Bundle.open(bundle)
+
+
+def test_damaged_manifests_are_refused(bundle: Path) -> None:
+    edit(bundle, vocabulary="many")
+    with pytest.raises(BundleError, match="field 'vocabulary'"):
+        Bundle.open(bundle)
+    edit(bundle, vocabulary=10, surprise=1)
+    with pytest.raises(BundleError, match="field 'surprise'"):
+        Bundle.open(bundle)
+    (bundle / "manifest.json").write_text('{"schema_version": 1,')
+    with pytest.raises(BundleError, match="is damaged"):
+        Bundle.open(bundle)
+
+
+def test_ranges_by_cell_override_the_default() -> None:
+    table = manifest().sampling.range_table(StreamLayout(2, 3, before=1))
+    assert table.tolist() == [[0, 8], [1, 8], [0, 8], [0, 8], [0, 8], [0, 8], [0, 8]]
+
+
+def test_failed_writes_leave_what_was_there(bundle: Path) -> None:
+    before = sorted(bundle.iterdir())
+    with pytest.raises(RuntimeError), atomic_directory(bundle) as directory:
+        (directory / "half").write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), atomic_file(bundle / "weights.bin") as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert sorted(bundle.iterdir()) == before
+    assert list(bundle.parent.iterdir()) == [bundle]
+    Bundle.open(bundle)
+
+
+def test_a_new_bundle_takes_the_place_of_the_old(bundle: Path) -> None:
+    with atomic_directory(bundle) as directory:
+        (directory / "step.onnx").write_bytes(b"other")
+        seal(directory, manifest())
+    assert set(Bundle.open(bundle).manifest.files) == {"step.onnx"}

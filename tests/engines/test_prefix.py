@@ -1,0 +1,112 @@
+"""The CPU engine: buffers allocated once, bound once, updated in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import diagd
+from diagd.engines.buffers import aligned_zeros, rotate_pairs
+from diagd.engines.onnxruntime_session import CpuOptions, open_session
+from diagd.engines.prefix import GRANULE, PrefixEngine
+from diagd.errors import EngineError
+from diagd.runtime.session import Session
+from diagd.schedule import Schedule, StreamLayout
+from tests.models import export_small
+from tests.oracles.models import CODES, small_model
+
+LAYOUT = StreamLayout(4, 6, before=1)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_small(small_model(LAYOUT, context_frames=6), tmp_path_factory.mktemp("engine") / "a.diagd")
+
+
+def run(session: Session, frames: int) -> list[np.ndarray]:
+    session.start(np.arange(24, dtype=np.int32).reshape(1, 4, 6) % CODES, np.full((1, 1), CODES))
+    actions = np.full((frames, 1), CODES, np.int32)
+    decoded = session.generate(frames, actions, schedule=Schedule.serial(LAYOUT, 1))
+    return [frame.tokens for frame in decoded]
+
+
+def test_no_step_copies_or_reallocates_keys_and_values(bundle: Path) -> None:
+    session = diagd.load(bundle, threads=1)
+    engine = session.engine
+    assert isinstance(engine, PrefixEngine)
+    addresses = {name: buffer.ctypes.data for name, buffer in engine.buffers.items()}
+    step, bound = engine.step, []
+
+    def watch(inputs: object, sampling: object) -> np.ndarray:
+        written = engine.buffers["key_1"].copy()
+        logits = step(inputs, sampling)  # type: ignore[arg-type]
+        bound.append([value.data_ptr() for value in engine.outputs[1:]])
+        changed = np.flatnonzero((written != engine.buffers["key_1"]).any((1, 2)))
+        first, count = inputs.write_index, len(inputs.positions)  # type: ignore[attr-defined]
+        assert changed.tolist() == list(range(first, first + count))
+        return logits
+
+    engine.step = watch  # type: ignore[method-assign,assignment]
+    run(session, 3)
+    assert bound
+    assert all(pointers == list(addresses.values()) for pointers in bound)
+    assert {name: buffer.ctypes.data for name, buffer in engine.buffers.items()} == addresses
+
+
+def test_the_bound_prefix_follows_the_slots_in_use(bundle: Path) -> None:
+    session = diagd.load(bundle, threads=1)
+    engine = session.engine
+    assert isinstance(engine, PrefixEngine)
+    lengths = set()
+    bind = engine._bind_prefix
+
+    def watch(length: int) -> None:
+        lengths.add(length)
+        bind(length)
+
+    engine._bind_prefix = watch  # type: ignore[method-assign]
+    run(session, 2)
+    used = LAYOUT.frame_start(3) + 2 * (LAYOUT.rows - 1)
+    assert lengths == set(range(GRANULE, -(-used // GRANULE) * GRANULE + 1, GRANULE))
+    assert max(lengths) < engine.capacity
+
+
+def test_packed_weights_are_kept_and_change_nothing(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path))
+    plain = run(diagd.load(bundle, threads=1, prepack=False), 2)
+    assert not list(tmp_path.glob("prepacked/*"))
+    first = run(diagd.load(bundle, threads=1), 2)
+    packed = list(tmp_path.glob("prepacked/*/step.onnx"))
+    assert len(packed) == 1
+    stamp = packed[0].stat().st_mtime_ns
+    second = run(diagd.load(bundle, threads=1), 2)
+    assert packed[0].stat().st_mtime_ns == stamp
+    for other in (first, second):
+        np.testing.assert_array_equal(plain, other)
+
+
+def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
+    graph = tmp_path / "step.onnx"
+    graph.write_bytes(b"no graph")
+    with pytest.raises(EngineError, match=r"refuses .*step\.onnx"):
+        open_session(graph, "digest", CpuOptions(1, prepack=False))
+
+
+def test_buffers_start_on_a_cache_line_and_hold_zeros() -> None:
+    for _ in range(20):
+        buffer = aligned_zeros((3, 5, 7), np.dtype(np.float32))
+        assert buffer.ctypes.data % 64 == 0
+        assert not buffer.any()
+
+
+def test_turning_keys_equals_complex_multiplication() -> None:
+    random = np.random.default_rng(0)
+    keys = random.standard_normal((6, 2, 8)).astype(np.float32)
+    angles = random.uniform(-9, 9, 4)
+    expected = (keys[..., :4] + 1j * keys[..., 4:]) * np.exp(1j * angles)
+    rotate_pairs(keys, angles)
+    np.testing.assert_allclose(keys[..., :4] + 1j * keys[..., 4:], expected, atol=1e-5)

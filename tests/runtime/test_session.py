@@ -1,0 +1,144 @@
+"""Sessions: reproducible, endless, in place, and clear about what they refuse."""
+
+from __future__ import annotations
+
+import resource
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import diagd
+from diagd.errors import ScheduleError, UsageError
+from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.session import Session
+from diagd.schedule import Schedule
+from tests.oracles.models import CODES
+from tests.runtime.conftest import LAYOUT
+
+SETTINGS = SamplingSettings(temperature=1.0, top_p=0.9)
+
+
+def prompt(frames: int = 1, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, CODES, (frames, 4, 6)).astype(np.int32)
+
+
+def actions(frames: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(CODES, CODES + 6, (frames, 3)).astype(np.int32)
+
+
+def tokens(session: Session, frames: int, schedule: Schedule | None = None, seed: int = 0) -> np.ndarray:
+    decoded = session.generate(frames, actions(frames), schedule=schedule, sampling=SETTINGS, seed=seed)
+    return np.stack([frame.tokens for frame in decoded])
+
+
+def started(bundle: Path, frames: int = 1, **options: int) -> Session:
+    session = diagd.load(bundle, threads=1, **options)  # type: ignore[arg-type]
+    session.start(prompt(frames), actions(frames, seed=9))
+    return session
+
+
+def test_a_seed_gives_the_same_tokens_whatever_the_width_of_a_pass(small_bundle: Path) -> None:
+    wide, narrow = started(small_bundle, 3), started(small_bundle, 3)
+    narrow.engine.max_width = 7
+    schedule = Schedule.chained(LAYOUT, 1)
+    expected = tokens(wide, 3, schedule, seed=5)
+    np.testing.assert_array_equal(expected, tokens(narrow, 3, schedule, seed=5))
+    assert narrow.timing.steps > wide.timing.steps
+
+
+def test_another_seed_gives_other_tokens(small_bundle: Path) -> None:
+    session = started(small_bundle)
+    first = tokens(session, 3, seed=1)
+    session.start(prompt())
+    assert (first != tokens(session, 3, seed=2)).any()
+
+
+def test_one_call_a_frame_equals_one_call_for_all(small_bundle: Path) -> None:
+    together, apart = started(small_bundle), started(small_bundle)
+    schedule = Schedule.serial(LAYOUT, 2)
+    expected = tokens(together, 5, schedule)
+    given = actions(5)
+    frames = [
+        next(iter(apart.generate(1, given[index : index + 1], schedule=schedule, sampling=SETTINGS)))
+        for index in range(5)
+    ]
+    np.testing.assert_array_equal(expected, np.stack([frame.tokens for frame in frames]))
+
+
+def test_stopping_between_chained_frames_leaves_no_trace(small_bundle: Path) -> None:
+    """A caller that breaks off and goes on sees what a session sees that was given those frames."""
+    interrupted, serial = started(small_bundle), Schedule.serial(LAYOUT, 1)
+    frames = interrupted.generate(
+        4, actions(4), schedule=Schedule.chained(LAYOUT, 1), sampling=SETTINGS, seed=3
+    )
+    kept = [frame.tokens for frame in islice(frames, 2)]
+    frames.close()  # type: ignore[attr-defined]
+    resumed = next(iter(interrupted.generate(1, actions(1, 4), schedule=serial, sampling=SETTINGS)))
+    positions = interrupted.engine.slot_position
+    live = positions[positions != np.iinfo(np.int32).max]
+    assert len(live) == len(set(live.tolist())) == LAYOUT.first_cell(3) + LAYOUT.cells - 1
+    assert resumed.index == 3
+    assert all(token.shape == (4, 6) for token in kept)
+
+
+def test_generation_never_stops(small_bundle: Path) -> None:
+    """Ten contexts: slots in use stay in the ring, memory stays flat, and no step grows."""
+    session = started(small_bundle)
+    capacity = session.engine.capacity
+    tokens(session, 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(8):
+        tokens(session, 5)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    held = session.engine.slot_position != np.iinfo(np.int32).max
+    assert session._known == 49 > 10 * 4
+    assert session.engine.capacity == capacity
+    assert held.sum() <= 4 * LAYOUT.frame_length
+    assert grown < 20_000  # KB; the buffers of this model are below 1 MB
+
+
+def test_streams_yield_each_frame_when_it_is_complete(small_bundle: Path) -> None:
+    session = started(small_bundle)
+    seen = []
+    for frame in session.generate(3, actions(3), schedule=Schedule.serial(LAYOUT, 1), sampling=SETTINGS):
+        seen.append((frame.index, session.timing.steps, frame.steps))
+    assert seen == [(1, 9, 9), (2, 18, 9), (3, 27, 9)]
+
+
+def test_host_sampling_honours_the_ranges(small_bundle: Path) -> None:
+    assert tokens(started(small_bundle), 4).max() < CODES
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.zeros((1, 3, 6), np.int32), "takes \\[frames, 4, 6\\]"),
+        (np.zeros((4, 4, 6), np.int32), "at most 3 frames"),
+        (np.zeros((0, 4, 6), np.int32), "takes \\[frames, 4, 6\\]"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(small_bundle: Path, frames: np.ndarray, message: str) -> None:
+    session = diagd.load(small_bundle, threads=1)
+    with pytest.raises(UsageError, match=message):
+        session.start(frames, actions(max(1, len(frames))))
+
+
+def test_missing_actions_and_prompts_are_refused(small_bundle: Path) -> None:
+    session = diagd.load(small_bundle, threads=1)
+    with pytest.raises(UsageError, match="call start"):
+        session.generate(1, actions(1))
+    session.start(prompt())
+    with pytest.raises(UsageError, match="need actions of shape \\[2, 3\\]"):
+        session.generate(2, actions(1))
+
+
+def test_windows_and_lags_that_cannot_be_are_refused(small_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=r"outside 2\.\.4"):
+        diagd.load(small_bundle, window=5)
+    with pytest.raises(ScheduleError, match="row lag k=7"):
+        Schedule.serial(LAYOUT, 7)
+    session = started(small_bundle, window=2)
+    with pytest.raises(UsageError, match="larger window"):
+        session.generate(2, actions(2), schedule=Schedule.chained(LAYOUT, 1))
