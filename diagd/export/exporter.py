@@ -45,7 +45,7 @@ TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """Which graphs a bundle gets; ``widths`` and ``window`` fix the shapes of the ``modern`` form."""
+    """Which graphs a bundle gets; ``widths`` and ``window`` are for the forms with a fixed capacity."""
 
     forms: tuple[Form, ...] = (Form.PREFIX,)
     precision: str = "fp32"
@@ -139,7 +139,8 @@ class Exporter:
         self._check_disk(output)
         with atomic_directory(output) as directory:
             self._write_weights(directory, sources.transformer, progress)
-            for graph in progress.each(self._graphs, "tracing step graphs"):
+            files = {graph.file: graph for graph in self._graphs}  # one file serves every width
+            for graph in progress.each(list(files.values()), "tracing step graphs"):
                 self._write_graph(directory, graph)
             tokenizer = self._write_tokenizer(directory, sources.tokenizer, progress)
             with progress.task("hashing"):
@@ -152,7 +153,7 @@ class Exporter:
         shapes: dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]] = {
             f"transformer.{name}": (tuple(tensor.shape), self._dtype) for name, tensor in tensors.items()
         }
-        if Form.MODERN in self.options.forms:
+        if any(form is not Form.PREFIX for form in self.options.forms):
             shapes["ranges"] = ((self._layout.frame_length, 2), np.dtype(np.int32))
         return shapes
 
@@ -164,13 +165,14 @@ class Exporter:
         graphs = (
             [_GraphFile("step.onnx", Form.PREFIX, None, None)] if Form.PREFIX in self.options.forms else []
         )
-        if Form.MODERN in self.options.forms:
-            window = self.options.window or self.family.transformer.context_frames
-            capacity = slots_for(self._layout, window, max(self.options.widths))
-            graphs += [
-                _GraphFile(f"step.modern.w{width}.onnx", Form.MODERN, width, capacity)
-                for width in sorted(self.options.widths)
-            ]
+        window = self.options.window or self.family.transformer.context_frames
+        capacity = slots_for(self._layout, window, max(self.options.widths))
+        graphs += [
+            _GraphFile(f"step.{form.value}.onnx", form, width, capacity)
+            for form in self.options.forms
+            if form is not Form.PREFIX
+            for width in sorted(self.options.widths)
+        ]
         return graphs
 
     def _check_disk(self, output: Path) -> None:
@@ -201,7 +203,6 @@ class Exporter:
             graph.form,
             self.family.sampling,
             dtype=TORCH_TYPES[self.options.precision],
-            width=graph.width or 1,
             capacity=graph.capacity or 0,
         )
         tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, directory)

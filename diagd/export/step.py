@@ -81,25 +81,13 @@ class ModernAttention:
         self.keys[layer] = self._scatter(self.keys[layer], keys)
         self.values[layer] = self._scatter(self.values[layer], values)
         heads_first = queries.transpose(0, 1).unsqueeze(0)
-        attended = torch.onnx.ops.symbolic(
-            "Attention",
-            (heads_first, self.keys[layer], self.values[layer], self._mask),
-            attrs={"scale": 1 / math.sqrt(queries.shape[-1])},
-            dtype=queries.dtype,
-            shape=heads_first.shape,
-            version=24,
-        )
+        inputs = (heads_first, self.keys[layer], self.values[layer], self._mask)
+        attended = _operator("Attention", inputs, like=heads_first, scale=1 / math.sqrt(queries.shape[-1]))
         return attended.squeeze(0).transpose(0, 1)
 
     def _scatter(self, buffer: Tensor, rows: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic(
-            "TensorScatter",
-            (buffer, rows.transpose(0, 1).unsqueeze(0), self._write_index),
-            attrs={"axis": 2, "mode": "linear"},
-            dtype=buffer.dtype,
-            shape=buffer.shape,
-            version=24,
-        )
+        inputs = (buffer, rows.transpose(0, 1).unsqueeze(0), self._write_index)
+        return _operator("TensorScatter", inputs, like=buffer, axis=2, mode="linear")
 
 
 class PrefixStep(nn.Module):
@@ -177,6 +165,14 @@ class ModernStep(nn.Module):
         sampled = self.sampler(logits, uniforms, temperature, top_k, top_p, allowed[:, 0], allowed[:, 1])
         tokens = token_buffer.index_put((sinks.long(),), sampled.to(token_buffer.dtype))
         return tokens, logits, *_interleave(form.keys, form.values)
+
+
+def _operator(name: str, inputs: Sequence[Tensor], *, like: Tensor, **attributes: float | str) -> Tensor:
+    """One ONNX operator of opset 24 whose result has the shape and type of ``like``."""
+    result: Tensor = torch.onnx.ops.symbolic(
+        name, inputs, attrs=attributes, dtype=like.dtype, shape=like.shape, version=24
+    )
+    return result.to(like.device)  # the placeholder is made on the CPU; the graph has no devices
 
 
 def _interleave(keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diagd.bundle.manifest import Form, SamplingRules
+from diagd.export.portable import PortableStep
 from diagd.export.sampler import GraphSampler
 from diagd.export.step import ModernStep, PrefixStep
 from diagd.export.tracing import trace
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 PREFIX_OPSET = 23
 MODERN_OPSET = 24
+PORTABLE_OPSET = 18
 
 
 def trace_step(
@@ -26,23 +28,22 @@ def trace_step(
     sampling: SamplingRules,
     *,
     dtype: torch.dtype = torch.float32,
-    width: int = 1,
     capacity: int = 0,
 ) -> ir.Model:
     """Trace one step graph on the meta device, its weights to be linked.
 
     Args:
         config: the transformer.
-        form: ``prefix`` (dynamic width and length) or ``modern`` (fixed width and capacity).
+        form: ``prefix`` has a dynamic length; ``modern`` and ``portable`` a fixed capacity.
         sampling: ids allowed and the nucleus rule; used where the sampler is in the graph.
         dtype: of weights and KV buffers.
-        width: rows of a step, for fixed forms.
-        capacity: slots of the KV buffers, for fixed forms.
+        capacity: slots of the KV buffers, where it is fixed.
     """
     with torch.device("meta"):
         transformer = Transformer(config).to("meta", dtype)
-    trace_form = {Form.PREFIX: _trace_prefix, Form.MODERN: _trace_modern}[form]
-    return trace_form(transformer, sampling, dtype, width, capacity)
+    if form is Form.PREFIX:
+        return _trace_prefix(transformer, dtype)
+    return _trace_sampling(transformer, form, sampling, dtype, capacity)
 
 
 def cache_names(layers: int, prefix: str) -> list[str]:
@@ -54,10 +55,7 @@ def _int32(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int32, device="meta")
 
 
-def _trace_prefix(
-    transformer: Transformer, sampling: SamplingRules, dtype: torch.dtype, width: int, capacity: int
-) -> ir.Model:
-    del sampling, width, capacity
+def _trace_prefix(transformer: Transformer, dtype: torch.dtype) -> ir.Model:
     config = transformer.config
     rows, length, buffer, logits = 5, 11, 17, 3  # pairwise different, so that no two axes are taken for one
     past = [
@@ -82,33 +80,41 @@ def _trace_prefix(
     )
 
 
-def _trace_modern(
-    transformer: Transformer, sampling: SamplingRules, dtype: torch.dtype, width: int, capacity: int
+def _trace_sampling(
+    transformer: Transformer, form: Form, sampling: SamplingRules, dtype: torch.dtype, capacity: int
 ) -> ir.Model:
+    """The forms with a sampler. Their width is dynamic: backends fix it, and share one copy of the weights."""
     config = transformer.config
     ranges = torch.tensor(sampling.range_table(config.layout), dtype=torch.int32).to("meta")
-    step = ModernStep(transformer, GraphSampler(keep_crossing=sampling.keep_crossing), ranges)
+    modern = form is Form.MODERN
+    step = (ModernStep if modern else PortableStep)(
+        transformer, GraphSampler(keep_crossing=sampling.keep_crossing), ranges
+    )
+    rows, buffer = 5, 17  # different from each other and from every size of the model
     past = [
         torch.zeros(1, config.kv_heads, capacity, config.head_size, dtype=dtype, device="meta")
         for _ in range(2 * config.layers)
     ]
     inputs: dict[str, tuple[Any, Any]] = {
-        "token_buffer": (_int32(17), {0: "N"}),
-        "sources": (_int32(width), None),
-        "positions": (_int32(width), None),
-        "sinks": (_int32(width), None),
+        "token_buffer": (_int32(buffer), {0: "N"}),
+        "sources": (_int32(rows), {0: "W"}),
+        "positions": (_int32(rows), {0: "W"}),
+        "sinks": (_int32(rows), {0: "W"}),
         "slot_position": (_int32(capacity), None),
         "write_index": (torch.zeros(1, dtype=torch.int64, device="meta"), None),
-        "uniforms": (torch.zeros(width, device="meta"), None),
+        "uniforms": (torch.zeros(rows, device="meta"), {0: "W"}),
         "temperature": (torch.zeros((), device="meta"), None),
         "top_k": (_int32(), None),
         "top_p": (torch.zeros((), device="meta"), None),
     }
+    if not modern:
+        del inputs["sinks"]
+    cache = cache_names(config.layers, "present" if modern else "new")
     return trace(
         step,
         (*(tensor for tensor, _ in inputs.values()), past),
         input_names=[*inputs, *cache_names(config.layers, "past")],
-        output_names=["next_token_buffer", "logits", *cache_names(config.layers, "present")],
-        opset=MODERN_OPSET,
+        output_names=["next_token_buffer" if modern else "tokens", "logits", *cache],
+        opset=MODERN_OPSET if modern else PORTABLE_OPSET,
         dynamic_shapes=(*(axes for _, axes in inputs.values()), [None] * len(past)),
     )

@@ -1,0 +1,105 @@
+"""The portable form of the step graph: opset 18 alone, for backends without Attention or TensorScatter.
+
+The KV buffers are read and never written: scores over the cached slots and over the step's own rows are two
+matrix products under one softmax (TensorRT 10.3 to 10.14 have no in-place cache update, and a scatter would
+copy the whole cache). Norms and rotary embedding are spelled out by the tracer, for this opset has neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diagd.export.sampler import GraphSampler
+from diagd.export.transformer import FullAttention, Transformer
+
+HIDDEN_SCORE = -30_000.0
+"""Score of an invisible key: finite in float16, and its weight is exactly 0 beside any visible key."""
+
+
+class PortableAttention(FullAttention):
+    """Attention over read-only head-major buffers [1, G, S, D] and the step's own rows.
+
+    Args:
+        visible: bool [W, S + W]; slots first, then the rows of the step.
+        keys: cached keys of each layer.
+        values: cached values of each layer.
+    """
+
+    def __init__(self, visible: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        super().__init__(visible)
+        self._visible, self._past = visible, list(zip(keys, values, strict=True))
+        self.rows: list[Tensor] = []
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend to both parts; the new rows [1, G, W, D] are kept in ``rows``."""
+        past_keys, past_values = (tensor.squeeze(0) for tensor in self._past[layer])
+        new_keys, new_values = keys.transpose(0, 1), values.transpose(0, 1)
+        self.rows += [new_keys.unsqueeze(0), new_values.unsqueeze(0)]
+        width, heads, size = queries.shape
+        groups, slots = past_keys.shape[:2]
+        grouped = queries.reshape(width, groups, heads // groups, size) * (1 / math.sqrt(size))
+        grouped = grouped.permute(1, 2, 0, 3).reshape(groups, -1, size)
+        scores = torch.cat([grouped @ past_keys.transpose(1, 2), grouped @ new_keys.transpose(1, 2)], dim=-1)
+        weights = torch.softmax(torch.where(self._visible, scores, HIDDEN_SCORE), dim=-1)
+        attended = weights[..., :slots] @ past_values + weights[..., slots:] @ new_values
+        return (
+            attended.reshape(groups, heads // groups, width, size)
+            .permute(2, 0, 1, 3)
+            .reshape(width, heads, size)
+        )
+
+
+class PortableStep(nn.Module):
+    """Step over a cache that its runtime writes, with the sampler in the graph.
+
+    Inputs: those of ``ModernStep`` but the sinks. Outputs: tokens int32 [W], logits float32 [W, V], new_key_l and
+    new_value_l [1, G, W, D], which belong at slots ``write_index + arange(W)``.
+    """
+
+    ranges: Tensor
+
+    def __init__(self, transformer: Transformer, sampler: GraphSampler, ranges: Tensor) -> None:
+        """``ranges`` is int32 [frame_length, 2]: ids allowed at each place of a frame, [low, high)."""
+        super().__init__()
+        self.transformer, self.sampler = transformer, sampler
+        self.register_buffer("ranges", ranges, persistent=False)
+
+    def forward(
+        self,
+        token_buffer: Tensor,
+        sources: Tensor,
+        positions: Tensor,
+        slot_position: Tensor,
+        write_index: Tensor,
+        uniforms: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        past: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """One step; ``past`` alternates keys and values, layer by layer."""
+        config = self.transformer.config
+        visible = _visible(slot_position, positions, write_index)
+        visible = visible.repeat(config.heads // config.kv_heads, 1)
+        form = PortableAttention(visible, past[0::2], past[1::2])
+        ids = token_buffer.index_select(0, sources)
+        logits = (self.transformer.states(ids, positions, form) @ self.transformer.head).float()
+        layout = config.layout
+        allowed = functional.embedding((positions + 1 - layout.prefix) % layout.frame_length, self.ranges)
+        tokens = self.sampler(logits, uniforms, temperature, top_k, top_p, allowed[:, 0], allowed[:, 1])
+        return tokens.to(torch.int32), logits, *form.rows
+
+
+def _visible(slot_position: Tensor, positions: Tensor, write_index: Tensor) -> Tensor:
+    """Bool [W, S + W]: the slots about to be written hold stale rows, the step's own rows stand for them."""
+    slots = torch.arange(slot_position.shape[0], device=positions.device)
+    written = write_index + torch.arange(positions.shape[0], device=positions.device)
+    stale = (slots >= write_index) & (slots < write_index + positions.shape[0])
+    own = slot_position.index_select(0, written)
+    query = positions.unsqueeze(1)
+    return torch.cat([(slot_position <= query) & ~stale, own <= query], dim=1)
