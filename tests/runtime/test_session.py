@@ -71,7 +71,7 @@ def test_stopping_between_chained_frames_leaves_no_trace(small_bundle: Path) -> 
     """A caller that breaks off and goes on sees what a session sees that was given those frames."""
     interrupted, serial = started(small_bundle), Schedule.serial(LAYOUT, 1)
     frames = interrupted.generate(
-        4, actions(4), schedule=Schedule.chained(LAYOUT, 1), sampling=SETTINGS, seed=3
+        3, actions(3), schedule=Schedule.chained(LAYOUT, 1), sampling=SETTINGS, seed=3
     )
     kept = [frame.tokens for frame in islice(frames, 2)]
     frames.close()  # type: ignore[attr-defined]
