@@ -6,9 +6,10 @@ import json
 import multiprocessing
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
 from diagd.world.simulator import ACTIONS, Simulator
+
+RECIPE = "recording.json"
 
 _MOVES, _INTERACTIONS = (1, 2, 3, 4), (5, 0, 6, 7)
 _INTERACTION_SHARES = (0.6, 0.2, 0.1, 0.1)
@@ -84,8 +87,15 @@ def collect(options: CollectOptions) -> Iterator[Path]:
     Raises:
         UsageError: the folder holds shards recorded with other options.
     """
-    options.output.mkdir(parents=True, exist_ok=True)
-    _check_same_recording(options)
+    check_recipe(
+        options.output,
+        {
+            "seed": options.seed,
+            "steps": options.steps,
+            "move_share": options.move_share,
+            "actions": list(ACTIONS),
+        },
+    )
     missing = [n for n in range(options.episodes) if not shard_path(options.output, n).exists()]
     record = partial(_record, options)
     if options.processes == 1:
@@ -138,12 +148,30 @@ def _random_policy(random: np.random.Generator, move_share: float) -> Iterator[i
         yield from [action] * held
 
 
-def _check_same_recording(options: CollectOptions) -> None:
-    facts = asdict(options) | {"actions": ACTIONS}
-    recipe = {name: facts[name] for name in ("seed", "steps", "move_share", "actions")}
-    text = json.dumps(recipe, indent=1)
-    path = options.output / "recording.json"
+def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """Note how a folder's episodes are made, names of the actions included.
+
+    Raises:
+        UsageError: it holds episodes made otherwise.
+    """
+    text, path = json.dumps(recipe, indent=1), folder / RECIPE
     if not path.exists():
-        path.write_text(text)
+        with atomic_file(path) as partial:
+            partial.write_text(text)
     elif path.read_text() != text:
-        raise UsageError(f"{options.output} was recorded with {path.read_text()}; use another folder")
+        raise UsageError(f"{folder} was recorded with {path.read_text()}; use another folder")
+
+
+def recorded_actions(folder: Path) -> tuple[str, ...]:
+    """Names of the actions of a folder of episodes.
+
+    Raises:
+        UsageError: the folder says nothing of them.
+    """
+    try:
+        names = json.loads((folder / RECIPE).read_text())["actions"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"{folder} has no readable {RECIPE}: {error}; record episodes with: diagd world collect {folder}"
+        ) from error
+    return tuple(names)

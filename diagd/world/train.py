@@ -23,11 +23,11 @@ from diagd.calibration.forced_batch import ForcedBatch, ForcedPasses, forced_los
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
 from diagd.world.codebook import fit_codebook
+from diagd.world.collect import recorded_actions
 from diagd.world.dataset import TokenDataset, cached_tokens, episodes
 from diagd.world.mixture import mixture_shares
 from diagd.world.model import World, WorldDescription, save_world
 from diagd.world.optimiser import Optimiser, learning_rate
-from diagd.world.simulator import ACTIONS
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class TrainOptions:
         steps: optimiser steps.
         codes: entries of the codebook.
         patch: pixels along a side of a cell.
-        actions: names of the actions.
         matrix_rate, other_rate: base learning rates of Muon and AdamW.
         seed: of codebook, initial weights and batches.
         device: "cpu" or "cuda".
@@ -61,7 +60,6 @@ class TrainOptions:
     steps: int = 2400
     codes: int = 512
     patch: int = 8
-    actions: tuple[str, ...] = ACTIONS
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
     seed: int = 0
@@ -81,7 +79,7 @@ class TrainOptions:
         options = asdict(self)
         for name in ("data", "output", "checkpoint_every"):
             del options[name]
-        return options | {"actions": list(self.actions)}
+        return options
 
 
 @dataclass(frozen=True)
@@ -248,6 +246,6 @@ def _describe(options: TrainOptions, used: int, frames: tuple[int, ...]) -> Worl
         patch=options.patch,
         codes=options.codes,
         used_codes=used,
-        actions=options.actions,
+        actions=recorded_actions(options.data),
         context_frames=options.frames,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diagd.world.collect import Episode, save_episode, shard_path
+from diagd.world.collect import Episode, check_recipe, save_episode, shard_path
 
 ROWS, COLUMNS, PATCH = 3, 4, 4
 ACTIONS = ("stay", "left", "right")
@@ -26,7 +26,7 @@ def striped_episode(frames: int, seed: int) -> Episode:
 
 def record_stripes(folder: Path, episodes: int, frames: int) -> Path:
     """Write shards of striped episodes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    check_recipe(folder, {"actions": list(ACTIONS)})
     for n in range(episodes):
         save_episode(shard_path(folder, n), striped_episode(frames, n))
     return folder

@@ -34,7 +34,6 @@ def options(data: Path, output: Path, **changes: object) -> TrainOptions:
         steps=6,
         codes=8,
         patch=PATCH,
-        actions=ACTIONS,
         processes=1,
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
