@@ -1,0 +1,132 @@
+"""``diagd export`` and ``diagd models``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from diagd.bundle import Bundle
+from diagd.cli.main import main
+from tests.cli.conftest import Workplace
+
+
+def test_the_bundle_says_what_it_is(workplace: Workplace) -> None:
+    manifest = Bundle.open(workplace.bundle).manifest
+    assert manifest.family == "world"
+    assert manifest.tokenizer is not None
+    assert manifest.provenance.source.endswith("model.safetensors")
+    assert manifest.provenance.random_seed is None
+    assert {"step.onnx", "weights.bin", "encoder.onnx", "decoder.onnx"} <= set(manifest.files)
+
+
+def test_weights_are_aligned_and_shared(workplace: Workplace) -> None:
+    import onnx
+
+    graph = onnx.load(workplace.bundle / "step.onnx", load_external_data=False).graph
+    places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in graph.initializer]
+    external = [place for place in places if place]
+    assert len(external) > 30
+    assert {place["location"] for place in external} == {"weights.bin"}
+    assert all(int(place["offset"]) % 4096 == 0 for place in external)
+    onnxruntime.InferenceSession(str(workplace.bundle / "step.onnx"))
+
+
+def test_a_dry_run_writes_nothing(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--model", "mineworld-300m", "--random-weights", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "weights.bin" in printed
+    assert "1,28" in printed  # 321 M parameters of 4 bytes
+    assert "peak memory" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_predicts_the_size(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--model", "world", "--checkpoint", str(workplace.world), "--dry-run"]) == 0
+    total = next(line for line in capsys.readouterr().out.splitlines() if "total" in line)
+    predicted = float(total.split("│")[2].replace(",", ""))
+    written = sum(file.stat().st_size for file in workplace.bundle.iterdir()) / 1e6
+    assert predicted == pytest.approx(written, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "mineworld-30m"], "did you mean 'mineworld-300m'"),
+        (["--model", "mineworld-300m"], "withdrawn in May 2025"),
+        (["--model", "mineworld-300m", "--checkpoint", "no.ckpt"], "no.ckpt"),
+        (["--model", "world"], "--checkpoint FOLDER"),
+        (["--model", "mineworld-300m", "--random-weights", "--form", "fast"], "choose prefix"),
+        (["--model", "mineworld-300m", "--random-weights", "--precision", "fp16"], "--form modern"),
+        (["--model", "mineworld-300m", "--random-weights", "--set", "width=3"], "did you mean 'widths'"),
+    ],
+)
+def test_bad_input_names_the_fix(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_of_another_model_are_refused(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = workplace.world / "model.safetensors"
+    output = tmp_path / "a.diagd"
+    args = ["--model", "mineworld-300m", "--checkpoint", str(file), "--output", str(output)]
+    assert main(["export", *args]) == 2
+    assert "model.embed_tokens.weight" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--json"]) == 0
+    rows = {row["model"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["mineworld-300m"]["parameters"] == pytest.approx(3.21e8, rel=1e-3)
+    assert rows["mineworld-1200m"]["parameters"] == pytest.approx(1.2293e9, rel=1e-4)
+    assert rows["mineworld-1200m"]["grid"] == "14 x 24"
+    assert main(["models"]) == 0
+    assert "mineworld-700m-32f" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_unexpected_errors_give_one_line_unless_debugged(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, checkpoint: str | None = None) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr("diagd.export.families.registry.find", fail)
+    assert main(["export", "--model", "mineworld-300m"]) == 1
+    assert capsys.readouterr().err == (
+        "internal error: ZeroDivisionError: planted; run again with --debug and report it\n"
+    )
+    assert main(["export", "--model", "mineworld-300m", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_teaches_without_importing_torch() -> None:
+    code = (
+        "import sys; from diagd.cli.main import main\n"
+        "try: main(['export', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'onnx', 'onnxruntime', 'av') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--random-weights" in done.stdout
+    assert "examples:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,34 @@
+"""Small world models with random weights, in the folder that training writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diagd.export.transformer import Transformer
+from diagd.world.model import World, WorldDescription, save_world
+
+ACTIONS = ("noop", "left", "right", "up", "down")
+
+
+def random_world(folder: Path) -> Path:
+    """A world of 9 x 12 patches of 4 pixels that nobody trained; its tokens are lively, not sensible."""
+    description = WorldDescription(
+        size="0.7m",
+        rows=9,
+        columns=12,
+        patch=4,
+        codes=32,
+        used_codes=30,
+        actions=ACTIONS,
+        context_frames=4,
+    )
+    model = Transformer(description.transformer_config()).initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.embedding.mul_(50)
+    codebook = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 3), dtype=np.uint8)
+    folder.mkdir(parents=True)
+    save_world(folder, World(description, model, codebook), {})
+    return folder
