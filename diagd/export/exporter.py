@@ -25,7 +25,14 @@ from diagd.bundle.manifest import (
 )
 from diagd.errors import UsageError
 from diagd.export import tokenizer_graphs, weights
-from diagd.export.checkpoints import Checkpoint, RandomCheckpoint, check, open_checkpoint, select
+from diagd.export.checkpoints import (
+    WEIGHT_DTYPES,
+    Checkpoint,
+    RandomCheckpoint,
+    check,
+    open_checkpoint,
+    select,
+)
 from diagd.export.families.family import Family
 from diagd.export.step_graph import trace_step
 from diagd.export.tracing import link_weights, save
@@ -117,7 +124,7 @@ class Exporter:
             files[tokenizer_graphs.WEIGHTS_NAME] = weights.total_bytes(
                 tokenizer_graphs.placements(self._tokenizer)
             )
-            files |= dict.fromkeys(tokenizer_graphs.FILES.values(), graph_bytes)
+            files |= dict.fromkeys(tokenizer_graphs.FILES.values(), 20_000)
         largest = max(np.prod(p.shape, dtype=np.int64) for p in self._placements.values())
         return ExportPlan(files, TRACING_BYTES + int(largest) * 12)
 
@@ -135,7 +142,7 @@ class Exporter:
         """
         check(sources.transformer, self.family.expected)
         if self._tokenizer and sources.tokenizer is not None:
-            check(sources.tokenizer, self._tokenizer.expected_shapes())
+            check(sources.tokenizer, self._tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
         self._check_disk(output)
         with atomic_directory(output) as directory:
             self._write_weights(directory, sources.transformer, progress)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from diagd.errors import CheckpointError
 from diagd.export.checkpoints.checkpoint import Checkpoint
 from diagd.export.checkpoints.tensors import Shape
 
-USABLE_DTYPES = ("float64", "float32", "float16", "bfloat16")
+WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _LINES_PER_KIND = 12
 
 
-def check(checkpoint: Checkpoint, expected: Mapping[str, Shape]) -> None:
+def check(
+    checkpoint: Checkpoint, expected: Mapping[str, Shape], dtypes: Sequence[str] = WEIGHT_DTYPES
+) -> None:
     """Compare names, shapes and dtypes with what a model needs; nothing is read.
 
     Args:
         checkpoint: tensors under the model's names (see `select`).
         expected: shape of every tensor of the model.
+        dtypes: those that can be used.
 
     Raises:
         CheckpointError: any tensor is missing, extra, wrongly shaped or of an unusable dtype. One error
@@ -34,9 +37,9 @@ def check(checkpoint: Checkpoint, expected: Mapping[str, Shape]) -> None:
             if name in checkpoint and checkpoint[name].shape != tuple(shape)
         ],
         "unusable dtype": [
-            (name, f"expected one of {', '.join(USABLE_DTYPES)}, found {checkpoint[name].dtype}")
+            (name, f"expected one of {', '.join(dtypes)}, found {checkpoint[name].dtype}")
             for name in expected
-            if name in checkpoint and checkpoint[name].dtype not in USABLE_DTYPES
+            if name in checkpoint and checkpoint[name].dtype not in dtypes
         ],
     }
     problems = {kind: entries for kind, entries in found.items() if entries}
