@@ -69,7 +69,7 @@ class Episode:
 def play_episode(options: CollectOptions, index: int) -> Episode:
     """Play episode `index` with the random policy of `options`."""
     simulator = Simulator(options.seed + index)
-    policy = _random_policy(np.random.default_rng((options.seed, index)), options.move_share)
+    policy = random_policy(np.random.default_rng((options.seed, index)), options.move_share)
     frames, actions = [simulator.reset().frame], [0]
     while len(frames) < options.steps:
         action = next(policy)
@@ -138,7 +138,8 @@ def _record(options: CollectOptions, index: int) -> Path:
     return path
 
 
-def _random_policy(random: np.random.Generator, move_share: float) -> Iterator[int]:
+def random_policy(random: np.random.Generator, move_share: float) -> Iterator[int]:
+    """Endless actions: walks of 1 to 8 steps with probability ``move_share``, else 1 to 3 interactions."""
     while True:
         if random.random() < move_share:
             action, held = int(random.choice(_MOVES)), int(random.integers(1, 9))

@@ -56,6 +56,38 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
+class GeometryScores:
+    """What the geometry of the world says of rollouts.
+
+    Attributes:
+        followed: share of transitions that obey their action.
+        walks_followed: the same among actions that scroll the view.
+        agreement: share of scrolled tiles that stayed what they were.
+        invalid: share of cells that true frames never show there.
+    """
+
+    followed: Estimate
+    walks_followed: Estimate
+    agreement: Estimate
+    invalid: Estimate
+
+
+@dataclass(frozen=True)
+class TruthScores:
+    """Rollouts against the true continuation.
+
+    Attributes:
+        match, psnr, ssim: by generated frame.
+        frechet: squared distance of tile statistics to those of the true frames.
+    """
+
+    match: list[Estimate]
+    psnr: list[Estimate]
+    ssim: list[Estimate]
+    frechet: Estimate
+
+
+@dataclass(frozen=True)
 class Scores:
     """Figures of one schedule; likelihoods in nats per token.
 
@@ -66,12 +98,8 @@ class Scores:
         nll_settled: teacher-forced, frames from `SETTLED` on.
         nll_gap: difference to next-token prediction, paired by window.
         generated_nll: of generated tokens under next-token prediction.
-        followed: share of transitions that obey their action.
-        walks_followed: the same among actions that scroll the view.
-        agreement: share of scrolled tiles that stayed what they were.
-        invalid: share of cells that true frames never show there.
-        match, psnr, ssim: against the true continuation, by generated frame.
-        frechet: squared distance of tile statistics to true frames.
+        geometry: of the rollouts.
+        truth: of the rollouts.
     """
 
     name: str
@@ -84,14 +112,8 @@ class Scores:
     nll_settled: Estimate
     nll_gap: Estimate
     generated_nll: Estimate
-    followed: Estimate
-    walks_followed: Estimate
-    agreement: Estimate
-    invalid: Estimate
-    match: list[Estimate]
-    psnr: list[Estimate]
-    ssim: list[Estimate]
-    frechet: Estimate
+    geometry: GeometryScores
+    truth: TruthScores
 
 
 class Evaluation:
@@ -132,8 +154,8 @@ class Evaluation:
             nll_settled=Estimate.of(np.nanmean(nll[:, SETTLED * subject.layout.frame_length :], axis=1)),
             nll_gap=Estimate.of(np.nanmean(nll - self.baseline, axis=1)),
             generated_nll=Estimate.of(np.nanmean(likelihood[:, generated], axis=1)),
-            **self.judge(rolled),
-            **self._pixel_scores(rolled),
+            geometry=self.judge(rolled),
+            truth=self._compare(rolled),
         )
         return scores, rolled
 
@@ -142,8 +164,8 @@ class Evaluation:
         cells = streams.reshape(-1, layout.frame_length)[:, layout.before :]
         return cells.reshape(-1, layout.rows, layout.columns)
 
-    def judge(self, rolled: Streams) -> dict[str, Estimate]:
-        """Scores of rollouts that need no true continuation, by their names in `Scores`."""
+    def judge(self, rolled: Streams) -> GeometryScores:
+        """Judge rollouts [B, N] by their geometry."""
         layout, prompt, count = self.subject.layout, self.options.prompt, len(rolled)
         cells = self._cells(rolled).reshape(count, -1, layout.rows, layout.columns)
         actions = rolled.reshape(count, -1, layout.frame_length)[:, prompt:, 0] - self.subject.codes
@@ -152,25 +174,21 @@ class Evaluation:
         verdict = self.geometry.follows(before.reshape(shape), after.reshape(shape), actions.ravel())
         followed = np.where(verdict.counts, verdict.followed, np.nan)
         walks = np.where(verdict.walks, followed, np.nan)
-        samples = {
-            "followed": followed,
-            "walks_followed": walks,
-            "agreement": verdict.agreement,
-            "invalid": self.geometry.invalid(after).mean((-2, -1)).ravel(),
-        }
-        return {name: Estimate.of(_row_means(v.reshape(count, -1))) for name, v in samples.items()}
+        invalid = self.geometry.invalid(after).mean((-2, -1))
+        samples = (followed, walks, verdict.agreement, invalid)
+        return GeometryScores(*(Estimate.of(_row_means(values.reshape(count, -1))) for values in samples))
 
-    def _pixel_scores(self, rolled: Streams) -> dict[str, Any]:
+    def _compare(self, rolled: Streams) -> TruthScores:
         layout, frames = self.subject.layout, self.options.frames
         shape = (len(rolled), -1, layout.rows, layout.columns)
         got, true = (self._cells(s).reshape(shape)[:, -frames:] for s in (rolled, self.truth))
-        by_frame: dict[str, list[Estimate]] = {"match": [], "psnr": [], "ssim": []}
+        match, ratio, similarity = [], [], []
         for n in range(frames):
             images, answers = self.subject.pixels(got[:, n]), self.subject.pixels(true[:, n])
-            by_frame["match"].append(Estimate.of((got[:, n] == true[:, n]).mean((1, 2))))
-            by_frame["psnr"].append(Estimate.of(psnr(images, answers)))
-            by_frame["ssim"].append(Estimate.of(ssim(images, answers)))
-        return by_frame | {"frechet": self._frechet(got, true)}
+            match.append(Estimate.of((got[:, n] == true[:, n]).mean((1, 2))))
+            ratio.append(Estimate.of(psnr(images, answers)))
+            similarity.append(Estimate.of(ssim(images, answers)))
+        return TruthScores(match, ratio, similarity, self._frechet(got, true))
 
     def _frechet(self, got: NDArray[np.int64], true: NDArray[np.int64], resamples: int = 20) -> Estimate:
         """Distance, with a bootstrap over rollouts for its standard error."""
@@ -196,13 +214,11 @@ class Drift:
 
     Attributes:
         frames: index of the last frame of each stretch.
-        walks_followed, agreement, invalid: as in `Scores`, over the stretch.
+        scores: over each stretch.
     """
 
     frames: list[int]
-    walks_followed: list[Estimate]
-    agreement: list[Estimate]
-    invalid: list[Estimate]
+    scores: list[GeometryScores]
 
 
 def measure_drift(
@@ -216,14 +232,12 @@ def measure_drift(
     streams[:, :prompt] = known[:, :prompt]
     streams[:, prompt:, 0] = subject.codes + actions
     rolled = subject.roll_out(streams.reshape(count, -1), prompt, schedule, options.sampling, options.seed)
-    parts: dict[str, list[Estimate]] = {"walks_followed": [], "agreement": [], "invalid": []}
+    scores = []
     ends = np.linspace(prompt, prompt + frames, stretches + 1).astype(int)
     for start, end in pairwise(ends.tolist()):
         span = slice((start - prompt) * layout.frame_length, end * layout.frame_length)
-        scores = evaluation.judge(rolled[:, span])
-        for name, values in parts.items():
-            values.append(scores[name])
-    return Drift(ends[1:].tolist(), **parts)
+        scores.append(evaluation.judge(rolled[:, span]))
+    return Drift(ends[1:].tolist(), scores)
 
 
 def write_scores(path: Path, scores: Sequence[Scores], extra: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Hooks for the user's own metric networks: features for a Frechet distance, and learned distances.
 
-No network is shipped. Any ONNX file will do whose inputs are float32 pictures in 0..1: one input [N, 3, H, W]
--> [N, D] gives features of frames (FID), one input [N, 3, T, H, W] -> [N, D] features of clips (FVD), two inputs
-[N, 3, H, W] -> [N, ...] the distance of two frames (LPIPS).
+No network is shipped. Any ONNX file will do whose inputs are float32 pictures in 0..1: one input
+[N, 3, H, W] -> [N, D] gives features of frames (FID), one input [N, 3, T, H, W] -> [N, D] features of clips
+(FVD), two inputs [N, 3, H, W] -> [N, ...] the distance of two frames (LPIPS).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class MetricNetwork:
         ranks = [len(value.shape) for value in inputs]
         if ranks not in ([4], [5], [4, 4]):
             raise UsageError(
-                f"{path} has inputs of rank {ranks}; expected one of rank 4 [N, 3, H, W] or 5 [N, 3, T, H, W], "
-                "or two of rank 4"
+                f"{path} has inputs of rank {ranks}; expected [N, 3, H, W] or [N, 3, T, H, W], "
+                "or two of the first"
             )
         self.takes_clips, self.takes_pairs = ranks == [5], len(ranks) == 2
 
@@ -51,7 +51,8 @@ class MetricNetwork:
     def distances(self, clips: NDArray[np.uint8], truth: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Distances [B, T] of the frames of two sets of clips uint8 [B, T, H, W, 3]."""
         outputs = self._run(_channels_first(_flat(clips)), _channels_first(_flat(truth)))
-        return outputs.reshape(*clips.shape[:2], -1).mean(-1)
+        distances: NDArray[np.float64] = outputs.reshape(*clips.shape[:2], -1).mean(-1)
+        return distances
 
     def _run(self, *pictures: NDArray[np.float32]) -> NDArray[np.float64]:
         parts = []
