@@ -1,0 +1,179 @@
+"""``diagd plan``: memory and speed of a model on a device, before anything is done."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from diagd.cli.settings import add_set_option, parse_settings
+from diagd.errors import UsageError, require, unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from diagd.planning.devices import Device
+    from diagd.planning.model import ModelSize
+    from diagd.planning.plan import Plan
+
+EPILOG = """examples:
+  diagd plan mineworld-300m --device orin-agx
+  diagd plan crafter-3m.diagd --device this --json
+  diagd plan mineworld-1200m --device rtx4090 --precision int8 --set window=8
+
+Only dimensions and file headers are read. Frames a second are upper bounds: what memory and arithmetic of the
+device allow, pixels not included; good engines reach about two thirds of them.
+"""
+
+
+class PlanSettings(BaseModel):
+    """Options behind ``--set``."""
+
+    model_config = ConfigDict(extra="forbid")
+    window: int | None = Field(None, ge=2, description="frames kept in the cache (default: the context)")
+    k: tuple[int, ...] = Field((1, 2), description="row lags, such as 1,2,4")
+    clip: int = Field(1, ge=1, description="frames made at the end of one context; 1 for a sliding window")
+
+    @field_validator("k", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    from diagd.planning.cost import PRECISIONS
+    from diagd.planning.devices import DEVICES, THIS
+
+    parser.epilog = EPILOG
+    parser.add_argument("model", help="name of a model, or a bundle")
+    parser.add_argument("--device", default=THIS, help=f"{', '.join(DEVICES)} or {THIS} (default)")
+    parser.add_argument("--precision", default="fp16", choices=PRECISIONS, help="default %(default)s")
+    parser.add_argument("--checkpoint", help="file or folder; only its header is read")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    add_set_option(parser, PlanSettings)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; exit code 1 where the model does not fit."""
+    from rich.console import Console
+
+    from diagd.planning.plan import make_plan
+
+    settings = parse_settings(PlanSettings, args.settings)
+    device = _device(args.device)
+    model = _model(args.model, args.checkpoint)
+    _check(model, settings)
+    plan = make_plan(
+        model, device, precision=args.precision, window=settings.window, ks=settings.k, clip=settings.clip
+    )
+    if args.json:
+        content = asdict(plan) | {"fits": plan.fits, "builds": plan.builds, "running": plan.memory.running}
+        print(json.dumps(content, indent=2))  # noqa: T201
+    else:
+        _print(Console(), plan)
+    return 0 if plan.fits else 1
+
+
+def _device(name: str) -> Device:
+    from diagd.planning.ceilings import this_device
+    from diagd.planning.devices import DEVICES, THIS
+
+    if name == THIS:
+        return this_device()
+    if name not in DEVICES:
+        raise unknown("device", name, [*DEVICES, THIS])
+    return DEVICES[name]
+
+
+def _model(name: str, checkpoint: str | None) -> ModelSize:
+    from diagd.planning.model import read_model
+
+    if Path(name).is_dir():
+        return read_model(Path(name)).size
+    require("torch", extra="export", purpose=f"read the dimensions of '{name}'; a bundle needs no torch")
+    return _family_size(name, checkpoint)
+
+
+def _family_size(name: str, checkpoint: str | None) -> ModelSize:
+    """Dimensions of a model by name; a checkpoint's header is checked against them."""
+    from diagd.export.checkpoints import check, open_checkpoint, select
+    from diagd.export.families.registry import find
+    from diagd.export.tokenizer_graphs import placements
+    from diagd.planning.model import ModelSize
+
+    family = find(name, checkpoint)
+    if checkpoint is not None:
+        check(select(open_checkpoint(checkpoint), family.rename), family.expected)
+    config, tokenizer = family.transformer, family.tokenizer
+    parameters = {rule.target: sum(math.prod(shape) for _, shape in rule.sources) for rule in family.rules}
+    looked_up = sum(count for target, count in parameters.items() if "embedding" in target)
+    pixels = placements(tokenizer).values() if tokenizer else ()
+    return ModelSize(
+        name=name,
+        layout=config.layout,
+        context_frames=config.context_frames,
+        layers=config.layers,
+        kv_heads=config.kv_heads,
+        head_size=config.head_size,
+        query_width=config.heads * config.head_size,
+        output_vocabulary=config.output_vocabulary,
+        streamed=sum(parameters.values()) - looked_up,
+        looked_up=looked_up,
+        tokenizer=sum(math.prod(placement.shape) for placement in pixels),
+        pixel_frames=tokenizer.temporal_factor if tokenizer else 1,
+    )
+
+
+def _check(model: ModelSize, settings: PlanSettings) -> None:
+    columns, frames = model.layout.columns, model.context_frames
+    if wrong := [k for k in settings.k if not 1 <= k <= columns]:
+        raise UsageError(f"--set k={wrong[0]}: {model.name} takes row lags 1..{columns}")
+    if settings.window is not None and settings.window > frames:
+        raise UsageError(f"--set window={settings.window}: {model.name} sees at most {frames} frames")
+    if settings.clip >= frames:
+        raise UsageError(f"--set clip={settings.clip}: a context has {frames} frames with those given")
+
+
+def _print(console: Console, plan: Plan) -> None:
+    from rich.table import Table
+
+    from diagd.planning.devices import GB
+
+    device, memory = plan.device, plan.memory
+    table = Table("memory", "MB", title=f"{plan.model.name} {plan.precision}, {plan.window} frames")
+    for name, size in asdict(memory).items():
+        if name != "build_peak":
+            table.add_row(name, f"{size / 1e6:,.1f}")
+    table.add_row("[bold]while it runs", f"[bold]{memory.running / 1e6:,.1f}")
+    table.add_row("while its engine is built", f"{memory.build_peak / 1e6:,.1f}")
+    console.print(table)
+    _print_ceilings(console, plan)
+    verdict = "[green]fits" if plan.fits else "[red]does not fit"
+    console.print(f"{verdict}[/] {device.title}: {memory.running / GB:.2f} of {device.usable / GB:.2f} GB")
+    for line in plan.advice:
+        console.print(f"  {line}")
+    console.print(f"[dim]{device.title}: {device.source}")
+
+
+def _print_ceilings(console: Console, plan: Plan) -> None:
+    from rich.table import Table
+
+    from diagd.planning.cost import PRECISIONS
+
+    title = f"frames a second at most: {plan.device.title}, {plan.device.bandwidth / 1e9:,.4g} GB/s"
+    table = Table("order", "passes a frame", *PRECISIONS, title=title)
+    for order in dict.fromkeys(row.order for row in plan.ceilings):
+        rows = [row for row in plan.ceilings if row.order == order]
+        rates = [f"{row.frames_per_second:,.3g}{'' if row.bound == 'memory' else ' *'}" for row in rows]
+        table.add_row(order, f"{rows[0].passes:g}", *rates)
+    read = {row.precision: f"{row.bytes / 1e6:,.4g}" for row in plan.ceilings}
+    table.add_row("[dim]MB a pass", "", *read.values())
+    console.print(table)
+    if any(row.bound != "memory" for row in plan.ceilings):
+        console.print("[dim]* bound by arithmetic, not by memory")

@@ -1,0 +1,127 @@
+"""The dimensions of a model that decide what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diagd.bundle import Manifest, read_manifest
+from diagd.bundle.manifest import AbsoluteContext, RotaryContext
+from diagd.errors import BundleError
+from diagd.planning.onnx_graph import OnnxGraph, read_graph
+from diagd.schedule import StreamLayout
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model reads and keeps, whatever the device.
+
+    Attributes:
+        name: for reports.
+        layout: token stream.
+        context_frames: frames of a full window.
+        layers, kv_heads, head_size: of the K/V cache.
+        query_width: query heads times head size.
+        output_vocabulary: logits of a row.
+        streamed: parameters that every step reads: matrices, norms and the head.
+        looked_up: parameters that a step reads by row: embeddings.
+        tokenizer: parameters of the pixel graphs.
+        pixel_frames: frames shown for one frame of tokens.
+        refed: tokens fed again for each frame, where a sliding context is recomputed.
+    """
+
+    name: str
+    layout: StreamLayout
+    context_frames: int
+    layers: int
+    kv_heads: int
+    head_size: int
+    query_width: int
+    output_vocabulary: int
+    streamed: int
+    looked_up: int
+    tokenizer: int = 0
+    pixel_frames: int = 1
+    refed: float = 0.0
+
+    @property
+    def cache_elements(self) -> int:
+        """Elements of K and V that one token adds to the cache."""
+        return 2 * self.layers * self.kv_heads * self.head_size
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A bundle's model with the bytes it is stored in.
+
+    Attributes:
+        size: dimensions.
+        streamed_bytes: what every step reads of the weights.
+        cache_bytes: of one K/V element.
+    """
+
+    size: ModelSize
+    streamed_bytes: int
+    cache_bytes: int
+
+
+def read_model(path: Path) -> StoredModel:
+    """Dimensions of a bundle from its manifest and the headers of its graphs.
+
+    Raises:
+        BundleError: the bundle or its step graph cannot be read.
+    """
+    manifest = read_manifest(path)
+    graph = step_graph(path, manifest)
+    streamed = [tensor for tensor in graph.initializers if not tensor.looked_up]
+    looked_up = sum(tensor.elements for tensor in graph.initializers if tensor.looked_up)
+    cache = manifest.cache
+    size = ModelSize(
+        name=manifest.name,
+        layout=manifest.layout.stream(),
+        context_frames=manifest.context.frames,
+        layers=cache.layers,
+        kv_heads=cache.kv_heads,
+        head_size=cache.head_size,
+        query_width=_query_width(graph, cache.kv_heads * cache.head_size),
+        output_vocabulary=manifest.output_vocabulary,
+        streamed=sum(tensor.elements for tensor in streamed),
+        looked_up=looked_up,
+        tokenizer=_tokenizer_parameters(path, manifest),
+        pixel_frames=manifest.tokenizer.temporal_factor if manifest.tokenizer else 1,
+        refed=refed_tokens(manifest.context, manifest.layout.stream()),
+    )
+    return StoredModel(size, sum(tensor.bytes for tensor in streamed), np.dtype(cache.dtype).itemsize)
+
+
+def refed_tokens(context: RotaryContext | AbsoluteContext, layout: StreamLayout) -> float:
+    """Tokens fed again for each frame of an endless run, in the mean."""
+    if isinstance(context, RotaryContext):
+        return 0.0
+    return (context.frames - context.roll) * layout.frame_length / context.roll
+
+
+def step_graph(path: Path, manifest: Manifest) -> OnnxGraph:
+    """Header of a bundle's first step graph.
+
+    Raises:
+        BundleError: there is none.
+    """
+    if not manifest.graphs:
+        raise BundleError(f"{path} has no step graph; export it again")
+    return read_graph(path / manifest.graphs[0].file)
+
+
+def _query_width(graph: OnnxGraph, least: int) -> int:
+    """Rows of the attention's output projection, which the exporter stores as [in, out]."""
+    widths = [t.shape[0] for t in graph.initializers if "attention.out" in t.name and len(t.shape) == 2]
+    return max([least, *widths])
+
+
+def _tokenizer_parameters(path: Path, manifest: Manifest) -> int:
+    if manifest.tokenizer is None:
+        return 0
+    graphs = (read_graph(path / name) for name in (manifest.tokenizer.encoder, manifest.tokenizer.decoder))
+    return sum(tensor.elements for graph in graphs for tensor in graph.initializers)

@@ -1,0 +1,197 @@
+"""Whether a model fits a device, and how fast it can be there at best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from diagd.planning.cost import (
+    PRECISIONS,
+    Precision,
+    cache_bytes,
+    lags,
+    live_tokens,
+    step_bytes,
+    step_operations,
+    step_seconds,
+)
+from diagd.planning.devices import GB, Device
+from diagd.planning.model import ModelSize
+from diagd.schedule import slots_needed
+
+RUNTIME_BYTES: Final = 0.5 * GB
+"""Of a GPU context with TensorRT, whatever the model; published figures are 0.3 to 1 GB."""
+
+GRAPH_BYTES: Final = 64e6
+"""Memory pool of one captured CUDA graph."""
+
+BUILD_FACTOR: Final = 4.0
+"""Memory of an engine build over its weights; users of TensorRT report 3 to 4 times."""
+
+REACHED: Final = 0.65
+"""Share of the bandwidth limit that good engines reach with half-precision weights."""
+
+WIDEST: Final = 64
+"""Rows of the widest step that an engine is built for."""
+
+
+PREFILL: Final = 256
+"""Rows of a pass that feeds known tokens."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by use: while it runs, and the peak while an engine is built."""
+
+    weights: float
+    cache: float
+    workspace: float
+    runtime: float
+    graphs: float
+    tokenizer: float
+    build_peak: float
+
+    @property
+    def running(self) -> float:
+        """Everything that is there at once while frames are made."""
+        parts = (self.weights, self.cache, self.workspace, self.runtime, self.graphs, self.tokenizer)
+        return sum(parts)
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Least time of an order: ``bytes`` a pass, ``passes`` a frame of tokens, shown ``frames_per_second``.
+
+    ``bound`` says which limit it is, ``memory`` or ``arithmetic``.
+    """
+
+    precision: str
+    order: str
+    bytes: float
+    passes: float
+    frames_per_second: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer for one precision, ceilings for all of them, and what to change."""
+
+    model: ModelSize
+    device: Device
+    precision: str
+    window: int
+    memory: Memory
+    ceilings: tuple[Ceiling, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs on the device."""
+        return self.memory.running <= self.device.usable
+
+    @property
+    def builds(self) -> bool:
+        """Whether its engine can be built on the device."""
+        return self.memory.build_peak <= self.device.usable
+
+
+def make_plan(
+    model: ModelSize,
+    device: Device,
+    *,
+    precision: str = "fp16",
+    window: int | None = None,
+    ks: tuple[int, ...] = (1, 2),
+    clip: int = 1,
+) -> Plan:
+    """Plan a model on a device.
+
+    Args:
+        model: dimensions.
+        device: from the table, or measured.
+        precision: of the weights, one of ``PRECISIONS``.
+        window: frames kept in the cache; default: the model's context.
+        ks: row lags of the ceilings.
+        clip: frames generated at the end of a full context; 1 stands for a window that slides for ever.
+    """
+    window = window or model.context_frames
+    memory = memory_of(model, PRECISIONS[precision], window)
+    ceilings = tuple(
+        ceiling for entry in PRECISIONS.values() for ceiling in ceilings_of(model, device, entry, ks, clip)
+    )
+    plan = Plan(model, device, precision, window, memory, ceilings, ())
+    return Plan(model, device, precision, window, memory, ceilings, tuple(_advice(plan)))
+
+
+def memory_of(model: ModelSize, precision: Precision, window: int) -> Memory:
+    """Bytes by use for a window of frames."""
+    slots = slots_needed(model.layout, window, WIDEST)
+    weights = model.streamed * precision.weight + model.looked_up * min(precision.cache, 2.0)
+    scores = WIDEST * model.query_width / model.head_size * slots * precision.cache
+    states = WIDEST * (4.0 * model.output_vocabulary + 12.0 * model.query_width * precision.cache)
+    return Memory(
+        weights=weights,
+        cache=cache_bytes(model, precision, slots),
+        workspace=scores + states,
+        runtime=RUNTIME_BYTES,
+        graphs=GRAPH_BYTES * len((1, 16, WIDEST)),
+        tokenizer=model.tokenizer * 2.0,
+        build_peak=BUILD_FACTOR * weights + RUNTIME_BYTES,
+    )
+
+
+def ceilings_of(
+    model: ModelSize, device: Device, precision: Precision, ks: tuple[int, ...], clip: int
+) -> list[Ceiling]:
+    """Upper bounds of frames a second by decoding order; pixel decoding is not in them."""
+    live = live_tokens(model, clip)
+    read = step_bytes(model, precision, live)
+    again = _refeeding(model, device, read)
+    rows = []
+    for order in lags(model, ks):
+        passes = order.passes(clip) if clip > 1 else float(order.d)
+        operations = step_operations(model, model.layout.cells / passes, live)
+        seconds = step_seconds(read, operations, device.bandwidth, device.peak)
+        bound = "memory" if seconds * device.bandwidth <= read * (1 + 1e-9) else "arithmetic"
+        rate = model.pixel_frames / (passes * seconds + again)
+        rows.append(Ceiling(precision.name, order.name, read, passes, rate, bound))
+    return rows
+
+
+def _refeeding(model: ModelSize, device: Device, read: float) -> float:
+    """Seconds a frame for feeding a sliding context again, in passes of ``PREFILL`` rows."""
+    operations = step_operations(model, PREFILL, live_tokens(model) / 2)
+    return model.refed / PREFILL * step_seconds(read, operations, device.bandwidth, device.peak)
+
+
+def _advice(plan: Plan) -> list[str]:
+    """What would make it fit, cheapest first; empty where nothing needs to change."""
+    lines = []
+    usable = plan.device.usable
+    if not plan.fits:
+        smaller = [
+            name
+            for name, entry in PRECISIONS.items()
+            if entry.weight < PRECISIONS[plan.precision].weight
+            and memory_of(plan.model, entry, plan.window).running <= usable
+        ]
+        if smaller:
+            lines.append(f"store the weights in {smaller[0]}: --precision {smaller[0]}")
+        if (window := _largest_window(plan)) is not None:
+            lines.append(f"keep {window} frames instead of {plan.window}: --set window={window}")
+        if not lines:
+            need = plan.memory.running / GB
+            lines.append(f"no precision or window fits: take a smaller model, or a device with {need:.0f} GB")
+    if plan.fits and not plan.builds:
+        need = plan.memory.build_peak / GB
+        lines.append(f"build the engine on a machine with {need:.0f} GB and the same GPU architecture")
+    return lines
+
+
+def _largest_window(plan: Plan) -> int | None:
+    precision = PRECISIONS[plan.precision]
+    for window in range(plan.window - 1, 1, -1):
+        if memory_of(plan.model, precision, window).running <= plan.device.usable:
+            return window
+    return None

@@ -1,0 +1,90 @@
+"""``diagd plan``."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from diagd.bundle import read_manifest
+from diagd.cli.main import main
+from tests.cli.conftest import Workplace
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    content: dict[str, object] = json.loads(capsys.readouterr().out)
+    return content
+
+
+def test_a_named_model_on_a_named_device(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first example of the help."""
+    assert main(["plan", "mineworld-300m", "--device", "orin-agx"]) == 0
+    shown = capsys.readouterr().out
+    assert "fits" in shown
+    assert "k=2 chained" in shown
+    assert "204.8 GB/s" in shown
+
+
+def test_a_bundle_on_this_machine(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second example: dimensions from headers, limits measured here."""
+    assert main(["plan", str(workplace.bundle), "--device", "this", "--json"]) == 0
+    content = printed(capsys)
+    manifest = read_manifest(workplace.bundle)
+    model, device = content["model"], content["device"]
+    assert isinstance(model, dict)
+    assert isinstance(device, dict)
+    assert content["fits"] is True
+    assert model["layers"] == manifest.cache.layers
+    assert 1e8 < device["bandwidth"] < 1e13
+    assert 1e8 < device["peak"] < 1e15
+    assert 1e8 < device["memory"] < 1e14
+
+
+def test_a_model_by_name_and_its_bundle_agree(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = ["--device", "h200", "--json"]
+    assert main(["plan", str(workplace.bundle), *device]) == 0
+    bundle = printed(capsys)["model"]
+    assert main(["plan", "world", "--checkpoint", str(workplace.world), *device]) == 0
+    named = printed(capsys)["model"]
+    assert isinstance(bundle, dict)
+    assert isinstance(named, dict)
+    assert bundle["streamed"] == pytest.approx(named["streamed"], rel=0.01)  # small constants of the graph
+    for field in ("layers", "kv_heads", "head_size", "query_width", "context_frames", "output_vocabulary"):
+        assert bundle[field] == named[field], field
+
+
+def test_what_does_not_fit_ends_with_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "rtx4090", "--precision", "int8", "--set", "window=8"]
+    assert main(["plan", "mineworld-1200m", *options]) == 0  # the third example
+    assert "8 frames" in capsys.readouterr().out
+    assert main(["plan", "mineworld-1200m", "--device", "orin-nano", "--precision", "fp32", "--json"]) == 0
+    content = printed(capsys)
+    assert content["fits"] is True
+    memory = content["memory"]
+    assert isinstance(memory, dict)
+    assert content["running"] == pytest.approx(math.fsum(memory.values()) - memory["build_peak"])
+    assert content["builds"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mineworld-300m", "--device", "rtx409"], "did you mean 'rtx4090'"),
+        (["mineworld-300", "--device", "h200"], "did you mean 'mineworld-300m'"),
+        (["mineworld-300m", "--device", "h200", "--set", "k=25"], "row lags 1..24"),
+        (["mineworld-300m", "--device", "h200", "--set", "window=17"], "at most 16 frames"),
+        (["mineworld-300m", "--device", "h200", "--set", "clip=16"], "16 frames"),
+    ],
+)
+def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tmp_path), "--device", "h200"]) == 2
+    assert "no bundle" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""The reader of ONNX headers against the onnx package."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from diagd.errors import BundleError
+from diagd.planning.onnx_graph import matrix_product_model, read_graph
+from diagd.planning.protobuf import encode, fields
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> onnx.ModelProto:
+    table = numpy_helper.from_array(np.ones((7, 4), np.float16), "table")
+    weight = numpy_helper.from_array(np.ones((4, 3), np.float16), "weight")
+    scale = numpy_helper.from_array(np.float32(0.5), "scale")
+    packed = helper.make_tensor("four", TensorProto.INT4, [3], [1, 2, 3])
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "weight"], ["product"]),
+        helper.make_node("FusedThing", ["product", "scale"], ["out"], domain="com.example"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("ids", TensorProto.INT32, ["W"])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT16, ["W", 3])],
+        [table, weight, scale, packed],
+    )
+    opsets = [helper.make_opsetid("com.example", 7), helper.make_opsetid("", 23)]
+    return helper.make_model(graph, opset_imports=opsets)
+
+
+def test_summary_equals_what_onnx_reads(model: onnx.ModelProto, tmp_path: Path) -> None:
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    graph = read_graph(tmp_path / "m.onnx")
+    assert graph.opset == 23
+    assert graph.operators == Counter({"Gather": 1, "MatMul": 1, "com.example.FusedThing": 1})
+    assert [(v.name, v.dtype, v.shape) for v in graph.inputs] == [("ids", "int32", ("W",))]
+    assert [(v.name, v.dtype, v.shape) for v in graph.outputs] == [("out", "float16", ("W", 3))]
+    found = {t.name: (t.dtype, t.shape, t.bytes, t.looked_up) for t in graph.initializers}
+    assert found == {
+        "table": ("float16", (7, 4), 56, True),
+        "weight": ("float16", (4, 3), 24, False),
+        "scale": ("float32", (), 4, False),
+        "four": ("int4", (3,), 2, False),
+    }
+    assert graph.bytes_by_dtype() == {"float16": 80, "float32": 4, "int4": 2}
+
+
+def test_damage_is_told(model: onnx.ModelProto, tmp_path: Path) -> None:
+    content = model.SerializeToString()
+    broken = {
+        "empty": b"",
+        "text": b"this is a text",
+        "cut": content[: len(content) // 2],
+        "no graph": encode(1, 10),
+    }
+    for name, data in broken.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(BundleError):
+            read_graph(tmp_path / name)
+    with pytest.raises(BundleError):
+        read_graph(tmp_path / "absent")
+
+
+@given(st.lists(st.tuples(st.integers(1, 1 << 20), st.one_of(st.integers(0, (1 << 63) - 1), st.binary()))))
+def test_encoding_and_reading_are_inverse(entries: list[tuple[int, int | bytes]]) -> None:
+    data = memoryview(b"".join(encode(number, value) for number, value in entries))
+    read = [(number, value if isinstance(value, int) else bytes(value)) for number, value in fields(data)]
+    assert read == entries
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    try:
+        total = sum(0 if isinstance(value, int) else len(value) for _, value in fields(memoryview(data)))
+    except BundleError:
+        return
+    assert total <= len(data)
+
+
+def test_matrix_product_model_multiplies() -> None:
+    content = matrix_product_model(3, 5, 2)
+    onnx.checker.check_model(onnx.load_from_string(content))
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(3, 5)).astype(np.float32), random.normal(size=(5, 2)).astype(np.float32)
+    np.testing.assert_allclose(session.run(None, {"A": a, "B": b})[0], a @ b, rtol=1e-5)
