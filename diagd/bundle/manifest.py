@@ -91,6 +91,29 @@ class RotaryContext(_Record):
     frame_angles: tuple[float, ...]
 
 
+class AbsoluteContext(_Record):
+    """Sliding context of a model whose hidden states depend on positions inside the window.
+
+    ``frames``: longest window. When it is full it slides by ``roll`` frames at once, and what it still holds
+    is fed again at its new positions.
+    """
+
+    kind: Literal["absolute"] = "absolute"
+    frames: int
+    roll: Annotated[int, Field(ge=1)] = 1
+
+
+class TextConditioning(_Record):
+    """Text that every pass attends to: ``graph`` maps text float32 [length, width] to its keys and values.
+
+    Shorter texts are filled up with vectors of zero, which are attended to as well.
+    """
+
+    graph: str
+    length: int
+    width: int
+
+
 class DefaultSchedule(_Record):
     """Lags and seeds used when the caller names none; ``d`` 0 is serial."""
 
@@ -166,11 +189,12 @@ class Manifest(_Record):
     vocabulary: int
     output_vocabulary: int
     sampling: SamplingRules
-    context: RotaryContext
+    context: Annotated[RotaryContext | AbsoluteContext, Field(discriminator="kind")]
     schedule: DefaultSchedule
     cache: CacheShape
     actions: ActionCodec | None = None
     tokenizer: Tokenizer | None = None
+    text: TextConditioning | None = None
     frames_per_second: float
     graphs: tuple[StepGraph, ...]
     files: dict[str, FileRecord] = Field(default_factory=dict)

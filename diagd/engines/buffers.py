@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from diagd.bundle import Manifest
+
 ALIGNMENT = 64
 
 
@@ -19,6 +21,19 @@ def aligned_zeros(
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def text_buffers(manifest: Manifest) -> dict[str, NDArray[np.generic]]:
+    """Buffers of a text's keys and values by input of the step graph; none for models without text."""
+    if manifest.text is None:
+        return {}
+    cache = manifest.cache
+    shape = (cache.kv_heads, manifest.text.length, cache.head_size)
+    return {
+        f"text_{kind}_{layer}": aligned_zeros(shape, np.dtype(cache.dtype))
+        for layer in range(cache.layers)
+        for kind in ("key", "value")
+    }
 
 
 def rotate_pairs(keys: NDArray[np.generic], angles: NDArray[np.float64]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,6 +71,10 @@ class Engine(Protocol):
             Logits float32 [R, V] of ``inputs.decoded``, valid until the next step. An engine that samples in
             the graph has also written the sampled ids to the sinks.
         """
+        ...
+
+    def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
+        """Take the keys and values of a text, by input of the step graph; for models that read text."""
         ...
 
     def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:

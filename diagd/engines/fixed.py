@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import CacheShape, StepGraph
-from diagd.engines.buffers import aligned_zeros, rotate_pairs
+from diagd.engines.buffers import aligned_zeros, rotate_pairs, text_buffers
 from diagd.engines.engine import VOID, Float, Int, SamplingState, StepInputs
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.errors import BundleError
@@ -41,6 +42,7 @@ class FixedEngine:
         shape = (1, manifest.cache.kv_heads, self.capacity, manifest.cache.head_size)
         dtype = np.dtype(manifest.cache.dtype)
         self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache)}
+        self.text = text_buffers(manifest)
         self._session = open_session(bundle.file(graphs[0].file), bundle.digest, options)
         vocabulary = manifest.output_vocabulary
         self._steps = {width: self.step_type(self._session, self, width, vocabulary) for width in self.widths}
@@ -52,6 +54,11 @@ class FixedEngine:
     def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
         """Run one pass; see ``Engine.step``."""
         return self._steps[self.padded_width(len(inputs.positions))].run(inputs, sampling)
+
+    def set_text(self, rows: Mapping[str, Array]) -> None:
+        """Take a text; see ``Engine.set_text``."""
+        for name, buffer in self.text.items():
+            buffer[:] = rows[name]
 
     def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
         """Turn cached keys; see ``Engine.rotate_keys``."""
@@ -111,6 +118,7 @@ class FixedStep(ABC):
             "top_k": self.top_k,
             "top_p": self.top_p,
             **past,
+            **self.engine.text,
         }
 
     @abstractmethod

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.buffers import aligned_zeros, rotate_pairs
+from diagd.engines.buffers import aligned_zeros, rotate_pairs, text_buffers
 from diagd.engines.engine import VOID, Float, Int, SamplingState, StepInputs
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 
@@ -42,6 +43,7 @@ class PrefixEngine:
         dtype = np.dtype(manifest.cache.dtype)
         names = [f"{kind}_{layer}" for layer in range(manifest.cache.layers) for kind in ("key", "value")]
         self.buffers = {name: aligned_zeros(shape, dtype) for name in names}
+        self._text = text_buffers(manifest)
         self._row_shape, self._dtype = shape[1:], dtype
         self._session = open_session(bundle.file(graph.file), bundle.digest, options)
         self._binding = self._session.io_binding()
@@ -51,6 +53,8 @@ class PrefixEngine:
         self._bind("token_buffer", self.token_buffer)
         self._bind("write_index", self._write_index)
         self._bind_output("logits", self._logits)
+        for name, buffer in self._text.items():
+            self._bind(name, buffer)
 
     def padded_width(self, width: int) -> int:
         """Widths are dynamic: no pad rows."""
@@ -68,6 +72,11 @@ class PrefixEngine:
         self._bind_output("logits", logits)
         self._session.run_with_iobinding(self._binding)
         return logits
+
+    def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
+        """Take a text; see ``Engine.set_text``."""
+        for name, buffer in self._text.items():
+            buffer[:] = rows[name]
 
     def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
         """Turn cached keys; see ``Engine.rotate_keys``."""

@@ -14,6 +14,7 @@ import torch
 from diagd.bundle import seal
 from diagd.bundle.files import atomic_directory
 from diagd.bundle.manifest import (
+    AbsoluteContext,
     CacheShape,
     Form,
     GridLayout,
@@ -21,6 +22,7 @@ from diagd.bundle.manifest import (
     Provenance,
     RotaryContext,
     StepGraph,
+    TextConditioning,
     Tokenizer,
 )
 from diagd.errors import UsageError
@@ -34,15 +36,16 @@ from diagd.export.checkpoints import (
     select,
 )
 from diagd.export.families.family import Family
-from diagd.export.step_graph import trace_step
+from diagd.export.step_graph import trace_step, trace_text
 from diagd.export.tracing import link_weights, save
-from diagd.export.transformer import Transformer, rotary_tables
+from diagd.export.transformer import Transformer, TransformerConfig, position_tables
 from diagd.export.weights import WeightSource
 from diagd.progress import Progress
 from diagd.schedule import StreamLayout, slots_needed
 from diagd.version import __version__
 
 WEIGHTS_NAME = "weights.bin"
+TEXT_GRAPH = "text.onnx"
 
 TRACING_BYTES = 700_000_000
 """Memory of PyTorch, the exporter and a traced graph, whatever the model (measured)."""
@@ -120,6 +123,8 @@ class Exporter:
         graph_bytes = 40_000 + 12_000 * self.family.transformer.layers
         files = {WEIGHTS_NAME: weights.total_bytes(self._placements)}
         files |= {graph.file: graph_bytes for graph in self._graphs}
+        if self.family.transformer.text:
+            files[TEXT_GRAPH] = graph_bytes
         if self._tokenizer:
             files[tokenizer_graphs.WEIGHTS_NAME] = weights.total_bytes(
                 tokenizer_graphs.placements(self._tokenizer)
@@ -149,9 +154,10 @@ class Exporter:
             files = {graph.file: graph for graph in self._graphs}  # one file serves every width
             for graph in progress.each(list(files.values()), "tracing step graphs"):
                 self._write_graph(directory, graph)
+            text = self._write_text(directory)
             tokenizer = self._write_tokenizer(directory, sources.tokenizer, progress)
             with progress.task("hashing"):
-                return seal(directory, self._manifest(sources, tokenizer))
+                return seal(directory, self._manifest(sources, tokenizer, text))
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
         with torch.device("meta"):
@@ -193,12 +199,11 @@ class Exporter:
             )
 
     def _write_weights(self, directory: Path, source: Checkpoint, progress: Progress) -> None:
-        cosines, sines = rotary_tables(self.family.transformer)
         sources: dict[str, WeightSource] = {
             f"transformer.{name}": weight for name, weight in self.family.weights(source).items()
         }
-        sources["transformer.cosines"] = weights.constant(cosines.numpy())
-        sources["transformer.sines"] = weights.constant(sines.numpy())
+        for name, table in position_tables(self.family.transformer).items():
+            sources[f"transformer.{name}"] = weights.constant(table.numpy())
         sources["ranges"] = weights.constant(self.family.sampling.range_table(self._layout))
         total = sum(p.length for p in self._placements.values())
         with progress.bytes("weights", total) as advance:
@@ -215,6 +220,15 @@ class Exporter:
         tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, directory)
         save(link_weights(model, tensors), directory / graph.file)
 
+    def _write_text(self, directory: Path) -> TextConditioning | None:
+        config = self.family.transformer
+        if config.text is None:
+            return None
+        model = trace_text(config, TORCH_TYPES[self.options.precision])
+        tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, directory)
+        save(link_weights(model, tensors), directory / TEXT_GRAPH)
+        return TextConditioning(graph=TEXT_GRAPH, length=config.text.length, width=config.text.width)
+
     def _write_tokenizer(
         self, directory: Path, source: Checkpoint | None, progress: Progress
     ) -> Tokenizer | None:
@@ -224,7 +238,9 @@ class Exporter:
         with progress.bytes("tokenizer", total) as advance:
             return tokenizer_graphs.write_tokenizer(self._tokenizer, source, directory, advance)
 
-    def _manifest(self, sources: Sources, tokenizer: Tokenizer | None) -> Manifest:
+    def _manifest(
+        self, sources: Sources, tokenizer: Tokenizer | None, text: TextConditioning | None
+    ) -> Manifest:
         family, config = self.family, self.family.transformer
         layout = self._layout
         return Manifest(
@@ -240,11 +256,7 @@ class Exporter:
             vocabulary=config.vocabulary,
             output_vocabulary=config.output_vocabulary,
             sampling=family.sampling,
-            context=RotaryContext(
-                frames=config.context_frames,
-                positions=config.rotary_positions,
-                frame_angles=tuple(map(float, config.rotary.frame_angles(layout))),
-            ),
+            context=context_policy(config),
             schedule=family.schedule,
             cache=CacheShape(
                 layers=config.layers,
@@ -254,6 +266,7 @@ class Exporter:
             ),
             actions=family.actions,
             tokenizer=tokenizer,
+            text=text,
             frames_per_second=family.frames_per_second,
             graphs=tuple(
                 StepGraph(
@@ -272,6 +285,17 @@ class Exporter:
             ),
             licence=family.licence,
         )
+
+
+def context_policy(config: TransformerConfig) -> RotaryContext | AbsoluteContext:
+    """How the context of a model slides."""
+    if config.rotary is None or config.absolute:
+        return AbsoluteContext(frames=config.context_frames)
+    return RotaryContext(
+        frames=config.context_frames,
+        positions=config.rotary_positions,
+        frame_angles=tuple(map(float, config.rotary.frame_angles(config.layout))),
+    )
 
 
 def slots_for(layout: StreamLayout, window: int, max_width: int) -> int:

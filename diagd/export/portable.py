@@ -81,14 +81,15 @@ class PortableStep(nn.Module):
         top_k: Tensor,
         top_p: Tensor,
         past: Sequence[Tensor],
+        text: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        """One step; ``past`` alternates keys and values, layer by layer."""
+        """One step; ``past`` and ``text`` alternate keys and values, layer by layer."""
         config = self.transformer.config
         visible = _visible(slot_position, positions, write_index)
         visible = visible.repeat(config.heads // config.kv_heads, 1)
         form = PortableAttention(visible, past[0::2], past[1::2])
         ids = token_buffer.index_select(0, sources)
-        logits = (self.transformer.states(ids, positions, form) @ self.transformer.head).float()
+        logits = self.transformer.logits(self.transformer.states(ids, positions, form, text)).float()
         layout = config.layout
         allowed = functional.embedding((positions + 1 - layout.prefix) % layout.frame_length, self.ranges)
         tokens = self.sampler(logits, uniforms, temperature, top_k, top_p, allowed[:, 0], allowed[:, 1])

@@ -111,16 +111,17 @@ class PrefixStep(nn.Module):
         write_index: Tensor,
         logit_rows: Tensor,
         past: Sequence[Tensor],
+        text: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        """One step; ``past`` alternates keys and values, layer by layer."""
+        """One step; ``past`` and ``text`` alternate keys and values, layer by layer."""
         config = self.transformer.config
         slots = write_index + torch.arange(sources.shape[0], device=sources.device)
         visible = slot_position.unsqueeze(0) <= positions.unsqueeze(1)
         bias = torch.where(visible, 0.0, HIDDEN_SCORE).repeat(config.heads // config.kv_heads, 1)
         form = PrefixAttention(slots, bias, past[0::2], past[1::2])
         ids = token_buffer.index_select(0, sources)
-        states = self.transformer.states(ids, positions, form).index_select(0, logit_rows)
-        logits = (states @ self.transformer.head).float()
+        states = self.transformer.states(ids, positions, form, text).index_select(0, logit_rows)
+        logits = self.transformer.logits(states).float()
         return logits, *_interleave(form.keys, form.values)
 
 
@@ -154,13 +155,14 @@ class ModernStep(nn.Module):
         top_k: Tensor,
         top_p: Tensor,
         past: Sequence[Tensor],
+        text: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        """One step; ``past`` alternates keys and values, layer by layer."""
+        """One step; ``past`` and ``text`` alternate keys and values, layer by layer."""
         layout = self.transformer.config.layout
         mask = slot_position.unsqueeze(0) <= positions.unsqueeze(1)
         form = ModernAttention(write_index, mask, past[0::2], past[1::2])
         ids = token_buffer.index_select(0, sources)
-        logits = (self.transformer.states(ids, positions, form) @ self.transformer.head).float()
+        logits = self.transformer.logits(self.transformer.states(ids, positions, form, text)).float()
         allowed = functional.embedding((positions + 1 - layout.prefix) % layout.frame_length, self.ranges)
         sampled = self.sampler(logits, uniforms, temperature, top_k, top_p, allowed[:, 0], allowed[:, 1])
         tokens = token_buffer.index_put((sinks.long(),), sampled.to(token_buffer.dtype))
@@ -173,6 +175,18 @@ def _operator(name: str, inputs: Sequence[Tensor], *, like: Tensor, **attributes
         name, inputs, attrs=attributes, dtype=like.dtype, shape=like.shape, version=24
     )
     return result.to(like.device)  # the placeholder is made on the CPU; the graph has no devices
+
+
+class TextRows(nn.Module):
+    """The text's keys and values of every layer, worked out once for a text."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, text: Tensor) -> tuple[Tensor, ...]:
+        """Text float32 [length, width] -> keys and values [G, length, D], alternating by layer."""
+        return tuple(self.transformer.text_rows(text.to(self.transformer.embedding.dtype)))
 
 
 def _interleave(keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:

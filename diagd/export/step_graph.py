@@ -10,7 +10,7 @@ from torch import Tensor
 from diagd.bundle.manifest import Form, SamplingRules
 from diagd.export.portable import PortableStep
 from diagd.export.sampler import GraphSampler
-from diagd.export.step import ModernStep, PrefixStep
+from diagd.export.step import ModernStep, PrefixStep, TextRows
 from diagd.export.tracing import trace
 from diagd.export.transformer import Transformer, TransformerConfig
 
@@ -51,6 +51,40 @@ def cache_names(layers: int, prefix: str) -> list[str]:
     return [f"{prefix}_{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
 
 
+def text_names(config: TransformerConfig) -> list[str]:
+    """Names of the text's keys and values, none for models without text."""
+    return cache_names(config.layers, "text") if config.text else []
+
+
+def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) -> ir.Model:
+    """Trace the graph from text float32 [length, width] to what the step graphs read of it.
+
+    Its outputs are ``text_key_l`` and ``text_value_l`` [kv_heads, length, head_size], in ``dtype``.
+
+    Raises:
+        ValueError: the model reads no text.
+    """
+    if config.text is None:
+        raise ValueError("the model reads no text")
+    with torch.device("meta"):
+        transformer = Transformer(config).to("meta", dtype)
+    text = torch.zeros(config.text.length, config.text.width, device="meta")
+    return trace(
+        TextRows(transformer),
+        (text,),
+        input_names=["text"],
+        output_names=text_names(config),
+        opset=PREFIX_OPSET,
+    )
+
+
+def _text_rows(config: TransformerConfig, dtype: torch.dtype) -> list[Tensor]:
+    if config.text is None:
+        return []
+    shape = (config.kv_heads, config.text.length, config.head_size)
+    return [torch.zeros(shape, dtype=dtype, device="meta") for _ in range(2 * config.layers)]
+
+
 def _int32(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int32, device="meta")
 
@@ -62,6 +96,7 @@ def _trace_prefix(transformer: Transformer, dtype: torch.dtype) -> ir.Model:
         torch.zeros(length, config.kv_heads, config.head_size, dtype=dtype, device="meta")
         for _ in range(2 * config.layers)
     ]
+    text = _text_rows(config, dtype)
     inputs: dict[str, tuple[Any, Any]] = {
         "token_buffer": (_int32(buffer), {0: "N"}),
         "sources": (_int32(rows), {0: "W"}),
@@ -72,18 +107,18 @@ def _trace_prefix(transformer: Transformer, dtype: torch.dtype) -> ir.Model:
     }
     return trace(
         PrefixStep(transformer),
-        (*(tensor for tensor, _ in inputs.values()), past),
-        input_names=[*inputs, *cache_names(config.layers, "past")],
+        (*(tensor for tensor, _ in inputs.values()), past, text),
+        input_names=[*inputs, *cache_names(config.layers, "past"), *text_names(config)],
         output_names=["logits", *cache_names(config.layers, "present")],
         opset=PREFIX_OPSET,
-        dynamic_shapes=(*(axes for _, axes in inputs.values()), [{0: "T"}] * len(past)),
+        dynamic_shapes=(*(axes for _, axes in inputs.values()), [{0: "T"}] * len(past), [None] * len(text)),
     )
 
 
 def _trace_sampling(
     transformer: Transformer, form: Form, sampling: SamplingRules, dtype: torch.dtype, capacity: int
 ) -> ir.Model:
-    """The forms with a sampler. Their width is dynamic: backends fix it, and share one copy of the weights."""
+    """The forms with a sampler. Backends fix their dynamic width, and share one copy of the weights."""
     config = transformer.config
     ranges = torch.tensor(sampling.range_table(config.layout), dtype=torch.int32).to("meta")
     modern = form is Form.MODERN
@@ -95,6 +130,7 @@ def _trace_sampling(
         torch.zeros(1, config.kv_heads, capacity, config.head_size, dtype=dtype, device="meta")
         for _ in range(2 * config.layers)
     ]
+    text = _text_rows(config, dtype)
     inputs: dict[str, tuple[Any, Any]] = {
         "token_buffer": (_int32(buffer), {0: "N"}),
         "sources": (_int32(rows), {0: "W"}),
@@ -112,9 +148,9 @@ def _trace_sampling(
     cache = cache_names(config.layers, "present" if modern else "new")
     return trace(
         step,
-        (*(tensor for tensor, _ in inputs.values()), past),
-        input_names=[*inputs, *cache_names(config.layers, "past")],
+        (*(tensor for tensor, _ in inputs.values()), past, text),
+        input_names=[*inputs, *cache_names(config.layers, "past"), *text_names(config)],
         output_names=["next_token_buffer" if modern else "tokens", "logits", *cache],
         opset=MODERN_OPSET if modern else PORTABLE_OPSET,
-        dynamic_shapes=(*(axes for _, axes in inputs.values()), [None] * len(past)),
+        dynamic_shapes=(*(axes for _, axes in inputs.values()), [None] * len(past), [None] * len(text)),
     )

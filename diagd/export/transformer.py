@@ -6,6 +6,7 @@ keys is left to a form, which is how one block serves training, full recomputati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diagd.export.rotary import Rotary
+from diagd.export.layers import GeluFeedForward, LayerNorm, NormKind, RMSNorm, SwiGLU, biased
+from diagd.export.rotary import Rotary, grid_sinusoids
 from diagd.schedule import StreamLayout
 
 
@@ -30,6 +32,14 @@ class AttentionForm(Protocol):
 
 
 @dataclass(frozen=True)
+class TextShape:
+    """Text that cross-attention reads: vectors [length, width]."""
+
+    length: int
+    width: int
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
     """Dimensions and options of a decoder.
 
@@ -39,11 +49,19 @@ class TransformerConfig:
         vocabulary: ids of the embedding.
         output_vocabulary: ids of the head; the first ones of the vocabulary.
         hidden: width of the residual stream.
-        feed_forward: inner width of the SwiGLU.
+        feed_forward: inner width of the feed-forward layer.
         layers, heads, kv_heads, head_size: attention dimensions.
-        rotary: rotary embedding of queries and keys.
+        rotary: rotary embedding of queries and keys; None without.
         slot_embedding: add a learned vector for the place inside the frame.
-        norm_epsilon: of every RMSNorm.
+        position_embedding: add a learned vector for the position inside the context.
+        layer_embedding: add sinusoids of frame, row and column before every layer.
+        norm: of the residual stream.
+        norm_epsilon: of every norm.
+        qk_norm: RMSNorm over each head's queries and keys, ahead of the rotary embedding.
+        bias: projections, feed-forward layers and layer norms have one.
+        gated: feed-forward layers are SwiGLU; otherwise GELU in its tanh form.
+        tied_head: the head is the embedding.
+        text: every layer also attends to text; None without.
     """
 
     layout: StreamLayout
@@ -56,9 +74,17 @@ class TransformerConfig:
     heads: int
     kv_heads: int
     head_size: int
-    rotary: Rotary
+    rotary: Rotary | None
     slot_embedding: bool = False
+    position_embedding: bool = False
+    layer_embedding: bool = False
+    norm: NormKind = NormKind.RMS
     norm_epsilon: float = 1e-5
+    qk_norm: bool = False
+    bias: bool = False
+    gated: bool = True
+    tied_head: bool = False
+    text: TextShape | None = None
 
     @property
     def context_length(self) -> int:
@@ -66,27 +92,41 @@ class TransformerConfig:
         return self.layout.frame_start(self.context_frames)
 
     @property
+    def absolute(self) -> bool:
+        """Whether hidden states depend on positions themselves, not only on their differences."""
+        return self.position_embedding or self.layer_embedding
+
+    @property
     def rotary_positions(self) -> int:
-        """Rows of the rotary table: two contexts, so that cached keys are rotated back once per context."""
-        return self.layout.frame_start(2 * self.context_frames + 2)
+        """Rows of the rotary table.
+
+        Two contexts, so that cached keys are rotated back once per context; one where that is no use.
+        """
+        return self.context_length if self.absolute else self.layout.frame_start(2 * self.context_frames + 2)
 
     @property
     def qkv_width(self) -> int:
         """Columns of the fused query, key and value projection."""
         return (self.heads + 2 * self.kv_heads) * self.head_size
 
+    def make_norm(self) -> nn.Module:
+        """A norm of the residual stream."""
+        if self.norm is NormKind.RMS:
+            return RMSNorm(self.hidden, self.norm_epsilon)
+        return LayerNorm(self.hidden, self.norm_epsilon, self.bias)
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, computed in float32 (ONNX RMSNormalization-23)."""
 
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.epsilon = epsilon
+@dataclass(frozen=True)
+class PositionRows:
+    """Rows of the position tables for the fed tokens.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., width]."""
-        return functional.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
+    Attributes:
+        rotary: cosines and sines, [..., W, head_size / 2] each.
+        additive: [..., W, hidden], added before every layer.
+    """
+
+    rotary: tuple[Tensor, Tensor] | None
+    additive: Tensor | None
 
 
 class Attention(nn.Module):
@@ -95,32 +135,58 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        width = config.heads * config.head_size
         self.qkv = nn.Parameter(torch.empty(config.hidden, config.qkv_width))
-        self.out = nn.Parameter(torch.empty(config.heads * config.head_size, config.hidden))
+        self.out = nn.Parameter(torch.empty(width, config.hidden))
+        self.qkv_bias = nn.Parameter(torch.zeros(config.qkv_width)) if config.bias else None
+        self.out_bias = nn.Parameter(torch.zeros(config.hidden)) if config.bias else None
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config.head_size, config.norm_epsilon)
+            self.key_norm = RMSNorm(config.head_size, config.norm_epsilon)
 
-    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, form: AttentionForm, layer: int) -> Tensor:
-        """Attention output for x [..., W, hidden]; cosines and sines [..., W, head_size / 2]."""
-        config, fused = self.config, x @ self.qkv
+    def forward(self, x: Tensor, rows: PositionRows, form: AttentionForm, layer: int) -> Tensor:
+        """Attention output for x [..., W, hidden]."""
+        config, fused = self.config, biased(x @ self.qkv, self.qkv_bias)
         heads = fused.reshape(*fused.shape[:-1], config.heads + 2 * config.kv_heads, config.head_size)
-        rotated, values = heads.split([config.heads + config.kv_heads, config.kv_heads], dim=-2)
-        rotated = form.rotate(rotated, cosines, sines)
-        queries, keys = rotated.split([config.heads, config.kv_heads], dim=-2)
-        output: Tensor = form.attend(layer, queries, keys, values).flatten(-2) @ self.out
-        return output
+        turned, values = heads.split([config.heads + config.kv_heads, config.kv_heads], dim=-2)
+        if config.qk_norm:
+            queries, keys = turned.split([config.heads, config.kv_heads], dim=-2)
+            turned = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=-2)
+        if rows.rotary is not None:
+            turned = form.rotate(turned, *rows.rotary)
+        queries, keys = turned.split([config.heads, config.kv_heads], dim=-2)
+        attended = form.attend(layer, queries, keys, values).flatten(-2)
+        return biased(attended @ self.out, self.out_bias)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) with gate and up fused."""
+class CrossAttention(nn.Module):
+    """Attention to text, whose keys and values are worked out once."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, text: TextShape) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(config.hidden, 2 * config.feed_forward))
-        self.down = nn.Parameter(torch.empty(config.feed_forward, config.hidden))
+        self.config = config
+        width = config.heads * config.head_size
+        self.query = nn.Parameter(torch.empty(config.hidden, width))
+        self.key_value = nn.Parameter(torch.empty(text.width, 2 * config.kv_heads * config.head_size))
+        self.out = nn.Parameter(torch.empty(width, config.hidden))
+        self.query_norm = RMSNorm(config.head_size, config.norm_epsilon)
+        self.key_norm = RMSNorm(config.head_size, config.norm_epsilon)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Feed-forward output for x [..., hidden]."""
-        gate, up = (x @ self.gate_up).chunk(2, dim=-1)
-        output: Tensor = (functional.silu(gate) * up) @ self.down
+    def text_rows(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [G, length, D] of text vectors [length, width]."""
+        size = self.config.head_size
+        keys, values = (text @ self.key_value).unflatten(-1, (2 * self.config.kv_heads, size)).chunk(2, -2)
+        return self.key_norm(keys).transpose(0, 1), values.transpose(0, 1)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention output for x [..., W, hidden]; every text row is seen."""
+        groups, size = self.config.kv_heads, self.config.head_size
+        shared = self.config.heads // groups
+        queries = (x @ self.query).unflatten(-1, (groups * shared, size))
+        queries = self.query_norm(queries).unflatten(-2, (groups, shared)).movedim(-4, -2) * size**-0.5
+        weights = torch.softmax(queries.flatten(-3, -2) @ keys.transpose(-1, -2), dim=-1)
+        attended = (weights @ values).unflatten(-2, (shared, -1)).movedim(-2, -4)
+        output: Tensor = attended.flatten(-3) @ self.out
         return output
 
 
@@ -129,14 +195,27 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden, config.norm_epsilon)
+        self.attention_norm = config.make_norm()
         self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.hidden, config.norm_epsilon)
-        self.feed_forward = SwiGLU(config)
+        if config.text:
+            self.cross_attention_norm = config.make_norm()
+            self.cross_attention = CrossAttention(config, config.text)
+        self.feed_forward_norm = config.make_norm()
+        self.feed_forward = (
+            SwiGLU(config.hidden, config.feed_forward)
+            if config.gated
+            else GeluFeedForward(config.hidden, config.feed_forward, config.bias)
+        )
 
-    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, form: AttentionForm, layer: int) -> Tensor:
-        """The layer's output for x [..., W, hidden]."""
-        x = x + self.attention(self.attention_norm(x), cosines, sines, form, layer)
+    def forward(
+        self, x: Tensor, rows: PositionRows, form: AttentionForm, layer: int, text: Sequence[Tensor]
+    ) -> Tensor:
+        """The layer's output for x [..., W, hidden]; ``text`` is empty or the layer's keys and values."""
+        if rows.additive is not None:
+            x = x + rows.additive
+        x = x + self.attention(self.attention_norm(x), rows, form, layer)
+        if text:
+            x = x + self.cross_attention(self.cross_attention_norm(x), *text)
         output: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return output
 
@@ -144,21 +223,20 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Decoder over a token stream; its state dict is the canonical form of a model's weights."""
 
-    cosines: Tensor
-    sines: Tensor
-
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocabulary, config.hidden))
         if config.slot_embedding:
             self.slot_embedding = nn.Parameter(torch.empty(config.layout.frame_length, config.hidden))
+        if config.position_embedding:
+            self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.hidden))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.norm_epsilon)
-        self.head = nn.Parameter(torch.empty(config.hidden, config.output_vocabulary))
-        cosines, sines = rotary_tables(config)
-        self.register_buffer("cosines", cosines, persistent=False)
-        self.register_buffer("sines", sines, persistent=False)
+        self.norm = config.make_norm()
+        if not config.tied_head:
+            self.head = nn.Parameter(torch.empty(config.hidden, config.output_vocabulary))
+        for name, table in position_tables(config, self.embedding.device).items():
+            self.register_buffer(name, table, persistent=False)
 
     def initialise(self, generator: torch.Generator | None = None) -> Transformer:
         """Draw every matrix from a normal distribution with standard deviation 1/sqrt(fan in), in place."""
@@ -176,37 +254,78 @@ class Transformer(nn.Module):
             layout = self.config.layout
             slot = (positions - layout.prefix) % layout.frame_length
             x = x + functional.embedding(slot, self.slot_embedding)
+        if self.config.position_embedding:
+            x = x + functional.embedding(positions, self.position_embedding)
         return x
 
-    def states(self, ids: Tensor, positions: Tensor, form: AttentionForm) -> Tensor:
-        """Normalised hidden states [..., W, hidden] of the fed tokens."""
-        cosines = functional.embedding(positions, self.cosines)
-        sines = functional.embedding(positions, self.sines)
+    def text_rows(self, text: Tensor) -> list[Tensor]:
+        """Keys and values [kv_heads, length, head_size] of text [length, width], alternating by layer."""
+        blocks = (block for block in self.layers if isinstance(block, Block))
+        return [rows for block in blocks for rows in block.cross_attention.text_rows(text)]
+
+    def states(
+        self, ids: Tensor, positions: Tensor, form: AttentionForm, text: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Normalised hidden states [..., W, hidden] of the fed tokens; ``text`` is from ``text_rows``."""
+        rows = self._position_rows(positions)
         x = self.embed(ids, positions)
         for layer, block in enumerate(self.layers):
-            x = block(x, cosines, sines, form, layer)
+            x = block(x, rows, form, layer, text[2 * layer : 2 * layer + 2])
         output: Tensor = self.norm(x)
         return output
 
-    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None = None) -> Tensor:
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [..., output_vocabulary] of normalised states."""
+        return functional.linear(states, self.embedding) if self.config.tied_head else states @ self.head
+
+    def _position_rows(self, positions: Tensor) -> PositionRows:
+        def rows(name: str) -> Tensor | None:
+            table = getattr(self, name, None)
+            return None if table is None else functional.embedding(positions, table)
+
+        cosines, sines = rows("cosines"), rows("sines")
+        rotary = None if cosines is None or sines is None else (cosines, sines)
+        return PositionRows(rotary, rows("layer_embedding"))
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, visible: Tensor | None = None, text: Tensor | None = None
+    ) -> Tensor:
         """Logits of a whole sequence at once, for training and as an oracle.
 
         Args:
             ids: int64 [batch, R].
             positions: int64 [R] or [batch, R], below ``config.rotary_positions``.
             visible: bool [R, R] or [batch, R, R]; row r may attend to column c. None: causal in row order.
+            text: float [length, width], for models that read text.
 
         Returns:
             float [batch, R, output_vocabulary].
         """
-        return self.states(ids, positions, FullAttention(visible)) @ self.head
+        rows = () if text is None else self.text_rows(text)
+        return self.logits(self.states(ids, positions, FullAttention(visible), rows))
 
 
-def rotary_tables(config: TransformerConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [rotary_positions, head_size / 2]; real data even on the meta device."""
-    angles = config.rotary.angles(config.layout, config.rotary_positions)
-    table = torch.tensor(angles, dtype=torch.float64, device="cpu")
-    return table.cos().float(), table.sin().float()
+def position_tables(config: TransformerConfig, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Buffers of a transformer that follow from its configuration, float32, by name.
+
+    ``cosines`` and ``sines`` [rotary_positions, head_size / 2]; ``layer_embedding`` [context_length, hidden],
+    rounded to bfloat16 as released. On the meta device they have no data.
+    """
+    tables: dict[str, Tensor] = {}
+    if config.rotary:
+        shape = (config.rotary_positions, config.rotary.pairs)
+        tables |= {name: torch.empty(shape, device="meta") for name in ("cosines", "sines")}
+    if config.layer_embedding:
+        tables["layer_embedding"] = torch.empty(config.context_length, config.hidden, device="meta")
+    if torch.device(device).type == "meta":
+        return tables
+    if config.rotary:
+        angles = torch.from_numpy(config.rotary.angles(config.layout, config.rotary_positions))
+        tables |= {"cosines": angles.cos().float(), "sines": angles.sin().float()}
+    if config.layer_embedding:
+        sinusoids = grid_sinusoids(config.layout, config.context_length, config.hidden)
+        tables["layer_embedding"] = torch.from_numpy(sinusoids).bfloat16().float()
+    return {name: table.to(device) for name, table in tables.items()}
 
 
 class FullAttention:

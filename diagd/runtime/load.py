@@ -11,6 +11,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH, PrefixEngine
 from diagd.errors import UsageError, unknown
 from diagd.runtime.session import Session, token_places
+from diagd.runtime.text import TextReader
 from diagd.schedule import slots_needed
 
 COMPAT = ("mineworld",)
@@ -24,6 +25,7 @@ def load(
     threads: int = 0,
     compat: str | None = None,
     prepack: bool = True,
+    roll: int | None = None,
 ) -> Session:
     """Open a bundle and make its engine ready on the CPU.
 
@@ -34,16 +36,24 @@ def load(
         compat: ``mineworld`` shows queries the unwritten slots as zero rows, as the released code does; use
             it with schedules that have ``refeed=False, keep_seeds=True``.
         prepack: keep packed weights in this machine's cache, for faster starts.
+        roll: frames by which a full window slides at once, for models whose positions are absolute: they then
+            feed the window again. Default: the manifest's.
 
     Raises:
         BundleError: the bundle is missing, damaged or altered.
-        UsageError: the window or ``compat`` is not possible.
+        UsageError: the window, ``roll`` or ``compat`` is not possible.
     """
-    return open_session(Bundle.open(path), window=window, cpu=CpuOptions(threads, prepack), compat=compat)
+    cpu = CpuOptions(threads, prepack)
+    return open_session(Bundle.open(path), window=window, cpu=cpu, compat=compat, roll=roll)
 
 
 def open_session(
-    bundle: Bundle, *, window: int | None = None, cpu: CpuOptions | None = None, compat: str | None = None
+    bundle: Bundle,
+    *,
+    window: int | None = None,
+    cpu: CpuOptions | None = None,
+    compat: str | None = None,
+    roll: int | None = None,
 ) -> Session:
     """A session over a bundle that is open; see ``load``."""
     manifest = bundle.manifest
@@ -53,8 +63,10 @@ def open_session(
         raise UsageError(f"window {window} is outside 2..{frames}, the context of {manifest.name}")
     if compat is not None and compat not in COMPAT:
         raise unknown("compat", compat, COMPAT)
-    engine = _make_engine(bundle, window, cpu or CpuOptions(), compat is not None)
-    return Session(manifest, engine, window, zero_slots=compat is not None)
+    cpu = cpu or CpuOptions()
+    engine = _make_engine(bundle, window, cpu, compat is not None)
+    text = TextReader(bundle, manifest.text, cpu) if manifest.text else None
+    return Session(manifest, engine, window, zero_slots=compat is not None, roll=roll, text=text)
 
 
 def _make_engine(bundle: Bundle, window: int, cpu: CpuOptions, zero_slots: bool) -> Engine:

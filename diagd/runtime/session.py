@@ -14,21 +14,34 @@ from numpy.typing import NDArray
 from diagd.bundle import Manifest
 from diagd.engines.engine import Engine, Float, Int, SamplingState, StepInputs
 from diagd.errors import UsageError
+from diagd.runtime.context import Refill, context_policy
 from diagd.runtime.random import uniforms
 from diagd.runtime.sampling import SamplingSettings, sample
 from diagd.runtime.slots import SlotRing
+from diagd.runtime.text import TextReader
 from diagd.runtime.tokens import TokenPlaces
 from diagd.schedule import NO_SINK, Schedule, StreamLayout, Table
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A decoded frame: its index in the stream, tokens int32 [rows, columns] and what it took."""
+    """A decoded frame.
+
+    Attributes:
+        index: in the stream.
+        tokens: int32 [rows, columns].
+        steps: passes since the frame before.
+        seconds: likewise, ``refill_seconds`` included.
+        refill_steps: further passes that fed the context again because it slid.
+        refill_seconds: what they took.
+    """
 
     index: int
     tokens: Int
     steps: int
     seconds: float
+    refill_steps: int = 0
+    refill_seconds: float = 0.0
 
 
 RECENT_STEPS: Final = 1 << 15
@@ -52,11 +65,17 @@ class StepTime(NamedTuple):
 
 @dataclass
 class Timing:
-    """Seconds inside and outside the engine over all steps, and the last steps one by one."""
+    """Seconds inside and outside the engine over all steps, and the last steps one by one.
+
+    Passes that feed a slid context again are counted by themselves, as ``refill_steps`` and
+    ``refill_seconds``.
+    """
 
     steps: int = 0
     engine: float = 0.0
     host: float = 0.0
+    refill_steps: int = 0
+    refill_seconds: float = 0.0
     recent: deque[StepTime] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def add(self, step: StepTime) -> None:
@@ -89,28 +108,45 @@ class Session:
         engine: compiled step graph over KV buffers large enough for ``window``.
         window: frames that a query may see, its own included; older ones are evicted.
         zero_slots: positions that start as visible zero rows (the released MineWorld code's cache).
+        roll: frames by which a full window slides at once, for models that then feed it again; default: the
+            manifest's.
+        text: reads text, for models that attend to it.
+
+    Raises:
+        UsageError: ``roll`` does not fit the model or the window.
     """
 
-    def __init__(self, manifest: Manifest, engine: Engine, window: int, zero_slots: bool = False) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: Engine,
+        window: int,
+        zero_slots: bool = False,
+        roll: int | None = None,
+        text: TextReader | None = None,
+    ) -> None:
         self.manifest, self.engine, self.window = manifest, engine, window
         self.layout: StreamLayout = manifest.layout.stream()
         self.timing = Timing()
         self._places = token_places(self.layout, window)
         zero_rows = (self.layout.frame_start(0), self.layout.frame_start(window)) if zero_slots else (0, 0)
         self._slots = SlotRing(engine.slot_position, zero_rows)
+        self._context = context_policy(manifest.context, self.layout, window, self._slots, engine, roll)
+        self._text = text
         self._known = self._fed = 0
         self._range_table = manifest.sampling.range_table(self.layout)
 
-    def start(self, frames: Int, actions: Int | None = None) -> None:
+    def start(self, frames: Int, actions: Int | None = None, text: Float | None = None) -> None:
         """Forget everything and take a prompt.
 
         Args:
             frames: int32 [P, rows, columns], P at least 1 and below the window.
             actions: int32 [P, n], ids of the known tokens leading to each prompt frame; row 0 only matters
                 where known tokens precede the first frame. Not needed for models without actions.
+            text: float32 [n, width], embeddings of the text, for models that attend to one.
 
         Raises:
-            UsageError: shape or length does not fit the model.
+            UsageError: shape or length does not fit the model, or it needs a text.
         """
         grid = (self.layout.rows, self.layout.columns)
         if frames.ndim != 3 or frames.shape[1:] != grid or not len(frames):
@@ -122,6 +158,7 @@ class Session:
                 f"the prompt has {len(frames)} frames but the window holds {self.window} with the one to "
                 f"decode; give at most {self.window - 1} frames or load with a larger window"
             )
+        self._set_text(text)
         self._slots.reset()
         self._known = self._fed = 0
         self.engine.token_buffer[:] = 0
@@ -167,6 +204,7 @@ class Session:
                 f"k={schedule.k}, d={schedule.d} has {in_flight} frames under way at once, the window holds "
                 f"{self.window}; use a larger window or a larger d"
             )
+        self._context.check(schedule, self._known + frames - 1)
         plan = self._plan(schedule, frames, seed)
         return self._decode(plan, actions, sampling, schedule.keep_seeds)
 
@@ -196,19 +234,22 @@ class Session:
         self, plan: _Plan, actions: Int | None, sampling: SamplingSettings, keep_seeds: bool
     ) -> Iterator[Frame]:
         table, first = plan.table, plan.table.first_frame
-        began, first_step = time.perf_counter(), 0
+        began, first_step, refilled = time.perf_counter(), 0, self._refilled
         if actions is not None:
             self._put_actions(first, actions[0])
         try:
             for step in range(table.steps):
                 if (started := plan.frame_starts.get(step)) is not None:
-                    self._begin_frame(first + started, actions[started] if actions is not None else None)
+                    ids = actions[started] if actions is not None else None
+                    self._begin_frame(first + started, ids, int(table.step(step).positions.min()), sampling)
                 self._run_step(plan, step, sampling, keep_seeds)
                 if (ended := plan.frame_ends.get(step)) is None:
                     continue
                 frame = self._complete(first + ended)
-                yield Frame(first + ended, frame, step + 1 - first_step, time.perf_counter() - began)
-                began, first_step = time.perf_counter(), step + 1
+                steps, seconds = step + 1 - first_step, time.perf_counter() - began
+                passes, spent = np.subtract(self._refilled, refilled)
+                yield Frame(first + ended, frame, steps, seconds, int(passes), float(spent))
+                began, first_step, refilled = time.perf_counter(), step + 1, self._refilled
         finally:
             # A caller may stop between chained frames: rows of frames that are not complete must go.
             self._slots.evict(self._fed, self._fed + 2 * self.window * self.layout.frame_length)
@@ -251,23 +292,46 @@ class Session:
         width = len(positions), len(decoded), self._slots.live
         self.timing.add(StepTime(began, *width, left - entered, sampled - left, host))
 
-    def _begin_frame(self, frame: int, actions: Int | None) -> None:
-        """Evict what falls out of the window, make room in the rotary table, and take the frame's actions."""
-        prefix = self.layout.prefix
-        oldest = max(0, frame - self.window + 1)
-        if oldest:
-            self._slots.evict(prefix, self.layout.frame_start(oldest))
-        if self.layout.frame_start(frame + 2) - self._slots.base > self.manifest.context.positions:
-            self._rebase(oldest)
+    @property
+    def _refilled(self) -> tuple[int, float]:
+        return self.timing.refill_steps, self.timing.refill_seconds
+
+    def _begin_frame(self, frame: int, actions: Int | None, fed: int, sampling: SamplingSettings) -> None:
+        """Take a frame's actions, and keep the context to the window."""
         if self.layout.gap and actions is not None:
             self._put_actions(frame, actions)
+        refill = self._context.advance(frame, fed)
+        if refill is not None:
+            self._refill(refill, sampling)
 
-    def _rebase(self, oldest: int) -> None:
-        base_frame = self._slots.base // self.layout.frame_length
-        frames = oldest - base_frame
-        angles = -frames * np.asarray(self.manifest.context.frame_angles)
-        self.engine.rotate_keys(angles, self._slots.live)
-        self._slots.rebase(frames * self.layout.frame_length)
+    def _refill(self, refill: Refill, sampling: SamplingSettings) -> None:
+        """Feed known tokens again, in passes as wide as the engine takes."""
+        began, width = time.perf_counter(), self.engine.max_width
+        state = SamplingState(sampling.temperature, sampling.top_k, sampling.top_p)
+        nothing = np.zeros(0, np.int32)
+        for first in range(0, len(refill.positions), width):
+            positions = refill.positions[first : first + width]
+            sources = self._places.of(refill.sources[first : first + width])
+            sinks = self._places.of(np.full(len(positions), NO_SINK, np.int32))
+            start = self._slots.append(positions, self.engine.padded_width(len(positions)))
+            inputs = StepInputs(
+                sources, positions, sinks, nothing, np.zeros(0, np.float32), start, self._slots.live
+            )
+            self.engine.step(inputs, state)
+            self.timing.refill_steps += 1
+        self.timing.refill_seconds += time.perf_counter() - began
+
+    def _set_text(self, text: Float | None) -> None:
+        if self._text is None:
+            if text is not None:
+                raise UsageError(f"{self.manifest.name} attends to no text; leave it out")
+            return
+        if text is None:
+            spec = self._text.spec
+            raise UsageError(
+                f"{self.manifest.name} needs text embeddings [n, {spec.width}], n up to {spec.length}"
+            )
+        self.engine.set_text(self._text.rows(text))
 
     def _put_actions(self, frame: int, ids: Int | None) -> None:
         """Write the known tokens ahead of a frame; the first frame has only those of its own layout."""

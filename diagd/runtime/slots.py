@@ -37,6 +37,11 @@ class SlotRing:
         self.slot_position[:] = VOID
         self.slot_position[: self._ring_start] = np.arange(self._zero_first, self._zero_last)
 
+    def restart(self, base: int) -> None:
+        """Forget every row, and count positions from ``base`` on."""
+        self.reset()
+        self.base = base
+
     @property
     def _ring_start(self) -> int:
         return self._zero_last - self._zero_first

@@ -1,0 +1,79 @@
+"""Text that a model attends to: from a file of embeddings to the keys and values of every layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle import Bundle
+from diagd.bundle.manifest import TextConditioning
+from diagd.engines.onnxruntime_session import CpuOptions, open_session
+from diagd.errors import UsageError, require
+
+Float = NDArray[np.float32]
+
+
+class TextReader:
+    """Runs a bundle's text graph.
+
+    Args:
+        bundle: checked bundle.
+        spec: its text conditioning.
+        options: of ONNX Runtime.
+    """
+
+    def __init__(self, bundle: Bundle, spec: TextConditioning, options: CpuOptions) -> None:
+        self.spec = spec
+        self._path, self._digest, self._options = bundle.file(spec.graph), bundle.digest, options
+
+    def rows(self, text: Float) -> dict[str, NDArray[np.generic]]:
+        """Keys and values [kv_heads, length, head_size] by graph input, for embeddings float32 [n, width].
+
+        The graph is loaded for the call: a text is read once for a clip.
+
+        Raises:
+            UsageError: the embeddings do not fit the model.
+        """
+        length, width = self.spec.length, self.spec.width
+        if text.ndim != 2 or text.shape[1] != width or not 1 <= len(text) <= length:
+            raise UsageError(
+                f"text embeddings have shape {list(text.shape)}; this model takes [n, {width}] with n from 1 "
+                f"to {length}"
+            )
+        filled = np.zeros((length, width), np.float32)
+        filled[: len(text)] = text
+        session = open_session(self._path, self._digest, self._options)
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(None, {"text": filled}), strict=True))
+
+
+def read_text(path: Path) -> Float:
+    """Embeddings float32 [n, width] from a .npy file, or the one tensor of a .safetensors file.
+
+    Raises:
+        UsageError: the file cannot be read, holds no matrix or more than one tensor, or is not finite.
+    """
+    try:
+        found = _tensors(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(
+            f"{path} holds no text embeddings: {error}; expected .npy or .safetensors"
+        ) from error
+    if len(found) != 1:
+        raise UsageError(f"{path} holds {len(found)} tensors; expected one, text embeddings [n, width]")
+    text = np.ascontiguousarray(found[0], dtype=np.float32)
+    text = text[0] if text.ndim == 3 and len(text) == 1 else text
+    if text.ndim != 2 or not np.isfinite(text).all():
+        raise UsageError(
+            f"{path} holds an array of shape {list(text.shape)}; expected finite text embeddings [n, width]"
+        )
+    return text
+
+
+def _tensors(path: Path) -> list[NDArray[np.generic]]:
+    if path.suffix != ".safetensors":
+        return [np.load(path, allow_pickle=False)]
+    safetensors = require("safetensors.numpy", extra="export", purpose="read .safetensors files")
+    return list(safetensors.load_file(path).values())
