@@ -3,40 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diagd.world.dataset import TokenDataset
-from diagd.world.geometry import PLAYER, SHIFTS, Geometry, shift_agreement
+from diagd.world.geometry import SHIFTS, Geometry, shift_agreement
 from diagd.world.simulator import COLUMNS, ROWS, SCROLL, VIEW_ROWS
-
-GROUND, ROCK, PLAYER_CODE, ICON, CODES = (0, 1, 2), 3, 4, 5, 8
-
-
-def walk(steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A player on a random map of ground and rock, drawn by rules written out here: frames and actions."""
-    random = np.random.default_rng(seed)
-    world = random.choice([*GROUND, ROCK], (80, 80), p=[0.3, 0.25, 0.25, 0.2])
-    y, x = 40, 40
-    frames, actions = [], []
-    for _ in range(steps):
-        action = int(random.integers(0, 6))
-        dy, dx = {1: (0, -1), 2: (0, 1), 3: (-1, 0), 4: (1, 0)}.get(action, (0, 0))
-        if frames and world[y + dy, x + dx] != ROCK:
-            y, x = y + dy, x + dx
-        view = world[y - 3 : y + 4, x - 6 : x + 6].copy()
-        view[PLAYER] = PLAYER_CODE
-        frames.append(np.concatenate([view, np.full((ROWS - VIEW_ROWS, COLUMNS), ICON)]))
-        actions.append(action)
-    return np.stack(frames), np.asarray(actions)
+from tests.world.walks import CODES, GROUND, ICON, ROCK, recording, walk
 
 
 @pytest.fixture(scope="module")
 def geometry() -> Geometry:
-    streams, starts = [], [0]
-    for seed in range(4):
-        frames, actions = walk(120, seed)
-        streams.append(np.concatenate([CODES + actions[:, None], frames.reshape(len(frames), -1)], axis=1))
-        starts.append(starts[-1] + len(frames))
-    recording = TokenDataset(np.concatenate(streams).astype(np.int16), np.asarray(starts))
-    return Geometry.learn(recording, CODES)
+    return Geometry.learn(recording(4, 120), CODES)
 
 
 def test_ground_and_rock_are_told_apart(geometry: Geometry) -> None:
