@@ -1,0 +1,76 @@
+"""Imports point one way, and a device needs neither PyTorch nor the exporter."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "diagd"
+BELOW = {
+    "schedule": set(),
+    "bundle": {"schedule"},
+    "engines": {"bundle", "schedule"},
+    "runtime": {"engines", "bundle", "schedule"},
+}
+"""Packages that each package of the runtime may import, besides itself and the modules at the top."""
+
+HEAVY = {"torch", "onnx", "onnxscript", "onnx_ir", "transformers", "tensorrt", "tensorrt_rtx", "safetensors"}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("layer", BELOW)
+def test_imports_point_down(layer: str) -> None:
+    for file in (PACKAGE / layer).rglob("*.py"):
+        for name in imports(file):
+            parts = name.split(".")
+            if parts[0] == "diagd" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir():
+                assert parts[1] in BELOW[layer] | {layer}, f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("layer", ["schedule", "bundle", "runtime"])
+def test_the_runtime_imports_nothing_heavy(layer: str) -> None:
+    for file in (PACKAGE / layer).rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(file)} & HEAVY, file
+
+
+def test_generation_runs_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("torch", "onnx", "onnxscript", "safetensors", "onnx_ir"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Refuse())
+import diagd
+diagd.load
+from diagd.cli.main import main
+print(main(["generate", "none.diagd", "--prompt", "a.png", "--output", "a.mp4"]))
+print(main(["export", "--model", "mineworld-300m"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["2", "2"]
+    assert "no bundle at none.diagd" in done.stderr
+    assert "pip install 'diagd[export]'" in done.stderr
+
+
+def test_functions_stay_short() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert length <= 60, f"{file}: {node.name} has {length} lines"
