@@ -1,0 +1,184 @@
+"""``diagd inspect``: what a bundle or an ONNX file holds, and what its schedule does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diagd.cli.schedule_options import add_schedule_options, parse_schedule
+from diagd.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from diagd.bundle import Manifest
+    from diagd.planning.onnx_graph import OnnxGraph
+    from diagd.profiling.frontier import Frontier
+    from diagd.schedule import Schedule
+
+EPILOG = """examples:
+  diagd inspect crafter-3m.diagd
+  diagd inspect crafter-3m.diagd --k 2 --d chained --steps 4
+  diagd inspect crafter-3m.diagd --k 1 --draw frontier.gif
+  diagd inspect step.onnx --json
+
+A step is printed as its fed tokens: the position of the token, @ the position it stands in for where it is a
+row seed, > the cell its prediction fills.
+"""
+
+SHOWN_COLUMNS = 30
+"""Grids up to so many columns are printed; --draw shows larger ones."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.epilog = EPILOG
+    parser.add_argument("path", type=Path, help="a bundle or an ONNX file")
+    add_schedule_options(parser)
+    parser.add_argument("--frames", type=int, default=3, help="of the schedule shown (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=0, help="print so many steps of the table")
+    parser.add_argument("--draw", type=Path, help="draw the frontier: .gif moves, .png is coloured by step")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; exit code 2 where the path is neither a bundle nor an ONNX file."""
+    from rich.console import Console
+
+    from diagd.bundle import read_manifest
+    from diagd.planning.onnx_graph import read_graph
+
+    if args.path.is_file():
+        if args.draw:
+            raise UsageError("--draw needs a bundle: an ONNX file has no schedule")
+        graphs = {args.path.name: read_graph(args.path)}
+        _print_json({"graphs": _graphs_content(graphs)}) if args.json else _print_graphs(Console(), graphs)
+        return 0
+    manifest = read_manifest(args.path)
+    files = [graph.file for graph in manifest.graphs]
+    if manifest.tokenizer:
+        files += [manifest.tokenizer.encoder, manifest.tokenizer.decoder]
+    graphs = {name: read_graph(args.path / name) for name in files}
+    schedule = parse_schedule(args, manifest)
+    _report(args, manifest, graphs, schedule)
+    return 0
+
+
+def _report(
+    args: argparse.Namespace, manifest: Manifest, graphs: dict[str, OnnxGraph], schedule: Schedule
+) -> None:
+    from rich.console import Console
+
+    from diagd.profiling.frontier import draw, frontier
+
+    if args.frames < 1:
+        raise UsageError(f"--frames {args.frames}: show at least one frame")
+    drawn = frontier(schedule, args.frames)
+    if args.json:
+        content = {"manifest": manifest.model_dump(mode="json"), "graphs": _graphs_content(graphs)}
+        _print_json(content | {"schedule": _schedule_content(schedule, drawn)})
+    else:
+        console = Console()
+        _print_manifest(console, manifest, args.path)
+        _print_graphs(console, graphs)
+        _print_schedule(console, schedule, drawn, args.steps)
+    if args.draw:
+        draw(args.draw, drawn)
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, indent=2))  # noqa: T201
+
+
+def _graphs_content(graphs: dict[str, OnnxGraph]) -> dict[str, Any]:
+    return {
+        name: {
+            "opset": graph.opset,
+            "inputs": {value.name: [value.dtype, *value.shape] for value in graph.inputs},
+            "outputs": {value.name: [value.dtype, *value.shape] for value in graph.outputs},
+            "operators": dict(graph.operators.most_common()),
+            "bytes": graph.bytes_by_dtype(),
+        }
+        for name, graph in graphs.items()
+    }
+
+
+def _schedule_content(schedule: Schedule, drawn: Frontier) -> dict[str, Any]:
+    return {
+        "k": schedule.k,
+        "d": schedule.d,
+        "row_seed": schedule.row_seed.value,
+        "steps_per_frame": schedule.steps_per_frame,
+        "steps": drawn.last + 1,
+        "widths": drawn.widths.tolist(),
+        "step_of_cell": drawn.steps.tolist(),
+    }
+
+
+def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
+    from rich.table import Table
+
+    layout, cache = manifest.layout, manifest.cache
+    token = 2 * cache.layers * cache.kv_heads * cache.head_size
+    rows = {
+        "model": f"{manifest.name} ({manifest.family})",
+        "grid": f"{layout.rows} x {layout.columns} cells, {layout.before} known tokens before, "
+        f"{layout.after} after, {len(layout.prefix_tokens)} ahead of all",
+        "context": f"{manifest.context.frames} frames ({manifest.context.kind})",
+        "vocabulary": f"{manifest.vocabulary} in, {manifest.output_vocabulary} out",
+        "cache": f"{cache.layers} layers, {cache.kv_heads} heads of {cache.head_size}, {cache.dtype}: "
+        f"{token} numbers a token",
+        "tokenizer": "none" if manifest.tokenizer is None else _tokenizer(manifest),
+        "weights": manifest.provenance.source,
+        "licence": manifest.licence,
+        "files": ", ".join(f"{name} {entry.bytes / 1e6:,.2f} MB" for name, entry in manifest.files.items()),
+    }
+    table = Table(show_header=False, title=str(path))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _tokenizer(manifest: Manifest) -> str:
+    spec = manifest.tokenizer
+    assert spec is not None
+    return f"{spec.height} x {spec.width} pixels, {spec.temporal_factor} frames a latent one"
+
+
+def _print_graphs(console: Console, graphs: dict[str, OnnxGraph]) -> None:
+    from rich.table import Table
+
+    table = Table("graph", "opset", "operators", "constants", title="graphs")
+    for name, graph in graphs.items():
+        operators = ", ".join(f"{kind} {count}" for kind, count in graph.operators.most_common())
+        sizes = ", ".join(f"{dtype} {size / 1e6:,.3f} MB" for dtype, size in graph.bytes_by_dtype().items())
+        table.add_row(name, str(graph.opset), f"{graph.operators.total()}: {operators}", sizes)
+    console.print(table)
+    for name, graph in graphs.items():
+        for kind, values in (("in ", graph.inputs), ("out", graph.outputs)):
+            shown = [f"{v.name} {v.dtype}{list(v.shape)}".replace("'", "") for v in values]
+            more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+            console.print(
+                f"[dim]{name}[/] {kind}: {', '.join(shown[:8])}{more}", markup=True, highlight=False
+            )
+
+
+def _print_schedule(console: Console, schedule: Schedule, drawn: Frontier, steps: int) -> None:
+    from diagd.profiling.frontier import as_text, table_lines
+
+    layout, frames = schedule.layout, len(drawn.steps)
+    passes, widest = drawn.last + 1, int(drawn.widths[1:].max(initial=1))
+    lines = (
+        f"schedule k={schedule.k} d={schedule.d} seeds={schedule.row_seed.value}",
+        f"{passes} passes for {frames} frames: {frames * layout.cells / passes:.2f} times fewer than tokens",
+        f"{schedule.steps_per_frame} from a frame's first cell to its last, up to {widest} rows a pass",
+    )
+    for line in lines:
+        console.print(line, highlight=False)
+    if layout.columns <= SHOWN_COLUMNS:
+        console.print("the pass that decodes each cell of the first frame:", highlight=False)
+        console.print(as_text(drawn.steps[0]), highlight=False, soft_wrap=True)
+    for line in table_lines(schedule.table(1, frames, 0), 0, steps):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,1 @@
+"""Where time goes: runs of a bundle measured stage by stage, checked, drawn and compared."""
