@@ -7,6 +7,8 @@ import json
 
 from diagd.errors import require
 
+NARROW = ("model", "parameters", "grid", "context")
+
 EPILOG = """example:
   diagd models
 """
@@ -22,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the table of models."""
     require("torch", extra="export", purpose="read the models' dimensions")
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from diagd.export.families.registry import listing
 
@@ -30,8 +32,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))  # noqa: T201
         return 0
-    table = Table(*rows[0], title="models")
+    headers = (Column(name, overflow="fold", no_wrap=name in NARROW) for name in rows[0])
+    table = Table(*headers, title="models")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*map(_cell, row.values()))
     Console().print(table)
     return 0
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, int):
+        return str(value)
+    return f"{value / 1e9:.2f} billion" if value >= 1e9 else f"{value / 1e6:.1f} million"

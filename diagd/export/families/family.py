@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from diagd.bundle.actions import ActionCodec
@@ -12,7 +13,7 @@ from diagd.bundle.manifest import DefaultSchedule, SamplingRules
 from diagd.export.checkpoints import Checkpoint
 from diagd.export.tokenizers.base import TokenizerGraphs
 from diagd.export.transformer import Transformer, TransformerConfig
-from diagd.export.weights import WeightSource, copied, transposed
+from diagd.export.weights import WeightSource, constant, copied, transposed
 
 Shape = tuple[int, ...]
 
@@ -25,14 +26,19 @@ class TensorRule:
         target: canonical name.
         sources: names and shapes in the checkpoint.
         transpose: the sources are [out, in] matrices, to lie side by side as [in, out].
+        fill: value and shape of a tensor that has no source.
     """
 
     target: str
-    sources: tuple[tuple[str, Shape], ...]
+    sources: tuple[tuple[str, Shape], ...] = ()
     transpose: bool = False
+    fill: tuple[float, Shape] | None = None
 
     def weight(self, checkpoint: Checkpoint) -> WeightSource:
         """The canonical tensor, read from the checkpoint."""
+        if self.fill:
+            value, shape = self.fill
+            return constant(np.full(shape, value, np.float32))
         handles = [checkpoint[name] for name, _ in self.sources]
         return transposed(handles) if self.transpose else copied(handles[0])
 
@@ -48,6 +54,7 @@ class Family:
         transformer: dimensions and options.
         rules: how its weights are found in a released checkpoint.
         prefixes: stripped from checkpoint names, first match; other names are not the transformer's.
+        ignored: endings of names that are left out.
         sampling, schedule, actions, frames_per_second: what the manifest says.
         licence: of the weights.
         prefix_tokens: ids at the very start of the stream.
@@ -72,6 +79,7 @@ class Family:
     tokenizer: TokenizerGraphs | None = None
     default_checkpoint: str | None = None
     default_tokenizer: str | None = None
+    ignored: tuple[str, ...] = ()
 
     @property
     def expected(self) -> dict[str, Shape]:
@@ -80,7 +88,7 @@ class Family:
 
     def rename(self, name: str) -> str | None:
         """The transformer's name of a checkpoint tensor, or None for a tensor of something else."""
-        for prefix in self.prefixes:
+        for prefix in () if name.endswith(self.ignored) else self.prefixes:
             if name.startswith(prefix):
                 return name[len(prefix) :]
         return None

@@ -5,10 +5,16 @@ from __future__ import annotations
 import importlib
 import math
 
-from diagd.errors import unknown
+from diagd.errors import UsageError, unknown
 from diagd.export.families.family import Family
 
 MODULES = {
+    "cosmos-4b": "cosmos",
+    "cosmos-12b": "cosmos",
+    "cosmos-5b-video2world": "cosmos",
+    "cosmos-13b-video2world": "cosmos",
+    "wham-200m": "wham",
+    "wham-1.6b": "wham",
     "mineworld-300m": "mineworld",
     "mineworld-700m": "mineworld",
     "mineworld-700m-32f": "mineworld",
@@ -41,9 +47,10 @@ def listing() -> list[dict[str, object]]:
     """One row for each model that needs no folder: size, grid, context, licence, origin."""
     rows = []
     for name in MODULES:
-        if name == "world":
+        try:
+            model = find(name)
+        except UsageError:  # its folder is not here
             continue
-        model = find(name)
         layout, config = model.transformer.layout, model.transformer
         rows.append(
             {

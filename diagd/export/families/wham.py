@@ -1,0 +1,258 @@
+"""WHAM (Microsoft, "World and Human Action Model"): games at 10 Hz, 10 steps of 18 x 30 image tokens.
+
+A GPT-2 with learned positions. The releases differ in details that are read off the checkpoint: block
+version, biases, image tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
+from diagd.errors import CheckpointError
+from diagd.export.checkpoints import Checkpoint, open_checkpoint, select
+from diagd.export.families.family import Family, TensorRule
+from diagd.export.families.wham_actions import wham_actions
+from diagd.export.layers import NormKind
+from diagd.export.tokenizers import taming_vq, wham_vit
+from diagd.export.tokenizers.base import TokenizerGraphs
+from diagd.export.tokenizers.shapes import Shapes, count, shape_of
+from diagd.export.transformer import TransformerConfig
+from diagd.schedule import StreamLayout
+
+ACTION_TOKENS = 16
+ACTION_IDS = 68
+PREFIX = "predictor.gpt_model."
+IGNORED = ("lm_head.weight", ".attn.bias")
+"""The head is the embedding; masks are buffers."""
+
+HEADS = {2304: 18, 1024: 16, 1792: 14, 3072: 24}
+"""Attention heads by width, which no tensor tells."""
+
+
+class _Size(NamedTuple):
+    file: str
+    layers: int
+    hidden: int
+
+
+SIZES = {
+    "wham-200m": _Size("WHAM_200M.ckpt", 16, 1024),
+    "wham-1.6b": _Size("WHAM_1.6B_v1.ckpt", 24, 2304),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a checkpoint decides.
+
+    Attributes:
+        config: dimensions.
+        norm_weights: norms inside the layers have parameters (block version 1).
+        tokenizer: of images; None if the checkpoint holds none.
+    """
+
+    config: TransformerConfig
+    norm_weights: bool
+    tokenizer: TokenizerGraphs | None
+
+
+def build(name: str, checkpoint: str | None = None) -> Family:
+    """One of the releases; without a checkpoint, with block version 1, biases and the ViT tokenizer.
+
+    Raises:
+        CheckpointError: the checkpoint is of another size or its tensors contradict each other.
+    """
+    size = SIZES[name]
+    if checkpoint is None:
+        pixels = wham_vit.graphs(wham_vit.WhamVitConfig())
+        frame = pixels.grid[0] * pixels.grid[1] + ACTION_TOKENS
+        config = transformer_config(
+            grid=pixels.grid,
+            codes=pixels.codes,
+            frames=5560 // frame,
+            hidden=size.hidden,
+            layers=size.layers,
+            heads=HEADS[size.hidden],
+            bias=True,
+        )
+        return family(name, Variant(config, norm_weights=True, tokenizer=pixels))
+    variant = infer_variant(open_checkpoint(checkpoint))
+    if variant.config.hidden != size.hidden:
+        raise CheckpointError(
+            f"{checkpoint} is {variant.config.hidden} wide, {name} is {size.hidden}; "
+            f"choose another --model (known: {', '.join(SIZES)})"
+        )
+    return family(name, variant, checkpoint)
+
+
+def family(name: str, variant: Variant, checkpoint: str | None = None) -> Family:
+    """A WHAM of any dimensions; small ones serve tests."""
+    config = variant.config
+    codes = config.vocabulary - ACTION_IDS
+    file = SIZES[name].file if name in SIZES else "*.ckpt"
+    return Family(
+        name=name,
+        family="wham",
+        title=f"Bleeding Edge, {config.context_frames} frames of {config.layout.rows} x "
+        f"{config.layout.columns} tokens at 10 Hz",
+        transformer=config,
+        rules=wham_rules(config, norm_weights=variant.norm_weights),
+        prefixes=(PREFIX,),
+        ignored=IGNORED,
+        sampling=SamplingRules(
+            ranges=(IdRange(low=0, high=codes), IdRange(cell=0, low=1, high=codes)),
+            keep_crossing=False,
+            minimum_temperature=0.1,
+            temperature=0.9,
+        ),
+        schedule=DefaultSchedule(k=1),
+        frames_per_second=10.0,
+        licence="Microsoft Research License (research only), code and weights",
+        origin=f"hf://microsoft/wham/models/{file}",
+        actions=wham_actions(codes),
+        tokenizer=variant.tokenizer,
+        default_checkpoint=checkpoint,
+    )
+
+
+def transformer_config(
+    *, grid: tuple[int, int], codes: int, frames: int, hidden: int, layers: int, heads: int, bias: bool
+) -> TransformerConfig:
+    """The dimensions that the others follow from."""
+    return TransformerConfig(
+        layout=StreamLayout(*grid, after=ACTION_TOKENS),
+        context_frames=frames,
+        vocabulary=codes + ACTION_IDS,
+        output_vocabulary=codes + ACTION_IDS,
+        hidden=hidden,
+        feed_forward=4 * hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_size=hidden // heads,
+        rotary=None,
+        position_embedding=True,
+        norm=NormKind.LAYER,
+        bias=bias,
+        gated=False,
+        tied_head=True,
+    )
+
+
+def infer_variant(checkpoint: Checkpoint, heads: Mapping[int, int] = HEADS) -> Variant:
+    """Read a checkpoint's dimensions off its tensor shapes.
+
+    Args:
+        checkpoint: as released.
+        heads: attention heads by width.
+
+    Raises:
+        CheckpointError: a tensor is missing, the width is unknown, or vocabulary or positions do not fit the
+            image tokenizer.
+    """
+    shapes: Shapes = {
+        name.removeprefix(PREFIX): handle.shape
+        for name, handle in checkpoint.items()
+        if name.startswith(PREFIX)
+    }
+    vocabulary, hidden = shape_of(shapes, "transformer.wte.weight", 2)
+    positions = shape_of(shapes, "transformer.wpe.weight", 2)[0]
+    if hidden not in heads:
+        raise CheckpointError(
+            f"{checkpoint.source} is {hidden} wide, for which the number of attention heads is not known "
+            f"(known widths: {', '.join(map(str, heads))})"
+        )
+    tokenizer = infer_tokenizer(checkpoint)
+    grid = tokenizer.grid if tokenizer else wham_vit.WhamVitConfig().grid
+    codes = tokenizer.codes if tokenizer else vocabulary - ACTION_IDS
+    frame = grid[0] * grid[1] + ACTION_TOKENS
+    if positions % frame or vocabulary != codes + ACTION_IDS:
+        raise CheckpointError(
+            f"{checkpoint.source}: {positions} positions and {vocabulary} ids do not fit images of "
+            f"{grid[0]} x {grid[1]} tokens out of {codes}; expected a multiple of {frame} positions and "
+            f"{codes + ACTION_IDS} ids"
+        )
+    config = transformer_config(
+        grid=grid,
+        codes=codes,
+        frames=positions // frame,
+        hidden=hidden,
+        layers=count(shapes, "transformer.h"),
+        heads=heads[hidden],
+        bias="transformer.h.0.attn.c_attn.bias" in shapes,
+    )
+    return Variant(config, "transformer.h.0.ln_1.weight" in shapes, tokenizer)
+
+
+def infer_tokenizer(checkpoint: Checkpoint) -> TokenizerGraphs | None:
+    """The image tokenizer that a checkpoint holds, if it holds one.
+
+    Frame and head sizes are in the hyperparameters; where those are missing, they are as documented.
+    """
+    settings = dict(_leaves(checkpoint.metadata))
+
+    def setting(name: str, default: int) -> int:
+        value = settings.get(name)
+        return value if isinstance(value, int) else default
+
+    shapes: Shapes = {name: h.shape for name, h in select(checkpoint, wham_vit.rename).items()}
+    if "encoder.proj1.weight" in shapes:
+        height, width = setting("image_size_per_y_axis", 180), setting("image_size_per_x_axis", 300)
+        vit = wham_vit.infer_config(shapes, height, width, setting("head_size", 64))
+        return wham_vit.graphs(vit)
+    shapes = {name: h.shape for name, h in select(checkpoint, taming_vq.rename).items()}
+    if "quantize.embedding.weight" in shapes:
+        return taming_vq.graphs(taming_vq.infer_config(shapes, setting("resolution", 128)))
+    return None
+
+
+def _leaves(value: object) -> Iterator[tuple[str, object]]:
+    """All (key, value) pairs of nested plain data."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key), item
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+
+
+def wham_rules(config: TransformerConfig, *, norm_weights: bool) -> tuple[TensorRule, ...]:
+    """Rules for the names of the released checkpoints, ``predictor.gpt_model.`` stripped."""
+    hidden = config.hidden
+    rules = [
+        _rule("embedding", "transformer.wte.weight", (config.vocabulary, hidden)),
+        _rule("position_embedding", "transformer.wpe.weight", (config.context_length, hidden)),
+        *_norm(config, "norm", "transformer.ln_f"),
+    ]
+    for layer in range(config.layers):
+        source, target = f"transformer.h.{layer}.", f"layers.{layer}."
+        norms = {f"{target}attention_norm": f"{source}ln_1", f"{target}feed_forward_norm": f"{source}ln_2"}
+        for ours, its in norms.items():
+            rules += _norm(config, ours, its if norm_weights else None)
+        for ours, its, inputs, outputs in (
+            ("attention.qkv", "attn.c_attn", hidden, 3 * hidden),
+            ("attention.out", "attn.c_proj", hidden, hidden),
+            ("feed_forward.up", "mlp.c_fc", hidden, config.feed_forward),
+            ("feed_forward.down", "mlp.c_proj", config.feed_forward, hidden),
+        ):
+            matrix = (f"{source}{its}.weight", (outputs, inputs))
+            rules.append(TensorRule(target + ours, (matrix,), transpose=True))
+            if config.bias:
+                rules.append(_rule(f"{target}{ours}_bias", f"{source}{its}.bias", (outputs,)))
+    return tuple(rules)
+
+
+def _norm(config: TransformerConfig, target: str, source: str | None) -> list[TensorRule]:
+    """A layer norm; without parameters of its own it scales by 1 and shifts by 0."""
+    parts = {"weight": 1.0, "bias": 0.0} if config.bias else {"weight": 1.0}
+    if source is None:
+        return [TensorRule(f"{target}.{part}", fill=(v, (config.hidden,))) for part, v in parts.items()]
+    return [_rule(f"{target}.{part}", f"{source}.{part}", (config.hidden,)) for part in parts]
+
+
+def _rule(target: str, source: str, shape: tuple[int, ...]) -> TensorRule:
+    return TensorRule(target, ((source, shape),))
