@@ -16,6 +16,7 @@ VERBS = {
     "export": "a checkpoint to a bundle of ONNX graphs",
     "generate": "frames from a bundle, a prompt and actions",
     "models": "what can be exported",
+    "doctor": "is this machine ready, and what to do where it is not",
     "inspect": "what a bundle or an ONNX file holds, and what its schedule does",
     "plan": "memory and speed of a model on a device, before anything is done",
 }

@@ -1,0 +1,217 @@
+"""What this machine has, and whether it will do."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from diagd.bundle import Bundle, cache_directory
+from diagd.errors import BundleError
+from diagd.planning.ceilings import memory_bytes
+from diagd.planning.devices import GB
+
+OK: Final = "ok"
+PROBLEM: Final = "problem"
+ABSENT: Final = "absent"
+
+OLDEST_PYTHON: Final = (3, 10)
+LEAST_MEMORY: Final = 2 * GB
+LEAST_DISK: Final = 2 * GB
+
+INTEGER_UNITS: Final = {
+    "amx_int8": "AMX int8",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "i8mm": "I8MM",
+    "asimddp": "dot product",
+}
+"""CPU flags that decide how fast int8 products are, best first."""
+
+TENSORRT: Final = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+"""TensorRT's packages, and the extra that brings each."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: what was looked at, ``ok``, ``problem`` or ``absent``, what was found, how to fix it."""
+
+    name: str
+    status: str
+    found: str
+    fix: str = ""
+
+
+def check_machine() -> list[Check]:
+    """Python, packages, processor, memory, disk and GPU."""
+    return [
+        check_python(),
+        *check_packages(),
+        check_processor(),
+        check_memory(),
+        check_disk(),
+        check_gpu(),
+        *check_tensorrt(),
+    ]
+
+
+def check_python() -> Check:
+    """Version of the interpreter."""
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if sys.version_info < OLDEST_PYTHON:
+        return Check("Python", PROBLEM, found, "install Python 3.10 or later")
+    return Check("Python", OK, found)
+
+
+def check_packages() -> list[Check]:
+    """Packages that diagd declares: missing required ones are a problem, missing extras only absent."""
+    checks = []
+    for name, (specifier, extra) in declared_packages().items():
+        version = installed(name)
+        fix = f"pip install 'diagd[{extra}]'" if extra else f"pip install '{name}{specifier}'"
+        if version is None:
+            checks.append(Check(name, ABSENT if extra else PROBLEM, "not installed", fix))
+        elif _older(version, specifier):
+            checks.append(Check(name, PROBLEM, f"{version}, {specifier} is needed", fix))
+        else:
+            checks.append(Check(name, OK, version))
+    return checks
+
+
+def declared_packages() -> dict[str, tuple[str, str]]:
+    """Version specifier and extra ('' for required) of the packages for running and exporting."""
+    try:
+        lines = importlib.metadata.requires("diagd") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    packages: dict[str, tuple[str, str]] = {}
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        match = re.match(r"\s*([\w.-]+)(?:\[[^]]*\])?\s*(.*)", requirement)
+        extra = re.search(r"extra\s*==\s*['\"](\w+)", marker)
+        group = extra.group(1) if extra else ""
+        if match and group in ("", "export"):
+            packages.setdefault(match.group(1), (match.group(2).strip(), group))
+    return packages
+
+
+def installed(package: str) -> str | None:
+    """Version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_processor() -> Check:
+    """Cores, and the fastest unit for int8 products."""
+    flags = cpu_flags()
+    units = [title for flag, title in INTEGER_UNITS.items() if flag in flags]
+    found = f"{len(os.sched_getaffinity(0))} cores, {', '.join(units) or 'no integer units known'}"
+    if not flags & {"avx2", "asimddp", "i8mm"}:
+        return Check("processor", PROBLEM, found, "int8 will be slower than fp32 here: export fp32")
+    return Check("processor", OK, found)
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets by the names of /proc/cpuinfo; empty where there is none."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return frozenset()
+    for line in info.read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def check_memory() -> Check:
+    """Memory this process may use."""
+    total = memory_bytes()
+    found = f"{total / GB:.1f} GB"
+    if total < LEAST_MEMORY:
+        return Check("memory", PROBLEM, found, "take a machine or container with 2 GB or more")
+    return Check("memory", OK, found)
+
+
+def check_disk() -> Check:
+    """Room for packed weights and compiled engines, and the right to write them."""
+    cache = cache_directory()
+    parent = next(path for path in (cache, *cache.parents) if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    found = f"{cache}: {free / GB:.1f} GB free"
+    if not os.access(parent, os.W_OK):
+        return Check(
+            "cache", PROBLEM, f"{cache} cannot be written", "set DIAGD_CACHE to a directory of yours"
+        )
+    if free < LEAST_DISK:
+        return Check("cache", PROBLEM, found, "free some space, or set DIAGD_CACHE to another disk")
+    return Check("cache", OK, found)
+
+
+def check_gpu() -> Check:
+    """NVIDIA driver and devices, as ``nvidia-smi`` tells them."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        if ctypes.util.find_library("cuda"):
+            fix = "check the driver: nvidia-smi should list the device"
+            return Check("GPU", PROBLEM, "libcuda without a working nvidia-smi", fix)
+        return Check(
+            "GPU", ABSENT, "no NVIDIA driver", "bundles run on the CPU; for a GPU install its driver"
+        )
+    return Check("GPU", OK, "; ".join(answer.strip().splitlines()))
+
+
+def check_tensorrt() -> list[Check]:
+    """Flavours of TensorRT and what they can do in a step graph."""
+    checks = []
+    for package, extra in TENSORRT.items():
+        version = installed(package) or installed(package.replace("_", "-"))
+        if version is None:
+            checks.append(Check(package, ABSENT, "not installed", f"on a GPU: pip install 'diagd[{extra}]'"))
+            continue
+        modern = extra == "rtx" or _numbers(version) >= (10, 15)
+        form = "modern form (in-place K/V)" if modern else "portable form only: K/V update needs 10.15"
+        checks.append(Check(package, OK, f"{version}, {form}"))
+    return checks
+
+
+def check_bundle(path: Path) -> list[Check]:
+    """A bundle's files against its manifest, and its compiled engines."""
+    try:
+        bundle = Bundle.open(path)
+    except BundleError as error:
+        return [Check(str(path), PROBLEM, str(error), "export the bundle again or copy it afresh")]
+    size = sum(record.bytes for record in bundle.manifest.files.values())
+    found = f"{bundle.manifest.name}, {len(bundle.manifest.files)} files, {size / 1e6:,.1f} MB, digests agree"
+    engines = sorted(entry.name for entry in (path / "engines").glob("*") if entry.is_dir())
+    compiled = Check("engines", OK, ", ".join(engines)) if engines else _no_engine(bundle)
+    return [Check(str(path), OK, found), compiled]
+
+
+def _no_engine(bundle: Bundle) -> Check:
+    forms = sorted({graph.form.value for graph in bundle.manifest.graphs})
+    return Check("engines", OK, f"none compiled; {', '.join(forms)} graphs run on ONNX Runtime")
+
+
+def _older(version: str, specifier: str) -> bool:
+    """Whether a version is below the ``>=`` of a specifier."""
+    least: Callable[[str], re.Match[str] | None] = re.compile(r">=\s*([\d.]+)").search
+    match = least(specifier)
+    return match is not None and _numbers(version) < _numbers(match.group(1))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+", maxsplit=1)[0])[:3])

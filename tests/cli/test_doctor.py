@@ -1,0 +1,42 @@
+"""``diagd doctor``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from diagd.cli.main import main
+from tests.cli.conftest import Workplace
+
+
+def test_this_machine_is_well(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("Python", "numpy", "processor", "memory", "cache", "GPU", "tensorrt_rtx"):
+        assert part in shown, part
+
+
+def test_json_has_a_line_for_each_check(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(workplace.bundle), "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)
+    assert all(set(check) == {"name", "status", "found", "fix"} for check in checks)
+    assert all(check["fix"] for check in checks if check["status"] != "ok")
+    bundle = next(check for check in checks if check["name"] == str(workplace.bundle))
+    assert "digests agree" in bundle["found"]
+
+
+def test_a_damaged_bundle_is_a_problem(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "damaged.diagd"
+    shutil.copytree(workplace.bundle, damaged)
+    content = bytearray((damaged / "weights.bin").read_bytes())
+    content[100] ^= 1
+    (damaged / "weights.bin").write_bytes(content)
+    assert main(["doctor", str(damaged), "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)
+    assert [check["status"] for check in checks if check["name"] == str(damaged)] == ["problem"]
+    assert "altered" in checks[-1]["found"]

@@ -1,0 +1,84 @@
+"""Checks of the machine: what is there is found, what is broken is told."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from diagd.planning import machine
+from diagd.planning.ceilings import matrix_peak, measure_ceilings, memory_bandwidth, memory_bytes, this_device
+from diagd.planning.machine import ABSENT, OK, PROBLEM
+
+
+def test_installed_packages_are_found_with_their_versions() -> None:
+    checks = {check.name: check for check in machine.check_packages()}
+    assert checks["numpy"].status == OK
+    assert checks["numpy"].found == np.__version__
+    assert {"pydantic", "rich", "onnxruntime", "torch"} <= set(checks)
+
+
+def test_declared_packages_are_those_of_the_metadata() -> None:
+    declared = machine.declared_packages()
+    for line in importlib.metadata.requires("diagd") or []:
+        requirement = Requirement(line)
+        if requirement.marker is None:
+            assert declared[requirement.name] == (str(requirement.specifier), "")
+
+
+@pytest.mark.parametrize(
+    ("version", "least"), [("1.9", "1.10"), ("2.0.1", "2.0"), ("10.15.1", "10.15"), ("3", "3.1")]
+)
+def test_versions_are_compared_as_numbers(version: str, least: str) -> None:
+    assert machine._older(version, f">={least}") == (Version(version) < Version(least))
+
+
+def test_a_missing_package_and_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {"numpy": (">=999", ""), "diagd-needs-this": (">=1", ""), "diagd-likes-this": (">=1", "export")}
+    monkeypatch.setattr(machine, "declared_packages", lambda: wanted)
+    old, missing, extra = machine.check_packages()
+    assert (old.status, missing.status, extra.status) == (PROBLEM, PROBLEM, ABSENT)
+    assert "999" in old.found
+    assert extra.fix == "pip install 'diagd[export]'"
+
+
+def test_the_processor() -> None:
+    assert f"{len(os.sched_getaffinity(0))} cores" in machine.check_processor().found
+    assert platform.python_version() in machine.check_python().found
+
+
+def test_a_driver_that_answers_and_one_that_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.check_gpu().status in (ABSENT, PROBLEM)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA Test, 24576 MiB, 570.1'\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    assert machine.check_gpu() == machine.Check("GPU", OK, "NVIDIA Test, 24576 MiB, 570.1")
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert machine.check_gpu().status in (ABSENT, PROBLEM)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "new" / "cache"))
+    assert machine.check_disk().status == OK
+    monkeypatch.setattr(machine, "LEAST_DISK", 1e30)
+    assert machine.check_disk().status == PROBLEM
+
+
+def test_limits_of_this_machine_are_measured() -> None:
+    """Loose bounds of physics: no memory moves below 0.1 or above 10,000 GB/s."""
+    copied, read = memory_bandwidth(1, size=4 << 20)
+    assert 1e8 < copied < 1e13
+    assert 1e8 < read < 1e13
+    assert 1e8 < matrix_peak(1, side=128) < 1e15
+    assert measure_ceilings(1).threads == 1
+    assert 0 < memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    device = this_device(1)
+    assert device.usable < device.memory == memory_bytes()
