@@ -159,6 +159,11 @@ class Evaluation:
         )
         return scores, rolled
 
+    def gap(self, schedule: Schedule) -> Estimate:
+        """Teacher-forced likelihood gap to next-token prediction, paired by window, nats per token."""
+        nll = self.subject.nll(self.windows, schedule)
+        return Estimate.of(np.nanmean(nll - self.baseline, axis=1))
+
     def _cells(self, streams: Streams) -> NDArray[np.int64]:
         layout = self.subject.layout
         cells = streams.reshape(-1, layout.frame_length)[:, layout.before :]

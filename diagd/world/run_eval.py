@@ -87,7 +87,7 @@ def run_eval(run: EvalRun, report: Callable[[str], None] = lambda _: None) -> li
     extra |= {"drift": drift} if drift else {}
     extra |= {"networks": {"files": [p.name for p in run.networks], "scores": learned}} if networks else {}
     write_scores(run.output / "eval.json", scores, extra)
-    frames = {name: _pictures(subject, streams[:1]) for name, streams in rollouts.items()}
+    frames = {name: pictures(subject, streams[:1]) for name, streams in rollouts.items()}
     save_contact_sheet(run.output / "contact.png", {name: clips[0] for name, clips in frames.items()})
     return scores
 
@@ -147,7 +147,7 @@ def _cell(estimate: Estimate) -> str:
     return f"{estimate.mean:.4f} +- {estimate.error:.4f}"
 
 
-def _pictures(subject: Subject, streams: Streams) -> NDArray[np.uint8]:
+def pictures(subject: Subject, streams: Streams) -> NDArray[np.uint8]:
     """Frames uint8 [B, F, H, W, 3] of streams int64 [B, N]."""
     layout = subject.layout
     cells = streams.reshape(len(streams), -1, layout.frame_length)[:, :, layout.before :]
@@ -157,7 +157,7 @@ def _pictures(subject: Subject, streams: Streams) -> NDArray[np.uint8]:
 
 def _network_scores(network: MetricNetwork, evaluation: Evaluation, rolled: Streams) -> dict[str, Any]:
     prompt = evaluation.options.prompt
-    clips, truth = (_pictures(evaluation.subject, s)[:, prompt:] for s in (rolled, evaluation.truth))
+    clips, truth = (pictures(evaluation.subject, s)[:, prompt:] for s in (rolled, evaluation.truth))
     if network.takes_pairs:
         return {"distance": asdict(Estimate.of(network.distances(clips, truth).mean(1)))}
     distance = frechet_distance(network.features(clips), network.features(truth))
