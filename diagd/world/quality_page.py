@@ -55,11 +55,11 @@ def quality_page(
 
 
 def _how(evaluation: EvalOptions) -> list[str]:
-    sampling = evaluation.sampling
+    sampling, rollouts = evaluation.sampling, evaluation.rollouts
     return [
         f"Likelihoods: {evaluation.windows} windows of {evaluation.window_frames} true frames of worlds the",
-        f"model never saw, paired by window. Rollouts: {evaluation.rollouts}, each of {evaluation.prompt} prompt",
-        f"frames and {evaluation.frames} generated ones, temperature {sampling.temperature:g}, top-p",
+        f"model never saw, paired by window. Rollouts: {rollouts}, each of {evaluation.prompt} prompt frames",
+        f"and {evaluation.frames} generated ones, temperature {sampling.temperature:g}, top-p",
         f"{sampling.top_p:g}, the same random numbers for every schedule. Every figure is mean +- standard",
         "error. A difference of less than two standard errors is no difference; such gaps are in italics.",
     ]
