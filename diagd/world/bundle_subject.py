@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -104,6 +104,7 @@ class _ForcedEngine:
         self.token_buffer, self.slot_position = self.engine.token_buffer, self.engine.slot_position
         self.padded_width: Callable[[int], int] = self.engine.padded_width
         self.rotate_keys: Callable[[NDArray[np.float64], int], None] = self.engine.rotate_keys
+        self.set_text: Callable[[Mapping[str, NDArray[np.generic]]], None] = self.engine.set_text
         positions = np.arange(len(self.stream), dtype=np.int32)
         self._position = np.zeros(self.places.size, np.int32)
         self._position[self.places.of(positions)] = positions
