@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from diagd.bundle.actions import ActionCodec
 from diagd.bundle.manifest import DefaultSchedule, SamplingRules
@@ -41,6 +42,16 @@ class TensorRule:
             return constant(np.full(shape, value, np.float32))
         handles = [checkpoint[name] for name, _ in self.sources]
         return transposed(handles) if self.transpose else copied(handles[0])
+
+    def release(self, tensor: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
+        """The tensors of a checkpoint that ``weight`` makes the canonical one from."""
+        if not self.transpose:
+            return {name: tensor for name, _ in self.sources[:1]}
+        ends = np.cumsum([shape[0] for _, shape in self.sources])[:-1]
+        parts = np.split(tensor, ends, axis=1)
+        return {
+            name: np.ascontiguousarray(part.T) for (name, _), part in zip(self.sources, parts, strict=True)
+        }
 
 
 @dataclass(frozen=True)
