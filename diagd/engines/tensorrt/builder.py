@@ -1,0 +1,156 @@
+"""Compiles a step graph: parse, tell attention how many slots are live, fix the widths, build."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from diagd.engines.tensorrt.build_log import (
+    Cancellation,
+    LogLine,
+    check_log,
+    errors_of,
+    make_logger,
+    make_monitor,
+)
+from diagd.engines.tensorrt.capabilities import Capabilities, capabilities
+from diagd.errors import EngineError
+from diagd.progress import Progress
+
+LIVE_INPUT = "live"
+"""Input int32 [1] added to engines of the modern form: slots in use, so that attention reads no others."""
+
+DYNAMIC = -1
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to compile one step graph.
+
+    Attributes:
+        widths: one optimization profile each; they share one copy of the weights.
+        tokens: size of the token buffer.
+        targets: GPUs to build for where TensorRT can cross-build, as ``sm89``; none: the GPU at hand.
+        precision: of the graph. Attention kernels are fused for half precision only, so float32 attention may
+            be split into its parts.
+        optimization_level: 0 (fast build) to 5 (fast engine); None leaves TensorRT's default.
+        timing_cache: file of measured kernels, read and written where TensorRT allows it.
+    """
+
+    widths: tuple[int, ...]
+    tokens: int
+    targets: tuple[str, ...] = ()
+    precision: str = "fp16"
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Build:
+    """A compiled engine with what the build said.
+
+    Attributes:
+        plan: the serialised engine, in TensorRT's own memory.
+        layers: layers of the parsed network by TensorRT's type name.
+        log: warnings and errors.
+        timing_cache: measured kernels, to be written once the engine is.
+    """
+
+    plan: memoryview
+    layers: Counter[str]
+    log: tuple[LogLine, ...]
+    timing_cache: bytes | None = None
+
+
+@dataclass
+class Builder:
+    """Compiles with one TensorRT module."""
+
+    trt: ModuleType
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.offered: Capabilities = capabilities(self.trt)
+
+    def build(self, graph: Path, options: BuildOptions) -> Build:
+        """Compile a step graph with its weights beside it.
+
+        Raises:
+            EngineError: TensorRT refuses the graph, drops part of it, or fails to build.
+            KeyboardInterrupt: Ctrl-C was pressed.
+        """
+        lines: list[LogLine] = []
+        logger = make_logger(self.trt, lines)
+        builder = self.trt.Builder(logger)
+        strongly_typed = 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(strongly_typed)
+        parser = self.trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(graph)):
+            reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+            raise EngineError(f"{self.offered.name} cannot parse {graph}: {'; '.join(reasons)}")
+        check_log(lines)
+        layers = self._prepare_attention(network, options)
+        config = builder.create_builder_config()
+        self._configure(builder, network, config, options)
+        plan = self._run(builder, network, config, lines, graph)
+        check_log(lines)
+        return Build(plan, layers, tuple(lines), self._timing_cache(config, options))
+
+    def _prepare_attention(self, network: Any, options: BuildOptions) -> Counter[str]:
+        """Attach the live length to every attention layer; count layers by type."""
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        counts = Counter(layer.type.name for layer in layers)
+        if not counts["ATTENTION_INPUT"]:
+            return counts
+        live = None
+        if self.offered.live_lengths:
+            live = network.add_input(LIVE_INPUT, self.trt.int32, (1,))
+        for layer in layers:
+            if layer.type == self.trt.LayerType.ATTENTION_INPUT:
+                layer.__class__ = self.trt.IAttentionInputLayer  # the binding returns the base class
+                layer.attention.decomposable = options.precision == "fp32"
+                if live is not None:
+                    layer.attention.key_value_lengths = live
+        return counts
+
+    def _configure(self, builder: Any, network: Any, config: Any, options: BuildOptions) -> None:
+        for index, target in enumerate(options.targets):
+            if index == 0:
+                config.num_compute_capabilities = len(options.targets)
+            config.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), index)
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        for width in options.widths:
+            profile = builder.create_optimization_profile()
+            for index in range(network.num_inputs):
+                tensor = network.get_input(index)
+                if DYNAMIC in tensor.shape:
+                    size = options.tokens if tensor.name == "token_buffer" else width
+                    shape = [size if length == DYNAMIC else length for length in tensor.shape]
+                    profile.set_shape(tensor.name, shape, shape, shape)
+            config.add_optimization_profile(profile)
+        if self.offered.timing_cache and options.timing_cache is not None:
+            known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
+            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+
+    def _run(
+        self, builder: Any, network: Any, config: Any, lines: Sequence[LogLine], graph: Path
+    ) -> memoryview:
+        cancellation = Cancellation()
+        config.progress_monitor = make_monitor(self.trt, self.progress, cancellation)
+        with cancellation.on_interrupt():
+            plan = builder.build_serialized_network(network, config)
+        if cancellation.requested:
+            raise KeyboardInterrupt
+        if plan is None:
+            raise EngineError(f"{self.offered.name} cannot build {graph}: {errors_of(list(lines))}")
+        return memoryview(plan)
+
+    def _timing_cache(self, config: Any, options: BuildOptions) -> bytes | None:
+        if not self.offered.timing_cache or options.timing_cache is None:
+            return None
+        return bytes(config.get_timing_cache().serialize())
