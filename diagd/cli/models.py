@@ -7,7 +7,7 @@ import json
 
 from diagd.errors import require
 
-NARROW = ("model", "parameters", "grid", "context")
+COLUMNS = ("model", "parameters", "grid", "context")
 
 EPILOG = """example:
   diagd models
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the table of models."""
     require("torch", extra="export", purpose="read the models' dimensions")
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
     from diagd.export.families.registry import listing
 
@@ -32,11 +32,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))  # noqa: T201
         return 0
-    headers = (Column(name, overflow="fold", no_wrap=name in NARROW) for name in rows[0])
-    table = Table(*headers, title="models")
+    table = Table(*COLUMNS, title="models")
     for row in rows:
-        table.add_row(*map(_cell, row.values()))
-    Console().print(table)
+        table.add_row(*(_cell(row[name]) for name in COLUMNS))
+    console = Console()
+    console.print(table)
+    for row in rows:
+        console.print(f"[bold]{row['model']}[/]: weights {row['weights']}; licence: {row['licence']}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Cosmos autoregressive world models (NVIDIA, arXiv 2501.03575): 5 latent frames of 40 x 64 tokens.
 
-The video2world models also attend to a T5 text embedding, start the stream with a token of its own, and add
+The video2world models also attend to a T5 text embedding, start the stream with a token of its own (the first id behind the visual ones), and add
 sinusoids of frame, row and column before every layer, so their positions are absolute.
 """
 
@@ -18,7 +18,6 @@ from diagd.schedule import StreamLayout, chained_lag
 ROWS, COLUMNS, FRAMES = 40, 64, 5
 HEAD_SIZE = 128
 VISUAL_CODES = 64_000
-BEGIN_OF_VIDEO = 64_000
 TEXT = TextShape(length=512, width=1024)
 """Positions of the T5 encoder's output, those of padding (vectors of zero) included."""
 
@@ -88,7 +87,7 @@ def family(
         frames_per_second=25.0,
         licence="code Apache-2.0; weights NVIDIA Open Model License",
         origin=f"{SIZES[name].repository} on the Hugging Face Hub" if name in SIZES else "a checkpoint",
-        prefix_tokens=(BEGIN_OF_VIDEO,) * layout.prefix,
+        prefix_tokens=(config.output_vocabulary,) * layout.prefix,
         tokenizer=cosmos_dv.graphs(tokenizer or cosmos_dv.CosmosDvConfig()),
         default_checkpoint=checkpoint,
         default_tokenizer=TOKENIZER,

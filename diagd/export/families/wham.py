@@ -110,8 +110,8 @@ def family(name: str, variant: Variant, checkpoint: str | None = None) -> Family
         ),
         schedule=DefaultSchedule(k=1),
         frames_per_second=10.0,
-        licence="Microsoft Research License (research only), code and weights",
-        origin=f"hf://microsoft/wham/models/{file}",
+        licence="Microsoft Research License, research only",
+        origin=f"microsoft/wham on the Hugging Face Hub: give --checkpoint hf://microsoft/wham/models/{file}",
         actions=wham_actions(codes),
         tokenizer=variant.tokenizer,
         default_checkpoint=checkpoint,
@@ -142,12 +142,8 @@ def transformer_config(
     )
 
 
-def infer_variant(checkpoint: Checkpoint, heads: Mapping[int, int] = HEADS) -> Variant:
+def infer_variant(checkpoint: Checkpoint) -> Variant:
     """Read a checkpoint's dimensions off its tensor shapes.
-
-    Args:
-        checkpoint: as released.
-        heads: attention heads by width.
 
     Raises:
         CheckpointError: a tensor is missing, the width is unknown, or vocabulary or positions do not fit the
@@ -160,10 +156,10 @@ def infer_variant(checkpoint: Checkpoint, heads: Mapping[int, int] = HEADS) -> V
     }
     vocabulary, hidden = shape_of(shapes, "transformer.wte.weight", 2)
     positions = shape_of(shapes, "transformer.wpe.weight", 2)[0]
-    if hidden not in heads:
+    if hidden not in HEADS:
         raise CheckpointError(
             f"{checkpoint.source} is {hidden} wide, for which the number of attention heads is not known "
-            f"(known widths: {', '.join(map(str, heads))})"
+            f"(known widths: {', '.join(map(str, HEADS))})"
         )
     tokenizer = infer_tokenizer(checkpoint)
     grid = tokenizer.grid if tokenizer else wham_vit.WhamVitConfig().grid
@@ -181,7 +177,7 @@ def infer_variant(checkpoint: Checkpoint, heads: Mapping[int, int] = HEADS) -> V
         frames=positions // frame,
         hidden=hidden,
         layers=count(shapes, "transformer.h"),
-        heads=heads[hidden],
+        heads=HEADS[hidden],
         bias="transformer.h.0.attn.c_attn.bias" in shapes,
     )
     return Variant(config, "transformer.h.0.ln_1.weight" in shapes, tokenizer)

@@ -34,13 +34,13 @@ class _ForeignModule:
         del sys.modules[MODULE]
 
 
-def write_wham(path, weights):
+def write_wham(path, weights, **model_spec):
     """A Lightning checkpoint as WHAM's: foreign instances and classes, optimizer state, tied head."""
     with _ForeignModule() as foreign:
         arguments = foreign.CreationArgs(
             pl_class=foreign.Encoder,
             pl_checkpoint_path=PurePosixPath("/data/encoder.ckpt"),
-            pl_kwargs={"vqgan": {"ch_mult": [1, 2], "size": foreign.Size(8, 4)}},
+            pl_kwargs={"vqgan": {"ch_mult": [1, 2], "size": foreign.Size(8, 4)}, **model_spec},
         )
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(4))])
         optimizer.param_groups[0]["params"][0].grad = torch.ones(4)

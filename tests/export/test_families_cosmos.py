@@ -1,0 +1,154 @@
+"""Small Cosmos models in the released model.pt, against NumPy and against full recomputation."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import diagd
+from diagd.errors import CheckpointError, UsageError
+from diagd.export.exporter import GraphOptions, Sources, export, open_sources
+from diagd.export.families import cosmos
+from diagd.export.families.family import Family
+from diagd.export.rotary import grid_rotary
+from diagd.export.transformer import TextShape, Transformer, TransformerConfig
+from diagd.runtime.sampling import SamplingSettings
+from diagd.schedule import Schedule, StreamLayout
+from tests.export.released import arrays_of, logits_of, module_of, random_rows, random_tensors
+from tests.oracles import numpy_forward
+from tests.oracles.full_recompute import FullRecompute
+from tests.oracles.rows import rows_of
+from tests.runtime.test_fidelity import frames_of
+
+CODES = 40
+FRAMES, ROWS, COLUMNS = 4, 3, 4
+HEAD_SIZE = 16
+TEXT = TextShape(length=6, width=10)
+
+
+def small(text: bool, yarn: bool) -> TransformerConfig:
+    """Sixteen channels split 8, 4, 4; the heads are wider together than the residual stream."""
+    return TransformerConfig(
+        layout=StreamLayout(ROWS, COLUMNS, prefix=int(text)),
+        context_frames=FRAMES,
+        vocabulary=CODES + 4 * text,
+        output_vocabulary=CODES,
+        hidden=28,
+        feed_forward=44,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_size=HEAD_SIZE,
+        rotary=grid_rotary(HEAD_SIZE, 500_000.0, yarn_scale=2.0 if yarn else 1.0, trained=(3, 40)),
+        layer_embedding=text,
+        qk_norm=True,
+        text=TEXT if text else None,
+    )
+
+
+@dataclass
+class Case:
+    family: Family
+    path: Path
+    model: Transformer
+    shape: numpy_forward.CosmosShape
+    text: np.ndarray | None
+
+
+@pytest.fixture(scope="module", params=["base", "yarn", "video2world"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    text, yarn = request.param == "video2world", request.param != "base"
+    path = tmp_path_factory.mktemp("cosmos") / "model.pt"
+    family = cosmos.family("cosmos-small", small(text, yarn), str(path))
+    tensors = random_tensors(family.expected)
+    prefixed: dict[str, object] = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    prefixed["model.layers.0.attention._extra_state"] = io.BytesIO(b"state of an engine")
+    torch.save({"model": prefixed} if yarn else prefixed, path)
+    words = np.random.default_rng(5).normal(size=(TEXT.length, TEXT.width)) if text else None
+    shape = numpy_forward.CosmosShape(FRAMES, ROWS, COLUMNS, HEAD_SIZE, yarn, begin_token=text)
+    return Case(family, path, module_of(family, path), shape, words)
+
+
+def test_logits_equal_the_network_in_numpy(case: Case) -> None:
+    layout = case.family.transformer.layout
+    rows = random_rows(layout, FRAMES, case.family.transformer.vocabulary)
+    tensors = arrays_of(random_tensors(case.family.expected))
+    expected = numpy_forward.cosmos(tensors, *rows, case.shape, case.text)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(logits_of(case.model, *rows, case.text), expected, atol=5e-5)
+
+
+class WithText(FullRecompute):
+    """Full recomputation that reads a text."""
+
+    text: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def _forward(self) -> torch.Tensor:
+        ids = torch.tensor([[fed.token for fed in self.fed]])
+        positions = torch.tensor([fed.position for fed in self.fed])
+        logits: torch.Tensor = self.model(ids, positions, self.visible(), self.text)
+        return logits[0]
+
+
+@pytest.fixture(scope="module")
+def session(case: Case) -> diagd.runtime.session.Session:
+    output = case.path.parent / "small.diagd"
+    sources = Sources(open_sources(case.family, None, str(case.path)).transformer)
+    export(case.family, GraphOptions(), sources, output)
+    return diagd.load(output, threads=1)
+
+
+@pytest.mark.parametrize("lags", ["next token", "serial", "chained"])
+def test_the_graph_decodes_what_recomputation_decodes(
+    case: Case, session: diagd.runtime.session.Session, lags: str
+) -> None:
+    layout = case.family.transformer.layout
+    schedule = {
+        "next token": Schedule.next_token(layout),
+        "serial": Schedule.serial(layout, 1),
+        "chained": Schedule.chained(layout, 1),
+    }[lags]
+    stream = np.random.default_rng(1).integers(0, CODES, layout.frame_start(FRAMES))
+    stream[: layout.prefix] = case.family.prefix_tokens
+    prompt = frames_of(stream, layout, 0, 1)
+    oracle = WithText(case.model)
+    oracle.text = None if case.text is None else torch.from_numpy(case.text).float()
+    oracle.run(rows_of(schedule.table(1, FRAMES - 1, 0)), stream)
+    session.start(prompt, text=None if case.text is None else case.text.astype(np.float32))
+    decoded = session.generate(FRAMES - 1, schedule=schedule, sampling=SamplingSettings(temperature=0.0))
+    np.testing.assert_array_equal(
+        np.stack([frame.tokens for frame in decoded]), frames_of(stream, layout, 1, FRAMES - 1)
+    )
+
+
+def test_texts_that_do_not_fit_are_refused_and_short_ones_filled_up_with_zeros(
+    case: Case, session: diagd.runtime.session.Session
+) -> None:
+    prompt = np.zeros((1, ROWS, COLUMNS), np.int32)
+    if case.text is None:
+        with pytest.raises(UsageError, match="attends to no text"):
+            session.start(prompt, text=np.zeros((1, TEXT.width), np.float32))
+        return
+    with pytest.raises(UsageError, match=r"needs text embeddings \[n, 10\], n up to 6"):
+        session.start(prompt)
+    for shape in ((7, TEXT.width), (1, 9), (TEXT.width,)):
+        with pytest.raises(UsageError, match="text embeddings have shape"):
+            session.start(prompt, text=np.zeros(shape, np.float32))
+    reader = session._text
+    short = case.text[:2].astype(np.float32)
+    filled = np.concatenate([short, np.zeros((TEXT.length - 2, TEXT.width), np.float32)])
+    for name, rows in reader.rows(short).items():
+        np.testing.assert_array_equal(rows, reader.rows(filled)[name])
+
+
+def test_another_model_is_refused(case: Case, tmp_path: Path) -> None:
+    other = tmp_path / "model.pt"
+    torch.save({"model.tok_embeddings.weight": torch.zeros(2, 2)}, other)
+    with pytest.raises(CheckpointError, match="missing"):
+        module_of(case.family, other)
