@@ -3,7 +3,7 @@
 All candidates of a table are interleaved in one process. Times are process CPU time with one intra-op
 thread, which other work on the machine disturbs least; with --wall, wall time with all cores. From the root:
 
-    python -m benchmarks.cpu --bundle mineworld-300m.diagd [--part frame|capacity|window|host] [--wall]
+    python -m benchmarks.cpu --bundle mineworld-300m.diagd [--part frame] [--wall]
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
 from diagd.bundle import Bundle
 from diagd.engines.engine import VOID, SamplingState, StepInputs
-from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.prefix import PrefixEngine
-from diagd.runtime.load import open_session
+from diagd.runtime.load import open_session as open_stream
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session, token_places
 from diagd.schedule import Schedule, StreamLayout
@@ -38,12 +39,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--part", choices=("frame", "peers", "capacity", "window", "host"), action="append")
+    parser.add_argument(
+        "--part", choices=("frame", "ceiling", "peers", "capacity", "window", "host"), action="append"
+    )
     parser.add_argument("--wall", action="store_true", help="wall time with all cores")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
-    parts = {"frame": frame, "peers": peers, "capacity": capacity, "window": window, "host": host}
+    parts = {
+        "frame": frame,
+        "ceiling": ceiling,
+        "peers": peers,
+        "capacity": capacity,
+        "window": window,
+        "host": host,
+    }
     for name in args.part or parts:
         parts[name](bundle, args.wall, args.repeats)
 
@@ -120,6 +130,63 @@ def frame(bundle: Bundle, wall: bool, repeats: int) -> None:
         CONSOLE.print(table)
 
 
+def ceiling(bundle: Bundle, wall: bool, repeats: int) -> None:
+    """The gain that this machine allows: the bare matrix products of every step, nothing else."""
+    session, inputs = _bare_products(bundle, wall)
+    now, layout = clock(wall), bundle.manifest.layout.stream()
+    seconds: dict[int, float] = {}
+    for width in range(1, 17):
+        rows = {name: np.ones((width, size), np.float32) for name, size in inputs.items()}
+        spent = []
+        for _ in range(repeats + 2):
+            began = now()
+            session.run(["y"], rows)
+            spent.append(now() - began)
+        seconds[width] = float(np.median(spent[2:]))
+    table = Table("decoding", "ms of products, mean step", "gain they allow", title="bare matrix products")
+    for k in (layout.columns, 4, 2, 1):
+        schedule = Schedule.serial(layout, k)
+        widths = schedule.table(1, 1, layout.first_cell(1) - 1).widths
+        spent_k = sum(seconds[min(int(width), 16)] for width in widths)
+        gain = layout.cells * seconds[1] / spent_k
+        table.add_row(f"k={k}", f"{1e3 * spent_k / len(widths):.1f}", f"{gain:.2f}x")
+    CONSOLE.print(table)
+
+
+def _bare_products(bundle: Bundle, wall: bool) -> tuple[onnxruntime.InferenceSession, dict[str, int]]:
+    """Every constant-weight product of the step graph on inputs of ones, in a chain of its own."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    graph = onnx.load(bundle.file("step.onnx"), load_external_data=False).graph
+    weights = {t.name: t for t in graph.initializer if len(t.dims) == 2 and t.external_data}
+    products = [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in weights]
+    inputs = {f"x{weights[n.input[1]].dims[0]}": int(weights[n.input[1]].dims[0]) for n in products}
+    nodes = []
+    for index, node in enumerate(products):
+        rows = f"x{weights[node.input[1]].dims[0]}"
+        nodes.append(helper.make_node("MatMul", [rows, node.input[1]], [f"p{index}"]))
+        nodes.append(helper.make_node("ReduceMax", [f"p{index}"], [f"m{index}"], keepdims=0))
+    nodes.append(helper.make_node("Max", [f"m{index}" for index in range(len(products))], ["y"]))
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "products",
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["W", size]) for n, size in inputs.items()],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [])],
+            [weights[name] for name in dict.fromkeys(n.input[1] for n in products)],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    path = bundle.path / "bare-products.onnx"
+    path.write_bytes(model.SerializeToString())
+    try:
+        return open_session(path, "", CpuOptions(0 if wall else 1, prepack=False)), inputs
+    finally:
+        path.unlink()
+
+
 def peers(bundle: Bundle, wall: bool, repeats: int) -> None:
     """The same frame in PyTorch: the published form of the runtime, and the best form we know."""
     import torch
@@ -178,7 +245,7 @@ def capacity(bundle: Bundle, wall: bool, repeats: int) -> None:
 
 
 def _session(bundle: Bundle, window_frames: int, wall: bool) -> tuple[Session, np.ndarray]:
-    session = open_session(bundle, window=window_frames, cpu=CpuOptions(0 if wall else 1))
+    session = open_stream(bundle, window=window_frames, cpu=CpuOptions(0 if wall else 1))
     random = np.random.default_rng(0)
     session.start(random.integers(0, 8192, (1, 14, 24)).astype(np.int32), np.full((1, 11), 8258, np.int32))
     return session, np.full((64, 11), 8258, np.int32)
@@ -249,6 +316,15 @@ def _weights(bundle: Bundle) -> dict[str, np.ndarray]:
 def _title(live: int, wall: bool) -> str:
     return f"{live} live slots, {'wall time, all cores' if wall else 'CPU time, one thread'}"
 
+
+PARTS = {
+    "frame": frame,
+    "ceiling": ceiling,
+    "peers": peers,
+    "capacity": capacity,
+    "window": window,
+    "host": host,
+}
 
 if __name__ == "__main__":
     main()
