@@ -77,7 +77,7 @@ class Bench:
 
     def frame(self, schedule: Schedule, live: int, now: Clock, steps: slice = slice(None)) -> float:
         """Seconds of the chosen steps of one frame behind ``live`` slots."""
-        table = schedule.table(live // self.layout.frame_length, 1, live - 1)
+        table = self.table(schedule, live)
         total = 0.0
         for index in range(table.steps)[steps]:
             inputs = self._inputs(table, index, live)
@@ -86,6 +86,11 @@ class Bench:
             logits[:, :8192].argmax(axis=1)
             total += now() - began
         return total
+
+    def table(self, schedule: Schedule, live: int) -> StepTable:
+        """The steps of the frame whose first cell comes nearest behind ``live`` slots."""
+        frame = live // self.layout.frame_length
+        return schedule.table(frame, 1, self.layout.first_cell(frame) - 1)
 
     def _inputs(self, table: StepTable, index: int, live: int) -> StepInputs:
         rows = slice(int(table.offsets[index]), int(table.offsets[index + 1]))
@@ -203,7 +208,7 @@ def peers(bundle: Bundle, wall: bool, repeats: int) -> None:
         "PyTorch, optimised form": OptimisedForm(weights, config, torch.float32, 5552),
     }
     for live in (347, 2776):
-        table = schedule.table(live // bench.layout.frame_length, 1, live - 1)
+        table = bench.table(schedule, live)
         seconds: dict[str, list[float]] = {name: [] for name in ("diagd", *rivals)}
         bench.frame(schedule, live, now)
         for _ in range(repeats):
