@@ -1,0 +1,186 @@
+"""Runs one decoding order and keeps every time."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from diagd.engines.engine import Float, Int
+from diagd.profiling.timeline import Timeline
+from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.session import Frame, Session, StepTime
+from diagd.runtime.video import VideoWriter
+from diagd.schedule import Schedule
+
+DECODE, ENCODE = "pixel decode", "video encode"
+
+
+@dataclass
+class Measured:
+    """One run. Times are of one clock (``time.perf_counter``).
+
+    Attributes:
+        schedule: the order.
+        timeline: stages, without overlap.
+        began, ended: of the whole run.
+        steps: every step; the first ``chunks`` and the one behind them feed the prompt.
+        decoded: when each frame's last token was there.
+        shown: when its picture was.
+    """
+
+    schedule: Schedule
+    timeline: Timeline = field(default_factory=Timeline)
+    began: float = 0.0
+    ended: float = 0.0
+    steps: list[StepTime] = field(default_factory=list)
+    decoded: list[float] = field(default_factory=list)
+    shown: list[float] = field(default_factory=list)
+
+    @property
+    def frames(self) -> int:
+        """Frames decoded."""
+        return len(self.decoded)
+
+    @property
+    def chunks(self) -> int:
+        """Steps ahead of the one that decodes the first cell."""
+        return len(self.steps) - self.schedule.total_steps(self.frames)
+
+    def taken(self, frame: int) -> float:
+        """When a frame's action was taken: at the start of its first step."""
+        return self.steps[self.chunks + frame * self.schedule.d].began
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is fed: prompt tokens [P, h, w], its actions, those of the frames to come, and a text."""
+
+    prompt: Int
+    prompt_actions: Int | None
+    actions: Int | None
+    text: Float | None
+
+
+def random_workload(session: Session, prompt: int, frames: int, seed: int = 0) -> Workload:
+    """Random visual tokens that the model may see, no-op actions, and an empty text."""
+    from diagd.runtime.actions import encode
+
+    layout, manifest = session.layout, session.manifest
+    ranges = manifest.sampling.range_table(layout)[layout.before : layout.before + layout.cells]
+    random = np.random.default_rng(seed)
+    cells = random.integers(ranges[:, 0], ranges[:, 1], (prompt, layout.cells), dtype=np.int32)
+    tokens = cells.reshape(prompt, layout.rows, layout.columns)
+    text = None if manifest.text is None else np.zeros((1, manifest.text.width), np.float32)
+    if not layout.gap:
+        return Workload(tokens, None, None, text)
+    codec = manifest.actions
+    idle = np.zeros(layout.gap, np.int32) if codec is None else np.asarray(encode(codec, {}), np.int32)
+    return Workload(tokens, np.tile(idle, (prompt, 1)), np.tile(idle, (frames, 1)), text)
+
+
+def measure(
+    session: Session,
+    schedule: Schedule,
+    workload: Workload,
+    frames: int,
+    pixels: PixelCodec | None = None,
+    video: Path | None = None,
+) -> Measured:
+    """Decode ``frames`` frames behind a prompt, to pixels and into a video where they are given."""
+    run = Measured(schedule, began=time.perf_counter())
+    with run.timeline.stage("prompt"):
+        session.start(workload.prompt, workload.prompt_actions, workload.text)
+    taken = session.timing.steps
+    actions = None if workload.actions is None else workload.actions[:frames]
+    with run.timeline.stage("plan"):
+        generated = session.generate(frames, actions, schedule=schedule)
+    latents = _latents(pixels)
+    pending: list[Int] = []
+    with _writer(pixels, video, run.timeline) as writer:
+        for frame in _timed(generated, run, session):
+            pending.append(frame.tokens)
+            if len(pending) == latents or len(run.decoded) == frames:
+                _show(run, pixels, writer, pending)
+                run.shown += [time.perf_counter()] * len(pending)
+                pending = []
+    run.ended = time.perf_counter()
+    run.steps = list(session.timing.recent)[taken - session.timing.steps :]
+    _add_steps(run)
+    return run
+
+
+def _timed(frames: Iterator[Frame], run: Measured, session: Session) -> Iterator[Frame]:
+    """Note when each frame is there, and what it took beside its steps."""
+    asked = time.perf_counter()
+    for frame in frames:
+        decoded = time.perf_counter()
+        run.decoded.append(decoded)
+        steps = itertools.islice(reversed(session.timing.recent), frame.steps)
+        inside = sum(step.engine + step.sampling + step.host for step in steps)
+        if frame.refill_seconds:
+            run.timeline.add("context refill", decoded - frame.refill_seconds, frame.refill_seconds)
+        rest = decoded - asked - inside - frame.refill_seconds
+        run.timeline.add("frame handling", decoded - rest, rest)
+        yield frame
+        asked = time.perf_counter()
+
+
+def _latents(pixels: PixelCodec | None) -> int:
+    """Token frames of one call of the pixel decoder."""
+    if pixels is None or pixels.spec.temporal_factor == 1:
+        return 1
+    return 1 + (pixels.spec.chunk_frames - 1) // pixels.spec.temporal_factor
+
+
+def _show(run: Measured, pixels: PixelCodec | None, writer: VideoWriter | None, tokens: list[Int]) -> None:
+    if pixels is None:
+        return
+    with run.timeline.stage(DECODE):
+        images = list(pixels.decode(tokens))
+    if writer is not None:
+        with run.timeline.stage(ENCODE):
+            for image in images:
+                writer.write(image)
+
+
+@contextmanager
+def _writer(
+    pixels: PixelCodec | None, video: Path | None, timeline: Timeline
+) -> Iterator[VideoWriter | None]:
+    """A video whose opening and closing count as encoding."""
+    if pixels is None or video is None:
+        yield None
+        return
+    with timeline.stage(ENCODE):
+        writer = VideoWriter(video, 10.0, (pixels.spec.height, pixels.spec.width))
+        writer.__enter__()
+    try:
+        yield writer
+    except BaseException as error:
+        writer.__exit__(type(error), error, error.__traceback__)
+        raise
+    with timeline.stage(ENCODE):
+        writer.__exit__(None, None, None)
+
+
+def _add_steps(run: Measured) -> None:
+    """Put the steps on the timeline: the engine by width, then sampling, then the host's own work."""
+    for index, step in enumerate(run.steps):
+        name = "prefill" if index <= run.chunks else f"steps {bucket(step.rows)}"
+        run.timeline.add(name, step.began, step.engine, rows=step.rows, live=step.live)
+        run.timeline.add("sampling", step.began + step.engine, step.sampling)
+        run.timeline.add("schedule", step.began + step.engine + step.sampling, step.host)
+
+
+def bucket(rows: int) -> str:
+    """Name of the bucket of a width: 1, then powers of two."""
+    if rows == 1:
+        return "w=1"
+    high = 1 << (rows - 1).bit_length()
+    return f"w={high // 2 + 1}-{high}"

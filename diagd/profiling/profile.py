@@ -1,0 +1,312 @@
+"""From a bundle to a report: next-token prediction, serial and chained frames, measured alike."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle import Bundle
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import UsageError
+from diagd.planning.ceilings import Ceilings, measure_ceilings, memory_bytes
+from diagd.planning.cost import step_operations, step_seconds
+from diagd.planning.model import StoredModel, read_model
+from diagd.profiling.ladder import climb
+from diagd.profiling.measure import Measured, bucket, measure, random_workload
+from diagd.profiling.report import (
+    Deadlines,
+    Machine,
+    Report,
+    Run,
+    SlowStep,
+    Stage,
+    StepSample,
+    Subject,
+    Width,
+)
+from diagd.profiling.statistics import describe, slow_ones
+from diagd.profiling.timeline import Timeline
+from diagd.progress import Progress
+from diagd.runtime.load import open_session
+from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.session import Session, StepTime
+from diagd.schedule import Schedule, check_lags
+from diagd.version import __version__
+
+NEXT_TOKEN_FRAMES: Final = 2
+"""Frames measured of next-token prediction: each has as many steps as cells."""
+
+SLOW_STEPS: Final = 20
+SAMPLES: Final = 5000
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What to measure.
+
+    Attributes:
+        ks: row lags; each runs with serial and with chained frames.
+        frames: measured of each order.
+        prompt: frames known ahead; default: a full window, where a step costs what it costs for ever.
+        window: frames a token may see; default: the model's context.
+        fps: rate whose deadlines are counted.
+        pixels: decode and encode pictures, where the bundle has a tokenizer.
+        ladder: measure the engine's optimisations one by one.
+        cpu: threads and cache.
+    """
+
+    ks: tuple[int, ...] = (1, 2)
+    frames: int = 4
+    prompt: int | None = None
+    window: int | None = None
+    fps: float | None = None
+    pixels: bool = True
+    ladder: bool = True
+    cpu: CpuOptions = field(default_factory=CpuOptions)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A report, and the runs behind it."""
+
+    report: Report
+    runs: tuple[Measured, ...]
+    timeline: Timeline
+
+
+def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None = None) -> Profile:
+    """Measure a bundle on this machine.
+
+    Raises:
+        UsageError: a lag, window or prompt that the model does not allow.
+        EngineError: the engine cannot be loaded.
+    """
+    progress = progress or Progress()
+    model, orders = read_model(bundle.path), _orders(bundle, options)
+    with progress.task("measuring this machine"):
+        ceilings = measure_ceilings(options.cpu.threads)
+    start = Timeline()
+    with progress.task("loading"), start.stage("load"):
+        session = open_session(bundle, window=options.window, cpu=options.cpu)
+    pixels = _pixels(bundle, options, start)
+    measured, firsts = [], []
+    for schedule in progress.each(orders, "decoding orders"):
+        first, run = _run(session, schedule, options, pixels)
+        firsts.append(first)
+        measured.append(run)
+    runs = tuple(
+        summarise(run, first, model, ceilings, options.fps)
+        for run, first in zip(measured, firsts, strict=True)
+    )
+    with progress.task("climbing the ladder"):
+        ladder = climb(bundle, session.window, options.cpu) if options.ladder else ()
+    report = Report(
+        diagd_version=__version__,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        machine=_machine(ceilings),
+        subject=_subject(bundle, model, session),
+        start=tuple(Stage(name=name, seconds=describe(s)) for name, s in start.seconds().items()),
+        runs=runs,
+        ladder=tuple(ladder),
+        peak_memory=peak_memory(),
+    )
+    return Profile(report, tuple(measured), start)
+
+
+def _orders(bundle: Bundle, options: ProfileOptions) -> list[Schedule]:
+    layout = bundle.manifest.layout.stream()
+    seed = bundle.manifest.schedule.row_seed
+    for k in options.ks:
+        check_lags(layout.rows, layout.columns, k, max(1, k) * layout.rows)
+    if options.frames < 2:
+        raise UsageError(f"--frames {options.frames}: steady frames need two or more")
+    orders = [Schedule.next_token(layout)]
+    for k in options.ks:
+        orders += [make(layout, k, seed) for make in (Schedule.serial, Schedule.chained)]
+    return list({(order.k, order.d): order for order in orders}.values())
+
+
+def _pixels(bundle: Bundle, options: ProfileOptions, start: Timeline) -> PixelCodec | None:
+    """The tokenizer, loaded and warm, its encoder timed on a random picture."""
+    if bundle.manifest.tokenizer is None or not options.pixels:
+        return None
+    pixels = PixelCodec(bundle, options.cpu)
+    spec = pixels.spec
+    picture = np.random.default_rng(0).integers(0, 256, (1, spec.height, spec.width, 3), dtype=np.uint8)
+    with start.stage("load tokenizer"):
+        tokens = pixels.encode(picture)
+        list(pixels.decode(iter(tokens)))
+    for _ in range(3):
+        with start.stage("prompt encode"):
+            pixels.encode(picture)
+    return pixels
+
+
+def _run(
+    session: Session, schedule: Schedule, options: ProfileOptions, pixels: PixelCodec | None
+) -> tuple[float, Measured]:
+    """Seconds of one frame as the first run of an order, then the measured frames."""
+    next_token = schedule.k == session.layout.columns
+    frames = min(options.frames, NEXT_TOKEN_FRAMES) if next_token else options.frames
+    prompt = session.window - 1 if options.prompt is None else options.prompt
+    workload = random_workload(session, prompt, frames)
+    began = time.perf_counter()
+    measure(session, schedule, workload, 1, pixels)
+    first = time.perf_counter() - began
+    with TemporaryDirectory() as folder:
+        video = Path(folder) / "frames.gif"
+        return first, measure(session, schedule, workload, frames, pixels, video)
+
+
+def summarise(run: Measured, first: float, model: StoredModel, ceilings: Ceilings, fps: float | None) -> Run:
+    """Everything a report says of a run."""
+    schedule, shown = run.schedule, np.asarray(run.shown)
+    intervals = np.diff(shown)
+    taken = np.asarray([run.taken(frame) for frame in range(run.frames)])
+    steady = float(shown[-1] - shown[0])
+    shown_frames = model.size.pixel_frames * (run.frames - 1)
+    return Run(
+        order=order_name(schedule),
+        k=schedule.k,
+        d=schedule.d,
+        frames=run.frames,
+        passes=len(run.steps),
+        first_run=first,
+        time_to_first_frame=run.shown[0] - run.began,
+        wall=run.ended - run.began,
+        frames_per_second=shown_frames / steady if steady > 0 else 0.0,
+        intervals=describe(intervals),
+        action_latency=describe((shown - taken)[1:]),
+        action_latency_worst=describe(shown[1:] - taken[:-1]),
+        deadlines=_deadlines(intervals, fps),
+        stages=tuple(Stage(name=n, seconds=describe(s)) for n, s in run.timeline.seconds().items()),
+        widths=tuple(_widths(run, model, ceilings)),
+        slow_steps=tuple(_slow_steps(run.steps)),
+        samples=tuple(_samples(run)),
+    )
+
+
+def order_name(schedule: Schedule) -> str:
+    """What people call an order."""
+    if schedule.k == schedule.layout.columns:
+        return "next token"
+    kinds = {schedule.steps_per_frame: "serial", schedule.k * schedule.layout.rows: "chained"}
+    return f"k={schedule.k} {kinds.get(schedule.d, f'd={schedule.d}')}"
+
+
+def _deadlines(intervals: NDArray[np.float64], fps: float | None) -> Deadlines | None:
+    if fps is None:
+        return None
+    late = intervals - 1 / fps
+    worst = float(max(0.0, late.max(initial=0.0)))
+    return Deadlines(fps=fps, frames=len(late), missed=int((late > 0).sum()), worst=worst)
+
+
+def _widths(run: Measured, model: StoredModel, ceilings: Ceilings) -> list[Width]:
+    """Buckets of widths behind the prompt, narrow ones first."""
+    buckets: dict[str, list[StepTime]] = {}
+    for step in sorted(run.steps[run.chunks + 1 :], key=lambda step: step.rows):
+        buckets.setdefault(bucket(step.rows), []).append(step)
+    return [_width(name, steps, model, ceilings) for name, steps in buckets.items()]
+
+
+def _width(name: str, steps: list[StepTime], model: StoredModel, ceilings: Ceilings) -> Width:
+    rows = float(np.mean([step.rows for step in steps]))
+    live = float(np.mean([step.live for step in steps]))
+    read = model.streamed_bytes + model.cache_bytes * model.size.cache_elements * live
+    operations = step_operations(model.size, rows, live)
+    seconds = describe([step.engine for step in steps])
+    least = step_seconds(read, operations, ceilings.bandwidth, ceilings.peak)
+    bound: Literal["memory", "arithmetic"] = (
+        "memory" if read / ceilings.bandwidth >= operations / ceilings.peak else "arithmetic"
+    )
+    return Width(
+        name=name,
+        steps=len(steps),
+        rows=rows,
+        seconds=seconds,
+        bytes=read,
+        operations=operations,
+        bandwidth=read / seconds.p50,
+        share=least / seconds.p50,
+        bound=bound,
+    )
+
+
+def _slow_steps(steps: Sequence[StepTime]) -> list[SlowStep]:
+    seconds = [step.engine + step.sampling + step.host for step in steps]
+    rows = [step.rows for step in steps]
+    found = []
+    for index in slow_ones(seconds, rows)[:SLOW_STEPS]:
+        alike = [s for s, width in zip(seconds, rows, strict=True) if width == rows[index]]
+        usual = float(np.median(alike))
+        found.append(SlowStep(step=index, rows=rows[index], seconds=seconds[index], usual=usual))
+    return found
+
+
+def _samples(run: Measured) -> list[StepSample]:
+    return [
+        StepSample(
+            at=step.began - run.began,
+            rows=step.rows,
+            engine=step.engine,
+            sampling=step.sampling,
+            host=step.host,
+        )
+        for step in run.steps[:SAMPLES]
+    ]
+
+
+def _machine(ceilings: Ceilings) -> Machine:
+    from importlib.metadata import version
+
+    return Machine(
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)),
+        threads=ceilings.threads,
+        memory=memory_bytes(),
+        platform=platform.platform(),
+        versions={"python": platform.python_version()}
+        | {name: version(name) for name in ("numpy", "onnxruntime")},
+        copied=ceilings.copied,
+        read=ceilings.read,
+        peak=ceilings.peak,
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _subject(bundle: Bundle, model: StoredModel, session: Session) -> Subject:
+    graph = bundle.manifest.graphs[0]
+    return Subject(
+        model=bundle.manifest.name,
+        digest=bundle.digest,
+        precision=graph.precision,
+        engine=type(session.engine).__name__,
+        window=session.window,
+        parameters=model.size.streamed + model.size.looked_up,
+        weight_bytes=model.streamed_bytes,
+    )
+
+
+def peak_memory() -> int:
+    """Most bytes this process has had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,184 @@
+"""What a profile says, as data: the schema of ``report.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diagd.bundle.files import atomic_file
+from diagd.errors import UsageError
+from diagd.profiling.statistics import Statistics
+
+SCHEMA_VERSION: Final = 1
+
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Machine(_Record):
+    """Where it ran: processor, threads, memory in bytes, versions; and its measured limits."""
+
+    processor: str
+    cores: int
+    threads: int
+    memory: int
+    platform: str
+    versions: dict[str, str]
+    copied: float
+    read: float
+    peak: float
+
+
+class Subject(_Record):
+    """What ran: model, digest of its bundle, weights' precision and engine."""
+
+    model: str
+    digest: str
+    precision: str
+    engine: str
+    window: int
+    parameters: int
+    weight_bytes: int
+
+
+class Stage(_Record):
+    """All work of one kind in a run. ``steps w=a-b`` is the engine's time of steps with so many rows."""
+
+    name: str
+    seconds: Statistics
+
+
+class Width(_Record):
+    """Steps of a bucket of widths against the machine's limits.
+
+    ``bytes`` and ``operations`` are of a mean step, by formula; ``share`` is the least possible time over
+    the measured one, ``bound`` the limit that sets it.
+    """
+
+    name: str
+    steps: int
+    rows: float
+    seconds: Statistics
+    bytes: float
+    operations: float
+    bandwidth: float
+    share: float
+    bound: Literal["memory", "arithmetic"]
+
+
+class Deadlines(_Record):
+    """Frames that came later than 1/fps after the one before."""
+
+    fps: float
+    frames: int
+    missed: int
+    worst: Seconds
+
+
+class SlowStep(_Record):
+    """A step that took far longer than others of its width."""
+
+    step: int
+    rows: int
+    seconds: Seconds
+    usual: Seconds
+
+
+class StepSample(_Record):
+    """One step: seconds since the run began, rows, and seconds by part."""
+
+    at: Seconds
+    rows: int
+    engine: Seconds
+    sampling: Seconds
+    host: Seconds
+
+
+class Run(_Record):
+    """One decoding order.
+
+    Attributes:
+        order, k, d: which.
+        frames: decoded in the measured part.
+        passes: steps of the measured part, those that feed the prompt included.
+        first_run: seconds of one frame in a fresh session, which nothing else includes.
+        time_to_first_frame: from the prompt to the first picture, warm.
+        wall: seconds of the measured part; ``stages`` add up to it.
+        frames_per_second: steady, behind the first frame; shown frames.
+        intervals: between finished frames.
+        action_latency: from taking an action to the picture that shows it.
+        action_latency_worst: likewise for an action that just missed its frame.
+    """
+
+    order: str
+    k: int
+    d: int
+    frames: int
+    passes: int
+    first_run: Seconds
+    time_to_first_frame: Seconds
+    wall: Seconds
+    frames_per_second: float
+    intervals: Statistics
+    action_latency: Statistics
+    action_latency_worst: Statistics
+    deadlines: Deadlines | None
+    stages: tuple[Stage, ...]
+    widths: tuple[Width, ...]
+    slow_steps: tuple[SlowStep, ...]
+    samples: tuple[StepSample, ...]
+
+
+class Rung(_Record):
+    """One row of the ladder: milliseconds of a step with some optimisations on, or why there are none."""
+
+    name: str
+    seconds: float | None
+    gain: float | None
+    reason: str = ""
+
+
+class Report(_Record):
+    """The whole of ``report.json``."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    diagd_version: str
+    created: str
+    machine: Machine
+    subject: Subject
+    start: tuple[Stage, ...]
+    runs: tuple[Run, ...]
+    ladder: tuple[Rung, ...]
+    peak_memory: int
+
+    def write(self, path: Path) -> None:
+        """Write as JSON."""
+        with atomic_file(path) as partial:
+            partial.write_text(self.model_dump_json(indent=1) + "\n")
+
+
+def read_report(path: Path) -> Report:
+    """Read a report.
+
+    Raises:
+        UsageError: it cannot be read, is no report, or is of a later version.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no report of diagd-profile: {error}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UsageError(f"{path} has schema version {version}; this diagd reads up to {SCHEMA_VERSION}")
+    try:
+        return Report.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{path} is no report of diagd-profile: '{where}': {first['msg']}") from error

@@ -1,0 +1,169 @@
+"""Profiles of a real bundle: figures add up, and what happened is found."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from diagd.bundle import Bundle
+from diagd.engines.engine import Float, SamplingState, StepInputs
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import ScheduleError, UsageError
+from diagd.planning.ceilings import Ceilings
+from diagd.planning.model import read_model
+from diagd.profiling.ladder import SwitchedEngine, climb
+from diagd.profiling.measure import bucket, measure, random_workload
+from diagd.profiling.profile import Profile, ProfileOptions, profile, summarise
+from diagd.profiling.report import Run
+from diagd.runtime.load import open_session
+from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.session import Session, token_places
+from diagd.schedule import Schedule, slots_needed
+from tests.profiling.conftest import LAYOUT
+
+CPU = CpuOptions(threads=1)
+CEILINGS = Ceilings(copied=1e10, read=1e10, peak=1e11, threads=1)
+
+
+def test_stages_add_up_to_the_wall_time(profiled: Profile) -> None:
+    for run in profiled.report.runs:
+        total = sum(stage.seconds.total for stage in run.stages)
+        assert total == pytest.approx(run.wall, rel=0.03, abs=1e-3), run.order
+
+
+def test_orders_and_passes_are_those_of_the_schedules(profiled: Profile) -> None:
+    runs = {run.order: run for run in profiled.report.runs}
+    assert list(runs) == ["next token", "k=1 serial", "k=1 chained", "k=2 serial", "k=2 chained"]
+    assert runs["next token"].passes == 2 * LAYOUT.cells
+    for name, schedule in (
+        ("k=1 serial", Schedule.serial(LAYOUT, 1)),
+        ("k=2 chained", Schedule.chained(LAYOUT, 2)),
+    ):
+        assert runs[name].passes == schedule.total_steps(6)
+        assert runs[name].frames == 6
+
+
+def test_times_of_a_run_agree_with_each_other(profiled: Profile) -> None:
+    for run, measured in zip(profiled.report.runs, profiled.runs, strict=True):
+        gaps = np.diff(measured.shown)
+        assert run.intervals.p50 == pytest.approx(float(np.percentile(gaps, 50)))
+        assert run.frames_per_second == pytest.approx(1 / gaps.mean())
+        assert 0 < run.time_to_first_frame <= run.wall
+        assert run.action_latency.p50 < run.action_latency_worst.p50
+        assert sum(width.steps for width in run.widths) == run.passes - measured.chunks - 1
+        assert len(run.samples) == run.passes
+
+
+def test_an_action_appears_when_its_frame_is_done(profiled: Profile) -> None:
+    """Serial frames: an action waits for its own frame only; chained ones overlap."""
+    for measured in profiled.runs:
+        schedule = measured.schedule
+        for frame in range(1, measured.frames):
+            first = measured.chunks + frame * schedule.d
+            last = measured.steps[first + schedule.steps_per_frame - 1]
+            ended = last.began + last.engine + last.sampling + last.host
+            assert measured.taken(frame) == measured.steps[first].began
+            assert ended <= measured.decoded[frame]
+            assert (
+                frame + 1 >= measured.frames or ended < measured.steps[first + schedule.steps_per_frame].began
+            )
+
+
+class Slowed:
+    """Passes steps on, and sleeps in one of them."""
+
+    def __init__(self, session: Session, step: int, seconds: float) -> None:
+        self._real, self._left, self._seconds = session.engine.step, step, seconds
+        session.engine.step = self.step  # type: ignore[method-assign]
+
+    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
+        if self._left == 0:
+            time.sleep(self._seconds)
+        self._left -= 1
+        return self._real(inputs, sampling)
+
+
+def slowed(bundle: Bundle, step: int, fps: float) -> Run:
+    session, frames = open_session(bundle, cpu=CPU), 4
+    workload = random_workload(session, 2, frames)
+    schedule = Schedule.serial(LAYOUT, 1)
+    measure(session, schedule, workload, 1)
+    Slowed(session, step, 0.25)
+    run = measure(session, schedule, workload, frames)
+    return summarise(run, 0.0, read_model(bundle.path), CEILINGS, fps)
+
+
+def test_a_planted_slow_step_is_found(bundle: Bundle) -> None:
+    run = slowed(bundle, step=20, fps=5.0)
+    worst = run.slow_steps[0]
+    assert worst.step == 20
+    assert worst.seconds > 0.25 > 10 * worst.usual
+    assert run.deadlines is not None
+    assert (run.deadlines.missed, run.deadlines.frames) == (1, 3)
+    assert run.deadlines.worst > 0.05
+    assert max(sample.engine for sample in run.samples) == run.samples[20].engine
+
+
+def test_bytes_and_operations_are_the_formula(bundle: Bundle, profiled: Profile) -> None:
+    model, run, measured = read_model(bundle.path), profiled.report.runs[0], profiled.runs[0]
+    ones = [step for step in measured.steps[measured.chunks + 1 :] if step.rows == 1]
+    width = run.widths[0]
+    assert (width.name, width.steps) == ("w=1", len(ones))
+    live = np.mean([step.live for step in ones])
+    cache = 2 * 2 * 2 * 8 * 4 * live  # K and V, two layers, two heads of eight, float32
+    assert width.bytes == pytest.approx(model.streamed_bytes + cache)
+    assert width.bandwidth == pytest.approx(width.bytes / width.seconds.p50)
+    assert width.share > 0
+
+
+def test_a_full_window_is_the_steady_state(profiled: Profile) -> None:
+    """With the window full from the start, no step works on more slots than the first ones."""
+    for measured in profiled.runs:
+        live = [step.live for step in measured.steps]
+        assert min(live) >= (profiled.report.subject.window - 1) * LAYOUT.frame_length
+
+
+def test_widths_are_in_buckets() -> None:
+    assert [bucket(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 64)] == [
+        *("w=1", "w=2-2", "w=3-4", "w=3-4", "w=5-8", "w=5-8", "w=9-16", "w=33-64")
+    ]
+
+
+@pytest.mark.parametrize(("live_prefix", "in_place"), [(False, False), (True, False), (False, True)])
+def test_switching_optimisations_off_changes_no_token(
+    bundle: Bundle, live_prefix: bool, in_place: bool
+) -> None:
+    window, frames = 3, 5
+    plain = open_session(bundle, window=window, cpu=CPU)
+    slots = slots_needed(LAYOUT, window, 256)
+    engine = SwitchedEngine(
+        bundle, slots, token_places(LAYOUT, window).size, CPU, live_prefix=live_prefix, in_place=in_place
+    )
+    switched = Session(bundle.manifest, engine, window)
+    workload = random_workload(plain, 1, frames)
+    tokens = []
+    for session in (plain, switched):
+        session.start(workload.prompt, workload.prompt_actions)
+        run = session.generate(
+            frames, workload.actions, schedule=Schedule.chained(LAYOUT, 1), sampling=SamplingSettings(0.0)
+        )
+        tokens.append(np.stack([frame.tokens for frame in run]))
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_the_ladder_measures_or_says_why_not(bundle: Bundle) -> None:
+    rungs = climb(bundle, 3, CPU)
+    assert [rung.name for rung in rungs[:4]] == ["none", "live-prefix attention", "in-place K/V", "both"]
+    for rung in rungs:
+        assert (rung.seconds is None) == bool(rung.reason)
+    assert rungs[0].gain == 1.0
+
+
+def test_what_cannot_be_profiled_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(ScheduleError, match="k=7"):
+        profile(bundle, ProfileOptions(ks=(7,)))
+    with pytest.raises(UsageError, match="two or more"):
+        profile(bundle, replace(ProfileOptions(), frames=1))
