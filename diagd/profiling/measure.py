@@ -179,8 +179,8 @@ def _add_steps(run: Measured) -> None:
 
 
 def bucket(rows: int) -> str:
-    """Name of the bucket of a width: 1, then powers of two."""
-    if rows == 1:
-        return "w=1"
+    """Name of the bucket of a width: 1, 2, then up to each power of two."""
+    if rows <= 2:
+        return f"w={rows}"
     high = 1 << (rows - 1).bit_length()
     return f"w={high // 2 + 1}-{high}"

@@ -8,6 +8,7 @@ import platform
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +38,7 @@ from diagd.profiling.report import (
 )
 from diagd.profiling.statistics import describe, slow_ones
 from diagd.profiling.timeline import Timeline
+from diagd.profiling.trace import nvtx_ranges
 from diagd.progress import Progress
 from diagd.runtime.load import open_session
 from diagd.runtime.pixels import PixelCodec
@@ -63,6 +65,7 @@ class ProfileOptions:
         fps: rate whose deadlines are counted.
         pixels: decode and encode pictures, where the bundle has a tokenizer.
         ladder: measure the engine's optimisations one by one.
+        marks: put NVTX ranges around the steps, where nvtx is installed.
         cpu: threads and cache.
     """
 
@@ -73,6 +76,7 @@ class ProfileOptions:
     fps: float | None = None
     pixels: bool = True
     ladder: bool = True
+    marks: bool = False
     cpu: CpuOptions = field(default_factory=CpuOptions)
 
 
@@ -100,15 +104,11 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
     with progress.task("loading"), start.stage("load"):
         session = open_session(bundle, window=options.window, cpu=options.cpu)
     pixels = _pixels(bundle, options, start)
-    measured, firsts = [], []
-    for schedule in progress.each(orders, "decoding orders"):
-        first, run = _run(session, schedule, options, pixels)
-        firsts.append(first)
-        measured.append(run)
-    runs = tuple(
-        summarise(run, first, model, ceilings, options.fps)
-        for run, first in zip(measured, firsts, strict=True)
-    )
+    with nvtx_ranges(session) if options.marks else nullcontext():
+        pairs = [
+            _run(session, schedule, options, pixels) for schedule in progress.each(orders, "decoding orders")
+        ]
+    runs = tuple(summarise(run, first, model, ceilings, options.fps) for first, run in pairs)
     with progress.task("climbing the ladder"):
         ladder = climb(bundle, session.window, options.cpu) if options.ladder else ()
     report = Report(
@@ -121,7 +121,7 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
         ladder=tuple(ladder),
         peak_memory=peak_memory(),
     )
-    return Profile(report, tuple(measured), start)
+    return Profile(report, tuple(run for _, run in pairs), start)
 
 
 def _orders(bundle: Bundle, options: ProfileOptions) -> list[Schedule]:

@@ -128,7 +128,7 @@ def test_a_full_window_is_the_steady_state(profiled: Profile) -> None:
 
 def test_widths_are_in_buckets() -> None:
     assert [bucket(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 64)] == [
-        *("w=1", "w=2-2", "w=3-4", "w=3-4", "w=5-8", "w=5-8", "w=9-16", "w=33-64")
+        *("w=1", "w=2", "w=3-4", "w=3-4", "w=5-8", "w=5-8", "w=9-16", "w=33-64")
     ]
 
 

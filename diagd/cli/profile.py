@@ -1,0 +1,183 @@
+"""``diagd profile``: latency of a bundle by decoding order and stage, and what changed since."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from diagd.cli.settings import add_set_option, parse_settings
+from diagd.errors import UsageError
+from diagd.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from diagd.profiling.compare import Comparison
+    from diagd.profiling.profile import ProfileOptions
+    from diagd.profiling.report import Report
+
+EPILOG = """examples:
+  diagd-profile crafter-3m.diagd
+  diagd-profile crafter-3m.diagd --k 1,2,4 --fps 10 --output profile --trace trace.json
+  diagd-profile --compare before/report.json after/report.json
+
+Writes report.json and report.html, which opens anywhere. Next-token prediction, serial and chained frames are
+measured with the window full, behind a first run that is told apart. A comparison ends with code 3 where
+steps became slower beyond noise.
+"""
+
+REGRESSION = 3
+
+
+class ProfileSettings(BaseModel):
+    """Options behind ``--set``."""
+
+    model_config = ConfigDict(extra="forbid")
+    window: int | None = Field(None, description="frames that a token may see (default: the model's context)")
+    prompt: int | None = Field(None, ge=1, description="frames known ahead (default: a full window)")
+    threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
+    pixels: bool = Field(True, description="decode and encode pictures, where there is a tokenizer")
+    ladder: bool = Field(True, description="measure the engine's optimisations one by one")
+    prepack: bool = Field(True, description="cache packed weights on this machine")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.epilog = EPILOG
+    parser.add_argument("bundle", type=Path, nargs="?", help="what to measure")
+    parser.add_argument("--k", default="1,2", help="row lags, each serial and chained (default %(default)s)")
+    parser.add_argument("--frames", type=int, default=4, help="of each order (default %(default)s)")
+    parser.add_argument("--fps", type=float, help="count frames that come later than this rate allows")
+    parser.add_argument("--output", type=Path, help="directory for the report (default: NAME.profile)")
+    parser.add_argument("--trace", type=Path, help="write a Chrome trace; steps become NVTX ranges as well")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="two report.json")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_set_option(parser, ProfileSettings)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and write, or compare; exit code 3 for a regression."""
+    from rich.console import Console
+
+    if args.compare:
+        return _compare(args)
+    if args.bundle is None:
+        raise UsageError("name a bundle to measure, or two reports with --compare BEFORE AFTER")
+    from diagd.bundle import Bundle
+    from diagd.profiling.page import write_page
+    from diagd.profiling.profile import profile
+    from diagd.profiling.trace import write_trace
+
+    options = _options(args)
+    output = args.output or Path(f"{args.bundle.name.removesuffix('.diagd')}.profile")
+    console = Console(stderr=args.json)
+    measured = profile(Bundle.open(args.bundle), options, Progress(console))
+    measured.report.write(output / "report.json")
+    write_page(output / "report.html", measured.report)
+    if args.trace:
+        names = [run.order for run in measured.report.runs]
+        write_trace(args.trace, list(zip(names, measured.runs, strict=True)), measured.timeline)
+    if args.json:
+        print(measured.report.model_dump_json(indent=1))  # noqa: T201
+    else:
+        _print(console, measured.report)
+        console.print(f"{output / 'report.html'}", highlight=False)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> ProfileOptions:
+    from diagd.engines.onnxruntime_session import CpuOptions
+    from diagd.profiling.profile import ProfileOptions
+
+    settings = parse_settings(ProfileSettings, args.settings)
+    try:
+        ks = tuple(int(part) for part in args.k.split(","))
+    except ValueError as error:
+        raise UsageError(f"--k {args.k}: expected row lags such as 1,2,4") from error
+    if args.fps is not None and args.fps <= 0:
+        raise UsageError(f"--fps {args.fps}: expected a rate above 0")
+    return ProfileOptions(
+        ks=ks,
+        frames=args.frames,
+        prompt=settings.prompt,
+        window=settings.window,
+        fps=args.fps,
+        pixels=settings.pixels,
+        ladder=settings.ladder,
+        marks=args.trace is not None,
+        cpu=CpuOptions(settings.threads, settings.prepack),
+    )
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from diagd.profiling.compare import compare
+    from diagd.profiling.report import read_report
+
+    comparison = compare(*(read_report(path) for path in args.compare))
+    if args.json:
+        print(json.dumps(asdict(comparison), indent=2))  # noqa: T201
+    else:
+        _print_comparison(Console(), comparison)
+    return REGRESSION if comparison.regressions else 0
+
+
+def _print(console: Console, report: Report) -> None:
+    from rich.table import Table
+
+    subject, machine = report.subject, report.machine
+    title = f"{subject.model} {subject.precision}, window {subject.window}, {machine.threads} threads"
+    head = ("order", "passes", "frames/s", "frame ms", "p99", "first ms", "action ms", "limit")
+    table = Table(*head, title=title)
+    for run in report.runs:
+        steps = sum(width.steps for width in run.widths)
+        share = sum(width.share * width.steps for width in run.widths) / max(1, steps)
+        latencies = (run.intervals.p50, run.intervals.p99, run.time_to_first_frame)
+        numbers = [f"{1e3 * seconds:.4g}" for seconds in latencies]
+        numbers.append(f"{1e3 * run.action_latency.p50:.4g}..{1e3 * run.action_latency_worst.p50:.4g}")
+        table.add_row(run.order, str(run.passes), f"{run.frames_per_second:.4g}", *numbers, f"{share:.0%}")
+    console.print(table)
+    if report.runs[0].deadlines:
+        late = ", ".join(
+            f"{r.order} {r.deadlines.missed} of {r.deadlines.frames}" for r in report.runs if r.deadlines
+        )
+        console.print(f"deadlines missed at {report.runs[0].deadlines.fps:g} frames/s: {late}")
+    slow = sum(len(run.slow_steps) for run in report.runs)
+    console.print(
+        f"limits measured here: {max(machine.copied, machine.read) / 1e9:.1f} GB/s, "
+        f"{machine.peak / 1e9:.0f} GFLOP/s; peak memory {report.peak_memory / 1e9:.2f} GB; {slow} slow steps",
+        highlight=False,
+    )
+    for rung in report.ladder:
+        if rung.seconds is not None:
+            console.print(f"  {rung.name}: {1e3 * rung.seconds:.3f} ms a step, {rung.gain:.2f} x")
+
+
+def _print_comparison(console: Console, comparison: Comparison) -> None:
+    from rich.table import Table
+
+    colours = {"slower": "red", "faster": "green"}
+    table = Table("order", "steps", "before ms", "after ms", "ratio", "99 % interval", "")
+    shown = [change for change in comparison.changes if change.verdict != "too few"]
+    for change in shown:
+        colour = colours.get(change.verdict)
+        table.add_row(
+            change.order,
+            change.width,
+            f"{1e3 * change.before:.4g}",
+            f"{1e3 * change.after:.4g}",
+            f"{change.ratio:.3f}",
+            f"{change.low:.3f} .. {change.high:.3f}",
+            f"[{colour}]{change.verdict}" if colour else change.verdict,
+        )
+    console.print(table)
+    if few := len(comparison.changes) - len(shown):
+        console.print(f"{few} more have too few steps to say")
+    for note in comparison.notes:
+        console.print(f"note: {note}")

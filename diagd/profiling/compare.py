@@ -1,0 +1,101 @@
+"""Two reports against each other: what changed beyond noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+from diagd.errors import UsageError
+from diagd.profiling.measure import bucket
+from diagd.profiling.report import Report, Run
+from diagd.profiling.statistics import median_ratio
+
+TOLERANCE: Final = 0.03
+"""Changes up to this share are not called a regression, however sure they are."""
+
+LEAST_SAMPLES: Final = 8
+
+
+@dataclass(frozen=True)
+class Change:
+    """Steps of one width bucket of one order: medians, their ratio with its interval, and the verdict.
+
+    ``verdict`` is ``slower``, ``faster``, ``same``, or ``too few`` where there are not enough samples.
+    """
+
+    order: str
+    width: str
+    before: float
+    after: float
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All changes, and why the two reports may not be comparable."""
+
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def regressions(self) -> list[Change]:
+        """Changes for the worse, beyond noise and tolerance."""
+        return [change for change in self.changes if change.verdict == "slower"]
+
+
+def compare(before: Report, after: Report) -> Comparison:
+    """Compare the steps of every order that both reports measured.
+
+    Raises:
+        UsageError: they have no order in common.
+    """
+    later = {run.order: run for run in after.runs}
+    pairs = [(run, later[run.order]) for run in before.runs if run.order in later]
+    changes = [change for first, second in pairs for change in _changes(first, second)]
+    if not changes:
+        raise UsageError("the reports have no decoding order in common; profile both with the same --k")
+    return Comparison(tuple(changes), tuple(_notes(before, after)))
+
+
+def _changes(before: Run, after: Run) -> list[Change]:
+    first, second = _by_width(before), _by_width(after)
+    return [_change(before.order, width, first[width], second[width]) for width in first if width in second]
+
+
+def _change(order: str, width: str, before: Sequence[float], after: Sequence[float]) -> Change:
+    ratio = median_ratio(before, after)
+    if min(len(before), len(after)) < LEAST_SAMPLES:
+        verdict = "too few"
+    elif ratio.low > 1 and ratio.value > 1 + TOLERANCE:
+        verdict = "slower"
+    elif ratio.high < 1 and ratio.value < 1 - TOLERANCE:
+        verdict = "faster"
+    else:
+        verdict = "same"
+    medians = median(before), median(after)
+    return Change(order, width, *medians, ratio.value, ratio.low, ratio.high, verdict)
+
+
+def _by_width(run: Run) -> dict[str, list[float]]:
+    """Seconds of whole steps by width bucket."""
+    steps: dict[str, list[float]] = {}
+    for sample in sorted(run.samples, key=lambda sample: sample.rows):
+        steps.setdefault(bucket(sample.rows), []).append(sample.engine + sample.sampling + sample.host)
+    return steps
+
+
+def _notes(before: Report, after: Report) -> list[str]:
+    pairs = {
+        "model": (before.subject.model, after.subject.model),
+        "precision": (before.subject.precision, after.subject.precision),
+        "engine": (before.subject.engine, after.subject.engine),
+        "window": (before.subject.window, after.subject.window),
+        "processor": (before.machine.processor, after.machine.processor),
+        "threads": (before.machine.threads, after.machine.threads),
+    }
+    return [f"{name} differs: {a} and {b}" for name, (a, b) in pairs.items() if a != b]
