@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagd.bundle import cache_directory
 from diagd.bundle.files import atomic_directory
+from diagd.engines.buffers import ALIGNMENT
 from diagd.errors import EngineError, require
 
 if TYPE_CHECKING:
@@ -78,7 +80,18 @@ def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptio
                 "session.optimized_model_external_initializers_file_name", f"{graph.stem}.bin"
             )
             _load(runtime, graph, settings)
-    return directory / graph.name
+    packed = directory / graph.name
+    return packed if _is_aligned(packed) else graph
+
+
+def _is_aligned(packed: Path) -> bool:
+    """Whether every packed weight starts on a cache line of its file.
+
+    ONNX Runtime reads them with aligned loads but places them without padding, so that one tensor of an odd
+    size shifts all that follow, and the process crashes.
+    """
+    starts = re.findall(rb"\+\d+\|(\d+);\d+;", packed.read_bytes())
+    return all(int(start) % ALIGNMENT == 0 for start in starts)
 
 
 def cpu_features() -> str:
