@@ -61,6 +61,7 @@ def page(report: Report) -> str:
         _runs(report),
         f"<div class='plots'>{''.join(plot.svg() for plot in plots(report))}</div>",
         "<h2>Stages</h2>",
+        _start(report),
         *(_stages(run) for run in report.runs),
         "<h2>Steps against the limits of this machine</h2>",
         _widths(report),
@@ -126,6 +127,16 @@ def _runs(report: Report) -> str:
     return _table(head, rows)
 
 
+def _start(report: Report) -> str:
+    """What happened once, before any run."""
+    rows = [
+        [s.name, str(s.seconds.count), _time(s.seconds.total), _time(s.seconds.p50)] for s in report.start
+    ]
+    return (
+        f"<details open><summary>start</summary>{_table(('stage', 'count', 'total', 'p50'), rows)}</details>"
+    )
+
+
 def _stages(run: Run) -> str:
     rows = []
     for stage in sorted(run.stages, key=lambda stage: -stage.seconds.total):
@@ -166,13 +177,11 @@ def _widths(report: Report) -> str:
 def _ladder(report: Report) -> str:
     if not report.ladder:
         return ""
-    rows = [
-        [rung.name, rung.reason, ""]
-        if rung.seconds is None
-        else [rung.name, _time(rung.seconds), f"{rung.gain or 1:.2f} x"]
-        for rung in report.ladder
-    ]
-    return f"<h2>Optimisations, one by one</h2>{_table(('on', 'time of a step', 'gain'), rows)}"
+    measured = [rung for rung in report.ladder if rung.seconds is not None]
+    rows = [[rung.name, _time(rung.seconds or 0.0), f"{rung.gain or 1:.2f} x"] for rung in measured]
+    reasons = (f"{rung.name}: {rung.reason}" for rung in report.ladder if rung.seconds is None)
+    notes = "".join(f"<p class='soft'>{escape(reason)}</p>" for reason in reasons)
+    return f"<h2>Optimisations, one by one</h2>{_table(('on', 'time of a step', 'gain'), rows)}{notes}"
 
 
 def _slow(report: Report) -> str:

@@ -38,8 +38,10 @@ class Axis:
     def ticks(self) -> list[float]:
         """Round numbers from end to end."""
         if self.logarithmic:
-            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-            return [10.0**power for power in range(first, last + 1, max(1, (last - first) // 5))]
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            factors = (1, 2, 5) if last - first <= 3 else (1,)
+            numbers = [f * 10.0**power for power in range(first, last + 1) for f in factors]
+            return [number for number in numbers if self.low <= number <= self.high]
         raw = (self.high - self.low) / 4 or 1.0
         unit = 10.0 ** math.floor(math.log10(raw))
         step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)

@@ -1,0 +1,94 @@
+"""``diagd profile``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diagd.cli.main import main
+from diagd.profiling.report import read_report
+from tests.cli.conftest import Workplace
+
+QUICK = ["--frames", "2", "--set", "threads=1"]
+
+
+@pytest.fixture(scope="module")
+def output(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("profile")
+    options = ["--k", "1,2", "--fps", "10", "--output", str(folder), "--trace", str(folder / "trace.json")]
+    assert main(["profile", str(workplace.bundle), *options, *QUICK]) == 0
+    return folder
+
+
+def test_report_page_and_trace_are_written(output: Path) -> None:
+    report = read_report(output / "report.json")
+    assert [run.order for run in report.runs] == [
+        *("next token", "k=1 serial", "k=1 chained", "k=2 serial", "k=2 chained")
+    ]
+    assert report.runs[0].deadlines is not None
+    assert "</html>" in (output / "report.html").read_text()
+    assert json.loads((output / "trace.json").read_text())["traceEvents"]
+
+
+def test_pixels_are_stages_of_their_own(output: Path) -> None:
+    report = read_report(output / "report.json")
+    assert {"load", "load tokenizer", "prompt encode"} == {stage.name for stage in report.start}
+    for run in report.runs:
+        stages = {stage.name: stage.seconds for stage in run.stages}
+        assert {"prompt", "prefill", "sampling", "pixel decode", "video encode"} <= set(stages)
+        assert stages["pixel decode"].count == run.frames
+        total = sum(numbers.total for numbers in stages.values())
+        assert total == pytest.approx(run.wall, rel=0.03, abs=1e-3)
+
+
+def test_the_defaults_of_the_first_example(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["profile", str(workplace.bundle), "--json", *QUICK, "--set", "ladder=false"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "world.profile" / "report.json").read_text())
+    assert printed["ladder"] == []
+
+
+def test_a_comparison_with_itself_finds_nothing(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = str(output / "report.json")
+    assert main(["profile", "--compare", report, report]) == 0
+    assert "slower" not in capsys.readouterr().out
+
+
+def test_a_regression_ends_with_code_3(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((output / "report.json").read_text())
+    for run in content["runs"]:
+        for sample in run["samples"]:
+            for part in ("engine", "sampling", "host"):
+                sample[part] *= 20
+    (tmp_path / "after.json").write_text(json.dumps(content))
+    reports = [str(output / "report.json"), str(tmp_path / "after.json")]
+    assert main(["profile", "--compare", *reports, "--json"]) == 3
+    verdicts = {change["verdict"] for change in json.loads(capsys.readouterr().out)["changes"]}
+    assert "slower" in verdicts
+    assert "faster" not in verdicts
+    assert main(["profile", "--compare", *reversed(reports)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a bundle"),
+        (["{bundle}", "--k", "one"], "row lags such as"),
+        (["{bundle}", "--k", "99"], "k=99"),
+        (["{bundle}", "--fps", "0"], "above 0"),
+        (["{bundle}", "--frames", "1"], "two or more"),
+        (["{bundle}", "--set", "window=99"], "window 99"),
+    ],
+)
+def test_mistakes_are_told(
+    workplace: Workplace, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", *(word.format(bundle=workplace.bundle) for word in arguments)]) == 2
+    assert message in capsys.readouterr().err
