@@ -57,7 +57,7 @@ class TrainOptions:
     mixture: str = "mixture"
     frames: int = 8
     batch: int = 10
-    steps: int = 2400
+    steps: int = 1200
     codes: int = 512
     patch: int = 8
     matrix_rate: float = 0.02
