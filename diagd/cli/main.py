@@ -22,6 +22,7 @@ VERBS = {
     "doctor": "is this machine ready, and what to do where it is not",
     "inspect": "what a bundle or an ONNX file holds, and what its schedule does",
     "plan": "memory and speed of a model on a device, before anything is done",
+    "verify": "an engine against a plain FP32 reference, cell by cell",
     "profile": "where time goes: latency by stage, frames a second, distance from the machine's limits",
 }
 """Verbs and what they do; each is a module of this package with ``arguments(parser)`` and ``run(args)``."""

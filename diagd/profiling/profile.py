@@ -25,6 +25,7 @@ from diagd.planning.cost import step_operations, step_seconds
 from diagd.planning.model import StoredModel, read_model
 from diagd.profiling.ladder import climb
 from diagd.profiling.measure import Measured, bucket, measure, random_workload
+from diagd.profiling.orders import decoding_orders, order_name
 from diagd.profiling.report import (
     Deadlines,
     Machine,
@@ -43,7 +44,7 @@ from diagd.progress import Progress
 from diagd.runtime.load import open_session
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session, StepTime
-from diagd.schedule import Schedule, check_lags
+from diagd.schedule import Schedule
 from diagd.version import __version__
 
 NEXT_TOKEN_FRAMES: Final = 2
@@ -93,11 +94,14 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
     """Measure a bundle on this machine.
 
     Raises:
-        UsageError: a lag, window or prompt that the model does not allow.
+        UsageError: a window, prompt or number of frames that cannot be measured.
+        ScheduleError: a lag that the model does not allow.
         EngineError: the engine cannot be loaded.
     """
     progress = progress or Progress()
-    model, orders = read_model(bundle.path), _orders(bundle, options)
+    if options.frames < 2:
+        raise UsageError(f"--frames {options.frames}: steady frames need two or more")
+    model, orders = read_model(bundle.path), decoding_orders(bundle.manifest, options.ks)
     with progress.task("measuring this machine"):
         ceilings = measure_ceilings(options.cpu.threads)
     start = Timeline()
@@ -122,19 +126,6 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
         peak_memory=peak_memory(),
     )
     return Profile(report, tuple(run for _, run in pairs), start)
-
-
-def _orders(bundle: Bundle, options: ProfileOptions) -> list[Schedule]:
-    layout = bundle.manifest.layout.stream()
-    seed = bundle.manifest.schedule.row_seed
-    for k in options.ks:
-        check_lags(layout.rows, layout.columns, k, max(1, k) * layout.rows)
-    if options.frames < 2:
-        raise UsageError(f"--frames {options.frames}: steady frames need two or more")
-    orders = [Schedule.next_token(layout)]
-    for k in options.ks:
-        orders += [make(layout, k, seed) for make in (Schedule.serial, Schedule.chained)]
-    return list({(order.k, order.d): order for order in orders}.values())
 
 
 def _pixels(bundle: Bundle, options: ProfileOptions, start: Timeline) -> PixelCodec | None:
@@ -195,14 +186,6 @@ def summarise(run: Measured, first: float, model: StoredModel, ceilings: Ceiling
         slow_steps=tuple(_slow_steps(run.steps)),
         samples=tuple(_samples(run)),
     )
-
-
-def order_name(schedule: Schedule) -> str:
-    """What people call an order."""
-    if schedule.k == schedule.layout.columns:
-        return "next token"
-    kinds = {schedule.steps_per_frame: "serial", schedule.k * schedule.layout.rows: "chained"}
-    return f"k={schedule.k} {kinds.get(schedule.d, f'd={schedule.d}')}"
 
 
 def _deadlines(intervals: NDArray[np.float64], fps: float | None) -> Deadlines | None:

@@ -1,0 +1,141 @@
+"""``diagd verify``: are the engine's tokens and logits those of a plain reference on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from diagd.cli.settings import add_set_option, parse_settings
+from diagd.errors import UsageError, unknown
+from diagd.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from diagd.bundle import Bundle, Form
+    from diagd.profiling.verify import Verdict
+
+EPILOG = """examples:
+  diagd verify crafter-3m.diagd
+  diagd verify crafter-3m.diagd --engine prefix --k 1,2,3 --frames 6 --json
+  diagd verify small-int8.diagd --reference small-fp32.diagd
+
+Greedy decoding: the reference sees the tokens that the engine chose and says at every cell which one it would
+have taken. Exit code 1 where an engine fails its gate: all tokens for FP32, 98 % for FP16, 90 % for integers.
+"""
+
+
+class VerifySettings(BaseModel):
+    """Options behind ``--set``."""
+
+    model_config = ConfigDict(extra="forbid")
+    window: int | None = Field(None, ge=2, description="frames that a token may see (default: at most 4)")
+    prompt: int = Field(1, ge=1, description="frames known ahead")
+    seed: int = Field(0, description="of the random prompt")
+    threads: int = Field(0, ge=0, description="CPU threads of the engine, 0 for one a core")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.epilog = EPILOG
+    parser.add_argument("bundle", type=Path, help="what to check")
+    parser.add_argument("--engine", help="form of the step graph: prefix, modern or portable (default: all)")
+    parser.add_argument("--reference", type=Path, help="bundle with the FP32 prefix graph (default: itself)")
+    parser.add_argument("--k", default="1,2", help="row lags, each serial and chained (default %(default)s)")
+    parser.add_argument("--frames", type=int, default=5, help="of each order (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    add_set_option(parser, VerifySettings)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a verdict for each engine and order; exit code 1 where one failed."""
+    from rich.console import Console
+
+    from diagd.bundle import Bundle
+
+    settings = parse_settings(VerifySettings, args.settings)
+    if args.frames < 1:
+        raise UsageError(f"--frames {args.frames}: decode at least one")
+    bundle = Bundle.open(args.bundle)
+    reference = Bundle.open(args.reference) if args.reference else bundle
+    _check_same(bundle, reference)
+    console = Console(stderr=args.json)
+    verdicts = list(_verdicts(args, settings, bundle, reference, Progress(console)))
+    if args.json:
+        print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))  # noqa: T201
+    else:
+        _print(console, verdicts)
+    return 0 if all(verdict.passed for verdict in verdicts) else 1
+
+
+def _verdicts(
+    args: argparse.Namespace,
+    settings: VerifySettings,
+    bundle: Bundle,
+    reference: Bundle,
+    progress: Progress,
+) -> Iterator[Verdict]:
+    from diagd.engines.onnxruntime_session import CpuOptions
+    from diagd.profiling.measure import random_workload
+    from diagd.profiling.orders import decoding_orders
+    from diagd.profiling.verify import PairedEngine, ReferenceEngine, open_engine, verify
+    from diagd.runtime.session import Session
+
+    manifest = bundle.manifest
+    orders = decoding_orders(manifest, _row_lags(args.k))
+    window = settings.window or min(manifest.context.frames, 4)
+    for form in _forms(args.engine, bundle):
+        engine = open_engine(bundle, form, window, CpuOptions(settings.threads))
+        pair = PairedEngine(engine, ReferenceEngine(reference, engine.capacity))
+        session = Session(manifest, pair, window)
+        workload = random_workload(session, settings.prompt, args.frames, settings.seed)
+        precision = manifest.graph(form).precision
+        for order in progress.each(orders, f"{form.value} engine"):
+            yield verify(session, form.value, precision, order, workload, args.frames)
+
+
+def _row_lags(given: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in given.split(","))
+    except ValueError as error:
+        raise UsageError(f"--k {given}: expected row lags such as 1,2,4") from error
+
+
+def _forms(given: str | None, bundle: Bundle) -> list[Form]:
+    there = list(dict.fromkeys(graph.form for graph in bundle.manifest.graphs))
+    if given is None:
+        return there
+    chosen = [form for form in there if form.value == given]
+    if not chosen:
+        raise unknown(f"engine of {bundle.path}", given, [form.value for form in there])
+    return chosen
+
+
+def _check_same(bundle: Bundle, reference: Bundle) -> None:
+    """Refuse a reference that is another model."""
+    for field in ("layout", "vocabulary", "output_vocabulary", "context"):
+        mine, other = (getattr(b.manifest, field) for b in (bundle, reference))
+        if mine != other:
+            raise UsageError(
+                f"--reference {reference.path}: its {field} differs; give the same model in FP32"
+            )
+
+
+def _print(console: Console, verdicts: list[Verdict]) -> None:
+    from rich.table import Table
+
+    table = Table("engine", "order", "cells", "tokens", "agreement", "logit error", "")
+    for verdict in verdicts:
+        first = verdict.first_difference
+        where = "identical" if first is None else f"differ at ({first.frame}, {first.row}, {first.column})"
+        mark = "[green]ok" if verdict.passed else "[red]failed"
+        share = f"{100 * verdict.agreement:.2f} %"
+        cells, error = str(verdict.cells), f"{verdict.error:.1e}"
+        table.add_row(verdict.engine, verdict.order, cells, where, share, error, mark)
+    console.print(table)

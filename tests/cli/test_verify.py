@@ -1,0 +1,66 @@
+"""``diagd verify``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.bundle import read_manifest, seal
+from diagd.cli.main import main
+from tests.cli.conftest import Workplace
+
+QUICK = ["--frames", "2", "--set", "threads=1"]
+
+
+def test_a_bundle_against_itself(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(workplace.bundle), *QUICK]) == 0
+    shown = capsys.readouterr().out
+    assert "ok" in shown
+    assert "failed" not in shown
+
+
+def test_json_has_a_verdict_for_each_order(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--engine", "prefix", "--k", "1,2,3", "--frames", "2", "--json"]
+    assert main(["verify", str(workplace.bundle), *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 7
+    assert all(verdict["passed"] and verdict["engine"] == "prefix" for verdict in found)
+
+
+def test_altered_weights_end_with_code_1(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bundle whose digests agree, but whose weights are not those of the reference."""
+    altered = tmp_path / "altered.diagd"
+    shutil.copytree(workplace.bundle, altered)
+    file = altered / "weights.bin"
+    numbers = np.fromfile(file, np.uint8)
+    numbers[: len(numbers) // 2 // 4 * 4].view(np.float32)[:] *= np.float32(1.3)
+    numbers.tofile(file)
+    seal(altered, read_manifest(altered))
+    options = ["--reference", str(workplace.bundle), *QUICK, "--json"]
+    assert main(["verify", str(altered), *options]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not any(verdict["passed"] for verdict in found)
+    assert all(verdict["error"] > 1e-3 for verdict in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "prefx"], "did you mean 'prefix'"),
+        (["--k", "x"], "row lags such as"),
+        (["--frames", "0"], "at least one"),
+        (["--set", "window=1"], "window"),
+        (["--reference", "absent.diagd"], "no bundle"),
+    ],
+)
+def test_mistakes_are_told(
+    workplace: Workplace, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(workplace.bundle), *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,139 @@
+"""Verification finds what is wrong, and nothing where all is well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.bundle import Bundle, Form
+from diagd.engines.engine import Float, SamplingState, StepInputs
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import BundleError, ScheduleError
+from diagd.export.exporter import GraphOptions
+from diagd.profiling.measure import random_workload
+from diagd.profiling.orders import decoding_orders
+from diagd.profiling.verify import PairedEngine, ReferenceEngine, Verdict, check_table, open_engine, verify
+from diagd.runtime.session import Session
+from diagd.schedule import Schedule
+from tests.models import export_small
+from tests.oracles.models import small_model
+from tests.profiling.conftest import LAYOUT
+
+CPU = CpuOptions(threads=1)
+FORMS = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
+
+
+@pytest.fixture(scope="module")
+def all_forms(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    model = small_model(LAYOUT, context_frames=4)
+    folder = tmp_path_factory.mktemp("forms")
+    return Bundle.open(export_small(model, folder / "small.diagd", GraphOptions(FORMS, "fp32", (1, 8, 64))))
+
+
+Tamper = Callable[[PairedEngine], None]
+
+
+def verdicts(
+    bundle: Bundle, form: Form, reference: Bundle | None = None, tamper: Tamper | None = None
+) -> list[Verdict]:
+    engine = open_engine(bundle, form, 3, CPU)
+    pair = PairedEngine(engine, ReferenceEngine(reference or bundle, engine.capacity))
+    if tamper:
+        tamper(pair)
+    session = Session(bundle.manifest, pair, 3)
+    workload = random_workload(session, 1, 5)
+    orders = decoding_orders(bundle.manifest, (1, 2))
+    return [verify(session, form.value, "fp32", order, workload, 5) for order in orders]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_equals_the_reference(all_forms: Bundle, form: Form) -> None:
+    """Five frames in a window of three: frames are evicted and writes wrap."""
+    found = verdicts(all_forms, form)
+    assert len(found) == 5
+    for verdict in found:
+        assert verdict.passed, verdict
+        assert verdict.cells == 5 * LAYOUT.cells
+        assert verdict.identical or verdict.agreement == 1.0
+        assert verdict.error < 1e-4
+
+
+def test_a_spoilt_cache_row_is_found_where_it_is_spoilt(all_forms: Bundle) -> None:
+    """From step 30 on one slot of a value buffer is wrong."""
+
+    def tamper(pair: PairedEngine) -> None:
+        engine, real, calls = pair._engine, pair._engine.step, [0]
+
+        def step(inputs: StepInputs, sampling: SamplingState) -> Float:
+            calls[0] += 1
+            if calls[0] == 30:
+                engine.buffers["value_0"][3] += 40  # type: ignore[attr-defined]
+            return real(inputs, sampling)
+
+        engine.step = step  # type: ignore[method-assign]
+
+    first = verdicts(all_forms, Form.PREFIX, tamper=tamper)[0]
+    assert not first.passed
+    assert first.error > 1e-2
+    difference = first.first_difference
+    assert difference is not None
+    assert difference.frame * LAYOUT.cells + difference.row * LAYOUT.columns + difference.column >= 29
+    assert difference.token != difference.expected
+    assert difference.margin > 0
+    assert first.agreement < 1.0
+
+
+def test_a_wrong_token_of_a_sampler_in_the_graph_is_found(all_forms: Bundle) -> None:
+    """The logits are right and the id that is written is not."""
+
+    def tamper(pair: PairedEngine) -> None:
+        engine, real = pair._engine, pair._engine.step
+
+        def step(inputs: StepInputs, sampling: SamplingState) -> Float:
+            logits = real(inputs, sampling)
+            sinks = inputs.sinks[inputs.decoded]
+            engine.token_buffer[sinks] = (engine.token_buffer[sinks] + 1) % 24
+            return logits
+
+        engine.step = step  # type: ignore[method-assign]
+
+    found = verdicts(all_forms, Form.MODERN, tamper=tamper)
+    for verdict in found:
+        assert not verdict.passed
+        assert verdict.error < 1e-4
+        assert verdict.agreement < 0.1
+
+
+def test_other_weights_fail(all_forms: Bundle, tmp_path: Path) -> None:
+    other = Bundle.open(export_small(small_model(LAYOUT, context_frames=4, seed=5), tmp_path / "other.diagd"))
+    assert not any(verdict.passed for verdict in verdicts(all_forms, Form.PREFIX, reference=other))
+
+
+def test_a_reference_needs_the_prefix_form(all_forms: Bundle) -> None:
+    graphs = tuple(graph for graph in all_forms.manifest.graphs if graph.form is Form.MODERN)
+    without = replace(all_forms, manifest=all_forms.manifest.model_copy(update={"graphs": graphs}))
+    with pytest.raises(BundleError, match="--reference"):
+        ReferenceEngine(without, 64)
+
+
+def test_tables_with_faults_are_refused() -> None:
+    schedule = Schedule.chained(LAYOUT, 1)
+    table = schedule.table(1, 2, 0)
+    check_table(table, schedule)
+    decoding = np.flatnonzero(table.sinks >= 0)
+    twice = table.sinks.copy()
+    twice[decoding[5]] = twice[decoding[4]]
+    with pytest.raises(ScheduleError, match="again"):
+        check_table(replace(table, sinks=twice), schedule)
+    missing = table.sinks.copy()
+    missing[decoding[-1]] = -1
+    with pytest.raises(ScheduleError, match=f"{2 * LAYOUT.cells - 1} of {2 * LAYOUT.cells}"):
+        check_table(replace(table, sinks=missing), schedule)
+    early = table.sources.copy()
+    early[decoding[1]] = table.sinks[decoding[-1]]
+    with pytest.raises(ScheduleError, match="too early"):
+        check_table(replace(table, sources=early), schedule)
