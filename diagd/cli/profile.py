@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from diagd.cli.lags import parse_lags
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError
 from diagd.progress import Progress
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from diagd.profiling.compare import Comparison
     from diagd.profiling.profile import ProfileOptions
-    from diagd.profiling.report import Report
+    from diagd.profiling.report import Report, Run
 
 EPILOG = """examples:
   diagd-profile crafter-3m.diagd
@@ -38,6 +39,7 @@ class ProfileSettings(BaseModel):
     """Options behind ``--set``."""
 
     model_config = ConfigDict(extra="forbid")
+    engine: str | None = Field(None, description="form of the step graph (default: the fastest here)")
     window: int | None = Field(None, description="frames that a token may see (default: the model's context)")
     prompt: int | None = Field(None, ge=1, description="frames known ahead (default: a full window)")
     threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
@@ -95,14 +97,11 @@ def _options(args: argparse.Namespace) -> ProfileOptions:
     from diagd.profiling.profile import ProfileOptions
 
     settings = parse_settings(ProfileSettings, args.settings)
-    try:
-        ks = tuple(int(part) for part in args.k.split(","))
-    except ValueError as error:
-        raise UsageError(f"--k {args.k}: expected row lags such as 1,2,4") from error
     if args.fps is not None and args.fps <= 0:
         raise UsageError(f"--fps {args.fps}: expected a rate above 0")
     return ProfileOptions(
-        ks=ks,
+        ks=parse_lags(args.k),
+        engine=settings.engine,
         frames=args.frames,
         prompt=settings.prompt,
         window=settings.window,
@@ -133,16 +132,21 @@ def _print(console: Console, report: Report) -> None:
 
     subject, machine = report.subject, report.machine
     title = f"{subject.model} {subject.precision}, window {subject.window}, {machine.threads} threads"
-    head = ("order", "passes", "frames/s", "frame ms", "p99", "first ms", "action ms", "limit")
-    table = Table(*head, title=title)
+    table = Table("order", "passes", "frames/s", "frame ms", "p99", "action to picture", "limit", title=title)
     for run in report.runs:
         steps = sum(width.steps for width in run.widths)
         share = sum(width.share * width.steps for width in run.widths) / max(1, steps)
-        latencies = (run.intervals.p50, run.intervals.p99, run.time_to_first_frame)
-        numbers = [f"{1e3 * seconds:.4g}" for seconds in latencies]
-        numbers.append(f"{1e3 * run.action_latency.p50:.4g}..{1e3 * run.action_latency_worst.p50:.4g}")
-        table.add_row(run.order, str(run.passes), f"{run.frames_per_second:.4g}", *numbers, f"{share:.0%}")
+        frame = (run.intervals.p50, run.intervals.p99)
+        table.add_row(
+            run.order,
+            str(run.passes),
+            f"{run.frames_per_second:.4g}",
+            *(f"{1e3 * seconds:.4g}" for seconds in frame),
+            f"{1e3 * run.action_latency.p50:.4g} .. {1e3 * run.action_latency_worst.p50:.4g} ms",
+            f"{share:.0%}",
+        )
     console.print(table)
+    _print_stages(console, max(report.runs, key=lambda run: run.frames_per_second))
     if report.runs[0].deadlines:
         late = ", ".join(
             f"{r.order} {r.deadlines.missed} of {r.deadlines.frames}" for r in report.runs if r.deadlines
@@ -157,6 +161,18 @@ def _print(console: Console, report: Report) -> None:
     for rung in report.ladder:
         if rung.seconds is not None:
             console.print(f"  {rung.name}: {1e3 * rung.seconds:.3f} ms a step, {rung.gain:.2f} x")
+
+
+def _print_stages(console: Console, run: Run) -> None:
+    from rich.table import Table
+
+    table = Table("stage", "count", "p50 ms", "p90", "p99", "max", "of the run", title=f"stages, {run.order}")
+    for stage in sorted(run.stages, key=lambda stage: -stage.seconds.total):
+        numbers = stage.seconds
+        times = (numbers.p50, numbers.p90, numbers.p99, numbers.max)
+        shown = [f"{1e3 * seconds:.3g}" for seconds in times]
+        table.add_row(stage.name, str(numbers.count), *shown, f"{numbers.total / run.wall:.1%}")
+    console.print(table)
 
 
 def _print_comparison(console: Console, comparison: Comparison) -> None:

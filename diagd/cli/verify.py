@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from diagd.cli.lags import parse_lags
 from diagd.cli.settings import add_set_option, parse_settings
-from diagd.errors import UsageError, unknown
+from diagd.errors import UsageError
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from diagd.bundle import Bundle, Form
+    from diagd.bundle import Bundle
     from diagd.profiling.verify import Verdict
 
 EPILOG = """examples:
@@ -82,39 +83,23 @@ def _verdicts(
     progress: Progress,
 ) -> Iterator[Verdict]:
     from diagd.engines.onnxruntime_session import CpuOptions
+    from diagd.profiling.engines import find_form, forms_of, open_engine, session_over
     from diagd.profiling.measure import random_workload
     from diagd.profiling.orders import decoding_orders
-    from diagd.profiling.verify import PairedEngine, ReferenceEngine, open_engine, verify
-    from diagd.runtime.session import Session
+    from diagd.profiling.verify import PairedEngine, ReferenceEngine, verify
 
     manifest = bundle.manifest
-    orders = decoding_orders(manifest, _row_lags(args.k))
+    orders = decoding_orders(manifest, parse_lags(args.k))
     window = settings.window or min(manifest.context.frames, 4)
-    for form in _forms(args.engine, bundle):
-        engine = open_engine(bundle, form, window, CpuOptions(settings.threads))
+    cpu = CpuOptions(settings.threads)
+    for form in [find_form(bundle, args.engine)] if args.engine else forms_of(bundle):
+        engine = open_engine(bundle, form, window, cpu)
         pair = PairedEngine(engine, ReferenceEngine(reference, engine.capacity))
-        session = Session(manifest, pair, window)
+        session = session_over(bundle, pair, window, cpu)
         workload = random_workload(session, settings.prompt, args.frames, settings.seed)
         precision = manifest.graph(form).precision
         for order in progress.each(orders, f"{form.value} engine"):
             yield verify(session, form.value, precision, order, workload, args.frames)
-
-
-def _row_lags(given: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in given.split(","))
-    except ValueError as error:
-        raise UsageError(f"--k {given}: expected row lags such as 1,2,4") from error
-
-
-def _forms(given: str | None, bundle: Bundle) -> list[Form]:
-    there = list(dict.fromkeys(graph.form for graph in bundle.manifest.graphs))
-    if given is None:
-        return there
-    chosen = [form for form in there if form.value == given]
-    if not chosen:
-        raise unknown(f"engine of {bundle.path}", given, [form.value for form in there])
-    return chosen
 
 
 def _check_same(bundle: Bundle, reference: Bundle) -> None:

@@ -20,7 +20,7 @@ from diagd.schedule import Schedule, slots_needed
 REPEATS: Final = 2
 
 ABSENT: Final = {
-    "sampling in the graph": "the modern form has it: export with --form prefix,modern and profile that",
+    "sampling in the graph": "export with --form prefix,modern and profile with --set engine=modern",
     "CUDA graph": "needs a GPU engine",
     "precision": "profile a bundle of another precision, then --compare the two reports",
 }

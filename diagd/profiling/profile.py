@@ -23,6 +23,7 @@ from diagd.errors import UsageError
 from diagd.planning.ceilings import Ceilings, measure_ceilings, memory_bytes
 from diagd.planning.cost import step_operations, step_seconds
 from diagd.planning.model import StoredModel, read_model
+from diagd.profiling.engines import find_form, open_engine, session_over
 from diagd.profiling.ladder import climb
 from diagd.profiling.measure import Measured, bucket, measure, random_workload
 from diagd.profiling.orders import decoding_orders, order_name
@@ -60,6 +61,7 @@ class ProfileOptions:
 
     Attributes:
         ks: row lags; each runs with serial and with chained frames.
+        engine: form of the step graph; default: what ``open_session`` takes.
         frames: measured of each order.
         prompt: frames known ahead; default: a full window, where a step costs what it costs for ever.
         window: frames a token may see; default: the model's context.
@@ -71,6 +73,7 @@ class ProfileOptions:
     """
 
     ks: tuple[int, ...] = (1, 2)
+    engine: str | None = None
     frames: int = 4
     prompt: int | None = None
     window: int | None = None
@@ -106,7 +109,7 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
         ceilings = measure_ceilings(options.cpu.threads)
     start = Timeline()
     with progress.task("loading"), start.stage("load"):
-        session = open_session(bundle, window=options.window, cpu=options.cpu)
+        session = _open(bundle, options)
     pixels = _pixels(bundle, options, start)
     with nvtx_ranges(session) if options.marks else nullcontext():
         pairs = [
@@ -126,6 +129,13 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
         peak_memory=peak_memory(),
     )
     return Profile(report, tuple(run for _, run in pairs), start)
+
+
+def _open(bundle: Bundle, options: ProfileOptions) -> Session:
+    if options.engine is None:
+        return open_session(bundle, window=options.window, cpu=options.cpu)
+    form, window = find_form(bundle, options.engine), options.window or bundle.manifest.context.frames
+    return session_over(bundle, open_engine(bundle, form, window, options.cpu), window, options.cpu)
 
 
 def _pixels(bundle: Bundle, options: ProfileOptions, start: Timeline) -> PixelCodec | None:
@@ -278,11 +288,11 @@ def _processor() -> str:
 
 
 def _subject(bundle: Bundle, model: StoredModel, session: Session) -> Subject:
-    graph = bundle.manifest.graphs[0]
+    precisions = {graph.precision for graph in bundle.manifest.graphs}
     return Subject(
         model=bundle.manifest.name,
         digest=bundle.digest,
-        precision=graph.precision,
+        precision=", ".join(sorted(precisions)),
         engine=type(session.engine).__name__,
         window=session.window,
         parameters=model.size.streamed + model.size.looked_up,

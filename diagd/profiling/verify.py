@@ -18,16 +18,12 @@ from numpy.typing import NDArray
 from diagd.bundle import Bundle, Form
 from diagd.engines.buffers import rotate_pairs, text_buffers
 from diagd.engines.engine import Engine, Float, Int, SamplingState, StepInputs
-from diagd.engines.modern import ModernEngine
-from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.portable import PortableEngine
-from diagd.engines.prefix import MAX_WIDTH, PrefixEngine
 from diagd.errors import BundleError, ScheduleError, require
 from diagd.profiling.measure import Workload
 from diagd.profiling.orders import order_name
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.session import Session, token_places
-from diagd.schedule import NO_SINK, Schedule, Table, slots_needed
+from diagd.runtime.session import Session
+from diagd.schedule import NO_SINK, Schedule, Table
 
 
 @dataclass(frozen=True)
@@ -160,16 +156,6 @@ class PairedEngine:
         """See ``Engine.rotate_keys``."""
         self._engine.rotate_keys(angles, live)
         self._reference.rotate_keys(angles, live)
-
-
-def open_engine(bundle: Bundle, form: Form, window: int, cpu: CpuOptions) -> Engine:
-    """The engine of a form on ONNX Runtime's CPU provider."""
-    layout = bundle.manifest.layout.stream()
-    places = token_places(layout, window).size
-    if form is Form.PREFIX:
-        return PrefixEngine(bundle, slots_needed(layout, window, MAX_WIDTH), places, cpu)
-    fixed = {Form.MODERN: ModernEngine, Form.PORTABLE: PortableEngine}
-    return fixed[form](bundle, places, cpu)
 
 
 def verify(

@@ -14,10 +14,10 @@ from diagd.engines.engine import Float, SamplingState, StepInputs
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import BundleError, ScheduleError
 from diagd.export.exporter import GraphOptions
+from diagd.profiling.engines import open_engine, session_over
 from diagd.profiling.measure import random_workload
 from diagd.profiling.orders import decoding_orders
-from diagd.profiling.verify import PairedEngine, ReferenceEngine, Verdict, check_table, open_engine, verify
-from diagd.runtime.session import Session
+from diagd.profiling.verify import PairedEngine, ReferenceEngine, Verdict, check_table, verify
 from diagd.schedule import Schedule
 from tests.models import export_small
 from tests.oracles.models import small_model
@@ -44,7 +44,7 @@ def verdicts(
     pair = PairedEngine(engine, ReferenceEngine(reference or bundle, engine.capacity))
     if tamper:
         tamper(pair)
-    session = Session(bundle.manifest, pair, 3)
+    session = session_over(bundle, pair, 3, CPU)
     workload = random_workload(session, 1, 5)
     orders = decoding_orders(bundle.manifest, (1, 2))
     return [verify(session, form.value, "fp32", order, workload, 5) for order in orders]
