@@ -303,19 +303,13 @@ def host(bundle: Bundle, wall: bool, repeats: int) -> None:
 
 
 def _weights(bundle: Bundle) -> dict[str, np.ndarray]:
-    """Canonical float32 tensors of a bundle, mapped from its weights file."""
-    import onnx
+    """The canonical float32 tensors that the bundle's random weights were written from."""
+    from diagd.export.exporter import random_sources
+    from diagd.export.families.registry import find
 
-    graph = onnx.load(bundle.file("step.onnx"), load_external_data=False).graph
-    weights = {}
-    for tensor in graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        if place:
-            count = int(np.prod(tensor.dims))
-            file = bundle.file(place["location"])
-            data = np.memmap(file, np.float32, "r", int(place["offset"]), (count,))
-            weights[tensor.name.removeprefix("transformer.")] = data.reshape(tuple(tensor.dims))
-    return weights
+    family = find(bundle.manifest.name)
+    source = random_sources(family, bundle.manifest.provenance.random_seed or 0).transformer
+    return {name: np.concatenate(list(weight.chunks())) for name, weight in family.weights(source).items()}
 
 
 def _title(live: int, wall: bool) -> str:
