@@ -61,7 +61,7 @@ def test_diagonal_decoding_costs_what_the_card_says(nll: np.ndarray, figures: di
 
 def test_rollouts_follow_actions(world: World, recording: TokenDataset, figures: dict[str, float]) -> None:
     layout, codes = world.description.layout, world.description.codes
-    streams = recording.windows(recording.window_starts(5)[::20], 5)
+    streams = recording.windows(recording.window_starts(5)[::32], 5)
     options = RolloutOptions(Schedule.chained(layout, 1), SamplingSettings(temperature=0))
     frames = roll_out(world.model, streams, 2, options).reshape(len(streams), 5, -1)
     cells = frames[:, :, 1:].reshape(-1, 5, layout.rows, layout.columns)
