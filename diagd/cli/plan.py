@@ -103,16 +103,20 @@ def _model(name: str, checkpoint: str | None) -> ModelSize:
 def _family_size(name: str, checkpoint: str | None) -> ModelSize:
     """Dimensions of a model by name; a checkpoint's header is checked against them."""
     from diagd.export.checkpoints import check, open_checkpoint, select
+    from diagd.export.exporter import context_policy
     from diagd.export.families.registry import find
     from diagd.export.tokenizer_graphs import placements
-    from diagd.planning.model import ModelSize
+    from diagd.planning.model import ModelSize, refed_tokens
 
     family = find(name, checkpoint)
     if checkpoint is not None:
         check(select(open_checkpoint(checkpoint), family.rename), family.expected)
     config, tokenizer = family.transformer, family.tokenizer
     parameters = {rule.target: sum(math.prod(shape) for _, shape in rule.sources) for rule in family.rules}
-    looked_up = sum(count for target, count in parameters.items() if "embedding" in target)
+    rare = [target for target in parameters if "embedding" in target or target.endswith("key_value")]
+    if config.tied_head:
+        rare.remove("embedding")
+    looked_up = sum(parameters[target] for target in rare)  # embeddings, and what a text meets once
     pixels = placements(tokenizer).values() if tokenizer else ()
     return ModelSize(
         name=name,
@@ -127,6 +131,7 @@ def _family_size(name: str, checkpoint: str | None) -> ModelSize:
         looked_up=looked_up,
         tokenizer=sum(math.prod(placement.shape) for placement in pixels),
         pixel_frames=tokenizer.temporal_factor if tokenizer else 1,
+        refed=refed_tokens(context_policy(config), config.layout),
     )
 
 

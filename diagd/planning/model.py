@@ -26,7 +26,7 @@ class ModelSize:
         query_width: query heads times head size.
         output_vocabulary: logits of a row.
         streamed: parameters that every step reads: matrices, norms and the head.
-        looked_up: parameters that a step reads by row: embeddings.
+        looked_up: parameters that a step does not: embeddings are read by row, a text is met once.
         tokenizer: parameters of the pixel graphs.
         pixel_frames: frames shown for one frame of tokens.
         refed: tokens fed again for each frame, where a sliding context is recomputed.

@@ -46,7 +46,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Initializer:
-    """A constant of the graph; ``looked_up``: read by row instead of as a whole."""
+    """A constant of the graph; ``looked_up``: only ever read by row, never as a whole."""
 
     name: str
     dtype: str
@@ -121,24 +121,26 @@ def _graph(data: memoryview, opset: int) -> OnnxGraph:
     inputs: list[Value] = []
     outputs: list[Value] = []
     by_row: set[str] = set()
+    whole: set[str] = set()
     for number, value in fields(data):
         if number == 1:
-            kind, first = _node(message(value))
+            kind, names = _node(message(value))
             operators[kind] += 1
             if kind in _LOOKUPS:
-                by_row.add(first)
+                by_row.add(names.pop(0))
+            whole.update(names)
         elif number == 5:
             tensors.append(message(value))
         elif number == 11:
             inputs.append(_value(message(value)))
         elif number == 12:
             outputs.append(_value(message(value)))
-    constants = tuple(_initializer(tensor, by_row) for tensor in tensors)
+    constants = tuple(_initializer(tensor, by_row - whole) for tensor in tensors)
     return OnnxGraph(opset, tuple(inputs), tuple(outputs), operators, constants)
 
 
-def _node(data: memoryview) -> tuple[str, str]:
-    """Operator and name of its first input."""
+def _node(data: memoryview) -> tuple[str, list[str]]:
+    """Operator and names of its inputs."""
     kind, inputs, domain = "", [], ""
     for number, value in fields(data):
         if number == 1:
@@ -147,7 +149,7 @@ def _node(data: memoryview) -> tuple[str, str]:
             kind = text(value)
         elif number == 7:
             domain = text(value)
-    return f"{domain}.{kind}" if domain else kind, inputs[0] if inputs else ""
+    return f"{domain}.{kind}" if domain else kind, inputs
 
 
 def _initializer(data: memoryview, by_row: set[str]) -> Initializer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,28 @@ def test_json_has_a_line_for_each_check(workplace: Workplace, capsys: pytest.Cap
     assert all(check["fix"] for check in checks if check["status"] != "ok")
     bundle = next(check for check in checks if check["name"] == str(workplace.bundle))
     assert "digests agree" in bundle["found"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["doctor", "{}"],
+        ["inspect", "{}", "--steps", "2"],
+        ["plan", "{}", "--device", "thor"],
+        ["verify", "{}", "--frames", "1", "--k", "1"],
+        ["profile", "{}", "--frames", "2", "--k", "1", "--set", "ladder=false"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_machine_that_only_runs_needs_no_torch(
+    workplace: Workplace, tmp_path: Path, arguments: list[str]
+) -> None:
+    absent = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "matplotlib", "huggingface_hub")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from diagd.cli.main import main; "
+    words = [word.format(workplace.bundle) for word in arguments]
+    command = [sys.executable, "-c", f"{code}sys.exit(main({words!r}))"]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_damaged_bundle_is_a_problem(

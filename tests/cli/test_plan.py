@@ -57,6 +57,21 @@ def test_a_model_by_name_and_its_bundle_agree(
         assert bundle[field] == named[field], field
 
 
+@pytest.mark.parametrize(
+    ("name", "streamed", "refed"),
+    [("cosmos-4b", 3.75e9, 0), ("wham-1.6b", 1.57e9, 9 * 556), ("mineworld-300m", 0.3125e9, 0)],
+)
+def test_released_models_have_the_parameters_of_their_papers(
+    name: str, streamed: float, refed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a step reads: WHAM's head is its embedding, and its context is fed again as it slides."""
+    assert main(["plan", name, "--device", "h200", "--json"]) == 0
+    model = printed(capsys)["model"]
+    assert isinstance(model, dict)
+    assert model["streamed"] == pytest.approx(streamed, rel=0.01)
+    assert model["refed"] == refed
+
+
 def test_what_does_not_fit_ends_with_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--device", "rtx4090", "--precision", "int8", "--set", "window=8"]
     assert main(["plan", "mineworld-1200m", *options]) == 0  # the third example
