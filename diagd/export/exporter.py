@@ -50,6 +50,9 @@ TEXT_GRAPH = "text.onnx"
 TRACING_BYTES = 700_000_000
 """Memory of PyTorch, the exporter and a traced graph, whatever the model (measured)."""
 
+BYTES_PER_ELEMENT = 8
+"""Memory while a matrix is transposed: as float32, and as the checkpoint maps it."""
+
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -131,7 +134,7 @@ class Exporter:
             )
             files |= dict.fromkeys(tokenizer_graphs.FILES.values(), 20_000)
         largest = max(np.prod(p.shape, dtype=np.int64) for p in self._placements.values())
-        return ExportPlan(files, TRACING_BYTES + int(largest) * 12)
+        return ExportPlan(files, TRACING_BYTES + int(largest) * BYTES_PER_ELEMENT)
 
     def run(self, sources: Sources, output: Path, progress: Progress) -> Manifest:
         """Write the bundle at ``output``; nothing is left of a failed attempt.
