@@ -17,6 +17,7 @@ from diagd.errors import UsageError, require, unknown
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from diagd.export.families.family import Family
     from diagd.planning.devices import Device
     from diagd.planning.model import ModelSize
     from diagd.planning.plan import Plan
@@ -54,7 +55,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="name of a model, or a bundle")
     parser.add_argument("--device", default=THIS, help=f"{', '.join(DEVICES)} or {THIS} (default)")
     parser.add_argument("--precision", default="fp16", choices=PRECISIONS, help="default %(default)s")
-    parser.add_argument("--checkpoint", help="file or folder; only its header is read")
+    parser.add_argument("--checkpoint", help="file, folder or hf://org/name; only its header is read")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     add_set_option(parser, PlanSettings)
 
@@ -102,7 +103,6 @@ def _model(name: str, checkpoint: str | None) -> ModelSize:
 
 def _family_size(name: str, checkpoint: str | None) -> ModelSize:
     """Dimensions of a model by name; a checkpoint's header is checked against them."""
-    from diagd.export.checkpoints import check, open_checkpoint, select
     from diagd.export.exporter import context_policy
     from diagd.export.families.registry import find
     from diagd.export.tokenizer_graphs import placements
@@ -110,7 +110,7 @@ def _family_size(name: str, checkpoint: str | None) -> ModelSize:
 
     family = find(name, checkpoint)
     if checkpoint is not None:
-        check(select(open_checkpoint(checkpoint), family.rename), family.expected)
+        _check_header(family, checkpoint)
     config, tokenizer = family.transformer, family.tokenizer
     parameters = {rule.target: sum(math.prod(shape) for _, shape in rule.sources) for rule in family.rules}
     rare = [target for target in parameters if "embedding" in target or target.endswith("key_value")]
@@ -133,6 +133,21 @@ def _family_size(name: str, checkpoint: str | None) -> ModelSize:
         pixel_frames=tokenizer.temporal_factor if tokenizer else 1,
         refed=refed_tokens(context_policy(config), config.layout),
     )
+
+
+def _check_header(family: Family, checkpoint: str) -> None:
+    """Refuse a checkpoint whose header is not that of the model; of the Hub only headers are fetched."""
+    from diagd.export.checkpoints import check, open_checkpoint, select
+    from diagd.export.checkpoints.hub import parse_address
+    from diagd.planning.remote import check_shapes, remote_shapes
+
+    if not checkpoint.startswith("hf://"):
+        check(select(open_checkpoint(checkpoint), family.rename), family.expected)
+        return
+    address = parse_address(checkpoint)
+    found = remote_shapes(address.repo, address.revision).items()
+    renamed = {target: shape for name, shape in found if (target := family.rename(name)) is not None}
+    check_shapes(address.repo, renamed, dict(family.expected))
 
 
 def _check(model: ModelSize, settings: PlanSettings) -> None:
