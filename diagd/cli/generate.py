@@ -43,6 +43,8 @@ class GenerateSettings(BaseModel):
     threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
     refeed: bool = Field(True, description="feed the true token where a row seed stood in")
     compat: str | None = Field(None, description="'mineworld' reproduces the released code's cache")
+    roll: int | None = Field(None, description="frames by which learned positions slide at once")
+    text: Path | None = Field(None, description="text embeddings, .npy or .safetensors [n, width]")
     resize: bool = Field(False, description="resize a prompt of another size")
     prompt_frames: int = Field(1, ge=1, description="frames taken from a prompt video, its last ones")
     fps: float | None = Field(None, gt=0, description="of the video written (default: the model's)")
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from diagd.runtime.load import open_session
     from diagd.runtime.output import check_output
     from diagd.runtime.pixels import PixelCodec
+    from diagd.runtime.text import read_text
 
     settings = parse_settings(GenerateSettings, args.settings)
     check_output(args.output)
@@ -86,8 +89,11 @@ def run(args: argparse.Namespace) -> int:
     only_tokens = args.prompt.suffix == args.output.suffix == ".npy"
     pixels = None if only_tokens else PixelCodec(bundle, cpu)
     prompt = _prompt(args, settings, bundle.manifest, pixels)
-    session = open_session(bundle, window=settings.window, cpu=cpu, compat=settings.compat)
-    session.start(prompt, _idle(bundle.manifest, len(prompt)))
+    session = open_session(
+        bundle, window=settings.window, cpu=cpu, compat=settings.compat, roll=settings.roll
+    )
+    text = read_text(settings.text) if settings.text else None
+    session.start(prompt, _idle(bundle.manifest, len(prompt)), text)
     console, began = Console(), time.perf_counter()
     with Progress(console).count(f"{args.bundle.name} k={schedule.k} d={schedule.d}", frames) as advance:
 
@@ -170,3 +176,8 @@ def _report(console: Console, session: Session, frames: int, seconds: float, out
         f"{frames} frames in {seconds:.2f} s, {frames / seconds:.2f} frames/s: "
         f"{timing.steps} passes of {engine:.2f} ms, host {host:.2f} ms a pass: {output}"
     )
+    if timing.refill_steps:
+        console.print(
+            f"the sliding window was fed again in {timing.refill_steps} further passes, "
+            f"{timing.refill_seconds:.2f} s of the total; a larger --set roll slides less often"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -171,8 +172,9 @@ class ModernStep(nn.Module):
 
 def _operator(name: str, inputs: Sequence[Tensor], *, like: Tensor, **attributes: float | str) -> Tensor:
     """One ONNX operator of opset 24 whose result has the shape and type of ``like``."""
+    attrs: dict[str, Any] = dict(attributes)
     result: Tensor = torch.onnx.ops.symbolic(
-        name, inputs, attrs=attributes, dtype=like.dtype, shape=like.shape, version=24
+        name, inputs, attrs=attrs, dtype=like.dtype, shape=like.shape, version=24
     )
     return result.to(like.device)  # the placeholder is made on the CPU; the graph has no devices
 

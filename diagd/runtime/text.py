@@ -75,5 +75,9 @@ def read_text(path: Path) -> Float:
 def _tensors(path: Path) -> list[NDArray[np.generic]]:
     if path.suffix != ".safetensors":
         return [np.load(path, allow_pickle=False)]
-    safetensors = require("safetensors.numpy", extra="export", purpose="read .safetensors files")
-    return list(safetensors.load_file(path).values())
+    safetensors = require("safetensors", extra="export", purpose="read .safetensors files")
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            return [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from error
