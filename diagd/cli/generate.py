@@ -12,14 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diagd.cli.schedule_options import add_schedule_options, parse_schedule
 from diagd.cli.settings import add_set_option, parse_settings
-from diagd.errors import UsageError
+from diagd.errors import UsageError, require
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from diagd.bundle import Manifest
-    from diagd.engines.engine import Int
+    from diagd.engines.engine import Float, Int
     from diagd.runtime.pixels import PixelCodec
     from diagd.runtime.sampling import SamplingSettings
     from diagd.runtime.session import Session
@@ -42,9 +42,12 @@ class GenerateSettings(BaseModel):
     window: int | None = Field(None, description="frames that a token may see (default: the model's context)")
     threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
     refeed: bool = Field(True, description="feed the true token where a row seed stood in")
+    precision: str | None = Field(None, description="of the step graph (default: the bundle's first)")
     compat: str | None = Field(None, description="'mineworld' reproduces the released code's cache")
     roll: int | None = Field(None, description="frames by which learned positions slide at once")
     text: Path | None = Field(None, description="text embeddings, .npy or .safetensors [n, width]")
+    words: str | None = Field(None, description="text for the encoder t5, in place of embeddings")
+    t5: Path | None = Field(None, description="folder of a T5 encoder")
     resize: bool = Field(False, description="resize a prompt of another size")
     prompt_frames: int = Field(1, ge=1, description="frames taken from a prompt video, its last ones")
     fps: float | None = Field(None, gt=0, description="of the video written (default: the model's)")
@@ -76,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
     from diagd.runtime.load import open_session
     from diagd.runtime.output import check_output
     from diagd.runtime.pixels import PixelCodec
-    from diagd.runtime.text import read_text
 
     settings = parse_settings(GenerateSettings, args.settings)
     check_output(args.output)
@@ -92,8 +94,7 @@ def run(args: argparse.Namespace) -> int:
     session = open_session(
         bundle, window=settings.window, cpu=cpu, compat=settings.compat, roll=settings.roll
     )
-    text = read_text(settings.text) if settings.text else None
-    session.start(prompt, _idle(bundle.manifest, len(prompt)), text)
+    session.start(prompt, _idle(bundle.manifest, len(prompt)), _text(settings, bundle.manifest))
     console, began = Console(), time.perf_counter()
     with Progress(console).count(f"{args.bundle.name} k={schedule.k} d={schedule.d}", frames) as advance:
 
@@ -158,6 +159,20 @@ def _prompt(
     if args.prompt.suffix == ".npy" or pixels is None:
         return read_tokens(args.prompt, manifest)
     return read_prompt(args.prompt, pixels, settings.prompt_frames, settings.resize)
+
+
+def _text(settings: GenerateSettings, manifest: Manifest) -> Float | None:
+    """Text embeddings, from a file or from words and an encoder."""
+    from diagd.runtime.text import read_text
+
+    if settings.words is None:
+        return read_text(settings.text) if settings.text else None
+    if manifest.text is None or settings.t5 is None or settings.text:
+        raise UsageError("words need a model that attends to text, --set t5=FOLDER, and no --set text")
+    require("torch", extra="text", purpose="encode text with T5")
+    from diagd.export.text_encoder import encode_text
+
+    return encode_text(settings.words, settings.t5, manifest.text.length)
 
 
 def _write(output: Path, prompt: Int, frames: Iterator[Int], pixels: PixelCodec | None, fps: float) -> None:
