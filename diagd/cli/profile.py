@@ -146,6 +146,8 @@ def _print(console: Console, report: Report) -> None:
             f"{share:.0%}",
         )
     console.print(table)
+    for skipped in report.skipped:
+        console.print(f"{skipped.order} was skipped: {skipped.reason}")
     _print_stages(console, max(report.runs, key=lambda run: run.frames_per_second))
     if report.runs[0].deadlines:
         late = ", ".join(

@@ -85,7 +85,7 @@ def _verdicts(
     from diagd.engines.onnxruntime_session import CpuOptions
     from diagd.profiling.engines import find_form, forms_of, open_engine, session_over
     from diagd.profiling.measure import random_workload
-    from diagd.profiling.orders import decoding_orders
+    from diagd.profiling.orders import decoding_orders, obstacle
     from diagd.profiling.verify import PairedEngine, ReferenceEngine, verify
 
     manifest = bundle.manifest
@@ -99,7 +99,8 @@ def _verdicts(
         workload = random_workload(session, settings.prompt, args.frames, settings.seed)
         precision = manifest.graph(form).precision
         for order in progress.each(orders, f"{form.value} engine"):
-            yield verify(session, form.value, precision, order, workload, args.frames)
+            if obstacle(order, manifest, window, settings.prompt + args.frames) is None:
+                yield verify(session, form.value, precision, order, workload, args.frames)
 
 
 def _check_same(bundle: Bundle, reference: Bundle) -> None:

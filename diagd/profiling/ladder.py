@@ -12,9 +12,10 @@ from diagd.engines.buffers import aligned_zeros
 from diagd.engines.engine import Float, SamplingState, StepInputs
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH, PrefixEngine
+from diagd.profiling.engines import session_over
 from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.report import Rung
-from diagd.runtime.session import Session, token_places
+from diagd.runtime.session import token_places
 from diagd.schedule import Schedule, slots_needed
 
 REPEATS: Final = 2
@@ -93,7 +94,7 @@ def _time(bundle: Bundle, window: int, cpu: CpuOptions, live_prefix: bool, in_pl
     layout = manifest.layout.stream()
     slots, places = slots_needed(layout, window, MAX_WIDTH), token_places(layout, window).size
     engine = SwitchedEngine(bundle, slots, places, cpu, live_prefix=live_prefix, in_place=in_place)
-    session = Session(manifest, engine, window)
+    session = session_over(bundle, engine, window, cpu)
     schedule = Schedule.serial(layout, 1, manifest.schedule.row_seed)
     workload = random_workload(session, 1, 1)
     runs = [measure(session, schedule, workload, 1) for _ in range(REPEATS)]

@@ -129,6 +129,7 @@ def _timed(frames: Iterator[Frame], run: Measured, session: Session) -> Iterator
         run.timeline.add("frame handling", decoded - rest, rest)
         yield frame
         asked = time.perf_counter()
+    run.timeline.add("frame handling", asked, time.perf_counter() - asked)
 
 
 def _latents(pixels: PixelCodec | None) -> int:

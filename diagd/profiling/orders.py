@@ -21,6 +21,14 @@ def decoding_orders(manifest: Manifest, ks: tuple[int, ...]) -> list[Schedule]:
     return list({(order.k, order.d): order for order in orders}.values())
 
 
+def obstacle(schedule: Schedule, manifest: Manifest, window: int, frames: int) -> str | None:
+    """Why a run of ``frames`` frames, known ones included, cannot be decoded in this order, or None."""
+    overlaps = schedule.d < schedule.steps_per_frame
+    if manifest.context.kind == "absolute" and overlaps and frames > window:
+        return f"{frames} frames slide a window of {window}, which this model does between frames only"
+    return None
+
+
 def order_name(schedule: Schedule) -> str:
     """What people call an order."""
     if schedule.k == schedule.layout.columns:

@@ -26,12 +26,13 @@ from diagd.planning.model import StoredModel, read_model
 from diagd.profiling.engines import find_form, open_engine, session_over
 from diagd.profiling.ladder import climb
 from diagd.profiling.measure import Measured, bucket, measure, random_workload
-from diagd.profiling.orders import decoding_orders, order_name
+from diagd.profiling.orders import decoding_orders, obstacle, order_name
 from diagd.profiling.report import (
     Deadlines,
     Machine,
     Report,
     Run,
+    Skipped,
     SlowStep,
     Stage,
     StepSample,
@@ -111,9 +112,10 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
     with progress.task("loading"), start.stage("load"):
         session = _open(bundle, options)
     pixels = _pixels(bundle, options, start)
+    chosen, skipped = _split(orders, session, options)
     with nvtx_ranges(session) if options.marks else nullcontext():
         pairs = [
-            _run(session, schedule, options, pixels) for schedule in progress.each(orders, "decoding orders")
+            _run(session, schedule, options, pixels) for schedule in progress.each(chosen, "decoding orders")
         ]
     runs = tuple(summarise(run, first, model, ceilings, options.fps) for first, run in pairs)
     with progress.task("climbing the ladder"):
@@ -125,6 +127,7 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
         subject=_subject(bundle, model, session),
         start=tuple(Stage(name=name, seconds=describe(s)) for name, s in start.seconds().items()),
         runs=runs,
+        skipped=skipped,
         ladder=tuple(ladder),
         peak_memory=peak_memory(),
     )
@@ -136,6 +139,21 @@ def _open(bundle: Bundle, options: ProfileOptions) -> Session:
         return open_session(bundle, window=options.window, cpu=options.cpu)
     form, window = find_form(bundle, options.engine), options.window or bundle.manifest.context.frames
     return session_over(bundle, open_engine(bundle, form, window, options.cpu), window, options.cpu)
+
+
+def _prompt(session: Session, options: ProfileOptions) -> int:
+    return session.window - 1 if options.prompt is None else options.prompt
+
+
+def _split(
+    orders: Sequence[Schedule], session: Session, options: ProfileOptions
+) -> tuple[list[Schedule], tuple[Skipped, ...]]:
+    """Orders that the model allows, and the others with the reason."""
+    frames = _prompt(session, options) + options.frames
+    reasons = [obstacle(order, session.manifest, session.window, frames) for order in orders]
+    pairs = list(zip(orders, reasons, strict=True))
+    skipped = tuple(Skipped(order=order_name(order), reason=why) for order, why in pairs if why)
+    return [order for order, why in pairs if not why], skipped
 
 
 def _pixels(bundle: Bundle, options: ProfileOptions, start: Timeline) -> PixelCodec | None:
@@ -160,7 +178,7 @@ def _run(
     """Seconds of one frame as the first run of an order, then the measured frames."""
     next_token = schedule.k == session.layout.columns
     frames = min(options.frames, NEXT_TOKEN_FRAMES) if next_token else options.frames
-    prompt = session.window - 1 if options.prompt is None else options.prompt
+    prompt = _prompt(session, options)
     workload = random_workload(session, prompt, frames)
     began = time.perf_counter()
     measure(session, schedule, workload, 1, pixels)

@@ -144,6 +144,13 @@ class Rung(_Record):
     reason: str = ""
 
 
+class Skipped(_Record):
+    """An order that the model does not allow with this window and prompt, and why."""
+
+    order: str
+    reason: str
+
+
 class Report(_Record):
     """The whole of ``report.json``."""
 
@@ -154,6 +161,7 @@ class Report(_Record):
     subject: Subject
     start: tuple[Stage, ...]
     runs: tuple[Run, ...]
+    skipped: tuple[Skipped, ...]
     ladder: tuple[Rung, ...]
     peak_memory: int
 

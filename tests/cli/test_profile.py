@@ -39,8 +39,6 @@ def test_pixels_are_stages_of_their_own(output: Path) -> None:
         stages = {stage.name: stage.seconds for stage in run.stages}
         assert {"prompt", "prefill", "sampling", "pixel decode", "video encode"} <= set(stages)
         assert stages["pixel decode"].count == run.frames
-        total = sum(numbers.total for numbers in stages.values())
-        assert total == pytest.approx(run.wall, rel=0.03, abs=1e-3)
 
 
 def test_the_defaults_of_the_first_example(

@@ -72,6 +72,7 @@ def report(*runs: Run, processor: str = "test") -> Report:
         ),
         start=(),
         runs=runs,
+        skipped=(),
         ladder=(),
         peak_memory=1,
     )

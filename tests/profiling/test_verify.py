@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.engine import Float, SamplingState, StepInputs
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import BundleError, ScheduleError
 from diagd.export.exporter import GraphOptions
+from diagd.export.transformer import Transformer
 from diagd.profiling.engines import open_engine, session_over
 from diagd.profiling.measure import random_workload
-from diagd.profiling.orders import decoding_orders
+from diagd.profiling.orders import decoding_orders, obstacle
+from diagd.profiling.profile import ProfileOptions, profile
 from diagd.profiling.verify import PairedEngine, ReferenceEngine, Verdict, check_table, verify
 from diagd.schedule import Schedule
 from tests.models import export_small
@@ -60,6 +63,30 @@ def test_every_form_equals_the_reference(all_forms: Bundle, form: Form) -> None:
         assert verdict.cells == 5 * LAYOUT.cells
         assert verdict.identical or verdict.agreement == 1.0
         assert verdict.error < 1e-4
+
+
+def test_a_context_that_is_fed_again_is_verified_and_profiled(tmp_path: Path) -> None:
+    """Absolute positions: serial frames slide the window, overlapping ones cannot and are told apart."""
+    plain = small_model(LAYOUT, context_frames=4)
+    config = replace(plain.config, rotary=None, position_embedding=True)
+    model = Transformer(config).initialise(torch.Generator().manual_seed(0)).eval()
+    bundle = Bundle.open(export_small(model, tmp_path / "absolute.diagd"))
+    orders = decoding_orders(bundle.manifest, (1,))
+    blocked = [obstacle(order, bundle.manifest, 3, 6) is not None for order in orders]
+    assert blocked == [False, False, True]
+    assert obstacle(orders[2], bundle.manifest, 3, 3) is None
+    engine = open_engine(bundle, Form.PREFIX, 3, CPU)
+    pair = PairedEngine(engine, ReferenceEngine(bundle, engine.capacity))
+    session = session_over(bundle, pair, 3, CPU)
+    verdict = verify(session, "prefix", "fp32", orders[1], random_workload(session, 1, 5), 5)
+    assert verdict.passed
+    assert session.timing.refill_steps == 3
+    report = profile(bundle, ProfileOptions(ks=(1,), window=3, ladder=False, cpu=CPU)).report
+    assert [run.order for run in report.runs] == ["next token", "k=1 serial"]
+    assert [skipped.order for skipped in report.skipped] == ["k=1 chained"]
+    for run in report.runs:
+        stages = {stage.name: stage.seconds for stage in run.stages}
+        assert stages["context refill"].count >= 1
 
 
 def test_a_spoilt_cache_row_is_found_where_it_is_spoilt(all_forms: Bundle) -> None:
