@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType, ModuleType
@@ -84,9 +84,10 @@ def make_monitor(trt: ModuleType, progress: Progress, cancellation: Cancellation
 
     class Monitor(base):  # type: ignore[misc]
         def __init__(self) -> None:
-            base.__init__(self)
+            base.__init__(self)  # the binding insists on the call
             self._bars = ExitStack()
-            self._outer, self._advance = "", lambda _: None
+            self._outer = ""
+            self._advance: Callable[[int], None] = _ignore
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             if parent is None:
@@ -104,3 +105,7 @@ def make_monitor(trt: ModuleType, progress: Progress, cancellation: Cancellation
                 self._bars.close()
 
     return Monitor()
+
+
+def _ignore(steps: int) -> None:
+    del steps

@@ -1,0 +1,172 @@
+"""A CUDA device through ``cuda.bindings``: one stream, one allocation list, graphs."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from diagd.engines.cuda.device import Array
+from diagd.engines.cuda.kernels import ADVANCE, APPEND, built_ptx, compile_kernels
+from diagd.errors import EngineError, require
+
+
+@dataclass(frozen=True)
+class DeviceDescription:
+    """What engines depend on: name of the GPU, compute capability as ``sm90``, driver version."""
+
+    name: str
+    target: str
+    driver: str
+
+
+def check(outcome: tuple[Any, ...]) -> Any:
+    """The results of a driver or NVRTC call.
+
+    Raises:
+        EngineError: the call failed.
+    """
+    status, *results = outcome
+    if int(status) != 0:
+        raise EngineError(f"CUDA failed with {status.name} ({int(status)}); `diagd doctor` checks the driver")
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def open_driver() -> ModuleType:
+    """The initialised CUDA driver API.
+
+    Raises:
+        DependencyError: cuda-bindings is not installed.
+        EngineError: this machine has no CUDA driver or device.
+    """
+    driver = require("cuda.bindings.driver", extra="cuda", purpose="run engines on an NVIDIA GPU")
+    try:
+        check(driver.cuInit(0))
+        devices = check(driver.cuDeviceGetCount())
+    except (EngineError, RuntimeError) as error:
+        raise EngineError(f"no CUDA device: {error}") from error
+    if not devices:
+        raise EngineError("no CUDA device: the driver finds none; check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    return driver
+
+
+def describe_device(driver: ModuleType, index: int = 0) -> DeviceDescription:
+    """Name, compute capability and driver of a GPU."""
+    device = check(driver.cuDeviceGet(index))
+    attribute = driver.CUdevice_attribute
+    major = check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device))
+    minor = check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device))
+    version = check(driver.cuDriverGetVersion())
+    name = bytes(check(driver.cuDeviceGetName(128, device))).split(b"\0")[0].decode()
+    return DeviceDescription(name, f"sm{major}{minor}", f"{version // 1000}.{version % 1000 // 10}")
+
+
+class CudaDevice:
+    """One GPU; everything allocated is freed by ``close``. See ``Device``.
+
+    Args:
+        index: which GPU.
+    """
+
+    kind = "cuda"
+
+    def __init__(self, index: int = 0) -> None:
+        self._cuda = open_driver()
+        self.description = describe_device(self._cuda, index)
+        self._device = check(self._cuda.cuDeviceGet(index))
+        check(self._cuda.cuCtxSetCurrent(check(self._cuda.cuDevicePrimaryCtxRetain(self._device))))
+        # Blocking flags would tie the stream to the legacy default stream, which cannot be captured.
+        self._stream = check(self._cuda.cuStreamCreate(self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self.stream = int(self._stream)
+        self._memory: list[Any] = []
+        self._host_memory: list[int] = []
+        self._graphs: list[Any] = []
+        self._functions = self._load_kernels()
+
+    def _load_kernels(self) -> dict[str, Any]:
+        ptx = built_ptx() or compile_kernels(int(self.description.target[2:]))
+        self._module = check(self._cuda.cuModuleLoadData(ptx + b"\0"))
+        return {
+            name: check(self._cuda.cuModuleGetFunction(self._module, name.encode()))
+            for name in (ADVANCE, APPEND)
+        }
+
+    def allocate(self, size: int) -> int:
+        """See ``Device.allocate``."""
+        memory = check(self._cuda.cuMemAlloc(max(size, 1)))
+        self._memory.append(memory)
+        check(self._cuda.cuMemsetD8(memory, 0, max(size, 1)))
+        return int(memory)
+
+    def host_array(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+        """See ``Device.host_array``."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        address = int(check(self._cuda.cuMemHostAlloc(max(size, 1), 0)))
+        self._host_memory.append(address)
+        raw = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        raw[:] = 0
+        return raw.view(dtype).reshape(shape)
+
+    def upload(self, address: int, array: Array) -> None:
+        """See ``Device.upload``."""
+        check(self._cuda.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self._stream))
+
+    def download(self, array: Array, address: int) -> None:
+        """See ``Device.download``."""
+        check(self._cuda.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, self._stream))
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """See ``Device.copy``."""
+        check(self._cuda.cuMemcpyDtoDAsync(target, source, size, self._stream))
+
+    def clear(self, address: int, size: int) -> None:
+        """See ``Device.clear``."""
+        check(self._cuda.cuMemsetD8Async(address, 0, size, self._stream))
+
+    def launch(self, kernel: str, arguments: ctypes.Structure, blocks: int, threads: int) -> None:
+        """See ``Device.launch``."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        grid, block = (blocks, 1, 1), (threads, 1, 1)
+        function = self._functions[kernel]
+        outcome = self._cuda.cuLaunchKernel(
+            function, *grid, *block, 0, self._stream, ctypes.addressof(pointers), 0
+        )
+        check(outcome)
+
+    def capture(self, work: Callable[[], None]) -> int:
+        """See ``Device.capture``."""
+        mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        check(self._cuda.cuStreamBeginCapture(self._stream, mode))
+        try:
+            work()
+        finally:
+            graph = check(self._cuda.cuStreamEndCapture(self._stream))
+        self._graphs.append(check(self._cuda.cuGraphInstantiate(graph, 0)))
+        check(self._cuda.cuGraphDestroy(graph))
+        return len(self._graphs) - 1
+
+    def replay(self, graph: int) -> None:
+        """See ``Device.replay``."""
+        check(self._cuda.cuGraphLaunch(self._graphs[graph], self._stream))
+
+    def synchronise(self) -> None:
+        """See ``Device.synchronise``."""
+        check(self._cuda.cuStreamSynchronize(self._stream))
+
+    def close(self) -> None:
+        """Wait, then free everything; arrays and addresses handed out are dead afterwards."""
+        self.synchronise()
+        for graph in self._graphs:
+            check(self._cuda.cuGraphExecDestroy(graph))
+        for memory in self._memory:
+            check(self._cuda.cuMemFree(memory))
+        for address in self._host_memory:
+            check(self._cuda.cuMemFreeHost(address))
+        check(self._cuda.cuModuleUnload(self._module))
+        check(self._cuda.cuStreamDestroy(self._stream))
+        check(self._cuda.cuDevicePrimaryCtxRelease(self._device))

@@ -1,0 +1,95 @@
+"""Arguments of the kernels in ``native/step_kernels.h``, and where their code comes from."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from diagd.errors import DependencyError
+
+ADVANCE, APPEND = "diagd_advance", "diagd_append"
+HEADER_WORDS = 8
+CHUNK_BYTES = 16
+SOURCE_NAME, HEADER_NAME, PTX_NAME = "step_kernels.cu", "step_kernels.h", "step_kernels.ptx"
+
+ADVANCE_POINTERS = (
+    *("records", "counter", "sources", "positions", "sinks", "uniforms", "write_index", "live"),
+    *("temperature", "top_k", "top_p", "slot_position"),
+)
+_SIZES = "records_in_ring max_width max_updates width scratch"
+
+
+class AdvanceArguments(ctypes.Structure):
+    """The next step's record to the fixed tensors a graph reads."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ADVANCE_POINTERS),
+        *((name, ctypes.c_int32) for name in _SIZES.split()),
+    )
+
+
+class AppendArguments(ctypes.Structure):
+    """New rows to the K/V buffers, tokens to the token buffer."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("rows", "buffers", "write_index", "tokens", "sinks", "token_buffer")
+        ),
+        *((name, ctypes.c_int32) for name in ("tensors", "groups", "capacity", "width", "row_chunks")),
+    )
+
+
+def built_ptx() -> bytes | None:
+    """PTX that CMake put into the package; None where none was built."""
+    file = Path(__file__).with_name(PTX_NAME)
+    return file.read_bytes() if file.is_file() else None
+
+
+def kernel_source() -> tuple[str, str]:
+    """Texts of the kernels and of their header, in the package or in the checkout around it.
+
+    Raises:
+        DependencyError: they are in neither.
+    """
+    here = Path(__file__).parent
+    for directory in (here, here.parents[2] / "native"):
+        if (directory / SOURCE_NAME).is_file():
+            return (directory / SOURCE_NAME).read_text(), (directory / HEADER_NAME).read_text()
+    raise DependencyError(
+        f"the device kernels are neither built nor at hand: {here} has no {PTX_NAME} and no {SOURCE_NAME}; "
+        "in a checkout run: cmake -B build -DDIAGD_INSTALL_KERNELS=ON && cmake --build build"
+    )
+
+
+def compile_kernels(architecture: int) -> bytes:
+    """PTX of the kernels by NVRTC, for a compute capability such as 90; needs no GPU.
+
+    Raises:
+        DependencyError: NVRTC is not installed.
+        EngineError: it refuses the source.
+    """
+    from diagd.engines.cuda.driver import check
+    from diagd.errors import EngineError, require
+
+    nvrtc = require("cuda.bindings.nvrtc", extra="cuda", purpose="compile the device kernels")
+    source, header = kernel_source()
+    try:
+        program = check(
+            nvrtc.nvrtcCreateProgram(
+                source.encode(), SOURCE_NAME.encode(), 1, [header.encode()], [HEADER_NAME.encode()]
+            )
+        )
+    except RuntimeError as error:
+        raise DependencyError(
+            f"NVRTC cannot be loaded: {error}; run: pip install nvidia-cuda-nvrtc"
+        ) from error
+    options = [f"--gpu-architecture=compute_{architecture}".encode(), b"--std=c++17"]
+    outcome = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(outcome[0]) != 0:
+        log = bytes(check(nvrtc.nvrtcGetProgramLogSize(program)))
+        check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise EngineError(f"NVRTC refuses the device kernels: {log.decode().strip()}")
+    ptx = bytes(check(nvrtc.nvrtcGetPTXSize(program)))
+    check(nvrtc.nvrtcGetPTX(program, ptx))
+    return ptx

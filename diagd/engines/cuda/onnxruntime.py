@@ -1,0 +1,79 @@
+"""A step graph of ONNX Runtime bound to fixed addresses, on its CUDA provider or on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diagd.engines.cuda.device import Device
+from diagd.engines.cuda.program import Tensor
+from diagd.errors import EngineError, require
+
+
+class OnnxRuntimeProgram:
+    """One binding a width over one session; see ``Program``.
+
+    On CUDA the session queues on the device's stream. Its allocations cannot be captured from outside, so it
+    captures a graph of its own for every width.
+    """
+
+    capturable = False
+
+    def __init__(
+        self, session: Any, tensors: Mapping[str, Tensor], widths: tuple[int, ...], kind: str
+    ) -> None:
+        runtime = require("onnxruntime", extra="cuda", purpose="run step graphs")
+        self._session = session
+        self._bindings = {width: self._bind(tensors, width, kind) for width in widths}
+        self._options = {width: runtime.RunOptions() for width in widths}
+        for width, options in self._options.items():
+            if kind == "cuda":
+                options.add_run_config_entry("gpu_graph_id", str(width))
+                options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def enqueue(self, width: int) -> None:
+        """Queue one step of ``width`` rows."""
+        self._session.run_with_iobinding(self._bindings[width], self._options[width])
+
+    def _bind(self, tensors: Mapping[str, Tensor], width: int, kind: str) -> Any:
+        binding = self._session.io_binding()
+        for value in self._session.get_inputs():
+            tensor = tensors[value.name]
+            binding.bind_input(value.name, kind, 0, tensor.dtype, tensor.at_width(width), tensor.address)
+        for value in self._session.get_outputs():
+            tensor = tensors[value.name]
+            binding.bind_output(value.name, kind, 0, tensor.dtype, tensor.at_width(width), tensor.address)
+        return binding
+
+
+def open_cuda_session(graph: Path, device: Device, graphs: bool) -> Any:
+    """A session of the CUDA provider on the device's stream.
+
+    Args:
+        graph: step graph with a sampler.
+        device: gives the stream.
+        graphs: capture and replay CUDA graphs.
+
+    Raises:
+        DependencyError: ONNX Runtime is not installed.
+        EngineError: it has no CUDA provider, cannot load it, or refuses the graph.
+    """
+    runtime = require("onnxruntime", extra="cuda", purpose="run step graphs on the GPU")
+    if "CUDAExecutionProvider" not in runtime.get_available_providers():
+        raise EngineError(
+            "this ONNX Runtime has no CUDA provider; run: pip uninstall onnxruntime && "
+            "pip install 'onnxruntime-gpu[cuda]'"
+        )
+    options = {"user_compute_stream": str(device.stream), "enable_cuda_graph": str(int(graphs))}
+    settings = runtime.SessionOptions()
+    settings.log_severity_level = 3
+    try:
+        session = runtime.InferenceSession(
+            str(graph), settings, providers=[("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime raises several unrelated types
+        raise EngineError(f"ONNX Runtime {runtime.__version__} refuses {graph}: {error}") from error
+    if "CUDAExecutionProvider" not in session.get_providers():
+        raise EngineError("ONNX Runtime fell back to the CPU: its CUDA libraries or the driver are missing")
+    return session

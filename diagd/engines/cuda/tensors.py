@@ -1,0 +1,95 @@
+"""The tensors of a step at their fixed addresses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from diagd.bundle import Form, Manifest
+from diagd.engines.buffers import text_buffers
+from diagd.engines.cuda.device import Device
+from diagd.engines.cuda.kernels import CHUNK_BYTES
+from diagd.engines.cuda.program import Tensor
+from diagd.engines.fixed import cache_tensors
+from diagd.errors import EngineError
+
+WIDTH = -1
+
+
+class StepTensors:
+    """Allocates once; every width reads and writes the same memory.
+
+    Attributes:
+        named: tensors by their names in step graphs.
+        cache: K/V buffers [1, G, S, D] by ``key_0``, ``value_0``, ...
+        text: rows of a text by their names in step graphs.
+        row_pointers, buffer_pointers: device arrays of the addresses of new rows and of buffers (portable).
+    """
+
+    def __init__(
+        self, manifest: Manifest, form: Form, capacity: int, max_width: int, tokens: int, device: Device
+    ) -> None:
+        self._device, self._max_width = device, max_width
+        self.named: dict[str, Tensor] = {}
+        for name in ("sources", "positions", "sinks"):
+            self._add(name, (WIDTH,), np.int32)
+        self._add("uniforms", (WIDTH,), np.float32)
+        self._add("token_buffer", (tokens,), np.int32)
+        self._add("slot_position", (capacity,), np.int32)
+        self._add("write_index", (1,), np.int64)
+        self._add("live", (1,), np.int32)
+        self._add("top_k", (), np.int32)
+        for name in ("temperature", "top_p"):
+            self._add(name, (), np.float32)
+        self._add("logits", (WIDTH, manifest.output_vocabulary), np.float32)
+        shape = (1, manifest.cache.kv_heads, capacity, manifest.cache.head_size)
+        dtype = np.dtype(manifest.cache.dtype)
+        names = cache_tensors(manifest.cache)
+        self.cache = {name: self._add(f"past_{name}", shape, dtype) for name in names}
+        self.text = {
+            name: self._add(name, array.shape, array.dtype) for name, array in text_buffers(manifest).items()
+        }
+        self.row_pointers = self.buffer_pointers = 0
+        if form is Form.PORTABLE:
+            self._add_rows(shape, dtype)
+        else:
+            self._add("next_token_buffer", (tokens,), np.int32)
+            self.named |= {f"present_{name}": tensor for name, tensor in self.cache.items()}
+
+    @property
+    def token_buffer(self) -> Tensor:
+        """Tokens of the window, int32 [N]."""
+        return self.named["token_buffer"]
+
+    def clear(self) -> None:
+        """Zero buffers and tokens: what a hidden slot holds must be finite."""
+        for tensor in (*self.cache.values(), self.token_buffer):
+            self._device.clear(tensor.address, math.prod(tensor.shape) * tensor.dtype.itemsize)
+
+    def _add(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic] | type[np.generic]
+    ) -> Tensor:
+        kind = np.dtype(dtype)
+        size = math.prod(self._max_width if length == WIDTH else length for length in shape) * kind.itemsize
+        self.named[name] = tensor = Tensor(self._device.allocate(size), shape, kind)
+        return tensor
+
+    def _add_rows(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
+        if shape[3] * dtype.itemsize % CHUNK_BYTES:
+            raise EngineError(
+                f"a row of {shape[3]} values of {dtype} has {shape[3] * dtype.itemsize} bytes, the append "
+                f"kernel moves {CHUNK_BYTES} at a time: export with a head size that is a multiple of 8"
+            )
+        self._add("tokens", (WIDTH,), np.int32)
+        rows = [self._add(f"new_{name}", (1, shape[1], WIDTH, shape[3]), dtype) for name in self.cache]
+        self.row_pointers = self._pointers(rows)
+        self.buffer_pointers = self._pointers(list(self.cache.values()))
+
+    def _pointers(self, tensors: list[Tensor]) -> int:
+        addresses = self._device.host_array((len(tensors),), np.uint64)
+        addresses[:] = [tensor.address for tensor in tensors]
+        target = self._device.allocate(addresses.nbytes)
+        self._device.upload(target, addresses)
+        self._device.synchronise()
+        return target

@@ -1,0 +1,21 @@
+// Host build: the same code over a loop of threads, so that it can be tested where there is no GPU.
+#include "step_kernels.h"
+
+extern "C" void diagd_advance(const diagd::AdvanceArguments* arguments, int32_t threads) {
+  const int32_t step = *arguments->counter;
+  const int32_t* record = diagd::record_of(*arguments, step);
+  for (int thread = 0; thread < threads; ++thread) {
+    diagd::advance_thread(*arguments, record, thread, threads);
+  }
+  *arguments->counter = (step + 1) % arguments->records_in_ring;
+}
+
+extern "C" void diagd_append(const diagd::AppendArguments* arguments, int32_t threads) {
+  for (int thread = 0; thread < threads; ++thread) {
+    diagd::append_thread(*arguments, thread, threads);
+  }
+}
+
+extern "C" int32_t diagd_advance_arguments_size() { return sizeof(diagd::AdvanceArguments); }
+
+extern "C" int32_t diagd_append_arguments_size() { return sizeof(diagd::AppendArguments); }
