@@ -102,7 +102,7 @@ def save(model: ir.Model, path: Path) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter's notes on packages that diagd does not use."""
-    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript")
+    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
     levels = {name: logging.getLogger(name).level for name in names}
     try:
         for name in names:
