@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from diagd.bundle.files import atomic_file, sha256
 from diagd.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest
-from diagd.errors import BundleError
+from diagd.errors import BundleError, UsageError
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,23 @@ class Bundle:
         bundle._check_sizes()
         bundle._check_digests()
         return bundle
+
+    def at_precision(self, precision: str | None = None) -> Bundle:
+        """The bundle with the step graphs of one precision only; None is that of its first graph.
+
+        Raises:
+            UsageError: it has no graph of that precision.
+        """
+        graphs = self.manifest.graphs
+        known = list(dict.fromkeys(graph.precision for graph in graphs))
+        chosen = known[0] if precision is None else precision
+        if chosen not in known:
+            raise UsageError(
+                f"{self.path} has no {chosen} graph (it has {', '.join(known)}); "
+                f"make one with: diagd-calibrate {self.path} --precision {chosen}"
+            )
+        kept = tuple(graph for graph in graphs if graph.precision == chosen)
+        return replace(self, manifest=self.manifest.model_copy(update={"graphs": kept}))
 
     def file(self, name: str) -> Path:
         """Path of a file of the bundle."""

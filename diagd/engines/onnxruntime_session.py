@@ -24,10 +24,14 @@ SPIN_MICROSECONDS = 50
 
 @dataclass(frozen=True)
 class CpuOptions:
-    """``threads`` 0 is one for each core; ``prepack`` keeps packed weights in the machine's cache."""
+    """``threads`` 0 is one for each core; ``prepack`` keeps packed weights in the machine's cache.
+
+    Without ``fuse``, quantised products are computed in floating point: there is no other way for FP8.
+    """
 
     threads: int = 0
     prepack: bool = True
+    fuse: bool = True
 
 
 def open_session(graph: Path, digest: str, options: CpuOptions) -> onnxruntime.InferenceSession:
@@ -64,6 +68,8 @@ def _settings(runtime: onnxruntime, options: CpuOptions) -> onnxruntime.SessionO
     settings.intra_op_num_threads = options.threads or len(os.sched_getaffinity(0))
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
+    if not options.fuse:
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
     settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     return settings
 

@@ -26,6 +26,7 @@ def load(
     compat: str | None = None,
     prepack: bool = True,
     roll: int | None = None,
+    precision: str | None = None,
 ) -> Session:
     """Open a bundle and make its engine ready on the CPU.
 
@@ -38,13 +39,14 @@ def load(
         prepack: keep packed weights in this machine's cache, for faster starts.
         roll: frames by which a full window slides at once, for models whose positions are absolute: they then
             feed the window again. Default: the manifest's.
+        precision: of the step graph, one of those in the bundle; default: that of its first graph.
 
     Raises:
         BundleError: the bundle is missing, damaged or altered.
-        UsageError: the window, ``roll`` or ``compat`` is not possible.
+        UsageError: the window, ``roll``, ``compat`` or ``precision`` is not possible.
     """
-    cpu = CpuOptions(threads, prepack)
-    return open_session(Bundle.open(path), window=window, cpu=cpu, compat=compat, roll=roll)
+    bundle, cpu = Bundle.open(path), CpuOptions(threads, prepack)
+    return open_session(bundle, window=window, cpu=cpu, compat=compat, roll=roll, precision=precision)
 
 
 def open_session(
@@ -54,8 +56,10 @@ def open_session(
     cpu: CpuOptions | None = None,
     compat: str | None = None,
     roll: int | None = None,
+    precision: str | None = None,
 ) -> Session:
     """A session over a bundle that is open; see ``load``."""
+    bundle = bundle.at_precision(precision)
     manifest = bundle.manifest
     frames = manifest.context.frames
     window = frames if window is None else window

@@ -1,0 +1,132 @@
+"""What the inputs of the projections look like while a model decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle.files import atomic_file
+from diagd.errors import QualityError
+
+Float = NDArray[np.float32]
+
+SAMPLE_ROWS = 256
+"""Rows of each input that are kept: enough for the error of a product to a few per cent."""
+
+
+@dataclass
+class InputStatistics:
+    """The input of one projection, [rows, K] over all steps.
+
+    Attributes:
+        absmax: float32 [K], largest magnitude of each channel over every row.
+        power: float64 [K], sum of squares of each channel.
+        rows: how many were seen.
+        sample: float32 [n, K], n at most ``SAMPLE_ROWS``: the rows of lowest key, in order of it.
+    """
+
+    absmax: Float
+    power: NDArray[np.float64]
+    rows: int
+    sample: Float
+    keys: NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, channels: int) -> InputStatistics:
+        """Nothing seen yet."""
+        return cls(
+            np.zeros(channels, np.float32),
+            np.zeros(channels),
+            0,
+            np.zeros((0, channels), np.float32),
+            np.zeros(0),
+        )
+
+    def add(self, rows: Float, keys: NDArray[np.float64]) -> None:
+        """Take rows [n, K]; ``keys`` [n] decide which stay, so that batching does not."""
+        self.absmax = np.maximum(self.absmax, np.abs(rows).max(axis=0))
+        self.power += np.square(rows, dtype=np.float64).sum(axis=0)
+        self.rows += len(rows)
+        keep = keys <= (self.keys[-1] if len(self.keys) == SAMPLE_ROWS else np.inf)
+        if not keep.any():
+            return
+        keys = np.concatenate([self.keys, keys[keep]])
+        order = np.argsort(keys, kind="stable")[:SAMPLE_ROWS]
+        self.sample = np.concatenate([self.sample, rows[keep]])[order]
+        self.keys = keys[order]
+
+    @property
+    def mean_square(self) -> Float:
+        """float32 [K], mean square of each channel."""
+        return (self.power / max(self.rows, 1)).astype(np.float32)
+
+
+class StatisticsCollector:
+    """Gathers the statistics of every projection's input.
+
+    Args:
+        channels: width of each input, by the weight's name.
+        seed: of the choice of sample rows.
+    """
+
+    def __init__(self, channels: Mapping[str, int], seed: int) -> None:
+        self.inputs = {name: InputStatistics.empty(width) for name, width in channels.items()}
+        self._seed = seed
+        self.steps = 0
+
+    def add(self, activations: Mapping[str, Float]) -> None:
+        """Take the inputs of one step.
+
+        Raises:
+            QualityError: one is not finite.
+        """
+        self.steps += 1
+        for name, rows in activations.items():
+            if not len(rows):
+                continue
+            if not np.isfinite(rows).all():
+                raise QualityError(
+                    f"the input of {name} has values that are no finite numbers in step {self.steps}; "
+                    "expected finite activations: check the checkpoint, then export it again"
+                )
+            seen = self.inputs[name]
+            seen.add(rows, row_keys(self._seed, seen.rows, len(rows)))
+
+
+def row_keys(seed: int, first: int, count: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1) of rows ``first``...; each depends on the seed and its own index only."""
+    state = np.arange(first, first + count, dtype=np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+    keys: NDArray[np.float64] = (state ^ (state >> np.uint64(31))) / 2.0**64
+    return keys
+
+
+def save_statistics(path: Path, inputs: Mapping[str, InputStatistics]) -> None:
+    """Write what quantisation needs again, without the sample rows: .npz of ``NAME.absmax``, ``.power``."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for name, seen in inputs.items():
+        arrays[f"{name}.absmax"], arrays[f"{name}.power"] = seen.absmax, seen.power
+        arrays[f"{name}.rows"] = np.asarray(seen.rows)
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_statistics(path: Path) -> dict[str, InputStatistics]:
+    """Read ``save_statistics``; sample rows are empty."""
+    with np.load(path, allow_pickle=False) as arrays:
+        names = [name.removesuffix(".absmax") for name in arrays.files if name.endswith(".absmax")]
+        return {
+            name: InputStatistics(
+                arrays[f"{name}.absmax"],
+                arrays[f"{name}.power"],
+                int(arrays[f"{name}.rows"]),
+                np.zeros((0, len(arrays[f"{name}.absmax"])), np.float32),
+                np.zeros(0),
+            )
+            for name in names
+        }

@@ -1,0 +1,179 @@
+"""Decoding along real schedules while an engine is watched.
+
+Ranges along a diagonal differ from those in raster order, so statistics come from the passes that users run:
+several lags, next-token prediction, overlapping frames, and a window that has slid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle import Bundle, Manifest
+from diagd.bundle.actions import ActionCodec
+from diagd.engines.engine import Engine, Int
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.prefix import MAX_WIDTH
+from diagd.errors import UsageError
+from diagd.runtime.actions import encode
+from diagd.runtime.session import Session, token_places
+from diagd.runtime.text import TextReader
+from diagd.schedule import Schedule, slots_needed
+
+MINIMUM_STEPS = 64
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One piece of decoding.
+
+    Attributes:
+        name: for the report.
+        schedule: decoding order.
+        prompt: frames known at the start.
+        frames: frames to decode, of which ``steps`` passes are run.
+        steps: passes.
+    """
+
+    name: str
+    schedule: Schedule
+    prompt: int
+    frames: int
+    steps: int
+
+
+class EnoughStepsError(Exception):
+    """Breaks off a trajectory."""
+
+
+def trajectories(manifest: Manifest, window: int, steps: int) -> list[Trajectory]:
+    """The default schedule, twice its row lag, next-token prediction, chained frames and a slid window.
+
+    Args:
+        manifest: of the bundle.
+        window: frames of the session.
+        steps: passes in all, shared evenly.
+
+    Raises:
+        UsageError: fewer than ``MINIMUM_STEPS``.
+    """
+    if steps < MINIMUM_STEPS:
+        raise UsageError(f"{steps} calibration steps; expected at least {MINIMUM_STEPS}: raise --set steps")
+    layout = manifest.layout.stream()
+    default = manifest.schedule.schedule(layout)
+    lag = min(2 * default.k, layout.columns)
+    named = {
+        f"k={default.k}": default,
+        f"k={lag}": Schedule.serial(layout, lag, default.row_seed),
+        "next token": Schedule.next_token(layout),
+    }
+    chained = Schedule.chained(layout, default.k, default.row_seed)
+    if chained.steps_per_frame // chained.d + 1 <= window:
+        named[f"k={default.k} chained"] = chained
+    share = -(-steps // (len(named) + 1))
+    found = [
+        Trajectory(name, schedule, 1, max(1, min(-(-share // schedule.d), 64)), share)
+        for name, schedule in named.items()
+    ]
+    slid = default.steps_per_frame + share
+    frames = -(-slid // default.d) + 1
+    return [*found, Trajectory("slid window", default, window - 1, frames, slid)]
+
+
+class Prompts:
+    """Prompt frames and actions of trajectories, drawn by seed.
+
+    Args:
+        manifest: of the bundle.
+        frames: int32 [P, rows, columns], known frames; None draws tokens at random.
+    """
+
+    def __init__(self, manifest: Manifest, frames: Int | None) -> None:
+        layout = manifest.layout.stream()
+        self._manifest, self._layout, self._frames = manifest, layout, frames
+
+    def frames(self, count: int, random: np.random.Generator) -> Int:
+        """Frames int32 [count, rows, columns] that follow each other."""
+        if self._frames is None:
+            table = self._manifest.sampling.range_table(self._layout)[self._layout.before :]
+            low, high = table[: self._layout.cells].T
+            cells = random.integers(low, high, (count, self._layout.cells), dtype=np.int32)
+            return cells.reshape(count, self._layout.rows, self._layout.columns)
+        first = int(random.integers(max(1, len(self._frames) - count + 1)))
+        picked = self._frames[first : first + count]
+        return np.concatenate([picked, np.repeat(picked[-1:], count - len(picked), axis=0)])
+
+    def actions(self, count: int, random: np.random.Generator) -> Int | None:
+        """Action tokens int32 [count, n] at random; None for models without."""
+        if not self._layout.gap:
+            return None
+        codec = self._manifest.actions
+        if codec is None:
+            return np.zeros((count, self._layout.gap), np.int32)
+        return np.stack([_random_action(codec, random) for _ in range(count)])
+
+
+def _random_action(codec: ActionCodec, random: np.random.Generator) -> NDArray[np.int32]:
+    chosen: dict[str, object] = {name: bool(random.random() < 0.2) for name in sorted(codec.buttons)}
+    for name, choices in codec.choices.items():
+        chosen[name] = choices[int(random.integers(len(choices)))]
+    return encode(codec, chosen)
+
+
+def default_window(manifest: Manifest) -> int:
+    """Frames of the sessions: enough for overlapping frames, few enough to slide soon."""
+    return min(manifest.context.frames, 4)
+
+
+def capacity(manifest: Manifest, window: int) -> tuple[int, int]:
+    """Slots and tokens that an engine of the sessions holds."""
+    layout = manifest.layout.stream()
+    return slots_needed(layout, window, MAX_WIDTH), token_places(layout, window).size
+
+
+class Tour:
+    """Runs trajectories over one engine.
+
+    Args:
+        bundle: that the engine is of.
+        engine: prefix engine of the session's capacity.
+        window: frames of the session.
+        prompts: where prompts and actions come from.
+        seed: of prompts, actions and sampling.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, window: int, prompts: Prompts, seed: int) -> None:
+        manifest = bundle.manifest
+        self._text_width = (manifest.text.length, manifest.text.width) if manifest.text else None
+        text = TextReader(bundle, manifest.text, CpuOptions(prepack=False)) if manifest.text else None
+        self._session = Session(manifest, engine, window, text=text)
+        self._prompts, self._seed = prompts, seed
+        self._places = token_places(self._session.layout, window)
+
+    def run(self, trajectory: Trajectory, number: int, on_frame: Callable[[Int], None] | None = None) -> None:
+        """Decode until the frames are complete or the engine has had enough.
+
+        ``on_frame`` is told the places in the token buffer of each complete frame, int32 [cells].
+        """
+        random = np.random.default_rng((self._seed, number))
+        frames = self._prompts.frames(trajectory.prompt, random)
+        text = None
+        if self._text_width:
+            text = random.standard_normal(self._text_width, dtype=np.float32)
+        self._session.start(frames, self._prompts.actions(trajectory.prompt, random), text)
+        decoded = self._session.generate(
+            trajectory.frames,
+            self._prompts.actions(trajectory.frames, random),
+            schedule=trajectory.schedule,
+            seed=self._seed + number,
+        )
+        with suppress(EnoughStepsError):
+            for frame in decoded:
+                if on_frame is not None:
+                    first = self._session.layout.first_cell(frame.index)
+                    cells = np.arange(first, first + self._session.layout.cells, dtype=np.int32)
+                    on_frame(self._places.of(cells))
