@@ -40,6 +40,7 @@ class ProfileSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     engine: str | None = Field(None, description="form of the step graph (default: the fastest here)")
+    precision: str | None = Field(None, description="of the step graph (default: the bundle's first)")
     window: int | None = Field(None, description="frames that a token may see (default: the model's context)")
     prompt: int | None = Field(None, ge=1, description="frames known ahead (default: a full window)")
     threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
@@ -102,6 +103,7 @@ def _options(args: argparse.Namespace) -> ProfileOptions:
     return ProfileOptions(
         ks=parse_lags(args.k),
         engine=settings.engine,
+        precision=settings.precision,
         frames=args.frames,
         prompt=settings.prompt,
         window=settings.window,

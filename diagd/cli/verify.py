@@ -19,12 +19,12 @@ from diagd.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from diagd.bundle import Bundle
+    from diagd.bundle import Bundle, Form
     from diagd.profiling.verify import Verdict
 
 EPILOG = """examples:
   diagd verify crafter-3m.diagd
-  diagd verify crafter-3m.diagd --engine prefix --k 1,2,3 --frames 6 --json
+  diagd verify crafter-3m.diagd --engine prefix --k 1,2,3 --frames 2 --json
   diagd verify small-int8.diagd --reference small-fp32.diagd
 
 Greedy decoding: the reference sees the tokens that the engine chose and says at every cell which one it would
@@ -83,24 +83,33 @@ def _verdicts(
     progress: Progress,
 ) -> Iterator[Verdict]:
     from diagd.engines.onnxruntime_session import CpuOptions
-    from diagd.profiling.engines import find_form, forms_of, open_engine, session_over
+    from diagd.profiling.engines import open_engine, session_over
     from diagd.profiling.measure import random_workload
     from diagd.profiling.orders import decoding_orders, obstacle
     from diagd.profiling.verify import PairedEngine, ReferenceEngine, verify
 
-    manifest = bundle.manifest
-    orders = decoding_orders(manifest, parse_lags(args.k))
-    window = settings.window or min(manifest.context.frames, 4)
-    cpu = CpuOptions(settings.threads)
-    for form in [find_form(bundle, args.engine)] if args.engine else forms_of(bundle):
-        engine = open_engine(bundle, form, window, cpu)
+    cpu, window = CpuOptions(settings.threads), settings.window or min(bundle.manifest.context.frames, 4)
+    known = settings.prompt + args.frames
+    orders = decoding_orders(bundle.manifest, parse_lags(args.k))
+    orders = [order for order in orders if obstacle(order, bundle.manifest, window, known) is None]
+    for kept, form in _engines(bundle, args.engine):
+        engine = open_engine(kept, form, window, cpu)
         pair = PairedEngine(engine, ReferenceEngine(reference, engine.capacity))
-        session = session_over(bundle, pair, window, cpu)
+        session = session_over(kept, pair, window, cpu)
         workload = random_workload(session, settings.prompt, args.frames, settings.seed)
-        precision = manifest.graph(form).precision
-        for order in progress.each(orders, f"{form.value} engine"):
-            if obstacle(order, manifest, window, settings.prompt + args.frames) is None:
-                yield verify(session, form.value, precision, order, workload, args.frames)
+        precision = kept.manifest.graphs[0].precision
+        for order in progress.each(orders, f"{form.value} {precision}"):
+            yield verify(session, f"{form.value} {precision}", precision, order, workload, args.frames)
+
+
+def _engines(bundle: Bundle, name: str | None) -> list[tuple[Bundle, Form]]:
+    """Every precision and form of the bundle, or those of one form."""
+    from diagd.profiling.engines import find_form, forms_of
+
+    precisions = dict.fromkeys(graph.precision for graph in bundle.manifest.graphs)
+    pairs = [(kept, form) for kept in map(bundle.at_precision, precisions) for form in forms_of(kept)]
+    chosen = find_form(bundle, name) if name else None
+    return [(kept, form) for kept, form in pairs if chosen in (None, form)]
 
 
 def _check_same(bundle: Bundle, reference: Bundle) -> None:

@@ -67,14 +67,18 @@ class StoredModel:
     cache_bytes: int
 
 
-def read_model(path: Path) -> StoredModel:
+def read_model(path: Path, precision: str | None = None) -> StoredModel:
     """Dimensions of a bundle from its manifest and the headers of its graphs.
+
+    Args:
+        path: the bundle.
+        precision: of the step graph whose bytes are counted; default: that of the first.
 
     Raises:
         BundleError: the bundle or its step graph cannot be read.
     """
     manifest = read_manifest(path)
-    graph = step_graph(path, manifest)
+    graph = step_graph(path, manifest, precision)
     streamed = [tensor for tensor in graph.initializers if not tensor.looked_up]
     looked_up = sum(tensor.elements for tensor in graph.initializers if tensor.looked_up)
     cache = manifest.cache
@@ -103,15 +107,16 @@ def refed_tokens(context: RotaryContext | AbsoluteContext, layout: StreamLayout)
     return (context.frames - context.roll) * layout.frame_length / context.roll
 
 
-def step_graph(path: Path, manifest: Manifest) -> OnnxGraph:
-    """Header of a bundle's first step graph.
+def step_graph(path: Path, manifest: Manifest, precision: str | None = None) -> OnnxGraph:
+    """Header of a bundle's first step graph of a precision.
 
     Raises:
         BundleError: there is none.
     """
-    if not manifest.graphs:
-        raise BundleError(f"{path} has no step graph; export it again")
-    return read_graph(path / manifest.graphs[0].file)
+    for graph in manifest.graphs:
+        if precision in (None, graph.precision):
+            return read_graph(path / graph.file)
+    raise BundleError(f"{path} has no {precision or 'step'} graph; export it again")
 
 
 def _query_width(graph: OnnxGraph, least: int) -> int:

@@ -63,6 +63,7 @@ class ProfileOptions:
     Attributes:
         ks: row lags; each runs with serial and with chained frames.
         engine: form of the step graph; default: what ``open_session`` takes.
+        precision: of the step graph; default: that of the bundle's first graph.
         frames: measured of each order.
         prompt: frames known ahead; default: a full window, where a step costs what it costs for ever.
         window: frames a token may see; default: the model's context.
@@ -75,6 +76,7 @@ class ProfileOptions:
 
     ks: tuple[int, ...] = (1, 2)
     engine: str | None = None
+    precision: str | None = None
     frames: int = 4
     prompt: int | None = None
     window: int | None = None
@@ -105,7 +107,9 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
     progress = progress or Progress()
     if options.frames < 2:
         raise UsageError(f"--frames {options.frames}: steady frames need two or more")
-    model, orders = read_model(bundle.path), decoding_orders(bundle.manifest, options.ks)
+    bundle = bundle.at_precision(options.precision)
+    precision = bundle.manifest.graphs[0].precision
+    model, orders = read_model(bundle.path, precision), decoding_orders(bundle.manifest, options.ks)
     with progress.task("measuring this machine"):
         ceilings = measure_ceilings(options.cpu.threads)
     start = Timeline()
@@ -306,11 +310,10 @@ def _processor() -> str:
 
 
 def _subject(bundle: Bundle, model: StoredModel, session: Session) -> Subject:
-    precisions = {graph.precision for graph in bundle.manifest.graphs}
     return Subject(
         model=bundle.manifest.name,
         digest=bundle.digest,
-        precision=", ".join(sorted(precisions)),
+        precision=bundle.manifest.graphs[0].precision,
         engine=type(session.engine).__name__,
         window=session.window,
         parameters=model.size.streamed + model.size.looked_up,

@@ -28,7 +28,7 @@ def test_json_has_a_verdict_for_each_order(workplace: Workplace, capsys: pytest.
     assert main(["verify", str(workplace.bundle), *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 7
-    assert all(verdict["passed"] and verdict["engine"] == "prefix" for verdict in found)
+    assert all(verdict["passed"] and verdict["engine"] == "prefix fp32" for verdict in found)
 
 
 def test_altered_weights_end_with_code_1(
