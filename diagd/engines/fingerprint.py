@@ -29,8 +29,8 @@ class Fingerprint(BaseModel):
         device: name of the GPU, or ``any``.
         targets: compute capabilities the engine runs on, as ``sm89``.
         driver: version, or ``any``.
-        form, precision, widths, tokens: of the step graph and its buffers.
-        flags: options of the build that change the engine.
+        form, precision, widths, tokens: of the step graph and its buffers; no widths: any.
+        flags: options of the build that change the engine; none: any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +61,8 @@ class Fingerprint(BaseModel):
     def _fits(self, here: Fingerprint, name: str) -> bool:
         built, wanted = getattr(self, name), getattr(here, name)
         if name in {"device", "driver"} and built == ANY:
+            return True
+        if name in {"widths", "flags"} and not wanted:
             return True
         if name == "targets":
             return set(wanted) <= set(built)

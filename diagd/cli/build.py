@@ -1,0 +1,139 @@
+"""``diagd build``: a bundle's step graph to a TensorRT engine."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from diagd.cli.settings import add_set_option, parse_settings
+from diagd.errors import BundleError, UsageError
+from diagd.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from diagd.bundle import Bundle, Form
+    from diagd.engines.tensorrt.opening import Request
+
+EPILOG = """examples:
+  diagd-build mineworld.diagd
+  diagd-build mineworld.diagd --widths 16,64 --force
+  diagd-build mineworld.diagd --target sm86,sm89    (TensorRT-RTX, on a machine without a GPU)
+
+The precision is the graph's own: export with --precision fp16 --form modern (or portable) first. Engines are
+kept in BUNDLE/engines and fit one graph, TensorRT, GPU and driver; what does not fit is named on loading.
+"""
+
+
+class BuildSettings(BaseModel):
+    """Options behind ``--set``."""
+
+    model_config = ConfigDict(extra="forbid")
+    optimization_level: int | None = Field(
+        None, ge=0, le=5, description="0 builds fast, 5 runs fast (default: TensorRT's own)"
+    )
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.epilog = EPILOG
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--precision", choices=("fp32", "fp16"), help="insist on it (default: the bundle's)")
+    parser.add_argument("--form", choices=("modern", "portable"), help="default: what suits this TensorRT")
+    parser.add_argument("--widths", help="rows of a step, as 1,16,64 (default: the bundle's)")
+    parser.add_argument("--target", help="build for other GPUs, as sm86,sm89 (TensorRT-RTX only)")
+    parser.add_argument("--runtime", choices=("tensorrt", "tensorrt_rtx"), help="default: the one installed")
+    parser.add_argument("--force", action="store_true", help="build even if memory seems too small")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes and memory; build nothing")
+    add_set_option(parser, BuildSettings)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build, or say what would be built."""
+    from rich.console import Console
+
+    from diagd.bundle import Bundle
+    from diagd.engines.tensorrt.capabilities import import_tensorrt
+    from diagd.engines.tensorrt.opening import compile_engine
+
+    settings = parse_settings(BuildSettings, args.settings)
+    console, bundle = Console(), Bundle.open(args.bundle)
+    trt = import_tensorrt(args.runtime)
+    request = _request(args, settings, bundle)
+    if args.dry_run:
+        _print_plan(console, bundle, request, trt.__name__)
+        return 0
+    began = time.perf_counter()
+    stored, log = compile_engine(bundle, request, trt, progress=Progress(console), force=args.force)
+    for line in log:
+        console.print(f"{line.severity.lower()}: {line.text}", style="dim", markup=False)
+    seconds, fingerprint = time.perf_counter() - began, stored.record.fingerprint
+    console.print(
+        f"built {fingerprint.form.value} {fingerprint.precision} widths "
+        f"{','.join(map(str, fingerprint.widths))} for {','.join(fingerprint.targets)} in {seconds:.1f} s: "
+        f"{stored.record.bytes / 1e6:,.1f} MB at {stored.plan}"
+    )
+    return 0
+
+
+def _request(args: argparse.Namespace, settings: BuildSettings, bundle: Bundle) -> Request:
+    from diagd.bundle import Form
+    from diagd.engines.tensorrt.opening import Request
+    from diagd.runtime.session import token_places
+
+    manifest = bundle.manifest
+    form = Form(args.form) if args.form else None
+    _check_precision(args.precision, bundle, form)
+    return Request(
+        tokens=token_places(manifest.layout.stream(), manifest.context.frames).size,
+        form=form,
+        widths=_widths(args.widths),
+        targets=tuple(args.target.lower().split(",")) if args.target else (),
+        optimization_level=settings.optimization_level,
+    )
+
+
+def _check_precision(wanted: str | None, bundle: Bundle, form: Form | None) -> None:
+    compiled = [graph for graph in bundle.manifest.graphs if graph.width and form in (None, graph.form)]
+    held = sorted({graph.precision for graph in compiled})
+    if wanted and held and wanted not in held:
+        raise BundleError(
+            f"{bundle.path} has step graphs in {', '.join(held)}, not {wanted}: precision is chosen on "
+            f"export; run: diagd-export --model {bundle.manifest.name} --form {compiled[0].form.value} "
+            f"--precision {wanted}"
+        )
+
+
+def _widths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        widths = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError as error:
+        raise UsageError(f"--widths takes numbers as 1,16,64, got '{text}'") from error
+    if widths[0] < 1:
+        raise UsageError(f"--widths {text}: a step has at least one row")
+    return widths
+
+
+def _print_plan(console: Console, bundle: Bundle, request: Request, runtime: str) -> None:
+    from rich.table import Table
+
+    from diagd.engines.fixed import graphs_of
+    from diagd.engines.tensorrt.capabilities import capabilities, import_tensorrt
+    from diagd.engines.tensorrt.memory import available_bytes, estimate
+
+    form = request.form or capabilities(import_tensorrt(runtime)).form
+    graphs = graphs_of(bundle, form)
+    widths = request.widths or tuple(int(graph.width or 0) for graph in graphs)
+    needed = estimate(bundle, graphs[0], widths)
+    table = Table("what", "GB", title=f"{bundle.path}: {form.value} form, nothing was built")
+    table.add_row("weights", f"{needed.weights / 1e9:.2f}")
+    table.add_row("host memory while building, about", f"{needed.build / 1e9:.2f}")
+    table.add_row("host memory free", f"{(available_bytes() or 0) / 1e9:.2f}")
+    table.add_row("device memory while running, about", f"{needed.run / 1e9:.2f}")
+    console.print(table)

@@ -1,0 +1,182 @@
+"""From a bundle to a compiled engine on disk, and from there to an engine that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from diagd.bundle import Bundle, Form, cache_directory
+from diagd.bundle.files import atomic_file
+from diagd.bundle.manifest import StepGraph
+from diagd.engines.cuda.driver import CudaDevice, DeviceDescription, describe_device, open_driver
+from diagd.engines.cuda.engine import DeviceEngine
+from diagd.engines.cuda.program import Tensor
+from diagd.engines.fingerprint import ANY, EngineStore, Fingerprint, StoredEngine, graph_digest
+from diagd.engines.fixed import graphs_of
+from diagd.engines.tensorrt.build_log import LogLine
+from diagd.engines.tensorrt.builder import Builder, BuildOptions
+from diagd.engines.tensorrt.capabilities import (
+    Capabilities,
+    capabilities,
+    check_targets,
+    import_tensorrt,
+)
+from diagd.engines.tensorrt.memory import available_bytes, check_memory, estimate
+from diagd.engines.tensorrt.program import TensorRTProgram
+from diagd.errors import DiagdError, EngineError
+from diagd.progress import Progress
+from diagd.version import __version__
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile of a bundle.
+
+    Attributes:
+        tokens: size of the token buffer.
+        form: None takes what suits the TensorRT that is installed.
+        widths: None takes those of the bundle.
+        targets: GPUs to cross-build for; none: the GPU at hand.
+        optimization_level: None leaves TensorRT's default.
+    """
+
+    tokens: int
+    form: Form | None = None
+    widths: tuple[int, ...] | None = None
+    targets: tuple[str, ...] = ()
+    optimization_level: int | None = None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Options that change the engine."""
+        level = self.optimization_level
+        return () if level is None else (f"optimization_level={level}",)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What engines are compiled for, and the step graph to compile."""
+
+    fingerprint: Fingerprint
+    graph: StepGraph
+    offered: Capabilities
+
+
+def resolve(bundle: Bundle, request: Request, trt: ModuleType) -> Target:
+    """Settle every choice a request leaves open.
+
+    Raises:
+        BundleError: the bundle has no graph of the form.
+        EngineError: a target cannot be built for, or there is no GPU and no target is named.
+    """
+    offered = capabilities(trt)
+    check_targets(offered, request.targets)
+    form = request.form or offered.form
+    graphs = graphs_of(bundle, form)
+    here = _described(offered, request.targets)
+    fingerprint = Fingerprint(
+        graph=graph_digest(bundle, graphs[0].file),
+        runtime=offered.name,
+        device=here.name,
+        targets=request.targets or (here.target,),
+        driver=here.driver,
+        form=form,
+        precision=graphs[0].precision,
+        widths=request.widths or tuple(int(graph.width or 0) for graph in graphs),
+        tokens=request.tokens,
+        flags=request.flags,
+    )
+    return Target(fingerprint, graphs[0], offered)
+
+
+def compile_engine(
+    bundle: Bundle,
+    request: Request,
+    trt: ModuleType,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> tuple[StoredEngine, tuple[LogLine, ...]]:
+    """Compile a step graph and keep the engine in the bundle.
+
+    Args:
+        bundle: with a graph of the form.
+        request: what to compile.
+        trt: TensorRT module.
+        progress: where to report.
+        force: build even if memory seems too small.
+
+    Returns:
+        The engine on disk, read back, and what TensorRT warned of.
+
+    Raises:
+        EngineError: TensorRT refuses, memory does not suffice, or what is on disk is not what was built.
+        KeyboardInterrupt: cancelled; nothing is left.
+    """
+    target = resolve(bundle, request, trt)
+    chosen = target.fingerprint
+    if not force:
+        check_memory(estimate(bundle, target.graph, chosen.widths), available_bytes())
+    timing = timing_cache_file(chosen) if target.offered.timing_cache else None
+    options = BuildOptions(
+        chosen.widths, chosen.tokens, request.targets, chosen.precision, request.optimization_level, timing
+    )
+    build = Builder(trt, progress or Progress()).build(bundle.file(target.graph.file), options)
+    stored = EngineStore(bundle).write(chosen, build.plan, __version__)
+    if timing is not None and build.timing_cache is not None:
+        with atomic_file(timing) as partial:
+            partial.write_bytes(build.timing_cache)
+    return stored, build.log
+
+
+def open_tensorrt(
+    bundle: Bundle, tokens: int, device: CudaDevice, *, runtime: str | None = None, graphs: bool = True
+) -> DeviceEngine:
+    """The engine of this machine, ready to run.
+
+    Args:
+        bundle: with a compiled engine.
+        tokens: size of the token buffer, as when it was compiled.
+        device: where it runs.
+        runtime: ``tensorrt`` or ``tensorrt_rtx``; None takes the first installed.
+        graphs: capture and replay CUDA graphs.
+
+    Raises:
+        EngineError: no engine fits; the message names what differs and the line that mends it.
+    """
+    trt = import_tensorrt(runtime)
+    target = resolve(bundle, Request(tokens), trt)
+    any_widths = target.fingerprint.model_copy(update={"widths": ()})
+    stored = EngineStore(bundle).find(any_widths)
+    built = stored.record.fingerprint
+
+    def program(tensors: Mapping[str, Tensor]) -> TensorRTProgram:
+        return TensorRTProgram(trt, stored.plan, built.widths, tensors, device.stream)
+
+    capacity = int(target.graph.capacity or 0)
+    return DeviceEngine(
+        bundle.manifest, built.form, capacity, built.widths, tokens, device, program, graphs=graphs
+    )
+
+
+def timing_cache_file(fingerprint: Fingerprint) -> Path:
+    """Where kernels measured on one device with one TensorRT and one driver are kept."""
+    name = "-".join((fingerprint.runtime, fingerprint.device, fingerprint.driver)).replace(" ", "_")
+    return cache_directory() / "timing" / f"{name.replace('/', '_')}.cache"
+
+
+def _described(offered: Capabilities, targets: tuple[str, ...]) -> DeviceDescription:
+    """The GPU an engine is for: a family of them when cross-building."""
+    if targets:
+        return DeviceDescription(ANY, "", ANY)
+    try:
+        return describe_device(open_driver())
+    except DiagdError as error:
+        remedy = (
+            f"name GPUs to build for with --target (this TensorRT offers {', '.join(offered.cross_targets)})"
+            if offered.cross_targets
+            else "run diagd-build on the machine with the GPU"
+        )
+        raise EngineError(f"{error}; {remedy}") from error

@@ -1,0 +1,79 @@
+"""``diagd build`` end to end, with TensorRT-RTX on a machine without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diagd.bundle import Bundle, Form
+from diagd.cli.main import main
+from diagd.engines.cuda.driver import open_driver
+from diagd.engines.fingerprint import ANY, EngineStore
+from diagd.errors import DiagdError
+from diagd.export.exporter import GraphOptions
+from diagd.export.rotary import linear_rotary
+from diagd.export.transformer import Transformer
+from diagd.schedule import StreamLayout
+from tests.models import export_small
+from tests.oracles.models import small_model
+
+pytest.importorskip("tensorrt_rtx")
+RTX = ("--runtime", "tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    small = small_model(StreamLayout(2, 3, after=1), layers=1, context_frames=4).config
+    config = replace(small, hidden=64, head_size=32, rotary=linear_rotary(32, 1e4))
+    model = Transformer(config).initialise(torch.Generator().manual_seed(0)).eval()
+    path = tmp_path_factory.mktemp("bundle") / "small.diagd"
+    return export_small(model, path, GraphOptions((Form.MODERN,), "fp16", widths=(1, 8)))
+
+
+def test_a_bundle_is_built_for_named_gpus(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", str(bundle), "--target", "sm86,sm89", "--widths", "8,4", *RTX]) == 0
+    assert "built modern fp16 widths 4,8 for sm86,sm89" in " ".join(capsys.readouterr().out.split())
+    (stored,) = EngineStore(Bundle.open(bundle))
+    fingerprint = stored.record.fingerprint
+    assert (fingerprint.widths, fingerprint.targets, fingerprint.device) == ((4, 8), ("sm86", "sm89"), ANY)
+    assert stored.plan.stat().st_size == stored.record.bytes
+
+
+def test_a_dry_run_builds_nothing(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = list(bundle.rglob("*"))
+    assert main(["build", str(bundle), "--dry-run", *RTX]) == 0
+    assert "nothing was built" in capsys.readouterr().out
+    assert list(bundle.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "sm90"], "has no target sm90; it builds for sm75"),
+        (["--precision", "fp32"], "precision is chosen on export; run: diagd-export --model small"),
+        (
+            ["--form", "portable", "--target", "sm89"],
+            "no portable graph; export it again with --form portable",
+        ),
+        (["--widths", "a,b"], "--widths takes numbers as 1,16,64"),
+        (["--widths", "0"], "at least one row"),
+    ],
+)
+def test_what_cannot_be_built_is_said(
+    bundle: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["build", str(bundle), *options, *RTX]) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_targets_are_asked_for(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        open_driver()
+    except DiagdError:
+        assert main(["build", str(bundle), *RTX]) != 0
+        assert "--target" in capsys.readouterr().err
+    else:
+        pytest.skip("this machine has a CUDA device")

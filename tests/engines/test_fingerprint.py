@@ -1,0 +1,136 @@
+"""Compiled engines are found where they fit, and a misfit names its reason and its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diagd.bundle import Bundle, Form
+from diagd.bundle.manifest import (
+    CacheShape,
+    DefaultSchedule,
+    FileRecord,
+    GridLayout,
+    IdRange,
+    Manifest,
+    Provenance,
+    RotaryContext,
+    SamplingRules,
+)
+from diagd.engines.fingerprint import ANY, RECORD_NAME, EngineStore, Fingerprint, graph_digest
+from diagd.errors import EngineError
+
+BUILT = Fingerprint(
+    graph="a" * 64,
+    runtime="tensorrt 11.4.0",
+    device="NVIDIA H200",
+    targets=("sm90",),
+    driver="13.0",
+    form=Form.MODERN,
+    precision="fp16",
+    widths=(1, 16),
+    tokens=500,
+)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    files = {name: FileRecord(bytes=1, sha256=name[0] * 64) for name in ("step.onnx", "weights.bin")}
+    manifest = Manifest(
+        name="small",
+        family="small",
+        layout=GridLayout(rows=2, columns=3),
+        vocabulary=8,
+        output_vocabulary=8,
+        sampling=SamplingRules(ranges=(IdRange(low=0, high=8),)),
+        context=RotaryContext(frames=4, positions=60, frame_angles=(0.0,)),
+        schedule=DefaultSchedule(k=1),
+        cache=CacheShape(layers=1, kv_heads=1, head_size=8, dtype="float16"),
+        frames_per_second=8.0,
+        graphs=(),
+        files=files,
+        provenance=Provenance(source="none", diagd_version="0"),
+        licence="none",
+    )
+    return Bundle(tmp_path, manifest)
+
+
+def test_an_engine_is_found_again(bundle: Bundle) -> None:
+    store = EngineStore(bundle)
+    stored = store.write(BUILT, b"plan", "0.1")
+    assert stored.plan.read_bytes() == b"plan"
+    assert store.find(BUILT) == stored
+    assert [path.name for path in store.root.iterdir()] == [BUILT.key]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "text"),
+    [
+        ("graph", "b" * 64, "graph: built for aaaaaaaaaaaa, here bbbbbbbbbbbb"),
+        ("runtime", "tensorrt 10.3.0", "runtime: built for tensorrt 11.4.0, here tensorrt 10.3.0"),
+        ("device", "NVIDIA L4", "device: built for NVIDIA H200, here NVIDIA L4"),
+        ("targets", ("sm89",), "targets: built for sm90, here sm89"),
+        ("driver", "12.6", "driver: built for 13.0, here 12.6"),
+        ("form", Form.PORTABLE, "form: built for modern, here portable"),
+        ("precision", "fp32", "precision: built for fp16, here fp32"),
+        ("widths", (1,), "widths: built for 1,16, here 1"),
+        ("tokens", 9, "tokens: built for 500, here 9"),
+        ("flags", ("optimization_level=5",), "flags: built for none, here optimization_level=5"),
+    ],
+)
+def test_what_differs_is_named_with_the_line_that_mends_it(
+    bundle: Bundle, part: str, value: object, text: str
+) -> None:
+    store = EngineStore(bundle)
+    store.write(BUILT, b"plan", "0.1")
+    here = BUILT.model_copy(update={part: value})
+    assert here.key != BUILT.key
+    with pytest.raises(EngineError) as failure:
+        store.find(here)
+    assert f"differs in {text}. Run: diagd-build {bundle.path}" in str(failure.value)
+
+
+def test_a_cross_built_engine_fits_its_targets_on_any_device(bundle: Bundle) -> None:
+    family = BUILT.model_copy(update={"device": ANY, "driver": ANY, "targets": ("sm86", "sm89")})
+    store = EngineStore(bundle)
+    store.write(family, b"plan", "0.1")
+    assert store.find(BUILT.model_copy(update={"targets": ("sm89",)})).record.fingerprint == family
+    with pytest.raises(EngineError, match="targets: built for sm86,sm89, here sm90"):
+        store.find(BUILT)
+
+
+def test_a_machine_that_names_no_widths_takes_those_built(bundle: Bundle) -> None:
+    store = EngineStore(bundle)
+    stored = store.write(BUILT.model_copy(update={"flags": ("optimization_level=5",)}), b"plan", "0.1")
+    assert store.find(BUILT.model_copy(update={"widths": ()})) == stored
+
+
+def test_the_nearest_of_several_is_named(bundle: Bundle) -> None:
+    store = EngineStore(bundle)
+    store.write(BUILT.model_copy(update={"driver": "1.0", "tokens": 3}), b"far", "0.1")
+    store.write(BUILT.model_copy(update={"driver": "12.0"}), b"near", "0.1")
+    with pytest.raises(EngineError, match=r"differs in driver: built for 12\.0, here 13\.0"):
+        store.find(BUILT)
+
+
+def test_none_at_all_is_said(bundle: Bundle) -> None:
+    with pytest.raises(EngineError, match="has no compiled engine; run: diagd-build"):
+        EngineStore(bundle).find(BUILT)
+
+
+def test_a_damaged_plan_and_a_foreign_record_are_not_used(bundle: Bundle) -> None:
+    store = EngineStore(bundle)
+    stored = store.write(BUILT, b"plan", "0.1")
+    stored.plan.write_bytes(b"plaN")
+    with pytest.raises(EngineError, match=r"is damaged: 4 bytes.*run diagd-build again"):
+        store.find(BUILT)
+    (stored.directory / RECORD_NAME).write_text('{"schema": 2}')
+    assert list(store) == []
+
+
+def test_the_digest_covers_graph_and_weights(bundle: Bundle) -> None:
+    digest = graph_digest(bundle, "step.onnx")
+    files = bundle.manifest.files | {"weights.bin": FileRecord(bytes=1, sha256="f" * 64)}
+    other = Bundle(bundle.path, bundle.manifest.model_copy(update={"files": files}))
+    assert graph_digest(other, "step.onnx") != digest
