@@ -14,6 +14,7 @@ from diagd.version import __version__
 
 VERBS = {
     "export": "a checkpoint to a bundle of ONNX graphs",
+    "build": "a step graph to a TensorRT engine",
     "generate": "frames from a bundle, a prompt and actions",
     "models": "what can be exported",
     "align": "fine-tune a checkpoint to diagonal decoding",
@@ -55,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export() -> int:
     """``diagd-export``."""
     return main(["export", *sys.argv[1:]])
+
+
+def build() -> int:
+    """``diagd-build``."""
+    return main(["build", *sys.argv[1:]])
 
 
 def generate() -> int:
