@@ -92,7 +92,12 @@ def run(args: argparse.Namespace) -> int:
     pixels = None if only_tokens else PixelCodec(bundle, cpu)
     prompt = _prompt(args, settings, bundle.manifest, pixels)
     session = open_session(
-        bundle, window=settings.window, cpu=cpu, compat=settings.compat, roll=settings.roll
+        bundle,
+        window=settings.window,
+        cpu=cpu,
+        compat=settings.compat,
+        roll=settings.roll,
+        precision=settings.precision,
     )
     session.start(prompt, _idle(bundle.manifest, len(prompt)), _text(settings, bundle.manifest))
     console, began = Console(), time.perf_counter()

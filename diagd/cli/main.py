@@ -17,6 +17,7 @@ VERBS = {
     "build": "a step graph to a TensorRT engine",
     "generate": "frames from a bundle, a prompt and actions",
     "models": "what can be exported",
+    "calibrate": "quantised step graphs for a bundle, accepted by a quality gate",
     "align": "fine-tune a checkpoint to diagonal decoding",
     "eval": "the quality of a world model under several schedules",
     "world": "record a world and train a model of it",
@@ -56,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export() -> int:
     """``diagd-export``."""
     return main(["export", *sys.argv[1:]])
+
+
+def calibrate() -> int:
+    """``diagd-calibrate``."""
+    return main(["calibrate", *sys.argv[1:]])
 
 
 def build() -> int:
