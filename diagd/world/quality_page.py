@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,14 +56,17 @@ def quality_page(
 
 
 def _how(evaluation: EvalOptions) -> list[str]:
-    sampling, rollouts = evaluation.sampling, evaluation.rollouts
-    return [
-        f"Likelihoods: {evaluation.windows} windows of {evaluation.window_frames} true frames of worlds the",
-        f"model never saw, paired by window. Rollouts: {rollouts}, each of {evaluation.prompt} prompt frames",
-        f"and {evaluation.frames} generated ones, temperature {sampling.temperature:g}, top-p",
-        f"{sampling.top_p:g}, the same random numbers for every schedule. Every figure is mean +- standard",
-        "error. A difference of less than two standard errors is no difference; such gaps are in italics.",
-    ]
+    sampling = evaluation.sampling
+    text = (
+        f"Likelihoods: {evaluation.windows} windows of {evaluation.window_frames} true frames of worlds the "
+        f"model never saw, paired by window. Rollouts: {evaluation.rollouts}, each of {evaluation.prompt} "
+        f"prompt frames and {evaluation.frames} generated ones, temperature {sampling.temperature:g}, top-p "
+        f"{sampling.top_p:g}, the same random numbers for every schedule. Every figure is mean +- standard "
+        "error. A difference of less than two standard errors is no difference; such gaps are in italics. "
+        "The model was trained on a mixture of schedules with row seed `previous_frame` and refeeding, so "
+        "the other columns show what it costs to decode otherwise than trained."
+    )
+    return textwrap.wrap(text, 110)
 
 
 def _gap_cells(row: GapRow) -> str:

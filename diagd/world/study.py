@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -155,3 +157,21 @@ def _plot(path: Path, scores: list[Scores], speeds: dict[str, float]) -> None:
         save_plot(
             path, plain, "forward passes for the generated frames", "NLL of generated tokens under NTP, nats"
         )
+
+
+def _say(name: str) -> None:
+    sys.stderr.write(f"{name}\n")
+
+
+def main() -> None:
+    """Run the study from the command line: ``python -m diagd.world.study``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("model", "data", "geometry", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, help="adds frames per second")
+    args = parser.parse_args()
+    run_study(StudyOptions(**vars(args)), _say)
+
+
+if __name__ == "__main__":
+    main()
