@@ -26,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="recording the model was not trained on")
     parser.add_argument("--output", type=Path, required=True, help="folder of eval.json and contact.png")
+    parser.add_argument("--geometry", type=Path, help="recording of valid tiles (default: --data)")
     parser.add_argument("--world", type=Path, help="folder of the world a bundle was made from (codebook)")
     parser.add_argument("--lags", action="append", help="K:D beside next-token (default 1:9, 1:20, 2:28)")
     parser.add_argument("--seed-policy", choices=[seed.value for seed in RowSeed], help="row seed")
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         data=args.data,
         output=args.output,
+        geometry=args.geometry,
         world=world,
         row_seed=RowSeed(args.seed_policy) if args.seed_policy else RowSeed.PREVIOUS_FRAME,
         options=EvalOptions(rollouts=args.rollouts, seed=args.seed),

@@ -9,7 +9,7 @@ from diagd.errors import UsageError, require
 from diagd.progress import Progress as Bars
 
 EPILOG = """examples:
-  diagd world collect recordings --episodes 178
+  diagd world collect recordings
   diagd world import recordings --videos clips/ --actions noop,left,right --size 72x96
   diagd world train trained --data recordings --steps 1200
   diagd-export --model world --checkpoint trained --output world.diagd
@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     collect = tasks.add_parser("collect", help="record episodes of Crafter")
     collect.add_argument("output", type=Path, help="folder; episodes already there are kept")
-    collect.add_argument("--episodes", type=int, default=178, help="default %(default)s")
+    collect.add_argument("--episodes", type=int, default=720, help="default %(default)s")
     collect.add_argument("--steps", type=int, default=200, help="longest episode (default %(default)s)")
     collect.add_argument("--seed", type=int, default=0)
     collect.add_argument("--processes", type=int, default=2)
