@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from diagd.cli.settings import add_set_option, parse_settings
-from diagd.errors import BundleError, UsageError
+from diagd.errors import UsageError
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from diagd.bundle import Bundle, Form
+    from diagd.bundle import Bundle
     from diagd.engines.tensorrt.opening import Request
 
 EPILOG = """examples:
@@ -24,8 +24,9 @@ EPILOG = """examples:
   diagd-build mineworld.diagd --widths 16,64 --force
   diagd-build mineworld.diagd --target sm86,sm89    (TensorRT-RTX, on a machine without a GPU)
 
-The precision is the graph's own: export with --precision fp16 --form modern (or portable) first. Engines are
-kept in BUNDLE/engines and fit one graph, TensorRT, GPU and driver; what does not fit is named on loading.
+Precision is the graph's own: export with --precision fp16 --form modern (or portable), or quantise with
+diagd-calibrate, first. Engines are kept in BUNDLE/engines and fit one graph, TensorRT, GPU and driver; what
+does not fit is named on loading.
 """
 
 
@@ -42,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--precision", choices=("fp32", "fp16"), help="insist on it (default: the bundle's)")
+    parser.add_argument("--precision", help="of the step graph, as fp16 (default: the bundle's first)")
     parser.add_argument("--form", choices=("modern", "portable"), help="default: what suits this TensorRT")
     parser.add_argument("--widths", help="rows of a step, as 1,16,64 (default: the bundle's)")
     parser.add_argument("--target", help="build for other GPUs, as sm86,sm89 (TensorRT-RTX only)")
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from diagd.engines.tensorrt.opening import compile_engine
 
     settings = parse_settings(BuildSettings, args.settings)
-    console, bundle = Console(), Bundle.open(args.bundle)
+    console, bundle = Console(), Bundle.open(args.bundle).at_precision(args.precision)
     trt = import_tensorrt(args.runtime)
     request = _request(args, settings, bundle)
     if args.dry_run:
@@ -87,7 +88,6 @@ def _request(args: argparse.Namespace, settings: BuildSettings, bundle: Bundle) 
 
     manifest = bundle.manifest
     form = Form(args.form) if args.form else None
-    _check_precision(args.precision, bundle, form)
     return Request(
         tokens=token_places(manifest.layout.stream(), manifest.context.frames).size,
         form=form,
@@ -95,17 +95,6 @@ def _request(args: argparse.Namespace, settings: BuildSettings, bundle: Bundle) 
         targets=tuple(args.target.lower().split(",")) if args.target else (),
         optimization_level=settings.optimization_level,
     )
-
-
-def _check_precision(wanted: str | None, bundle: Bundle, form: Form | None) -> None:
-    compiled = [graph for graph in bundle.manifest.graphs if graph.width and form in (None, graph.form)]
-    held = sorted({graph.precision for graph in compiled})
-    if wanted and held and wanted not in held:
-        raise BundleError(
-            f"{bundle.path} has step graphs in {', '.join(held)}, not {wanted}: precision is chosen on "
-            f"export; run: diagd-export --model {bundle.manifest.name} --form {compiled[0].form.value} "
-            f"--precision {wanted}"
-        )
 
 
 def _widths(text: str | None) -> tuple[int, ...] | None:

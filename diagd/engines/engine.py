@@ -57,8 +57,12 @@ class Engine(Protocol):
     capacity: int
     max_width: int
     samples_in_graph: bool
-    token_buffer: Int
     slot_position: Int
+
+    @property
+    def token_buffer(self) -> Int:
+        """Tokens by place, once every step so far has run; the runtime writes known ones into it."""
+        ...
 
     def padded_width(self, width: int) -> int:
         """Slots that a step of ``width`` rows writes, pad rows included."""

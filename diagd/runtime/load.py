@@ -27,8 +27,9 @@ def load(
     prepack: bool = True,
     roll: int | None = None,
     precision: str | None = None,
+    backend: str = "cpu",
 ) -> Session:
-    """Open a bundle and make its engine ready on the CPU.
+    """Open a bundle and make its engine ready.
 
     Args:
         path: a bundle made by ``diagd-export``.
@@ -40,13 +41,17 @@ def load(
         roll: frames by which a full window slides at once, for models whose positions are absolute: they then
             feed the window again. Default: the manifest's.
         precision: of the step graph, one of those in the bundle; default: that of its first graph.
+        backend: ``cpu``, ``tensorrt`` (an engine made by diagd-build) or ``cuda`` (ONNX Runtime).
 
     Raises:
         BundleError: the bundle is missing, damaged or altered.
+        EngineError: there is no GPU, or no compiled engine fits it.
         UsageError: the window, ``roll``, ``compat`` or ``precision`` is not possible.
     """
     bundle, cpu = Bundle.open(path), CpuOptions(threads, prepack)
-    return open_session(bundle, window=window, cpu=cpu, compat=compat, roll=roll, precision=precision)
+    return open_session(
+        bundle, window=window, cpu=cpu, compat=compat, roll=roll, precision=precision, backend=backend
+    )
 
 
 def open_session(
@@ -57,6 +62,7 @@ def open_session(
     compat: str | None = None,
     roll: int | None = None,
     precision: str | None = None,
+    backend: str = "cpu",
 ) -> Session:
     """A session over a bundle that is open; see ``load``."""
     bundle = bundle.at_precision(precision)
@@ -68,7 +74,10 @@ def open_session(
     if compat is not None and compat not in COMPAT:
         raise unknown("compat", compat, COMPAT)
     cpu = cpu or CpuOptions()
-    engine = _make_engine(bundle, window, cpu, compat is not None)
+    if backend == "cpu":
+        engine = _make_engine(bundle, window, cpu, compat is not None)
+    else:
+        engine = _make_gpu_engine(bundle, backend)
     text = TextReader(bundle, manifest.text, cpu) if manifest.text else None
     return Session(manifest, engine, window, zero_slots=compat is not None, roll=roll, text=text)
 
@@ -80,3 +89,13 @@ def _make_engine(bundle: Bundle, window: int, cpu: CpuOptions, zero_slots: bool)
         return ModernEngine(bundle, places, cpu)
     zero_rows = layout.frame_start(window) if zero_slots else 0
     return PrefixEngine(bundle, slots_needed(layout, window, MAX_WIDTH) + zero_rows, places, cpu)
+
+
+def _make_gpu_engine(bundle: Bundle, backend: str) -> Engine:
+    from diagd.engines.gpu import BACKENDS, open_gpu_engine
+
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, ("cpu", *BACKENDS))
+    manifest = bundle.manifest
+    places = token_places(manifest.layout.stream(), manifest.context.frames).size
+    return open_gpu_engine(bundle, places, backend)

@@ -53,11 +53,12 @@ def test_a_dry_run_builds_nothing(bundle: Path, capsys: pytest.CaptureFixture[st
     ("options", "message"),
     [
         (["--target", "sm90"], "has no target sm90; it builds for sm75"),
-        (["--precision", "fp32"], "precision is chosen on export; run: diagd-export --model small"),
+        (["--precision", "fp32"], "has no fp32 graph (it has fp16)"),
         (
             ["--form", "portable", "--target", "sm89"],
             "no portable graph; export it again with --form portable",
         ),
+        (["--target", "sm89", "--widths", "64"], "width 64 is above 8"),
         (["--widths", "a,b"], "--widths takes numbers as 1,16,64"),
         (["--widths", "0"], "at least one row"),
     ],

@@ -14,17 +14,18 @@ import onnxruntime
 import pytest
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.cuda.driver import CudaDevice
+from diagd.engines.cuda.driver import CudaDevice, open_driver
 from diagd.engines.cuda.engine import DeviceEngine
 from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram
 from diagd.engines.cuda.program import Tensor
 from diagd.engines.engine import SamplingState, StepInputs
 from diagd.engines.fixed import graphs_of
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.prefix import PrefixEngine
-from diagd.errors import EngineError
+from diagd.engines.portable import PortableEngine
+from diagd.errors import DiagdError, EngineError, UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
+from diagd.runtime.load import load
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from tests.engines.fidelity import Run, decode, recompute
@@ -54,7 +55,7 @@ class Case:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     model = small_model(LAYOUT, layers=1, context_frames=4)
     path = tmp_path_factory.mktemp("bundle") / "small.diagd"
-    options = GraphOptions((Form.PREFIX, Form.MODERN, Form.PORTABLE), widths=WIDTHS)
+    options = GraphOptions((Form.MODERN, Form.PORTABLE), widths=WIDTHS)
     kernels = host_kernels(str(tmp_path_factory.mktemp("native")))
     return Case(model, Bundle.open(export_small(model, path, options)), kernels)
 
@@ -114,11 +115,11 @@ def test_tokens_equal_recomputation(case: Case, form: Form, graphs: bool, run: R
     np.testing.assert_array_equal(decode(case.bundle, make, run), case.recomputed(run))
 
 
-def test_the_same_seed_draws_what_the_host_draws(case: Case) -> None:
+def test_the_same_seed_draws_what_the_cpu_engine_draws(case: Case) -> None:
     run = Run(Schedule.chained(LAYOUT, 1), sampling=SamplingSettings(0.9, 6, 0.9), seed=3)
 
-    def host(bundle: Bundle, tokens: int) -> PrefixEngine:
-        return PrefixEngine(bundle, 512, tokens, CpuOptions(1, prepack=False))
+    def host(bundle: Bundle, tokens: int) -> PortableEngine:
+        return PortableEngine(bundle, tokens, CpuOptions(1, prepack=False))
 
     def device(bundle: Bundle, tokens: int) -> DeviceEngine:
         del bundle
@@ -240,3 +241,13 @@ def make_engine_on_gpu(case: Case, device: CudaDevice) -> DeviceEngine:
         lambda tensors: OnnxRuntimeProgram(session, tensors, WIDTHS, device.kind),
         keep_logits=True,
     )
+
+
+def test_a_backend_that_is_not_there_is_said(case: Case) -> None:
+    with pytest.raises(UsageError, match="unknown backend 'cude'; did you mean 'cuda'"):
+        load(case.bundle.path, backend="cude")
+    try:
+        open_driver()
+    except DiagdError:
+        with pytest.raises(DiagdError, match=r"no CUDA device|pip install 'diagd\[cuda\]'"):
+            load(case.bundle.path, backend="cuda")

@@ -76,6 +76,12 @@ def resolve(bundle: Bundle, request: Request, trt: ModuleType) -> Target:
     form = request.form or offered.form
     graphs = graphs_of(bundle, form)
     here = _described(offered, request.targets)
+    widest = int(graphs[-1].width or 0)
+    if request.widths and request.widths[-1] > widest:
+        raise EngineError(
+            f"width {request.widths[-1]} is above {widest}, for which {bundle.path} has slots; export it "
+            f"again with --set widths={','.join(map(str, request.widths))}"
+        )
     fingerprint = Fingerprint(
         graph=graph_digest(bundle, graphs[0].file),
         runtime=offered.name,

@@ -1,0 +1,51 @@
+"""Engines on an NVIDIA GPU: TensorRT's, or ONNX Runtime's CUDA provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from diagd.bundle import Bundle, Form
+from diagd.engines.cuda.driver import CudaDevice
+from diagd.engines.cuda.engine import DeviceEngine
+from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram, open_cuda_session
+from diagd.engines.cuda.program import Tensor
+from diagd.engines.fixed import graphs_of
+from diagd.engines.tensorrt.opening import open_tensorrt
+
+BACKENDS = ("tensorrt", "cuda")
+
+
+def open_gpu_engine(bundle: Bundle, tokens: int, backend: str, *, graphs: bool = True) -> DeviceEngine:
+    """An engine on the first GPU.
+
+    Args:
+        bundle: with a ``modern`` graph (``cuda``) or an engine made by diagd-build (``tensorrt``).
+        tokens: size of the token buffer; for TensorRT that of the model's whole context.
+        backend: one of ``BACKENDS``.
+        graphs: capture and replay CUDA graphs.
+
+    Raises:
+        EngineError: there is no GPU, or no engine that fits it.
+        DependencyError: a package is missing.
+    """
+    device = CudaDevice()
+    if backend == "tensorrt":
+        return open_tensorrt(bundle, tokens, device, graphs=graphs)
+    return open_cuda(bundle, tokens, device, graphs=graphs)
+
+
+def open_cuda(
+    bundle: Bundle, tokens: int, device: CudaDevice, *, graphs: bool = True, keep_logits: bool = False
+) -> DeviceEngine:
+    """The ``modern`` form on ONNX Runtime's CUDA provider; see ``open_gpu_engine``."""
+    steps = graphs_of(bundle, Form.MODERN)
+    widths = tuple(int(graph.width or 0) for graph in steps)
+    session = open_cuda_session(bundle.file(steps[0].file), device, graphs)
+
+    def program(tensors: Mapping[str, Tensor]) -> OnnxRuntimeProgram:
+        return OnnxRuntimeProgram(session, tensors, widths, device.kind)
+
+    capacity = int(steps[0].capacity or 0)
+    return DeviceEngine(
+        bundle.manifest, Form.MODERN, capacity, widths, tokens, device, program, keep_logits=keep_logits
+    )
