@@ -31,22 +31,50 @@ def test_json_has_a_verdict_for_each_order(workplace: Workplace, capsys: pytest.
     assert all(verdict["passed"] and verdict["engine"] == "prefix fp32" for verdict in found)
 
 
-def test_altered_weights_end_with_code_1(
-    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A bundle whose digests agree, but whose weights are not those of the reference."""
-    altered = tmp_path / "altered.diagd"
-    shutil.copytree(workplace.bundle, altered)
-    file = altered / "weights.bin"
+@pytest.fixture(scope="module")
+def altered(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose digests agree, but whose weights are not those of the workplace's."""
+    bundle = tmp_path_factory.mktemp("altered") / "altered.diagd"
+    shutil.copytree(workplace.bundle, bundle)
+    file = bundle / "weights.bin"
     numbers = np.fromfile(file, np.uint8)
     numbers[: len(numbers) // 2 // 4 * 4].view(np.float32)[:] *= np.float32(1.3)
     numbers.tofile(file)
-    seal(altered, read_manifest(altered))
+    seal(bundle, read_manifest(bundle))
+    return bundle
+
+
+def test_altered_weights_end_with_code_1(
+    workplace: Workplace, altered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--reference", str(workplace.bundle), *QUICK, "--json"]
     assert main(["verify", str(altered), *options]) == 1
     found = json.loads(capsys.readouterr().out)
     assert not any(verdict["passed"] for verdict in found)
     assert all(verdict["error"] > 1e-3 for verdict in found)
+
+
+def test_a_prompt_from_a_file(
+    workplace: Workplace, altered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How far other weights are off depends on what they see."""
+    layout, tokens = read_manifest(workplace.bundle).layout, tmp_path / "tokens.npy"
+    np.save(tokens, np.ones((3, layout.rows, layout.columns), np.int32))
+    errors = []
+    for prompt in (workplace.prompt, tokens, tokens):
+        options = [
+            "--prompt",
+            str(prompt),
+            "--reference",
+            str(workplace.bundle),
+            "--k",
+            "1",
+            *QUICK,
+            "--json",
+        ]
+        assert main(["verify", str(altered), *options]) == 1
+        errors.append([verdict["error"] for verdict in json.loads(capsys.readouterr().out)])
+    assert errors[0] != errors[1] == errors[2]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +85,7 @@ def test_altered_weights_end_with_code_1(
         (["--frames", "0"], "at least one"),
         (["--set", "window=1"], "window"),
         (["--reference", "absent.diagd"], "no bundle"),
+        (["--prompt", "absent.npy"], "no .npy array"),
     ],
 )
 def test_mistakes_are_told(
