@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from diagd.bundle import Bundle, Form
@@ -13,6 +14,9 @@ from diagd.errors import UsageError, unknown
 from diagd.runtime.session import Session, token_places
 from diagd.runtime.text import TextReader
 from diagd.schedule import slots_needed
+
+ONE_THREAD_BYTES = 32 << 20
+"""Bundles below this size decode fastest on one thread: waking a second one costs more than it computes."""
 
 COMPAT = ("mineworld",)
 """Released implementations whose cache can be reproduced."""
@@ -34,7 +38,7 @@ def load(
     Args:
         path: a bundle made by ``diagd-export``.
         window: frames a query may see; default: the model's context. Buffers take memory for these only.
-        threads: of ONNX Runtime; 0 is one for each core.
+        threads: of ONNX Runtime; 0 is one for each core, or one in all for a very small model.
         compat: ``mineworld`` shows queries the unwritten slots as zero rows, as the released code does; use
             it with schedules that have ``refeed=False, keep_seeds=True``.
         prepack: keep packed weights in this machine's cache, for faster starts.
@@ -73,13 +77,19 @@ def open_session(
         raise UsageError(f"window {window} is outside 2..{frames}, the context of {manifest.name}")
     if compat is not None and compat not in COMPAT:
         raise unknown("compat", compat, COMPAT)
-    cpu = cpu or CpuOptions()
+    cpu = _with_threads(cpu or CpuOptions(), bundle)
     if backend == "cpu":
         engine = _make_engine(bundle, window, cpu, compat is not None)
     else:
         engine = _make_gpu_engine(bundle, backend)
     text = TextReader(bundle, manifest.text, cpu) if manifest.text else None
     return Session(manifest, engine, window, zero_slots=compat is not None, roll=roll, text=text)
+
+
+def _with_threads(cpu: CpuOptions, bundle: Bundle) -> CpuOptions:
+    """One thread for a model that fits in a core's reach: its products are too short to share."""
+    small = sum(record.bytes for record in bundle.manifest.files.values()) < ONE_THREAD_BYTES
+    return replace(cpu, threads=1) if small and not cpu.threads else cpu
 
 
 def _make_engine(bundle: Bundle, window: int, cpu: CpuOptions, zero_slots: bool) -> Engine:
