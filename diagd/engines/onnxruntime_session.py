@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SPIN_MICROSECONDS = 50
 """Idle worker threads spin this long: enough to bridge the gaps inside a step, harmless on a busy machine."""
 
+UNWANTED = ["MatMulAddFusion"]
+"""It makes a product and its residual one Gemm, which hides the product from the fusion with Q/DQ."""
+
 
 @dataclass(frozen=True)
 class CpuOptions:
@@ -58,7 +61,9 @@ def _load(
     runtime: onnxruntime, graph: Path, settings: onnxruntime.SessionOptions
 ) -> onnxruntime.InferenceSession:
     try:
-        return runtime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(
+            str(graph), settings, providers=["CPUExecutionProvider"], disabled_optimizers=UNWANTED
+        )
     except Exception as error:  # ONNX Runtime raises several unrelated types
         raise EngineError(f"ONNX Runtime {runtime.__version__} refuses {graph}: {error}") from error
 
