@@ -28,7 +28,7 @@ p{margin:.4em 0}.soft{color:var(--soft);font-size:.9rem}
 figure{margin:0;background:var(--card);border-radius:8px;padding:10px}
 figcaption{font-weight:600;margin-bottom:4px}
 svg{width:100%;height:auto;display:block}
-svg text{font-size:12px;fill:var(--soft)}svg .title{fill:var(--ink)}svg .mark{fill:var(--ink);font-size:11px}
+svg text{font-size:14px;fill:var(--soft)}svg .title{fill:var(--ink)}svg .mark{fill:var(--ink);font-size:13px}
 .grid{stroke:var(--line);stroke-width:1}
 .legend{font-size:.82rem;color:var(--soft)}.legend span{margin-right:12px;white-space:nowrap}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:4px}

@@ -12,8 +12,8 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH: Final = 420
 HEIGHT: Final = 280
-LEFT: Final = 52
-BOTTOM: Final = 40
+LEFT: Final = 58
+BOTTOM: Final = 44
 TOP: Final = 14
 RIGHT: Final = 14
 COLOURS: Final = ("#3b82c4", "#e0892b", "#3f9d63", "#c2506b", "#7d6bc7", "#8a7a4d", "#2f9aa0")

@@ -167,7 +167,7 @@ def test_axes() -> None:
     assert linear.share(20) == 1.0
     plot = Plot("t", linear, linear)
     plot.bar(5, 1, 10, "#000000")
-    assert 'height="226.0"' in plot.svg()
+    assert 'height="222.0"' in plot.svg()
 
 
 def test_a_trace_nests_and_adds_up(profiled: Profile, tmp_path: Path) -> None:
