@@ -57,8 +57,8 @@ class PortableAttention(FullAttention):
 class PortableStep(nn.Module):
     """Step over a cache that its runtime writes, with the sampler in the graph.
 
-    Inputs: those of ``ModernStep`` but the sinks. Outputs: tokens int32 [W], logits float32 [W, V], new_key_l and
-    new_value_l [1, G, W, D], which belong at slots ``write_index + arange(W)``.
+    Inputs: those of ``ModernStep`` but the sinks. Outputs: tokens int32 [W], logits float32 [W, V],
+    new_key_l and new_value_l [1, G, W, D], which belong at slots ``write_index + arange(W)``.
     """
 
     ranges: Tensor

@@ -1,7 +1,8 @@
 """Cosmos autoregressive world models (NVIDIA, arXiv 2501.03575): 5 latent frames of 40 x 64 tokens.
 
-The video2world models also attend to a T5 text embedding, start the stream with a token of its own (the first id behind the visual ones), and add
-sinusoids of frame, row and column before every layer, so their positions are absolute.
+The video2world models also attend to a T5 text embedding, start the stream with a token of its own (the first
+id behind the visual ones), and add sinusoids of frame, row and column before every layer, so their positions
+are absolute.
 """
 
 from __future__ import annotations
