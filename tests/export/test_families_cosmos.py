@@ -21,8 +21,9 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
 from tests.export.released import arrays_of, logits_of, module_of, random_rows, random_tensors
 from tests.oracles import numpy_forward
-from tests.oracles.full_recompute import FullRecompute
+from tests.oracles.full_recompute import FullRecompute, lengthened
 from tests.oracles.rows import rows_of
+from tests.oracles.sliding import SlidingOracle
 from tests.runtime.test_fidelity import frames_of
 
 CODES = 40
@@ -96,9 +97,19 @@ class WithText(FullRecompute):
         return logits[0]
 
 
+def recompute(case: Case) -> FullRecompute:
+    oracle = WithText(case.model)
+    oracle.text = None if case.text is None else torch.from_numpy(case.text).float()
+    return oracle
+
+
+def session_bundle(case: Case) -> Path:
+    return case.path.parent / "small.diagd"
+
+
 @pytest.fixture(scope="module")
 def session(case: Case) -> diagd.runtime.session.Session:
-    output = case.path.parent / "small.diagd"
+    output = session_bundle(case)
     sources = Sources(open_sources(case.family, None, str(case.path)).transformer)
     export(case.family, GraphOptions(), sources, output)
     return diagd.load(output, threads=1)
@@ -117,14 +128,34 @@ def test_the_graph_decodes_what_recomputation_decodes(
     stream = np.random.default_rng(1).integers(0, CODES, layout.frame_start(FRAMES))
     stream[: layout.prefix] = case.family.prefix_tokens
     prompt = frames_of(stream, layout, 0, 1)
-    oracle = WithText(case.model)
-    oracle.text = None if case.text is None else torch.from_numpy(case.text).float()
-    oracle.run(rows_of(schedule.table(1, FRAMES - 1, 0)), stream)
+    recompute(case).run(rows_of(schedule.table(1, FRAMES - 1, 0)), stream)
     session.start(prompt, text=None if case.text is None else case.text.astype(np.float32))
     decoded = session.generate(FRAMES - 1, schedule=schedule, sampling=SamplingSettings(temperature=0.0))
     np.testing.assert_array_equal(
         np.stack([frame.tokens for frame in decoded]), frames_of(stream, layout, 1, FRAMES - 1)
     )
+
+
+def test_a_full_window_slides(case: Case, session: diagd.runtime.session.Session) -> None:
+    """Base models void the oldest frame; with sinusoids, the begin token and the frames that stay move."""
+    layout, frames = case.family.transformer.layout, 4
+    schedule = Schedule.serial(layout, 1)
+    stream = np.random.default_rng(2).integers(0, CODES, layout.frame_start(1 + frames))
+    stream[: layout.prefix] = case.family.prefix_tokens
+    session = diagd.load(session_bundle(case), window=3, threads=1)
+    session.start(
+        frames_of(stream, layout, 0, 1), text=None if case.text is None else case.text.astype(np.float32)
+    )
+    if case.text is None:
+        oracle = FullRecompute(lengthened(case.model, 1 + frames), window=3)
+        oracle.run(rows_of(schedule.table(1, frames, 0)), stream)
+    else:
+        SlidingOracle(lambda: recompute(case), 3, 1, range(CODES)).run(schedule, 1, frames, stream)
+    decoded = list(session.generate(frames, schedule=schedule, sampling=SamplingSettings(temperature=0.0)))
+    np.testing.assert_array_equal(
+        np.stack([frame.tokens for frame in decoded]), frames_of(stream, layout, 1, frames)
+    )
+    assert [frame.refill_steps for frame in decoded] == ([0] * 4 if case.text is None else [0, 0, 1, 1])
 
 
 def test_texts_that_do_not_fit_are_refused_and_short_ones_filled_up_with_zeros(

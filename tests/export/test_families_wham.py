@@ -27,8 +27,8 @@ from diagd.schedule import Schedule
 from tests.export.checkpoints.foreign import write_wham
 from tests.export.released import arrays_of, logits_of, module_of, random_rows, random_tensors
 from tests.oracles import numpy_forward
-from tests.oracles.full_recompute import Fed, FullRecompute
-from tests.oracles.rows import rows_of
+from tests.oracles.full_recompute import FullRecompute
+from tests.oracles.sliding import SlidingOracle
 from tests.runtime.test_fidelity import actions_of, frames_of
 
 HIDDEN, HEADS, FRAMES, LAYERS = 32, 4, 4, 2
@@ -123,57 +123,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(case.model, export(case.family, GraphOptions(), sources, directory / "w.diagd").path)
 
 
-class SlidingOracle:
-    """Decodes frame by frame; when the window is full it starts afresh on the frames that stay."""
-
-    def __init__(self, model: Transformer, window: int, roll: int) -> None:
-        self.model, self.layout, self.window, self.roll = model, model.config.layout, window, roll
-        self.base_frame, self.slides = 0, 0
-        self.decoder = self._fresh()
-
-    def _fresh(self) -> FullRecompute:
-        oracle = FullRecompute(self.model)
-        oracle.sampled = range(VIT.codes)
-        return oracle
-
-    def run(self, schedule: Schedule, prompt: int, frames: int, stream: np.ndarray) -> None:
-        """Decode into ``stream`` with frames strictly one after another."""
-        table, length = schedule.table(prompt, frames, 0), self.layout.frame_length
-        steps, first = rows_of(table), 0
-        for frame, end in enumerate(table.frame_ends, start=prompt):
-            if frame - self.base_frame >= self.window:
-                self._slide(frame, stream, min(row.position for row in steps[first]))
-            base = self.base_frame * length
-            shifted = [
-                [
-                    row._replace(
-                        source=row.source - base,
-                        position=row.position - base,
-                        sink=row.sink - base if row.sink >= 0 else -1,
-                    )
-                    for row in step
-                ]
-                for step in steps[first : int(end) + 1]
-            ]
-            self._decode(shifted, stream[base:])
-            first = int(end) + 1
-
-    def _decode(self, steps: list[list], tokens: np.ndarray) -> None:
-        """As ``FullRecompute.run``, with the rule that id 0 is no first token of a frame."""
-        for rows in steps:
-            for position, logits in self.decoder._step(rows, tokens).items():
-                low = 1 if position % self.layout.frame_length == 0 else 0
-                tokens[position] = low + int(logits[low : VIT.codes].argmax())
-
-    def _slide(self, frame: int, stream: np.ndarray, fed: int) -> None:
-        while frame - self.base_frame >= self.window:
-            self.base_frame += self.roll
-        base = self.base_frame * self.layout.frame_length
-        self.decoder, self.slides = self._fresh(), self.slides + 1
-        self.decoder.fed = [Fed(int(stream[p]), p - base, 0) for p in range(base, fed)]
-        self.decoder.step = 1
-
-
 def run_both(exported: Exported, k: int, window: int | None, roll: int | None, frames: int) -> list:
     layout = exported.model.config.layout
     random = np.random.default_rng(k)
@@ -185,7 +134,9 @@ def run_both(exported: Exported, k: int, window: int | None, roll: int | None, f
     schedule = Schedule.serial(layout, k) if k < layout.columns else Schedule.next_token(layout)
     session = diagd.load(exported.bundle, window=window, threads=1, roll=roll)
     session.engine.max_width = 32
-    oracle = SlidingOracle(exported.model, session.window, roll or 1)
+    oracle = SlidingOracle(
+        lambda: FullRecompute(exported.model), session.window, roll or 1, range(VIT.codes), first=1
+    )
     oracle.run(schedule, 1, frames, stream)
     session.start(frames_of(given, layout, 0, 1), actions_of(given, layout, 0, 1))
     actions = actions_of(given, layout, 1, frames)
