@@ -99,7 +99,8 @@ class StatisticsCollector:
 
 def row_keys(seed: int, first: int, count: int) -> NDArray[np.float64]:
     """Numbers in [0, 1) of rows ``first``...; each depends on the seed and its own index only."""
-    state = np.arange(first, first + count, dtype=np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+    index = np.arange(first, first + count, dtype=np.uint64)
+    state = index + np.full(count, seed, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64
         state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
     keys: NDArray[np.float64] = (state ^ (state >> np.uint64(31))) / 2.0**64

@@ -1,0 +1,249 @@
+"""Every scheme on real graphs: what they compute, what is refused, what stays as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from diagd.bundle import Bundle, Form
+from diagd.calibration.gate import Budget
+from diagd.calibration.projections import ColumnFold, NormFold, StoredWeights, load_graph, projections
+from diagd.calibration.quantise import CalibrationOptions, RejectedError, calibrate
+from diagd.calibration.rewrite import Rewriter
+from diagd.calibration.schemes import find_scheme
+from diagd.calibration.search import Choice
+from diagd.calibration.weights_file import WeightsFile
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.prefix import PrefixEngine
+from diagd.errors import QualityError, UsageError
+from diagd.export.exporter import GraphOptions
+from tests.calibration.bundles import LAYOUT, PAST, engine_of, frames, logits_of, quantise
+from tests.models import export_small
+from tests.oracles.models import CODES, small_model
+
+SCHEMES = {"int8": 0.06, "int8-dynamic": 0.06, "int8-weight": 0.06, "int4-weight": 0.4, "fp8": 0.2}
+"""Largest relative error of the logits of the small model."""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a CPU and a GPU graph; one channel of every norm is an outlier."""
+    model = small_model(LAYOUT, context_frames=6)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter[3] *= 20
+    options = GraphOptions((Form.PREFIX, Form.MODERN), widths=(8,))
+    return export_small(model, tmp_path_factory.mktemp("plain") / "small.diagd", options)
+
+
+@pytest.fixture(scope="module")
+def quantised(plain: Path) -> Path:
+    """The same with every scheme."""
+    target = plain.with_name("quantised.diagd")
+    shutil.copytree(plain, target)
+    for precision in SCHEMES:
+        quantise(target, precision)
+    return target
+
+
+def rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, CODES, 14).astype(np.int32)
+    return ids, (PAST + random.permutation(14)).astype(np.int32)
+
+
+def alone(bundle: Path, precision: str, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Logits of rows fed one at a time."""
+    engine = engine_of(bundle, precision)
+    each = range(len(ids))
+    return np.concatenate(
+        [logits_of(engine, ids[n : n + 1], positions[n : n + 1], slice(None)) for n in each]
+    )
+
+
+@pytest.mark.parametrize(("precision", "bound"), SCHEMES.items())
+def test_logits_are_near_those_of_fp32(quantised: Path, precision: str, bound: float) -> None:
+    ids, positions = rows()
+    exact = logits_of(engine_of(quantised, "fp32"), ids, positions, slice(None))
+    near = logits_of(engine_of(quantised, precision), ids, positions, slice(None))
+    error = float(np.linalg.norm(near - exact) / np.linalg.norm(exact))
+    assert 1e-4 < error < bound
+
+
+def test_static_int8_does_not_depend_on_the_batch(quantised: Path) -> None:
+    ids, positions = rows()
+    whole = logits_of(engine_of(quantised, "int8"), ids, positions, slice(None))
+    order = np.random.default_rng(1).permutation(14)
+    permuted = logits_of(engine_of(quantised, "int8"), ids[order], positions[order], slice(None))
+    garbage = np.asarray([7, 7], np.int32)
+    padded = logits_of(
+        engine_of(quantised, "int8"),
+        np.concatenate([ids, garbage]),
+        np.concatenate([positions, garbage]),
+        slice(0, 14),
+    )
+    assert np.array_equal(permuted, whole[order])
+    assert np.array_equal(padded, whole)
+    assert np.array_equal(alone(quantised, "int8", ids, positions), whole)
+
+
+def test_every_graph_is_valid_and_shares_what_it_does_not_change(quantised: Path) -> None:
+    manifest = Bundle.open(quantised).manifest
+    graphs = {(graph.form, graph.precision): graph.file for graph in manifest.graphs}
+    assert {precision for form, precision in graphs if form is Form.PREFIX} == {"fp32", *SCHEMES}
+    assert {precision for form, precision in graphs if form is Form.MODERN} == {
+        "fp32",
+        "int8",
+        "int8-weight",
+        "int4-weight",
+        "fp8",
+    }
+    for (form, precision), file in graphs.items():
+        onnx.checker.check_model(str(quantised / file), full_check=False)
+        model = load_graph(quantised / file)
+        places = {
+            entry.value
+            for t in model.graph.initializer
+            for entry in t.external_data
+            if entry.key == "location"
+        }
+        assert "weights.bin" in places
+        if precision != "fp32":
+            assert len(places) == 2
+            assert not {node.op_type for node in model.graph.node} & {"DynamicQuantizeLinear"}
+        if form is Form.MODERN:
+            assert {node.domain for node in model.graph.node} == {""}
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-weight", "int4-weight", "fp8"])
+def test_gpu_graphs_hold_the_weights_of_fp32_to_a_step(quantised: Path, precision: str) -> None:
+    """Weights read back by ONNX's own reference, migration undone by the product they belong to."""
+    bundle = Bundle.open(quantised)
+    file = next(g.file for g in bundle.manifest.graphs if g.form is Form.MODERN and g.precision == precision)
+    model = onnx.load(str(quantised / file))
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    name = "transformer.layers.1.attention.out"  # nothing migrates into it or out of it
+    node = next(node for node in model.graph.node if node.output[0] == f"{name}.dq")
+    graph = onnx.helper.make_graph(
+        [node],
+        "weight",
+        [],
+        [onnx.helper.make_tensor_value_info(f"{name}.dq", onnx.TensorProto.FLOAT, None)],
+        [tensors[name] for name in node.input],
+    )
+    opsets = [onnx.helper.make_opsetid("", 24)]
+    read = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(None, {})[0]
+    plain = onnx.load(str(quantised / "step.onnx"))
+    exact = onnx.numpy_helper.to_array(next(t for t in plain.graph.initializer if t.name == name))
+    error = np.abs(read - exact).max() / np.abs(exact).max()
+    assert error < {"int8": 0.005, "int8-weight": 0.005, "int4-weight": 0.16, "fp8": 0.04}[precision]
+    assert error > 0
+
+
+def test_products_know_what_absorbs_their_factors(plain: Path) -> None:
+    folds = {p.name: p.fold for p in projections(load_graph(plain / "step.onnx"))}
+    assert len(folds) == 9
+    for layer in range(2):
+        start = f"transformer.layers.{layer}"
+        assert isinstance(folds[f"{start}.attention.qkv"], NormFold)
+        assert isinstance(folds[f"{start}.feed_forward.gate_up"], NormFold)
+        assert folds[f"{start}.feed_forward.down"] == ColumnFold(f"{start}.feed_forward.gate_up", 48)
+        assert folds[f"{start}.attention.out"] is None
+    assert isinstance(folds["transformer.head"], NormFold)
+
+
+@pytest.mark.parametrize("kept", ["", "gate_up"])
+def test_factors_cancel_exactly(plain: Path, tmp_path: Path, kept: str) -> None:
+    """Factors in gains and columns leave the logits alone, whether or not their product is quantised."""
+    target = shutil.copytree(plain, tmp_path / "wild.diagd")
+    model, random = load_graph(target / "step.onnx"), np.random.default_rng(0)
+    choices = {
+        p.name: Choice(0.5, random.uniform(0.5, 2, p.inputs).astype(np.float32), None, 0.0)
+        for p in projections(model)
+        if p.fold is not None and not (kept and kept in p.name)
+    }
+    with WeightsFile(target / "wild.bin") as file:
+        stored = StoredWeights(model, target)
+        Rewriter(model, stored, Form.PREFIX, find_scheme("int8-weight"), choices, file).run()
+    (target / "step.onnx").write_bytes(model.SerializeToString())
+    names = {tensor.name for tensor in model.graph.initializer}
+    assert ("transformer.layers.0.feed_forward.gate_up.scaled" in names) == bool(kept)
+    bundle = Bundle(target, Bundle.open(plain).manifest).at_precision("fp32")
+    ids, positions = rows()
+    near = logits_of(PrefixEngine(bundle, 96, 64, CpuOptions(1, prepack=False)), ids, positions, slice(None))
+    exact = logits_of(engine_of(plain, "fp32"), ids, positions, slice(None))
+    assert np.linalg.norm(near - exact) < 0.05 * np.linalg.norm(exact)
+
+
+def test_without_any_quantised_product_logits_are_those_of_fp32(plain: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(plain, tmp_path / "kept.diagd")
+    report = quantise(target, "int8", floor=1000.0)
+    assert len(report.kept) == len(report.layers) == 9
+    ids, positions = rows()
+    exact = logits_of(engine_of(target, "fp32"), ids, positions, slice(None))
+    assert np.array_equal(logits_of(engine_of(target, "int8"), ids, positions, slice(None)), exact)
+
+
+def test_a_second_run_finds_the_same_scales(plain: Path, quantised: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(plain, tmp_path / "again.diagd")
+    quantise(again, "int8")
+    for file in ("weights.int8.bin", "step.int8.onnx"):
+        assert (again / file).read_bytes() == (quantised / file).read_bytes()
+    other = shutil.copytree(plain, tmp_path / "other.diagd")
+    quantise(other, "int8", seed=9)
+    assert (other / "step.int8.onnx").read_bytes() != (quantised / "step.int8.onnx").read_bytes()
+
+
+def test_a_failed_gate_leaves_the_bundle_as_it_was(plain: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(plain, tmp_path / "a.diagd")
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    with pytest.raises(RejectedError, match=r"NLL rises by .* unchanged") as caught:
+        quantise(target, "int4-weight", budget=Budget(agreement=0, nll=1e-9, psnr=0))
+    assert caught.value.exit_code == 1
+    assert caught.value.report.figures["nll"] > 1e-9
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.diagd"]
+
+
+def test_layers_below_the_floor_stay_in_floating_point(plain: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(plain, tmp_path / "a.diagd")
+    errors = sorted(layer["signal_to_noise"] for layer in quantise(target, "int8-dynamic").layers)
+    target = shutil.copytree(plain, tmp_path / "b.diagd")
+    report = quantise(target, "int8-dynamic", floor=(errors[2] + errors[3]) / 2)
+    assert len(report.kept) == 3
+    names = {t.name for t in load_graph(target / "step.int8-dynamic.onnx").graph.initializer}
+    assert set(report.kept) <= names
+    written = json.loads((target / "calibration" / "int8-dynamic.json").read_text())
+    assert [layer["name"] for layer in written["layers"] if not layer["quantised"]] == report.kept
+    assert (target / "calibration" / "int8-dynamic.png").stat().st_size > 5000
+
+
+def test_what_cannot_be_calibrated_is_refused(plain: Path, quantised: Path) -> None:
+    bundle = Bundle.open(plain)
+    with pytest.raises(UsageError, match=r"trained model.*--data"):
+        calibrate(bundle, CalibrationOptions("int8"))
+    with pytest.raises(UsageError, match="63 calibration steps; expected at least 64"):
+        calibrate(bundle, CalibrationOptions("int8", steps=63), frames())
+    with pytest.raises(UsageError, match="unknown precision 'int9'"):
+        calibrate(bundle, CalibrationOptions("int9"), frames())
+    with pytest.raises(UsageError, match="has int8 graphs already"):
+        calibrate(Bundle.open(quantised), CalibrationOptions("int8"), frames())
+    with pytest.raises(UsageError, match="no fp32 prefix graph"):
+        calibrate(Bundle.open(quantised).at_precision("int8"), CalibrationOptions("fp8"), frames())
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = small_model(LAYOUT, layers=1, context_frames=6)
+    with torch.no_grad():
+        model.layers[0].attention_norm.weight[0] = float("nan")
+    bundle = export_small(model, tmp_path / "broken.diagd")
+    with pytest.raises(QualityError, match="no finite numbers"):
+        quantise(bundle, "int8")

@@ -1,0 +1,88 @@
+"""``diagd calibrate``: what it prints, what it leaves, what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.bundle import Bundle
+from diagd.cli.main import main
+from tests.cli.conftest import Workplace
+from tests.cli.test_generate import generate
+
+LOOSE = "agreement=0,nll=1000,psnr=0"
+
+
+@pytest.fixture(scope="module")
+def place(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A copy of the workplace whose bundle may change."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    bundle = shutil.copytree(workplace.bundle, folder / "world.diagd")
+    return Workplace(folder, workplace.world, bundle, workplace.prompt, workplace.actions)
+
+
+def calibrate(place: Workplace, *options: str) -> int:
+    return main(["calibrate", str(place.bundle), "--data", str(place.prompt), *options])
+
+
+def test_a_quantised_graph_is_added_and_runs(
+    place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert calibrate(place, "--precision", "int8", "--budget", LOOSE, "--set", "steps=64") == 0
+    printed = capsys.readouterr().out
+    assert "int8 accepted in" in printed
+    assert "greedy agreement" in printed
+    precisions = [graph.precision for graph in Bundle.open(place.bundle).manifest.graphs]
+    assert precisions == ["fp32", "int8"]
+    report = json.loads((place.bundle / "calibration" / "int8.json").read_text())
+    assert report["bytes_after"] < 0.4 * report["bytes_before"]
+    assert report["figures"]["psnr"] is not None
+    assert sum(entry["steps"] for entry in report["trajectories"]) >= 64
+    tokens = {}
+    for precision in ("fp32", "int8"):
+        output = tmp_path / f"{precision}.npy"
+        assert generate(place, output, "--set", f"precision={precision}") == 0
+        tokens[precision] = np.load(output)
+    assert tokens["int8"].shape == tokens["fp32"].shape
+    assert not np.array_equal(tokens["int8"], tokens["fp32"])
+
+
+def test_a_breach_prints_the_figures_and_exits_with_one(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (place.bundle / "manifest.json").read_bytes()
+    budget = "agreement=1.5,nll=1000,psnr=0"
+    assert calibrate(place, "--precision", "int4-weight", "--budget", budget, "--set", "steps=64") == 1
+    printed = capsys.readouterr()
+    assert "divergence" in printed.out
+    assert "the bundle is unchanged" in printed.err
+    assert (place.bundle / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "int3"], "unknown precision 'int3'"),
+        (["--precision", "int8-weight", "--set", "steps=9"], "at least 64"),
+        (["--precision", "int8-weight", "--set", "range=mean"], "unknown range"),
+        (["--precision", "int8-weight", "--budget", "speed=1"], "unknown budget"),
+    ],
+)
+def test_bad_options_are_refused(
+    place: Workplace, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert calibrate(place, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_precision_that_is_missing_says_how_to_make_it(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(workplace, tmp_path / "a.npy", "--set", "precision=fp8") == 2
+    error = capsys.readouterr().err
+    assert "it has fp32" in error
+    assert "diagd-calibrate" in error
