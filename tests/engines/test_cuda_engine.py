@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
+import diagd.engines.cuda.driver as driver_module
 from diagd.bundle import Bundle, Form
 from diagd.engines.cuda.driver import CudaDevice, open_driver
 from diagd.engines.cuda.engine import DeviceEngine
@@ -241,6 +244,17 @@ def make_engine_on_gpu(case: Case, device: CudaDevice) -> DeviceEngine:
         lambda tensors: OnnxRuntimeProgram(session, tensors, WIDTHS, device.kind),
         keep_logits=True,
     )
+
+
+def test_every_name_of_the_driver_api_exists() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    tree = ast.parse(Path(driver_module.__file__).read_text())
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    functions = {node.attr for node in attributes if node.attr.startswith(("cu", "CU"))}
+    assert {"cuInit", "cuGraphLaunch", "cuMemcpyHtoDAsync", "cuStreamBeginCapture"} <= functions
+    kinds = ("CUdevice_attribute", "CUstream_flags", "CUstreamCaptureMode")
+    places = [driver, *(getattr(driver, name) for name in kinds)]
+    assert [name for name in functions if not any(hasattr(place, name) for place in places)] == []
 
 
 def test_a_backend_that_is_not_there_is_said(case: Case) -> None:

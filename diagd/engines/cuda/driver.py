@@ -49,7 +49,7 @@ def open_driver() -> ModuleType:
         check(driver.cuInit(0))
         devices = check(driver.cuDeviceGetCount())
     except (EngineError, RuntimeError) as error:
-        raise EngineError(f"no CUDA device: {error}") from error
+        raise EngineError(f"no CUDA device: {str(error).rstrip('.')}") from error
     if not devices:
         raise EngineError("no CUDA device: the driver finds none; check nvidia-smi and CUDA_VISIBLE_DEVICES")
     return driver
