@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,9 +43,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.open(export_small(model, path, options))
 
 
-def compile_graph(graph: Path, target: str = "sm89", **options: object) -> Build:
-    chosen = BuildOptions(WIDTHS, 40, (target,), **options)  # type: ignore[arg-type]
-    return Builder(rtx).build(graph, chosen)
+def compile_graph(graph: Path, target: str = "sm89") -> Build:
+    return Builder(rtx).build(graph, BuildOptions(WIDTHS, 40, (target,)))
 
 
 def test_the_modern_form_keeps_its_fused_layers(bundle: Bundle) -> None:
@@ -98,11 +98,19 @@ def attention_graph(path: Path, dtype: int, **attributes: object) -> Path:
     return path
 
 
-def test_float32_attention_is_split_only_when_the_graph_is_float32(tmp_path: Path) -> None:
+class PlainBuilder(Builder):
+    """Leaves attention as the parser made it."""
+
+    def _prepare_attention(self, network: object) -> Counter[str]:
+        del network
+        return Counter()
+
+
+def test_float32_attention_is_compiled_only_because_it_may_be_split(tmp_path: Path) -> None:
     graph = attention_graph(tmp_path / "attention.onnx", TensorProto.FLOAT)
     with pytest.raises(EngineError, match="not supported by a dedicated kernel"):
-        compile_graph(graph, precision="fp16")
-    assert compile_graph(graph, precision="fp32").layers["ATTENTION_INPUT"] == 1
+        PlainBuilder(rtx).build(graph, BuildOptions(WIDTHS, 40, ("sm89",)))
+    assert compile_graph(graph).layers["ATTENTION_INPUT"] == 1
 
 
 def test_attention_options_that_tensorrt_lacks_are_refused(tmp_path: Path) -> None:

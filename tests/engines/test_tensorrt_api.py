@@ -48,8 +48,8 @@ METHODS = {
         "set_optimization_profile_async set_input_shape set_tensor_address execute_async_v3"
     ),
     "ITimingCache": "serialize",
-    "ITensor": "name shape",
-    "ILayer": "type",
+    "ITensor": "name shape dtype",
+    "ILayer": "type get_input",
 }
 MODERN_METHODS = {"IAttention": "decomposable", "IAttentionInputLayer": "attention"}
 GUARDED = {

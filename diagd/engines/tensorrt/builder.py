@@ -35,8 +35,6 @@ class BuildOptions:
         widths: one optimization profile each; they share one copy of the weights.
         tokens: size of the token buffer.
         targets: GPUs to build for where TensorRT can cross-build, as ``sm89``; none: the GPU at hand.
-        precision: of the graph. Attention kernels are fused for half precision only, so float32 attention may
-            be split into its parts.
         optimization_level: 0 (fast build) to 5 (fast engine); None leaves TensorRT's default.
         timing_cache: file of measured kernels, read and written where TensorRT allows it.
     """
@@ -44,7 +42,6 @@ class BuildOptions:
     widths: tuple[int, ...]
     tokens: int
     targets: tuple[str, ...] = ()
-    precision: str = "fp16"
     optimization_level: int | None = None
     timing_cache: Path | None = None
 
@@ -93,15 +90,18 @@ class Builder:
             reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
             raise EngineError(f"{self.offered.name} cannot parse {graph}: {'; '.join(reasons)}")
         check_log(lines)
-        layers = self._prepare_attention(network, options)
+        layers = self._prepare_attention(network)
         config = builder.create_builder_config()
         self._configure(builder, network, config, options)
         plan = self._run(builder, network, config, lines, graph)
         check_log(lines)
         return Build(plan, layers, tuple(lines), self._timing_cache(config, options))
 
-    def _prepare_attention(self, network: Any, options: BuildOptions) -> Counter[str]:
-        """Attach the live length to every attention layer; count layers by type."""
+    def _prepare_attention(self, network: Any) -> Counter[str]:
+        """Attach the live length to every attention layer; count layers by type.
+
+        Attention is fused for half precision only, so float32 attention may be split into its parts.
+        """
         layers = [network.get_layer(index) for index in range(network.num_layers)]
         counts = Counter(layer.type.name for layer in layers)
         if not counts["ATTENTION_INPUT"]:
@@ -112,7 +112,7 @@ class Builder:
         for layer in layers:
             if layer.type == self.trt.LayerType.ATTENTION_INPUT:
                 layer.__class__ = self.trt.IAttentionInputLayer  # the binding returns the base class
-                layer.attention.decomposable = options.precision == "fp32"
+                layer.attention.decomposable = layer.get_input(0).dtype == self.trt.float32
                 if live is not None:
                     layer.attention.key_value_lengths = live
         return counts

@@ -126,9 +126,7 @@ def compile_engine(
     if not force:
         check_memory(estimate(bundle, target.graph, chosen.widths), available_bytes())
     timing = timing_cache_file(chosen) if target.offered.timing_cache else None
-    options = BuildOptions(
-        chosen.widths, chosen.tokens, request.targets, chosen.precision, request.optimization_level, timing
-    )
+    options = BuildOptions(chosen.widths, chosen.tokens, request.targets, request.optimization_level, timing)
     build = Builder(trt, progress or Progress()).build(bundle.file(target.graph.file), options)
     stored = EngineStore(bundle).write(chosen, build.plan, __version__)
     if timing is not None and build.timing_cache is not None:
