@@ -72,7 +72,11 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(console, Exporter(family, options, settings.tokenizer != "none"), output)
         return 0
-    result = export(family, options, _sources(args, settings, family), output, Progress(console))
+    try:
+        result = export(family, options, _sources(args, settings, family), output, Progress(console))
+    except KeyboardInterrupt:
+        console.print("the same command goes on where this one stopped")
+        raise
     size = result.bytes / 1e6
     console.print(f"exported {args.model} in {result.seconds:.1f} s: {size:,.1f} MB at {result.path}")
     return 0

@@ -92,7 +92,7 @@ def _run(module: ModuleType, args: argparse.Namespace) -> int:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing partial was left\n")
+        sys.stderr.write("interrupted\n")
         return INTERRUPTED
     except Exception as error:  # the user gets one line; --debug shows the rest
         if args.debug:

@@ -36,6 +36,7 @@ from diagd.export.checkpoints import (
     select,
 )
 from diagd.export.families.family import Family
+from diagd.export.resume import ResumableWeights, export_key
 from diagd.export.step_graph import trace_step, trace_text
 from diagd.export.tracing import link_weights, save
 from diagd.export.transformer import Transformer, TransformerConfig, position_tables
@@ -139,6 +140,9 @@ class Exporter:
     def run(self, sources: Sources, output: Path, progress: Progress) -> Manifest:
         """Write the bundle at ``output``; nothing is left of a failed attempt.
 
+        An attempt that is interrupted leaves its weights beside the bundle, hidden: the same export goes on
+        with them.
+
         Args:
             sources: tensors of the model.
             output: directory to make; an existing one is replaced when everything is written.
@@ -153,7 +157,7 @@ class Exporter:
             check(sources.tokenizer, self._tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
         self._check_disk(output)
         with atomic_directory(output) as directory:
-            self._write_weights(directory, sources.transformer, progress)
+            self._write_weights(directory, output, sources.transformer, progress)
             files = {graph.file: graph for graph in self._graphs}  # one file serves every width
             for graph in progress.each(list(files.values()), "tracing step graphs"):
                 self._write_graph(directory, graph)
@@ -201,7 +205,7 @@ class Exporter:
                 "free some space or give another --output"
             )
 
-    def _write_weights(self, directory: Path, source: Checkpoint, progress: Progress) -> None:
+    def _write_weights(self, directory: Path, output: Path, source: Checkpoint, progress: Progress) -> None:
         sources: dict[str, WeightSource] = {
             f"transformer.{name}": weight for name, weight in self.family.weights(source).items()
         }
@@ -209,8 +213,16 @@ class Exporter:
             sources[f"transformer.{name}"] = weights.constant(table.numpy())
         sources["ranges"] = weights.constant(self.family.sampling.range_table(self._layout))
         total = sum(p.length for p in self._placements.values())
-        with progress.bytes("weights", total) as advance:
-            weights.write(directory / WEIGHTS_NAME, self._placements, sources, advance)
+        partial = ResumableWeights(output, export_key(source, self._placements))
+        try:
+            with progress.bytes("weights", total) as advance:
+                weights.write(
+                    partial.path, self._placements, sources, advance, partial.done, partial.finished
+                )
+        except Exception:
+            partial.discard()
+            raise
+        partial.move_to(directory / WEIGHTS_NAME)
 
     def _write_graph(self, directory: Path, graph: _GraphFile) -> None:
         model = trace_step(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,22 +106,31 @@ def write(
     placements: Mapping[str, Placement],
     sources: Mapping[str, WeightSource],
     progress: Callable[[int], None] = lambda _: None,
+    done: Collection[str] = (),
+    finished: Callable[[str, int], None] = lambda *_: None,
 ) -> None:
     """Stream every tensor to its place; memory stays at a few chunks whatever the model's size.
 
     Args:
-        path: file to create.
+        path: file to create, or to go on with.
         placements: from ``plan``.
         sources: a source for each placement, converted to the placement's dtype.
         progress: called with the bytes written by each chunk.
+        done: tensors that the file holds already.
+        finished: called with the name and the bytes of each tensor that is written.
     """
-    with path.open("wb") as file:
+    with path.open("r+b" if done else "wb") as file:
         for name, placement in placements.items():
+            if name in done:
+                progress(placement.length)
+                continue
             file.seek(placement.offset)
             for chunk in sources[name].chunks():
                 converted = np.ascontiguousarray(chunk, dtype=placement.dtype)
                 file.write(converted.data.cast("B") if converted.dtype.kind == "f" else converted.tobytes())
                 progress(converted.nbytes)
+            file.flush()
+            finished(name, placement.length)
 
 
 def external_tensors(

@@ -1,0 +1,129 @@
+"""An interrupted export goes on where it stopped; a failed one leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diagd.export import resume, weights
+from diagd.export.checkpoints import Checkpoint, RandomCheckpoint
+from diagd.export.resume import ResumableWeights, export_key
+from diagd.export.weights import WeightSource
+
+NAMES = [f"tensor {n}" for n in range(6)]
+SHAPE = (3, 5)
+
+
+def random_checkpoint(seed: int = 0) -> Checkpoint:
+    return RandomCheckpoint(dict.fromkeys(NAMES, SHAPE), seed=seed)
+
+
+def placements(checkpoint: Checkpoint) -> dict[str, weights.Placement]:
+    return weights.plan({name: (SHAPE, np.dtype(np.float32)) for name in checkpoint})
+
+
+def write(output: Path, checkpoint: Checkpoint, stop_at: str | None, error: BaseException) -> list[str]:
+    """Write a weights file as the exporter does; returns the tensors that were read."""
+    places, read = placements(checkpoint), []
+
+    def source(name: str) -> WeightSource:
+        def chunks() -> Iterator[Any]:
+            if name == stop_at:
+                raise error
+            read.append(name)
+            yield checkpoint[name].read()
+
+        return WeightSource(SHAPE, chunks)
+
+    partial = ResumableWeights(output, export_key(checkpoint, places))
+    sources = {name: source(name) for name in places}
+    weights.write(partial.path, places, sources, done=partial.done, finished=partial.finished)
+    partial.move_to(output)
+    return read
+
+
+@pytest.fixture(autouse=True)
+def _sync_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "SYNC_BYTES", 1)
+
+
+def test_the_same_export_goes_on(tmp_path: Path) -> None:
+    checkpoint, output = random_checkpoint(), tmp_path / "weights.bin"
+    with pytest.raises(KeyboardInterrupt):
+        write(output, checkpoint, NAMES[4], KeyboardInterrupt())
+    assert not output.exists()
+    assert write(output, checkpoint, None, KeyboardInterrupt()) == NAMES[4:]
+    content = output.read_bytes()
+    for name, place in placements(checkpoint).items():
+        stored = np.frombuffer(content, np.float32, 15, place.offset).reshape(SHAPE)
+        np.testing.assert_array_equal(stored, checkpoint[name].read())
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_another_export_starts_anew(tmp_path: Path) -> None:
+    output = tmp_path / "weights.bin"
+    with pytest.raises(KeyboardInterrupt):
+        write(output, random_checkpoint(0), NAMES[4], KeyboardInterrupt())
+    assert write(output, random_checkpoint(1), None, KeyboardInterrupt()) == NAMES
+
+
+def test_a_changed_checkpoint_has_another_key(tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    file.write_bytes(b"one")
+    checkpoint = random_checkpoint()
+    checkpoint.source = str(file)
+    places = placements(checkpoint)
+    before = export_key(checkpoint, places)
+    assert export_key(checkpoint, places) == before
+    os.utime(file, ns=(1, 1))
+    assert export_key(checkpoint, places) != before
+    half = {name: replace(place, dtype=np.dtype(np.float16)) for name, place in places.items()}
+    assert export_key(checkpoint, half) != export_key(checkpoint, places)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from diagd.export import resume
+from diagd.export.checkpoints import RandomCheckpoint
+from diagd.export.exporter import GraphOptions, Sources, export
+from tests.models import small_family
+from tests.oracles.models import small_model
+from diagd.schedule import StreamLayout
+resume.SYNC_BYTES = 1
+family = small_family(small_model(StreamLayout(3, 4, after=2)))
+kill_after, read = int(sys.argv[2]), []
+finished = resume.ResumableWeights.finished
+def count(self, name, size):
+    finished(self, name, size)
+    read.append(name)
+    if len(read) == kill_after:
+        os.kill(os.getpid(), signal.SIGKILL)
+resume.ResumableWeights.finished = count
+sources = Sources(RandomCheckpoint(family.expected, seed=0))
+result = export(family, GraphOptions(), sources, Path(sys.argv[1]))
+print(len(read))
+"""
+
+
+def test_a_killed_process_is_no_loss(tmp_path: Path) -> None:
+    output = tmp_path / "a.diagd"
+    command = [sys.executable, "-c", KILLED, str(output)]
+    killed = subprocess.run([*command, "5"], capture_output=True, text=True, check=False)
+    assert killed.returncode == -9
+    assert not output.exists()
+    done = subprocess.run([*command, "0"], capture_output=True, text=True, check=True)
+    whole = tmp_path / "b.diagd"
+    reference = subprocess.run(
+        [sys.executable, "-c", KILLED, str(whole), "0"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == int(reference.stdout) - 5
+    assert (output / "weights.bin").read_bytes() == (whole / "weights.bin").read_bytes()
