@@ -25,7 +25,7 @@ class Budget:
     Attributes:
         agreement: smallest share of predictions whose most probable token is that of FP32.
         nll: largest relative rise of the NLL of tokens that the FP32 model draws.
-        psnr: smallest PSNR of frames of most probable tokens against those of FP32, dB.
+        psnr: smallest PSNR of all frames of most probable tokens against those of FP32, dB.
     """
 
     agreement: float = 0.97
@@ -60,14 +60,14 @@ class Comparison:
 
     ``nll`` is the expected negative log-likelihood, nats, of tokens that the FP32 model draws under the FP32
     model itself; ``divergence`` is what it rises by under the candidate. Both are exact sums over the allowed
-    ids, so that no draw adds noise.
+    ids, so that no draw adds noise. ``frame_errors`` are mean squared errors of frames of most probable tokens.
     """
 
     rows: int = 0
     agreed: int = 0
     nll: float = 0.0
     divergence: float = 0.0
-    psnr: list[float] = field(default_factory=list)
+    frame_errors: list[float] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"fp32": [], "quantised": []})
     by_width: dict[int, list[int]] = field(default_factory=dict)
 
@@ -87,11 +87,11 @@ class Comparison:
     def figures(self) -> dict[str, float | None]:
         """Measured values by name; PSNR is None without decoded frames."""
         rows = max(self.rows, 1)
-        finite = [value for value in self.psnr if np.isfinite(value)]
+        error = float(np.mean(self.frame_errors)) if self.frame_errors else None
         return {
             "agreement": self.agreed / rows,
             "nll": self.divergence / max(self.nll, 1e-30),
-            "psnr": (float(np.mean(finite)) if finite else 99.0) if self.psnr else None,
+            "psnr": None if error is None else 10 * float(np.log10(255**2 / max(error, 1e-6))),
             "fp32_nll": self.nll / rows,
             "divergence": self.divergence / rows,
             "predictions": float(self.rows),

@@ -239,7 +239,7 @@ class _Calibration:
 
         def on_frame(places: Int) -> None:
             if pixels is not None:
-                comparison.psnr.append(_frame_psnr(pixels, pair, places, manifest.layout.rows))
+                comparison.frame_errors.append(_frame_error(pixels, pair, places, manifest.layout.rows))
 
         with self._progress.count("gate", len(self._tour)) as advance:
             for number, trajectory in enumerate(self._tour):
@@ -294,11 +294,10 @@ def _describe(trajectory: Trajectory) -> dict[str, Any]:
     return {"name": trajectory.name, "k": schedule.k, "d": schedule.d, "steps": trajectory.steps}
 
 
-def _frame_psnr(pixels: PixelCodec, pair: PairedEngine, places: Int, rows: int) -> float:
-    """PSNR, dB, between the frames of the most probable tokens of both engines."""
+def _frame_error(pixels: PixelCodec, pair: PairedEngine, places: Int, rows: int) -> float:
+    """Mean squared error between the frames of the most probable tokens of both engines."""
     shown = [next(iter(pixels.decode([best[places].reshape(rows, -1)]))) for best in pair.best]
-    error = float(np.square(shown[0].astype(np.float64) - shown[1]).mean())
-    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+    return float(np.square(shown[0].astype(np.float64) - shown[1]).mean())
 
 
 def _read_bytes(path: Any, file: str) -> int:
