@@ -23,6 +23,7 @@ import numpy as np
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.cuda.driver import CudaDevice
+from diagd.engines.external_data import external_data
 from diagd.engines.fixed import graphs_of
 from diagd.engines.gpu import BACKENDS, open_gpu_engine
 from diagd.errors import DiagdError
@@ -149,7 +150,7 @@ def print_row(
 def step_work(bundle: Bundle, schedule: Schedule, result: Measured) -> tuple[float, float]:
     """Bytes a step must read and operations it must do: every weight, and the mean of the live cache."""
     manifest, layout = bundle.manifest, schedule.layout
-    weights = manifest.files["weights.bin"].bytes
+    weights = external_data(bundle.file(graphs_of(bundle, Form.MODERN)[0].file)).bytes
     cache = manifest.cache
     itemsize = np.dtype(cache.dtype).itemsize
     live = (1 + result.frames / 2) * layout.frame_length

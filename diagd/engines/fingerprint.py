@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.files import atomic_directory, sha256
+from diagd.engines.external_data import external_data
 from diagd.errors import EngineError
 
 RECORD_NAME = "engine.json"
@@ -162,9 +163,9 @@ def check_plan(engine: StoredEngine) -> None:
 
 
 def graph_digest(bundle: Bundle, file: str) -> str:
-    """Digest of a step graph and every file its weights may lie in."""
-    files = bundle.manifest.files
-    parts = [files[file].sha256, *(files[name].sha256 for name in sorted(files) if name.endswith(".bin"))]
+    """Digest of a step graph and the files its weights lie in."""
+    names = (file, *external_data(bundle.file(file)).files)
+    parts = [bundle.manifest.files[name].sha256 for name in names]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

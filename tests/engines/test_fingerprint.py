@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import helper
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import (
@@ -18,6 +20,7 @@ from diagd.bundle.manifest import (
     RotaryContext,
     SamplingRules,
 )
+from diagd.engines.external_data import ExternalData, external_data
 from diagd.engines.fingerprint import ANY, RECORD_NAME, EngineStore, Fingerprint, graph_digest
 from diagd.errors import EngineError
 
@@ -34,9 +37,24 @@ BUILT = Fingerprint(
 )
 
 
+def graph_with_weights() -> onnx.ModelProto:
+    """A graph of two external tensors in one file and one tensor of its own."""
+    tensors = []
+    for name, offset, length in (("matrix", 0, 123456), ("bias", 126976, 8)):
+        tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=[length // 4])
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", "weights.bin"), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        tensors.append(tensor)
+    tensors.append(helper.make_tensor("length", onnx.TensorProto.FLOAT, [2], [1.0, 2.0]))
+    return helper.make_model(helper.make_graph([], "step", [], [], tensors))
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    files = {name: FileRecord(bytes=1, sha256=name[0] * 64) for name in ("step.onnx", "weights.bin")}
+    names = ("step.onnx", "weights.bin", "tokenizer.bin")
+    files = {name: FileRecord(bytes=1, sha256=name[0] * 64) for name in names}
+    onnx.save(graph_with_weights(), tmp_path / "step.onnx")
     manifest = Manifest(
         name="small",
         family="small",
@@ -129,8 +147,13 @@ def test_a_damaged_plan_and_a_foreign_record_are_not_used(bundle: Bundle) -> Non
     assert list(store) == []
 
 
-def test_the_digest_covers_graph_and_weights(bundle: Bundle) -> None:
+@pytest.mark.parametrize("name", ["step.onnx", "weights.bin", "tokenizer.bin"])
+def test_the_digest_covers_the_graph_and_its_own_weights(bundle: Bundle, name: str) -> None:
     digest = graph_digest(bundle, "step.onnx")
-    files = bundle.manifest.files | {"weights.bin": FileRecord(bytes=1, sha256="f" * 64)}
+    files = bundle.manifest.files | {name: FileRecord(bytes=1, sha256="f" * 64)}
     other = Bundle(bundle.path, bundle.manifest.model_copy(update={"files": files}))
-    assert graph_digest(other, "step.onnx") != digest
+    assert (graph_digest(other, "step.onnx") == digest) == (name == "tokenizer.bin")
+
+
+def test_external_data_is_read_without_onnx(bundle: Bundle) -> None:
+    assert external_data(bundle.file("step.onnx")) == ExternalData(("weights.bin",), 123456 + 8)

@@ -12,6 +12,9 @@ from typing import Any
 from diagd.errors import EngineError
 from diagd.progress import Progress
 
+HARMLESS = "has Int64 binding"
+"""Said of every graph, because ONNX wants the write index as int64; it is bound as that."""
+
 
 @dataclass(frozen=True)
 class LogLine:
@@ -27,7 +30,7 @@ def make_logger(trt: ModuleType, lines: list[LogLine]) -> Any:
 
     class Logger(base):  # type: ignore[misc]
         def log(self, severity: Any, text: str) -> None:
-            if severity in (trt.ILogger.INFO, trt.ILogger.VERBOSE):
+            if severity in (trt.ILogger.INFO, trt.ILogger.VERBOSE) or HARMLESS in text:
                 return
             lines.append(LogLine(str(severity).rpartition(".")[2], text))
 

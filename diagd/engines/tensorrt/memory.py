@@ -10,6 +10,7 @@ import numpy as np
 
 from diagd.bundle import Bundle
 from diagd.bundle.manifest import StepGraph
+from diagd.engines.external_data import external_data
 from diagd.errors import EngineError
 
 BUILD_BASE_BYTES = 500_000_000
@@ -54,7 +55,7 @@ def estimate(bundle: Bundle, graph: StepGraph, widths: tuple[int, ...]) -> Memor
     """Memory for one step graph of a bundle, compiled for some widths."""
     cache = bundle.manifest.cache
     slots = 2 * cache.layers * cache.kv_heads * int(graph.capacity or 0)
-    weights = bundle.manifest.files["weights.bin"].bytes
+    weights = external_data(bundle.file(graph.file)).bytes
     row_bytes = cache.head_size * np.dtype(cache.dtype).itemsize
     return MemoryEstimate(
         weights, slots * row_bytes, PLAN_COPIES if len(widths) > 1 and min(widths) == 1 else 1
