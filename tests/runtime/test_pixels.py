@@ -1,0 +1,91 @@
+"""Long videos through the tokenizer graphs of a bundle, in calls of bounded size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diagd.bundle import Bundle
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import UsageError
+from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
+from diagd.runtime.pixels import PixelCodec
+from diagd.schedule import StreamLayout
+from tests.models import small_family
+from tests.oracles.models import small_model
+
+TOKENIZER = graphs(
+    CosmosDvConfig(height=16, width=32, stem_channels=4, channels=(4, 8), res_blocks=1, latent_channels=4)
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    family = replace(small_family(small_model(StreamLayout(1, 2), layers=1)), tokenizer=TOKENIZER)
+    path = tmp_path_factory.mktemp("pixels") / "a.diagd"
+    return Bundle.open(export(family, GraphOptions(), random_sources(family, 0), path).path)
+
+
+@pytest.fixture
+def codec(bundle: Bundle) -> PixelCodec:
+    return PixelCodec(bundle, CpuOptions(1, prepack=False))
+
+
+def video(frames: int) -> np.ndarray:
+    return np.random.default_rng(frames).integers(0, 256, (frames, 16, 32, 3), dtype=np.uint8)
+
+
+def test_long_videos_are_cut_into_calls(codec: PixelCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, sizes = video(2 * 33 + 9), []
+    run = codec._run
+
+    def watch(graph: str, name: str, array: np.ndarray) -> np.ndarray:
+        sizes.append((name, len(array)))
+        return run(graph, name, array)
+
+    monkeypatch.setattr(codec, "_run", watch)
+    tokens = codec.encode(pixels)
+    parts = [codec.encode(pixels[:33]), codec.encode(pixels[33:66]), codec.encode(pixels[66:])]
+    np.testing.assert_array_equal(tokens, np.concatenate(parts))
+    assert tokens.shape == (5 + 5 + 2, *TOKENIZER.grid)
+    frames = list(codec.decode(iter(tokens)))
+    assert len(frames) == len(pixels)
+    assert {size for name, size in sizes if name == "pixels"} == {33, 9}
+    assert [size for name, size in sizes if name == "tokens"] == [5, 5, 2]
+
+
+def test_graphs_of_a_bundle_equal_the_modules(bundle: Bundle, codec: PixelCodec) -> None:
+    source = random_sources(replace(small_family(small_model(StreamLayout(1, 2))), tokenizer=TOKENIZER), 0)
+    assert source.tokenizer is not None
+    state = {name: torch.from_numpy(handle.read().copy()) for name, handle in source.tokenizer.items()}
+    encoder, decoder = TOKENIZER.build_encoder(), TOKENIZER.build_decoder()
+    for module in (encoder, decoder):
+        module.load_state_dict({name: state[name] for name in module.state_dict()})
+    pixels = video(9)
+    with torch.no_grad():
+        tokens = encoder(torch.from_numpy(pixels)).numpy()
+        shown = decoder(torch.from_numpy(tokens)).numpy()
+    np.testing.assert_array_equal(codec.encode(pixels), tokens)
+    frames = np.stack(list(codec.decode(iter(tokens))))
+    assert np.abs(frames.astype(int) - shown).max() <= 1
+
+
+@pytest.mark.parametrize(("frames", "give"), [(8, 1), (10, 9), (40, 34), (43, 42)])
+def test_counts_that_do_not_fit_name_one_that_does(codec: PixelCodec, frames: int, give: int) -> None:
+    with pytest.raises(UsageError, match=f"give {give}$"):
+        codec.encode(video(frames))
+
+
+def test_other_sizes_are_refused(codec: PixelCodec) -> None:
+    with pytest.raises(UsageError, match=r"takes \(16, 32, 3\)"):
+        codec.encode(np.zeros((1, 16, 16, 3), np.uint8))
+
+
+def test_bundles_without_a_tokenizer_say_so(small_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no tokenizer graphs"):
+        PixelCodec(Bundle.open(small_bundle), CpuOptions(1))
