@@ -50,7 +50,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--form",
         default="prefix",
-        help="prefix (CPU), modern (GPU; in-graph sampling) or both: prefix,modern (default %(default)s)",
+        help="prefix (CPU), modern (GPU, TensorRT 10.15 and later), portable (TensorRT 10.3 to 10.14), "
+        "or several: prefix,modern (default %(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print files, sizes and memory; write nothing")
     add_set_option(parser, ExportSettings)
@@ -89,7 +90,9 @@ def _graph_options(args: argparse.Namespace, settings: ExportSettings) -> GraphO
     try:
         forms = tuple(Form(name) for name in args.form.split(","))
     except ValueError as error:
-        raise UsageError(f"--form {args.form}: {error}; choose prefix, modern or prefix,modern") from error
+        raise UsageError(
+            f"--form {args.form}: {error}; choose prefix, modern, portable or several: prefix,modern"
+        ) from error
     return GraphOptions(forms, args.precision, settings.widths, settings.window)
 
 

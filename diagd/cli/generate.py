@@ -43,6 +43,7 @@ class GenerateSettings(BaseModel):
     threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
     refeed: bool = Field(True, description="feed the true token where a row seed stood in")
     precision: str | None = Field(None, description="of the step graph (default: the bundle's first)")
+    backend: str = Field("cpu", description="cpu, tensorrt or cuda")
     compat: str | None = Field(None, description="'mineworld' reproduces the released code's cache")
     roll: int | None = Field(None, description="frames by which learned positions slide at once")
     text: Path | None = Field(None, description="text embeddings, .npy or .safetensors [n, width]")
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         compat=settings.compat,
         roll=settings.roll,
         precision=settings.precision,
+        backend=settings.backend,
     )
     session.start(prompt, _idle(bundle.manifest, len(prompt)), _text(settings, bundle.manifest))
     console, began = Console(), time.perf_counter()
