@@ -60,7 +60,8 @@ class Comparison:
 
     ``nll`` is the expected negative log-likelihood, nats, of tokens that the FP32 model draws under the FP32
     model itself; ``divergence`` is what it rises by under the candidate. Both are exact sums over the allowed
-    ids, so that no draw adds noise. ``frame_errors`` are mean squared errors of frames of most probable tokens.
+    ids, so that no draw adds noise. ``frame_errors`` are mean squared errors of frames of most probable
+    tokens.
     """
 
     rows: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,9 @@ from diagd.runtime.pixels import PixelCodec
 
 DIRECTORY = "calibration"
 STATISTICS = f"{DIRECTORY}/statistics.npz"
+SENSITIVITY_STEPS = 32
+"""Passes on which each layer is measured by itself."""
+
 GATE_SEED = 1_000_003
 """Added to the seed, so that a model is judged on other frames than its ranges were found on."""
 
@@ -48,6 +51,7 @@ class CalibrationOptions:
         range: rule for static activations.
         floor: signal to noise of a layer below which it stays in floating point, dB; None: the scheme's.
         threads: of ONNX Runtime; 0 is one for each core.
+        sensitivity: also measure what each layer costs when it alone is quantised.
     """
 
     precision: str
@@ -57,6 +61,7 @@ class CalibrationOptions:
     range: str = "percentile"
     floor: float | None = None
     threads: int = 0
+    sensitivity: bool = False
 
 
 def calibrate(
@@ -146,6 +151,8 @@ class _Calibration:
         choices = self._choose(statistics)
         self._write_graphs(choices)
         comparison = self._compare()
+        if self._options.sensitivity:
+            self._measure_layers(choices)
         report = self._report(comparison)
         write_report(report, self._bundle.path / DIRECTORY)
         return report
@@ -216,23 +223,61 @@ class _Calibration:
             return None
         stem = path.name.removesuffix(".onnx").removeprefix("step")
         name = f"step{stem}.{self._scheme.name}.onnx"
-        stored = StoredWeights(model, path.parent)
-        total = len(projections(model))
-        with (
-            WeightsFile(path.with_name(f"weights{stem}.{self._scheme.name}.bin")) as file,
-            self._progress.count(f"writing {name}", total) as advance,
-        ):
-            Rewriter(model, stored, graph.form, self._scheme, choices, file).run(advance)
-        path.with_name(name).write_bytes(model.SerializeToString())
+        weights = f"weights{stem}.{self._scheme.name}.bin"
+        with self._progress.count(f"writing {name}", len(projections(model))) as advance:
+            self._rewrite(graph, choices, (name, weights), advance)
         return name
+
+    def _rewrite(
+        self,
+        graph: StepGraph,
+        choices: Mapping[str, Choice],
+        names: tuple[str, str],
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Write a graph with some products quantised; ``names`` are those of the graph and its weights."""
+        directory = self._bundle.path
+        model = load_graph(directory / graph.file)
+        stored = StoredWeights(model, directory)
+        with WeightsFile(directory / names[1]) as file:
+            Rewriter(model, stored, graph.form, self._scheme, choices, file).run(advance)
+        (directory / names[0]).write_bytes(model.SerializeToString())
+
+    def _pair(
+        self, reference: PrefixEngine, candidate: StepGraph, comparison: Comparison
+    ) -> tuple[PairedEngine, Tour]:
+        """FP32 and a candidate side by side, and what guides them along trajectories."""
+        manifest = self._bundle.manifest
+        ranges = manifest.sampling.range_table(manifest.layout.stream())
+        pair = PairedEngine(reference, self._engine(candidate), ranges, comparison)
+        return pair, Tour(self._bundle, pair, self._window, self._prompts, self._options.seed + GATE_SEED)
+
+    def _measure_layers(self, choices: Mapping[str, Choice]) -> None:
+        """Quantise one layer at a time and note the divergence of the predictions."""
+        names = ("single.onnx", "single.bin")
+        graph = self._reference.model_copy(update={"file": names[0]})
+        reference = self._engine(self._reference)
+        parts = list(dict.fromkeys(_part(layer["name"]) for layer in self._layers))
+        try:
+            for part in self._progress.each(parts, "sensitivity"):
+                alone = {name: choice for name, choice in choices.items() if _part(name) == part}
+                self._rewrite(self._reference, alone, names)
+                comparison = Comparison()
+                pair, guide = self._pair(reference, graph, comparison)
+                pair.remaining = SENSITIVITY_STEPS
+                guide.run(self._tour[0], 0)
+                for layer in self._layers:
+                    if _part(layer["name"]) == part:
+                        layer["divergence"] = comparison.figures()["divergence"]
+        finally:
+            for name in names:
+                (self._bundle.path / name).unlink(missing_ok=True)
 
     def _compare(self) -> Comparison:
         """Decode every trajectory with both engines."""
         comparison, manifest = Comparison(), self._bundle.manifest
         candidate = next(graph for graph in self._graphs if graph.form is Form.PREFIX)
-        ranges = manifest.sampling.range_table(manifest.layout.stream())
-        pair = PairedEngine(self._engine(self._reference), self._engine(candidate), ranges, comparison)
-        guide = Tour(self._bundle, pair, self._window, self._prompts, self._options.seed + GATE_SEED)
+        pair, guide = self._pair(self._engine(self._reference), candidate, comparison)
         pixels = None
         if manifest.tokenizer is not None:
             pixels = PixelCodec(self._bundle, CpuOptions(self._options.threads, prepack=False))
@@ -275,6 +320,11 @@ class _Calibration:
             },
             layers=self._layers,
         )
+
+
+def _part(name: str) -> str:
+    """The layer that a projection belongs to: ``transformer.layers.3``; the head is ``transformer.head``."""
+    return ".".join(name.split(".")[:3])
 
 
 def _layer(projection: Projection, choice: Choice, quantised: bool) -> dict[str, Any]:

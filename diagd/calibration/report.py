@@ -70,11 +70,21 @@ def layer_table(report: Report) -> Table:
     """Error of every kind of projection, and of the worst single ones."""
     from rich.table import Table
 
-    table = Table("projection", "signal to noise", "migration", "range", "stored as", title="Worst products")
+    table = Table(title="Worst products")
+    for heading in (
+        "projection",
+        "signal to noise",
+        "divergence of its layer",
+        "migration",
+        "range",
+        "stored as",
+    ):
+        table.add_column(heading)
     for layer in sorted(report.layers, key=lambda layer: float(layer["signal_to_noise"]))[:8]:
         table.add_row(
             layer["name"].removeprefix("transformer."),
             f"{layer['signal_to_noise']:.1f} dB",
+            _number(layer.get("divergence"), 6),
             "-" if layer["alpha"] is None else f"{layer['alpha']:g}",
             "-" if layer["range"] is None else f"{layer['range']:.3g}",
             report.precision if layer["quantised"] else "floating point",

@@ -38,6 +38,7 @@ class CalibrateSettings(BaseModel):
     range: str = Field("percentile", description="of static activations: percentile, mse or entropy")
     floor: float | None = Field(None, description="dB below which a layer keeps FP32 (default: the scheme's)")
     threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
+    sensitivity: bool = Field(False, description="also measure each layer quantised alone: slow")
     frames: int = Field(256, ge=1, description="frames taken from a video, its last ones")
     resize: bool = Field(False, description="resize frames of another size")
 
@@ -69,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
     settings = parse_settings(CalibrateSettings, args.settings)
     budget = parse_budget(args.budget, Budget())
     options = CalibrationOptions(
-        args.precision, budget, settings.steps, args.seed, settings.range, settings.floor, settings.threads
+        args.precision,
+        budget,
+        seed=args.seed,
+        **settings.model_dump(include={"steps", "range", "floor", "threads", "sensitivity"}),
     )
     bundle, console, began = Bundle.open(args.bundle), Console(), time.perf_counter()
     try:

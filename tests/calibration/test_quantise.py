@@ -247,3 +247,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     bundle = export_small(model, tmp_path / "broken.diagd")
     with pytest.raises(QualityError, match="no finite numbers"):
         quantise(bundle, "int8")
+
+
+def test_each_layer_is_measured_by_itself(plain: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(plain, tmp_path / "a.diagd")
+    report = quantise(target, "int8-dynamic", sensitivity=True)
+    alone = {layer["name"]: layer["divergence"] for layer in report.layers}
+    assert all(0 < value < 0.1 for value in alone.values()), alone
+    assert len(set(alone.values())) == 3  # two layers and the head
+    assert not list(target.glob("single*"))
