@@ -153,7 +153,8 @@ class Tokenizer(_Record):
 
     ``temporal_factor``: pixel frames per latent frame; where it is more than 1, the first frame of every call
     is a latent frame by itself. ``chunk_frames``: most pixel frames of one call; longer videos are cut into
-    independent calls.
+    independent calls. ``cover``: pictures of another size are scaled evenly until they cover the frame, and
+    cut to its centre; else they are stretched.
     """
 
     encoder: str
@@ -162,6 +163,7 @@ class Tokenizer(_Record):
     width: int
     temporal_factor: int = 1
     chunk_frames: int = 8
+    cover: bool = False
 
 
 class FileRecord(_Record):

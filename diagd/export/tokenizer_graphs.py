@@ -73,6 +73,7 @@ def write_tokenizer(
         width=graphs.width,
         temporal_factor=graphs.temporal_factor,
         chunk_frames=graphs.chunk_frames,
+        cover=graphs.cover,
     )
 
 

@@ -20,7 +20,7 @@ def read_prompt(path: Path, pixels: PixelCodec, frames: int, resize: bool) -> In
         UsageError: the file cannot be read, is of another size or too short.
     """
     size = (pixels.spec.height, pixels.spec.width)
-    seen = read_frames(path, size, frames=frames, resize=resize)
+    seen = read_frames(path, size, frames=frames, resize=resize, cover=pixels.spec.cover)
     if len(seen) < frames:
         raise UsageError(f"{path} has {len(seen)} frames, {frames} are asked for; lower prompt_frames")
     return pixels.encode(seen)

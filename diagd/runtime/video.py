@@ -35,6 +35,7 @@ def read_frames(
     *,
     frames: int | None = None,
     resize: bool = False,
+    cover: bool = False,
 ) -> NDArray[np.uint8]:
     """Read a video, or an image as a video of one frame.
 
@@ -42,7 +43,8 @@ def read_frames(
         path: any file FFmpeg can decode.
         size: (height, width) the frames must have; None takes any.
         frames: only the last so many, in memory that does not grow with the video; None reads all.
-        resize: stretch frames of another size (bilinear) instead of refusing them.
+        resize: scale frames of another size (bilinear) instead of refusing them.
+        cover: scale them evenly until they cover the size, and keep the centre; else they are stretched.
 
     Returns:
         uint8 [T, H, W, 3], RGB; T is smaller than ``frames`` where the video is shorter.
@@ -56,12 +58,22 @@ def read_frames(
     av = _av()
     with _reporting(av, f"cannot read {path}", "it is damaged, incomplete, or no video or image"):
         kept = deque(_decode(av, path, None if resize else size), maxlen=frames)
-        height, width = size or (None, None)
-        images = [
-            frame.reformat(width, height, format="rgb24", interpolation="BILINEAR").to_ndarray()
-            for frame in kept
-        ]
+        images = [_picture(frame, size or (frame.height, frame.width), cover) for frame in kept]
     return np.stack(images)
+
+
+def _picture(frame: Any, size: tuple[int, int], cover: bool) -> NDArray[np.uint8]:
+    """A decoded frame as uint8 [height, width, 3]."""
+    height, width = size
+    tall, wide = size
+    if cover:
+        scale = max(height / frame.height, width / frame.width)
+        tall, wide = math.ceil(frame.height * scale - 1e-9), math.ceil(frame.width * scale - 1e-9)
+    pixels: NDArray[np.uint8] = frame.reformat(
+        wide, tall, format="rgb24", interpolation="BILINEAR"
+    ).to_ndarray()
+    top, left = (tall - height) // 2, (wide - width) // 2
+    return pixels[top : top + height, left : left + width]
 
 
 class VideoWriter:
@@ -187,8 +199,8 @@ def _decode(av: ModuleType, path: Path, size: tuple[int, int] | None) -> Iterato
             seen = (frame.height, frame.width)
             if size is not None and seen != size:
                 raise UsageError(
-                    f"frames of {path} are {_shown(seen)}; expected {_shown(size)}; add --resize to"
-                    " stretch them"
+                    f"frames of {path} are {_shown(seen)}; expected {_shown(size)}; scale them with"
+                    " --set resize=true"
                 )
             count += 1
             yield frame

@@ -105,7 +105,7 @@ def test_another_size_is_refused_or_stretched(tmp_path: Path) -> None:
     frames = tiles(2)
     path = write(tmp_path / "walk.gif", frames)
     with pytest.raises(
-        UsageError, match=r"are 64x48 pixels \(width x height\); expected 32x24 pixels .*--resize"
+        UsageError, match=r"are 64x48 pixels \(width x height\); expected 32x24 pixels .*--set resize=true"
     ):
         read_frames(path, (24, 32))
     seen = read_frames(path, (24, 32), resize=True)
@@ -174,3 +174,29 @@ def test_what_cannot_be_written(
 def test_odd_sizes_fit_a_gif(tmp_path: Path) -> None:
     frames = tiles(2)[:, :47, :63]
     assert read_frames(write(tmp_path / "odd.gif", frames)).shape == frames.shape
+
+
+@pytest.mark.parametrize(("seen", "kept"), [((40, 120), (slice(0, 40), slice(20, 100))), ((120, 80), None)])
+def test_covering_keeps_the_centre_and_the_shape(
+    tmp_path: Path, seen: tuple[int, int], kept: tuple[slice, slice] | None
+) -> None:
+    """A wide picture loses its sides and a tall one its top and bottom; nothing is squeezed."""
+    picture = np.zeros((*seen, 3), np.uint8)
+    rows, columns = kept or (slice(40, 80), slice(0, 80))
+    picture[rows, columns] = 255
+    path = tmp_path / "picture.gif"
+    with VideoWriter(path, 10, seen) as video:
+        video.write(picture)
+    covered = read_frames(path, (40, 80), resize=True, cover=True)
+    assert covered.shape == (1, 40, 80, 3)
+    assert covered.min() == 255
+    stretched = read_frames(path, (40, 80), resize=True)
+    assert stretched.shape == (1, 40, 80, 3)
+    assert stretched.min() == 0
+
+
+def test_covering_scales_evenly(tmp_path: Path) -> None:
+    path = tmp_path / "picture.gif"
+    with VideoWriter(path, 10, (30, 90)) as video:
+        video.write(np.full((30, 90, 3), 9, np.uint8))
+    assert read_frames(path, (64, 100), resize=True, cover=True).shape == (1, 64, 100, 3)

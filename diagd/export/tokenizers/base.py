@@ -32,6 +32,8 @@ class TokenizerGraphs:
         build_encoder: makes the encoder module; honours ``torch.device("meta")``.
         build_decoder: makes the decoder module; likewise.
         rename: key of a released checkpoint to parameter name, or None for a tensor that is not used.
+        cover: the released code scales pictures of another size evenly and keeps their centre; else it
+            stretches them.
     """
 
     height: int
@@ -43,6 +45,7 @@ class TokenizerGraphs:
     build_encoder: Callable[[], nn.Module]
     build_decoder: Callable[[], nn.Module]
     rename: Callable[[str], str | None]
+    cover: bool = False
 
     def latents(self, frames: int) -> int:
         """Latent frames that encode ``frames`` pixel frames of one call.

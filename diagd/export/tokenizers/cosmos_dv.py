@@ -207,6 +207,7 @@ def graphs(config: CosmosDvConfig) -> TokenizerGraphs:
         build_encoder=lambda: Encoder(config),
         build_decoder=lambda: Decoder(config),
         rename=rename,
+        cover=True,
     )
 
 

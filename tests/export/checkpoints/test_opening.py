@@ -73,7 +73,7 @@ def test_legacy_pickle_and_the_advice_for_it(tmp_path):
         (b"PK", "cut short"),
         (pickle.dumps({"w": 1}), "before 1.6"),
         (bytes(257) + b"ustar" + bytes(300), "before 1.6"),
-        (os.urandom(4) + b"\x00" * 600, "is not a checkpoint"),
+        (b"\x93\x12\xfe\x07" + bytes(600), "is not a checkpoint"),
     ],
 )
 def test_other_files(tmp_path, content, message):
