@@ -12,10 +12,6 @@ from collections.abc import Iterable
 from types import ModuleType
 
 
-class DiagdWarning(UserWarning):
-    """Something diagd worked around and the user may want to know."""
-
-
 class DiagdError(Exception):
     """Base of every error raised on purpose by diagd."""
 
