@@ -49,9 +49,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16"), help="default %(default)s")
     parser.add_argument(
         "--form",
-        default="prefix",
         help="prefix (CPU), modern (GPU, TensorRT 10.15 and later), portable (TensorRT 10.3 to 10.14), "
-        "or several: prefix,modern (default %(default)s)",
+        "or several: prefix,modern (default: prefix for fp32, modern for fp16)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print files, sizes and memory; write nothing")
     add_set_option(parser, ExportSettings)
@@ -88,7 +87,8 @@ def _graph_options(args: argparse.Namespace, settings: ExportSettings) -> GraphO
     from diagd.export.exporter import GraphOptions
 
     try:
-        forms = tuple(Form(name) for name in args.form.split(","))
+        chosen = args.form or ("prefix" if args.precision == "fp32" else "modern")
+        forms = tuple(Form(name) for name in chosen.split(","))
     except ValueError as error:
         raise UsageError(
             f"--form {args.form}: {error}; choose prefix, modern, portable or several: prefix,modern"

@@ -48,6 +48,14 @@ def test_a_dry_run_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_half_precision_is_for_the_form_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", "--model", "mineworld-300m", "--random-weights", "--precision", "fp16", "--dry-run"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "step.modern" in printed
+    assert "step.onnx" not in printed
+
+
 def test_a_dry_run_predicts_the_size(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--model", "world", "--checkpoint", str(workplace.world), "--dry-run"]) == 0
     total = next(line for line in capsys.readouterr().out.splitlines() if "total" in line)
@@ -64,7 +72,10 @@ def test_a_dry_run_predicts_the_size(workplace: Workplace, capsys: pytest.Captur
         (["--model", "mineworld-300m", "--checkpoint", "no.ckpt"], "no.ckpt"),
         (["--model", "world"], "--checkpoint FOLDER"),
         (["--model", "mineworld-300m", "--random-weights", "--form", "fast"], "choose prefix"),
-        (["--model", "mineworld-300m", "--random-weights", "--precision", "fp16"], "--form modern"),
+        (
+            ["--model", "mineworld-300m", "--random-weights", "--precision", "fp16", "--form", "prefix"],
+            "--form modern",
+        ),
         (["--model", "mineworld-300m", "--random-weights", "--set", "width=3"], "did you mean 'widths'"),
     ],
 )
