@@ -25,9 +25,13 @@ def random_world(folder: Path) -> Path:
         actions=ACTIONS,
         context_frames=4,
     )
-    model = Transformer(description.transformer_config()).initialise(torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(0)
+    model = Transformer(description.transformer_config()).initialise(random)
     with torch.no_grad():
         model.embedding.mul_(50)
+        for name, gain in model.named_parameters():
+            if "norm" in name:  # equal gains would be merged in the graph
+                gain.uniform_(0.8, 1.2, generator=random)
     codebook = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 3), dtype=np.uint8)
     folder.mkdir(parents=True)
     save_world(folder, World(description, model, codebook), {})

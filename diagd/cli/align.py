@@ -1,9 +1,10 @@
-"""``diagd align``: fine-tune a checkpoint to the visibility and the seeds of decoding schedules."""
+"""``diagd align``: fine-tune a model to the visibility and the seeds of decoding schedules."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,28 +15,37 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from diagd.calibration.align import Report
+    from diagd.bundle import Bundle
+    from diagd.calibration.align import AlignOptions, Report
     from diagd.export.families.family import Family
-    from diagd.schedule import Schedule, StreamLayout
+    from diagd.schedule import RowSeed, Schedule, StreamLayout
 
 EPILOG = """examples:
-  diagd align --model world --checkpoint trained --data recordings --lags 1:chained --output aligned
-  diagd align --model mineworld-300m --checkpoint 300M_16f.ckpt --data tokens.npy --output aligned.safetensors
+  diagd align crafter-3m.diagd --data recordings --k 1 2 --d chained serial --output aligned.diagd
+  diagd align trained --data recordings --output aligned
+  diagd align 300M_16f.ckpt --model mineworld-300m --data tokens.npy --output aligned.safetensors
 
+SOURCE is a bundle, the folder of a trained world, or a checkpoint together with its --model.
 --data is a folder of recordings made by `diagd world` (for worlds), or a .npy token stream of one video.
---output is a checkpoint for `diagd export`; for worlds it may be a folder like that of the training.
---lags K:D may be given several times; next-token prediction keeps the share --raster.
+--output is of the same kind: a bundle, a world's folder, or a .safetensors for `diagd export --checkpoint`.
+Several --k and --d name several schedules that share the windows; next-token prediction keeps --raster.
 """
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
+    from diagd.schedule import RowSeed
+
     parser.epilog = EPILOG
-    parser.add_argument("--model", required=True, help="name of the model; `diagd models` lists them")
-    parser.add_argument("--checkpoint", help="its weights: file, folder or hf://org/name[@revision]")
+    parser.add_argument("source", help="bundle, or weights: file, folder or hf://org/name[@revision]")
+    parser.add_argument("--model", help="name of the model (default: what the bundle or folder says)")
     parser.add_argument("--data", type=Path, required=True, help="recordings, or a .npy token stream")
-    parser.add_argument("--output", type=Path, required=True, help="folder or .safetensors to write")
-    parser.add_argument("--lags", action="append", help="K:D of a schedule to align to (default 1:chained)")
+    parser.add_argument("--output", type=Path, required=True, help="bundle, folder or .safetensors to write")
+    parser.add_argument("--k", type=int, nargs="+", default=[1], help="row lags (default 1)")
+    parser.add_argument(
+        "--d", nargs="+", default=["chained"], help="frame lags, one or one a row lag (default chained)"
+    )
+    parser.add_argument("--seed-policy", choices=[seed.value for seed in RowSeed], help="row seed")
     parser.add_argument("--raster", type=float, default=0.4, help="share of next-token windows (%(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps (default %(default)s)")
     parser.add_argument("--frames", type=int, default=4, help="frames of a window (default %(default)s)")
@@ -63,35 +73,87 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What is aligned; ``bundle`` is None for a checkpoint."""
+
+    family: Family
+    bundle: Bundle | None
+
+
 def _align(args: argparse.Namespace, report: Report) -> Path:
-    from diagd.calibration.align import AlignOptions
+    from diagd.calibration.align_bundle import align_bundle
     from diagd.calibration.align_checkpoint import align_checkpoint
     from diagd.export.exporter import open_sources
-    from diagd.export.families.registry import find
-    from diagd.schedule import Schedule
-
-    family = find(args.model, args.checkpoint)
-    layout = family.transformer.layout
-    schedules = _schedules(args, layout)
-    shares = [(args.raster, Schedule.next_token(layout))] if args.raster else []
-    shares += [((1 - args.raster) / len(schedules), schedule) for schedule in schedules]
-    options = AlignOptions(tuple(shares), args.steps, rank=args.rank, seed=args.seed)
-    source = open_sources(family, args.checkpoint, None).transformer
-    streams = _streams(args, family)
-    output: Path = args.output
-    if family.default_tokenizer and not output.suffix:
-        output = _copy_world(Path(family.default_tokenizer).parent, output)
-    return align_checkpoint(family, source, streams, options, output, report)
-
-
-def _copy_world(folder: Path, output: Path) -> Path:
-    """Copy what a world's folder holds besides its weights; returns the weights' place in the copy."""
     from diagd.world.model import CODEBOOK, DESCRIPTION, WEIGHTS
 
-    output.mkdir(parents=True, exist_ok=True)
+    source = _open(args)
+    family, output = source.family, Path(args.output)
+    options = _options(args, family.transformer.layout)
+    if source.bundle is not None:
+        streams = _streams(args, family)
+        return align_bundle(source.bundle, family.transformer, streams, options, output, report)
+    checkpoint = open_sources(family, args.source, None).transformer
+    streams = _streams(args, family)
+    if family.default_tokenizer is None or output.suffix:
+        return align_checkpoint(family, checkpoint, streams, options, output, report)
+    align_checkpoint(family, checkpoint, streams, options, output / WEIGHTS, report)
     for name in (CODEBOOK, DESCRIPTION):
-        shutil.copy(folder / name, output / name)
-    return output / WEIGHTS
+        shutil.copy(Path(family.default_tokenizer).parent / name, output / name)
+    return output
+
+
+def _open(args: argparse.Namespace) -> _Source:
+    from diagd.bundle import Bundle
+    from diagd.bundle.manifest import MANIFEST_NAME
+    from diagd.export.families.registry import find
+    from diagd.world.model import DESCRIPTION
+
+    path = Path(args.source)
+    if (path / MANIFEST_NAME).exists():
+        bundle = Bundle.open(path)
+        made_from = bundle.manifest.provenance.source
+        if bundle.manifest.family == "world" and not Path(made_from).exists():
+            raise UsageError(
+                f"{path} was exported from {made_from}, which is gone, and with it the codebook; "
+                "align the folder of a trained world"
+            )
+        return _Source(find(args.model or bundle.manifest.name, made_from), bundle)
+    if not args.model and not (path / DESCRIPTION).exists():
+        raise UsageError(
+            f"{args.source} is neither a bundle nor the folder of a world; name the --model of a checkpoint: "
+            "`diagd models` lists them"
+        )
+    return _Source(find(args.model or "world", args.source), None)
+
+
+def _options(args: argparse.Namespace, layout: StreamLayout) -> AlignOptions:
+    from diagd.calibration.align import AlignOptions
+    from diagd.schedule import RowSeed, Schedule
+
+    if not 0 <= args.raster < 1:
+        raise UsageError(f"--raster {args.raster}: expected a share from 0 up to, but not including, 1")
+    lags = args.d * len(args.k) if len(args.d) == 1 else args.d
+    if len(lags) != len(args.k):
+        raise UsageError(
+            f"{len(args.k)} row lags but {len(lags)} frame lags: give one --d, or one for each --k"
+        )
+    seed = RowSeed(args.seed_policy) if args.seed_policy else RowSeed.PREVIOUS_FRAME
+    schedules = [_schedule(layout, k, d, seed) for k, d in zip(args.k, lags, strict=True)]
+    shares = [(args.raster, Schedule.next_token(layout))] if args.raster else []
+    shares += [((1 - args.raster) / len(schedules), schedule) for schedule in schedules]
+    return AlignOptions(tuple(shares), args.steps, rank=args.rank, seed=args.seed)
+
+
+def _schedule(layout: StreamLayout, k: int, d: str, seed: RowSeed) -> Schedule:
+    from diagd.schedule import Schedule
+
+    named = {"serial": Schedule.serial, "chained": Schedule.chained}
+    if d in named:
+        return named[d](layout, k, seed)
+    if not d.isdigit():
+        raise UsageError(f"--d {d}: expected serial, chained or a number of steps")
+    return Schedule(layout, k, int(d), seed)
 
 
 def _streams(args: argparse.Namespace, family: Family) -> NDArray[np.int64]:
@@ -107,20 +169,3 @@ def _streams(args: argparse.Namespace, family: Family) -> NDArray[np.int64]:
     recording = cached_tokens(args.data, load_codebook(Path(family.default_tokenizer).parent))
     starts = recording.window_starts(args.frames)[:: max(1, args.frames // 2)]
     return recording.windows(starts, args.frames)
-
-
-def _schedules(args: argparse.Namespace, layout: StreamLayout) -> list[Schedule]:
-    if not 0 <= args.raster < 1:
-        raise UsageError(f"--raster {args.raster}: expected a share from 0 up to, but not including, 1")
-    return [_schedule(layout, given) for given in args.lags or ["1:chained"]]
-
-
-def _schedule(layout: StreamLayout, given: str) -> Schedule:
-    from diagd.schedule import Schedule
-
-    k, _, d = given.partition(":")
-    if not k.isdigit() or not (d.isdigit() or d in ("serial", "chained")):
-        raise UsageError(f"--lags {given}: expected K:D, D a number, serial or chained")
-    if d.isdigit():
-        return Schedule(layout, int(k), int(d))
-    return Schedule.serial(layout, int(k)) if d == "serial" else Schedule.chained(layout, int(k))

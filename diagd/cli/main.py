@@ -18,7 +18,7 @@ VERBS = {
     "generate": "frames from a bundle, a prompt and actions",
     "models": "what can be exported",
     "calibrate": "quantised step graphs for a bundle, accepted by a quality gate",
-    "align": "fine-tune a checkpoint to diagonal decoding",
+    "align": "fine-tune a bundle or checkpoint to diagonal decoding",
     "eval": "the quality of a world model under several schedules",
     "world": "record a world and train a model of it",
     "doctor": "is this machine ready, and what to do where it is not",
