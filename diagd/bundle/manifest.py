@@ -139,13 +139,17 @@ class CacheShape(_Record):
 
 
 class StepGraph(_Record):
-    """One step graph; ``width`` and ``capacity`` are None where they are dynamic."""
+    """One step graph; ``width`` and ``capacity`` are None where they are dynamic.
+
+    ``cache_dtype``: NumPy name of its K/V elements where they are not those of ``Manifest.cache``.
+    """
 
     file: str
     form: Form
     precision: str
     width: int | None = None
     capacity: int | None = None
+    cache_dtype: str | None = None
 
 
 class Tokenizer(_Record):
@@ -213,3 +217,7 @@ class Manifest(_Record):
             if graph.form is form and (width is None or graph.width == width):
                 return graph
         raise KeyError(f"{form.value} width={width}")
+
+    def cache_dtype(self, graph: StepGraph) -> np.dtype[np.generic]:
+        """Element type of the K/V buffers that a step graph reads."""
+        return np.dtype(graph.cache_dtype or self.cache.dtype)

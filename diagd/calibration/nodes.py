@@ -34,7 +34,8 @@ Float = NDArray[np.float32]
 INTEGER_ACCURACY = 4
 """MatMulNBits rounds activations to 8 bits by group; without it the product is 5 to 33 times slower."""
 
-BLOCKED_DEQUANTISE_OPSET = 21
+QUANTISED_OPSET = 21
+"""DequantizeLinear takes blocks from here on, and float16 scales from 19 on."""
 
 Product = tuple[list["onnx.NodeProto"], list["onnx.TensorProto"]]
 
@@ -50,13 +51,16 @@ class Weight(Protocol):
         ...
 
 
-def check_form(form: Form, scheme: Scheme, opset: int) -> bool:
-    """Whether a graph of this form and opset can have the scheme."""
-    if form is Form.PREFIX:
-        return True
-    if scheme.activation == "row":
-        return False
-    return scheme.weight != "int4" or opset >= BLOCKED_DEQUANTISE_OPSET
+def check_form(form: Form, scheme: Scheme) -> bool:
+    """Whether a graph of this form can have the scheme."""
+    return form is Form.PREFIX or scheme.activation != "row"
+
+
+def raise_opset(model: onnx.ModelProto) -> None:
+    """Declare at least ``QUANTISED_OPSET``: from 18 on operators only gained types and attributes."""
+    for entry in model.opset_import:
+        if not entry.domain:
+            entry.version = max(entry.version, QUANTISED_OPSET)
 
 
 def product_nodes(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
-from diagd.calibration.projections import Projection, load_graph, projections
+from diagd.calibration.kv_cache import cache_rows
+from diagd.calibration.projections import load_graph, projections
 from diagd.calibration.statistics import InputStatistics, StatisticsCollector
 from diagd.calibration.trajectory import (
     EnoughStepsError,
@@ -72,7 +73,7 @@ def observe(
     progress: Progress,
     threads: int = 0,
 ) -> dict[str, InputStatistics]:
-    """Decode every trajectory with the bundle's FP32 graph and watch the inputs of its products.
+    """Decode every trajectory with the bundle's FP32 graph; watch the inputs of products and the K/V rows.
 
     Args:
         bundle: writable copy; a graph is added beside its files and removed again.
@@ -89,14 +90,17 @@ def observe(
     """
     model = load_graph(bundle.file(graph.file))
     found = projections(model)
-    collector = StatisticsCollector({projection.name: projection.inputs for projection in found}, seed)
+    cache, rows = bundle.manifest.cache, cache_rows(model)
+    sizes = {projection.name: projection.inputs for projection in found}
+    sizes |= dict.fromkeys(rows, cache.kv_heads * cache.head_size)
+    outputs = {projection.name: projection.activation for projection in found} | rows
+    collector = StatisticsCollector(sizes, seed)
     path = bundle.file(GRAPH_NAME)
-    _save_observed(model, found, path)
+    _save_observed(model, outputs.values(), path)
     manifest = bundle.manifest.model_copy(
         update={"graphs": (StepGraph(file=GRAPH_NAME, form=Form.PREFIX, precision="fp32"),)}
     )
     watched = Bundle(bundle.path, manifest)
-    outputs = {projection.name: projection.activation for projection in found}
     options = CpuOptions(threads, prepack=False)
     try:
         engine = ObservedEngine(watched, capacity(manifest, window), options, outputs, collector.add)
@@ -111,12 +115,9 @@ def observe(
     return collector.inputs
 
 
-def _save_observed(model: onnx.ModelProto, found: Sequence[Projection], path: Path) -> None:
+def _save_observed(model: onnx.ModelProto, values: Iterable[str], path: Path) -> None:
     from onnx import TensorProto, helper
 
-    for projection in found:
-        shape = [None, projection.inputs]
-        model.graph.output.append(
-            helper.make_tensor_value_info(projection.activation, TensorProto.FLOAT, shape)
-        )
+    for value in values:
+        model.graph.output.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, None))
     path.write_bytes(model.SerializeToString())

@@ -11,6 +11,8 @@ import numpy as np
 from diagd.bundle import Bundle, Form, seal
 from diagd.bundle.manifest import StepGraph
 from diagd.calibration.gate import Budget, Comparison, PairedEngine, failures
+from diagd.calibration.kv_cache import check_kv_cache, describe_cache, precision_name, row_scales
+from diagd.calibration.kv_rewrite import quantise_cache
 from diagd.calibration.nodes import check_form
 from diagd.calibration.observe import observe
 from diagd.calibration.projections import Projection, StoredWeights, load_graph, projections
@@ -23,7 +25,7 @@ from diagd.calibration.statistics import InputStatistics, load_statistics, save_
 from diagd.calibration.trajectory import Prompts, Tour, Trajectory, capacity, default_window, trajectories
 from diagd.calibration.weights_file import WeightsFile
 from diagd.calibration.workspace import workspace
-from diagd.engines.engine import Int
+from diagd.engines.engine import Float, Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.errors import QualityError, UsageError
@@ -52,6 +54,7 @@ class CalibrationOptions:
         floor: signal to noise of a layer below which it stays in floating point, dB; None: the scheme's.
         threads: of ONNX Runtime; 0 is one for each core.
         sensitivity: also measure what each layer costs when it alone is quantised.
+        kv_cache: element type of the K/V buffers, ``int8``; None leaves them in floating point.
     """
 
     precision: str
@@ -62,6 +65,12 @@ class CalibrationOptions:
     floor: float | None = None
     threads: int = 0
     sensitivity: bool = False
+    kv_cache: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Precision of the graphs that are written."""
+        return precision_name(self.precision, self.kv_cache)
 
 
 def calibrate(
@@ -109,8 +118,9 @@ def _check(bundle: Bundle, scheme: Scheme, options: CalibrationOptions, frames: 
     manifest = bundle.manifest
     find_range(options.range)
     trajectories(manifest, default_window(manifest), options.steps)
-    if any(graph.precision == scheme.name for graph in manifest.graphs):
-        raise UsageError(f"{bundle.path} has {scheme.name} graphs already; export it again to start afresh")
+    check_kv_cache(bundle, scheme, options.kv_cache)
+    if any(graph.precision == options.name for graph in manifest.graphs):
+        raise UsageError(f"{bundle.path} has {options.name} graphs already; export it again to start afresh")
     reference = next((g for g in manifest.graphs if g.form is Form.PREFIX and g.precision == "fp32"), None)
     if reference is None:
         raise UsageError(
@@ -143,11 +153,14 @@ class _Calibration:
         self._prompts = Prompts(bundle.manifest, frames)
         self._graphs: list[StepGraph] = []
         self._layers: list[dict[str, Any]] = []
+        self._row_scales: dict[str, Float] = {}
+        self._kv_cache: dict[str, Any] | None = None
 
     def run(self) -> Report:
         """Statistics, search, graphs, gate, report."""
         (self._bundle.path / DIRECTORY).mkdir(exist_ok=True)
         statistics = self._statistics()
+        self._scale_cache(statistics)
         choices = self._choose(statistics)
         self._write_graphs(choices)
         comparison = self._compare()
@@ -155,6 +168,7 @@ class _Calibration:
             self._measure_layers(choices)
         report = self._report(comparison)
         write_report(report, self._bundle.path / DIRECTORY)
+        self._drop_stand_in()
         return report
 
     def manifest(self) -> Any:
@@ -165,7 +179,7 @@ class _Calibration:
     def _statistics(self) -> Mapping[str, InputStatistics]:
         """Gathered now, or by an earlier run where the scheme can do with those, or none."""
         path = self._bundle.path / STATISTICS
-        if not self._scheme.needs_statistics:
+        if not self._scheme.needs_statistics and self._options.kv_cache is None:
             return load_statistics(path) if path.is_file() else {}
         seen = observe(
             self._bundle,
@@ -179,6 +193,20 @@ class _Calibration:
         )
         save_statistics(path, seen)
         return seen
+
+    def _scale_cache(self, statistics: Mapping[str, InputStatistics]) -> None:
+        """Find the scales of K/V rows, where they are to be rounded."""
+        kv_cache, manifest = self._options.kv_cache, self._bundle.manifest
+        if kv_cache is not None:
+            self._row_scales = row_scales(statistics, manifest)
+            self._kv_cache = describe_cache(self._row_scales, statistics, manifest, kv_cache)
+
+    def _drop_stand_in(self) -> None:
+        """The prefix graph only stood for those with a quantised cache, which it cannot have itself."""
+        if self._options.kv_cache is not None:
+            for name in _names(self._reference.file, self._options.name):
+                self._bundle.file(name).unlink()
+            self._graphs = [graph for graph in self._graphs if graph.form is not Form.PREFIX]
 
     def _choose(self, statistics: Mapping[str, InputStatistics]) -> dict[str, Choice]:
         """What becomes of each projection; those below the floor are left out."""
@@ -210,23 +238,22 @@ class _Calibration:
                 if name is None:
                     continue
                 rewritten[graph.file] = name
-            self._graphs.append(
-                graph.model_copy(update={"file": rewritten[graph.file], "precision": self._scheme.name})
-            )
+            changes = {"file": rewritten[graph.file], "precision": self._options.name}
+            if graph.form is Form.PORTABLE and self._options.kv_cache:
+                changes["cache_dtype"] = self._options.kv_cache
+            self._graphs.append(graph.model_copy(update=changes))
 
     def _write_graph(self, graph: StepGraph, choices: Mapping[str, Choice]) -> str | None:
         """Quantise one file; returns its name, or None where its form cannot have the scheme."""
-        path = self._bundle.file(graph.file)
-        model = load_graph(path)
-        opset = next(entry.version for entry in model.opset_import if not entry.domain)
-        if graph.precision not in ("fp32", "fp16") or not check_form(graph.form, self._scheme, opset):
+        if graph.precision not in ("fp32", "fp16") or not check_form(graph.form, self._scheme):
             return None
-        stem = path.name.removesuffix(".onnx").removeprefix("step")
-        name = f"step{stem}.{self._scheme.name}.onnx"
-        weights = f"weights{stem}.{self._scheme.name}.bin"
-        with self._progress.count(f"writing {name}", len(projections(model))) as advance:
-            self._rewrite(graph, choices, (name, weights), advance)
-        return name
+        if self._row_scales and graph.form is Form.MODERN:
+            return None
+        names = _names(graph.file, self._options.name)
+        count = len(projections(load_graph(self._bundle.file(graph.file))))
+        with self._progress.count(f"writing {names[0]}", count) as advance:
+            self._rewrite(graph, choices, names, advance, self._row_scales)
+        return names[0]
 
     def _rewrite(
         self,
@@ -234,13 +261,16 @@ class _Calibration:
         choices: Mapping[str, Choice],
         names: tuple[str, str],
         advance: Callable[[int], None] = lambda _: None,
+        row_scales: Mapping[str, Float] | None = None,
     ) -> None:
-        """Write a graph with some products quantised; ``names`` are those of the graph and its weights."""
+        """Write a graph with some products and maybe the cache quantised; ``names``: see ``_names``."""
         directory = self._bundle.path
         model = load_graph(directory / graph.file)
         stored = StoredWeights(model, directory)
         with WeightsFile(directory / names[1]) as file:
             Rewriter(model, stored, graph.form, self._scheme, choices, file).run(advance)
+        if row_scales:
+            quantise_cache(model, graph.form, row_scales)
         (directory / names[0]).write_bytes(model.SerializeToString())
 
     def _pair(
@@ -305,7 +335,7 @@ class _Calibration:
         path, candidate = self._bundle.path, next(g for g in self._graphs if g.form is Form.PREFIX)
         return Report(
             model=self._bundle.manifest.name,
-            precision=self._scheme.name,
+            precision=self._options.name,
             range=self._options.range if self._scheme.activation == "static" else None,
             seed=self._options.seed,
             trajectories=[_describe(trajectory) for trajectory in self._tour],
@@ -319,7 +349,14 @@ class _Calibration:
                 width: agreed / rows for width, (agreed, rows) in sorted(comparison.by_width.items())
             },
             layers=self._layers,
+            kv_cache=self._kv_cache,
         )
+
+
+def _names(file: str, precision: str) -> tuple[str, str]:
+    """Files of a quantised graph and of its weights, for the file of the graph in floating point."""
+    stem = file.removesuffix(".onnx").removeprefix("step")
+    return f"step{stem}.{precision}.onnx", f"weights{stem}.{precision}.bin"
 
 
 def _part(name: str) -> str:

@@ -32,6 +32,7 @@ class Report:
         milliseconds: median step, FP32 and quantised, on this machine.
         agreement_by_width: share of equal predictions by rows of the step.
         layers: of each projection its error and what became of it.
+        kv_cache: see ``describe_cache``; None where it stays in floating point.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Report:
     milliseconds: Mapping[str, float]
     agreement_by_width: Mapping[int, float]
     layers: Sequence[Mapping[str, Any]]
+    kv_cache: Mapping[str, Any] | None = None
 
     @property
     def kept(self) -> list[str]:
@@ -105,6 +107,11 @@ def figure_table(report: Report) -> Table:
     table.add_row(
         "weights read, MB", f"{report.bytes_before / 1e6:.1f}", f"{report.bytes_after / 1e6:.1f}", "-"
     )
+    if report.kv_cache:
+        before, after = (f"{report.kv_cache[f'bytes_{when}']:,}" for when in ("before", "after"))
+        table.add_row("K/V bytes a token", before, after, "-")
+        worst = min(report.kv_cache["signal_to_noise"].values())
+        table.add_row("signal to noise of the worst K/V rows, dB", "-", _number(worst, 1), "-")
     times = report.milliseconds
     table.add_row("median step, ms", _number(times["fp32"], 2), _number(times["quantised"], 2), "-")
     table.add_row("products kept in FP32", str(len(report.layers)), str(len(report.kept)), "-")

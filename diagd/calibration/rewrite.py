@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Form
-from diagd.calibration.nodes import product_nodes
+from diagd.calibration.nodes import product_nodes, raise_opset
 from diagd.calibration.projections import (
     Array,
     ColumnFold,
@@ -78,6 +78,7 @@ class Rewriter:
     def run(self, advance: Callable[[int], None] = lambda _: None) -> None:
         """Rewrite every chosen product; ``advance`` is told the products done."""
         found = projections(self._model)
+        raise_opset(self._model)
         divisors = self._fold(found)
         replacements: dict[str, list[onnx.NodeProto]] = {}
         for projection in found:

@@ -79,15 +79,16 @@ class StatisticsCollector:
         self.steps = 0
 
     def add(self, activations: Mapping[str, Float]) -> None:
-        """Take the inputs of one step.
+        """Take the inputs of one step, [rows, ...]; all but the first axis are channels.
 
         Raises:
             QualityError: one is not finite.
         """
         self.steps += 1
-        for name, rows in activations.items():
-            if not len(rows):
+        for name, values in activations.items():
+            if not len(values):
                 continue
+            rows = values.reshape(len(values), -1)
             if not np.isfinite(rows).all():
                 raise QualityError(
                     f"the input of {name} has values that are no finite numbers in step {self.steps}; "

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Manifest
 from diagd.bundle.actions import ActionCodec
+from diagd.bundle.manifest import AbsoluteContext
 from diagd.engines.engine import Engine, Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH
@@ -76,12 +77,20 @@ def trajectories(manifest: Manifest, window: int, steps: int) -> list[Trajectory
         named[f"k={default.k} chained"] = chained
     share = -(-steps // (len(named) + 1))
     found = [
-        Trajectory(name, schedule, 1, max(1, min(-(-share // schedule.d), 64)), share)
+        Trajectory(
+            name, schedule, 1, min(-(-share // schedule.d), _longest(manifest, schedule, window)), share
+        )
         for name, schedule in named.items()
     ]
     slid = default.steps_per_frame + share
     frames = -(-slid // default.d) + 1
     return [*found, Trajectory("slid window", default, window - 1, frames, slid)]
+
+
+def _longest(manifest: Manifest, schedule: Schedule, window: int) -> int:
+    """Most frames behind one prompt frame: an absolute context does not slide while frames overlap."""
+    overlapping = schedule.d < schedule.steps_per_frame
+    return window - 1 if overlapping and isinstance(manifest.context, AbsoluteContext) else 64
 
 
 class Prompts:

@@ -48,6 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precision", required=True, help="the scheme, see below")
+    parser.add_argument("--kv-cache", help="int8: K/V rows of 8 bits too, in portable graphs")
     parser.add_argument("--data", type=Path, help="video, or .npy tokens [P, h, w]: frames of prompts")
     parser.add_argument(
         "--budget",
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         args.precision,
         budget,
         seed=args.seed,
+        kv_cache=args.kv_cache,
         **settings.model_dump(include={"steps", "range", "floor", "threads", "sensitivity"}),
     )
     bundle, console, began = Bundle.open(args.bundle), Console(), time.perf_counter()
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         raise
     console.print(layer_table(report), figure_table(report))
     console.print(
-        f"{args.precision} accepted in {time.perf_counter() - began:.1f} s, "
+        f"{options.name} accepted in {time.perf_counter() - began:.1f} s, "
         f"{report.bytes_after / 1e6:,.1f} MB of weights: {args.bundle}"
     )
     return 0

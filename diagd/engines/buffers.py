@@ -37,9 +37,14 @@ def text_buffers(manifest: Manifest) -> dict[str, NDArray[np.generic]]:
 
 
 def rotate_pairs(keys: NDArray[np.generic], angles: NDArray[np.float64]) -> None:
-    """Turn keys [..., D] in rotate-half layout by ``angles`` [D / 2], in place."""
+    """Turn keys [..., D] in rotate-half layout by ``angles`` [D / 2], in place.
+
+    The two channels of a pair share the scale of their integers, so int8 keys are turned as they are.
+    """
     half = keys.shape[-1] // 2
     cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     first, second = keys[..., :half].astype(np.float32), keys[..., half:].astype(np.float32)
-    keys[..., :half] = first * cosines - second * sines
-    keys[..., half:] = second * cosines + first * sines
+    turned = np.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
+    if keys.dtype == np.int8:
+        turned = np.clip(np.rint(turned), -127, 127)
+    keys[...] = turned

@@ -40,7 +40,7 @@ class FixedEngine:
         self.token_buffer: Int = np.zeros(tokens, np.int32)
         self.slot_position: Int = np.full(self.capacity, VOID, np.int32)
         shape = (1, manifest.cache.kv_heads, self.capacity, manifest.cache.head_size)
-        dtype = np.dtype(manifest.cache.dtype)
+        dtype = manifest.cache_dtype(graphs[0])
         self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache)}
         self.text = text_buffers(manifest)
         self._session = open_session(bundle.file(graphs[0].file), bundle.digest, options)

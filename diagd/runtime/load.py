@@ -9,6 +9,7 @@ from diagd.bundle import Bundle, Form
 from diagd.engines.engine import Engine
 from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.portable import PortableEngine
 from diagd.engines.prefix import MAX_WIDTH, PrefixEngine
 from diagd.errors import UsageError, unknown
 from diagd.runtime.session import Session, token_places
@@ -95,8 +96,9 @@ def _with_threads(cpu: CpuOptions, bundle: Bundle) -> CpuOptions:
 def _make_engine(bundle: Bundle, window: int, cpu: CpuOptions, zero_slots: bool) -> Engine:
     layout = bundle.manifest.layout.stream()
     places = token_places(layout, window).size
-    if not any(graph.form is Form.PREFIX for graph in bundle.manifest.graphs):
-        return ModernEngine(bundle, places, cpu)
+    forms = {graph.form for graph in bundle.manifest.graphs}
+    if Form.PREFIX not in forms:
+        return (ModernEngine if Form.MODERN in forms else PortableEngine)(bundle, places, cpu)
     zero_rows = layout.frame_start(window) if zero_slots else 0
     return PrefixEngine(bundle, slots_needed(layout, window, MAX_WIDTH) + zero_rows, places, cpu)
 

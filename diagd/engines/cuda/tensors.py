@@ -44,7 +44,7 @@ class StepTensors:
             self._add(name, (), np.float32)
         self._add("logits", (WIDTH, manifest.output_vocabulary), np.float32)
         shape = (1, manifest.cache.kv_heads, capacity, manifest.cache.head_size)
-        dtype = np.dtype(manifest.cache.dtype)
+        dtype = manifest.cache_dtype(manifest.graph(form))
         names = cache_tensors(manifest.cache)
         self.cache = {name: self._add(f"past_{name}", shape, dtype) for name in names}
         self.text = {
@@ -79,7 +79,8 @@ class StepTensors:
         if shape[3] * dtype.itemsize % CHUNK_BYTES:
             raise EngineError(
                 f"a row of {shape[3]} values of {dtype} has {shape[3] * dtype.itemsize} bytes, the append "
-                f"kernel moves {CHUNK_BYTES} at a time: export with a head size that is a multiple of 8"
+                f"kernel moves {CHUNK_BYTES} at a time: it needs heads of a multiple of "
+                f"{CHUNK_BYTES // dtype.itemsize} channels"
             )
         self._add("tokens", (WIDTH,), np.int32)
         rows = [self._add(f"new_{name}", (1, shape[1], WIDTH, shape[3]), dtype) for name in self.cache]

@@ -6,8 +6,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from diagd.bundle import Bundle
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.external_data import external_data
@@ -56,7 +54,7 @@ def estimate(bundle: Bundle, graph: StepGraph, widths: tuple[int, ...]) -> Memor
     cache = bundle.manifest.cache
     slots = 2 * cache.layers * cache.kv_heads * int(graph.capacity or 0)
     weights = external_data(bundle.file(graph.file)).bytes
-    row_bytes = cache.head_size * np.dtype(cache.dtype).itemsize
+    row_bytes = cache.head_size * bundle.manifest.cache_dtype(graph).itemsize
     return MemoryEstimate(
         weights, slots * row_bytes, PLAN_COPIES if len(widths) > 1 and min(widths) == 1 else 1
     )

@@ -1,0 +1,112 @@
+"""K/V rows of 8 bits: which bundles can hold them, and the scales of their channels.
+
+Every channel of every head has one scale, symmetric around zero, found along the same schedules as the ranges
+of activations. A row is rounded before anything attends to it, its own step included: what a query sees does
+not depend on how rows were batched into steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle import Bundle, Form, Manifest
+from diagd.bundle.manifest import RotaryContext
+from diagd.calibration.nodes import check_form
+from diagd.calibration.schemes import Scheme
+from diagd.calibration.statistics import InputStatistics
+from diagd.engines.fixed import cache_tensors
+from diagd.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    import onnx
+
+Float = NDArray[np.float32]
+
+KV_CACHES = ("int8",)
+"""Element types that ``--kv-cache`` takes."""
+
+LEVELS = 127
+
+HEADROOM = 1.25
+"""Reach of a scale over the largest magnitude seen: a key cut off costs more than 2 dB of rounding."""
+
+SMALLEST_SCALE = 2.0**-14
+"""Smallest normal number of float16."""
+
+
+def precision_name(scheme: str, kv_cache: str | None) -> str:
+    """Precision of graphs with a scheme and a K/V cache: ``int4-weight``, ``int4-weight-kv8``."""
+    return scheme if kv_cache is None else f"{scheme}-kv8"
+
+
+def check_kv_cache(bundle: Bundle, scheme: Scheme, kv_cache: str | None) -> None:
+    """Refuse a cache that no graph of the bundle can hold.
+
+    Raises:
+        UsageError: it is unknown, or the bundle has no portable graph that can have the scheme.
+    """
+    if kv_cache is None:
+        return
+    if kv_cache not in KV_CACHES:
+        raise unknown("K/V cache", kv_cache, KV_CACHES)
+    if not any(g.form is Form.PORTABLE and g.precision in ("fp32", "fp16") for g in bundle.manifest.graphs):
+        raise UsageError(
+            f"{bundle.path} has no portable graph, the only form whose cache can be {kv_cache}: the modern "
+            "form's TensorScatter takes floating point only, and the prefix form attends to its buffers as "
+            "they lie; export it again with --form prefix,portable"
+        )
+    if not check_form(Form.PORTABLE, scheme):
+        raise UsageError(
+            f"{scheme.name} is for the prefix form, a cache of {kv_cache} for the portable form: "
+            "choose another --precision, such as int8"
+        )
+
+
+def cache_rows(model: onnx.ModelProto) -> dict[str, str]:
+    """Values that a prefix graph writes to its buffers, [W, G, D]: ``key_0`` to the name of the value."""
+    writers = {node.output[0]: node for node in model.graph.node if node.op_type == "ScatterND"}
+    return {
+        output.name.removeprefix("present_"): writers[output.name].input[2]
+        for output in model.graph.output
+        if output.name in writers
+    }
+
+
+def row_scales(seen: Mapping[str, InputStatistics], manifest: Manifest) -> dict[str, Float]:
+    """Scales of each K/V tensor, float32 [G, D]: a row is stored as ``row / scale``.
+
+    The two channels that a rotary embedding turns into each other share a scale that holds both at any
+    angle: positions further on than the run has seen stay in range, and cached keys are turned as integers.
+    """
+    cache, scales = manifest.cache, {}
+    for name in cache_tensors(cache):
+        reach = seen[name].absmax.reshape(cache.kv_heads, cache.head_size)
+        if name.startswith("key") and isinstance(manifest.context, RotaryContext):
+            reach = np.tile(np.hypot(*np.split(reach, 2, axis=1)), 2)
+        scales[name] = np.maximum(reach * (HEADROOM / LEVELS), SMALLEST_SCALE).astype(np.float32)
+    return scales
+
+
+def describe_cache(
+    scales: Mapping[str, Float], seen: Mapping[str, InputStatistics], manifest: Manifest, kv_cache: str
+) -> dict[str, Any]:
+    """What a report says of a cache: bytes a token before and after, signal to noise of its rows, dB."""
+    elements = sum(scale.size for scale in scales.values())
+    ratios = {name: _signal_to_noise(seen[name].sample, scale.ravel()) for name, scale in scales.items()}
+    return {
+        "dtype": kv_cache,
+        "bytes_before": elements * np.dtype(manifest.cache.dtype).itemsize,
+        "bytes_after": elements * np.dtype(kv_cache).itemsize,
+        "signal_to_noise": ratios,
+    }
+
+
+def _signal_to_noise(rows: Float, scale: Float) -> float:
+    rounded = np.clip(np.rint(rows / scale), -LEVELS - 1, LEVELS) * scale
+    power = float(np.square(rows, dtype=np.float64).sum())
+    noise = float(np.square(rows - rounded, dtype=np.float64).sum())
+    return 10 * float(np.log10(max(power, 1e-30) / max(noise, 1e-30)))
