@@ -26,13 +26,16 @@ _GREEDY = SamplingSettings(temperature=0)
 class BundleSubject:
     """A bundle of the world family on its own engine; see `diagd.world.subject.Subject`.
 
+    ``compat`` is that of `diagd.load`.
+
     Raises:
         UsageError: the bundle has no tokenizer, or not exactly one action token ahead of each frame.
     """
 
-    def __init__(self, path: str, threads: int = 0) -> None:
+    def __init__(self, path: str, threads: int = 0, compat: str | None = None) -> None:
         bundle, cpu = Bundle.open(path), CpuOptions(threads)
-        self._session, self._codec = open_session(bundle, cpu=cpu), PixelCodec(bundle, cpu)
+        self._session = open_session(bundle, cpu=cpu, compat=compat)
+        self._codec = PixelCodec(bundle, cpu)
         self.layout = self._session.layout
         self.codes = bundle.manifest.output_vocabulary
         if (self.layout.prefix, self.layout.before, self.layout.after) != (0, 1, 0):

@@ -34,21 +34,21 @@ def save_contact_sheet(path: Path, rows: Mapping[str, NDArray[np.uint8]]) -> Non
 
 
 def save_plot(
-    path: Path,
-    points: Sequence[tuple[str, float, float, float]],
-    across: str,
-    up: str,
-    *,
-    logarithmic: bool = True,
+    path: Path, series: Mapping[str, Sequence[tuple[str, float, float, float]]], across: str, up: str
 ) -> None:
-    """Write a PNG with labelled points (label, x, y, standard error of y)."""
-    figure = _figures().Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    """Write a PNG with points (label, x, y, standard error of y) of each series; x is logarithmic."""
+    figure = _figures().Figure(figsize=(8, 4.6), dpi=120, layout="constrained")
     axis = figure.subplots()
-    for label, x, y, error in points:
-        axis.errorbar(x, y, yerr=error, fmt="o", capsize=3)
-        axis.annotate(label, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axis.set(xlabel=across, ylabel=up, xscale="log" if logarithmic else "linear")
+    for name, points in series.items():
+        _, x, y, error = zip(*points, strict=True)
+        axis.errorbar(x, y, yerr=error, fmt="o", capsize=3, label=name)
+        for label, across_point, up_point, _ in points:
+            place = (across_point, up_point)
+            axis.annotate(label, place, textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axis.set(xlabel=across, ylabel=up, xscale="log")
     axis.grid(alpha=0.3)
+    if series:
+        axis.legend()
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png")
 

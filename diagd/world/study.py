@@ -1,33 +1,31 @@
-"""The quality of Diagonal Decoding on a world model, measured and written as docs/quality.md."""
+"""The quality of Diagonal Decoding on trained worlds, measured and written as docs/quality.md."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from pydantic import TypeAdapter
 
 from diagd.bundle.files import atomic_file
-from diagd.runtime.sampling import SamplingSettings
-from diagd.schedule import RowSeed, Schedule, StreamLayout
-from diagd.world.bundle_subject import BundleSubject
-from diagd.world.contact_sheet import save_contact_sheet, save_plot
+from diagd.errors import UsageError
+from diagd.world import study_parts
+from diagd.world.contact_sheet import save_plot
 from diagd.world.dataset import cached_tokens
-from diagd.world.evaluate import EvalOptions, Evaluation, Scores, measure_drift
+from diagd.world.evaluate import EvalOptions, Evaluation
 from diagd.world.geometry import Geometry
 from diagd.world.model import load_codebook
-from diagd.world.quality_page import SEEDS, GapRow, quality_page
-from diagd.world.run_eval import open_subject, pictures, schedule_name, walk_actions
+from diagd.world.quality_page import Figures, quality_page
+from diagd.world.run_eval import open_subject
+from diagd.world.study_parts import Report
 
-ROW_LAGS = (1, 2, 4)
-
-Report = Callable[[str], None]
+PARTS = ("shipped", "compat", "sizes", "training", "speed")
+SHIPPED_SIZE = "3m"
 
 
 @dataclass(frozen=True)
@@ -35,132 +33,140 @@ class StudyOptions:
     """What the study covers.
 
     Attributes:
-        model: folder of the world model.
-        bundle: its bundle, for frames per second; None leaves speed out.
-        data: recording that the model was not trained on.
+        model: folder of the shipped world model.
+        data: recording that no model was trained on.
         geometry: recording that the rules of the world are learned from.
-        output: folder of quality.md and its pictures.
+        output: folder of quality.md, quality.json and the pictures.
+        sizes: folders of other sizes trained like the shipped model, by name.
+        training: folders of the same size trained otherwise, by what was done.
+        parts: what to measure; the rest is taken from quality.json.
         evaluation: sizes and sampling.
+        size_rollouts: rollouts of each other size.
+        compat_windows: windows of the comparison with the released code.
+        speed_rounds, speed_frames: of the measurement of frames per second; the median round counts.
         long_frames, long_rollouts: of the drift measurement.
-        threads: of the engine.
     """
 
     model: Path
-    bundle: Path | None
     data: Path
     geometry: Path
     output: Path
-    evaluation: EvalOptions = field(default_factory=lambda: EvalOptions(windows=128, rollouts=96))
+    sizes: Mapping[str, Path] = field(default_factory=dict)
+    training: Mapping[str, Path] = field(default_factory=dict)
+    parts: tuple[str, ...] = PARTS
+    evaluation: EvalOptions = field(default_factory=lambda: EvalOptions(windows=96, rollouts=96))
+    size_rollouts: int = 48
+    compat_windows: int = 32
+    speed_rounds: int = 3
+    speed_frames: int = 12
     long_frames: int = 500
-    long_rollouts: int = 8
-    threads: int = 2
+    long_rollouts: int = 4
 
 
-def run_study(options: StudyOptions, report: Report = lambda _: None) -> Path:
-    """Measure everything and write quality.md, quality.json and the pictures; returns the page."""
-    codebook = load_codebook(options.model)
-    geometry = Geometry.learn(cached_tokens(options.geometry, codebook), len(codebook))
-    subject = open_subject(options.model)
-    recording = cached_tokens(options.data, codebook)
-    evaluation = Evaluation(subject, recording, geometry, options.evaluation)
-    lags = diagonal_lags(subject.layout)
-    gaps = [_gap_row(evaluation, k, d, report) for k, d in lags]
-    scores, sheet = _rollouts(evaluation, lags, report)
-    drift = _drift(evaluation, options, report)
-    speeds = _speeds(options, [_schedule(subject.layout, k, d) for k, d in lags], report)
-    figures = {
-        "options": asdict(options.evaluation),
-        "gaps": [asdict(row) for row in gaps],
-        "schedules": [asdict(s) for s in scores],
-        "drift": drift,
-        "frames_per_second": speeds,
+class Study:
+    """Measures the parts asked for; see `StudyOptions`."""
+
+    def __init__(self, options: StudyOptions, report: Report = lambda _: None) -> None:
+        self._options, self._report = options, report
+        self._bundles: dict[Path, Path] = {}
+        codebook = load_codebook(options.model)
+        self._recording = cached_tokens(options.data, codebook)
+        self._geometry = Geometry.learn(cached_tokens(options.geometry, codebook), len(codebook))
+
+    def run(self) -> Path:
+        """Measure part by part, saving the figures after each; returns the page."""
+        options = self._options
+        options.output.mkdir(parents=True, exist_ok=True)
+        figures = self._known()
+        with tempfile.TemporaryDirectory() as scratch:
+            for part in options.parts:
+                figures = self._measure(part, figures, Path(scratch))
+                _write(options.output / "quality.json", json.dumps(asdict(figures), indent=1) + "\n")
+        _plot(options.output / "quality-speed.png", figures)
+        page = options.output / "quality.md"
+        _write(page, quality_page(figures, SHIPPED_SIZE))
+        return page
+
+    def _known(self) -> Figures:
+        file = self._options.output / "quality.json"
+        if set(self._options.parts) == set(PARTS) or not file.exists():
+            return Figures(self._options.evaluation)
+        figures = TypeAdapter(Figures).validate_python(json.loads(file.read_text()))
+        if figures.options != self._options.evaluation:
+            raise UsageError(f"{file} was measured with other options; measure every part again")
+        return figures
+
+    def _measure(self, part: str, figures: Figures, scratch: Path) -> Figures:
+        options, report = self._options, self._report
+        if part == "shipped":
+            contact = options.output / "quality-contact.png"
+            lengths = options.long_frames, options.long_rollouts
+            shipped = study_parts.shipped_figures(self._evaluation(options.model), *lengths, contact, report)
+            return replace(figures, shipped=shipped)
+        if part == "compat":
+            bundle = self._bundle(options.model, scratch)
+            evaluation = self._evaluation(options.model)
+            rows = study_parts.compat_figures(bundle, evaluation, options.compat_windows, report)
+            return replace(figures, compat=rows)
+        if part == "sizes":
+            smaller = replace(options.evaluation, rollouts=options.size_rollouts)
+            found = {
+                name: study_parts.size_figures(self._evaluation(folder, smaller), name, report)
+                for name, folder in options.sizes.items()
+            }
+            return replace(figures, sizes=found)
+        if part == "training":
+            rows_of = study_parts.training_row
+            trained = [rows_of(self._evaluation(f), name, report) for name, f in options.training.items()]
+            return replace(figures, training=trained)
+        folders = {SHIPPED_SIZE: options.model, **options.sizes}
+        bundles = {name: self._bundle(folder, scratch) for name, folder in folders.items()}
+        speeds = study_parts.speeds(bundles, options.speed_rounds, options.speed_frames, report)
+        counts = {name: study_parts.parameters(folder) for name, folder in folders.items()}
+        return replace(figures, frames_per_second=speeds, parameters=counts)
+
+    def _bundle(self, folder: Path, scratch: Path) -> Path:
+        if folder not in self._bundles:
+            self._report(f"exporting {folder.name}")
+            output = scratch / f"{len(self._bundles)}.diagd"
+            self._bundles[folder] = study_parts.export_world(folder, output)
+        return self._bundles[folder]
+
+    def _evaluation(self, folder: Path, options: EvalOptions | None = None) -> Evaluation:
+        chosen = options or self._options.evaluation
+        return Evaluation(open_subject(folder), self._recording, self._geometry, chosen)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text(text)
+
+
+def _plot(path: Path, figures: Figures) -> None:
+    """Frames per second against the likelihood that next-token prediction gives to the rollouts."""
+    scores = {SHIPPED_SIZE: figures.shipped.schedules if figures.shipped else [], **figures.sizes}
+    points = {
+        size: [
+            (score.name, figures.frames_per_second[size][score.name], nll.mean, nll.error)
+            for score in of_size
+            for nll in [score.generated_nll]
+        ]
+        for size, of_size in scores.items()
+        if size in figures.frames_per_second
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    save_contact_sheet(options.output / "quality-contact.png", sheet)
-    _plot(options.output / "quality-speed.png", scores, speeds)
-    for name, text in (
-        ("quality.json", json.dumps(figures, indent=1) + "\n"),
-        ("quality.md", quality_page(gaps, scores, drift, speeds, options.evaluation)),
-    ):
-        with atomic_file(options.output / name) as partial:
-            partial.write_text(text)
-    return options.output / "quality.md"
+    save_plot(path, points, "frames/s, one core", "NLL of generated tokens under NTP, nats")
 
 
-def diagonal_lags(layout: StreamLayout) -> list[tuple[int, int]]:
-    """(k, d) of the study: serial and chained frames for every row lag."""
-    pairs = [(Schedule.serial(layout, k).d, Schedule.chained(layout, k).d, k) for k in ROW_LAGS]
-    return [(k, d) for serial, chained, k in pairs for d in (serial, chained)]
+def _folders(given: list[str]) -> dict[str, Path]:
+    pairs = [item.partition("=") for item in given]
+    for name, _, folder in pairs:
+        if not name or not folder:
+            raise UsageError(f"'{name}': expected NAME=FOLDER")
+    return {name: Path(folder) for name, _, folder in pairs}
 
 
-def _schedule(layout: StreamLayout, k: int, d: int, seed: RowSeed = RowSeed.PREVIOUS_FRAME) -> Schedule:
-    return Schedule(layout, k, d, seed)
-
-
-def _gap_row(evaluation: Evaluation, k: int, d: int, report: Report) -> GapRow:
-    plain = _schedule(evaluation.subject.layout, k, d)
-    name = schedule_name(plain)
-    report(f"likelihood of {name}")
-    gaps = {seed.value: evaluation.gap(replace(plain, row_seed=seed)) for seed in SEEDS}
-    without = evaluation.gap(replace(plain, refeed=False))
-    return GapRow(name, plain.total_steps(evaluation.options.frames), gaps, without)
-
-
-def _rollouts(
-    evaluation: Evaluation, lags: list[tuple[int, int]], report: Report
-) -> tuple[list[Scores], dict[str, Any]]:
-    layout = evaluation.subject.layout
-    sheet = {"truth": pictures(evaluation.subject, evaluation.truth[:1])[0]}
-    scores = []
-    for schedule in [Schedule.next_token(layout), *(_schedule(layout, k, d) for k, d in lags)]:
-        name = schedule_name(schedule)
-        report(f"rollouts of {name}")
-        score, rolled = evaluation.score(name, schedule)
-        scores.append(score)
-        sheet[name] = pictures(evaluation.subject, rolled[:1])[0]
-    return scores, sheet
-
-
-def _drift(evaluation: Evaluation, options: StudyOptions, report: Report) -> dict[str, Any]:
-    if not options.long_frames:
-        return {}
-    schedule = Schedule.chained(evaluation.subject.layout, 1)
-    report(f"{options.long_frames} frames of {schedule_name(schedule)}")
-    actions = walk_actions(options.long_rollouts, options.long_frames, options.evaluation.seed)
-    return asdict(measure_drift(evaluation, schedule, actions))
-
-
-def _speeds(options: StudyOptions, schedules: list[Schedule], report: Report) -> dict[str, float]:
-    """Frames per second of the bundle's engine by schedule, pixels not included."""
-    if options.bundle is None:
-        return {}
-    subject = BundleSubject(str(options.bundle), options.threads)
-    layout, frames, speeds = subject.layout, 12, {}
-    stream = np.zeros((1, (1 + frames) * layout.frame_length), np.int64)
-    stream[:, :: layout.frame_length] = subject.codes
-    for schedule in [Schedule.next_token(layout), *schedules]:
-        name = schedule_name(schedule)
-        report(f"speed of {name}")
-        for _ in range(2):  # the first run also warms up
-            began = time.perf_counter()
-            subject.roll_out(stream, 1, schedule, SamplingSettings(1.0, 0, 0.95), 0)
-            speeds[name] = frames / (time.perf_counter() - began)
-    return speeds
-
-
-def _plot(path: Path, scores: list[Scores], speeds: dict[str, float]) -> None:
-    if speeds:
-        points = [(s.name, speeds[s.name], s.generated_nll.mean, s.generated_nll.error) for s in scores]
-        save_plot(path, points, "frames/s, two cores", "NLL of generated tokens under NTP, nats")
-    else:
-        plain = [(s.name, float(s.passes), s.generated_nll.mean, s.generated_nll.error) for s in scores]
-        save_plot(
-            path, plain, "forward passes for the generated frames", "NLL of generated tokens under NTP, nats"
-        )
-
-
-def _say(name: str) -> None:
-    sys.stderr.write(f"{name}\n")
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 def main() -> None:
@@ -168,9 +174,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "data", "geometry", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--bundle", type=Path, help="adds frames per second")
+    parser.add_argument("--size", action="append", default=[], help="NAME=FOLDER of a world of another size")
+    parser.add_argument("--training", action="append", default=[], help="NAME=FOLDER trained otherwise")
+    parser.add_argument("--part", action="append", choices=PARTS, help="measure this again (default: all)")
     args = parser.parse_args()
-    run_study(StudyOptions(**vars(args)), _say)
+    options = StudyOptions(
+        model=args.model,
+        data=args.data,
+        geometry=args.geometry,
+        output=args.output,
+        sizes=_folders(args.size),
+        training=_folders(args.training),
+        parts=tuple(args.part or PARTS),
+    )
+    _say(str(Study(options, _say).run()))
 
 
 if __name__ == "__main__":

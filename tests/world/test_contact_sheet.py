@@ -19,7 +19,9 @@ def test_sheet_shows_every_frame(tmp_path: Path) -> None:
 
 
 def test_plot_is_written(tmp_path: Path) -> None:
-    save_plot(tmp_path / "plot.png", [("a", 1.0, 0.5, 0.1), ("b", 10.0, 0.6, 0.1)], "frames/s", "nats")
+    save_plot(
+        tmp_path / "plot.png", {"3m": [("a", 1.0, 0.5, 0.1), ("b", 10.0, 0.6, 0.1)]}, "frames/s", "nats"
+    )
     picture = image.imread(tmp_path / "plot.png")
     assert picture.shape[0] > 300
     assert picture[..., :3].min() < 0.5

@@ -1,41 +1,69 @@
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 
 from diagd.schedule import Schedule
-from diagd.world.evaluate import measure_drift
+from diagd.world.evaluate import Scores, measure_drift
 from diagd.world.metrics import Estimate
-from diagd.world.quality_page import SEEDS, GapRow, quality_page
-from diagd.world.study import diagonal_lags
+from diagd.world.quality_page import Figures, quality_page
+from diagd.world.study_parts import SEEDS, CompatRow, GapRow, ShippedFigures, TrainingRow
 from tests.world.test_evaluate import LAYOUT, OPTIONS, evaluation
 
-
-def table(page: str, heading: str) -> list[list[str]]:
-    section = page.split(f"## {heading}")[1].split("\n## ")[0]
-    return [
-        [c.strip() for c in line.strip("|").split("|")]
-        for line in section.splitlines()
-        if line.startswith("|")
-    ]
+CERTAIN, NOISE = Estimate(0.02, 0.001, 8), Estimate(0.001, 0.001, 8)
 
 
-def test_page_shows_every_figure() -> None:
+def table(page: str, heading: str, number: int = 0) -> list[list[str]]:
+    """Rows of the n-th table under a heading."""
+    section = page.split(f"# {heading}")[1].split("\n## ")[0]
+    tables = [part for part in section.split("\n\n") if part.startswith("|")]
+    return [[c.strip() for c in line.strip("|").split("|")] for line in tables[number].splitlines()]
+
+
+def scores(*, is_frozen: bool = False) -> list[Scores]:
     judge = evaluation(is_frozen=False)
-    chained = Schedule.chained(LAYOUT, 1)
-    score, _ = judge.score("k=1 chained", chained)
-    certain, noise = Estimate(0.02, 0.001, 8), Estimate(0.001, 0.001, 8)
-    gaps = [GapRow("k=1 chained", 38, {s.value: certain for s in SEEDS}, noise)]
-    drift = asdict(measure_drift(judge, chained, np.full((2, 20), 3), stretches=4))
-    page = quality_page(gaps, [score], drift, {"k=1 chained": 31.25}, OPTIONS)
-    row = table(page, "Likelihood gap")[2]
+    other = evaluation(is_frozen=is_frozen)
+    raster, chained = Schedule.next_token(LAYOUT), Schedule.chained(LAYOUT, 1)
+    return [judge.score("NTP", raster)[0], other.score("k=1 chained", chained)[0]]
+
+
+def test_the_shipped_model_shows_every_figure() -> None:
+    drift = measure_drift(
+        evaluation(is_frozen=False), Schedule.chained(LAYOUT, 1), np.full((2, 20), 3), stretches=4
+    )
+    gaps = [GapRow("k=1 chained", 38, {s.value: CERTAIN for s in SEEDS}, NOISE)]
+    figures = Figures(
+        OPTIONS,
+        ShippedFigures(gaps, scores(), drift),
+        frames_per_second={"3m": {"NTP": 12, "k=1 chained": 31.25}},
+    )
+    page = quality_page(figures, "3m")
+    row = table(page, "The shipped model: likelihood gap")[2]
     assert row == ["k=1 chained", "38", *["+0.0200 +- 0.0010"] * 4, "*+0.0010 +- 0.0010*"]
-    heads, _, rollout = table(page, "Rollouts")
+    heads, _, _, rollout = table(page, "The shipped model: rollouts")
     assert rollout[heads.index("walks followed")] == "1.000 +- 0.000"
     assert rollout[heads.index("frames/s")] == "31.2"
-    assert [line[0] for line in table(page, "Drift")[2:]] == ["7", "12", "17", "22"]
+    assert [line[0] for line in table(page, "The shipped model: drift")[2:]] == ["7", "12", "17", "22"]
+    assert "Other sizes" not in page
 
 
-def test_study_covers_serial_and_chained_frames() -> None:
-    assert diagonal_lags(LAYOUT) == [(1, 20), (1, 9), (2, 28), (2, 18), (4, 44), (4, 36)]
+def test_figures_beyond_the_noise_are_named() -> None:
+    page = quality_page(Figures(OPTIONS, sizes={"10m": scores(is_frozen=True)}), "3m").replace("\n", " ")
+    assert "walks followed of k=1 chained" in page.split("beyond it are")[1]
+    assert "invalid tiles of" not in page.split("beyond it are")[1]
+    page = quality_page(Figures(OPTIONS, sizes={"10m": scores()}), "3m").replace("\n", " ")
+    assert "none is beyond it" in page
+
+
+def test_sizes_training_and_compat_show_every_figure() -> None:
+    training = [TrainingRow("NTP only", Estimate(0.05, 0.002, 8), {"k=1 chained": NOISE})]
+    compat = [CompatRow("k=1 serial", NOISE, CERTAIN, CERTAIN)]
+    sizes = {"10m": scores()}
+    figures = Figures(
+        OPTIONS, None, compat, sizes, training, {"10m": {"NTP": 2.0, "k=1 chained": 7.5}}, {"10m": 10_400_000}
+    )
+    page = quality_page(figures, "3m")
+    assert "### 10m: 10.40 M parameters, 24 rollouts" in page
+    assert table(page, "Other sizes", 0)[3] == ["k=1 chained", "0.7500 +- 0.0000", "+0.2500 +- 0.0000"]
+    assert table(page, "Other sizes", 1)[3][-1] == "7.5"
+    assert table(page, "What training")[2] == ["NTP only", "0.0500 +- 0.0020", "*+0.0010 +- 0.0010*"]
+    assert table(page, "Strict steps")[2][1:] == ["*+0.0010 +- 0.0010*", *["+0.0200 +- 0.0010"] * 2]
