@@ -6,8 +6,9 @@ several schedules mixed in each batch, so that one model serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -73,7 +74,13 @@ class LowRank(nn.Module):
 
 
 def align(
-    model: Transformer, streams: NDArray[np.int64], options: AlignOptions, report: Report | None = None
+    model: Transformer,
+    streams: NDArray[np.int64],
+    options: AlignOptions,
+    report: Report | None = None,
+    *,
+    text: NDArray[np.float32] | None = None,
+    frozen: Collection[str] = (),
 ) -> Transformer:
     """Fine-tune ``model`` in place and return it.
 
@@ -82,22 +89,27 @@ def align(
         streams: int64 [N, frames * frame_length (+ prefix)], windows of known videos.
         options: schedules and training settings.
         report: told about every step.
+        text: float32 [n, width], what the windows are conditioned on; for models that read text, and
+            filled up with zeros as at inference.
+        frozen: names of parameters that stay as they are.
 
     Raises:
-        UsageError: the windows are no whole number of at least 2 frames.
+        UsageError: the windows are no whole number of at least 2 frames that the model can hold, or the
+            text does not fit the model.
     """
     passes = ForcedPasses([s for _, s in options.shares], _frames(model, streams), score_prompt=False)
     chances = np.array([share for share, _ in options.shares])
     chances /= chances.sum()
     model.to(options.device).train()
-    trained = _add_low_rank(model, options) if options.rank else list(model.parameters())
+    trained = _add_low_rank(model, options) if options.rank else _all_but(model, frozen)
+    logits = partial(model, text=_filled_text(model, text, options.device))
     optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(options.steps):
         random = np.random.default_rng((options.seed, step))
         windows = streams[random.integers(len(streams), size=options.batch)]
         choice = random.choice(len(chances), options.batch, p=chances)
         batch = passes.batch(windows, list(choice)).to(options.device)
-        loss = forced_loss(model, batch, autocast=options.autocast)
+        loss = forced_loss(logits, batch, autocast=options.autocast)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.param_groups[0]["lr"] = options.rate * _ramp((step + 1) / options.steps)
@@ -106,18 +118,38 @@ def align(
             report(step + 1, loss.item())
     if options.rank:
         _merge_low_rank(model)
+    model.requires_grad_(requires_grad=True)
     return model.eval()
 
 
 def _frames(model: Transformer, streams: NDArray[np.int64]) -> int:
-    layout = model.config.layout
+    layout, most = model.config.layout, model.config.context_frames
     frames, rest = divmod(streams.shape[1] - layout.prefix, layout.frame_length)
-    if rest or frames < 2:
+    if rest or not 2 <= frames <= most:
         raise UsageError(
             f"windows of {streams.shape[1]} tokens; expected {layout.prefix} + n * {layout.frame_length} "
-            "with n at least 2"
+            f"with n from 2 to {most}, the frames of the model's context"
         )
     return int(frames)
+
+
+def _all_but(model: Transformer, frozen: Collection[str]) -> list[nn.Parameter]:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name not in frozen
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _filled_text(model: Transformer, text: NDArray[np.float32] | None, device: str) -> Tensor | None:
+    shape = model.config.text
+    if shape is None and text is None:
+        return None
+    if shape is None or text is None or text.shape[1:] != (shape.width,) or len(text) > shape.length:
+        wanted = f"[n, {shape.width}] with n up to {shape.length}" if shape else "no text"
+        seen = "none" if text is None else list(text.shape)
+        raise UsageError(f"text embeddings: {seen}; this model takes {wanted}; see --text")
+    filled = torch.zeros(shape.length, shape.width)
+    filled[: len(text)] = torch.from_numpy(text)
+    return filled.to(device)
 
 
 def _ramp(progress: float) -> float:
@@ -150,4 +182,3 @@ def _merge_low_rank(model: Transformer) -> None:
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    model.requires_grad_(requires_grad=True)

@@ -31,6 +31,8 @@ def align_bundle(
     options: AlignOptions,
     output: Path,
     report: Report | None = None,
+    *,
+    text: NDArray[np.float32] | None = None,
 ) -> Path:
     """Fine-tune the weights of a bundle.
 
@@ -41,6 +43,7 @@ def align_bundle(
         options: schedules and training settings.
         output: directory of the new bundle, which is not that of the old one.
         report: told about every step.
+        text: see ``align``.
 
     Raises:
         UsageError: the bundle is not of this model, or would be written over.
@@ -49,7 +52,7 @@ def align_bundle(
         raise UsageError(f"--output {output} is the bundle that is read; give another place")
     base = bundle.at_precision()
     graphs = [load_graph(base.file(name)) for name in _step_and_text(base)]
-    model = align(_read(graphs, base, config), streams, options, report)
+    model = align(_read(graphs, base, config), streams, options, report, text=text)
     state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     with atomic_directory(output) as directory:
         for name in _kept_files(base):

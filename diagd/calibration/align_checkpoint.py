@@ -25,6 +25,8 @@ def align_checkpoint(
     options: AlignOptions,
     output: Path,
     report: Report | None = None,
+    *,
+    text: NDArray[np.float32] | None = None,
 ) -> Path:
     """Fine-tune a checkpoint to decoding schedules.
 
@@ -35,6 +37,7 @@ def align_checkpoint(
         options: schedules and training settings.
         output: .safetensors file that ``diagd export --checkpoint`` reads; float16.
         report: told about every step.
+        text: see ``align``.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model.
@@ -45,7 +48,9 @@ def align_checkpoint(
     if output.suffix != OUTPUT_SUFFIX:
         raise UsageError(f"--output {output}: expected a name ending in {OUTPUT_SUFFIX}")
     check(source, family.expected)
-    model = align(load_transformer(family, source), streams, options, report)
+    made_up = {rule.target for rule in family.rules if not rule.sources}  # a checkpoint cannot hold these
+    model = load_transformer(family, source)
+    align(model, streams, options, report, text=text, frozen=made_up)
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     released: dict[str, NDArray[np.generic]] = {}
     for rule in family.rules:

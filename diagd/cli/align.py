@@ -41,6 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="name of the model (default: what the bundle or folder says)")
     parser.add_argument("--data", type=Path, required=True, help="recordings, or a .npy token stream")
     parser.add_argument("--output", type=Path, required=True, help="bundle, folder or .safetensors to write")
+    parser.add_argument("--text", type=Path, help="text embeddings of --data, for models that read text")
     parser.add_argument("--k", type=int, nargs="+", default=[1], help="row lags (default 1)")
     parser.add_argument(
         "--d", nargs="+", default=["chained"], help="frame lags, one or one a row lag (default chained)"
@@ -85,18 +86,21 @@ def _align(args: argparse.Namespace, report: Report) -> Path:
     from diagd.calibration.align_bundle import align_bundle
     from diagd.calibration.align_checkpoint import align_checkpoint
     from diagd.export.exporter import open_sources
+    from diagd.runtime.text import read_text
     from diagd.world.model import CODEBOOK, DESCRIPTION, WEIGHTS
 
     source = _open(args)
     family, output = source.family, Path(args.output)
     options = _options(args, family.transformer.layout)
+    text = read_text(args.text) if args.text else None
     if source.bundle is not None:
         streams = _streams(args, family)
-        return align_bundle(source.bundle, family.transformer, streams, options, output, report)
+        config = family.transformer
+        return align_bundle(source.bundle, config, streams, options, output, report, text=text)
     checkpoint = open_sources(family, args.source, None).transformer
     streams = _streams(args, family)
     if family.default_tokenizer is None or output.suffix:
-        return align_checkpoint(family, checkpoint, streams, options, output, report)
+        return align_checkpoint(family, checkpoint, streams, options, output, report, text=text)
     align_checkpoint(family, checkpoint, streams, options, output / WEIGHTS, report)
     for name in (CODEBOOK, DESCRIPTION):
         shutil.copy(Path(family.default_tokenizer).parent / name, output / name)

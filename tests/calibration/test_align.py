@@ -65,5 +65,7 @@ def test_unusable_requests_are_refused() -> None:
     options = AlignOptions(((1.0, CHAINED),), steps=1)
     with pytest.raises(UsageError, match="windows of"):
         align(small_model(LAYOUT), streams(4)[:, :-1], options)
+    with pytest.raises(UsageError, match="from 2 to 2, the frames of the model's context"):
+        align(small_model(LAYOUT, context_frames=2), streams(4), options)
     with pytest.raises(UsageError, match="share above 0"):
         replace(options, shares=())
