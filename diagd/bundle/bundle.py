@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from diagd.bundle.files import atomic_file, sha256
-from diagd.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest
+from diagd.bundle.manifest import INT8_CACHE, MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest
 from diagd.errors import BundleError, UsageError
 
 
@@ -47,9 +47,11 @@ class Bundle:
         known = list(dict.fromkeys(graph.precision for graph in graphs))
         chosen = known[0] if precision is None else precision
         if chosen not in known:
+            kv_cache = " --kv-cache int8" if chosen.endswith(INT8_CACHE) else ""
             raise UsageError(
                 f"{self.path} has no {chosen} graph (it has {', '.join(known)}); "
-                f"make one with: diagd-calibrate {self.path} --precision {chosen}"
+                f"make one with: diagd-calibrate {self.path} --precision {chosen.removesuffix(INT8_CACHE)}"
+                f"{kv_cache}"
             )
         kept = tuple(graph for graph in graphs if graph.precision == chosen)
         return replace(self, manifest=self.manifest.model_copy(update={"graphs": kept}))

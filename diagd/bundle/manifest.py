@@ -15,6 +15,9 @@ from diagd.schedule import RowSeed, Schedule, StreamLayout
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
+INT8_CACHE = "-kv8"
+"""Ending of the precision of step graphs whose K/V rows have 8 bits, as in ``int4-weight-kv8``."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Form, Manifest
-from diagd.bundle.manifest import RotaryContext
+from diagd.bundle.manifest import INT8_CACHE, RotaryContext
 from diagd.calibration.nodes import check_form
 from diagd.calibration.schemes import Scheme
 from diagd.calibration.statistics import InputStatistics
@@ -40,7 +40,7 @@ SMALLEST_SCALE = 2.0**-14
 
 def precision_name(scheme: str, kv_cache: str | None) -> str:
     """Precision of graphs with a scheme and a K/V cache: ``int4-weight``, ``int4-weight-kv8``."""
-    return scheme if kv_cache is None else f"{scheme}-kv8"
+    return scheme if kv_cache is None else scheme + INT8_CACHE
 
 
 def check_kv_cache(bundle: Bundle, scheme: Scheme, kv_cache: str | None) -> None:

@@ -115,8 +115,9 @@ def _print_plan(console: Console, bundle: Bundle, request: Request, runtime: str
     from diagd.engines.fixed import graphs_of
     from diagd.engines.tensorrt.capabilities import capabilities, import_tensorrt
     from diagd.engines.tensorrt.memory import available_bytes, estimate
+    from diagd.engines.tensorrt.opening import suitable_form
 
-    form = request.form or capabilities(import_tensorrt(runtime)).form
+    form = request.form or suitable_form(bundle, capabilities(import_tensorrt(runtime)))
     graphs = graphs_of(bundle, form)
     widths = request.widths or tuple(int(graph.width or 0) for graph in graphs)
     needed = estimate(bundle, graphs[0], widths)

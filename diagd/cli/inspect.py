@@ -121,15 +121,14 @@ def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
     from rich.table import Table
 
     layout, cache = manifest.layout, manifest.cache
-    token = 2 * cache.layers * cache.kv_heads * cache.head_size
     rows = {
         "model": f"{manifest.name} ({manifest.family})",
         "grid": f"{layout.rows} x {layout.columns} cells, {layout.before} known tokens before, "
         f"{layout.after} after, {len(layout.prefix_tokens)} ahead of all",
         "context": f"{manifest.context.frames} frames ({manifest.context.kind})",
         "vocabulary": f"{manifest.vocabulary} in, {manifest.output_vocabulary} out",
-        "cache": f"{cache.layers} layers, {cache.kv_heads} heads of {cache.head_size}, {cache.dtype}: "
-        f"{token} numbers a token",
+        "cache": f"{cache.layers} layers, {cache.kv_heads} heads of {cache.head_size}; bytes a token: "
+        + ", ".join(_cache_bytes(manifest)),
         "tokenizer": "none" if manifest.tokenizer is None else _tokenizer(manifest),
         "weights": manifest.provenance.source,
         "licence": manifest.licence,
@@ -139,6 +138,14 @@ def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _cache_bytes(manifest: Manifest) -> list[str]:
+    """Bytes of K and V that one token takes, by precision of the step graphs."""
+    cache = manifest.cache
+    elements = 2 * cache.layers * cache.kv_heads * cache.head_size
+    kinds = {graph.precision: manifest.cache_dtype(graph) for graph in manifest.graphs}
+    return [f"{elements * kind.itemsize:,} in {precision} ({kind})" for precision, kind in kinds.items()]
 
 
 def _tokenizer(manifest: Manifest) -> str:

@@ -26,6 +26,7 @@ EPILOG = """examples:
   diagd plan mineworld-300m --device orin-agx
   diagd plan crafter-3m.diagd --device this --json
   diagd plan mineworld-1200m --device rtx4090 --precision int8 --set window=8
+  diagd plan wham-1.6b --device orin-nano --precision int4 --kv-cache int8
 
 Only dimensions and file headers are read. Frames a second are upper bounds: what memory and arithmetic of the
 device allow, pixels not included; good engines reach about two thirds of them.
@@ -48,13 +49,14 @@ class PlanSettings(BaseModel):
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    from diagd.planning.cost import PRECISIONS
+    from diagd.planning.cost import KV_CACHES, PRECISIONS
     from diagd.planning.devices import DEVICES, THIS
 
     parser.epilog = EPILOG
     parser.add_argument("model", help="name of a model, or a bundle")
     parser.add_argument("--device", default=THIS, help=f"{', '.join(DEVICES)} or {THIS} (default)")
     parser.add_argument("--precision", default="fp16", choices=PRECISIONS, help="default %(default)s")
+    parser.add_argument("--kv-cache", choices=KV_CACHES, help="default: floating point")
     parser.add_argument("--checkpoint", help="file, folder or hf://org/name; only its header is read")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     add_set_option(parser, PlanSettings)
@@ -71,7 +73,13 @@ def run(args: argparse.Namespace) -> int:
     model = _model(args.model, args.checkpoint)
     _check(model, settings)
     plan = make_plan(
-        model, device, precision=args.precision, window=settings.window, ks=settings.k, clip=settings.clip
+        model,
+        device,
+        precision=args.precision,
+        window=settings.window,
+        ks=settings.k,
+        clip=settings.clip,
+        kv_cache=args.kv_cache,
     )
     if args.json:
         content = asdict(plan) | {"fits": plan.fits, "builds": plan.builds, "running": plan.memory.running}
@@ -166,7 +174,7 @@ def _print(console: Console, plan: Plan) -> None:
     from diagd.planning.devices import GB
 
     device, memory = plan.device, plan.memory
-    table = Table("memory", "MB", title=f"{plan.model.name} {plan.precision}, {plan.window} frames")
+    table = Table("memory", "MB", title=_title(plan))
     for name, size in asdict(memory).items():
         if name != "build_peak":
             table.add_row(name, f"{size / 1e6:,.1f}")
@@ -179,6 +187,11 @@ def _print(console: Console, plan: Plan) -> None:
     for line in plan.advice:
         console.print(f"  {line}")
     console.print(f"[dim]{device.title}: {device.source}")
+
+
+def _title(plan: Plan) -> str:
+    kv_cache = f", K/V in {plan.kv_cache}" if plan.kv_cache else ""
+    return f"{plan.model.name} {plan.precision}{kv_cache}, {plan.window} frames"
 
 
 def _print_ceilings(console: Console, plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from diagd.planning.model import ModelSize
@@ -17,6 +17,11 @@ class Precision:
     weight: float
     cache: float
 
+    @property
+    def activation(self) -> float:
+        """Bytes of a number that is computed with: at least half precision."""
+        return max(self.cache, 2.0)
+
 
 PRECISIONS: Final = {
     precision.name: precision
@@ -27,6 +32,17 @@ PRECISIONS: Final = {
         Precision("int4", 0.53, 2.0),
     )
 }
+
+
+KV_CACHES: Final = {"int8": 1.0}
+"""Bytes of an element of a quantised K/V cache."""
+
+
+def precisions(kv_cache: str | None = None) -> dict[str, Precision]:
+    """``PRECISIONS``, with a quantised K/V cache if one is named."""
+    if kv_cache is None:
+        return dict(PRECISIONS)
+    return {name: replace(entry, cache=KV_CACHES[kv_cache]) for name, entry in PRECISIONS.items()}
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from diagd.bundle import Manifest, read_manifest
-from diagd.bundle.manifest import AbsoluteContext, RotaryContext
+from diagd.bundle.manifest import AbsoluteContext, RotaryContext, StepGraph
 from diagd.errors import BundleError
 from diagd.planning.onnx_graph import OnnxGraph, read_graph
 from diagd.schedule import StreamLayout
@@ -78,7 +76,8 @@ def read_model(path: Path, precision: str | None = None) -> StoredModel:
         BundleError: the bundle or its step graph cannot be read.
     """
     manifest = read_manifest(path)
-    graph = step_graph(path, manifest, precision)
+    entry = step_graph(path, manifest, precision)
+    graph = read_graph(path / entry.file)
     streamed = [tensor for tensor in graph.initializers if not tensor.looked_up]
     looked_up = sum(tensor.elements for tensor in graph.initializers if tensor.looked_up)
     cache = manifest.cache
@@ -97,7 +96,7 @@ def read_model(path: Path, precision: str | None = None) -> StoredModel:
         pixel_frames=manifest.tokenizer.temporal_factor if manifest.tokenizer else 1,
         refed=refed_tokens(manifest.context, manifest.layout.stream()),
     )
-    return StoredModel(size, sum(tensor.bytes for tensor in streamed), np.dtype(cache.dtype).itemsize)
+    return StoredModel(size, sum(t.bytes for t in streamed), manifest.cache_dtype(entry).itemsize)
 
 
 def refed_tokens(context: RotaryContext | AbsoluteContext, layout: StreamLayout) -> float:
@@ -107,15 +106,15 @@ def refed_tokens(context: RotaryContext | AbsoluteContext, layout: StreamLayout)
     return (context.frames - context.roll) * layout.frame_length / context.roll
 
 
-def step_graph(path: Path, manifest: Manifest, precision: str | None = None) -> OnnxGraph:
-    """Header of a bundle's first step graph of a precision.
+def step_graph(path: Path, manifest: Manifest, precision: str | None = None) -> StepGraph:
+    """A bundle's first step graph of a precision.
 
     Raises:
         BundleError: there is none.
     """
     for graph in manifest.graphs:
         if precision in (None, graph.precision):
-            return read_graph(path / graph.file)
+            return graph
     raise BundleError(f"{path} has no {precision or 'step'} graph; export it again")
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from diagd.planning.cost import (
-    PRECISIONS,
+    KV_CACHES,
     Precision,
     cache_bytes,
     lags,
     live_tokens,
+    precisions,
     step_bytes,
     step_operations,
     step_seconds,
@@ -84,6 +85,7 @@ class Plan:
     memory: Memory
     ceilings: tuple[Ceiling, ...]
     advice: tuple[str, ...]
+    kv_cache: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -104,6 +106,7 @@ def make_plan(
     window: int | None = None,
     ks: tuple[int, ...] = (1, 2),
     clip: int = 1,
+    kv_cache: str | None = None,
 ) -> Plan:
     """Plan a model on a device.
 
@@ -114,22 +117,23 @@ def make_plan(
         window: frames kept in the cache; default: the model's context.
         ks: row lags of the ceilings.
         clip: frames generated at the end of a full context; 1 stands for a window that slides for ever.
+        kv_cache: element type of a quantised K/V cache, one of ``KV_CACHES``; None: that of activations.
     """
-    window = window or model.context_frames
-    memory = memory_of(model, PRECISIONS[precision], window)
+    window, table = window or model.context_frames, precisions(kv_cache)
+    memory = memory_of(model, table[precision], window)
     ceilings = tuple(
-        ceiling for entry in PRECISIONS.values() for ceiling in ceilings_of(model, device, entry, ks, clip)
+        ceiling for entry in table.values() for ceiling in ceilings_of(model, device, entry, ks, clip)
     )
-    plan = Plan(model, device, precision, window, memory, ceilings, ())
-    return Plan(model, device, precision, window, memory, ceilings, tuple(_advice(plan)))
+    plan = Plan(model, device, precision, window, memory, ceilings, (), kv_cache)
+    return replace(plan, advice=tuple(_advice(plan)))
 
 
 def memory_of(model: ModelSize, precision: Precision, window: int) -> Memory:
     """Bytes by use for a window of frames."""
     slots = slots_needed(model.layout, window, WIDEST)
-    weights = model.streamed * precision.weight + model.looked_up * min(precision.cache, 2.0)
-    scores = WIDEST * model.query_width / model.head_size * slots * precision.cache
-    states = WIDEST * (4.0 * model.output_vocabulary + 12.0 * model.query_width * precision.cache)
+    weights = model.streamed * precision.weight + model.looked_up * min(precision.activation, 2.0)
+    scores = WIDEST * model.query_width / model.head_size * slots * precision.activation
+    states = WIDEST * (4.0 * model.output_vocabulary + 12.0 * model.query_width * precision.activation)
     return Memory(
         weights=weights,
         cache=cache_bytes(model, precision, slots),
@@ -170,14 +174,19 @@ def _advice(plan: Plan) -> list[str]:
     lines = []
     usable = plan.device.usable
     if not plan.fits:
+        table = precisions(plan.kv_cache)
         smaller = [
             name
-            for name, entry in PRECISIONS.items()
-            if entry.weight < PRECISIONS[plan.precision].weight
+            for name, entry in table.items()
+            if entry.weight < table[plan.precision].weight
             and memory_of(plan.model, entry, plan.window).running <= usable
         ]
         if smaller:
             lines.append(f"store the weights in {smaller[0]}: --precision {smaller[0]}")
+        for name in KV_CACHES if plan.kv_cache is None else ():
+            entry = precisions(name)[plan.precision]
+            if memory_of(plan.model, entry, plan.window).running <= usable:
+                lines.append(f"store keys and values in {name}: --kv-cache {name}")
         if (window := _largest_window(plan)) is not None:
             lines.append(f"keep {window} frames instead of {plan.window}: --set window={window}")
         if not lines:
@@ -190,7 +199,7 @@ def _advice(plan: Plan) -> list[str]:
 
 
 def _largest_window(plan: Plan) -> int | None:
-    precision = PRECISIONS[plan.precision]
+    precision = precisions(plan.kv_cache)[plan.precision]
     for window in range(plan.window - 1, 1, -1):
         if memory_of(plan.model, precision, window).running <= plan.device.usable:
             return window

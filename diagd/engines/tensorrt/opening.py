@@ -73,7 +73,7 @@ def resolve(bundle: Bundle, request: Request, trt: ModuleType) -> Target:
     """
     offered = capabilities(trt)
     check_targets(offered, request.targets)
-    form = request.form or offered.form
+    form = request.form or suitable_form(bundle, offered)
     graphs = graphs_of(bundle, form)
     here = _described(offered, request.targets)
     widest = int(graphs[-1].width or 0)
@@ -95,6 +95,12 @@ def resolve(bundle: Bundle, request: Request, trt: ModuleType) -> Target:
         flags=request.flags,
     )
     return Target(fingerprint, graphs[0], offered)
+
+
+def suitable_form(bundle: Bundle, offered: Capabilities) -> Form:
+    """The form that suits a TensorRT; every one takes the portable form where there is no other."""
+    forms = {graph.form for graph in bundle.manifest.graphs}
+    return Form.PORTABLE if Form.PORTABLE in forms and Form.MODERN not in forms else offered.form
 
 
 def compile_engine(
