@@ -114,7 +114,7 @@ class Study:
                 name: study_parts.size_figures(self._evaluation(folder, smaller), name, report)
                 for name, folder in options.sizes.items()
             }
-            return replace(figures, sizes=found)
+            return replace(figures, sizes={**figures.sizes, **found})
         if part == "training":
             rows_of = study_parts.training_row
             trained = [rows_of(self._evaluation(f), name, report) for name, f in options.training.items()]
