@@ -1,0 +1,115 @@
+"""An int8 cache in the executor for devices, and in engines that TensorRT-RTX compiles."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from diagd.bundle import Bundle, Form
+from diagd.engines.cuda.engine import DeviceEngine
+from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram
+from diagd.engines.cuda.program import Tensor
+from diagd.engines.fixed import graphs_of
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.portable import PortableEngine
+from diagd.engines.tensorrt.capabilities import Capabilities
+from diagd.engines.tensorrt.memory import estimate
+from diagd.engines.tensorrt.opening import suitable_form
+from diagd.errors import EngineError
+from diagd.schedule import Schedule, StreamLayout
+from tests.calibration.int8_cache import WIDTHS, export_rounded, grouped_model, random_scales
+from tests.engines.fidelity import Run, decode
+from tests.engines.host_device import HostDevice, host_kernels
+from tests.engines.test_cuda_engine import CapturableProgram
+
+LAYOUT = StreamLayout(3, 5, after=2)
+SLIDING = Run(Schedule.chained(LAYOUT, 2), frames=11, prompt=1, window=3)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    model = grouped_model(LAYOUT)
+    return export_rounded(model, tmp_path_factory.mktemp("int8") / "small.diagd", random_scales(model))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    return host_kernels(str(tmp_path_factory.mktemp("native")))
+
+
+def device_engine(bundle: Bundle, tokens: int, device: HostDevice) -> DeviceEngine:
+    graph = graphs_of(bundle, Form.PORTABLE)[0]
+    session = onnxruntime.InferenceSession(str(bundle.file(graph.file)))
+
+    def program(tensors: Mapping[str, Tensor]) -> CapturableProgram:
+        return CapturableProgram(device, OnnxRuntimeProgram(session, tensors, WIDTHS, "cpu"))
+
+    capacity = graph.capacity or 0
+    return DeviceEngine(bundle.manifest, Form.PORTABLE, capacity, WIDTHS, tokens, device, program)
+
+
+def test_a_device_decodes_what_the_cpu_decodes(bundle: Bundle, kernels: ctypes.CDLL) -> None:
+    """Rows of one 16-byte chunk, appended by the kernel; a window that slides and keys that are turned."""
+    devices: list[tuple[HostDevice, DeviceEngine]] = []
+
+    def make(bundle: Bundle, tokens: int) -> DeviceEngine:
+        device = HostDevice(kernels)
+        devices.append((device, device_engine(bundle, tokens, device)))
+        return devices[-1][1]
+
+    def host(bundle: Bundle, tokens: int) -> PortableEngine:
+        return PortableEngine(bundle, tokens, CpuOptions(1, prepack=False))
+
+    np.testing.assert_array_equal(decode(bundle, make, SLIDING), decode(bundle, host, SLIDING))
+    device, engine = devices[0]
+    assert {tensor.dtype for tensor in engine.tensors.cache.values()} == {np.dtype(np.int8)}
+    cache = bundle.manifest.cache
+    size = cache.kv_heads * engine.capacity * cache.head_size
+    assert device.log.count(("allocate", size)) == 2 * cache.layers
+
+
+def test_rows_that_the_kernel_cannot_move_are_refused(bundle: Bundle, kernels: ctypes.CDLL) -> None:
+    cache = bundle.manifest.cache.model_copy(update={"head_size": 24})
+    narrow = Bundle(bundle.path, bundle.manifest.model_copy(update={"cache": cache}))
+    with pytest.raises(EngineError, match=r"24 values of int8 has 24 bytes.* multiple of 16 channels"):
+        device_engine(narrow, 80, HostDevice(kernels))
+
+
+def test_memory_is_counted_in_bytes_of_the_cache(bundle: Bundle) -> None:
+    graph = bundle.manifest.graph(Form.PORTABLE)
+    plain = graph.model_copy(update={"cache_dtype": None})
+    assert 4 * estimate(bundle, graph, WIDTHS).cache == estimate(bundle, plain, WIDTHS).cache
+
+
+def test_every_tensorrt_takes_the_form_that_there_is(bundle: Bundle) -> None:
+    later = Capabilities("tensorrt", "11.4.0", True, True, True, True, (), True)
+    assert later.form is Form.MODERN
+    assert suitable_form(bundle, later) is Form.PORTABLE
+
+
+def compiles(bundle: Bundle) -> bool:
+    rtx = pytest.importorskip("tensorrt_rtx")
+    from diagd.engines.tensorrt.builder import Builder, BuildOptions
+
+    build = Builder(rtx).build(bundle.file("step.portable.onnx"), BuildOptions(WIDTHS, 40, ("sm89",)))
+    tensors = 2 * bundle.manifest.cache.layers
+    assert build.log == ()
+    return build.layers["QUANTIZE"] == tensors and build.layers["DEQUANTIZE"] == 2 * tensors
+
+
+def test_tensorrt_compiles_it(bundle: Bundle) -> None:
+    assert compiles(bundle)
+
+
+def test_tensorrt_compiles_it_in_half_precision(tmp_path: Path) -> None:
+    """QuantizeLinear takes float16 from opset 19 on, which is why the graph declares a later one."""
+    model = grouped_model(LAYOUT, rotary=False, kv_heads=4)
+    assert compiles(export_rounded(model, tmp_path / "small.diagd", random_scales(model), "fp16"))
