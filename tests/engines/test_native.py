@@ -112,16 +112,16 @@ def test_a_record_is_sent_without_its_unused_end(kernels: ctypes.CDLL) -> None:
     groups=st.integers(1, 3),
     width=st.integers(1, 5),
     start=st.integers(0, 7),
-    dtype=st.sampled_from([np.float16, np.float32]),
+    dtype=st.sampled_from([np.int8, np.float16, np.float32]),
     threads=st.sampled_from([1, 5, 1024]),
 )
 def test_append_writes_rows_and_tokens(
     kernels: ctypes.CDLL, groups: int, width: int, start: int, dtype: type, threads: int
 ) -> None:
-    capacity, size, count = 12, 8, 4
+    capacity, size, count = 12, 16, 4
     random = np.random.default_rng(width)
-    buffers = [random.random((groups, capacity, size)).astype(dtype) for _ in range(count)]
-    rows = [random.random((groups, width, size)).astype(dtype) for _ in range(count)]
+    buffers = [(99 * random.random((groups, capacity, size))).astype(dtype) for _ in range(count)]
+    rows = [(99 * random.random((groups, width, size))).astype(dtype) for _ in range(count)]
     expected = [buffer.copy() for buffer in buffers]
     for buffer, new in zip(expected, rows, strict=True):
         buffer[:, start : start + width] = new
