@@ -34,8 +34,8 @@ Float = NDArray[np.float32]
 INTEGER_ACCURACY = 4
 """MatMulNBits rounds activations to 8 bits by group; without it the product is 5 to 33 times slower."""
 
-QUANTISED_OPSET = 21
-"""DequantizeLinear takes blocks from here on, and float16 scales from 19 on."""
+QUANTISED_OPSET, BLOCKED_OPSET = 19, 21
+"""DequantizeLinear takes float16 scales from 19 on, blocks and 4 bits from 21 on."""
 
 Product = tuple[list["onnx.NodeProto"], list["onnx.TensorProto"]]
 
@@ -56,11 +56,17 @@ def check_form(form: Form, scheme: Scheme) -> bool:
     return form is Form.PREFIX or scheme.activation != "row"
 
 
-def raise_opset(model: onnx.ModelProto) -> None:
-    """Declare at least ``QUANTISED_OPSET``: from 18 on operators only gained types and attributes."""
+def raise_opset(model: onnx.ModelProto, opset: int = BLOCKED_OPSET) -> None:
+    """Declare at least an opset: from 18 on operators only gained types and attributes.
+
+    TensorRT 10.3 documents opset 20, and 4 bits, which are of opset 21: no graph declares more than it needs.
+    """
+    from onnx import helper
+
     for entry in model.opset_import:
         if not entry.domain:
-            entry.version = max(entry.version, QUANTISED_OPSET)
+            entry.version = max(entry.version, opset)
+    model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(model.opset_import, True))
 
 
 def product_nodes(
@@ -131,7 +137,7 @@ def _rounded_input(
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], str]:
     from onnx import helper, numpy_helper
 
-    scale = np.asarray(max(limit, float(SMALLEST)) / column_limit(scheme.weight), dtype)
+    scale = np.asarray(max(limit / column_limit(scheme.weight), float(np.finfo(dtype).tiny)), dtype)
     names = [f"{name}.x_scale", f"{name}.x_zero"]
     tensors = [numpy_helper.from_array(scale, names[0]), _zero_point(names[1], scheme, form)]
     nodes = [

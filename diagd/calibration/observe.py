@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
 from diagd.calibration.kv_cache import cache_rows
@@ -19,17 +21,22 @@ from diagd.calibration.trajectory import (
     capacity,
 )
 from diagd.engines.engine import Float, SamplingState, StepInputs
+from diagd.engines.fixed import Array, FixedEngine, FixedStep
+from diagd.engines.modern import ModernStep
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.portable import PortableStep
 from diagd.engines.prefix import PrefixEngine
 from diagd.progress import Progress
+from diagd.runtime.session import token_places
 
 if TYPE_CHECKING:
     import onnx
 
 GRAPH_NAME = "observed.onnx"
+Report = Callable[[Mapping[str, Float]], None]
 
 
-class ObservedEngine(PrefixEngine):
+class ObservedPrefix(PrefixEngine):
     """A prefix engine that hands out inputs of products after every step.
 
     Args:
@@ -44,7 +51,7 @@ class ObservedEngine(PrefixEngine):
         sizes: tuple[int, int],
         options: CpuOptions,
         outputs: Mapping[str, str],
-        report: Callable[[Mapping[str, Float]], None],
+        report: Report,
     ) -> None:
         super().__init__(bundle, *sizes, options)
         self._names, self._values, self._report = list(outputs), list(outputs.values()), report
@@ -63,9 +70,82 @@ class ObservedEngine(PrefixEngine):
         return logits
 
 
+class _ObservedStep(FixedStep):
+    """A width whose watched values have memory of their own."""
+
+    def outputs(self) -> dict[str, Array]:
+        """See ``FixedStep.outputs``."""
+        assert isinstance(self.engine, _ObservedFixed)
+        self.watched = {
+            name: np.zeros((len(self.uniforms), size), self.engine.dtype)
+            for name, (_, size) in self.engine.watched.items()
+        }
+        values = {value: self.watched[name] for name, (value, _) in self.engine.watched.items()}
+        return {**super().outputs(), **values}  # type: ignore[safe-super]
+
+    def run(self, inputs: StepInputs, sampling: SamplingState) -> Float:
+        """See ``FixedStep.run``; pad rows are not reported."""
+        assert isinstance(self.engine, _ObservedFixed)
+        logits, rows = super().run(inputs, sampling), len(inputs.positions)
+        self.engine.report({name: array[:rows].astype(np.float32) for name, array in self.watched.items()})
+        return logits
+
+
+class _ObservedModernStep(_ObservedStep, ModernStep):
+    pass
+
+
+class _ObservedPortableStep(_ObservedStep, PortableStep):
+    pass
+
+
+class _ObservedFixed(FixedEngine):
+    """An engine of fixed capacity that hands out inputs of products after every step.
+
+    Args:
+        bundle: whose only graphs have the further outputs.
+        tokens: size of the token buffer.
+        watched: name and channels of each output, by what it is reported as.
+        report: told about every step, float32 [rows, K] by name.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        tokens: int,
+        options: CpuOptions,
+        watched: Mapping[str, tuple[str, int]],
+        report: Report,
+    ) -> None:
+        self.watched, self.report, self.remaining = watched, report, 0
+        self.dtype = np.dtype(np.float16 if bundle.manifest.graphs[0].precision == "fp16" else np.float32)
+        super().__init__(bundle, tokens, options)
+
+    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
+        """See ``Engine.step``; raises ``EnoughStepsError`` once ``remaining`` steps have run."""
+        if not self.remaining:
+            raise EnoughStepsError
+        self.remaining -= 1
+        return super().step(inputs, sampling)
+
+
+class ObservedModern(_ObservedFixed):
+    """The ``modern`` form; see ``_ObservedFixed``."""
+
+    form = Form.MODERN
+    step_type = _ObservedModernStep
+
+
+class ObservedPortable(_ObservedFixed):
+    """The ``portable`` form; see ``_ObservedFixed``."""
+
+    form = Form.PORTABLE
+    step_type = _ObservedPortableStep
+
+
 def observe(
     bundle: Bundle,
-    graph: StepGraph,
+    graphs: Sequence[StepGraph],
     prompts: Prompts,
     tour: Sequence[Trajectory],
     window: int,
@@ -73,11 +153,11 @@ def observe(
     progress: Progress,
     threads: int = 0,
 ) -> dict[str, InputStatistics]:
-    """Decode every trajectory with the bundle's FP32 graph; watch the inputs of products and the K/V rows.
+    """Decode every trajectory with a bundle's graph; watch the inputs of products and the K/V rows.
 
     Args:
         bundle: writable copy; a graph is added beside its files and removed again.
-        graph: the FP32 prefix graph.
+        graphs: of one form in floating point.
         prompts: where prompts and actions come from.
         tour: trajectories.
         window: frames of the session.
@@ -88,7 +168,7 @@ def observe(
     Raises:
         QualityError: an activation is not finite.
     """
-    model = load_graph(bundle.file(graph.file))
+    model = load_graph(bundle.file(graphs[0].file))
     found = projections(model)
     cache, rows = bundle.manifest.cache, cache_rows(model)
     sizes = {projection.name: projection.inputs for projection in found}
@@ -96,14 +176,21 @@ def observe(
     outputs = {projection.name: projection.activation for projection in found} | rows
     collector = StatisticsCollector(sizes, seed)
     path = bundle.file(GRAPH_NAME)
-    _save_observed(model, outputs.values(), path)
+    _save_observed(model, outputs.values(), graphs[0].precision, path)
     manifest = bundle.manifest.model_copy(
-        update={"graphs": (StepGraph(file=GRAPH_NAME, form=Form.PREFIX, precision="fp32"),)}
+        update={"graphs": tuple(graph.model_copy(update={"file": GRAPH_NAME}) for graph in graphs)}
     )
     watched = Bundle(bundle.path, manifest)
     options = CpuOptions(threads, prepack=False)
     try:
-        engine = ObservedEngine(watched, capacity(manifest, window), options, outputs, collector.add)
+        engine: ObservedPrefix | ObservedModern | ObservedPortable
+        if graphs[0].form is Form.PREFIX:
+            engine = ObservedPrefix(watched, capacity(manifest, window), options, outputs, collector.add)
+        else:
+            values = {name: (value, sizes[name]) for name, value in outputs.items()}
+            tokens = token_places(manifest.layout.stream(), window).size
+            fixed = ObservedModern if graphs[0].form is Form.MODERN else ObservedPortable
+            engine = fixed(watched, tokens, options, values, collector.add)
         guide = Tour(watched, engine, window, prompts, seed)
         with progress.count("calibration", len(tour)) as advance:
             for number, trajectory in enumerate(tour):
@@ -115,9 +202,10 @@ def observe(
     return collector.inputs
 
 
-def _save_observed(model: onnx.ModelProto, values: Iterable[str], path: Path) -> None:
+def _save_observed(model: onnx.ModelProto, values: Iterable[str], precision: str, path: Path) -> None:
     from onnx import TensorProto, helper
 
+    kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
     for value in values:
-        model.graph.output.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, None))
+        model.graph.output.append(helper.make_tensor_value_info(value, kind, None))
     path.write_bytes(model.SerializeToString())

@@ -22,7 +22,7 @@ NORMS = ("RMSNormalization", "LayerNormalization")
 
 @dataclass(frozen=True)
 class NormFold:
-    """A factor of the input's channels goes into the gain (and shift) of norm node ``norm``."""
+    """A factor of the input's channels goes into the gain (and shift) of node ``norm``."""
 
     norm: str
 
@@ -84,6 +84,7 @@ class _Links:
     """Who makes and who reads each value of a graph."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
+        self._vectors = {t.name: list(t.dims) for t in model.graph.initializer if len(t.dims) == 1}
         self._makers = {output: node for node in model.graph.node for output in node.output}
         self._readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in model.graph.node:
@@ -94,15 +95,20 @@ class _Links:
         """What can absorb a factor of the product's input channels."""
         value = product.input[0]
         maker = self._only_maker(value)
-        if maker is not None and maker.op_type == "Gather":  # rows are picked, channels stay
+        while maker is not None and maker.op_type in ("Gather", "Cast"):  # rows are picked, channels stay
             maker = self._only_maker(maker.input[0])
         if maker is None:
             return None
-        if maker.op_type in NORMS:
+        if maker.op_type in NORMS or (maker.op_type == "Mul" and self._has_gain(maker, product, weights)):
             return NormFold(maker.name)
         if maker.op_type == "Mul":
             return self._column_fold(maker, weights)
         return None
+
+    def _has_gain(self, multiply: onnx.NodeProto, product: onnx.NodeProto, weights: dict[str, Any]) -> bool:
+        """Whether a product of elements has a constant for each channel: a norm that is spelled out."""
+        channels = list(weights[product.input[1]].dims[:1])
+        return any(self._vectors.get(name) == channels for name in multiply.input)
 
     def _only_maker(self, value: str) -> onnx.NodeProto | None:
         return self._makers.get(value) if len(self._readers[value]) == 1 else None
@@ -131,6 +137,9 @@ class StoredWeights:
     def __init__(self, model: onnx.ModelProto, directory: Path) -> None:
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         self._directory = directory
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
 
     def __getitem__(self, name: str) -> Array:
         """The tensor, a read-only map of its file where it lies in one."""

@@ -24,9 +24,10 @@ EPILOG = """examples:
 
 precisions: int8 (weights and activations), int8-dynamic (activations scaled row by row), int8-weight,
 int4-weight, fp8 (for GPUs from sm_89).
-Ranges are found, and the result is judged, while the model decodes along diagonal schedules. A result outside
---budget leaves the bundle as it was, prints the figures and exits with code 1. Bundles of random weights need
-no --data.
+Ranges are found, and the result is judged, while the model decodes along diagonal schedules. Products that
+harm the result go back to floating point; if it stays outside --budget, the bundle is left as it was, the
+figures are printed and the exit code is 1. --budget none judges nothing, for models too large to run here.
+Bundles of random weights need no --data.
 """
 
 
@@ -34,11 +35,15 @@ class CalibrateSettings(BaseModel):
     """Options behind ``--set``."""
 
     model_config = ConfigDict(extra="forbid")
-    steps: int = Field(320, description="passes of the calibration run and of the gate, at least 64")
+    steps: int = Field(
+        320, description="passes of the calibration run, and of each round of the gate, at least 64"
+    )
     range: str = Field("percentile", description="of static activations: percentile, mse or entropy")
-    floor: float | None = Field(None, description="dB below which a layer keeps FP32 (default: the scheme's)")
+    floor: float | None = Field(
+        None, description="dB below which a product is not quantised (default: the scheme's)"
+    )
     threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
-    sensitivity: bool = Field(False, description="also measure each layer quantised alone: slow")
+    floats: str = Field("fp16", description="of GPU graphs beside their quantised products: fp16 or fp32")
     frames: int = Field(256, ge=1, description="frames taken from a video, its last ones")
     resize: bool = Field(False, description="resize frames of another size")
 
@@ -53,7 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         default="",
-        help="what may be lost: agreement=0.97,nll=0.01,psnr=30 (these are the defaults)",
+        help="what may be lost: agreement=0.97,nll=0.01,psnr=30 (the defaults), or none to judge nothing",
     )
     parser.add_argument("--seed", type=int, default=0, help="of prompts and sampling (default %(default)s)")
     add_set_option(parser, CalibrateSettings)
@@ -66,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from diagd.bundle import Bundle
     from diagd.calibration.gate import Budget, parse_budget
     from diagd.calibration.quantise import CalibrationOptions, RejectedError, calibrate
-    from diagd.calibration.report import figure_table, layer_table
+    from diagd.calibration.report_page import figure_table, layer_table
 
     settings = parse_settings(CalibrateSettings, args.settings)
     budget = parse_budget(args.budget, Budget())
@@ -75,17 +80,18 @@ def run(args: argparse.Namespace) -> int:
         budget,
         seed=args.seed,
         kv_cache=args.kv_cache,
-        **settings.model_dump(include={"steps", "range", "floor", "threads", "sensitivity"}),
+        **settings.model_dump(include={"steps", "range", "floor", "threads", "floats"}),
     )
     bundle, console, began = Bundle.open(args.bundle), Console(), time.perf_counter()
     try:
         report = calibrate(bundle, options, _frames(args, settings, bundle), Progress(console))
     except RejectedError as error:
-        console.print(layer_table(error.report), figure_table(error.report))
+        console.print(layer_table(error.report), figure_table(bundle.manifest.name, error.report))
         raise
-    console.print(layer_table(report), figure_table(report))
+    console.print(layer_table(report), figure_table(bundle.manifest.name, report))
+    verdict = "accepted" if budget else "written, not judged,"
     console.print(
-        f"{options.name} accepted in {time.perf_counter() - began:.1f} s, "
+        f"{options.name} {verdict} in {time.perf_counter() - began:.1f} s, "
         f"{report.bytes_after / 1e6:,.1f} MB of weights: {args.bundle}"
     )
     return 0

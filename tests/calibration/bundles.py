@@ -9,7 +9,7 @@ import numpy as np
 from diagd.bundle import Bundle
 from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
-from diagd.calibration.report import Report
+from diagd.calibration.report import PrecisionReport
 from diagd.engines.engine import VOID, SamplingState, StepInputs
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
@@ -27,7 +27,7 @@ def frames(count: int = 12) -> np.ndarray:
     return random.integers(0, CODES, (count, LAYOUT.rows, LAYOUT.columns), dtype=np.int32)
 
 
-def quantise(bundle: Path, precision: str, **options: object) -> Report:
+def quantise(bundle: Path, precision: str, **options: object) -> PrecisionReport:
     chosen = {"budget": ANYTHING, "steps": 64, "threads": 1, "floor": -100.0, **options}
     return calibrate(Bundle.open(bundle), CalibrationOptions(precision, **chosen), frames())
 

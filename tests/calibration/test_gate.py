@@ -23,7 +23,7 @@ def test_figures_are_the_textbook_s() -> None:
     assert figures["nll"] == pytest.approx(crossed.mean() / entropy.mean() - 1)
     assert figures["divergence"] == pytest.approx((crossed - entropy).mean())
     assert figures["psnr"] is None
-    assert comparison.by_width[30][1] == 30
+    assert comparison.by_width[30].rows == 30
 
 
 def test_equal_logits_pass_any_budget() -> None:
@@ -34,9 +34,10 @@ def test_equal_logits_pass_any_budget() -> None:
 
 
 def test_every_breach_is_named() -> None:
-    figures = {"agreement": 0.5, "nll": 0.2, "psnr": 10.0}
+    errors = {"agreement_error": 0.0, "nll_error": 0.0}
+    figures = {"agreement": 0.5, "nll": 0.2, "psnr": 10.0, **errors}
     assert [text.split()[0] for text in failures(figures, Budget())] == ["agreement", "NLL", "PSNR"]
-    broken = {"agreement": float("nan"), "nll": float("nan"), "psnr": None}
+    broken = {"agreement": float("nan"), "nll": float("nan"), "psnr": None, **errors}
     assert len(failures(broken, Budget())) == 2
 
 

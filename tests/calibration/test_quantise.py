@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from diagd.bundle import Bundle, Form
 from diagd.calibration.gate import Budget
 from diagd.calibration.projections import ColumnFold, NormFold, StoredWeights, load_graph, projections
 from diagd.calibration.quantise import CalibrationOptions, RejectedError, calibrate
+from diagd.calibration.report import read_calibration
 from diagd.calibration.rewrite import Rewriter
 from diagd.calibration.schemes import find_scheme
 from diagd.calibration.search import Choice
@@ -215,14 +215,16 @@ def test_a_failed_gate_leaves_the_bundle_as_it_was(plain: Path, tmp_path: Path) 
 
 def test_layers_below_the_floor_stay_in_floating_point(plain: Path, tmp_path: Path) -> None:
     target = shutil.copytree(plain, tmp_path / "a.diagd")
-    errors = sorted(layer["signal_to_noise"] for layer in quantise(target, "int8-dynamic").layers)
+    errors = sorted(layer.signal_to_noise for layer in quantise(target, "int8-dynamic").layers)
     target = shutil.copytree(plain, tmp_path / "b.diagd")
     report = quantise(target, "int8-dynamic", floor=(errors[2] + errors[3]) / 2)
     assert len(report.kept) == 3
     names = {t.name for t in load_graph(target / "step.int8-dynamic.onnx").graph.initializer}
     assert set(report.kept) <= names
-    written = json.loads((target / "calibration" / "int8-dynamic.json").read_text())
-    assert [layer["name"] for layer in written["layers"] if not layer["quantised"]] == report.kept
+    written = read_calibration(target / "calibration")
+    assert written is not None
+    assert written.precisions["int8-dynamic"] == report
+    assert {layer.kept for layer in report.layers} == {None, "floor"}
     assert (target / "calibration" / "int8-dynamic.png").stat().st_size > 5000
 
 
@@ -236,7 +238,7 @@ def test_what_cannot_be_calibrated_is_refused(plain: Path, quantised: Path) -> N
         calibrate(bundle, CalibrationOptions("int9"), frames())
     with pytest.raises(UsageError, match="has int8 graphs already"):
         calibrate(Bundle.open(quantised), CalibrationOptions("int8"), frames())
-    with pytest.raises(UsageError, match="no fp32 prefix graph"):
+    with pytest.raises(UsageError, match="no graph in floating point"):
         calibrate(Bundle.open(quantised).at_precision("int8"), CalibrationOptions("fp8"), frames())
 
 
@@ -251,8 +253,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 def test_each_layer_is_measured_by_itself(plain: Path, tmp_path: Path) -> None:
     target = shutil.copytree(plain, tmp_path / "a.diagd")
-    report = quantise(target, "int8-dynamic", sensitivity=True)
-    alone = {layer["name"]: layer["divergence"] for layer in report.layers}
+    report = quantise(target, "int8-dynamic")
+    alone = {layer.name: layer.divergence for layer in report.layers}
     assert all(0 < value < 0.1 for value in alone.values()), alone
     assert len(set(alone.values())) == 3  # two layers and the head
     assert not list(target.glob("single*"))

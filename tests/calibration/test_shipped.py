@@ -11,7 +11,6 @@ import pytest
 from diagd.bundle import Bundle
 from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
-from diagd.calibration.report import Report
 from diagd.export.exporter import GraphOptions, export, open_sources
 from diagd.export.families.registry import find
 from diagd.export.families.world import SHIPPED
@@ -40,7 +39,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_scheme_passes_the_gate(bundle: Path, recording: np.ndarray, precision: str) -> None:
     budget = replace(Budget(), nll=0.02 if precision == "int4-weight" else Budget().nll)
     options = CalibrationOptions(precision, budget, steps=480, threads=1)
-    report: Report = calibrate(Bundle.open(bundle), options, recording)
+    report = calibrate(Bundle.open(bundle), options, recording)
     assert report.figures["predictions"] > 1000
     assert report.figures["agreement"] >= 0.99
     assert 0 < report.figures["nll"] <= budget.nll

@@ -38,9 +38,9 @@ def test_a_quantised_graph_is_added_and_runs(
     assert "greedy agreement" in printed
     precisions = [graph.precision for graph in Bundle.open(place.bundle).manifest.graphs]
     assert precisions == ["fp32", "int8"]
-    report = json.loads((place.bundle / "calibration" / "int8.json").read_text())
+    report = json.loads((place.bundle / "calibration" / "report.json").read_text())["precisions"]["int8"]
     assert report["bytes_after"] < 0.4 * report["bytes_before"]
-    assert report["figures"]["psnr"] is not None
+    assert report["attempts"][-1]["figures"]["psnr"] is not None
     assert sum(entry["steps"] for entry in report["trajectories"]) >= 64
     tokens = {}
     for precision in ("fp32", "int8"):

@@ -1,0 +1,66 @@
+"""The graph in floating point that a bundle is calibrated and judged by, and engines of it on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diagd.bundle import Bundle, Form, Manifest
+from diagd.bundle.manifest import StepGraph
+from diagd.calibration.trajectory import capacity, default_window
+from diagd.engines.fixed import FixedEngine
+from diagd.engines.modern import ModernEngine
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.portable import PortableEngine
+from diagd.engines.prefix import PrefixEngine
+from diagd.errors import UsageError
+from diagd.runtime.session import token_places
+from diagd.schedule import slots_needed
+
+FLOATING = ("fp32", "fp16")
+FORMS = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
+"""The prefix form first: it is the quickest on the CPU, and the only one in float32 throughout."""
+
+
+def find_reference(bundle: Bundle) -> tuple[StepGraph, ...]:
+    """The graphs of one form in floating point, one for each width.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for form in FORMS:
+        found = tuple(g for g in bundle.manifest.graphs if g.form is form and g.precision in FLOATING)
+        if found:
+            return found
+    raise UsageError(
+        f"{bundle.path} has no graph in floating point to calibrate with; export it again with --form prefix"
+    )
+
+
+def session_window(manifest: Manifest, graphs: Sequence[StepGraph]) -> int:
+    """Frames of the sessions, fewer where the graphs have no slots for so many.
+
+    Raises:
+        UsageError: they do not hold two frames.
+    """
+    wanted, graph = default_window(manifest), graphs[0]
+    if graph.capacity is None:
+        return wanted
+    layout, widest = manifest.layout.stream(), max(g.width or 0 for g in graphs)
+    for window in range(wanted, 1, -1):
+        if slots_needed(layout, window, widest) <= graph.capacity:
+            return window
+    raise UsageError(
+        f"{graph.file} has {graph.capacity} slots, too few for 2 frames; export it again with a larger "
+        "--set window"
+    )
+
+
+def open_graphs(
+    bundle: Bundle, graphs: Sequence[StepGraph], window: int, options: CpuOptions
+) -> PrefixEngine | FixedEngine:
+    """An engine of graphs of one form; those of a bundle's other graphs are left alone."""
+    only = Bundle(bundle.path, bundle.manifest.model_copy(update={"graphs": tuple(graphs)}))
+    if graphs[0].form is Form.PREFIX:
+        return PrefixEngine(only, *capacity(bundle.manifest, window), options)
+    engine = ModernEngine if graphs[0].form is Form.MODERN else PortableEngine
+    return engine(only, token_places(bundle.manifest.layout.stream(), window).size, options)
