@@ -54,7 +54,7 @@ class _CacheEdit:
     """New nodes of a graph, each behind the node that makes its input."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        from onnx import TensorProto, helper, numpy_helper
+        from onnx import helper
 
         self._graph = model.graph
         self._makers = {output: node for node in self._graph.node for output in node.output}
@@ -63,27 +63,24 @@ class _CacheEdit:
             for value in node.input:
                 self._readers[value].append(node)
         self._followers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        self._int8, self._make_node, self._from_array = (
-            TensorProto.INT8,
-            helper.make_node,
-            numpy_helper.from_array,
-        )
-        inputs = {value.name: value for value in self._graph.input}
-        kind = inputs["past_key_0"].type.tensor_type.elem_type
-        self._dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+        past = next(value for value in self._graph.input if value.name == "past_key_0")
+        self._dtype = np.dtype(helper.tensor_dtype_to_np_dtype(past.type.tensor_type.elem_type))
         self._constant("kv.unit", np.ones((), self._dtype))
         self._constant("kv.zero", np.zeros((), np.int8))
 
     def round_written(self, name: str, value: str, scale: Float) -> None:
         """Rows [W, G, D] are rounded on their way into the buffer."""
-        rounded = self._rounded(name, value, self._constant(f"kv.{name}.scale", scale.astype(self._dtype)))
-        result = self._follow("Mul", [rounded, f"kv.{name}.scale"], f"kv.{name}.written")
+        scale_name = self._constant(f"kv.{name}.scale", scale.astype(self._dtype))
+        rounded = self._rounded(name, value, scale_name)
+        result = self._follow("Mul", [rounded, scale_name], f"kv.{name}.written")
         for node in self._readers[value]:
             if node.op_type == "ScatterND":
                 _replace_input(node, value, result)
 
     def store_as_integers(self, name: str, scale: Float) -> None:
         """The buffer [1, G, S, D] and the new rows are int8; attention runs over integers."""
+        from onnx import TensorProto
+
         past, rows = f"past_{name}", self._rows_of(f"new_{name}")
         scale_name = self._constant(f"kv.{name}.scale", scale[:, None].astype(self._dtype))
         readers = list(self._readers[past])
@@ -99,7 +96,7 @@ class _CacheEdit:
         self._store_rows(name, rows, scale_name)
         for value in (*self._graph.input, *self._graph.output):
             if value.name in (past, f"new_{name}"):
-                value.type.tensor_type.elem_type = self._int8
+                value.type.tensor_type.elem_type = TensorProto.INT8
 
     def insert(self) -> None:
         """Put the new nodes into the graph, in an order that can be run."""
@@ -160,11 +157,15 @@ class _CacheEdit:
             _replace_input(node, value, result)
 
     def _follow(self, kind: str, inputs: list[str], output: str) -> str:
-        self._followers[inputs[0]].append(self._make_node(kind, inputs, [output], output))
+        from onnx import helper
+
+        self._followers[inputs[0]].append(helper.make_node(kind, inputs, [output], output))
         return output
 
     def _constant(self, name: str, array: NDArray[Any]) -> str:
-        self._graph.initializer.append(self._from_array(array, name))
+        from onnx import numpy_helper
+
+        self._graph.initializer.append(numpy_helper.from_array(array, name))
         return name
 
 
