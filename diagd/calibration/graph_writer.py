@@ -50,6 +50,8 @@ class Target:
             )
         if self.kv_cache and form is Form.MODERN:
             return f"TensorScatter takes floating point only, the cache is {self.kv_cache}"
+        if self.kv_cache and form is Form.PREFIX:
+            return f"attention reads the buffers as they lie, the cache is {self.kv_cache}"
         return None
 
 

@@ -11,7 +11,7 @@ from diagd.bundle import Bundle, Form, Manifest, seal
 from diagd.bundle.manifest import StepGraph
 from diagd.calibration import fallback
 from diagd.calibration.gate import Budget, Comparison, failures
-from diagd.calibration.graph_writer import GraphWriter, Target, read_bytes
+from diagd.calibration.graph_writer import GraphWriter, Target, file_names, read_bytes
 from diagd.calibration.judge import GATE_SEED, Course, Judge
 from diagd.calibration.kv_cache import check_kv_cache, describe_cache, precision_name, row_scales
 from diagd.calibration.observe import observe
@@ -176,11 +176,12 @@ class _Calibration:
         writer = GraphWriter(self._bundle, target, self._progress)
         written, attempts, comparison = self._judged(writer)
         if not attempts or not attempts[-1].failures:
-            self._graphs = writer.write_others(written, self._choices)
+            graphs = writer.write_others(written, self._choices)
+            self._graphs = tuple(graph for graph in graphs if target.refusal(graph.form) is None)
         report = self._report(target, written, attempts, comparison)
         add_report(directory, self._bundle.manifest.name, report)
         write_plot(self._bundle.manifest.name, report, directory)
-        self._drop_stand_in(written)
+        self._drop_stand_in(target)
         return report
 
     def manifest(self) -> Manifest:
@@ -219,15 +220,12 @@ class _Calibration:
             described = describe_cache(self._row_scales, statistics, manifest, kv_cache)
             self._cache = CacheReport(**described)
 
-    def _drop_stand_in(self, written: Sequence[StepGraph]) -> None:
-        """The prefix graph only stood for those with a quantised cache, which it cannot have itself."""
-        if self._options.kv_cache is not None:
-            for name in (
-                written[0].file,
-                written[0].file.replace("step", "weights").replace(".onnx", ".bin"),
-            ):
+    def _drop_stand_in(self, target: Target) -> None:
+        """A judged graph that only stood for others, whose cache it cannot have itself."""
+        reference = self._reference[0]
+        if target.refusal(reference.form):
+            for name in file_names(reference.file, target.name):
                 self._bundle.file(name).unlink()
-            self._graphs = tuple(graph for graph in self._graphs if graph.form is not Form.PREFIX)
 
     def _choose(self, statistics: Mapping[str, InputStatistics]) -> None:
         """What becomes of each product; those below the floor are left out."""

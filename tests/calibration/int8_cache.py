@@ -25,9 +25,11 @@ Scales = Mapping[str, np.ndarray]
 WIDTHS = (1, 4, 16)
 
 
-def grouped_model(layout: StreamLayout, *, rotary: bool = True, kv_heads: int = 2) -> Transformer:
+def grouped_model(
+    layout: StreamLayout, *, layers: int = 2, rotary: bool = True, kv_heads: int = 2
+) -> Transformer:
     """Heads of 16 channels, four of them over ``kv_heads``; positions are rotary or learned."""
-    small = small_model(layout, context_frames=4)
+    small = small_model(layout, layers=layers, context_frames=4)
     config = replace(
         small.config,
         head_size=16,

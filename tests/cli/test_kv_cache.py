@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +59,19 @@ def test_the_bundle_says_what_its_cache_is(place: Place) -> None:
         (Form.PORTABLE, 1, "int8"),
         (Form.PORTABLE, 32, "int8"),
     ]
-    assert {name for name in manifest.files if not name.startswith("calibration/")} == {
+    assert set(manifest.files) == {
         *("step.onnx", "step.portable.onnx", "weights.bin"),
         *("step.portable.int4-weight-kv8.onnx", "weights.portable.int4-weight-kv8.bin"),
+        *("calibration/int4-weight-kv8.png", "calibration/report.json", "calibration/statistics.npz"),
     }
+    written = json.loads((place.bundle / "calibration" / "report.json").read_text())["precisions"]
+    report = written["int4-weight-kv8"]
+    assert report["attempts"][-1]["figures"]["nll"] < 0.05
+    assert report["forms"] == {"portable": "step.portable.int4-weight-kv8.onnx"}
+    assert report["left_out"] == {"prefix": "attention reads the buffers as they lie, the cache is int8"}
+    token = 2 * 2 * 4 * 32
+    assert (report["kv_cache"]["bytes_before"], report["kv_cache"]["bytes_after"]) == (4 * token, token)
+    assert min(report["kv_cache"]["signal_to_noise"].values()) > 35
 
 
 def test_a_step_reads_a_quarter_of_the_cache(place: Place) -> None:

@@ -111,5 +111,5 @@ def test_tensorrt_compiles_it(bundle: Bundle) -> None:
 
 def test_tensorrt_compiles_it_in_half_precision(tmp_path: Path) -> None:
     """QuantizeLinear takes float16 from opset 19 on, which is why the graph declares a later one."""
-    model = grouped_model(LAYOUT, rotary=False, kv_heads=4)
+    model = grouped_model(LAYOUT, layers=1, rotary=False, kv_heads=4)
     assert compiles(export_rounded(model, tmp_path / "small.diagd", random_scales(model), "fp16"))
