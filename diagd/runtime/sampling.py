@@ -12,8 +12,9 @@ probable, itself included, hold at most p). ``diagd.export.sampler`` states the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,20 @@ from numpy.typing import NDArray
 from diagd.errors import EngineError, UsageError
 
 _BLOCK: Final = 64  # ids a partial sum of the draw covers
-_BINS: Final = 512  # of the histogram that brackets the top-p threshold
+_BINS: Final = 512  # of the histogram that brackets the top-p threshold of a row
+_ROW_BINS: Final = _BINS + 2  # with an empty one ahead, and one behind for ids too light to matter
+_FEW: Final = 256  # candidates a row, on average, that are sorted as they are
+_GROUP: Final = 16  # ids whose largest stands for them while the top-k threshold is bracketed
+_ONES: Final = np.ones(_BLOCK, np.float32)
+_ZERO: Final = np.zeros(1)
 _TEMPERATURES: Final = (1e-3, 1e3)
+
+
+class Cells(NamedTuple):
+    """Some cells of a [R, V] array, row by row, ids ascending; each [n]."""
+
+    row: NDArray[np.intp]
+    column: NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -86,17 +99,19 @@ def sample(
         return np.empty(0, np.int32)
     allowed, first = _restrict(logits, low, high)
     if settings.temperature == 0:
-        _check_finite(allowed.max(axis=1))
         ids = allowed.argmax(axis=1)
+        _check_finite(allowed[np.arange(len(ids)), ids])
     else:
-        ids = _draw(kept_weights(allowed, settings, keep_crossing=keep_crossing), uniforms)
-    tokens: NDArray[np.int32] = (ids + first).astype(np.int32)
+        weights, cells = kept_weights(allowed, settings, keep_crossing=keep_crossing)
+        ids = _draw(weights, uniforms) if cells is None else _draw_cells(weights, cells, uniforms)
+    tokens: NDArray[np.int32] = ids.astype(np.int32)
+    tokens += np.int32(first)
     return tokens
 
 
 def kept_weights(
     logits: NDArray[np.float32], settings: SamplingSettings, *, keep_crossing: bool
-) -> NDArray[np.float32]:
+) -> tuple[NDArray[np.float32], Cells | None]:
     """Unnormalised probabilities after temperature, top-k and top-p; 0 where an id is not kept.
 
     Args:
@@ -105,23 +120,28 @@ def kept_weights(
         keep_crossing: see ``sample``.
 
     Returns:
-        float32 [R, V rounded up to a whole number of blocks], largest 1, padded with 0.
+        With top-k, float32 [n] of the cells it leaves, and these cells. Without, float32
+        [R, V rounded up to a whole number of blocks], padded with 0, and None. The largest of a row is 1.
 
     Raises:
         EngineError: a row's largest logit is not finite.
     """
-    rows, ids = logits.shape
     top = logits.max(axis=1)
     _check_finite(top)
-    padded: NDArray[np.float32] = np.zeros((rows, -(-ids // _BLOCK) * _BLOCK), np.float32)
-    weights = padded[:, :ids]
-    np.subtract(logits, top[:, None], out=weights)
-    np.divide(weights, np.float32(settings.temperature), out=weights)
-    np.exp(weights, out=weights)
-    if settings.top_k or settings.top_p < 1:
-        for row, weight in zip(logits, weights, strict=True):
-            np.multiply(weight, row >= _floor(row, weight, settings, keep_crossing), out=weight)
-    return padded
+    if 0 < settings.top_k < logits.shape[1]:
+        return _weights_of_cells(logits, top, settings, keep_crossing)
+    rows, ids = logits.shape
+    padded: NDArray[np.float32] = np.empty((rows, -(-ids // _BLOCK) * _BLOCK), np.float32)
+    padded[:, ids:] = -np.inf
+    np.subtract(logits, top[:, None], out=padded[:, :ids])
+    if settings.temperature != 1:
+        padded /= np.float32(settings.temperature)
+    if settings.top_p == 1:
+        return np.exp(padded, out=padded), None
+    weights = np.exp(padded)
+    floors = _nucleus_floors(logits, top, padded, weights, settings, keep_crossing)
+    np.multiply(weights[:, :ids], logits >= floors[:, None], out=weights[:, :ids])
+    return weights, None
 
 
 def _restrict(
@@ -150,7 +170,7 @@ def _restrict(
 
 
 def _check_finite(top: NDArray[np.float32]) -> None:
-    if not np.isfinite(top).all():
+    if not math.isfinite(top.sum()):
         row = int(np.flatnonzero(~np.isfinite(top))[0])
         raise EngineError(
             f"the largest logit of row {row} is {top[row]}; expected a finite number; the weights or the"
@@ -158,63 +178,130 @@ def _check_finite(top: NDArray[np.float32]) -> None:
         )
 
 
-def _floor(
-    logits: NDArray[np.float32],
-    weights: NDArray[np.float32],
-    settings: SamplingSettings,
-    keep_crossing: bool,
-) -> np.float32:
-    """Smallest logit that is kept in one row of [V] logits and their weights."""
-    floor = np.float32(-np.inf)
-    if 0 < settings.top_k < logits.size:
-        floor = _largest(logits, settings.top_k)
-        kept = logits >= floor
-        logits, weights = logits[kept], weights[kept]
+def _weights_of_cells(
+    logits: NDArray[np.float32], top: NDArray[np.float32], settings: SamplingSettings, keep_crossing: bool
+) -> tuple[NDArray[np.float32], Cells]:
+    """See ``kept_weights``: few cells survive top-k, so nothing else looks at all of them."""
+    cells, values = _top_k(logits, settings.top_k)
+    weights = np.exp((values - top[cells.row]) / np.float32(settings.temperature))
     if settings.top_p < 1:
-        floor = _nucleus_floor(logits, weights, settings, keep_crossing)
-    return floor
+        allowed: NDArray[np.float64] = np.bincount(cells.row, weights)
+        allowed *= settings.top_p
+        floors = _crossed(values, cells.row, top, allowed, settings, keep_crossing)
+        weights *= values >= floors[cells.row]
+    return weights, cells
 
 
-def _largest(values: NDArray[np.float32], k: int) -> np.float32:
-    """The k-th largest of the values; the k-th largest maximum of disjoint groups bounds it from below."""
-    maxima = values[: values.size // 16 * 16].reshape(16, -1).max(axis=0)
-    if k <= maxima.size:
-        values = values[values >= np.partition(maxima, -k)[-k]]
-    return np.float32(np.partition(values, -k)[-k])
+def _top_k(logits: NDArray[np.float32], k: int) -> tuple[Cells, NDArray[np.float32]]:
+    """Cells that top-k keeps, and their logits.
+
+    The k-th largest of the maxima of disjoint groups bounds the k-th largest logit from below.
+    """
+    rows, ids = logits.shape
+    group = max(1, min(_GROUP, ids // k))
+    maxima = logits[:, : ids // group * group].reshape(rows, group, -1).max(axis=1)
+    bound = np.partition(maxima, -k, axis=1)[:, -k, None]
+    row, column = np.divmod(np.flatnonzero(logits >= bound), ids)
+    values = logits[row, column]
+    table, _ = _by_row(values, row, rows)
+    kept = values >= np.partition(table, -k, axis=1)[:, -k][row]
+    return Cells(row[kept], column[kept]), values[kept]
 
 
-def _nucleus_floor(
+def _by_row(
+    values: NDArray[np.float32], row: NDArray[np.intp], rows: int
+) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Values [n] of ascending rows as a table, -inf behind those of each row, and how many a row has."""
+    counts = np.bincount(row, minlength=rows)
+    place = np.arange(row.size) - (counts.cumsum() - counts)[row]
+    table = np.full((rows, max(1, counts.max())), -np.inf, np.float32)
+    table[row, place] = values
+    return table, counts
+
+
+def _nucleus_floors(
     logits: NDArray[np.float32],
+    top: NDArray[np.float32],
+    logs: NDArray[np.float32],
     weights: NDArray[np.float32],
     settings: SamplingSettings,
     keep_crossing: bool,
-) -> np.float32:
-    """Smallest logit that top-p keeps, without sorting the row.
+) -> NDArray[np.float32]:
+    """Smallest logit [R] that top-p keeps in each row, without sorting the rows.
 
-    Ids lighter than (1 - p) of the mean weight cannot hold 1 - p together, so the threshold lies above
-    them. A histogram over the logarithm of the weight finds its bin, and only that bin is sorted.
+    Ids lighter than (1 - p) of the mean weight cannot hold 1 - p of the sum together: the threshold lies
+    above them. Where many are left, a histogram finds the bin of the threshold, and only that bin is sorted.
+
+    Args:
+        logits: [R, V].
+        top: [R], the largest of each row.
+        logs: [R, n], logarithms of the weights, -inf behind V; overwritten.
+        weights: [R, n].
+        settings: top_p is below 1.
+        keep_crossing: see ``sample``.
     """
-    top, temperature = logits.max(), np.float32(settings.temperature)
-    total = float(weights.sum())
-    allowed = settings.top_p * total
-    cut = max((1 - settings.top_p) * total / weights.size, float(np.finfo(np.float32).tiny))
-    heavy = weights >= cut
-    if np.count_nonzero(heavy) < heavy.size // 8:  # compressing is quick where the mask is predictable
-        logits, weights = logits[heavy], weights[heavy]
-    depths = (top - logits) * (np.float32(_BINS / (1 - np.log(cut))) / temperature)
-    bins = np.minimum(depths, _BINS).astype(np.intp)
-    mass = np.bincount(bins, weights=weights, minlength=_BINS + 1).cumsum()
-    crossing = int(mass.searchsorted(allowed, side="right"))
-    candidates = np.sort(logits[bins == crossing])[::-1]
-    if not candidates.size:  # p of the whole row exceeds its sum by a rounding
-        return np.float32(logits.min())
-    inside = np.exp((candidates - top) / temperature).cumsum(dtype=np.float64)
-    before = mass[crossing - 1] if crossing else 0.0
-    index = int((inside + before).searchsorted(allowed, side="right"))
-    floor = candidates[min(index, candidates.size - 1)]
-    if not keep_crossing and index < candidates.size:
-        floor = min(np.nextafter(floor, np.float32(np.inf)), top)
-    return np.float32(floor)
+    rows, width = weights.shape
+    total = weights.sum(axis=1)
+    allowed: NDArray[np.float64] = settings.top_p * total.astype(np.float64)
+    heavy = weights >= (total * np.float32((1 - settings.top_p) / width))[:, None]
+    if np.count_nonzero(heavy) <= _FEW * rows:
+        places = np.flatnonzero(heavy)
+    else:
+        ahead, places = _crossing_bins(logs, weights, allowed, (1 - settings.top_p) / width)
+        allowed = allowed - ahead
+    row, column = np.divmod(places, width)
+    return _crossed(logits[row, column], row, top, allowed, settings, keep_crossing)
+
+
+def _crossing_bins(
+    logs: NDArray[np.float32], weights: NDArray[np.float32], allowed: NDArray[np.float64], lightest: float
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Where the sum over a row, from its heaviest weight on, exceeds what is allowed.
+
+    Args:
+        logs: [R, n], logarithms of the weights, the largest 0; overwritten.
+        weights: [R, n].
+        allowed: [R].
+        lightest: weight under which ids may share one bin.
+
+    Returns:
+        The weight [R] ahead of each row's bin in a histogram over ``logs``, and the flat places of the ids in
+        these bins.
+    """
+    first_bin = np.arange(len(logs)) * _ROW_BINS
+    logs *= np.float32(_BINS / math.log(lightest / 2))
+    np.clip(logs, 0, _BINS, out=logs)
+    logs += (first_bin + 1).astype(np.float32)[:, None]
+    bins = logs.astype(np.intp)
+    sums = np.bincount(bins.reshape(-1), weights.reshape(-1), len(logs) * _ROW_BINS)
+    mass = sums.reshape(-1, _ROW_BINS).cumsum(axis=1)
+    crossing = first_bin + (mass <= allowed[:, None]).sum(axis=1)
+    return mass.reshape(-1)[crossing - 1], np.flatnonzero(bins == crossing[:, None])
+
+
+def _crossed(
+    logits: NDArray[np.float32],
+    row: NDArray[np.intp],
+    top: NDArray[np.float32],
+    allowed: NDArray[np.float64],
+    settings: SamplingSettings,
+    keep_crossing: bool,
+) -> NDArray[np.float32]:
+    """Smallest kept logit [R] of candidates [n] in ascending rows, which may weigh ``allowed`` [R] together.
+
+    A row without candidates keeps everything.
+    """
+    table, counts = _by_row(logits, row, len(top))
+    table.sort(axis=1)
+    candidates = table[:, ::-1]
+    weights = np.exp((candidates - top[:, None]) / np.float32(settings.temperature))
+    index = (weights.cumsum(axis=1, dtype=np.float64) <= allowed[:, None]).sum(axis=1)
+    floors: NDArray[np.float32] = candidates[
+        np.arange(len(top)), np.minimum(index, np.maximum(counts - 1, 0))
+    ]
+    if keep_crossing:
+        return floors
+    return np.where(index < counts, np.minimum(np.nextafter(floors, np.float32(np.inf)), top), floors)
 
 
 def _draw(weights: NDArray[np.float32], uniforms: NDArray[Any]) -> NDArray[np.intp]:
@@ -223,17 +310,21 @@ def _draw(weights: NDArray[np.float32], uniforms: NDArray[Any]) -> NDArray[np.in
     The sum runs over blocks and then inside one block, which is faster and rounds less than one long sum.
     """
     blocks = weights.reshape(len(weights), -1, _BLOCK)
-    sums = blocks.sum(axis=2)
-    ends = sums.cumsum(axis=1, dtype=np.float64)
-    rows = np.arange(len(weights))
-    target = uniforms * ends[:, -1]
-    block = _first_beyond(ends, target)
+    ends = (blocks @ _ONES).cumsum(axis=1, dtype=np.float64)
+    rows, target = np.arange(len(weights)), uniforms * ends[:, -1]
+    block = (ends <= target[:, None]).sum(axis=1)
     inside = blocks[rows, block].cumsum(axis=1, dtype=np.float64)
-    rest = target - (ends[rows, block] - sums[rows, block])
-    return block * _BLOCK + _first_beyond(inside, rest)
+    whole = inside[:, -1:]
+    # The sum of a block is rounded: held below its weights' own, what is left leads to an id that has one.
+    left = np.minimum((ends[rows, block] - target)[:, None], whole)
+    ids: NDArray[np.intp] = block * _BLOCK + (whole - inside >= left).sum(axis=1)
+    return ids
 
 
-def _first_beyond(cumulated: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.intp]:
-    """First column of each row above the target, which is held below the last column against rounding."""
-    below = np.minimum(target, np.nextafter(cumulated[:, -1], 0))
-    return np.asarray(np.count_nonzero(cumulated <= below[:, None], axis=1), np.intp)
+def _draw_cells(weights: NDArray[np.float32], cells: Cells, uniforms: NDArray[Any]) -> NDArray[np.intp]:
+    """The same among the cells of each row, in one sum over all rows."""
+    ends = weights.cumsum(dtype=np.float64)
+    bounds = np.concatenate([_ZERO, ends])[cells.row.searchsorted(np.arange(len(uniforms) + 1))]
+    target = bounds[:-1] + uniforms * np.diff(bounds)
+    ids: NDArray[np.intp] = cells.column[ends.searchsorted(target, side="right")]
+    return ids

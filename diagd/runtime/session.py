@@ -134,7 +134,10 @@ class Session:
         self._context = context_policy(manifest.context, self.layout, window, self._slots, engine, roll)
         self._text = text
         self._known = self._fed = 0
-        self._range_table = manifest.sampling.range_table(self.layout)
+        self._ranges = manifest.sampling.range_table(self.layout)
+        shared = self._ranges[0]
+        if (self._ranges == shared).all() and 0 <= shared[0] < shared[1] <= manifest.output_vocabulary:
+            self._ranges = shared
 
     def start(self, frames: Int, actions: Int | None = None, text: Float | None = None) -> None:
         """Forget everything and take a prompt.
@@ -224,7 +227,7 @@ class Session:
             self._places.of(table.sources),
             self._places.of(table.sinks),
             uniforms(seed, table.sinks.astype(np.int64)),
-            self._range_table[place],
+            self._ranges if self._ranges.ndim == 1 else self._ranges[place],
             table.sources != table.positions,
             {int(step): index for index, step in enumerate(table.frame_starts)},
             {int(step): index for index, step in enumerate(table.frame_ends)},
@@ -276,21 +279,25 @@ class Session:
         logits = self.engine.step(inputs, state)
         left = time.perf_counter()
         if not self.engine.samples_in_graph and len(decoded):
-            ranges = plan.ranges[rows][decoded]
-            self.engine.token_buffer[sinks[decoded]] = sample(
-                logits,
-                draws,
-                sampling,
-                low=ranges[:, 0],
-                high=ranges[:, 1],
-                keep_crossing=self.manifest.sampling.keep_crossing,
-            )
+            ranges = plan.ranges if plan.ranges.ndim == 1 else plan.ranges[rows][decoded]
+            self.engine.token_buffer[sinks[decoded]] = self._sample(logits, draws, sampling, ranges)
         sampled = time.perf_counter()
         if not keep_seeds:
             self._slots.void(start, np.flatnonzero(plan.transient[rows]))
         host = entered - began + time.perf_counter() - sampled
         width = len(positions), len(decoded), self._slots.live
         self.timing.add(StepTime(began, *width, left - entered, sampled - left, host))
+
+    def _sample(self, logits: Float, draws: Float, sampling: SamplingSettings, ranges: Int) -> Int:
+        """One token a row, of ids in ``ranges``: [R, 2], or [2] where all rows share one."""
+        keep_crossing = self.manifest.sampling.keep_crossing
+        if ranges.ndim == 2:
+            low, high = ranges.T
+            return sample(logits, draws, sampling, low=low, high=high, keep_crossing=keep_crossing)
+        first, last = ranges
+        tokens = sample(logits[:, first:last], draws, sampling, keep_crossing=keep_crossing)
+        tokens += first
+        return tokens
 
     @property
     def _refilled(self) -> tuple[int, float]:
