@@ -185,8 +185,7 @@ def _weights_of_cells(
     cells, values = _top_k(logits, settings.top_k)
     weights = np.exp((values - top[cells.row]) / np.float32(settings.temperature))
     if settings.top_p < 1:
-        allowed: NDArray[np.float64] = np.bincount(cells.row, weights)
-        allowed *= settings.top_p
+        allowed = settings.top_p * np.bincount(cells.row, weights).astype(np.float64)
         floors = _crossed(values, cells.row, top, allowed, settings, keep_crossing)
         weights *= values >= floors[cells.row]
     return weights, cells
