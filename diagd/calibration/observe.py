@@ -170,7 +170,8 @@ def observe(
     """
     model = load_graph(bundle.file(graphs[0].file))
     found = projections(model)
-    cache, rows = bundle.manifest.cache, cache_rows(model)
+    cache = bundle.manifest.cache
+    rows = cache_rows(model) if graphs[0].form is Form.PREFIX else {}
     sizes = {projection.name: projection.inputs for projection in found}
     sizes |= dict.fromkeys(rows, cache.kv_heads * cache.head_size)
     outputs = {projection.name: projection.activation for projection in found} | rows

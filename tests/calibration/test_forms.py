@@ -1,0 +1,117 @@
+"""The same quantised model in every form, and bundles for a GPU alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diagd.bundle import Bundle, Form
+from diagd.calibration.quantise import CalibrationOptions, calibrate
+from diagd.calibration.reference import open_graphs
+from diagd.calibration.report import read_calibration
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import UsageError
+from diagd.export.exporter import GraphOptions
+from diagd.export.transformer import Transformer
+from tests.calibration.bundles import ANYTHING, LAYOUT, PAST, frames, logits_of, quantise
+from tests.models import export_small
+from tests.oracles.models import CODES, small_model
+
+SCHEMES = {"int8": 0.02, "int8-weight": 0.02, "int4-weight": 0.05, "fp8": 0.05}
+"""Largest relative difference of the logits of two forms; MatMulNBits rounds activations as well."""
+
+WIDTHS = (32,)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    """One channel of every norm is an outlier, so that factors migrate."""
+    model = small_model(LAYOUT, layers=1, context_frames=6)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter[3] *= 20
+    return model
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every form, every scheme."""
+    forms = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
+    path = tmp_path_factory.mktemp("forms") / "small.diagd"
+    export_small(model, path, GraphOptions(forms, widths=WIDTHS))
+    for precision in SCHEMES:
+        quantise(path, precision, budget=None)
+    return path
+
+
+@pytest.fixture(scope="module")
+def halved(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exported for a GPU alone, in float16."""
+    path = tmp_path_factory.mktemp("half") / "small.diagd"
+    return export_small(model, path, GraphOptions((Form.MODERN,), "fp16", widths=(1, *WIDTHS)))
+
+
+def logits(path: Path, form: Form, precision: str) -> np.ndarray:
+    bundle = Bundle.open(path)
+    graphs = [g for g in bundle.manifest.graphs if g.form is form and g.precision == precision]
+    engine = open_graphs(bundle, graphs, 4, CpuOptions(1, prepack=False, fuse=False))
+    ids = np.random.default_rng(0).integers(0, CODES, 14).astype(np.int32)
+    return logits_of(engine, ids, PAST + np.arange(14, dtype=np.int32), slice(None))
+
+
+def relative(near: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(near - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize(("precision", "bound"), SCHEMES.items())
+@pytest.mark.parametrize("form", [Form.MODERN, Form.PORTABLE])
+def test_forms_compute_the_same(bundle: Path, form: Form, precision: str, bound: float) -> None:
+    exact = logits(bundle, Form.PREFIX, "fp32")
+    seen, reference = logits(bundle, form, precision), logits(bundle, Form.PREFIX, precision)
+    assert relative(seen, reference) < bound
+    assert relative(seen, exact) < 2 * relative(reference, exact) + 0.01
+
+
+@pytest.mark.parametrize("precision", SCHEMES)
+def test_a_bundle_for_a_gpu_alone_is_calibrated_on_the_cpu(halved: Path, precision: str) -> None:
+    options = CalibrationOptions(precision, ANYTHING, steps=64, threads=1, floor=-100.0)
+    report = calibrate(Bundle.open(halved), options, frames())
+    assert report.reference == "fp16"
+    assert report.figures["predictions"] > 500
+    assert 0 < (report.figures["divergence"] or 0) < 0.5
+    assert len({layer.divergence for layer in report.layers}) == 2  # one layer and the head
+    graphs = [g for g in Bundle.open(halved).manifest.graphs if g.precision == precision]
+    assert [graph.width for graph in graphs] == [1, *WIDTHS]
+    exact = logits(halved, Form.MODERN, "fp16")
+    assert 1e-4 < relative(logits(halved, Form.MODERN, precision), exact) < 0.3
+
+
+def test_statistics_of_a_fixed_form_are_those_of_the_prefix_form(
+    bundle: Path, halved: Path, tmp_path: Path
+) -> None:
+    """Pad rows are not seen; prompts are fed in other chunks, which moves what the passes are spent on."""
+    target = shutil.copytree(halved, tmp_path / "a.diagd")
+    if not (target / "calibration").is_dir():
+        quantise(target, "int8", budget=None)
+    seen = [np.load(path / "calibration" / "statistics.npz") for path in (bundle, target)]
+    name = "transformer.layers.0.attention.qkv"
+    rows = [int(arrays[f"{name}.rows"]) for arrays in seen]
+    assert abs(rows[0] - rows[1]) < 0.05 * rows[0]
+    power = [arrays[f"{name}.power"] / count for arrays, count in zip(seen, rows, strict=True)]
+    np.testing.assert_allclose(power[0], power[1], rtol=0.2)
+
+
+def test_a_scheme_that_no_form_can_have_is_refused(halved: Path, bundle: Path) -> None:
+    with pytest.raises(UsageError, match="has no prefix graph: TensorRT has no product"):
+        calibrate(Bundle.open(halved), CalibrationOptions("int8-dynamic"), frames())
+    quantise(bundle, "int8-dynamic", budget=None)
+    whole = read_calibration(bundle / "calibration")
+    assert whole is not None
+    assert set(whole.precisions) == {*SCHEMES, "int8-dynamic"}
+    assert set(whole.precisions["int8-dynamic"].left_out) == {"modern", "portable"}
+    assert whole.precisions["int4-weight"].left_out == {}
