@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diagd.bundle import Bundle
+from diagd.bundle import Bundle, Form
 from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
 from diagd.export.exporter import GraphOptions, export, open_sources
 from diagd.export.families.registry import find
 from diagd.export.families.world import SHIPPED
+from diagd.runtime.load import load
+from diagd.runtime.sampling import SamplingSettings
 from diagd.world.collect import CollectOptions, collect
 from diagd.world.dataset import cached_tokens
 from diagd.world.model import load_world
@@ -46,3 +48,26 @@ def test_every_scheme_passes_the_gate(bundle: Path, recording: np.ndarray, preci
     assert report.figures["psnr"] > 35
     assert report.bytes_after < 0.45 * report.bytes_before
     assert report.kept == []
+
+
+def test_an_int8_cache_passes_the_gate(recording: np.ndarray, tmp_path: Path) -> None:
+    """And the graph that holds it, not only the one that was judged, decodes nearly the same frames."""
+    family, options = find("crafter-3m"), GraphOptions((Form.PREFIX, Form.PORTABLE), widths=(16,))
+    path = export(family, options, open_sources(family, None, None), tmp_path / "crafter.diagd").path
+    chosen = CalibrationOptions("int8-weight", steps=96, threads=1, floats="fp32", kv_cache="int8")
+    report = calibrate(Bundle.open(path), chosen, recording)
+    assert report.figures["agreement"] >= 0.995
+    assert report.figures["nll"] <= 0.005
+    assert report.kv_cache is not None
+    assert min(report.kv_cache.signal_to_noise.values()) > 35
+    frames = [decoded(path, recording, precision) for precision in ("fp32", "int8-weight-kv8")]
+    assert len(np.unique(frames[0])) > 8
+    assert (frames[0] == frames[1]).mean() > 0.97
+
+
+def decoded(bundle: Path, recording: np.ndarray, precision: str) -> np.ndarray:
+    """Three greedy frames behind one of the recording, int32 [3, 9, 12]."""
+    session = load(bundle, precision=precision, threads=1, prepack=False)
+    session.start(recording[20:21], np.zeros((1, 1), np.int32))
+    actions = np.zeros((3, 1), np.int32)
+    return np.stack([f.tokens for f in session.generate(3, actions, sampling=SamplingSettings(0.0))])
