@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from diagd.calibration.gate import Budget, Comparison, failures, parse_budget
+from diagd.calibration.gate import Budget, Comparison, failures, is_settled, parse_budget
 from diagd.errors import UsageError
 
 
@@ -44,8 +44,38 @@ def test_every_breach_is_named() -> None:
 def test_budgets_are_read_by_name() -> None:
     assert parse_budget("nll=0.5,psnr=1", Budget()) == Budget(0.97, 0.5, 1.0)
     assert parse_budget("", Budget()) == Budget()
+    assert parse_budget("none", Budget()) is None
     with pytest.raises(UsageError, match="did you mean 'psnr'"):
         parse_budget("pnsr=3", Budget())
     for wrong in ("nll=much", "nll", "nll=nan"):
         with pytest.raises(UsageError, match="NAME=NUMBER"):
             parse_budget(wrong, Budget())
+
+
+def test_standard_errors_are_those_of_independent_blocks() -> None:
+    """Against the spread of the figure itself over many comparisons."""
+    random = np.random.default_rng(0)
+    rises, errors = [], []
+    for _ in range(200):
+        comparison = Comparison()
+        for _ in range(20):
+            comparison.begin()
+            p = random.standard_normal((int(random.integers(5, 15)), 9)).astype(np.float32)
+            comparison.add(p, p + random.normal(0, 0.3, p.shape).astype(np.float32), len(p))
+        figures = comparison.figures()
+        assert len(comparison.blocks) == 20
+        rises.append(figures["nll"])
+        errors.append(figures["nll_error"])
+    assert np.mean(errors) == pytest.approx(np.std(rises), rel=0.15)
+
+
+def test_a_verdict_needs_a_standard_error_of_room_and_stands_with_two() -> None:
+    figures = {"agreement": 0.99, "agreement_error": 0.001, "nll": 0.009, "nll_error": 0.0005, "psnr": None}
+    assert failures(figures, Budget()) == []
+    assert is_settled(figures, Budget())
+    unsure = {**figures, "nll_error": 0.0008}
+    assert failures(unsure, Budget()) == []
+    assert not is_settled(unsure, Budget())
+    assert len(failures({**figures, "nll_error": 0.002}, Budget())) == 1
+    assert len(failures({**figures, "agreement_error": 0.03}, Budget())) == 1
+    assert is_settled({**figures, "nll": 0.05}, Budget())
