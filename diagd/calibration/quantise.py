@@ -17,7 +17,7 @@ from diagd.calibration.kv_cache import check_kv_cache, describe_cache, precision
 from diagd.calibration.observe import observe
 from diagd.calibration.projections import Projection, StoredWeights, load_graph, projections
 from diagd.calibration.ranges import find_range
-from diagd.calibration.reference import find_reference, session_window
+from diagd.calibration.reference import check_memory, find_reference, session_window
 from diagd.calibration.report import (
     AttemptReport,
     BudgetReport,
@@ -35,6 +35,7 @@ from diagd.calibration.statistics import InputStatistics, load_statistics, save_
 from diagd.calibration.trajectory import Prompts, trajectories
 from diagd.calibration.workspace import workspace
 from diagd.engines.engine import Float, Int
+from diagd.engines.tensorrt.memory import available_bytes
 from diagd.errors import QualityError, UsageError, unknown
 from diagd.progress import Progress
 
@@ -133,8 +134,10 @@ def _check(
         raise UsageError(
             f"{bundle.path} has no prefix graph: {reason}; export it again with --form prefix too"
         )
-    needs_data = options.budget is not None or scheme.needs_statistics or options.kv_cache is not None
-    if needs_data and frames is None and manifest.provenance.random_seed is None:
+    watches = scheme.needs_statistics or options.kv_cache is not None
+    engines = 2 if options.budget else int(watches)
+    check_memory(bundle, reference[0], engines, available_bytes())
+    if engines and frames is None and manifest.provenance.random_seed is None:
         raise UsageError(
             f"{manifest.name} is a trained model: its ranges and its quality need real frames; "
             "give --data VIDEO or --data TOKENS.npy"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import StepGraph
 from diagd.calibration.trajectory import capacity, default_window
+from diagd.engines.external_data import external_data
 from diagd.engines.fixed import FixedEngine
 from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -53,6 +54,28 @@ def session_window(manifest: Manifest, graphs: Sequence[StepGraph]) -> int:
         f"{graph.file} has {graph.capacity} slots, too few for 2 frames; export it again with a larger "
         "--set window"
     )
+
+
+def check_memory(bundle: Bundle, graph: StepGraph, engines: int, available: int | None) -> None:
+    """Refuse engines that would be killed for memory; each keeps its weights in float32, as the CPU computes.
+
+    Args:
+        bundle: the graph lies in.
+        graph: in floating point.
+        engines: how many are open at once.
+        available: bytes; None: not known.
+
+    Raises:
+        UsageError: they need more than is available.
+    """
+    itemsize = 2 if graph.precision == "fp16" else 4
+    needed = engines * external_data(bundle.file(graph.file)).bytes * 4 // itemsize
+    if available is not None and needed > available:
+        raise UsageError(
+            f"decoding with {graph.file} on this machine takes {needed / 1e9:.1f} GB of memory, "
+            f"{available / 1e9:.1f} GB are available: calibrate on a larger machine, or give --budget none, "
+            "which judges nothing and needs no run for weight-only schemes"
+        )
 
 
 def open_graphs(

@@ -11,7 +11,7 @@ import torch
 
 from diagd.bundle import Bundle, Form
 from diagd.calibration.quantise import CalibrationOptions, calibrate
-from diagd.calibration.reference import open_graphs
+from diagd.calibration.reference import check_memory, open_graphs
 from diagd.calibration.report import read_calibration
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
@@ -104,6 +104,16 @@ def test_statistics_of_a_fixed_form_are_those_of_the_prefix_form(
     assert abs(rows[0] - rows[1]) < 0.05 * rows[0]
     power = [arrays[f"{name}.power"] / count for arrays, count in zip(seen, rows, strict=True)]
     np.testing.assert_allclose(power[0], power[1], rtol=0.2)
+
+
+def test_engines_that_do_not_fit_into_memory_are_refused_with_the_figure(halved: Path) -> None:
+    bundle = Bundle.open(halved)
+    graph = bundle.manifest.graph(Form.MODERN)
+    stored = bundle.manifest.files["weights.bin"].bytes
+    check_memory(bundle, graph, 2, 4 * stored)
+    check_memory(bundle, graph, 2, None)
+    with pytest.raises(UsageError, match="--budget none"):
+        check_memory(bundle, graph, 2, stored)
 
 
 def test_a_scheme_that_no_form_can_have_is_refused(halved: Path, bundle: Path) -> None:
