@@ -12,15 +12,16 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from rich.table import Table
 
 from benchmarks.cpu import CONSOLE, GREEDY, Bench, _weights
-from diagd.bundle import Bundle
+from diagd.bundle import Bundle, Form
 from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
-from diagd.engines.engine import VOID, StepInputs
+from diagd.engines.engine import VOID, Float, SamplingState, StepInputs
 from diagd.schedule import Schedule
 
 PRECISIONS = ("int8", "int8-dynamic", "int8-weight", "int4-weight")
@@ -29,16 +30,22 @@ LIVE = (347, 2776)
 ANYTHING = Budget(agreement=0, nll=1e9, psnr=0)
 
 
+class Step(Protocol):
+    """What runs a step: an engine, or a peer's stand-in for one."""
+
+    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float: ...
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--part", choices=("steps", "frames", "published"), action="append")
+    parser.add_argument("--part", choices=("steps", "frames", "published", "openvino"), action="append")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     bundle = calibrated(args.bundle)
-    parts = {"steps": steps, "frames": frames, "published": published}
+    parts = {"steps": steps, "frames": frames, "published": published, "openvino": openvino}
     for name in args.part or parts:
         parts[name](bundle, args.repeats)
 
@@ -130,6 +137,52 @@ def published(bundle: Bundle, repeats: int) -> None:
         for name, values in spent.items():
             table.add_row(name, f"{np.median(values):.2f}", f"{np.median(values) / ours:.2f}x")
         CONSOLE.print(table)
+
+
+def openvino(bundle: Bundle, repeats: int) -> None:
+    """One step of the same graphs in OpenVINO (``pip install openvino``), behind 512 and 2,776 slots."""
+    from benchmarks.openvino_peer import OpenVinoPeer
+
+    ours = {name: _bench(bundle, name, 4096) for name in ("fp32", "int8")}
+    steppers: dict[str, Step] = {f"diagd, {name}": bench.engine for name, bench in ours.items()}
+    for name, bench in ours.items():
+        manifest = bundle.at_precision(name).manifest
+        graph = bundle.path / manifest.graph(Form.PREFIX).file
+        steppers[f"OpenVINO, {name}"] = OpenVinoPeer(graph, bench.engine)
+    for live in (2776, 512):  # rows that a step writes lie behind those that later ones read
+        table = Table(
+            "runtime", *(f"W = {width}" for width in (1, 14)), title=f"ms a step, {live} live slots"
+        )
+        cells = [_beside(steppers, ours, width, live, repeats) for width in (1, 14)]
+        for name in steppers:
+            table.add_row(name, *(column[name] for column in cells))
+        CONSOLE.print(table)
+
+
+def _beside(
+    steppers: dict[str, Step], ours: dict[str, Bench], width: int, live: int, repeats: int
+) -> dict[str, str]:
+    """Milliseconds of a step in every runtime, in ours, and the distance of its logits from ours in FP32."""
+    spent: dict[str, list[float]] = {name: [] for name in steppers}
+    logits = {}
+    for _ in range(2 + 2 * repeats):
+        for name, stepper in steppers.items():
+            inputs = _inputs(ours[name.split(", ")[1]], width, live)
+            began = time.process_time()
+            logits[name] = stepper.step(inputs, GREEDY)
+            spent[name].append(time.process_time() - began)
+    exact = logits["diagd, fp32"]
+    error = {
+        name: float(np.linalg.norm(rows - exact) / np.linalg.norm(exact)) for name, rows in logits.items()
+    }
+    if error["OpenVINO, fp32"] > 1e-4 or error["OpenVINO, int8"] > 1.5 * error["diagd, int8"]:
+        raise SystemExit(f"the logits differ: relative errors {error}")
+    median = {name: 1e3 * float(np.median(values[2:])) for name, values in spent.items()}
+    cells = {}
+    for name, value in median.items():
+        own = median[f"diagd, {name.split(', ')[1]}"]
+        cells[name] = f"{value:.1f} ({value / own:.2f}x), error {error[name]:.1e}"
+    return cells
 
 
 def _bench(bundle: Bundle, precision: str, slots: int) -> Bench:
