@@ -29,6 +29,9 @@ Float = NDArray[np.float32]
 KV_CACHES = ("int8",)
 """Element types that ``--kv-cache`` takes."""
 
+CACHE_FORMS = (Form.PREFIX, Form.PORTABLE)
+"""Forms that quantised rows can be judged by; the prefix form, which is quicker, only rounds them."""
+
 LEVELS = 127
 
 HEADROOM = 1.25

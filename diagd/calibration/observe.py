@@ -21,7 +21,7 @@ from diagd.calibration.trajectory import (
     capacity,
 )
 from diagd.engines.engine import Float, SamplingState, StepInputs
-from diagd.engines.fixed import Array, FixedEngine, FixedStep
+from diagd.engines.fixed import Array, FixedEngine, FixedStep, cache_tensors
 from diagd.engines.modern import ModernStep
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.portable import PortableStep
@@ -87,8 +87,13 @@ class _ObservedStep(FixedStep):
         """See ``FixedStep.run``; pad rows are not reported."""
         assert isinstance(self.engine, _ObservedFixed)
         logits, rows = super().run(inputs, sampling), len(inputs.positions)
-        self.engine.report({name: array[:rows].astype(np.float32) for name, array in self.watched.items()})
+        seen = {**self.watched, **self.cache_rows()}
+        self.engine.report({name: array[:rows].astype(np.float32) for name, array in seen.items()})
         return logits
+
+    def cache_rows(self) -> dict[str, Array]:
+        """K/V rows [W, G, D] of the step, where the graph gives them back."""
+        return {}
 
 
 class _ObservedModernStep(_ObservedStep, ModernStep):
@@ -96,7 +101,9 @@ class _ObservedModernStep(_ObservedStep, ModernStep):
 
 
 class _ObservedPortableStep(_ObservedStep, PortableStep):
-    pass
+    def cache_rows(self) -> dict[str, Array]:
+        """See ``_ObservedStep.cache_rows``."""
+        return {name: rows[0].swapaxes(0, 1) for name, rows in self.new_rows.items()}
 
 
 class _ObservedFixed(FixedEngine):
@@ -173,7 +180,8 @@ def observe(
     cache = bundle.manifest.cache
     rows = cache_rows(model) if graphs[0].form is Form.PREFIX else {}
     sizes = {projection.name: projection.inputs for projection in found}
-    sizes |= dict.fromkeys(rows, cache.kv_heads * cache.head_size)
+    cached = cache_tensors(cache) if graphs[0].form is Form.PORTABLE else rows
+    sizes |= dict.fromkeys(cached, cache.kv_heads * cache.head_size)
     outputs = {projection.name: projection.activation for projection in found} | rows
     collector = StatisticsCollector(sizes, seed)
     path = bundle.file(GRAPH_NAME)

@@ -13,11 +13,11 @@ from diagd.calibration import fallback
 from diagd.calibration.gate import Budget, Comparison, failures
 from diagd.calibration.graph_writer import GraphWriter, Target, file_names, read_bytes
 from diagd.calibration.judge import GATE_SEED, Course, Judge
-from diagd.calibration.kv_cache import check_kv_cache, describe_cache, precision_name, row_scales
+from diagd.calibration.kv_cache import CACHE_FORMS, check_kv_cache, describe_cache, precision_name, row_scales
 from diagd.calibration.observe import observe
 from diagd.calibration.projections import Projection, StoredWeights, load_graph, projections
 from diagd.calibration.ranges import find_range
-from diagd.calibration.reference import check_memory, find_reference, session_window
+from diagd.calibration.reference import FORMS, check_memory, find_reference, session_window
 from diagd.calibration.report import (
     AttemptReport,
     BudgetReport,
@@ -126,13 +126,12 @@ def _check(
     check_kv_cache(bundle, scheme, options.kv_cache)
     if any(graph.precision == options.name for graph in manifest.graphs):
         raise UsageError(f"{bundle.path} has {options.name} graphs already; export it again to start afresh")
-    reference = find_reference(bundle)
+    reference = find_reference(bundle, FORMS if options.kv_cache is None else CACHE_FORMS)
     trajectories(manifest, session_window(manifest, reference), options.steps)
     refusal = Target(scheme, options.name, half=False).refusal(reference[0].form)
-    if refusal or (options.kv_cache and reference[0].form is not Form.PREFIX):
-        reason = refusal or "an int8 K/V cache is judged by the prefix graph"
+    if refusal:
         raise UsageError(
-            f"{bundle.path} has no prefix graph: {reason}; export it again with --form prefix too"
+            f"{bundle.path} has no prefix graph: {refusal}; export it again with --form prefix too"
         )
     watches = scheme.needs_statistics or options.kv_cache is not None
     engines = 2 if options.budget else int(watches)

@@ -22,13 +22,13 @@ FORMS = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
 """The prefix form first: it is the quickest on the CPU, and the only one in float32 throughout."""
 
 
-def find_reference(bundle: Bundle) -> tuple[StepGraph, ...]:
-    """The graphs of one form in floating point, one for each width.
+def find_reference(bundle: Bundle, forms: Sequence[Form] = FORMS) -> tuple[StepGraph, ...]:
+    """The graphs of one form in floating point, one for each width; earlier ``forms`` are preferred.
 
     Raises:
         UsageError: there is none.
     """
-    for form in FORMS:
+    for form in forms:
         found = tuple(g for g in bundle.manifest.graphs if g.form is form and g.precision in FLOATING)
         if found:
             return found

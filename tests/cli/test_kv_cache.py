@@ -14,6 +14,7 @@ from diagd.bundle import Bundle, Form
 from diagd.cli.main import main
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import wham
+from diagd.export.families.family import Family
 from diagd.planning.model import read_model
 from diagd.runtime.load import load
 from diagd.runtime.session import token_places
@@ -30,14 +31,18 @@ class Place:
     actions: Path
 
 
+def small_wham() -> Family:
+    config = wham.transformer_config(
+        grid=(3, 5), codes=CODES, frames=FRAMES, hidden=128, layers=2, heads=4, bias=True
+    )
+    return wham.family("small-wham", wham.Variant(config, norm_weights=True, tokenizer=None))
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A bundle calibrated to ``int4-weight`` with an int8 cache, a prompt and actions."""
     folder = tmp_path_factory.mktemp("wham")
-    config = wham.transformer_config(
-        grid=(3, 5), codes=CODES, frames=FRAMES, hidden=128, layers=2, heads=4, bias=True
-    )
-    family = wham.family("small-wham", wham.Variant(config, norm_weights=True, tokenizer=None))
+    family = small_wham()
     options = GraphOptions((Form.PREFIX, Form.PORTABLE), widths=(1, 32))
     made = Place(folder / "wham.diagd", folder / "prompt.npy", folder / "actions.jsonl")
     export(family, options, random_sources(family, 0), made.bundle)
@@ -185,3 +190,22 @@ def test_a_missing_cache_is_made_by_the_line_that_is_shown(
     )
     assert main(["generate", str(place.bundle), *given, "--set", "precision=fp8-kv8"]) == 2
     assert "--precision fp8 --kv-cache int8" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_bundle_for_a_gpu_alone_is_judged_by_its_own_graph(place: Place, tmp_path: Path) -> None:
+    """In half precision, without a prefix graph: rows are watched, and compared, as the device has them."""
+    alone = Place(tmp_path / "gpu.diagd", place.prompt, place.actions)
+    options = GraphOptions((Form.PORTABLE,), "fp16", widths=(1, 32))
+    export(small_wham(), options, random_sources(small_wham(), 0), alone.bundle)
+    assert calibrate(alone, "--precision", "int8-weight", "--kv-cache", "int8") == 0
+    manifest = Bundle.open(alone.bundle).manifest
+    assert [graph.cache_dtype for graph in manifest.graphs] == [None, None, "int8", "int8"]
+    report = json.loads((alone.bundle / "calibration" / "report.json").read_text())
+    cache = report["precisions"]["int8-weight-kv8"]["kv_cache"]
+    assert cache["bytes_before"] == 2 * cache["bytes_after"]
+    assert min(cache["signal_to_noise"].values()) > 35
+    tokens = [
+        generated(alone, tmp_path / f"{name}.npy", "--set", f"precision={name}")
+        for name in ("fp16", "int8-weight-kv8")
+    ]
+    assert (tokens[0] == tokens[1]).mean() > 0.5
