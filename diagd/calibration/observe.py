@@ -55,6 +55,8 @@ class ObservedPrefix(PrefixEngine):
     ) -> None:
         super().__init__(bundle, *sizes, options)
         self._names, self._values, self._report = list(outputs), list(outputs.values()), report
+        self._first = len(self.outputs)  # outputs come in the order in which they were first bound
+        self._bind_watched()
         self.remaining = 0
 
     def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
@@ -62,12 +64,16 @@ class ObservedPrefix(PrefixEngine):
         if not self.remaining:
             raise EnoughStepsError
         self.remaining -= 1
-        for value in self._values:  # their size follows the step's: the memory is ONNX Runtime's
-            self._binding.bind_output(value, "cpu")
+        self._bind_watched()
         logits = super().step(inputs, sampling)
-        values = self.outputs[1 : 1 + len(self._names)]
+        values = self.outputs[self._first : self._first + len(self._names)]
         self._report({name: value.numpy() for name, value in zip(self._names, values, strict=True)})
         return logits
+
+    def _bind_watched(self) -> None:
+        """Their size follows the step's: the memory is ONNX Runtime's."""
+        for value in self._values:
+            self._binding.bind_output(value, "cpu")
 
 
 class _ObservedStep(FixedStep):
