@@ -44,12 +44,13 @@ class PrefixEngine:
         names = [f"{kind}_{layer}" for layer in range(manifest.cache.layers) for kind in ("key", "value")]
         self.buffers = {name: aligned_zeros(shape, dtype) for name in names}
         self._text = text_buffers(manifest)
-        self._row_shape, self._dtype = shape[1:], dtype
         self._session = open_session(bundle.file(graph.file), bundle.digest, options)
         self._binding = self._session.io_binding()
         self._write_index = np.zeros(1, np.int64)
         self._logits = np.zeros((MAX_WIDTH, manifest.output_vocabulary), np.float32)
-        self._bound = 0
+        self._fed = {name: np.zeros(MAX_WIDTH, np.int32) for name in ("sources", "positions", "logit_rows")}
+        self._addresses: dict[int, int] = {}
+        self._bound = self._bound_width = self._bound_rows = -1  # nothing yet, not even an empty step
         self._bind("token_buffer", self.token_buffer)
         self._bind("write_index", self._write_index)
         self._bind_output("logits", self._logits)
@@ -64,14 +65,14 @@ class PrefixEngine:
         """Run one pass; see ``Engine.step``."""
         del sampling
         self._bind_prefix(-(-inputs.live // GRANULE) * GRANULE)
+        width, rows = len(inputs.sources), len(inputs.decoded)
+        self._bind_frontier(width, rows)
         self._write_index[0] = inputs.write_index
-        logits = self._logits[: len(inputs.decoded)]
-        self._bind("sources", inputs.sources)
-        self._bind("positions", inputs.positions)
-        self._bind("logit_rows", inputs.decoded)
-        self._bind_output("logits", logits)
+        self._fed["sources"][:width] = inputs.sources
+        self._fed["positions"][:width] = inputs.positions
+        self._fed["logit_rows"][:rows] = inputs.decoded
         self._session.run_with_iobinding(self._binding)
-        return logits
+        return self._logits[:rows]
 
     def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
         """Take a text; see ``Engine.set_text``."""
@@ -88,10 +89,26 @@ class PrefixEngine:
         if length == self._bound:
             return
         for name, buffer in self.buffers.items():
-            self._bind(f"past_{name}", buffer[:length])
-            self._bind_output(f"present_{name}", buffer[:length])
-        self._bind("slot_position", self.slot_position[:length])
+            self._bind_rows(f"past_{name}", buffer, length)
+            self._bind_rows(f"present_{name}", buffer, length, output=True)
+        self._bind_rows("slot_position", self.slot_position, length)
         self._bound = length
+
+    def _bind_frontier(self, width: int, rows: int) -> None:
+        if width != self._bound_width:
+            self._bind_rows("sources", self._fed["sources"], width)
+            self._bind_rows("positions", self._fed["positions"], width)
+        if rows != self._bound_rows:
+            self._bind_rows("logit_rows", self._fed["logit_rows"], rows)
+            self._bind_rows("logits", self._logits, rows, output=True)
+        self._bound_width, self._bound_rows = width, rows
+
+    def _bind_rows(self, name: str, buffer: NDArray[Any], rows: int, *, output: bool = False) -> None:
+        """Bind the first rows of a buffer that lives as long as the engine; its address is looked up once."""
+        if (address := self._addresses.get(id(buffer))) is None:
+            address = self._addresses[id(buffer)] = buffer.ctypes.data
+        bind = self._binding.bind_output if output else self._binding.bind_input
+        bind(name, "cpu", 0, buffer.dtype, (rows, *buffer.shape[1:]), address)
 
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
