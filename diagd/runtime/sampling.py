@@ -24,7 +24,7 @@ from diagd.errors import EngineError, UsageError
 _BLOCK: Final = 64  # ids a partial sum of the draw covers
 _BINS: Final = 512  # of the histogram that brackets the top-p threshold of a row
 _ROW_BINS: Final = _BINS + 2  # with an empty one ahead, and one behind for ids too light to matter
-_FEW: Final = 256  # candidates a row, on average, that are sorted as they are
+_FEW: Final = 512  # candidates a row, on average, that are sorted as they are
 _GROUP: Final = 16  # ids whose largest stands for them while the top-k threshold is bracketed
 _ONES: Final = np.ones(_BLOCK, np.float32)
 _ZERO: Final = np.zeros(1)

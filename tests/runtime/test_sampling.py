@@ -84,6 +84,25 @@ def test_a_full_vocabulary(spread: float, chosen: SamplingSettings) -> None:
         assert np.array_equal(weights > 0, expected > 0)
 
 
+@pytest.mark.parametrize(
+    "chosen", [SamplingSettings(), SamplingSettings(top_p=0.8), SamplingSettings(0.7, 600, 0.9)], ids=str
+)
+@pytest.mark.parametrize("spreads", [[0.3, 9.0, 2.0, 0.0], [9.0, 12.0, 9.0, 15.0]], ids=str)
+def test_a_row_does_not_depend_on_the_rows_beside_it(spreads: list[float], chosen: SamplingSettings) -> None:
+    random = np.random.default_rng(2)
+    logits = np.stack([random.standard_normal(8262) * spread for spread in spreads]).astype(np.float32)
+    for position in range(20):
+        numbers = uniforms(7, position + np.arange(4))
+        together = sample(logits, numbers, chosen)
+        apart = [sample(logits[row : row + 1], numbers[row : row + 1], chosen)[0] for row in range(4)]
+        assert together.tolist() == apart
+        if chosen.top_p < 1:
+            expected, _ = kept_probabilities(
+                logits[0], chosen.temperature, chosen.top_k, chosen.top_p, keep_crossing=True
+            )
+            assert expected[together[0]] > 0
+
+
 def test_crossing_token_is_kept_or_dropped() -> None:
     logits = np.log(np.array([[0.5, 0.3, 0.2]], np.float32))
     chosen = SamplingSettings(top_p=0.6)
