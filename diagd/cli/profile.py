@@ -163,8 +163,11 @@ def _print(console: Console, report: Report) -> None:
         highlight=False,
     )
     for rung in report.ladder:
-        if rung.seconds is not None:
-            console.print(f"  {rung.name}: {1e3 * rung.seconds:.3f} ms a step, {rung.gain:.2f} x")
+        if rung.seconds is None or rung.before is None:
+            console.print(f"  {rung.name}: {rung.reason}", highlight=False)
+            continue
+        times = f"{1e3 * rung.before:.3f} to {1e3 * rung.seconds:.3f} ms a step, {rung.gain:.2f} x"
+        console.print(f"  {rung.name}: {times} ({rung.held})", highlight=False)
 
 
 def _print_stages(console: Console, run: Run) -> None:

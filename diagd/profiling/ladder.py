@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Final
 
 import numpy as np
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.buffers import aligned_zeros
-from diagd.engines.engine import Float, SamplingState, StepInputs
+from diagd.engines.engine import Engine, Float, SamplingState, StepInputs
+from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH, PrefixEngine
-from diagd.profiling.engines import session_over
+from diagd.errors import DiagdError
+from diagd.profiling.engines import forms_of, open_engine, session_over
+from diagd.profiling.host_sampling import HostSamplingEngine, without_sampler
 from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.report import Rung
 from diagd.runtime.session import token_places
 from diagd.schedule import Schedule, slots_needed
 
 REPEATS: Final = 2
-
-ABSENT: Final = {
-    "sampling in the graph": "export with --form prefix,modern and profile with --set engine=modern",
-    "CUDA graph": "needs a GPU engine",
-    "precision": "profile a bundle of another precision, then --compare the two reports",
-}
-"""Optimisations that this engine cannot switch, and how to measure them."""
 
 
 class SwitchedEngine(PrefixEngine):
@@ -73,29 +71,128 @@ class SwitchedEngine(PrefixEngine):
             self._bind_output(f"present_{name}", buffer[:length])
 
 
-def climb(bundle: Bundle, window: int, cpu: CpuOptions) -> list[Rung]:
-    """Milliseconds of a diagonal step early in a context, where a cache of full capacity costs most."""
-    manifest = bundle.manifest
-    if not any(graph.form is Form.PREFIX for graph in manifest.graphs):
-        return [Rung(name="prefix form", seconds=None, gain=None, reason="the bundle has no such graph")]
-    switches = {
-        "none": (False, False),
-        "live-prefix attention": (True, False),
-        "in-place K/V": (False, True),
-        "both": (True, True),
-    }
-    times = {name: _time(bundle, window, cpu, *choice) for name, choice in switches.items()}
-    measured = [Rung(name=n, seconds=t, gain=times["none"] / t) for n, t in times.items()]
-    return measured + [Rung(name=n, seconds=None, gain=None, reason=why) for n, why in ABSENT.items()]
+@dataclass(frozen=True)
+class Ladder:
+    """What is held fixed while one thing changes: a diagonal step (k=1, serial) early in a context.
+
+    Attributes:
+        bundle: with the graphs of every precision.
+        precision: of the steps that are compared; default: that of the first graph.
+        window: frames a token may see.
+        cpu: threads and cache.
+    """
+
+    bundle: Bundle
+    precision: str | None
+    window: int
+    cpu: CpuOptions
+
+    @cached_property
+    def chosen(self) -> Bundle:
+        """The graphs of the precision."""
+        return self.bundle.at_precision(self.precision)
+
+    def rungs(self, left: Callable[[], bool] = lambda: True) -> Iterator[Rung]:
+        """Measure one optimisation after the other.
+
+        Args:
+            left: whether there is time for another; the rungs behind the last one are named all the same.
+        """
+        groups: dict[str, Callable[[], Iterable[Rung]]] = {
+            "live-prefix attention and in-place K/V": self._prefix,
+            "sampling in the graph": self._sampling,
+            **{f"precision {name}": partial(self._precision, name) for name in self._others()},
+            "CUDA graph": self._cuda_graph,
+        }
+        if not self._others():
+            yield _unmeasured("precision", f"the bundle has {self._name} only; diagd-calibrate adds others")
+        for name, measured in groups.items():
+            if not left():
+                yield _unmeasured(name, "left out: the time budget was spent")
+                continue
+            try:
+                yield from measured()
+            except (DiagdError, OSError) as error:
+                yield _unmeasured(name, str(error))
+
+    @property
+    def _name(self) -> str:
+        return self.chosen.manifest.graphs[0].precision
+
+    def _prefix(self) -> Iterator[Rung]:
+        if Form.PREFIX not in forms_of(self.chosen):
+            reason = "the bundle has no prefix graph of this precision; export with --form prefix"
+            yield _unmeasured("live-prefix attention and in-place K/V", reason)
+            return
+        switches = {
+            "none": (False, False),
+            "live-prefix attention": (True, False),
+            "in-place K/V": (False, True),
+            "both": (True, True),
+        }
+        layout = self.chosen.manifest.layout.stream()
+        slots, places = slots_needed(layout, self.window, MAX_WIDTH), token_places(layout, self.window).size
+        before = None
+        for name, (live_prefix, in_place) in switches.items():
+            engine = SwitchedEngine(
+                self.chosen, slots, places, self.cpu, live_prefix=live_prefix, in_place=in_place
+            )
+            after = self._seconds(self.chosen, engine)
+            before = before or after
+            yield self._rung(name, before, after, f"prefix form, {self._name}, engine alone")
+
+    def _sampling(self) -> Iterator[Rung]:
+        name = "sampling in the graph"
+        if Form.MODERN not in forms_of(self.chosen):
+            yield _unmeasured(name, "the bundle has no modern graph; export with --form prefix,modern")
+            return
+        places = token_places(self.chosen.manifest.layout.stream(), self.window).size
+        with without_sampler(self.chosen) as bare:
+            # A packed copy would outlive the graph that it was made for.
+            options = replace(self.cpu, prepack=False)
+            before = self._seconds(bare, HostSamplingEngine(bare, places, options), sampling=True)
+        after = self._seconds(self.chosen, ModernEngine(self.chosen, places, options), sampling=True)
+        yield self._rung(name, before, after, f"modern form, {self._name}, engine and sampling")
+
+    def _others(self) -> list[str]:
+        names = dict.fromkeys(graph.precision for graph in self.bundle.manifest.graphs)
+        return [name for name in names if name != self._name]
+
+    def _precision(self, name: str) -> Iterator[Rung]:
+        other = self.bundle.at_precision(name)
+        shared = [form for form in forms_of(self.chosen) if form in forms_of(other)]
+        if not shared:
+            forms = ", ".join(form.value for form in forms_of(other))
+            reason = f"no form in common with {self._name}: the bundle has it as {forms}"
+            yield _unmeasured(f"precision {name}", reason)
+            return
+        before, after = (
+            self._seconds(bundle, open_engine(bundle, shared[0], self.window, self.cpu))
+            for bundle in (self.chosen, other)
+        )
+        held = f"{shared[0].value} form, engine alone, against {self._name}"
+        yield self._rung(f"precision {name}", before, after, held)
+
+    def _cuda_graph(self) -> Iterator[Rung]:
+        yield _unmeasured("CUDA graph", "needs a CUDA device")
+
+    def _seconds(self, bundle: Bundle, engine: Engine, *, sampling: bool = False) -> float:
+        """Median of a step of the engine, its sampler included or not; the better of a few runs."""
+        session, manifest = session_over(bundle, engine, self.window, self.cpu), bundle.manifest
+        schedule = Schedule.serial(manifest.layout.stream(), 1, manifest.schedule.row_seed)
+        workload, best = random_workload(session, 1, 1), float("inf")
+        for _ in range(REPEATS):
+            run = measure(session, schedule, workload, 1)
+            steps = run.steps[run.chunks + 1 :]
+            times = [step.engine + (step.sampling if sampling else 0.0) for step in steps]
+            best = min(best, float(np.median(times)))
+        return best
+
+    def _rung(self, name: str, before: float, after: float, held: str) -> Rung:
+        threads = self.cpu.threads or "all"
+        fixed = f"{held}, k=1 serial, window {self.window}, {threads} threads"
+        return Rung(name=name, seconds=after, gain=before / after, before=before, held=fixed)
 
 
-def _time(bundle: Bundle, window: int, cpu: CpuOptions, live_prefix: bool, in_place: bool) -> float:
-    manifest = bundle.manifest
-    layout = manifest.layout.stream()
-    slots, places = slots_needed(layout, window, MAX_WIDTH), token_places(layout, window).size
-    engine = SwitchedEngine(bundle, slots, places, cpu, live_prefix=live_prefix, in_place=in_place)
-    session = session_over(bundle, engine, window, cpu)
-    schedule = Schedule.serial(layout, 1, manifest.schedule.row_seed)
-    workload = random_workload(session, 1, 1)
-    runs = [measure(session, schedule, workload, 1) for _ in range(REPEATS)]
-    return min(float(np.median([step.engine for step in run.steps[run.chunks + 1 :]])) for run in runs)
+def _unmeasured(name: str, reason: str) -> Rung:
+    return Rung(name=name, seconds=None, gain=None, reason=reason)

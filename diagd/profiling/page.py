@@ -179,10 +179,20 @@ def _ladder(report: Report) -> str:
     if not report.ladder:
         return ""
     measured = [rung for rung in report.ladder if rung.seconds is not None]
-    rows = [[rung.name, _time(rung.seconds or 0.0), f"{rung.gain or 1:.2f} x"] for rung in measured]
+    rows = [
+        [
+            rung.name,
+            _time(rung.before or 0.0),
+            _time(rung.seconds or 0.0),
+            f"{rung.gain or 1:.2f} x",
+            rung.held,
+        ]
+        for rung in measured
+    ]
     reasons = (f"{rung.name}: {rung.reason}" for rung in report.ladder if rung.seconds is None)
     notes = "".join(f"<p class='soft'>{escape(reason)}</p>" for reason in reasons)
-    return f"<h2>Optimisations, one by one</h2>{_table(('on', 'time of a step', 'gain'), rows)}{notes}"
+    head = ("on", "step without", "step with", "gain", "held fixed")
+    return f"<h2>Optimisations, one by one</h2>{_table(head, rows)}{notes}"
 
 
 def _slow(report: Report) -> str:

@@ -24,7 +24,7 @@ from diagd.planning.ceilings import Ceilings, measure_ceilings, memory_bytes
 from diagd.planning.cost import step_operations, step_seconds
 from diagd.planning.model import StoredModel, read_model
 from diagd.profiling.engines import find_form, open_engine, session_over
-from diagd.profiling.ladder import climb
+from diagd.profiling.ladder import Ladder
 from diagd.profiling.measure import Measured, bucket, measure, random_workload
 from diagd.profiling.orders import decoding_orders, obstacle, order_name
 from diagd.profiling.report import (
@@ -107,7 +107,7 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
     progress = progress or Progress()
     if options.frames < 2:
         raise UsageError(f"--frames {options.frames}: steady frames need two or more")
-    bundle = bundle.at_precision(options.precision)
+    whole, bundle = bundle, bundle.at_precision(options.precision)
     precision = bundle.manifest.graphs[0].precision
     model, orders = read_model(bundle.path, precision), decoding_orders(bundle.manifest, options.ks)
     with progress.task("measuring this machine"):
@@ -123,7 +123,8 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
         ]
     runs = tuple(summarise(run, first, model, ceilings, options.fps) for first, run in pairs)
     with progress.task("climbing the ladder"):
-        ladder = climb(bundle, session.window, options.cpu) if options.ladder else ()
+        climb = Ladder(whole, precision, session.window, options.cpu)
+        ladder = tuple(climb.rungs()) if options.ladder else ()
     report = Report(
         diagd_version=__version__,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -132,7 +133,7 @@ def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None =
         start=tuple(Stage(name=name, seconds=describe(s)) for name, s in start.seconds().items()),
         runs=runs,
         skipped=skipped,
-        ladder=tuple(ladder),
+        ladder=ladder,
         peak_memory=peak_memory(),
     )
     return Profile(report, tuple(run for _, run in pairs), start)

@@ -136,12 +136,21 @@ class Run(_Record):
 
 
 class Rung(_Record):
-    """One row of the ladder: milliseconds of a step with some optimisations on, or why there are none."""
+    """One row of the ladder: a step with an optimisation on, or why it was not measured.
+
+    Attributes:
+        seconds, before: of a step with it and without.
+        gain: the one without over the one with it.
+        reason: why there are no times.
+        held: what both steps have in common.
+    """
 
     name: str
     seconds: float | None
     gain: float | None
     reason: str = ""
+    before: float | None = None
+    held: str = ""
 
 
 class Skipped(_Record):

@@ -14,7 +14,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import ScheduleError, UsageError
 from diagd.planning.ceilings import Ceilings
 from diagd.planning.model import read_model
-from diagd.profiling.ladder import SwitchedEngine, climb
+from diagd.profiling.ladder import SwitchedEngine
 from diagd.profiling.measure import bucket, measure, random_workload
 from diagd.profiling.profile import Profile, ProfileOptions, profile, summarise
 from diagd.profiling.report import Run
@@ -155,14 +155,6 @@ def test_switching_optimisations_off_changes_no_token(
         )
         tokens.append(np.stack([frame.tokens for frame in run]))
     np.testing.assert_array_equal(*tokens)
-
-
-def test_the_ladder_measures_or_says_why_not(bundle: Bundle) -> None:
-    rungs = climb(bundle, 3, CPU)
-    assert [rung.name for rung in rungs[:4]] == ["none", "live-prefix attention", "in-place K/V", "both"]
-    for rung in rungs:
-        assert (rung.seconds is None) == bool(rung.reason)
-    assert rungs[0].gain == 1.0
 
 
 def test_what_cannot_be_profiled_is_refused(bundle: Bundle) -> None:
