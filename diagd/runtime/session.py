@@ -220,6 +220,12 @@ class Session:
 
     def _plan(self, schedule: Schedule, frames: int, seed: int) -> _Plan:
         table = schedule.table(self._known, frames, self._fed, self.engine.max_width)
+        widest = int(table.widths.max())
+        if widest > self.engine.max_width:
+            raise UsageError(
+                f"a step of k={schedule.k}, d={schedule.d} feeds {widest} tokens, this bundle's graphs take up"
+                f" to {self.engine.max_width}; use a larger k or d, or export with --set widths={widest}"
+            )
         offset = self.layout.prefix
         place = np.where(table.sinks == NO_SINK, 0, (table.sinks - offset) % self.layout.frame_length)
         return _Plan(

@@ -16,7 +16,7 @@ from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.portable import PortableEngine
 from diagd.engines.prefix import PrefixEngine
-from diagd.errors import BundleError
+from diagd.errors import BundleError, UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.runtime.sampling import SamplingSettings
@@ -143,6 +143,16 @@ def test_pad_rows_never_become_nan(case: Case, engine_type: type[FixedEngine]) -
     inputs = StepInputs(row, row, row + 1, np.array([0], np.int32), np.array([0.5], np.float32), 0, 1)
     assert np.isfinite(engine.step(inputs, SamplingState(1.0, 0, 1.0))).all()
     assert all(np.isfinite(buffer).all() for buffer in engine.buffers.values())
+
+
+def test_steps_wider_than_every_graph_are_refused(case: Case, engine_type: type[FixedEngine]) -> None:
+    def make(bundle: Bundle, tokens: int) -> Engine:
+        engine = engine_type(bundle, tokens, CPU)
+        engine.max_width = 2
+        return engine
+
+    with pytest.raises(UsageError, match=r"k=1, d=3 feeds \d tokens, .* take up to 2; .* --set widths="):
+        decode(case.bundle, make, Run(Schedule.chained(LAYOUT, 1), frames=2))
 
 
 def test_one_graph_file_serves_every_width(case: Case) -> None:
