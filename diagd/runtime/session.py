@@ -223,8 +223,8 @@ class Session:
         widest = int(table.widths.max())
         if widest > self.engine.max_width:
             raise UsageError(
-                f"a step of k={schedule.k}, d={schedule.d} feeds {widest} tokens, this bundle's graphs take up"
-                f" to {self.engine.max_width}; use a larger k or d, or export with --set widths={widest}"
+                f"a step of k={schedule.k}, d={schedule.d} feeds {widest} tokens, graphs of this bundle take "
+                f"up to {self.engine.max_width}; use a larger k or d, or export with --set widths={widest}"
             )
         offset = self.layout.prefix
         place = np.where(table.sinks == NO_SINK, 0, (table.sinks - offset) % self.layout.frame_length)

@@ -41,8 +41,8 @@ def started(bundle: Path, frames: int = 1, **options: int) -> Session:
 
 def test_a_seed_gives_the_same_tokens_whatever_the_width_of_a_pass(small_bundle: Path) -> None:
     wide, narrow = started(small_bundle, 3), started(small_bundle, 3)
-    narrow.engine.max_width = 7
     schedule = Schedule.chained(LAYOUT, 1)
+    narrow.engine.max_width = int(schedule.table(2, 3, 0, 1).widths.max())
     expected = tokens(wide, 3, schedule, seed=5)
     np.testing.assert_array_equal(expected, tokens(narrow, 3, schedule, seed=5))
     assert narrow.timing.steps > wide.timing.steps
