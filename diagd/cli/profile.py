@@ -28,11 +28,13 @@ EPILOG = """examples:
   diagd-profile --compare before/report.json after/report.json
 
 Writes report.json and report.html, which opens anywhere. Next-token prediction, serial and chained frames are
-measured with the window full, behind a first run that is told apart. A comparison ends with code 3 where
-steps became slower beyond noise.
+measured with the window full, behind a first run that is told apart. What would take longer than --budget is
+cut, first frames, then the prompt, and said. A comparison ends with code 3 where steps became slower beyond
+noise.
 """
 
 REGRESSION = 3
+BUDGET = 180.0
 
 
 class ProfileSettings(BaseModel):
@@ -56,6 +58,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", default="1,2", help="row lags, each serial and chained (default %(default)s)")
     parser.add_argument("--frames", type=int, default=4, help="of each order (default %(default)s)")
     parser.add_argument("--fps", type=float, help="count frames that come later than this rate allows")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET, help="seconds to end in, 0 without end (default %(default)g)"
+    )
     parser.add_argument("--output", type=Path, help="directory for the report (default: NAME.profile)")
     parser.add_argument("--trace", type=Path, help="write a Chrome trace; steps become NVTX ranges as well")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="two report.json")
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     output = args.output or Path(f"{args.bundle.name.removesuffix('.diagd')}.profile")
     console = Console(stderr=args.json)
-    measured = profile(Bundle.open(args.bundle), options, Progress(console))
+    measured = profile(Bundle.open(args.bundle), options, Progress(console), console.print)
     measured.report.write(output / "report.json")
     write_page(output / "report.html", measured.report)
     if args.trace:
@@ -100,6 +105,8 @@ def _options(args: argparse.Namespace) -> ProfileOptions:
     settings = parse_settings(ProfileSettings, args.settings)
     if args.fps is not None and args.fps <= 0:
         raise UsageError(f"--fps {args.fps}: expected a rate above 0")
+    if not args.budget >= 0:
+        raise UsageError(f"--budget {args.budget}: expected seconds, or 0 for no limit")
     return ProfileOptions(
         ks=parse_lags(args.k),
         engine=settings.engine,
@@ -110,6 +117,7 @@ def _options(args: argparse.Namespace) -> ProfileOptions:
         fps=args.fps,
         pixels=settings.pixels,
         ladder=settings.ladder,
+        budget=args.budget or None,
         marks=args.trace is not None,
         cpu=CpuOptions(settings.threads, settings.prepack),
     )
@@ -148,6 +156,8 @@ def _print(console: Console, report: Report) -> None:
             f"{share:.0%}",
         )
     console.print(table)
+    for cut in report.cuts:
+        console.print(f"cut to end in time: {cut}", highlight=False)
     for skipped in report.skipped:
         console.print(f"{skipped.order} was skipped: {skipped.reason}")
     _print_stages(console, max(report.runs, key=lambda run: run.frames_per_second))

@@ -59,6 +59,7 @@ def page(report: Report) -> str:
         _cards(report),
         "<h2>Decoding orders</h2>",
         _runs(report),
+        *(f"<p class='soft'>cut to end in time: {escape(cut)}</p>" for cut in report.cuts),
         *(f"<p class='soft'>{escape(f'{s.order}: {s.reason}')}</p>" for s in report.skipped),
         f"<div class='plots'>{''.join(plot.svg() for plot in plots(report))}</div>",
         "<h2>Stages</h2>",

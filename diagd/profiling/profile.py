@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from diagd.errors import UsageError
 from diagd.planning.ceilings import Ceilings, measure_ceilings, memory_bytes
 from diagd.planning.cost import step_operations, step_seconds
 from diagd.planning.model import StoredModel, read_model
+from diagd.profiling.budget import LEAST_FRAMES, Extent, Pace, cuts, find_pace, fit
 from diagd.profiling.engines import find_form, open_engine, session_over
 from diagd.profiling.ladder import Ladder
 from diagd.profiling.measure import Measured, bucket, measure, random_workload
@@ -49,11 +50,9 @@ from diagd.runtime.session import Session, StepTime
 from diagd.schedule import Schedule
 from diagd.version import __version__
 
-NEXT_TOKEN_FRAMES: Final = 2
-"""Frames measured of next-token prediction: each has as many steps as cells."""
-
 SLOW_STEPS: Final = 20
 SAMPLES: Final = 5000
+SPENT: Final = "the time budget was spent"
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,12 @@ class ProfileOptions:
         fps: rate whose deadlines are counted.
         pixels: decode and encode pictures, where the bundle has a tokenizer.
         ladder: measure the engine's optimisations one by one.
+        budget: seconds in which to end; frames and prompt are cut to fit. None: no limit.
         marks: put NVTX ranges around the steps, where nvtx is installed.
         cpu: threads and cache.
+
+    Raises:
+        UsageError: too few frames.
     """
 
     ks: tuple[int, ...] = (1, 2)
@@ -83,8 +86,13 @@ class ProfileOptions:
     fps: float | None = None
     pixels: bool = True
     ladder: bool = True
+    budget: float | None = None
     marks: bool = False
     cpu: CpuOptions = field(default_factory=CpuOptions)
+
+    def __post_init__(self) -> None:
+        if self.frames < LEAST_FRAMES:
+            raise UsageError(f"--frames {self.frames}: steady frames need two or more")
 
 
 @dataclass(frozen=True)
@@ -96,47 +104,91 @@ class Profile:
     timeline: Timeline
 
 
-def profile(bundle: Bundle, options: ProfileOptions, progress: Progress | None = None) -> Profile:
+def profile(
+    bundle: Bundle,
+    options: ProfileOptions,
+    progress: Progress | None = None,
+    tell: Callable[[str], object] = lambda _: None,
+) -> Profile:
     """Measure a bundle on this machine.
 
+    Args:
+        bundle: what to measure.
+        options: how.
+        progress: shows it.
+        tell: takes the estimate, and what is cut, before the measurement begins.
+
     Raises:
-        UsageError: a window, prompt or number of frames that cannot be measured.
+        UsageError: a window or prompt that cannot be measured.
         ScheduleError: a lag that the model does not allow.
         EngineError: the engine cannot be loaded.
     """
-    progress = progress or Progress()
-    if options.frames < 2:
-        raise UsageError(f"--frames {options.frames}: steady frames need two or more")
+    began, progress = time.perf_counter(), progress or Progress()
     whole, bundle = bundle, bundle.at_precision(options.precision)
-    precision = bundle.manifest.graphs[0].precision
-    model, orders = read_model(bundle.path, precision), decoding_orders(bundle.manifest, options.ks)
+    model, orders = read_model(bundle.path, options.precision), decoding_orders(bundle.manifest, options.ks)
     with progress.task("measuring this machine"):
         ceilings = measure_ceilings(options.cpu.threads)
-    start = Timeline()
-    with progress.task("loading"), start.stage("load"):
-        session = _open(bundle, options)
-    pixels = _pixels(bundle, options, start)
+    session, pixels, start = _load(bundle, options, progress)
     chosen, skipped = _split(orders, session, options)
+    with progress.task("estimating"):
+        pace = find_pace(session, model, ceilings, pixels)
+        extent, estimate, left_out = _extent(pace, chosen, options, began)
+    tell("; ".join([f"about {estimate:.0f} s for {len(chosen)} decoding orders", *left_out]))
+    clock = _Clock(began, options.budget)
     with nvtx_ranges(session) if options.marks else nullcontext():
-        pairs = [
-            _run(session, schedule, options, pixels) for schedule in progress.each(chosen, "decoding orders")
-        ]
-    runs = tuple(summarise(run, first, model, ceilings, options.fps) for first, run in pairs)
+        pairs, late = _run_each(session, chosen, extent, pixels, progress, clock)
+    climb = Ladder(whole, options.precision, session.window, options.cpu)
     with progress.task("climbing the ladder"):
-        climb = Ladder(whole, precision, session.window, options.cpu)
-        ladder = tuple(climb.rungs()) if options.ladder else ()
+        ladder = tuple(climb.rungs(clock.left)) if options.ladder else ()
     report = Report(
         diagd_version=__version__,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         machine=_machine(ceilings),
         subject=_subject(bundle, model, session),
-        start=tuple(Stage(name=name, seconds=describe(s)) for name, s in start.seconds().items()),
-        runs=runs,
-        skipped=skipped,
+        start=_stages(start),
+        runs=tuple(summarise(run, first, model, ceilings, options.fps) for first, run in pairs),
+        skipped=(*skipped, *late),
         ladder=ladder,
         peak_memory=peak_memory(),
+        estimate=estimate,
+        cuts=left_out,
     )
     return Profile(report, tuple(run for _, run in pairs), start)
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Whether the budget has time left."""
+
+    began: float
+    budget: float | None
+
+    def left(self) -> bool:
+        return self.budget is None or time.perf_counter() - self.began < self.budget
+
+
+def _extent(
+    pace: Pace, orders: Sequence[Schedule], options: ProfileOptions, began: float
+) -> tuple[Extent, float, tuple[str, ...]]:
+    """What fits into the rest of the budget, its seconds, and what was cut; a prompt asked for is kept."""
+    session, keep_prompt = pace.session, options.prompt is not None
+    wanted = extent = Extent(_prompt(session, options), options.frames)
+    if options.budget is not None:
+        rest = options.budget - (time.perf_counter() - began)
+        extent = fit(pace, orders, wanted, rest, ladder=options.ladder, keep_prompt=keep_prompt)
+    estimate = pace.seconds(orders, extent, ladder=options.ladder)
+    return extent, estimate, cuts(wanted, extent, session.window)
+
+
+def _load(
+    bundle: Bundle, options: ProfileOptions, progress: Progress
+) -> tuple[Session, PixelCodec | None, Timeline]:
+    """A session, the tokenizer, and what it took."""
+    start = Timeline()
+    with progress.task("loading"):
+        with start.stage("load"):
+            session = _open(bundle, options)
+        return session, _pixels(bundle, options, start), start
 
 
 def _open(bundle: Bundle, options: ProfileOptions) -> Session:
@@ -177,14 +229,31 @@ def _pixels(bundle: Bundle, options: ProfileOptions, start: Timeline) -> PixelCo
     return pixels
 
 
+def _run_each(
+    session: Session,
+    orders: Sequence[Schedule],
+    extent: Extent,
+    pixels: PixelCodec | None,
+    progress: Progress,
+    clock: _Clock,
+) -> tuple[list[tuple[float, Measured]], list[Skipped]]:
+    """Runs of the orders, the first one in any case, and the orders that there was no time for."""
+    pairs: list[tuple[float, Measured]] = []
+    late = []
+    for schedule in progress.each(orders, "decoding orders"):
+        if pairs and not clock.left():
+            late.append(Skipped(order=order_name(schedule), reason=SPENT))
+        else:
+            pairs.append(_run(session, schedule, extent, pixels))
+    return pairs, late
+
+
 def _run(
-    session: Session, schedule: Schedule, options: ProfileOptions, pixels: PixelCodec | None
+    session: Session, schedule: Schedule, extent: Extent, pixels: PixelCodec | None
 ) -> tuple[float, Measured]:
     """Seconds of one frame as the first run of an order, then the measured frames."""
-    next_token = schedule.k == session.layout.columns
-    frames = min(options.frames, NEXT_TOKEN_FRAMES) if next_token else options.frames
-    prompt = _prompt(session, options)
-    workload = random_workload(session, prompt, frames)
+    frames = extent.frames_of(schedule)
+    workload = random_workload(session, extent.prompt, frames)
     began = time.perf_counter()
     measure(session, schedule, workload, 1, pixels)
     first = time.perf_counter() - began
@@ -214,11 +283,15 @@ def summarise(run: Measured, first: float, model: StoredModel, ceilings: Ceiling
         action_latency=describe((shown - taken)[1:]),
         action_latency_worst=describe(shown[1:] - taken[:-1]),
         deadlines=_deadlines(intervals, fps),
-        stages=tuple(Stage(name=n, seconds=describe(s)) for n, s in run.timeline.seconds().items()),
+        stages=_stages(run.timeline),
         widths=tuple(_widths(run, model, ceilings)),
         slow_steps=tuple(_slow_steps(run.steps)),
         samples=tuple(_samples(run)),
     )
+
+
+def _stages(timeline: Timeline) -> tuple[Stage, ...]:
+    return tuple(Stage(name=name, seconds=describe(s)) for name, s in timeline.seconds().items())
 
 
 def _deadlines(intervals: NDArray[np.float64], fps: float | None) -> Deadlines | None:

@@ -161,7 +161,11 @@ class Skipped(_Record):
 
 
 class Report(_Record):
-    """The whole of ``report.json``."""
+    """The whole of ``report.json``.
+
+    ``estimate``: seconds that the orders and the ladder were expected to take; ``cuts``: what was left out to
+    end in time.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     diagd_version: str
@@ -173,6 +177,8 @@ class Report(_Record):
     skipped: tuple[Skipped, ...]
     ladder: tuple[Rung, ...]
     peak_memory: int
+    estimate: Seconds | None = None
+    cuts: tuple[str, ...] = ()
 
     def write(self, path: Path) -> None:
         """Write as JSON."""

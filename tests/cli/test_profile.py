@@ -24,6 +24,8 @@ def output(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_report_page_and_trace_are_written(output: Path) -> None:
     report = read_report(output / "report.json")
+    assert report.estimate is not None
+    assert report.cuts == ()
     assert [run.order for run in report.runs] == [
         *("next token", "k=1 serial", "k=1 chained", "k=2 serial", "k=2 chained")
     ]
@@ -81,6 +83,7 @@ def test_a_regression_ends_with_code_3(
         (["{bundle}", "--k", "one"], "row lags such as"),
         (["{bundle}", "--k", "99"], "k=99"),
         (["{bundle}", "--fps", "0"], "above 0"),
+        (["{bundle}", "--budget", "-1"], "no limit"),
         (["{bundle}", "--frames", "1"], "two or more"),
         (["{bundle}", "--set", "window=99"], "window 99"),
     ],

@@ -1,0 +1,164 @@
+"""How long a profile will take, worked out from a short probe, and what to cut so that it ends in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.planning.ceilings import Ceilings
+from diagd.planning.cost import step_operations
+from diagd.planning.model import StoredModel
+from diagd.profiling.measure import DECODE, measure, random_workload
+from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.session import Session, StepTime
+from diagd.schedule import Schedule
+
+NEXT_TOKEN_FRAMES: Final = 2
+"""Frames measured of next-token prediction: each has as many steps as cells."""
+
+LEAST_FRAMES: Final = 2
+PROBE_PROMPT: Final = 2
+PROMPTS: Final = 16
+"""Lengths of the prompt that are tried, from the whole one down to one frame."""
+
+LADDER_RUNS: Final = 12
+"""Probes that the ladder comes to, the loading of its engines included."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured: known frames ahead, and frames of each order."""
+
+    prompt: int
+    frames: int
+
+    def frames_of(self, schedule: Schedule) -> int:
+        """Frames of one order."""
+        next_token = schedule.k == schedule.layout.columns
+        return min(self.frames, NEXT_TOKEN_FRAMES) if next_token else self.frames
+
+    def smaller(self) -> Iterator[Extent]:
+        """Itself, then with fewer frames, then with a shorter prompt as well."""
+        frames = self.frames
+        while frames > LEAST_FRAMES:
+            yield Extent(self.prompt, frames)
+            frames = max(LEAST_FRAMES, frames // 2)
+        for prompt in np.unique(np.linspace(1, self.prompt, PROMPTS).astype(int))[::-1]:
+            yield Extent(int(prompt), frames)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What work takes here.
+
+    Attributes:
+        session: what runs.
+        model, ceilings: its roofline.
+        narrow, wide: measured seconds of a step over the roofline's, for a frontier and a chunk of prompt.
+        picture: seconds of decoding a frame's pixels.
+        probe: seconds of the run that was measured for this.
+    """
+
+    session: Session
+    model: StoredModel
+    ceilings: Ceilings
+    narrow: float = 1.0
+    wide: float = 1.0
+    picture: float = 0.0
+    probe: float = 0.0
+
+    def seconds(self, orders: Sequence[Schedule], extent: Extent, *, ladder: bool = False) -> float:
+        """Seconds of all orders, each with its first run of one frame, and of the ladder."""
+        runs = sum(
+            self.run(order, extent.prompt, frames)
+            for order in orders
+            for frames in (1, extent.frames_of(order))
+        )
+        return runs + LADDER_RUNS * self.probe * ladder
+
+    def run(self, schedule: Schedule, prompt: int, frames: int) -> float:
+        """Seconds of one run: prompt, frames, what a context that slides feeds again, and pictures."""
+        width, window = self.session.engine.max_width, self.session.window
+        table = schedule.table(prompt, frames, 0, width)
+        reached = np.maximum.accumulate(np.maximum.reduceat(table.positions, table.offsets[:-1])) + 1
+        full = self.session.layout.frame_start(window)
+        least = self.least(table.widths, np.minimum(reached, full))
+        fed = 1 + table.steps - schedule.total_steps(frames)
+        again = self.model.size.refed * max(0, prompt + frames - window) / width
+        prefill = least[:fed].sum() + again * self.least(np.array([width]), np.array([full])).sum()
+        return float(self.wide * prefill + self.narrow * least[fed:].sum() + self.picture * frames)
+
+    def least(self, rows: NDArray[np.integer], live: NDArray[np.integer]) -> NDArray[np.float64]:
+        """Seconds of steps by rows and live slots if memory and arithmetic took turns at their limits."""
+        model = self.model
+        read = model.streamed_bytes + model.cache_bytes * model.size.cache_elements * live.astype(np.float64)
+        operations = [
+            step_operations(model.size, *step) for step in zip(rows.tolist(), live.tolist(), strict=True)
+        ]
+        times: NDArray[np.float64] = (
+            read / self.ceilings.bandwidth + np.array(operations) / self.ceilings.peak
+        )
+        return times
+
+
+def find_pace(
+    session: Session, model: StoredModel, ceilings: Ceilings, pixels: PixelCodec | None = None
+) -> Pace:
+    """Measure one serial frame behind a short prompt."""
+    schedule = Schedule.serial(session.layout, 1, session.manifest.schedule.row_seed)
+    workload = random_workload(session, min(PROBE_PROMPT, session.window - 1), 1)
+    run = measure(session, schedule, workload, 1, pixels)
+    ideal, fed = Pace(session, model, ceilings), run.chunks + 1
+    pictures = run.timeline.seconds().get(DECODE, [0.0])
+    return Pace(
+        session,
+        model,
+        ceilings,
+        narrow=_ratio(ideal, run.steps[fed:]),
+        wide=_ratio(ideal, run.steps[:fed]),
+        picture=sum(pictures),
+        probe=run.ended - run.began,
+    )
+
+
+def _ratio(ideal: Pace, steps: Sequence[StepTime]) -> float:
+    """Median of what steps took over what they take at the limits."""
+    rows, live = (np.array([getattr(step, name) for step in steps]) for name in ("rows", "live"))
+    taken = np.array([step.engine + step.sampling + step.host for step in steps])
+    return float(np.median(taken / ideal.least(rows, live)))
+
+
+def fit(
+    pace: Pace,
+    orders: Sequence[Schedule],
+    wanted: Extent,
+    budget: float,
+    *,
+    ladder: bool = True,
+    keep_prompt: bool = False,
+) -> Extent:
+    """The largest extent that takes at most ``budget`` seconds, or the least that there is."""
+    extent = wanted
+    for extent in wanted.smaller():
+        if keep_prompt and extent.prompt != wanted.prompt:
+            return Extent(wanted.prompt, extent.frames)
+        if pace.seconds(orders, extent, ladder=ladder) <= budget:
+            return extent
+    return extent
+
+
+def cuts(wanted: Extent, chosen: Extent, window: int) -> tuple[str, ...]:
+    """What a smaller extent leaves out, in words."""
+    said = []
+    if chosen.frames < wanted.frames:
+        said.append(f"{chosen.frames} frames of each order instead of {wanted.frames}")
+    if chosen.prompt < wanted.prompt:
+        said.append(
+            f"a prompt of {chosen.prompt} frames instead of {wanted.prompt}: steps cost less than with the "
+            f"window of {window} full"
+        )
+    return tuple(said)
