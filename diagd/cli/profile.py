@@ -29,7 +29,7 @@ EPILOG = """examples:
 
 Writes report.json and report.html, which opens anywhere. Next-token prediction, serial and chained frames are
 measured with the window full, behind a first run that is told apart. What would take longer than --budget is
-cut, first frames, then the prompt, and said. A comparison ends with code 3 where steps became slower beyond
+cut, frames before the prompt, and said. A comparison ends with code 3 where steps became slower beyond
 noise.
 """
 

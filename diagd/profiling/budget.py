@@ -31,10 +31,21 @@ LADDER_RUNS: Final = 12
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured: known frames ahead, and frames of each order."""
+    """How much is measured.
+
+    Attributes:
+        prompt: known frames ahead.
+        frames: of each order.
+        cold: run each order for one frame beforehand.
+    """
 
     prompt: int
     frames: int
+    cold: bool = True
+
+    def runs_of(self, schedule: Schedule) -> tuple[int, ...]:
+        """Frames of each run of an order."""
+        return (1, self.frames_of(schedule)) if self.cold else (self.frames_of(schedule),)
 
     def frames_of(self, schedule: Schedule) -> int:
         """Frames of one order."""
@@ -42,13 +53,14 @@ class Extent:
         return min(self.frames, NEXT_TOKEN_FRAMES) if next_token else self.frames
 
     def smaller(self) -> Iterator[Extent]:
-        """Itself, then with fewer frames, then with a shorter prompt as well."""
+        """Itself, then fewer frames, then no cold runs and a shorter prompt as well."""
         frames = self.frames
         while frames > LEAST_FRAMES:
             yield Extent(self.prompt, frames)
             frames = max(LEAST_FRAMES, frames // 2)
+        yield Extent(self.prompt, frames)
         for prompt in np.unique(np.linspace(1, self.prompt, PROMPTS).astype(int))[::-1]:
-            yield Extent(int(prompt), frames)
+            yield Extent(int(prompt), frames, cold=False)
 
 
 @dataclass(frozen=True)
@@ -74,9 +86,7 @@ class Pace:
     def seconds(self, orders: Sequence[Schedule], extent: Extent, *, ladder: bool = False) -> float:
         """Seconds of all orders, each with its first run of one frame, and of the ladder."""
         runs = sum(
-            self.run(order, extent.prompt, frames)
-            for order in orders
-            for frames in (1, extent.frames_of(order))
+            self.run(order, extent.prompt, frames) for order in orders for frames in extent.runs_of(order)
         )
         return runs + LADDER_RUNS * self.probe * ladder
 
@@ -145,7 +155,7 @@ def fit(
     extent = wanted
     for extent in wanted.smaller():
         if keep_prompt and extent.prompt != wanted.prompt:
-            return Extent(wanted.prompt, extent.frames)
+            return Extent(wanted.prompt, extent.frames, extent.cold)
         if pace.seconds(orders, extent, ladder=ladder) <= budget:
             return extent
     return extent
@@ -156,6 +166,8 @@ def cuts(wanted: Extent, chosen: Extent, window: int) -> tuple[str, ...]:
     said = []
     if chosen.frames < wanted.frames:
         said.append(f"{chosen.frames} frames of each order instead of {wanted.frames}")
+    if wanted.cold and not chosen.cold:
+        said.append("no cold frame of each order")
     if chosen.prompt < wanted.prompt:
         said.append(
             f"a prompt of {chosen.prompt} frames instead of {wanted.prompt}: steps cost less than with the "

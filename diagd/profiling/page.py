@@ -122,7 +122,7 @@ def _runs(report: Report) -> str:
                 _time(run.time_to_first_frame),
                 _time(run.action_latency.p50),
                 _time(run.action_latency_worst.p50),
-                _time(run.first_run),
+                "-" if run.first_run is None else _time(run.first_run),
                 "-" if late is None else f"{late.missed} of {late.frames} at {late.fps:g}/s",
             ]
         )

@@ -236,9 +236,9 @@ def _run_each(
     pixels: PixelCodec | None,
     progress: Progress,
     clock: _Clock,
-) -> tuple[list[tuple[float, Measured]], list[Skipped]]:
+) -> tuple[list[tuple[float | None, Measured]], list[Skipped]]:
     """Runs of the orders, the first one in any case, and the orders that there was no time for."""
-    pairs: list[tuple[float, Measured]] = []
+    pairs: list[tuple[float | None, Measured]] = []
     late = []
     for schedule in progress.each(orders, "decoding orders"):
         if pairs and not clock.left():
@@ -250,19 +250,22 @@ def _run_each(
 
 def _run(
     session: Session, schedule: Schedule, extent: Extent, pixels: PixelCodec | None
-) -> tuple[float, Measured]:
-    """Seconds of one frame as the first run of an order, then the measured frames."""
+) -> tuple[float | None, Measured]:
+    """Seconds of one frame as the first run of an order, if there is one, then the measured frames."""
     frames = extent.frames_of(schedule)
     workload = random_workload(session, extent.prompt, frames)
-    began = time.perf_counter()
-    measure(session, schedule, workload, 1, pixels)
-    first = time.perf_counter() - began
+    first = None
+    if extent.cold:
+        run = measure(session, schedule, workload, 1, pixels)
+        first = run.ended - run.began
     with TemporaryDirectory() as folder:
         video = Path(folder) / "frames.gif"
         return first, measure(session, schedule, workload, frames, pixels, video)
 
 
-def summarise(run: Measured, first: float, model: StoredModel, ceilings: Ceilings, fps: float | None) -> Run:
+def summarise(
+    run: Measured, first: float | None, model: StoredModel, ceilings: Ceilings, fps: float | None
+) -> Run:
     """Everything a report says of a run."""
     schedule, shown = run.schedule, np.asarray(run.shown)
     intervals = np.diff(shown)

@@ -107,7 +107,7 @@ class Run(_Record):
         order, k, d: which.
         frames: decoded in the measured part.
         passes: steps of the measured part, those that feed the prompt included.
-        first_run: seconds of one frame in a fresh session, which nothing else includes.
+        first_run: seconds of one frame in a fresh session, which nothing else includes; None if cut.
         time_to_first_frame: from the prompt to the first picture, warm.
         wall: seconds of the measured part; ``stages`` add up to it.
         frames_per_second: steady, behind the first frame; shown frames.
@@ -121,7 +121,7 @@ class Run(_Record):
     d: int
     frames: int
     passes: int
-    first_run: Seconds
+    first_run: Seconds | None
     time_to_first_frame: Seconds
     wall: Seconds
     frames_per_second: float

@@ -44,13 +44,16 @@ def test_an_estimate_is_what_its_steps_cost(bundle: Bundle, pace: Pace) -> None:
 def test_the_largest_extent_that_fits_is_chosen(bundle: Bundle, pace: Pace) -> None:
     orders, wanted = decoding_orders(bundle.manifest, (1, 2)), Extent(3, 8)
     tried = list(wanted.smaller())
-    assert tried == [Extent(3, 8), Extent(3, 4), Extent(3, 2), Extent(2, 2), Extent(1, 2)]
+    assert tried == [
+        *(Extent(3, 8), Extent(3, 4), Extent(3, 2)),
+        *(Extent(3, 2, cold=False), Extent(2, 2, cold=False), Extent(1, 2, cold=False)),
+    ]
     times = [pace.seconds(orders, extent, ladder=True) for extent in tried]
     assert times == sorted(times, reverse=True)
     for extent, seconds in zip(tried, times, strict=True):
         assert fit(pace, orders, wanted, seconds) == extent
-    assert fit(pace, orders, wanted, 0.0) == Extent(1, 2)
-    assert fit(pace, orders, wanted, 0.0, keep_prompt=True) == Extent(3, 2)
+    assert fit(pace, orders, wanted, 0.0) == Extent(1, 2, cold=False)
+    assert fit(pace, orders, wanted, 0.0, keep_prompt=True) == Extent(3, 2, cold=False)
     assert fit(pace, orders, wanted, times[0] - 12 * 0.25, ladder=False) == wanted
 
 
@@ -76,9 +79,10 @@ def test_a_spent_budget_is_told(bundle: Bundle) -> None:
         ("k=1 chained", SPENT),
     ]
     assert report.runs[0].frames == 2
-    assert len(report.cuts) == 2
+    assert report.runs[0].first_run is None
+    assert len(report.cuts) == 3
     assert "2 frames of each order instead of 4" in report.cuts[0]
-    assert "a prompt of 1 frames instead of 3" in report.cuts[1]
+    assert "a prompt of 1 frames instead of 3" in report.cuts[2]
     assert all(rung.seconds is None for rung in report.ladder)
     assert report.estimate is not None
     assert told == [f"about {report.estimate:.0f} s for 3 decoding orders; " + "; ".join(report.cuts)]
