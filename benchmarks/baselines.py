@@ -33,6 +33,7 @@ class TorchForm(ABC):
         config: its configuration.
         dtype: float32 or bfloat16, of weights, cache and activations.
         positions: slots of the cache; None: a full context of ``config``.
+        device: where everything lies.
     """
 
     def __init__(
@@ -41,14 +42,15 @@ class TorchForm(ABC):
         config: TransformerConfig,
         dtype: torch.dtype = torch.float32,
         positions: int | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.device = config, dtype, device
         self.positions = positions or config.context_length
         self.embedding, self.norm = self._tensor(weights["embedding"]), self._tensor(weights["norm.weight"])
         self.head = self._matrix(weights["head"])
         self.layers = [self._layer(weights, f"layers.{n}.") for n in range(config.layers)]
         angles = torch.from_numpy(config.rotary.angles(config.layout, self.positions)).unsqueeze(1)
-        self.cosines, self.sines = angles.cos().to(dtype), angles.sin().to(dtype)
+        self.cosines, self.sines = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
         self.keys, self.values = self._empty_cache()
 
     def run(self, table: Table, live_slots: int, tokens: Ids | None = None) -> Ids:
@@ -73,15 +75,17 @@ class TorchForm(ABC):
         if tokens is None:
             size = int(max(table.sources.max(), table.sinks.max())) + 1
             tokens = np.random.default_rng(0).integers(0, self.config.output_vocabulary, size)
-        stream = torch.tensor(tokens)
-        flat = [torch.from_numpy(a).long() for a in (table.sources, table.positions, table.sinks)]
+        stream = torch.tensor(tokens, device=self.device)
+        flat = [
+            torch.from_numpy(a).long().to(self.device) for a in (table.sources, table.positions, table.sinks)
+        ]
         steps = zip(*(array.split(table.widths.tolist()) for array in flat), strict=True)
         with torch.inference_mode():
             for sources, positions, sinks in steps:
                 logits = self._forward(stream[sources], positions, sources != positions)
                 queries = sinks != NO_SINK
                 stream[sinks[queries]] = logits[queries].argmax(dim=-1)
-        return stream.numpy()
+        return stream.cpu().numpy()
 
     def _forward(self, ids: Tensor, positions: Tensor, is_seed: Tensor) -> Tensor:
         """Logits [width, output_vocabulary]."""
@@ -105,7 +109,7 @@ class TorchForm(ABC):
         return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return torch.tensor(array).to(self.dtype)
+        return torch.tensor(array).to(self.device, self.dtype)
 
     def _matrix(self, matrix: NDArray[Any]) -> Tensor:
         """A matrix [in, out] that lies in memory as [out, in], like the weight of ``nn.Linear``."""
@@ -122,7 +126,7 @@ class TorchForm(ABC):
     def _random_rows(self, layer: int, count: int) -> Tensor:
         """Keys and values of a layer for slots filled beforehand, [2, count, kv_heads, head_size]."""
         shape = (2, count, self.config.kv_heads, self.config.head_size)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(layer)).to(self.dtype)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(layer)).to(self.device, self.dtype)
 
     @abstractmethod
     def _matrices(self, matrices: dict[str, NDArray[Any]]) -> Layer:
@@ -163,9 +167,9 @@ class PublishedForm(TorchForm):
         return {name: self._matrix(part) for name, part in parts.items()}
 
     def _empty_cache(self) -> tuple[Tensor, Tensor]:
-        self.causal = torch.ones(self.positions, self.positions, dtype=torch.bool).tril_()
+        self.causal = torch.ones(self.positions, self.positions, dtype=torch.bool, device=self.device).tril_()
         shape = (self.config.layers, self.positions, self.config.kv_heads, self.config.head_size)
-        return torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
+        return self._tensor(np.zeros(shape)), self._tensor(np.zeros(shape))
 
     def prefill(self, live_slots: int) -> None:
         """Random rows at positions 0..live_slots-1, zeros elsewhere."""
@@ -215,7 +219,7 @@ class OptimisedForm(TorchForm):
         slots = self.positions + self.config.layout.frame_length
         self.slot_position = torch.full((slots,), VOID)
         shape = (self.config.layers, self.config.kv_heads, slots, self.config.head_size)
-        return torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
+        return self._tensor(np.zeros(shape)), self._tensor(np.zeros(shape))
 
     def prefill(self, live_slots: int) -> None:
         """Random rows for positions 0..live_slots-1 in as many slots."""

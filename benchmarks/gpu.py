@@ -210,11 +210,13 @@ def published_form(weights: Mapping[str, Any], config: Any, frames: int, compile
 
     from benchmarks.baselines import PublishedForm
 
-    with torch.device("cuda"):
-        form = PublishedForm(weights, config, torch.float16, config.layout.frame_start(frames) + 1)
-    form.cosines, form.sines = form.cosines.cuda(), form.sines.cuda()
+    positions = config.layout.frame_start(frames) + 1
+    form = PublishedForm(weights, config, torch.float16, positions, "cuda")
     if compiled:
-        form._forward = torch.compile(form._forward, mode="reduce-overhead")
+        torch._dynamo.config.recompile_limit = 64  # one graph for each width of a step
+        for cache in (form.keys, form.values):
+            torch._dynamo.mark_static_address(cache)  # else a graph that writes to it is not captured
+        form._forward = torch.compile(form._forward, mode="reduce-overhead", dynamic=False)
     return form
 
 
