@@ -25,8 +25,8 @@ PROBE_PROMPT: Final = 2
 PROMPTS: Final = 16
 """Lengths of the prompt that are tried, from the whole one down to one frame."""
 
-LADDER_RUNS: Final = 12
-"""Probes that the ladder comes to, the loading of its engines included."""
+LADDER_RUNS: Final = 8
+"""Probes that the ladder comes to: a rung's prompt is shorter, which makes up for loading its engines."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ import numpy as np
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.buffers import aligned_zeros
+from diagd.engines.cuda.driver import open_driver
+from diagd.engines.cuda.engine import DeviceEngine
 from diagd.engines.engine import Engine, Float, SamplingState, StepInputs
+from diagd.engines.gpu import open_gpu_engine
 from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH, PrefixEngine
@@ -102,8 +105,9 @@ class Ladder:
             "live-prefix attention and in-place K/V": self._prefix,
             "sampling in the graph": self._sampling,
             **{f"precision {name}": partial(self._precision, name) for name in self._others()},
-            "CUDA graph": self._cuda_graph,
         }
+        if _has_cuda_device():
+            groups["CUDA graph"] = self._cuda_graph
         if not self._others():
             yield _unmeasured("precision", f"the bundle has {self._name} only; diagd-calibrate adds others")
         for name, measured in groups.items():
@@ -114,6 +118,8 @@ class Ladder:
                 yield from measured()
             except (DiagdError, OSError) as error:
                 yield _unmeasured(name, str(error))
+        if "CUDA graph" not in groups:
+            yield _unmeasured("CUDA graph", "needs a CUDA device")
 
     @property
     def _name(self) -> str:
@@ -174,7 +180,25 @@ class Ladder:
         yield self._rung(f"precision {name}", before, after, held)
 
     def _cuda_graph(self) -> Iterator[Rung]:
-        yield _unmeasured("CUDA graph", "needs a CUDA device")
+        places = token_places(self.chosen.manifest.layout.stream(), self.window).size
+        yield self.cuda_graph(lambda graphs: open_gpu_engine(self.chosen, places, "cuda", graphs=graphs))
+
+    def cuda_graph(self, make: Callable[[bool], DeviceEngine]) -> Rung:
+        """Steps of an engine made to replay graphs against those of one made to queue every kernel.
+
+        Steps on a device are queued; their mean is over a frame, whose tokens the host waits for.
+        """
+        before, after = (self._mean_seconds(make(graphs)) for graphs in (False, True))
+        return self._rung("CUDA graph", before, after, f"{self._name}, host and device together")
+
+    def _mean_seconds(self, engine: DeviceEngine) -> float:
+        session, manifest = session_over(self.chosen, engine, self.window, self.cpu), self.chosen.manifest
+        schedule = Schedule.serial(manifest.layout.stream(), 1, manifest.schedule.row_seed)
+        workload, best = random_workload(session, 1, 2), float("inf")
+        for _ in range(REPEATS):
+            run = measure(session, schedule, workload, 2)
+            best = min(best, (run.decoded[1] - run.decoded[0]) / schedule.d)
+        return best
 
     def _seconds(self, bundle: Bundle, engine: Engine, *, sampling: bool = False) -> float:
         """Median of a step of the engine, its sampler included or not; the better of a few runs."""
@@ -192,6 +216,14 @@ class Ladder:
         threads = self.cpu.threads or "all"
         fixed = f"{held}, k=1 serial, window {self.window}, {threads} threads"
         return Rung(name=name, seconds=after, gain=before / after, before=before, held=fixed)
+
+
+def _has_cuda_device() -> bool:
+    try:
+        open_driver()
+    except DiagdError:
+        return False
+    return True
 
 
 def _unmeasured(name: str, reason: str) -> Rung:

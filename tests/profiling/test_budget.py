@@ -54,7 +54,7 @@ def test_the_largest_extent_that_fits_is_chosen(bundle: Bundle, pace: Pace) -> N
         assert fit(pace, orders, wanted, seconds) == extent
     assert fit(pace, orders, wanted, 0.0) == Extent(1, 2, cold=False)
     assert fit(pace, orders, wanted, 0.0, keep_prompt=True) == Extent(3, 2, cold=False)
-    assert fit(pace, orders, wanted, times[0] - 12 * 0.25, ladder=False) == wanted
+    assert fit(pace, orders, wanted, times[0] - 8 * 0.25, ladder=False) == wanted
 
 
 def test_a_probe_finds_how_far_from_the_limits_steps_are(bundle: Bundle, pace: Pace) -> None:
