@@ -45,7 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precision", help="of the step graph, as fp16 (default: the bundle's first)")
     parser.add_argument("--form", choices=("modern", "portable"), help="default: what suits this TensorRT")
-    parser.add_argument("--widths", help="rows of a step, as 1,16,64 (default: the bundle's)")
+    parser.add_argument("--widths", help="rows of a step, as 16,64 (default: the bundle's)")
     parser.add_argument("--target", help="build for other GPUs, as sm86,sm89 (TensorRT-RTX only)")
     parser.add_argument("--runtime", choices=("tensorrt", "tensorrt_rtx"), help="default: the one installed")
     parser.add_argument("--force", action="store_true", help="build even if memory seems too small")
@@ -92,9 +92,18 @@ def _request(args: argparse.Namespace, settings: BuildSettings, bundle: Bundle) 
         tokens=token_places(manifest.layout.stream(), manifest.context.frames).size,
         form=form,
         widths=_widths(args.widths),
-        targets=tuple(args.target.lower().split(",")) if args.target else (),
+        targets=_targets(args.target),
         optimization_level=settings.optimization_level,
     )
+
+
+def _targets(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    targets = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
+    if not targets:
+        raise UsageError(f"--target takes GPUs as sm86,sm89, got '{text}'")
+    return targets
 
 
 def _widths(text: str | None) -> tuple[int, ...] | None:
@@ -103,7 +112,7 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
     try:
         widths = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError as error:
-        raise UsageError(f"--widths takes numbers as 1,16,64, got '{text}'") from error
+        raise UsageError(f"--widths takes numbers as 16,64, got '{text}'") from error
     if widths[0] < 1:
         raise UsageError(f"--widths {text}: a step has at least one row")
     return widths
@@ -115,9 +124,9 @@ def _print_plan(console: Console, bundle: Bundle, request: Request, runtime: str
     from diagd.engines.fixed import graphs_of
     from diagd.engines.tensorrt.capabilities import capabilities, import_tensorrt
     from diagd.engines.tensorrt.memory import available_bytes, estimate
-    from diagd.engines.tensorrt.opening import suitable_form
+    from diagd.engines.tensorrt.opening import usable_forms
 
-    form = request.form or suitable_form(bundle, capabilities(import_tensorrt(runtime)))
+    form = request.form or usable_forms(bundle, capabilities(import_tensorrt(runtime)))[0]
     graphs = graphs_of(bundle, form)
     widths = request.widths or tuple(int(graph.width or 0) for graph in graphs)
     needed = estimate(bundle, graphs[0], widths)

@@ -27,7 +27,11 @@ class ExportSettings(BaseModel):
     """Options behind ``--set``."""
 
     model_config = ConfigDict(extra="forbid")
-    widths: tuple[int, ...] = Field((1, 16, 64), description="step widths of the modern form")
+    widths: tuple[int, ...] = Field(
+        (16, 64),
+        description="step widths of the GPU forms; a step takes the next wider one. Reading the weights "
+        "bounds a step of 16 rows as it does one of 1, and each width costs memory and build time",
+    )
     window: int | None = Field(None, description="frames that fixed KV buffers hold (default: the context)")
     tokenizer: str | None = Field(None, description="checkpoint of the video tokenizer, or 'none'")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
-from diagd.errors import DiagdError
+from diagd.errors import DiagdError, UsageError
 from diagd.version import __version__
 
 VERBS = {
@@ -30,6 +31,7 @@ VERBS = {
 """Verbs and what they do; each is a module of this package with ``arguments(parser)`` and ``run(args)``."""
 
 INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +93,17 @@ def _run(module: ModuleType, args: argparse.Namespace) -> int:
             traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    except OSError as error:
+        if args.debug:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = (
+            "free some space or choose another place"
+            if error.errno in FULL
+            else "check the path and its rights"
+        )
+        sys.stderr.write(f"error: {where}{error.strerror or error}; {remedy}\n")
+        return UsageError.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED

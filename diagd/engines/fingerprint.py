@@ -123,14 +123,17 @@ class EngineStore:
             except (ValidationError, OSError):
                 continue  # of another diagd: as good as absent
 
-    def find(self, here: Fingerprint) -> StoredEngine:
-        """The engine that fits this machine and graph.
+    def find(self, here: Fingerprint, *others: Fingerprint) -> StoredEngine:
+        """The engine that fits this machine and graph; ``others`` are further choices that would do.
 
         Raises:
             EngineError: there is none, or it is damaged; the message names what differs and the line that
                 builds the right one.
         """
-        stored = [(engine, engine.record.fingerprint.differences(here)) for engine in self]
+        stored = [
+            (engine, min((engine.record.fingerprint.differences(f) for f in (here, *others)), key=len))
+            for engine in self
+        ]
         if not stored:
             raise EngineError(f"{self.bundle.path} has no compiled engine; run: {self.build_line(here)}")
         engine, differences = min(stored, key=lambda pair: len(pair[1]))
@@ -144,7 +147,11 @@ class EngineStore:
 
     def build_line(self, here: Fingerprint) -> str:
         """The command that builds the engine which would fit."""
-        return f"diagd-build {self.bundle.path} --precision {here.precision} --form {here.form.value}"
+        line = f"diagd-build {self.bundle.path} --precision {here.precision} --form {here.form.value}"
+        line += f" --runtime {here.runtime.split()[0]}"
+        if here.widths:
+            line += f" --widths {','.join(map(str, here.widths))}"
+        return "".join([line, *(f" --set {flag}" for flag in here.flags)])
 
 
 def check_plan(engine: StoredEngine) -> None:

@@ -12,7 +12,7 @@ from diagd.engines.cuda.program import Tensor
 from diagd.engines.fixed import graphs_of
 from diagd.engines.tensorrt.opening import open_tensorrt
 
-BACKENDS = ("tensorrt", "cuda")
+BACKENDS = ("tensorrt", "tensorrt_rtx", "cuda")
 
 
 def open_gpu_engine(bundle: Bundle, tokens: int, backend: str, *, graphs: bool = True) -> DeviceEngine:
@@ -21,7 +21,7 @@ def open_gpu_engine(bundle: Bundle, tokens: int, backend: str, *, graphs: bool =
     Args:
         bundle: with a ``modern`` graph (``cuda``) or an engine made by diagd-build (``tensorrt``).
         tokens: size of the token buffer; for TensorRT that of the model's whole context.
-        backend: one of ``BACKENDS``.
+        backend: one of ``BACKENDS``; ``tensorrt`` is either TensorRT, whichever is installed.
         graphs: capture and replay CUDA graphs.
 
     Raises:
@@ -29,8 +29,9 @@ def open_gpu_engine(bundle: Bundle, tokens: int, backend: str, *, graphs: bool =
         DependencyError: a package is missing.
     """
     device = CudaDevice()
-    if backend == "tensorrt":
-        return open_tensorrt(bundle, tokens, device, graphs=graphs)
+    if backend != "cuda":
+        runtime = None if backend == "tensorrt" else backend
+        return open_tensorrt(bundle, tokens, device, runtime=runtime, graphs=graphs)
     return open_cuda(bundle, tokens, device, graphs=graphs)
 
 

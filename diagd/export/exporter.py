@@ -63,7 +63,7 @@ class GraphOptions:
 
     forms: tuple[Form, ...] = (Form.PREFIX,)
     precision: str = "fp32"
-    widths: tuple[int, ...] = (1, 16, 64)
+    widths: tuple[int, ...] = (16, 64)
     window: int | None = None
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -128,6 +129,19 @@ def test_unexpected_errors_give_one_line_unless_debugged(
     )
     assert main(["export", "--model", "mineworld-300m", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_no_internal_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, checkpoint: str | None = None) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/full/weights.bin")
+
+    monkeypatch.setattr("diagd.export.families.registry.find", fail)
+    assert main(["export", "--model", "mineworld-300m"]) == 2
+    assert capsys.readouterr().err == (
+        "error: /full/weights.bin: No space left on device; free some space or choose another place\n"
+    )
 
 
 def test_help_teaches_without_importing_torch() -> None:

@@ -106,7 +106,19 @@ def test_what_differs_is_named_with_the_line_that_mends_it(
     assert here.key != BUILT.key
     with pytest.raises(EngineError) as failure:
         store.find(here)
-    assert f"differs in {text}. Run: diagd-build {bundle.path}" in str(failure.value)
+    line = f"diagd-build {bundle.path} --precision {here.precision} --form {here.form.value}"
+    line += f" --runtime tensorrt --widths {','.join(map(str, here.widths))}"
+    line += " --set optimization_level=5" if part == "flags" else ""
+    assert str(failure.value).endswith(f"differs in {text}. Run: {line}")
+
+
+def test_an_engine_of_another_form_that_would_do_is_found(bundle: Bundle) -> None:
+    store = EngineStore(bundle)
+    portable = BUILT.model_copy(update={"form": Form.PORTABLE, "graph": "c" * 64})
+    stored = store.write(portable, b"plan", "0.1")
+    assert store.find(BUILT, portable) == stored
+    with pytest.raises(EngineError, match="form: built for portable, here modern"):
+        store.find(BUILT)
 
 
 def test_a_cross_built_engine_fits_its_targets_on_any_device(bundle: Bundle) -> None:

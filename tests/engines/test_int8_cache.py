@@ -20,7 +20,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.portable import PortableEngine
 from diagd.engines.tensorrt.capabilities import Capabilities
 from diagd.engines.tensorrt.memory import estimate
-from diagd.engines.tensorrt.opening import suitable_form
+from diagd.engines.tensorrt.opening import usable_forms
 from diagd.errors import EngineError
 from diagd.schedule import Schedule, StreamLayout
 from tests.calibration.int8_cache import WIDTHS, export_rounded, grouped_model, random_scales
@@ -92,7 +92,7 @@ def test_memory_is_counted_in_bytes_of_the_cache(bundle: Bundle) -> None:
 def test_every_tensorrt_takes_the_form_that_there_is(bundle: Bundle) -> None:
     later = Capabilities("tensorrt", "11.4.0", True, True, True, True, (), True)
     assert later.form is Form.MODERN
-    assert suitable_form(bundle, later) is Form.PORTABLE
+    assert usable_forms(bundle, later) == (Form.PORTABLE,)
 
 
 def compiles(bundle: Bundle) -> bool:

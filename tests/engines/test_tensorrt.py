@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import threading
+import shutil
+import signal
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -17,10 +21,12 @@ from diagd.engines.tensorrt.build_log import LogLine, check_log, errors_of
 from diagd.engines.tensorrt.builder import LIVE_INPUT, Build, Builder, BuildOptions
 from diagd.engines.tensorrt.capabilities import Capabilities, capabilities, check_targets, import_tensorrt
 from diagd.engines.tensorrt.memory import MemoryEstimate, available_bytes, check_memory, estimate
+from diagd.engines.tensorrt.opening import Request, compile_engine
 from diagd.errors import DependencyError, EngineError
 from diagd.export.exporter import GraphOptions
 from diagd.export.rotary import linear_rotary
 from diagd.export.transformer import Transformer
+from diagd.progress import Progress
 from diagd.schedule import StreamLayout
 from tests.engines.quantised import quantise
 from tests.models import export_small
@@ -132,13 +138,66 @@ def test_a_graph_that_is_no_onnx_is_refused(tmp_path: Path) -> None:
         compile_graph(tmp_path / "broken.onnx")
 
 
-def test_a_cancelled_build_leaves_nothing(bundle: Bundle) -> None:
-    import signal
+class Interrupting(Progress):
+    """Counts the steps that TensorRT reports; presses Ctrl-C at one of them."""
 
-    threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+    def __init__(self, at: int | None) -> None:
+        super().__init__()
+        self.at, self.steps = at, 0
+
+    @contextmanager
+    def count(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        del title, total
+
+        def advance(steps: int) -> None:
+            self.steps += steps
+            if self.steps == self.at:
+                signal.raise_signal(signal.SIGINT)
+
+        yield advance
+
+
+def test_a_cancelled_build_stops_and_leaves_nothing(bundle: Bundle) -> None:
+    request = Request(40, Form.PORTABLE, WIDTHS, ("sm89",))
+    whole, cancelled = Interrupting(None), Interrupting(1)
     with pytest.raises(KeyboardInterrupt):
-        for _ in range(20):
-            compile_graph(bundle.file("step.portable.onnx"))
+        compile_engine(bundle, request, rtx, progress=cancelled)
+    assert not [path for path in bundle.path.rglob("*") if "engine" in path.as_posix()]
+    compile_engine(bundle, request, rtx, progress=whole)
+    assert cancelled.steps < whole.steps
+    shutil.rmtree(bundle.path / "engines")
+
+
+def test_a_build_that_seems_too_large_is_forced(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diagd.engines.tensorrt.opening.available_bytes", lambda: 1_000_000)
+    request = Request(40, Form.MODERN, WIDTHS, ("sm89",))
+    with pytest.raises(EngineError, match="--force"):
+        compile_engine(bundle, request, rtx)
+    stored, _ = compile_engine(bundle, request, rtx, force=True)
+    assert stored.plan.stat().st_size == stored.record.bytes
+    shutil.rmtree(bundle.path / "engines")
+
+
+class Recording(Builder):
+    """Keeps what was attached to attention."""
+
+    def _prepare_attention(self, network: Any) -> Counter[str]:
+        counts = super()._prepare_attention(network)
+        self.lengths = []
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
+            if layer.type == rtx.LayerType.ATTENTION_INPUT:
+                layer.__class__ = rtx.IAttentionInputLayer  # the binding returns the base class
+                self.lengths.append(layer.attention.key_value_lengths.name)
+        self.inputs = [network.get_input(index).name for index in range(network.num_inputs)]
+        return counts
+
+
+def test_attention_reads_live_slots_only(bundle: Bundle) -> None:
+    builder = Recording(rtx)
+    builder.build(bundle.file("step.modern.onnx"), BuildOptions(WIDTHS, 40, ("sm89",)))
+    assert builder.lengths == [LIVE_INPUT] * LAYERS
+    assert builder.inputs.count(LIVE_INPUT) == 1
 
 
 def test_capabilities_are_those_of_the_module() -> None:
@@ -181,4 +240,3 @@ def test_the_log_is_read_for_dropped_inputs_and_reasons() -> None:
     assert errors_of(lines) == "no kernel"
     with pytest.raises(EngineError, match="Unused Input: lengths"):
         check_log(lines)
-    assert LIVE_INPUT == "live"

@@ -73,7 +73,7 @@ def resolve(bundle: Bundle, request: Request, trt: ModuleType) -> Target:
     """
     offered = capabilities(trt)
     check_targets(offered, request.targets)
-    form = request.form or suitable_form(bundle, offered)
+    form = request.form or usable_forms(bundle, offered)[0]
     graphs = graphs_of(bundle, form)
     here = _described(offered, request.targets)
     widest = int(graphs[-1].width or 0)
@@ -97,10 +97,14 @@ def resolve(bundle: Bundle, request: Request, trt: ModuleType) -> Target:
     return Target(fingerprint, graphs[0], offered)
 
 
-def suitable_form(bundle: Bundle, offered: Capabilities) -> Form:
-    """The form that suits a TensorRT; every one takes the portable form where there is no other."""
+def usable_forms(bundle: Bundle, offered: Capabilities) -> tuple[Form, ...]:
+    """The forms of a bundle that a TensorRT takes, best first; every one takes the portable form.
+
+    Where the bundle has none of them, the one that it should have.
+    """
     forms = {graph.form for graph in bundle.manifest.graphs}
-    return Form.PORTABLE if Form.PORTABLE in forms and Form.MODERN not in forms else offered.form
+    wanted = dict.fromkeys((offered.form, Form.PORTABLE))
+    return tuple(form for form in wanted if form in forms) or (offered.form,)
 
 
 def compile_engine(
@@ -157,10 +161,14 @@ def open_tensorrt(
         EngineError: no engine fits; the message names what differs and the line that mends it.
     """
     trt = import_tensorrt(runtime)
-    target = resolve(bundle, Request(tokens), trt)
-    any_widths = target.fingerprint.model_copy(update={"widths": ()})
-    stored = EngineStore(bundle).find(any_widths)
+    targets = [
+        resolve(bundle, Request(tokens, form), trt) for form in usable_forms(bundle, capabilities(trt))
+    ]
+    stored = EngineStore(bundle).find(
+        *(target.fingerprint.model_copy(update={"widths": ()}) for target in targets)
+    )
     built = stored.record.fingerprint
+    target = next(target for target in targets if target.fingerprint.form is built.form)
 
     def program(tensors: Mapping[str, Tensor]) -> TensorRTProgram:
         return TensorRTProgram(trt, stored.plan, built.widths, tensors, device.stream)
