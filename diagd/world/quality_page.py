@@ -10,7 +10,7 @@ from itertools import chain
 
 from diagd.world.evaluate import Drift, EvalOptions, Scores
 from diagd.world.metrics import Estimate
-from diagd.world.study_parts import SEEDS, CompatRow, GapRow, ShippedFigures, TrainingRow
+from diagd.world.study_parts import SEEDS, CompatRow, GapRow, ShippedFigures, SizeFigures, TrainingRow
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Figures:
     Attributes:
         options: sizes and sampling.
         shipped: the shipped model.
-        compat: strict steps against the released code.
-        sizes: every metric of other sizes, by name.
+        compat: strict steps against the released code, by size.
+        sizes: other sizes, by name.
         training: the same size trained otherwise.
         frames_per_second: by size and schedule.
         parameters: by size.
@@ -29,8 +29,8 @@ class Figures:
 
     options: EvalOptions
     shipped: ShippedFigures | None = None
-    compat: list[CompatRow] = field(default_factory=list)
-    sizes: dict[str, list[Scores]] = field(default_factory=dict)
+    compat: dict[str, list[CompatRow]] = field(default_factory=dict)
+    sizes: dict[str, SizeFigures] = field(default_factory=dict)
     training: list[TrainingRow] = field(default_factory=list)
     frames_per_second: dict[str, dict[str, float]] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
@@ -62,7 +62,6 @@ def _how(evaluation: EvalOptions) -> list[str]:
 
 
 def _shipped_lines(shipped: ShippedFigures, speeds: dict[str, float]) -> list[str]:
-    seeds = (f"seed `{seed.value}`" for seed in SEEDS)
     return [
         "## The shipped model: likelihood gap to next-token prediction, nats per token",
         "",
@@ -71,7 +70,7 @@ def _shipped_lines(shipped: ShippedFigures, speeds: dict[str, float]) -> list[st
             "the other columns show what it costs to decode otherwise than trained."
         ),
         "",
-        *_table(("schedule", "passes", *seeds, "no refeed"), map(_gap_cells, shipped.gaps)),
+        *_gap_table(shipped.gaps),
         "",
         "## The shipped model: rollouts",
         "",
@@ -86,9 +85,13 @@ def _shipped_lines(shipped: ShippedFigures, speeds: dict[str, float]) -> list[st
     ]
 
 
-def _gap_cells(row: GapRow) -> list[object]:
-    seeds = (_gap(row.gaps[seed.value]) for seed in SEEDS)
-    return [row.name, row.passes, *seeds, _gap(row.without_refeed)]
+def _gap_table(rows: list[GapRow]) -> list[str]:
+    heads = ("schedule", "passes", *(f"seed `{seed.value}`" for seed in SEEDS), "no refeed")
+    cells = (
+        [row.name, row.passes, *(_gap(row.gaps[seed.value]) for seed in SEEDS), _gap(row.without_refeed)]
+        for row in rows
+    )
+    return _table(heads, cells)
 
 
 _ROLLOUT_HEADS = (
@@ -178,27 +181,34 @@ def _drift_lines(drift: Drift) -> list[str]:
     ]
 
 
-def _compat_lines(rows: list[CompatRow]) -> list[str]:
-    if not rows:
+def _compat_lines(sizes: dict[str, list[CompatRow]]) -> list[str]:
+    if not sizes:
         return []
+    windows = max(row.aligned.count for rows in sizes.values() for row in rows)
     heads = (
+        "size",
         "schedule",
         "seed `previous_frame`, refeed",
         "seed `duplicate`, no refeed",
         '`compat="mineworld"`',
+    )
+    cells = (
+        [size, row.name, *map(_gap, (row.aligned, row.strict, row.released))]
+        for size, rows in sizes.items()
+        for row in rows
     )
     return [
         "## Strict steps against the released code",
         "",
         *_text(
             "Gap to next-token prediction on the engine, nats per token, "
-            f"{rows[0].aligned.count} windows. `compat` reproduces the released MineWorld code: rows start "
+            f"{windows} windows. `compat` reproduces the released MineWorld code: rows start "
             "from the newest token of the row above, that stand-in stays in the cache for good, and queries "
             "see slots that nothing was written to as zero rows. The middle column is the same stand-in in a "
             "strict step: it is hidden after its step, and only decoded tokens are seen."
         ),
         "",
-        *_table(heads, ([r.name, _gap(r.aligned), _gap(r.strict), _gap(r.released)] for r in rows)),
+        *_table(heads, cells),
         "",
     ]
 
@@ -209,15 +219,18 @@ def _size_lines(figures: Figures) -> list[str]:
     lines = ["## Other sizes", ""]
     lines += _text(
         "Trained like the shipped model, on the same recordings, for the steps that docs/world.md names. The "
-        "gap is teacher-forced, to NTP of the same model; the rollouts are fewer."
+        "gaps are to NTP of the same model; the rollouts are fewer."
     )
-    for name, scores in figures.sizes.items():
+    for name, size in figures.sizes.items():
+        scores = size.schedules
         speeds = figures.frames_per_second.get(name, {})
         count = figures.parameters.get(name)
         title = f"{name}: {count / 1e6:.2f} M parameters" if count else name
-        gaps = ([s.name, _plain(s.nll, 4), _gap(s.nll_gap)] for s in scores)
         lines += ["", f"### {title}, {scores[0].generated_nll.count} rollouts", ""]
+        gaps = ([s.name, _plain(s.nll, 4), _gap(s.nll_gap)] for s in scores)
         lines += _table(("schedule", "NLL", "gap"), gaps)
+        seeds = _gap_table(size.gaps) if size.gaps else ["Other row seeds were not measured here."]
+        lines += ["", *seeds]
         lines += ["", *_rollout_lines(scores, speeds), "", *_noise_lines(scores)]
     return [*lines, ""]
 

@@ -98,16 +98,20 @@ class Study:
 
     def _measure(self, part: str, figures: Figures, scratch: Path) -> Figures:
         options, report = self._options, self._report
+        folders = {SHIPPED_SIZE: options.model, **options.sizes}
         if part == "shipped":
             contact = options.output / "quality-contact.png"
             lengths = options.long_frames, options.long_rollouts
             shipped = study_parts.shipped_figures(self._evaluation(options.model), *lengths, contact, report)
             return replace(figures, shipped=shipped)
         if part == "compat":
-            bundle = self._bundle(options.model, scratch)
-            evaluation = self._evaluation(options.model)
-            rows = study_parts.compat_figures(bundle, evaluation, options.compat_windows, report)
-            return replace(figures, compat=rows)
+            rows = {
+                name: study_parts.compat_figures(
+                    self._bundle(folder, scratch), self._evaluation(folder), options.compat_windows, report
+                )
+                for name, folder in folders.items()
+            }
+            return replace(figures, compat={**figures.compat, **rows})
         if part == "sizes":
             smaller = replace(options.evaluation, rollouts=options.size_rollouts)
             found = {
@@ -119,7 +123,6 @@ class Study:
             rows_of = study_parts.training_row
             trained = [rows_of(self._evaluation(f), name, report) for name, f in options.training.items()]
             return replace(figures, training=trained)
-        folders = {SHIPPED_SIZE: options.model, **options.sizes}
         bundles = {name: self._bundle(folder, scratch) for name, folder in folders.items()}
         speeds = study_parts.speeds(bundles, options.speed_rounds, options.speed_frames, report)
         counts = {name: study_parts.parameters(folder) for name, folder in folders.items()}
@@ -144,7 +147,9 @@ def _write(path: Path, text: str) -> None:
 
 def _plot(path: Path, figures: Figures) -> None:
     """Frames per second against the likelihood that next-token prediction gives to the rollouts."""
-    scores = {SHIPPED_SIZE: figures.shipped.schedules if figures.shipped else [], **figures.sizes}
+    scores = {name: size.schedules for name, size in figures.sizes.items()}
+    if figures.shipped:
+        scores = {SHIPPED_SIZE: figures.shipped.schedules, **scores}
     points = {
         size: [
             (score.name, figures.frames_per_second[size][score.name], nll.mean, nll.error)

@@ -44,6 +44,14 @@ class ShippedFigures:
 
 
 @dataclass(frozen=True)
+class SizeFigures:
+    """Another size: every row seed, rollouts by schedule."""
+
+    gaps: list[GapRow]
+    schedules: list[Scores]
+
+
+@dataclass(frozen=True)
 class CompatRow:
     """Gap to next-token prediction of one schedule as a strict step and as the released code decodes it.
 
@@ -101,14 +109,15 @@ def _gap_row(evaluation: Evaluation, schedule: Schedule, report: Report) -> GapR
     return GapRow(name, schedule.total_steps(evaluation.options.frames), gaps, without)
 
 
-def size_figures(evaluation: Evaluation, name: str, report: Report) -> list[Scores]:
+def size_figures(evaluation: Evaluation, name: str, report: Report) -> SizeFigures:
     """Every metric of one size under next-token prediction and each diagonal schedule."""
     layout = evaluation.subject.layout
+    gaps = [_gap_row(evaluation, schedule, report) for schedule in diagonal_schedules(layout)]
     scores = []
     for schedule in [Schedule.next_token(layout), *diagonal_schedules(layout)]:
         report(f"{name}: {schedule_name(schedule)}")
         scores.append(evaluation.score(schedule_name(schedule), schedule)[0])
-    return scores
+    return SizeFigures(gaps, scores)
 
 
 def compat_figures(bundle: Path, evaluation: Evaluation, windows: int, report: Report) -> list[CompatRow]:

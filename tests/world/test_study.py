@@ -43,8 +43,10 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> StudyOptions:
 def test_every_part_is_measured_and_kept(options: StudyOptions) -> None:
     page = Study(options).run()
     first = json.loads((options.output / "quality.json").read_text())
-    assert [row["name"] for row in first["compat"]] == NAMES
-    assert first["shipped"]["schedules"] == first["sizes"]["again"]
+    assert [row["name"] for row in first["compat"]["again"]] == NAMES
+    assert first["compat"]["3m"] == first["compat"]["again"]
+    assert first["shipped"]["schedules"] == first["sizes"]["again"]["schedules"]
+    assert first["shipped"]["gaps"] == first["sizes"]["again"]["gaps"]
     assert list(first["training"][0]["gaps"]) == NAMES
     assert set(first["frames_per_second"]) == {"3m", "again"}
     assert set(first["frames_per_second"]["3m"]) == {"NTP", *NAMES}
