@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import subprocess
+import time
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -37,6 +38,7 @@ class HostDevice:
         self._memory: list[Array] = []
         self._graphs: list[list[Callable[[], object]]] = []
         self._capturing: list[Callable[[], object]] | None = None
+        self._marks: dict[int, float] = {}
         self.log: list[tuple[object, ...]] = []
 
     def allocate(self, size: int) -> int:
@@ -85,6 +87,19 @@ class HostDevice:
 
     def synchronise(self) -> None:
         self.log.append(("synchronise",))
+
+    def mark(self, number: int) -> None:
+        self._marks[number] = time.perf_counter()
+
+    def seconds(self, first: int, last: int) -> float:
+        return self._marks[last] - self._marks[first]
+
+    def memory_used(self) -> int:
+        return sum(memory.nbytes for memory in self._memory)
+
+    def close(self) -> None:
+        self.log.append(("close",))
+        self._memory.clear()
 
     def run(self, operation: Callable[[], object], *entry: object) -> None:
         """Queue something that is not the device's own, as a backend does on the stream."""

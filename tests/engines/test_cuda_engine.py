@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import ctypes
 import shutil
+import time
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -252,9 +254,36 @@ def test_every_name_of_the_driver_api_exists() -> None:
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     functions = {node.attr for node in attributes if node.attr.startswith(("cu", "CU"))}
     assert {"cuInit", "cuGraphLaunch", "cuMemcpyHtoDAsync", "cuStreamBeginCapture"} <= functions
-    kinds = ("CUdevice_attribute", "CUstream_flags", "CUstreamCaptureMode")
+    kinds = ("CUdevice_attribute", "CUstream_flags", "CUevent_flags", "CUstreamCaptureMode")
     places = [driver, *(getattr(driver, name) for name in kinds)]
     assert [name for name in functions if not any(hasattr(place, name) for place in places)] == []
+
+
+def test_closing_frees_the_program_and_the_device(case: Case) -> None:
+    device = HostDevice(case.kernels)
+    engine = make_engine(case, Form.MODERN, 80, device)
+    program = weakref.ref(engine._program)
+    assert device.memory_used() > 0
+    engine.close()
+    assert program() is None
+    assert device.memory_used() == 0
+    assert [entry[0] for entry in device.log[-2:]] == ["synchronise", "close"]
+
+
+def test_time_stamps_lie_on_the_stream_of_a_gpu(case: Case) -> None:
+    pytest.importorskip("cuda.bindings.driver")
+    device = cuda_device()
+    size = 64 << 20
+    source, target = device.allocate(size), device.allocate(size)
+    began = time.perf_counter()
+    for number in range(3):
+        device.mark(number)
+        device.copy(target, source, size * number // 2)
+    device.synchronise()
+    taken = time.perf_counter() - began
+    assert 0 < device.seconds(1, 2) <= device.seconds(0, 2) < taken
+    assert device.memory_used() >= 2 * size
+    device.close()
 
 
 def test_a_backend_that_is_not_there_is_said(case: Case) -> None:

@@ -60,3 +60,19 @@ class Device(Protocol):
     def synchronise(self) -> None:
         """Wait for everything queued."""
         ...
+
+    def mark(self, number: int) -> None:
+        """Queue a time stamp; a number that is used again has the later time."""
+        ...
+
+    def seconds(self, first: int, last: int) -> float:
+        """From one time stamp to another; both must have been waited for."""
+        ...
+
+    def memory_used(self) -> int:
+        """Bytes of the device that are in use, those of other programs included."""
+        ...
+
+    def close(self) -> None:
+        """Wait, then free everything; arrays and addresses handed out are dead afterwards."""
+        ...

@@ -86,6 +86,7 @@ class CudaDevice:
         self._memory: list[Any] = []
         self._host_memory: list[int] = []
         self._graphs: list[Any] = []
+        self._marks: list[Any] = []
         self._functions = self._load_kernels()
 
     def _load_kernels(self) -> dict[str, Any]:
@@ -158,9 +159,26 @@ class CudaDevice:
         """See ``Device.synchronise``."""
         check(self._cuda.cuStreamSynchronize(self._stream))
 
+    def mark(self, number: int) -> None:
+        """See ``Device.mark``; CUDA events have a resolution of half a microsecond."""
+        while len(self._marks) <= number:
+            self._marks.append(check(self._cuda.cuEventCreate(self._cuda.CUevent_flags.CU_EVENT_DEFAULT)))
+        check(self._cuda.cuEventRecord(self._marks[number], self._stream))
+
+    def seconds(self, first: int, last: int) -> float:
+        """See ``Device.seconds``."""
+        return 1e-3 * float(check(self._cuda.cuEventElapsedTime(self._marks[first], self._marks[last])))
+
+    def memory_used(self) -> int:
+        """See ``Device.memory_used``."""
+        free, total = check(self._cuda.cuMemGetInfo())
+        return int(total) - int(free)
+
     def close(self) -> None:
-        """Wait, then free everything; arrays and addresses handed out are dead afterwards."""
+        """See ``Device.close``."""
         self.synchronise()
+        for event in self._marks:
+            check(self._cuda.cuEventDestroy(event))
         for graph in self._graphs:
             check(self._cuda.cuGraphExecDestroy(graph))
         for memory in self._memory:

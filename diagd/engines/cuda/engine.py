@@ -82,6 +82,17 @@ class DeviceEngine:
         self._graphs: dict[int, int] = {}
         self._warm_up(graphs and self._program.capturable)
 
+    @property
+    def device(self) -> Device:
+        """Where it runs; time stamps on its stream lie between the steps queued."""
+        return self._device
+
+    def close(self) -> None:
+        """Give back the program and everything on the device; the engine and its arrays are dead then."""
+        self._wait()
+        del self._program
+        self._device.close()
+
     def padded_width(self, width: int) -> int:
         """The narrowest width that holds ``width`` rows."""
         return next(padded for padded in self.widths if padded >= width)
