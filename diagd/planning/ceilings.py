@@ -1,4 +1,4 @@
-"""The limits of this machine, measured where they are needed: copy bandwidth and matrix product."""
+"""The limits of this machine's processor, measured where they are needed: copies and a matrix product."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ _SIDE: Final = 1024
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes a second that memory moves, and single-precision operations a second.
+    """Bytes a second that memory moves, and operations a second of a matrix product.
 
-    ``copied`` counts what a copy reads and writes, ``read`` what a sum reads; ``bandwidth`` is the better.
+    ``copied`` counts what a copy reads and writes, ``read`` what a sum reads (0 on a device, where copies
+    alone are measured); ``bandwidth`` is the better. Products are float32 on ``threads`` of a processor,
+    float16 on a device, which has no threads.
     """
 
     copied: float

@@ -184,15 +184,29 @@ def _dtype(number: int) -> str:
     return ELEMENTS[number][0]
 
 
-def matrix_product_model(rows: int, inner: int, columns: int) -> bytes:
-    """A float32 ONNX model C[rows, columns] = A[rows, inner] @ B[inner, columns], to measure a ceiling."""
-    shapes = {"A": (rows, inner), "B": (inner, columns), "C": (rows, columns)}
+def matrix_product_model(rows: int | str, inner: int, columns: int, element: int = 1) -> bytes:
+    """An ONNX model C[rows, columns] = A[rows, inner] @ B[inner, columns], to measure a ceiling.
+
+    Args:
+        rows: a number, or the name of an axis whose length is given later.
+        inner: length of the products.
+        columns: of the second factor.
+        element: type of all three, a key of ``ELEMENTS``.
+    """
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "A": (rows, inner),
+        "B": (inner, columns),
+        "C": (rows, columns),
+    }
     node = b"".join(encode(*field) for field in ((1, "A"), (1, "B"), (2, "C"), (4, "MatMul")))
     graph = encode(1, node) + encode(2, "product")
-    graph += b"".join(encode(12 if name == "C" else 11, _typed(name, shapes[name])) for name in shapes)
+    graph += b"".join(
+        encode(12 if name == "C" else 11, _typed(name, shape, element)) for name, shape in shapes.items()
+    )
     return encode(1, 8) + encode(7, graph) + encode(8, encode(2, 13))
 
 
-def _typed(name: str, shape: tuple[int, ...]) -> bytes:
-    axes = b"".join(encode(1, encode(1, size)) for size in shape)
-    return encode(1, name) + encode(2, encode(1, encode(1, 1) + encode(2, axes)))
+def _typed(name: str, shape: tuple[int | str, ...], element: int) -> bytes:
+    """A ValueInfoProto; an axis is a number (field 1) or a name (field 2)."""
+    axes = b"".join(encode(1, encode(2 if isinstance(size, str) else 1, size)) for size in shape)
+    return encode(1, name) + encode(2, encode(1, encode(1, element) + encode(2, axes)))

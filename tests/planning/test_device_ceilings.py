@@ -1,0 +1,77 @@
+"""Limits of a device, over memory of the host and, where there is one, on a GPU."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from diagd.engines.cuda.driver import CudaDevice
+from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram
+from diagd.engines.cuda.program import Tensor
+from diagd.engines.tensorrt.builder import Builder, BuildOptions
+from diagd.errors import DiagdError
+from diagd.planning.device_ceilings import FLOAT16, measure_device_ceilings, product_maker
+from diagd.planning.onnx_graph import matrix_product_model
+from tests.engines.host_device import HostDevice, host_kernels
+
+SIDE, SIZE = 64, 1 << 20
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+def test_copies_and_a_product_are_timed_on_the_stream(tmp_path: Path) -> None:
+    device, products = HostDevice(host_kernels(str(tmp_path))), []
+
+    class Watched(OnnxRuntimeProgram):
+        def enqueue(self, width: int) -> None:
+            super().enqueue(width)
+            products.append(width)
+
+    def make(model: Path, rows: int, tensors: Mapping[str, Tensor]) -> Watched:
+        session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+        device.upload(tensors["A"].address, np.eye(SIDE, dtype=np.float16))
+        device.upload(tensors["B"].address, np.arange(SIDE**2, dtype=np.float16).reshape(SIDE, SIDE))
+        made.update(tensors)
+        return Watched(session, tensors, (rows,), "cpu")
+
+    made: dict[str, Tensor] = {}
+    ceilings = measure_device_ceilings(device, make, SIDE, SIZE)
+    assert ceilings.bandwidth == ceilings.copied > 0
+    assert ceilings.peak > 0
+    assert Counter(entry[0] for entry in device.log)["copy"] == len(products) == 24
+    assert {entry[3] for entry in device.log if entry[0] == "copy"} == {SIZE}
+    factor, product = np.empty((SIDE, SIDE), np.float16), np.empty((SIDE, SIDE), np.float16)
+    device.download(factor, made["B"].address)
+    device.download(product, made["C"].address)
+    np.testing.assert_array_equal(product, factor)
+
+
+def test_tensorrt_takes_the_product(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    model = tmp_path / "product.onnx"
+    model.write_bytes(matrix_product_model("rows", SIDE, SIDE, FLOAT16))
+    build = Builder(trt).build(model, BuildOptions((SIDE,), tokens=0, targets=("sm89",)))
+    assert build.layers == {"MATRIX_MULTIPLY": 1}
+    assert len(build.plan) > 0
+
+
+@pytest.mark.parametrize("backend", ["cuda", "tensorrt"])
+def test_limits_of_a_gpu(backend: str) -> None:
+    """Loose bounds: from the smallest Jetson to beyond any GPU."""
+    try:
+        device = CudaDevice()
+    except DiagdError as error:
+        pytest.skip("skipped: no CUDA device" if "no CUDA device" in str(error) else str(error))
+    with closing(device):
+        try:
+            ceilings = measure_device_ceilings(device, product_maker(backend, device))
+        except DiagdError as error:
+            pytest.skip(str(error))
+        assert 2e10 < ceilings.bandwidth < 2e13
+        assert 1e12 < ceilings.peak < 1e16
