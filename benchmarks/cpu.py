@@ -13,6 +13,7 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnxruntime
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diagd.bundle import Bundle
-from diagd.engines.engine import VOID, SamplingState, StepInputs
+from diagd.engines.engine import VOID, Float, SamplingState, StepInputs
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.prefix import PrefixEngine
 from diagd.runtime.load import open_session as open_stream
@@ -62,6 +63,12 @@ def clock(wall: bool) -> Clock:
     return time.perf_counter if wall else time.process_time
 
 
+class Stepper(Protocol):
+    """What runs a step: an engine, or a peer's stand-in for one."""
+
+    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float: ...
+
+
 class Bench:
     """An engine whose cache is filled with random rows up to a number of live slots."""
 
@@ -75,14 +82,21 @@ class Bench:
             buffer[:rows] = random.standard_normal(buffer[:rows].shape, dtype=np.float32)
         self.engine.token_buffer[:] = random.integers(0, 8192, places)
 
-    def frame(self, schedule: Schedule, live: int, now: Clock, steps: slice = slice(None)) -> float:
-        """Seconds of the chosen steps of one frame behind ``live`` slots."""
-        table = self.table(schedule, live)
+    def frame(
+        self,
+        schedule: Schedule,
+        live: int,
+        now: Clock,
+        steps: slice = slice(None),
+        stepper: Stepper | None = None,
+    ) -> float:
+        """Seconds of the chosen steps of one frame behind ``live`` slots, in the engine or a peer of it."""
+        table, runtime = self.table(schedule, live), stepper or self.engine
         total = 0.0
         for index in range(table.steps)[steps]:
             inputs = self._inputs(table, index, live)
             began = now()
-            logits = self.engine.step(inputs, GREEDY)
+            logits = runtime.step(inputs, GREEDY)
             logits[:, :8192].argmax(axis=1)
             total += now() - began
         return total

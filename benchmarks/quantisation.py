@@ -1,7 +1,8 @@
 """mineworld-300m in every CPU precision: steps by width, whole frames, and the published PyTorch form.
 
 All candidates of a table are interleaved in one process. Times are process CPU time with one intra-op
-thread. The bundle is calibrated where a precision is missing, with a budget that lets random weights pass:
+thread. The bundle is calibrated where a precision is missing, with a budget that lets random
+weights pass:
 
     diagd-export --model mineworld-300m --random-weights --set tokenizer=none --output mineworld-300m.diagd
     python -m benchmarks.quantisation --bundle mineworld-300m.diagd [--part steps] [--repeats 3]
@@ -11,29 +12,23 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from rich.table import Table
 
-from benchmarks.cpu import CONSOLE, GREEDY, Bench, _weights
+from benchmarks.cpu import CONSOLE, GREEDY, Bench, Stepper, _weights
 from diagd.bundle import Bundle, Form
 from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
-from diagd.engines.engine import VOID, Float, SamplingState, StepInputs
+from diagd.engines.engine import VOID, StepInputs
 from diagd.schedule import Schedule
 
 PRECISIONS = ("int8", "int8-dynamic", "int8-weight", "int4-weight")
 WIDTHS = (1, 4, 14, 64)
 LIVE = (347, 2776)
 ANYTHING = Budget(agreement=0, nll=1e9, psnr=0)
-
-
-class Step(Protocol):
-    """What runs a step: an engine, or a peer's stand-in for one."""
-
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float: ...
 
 
 def main() -> None:
@@ -44,16 +39,21 @@ def main() -> None:
     parser.add_argument("--part", choices=("steps", "frames", "published", "openvino"), action="append")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    bundle = calibrated(args.bundle)
-    parts = {"steps": steps, "frames": frames, "published": published, "openvino": openvino}
+    parts = {
+        "steps": (steps, PRECISIONS),
+        "frames": (frames, ("int8", "int4-weight")),
+        "published": (published, ("int8",)),
+        "openvino": (openvino, ("int8",)),
+    }
     for name in args.part or parts:
-        parts[name](bundle, args.repeats)
+        part, precisions = parts[name]
+        part(calibrated(args.bundle, precisions), args.repeats)
 
 
-def calibrated(path: Path) -> Bundle:
-    """The bundle with every precision."""
+def calibrated(path: Path, precisions: Iterable[str]) -> Bundle:
+    """The bundle with these precisions."""
     known = {graph.precision for graph in Bundle.open(path).manifest.graphs}
-    for precision in PRECISIONS:
+    for precision in precisions:
         if precision not in known:
             options = CalibrationOptions(precision, ANYTHING, steps=64, floor=-100.0)
             report = calibrate(Bundle.open(path), options)
@@ -140,11 +140,11 @@ def published(bundle: Bundle, repeats: int) -> None:
 
 
 def openvino(bundle: Bundle, repeats: int) -> None:
-    """One step of the same graphs in OpenVINO (``pip install openvino``), behind 512 and 2,776 slots."""
+    """Steps and the k=1 frame of the same graphs in OpenVINO (``pip install openvino``)."""
     from benchmarks.openvino_peer import OpenVinoPeer
 
     ours = {name: _bench(bundle, name, 4096) for name in ("fp32", "int8")}
-    steppers: dict[str, Step] = {f"diagd, {name}": bench.engine for name, bench in ours.items()}
+    steppers: dict[str, Stepper] = {f"diagd, {name}": bench.engine for name, bench in ours.items()}
     for name, bench in ours.items():
         manifest = bundle.at_precision(name).manifest
         graph = bundle.path / manifest.graph(Form.PREFIX).file
@@ -157,10 +157,31 @@ def openvino(bundle: Bundle, repeats: int) -> None:
         for name in steppers:
             table.add_row(name, *(column[name] for column in cells))
         CONSOLE.print(table)
+    _frames_beside(steppers, ours, repeats)
+
+
+def _frames_beside(steppers: dict[str, Stepper], ours: dict[str, Bench], repeats: int) -> None:
+    """The k=1 frame in every runtime, and in times ours of the same precision."""
+    spent: dict[tuple[str, int], list[float]] = {}
+    for live in LIVE:
+        for repeat in range(1 + repeats):
+            for name, stepper in steppers.items():
+                bench = ours[name.split(", ")[1]]
+                diagonal = Schedule.serial(bench.layout, 1)
+                seconds = bench.frame(diagonal, live, time.process_time, stepper=stepper)
+                if repeat:
+                    spent.setdefault((name, live), []).append(seconds)
+    median = {key: float(np.median(values)) for key, values in spent.items()}
+    table = Table("runtime", *(f"{live} slots" for live in LIVE), title="s a k=1 frame")
+    for name in steppers:
+        own = f"diagd, {name.split(', ')[1]}"
+        cells = (f"{median[name, live]:.2f} ({median[name, live] / median[own, live]:.2f}x)" for live in LIVE)
+        table.add_row(name, *cells)
+    CONSOLE.print(table)
 
 
 def _beside(
-    steppers: dict[str, Step], ours: dict[str, Bench], width: int, live: int, repeats: int
+    steppers: dict[str, Stepper], ours: dict[str, Bench], width: int, live: int, repeats: int
 ) -> dict[str, str]:
     """Milliseconds of a step in every runtime, in ours, and the distance of its logits from ours in FP32."""
     spent: dict[str, list[float]] = {name: [] for name in steppers}
