@@ -41,7 +41,8 @@ class ProfileSettings(BaseModel):
     """Options behind ``--set``."""
 
     model_config = ConfigDict(extra="forbid")
-    engine: str | None = Field(None, description="form of the step graph (default: the fastest here)")
+    backend: str = Field("cpu", description="cpu, or on a GPU cuda, tensorrt or tensorrt_rtx")
+    engine: str | None = Field(None, description="form of the step graph on the CPU (default: the fastest)")
     precision: str | None = Field(None, description="of the step graph (default: the bundle's first)")
     window: int | None = Field(None, description="frames that a token may see (default: the model's context)")
     prompt: int | None = Field(None, ge=1, description="frames known ahead (default: a full window)")
@@ -109,6 +110,7 @@ def _options(args: argparse.Namespace) -> ProfileOptions:
         raise UsageError(f"--budget {args.budget}: expected seconds, or 0 for no limit")
     return ProfileOptions(
         ks=parse_lags(args.k),
+        backend=settings.backend,
         engine=settings.engine,
         precision=settings.precision,
         frames=args.frames,
@@ -141,7 +143,8 @@ def _print(console: Console, report: Report) -> None:
     from rich.table import Table
 
     subject, machine = report.subject, report.machine
-    title = f"{subject.model} {subject.precision}, window {subject.window}, {machine.threads} threads"
+    where = machine.device or f"{machine.threads} threads"
+    title = f"{subject.model} {subject.precision}, window {subject.window}, {where}"
     table = Table("order", "passes", "frames/s", "frame ms", "p99", "action to picture", "limit", title=title)
     for run in report.runs:
         steps = sum(width.steps for width in run.widths)
@@ -168,8 +171,8 @@ def _print(console: Console, report: Report) -> None:
         console.print(f"deadlines missed at {report.runs[0].deadlines.fps:g} frames/s: {late}")
     slow = sum(len(run.slow_steps) for run in report.runs)
     console.print(
-        f"limits measured here: {max(machine.copied, machine.read) / 1e9:.1f} GB/s, "
-        f"{machine.peak / 1e9:.0f} GFLOP/s; peak memory {report.peak_memory / 1e9:.2f} GB; {slow} slow steps",
+        f"limits measured here: {machine.limits}; peak memory {report.peak_memory / 1e9:.2f} GB; "
+        f"{slow} slow steps",
         highlight=False,
     )
     for rung in report.ladder:

@@ -96,6 +96,7 @@ def _notes(before: Report, after: Report) -> list[str]:
         "engine": (before.subject.engine, after.subject.engine),
         "window": (before.subject.window, after.subject.window),
         "processor": (before.machine.processor, after.machine.processor),
+        "device": (before.machine.device or "none", after.machine.device or "none"),
         "threads": (before.machine.threads, after.machine.threads),
     }
     return [f"{name} differs: {a} and {b}" for name, (a, b) in pairs.items() if a != b]

@@ -31,15 +31,25 @@ def find_form(bundle: Bundle, name: str) -> Form:
     return there[name]
 
 
+def check_window(bundle: Bundle, window: int | None) -> int:
+    """Frames that a token may see; the model's context where None is given.
+
+    Raises:
+        UsageError: it does not fit the model.
+    """
+    frames = bundle.manifest.context.frames
+    if window is not None and not 2 <= window <= frames:
+        raise UsageError(f"window {window} is outside 2..{frames}, the context of {bundle.manifest.name}")
+    return window or frames
+
+
 def open_engine(bundle: Bundle, form: Form, window: int, cpu: CpuOptions) -> Engine:
     """The engine of a form on ONNX Runtime's CPU provider.
 
     Raises:
         UsageError: the window does not fit the model.
     """
-    frames, layout = bundle.manifest.context.frames, bundle.manifest.layout.stream()
-    if not 2 <= window <= frames:
-        raise UsageError(f"window {window} is outside 2..{frames}, the context of {bundle.manifest.name}")
+    layout, window = bundle.manifest.layout.stream(), check_window(bundle, window)
     places = token_places(layout, window).size
     if form is Form.PREFIX:
         return PrefixEngine(bundle, slots_needed(layout, window, MAX_WIDTH), places, cpu)

@@ -11,10 +11,8 @@ import numpy as np
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.buffers import aligned_zeros
-from diagd.engines.cuda.driver import open_driver
 from diagd.engines.cuda.engine import DeviceEngine
 from diagd.engines.engine import Engine, Float, SamplingState, StepInputs
-from diagd.engines.gpu import open_gpu_engine
 from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH, PrefixEngine
@@ -23,6 +21,7 @@ from diagd.profiling.engines import forms_of, open_engine, session_over
 from diagd.profiling.host_sampling import HostSamplingEngine, without_sampler
 from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.report import Rung
+from diagd.profiling.targets import DeviceTarget
 from diagd.runtime.session import token_places
 from diagd.schedule import Schedule, slots_needed
 
@@ -83,12 +82,14 @@ class Ladder:
         precision: of the steps that are compared; default: that of the first graph.
         window: frames a token may see.
         cpu: threads and cache.
+        device: where the steps run; None: on the processor.
     """
 
     bundle: Bundle
     precision: str | None
     window: int
     cpu: CpuOptions
+    device: DeviceTarget | None = None
 
     @cached_property
     def chosen(self) -> Bundle:
@@ -101,13 +102,17 @@ class Ladder:
         Args:
             left: whether there is time for another; the rungs behind the last one are named all the same.
         """
-        groups: dict[str, Callable[[], Iterable[Rung]]] = {
-            "live-prefix attention and in-place K/V": self._prefix,
-            "sampling in the graph": self._sampling,
-            **{f"precision {name}": partial(self._precision, name) for name in self._others()},
-        }
-        if _has_cuda_device():
-            groups["CUDA graph"] = self._cuda_graph
+        groups: dict[str, Callable[[], Iterable[Rung]]] = (
+            {}
+            if self.device
+            else {
+                "live-prefix attention and in-place K/V": self._prefix,
+                "sampling in the graph": self._sampling,
+            }
+        )
+        groups |= {f"precision {name}": partial(self._precision, name) for name in self._others()}
+        if self.device:
+            groups["CUDA graph"] = partial(self._cuda_graph, self.device)
         if not self._others():
             yield _unmeasured("precision", f"the bundle has {self._name} only; diagd-calibrate adds others")
         for name, measured in groups.items():
@@ -118,8 +123,8 @@ class Ladder:
                 yield from measured()
             except (DiagdError, OSError) as error:
                 yield _unmeasured(name, str(error))
-        if "CUDA graph" not in groups:
-            yield _unmeasured("CUDA graph", "needs a CUDA device")
+        if not self.device:
+            yield _unmeasured("CUDA graph", "needs a CUDA device: --set backend=cuda or tensorrt")
 
     @property
     def _name(self) -> str:
@@ -166,6 +171,11 @@ class Ladder:
 
     def _precision(self, name: str) -> Iterator[Rung]:
         other = self.bundle.at_precision(name)
+        if self.device:
+            before, after = (self._mean_seconds(self.device, bundle) for bundle in (self.chosen, other))
+            held = f"host and device together, against {self._name}"
+            yield self._rung(f"precision {name}", before, after, held)
+            return
         shared = [form for form in forms_of(self.chosen) if form in forms_of(other)]
         if not shared:
             forms = ", ".join(form.value for form in forms_of(other))
@@ -179,25 +189,23 @@ class Ladder:
         held = f"{shared[0].value} form, engine alone, against {self._name}"
         yield self._rung(f"precision {name}", before, after, held)
 
-    def _cuda_graph(self) -> Iterator[Rung]:
-        places = token_places(self.chosen.manifest.layout.stream(), self.window).size
-        yield self.cuda_graph(lambda graphs: open_gpu_engine(self.chosen, places, "cuda", graphs=graphs))
+    def _cuda_graph(self, device: DeviceTarget) -> Iterator[Rung]:
+        """Steps that replay graphs against steps that queue every kernel."""
+        before, after = (self._mean_seconds(device, self.chosen, graphs=graphs) for graphs in (False, True))
+        yield self._rung("CUDA graph", before, after, f"{self._name}, host and device together")
 
-    def cuda_graph(self, make: Callable[[bool], DeviceEngine]) -> Rung:
-        """Steps of an engine made to replay graphs against those of one made to queue every kernel.
-
-        Steps on a device are queued; their mean is over a frame, whose tokens the host waits for.
-        """
-        before, after = (self._mean_seconds(make(graphs)) for graphs in (False, True))
-        return self._rung("CUDA graph", before, after, f"{self._name}, host and device together")
-
-    def _mean_seconds(self, engine: DeviceEngine) -> float:
-        session, manifest = session_over(self.chosen, engine, self.window, self.cpu), self.chosen.manifest
+    def _mean_seconds(self, device: DeviceTarget, bundle: Bundle, *, graphs: bool = True) -> float:
+        """Mean of a step over a frame, whose tokens the host waits for: steps themselves are queued."""
+        session, manifest = device.open(bundle, self.window, graphs=graphs), bundle.manifest
         schedule = Schedule.serial(manifest.layout.stream(), 1, manifest.schedule.row_seed)
         workload, best = random_workload(session, 1, 2), float("inf")
-        for _ in range(REPEATS):
-            run = measure(session, schedule, workload, 2)
-            best = min(best, (run.decoded[1] - run.decoded[0]) / schedule.d)
+        try:
+            for _ in range(REPEATS):
+                run = measure(session, schedule, workload, 2)
+                best = min(best, (run.decoded[1] - run.decoded[0]) / schedule.d)
+        finally:
+            if isinstance(session.engine, DeviceEngine):
+                session.engine.close()
         return best
 
     def _seconds(self, bundle: Bundle, engine: Engine, *, sampling: bool = False) -> float:
@@ -213,17 +221,9 @@ class Ladder:
         return best
 
     def _rung(self, name: str, before: float, after: float, held: str) -> Rung:
-        threads = self.cpu.threads or "all"
-        fixed = f"{held}, k=1 serial, window {self.window}, {threads} threads"
+        place = "" if self.device else f", {self.cpu.threads or 'all'} threads"
+        fixed = f"{held}, k=1 serial, window {self.window}{place}"
         return Rung(name=name, seconds=after, gain=before / after, before=before, held=fixed)
-
-
-def _has_cuda_device() -> bool:
-    try:
-        open_driver()
-    except DiagdError:
-        return False
-    return True
 
 
 def _unmeasured(name: str, reason: str) -> Rung:

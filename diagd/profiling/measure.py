@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from diagd.engines.engine import Float, Int
+from diagd.profiling.clock import StepClock, step_clock
 from diagd.profiling.timeline import Timeline
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Frame, Session, StepTime
@@ -96,37 +96,37 @@ def measure(
     run = Measured(schedule, began=time.perf_counter())
     with run.timeline.stage("prompt"):
         session.start(workload.prompt, workload.prompt_actions, workload.text)
-    taken = session.timing.steps
     actions = None if workload.actions is None else workload.actions[:frames]
     with run.timeline.stage("plan"):
         generated = session.generate(frames, actions, schedule=schedule)
     latents = _latents(pixels)
     pending: list[Int] = []
-    with _writer(pixels, video, run.timeline) as writer:
-        for frame in _timed(generated, run, session):
+    with step_clock(session) as clock, _writer(pixels, video, run.timeline) as writer:
+        for frame in _timed(generated, run, clock):
             pending.append(frame.tokens)
             if len(pending) == latents or len(run.decoded) == frames:
                 _show(run, pixels, writer, pending)
                 run.shown += [time.perf_counter()] * len(pending)
                 pending = []
     run.ended = time.perf_counter()
-    run.steps = list(session.timing.recent)[taken - session.timing.steps :]
     _add_steps(run)
     return run
 
 
-def _timed(frames: Iterator[Frame], run: Measured, session: Session) -> Iterator[Frame]:
+def _timed(frames: Iterator[Frame], run: Measured, clock: StepClock) -> Iterator[Frame]:
     """Note when each frame is there, and what it took beside its steps."""
     asked = time.perf_counter()
     for frame in frames:
         decoded = time.perf_counter()
         run.decoded.append(decoded)
-        steps = itertools.islice(reversed(session.timing.recent), frame.steps)
+        steps, refill = clock.finished(frame.steps, frame.refill_seconds)
+        run.steps += steps
         inside = sum(step.engine + step.sampling + step.host for step in steps)
-        if frame.refill_seconds:
-            run.timeline.add("context refill", decoded - frame.refill_seconds, frame.refill_seconds)
-        rest = decoded - asked - inside - frame.refill_seconds
-        run.timeline.add("frame handling", decoded - rest, rest)
+        if refill:
+            run.timeline.add("context refill", decoded - refill, refill)
+        done = time.perf_counter()
+        rest = max(0.0, done - asked - inside - refill)
+        run.timeline.add("frame handling", done - rest, rest)
         yield frame
         asked = time.perf_counter()
     run.timeline.add("frame handling", asked, time.perf_counter() - asked)

@@ -53,7 +53,8 @@ def page(report: Report) -> str:
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}: latency</title><style>{STYLE}</style>"
     )
-    where = f"{machine.processor}, {machine.threads} threads, {machine.platform}, {report.created}"
+    threads = f"{machine.processor}, {machine.threads} threads"
+    where = ", ".join(filter(None, (machine.device, threads, machine.platform, report.created)))
     body = [
         f"<h1>{escape(title)}</h1><p class='soft'>{escape(where)}</p>",
         _cards(report),
@@ -95,6 +96,8 @@ def _cards(report: Report) -> str:
         "action to picture": _time(best.action_latency.p50),
         "peak memory": f"{report.peak_memory / 1e9:.2f} GB",
     }
+    if report.device_memory:
+        cards["device memory"] = f"{report.device_memory / 1e9:.2f} GB"
     shown = "".join(f"<div class='card'>{name}<b>{escape(value)}</b></div>" for name, value in cards.items())
     return f"<div class='cards'>{shown}</div>"
 
@@ -153,11 +156,7 @@ def _stages(run: Run) -> str:
 
 
 def _widths(report: Report) -> str:
-    machine = report.machine
-    note = (
-        f"memory {max(machine.copied, machine.read) / 1e9:.1f} GB/s, "
-        f"matrix product {machine.peak / 1e9:.0f} GFLOP/s, measured in the same run"
-    )
+    note = f"{report.machine.limits}, measured in the same run"
     rows = [
         [
             f"{run.order}, {width.name}",

@@ -12,46 +12,33 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
+from diagd.engines.cuda.engine import DeviceEngine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.planning.ceilings import Ceilings, measure_ceilings, memory_bytes
-from diagd.planning.cost import step_operations, step_seconds
+from diagd.planning.ceilings import Ceilings, memory_bytes
+from diagd.planning.machine import installed
 from diagd.planning.model import StoredModel, read_model
 from diagd.profiling.budget import LEAST_FRAMES, Extent, Pace, cuts, find_pace, fit
-from diagd.profiling.engines import find_form, open_engine, session_over
 from diagd.profiling.ladder import Ladder
-from diagd.profiling.measure import Measured, bucket, measure, random_workload
+from diagd.profiling.measure import Measured, measure, random_workload
 from diagd.profiling.orders import decoding_orders, obstacle, order_name
-from diagd.profiling.report import (
-    Deadlines,
-    Machine,
-    Report,
-    Run,
-    Skipped,
-    SlowStep,
-    Stage,
-    StepSample,
-    Subject,
-    Width,
-)
-from diagd.profiling.statistics import describe, slow_ones
+from diagd.profiling.report import Machine, Report, Skipped, Subject
+from diagd.profiling.summary import stages, summarise
+from diagd.profiling.targets import CPU, DeviceTarget, ProcessorTarget, Target, find_target
 from diagd.profiling.timeline import Timeline
 from diagd.profiling.trace import nvtx_ranges
 from diagd.progress import Progress
-from diagd.runtime.load import open_session
 from diagd.runtime.pixels import PixelCodec
-from diagd.runtime.session import Session, StepTime
+from diagd.runtime.session import Session
 from diagd.schedule import Schedule
 from diagd.version import __version__
 
-SLOW_STEPS: Final = 20
-SAMPLES: Final = 5000
+PACKAGES: Final = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings")
 SPENT: Final = "the time budget was spent"
 
 
@@ -61,7 +48,8 @@ class ProfileOptions:
 
     Attributes:
         ks: row lags; each runs with serial and with chained frames.
-        engine: form of the step graph; default: what ``open_session`` takes.
+        backend: ``cpu``, or a GPU's: ``cuda``, ``tensorrt``, ``tensorrt_rtx``.
+        engine: form of the step graph on the processor; default: what ``open_session`` takes.
         precision: of the step graph; default: that of the bundle's first graph.
         frames: measured of each order.
         prompt: frames known ahead; default: a full window, where a step costs what it costs for ever.
@@ -78,6 +66,7 @@ class ProfileOptions:
     """
 
     ks: tuple[int, ...] = (1, 2)
+    backend: str = CPU
     engine: str | None = None
     precision: str | None = None
     frames: int = 4
@@ -109,6 +98,7 @@ def profile(
     options: ProfileOptions,
     progress: Progress | None = None,
     tell: Callable[[str], object] = lambda _: None,
+    target: ProcessorTarget | DeviceTarget | None = None,
 ) -> Profile:
     """Measure a bundle on this machine.
 
@@ -117,6 +107,7 @@ def profile(
         options: how.
         progress: shows it.
         tell: takes the estimate, and what is cut, before the measurement begins.
+        target: where; default: what the options name.
 
     Raises:
         UsageError: a window or prompt that cannot be measured.
@@ -126,9 +117,10 @@ def profile(
     began, progress = time.perf_counter(), progress or Progress()
     whole, bundle = bundle, bundle.at_precision(options.precision)
     model, orders = read_model(bundle.path, options.precision), decoding_orders(bundle.manifest, options.ks)
+    target = target or find_target(options.backend, options.engine, options.cpu)
     with progress.task("measuring this machine"):
-        ceilings = measure_ceilings(options.cpu.threads)
-    session, pixels, start = _load(bundle, options, progress)
+        ceilings = target.ceilings()
+    session, pixels, start = _load(bundle, options, target, progress)
     chosen, skipped = _split(orders, session, options)
     with progress.task("estimating"):
         pace = find_pace(session, model, ceilings, pixels)
@@ -137,19 +129,21 @@ def profile(
     clock = _Clock(began, options.budget)
     with nvtx_ranges(session) if options.marks else nullcontext():
         pairs, late = _run_each(session, chosen, extent, pixels, progress, clock)
-    climb = Ladder(whole, options.precision, session.window, options.cpu)
+    device_memory = _release(session)
+    climb = Ladder(whole, options.precision, session.window, options.cpu, _device(target))
     with progress.task("climbing the ladder"):
         ladder = tuple(climb.rungs(clock.left)) if options.ladder else ()
     report = Report(
         diagd_version=__version__,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        machine=_machine(ceilings),
+        machine=_machine(ceilings, target, options.cpu),
         subject=_subject(bundle, model, session),
-        start=_stages(start),
+        start=stages(start),
         runs=tuple(summarise(run, first, model, ceilings, options.fps) for first, run in pairs),
         skipped=(*skipped, *late),
         ladder=ladder,
         peak_memory=peak_memory(),
+        device_memory=device_memory,
         estimate=estimate,
         cuts=left_out,
     )
@@ -181,21 +175,28 @@ def _extent(
 
 
 def _load(
-    bundle: Bundle, options: ProfileOptions, progress: Progress
+    bundle: Bundle, options: ProfileOptions, target: Target, progress: Progress
 ) -> tuple[Session, PixelCodec | None, Timeline]:
     """A session, the tokenizer, and what it took."""
     start = Timeline()
     with progress.task("loading"):
         with start.stage("load"):
-            session = _open(bundle, options)
+            session = target.open(bundle, options.window)
         return session, _pixels(bundle, options, start), start
 
 
-def _open(bundle: Bundle, options: ProfileOptions) -> Session:
-    if options.engine is None:
-        return open_session(bundle, window=options.window, cpu=options.cpu)
-    form, window = find_form(bundle, options.engine), options.window or bundle.manifest.context.frames
-    return session_over(bundle, open_engine(bundle, form, window, options.cpu), window, options.cpu)
+def _device(target: Target) -> DeviceTarget | None:
+    return target if isinstance(target, DeviceTarget) else None
+
+
+def _release(session: Session) -> int:
+    """Free an engine on a device, whose memory the ladder needs; bytes of it that were in use."""
+    engine = session.engine
+    if not isinstance(engine, DeviceEngine):
+        return 0
+    used = engine.device.memory_used()
+    engine.close()
+    return used
 
 
 def _prompt(session: Session, options: ProfileOptions) -> int:
@@ -263,117 +264,21 @@ def _run(
         return first, measure(session, schedule, workload, frames, pixels, video)
 
 
-def summarise(
-    run: Measured, first: float | None, model: StoredModel, ceilings: Ceilings, fps: float | None
-) -> Run:
-    """Everything a report says of a run."""
-    schedule, shown = run.schedule, np.asarray(run.shown)
-    intervals = np.diff(shown)
-    taken = np.asarray([run.taken(frame) for frame in range(run.frames)])
-    steady = float(shown[-1] - shown[0])
-    shown_frames = model.size.pixel_frames * (run.frames - 1)
-    return Run(
-        order=order_name(schedule),
-        k=schedule.k,
-        d=schedule.d,
-        frames=run.frames,
-        passes=len(run.steps),
-        first_run=first,
-        time_to_first_frame=run.shown[0] - run.began,
-        wall=run.ended - run.began,
-        frames_per_second=shown_frames / steady if steady > 0 else 0.0,
-        intervals=describe(intervals),
-        action_latency=describe((shown - taken)[1:]),
-        action_latency_worst=describe(shown[1:] - taken[:-1]),
-        deadlines=_deadlines(intervals, fps),
-        stages=_stages(run.timeline),
-        widths=tuple(_widths(run, model, ceilings)),
-        slow_steps=tuple(_slow_steps(run.steps)),
-        samples=tuple(_samples(run)),
-    )
-
-
-def _stages(timeline: Timeline) -> tuple[Stage, ...]:
-    return tuple(Stage(name=name, seconds=describe(s)) for name, s in timeline.seconds().items())
-
-
-def _deadlines(intervals: NDArray[np.float64], fps: float | None) -> Deadlines | None:
-    if fps is None:
-        return None
-    late = intervals - 1 / fps
-    worst = float(max(0.0, late.max(initial=0.0)))
-    return Deadlines(fps=fps, frames=len(late), missed=int((late > 0).sum()), worst=worst)
-
-
-def _widths(run: Measured, model: StoredModel, ceilings: Ceilings) -> list[Width]:
-    """Buckets of widths behind the prompt, narrow ones first."""
-    buckets: dict[str, list[StepTime]] = {}
-    for step in sorted(run.steps[run.chunks + 1 :], key=lambda step: step.rows):
-        buckets.setdefault(bucket(step.rows), []).append(step)
-    return [_width(name, steps, model, ceilings) for name, steps in buckets.items()]
-
-
-def _width(name: str, steps: list[StepTime], model: StoredModel, ceilings: Ceilings) -> Width:
-    rows = float(np.mean([step.rows for step in steps]))
-    live = float(np.mean([step.live for step in steps]))
-    read = model.streamed_bytes + model.cache_bytes * model.size.cache_elements * live
-    operations = step_operations(model.size, rows, live)
-    seconds = describe([step.engine for step in steps])
-    least = step_seconds(read, operations, ceilings.bandwidth, ceilings.peak)
-    bound: Literal["memory", "arithmetic"] = (
-        "memory" if read / ceilings.bandwidth >= operations / ceilings.peak else "arithmetic"
-    )
-    return Width(
-        name=name,
-        steps=len(steps),
-        rows=rows,
-        seconds=seconds,
-        bytes=read,
-        operations=operations,
-        bandwidth=read / seconds.p50,
-        share=least / seconds.p50,
-        bound=bound,
-    )
-
-
-def _slow_steps(steps: Sequence[StepTime]) -> list[SlowStep]:
-    seconds = [step.engine + step.sampling + step.host for step in steps]
-    rows = [step.rows for step in steps]
-    found = []
-    for index in slow_ones(seconds, rows)[:SLOW_STEPS]:
-        alike = [s for s, width in zip(seconds, rows, strict=True) if width == rows[index]]
-        usual = float(np.median(alike))
-        found.append(SlowStep(step=index, rows=rows[index], seconds=seconds[index], usual=usual))
-    return found
-
-
-def _samples(run: Measured) -> list[StepSample]:
-    return [
-        StepSample(
-            at=step.began - run.began,
-            rows=step.rows,
-            engine=step.engine,
-            sampling=step.sampling,
-            host=step.host,
-        )
-        for step in run.steps[:SAMPLES]
-    ]
-
-
-def _machine(ceilings: Ceilings) -> Machine:
-    from importlib.metadata import version
-
+def _machine(ceilings: Ceilings, target: Target, cpu: CpuOptions) -> Machine:
+    cores = len(os.sched_getaffinity(0))
+    found = {name: installed(name) for name in PACKAGES}
     return Machine(
         processor=_processor(),
-        cores=len(os.sched_getaffinity(0)),
-        threads=ceilings.threads,
+        cores=cores,
+        threads=ceilings.threads or cpu.threads or cores,
         memory=memory_bytes(),
         platform=platform.platform(),
         versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("numpy", "onnxruntime")},
+        | {name: version for name, version in found.items() if version},
         copied=ceilings.copied,
         read=ceilings.read,
         peak=ceilings.peak,
+        device=target.description,
     )
 
 

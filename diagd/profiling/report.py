@@ -22,7 +22,10 @@ class _Record(BaseModel):
 
 
 class Machine(_Record):
-    """Where it ran: processor, threads, memory in bytes, versions; and its measured limits."""
+    """Where it ran: processor, threads, memory in bytes, versions; and the measured limits.
+
+    ``device`` has steps and limits where it is not ''; ``read`` is 0 there.
+    """
 
     processor: str
     cores: int
@@ -33,6 +36,14 @@ class Machine(_Record):
     copied: float
     read: float
     peak: float
+    device: str = ""
+
+    @property
+    def limits(self) -> str:
+        """Both limits in words."""
+        product = "float16" if self.device else "float32"
+        bandwidth = max(self.copied, self.read) / 1e9
+        return f"memory {bandwidth:.1f} GB/s, {product} matrix product {self.peak / 1e9:.0f} GFLOP/s"
 
 
 class Subject(_Record):
@@ -163,6 +174,7 @@ class Skipped(_Record):
 class Report(_Record):
     """The whole of ``report.json``.
 
+    ``peak_memory``: most bytes of this process; ``device_memory``: of the device, in use behind the runs;
     ``estimate``: seconds that the orders and the ladder were expected to take; ``cuts``: what was left out to
     end in time.
     """
@@ -177,6 +189,7 @@ class Report(_Record):
     skipped: tuple[Skipped, ...]
     ladder: tuple[Rung, ...]
     peak_memory: int
+    device_memory: int = 0
     estimate: Seconds | None = None
     cuts: tuple[str, ...] = ()
 

@@ -16,8 +16,9 @@ from diagd.planning.ceilings import Ceilings
 from diagd.planning.model import read_model
 from diagd.profiling.ladder import SwitchedEngine
 from diagd.profiling.measure import bucket, measure, random_workload
-from diagd.profiling.profile import Profile, ProfileOptions, profile, summarise
+from diagd.profiling.profile import Profile, ProfileOptions, profile
 from diagd.profiling.report import Run
+from diagd.profiling.summary import summarise
 from diagd.runtime.load import open_session
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session, token_places

@@ -1,0 +1,195 @@
+"""Profiles of an engine on a device: over memory of the host, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from diagd.bundle import Bundle, Form
+from diagd.bundle.manifest import AbsoluteContext
+from diagd.engines.cuda.engine import DeviceEngine
+from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import DiagdError, UsageError
+from diagd.export.exporter import GraphOptions
+from diagd.profiling.compare import compare
+from diagd.profiling.ladder import REPEATS, Ladder
+from diagd.profiling.measure import measure, random_workload
+from diagd.profiling.page import page
+from diagd.profiling.profile import Profile, ProfileOptions, profile
+from diagd.profiling.targets import DeviceTarget, find_target
+from diagd.schedule import Schedule
+from tests.engines.host_device import HostDevice, host_kernels
+from tests.engines.test_cuda_engine import WIDTHS, Case, make_engine
+from tests.models import export_small
+from tests.oracles.models import small_model
+from tests.profiling.conftest import LAYOUT
+
+needs_kernels = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+CPU = CpuOptions(threads=1, prepack=False)
+OPTIONS = ProfileOptions(ks=(1,), frames=4, fps=5.0, cpu=CPU)
+SIDE, COPIED = 32, 1 << 16
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    options = GraphOptions((Form.MODERN,), widths=WIDTHS)
+    path = tmp_path_factory.mktemp("device") / "modern.diagd"
+    return Bundle.open(export_small(small_model(LAYOUT, layers=1, context_frames=4), path, options))
+
+
+@dataclass
+class Workshop:
+    """Makes a target over memory of the host, and keeps the devices that it made."""
+
+    kernels: ctypes.CDLL
+    devices: list[HostDevice] = field(default_factory=list)
+    before_step: Callable[[], None] = lambda: None
+
+    def device(self) -> HostDevice:
+        self.devices.append(HostDevice(self.kernels))
+        return self.devices[-1]
+
+    def engine(self, bundle: Bundle, tokens: int, graphs: bool) -> DeviceEngine:
+        case, device = Case(small_model(LAYOUT, layers=1), bundle, self.kernels), self.device()
+        engine = make_engine(case, Form.MODERN, tokens, device, graphs=graphs)
+        queue = engine._program.enqueue
+        engine._program.enqueue = lambda width: (self.before_step(), queue(width))  # type: ignore
+        return engine
+
+    def target(self) -> DeviceTarget:
+        def product(device: HostDevice) -> Callable[..., OnnxRuntimeProgram]:
+            return lambda model, rows, tensors: OnnxRuntimeProgram(
+                onnxruntime.InferenceSession(str(model)), tensors, (rows,), device.kind
+            )
+
+        return DeviceTarget("host memory", CPU, self.device, self.engine, product, SIDE, COPIED)
+
+
+@pytest.fixture
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(host_kernels(str(tmp_path_factory.getbasetemp() / "native")))
+
+
+@needs_kernels
+def test_a_profile_of_a_device(bundle: Bundle, workshop: Workshop) -> None:
+    measured = profile(bundle, OPTIONS, target=workshop.target())
+    check_profile(measured)
+    assert measured.report.machine.device == "host memory"
+    assert "host memory" in page(measured.report)
+    assert all(device.log[-1] == ("close",) for device in workshop.devices)
+    assert compare(measured.report, measured.report).regressions == []
+
+
+def check_profile(measured: Profile) -> None:
+    """Stages add up, and every step of the schedules is there, once, in order."""
+    report = measured.report
+    walls = sum(run.wall for run in report.runs)
+    totals = sum(stage.seconds.total for run in report.runs for stage in run.stages)
+    assert totals == pytest.approx(walls, rel=0.03)
+    assert [run.order for run in report.runs] == ["next token", "k=1 serial", "k=1 chained"]
+    for run, found in zip(measured.runs, report.runs, strict=True):
+        assert found.passes == run.schedule.total_steps(run.frames) + run.chunks
+        assert sum(width.steps for width in found.widths) == found.passes - run.chunks - 1
+        ends = [step.began + step.engine for step in run.steps]
+        begins = [step.began for step in run.steps]
+        assert np.all(np.array(begins[1:]) >= np.array(ends[:-1]) - 1e-4)
+        assert run.began <= begins[0]
+        assert ends[-1] <= run.ended + 1e-4
+        assert all(step.engine > 0 and step.sampling == 0 for step in run.steps)
+    assert report.machine.copied > 0 == report.machine.read
+    assert report.machine.peak > 0
+    assert report.device_memory > 0
+    assert report.subject.engine == "DeviceEngine"
+    rungs = {rung.name: rung for rung in report.ladder}
+    assert list(rungs) == ["precision", "CUDA graph"]
+    assert rungs["CUDA graph"].seconds is not None
+
+
+@needs_kernels
+def test_the_time_of_a_step_is_the_device_s(bundle: Bundle, workshop: Workshop) -> None:
+    """A program that takes longer is found in the engine's time of its own step and in no other."""
+    session = workshop.target().open(bundle, None, graphs=False)
+    workload, schedule = random_workload(session, 2, 3), Schedule.serial(LAYOUT, 1)
+    left = [20]
+
+    def sleep() -> None:
+        if left[0] == 0:
+            time.sleep(0.2)
+        left[0] -= 1
+
+    workshop.before_step = sleep
+    run = measure(session, schedule, workload, 3)
+    times = [step.engine for step in run.steps]
+    assert np.argmax(times) == 20
+    assert times[20] > 0.2 > 10 * sorted(times)[-2]
+    assert sum(step.host for step in run.steps) < 0.1
+
+
+@needs_kernels
+def test_feeding_a_context_again_is_a_stage_of_its_own(bundle: Bundle, workshop: Workshop) -> None:
+    context = AbsoluteContext(frames=4, roll=2)
+    slides = replace(bundle, manifest=bundle.manifest.model_copy(update={"context": context}))
+    session, frames = workshop.target().open(slides, None), 6
+    schedule = Schedule.serial(LAYOUT, 2)
+    run = measure(session, schedule, random_workload(session, 2, frames), frames)
+    assert len(run.steps) - run.chunks == schedule.total_steps(frames)
+    seconds = run.timeline.seconds()
+    assert len(seconds["context refill"]) == 2
+    assert sum(map(sum, seconds.values())) == pytest.approx(run.ended - run.began, rel=0.05)
+
+
+@needs_kernels
+def test_rungs_of_a_device(bundle: Bundle, workshop: Workshop) -> None:
+    """One engine replays what it captured, the other one queues it anew; both are closed."""
+    graphs = bundle.manifest.graphs
+    twice = (*graphs, *(graph.model_copy(update={"precision": "fp16"}) for graph in graphs))
+    both = replace(bundle, manifest=bundle.manifest.model_copy(update={"graphs": twice}))
+    rungs = {rung.name: rung for rung in Ladder(both, "fp32", 3, CPU, workshop.target()).rungs()}
+    assert list(rungs) == ["precision fp16", "CUDA graph"]
+    for rung in rungs.values():
+        assert rung.gain == pytest.approx((rung.before or 0) / (rung.seconds or 1))
+    assert "against fp32" in rungs["precision fp16"].held
+    replayed = [[entry[0] for entry in device.log].count("replay") for device in workshop.devices]
+    steps = REPEATS * Schedule.serial(LAYOUT, 1).table(1, 2, 0, 16).steps
+    assert replayed == [steps, steps, 0, steps]
+    assert all(device.log[-1] == ("close",) for device in workshop.devices)
+
+
+@needs_kernels
+def test_an_engine_is_closed_when_its_rung_fails(bundle: Bundle, workshop: Workshop) -> None:
+    def fail() -> None:
+        if len(workshop.devices[-1].log) > 200:
+            raise DiagdError("the device is gone")
+
+    workshop.before_step = fail
+    rungs = list(Ladder(bundle, None, 3, CPU, workshop.target()).rungs())
+    assert rungs[-1].reason == "the device is gone"
+    assert workshop.devices[-1].log[-1] == ("close",)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "tensorrt"])
+def test_a_profile_on_a_gpu(bundle: Bundle, backend: str) -> None:
+    try:
+        target = find_target(backend, None, CPU)
+    except DiagdError as error:
+        pytest.skip("skipped: no CUDA device" if "no CUDA device" in str(error) else str(error))
+    try:
+        measured = profile(bundle, OPTIONS, target=target)
+    except DiagdError as error:
+        pytest.skip(str(error))
+    check_profile(measured)
+
+
+def test_backends_that_are_not_there() -> None:
+    with pytest.raises(UsageError, match="did you mean 'cuda'"):
+        find_target("cude", None, CPU)
+    with pytest.raises(UsageError, match="form on the CPU"):
+        find_target("cuda", "prefix", CPU)
