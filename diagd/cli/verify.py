@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,10 @@ from diagd.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from diagd.bundle import Bundle, Form
+    from diagd.bundle import Bundle
     from diagd.engines.engine import Int
+    from diagd.profiling.subjects import Subject
+    from diagd.profiling.tensors import TensorVerdict
     from diagd.profiling.verify import Verdict
 
 EPILOG = """examples:
@@ -28,10 +31,13 @@ EPILOG = """examples:
   diagd verify crafter-3m.diagd --engine prefix --k 1,2,3 --frames 2 --json
   diagd verify crafter-3m.diagd --prompt first.png
   diagd verify small-fp16.diagd --reference small-fp32.diagd
+  diagd verify mineworld-300m.diagd --engine tensorrt --tensors
 
 Greedy decoding: the reference sees the tokens that the engine chose and says at every cell which one it would
 have taken. Exit code 1 where an engine fails its gate: all tokens for FP32, 98 % for FP16, 90 % for quantised
-weights, which lose more on random prompts than on real ones.
+weights, which lose more on random prompts than on real ones. --tensors says in which layer a difference
+begins: every output of one step of a modern or portable graph, against the same graph on ONNX Runtime with
+its optimiser off, by Polygraphy.
 """
 
 
@@ -49,11 +55,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
     parser.add_argument("bundle", type=Path, help="what to check")
-    parser.add_argument("--engine", help="form of the step graph: prefix, modern or portable (default: all)")
+    parser.add_argument(
+        "--engine",
+        help="form of the step graph: prefix, modern or portable (default: all), or on a GPU cuda, tensorrt "
+        "or tensorrt_rtx",
+    )
     parser.add_argument("--reference", type=Path, help="bundle with the FP32 prefix graph (default: itself)")
     parser.add_argument("--prompt", type=Path, help="image, video or .npy tokens (default: random tokens)")
     parser.add_argument("--k", default="1,2", help="row lags, each serial and chained (default %(default)s)")
     parser.add_argument("--frames", type=int, default=5, help="of each order (default %(default)s)")
+    parser.add_argument("--tensors", action="store_true", help="compare every output of one step as well")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     add_set_option(parser, VerifySettings)
 
@@ -71,51 +82,55 @@ def run(args: argparse.Namespace) -> int:
     reference = Bundle.open(args.reference) if args.reference else bundle
     _check_same(bundle, reference)
     console = Console(stderr=args.json)
-    verdicts = list(_verdicts(args, settings, bundle, reference, Progress(console)))
+    verdicts: list[Verdict] = []
+    tensors: list[TensorVerdict] = []
+    for subject in _subjects(args, settings, bundle):
+        with closing(subject):
+            verdicts += _verdicts(args, settings, subject, reference, Progress(console))
+            tensors += subject.tensors() if args.tensors else []
+    if args.tensors and not tensors:
+        console.print("nothing to compare by tensor: only modern and portable graphs run on several engines")
     if args.json:
-        print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))  # noqa: T201
+        found = {"verdicts": [asdict(v) for v in verdicts], "tensors": [asdict(t) for t in tensors]}
+        print(json.dumps(found, indent=2))  # noqa: T201
     else:
         _print(console, verdicts)
-    return 0 if all(verdict.passed for verdict in verdicts) else 1
+        _print_tensors(console, tensors)
+    passed = [verdict.passed for verdict in verdicts] + [verdict.passed for verdict in tensors]
+    return 0 if all(passed) else 1
 
 
 def _verdicts(
     args: argparse.Namespace,
     settings: VerifySettings,
-    bundle: Bundle,
+    subject: Subject,
     reference: Bundle,
     progress: Progress,
 ) -> Iterator[Verdict]:
-    from diagd.engines.onnxruntime_session import CpuOptions
-    from diagd.profiling.engines import open_engine, session_over
+    from diagd.profiling.engines import session_over
     from diagd.profiling.measure import random_workload
     from diagd.profiling.orders import decoding_orders, obstacle
     from diagd.profiling.verify import PairedEngine, ReferenceEngine, verify
 
-    cpu, window = CpuOptions(settings.threads), settings.window or min(bundle.manifest.context.frames, 4)
-    known = settings.prompt + args.frames
+    bundle, known = subject.bundle, settings.prompt + args.frames
     orders = decoding_orders(bundle.manifest, parse_lags(args.k))
-    orders = [order for order in orders if obstacle(order, bundle.manifest, window, known) is None]
-    for kept, form in _engines(bundle, args.engine):
-        engine = open_engine(kept, form, window, cpu)
-        pair = PairedEngine(engine, ReferenceEngine(reference, engine.capacity))
-        session = session_over(kept, pair, window, cpu)
-        workload = random_workload(session, settings.prompt, args.frames, settings.seed)
-        if args.prompt:
-            workload = replace(workload, prompt=_read_prompt(args.prompt, bundle, settings))
-        precision = kept.manifest.graphs[0].precision
-        for order in progress.each(orders, f"{form.value} {precision}"):
-            yield verify(session, f"{form.value} {precision}", precision, order, workload, args.frames)
+    orders = [order for order in orders if obstacle(order, bundle.manifest, subject.window, known) is None]
+    pair = PairedEngine(subject.engine, ReferenceEngine(reference, subject.engine.capacity))
+    session = session_over(bundle, pair, subject.window, subject.cpu)
+    workload = random_workload(session, settings.prompt, args.frames, settings.seed)
+    if args.prompt:
+        workload = replace(workload, prompt=_read_prompt(args.prompt, bundle, settings))
+    for order in progress.each(orders, subject.name):
+        yield verify(session, subject.name, subject.precision, order, workload, args.frames)
 
 
-def _engines(bundle: Bundle, name: str | None) -> list[tuple[Bundle, Form]]:
-    """Every precision and form of the bundle, or those of one form."""
-    from diagd.profiling.engines import find_form, forms_of
+def _subjects(args: argparse.Namespace, settings: VerifySettings, bundle: Bundle) -> Iterator[Subject]:
+    """Every precision and form of the bundle, or those of one engine; each is opened when it is its turn."""
+    from diagd.engines.onnxruntime_session import CpuOptions
+    from diagd.profiling.subjects import subjects
 
-    precisions = dict.fromkeys(graph.precision for graph in bundle.manifest.graphs)
-    pairs = [(kept, form) for kept in map(bundle.at_precision, precisions) for form in forms_of(kept)]
-    chosen = find_form(bundle, name) if name else None
-    return [(kept, form) for kept, form in pairs if chosen in (None, form)]
+    window = settings.window or min(bundle.manifest.context.frames, 4)
+    return subjects(bundle, args.engine, window, CpuOptions(settings.threads))
 
 
 def _read_prompt(path: Path, bundle: Bundle, settings: VerifySettings) -> Int:
@@ -142,12 +157,26 @@ def _check_same(bundle: Bundle, reference: Bundle) -> None:
 def _print(console: Console, verdicts: list[Verdict]) -> None:
     from rich.table import Table
 
-    table = Table("engine", "order", "cells", "tokens", "agreement", "logit error", "")
+    table = Table("engine", "order", "cells", "differs at", "agreement", "error", "")
+    for column in table.columns:
+        column.no_wrap = True
     for verdict in verdicts:
         first = verdict.first_difference
-        where = "identical" if first is None else f"differ at ({first.frame}, {first.row}, {first.column})"
+        where = "nowhere" if first is None else f"({first.frame}, {first.row}, {first.column})"
         mark = "[green]ok" if verdict.passed else "[red]failed"
         share = f"{100 * verdict.agreement:.2f} %"
         cells, error = str(verdict.cells), f"{verdict.error:.1e}"
         table.add_row(verdict.engine, verdict.order, cells, where, share, error, mark)
+    console.print(table)
+
+
+def _print_tensors(console: Console, verdicts: list[TensorVerdict]) -> None:
+    from rich.table import Table
+
+    if not verdicts:
+        return
+    table = Table("engine", "tensor", "greatest error", "", title="outputs of one step")
+    for verdict in verdicts:
+        mark = "[green]ok" if verdict.passed else "[red]failed"
+        table.add_row(verdict.engine, verdict.tensor, f"{verdict.error:.1e}", mark)
     console.print(table)

@@ -117,6 +117,11 @@ def find_target(backend: str, form: str | None, cpu: CpuOptions) -> ProcessorTar
         raise unknown("backend", backend, (CPU, *BACKENDS))
     if form is not None:
         raise UsageError(f"engine={form} is a form on the CPU; backend={backend} takes the one that suits it")
+    return gpu_target(backend, cpu)
+
+
+def gpu_target(backend: str, cpu: CpuOptions) -> DeviceTarget:
+    """The first GPU through one of its backends; see ``find_target``."""
     described = describe_device(open_driver())
     return DeviceTarget(
         f"{described.name}, driver {described.driver}, {backend}",

@@ -48,6 +48,11 @@ GATES: Final = {
 QUANTISED: Final = Gate(0.90, 0.2, 0.0)
 
 
+def gate_of(precision: str) -> Gate:
+    """The gate of a step graph's precision."""
+    return GATES.get(precision, QUANTISED)
+
+
 @dataclass(frozen=True)
 class Difference:
     """The first cell with another token than the reference's; ``margin`` is how far that one was ahead."""
@@ -177,9 +182,14 @@ class PairedEngine:
         self._engine, self._reference = engine, reference
         self.capacity, self.max_width = engine.capacity, engine.max_width
         self.samples_in_graph = engine.samples_in_graph
-        self.token_buffer, self.slot_position = engine.token_buffer, engine.slot_position
+        self.slot_position = engine.slot_position
         self._tally: Tally | None = None
         self._pending: tuple[Int, Float] | None = None
+
+    @property
+    def token_buffer(self) -> Int:
+        """Tokens by place, those of the last step included."""
+        return self._engine.token_buffer
 
     def watch(self, tally: Tally | None) -> None:
         """Count what follows into ``tally``; the last step is counted once its tokens are there."""
@@ -244,7 +254,7 @@ def verify(
     for _ in session.generate(frames, actions, schedule=schedule, sampling=SamplingSettings(0.0)):
         pass
     pair.watch(None)
-    return _verdict(name, schedule, GATES.get(precision, QUANTISED), tally, cells)
+    return _verdict(name, schedule, gate_of(precision), tally, cells)
 
 
 def _verdict(name: str, schedule: Schedule, gate: Gate, tally: Tally, cells: NDArray[np.int32]) -> Verdict:

@@ -26,7 +26,7 @@ def test_a_bundle_against_itself(workplace: Workplace, capsys: pytest.CaptureFix
 def test_json_has_a_verdict_for_each_order(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--engine", "prefix", "--k", "1,2,3", "--frames", "2", "--json"]
     assert main(["verify", str(workplace.bundle), *options]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["verdicts"]
     assert len(found) == 7
     assert all(verdict["passed"] and verdict["engine"] == "prefix fp32" for verdict in found)
 
@@ -49,7 +49,7 @@ def test_altered_weights_end_with_code_1(
 ) -> None:
     options = ["--reference", str(workplace.bundle), *QUICK, "--json"]
     assert main(["verify", str(altered), *options]) == 1
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["verdicts"]
     assert not any(verdict["passed"] for verdict in found)
     assert all(verdict["error"] > 1e-3 for verdict in found)
 
@@ -73,8 +73,16 @@ def test_a_prompt_from_a_file(
             "--json",
         ]
         assert main(["verify", str(altered), *options]) == 1
-        errors.append([verdict["error"] for verdict in json.loads(capsys.readouterr().out)])
+        errors.append([verdict["error"] for verdict in json.loads(capsys.readouterr().out)["verdicts"]])
     assert errors[0] != errors[1] == errors[2]
+
+
+def test_tensors_of_one_step(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("polygraphy")
+    assert main(["verify", str(workplace.bundle), *QUICK, "--k", "1", "--tensors"]) == 0
+    assert "nothing to compare by tensor" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

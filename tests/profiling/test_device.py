@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -20,11 +23,15 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import DiagdError, UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.profiling.compare import compare
+from diagd.profiling.engines import session_over
 from diagd.profiling.ladder import REPEATS, Ladder
 from diagd.profiling.measure import measure, random_workload
+from diagd.profiling.orders import decoding_orders
 from diagd.profiling.page import page
 from diagd.profiling.profile import Profile, ProfileOptions, profile
+from diagd.profiling.subjects import on_gpu
 from diagd.profiling.targets import DeviceTarget, find_target
+from diagd.profiling.verify import PairedEngine, ReferenceEngine, verify
 from diagd.schedule import Schedule
 from tests.engines.host_device import HostDevice, host_kernels
 from tests.engines.test_cuda_engine import WIDTHS, Case, make_engine
@@ -173,6 +180,31 @@ def test_an_engine_is_closed_when_its_rung_fails(bundle: Bundle, workshop: Works
     rungs = list(Ladder(bundle, None, 3, CPU, workshop.target()).rungs())
     assert rungs[-1].reason == "the device is gone"
     assert workshop.devices[-1].log[-1] == ("close",)
+
+
+@needs_kernels
+def test_cells_and_tensors_of_a_device_are_verified(
+    bundle: Bundle, workshop: Workshop, tmp_path: Path
+) -> None:
+    """Against the FP32 prefix graph of the same weights; every step gives its logits."""
+    plain = Bundle.open(export_small(small_model(LAYOUT, layers=1, context_frames=4), tmp_path / "p.diagd"))
+    (subject,) = on_gpu([bundle], workshop.target(), "host", 3)
+    with closing(subject):
+        pair = PairedEngine(subject.engine, ReferenceEngine(plain, subject.engine.capacity))
+        session = session_over(bundle, pair, 3, CPU)
+        workload = random_workload(session, 1, 5)
+        for order in decoding_orders(bundle.manifest, (1,)):
+            verdict = verify(session, subject.name, subject.precision, order, workload, 5)
+            assert verdict.passed, verdict
+            assert (verdict.engine, verdict.cells) == ("host fp32", 5 * LAYOUT.cells)
+            assert verdict.error < 1e-4
+        if importlib.util.find_spec("polygraphy"):
+            assert [found.tensor for found in subject.tensors() if found.passed] == [
+                *("logits", "present_key_0", "present_value_0")
+            ]
+    assert workshop.devices[-1].log[-1] == ("close",)
+    with pytest.raises(UsageError, match="--form modern or portable"):
+        next(on_gpu([plain], workshop.target(), "host", 3))
 
 
 @pytest.mark.parametrize("backend", ["cuda", "tensorrt"])

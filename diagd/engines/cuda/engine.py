@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -87,6 +87,11 @@ class DeviceEngine:
         """Where it runs; time stamps on its stream lie between the steps queued."""
         return self._device
 
+    @property
+    def form(self) -> Form:
+        """Of its step graph."""
+        return self._form
+
     def close(self) -> None:
         """Give back the program and everything on the device; the engine and its arrays are dead then."""
         self._wait()
@@ -125,6 +130,25 @@ class DeviceEngine:
         self._device.download(self._logits[:width], self.tensors.named["logits"].address)
         self._device.synchronise()
         return self._logits[inputs.decoded]
+
+    def evaluate(self, feeds: Mapping[str, Array], outputs: Sequence[str], width: int) -> dict[str, Array]:
+        """Run the program alone on given inputs; what the engine knew of its stream is lost.
+
+        Args:
+            feeds: arrays by tensor name.
+            outputs: tensors to give back.
+            width: of the step.
+        """
+        named = self.tensors.named
+        results = {name: np.empty(named[name].at_width(width), named[name].dtype) for name in outputs}
+        for name, array in feeds.items():
+            self._device.upload(named[name].address, np.ascontiguousarray(array, named[name].dtype))
+            self._wait()
+        self._program.enqueue(width)
+        for name, array in results.items():
+            self._device.download(array, named[name].address)
+        self._wait()
+        return results
 
     def set_text(self, rows: Mapping[str, Array]) -> None:
         """Take a text; see ``Engine.set_text``."""
