@@ -32,6 +32,7 @@ from diagd.profiling.summary import stages, summarise
 from diagd.profiling.targets import CPU, DeviceTarget, ProcessorTarget, Target, find_target
 from diagd.profiling.timeline import Timeline
 from diagd.profiling.trace import nvtx_ranges
+from diagd.profiling.watch import watched_steps
 from diagd.progress import Progress
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session
@@ -241,12 +242,24 @@ def _run_each(
     """Runs of the orders, the first one in any case, and the orders that there was no time for."""
     pairs: list[tuple[float | None, Measured]] = []
     late = []
-    for schedule in progress.each(orders, "decoding orders"):
+    for number, schedule in enumerate(orders, start=1):
+        name = order_name(schedule)
         if pairs and not clock.left():
-            late.append(Skipped(order=order_name(schedule), reason=SPENT))
-        else:
+            late.append(Skipped(order=name, reason=SPENT))
+            continue
+        title, steps = f"{name}, {number} of {len(orders)} orders", _steps(session, schedule, extent)
+        with progress.count(title, steps) as advance, watched_steps(session, advance):
             pairs.append(_run(session, schedule, extent, pixels))
     return pairs, late
+
+
+def _steps(session: Session, schedule: Schedule, extent: Extent) -> int:
+    """Steps of all runs of an order."""
+    tables = (
+        schedule.table(extent.prompt, frames, 0, session.engine.max_width)
+        for frames in extent.runs_of(schedule)
+    )
+    return sum(table.steps for table in tables)
 
 
 def _run(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.planning.ceilings import Ceilings
 from diagd.planning.model import read_model
+from diagd.profiling import watch
 from diagd.profiling.budget import Extent, Pace, cuts, find_pace, fit
 from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.orders import decoding_orders
 from diagd.profiling.page import page
 from diagd.profiling.profile import SPENT, ProfileOptions, profile
+from diagd.progress import Progress
 from diagd.runtime.load import open_session
 from diagd.schedule import Schedule
 from tests.profiling.conftest import LAYOUT
@@ -95,3 +100,30 @@ def test_a_large_budget_changes_nothing(bundle: Bundle) -> None:
     report = profile(bundle, options).report
     assert report.cuts == report.skipped == ()
     assert [run.frames for run in report.runs] == [2, 3, 3]
+
+
+class Told(Progress):
+    """Keeps what bars were made and how far they got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bars: list[tuple[str, int, list[int]]] = []
+
+    @contextmanager
+    def count(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        moves: list[int] = []
+        self.bars.append((title, total, moves))
+        yield moves.append
+
+
+def test_progress_is_told_inside_an_order(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of the cold frame and of the measured ones, in more than one go."""
+    monkeypatch.setattr(watch, "SECONDS", 0.002)
+    told = Told()
+    report = profile(bundle, ProfileOptions(ks=(1,), frames=4, ladder=False, cpu=CPU), told).report
+    assert [title for title, _, _ in told.bars] == [
+        *("next token, 1 of 3 orders", "k=1 serial, 2 of 3 orders", "k=1 chained, 3 of 3 orders")
+    ]
+    for (_, total, moves), run in zip(told.bars, report.runs, strict=True):
+        assert sum(moves) == total > run.passes
+    assert sum(move > 0 for move in told.bars[0][2]) > 2
