@@ -22,9 +22,12 @@ from numpy.typing import NDArray
 from diagd.errors import EngineError, UsageError
 
 _BLOCK: Final = 64  # ids a partial sum of the draw covers
-_BINS: Final = 512  # of the histogram that brackets the top-p threshold of a row
-_ROW_BINS: Final = _BINS + 2  # with an empty one ahead, and one behind for ids too light to matter
-_FEW: Final = 512  # candidates a row, on average, that are sorted as they are
+_UNSHIFTED: Final = (1e-20, 1e30)  # sums of exponentials between these are far from the ends of float32
+_FEW: Final = 512  # candidates of a row that are sorted as they are
+_STRIDE: Final = 16  # of the sample that brackets the top-p threshold of a row
+_REACH: Final = 1.5  # times the weight that its first edge is off by
+_SLACK: Final = 0.01  # by which it is wider, of the weight below the threshold
+_TINY: Final = np.finfo(np.float32).tiny
 _GROUP: Final = 16  # ids whose largest stands for them while the top-k threshold is bracketed
 _ONES: Final = np.ones(_BLOCK, np.float32)
 _ZERO: Final = np.zeros(1)
@@ -121,26 +124,19 @@ def kept_weights(
 
     Returns:
         With top-k, float32 [n] of the cells it leaves, and these cells. Without, float32
-        [R, V rounded up to a whole number of blocks], padded with 0, and None. The largest of a row is 1.
+        [R, V rounded up to a whole number of blocks], padded with 0, and None.
 
     Raises:
         EngineError: a row's largest logit is not finite.
     """
-    top = logits.max(axis=1)
-    _check_finite(top)
     if 0 < settings.top_k < logits.shape[1]:
-        return _weights_of_cells(logits, top, settings, keep_crossing)
-    rows, ids = logits.shape
-    padded: NDArray[np.float32] = np.empty((rows, -(-ids // _BLOCK) * _BLOCK), np.float32)
-    padded[:, ids:] = -np.inf
-    np.subtract(logits, top[:, None], out=padded[:, :ids])
-    if settings.temperature != 1:
-        padded /= np.float32(settings.temperature)
-    if settings.top_p == 1:
-        return np.exp(padded, out=padded), None
-    weights = np.exp(padded)
-    floors = _nucleus_floors(logits, top, padded, weights, settings, keep_crossing)
-    np.multiply(weights[:, :ids], logits >= floors[:, None], out=weights[:, :ids])
+        return _weights_of_cells(logits, settings, keep_crossing)
+    weights, total, shift = _exponentials(logits, settings.temperature)
+    if settings.top_p < 1:
+        top = None if keep_crossing else logits.max(axis=1)
+        floors = _nucleus_floors(logits, weights, total, shift, settings, top)
+        live = weights[:, : logits.shape[1]]
+        np.multiply(live, logits >= floors[:, None], out=live)
     return weights, None
 
 
@@ -178,15 +174,50 @@ def _check_finite(top: NDArray[np.float32]) -> None:
         )
 
 
+def _exponentials(
+    logits: NDArray[np.float32], temperature: float
+) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float32]]:
+    """exp((logits - shift) / temperature) [R, padded with 0], the sum of each row, and the shift [R].
+
+    Logits are rarely so large or small that their row needs a shift; to find the largest of each first would
+    be one more pass over all of them.
+    """
+    rows, ids = logits.shape
+    weights: NDArray[np.float32] = np.empty((rows, -(-ids // _BLOCK) * _BLOCK), np.float32)
+    weights[:, ids:] = 0
+    live, shift = weights[:, :ids], np.zeros(rows, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.exp(logits if temperature == 1 else np.divide(logits, np.float32(temperature), out=live), out=live)
+        total = _row_sums(weights)
+    low, high = _UNSHIFTED
+    far = np.flatnonzero(~((total > low) & (total < high)))
+    if far.size:
+        top = logits.max(axis=1)
+        _check_finite(top)
+        shift[far] = top[far]
+        live[far] = np.exp((logits[far] - top[far, None]) / np.float32(temperature))
+        total[far] = _row_sums(weights[far])
+    return weights, total, shift
+
+
+def _row_sums(weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    blocks = weights.reshape(len(weights), -1, _BLOCK)
+    sums: NDArray[np.float64] = (blocks @ _ONES).sum(axis=1, dtype=np.float64)
+    return sums
+
+
 def _weights_of_cells(
-    logits: NDArray[np.float32], top: NDArray[np.float32], settings: SamplingSettings, keep_crossing: bool
+    logits: NDArray[np.float32], settings: SamplingSettings, keep_crossing: bool
 ) -> tuple[NDArray[np.float32], Cells]:
     """See ``kept_weights``: few cells survive top-k, so nothing else looks at all of them."""
+    top = logits.max(axis=1)
+    _check_finite(top)
     cells, values = _top_k(logits, settings.top_k)
     weights = np.exp((values - top[cells.row]) / np.float32(settings.temperature))
     if settings.top_p < 1:
-        allowed = settings.top_p * np.bincount(cells.row, weights).astype(np.float64)
-        floors = _crossed(values, cells.row, top, allowed, settings, keep_crossing)
+        spare = settings.top_p * np.bincount(cells.row, weights).astype(np.float64)
+        limit = None if keep_crossing else top
+        floors = _crossed(values, cells.row, top, spare, settings.temperature, limit)
         weights *= values >= floors[cells.row]
     return weights, cells
 
@@ -220,85 +251,120 @@ def _by_row(
 
 def _nucleus_floors(
     logits: NDArray[np.float32],
-    top: NDArray[np.float32],
-    logs: NDArray[np.float32],
     weights: NDArray[np.float32],
+    total: NDArray[np.float64],
+    shift: NDArray[np.float32],
     settings: SamplingSettings,
-    keep_crossing: bool,
+    top: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
-    """Smallest logit [R] that top-p keeps in each row, without sorting the rows.
+    """Smallest logit [R] that top-p keeps in each row, hardly ever sorting a whole row.
 
     Ids lighter than (1 - p) of the mean weight cannot hold 1 - p of the sum together: the threshold lies
-    above them. Where many are left, a histogram finds the bin of the threshold, and only that bin is sorted.
+    above them. Where many are left, a sample of the row brackets it; where it failed, the row is sorted.
 
     Args:
         logits: [R, V].
-        top: [R], the largest of each row.
-        logs: [R, n], logarithms of the weights, -inf behind V; overwritten.
-        weights: [R, n].
+        weights: [R, n], see ``_exponentials``.
+        total: [R], likewise.
+        shift: [R], likewise.
         settings: top_p is below 1.
-        keep_crossing: see ``sample``.
+        top: see ``_crossed``.
     """
     rows, width = weights.shape
-    total = weights.sum(axis=1)
-    allowed: NDArray[np.float64] = settings.top_p * total.astype(np.float64)
-    heavy = weights >= (total * np.float32((1 - settings.top_p) / width))[:, None]
-    if np.count_nonzero(heavy) <= _FEW * rows:
+    allowed, ahead = settings.top_p * total, np.zeros(rows)
+    heavy = weights >= (total * ((1 - settings.top_p) / width)).astype(np.float32)[:, None]
+    many = np.array([np.count_nonzero(row) > _FEW for row in heavy])
+    lost = np.zeros(rows, bool)
+    if many.all():
+        places, ahead, lost = _bracket(weights, total, allowed)
+    elif many.any():
+        heavy[many] = False
+        inside, ahead[many], lost[many] = _bracket(weights[many], total[many], allowed[many])
+        row, column = np.divmod(inside, width)
+        heavy[np.flatnonzero(many)[row], column] = True
         places = np.flatnonzero(heavy)
     else:
-        ahead, places = _crossing_bins(logs, weights, allowed, (1 - settings.top_p) / width)
-        allowed = allowed - ahead
+        places = np.flatnonzero(heavy)
     row, column = np.divmod(places, width)
-    return _crossed(logits[row, column], row, top, allowed, settings, keep_crossing)
+    floors = _crossed(logits[row, column], row, shift, allowed - ahead, settings.temperature, top)
+    if lost.any():
+        row = np.repeat(np.arange(np.count_nonzero(lost)), logits.shape[1])
+        limit = None if top is None else top[lost]
+        whole = logits[lost].reshape(-1)
+        floors[lost] = _crossed(whole, row, shift[lost], allowed[lost], settings.temperature, limit)
+    return floors
 
 
-def _crossing_bins(
-    logs: NDArray[np.float32], weights: NDArray[np.float32], allowed: NDArray[np.float64], lightest: float
-) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Where the sum over a row, from its heaviest weight on, exceeds what is allowed.
+def _bracket(
+    weights: NDArray[np.float32], total: NDArray[np.float64], allowed: NDArray[np.float64]
+) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.bool_]]:
+    """Few cells around the weight at which the sum over a row, from its heaviest on, exceeds ``allowed``.
+
+    A sorted sample tells how much weight lies below each of its values: its guess of the threshold is one
+    edge of the bracket. The weight above that edge is then summed exactly, and the other edge is the value
+    somewhat further away than the sample says is needed.
 
     Args:
-        logs: [R, n], logarithms of the weights, the largest 0; overwritten.
         weights: [R, n].
+        total: [R], the sum of each row.
         allowed: [R].
-        lightest: weight under which ids may share one bin.
 
     Returns:
-        The weight [R] ahead of each row's bin in a histogram over ``logs``, and the flat places of the ids in
-        these bins.
+        Flat places of the cells, the weight ahead of them [R], and rows [R] whose threshold is elsewhere.
     """
-    first_bin = np.arange(len(logs)) * _ROW_BINS
-    logs *= np.float32(_BINS / math.log(lightest / 2))
-    np.clip(logs, 0, _BINS, out=logs)
-    logs += (first_bin + 1).astype(np.float32)[:, None]
-    bins = logs.astype(np.intp)
-    sums = np.bincount(bins.reshape(-1), weights.reshape(-1), len(logs) * _ROW_BINS)
-    mass = sums.reshape(-1, _ROW_BINS).cumsum(axis=1)
-    crossing = first_bin + (mass <= allowed[:, None]).sum(axis=1)
-    return mass.reshape(-1)[crossing - 1], np.flatnonzero(bins == crossing[:, None])
+    rows, width = weights.shape
+    row = np.arange(rows)
+    ladder: NDArray[np.float32] = np.full((rows, -(-width // _STRIDE) + 2), np.inf, np.float32)
+    ladder[:, 0] = _TINY
+    ladder[:, 1:-1] = weights[:, ::_STRIDE]
+    ladder[:, 1:-1].sort(axis=1)
+    below = ladder[:, :-1].cumsum(axis=1) * np.float32(_STRIDE)
+    light = total - allowed
+    first = (below <= light[:, None]).sum(axis=1)
+    edge = ladder[row, first]
+    above = _row_sums(weights * (weights >= edge[:, None]))
+    missing = allowed - above
+    towards = np.where(missing < 0, 1, -1)
+    goal = below[row, np.minimum(first, below.shape[1] - 1)] + towards * (
+        2 * np.abs(missing) + _SLACK * light
+    )
+    place = (below <= goal[:, None]).sum(axis=1) + towards
+    other = ladder[row, np.clip(place, 0, ladder.shape[1] - 1)]
+    cells = (weights >= np.minimum(edge, other)[:, None]) & (weights < np.maximum(edge, other)[:, None])
+    places = np.flatnonzero(cells)
+    inside = np.bincount(places // width, weights.reshape(-1)[places], rows)
+    ahead = np.where(missing < 0, above - inside, above)
+    missed = (ahead > allowed) | (ahead + inside <= allowed)
+    return places, ahead, missed
 
 
 def _crossed(
     logits: NDArray[np.float32],
     row: NDArray[np.intp],
-    top: NDArray[np.float32],
-    allowed: NDArray[np.float64],
-    settings: SamplingSettings,
-    keep_crossing: bool,
+    shift: NDArray[np.float32],
+    spare: NDArray[np.float64],
+    temperature: float,
+    top: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
-    """Smallest kept logit [R] of candidates [n] in ascending rows, which may weigh ``allowed`` [R] together.
+    """Smallest kept logit [R] of candidates [n] in ascending rows.
 
-    A row without candidates keeps everything.
+    Args:
+        logits: [n].
+        row: [n].
+        shift: [R], see ``_exponentials``.
+        spare: [R], what the candidates may weigh together.
+        temperature: divisor of the logits.
+        top: [R], the largest of each row, if the id that crosses is dropped unless it is the largest.
     """
-    table, counts = _by_row(logits, row, len(top))
+    table, counts = _by_row(logits, row, len(spare))
     table.sort(axis=1)
     candidates = table[:, ::-1]
-    weights = np.exp((candidates - top[:, None]) / np.float32(settings.temperature))
-    index = (weights.cumsum(axis=1, dtype=np.float64) <= allowed[:, None]).sum(axis=1)
+    weights = np.exp((table - shift[:, None]) / np.float32(temperature))[:, ::-1]
+    index = (weights.cumsum(axis=1, dtype=np.float64) <= spare[:, None]).sum(axis=1)
     floors: NDArray[np.float32] = candidates[
-        np.arange(len(top)), np.minimum(index, np.maximum(counts - 1, 0))
+        np.arange(len(spare)), np.minimum(index, np.maximum(counts - 1, 0))
     ]
-    if keep_crossing:
+    if top is None:
         return floors
     return np.where(index < counts, np.minimum(np.nextafter(floors, np.float32(np.inf)), top), floors)
 
