@@ -20,16 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.errors import EngineError, UsageError
+from diagd.runtime.nucleus import BLOCK, block_sums, by_row, crossing_floors, nucleus_floors, row_sums
 
-_BLOCK: Final = 64  # ids a partial sum of the draw covers
 _UNSHIFTED: Final = (1e-20, 1e30)  # sums of exponentials between these are far from the ends of float32
-_FEW: Final = 512  # candidates of a row that are sorted as they are
-_STRIDE: Final = 16  # of the sample that brackets the top-p threshold of a row
-_REACH: Final = 1.5  # times the weight that its first edge is off by
-_SLACK: Final = 0.01  # by which it is wider, of the weight below the threshold
-_TINY: Final = np.finfo(np.float32).tiny
 _GROUP: Final = 16  # ids whose largest stands for them while the top-k threshold is bracketed
-_ONES: Final = np.ones(_BLOCK, np.float32)
 _ZERO: Final = np.zeros(1)
 _TEMPERATURES: Final = (1e-3, 1e3)
 
@@ -102,7 +96,8 @@ def sample(
         return np.empty(0, np.int32)
     allowed, first = _restrict(logits, low, high)
     if settings.temperature == 0:
-        ids = allowed.argmax(axis=1)
+        # Row by row: along an axis, NumPy copies all of an array whose rows do not touch.
+        ids = np.array([row.argmax() for row in allowed])
         _check_finite(allowed[np.arange(len(ids)), ids])
     else:
         weights, cells = kept_weights(allowed, settings, keep_crossing=keep_crossing)
@@ -131,10 +126,10 @@ def kept_weights(
     """
     if 0 < settings.top_k < logits.shape[1]:
         return _weights_of_cells(logits, settings, keep_crossing)
-    weights, total, shift = _exponentials(logits, settings.temperature)
+    weights, total, shift = exponentials(logits, settings.temperature)
     if settings.top_p < 1:
         top = None if keep_crossing else logits.max(axis=1)
-        floors = _nucleus_floors(logits, weights, total, shift, settings, top)
+        floors = nucleus_floors(logits, weights, total, shift, settings.top_p, settings.temperature, top)
         live = weights[:, : logits.shape[1]]
         np.multiply(live, logits >= floors[:, None], out=live)
     return weights, None
@@ -174,7 +169,7 @@ def _check_finite(top: NDArray[np.float32]) -> None:
         )
 
 
-def _exponentials(
+def exponentials(
     logits: NDArray[np.float32], temperature: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float32]]:
     """exp((logits - shift) / temperature) [R, padded with 0], the sum of each row, and the shift [R].
@@ -183,12 +178,12 @@ def _exponentials(
     be one more pass over all of them.
     """
     rows, ids = logits.shape
-    weights: NDArray[np.float32] = np.empty((rows, -(-ids // _BLOCK) * _BLOCK), np.float32)
+    weights: NDArray[np.float32] = np.empty((rows, -(-ids // BLOCK) * BLOCK), np.float32)
     weights[:, ids:] = 0
     live, shift = weights[:, :ids], np.zeros(rows, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         np.exp(logits if temperature == 1 else np.divide(logits, np.float32(temperature), out=live), out=live)
-        total = _row_sums(weights)
+        total = row_sums(weights)
     low, high = _UNSHIFTED
     far = np.flatnonzero(~((total > low) & (total < high)))
     if far.size:
@@ -196,14 +191,8 @@ def _exponentials(
         _check_finite(top)
         shift[far] = top[far]
         live[far] = np.exp((logits[far] - top[far, None]) / np.float32(temperature))
-        total[far] = _row_sums(weights[far])
+        total[far] = row_sums(weights[far])
     return weights, total, shift
-
-
-def _row_sums(weights: NDArray[np.float32]) -> NDArray[np.float64]:
-    blocks = weights.reshape(len(weights), -1, _BLOCK)
-    sums: NDArray[np.float64] = (blocks @ _ONES).sum(axis=1, dtype=np.float64)
-    return sums
 
 
 def _weights_of_cells(
@@ -217,7 +206,7 @@ def _weights_of_cells(
     if settings.top_p < 1:
         spare = settings.top_p * np.bincount(cells.row, weights).astype(np.float64)
         limit = None if keep_crossing else top
-        floors = _crossed(values, cells.row, top, spare, settings.temperature, limit)
+        floors = crossing_floors(values, cells.row, top, spare, settings.temperature, limit)
         weights *= values >= floors[cells.row]
     return weights, cells
 
@@ -233,140 +222,9 @@ def _top_k(logits: NDArray[np.float32], k: int) -> tuple[Cells, NDArray[np.float
     bound = np.partition(maxima, -k, axis=1)[:, -k, None]
     row, column = np.divmod(np.flatnonzero(logits >= bound), ids)
     values = logits[row, column]
-    table, _ = _by_row(values, row, rows)
+    table, _ = by_row(values, row, rows)
     kept = values >= np.partition(table, -k, axis=1)[:, -k][row]
     return Cells(row[kept], column[kept]), values[kept]
-
-
-def _by_row(
-    values: NDArray[np.float32], row: NDArray[np.intp], rows: int
-) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """Values [n] of ascending rows as a table, -inf behind those of each row, and how many a row has."""
-    counts = np.bincount(row, minlength=rows)
-    place = np.arange(row.size) - (counts.cumsum() - counts)[row]
-    table = np.full((rows, max(1, counts.max())), -np.inf, np.float32)
-    table[row, place] = values
-    return table, counts
-
-
-def _nucleus_floors(
-    logits: NDArray[np.float32],
-    weights: NDArray[np.float32],
-    total: NDArray[np.float64],
-    shift: NDArray[np.float32],
-    settings: SamplingSettings,
-    top: NDArray[np.float32] | None,
-) -> NDArray[np.float32]:
-    """Smallest logit [R] that top-p keeps in each row, hardly ever sorting a whole row.
-
-    Ids lighter than (1 - p) of the mean weight cannot hold 1 - p of the sum together: the threshold lies
-    above them. Where many are left, a sample of the row brackets it; where it failed, the row is sorted.
-
-    Args:
-        logits: [R, V].
-        weights: [R, n], see ``_exponentials``.
-        total: [R], likewise.
-        shift: [R], likewise.
-        settings: top_p is below 1.
-        top: see ``_crossed``.
-    """
-    rows, width = weights.shape
-    allowed, ahead = settings.top_p * total, np.zeros(rows)
-    heavy = weights >= (total * ((1 - settings.top_p) / width)).astype(np.float32)[:, None]
-    many = np.array([np.count_nonzero(row) > _FEW for row in heavy])
-    lost = np.zeros(rows, bool)
-    if many.all():
-        places, ahead, lost = _bracket(weights, total, allowed)
-    elif many.any():
-        heavy[many] = False
-        inside, ahead[many], lost[many] = _bracket(weights[many], total[many], allowed[many])
-        row, column = np.divmod(inside, width)
-        heavy[np.flatnonzero(many)[row], column] = True
-        places = np.flatnonzero(heavy)
-    else:
-        places = np.flatnonzero(heavy)
-    row, column = np.divmod(places, width)
-    floors = _crossed(logits[row, column], row, shift, allowed - ahead, settings.temperature, top)
-    if lost.any():
-        row = np.repeat(np.arange(np.count_nonzero(lost)), logits.shape[1])
-        limit = None if top is None else top[lost]
-        whole = logits[lost].reshape(-1)
-        floors[lost] = _crossed(whole, row, shift[lost], allowed[lost], settings.temperature, limit)
-    return floors
-
-
-def _bracket(
-    weights: NDArray[np.float32], total: NDArray[np.float64], allowed: NDArray[np.float64]
-) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.bool_]]:
-    """Few cells around the weight at which the sum over a row, from its heaviest on, exceeds ``allowed``.
-
-    A sorted sample tells how much weight lies below each of its values: its guess of the threshold is one
-    edge of the bracket. The weight above that edge is then summed exactly, and the other edge is the value
-    somewhat further away than the sample says is needed.
-
-    Args:
-        weights: [R, n].
-        total: [R], the sum of each row.
-        allowed: [R].
-
-    Returns:
-        Flat places of the cells, the weight ahead of them [R], and rows [R] whose threshold is elsewhere.
-    """
-    rows, width = weights.shape
-    row = np.arange(rows)
-    ladder: NDArray[np.float32] = np.full((rows, -(-width // _STRIDE) + 2), np.inf, np.float32)
-    ladder[:, 0] = _TINY
-    ladder[:, 1:-1] = weights[:, ::_STRIDE]
-    ladder[:, 1:-1].sort(axis=1)
-    below = ladder[:, :-1].cumsum(axis=1) * np.float32(_STRIDE)
-    light = total - allowed
-    first = (below <= light[:, None]).sum(axis=1)
-    edge = ladder[row, first]
-    above = _row_sums(weights * (weights >= edge[:, None]))
-    missing = allowed - above
-    towards = np.where(missing < 0, 1, -1)
-    goal = below[row, np.minimum(first, below.shape[1] - 1)] + towards * (
-        2 * np.abs(missing) + _SLACK * light
-    )
-    place = (below <= goal[:, None]).sum(axis=1) + towards
-    other = ladder[row, np.clip(place, 0, ladder.shape[1] - 1)]
-    cells = (weights >= np.minimum(edge, other)[:, None]) & (weights < np.maximum(edge, other)[:, None])
-    places = np.flatnonzero(cells)
-    inside = np.bincount(places // width, weights.reshape(-1)[places], rows)
-    ahead = np.where(missing < 0, above - inside, above)
-    missed = (ahead > allowed) | (ahead + inside <= allowed)
-    return places, ahead, missed
-
-
-def _crossed(
-    logits: NDArray[np.float32],
-    row: NDArray[np.intp],
-    shift: NDArray[np.float32],
-    spare: NDArray[np.float64],
-    temperature: float,
-    top: NDArray[np.float32] | None,
-) -> NDArray[np.float32]:
-    """Smallest kept logit [R] of candidates [n] in ascending rows.
-
-    Args:
-        logits: [n].
-        row: [n].
-        shift: [R], see ``_exponentials``.
-        spare: [R], what the candidates may weigh together.
-        temperature: divisor of the logits.
-        top: [R], the largest of each row, if the id that crosses is dropped unless it is the largest.
-    """
-    table, counts = _by_row(logits, row, len(spare))
-    table.sort(axis=1)
-    candidates = table[:, ::-1]
-    weights = np.exp((table - shift[:, None]) / np.float32(temperature))[:, ::-1]
-    index = (weights.cumsum(axis=1, dtype=np.float64) <= spare[:, None]).sum(axis=1)
-    floors: NDArray[np.float32] = candidates[
-        np.arange(len(spare)), np.minimum(index, np.maximum(counts - 1, 0))
-    ]
-    if top is None:
-        return floors
-    return np.where(index < counts, np.minimum(np.nextafter(floors, np.float32(np.inf)), top), floors)
 
 
 def _draw(weights: NDArray[np.float32], uniforms: NDArray[Any]) -> NDArray[np.intp]:
@@ -374,15 +232,15 @@ def _draw(weights: NDArray[np.float32], uniforms: NDArray[Any]) -> NDArray[np.in
 
     The sum runs over blocks and then inside one block, which is faster and rounds less than one long sum.
     """
-    blocks = weights.reshape(len(weights), -1, _BLOCK)
-    ends = (blocks @ _ONES).cumsum(axis=1, dtype=np.float64)
+    blocks = weights.reshape(len(weights), -1, BLOCK)
+    ends = block_sums(weights).cumsum(axis=1, dtype=np.float64)
     rows, target = np.arange(len(weights)), uniforms * ends[:, -1]
     block = (ends <= target[:, None]).sum(axis=1)
     inside = blocks[rows, block].cumsum(axis=1, dtype=np.float64)
     whole = inside[:, -1:]
     # The sum of a block is rounded: held below its weights' own, what is left leads to an id that has one.
     left = np.minimum((ends[rows, block] - target)[:, None], whole)
-    ids: NDArray[np.intp] = block * _BLOCK + (whole - inside >= left).sum(axis=1)
+    ids: NDArray[np.intp] = block * BLOCK + (whole - inside >= left).sum(axis=1)
     return ids
 
 
