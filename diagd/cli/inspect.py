@@ -11,6 +11,7 @@ from diagd.cli.schedule_options import add_schedule_options, parse_schedule
 from diagd.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
 
     from diagd.bundle import Manifest
@@ -27,6 +28,8 @@ EPILOG = """examples:
 A step is printed as its fed tokens: the position of the token, @ the position it stands in for where it is a
 row seed, > the cell its prediction fills.
 """
+
+SHOWN_OPERATORS = 4
 
 SHOWN_COLUMNS = 30
 """Grids up to so many columns are printed; --draw shows larger ones."""
@@ -54,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
         if args.draw:
             raise UsageError("--draw needs a bundle: an ONNX file has no schedule")
         graphs = {args.path.name: read_graph(args.path)}
-        _print_json({"graphs": _graphs_content(graphs)}) if args.json else _print_graphs(Console(), graphs)
+        _print_json({"graphs": _graphs_content(graphs)}) if args.json else _print_graphs(
+            Console(), graphs, {}
+        )
         return 0
     manifest = read_manifest(args.path)
     files = [graph.file for graph in manifest.graphs]
@@ -82,7 +87,7 @@ def _report(
     else:
         console = Console()
         _print_manifest(console, manifest, args.path)
-        _print_graphs(console, graphs)
+        _print_graphs(console, graphs, _uses(manifest))
         _print_schedule(console, schedule, drawn, args.steps)
     if args.draw:
         draw(args.draw, drawn)
@@ -141,11 +146,16 @@ def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
 
 
 def _cache_bytes(manifest: Manifest) -> list[str]:
-    """Bytes of K and V that one token takes, by precision of the step graphs."""
+    """Bytes of K and V that one token takes, by the step graphs that keep them so."""
     cache = manifest.cache
     elements = 2 * cache.layers * cache.kv_heads * cache.head_size
-    kinds = {graph.precision: manifest.cache_dtype(graph) for graph in manifest.graphs}
-    return [f"{elements * kind.itemsize:,} in {precision} ({kind})" for precision, kind in kinds.items()]
+    graphs: dict[np.dtype[np.generic], list[str]] = {}
+    for graph in manifest.graphs:
+        graphs.setdefault(manifest.cache_dtype(graph), []).append(f"{graph.form.value} {graph.precision}")
+    return [
+        f"{elements * kind.itemsize:,} ({kind}: {', '.join(dict.fromkeys(names))})"
+        for kind, names in graphs.items()
+    ]
 
 
 def _tokenizer(manifest: Manifest) -> str:
@@ -154,14 +164,33 @@ def _tokenizer(manifest: Manifest) -> str:
     return f"{spec.height} x {spec.width} pixels, {spec.temporal_factor} frames a latent one"
 
 
-def _print_graphs(console: Console, graphs: dict[str, OnnxGraph]) -> None:
+def _uses(manifest: Manifest) -> dict[str, str]:
+    """What each file of a step graph is for: form, precision, widths and slots."""
+    uses = {}
+    for file in dict.fromkeys(graph.file for graph in manifest.graphs):
+        graphs = [graph for graph in manifest.graphs if graph.file == file]
+        widths = "/".join(str(graph.width) for graph in graphs if graph.width)
+        fixed = f"\nwidth {widths}, {graphs[0].capacity} slots" if widths else ""
+        uses[file] = f"{graphs[0].form.value} {graphs[0].precision}{fixed}"
+    return uses
+
+
+def _print_graphs(console: Console, graphs: dict[str, OnnxGraph], uses: dict[str, str]) -> None:
     from rich.table import Table
 
-    table = Table("graph", "opset", "operators", "constants", title="graphs")
+    table = Table("graph", "constants", "operators", title="graphs", show_lines=True)
     for name, graph in graphs.items():
-        operators = ", ".join(f"{kind} {count}" for kind, count in graph.operators.most_common())
-        sizes = ", ".join(f"{dtype} {size / 1e6:,.3f} MB" for dtype, size in graph.bytes_by_dtype().items())
-        table.add_row(name, str(graph.opset), f"{graph.operators.total()}: {operators}", sizes)
+        common = graph.operators.most_common()
+        operators = ", ".join(f"{kind} {count}" for kind, count in common[:SHOWN_OPERATORS])
+        more = f" and {len(common) - SHOWN_OPERATORS} kinds more" if len(common) > SHOWN_OPERATORS else ""
+        sizes = graph.bytes_by_dtype().items()
+        shown = [f"{dtype} {size / 1e6:,.3f} MB" for dtype, size in sizes if size >= 500]
+        title = f"{name}\n{uses[name]}" if name in uses else name
+        table.add_row(
+            f"{title}\nopset {graph.opset}",
+            "\n".join(shown),
+            f"{graph.operators.total()}: {operators}{more}",
+        )
     console.print(table)
     for name, graph in graphs.items():
         for kind, values in (("in ", graph.inputs), ("out", graph.outputs)):

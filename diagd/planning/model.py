@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from diagd.bundle import Manifest, read_manifest
+from diagd.bundle import Form, Manifest, read_manifest
 from diagd.bundle.manifest import AbsoluteContext, RotaryContext, StepGraph
 from diagd.errors import BundleError
 from diagd.planning.onnx_graph import OnnxGraph, read_graph
@@ -65,18 +65,19 @@ class StoredModel:
     cache_bytes: int
 
 
-def read_model(path: Path, precision: str | None = None) -> StoredModel:
+def read_model(path: Path, precision: str | None = None, form: Form | None = None) -> StoredModel:
     """Dimensions of a bundle from its manifest and the headers of its graphs.
 
     Args:
         path: the bundle.
         precision: of the step graph whose bytes are counted; default: that of the first.
+        form: likewise; forms of one precision differ in what they store and in their cache.
 
     Raises:
         BundleError: the bundle or its step graph cannot be read.
     """
     manifest = read_manifest(path)
-    entry = step_graph(path, manifest, precision)
+    entry = step_graph(path, manifest, precision, form)
     graph = read_graph(path / entry.file)
     streamed = [tensor for tensor in graph.initializers if not tensor.looked_up]
     looked_up = sum(tensor.elements for tensor in graph.initializers if tensor.looked_up)
@@ -106,16 +107,19 @@ def refed_tokens(context: RotaryContext | AbsoluteContext, layout: StreamLayout)
     return (context.frames - context.roll) * layout.frame_length / context.roll
 
 
-def step_graph(path: Path, manifest: Manifest, precision: str | None = None) -> StepGraph:
-    """A bundle's first step graph of a precision.
+def step_graph(
+    path: Path, manifest: Manifest, precision: str | None = None, form: Form | None = None
+) -> StepGraph:
+    """A bundle's first step graph of a precision and a form.
 
     Raises:
         BundleError: there is none.
     """
     for graph in manifest.graphs:
-        if precision in (None, graph.precision):
+        if precision in (None, graph.precision) and form in (None, graph.form):
             return graph
-    raise BundleError(f"{path} has no {precision or 'step'} graph; export it again")
+    wanted = " ".join(filter(None, (precision, form and form.value))) or "step"
+    raise BundleError(f"{path} has no {wanted} graph; export it again")
 
 
 def _query_width(graph: OnnxGraph, least: int) -> int:

@@ -25,8 +25,8 @@ PROBE_PROMPT: Final = 2
 PROMPTS: Final = 16
 """Lengths of the prompt that are tried, from the whole one down to one frame."""
 
-LADDER_RUNS: Final = 8
-"""Probes that the ladder comes to: a rung's prompt is shorter, which makes up for loading its engines."""
+QUICK_PROBE: Final = 2.0
+"""Seconds up to which a probe is worth repeating."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,20 @@ class Pace:
     picture: float = 0.0
     probe: float = 0.0
 
-    def seconds(self, orders: Sequence[Schedule], extent: Extent, *, ladder: bool = False) -> float:
-        """Seconds of all orders, each with its first run of one frame, and of the ladder."""
+    def seconds(self, orders: Sequence[Schedule], extent: Extent, ladder: int = 0) -> float:
+        """Seconds of all orders, each with its first run of one frame, and of so many runs of the ladder.
+
+        A rung's prompt is shorter than the probe's, which makes up for loading its engines.
+        """
         runs = sum(
             self.run(order, extent.prompt, frames) for order in orders for frames in extent.runs_of(order)
         )
-        return runs + LADDER_RUNS * self.probe * ladder
+        return runs + ladder * self.probe
+
+    def slower(self, done: Sequence[Schedule], extent: Extent, spent: float) -> float:
+        """What the orders that are done took over what was expected of them; 1 where none is."""
+        expected = self.seconds(done, extent)
+        return spent / expected if expected else 1.0
 
     def run(self, schedule: Schedule, prompt: int, frames: int) -> float:
         """Seconds of one run: prompt, frames, what a context that slides feeds again, and pictures."""
@@ -118,10 +126,12 @@ class Pace:
 def find_pace(
     session: Session, model: StoredModel, ceilings: Ceilings, pixels: PixelCodec | None = None
 ) -> Pace:
-    """Measure one serial frame behind a short prompt."""
+    """Measure one serial frame behind a short prompt; again where that is quick, for the first is cold."""
     schedule = Schedule.serial(session.layout, 1, session.manifest.schedule.row_seed)
     workload = random_workload(session, min(PROBE_PROMPT, session.window - 1), 1)
     run = measure(session, schedule, workload, 1, pixels)
+    if run.ended - run.began < QUICK_PROBE:
+        run = measure(session, schedule, workload, 1, pixels)
     ideal, fed = Pace(session, model, ceilings), run.chunks + 1
     pictures = run.timeline.seconds().get(DECODE, [0.0])
     return Pace(
@@ -148,7 +158,7 @@ def fit(
     wanted: Extent,
     budget: float,
     *,
-    ladder: bool = True,
+    ladder: int = 0,
     keep_prompt: bool = False,
 ) -> Extent:
     """The largest extent that takes at most ``budget`` seconds, or the least that there is."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from diagd.bundle import Bundle, Form
+from diagd.engines.cuda.engine import DeviceEngine
 from diagd.engines.engine import Engine
+from diagd.engines.fixed import FixedEngine
 from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.portable import PortableEngine
@@ -17,6 +19,11 @@ from diagd.schedule import slots_needed
 def forms_of(bundle: Bundle) -> list[Form]:
     """Forms of the bundle's step graphs, each once."""
     return list(dict.fromkeys(graph.form for graph in bundle.manifest.graphs))
+
+
+def form_of(engine: Engine) -> Form:
+    """The form of the step graph that an engine runs."""
+    return engine.form if isinstance(engine, (FixedEngine, DeviceEngine)) else Form.PREFIX
 
 
 def find_form(bundle: Bundle, name: str) -> Form:

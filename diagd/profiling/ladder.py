@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from diagd.runtime.session import token_places
 from diagd.schedule import Schedule, slots_needed
 
 REPEATS: Final = 2
+SWITCHES: Final = "live-prefix attention and in-place K/V"
 
 
 class SwitchedEngine(PrefixEngine):
@@ -73,6 +74,14 @@ class SwitchedEngine(PrefixEngine):
             self._bind_output(f"present_{name}", buffer[:length])
 
 
+class _Group(NamedTuple):
+    """Rungs that share their measurements, and how many runs of one frame those are."""
+
+    name: str
+    runs: int
+    measure: Callable[[], Iterable[Rung]]
+
+
 @dataclass(frozen=True)
 class Ladder:
     """What is held fixed while one thing changes: a diagonal step (k=1, serial) early in a context.
@@ -96,35 +105,41 @@ class Ladder:
         """The graphs of the precision."""
         return self.bundle.at_precision(self.precision)
 
-    def rungs(self, left: Callable[[], bool] = lambda: True) -> Iterator[Rung]:
+    @property
+    def runs(self) -> int:
+        """Runs of one frame that all rungs come to."""
+        return sum(group.runs for group in self._groups())
+
+    def rungs(self, left: Callable[[int], bool] = lambda _: True) -> Iterator[Rung]:
         """Measure one optimisation after the other.
 
         Args:
-            left: whether there is time for another; the rungs behind the last one are named all the same.
+            left: whether there is time for so many runs of one frame; rungs without are named all the same.
         """
-        groups: dict[str, Callable[[], Iterable[Rung]]] = (
-            {}
-            if self.device
-            else {
-                "live-prefix attention and in-place K/V": self._prefix,
-                "sampling in the graph": self._sampling,
-            }
-        )
-        groups |= {f"precision {name}": partial(self._precision, name) for name in self._others()}
-        if self.device:
-            groups["CUDA graph"] = partial(self._cuda_graph, self.device)
         if not self._others():
             yield _unmeasured("precision", f"the bundle has {self._name} only; diagd-calibrate adds others")
-        for name, measured in groups.items():
-            if not left():
-                yield _unmeasured(name, "left out: the time budget was spent")
+        for group in self._groups():
+            if not left(group.runs):
+                yield _unmeasured(group.name, "left out: the time budget does not allow it")
                 continue
             try:
-                yield from measured()
+                yield from group.measure()
             except (DiagdError, OSError) as error:
-                yield _unmeasured(name, str(error))
+                yield _unmeasured(group.name, str(error))
         if not self.device:
             yield _unmeasured("CUDA graph", "needs a CUDA device: --set backend=cuda or tensorrt")
+
+    def _groups(self) -> list[_Group]:
+        """Rungs that are measured together."""
+        forms, twice = forms_of(self.chosen), 2 * REPEATS
+        precisions = [
+            _Group(f"precision {name}", twice, partial(self._precision, name)) for name in self._others()
+        ]
+        if self.device:
+            return [*precisions, _Group("CUDA graph", twice, partial(self._cuda_graph, self.device))]
+        switches = _Group(SWITCHES, 2 * twice * (Form.PREFIX in forms), self._prefix)
+        sampling = _Group("sampling in the graph", twice * (Form.MODERN in forms), self._sampling)
+        return [switches, sampling, *precisions]
 
     @property
     def _name(self) -> str:
@@ -133,7 +148,7 @@ class Ladder:
     def _prefix(self) -> Iterator[Rung]:
         if Form.PREFIX not in forms_of(self.chosen):
             reason = "the bundle has no prefix graph of this precision; export with --form prefix"
-            yield _unmeasured("live-prefix attention and in-place K/V", reason)
+            yield _unmeasured(SWITCHES, reason)
             return
         switches = {
             "none": (False, False),

@@ -24,6 +24,7 @@ from diagd.planning.ceilings import Ceilings, memory_bytes
 from diagd.planning.machine import installed
 from diagd.planning.model import StoredModel, read_model
 from diagd.profiling.budget import LEAST_FRAMES, Extent, Pace, cuts, find_pace, fit
+from diagd.profiling.engines import form_of
 from diagd.profiling.ladder import Ladder
 from diagd.profiling.measure import Measured, measure, random_workload
 from diagd.profiling.orders import decoding_orders, obstacle, order_name
@@ -117,23 +118,25 @@ def profile(
     """
     began, progress = time.perf_counter(), progress or Progress()
     whole, bundle = bundle, bundle.at_precision(options.precision)
-    model, orders = read_model(bundle.path, options.precision), decoding_orders(bundle.manifest, options.ks)
+    orders = decoding_orders(bundle.manifest, options.ks)
     target = target or find_target(options.backend, options.engine, options.cpu)
     with progress.task("measuring this machine"):
         ceilings = target.ceilings()
     session, pixels, start = _load(bundle, options, target, progress)
+    model = read_model(bundle.path, options.precision, form_of(session.engine))
+    climb = Ladder(whole, options.precision, session.window, options.cpu, _device(target))
     chosen, skipped = _split(orders, session, options)
     with progress.task("estimating"):
         pace = find_pace(session, model, ceilings, pixels)
-        extent, estimate, left_out = _extent(pace, chosen, options, began)
+        extent, estimate, left_out = _extent(pace, chosen, options, began, climb.runs * options.ladder)
     tell("; ".join([f"about {estimate:.0f} s for {len(chosen)} decoding orders", *left_out]))
     clock = _Clock(began, options.budget)
     with nvtx_ranges(session) if options.marks else nullcontext():
-        pairs, late = _run_each(session, chosen, extent, pixels, progress, clock)
+        pairs, late = _run_each(pace, chosen, extent, pixels, progress, clock)
     device_memory = _release(session)
-    climb = Ladder(whole, options.precision, session.window, options.cpu, _device(target))
     with progress.task("climbing the ladder"):
-        ladder = tuple(climb.rungs(clock.left)) if options.ladder else ()
+        rungs = climb.rungs(lambda runs: clock.left(runs * pace.probe)) if options.ladder else ()
+        ladder = tuple(rungs)
     report = Report(
         diagd_version=__version__,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -158,20 +161,21 @@ class _Clock:
     began: float
     budget: float | None
 
-    def left(self) -> bool:
-        return self.budget is None or time.perf_counter() - self.began < self.budget
+    def left(self, seconds: float) -> bool:
+        """Whether work of so many seconds ends in time."""
+        return self.budget is None or time.perf_counter() - self.began + seconds < self.budget
 
 
 def _extent(
-    pace: Pace, orders: Sequence[Schedule], options: ProfileOptions, began: float
+    pace: Pace, orders: Sequence[Schedule], options: ProfileOptions, began: float, ladder: int
 ) -> tuple[Extent, float, tuple[str, ...]]:
     """What fits into the rest of the budget, its seconds, and what was cut; a prompt asked for is kept."""
     session, keep_prompt = pace.session, options.prompt is not None
     wanted = extent = Extent(_prompt(session, options), options.frames)
     if options.budget is not None:
         rest = options.budget - (time.perf_counter() - began)
-        extent = fit(pace, orders, wanted, rest, ladder=options.ladder, keep_prompt=keep_prompt)
-    estimate = pace.seconds(orders, extent, ladder=options.ladder)
+        extent = fit(pace, orders, wanted, rest, ladder=ladder, keep_prompt=keep_prompt)
+    estimate = pace.seconds(orders, extent, ladder=ladder)
     return extent, estimate, cuts(wanted, extent, session.window)
 
 
@@ -232,7 +236,7 @@ def _pixels(bundle: Bundle, options: ProfileOptions, start: Timeline) -> PixelCo
 
 
 def _run_each(
-    session: Session,
+    pace: Pace,
     orders: Sequence[Schedule],
     extent: Extent,
     pixels: PixelCodec | None,
@@ -241,14 +245,20 @@ def _run_each(
 ) -> tuple[list[tuple[float | None, Measured]], list[Skipped]]:
     """Runs of the orders, the first one in any case, and the orders that there was no time for."""
     pairs: list[tuple[float | None, Measured]] = []
-    late = []
+    late, session, began = [], pace.session, time.perf_counter()
     for number, schedule in enumerate(orders, start=1):
         name = order_name(schedule)
-        if pairs and not clock.left():
+        slower = pace.slower([run.schedule for _, run in pairs], extent, time.perf_counter() - began)
+        rest = slower * pace.seconds(orders[number - 1 :], extent)
+        # An order that mostly fits is worth more than an exact end.
+        if pairs and not clock.left(slower * pace.seconds([schedule], extent) / 2):
             late.append(Skipped(order=name, reason=SPENT))
             continue
-        title, steps = f"{name}, {number} of {len(orders)} orders", _steps(session, schedule, extent)
-        with progress.count(title, steps) as advance, watched_steps(session, advance):
+        title = f"{name}, {number} of {len(orders)} orders, {rest:.0f} s left"
+        with (
+            progress.count(title, _steps(session, schedule, extent)) as advance,
+            watched_steps(session, advance),
+        ):
             pairs.append(_run(session, schedule, extent, pixels))
     return pairs, late
 

@@ -53,13 +53,13 @@ def test_the_largest_extent_that_fits_is_chosen(bundle: Bundle, pace: Pace) -> N
         *(Extent(3, 8), Extent(3, 4), Extent(3, 2)),
         *(Extent(3, 2, cold=False), Extent(2, 2, cold=False), Extent(1, 2, cold=False)),
     ]
-    times = [pace.seconds(orders, extent, ladder=True) for extent in tried]
+    times = [pace.seconds(orders, extent, ladder=8) for extent in tried]
     assert times == sorted(times, reverse=True)
     for extent, seconds in zip(tried, times, strict=True):
-        assert fit(pace, orders, wanted, seconds) == extent
+        assert fit(pace, orders, wanted, seconds, ladder=8) == extent
     assert fit(pace, orders, wanted, 0.0) == Extent(1, 2, cold=False)
     assert fit(pace, orders, wanted, 0.0, keep_prompt=True) == Extent(3, 2, cold=False)
-    assert fit(pace, orders, wanted, times[0] - 8 * 0.25, ladder=False) == wanted
+    assert fit(pace, orders, wanted, times[0] - 8 * 0.25) == wanted
 
 
 def test_a_probe_finds_how_far_from_the_limits_steps_are(bundle: Bundle, pace: Pace) -> None:
@@ -68,6 +68,12 @@ def test_a_probe_finds_how_far_from_the_limits_steps_are(bundle: Bundle, pace: P
     assert min(found.narrow, found.wide, found.probe) > 0
     assert slower.narrow > 1e4 * found.narrow
     assert found.picture == 0
+
+
+def test_what_is_done_tells_how_slow_the_rest_is(bundle: Bundle, pace: Pace) -> None:
+    orders, extent = decoding_orders(bundle.manifest, (1,)), Extent(3, 2)
+    assert pace.slower([], extent, 0.0) == 1.0
+    assert pace.slower(orders[:2], extent, 3 * pace.seconds(orders[:2], extent)) == pytest.approx(3.0)
 
 
 def test_nothing_is_cut_that_fits() -> None:
@@ -121,9 +127,10 @@ def test_progress_is_told_inside_an_order(bundle: Bundle, monkeypatch: pytest.Mo
     monkeypatch.setattr(watch, "SECONDS", 0.002)
     told = Told()
     report = profile(bundle, ProfileOptions(ks=(1,), frames=4, ladder=False, cpu=CPU), told).report
-    assert [title for title, _, _ in told.bars] == [
+    assert [title.rpartition(",")[0] for title, _, _ in told.bars] == [
         *("next token, 1 of 3 orders", "k=1 serial, 2 of 3 orders", "k=1 chained, 3 of 3 orders")
     ]
+    assert all(title.endswith("s left") for title, _, _ in told.bars)
     for (_, total, moves), run in zip(told.bars, report.runs, strict=True):
         assert sum(moves) == total > run.passes
     assert sum(move > 0 for move in told.bars[0][2]) > 2

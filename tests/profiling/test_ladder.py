@@ -15,7 +15,7 @@ from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.export.exporter import GraphOptions
 from diagd.profiling.host_sampling import HostSamplingEngine, without_sampler
-from diagd.profiling.ladder import Ladder
+from diagd.profiling.ladder import REPEATS, Ladder
 from diagd.profiling.measure import random_workload
 from diagd.profiling.report import Rung
 from diagd.runtime.sampling import SamplingSettings
@@ -81,9 +81,22 @@ def test_precisions_are_compared_in_a_form_that_both_have(both: Bundle) -> None:
 
 
 def test_without_time_every_rung_is_named(both: Bundle) -> None:
-    rungs = list(Ladder(both, None, 3, CPU).rungs(lambda: False))
+    ladder, asked = Ladder(both, None, 3, CPU), []
+    rungs = list(ladder.rungs(asked.append))
     assert [rung.seconds for rung in rungs] == [None] * 4
     assert all("time budget" in rung.reason for rung in rungs[1:3])
+    assert asked == [4 * REPEATS, 2 * REPEATS]
+    assert ladder.runs == sum(asked)
+
+
+def test_rungs_that_cannot_be_measured_take_no_time(both: Bundle) -> None:
+    modern = replace(
+        both,
+        manifest=both.manifest.model_copy(
+            update={"graphs": tuple(g for g in both.manifest.graphs if g.form is Form.MODERN)}
+        ),
+    )
+    assert Ladder(modern, None, 3, CPU).runs == 2 * REPEATS
 
 
 def tokens(manifest: Manifest, engine: Engine) -> np.ndarray:
