@@ -43,6 +43,7 @@ class FixedEngine:
         dtype = manifest.cache_dtype(graphs[0])
         self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache)}
         self.text = text_buffers(manifest)
+        options = options.suiting(graphs[0].precision)
         self._session = open_session(bundle.file(graphs[0].file), bundle.digest, options)
         vocabulary = manifest.output_vocabulary
         self._steps = {width: self.step_type(self._session, self, width, vocabulary) for width in self.widths}

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,10 @@ class CpuOptions:
     threads: int = 0
     prepack: bool = True
     fuse: bool = True
+
+    def suiting(self, precision: str) -> CpuOptions:
+        """These options for a step graph of a precision: products of FP8 cannot be fused."""
+        return replace(self, fuse=False) if precision.startswith("fp8") else self
 
 
 def open_session(graph: Path, digest: str, options: CpuOptions) -> onnxruntime.InferenceSession:

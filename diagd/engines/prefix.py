@@ -44,7 +44,7 @@ class PrefixEngine:
         names = [f"{kind}_{layer}" for layer in range(manifest.cache.layers) for kind in ("key", "value")]
         self.buffers = {name: aligned_zeros(shape, dtype) for name in names}
         self._text = text_buffers(manifest)
-        self._session = open_session(bundle.file(graph.file), bundle.digest, options)
+        self._session = open_session(bundle.file(graph.file), bundle.digest, options.suiting(graph.precision))
         self._binding = self._session.io_binding()
         self._write_index = np.zeros(1, np.int64)
         self._logits = np.zeros((MAX_WIDTH, manifest.output_vocabulary), np.float32)

@@ -1,0 +1,79 @@
+"""Every verb that reports on a bundle, over one with quantised graphs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diagd.bundle import read_manifest
+from diagd.cli.main import main
+from tests.cli.conftest import Workplace
+
+PRECISIONS = ("fp8", "int4-weight", "int8-weight-kv8")
+
+
+@pytest.fixture(scope="module")
+def quantised(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("quantised") / "world.diagd"
+    forms = ("--form", "prefix,modern,portable")
+    source = ("--model", "world", "--checkpoint", str(workplace.world), "--output", str(bundle))
+    assert main(["export", *source, *forms]) == 0
+    data = ("--data", str(workplace.prompt), "--budget", "none", "--set", "steps=64")
+    for precision in PRECISIONS:
+        scheme, _, cache = precision.partition("-kv8")
+        cached = () if precision == scheme else ("--kv-cache", "int8")
+        assert main(["calibrate", str(bundle), "--precision", scheme, *cached, *data]) == 0, cache
+    return bundle
+
+
+@pytest.mark.parametrize("precision", ["fp32", *PRECISIONS])
+def test_profiles_name_the_precision(
+    quantised: Path, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--k", "1", "--frames", "2", "--set", f"precision={precision}", "--output", str(tmp_path))
+    assert main(["profile", str(quantised), *options, "--set", "threads=1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["subject"]["precision"] == precision
+    form = "portable" if precision.endswith("kv8") else "prefix"
+    (graph, *_) = (
+        g for g in read_manifest(quantised).graphs if (g.precision, g.form.value) == (precision, form)
+    )
+    stored = sum((quantised / name).stat().st_size for name in _weights(quantised, graph.file))
+    assert 0.5 * stored < report["subject"]["weight_bytes"] <= stored
+    rungs = {rung["name"] for rung in report["ladder"]}
+    assert {f"precision {name}" for name in ("fp32", *PRECISIONS) if name != precision} <= rungs
+    for run in report["runs"]:
+        stages = sum(stage["seconds"]["total"] for stage in run["stages"])
+        assert stages == pytest.approx(run["wall"], rel=0.1)
+
+
+def _weights(bundle: Path, graph: str) -> list[str]:
+    """The graph and its weights file."""
+    stem = graph.removeprefix("step.").removesuffix("onnx").rstrip(".")
+    return [graph, f"weights.{stem}.bin" if (bundle / f"weights.{stem}.bin").is_file() else "weights.bin"]
+
+
+def test_every_precision_is_verified(quantised: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether it passes is for the weights to say; that each is run is for us."""
+    assert main(["verify", str(quantised), "--k", "1", "--frames", "1", "--json"]) in (0, 1)
+    verdicts = json.loads(capsys.readouterr().out)["verdicts"]
+    engines = {verdict["engine"] for verdict in verdicts}
+    forms = ("prefix", "modern", "portable")
+    assert engines == {f"{form} {p}" for form in forms for p in ("fp32", "fp8", "int4-weight")} | {
+        "portable int8-weight-kv8"
+    }
+    assert all(verdict["passed"] for verdict in verdicts if verdict["engine"].endswith("fp32"))
+
+
+def test_graphs_and_caches_are_told_apart(quantised: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(quantised)]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "float16: modern fp8, portable fp8" in shown
+    assert "(int8: portable int8-weight-kv8)" in shown
+    assert "float8e4m3fn" in shown
+    assert main(["doctor", str(quantised), "--json"]) in (0, 1)
+    assert "digests agree" in capsys.readouterr().out
+    assert main(["plan", str(quantised), "--device", "h200", "--json"]) == 0
+    json.loads(capsys.readouterr().out)
