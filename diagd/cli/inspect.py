@@ -54,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
     from diagd.planning.onnx_graph import read_graph
 
     if args.path.is_file():
-        if args.draw:
-            raise UsageError("--draw needs a bundle: an ONNX file has no schedule")
+        asked = {name: getattr(args, name) for name in ("draw", "k", "d", "seed_policy", "steps")}
+        if given := [name.replace("_", "-") for name, value in asked.items() if value]:
+            raise UsageError(f"--{given[0]} needs a bundle: an ONNX file has no schedule")
         graphs = {args.path.name: read_graph(args.path)}
         _print_json({"graphs": _graphs_content(graphs)}) if args.json else _print_graphs(
             Console(), graphs, {}
@@ -80,10 +81,12 @@ def _report(
 
     if args.frames < 1:
         raise UsageError(f"--frames {args.frames}: show at least one frame")
+    if args.steps < 0:
+        raise UsageError(f"--steps {args.steps}: expected 0 or more")
     drawn = frontier(schedule, args.frames)
     if args.json:
         content = {"manifest": manifest.model_dump(mode="json"), "graphs": _graphs_content(graphs)}
-        _print_json(content | {"schedule": _schedule_content(schedule, drawn)})
+        _print_json(content | {"schedule": _schedule_content(schedule, drawn, args.steps)})
     else:
         console = Console()
         _print_manifest(console, manifest, args.path)
@@ -110,7 +113,9 @@ def _graphs_content(graphs: dict[str, OnnxGraph]) -> dict[str, Any]:
     }
 
 
-def _schedule_content(schedule: Schedule, drawn: Frontier) -> dict[str, Any]:
+def _schedule_content(schedule: Schedule, drawn: Frontier, steps: int) -> dict[str, Any]:
+    from diagd.profiling.frontier import table_lines
+
     return {
         "k": schedule.k,
         "d": schedule.d,
@@ -119,10 +124,12 @@ def _schedule_content(schedule: Schedule, drawn: Frontier) -> dict[str, Any]:
         "steps": drawn.last + 1,
         "widths": drawn.widths.tolist(),
         "step_of_cell": drawn.steps.tolist(),
+        "table": list(table_lines(schedule.table(1, len(drawn.steps), 0), 0, steps)),
     }
 
 
 def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     layout, cache = manifest.layout, manifest.cache
@@ -139,9 +146,9 @@ def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
         "licence": manifest.licence,
         "files": ", ".join(f"{name} {entry.bytes / 1e6:,.2f} MB" for name, entry in manifest.files.items()),
     }
-    table = Table(show_header=False, title=str(path))
+    table = Table(show_header=False, title=escape(str(path)))
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console.print(table)
 
 
@@ -176,6 +183,7 @@ def _uses(manifest: Manifest) -> dict[str, str]:
 
 
 def _print_graphs(console: Console, graphs: dict[str, OnnxGraph], uses: dict[str, str]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("graph", "constants", "operators", title="graphs", show_lines=True)
@@ -197,7 +205,7 @@ def _print_graphs(console: Console, graphs: dict[str, OnnxGraph], uses: dict[str
             shown = [f"{v.name} {v.dtype}{list(v.shape)}".replace("'", "") for v in values]
             more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
             console.print(
-                f"[dim]{name}[/] {kind}: {', '.join(shown[:8])}{more}", markup=True, highlight=False
+                f"[dim]{escape(name)}[/] {kind}: {escape(', '.join(shown[:8]))}{more}", highlight=False
             )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
     options = _options(args)
     output = args.output or Path(f"{args.bundle.name.removesuffix('.diagd')}.profile")
-    console = Console(stderr=args.json)
+    _check_writable(output, args.trace)
+    console = Console(stderr=args.json, markup=False, highlight=False)
     measured = profile(Bundle.open(args.bundle), options, Progress(console), console.print)
     measured.report.write(output / "report.json")
     write_page(output / "report.html", measured.report)
@@ -95,8 +98,22 @@ def run(args: argparse.Namespace) -> int:
         print(measured.report.model_dump_json(indent=1))  # noqa: T201
     else:
         _print(console, measured.report)
-        console.print(f"{output / 'report.html'}", highlight=False)
+        console.print(str(output / "report.html"), soft_wrap=True)
     return 0
+
+
+def _check_writable(output: Path, trace: Path | None) -> None:
+    """Find out before the measurement, not behind it.
+
+    Raises:
+        UsageError: the report or the trace cannot be written there.
+    """
+    for option, folder in (("--output", output), ("--trace", trace.parent if trace else output)):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UsageError(f"{option} {folder}: {there} is no directory that can be written to")
+    if trace is not None and trace.is_dir():
+        raise UsageError(f"--trace {trace}: it is a directory; name a file")
 
 
 def _options(args: argparse.Namespace) -> ProfileOptions:
@@ -104,7 +121,7 @@ def _options(args: argparse.Namespace) -> ProfileOptions:
     from diagd.profiling.profile import ProfileOptions
 
     settings = parse_settings(ProfileSettings, args.settings)
-    if args.fps is not None and args.fps <= 0:
+    if args.fps is not None and not 0 < args.fps < math.inf:
         raise UsageError(f"--fps {args.fps}: expected a rate above 0")
     if not args.budget >= 0:
         raise UsageError(f"--budget {args.budget}: expected seconds, or 0 for no limit")
@@ -145,7 +162,9 @@ def _print(console: Console, report: Report) -> None:
     subject, machine = report.subject, report.machine
     where = machine.device or f"{machine.threads} threads"
     title = f"{subject.model} {subject.precision}, window {subject.window}, {where}"
-    table = Table("order", "passes", "frames/s", "frame ms", "p99", "action to picture", "limit", title=title)
+    head = ("order", "passes", "frames/s", "frame ms", "p99", "action to picture ms", "limit")
+    table = Table(*head, title=title)
+    table.columns[0].no_wrap = table.columns[5].no_wrap = True
     for run in report.runs:
         steps = sum(width.steps for width in run.widths)
         share = sum(width.share * width.steps for width in run.widths) / max(1, steps)
@@ -155,12 +174,12 @@ def _print(console: Console, report: Report) -> None:
             str(run.passes),
             f"{run.frames_per_second:.4g}",
             *(f"{1e3 * seconds:.4g}" for seconds in frame),
-            f"{1e3 * run.action_latency.p50:.4g} .. {1e3 * run.action_latency_worst.p50:.4g} ms",
+            f"{1e3 * run.action_latency.p50:.4g} .. {1e3 * run.action_latency_worst.p50:.4g}",
             f"{share:.0%}",
         )
     console.print(table)
     for cut in report.cuts:
-        console.print(f"cut to end in time: {cut}", highlight=False)
+        console.print(f"cut to end in time: {cut}")
     for skipped in report.skipped:
         console.print(f"{skipped.order} was skipped: {skipped.reason}")
     _print_stages(console, max(report.runs, key=lambda run: run.frames_per_second))
@@ -173,14 +192,23 @@ def _print(console: Console, report: Report) -> None:
     console.print(
         f"limits measured here: {machine.limits}; peak memory {report.peak_memory / 1e9:.2f} GB; "
         f"{slow} slow steps",
-        highlight=False,
     )
+    _print_ladder(console, report)
+
+
+def _print_ladder(console: Console, report: Report) -> None:
+    from rich.table import Table
+
+    for held in dict.fromkeys(rung.held for rung in report.ladder if rung.held):
+        table = Table("optimisation", "ms without", "ms with", "gain", title=f"a step: {held}")
+        for rung in report.ladder:
+            if rung.held == held and rung.seconds is not None and rung.before is not None:
+                times = (f"{1e3 * rung.before:.3f}", f"{1e3 * rung.seconds:.3f}", f"{rung.gain:.2f} x")
+                table.add_row(rung.name, *times)
+        console.print(table)
     for rung in report.ladder:
-        if rung.seconds is None or rung.before is None:
-            console.print(f"  {rung.name}: {rung.reason}", highlight=False)
-            continue
-        times = f"{1e3 * rung.before:.3f} to {1e3 * rung.seconds:.3f} ms a step, {rung.gain:.2f} x"
-        console.print(f"  {rung.name}: {times} ({rung.held})", highlight=False)
+        if rung.seconds is None:
+            console.print(f"{rung.name}: {rung.reason}")
 
 
 def _print_stages(console: Console, run: Run) -> None:
@@ -216,4 +244,4 @@ def _print_comparison(console: Console, comparison: Comparison) -> None:
     if few := len(comparison.changes) - len(shown):
         console.print(f"{few} more have too few steps to say")
     for note in comparison.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False, highlight=False)

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
     from diagd.bundle import Bundle
     from diagd.engines.engine import Int
+    from diagd.profiling.report import Skipped
     from diagd.profiling.subjects import Subject
     from diagd.profiling.tensors import TensorVerdict
     from diagd.profiling.verify import Verdict
+    from diagd.schedule import Schedule
 
 EPILOG = """examples:
   diagd verify crafter-3m.diagd
@@ -83,21 +85,44 @@ def run(args: argparse.Namespace) -> int:
     _check_same(bundle, reference)
     console = Console(stderr=args.json)
     verdicts: list[Verdict] = []
+    skipped: list[Skipped] = []
     tensors: list[TensorVerdict] = []
     for subject in _subjects(args, settings, bundle):
         with closing(subject):
-            verdicts += _verdicts(args, settings, subject, reference, Progress(console))
+            orders, left_out = _orders(args, settings, subject)
+            skipped += left_out
+            verdicts += _verdicts(args, settings, subject, reference, orders, Progress(console))
             tensors += subject.tensors() if args.tensors else []
     if args.tensors and not tensors:
         console.print("nothing to compare by tensor: only modern and portable graphs run on several engines")
     if args.json:
-        found = {"verdicts": [asdict(v) for v in verdicts], "tensors": [asdict(t) for t in tensors]}
+        found = {
+            "verdicts": [asdict(verdict) for verdict in verdicts],
+            "tensors": [asdict(verdict) for verdict in tensors],
+            "skipped": [entry.model_dump() for entry in skipped],
+        }
         print(json.dumps(found, indent=2))  # noqa: T201
     else:
         _print(console, verdicts)
+        for entry in skipped:
+            console.print(f"{entry.order} was skipped: {entry.reason}", highlight=False)
         _print_tensors(console, tensors)
     passed = [verdict.passed for verdict in verdicts] + [verdict.passed for verdict in tensors]
     return 0 if all(passed) else 1
+
+
+def _orders(
+    args: argparse.Namespace, settings: VerifySettings, subject: Subject
+) -> tuple[list[Schedule], list[Skipped]]:
+    """Orders that the engine can decode, and the others with the reason."""
+    from diagd.profiling.orders import decoding_orders, obstacle, order_name
+    from diagd.profiling.report import Skipped
+
+    manifest, known, widest = subject.bundle.manifest, settings.prompt + args.frames, subject.engine.max_width
+    orders = decoding_orders(manifest, parse_lags(args.k))
+    pairs = [(order, obstacle(order, manifest, subject.window, known, widest)) for order in orders]
+    late = [Skipped(order=f"{subject.name}, {order_name(order)}", reason=why) for order, why in pairs if why]
+    return [order for order, why in pairs if not why], late
 
 
 def _verdicts(
@@ -105,16 +130,14 @@ def _verdicts(
     settings: VerifySettings,
     subject: Subject,
     reference: Bundle,
+    orders: list[Schedule],
     progress: Progress,
 ) -> Iterator[Verdict]:
     from diagd.profiling.engines import session_over
     from diagd.profiling.measure import random_workload
-    from diagd.profiling.orders import decoding_orders, obstacle
     from diagd.profiling.verify import PairedEngine, ReferenceEngine, verify
 
-    bundle, known = subject.bundle, settings.prompt + args.frames
-    orders = decoding_orders(bundle.manifest, parse_lags(args.k))
-    orders = [order for order in orders if obstacle(order, bundle.manifest, subject.window, known) is None]
+    bundle = subject.bundle
     pair = PairedEngine(subject.engine, ReferenceEngine(reference, subject.engine.capacity))
     session = session_over(bundle, pair, subject.window, subject.cpu)
     workload = random_workload(session, settings.prompt, args.frames, settings.seed)

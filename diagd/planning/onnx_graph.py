@@ -90,13 +90,11 @@ def read_graph(path: Path) -> OnnxGraph:
         BundleError: the file cannot be read or is no ONNX model.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            data = memoryview(mapped)
-            try:
-                return _model(data)
-            finally:
-                data.release()
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            # Closed with its last view: what a traceback holds would forbid closing it here.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return _model(memoryview(mapped))
+    except (OSError, ValueError, BundleError) as error:
         raise BundleError(f"{path} cannot be read as ONNX: {error}") from error
 
 

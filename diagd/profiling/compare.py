@@ -82,10 +82,11 @@ def _change(order: str, width: str, before: Sequence[float], after: Sequence[flo
 
 
 def _by_width(run: Run) -> dict[str, list[float]]:
-    """Seconds of whole steps by width bucket."""
+    """Seconds of whole steps by width bucket; one of no seconds was not measured."""
     steps: dict[str, list[float]] = {}
     for sample in sorted(run.samples, key=lambda sample: sample.rows):
-        steps.setdefault(bucket(sample.rows), []).append(sample.engine + sample.sampling + sample.host)
+        if (seconds := sample.engine + sample.sampling + sample.host) > 0:
+            steps.setdefault(bucket(sample.rows), []).append(seconds)
     return steps
 
 

@@ -21,11 +21,27 @@ def decoding_orders(manifest: Manifest, ks: tuple[int, ...]) -> list[Schedule]:
     return list({(order.k, order.d): order for order in orders}.values())
 
 
-def obstacle(schedule: Schedule, manifest: Manifest, window: int, frames: int) -> str | None:
-    """Why a run of ``frames`` frames, known ones included, cannot be decoded in this order, or None."""
-    overlaps = schedule.d < schedule.steps_per_frame
-    if manifest.context.kind == "absolute" and overlaps and frames > window:
+def obstacle(schedule: Schedule, manifest: Manifest, window: int, frames: int, max_width: int) -> str | None:
+    """Why a run cannot be decoded in this order, or None.
+
+    Args:
+        schedule: the order.
+        manifest: of the model.
+        window: frames a token may see.
+        frames: of the run, known ones included.
+        max_width: rows of the widest step that the engine takes.
+    """
+    overlapping = schedule.steps_per_frame // schedule.d + 1
+    if manifest.context.kind == "absolute" and schedule.d < schedule.steps_per_frame and frames > window:
         return f"{frames} frames slide a window of {window}, which this model does between frames only"
+    if window < overlapping:
+        return f"it has {overlapping} frames under way at once, the window holds {window}"
+    widest = int(schedule.table(1, overlapping + 1, 0, max_width).widths.max())
+    if widest > max_width:
+        return (
+            f"its steps feed up to {widest} tokens, graphs of this bundle take {max_width}; "
+            f"export with --set widths={widest}"
+        )
     return None
 
 

@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -35,6 +35,7 @@ from diagd.profiling.timeline import Timeline
 from diagd.profiling.trace import nvtx_ranges
 from diagd.profiling.watch import watched_steps
 from diagd.progress import Progress
+from diagd.runtime.load import with_threads
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session
 from diagd.schedule import Schedule
@@ -119,6 +120,7 @@ def profile(
     began, progress = time.perf_counter(), progress or Progress()
     whole, bundle = bundle, bundle.at_precision(options.precision)
     orders = decoding_orders(bundle.manifest, options.ks)
+    options = replace(options, cpu=with_threads(options.cpu, bundle))
     target = target or find_target(options.backend, options.engine, options.cpu)
     with progress.task("measuring this machine"):
         ceilings = target.ceilings()
@@ -213,7 +215,8 @@ def _split(
 ) -> tuple[list[Schedule], tuple[Skipped, ...]]:
     """Orders that the model allows, and the others with the reason."""
     frames = _prompt(session, options) + options.frames
-    reasons = [obstacle(order, session.manifest, session.window, frames) for order in orders]
+    widest = session.engine.max_width
+    reasons = [obstacle(order, session.manifest, session.window, frames, widest) for order in orders]
     pairs = list(zip(orders, reasons, strict=True))
     skipped = tuple(Skipped(order=order_name(order), reason=why) for order, why in pairs if why)
     return [order for order, why in pairs if not why], skipped

@@ -210,7 +210,9 @@ def read_report(path: Path) -> Report:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is no report of diagd-profile: {error}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if not isinstance(version, int):
+        raise UsageError(f"{path} is no report of diagd-profile: it has no schema version")
+    if version > SCHEMA_VERSION:
         raise UsageError(f"{path} has schema version {version}; this diagd reads up to {SCHEMA_VERSION}")
     try:
         return Report.model_validate(content)

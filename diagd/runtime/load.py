@@ -78,7 +78,7 @@ def open_session(
         raise UsageError(f"window {window} is outside 2..{frames}, the context of {manifest.name}")
     if compat is not None and compat not in COMPAT:
         raise unknown("compat", compat, COMPAT)
-    cpu = _with_threads(cpu or CpuOptions(), bundle)
+    cpu = with_threads(cpu or CpuOptions(), bundle)
     if backend == "cpu":
         engine = _make_engine(bundle, window, cpu, compat is not None)
     else:
@@ -87,7 +87,7 @@ def open_session(
     return Session(manifest, engine, window, zero_slots=compat is not None, roll=roll, text=text)
 
 
-def _with_threads(cpu: CpuOptions, bundle: Bundle) -> CpuOptions:
+def with_threads(cpu: CpuOptions, bundle: Bundle) -> CpuOptions:
     """One thread for a model that fits in a core's reach: its products are too short to share."""
     small = sum(record.bytes for record in bundle.manifest.files.values()) < ONE_THREAD_BYTES
     return replace(cpu, threads=1) if small and not cpu.threads else cpu

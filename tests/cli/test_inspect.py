@@ -57,7 +57,9 @@ def test_json_counts_what_onnx_counts(workplace: Workplace, capsys: pytest.Captu
         (["{bundle}/manifest.json"], "ONNX"),
         (["{bundle}", "--draw", "x.jpg"], ".gif or .png"),
         (["{bundle}/step.onnx", "--draw", "x.gif"], "has no schedule"),
+        (["{bundle}/step.onnx", "--k", "1"], "has no schedule"),
         (["{bundle}", "--frames", "0"], "at least one frame"),
+        (["{bundle}", "--steps", "-1"], "expected 0 or more"),
     ],
 )
 def test_mistakes_are_told(
@@ -65,3 +67,31 @@ def test_mistakes_are_told(
 ) -> None:
     assert main(["inspect", *(word.format(bundle=workplace.bundle) for word in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_shapes_are_shown(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of axes in brackets are not taken for styles."""
+    assert main(["inspect", str(workplace.bundle / "step.onnx")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    model = onnx.load(workplace.bundle / "step.onnx", load_external_data=False).graph
+    sources = next(value for value in model.input if value.name == "sources")
+    assert f"sources int32[{sources.type.tensor_type.shape.dim[0].dim_param}]" in shown
+
+
+def test_a_truncated_graph_is_told(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes((workplace.bundle / "step.onnx").read_bytes()[:5000])
+    assert main(["inspect", str(cut)]) == 2
+    assert "cut.onnx cannot be read as ONNX" in " ".join(capsys.readouterr().err.split())
+
+
+def test_steps_are_in_the_json_too(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--k", "1", "--steps", "3")
+    assert main(["inspect", str(workplace.bundle), *options, "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)["schedule"]["table"]
+    assert main(["inspect", str(workplace.bundle), *options]) == 0
+    printed = capsys.readouterr().out
+    assert len(lines) == 3
+    assert all(line in printed for line in lines)

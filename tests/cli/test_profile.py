@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from diagd.bundle import read_manifest
 from diagd.cli.main import main
 from diagd.profiling.report import read_report
 from tests.cli.conftest import Workplace
@@ -83,6 +86,10 @@ def test_a_regression_ends_with_code_3(
         (["{bundle}", "--k", "one"], "row lags such as"),
         (["{bundle}", "--k", "99"], "k=99"),
         (["{bundle}", "--fps", "0"], "above 0"),
+        (["{bundle}", "--fps", "nan"], "above 0"),
+        (["{bundle}", "--trace", "{bundle}"], "it is a directory"),
+        (["{bundle}", "--output", "{bundle}/manifest.json"], "no directory that can be written"),
+        (["{bundle}", "--set", "backend=cude"], "did you mean 'cuda'"),
         (["{bundle}", "--budget", "-1"], "no limit"),
         (["{bundle}", "--frames", "1"], "two or more"),
         (["{bundle}", "--set", "window=99"], "window 99"),
@@ -93,3 +100,58 @@ def test_mistakes_are_told(
 ) -> None:
     assert main(["profile", *(word.format(bundle=workplace.bundle) for word in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_planted_regression_of_a_fifth(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every step of a long series takes 20 % more."""
+    content = json.loads((output / "report.json").read_text())
+    for name, factor in (("before", 1.0), ("after", 1.2)):
+        for run in content["runs"]:
+            step = run["samples"][0] | {"sampling": 0.0, "host": 0.0}
+            noise = [1 + 0.01 * (at % 7) for at in range(200)]
+            run["samples"] = [step | {"rows": 4, "engine": 1e-3 * factor * share} for share in noise]
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    reports = [str(tmp_path / name) for name in ("before.json", "after.json")]
+    assert main(["profile", "--compare", *reports, "--json"]) == 3
+    for change in json.loads(capsys.readouterr().out)["changes"]:
+        assert change["verdict"] == "slower"
+        assert change["ratio"] == pytest.approx(1.2)
+        assert 1.1 < change["low"] <= change["ratio"] <= change["high"] < 1.3
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda report: report.pop("schema_version"), "no schema version"),
+        (lambda report: report.update(schema_version=99), "reads up to 1"),
+        (lambda report: report.update(runs=[]), "no decoding order in common"),
+        (lambda report: report["runs"][0].update(wall=float("nan")), "no report"),
+    ],
+)
+def test_damaged_reports_are_told(
+    output: Path,
+    tmp_path: Path,
+    damage: Callable[[dict[str, Any]], object],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = json.loads((output / "report.json").read_text())
+    damage(content)
+    (tmp_path / "damaged.json").write_text(json.dumps(content))
+    assert main(["profile", "--compare", str(output / "report.json"), str(tmp_path / "damaged.json")]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_orders_that_a_window_cannot_hold_are_skipped(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chained frames of k=1 have three frames under way."""
+    options = ("--k", "1", "--set", "window=2", "--set", "prompt=1", "--set", "ladder=false", "--json")
+    assert main(["profile", str(workplace.bundle), *QUICK, *options, "--output", str(tmp_path)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    layout = read_manifest(workplace.bundle).layout
+    under_way = (layout.columns + layout.rows - 1) // layout.rows + 1
+    skipped = [entry["order"] for entry in report["skipped"]]
+    assert skipped == (["k=1 chained"] if under_way > 2 else [])

@@ -163,3 +163,10 @@ def test_what_cannot_be_profiled_is_refused(bundle: Bundle) -> None:
         profile(bundle, ProfileOptions(ks=(7,)))
     with pytest.raises(UsageError, match="two or more"):
         profile(bundle, replace(ProfileOptions(), frames=1))
+
+
+def test_limits_and_steps_have_the_same_threads(bundle: Bundle) -> None:
+    """A small model decodes on one thread; what two threads could do is not its limit."""
+    report = profile(bundle, ProfileOptions(ks=(1,), frames=2, ladder=True)).report
+    assert report.machine.threads == 1
+    assert all("1 threads" in rung.held for rung in report.ladder if rung.seconds)

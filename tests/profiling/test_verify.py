@@ -72,9 +72,9 @@ def test_a_context_that_is_fed_again_is_verified_and_profiled(tmp_path: Path) ->
     model = Transformer(config).initialise(torch.Generator().manual_seed(0)).eval()
     bundle = Bundle.open(export_small(model, tmp_path / "absolute.diagd"))
     orders = decoding_orders(bundle.manifest, (1,))
-    blocked = [obstacle(order, bundle.manifest, 3, 6) is not None for order in orders]
+    blocked = [obstacle(order, bundle.manifest, 3, 6, 64) is not None for order in orders]
     assert blocked == [False, False, True]
-    assert obstacle(orders[2], bundle.manifest, 3, 3) is None
+    assert obstacle(orders[2], bundle.manifest, 3, 3, 64) is None
     engine = open_engine(bundle, Form.PREFIX, 3, CPU)
     pair = PairedEngine(engine, ReferenceEngine(bundle, engine.capacity))
     session = session_over(bundle, pair, 3, CPU)
