@@ -7,7 +7,7 @@ beyond the loop over steps, so that only the form of the computation is compared
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diagd.errors import UsageError
+from diagd.export.layers import NormKind
 from diagd.export.transformer import TransformerConfig
 from diagd.schedule import NO_SINK, Table
 
@@ -34,6 +36,9 @@ class TorchForm(ABC):
         dtype: float32 or bfloat16, of weights, cache and activations.
         positions: slots of the cache; None: a full context of ``config``.
         device: where everything lies.
+
+    Raises:
+        UsageError: the model has parts that the baselines are not written for.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class TorchForm(ABC):
         positions: int | None = None,
         device: str = "cpu",
     ) -> None:
+        check_config(config)
         self.config, self.dtype, self.device = config, dtype, device
         self.positions = positions or config.context_length
         self.embedding, self.norm = self._tensor(weights["embedding"]), self._tensor(weights["norm.weight"])
@@ -62,12 +68,15 @@ class TorchForm(ABC):
     def prefill(self, live_slots: int) -> None:
         """Empty the cache and fill positions 0..live_slots-1 with random rows, the same for every form."""
 
-    def decode(self, table: Table, tokens: Ids | None = None) -> Ids:
+    def decode(self, table: Table, tokens: Ids | None = None, widths: Sequence[int] = ()) -> Ids:
         """Every step of ``table``.
 
         Args:
             table: the steps.
             tokens: [stream], the known tokens by position; None: random ones.
+            widths: ascending; a step is filled up to the first that holds it by repeating its last row, which
+                caches the same row again where the cache is indexed by position. For graphs, of which there
+                is one a width. None: as wide as it is.
 
         Returns:
             [stream], with the decoded cells filled in.
@@ -76,16 +85,23 @@ class TorchForm(ABC):
             size = int(max(table.sources.max(), table.sinks.max())) + 1
             tokens = np.random.default_rng(0).integers(0, self.config.output_vocabulary, size)
         stream = torch.tensor(tokens, device=self.device)
-        flat = [
-            torch.from_numpy(a).long().to(self.device) for a in (table.sources, table.positions, table.sinks)
-        ]
-        steps = zip(*(array.split(table.widths.tolist()) for array in flat), strict=True)
         with torch.inference_mode():
-            for sources, positions, sinks in steps:
-                logits = self._forward(stream[sources], positions, sources != positions)
-                queries = sinks != NO_SINK
-                stream[sinks[queries]] = logits[queries].argmax(dim=-1)
+            for sources, positions, seeds, rows, sinks in self._steps(table, widths):
+                logits = self._forward(stream[sources], positions, seeds)
+                stream[sinks] = logits[rows].argmax(dim=-1)
         return stream.cpu().numpy()
+
+    def _steps(self, table: Table, widths: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
+        """Sources, positions and seeds of the fed rows; decoded rows and their sinks. Uploaded once for all."""
+        steps = [step_arrays(table, step, widths) for step in range(table.steps)]
+        kinds = zip(*steps, strict=True)
+        return zip(
+            *(
+                torch.from_numpy(np.concatenate(kind)).to(self.device).split([len(array) for array in kind])
+                for kind in kinds
+            ),
+            strict=True,
+        )
 
     def _forward(self, ids: Tensor, positions: Tensor, is_seed: Tensor) -> Tensor:
         """Logits [width, output_vocabulary]."""
@@ -93,6 +109,9 @@ class TorchForm(ABC):
         self._begin(positions, is_seed)
         for number, layer in enumerate(self.layers):
             queries, keys, values = self._projected(layer, self._normal(x, layer["attention_norm"]))
+            if self.config.qk_norm:
+                queries = self._normal(queries, layer["query_norm"])
+                keys = self._normal(keys, layer["key_norm"])
             queries, keys = self._rotated(queries, positions), self._rotated(keys, positions)
             x = x + self._attend(number, queries, keys, values).flatten(1) @ layer["out"]
             gate, up = self._gate_up(layer, self._normal(x, layer["feed_forward_norm"]))
@@ -113,10 +132,13 @@ class TorchForm(ABC):
 
     def _matrix(self, matrix: NDArray[Any]) -> Tensor:
         """A matrix [in, out] that lies in memory as [out, in], like the weight of ``nn.Linear``."""
-        return self._tensor(np.ascontiguousarray(matrix.T)).T
+        return self._tensor(matrix).T.contiguous().T
 
     def _layer(self, weights: Mapping[str, NDArray[Any]], prefix: str) -> Layer:
-        norms = {name: weights[f"{prefix}{name}.weight"] for name in ("attention_norm", "feed_forward_norm")}
+        names = ["attention_norm", "feed_forward_norm"]
+        if self.config.qk_norm:
+            names += ["attention.query_norm", "attention.key_norm"]
+        norms = {name.split(".")[-1]: weights[f"{prefix}{name}.weight"] for name in names}
         matrices = {
             name.split(".")[1]: weights[prefix + name]
             for name in ("attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down")
@@ -258,3 +280,34 @@ class OptimisedForm(TorchForm):
     def _gate_up(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = (x @ layer["gate_up"]).chunk(2, dim=-1)
         return gate, up
+
+
+def step_arrays(table: Table, step: int, widths: Sequence[int]) -> tuple[NDArray[Any], ...]:
+    """What ``TorchForm`` needs of one step: sources, positions, seeds, and decoded rows with their sinks."""
+    part = slice(int(table.offsets[step]), int(table.offsets[step + 1]))
+    count = part.stop - part.start
+    padded = np.arange(next((width for width in widths if width >= count), count)).clip(max=count - 1)
+    sources, positions = (array[part][padded].astype(np.int64) for array in (table.sources, table.positions))
+    rows = np.flatnonzero(table.sinks[part] != NO_SINK)
+    return sources, positions, sources != positions, rows, table.sinks[part][rows].astype(np.int64)
+
+
+def check_config(config: TransformerConfig) -> None:
+    """Refuse a model that needs more than Llama blocks, with or without a norm of queries and keys.
+
+    Raises:
+        UsageError: it does; the message names what.
+    """
+    unknown = {
+        "no rotary embedding": config.rotary is None,
+        "absolute positions": config.absolute or config.slot_embedding,
+        "layer norms": config.norm is not NormKind.RMS,
+        "biases": config.bias,
+        "feed-forward layers without a gate": not config.gated,
+        "a tied head": config.tied_head,
+        "text": config.text is not None,
+    }
+    if found := [name for name, there in unknown.items() if there]:
+        raise UsageError(
+            f"the PyTorch baselines are written for Llama blocks; this model has {', '.join(found)}"
+        )
