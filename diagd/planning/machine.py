@@ -39,6 +39,9 @@ INTEGER_UNITS: Final = {
 }
 """CPU flags that decide how fast int8 products are, best first."""
 
+SUBSTITUTES: Final = {"onnxruntime": "onnxruntime-gpu"}
+"""Packages that are installed instead of a declared one: both bring the same module."""
+
 TENSORRT: Final = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 """TensorRT's packages, and the extra that brings each."""
 
@@ -78,7 +81,7 @@ def check_packages() -> list[Check]:
     """Packages that diagd declares: missing required ones are a problem, missing extras only absent."""
     checks = []
     for name, (specifier, extra) in declared_packages().items():
-        version = installed(name)
+        version = installed(name) or installed(SUBSTITUTES.get(name, name))
         fix = f"pip install 'diagd[{extra}]'" if extra else f"pip install '{name}{specifier}'"
         if version is None:
             checks.append(Check(name, ABSENT if extra else PROBLEM, "not installed", fix))

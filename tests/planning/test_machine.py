@@ -49,6 +49,13 @@ def test_a_missing_package_and_an_old_one(monkeypatch: pytest.MonkeyPatch) -> No
     assert extra.fix == "pip install 'diagd[export]'"
 
 
+def test_the_gpu_build_of_onnxruntime_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"onnxruntime-gpu": "1.24.0"}
+    monkeypatch.setattr(machine, "installed", versions.get)
+    monkeypatch.setattr(machine, "declared_packages", lambda: {"onnxruntime": (">=1.20", "")})
+    assert machine.check_packages() == [machine.Check("onnxruntime", OK, "1.24.0")]
+
+
 def test_the_processor() -> None:
     assert f"{len(os.sched_getaffinity(0))} cores" in machine.check_processor().found
     assert platform.python_version() in machine.check_python().found
