@@ -92,7 +92,7 @@ class TorchForm(ABC):
         return stream.cpu().numpy()
 
     def _steps(self, table: Table, widths: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
-        """Sources, positions and seeds of the fed rows; decoded rows and their sinks. Uploaded once for all."""
+        """Sources, positions and seeds of the fed rows; decoded rows and their sinks; uploaded at once."""
         steps = [step_arrays(table, step, widths) for step in range(table.steps)]
         kinds = zip(*steps, strict=True)
         return zip(

@@ -64,6 +64,10 @@ class StoredModel:
     streamed_bytes: int
     cache_bytes: int
 
+    def step_bytes(self, live: float) -> float:
+        """Bytes one pass reads: what it streams of the weights, and ``live`` tokens of the K/V cache."""
+        return self.streamed_bytes + self.cache_bytes * self.size.cache_elements * live
+
 
 def read_model(path: Path, precision: str | None = None, form: Form | None = None) -> StoredModel:
     """Dimensions of a bundle from its manifest and the headers of its graphs.
@@ -80,7 +84,7 @@ def read_model(path: Path, precision: str | None = None, form: Form | None = Non
     entry = step_graph(path, manifest, precision, form)
     graph = read_graph(path / entry.file)
     streamed = [tensor for tensor in graph.initializers if not tensor.looked_up]
-    looked_up = sum(tensor.elements for tensor in graph.initializers if tensor.looked_up)
+    looked_up = sum(tensor.parameters for tensor in graph.initializers if tensor.looked_up)
     cache = manifest.cache
     size = ModelSize(
         name=manifest.name,
@@ -91,7 +95,7 @@ def read_model(path: Path, precision: str | None = None, form: Form | None = Non
         head_size=cache.head_size,
         query_width=_query_width(graph, cache.kv_heads * cache.head_size),
         output_vocabulary=manifest.output_vocabulary,
-        streamed=sum(tensor.elements for tensor in streamed),
+        streamed=sum(tensor.parameters for tensor in streamed),
         looked_up=looked_up,
         tokenizer=_tokenizer_parameters(path, manifest),
         pixel_frames=manifest.tokenizer.temporal_factor if manifest.tokenizer else 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -34,6 +35,12 @@ ELEMENTS: Final = {
 
 _LOOKUPS: Final = ("Gather", "GatherND", "GatherElements")
 
+_BY_GROUPS: Final = "com.microsoft.MatMulNBits"
+"""Its second input packs K x N weights, K and N being attributes."""
+
+_SCALES: Final = {"QuantizeLinear": 1, "DequantizeLinear": 1, _BY_GROUPS: 2}
+"""First of the inputs that are scales and zero points."""
+
 
 @dataclass(frozen=True)
 class Value:
@@ -46,12 +53,17 @@ class Value:
 
 @dataclass(frozen=True)
 class Initializer:
-    """A constant of the graph; ``looked_up``: only ever read by row, never as a whole."""
+    """A constant of the graph.
+
+    ``looked_up``: only ever read by row, never as a whole. ``parameters``: weights of the model in it;
+    scales and zero points hold none, and two of 4 bits may share an element.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     looked_up: bool
+    parameters: int
 
     @property
     def elements(self) -> int:
@@ -120,10 +132,15 @@ def _graph(data: memoryview, opset: int) -> OnnxGraph:
     outputs: list[Value] = []
     by_row: set[str] = set()
     whole: set[str] = set()
+    parameters: dict[str, int] = {}
     for number, value in fields(data):
         if number == 1:
-            kind, names = _node(message(value))
+            kind, names, attributes = _node(message(value))
             operators[kind] += 1
+            if kind in _SCALES:
+                parameters |= dict.fromkeys(names[_SCALES[kind] :], 0)
+            if kind == _BY_GROUPS:
+                parameters[names[1]] = attributes["K"] * attributes["N"]
             if kind in _LOOKUPS:
                 by_row.add(names.pop(0))
             whole.update(names)
@@ -133,24 +150,29 @@ def _graph(data: memoryview, opset: int) -> OnnxGraph:
             inputs.append(_value(message(value)))
         elif number == 12:
             outputs.append(_value(message(value)))
-    constants = tuple(_initializer(tensor, by_row - whole) for tensor in tensors)
+    constants = tuple(_initializer(tensor, by_row - whole, parameters) for tensor in tensors)
     return OnnxGraph(opset, tuple(inputs), tuple(outputs), operators, constants)
 
 
-def _node(data: memoryview) -> tuple[str, list[str]]:
-    """Operator and names of its inputs."""
+def _node(data: memoryview) -> tuple[str, list[str], dict[str, int]]:
+    """Operator, names of its inputs, and its attributes that are integers."""
     kind, inputs, domain = "", [], ""
+    attributes: dict[str, int] = {}
     for number, value in fields(data):
         if number == 1:
             inputs.append(text(value))
         elif number == 4:
             kind = text(value)
+        elif number == 5:
+            attribute = dict(fields(message(value)))
+            if isinstance(integer := attribute.get(3), int):
+                attributes[text(attribute[1])] = integer
         elif number == 7:
             domain = text(value)
-    return f"{domain}.{kind}" if domain else kind, inputs
+    return f"{domain}.{kind}" if domain else kind, inputs, attributes
 
 
-def _initializer(data: memoryview, by_row: set[str]) -> Initializer:
+def _initializer(data: memoryview, by_row: set[str], parameters: Mapping[str, int]) -> Initializer:
     shape: list[int] = []
     name, dtype = "", 0
     for number, value in fields(data):
@@ -160,7 +182,8 @@ def _initializer(data: memoryview, by_row: set[str]) -> Initializer:
             dtype = value
         elif number == 8:
             name = text(value)
-    return Initializer(name, _dtype(dtype), tuple(shape), name in by_row)
+    held = parameters.get(name, math.prod(shape))
+    return Initializer(name, _dtype(dtype), tuple(shape), name in by_row, held)
 
 
 def _value(data: memoryview) -> Value:

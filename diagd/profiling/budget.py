@@ -113,7 +113,7 @@ class Pace:
     def least(self, rows: NDArray[np.integer], live: NDArray[np.integer]) -> NDArray[np.float64]:
         """Seconds of steps by rows and live slots if memory and arithmetic took turns at their limits."""
         model = self.model
-        read = model.streamed_bytes + model.cache_bytes * model.size.cache_elements * live.astype(np.float64)
+        read = np.array([model.step_bytes(slots) for slots in live.tolist()])
         operations = [
             step_operations(model.size, *step) for step in zip(rows.tolist(), live.tolist(), strict=True)
         ]

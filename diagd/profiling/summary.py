@@ -76,7 +76,7 @@ def _widths(run: Measured, model: StoredModel, ceilings: Ceilings) -> list[Width
 def _width(name: str, steps: list[StepTime], model: StoredModel, ceilings: Ceilings) -> Width:
     rows = float(np.mean([step.rows for step in steps]))
     live = float(np.mean([step.live for step in steps]))
-    read = model.streamed_bytes + model.cache_bytes * model.size.cache_elements * live
+    read = model.step_bytes(live)
     operations = step_operations(model.size, rows, live)
     seconds = describe([step.engine for step in steps])
     least = step_seconds(read, operations, ceilings.bandwidth, ceilings.peak)

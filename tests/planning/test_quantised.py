@@ -1,0 +1,76 @@
+"""Bytes and operations of quantised step graphs, against the files and buffers themselves."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+
+from diagd.bundle import Bundle, Form
+from diagd.engines.external_data import external_data
+from diagd.engines.modern import ModernEngine
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.portable import PortableEngine
+from diagd.engines.prefix import PrefixEngine
+from diagd.export.exporter import GraphOptions
+from diagd.planning.cost import step_operations
+from diagd.planning.model import read_model
+from diagd.planning.onnx_graph import read_graph
+from tests.calibration.bundles import LAYOUT, quantise
+from tests.models import export_small
+from tests.oracles.models import small_model
+
+CPU = CpuOptions(threads=1, prepack=False)
+FORMS = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
+PRECISIONS = ("int8", "int8-weight", "int4-weight", "fp8", "int8-weight-kv8")
+CASES = [(precision, form) for precision in ("fp32", *PRECISIONS[:4]) for form in FORMS]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    path = tmp_path_factory.mktemp("quantised") / "small.diagd"
+    export_small(small_model(LAYOUT, layers=1, context_frames=4), path, GraphOptions(FORMS, widths=(4,)))
+    for precision in PRECISIONS:
+        scheme, _, _ = precision.partition("-kv8")
+        quantise(path, scheme, budget=None, kv_cache="int8" if precision != scheme else None)
+    return Bundle.open(path)
+
+
+@pytest.mark.parametrize(("precision", "form"), [*CASES, ("int8-weight-kv8", Form.PORTABLE)])
+def test_bytes_and_operations_of_a_step(bundle: Bundle, precision: str, form: Form) -> None:
+    file = bundle.file(bundle.at_precision(precision).manifest.graph(form).file)
+    inline = [t for t in onnx.load(file, load_external_data=False).graph.initializer if not t.external_data]
+    stored = external_data(file).bytes + sum(len(tensor.raw_data) for tensor in inline)
+    constants = read_graph(file).initializers
+    assert sum(tensor.bytes for tensor in constants) == pytest.approx(stored, abs=64)
+    model = read_model(bundle.path, precision, form)
+    assert model.streamed_bytes == sum(tensor.bytes for tensor in constants if not tensor.looked_up)
+    assert model.step_bytes(0) == model.streamed_bytes
+    whole = read_model(bundle.path, "fp32", form)
+    assert model.size.looked_up == whole.size.looked_up
+    assert model.size.streamed == pytest.approx(whole.size.streamed, rel=0.06)
+    assert step_operations(model.size, 4, 9) == pytest.approx(step_operations(whole.size, 4, 9), rel=0.06)
+
+
+@pytest.mark.parametrize(("precision", "form"), [("fp32", Form.PREFIX), ("fp8", Form.MODERN)])
+def test_bytes_of_the_cache(bundle: Bundle, precision: str, form: Form) -> None:
+    check_cache(bundle, precision, form)
+
+
+def test_bytes_of_an_int8_cache(bundle: Bundle) -> None:
+    assert check_cache(bundle, "int8-weight-kv8", Form.PORTABLE) * 4 == check_cache(
+        bundle, "fp32", Form.PORTABLE
+    )
+
+
+def check_cache(bundle: Bundle, precision: str, form: Form) -> int:
+    """Bytes of one element, where a step over a full cache reads as many as the buffers have."""
+    chosen, capacity = bundle.at_precision(precision), 96
+    engine: PrefixEngine | ModernEngine | PortableEngine
+    if form is Form.PREFIX:
+        engine = PrefixEngine(chosen, capacity, 80, CPU)
+    else:
+        engine = {Form.MODERN: ModernEngine, Form.PORTABLE: PortableEngine}[form](chosen, 80, CPU)
+    model = read_model(bundle.path, precision, form)
+    buffers = sum(buffer.nbytes for buffer in engine.buffers.values())
+    assert model.step_bytes(engine.capacity) - model.step_bytes(0) == buffers
+    return model.cache_bytes
