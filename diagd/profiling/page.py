@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -11,19 +10,21 @@ from typing import Final
 import numpy as np
 
 from diagd.bundle.files import atomic_file
-from diagd.profiling.report import Report, Run
+from diagd.profiling.report import Report, Run, Stage
 from diagd.profiling.svg import COLOURS, Axis, Plot
 
 STYLE: Final = """
-:root{color-scheme:light dark;--ink:#1c2430;--soft:#5d6878;--line:#d8dde5;--card:#f5f7fa;--page:#fff}
-@media(prefers-color-scheme:dark){:root{--ink:#e6eaf0;--soft:#9aa6b6;--line:#343c49;--card:#1b2029;--page:#12151b}}
+:root{color-scheme:light dark;--ink:#1c2430;--soft:#5d6878;--line:#d8dde5;--card:#f5f7fa;--page:#fff;
+--shade:#0003}
+@media(prefers-color-scheme:dark){:root{--ink:#e6eaf0;--soft:#9aa6b6;--line:#343c49;--card:#1b2029;--page:#12151b;
+--shade:#fff3}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.45 system-ui,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:16px}
 h1{font-size:1.5rem;margin:.2em 0}h2{font-size:1.15rem;margin:1.6em 0 .4em}
 p{margin:.4em 0}.soft{color:var(--soft);font-size:.9rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:14px 0}
-.card{background:var(--card);border-radius:8px;padding:10px 12px}.card b{display:block;font-size:1.35rem}
+.card{background:var(--card);border-radius:8px;padding:10px 12px}.card b{display:block;font-size:1.2rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}
 figure{margin:0;background:var(--card);border-radius:8px;padding:10px}
 figcaption{font-weight:600;margin-bottom:4px}
@@ -32,10 +33,16 @@ svg text{font-size:14px;fill:var(--soft)}svg .title{fill:var(--ink)}svg .mark{fi
 .grid{stroke:var(--line);stroke-width:1}
 .legend{font-size:.82rem;color:var(--soft)}.legend span{margin-right:12px;white-space:nowrap}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:4px}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto;margin-bottom:14px;background:linear-gradient(90deg,var(--page) 30%,transparent) left,
+linear-gradient(270deg,var(--page) 30%,transparent) right,
+linear-gradient(90deg,var(--shade),transparent) left,linear-gradient(270deg,var(--shade),transparent) right;background-repeat:no-repeat;
+background-size:40px 100%,40px 100%,14px 100%,14px 100%;background-attachment:local,local,scroll,scroll}
 table{border-collapse:collapse;width:100%;font-size:.88rem}
 th,td{text-align:right;padding:5px 8px;border-bottom:1px solid var(--line);white-space:nowrap}
+th{white-space:normal;vertical-align:bottom;line-height:1.2}
 th:first-child,td:first-child{text-align:left}
+details{border-bottom:1px solid var(--line)}details[open]{border:0}
+summary{padding:8px 0;cursor:pointer}summary b{margin-right:8px}
 """
 
 
@@ -53,8 +60,9 @@ def page(report: Report) -> str:
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}: latency</title><style>{STYLE}</style>"
     )
-    threads = f"{machine.processor}, {machine.threads} threads"
-    where = ", ".join(filter(None, (machine.device, threads, machine.platform, report.created)))
+    threads = f"{machine.processor}, {machine.threads} thread{'s' * (machine.threads > 1)}"
+    created = f"{report.created[:16].replace('T', ' ')} UTC"
+    where = ", ".join(filter(None, (machine.device, threads, machine.platform, created)))
     body = [
         f"<h1>{escape(title)}</h1><p class='soft'>{escape(where)}</p>",
         _cards(report),
@@ -65,7 +73,7 @@ def page(report: Report) -> str:
         f"<div class='plots'>{''.join(plot.svg() for plot in plots(report))}</div>",
         "<h2>Stages</h2>",
         _start(report),
-        *(_stages(run) for run in report.runs),
+        *(_stages(run, run is _best(report)) for run in report.runs),
         "<h2>Steps against the limits of this machine</h2>",
         _widths(report),
         _ladder(report),
@@ -85,9 +93,12 @@ def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
+def _best(report: Report) -> Run:
+    return max(report.runs, key=lambda run: run.frames_per_second)
+
+
 def _cards(report: Report) -> str:
-    best = max(report.runs, key=lambda run: run.frames_per_second)
-    slowest = report.runs[0]
+    best, slowest = _best(report), report.runs[0]
     cards = {
         "frames a second": f"{best.frames_per_second:.3g}",
         "decoding order": best.order,
@@ -103,30 +114,34 @@ def _cards(report: Report) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls sideways by itself."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<div class='wide'><table><tr>{top}</tr>{lines}</table></div>"
 
 
 def _runs(report: Report) -> str:
+    """The numbers that are asked for most come first: a phone shows the first columns."""
+    late = next((run.deadlines for run in report.runs if run.deadlines), None)
     head = (
-        *("order", "frames/s", "passes", "frame p50", "p90", "p99", "jitter", "first frame"),
-        *("action to picture", "just missed", "cold frame", "missed deadlines"),
+        *("order", "frames/s", "action to picture", *([f"later than {late.fps:g}/s"] if late else [])),
+        *("action just missed", "frame p50", "p90", "p99", "jitter", "first frame", "cold frame", "passes"),
     )
     rows = []
     for run in report.runs:
-        frame, late = run.intervals, run.deadlines
+        frame, deadlines = run.intervals, run.deadlines
+        missed = f"{deadlines.missed} of {deadlines.frames}" if deadlines else "-"
         rows.append(
             [
                 run.order,
                 f"{run.frames_per_second:.3g}",
-                str(run.passes),
+                _time(run.action_latency.p50),
+                *([missed] if late else []),
+                _time(run.action_latency_worst.p50),
                 *(_time(value) for value in (frame.p50, frame.p90, frame.p99, frame.jitter)),
                 _time(run.time_to_first_frame),
-                _time(run.action_latency.p50),
-                _time(run.action_latency_worst.p50),
                 "-" if run.first_run is None else _time(run.first_run),
-                "-" if late is None else f"{late.missed} of {late.frames} at {late.fps:g}/s",
+                str(run.passes),
             ]
         )
     return _table(head, rows)
@@ -137,22 +152,30 @@ def _start(report: Report) -> str:
     rows = [
         [s.name, str(s.seconds.count), _time(s.seconds.total), _time(s.seconds.p50)] for s in report.start
     ]
-    return (
-        f"<details open><summary>start</summary>{_table(('stage', 'count', 'total', 'p50'), rows)}</details>"
-    )
+    table = _table(("stage", "count", "total", "p50"), rows)
+    return f"<details><summary><b>start</b>{_shares(report.start)}</summary>{table}</details>"
 
 
-def _stages(run: Run) -> str:
+def _stages(run: Run, shown: bool) -> str:
     rows = []
     for stage in sorted(run.stages, key=lambda stage: -stage.seconds.total):
         numbers = stage.seconds
         parts = (numbers.p50, numbers.p90, numbers.p99, numbers.max)
         share = f"{100 * numbers.total / run.wall:.1f} %"
         rows.append(
-            [stage.name, str(numbers.count), _time(numbers.total), share, *(_time(part) for part in parts)]
+            [stage.name, share, _time(numbers.total), str(numbers.count), *(_time(part) for part in parts)]
         )
-    head = ("stage", "count", "total", "of the run", "p50", "p90", "p99", "max")
-    return f"<details open><summary>{escape(run.order)}</summary>{_table(head, rows)}</details>"
+    head = ("stage", "of the run", "total", "count", "p50", "p90", "p99", "max")
+    title = f"<summary><b>{escape(run.order)}</b>{_shares(run.stages)}</summary>"
+    return f"<details{' open' if shown else ''}>{title}{_table(head, rows)}</details>"
+
+
+def _shares(stages: Sequence[Stage]) -> str:
+    """The longest stages in a few words, for those who do not open the table."""
+    total = sum(stage.seconds.total for stage in stages) or 1.0
+    longest = sorted(stages, key=lambda stage: -stage.seconds.total)[:3]
+    parts = [f"{stage.name} {100 * stage.seconds.total / total:.0f} %" for stage in longest]
+    return f"<span class='soft'>{escape(', '.join([_time(total), *parts]))}</span>"
 
 
 def _widths(report: Report) -> str:
@@ -160,39 +183,36 @@ def _widths(report: Report) -> str:
     rows = [
         [
             f"{run.order}, {width.name}",
-            f"{width.rows:.1f}",
             _time(width.seconds.p50),
-            f"{width.bytes / 1e6:.4g} MB",
-            f"{width.operations / 1e9:.3g} G",
-            f"{width.bandwidth / 1e9:.1f}",
             f"{100 * width.share:.0f} %",
             width.bound,
+            f"{width.bandwidth / 1e9:.1f}",
+            f"{width.rows:.1f}",
+            f"{width.bytes / 1e6:.4g} MB",
+            f"{width.operations / 1e6:,.4g} M",
         ]
         for run in report.runs
         for width in run.widths
     ]
-    head = ("steps", "rows", "time", "bytes", "operations", "GB/s", "of the limit", "bound by")
+    head = ("steps", "time", "of the limit", "bound by", "GB/s", "rows", "bytes", "operations")
     return f"<p class='soft'>{escape(note)}</p>{_table(head, rows)}"
 
 
 def _ladder(report: Report) -> str:
+    """A table for everything that has the same things held fixed."""
     if not report.ladder:
         return ""
-    measured = [rung for rung in report.ladder if rung.seconds is not None]
-    rows = [
-        [
-            rung.name,
-            _time(rung.before or 0.0),
-            _time(rung.seconds or 0.0),
-            f"{rung.gain or 1:.2f} x",
-            rung.held,
+    parts, head = [], ("on", "gain", "step without", "step with")
+    for held in dict.fromkeys(rung.held for rung in report.ladder if rung.held):
+        rows = [
+            [rung.name, f"{rung.gain or 1:.2f} x", _time(rung.before or 0.0), _time(rung.seconds)]
+            for rung in report.ladder
+            if rung.held == held and rung.seconds is not None
         ]
-        for rung in measured
-    ]
+        parts.append(f"<p class='soft'>{escape(held)}</p>{_table(head, rows)}")
     reasons = (f"{rung.name}: {rung.reason}" for rung in report.ladder if rung.seconds is None)
     notes = "".join(f"<p class='soft'>{escape(reason)}</p>" for reason in reasons)
-    head = ("on", "step without", "step with", "gain", "held fixed")
-    return f"<h2>Optimisations, one by one</h2>{_table(head, rows)}{notes}"
+    return f"<h2>Optimisations, one by one</h2>{''.join(parts)}{notes}"
 
 
 def _slow(report: Report) -> str:
@@ -211,9 +231,8 @@ def _rates(runs: Sequence[Run]) -> Plot:
     names = {index + 1.0: run.order for index, run in enumerate(runs)}
     plot = Plot(
         "Frames a second by decoding order",
-        Axis("decoding order", 0.4, len(runs) + 0.6),
+        Axis("decoding order", 0.4, len(runs) + 0.6, marked=False),
         Axis("frames a second", 0.0, 1.15 * high),
-        labels=lambda _: "",
     )
     for index, run in enumerate(runs):
         plot.bar(index + 1, 0.7, run.frames_per_second, _colour(index))
@@ -257,7 +276,7 @@ def _roofline(report: Report) -> Plot:
     ridge, peak = machine.peak / bandwidth, machine.peak / 1e9
     left = 0.5 * min([x for _, x, _ in points] + [ridge / 4])
     right = 2 * max([x for _, x, _ in points] + [4 * ridge])
-    floor = 10 ** math.floor(math.log10(min([y for _, _, y in points] + [peak / 100])))
+    floor = 0.5 * min([y for _, _, y in points] + [peak / 4])
     plot = Plot(
         "Roofline: every width of every order",
         Axis("operations a byte", left, right, True),

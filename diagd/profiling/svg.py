@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Final
@@ -21,12 +21,13 @@ COLOURS: Final = ("#3b82c4", "#e0892b", "#3f9d63", "#c2506b", "#7d6bc7", "#8a7a4
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: title, range and scale; on a logarithmic one both ends are positive."""
+    """One axis: title, range and scale; on a logarithmic one both ends are positive; ``marked`` has ticks."""
 
     title: str
     low: float
     high: float
     logarithmic: bool = False
+    marked: bool = True
 
     def share(self, value: float) -> float:
         """Where a value lies between the ends, 0 to 1; outside ones are moved to the edge."""
@@ -37,6 +38,8 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Round numbers from end to end."""
+        if not self.marked:
+            return []
         if self.logarithmic:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             factors = (1, 2, 5) if last - first <= 3 else (1,)
@@ -56,7 +59,6 @@ class Plot:
     title: str
     x: Axis
     y: Axis
-    labels: Callable[[float], str] = field(default=lambda value: f"{value:g}")
     _marks: list[str] = field(default_factory=list)
     _legend: list[tuple[str, str]] = field(default_factory=list)
 
@@ -114,8 +116,7 @@ class Plot:
         for tick in self.x.ticks():
             x = self._x(tick)
             lines.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{base}" class="grid"/>')
-            shown = self.labels(tick)
-            lines.append(f'<text x="{x:.1f}" y="{base + 15}" text-anchor="middle">{escape(shown)}</text>')
+            lines.append(f'<text x="{x:.1f}" y="{base + 15}" text-anchor="middle">{tick:g}</text>')
         for tick in self.y.ticks():
             y = self._y(tick)
             lines.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
