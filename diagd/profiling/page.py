@@ -33,9 +33,11 @@ svg text{font-size:14px;fill:var(--soft)}svg .title{fill:var(--ink)}svg .mark{fi
 .grid{stroke:var(--line);stroke-width:1}
 .legend{font-size:.82rem;color:var(--soft)}.legend span{margin-right:12px;white-space:nowrap}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:4px}
-.wide{overflow-x:auto;margin-bottom:14px;background:linear-gradient(90deg,var(--page) 30%,transparent) left,
-linear-gradient(270deg,var(--page) 30%,transparent) right,
-linear-gradient(90deg,var(--shade),transparent) left,linear-gradient(270deg,var(--shade),transparent) right;background-repeat:no-repeat;
+.wide{overflow-x:auto;margin-bottom:14px;background-repeat:no-repeat;
+background-image:linear-gradient(90deg,var(--page) 30%,transparent),
+linear-gradient(270deg,var(--page) 30%,transparent),
+linear-gradient(90deg,var(--shade),transparent),linear-gradient(270deg,var(--shade),transparent);
+background-position:left,right,left,right;
 background-size:40px 100%,40px 100%,14px 100%,14px 100%;background-attachment:local,local,scroll,scroll}
 table{border-collapse:collapse;width:100%;font-size:.88rem}
 th,td{text-align:right;padding:5px 8px;border-bottom:1px solid var(--line);white-space:nowrap}
