@@ -70,7 +70,9 @@ class Pace:
     Attributes:
         session: what runs.
         model, ceilings: its roofline.
-        narrow, wide: measured seconds of a step over the roofline's, for a frontier and a chunk of prompt.
+        narrow: measured seconds of a frontier's step, a factor for what memory takes at its limit and one for
+            arithmetic; engines are not equally far from both.
+        wide: one factor for a chunk of prompt.
         picture: seconds of decoding a frame's pixels.
         probe: seconds of the run that was measured for this.
     """
@@ -78,7 +80,7 @@ class Pace:
     session: Session
     model: StoredModel
     ceilings: Ceilings
-    narrow: float = 1.0
+    narrow: tuple[float, float] = (1.0, 1.0)
     wide: float = 1.0
     picture: float = 0.0
     probe: float = 0.0
@@ -104,23 +106,21 @@ class Pace:
         table = schedule.table(prompt, frames, 0, width)
         reached = np.maximum.accumulate(np.maximum.reduceat(table.positions, table.offsets[:-1])) + 1
         full = self.session.layout.frame_start(window)
-        least = self.least(table.widths, np.minimum(reached, full))
+        limits = self.limits(table.widths, np.minimum(reached, full))
         fed = 1 + table.steps - schedule.total_steps(frames)
         again = self.model.size.refed * max(0, prompt + frames - window) / width
-        prefill = least[:fed].sum() + again * self.least(np.array([width]), np.array([full])).sum()
-        return float(self.wide * prefill + self.narrow * least[fed:].sum() + self.picture * frames)
+        prefill = limits[:fed].sum() + again * self.limits(np.array([width]), np.array([full])).sum()
+        steps = limits[fed:].sum(axis=0) @ self.narrow
+        return float(self.wide * prefill + steps + self.picture * frames)
 
-    def least(self, rows: NDArray[np.integer], live: NDArray[np.integer]) -> NDArray[np.float64]:
-        """Seconds of steps by rows and live slots if memory and arithmetic took turns at their limits."""
+    def limits(self, rows: NDArray[np.integer], live: NDArray[np.integer]) -> NDArray[np.float64]:
+        """Least seconds [n, 2] of memory and of arithmetic in steps, by rows and live slots."""
         model = self.model
         read = np.array([model.step_bytes(slots) for slots in live.tolist()])
-        operations = [
-            step_operations(model.size, *step) for step in zip(rows.tolist(), live.tolist(), strict=True)
-        ]
-        times: NDArray[np.float64] = (
-            read / self.ceilings.bandwidth + np.array(operations) / self.ceilings.peak
+        operations = np.array(
+            [step_operations(model.size, *step) for step in zip(rows.tolist(), live.tolist(), strict=True)]
         )
-        return times
+        return np.stack([read / self.ceilings.bandwidth, operations / self.ceilings.peak], axis=1)
 
 
 def find_pace(
@@ -134,22 +134,42 @@ def find_pace(
         run = measure(session, schedule, workload, 1, pixels)
     ideal, fed = Pace(session, model, ceilings), run.chunks + 1
     pictures = run.timeline.seconds().get(DECODE, [0.0])
+    wide, chunks = _limits_and_times(ideal, run.steps[:fed])
     return Pace(
         session,
         model,
         ceilings,
-        narrow=_ratio(ideal, run.steps[fed:]),
-        wide=_ratio(ideal, run.steps[:fed]),
+        narrow=factors(*_limits_and_times(ideal, run.steps[fed:])),
+        wide=float(np.median(chunks / wide.sum(axis=1))),
         picture=sum(pictures),
         probe=run.ended - run.began,
     )
 
 
-def _ratio(ideal: Pace, steps: Sequence[StepTime]) -> float:
-    """Median of what steps took over what they take at the limits."""
+def _limits_and_times(
+    ideal: Pace, steps: Sequence[StepTime]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Least and measured seconds of steps, the median of each width."""
     rows, live = (np.array([getattr(step, name) for step in steps]) for name in ("rows", "live"))
     taken = np.array([step.engine + step.sampling + step.host for step in steps])
-    return float(np.median(taken / ideal.least(rows, live)))
+    widths = np.unique(rows)
+    usual = [np.median(taken[rows == width]) for width in widths]
+    return ideal.limits(widths, np.array([int(live[rows == width].mean()) for width in widths])), np.array(
+        usual
+    )
+
+
+def factors(limits: NDArray[np.float64], times: NDArray[np.float64]) -> tuple[float, float]:
+    """Two factors that make ``limits`` [n, 2] the times [n], least squares of relative errors.
+
+    Where one would be negative they are the same, the median.
+    """
+    scaled = limits / times[:, None]
+    memory, arithmetic = np.linalg.lstsq(scaled, np.ones(len(times)), rcond=None)[0]
+    if memory < 0 or arithmetic < 0 or len(times) < 2:
+        both = float(np.median(1 / scaled.sum(axis=1)))
+        return both, both
+    return float(memory), float(arithmetic)
 
 
 def fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
 from diagd.bundle import Bundle
@@ -12,7 +13,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.planning.ceilings import Ceilings
 from diagd.planning.model import read_model
 from diagd.profiling import watch
-from diagd.profiling.budget import Extent, Pace, cuts, find_pace, fit
+from diagd.profiling.budget import Extent, Pace, cuts, factors, find_pace, fit
 from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.orders import decoding_orders
 from diagd.profiling.page import page
@@ -29,7 +30,9 @@ CEILINGS = Ceilings(copied=2e10, read=1e10, peak=1e11, threads=1)
 @pytest.fixture(scope="module")
 def pace(bundle: Bundle) -> Pace:
     model = read_model(bundle.path)
-    return Pace(open_session(bundle, cpu=CPU), model, CEILINGS, narrow=3.0, wide=2.0, picture=0.5, probe=0.25)
+    return Pace(
+        open_session(bundle, cpu=CPU), model, CEILINGS, narrow=(3.0, 4.0), wide=2.0, picture=0.5, probe=0.25
+    )
 
 
 def test_an_estimate_is_what_its_steps_cost(bundle: Bundle, pace: Pace) -> None:
@@ -41,8 +44,8 @@ def test_an_estimate_is_what_its_steps_cost(bundle: Bundle, pace: Pace) -> None:
     for index, step in enumerate(run.steps):
         read = model.streamed_bytes + 2 * 2 * 2 * 8 * 4 * step.live  # two layers of two heads of eight
         operations = step.rows * (2 * model.size.streamed + 4 * 2 * model.size.query_width * step.live)
-        factor = 2.0 if index <= run.chunks else 3.0
-        expected += factor * (read / 2e10 + operations / 1e11)
+        memory, arithmetic = (2.0, 2.0) if index <= run.chunks else (3.0, 4.0)
+        expected += memory * read / 2e10 + arithmetic * operations / 1e11
     assert pace.run(schedule, 2, 2) == pytest.approx(expected, rel=0.02)  # row seeds take slots for a step
 
 
@@ -65,9 +68,17 @@ def test_the_largest_extent_that_fits_is_chosen(bundle: Bundle, pace: Pace) -> N
 def test_a_probe_finds_how_far_from_the_limits_steps_are(bundle: Bundle, pace: Pace) -> None:
     found = find_pace(pace.session, pace.model, CEILINGS)
     slower = find_pace(pace.session, pace.model, Ceilings(2e18, 1e18, 1e19, 1))
-    assert min(found.narrow, found.wide, found.probe) > 0
-    assert slower.narrow > 1e4 * found.narrow
+    assert min(sum(found.narrow), found.wide, found.probe) > 0
+    assert sum(slower.narrow) > 1e4 * sum(found.narrow)
     assert found.picture == 0
+
+
+def test_memory_and_arithmetic_have_factors_of_their_own() -> None:
+    limits = np.stack([np.full(6, 2.0), np.arange(1.0, 7.0)], axis=1)
+    assert factors(limits, limits @ (1.5, 0.75)) == pytest.approx((1.5, 0.75))
+    assert factors(limits[:1], np.array([6.0])) == (2.0, 2.0)
+    falling = factors(limits, np.arange(12.0, 6.0, -1.0))
+    assert falling[0] == falling[1] > 0
 
 
 def test_what_is_done_tells_how_slow_the_rest_is(bundle: Bundle, pace: Pace) -> None:
