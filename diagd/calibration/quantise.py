@@ -17,7 +17,7 @@ from diagd.calibration.kv_cache import CACHE_FORMS, check_kv_cache, describe_cac
 from diagd.calibration.observe import observe
 from diagd.calibration.projections import Projection, StoredWeights, load_graph, projections
 from diagd.calibration.ranges import find_range
-from diagd.calibration.reference import FORMS, check_memory, find_reference, session_window
+from diagd.calibration.reference import FORMS, check_memory, find_reference, session_window, widest_step
 from diagd.calibration.report import (
     AttemptReport,
     BudgetReport,
@@ -127,7 +127,7 @@ def _check(
     if any(graph.precision == options.name for graph in manifest.graphs):
         raise UsageError(f"{bundle.path} has {options.name} graphs already; export it again to start afresh")
     reference = find_reference(bundle, FORMS if options.kv_cache is None else CACHE_FORMS)
-    trajectories(manifest, session_window(manifest, reference), options.steps)
+    trajectories(manifest, session_window(manifest, reference), options.steps, widest_step(reference))
     refusal = Target(scheme, options.name, half=False).refusal(reference[0].form)
     if refusal:
         raise UsageError(
@@ -159,7 +159,7 @@ class _Calibration:
         self._bundle, self._scheme, self._options = bundle, scheme, options
         self._reference, self._progress = reference, progress
         window = session_window(bundle.manifest, reference)
-        tour = trajectories(bundle.manifest, window, options.steps)
+        tour = trajectories(bundle.manifest, window, options.steps, widest_step(reference))
         self._course = Course(tour, window, Prompts(bundle.manifest, frames), options.seed)
         self._choices: dict[str, Choice] = {}
         self._layers: list[LayerReport] = []

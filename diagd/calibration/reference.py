@@ -46,7 +46,7 @@ def session_window(manifest: Manifest, graphs: Sequence[StepGraph]) -> int:
     wanted, graph = default_window(manifest), graphs[0]
     if graph.capacity is None:
         return wanted
-    layout, widest = manifest.layout.stream(), max(g.width or 0 for g in graphs)
+    layout, widest = manifest.layout.stream(), widest_step(graphs) or 0
     for window in range(wanted, 1, -1):
         if slots_needed(layout, window, widest) <= graph.capacity:
             return window
@@ -54,6 +54,12 @@ def session_window(manifest: Manifest, graphs: Sequence[StepGraph]) -> int:
         f"{graph.file} has {graph.capacity} slots, too few for 2 frames; export it again with a larger "
         "--set window"
     )
+
+
+def widest_step(graphs: Sequence[StepGraph]) -> int | None:
+    """Rows of the widest step that the graphs take; None where their width is free."""
+    widths = [graph.width for graph in graphs if graph.width]
+    return max(widths) if widths else None
 
 
 def check_memory(bundle: Bundle, graph: StepGraph, engines: int, available: int | None) -> None:

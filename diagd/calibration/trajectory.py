@@ -51,16 +51,19 @@ class EnoughStepsError(Exception):
     """Breaks off a trajectory."""
 
 
-def trajectories(manifest: Manifest, window: int, steps: int) -> list[Trajectory]:
+def trajectories(
+    manifest: Manifest, window: int, steps: int, max_width: int | None = None
+) -> list[Trajectory]:
     """The default schedule, twice its row lag, next-token prediction, chained frames and a slid window.
 
     Args:
         manifest: of the bundle.
         window: frames of the session.
         steps: passes in all, shared evenly.
+        max_width: rows that the graphs take; schedules with wider steps are left out. None: any number.
 
     Raises:
-        UsageError: fewer than ``MINIMUM_STEPS``.
+        UsageError: fewer than ``MINIMUM_STEPS``, or the default schedule has wider steps.
     """
     if steps < MINIMUM_STEPS:
         raise UsageError(f"{steps} calibration steps; expected at least {MINIMUM_STEPS}: raise --set steps")
@@ -73,8 +76,15 @@ def trajectories(manifest: Manifest, window: int, steps: int) -> list[Trajectory
         "next token": Schedule.next_token(layout),
     }
     chained = Schedule.chained(layout, default.k, default.row_seed)
-    if chained.steps_per_frame // chained.d + 1 <= window:
+    if chained.frames_in_flight <= window:
         named[f"k={default.k} chained"] = chained
+    if max_width is not None:
+        if default.widest_step > max_width:
+            raise UsageError(
+                f"a step of the default schedule feeds {default.widest_step} tokens, the graphs of "
+                f"{manifest.name} take {max_width}; export it again without --set widths"
+            )
+        named = {name: schedule for name, schedule in named.items() if schedule.widest_step <= max_width}
     share = -(-steps // (len(named) + 1))
     found = [
         Trajectory(

@@ -27,10 +27,11 @@ class ExportSettings(BaseModel):
     """Options behind ``--set``."""
 
     model_config = ConfigDict(extra="forbid")
-    widths: tuple[int, ...] = Field(
-        (16, 64),
-        description="step widths of the GPU forms; a step takes the next wider one. Reading the weights "
-        "bounds a step of 16 rows as it does one of 1, and each width costs memory and build time",
+    widths: tuple[int, ...] | None = Field(
+        None,
+        description="step widths of the GPU forms, as 16,64; a step takes the next wider one. Reading the "
+        "weights bounds a step of 16 rows as it does one of 1, and each width costs memory and build time "
+        "(default: 16 and what k=1 with chained frames feeds at once, 64 at least)",
     )
     window: int | None = Field(None, description="frames that fixed KV buffers hold (default: the context)")
     tokenizer: str | None = Field(None, description="checkpoint of the video tokenizer, or 'none'")

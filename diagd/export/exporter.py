@@ -42,7 +42,7 @@ from diagd.export.tracing import link_weights, save
 from diagd.export.transformer import Transformer, TransformerConfig, position_tables
 from diagd.export.weights import WeightSource
 from diagd.progress import Progress
-from diagd.schedule import StreamLayout, slots_needed
+from diagd.schedule import StreamLayout, default_widths, slots_needed
 from diagd.version import __version__
 
 WEIGHTS_NAME = "weights.bin"
@@ -59,11 +59,14 @@ TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """Which graphs a bundle gets; ``widths`` and ``window`` are for the forms with a fixed capacity."""
+    """Which graphs a bundle gets; ``widths`` and ``window`` are for the forms with a fixed capacity.
+
+    ``widths`` None are those that decode every schedule of the model, see ``diagd.schedule.default_widths``.
+    """
 
     forms: tuple[Form, ...] = (Form.PREFIX,)
     precision: str = "fp32"
-    widths: tuple[int, ...] = (16, 64)
+    widths: tuple[int, ...] | None = None
     window: int | None = None
 
     def __post_init__(self) -> None:
@@ -186,12 +189,13 @@ class Exporter:
             [_GraphFile("step.onnx", Form.PREFIX, None, None)] if Form.PREFIX in self.options.forms else []
         )
         window = self.options.window or self.family.transformer.context_frames
-        capacity = slots_for(self._layout, window, max(self.options.widths))
+        widths = self.options.widths or default_widths(self._layout)
+        capacity = slots_for(self._layout, window, max(widths))
         graphs += [
             _GraphFile(f"step.{form.value}.onnx", form, width, capacity)
             for form in self.options.forms
             if form is not Form.PREFIX
-            for width in sorted(self.options.widths)
+            for width in sorted(widths)
         ]
         return graphs
 

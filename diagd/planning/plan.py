@@ -18,7 +18,7 @@ from diagd.planning.cost import (
 )
 from diagd.planning.devices import GB, Device
 from diagd.planning.model import ModelSize
-from diagd.schedule import slots_needed
+from diagd.schedule import default_widths, slots_needed
 
 RUNTIME_BYTES: Final = 0.5 * GB
 """Of a GPU context with TensorRT, whatever the model; published figures are 0.3 to 1 GB."""
@@ -31,10 +31,6 @@ BUILD_FACTOR: Final = 4.0
 
 REACHED: Final = 0.65
 """Share of the bandwidth limit that good engines reach with half-precision weights."""
-
-WIDEST: Final = 64
-"""Rows of the widest step that an engine is built for."""
-
 
 PREFILL: Final = 256
 """Rows of a pass that feeds known tokens."""
@@ -130,16 +126,18 @@ def make_plan(
 
 def memory_of(model: ModelSize, precision: Precision, window: int) -> Memory:
     """Bytes by use for a window of frames."""
-    slots = slots_needed(model.layout, window, WIDEST)
+    widths = default_widths(model.layout)
+    widest = widths[-1]
+    slots = slots_needed(model.layout, window, widest)
     weights = model.streamed * precision.weight + model.looked_up * min(precision.activation, 2.0)
-    scores = WIDEST * model.query_width / model.head_size * slots * precision.activation
-    states = WIDEST * (4.0 * model.output_vocabulary + 12.0 * model.query_width * precision.activation)
+    scores = widest * model.query_width / model.head_size * slots * precision.activation
+    states = widest * (4.0 * model.output_vocabulary + 12.0 * model.query_width * precision.activation)
     return Memory(
         weights=weights,
         cache=cache_bytes(model, precision, slots),
         workspace=scores + states,
         runtime=RUNTIME_BYTES,
-        graphs=GRAPH_BYTES * len((1, 16, WIDEST)),
+        graphs=GRAPH_BYTES * len(widths),
         tokenizer=model.tokenizer * 2.0,
         build_peak=BUILD_FACTOR * weights + RUNTIME_BYTES,
     )

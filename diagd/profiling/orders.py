@@ -31,12 +31,12 @@ def obstacle(schedule: Schedule, manifest: Manifest, window: int, frames: int, m
         frames: of the run, known ones included.
         max_width: rows of the widest step that the engine takes.
     """
-    overlapping = schedule.steps_per_frame // schedule.d + 1
+    overlapping = schedule.frames_in_flight
     if manifest.context.kind == "absolute" and schedule.d < schedule.steps_per_frame and frames > window:
         return f"{frames} frames slide a window of {window}, which this model does between frames only"
     if window < overlapping:
         return f"it has {overlapping} frames under way at once, the window holds {window}"
-    widest = int(schedule.table(1, overlapping + 1, 0, max_width).widths.max())
+    widest = schedule.widest_step
     if widest > max_width:
         return (
             f"its steps feed up to {widest} tokens, graphs of this bundle take {max_width}; "

@@ -201,7 +201,7 @@ class Session:
                 f"{frames} frames need actions of shape [{frames}, {self.layout.gap}], "
                 f"got {'none' if actions is None else list(np.shape(actions))}"
             )
-        in_flight = schedule.steps_per_frame // schedule.d + 1
+        in_flight = schedule.frames_in_flight
         if self.window < in_flight:
             raise UsageError(
                 f"k={schedule.k}, d={schedule.d} has {in_flight} frames under way at once, the window holds "

@@ -73,6 +73,16 @@ class Schedule:
         """Steps from the first to the last cell of one frame."""
         return steps_per_frame(self.layout.rows, self.layout.columns, self.k)
 
+    @property
+    def frames_in_flight(self) -> int:
+        """Most frames under way at once."""
+        return self.steps_per_frame // self.d + 1
+
+    @property
+    def widest_step(self) -> int:
+        """Most rows of a step that decodes; passes that feed a prompt may be wider."""
+        return int(self.table(1, self.frames_in_flight + 1, self.layout.first_cell(1) - 1).widths.max())
+
     def total_steps(self, frames: int) -> int:
         """Steps that decode ``frames`` frames behind a prompt that fits in one pass."""
         return total_steps(frames, self.layout.rows, self.layout.columns, self.k, self.d)

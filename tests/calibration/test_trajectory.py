@@ -1,0 +1,42 @@
+"""Which schedules a calibration decodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diagd.bundle import Bundle, Form
+from diagd.calibration.trajectory import trajectories
+from diagd.errors import UsageError
+from diagd.export.exporter import GraphOptions
+from diagd.schedule import Schedule
+from tests.calibration.bundles import ANYTHING, LAYOUT, quantise
+from tests.models import export_small
+from tests.oracles.models import small_model
+
+CHAINED = "k=1 chained"
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Graphs that take a serial step, but not one of chained frames."""
+    width = Schedule.chained(LAYOUT, 1).widest_step - 1
+    model = small_model(LAYOUT, layers=1, context_frames=6)
+    path = tmp_path_factory.mktemp("narrow") / "small.diagd"
+    return export_small(model, path, GraphOptions((Form.MODERN,), "fp16", widths=(width,)))
+
+
+def test_schedules_with_wider_steps_are_left_out(narrow: Path) -> None:
+    report = quantise(narrow, "int8", budget=ANYTHING)
+    names = [trajectory.name for trajectory in report.trajectories]
+    assert "k=1" in names
+    assert CHAINED not in names
+    manifest = Bundle.open(narrow).manifest
+    assert CHAINED in [trajectory.name for trajectory in trajectories(manifest, 4, 64)]
+
+
+def test_graphs_too_narrow_for_the_default_schedule_are_refused_at_once(narrow: Path) -> None:
+    manifest = Bundle.open(narrow).manifest
+    with pytest.raises(UsageError, match="feeds 4 tokens, the graphs of small take 3; export it again"):
+        trajectories(manifest, 4, 64, max_width=3)
