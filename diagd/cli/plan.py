@@ -81,11 +81,13 @@ def run(args: argparse.Namespace) -> int:
         clip=settings.clip,
         kv_cache=args.kv_cache,
     )
+    stored = _stored(Path(args.model), settings.clip)
     if args.json:
         content = asdict(plan) | {"fits": plan.fits, "builds": plan.builds, "running": plan.memory.running}
-        print(json.dumps(content, indent=2))  # noqa: T201
+        print(json.dumps(content | {"stored": stored}, indent=2))  # noqa: T201
     else:
         _print(Console(), plan)
+        _print_stored(Console(), stored)
     return 0 if plan.fits else 1
 
 
@@ -107,6 +109,20 @@ def _model(name: str, checkpoint: str | None) -> ModelSize:
         return read_model(Path(name)).size
     require("torch", extra="export", purpose=f"read the dimensions of '{name}'; a bundle needs no torch")
     return _family_size(name, checkpoint)
+
+
+def _stored(path: Path, clip: int) -> dict[str, dict[str, float]]:
+    """Bytes that a pass reads of every step graph that a bundle has; none for a model by name."""
+    from diagd.planning.cost import live_tokens
+    from diagd.planning.model import stored_models
+
+    if not path.is_dir():
+        return {}
+    bytes_read = {}
+    for name, model in stored_models(path).items():
+        cache = model.step_bytes(live_tokens(model.size, clip)) - model.streamed_bytes
+        bytes_read[name] = {"weights": float(model.streamed_bytes), "cache": cache}
+    return bytes_read
 
 
 def _family_size(name: str, checkpoint: str | None) -> ModelSize:
@@ -189,6 +205,23 @@ def _print(console: Console, plan: Plan) -> None:
     console.print(f"[dim]{device.title}: {device.source}")
 
 
+def _print_stored(console: Console, stored: dict[str, dict[str, float]]) -> None:
+    from rich.table import Table
+
+    if not stored:
+        return
+    table = Table("step graph", "weights", "K/V", "together", title="MB a pass of what this bundle holds")
+    for name, parts in stored.items():
+        sizes = (parts["weights"], parts["cache"], sum(parts.values()))
+        table.add_row(name, *(_short(size / 1e6) for size in sizes))
+    console.print(table)
+
+
+def _short(value: float) -> str:
+    """Four digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def _title(plan: Plan) -> str:
     kv_cache = f", K/V in {plan.kv_cache}" if plan.kv_cache else ""
     return f"{plan.model.name} {plan.precision}{kv_cache}, {plan.window} frames"
@@ -203,9 +236,9 @@ def _print_ceilings(console: Console, plan: Plan) -> None:
     table = Table("order", "passes a frame", *PRECISIONS, title=title)
     for order in dict.fromkeys(row.order for row in plan.ceilings):
         rows = [row for row in plan.ceilings if row.order == order]
-        rates = [f"{row.frames_per_second:,.3g}{'' if row.bound == 'memory' else ' *'}" for row in rows]
+        rates = [f"{_short(row.frames_per_second)}{'' if row.bound == 'memory' else ' *'}" for row in rows]
         table.add_row(order, f"{rows[0].passes:g}", *rates)
-    read = {row.precision: f"{row.bytes / 1e6:,.4g}" for row in plan.ceilings}
+    read = {row.precision: _short(row.bytes / 1e6) for row in plan.ceilings}
     table.add_row("[dim]MB a pass", "", *read.values())
     console.print(table)
     if any(row.bound != "memory" for row in plan.ceilings):

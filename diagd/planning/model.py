@@ -104,6 +104,15 @@ def read_model(path: Path, precision: str | None = None, form: Form | None = Non
     return StoredModel(size, sum(t.bytes for t in streamed), manifest.cache_dtype(entry).itemsize)
 
 
+def stored_models(path: Path) -> dict[str, StoredModel]:
+    """Every step graph of a bundle by form and precision, as ``prefix int8``; see ``read_model``."""
+    graphs = read_manifest(path).graphs
+    return {
+        f"{graph.form.value} {graph.precision}": read_model(path, graph.precision, graph.form)
+        for graph in {(graph.form, graph.precision): graph for graph in graphs}.values()
+    }
+
+
 def refed_tokens(context: RotaryContext | AbsoluteContext, layout: StreamLayout) -> float:
     """Tokens fed again for each frame of an endless run, in the mean."""
     if isinstance(context, RotaryContext):

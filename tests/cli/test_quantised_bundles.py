@@ -11,7 +11,7 @@ from diagd.bundle import read_manifest
 from diagd.cli.main import main
 from tests.cli.conftest import Workplace
 
-PRECISIONS = ("fp8", "int4-weight", "int8-weight-kv8")
+PRECISIONS = ("fp8", "int4-weight-kv8")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def test_every_precision_is_verified(quantised: Path, capsys: pytest.CaptureFixt
     verdicts = json.loads(capsys.readouterr().out)["verdicts"]
     engines = {verdict["engine"] for verdict in verdicts}
     forms = ("prefix", "modern", "portable")
-    assert engines == {f"{form} {p}" for form in forms for p in ("fp32", "fp8", "int4-weight")} | {
-        "portable int8-weight-kv8"
+    assert engines == {f"{form} {p}" for form in forms for p in ("fp32", "fp8")} | {
+        "portable int4-weight-kv8"
     }
     assert all(verdict["passed"] for verdict in verdicts if verdict["engine"].endswith("fp32"))
 
@@ -71,9 +71,20 @@ def test_graphs_and_caches_are_told_apart(quantised: Path, capsys: pytest.Captur
     assert main(["inspect", str(quantised)]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "float16: modern fp8, portable fp8" in shown
-    assert "(int8: portable int8-weight-kv8)" in shown
+    assert "(int8: portable int4-weight-kv8)" in shown
     assert "float8e4m3fn" in shown
     assert main(["doctor", str(quantised), "--json"]) in (0, 1)
     assert "digests agree" in capsys.readouterr().out
+
+
+def test_a_plan_has_the_bytes_that_are_stored(quantised: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(quantised), "--device", "h200", "--json"]) == 0
-    json.loads(capsys.readouterr().out)
+    stored = json.loads(capsys.readouterr().out)["stored"]
+    assert len(stored) == 7
+    whole = stored["portable fp32"]
+    assert stored["portable fp8"]["cache"] == whole["cache"] / 2
+    assert stored["portable int4-weight-kv8"]["cache"] == whole["cache"] / 4
+    for name, share in (("fp8", 0.25), ("int4-weight-kv8", 0.125)):
+        assert stored[f"portable {name}"]["weights"] == pytest.approx(share * whole["weights"], rel=0.3)
+    assert main(["plan", str(quantised), "--device", "h200"]) == 0
+    assert "portable int4-weight-kv8" in capsys.readouterr().out
