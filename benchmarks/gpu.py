@@ -86,9 +86,10 @@ def missing(results: Results, models: list[str] | tuple[str, ...]) -> list[tuple
 def measure(bench: Bench, results: Results, folder: Path, model: str, part: str) -> bool:
     """Measure one part; whether that went well. What did not is said, and the next part goes on."""
     try:
-        bundle = make_bundle(find(model, None), folder, bench.frames)
+        family = find(model, None)
+        bundle = make_bundle(family, folder, bench.frames)
         print(f"{model}: {part}", flush=True)
-        results.rows += bench.measure(bundle, model, part)
+        results.rows += bench.measure(bundle, family, part)
     except Exception as error:  # of PyTorch, its compiler, ONNX Runtime, the driver
         print(f"{model}: {part} cannot be measured: {type(error).__name__}: {error}", file=sys.stderr)
         return False

@@ -36,12 +36,21 @@ def open_gpu_engine(bundle: Bundle, tokens: int, backend: str, *, graphs: bool =
 
 
 def open_cuda(
-    bundle: Bundle, tokens: int, device: CudaDevice, *, graphs: bool = True, keep_logits: bool = False
+    bundle: Bundle,
+    tokens: int,
+    device: CudaDevice,
+    *,
+    graphs: bool = True,
+    keep_logits: bool = False,
+    strict: bool = False,
 ) -> DeviceEngine:
-    """The ``modern`` form on ONNX Runtime's CUDA provider; see ``open_gpu_engine``."""
+    """The ``modern`` form on ONNX Runtime's CUDA provider; see ``open_gpu_engine``.
+
+    With ``strict``, a graph of which nodes are left to the CPU is refused.
+    """
     steps = graphs_of(bundle, Form.MODERN)
     widths = tuple(int(graph.width or 0) for graph in steps)
-    session = open_cuda_session(bundle.file(steps[0].file), device, graphs)
+    session = open_cuda_session(bundle.file(steps[0].file), device, graphs, strict=strict)
 
     def program(tensors: Mapping[str, Tensor]) -> OnnxRuntimeProgram:
         return OnnxRuntimeProgram(session, tensors, widths, device.kind)

@@ -47,20 +47,50 @@ class OnnxRuntimeProgram:
         return binding
 
 
-def open_cuda_session(graph: Path, device: Device, graphs: bool) -> Any:
+CUDA = "CUDAExecutionProvider"
+
+SIZES = frozenset({"Shape", "Size"})
+"""Operators that read no data: ONNX Runtime gives them to the CPU, and nothing is copied or waited for."""
+
+
+def nodes_outside(session: Any, provider: str = CUDA) -> list[str]:
+    """Nodes of a session that another provider runs, as ``operator (name)``.
+
+    Args:
+        session: made with ``session.record_ep_graph_assignment_info``.
+        provider: the one that should run all but ``SIZES``.
+
+    Raises:
+        EngineError: this ONNX Runtime does not say.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise EngineError(
+            "this ONNX Runtime does not say where its nodes run; run: pip install -U 'onnxruntime-gpu>=1.24'"
+        )
+    return [
+        f"{node.op_type} ({node.name})"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+        if node.op_type not in SIZES
+    ]
+
+
+def open_cuda_session(graph: Path, device: Device, graphs: bool, *, strict: bool = False) -> Any:
     """A session of the CUDA provider on the device's stream.
 
     Args:
         graph: step graph with a sampler.
         device: gives the stream.
         graphs: capture and replay CUDA graphs.
+        strict: refuse a graph of which nodes are left to the CPU, so that steps would wait for it.
 
     Raises:
         DependencyError: ONNX Runtime is not installed.
         EngineError: it has no CUDA provider, cannot load it, or refuses the graph.
     """
     runtime = require("onnxruntime", extra="cuda", purpose="run step graphs on the GPU")
-    if "CUDAExecutionProvider" not in runtime.get_available_providers():
+    if CUDA not in runtime.get_available_providers():
         raise EngineError(
             "this ONNX Runtime has no CUDA provider; run: pip uninstall onnxruntime && "
             "pip install 'onnxruntime-gpu[cuda]'"
@@ -68,12 +98,18 @@ def open_cuda_session(graph: Path, device: Device, graphs: bool) -> Any:
     options = {"user_compute_stream": str(device.stream), "enable_cuda_graph": str(int(graphs))}
     settings = runtime.SessionOptions()
     settings.log_severity_level = 3
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = runtime.InferenceSession(
-            str(graph), settings, providers=[("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+            str(graph), settings, providers=[(CUDA, options), "CPUExecutionProvider"]
         )
     except Exception as error:  # ONNX Runtime raises several unrelated types
         raise EngineError(f"ONNX Runtime {runtime.__version__} refuses {graph}: {error}") from error
-    if "CUDAExecutionProvider" not in session.get_providers():
+    if CUDA not in session.get_providers():
         raise EngineError("ONNX Runtime fell back to the CPU: its CUDA libraries or the driver are missing")
+    if strict and (elsewhere := nodes_outside(session)):
+        raise EngineError(
+            f"ONNX Runtime leaves {len(elsewhere)} nodes of {graph} to the CPU, steps would wait for it: "
+            f"{', '.join(elsewhere[:5])}"
+        )
     return session

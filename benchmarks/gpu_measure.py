@@ -1,0 +1,257 @@
+"""What benchmarks/gpu.py measures: engines with and without CUDA graphs, PyTorch eager and compiled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu_report import NEXT_TOKEN, Row
+from diagd.bundle import Bundle, Form
+from diagd.engines.cuda.engine import DeviceEngine
+from diagd.engines.fixed import graphs_of
+from diagd.export.families.family import Family
+from diagd.planning.ceilings import Ceilings
+from diagd.planning.cost import step_operations
+from diagd.planning.model import StoredModel, read_model
+from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.session import Session, token_places
+from diagd.schedule import Schedule, StreamLayout, Table
+
+GREEDY = SamplingSettings(temperature=0.0)
+FRAMES = 3
+PARTS = ("diagd, CUDA graphs", "diagd", "published form, compiled", "published form, eager")
+
+REPEATS = 3
+ENOUGH = 20.0
+"""Seconds of runs after which none is repeated."""
+
+MakeEngine = Callable[[Bundle, int, bool], DeviceEngine]
+"""From a bundle, the size of the token buffer, and whether graphs are replayed."""
+
+
+Timed = Iterator[tuple["Extent", dict[str, Any]]]
+"""Extents with what a row says of their fastest run."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A schedule, the known frames ahead of it, and the frames it decodes."""
+
+    name: str
+    schedule: Schedule
+    known: int
+    frames: int
+
+    @property
+    def table(self) -> Table:
+        """Its steps, all known tokens but the last being cached."""
+        return self.schedule.table(self.known, self.frames, self.schedule.layout.first_cell(self.known) - 1)
+
+
+def extents(layout: StreamLayout, frames: int) -> Iterator[Extent]:
+    """Next-token prediction for one frame in the middle of where the others decode ``frames``, then those."""
+    yield Extent(NEXT_TOKEN, Schedule.next_token(layout), 2 + frames // 2, 1)
+    for k in (1, 2):
+        yield Extent(f"k={k} serial", Schedule.serial(layout, k), 2, frames)
+        yield Extent(f"k={k} chained", Schedule.chained(layout, k), 2, frames)
+
+
+def widths_of(layout: StreamLayout, frames: int) -> tuple[int, ...]:
+    """1, and the commonest and the widest step of every schedule in multiples of 8."""
+    found = {1}
+    for extent in extents(layout, frames):
+        widths = extent.table.widths
+        commonest, widest = int(np.bincount(widths).argmax()), int(widths.max())
+        found |= {-(-width // 8) * 8 for width in (commonest, widest) if width > 1}
+    return tuple(sorted(found))
+
+
+def make_bundle(family: Family, folder: Path, frames: int) -> Bundle:
+    """The model with random weights in float16, in the modern form; made where it is missing."""
+    from rich.console import Console
+
+    from diagd.export.exporter import GraphOptions, export, random_sources
+    from diagd.progress import Progress
+
+    path, widths = folder / f"{family.name}.diagd", widths_of(family.transformer.layout, frames)
+    if path.is_dir():
+        bundle = Bundle.open(path)
+        if tuple(graph.width for graph in graphs_of(bundle, Form.MODERN)) == widths:
+            return bundle
+    sources = replace(random_sources(family, seed=0), tokenizer=None)
+    export(family, GraphOptions((Form.MODERN,), "fp16", widths), sources, path, Progress(Console()))
+    return Bundle.open(path)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measures parts of the comparison.
+
+    Attributes:
+        make_engine: opens what is measured.
+        ceilings: of the device, measured in this process.
+        frames: of a diagonal run.
+        torch_device: where PyTorch runs.
+        config_of: the transformer of a model by its name.
+    """
+
+    make_engine: MakeEngine
+    ceilings: Ceilings
+    frames: int = FRAMES
+    torch_device: str = "cuda"
+
+    def measure(self, bundle: Bundle, family: Family, part: str) -> list[Row]:
+        """Rows of one of ``PARTS`` over a family's bundle.
+
+        Raises:
+            EngineError: the engine cannot be opened.
+            UsageError: the published form is not written for the model.
+        """
+        stored = read_model(bundle.path, form=Form.MODERN)
+        published = "published" in part
+        taken = self._published(bundle, family, part) if published else self._engine(bundle, part)
+        return [
+            Row(model=family.name, runtime=part, **best, **self._work(stored, extent))
+            for extent, best in taken
+        ]
+
+    def _work(self, stored: StoredModel, extent: Extent) -> dict[str, float]:
+        """What a step must read and compute in the mean, and the limits of the device."""
+        layout, widths = extent.schedule.layout, extent.table.widths
+        live = layout.frame_start(extent.known) + extent.frames * layout.frame_length / 2
+        return {
+            "bytes_read": stored.step_bytes(live),
+            "operations": step_operations(stored.size, float(widths.mean()), live),
+            "bandwidth": self.ceilings.bandwidth,
+            "peak": self.ceilings.peak,
+        }
+
+    def _engine(self, bundle: Bundle, part: str) -> Timed:
+        manifest = bundle.manifest
+        layout, window = manifest.layout.stream(), manifest.context.frames
+        places = token_places(layout, window).size
+        with closing(self.make_engine(bundle, places, part.endswith("graphs"))) as engine:
+            session = Session(manifest, engine, window)
+            for extent in extents(layout, self.frames):
+                yield extent, decode_with(session, extent)
+
+    def _published(self, bundle: Bundle, family: Family, part: str) -> Timed:
+        import torch
+
+        from benchmarks.baselines import PublishedForm
+
+        config, layout = family.transformer, bundle.manifest.layout.stream()
+        positions = layout.frame_start(2 + self.frames) + 1
+        form = PublishedForm(
+            stored_weights(bundle, family), config, torch.float16, positions, self.torch_device
+        )
+        compiled = part.endswith("compiled")
+        widths = widths_of(layout, self.frames) if compiled else ()
+        if compiled:
+            form._forward = captured(form)  # type: ignore[method-assign]
+        wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+        for extent in extents(layout, self.frames):
+            table = extent.table
+            form.prefill(layout.first_cell(extent.known) - 1)
+            warm = first_steps(table) if extent.name == NEXT_TOKEN else table
+            for _ in range(2):  # the compiler captures a graph when a width comes for the second time
+                form.decode(warm, widths=widths)
+            seconds = repeated(lambda: timed(partial(form.decode, table, widths=widths), wait))  # noqa: B023
+            yield extent, {"schedule": extent.name, **counted(extent, table.steps), "seconds": min(seconds)}
+
+
+def decode_with(session: Session, extent: Extent) -> dict[str, Any]:
+    """Fastest run of a session: the last known frame is decoded too, so that the prompt is cached."""
+    layout, random = session.layout, np.random.default_rng(0)
+    low, high = session.manifest.sampling.range_table(layout)[layout.before]
+    shape = (extent.known - 1, layout.rows, layout.columns)
+    prompt = random.integers(low, high, shape).astype(np.int32)
+    actions = np.zeros((extent.frames + extent.known, layout.gap), np.int32)
+    hosts = []
+
+    def run() -> float:
+        session.start(prompt, actions[: len(prompt)])
+        for frame in session.generate(1, actions[:1], schedule=Schedule.serial(layout, 1), sampling=GREEDY):
+            del frame
+        before, began = (session.timing.steps, session.timing.host), time.perf_counter()
+        decoded = session.generate(
+            extent.frames, actions[: extent.frames], schedule=extent.schedule, sampling=GREEDY
+        )
+        for frame in decoded:
+            del frame  # asking for its tokens has waited for the device
+        seconds = time.perf_counter() - began
+        hosts.append((session.timing.steps - before[0], session.timing.host - before[1]))
+        return seconds
+
+    seconds = repeated(run)
+    best = int(np.argmin(seconds))
+    steps, host = hosts[best]
+    return {"schedule": extent.name, **counted(extent, steps), "seconds": seconds[best], "host": host}
+
+
+def counted(extent: Extent, steps: int) -> dict[str, int]:
+    return {"frames": extent.frames, "steps": steps}
+
+
+def repeated(run: Callable[[], float]) -> list[float]:
+    """Seconds of a few runs, of fewer where they are long."""
+    seconds: list[float] = []
+    while len(seconds) < REPEATS and sum(seconds) < ENOUGH:
+        seconds.append(run())
+    return seconds
+
+
+def timed(work: Callable[[], object], wait: Callable[[], None]) -> float:
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+
+def first_steps(table: Table, steps: int = 16) -> Table:
+    """The beginning of a table, to warm up."""
+    rows = slice(0, int(table.offsets[min(steps, table.steps)]))
+    return replace(
+        table,
+        offsets=table.offsets[: steps + 1],
+        sources=table.sources[rows],
+        positions=table.positions[rows],
+        sinks=table.sinks[rows],
+    )
+
+
+def captured(form: Any) -> Callable[..., Any]:
+    """The step of a PyTorch form, compiled to one CUDA graph for each width."""
+    import torch
+
+    for cache in (form.keys, form.values):
+        torch._dynamo.mark_static_address(cache)  # else a graph that writes to it is not captured
+    compiled = torch.compile(form._forward, mode="reduce-overhead", dynamic=False, fullgraph=True)
+
+    def step(*tensors: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*tensors)
+
+    return step
+
+
+def stored_weights(bundle: Bundle, family: Family) -> Mapping[str, Any]:
+    """The transformer's weights, mapped from their file: a graph would lack norms whose gains are equal."""
+    from diagd.export.exporter import WEIGHTS_NAME, Exporter, GraphOptions
+
+    placements = Exporter(family, GraphOptions((Form.MODERN,), "fp16"), pixels=False)._placements
+    return {
+        name.removeprefix("transformer."): np.memmap(
+            bundle.file(WEIGHTS_NAME), place.dtype, "r", place.offset, place.shape
+        )
+        for name, place in placements.items()
+        if name.startswith("transformer.")
+    }

@@ -1,0 +1,216 @@
+"""Results of benchmarks/gpu.py: kept as JSON, shown as Markdown with a verdict on every target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from diagd.bundle.files import atomic_file
+from diagd.errors import UsageError
+from diagd.planning.cost import step_seconds
+
+NEXT_TOKEN = "NTP"
+BEGIN, END = "<!-- gpu: begin, written by benchmarks/gpu.py -->", "<!-- gpu: end -->"
+
+
+class Row(BaseModel):
+    """One schedule of one model under one runtime, its fastest run.
+
+    ``host``: seconds of Python outside the engine; None for PyTorch. ``bytes_read``, ``operations``: what a
+    step needs at least. ``bandwidth``, ``peak``: of the device, measured in the same process.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model: str
+    runtime: str
+    schedule: str
+    frames: int
+    steps: int
+    seconds: float
+    host: float | None = None
+    bytes_read: float
+    operations: float
+    bandwidth: float
+    peak: float
+
+    @property
+    def step(self) -> float:
+        """Seconds."""
+        return self.seconds / self.steps
+
+    @property
+    def rate(self) -> float:
+        """Frames a second."""
+        return self.frames / self.seconds
+
+    @property
+    def times_floor(self) -> float:
+        """Its step over the least that the device allows."""
+        return self.step / step_seconds(self.bytes_read, self.operations, self.bandwidth, self.peak)
+
+    def gain(self, other: Row) -> float:
+        """How much faster it makes frames than another, over how many fewer steps they take."""
+        return self.rate / other.rate / (other.steps / other.frames) * (self.steps / self.frames)
+
+
+class Results(BaseModel):
+    """Everything measured on one device."""
+
+    model_config = ConfigDict(extra="forbid")
+    device: str
+    rows: list[Row] = []
+
+    @classmethod
+    def read(cls, file: Path, device: str) -> Results:
+        """What earlier calls measured on the device.
+
+        Raises:
+            UsageError: the file is of another device.
+        """
+        if not file.is_file():
+            return cls(device=device)
+        results = cls.model_validate_json(file.read_bytes())
+        if results.device != device:
+            raise UsageError(
+                f"{file} has results of {results.device}, this is {device}; name another file with --results"
+            )
+        return results
+
+    def write(self, file: Path) -> None:
+        """Keep them."""
+        with atomic_file(file) as partial:
+            partial.write_text(self.model_dump_json(indent=1) + "\n")
+
+    def of(self, model: str, runtime: str) -> list[Row]:
+        """Rows of one part."""
+        return [row for row in self.rows if (row.model, row.runtime) == (model, runtime)]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One target: the worst of what was measured for it, and whether it is met; None: not measured."""
+
+    model: str
+    target: str
+    measured: str
+    met: bool | None
+
+    @property
+    def word(self) -> str:
+        """For people."""
+        return "not measured" if self.met is None else "met" if self.met else "missed"
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    """Every target of every model, judged by its worst schedule, each run in the faster way."""
+    found = []
+    for model, limit in (("cosmos-4b", 1.5), ("mineworld-300m", 2.5)):
+        ours = fastest(results, model, "diagd")
+        target = f"step within {limit} x max(bytes / bandwidth, operations / peak)"
+        found.append(_judge(model, target, ours, lambda row: row.times_floor, limit, at_most=True))
+    for model in dict.fromkeys(["cosmos-4b", "mineworld-300m", *(row.model for row in results.rows)]):
+        ours, theirs = fastest(results, model, "diagd"), fastest(results, model, "published")
+        token = next((row for row in ours if row.schedule == NEXT_TOKEN), None)
+        gains = [row for row in ours if token and row is not token]
+        found.append(
+            _judge(
+                model,
+                "wall-clock gain at least 0.8 of the step ratio",
+                gains,
+                lambda row: row.gain(token) if token else 0.0,  # noqa: B023
+                0.8,
+            )
+        )
+        rates = {row.schedule: row.rate for row in theirs}
+        found.append(
+            _judge(
+                model,
+                "at least 5 x the published form's frames/s (its faster way to run)",
+                [row for row in ours if row.schedule in rates],
+                lambda row: row.rate / rates[row.schedule],  # noqa: B023
+                5.0,
+            )
+        )
+    return found
+
+
+def fastest(results: Results, model: str, runtime: str) -> list[Row]:
+    """For each schedule of a model, the fastest row of the runtimes whose names begin so."""
+    best: dict[str, Row] = {}
+    for row in results.rows:
+        if row.model == model and row.runtime.startswith(runtime):
+            best[row.schedule] = max(best.get(row.schedule, row), row, key=lambda r: r.rate)
+    return list(best.values())
+
+
+def _judge(
+    model: str,
+    target: str,
+    rows: Iterable[Row],
+    figure: Callable[[Row], float],
+    limit: float,
+    *,
+    at_most: bool = False,
+) -> Verdict:
+    figures = {row.schedule: figure(row) for row in rows}
+    if not figures:
+        return Verdict(model, target, "", None)
+    worst = (max if at_most else min)(figures, key=lambda schedule: figures[schedule])
+    met = figures[worst] <= limit if at_most else figures[worst] >= limit
+    return Verdict(model, target, f"{figures[worst]:.2f} ({worst})", met)
+
+
+def markdown(results: Results) -> str:
+    """The tables and the verdicts."""
+    if not results.rows:
+        return "**Not measured.**"
+    bandwidth, peak = (max(getattr(row, name) for row in results.rows) for name in ("bandwidth", "peak"))
+    parts = [
+        f"{results.device}. Ceilings: copy {bandwidth / 1e9:,.0f} GB/s, float16 product "
+        f"{peak / 1e12:,.0f} TFLOP/s. Random weights, float16, greedy; the fastest of up to three warm runs. "
+        "`of ceiling`: the least time that bytes and operations of a step allow, over the time it takes. "
+        "`host`: Python outside the engine, which runs ahead of the device. `gain`: that over NTP under the "
+        "same runtime, divided by the ratio of steps."
+    ]
+    for model in dict.fromkeys(row.model for row in results.rows):
+        parts.append(f"**{model}**\n\n" + "\n".join(_table(results, model)))
+    parts.append("\n".join(_verdict_table(results)))
+    return "\n\n".join(parts)
+
+
+def _table(results: Results, model: str) -> Iterable[str]:
+    yield "| runtime | schedule | steps/frame | ms/step | GB/s | of ceiling | frames/s | host | gain |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in (row for row in results.rows if row.model == model):
+        token = next((r for r in results.of(model, row.runtime) if r.schedule == NEXT_TOKEN), None)
+        gain = "" if token is None else f"{row.gain(token):.2f}"
+        host = "" if row.host is None else f"{row.host / row.seconds:.0%}"
+        yield (
+            f"| {row.runtime} | {row.schedule} | {row.steps / row.frames:.0f} | {1e3 * row.step:.3f} | "
+            f"{row.bytes_read / row.step / 1e9:,.0f} | {1 / row.times_floor:.0%} | {row.rate:.2f} | {host} | "
+            f"{gain} |"
+        )
+
+
+def _verdict_table(results: Results) -> Iterable[str]:
+    yield "| model | target | worst measured | verdict |"
+    yield "|---|---|---|---|"
+    for verdict in verdicts(results):
+        yield f"| `{verdict.model}` | {verdict.target} | {verdict.measured} | {verdict.word} |"
+
+
+def write_section(file: Path, text: str) -> None:
+    """Put a text between the two markers of a file; nothing else in it changes.
+
+    Raises:
+        UsageError: the markers are not there, once each and in order.
+    """
+    content = file.read_text()
+    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
+        raise UsageError(f"{file} has no place for the tables: it needs the lines '{BEGIN}' and '{END}'")
+    before, after = content.split(BEGIN)[0], content.split(END)[1]
+    with atomic_file(file) as partial:
+        partial.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")

@@ -1,0 +1,246 @@
+"""The GPU benchmark, over memory of the host and by hand-made results; a GPU is only what it lacks here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import benchmarks.gpu_measure as gpu_measure
+from benchmarks.gpu import MODELS, main, missing
+from benchmarks.gpu_measure import PARTS, Bench, extents, first_steps, make_bundle, stored_weights, widths_of
+from benchmarks.gpu_report import BEGIN, END, Results, Row, markdown, verdicts, write_section
+from diagd.bundle import Bundle, Form
+from diagd.engines.cuda.driver import open_driver
+from diagd.engines.cuda.engine import DeviceEngine
+from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram, nodes_outside
+from diagd.engines.cuda.program import Tensor
+from diagd.engines.fixed import graphs_of
+from diagd.errors import DiagdError, UsageError
+from diagd.export.exporter import random_sources
+from diagd.export.families.family import Family
+from diagd.export.families.registry import find
+from diagd.export.rotary import grid_rotary
+from diagd.export.transformer import Transformer
+from diagd.planning.ceilings import Ceilings
+from diagd.schedule import StreamLayout
+from tests.engines.host_device import HostDevice, host_kernels
+from tests.engines.test_cuda_engine import CapturableProgram
+from tests.models import small_family
+from tests.oracles.models import small_model
+
+CEILINGS = Ceilings(4e12, 0.0, 8e14, 0)
+LAYOUT = StreamLayout(4, 6, after=2)
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    """As Cosmos is made, only small."""
+    config = small_model(LAYOUT).config
+    rotary = grid_rotary(8, 1e4, trained=(3, 40))
+    return small_family(Transformer(replace(config, qk_norm=True, rotary=rotary)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.fixture(scope="module")
+def bundle(family: Family, folder: Path) -> Bundle:
+    return make_bundle(family, folder, 3)
+
+
+def test_a_bundle_is_made_once_with_the_widths_of_its_schedules(
+    family: Family, folder: Path, bundle: Bundle
+) -> None:
+    layout = bundle.manifest.layout.stream()
+    graphs = graphs_of(bundle, Form.MODERN)
+    assert {graph.precision for graph in graphs} == {"fp16"}
+    assert tuple(graph.width for graph in graphs) == widths_of(layout, 3)
+    made = bundle.path.stat().st_mtime_ns
+    assert make_bundle(family, folder, 3).path.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(
+    ("model", "widths"), [("mineworld-300m", (1, 16, 24, 32, 40)), ("cosmos-4b", (1, 32, 40, 72))]
+)
+def test_every_step_fits_the_graphs(model: str, widths: tuple[int, ...]) -> None:
+    layout = find(model, None).transformer.layout
+    assert widths_of(layout, 3) == widths
+    assert find(model, None).transformer.context_frames >= max(e.known + e.frames for e in extents(layout, 3))
+    steps = {extent.name: extent.table.steps for extent in extents(layout, 3)}
+    cells = layout.cells
+    assert steps["NTP"] == cells
+    if model == "cosmos-4b":
+        assert 3 * cells / steps["k=1 chained"] == pytest.approx(42, abs=0.1)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_is_measured(
+    family: Family, bundle: Bundle, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_measure, "REPEATS", 1)
+    monkeypatch.setattr(gpu_measure, "captured", lambda form: form._forward)  # the compiler takes minutes
+    devices = []
+
+    def make(bundle: Bundle, tokens: int, graphs: bool) -> DeviceEngine:
+        devices.append(HostDevice(host_kernels(str(tmp_path))))
+        return engine_over(bundle, tokens, devices[-1], graphs)
+
+    rows = Bench(make, CEILINGS, 3, torch_device="cpu").measure(bundle, family, part)
+    layout = bundle.manifest.layout.stream()
+    wanted = {extent.name: (extent.frames, extent.table.steps) for extent in extents(layout, 3)}
+    assert {row.schedule: (row.frames, row.steps) for row in rows} == wanted
+    assert all(row.seconds > 0 and row.times_floor > 1 and row.bytes_read > 1e4 for row in rows)
+    assert all((row.host is None) == ("published" in part) for row in rows)
+    for device in devices:
+        assert (Counter(entry[0] for entry in device.log)["replay"] > 0) == (part == PARTS[0])
+        assert device.log[-1] == ("close",)
+    assert len(devices) == ("published" not in part)
+
+
+def engine_over(bundle: Bundle, tokens: int, device: HostDevice, graphs: bool) -> DeviceEngine:
+    steps = graphs_of(bundle, Form.MODERN)
+    widths = tuple(int(graph.width or 0) for graph in steps)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(bundle.file(steps[0].file)), settings)
+
+    def program(tensors: Mapping[str, Tensor]) -> CapturableProgram:
+        return CapturableProgram(device, OnnxRuntimeProgram(session, tensors, widths, "cpu"))
+
+    capacity = int(steps[0].capacity or 0)
+    return DeviceEngine(
+        bundle.manifest, Form.MODERN, capacity, widths, tokens, device, program, graphs=graphs
+    )
+
+
+def test_nodes_of_another_provider_are_named(bundle: Bundle) -> None:
+    """On the CPU, where every node is the CPU's: all of the graph lies outside of CUDA, but for its sizes."""
+    settings = onnxruntime.SessionOptions()
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    graph = bundle.file(graphs_of(bundle, Form.MODERN)[0].file)
+    session = onnxruntime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
+    outside = Counter(name.split()[0] for name in nodes_outside(session))
+    assert outside["Attention"] == bundle.manifest.cache.layers
+    assert outside["TensorScatter"] == 2 * bundle.manifest.cache.layers
+    assert "Shape" not in outside
+    assert nodes_outside(session, "CPUExecutionProvider") == []
+
+
+def test_the_published_form_gets_the_weights_of_the_bundle(family: Family, bundle: Bundle) -> None:
+    """Random norms are all ones, and the graph has only one of them."""
+    weights = stored_weights(bundle, family)
+    expected = family.weights(random_sources(family, 0).transformer)
+    assert weights.keys() >= expected.keys()
+    for name, source in expected.items():
+        chunks = np.concatenate(list(source.chunks())).astype(np.float16)
+        np.testing.assert_array_equal(weights[name], chunks)
+
+
+def row(model: str, runtime: str, schedule: str, steps: int, seconds: float, frames: int = 3) -> Row:
+    return Row(
+        model=model,
+        runtime=runtime,
+        schedule=schedule,
+        frames=frames,
+        steps=steps,
+        seconds=seconds,
+        host=0.1 * seconds,
+        bytes_read=8e9,
+        operations=4e10,
+        bandwidth=4e12,
+        peak=8e14,
+    )
+
+
+def test_verdicts_are_of_the_worst_schedule() -> None:
+    """A step needs 2 ms. NTP takes 2.5 ms; 183 steps of 2.9 ms gain 0.86 of 42."""
+    results = Results(
+        device="a",
+        rows=[
+            row("cosmos-4b", PARTS[0], "NTP", 2560, 2560 * 2.5e-3, 1),
+            row("cosmos-4b", PARTS[0], "k=1 chained", 183, 183 * 2.9e-3),
+            row("cosmos-4b", PARTS[0], "k=2 chained", 302, 302 * 9e-3),
+            row("cosmos-4b", PARTS[1], "k=2 chained", 302, 302 * 3.1e-3),
+            row("cosmos-4b", PARTS[2], "k=1 chained", 183, 183 * 2.9e-3 * 4),
+            row("cosmos-4b", PARTS[3], "k=1 chained", 183, 183 * 2.9e-3 * 8),
+        ],
+    )
+    found = {(v.model, v.target[:9]): (v.measured, v.word) for v in verdicts(results)}
+    assert found == {
+        ("cosmos-4b", "step with"): ("1.55 (k=2 chained)", "missed"),
+        ("mineworld-300m", "step with"): ("", "not measured"),
+        ("cosmos-4b", "wall-cloc"): ("0.81 (k=2 chained)", "met"),
+        ("cosmos-4b", "at least "): ("4.00 (k=1 chained)", "missed"),
+        ("mineworld-300m", "wall-cloc"): ("", "not measured"),
+        ("mineworld-300m", "at least "): ("", "not measured"),
+    }
+    shown = markdown(results)
+    assert "| diagd, CUDA graphs | k=1 chained | 61 | 2.900 | 2,759 | 69% | 5.65 | 10% | 0.86 |" in shown
+    assert (
+        "| `cosmos-4b` | wall-clock gain at least 0.8 of the step ratio | 0.81 (k=2 chained) | met |" in shown
+    )
+
+
+def test_the_section_alone_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "benchmarks.md"
+    file.write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\n## After\n")
+    write_section(file, "new")
+    write_section(file, "newer")
+    assert file.read_text() == f"# Before\n\n{BEGIN}\n\nnewer\n\n{END}\n\n## After\n"
+    for broken in ("no markers", f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}"):
+        file.write_text(broken)
+        with pytest.raises(UsageError, match="has no place for the tables"):
+            write_section(file, "new")
+        assert file.read_text() == broken
+
+
+def test_the_documents_have_the_place() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert text.index("## GPU") < text.index(BEGIN) < text.index(END)
+
+
+def test_results_are_kept_between_calls(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    results = Results.read(file, "gpu")
+    assert missing(results, MODELS) == [(model, part) for model in MODELS for part in PARTS]
+    results.rows.append(row("cosmos-4b", PARTS[0], "NTP", 2560, 7.0, 1))
+    results.write(file)
+    assert json.loads(file.read_text())["rows"][0]["steps"] == 2560
+    again = Results.read(file, "gpu")
+    assert missing(again, ["cosmos-4b"]) == [("cosmos-4b", part) for part in PARTS[1:]]
+    with pytest.raises(UsageError, match="has results of gpu, this is another"):
+        Results.read(file, "another")
+
+
+def test_a_warm_up_is_the_beginning_of_a_run(bundle: Bundle) -> None:
+    table = next(iter(extents(bundle.manifest.layout.stream(), 3))).table
+    short = first_steps(table, 5)
+    assert short.steps == 5
+    assert (short.step(4).positions == table.step(4).positions).all()
+    assert first_steps(table, 10**6).steps == table.steps
+
+
+def test_without_a_gpu_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        open_driver()
+    except DiagdError:
+        monkeypatch.setattr("sys.argv", ["gpu", "--folder", str(tmp_path / "new")])
+        assert main() == 0
+        assert capsys.readouterr().out.startswith("skipped: no CUDA device")
+        assert not (tmp_path / "new").exists()
+    else:
+        pytest.skip("this machine has a CUDA device")
