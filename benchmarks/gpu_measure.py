@@ -149,9 +149,8 @@ class Bench:
 
         config, layout = family.transformer, bundle.manifest.layout.stream()
         positions = layout.frame_start(2 + self.frames) + 1
-        form = PublishedForm(
-            stored_weights(bundle, family), config, torch.float16, positions, self.torch_device
-        )
+        weights, device = stored_weights(bundle, family), self.torch_device
+        form = PublishedForm(weights, config, torch.float16, positions, device)
         compiled = part.endswith("compiled")
         widths = widths_of(layout, self.frames) if compiled else ()
         if compiled:
