@@ -213,12 +213,18 @@ def _prompt(session: Session, options: ProfileOptions) -> int:
 def _split(
     orders: Sequence[Schedule], session: Session, options: ProfileOptions
 ) -> tuple[list[Schedule], tuple[Skipped, ...]]:
-    """Orders that the model allows, and the others with the reason."""
+    """Orders that the model allows, and the others with the reason.
+
+    Raises:
+        UsageError: it allows none.
+    """
     frames = _prompt(session, options) + options.frames
     widest = session.engine.max_width
     reasons = [obstacle(order, session.manifest, session.window, frames, widest) for order in orders]
     pairs = list(zip(orders, reasons, strict=True))
     skipped = tuple(Skipped(order=order_name(order), reason=why) for order, why in pairs if why)
+    if len(skipped) == len(pairs):
+        raise UsageError(f"no decoding order can be measured; {skipped[0].order}: {skipped[0].reason}")
     return [order for order, why in pairs if not why], skipped
 
 

@@ -17,7 +17,7 @@ PRECISIONS = ("fp8", "int4-weight-kv8")
 @pytest.fixture(scope="module")
 def quantised(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("quantised") / "world.diagd"
-    forms = ("--form", "prefix,modern,portable")
+    forms = ("--form", "prefix,portable")
     source = ("--model", "world", "--checkpoint", str(workplace.world), "--output", str(bundle))
     assert main(["export", *source, *forms]) == 0
     data = ("--data", str(workplace.prompt), "--budget", "none", "--set", "steps=64")
@@ -60,7 +60,7 @@ def test_every_precision_is_verified(quantised: Path, capsys: pytest.CaptureFixt
     assert main(["verify", str(quantised), "--k", "1", "--frames", "1", "--json"]) in (0, 1)
     verdicts = json.loads(capsys.readouterr().out)["verdicts"]
     engines = {verdict["engine"] for verdict in verdicts}
-    forms = ("prefix", "modern", "portable")
+    forms = ("prefix", "portable")
     assert engines == {f"{form} {p}" for form in forms for p in ("fp32", "fp8")} | {
         "portable int4-weight-kv8"
     }
@@ -70,7 +70,7 @@ def test_every_precision_is_verified(quantised: Path, capsys: pytest.CaptureFixt
 def test_graphs_and_caches_are_told_apart(quantised: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(quantised)]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "float16: modern fp8, portable fp8" in shown
+    assert "(float16: portable fp8)" in shown
     assert "(int8: portable int4-weight-kv8)" in shown
     assert "float8e4m3fn" in shown
     assert main(["doctor", str(quantised), "--json"]) in (0, 1)
@@ -80,7 +80,7 @@ def test_graphs_and_caches_are_told_apart(quantised: Path, capsys: pytest.Captur
 def test_a_plan_has_the_bytes_that_are_stored(quantised: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(quantised), "--device", "h200", "--json"]) == 0
     stored = json.loads(capsys.readouterr().out)["stored"]
-    assert len(stored) == 7
+    assert len(stored) == 5
     whole = stored["portable fp32"]
     assert stored["portable fp8"]["cache"] == whole["cache"] / 2
     assert stored["portable int4-weight-kv8"]["cache"] == whole["cache"] / 4

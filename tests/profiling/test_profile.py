@@ -11,6 +11,7 @@ import pytest
 from diagd.bundle import Bundle
 from diagd.engines.engine import Float, SamplingState, StepInputs
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.prefix import PrefixEngine
 from diagd.errors import ScheduleError, UsageError
 from diagd.planning.ceilings import Ceilings
 from diagd.planning.model import read_model
@@ -170,3 +171,10 @@ def test_limits_and_steps_have_the_same_threads(bundle: Bundle) -> None:
     report = profile(bundle, ProfileOptions(ks=(1,), frames=2, ladder=True)).report
     assert report.machine.threads == 1
     assert all("1 threads" in rung.held for rung in report.ladder if rung.seconds)
+
+
+def test_an_engine_too_narrow_for_any_order_is_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of a frame feeds its action as well."""
+    monkeypatch.setattr(PrefixEngine, "max_width", 1)
+    with pytest.raises(UsageError, match="no decoding order can be measured; next token: its steps feed"):
+        profile(bundle, ProfileOptions(ks=(1,), frames=2, cpu=CPU))
