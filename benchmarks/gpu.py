@@ -31,8 +31,8 @@ from diagd.planning.ceilings import Ceilings
 from diagd.planning.device_ceilings import measure_device_ceilings, product_maker
 
 MODELS = ("mineworld-300m", "mineworld-700m", "mineworld-1200m", "cosmos-4b")
-BUDGET = 360.0
-"""Seconds after which no part begins; the longest takes about three minutes."""
+BUDGET = 300.0
+"""Seconds after which no part begins; the longest takes about four minutes."""
 
 
 def main() -> int:

@@ -95,7 +95,11 @@ def open_cuda_session(graph: Path, device: Device, graphs: bool, *, strict: bool
             "this ONNX Runtime has no CUDA provider; run: pip uninstall onnxruntime && "
             "pip install 'onnxruntime-gpu[cuda]'"
         )
-    options = {"user_compute_stream": str(device.stream), "enable_cuda_graph": str(int(graphs))}
+    options = {
+        "user_compute_stream": str(device.stream),
+        "enable_cuda_graph": str(int(graphs)),
+        "use_tf32": "0",  # else products of float32 keep ten bits of each factor
+    }
     settings = runtime.SessionOptions()
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
