@@ -140,7 +140,7 @@ def find_pace(
         model,
         ceilings,
         narrow=factors(*_limits_and_times(ideal, run.steps[fed:])),
-        wide=float(np.median(chunks / wide.sum(axis=1))),
+        wide=float(chunks.sum() / wide.sum()),  # a short chunk says little of the long ones
         picture=sum(pictures),
         probe=run.ended - run.began,
     )
