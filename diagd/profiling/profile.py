@@ -122,38 +122,55 @@ def profile(
     orders = decoding_orders(bundle.manifest, options.ks)
     options = replace(options, cpu=with_threads(options.cpu, bundle))
     target = target or find_target(options.backend, options.engine, options.cpu)
-    with progress.task("measuring this machine"):
-        ceilings = target.ceilings()
-    session, pixels, start = _load(bundle, options, target, progress)
-    model = read_model(bundle.path, options.precision, form_of(session.engine))
-    climb = Ladder(whole, options.precision, session.window, options.cpu, _device(target))
-    chosen, skipped = _split(orders, session, options)
-    with progress.task("estimating"):
-        pace = find_pace(session, model, ceilings, pixels)
-        extent, estimate, left_out = _extent(pace, chosen, options, began, climb.runs * options.ladder)
-    tell("; ".join([f"about {estimate:.0f} s for {len(chosen)} decoding orders", *left_out]))
+    ready = _load(bundle, options, target, progress)
+    climb = Ladder(whole, options.precision, ready.session.window, options.cpu, _device(target))
+    course = _course(ready, orders, options, began, climb.runs * options.ladder, progress)
+    tell("; ".join([f"about {course.estimate:.0f} s for {len(course.orders)} decoding orders", *course.cuts]))
     clock = _Clock(began, options.budget)
-    with nvtx_ranges(session) if options.marks else nullcontext():
-        pairs, late = _run_each(pace, chosen, extent, pixels, progress, clock)
-    device_memory = _release(session)
+    with nvtx_ranges(ready.session) if options.marks else nullcontext():
+        pairs, late = _run_each(course, ready.pixels, progress, clock)
+    device_memory = _release(ready.session)
     with progress.task("climbing the ladder"):
-        rungs = climb.rungs(lambda runs: clock.left(runs * pace.probe)) if options.ladder else ()
+        rungs = climb.rungs(lambda runs: clock.left(runs * course.pace.probe)) if options.ladder else ()
         ladder = tuple(rungs)
     report = Report(
         diagd_version=__version__,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        machine=_machine(ceilings, target, options.cpu),
-        subject=_subject(bundle, model, session),
-        start=stages(start),
-        runs=tuple(summarise(run, first, model, ceilings, options.fps) for first, run in pairs),
-        skipped=(*skipped, *late),
+        machine=_machine(ready.ceilings, target, options.cpu),
+        subject=_subject(bundle, ready.model, ready.session),
+        start=stages(ready.start),
+        runs=tuple(summarise(run, cold, ready.model, ready.ceilings, options.fps) for cold, run in pairs),
+        skipped=(*course.skipped, *late),
         ladder=ladder,
         peak_memory=peak_memory(),
         device_memory=device_memory,
-        estimate=estimate,
-        cuts=left_out,
+        estimate=course.estimate,
+        cuts=course.cuts,
     )
-    return Profile(report, tuple(run for _, run in pairs), start)
+    return Profile(report, tuple(run for _, run in pairs), ready.start)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is measured, loaded, the limits that hold for it, and what loading took."""
+
+    session: Session
+    pixels: PixelCodec | None
+    model: StoredModel
+    ceilings: Ceilings
+    start: Timeline
+
+
+@dataclass(frozen=True)
+class _Course:
+    """The runs to come, the seconds they are expected to take, and what was left out."""
+
+    pace: Pace
+    orders: tuple[Schedule, ...]
+    skipped: tuple[Skipped, ...]
+    extent: Extent
+    estimate: float
+    cuts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -168,28 +185,39 @@ class _Clock:
         return self.budget is None or time.perf_counter() - self.began + seconds < self.budget
 
 
-def _extent(
-    pace: Pace, orders: Sequence[Schedule], options: ProfileOptions, began: float, ladder: int
-) -> tuple[Extent, float, tuple[str, ...]]:
-    """What fits into the rest of the budget, its seconds, and what was cut; a prompt asked for is kept."""
-    session, keep_prompt = pace.session, options.prompt is not None
-    wanted = extent = Extent(_prompt(session, options), options.frames)
-    if options.budget is not None:
-        rest = options.budget - (time.perf_counter() - began)
-        extent = fit(pace, orders, wanted, rest, ladder=ladder, keep_prompt=keep_prompt)
-    estimate = pace.seconds(orders, extent, ladder=ladder)
-    return extent, estimate, cuts(wanted, extent, session.window)
-
-
-def _load(
-    bundle: Bundle, options: ProfileOptions, target: Target, progress: Progress
-) -> tuple[Session, PixelCodec | None, Timeline]:
-    """A session, the tokenizer, and what it took."""
+def _load(bundle: Bundle, options: ProfileOptions, target: Target, progress: Progress) -> _Ready:
+    """Measure the limits while nothing else is there, then load."""
     start = Timeline()
+    with progress.task("measuring this machine"):
+        ceilings = target.ceilings()
     with progress.task("loading"):
         with start.stage("load"):
             session = target.open(bundle, options.window)
-        return session, _pixels(bundle, options, start), start
+        pixels = _pixels(bundle, options, start)
+    model = read_model(bundle.path, options.precision, form_of(session.engine))
+    return _Ready(session, pixels, model, ceilings, start)
+
+
+def _course(
+    ready: _Ready,
+    orders: Sequence[Schedule],
+    options: ProfileOptions,
+    began: float,
+    ladder: int,
+    progress: Progress,
+) -> _Course:
+    """What fits into the rest of the budget behind ``began``; a prompt asked for is kept."""
+    session = ready.session
+    chosen, skipped = _split(orders, session, options)
+    with progress.task("estimating"):
+        pace = find_pace(session, ready.model, ready.ceilings, ready.pixels)
+        wanted = extent = Extent(_prompt(session, options), options.frames)
+        if options.budget is not None:
+            rest = options.budget - (time.perf_counter() - began)
+            keep = options.prompt is not None
+            extent = fit(pace, chosen, wanted, rest, ladder=ladder, keep_prompt=keep)
+        estimate = pace.seconds(chosen, extent, ladder=ladder)
+    return _Course(pace, tuple(chosen), skipped, extent, estimate, cuts(wanted, extent, session.window))
 
 
 def _device(target: Target) -> DeviceTarget | None:
@@ -245,16 +273,12 @@ def _pixels(bundle: Bundle, options: ProfileOptions, start: Timeline) -> PixelCo
 
 
 def _run_each(
-    pace: Pace,
-    orders: Sequence[Schedule],
-    extent: Extent,
-    pixels: PixelCodec | None,
-    progress: Progress,
-    clock: _Clock,
+    course: _Course, pixels: PixelCodec | None, progress: Progress, clock: _Clock
 ) -> tuple[list[tuple[float | None, Measured]], list[Skipped]]:
     """Runs of the orders, the first one in any case, and the orders that there was no time for."""
     pairs: list[tuple[float | None, Measured]] = []
-    late, session, began = [], pace.session, time.perf_counter()
+    late, began = [], time.perf_counter()
+    pace, orders, extent, session = course.pace, course.orders, course.extent, course.pace.session
     for number, schedule in enumerate(orders, start=1):
         name = order_name(schedule)
         slower = pace.slower([run.schedule for _, run in pairs], extent, time.perf_counter() - began)
