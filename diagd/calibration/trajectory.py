@@ -63,7 +63,7 @@ def trajectories(
         max_width: rows that the graphs take; schedules with wider steps are left out. None: any number.
 
     Raises:
-        UsageError: fewer than ``MINIMUM_STEPS``, or the default schedule has wider steps.
+        UsageError: fewer than ``MINIMUM_STEPS``, or every schedule has wider steps.
     """
     if steps < MINIMUM_STEPS:
         raise UsageError(f"{steps} calibration steps; expected at least {MINIMUM_STEPS}: raise --set steps")
@@ -79,12 +79,13 @@ def trajectories(
     if chained.frames_in_flight <= window:
         named[f"k={default.k} chained"] = chained
     if max_width is not None:
-        if default.widest_step > max_width:
-            raise UsageError(
-                f"a step of the default schedule feeds {default.widest_step} tokens, the graphs of "
-                f"{manifest.name} take {max_width}; export it again without --set widths"
-            )
+        narrowest = min(schedule.widest_step for schedule in named.values())
         named = {name: schedule for name, schedule in named.items() if schedule.widest_step <= max_width}
+        if not named:
+            raise UsageError(
+                f"steps feed {narrowest} tokens or more, the graphs of {manifest.name} take {max_width}; "
+                "export it again without --set widths"
+            )
     share = -(-steps // (len(named) + 1))
     found = [
         Trajectory(
@@ -92,9 +93,10 @@ def trajectories(
         )
         for name, schedule in named.items()
     ]
-    slid = default.steps_per_frame + share
-    frames = -(-slid // default.d) + 1
-    return [*found, Trajectory("slid window", default, window - 1, frames, slid)]
+    sliding = next(iter(named.values()))
+    slid = sliding.steps_per_frame + share
+    frames = -(-slid // sliding.d) + 1
+    return [*found, Trajectory("slid window", sliding, window - 1, frames, slid)]
 
 
 def _longest(manifest: Manifest, schedule: Schedule, window: int) -> int:

@@ -36,7 +36,14 @@ def test_schedules_with_wider_steps_are_left_out(narrow: Path) -> None:
     assert CHAINED in [trajectory.name for trajectory in trajectories(manifest, 4, 64)]
 
 
-def test_graphs_too_narrow_for_the_default_schedule_are_refused_at_once(narrow: Path) -> None:
+def test_the_window_slides_along_a_schedule_that_fits(narrow: Path) -> None:
     manifest = Bundle.open(narrow).manifest
-    with pytest.raises(UsageError, match="feeds 4 tokens, the graphs of small take 3; export it again"):
-        trajectories(manifest, 4, 64, max_width=3)
+    *_, sliding = trajectories(manifest, 4, 64, max_width=3)
+    assert sliding.schedule.k > 1
+    assert sliding.schedule.widest_step <= 3
+
+
+def test_graphs_too_narrow_for_every_schedule_are_refused_at_once(narrow: Path) -> None:
+    manifest = Bundle.open(narrow).manifest
+    with pytest.raises(UsageError, match="steps feed 2 tokens or more, the graphs of small take 1; export"):
+        trajectories(manifest, 4, 64, max_width=1)
