@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     trt = import_tensorrt(args.runtime)
     request = _request(args, settings, bundle)
     if args.dry_run:
-        _print_plan(console, bundle, request, trt.__name__)
+        _print_plan(console, bundle, request, trt)
         return 0
     began = time.perf_counter()
     stored, log = compile_engine(bundle, request, trt, progress=Progress(console), force=args.force)
@@ -76,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         f"built {fingerprint.form.value} {fingerprint.precision} widths "
         f"{','.join(map(str, fingerprint.widths))} for {','.join(fingerprint.targets)} in {seconds:.1f} s: "
-        f"{stored.record.bytes / 1e6:,.1f} MB at {stored.plan}"
+        f"{stored.record.bytes / 1e6:,.1f} MB at {stored.plan}",
+        markup=False,
+        soft_wrap=True,
     )
     return 0
 
@@ -100,10 +103,10 @@ def _request(args: argparse.Namespace, settings: BuildSettings, bundle: Bundle) 
 def _targets(text: str | None) -> tuple[str, ...]:
     if text is None:
         return ()
-    targets = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
+    targets = {part.strip().lower() for part in text.split(",") if part.strip()}
     if not targets:
         raise UsageError(f"--target takes GPUs as sm86,sm89, got '{text}'")
-    return targets
+    return tuple(sorted(targets, key=lambda target: (len(target), target)))
 
 
 def _widths(text: str | None) -> tuple[int, ...] | None:
@@ -118,19 +121,17 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
     return widths
 
 
-def _print_plan(console: Console, bundle: Bundle, request: Request, runtime: str) -> None:
+def _print_plan(console: Console, bundle: Bundle, request: Request, trt: ModuleType) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
-    from diagd.engines.fixed import graphs_of
-    from diagd.engines.tensorrt.capabilities import capabilities, import_tensorrt
+    from diagd.engines.tensorrt.capabilities import capabilities
     from diagd.engines.tensorrt.memory import available_bytes, estimate
-    from diagd.engines.tensorrt.opening import usable_forms
+    from diagd.engines.tensorrt.opening import choose
 
-    form = request.form or usable_forms(bundle, capabilities(import_tensorrt(runtime)))[0]
-    graphs = graphs_of(bundle, form)
-    widths = request.widths or tuple(int(graph.width or 0) for graph in graphs)
-    needed = estimate(bundle, graphs[0], widths)
-    table = Table("what", "GB", title=f"{bundle.path}: {form.value} form, nothing was built")
+    form, graph, widths = choose(bundle, request, capabilities(trt))
+    needed = estimate(bundle, graph, widths)
+    table = Table("what", "GB", title=f"{escape(str(bundle.path))}: {form.value} form, nothing was built")
     table.add_row("weights", f"{needed.weights / 1e9:.2f}")
     table.add_row("host memory while building, about", f"{needed.build / 1e9:.2f}")
     table.add_row("host memory free", f"{(available_bytes() or 0) / 1e9:.2f}")

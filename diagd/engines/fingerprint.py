@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +148,8 @@ class EngineStore:
 
     def build_line(self, here: Fingerprint) -> str:
         """The command that builds the engine which would fit."""
-        line = f"diagd-build {self.bundle.path} --precision {here.precision} --form {here.form.value}"
-        line += f" --runtime {here.runtime.split()[0]}"
+        line = f"diagd-build {shlex.quote(str(self.bundle.path))} --precision {here.precision}"
+        line += f" --form {here.form.value} --runtime {here.runtime.split()[0]}"
         if here.widths:
             line += f" --widths {','.join(map(str, here.widths))}"
         return "".join([line, *(f" --set {flag}" for flag in here.flags)])

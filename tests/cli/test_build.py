@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +36,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_bundle_is_built_for_named_gpus(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["build", str(bundle), "--target", "sm86,sm89", "--widths", "8,4", *RTX]) == 0
+    assert main(["build", str(bundle), "--target", "sm89,SM86,sm89", "--widths", "8,4", *RTX]) == 0
     assert "built modern fp16 widths 4,8 for sm86,sm89" in " ".join(capsys.readouterr().out.split())
     (stored,) = EngineStore(Bundle.open(bundle))
     fingerprint = stored.record.fingerprint
@@ -49,6 +51,20 @@ def test_a_dry_run_builds_nothing(bundle: Path, capsys: pytest.CaptureFixture[st
     assert list(bundle.rglob("*")) == before
 
 
+def test_a_path_is_printed_as_it_is(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On one line, so that it can be copied; brackets are no markup; a shell takes the line that mends."""
+    odd = tmp_path / ("a [bold]world " + "x" * 80)
+    shutil.copytree(bundle, odd)
+    assert main(["build", str(odd), "--target", "sm89", "--widths", "4", *RTX]) == 0
+    (stored,) = [e for e in EngineStore(Bundle.open(odd)) if e.record.fingerprint.targets == ("sm89",)]
+    assert f"MB at {stored.plan}\n" in capsys.readouterr().out
+    line = shlex.split(EngineStore(Bundle.open(odd)).build_line(stored.record.fingerprint))
+    assert line[:2] == ["diagd-build", str(odd)]
+    assert main(["build", str(odd), "--dry-run", *RTX]) == 0
+    assert "[bold]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -64,9 +80,9 @@ def test_a_dry_run_builds_nothing(bundle: Path, capsys: pytest.CaptureFixture[st
     ],
 )
 def test_what_cannot_be_built_is_said(
-    bundle: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    bundle: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str, dry_run: bool
 ) -> None:
-    assert main(["build", str(bundle), *options, *RTX]) != 0
+    assert main(["build", str(bundle), *options, *RTX, *(["--dry-run"] if dry_run else [])]) != 0
     assert message in capsys.readouterr().err
 
 

@@ -72,29 +72,42 @@ def resolve(bundle: Bundle, request: Request, trt: ModuleType) -> Target:
         EngineError: a target cannot be built for, or there is no GPU and no target is named.
     """
     offered = capabilities(trt)
+    form, graph, widths = choose(bundle, request, offered)
+    here = _described(offered, request.targets)
+    fingerprint = Fingerprint(
+        graph=graph_digest(bundle, graph.file),
+        runtime=offered.name,
+        device=here.name,
+        targets=request.targets or (here.target,),
+        driver=here.driver,
+        form=form,
+        precision=graph.precision,
+        widths=widths,
+        tokens=request.tokens,
+        flags=request.flags,
+    )
+    return Target(fingerprint, graph, offered)
+
+
+def choose(
+    bundle: Bundle, request: Request, offered: Capabilities
+) -> tuple[Form, StepGraph, tuple[int, ...]]:
+    """Form, step graph and widths of a request, where no GPU is needed to tell.
+
+    Raises:
+        BundleError: the bundle has no graph of the form.
+        EngineError: a target cannot be built for, or a width is beyond the graph's.
+    """
     check_targets(offered, request.targets)
     form = request.form or usable_forms(bundle, offered)[0]
     graphs = graphs_of(bundle, form)
-    here = _described(offered, request.targets)
     widest = int(graphs[-1].width or 0)
     if request.widths and request.widths[-1] > widest:
         raise EngineError(
             f"width {request.widths[-1]} is above {widest}, for which {bundle.path} has slots; export it "
             f"again with --set widths={','.join(map(str, request.widths))}"
         )
-    fingerprint = Fingerprint(
-        graph=graph_digest(bundle, graphs[0].file),
-        runtime=offered.name,
-        device=here.name,
-        targets=request.targets or (here.target,),
-        driver=here.driver,
-        form=form,
-        precision=graphs[0].precision,
-        widths=request.widths or tuple(int(graph.width or 0) for graph in graphs),
-        tokens=request.tokens,
-        flags=request.flags,
-    )
-    return Target(fingerprint, graphs[0], offered)
+    return form, graphs[0], request.widths or tuple(int(graph.width or 0) for graph in graphs)
 
 
 def usable_forms(bundle: Bundle, offered: Capabilities) -> tuple[Form, ...]:
