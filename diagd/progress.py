@@ -1,4 +1,4 @@
-"""Progress of long work on the terminal; silent unless a console is given."""
+"""Progress of long work on the terminal; silent elsewhere, and unless a console is given."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Progress:
 
     @contextmanager
     def _bar(self, title: str, total: int, *columns: object) -> Iterator[Callable[[int], None]]:
-        if self._console is None:
+        if self._console is None or not self._console.is_terminal:  # bars would leave blank lines in a file
             yield lambda _: None
             return
         from rich.progress import Progress as Bars
