@@ -51,6 +51,18 @@ def test_a_dry_run_builds_nothing(bundle: Path, capsys: pytest.CaptureFixture[st
     assert list(bundle.rglob("*")) == before
 
 
+def test_engines_outlive_a_calibration(bundle: Path, tmp_path: Path) -> None:
+    """A further precision changes nothing for those that are compiled."""
+    copy = tmp_path / "small.diagd"
+    shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns("engines"))
+    assert main(["build", str(copy), "--target", "sm89", "--widths", "4", *RTX]) == 0
+    (built,) = EngineStore(Bundle.open(copy))
+    assert main(["calibrate", str(copy), "--precision", "int8-weight", "--budget", "none"]) == 0
+    store = EngineStore(Bundle.open(copy))
+    assert store.find(built.record.fingerprint) == built
+    assert not any(name.startswith("engines") for name in store.bundle.manifest.files)
+
+
 def test_a_path_is_printed_as_it_is(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On one line, so that it can be copied; brackets are no markup; a shell takes the line that mends."""
     odd = tmp_path / ("a [bold]world " + "x" * 80)
