@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu_measure import FRAMES, PARTS, Bench, make_bundle
-from benchmarks.gpu_report import Results, markdown, write_section
+from benchmarks.gpu_report import Results, around_section, markdown, write_section
 from diagd.bundle import Bundle
 from diagd.engines.cuda.driver import CudaDevice
 from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.gpu import BACKENDS, open_cuda, open_gpu_engine
+from diagd.engines.gpu import BACKENDS, open_gpu_engine
 from diagd.errors import DiagdError
 from diagd.export.families.registry import find
 from diagd.planning.ceilings import Ceilings
@@ -39,10 +39,13 @@ def main() -> int:
     args = arguments().parse_args()
     began = time.perf_counter()
     try:
+        if args.write:
+            around_section(args.write)  # before anything is measured
         device, ceilings = describe(args.backend)
     except DiagdError as error:
-        print(f"skipped: {error}")
-        return 0
+        no_gpu = "no CUDA device" in str(error)
+        print(f"skipped: {error}" if no_gpu else f"error: {error}")
+        return 0 if no_gpu else 1
     args.folder.mkdir(parents=True, exist_ok=True)
     file = args.results or args.folder / "results.json"
     results = Results.read(file, device)
@@ -113,9 +116,7 @@ def open_strictly(backend: str, bundle: Bundle, tokens: int, graphs: bool) -> De
     Raises:
         EngineError: ONNX Runtime leaves part of the step graph to the CPU.
     """
-    if backend == "cuda":
-        return open_cuda(bundle, tokens, CudaDevice(), graphs=graphs, strict=True)
-    return open_gpu_engine(bundle, tokens, backend, graphs=graphs)
+    return open_gpu_engine(bundle, tokens, backend, graphs=graphs, strict=True)
 
 
 if __name__ == "__main__":

@@ -208,9 +208,18 @@ def write_section(file: Path, text: str) -> None:
     Raises:
         UsageError: the markers are not there, once each and in order.
     """
-    content = file.read_text()
-    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise UsageError(f"{file} has no place for the tables: it needs the lines '{BEGIN}' and '{END}'")
-    before, after = content.split(BEGIN)[0], content.split(END)[1]
+    before, after = around_section(file)
     with atomic_file(file) as partial:
         partial.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def around_section(file: Path) -> tuple[str, str]:
+    """What stands before the first marker and behind the second.
+
+    Raises:
+        UsageError: they are not there, once each and in order.
+    """
+    content = file.read_text() if file.is_file() else ""
+    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
+        raise UsageError(f"{file} has no place for the tables: it needs the lines '{BEGIN}' and '{END}'")
+    return content.split(BEGIN)[0], content.split(END)[1]

@@ -235,12 +235,17 @@ def test_a_warm_up_is_the_beginning_of_a_run(bundle: Bundle) -> None:
 def test_without_a_gpu_nothing_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("cuda.bindings.driver")
     try:
         open_driver()
     except DiagdError:
-        monkeypatch.setattr("sys.argv", ["gpu", "--folder", str(tmp_path / "new")])
+        command = ["gpu", "--folder", str(tmp_path / "new")]
+        monkeypatch.setattr("sys.argv", command)
         assert main() == 0
         assert capsys.readouterr().out.startswith("skipped: no CUDA device")
+        monkeypatch.setattr("sys.argv", [*command, "--write", str(tmp_path / "nothing.md")])
+        assert main() == 1
+        assert "has no place for the tables" in capsys.readouterr().out
         assert not (tmp_path / "new").exists()
     else:
         pytest.skip("this machine has a CUDA device")

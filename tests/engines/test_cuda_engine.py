@@ -25,6 +25,7 @@ from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram
 from diagd.engines.cuda.program import Tensor
 from diagd.engines.engine import SamplingState, StepInputs
 from diagd.engines.fixed import graphs_of
+from diagd.engines.gpu import closed_on_failure
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.portable import PortableEngine
 from diagd.errors import DiagdError, EngineError, UsageError
@@ -268,6 +269,17 @@ def test_closing_frees_the_program_and_the_device(case: Case) -> None:
     assert program() is None
     assert device.memory_used() == 0
     assert [entry[0] for entry in device.log[-2:]] == ["synchronise", "close"]
+
+
+def test_an_engine_that_cannot_be_opened_gives_its_device_back(case: Case) -> None:
+    device = HostDevice(case.kernels)
+    with pytest.raises(EngineError, match="no memory"), closed_on_failure(device) as given:
+        given.allocate(64)
+        raise EngineError("no memory")
+    assert device.memory_used() == 0
+    with closed_on_failure(HostDevice(case.kernels)) as kept:
+        kept.allocate(64)
+    assert kept.memory_used() > 0
 
 
 def test_time_stamps_lie_on_the_stream_of_a_gpu(case: Case) -> None:
