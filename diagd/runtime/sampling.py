@@ -20,10 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.errors import EngineError, UsageError
-from diagd.runtime.nucleus import BLOCK, block_sums, by_row, crossing_floors, nucleus_floors, row_sums
 
-_UNSHIFTED: Final = (1e-20, 1e30)  # sums of exponentials between these are far from the ends of float32
+_BLOCK: Final = 64  # ids a partial sum of the draw covers
+_BINS: Final = 512  # of the histogram that brackets the top-p threshold of a row
+_ROW_BINS: Final = _BINS + 2  # with an empty one ahead, and one behind for ids too light to matter
+_FEW: Final = 512  # candidates a row, on average, that are sorted as they are
 _GROUP: Final = 16  # ids whose largest stands for them while the top-k threshold is bracketed
+_ONES: Final = np.ones(_BLOCK, np.float32)
 _ZERO: Final = np.zeros(1)
 _TEMPERATURES: Final = (1e-3, 1e3)
 
@@ -96,8 +99,7 @@ def sample(
         return np.empty(0, np.int32)
     allowed, first = _restrict(logits, low, high)
     if settings.temperature == 0:
-        # Row by row: along an axis, NumPy copies all of an array whose rows do not touch.
-        ids = np.array([row.argmax() for row in allowed])
+        ids = allowed.argmax(axis=1)
         _check_finite(allowed[np.arange(len(ids)), ids])
     else:
         weights, cells = kept_weights(allowed, settings, keep_crossing=keep_crossing)
@@ -119,19 +121,26 @@ def kept_weights(
 
     Returns:
         With top-k, float32 [n] of the cells it leaves, and these cells. Without, float32
-        [R, V rounded up to a whole number of blocks], padded with 0, and None.
+        [R, V rounded up to a whole number of blocks], padded with 0, and None. The largest of a row is 1.
 
     Raises:
         EngineError: a row's largest logit is not finite.
     """
+    top = logits.max(axis=1)
+    _check_finite(top)
     if 0 < settings.top_k < logits.shape[1]:
-        return _weights_of_cells(logits, settings, keep_crossing)
-    weights, total, shift = exponentials(logits, settings.temperature)
-    if settings.top_p < 1:
-        top = None if keep_crossing else logits.max(axis=1)
-        floors = nucleus_floors(logits, weights, total, shift, settings.top_p, settings.temperature, top)
-        live = weights[:, : logits.shape[1]]
-        np.multiply(live, logits >= floors[:, None], out=live)
+        return _weights_of_cells(logits, top, settings, keep_crossing)
+    rows, ids = logits.shape
+    padded: NDArray[np.float32] = np.empty((rows, -(-ids // _BLOCK) * _BLOCK), np.float32)
+    padded[:, ids:] = -np.inf
+    np.subtract(logits, top[:, None], out=padded[:, :ids])
+    if settings.temperature != 1:
+        padded /= np.float32(settings.temperature)
+    if settings.top_p == 1:
+        return np.exp(padded, out=padded), None
+    weights = np.exp(padded)
+    floors = _nucleus_floors(logits, top, padded, weights, settings, keep_crossing)
+    np.multiply(weights[:, :ids], logits >= floors[:, None], out=weights[:, :ids])
     return weights, None
 
 
@@ -169,44 +178,15 @@ def _check_finite(top: NDArray[np.float32]) -> None:
         )
 
 
-def exponentials(
-    logits: NDArray[np.float32], temperature: float
-) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float32]]:
-    """exp((logits - shift) / temperature) [R, padded with 0], the sum of each row, and the shift [R].
-
-    Logits are rarely so large or small that their row needs a shift; to find the largest of each first would
-    be one more pass over all of them.
-    """
-    rows, ids = logits.shape
-    weights: NDArray[np.float32] = np.empty((rows, -(-ids // BLOCK) * BLOCK), np.float32)
-    weights[:, ids:] = 0
-    live, shift = weights[:, :ids], np.zeros(rows, np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        np.exp(logits if temperature == 1 else np.divide(logits, np.float32(temperature), out=live), out=live)
-        total = row_sums(weights)
-    low, high = _UNSHIFTED
-    far = np.flatnonzero(~((total > low) & (total < high)))
-    if far.size:
-        top = logits.max(axis=1)
-        _check_finite(top)
-        shift[far] = top[far]
-        live[far] = np.exp((logits[far] - top[far, None]) / np.float32(temperature))
-        total[far] = row_sums(weights[far])
-    return weights, total, shift
-
-
 def _weights_of_cells(
-    logits: NDArray[np.float32], settings: SamplingSettings, keep_crossing: bool
+    logits: NDArray[np.float32], top: NDArray[np.float32], settings: SamplingSettings, keep_crossing: bool
 ) -> tuple[NDArray[np.float32], Cells]:
     """See ``kept_weights``: few cells survive top-k, so nothing else looks at all of them."""
-    top = logits.max(axis=1)
-    _check_finite(top)
     cells, values = _top_k(logits, settings.top_k)
     weights = np.exp((values - top[cells.row]) / np.float32(settings.temperature))
     if settings.top_p < 1:
-        spare = settings.top_p * np.bincount(cells.row, weights).astype(np.float64)
-        limit = None if keep_crossing else top
-        floors = crossing_floors(values, cells.row, top, spare, settings.temperature, limit)
+        allowed = settings.top_p * np.bincount(cells.row, weights).astype(np.float64)
+        floors = _crossed(values, cells.row, top, allowed, settings, keep_crossing)
         weights *= values >= floors[cells.row]
     return weights, cells
 
@@ -222,9 +202,105 @@ def _top_k(logits: NDArray[np.float32], k: int) -> tuple[Cells, NDArray[np.float
     bound = np.partition(maxima, -k, axis=1)[:, -k, None]
     row, column = np.divmod(np.flatnonzero(logits >= bound), ids)
     values = logits[row, column]
-    table, _ = by_row(values, row, rows)
+    table, _ = _by_row(values, row, rows)
     kept = values >= np.partition(table, -k, axis=1)[:, -k][row]
     return Cells(row[kept], column[kept]), values[kept]
+
+
+def _by_row(
+    values: NDArray[np.float32], row: NDArray[np.intp], rows: int
+) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Values [n] of ascending rows as a table, -inf behind those of each row, and how many a row has."""
+    counts = np.bincount(row, minlength=rows)
+    place = np.arange(row.size) - (counts.cumsum() - counts)[row]
+    table = np.full((rows, max(1, counts.max())), -np.inf, np.float32)
+    table[row, place] = values
+    return table, counts
+
+
+def _nucleus_floors(
+    logits: NDArray[np.float32],
+    top: NDArray[np.float32],
+    logs: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    settings: SamplingSettings,
+    keep_crossing: bool,
+) -> NDArray[np.float32]:
+    """Smallest logit [R] that top-p keeps in each row, without sorting the rows.
+
+    Ids lighter than (1 - p) of the mean weight cannot hold 1 - p of the sum together: the threshold lies
+    above them. Where many are left, a histogram finds the bin of the threshold, and only that bin is sorted.
+
+    Args:
+        logits: [R, V].
+        top: [R], the largest of each row.
+        logs: [R, n], logarithms of the weights, -inf behind V; overwritten.
+        weights: [R, n].
+        settings: top_p is below 1.
+        keep_crossing: see ``sample``.
+    """
+    rows, width = weights.shape
+    total = weights.sum(axis=1)
+    allowed: NDArray[np.float64] = settings.top_p * total.astype(np.float64)
+    heavy = weights >= (total * np.float32((1 - settings.top_p) / width))[:, None]
+    if np.count_nonzero(heavy) <= _FEW * rows:
+        places = np.flatnonzero(heavy)
+    else:
+        ahead, places = _crossing_bins(logs, weights, allowed, (1 - settings.top_p) / width)
+        allowed = allowed - ahead
+    row, column = np.divmod(places, width)
+    return _crossed(logits[row, column], row, top, allowed, settings, keep_crossing)
+
+
+def _crossing_bins(
+    logs: NDArray[np.float32], weights: NDArray[np.float32], allowed: NDArray[np.float64], lightest: float
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Where the sum over a row, from its heaviest weight on, exceeds what is allowed.
+
+    Args:
+        logs: [R, n], logarithms of the weights, the largest 0; overwritten.
+        weights: [R, n].
+        allowed: [R].
+        lightest: weight under which ids may share one bin.
+
+    Returns:
+        The weight [R] ahead of each row's bin in a histogram over ``logs``, and the flat places of the ids in
+        these bins.
+    """
+    first_bin = np.arange(len(logs)) * _ROW_BINS
+    logs *= np.float32(_BINS / math.log(lightest / 2))
+    np.clip(logs, 0, _BINS, out=logs)
+    logs += (first_bin + 1).astype(np.float32)[:, None]
+    bins = logs.astype(np.intp)
+    sums = np.bincount(bins.reshape(-1), weights.reshape(-1), len(logs) * _ROW_BINS)
+    mass = sums.reshape(-1, _ROW_BINS).cumsum(axis=1)
+    crossing = first_bin + (mass <= allowed[:, None]).sum(axis=1)
+    return mass.reshape(-1)[crossing - 1], np.flatnonzero(bins == crossing[:, None])
+
+
+def _crossed(
+    logits: NDArray[np.float32],
+    row: NDArray[np.intp],
+    top: NDArray[np.float32],
+    allowed: NDArray[np.float64],
+    settings: SamplingSettings,
+    keep_crossing: bool,
+) -> NDArray[np.float32]:
+    """Smallest kept logit [R] of candidates [n] in ascending rows, which may weigh ``allowed`` [R] together.
+
+    A row without candidates keeps everything.
+    """
+    table, counts = _by_row(logits, row, len(top))
+    table.sort(axis=1)
+    candidates = table[:, ::-1]
+    weights = np.exp((candidates - top[:, None]) / np.float32(settings.temperature))
+    index = (weights.cumsum(axis=1, dtype=np.float64) <= allowed[:, None]).sum(axis=1)
+    floors: NDArray[np.float32] = candidates[
+        np.arange(len(top)), np.minimum(index, np.maximum(counts - 1, 0))
+    ]
+    if keep_crossing:
+        return floors
+    return np.where(index < counts, np.minimum(np.nextafter(floors, np.float32(np.inf)), top), floors)
 
 
 def _draw(weights: NDArray[np.float32], uniforms: NDArray[Any]) -> NDArray[np.intp]:
@@ -232,15 +308,15 @@ def _draw(weights: NDArray[np.float32], uniforms: NDArray[Any]) -> NDArray[np.in
 
     The sum runs over blocks and then inside one block, which is faster and rounds less than one long sum.
     """
-    blocks = weights.reshape(len(weights), -1, BLOCK)
-    ends = block_sums(weights).cumsum(axis=1, dtype=np.float64)
+    blocks = weights.reshape(len(weights), -1, _BLOCK)
+    ends = (blocks @ _ONES).cumsum(axis=1, dtype=np.float64)
     rows, target = np.arange(len(weights)), uniforms * ends[:, -1]
     block = (ends <= target[:, None]).sum(axis=1)
     inside = blocks[rows, block].cumsum(axis=1, dtype=np.float64)
     whole = inside[:, -1:]
     # The sum of a block is rounded: held below its weights' own, what is left leads to an id that has one.
     left = np.minimum((ends[rows, block] - target)[:, None], whole)
-    ids: NDArray[np.intp] = block * BLOCK + (whole - inside >= left).sum(axis=1)
+    ids: NDArray[np.intp] = block * _BLOCK + (whole - inside >= left).sum(axis=1)
     return ids
 
 
