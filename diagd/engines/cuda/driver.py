@@ -90,8 +90,9 @@ class CudaDevice:
         self._functions = self._load_kernels()
 
     def _load_kernels(self) -> dict[str, Any]:
-        ptx = built_ptx() or compile_kernels(int(self.description.target[2:]))
-        self._module = check(self._cuda.cuModuleLoadData(ptx + b"\0"))
+        ptx = built_ptx()
+        code = ptx + b"\0" if ptx else compile_kernels(int(self.description.target[2:]))
+        self._module = check(self._cuda.cuModuleLoadData(code))
         return {
             name: check(self._cuda.cuModuleGetFunction(self._module, name.encode()))
             for name in (ADVANCE, APPEND)

@@ -63,7 +63,10 @@ def kernel_source() -> tuple[str, str]:
 
 
 def compile_kernels(architecture: int) -> bytes:
-    """PTX of the kernels by NVRTC, for a compute capability such as 90; needs no GPU.
+    """Machine code of the kernels by NVRTC, for a compute capability such as 90; needs no GPU.
+
+    Not PTX: a driver refuses the PTX of an NVRTC newer than itself, but runs machine code of its CUDA's major
+    version (CUDA Compatibility, "Minor Version Compatibility").
 
     Raises:
         DependencyError: NVRTC is not installed.
@@ -84,12 +87,12 @@ def compile_kernels(architecture: int) -> bytes:
         raise DependencyError(
             f"NVRTC cannot be loaded: {error}; run: pip install nvidia-cuda-nvrtc"
         ) from error
-    options = [f"--gpu-architecture=compute_{architecture}".encode(), b"--std=c++17"]
+    options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17"]
     outcome = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(outcome[0]) != 0:
         log = bytes(check(nvrtc.nvrtcGetProgramLogSize(program)))
         check(nvrtc.nvrtcGetProgramLog(program, log))
         raise EngineError(f"NVRTC refuses the device kernels: {log.decode().strip()}")
-    ptx = bytes(check(nvrtc.nvrtcGetPTXSize(program)))
-    check(nvrtc.nvrtcGetPTX(program, ptx))
-    return ptx
+    code = bytes(check(nvrtc.nvrtcGetCUBINSize(program)))
+    check(nvrtc.nvrtcGetCUBIN(program, code))
+    return code
