@@ -73,7 +73,7 @@ class Bench:
     """An engine whose cache is filled with random rows up to a number of live slots."""
 
     def __init__(self, bundle: Bundle, slots: int, wall: bool) -> None:
-        self.layout: StreamLayout = bundle.manifest.layout.stream()
+        self.layout: StreamLayout = bundle.manifest.layout
         places = token_places(self.layout, bundle.manifest.context.frames).size
         self.engine = PrefixEngine(bundle, slots, places, CpuOptions(0 if wall else 1))
         random = np.random.default_rng(0)
@@ -152,7 +152,7 @@ def frame(bundle: Bundle, wall: bool, repeats: int) -> None:
 def ceiling(bundle: Bundle, wall: bool, repeats: int) -> None:
     """The gain that this machine allows: the bare matrix products of every step, nothing else."""
     session, inputs = _bare_products(bundle, wall)
-    now, layout = clock(wall), bundle.manifest.layout.stream()
+    now, layout = clock(wall), bundle.manifest.layout
     seconds: dict[int, float] = {}
     for width in range(1, 17):
         rows = {name: np.ones((width, size), np.float32) for name, size in inputs.items()}
@@ -242,7 +242,7 @@ def peers(bundle: Bundle, wall: bool, repeats: int) -> None:
 
 def capacity(bundle: Bundle, wall: bool, repeats: int) -> None:
     """A step at 512 live slots with buffers of 1,024 and of 50,000 slots."""
-    now, layout = clock(wall), bundle.manifest.layout.stream()
+    now, layout = clock(wall), bundle.manifest.layout
     benches = {slots: Bench(bundle, slots, wall) for slots in (1024, 50_000)}
     schedule = Schedule.serial(layout, 1)
     for chosen, width in ((slice(1, 2), 1), (slice(16, 17), 14)):

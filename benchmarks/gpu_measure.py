@@ -135,7 +135,7 @@ class Bench:
 
     def _engine(self, bundle: Bundle, part: str) -> Timed:
         manifest = bundle.manifest
-        layout, window = manifest.layout.stream(), manifest.context.frames
+        layout, window = manifest.layout, manifest.context.frames
         places = token_places(layout, window).size
         with closing(self.make_engine(bundle, places, part.endswith("graphs"))) as engine:
             session = Session(manifest, engine, window)
@@ -147,7 +147,7 @@ class Bench:
 
         from benchmarks.baselines import PublishedForm
 
-        config, layout = family.transformer, bundle.manifest.layout.stream()
+        config, layout = family.transformer, bundle.manifest.layout
         positions = layout.frame_start(2 + self.frames) + 1
         weights, device = stored_weights(bundle, family), self.torch_device
         form = PublishedForm(weights, config, torch.float16, positions, device)

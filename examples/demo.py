@@ -31,7 +31,7 @@ WARM_UP = 3
 def main(bundle_path: Path, output: Path) -> None:
     """Decode the walk with each schedule, print the table, and write the last one as a video."""
     bundle = Bundle.open(bundle_path)
-    manifest, layout = bundle.manifest, bundle.manifest.layout.stream()
+    manifest, layout = bundle.manifest, bundle.manifest.layout
     assert manifest.actions is not None
     pixels = PixelCodec(bundle, CpuOptions())
     prompt = read_prompt(PROMPT, pixels, frames=1, resize=False)

@@ -67,20 +67,6 @@ class SamplingRules(_Record):
         return table
 
 
-class GridLayout(_Record):
-    """The token stream; see ``diagd.schedule.StreamLayout``. ``prefix_tokens`` are the ids ahead of it."""
-
-    rows: int
-    columns: int
-    prefix_tokens: tuple[int, ...] = ()
-    before: int = 0
-    after: int = 0
-
-    def stream(self) -> StreamLayout:
-        """The layout that schedules are compiled from."""
-        return StreamLayout(self.rows, self.columns, len(self.prefix_tokens), self.before, self.after)
-
-
 class RotaryContext(_Record):
     """Sliding context of a rotary model: old frames are voided, nothing is recomputed.
 
@@ -194,7 +180,7 @@ class Manifest(_Record):
     schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
     name: str
     family: str
-    layout: GridLayout
+    layout: StreamLayout
     vocabulary: int
     output_vocabulary: int
     sampling: SamplingRules

@@ -72,7 +72,7 @@ class Judge:
         self._bundle, self._course, self._threads, self._progress = bundle, course, threads, progress
         self._reference = open_graphs(bundle, reference, course.window, self._options(reference, "fp32"))
         manifest = bundle.manifest
-        self._ranges = manifest.sampling.range_table(manifest.layout.stream())
+        self._ranges = manifest.sampling.range_table(manifest.layout)
         self._pixels = None
         if manifest.tokenizer is not None:
             self._pixels = PixelCodec(bundle, CpuOptions(threads, prepack=False))

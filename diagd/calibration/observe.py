@@ -203,7 +203,7 @@ def observe(
             engine = ObservedPrefix(watched, capacity(manifest, window), options, outputs, collector.add)
         else:
             values = {name: (value, sizes[name]) for name, value in outputs.items()}
-            tokens = token_places(manifest.layout.stream(), window).size
+            tokens = token_places(manifest.layout, window).size
             fixed = ObservedModern if graphs[0].form is Form.MODERN else ObservedPortable
             engine = fixed(watched, tokens, options, values, collector.add)
         guide = Tour(watched, engine, window, prompts, seed)

@@ -46,7 +46,7 @@ def session_window(manifest: Manifest, graphs: Sequence[StepGraph]) -> int:
     wanted, graph = default_window(manifest), graphs[0]
     if graph.capacity is None:
         return wanted
-    layout, widest = manifest.layout.stream(), widest_step(graphs) or 0
+    layout, widest = manifest.layout, widest_step(graphs) or 0
     for window in range(wanted, 1, -1):
         if slots_needed(layout, window, widest) <= graph.capacity:
             return window
@@ -92,4 +92,4 @@ def open_graphs(
     if graphs[0].form is Form.PREFIX:
         return PrefixEngine(only, *capacity(bundle.manifest, window), options)
     engine = ModernEngine if graphs[0].form is Form.MODERN else PortableEngine
-    return engine(only, token_places(bundle.manifest.layout.stream(), window).size, options)
+    return engine(only, token_places(bundle.manifest.layout, window).size, options)

@@ -67,7 +67,7 @@ def trajectories(
     """
     if steps < MINIMUM_STEPS:
         raise UsageError(f"{steps} calibration steps; expected at least {MINIMUM_STEPS}: raise --set steps")
-    layout = manifest.layout.stream()
+    layout = manifest.layout
     default = manifest.schedule.schedule(layout)
     lag = min(2 * default.k, layout.columns)
     named = {
@@ -114,7 +114,7 @@ class Prompts:
     """
 
     def __init__(self, manifest: Manifest, frames: Int | None) -> None:
-        layout = manifest.layout.stream()
+        layout = manifest.layout
         self._manifest, self._layout, self._frames = manifest, layout, frames
 
     def frames(self, count: int, random: np.random.Generator) -> Int:
@@ -152,7 +152,7 @@ def default_window(manifest: Manifest) -> int:
 
 def capacity(manifest: Manifest, window: int) -> tuple[int, int]:
     """Slots and tokens that an engine of the sessions holds."""
-    layout = manifest.layout.stream()
+    layout = manifest.layout
     return slots_needed(layout, window, MAX_WIDTH), token_places(layout, window).size
 
 

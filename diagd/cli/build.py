@@ -92,7 +92,7 @@ def _request(args: argparse.Namespace, settings: BuildSettings, bundle: Bundle) 
     manifest = bundle.manifest
     form = Form(args.form) if args.form else None
     return Request(
-        tokens=token_places(manifest.layout.stream(), manifest.context.frames).size,
+        tokens=token_places(manifest.layout, manifest.context.frames).size,
         form=form,
         widths=_widths(args.widths),
         targets=_targets(args.target),

@@ -136,7 +136,7 @@ def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
     rows = {
         "model": f"{manifest.name} ({manifest.family})",
         "grid": f"{layout.rows} x {layout.columns} cells, {layout.before} known tokens before, "
-        f"{layout.after} after, {len(layout.prefix_tokens)} ahead of all",
+        f"{layout.after} after, {layout.prefix} ahead of all",
         "context": f"{manifest.context.frames} frames ({manifest.context.kind})",
         "vocabulary": f"{manifest.vocabulary} in, {manifest.output_vocabulary} out",
         "cache": f"{cache.layers} layers, {cache.kv_heads} heads of {cache.head_size}; bytes a token: "

@@ -27,7 +27,7 @@ def parse_schedule(
         UsageError: ``--d`` is no lag.
         ScheduleError: the lags cannot be decoded.
     """
-    layout, default = manifest.layout.stream(), manifest.schedule
+    layout, default = manifest.layout, manifest.schedule
     k = default.k if args.k is None else args.k
     check_lags(layout.rows, layout.columns, k, max(1, k) * layout.rows)
     words = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from diagd.bundle.manifest import (
     AbsoluteContext,
     CacheShape,
     Form,
-    GridLayout,
     Manifest,
     Provenance,
     RotaryContext,
@@ -261,17 +260,10 @@ class Exporter:
         self, sources: Sources, tokenizer: Tokenizer | None, text: TextConditioning | None
     ) -> Manifest:
         family, config = self.family, self.family.transformer
-        layout = self._layout
         return Manifest(
             name=family.name,
             family=family.family,
-            layout=GridLayout(
-                rows=layout.rows,
-                columns=layout.columns,
-                prefix_tokens=family.prefix_tokens,
-                before=layout.before,
-                after=layout.after,
-            ),
+            layout=replace(self._layout, prefix_tokens=family.prefix_tokens),
             vocabulary=config.vocabulary,
             output_vocabulary=config.output_vocabulary,
             sampling=family.sampling,

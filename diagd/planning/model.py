@@ -88,7 +88,7 @@ def read_model(path: Path, precision: str | None = None, form: Form | None = Non
     cache = manifest.cache
     size = ModelSize(
         name=manifest.name,
-        layout=manifest.layout.stream(),
+        layout=manifest.layout,
         context_frames=manifest.context.frames,
         layers=cache.layers,
         kv_heads=cache.kv_heads,
@@ -99,7 +99,7 @@ def read_model(path: Path, precision: str | None = None, form: Form | None = Non
         looked_up=looked_up,
         tokenizer=_tokenizer_parameters(path, manifest),
         pixel_frames=manifest.tokenizer.temporal_factor if manifest.tokenizer else 1,
-        refed=refed_tokens(manifest.context, manifest.layout.stream()),
+        refed=refed_tokens(manifest.context, manifest.layout),
     )
     return StoredModel(size, sum(t.bytes for t in streamed), manifest.cache_dtype(entry).itemsize)
 

@@ -56,7 +56,7 @@ def open_engine(bundle: Bundle, form: Form, window: int, cpu: CpuOptions) -> Eng
     Raises:
         UsageError: the window does not fit the model.
     """
-    layout, window = bundle.manifest.layout.stream(), check_window(bundle, window)
+    layout, window = bundle.manifest.layout, check_window(bundle, window)
     places = token_places(layout, window).size
     if form is Form.PREFIX:
         return PrefixEngine(bundle, slots_needed(layout, window, MAX_WIDTH), places, cpu)

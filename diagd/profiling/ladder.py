@@ -156,7 +156,7 @@ class Ladder:
             "in-place K/V": (False, True),
             "both": (True, True),
         }
-        layout = self.chosen.manifest.layout.stream()
+        layout = self.chosen.manifest.layout
         slots, places = slots_needed(layout, self.window, MAX_WIDTH), token_places(layout, self.window).size
         before = None
         for name, (live_prefix, in_place) in switches.items():
@@ -172,7 +172,7 @@ class Ladder:
         if Form.MODERN not in forms_of(self.chosen):
             yield _unmeasured(name, "the bundle has no modern graph; export with --form prefix,modern")
             return
-        places = token_places(self.chosen.manifest.layout.stream(), self.window).size
+        places = token_places(self.chosen.manifest.layout, self.window).size
         with without_sampler(self.chosen) as bare:
             # A packed copy would outlive the graph that it was made for.
             options = replace(self.cpu, prepack=False)
@@ -212,7 +212,7 @@ class Ladder:
     def _mean_seconds(self, device: DeviceTarget, bundle: Bundle, *, graphs: bool = True) -> float:
         """Mean of a step over a frame, whose tokens the host waits for: steps themselves are queued."""
         session, manifest = device.open(bundle, self.window, graphs=graphs), bundle.manifest
-        schedule = Schedule.serial(manifest.layout.stream(), 1, manifest.schedule.row_seed)
+        schedule = Schedule.serial(manifest.layout, 1, manifest.schedule.row_seed)
         workload, best = random_workload(session, 1, 2), float("inf")
         try:
             for _ in range(REPEATS):
@@ -226,7 +226,7 @@ class Ladder:
     def _seconds(self, bundle: Bundle, engine: Engine, *, sampling: bool = False) -> float:
         """Median of a step of the engine, its sampler included or not; the better of a few runs."""
         session, manifest = session_over(bundle, engine, self.window, self.cpu), bundle.manifest
-        schedule = Schedule.serial(manifest.layout.stream(), 1, manifest.schedule.row_seed)
+        schedule = Schedule.serial(manifest.layout, 1, manifest.schedule.row_seed)
         workload, best = random_workload(session, 1, 1), float("inf")
         for _ in range(REPEATS):
             run = measure(session, schedule, workload, 1)

@@ -12,7 +12,7 @@ def decoding_orders(manifest: Manifest, ks: tuple[int, ...]) -> list[Schedule]:
     Raises:
         ScheduleError: a lag cannot be decoded.
     """
-    layout, seed = manifest.layout.stream(), manifest.schedule.row_seed
+    layout, seed = manifest.layout, manifest.schedule.row_seed
     for k in ks:
         check_lags(layout.rows, layout.columns, k, max(1, k) * layout.rows)
     orders = [Schedule.next_token(layout)]

@@ -99,7 +99,7 @@ class DeviceTarget:
     def open(self, bundle: Bundle, window: int | None, *, graphs: bool = True) -> Session:
         """See ``Target``; ``graphs``: replay graphs of the device."""
         manifest, window = bundle.manifest, check_window(bundle, window)
-        places = token_places(manifest.layout.stream(), manifest.context.frames).size
+        places = token_places(manifest.layout, manifest.context.frames).size
         return session_over(bundle, self.make_engine(bundle, places, graphs), window, self.cpu)
 
 

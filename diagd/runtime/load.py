@@ -94,7 +94,7 @@ def with_threads(cpu: CpuOptions, bundle: Bundle) -> CpuOptions:
 
 
 def _make_engine(bundle: Bundle, window: int, cpu: CpuOptions, zero_slots: bool) -> Engine:
-    layout = bundle.manifest.layout.stream()
+    layout = bundle.manifest.layout
     places = token_places(layout, window).size
     forms = {graph.form for graph in bundle.manifest.graphs}
     if Form.PREFIX not in forms:
@@ -109,5 +109,5 @@ def _make_gpu_engine(bundle: Bundle, backend: str) -> Engine:
     if backend not in BACKENDS:
         raise unknown("backend", backend, ("cpu", *BACKENDS))
     manifest = bundle.manifest
-    places = token_places(manifest.layout.stream(), manifest.context.frames).size
+    places = token_places(manifest.layout, manifest.context.frames).size
     return open_gpu_engine(bundle, places, backend)

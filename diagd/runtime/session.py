@@ -126,7 +126,7 @@ class Session:
         text: TextReader | None = None,
     ) -> None:
         self.manifest, self.engine, self.window = manifest, engine, window
-        self.layout: StreamLayout = manifest.layout.stream()
+        self.layout: StreamLayout = manifest.layout
         self.timing = Timing()
         self._places = token_places(self.layout, window)
         zero_rows = (self.layout.frame_start(0), self.layout.frame_start(window)) if zero_slots else (0, 0)

@@ -13,6 +13,7 @@ class StreamLayout:
 
     ``prefix`` counts tokens ahead of the first frame (BOS); ``before`` and ``after`` count the known tokens
     (actions) around the cells of each frame. All positions are raster indices into the stream, from 0.
+    ``prefix_tokens`` are the ids of the prefix where they are known; they give ``prefix`` if it is left out.
     """
 
     rows: int
@@ -20,12 +21,20 @@ class StreamLayout:
     prefix: int = 0
     before: int = 0
     after: int = 0
+    prefix_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.prefix_tokens and not self.prefix:
+            object.__setattr__(self, "prefix", len(self.prefix_tokens))
         if self.rows < 1 or self.columns < 1:
             raise ScheduleError(f"a grid needs at least 1 x 1 cells, got {self.rows} x {self.columns}")
         if min(self.prefix, self.before, self.after) < 0:
             raise ScheduleError(f"token counts of a stream layout cannot be negative: {self}")
+        if self.prefix_tokens and len(self.prefix_tokens) != self.prefix:
+            raise ScheduleError(
+                f"a stream layout has prefix={self.prefix} and {len(self.prefix_tokens)} prefix_tokens; give "
+                "as many, or leave one of the two out"
+            )
 
     @property
     def cells(self) -> int:

@@ -61,7 +61,7 @@ def bundle(family: Family, folder: Path) -> Bundle:
 def test_a_bundle_is_made_once_with_the_widths_of_its_schedules(
     family: Family, folder: Path, bundle: Bundle
 ) -> None:
-    layout = bundle.manifest.layout.stream()
+    layout = bundle.manifest.layout
     graphs = graphs_of(bundle, Form.MODERN)
     assert {graph.precision for graph in graphs} == {"fp16"}
     assert tuple(graph.width for graph in graphs) == widths_of(layout, 3)
@@ -97,7 +97,7 @@ def test_every_part_is_measured(
         return engine_over(bundle, tokens, devices[-1], graphs)
 
     rows = Bench(make, CEILINGS, 3, torch_device="cpu").measure(bundle, family, part)
-    layout = bundle.manifest.layout.stream()
+    layout = bundle.manifest.layout
     wanted = {extent.name: (extent.frames, extent.table.steps) for extent in extents(layout, 3)}
     assert {row.schedule: (row.frames, row.steps) for row in rows} == wanted
     assert all(row.seconds > 0 and row.times_floor > 1 and row.bytes_read > 1e4 for row in rows)
@@ -225,7 +225,7 @@ def test_results_are_kept_between_calls(tmp_path: Path) -> None:
 
 
 def test_a_warm_up_is_the_beginning_of_a_run(bundle: Bundle) -> None:
-    table = next(iter(extents(bundle.manifest.layout.stream(), 3))).table
+    table = next(iter(extents(bundle.manifest.layout, 3))).table
     short = first_steps(table, 5)
     assert short.steps == 5
     assert (short.step(4).positions == table.step(4).positions).all()

@@ -14,7 +14,6 @@ from diagd.bundle.manifest import (
     CacheShape,
     DefaultSchedule,
     Form,
-    GridLayout,
     IdRange,
     Provenance,
     RotaryContext,
@@ -29,7 +28,7 @@ def manifest() -> Manifest:
     return Manifest(
         name="small",
         family="small",
-        layout=GridLayout(rows=2, columns=3, before=1),
+        layout=StreamLayout(rows=2, columns=3, before=1),
         vocabulary=10,
         output_vocabulary=8,
         sampling=SamplingRules(ranges=(IdRange(low=0, high=8), IdRange(cell=0, low=1, high=8))),
@@ -62,7 +61,15 @@ def test_what_was_sealed_is_what_is_opened(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     assert opened.manifest.model_copy(update={"files": {}}) == manifest()
     assert set(opened.manifest.files) == {"step.onnx", "weights.bin"}
-    assert opened.manifest.layout.stream() == StreamLayout(2, 3, before=1)
+    assert opened.manifest.layout == StreamLayout(2, 3, before=1)
+
+
+def test_the_layout_is_stored_as_plain_fields(bundle: Path) -> None:
+    tokens = {"rows": 2, "columns": 3, "before": 1, "after": 0, "prefix": 2, "prefix_tokens": [7, 9]}
+    edit(bundle, layout=tokens)
+    layout = Bundle.open(bundle).manifest.layout
+    assert layout == StreamLayout(2, 3, before=1, prefix_tokens=(7, 9))
+    assert json.loads(Bundle.open(bundle).manifest.model_dump_json())["layout"] == tokens
 
 
 def test_missing_bundles_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from diagd.bundle.manifest import (
     CacheShape,
     DefaultSchedule,
     FileRecord,
-    GridLayout,
     IdRange,
     Manifest,
     Provenance,
@@ -23,6 +22,7 @@ from diagd.bundle.manifest import (
 from diagd.engines.external_data import ExternalData, external_data
 from diagd.engines.fingerprint import ANY, RECORD_NAME, EngineStore, Fingerprint, graph_digest
 from diagd.errors import EngineError
+from diagd.schedule import StreamLayout
 
 BUILT = Fingerprint(
     graph="a" * 64,
@@ -58,7 +58,7 @@ def bundle(tmp_path: Path) -> Bundle:
     manifest = Manifest(
         name="small",
         family="small",
-        layout=GridLayout(rows=2, columns=3),
+        layout=StreamLayout(rows=2, columns=3),
         vocabulary=8,
         output_vocabulary=8,
         sampling=SamplingRules(ranges=(IdRange(low=0, high=8),)),

@@ -122,3 +122,11 @@ def test_kept_seeds_cannot_be_refed() -> None:
 def test_impossible_layouts_are_refused(sizes: tuple[int, int, int, int, int]) -> None:
     with pytest.raises(ScheduleError):
         StreamLayout(*sizes)
+
+
+def test_prefix_tokens_are_counted() -> None:
+    layout = StreamLayout(2, 3, prefix_tokens=(7, 9), after=1)
+    assert (layout.prefix, layout.frame_start(1)) == (2, 9)
+    assert layout == StreamLayout(2, 3, 2, after=1, prefix_tokens=(7, 9))
+    with pytest.raises(ScheduleError, match="prefix=1 and 2 prefix_tokens"):
+        StreamLayout(2, 3, prefix=1, prefix_tokens=(7, 9))

@@ -73,7 +73,7 @@ class DeviceEngine:
         self._device_tokens: Int = self._tokens.copy()
         self._logits: Float = device.host_array((self.max_width, manifest.output_vocabulary), np.float32)
         # A step changes its own slots, the seeds of the step before, and a frame that is evicted.
-        layout = manifest.layout.stream()
+        layout = manifest.layout
         updates = 2 * (layout.frame_length + layout.rows) + 4 * self.max_width
         self._records = RecordRing(device, self.max_width, updates, tokens - 1)
         self._counter = device.allocate(4)
