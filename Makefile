@@ -32,8 +32,8 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml
 	$(BIN)/pip install -q -e '.[export]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.python pyproject.toml
-	$(BIN)/pip install -q -e '.[dev]'
+$(VENV)/.dev: $(VENV)/.python pyproject.toml worlds/pyproject.toml
+	$(BIN)/pip install -q -e '.[dev]' -e ./worlds
 	touch $@
 
 clean:

@@ -9,14 +9,28 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "diagd"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "diagd"
+ENGINES = {"bundle", "schedule"}
+RUNTIME = {"engines"} | ENGINES
+EXPORT = {"runtime"} | RUNTIME
+ABOVE = {"export"} | EXPORT
 BELOW = {
     "schedule": set(),
     "bundle": {"schedule"},
-    "engines": {"bundle", "schedule"},
-    "runtime": {"engines", "bundle", "schedule"},
+    "engines": ENGINES,
+    "runtime": RUNTIME,
+    "export": EXPORT,
+    "calibration": ABOVE,
+    "tuning": ABOVE,
+    "planning": EXPORT,
+    "profiling": {"planning"} | EXPORT,
+    "cli": {"calibration", "tuning", "planning", "profiling"} | ABOVE,
 }
-"""Packages that each package of the runtime may import, besides itself and the modules at the top."""
+"""Packages that each package may import, besides itself and the modules at the top."""
+
+TORCH = {"export", "calibration", "tuning"}
+"""Packages that may import PyTorch."""
 
 HEAVY = {"torch", "onnx", "onnxscript", "onnx_ir", "transformers", "tensorrt", "tensorrt_rtx", "safetensors"}
 
@@ -31,13 +45,24 @@ def imports(file: Path) -> set[str]:
     return found
 
 
+def test_the_map_names_every_package() -> None:
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == BELOW.keys()
+
+
 @pytest.mark.parametrize("layer", BELOW)
 def test_imports_point_down(layer: str) -> None:
     for file in (PACKAGE / layer).rglob("*.py"):
         for name in imports(file):
             parts = name.split(".")
+            assert parts[0] not in {"worlds", "benchmarks", "tests"}, f"{file} imports {name}"
+            assert parts[0] != "torch" or layer in TORCH, f"{file} imports {name}"
             if parts[0] == "diagd" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir():
                 assert parts[1] in BELOW[layer] | {layer}, f"{file} imports {name}"
+
+
+def test_worlds_use_the_package_alone() -> None:
+    for file in (ROOT / "worlds").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(file)} & {"benchmarks", "tests"}, file
 
 
 @pytest.mark.parametrize("layer", ["schedule", "bundle", "runtime"])
@@ -69,7 +94,7 @@ print(main(["export", "--model", "mineworld-300m"]))
 
 
 def test_functions_stay_short() -> None:
-    for file in PACKAGE.rglob("*.py"):
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "worlds").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagd.bundle.files import atomic_file
 from diagd.calibration.report import PrecisionReport, WidthReport
-from diagd.errors import DependencyError, require
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,9 +91,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def write_plot(model: str, report: PrecisionReport, directory: Path) -> None:
     """Write ``PRECISION.png`` where matplotlib is installed."""
-    try:
-        require("matplotlib", extra="world", purpose="draw the error of every layer")
-    except DependencyError:
+    if find_spec("matplotlib") is None:
         return  # the table says the same
     with atomic_file(directory / f"{report.precision}.png") as partial:
         _draw(model, report, partial)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from diagd.bundle import Bundle
-    from diagd.calibration.align import AlignOptions, Report
     from diagd.export.families.family import Family
     from diagd.schedule import RowSeed, Schedule, StreamLayout
+    from diagd.tuning.align import AlignOptions, Report
 
 EPILOG = """examples:
   diagd align crafter-3m.diagd --data recordings --k 1 2 --d chained serial --output aligned.diagd
@@ -83,11 +83,11 @@ class _Source:
 
 
 def _align(args: argparse.Namespace, report: Report) -> Path:
-    from diagd.calibration.align_bundle import align_bundle
-    from diagd.calibration.align_checkpoint import align_checkpoint
     from diagd.export.exporter import open_sources
+    from diagd.export.families.world import CODEBOOK, DESCRIPTION, WEIGHTS
     from diagd.runtime.text import read_text
-    from diagd.world.model import CODEBOOK, DESCRIPTION, WEIGHTS
+    from diagd.tuning.align_bundle import align_bundle
+    from diagd.tuning.align_checkpoint import align_checkpoint
 
     source = _open(args)
     family, output = source.family, Path(args.output)
@@ -111,7 +111,7 @@ def _open(args: argparse.Namespace) -> _Source:
     from diagd.bundle import Bundle
     from diagd.bundle.manifest import MANIFEST_NAME
     from diagd.export.families.registry import find
-    from diagd.world.model import DESCRIPTION
+    from diagd.export.families.world import DESCRIPTION
 
     path = Path(args.source)
     if (path / MANIFEST_NAME).exists():
@@ -132,8 +132,8 @@ def _open(args: argparse.Namespace) -> _Source:
 
 
 def _options(args: argparse.Namespace, layout: StreamLayout) -> AlignOptions:
-    from diagd.calibration.align import AlignOptions
     from diagd.schedule import RowSeed, Schedule
+    from diagd.tuning.align import AlignOptions
 
     if not 0 <= args.raster < 1:
         raise UsageError(f"--raster {args.raster}: expected a share from 0 up to, but not including, 1")
@@ -161,14 +161,14 @@ def _schedule(layout: StreamLayout, k: int, d: str, seed: RowSeed) -> Schedule:
 
 
 def _streams(args: argparse.Namespace, family: Family) -> NDArray[np.int64]:
-    from diagd.calibration.align_checkpoint import read_windows
+    from diagd.tuning.align_checkpoint import read_windows
 
     if args.data.suffix == ".npy":
         return read_windows(args.data, family, args.frames)
     if family.default_tokenizer is None:
         raise UsageError(f"--data {args.data}: {family.name} is aligned on a .npy token stream")
-    from diagd.world.dataset import cached_tokens
-    from diagd.world.model import load_codebook
+    from diagd.export.families.world import load_codebook
+    from diagd.tuning.recordings import cached_tokens
 
     recording = cached_tokens(args.data, load_codebook(Path(family.default_tokenizer).parent))
     starts = recording.window_starts(args.frames)[:: max(1, args.frames // 2)]

@@ -8,9 +8,10 @@ import importlib
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from types import ModuleType
 
-from diagd.errors import DiagdError, UsageError
+from diagd.errors import DependencyError, DiagdError, UsageError
 from diagd.version import __version__
 
 VERBS = {
@@ -20,8 +21,6 @@ VERBS = {
     "models": "what can be exported",
     "calibrate": "quantised step graphs for a bundle, accepted by a quality gate",
     "align": "fine-tune a bundle or checkpoint to diagonal decoding",
-    "eval": "the quality of a world model under several schedules",
-    "world": "record a world and train a model of it",
     "doctor": "is this machine ready, and what to do where it is not",
     "inspect": "what a bundle or an ONNX file holds, and what its schedule does",
     "plan": "memory and speed of a model on a device, before anything is done",
@@ -30,6 +29,14 @@ VERBS = {
 }
 """Verbs and what they do; each is a module of this package with ``arguments(parser)`` and ``run(args)``."""
 
+WORLD_VERBS = {
+    "eval": "the quality of a world model under several schedules",
+    "world": "record a world and train a model of it",
+}
+"""Verbs of the package beside this one; any package may add some as entry points of `GROUP`."""
+
+GROUP = "diagd.verbs"
+
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -37,6 +44,20 @@ FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``diagd VERB ...`` and return its exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        module, args = _parse(given)
+    except DependencyError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    return _run(module, args)
+
+
+def _parse(given: list[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The module of the verb in ``given`` and its options.
+
+    Raises:
+        DependencyError: the verb is of a package that is not installed.
+    """
     parser = argparse.ArgumentParser(
         prog="diagd",
         description="Real-time frames from autoregressive video world models by diagonal decoding.",
@@ -44,16 +65,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"diagd {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    chosen = next((word for word in given if not word.startswith("-")), None)
-    for name, summary in VERBS.items():
-        verb = verbs.add_parser(
+    added = {point.name: f"a verb of {point.module}" for point in entry_points(group=GROUP)}
+    parsers = {
+        name: verbs.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if name == chosen:  # only this one needs its options, and they may import
-            _module(name).arguments(verb)
-            verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(given)
-    return _run(_module(args.verb), args)
+        for name, summary in (added | VERBS | WORLD_VERBS).items()
+    }
+    chosen = next((word for word in given if not word.startswith("-")), None)
+    if chosen not in parsers:
+        parser.parse_args(given)  # explains, and leaves
+    module = _module(str(chosen))  # the options of the others are not needed, and may import
+    module.arguments(parsers[str(chosen)])
+    parsers[str(chosen)].add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return module, parser.parse_args(given)
 
 
 def export() -> int:
@@ -82,7 +107,15 @@ def profile() -> int:
 
 
 def _module(verb: str) -> ModuleType:
-    return importlib.import_module(f"diagd.cli.{verb.replace('-', '_')}")
+    if verb in VERBS:
+        return importlib.import_module(f"diagd.cli.{verb.replace('-', '_')}")
+    for point in entry_points(group=GROUP, name=verb):
+        module: ModuleType = point.load()
+        return module
+    raise DependencyError(
+        f"`diagd {verb}` is a verb of diagd-worlds, which is not installed; "
+        "run, in a clone of the repository: pip install ./worlds"
+    )
 
 
 def _run(module: ModuleType, args: argparse.Namespace) -> int:

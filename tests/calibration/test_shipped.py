@@ -12,12 +12,11 @@ from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
 from diagd.export.exporter import GraphOptions, export, open_sources
 from diagd.export.families.registry import find
-from diagd.export.families.world import SHIPPED
+from diagd.export.families.world import SHIPPED, load_world
 from diagd.runtime.load import load
 from diagd.runtime.sampling import SamplingSettings
-from diagd.world.collect import CollectOptions, collect
-from diagd.world.dataset import cached_tokens
-from diagd.world.model import load_world
+from diagd.tuning.recordings import cached_tokens
+from worlds.collect import CollectOptions, collect
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""The quality of Diagonal Decoding on trained worlds: the study behind docs/quality.md."""

@@ -1,0 +1,184 @@
+"""Alignment fine-tuning: training on exactly the inputs and visibility a schedule gives at inference.
+
+The recipe of arXiv 2503.14070, section 3.3, with mask and row seeds taken from the schedule tables, and
+several schedules mixed in each batch, so that one model serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from diagd.errors import UsageError
+from diagd.export.transformer import Transformer
+from diagd.schedule import Schedule
+from diagd.tuning.forced_batch import ForcedPasses, forced_loss
+
+Report = Callable[[int, float], None]
+"""Called after each step with its number, from 1, and its loss in nats per token."""
+
+
+@dataclass(frozen=True)
+class AlignOptions:
+    """How a model is aligned.
+
+    Attributes:
+        shares: schedules, each with its share of the windows; the shares need not add up to 1.
+        steps: optimiser steps.
+        batch: windows of a step.
+        rate: peak learning rate; it falls linearly to 0 after a warm-up of a twentieth.
+        rank: of the low-rank update of every matrix (LoRA, arXiv 2106.09685); 0 trains all weights.
+        seed: of windows, schedules and low-rank factors.
+        autocast: compute in bfloat16.
+        device: where to train.
+    """
+
+    shares: tuple[tuple[float, Schedule], ...]
+    steps: int = 200
+    batch: int = 8
+    rate: float = 3e-4
+    rank: int = 0
+    seed: int = 0
+    autocast: bool = True
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not self.shares or min(share for share, _ in self.shares) <= 0:
+            raise UsageError("alignment needs at least one schedule, each with a share above 0")
+        if self.steps < 1 or self.batch < 1 or self.rank < 0:
+            raise UsageError(
+                f"steps {self.steps}, batch {self.batch}, rank {self.rank}: expected at least 1, 1 and 0"
+            )
+
+
+class LowRank(nn.Module):
+    """weight + a @ b, with a random and b zero at first."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        factor = torch.empty(rows, rank).normal_(std=rows**-0.5, generator=generator)
+        self.a = nn.Parameter(factor.to(weight.device))
+        self.b = nn.Parameter(torch.zeros(rank, columns, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The updated weight."""
+        return weight + self.a @ self.b
+
+
+def align(
+    model: Transformer,
+    streams: NDArray[np.int64],
+    options: AlignOptions,
+    report: Report | None = None,
+    *,
+    text: NDArray[np.float32] | None = None,
+    frozen: Collection[str] = (),
+) -> Transformer:
+    """Fine-tune ``model`` in place and return it.
+
+    Args:
+        model: any family's transformer.
+        streams: int64 [N, frames * frame_length (+ prefix)], windows of known videos.
+        options: schedules and training settings.
+        report: told about every step.
+        text: float32 [n, width], what the windows are conditioned on; for models that read text, and
+            filled up with zeros as at inference.
+        frozen: names of parameters that stay as they are.
+
+    Raises:
+        UsageError: the windows are no whole number of at least 2 frames that the model can hold, or the
+            text does not fit the model.
+    """
+    passes = ForcedPasses([s for _, s in options.shares], _frames(model, streams), score_prompt=False)
+    chances = np.array([share for share, _ in options.shares])
+    chances /= chances.sum()
+    model.to(options.device).train()
+    trained = _add_low_rank(model, options) if options.rank else _all_but(model, frozen)
+    logits = partial(model, text=_filled_text(model, text, options.device))
+    optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(options.steps):
+        random = np.random.default_rng((options.seed, step))
+        windows = streams[random.integers(len(streams), size=options.batch)]
+        choice = random.choice(len(chances), options.batch, p=chances)
+        batch = passes.batch(windows, list(choice)).to(options.device)
+        loss = forced_loss(logits, batch, autocast=options.autocast)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.param_groups[0]["lr"] = options.rate * _ramp((step + 1) / options.steps)
+        optimiser.step()
+        if report is not None:
+            report(step + 1, loss.item())
+    if options.rank:
+        _merge_low_rank(model)
+    model.requires_grad_(requires_grad=True)
+    return model.eval()
+
+
+def _frames(model: Transformer, streams: NDArray[np.int64]) -> int:
+    layout, most = model.config.layout, model.config.context_frames
+    frames, rest = divmod(streams.shape[1] - layout.prefix, layout.frame_length)
+    if rest or not 2 <= frames <= most:
+        raise UsageError(
+            f"windows of {streams.shape[1]} tokens; expected {layout.prefix} + n * {layout.frame_length} "
+            f"with n from 2 to {most}, the frames of the model's context"
+        )
+    return int(frames)
+
+
+def _all_but(model: Transformer, frozen: Collection[str]) -> list[nn.Parameter]:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name not in frozen
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _filled_text(model: Transformer, text: NDArray[np.float32] | None, device: str) -> Tensor | None:
+    shape = model.config.text
+    if shape is None and text is None:
+        return None
+    if shape is None or text is None or text.shape[1:] != (shape.width,) or len(text) > shape.length:
+        wanted = f"[n, {shape.width}] with n up to {shape.length}" if shape else "no text"
+        seen = "none" if text is None else list(text.shape)
+        raise UsageError(f"text embeddings: {seen}; this model takes {wanted}; see --text")
+    filled = torch.zeros(shape.length, shape.width)
+    filled[: len(text)] = torch.from_numpy(text)
+    return filled.to(device)
+
+
+def _ramp(progress: float) -> float:
+    return min(20 * progress, (1 - progress) / 0.95)
+
+
+def _matrices(model: Transformer) -> list[tuple[nn.Module, str]]:
+    return [
+        (module, name)
+        for module in model.layers.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 2
+    ]
+
+
+def _add_low_rank(model: Transformer, options: AlignOptions) -> list[nn.Parameter]:
+    """Freeze the model and give every matrix of its blocks a low-rank update; returns what is trained."""
+    generator = torch.Generator().manual_seed(options.seed)
+    model.requires_grad_(requires_grad=False)
+    trained: list[nn.Parameter] = []
+    for module, name in _matrices(model):
+        update = LowRank(getattr(module, name), options.rank, generator)
+        parametrize.register_parametrization(module, name, update)
+        trained += [update.a, update.b]
+    return trained
+
+
+def _merge_low_rank(model: Transformer) -> None:
+    for module in list(model.layers.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)

@@ -1,0 +1,118 @@
+"""Alignment of a bundle: its weights are fine-tuned and written back; its graphs stay as they are."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diagd.bundle import Bundle, seal
+from diagd.bundle.files import atomic_directory
+from diagd.engines.external_data import external_data
+from diagd.errors import UsageError
+from diagd.export.transformer import Transformer, TransformerConfig
+from diagd.tuning.align import AlignOptions, Report, align
+
+if TYPE_CHECKING:
+    import onnx
+
+_PREFIX = "transformer."
+
+
+def align_bundle(
+    bundle: Bundle,
+    config: TransformerConfig,
+    streams: NDArray[np.int64],
+    options: AlignOptions,
+    output: Path,
+    report: Report | None = None,
+    *,
+    text: NDArray[np.float32] | None = None,
+) -> Path:
+    """Fine-tune the weights of a bundle.
+
+    Args:
+        bundle: graphs of precisions other than that of its export hold the old weights and are left out.
+        config: of its transformer.
+        streams: int64 [N, tokens], windows of known videos.
+        options: schedules and training settings.
+        output: directory of the new bundle, which is not that of the old one.
+        report: told about every step.
+        text: see ``align``.
+
+    Raises:
+        UsageError: the bundle is not of this model, or would be written over.
+    """
+    if output.exists() and output.samefile(bundle.path):
+        raise UsageError(f"--output {output} is the bundle that is read; give another place")
+    import onnx
+
+    base = bundle.at_precision()
+    graphs = [onnx.load(base.file(name), load_external_data=False) for name in _step_and_text(base)]
+    model = align(_read(graphs, base, config), streams, options, report, text=text)
+    state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    with atomic_directory(output) as directory:
+        for name in _kept_files(base):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base.file(name), directory / name)
+        for graph in graphs:
+            _write(graph, directory, state)
+        seal(directory, base.manifest)
+    return output
+
+
+def _step_and_text(bundle: Bundle) -> list[str]:
+    names = list(dict.fromkeys(graph.file for graph in bundle.manifest.graphs))
+    return [*names, bundle.manifest.text.graph] if bundle.manifest.text else names
+
+
+def _kept_files(bundle: Bundle) -> list[str]:
+    graphs = _step_and_text(bundle)
+    if tokenizer := bundle.manifest.tokenizer:
+        graphs += [tokenizer.encoder, tokenizer.decoder]
+    return sorted({*graphs, *(name for graph in graphs for name in external_data(bundle.file(graph)).files)})
+
+
+def _read(graphs: list[onnx.ModelProto], bundle: Bundle, config: TransformerConfig) -> Transformer:
+    from onnx.numpy_helper import to_array
+
+    found = {
+        tensor.name: to_array(tensor, str(bundle.path))
+        for graph in graphs
+        for tensor in graph.graph.initializer
+        if tensor.name.startswith(_PREFIX)
+    }
+    model = Transformer(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in wanted.items():
+        if _PREFIX + name not in found:
+            raise UsageError(
+                f"{bundle.path}: its graphs have no weight '{name}' of their own (small weights that were "
+                "equal when it was exported are merged); align the checkpoint instead"
+            )
+        if found[_PREFIX + name].shape != shape:
+            raise UsageError(
+                f"{bundle.path}: weight '{name}' is {found[_PREFIX + name].shape}, this model has {shape}; "
+                "give the --model that the bundle was exported from"
+            )
+    arrays = {name: np.array(found[_PREFIX + name], np.float32) for name in wanted}
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    return model
+
+
+def _write(graph: onnx.ModelProto, directory: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write the weights of a graph over those in its weights file."""
+    from onnx import helper
+
+    for tensor in graph.graph.initializer:
+        if tensor.name not in state:
+            continue
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        values = state[tensor.name].numpy().astype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        with (directory / where["location"]).open("r+b") as file:
+            file.seek(int(where["offset"]))
+            file.write(values.tobytes())

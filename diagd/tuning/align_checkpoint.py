@@ -1,0 +1,102 @@
+"""Alignment of any family's checkpoint: read, fine-tune, write back under the released names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diagd.bundle.files import atomic_file
+from diagd.errors import UsageError
+from diagd.export.checkpoints import Checkpoint, check
+from diagd.export.families.family import Family
+from diagd.export.transformer import Transformer
+from diagd.tuning.align import AlignOptions, Report, align
+
+OUTPUT_SUFFIX = ".safetensors"
+
+
+def align_checkpoint(
+    family: Family,
+    source: Checkpoint,
+    streams: NDArray[np.int64],
+    options: AlignOptions,
+    output: Path,
+    report: Report | None = None,
+    *,
+    text: NDArray[np.float32] | None = None,
+) -> Path:
+    """Fine-tune a checkpoint to decoding schedules.
+
+    Args:
+        family: the model.
+        source: its tensors, under the family's names.
+        streams: int64 [N, tokens], windows of known videos.
+        options: schedules and training settings.
+        output: .safetensors file that ``diagd export --checkpoint`` reads; float16.
+        report: told about every step.
+        text: see ``align``.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model.
+        UsageError: the windows do not fit the model, or the output is no .safetensors.
+    """
+    from safetensors.numpy import save_file
+
+    if output.suffix != OUTPUT_SUFFIX:
+        raise UsageError(f"--output {output}: expected a name ending in {OUTPUT_SUFFIX}")
+    check(source, family.expected)
+    made_up = {rule.target for rule in family.rules if not rule.sources}  # a checkpoint cannot hold these
+    model = load_transformer(family, source)
+    align(model, streams, options, report, text=text, frozen=made_up)
+    state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+    released: dict[str, NDArray[np.generic]] = {}
+    for rule in family.rules:
+        released |= rule.release(state[rule.target].astype(np.float16))
+    prefix = family.prefixes[0]
+    with atomic_file(output) as partial:
+        save_file({prefix + name: np.ascontiguousarray(tensor) for name, tensor in released.items()}, partial)
+    return output
+
+
+def load_transformer(family: Family, source: Checkpoint) -> Transformer:
+    """The family's transformer in float32, with the weights of a checked checkpoint."""
+    state = {
+        name: torch.from_numpy(np.concatenate([np.atleast_1d(chunk) for chunk in weight.chunks()]))
+        for name, weight in family.weights(source).items()
+    }
+    model = Transformer(family.transformer)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return model
+
+
+def read_windows(path: Path, family: Family, frames: int) -> NDArray[np.int64]:
+    """Windows of a .npy token stream, int64 [N, tokens of ``frames`` frames], half a window apart.
+
+    Args:
+        path: int [T] or [T, frame_length]: the stream of one video, known tokens included.
+        family: whose layout the stream has; it starts at a frame, without the prefix.
+        frames: of each window.
+
+    Raises:
+        UsageError: the file is no such stream, or is shorter than a window.
+    """
+    layout = family.transformer.layout
+    try:
+        stream = np.load(path, allow_pickle=False).reshape(-1).astype(np.int64)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path} is no .npy array of tokens: {error}") from error
+    length = frames * layout.frame_length
+    if len(stream) < length or stream.min() < 0 or stream.max() >= family.transformer.vocabulary:
+        raise UsageError(
+            f"{path} holds {len(stream)} tokens in {stream.min(initial=0)}..{stream.max(initial=0)}; "
+            f"expected {length} or more ({frames} frames of {layout.frame_length}) "
+            f"in 0..{family.transformer.vocabulary - 1}"
+        )
+    step = max(1, frames // 2) * layout.frame_length
+    starts = range(0, len(stream) - length + 1, step)
+    windows = np.stack([stream[start : start + length] for start in starts])
+    prefix = np.tile(np.asarray(family.prefix_tokens, np.int64), (len(windows), 1))
+    return np.concatenate([prefix, windows], axis=1)

@@ -1,1 +1,0 @@
-"""World of diagd."""

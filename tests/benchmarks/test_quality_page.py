@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from benchmarks.quality.page import Figures, quality_page
+from benchmarks.quality.parts import SEEDS, CompatRow, GapRow, ShippedFigures, SizeFigures, TrainingRow
+from diagd.schedule import Schedule
+from tests.worlds.test_evaluate import LAYOUT, OPTIONS, evaluation
+from worlds.evaluate import Scores, measure_drift
+from worlds.metrics import Estimate
+
+CERTAIN, NOISE = Estimate(0.02, 0.001, 8), Estimate(0.001, 0.001, 8)
+
+
+def table(page: str, heading: str, number: int = 0) -> list[list[str]]:
+    """Rows of the n-th table under a heading."""
+    section = page.split(f"# {heading}")[1].split("\n## ")[0]
+    tables = [part for part in section.split("\n\n") if part.startswith("|")]
+    return [[c.strip() for c in line.strip("|").split("|")] for line in tables[number].splitlines()]
+
+
+def scores(*, is_frozen: bool = False) -> list[Scores]:
+    judge = evaluation(is_frozen=False)
+    other = evaluation(is_frozen=is_frozen)
+    raster, chained = Schedule.next_token(LAYOUT), Schedule.chained(LAYOUT, 1)
+    return [judge.score("NTP", raster)[0], other.score("k=1 chained", chained)[0]]
+
+
+GAPS = [GapRow("k=1 chained", 38, {s.value: CERTAIN for s in SEEDS}, NOISE)]
+
+
+def test_the_shipped_model_shows_every_figure() -> None:
+    drift = measure_drift(
+        evaluation(is_frozen=False), Schedule.chained(LAYOUT, 1), np.full((2, 20), 3), stretches=4
+    )
+    figures = Figures(
+        OPTIONS,
+        ShippedFigures(GAPS, scores(), drift),
+        frames_per_second={"3m": {"NTP": 12, "k=1 chained": 31.25}},
+    )
+    page = quality_page(figures, "3m")
+    row = table(page, "The shipped model: likelihood gap")[2]
+    assert row == ["k=1 chained", "38", *["+0.0200 +- 0.0010"] * 4, "*+0.0010 +- 0.0010*"]
+    heads, _, _, rollout = table(page, "The shipped model: rollouts")
+    assert rollout[heads.index("walks followed")] == "1.000 +- 0.000"
+    assert rollout[heads.index("frames/s")] == "31.2"
+    assert [line[0] for line in table(page, "The shipped model: drift")[2:]] == ["7", "12", "17", "22"]
+    assert "Other sizes" not in page
+
+
+def test_figures_beyond_the_noise_are_named() -> None:
+    frozen, true = (SizeFigures(GAPS, scores(is_frozen=frozen)) for frozen in (True, False))
+    page = quality_page(Figures(OPTIONS, sizes={"10m": frozen}), "3m").replace("\n", " ")
+    assert "walks followed of k=1 chained" in page.split("beyond it are")[1]
+    assert "invalid tiles of" not in page.split("beyond it are")[1]
+    page = quality_page(Figures(OPTIONS, sizes={"10m": true}), "3m").replace("\n", " ")
+    assert "none is beyond it" in page
+
+
+def test_sizes_training_and_compat_show_every_figure() -> None:
+    training = [TrainingRow("NTP only", Estimate(0.05, 0.002, 8), {"k=1 chained": NOISE})]
+    compat = {"10m": [CompatRow("k=1 serial", NOISE, CERTAIN, CERTAIN)]}
+    sizes = {"10m": SizeFigures(GAPS, scores())}
+    figures = Figures(
+        OPTIONS, None, compat, sizes, training, {"10m": {"NTP": 2.0, "k=1 chained": 7.5}}, {"10m": 10_400_000}
+    )
+    page = quality_page(figures, "3m")
+    assert "### 10m: 10.40 M parameters, 24 rollouts" in page
+    assert table(page, "Other sizes", 0)[3] == ["k=1 chained", "0.7500 +- 0.0000", "+0.2500 +- 0.0000"]
+    assert table(page, "Other sizes", 1)[2][:3] == ["k=1 chained", "38", "+0.0200 +- 0.0010"]
+    assert table(page, "Other sizes", 2)[3][-1] == "7.5"
+    bare = replace(figures, sizes={"10m": SizeFigures([], scores())})
+    assert "Other row seeds were not measured" in quality_page(bare, "3m")
+    assert table(page, "What training")[2] == ["NTP only", "0.0500 +- 0.0020", "*+0.0010 +- 0.0010*"]
+    assert table(page, "Strict steps")[2][:2] == ["10m", "k=1 serial"]
+    assert table(page, "Strict steps")[2][2:] == ["*+0.0010 +- 0.0010*", *["+0.0200 +- 0.0010"] * 2]

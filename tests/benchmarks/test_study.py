@@ -1,0 +1,67 @@
+"""The whole study, as small as it can be, on the shipped model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.quality.parts import diagonal_schedules
+from benchmarks.quality.study import Study, StudyOptions
+from diagd.errors import UsageError
+from diagd.export.families.world import SHIPPED
+from diagd.schedule import StreamLayout
+from worlds.collect import CollectOptions, collect
+from worlds.evaluate import EvalOptions
+
+FOLDER = SHIPPED / "crafter-3m"
+NAMES = ["k=1 serial", "k=1 chained", "k=2 serial", "k=2 chained", "k=4 serial", "k=4 chained"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> StudyOptions:
+    folder = tmp_path_factory.mktemp("study")
+    list(collect(CollectOptions(folder / "data", episodes=2, steps=12, seed=3_000_000, processes=1)))
+    return StudyOptions(
+        model=FOLDER,
+        data=folder / "data",
+        geometry=folder / "data",
+        output=folder / "docs",
+        sizes={"again": FOLDER},
+        training={"on a mixture": FOLDER},
+        evaluation=EvalOptions(windows=2, window_frames=3, rollouts=2, prompt=1, frames=1),
+        size_rollouts=2,
+        compat_windows=2,
+        speed_rounds=1,
+        speed_frames=1,
+        long_frames=10,
+        long_rollouts=2,
+    )
+
+
+def test_every_part_is_measured_and_kept(options: StudyOptions) -> None:
+    page = Study(options).run()
+    first = json.loads((options.output / "quality.json").read_text())
+    assert [row["name"] for row in first["compat"]["again"]] == NAMES
+    assert first["compat"]["3m"] == first["compat"]["again"]
+    assert first["shipped"]["schedules"] == first["sizes"]["again"]["schedules"]
+    assert first["shipped"]["gaps"] == first["sizes"]["again"]["gaps"]
+    assert list(first["training"][0]["gaps"]) == NAMES
+    assert set(first["frames_per_second"]) == {"3m", "again"}
+    assert set(first["frames_per_second"]["3m"]) == {"NTP", *NAMES}
+    for name in ("quality-contact.png", "quality-speed.png"):
+        assert (options.output / name).read_bytes().startswith(b"\x89PNG")
+    Study(replace(options, parts=("training",), training={"renamed": FOLDER})).run()
+    second = json.loads((options.output / "quality.json").read_text())
+    assert [row["name"] for row in second["training"]] == ["renamed"]
+    assert second["shipped"] == first["shipped"]
+    assert "| renamed |" in page.read_text()
+    other = replace(options, parts=("training",), evaluation=EvalOptions(windows=4))
+    with pytest.raises(UsageError, match="measured with other options"):
+        Study(other).run()
+
+
+def test_study_covers_serial_and_chained_frames() -> None:
+    lags = [(s.k, s.d) for s in diagonal_schedules(StreamLayout(9, 12, before=1))]
+    assert lags == [(1, 20), (1, 9), (2, 28), (2, 18), (4, 44), (4, 36)]

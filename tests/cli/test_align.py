@@ -1,0 +1,67 @@
+"""``diagd align`` on a world of a few frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.cli.main import main
+from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
+from tests.cli.conftest import Workplace
+from tests.worlds import ACTIONS
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two episodes of noise."""
+    folder, random = tmp_path_factory.mktemp("episodes"), np.random.default_rng(0)
+    check_recipe(folder, {"actions": list(ACTIONS)})
+    for n in range(2):
+        frames = random.integers(0, 256, (12, 36, 48, 3), dtype=np.uint8)
+        save_episode(shard_path(folder, n), Episode(frames, np.arange(12, dtype=np.uint8) % len(ACTIONS)))
+    return folder
+
+
+def test_aligned_worlds_are_exported_again(workplace: Workplace, recording: Path, tmp_path: Path) -> None:
+    aligned, bundle = tmp_path / "aligned", tmp_path / "aligned.diagd"
+    options = ["--data", str(recording), "--steps", "3", "--frames", "2", "--rank", "2"]
+    assert main(["align", str(workplace.world), *options, "--output", str(aligned)]) == 0
+    assert main(["export", "--model", "world", "--checkpoint", str(aligned), "--output", str(bundle)]) == 0
+    weights = (aligned / "model.safetensors").read_bytes()
+    assert weights != (workplace.world / "model.safetensors").read_bytes()
+
+
+def test_aligned_bundles_generate(workplace: Workplace, recording: Path, tmp_path: Path) -> None:
+    aligned, tokens = tmp_path / "aligned.diagd", tmp_path / "tokens.npy"
+    options = ["--data", str(recording), "--steps", "3", "--frames", "2", "--k", "1", "2", "--d", "chained"]
+    assert main(["align", str(workplace.bundle), *options, "--output", str(aligned)]) == 0
+    command = ["generate", str(aligned), "--prompt", str(workplace.prompt)]
+    assert main([*command, "--actions", str(workplace.actions), "--output", str(tokens)]) == 0
+    assert (aligned / "weights.bin").read_bytes() != (workplace.bundle / "weights.bin").read_bytes()
+    assert (aligned / "step.onnx").read_bytes() == (workplace.bundle / "step.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--d", "late"], "--d late: expected serial"),
+        (["--k", "13", "--d", "9"], "row lag k=13"),
+        (["--k", "1", "2", "2", "--d", "serial", "chained"], "3 row lags but 2 frame lags"),
+        (["--raster", "1"], "--raster 1.0"),
+        (["--model", "mineworld"], "did you mean"),
+    ],
+)
+def test_bad_alignments_name_the_fix(
+    workplace: Workplace,
+    recording: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    source = [str(workplace.world), "--data", str(recording)]
+    assert main(["align", *source, *options, "--output", str(tmp_path / "aligned")]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

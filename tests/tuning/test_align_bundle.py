@@ -1,0 +1,65 @@
+"""Alignment of a bundle: new weights under the same graphs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.bundle import Bundle
+from diagd.bundle.manifest import StepGraph
+from diagd.errors import UsageError
+from diagd.export.transformer import Transformer
+from diagd.schedule import Schedule, StreamLayout
+from diagd.tuning.align import AlignOptions, align
+from diagd.tuning.align_bundle import align_bundle
+from tests.models import export_small
+from tests.oracles.models import random_stream, small_model
+
+LAYOUT = StreamLayout(3, 4, before=1)
+WINDOWS = np.stack([random_stream(LAYOUT, 3, 3, seed) for seed in range(4)])
+OPTIONS = AlignOptions(((1.0, Schedule.chained(LAYOUT, 1)),), steps=3, batch=2, rate=1e-2, autocast=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return small_model(LAYOUT, context_frames=4)
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(export_small(model, tmp_path_factory.mktemp("align") / "small.diagd"))
+
+
+def test_the_bundle_is_that_of_the_aligned_model(model: Transformer, bundle: Bundle, tmp_path: Path) -> None:
+    before = bundle.digest
+    output = align_bundle(bundle, model.config, WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
+    aligned = Bundle.open(output)
+    assert Bundle.open(bundle.path).digest == before
+    expected = align(copy.deepcopy(model), WINDOWS, OPTIONS)
+    exported = Bundle.open(export_small(expected, tmp_path / "exported.diagd"))
+    assert aligned.manifest.files["weights.bin"] == exported.manifest.files["weights.bin"]
+    assert aligned.manifest.files["weights.bin"] != bundle.manifest.files["weights.bin"]
+    assert aligned.manifest.files["step.onnx"] == bundle.manifest.files["step.onnx"]
+
+
+def test_graphs_of_other_precisions_are_left_out(model: Transformer, bundle: Bundle, tmp_path: Path) -> None:
+    quantised = StepGraph(file="step.int8.onnx", form=bundle.manifest.graphs[0].form, precision="int8")
+    graphs = (*bundle.manifest.graphs, quantised)
+    mixed = replace(bundle, manifest=bundle.manifest.model_copy(update={"graphs": graphs}))
+    aligned = align_bundle(mixed, model.config, WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
+    assert {graph.precision for graph in Bundle.open(aligned).manifest.graphs} == {"fp32"}
+
+
+def test_other_models_and_the_bundle_itself_are_refused(
+    model: Transformer, bundle: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="is the bundle that is read"):
+        align_bundle(bundle, model.config, WINDOWS, OPTIONS, bundle.path)
+    wider = replace(model.config, feed_forward=64)
+    with pytest.raises(UsageError, match=r"gate_up' is .*; give the --model"):
+        align_bundle(bundle, wider, WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,77 @@
+"""The same figures from PyTorch, many rollouts at once, and from a bundle on its engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diagd.export.exporter import GraphOptions, export, open_sources
+from diagd.export.families.registry import find
+from diagd.export.families.world import World, WorldDescription, load_world, save_world
+from diagd.export.transformer import Transformer
+from diagd.runtime.sampling import SamplingSettings
+from diagd.schedule import RowSeed, Schedule, StreamLayout
+from worlds.bundle_subject import BundleSubject
+from worlds.subject import TorchSubject
+
+LAYOUT = StreamLayout(3, 4, before=1)
+DESCRIPTION = WorldDescription("0.7m", 3, 4, 8, 16, 16, ("stay", "go"), 4)
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> tuple[TorchSubject, BundleSubject]:
+    folder = tmp_path_factory.mktemp("world")
+    model = Transformer(DESCRIPTION.transformer_config()).initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.embedding.mul_(50)
+        model.head.mul_(2)
+    codebook = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+    save_world(folder, World(DESCRIPTION, model, codebook), {})
+    family = find("world", str(folder))
+    bundle = folder / "small.diagd"
+    export(family, GraphOptions(), open_sources(family, None, None), bundle)
+    return TorchSubject(load_world(folder)), BundleSubject(str(bundle), threads=1)
+
+
+def streams(count: int, frames: int) -> np.ndarray:
+    random = np.random.default_rng(1)
+    rows = random.integers(0, 16, (count, frames, LAYOUT.frame_length))
+    rows[:, :, 0] = random.integers(16, 18, (count, frames))
+    return rows.reshape(count, -1)
+
+
+SCHEDULES = [
+    Schedule.next_token(LAYOUT),
+    Schedule.chained(LAYOUT, 1),
+    Schedule.serial(LAYOUT, 2, RowSeed.DUPLICATE),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_likelihoods_agree(subjects: tuple[TorchSubject, BundleSubject], schedule: Schedule) -> None:
+    torch_nll, bundle_nll = (subject.nll(streams(2, 4), schedule) for subject in subjects)
+    assert np.isnan(torch_nll[:, : LAYOUT.frame_length]).all()
+    np.testing.assert_allclose(bundle_nll, torch_nll, atol=2e-3)
+    assert np.nanstd(torch_nll) > 0.3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampling", [SamplingSettings(0), SamplingSettings(1.0, 0, 0.9)])
+def test_rollouts_agree(
+    subjects: tuple[TorchSubject, BundleSubject], schedule: Schedule, sampling: SamplingSettings
+) -> None:
+    given = streams(3, 4)
+    torch_tokens, bundle_tokens = (s.roll_out(given, 2, schedule, sampling, seed=5) for s in subjects)
+    np.testing.assert_array_equal(torch_tokens, bundle_tokens)
+    frames = torch_tokens.reshape(3, 4, -1)
+    np.testing.assert_array_equal(frames[:, :2], given.reshape(3, 4, -1)[:, :2])
+    np.testing.assert_array_equal(frames[:, :, 0], given.reshape(3, 4, -1)[:, :, 0])
+    assert len({row.tobytes() for row in frames[:, 2:, 1:]}) == 3
+
+
+def test_pixels_agree(subjects: tuple[TorchSubject, BundleSubject]) -> None:
+    tokens = np.random.default_rng(2).integers(0, 16, (3, 3, 4))
+    first, second = (subject.pixels(tokens) for subject in subjects)
+    assert first.shape == (3, 24, 32, 3)
+    np.testing.assert_array_equal(first, second)

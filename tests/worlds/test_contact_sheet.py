@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import image
+
+from worlds.contact_sheet import save_contact_sheet, save_plot
+
+
+def test_sheet_shows_every_frame(tmp_path: Path) -> None:
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    rows = {name: np.broadcast_to(colours[:, None, None], (3, 12, 16, 3)) for name in ("ntp", "k=1")}
+    save_contact_sheet(tmp_path / "sheet.png", rows)
+    picture = image.imread(tmp_path / "sheet.png")[..., :3]
+    areas = [(np.abs(picture - colour / 255).max(-1) < 0.02).sum() for colour in colours]
+    assert min(areas) > 1000
+    assert max(areas) < 1.1 * min(areas)
+
+
+def test_plot_is_written(tmp_path: Path) -> None:
+    save_plot(
+        tmp_path / "plot.png", {"3m": [("a", 1.0, 0.5, 0.1), ("b", 10.0, 0.6, 0.1)]}, "frames/s", "nats"
+    )
+    picture = image.imread(tmp_path / "plot.png")
+    assert picture.shape[0] > 300
+    assert picture[..., :3].min() < 0.5

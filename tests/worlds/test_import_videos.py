@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.errors import UsageError
+from diagd.runtime.video import VideoWriter
+from diagd.tuning.recordings import load_episode, recorded_actions
+from tests.worlds.recordings import ACTIONS, striped_episode
+from worlds.import_videos import ImportOptions, import_videos
+
+
+def record(folder: Path, name: str, frames: int, lines: int | None = None) -> None:
+    episode = striped_episode(frames, seed=frames)
+    pixels = episode.frames.repeat(4, axis=1).repeat(4, axis=2)
+    with VideoWriter(folder / f"{name}.mp4", 10, pixels.shape[1:3]) as video:
+        for frame in pixels:
+            video.write(frame)
+    actions = [{"action": ACTIONS[a]} for a in episode.actions[:lines]]
+    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, actions)) + "\n")
+
+
+def test_videos_become_episodes(tmp_path: Path) -> None:
+    record(tmp_path, "first", 6)
+    record(tmp_path, "second", 9)
+    options = ImportOptions(tmp_path, tmp_path / "episodes", ACTIONS, (12, 16))
+    shards = list(import_videos(options))
+    assert len(shards) == 2
+    assert recorded_actions(options.output) == ACTIONS
+    episode, original = load_episode(shards[1]), striped_episode(9, seed=9)
+    np.testing.assert_array_equal(episode.actions, original.actions)
+    assert episode.frames.shape == original.frames.shape
+    assert np.abs(episode.frames.astype(int) - original.frames).mean() < 12
+    assert list(import_videos(options)) == []
+
+
+def test_missing_lines_and_videos_are_named(tmp_path: Path) -> None:
+    options = ImportOptions(tmp_path, tmp_path / "episodes", ACTIONS, (12, 16))
+    with pytest.raises(UsageError, match=r"no \.jsonl"):
+        list(import_videos(options))
+    record(tmp_path, "short", 6, lines=5)
+    with pytest.raises(UsageError, match="5 actions but its video 6 frames"):
+        list(import_videos(options))
+    (tmp_path / "short.mp4").unlink()
+    with pytest.raises(UsageError, match="exactly one video"):
+        list(import_videos(options))

@@ -1,0 +1,1 @@
+"""Verbs that ``diagd`` finds by entry point."""

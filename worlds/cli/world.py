@@ -1,0 +1,116 @@
+"""``diagd world``: record a world, import videos of one, and train a model of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diagd.errors import UsageError
+from diagd.progress import Progress as Bars
+
+EPILOG = """examples:
+  diagd world collect recordings
+  diagd world import recordings --videos clips/ --actions noop,left,right --size 72x96
+  diagd world train trained --data recordings --steps 1200
+  diagd-export --model world --checkpoint trained --output world.diagd
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the tasks and their options."""
+    parser.epilog = EPILOG
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    collect = tasks.add_parser("collect", help="record episodes of Crafter")
+    collect.add_argument("output", type=Path, help="folder; episodes already there are kept")
+    collect.add_argument("--episodes", type=int, default=720, help="default %(default)s")
+    collect.add_argument("--steps", type=int, default=200, help="longest episode (default %(default)s)")
+    collect.add_argument("--seed", type=int, default=0)
+    collect.add_argument("--processes", type=int, default=2)
+    videos = tasks.add_parser("import", help="turn videos with action lines into episodes")
+    videos.add_argument("output", type=Path)
+    videos.add_argument("--videos", type=Path, required=True, help="folder of run.mp4 beside run.jsonl")
+    videos.add_argument("--actions", required=True, help="names in the order of their ids: noop,left,right")
+    videos.add_argument("--size", required=True, help="HEIGHTxWIDTH that frames are resized to")
+    train = tasks.add_parser("train", help="train tokenizer and transformer; resumes where it was stopped")
+    train.add_argument("output", type=Path, help="folder of the trained model")
+    train.add_argument("--data", type=Path, required=True, help="folder of episodes")
+    train.add_argument("--size", default="3m", help="0.7m, 3m or 10m (default %(default)s)")
+    train.add_argument("--mixture", default="mixture", help="ntp, diagonal or mixture (default %(default)s)")
+    train.add_argument("--steps", type=int, default=1200, help="optimiser steps (default %(default)s)")
+    train.add_argument("--batch", type=int, default=10, help="windows of a step (default %(default)s)")
+    train.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    train.add_argument("--processes", type=int, default=2)
+    train.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen task."""
+    return {"collect": _collect, "import": _import, "train": _train}[args.task](args)
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from worlds.collect import CollectOptions, collect
+
+    options = CollectOptions(
+        args.output, episodes=args.episodes, steps=args.steps, seed=args.seed, processes=args.processes
+    )
+    written = 0
+    with Bars(Console()).count("episodes", args.episodes) as advance:
+        for _ in collect(options):
+            written += 1
+            advance(1)
+    Console().print(f"{written} new episodes of {args.episodes} in {args.output}")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from worlds.import_videos import ImportOptions, import_videos
+
+    height, _, width = args.size.partition("x")
+    if not height.isdigit() or not width.isdigit():
+        raise UsageError(f"--size {args.size}: expected HEIGHTxWIDTH, such as 72x96")
+    names = tuple(name.strip() for name in args.actions.split(","))
+    options = ImportOptions(args.videos, args.output, names, (int(height), int(width)))
+    with Console().status("reading videos"):
+        written = sum(1 for _ in import_videos(options))
+    Console().print(f"{written} new episodes in {args.output}")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from worlds.train import TrainOptions, train
+
+    options = TrainOptions(
+        data=args.data,
+        output=args.output,
+        size=args.size,
+        mixture=args.mixture,
+        steps=args.steps,
+        batch=args.batch,
+        device=args.device,
+        processes=args.processes,
+        seed=args.seed,
+    )
+    folder = train(options, print_step)
+    print(f"trained {args.size} in {args.steps} steps: {folder}")  # noqa: T201
+    return 0
+
+
+def print_step(progress: object) -> None:
+    """Report a training step on one line that is written over; runs in the first worker process."""
+    from worlds.train import Progress
+
+    if not isinstance(progress, Progress):
+        return
+    rate = progress.seconds / max(1, progress.step)
+    left = (progress.steps - progress.step) * rate / 60
+    end = "\n" if progress.step == progress.steps else "\r"
+    print(  # noqa: T201
+        f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  about {left:.0f} min left  ",
+        end=end,
+        flush=True,
+    )

@@ -1,0 +1,103 @@
+"""Recording episodes of a world: one compressed shard per episode, each a function of its seed alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from diagd.errors import UsageError
+from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
+from worlds.simulator import ACTIONS, Simulator
+
+_MOVES, _INTERACTIONS = (1, 2, 3, 4), (5, 0, 6, 7)
+_INTERACTION_SHARES = (0.6, 0.2, 0.1, 0.1)
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    """What `diagd world collect` records.
+
+    Attributes:
+        output: folder of the shards; shards already there are kept.
+        episodes: how many episodes; each is one shard and one freshly generated world.
+        steps: longest episode, in frames.
+        seed: first seed; episode n plays in world `seed + n`, so sets that must not overlap need
+            seeds at least `episodes` apart.
+        move_share: share of decisions that start a walk of 1 to 8 steps; the others interact.
+        processes: worlds simulated at a time.
+    """
+
+    output: Path
+    episodes: int = 720
+    steps: int = 200
+    seed: int = 0
+    move_share: float = 0.72
+    processes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.steps < 2 or self.processes < 1:
+            raise UsageError(
+                f"episodes {self.episodes}, steps {self.steps}, processes {self.processes}: "
+                "expected at least 1, 2 and 1"
+            )
+
+
+def play_episode(options: CollectOptions, index: int) -> Episode:
+    """Play episode `index` with the random policy of `options`."""
+    simulator = Simulator(options.seed + index)
+    policy = random_policy(np.random.default_rng((options.seed, index)), options.move_share)
+    frames, actions = [simulator.reset().frame], [0]
+    while len(frames) < options.steps:
+        action = next(policy)
+        observation = simulator.step(action)
+        frames.append(observation.frame)
+        actions.append(action)
+        if observation.over:
+            break
+    return Episode(np.stack(frames), np.asarray(actions, np.uint8))
+
+
+def collect(options: CollectOptions) -> Iterator[Path]:
+    """Record the episodes that `options.output` lacks, yielding each shard as it is written.
+
+    Raises:
+        UsageError: the folder holds shards recorded with other options.
+    """
+    check_recipe(
+        options.output,
+        {
+            "seed": options.seed,
+            "steps": options.steps,
+            "move_share": options.move_share,
+            "actions": list(ACTIONS),
+        },
+    )
+    missing = [n for n in range(options.episodes) if not shard_path(options.output, n).exists()]
+    record = partial(_record, options)
+    if options.processes == 1:
+        yield from map(record, missing)
+        return
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        yield from pool.imap_unordered(record, missing)
+
+
+def _record(options: CollectOptions, index: int) -> Path:
+    path = shard_path(options.output, index)
+    save_episode(path, play_episode(options, index))
+    return path
+
+
+def random_policy(random: np.random.Generator, move_share: float) -> Iterator[int]:
+    """Endless actions: walks of 1 to 8 steps with probability ``move_share``, else 1 to 3 interactions."""
+    while True:
+        if random.random() < move_share:
+            action, held = int(random.choice(_MOVES)), int(random.integers(1, 9))
+        else:
+            action = int(random.choice(_INTERACTIONS, p=_INTERACTION_SHARES))
+            held = int(random.integers(1, 4))
+        yield from [action] * held

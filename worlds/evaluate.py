@@ -1,0 +1,263 @@
+"""Scores a world model under decoding schedules, all on the same windows with the same random numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle.files import atomic_file
+from diagd.errors import UsageError
+from diagd.runtime.sampling import SamplingSettings
+from diagd.schedule import Schedule
+from diagd.tuning.recordings import TokenDataset
+from worlds.geometry import Geometry
+from worlds.metrics import Estimate, frechet_distance, principal_axes, psnr, ssim, tile_features
+from worlds.subject import Streams, Subject
+
+SETTLED = 3
+"""Frame of a window from which likelihood is reported apart: earlier ones show more that nobody can know."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What `diagd eval` measures.
+
+    Attributes:
+        windows: windows of the teacher-forced likelihood.
+        window_frames: their frames.
+        rollouts: continuations that are generated.
+        prompt: known frames of a rollout.
+        frames: generated frames of a rollout.
+        sampling: temperature, top-k and top-p of the rollouts.
+        seed: of windows and random numbers.
+    """
+
+    windows: int = 64
+    window_frames: int = 8
+    rollouts: int = 96
+    prompt: int = 2
+    frames: int = 4
+    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(1.0, 0, 0.95))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.windows < 2 or self.rollouts < 2 or self.prompt < 1 or self.frames < 1:
+            raise UsageError(
+                f"windows {self.windows}, rollouts {self.rollouts}, prompt {self.prompt}, "
+                f"frames {self.frames}: expected at least 2, 2, 1 and 1"
+            )
+
+
+@dataclass(frozen=True)
+class GeometryScores:
+    """What the geometry of the world says of rollouts.
+
+    Attributes:
+        followed: share of transitions that obey their action.
+        walks_followed: the same among actions that scroll the view.
+        agreement: share of scrolled tiles that stayed what they were.
+        invalid: share of cells that true frames never show there.
+    """
+
+    followed: Estimate
+    walks_followed: Estimate
+    agreement: Estimate
+    invalid: Estimate
+
+
+@dataclass(frozen=True)
+class TruthScores:
+    """Rollouts against the true continuation.
+
+    Attributes:
+        match, psnr, ssim: by generated frame.
+        frechet: squared distance of tile statistics to those of the true frames.
+    """
+
+    match: list[Estimate]
+    psnr: list[Estimate]
+    ssim: list[Estimate]
+    frechet: Estimate
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of one schedule; likelihoods in nats per token.
+
+    Attributes:
+        name, k, d, row_seed, refeed: the schedule.
+        passes: forward passes for the generated frames of a rollout.
+        nll: teacher-forced, all scored frames.
+        nll_settled: teacher-forced, frames from `SETTLED` on.
+        nll_gap: difference to next-token prediction, paired by window.
+        generated_nll: of generated tokens under next-token prediction.
+        geometry: of the rollouts.
+        truth: of the rollouts.
+    """
+
+    name: str
+    k: int
+    d: int
+    row_seed: str
+    refeed: bool
+    passes: int
+    nll: Estimate
+    nll_settled: Estimate
+    nll_gap: Estimate
+    generated_nll: Estimate
+    geometry: GeometryScores
+    truth: TruthScores
+
+
+class Evaluation:
+    """True windows, their geometry and the likelihood of next-token prediction, shared by all schedules.
+
+    Args:
+        subject: the model.
+        recording: true episodes that the model was not trained on.
+        geometry: regularities of the world, learned from as many true frames as there are.
+        options: sizes and sampling.
+    """
+
+    def __init__(
+        self, subject: Subject, recording: TokenDataset, geometry: Geometry, options: EvalOptions
+    ) -> None:
+        self.subject, self.geometry, self.options = subject, geometry, options
+        random = np.random.default_rng(options.seed)
+        self.windows = _pick(recording, options.windows, options.window_frames, random)
+        self.truth = _pick(recording, options.rollouts, options.prompt + options.frames, random)
+        self.baseline = subject.nll(self.windows, Schedule.next_token(subject.layout))
+        self._axes = principal_axes(self._cells(recording.streams.astype(np.int64)), subject.codes)
+
+    def score(self, name: str, schedule: Schedule) -> tuple[Scores, Streams]:
+        """Measure one schedule; also returns the rollouts, int64 [B, N]."""
+        options, subject = self.options, self.subject
+        nll = subject.nll(self.windows, schedule)
+        rolled = subject.roll_out(self.truth, options.prompt, schedule, options.sampling, options.seed)
+        likelihood = subject.nll(rolled, Schedule.next_token(subject.layout))
+        generated = slice(options.prompt * subject.layout.frame_length, None)
+        scores = Scores(
+            name=name,
+            k=schedule.k,
+            d=schedule.d,
+            row_seed=schedule.row_seed.value,
+            refeed=schedule.refeed,
+            passes=schedule.total_steps(options.frames),
+            nll=Estimate.of(np.nanmean(nll, axis=1)),
+            nll_settled=Estimate.of(np.nanmean(nll[:, SETTLED * subject.layout.frame_length :], axis=1)),
+            nll_gap=Estimate.of(np.nanmean(nll - self.baseline, axis=1)),
+            generated_nll=Estimate.of(np.nanmean(likelihood[:, generated], axis=1)),
+            geometry=self.judge(rolled),
+            truth=self._compare(rolled),
+        )
+        return scores, rolled
+
+    def gap(self, schedule: Schedule) -> Estimate:
+        """Teacher-forced likelihood gap to next-token prediction, paired by window, nats per token."""
+        nll = self.subject.nll(self.windows, schedule)
+        return Estimate.of(np.nanmean(nll - self.baseline, axis=1))
+
+    def _cells(self, streams: Streams) -> NDArray[np.int64]:
+        layout = self.subject.layout
+        cells = streams.reshape(-1, layout.frame_length)[:, layout.before :]
+        return cells.reshape(-1, layout.rows, layout.columns)
+
+    def judge(self, rolled: Streams) -> GeometryScores:
+        """Judge rollouts [B, N] by their geometry."""
+        layout, prompt, count = self.subject.layout, self.options.prompt, len(rolled)
+        cells = self._cells(rolled).reshape(count, -1, layout.rows, layout.columns)
+        actions = rolled.reshape(count, -1, layout.frame_length)[:, prompt:, 0] - self.subject.codes
+        before, after = cells[:, prompt - 1 : -1], cells[:, prompt:]
+        shape = (-1, layout.rows, layout.columns)
+        verdict = self.geometry.follows(before.reshape(shape), after.reshape(shape), actions.ravel())
+        followed = np.where(verdict.counts, verdict.followed, np.nan)
+        walks = np.where(verdict.walks, followed, np.nan)
+        invalid = self.geometry.invalid(after).mean((-2, -1))
+        samples = (followed, walks, verdict.agreement, invalid)
+        return GeometryScores(*(Estimate.of(_row_means(values.reshape(count, -1))) for values in samples))
+
+    def _compare(self, rolled: Streams) -> TruthScores:
+        layout, frames = self.subject.layout, self.options.frames
+        shape = (len(rolled), -1, layout.rows, layout.columns)
+        got, true = (self._cells(s).reshape(shape)[:, -frames:] for s in (rolled, self.truth))
+        match, ratio, similarity = [], [], []
+        for n in range(frames):
+            images, answers = self.subject.pixels(got[:, n]), self.subject.pixels(true[:, n])
+            match.append(Estimate.of((got[:, n] == true[:, n]).mean((1, 2))))
+            ratio.append(Estimate.of(psnr(images, answers)))
+            similarity.append(Estimate.of(ssim(images, answers)))
+        return TruthScores(match, ratio, similarity, self._frechet(got, true))
+
+    def _frechet(self, got: NDArray[np.int64], true: NDArray[np.int64], resamples: int = 20) -> Estimate:
+        """Distance, with a bootstrap over rollouts for its standard error."""
+        sets = [
+            tile_features(cells.reshape(-1, *cells.shape[2:]), self.subject.codes, self._axes)
+            for cells in (got, true)
+        ]
+        first, second = (features.reshape(len(got), -1, features.shape[1]) for features in sets)
+        if first.shape[0] * first.shape[1] <= first.shape[2]:
+            return Estimate(float("nan"), float("nan"), len(got))
+        random = np.random.default_rng(self.options.seed)
+        draws = []
+        for _ in range(resamples):
+            picked = random.integers(len(got), size=len(got))
+            draws.append(frechet_distance(np.concatenate(first[picked]), np.concatenate(second[picked])))
+        mean = frechet_distance(np.concatenate(first), np.concatenate(second))
+        return Estimate(mean, float(np.std(draws, ddof=1)), len(got))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Quality of long rollouts by frame index.
+
+    Attributes:
+        frames: index of the last frame of each stretch.
+        scores: over each stretch.
+    """
+
+    frames: list[int]
+    scores: list[GeometryScores]
+
+
+def measure_drift(
+    evaluation: Evaluation, schedule: Schedule, actions: NDArray[np.int64], stretches: int = 10
+) -> Drift:
+    """Roll out ``actions`` int64 [B, F] behind true prompts and judge the frames stretch by stretch."""
+    subject, options = evaluation.subject, evaluation.options
+    layout, prompt, (count, frames) = subject.layout, options.prompt, actions.shape
+    streams = np.zeros((count, prompt + frames, layout.frame_length), np.int64)
+    known = evaluation.truth[:count].reshape(count, -1, layout.frame_length)
+    streams[:, :prompt] = known[:, :prompt]
+    streams[:, prompt:, 0] = subject.codes + actions
+    rolled = subject.roll_out(streams.reshape(count, -1), prompt, schedule, options.sampling, options.seed)
+    scores = []
+    ends = np.linspace(prompt, prompt + frames, stretches + 1).astype(int)
+    for start, end in pairwise(ends.tolist()):
+        span = slice((start - prompt) * layout.frame_length, end * layout.frame_length)
+        scores.append(evaluation.judge(rolled[:, span]))
+    return Drift(ends[1:].tolist(), scores)
+
+
+def write_scores(path: Path, scores: Sequence[Scores], extra: dict[str, Any]) -> None:
+    """Write the figures as JSON, with ``extra`` entries beside them."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps({"schedules": [asdict(s) for s in scores]} | extra, indent=1) + "\n")
+
+
+def _row_means(samples: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Mean of each row, leaving NaN out; NaN where a row has nothing else."""
+    valid = ~np.isnan(samples)
+    total = np.where(valid, samples, 0).sum(1)
+    return np.where(valid.any(1), total / np.maximum(valid.sum(1), 1), np.nan)
+
+
+def _pick(recording: TokenDataset, count: int, frames: int, random: np.random.Generator) -> Streams:
+    starts = recording.window_starts(frames)
+    return recording.windows(random.choice(starts, count, replace=len(starts) < count), frames)

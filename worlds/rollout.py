@@ -1,0 +1,111 @@
+"""Many rollouts at once in PyTorch, straight from the schedule tables: the yardstick for quality figures.
+
+Every rollout of a batch follows the same schedule, so one table drives them all. The cache holds one slot per
+table row and the mask is the tables' own, which makes this independent of the runtime.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from diagd.export.transformer import FullAttention, Transformer
+from diagd.runtime.random import uniforms
+from diagd.runtime.sampling import SamplingSettings, sample
+from diagd.schedule import NO_SINK, Schedule
+from diagd.tuning.teacher_forcing import visible_rows
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How rollouts are decoded.
+
+    Attributes:
+        schedule: decoding order.
+        sampling: temperature, top-k and top-p.
+        seed: rollout b draws with seed ``seed + b``; the same numbers under every schedule.
+        window: frames the cache holds; older ones are forgotten half a window at a time.
+    """
+
+    schedule: Schedule
+    sampling: SamplingSettings
+    seed: int = 0
+    window: int = 8
+
+
+def roll_out(
+    model: Transformer, streams: NDArray[np.int64], prompt: int, options: RolloutOptions
+) -> NDArray[np.int64]:
+    """Decode all frames but the first ``prompt``.
+
+    Args:
+        model: the world model.
+        streams: int64 [B, F * frame_length]; the actions of all frames and the cells of the prompt are read.
+        prompt: known frames, 1 or more and fewer than ``options.window``.
+        options: schedule and sampling.
+
+    Returns:
+        int64 [B, F * frame_length], the streams with every cell behind the prompt decoded.
+    """
+    layout = options.schedule.layout
+    frames, known, result = streams.shape[1] // layout.frame_length, prompt, streams.copy()
+    while known < frames:
+        first = max(0, known - options.window // 2)
+        end = min(frames, first + options.window)
+        span = slice(first * layout.frame_length, end * layout.frame_length)
+        result[:, span] = _decode(model, result[:, span], known - first, span.start, options)
+        known = end
+    return result
+
+
+class _CachedRows(FullAttention):
+    """Attention of the rows of one step over the rows of all steps so far."""
+
+    def __init__(self, model: Transformer, batch: int, rows: int) -> None:
+        config = model.config
+        shape = (config.layers, batch, config.kv_heads, rows, config.head_size)
+        self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
+        self.step, self.visible = slice(0, 0), torch.zeros(0, 0, dtype=torch.bool)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Append the new rows, then attend to the visible ones."""
+        self.keys[layer, :, :, self.step] = keys.transpose(1, 2)
+        self.values[layer, :, :, self.step] = values.transpose(1, 2)
+        end = self.step.stop
+        attended = functional.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            self.keys[layer, :, :, :end],
+            self.values[layer, :, :, :end],
+            attn_mask=self.visible[self.step, :end],
+            enable_gqa=True,
+        )
+        return attended.transpose(1, 2)
+
+
+@torch.inference_mode()
+def _decode(
+    model: Transformer, streams: NDArray[np.int64], prompt: int, offset: int, options: RolloutOptions
+) -> NDArray[np.int64]:
+    """Decode the frames behind the first ``prompt`` ones of a window that starts at position ``offset``."""
+    layout, batch = options.schedule.layout, len(streams)
+    frames = streams.shape[1] // layout.frame_length
+    table = options.schedule.table(first_frame=prompt, frames=frames - prompt, fed=0)
+    cache = _CachedRows(model, batch, len(table.positions))
+    cache.visible = torch.from_numpy(visible_rows(table, keep_seeds=options.schedule.keep_seeds))
+    decoded = streams.copy()
+    for n in range(table.steps):
+        step = table.step(n)
+        cache.step = slice(int(table.offsets[n]), int(table.offsets[n + 1]))
+        positions = torch.from_numpy(step.positions).long().expand(batch, -1)
+        states = model.states(torch.from_numpy(decoded[:, step.sources]), positions, cache)
+        rows = np.flatnonzero(step.sinks != NO_SINK)
+        logits = (states[:, rows] @ model.head).float().flatten(0, 1).numpy()
+        sinks = step.sinks[rows]
+        draws = np.stack([uniforms(options.seed + b, sinks + offset) for b in range(batch)])
+        decoded[:, sinks] = sample(logits, draws.ravel(), options.sampling).reshape(batch, -1)
+    return decoded

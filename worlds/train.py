@@ -1,0 +1,250 @@
+"""Trains tokenizer and transformer of a world model on recorded episodes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import distributed
+
+from diagd.bundle.files import atomic_file
+from diagd.errors import UsageError
+from diagd.export.families.world import World, WorldDescription, save_world
+from diagd.export.transformer import Transformer
+from diagd.tuning.forced_batch import ForcedBatch, ForcedPasses, forced_loss
+from diagd.tuning.recordings import TokenDataset, cached_tokens, episodes, recorded_actions
+from worlds.codebook import fit_codebook
+from worlds.mixture import mixture_shares
+from worlds.optimiser import Optimiser, learning_rate
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `diagd world train` does.
+
+    Attributes:
+        data: folder of episode shards.
+        output: folder of the trained model and of the checkpoint that training resumes from.
+        size: name in `diagd.export.families.world.SIZES`.
+        mixture: name in `worlds.mixture.MIXTURES`.
+        frames: frames of a window; the first half of training sees windows half as long, twice as many.
+        batch: windows of a step, over all processes.
+        steps: optimiser steps.
+        codes: entries of the codebook.
+        patch: pixels along a side of a cell.
+        matrix_rate, other_rate: base learning rates of Muon and AdamW.
+        seed: of codebook, initial weights and batches.
+        device: "cpu" or "cuda".
+        processes: data-parallel processes; on a CPU each runs one thread.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    data: Path
+    output: Path
+    size: str = "3m"
+    mixture: str = "mixture"
+    frames: int = 8
+    batch: int = 10
+    steps: int = 1200
+    codes: int = 512
+    patch: int = 8
+    matrix_rate: float = 0.02
+    other_rate: float = 3e-3
+    seed: int = 0
+    device: str = "cpu"
+    processes: int = 2
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        if self.frames < 2 or self.steps < 1 or self.batch % self.processes:
+            raise UsageError(
+                f"frames {self.frames}, steps {self.steps}, batch {self.batch}, processes {self.processes}: "
+                "expected at least 2 frames, 1 step, and a batch that the processes share evenly"
+            )
+
+    def recipe(self) -> dict[str, Any]:
+        """The options that decide the result, as JSON data."""
+        options = asdict(self)
+        for name in ("data", "output", "checkpoint_every"):
+            del options[name]
+        return options
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One line of the training log; loss in nats per token."""
+
+    step: int
+    steps: int
+    loss: float
+    seconds: float
+
+
+Report = Callable[[Progress], None]
+
+
+def train(options: TrainOptions, report: Report | None = None) -> Path:
+    """Train, resuming from the checkpoint in ``options.output`` if there is one; returns that folder.
+
+    Deterministic given options and device. Every report is also a line of ``log.jsonl``; with several
+    processes ``report`` must be picklable, as it runs in the first of them.
+
+    Raises:
+        UsageError: no episodes, episodes too short, or a checkpoint of another recipe.
+    """
+    options.output.mkdir(parents=True, exist_ok=True)
+    codebook, used = _codebook(options)
+    cached_tokens(options.data, codebook)
+    if options.processes == 1:
+        _Trainer(options, codebook, used, rank=0).run(report)
+        return options.output
+    with tempfile.TemporaryDirectory() as folder:
+        worker = partial(_worker, options, codebook, used, f"file://{folder}/rendezvous", report)
+        with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+            list(pool.map(worker, range(options.processes)))
+    return options.output
+
+
+def _worker(
+    options: TrainOptions,
+    codebook: NDArray[np.uint8],
+    used: int,
+    meeting: str,
+    report: Report | None,
+    rank: int,
+) -> None:
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+    try:
+        _Trainer(options, codebook, used, rank).run(report if rank == 0 else None)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _codebook(options: TrainOptions) -> tuple[NDArray[np.uint8], int]:
+    path = options.output / "codebook.npz"
+    if not path.exists():
+        videos = (episode.frames for episode in episodes(options.data))
+        codebook, used = fit_codebook(videos, codes=options.codes, side=options.patch, seed=options.seed)
+        with atomic_file(path) as partial:
+            np.savez(partial, codebook=codebook, used=used)
+    with np.load(path, allow_pickle=False) as file:
+        return file["codebook"], int(file["used"])
+
+
+class _Trainer:
+    """The loop of one process."""
+
+    def __init__(self, options: TrainOptions, codebook: NDArray[np.uint8], used: int, rank: int) -> None:
+        if options.device == "cpu":
+            torch.set_num_threads(1)
+        self.options, self.codebook, self.rank = options, codebook, rank
+        self.dataset = cached_tokens(options.data, codebook)
+        self.description = _describe(options, used, next(episodes(options.data)).frames.shape)
+        self.model = Transformer(self.description.transformer_config())
+        self.model.initialise(torch.Generator().manual_seed(options.seed)).to(options.device)
+        self.optimiser = Optimiser(self.model, options.matrix_rate, options.other_rate)
+        self.first_step, self.losses = 0, _Losses(options, self.dataset, self.description)
+        self.checkpoint = options.output / "checkpoint.pt"
+        if self.checkpoint.exists():
+            self._resume()
+
+    def run(self, report: Report | None) -> None:
+        """Train to the last step and write the model."""
+        options, started = self.options, time.monotonic()
+        for step in range(self.first_step, options.steps):
+            loss = forced_loss(self.model, self.losses.batch(step, self.rank).to(options.device))
+            loss.backward()
+            self._share_gradients()
+            self.optimiser.step(learning_rate(step + 1, options.steps))
+            if self.rank == 0:
+                self._log(Progress(step + 1, options.steps, loss.item(), time.monotonic() - started), report)
+                if (step + 1) % options.checkpoint_every == 0:
+                    self._save_checkpoint(step + 1)
+        if self.rank == 0:
+            world = World(self.description, self.model.cpu().eval(), self.codebook)
+            save_world(options.output, world, options.recipe())
+
+    def _share_gradients(self) -> None:
+        if self.options.processes == 1:
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        distributed.all_reduce(flat)
+        flat /= self.options.processes
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _log(self, progress: Progress, report: Report | None) -> None:
+        with (self.options.output / "log.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(progress)) + "\n")
+        if report is not None:
+            report(progress)
+
+    def _save_checkpoint(self, step: int) -> None:
+        state = {
+            "step": step,
+            "recipe": json.dumps(self.options.recipe()),
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        with atomic_file(self.checkpoint) as path:
+            torch.save(state, path)
+
+    def _resume(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=True, map_location=self.options.device)
+        if json.loads(state["recipe"]) != json.loads(json.dumps(self.options.recipe())):
+            raise UsageError(
+                f"{self.checkpoint} belongs to another recipe: {state['recipe']}; give its options again to "
+                "resume, or another output folder to start anew"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.first_step = state["step"]
+
+
+class _Losses:
+    """Batches as a function of seed and step."""
+
+    def __init__(self, options: TrainOptions, dataset: TokenDataset, description: WorldDescription) -> None:
+        self.options, self.dataset = options, dataset
+        shares = mixture_shares(options.mixture, description.layout)
+        self.shares = [share for share, _ in shares]
+        lengths = {max(2, options.frames // 2), options.frames}
+        schedules = [schedule for _, schedule in shares]
+        self.passes = {n: ForcedPasses(schedules, n, score_prompt=True) for n in lengths}
+        self.starts = {n: dataset.window_starts(n) for n in lengths}
+
+    def batch(self, step: int, rank: int) -> ForcedBatch:
+        """The windows of process ``rank`` at ``step``."""
+        options = self.options
+        is_short = 2 * step < options.steps
+        frames = max(2, options.frames // 2) if is_short else options.frames
+        windows = options.batch * options.frames // frames
+        random = np.random.default_rng((options.seed, step))
+        starts = random.choice(self.starts[frames], windows)[rank :: options.processes]
+        choice = random.choice(len(self.shares), windows, p=self.shares)[rank :: options.processes]
+        return self.passes[frames].batch(self.dataset.windows(starts, frames), list(choice))
+
+
+def _describe(options: TrainOptions, used: int, frames: tuple[int, ...]) -> WorldDescription:
+    return WorldDescription(
+        size=options.size,
+        rows=frames[1] // options.patch,
+        columns=frames[2] // options.patch,
+        patch=options.patch,
+        codes=options.codes,
+        used_codes=used,
+        actions=recorded_actions(options.data),
+        context_frames=options.frames,
+    )
