@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from diagd.bundle.files import atomic_file, sha256
+from diagd.bundle.files import atomic_directory, atomic_file, sha256
+from diagd.bundle.lock import turn
 from diagd.bundle.manifest import INT8_CACHE, MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest
+from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, UsageError
 
 
@@ -125,6 +129,31 @@ def read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise BundleError(f"{file}: field '{where}': {first['msg']}; {_MEND}") from error
+
+
+@contextmanager
+def atomic_bundle(path: Path, option: str = "--output") -> Iterator[Path]:
+    """A temporary directory that becomes the bundle at ``path`` on success and vanishes on failure.
+
+    Files that the bundle there does not list in its manifest come along: they are the user's, or compiled
+    engines. Writers of one bundle take turns.
+
+    Raises:
+        UsageError: something other than a bundle is there.
+        BundleError: where the file system has no locks, another writer was faster.
+    """
+    place = bundle_target(path, option)
+    with turn(place):
+        before = _content(bundle_target(path, option) / MANIFEST_NAME)
+        ours = {MANIFEST_NAME, *json.loads(before)["files"]} if before else ()
+        with atomic_directory(place, ours) as directory:
+            yield directory
+            if _content(place / MANIFEST_NAME) != before:
+                raise BundleError(f"{path} was written by another process meanwhile; run this again")
+
+
+def _content(file: Path) -> bytes:
+    return file.read_bytes() if file.is_file() else b""
 
 
 def seal(directory: Path, manifest: Manifest) -> Manifest:

@@ -1,19 +1,27 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and take nothing away that is not theirs."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
+import platform
 import re
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+
+from diagd.errors import UsageError
 
 CHUNK_BYTES = 8 << 20
 
 _LOG = logging.getLogger(__name__)
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.\d+\.[0-9a-f]{6}\.(partial|retired)(\.[^.]*)?")
 
 
 def sha256(path: Path) -> str:
@@ -26,7 +34,9 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or directory to disk."""
+    """Flush a file or directory to disk, where the system can."""
+    if path.is_dir() and sys.platform == "win32":
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -34,12 +44,35 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+@cache
+def host() -> str:
+    """Short name of this machine and of its process numbers, which repeat across machines and containers."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts.append(Path("/etc/machine-id").read_text())
+    with suppress(OSError, NotImplementedError):
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()[:8]
+
+
+def unfinished_name(path: Path, kind: str = "partial") -> Path:
+    """A hidden name beside ``path`` that no other process, here or elsewhere, makes."""
+    return path.with_name(f".{path.name}.{host()}.{os.getpid()}.{secrets.token_hex(3)}.{kind}")
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a name is that of a partial result, of whatever machine."""
+    return _UNFINISHED.fullmatch(name) is not None
+
+
 def clear_leftovers(path: Path) -> None:
     """Remove what killed runs left beside ``path``; what one of them had moved away comes back.
 
-    Names of processes that are alive are left alone.
+    Names of processes that are alive, and of other machines and containers, are left alone.
     """
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(partial|retired)(\.[^.]*)?")
+    pattern = re.compile(
+        rf"\.{re.escape(path.name)}\.{host()}\.(\d+)\.[0-9a-f]{{6}}\.(partial|retired)(\.[^.]*)?"
+    )
     for entry in path.parent.iterdir():
         match = pattern.fullmatch(entry.name)
         if match is None or _is_alive(int(match[1])):
@@ -56,6 +89,8 @@ def clear_leftovers(path: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
+    if sys.platform == "win32":
+        return True  # there, signal 0 is Ctrl-C
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -67,10 +102,20 @@ def _is_alive(process: int) -> bool:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that replaces it on success and vanishes on failure."""
+    """A temporary name beside ``path`` that replaces it on success and vanishes on failure.
+
+    A symbolic link stays one: the file it points to is replaced.
+
+    Raises:
+        UsageError: a directory, device or pipe is there.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no regular file, so it is not replaced; give another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    partial = unfinished_name(path)
+    partial = partial.with_name(partial.name + path.suffix)
     try:
         yield partial
         sync(partial)
@@ -80,23 +125,100 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside ``path`` that takes its place on success and vanishes on failure."""
+def atomic_directory(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
+    """A temporary directory beside ``path`` that takes its place on success and vanishes on failure.
+
+    Whatever else lies in the old one comes along. A symbolic link stays one: what it points to is replaced.
+
+    Args:
+        path: of the directory.
+        ours: files of the old directory, relative to it, that the new one stands for.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, retired = unfinished_name(path), unfinished_name(path, "retired")
     partial.mkdir()
     try:
         yield partial
-        for file in sorted(partial.rglob("*")):
-            sync(file)
-        sync(partial)
-        retired = path.with_name(f".{path.name}.{os.getpid()}.retired")
         if path.exists():
-            path.replace(retired)
-        partial.replace(path)
+            shutil.copymode(path, partial)
+            _carry_over(path, partial, ours)
+        for file in sorted(partial.rglob("*")):
+            if file.is_file() or file.is_dir():
+                sync(file)
+        sync(partial)
+        _swap(partial, path, retired)
         sync(path.parent)
-        shutil.rmtree(retired, ignore_errors=True)
+        for old in (partial, retired):
+            if old.exists():
+                _carry_over(old, path, ours, late=True)
+                shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path, retired: Path) -> None:
+    """Put ``new`` at ``path``; what was there is then at ``new`` or at ``retired``."""
+    if path.exists():
+        if _exchange(new, path):
+            return
+        path.replace(retired)
+    new.replace(path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step where the system and the file system can (Linux: renameat2)."""
+    at_working_directory, exchange = -100, 2
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    first, second = os.fsencode(one), os.fsencode(other)
+    return bool(rename(at_working_directory, first, at_working_directory, second, exchange) == 0)
+
+
+def _carry_over(old: Path, new: Path, ours: Collection[str], *, late: bool = False) -> None:
+    """Link what ``old`` holds beside ``ours`` into ``new``; a name that ``new`` needs itself gets another.
+
+    ``late``: only what is not there yet.
+    """
+    for file in _files(old):
+        name = file.relative_to(old)
+        if name.as_posix() in ours or any(is_unfinished(part) for part in name.parts):
+            continue
+        target = new / name
+        if os.path.lexists(target):
+            if late or file.is_dir():
+                continue
+            target = _free_name(target)
+            _LOG.warning("kept %s as %s: the new files need its name", file, target.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link(file, target)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Everything in a folder but folders that hold something; links are not followed."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() or not entry.is_dir():
+            yield entry
+        elif any(entry.iterdir()):
+            yield from _files(entry)
+        else:
+            yield entry
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.kept{number or ''}") for number in range(1_000_000))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where there can be none; a new folder for an empty one."""
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir(exist_ok=True)
+        return
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # another file system, or one without hard links
+        shutil.copy2(source, target, follow_symlinks=False)

@@ -94,8 +94,9 @@ def calibrate(
             unchanged, and the error carries the report.
     """
     scheme = find_scheme(options.precision)
-    reference = _check(bundle, scheme, options, frames)
-    with workspace(bundle) as copy:
+    _check(bundle, scheme, options, frames)
+    with workspace(bundle) as (current, copy):
+        reference = _check(current, scheme, options, frames)
         work = _Calibration(copy, scheme, options, reference, frames, progress or Progress())
         report = work.run()
         if report.failures:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diagd.cli.paths import path
 from diagd.errors import UsageError, require
 from diagd.progress import Progress
 
@@ -39,9 +40,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("source", help="bundle, or weights: file, folder or hf://org/name[@revision]")
     parser.add_argument("--model", help="name of the model (default: what the bundle or folder says)")
-    parser.add_argument("--data", type=Path, required=True, help="recordings, or a .npy token stream")
-    parser.add_argument("--output", type=Path, required=True, help="bundle, folder or .safetensors to write")
-    parser.add_argument("--text", type=Path, help="text embeddings of --data, for models that read text")
+    parser.add_argument("--data", type=path, required=True, help="recordings, or a .npy token stream")
+    parser.add_argument("--output", type=path, required=True, help="bundle, folder or .safetensors to write")
+    parser.add_argument("--text", type=path, help="text embeddings of --data, for models that read text")
     parser.add_argument("--k", type=int, nargs="+", default=[1], help="row lags (default 1)")
     parser.add_argument(
         "--d", nargs="+", default=["chained"], help="frame lags, one or one a row lag (default chained)"
@@ -91,6 +92,7 @@ def _align(args: argparse.Namespace, report: Report) -> Path:
 
     source = _open(args)
     family, output = source.family, Path(args.output)
+    _check_output(args, source)
     options = _options(args, family.transformer.layout)
     text = read_text(args.text) if args.text else None
     if source.bundle is not None:
@@ -105,6 +107,20 @@ def _align(args: argparse.Namespace, report: Report) -> Path:
     for name in (CODEBOOK, DESCRIPTION):
         shutil.copy(Path(family.default_tokenizer).parent / name, output / name)
     return output
+
+
+def _check_output(args: argparse.Namespace, source: _Source) -> None:
+    """Refuse an output that would take something away, the weights that are read included."""
+    from diagd.bundle.targets import bundle_target, file_target, folder_target
+
+    if source.bundle is not None:
+        place = bundle_target(args.output)
+    elif source.family.default_tokenizer is None or args.output.suffix:
+        place = file_target(args.output, (".safetensors",))
+    else:
+        place = folder_target(args.output, {"config.json": b'"patch"'}, "a trained world")
+    if str(place) == str(Path(args.source).resolve()):
+        raise UsageError(f"--output {args.output} is what is read; give another place")
 
 
 def _open(args: argparse.Namespace) -> _Source:

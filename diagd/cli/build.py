@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from diagd.bundle.targets import is_empty_path
+from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError
 from diagd.progress import Progress
@@ -43,7 +44,7 @@ class BuildSettings(BaseModel):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=path)
     parser.add_argument("--precision", help="of the step graph, as fp16 (default: the bundle's first)")
     parser.add_argument("--form", choices=("modern", "portable"), help="default: what suits this TensorRT")
     parser.add_argument("--widths", help="rows of a step, as 16,64 (default: the bundle's)")
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from diagd.engines.tensorrt.opening import compile_engine
 
     settings = parse_settings(BuildSettings, args.settings)
+    if is_empty_path(args.bundle):
+        raise UsageError("bundle '.': the folder one works in is not written to; name it from outside")
     console, bundle = Console(), Bundle.open(args.bundle).at_precision(args.precision)
     trt = import_tensorrt(args.runtime)
     request = _request(args, settings, bundle)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from diagd.bundle.targets import bundle_target
+from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError
 from diagd.progress import Progress
@@ -51,10 +52,10 @@ class CalibrateSettings(BaseModel):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=path)
     parser.add_argument("--precision", required=True, help="the scheme, see below")
     parser.add_argument("--kv-cache", help="int8: K/V rows of 8 bits too, in portable graphs")
-    parser.add_argument("--data", type=Path, help="video, or .npy tokens [P, h, w]: frames of prompts")
+    parser.add_argument("--data", type=path, help="video, or .npy tokens [P, h, w]: frames of prompts")
     parser.add_argument(
         "--budget",
         default="",
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from diagd.calibration.report_page import figure_table, layer_table
 
     settings = parse_settings(CalibrateSettings, args.settings)
+    bundle_target(args.bundle, "bundle")
     budget = parse_budget(args.budget, Budget())
     options = CalibrationOptions(
         args.precision,

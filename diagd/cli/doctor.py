@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
+
+from diagd.cli.paths import path
 
 EPILOG = """examples:
   diagd doctor
@@ -21,7 +22,7 @@ COLOURS = {"ok": "green", "problem": "red", "absent": "yellow"}
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
-    parser.add_argument("bundle", type=Path, nargs="?", help="also check this bundle")
+    parser.add_argument("bundle", type=path, nargs="?", help="also check this bundle")
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 

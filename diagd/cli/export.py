@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from diagd.bundle.targets import bundle_target
+from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError, require
 from diagd.progress import Progress
@@ -50,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--checkpoint", help="file, folder or hf://org/name[@revision]")
     source.add_argument("--random-weights", action="store_true", help="no checkpoint: measure latency only")
     parser.add_argument("--seed", type=int, default=0, help="of random weights (default %(default)s)")
-    parser.add_argument("--output", type=Path, help="bundle to write (default MODEL.diagd)")
+    parser.add_argument("--output", type=path, help="bundle to write (default MODEL.diagd)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16"), help="default %(default)s")
     parser.add_argument(
         "--form",
@@ -64,6 +66,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, or say what would be written."""
     settings = parse_settings(ExportSettings, args.settings)
+    if args.checkpoint is not None and not args.checkpoint.strip():
+        raise UsageError("--checkpoint is empty (a variable that is not set?); give a file, folder or hf://")
+    output = bundle_target(args.output or Path(f"{args.model}.diagd"))
     require("torch", extra="export", purpose="export a model")
     from rich.console import Console
 
@@ -73,7 +78,6 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     family = find(args.model, args.checkpoint)
     options = _graph_options(args, settings)
-    output = args.output or Path(f"{args.model}.diagd")
     if args.dry_run:
         _print_plan(console, Exporter(family, options, settings.tokenizer != "none"), output)
         return 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from diagd.cli.paths import path
 from diagd.cli.schedule_options import add_schedule_options, parse_schedule
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError, require
@@ -58,11 +59,11 @@ class GenerateSettings(BaseModel):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--prompt", type=Path, required=True, help="image, video or .npy tokens [P, h, w]")
-    parser.add_argument("--actions", type=Path, help="JSON lines, one action for each frame to make")
+    parser.add_argument("bundle", type=path)
+    parser.add_argument("--prompt", type=path, required=True, help="image, video or .npy tokens [P, h, w]")
+    parser.add_argument("--actions", type=path, help="JSON lines, one action for each frame to make")
     parser.add_argument("--frames", type=int, help="how many (default: one for each action)")
-    parser.add_argument("--output", type=Path, required=True, help=".mp4, .gif, or .npy for tokens")
+    parser.add_argument("--output", type=path, required=True, help=".mp4, .gif, or .npy for tokens")
     add_schedule_options(parser)
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the bundle's)")
     parser.add_argument("--top-p", type=float, help="nucleus mass, 1 for all (default: the bundle's)")

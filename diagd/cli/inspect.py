@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagd.bundle.targets import file_target
+from diagd.cli.paths import path
 from diagd.cli.schedule_options import add_schedule_options, parse_schedule
 from diagd.errors import UsageError
 
@@ -38,11 +40,11 @@ SHOWN_COLUMNS = 30
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
-    parser.add_argument("path", type=Path, help="a bundle or an ONNX file")
+    parser.add_argument("path", type=path, help="a bundle or an ONNX file")
     add_schedule_options(parser)
     parser.add_argument("--frames", type=int, default=3, help="of the schedule shown (default %(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="print so many steps of the table")
-    parser.add_argument("--draw", type=Path, help="draw the frontier: .gif moves, .png is coloured by step")
+    parser.add_argument("--draw", type=path, help="draw the frontier: .gif moves, .png is coloured by step")
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 
@@ -62,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
             Console(), graphs, {}
         )
         return 0
+    if args.draw:
+        from diagd.profiling.frontier import PICTURES
+
+        file_target(args.draw, PICTURES, "--draw")
     manifest = read_manifest(args.path)
     files = [graph.file for graph in manifest.graphs]
     if manifest.tokenizer:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from diagd.bundle.targets import file_target, folder_target
 from diagd.cli.lags import parse_lags
+from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError
 from diagd.progress import Progress
@@ -57,16 +58,16 @@ class ProfileSettings(BaseModel):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
-    parser.add_argument("bundle", type=Path, nargs="?", help="what to measure")
+    parser.add_argument("bundle", type=path, nargs="?", help="what to measure")
     parser.add_argument("--k", default="1,2", help="row lags, each serial and chained (default %(default)s)")
     parser.add_argument("--frames", type=int, default=4, help="of each order (default %(default)s)")
     parser.add_argument("--fps", type=float, help="count frames that come later than this rate allows")
     parser.add_argument(
         "--budget", type=float, default=BUDGET, help="seconds to end in, 0 without end (default %(default)g)"
     )
-    parser.add_argument("--output", type=Path, help="directory for the report (default: NAME.profile)")
-    parser.add_argument("--trace", type=Path, help="write a Chrome trace; steps become NVTX ranges as well")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="two report.json")
+    parser.add_argument("--output", type=path, help="directory for the report (default: NAME.profile)")
+    parser.add_argument("--trace", type=path, help="write a Chrome trace; steps become NVTX ranges as well")
+    parser.add_argument("--compare", type=path, nargs=2, metavar=("BEFORE", "AFTER"), help="two report.json")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_set_option(parser, ProfileSettings)
 
@@ -86,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
 
     options = _options(args)
     output = args.output or Path(f"{args.bundle.name.removesuffix('.diagd')}.profile")
-    _check_writable(output, args.trace)
+    folder_target(output, {"report.json": b'"schema_version"'}, "a report of diagd-profile")
+    if args.trace:
+        _check_trace(args.trace, output)
     console = Console(stderr=args.json, markup=False, highlight=False)
     measured = profile(Bundle.open(args.bundle), options, Progress(console), console.print)
     measured.report.write(output / "report.json")
@@ -102,18 +105,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_writable(output: Path, trace: Path | None) -> None:
+def _check_trace(trace: Path, output: Path) -> None:
     """Find out before the measurement, not behind it.
 
     Raises:
-        UsageError: the report or the trace cannot be written there.
+        UsageError: the trace cannot be written there.
     """
-    for option, folder in (("--output", output), ("--trace", trace.parent if trace else output)):
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise UsageError(f"{option} {folder}: {there} is no directory that can be written to")
-    if trace is not None and trace.is_dir():
-        raise UsageError(f"--trace {trace}: it is a directory; name a file")
+    if trace.absolute().parent == output.absolute():
+        output.mkdir(parents=True, exist_ok=True)
+    file_target(trace, (), "--trace", begins=b'{"traceEvents"')
 
 
 def _options(args: argparse.Namespace) -> ProfileOptions:

@@ -37,6 +37,8 @@ def parse_settings(model: type[Settings], pairs: Sequence[str]) -> Settings:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UsageError(f"--set takes NAME=VALUE, got '{pair}'")
+        if not value.strip():
+            raise UsageError(f"--set {name}: the value is empty (a variable that is not set?); give one")
         if name not in model.model_fields:
             raise unknown("option of --set", name, model.model_fields)
         values[name] = value

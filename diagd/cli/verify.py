@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from diagd.cli.lags import parse_lags
+from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError
 from diagd.progress import Progress
@@ -56,14 +57,14 @@ class VerifySettings(BaseModel):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
-    parser.add_argument("bundle", type=Path, help="what to check")
+    parser.add_argument("bundle", type=path, help="what to check")
     parser.add_argument(
         "--engine",
         help="form of the step graph: prefix, modern or portable (default: all), or on a GPU cuda, tensorrt "
         "or tensorrt_rtx",
     )
-    parser.add_argument("--reference", type=Path, help="bundle with the FP32 prefix graph (default: itself)")
-    parser.add_argument("--prompt", type=Path, help="image, video or .npy tokens (default: random tokens)")
+    parser.add_argument("--reference", type=path, help="bundle with the FP32 prefix graph (default: itself)")
+    parser.add_argument("--prompt", type=path, help="image, video or .npy tokens (default: random tokens)")
     parser.add_argument("--k", default="1,2", help="row lags, each serial and chained (default %(default)s)")
     parser.add_argument("--frames", type=int, default=5, help="of each order (default %(default)s)")
     parser.add_argument("--tensors", action="store_true", help="compare every output of one step as well")

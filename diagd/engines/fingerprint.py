@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.files import atomic_directory, sha256
+from diagd.bundle.lock import turn
 from diagd.engines.external_data import external_data
 from diagd.errors import EngineError
 
@@ -109,7 +110,10 @@ class EngineStore:
         digest = hashlib.sha256(plan).hexdigest()
         record = EngineRecord(fingerprint=fingerprint, bytes=len(plan), sha256=digest, diagd_version=version)
         directory = self.root / fingerprint.key
-        with atomic_directory(directory) as partial:
+        with (
+            turn(self.bundle.path.resolve()),
+            atomic_directory(directory, (PLAN_NAME, RECORD_NAME)) as partial,
+        ):
             (partial / PLAN_NAME).write_bytes(plan)
             (partial / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n")
         stored = StoredEngine(directory, record)

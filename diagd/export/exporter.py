@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diagd.bundle import seal
-from diagd.bundle.files import atomic_directory
+from diagd.bundle import atomic_bundle, seal
 from diagd.bundle.manifest import (
     AbsoluteContext,
     CacheShape,
@@ -24,6 +23,7 @@ from diagd.bundle.manifest import (
     TextConditioning,
     Tokenizer,
 )
+from diagd.bundle.targets import bundle_target
 from diagd.errors import UsageError
 from diagd.export import tokenizer_graphs, weights
 from diagd.export.checkpoints import (
@@ -147,18 +147,19 @@ class Exporter:
 
         Args:
             sources: tensors of the model.
-            output: directory to make; an existing one is replaced when everything is written.
+            output: directory to make; a bundle there is replaced when everything is written.
             progress: where to report.
 
         Raises:
             CheckpointError: the checkpoint does not fit.
-            UsageError: the disk has not enough room.
+            UsageError: the disk has not enough room, or something other than a bundle is there.
         """
+        bundle_target(output)
         check(sources.transformer, self.family.expected)
         if self._tokenizer and sources.tokenizer is not None:
             check(sources.tokenizer, self._tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
         self._check_disk(output)
-        with atomic_directory(output) as directory:
+        with atomic_bundle(output) as directory:
             self._write_weights(directory, output, sources.transformer, progress)
             files = {graph.file: graph for graph in self._graphs}  # one file serves every width
             for graph in progress.each(list(files.values()), "tracing step graphs"):

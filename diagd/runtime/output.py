@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from diagd.bundle.files import atomic_file
+from diagd.bundle.targets import file_target
 from diagd.engines.engine import Int
-from diagd.errors import UsageError
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.video import VideoWriter
 
@@ -21,18 +21,15 @@ def check_output(path: Path) -> None:
     """Refuse an output that could not be written, before any work is done.
 
     Raises:
-        UsageError: unknown kind of file, or the directory does not exist.
+        UsageError: unknown kind of file, something else is there, or the directory is missing or read-only.
     """
-    if path.suffix not in (*VIDEOS, TOKENS):
-        raise UsageError(f"--output {path}: expected a name ending in .mp4, .gif or .npy")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"--output {path}: the directory {path.parent} does not exist; make it first")
+    file_target(path, (*VIDEOS, TOKENS))
 
 
 def write_tokens(path: Path, frames: Iterator[Int]) -> None:
     """Write int32 [T, rows, columns] as .npy; nothing is left of a failed run."""
-    with atomic_file(path) as partial:
-        np.save(partial, np.stack(list(frames)))
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        np.save(file, np.stack(list(frames)))
 
 
 def write_video(path: Path, prompt: Int, frames: Iterator[Int], pixels: PixelCodec, fps: float) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diagd.bundle import Bundle, seal
-from diagd.bundle.files import atomic_directory
+from diagd.bundle import Bundle, atomic_bundle, seal
+from diagd.bundle.targets import bundle_target
 from diagd.engines.external_data import external_data
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer, TransformerConfig
@@ -51,11 +51,12 @@ def align_bundle(
         raise UsageError(f"--output {output} is the bundle that is read; give another place")
     import onnx
 
+    bundle_target(output)
     base = bundle.at_precision()
     graphs = [onnx.load(base.file(name), load_external_data=False) for name in _step_and_text(base)]
     model = align(_read(graphs, base, config), streams, options, report, text=text)
     state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    with atomic_directory(output) as directory:
+    with atomic_bundle(output) as directory:
         for name in _kept_files(base):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base.file(name), directory / name)

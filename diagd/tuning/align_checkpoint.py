@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from diagd.bundle.files import atomic_file
+from diagd.bundle.targets import file_target
 from diagd.errors import UsageError
 from diagd.export.checkpoints import Checkpoint, check
 from diagd.export.families.family import Family
@@ -45,8 +46,8 @@ def align_checkpoint(
     """
     from safetensors.numpy import save_file
 
-    if output.suffix != OUTPUT_SUFFIX:
-        raise UsageError(f"--output {output}: expected a name ending in {OUTPUT_SUFFIX}")
+    if output.suffix != OUTPUT_SUFFIX or output.exists():
+        file_target(output, (OUTPUT_SUFFIX,))
     check(source, family.expected)
     made_up = {rule.target for rule in family.rules if not rule.sources}  # a checkpoint cannot hold these
     model = load_transformer(family, source)

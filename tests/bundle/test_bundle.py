@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from diagd.bundle import Bundle, Manifest, seal
-from diagd.bundle.files import atomic_directory, atomic_file, sha256
+from diagd.bundle import Bundle, Manifest, atomic_bundle, seal
+from diagd.bundle.files import atomic_file, sha256
 from diagd.bundle.manifest import (
     CacheShape,
     DefaultSchedule,
@@ -45,7 +45,7 @@ def manifest() -> Manifest:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     path = tmp_path / "small.diagd"
-    with atomic_directory(path) as directory:
+    with atomic_bundle(path) as directory:
         (directory / "step.onnx").write_bytes(b"graph" * 100)
         (directory / "weights.bin").write_bytes(os.urandom(5000))
         seal(directory, manifest())
@@ -141,7 +141,7 @@ def test_ranges_by_cell_override_the_default() -> None:
 
 def test_failed_writes_leave_what_was_there(bundle: Path) -> None:
     before = sorted(bundle.iterdir())
-    with pytest.raises(RuntimeError), atomic_directory(bundle) as directory:
+    with pytest.raises(RuntimeError), atomic_bundle(bundle) as directory:
         (directory / "half").write_text("half")
         raise RuntimeError
     with pytest.raises(RuntimeError), atomic_file(bundle / "weights.bin") as partial:
@@ -153,7 +153,7 @@ def test_failed_writes_leave_what_was_there(bundle: Path) -> None:
 
 
 def test_a_new_bundle_takes_the_place_of_the_old(bundle: Path) -> None:
-    with atomic_directory(bundle) as directory:
+    with atomic_bundle(bundle) as directory:
         (directory / "step.onnx").write_bytes(b"other")
         seal(directory, manifest())
     assert set(Bundle.open(bundle).manifest.files) == {"step.onnx"}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diagd.bundle.files import atomic_directory, atomic_file, clear_leftovers
+from diagd.bundle.files import atomic_directory, atomic_file, clear_leftovers, host
+from diagd.errors import UsageError
 
 WRITER = """
 import sys, time
@@ -45,8 +46,8 @@ def test_leftovers_of_a_killed_run_go_and_those_of_a_live_one_stay(
     try:
         killed.kill()
         killed.wait()
-        (left,) = tmp_path.glob(f".{name}.{killed.pid}.partial*")
-        (going,) = tmp_path.glob(f".{name}.{alive.pid}.partial*")
+        (left,) = tmp_path.glob(f".{name}.{host()}.{killed.pid}.*.partial*")
+        (going,) = tmp_path.glob(f".{name}.{host()}.{alive.pid}.*.partial*")
         with caplog.at_level(logging.WARNING), write(kind, output) as partial:
             assert not left.exists()
             assert going.exists()
@@ -71,7 +72,10 @@ def test_what_a_killed_run_had_moved_away_comes_back(
     """Killed between its two renames: the old bundle has only its other name."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    output, retired = tmp_path / "world.diagd", tmp_path / f".world.diagd.{process.pid}.retired"
+    output, retired = (
+        tmp_path / "world.diagd",
+        tmp_path / f".world.diagd.{host()}.{process.pid}.0a1b2c.retired",
+    )
     retired.mkdir()
     (retired / "manifest.json").write_text("{}")
     clear_leftovers(output)
@@ -83,7 +87,71 @@ def test_what_a_killed_run_had_moved_away_comes_back(
 
 
 def test_nothing_of_this_process_is_touched(tmp_path: Path) -> None:
-    mine = tmp_path / f".a.bin.{os.getpid()}.partial.bin"
+    mine = tmp_path / f".a.bin.{host()}.{os.getpid()}.0a1b2c.partial.bin"
     mine.write_bytes(b"")
     clear_leftovers(tmp_path / "a.bin")
     assert mine.exists()
+
+
+@pytest.mark.parametrize("kind", ["atomic_directory", "atomic_file"])
+def test_partial_results_of_other_machines_and_containers_are_left_alone(kind: str, tmp_path: Path) -> None:
+    """Process numbers repeat there: one that is free here may be writing there."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    other = tmp_path / f".out.0123abcd.{process.pid}.0a1b2c.partial"
+    other.write_bytes(b"half")
+    with write(kind, tmp_path / "out") as partial:
+        if kind == "atomic_file":
+            partial.write_bytes(b"whole")
+    assert other.read_bytes() == b"half"
+
+
+def test_a_new_directory_keeps_what_the_old_one_held_beside(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "sub" / "empty").mkdir(parents=True)
+    (output / "sub" / "notes.txt").write_text("mine")
+    (output / "old.bin").write_text("replaced")
+    (output / "new.bin").write_text("mine too")
+    (output / "link").symlink_to("sub/notes.txt")
+    with atomic_directory(output, ours=("old.bin",)) as directory:
+        (directory / "new.bin").write_text("new")
+        (output / "late.txt").write_text("put there meanwhile")
+    assert (output / "link").is_symlink()
+    assert (output / "link").read_text() == "mine"
+    assert (output / "sub" / "empty").is_dir()
+    assert (output / "new.bin").read_text() == "new"
+    assert (output / "new.bin.kept").read_text() == "mine too"
+    assert (output / "late.txt").read_text() == "put there meanwhile"
+    assert not (output / "old.bin").exists()
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("kind", ["atomic_directory", "atomic_file"])
+def test_a_link_stays_one_and_its_target_is_written(kind: str, tmp_path: Path) -> None:
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "target"
+    link.symlink_to(target)
+    with write(kind, link) as partial:
+        (partial / "file" if kind == "atomic_directory" else partial).write_bytes(b"whole")
+    assert link.is_symlink()
+    assert (target / "file" if kind == "atomic_directory" else target).read_bytes() == b"whole"
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="no regular file"), write("atomic_file", pipe):
+        pass
+    assert pipe.is_fifo()
+
+
+def test_where_names_cannot_be_exchanged_the_old_directory_moves_away_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diagd.bundle.files._exchange", lambda *_: False)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    with atomic_directory(output) as directory:
+        (directory / "new.bin").write_text("new")
+    assert {file.name for file in output.iterdir()} == {"notes.txt", "new.bin"}
+    assert list(tmp_path.iterdir()) == [output]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import replace
-from pathlib import Path
 
+from diagd.bundle.targets import folder_target
+from diagd.cli.paths import path
 from diagd.errors import UsageError
 from diagd.schedule import RowSeed
 
@@ -23,21 +24,22 @@ have been trained on. Writes eval.json and contact.png; every figure has its sta
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="recording the model was not trained on")
-    parser.add_argument("--output", type=Path, required=True, help="folder of eval.json and contact.png")
-    parser.add_argument("--geometry", type=Path, help="recording of valid tiles (default: --data)")
-    parser.add_argument("--world", type=Path, help="folder of the world a bundle was made from (codebook)")
+    parser.add_argument("model", type=path)
+    parser.add_argument("--data", type=path, required=True, help="recording the model was not trained on")
+    parser.add_argument("--output", type=path, required=True, help="folder of eval.json and contact.png")
+    parser.add_argument("--geometry", type=path, help="recording of valid tiles (default: --data)")
+    parser.add_argument("--world", type=path, help="folder of the world a bundle was made from (codebook)")
     parser.add_argument("--lags", action="append", help="K:D beside next-token (default 1:9, 1:20, 2:28)")
     parser.add_argument("--seed-policy", choices=[seed.value for seed in RowSeed], help="row seed")
     parser.add_argument("--rollouts", type=int, default=96, help="continuations (default %(default)s)")
     parser.add_argument("--long-frames", type=int, default=0, help="frames of the drift measurement")
-    parser.add_argument("--network", type=Path, action="append", default=[], help="ONNX file of a metric")
+    parser.add_argument("--network", type=path, action="append", default=[], help="ONNX file of a metric")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write and print."""
+    folder_target(args.output, {"eval.json": b'"schedules"'}, "an evaluation")
     from rich.console import Console
 
     from diagd.export.families.world import SHIPPED

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from diagd.bundle.targets import folder_target
+from diagd.cli.paths import path
 from diagd.errors import UsageError
 from diagd.progress import Progress as Bars
 
@@ -15,25 +16,29 @@ EPILOG = """examples:
   diagd-export --model world --checkpoint trained --output world.diagd
 """
 
+RECORDED = {"recording.json": b'"actions"'}
+TRAINED = {"config.json": b'"patch"', "codebook.npz": b"codebook", "log.jsonl": b'"step"'}
+"""Files that folders of the two kinds have, and what stands in each."""
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the tasks and their options."""
     parser.epilog = EPILOG
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     collect = tasks.add_parser("collect", help="record episodes of Crafter")
-    collect.add_argument("output", type=Path, help="folder; episodes already there are kept")
+    collect.add_argument("output", type=path, help="folder; episodes already there are kept")
     collect.add_argument("--episodes", type=int, default=720, help="default %(default)s")
     collect.add_argument("--steps", type=int, default=200, help="longest episode (default %(default)s)")
     collect.add_argument("--seed", type=int, default=0)
     collect.add_argument("--processes", type=int, default=2)
     videos = tasks.add_parser("import", help="turn videos with action lines into episodes")
-    videos.add_argument("output", type=Path)
-    videos.add_argument("--videos", type=Path, required=True, help="folder of run.mp4 beside run.jsonl")
+    videos.add_argument("output", type=path)
+    videos.add_argument("--videos", type=path, required=True, help="folder of run.mp4 beside run.jsonl")
     videos.add_argument("--actions", required=True, help="names in the order of their ids: noop,left,right")
     videos.add_argument("--size", required=True, help="HEIGHTxWIDTH that frames are resized to")
     train = tasks.add_parser("train", help="train tokenizer and transformer; resumes where it was stopped")
-    train.add_argument("output", type=Path, help="folder of the trained model")
-    train.add_argument("--data", type=Path, required=True, help="folder of episodes")
+    train.add_argument("output", type=path, help="folder of the trained model")
+    train.add_argument("--data", type=path, required=True, help="folder of episodes")
     train.add_argument("--size", default="3m", help="0.7m, 3m or 10m (default %(default)s)")
     train.add_argument("--mixture", default="mixture", help="ntp, diagonal or mixture (default %(default)s)")
     train.add_argument("--steps", type=int, default=1200, help="optimiser steps (default %(default)s)")
@@ -45,6 +50,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen task."""
+    marks, what = (TRAINED, "a trained world") if args.task == "train" else (RECORDED, "a recording")
+    folder_target(args.output, marks, what, "OUTPUT")
     return {"collect": _collect, "import": _import, "train": _train}[args.task](args)
 
 

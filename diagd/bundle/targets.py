@@ -1,0 +1,172 @@
+"""Where a verb may write: refused before any work, where something would be taken away or cannot be made."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from diagd.bundle.files import is_unfinished, unfinished_name
+from diagd.bundle.manifest import MANIFEST_NAME
+from diagd.errors import UsageError
+
+BEGINNINGS: Mapping[str, tuple[int, tuple[bytes, ...]]] = {
+    ".npy": (0, (b"\x93NUMPY",)),
+    ".mp4": (4, (b"ftyp",)),
+    ".gif": (0, (b"GIF8",)),
+    ".png": (0, (b"\x89PNG",)),
+    ".json": (0, (b"{",)),
+    ".safetensors": (8, (b"{",)),
+}
+"""How files of a kind begin: at which byte, and with what."""
+
+
+def bundle_target(path: Path, option: str = "--output") -> Path:
+    """Where a bundle can be written: nothing, an empty folder or a bundle is there. Links are followed.
+
+    Raises:
+        UsageError: something else is there, or nothing can be written.
+    """
+    place = _folder(path, option, "a bundle")
+    others = _others(place)
+    if others and not _is_bundle(place):
+        raise UsageError(
+            f"{option} {path}: the folder is no bundle and not empty (it holds {_some(others)}); "
+            "nothing is replaced: name one that is not there yet, or remove it yourself"
+        )
+    return place
+
+
+def folder_target(path: Path, marks: Mapping[str, bytes], what: str, option: str = "--output") -> Path:
+    """Where a folder of results can be written: nothing, an empty folder or one of the same kind is there.
+
+    Args:
+        path: of the folder.
+        marks: files of which such a folder has at least one, and what stands near the beginning of each.
+        what: name of the kind, for the message.
+        option: where the path was given.
+
+    Raises:
+        UsageError: something else is there, or nothing can be written.
+    """
+    place = _folder(path, option, what)
+    others = _others(place)
+    if others and not any(_holds(place / name, words) for name, words in marks.items()):
+        raise UsageError(
+            f"{option} {path}: the folder is not empty (it holds {_some(others)}) and not {what}; "
+            "nothing is replaced: name one that is not there yet, or remove it yourself"
+        )
+    return place
+
+
+def file_target(
+    path: Path, suffixes: Collection[str], option: str = "--output", begins: bytes | None = None
+) -> Path:
+    """Where a file can be written: nothing, an empty file or one of the same kind is there.
+
+    Args:
+        path: of the file.
+        suffixes: that it may have; none: any.
+        option: where the path was given.
+        begins: how a file of its kind begins; None: as its suffix says.
+
+    Raises:
+        UsageError: another suffix, something else is there, or nothing can be written.
+    """
+    place = _resolved(path, option)
+    if place.is_dir():
+        raise UsageError(f"{option} {path}: it is a directory; name a file")
+    if suffixes and path.suffix.lower() not in suffixes:
+        *most, last = suffixes
+        kinds = f"{', '.join(most)} or {last}" if most else last
+        raise UsageError(f"{option} {path}: expected a name ending in {kinds}")
+    if not place.parent.is_dir():
+        raise UsageError(f"{option} {path}: the directory {path.parent} does not exist; make it first")
+    kind = (0, (begins,)) if begins else BEGINNINGS[path.suffix.lower()]
+    if place.exists() and not (place.is_file() and _is_of_kind(place, *kind)):
+        raise UsageError(
+            f"{option} {path}: what is there is no such file of an earlier run, so it is not replaced; give "
+            "another name, or remove it yourself"
+        )
+    _try(place, option)
+    return place
+
+
+def is_empty_path(path: str | Path) -> bool:
+    """Whether a path names nothing of its own: an empty variable, or the folder one is in."""
+    return os.fspath(path) in ("", ".")
+
+
+def _resolved(path: Path, option: str) -> Path:
+    if is_empty_path(path):
+        raise UsageError(
+            f"{option} is empty or '.': the folder one works in is not replaced; name what is to be written"
+        )
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # links that go round in circles
+        raise UsageError(f"{option} {path}: {error}; check the path") from error
+
+
+def _folder(path: Path, option: str, what: str) -> Path:
+    place = _resolved(path, option)
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UsageError(
+            f"{option} {path}: {there} is no directory that can be written to, and {what} is one; "
+            "give another place"
+        )
+    if os.path.ismount(place):
+        raise UsageError(
+            f"{option} {path}: it is a mount point, which cannot be replaced; name a folder in it"
+        )
+    return place
+
+
+def _try(place: Path, option: str) -> None:
+    """Make and remove a file beside the one to be."""
+    trial = unfinished_name(place)
+    try:
+        with trial.open("xb"):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{option} {place}: {place.parent} cannot be written to ({error.strerror}); give another place"
+        ) from error
+    finally:
+        trial.unlink(missing_ok=True)
+
+
+def _others(folder: Path) -> list[str]:
+    """Entries that a user would miss."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if not is_unfinished(entry.name))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _is_bundle(folder: Path) -> bool:
+    try:
+        content = json.loads((folder / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return (
+        isinstance(content, dict) and "schema_version" in content and isinstance(content.get("files"), dict)
+    )
+
+
+def _is_of_kind(file: Path, start: int, beginnings: tuple[bytes, ...]) -> bool:
+    with file.open("rb") as opened:
+        head = opened.read(64)
+    return not head or head[start:].startswith(beginnings)
+
+
+def _holds(file: Path, words: bytes) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return words in opened.read(4096)

@@ -1,0 +1,104 @@
+"""What stands at a path is replaced only by its own kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diagd.bundle.targets import bundle_target, file_target, folder_target
+from diagd.errors import UsageError
+
+MANIFEST = '{"schema_version": 1, "files": {}}'
+
+
+def fill(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def test_absent_and_empty_places_and_bundles_are_taken(tmp_path: Path) -> None:
+    assert bundle_target(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+    assert bundle_target(fill(tmp_path / "empty")) == tmp_path / "empty"
+    bundle = fill(tmp_path / "bundle", manifest__json=MANIFEST, notes__txt="mine")
+    (tmp_path / "link").symlink_to(bundle)
+    assert bundle_target(tmp_path / "link") == bundle
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "manifest", ["", "{", "[]", '{"name": "an app", "version": "1"}', '{"schema_version": 1}', "[" * 100_000]
+)
+def test_a_folder_of_the_user_is_no_bundle(manifest: str, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "models", manifest__json=manifest, thesis__txt="years")
+    with pytest.raises(UsageError, match=r"no bundle and not empty \(it holds manifest\.json, thesis\.txt\)"):
+        bundle_target(folder)
+
+
+def test_files_are_no_place_for_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for path in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "a.diagd"):
+        with pytest.raises(UsageError, match="no directory that can be written to"):
+            bundle_target(path)
+
+
+@pytest.mark.parametrize("path", ["", "."])
+def test_the_folder_one_works_in_is_not_replaced(path: str) -> None:
+    with pytest.raises(UsageError, match=r"--output is empty or '\.'"):
+        bundle_target(Path(path))
+
+
+def test_roots_and_circles_are_no_places(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to(tmp_path / "other")
+    (tmp_path / "other").symlink_to(tmp_path / "one")
+    for path in (Path("/"), Path("/proc"), tmp_path / "one"):
+        with pytest.raises(UsageError):
+            bundle_target(path)
+
+
+def test_folders_of_results_are_known_by_their_files(tmp_path: Path) -> None:
+    marks = {"report.json": b'"schema_version"'}
+    assert folder_target(tmp_path / "new", marks, "a report")
+    assert folder_target(fill(tmp_path / "ours", report__json=MANIFEST, notes="mine"), marks, "a report")
+    theirs = fill(tmp_path / "theirs", report__json='{"year": 2026}')
+    with pytest.raises(UsageError, match="not empty"):
+        folder_target(theirs, marks, "a report")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.npy", b"\x93NUMPY\x01"),
+        ("a.mp4", b"\0\0\0 ftypisom"),
+        ("a.GIF", b"GIF89a"),
+        ("a.npy", b""),
+        ("new.npy", None),
+    ],
+)
+def test_files_of_the_kind_are_replaced(name: str, content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert file_target(tmp_path / name, (".npy", ".mp4", ".gif")) == tmp_path / name
+    assert len(list(tmp_path.iterdir())) == (content is not None)
+
+
+def test_other_files_are_not(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_text("a diary")
+    with pytest.raises(UsageError, match="not replaced"):
+        file_target(tmp_path / "a.npy", (".npy",))
+    (tmp_path / "trace.json").write_text('{"settings": 1}')
+    with pytest.raises(UsageError, match="not replaced"):
+        file_target(tmp_path / "trace.json", (), begins=b'{"traceEvents"')
+    with pytest.raises(UsageError, match=r"ending in \.mp4 or \.npy"):
+        file_target(tmp_path / "a.txt", (".mp4", ".npy"))
+    with pytest.raises(UsageError, match="not replaced"):
+        file_target(Path("/dev/null"), (), begins=b"{")
+
+
+def test_what_cannot_be_written_is_found_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written to"):
+        file_target(Path("/proc/a.npy"), (".npy",))
+    with pytest.raises(UsageError, match="does not exist"):
+        file_target(tmp_path / "none" / "a.npy", (".npy",))

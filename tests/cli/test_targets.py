@@ -1,0 +1,165 @@
+"""Every verb that writes refuses, before any work, to take away what is not its own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diagd.bundle import Bundle, read_manifest
+from diagd.cli.main import main
+from tests.cli.conftest import Workplace
+
+WRITERS = {
+    "export": "export --model world --checkpoint {world} --output {target}",
+    "dry run": "export --model world --checkpoint {world} --dry-run --output {target}",
+    "align bundle": "align {bundle} --data {folder} --output {target}",
+    "align world": "align {world} --data {folder} --output {target}",
+    "profile": "profile {bundle} --output {target}",
+    "eval": "eval {world} --data {folder} --output {target}",
+    "collect": "world collect {target}",
+    "import": "world import {target} --videos {folder} --actions noop,left --size 36x48",
+    "train": "world train {target} --data {folder}",
+}
+FILES = {
+    "generate": "generate {bundle} --prompt {prompt} --actions {actions} --output {target}",
+    "trace": "profile {bundle} --output {folder}/p --trace {target}",
+    "inspect": "inspect {bundle} --draw {target}",
+    "align": "align {world} --data {folder} --output {target}",
+}
+SUFFIXES = {"generate": ".npy", "trace": ".json", "inspect": ".png", "align": ".safetensors"}
+
+
+def command(workplace: Workplace, line: str, target: Path | str) -> list[str]:
+    return [word.format(**vars(workplace), target=target) for word in line.split()]
+
+
+@pytest.mark.parametrize("line", WRITERS.values(), ids=WRITERS)
+def test_a_folder_of_the_user_stays(
+    workplace: Workplace, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "models"
+    target.mkdir()
+    (target / "thesis.txt").write_text("ten days of work")
+    assert main(command(workplace, line, target)) == 2
+    assert "thesis.txt" in capsys.readouterr().err
+    assert [file.read_text() for file in target.iterdir()] == ["ten days of work"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("line", WRITERS.values(), ids=WRITERS)
+def test_a_file_of_the_user_stays(
+    workplace: Workplace, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "notes"
+    target.write_text("ten days of work")
+    assert main(command(workplace, line, target)) == 2
+    assert "no directory that can be written to" in capsys.readouterr().err
+    assert target.read_text() == "ten days of work"
+
+
+@pytest.mark.parametrize("verb", FILES)
+def test_a_file_of_another_kind_stays(
+    workplace: Workplace, verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / f"notes{SUFFIXES[verb]}"
+    target.write_text("ten days of work")
+    assert main(command(workplace, FILES[verb], target)) == 2
+    assert "not replaced" in capsys.readouterr().err
+    assert target.read_text() == "ten days of work"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("line", [*WRITERS.values(), *FILES.values()], ids=[*WRITERS, *FILES])
+def test_the_folder_one_works_in_is_refused_with_the_reason(
+    workplace: Workplace, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(workplace, line, ".")) == 2
+    assert "empty or '.'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [*WRITERS.values(), *FILES.values()], ids=[*WRITERS, *FILES])
+def test_an_empty_path_is_refused_by_the_name_of_its_option(
+    workplace: Workplace, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(command(workplace, line, ""))
+    assert "the path is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--checkpoint", ""], ["--checkpoint", "{world}", "--set", "tokenizer="]],
+    ids=["checkpoint", "tokenizer"],
+)
+def test_an_empty_variable_is_no_checkpoint(
+    workplace: Workplace, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(world=workplace.world) for word in arguments]
+    assert main(["export", "--model", "world", *words, "--dry-run"]) == 2
+    assert "is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "build"])
+def test_a_bundle_is_not_changed_from_inside(
+    workplace: Workplace, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace.bundle)
+    options = ["--precision", "int8-weight"] if verb == "calibrate" else []
+    assert main([verb, ".", *options]) == 2
+    assert "the folder one works in" in capsys.readouterr().err
+
+
+def test_what_is_read_is_not_written_over(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    weights = tmp_path / "link"
+    weights.symlink_to(workplace.world)
+    assert main(["align", str(workplace.world), "--data", str(tmp_path), "--output", str(weights)]) == 2
+    assert "is what is read" in capsys.readouterr().err
+
+
+def test_an_export_over_a_bundle_keeps_the_files_of_the_user(workplace: Workplace, tmp_path: Path) -> None:
+    bundle, link = tmp_path / "real.diagd", tmp_path / "link.diagd"
+    shutil.copytree(workplace.bundle, bundle)
+    (bundle / "NOTES.txt").write_text("measured on the train")
+    link.symlink_to("real.diagd")
+    before = read_manifest(bundle).files
+    command = ["export", "--model", "world", "--checkpoint", str(workplace.world), "--form", "portable"]
+    assert main([*command, "--output", str(link)]) == 0
+    assert link.is_symlink()
+    assert (bundle / "NOTES.txt").read_text() == "measured on the train"
+    after = Bundle.open(bundle).manifest.files
+    assert set(before) - set(after) == {"step.onnx"}
+    assert not (bundle / "step.onnx").exists()
+    assert {file.name for file in tmp_path.iterdir()} == {"real.diagd", "link.diagd"}
+
+
+def test_two_calibrations_of_one_bundle_take_turns(workplace: Workplace, tmp_path: Path) -> None:
+    bundle, link = tmp_path / "real.diagd", tmp_path / "link.diagd"
+    shutil.copytree(workplace.bundle, bundle)
+    (bundle / "NOTES.txt").write_text("measured on the train")
+    link.symlink_to("real.diagd")
+    options = ["--budget", "none", "--data", str(workplace.prompt), "--set", "steps=64"]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "diagd.cli", "calibrate", str(path), "--precision", precision, *options],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for path, precision in ((bundle, "int8-weight"), (link, "int4-weight"))
+    ]
+    said = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert {graph.precision for graph in Bundle.open(bundle).manifest.graphs} == {
+        "fp32",
+        "int8-weight",
+        "int4-weight",
+    }
+    assert (bundle / "NOTES.txt").read_text() == "measured on the train"
+    assert link.is_symlink()
+    assert {file.name for file in tmp_path.iterdir()} == {"real.diagd", "link.diagd"}
