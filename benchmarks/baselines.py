@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diagd.bundle.transformer import NormKind, TransformerConfig
 from diagd.errors import UsageError
-from diagd.export.layers import NormKind
-from diagd.export.transformer import TransformerConfig
 from diagd.schedule import NO_SINK, Table
 
 VOID = torch.iinfo(torch.int64).max

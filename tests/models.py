@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -18,11 +19,13 @@ PREFIX_TOKEN = CODES + 1
 
 def small_family(model: Transformer) -> Family:
     """A family of one small model, under the transformer's own tensor names."""
+    layout = model.config.layout
+    config = replace(model.config, layout=replace(layout, prefix_tokens=(PREFIX_TOKEN,) * layout.prefix))
     return Family(
         name="small",
         family="small",
         title="a small model of the tests",
-        transformer=model.config,
+        transformer=config,
         rules=identity_rules(model.config),
         prefixes=("",),
         sampling=SamplingRules(ranges=(IdRange(low=0, high=CODES),)),
@@ -30,7 +33,6 @@ def small_family(model: Transformer) -> Family:
         frames_per_second=8.0,
         licence="none",
         origin="the tests",
-        prefix_tokens=(PREFIX_TOKEN,) * model.config.layout.prefix,
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -15,7 +17,7 @@ from diagd.bundle.files import atomic_directory, atomic_file, sha256
 from diagd.bundle.lock import turn
 from diagd.bundle.manifest import INT8_CACHE, MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest
 from diagd.bundle.targets import bundle_target
-from diagd.errors import BundleError, UsageError
+from diagd.errors import BundleError, ScheduleError, UsageError
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,15 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} has schema version {version}, this diagd reads up to {SCHEMA_VERSION}; "
             "run: pip install -U diagd"
         )
+    if isinstance(version, int) and version < SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {version}, this diagd reads version {SCHEMA_VERSION}; "
+            f"export it again: {_export_line(path, content)}"
+        )
     try:
         return Manifest.model_validate(content)
+    except ScheduleError as error:  # of the layout
+        raise BundleError(f"{file}: {error}; {_MEND}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -154,6 +163,27 @@ def atomic_bundle(path: Path, option: str = "--output") -> Iterator[Path]:
 
 def _content(file: Path) -> bytes:
     return file.read_bytes() if file.is_file() else b""
+
+
+def _export_line(path: Path, content: dict[str, Any]) -> str:
+    """The command that made a bundle of an earlier schema, as far as its manifest tells."""
+    graphs: list[dict[str, Any]] = content.get("graphs") or []
+    graph = graphs[0] if graphs else {}
+    forms = dict.fromkeys(entry.get("form", "") for entry in graphs)
+    provenance = content.get("provenance") or {}
+    seed = provenance.get("random_seed")
+    options = {
+        "--model": content.get("name", "NAME"),
+        "--checkpoint": provenance.get("source", "FILE") if seed is None else None,
+        "--seed": seed,
+        "--form": ",".join(filter(None, forms)) or None,
+        "--precision": graph.get("precision"),
+        "--output": path,
+    }
+    words = ["diagd-export", *(["--random-weights"] if seed is not None else [])]
+    for option, value in options.items():
+        words += [] if value is None else [option, str(value)]
+    return shlex.join(words)
 
 
 def seal(directory: Path, manifest: Manifest) -> Manifest:

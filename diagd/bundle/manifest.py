@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from diagd.bundle.actions import ActionCodec
+from diagd.bundle.transformer import TransformerConfig
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 INT8_CACHE = "-kv8"
@@ -90,6 +91,17 @@ class AbsoluteContext(_Record):
     kind: Literal["absolute"] = "absolute"
     frames: int
     roll: Annotated[int, Field(ge=1)] = 1
+
+
+def context_policy(config: TransformerConfig) -> RotaryContext | AbsoluteContext:
+    """How the context of a model slides."""
+    if config.rotary is None or config.absolute:
+        return AbsoluteContext(frames=config.context_frames)
+    return RotaryContext(
+        frames=config.context_frames,
+        positions=config.rotary_positions,
+        frame_angles=tuple(map(float, config.rotary.frame_angles(config.layout))),
+    )
 
 
 class TextConditioning(_Record):
@@ -175,14 +187,12 @@ class Provenance(_Record):
 
 
 class Manifest(_Record):
-    """The whole of ``manifest.json``."""
+    """The whole of ``manifest.json``; ``transformer`` is all that its module is built from."""
 
     schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
     name: str
     family: str
-    layout: StreamLayout
-    vocabulary: int
-    output_vocabulary: int
+    transformer: TransformerConfig
     sampling: SamplingRules
     context: Annotated[RotaryContext | AbsoluteContext, Field(discriminator="kind")]
     schedule: DefaultSchedule
@@ -195,6 +205,21 @@ class Manifest(_Record):
     files: dict[str, FileRecord] = Field(default_factory=dict)
     provenance: Provenance
     licence: str
+
+    @property
+    def layout(self) -> StreamLayout:
+        """The token stream."""
+        return self.transformer.layout
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids that can be fed."""
+        return self.transformer.vocabulary
+
+    @property
+    def output_vocabulary(self) -> int:
+        """Ids that can be decoded."""
+        return self.transformer.output_vocabulary
 
     def graph(self, form: Form, width: int | None = None) -> StepGraph:
         """The step graph of a form.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 
-from diagd.errors import require
-
 COLUMNS = ("model", "parameters", "grid", "context")
 
 EPILOG = """example:
@@ -22,7 +20,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table of models."""
-    require("torch", extra="export", purpose="read the models' dimensions")
     from rich.console import Console
     from rich.table import Table
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from diagd.cli.settings import add_set_option, parse_settings
-from diagd.errors import UsageError, require, unknown
+from diagd.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,7 +106,6 @@ def _model(name: str, checkpoint: str | None) -> ModelSize:
 
     if Path(name).is_dir():
         return read_model(Path(name)).size
-    require("torch", extra="export", purpose=f"read the dimensions of '{name}'; a bundle needs no torch")
     return _family_size(name, checkpoint)
 
 
@@ -127,35 +125,20 @@ def _stored(path: Path, clip: int) -> dict[str, dict[str, float]]:
 
 def _family_size(name: str, checkpoint: str | None) -> ModelSize:
     """Dimensions of a model by name; a checkpoint's header is checked against them."""
-    from diagd.export.exporter import context_policy
+    from diagd.bundle.manifest import context_policy
     from diagd.export.families.registry import find
-    from diagd.export.tokenizer_graphs import placements
-    from diagd.planning.model import ModelSize, refed_tokens
+    from diagd.planning.model import size_of
 
     family = find(name, checkpoint)
     if checkpoint is not None:
         _check_header(family, checkpoint)
     config, tokenizer = family.transformer, family.tokenizer
-    parameters = {rule.target: sum(math.prod(shape) for _, shape in rule.sources) for rule in family.rules}
-    rare = [target for target in parameters if "embedding" in target or target.endswith("key_value")]
-    if config.tied_head:
-        rare.remove("embedding")
-    looked_up = sum(parameters[target] for target in rare)  # embeddings, and what a text meets once
-    pixels = placements(tokenizer).values() if tokenizer else ()
-    return ModelSize(
-        name=name,
-        layout=config.layout,
-        context_frames=config.context_frames,
-        layers=config.layers,
-        kv_heads=config.kv_heads,
-        head_size=config.head_size,
-        query_width=config.heads * config.head_size,
-        output_vocabulary=config.output_vocabulary,
-        streamed=sum(parameters.values()) - looked_up,
-        looked_up=looked_up,
-        tokenizer=sum(math.prod(placement.shape) for placement in pixels),
+    return size_of(
+        name,
+        config,
+        context_policy(config),
+        tokenizer=tokenizer.parameter_count() if tokenizer else 0,
         pixel_frames=tokenizer.temporal_factor if tokenizer else 1,
-        refed=refed_tokens(context_policy(config), config.layout),
     )
 
 

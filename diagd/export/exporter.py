@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,14 @@ import torch
 
 from diagd.bundle import atomic_bundle, seal
 from diagd.bundle.manifest import (
-    AbsoluteContext,
     CacheShape,
     Form,
     Manifest,
     Provenance,
-    RotaryContext,
     StepGraph,
     TextConditioning,
     Tokenizer,
+    context_policy,
 )
 from diagd.bundle.targets import bundle_target
 from diagd.errors import UsageError
@@ -38,7 +37,7 @@ from diagd.export.families.family import Family
 from diagd.export.resume import ResumableWeights, export_key
 from diagd.export.step_graph import trace_step, trace_text
 from diagd.export.tracing import link_weights, save
-from diagd.export.transformer import Transformer, TransformerConfig, position_tables
+from diagd.export.transformer import Transformer, position_tables
 from diagd.export.weights import WeightSource
 from diagd.progress import Progress
 from diagd.schedule import StreamLayout, default_widths, slots_needed
@@ -264,9 +263,7 @@ class Exporter:
         return Manifest(
             name=family.name,
             family=family.family,
-            layout=replace(self._layout, prefix_tokens=family.prefix_tokens),
-            vocabulary=config.vocabulary,
-            output_vocabulary=config.output_vocabulary,
+            transformer=config,
             sampling=family.sampling,
             context=context_policy(config),
             schedule=family.schedule,
@@ -297,17 +294,6 @@ class Exporter:
             ),
             licence=family.licence,
         )
-
-
-def context_policy(config: TransformerConfig) -> RotaryContext | AbsoluteContext:
-    """How the context of a model slides."""
-    if config.rotary is None or config.absolute:
-        return AbsoluteContext(frames=config.context_frames)
-    return RotaryContext(
-        frames=config.context_frames,
-        positions=config.rotary_positions,
-        frame_angles=tuple(map(float, config.rotary.frame_angles(config.layout))),
-    )
 
 
 def slots_for(layout: StreamLayout, window: int, max_width: int) -> int:

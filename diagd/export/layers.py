@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from enum import Enum
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-
-class NormKind(str, Enum):
-    """``RMS``: scale only. ``LAYER``: centred and scaled, with a shift where the model has biases."""
-
-    RMS = "rms"
-    LAYER = "layer"
 
 
 class RMSNorm(nn.Module):

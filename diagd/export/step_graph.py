@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from diagd.bundle.manifest import Form, SamplingRules
+from diagd.bundle.transformer import TransformerConfig
 from diagd.export.portable import PortableStep
 from diagd.export.sampler import GraphSampler
 from diagd.export.step import ModernStep, PrefixStep, TextRows
 from diagd.export.tracing import trace
-from diagd.export.transformer import Transformer, TransformerConfig
+from diagd.export.transformer import Transformer
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diagd.export.layers import GeluFeedForward, LayerNorm, NormKind, RMSNorm, SwiGLU, biased
-from diagd.export.rotary import Rotary, grid_sinusoids
-from diagd.schedule import StreamLayout
+from diagd.bundle.rotary import grid_sinusoids
+from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig
+from diagd.export.layers import GeluFeedForward, LayerNorm, RMSNorm, SwiGLU, biased
 
 
 class AttentionForm(Protocol):
@@ -31,89 +31,11 @@ class AttentionForm(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class TextShape:
-    """Text that cross-attention reads: vectors [length, width]."""
-
-    length: int
-    width: int
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Dimensions and options of a decoder.
-
-    Attributes:
-        layout: token stream; gives rotary coordinates and slot embeddings their period.
-        context_frames: frames that training let a query see, its own included.
-        vocabulary: ids of the embedding.
-        output_vocabulary: ids of the head; the first ones of the vocabulary.
-        hidden: width of the residual stream.
-        feed_forward: inner width of the feed-forward layer.
-        layers, heads, kv_heads, head_size: attention dimensions.
-        rotary: rotary embedding of queries and keys; None without.
-        slot_embedding: add a learned vector for the place inside the frame.
-        position_embedding: add a learned vector for the position inside the context.
-        layer_embedding: add sinusoids of frame, row and column before every layer.
-        norm: of the residual stream.
-        norm_epsilon: of every norm.
-        qk_norm: RMSNorm over each head's queries and keys, ahead of the rotary embedding.
-        bias: projections, feed-forward layers and layer norms have one.
-        gated: feed-forward layers are SwiGLU; otherwise GELU in its tanh form.
-        tied_head: the head is the embedding.
-        text: every layer also attends to text; None without.
-    """
-
-    layout: StreamLayout
-    context_frames: int
-    vocabulary: int
-    output_vocabulary: int
-    hidden: int
-    feed_forward: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    rotary: Rotary | None
-    slot_embedding: bool = False
-    position_embedding: bool = False
-    layer_embedding: bool = False
-    norm: NormKind = NormKind.RMS
-    norm_epsilon: float = 1e-5
-    qk_norm: bool = False
-    bias: bool = False
-    gated: bool = True
-    tied_head: bool = False
-    text: TextShape | None = None
-
-    @property
-    def context_length(self) -> int:
-        """Positions of a full context."""
-        return self.layout.frame_start(self.context_frames)
-
-    @property
-    def absolute(self) -> bool:
-        """Whether hidden states depend on positions themselves, not only on their differences."""
-        return self.position_embedding or self.layer_embedding
-
-    @property
-    def rotary_positions(self) -> int:
-        """Rows of the rotary table.
-
-        Two contexts, so that cached keys are rotated back once per context; one where that is no use.
-        """
-        return self.context_length if self.absolute else self.layout.frame_start(2 * self.context_frames + 2)
-
-    @property
-    def qkv_width(self) -> int:
-        """Columns of the fused query, key and value projection."""
-        return (self.heads + 2 * self.kv_heads) * self.head_size
-
-    def make_norm(self) -> nn.Module:
-        """A norm of the residual stream."""
-        if self.norm is NormKind.RMS:
-            return RMSNorm(self.hidden, self.norm_epsilon)
-        return LayerNorm(self.hidden, self.norm_epsilon, self.bias)
+def make_norm(config: TransformerConfig) -> nn.Module:
+    """A norm of the residual stream."""
+    if config.norm is NormKind.RMS:
+        return RMSNorm(config.hidden, config.norm_epsilon)
+    return LayerNorm(config.hidden, config.norm_epsilon, config.bias)
 
 
 @dataclass(frozen=True)
@@ -135,7 +57,7 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.heads * config.head_size
+        width = config.query_width
         self.qkv = nn.Parameter(torch.empty(config.hidden, config.qkv_width))
         self.out = nn.Parameter(torch.empty(width, config.hidden))
         self.qkv_bias = nn.Parameter(torch.zeros(config.qkv_width)) if config.bias else None
@@ -165,9 +87,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: TransformerConfig, text: TextShape) -> None:
         super().__init__()
         self.config = config
-        width = config.heads * config.head_size
+        width = config.query_width
         self.query = nn.Parameter(torch.empty(config.hidden, width))
-        self.key_value = nn.Parameter(torch.empty(text.width, 2 * config.kv_heads * config.head_size))
+        self.key_value = nn.Parameter(torch.empty(text.width, 2 * config.key_width))
         self.out = nn.Parameter(torch.empty(width, config.hidden))
         self.query_norm = RMSNorm(config.head_size, config.norm_epsilon)
         self.key_norm = RMSNorm(config.head_size, config.norm_epsilon)
@@ -195,12 +117,12 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = config.make_norm()
+        self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         if config.text:
-            self.cross_attention_norm = config.make_norm()
+            self.cross_attention_norm = make_norm(config)
             self.cross_attention = CrossAttention(config, config.text)
-        self.feed_forward_norm = config.make_norm()
+        self.feed_forward_norm = make_norm(config)
         self.feed_forward = (
             SwiGLU(config.hidden, config.feed_forward)
             if config.gated
@@ -232,7 +154,7 @@ class Transformer(nn.Module):
         if config.position_embedding:
             self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.hidden))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = config.make_norm()
+        self.norm = make_norm(config)
         if not config.tied_head:
             self.head = nn.Parameter(torch.empty(config.hidden, config.output_vocabulary))
         for name, table in position_tables(config, self.embedding.device).items():

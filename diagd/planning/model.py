@@ -7,8 +7,9 @@ from pathlib import Path
 
 from diagd.bundle import Form, Manifest, read_manifest
 from diagd.bundle.manifest import AbsoluteContext, RotaryContext, StepGraph
+from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import BundleError
-from diagd.planning.onnx_graph import OnnxGraph, read_graph
+from diagd.planning.onnx_graph import read_graph
 from diagd.schedule import StreamLayout
 
 
@@ -69,6 +70,32 @@ class StoredModel:
         return self.streamed_bytes + self.cache_bytes * self.size.cache_elements * live
 
 
+def size_of(
+    name: str,
+    config: TransformerConfig,
+    context: RotaryContext | AbsoluteContext,
+    *,
+    tokenizer: int,
+    pixel_frames: int,
+) -> ModelSize:
+    """Dimensions of a transformer with a tokenizer of so many parameters; see ``ModelSize``."""
+    return ModelSize(
+        name=name,
+        layout=config.layout,
+        context_frames=context.frames,
+        layers=config.layers,
+        kv_heads=config.kv_heads,
+        head_size=config.head_size,
+        query_width=config.query_width,
+        output_vocabulary=config.output_vocabulary,
+        streamed=config.parameters - config.looked_up_parameters,
+        looked_up=config.looked_up_parameters,
+        tokenizer=tokenizer,
+        pixel_frames=pixel_frames,
+        refed=refed_tokens(context, config.layout),
+    )
+
+
 def read_model(path: Path, precision: str | None = None, form: Form | None = None) -> StoredModel:
     """Dimensions of a bundle from its manifest and the headers of its graphs.
 
@@ -84,22 +111,12 @@ def read_model(path: Path, precision: str | None = None, form: Form | None = Non
     entry = step_graph(path, manifest, precision, form)
     graph = read_graph(path / entry.file)
     streamed = [tensor for tensor in graph.initializers if not tensor.looked_up]
-    looked_up = sum(tensor.parameters for tensor in graph.initializers if tensor.looked_up)
-    cache = manifest.cache
-    size = ModelSize(
-        name=manifest.name,
-        layout=manifest.layout,
-        context_frames=manifest.context.frames,
-        layers=cache.layers,
-        kv_heads=cache.kv_heads,
-        head_size=cache.head_size,
-        query_width=_query_width(graph, cache.kv_heads * cache.head_size),
-        output_vocabulary=manifest.output_vocabulary,
-        streamed=sum(tensor.parameters for tensor in streamed),
-        looked_up=looked_up,
+    size = size_of(
+        manifest.name,
+        manifest.transformer,
+        manifest.context,
         tokenizer=_tokenizer_parameters(path, manifest),
         pixel_frames=manifest.tokenizer.temporal_factor if manifest.tokenizer else 1,
-        refed=refed_tokens(manifest.context, manifest.layout),
     )
     return StoredModel(size, sum(t.bytes for t in streamed), manifest.cache_dtype(entry).itemsize)
 
@@ -133,12 +150,6 @@ def step_graph(
             return graph
     wanted = " ".join(filter(None, (precision, form and form.value))) or "step"
     raise BundleError(f"{path} has no {wanted} graph; export it again")
-
-
-def _query_width(graph: OnnxGraph, least: int) -> int:
-    """Rows of the attention's output projection, which the exporter stores as [in, out]."""
-    widths = [t.shape[0] for t in graph.initializers if "attention.out" in t.name and len(t.shape) == 2]
-    return max([least, *widths])
 
 
 def _tokenizer_parameters(path: Path, manifest: Manifest) -> int:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, atomic_bundle, seal
 from diagd.bundle.targets import bundle_target
+from diagd.bundle.transformer import TransformerConfig
 from diagd.engines.external_data import external_data
 from diagd.errors import UsageError
-from diagd.export.transformer import Transformer, TransformerConfig
+from diagd.export.transformer import Transformer
 from diagd.tuning.align import AlignOptions, Report, align
 
 if TYPE_CHECKING:

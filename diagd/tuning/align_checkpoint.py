@@ -99,5 +99,5 @@ def read_windows(path: Path, family: Family, frames: int) -> NDArray[np.int64]:
     step = max(1, frames // 2) * layout.frame_length
     starts = range(0, len(stream) - length + 1, step)
     windows = np.stack([stream[start : start + length] for start in starts])
-    prefix = np.tile(np.asarray(family.prefix_tokens, np.int64), (len(windows), 1))
+    prefix = np.tile(np.asarray(layout.prefix_tokens, np.int64), (len(windows), 1))
     return np.concatenate([prefix, windows], axis=1)

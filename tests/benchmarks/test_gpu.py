@@ -18,6 +18,7 @@ from benchmarks.gpu import MODELS, main, missing
 from benchmarks.gpu_measure import PARTS, Bench, extents, first_steps, make_bundle, stored_weights, widths_of
 from benchmarks.gpu_report import BEGIN, END, Results, Row, markdown, verdicts, write_section
 from diagd.bundle import Bundle, Form
+from diagd.bundle.rotary import grid_rotary
 from diagd.engines.cuda.driver import open_driver
 from diagd.engines.cuda.engine import DeviceEngine
 from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram, nodes_outside
@@ -27,7 +28,6 @@ from diagd.errors import DiagdError, UsageError
 from diagd.export.exporter import random_sources
 from diagd.export.families.family import Family
 from diagd.export.families.registry import find
-from diagd.export.rotary import grid_rotary
 from diagd.export.transformer import Transformer
 from diagd.planning.ceilings import Ceilings
 from diagd.schedule import StreamLayout

@@ -20,6 +20,8 @@ from diagd.bundle.manifest import (
     SamplingRules,
     StepGraph,
 )
+from diagd.bundle.rotary import linear_rotary
+from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig
 from diagd.errors import BundleError
 from diagd.schedule import StreamLayout
 
@@ -28,9 +30,21 @@ def manifest() -> Manifest:
     return Manifest(
         name="small",
         family="small",
-        layout=StreamLayout(rows=2, columns=3, before=1),
-        vocabulary=10,
-        output_vocabulary=8,
+        transformer=TransformerConfig(
+            layout=StreamLayout(rows=2, columns=3, before=1),
+            context_frames=4,
+            vocabulary=10,
+            output_vocabulary=8,
+            hidden=8,
+            feed_forward=12,
+            layers=1,
+            heads=2,
+            kv_heads=1,
+            head_size=4,
+            rotary=linear_rotary(4, 1e4),
+            norm=NormKind.LAYER,
+            text=TextShape(3, 5),
+        ),
         sampling=SamplingRules(ranges=(IdRange(low=0, high=8), IdRange(cell=0, low=1, high=8))),
         context=RotaryContext(frames=4, positions=70, frame_angles=(0.5, 0.25)),
         schedule=DefaultSchedule(k=1),
@@ -66,10 +80,14 @@ def test_what_was_sealed_is_what_is_opened(bundle: Path) -> None:
 
 def test_the_layout_is_stored_as_plain_fields(bundle: Path) -> None:
     tokens = {"rows": 2, "columns": 3, "before": 1, "after": 0, "prefix": 2, "prefix_tokens": [7, 9]}
-    edit(bundle, layout=tokens)
+    content = json.loads((bundle / "manifest.json").read_text())
+    edit(bundle, transformer=content["transformer"] | {"layout": tokens})
     layout = Bundle.open(bundle).manifest.layout
     assert layout == StreamLayout(2, 3, before=1, prefix_tokens=(7, 9))
-    assert json.loads(Bundle.open(bundle).manifest.model_dump_json())["layout"] == tokens
+    stored = json.loads(Bundle.open(bundle).manifest.model_dump_json())["transformer"]
+    assert stored["layout"] == tokens
+    assert (stored["norm"], stored["text"]) == ("layer", {"length": 3, "width": 5})
+    assert [axis["axis"] for axis in stored["rotary"]["axes"]] == ["position"]
 
 
 def test_missing_bundles_are_refused(tmp_path: Path) -> None:
@@ -122,11 +140,40 @@ def test_newer_bundles_are_refused(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
-def test_damaged_manifests_are_refused(bundle: Path) -> None:
-    edit(bundle, vocabulary="many")
-    with pytest.raises(BundleError, match="field 'vocabulary'"):
+@pytest.mark.parametrize(
+    ("provenance", "line"),
+    [
+        ({"source": "my weights.pt"}, "--model small --checkpoint 'my weights.pt'"),
+        ({"source": "random", "random_seed": 3}, "--random-weights --model small --seed 3"),
+    ],
+)
+def test_older_bundles_are_refused_with_the_line_that_makes_them_again(
+    bundle: Path, provenance: dict[str, object], line: str
+) -> None:
+    edit(bundle, schema_version=1, provenance=provenance)
+    with pytest.raises(BundleError) as failure:
         Bundle.open(bundle)
-    edit(bundle, vocabulary=10, surprise=1)
+    assert str(failure.value) == (
+        f"{bundle} has schema version 1, this diagd reads version 2; export it again: "
+        f"diagd-export {line} --form prefix --precision fp32 --output {bundle}"
+    )
+
+
+def test_an_older_manifest_may_say_nothing(bundle: Path) -> None:
+    (bundle / "manifest.json").write_text('{"schema_version": 1}')
+    with pytest.raises(BundleError, match=r"diagd-export --model NAME --checkpoint FILE --output .*small"):
+        Bundle.open(bundle)
+
+
+def test_damaged_manifests_are_refused(bundle: Path) -> None:
+    transformer = json.loads((bundle / "manifest.json").read_text())["transformer"]
+    edit(bundle, transformer=transformer | {"vocabulary": "many"})
+    with pytest.raises(BundleError, match=r"field 'transformer\.vocabulary'"):
+        Bundle.open(bundle)
+    edit(bundle, transformer=transformer | {"layout": {"rows": 0, "columns": 3}})
+    with pytest.raises(BundleError, match="at least 1 x 1 cells, got 0 x 3; export the bundle again"):
+        Bundle.open(bundle)
+    edit(bundle, transformer=transformer, surprise=1)
     with pytest.raises(BundleError, match="field 'surprise'"):
         Bundle.open(bundle)
     (bundle / "manifest.json").write_text('{"schema_version": 1,')

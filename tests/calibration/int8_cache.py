@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from diagd.bundle import Bundle, Form, seal
+from diagd.bundle.rotary import linear_rotary
 from diagd.calibration.kv_rewrite import quantise_cache
 from diagd.calibration.projections import load_graph
 from diagd.export.exporter import GraphOptions
-from diagd.export.rotary import linear_rotary
 from diagd.export.transformer import FullAttention, Transformer
 from diagd.schedule import StreamLayout
 from tests.models import export_small

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from diagd.bundle import Bundle, Form, seal
+from diagd.bundle.rotary import linear_rotary
 from diagd.calibration.projections import load_graph
 from diagd.engines.tensorrt.builder import Build, Builder, BuildOptions
 from diagd.errors import EngineError
 from diagd.export.exporter import GraphOptions
-from diagd.export.rotary import linear_rotary
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.calibration.bundles import quantise

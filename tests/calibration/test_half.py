@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from diagd.bundle import Bundle, Form
+from diagd.bundle.rotary import linear_rotary
 from diagd.calibration.projections import StoredWeights, load_graph
 from diagd.calibration.rewrite import Rewriter
 from diagd.calibration.schemes import find_scheme
 from diagd.calibration.weights_file import WeightsFile
 from diagd.export.exporter import GraphOptions
-from diagd.export.rotary import linear_rotary
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.models import export_small

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from diagd.bundle import Bundle, Form
+from diagd.bundle.rotary import linear_rotary
 from diagd.cli.main import main
 from diagd.engines.cuda.driver import open_driver
 from diagd.engines.fingerprint import ANY, EngineStore
 from diagd.errors import DiagdError
 from diagd.export.exporter import GraphOptions
-from diagd.export.rotary import linear_rotary
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.models import export_small

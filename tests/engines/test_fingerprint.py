@@ -19,6 +19,7 @@ from diagd.bundle.manifest import (
     RotaryContext,
     SamplingRules,
 )
+from diagd.bundle.transformer import TransformerConfig
 from diagd.engines.external_data import ExternalData, external_data
 from diagd.engines.fingerprint import ANY, RECORD_NAME, EngineStore, Fingerprint, graph_digest
 from diagd.errors import EngineError
@@ -58,9 +59,19 @@ def bundle(tmp_path: Path) -> Bundle:
     manifest = Manifest(
         name="small",
         family="small",
-        layout=StreamLayout(rows=2, columns=3),
-        vocabulary=8,
-        output_vocabulary=8,
+        transformer=TransformerConfig(
+            layout=StreamLayout(rows=2, columns=3),
+            context_frames=4,
+            vocabulary=8,
+            output_vocabulary=8,
+            hidden=8,
+            feed_forward=12,
+            layers=1,
+            heads=1,
+            kv_heads=1,
+            head_size=8,
+            rotary=None,
+        ),
         sampling=SamplingRules(ranges=(IdRange(low=0, high=8),)),
         context=RotaryContext(frames=4, positions=60, frame_angles=(0.0,)),
         schedule=DefaultSchedule(k=1),

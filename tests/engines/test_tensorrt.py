@@ -17,6 +17,7 @@ import torch
 from onnx import TensorProto, helper
 
 from diagd.bundle import Bundle, Form
+from diagd.bundle.rotary import linear_rotary
 from diagd.engines.tensorrt.build_log import LogLine, check_log, errors_of
 from diagd.engines.tensorrt.builder import LIVE_INPUT, Build, Builder, BuildOptions
 from diagd.engines.tensorrt.capabilities import Capabilities, capabilities, check_targets, import_tensorrt
@@ -24,7 +25,6 @@ from diagd.engines.tensorrt.memory import MemoryEstimate, available_bytes, check
 from diagd.engines.tensorrt.opening import Request, compile_engine
 from diagd.errors import DependencyError, EngineError
 from diagd.export.exporter import GraphOptions
-from diagd.export.rotary import linear_rotary
 from diagd.export.transformer import Transformer
 from diagd.progress import Progress
 from diagd.schedule import StreamLayout

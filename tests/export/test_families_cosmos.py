@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import diagd
+from diagd.bundle.rotary import grid_rotary
 from diagd.errors import CheckpointError, UsageError
 from diagd.export.exporter import GraphOptions, Sources, export, open_sources
 from diagd.export.families import cosmos
 from diagd.export.families.family import Family
-from diagd.export.rotary import grid_rotary
 from diagd.export.transformer import TextShape, Transformer, TransformerConfig
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
@@ -35,7 +35,7 @@ TEXT = TextShape(length=6, width=10)
 def small(text: bool, yarn: bool) -> TransformerConfig:
     """Sixteen channels split 8, 4, 4; the heads are wider together than the residual stream."""
     return TransformerConfig(
-        layout=StreamLayout(ROWS, COLUMNS, prefix=int(text)),
+        layout=StreamLayout(ROWS, COLUMNS, prefix_tokens=(CODES,) * text),
         context_frames=FRAMES,
         vocabulary=CODES + 4 * text,
         output_vocabulary=CODES,
@@ -115,6 +115,12 @@ def session(case: Case) -> diagd.runtime.session.Session:
     return diagd.load(output, threads=1)
 
 
+def test_the_manifest_holds_the_whole_configuration(
+    case: Case, session: diagd.runtime.session.Session
+) -> None:
+    assert session.manifest.transformer == case.model.config == case.family.transformer
+
+
 @pytest.mark.parametrize("lags", ["next token", "serial", "chained"])
 def test_the_graph_decodes_what_recomputation_decodes(
     case: Case, session: diagd.runtime.session.Session, lags: str
@@ -126,7 +132,7 @@ def test_the_graph_decodes_what_recomputation_decodes(
         "chained": Schedule.chained(layout, 1),
     }[lags]
     stream = np.random.default_rng(1).integers(0, CODES, layout.frame_start(FRAMES))
-    stream[: layout.prefix] = case.family.prefix_tokens
+    stream[: layout.prefix] = layout.prefix_tokens
     prompt = frames_of(stream, layout, 0, 1)
     recompute(case).run(rows_of(schedule.table(1, FRAMES - 1, 0)), stream)
     session.start(prompt, text=None if case.text is None else case.text.astype(np.float32))
@@ -141,7 +147,7 @@ def test_a_full_window_slides(case: Case, session: diagd.runtime.session.Session
     layout, frames = case.family.transformer.layout, 4
     schedule = Schedule.serial(layout, 1)
     stream = np.random.default_rng(2).integers(0, CODES, layout.frame_start(1 + frames))
-    stream[: layout.prefix] = case.family.prefix_tokens
+    stream[: layout.prefix] = layout.prefix_tokens
     session = diagd.load(session_bundle(case), window=3, threads=1)
     session.start(
         frames_of(stream, layout, 0, 1), text=None if case.text is None else case.text.astype(np.float32)

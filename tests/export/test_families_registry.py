@@ -58,6 +58,20 @@ def test_the_tokenizer_makes_the_tokens_of_the_grid(name: str) -> None:
     assert family.schedule.schedule(layout).layout == layout
 
 
+@pytest.mark.parametrize("name", [*PARAMETERS, "crafter-3m"])
+def test_the_tokenizers_parameters_are_known_without_building_it(name: str) -> None:
+    tokenizer = registry.find(name).tokenizer
+    assert tokenizer is not None
+    counted = sum(math.prod(shape) for shape in tokenizer.expected_shapes().values())
+    assert tokenizer.parameters == counted == tokenizer.parameter_count()
+
+
+@pytest.mark.parametrize("name", [*PARAMETERS, "crafter-3m"])
+def test_the_rules_read_as_many_numbers_as_the_transformer_has(name: str) -> None:
+    family = registry.find(name)
+    assert family.transformer.parameters == sum(math.prod(shape) for shape in family.expected.values())
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_context_is_that_of_the_release(name: str) -> None:
     config = registry.find(name).transformer

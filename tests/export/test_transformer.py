@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
-from diagd.export.families import registry
-from diagd.export.layers import LayerNorm, NormKind
-from diagd.export.rotary import (
+from diagd.bundle.rotary import (
     Axis,
     coordinates,
     geometric_frequencies,
@@ -17,7 +16,10 @@ from diagd.export.rotary import (
     linear_rotary,
     yarn,
 )
-from diagd.export.transformer import Transformer, TransformerConfig, position_tables
+from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig, parameter_shapes
+from diagd.export.families import registry
+from diagd.export.layers import LayerNorm
+from diagd.export.transformer import Transformer, position_tables
 from diagd.schedule import StreamLayout
 from tests.oracles import numpy_forward
 
@@ -120,6 +122,36 @@ def test_a_tied_head_is_the_embedding() -> None:
     assert not any(name.startswith("head") for name in model.state_dict())
     states = torch.randn(4, 12)
     torch.testing.assert_close(model.logits(states), states @ model.embedding.T)
+
+
+OPTIONS: list[dict[str, object]] = [
+    {},
+    {"bias": True, "gated": False, "tied_head": True, "position_embedding": True, "rotary": None},
+    {"norm": NormKind.LAYER, "bias": True, "gated": True, "slot_embedding": True},
+    {"norm": NormKind.LAYER, "qk_norm": True, "layer_embedding": True},
+    {"qk_norm": True, "text": TextShape(4, 5), "norm": NormKind.LAYER, "bias": True, "gated": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_shapes_of_the_parameters_are_known_without_the_module(options: dict[str, object]) -> None:
+    config = config_of(**options)
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    assert list(parameter_shapes(config).items()) == shapes
+    assert config.parameters == sum(parameter.numel() for parameter in model.parameters())
+    rows = [parameter for name, parameter in model.named_parameters() if name.endswith("embedding")]
+    once = [parameter for name, parameter in model.named_parameters() if name.endswith("key_value")]
+    tied = config.vocabulary * config.hidden if config.tied_head else 0
+    assert config.looked_up_parameters == sum(p.numel() for p in (*rows, *once)) - tied
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_configuration_survives_its_json(options: dict[str, object]) -> None:
+    """Every field, to the last bit of the frequencies: the module can be rebuilt from a manifest."""
+    config, adapter = config_of(**options), TypeAdapter(TransformerConfig)
+    assert adapter.validate_json(adapter.dump_json(config)) == config
 
 
 @pytest.mark.parametrize(

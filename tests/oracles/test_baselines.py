@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.baselines import OptimisedForm, PublishedForm
+from diagd.bundle.rotary import grid_rotary
 from diagd.errors import UsageError
 from diagd.export.layers import RMSNorm
-from diagd.export.rotary import grid_rotary
 from diagd.export.transformer import Transformer
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from tests.oracles.full_recompute import FullRecompute

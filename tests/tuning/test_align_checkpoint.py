@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from diagd.bundle.rotary import linear_rotary
 from diagd.errors import UsageError
 from diagd.export.checkpoints import RandomCheckpoint, open_checkpoint, select
 from diagd.export.families import cosmos, wham
 from diagd.export.families.family import Family, identity_rules, llama_rules
 from diagd.export.families.mineworld import family
-from diagd.export.rotary import linear_rotary
 from diagd.export.transformer import TransformerConfig
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import AlignOptions

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
+from diagd.bundle.rotary import grid_rotary
+from diagd.bundle.transformer import TextShape, TransformerConfig
 from diagd.export.families.family import Family, TensorRule
-from diagd.export.rotary import grid_rotary
 from diagd.export.tokenizers import cosmos_dv
-from diagd.export.transformer import TextShape, TransformerConfig
 from diagd.schedule import StreamLayout, chained_lag
 
 ROWS, COLUMNS, FRAMES = 40, 64, 5
@@ -46,7 +46,7 @@ def build(name: str, checkpoint: str | None = None) -> Family:
     """One of the released sizes; their dimensions are not read from the checkpoint."""
     size = SIZES[name]
     config = TransformerConfig(
-        layout=StreamLayout(ROWS, COLUMNS, prefix=int(size.text)),
+        layout=StreamLayout(ROWS, COLUMNS, prefix_tokens=(VISUAL_CODES,) * size.text),
         context_frames=FRAMES,
         vocabulary=VISUAL_CODES + 64 * size.text,
         output_vocabulary=VISUAL_CODES,
@@ -88,7 +88,6 @@ def family(
         frames_per_second=25.0,
         licence="code Apache-2.0; weights NVIDIA Open Model License",
         origin=f"{SIZES[name].repository} on the Hugging Face Hub" if name in SIZES else "a checkpoint",
-        prefix_tokens=(config.output_vocabulary,) * layout.prefix,
         tokenizer=cosmos_dv.graphs(tokenizer or cosmos_dv.CosmosDvConfig()),
         default_checkpoint=checkpoint,
         default_tokenizer=TOKENIZER,

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from diagd.bundle.actions import ActionCodec
 from diagd.bundle.manifest import DefaultSchedule, SamplingRules
-from diagd.export.checkpoints import Checkpoint
+from diagd.bundle.transformer import Shape, TransformerConfig, parameter_shapes
 from diagd.export.tokenizers.base import TokenizerGraphs
-from diagd.export.transformer import Transformer, TransformerConfig
-from diagd.export.weights import WeightSource, constant, copied, transposed
 
-Shape = tuple[int, ...]
+if TYPE_CHECKING:
+    from diagd.export.checkpoints import Checkpoint
+    from diagd.export.weights import WeightSource
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class TensorRule:
 
     def weight(self, checkpoint: Checkpoint) -> WeightSource:
         """The canonical tensor, read from the checkpoint."""
+        from diagd.export.weights import constant, copied, transposed
+
         if self.fill:
             value, shape = self.fill
             return constant(np.full(shape, value, np.float32))
@@ -68,7 +70,6 @@ class Family:
         ignored: endings of names that are left out.
         sampling, schedule, actions, frames_per_second: what the manifest says.
         licence: of the weights.
-        prefix_tokens: ids at the very start of the stream.
         origin: where the weights come from, and whether they can still be had.
         tokenizer: pixel graphs, and how their tensors are found in a checkpoint.
         default_checkpoint, default_tokenizer: used where the caller names none.
@@ -86,7 +87,6 @@ class Family:
     licence: str
     origin: str
     actions: ActionCodec | None = None
-    prefix_tokens: tuple[int, ...] = ()
     tokenizer: TokenizerGraphs | None = None
     default_checkpoint: str | None = None
     default_tokenizer: str | None = None
@@ -144,6 +144,4 @@ def llama_rules(config: TransformerConfig) -> tuple[TensorRule, ...]:
 
 def identity_rules(config: TransformerConfig) -> tuple[TensorRule, ...]:
     """Rules for checkpoints under the transformer's own names, stored as its graphs read them."""
-    with torch.device("meta"):
-        state = Transformer(config).state_dict()
-    return tuple(TensorRule(name, ((name, tuple(tensor.shape)),)) for name, tensor in state.items())
+    return tuple(TensorRule(name, ((name, shape),)) for name, shape in parameter_shapes(config).items())

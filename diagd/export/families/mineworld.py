@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
+from diagd.bundle.rotary import linear_rotary
+from diagd.bundle.transformer import TransformerConfig
 from diagd.export.families.family import Family, llama_rules
 from diagd.export.families.mineworld_actions import mineworld_actions
-from diagd.export.rotary import linear_rotary
 from diagd.export.tokenizers import mineworld_vq
-from diagd.export.transformer import TransformerConfig
 from diagd.schedule import StreamLayout
 
 LAYOUT = StreamLayout(rows=14, columns=24, after=11)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
+from diagd.bundle.transformer import NormKind, TransformerConfig
 from diagd.errors import CheckpointError
-from diagd.export.checkpoints import Checkpoint, open_checkpoint, select
 from diagd.export.families.family import Family, TensorRule
 from diagd.export.families.wham_actions import wham_actions
-from diagd.export.layers import NormKind
 from diagd.export.tokenizers import taming_vq, wham_vit
 from diagd.export.tokenizers.base import TokenizerGraphs
 from diagd.export.tokenizers.shapes import Shapes, count, shape_of
-from diagd.export.transformer import TransformerConfig
 from diagd.schedule import StreamLayout
+
+if TYPE_CHECKING:
+    from diagd.export.checkpoints import Checkpoint
 
 ACTION_TOKENS = 16
 ACTION_IDS = 68
@@ -65,6 +66,8 @@ def build(name: str, checkpoint: str | None = None) -> Family:
     Raises:
         CheckpointError: the checkpoint is of another size or its tensors contradict each other.
     """
+    from diagd.export.checkpoints import open_checkpoint
+
     size = SIZES[name]
     if checkpoint is None:
         pixels = wham_vit.graphs(wham_vit.WhamVitConfig())
@@ -188,6 +191,8 @@ def infer_tokenizer(checkpoint: Checkpoint) -> TokenizerGraphs | None:
 
     Frame and head sizes are in the hyperparameters; where those are missing, they are as documented.
     """
+    from diagd.export.checkpoints import select
+
     settings = dict(_leaves(checkpoint.metadata))
 
     def setting(name: str, default: int) -> int:

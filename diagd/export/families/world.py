@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from diagd.bundle.actions import ActionCodec, ChoiceSlot
 from diagd.bundle.files import atomic_file
 from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
+from diagd.bundle.rotary import Axis, Rotary, RotaryAxis, geometric_frequencies
+from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import CheckpointError, UsageError, unknown
 from diagd.export.families.family import Family, identity_rules
-from diagd.export.rotary import Axis, Rotary, RotaryAxis, geometric_frequencies
 from diagd.export.tokenizers.base import TokenizerGraphs
-from diagd.export.tokenizers.patch import PatchDecoder, PatchEncoder
-from diagd.export.transformer import Transformer, TransformerConfig
 from diagd.schedule import StreamLayout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from diagd.export.transformer import Transformer
 
 SHIPPED = Path(__file__).parents[2] / "models"
 WEIGHTS, CODEBOOK, DESCRIPTION = "model.safetensors", "codebook.safetensors", "config.json"
@@ -119,6 +123,7 @@ class World:
 
 def save_world(folder: Path, world: World, training: dict[str, Any]) -> None:
     """Write weights (float16), codebook and description; ``training`` is kept for the record."""
+    import torch
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
@@ -160,6 +165,8 @@ def load_world(folder: Path) -> World:
         CheckpointError: files are missing, or do not fit the description.
     """
     from safetensors.torch import load_file
+
+    from diagd.export.transformer import Transformer
 
     description = load_description(folder)
     model = Transformer(description.transformer_config())
@@ -213,6 +220,21 @@ def _codec(description: WorldDescription) -> ActionCodec:
 
 def _tokenizer(description: WorldDescription) -> TokenizerGraphs:
     shape = (description.codes, description.patch, description.patch, 3)
+
+    def encoder() -> nn.Module:
+        import torch
+
+        from diagd.export.tokenizers.patch import PatchEncoder
+
+        return PatchEncoder(torch.zeros(shape, dtype=torch.uint8))
+
+    def decoder() -> nn.Module:
+        import torch
+
+        from diagd.export.tokenizers.patch import PatchDecoder
+
+        return PatchDecoder(torch.zeros(shape, dtype=torch.uint8))
+
     return TokenizerGraphs(
         height=description.rows * description.patch,
         width=description.columns * description.patch,
@@ -220,7 +242,8 @@ def _tokenizer(description: WorldDescription) -> TokenizerGraphs:
         codes=description.codes,
         temporal_factor=1,
         chunk_frames=64,
-        build_encoder=lambda: PatchEncoder(torch.zeros(shape, dtype=torch.uint8)),
-        build_decoder=lambda: PatchDecoder(torch.zeros(shape, dtype=torch.uint8)),
+        build_encoder=encoder,
+        build_decoder=decoder,
+        parameters=math.prod(shape),
         rename=lambda name: name,
     )

@@ -6,9 +6,11 @@ graph maps them back. Scaling, normalisation, clamping and truncation are inside
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from diagd.errors import UsageError
 
@@ -34,6 +36,7 @@ class TokenizerGraphs:
         rename: key of a released checkpoint to parameter name, or None for a tensor that is not used.
         cover: the released code scales pictures of another size evenly and keeps their centre; else it
             stretches them.
+        parameters: of both, where they are known without building them.
     """
 
     height: int
@@ -46,6 +49,7 @@ class TokenizerGraphs:
     build_decoder: Callable[[], nn.Module]
     rename: Callable[[str], str | None]
     cover: bool = False
+    parameters: int | None = None
 
     def latents(self, frames: int) -> int:
         """Latent frames that encode ``frames`` pixel frames of one call.
@@ -72,3 +76,14 @@ class TokenizerGraphs:
         with torch.device("meta"):
             modules = (self.build_encoder(), self.build_decoder())
         return {name: tuple(p.shape) for module in modules for name, p in module.state_dict().items()}
+
+    def parameter_count(self) -> int:
+        """Parameters of encoder and decoder together; builds them where the number is not known."""
+        if self.parameters is not None:
+            return self.parameters
+        return sum(math.prod(shape) for shape in self.expected_shapes().values())
+
+
+def build(module: str, name: str, config: object) -> nn.Module:
+    """A network from its configuration; the module that holds it needs torch and is imported only here."""
+    return cast("nn.Module", getattr(importlib.import_module(module), name)(config))

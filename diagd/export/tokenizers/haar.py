@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from diagd.export.tokenizers.cosmos_dv import HAAR_SIDE
 from diagd.export.tokenizers.pixels import constant
 
-SIDE = 4
+SIDE = HAAR_SIDE
 COLOURS = 3
 CHANNELS = COLOURS * SIDE**3
 

@@ -11,7 +11,6 @@ import pytest
 from diagd.errors import CheckpointError, UsageError
 from diagd.export.tokenizers.cosmos_dv import (
     CosmosDvConfig,
-    Encoder,
     expected_shapes,
     graphs,
     infer_config,
@@ -227,4 +226,4 @@ def test_derived_buffers_are_skipped() -> None:
 
 def test_a_frame_that_is_no_multiple_is_refused() -> None:
     with pytest.raises(UsageError, match=r"630.*multiples of 16"):
-        Encoder(CosmosDvConfig(height=630))
+        graphs(CosmosDvConfig(height=630))

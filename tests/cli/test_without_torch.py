@@ -1,0 +1,47 @@
+"""``models``, ``plan`` and ``inspect`` on a machine that has no PyTorch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from diagd.export.families.registry import MODULES
+from tests.cli.conftest import Workplace
+
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ImportError("torch is not here")
+sys.meta_path.insert(0, Blocker())
+from diagd.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-c", BLOCKED, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode in (0, 1), result.stderr
+    return result.stdout
+
+
+def test_models_are_listed() -> None:
+    names = {row["model"] for row in json.loads(run("models", "--json"))}
+    assert names == MODULES.keys() - {"world"}
+
+
+@pytest.mark.parametrize("name", ["crafter-3m", "cosmos-5b-video2world", "mineworld-300m", "wham-200m"])
+def test_models_are_planned(name: str) -> None:
+    plan = json.loads(run("plan", name, "--device", "orin-agx", "--json"))
+    assert plan["model"]["streamed"] > 0
+    assert plan["model"]["tokenizer"] > 0
+
+
+def test_a_bundle_is_planned_and_inspected(workplace: Workplace) -> None:
+    assert json.loads(run("plan", str(workplace.bundle), "--device", "orin-agx", "--json"))["stored"]
+    assert "schedule k=" in run("inspect", str(workplace.bundle))
