@@ -56,7 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=THIS, help=f"{', '.join(DEVICES)} or {THIS} (default)")
     parser.add_argument("--precision", default="fp16", choices=PRECISIONS, help="default %(default)s")
     parser.add_argument("--kv-cache", choices=KV_CACHES, help="default: floating point")
-    parser.add_argument("--checkpoint", help="file, folder or hf://org/name; only its header is read")
+    parser.add_argument("--checkpoint", help="file or folder; only its header is read")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     add_set_option(parser, PlanSettings)
 
@@ -129,6 +129,11 @@ def _family_size(name: str, checkpoint: str | None) -> ModelSize:
     from diagd.export.families.registry import find
     from diagd.planning.model import size_of
 
+    if checkpoint is not None and checkpoint.startswith("hf:"):
+        raise UsageError(
+            f"--checkpoint {checkpoint}: a plan reads files that are here; leave the option out to plan by the "
+            "published dimensions, or give the path of your own copy"
+        )
     family = find(name, checkpoint)
     if checkpoint is not None:
         _check_header(family, checkpoint)
@@ -143,18 +148,10 @@ def _family_size(name: str, checkpoint: str | None) -> ModelSize:
 
 
 def _check_header(family: Family, checkpoint: str) -> None:
-    """Refuse a checkpoint whose header is not that of the model; of the Hub only headers are fetched."""
+    """Refuse a checkpoint whose header is not that of the model."""
     from diagd.export.checkpoints import check, open_checkpoint, select
-    from diagd.export.checkpoints.hub import parse_address
-    from diagd.planning.remote import check_shapes, remote_shapes
 
-    if not checkpoint.startswith("hf://"):
-        check(select(open_checkpoint(checkpoint), family.rename), family.expected)
-        return
-    address = parse_address(checkpoint)
-    found = remote_shapes(address.repo, address.revision).items()
-    renamed = {target: shape for name, shape in found if (target := family.rename(name)) is not None}
-    check_shapes(address.repo, renamed, dict(family.expected))
+    check(select(open_checkpoint(checkpoint), family.rename), family.expected)
 
 
 def _check(model: ModelSize, settings: PlanSettings) -> None:

@@ -4,11 +4,10 @@
 Hugging Face repository; `select` renames, `check` compares with a model, `RandomCheckpoint` replaces a file.
 """
 
-from diagd.export.checkpoints.checkpoint import Checkpoint, select
-from diagd.export.checkpoints.fit import WEIGHT_DTYPES, check
+from diagd.export.checkpoints.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorHandle, select
+from diagd.export.checkpoints.fit import check
 from diagd.export.checkpoints.opening import open_checkpoint
 from diagd.export.checkpoints.random_weights import Moments, RandomCheckpoint, initial_moments
-from diagd.export.checkpoints.tensors import TensorHandle
 
 __all__ = [
     "WEIGHT_DTYPES",

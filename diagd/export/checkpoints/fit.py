@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from diagd.errors import CheckpointError
-from diagd.export.checkpoints.checkpoint import Checkpoint
-from diagd.export.checkpoints.tensors import Shape
+from diagd.export.checkpoints.checkpoint import WEIGHT_DTYPES, Checkpoint, Shape
 
-WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _LINES_PER_KIND = 12
 
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 
 from diagd.errors import CheckpointError
-from diagd.export.checkpoints.checkpoint import Checkpoint
-from diagd.export.checkpoints.tensors import TensorHandle
+from diagd.export.checkpoints.checkpoint import Checkpoint, TensorHandle
 
-INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".jit")
 _PREFERRED = (
     "model.safetensors.index.json",
@@ -22,25 +21,37 @@ _PREFERRED = (
 )
 
 
+def is_index(name: str) -> bool:
+    """Whether a file name is that of the index of a sharded set."""
+    return name.lower().endswith(_INDEX_SUFFIXES)
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a file name ends as checkpoints do, in whatever case."""
+    return name.lower().endswith((*_SUFFIXES, *_INDEX_SUFFIXES))
+
+
 def choose_file(names: Collection[str], source: str) -> str:
-    """The file to open among the names of a folder (not of its subfolders).
+    """The file to open among the names of a folder (not of its subfolders; hidden ones do not count).
 
     An index or a file of a usual name wins; otherwise there must be a single candidate.
 
     Raises:
         CheckpointError: there is no candidate, or more than one.
     """
-    for name in _PREFERRED:
-        if name in names:
-            return name
-    found = sorted(name for name in names if name.endswith(INDEX_SUFFIXES))
-    found = found or sorted(name for name in names if name.endswith(_SUFFIXES))
+    shown = sorted(name for name in names if not name.startswith("."))
+    for preferred in _PREFERRED:
+        for name in shown:
+            if name.lower() == preferred:
+                return name
+    found = [name for name in shown if is_index(name)]
+    found = found or [name for name in shown if is_checkpoint_name(name)]
     if len(found) == 1:
         return found[0]
     if found:
-        shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
-        raise CheckpointError(f"{source} holds {len(found)} checkpoints ({shown}); name the one you want")
-    held = ", ".join(sorted(names)[:8]) or "no file"
+        several = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+        raise CheckpointError(f"{source} holds {len(found)} checkpoints ({several}); name the one you want")
+    held = ", ".join(shown[:8]) or "no file"
     raise CheckpointError(
         f"{source} holds no checkpoint: found {held}, expected a file ending in {', '.join(_SUFFIXES)}"
     )
@@ -61,7 +72,7 @@ def shard_names(index: Path) -> dict[str, str]:
             "an object with 'weight_map'; download it again"
         ) from error
     for shard in shards.values():
-        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith(_SUFFIXES):
+        if PurePosixPath(shard).name != shard or "\\" in shard or not is_checkpoint_name(shard):
             raise CheckpointError(
                 f"{index} names the shard '{shard}', expected a file beside the index; do not use this file"
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -11,6 +13,11 @@ from diagd.errors import CheckpointError, require
 from diagd.export.checkpoints import folder
 
 _FORM = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<subpath>.*?))?/?")
+_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:blob|resolve|tree|raw)/(?P<revision>[^/?]+))?(?:/(?P<subpath>[^?]*?))?/?(?:\?.*)?"
+)
+_BARE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:@[^/@]+)?(?:/.*)?")
 
 
 class HubAddress(NamedTuple):
@@ -26,17 +33,9 @@ class HubAddress(NamedTuple):
     revision: str | None
     subpath: str
 
-
-class Fetched(NamedTuple):
-    """A local copy.
-
-    Attributes:
-        path: file, index or folder in the local cache.
-        source: ``hf://`` address with the commit that was resolved.
-    """
-
-    path: Path
-    source: str
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"hf://{self.repo}{revision}" + (f"/{self.subpath}" if self.subpath else "")
 
 
 def parse_address(spec: str) -> HubAddress:
@@ -55,10 +54,22 @@ def parse_address(spec: str) -> HubAddress:
     return HubAddress(match["repo"], unquote(revision) if revision else None, match["subpath"] or "")
 
 
-def fetch(spec: str) -> Fetched:
+def guess_address(spec: str) -> str | None:
+    """The ``hf://`` address that a page of the Hub or a bare ``org/name`` stands for; None for a path."""
+    if page := _PAGE.fullmatch(spec):
+        return str(HubAddress(page["repo"], page["revision"], page["subpath"] or ""))
+    first, *rest = spec.split("/")
+    is_path = Path(first).exists() or (len(rest) == 1 and folder.is_checkpoint_name(spec))
+    return None if is_path or not _BARE.fullmatch(spec) else f"hf://{spec}"
+
+
+def fetch(spec: str) -> tuple[Path, str]:
     """Download what an address names, or find it in the cache when the Hub does not give it.
 
     Of a folder, only the checkpoint that `choose_file` picks is downloaded, with all its shards.
+
+    Returns:
+        File or index in the local cache, and its ``hf://`` address with the commit that was resolved.
 
     Raises:
         CheckpointError: the Hub has no such repository, revision or file, grants no access or is out of
@@ -67,8 +78,16 @@ def fetch(spec: str) -> Fetched:
     """
     address = parse_address(spec)
     require("huggingface_hub", extra="export", purpose="read hf:// checkpoints")
+    from huggingface_hub import HfApi, snapshot_download
+
+    def get(patterns: Collection[str], revision: str | None) -> Path:
+        escaped = [glob.escape(pattern) for pattern in patterns]
+        return Path(snapshot_download(address.repo, revision=revision, allow_patterns=escaped))
+
     try:
-        path = _download(address)
+        info = HfApi().model_info(address.repo, revision=address.revision)
+        main = _main_file(address, {file.rfilename for file in info.siblings or ()})
+        snapshot = _download(main, address.revision, get)
     except CheckpointError:
         raise
     except Exception as error:
@@ -76,23 +95,20 @@ def fetch(spec: str) -> Fetched:
         cached = _cached(address)
         if cached is None:
             raise _unavailable(address, error) from error
-        path = cached
-    return Fetched(path, _source(address, path))
+        snapshot = cached
+        held = (path.relative_to(snapshot) for path in snapshot.rglob("*") if path.is_file())
+        main = _main_file(address, {path.as_posix() for path in held})
+    return snapshot / main, str(HubAddress(address.repo, snapshot.name, main))
 
 
-def _download(address: HubAddress) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
-
-    info = HfApi().model_info(address.repo, revision=address.revision)
-    names = {file.rfilename for file in info.siblings or ()}
-    main = _main_file(address, names)
-    path = Path(hf_hub_download(address.repo, main, revision=address.revision))
-    if main.endswith(folder.INDEX_SUFFIXES):
+def _download(main: str, revision: str | None, get: Callable[[Collection[str], str | None], Path]) -> Path:
+    """The snapshot with a file and, where that is an index, its shards of the same commit."""
+    snapshot = get([main], revision)
+    if folder.is_index(main):
         home = main.rpartition("/")[0]
-        for shard in dict.fromkeys(folder.shard_names(path).values()):
-            # The commit, so that all shards are of the version of the index.
-            hf_hub_download(address.repo, f"{home}/{shard}".lstrip("/"), revision=info.sha)
-    return path
+        shards = set(folder.shard_names(snapshot / main).values())
+        get([main, *(f"{home}/{shard}".lstrip("/") for shard in shards)], snapshot.name)
+    return snapshot
 
 
 def _main_file(address: HubAddress, names: set[str]) -> str:
@@ -100,7 +116,7 @@ def _main_file(address: HubAddress, names: set[str]) -> str:
         return address.subpath
     prefix = f"{address.subpath}/" if address.subpath else ""
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    where = f"hf://{address.repo}" + (f"/{address.subpath}" if prefix else "")
+    where = str(address._replace(revision=None))
     if not inside:
         held = ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
         raise CheckpointError(f"{where} does not exist; the repository holds {held or 'nothing'}")
@@ -108,21 +124,15 @@ def _main_file(address: HubAddress, names: set[str]) -> str:
 
 
 def _cached(address: HubAddress) -> Path | None:
-    """The address within the cached snapshot of its revision, if it is there."""
+    """The cached snapshot of an address's revision, if it holds what is asked for."""
     from huggingface_hub import errors, snapshot_download
 
     try:
         snapshot = snapshot_download(address.repo, revision=address.revision, local_files_only=True)
     except errors.LocalEntryNotFoundError as absent:
         # A snapshot known to be incomplete is fine: only the checkpoint has to be there.
-        snapshot = getattr(absent, "snapshot_path", "")
-    path = Path(snapshot) / address.subpath
-    if not snapshot or not path.exists():
-        return None
-    if path.is_dir():
-        names = [entry.name for entry in path.iterdir() if entry.is_file()]
-        return path / folder.choose_file(names, str(path))
-    return path
+        snapshot = getattr(absent, "snapshot_path", None) or ""
+    return Path(snapshot) if snapshot and (Path(snapshot) / address.subpath).exists() else None
 
 
 def _unavailable(address: HubAddress, error: Exception) -> CheckpointError:
@@ -131,7 +141,7 @@ def _unavailable(address: HubAddress, error: Exception) -> CheckpointError:
     page = f"https://huggingface.co/{address.repo}"
     if isinstance(error, errors.GatedRepoError):
         return CheckpointError(
-            f"{_spell(address)} is gated: accept its terms at {page} and sign in with 'hf auth login' "
+            f"{address} is gated: accept its terms at {page} and sign in with 'hf auth login' "
             "(or set HF_TOKEN)"
         )
     if isinstance(error, errors.RevisionNotFoundError):
@@ -144,24 +154,9 @@ def _unavailable(address: HubAddress, error: Exception) -> CheckpointError:
             f"there is no repository {address.repo} on the Hugging Face Hub that you may see: check the "
             "spelling, sign in with 'hf auth login' if it is private, or pass the path of your own copy"
         )
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
     return CheckpointError(
-        f"cannot reach the Hugging Face Hub for {_spell(address)} and it is not in the local cache "
-        f"({type(error).__name__}: {_first_line(error)}); go online and unset HF_HUB_OFFLINE, or on another "
+        f"cannot reach the Hugging Face Hub for {address} and it is not in the local cache "
+        f"({type(error).__name__}: {reason}); go online and unset HF_HUB_OFFLINE, or on another "
         f"machine run 'hf download {address.repo} --local-dir FOLDER', copy FOLDER here and pass its path"
     )
-
-
-def _source(address: HubAddress, path: Path) -> str:
-    """The address with the commit and file of a path in the cache."""
-    home = "models--" + address.repo.replace("/", "--")
-    _, commit, *inside = path.parts[path.parts.index(home) + 1 :]
-    return _spell(HubAddress(address.repo, commit, "/".join(inside)))
-
-
-def _spell(address: HubAddress) -> str:
-    revision = f"@{address.revision}" if address.revision else ""
-    return f"hf://{address.repo}{revision}" + (f"/{address.subpath}" if address.subpath else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]

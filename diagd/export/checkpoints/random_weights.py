@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.export.checkpoints.checkpoint import Checkpoint
-from diagd.export.checkpoints.tensors import Shape, TensorHandle
+from diagd.export.checkpoints.checkpoint import Checkpoint, Shape, TensorHandle
 
 _PER_COUNTER = 16  # 16-bit draws in one 256-bit Philox block
 _CHUNK = 1 << 20
@@ -74,13 +73,7 @@ class RandomTensor(TensorHandle):
     key: int
     moments: Moments
 
-    def read(self) -> NDArray[Any]:
-        """The whole tensor, float32."""
-        return self._generate(0, self.size).reshape(self.shape)
-
-    def read_rows(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows of axis 0, float32."""
-        self._check_rows(start, stop)
+    def _rows(self, start: int, stop: int) -> NDArray[Any]:
         row = math.prod(self.shape[1:])
         return self._generate(start * row, stop * row).reshape(stop - start, *self.shape[1:])
 

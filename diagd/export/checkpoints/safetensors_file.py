@@ -1,39 +1,45 @@
-"""Reader of safetensors files: 8-byte header length, JSON header, raw tensors."""
+"""Reader of safetensors files."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # teaches NumPy the name bfloat16
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from diagd.errors import CheckpointError
-from diagd.export.checkpoints.checkpoint import Checkpoint
-from diagd.export.checkpoints.tensors import (
-    MappedTensor,
-    TensorHandle,
-    UnreadableTensor,
-    contiguous_strides,
-    is_readable,
-    item_bytes,
-)
+from diagd.export.checkpoints.checkpoint import Checkpoint, TensorHandle
 
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-_HEADER_LIMIT = 100_000_000  # as in the reference implementation
+_KINDS = {"F": "float", "I": "int", "U": "uint"}
+_DTYPES = {f"{code}{bits}": f"{kind}{bits}" for code, kind in _KINDS.items() for bits in (8, 16, 32, 64)}
+_DTYPES |= {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+
+
+@dataclass(frozen=True)
+class SafeTensor(TensorHandle):
+    """A tensor of a file, which is mapped for the time of a read, so that its pages go again."""
+
+    file: Path
+    name: str
+
+    def _rows(self, start: int, stop: int) -> NDArray[Any]:
+        if not self.size:
+            kind = ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype
+            return np.empty((stop - start, *self.shape[1:]), kind)
+        try:
+            with safe_open(self.file, framework="np") as tensors:
+                whole = stop - start == (self.shape or (1,))[0]
+                rows = tensors.get_tensor(self.name) if whole else tensors.get_slice(self.name)[start:stop]
+                return np.asarray(rows)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.file} changed since it was opened: '{self.name}' cannot be read ({error}); run again "
+                "once the file is complete"
+            ) from error
 
 
 def read_safetensors(path: Path) -> Checkpoint:
@@ -42,68 +48,19 @@ def read_safetensors(path: Path) -> Checkpoint:
     ``metadata`` is the header's ``__metadata__``, strings by name.
 
     Raises:
-        CheckpointError: the file is cut short or its header is malformed.
+        CheckpointError: the file is cut short, or its header is malformed or lies.
     """
-    header, begin = _read_header(path)
-    metadata = header.pop("__metadata__", {})
-    room = path.stat().st_size - begin
-    tensors = {name: _tensor(path, name, entry, begin, room) for name, entry in header.items()}
-    return Checkpoint(
-        tensors, source=str(path), metadata=dict(metadata) if isinstance(metadata, dict) else None
-    )
-
-
-def _read_header(path: Path) -> tuple[dict[str, object], int]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if length <= _HEADER_LIMIT else b""
-    if len(text) != length or length == 0:
-        raise CheckpointError(
-            f"{path} is cut short or is not a safetensors file: it announces a header of {length} bytes and "
-            f"has {path.stat().st_size} bytes in all; download it again"
-        )
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        with safe_open(path, framework="np") as file:
+            parts = {name: file.get_slice(name) for name in sorted(file.keys())}
+            metadata = file.metadata()
+    except SafetensorError as error:
         raise CheckpointError(
-            f"{path} has a damaged safetensors header ({error}); download it again"
+            f"{path} is cut short or is not a safetensors file: its {path.stat().st_size} bytes do not fit "
+            f"its header ({error}); download it again"
         ) from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a safetensors header that is not an object; download it again")
-    return header, 8 + length
-
-
-def _tensor(path: Path, name: str, entry: object, begin: int, room: int) -> TensorHandle:
-    try:
-        code, shape, first, last = _fields(entry)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} describes tensor '{name}' as {str(entry)[:200]}, expected dtype, shape and "
-            "data_offsets; download it again"
-        ) from error
-    dtype = _DTYPES.get(code, code)
-    if last > room:
-        raise CheckpointError(
-            f"{path} is cut short: tensor '{name}' ends at byte {begin + last}, the file at {begin + room}; "
-            "download it again"
-        )
-    if not is_readable(dtype):
-        return UnreadableTensor(shape, dtype, last - first)
-    tensor = MappedTensor(shape, dtype, path, begin + first, contiguous_strides(shape))
-    if tensor.nbytes != last - first:
-        raise CheckpointError(
-            f"{path} gives tensor '{name}' {last - first} bytes, but {dtype} {list(shape)} takes "
-            f"{item_bytes(dtype) * tensor.size}; download it again"
-        )
-    return tensor
-
-
-def _fields(entry: object) -> tuple[str, tuple[int, ...], int, int]:
-    if not isinstance(entry, dict):
-        raise TypeError("not an object")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    first, last = offsets
-    numbers = [*shape, first, last]
-    if not all(type(number) is int and number >= 0 for number in numbers) or first > last:
-        raise ValueError("sizes and offsets are non-negative integers in order")
-    return str(entry["dtype"]), tuple(shape), first, last
+    tensors = {
+        name: SafeTensor(tuple(part.get_shape()), _DTYPES.get(code := part.get_dtype(), code), path, name)
+        for name, part in parts.items()
+    }
+    return Checkpoint(tensors, source=str(path), metadata=metadata)

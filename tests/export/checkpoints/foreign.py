@@ -20,7 +20,6 @@ class _ForeignModule:
             "    def __init__(self, **fields): self.__dict__.update(fields)\n"
             "class Encoder: pass\n"
             "class Attributes(dict): pass\n"
-            "class Steps(list): pass\n"
         )
         exec(compile(source, MODULE, "exec"), module.__dict__)
         for value in vars(module).values():
@@ -53,7 +52,7 @@ def write_wham(path, weights, **model_spec):
             "optimizer_states": [optimizer.state_dict()],
             "hparams_name": "kwargs",
             "hyper_parameters": foreign.Attributes(
-                context_encoder_args={"images": arguments}, variant={"n": 2}, steps=foreign.Steps([1, 2])
+                context_encoder_args={"images": arguments}, variant={"n": 2}
             ),
         }
         torch.save(checkpoint, path)

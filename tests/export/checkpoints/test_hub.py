@@ -60,6 +60,9 @@ class Hub(BaseHTTPRequestHandler):
         if repo not in self.repositories:
             return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
         files = self.repositories[repo]
+        if api and parts[4:] == ["tree", COMMIT]:
+            tree = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0"} for name in files]
+            return self.reply(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
         if api:
             if parts[4:] not in ([], ["revision", "main"], ["revision", COMMIT]):
                 return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)

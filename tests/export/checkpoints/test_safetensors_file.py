@@ -23,7 +23,7 @@ def test_dtypes_and_metadata(tmp_path, dtype):
     assert checkpoint.metadata == {"format": "pt"}
     for name, tensor in tensors.items():
         assert checkpoint[name].dtype == str(dtype).removeprefix("torch.")
-        assert checkpoint[name].nbytes == tensor.nbytes
+        assert checkpoint[name].read().nbytes == tensor.nbytes
         np.testing.assert_array_equal(checkpoint[name].read().astype(np.float64), tensor.double().numpy())
     np.testing.assert_array_equal(
         checkpoint["b"].read_rows(1, 2).astype(np.float64), tensors["b"][1:].double().numpy()
@@ -33,7 +33,7 @@ def test_dtypes_and_metadata(tmp_path, dtype):
 def test_fp8_is_known_but_not_read(tmp_path):
     save_file({"w": torch.zeros(3, 2, dtype=torch.float8_e4m3fn)}, tmp_path / "w.safetensors")
     handle = open_checkpoint(tmp_path / "w.safetensors")["w"]
-    assert (handle.dtype, handle.shape, handle.nbytes) == ("float8_e4m3fn", (3, 2), 6)
+    assert (handle.dtype, handle.shape, handle.size) == ("float8_e4m3fn", (3, 2), 6)
     with pytest.raises(CheckpointError, match="float8_e4m3fn"):
         handle.read()
 
@@ -55,18 +55,21 @@ def test_name_need_not_end_in_safetensors(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (entry(data_offsets=[0, 12]), "cut short: tensor 'w' ends at byte"),
-        (entry(data_offsets=[4, 8]), r"gives tensor 'w' 4 bytes, but float32 \[2\] takes 8"),
-        (entry(data_offsets=[8, 0]), "describes tensor 'w'"),
-        (entry(data_offsets=[-8, 0]), "describes tensor 'w'"),
-        (entry(data_offsets=[0]), "describes tensor 'w'"),
-        (entry(shape=[-2]), "describes tensor 'w'"),
-        (entry(shape=[True, 2]), "describes tensor 'w'"),
-        (entry(shape=None), "describes tensor 'w'"),
-        ({"w": 3}, "describes tensor 'w'"),
-        ([1], "not an object"),
-        (b"{not json", "damaged safetensors header"),
-        (b"{" * 100_000, "damaged safetensors header"),
+        (entry(data_offsets=[0, 12]), "cut short"),
+        (entry(data_offsets=[4, 8]), "'?w'?"),
+        (entry(data_offsets=[8, 0]), "'?w'?"),
+        (entry(data_offsets=[-8, 0]), "invalid value: integer `-8`"),
+        (entry(data_offsets=[0]), "invalid length 1"),
+        (entry(shape=[-2]), "invalid value: integer `-2`"),
+        (entry(shape=[True, 2]), "invalid type: boolean"),
+        (entry(shape=None), "invalid type: null"),
+        (entry(dtype="F33"), "unknown variant `F33`"),
+        (entry(shape=[2**62, 4]), "overflow|arithmetic"),
+        (entry() | {"v": entry()["w"]}, "'?v'?|'?w'?"),
+        ({"w": 3}, "expected struct TensorInfo"),
+        ([1], "invalid type: sequence"),
+        (b"{not json", "key must be a string"),
+        (b"{" * 100_000, "key must be a string|recursion"),
     ],
 )
 def test_malformed_headers(tmp_path, header, message):
@@ -86,5 +89,5 @@ def test_truncated_download(tmp_path, kept):
 
 def test_announced_header_is_not_allocated(tmp_path):
     (tmp_path / "w.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
-    with pytest.raises(CheckpointError, match="announces a header of"):
+    with pytest.raises(CheckpointError, match="header too large"):
         open_checkpoint(tmp_path / "w.safetensors")

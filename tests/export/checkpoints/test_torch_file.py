@@ -69,25 +69,22 @@ def test_wham_with_foreign_classes(tmp_path):
         "hparams_name": "kwargs",
         "hyper_parameters": {
             "__class__": f"{MODULE}.Attributes",
-            "__items__": {
-                "context_encoder_args": {
-                    "images": {
-                        "__class__": f"{MODULE}.CreationArgs",
-                        "pl_class": f"{MODULE}.Encoder",
-                        "pl_checkpoint_path": checkpoint.metadata["hyper_parameters"]["__items__"][
-                            "context_encoder_args"
-                        ]["images"]["pl_checkpoint_path"],
-                        "pl_kwargs": {
-                            "vqgan": {
-                                "ch_mult": [1, 2],
-                                "size": {"__class__": f"{MODULE}.Size", "__args__": [8, 4]},
-                            }
-                        },
-                    }
-                },
-                "variant": {"n": 2},
-                "steps": {"__class__": f"{MODULE}.Steps", "__elements__": [1, 2]},
+            "context_encoder_args": {
+                "images": {
+                    "__class__": f"{MODULE}.CreationArgs",
+                    "pl_class": f"{MODULE}.Encoder",
+                    "pl_checkpoint_path": checkpoint.metadata["hyper_parameters"]["context_encoder_args"][
+                        "images"
+                    ]["pl_checkpoint_path"],
+                    "pl_kwargs": {
+                        "vqgan": {
+                            "ch_mult": [1, 2],
+                            "size": {"__class__": f"{MODULE}.Size", "__args__": [8, 4]},
+                        }
+                    },
+                }
             },
+            "variant": {"n": 2},
         },
     }
     assert "PurePosixPath" in json.dumps(checkpoint.metadata)
