@@ -17,6 +17,10 @@ class DiagdError(Exception):
 
     exit_code = 2
 
+    def __str__(self) -> str:
+        # paths need not be Unicode, and a message must be printable wherever it goes
+        return super().__str__().encode(errors="backslashreplace").decode()
+
 
 class UsageError(DiagdError):
     """An argument, option or input file is wrong."""

@@ -99,7 +99,7 @@ def _align(args: argparse.Namespace, report: Report) -> Path:
         streams = _streams(args, family)
         config = family.transformer
         return align_bundle(source.bundle, config, streams, options, output, report, text=text)
-    checkpoint = open_sources(family, args.source, None).transformer
+    checkpoint = open_sources(family, args.source, None, pixels=False).transformer
     streams = _streams(args, family)
     if family.default_tokenizer is None or output.suffix:
         return align_checkpoint(family, checkpoint, streams, options, output, report, text=text)

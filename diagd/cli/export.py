@@ -110,12 +110,11 @@ def _sources(args: argparse.Namespace, settings: ExportSettings, family: Family)
 
     from diagd.export.exporter import open_sources, random_sources
 
-    if args.random_weights:
-        sources = random_sources(family, args.seed)
-    else:
-        tokenizer = None if settings.tokenizer == "none" else settings.tokenizer
-        sources = open_sources(family, args.checkpoint, tokenizer)
-    return replace(sources, tokenizer=None) if settings.tokenizer == "none" else sources
+    pixels = settings.tokenizer != "none"
+    if not args.random_weights:
+        return open_sources(family, args.checkpoint, settings.tokenizer, pixels=pixels)
+    sources = random_sources(family, args.seed)
+    return sources if pixels else replace(sources, tokenizer=None)
 
 
 def _print_plan(console: object, exporter: Exporter, output: Path) -> None:

@@ -131,8 +131,8 @@ def _family_size(name: str, checkpoint: str | None) -> ModelSize:
 
     if checkpoint is not None and checkpoint.startswith("hf:"):
         raise UsageError(
-            f"--checkpoint {checkpoint}: a plan reads files that are here; leave the option out to plan by the "
-            "published dimensions, or give the path of your own copy"
+            f"--checkpoint {checkpoint}: a plan reads files that are here; leave the option out to plan by "
+            "the published dimensions, or give the path of your own copy"
         )
     family = find(name, checkpoint)
     if checkpoint is not None:

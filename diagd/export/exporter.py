@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -288,7 +289,7 @@ class Exporter:
                 for graph in self._graphs
             ),
             provenance=Provenance(
-                source=sources.transformer.source,
+                source=os.fsencode(sources.transformer.source).decode(errors="backslashreplace"),
                 diagd_version=__version__,
                 random_seed=sources.random_seed,
             ),
@@ -311,30 +312,33 @@ def random_sources(family: Family, seed: int) -> Sources:
     )
 
 
-def open_sources(family: Family, checkpoint: str | None, tokenizer: str | None) -> Sources:
+def open_sources(
+    family: Family, checkpoint: str | None, tokenizer: str | None, *, pixels: bool = True
+) -> Sources:
     """Tensors of a released or trained model.
 
     Args:
         family: the model.
         checkpoint: file, folder or ``hf://`` address; None: the family's own.
         tokenizer: likewise for the tokenizer; None: the family's own, else the checkpoint itself.
+        pixels: whether the tokenizer is wanted; where it is not, it is not looked for.
 
     Raises:
         UsageError: the family ships no weights and none are given.
         CheckpointError: a file cannot be read.
     """
-    chosen = family.default_checkpoint or checkpoint
+    chosen = family.default_checkpoint if checkpoint is None else checkpoint
     if chosen is None:
         raise UsageError(
             f"{family.name} has no weights of its own ({family.origin}); give --checkpoint FILE, "
             "or --random-weights to measure latency"
         )
     opened = open_checkpoint(chosen)
-    pixels = None
-    if family.tokenizer:
-        other = tokenizer or family.default_tokenizer
-        pixels = select(open_checkpoint(other) if other else opened, family.tokenizer.rename)
-    return Sources(select(opened, family.rename), pixels)
+    images = None
+    if family.tokenizer and pixels:
+        other = family.default_tokenizer if tokenizer is None else tokenizer
+        images = select(open_checkpoint(other) if other is not None else opened, family.tokenizer.rename)
+    return Sources(select(opened, family.rename), images)
 
 
 @dataclass(frozen=True)

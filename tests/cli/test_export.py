@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +74,11 @@ def test_a_dry_run_predicts_the_size(workplace: Workplace, capsys: pytest.Captur
         (["--model", "mineworld-300m"], "withdrawn in May 2025"),
         (["--model", "mineworld-300m", "--checkpoint", "no.ckpt"], "no.ckpt"),
         (["--model", "world"], "--checkpoint FOLDER"),
+        (["--model", "crafter-3m", "--checkpoint", ""], "empty path"),
+        (["--model", "mineworld-300m", "--checkpoint", " "], "empty path"),
+        (["--model", "cosmos-4b", "--checkpoint", "nvidia/C"], "did you mean 'hf://nvidia/C'?"),
+        (["--model", "wham-200m", "--checkpoint", "https://hf.co/a/b"], "did you mean 'hf://a/b'?"),
+        (["--model", "world", "--checkpoint", "nvidia/C"], "no readable world model"),
         (["--model", "mineworld-300m", "--random-weights", "--form", "fast"], "choose prefix"),
         (
             ["--model", "mineworld-300m", "--random-weights", "--precision", "fp16", "--form", "prefix"],
@@ -93,6 +100,66 @@ def test_bad_input_names_the_fix(
     assert error.startswith("error: ")
     assert message in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", ["mineworld-300m", "wham-200m", "cosmos-4b", "crafter-3m"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<html>", "web page"),
+        (b"", "empty"),
+    ],
+)
+def test_what_is_no_checkpoint_is_one_line(
+    workplace: Workplace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    content: bytes,
+    message: str,
+) -> None:
+    folder = tmp_path / os.fsdecode(b"f\xff" if sys.platform == "linux" else b"f")
+    shutil.copytree(workplace.world, folder)
+    (folder / "model.safetensors").write_bytes(content)
+    command = ["export", "--model", model, "--output", str(tmp_path / "a.diagd")]
+    assert main([*command, "--checkpoint", str(folder)]) == 2
+    assert main([*command, "--checkpoint", str(folder / "model.safetensors")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert all(error.startswith("error: ") and message in error for error in errors)
+    assert sorted(tmp_path.iterdir()) == [folder]
+
+
+def test_the_file_that_is_named_is_exported(workplace: Workplace, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"w\xff" if sys.platform == "linux" else b"w")
+    shutil.copytree(workplace.world, folder)
+    named, usual = folder / "named.safetensors", folder / "model.safetensors"
+    usual.rename(named)
+    usual.write_bytes(b"")
+    output = str(tmp_path / "a.diagd")
+    assert main(["export", "--model", "world", "--checkpoint", str(named), "--output", output]) == 0
+    exported = Bundle.open(Path(output)).manifest
+    assert exported.provenance.source.endswith("named.safetensors")
+    original = Bundle.open(workplace.bundle).manifest
+    assert exported.files["weights.bin"] == original.files["weights.bin"]
+
+
+def test_a_tokenizer_that_is_not_wanted_is_not_opened(workplace: Workplace, tmp_path: Path) -> None:
+    world = shutil.copytree(workplace.world, tmp_path / "world")
+    (world / "codebook.safetensors").unlink()
+    command = [
+        "export",
+        "--model",
+        "world",
+        "--checkpoint",
+        str(world),
+        "--output",
+        str(tmp_path / "a.diagd"),
+    ]
+    assert main(command) == 2
+    assert main([*command, "--set", "tokenizer=none"]) == 0
+    assert Bundle.open(tmp_path / "a.diagd").manifest.tokenizer is None
 
 
 def test_checkpoints_of_another_model_are_refused(

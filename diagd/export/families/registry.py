@@ -34,10 +34,12 @@ def find(name: str, checkpoint: str | None = None) -> Family:
         checkpoint: where its weights are, for families whose dimensions are read from there.
 
     Raises:
-        UsageError: there is none; the nearest name and all names are listed.
+        UsageError: there is none; the nearest name and all names are listed. Or the checkpoint is empty.
     """
     if name not in MODULES:
         raise unknown("model", name, MODULES)
+    if checkpoint is not None and not checkpoint.strip():
+        raise UsageError(f"the checkpoint of {name} is an empty path; is a variable of the shell not set?")
     module = importlib.import_module(f"diagd.export.families.{MODULES[name]}")
     family: Family = module.build(name, checkpoint)
     return family

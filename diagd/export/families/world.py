@@ -189,8 +189,8 @@ def build(name: str, checkpoint: str | None) -> Family:
         raise UsageError(
             f"model '{name}' needs --checkpoint FOLDER, the folder that `diagd world train` wrote"
         )
-    folder = Path(checkpoint) if checkpoint else shipped
-    folder = folder if folder.is_dir() else folder.parent
+    weights = Path(checkpoint).expanduser() if checkpoint else shipped
+    folder = weights if weights.is_dir() or not weights.exists() else weights.parent
     description = load_description(folder)
     config = description.transformer_config()
     return Family(
@@ -207,7 +207,7 @@ def build(name: str, checkpoint: str | None) -> Family:
         origin="shipped with diagd" if not checkpoint else str(folder),
         actions=_codec(description),
         tokenizer=_tokenizer(description),
-        default_checkpoint=str(folder / WEIGHTS),
+        default_checkpoint=str(folder / WEIGHTS if folder is weights else weights),
         default_tokenizer=str(folder / CODEBOOK),
     )
 

@@ -118,7 +118,7 @@ PEAK_PROGRAM = """
 import re, sys
 import numpy, ml_dtypes
 from pathlib import Path
-from diagd.export.checkpoints import open_checkpoint, torch_file
+from diagd.export.checkpoints import open_checkpoint
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from diagd.errors import CheckpointError
 from diagd.export.checkpoints import open_checkpoint
-from diagd.export.checkpoints.torch_file import Foreign, plain
+from diagd.export.checkpoints.torch_file import plain
 
 
 class Calls:
@@ -91,7 +92,7 @@ print([e for e in events if e.split(".")[0] in ("os", "subprocess", "exec", "com
 
 
 def test_no_audited_action_happens(tmp_path):
-    write_checkpoint(tmp_path / "evil.pt", pickle.dumps(attacks(tmp_path / "ran")["os.system"]))
+    write_checkpoint(tmp_path / "evil.pt", pickle.dumps(attacks(tmp_path / "ran")["os.system"], protocol=2))
     program = [sys.executable, "-c", AUDIT_PROGRAM, str(tmp_path / "evil.pt")]
     lines = subprocess.run(program, check=True, capture_output=True, text=True).stdout.splitlines()
     assert "asks to run 'posix.system'" in lines[0] or "asks to run 'nt.system'" in lines[0]
@@ -101,7 +102,7 @@ def test_no_audited_action_happens(tmp_path):
 @pytest.mark.parametrize("function", [getattr, setattr, print, map, type, vars, torch.load, pickletools.dis])
 def test_other_functions_are_only_recorded(tmp_path, function, capsys):
     pickled = pickle.dumps(Calls(function, "argument"), protocol=2)[2:-1]
-    name = f"{function.__module__}.{function.__name__}".replace("builtins", "__builtin__")
+    name = f"{function.__module__}.{function.__name__}"
     assert load(pickled, tmp_path / "w.ckpt") == {"__class__": name, "__args__": ["argument"]}
     assert capsys.readouterr().out == ""
 
@@ -118,10 +119,9 @@ def test_records_do_not_become_attributes_of_other_code(tmp_path):
 
 
 def test_classes_are_those_of_one_file(tmp_path):
+    before = torch.serialization.get_safe_globals()
     assert load(b"cfoo\nBar\n", tmp_path / "a.ckpt") == "foo.Bar"
-    assert not Foreign.__subclasses__() or all(kind.__name__ != "Bar" for kind in Foreign.__subclasses__())
-    with pytest.raises(pickle.UnpicklingError):  # the allowance ends with the reading
-        torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert set(torch.serialization.get_safe_globals()) == set(before)  # the allowance ends with the reading
 
 
 def test_tensor_subclasses_and_attributes(tmp_path):
@@ -165,7 +165,6 @@ def tensor_bytes(offset, shape, strides):
     [
         (-1, (2,), (1,)),
         (1, (2,), (1,)),
-        (0, (2,), (-1,)),
         (0, (-2,), (1,)),
         (0, (2, 2), (1,)),
         (0, (2,), (2,)),
@@ -176,12 +175,22 @@ def tensor_bytes(offset, shape, strides):
     ],
 )
 def test_tensors_beyond_their_storage_are_refused(tmp_path, offset, shape, strides):
-    pickled = b"\x80\x02}X\x01\x00\x00\x00w" + tensor_bytes(offset, shape, strides) + b"s."
-    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
-        archive.writestr("w/data.pkl", pickled)
-        archive.writestr("w/data/0", bytes(8))
+    write_tensor(tmp_path / "w.pt", offset, shape, strides)
     with pytest.raises(CheckpointError, match="damaged"):
         open_checkpoint(tmp_path / "w.pt")
+
+
+def write_tensor(path, offset, shape, strides):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(
+            "w/data.pkl", b"\x80\x02}X\x01\x00\x00\x00w" + tensor_bytes(offset, shape, strides) + b"s."
+        )
+        archive.writestr("w/data/0", np.array([1, 2], "<f4").tobytes())
+
+
+def test_negative_strides_do_not_lead_out_of_a_storage(tmp_path):
+    write_tensor(tmp_path / "w.pt", 0, (2,), (-1,))  # PyTorch takes the tensor for a contiguous one
+    assert list(open_checkpoint(tmp_path / "w.pt")["w"].read()) == [1, 2]
 
 
 @settings(max_examples=300, deadline=None)
