@@ -104,6 +104,23 @@ def context_policy(config: TransformerConfig) -> RotaryContext | AbsoluteContext
     )
 
 
+class GraphWeights(_Record):
+    """Weights of a graph: the files they lie in, and bytes.
+
+    ``streamed``: bytes that every step reads. ``looked_up``: bytes of tables, such as embeddings, of which a
+    step reads a row for each token it feeds.
+    """
+
+    files: tuple[str, ...]
+    streamed: int
+    looked_up: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.streamed + self.looked_up
+
+
 class TextConditioning(_Record):
     """Text that every pass attends to: ``graph`` maps text float32 [length, width] to its keys and values.
 
@@ -111,6 +128,7 @@ class TextConditioning(_Record):
     """
 
     graph: str
+    weight_files: tuple[str, ...]
     length: int
     width: int
 
@@ -148,6 +166,7 @@ class StepGraph(_Record):
     file: str
     form: Form
     precision: str
+    weights: GraphWeights
     width: int | None = None
     capacity: int | None = None
     cache_dtype: str | None = None
@@ -159,11 +178,13 @@ class Tokenizer(_Record):
     ``temporal_factor``: pixel frames per latent frame; where it is more than 1, the first frame of every call
     is a latent frame by itself. ``chunk_frames``: most pixel frames of one call; longer videos are cut into
     independent calls. ``cover``: pictures of another size are scaled evenly until they cover the frame, and
-    cut to its centre; else they are stretched.
+    cut to its centre; else they are stretched. ``parameters``: of both graphs together.
     """
 
     encoder: str
     decoder: str
+    weight_files: tuple[str, ...]
+    parameters: int
     height: int
     width: int
     temporal_factor: int = 1

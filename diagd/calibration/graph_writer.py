@@ -18,6 +18,7 @@ from diagd.calibration.schemes import Scheme
 from diagd.calibration.search import Choice
 from diagd.calibration.weights_file import WeightsFile
 from diagd.engines.engine import Float
+from diagd.export.onnx_file import read_onnx
 from diagd.progress import Progress
 
 SINGLE = ("single.onnx", "single.bin")
@@ -97,7 +98,8 @@ class GraphWriter:
         return tuple(found)
 
     def _described(self, graph: StepGraph, file: str) -> StepGraph:
-        changes: dict[str, str] = {"file": file, "precision": self._target.name}
+        weights = read_onnx(self._bundle.file(file)).weights
+        changes: dict[str, object] = {"file": file, "precision": self._target.name, "weights": weights}
         if self._is_halved(graph):
             changes["cache_dtype"] = "float16"
         if graph.form is Form.PORTABLE and self._target.kv_cache:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import StepGraph
 from diagd.calibration.trajectory import capacity, default_window
-from diagd.engines.external_data import external_data
 from diagd.engines.fixed import FixedEngine
 from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -75,7 +74,7 @@ def check_memory(bundle: Bundle, graph: StepGraph, engines: int, available: int 
         UsageError: they need more than is available.
     """
     itemsize = 2 if graph.precision == "fp16" else 4
-    needed = engines * external_data(bundle.file(graph.file)).bytes * 4 // itemsize
+    needed = engines * graph.weights.bytes * 4 // itemsize
     if available is not None and needed > available:
         raise UsageError(
             f"decoding with {graph.file} on this machine takes {needed / 1e9:.1f} GB of memory, "

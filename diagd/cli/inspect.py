@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from diagd.bundle import Manifest
-    from diagd.planning.onnx_graph import OnnxGraph
+    from diagd.export.onnx_file import OnnxFile
     from diagd.profiling.frontier import Frontier
     from diagd.schedule import Schedule
 
@@ -53,13 +53,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from diagd.bundle import read_manifest
-    from diagd.planning.onnx_graph import read_graph
+    from diagd.export.onnx_file import read_onnx
 
     if args.path.is_file():
         asked = {name: getattr(args, name) for name in ("draw", "k", "d", "seed_policy", "steps")}
         if given := [name.replace("_", "-") for name, value in asked.items() if value]:
             raise UsageError(f"--{given[0]} needs a bundle: an ONNX file has no schedule")
-        graphs = {args.path.name: read_graph(args.path)}
+        graphs = {args.path.name: read_onnx(args.path)}
         _print_json({"graphs": _graphs_content(graphs)}) if args.json else _print_graphs(
             Console(), graphs, {}
         )
@@ -72,14 +72,14 @@ def run(args: argparse.Namespace) -> int:
     files = [graph.file for graph in manifest.graphs]
     if manifest.tokenizer:
         files += [manifest.tokenizer.encoder, manifest.tokenizer.decoder]
-    graphs = {name: read_graph(args.path / name) for name in files}
+    graphs = {name: read_onnx(args.path / name) for name in files}
     schedule = parse_schedule(args, manifest)
     _report(args, manifest, graphs, schedule)
     return 0
 
 
 def _report(
-    args: argparse.Namespace, manifest: Manifest, graphs: dict[str, OnnxGraph], schedule: Schedule
+    args: argparse.Namespace, manifest: Manifest, graphs: dict[str, OnnxFile], schedule: Schedule
 ) -> None:
     from rich.console import Console
 
@@ -106,7 +106,7 @@ def _print_json(content: dict[str, Any]) -> None:
     print(json.dumps(content, indent=2))  # noqa: T201
 
 
-def _graphs_content(graphs: dict[str, OnnxGraph]) -> dict[str, Any]:
+def _graphs_content(graphs: dict[str, OnnxFile]) -> dict[str, Any]:
     return {
         name: {
             "opset": graph.opset,
@@ -184,11 +184,13 @@ def _uses(manifest: Manifest) -> dict[str, str]:
         graphs = [graph for graph in manifest.graphs if graph.file == file]
         widths = "/".join(str(graph.width) for graph in graphs if graph.width)
         fixed = f"\nwidth {widths}, {graphs[0].capacity} slots" if widths else ""
-        uses[file] = f"{graphs[0].form.value} {graphs[0].precision}{fixed}"
+        read = graphs[0].weights
+        step = f"\nstreamed by a step {read.streamed / 1e6:,.3f} MB, looked up {read.looked_up / 1e6:,.3f} MB"
+        uses[file] = f"{graphs[0].form.value} {graphs[0].precision}{fixed}{step}"
     return uses
 
 
-def _print_graphs(console: Console, graphs: dict[str, OnnxGraph], uses: dict[str, str]) -> None:
+def _print_graphs(console: Console, graphs: dict[str, OnnxFile], uses: dict[str, str]) -> None:
     from rich.markup import escape
     from rich.table import Table
 

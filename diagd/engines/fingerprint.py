@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from diagd.bundle import Bundle, Form
 from diagd.bundle.files import atomic_directory, sha256
 from diagd.bundle.lock import turn
-from diagd.engines.external_data import external_data
+from diagd.bundle.manifest import StepGraph
 from diagd.errors import EngineError
 
 RECORD_NAME = "engine.json"
@@ -174,9 +174,9 @@ def check_plan(engine: StoredEngine) -> None:
         )
 
 
-def graph_digest(bundle: Bundle, file: str) -> str:
+def graph_digest(bundle: Bundle, graph: StepGraph) -> str:
     """Digest of a step graph and the files its weights lie in."""
-    names = (file, *external_data(bundle.file(file)).files)
+    names = (graph.file, *graph.weights.files)
     parts = [bundle.manifest.files[name].sha256 for name in names]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 

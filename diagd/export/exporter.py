@@ -16,6 +16,7 @@ from diagd.bundle import atomic_bundle, seal
 from diagd.bundle.manifest import (
     CacheShape,
     Form,
+    GraphWeights,
     Manifest,
     Provenance,
     StepGraph,
@@ -35,6 +36,7 @@ from diagd.export.checkpoints import (
     select,
 )
 from diagd.export.families.family import Family
+from diagd.export.onnx_file import read_onnx
 from diagd.export.resume import ResumableWeights, export_key
 from diagd.export.step_graph import trace_step, trace_text
 from diagd.export.tracing import link_weights, save
@@ -164,10 +166,11 @@ class Exporter:
             files = {graph.file: graph for graph in self._graphs}  # one file serves every width
             for graph in progress.each(list(files.values()), "tracing step graphs"):
                 self._write_graph(directory, graph)
+            read = {file: read_onnx(directory / file).weights for file in files}
             text = self._write_text(directory)
             tokenizer = self._write_tokenizer(directory, sources.tokenizer, progress)
             with progress.task("hashing"):
-                return seal(directory, self._manifest(sources, tokenizer, text))
+                return seal(directory, self._manifest(sources, read, tokenizer, text))
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
         with torch.device("meta"):
@@ -246,7 +249,12 @@ class Exporter:
         model = trace_text(config, TORCH_TYPES[self.options.precision])
         tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, directory)
         save(link_weights(model, tensors), directory / TEXT_GRAPH)
-        return TextConditioning(graph=TEXT_GRAPH, length=config.text.length, width=config.text.width)
+        return TextConditioning(
+            graph=TEXT_GRAPH,
+            weight_files=(WEIGHTS_NAME,),
+            length=config.text.length,
+            width=config.text.width,
+        )
 
     def _write_tokenizer(
         self, directory: Path, source: Checkpoint | None, progress: Progress
@@ -258,7 +266,11 @@ class Exporter:
             return tokenizer_graphs.write_tokenizer(self._tokenizer, source, directory, advance)
 
     def _manifest(
-        self, sources: Sources, tokenizer: Tokenizer | None, text: TextConditioning | None
+        self,
+        sources: Sources,
+        read: Mapping[str, GraphWeights],
+        tokenizer: Tokenizer | None,
+        text: TextConditioning | None,
     ) -> Manifest:
         family, config = self.family, self.family.transformer
         return Manifest(
@@ -283,6 +295,7 @@ class Exporter:
                     file=graph.file,
                     form=graph.form,
                     precision=self.options.precision,
+                    weights=read[graph.file],
                     width=graph.width,
                     capacity=graph.capacity,
                 )

@@ -69,6 +69,8 @@ def write_tokenizer(
         save(model, directory / FILES[role])
     return Tokenizer(
         **FILES,
+        weight_files=(WEIGHTS_NAME,),
+        parameters=graphs.parameter_count(),
         height=graphs.height,
         width=graphs.width,
         temporal_factor=graphs.temporal_factor,

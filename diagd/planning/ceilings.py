@@ -14,7 +14,6 @@ import numpy as np
 
 from diagd.errors import require
 from diagd.planning.devices import THIS, Device
-from diagd.planning.onnx_graph import matrix_product_model
 
 COPY_BYTES: Final = 64 << 20
 """Of each thread's copy: beyond the caches of a desktop."""
@@ -73,6 +72,28 @@ def matrix_peak(threads: int, side: int = _SIDE) -> float:
     factors = {name: np.ones((side, side), np.float32) for name in ("A", "B")}
     session.run(None, factors)
     return 2.0 * side**3 / _best(lambda: session.run(None, factors))
+
+
+def matrix_product_model(rows: int | str, inner: int, columns: int, element: int = 1) -> bytes:
+    """An ONNX model C[rows, columns] = A[rows, inner] @ B[inner, columns].
+
+    Args:
+        rows: a number, or the name of an axis whose length is given later.
+        inner: length of the products.
+        columns: of the second factor.
+        element: type of all three, a ``TensorProto.DataType``.
+    """
+    from onnx import helper
+
+    shapes: dict[str, tuple[int | str, int]] = {
+        "A": (rows, inner),
+        "B": (inner, columns),
+        "C": (rows, columns),
+    }
+    a, b, c = (helper.make_tensor_value_info(name, element, shape) for name, shape in shapes.items())
+    graph = helper.make_graph([helper.make_node("MatMul", ["A", "B"], ["C"])], "product", [a, b], [c])
+    opsets = [helper.make_opsetid("", 13)]
+    return bytes(helper.make_model(graph, ir_version=8, opset_imports=opsets).SerializeToString())
 
 
 def _best(work: Callable[[], object]) -> float:

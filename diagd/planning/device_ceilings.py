@@ -16,8 +16,7 @@ from diagd.engines.cuda.program import Program, Tensor
 from diagd.engines.tensorrt.builder import Builder, BuildOptions
 from diagd.engines.tensorrt.capabilities import import_tensorrt
 from diagd.engines.tensorrt.program import TensorRTProgram
-from diagd.planning.ceilings import Ceilings
-from diagd.planning.onnx_graph import matrix_product_model
+from diagd.planning.ceilings import Ceilings, matrix_product_model
 
 COPY_BYTES: Final = 256 << 20
 """Of each copy: beyond the caches of any GPU."""

@@ -9,7 +9,6 @@ from diagd.bundle import Form, Manifest, read_manifest
 from diagd.bundle.manifest import AbsoluteContext, RotaryContext, StepGraph
 from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import BundleError
-from diagd.planning.onnx_graph import read_graph
 from diagd.schedule import StreamLayout
 
 
@@ -97,7 +96,7 @@ def size_of(
 
 
 def read_model(path: Path, precision: str | None = None, form: Form | None = None) -> StoredModel:
-    """Dimensions of a bundle from its manifest and the headers of its graphs.
+    """Dimensions of a bundle and bytes of one of its step graphs, from its manifest.
 
     Args:
         path: the bundle.
@@ -108,17 +107,16 @@ def read_model(path: Path, precision: str | None = None, form: Form | None = Non
         BundleError: the bundle or its step graph cannot be read.
     """
     manifest = read_manifest(path)
+    pixels = manifest.tokenizer
     entry = step_graph(path, manifest, precision, form)
-    graph = read_graph(path / entry.file)
-    streamed = [tensor for tensor in graph.initializers if not tensor.looked_up]
     size = size_of(
         manifest.name,
         manifest.transformer,
         manifest.context,
-        tokenizer=_tokenizer_parameters(path, manifest),
-        pixel_frames=manifest.tokenizer.temporal_factor if manifest.tokenizer else 1,
+        tokenizer=pixels.parameters if pixels else 0,
+        pixel_frames=pixels.temporal_factor if pixels else 1,
     )
-    return StoredModel(size, sum(t.bytes for t in streamed), manifest.cache_dtype(entry).itemsize)
+    return StoredModel(size, entry.weights.streamed, manifest.cache_dtype(entry).itemsize)
 
 
 def stored_models(path: Path) -> dict[str, StoredModel]:
@@ -150,10 +148,3 @@ def step_graph(
             return graph
     wanted = " ".join(filter(None, (precision, form and form.value))) or "step"
     raise BundleError(f"{path} has no {wanted} graph; export it again")
-
-
-def _tokenizer_parameters(path: Path, manifest: Manifest) -> int:
-    if manifest.tokenizer is None:
-        return 0
-    graphs = (read_graph(path / name) for name in (manifest.tokenizer.encoder, manifest.tokenizer.decoder))
-    return sum(tensor.elements for graph in graphs for tensor in graph.initializers)

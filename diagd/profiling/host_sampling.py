@@ -11,10 +11,8 @@ from tempfile import TemporaryDirectory
 
 from diagd.bundle import Bundle, Form, cache_directory
 from diagd.bundle.manifest import MANIFEST_NAME
-from diagd.engines.external_data import external_data
 from diagd.engines.fixed import Array, graphs_of
 from diagd.engines.modern import ModernEngine, ModernStep
-from diagd.planning.protobuf import encode, fields, message, text
 
 SAMPLED = "next_token_buffer"
 """Output of the sampler."""
@@ -54,7 +52,7 @@ def without_sampler(bundle: Bundle) -> Iterator[Bundle]:
             source = bundle.file(graph.file)
             name = f"{source.stem}-without-sampler.onnx"
             (target / name).write_bytes(without_output(source.read_bytes(), SAMPLED))
-            for file in external_data(source).files:
+            for file in graph.weights.files:
                 _link(bundle.file(file), target / file)
             renamed.append(graph.model_copy(update={"file": name}))
         _link(bundle.file(MANIFEST_NAME), target / MANIFEST_NAME)
@@ -74,32 +72,19 @@ def without_output(model: bytes, output: str) -> bytes:
     """An ONNX model without one of its outputs, and without the nodes that only it needed.
 
     Args:
-        model: a ModelProto whose graph (field 7) has its nodes in topological order (ONNX, "Graphs").
+        model: a ModelProto whose graph has its nodes in topological order (ONNX, "Graphs").
         output: name of the output.
     """
-    parts = []
-    for number, value in fields(memoryview(model)):
-        content = value if isinstance(value, int) else bytes(value)
-        parts.append(encode(number, _pruned(message(value), output) if number == 7 else content))
-    return b"".join(parts)
+    import onnx
 
-
-def _pruned(graph: memoryview, output: str) -> bytes:
-    entries = list(fields(graph))
-    outputs = {at: _names(value, 1)[0] for at, (number, value) in enumerate(entries) if number == 12}
-    needed, dropped = set(outputs.values()) - {output}, {at for at in outputs if outputs[at] == output}
-    for at in reversed(range(len(entries))):
-        number, node = entries[at]
-        if number != 1:
-            continue
-        if needed.isdisjoint(_names(node, 2)):
-            dropped.add(at)
-        else:
-            needed.update(_names(node, 1))
-    kept = (entry for at, entry in enumerate(entries) if at not in dropped)
-    return b"".join(encode(n, value if isinstance(value, int) else bytes(value)) for n, value in kept)
-
-
-def _names(data: int | memoryview, wanted: int) -> list[str]:
-    """Strings of one field of a message: inputs (1) and outputs (2) of a node, the name (1) of a value."""
-    return [text(value) for number, value in fields(message(data)) if number == wanted]
+    whole = onnx.load_from_string(model)
+    outputs = [value for value in whole.graph.output if value.name != output]
+    needed, nodes = {value.name for value in outputs}, []
+    for node in reversed(whole.graph.node):
+        if not needed.isdisjoint(node.output):
+            nodes.append(node)
+            needed.update(node.input)
+    del whole.graph.output[:], whole.graph.node[:]
+    whole.graph.output.extend(outputs)
+    whole.graph.node.extend(reversed(nodes))
+    return bytes(whole.SerializeToString())

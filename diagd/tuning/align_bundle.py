@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from diagd.bundle import Bundle, atomic_bundle, seal
 from diagd.bundle.targets import bundle_target
 from diagd.bundle.transformer import TransformerConfig
-from diagd.engines.external_data import external_data
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
 from diagd.tuning.align import AlignOptions, Report, align
@@ -73,10 +72,13 @@ def _step_and_text(bundle: Bundle) -> list[str]:
 
 
 def _kept_files(bundle: Bundle) -> list[str]:
-    graphs = _step_and_text(bundle)
-    if tokenizer := bundle.manifest.tokenizer:
-        graphs += [tokenizer.encoder, tokenizer.decoder]
-    return sorted({*graphs, *(name for graph in graphs for name in external_data(bundle.file(graph)).files)})
+    manifest, tokenizer = bundle.manifest, bundle.manifest.tokenizer
+    files = {*_step_and_text(bundle), *(name for graph in manifest.graphs for name in graph.weights.files)}
+    if manifest.text:
+        files.update(manifest.text.weight_files)
+    if tokenizer:
+        files.update((tokenizer.encoder, tokenizer.decoder, *tokenizer.weight_files))
+    return sorted(files)
 
 
 def _read(graphs: list[onnx.ModelProto], bundle: Bundle, config: TransformerConfig) -> Transformer:

@@ -14,6 +14,7 @@ from diagd.bundle.manifest import (
     CacheShape,
     DefaultSchedule,
     Form,
+    GraphWeights,
     IdRange,
     Provenance,
     RotaryContext,
@@ -24,6 +25,8 @@ from diagd.bundle.rotary import linear_rotary
 from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig
 from diagd.errors import BundleError
 from diagd.schedule import StreamLayout
+
+WEIGHTS = GraphWeights(files=("weights.bin",), streamed=4000, looked_up=1000)
 
 
 def manifest() -> Manifest:
@@ -50,7 +53,7 @@ def manifest() -> Manifest:
         schedule=DefaultSchedule(k=1),
         cache=CacheShape(layers=1, kv_heads=1, head_size=4, dtype="float32"),
         frames_per_second=10,
-        graphs=(StepGraph(file="step.onnx", form=Form.PREFIX, precision="fp32"),),
+        graphs=(StepGraph(file="step.onnx", form=Form.PREFIX, precision="fp32", weights=WEIGHTS),),
         provenance=Provenance(source="the tests", diagd_version="0"),
         licence="none",
     )

@@ -13,16 +13,18 @@ from diagd.bundle.manifest import (
     CacheShape,
     DefaultSchedule,
     FileRecord,
+    GraphWeights,
     IdRange,
     Manifest,
     Provenance,
     RotaryContext,
     SamplingRules,
+    StepGraph,
 )
 from diagd.bundle.transformer import TransformerConfig
-from diagd.engines.external_data import ExternalData, external_data
 from diagd.engines.fingerprint import ANY, RECORD_NAME, EngineStore, Fingerprint, graph_digest
 from diagd.errors import EngineError
+from diagd.export.onnx_file import read_onnx
 from diagd.schedule import StreamLayout
 
 BUILT = Fingerprint(
@@ -36,6 +38,10 @@ BUILT = Fingerprint(
     widths=(1, 16),
     tokens=500,
 )
+
+
+WEIGHTS = GraphWeights(files=("weights.bin",), streamed=123456 + 8 + 8, looked_up=0)
+STEP = StepGraph(file="step.onnx", form=Form.MODERN, precision="fp16", weights=WEIGHTS)
 
 
 def graph_with_weights() -> onnx.ModelProto:
@@ -77,7 +83,7 @@ def bundle(tmp_path: Path) -> Bundle:
         schedule=DefaultSchedule(k=1),
         cache=CacheShape(layers=1, kv_heads=1, head_size=8, dtype="float16"),
         frames_per_second=8.0,
-        graphs=(),
+        graphs=(STEP,),
         files=files,
         provenance=Provenance(source="none", diagd_version="0"),
         licence="none",
@@ -172,11 +178,12 @@ def test_a_damaged_plan_and_a_foreign_record_are_not_used(bundle: Bundle) -> Non
 
 @pytest.mark.parametrize("name", ["step.onnx", "weights.bin", "tokenizer.bin"])
 def test_the_digest_covers_the_graph_and_its_own_weights(bundle: Bundle, name: str) -> None:
-    digest = graph_digest(bundle, "step.onnx")
+    digest = graph_digest(bundle, STEP)
     files = bundle.manifest.files | {name: FileRecord(bytes=1, sha256="f" * 64)}
     other = Bundle(bundle.path, bundle.manifest.model_copy(update={"files": files}))
-    assert (graph_digest(other, "step.onnx") == digest) == (name == "tokenizer.bin")
+    assert (graph_digest(other, STEP) == digest) == (name == "tokenizer.bin")
 
 
-def test_external_data_is_read_without_onnx(bundle: Bundle) -> None:
-    assert external_data(bundle.file("step.onnx")) == ExternalData(("weights.bin",), 123456 + 8)
+def test_the_recorded_weights_are_those_of_the_file(bundle: Bundle) -> None:
+    assert read_onnx(bundle.file("step.onnx")).weights == WEIGHTS
+    assert WEIGHTS.bytes == 123456 + 8 + 8  # the third tensor lies in the graph itself

@@ -17,8 +17,8 @@ from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram
 from diagd.engines.cuda.program import Tensor
 from diagd.engines.tensorrt.builder import Builder, BuildOptions
 from diagd.errors import DiagdError
+from diagd.planning.ceilings import matrix_product_model
 from diagd.planning.device_ceilings import FLOAT16, measure_device_ceilings, product_maker
-from diagd.planning.onnx_graph import matrix_product_model
 from tests.engines.host_device import HostDevice, host_kernels
 
 SIDE, SIZE = 64, 1 << 20

@@ -6,15 +6,14 @@ import onnx
 import pytest
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.external_data import external_data
 from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.portable import PortableEngine
 from diagd.engines.prefix import PrefixEngine
 from diagd.export.exporter import GraphOptions
+from diagd.export.onnx_file import read_onnx
 from diagd.planning.cost import step_operations
 from diagd.planning.model import read_model
-from diagd.planning.onnx_graph import read_graph
 from tests.calibration.bundles import LAYOUT, quantise
 from tests.models import export_small
 from tests.oracles.models import small_model
@@ -37,10 +36,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.mark.parametrize(("precision", "form"), [*CASES, ("int8-weight-kv8", Form.PORTABLE)])
 def test_bytes_and_operations_of_a_step(bundle: Bundle, precision: str, form: Form) -> None:
-    file = bundle.file(bundle.at_precision(precision).manifest.graph(form).file)
-    inline = [t for t in onnx.load(file, load_external_data=False).graph.initializer if not t.external_data]
-    stored = external_data(file).bytes + sum(len(tensor.raw_data) for tensor in inline)
-    constants = read_graph(file).initializers
+    entry = bundle.at_precision(precision).manifest.graph(form)
+    tensors = onnx.load(bundle.file(entry.file), load_external_data=False).graph.initializer
+    places = [{place.key: place.value for place in tensor.external_data} for tensor in tensors]
+    stored = sum(int(place.get("length", 0)) for place in places)
+    stored += sum(len(tensor.raw_data) for tensor in tensors if not tensor.external_data)
+    constants = read_onnx(bundle.file(entry.file)).initializers
+    assert entry.weights.bytes == sum(tensor.bytes for tensor in constants)
+    assert set(entry.weights.files) == {place["location"] for place in places if place}
+    assert all(name in bundle.manifest.files for name in entry.weights.files)
     assert sum(tensor.bytes for tensor in constants) == pytest.approx(stored, abs=64)
     model = read_model(bundle.path, precision, form)
     assert model.streamed_bytes == sum(tensor.bytes for tensor in constants if not tensor.looked_up)

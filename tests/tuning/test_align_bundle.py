@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle
-from diagd.bundle.manifest import StepGraph
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
 from diagd.schedule import Schedule, StreamLayout
@@ -47,7 +46,7 @@ def test_the_bundle_is_that_of_the_aligned_model(model: Transformer, bundle: Bun
 
 
 def test_graphs_of_other_precisions_are_left_out(model: Transformer, bundle: Bundle, tmp_path: Path) -> None:
-    quantised = StepGraph(file="step.int8.onnx", form=bundle.manifest.graphs[0].form, precision="int8")
+    quantised = bundle.manifest.graphs[0].model_copy(update={"file": "step.int8.onnx", "precision": "int8"})
     graphs = (*bundle.manifest.graphs, quantised)
     mixed = replace(bundle, manifest=bundle.manifest.model_copy(update={"graphs": graphs}))
     aligned = align_bundle(mixed, model.config, WINDOWS, OPTIONS, tmp_path / "aligned.diagd")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from diagd.bundle import Bundle
 from diagd.bundle.manifest import StepGraph
-from diagd.engines.external_data import external_data
 from diagd.errors import EngineError
 
 BUILD_BASE_BYTES = 500_000_000
@@ -53,10 +52,9 @@ def estimate(bundle: Bundle, graph: StepGraph, widths: tuple[int, ...]) -> Memor
     """Memory for one step graph of a bundle, compiled for some widths."""
     cache = bundle.manifest.cache
     slots = 2 * cache.layers * cache.kv_heads * int(graph.capacity or 0)
-    weights = external_data(bundle.file(graph.file)).bytes
     row_bytes = cache.head_size * bundle.manifest.cache_dtype(graph).itemsize
     return MemoryEstimate(
-        weights, slots * row_bytes, PLAN_COPIES if len(widths) > 1 and min(widths) == 1 else 1
+        graph.weights.bytes, slots * row_bytes, PLAN_COPIES if len(widths) > 1 and min(widths) == 1 else 1
     )
 
 

@@ -75,7 +75,7 @@ def resolve(bundle: Bundle, request: Request, trt: ModuleType) -> Target:
     form, graph, widths = choose(bundle, request, offered)
     here = _described(offered, request.targets)
     fingerprint = Fingerprint(
-        graph=graph_digest(bundle, graph.file),
+        graph=graph_digest(bundle, graph),
         runtime=offered.name,
         device=here.name,
         targets=request.targets or (here.target,),

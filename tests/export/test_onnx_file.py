@@ -1,21 +1,21 @@
-"""The reader of ONNX headers against the onnx package."""
+"""What an ONNX file says of itself."""
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from diagd.bundle.manifest import GraphWeights
 from diagd.errors import BundleError
-from diagd.planning.onnx_graph import matrix_product_model, read_graph
-from diagd.planning.protobuf import encode, fields
+from diagd.export.onnx_file import read_onnx
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def model(tmp_path: Path) -> onnx.ModelProto:
 
 def test_summary_equals_what_onnx_reads(model: onnx.ModelProto, tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
-    graph = read_graph(tmp_path / "m.onnx")
+    graph = read_onnx(tmp_path / "m.onnx")
     assert graph.opset == 23
     assert graph.operators == Counter({"Gather": 2, "MatMul": 2, "com.example.FusedThing": 1, "Transpose": 1})
     assert [(v.name, v.dtype, v.shape) for v in graph.inputs] == [("ids", "int32", ("W",))]
@@ -60,6 +60,13 @@ def test_summary_equals_what_onnx_reads(model: onnx.ModelProto, tmp_path: Path) 
         "tied": ("float16", (5, 3), 30, False),
     }
     assert graph.bytes_by_dtype() == {"float16": 110, "float32": 4, "int4": 2}
+    assert graph.weights == GraphWeights(files=("w.bin",), streamed=60, looked_up=56)
+    assert graph.weights.bytes == 116
+
+
+def test_weights_in_the_file_itself_need_no_other(model: onnx.ModelProto, tmp_path: Path) -> None:
+    onnx.save(model, tmp_path / "m.onnx")
+    assert read_onnx(tmp_path / "m.onnx").weights == GraphWeights(files=(), streamed=60, looked_up=56)
 
 
 def test_damage_is_told(model: onnx.ModelProto, tmp_path: Path) -> None:
@@ -68,36 +75,21 @@ def test_damage_is_told(model: onnx.ModelProto, tmp_path: Path) -> None:
         "empty": b"",
         "text": b"this is a text",
         "cut": content[: len(content) // 2],
-        "no graph": encode(1, 10),
+        "no graph": b"\x08\x0a",
     }
     for name, data in broken.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(BundleError):
-            read_graph(tmp_path / name)
+            read_onnx(tmp_path / name)
     with pytest.raises(BundleError):
-        read_graph(tmp_path / "absent")
-
-
-@given(st.lists(st.tuples(st.integers(1, 1 << 20), st.one_of(st.integers(0, (1 << 63) - 1), st.binary()))))
-def test_encoding_and_reading_are_inverse(entries: list[tuple[int, int | bytes]]) -> None:
-    data = memoryview(b"".join(encode(number, value) for number, value in entries))
-    read = [(number, value if isinstance(value, int) else bytes(value)) for number, value in fields(data)]
-    assert read == entries
+        read_onnx(tmp_path / "absent")
 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
-    try:
-        total = sum(0 if isinstance(value, int) else len(value) for _, value in fields(memoryview(data)))
-    except BundleError:
-        return
-    assert total <= len(data)
-
-
-def test_matrix_product_model_multiplies() -> None:
-    content = matrix_product_model(3, 5, 2)
-    onnx.checker.check_model(onnx.load_from_string(content))
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    random = np.random.default_rng(0)
-    a, b = random.normal(size=(3, 5)).astype(np.float32), random.normal(size=(5, 2)).astype(np.float32)
-    np.testing.assert_allclose(session.run(None, {"A": a, "B": b})[0], a @ b, rtol=1e-5)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "any").write_bytes(data)
+        try:
+            read_onnx(Path(folder) / "any")
+        except BundleError as error:
+            assert "cannot be read as ONNX" in str(error)
