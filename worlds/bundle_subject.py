@@ -18,6 +18,7 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session, token_places
 from diagd.runtime.tokens import TokenPlaces
 from diagd.schedule import Schedule
+from diagd.tuning.recordings import FrameEncoder
 from worlds.subject import Streams
 
 _GREEDY = SamplingSettings(temperature=0)
@@ -26,18 +27,22 @@ _GREEDY = SamplingSettings(temperature=0)
 class BundleSubject:
     """A bundle of the world family on its own engine; see `worlds.subject.Subject`.
 
-    ``compat`` is that of `diagd.load`.
+    ``precision`` and ``compat`` are those of `diagd.load`.
 
     Raises:
         UsageError: the bundle has no tokenizer, or not exactly one action token ahead of each frame.
     """
 
-    def __init__(self, path: str, threads: int = 0, compat: str | None = None) -> None:
+    def __init__(
+        self, path: str, threads: int = 0, compat: str | None = None, precision: str | None = None
+    ) -> None:
         bundle, cpu = Bundle.open(path), CpuOptions(threads)
-        self._session = open_session(bundle, cpu=cpu, compat=compat)
+        self._session = open_session(bundle, cpu=cpu, compat=compat, precision=precision)
         self._codec = PixelCodec(bundle, cpu)
         self.layout = self._session.layout
         self.codes = bundle.manifest.output_vocabulary
+        self.context_frames = bundle.manifest.context.frames
+        self.encoder = FrameEncoder.of_bundle(bundle, cpu)
         if (self.layout.prefix, self.layout.before, self.layout.after) != (0, 1, 0):
             raise UsageError(f"{path} is no world bundle: expected one action token before each frame")
 

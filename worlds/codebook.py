@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.cluster import MiniBatchKMeans
 
 from diagd.errors import UsageError
-from diagd.tuning.recordings import Patches, assign, cut_patches, index_distinct
+from diagd.tuning.recordings import check_patches
 
-_SAMPLE = 65_536
-_ITERATIONS = 12
+_SAMPLE, _BATCH = 65_536, 4096
+
+Patches = Counter[bytes]
+"""How often each distinct patch occurs, uint8 [p, p, 3] as bytes."""
 
 
 def fit_codebook(
@@ -24,53 +28,49 @@ def fit_codebook(
         the first code, which as the lowest id always wins against them.
 
     Raises:
-        UsageError: no frame at all.
+        UsageError: no frame at all, or frames that are not made of whole patches.
     """
-    patches, counts = _distinct(videos, side, seed)
+    patches = _count(videos, side, np.random.default_rng(seed))
     if len(patches) > codes:
-        patches, counts = _k_means(patches, counts, codes, np.random.default_rng(seed))
-    order = np.lexsort((*patches.T[::-1], -counts))
-    used = patches[order]
-    padding = np.repeat(used[:1], codes - len(used), axis=0)
-    return np.concatenate([used, padding]).reshape(codes, side, side, 3), len(used)
+        patches = _cluster(patches, codes, seed)
+    used = sorted(patches, key=lambda patch: (-patches[patch], patch))
+    flat = np.frombuffer(b"".join(used + used[:1] * (codes - len(used))), np.uint8)
+    return flat.reshape(codes, side, side, 3).copy(), len(used)
 
 
-def _distinct(videos: Iterable[NDArray[np.uint8]], side: int, seed: int) -> tuple[Patches, NDArray[np.int64]]:
-    """Distinct patches and their counts; beyond ``_SAMPLE`` of them, a random sample."""
-    random = np.random.default_rng(seed)
-    patches, counts = np.zeros((0, side * side * 3), np.uint8), np.zeros(0, np.int64)
+def cut_patches(frames: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Cut uint8 [T, H, W, 3] into uint8 [T * H/side * W/side, side * side * 3], in raster order.
+
+    Raises:
+        UsageError: the frame size is no multiple of ``side``.
+    """
+    check_patches(frames, side)
+    count, height, width, _ = frames.shape
+    grid = frames.reshape(count, height // side, side, width // side, side, 3)
+    return np.ascontiguousarray(grid.transpose(0, 1, 3, 2, 4, 5)).reshape(-1, side * side * 3)
+
+
+def _count(videos: Iterable[NDArray[np.uint8]], side: int, random: np.random.Generator) -> Patches:
+    """Distinct patches; beyond ``_SAMPLE`` of them, a random sample."""
+    patches: Patches = Counter()
     for frames in videos:
-        new, new_counts = _unique(cut_patches(frames, side), None)
-        patches, counts = _unique(np.concatenate([patches, new]), np.concatenate([counts, new_counts]))
+        patches.update(patch.tobytes() for patch in cut_patches(frames, side))
         if len(patches) > _SAMPLE:
-            kept = np.sort(random.choice(len(patches), _SAMPLE, replace=False))
-            patches, counts = patches[kept], counts[kept]
-    if not len(patches):
+            known = list(patches.items())
+            patches = Counter(dict(known[n] for n in random.choice(len(known), _SAMPLE, replace=False)))
+    if not patches:
         raise UsageError("no frames to fit a codebook to; the folder holds no episode")
-    return patches, counts
+    return patches
 
 
-def _unique(patches: Patches, weights: NDArray[np.int64] | None) -> tuple[Patches, NDArray[np.int64]]:
-    first, inverse = index_distinct(patches)
-    counts = np.bincount(inverse, weights=weights, minlength=len(first)).astype(np.int64)
-    return patches[first], counts
-
-
-def _k_means(
-    patches: Patches, counts: NDArray[np.int64], codes: int, random: np.random.Generator
-) -> tuple[Patches, NDArray[np.int64]]:
-    """Lloyd's iterations on weighted patches; an empty cluster restarts at the worst-served patch."""
-    points = patches.astype(np.float32)
-    centres = points[random.choice(len(points), codes, replace=False, p=counts / counts.sum())]
-    for _ in range(_ITERATIONS):
-        nearest, distance = assign(points, centres)
-        mass = np.bincount(nearest, weights=counts, minlength=codes)
-        sums = np.zeros_like(centres)
-        np.add.at(sums, nearest, points * counts[:, None].astype(np.float32))
-        filled = mass > 0
-        centres[filled] = sums[filled] / mass[filled, None]
-        worst = np.argsort(-distance * counts)[: codes - int(filled.sum())]
-        centres[~filled] = points[worst]
-    rounded = np.clip(np.rint(centres), 0, 255).astype(np.uint8)
-    nearest, _ = assign(points, rounded.astype(np.float32))
-    return _unique(rounded, np.bincount(nearest, weights=counts, minlength=codes).astype(np.int64))
+def _cluster(patches: Patches, codes: int, seed: int) -> Patches:
+    """The centres of k-means, rounded to pixels, with the number of patches that each one stands for."""
+    points = np.frombuffer(b"".join(patches), np.uint8).reshape(len(patches), -1).astype(np.float32)
+    weights = np.fromiter(patches.values(), np.float64)
+    fitted = MiniBatchKMeans(codes, random_state=seed, batch_size=_BATCH, n_init=1)
+    nearest = fitted.fit_predict(points, sample_weight=weights)
+    centres = np.rint(fitted.cluster_centers_).clip(0, 255).astype(np.uint8)
+    found: Patches = Counter()
+    for centre, count in zip(centres, np.bincount(nearest, weights, codes).astype(int).tolist(), strict=True):
+        found[centre.tobytes()] += count
+    return +found  # without the centres that nothing is near to

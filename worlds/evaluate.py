@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule
 from diagd.tuning.recordings import TokenDataset
-from worlds.geometry import Geometry
+from worlds.geometry import UNKNOWN_GEOMETRY, Geometry
 from worlds.metrics import Estimate, frechet_distance, principal_axes, psnr, ssim, tile_features
 from worlds.subject import Streams, Subject
 
@@ -98,7 +93,7 @@ class Scores:
         nll_settled: teacher-forced, frames from `SETTLED` on.
         nll_gap: difference to next-token prediction, paired by window.
         generated_nll: of generated tokens under next-token prediction.
-        geometry: of the rollouts.
+        geometry: of the rollouts; None where the world's geometry is not known.
         truth: of the rollouts.
     """
 
@@ -112,7 +107,7 @@ class Scores:
     nll_settled: Estimate
     nll_gap: Estimate
     generated_nll: Estimate
-    geometry: GeometryScores
+    geometry: GeometryScores | None
     truth: TruthScores
 
 
@@ -122,12 +117,12 @@ class Evaluation:
     Args:
         subject: the model.
         recording: true episodes that the model was not trained on.
-        geometry: regularities of the world, learned from as many true frames as there are.
+        geometry: regularities of the world, learned from as many true frames as there are; None if unknown.
         options: sizes and sampling.
     """
 
     def __init__(
-        self, subject: Subject, recording: TokenDataset, geometry: Geometry, options: EvalOptions
+        self, subject: Subject, recording: TokenDataset, geometry: Geometry | None, options: EvalOptions
     ) -> None:
         self.subject, self.geometry, self.options = subject, geometry, options
         random = np.random.default_rng(options.seed)
@@ -154,7 +149,7 @@ class Evaluation:
             nll_settled=Estimate.of(np.nanmean(nll[:, SETTLED * subject.layout.frame_length :], axis=1)),
             nll_gap=Estimate.of(np.nanmean(nll - self.baseline, axis=1)),
             generated_nll=Estimate.of(np.nanmean(likelihood[:, generated], axis=1)),
-            geometry=self.judge(rolled),
+            geometry=self.judge(rolled, self.geometry) if self.geometry else None,
             truth=self._compare(rolled),
         )
         return scores, rolled
@@ -169,17 +164,17 @@ class Evaluation:
         cells = streams.reshape(-1, layout.frame_length)[:, layout.before :]
         return cells.reshape(-1, layout.rows, layout.columns)
 
-    def judge(self, rolled: Streams) -> GeometryScores:
-        """Judge rollouts [B, N] by their geometry."""
+    def judge(self, rolled: Streams, geometry: Geometry) -> GeometryScores:
+        """Judge rollouts [B, N] by the geometry of their world."""
         layout, prompt, count = self.subject.layout, self.options.prompt, len(rolled)
         cells = self._cells(rolled).reshape(count, -1, layout.rows, layout.columns)
         actions = rolled.reshape(count, -1, layout.frame_length)[:, prompt:, 0] - self.subject.codes
         before, after = cells[:, prompt - 1 : -1], cells[:, prompt:]
         shape = (-1, layout.rows, layout.columns)
-        verdict = self.geometry.follows(before.reshape(shape), after.reshape(shape), actions.ravel())
+        verdict = geometry.follows(before.reshape(shape), after.reshape(shape), actions.ravel())
         followed = np.where(verdict.counts, verdict.followed, np.nan)
         walks = np.where(verdict.walks, followed, np.nan)
-        invalid = self.geometry.invalid(after).mean((-2, -1))
+        invalid = geometry.invalid(after).mean((-2, -1))
         samples = (followed, walks, verdict.agreement, invalid)
         return GeometryScores(*(Estimate.of(_row_means(values.reshape(count, -1))) for values in samples))
 
@@ -229,8 +224,14 @@ class Drift:
 def measure_drift(
     evaluation: Evaluation, schedule: Schedule, actions: NDArray[np.int64], stretches: int = 10
 ) -> Drift:
-    """Roll out ``actions`` int64 [B, F] behind true prompts and judge the frames stretch by stretch."""
-    subject, options = evaluation.subject, evaluation.options
+    """Roll out ``actions`` int64 [B, F] behind true prompts and judge the frames stretch by stretch.
+
+    Raises:
+        UsageError: the geometry of the world, by which they are judged, is not known.
+    """
+    subject, options, geometry = evaluation.subject, evaluation.options, evaluation.geometry
+    if geometry is None:
+        raise UsageError(f"drift is judged by the geometry of the world; {UNKNOWN_GEOMETRY}")
     layout, prompt, (count, frames) = subject.layout, options.prompt, actions.shape
     streams = np.zeros((count, prompt + frames, layout.frame_length), np.int64)
     known = evaluation.truth[:count].reshape(count, -1, layout.frame_length)
@@ -241,14 +242,8 @@ def measure_drift(
     ends = np.linspace(prompt, prompt + frames, stretches + 1).astype(int)
     for start, end in pairwise(ends.tolist()):
         span = slice((start - prompt) * layout.frame_length, end * layout.frame_length)
-        scores.append(evaluation.judge(rolled[:, span]))
+        scores.append(evaluation.judge(rolled[:, span], geometry))
     return Drift(ends[1:].tolist(), scores)
-
-
-def write_scores(path: Path, scores: Sequence[Scores], extra: dict[str, Any]) -> None:
-    """Write the figures as JSON, with ``extra`` entries beside them."""
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps({"schedules": [asdict(s) for s in scores]} | extra, indent=1) + "\n")
 
 
 def _row_means(samples: NDArray[np.floating]) -> NDArray[np.float64]:

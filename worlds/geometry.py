@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from diagd.schedule import StreamLayout
 from diagd.tuning.recordings import TokenDataset
-from worlds.simulator import COLUMNS, ROWS, SCROLL, VIEW_ROWS
+from worlds.simulator import ACTIONS, COLUMNS, ROWS, SCROLL, VIEW_ROWS
+
+UNKNOWN_GEOMETRY = f"it is known for recordings of Crafter, {ROWS} x {COLUMNS} tiles: diagd world collect"
 
 SHIFTS = ((0, 0), *SCROLL.values())
 """(rows, columns) the view may scroll by in one step; the first is standing still."""
@@ -56,6 +59,11 @@ class Geometry:
         view = np.zeros_like(allowed)
         view[:VIEW_ROWS], view[VIEW_ROWS:] = allowed[:VIEW_ROWS].any(0), allowed[VIEW_ROWS:].any(0)
         return cls(2 * scrolled > walks, view)
+
+    @staticmethod
+    def is_known(layout: StreamLayout, actions: tuple[str, ...]) -> bool:
+        """Whether a recording of this grid, under actions of these names, is one of Crafter."""
+        return (layout.rows, layout.columns) == (ROWS, COLUMNS) and actions == ACTIONS
 
     def follows(self, before: Tokens, after: Tokens, actions: Tokens) -> Following:
         """Judge transitions [n, rows, columns] -> [n, rows, columns] under actions [n]."""

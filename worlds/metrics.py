@@ -1,16 +1,26 @@
-"""Distances between frames and between sets of frames, with standard errors. NumPy only."""
+"""Distances between frames and between sets of frames, with standard errors; and the user's own.
+
+A metric network of the user's is any ONNX file whose inputs are float32 pictures in 0..1: one input
+[N, 3, H, W] -> [N, D] gives features of frames (FID), one input [N, 3, T, H, W] -> [N, D] features of clips
+(FVD), two inputs [N, 3, H, W] -> [N, ...] the distance of two frames (LPIPS). None is shipped.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
+from scipy import linalg
+from skimage.metrics import structural_similarity
 
 from diagd.errors import UsageError
 
-_SSIM_WINDOW, _SSIM_DEVIATION = 11, 1.5
+_SSIM_WINDOW = 11
 _ROUNDING_NOISE = 1 / 12
+_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -44,17 +54,15 @@ def psnr(frames: NDArray[np.uint8], truth: NDArray[np.uint8]) -> NDArray[np.floa
 def ssim(frames: NDArray[np.uint8], truth: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Structural similarity of uint8 frames [..., H, W, 3], averaged over pixels and channels, [...].
 
-    Wang et al. 2004: Gaussian window of 11 pixels, standard deviation 1.5.
+    Wang et al. 2004: Gaussian window of 11 pixels, standard deviation 1.5; NaN for frames smaller than that.
     """
-    x, y = frames.astype(np.float64), truth.astype(np.float64)
-    mean_x, mean_y = _blur(x), _blur(y)
-    variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    above = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    below = (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
-    similarity: NDArray[np.float64] = (above / below).mean((-3, -2, -1))
-    return similarity
+    height, width, _ = frames.shape[-3:]
+    if min(height, width) < _SSIM_WINDOW:
+        return np.full(frames.shape[:-3], np.nan)
+    pairs = zip(frames.reshape(-1, height, width, 3), truth.reshape(-1, height, width, 3), strict=True)
+    gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    found = [structural_similarity(x, y, data_range=255, channel_axis=-1, **gaussian) for x, y in pairs]
+    return np.reshape(found, frames.shape[:-3])
 
 
 def frechet_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
@@ -69,12 +77,11 @@ def frechet_distance(first: NDArray[np.floating], second: NDArray[np.floating]) 
                 f"a Frechet distance over {features.shape[1]} features needs more than that many samples, "
                 f"got {len(features)}; generate more frames"
             )
-    a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    root = _square_root(np.atleast_2d(a))
-    cross = np.linalg.eigvalsh(root @ np.atleast_2d(b) @ root)
+    a, b = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (first, second))
     shift = first.mean(0) - second.mean(0)
-    covariances = np.trace(np.atleast_2d(a)) + np.trace(np.atleast_2d(b))
-    return float(shift @ shift + covariances - 2 * np.sqrt(np.maximum(cross, 0)).sum())
+    # The trace of the root of a @ b, whose eigenvalues are real and not negative but for rounding.
+    root = np.sqrt(linalg.eigvals(a @ b).real.clip(0)).sum()
+    return float(shift @ shift + np.trace(a) + np.trace(b) - 2 * root)
 
 
 def tile_features(tokens: NDArray[np.integer], codes: int, axes: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -93,18 +100,54 @@ def principal_axes(tokens: NDArray[np.integer], codes: int, dimensions: int = 32
     return axes[:, : -dimensions - 1 : -1]
 
 
-def _square_root(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
-    values, vectors = np.linalg.eigh(matrix)
-    root: NDArray[np.float64] = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    return root
+class MetricNetwork:
+    """An ONNX file run on the CPU.
+
+    Raises:
+        UsageError: the file cannot be loaded, or its inputs are of another kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise UsageError(f"no such network: {path}; give the path of an ONNX file")
+        try:
+            self._session = InferenceSession(path, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise UsageError(f"{path} cannot be loaded as an ONNX network: {error}") from error
+        inputs = self._session.get_inputs()
+        self._names = [value.name for value in inputs]
+        ranks = [len(value.shape) for value in inputs]
+        if ranks not in ([4], [5], [4, 4]):
+            raise UsageError(
+                f"{path} has inputs of rank {ranks}; expected [N, 3, H, W] or [N, 3, T, H, W], "
+                "or two of the first"
+            )
+        self.takes_clips, self.takes_pairs = ranks == [5], len(ranks) == 2
+
+    def features(self, clips: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Features [n, D] of clips uint8 [B, T, H, W, 3]: n = B for a network of clips, else B * T."""
+        pictures = _channels_first(clips) if self.takes_clips else _channels_first(_flat(clips))
+        outputs = self._run(pictures)
+        return outputs.reshape(len(outputs), -1)
+
+    def distances(self, clips: NDArray[np.uint8], truth: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Distances [B, T] of the frames of two sets of clips uint8 [B, T, H, W, 3]."""
+        outputs = self._run(_channels_first(_flat(clips)), _channels_first(_flat(truth)))
+        distances: NDArray[np.float64] = outputs.reshape(*clips.shape[:2], -1).mean(-1)
+        return distances
+
+    def _run(self, *pictures: NDArray[np.float32]) -> NDArray[np.float64]:
+        parts = []
+        for start in range(0, len(pictures[0]), _BATCH):
+            feed = (picture[start : start + _BATCH] for picture in pictures)
+            parts.append(self._session.run(None, dict(zip(self._names, feed, strict=True)))[0])
+        return np.concatenate(parts).astype(np.float64)
 
 
-def _blur(images: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Gaussian window over the valid part of [..., H, W, 3]."""
-    offsets = np.arange(_SSIM_WINDOW) - _SSIM_WINDOW // 2
-    kernel = np.exp(-(offsets**2) / (2 * _SSIM_DEVIATION**2))
-    kernel /= kernel.sum()
-    for axis in (-3, -2):
-        windows = np.lib.stride_tricks.sliding_window_view(images, _SSIM_WINDOW, axis=axis)
-        images = windows @ kernel
-    return images
+def _flat(clips: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return clips.reshape(-1, *clips.shape[2:])
+
+
+def _channels_first(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    scaled: NDArray[np.float32] = np.moveaxis(pictures, -1, 1).astype(np.float32) / np.float32(255)
+    return np.ascontiguousarray(scaled)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.export.families.world import DESCRIPTION, load_codebook, load_world
+from diagd.errors import UsageError
+from diagd.export.families.world import DESCRIPTION, load_world
 from diagd.schedule import RowSeed, Schedule, StreamLayout, chained_lag, steps_per_frame
-from diagd.tuning.recordings import cached_tokens
+from diagd.tuning.recordings import cached_tokens, recorded_actions
 from worlds.bundle_subject import BundleSubject
 from worlds.collect import random_policy
-from worlds.contact_sheet import save_contact_sheet
-from worlds.evaluate import EvalOptions, Evaluation, Scores, measure_drift, write_scores
-from worlds.geometry import Geometry
-from worlds.metrics import Estimate, frechet_distance
-from worlds.networks import MetricNetwork
+from worlds.evaluate import EvalOptions, Evaluation, Scores, measure_drift
+from worlds.geometry import UNKNOWN_GEOMETRY, Geometry
+from worlds.metrics import Estimate, MetricNetwork, frechet_distance
+from worlds.report import save_contact_sheet, write_scores
 from worlds.subject import Streams, Subject, TorchSubject
 
-if TYPE_CHECKING:
-    from rich.table import Table
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,11 @@ class EvalRun:
 
     Attributes:
         model: folder of a world model (run in PyTorch), or its bundle (run on its engine).
-        world: folder of the world model the bundle was made from; for its codebook.
         data: recording that the model was not trained on.
         geometry: recording that the rules of the world are learned from; default: ``data``.
         output: folder of eval.json and contact.png.
-        lags: (k, d) of each schedule beside next-token prediction.
+        precision: of the bundle's step graph; default: that of its first one.
+        lags: (k, d) of each schedule beside next-token prediction; default: 1 chained, 1 serial, 2 serial.
         row_seed, refeed: of these schedules.
         options: sizes and sampling.
         long_frames: frames of the long rollouts that drift is measured on; 0 for none.
@@ -47,9 +46,9 @@ class EvalRun:
     model: Path
     data: Path
     output: Path
-    world: Path | None = None
+    precision: str | None = None
     geometry: Path | None = None
-    lags: tuple[tuple[int, int], ...] = ((1, 9), (1, 20), (2, 28))
+    lags: tuple[tuple[int, int], ...] = ()
     row_seed: RowSeed = RowSeed.PREVIOUS_FRAME
     refeed: bool = True
     options: EvalOptions = field(default_factory=EvalOptions)
@@ -58,51 +57,68 @@ class EvalRun:
     networks: tuple[Path, ...] = ()
 
 
-def run_eval(run: EvalRun, report: Callable[[str], None] = lambda _: None) -> list[Scores]:
+def run_eval(run: EvalRun, report: Report = lambda _: None) -> list[Scores]:
     """Measure, and write eval.json and contact.png; ``report`` hears the name of each schedule in turn.
 
+    The figures of geometry are None for worlds whose geometry is not known.
+
     Raises:
-        UsageError: recordings or networks that cannot be used.
+        UsageError: recordings or networks that cannot be used, or a drift that cannot be judged.
         CheckpointError, BundleError: a model that cannot be read.
     """
     networks = [MetricNetwork(path) for path in run.networks]
-    world = run.world or run.model
-    codebook = load_codebook(world)
-    recording = cached_tokens(run.data, codebook)
-    geometry = Geometry.learn(cached_tokens(run.geometry or run.data, codebook), len(codebook))
-    subject = open_subject(run.model)
-    evaluation = Evaluation(subject, recording, geometry, run.options)
+    subject = open_subject(run.model, run.precision)
+    evaluation = _evaluation(run, subject)
     scores, rollouts, drift, learned = [], {"truth": evaluation.truth}, {}, {}
     for schedule in schedules(subject.layout, run):
         name = schedule_name(schedule)
         report(name)
-        score, rolled = evaluation.score(name, schedule)
+        score, rollouts[name] = evaluation.score(name, schedule)
         scores.append(score)
-        rollouts[name] = rolled
-        learned[name] = [_network_scores(n, evaluation, rolled) for n in networks]
+        learned[name] = [_network_scores(n, evaluation, rollouts[name]) for n in networks]
         if run.long_frames:
             actions = walk_actions(run.long_rollouts, run.long_frames, run.options.seed)
             drift[name] = asdict(measure_drift(evaluation, schedule, actions))
-    extra: dict[str, Any] = {"model": run.model.name, "options": asdict(run.options)}
+    extra: dict[str, Any] = {"model": run.model.name, "options": asdict(evaluation.options)}
     extra |= {"drift": drift} if drift else {}
     extra |= {"networks": {"files": [p.name for p in run.networks], "scores": learned}} if networks else {}
     write_scores(run.output / "eval.json", scores, extra)
-    frames = {name: pictures(subject, streams[:1]) for name, streams in rollouts.items()}
-    save_contact_sheet(run.output / "contact.png", {name: clips[0] for name, clips in frames.items()})
+    sheet = {name: pictures(subject, streams[:1])[0] for name, streams in rollouts.items()}
+    save_contact_sheet(run.output / "contact.png", sheet)
     return scores
 
 
-def open_subject(model: Path) -> Subject:
-    """The model in a folder, or a bundle on its engine."""
-    return TorchSubject(load_world(model)) if (model / DESCRIPTION).exists() else BundleSubject(str(model))
+def open_subject(model: Path, precision: str | None = None) -> Subject:
+    """The model in a folder, or a bundle on its engine.
+
+    Raises:
+        UsageError: a precision is given for a folder, which is run in PyTorch.
+    """
+    if not (model / DESCRIPTION).exists():
+        return BundleSubject(str(model), precision=precision)
+    if precision is not None:
+        raise UsageError(f"{model} is run in PyTorch, in float32; --precision {precision} is for bundles")
+    return TorchSubject(load_world(model))
+
+
+def _evaluation(run: EvalRun, subject: Subject) -> Evaluation:
+    recording = cached_tokens(run.data, subject.encoder)
+    geometry = None
+    if Geometry.is_known(subject.layout, recorded_actions(run.data)):
+        rules = cached_tokens(run.geometry, subject.encoder) if run.geometry else recording
+        geometry = Geometry.learn(rules, subject.codes)
+    elif run.long_frames:
+        raise UsageError(f"--long-frames: drift is judged by the geometry of the world; {UNKNOWN_GEOMETRY}")
+    frames = min(run.options.window_frames, subject.context_frames)
+    return Evaluation(subject, recording, geometry, replace(run.options, window_frames=frames))
 
 
 def schedules(layout: StreamLayout, run: EvalRun) -> list[Schedule]:
     """Next-token prediction, then the schedules asked for."""
-    return [
-        Schedule.next_token(layout),
-        *(Schedule(layout, k, d, run.row_seed, run.refeed) for k, d in run.lags),
-    ]
+    serial = ((k, steps_per_frame(layout.rows, layout.columns, k)) for k in (1, 2))
+    lags = run.lags or ((1, chained_lag(layout.rows, 1)), *serial)
+    others = [Schedule(layout, k, d, run.row_seed, run.refeed) for k, d in lags]
+    return [Schedule.next_token(layout), *others]
 
 
 def schedule_name(schedule: Schedule) -> str:
@@ -121,30 +137,6 @@ def walk_actions(rollouts: int, frames: int, seed: int) -> NDArray[np.int64]:
     """Actions int64 [rollouts, frames] of the random policy that recordings are made with."""
     policies = [random_policy(np.random.default_rng((seed, n)), 0.72) for n in range(rollouts)]
     return np.array([[next(policy) for _ in range(frames)] for policy in policies])
-
-
-def scores_table(scores: Sequence[Scores]) -> Table:
-    """The figures as a table for the console, each with its standard error."""
-    from rich.table import Table
-
-    heads = ("NLL", "gap to NTP", "generated NLL", "followed", "walks", "invalid", "last match", "Frechet")
-    table = Table("schedule", "passes", *heads, title="mean +- standard error")
-    for score in scores:
-        geometry, truth = score.geometry, score.truth
-        likelihoods = (score.nll, score.nll_gap, score.generated_nll)
-        judged = (
-            geometry.followed,
-            geometry.walks_followed,
-            geometry.invalid,
-            truth.match[-1],
-            truth.frechet,
-        )
-        table.add_row(score.name, str(score.passes), *map(_cell, (*likelihoods, *judged)))
-    return table
-
-
-def _cell(estimate: Estimate) -> str:
-    return f"{estimate.mean:.4f} +- {estimate.error:.4f}"
 
 
 def pictures(subject: Subject, streams: Streams) -> NDArray[np.uint8]:

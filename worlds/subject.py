@@ -11,6 +11,7 @@ from diagd.export.families.world import World
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.forced_batch import ForcedPasses, forced_nll
+from diagd.tuning.recordings import FrameEncoder
 from worlds.rollout import RolloutOptions, roll_out
 
 Streams = NDArray[np.int64]
@@ -22,6 +23,8 @@ class Subject(Protocol):
 
     layout: StreamLayout
     codes: int
+    context_frames: int
+    encoder: FrameEncoder
 
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
         """Teacher-forced negative log-likelihood by position [B, N], nats; NaN in the first frame."""
@@ -43,7 +46,8 @@ class TorchSubject:
 
     def __init__(self, world: World) -> None:
         self._model, self._codebook = world.model, world.codebook
-        self._window = world.description.context_frames
+        self.context_frames = world.description.context_frames
+        self.encoder = FrameEncoder.of_codebook(world.codebook)
         self.layout, self.codes = world.description.layout, world.description.codes
 
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
@@ -56,7 +60,8 @@ class TorchSubject:
         self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
     ) -> Streams:
         """See `Subject.roll_out`."""
-        return roll_out(self._model, streams, prompt, RolloutOptions(schedule, sampling, seed, self._window))
+        options = RolloutOptions(schedule, sampling, seed, self.context_frames)
+        return roll_out(self._model, streams, prompt, options)
 
     def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
         """See `Subject.pixels`."""

@@ -19,14 +19,38 @@ from numpy.typing import NDArray
 from torch import distributed
 
 from diagd.bundle.files import atomic_file
-from diagd.errors import UsageError
+from diagd.errors import UsageError, unknown
 from diagd.export.families.world import World, WorldDescription, save_world
 from diagd.export.transformer import Transformer
+from diagd.schedule import Schedule, StreamLayout
+from diagd.tuning.align import check_device
 from diagd.tuning.forced_batch import ForcedBatch, ForcedPasses, forced_loss
-from diagd.tuning.recordings import TokenDataset, cached_tokens, episodes, recorded_actions
+from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens, episodes, recorded_actions
 from worlds.codebook import fit_codebook
-from worlds.mixture import mixture_shares
 from worlds.optimiser import Optimiser, learning_rate
+
+Share = tuple[float, Schedule]
+"""Share of the training windows, and the schedule they are decoded by."""
+
+MIXTURES = ("ntp", "diagonal", "mixture")
+"""Next-token prediction alone; the chained k = 1 diagonal alone; both with k = 2 and serial frames."""
+
+
+def mixture_shares(name: str, layout: StreamLayout) -> list[Share]:
+    """Schedules of a mixture with the share of windows that each one gets.
+
+    Raises:
+        UsageError: a name outside `MIXTURES`.
+    """
+    raster, chained = Schedule.next_token(layout), Schedule.chained(layout, 1)
+    if name == "ntp":
+        return [(1.0, raster)]
+    if name == "diagonal":
+        return [(1.0, chained)]
+    if name == "mixture":
+        serial = Schedule.serial(layout, 1)
+        return [(0.4, raster), (0.25, serial), (0.25, chained), (0.1, Schedule.serial(layout, 2))]
+    raise unknown("mixture", name, MIXTURES)
 
 
 @dataclass(frozen=True)
@@ -37,7 +61,7 @@ class TrainOptions:
         data: folder of episode shards.
         output: folder of the trained model and of the checkpoint that training resumes from.
         size: name in `diagd.export.families.world.SIZES`.
-        mixture: name in `worlds.mixture.MIXTURES`.
+        mixture: name in `MIXTURES`.
         frames: frames of a window; the first half of training sees windows half as long, twice as many.
         batch: windows of a step, over all processes.
         steps: optimiser steps.
@@ -45,8 +69,8 @@ class TrainOptions:
         patch: pixels along a side of a cell.
         matrix_rate, other_rate: base learning rates of Muon and AdamW.
         seed: of codebook, initial weights and batches.
-        device: "cpu" or "cuda".
-        processes: data-parallel processes; on a CPU each runs one thread.
+        device: "cpu", "cuda" for every GPU, or "cuda:1" for one of them.
+        processes: data-parallel processes; default: two of one thread each on a CPU, one a GPU.
         checkpoint_every: steps between checkpoints.
     """
 
@@ -63,22 +87,48 @@ class TrainOptions:
     other_rate: float = 3e-3
     seed: int = 0
     device: str = "cpu"
-    processes: int = 2
+    processes: int | None = None
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        if self.frames < 2 or self.steps < 1 or self.batch % self.processes:
+        processes = len(self.devices)
+        if self.frames < 2 or self.steps < 1 or self.batch % processes:
             raise UsageError(
-                f"frames {self.frames}, steps {self.steps}, batch {self.batch}, processes {self.processes}: "
+                f"frames {self.frames}, steps {self.steps}, batch {self.batch}, processes {processes}: "
                 "expected at least 2 frames, 1 step, and a batch that the processes share evenly"
             )
+
+    @property
+    def devices(self) -> list[str]:
+        """Where each process trains; see `worker_devices`."""
+        check_device(self.device)
+        return worker_devices(self.device, self.processes, torch.cuda.device_count())
 
     def recipe(self) -> dict[str, Any]:
         """The options that decide the result, as JSON data."""
         options = asdict(self)
         for name in ("data", "output", "checkpoint_every"):
             del options[name]
-        return options
+        return options | {"processes": len(self.devices)}
+
+
+def worker_devices(device: str, processes: int | None, gpus: int) -> list[str]:
+    """Device of each data-parallel process on a machine of ``gpus`` GPUs; no two share a GPU.
+
+    Raises:
+        UsageError: more processes than GPUs, or none.
+    """
+    if not device.startswith("cuda"):
+        count = 2 if processes is None else processes
+        most = count
+    else:
+        most = gpus if device == "cuda" else 1
+        count = most if processes is None else processes
+    if not 1 <= count <= most:
+        raise UsageError(
+            f"{count} processes on {device}: expected 1 to {max(1, most)}, each has a device of its own"
+        )
+    return [f"cuda:{n}" for n in range(count)] if device == "cuda" else [device] * count
 
 
 @dataclass(frozen=True)
@@ -105,14 +155,15 @@ def train(options: TrainOptions, report: Report | None = None) -> Path:
     """
     options.output.mkdir(parents=True, exist_ok=True)
     codebook, used = _codebook(options)
-    cached_tokens(options.data, codebook)
-    if options.processes == 1:
+    cached_tokens(options.data, FrameEncoder.of_codebook(codebook))
+    processes = len(options.devices)
+    if processes == 1:
         _Trainer(options, codebook, used, rank=0).run(report)
         return options.output
     with tempfile.TemporaryDirectory() as folder:
         worker = partial(_worker, options, codebook, used, f"file://{folder}/rendezvous", report)
-        with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-            list(pool.map(worker, range(options.processes)))
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            list(pool.map(worker, range(processes)))
     return options.output
 
 
@@ -124,7 +175,9 @@ def _worker(
     report: Report | None,
     rank: int,
 ) -> None:
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+    backend = "nccl" if options.device.startswith("cuda") else "gloo"
+    world_size = len(options.devices)
+    distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=world_size)
     try:
         _Trainer(options, codebook, used, rank).run(report if rank == 0 else None)
     finally:
@@ -146,13 +199,14 @@ class _Trainer:
     """The loop of one process."""
 
     def __init__(self, options: TrainOptions, codebook: NDArray[np.uint8], used: int, rank: int) -> None:
-        if options.device == "cpu":
+        self.processes, self.device = len(options.devices), options.devices[rank]
+        if self.device == "cpu":
             torch.set_num_threads(1)
         self.options, self.codebook, self.rank = options, codebook, rank
-        self.dataset = cached_tokens(options.data, codebook)
+        self.dataset = cached_tokens(options.data, FrameEncoder.of_codebook(codebook))
         self.description = _describe(options, used, next(episodes(options.data)).frames.shape)
         self.model = Transformer(self.description.transformer_config())
-        self.model.initialise(torch.Generator().manual_seed(options.seed)).to(options.device)
+        self.model.initialise(torch.Generator().manual_seed(options.seed)).to(self.device)
         self.optimiser = Optimiser(self.model, options.matrix_rate, options.other_rate)
         self.first_step, self.losses = 0, _Losses(options, self.dataset, self.description)
         self.checkpoint = options.output / "checkpoint.pt"
@@ -163,7 +217,7 @@ class _Trainer:
         """Train to the last step and write the model."""
         options, started = self.options, time.monotonic()
         for step in range(self.first_step, options.steps):
-            loss = forced_loss(self.model, self.losses.batch(step, self.rank).to(options.device))
+            loss = forced_loss(self.model, self.losses.batch(step, self.rank).to(self.device))
             loss.backward()
             self._share_gradients()
             self.optimiser.step(learning_rate(step + 1, options.steps))
@@ -176,12 +230,12 @@ class _Trainer:
             save_world(options.output, world, options.recipe())
 
     def _share_gradients(self) -> None:
-        if self.options.processes == 1:
+        if self.processes == 1:
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         distributed.all_reduce(flat)
-        flat /= self.options.processes
+        flat /= self.processes
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
@@ -202,7 +256,7 @@ class _Trainer:
             torch.save(state, path)
 
     def _resume(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True, map_location=self.options.device)
+        state = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
         if json.loads(state["recipe"]) != json.loads(json.dumps(self.options.recipe())):
             raise UsageError(
                 f"{self.checkpoint} belongs to another recipe: {state['recipe']}; give its options again to "
@@ -217,7 +271,7 @@ class _Losses:
     """Batches as a function of seed and step."""
 
     def __init__(self, options: TrainOptions, dataset: TokenDataset, description: WorldDescription) -> None:
-        self.options, self.dataset = options, dataset
+        self.options, self.dataset, self.processes = options, dataset, len(options.devices)
         shares = mixture_shares(options.mixture, description.layout)
         self.shares = [share for share, _ in shares]
         lengths = {max(2, options.frames // 2), options.frames}
@@ -232,8 +286,8 @@ class _Losses:
         frames = max(2, options.frames // 2) if is_short else options.frames
         windows = options.batch * options.frames // frames
         random = np.random.default_rng((options.seed, step))
-        starts = random.choice(self.starts[frames], windows)[rank :: options.processes]
-        choice = random.choice(len(self.shares), windows, p=self.shares)[rank :: options.processes]
+        starts = random.choice(self.starts[frames], windows)[rank :: self.processes]
+        choice = random.choice(len(self.shares), windows, p=self.shares)[rank :: self.processes]
         return self.passes[frames].batch(self.dataset.windows(starts, frames), list(choice))
 
 

@@ -13,9 +13,9 @@ from diagd.export.families.world import load_world
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from worlds.bundle_subject import BundleSubject
-from worlds.contact_sheet import save_contact_sheet
 from worlds.evaluate import Drift, Evaluation, Scores, measure_drift
 from worlds.metrics import Estimate
+from worlds.report import save_contact_sheet
 from worlds.run_eval import pictures, schedule_name, walk_actions
 
 ROW_LAGS = (1, 2, 4)

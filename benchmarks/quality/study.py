@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from pydantic import TypeAdapter
 
 from benchmarks.quality import parts
@@ -18,8 +19,7 @@ from benchmarks.quality.parts import Report
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
 from diagd.export.families.world import load_codebook
-from diagd.tuning.recordings import cached_tokens
-from worlds.contact_sheet import save_plot
+from diagd.tuning.recordings import FrameEncoder, cached_tokens
 from worlds.evaluate import EvalOptions, Evaluation
 from worlds.geometry import Geometry
 from worlds.run_eval import open_subject
@@ -70,8 +70,9 @@ class Study:
         self._options, self._report = options, report
         self._bundles: dict[Path, Path] = {}
         codebook = load_codebook(options.model)
-        self._recording = cached_tokens(options.data, codebook)
-        self._geometry = Geometry.learn(cached_tokens(options.geometry, codebook), len(codebook))
+        encoder = FrameEncoder.of_codebook(codebook)
+        self._recording = cached_tokens(options.data, encoder)
+        self._geometry = Geometry.learn(cached_tokens(options.geometry, encoder), len(codebook))
 
     def run(self) -> Path:
         """Measure part by part, saving the figures after each; returns the page."""
@@ -160,6 +161,26 @@ def _plot(path: Path, figures: Figures) -> None:
         if size in figures.frames_per_second
     }
     save_plot(path, points, "frames/s, one core", "NLL of generated tokens under NTP, nats")
+
+
+def save_plot(
+    path: Path, series: Mapping[str, Sequence[tuple[str, float, float, float]]], across: str, up: str
+) -> None:
+    """Write a PNG with points (label, x, y, standard error of y) of each series; x is logarithmic."""
+    figure = Figure(figsize=(8, 4.6), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    for name, points in series.items():
+        _, x, y, error = zip(*points, strict=True)
+        axis.errorbar(x, y, yerr=error, fmt="o", capsize=3, label=name)
+        for label, across_point, up_point, _ in points:
+            place = (across_point, up_point)
+            axis.annotate(label, place, textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axis.set(xlabel=across, ylabel=up, xscale="log")
+    axis.grid(alpha=0.3)
+    if series:
+        axis.legend()
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 def _folders(given: list[str]) -> dict[str, Path]:

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from diagd.cli.paths import path
+from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError, require
 from diagd.progress import Progress
+from diagd.schedule import RowSeed, Schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 
     from diagd.bundle import Bundle
     from diagd.export.families.family import Family
-    from diagd.schedule import RowSeed, Schedule, StreamLayout
+    from diagd.schedule import StreamLayout
     from diagd.tuning.align import AlignOptions, Report
 
 EPILOG = """examples:
@@ -29,30 +33,38 @@ EPILOG = """examples:
 SOURCE is a bundle, the folder of a trained world, or a checkpoint together with its --model.
 --data is a folder of recordings made by `diagd world` (for worlds), or a .npy token stream of one video.
 --output is of the same kind: a bundle, a world's folder, or a .safetensors for `diagd export --checkpoint`.
-Several --k and --d name several schedules that share the windows; next-token prediction keeps --raster.
+Several --k and --d name several schedules that share the windows; next-token prediction keeps raster of them.
 """
+
+
+class AlignSettings(BaseModel):
+    """Options behind ``--set``."""
+
+    model_config = ConfigDict(extra="forbid")
+    steps: int = Field(200, ge=1, description="optimiser steps")
+    frames: int = Field(4, ge=2, description="frames of a window")
+    raster: float = Field(0.4, ge=0, lt=1, description="share of next-token windows")
+    rank: int = Field(0, ge=0, description="of low-rank updates; 0 trains all weights")
+    seed_policy: RowSeed = Field(RowSeed.PREVIOUS_FRAME, description="row seed")
+    text: Path | None = Field(None, description="text embeddings of --data, for models that read text")
+    seed: int = Field(0, description="of windows, schedules and low-rank factors")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    from diagd.schedule import RowSeed
-
     parser.epilog = EPILOG
     parser.add_argument("source", help="bundle, or weights: file, folder or hf://org/name[@revision]")
     parser.add_argument("--model", help="name of the model (default: what the bundle or folder says)")
     parser.add_argument("--data", type=path, required=True, help="recordings, or a .npy token stream")
     parser.add_argument("--output", type=path, required=True, help="bundle, folder or .safetensors to write")
-    parser.add_argument("--text", type=path, help="text embeddings of --data, for models that read text")
     parser.add_argument("--k", type=int, nargs="+", default=[1], help="row lags (default 1)")
     parser.add_argument(
         "--d", nargs="+", default=["chained"], help="frame lags, one or one a row lag (default chained)"
     )
-    parser.add_argument("--seed-policy", choices=[seed.value for seed in RowSeed], help="row seed")
-    parser.add_argument("--raster", type=float, default=0.4, help="share of next-token windows (%(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="optimiser steps (default %(default)s)")
-    parser.add_argument("--frames", type=int, default=4, help="frames of a window (default %(default)s)")
-    parser.add_argument("--rank", type=int, default=0, help="of low-rank updates, 0 for all weights")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="windows of a step (default %(default)s)")
+    parser.add_argument("--rate", type=float, default=3e-4, help="peak learning rate (default %(default)s)")
+    add_set_option(parser, AlignSettings)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,18 +72,19 @@ def run(args: argparse.Namespace) -> int:
     require("torch", extra="export", purpose="fine-tune a model")
     from rich.console import Console
 
+    settings = parse_settings(AlignSettings, args.settings)
     losses: list[float] = []
-    with Progress(Console()).count("aligning", args.steps) as advance:
+    with Progress(Console()).count("aligning", settings.steps) as advance:
 
         def report(step: int, loss: float) -> None:
             del step
             losses.append(loss)
             advance(1)
 
-        output = _align(args, report)
+        output = _align(args, settings, report)
     span = max(1, len(losses) // 10)
     first, last = sum(losses[:span]) / span, sum(losses[-span:]) / span
-    Console().print(f"{args.steps} steps, loss {first:.4f} -> {last:.4f} nats a token: {output}")
+    Console().print(f"{settings.steps} steps, loss {first:.4f} -> {last:.4f} nats a token: {output}")
     return 0
 
 
@@ -83,7 +96,7 @@ class _Source:
     bundle: Bundle | None
 
 
-def _align(args: argparse.Namespace, report: Report) -> Path:
+def _align(args: argparse.Namespace, settings: AlignSettings, report: Report) -> Path:
     from diagd.export.exporter import open_sources
     from diagd.export.families.world import CODEBOOK, DESCRIPTION, WEIGHTS
     from diagd.runtime.text import read_text
@@ -93,14 +106,13 @@ def _align(args: argparse.Namespace, report: Report) -> Path:
     source = _open(args)
     family, output = source.family, Path(args.output)
     _check_output(args, source)
-    options = _options(args, family.transformer.layout)
-    text = read_text(args.text) if args.text else None
+    options = _options(args, settings, family.transformer.layout)
+    text = read_text(settings.text) if settings.text else None
     if source.bundle is not None:
-        streams = _streams(args, family)
-        config = family.transformer
-        return align_bundle(source.bundle, config, streams, options, output, report, text=text)
+        streams = _streams(args, settings, source)
+        return align_bundle(source.bundle, family.transformer, streams, options, output, report, text=text)
     checkpoint = open_sources(family, args.source, None, pixels=False).transformer
-    streams = _streams(args, family)
+    streams = _streams(args, settings, source)
     if family.default_tokenizer is None or output.suffix:
         return align_checkpoint(family, checkpoint, streams, options, output, report, text=text)
     align_checkpoint(family, checkpoint, streams, options, output / WEIGHTS, report)
@@ -147,27 +159,29 @@ def _open(args: argparse.Namespace) -> _Source:
     return _Source(find(args.model or "world", args.source), None)
 
 
-def _options(args: argparse.Namespace, layout: StreamLayout) -> AlignOptions:
-    from diagd.schedule import RowSeed, Schedule
+def _options(args: argparse.Namespace, settings: AlignSettings, layout: StreamLayout) -> AlignOptions:
     from diagd.tuning.align import AlignOptions
 
-    if not 0 <= args.raster < 1:
-        raise UsageError(f"--raster {args.raster}: expected a share from 0 up to, but not including, 1")
     lags = args.d * len(args.k) if len(args.d) == 1 else args.d
     if len(lags) != len(args.k):
         raise UsageError(
             f"{len(args.k)} row lags but {len(lags)} frame lags: give one --d, or one for each --k"
         )
-    seed = RowSeed(args.seed_policy) if args.seed_policy else RowSeed.PREVIOUS_FRAME
-    schedules = [_schedule(layout, k, d, seed) for k, d in zip(args.k, lags, strict=True)]
-    shares = [(args.raster, Schedule.next_token(layout))] if args.raster else []
-    shares += [((1 - args.raster) / len(schedules), schedule) for schedule in schedules]
-    return AlignOptions(tuple(shares), args.steps, rank=args.rank, seed=args.seed)
+    schedules = [_schedule(layout, k, d, settings.seed_policy) for k, d in zip(args.k, lags, strict=True)]
+    shares = [(settings.raster, Schedule.next_token(layout))] if settings.raster else []
+    shares += [((1 - settings.raster) / len(schedules), schedule) for schedule in schedules]
+    return AlignOptions(
+        tuple(shares),
+        settings.steps,
+        args.batch,
+        args.rate,
+        rank=settings.rank,
+        seed=settings.seed,
+        device=args.device,
+    )
 
 
 def _schedule(layout: StreamLayout, k: int, d: str, seed: RowSeed) -> Schedule:
-    from diagd.schedule import Schedule
-
     named = {"serial": Schedule.serial, "chained": Schedule.chained}
     if d in named:
         return named[d](layout, k, seed)
@@ -176,16 +190,21 @@ def _schedule(layout: StreamLayout, k: int, d: str, seed: RowSeed) -> Schedule:
     return Schedule(layout, k, int(d), seed)
 
 
-def _streams(args: argparse.Namespace, family: Family) -> NDArray[np.int64]:
+def _streams(args: argparse.Namespace, settings: AlignSettings, source: _Source) -> NDArray[np.int64]:
+    from diagd.engines.onnxruntime_session import CpuOptions
+    from diagd.export.families.world import load_codebook
     from diagd.tuning.align_checkpoint import read_windows
+    from diagd.tuning.recordings import FrameEncoder, cached_tokens
 
+    family, frames = source.family, settings.frames
     if args.data.suffix == ".npy":
-        return read_windows(args.data, family, args.frames)
+        return read_windows(args.data, family, frames)
     if family.default_tokenizer is None:
         raise UsageError(f"--data {args.data}: {family.name} is aligned on a .npy token stream")
-    from diagd.export.families.world import load_codebook
-    from diagd.tuning.recordings import cached_tokens
-
-    recording = cached_tokens(args.data, load_codebook(Path(family.default_tokenizer).parent))
-    starts = recording.window_starts(args.frames)[:: max(1, args.frames // 2)]
-    return recording.windows(starts, args.frames)
+    if source.bundle is not None:
+        encoder = FrameEncoder.of_bundle(source.bundle, CpuOptions())
+    else:
+        encoder = FrameEncoder.of_codebook(load_codebook(Path(family.default_tokenizer).parent))
+    recording = cached_tokens(args.data, encoder)
+    starts = recording.window_starts(frames)[:: max(1, frames // 2)]
+    return recording.windows(starts, frames)

@@ -56,6 +56,24 @@ class AlignOptions:
             raise UsageError(
                 f"steps {self.steps}, batch {self.batch}, rank {self.rank}: expected at least 1, 1 and 0"
             )
+        if not self.rate >= 0:
+            raise UsageError(f"learning rate {self.rate}: expected 0 or more, such as 3e-4")
+        check_device(self.device)
+
+
+def check_device(device: str) -> None:
+    """Check that PyTorch can train on a device such as ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        UsageError: it is none, or this machine has no such GPU.
+    """
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device '{device}': expected cpu, cuda or cuda:N") from error
+    gpus = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= gpus:
+        raise UsageError(f"device '{device}': PyTorch sees {gpus} GPUs here; train on cpu")
 
 
 class LowRank(nn.Module):

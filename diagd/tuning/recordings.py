@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from diagd.bundle import Bundle
 from diagd.bundle.files import atomic_file
+from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
+from diagd.export.tokenizers.patch import PatchEncoder
+from diagd.runtime.pixels import PixelCodec
 
 RECIPE = "recording.json"
 
-Patches = NDArray[np.uint8]
-"""uint8 [n, p * p * 3]."""
+_CHUNK = 64
+"""Frames encoded at once."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,65 @@ class Episode:
 
 
 @dataclass(frozen=True)
+class FrameEncoder:
+    """How the frames of a recording become tokens.
+
+    Attributes:
+        encode: frames uint8 [T, H, W, 3] to ids int [T, rows, columns].
+        codes: number of ids; action a of a recording is the token ``codes + a``.
+        digest: of what decides the ids; tokens are kept under it.
+    """
+
+    encode: Callable[[NDArray[np.uint8]], NDArray[np.integer]]
+    codes: int
+    digest: str
+
+    @classmethod
+    def of_codebook(cls, codebook: NDArray[np.uint8]) -> FrameEncoder:
+        """The id of the code uint8 [codes, p, p, 3] nearest to each patch; see `PatchEncoder`."""
+        encoder, side = PatchEncoder(torch.from_numpy(codebook)), codebook.shape[1]
+
+        def encode(frames: NDArray[np.uint8]) -> NDArray[np.integer]:
+            check_patches(frames, side)
+            with torch.inference_mode():
+                parts = [encoder(part) for part in torch.from_numpy(frames).split(_CHUNK)]
+            return torch.cat(parts).numpy()
+
+        return cls(encode, len(codebook), hashlib.sha256(codebook.tobytes()).hexdigest())
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, cpu: CpuOptions) -> FrameEncoder:
+        """The bundle's own encoder graph.
+
+        Raises:
+            UsageError: it has none.
+        """
+        return cls(PixelCodec(bundle, cpu).encode, bundle.manifest.output_vocabulary, bundle.digest)
+
+
+def check_patches(frames: NDArray[np.uint8], side: int) -> None:
+    """Check that frames uint8 [T, H, W, 3] are made of whole patches.
+
+    Raises:
+        UsageError: the frame size is no multiple of ``side``.
+    """
+    height, width = frames.shape[1:3]
+    if height % side or width % side:
+        raise UsageError(
+            f"frames of {height}x{width} pixels cannot be cut into {side}x{side} patches; resize them"
+        )
+
+
+@dataclass(frozen=True)
 class TokenDataset:
     """Tokenised episodes, one after the other, a known action token ahead of the cells of each frame.
 
     Attributes:
-        streams: int16 [F, 1 + h * w], one row a frame.
+        streams: int32 [F, 1 + h * w], one row a frame.
         starts: int64 [E + 1], first row of each episode, and the end.
     """
 
-    streams: NDArray[np.int16]
+    streams: NDArray[np.int32]
     starts: NDArray[np.int64]
 
     @property
@@ -89,33 +145,30 @@ def episodes(folder: Path) -> Iterator[Episode]:
     return map(load_episode, episode_paths(folder))
 
 
-def tokenise(recording: Iterator[Episode] | Sequence[Episode], codebook: NDArray[np.uint8]) -> TokenDataset:
-    """Encode episodes with ``codebook`` uint8 [codes, p, p, 3]; action a becomes id ``codes + a``."""
-    codes, side = codebook.shape[:2]
+def tokenise(recording: Iterable[Episode], encoder: FrameEncoder) -> TokenDataset:
+    """Encode episodes; action a becomes id ``encoder.codes + a``."""
     streams, starts = [], [0]
     for episode in recording:
-        tokens = nearest_codes(cut_patches(episode.frames, side), codebook.reshape(codes, -1))
-        cells = tokens.reshape(len(episode.frames), -1)
-        streams.append(np.concatenate([codes + episode.actions[:, None].astype(np.int16), cells], axis=1))
+        cells = encoder.encode(episode.frames).reshape(len(episode.frames), -1)
+        actions = encoder.codes + episode.actions[:, None].astype(np.int32)
+        streams.append(np.concatenate([actions, cells], axis=1, dtype=np.int32))
         starts.append(starts[-1] + len(cells))
-    return TokenDataset(np.concatenate(streams).astype(np.int16), np.asarray(starts))
+    return TokenDataset(np.concatenate(streams), np.asarray(starts))
 
 
-def cached_tokens(folder: Path, codebook: NDArray[np.uint8]) -> TokenDataset:
+def cached_tokens(folder: Path, encoder: FrameEncoder) -> TokenDataset:
     """Encode a folder once and keep the result beside its shards.
 
-    The cache is rebuilt when shards were added or the codebook differs.
+    It is encoded again when shards were added or the encoder is another.
     """
     path, count = folder / "tokens.npz", len(episode_paths(folder))
     if path.exists():
         with np.load(path, allow_pickle=False) as cache:
-            if len(cache["starts"]) == count + 1 and np.array_equal(cache["codebook"], codebook):
+            if cache.get("encoder") == encoder.digest and len(cache["starts"]) == count + 1:
                 return TokenDataset(cache["streams"], cache["starts"])
-    dataset = tokenise(episodes(folder), codebook)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, streams=dataset.streams, starts=dataset.starts, codebook=codebook)
-    temporary.rename(path)
+    dataset = tokenise(episodes(folder), encoder)
+    with atomic_file(path) as partial:
+        np.savez(partial, streams=dataset.streams, starts=dataset.starts, encoder=encoder.digest)
     return dataset
 
 
@@ -173,45 +226,3 @@ def recorded_actions(folder: Path) -> tuple[str, ...]:
             f"{folder} has no readable {RECIPE}: {error}; record episodes with: diagd world collect {folder}"
         ) from error
     return tuple(names)
-
-
-def cut_patches(frames: NDArray[np.uint8], side: int) -> Patches:
-    """Cut uint8 [T, H, W, 3] into uint8 [T * H/side * W/side, side * side * 3], in raster order.
-
-    Raises:
-        UsageError: the frame size is no multiple of ``side``.
-    """
-    count, height, width, _ = frames.shape
-    if height % side or width % side:
-        raise UsageError(
-            f"frames of {height}x{width} pixels cannot be cut into {side}x{side} patches; resize them"
-        )
-    grid = frames.reshape(count, height // side, side, width // side, side, 3)
-    return np.ascontiguousarray(grid.transpose(0, 1, 3, 2, 4, 5)).reshape(-1, side * side * 3)
-
-
-def nearest_codes(patches: Patches, codes: Patches) -> NDArray[np.int64]:
-    """Ids [n] of the codes [codes, ...] nearest to each patch; ties go to the lowest id."""
-    distinct, inverse = index_distinct(patches)
-    nearest, _ = assign(patches[distinct].astype(np.float32), codes.astype(np.float32))
-    return nearest[inverse]
-
-
-def index_distinct(patches: Patches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row of the first of each distinct patch, and for every patch which distinct one it is."""
-    keys = np.ascontiguousarray(patches).view(np.dtype((np.void, patches.shape[1]))).ravel()
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    return first, inverse
-
-
-def assign(
-    points: NDArray[np.float32], centres: NDArray[np.float32]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Nearest centre of each point, and the squared distance to it."""
-    norms = (centres**2).sum(1)
-    nearest, distance = [], []
-    for chunk in np.array_split(points, max(1, len(points) // 8192)):
-        scores = norms - 2 * chunk @ centres.T
-        nearest.append(scores.argmin(1))
-        distance.append(scores.min(1) + (chunk**2).sum(1))
-    return np.concatenate(nearest), np.concatenate(distance)

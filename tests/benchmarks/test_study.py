@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from matplotlib import image
 
 from benchmarks.quality.parts import diagonal_schedules
-from benchmarks.quality.study import Study, StudyOptions
+from benchmarks.quality.study import Study, StudyOptions, save_plot
 from diagd.errors import UsageError
 from diagd.export.families.world import SHIPPED
 from diagd.schedule import StreamLayout
@@ -65,3 +67,12 @@ def test_every_part_is_measured_and_kept(options: StudyOptions) -> None:
 def test_study_covers_serial_and_chained_frames() -> None:
     lags = [(s.k, s.d) for s in diagonal_schedules(StreamLayout(9, 12, before=1))]
     assert lags == [(1, 20), (1, 9), (2, 28), (2, 18), (4, 44), (4, 36)]
+
+
+def test_plot_is_written(tmp_path: Path) -> None:
+    save_plot(
+        tmp_path / "plot.png", {"3m": [("a", 1.0, 0.5, 0.1), ("b", 10.0, 0.6, 0.1)]}, "frames/s", "nats"
+    )
+    picture = image.imread(tmp_path / "plot.png")
+    assert picture.shape[0] > 300
+    assert picture[..., :3].min() < 0.5

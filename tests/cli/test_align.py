@@ -26,7 +26,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_aligned_worlds_are_exported_again(workplace: Workplace, recording: Path, tmp_path: Path) -> None:
     aligned, bundle = tmp_path / "aligned", tmp_path / "aligned.diagd"
-    options = ["--data", str(recording), "--steps", "3", "--frames", "2", "--rank", "2"]
+    options = ["--data", str(recording), "--set", "steps=3", "--set", "frames=2", "--set", "rank=2"]
     assert main(["align", str(workplace.world), *options, "--output", str(aligned)]) == 0
     assert main(["export", "--model", "world", "--checkpoint", str(aligned), "--output", str(bundle)]) == 0
     weights = (aligned / "model.safetensors").read_bytes()
@@ -35,7 +35,19 @@ def test_aligned_worlds_are_exported_again(workplace: Workplace, recording: Path
 
 def test_aligned_bundles_generate(workplace: Workplace, recording: Path, tmp_path: Path) -> None:
     aligned, tokens = tmp_path / "aligned.diagd", tmp_path / "tokens.npy"
-    options = ["--data", str(recording), "--steps", "3", "--frames", "2", "--k", "1", "2", "--d", "chained"]
+    options = [
+        "--data",
+        str(recording),
+        "--set",
+        "steps=3",
+        "--set",
+        "frames=2",
+        "--k",
+        "1",
+        "2",
+        "--d",
+        "chained",
+    ]
     assert main(["align", str(workplace.bundle), *options, "--output", str(aligned)]) == 0
     command = ["generate", str(aligned), "--prompt", str(workplace.prompt)]
     assert main([*command, "--actions", str(workplace.actions), "--output", str(tokens)]) == 0
@@ -49,7 +61,11 @@ def test_aligned_bundles_generate(workplace: Workplace, recording: Path, tmp_pat
         (["--d", "late"], "--d late: expected serial"),
         (["--k", "13", "--d", "9"], "row lag k=13"),
         (["--k", "1", "2", "2", "--d", "serial", "chained"], "3 row lags but 2 frame lags"),
-        (["--raster", "1"], "--raster 1.0"),
+        (["--set", "raster=1"], "--set raster=1: Input should be less than 1"),
+        (["--device", "gpu"], "device 'gpu': expected cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "GPUs here; train on cpu"),
+        (["--batch", "0"], "batch 0"),
+        (["--rate", "-1"], "learning rate -1.0: expected 0 or more"),
         (["--model", "mineworld"], "did you mean"),
     ],
 )

@@ -13,12 +13,12 @@ from diagd.export.transformer import Transformer
 ACTIONS = ("noop", "left", "right", "up", "down")
 
 
-def random_world(folder: Path) -> Path:
-    """A world of 9 x 12 patches of 4 pixels that nobody trained; its tokens are lively, not sensible."""
+def random_world(folder: Path, rows: int = 9, columns: int = 12) -> Path:
+    """A world of patches of 4 pixels that nobody trained; its tokens are lively, not sensible."""
     description = WorldDescription(
         size="0.7m",
-        rows=9,
-        columns=12,
+        rows=rows,
+        columns=columns,
         patch=4,
         codes=32,
         used_codes=30,
@@ -33,6 +33,7 @@ def random_world(folder: Path) -> Path:
             if "norm" in name:  # equal gains would be merged in the graph
                 gain.uniform_(0.8, 1.2, generator=random)
     codebook = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 3), dtype=np.uint8)
+    codebook[30:] = codebook[0]  # as the codes that training does not use
     folder.mkdir(parents=True)
     save_world(folder, World(description, model, codebook), {})
     return folder

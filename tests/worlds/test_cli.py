@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from diagd.cli.main import main
 from diagd.runtime.video import VideoWriter
+from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
 from tests.worlds import ACTIONS, random_world
 
 
@@ -42,6 +44,75 @@ def test_a_missing_package_names_the_pip_line(
     for verb in ("world", "eval"):
         assert main([verb, "--data", "recordings"]) == 2
         assert "run, in a clone of the repository: pip install ./worlds" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording of no known geometry: two episodes of 3 x 4 cells."""
+    folder = tmp_path_factory.mktemp("noise")
+    check_recipe(folder, {"actions": list(ACTIONS)})
+    for n in range(2):
+        frames = np.random.default_rng(n).integers(0, 256, (8, 12, 16, 3), dtype=np.uint8)
+        save_episode(shard_path(folder, n), Episode(frames, np.arange(8, dtype=np.uint8) % len(ACTIONS)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world of 3 x 4 cells, its bundle beside it."""
+    folder = random_world(tmp_path_factory.mktemp("small") / "trained", rows=3, columns=4)
+    bundle = str(folder.parent / "small.diagd")
+    assert main(["export", "--model", "world", "--checkpoint", str(folder), "--output", bundle]) == 0
+    return folder
+
+
+EVAL = ["--rollouts", "2", "--set", "windows=2", "--set", "frames=1"]
+
+
+def test_other_worlds_are_measured_by_what_holds_for_any(
+    small: Path, noise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In PyTorch and on the engine, whose bundle encodes the recording by its own codebook."""
+    found = {}
+    for model in (small, small.parent / "small.diagd"):
+        output = tmp_path / model.name
+        assert main(["eval", str(model), "--data", str(noise), "--output", str(output), *EVAL]) == 0
+        assert "known for recordings of Crafter" in " ".join(capsys.readouterr().out.split())
+        assert (output / "contact.png").exists()
+        scores = json.loads((output / "eval.json").read_text())["schedules"]
+        assert [(s["name"], s["geometry"]) for s in scores] == [
+            (name, None) for name in ("NTP", "k=1 chained", "k=1 serial", "k=2 serial")
+        ]
+        found[model.name] = [s["nll"]["mean"] for s in scores]
+    assert found["trained"] == pytest.approx(found["small.diagd"], abs=1e-3)
+
+
+def test_a_precision_is_one_of_the_bundle(
+    small: Path, noise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--data", str(noise), *EVAL]
+    bundle = str(shutil.copytree(small.parent / "small.diagd", tmp_path / "bundle"))
+    precise, coarse = tmp_path / "precise", tmp_path / "coarse"
+    assert main(["eval", bundle, *command, "--output", str(coarse), "--precision", "int4-weight"]) == 2
+    assert "has no int4-weight graph (it has fp32)" in capsys.readouterr().err
+    prompt = tmp_path / "prompt.npy"
+    np.save(prompt, np.random.default_rng(0).integers(0, 30, (4, 3, 4)).astype(np.int32))
+    scheme = ["--precision", "int4-weight", "--data", str(prompt), "--budget", "none", "--set", "steps=64"]
+    assert main(["calibrate", bundle, *scheme]) == 0
+    for precision, output in (("fp32", precise), ("int4-weight", coarse)):
+        assert main(["eval", bundle, *command, "--output", str(output), "--precision", precision]) == 0
+    first, second = (json.loads((o / "eval.json").read_text())["schedules"] for o in (precise, coarse))
+    assert first[0]["nll"]["mean"] != second[0]["nll"]["mean"]
+    assert main(["eval", str(small), *command, "--output", str(coarse), "--precision", "fp32"]) == 2
+    assert "--precision fp32 is for bundles" in capsys.readouterr().err
+
+
+def test_drift_needs_a_known_geometry(
+    small: Path, noise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", str(small), "--data", str(noise), "--output", str(tmp_path), *EVAL]
+    assert main([*command, "--long-frames", "10"]) == 2
+    assert "diagd world collect" in capsys.readouterr().err
 
 
 def test_help_of_every_task_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,14 +4,20 @@ import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.tuning.recordings import cut_patches, nearest_codes
-from worlds.codebook import fit_codebook
+from diagd.tuning.recordings import FrameEncoder
+from worlds.codebook import cut_patches, fit_codebook
 
 
 def tiled(tiles: np.ndarray, shape: tuple[int, int, int], seed: int) -> np.ndarray:
     ids = np.random.default_rng(seed).integers(0, len(tiles), shape)
     frames = tiles[ids].transpose(0, 1, 3, 2, 4, 5)
     return frames.reshape(shape[0], shape[1] * 4, shape[2] * 4, 3)
+
+
+def coded(video: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """The nearest codes, in place of the patches."""
+    tokens = FrameEncoder.of_codebook(codebook).encode(video)
+    return codebook.reshape(len(codebook), -1)[tokens.ravel()]
 
 
 def test_enumerable_patches_are_kept_exactly() -> None:
@@ -21,10 +27,7 @@ def test_enumerable_patches_are_kept_exactly() -> None:
     assert used == 20
     assert codebook.shape == (32, 4, 4, 3)
     assert {c.tobytes() for c in codebook} == {t.tobytes() for t in tiles}
-    patches = cut_patches(videos[1], 4)
-    np.testing.assert_array_equal(
-        codebook.reshape(32, -1)[nearest_codes(patches, codebook.reshape(32, -1))], patches
-    )
+    np.testing.assert_array_equal(coded(videos[1], codebook), cut_patches(videos[1], 4))
 
 
 def test_most_frequent_codes_come_first() -> None:
@@ -44,9 +47,7 @@ def test_more_patches_than_codes_are_clustered() -> None:
     video = patches.reshape(20, 1, 20, 4, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(20, 4, 80, 3)
     codebook, used = fit_codebook([video], codes=12, side=4)
     assert 6 <= used <= 12
-    flat = cut_patches(video, 4)
-    coded = codebook.reshape(12, -1)[nearest_codes(flat, codebook.reshape(12, -1))]
-    assert np.abs(coded.astype(int) - flat).max() <= 16
+    assert np.abs(coded(video, codebook).astype(int) - cut_patches(video, 4)).max() <= 16
 
 
 def test_fitting_is_deterministic() -> None:

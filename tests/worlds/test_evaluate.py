@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
 from tests.worlds.walks import CODES, recording
-from worlds.evaluate import EvalOptions, Evaluation, measure_drift, write_scores
+from worlds.evaluate import EvalOptions, Evaluation, measure_drift
 from worlds.geometry import Geometry
-from worlds.run_eval import scores_table, walk_actions
+from worlds.report import scores_table, write_scores
+from worlds.run_eval import walk_actions
 from worlds.simulator import COLUMNS, ROWS
 from worlds.subject import Streams
 

@@ -12,7 +12,7 @@ from diagd.export.families.world import SHIPPED, World, load_world
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule
 from diagd.tuning.forced_batch import ForcedPasses, forced_nll
-from diagd.tuning.recordings import TokenDataset, cached_tokens
+from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens
 from worlds.collect import CollectOptions, collect
 from worlds.geometry import Geometry
 from worlds.rollout import RolloutOptions, roll_out
@@ -35,7 +35,7 @@ def world() -> World:
 def recording(tmp_path_factory: pytest.TempPathFactory, world: World) -> TokenDataset:
     folder = tmp_path_factory.mktemp("fresh")
     list(collect(CollectOptions(folder, episodes=3, steps=80, seed=2_000_000, processes=1)))
-    return cached_tokens(folder, world.codebook)
+    return cached_tokens(folder, FrameEncoder.of_codebook(world.codebook))
 
 
 @pytest.fixture(scope="module")

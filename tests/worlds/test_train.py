@@ -12,11 +12,10 @@ from diagd.errors import CheckpointError, UsageError
 from diagd.export.families.world import WorldDescription, load_world, save_world
 from diagd.export.transformer import Transformer
 from diagd.tuning.forced_batch import ForcedPasses, forced_loss, forced_nll
-from diagd.tuning.recordings import cached_tokens
+from diagd.tuning.recordings import FrameEncoder, cached_tokens
 from tests.worlds.recordings import ACTIONS, COLUMNS, PATCH, ROWS, record_stripes
-from worlds.mixture import MIXTURES, mixture_shares
 from worlds.optimiser import Optimiser, learning_rate
-from worlds.train import Progress, TrainOptions, train
+from worlds.train import MIXTURES, Progress, TrainOptions, mixture_shares, train, worker_devices
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_training_learns_every_schedule(data: Path, tmp_path: Path) -> None:
     train(options(data, tmp_path, steps=60))
     world = load_world(tmp_path)
     assert world.description.used_codes == 8
-    streams = cached_tokens(data, world.codebook).windows(np.array([0, 15, 30]), 4)
+    streams = cached_tokens(data, FrameEncoder.of_codebook(world.codebook)).windows(np.array([0, 15, 30]), 4)
     shares = mixture_shares("mixture", world.description.layout)
     passes = ForcedPasses([schedule for _, schedule in shares], 4, score_prompt=False)
     for choice in range(len(shares)):
@@ -83,6 +82,25 @@ def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
     for name, start in initial.state_dict().items():
         moved = (one[name] - start).norm()
         assert (one[name] - two[name]).norm() < 0.3 * moved + 1e-3
+
+
+def test_no_two_processes_share_a_gpu() -> None:
+    assert worker_devices("cpu", None, 0) == ["cpu", "cpu"]
+    assert worker_devices("cpu", 3, 0) == ["cpu"] * 3
+    assert worker_devices("cuda", None, 1) == ["cuda:0"]
+    assert worker_devices("cuda", None, 4) == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert worker_devices("cuda", 2, 4) == ["cuda:0", "cuda:1"]
+    assert worker_devices("cuda:1", None, 4) == ["cuda:1"]
+    for device, processes, gpus in (("cuda", 2, 1), ("cuda:1", 2, 4), ("cpu", 0, 0)):
+        with pytest.raises(UsageError, match=f"{processes} processes on {device}"):
+            worker_devices(device, processes, gpus)
+
+
+def test_a_missing_device_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected cpu, cuda or cuda:N"):
+        options(data, tmp_path, device="gpu")
+    with pytest.raises(UsageError, match="GPUs here"):
+        options(data, tmp_path, device="cuda:99")
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(data: Path, tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--mixture", default="mixture", help="ntp, diagonal or mixture (default %(default)s)")
     train.add_argument("--steps", type=int, default=1200, help="optimiser steps (default %(default)s)")
     train.add_argument("--batch", type=int, default=10, help="windows of a step (default %(default)s)")
-    train.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
-    train.add_argument("--processes", type=int, default=2)
+    train.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
+    train.add_argument("--processes", type=int, help="default: 2 on a CPU, one a GPU")
     train.add_argument("--seed", type=int, default=0)
 
 

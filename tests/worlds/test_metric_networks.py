@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from diagd.errors import UsageError
-from worlds.networks import MetricNetwork
+from worlds.metrics import MetricNetwork
 
 RANDOM = np.random.default_rng(0)
 CLIPS = RANDOM.integers(0, 256, (20, 3, 4, 5, 3), dtype=np.uint8)

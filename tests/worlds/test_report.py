@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import image
 
-from worlds.contact_sheet import save_contact_sheet, save_plot
+from worlds.report import save_contact_sheet
 
 
 def test_sheet_shows_every_frame(tmp_path: Path) -> None:
@@ -16,12 +16,3 @@ def test_sheet_shows_every_frame(tmp_path: Path) -> None:
     areas = [(np.abs(picture - colour / 255).max(-1) < 0.02).sum() for colour in colours]
     assert min(areas) > 1000
     assert max(areas) < 1.1 * min(areas)
-
-
-def test_plot_is_written(tmp_path: Path) -> None:
-    save_plot(
-        tmp_path / "plot.png", {"3m": [("a", 1.0, 0.5, 0.1), ("b", 10.0, 0.6, 0.1)]}, "frames/s", "nats"
-    )
-    picture = image.imread(tmp_path / "plot.png")
-    assert picture.shape[0] > 300
-    assert picture[..., :3].min() < 0.5

@@ -1,0 +1,56 @@
+"""Figures of an evaluation as JSON, as a table, and as pictures of rollouts beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.table import Table
+
+from diagd.bundle.files import atomic_file
+from worlds.evaluate import Scores
+from worlds.metrics import Estimate
+
+
+def write_scores(path: Path, scores: Sequence[Scores], extra: dict[str, Any]) -> None:
+    """Write the figures as JSON, with ``extra`` entries beside them."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps({"schedules": [asdict(s) for s in scores]} | extra, indent=1) + "\n")
+
+
+def scores_table(scores: Sequence[Scores]) -> Table:
+    """The figures as a table for the console, each with its standard error."""
+    heads = ("NLL", "gap to NTP", "generated NLL", "followed", "walks", "invalid", "last match", "Frechet")
+    table = Table("schedule", "passes", *heads, title="mean +- standard error")
+    for score in scores:
+        geometry, truth = score.geometry, score.truth
+        judged = (geometry.followed, geometry.walks_followed, geometry.invalid) if geometry else (None,) * 3
+        figures = (score.nll, score.nll_gap, score.generated_nll, *judged, truth.match[-1], truth.frechet)
+        table.add_row(score.name, str(score.passes), *map(_cell, figures))
+    return table
+
+
+def _cell(estimate: Estimate | None) -> str:
+    return f"{estimate.mean:.4f} +- {estimate.error:.4f}" if estimate else "-"
+
+
+def save_contact_sheet(path: Path, rows: Mapping[str, NDArray[np.uint8]]) -> None:
+    """Write a PNG with one row of frames uint8 [T, H, W, 3] for each label; all rows are equally long."""
+    count = max(len(frames) for frames in rows.values())
+    size = (1.6 * count + 1.2, 1.25 * len(rows) + 0.3)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for line, (label, frames) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(label, fontsize=8)
+        for axis, frame in zip(line, frames, strict=False):
+            axis.imshow(frame, interpolation="nearest")
+    for n, axis in enumerate(axes[0]):
+        axis.set_title(f"frame {n}", fontsize=8)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")
