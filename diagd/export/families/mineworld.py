@@ -9,7 +9,7 @@ from diagd.bundle.rotary import linear_rotary
 from diagd.bundle.transformer import TransformerConfig
 from diagd.export.families.family import Family, llama_rules
 from diagd.export.families.mineworld_actions import mineworld_actions
-from diagd.export.tokenizers import mineworld_vq
+from diagd.export.tokenizers import vqgan
 from diagd.schedule import StreamLayout
 
 LAYOUT = StreamLayout(rows=14, columns=24, after=11)
@@ -70,5 +70,5 @@ def family(name: str, config: TransformerConfig) -> Family:
         licence="code MIT; the weights' licence was never stated",
         origin="microsoft/mineworld on the Hugging Face Hub, withdrawn in May 2025: bring your own file",
         actions=mineworld_actions(),
-        tokenizer=mineworld_vq.graphs(mineworld_vq.MineworldVqConfig()),
+        tokenizer=vqgan.mineworld_graphs(),
     )

@@ -15,9 +15,8 @@ from diagd.bundle.transformer import NormKind, TransformerConfig
 from diagd.errors import CheckpointError
 from diagd.export.families.family import Family, TensorRule
 from diagd.export.families.wham_actions import wham_actions
-from diagd.export.tokenizers import taming_vq, wham_vit
-from diagd.export.tokenizers.base import TokenizerGraphs
-from diagd.export.tokenizers.shapes import Shapes, count, shape_of
+from diagd.export.tokenizers import vqgan, wham_vit
+from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, count, shape_of
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
@@ -204,9 +203,9 @@ def infer_tokenizer(checkpoint: Checkpoint) -> TokenizerGraphs | None:
         height, width = setting("image_size_per_y_axis", 180), setting("image_size_per_x_axis", 300)
         vit = wham_vit.infer_config(shapes, height, width, setting("head_size", 64))
         return wham_vit.graphs(vit)
-    shapes = {name: h.shape for name, h in select(checkpoint, taming_vq.rename).items()}
+    shapes = {name: h.shape for name, h in select(checkpoint, vqgan.taming_name).items()}
     if "quantize.embedding.weight" in shapes:
-        return taming_vq.graphs(taming_vq.infer_config(shapes, setting("resolution", 128)))
+        return vqgan.graphs(vqgan.infer_config(shapes, setting("resolution", 128)))
     return None
 
 

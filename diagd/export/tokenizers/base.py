@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from diagd.errors import UsageError
+from diagd.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of a checkpoint's tensors, by name."""
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,26 @@ class TokenizerGraphs:
 def build(module: str, name: str, config: object) -> nn.Module:
     """A network from its configuration; the module that holds it needs torch and is imported only here."""
     return cast("nn.Module", getattr(importlib.import_module(module), name)(config))
+
+
+def shape_of(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
+    """Shape of one tensor, from which an architecture is read.
+
+    Raises:
+        CheckpointError: the tensor is absent or has another number of dimensions.
+    """
+    found = shapes.get(name)
+    if found is None:
+        raise CheckpointError(
+            f"the checkpoint has no tensor '{name}', from which the tokenizer is sized; "
+            f"it holds {len(shapes)} others; is it a file of this tokenizer?"
+        )
+    if len(found) != rank:
+        raise CheckpointError(f"tensor '{name}' has shape {list(found)}; expected {rank} dimensions")
+    return tuple(found)
+
+
+def count(shapes: Shapes, prefix: str) -> int:
+    """Number of consecutive indices N = 0, 1, ... for which tensors ``prefix.N.*`` exist."""
+    found = {int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))}
+    return next(index for index in range(len(found) + 1) if index not in found)

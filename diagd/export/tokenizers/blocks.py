@@ -1,72 +1,203 @@
-"""Layers that the two-dimensional convolutional tokenizers have in common, and vector quantisation."""
+"""What the tokenizers share: the network of taming-transformers' VQGAN, code search, pixels.
+
+Those of MineWorld, WHAM and Cosmos are that network (Esser et al. 2021), built of different `Layers`.
+Submodules carry taming's names; everything is ``[T, C, H, W]``, frames first.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 GROUPS = 32
 EPSILON = 1e-6
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation as all released VQGAN descendants have it."""
-    return nn.GroupNorm(GROUPS, channels, eps=EPSILON)
+
+class Layers(NamedTuple):
+    """Layers that a network is built of.
+
+    Attributes:
+        norm: of a number of channels.
+        conv: three cells wide along every axis, from channels to channels.
+        point: one cell wide, from channels to channels.
+        down, up: change of resolution between two levels, of (channels, finer level of the two).
+    """
+
+    norm: Callable[[int], nn.Module]
+    conv: Callable[[int, int], nn.Module]
+    point: Callable[[int, int], nn.Module]
+    down: Callable[[int, int], nn.Module]
+    up: Callable[[int, int], nn.Module]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Channels of a network.
+
+    Attributes:
+        stem: of the first convolution.
+        levels: of each resolution, finest first.
+        latent: of the coarsest side of the network.
+        res_blocks: residual blocks of an encoder level; a decoder level has one more.
+        attention_levels: levels whose blocks are each followed by attention.
+        middle: how the attentions between the two middle blocks attend.
+    """
+
+    stem: int
+    levels: tuple[int, ...]
+    latent: int
+    res_blocks: int
+    attention_levels: tuple[int, ...] = ()
+    middle: tuple[Attend, ...] = ()
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, 3x3, norm, SiLU, 3x3, plus the input.
+    """norm, SiLU, convolution, twice, plus the input."""
 
-    Args:
-        in_channels: channels of the input.
-        channels: channels of the output.
-        shortcut: name that the checkpoint gives to the 1x1 convolution of the input, which exists where the
-            number of channels changes.
-    """
-
-    def __init__(self, in_channels: int, channels: int, shortcut: str) -> None:
+    def __init__(self, layers: Layers, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.norm2 = group_norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.shortcut = shortcut if in_channels != channels else None
-        if self.shortcut is not None:
-            self.add_module(self.shortcut, nn.Conv2d(in_channels, channels, 1))
+        self.norm1 = layers.norm(in_channels)
+        self.conv1 = layers.conv(in_channels, channels)
+        self.norm2 = layers.norm(channels)
+        self.conv2 = layers.conv(channels, channels)
+        self.nin_shortcut = nn.Identity() if in_channels == channels else layers.point(in_channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[T, in_channels, H, W]`` to ``[T, channels, H, W]``."""
         hidden: Tensor = self.conv1(functional.silu(self.norm1(x)))
         hidden = self.conv2(functional.silu(self.norm2(hidden)))
-        same: Tensor = x if self.shortcut is None else self.get_submodule(self.shortcut)(x)
+        same: Tensor = self.nin_shortcut(x)
         return same + hidden
 
 
-class Downsample(nn.Module):
-    """Half the size by a strided 3x3 convolution, padded on the right and at the bottom only."""
+class Attention(nn.Module):
+    """Single-head attention, added to its input; ``attend`` mixes values by queries and keys."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, layers: Layers, channels: int, attend: Attend) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.attend = attend
+        self.norm = layers.norm(channels)
+        self.q = layers.point(channels, channels)
+        self.k = layers.point(channels, channels)
+        self.v = layers.point(channels, channels)
+        self.proj_out = layers.point(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[T, C, H, W]`` to ``[T, C, H / 2, W / 2]``."""
-        smaller: Tensor = self.conv(functional.pad(x, (0, 1, 0, 1)))
-        return smaller
+        """Map ``[T, C, H, W]`` to itself."""
+        normed = self.norm(x)
+        mixed: Tensor = self.proj_out(self.attend(self.q(normed), self.k(normed), self.v(normed)))
+        return x + mixed
 
 
-class Upsample(nn.Module):
-    """Twice the size by repetition, then a 3x3 convolution."""
+class Middle(nn.Module):
+    """The coarsest level: block, attentions, block."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, layers: Layers, channels: int, attends: Sequence[Attend]) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        attentions = [Attention(layers, channels, attend) for attend in attends]
+        self.block_1 = ResnetBlock(layers, channels, channels)
+        self.attn_1 = attentions[0] if len(attentions) == 1 else nn.Sequential(*attentions)
+        self.block_2 = ResnetBlock(layers, channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[T, C, H, W]`` to ``[T, C, 2H, 2W]``."""
-        larger: Tensor = self.conv(double_size(x))
-        return larger
+        """Map ``[T, C, H, W]`` to itself."""
+        mixed: Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return mixed
+
+
+class Level(nn.Module):
+    """Blocks of one resolution, each perhaps followed by attention, and the way to the next resolution."""
+
+    def __init__(
+        self, layers: Layers, widths: Sequence[int], *, attention: bool, **resample: nn.Module
+    ) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(layers, a, b) for a, b in pairwise(widths))
+        attentions = [Attention(layers, width, spatial_attention) for width in widths[1:] if attention]
+        self.attn = nn.ModuleList(attentions)
+        self.behind = tuple(resample)
+        for name, module in resample.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[T, C, H, W]`` to ``[T', C', H', W']``."""
+        for number, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[number](x)
+        for name in self.behind:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+class EncoderNetwork(nn.Module):
+    """From images to latents, through finer levels first."""
+
+    def __init__(self, layers: Layers, sizes: Sizes, inputs: int) -> None:
+        super().__init__()
+        levels, last = sizes.levels, len(sizes.levels) - 1
+        before = (sizes.stem, *levels)
+        self.conv_in = layers.conv(inputs, sizes.stem)
+        self.down = nn.ModuleList(
+            Level(
+                layers,
+                [before[level]] + [width] * sizes.res_blocks,
+                attention=level in sizes.attention_levels,
+                **({"downsample": layers.down(width, level)} if level < last else {}),
+            )
+            for level, width in enumerate(levels)
+        )
+        self.mid = Middle(layers, levels[-1], sizes.middle)
+        self.norm_out = layers.norm(levels[-1])
+        self.conv_out = layers.conv(levels[-1], sizes.latent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[T, inputs, H, W]`` to latents ``[T', latent, h, w]``."""
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        latents: Tensor = self.conv_out(functional.silu(self.norm_out(self.mid(x))))
+        return latents
+
+
+class DecoderNetwork(nn.Module):
+    """From latents to images, through coarser levels first."""
+
+    def __init__(self, layers: Layers, sizes: Sizes, outputs: int) -> None:
+        super().__init__()
+        levels = sizes.levels
+        before = (*levels[1:], levels[-1])
+        self.conv_in = layers.conv(sizes.latent, levels[-1])
+        self.mid = Middle(layers, levels[-1], sizes.middle)
+        self.up = nn.ModuleList(
+            Level(
+                layers,
+                [before[level]] + [width] * (sizes.res_blocks + 1),
+                attention=level in sizes.attention_levels,
+                **({"upsample": layers.up(width, level - 1)} if level > 0 else {}),
+            )
+            for level, width in enumerate(levels)
+        )
+        self.norm_out = layers.norm(levels[0])
+        self.conv_out = layers.conv(levels[0], outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map latents ``[T', latent, h, w]`` to images ``[T, outputs, H, W]``."""
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        images: Tensor = self.conv_out(functional.silu(self.norm_out(x)))
+        return images
 
 
 def double_size(x: Tensor) -> Tensor:
@@ -97,23 +228,20 @@ def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
     return distances.argmin(-1).to(torch.int32)
 
 
-class Codebook(nn.Module):
-    """The codes of a vector quantiser under the name that taming and diffusers give them.
+def images_from_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Frames uint8 ``[T, H, W, 3]`` as images ``[T, 3, H, W]`` with values 0 .. 255."""
+    return pixels.permute(0, 3, 1, 2).to(dtype)
 
-    Args:
-        codes: rows.
-        width: values per row.
+
+def pixels_from_images(images: Tensor) -> Tensor:
+    """Images ``[T, 3, H, W]`` with values 0 .. 255, truncated to frames uint8 ``[T, H, W, 3]``."""
+    return images.permute(0, 2, 3, 1).to(torch.uint8)
+
+
+def constant(values: Sequence[float] | NDArray[np.float64], like: Tensor) -> Tensor:
+    """A literal of the graph with the dtype and device of ``like``.
+
+    Made from host memory at the time of the call, so that a module built or traced on the meta device still
+    exports its values.
     """
-
-    def __init__(self, codes: int, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(codes, width)
-
-    def encode(self, latents: Tensor) -> Tensor:
-        """Nearest codes of ``[T, D, h, w]``: int32 ``[T, h, w]``."""
-        return nearest_code(latents.permute(0, 2, 3, 1), self.embedding.weight)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Codes ``[T, D, h, w]`` of int32 ``[T, h, w]``."""
-        rows: Tensor = self.embedding(tokens)
-        return rows.permute(0, 3, 1, 2)
+    return torch.tensor(np.asarray(values).tolist(), dtype=like.dtype, device="cpu").to(like.device)

@@ -13,7 +13,6 @@ from functools import partial
 
 from diagd.errors import UsageError
 from diagd.export.tokenizers.base import TokenizerGraphs, build
-from diagd.export.tokenizers.shapes import Shapes, count, shape_of
 
 TEMPORAL_FACTOR = 8
 HAAR_SIDE = 4
@@ -81,33 +80,4 @@ def graphs(config: CosmosDvConfig) -> TokenizerGraphs:
         parameters=PARAMETERS if config == CosmosDvConfig() else None,
         rename=rename,
         cover=True,
-    )
-
-
-def expected_shapes(config: CosmosDvConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of encoder and decoder, by released name."""
-    return graphs(config).expected_shapes()
-
-
-def infer_config(shapes: Shapes, height: int = 640, width: int = 1024) -> CosmosDvConfig:
-    """Sizes of a checkpoint; frame size and quantiser levels are not stored in one.
-
-    Args:
-        shapes: tensor shapes of the encoder by parameter name.
-        height: pixel rows.
-        width: pixel columns.
-
-    Raises:
-        CheckpointError: a tensor that the sizes are read from is missing.
-    """
-    levels = range(count(shapes, "encoder.down"))
-    return CosmosDvConfig(
-        height=height,
-        width=width,
-        stem_channels=shape_of(shapes, "encoder.conv_in.0.conv3d.weight", 5)[0],
-        channels=tuple(
-            shape_of(shapes, f"encoder.down.{n}.block.0.conv1.0.conv3d.weight", 5)[0] for n in levels
-        ),
-        res_blocks=count(shapes, "encoder.down.0.block"),
-        latent_channels=shape_of(shapes, "quant_conv.conv3d.weight", 5)[1],
     )

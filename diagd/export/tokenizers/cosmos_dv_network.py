@@ -1,112 +1,132 @@
-"""The network of the discrete video tokenizer of Cosmos."""
+"""The network of the discrete video tokenizer of Cosmos: a VQGAN whose layers are causal in time.
+
+Frames are the leading axis, so that spatial layers treat every frame by itself without moving data; temporal
+layers see the current and earlier frames only.
+"""
 
 from __future__ import annotations
 
-from itertools import pairwise
-
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diagd.export.tokenizers import fsq, haar
-from diagd.export.tokenizers.causal import (
-    Downsample,
-    FrameConv,
-    FrameNorm,
-    Middle,
-    ResnetBlock,
-    Upsample,
-    factorised,
+from diagd.export.tokenizers.blocks import (
+    EPSILON,
+    DecoderNetwork,
+    EncoderNetwork,
+    Layers,
+    Sizes,
+    double_size,
+    images_from_pixels,
+    pixels_from_images,
+    spatial_attention,
 )
 from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig
-from diagd.export.tokenizers.pixels import images_from_pixels, pixels_from_images
 
 
-class _Level(nn.Module):
-    """Residual blocks of one resolution."""
+class FrameConv(nn.Module):
+    """Convolution within each frame; its kernel is one frame deep."""
 
-    def __init__(self, in_channels: int, channels: int, blocks: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, size: int, *, stride: int = 1, padding: int = 0
+    ) -> None:
         super().__init__()
-        widths = [in_channels] + [channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x
-
-
-class _DownLevel(_Level):
-    def __init__(self, in_channels: int, channels: int, blocks: int, downsample: Downsample | None) -> None:
-        super().__init__(in_channels, channels, blocks)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        return x if self.downsample is None else self.downsample(x)
-
-
-class _UpLevel(_Level):
-    def __init__(self, in_channels: int, channels: int, blocks: int, upsample: Upsample | None) -> None:
-        super().__init__(in_channels, channels, blocks)
-        self.upsample = upsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        return x if self.upsample is None else self.upsample(x)
-
-
-class _EncoderNetwork(nn.Module):
-    def __init__(self, config: CosmosDvConfig) -> None:
-        super().__init__()
-        channels = config.channels
-        before = (config.stem_channels, *channels)
-        self.conv_in = factorised(haar.CHANNELS, config.stem_channels)
-        self.down = nn.ModuleList(
-            _DownLevel(
-                before[level],
-                width,
-                config.res_blocks,
-                Downsample(width, time=level == 0) if level < len(channels) - 1 else None,
-            )
-            for level, width in enumerate(channels)
+        self.conv3d = nn.Conv3d(
+            in_channels, channels, (1, size, size), stride=(1, stride, stride), padding=(0, padding, padding)
         )
-        self.mid = Middle(channels[-1])
-        self.norm_out = FrameNorm(channels[-1])
-        self.conv_out = factorised(channels[-1], config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        latents: Tensor = self.conv_out(functional.silu(self.norm_out(self.mid(x))))
-        return latents
+        """Map ``[T, in_channels, H, W]`` to ``[T, channels, H', W']``."""
+        convolved: Tensor = self.conv3d(x.unsqueeze(2))
+        return convolved.squeeze(2)
 
 
-class _DecoderNetwork(nn.Module):
-    def __init__(self, config: CosmosDvConfig) -> None:
+class TimeConv(nn.Module):
+    """Convolution of three frames up to the current one; the first frame stands in for those before it."""
+
+    def __init__(self, channels: int, *, stride: int = 1) -> None:
         super().__init__()
-        channels = config.channels
-        before = (*channels[1:], channels[-1])
-        self.conv_in = factorised(config.latent_channels, channels[-1])
-        self.mid = Middle(channels[-1])
-        self.up = nn.ModuleList(
-            _UpLevel(
-                before[level],
-                width,
-                config.res_blocks + 1,
-                Upsample(width, time=level == 1) if level > 0 else None,
-            )
-            for level, width in enumerate(channels)
-        )
-        self.norm_out = FrameNorm(channels[0])
-        self.conv_out = factorised(channels[0], haar.CHANNELS)
+        self.past = 3 - stride
+        self.conv3d = nn.Conv3d(channels, channels, (3, 1, 1), stride=(stride, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        bands: Tensor = self.conv_out(functional.silu(self.norm_out(x)))
-        return bands
+        """Map ``[T, C, H, W]`` to ``[T / stride, C, H, W]``."""
+        video = torch.cat([x[:1]] * self.past + [x]).transpose(0, 1).unsqueeze(0)
+        convolved: Tensor = self.conv3d(video)
+        return convolved.squeeze(0).transpose(0, 1)
+
+
+def factorised(in_channels: int, channels: int) -> nn.Sequential:
+    """3x3 within frames, then three frames in time."""
+    return nn.Sequential(FrameConv(in_channels, channels, 3, padding=1), TimeConv(channels))
+
+
+class FrameNorm(nn.Module):
+    """Normalisation over all channels and pixels of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels, eps=EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[T, C, H, W]`` to itself."""
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+def temporal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Single-head causal attention along time at each pixel; all tensors ``[T, C, H, W]``."""
+    q, k, v = (x.flatten(2).permute(2, 0, 1).unsqueeze(1) for x in (query, key, value))
+    mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return mixed.squeeze(1).permute(1, 2, 0).reshape(value.shape)
+
+
+class Downsample(nn.Module):
+    """Half the size, and optionally half the time, each as a strided convolution plus an average."""
+
+    def __init__(self, channels: int, *, time: bool) -> None:
+        super().__init__()
+        self.conv1 = FrameConv(channels, channels, 3, stride=2)
+        self.conv2 = TimeConv(channels, stride=2) if time else None
+        self.conv3 = FrameConv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[T, C, H, W]`` to ``[T', C, H / 2, W / 2]``, T' = (T + 1) / 2 or T."""
+        x = self.conv1(functional.pad(x, (0, 1, 0, 1))) + functional.avg_pool2d(x, 2)
+        if self.conv2 is not None:
+            x = torch.cat([x[:1], x])
+            x = self.conv2(x) + (x[:-1:2] + x[1::2]) / 2
+        smaller: Tensor = self.conv3(x)
+        return smaller
+
+
+class Upsample(nn.Module):
+    """Optionally twice the time, then twice the size, each by repetition plus its convolution."""
+
+    def __init__(self, channels: int, *, time: bool) -> None:
+        super().__init__()
+        self.conv1 = TimeConv(channels) if time else None
+        self.conv2 = FrameConv(channels, channels, 3, padding=1)
+        self.conv3 = FrameConv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[T, C, H, W]`` to ``[T', C, 2H, 2W]``, T' = 2T - 1 or T."""
+        if self.conv1 is not None:
+            x = torch.stack([x, x], 1).flatten(0, 1)[1:]
+            x = self.conv1(x) + x
+        x = double_size(x)
+        larger: Tensor = self.conv3(self.conv2(x) + x)
+        return larger
+
+
+LAYERS = Layers(
+    norm=FrameNorm,
+    conv=factorised,
+    point=lambda inputs, outputs: FrameConv(inputs, outputs, 1),
+    down=lambda channels, level: Downsample(channels, time=level == 0),
+    up=lambda channels, level: Upsample(channels, time=level == 0),
+)
 
 
 class Encoder(nn.Module):
@@ -115,7 +135,7 @@ class Encoder(nn.Module):
     def __init__(self, config: CosmosDvConfig) -> None:
         super().__init__()
         self.levels = config.levels
-        self.encoder = _EncoderNetwork(config)
+        self.encoder = EncoderNetwork(LAYERS, _sizes(config), haar.CHANNELS)
         self.quant_conv = FrameConv(config.latent_channels, len(config.levels), 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -132,10 +152,20 @@ class Decoder(nn.Module):
         super().__init__()
         self.levels = config.levels
         self.post_quant_conv = FrameConv(len(config.levels), config.latent_channels, 1)
-        self.decoder = _DecoderNetwork(config)
+        self.decoder = DecoderNetwork(LAYERS, _sizes(config), haar.CHANNELS)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens int32 ``[1 + n, h, w]`` to pixels uint8 ``[1 + 8n, 16h, 16w, 3]``."""
         codes = fsq.codes_of_tokens(tokens, self.levels, self.post_quant_conv.conv3d.weight.dtype)
         video = haar.synthesise(self.decoder(self.post_quant_conv(codes)))
         return pixels_from_images((video * 0.5 + 0.5).clamp(0, 1) * 255)
+
+
+def _sizes(config: CosmosDvConfig) -> Sizes:
+    return Sizes(
+        config.stem_channels,
+        config.channels,
+        config.latent_channels,
+        config.res_blocks,
+        middle=(spatial_attention, temporal_attention),
+    )

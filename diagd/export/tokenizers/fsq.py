@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diagd.export.tokenizers.pixels import constant
+from diagd.export.tokenizers.blocks import constant
 
 # keeps the outermost levels reachable at finite latents
 STRETCH = 1 + 1e-3

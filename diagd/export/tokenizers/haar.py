@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from diagd.export.tokenizers.blocks import constant
 from diagd.export.tokenizers.cosmos_dv import HAAR_SIDE
-from diagd.export.tokenizers.pixels import constant
 
 SIDE = HAAR_SIDE
 COLOURS = 3

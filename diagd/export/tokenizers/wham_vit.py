@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from diagd.errors import CheckpointError, UsageError
-from diagd.export.tokenizers.base import TokenizerGraphs, build
-from diagd.export.tokenizers.shapes import Shapes, count, shape_of
+from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, build, count, shape_of
 
 NETWORK = "diagd.export.tokenizers.wham_vit_network"
 CHUNK_FRAMES = 8
@@ -88,11 +87,6 @@ def graphs(config: WhamVitConfig) -> TokenizerGraphs:
         parameters=PARAMETERS if config == WhamVitConfig() else None,
         rename=rename,
     )
-
-
-def expected_shapes(config: WhamVitConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of encoder and decoder, by released name without ``context_encoders.images.``."""
-    return graphs(config).expected_shapes()
 
 
 def infer_config(shapes: Shapes, height: int = 180, width: int = 300, head_size: int = 64) -> WhamVitConfig:

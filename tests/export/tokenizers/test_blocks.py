@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagd.export.tokenizers.blocks import nearest_code
-from diagd.export.tokenizers.pixels import constant, images_from_pixels, pixels_from_images
+from diagd.export.tokenizers.blocks import constant, images_from_pixels, nearest_code, pixels_from_images
 
 
 @settings(max_examples=100, deadline=None)

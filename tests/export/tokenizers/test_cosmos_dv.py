@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diagd.errors import CheckpointError, UsageError
+from diagd.errors import UsageError
 from diagd.export.tokenizers.cosmos_dv import (
     CosmosDvConfig,
-    expected_shapes,
     graphs,
-    infer_config,
     rename,
 )
 from tests.export.tokenizers import oracle, support
@@ -23,7 +21,7 @@ from tests.export.tokenizers.test_haar import level as haar_level
 CONFIG = CosmosDvConfig(
     height=32, width=48, stem_channels=8, channels=(8, 12, 12), res_blocks=1, latent_channels=4
 )
-TENSORS = oracle.random_tensors(expected_shapes(CONFIG), seed=5)
+TENSORS = oracle.random_tensors(graphs(CONFIG).expected_shapes(), seed=5)
 PIXELS = support.frames(17, 32, 48)
 SHALLOW = CosmosDvConfig(
     height=16, width=24, stem_channels=4, channels=(4, 8), res_blocks=1, latent_channels=4
@@ -159,7 +157,7 @@ def test_modules_equal_the_reference() -> None:
 
 def test_graphs_equal_the_modules(tmp_path: Path) -> None:
     """Two levels hold every kind of layer; a graph takes any number of latents, one included."""
-    tensors = oracle.random_tensors(expected_shapes(SHALLOW), seed=6)
+    tensors = oracle.random_tensors(graphs(SHALLOW).expected_shapes(), seed=6)
     encoder, decoder = support.modules(graphs(SHALLOW), tensors)
     pixels = support.frames(17, 16, 24)
     tokens = support.run(encoder, pixels)
@@ -193,7 +191,7 @@ def test_a_short_prompt_needs_no_padding() -> None:
 
 
 def test_the_release_has_the_known_size() -> None:
-    shapes = expected_shapes(CosmosDvConfig())
+    shapes = graphs(CosmosDvConfig()).expected_shapes()
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     encoder = sum(sizes[name] for name in sizes if name.startswith(("encoder.", "quant_conv.")))
     assert len(shapes) == 318
@@ -211,17 +209,10 @@ def test_frame_counts() -> None:
         released.latents(10)
 
 
-def test_sizes_are_read_off_a_checkpoint() -> None:
-    assert infer_config(expected_shapes(CONFIG), 32, 48) == CONFIG
-    assert infer_config(expected_shapes(CosmosDvConfig())) == CosmosDvConfig()
-    with pytest.raises(CheckpointError, match=r"conv_in\.0\.conv3d\.weight"):
-        infer_config({})
-
-
 def test_derived_buffers_are_skipped() -> None:
     for name in ("encoder.patcher3d.wavelets", "quantizer._levels", "inv_quant.quantizer.implicit_codebook"):
         assert rename(name) is None
-    assert all(rename(name) == name for name in expected_shapes(CONFIG))
+    assert all(rename(name) == name for name in graphs(CONFIG).expected_shapes())
 
 
 def test_a_frame_that_is_no_multiple_is_refused() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diagd.export.tokenizers import cosmos_dv, mineworld_vq, taming_vq, wham_vit
+from diagd.export.tokenizers import cosmos_dv, vqgan, wham_vit
 from diagd.export.tokenizers.base import TokenizerGraphs
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.test_cosmos_dv import SHALLOW
-from tests.export.tokenizers.test_mineworld_vq import CONFIG as MINEWORLD
-from tests.export.tokenizers.test_taming_vq import CONFIG as TAMING
+from tests.export.tokenizers.test_vqgan import CONFIG as TAMING
+from tests.export.tokenizers.test_vqgan_mineworld import CONFIG as MINEWORLD
 from tests.export.tokenizers.test_wham_vit import CONFIG as WHAM
 
 
@@ -18,8 +18,8 @@ from tests.export.tokenizers.test_wham_vit import CONFIG as WHAM
     "graphs",
     [
         cosmos_dv.graphs(SHALLOW),
-        mineworld_vq.graphs(MINEWORLD),
-        taming_vq.graphs(TAMING),
+        vqgan.mineworld_graphs(MINEWORLD),
+        vqgan.graphs(TAMING),
         wham_vit.graphs(WHAM),
     ],
     ids=["cosmos", "mineworld", "taming", "wham"],

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diagd.errors import CheckpointError, UsageError
-from diagd.export.tokenizers.mineworld_vq import (
-    MineworldVqConfig,
-    expected_shapes,
-    graphs,
-    infer_config,
-    rename,
-)
+from diagd.errors import UsageError
+from diagd.export.tokenizers.vqgan import MINEWORLD, VqganConfig, mineworld_graphs
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Weights
 
-CONFIG = MineworldVqConfig(
-    height=16, width=24, channels=(32, 32, 64), res_blocks=2, latent_channels=8, codes=96
+CONFIG = VqganConfig(
+    height=16,
+    width=24,
+    stem_channels=32,
+    channels=(32, 32, 64),
+    attention_levels=(),
+    middle_attention=False,
+    latent_channels=8,
+    code_width=8,
+    codes=96,
 )
-TENSORS = oracle.random_tensors(expected_shapes(CONFIG), seed=3)
+GRAPHS = mineworld_graphs(CONFIG)
+
+
+def released_name(name: str, levels: int) -> str:
+    """The key of a parameter in vae.ckpt, without its leading ``model.``."""
+    name = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
+    name = re.sub(r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets.", name)
+    name = re.sub(r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0.", name)
+    up = re.compile(r"\.up\.(\d+)\.(block|upsample)\.")
+    parts = {"block": "resnets", "upsample": "upsamplers.0"}
+    name = up.sub(lambda m: f".up_blocks.{levels - 1 - int(m[1])}.{parts[m[2]]}.", name)
+    return name.replace(".norm_out.", ".conv_norm_out.").replace(".nin_shortcut.", ".conv_shortcut.")
+
+
+RELEASED = {released_name(name, 3): shape for name, shape in GRAPHS.expected_shapes().items()}
+TENSORS = oracle.random_tensors(RELEASED, seed=3)
+PARAMETERS = {GRAPHS.rename(f"model.{name}") or "": tensor for name, tensor in TENSORS.items()}
 PIXELS = support.frames(3, 16, 24)
 
 
@@ -65,7 +84,7 @@ def reference_tokens(frame: np.ndarray) -> np.ndarray:
 
 
 def test_modules_equal_the_reference() -> None:
-    encoder, decoder = support.modules(graphs(CONFIG), TENSORS)
+    encoder, decoder = support.modules(GRAPHS, PARAMETERS)
     tokens = support.run(encoder, PIXELS)
     np.testing.assert_array_equal(tokens, np.stack([reference_tokens(frame) for frame in PIXELS]))
     assert len(np.unique(tokens)) > 8
@@ -75,7 +94,7 @@ def test_modules_equal_the_reference() -> None:
 
 
 def test_graphs_equal_the_modules(tmp_path: Path) -> None:
-    encoder, decoder = support.modules(graphs(CONFIG), TENSORS)
+    encoder, decoder = support.modules(GRAPHS, PARAMETERS)
     tokens = support.run(encoder, PIXELS)
     to_tokens = support.session(encoder, PIXELS[:2], tmp_path / "encoder.onnx", opset=18)
     to_pixels = support.session(decoder, tokens[:2], tmp_path / "decoder.onnx", opset=23)
@@ -87,26 +106,27 @@ def test_graphs_equal_the_modules(tmp_path: Path) -> None:
 
 
 def test_the_release_has_the_known_size() -> None:
-    shapes = expected_shapes(MineworldVqConfig())
+    shapes = mineworld_graphs().expected_shapes()
     assert len(shapes) == 277
-    assert sum(map(math.prod, shapes.values())) == 146_244_675
-    assert graphs(MineworldVqConfig()).grid == (14, 24)
-
-
-def test_sizes_are_read_off_a_checkpoint() -> None:
-    assert infer_config(expected_shapes(CONFIG), 16, 24) == CONFIG
-    assert infer_config(expected_shapes(MineworldVqConfig())) == MineworldVqConfig()
-    with pytest.raises(CheckpointError, match=r"quantize\.embedding\.weight"):
-        infer_config({"encoder.conv_in.weight": (128, 3, 3, 3)})
+    assert sum(map(math.prod, shapes.values())) == 146_244_675 == mineworld_graphs().parameter_count()
+    assert mineworld_graphs().grid == (14, 24)
 
 
 def test_keys_of_both_released_files() -> None:
+    assert set(PARAMETERS) == set(GRAPHS.expected_shapes())
     name = "decoder.up_blocks.0.upsamplers.0.conv.weight"
-    assert name in expected_shapes(CONFIG)
-    assert rename(f"model.{name}") == rename(f"tokenizer.model.{name}") == name
-    assert rename("transformer.model.norm.weight") is None
+    assert name in RELEASED
+    for prefix in ("model.", "tokenizer.model.", ""):
+        assert GRAPHS.rename(prefix + name) == "decoder.up.2.upsample.conv.weight"
+    assert GRAPHS.rename("model.encoder.mid_block.resnets.1.norm2.bias") == "encoder.mid.block_2.norm2.bias"
+    assert GRAPHS.rename("model.encoder.down_blocks.1.resnets.0.conv_shortcut.weight") == (
+        "encoder.down.1.block.0.nin_shortcut.weight"
+    )
+    assert GRAPHS.rename("transformer.model.norm.weight") is None
+    first = mineworld_graphs(MINEWORLD)
+    assert first.rename("model.decoder.up_blocks.0.resnets.0.norm1.bias") == "decoder.up.4.block.0.norm1.bias"
 
 
 def test_a_frame_that_is_no_multiple_is_refused() -> None:
     with pytest.raises(UsageError, match=r"225.*multiples of 16"):
-        MineworldVqConfig(height=225)
+        VqganConfig(height=225)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from diagd.errors import CheckpointError, UsageError
-from diagd.export.tokenizers.taming_vq import TamingVqConfig, expected_shapes, graphs, infer_config, rename
+from diagd.export.tokenizers.vqgan import VqganConfig, graphs, infer_config
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Weights
 
-CONFIG = TamingVqConfig(
-    size=16,
+CONFIG = VqganConfig(
+    height=16,
+    width=16,
     stem_channels=32,
     channels=(32, 64, 64),
     res_blocks=1,
@@ -22,7 +23,7 @@ CONFIG = TamingVqConfig(
     code_width=8,
     codes=80,
 )
-TENSORS = oracle.random_tensors(expected_shapes(CONFIG), seed=11)
+TENSORS = oracle.random_tensors(graphs(CONFIG).expected_shapes(), seed=11)
 PIXELS = support.frames(3, 16, 16)
 
 
@@ -89,27 +90,28 @@ def test_graphs_equal_the_modules(tmp_path: Path) -> None:
 
 
 def test_sizes_are_read_off_a_checkpoint() -> None:
-    assert infer_config(expected_shapes(CONFIG), 16) == CONFIG
-    assert infer_config(expected_shapes(TamingVqConfig())) == TamingVqConfig()
+    assert infer_config(graphs(CONFIG).expected_shapes(), 16) == CONFIG
+    assert infer_config(graphs(VqganConfig()).expected_shapes()) == VqganConfig()
     with pytest.raises(CheckpointError, match=r"quantize\.embedding\.weight"):
         infer_config({})
 
 
 def test_the_published_model_has_its_published_names() -> None:
-    shapes = expected_shapes(TamingVqConfig())
+    shapes = graphs(VqganConfig()).expected_shapes()
     assert shapes["encoder.mid.attn_1.q.weight"] == (512, 512, 1, 1)
     assert shapes["decoder.up.4.upsample.conv.weight"] == (512, 512, 3, 3)
     assert "decoder.up.3.attn.2.proj_out.weight" in shapes
-    assert graphs(TamingVqConfig()).grid == (8, 8)
+    assert graphs(VqganConfig()).grid == (8, 8)
 
 
 def test_keys_below_the_prefix_are_kept() -> None:
     prefix = "context_encoders.images.vq_model."
-    assert all(rename(prefix + name) == name for name in expected_shapes(CONFIG))
+    rename = graphs(CONFIG).rename
+    assert all(rename(prefix + name) == name for name in graphs(CONFIG).expected_shapes())
     assert rename(prefix + "colorize") is None
     assert rename("encoder.conv_in.weight") is None
 
 
 def test_a_frame_that_is_no_multiple_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"120.*multiple of 16"):
-        TamingVqConfig(size=120)
+    with pytest.raises(UsageError, match=r"120.*multiples of 16"):
+        VqganConfig(height=120)

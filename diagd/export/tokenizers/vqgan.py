@@ -1,0 +1,155 @@
+"""The VQGAN of taming-transformers (Esser et al. 2021): MineWorld's image tokenizer, and WHAM's other one.
+
+Every frame by itself. WHAM's checkpoints have taming's names, MineWorld's those of diffusers' ``VQModel``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from diagd.errors import UsageError
+from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, build, count, shape_of
+
+NETWORK = "diagd.export.tokenizers.vqgan_network"
+CHUNK_FRAMES = 8
+MINEWORLD_PARAMETERS = 146_244_675
+"""Of encoder and decoder as released."""
+
+WHAM_PREFIX = "context_encoders.images.vq_model."
+_KNOWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.embedding.")
+_OF_DIFFUSERS = {
+    ".resnets.": ".block.",
+    ".downsamplers.0.": ".downsample.",
+    ".upsamplers.0.": ".upsample.",
+    ".mid_block.block.0.": ".mid.block_1.",
+    ".mid_block.block.1.": ".mid.block_2.",
+    ".conv_norm_out.": ".norm_out.",
+    ".conv_shortcut.": ".nin_shortcut.",
+}
+
+
+@dataclass(frozen=True)
+class VqganConfig:
+    """Sizes of the tokenizer; the defaults are the published f16 model on WHAM's square frames.
+
+    Attributes:
+        height: pixel rows.
+        width: pixel columns.
+        stem_channels: channels of the first convolution (``ch``).
+        channels: channels of each resolution level, finest first (``ch * ch_mult``).
+        res_blocks: residual blocks of an encoder level; a decoder level has one more.
+        attention_levels: levels whose blocks are each followed by attention.
+        middle_attention: attention between the two blocks in the middle.
+        latent_channels: channels between the network and the quantiser's 1x1 convolution (``z_channels``).
+        code_width: values per code.
+        codes: rows of the codebook.
+    """
+
+    height: int = 128
+    width: int = 128
+    stem_channels: int = 128
+    channels: tuple[int, ...] = (128, 128, 256, 256, 512)
+    res_blocks: int = 2
+    attention_levels: tuple[int, ...] = (3,)
+    middle_attention: bool = True
+    latent_channels: int = 256
+    code_width: int = 256
+    codes: int = 16384
+
+    def __post_init__(self) -> None:
+        if self.height % self.factor or self.width % self.factor:
+            raise UsageError(
+                f"frame height {self.height}, width {self.width}; both must be multiples of {self.factor}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per token along each axis."""
+        return 1 << (len(self.channels) - 1)
+
+
+MINEWORLD = VqganConfig(
+    height=224,
+    width=384,
+    channels=(128, 256, 256, 512, 768),
+    attention_levels=(),
+    middle_attention=False,
+    latent_channels=64,
+    code_width=64,
+    codes=8192,
+)
+"""The release."""
+
+
+def taming_name(name: str) -> str | None:
+    """Parameter name of a key of WHAM's checkpoints; tensors of anything else give None."""
+    parameter = name.removeprefix(WHAM_PREFIX)
+    return parameter if name != parameter and parameter.startswith(_KNOWN) else None
+
+
+def diffusers_name(name: str, levels: int) -> str | None:
+    """Parameter name of a key of MineWorld's vae.ckpt, or of the copy that its transformers carry.
+
+    Args:
+        name: the key.
+        levels: resolutions of the network; diffusers counts those of a decoder from the coarsest.
+    """
+
+    def level(match: re.Match[str]) -> str:
+        number = int(match[2])
+        return f".{match[1]}.{levels - 1 - number if match[1] == 'up' else number}."
+
+    parameter = name.removeprefix("tokenizer.").removeprefix("model.")
+    parameter = re.sub(r"\.(down|up)_blocks\.(\d+)\.", level, parameter)
+    for its, ours in _OF_DIFFUSERS.items():
+        parameter = parameter.replace(its, ours)
+    return parameter if parameter.startswith(_KNOWN) else None
+
+
+def graphs(config: VqganConfig, rename: Callable[[str], str | None] = taming_name) -> TokenizerGraphs:
+    """Encoder and decoder of ``config`` for the exporter; ``rename`` is for the keys of its checkpoint."""
+    return TokenizerGraphs(
+        height=config.height,
+        width=config.width,
+        grid=(config.height // config.factor, config.width // config.factor),
+        codes=config.codes,
+        temporal_factor=1,
+        chunk_frames=CHUNK_FRAMES,
+        build_encoder=partial(build, NETWORK, "Encoder", config),
+        build_decoder=partial(build, NETWORK, "Decoder", config),
+        parameters=MINEWORLD_PARAMETERS if config == MINEWORLD else None,
+        rename=rename,
+    )
+
+
+def mineworld_graphs(config: VqganConfig = MINEWORLD) -> TokenizerGraphs:
+    """Encoder and decoder of MineWorld's tokenizer."""
+    return graphs(config, partial(diffusers_name, levels=len(config.channels)))
+
+
+def infer_config(shapes: Shapes, size: int = 128) -> VqganConfig:
+    """Sizes of a checkpoint; the frame size is its ``ddconfig.resolution`` and not stored in a tensor.
+
+    Args:
+        shapes: tensor shapes by parameter name (see `taming_name`).
+        size: pixel rows and columns.
+
+    Raises:
+        CheckpointError: a tensor that the sizes are read from is missing.
+    """
+    levels = range(count(shapes, "encoder.down"))
+    codes, code_width = shape_of(shapes, "quantize.embedding.weight", 2)
+    return VqganConfig(
+        height=size,
+        width=size,
+        stem_channels=shape_of(shapes, "encoder.conv_in.weight", 4)[0],
+        channels=tuple(shape_of(shapes, f"encoder.down.{n}.block.0.conv1.weight", 4)[0] for n in levels),
+        res_blocks=count(shapes, "encoder.down.0.block"),
+        attention_levels=tuple(n for n in levels if f"encoder.down.{n}.attn.0.q.weight" in shapes),
+        latent_channels=shape_of(shapes, "quant_conv.weight", 4)[1],
+        code_width=code_width,
+        codes=codes,
+    )
