@@ -145,10 +145,10 @@ class Evaluation:
             row_seed=schedule.row_seed.value,
             refeed=schedule.refeed,
             passes=schedule.total_steps(options.frames),
-            nll=Estimate.of(np.nanmean(nll, axis=1)),
-            nll_settled=Estimate.of(np.nanmean(nll[:, SETTLED * subject.layout.frame_length :], axis=1)),
-            nll_gap=Estimate.of(np.nanmean(nll - self.baseline, axis=1)),
-            generated_nll=Estimate.of(np.nanmean(likelihood[:, generated], axis=1)),
+            nll=Estimate.of(_row_means(nll)),
+            nll_settled=Estimate.of(_row_means(nll[:, SETTLED * subject.layout.frame_length :])),
+            nll_gap=Estimate.of(_row_means(nll - self.baseline)),
+            generated_nll=Estimate.of(_row_means(likelihood[:, generated])),
             geometry=self.judge(rolled, self.geometry) if self.geometry else None,
             truth=self._compare(rolled),
         )
@@ -157,7 +157,7 @@ class Evaluation:
     def gap(self, schedule: Schedule) -> Estimate:
         """Teacher-forced likelihood gap to next-token prediction, paired by window, nats per token."""
         nll = self.subject.nll(self.windows, schedule)
-        return Estimate.of(np.nanmean(nll - self.baseline, axis=1))
+        return Estimate.of(_row_means(nll - self.baseline))
 
     def _cells(self, streams: Streams) -> NDArray[np.int64]:
         layout = self.subject.layout

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import distributed
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError, unknown
@@ -27,7 +28,8 @@ from diagd.tuning.align import check_device
 from diagd.tuning.forced_batch import ForcedBatch, ForcedPasses, forced_loss
 from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens, episodes, recorded_actions
 from worlds.codebook import fit_codebook
-from worlds.optimiser import Optimiser, learning_rate
+
+WARM_UP, WARM_UP_SHARE, FLAT_UNTIL = 60, 0.2, 0.3
 
 Share = tuple[float, Schedule]
 """Share of the training windows, and the schedule they are decoded by."""
@@ -199,7 +201,7 @@ class _Trainer:
     """The loop of one process."""
 
     def __init__(self, options: TrainOptions, codebook: NDArray[np.uint8], used: int, rank: int) -> None:
-        self.processes, self.device = len(options.devices), options.devices[rank]
+        self.device = options.devices[rank]
         if self.device == "cpu":
             torch.set_num_threads(1)
         self.options, self.codebook, self.rank = options, codebook, rank
@@ -216,10 +218,10 @@ class _Trainer:
     def run(self, report: Report | None) -> None:
         """Train to the last step and write the model."""
         options, started = self.options, time.monotonic()
+        shared = DistributedDataParallel(self.model) if len(options.devices) > 1 else self.model
         for step in range(self.first_step, options.steps):
-            loss = forced_loss(self.model, self.losses.batch(step, self.rank).to(self.device))
+            loss = forced_loss(shared, self.losses.batch(step, self.rank).to(self.device))
             loss.backward()
-            self._share_gradients()
             self.optimiser.step(learning_rate(step + 1, options.steps))
             if self.rank == 0:
                 self._log(Progress(step + 1, options.steps, loss.item(), time.monotonic() - started), report)
@@ -228,16 +230,6 @@ class _Trainer:
         if self.rank == 0:
             world = World(self.description, self.model.cpu().eval(), self.codebook)
             save_world(options.output, world, options.recipe())
-
-    def _share_gradients(self) -> None:
-        if self.processes == 1:
-            return
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        distributed.all_reduce(flat)
-        flat /= self.processes
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
 
     def _log(self, progress: Progress, report: Report | None) -> None:
         with (self.options.output / "log.jsonl").open("a") as file:
@@ -302,3 +294,43 @@ def _describe(options: TrainOptions, used: int, frames: tuple[int, ...]) -> Worl
         actions=recorded_actions(options.data),
         context_frames=options.frames,
     )
+
+
+class Optimiser:
+    """Two optimisers that step together.
+
+    Muon (Jordan 2024) orthogonalises the momentum of a matrix; it does not suit embeddings, head and gains.
+    """
+
+    def __init__(self, model: nn.Module, matrix_rate: float, other_rate: float) -> None:
+        matrices = [p for n, p in model.named_parameters() if n.startswith("layers.") and p.dim() == 2]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in chosen]
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01),
+            torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.95), weight_decay=0.01),
+        ]
+        self._rates = (matrix_rate, other_rate)
+
+    def step(self, rate: float) -> None:
+        """Apply and clear the gradients at ``rate`` times the base learning rates."""
+        for part, base in zip(self._parts, self._rates, strict=True):
+            for group in part.param_groups:
+                group["lr"] = base * rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, object]:
+        """State of both optimisers."""
+        return {str(n): part.state_dict() for n, part in enumerate(self._parts)}
+
+    def load_state_dict(self, state: dict[str, dict[str, object]]) -> None:
+        """Restore `state_dict`."""
+        for n, part in enumerate(self._parts):
+            part.load_state_dict(state[str(n)])
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the base rate at ``step`` in 1..steps: linear warm-up, flat, linear decay to 0."""
+    warm_up = min(WARM_UP, WARM_UP_SHARE * steps)
+    return min(1.0, step / warm_up, (1.0 - step / steps) / (1.0 - FLAT_UNTIL))

@@ -8,9 +8,56 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from benchmarks.quality.parts import SEEDS, CompatRow, GapRow, ShippedFigures, SizeFigures, TrainingRow
-from worlds.evaluate import Drift, EvalOptions, Scores
+from diagd.schedule import RowSeed
+from worlds.evaluate import Drift, EvalOptions, GeometryScores, Scores
 from worlds.metrics import Estimate
+
+SEEDS = (RowSeed.PREVIOUS_FRAME, RowSeed.ABOVE, RowSeed.DUPLICATE, RowSeed.PROMPT)
+
+
+@dataclass(frozen=True)
+class GapRow:
+    """Likelihood gap to next-token prediction of one schedule under every row seed, and without refeeding."""
+
+    name: str
+    passes: int
+    gaps: dict[str, Estimate]
+    without_refeed: Estimate
+
+
+@dataclass(frozen=True)
+class SizeFigures:
+    """A size: every row seed, rollouts by schedule, and of the shipped one the drift of long rollouts."""
+
+    gaps: list[GapRow]
+    schedules: list[Scores]
+    drift: Drift | None = None
+
+
+@dataclass(frozen=True)
+class CompatRow:
+    """Gap to next-token prediction of one schedule as a strict step and as the released code decodes it.
+
+    Attributes:
+        name: of the schedule.
+        aligned: row seed and refeeding that the model was trained with.
+        strict: row seed and refeeding of the released code; seeds are hidden after their step.
+        released: the same with the seeds kept and unwritten slots seen as zero rows.
+    """
+
+    name: str
+    aligned: Estimate
+    strict: Estimate
+    released: Estimate
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """A way of training: NLL under next-token prediction, and the gap of each schedule to it."""
+
+    name: str
+    nll: Estimate
+    gaps: dict[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -28,7 +75,7 @@ class Figures:
     """
 
     options: EvalOptions
-    shipped: ShippedFigures | None = None
+    shipped: SizeFigures | None = None
     compat: dict[str, list[CompatRow]] = field(default_factory=dict)
     sizes: dict[str, SizeFigures] = field(default_factory=dict)
     training: list[TrainingRow] = field(default_factory=list)
@@ -42,7 +89,7 @@ def quality_page(figures: Figures, shipped_size: str) -> str:
     if figures.shipped:
         speeds = figures.frames_per_second.get(shipped_size, {})
         sections += _shipped_lines(figures.shipped, speeds)
-        sections += _drift_lines(figures.shipped.drift)
+        sections += _drift_lines(figures.shipped.drift) if figures.shipped.drift else []
     sections += _compat_lines(figures.compat)
     sections += _size_lines(figures)
     sections += _training_lines(figures.training)
@@ -61,7 +108,7 @@ def _how(evaluation: EvalOptions) -> list[str]:
     )
 
 
-def _shipped_lines(shipped: ShippedFigures, speeds: dict[str, float]) -> list[str]:
+def _shipped_lines(shipped: SizeFigures, speeds: dict[str, float]) -> list[str]:
     return [
         "## The shipped model: likelihood gap to next-token prediction, nats per token",
         "",
@@ -94,78 +141,49 @@ def _gap_table(rows: list[GapRow]) -> list[str]:
     return _table(heads, cells)
 
 
-_ROLLOUT_HEADS = (
-    "schedule",
-    "passes",
-    "NLL under NTP",
-    "action followed",
-    "walks followed",
-    "tiles consistent",
-    "invalid tiles",
-    "match, last frame",
-    "PSNR, last frame",
-    "SSIM, last frame",
-    "Frechet",
-)
+_FIGURES: dict[str, tuple[Callable[[Scores], Estimate], int]] = {
+    "NLL under NTP": (lambda score: score.generated_nll, 3),
+    "action followed": (lambda score: _known(score).followed, 3),
+    "walks followed": (lambda score: _known(score).walks_followed, 3),
+    "tiles consistent": (lambda score: _known(score).agreement, 3),
+    "invalid tiles": (lambda score: _known(score).invalid, 3),
+    "match, last frame": (lambda score: score.truth.match[-1], 3),
+    "PSNR, last frame": (lambda score: score.truth.psnr[-1], 1),
+    "SSIM, last frame": (lambda score: score.truth.ssim[-1], 3),
+    "Frechet": (lambda score: score.truth.frechet, 2),
+}
+"""Figures of rollouts, each with its digits."""
+
+
+def _known(score: Scores) -> GeometryScores:
+    assert score.geometry is not None, "the study is of Crafter, whose geometry is known"
+    return score.geometry
 
 
 def _rollout_lines(scores: list[Scores], speeds: dict[str, float]) -> list[str]:
-    heads = (*_ROLLOUT_HEADS, "frames/s") if speeds else _ROLLOUT_HEADS
+    heads = ("schedule", "passes", *_FIGURES, *(["frames/s"] if speeds else []))
     last = {name: [f"{speed:.1f}"] for name, speed in speeds.items()}
-    return _table(heads, ([*_rollout_cells(score), *last.get(score.name, [])] for score in scores))
-
-
-def _rollout_cells(score: Scores) -> list[object]:
-    geometry, truth = score.geometry, score.truth
-    shown = (
-        geometry.followed,
-        geometry.walks_followed,
-        geometry.agreement,
-        geometry.invalid,
-        truth.match[-1],
+    rows = (
+        [score.name, score.passes, *(_plain(of(score), digits) for of, digits in _FIGURES.values())]
+        for score in scores
     )
-    last = (f"{truth.psnr[-1].mean:.1f} +- {truth.psnr[-1].error:.1f}", _plain(truth.ssim[-1]))
-    return [
-        score.name,
-        score.passes,
-        _plain(score.generated_nll),
-        *map(_plain, shown),
-        *last,
-        f"{truth.frechet.mean:.2f} +- {truth.frechet.error:.2f}",
-    ]
-
-
-_COMPARED: dict[str, Callable[[Scores], Estimate]] = {
-    "NLL under NTP": lambda score: score.generated_nll,
-    "action followed": lambda score: score.geometry.followed,
-    "walks followed": lambda score: score.geometry.walks_followed,
-    "tiles consistent": lambda score: score.geometry.agreement,
-    "invalid tiles": lambda score: score.geometry.invalid,
-    "match": lambda score: score.truth.match[-1],
-    "PSNR": lambda score: score.truth.psnr[-1],
-    "SSIM": lambda score: score.truth.ssim[-1],
-    "Frechet": lambda score: score.truth.frechet,
-}
+    return _table(heads, ([*row, *last.get(str(row[0]), [])] for row in rows))
 
 
 def _noise_lines(scores: list[Scores]) -> list[str]:
     """Which figures of the diagonal schedules differ from next-token prediction beyond the noise."""
     base, *others = scores
     beyond = [
-        f"{label} of {score.name}"
+        f"{label.split(',')[0]} of {score.name}"
         for score in others
-        for label, of in _COMPARED.items()
-        if _differs(of(score), of(base))
+        for label, (of, _) in _FIGURES.items()
+        if abs(of(score).mean - of(base).mean) > 2 * math.hypot(of(score).error, of(base).error)
     ]
     verdict = f"beyond it are: {', '.join(beyond)}" if beyond else "none is beyond it"
     return _text(
-        f"{len(others) * len(_COMPARED)} figures of diagonal rollouts are compared with those of NTP, each "
+        f"{len(others) * len(_FIGURES)} figures of diagonal rollouts are compared with those of NTP, each "
         f"against a noise of two standard errors of the difference: {verdict}."
     )
-
-
-def _differs(first: Estimate, second: Estimate) -> bool:
-    return abs(first.mean - second.mean) > 2 * math.hypot(first.error, second.error)
 
 
 def _drift_lines(drift: Drift) -> list[str]:

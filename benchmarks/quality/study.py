@@ -6,26 +6,38 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from benchmarks.quality import parts
-from benchmarks.quality.page import Figures, quality_page
-from benchmarks.quality.parts import Report
+from benchmarks.quality.page import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow, quality_page
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
-from diagd.export.families.world import load_codebook
+from diagd.export.families.world import load_codebook, load_world
+from diagd.runtime.sampling import SamplingSettings
+from diagd.schedule import RowSeed, Schedule, StreamLayout
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
-from worlds.evaluate import EvalOptions, Evaluation
+from worlds.bundle_subject import BundleSubject
+from worlds.evaluate import EvalOptions, Evaluation, measure_drift
 from worlds.geometry import Geometry
-from worlds.run_eval import open_subject
+from worlds.metrics import Estimate
+from worlds.report import save_contact_sheet
+from worlds.run_eval import open_subject, pictures, schedule_name, walk_actions
 
 PARTS = ("shipped", "compat", "sizes", "training", "speed")
 SHIPPED_SIZE = "3m"
+ROW_LAGS = (1, 2, 4)
+
+Report = Callable[[str], None]
+
+Pictures = dict[str, NDArray[np.uint8]]
+"""Frames uint8 [T, H, W, 3] by schedule."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +113,16 @@ class Study:
         options, report = self._options, self._report
         folders = {SHIPPED_SIZE: options.model, **options.sizes}
         if part == "shipped":
-            contact = options.output / "quality-contact.png"
-            lengths = options.long_frames, options.long_rollouts
-            shipped = parts.shipped_figures(self._evaluation(options.model), *lengths, contact, report)
-            return replace(figures, shipped=shipped)
+            evaluation = self._evaluation(options.model)
+            shipped, sheet = size_figures(evaluation, SHIPPED_SIZE, report)
+            save_contact_sheet(options.output / "quality-contact.png", sheet)
+            report(f"{options.long_frames} frames of k=1 chained")
+            actions = walk_actions(options.long_rollouts, options.long_frames, options.evaluation.seed)
+            drift = measure_drift(evaluation, Schedule.chained(evaluation.subject.layout, 1), actions)
+            return replace(figures, shipped=replace(shipped, drift=drift))
         if part == "compat":
             rows = {
-                name: parts.compat_figures(
+                name: compat_figures(
                     self._bundle(folder, scratch), self._evaluation(folder), options.compat_windows, report
                 )
                 for name, folder in folders.items()
@@ -116,29 +131,127 @@ class Study:
         if part == "sizes":
             smaller = replace(options.evaluation, rollouts=options.size_rollouts)
             found = {
-                name: parts.size_figures(self._evaluation(folder, smaller), name, report)
+                name: size_figures(self._evaluation(folder, smaller), name, report)[0]
                 for name, folder in options.sizes.items()
             }
             return replace(figures, sizes={**figures.sizes, **found})
         if part == "training":
-            rows_of = parts.training_row
+            rows_of = training_row
             trained = [rows_of(self._evaluation(f), name, report) for name, f in options.training.items()]
             return replace(figures, training=trained)
         bundles = {name: self._bundle(folder, scratch) for name, folder in folders.items()}
-        speeds = parts.speeds(bundles, options.speed_rounds, options.speed_frames, report)
-        counts = {name: parts.parameters(folder) for name, folder in folders.items()}
-        return replace(figures, frames_per_second=speeds, parameters=counts)
+        rates = speeds(bundles, options.speed_rounds, options.speed_frames, report)
+        counts = {name: parameters(folder) for name, folder in folders.items()}
+        return replace(figures, frames_per_second=rates, parameters=counts)
 
     def _bundle(self, folder: Path, scratch: Path) -> Path:
         if folder not in self._bundles:
             self._report(f"exporting {folder.name}")
             output = scratch / f"{len(self._bundles)}.diagd"
-            self._bundles[folder] = parts.export_world(folder, output)
+            self._bundles[folder] = export_world(folder, output)
         return self._bundles[folder]
 
     def _evaluation(self, folder: Path, options: EvalOptions | None = None) -> Evaluation:
         chosen = options or self._options.evaluation
         return Evaluation(open_subject(folder), self._recording, self._geometry, chosen)
+
+
+def diagonal_schedules(layout: StreamLayout) -> list[Schedule]:
+    """Serial and chained frames for every row lag of the study."""
+    return [named(layout, k) for k in ROW_LAGS for named in (Schedule.serial, Schedule.chained)]
+
+
+def _gap_row(evaluation: Evaluation, schedule: Schedule, report: Report) -> GapRow:
+    name = schedule_name(schedule)
+    report(f"likelihood of {name}")
+    gaps = {seed.value: evaluation.gap(replace(schedule, row_seed=seed)) for seed in SEEDS}
+    without = evaluation.gap(replace(schedule, refeed=False))
+    return GapRow(name, schedule.total_steps(evaluation.options.frames), gaps, without)
+
+
+def size_figures(evaluation: Evaluation, name: str, report: Report) -> tuple[SizeFigures, Pictures]:
+    """Every metric of one size under each schedule, and the pictures of a rollout under each."""
+    layout = evaluation.subject.layout
+    gaps = [_gap_row(evaluation, schedule, report) for schedule in diagonal_schedules(layout)]
+    scores, sheet = [], {"truth": pictures(evaluation.subject, evaluation.truth[:1])[0]}
+    for schedule in [Schedule.next_token(layout), *diagonal_schedules(layout)]:
+        report(f"{name}: rollouts of {schedule_name(schedule)}")
+        score, rolled = evaluation.score(schedule_name(schedule), schedule)
+        scores.append(score)
+        sheet[score.name] = pictures(evaluation.subject, rolled[:1])[0]
+    return SizeFigures(gaps, scores), sheet
+
+
+def compat_figures(bundle: Path, evaluation: Evaluation, windows: int, report: Report) -> list[CompatRow]:
+    """Strict and released decoding on the engine, on the first windows of the evaluation."""
+    strict, released = BundleSubject(str(bundle)), BundleSubject(str(bundle), compat="mineworld")
+    streams = evaluation.windows[:windows]
+    report("strict against compat: NTP")
+    baseline = strict.nll(streams, Schedule.next_token(strict.layout))
+
+    def gap(subject: BundleSubject, schedule: Schedule) -> Estimate:
+        return Estimate.of(np.nanmean(subject.nll(streams, schedule) - baseline, axis=1))
+
+    rows = []
+    for schedule in diagonal_schedules(strict.layout):
+        report(f"strict against compat: {schedule_name(schedule)}")
+        bare = replace(schedule, row_seed=RowSeed.DUPLICATE, refeed=False)
+        figures = (gap(strict, schedule), gap(strict, bare), gap(released, replace(bare, keep_seeds=True)))
+        rows.append(CompatRow(schedule_name(schedule), *figures))
+    return rows
+
+
+def training_row(evaluation: Evaluation, name: str, report: Report) -> TrainingRow:
+    """Likelihood of one way of training under every schedule."""
+    report(f"likelihood of '{name}'")
+    schedules = diagonal_schedules(evaluation.subject.layout)
+    gaps = {schedule_name(schedule): evaluation.gap(schedule) for schedule in schedules}
+    return TrainingRow(name, Estimate.of(np.nanmean(evaluation.baseline, axis=1)), gaps)
+
+
+def speeds(
+    bundles: Mapping[str, Path], rounds: int, frames: int, report: Report
+) -> dict[str, dict[str, float]]:
+    """Frames per second of each bundle's engine by schedule, pixels not included.
+
+    The bundles take turns, and the median of the rounds counts.
+    """
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in bundles}
+    subjects = {name: BundleSubject(str(path)) for name, path in bundles.items()}
+    for turn in range(rounds + 1):  # the first one warms up
+        for name, subject in subjects.items():
+            report(f"speed of {name}, round {turn} of {rounds}")
+            schedules = [Schedule.next_token(subject.layout), *diagonal_schedules(subject.layout)]
+            for schedule in schedules:
+                rate = _frames_per_second(subject, schedule, frames)
+                samples[name].setdefault(schedule_name(schedule), []).append(rate)
+    return {
+        name: {schedule: float(np.median(rates[1:])) for schedule, rates in found.items()}
+        for name, found in samples.items()
+    }
+
+
+def _frames_per_second(subject: BundleSubject, schedule: Schedule, frames: int) -> float:
+    layout = subject.layout
+    stream = np.zeros((1, (1 + frames) * layout.frame_length), np.int64)
+    stream[:, :: layout.frame_length] = subject.codes
+    began = time.perf_counter()
+    subject.roll_out(stream, 1, schedule, SamplingSettings(1.0, 0, 0.95), 0)
+    return frames / (time.perf_counter() - began)
+
+
+def export_world(folder: Path, output: Path) -> Path:
+    """The bundle of a trained world."""
+    from diagd.export.exporter import GraphOptions, export, open_sources
+    from diagd.export.families.registry import find
+
+    family = find("world", str(folder))
+    return export(family, GraphOptions(), open_sources(family, None, None), output).path
+
+
+def parameters(folder: Path) -> int:
+    """Weights of a trained world."""
+    return sum(parameter.numel() for parameter in load_world(folder).model.parameters())
 
 
 def _write(path: Path, text: str) -> None:

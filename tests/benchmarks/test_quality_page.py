@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.quality.page import Figures, quality_page
-from benchmarks.quality.parts import SEEDS, CompatRow, GapRow, ShippedFigures, SizeFigures, TrainingRow
+from benchmarks.quality.page import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow, quality_page
 from diagd.schedule import Schedule
 from tests.worlds.test_evaluate import LAYOUT, OPTIONS, evaluation
 from worlds.evaluate import Scores, measure_drift
@@ -37,7 +36,7 @@ def test_the_shipped_model_shows_every_figure() -> None:
     )
     figures = Figures(
         OPTIONS,
-        ShippedFigures(GAPS, scores(), drift),
+        SizeFigures(GAPS, scores(), drift),
         frames_per_second={"3m": {"NTP": 12, "k=1 chained": 31.25}},
     )
     page = quality_page(figures, "3m")

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib import image
 
-from benchmarks.quality.parts import diagonal_schedules
-from benchmarks.quality.study import Study, StudyOptions, save_plot
+from benchmarks.quality.study import Study, StudyOptions, diagonal_schedules, save_plot
 from diagd.errors import UsageError
 from diagd.export.families.world import SHIPPED
 from diagd.schedule import StreamLayout

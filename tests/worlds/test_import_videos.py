@@ -10,7 +10,7 @@ from diagd.errors import UsageError
 from diagd.runtime.video import VideoWriter
 from diagd.tuning.recordings import load_episode, recorded_actions
 from tests.worlds.recordings import ACTIONS, striped_episode
-from worlds.import_videos import ImportOptions, import_videos
+from worlds.collect import ImportOptions, import_videos
 
 
 def record(folder: Path, name: str, frames: int, lines: int | None = None) -> None:

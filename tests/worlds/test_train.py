@@ -14,8 +14,16 @@ from diagd.export.transformer import Transformer
 from diagd.tuning.forced_batch import ForcedPasses, forced_loss, forced_nll
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
 from tests.worlds.recordings import ACTIONS, COLUMNS, PATCH, ROWS, record_stripes
-from worlds.optimiser import Optimiser, learning_rate
-from worlds.train import MIXTURES, Progress, TrainOptions, mixture_shares, train, worker_devices
+from worlds.train import (
+    MIXTURES,
+    Optimiser,
+    Progress,
+    TrainOptions,
+    learning_rate,
+    mixture_shares,
+    train,
+    worker_devices,
+)
 
 
 @pytest.fixture(scope="module")

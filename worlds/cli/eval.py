@@ -63,13 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from worlds.run_eval import EvalRun, run_eval
 
     console, settings = Console(), parse_settings(EvalSettings, args.settings)
-    options = EvalOptions(
-        windows=settings.windows,
-        rollouts=args.rollouts,
-        prompt=settings.prompt,
-        frames=settings.frames,
-        seed=settings.seed,
-    )
+    sizes = settings.model_dump(include={"windows", "prompt", "frames", "seed"})
     request = EvalRun(
         model=args.model,
         data=args.data,
@@ -78,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         geometry=settings.geometry,
         lags=tuple(map(_lags, args.lags)),
         row_seed=settings.seed_policy,
-        options=options,
+        options=EvalOptions(rollouts=args.rollouts, **sizes),
         long_frames=args.long_frames,
         networks=tuple(args.network),
     )

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from diagd.bundle.targets import folder_target
 from diagd.cli.paths import path
 from diagd.errors import UsageError
 from diagd.progress import Progress as Bars
+
+if TYPE_CHECKING:
+    from worlds.train import Progress
 
 EPILOG = """examples:
   diagd world collect recordings
@@ -60,9 +65,7 @@ def _collect(args: argparse.Namespace) -> int:
 
     from worlds.collect import CollectOptions, collect
 
-    options = CollectOptions(
-        args.output, episodes=args.episodes, steps=args.steps, seed=args.seed, processes=args.processes
-    )
+    options = CollectOptions(**_chosen(CollectOptions, args))
     written = 0
     with Bars(Console()).count("episodes", args.episodes) as advance:
         for _ in collect(options):
@@ -75,7 +78,7 @@ def _collect(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from worlds.import_videos import ImportOptions, import_videos
+    from worlds.collect import ImportOptions, import_videos
 
     height, _, width = args.size.partition("x")
     if not height.isdigit() or not width.isdigit():
@@ -91,28 +94,19 @@ def _import(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from worlds.train import TrainOptions, train
 
-    options = TrainOptions(
-        data=args.data,
-        output=args.output,
-        size=args.size,
-        mixture=args.mixture,
-        steps=args.steps,
-        batch=args.batch,
-        device=args.device,
-        processes=args.processes,
-        seed=args.seed,
-    )
-    folder = train(options, print_step)
+    folder = train(TrainOptions(**_chosen(TrainOptions, args)), print_step)
     print(f"trained {args.size} in {args.steps} steps: {folder}")  # noqa: T201
     return 0
 
 
-def print_step(progress: object) -> None:
-    """Report a training step on one line that is written over; runs in the first worker process."""
-    from worlds.train import Progress
+def _chosen(options: type[Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that are fields of an options class; the others keep their defaults."""
+    names = {field.name for field in fields(options)}
+    return {name: value for name, value in vars(args).items() if name in names}
 
-    if not isinstance(progress, Progress):
-        return
+
+def print_step(progress: Progress) -> None:
+    """Report a training step on one line that is written over; runs in the first worker process."""
     rate = progress.seconds / max(1, progress.step)
     left = (progress.steps - progress.step) * rate / 60
     end = "\n" if progress.step == progress.steps else "\r"
