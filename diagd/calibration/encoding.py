@@ -17,6 +17,9 @@ CHUNK_BYTES = 64 << 20
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Shares of a group's largest weight that are tried as its range."""
 
+PERCENTILES = (99.9, 99.99, 99.999, 100.0)
+"""Of the magnitudes of activations, that are tried as their range."""
+
 SMALLEST = np.float32(1e-12)
 
 
@@ -90,6 +93,11 @@ def rounded_rows(rows: Float, limit: float | None, scheme: Scheme) -> Float:
     else:
         rounded = (np.clip(np.rint(rows / scale), -128, 127) * scale).astype(np.float32)
     return rounded
+
+
+def ranges(values: Float) -> list[float]:
+    """Limits worth trying: magnitudes below which ``PERCENTILES`` per cent of the values [n] lie."""
+    return [float(limit) for limit in np.percentile(np.abs(values), PERCENTILES)]
 
 
 def row_chunks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:

@@ -1,28 +1,44 @@
-"""The quantised files of a bundle, for every form that can have the scheme."""
+"""The quantised files of a bundle, for every form that can have the scheme: traced with other matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
-from diagd.calibration.kv_rewrite import quantise_cache
-from diagd.calibration.nodes import check_form
-from diagd.calibration.projections import StoredWeights, load_graph, projections
+from diagd.calibration.fallback import part_of
+from diagd.calibration.matrices import (
+    BLOCKED_OPSET,
+    EitherMatrix,
+    QuantisedMatrix,
+    check_form,
+    opset_of,
+    quantised_matrix,
+)
 from diagd.calibration.reference import FLOATING
-from diagd.calibration.rewrite import Rewriter
 from diagd.calibration.schemes import Scheme
 from diagd.calibration.search import Choice
-from diagd.calibration.weights_file import WeightsFile
-from diagd.engines.engine import Float
+from diagd.calibration.stored import Float, StoredWeights, Weight
+from diagd.export.exporter import TORCH_TYPES
 from diagd.export.onnx_file import read_onnx
+from diagd.export.projections import projections
+from diagd.export.step_graph import PLAIN, StepVariant, trace_step
+from diagd.export.tracing import link_weights, save
+from diagd.export.weights import WeightSource, constant, store
 from diagd.progress import Progress
 
-SINGLE = ("single.onnx", "single.bin")
-"""Files of a graph of which one layer is quantised."""
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SINGLE = ("single.onnx", "single.bin", "rounded.bin")
+"""Files of a graph of which one layer is quantised, and of the rounded weights of all of them."""
+
+Choices = Mapping[str, Choice]
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,25 @@ class Target:
             return f"attention reads the buffers as they lie, the cache is {self.kv_cache}"
         return None
 
+    def precision(self, graph: StepGraph) -> str:
+        """What is computed in beside the quantised products of a graph."""
+        return "fp16" if self.half and graph.form is not Form.PREFIX else graph.precision
+
+    def opset(self, form: Form) -> int:
+        """That graphs declare at least."""
+        return BLOCKED_OPSET if self.row_scales else opset_of(form, self.scheme)
+
+    def row_sources(self, form: Form, dtype: np.dtype[np.generic]) -> dict[str, WeightSource]:
+        """Initializers of rows that are rounded; see ``StepVariant.integer_cache``."""
+        if not self.row_scales:
+            return {}
+        scales = {
+            f"kv.{name}": scale if form is Form.PREFIX else scale[:, None]
+            for name, scale in self.row_scales.items()
+        }
+        found = {name: constant(scale.astype(dtype)) for name, scale in scales.items()}
+        return found | {"kv.unit": constant(np.ones((), dtype)), "kv.zero": constant(np.zeros((), np.int8))}
+
 
 class GraphWriter:
     """Writes graphs beside those they come from.
@@ -67,28 +102,45 @@ class GraphWriter:
 
     def __init__(self, bundle: Bundle, target: Target, progress: Progress) -> None:
         self._bundle, self._target, self._progress = bundle, target, progress
+        self._config, self._stored = bundle.manifest.transformer, StoredWeights(bundle)
 
-    def write(self, graphs: Sequence[StepGraph], choices: Mapping[str, Choice]) -> tuple[StepGraph, ...]:
+    def write(self, graphs: Sequence[StepGraph], choices: Choices) -> tuple[StepGraph, ...]:
         """Quantise one file and say what its graphs are now."""
-        names = file_names(graphs[0].file, self._target.name)
-        count = len(projections(load_graph(self._bundle.file(graphs[0].file))))
-        with self._progress.count(f"writing {names[0]}", count) as advance:
-            self._rewrite(graphs[0], choices, names, advance)
-        return tuple(self._described(graph, names[0]) for graph in graphs)
+        name, weights = file_names(graphs[0].file, self._target.name)
+        matrices = self._matrices(graphs[0], choices)
+        model = self._trace(graphs[0], matrices)
+        sources = self._rounded(graphs[0], matrices) | self._floats(model, graphs[0], choices)
+        with self._progress.bytes(f"writing {name}", sum(s.bytes for s in sources.values())) as advance:
+            self._save(model, name, store(self._bundle.file(weights), sources, advance))
+        return tuple(self._described(graph, name) for graph in graphs)
 
-    def write_part(self, graphs: Sequence[StepGraph], choices: Mapping[str, Choice]) -> tuple[StepGraph, ...]:
-        """The same into files of passing use, see ``remove_part``."""
-        self._rewrite(graphs[0], choices, SINGLE)
-        return tuple(self._described(graph, SINGLE[0]) for graph in graphs)
+    def parts(
+        self, graphs: Sequence[StepGraph], choices: Choices
+    ) -> Generator[tuple[str, tuple[StepGraph, ...]]]:
+        """Graphs of which one layer alone is quantised, one after the other, by the layer's name.
 
-    def remove_part(self) -> None:
-        """Delete what ``write_part`` wrote."""
-        for name in SINGLE:
-            self._bundle.file(name).unlink(missing_ok=True)
+        One trace and one file of rounded weights serve them all; a graph lasts until the next is asked for.
+        """
+        rounded = self._matrices(graphs[0], choices)
+        inputs = {projection.name: projection.inputs for projection in projections(self._config)}
+        dtype = TORCH_TYPES[self._target.precision(graphs[0])]
+        either = {name: EitherMatrix(matrix, inputs[name], dtype) for name, matrix in rounded.items()}
+        traced = self._trace(graphs[0], either)
+        sources = {f"{name}.rounded": matrix for name, matrix in rounded.items()}
+        tensors = store(self._bundle.file(SINGLE[2]), self._rounded(graphs[0], sources))
+        try:
+            for part in dict.fromkeys(map(part_of, choices)):
+                chosen = {name: choice for name, choice in choices.items() if part_of(name) == part}
+                floats = self._floats(traced, graphs[0], chosen) | self._switches(graphs[0], choices, chosen)
+                self._bundle.file(SINGLE[1]).unlink(missing_ok=True)
+                more = store(self._bundle.file(SINGLE[1]), floats)
+                self._save(traced.clone(), SINGLE[0], tensors | more)
+                yield part, tuple(self._described(graph, SINGLE[0]) for graph in graphs)
+        finally:
+            for name in SINGLE:
+                self._bundle.file(name).unlink(missing_ok=True)
 
-    def write_others(
-        self, written: Sequence[StepGraph], choices: Mapping[str, Choice]
-    ) -> tuple[StepGraph, ...]:
+    def write_others(self, written: Sequence[StepGraph], choices: Choices) -> tuple[StepGraph, ...]:
         """Every file in floating point but those of a form that is written; returns all quantised graphs."""
         found, done = list(written), {graph.form for graph in written}
         for form in (Form.PREFIX, Form.MODERN, Form.PORTABLE):
@@ -100,47 +152,92 @@ class GraphWriter:
     def _described(self, graph: StepGraph, file: str) -> StepGraph:
         weights = read_onnx(self._bundle.file(file)).weights
         changes: dict[str, object] = {"file": file, "precision": self._target.name, "weights": weights}
-        if self._is_halved(graph):
+        if self._target.precision(graph) != graph.precision:
             changes["cache_dtype"] = "float16"
         if graph.form is Form.PORTABLE and self._target.kv_cache:
             changes["cache_dtype"] = self._target.kv_cache
         return graph.model_copy(update=changes)
 
-    def _is_halved(self, graph: StepGraph) -> bool:
-        return self._target.half and graph.form is not Form.PREFIX and graph.precision == "fp32"
+    def _matrices(self, graph: StepGraph, choices: Choices) -> dict[str, QuantisedMatrix]:
+        divisors, dtype = self._divisors(choices), self._dtype(graph)
+        return {
+            name: quantised_matrix(
+                name,
+                Weight(self._stored[name], dtype, choice.factors, divisors.get(name)),
+                choice.limit,
+                self._target.scheme,
+                graph.form,
+            )
+            for name, choice in choices.items()
+        }
 
-    def _rewrite(
-        self,
-        graph: StepGraph,
-        choices: Mapping[str, Choice],
-        names: tuple[str, str],
-        advance: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        directory, target = self._bundle.path, self._target
-        model = load_graph(directory / graph.file)
-        stored = StoredWeights(model, directory)
-        with WeightsFile(directory / names[1]) as file:
-            halves = self._is_halved(graph)
-            Rewriter(model, stored, graph.form, target.scheme, choices, file, half=halves).run(advance)
-        if target.row_scales:
-            quantise_cache(model, graph.form, target.row_scales)
-        (directory / names[0]).write_bytes(model.SerializeToString())
+    def _trace(self, graph: StepGraph, matrices: Mapping[str, nn.Module]) -> ir.Model:
+        target = self._target
+        return trace_step(
+            self._config,
+            graph.form,
+            self._bundle.manifest.sampling,
+            dtype=TORCH_TYPES[target.precision(graph)],
+            capacity=graph.capacity or 0,
+            variant=StepVariant(matrices, bool(target.row_scales), opset=target.opset(graph.form)),
+        )
+
+    def _save(self, model: ir.Model, name: str, tensors: Mapping[str, ir.TensorProtocol]) -> None:
+        stored = self._stored.tensors()
+        plain = {tensor + PLAIN: stored[tensor] for tensor in stored}
+        link_weights(model, stored | plain | dict(tensors))
+        # Where ONNX Runtime knows shapes, it makes a product and its residual one Gemm, which then hides the
+        # product from the fusion with DequantizeLinear.
+        for node in model.graph:
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape = value.type = None
+        save(model, self._bundle.file(name))
+
+    def _dtype(self, graph: StepGraph) -> np.dtype[np.generic]:
+        return np.dtype(np.float16 if self._target.precision(graph) == "fp16" else np.float32)
+
+    def _rounded(self, graph: StepGraph, matrices: Mapping[str, QuantisedMatrix]) -> dict[str, WeightSource]:
+        """Buffers of the modules, by name in the graph."""
+        found = self._target.row_sources(graph.form, self._dtype(graph))
+        for name, matrix in matrices.items():
+            found |= {f"{name}.{key}": source for key, source in matrix.sources.items()}
+        return found
+
+    def _switches(self, graph: StepGraph, choices: Choices, chosen: Choices) -> dict[str, WeightSource]:
+        found = dict[str, WeightSource]()
+        for name in choices:
+            on = np.asarray(name in chosen, self._dtype(graph))
+            found |= {f"{name}.on": constant(on), f"{name}.off": constant(1 - on)}
+        return found
+
+    def _floats(self, model: ir.Model, graph: StepGraph, choices: Choices) -> dict[str, WeightSource]:
+        """Initializers in floating point that are not read as they are stored."""
+        divisors, dtype, found = self._divisors(choices), self._dtype(graph), dict[str, WeightSource]()
+        for name in model.graph.initializers:
+            tensor = name.removesuffix(PLAIN)
+            if not tensor.startswith("transformer.") or tensor not in self._stored:
+                continue
+            stored = self._stored[tensor]
+            if tensor in divisors or stored.dtype != dtype:
+                found[name] = Weight(stored, dtype, columns=divisors.get(tensor)).source()
+        return found
+
+    def _divisors(self, choices: Choices) -> dict[str, Float]:
+        """What the last axis of each tensor that absorbs factors is divided by."""
+        divisors: dict[str, Float] = {}
+        for projection in projections(self._config):
+            choice, fold = choices.get(projection.name), projection.fold
+            if choice is None or choice.factors is None or fold is None:
+                continue
+            for tensor in fold.tensors:
+                width = self._stored[tensor].shape[-1]
+                target = divisors.setdefault(tensor, np.ones(width, np.float32))
+                target[fold.start : fold.start + projection.inputs] *= choice.factors
+        return divisors
 
 
 def file_names(file: str, precision: str) -> tuple[str, str]:
     """Files of a quantised graph and of its weights, for the file of the graph in floating point."""
     stem = file.removesuffix(".onnx").removeprefix("step")
     return f"step{stem}.{precision}.onnx", f"weights{stem}.{precision}.bin"
-
-
-def read_bytes(graph: Path) -> int:
-    """Bytes of the initializers that a step of the graph reads."""
-    from onnx import helper
-
-    bits = {"INT4": 4}
-    total = 0
-    for tensor in load_graph(graph).graph.initializer:
-        kind = helper.tensor_dtype_to_string(tensor.data_type).rsplit(".", maxsplit=1)[-1]
-        size = bits.get(kind, 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
-        total += prod(tensor.dims) * size // 8
-    return total

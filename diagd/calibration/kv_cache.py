@@ -8,21 +8,18 @@ not depend on how rows were batched into steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import INT8_CACHE, RotaryContext
-from diagd.calibration.nodes import check_form
+from diagd.calibration.matrices import check_form
 from diagd.calibration.schemes import Scheme
 from diagd.calibration.statistics import InputStatistics
 from diagd.engines.fixed import cache_tensors
 from diagd.errors import UsageError, unknown
-
-if TYPE_CHECKING:
-    import onnx
 
 Float = NDArray[np.float32]
 
@@ -67,16 +64,6 @@ def check_kv_cache(bundle: Bundle, scheme: Scheme, kv_cache: str | None) -> None
             f"{scheme.name} is for the prefix form, a cache of {kv_cache} for the portable form: "
             "choose another --precision, such as int8"
         )
-
-
-def cache_rows(model: onnx.ModelProto) -> dict[str, str]:
-    """Values that a prefix graph writes to its buffers, [W, G, D]: ``key_0`` to the name of the value."""
-    writers = {node.output[0]: node for node in model.graph.node if node.op_type == "ScatterND"}
-    return {
-        output.name.removeprefix("present_"): writers[output.name].input[2]
-        for output in model.graph.output
-        if output.name in writers
-    }
 
 
 def row_scales(seen: Mapping[str, InputStatistics], manifest: Manifest) -> dict[str, Float]:

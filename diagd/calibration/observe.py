@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
-from diagd.calibration.kv_cache import cache_rows
-from diagd.calibration.projections import load_graph, projections
 from diagd.calibration.statistics import InputStatistics, StatisticsCollector
+from diagd.calibration.stored import StoredWeights
 from diagd.calibration.trajectory import (
     EnoughStepsError,
     Prompts,
@@ -26,11 +24,11 @@ from diagd.engines.modern import ModernStep
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.portable import PortableStep
 from diagd.engines.prefix import PrefixEngine
+from diagd.export.exporter import TORCH_TYPES
+from diagd.export.step_graph import PLAIN, WATCHED, StepVariant, trace_step, watched_values
+from diagd.export.tracing import link_weights, save
 from diagd.progress import Progress
 from diagd.runtime.session import token_places
-
-if TYPE_CHECKING:
-    import onnx
 
 GRAPH_NAME = "observed.onnx"
 Report = Callable[[Mapping[str, Float]], None]
@@ -181,17 +179,14 @@ def observe(
     Raises:
         QualityError: an activation is not finite.
     """
-    model = load_graph(bundle.file(graphs[0].file))
-    found = projections(model)
-    cache = bundle.manifest.cache
-    rows = cache_rows(model) if graphs[0].form is Form.PREFIX else {}
-    sizes = {projection.name: projection.inputs for projection in found}
-    cached = cache_tensors(cache) if graphs[0].form is Form.PORTABLE else rows
-    sizes |= dict.fromkeys(cached, cache.kv_heads * cache.head_size)
-    outputs = {projection.name: projection.activation for projection in found} | rows
+    cache, form = bundle.manifest.cache, graphs[0].form
+    watched_sizes = watched_values(bundle.manifest.transformer, form)
+    outputs = {name: f"{WATCHED}{name}" for name in watched_sizes}
+    cached = cache_tensors(cache) if form is Form.PORTABLE else []
+    sizes = watched_sizes | dict.fromkeys(cached, cache.kv_heads * cache.head_size)
     collector = StatisticsCollector(sizes, seed)
     path = bundle.file(GRAPH_NAME)
-    _save_observed(model, outputs.values(), graphs[0].precision, path)
+    _save_watched(bundle, graphs[0], path)
     manifest = bundle.manifest.model_copy(
         update={"graphs": tuple(graph.model_copy(update={"file": GRAPH_NAME}) for graph in graphs)}
     )
@@ -217,10 +212,14 @@ def observe(
     return collector.inputs
 
 
-def _save_observed(model: onnx.ModelProto, values: Iterable[str], precision: str, path: Path) -> None:
-    from onnx import TensorProto, helper
-
-    kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
-    for value in values:
-        model.graph.output.append(helper.make_tensor_value_info(value, kind, None))
-    path.write_bytes(model.SerializeToString())
+def _save_watched(bundle: Bundle, graph: StepGraph, path: Path) -> None:
+    model = trace_step(
+        bundle.manifest.transformer,
+        graph.form,
+        bundle.manifest.sampling,
+        dtype=TORCH_TYPES[graph.precision],
+        capacity=graph.capacity or 0,
+        variant=StepVariant(watch=True),
+    )
+    tensors = StoredWeights(bundle).tensors()
+    save(link_weights(model, tensors | {name + PLAIN: tensors[name] for name in tensors}), path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -11,12 +12,10 @@ from diagd.bundle import Bundle, Form, Manifest, seal
 from diagd.bundle.manifest import StepGraph
 from diagd.calibration import fallback
 from diagd.calibration.gate import Budget, Comparison, failures
-from diagd.calibration.graph_writer import GraphWriter, Target, file_names, read_bytes
+from diagd.calibration.graph_writer import GraphWriter, Target, file_names
 from diagd.calibration.judge import GATE_SEED, Course, Judge
 from diagd.calibration.kv_cache import CACHE_FORMS, check_kv_cache, describe_cache, precision_name, row_scales
 from diagd.calibration.observe import observe
-from diagd.calibration.projections import Projection, StoredWeights, load_graph, projections
-from diagd.calibration.ranges import find_range
 from diagd.calibration.reference import FORMS, check_memory, find_reference, session_window, widest_step
 from diagd.calibration.report import (
     AttemptReport,
@@ -32,11 +31,13 @@ from diagd.calibration.report_page import write_plot
 from diagd.calibration.schemes import Scheme, find_scheme
 from diagd.calibration.search import Choice, search
 from diagd.calibration.statistics import InputStatistics, load_statistics, save_statistics
+from diagd.calibration.stored import StoredWeights
 from diagd.calibration.trajectory import Prompts, trajectories
 from diagd.calibration.workspace import workspace
 from diagd.engines.engine import Float, Int
 from diagd.engines.tensorrt.memory import available_bytes
 from diagd.errors import QualityError, UsageError, unknown
+from diagd.export.projections import Projection, projections
 from diagd.progress import Progress
 
 DIRECTORY = "calibration"
@@ -53,7 +54,6 @@ class CalibrationOptions:
         budget: what may be lost; None judges nothing.
         steps: passes of the calibration run, and of each round of the gate.
         seed: of prompts, actions, sampling and kept rows.
-        range: rule for static activations.
         floor: signal to noise of a product below which it stays in floating point, dB; None: the scheme's.
         threads: of ONNX Runtime; 0 is one for each core.
         floats: what GPU graphs compute in beside their quantised products, ``fp16`` or ``fp32``.
@@ -64,7 +64,6 @@ class CalibrationOptions:
     budget: Budget | None = field(default_factory=Budget)
     steps: int = 320
     seed: int = 0
-    range: str = "percentile"
     floor: float | None = None
     threads: int = 0
     floats: str = "fp16"
@@ -121,7 +120,6 @@ def _check(
     bundle: Bundle, scheme: Scheme, options: CalibrationOptions, frames: Int | None
 ) -> tuple[StepGraph, ...]:
     manifest = bundle.manifest
-    find_range(options.range)
     if options.floats not in FLOATS:
         raise unknown("floats", options.floats, FLOATS)
     check_kv_cache(bundle, scheme, options.kv_cache)
@@ -232,9 +230,7 @@ class _Calibration:
 
     def _choose(self, statistics: Mapping[str, InputStatistics]) -> None:
         """What becomes of each product; those below the floor are left out."""
-        path = self._bundle.file(self._reference[0].file)
-        model = load_graph(path)
-        stored, found = StoredWeights(model, path.parent), projections(model)
+        stored, found = StoredWeights(self._bundle), projections(self._bundle.manifest.transformer)
         floor = self._scheme.floor if self._options.floor is None else self._options.floor
         grouped = self._scheme.activation is None and self._reference[0].form is Form.PREFIX
         for projection in self._progress.each(found, "searching"):
@@ -243,7 +239,6 @@ class _Calibration:
                 stored[projection.name],
                 statistics.get(projection.name),
                 self._scheme,
-                find_range(self._options.range),
                 grouped=grouped,
             )
             quantised = choice.signal_to_noise >= floor
@@ -281,17 +276,10 @@ class _Calibration:
 
     def _measure_layers(self, writer: GraphWriter, judge: Judge) -> None:
         """Quantise one layer at a time and note the divergence of the predictions."""
-        parts = list(dict.fromkeys(map(fallback.part_of, self._choices)))
-
-        def alone() -> Iterator[tuple[str, tuple[StepGraph, ...]]]:
-            for part in parts:
-                chosen = {n: choice for n, choice in self._choices.items() if fallback.part_of(n) == part}
-                yield part, writer.write_part(self._reference, chosen)
-
-        try:
-            found = judge.layers(alone(), len(parts), self._scheme.weight)
-        finally:
-            writer.remove_part()
+        parts = writer.parts(self._reference, self._choices)
+        count = len(set(map(fallback.part_of, self._choices)))
+        with closing(parts):
+            found = judge.layers(parts, count, self._scheme.weight)
         self._layers = [
             layer.model_copy(update={"divergence": found.get(fallback.part_of(layer.name))})
             for layer in self._layers
@@ -312,15 +300,14 @@ class _Calibration:
             reference=self._reference[0].precision,
             seed=options.seed,
             gate_seed=options.seed + GATE_SEED,
-            range=options.range if self._scheme.activation == "static" else None,
             trajectories=tuple(
                 TrajectoryReport(name=t.name, k=t.schedule.k, d=t.schedule.d, steps=t.steps)
                 for t in self._course.tour
             ),
             budget=None if budget is None else BudgetReport(**asdict(budget)),
             attempts=tuple(attempts),
-            bytes_before=read_bytes(self._bundle.file(self._reference[0].file)),
-            bytes_after=read_bytes(self._bundle.file(written[0].file)),
+            bytes_before=self._reference[0].weights.bytes,
+            bytes_after=written[0].weights.bytes,
             widths={} if comparison is None else _widths(comparison),
             forms={graph.form.value: graph.file for graph in self._graphs},
             left_out={form: reason for form, reason in refusals.items() if reason},

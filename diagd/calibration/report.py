@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from diagd.bundle.files import atomic_file
 from diagd.errors import BundleError
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 REPORT_NAME = "report.json"
 
 Figures = dict[str, float | None]
@@ -92,7 +92,6 @@ class PrecisionReport(_Record):
         precision, reference: of the graphs that were made, and of those they are compared with.
         seed: of the calibration run; the same seed gives the same scales.
         gate_seed: of the comparison.
-        range: rule for static activations; None without.
         trajectories: what was decoded.
         budget: None where nothing was judged.
         attempts: runs of the gate; each but the first left more products in floating point.
@@ -108,7 +107,6 @@ class PrecisionReport(_Record):
     reference: str
     seed: int
     gate_seed: int
-    range: str | None
     trajectories: tuple[TrajectoryReport, ...]
     budget: BudgetReport | None
     attempts: tuple[AttemptReport, ...]

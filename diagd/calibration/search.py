@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.calibration.encoding import rounded_rows, rounded_weight
-from diagd.calibration.projections import Array, Projection
-from diagd.calibration.ranges import RangeRule
+from diagd.calibration.encoding import ranges, rounded_rows, rounded_weight
 from diagd.calibration.schemes import Scheme
 from diagd.calibration.statistics import InputStatistics
+from diagd.calibration.stored import Array
+from diagd.export.projections import Projection
 
 Float = NDArray[np.float32]
 
@@ -48,7 +48,6 @@ def search(
     weight: Array,
     seen: InputStatistics | None,
     scheme: Scheme,
-    find: RangeRule,
     grouped: bool,
 ) -> Choice:
     """Try every alpha and range, and keep those whose product is nearest.
@@ -58,7 +57,6 @@ def search(
         weight: float [K, N].
         seen: its input while decoding; None where the scheme needs none.
         scheme: what to round to.
-        find: ranges of static activations to try.
         grouped: 8-bit weights have groups.
     """
     columns = np.linspace(0, weight.shape[1] - 1, min(COLUMNS, weight.shape[1])).astype(int)
@@ -70,7 +68,7 @@ def search(
         factors = None if alpha is None or seen is None else migration(seen.absmax, weight, alpha)
         moved, scaled = (rows, part) if factors is None else (rows / factors, part * factors[:, None])
         rounded = rounded_weight(scaled, scheme, grouped)
-        for limit in find(moved.ravel()) if scheme.activation == "static" else [None]:
+        for limit in ranges(moved.ravel()) if scheme.activation == "static" else [None]:
             product = rounded_rows(moved, limit, scheme) @ rounded
             tried.append(Choice(alpha, factors, limit, decibels(exact, product)))
     return max(tried, key=lambda choice: choice.signal_to_noise)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from diagd.bundle.targets import bundle_target
 from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
-from diagd.errors import UsageError
+from diagd.errors import UsageError, require
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ class CalibrateSettings(BaseModel):
     steps: int = Field(
         320, description="passes of the calibration run, and of each round of the gate, at least 64"
     )
-    range: str = Field("percentile", description="of static activations: percentile, mse or entropy")
     floor: float | None = Field(
         None, description="dB below which a product is not quantised (default: the scheme's)"
     )
@@ -67,6 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantise and judge; the bundle changes only on success."""
+    require("torch", extra="export", purpose="trace quantised graphs")
     from rich.console import Console
 
     from diagd.bundle import Bundle
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         budget,
         seed=args.seed,
         kv_cache=args.kv_cache,
-        **settings.model_dump(include={"steps", "range", "floor", "threads", "floats"}),
+        **settings.model_dump(include={"steps", "floor", "threads", "floats"}),
     )
     bundle, console, began = Bundle.open(args.bundle), Console(), time.perf_counter()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from diagd.bundle.manifest import (
     context_policy,
 )
 from diagd.bundle.targets import bundle_target
+from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import UsageError
 from diagd.export import tokenizer_graphs, weights
 from diagd.export.checkpoints import (
@@ -38,9 +39,9 @@ from diagd.export.checkpoints import (
 from diagd.export.families.family import Family
 from diagd.export.onnx_file import read_onnx
 from diagd.export.resume import ResumableWeights, export_key
-from diagd.export.step_graph import trace_step, trace_text
+from diagd.export.step_graph import step_tensors, trace_step, trace_text
 from diagd.export.tracing import link_weights, save
-from diagd.export.transformer import Transformer, position_tables
+from diagd.export.transformer import position_tables
 from diagd.export.weights import WeightSource
 from diagd.progress import Progress
 from diagd.schedule import StreamLayout, default_widths, slots_needed
@@ -124,7 +125,7 @@ class Exporter:
         self._tokenizer = family.tokenizer if pixels else None
         self._dtype = weights.PRECISIONS[options.precision]
         self._graphs = self._graph_files()
-        self._placements = weights.plan(self._shapes())
+        self._placements = weights.plan(step_shapes(family.transformer, self._dtype, options.forms))
 
     def plan(self) -> ExportPlan:
         """Sizes and memory, from dimensions alone."""
@@ -171,17 +172,6 @@ class Exporter:
             tokenizer = self._write_tokenizer(directory, sources.tokenizer, progress)
             with progress.task("hashing"):
                 return seal(directory, self._manifest(sources, read, tokenizer, text))
-
-    def _shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
-        with torch.device("meta"):
-            transformer = Transformer(self.family.transformer)
-        tensors = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
-        shapes: dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]] = {
-            f"transformer.{name}": (tuple(tensor.shape), self._dtype) for name, tensor in tensors.items()
-        }
-        if any(form is not Form.PREFIX for form in self.options.forms):
-            shapes["ranges"] = ((self._layout.frame_length, 2), np.dtype(np.int32))
-        return shapes
 
     @property
     def _layout(self) -> StreamLayout:
@@ -308,6 +298,16 @@ class Exporter:
             ),
             licence=family.licence,
         )
+
+
+def step_shapes(
+    config: TransformerConfig, dtype: np.dtype[np.generic], forms: Collection[Form]
+) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
+    """Shape and type of each tensor of the weights file of step graphs, in its order."""
+    shapes = {name: (shape, dtype) for name, shape in step_tensors(config).items()}
+    if any(form is not Form.PREFIX for form in forms):
+        shapes["ranges"] = ((config.layout.frame_length, 2), np.dtype(np.int32))
+    return shapes
 
 
 def slots_for(layout: StreamLayout, window: int, max_width: int) -> int:

@@ -44,9 +44,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Feed-forward output for x [..., hidden]."""
-        gate, up = (x @ self.gate_up).chunk(2, dim=-1)
-        output: Tensor = (functional.silu(gate) * up) @ self.down
-        return output
+        gate, up = product(x, self.gate_up).chunk(2, dim=-1)
+        return product(functional.silu(gate) * up, self.down)
 
 
 class GeluFeedForward(nn.Module):
@@ -61,8 +60,16 @@ class GeluFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Feed-forward output for x [..., hidden]."""
-        inner = functional.gelu(biased(x @ self.up, self.up_bias), approximate="tanh")
-        return biased(inner @ self.down, self.down_bias)
+        inner = functional.gelu(biased(product(x, self.up), self.up_bias), approximate="tanh")
+        return biased(product(inner, self.down), self.down_bias)
+
+
+def product(x: Tensor, matrix: Tensor | nn.Module) -> Tensor:
+    """``x`` [..., in] times a matrix [in, out], or what a module in the matrix's place makes of it."""
+    if isinstance(matrix, nn.Module):
+        result: Tensor = matrix(x)
+        return result
+    return x @ matrix
 
 
 def biased(x: Tensor, bias: Tensor | None) -> Tensor:

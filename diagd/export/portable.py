@@ -11,10 +11,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from diagd.export.cache_rows import CacheRows
 from diagd.export.sampler import GraphSampler
+from diagd.export.step import StepModule
 from diagd.export.transformer import FullAttention, Transformer
 
 HIDDEN_SCORE = -30_000.0
@@ -28,33 +30,43 @@ class PortableAttention(FullAttention):
         visible: bool [W, S + W]; slots first, then the rows of the step.
         keys: cached keys of each layer.
         values: cached values of each layer.
+        rows: what new rows become in the cache; the step itself attends to what the cache gives back of them.
     """
 
-    def __init__(self, visible: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def __init__(
+        self, visible: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: CacheRows
+    ) -> None:
         super().__init__(visible)
         self._visible, self._past = visible, list(zip(keys, values, strict=True))
+        self._rows = rows
         self.rows: list[Tensor] = []
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attend to both parts; the new rows [1, G, W, D] are kept in ``rows``."""
-        past_keys, past_values = (tensor.squeeze(0) for tensor in self._past[layer])
-        new_keys, new_values = keys.transpose(0, 1), values.transpose(0, 1)
-        self.rows += [new_keys.unsqueeze(0), new_values.unsqueeze(0)]
+        past_keys, past_values = (self._rows.load(tensor).squeeze(0) for tensor in self._past[layer])
+        new_keys, new_values = self._new(f"key_{layer}", keys), self._new(f"value_{layer}", values)
         width, heads, size = queries.shape
         groups, slots = past_keys.shape[:2]
         grouped = queries.reshape(width, groups, heads // groups, size) * (1 / math.sqrt(size))
-        grouped = grouped.permute(1, 2, 0, 3).reshape(groups, -1, size)
+        grouped = self._rows.scaled(f"key_{layer}", grouped.permute(1, 2, 0, 3).reshape(groups, -1, size))
         scores = torch.cat([grouped @ past_keys.transpose(1, 2), grouped @ new_keys.transpose(1, 2)], dim=-1)
         weights = torch.softmax(torch.where(self._visible, scores, HIDDEN_SCORE), dim=-1)
         attended = weights[..., :slots] @ past_values + weights[..., slots:] @ new_values
+        attended = self._rows.scaled(f"value_{layer}", attended)
         return (
             attended.reshape(groups, heads // groups, width, size)
             .permute(2, 0, 1, 3)
             .reshape(width, heads, size)
         )
 
+    def _new(self, name: str, rows: Tensor) -> Tensor:
+        """Rows [W, G, D] of the step leave as the cache stores them; [G, W, D] as it gives them back."""
+        stored = self._rows.store(name, rows.transpose(0, 1))
+        self.rows.append(stored.unsqueeze(0))
+        return self._rows.load(stored)
 
-class PortableStep(nn.Module):
+
+class PortableStep(StepModule):
     """Step over a cache that its runtime writes, with the sampler in the graph.
 
     Inputs: those of ``ModernStep`` but the sinks. Outputs: tokens int32 [W], logits float32 [W, V],
@@ -65,8 +77,8 @@ class PortableStep(nn.Module):
 
     def __init__(self, transformer: Transformer, sampler: GraphSampler, ranges: Tensor) -> None:
         """``ranges`` is int32 [frame_length, 2]: ids allowed at each place of a frame, [low, high)."""
-        super().__init__()
-        self.transformer, self.sampler = transformer, sampler
+        super().__init__(transformer)
+        self.sampler = sampler
         self.register_buffer("ranges", ranges, persistent=False)
 
     def forward(
@@ -87,13 +99,13 @@ class PortableStep(nn.Module):
         config = self.transformer.config
         visible = _visible(slot_position, positions, write_index)
         visible = visible.repeat(config.heads // config.kv_heads, 1)
-        form = PortableAttention(visible, past[0::2], past[1::2])
+        form = PortableAttention(visible, past[0::2], past[1::2], self.kv)
         ids = token_buffer.index_select(0, sources)
         logits = self.transformer.logits(self.transformer.states(ids, positions, form, text)).float()
         layout = config.layout
         allowed = functional.embedding((positions + 1 - layout.prefix) % layout.frame_length, self.ranges)
         tokens = self.sampler(logits, uniforms, temperature, top_k, top_p, allowed[:, 0], allowed[:, 1])
-        return tokens.to(torch.int32), logits, *form.rows
+        return tokens.to(torch.int32), logits, *form.rows, *self.watched.outputs()
 
 
 def _visible(slot_position: Tensor, positions: Tensor, write_index: Tensor) -> Tensor:

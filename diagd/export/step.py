@@ -7,15 +7,17 @@ meets the cache and what the head gives back; everything else is the transformer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diagd.export.cache_rows import CacheRows
 from diagd.export.sampler import GraphSampler
+from diagd.export.tracing import onnx_operator
 from diagd.export.transformer import Transformer
+from diagd.export.watched import Watched
 
 HIDDEN_SCORE = -1e30
 """Added to the score of an invisible key: its weight is exactly 0, and a row is never NaN."""
@@ -29,8 +31,15 @@ class PrefixAttention:
     length T = live slots + W, not the capacity.
     """
 
-    def __init__(self, slots: Tensor, bias: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        self._slots, self._bias = slots, bias
+    def __init__(
+        self,
+        slots: Tensor,
+        bias: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        rows: CacheRows,
+    ) -> None:
+        self._slots, self._bias, self._rows = slots, bias, rows
         self.keys, self.values = list(keys), list(values)
 
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -44,8 +53,8 @@ class PrefixAttention:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Write the new rows, then attend to the whole bound prefix."""
-        self.keys[layer] = self.keys[layer].index_put((self._slots,), keys)
-        self.values[layer] = self.values[layer].index_put((self._slots,), values)
+        self.keys[layer] = self._write(self.keys[layer], f"key_{layer}", keys)
+        self.values[layer] = self._write(self.values[layer], f"value_{layer}", values)
         width, heads, size = queries.shape
         groups = keys.shape[1]
         grouped = queries.reshape(width, groups, heads // groups, size) * (1 / math.sqrt(size))
@@ -57,6 +66,11 @@ class PrefixAttention:
             .permute(2, 0, 1, 3)
             .reshape(width, heads, size)
         )
+
+    def _write(self, buffer: Tensor, name: str, rows: Tensor) -> Tensor:
+        """The buffers stay in floating point: rows that are to be rounded are rounded on their way in."""
+        rounded = self._rows.scaled(name, self._rows.load(self._rows.store(name, rows)))
+        return buffer.index_put((self._slots,), rounded)
 
 
 class ModernAttention:
@@ -83,25 +97,44 @@ class ModernAttention:
         self.values[layer] = self._scatter(self.values[layer], values)
         heads_first = queries.transpose(0, 1).unsqueeze(0)
         inputs = (heads_first, self.keys[layer], self.values[layer], self._mask)
-        attended = _operator("Attention", inputs, like=heads_first, scale=1 / math.sqrt(queries.shape[-1]))
+        scale = 1 / math.sqrt(queries.shape[-1])
+        attended = onnx_operator("Attention", inputs, queries.dtype, heads_first.shape, scale=scale)
         return attended.squeeze(0).transpose(0, 1)
 
     def _scatter(self, buffer: Tensor, rows: Tensor) -> Tensor:
         inputs = (buffer, rows.transpose(0, 1).unsqueeze(0), self._write_index)
-        return _operator("TensorScatter", inputs, like=buffer, axis=2, mode="linear")
+        return onnx_operator("TensorScatter", inputs, buffer.dtype, buffer.shape, axis=2, mode="linear")
 
 
-class PrefixStep(nn.Module):
+class StepModule(nn.Module):
+    """What steps of every form have.
+
+    Attributes:
+        transformer: the model; matrices of it may be replaced.
+        kv: what K/V rows become in the cache.
+        watched: values that become further outputs, behind the others.
+    """
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        self.transformer, self.kv, self.watched = transformer, CacheRows(), Watched()
+
+    def replace_matrices(self, matrices: Mapping[str, nn.Module]) -> None:
+        """Put modules in the place of matrices, by name in the graph."""
+        for name, module in matrices.items():
+            parent, _, leaf = name.rpartition(".")
+            owner = self.get_submodule(parent)
+            delattr(owner, leaf)
+            setattr(owner, leaf, module)
+
+
+class PrefixStep(StepModule):
     """Step with dynamic width and bound length; logits of chosen rows, sampling on the host.
 
     Inputs: token_buffer int32 [N], sources int32 [W], positions int32 [W], slot_position int32 [T],
     write_index int64 [1], logit_rows int32 [R], past_key_l and past_value_l [T, G, D].
     Outputs: logits float32 [R, V], present_key_l, present_value_l.
     """
-
-    def __init__(self, transformer: Transformer) -> None:
-        super().__init__()
-        self.transformer = transformer
 
     def forward(
         self,
@@ -119,14 +152,14 @@ class PrefixStep(nn.Module):
         slots = write_index + torch.arange(sources.shape[0], device=sources.device)
         visible = slot_position.unsqueeze(0) <= positions.unsqueeze(1)
         bias = torch.where(visible, 0.0, HIDDEN_SCORE).repeat(config.heads // config.kv_heads, 1)
-        form = PrefixAttention(slots, bias, past[0::2], past[1::2])
+        form = PrefixAttention(slots, bias, past[0::2], past[1::2], self.kv)
         ids = token_buffer.index_select(0, sources)
         states = self.transformer.states(ids, positions, form, text).index_select(0, logit_rows)
         logits = self.transformer.logits(states).float()
-        return logits, *_interleave(form.keys, form.values)
+        return logits, *_interleave(form.keys, form.values), *self.watched.outputs()
 
 
-class ModernStep(nn.Module):
+class ModernStep(StepModule):
     """Step of fixed width and capacity with the sampler in the graph.
 
     Inputs: token_buffer int32 [N], sources, positions, sinks int32 [W], slot_position int32 [S],
@@ -139,8 +172,8 @@ class ModernStep(nn.Module):
 
     def __init__(self, transformer: Transformer, sampler: GraphSampler, ranges: Tensor) -> None:
         """``ranges`` is int32 [frame_length, 2]: ids allowed at each place of a frame, [low, high)."""
-        super().__init__()
-        self.transformer, self.sampler = transformer, sampler
+        super().__init__(transformer)
+        self.sampler = sampler
         self.register_buffer("ranges", ranges, persistent=False)
 
     def forward(
@@ -167,16 +200,7 @@ class ModernStep(nn.Module):
         allowed = functional.embedding((positions + 1 - layout.prefix) % layout.frame_length, self.ranges)
         sampled = self.sampler(logits, uniforms, temperature, top_k, top_p, allowed[:, 0], allowed[:, 1])
         tokens = token_buffer.index_put((sinks.long(),), sampled.to(token_buffer.dtype))
-        return tokens, logits, *_interleave(form.keys, form.values)
-
-
-def _operator(name: str, inputs: Sequence[Tensor], *, like: Tensor, **attributes: float | str) -> Tensor:
-    """One ONNX operator of opset 24 whose result has the shape and type of ``like``."""
-    attrs: dict[str, Any] = dict(attributes)
-    result: Tensor = torch.onnx.ops.symbolic(
-        name, inputs, attrs=attrs, dtype=like.dtype, shape=like.shape, version=24
-    )
-    return result.to(like.device)  # the placeholder is made on the CPU; the graph has no devices
+        return tokens, logits, *_interleave(form.keys, form.values), *self.watched.outputs()
 
 
 class TextRows(nn.Module):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diagd.bundle.manifest import Form, SamplingRules
 from diagd.bundle.transformer import TransformerConfig
+from diagd.export.cache_rows import IntegerRows
 from diagd.export.portable import PortableStep
+from diagd.export.projections import projections
 from diagd.export.sampler import GraphSampler
-from diagd.export.step import ModernStep, PrefixStep, TextRows
+from diagd.export.step import ModernStep, PrefixStep, StepModule, TextRows
 from diagd.export.tracing import trace
 from diagd.export.transformer import Transformer
+from diagd.export.watched import Watched, WatchedMatrix, WatchedRows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,6 +26,33 @@ if TYPE_CHECKING:
 PREFIX_OPSET = 23
 MODERN_OPSET = 24
 PORTABLE_OPSET = 18
+
+WATCHED = "watched."
+"""Beginning of the names of outputs that show what is inside a step."""
+
+PLAIN = ".plain"
+"""Ending of a matrix's name where the module in its place has the matrix as well."""
+
+
+@dataclass(frozen=True)
+class StepVariant:
+    """What sets a step graph apart from the plain one.
+
+    Attributes:
+        matrices: modules in the place of matrices, by name in the graph; their buffers are initializers
+            ``NAME.BUFFER``.
+        integer_cache: K/V rows are int8, with scales ``kv.key_0``, ``kv.value_0``, ..., [G, D] in prefix
+            graphs and [G, 1, D] in portable ones, and the scalars ``kv.unit`` (1) and ``kv.zero``. Portable
+            graphs take and give integers, prefix graphs round the rows they write.
+        watch: inputs of products become outputs ``watched.NAME``, and in prefix graphs K/V rows [W, G, D]
+            ``watched.key_0``, ...; matrices are then initializers ``NAME.plain``.
+        opset: that the modules need at least.
+    """
+
+    matrices: Mapping[str, nn.Module] = field(default_factory=dict)
+    integer_cache: bool = False
+    watch: bool = False
+    opset: int = 0
 
 
 def trace_step(
@@ -30,6 +62,7 @@ def trace_step(
     *,
     dtype: torch.dtype = torch.float32,
     capacity: int = 0,
+    variant: StepVariant = StepVariant(),
 ) -> ir.Model:
     """Trace one step graph on the meta device, its weights to be linked.
 
@@ -39,12 +72,52 @@ def trace_step(
         sampling: ids allowed and the nucleus rule; used where the sampler is in the graph.
         dtype: of weights and KV buffers.
         capacity: slots of the KV buffers, where it is fixed.
+        variant: other number formats, further outputs.
     """
     with torch.device("meta"):
         transformer = Transformer(config).to("meta", dtype)
     if form is Form.PREFIX:
-        return _trace_prefix(transformer, dtype)
-    return _trace_sampling(transformer, form, sampling, dtype, capacity)
+        return _trace_prefix(transformer, dtype, variant)
+    return _trace_sampling(transformer, form, sampling, dtype, capacity, variant)
+
+
+def step_tensors(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the transformer's initializers in its graphs, by name, in the order of the weights file."""
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    tensors = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
+    return {f"transformer.{name}": tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def watched_values(config: TransformerConfig, form: Form) -> dict[str, int]:
+    """Channels of what a graph traced with ``watch`` gives out, by name, in the order of its outputs."""
+    found = {projection.name: projection.inputs for projection in projections(config)}
+    if form is Form.PREFIX:
+        cached = [name.removeprefix("_") for name in cache_names(config.layers, "")]
+        found |= dict.fromkeys(cached, config.kv_heads * config.head_size)
+    return found
+
+
+def _vary(step: StepModule, form: Form, dtype: torch.dtype, variant: StepVariant) -> list[str]:
+    """Change a step into a variant of it; returns the names of its further outputs."""
+    config = step.transformer.config
+    if variant.integer_cache:
+        middle = () if form is Form.PREFIX else (1,)
+        step.kv = IntegerRows(config, (config.kv_heads, *middle, config.head_size), dtype)
+    step.replace_matrices(variant.matrices)
+    if not variant.watch:
+        return []
+    step.watched = Watched(list(watched_values(config, form)))
+    step.kv = WatchedRows(step.watched)
+    step.replace_matrices(
+        {
+            projection.name: WatchedMatrix(
+                projection.name, (projection.inputs, projection.outputs), dtype, step.watched
+            )
+            for projection in projections(config)
+        }
+    )
+    return [f"{WATCHED}{name}" for name in step.watched.names]
 
 
 def cache_names(layers: int, prefix: str) -> list[str]:
@@ -90,8 +163,9 @@ def _int32(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int32, device="meta")
 
 
-def _trace_prefix(transformer: Transformer, dtype: torch.dtype) -> ir.Model:
-    config = transformer.config
+def _trace_prefix(transformer: Transformer, dtype: torch.dtype, variant: StepVariant) -> ir.Model:
+    config, step = transformer.config, PrefixStep(transformer)
+    watched = _vary(step, Form.PREFIX, dtype, variant)
     rows, length, buffer, logits = 5, 11, 17, 3  # pairwise different, so that no two axes are taken for one
     past = [
         torch.zeros(length, config.kv_heads, config.head_size, dtype=dtype, device="meta")
@@ -107,17 +181,22 @@ def _trace_prefix(transformer: Transformer, dtype: torch.dtype) -> ir.Model:
         "logit_rows": (_int32(logits), {0: "R"}),
     }
     return trace(
-        PrefixStep(transformer),
+        step,
         (*(tensor for tensor, _ in inputs.values()), past, text),
         input_names=[*inputs, *cache_names(config.layers, "past"), *text_names(config)],
-        output_names=["logits", *cache_names(config.layers, "present")],
-        opset=PREFIX_OPSET,
+        output_names=["logits", *cache_names(config.layers, "present"), *watched],
+        opset=max(PREFIX_OPSET, variant.opset),
         dynamic_shapes=(*(axes for _, axes in inputs.values()), [{0: "T"}] * len(past), [None] * len(text)),
     )
 
 
 def _trace_sampling(
-    transformer: Transformer, form: Form, sampling: SamplingRules, dtype: torch.dtype, capacity: int
+    transformer: Transformer,
+    form: Form,
+    sampling: SamplingRules,
+    dtype: torch.dtype,
+    capacity: int,
+    variant: StepVariant,
 ) -> ir.Model:
     """The forms with a sampler. Backends fix their dynamic width, and share one copy of the weights."""
     config = transformer.config
@@ -126,9 +205,11 @@ def _trace_sampling(
     step = (ModernStep if modern else PortableStep)(
         transformer, GraphSampler(keep_crossing=sampling.keep_crossing), ranges
     )
+    watched = _vary(step, form, dtype, variant)
+    stored = torch.int8 if variant.integer_cache else dtype
     rows, buffer = 5, 17  # different from each other and from every size of the model
     past = [
-        torch.zeros(1, config.kv_heads, capacity, config.head_size, dtype=dtype, device="meta")
+        torch.zeros(1, config.kv_heads, capacity, config.head_size, dtype=stored, device="meta")
         for _ in range(2 * config.layers)
     ]
     text = _text_rows(config, dtype)
@@ -151,7 +232,7 @@ def _trace_sampling(
         step,
         (*(tensor for tensor, _ in inputs.values()), past, text),
         input_names=[*inputs, *cache_names(config.layers, "past"), *text_names(config)],
-        output_names=["next_token_buffer" if modern else "tokens", "logits", *cache],
-        opset=MODERN_OPSET if modern else PORTABLE_OPSET,
+        output_names=["next_token_buffer" if modern else "tokens", "logits", *cache, *watched],
+        opset=max(MODERN_OPSET if modern else PORTABLE_OPSET, variant.opset),
         dynamic_shapes=(*(axes for _, axes in inputs.values()), [None] * len(past), [None] * len(text)),
     )

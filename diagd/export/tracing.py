@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diagd.errors import require
 
@@ -23,7 +23,7 @@ Shapes = Any
 """Dynamic shapes as torch.export takes them: nested like the inputs."""
 
 FOLD_LIMIT = 1024
-"""Bytes up to which constants are folded; anything larger is a weight and stays external."""
+"""Elements up to which constants are folded or merged; anything larger is a weight and stays external."""
 
 
 def trace(
@@ -66,20 +66,42 @@ def trace(
     return program.model
 
 
-def link_weights(model: ir.Model, tensors: Mapping[str, ir.ExternalTensor]) -> ir.Model:
-    """Point the initializers of a traced graph at a weights file, then simplify the graph.
+def onnx_operator(
+    name: str,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    shape: Sequence[int | torch.SymInt],
+    **attributes: float | str,
+) -> Tensor:
+    """One operator of ONNX, or of another domain as ``domain::name``, in a module that is traced.
+
+    Args:
+        name: operator; its version is that of the graph.
+        inputs: in order.
+        dtype: of the result.
+        shape: of the result.
+        attributes: of the node.
+    """
+    attrs: dict[str, Any] = dict(attributes)
+    result: Tensor = torch.onnx.ops.symbolic(name, inputs, attrs=attrs, dtype=dtype, shape=shape)
+    return result.to(inputs[0].device)  # the placeholder is made on the CPU; the graph has no devices
+
+
+def link_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.Model:
+    """Give the initializers of a traced graph their data, then simplify the graph.
 
     Simplification comes second because constant folding reads small initializers, which have no data before.
 
     Args:
         model: from ``trace``; changed in place.
-        tensors: external tensor of every parameter and buffer, by name.
+        tensors: tensor of every parameter and buffer, by name, most of them external. Their types are the
+            graph's, also where PyTorch has none for them.
     """
     from onnxscript import optimizer
 
     for name, value in model.graph.initializers.items():
         if name in tensors:  # the others are literals of the module's code and hold their data
-            value.const_value = tensors[name]
+            value.const_value, value.dtype = tensors[name], tensors[name].dtype
     optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     for node in model.graph:
         node.metadata_props.clear()

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from diagd.bundle.rotary import grid_sinusoids
 from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig
-from diagd.export.layers import GeluFeedForward, LayerNorm, RMSNorm, SwiGLU, biased
+from diagd.export.layers import GeluFeedForward, LayerNorm, RMSNorm, SwiGLU, biased, product
 
 
 class AttentionForm(Protocol):
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rows: PositionRows, form: AttentionForm, layer: int) -> Tensor:
         """Attention output for x [..., W, hidden]."""
-        config, fused = self.config, biased(x @ self.qkv, self.qkv_bias)
+        config, fused = self.config, biased(product(x, self.qkv), self.qkv_bias)
         heads = fused.reshape(*fused.shape[:-1], config.heads + 2 * config.kv_heads, config.head_size)
         turned, values = heads.split([config.heads + config.kv_heads, config.kv_heads], dim=-2)
         if config.qk_norm:
@@ -78,7 +78,7 @@ class Attention(nn.Module):
             turned = form.rotate(turned, *rows.rotary)
         queries, keys = turned.split([config.heads, config.kv_heads], dim=-2)
         attended = form.attend(layer, queries, keys, values).flatten(-2)
-        return biased(attended @ self.out, self.out_bias)
+        return biased(product(attended, self.out), self.out_bias)
 
 
 class CrossAttention(nn.Module):
@@ -104,12 +104,11 @@ class CrossAttention(nn.Module):
         """Attention output for x [..., W, hidden]; every text row is seen."""
         groups, size = self.config.kv_heads, self.config.head_size
         shared = self.config.heads // groups
-        queries = (x @ self.query).unflatten(-1, (groups * shared, size))
+        queries = product(x, self.query).unflatten(-1, (groups * shared, size))
         queries = self.query_norm(queries).unflatten(-2, (groups, shared)).movedim(-4, -2) * size**-0.5
         weights = torch.softmax(queries.flatten(-3, -2) @ keys.transpose(-1, -2), dim=-1)
         attended = (weights @ values).unflatten(-2, (shared, -1)).movedim(-2, -4)
-        output: Tensor = attended.flatten(-3) @ self.out
-        return output
+        return product(attended.flatten(-3), self.out)
 
 
 class Block(nn.Module):
@@ -198,7 +197,9 @@ class Transformer(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [..., output_vocabulary] of normalised states."""
-        return functional.linear(states, self.embedding) if self.config.tied_head else states @ self.head
+        if self.config.tied_head:
+            return functional.linear(states, self.embedding)
+        return product(states, self.head)
 
     def _position_rows(self, positions: Tensor) -> PositionRows:
         def rows(name: str) -> Tensor | None:

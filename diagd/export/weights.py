@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.export.checkpoints import TensorHandle
+from diagd.export.tracing import FOLD_LIMIT
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,15 +35,24 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A tensor that is read piece by piece: ``chunks()`` yields blocks of rows, in order."""
+    """A tensor that is read piece by piece: ``chunks()`` yields blocks of rows, in order.
+
+    ``dtype`` is what a graph reads it as, where whoever lays the file out does not say otherwise.
+    """
 
     shape: tuple[int, ...]
     chunks: Callable[[], Iterator[Array]]
+    dtype: np.dtype[Any] = PRECISIONS["fp32"]
+
+    @property
+    def bytes(self) -> int:
+        """Size in a weights file."""
+        return _bytes(self.shape, self.dtype)
 
 
 def constant(array: Array) -> WeightSource:
     """A tensor that is at hand."""
-    return WeightSource(array.shape, lambda: iter([array]))
+    return WeightSource(array.shape, lambda: iter([array]), array.dtype)
 
 
 def copied(handle: TensorHandle) -> WeightSource:
@@ -90,10 +100,19 @@ def plan(shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[np.generic]]]) -> 
     """Lay tensors out one behind the other, each aligned; order is that of the mapping."""
     placements, offset = {}, 0
     for name, (shape, dtype) in shapes.items():
-        length = math.prod(shape) * dtype.itemsize
+        length = _bytes(shape, dtype)
         placements[name] = Placement(offset, length, shape, dtype)
         offset += -(-length // ALIGNMENT) * ALIGNMENT
     return placements
+
+
+def _bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return -(-math.prod(shape) * element_bits(dtype) // 8)
+
+
+def element_bits(dtype: np.dtype[Any]) -> int:
+    """Bits of an element in a file: two 4-bit integers share a byte."""
+    return 4 if dtype == ml_dtypes.int4 else 8 * dtype.itemsize
 
 
 def total_bytes(placements: Mapping[str, Placement]) -> int:
@@ -126,11 +145,43 @@ def write(
                 continue
             file.seek(placement.offset)
             for chunk in sources[name].chunks():
-                converted = np.ascontiguousarray(chunk, dtype=placement.dtype)
+                converted = _packed(np.ascontiguousarray(chunk, dtype=placement.dtype))
                 file.write(converted.data.cast("B") if converted.dtype.kind == "f" else converted.tobytes())
                 progress(converted.nbytes)
             file.flush()
             finished(name, placement.length)
+
+
+def _packed(array: Array) -> Array:
+    """4-bit integers two to a byte, the first in the low half, their number even; others as they are."""
+    if array.dtype != ml_dtypes.int4:
+        return array
+    nibbles = array.astype(np.uint8).ravel() & 0xF
+    return nibbles[0::2] | (nibbles[1::2] << 4)
+
+
+def store(
+    path: Path, sources: Mapping[str, WeightSource], progress: Callable[[int], None] = lambda _: None
+) -> dict[str, ir.TensorProtocol]:
+    """Write tensors for the graphs of a directory: small ones lie in the graph, the others in the file.
+
+    Args:
+        path: file to make, where there is anything to write.
+        sources: by name; read in order, the small ones last.
+        progress: called with the bytes written by each chunk.
+    """
+    import onnx_ir as ir
+
+    large = {name: source for name, source in sources.items() if math.prod(source.shape) > FOLD_LIMIT}
+    placements = plan({name: (source.shape, source.dtype) for name, source in large.items()})
+    if large:
+        write(path, placements, large, progress)
+    found: dict[str, ir.TensorProtocol] = dict(external_tensors(placements, path.name, path.parent))
+    for name, source in sources.items():
+        if name not in large:
+            array = np.concatenate([np.atleast_1d(chunk) for chunk in source.chunks()])
+            found[name] = ir.Tensor(array.astype(source.dtype).reshape(source.shape), name=name)
+    return found
 
 
 def external_tensors(

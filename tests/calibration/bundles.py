@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from diagd.bundle import Bundle
 from diagd.calibration.gate import Budget
@@ -30,6 +31,11 @@ def frames(count: int = 12) -> np.ndarray:
 def quantise(bundle: Path, precision: str, **options: object) -> PrecisionReport:
     chosen = {"budget": ANYTHING, "steps": 64, "threads": 1, "floor": -100.0, **options}
     return calibrate(Bundle.open(bundle), CalibrationOptions(precision, **chosen), frames())
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """A graph without its weights."""
+    return onnx.load(str(path), load_external_data=False)
 
 
 def engine_of(bundle: Path, precision: str) -> PrefixEngine:

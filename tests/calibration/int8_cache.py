@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from diagd.bundle import Bundle, Form, seal
+from diagd.bundle.manifest import StepGraph
 from diagd.bundle.rotary import linear_rotary
-from diagd.calibration.kv_rewrite import quantise_cache
-from diagd.calibration.projections import load_graph
+from diagd.calibration.graph_writer import GraphWriter, Target
+from diagd.calibration.schemes import find_scheme
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import FullAttention, Transformer
+from diagd.progress import Progress
 from diagd.schedule import StreamLayout
 from tests.models import export_small
 from tests.oracles.full_recompute import FullRecompute
@@ -58,15 +60,11 @@ def export_rounded(model: Transformer, path: Path, scales: Scales, precision: st
     """Export and give the graphs a cache with these scales, in place: prefix rounds, portable stores."""
     forms = (Form.PREFIX, Form.PORTABLE) if precision == "fp32" else (Form.PORTABLE,)
     bundle = Bundle.open(export_small(model, path, GraphOptions(forms, precision, widths=WIDTHS)))
-    for file, form in {graph.file: graph.form for graph in bundle.manifest.graphs}.items():
-        graph = load_graph(bundle.file(file))
-        quantise_cache(graph, form, scales)
-        bundle.file(file).write_bytes(graph.SerializeToString())
-    graphs = tuple(
-        graph.model_copy(update={"cache_dtype": "int8"} if graph.form is Form.PORTABLE else {})
-        for graph in bundle.manifest.graphs
-    )
-    seal(path, bundle.manifest.model_copy(update={"graphs": graphs}))
+    target = Target(find_scheme("int8"), precision, half=False, kv_cache="int8", row_scales=scales)
+    writer, graphs = GraphWriter(bundle, target, Progress()), list[StepGraph]()
+    for form in forms:
+        graphs += writer.write([graph for graph in bundle.manifest.graphs if graph.form is form], {})
+    seal(path, bundle.manifest.model_copy(update={"graphs": tuple(graphs)}))
     return Bundle.open(path)
 
 

@@ -13,13 +13,12 @@ import torch
 
 from diagd.bundle import Bundle, Form, seal
 from diagd.bundle.rotary import linear_rotary
-from diagd.calibration.projections import load_graph
 from diagd.engines.tensorrt.builder import Build, Builder, BuildOptions
 from diagd.errors import EngineError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
-from tests.calibration.bundles import quantise
+from tests.calibration.bundles import load_graph, quantise
 from tests.models import export_small
 from tests.oracles.models import small_model
 

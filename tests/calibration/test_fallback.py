@@ -11,10 +11,9 @@ import torch
 from diagd.bundle import Bundle, Form
 from diagd.calibration.fallback import ROUNDS, most_harmful
 from diagd.calibration.gate import Budget
-from diagd.calibration.projections import load_graph
 from diagd.calibration.quantise import RejectedError
 from diagd.calibration.report import LayerReport, read_calibration
-from tests.calibration.bundles import LAYOUT, quantise
+from tests.calibration.bundles import LAYOUT, load_graph, quantise
 from tests.models import export_small
 from tests.oracles.models import small_model
 

@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import AbsoluteContext, RotaryContext
-from diagd.calibration.kv_cache import HEADROOM, cache_rows, describe_cache, row_scales
-from diagd.calibration.projections import load_graph
+from diagd.calibration.kv_cache import HEADROOM, describe_cache, row_scales
 from diagd.calibration.statistics import InputStatistics
 from diagd.engines.buffers import rotate_pairs
 from diagd.engines.engine import Engine, SamplingState, StepInputs
+from diagd.engines.fixed import cache_tensors
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.portable import PortableEngine
 from diagd.engines.prefix import PrefixEngine
 from diagd.export.transformer import Transformer
 from diagd.schedule import RowSeed, Schedule, StreamLayout
+from tests.calibration.bundles import load_graph
 from tests.calibration.int8_cache import RoundedRecompute, export_rounded, grouped_model, random_scales
 from tests.engines.fidelity import Run, decode, stream_of
 from tests.engines.fidelity import recompute as recompute_exactly
@@ -136,7 +137,7 @@ def test_rows_do_not_depend_on_how_steps_were_batched(bundle: Bundle) -> None:
 def test_graphs_are_valid_and_read_integers(bundle: Bundle) -> None:
     for graph in {graph.file: graph for graph in bundle.manifest.graphs}.values():
         onnx.checker.check_model(str(bundle.file(graph.file)))
-    graph = load_graph(bundle.file("step.portable.onnx"))
+    graph = load_graph(bundle.file(bundle.manifest.graph(Form.PORTABLE).file))
     kinds = {
         value.name: value.type.tensor_type.elem_type for value in (*graph.graph.input, *graph.graph.output)
     }
@@ -174,7 +175,7 @@ def test_scales_hold_keys_at_any_angle(bundle: Bundle) -> None:
 
 
 def cache_rows_of(bundle: Bundle) -> list[str]:
-    return list(cache_rows(load_graph(bundle.file("step.onnx"))))
+    return cache_tensors(bundle.manifest.cache)
 
 
 def test_the_report_counts_bytes_and_noise(bundle: Bundle) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diagd.calibration.projections import NormFold, Projection
-from diagd.calibration.ranges import find_range
 from diagd.calibration.schemes import SCHEMES
 from diagd.calibration.search import migration, search
 from diagd.calibration.statistics import StatisticsCollector
+from diagd.export.projections import Fold, Projection
 
 CHANNELS, COLUMNS = 256, 96
 
@@ -27,10 +26,8 @@ def planted(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def relative_error(rows: np.ndarray, weight: np.ndarray, scheme: str, *, fold: bool) -> float:
     collector = StatisticsCollector({"w": CHANNELS}, seed=0)
     collector.add({"w": rows})
-    projection = Projection("w", "n", "x", CHANNELS, COLUMNS, NormFold("norm") if fold else None)
-    choice = search(
-        projection, weight, collector.inputs["w"], SCHEMES[scheme], find_range("percentile"), grouped=False
-    )
+    projection = Projection("w", CHANNELS, COLUMNS, Fold(("norm",)) if fold else None)
+    choice = search(projection, weight, collector.inputs["w"], SCHEMES[scheme], grouped=False)
     assert (choice.factors is not None) == fold
     return 10 ** (-choice.signal_to_noise / 20)
 

@@ -67,7 +67,7 @@ def test_without_a_budget_nothing_is_judged(place: Workplace, capsys: pytest.Cap
     assert main(["calibrate", str(place.bundle), "--precision", "int8-dynamic", "--budget", "none"]) == 0
     assert "int8-dynamic written, not judged," in capsys.readouterr().out
     content = json.loads((place.bundle / "calibration" / "report.json").read_text())
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     entry = content["precisions"]["int8-dynamic"]
     assert entry["budget"] is None
     assert entry["attempts"] == []
@@ -79,7 +79,7 @@ def test_without_a_budget_nothing_is_judged(place: Workplace, capsys: pytest.Cap
         (["--precision", "int3"], "unknown precision 'int3'"),
         (["--precision", "int8-weight", "--set", "steps=9"], "at least 64"),
         (["--precision", "int8-weight", "--set", "floats=fp8"], "unknown floats"),
-        (["--precision", "int8-weight", "--set", "range=mean"], "unknown range"),
+        (["--precision", "int8-weight", "--set", "range=mean"], "unknown option of --set 'range'"),
         (["--precision", "int8-weight", "--budget", "speed=1"], "unknown budget"),
     ],
 )

@@ -16,7 +16,7 @@ import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "torch":
-            raise ImportError("torch is not here")
+            raise ModuleNotFoundError("torch is not here", name="torch")
 sys.meta_path.insert(0, Blocker())
 from diagd.cli.main import main
 sys.exit(main(sys.argv[1:]))
@@ -45,3 +45,11 @@ def test_models_are_planned(name: str) -> None:
 def test_a_bundle_is_planned_and_inspected(workplace: Workplace) -> None:
     assert json.loads(run("plan", str(workplace.bundle), "--device", "orin-agx", "--json"))["stored"]
     assert "schedule k=" in run("inspect", str(workplace.bundle))
+
+
+def test_what_needs_it_says_so(workplace: Workplace) -> None:
+    command = [sys.executable, "-c", BLOCKED, "calibrate", str(workplace.bundle), "--precision", "int8"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "pip install" in result.stderr
+    assert "export" in result.stderr

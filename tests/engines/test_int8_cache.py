@@ -99,7 +99,8 @@ def compiles(bundle: Bundle) -> bool:
     rtx = pytest.importorskip("tensorrt_rtx")
     from diagd.engines.tensorrt.builder import Builder, BuildOptions
 
-    build = Builder(rtx).build(bundle.file("step.portable.onnx"), BuildOptions(WIDTHS, 40, ("sm89",)))
+    graph = bundle.file(bundle.manifest.graph(Form.PORTABLE).file)
+    build = Builder(rtx).build(graph, BuildOptions(WIDTHS, 40, ("sm89",)))
     tensors = 2 * bundle.manifest.cache.layers
     assert build.log == ()
     return build.layers["QUANTIZE"] == tensors and build.layers["DEQUANTIZE"] == 2 * tensors

@@ -1,0 +1,267 @@
+"""Matrices in fewer bits: modules that stand for them while a step is traced, and what their buffers hold.
+
+On the CPU static activations are uint8 with zero point 128, which is the same arithmetic as int8 with zero
+point 0 and the faster product on every x86 with VNNI or AMX; TensorRT takes int8 with zero point 0 only.
+Weight-only products are MatMulNBits on the CPU, which has no other quick kernel for them, and a
+DequantizeLinear ahead of the product for TensorRT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diagd.bundle import Form
+from diagd.calibration.encoding import (
+    SMALLEST,
+    column_limit,
+    encode_columns,
+    encode_groups,
+    pad_groups,
+    row_chunks,
+)
+from diagd.calibration.schemes import GROUP, Scheme
+from diagd.calibration.stored import Array, Float, Weight
+from diagd.errors import UsageError
+from diagd.export.tracing import onnx_operator
+from diagd.export.weights import WeightSource, constant
+
+INTEGER_ACCURACY = 4
+"""MatMulNBits rounds activations to 8 bits by group; without it the product is 5 to 33 times slower."""
+
+QUANTISED_OPSET, BLOCKED_OPSET = 19, 21
+"""DequantizeLinear takes float16 scales from 19 on, blocks and 4 bits from 21 on. TensorRT 10.3 documents
+opset 20: no graph declares more than it needs."""
+
+INT4, FP8 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.float8_e4m3fn)
+
+PLACEHOLDERS = {INT4: torch.int8, FP8: torch.float8_e4m3fn}
+"""Types of buffers while they are traced, where PyTorch or its NumPy has no name for them."""
+
+Sources = Mapping[str, WeightSource]
+
+
+class QuantisedMatrix(nn.Module):
+    """A module in the place of a matrix [K, N].
+
+    Args:
+        outputs: N.
+        sources: data of its buffers, by their names; to be read in order.
+    """
+
+    q: Tensor
+    scale: Tensor
+
+    def __init__(self, outputs: int, sources: Sources) -> None:
+        super().__init__()
+        self.outputs, self.sources = outputs, sources
+        for name, source in sources.items():
+            dtype = PLACEHOLDERS.get(source.dtype) or torch.from_numpy(np.empty(0, source.dtype)).dtype
+            self.register_buffer(name, torch.empty(source.shape, dtype=dtype, device="meta"))
+
+
+class GroupedMatrix(QuantisedMatrix):
+    """MatMulNBits (com.microsoft): packed groups [N, groups, GROUP * bits / 8], scales [N, groups]."""
+
+    def __init__(self, weight: Weight, bits: int) -> None:
+        (inputs, outputs), groups = weight.shape, -(-weight.shape[0] // GROUP)
+        scales = np.empty((outputs, groups), np.float32)
+
+        def packed() -> Iterator[Array]:
+            for columns in row_chunks((outputs, inputs)):
+                integers, scale = encode_groups(pad_groups(weight.block(slice(None), columns)), bits)
+                scales[columns] = scale.T
+                yield _packed(integers.transpose(2, 0, 1), bits)
+
+        q = WeightSource((outputs, groups, GROUP * bits // 8), packed, np.dtype(np.uint8))
+        super().__init__(outputs, {"q": q, "scale": constant(scales)})
+        self._attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": GROUP}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., K] times the matrix."""
+        return onnx_operator(
+            "com.microsoft::MatMulNBits",
+            (x, self.q, self.scale),
+            x.dtype,
+            (*x.shape[:-1], self.outputs),
+            accuracy_level=INTEGER_ACCURACY,
+            **self._attributes,
+        )
+
+
+class DequantisedMatrix(QuantisedMatrix):
+    """DequantizeLinear of the weight ahead of the product, and of a rounded input where ``x_scale`` is given.
+
+    Args:
+        outputs: N.
+        sources: ``q``, ``scale``; ``x_scale`` and ``x_zero`` where the input is rounded.
+        axis: of the scales.
+        group: rows that share one, 0 where a scale is a column's.
+    """
+
+    x_scale: Tensor
+    x_zero: Tensor
+
+    def __init__(self, outputs: int, sources: Sources, axis: int = 1, group: int = 0) -> None:
+        super().__init__(outputs, sources)
+        self._attributes = {"axis": axis, "block_size": group} if group else {"axis": axis}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., K] times the matrix."""
+        if "x_scale" in self.sources:
+            x_q = onnx_operator("QuantizeLinear", (x, self.x_scale, self.x_zero), self.x_zero.dtype, x.shape)
+            x = onnx_operator("DequantizeLinear", (x_q, self.x_scale, self.x_zero), x.dtype, x.shape)
+        inputs = (self.q, self.scale)
+        return x @ onnx_operator("DequantizeLinear", inputs, x.dtype, self.q.shape, **self._attributes)
+
+
+class RowScaledMatrix(QuantisedMatrix):
+    """MatMulInteger of rows that are divided by their largest magnitude / 127: none depends on another."""
+
+    one: Tensor
+    zero: Tensor
+    first: Tensor
+
+    def __init__(self, weight: Weight, columns: Sources) -> None:
+        constants = {
+            "one": constant(np.asarray(1, np.float32)),
+            "zero": constant(np.asarray(128, np.uint8)),
+            "first": constant(np.zeros(1, np.int64)),
+        }
+        super().__init__(weight.shape[1], {**columns, **constants})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [W, K] times the matrix."""
+        largest = x.abs().amax(-1, keepdim=True)
+        # ONNX Runtime 1.31 keeps the reduced axis of an array without rows at its full size.
+        reach = largest.index_select(-1, self.first).clamp(min=float(SMALLEST))
+        x_scale = reach * (1 / 127)
+        x_q = onnx_operator("QuantizeLinear", (x / x_scale, self.one, self.zero), torch.uint8, x.shape)
+        shape = (*x.shape[:-1], self.outputs)
+        total = onnx_operator("MatMulInteger", (x_q, self.q, self.zero), torch.int32, shape)
+        return total.to(x.dtype) * (x_scale * self.scale)
+
+
+class EitherMatrix(nn.Module):
+    """A matrix, as ``plain``, and what may stand for it: one trace serves every choice among them.
+
+    ``on`` and ``off`` are 1 and 0 for the stand-in, 0 and 1 for the matrix; what is not chosen adds zero.
+    """
+
+    on: Tensor
+    off: Tensor
+
+    def __init__(self, rounded: QuantisedMatrix, inputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.rounded = rounded
+        self.plain = nn.Parameter(torch.empty(inputs, rounded.outputs, dtype=dtype, device="meta"))
+        for name in ("on", "off"):
+            self.register_buffer(name, torch.empty((), dtype=dtype, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., K] times one of both."""
+        rounded: Tensor = self.rounded(x * self.on)
+        return rounded + (x * self.off) @ self.plain
+
+
+def check_form(form: Form, scheme: Scheme) -> bool:
+    """Whether a graph of this form can have the scheme."""
+    return form is Form.PREFIX or scheme.activation != "row"
+
+
+def opset_of(form: Form, scheme: Scheme) -> int:
+    """What graphs of the scheme declare at least: from 18 on operators only gained types and attributes."""
+    return BLOCKED_OPSET if scheme.weight == "int4" and form is not Form.PREFIX else QUANTISED_OPSET
+
+
+def quantised_matrix(
+    name: str, weight: Weight, limit: float | None, scheme: Scheme, form: Form
+) -> QuantisedMatrix:
+    """What stands for a matrix in graphs of a form.
+
+    Args:
+        name: of the matrix.
+        weight: its elements, migrated.
+        limit: range of static activations.
+        scheme: what to round to.
+        form: of the graph.
+    """
+    if scheme.activation is None and form is Form.PREFIX:
+        return GroupedMatrix(weight, 4 if scheme.weight == "int4" else 8)
+    outputs = weight.shape[1]
+    if scheme.weight == "int4":
+        return DequantisedMatrix(outputs, _blocks(weight), axis=0, group=GROUP)
+    columns = _columns(weight, scheme)
+    if scheme.activation == "row":
+        return RowScaledMatrix(weight, columns)
+    if scheme.activation is None:
+        return DequantisedMatrix(outputs, columns)
+    if limit is None:
+        raise UsageError(f"{name} has no activation range: calibrate first")
+    return DequantisedMatrix(outputs, {**columns, **_input_scale(limit, weight.dtype, scheme, form)})
+
+
+def _columns(weight: Weight, scheme: Scheme) -> Sources:
+    """int8 or E4M3 [K, N] and a scale for each column [N]."""
+
+    @cache
+    def scale() -> Array:
+        reach = np.zeros(weight.shape[1], np.float32)
+        for rows in row_chunks(weight.shape):
+            reach = np.maximum(reach, np.abs(weight.block(rows)).max(axis=0))
+        found = np.maximum(reach, SMALLEST) / np.float32(column_limit(scheme.weight))
+        smallest = np.finfo(weight.dtype).tiny
+        return np.asarray(np.maximum(found.astype(weight.dtype), smallest))
+
+    def encoded() -> Iterator[Array]:
+        for rows in row_chunks(weight.shape):
+            yield encode_columns(weight.block(rows), scale().astype(np.float32), scheme.weight)
+
+    dtype = FP8 if scheme.weight == "fp8" else np.dtype(np.int8)
+    return {
+        "q": WeightSource(weight.shape, encoded, dtype),
+        "scale": WeightSource(weight.shape[1:], lambda: iter([scale()]), weight.dtype),
+    }
+
+
+def _blocks(weight: Weight) -> Sources:
+    """int4 [K, N] and a scale for each ``GROUP`` rows and column."""
+    inputs, outputs = weight.shape
+    scales: Float = np.empty((-(-inputs // GROUP), outputs), np.float32)
+
+    def encoded() -> Iterator[Array]:
+        for rows in row_chunks(weight.shape, GROUP):
+            block = weight.block(rows)
+            integers, scale = encode_groups(pad_groups(block), bits=4)
+            scales[rows.start // GROUP : rows.start // GROUP + len(scale)] = scale
+            yield integers.reshape(-1, outputs)[: len(block)].astype(INT4)
+
+    return {
+        "q": WeightSource(weight.shape, encoded, INT4),
+        "scale": WeightSource(scales.shape, lambda: iter([scales]), weight.dtype),
+    }
+
+
+def _input_scale(limit: float, dtype: np.dtype[Any], scheme: Scheme, form: Form) -> Sources:
+    scale = max(limit / column_limit(scheme.weight), float(np.finfo(dtype).tiny))
+    if scheme.weight == "fp8":
+        zero: NDArray[Any] = np.zeros((), FP8)
+    else:
+        zero = np.asarray(128, np.uint8) if form is Form.PREFIX else np.asarray(0, np.int8)
+    return {"x_scale": constant(np.asarray(scale, dtype)), "x_zero": constant(zero)}
+
+
+def _packed(integers: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Symmetric integers as unsigned ones, two 4-bit ones in a byte, the first in the low half."""
+    unsigned: NDArray[np.uint8] = (integers.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+    if bits == 8:
+        return unsigned
+    packed: NDArray[np.uint8] = (unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)).astype(np.uint8)
+    return packed
