@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from diagd.bundle.actions import ActionCodec, Button, ChoiceSlot, ConstantSlot, EdgesSlot, OnlyPressedSlot
 from diagd.errors import UsageError
-from diagd.export.families.mineworld_actions import mineworld_actions
-from diagd.export.families.wham_actions import wham_actions
+from diagd.export.families.mineworld import mineworld_actions
+from diagd.export.families.wham import wham_actions
 from diagd.runtime.actions import encode, read_actions
 
 MINEWORLD = mineworld_actions()

@@ -13,8 +13,8 @@ from diagd.bundle.rotary import linear_rotary
 from diagd.errors import UsageError
 from diagd.export.checkpoints import RandomCheckpoint, open_checkpoint, select
 from diagd.export.families import cosmos, wham
-from diagd.export.families.family import Family, identity_rules, llama_rules
-from diagd.export.families.mineworld import family
+from diagd.export.families.family import Family, identity_rules
+from diagd.export.families.mineworld import build, family
 from diagd.export.transformer import TransformerConfig
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import AlignOptions
@@ -42,7 +42,7 @@ def small() -> Family:
         head_size=8,
         rotary=linear_rotary(8, 1e4),
     )
-    return replace(family("mineworld-300m", config), rules=llama_rules(config))
+    return family("mineworld-300m", config)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -70,13 +70,15 @@ def of_every_family(name: str) -> Family:
     """A small model with everything in which the family differs."""
     if name == "world":
         config = small_model(StreamLayout(3, 4, before=1), context_frames=4).config
-        return replace(family("mineworld-300m", config), rules=identity_rules(config), prefixes=("",))
+        return replace(
+            build("mineworld-300m"), transformer=config, rules=identity_rules(config), prefixes=("",)
+        )
     if name.startswith("wham"):
         config = wham.transformer_config(
             grid=(3, 4), codes=24, frames=4, hidden=32, layers=2, heads=4, bias=name == "wham with biases"
         )
         rules = wham.wham_rules(config, norm_weights=name == "wham with biases")
-        return replace(family("mineworld-300m", config), rules=rules, prefixes=("",))
+        return replace(build("mineworld-300m"), transformer=config, rules=rules, prefixes=("",))
     return cosmos.family("cosmos-small", small_cosmos(text="text" in name, yarn=True), None)
 
 

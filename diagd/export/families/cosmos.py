@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
 from diagd.bundle.rotary import grid_rotary
 from diagd.bundle.transformer import TextShape, TransformerConfig
-from diagd.export.families.family import Family, TensorRule
+from diagd.export.families.family import Family, Names, named_rules
 from diagd.export.tokenizers import cosmos_dv
 from diagd.schedule import StreamLayout, chained_lag
 
@@ -21,6 +21,29 @@ HEAD_SIZE = 128
 VISUAL_CODES = 64_000
 TEXT = TextShape(length=512, width=1024)
 """Positions of the T5 encoder's output, those of padding (vectors of zero) included."""
+
+NAMES: Names = {
+    "embedding": "tok_embeddings.weight",
+    "norm.weight": "norm.weight",
+    "head": "output.weight",
+    "layers.*.attention_norm.weight": "layers.*.attention_norm.weight",
+    "layers.*.attention.qkv": tuple(f"layers.*.attention.{name}.weight" for name in ("wq", "wk", "wv")),
+    "layers.*.attention.out": "layers.*.attention.wo.weight",
+    "layers.*.attention.query_norm.weight": "layers.*.attention.q_norm.weight",
+    "layers.*.attention.key_norm.weight": "layers.*.attention.k_norm.weight",
+    "layers.*.cross_attention_norm.weight": "layers.*.cross_attention_norm.weight",
+    "layers.*.cross_attention.query": "layers.*.cross_attention.wq.weight",
+    "layers.*.cross_attention.key_value": tuple(
+        f"layers.*.cross_attention.{name}.weight" for name in ("wk", "wv")
+    ),
+    "layers.*.cross_attention.out": "layers.*.cross_attention.wo.weight",
+    "layers.*.cross_attention.query_norm.weight": "layers.*.cross_attention.q_norm.weight",
+    "layers.*.cross_attention.key_norm.weight": "layers.*.cross_attention.k_norm.weight",
+    "layers.*.feed_forward_norm.weight": "layers.*.ffn_norm.weight",
+    "layers.*.feed_forward.gate_up": tuple(f"layers.*.feed_forward.{name}.weight" for name in ("w1", "w3")),
+    "layers.*.feed_forward.down": "layers.*.feed_forward.w2.weight",
+}
+"""Of the released model.pt, see ``named_rules``."""
 
 TOKENIZER = "hf://nvidia/Cosmos-Tokenize1-DV8x16x16-720p"
 
@@ -78,7 +101,7 @@ def family(
         title=f"{config.context_frames} latent frames of {layout.rows} x {layout.columns} tokens, 8 pixel "
         "frames each; " + ("video and text to video" if config.text else "video continuation"),
         transformer=config,
-        rules=cosmos_rules(config),
+        rules=named_rules(config, NAMES),
         prefixes=("model.", ""),
         ignored=("_extra_state",),
         sampling=SamplingRules(
@@ -92,69 +115,3 @@ def family(
         default_checkpoint=checkpoint,
         default_tokenizer=TOKENIZER,
     )
-
-
-def cosmos_rules(config: TransformerConfig) -> tuple[TensorRule, ...]:
-    """Rules for the names of the released model.pt."""
-    hidden = config.hidden
-    rules = [
-        TensorRule("embedding", (("tok_embeddings.weight", (config.vocabulary, hidden)),)),
-        TensorRule("norm.weight", (("norm.weight", (hidden,)),)),
-        TensorRule("head", (("output.weight", (config.output_vocabulary, hidden)),), transpose=True),
-    ]
-    for layer in range(config.layers):
-        prefix = f"layers.{layer}."
-        rules += _self_attention(config, prefix) + _feed_forward(config, prefix)
-        if config.text:
-            rules += _cross_attention(config, prefix, config.text.width)
-    return tuple(rules)
-
-
-def _self_attention(config: TransformerConfig, layer: str) -> list[TensorRule]:
-    query, key = config.heads * config.head_size, config.kv_heads * config.head_size
-    source = f"{layer}attention."
-    fused = tuple(
-        (f"{source}{name}.weight", (width, config.hidden))
-        for name, width in (("wq", query), ("wk", key), ("wv", key))
-    )
-    return [
-        _vector(f"{layer}attention_norm.weight", f"{layer}attention_norm.weight", config.hidden),
-        TensorRule(f"{source}qkv", fused, transpose=True),
-        TensorRule(f"{source}out", ((f"{source}wo.weight", (config.hidden, query)),), transpose=True),
-        *_head_norms(config, source),
-    ]
-
-
-def _cross_attention(config: TransformerConfig, layer: str, width: int) -> list[TensorRule]:
-    query, key = config.heads * config.head_size, config.kv_heads * config.head_size
-    source = f"{layer}cross_attention."
-    fused = tuple((f"{source}{name}.weight", (key, width)) for name in ("wk", "wv"))
-    norm = f"{layer}cross_attention_norm.weight"
-    return [
-        _vector(norm, norm, config.hidden),
-        TensorRule(f"{source}query", ((f"{source}wq.weight", (query, config.hidden)),), transpose=True),
-        TensorRule(f"{source}key_value", fused, transpose=True),
-        TensorRule(f"{source}out", ((f"{source}wo.weight", (config.hidden, query)),), transpose=True),
-        *_head_norms(config, source),
-    ]
-
-
-def _head_norms(config: TransformerConfig, source: str) -> list[TensorRule]:
-    names = (("query_norm", "q_norm"), ("key_norm", "k_norm"))
-    return [
-        _vector(f"{source}{ours}.weight", f"{source}{its}.weight", config.head_size) for ours, its in names
-    ]
-
-
-def _feed_forward(config: TransformerConfig, layer: str) -> list[TensorRule]:
-    hidden, inner, source = config.hidden, config.feed_forward, f"{layer}feed_forward."
-    gated = tuple((f"{source}{name}.weight", (inner, hidden)) for name in ("w1", "w3"))
-    return [
-        _vector(f"{layer}feed_forward_norm.weight", f"{layer}ffn_norm.weight", hidden),
-        TensorRule(f"{source}gate_up", gated, transpose=True),
-        TensorRule(f"{source}down", ((f"{source}w2.weight", (hidden, inner)),), transpose=True),
-    ]
-
-
-def _vector(target: str, source: str, width: int) -> TensorRule:
-    return TensorRule(target, ((source, (width,)),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ from diagd.export.tokenizers.base import TokenizerGraphs
 if TYPE_CHECKING:
     from diagd.export.checkpoints import Checkpoint
     from diagd.export.weights import WeightSource
+
+
+Names = Mapping[str, "str | tuple[str, ...] | None"]
 
 
 @dataclass(frozen=True)
@@ -109,37 +113,53 @@ class Family:
         return {rule.target: rule.weight(checkpoint) for rule in self.rules}
 
 
-def llama_rules(config: TransformerConfig) -> tuple[TensorRule, ...]:
-    """Rules for checkpoints with the tensor names of Hugging Face's Llama."""
-    hidden, inner = config.hidden, config.feed_forward
-    query, key = config.heads * config.head_size, config.kv_heads * config.head_size
-    rules = [
-        TensorRule("embedding", (("model.embed_tokens.weight", (config.vocabulary, hidden)),)),
-        TensorRule("norm.weight", (("model.norm.weight", (hidden,)),)),
-        TensorRule("head", (("lm_head.weight", (config.output_vocabulary, hidden)),), transpose=True),
-    ]
-    for layer in range(config.layers):
-        source, target = f"model.layers.{layer}.", f"layers.{layer}."
-        projections = (("q_proj", query), ("k_proj", key), ("v_proj", key))
-        fused = tuple((f"{source}self_attn.{name}.weight", (width, hidden)) for name, width in projections)
-        gated = tuple((f"{source}mlp.{name}_proj.weight", (inner, hidden)) for name in ("gate", "up"))
-        output = ((f"{source}self_attn.o_proj.weight", (hidden, query)),)
-        rules += [
-            TensorRule(f"{target}attention_norm.weight", ((f"{source}input_layernorm.weight", (hidden,)),)),
-            TensorRule(f"{target}attention.qkv", fused, transpose=True),
-            TensorRule(f"{target}attention.out", output, transpose=True),
-            TensorRule(
-                f"{target}feed_forward_norm.weight",
-                ((f"{source}post_attention_layernorm.weight", (hidden,)),),
-            ),
-            TensorRule(f"{target}feed_forward.gate_up", gated, transpose=True),
-            TensorRule(
-                f"{target}feed_forward.down",
-                ((f"{source}mlp.down_proj.weight", (hidden, inner)),),
-                transpose=True,
-            ),
-        ]
+LLAMA: Names = {
+    "embedding": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head": "lm_head.weight",
+    "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
+    "layers.*.attention.qkv": (
+        "model.layers.*.self_attn.q_proj.weight",
+        "model.layers.*.self_attn.k_proj.weight",
+        "model.layers.*.self_attn.v_proj.weight",
+    ),
+    "layers.*.attention.out": "model.layers.*.self_attn.o_proj.weight",
+    "layers.*.feed_forward_norm.weight": "model.layers.*.post_attention_layernorm.weight",
+    "layers.*.feed_forward.gate_up": (
+        "model.layers.*.mlp.gate_proj.weight",
+        "model.layers.*.mlp.up_proj.weight",
+    ),
+    "layers.*.feed_forward.down": "model.layers.*.mlp.down_proj.weight",
+}
+"""The tensor names of Hugging Face's Llama, see ``named_rules``."""
+
+
+def named_rules(config: TransformerConfig, names: Names) -> tuple[TensorRule, ...]:
+    """Rules for checkpoints that store every matrix as [out, in] and leave fused ones apart.
+
+    Args:
+        config: dimensions of the transformer; all shapes follow from them.
+        names: canonical name to the checkpoint's, several where the canonical tensor is fused of them, ``*``
+            for the number of a layer. None: the model has no such tensor; norms scale by 1 and shift by 0.
+    """
+    rules = []
+    for target, shape in parameter_shapes(config).items():
+        _, number, part = re.fullmatch(r"(layers\.(\d+)\.)?(.*)", target).groups("")  # type: ignore[union-attr]
+        found = names[f"layers.*.{part}" if number else part]
+        if found is None:
+            rules.append(TensorRule(target, fill=(float(target.endswith("weight")), shape)))
+            continue
+        sources = [name.replace("*", number) for name in ([found] if isinstance(found, str) else found)]
+        matrix = len(shape) == 2 and not part.endswith("embedding")  # embeddings are read by row
+        ends = _parts(config, shape[-1], len(sources))
+        shapes = [(end, shape[0]) for end in ends] if matrix else [shape]
+        rules.append(TensorRule(target, tuple(zip(sources, shapes, strict=True)), transpose=matrix))
     return tuple(rules)
+
+
+def _parts(config: TransformerConfig, width: int, count: int) -> list[int]:
+    """Columns of the matrices that one of ``width`` columns is fused of: q, k and v, or equal ones."""
+    return [config.query_width, *[config.key_width] * 2] if count == 3 else [width // count] * count
 
 
 def identity_rules(config: TransformerConfig) -> tuple[TensorRule, ...]:

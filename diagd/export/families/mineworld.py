@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+from diagd.bundle.actions import (
+    ActionCodec,
+    Button,
+    ConstantSlot,
+    FirstPressedSlot,
+    MuLawSlot,
+    OnlyPressedSlot,
+    RawInput,
+    Slot,
+)
 from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
 from diagd.bundle.rotary import linear_rotary
 from diagd.bundle.transformer import TransformerConfig
-from diagd.export.families.family import Family, llama_rules
-from diagd.export.families.mineworld_actions import mineworld_actions
+from diagd.export.families.family import LLAMA, Family, named_rules
 from diagd.export.tokenizers import vqgan
 from diagd.schedule import StreamLayout
 
@@ -16,6 +26,31 @@ LAYOUT = StreamLayout(rows=14, columns=24, after=11)
 VISUAL_CODES = 8192
 VOCABULARY = 8262
 HEAD_SIZE = 64
+
+
+_BUTTONS: Final = (
+    *("use", "attack", "forward", "back", "left", "right", "jump", "sneak", "sprint", "drop"),
+    *("swapHands", "pickItem", "inventory", "ESC"),
+)
+_HOTBAR: Final = tuple(f"hotbar.{number}" for number in range(1, 10))
+_TOKENS: Final = {name: VISUAL_CODES + index for index, name in enumerate((*_BUTTONS, *_HOTBAR))}
+_CAMERA_BINS: Final = 21
+_CAMERA: Final = VISUAL_CODES + len(_TOKENS)
+_BEGIN, _NONE, _END = (_CAMERA + 2 * _CAMERA_BINS + index for index in range(3))
+
+_KEYS: Final = {
+    "w": "forward",
+    "s": "back",
+    "a": "left",
+    "d": "right",
+    "space": "jump",
+    "left.shift": "sneak",
+    "left.control": "sprint",
+    "q": "drop",
+    "f": "swapHands",
+    "e": "inventory",
+    "escape": "ESC",
+} | {name.removeprefix("hotbar."): name for name in _HOTBAR}
 
 
 @dataclass(frozen=True)
@@ -62,7 +97,7 @@ def family(name: str, config: TransformerConfig) -> Family:
         family="mineworld",
         title=f"Minecraft, {config.context_frames} frames of 14 x 24 tokens, 224 x 384 pixels",
         transformer=config,
-        rules=llama_rules(config),
+        rules=named_rules(config, LLAMA),
         prefixes=("transformer.",),
         sampling=SamplingRules(ranges=(IdRange(low=0, high=VISUAL_CODES),), top_p=0.8),
         schedule=DefaultSchedule(k=1),
@@ -71,4 +106,60 @@ def family(name: str, config: TransformerConfig) -> Family:
         origin="microsoft/mineworld on the Hugging Face Hub, withdrawn in May 2025: bring your own file",
         actions=mineworld_actions(),
         tokenizer=vqgan.mineworld_graphs(),
+    )
+
+
+def mineworld_actions() -> ActionCodec:
+    """Codec of every released MineWorld size (vocabulary of 8262): ids, camera quantiser and raw VPT input.
+
+    The encoder of the released code never tells swapHands, inventory and ESC, though they have ids.
+    """
+    return ActionCodec(
+        slots=(
+            ConstantSlot(token=_BEGIN),
+            _camera(0),
+            _camera(1),
+            FirstPressedSlot(buttons=_buttons(*_HOTBAR), none=_NONE),
+            _either("forward", "back"),
+            _either("left", "right"),
+            _either("sprint", "sneak"),
+            _either("use", "attack"),
+            _either("jump"),
+            _either("drop", "pickItem"),
+            ConstantSlot(token=_END),
+        ),
+        ignored=("swapHands", "inventory", "ESC"),
+        raw=RawInput(
+            keys={f"key.keyboard.{key}": button for key, button in _KEYS.items()},
+            mouse_buttons=("attack", "use", "pickItem"),
+            camera="camera",
+            degrees_per_pixel=360 / 2400,
+            whole_degrees=True,
+            cancelling=(
+                ("forward", "back"),
+                ("left", "right"),
+                ("jump", "sneak"),
+                ("sprint", "sneak"),
+                ("attack", "use"),
+            ),
+        ),
+    )
+
+
+def _buttons(*names: str) -> tuple[Button, ...]:
+    return tuple(Button(name=name, token=_TOKENS[name]) for name in names)
+
+
+def _either(*names: str) -> Slot:
+    return OnlyPressedSlot(buttons=_buttons(*names), none=_NONE)
+
+
+def _camera(component: int) -> Slot:
+    return MuLawSlot(
+        field="camera",
+        component=component,
+        limit=90.0,
+        mu=11.4887,
+        bins=_CAMERA_BINS,
+        first=_CAMERA + component * _CAMERA_BINS,
     )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from diagd.bundle.actions import ActionCodec, Button, EdgesSlot, OnlyPressedSlot
 from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
 from diagd.bundle.transformer import NormKind, TransformerConfig
 from diagd.errors import CheckpointError
-from diagd.export.families.family import Family, TensorRule
-from diagd.export.families.wham_actions import wham_actions
+from diagd.export.families.family import Family, TensorRule, named_rules
 from diagd.export.tokenizers import vqgan, wham_vit
 from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, count, shape_of
 from diagd.schedule import StreamLayout
@@ -27,6 +27,34 @@ ACTION_IDS = 68
 PREFIX = "predictor.gpt_model."
 IGNORED = ("lm_head.weight", ".attn.bias")
 """The head is the embedding; masks are buffers."""
+
+LAYER_NORMS: dict[str, str | None] = {
+    f"layers.*.{ours}_norm.{part}": f"transformer.h.*.{its}.{part}"
+    for ours, its in (("attention", "ln_1"), ("feed_forward", "ln_2"))
+    for part in ("weight", "bias")
+}
+NAMES: dict[str, str | None] = {
+    "embedding": "transformer.wte.weight",
+    "position_embedding": "transformer.wpe.weight",
+    "norm.weight": "transformer.ln_f.weight",
+    "norm.bias": "transformer.ln_f.bias",
+    **LAYER_NORMS,
+    **{
+        f"layers.*.{ours}{suffix}": f"transformer.h.*.{its}.{part}"
+        for ours, its in (
+            ("attention.qkv", "attn.c_attn"),
+            ("attention.out", "attn.c_proj"),
+            ("feed_forward.up", "mlp.c_fc"),
+            ("feed_forward.down", "mlp.c_proj"),
+        )
+        for suffix, part in (("", "weight"), ("_bias", "bias"))
+    },
+}
+
+_BUTTONS: Final = 12
+_STICKS: Final = 4
+_HALF: Final = (0.05, 0.25, 0.5, 0.75, 0.95, 1.05)
+_EDGES: Final = (*(-edge for edge in reversed(_HALF)), *_HALF)
 
 HEADS = {2304: 18, 1024: 16, 1792: 14, 3072: 24}
 """Attention heads by width, which no tensor tells."""
@@ -222,37 +250,30 @@ def _leaves(value: object) -> Iterator[tuple[str, object]]:
 
 def wham_rules(config: TransformerConfig, *, norm_weights: bool) -> tuple[TensorRule, ...]:
     """Rules for the names of the released checkpoints, ``predictor.gpt_model.`` stripped."""
-    hidden = config.hidden
-    rules = [
-        _rule("embedding", "transformer.wte.weight", (config.vocabulary, hidden)),
-        _rule("position_embedding", "transformer.wpe.weight", (config.context_length, hidden)),
-        *_norm(config, "norm", "transformer.ln_f"),
-    ]
-    for layer in range(config.layers):
-        source, target = f"transformer.h.{layer}.", f"layers.{layer}."
-        norms = {f"{target}attention_norm": f"{source}ln_1", f"{target}feed_forward_norm": f"{source}ln_2"}
-        for ours, its in norms.items():
-            rules += _norm(config, ours, its if norm_weights else None)
-        for ours, its, inputs, outputs in (
-            ("attention.qkv", "attn.c_attn", hidden, 3 * hidden),
-            ("attention.out", "attn.c_proj", hidden, hidden),
-            ("feed_forward.up", "mlp.c_fc", hidden, config.feed_forward),
-            ("feed_forward.down", "mlp.c_proj", config.feed_forward, hidden),
-        ):
-            matrix = (f"{source}{its}.weight", (outputs, inputs))
-            rules.append(TensorRule(target + ours, (matrix,), transpose=True))
-            if config.bias:
-                rules.append(_rule(f"{target}{ours}_bias", f"{source}{its}.bias", (outputs,)))
-    return tuple(rules)
+    own = {} if norm_weights else dict.fromkeys(LAYER_NORMS)
+    return named_rules(config, NAMES | own)
 
 
-def _norm(config: TransformerConfig, target: str, source: str | None) -> list[TensorRule]:
-    """A layer norm; without parameters of its own it scales by 1 and shifts by 0."""
-    parts = {"weight": 1.0, "bias": 0.0} if config.bias else {"weight": 1.0}
-    if source is None:
-        return [TensorRule(f"{target}.{part}", fill=(v, (config.hidden,))) for part, v in parts.items()]
-    return [_rule(f"{target}.{part}", f"{source}.{part}", (config.hidden,)) for part in parts]
+def wham_actions(codes: int = 16384) -> ActionCodec:
+    """Codec of a WHAM model whose image tokens are 0 .. codes - 1.
 
-
-def _rule(target: str, source: str, shape: tuple[int, ...]) -> TensorRule:
-    return TensorRule(target, ((source, shape),))
+    Buttons are ``button_0`` .. ``button_11`` in the order of the model's action vector; the field ``sticks``
+    holds its four stick components in [-1, 1]. The release does not say which control each one is.
+    """
+    sticks = codes + 2 * _BUTTONS
+    bins = len(_EDGES) - 1
+    return ActionCodec(
+        slots=(
+            *(
+                OnlyPressedSlot(
+                    buttons=(Button(name=f"button_{index}", token=codes + 2 * index + 1),),
+                    none=codes + 2 * index,
+                )
+                for index in range(_BUTTONS)
+            ),
+            *(
+                EdgesSlot(field="sticks", component=index, edges=_EDGES, first=sticks + bins * index)
+                for index in range(_STICKS)
+            ),
+        )
+    )
