@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from diagd.bundle.actions import ActionCodec, ChoiceSlot
 from diagd.bundle.files import atomic_file
@@ -143,11 +144,10 @@ def load_description(folder: Path) -> WorldDescription:
         CheckpointError: the folder holds none, or one this version cannot read.
     """
     try:
-        fields = json.loads((folder / DESCRIPTION).read_text())
-        fields.pop("training", None)
-        return WorldDescription(**fields | {"actions": tuple(fields["actions"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no readable world model: {error}") from error
+        return TypeAdapter(WorldDescription).validate_json((folder / DESCRIPTION).read_bytes())
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder} holds no readable world model: {reason}") from error
 
 
 def load_codebook(folder: Path) -> NDArray[np.uint8]:
