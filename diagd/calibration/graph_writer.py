@@ -163,7 +163,7 @@ class GraphWriter:
         return {
             name: quantised_matrix(
                 name,
-                Weight(self._stored[name], dtype, choice.factors, divisors.get(name)),
+                Weight(self._stored, name, dtype, choice.factors, divisors.get(name)),
                 choice.limit,
                 self._target.scheme,
                 graph.form,
@@ -218,9 +218,8 @@ class GraphWriter:
             tensor = name.removesuffix(PLAIN)
             if not tensor.startswith("transformer.") or tensor not in self._stored:
                 continue
-            stored = self._stored[tensor]
-            if tensor in divisors or stored.dtype != dtype:
-                found[name] = Weight(stored, dtype, columns=divisors.get(tensor)).source()
+            if tensor in divisors or self._stored[tensor].dtype != dtype:
+                found[name] = Weight(self._stored, tensor, dtype, columns=divisors.get(tensor)).source()
         return found
 
     def _divisors(self, choices: Choices) -> dict[str, Float]:

@@ -226,7 +226,7 @@ class _Calibration:
         reference = self._reference[0]
         if target.refusal(reference.form):
             for name in file_names(reference.file, target.name):
-                self._bundle.file(name).unlink()
+                self._bundle.file(name).unlink(missing_ok=True)
 
     def _choose(self, statistics: Mapping[str, InputStatistics]) -> None:
         """What becomes of each product; those below the floor are left out."""

@@ -70,16 +70,18 @@ class StoredWeights:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor [N] or [K, N] with factors of its rows and columns, read in blocks.
+    """A stored tensor [N] or [K, N] with factors of its rows and columns, read in blocks.
 
     Attributes:
-        stored: in floating point.
+        stored: the tensor is one of these.
+        name: of the tensor.
         dtype: of what is computed with it.
         rows: float32 [K], multiplied.
         columns: float32 [N], divided by.
     """
 
-    stored: Array
+    stored: StoredWeights
+    name: str
     dtype: np.dtype[Any]
     rows: Float | None = None
     columns: Float | None = None
@@ -87,12 +89,13 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int]:
         """[K, N]; K is 1 for vectors."""
-        shape: tuple[int, int] = np.atleast_2d(self.stored).shape
+        shape: tuple[int, int] = np.atleast_2d(self.stored[self.name]).shape
         return shape
 
     def block(self, rows: slice, columns: slice = slice(None)) -> Float:
         """float32 [rows, columns]."""
-        block = np.asarray(np.atleast_2d(self.stored)[rows, columns], np.float32)
+        # Mapped anew each time: pages of a map that is kept would add up to the whole file.
+        block = np.asarray(np.atleast_2d(self.stored[self.name])[rows, columns], np.float32)
         if self.rows is not None:
             block = block * self.rows[rows, None]
         return block if self.columns is None else block / self.columns[columns]
@@ -104,4 +107,4 @@ class Weight:
             for rows in row_chunks(self.shape):
                 yield self.block(rows)
 
-        return weights.WeightSource(self.stored.shape, chunks, self.dtype)
+        return weights.WeightSource(self.stored[self.name].shape, chunks, self.dtype)
