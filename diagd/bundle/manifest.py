@@ -141,6 +141,14 @@ class DefaultSchedule(_Record):
     row_seed: RowSeed = RowSeed.PREVIOUS_FRAME
     refeed: bool = True
 
+    @classmethod
+    def of(cls, schedule: Schedule) -> DefaultSchedule:
+        """Its lags and seeds."""
+        serial = schedule.d == schedule.steps_per_frame
+        return cls(
+            k=schedule.k, d=0 if serial else schedule.d, row_seed=schedule.row_seed, refeed=schedule.refeed
+        )
+
     def schedule(self, layout: StreamLayout) -> Schedule:
         """The schedule it stands for."""
         return Schedule(
@@ -200,9 +208,10 @@ class FileRecord(_Record):
 
 
 class Provenance(_Record):
-    """Where the weights came from."""
+    """Where the weights came from, and what was made of them since: ``tuned`` describes a fine-tuning."""
 
     source: str
+    tuned: str | None = None
     diagd_version: str
     random_seed: int | None = None
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.calibration.schemes import E4M3_MAX, GROUP, Scheme
+from diagd.bundle.precision import GROUP
+from diagd.calibration.schemes import E4M3_MAX, Scheme
 
 Float = NDArray[np.float32]
 Array = NDArray[Any]

@@ -11,6 +11,7 @@ from torch import nn
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
+from diagd.bundle.precision import FLOATING
 from diagd.calibration.fallback import part_of
 from diagd.calibration.matrices import (
     BLOCKED_OPSET,
@@ -20,7 +21,6 @@ from diagd.calibration.matrices import (
     opset_of,
     quantised_matrix,
 )
-from diagd.calibration.reference import FLOATING
 from diagd.calibration.schemes import Scheme
 from diagd.calibration.search import Choice
 from diagd.calibration.stored import Float, StoredWeights, Weight

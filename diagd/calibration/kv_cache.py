@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import INT8_CACHE, RotaryContext
+from diagd.bundle.precision import KV_CACHES
 from diagd.calibration.matrices import check_form
 from diagd.calibration.schemes import Scheme
 from diagd.calibration.statistics import InputStatistics
@@ -22,9 +23,6 @@ from diagd.engines.fixed import cache_tensors
 from diagd.errors import UsageError, unknown
 
 Float = NDArray[np.float32]
-
-KV_CACHES = ("int8",)
-"""Element types that ``--kv-cache`` takes."""
 
 CACHE_FORMS = (Form.PREFIX, Form.PORTABLE)
 """Forms that quantised rows can be judged by; the prefix form, which is quicker, only rounds them."""

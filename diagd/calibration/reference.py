@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import StepGraph
+from diagd.bundle.precision import FLOATING
 from diagd.calibration.trajectory import capacity, default_window
 from diagd.engines.fixed import FixedEngine
 from diagd.engines.modern import ModernEngine
@@ -16,7 +17,6 @@ from diagd.errors import UsageError
 from diagd.runtime.session import token_places
 from diagd.schedule import slots_needed
 
-FLOATING = ("fp32", "fp16")
 FORMS = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
 """The prefix form first: it is the quickest on the CPU, and the only one in float32 throughout."""
 

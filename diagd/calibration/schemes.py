@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diagd.bundle.precision import PRECISIONS
 from diagd.errors import unknown
-
-GROUP = 128
-"""Inputs that share one scale in a 4-bit weight."""
 
 E4M3_MAX = 448.0
 
@@ -34,14 +32,19 @@ class Scheme:
     floor: float
 
 
+def _scheme(name: str, activation: str | None, needs_statistics: bool, floor: float) -> Scheme:
+    precision = PRECISIONS[name]
+    return Scheme(name, precision.summary, precision.kind, activation, needs_statistics, floor)
+
+
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("int8", "8-bit weights and activations, scales from calibration", "int8", "static", True, 20),
-        Scheme("int8-dynamic", "8-bit weights, activations scaled row by row", "int8", "row", False, 20),
-        Scheme("int8-weight", "8-bit weights", "int8", None, False, 30),
-        Scheme("int4-weight", f"4-bit weights in groups of {GROUP}", "int4", None, False, 12),
-        Scheme("fp8", "E4M3 weights and activations, for GPUs from sm_89", "fp8", "static", True, 20),
+        _scheme("int8", "static", True, 20),
+        _scheme("int8-dynamic", "row", False, 20),
+        _scheme("int8-weight", None, False, 30),
+        _scheme("int4-weight", None, False, 12),
+        _scheme("fp8", "static", True, 20),
     )
 }
 

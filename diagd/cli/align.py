@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from diagd.bundle import Bundle
+    from diagd.bundle.transformer import TransformerConfig
     from diagd.export.families.family import Family
     from diagd.schedule import StreamLayout
     from diagd.tuning.align import AlignOptions, Report
+    from diagd.tuning.recordings import FrameEncoder
 
 EPILOG = """examples:
   diagd align crafter-3m.diagd --data recordings --k 1 2 --d chained serial --output aligned.diagd
@@ -54,7 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
     parser.add_argument("source", help="bundle, or weights: file, folder or hf://org/name[@revision]")
-    parser.add_argument("--model", help="name of the model (default: what the bundle or folder says)")
+    parser.add_argument("--model", help="name of a checkpoint's model; bundles and folders say it")
     parser.add_argument("--data", type=path, required=True, help="recordings, or a .npy token stream")
     parser.add_argument("--output", type=path, required=True, help="bundle, folder or .safetensors to write")
     parser.add_argument("--k", type=int, nargs="+", default=[1], help="row lags (default 1)")
@@ -90,10 +92,31 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Source:
-    """What is aligned; ``bundle`` is None for a checkpoint."""
+    """What is aligned: a bundle, or the checkpoint of a family."""
 
-    family: Family
-    bundle: Bundle | None
+    bundle: Bundle | None = None
+    family: Family | None = None
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Of the transformer."""
+        if self.bundle is not None:
+            return self.bundle.manifest.transformer
+        assert self.family is not None
+        return self.family.transformer
+
+    def encoder(self) -> FrameEncoder | None:
+        """What recordings are tokenised with; None where the source is no world."""
+        from diagd.engines.onnxruntime_session import CpuOptions
+        from diagd.export.families.world import load_codebook
+        from diagd.tuning.recordings import FrameEncoder
+
+        if self.bundle is not None:
+            world = self.bundle.manifest.family == "world"
+            return FrameEncoder.of_bundle(self.bundle, CpuOptions()) if world else None
+        assert self.family is not None
+        codebook = self.family.default_tokenizer if self.family.family == "world" else None
+        return FrameEncoder.of_codebook(load_codebook(Path(codebook).parent)) if codebook else None
 
 
 def _align(args: argparse.Namespace, settings: AlignSettings, report: Report) -> Path:
@@ -103,14 +126,15 @@ def _align(args: argparse.Namespace, settings: AlignSettings, report: Report) ->
     from diagd.tuning.align_bundle import align_bundle
     from diagd.tuning.align_checkpoint import align_checkpoint
 
-    source = _open(args)
-    family, output = source.family, Path(args.output)
+    source, output = _open(args), Path(args.output)
     _check_output(args, source)
-    options = _options(args, settings, family.transformer.layout)
+    options = _options(args, settings, source.config.layout)
     text = read_text(settings.text) if settings.text else None
     if source.bundle is not None:
         streams = _streams(args, settings, source)
-        return align_bundle(source.bundle, family.transformer, streams, options, output, report, text=text)
+        return align_bundle(source.bundle, streams, options, output, report, text=text)
+    family = source.family
+    assert family is not None
     checkpoint = open_sources(family, args.source, None, pixels=False).transformer
     streams = _streams(args, settings, source)
     if family.default_tokenizer is None or output.suffix:
@@ -127,7 +151,7 @@ def _check_output(args: argparse.Namespace, source: _Source) -> None:
 
     if source.bundle is not None:
         place = bundle_target(args.output)
-    elif source.family.default_tokenizer is None or args.output.suffix:
+    elif source.family is None or source.family.default_tokenizer is None or args.output.suffix:
         place = file_target(args.output, (".safetensors",))
     else:
         place = folder_target(args.output, {"config.json": b'"patch"'}, "a trained world")
@@ -143,20 +167,15 @@ def _open(args: argparse.Namespace) -> _Source:
 
     path = Path(args.source)
     if (path / MANIFEST_NAME).exists():
-        bundle = Bundle.open(path)
-        made_from = bundle.manifest.provenance.source
-        if bundle.manifest.family == "world" and not Path(made_from).exists():
-            raise UsageError(
-                f"{path} was exported from {made_from}, which is gone, and with it the codebook; "
-                "align the folder of a trained world"
-            )
-        return _Source(find(args.model or bundle.manifest.name, made_from), bundle)
+        if args.model:
+            raise UsageError(f"--model {args.model}: a bundle says itself what it holds; leave --model out")
+        return _Source(bundle=Bundle.open(path))
     if not args.model and not (path / DESCRIPTION).exists():
         raise UsageError(
             f"{args.source} is neither a bundle nor the folder of a world; name the --model of a checkpoint: "
             "`diagd models` lists them"
         )
-    return _Source(find(args.model or "world", args.source), None)
+    return _Source(family=find(args.model or "world", args.source))
 
 
 def _options(args: argparse.Namespace, settings: AlignSettings, layout: StreamLayout) -> AlignOptions:
@@ -191,20 +210,15 @@ def _schedule(layout: StreamLayout, k: int, d: str, seed: RowSeed) -> Schedule:
 
 
 def _streams(args: argparse.Namespace, settings: AlignSettings, source: _Source) -> NDArray[np.int64]:
-    from diagd.engines.onnxruntime_session import CpuOptions
-    from diagd.export.families.world import load_codebook
     from diagd.tuning.align_checkpoint import read_windows
-    from diagd.tuning.recordings import FrameEncoder, cached_tokens
+    from diagd.tuning.recordings import cached_tokens
 
-    family, frames = source.family, settings.frames
+    frames = settings.frames
     if args.data.suffix == ".npy":
-        return read_windows(args.data, family, frames)
-    if family.default_tokenizer is None:
-        raise UsageError(f"--data {args.data}: {family.name} is aligned on a .npy token stream")
-    if source.bundle is not None:
-        encoder = FrameEncoder.of_bundle(source.bundle, CpuOptions())
-    else:
-        encoder = FrameEncoder.of_codebook(load_codebook(Path(family.default_tokenizer).parent))
+        return read_windows(args.data, source.config, frames)
+    encoder = source.encoder()
+    if encoder is None:
+        raise UsageError(f"--data {args.data}: {args.source} is no world; give a .npy token stream")
     recording = cached_tokens(args.data, encoder)
     starts = recording.window_starts(frames)[:: max(1, frames // 2)]
     return recording.windows(starts, frames)

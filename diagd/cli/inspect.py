@@ -148,7 +148,7 @@ def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
         "cache": f"{cache.layers} layers, {cache.kv_heads} heads of {cache.head_size}; bytes a token: "
         + ", ".join(_cache_bytes(manifest)),
         "tokenizer": "none" if manifest.tokenizer is None else _tokenizer(manifest),
-        "weights": manifest.provenance.source,
+        "weights": ", ".join(filter(None, (manifest.provenance.source, manifest.provenance.tuned))),
         "licence": manifest.licence,
         "files": ", ".join(f"{name} {entry.bytes / 1e6:,.2f} MB" for name, entry in manifest.files.items()),
     }

@@ -25,7 +25,7 @@ EPILOG = """examples:
   diagd plan mineworld-300m --device orin-agx
   diagd plan crafter-3m.diagd --device this --json
   diagd plan mineworld-1200m --device rtx4090 --precision int8 --set window=8
-  diagd plan wham-1.6b --device orin-nano --precision int4 --kv-cache int8
+  diagd plan wham-1.6b --device orin-nano --precision int4-weight --kv-cache int8
 
 Only dimensions and file headers are read. Frames a second are upper bounds: what memory and arithmetic of the
 device allow, pixels not included; good engines reach about two thirds of them.
@@ -48,7 +48,7 @@ class PlanSettings(BaseModel):
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    from diagd.planning.cost import KV_CACHES, PRECISIONS
+    from diagd.bundle.precision import KV_CACHES, PRECISIONS
     from diagd.planning.devices import DEVICES, THIS
 
     parser.epilog = EPILOG
@@ -210,10 +210,9 @@ def _title(plan: Plan) -> str:
 def _print_ceilings(console: Console, plan: Plan) -> None:
     from rich.table import Table
 
-    from diagd.planning.cost import PRECISIONS
-
     title = f"frames a second at most: {plan.device.title}, {plan.device.bandwidth / 1e9:,.4g} GB/s"
-    table = Table("order", "passes a frame", *PRECISIONS, title=title)
+    names = dict.fromkeys(row.precision for row in plan.ceilings)
+    table = Table("order", "passes a frame", *names, title=title)
     for order in dict.fromkeys(row.order for row in plan.ceilings):
         rows = [row for row in plan.ceilings if row.order == order]
         rates = [f"{_short(row.frames_per_second)}{'' if row.bound == 'memory' else ' *'}" for row in rows]

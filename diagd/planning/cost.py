@@ -3,39 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final
 
+from diagd.bundle.precision import KV_CACHES, PRECISIONS, Precision
 from diagd.planning.model import ModelSize
 from diagd.schedule import chained_lag, steps_per_frame
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Bytes of a stored weight, its share of the scales included, and of a K/V element."""
-
-    name: str
-    weight: float
-    cache: float
-
-    @property
-    def activation(self) -> float:
-        """Bytes of a number that is computed with: at least half precision."""
-        return max(self.cache, 2.0)
-
-
-PRECISIONS: Final = {
-    precision.name: precision
-    for precision in (
-        Precision("fp32", 4.0, 4.0),
-        Precision("fp16", 2.0, 2.0),
-        Precision("int8", 1.0, 2.0),
-        Precision("int4", 0.53, 2.0),
-    )
-}
-
-
-KV_CACHES: Final = {"int8": 1.0}
-"""Bytes of an element of a quantised K/V cache."""
 
 
 def precisions(kv_cache: str | None = None) -> dict[str, Precision]:

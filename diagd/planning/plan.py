@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
+from diagd.bundle.precision import KV_CACHES, Precision
 from diagd.planning.cost import (
-    KV_CACHES,
-    Precision,
     cache_bytes,
     lags,
     live_tokens,
@@ -72,7 +71,7 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer for one precision, ceilings for all of them, and what to change."""
+    """The answer for one precision, ceilings for all sizes of a weight, and what to change."""
 
     model: ModelSize
     device: Device
@@ -117,9 +116,10 @@ def make_plan(
     """
     window, table = window or model.context_frames, precisions(kv_cache)
     memory = memory_of(model, table[precision], window)
-    ceilings = tuple(
-        ceiling for entry in table.values() for ceiling in ceilings_of(model, device, entry, ks, clip)
-    )
+    # Of precisions that store as many bytes one is shown: the planned one, else the first.
+    by_bytes = {entry.weight: entry for entry in (*reversed(table.values()), table[precision])}
+    shown = [entry for entry in table.values() if entry in by_bytes.values()]
+    ceilings = tuple(ceiling for entry in shown for ceiling in ceilings_of(model, device, entry, ks, clip))
     plan = Plan(model, device, precision, window, memory, ceilings, (), kv_cache)
     return replace(plan, advice=tuple(_advice(plan)))
 

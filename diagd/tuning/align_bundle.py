@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diagd.bundle import Bundle, atomic_bundle, seal
+from diagd.bundle import Bundle, Manifest, atomic_bundle, seal
+from diagd.bundle.manifest import DefaultSchedule, Provenance
 from diagd.bundle.targets import bundle_target
-from diagd.bundle.transformer import TransformerConfig
-from diagd.errors import UsageError
+from diagd.errors import BundleError, UsageError
 from diagd.export.transformer import Transformer
 from diagd.tuning.align import AlignOptions, Report, align
+from diagd.version import __version__
 
 if TYPE_CHECKING:
     import onnx
@@ -25,7 +27,6 @@ _PREFIX = "transformer."
 
 def align_bundle(
     bundle: Bundle,
-    config: TransformerConfig,
     streams: NDArray[np.int64],
     options: AlignOptions,
     output: Path,
@@ -37,7 +38,6 @@ def align_bundle(
 
     Args:
         bundle: graphs of precisions other than that of its export hold the old weights and are left out.
-        config: of its transformer.
         streams: int64 [N, tokens], windows of known videos.
         options: schedules and training settings.
         output: directory of the new bundle, which is not that of the old one.
@@ -45,7 +45,8 @@ def align_bundle(
         text: see ``align``.
 
     Raises:
-        UsageError: the bundle is not of this model, or would be written over.
+        UsageError: the bundle would be written over.
+        BundleError: its graphs are not of the transformer that its manifest describes.
     """
     if output.exists() and output.samefile(bundle.path):
         raise UsageError(f"--output {output} is the bundle that is read; give another place")
@@ -54,7 +55,7 @@ def align_bundle(
     bundle_target(output)
     base = bundle.at_precision()
     graphs = [onnx.load(base.file(name), load_external_data=False) for name in _step_and_text(base)]
-    model = align(_read(graphs, base, config), streams, options, report, text=text)
+    model = align(_read(graphs, base), streams, options, report, text=text)
     state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     with atomic_bundle(output) as directory:
         for name in _kept_files(base):
@@ -62,8 +63,23 @@ def align_bundle(
             shutil.copyfile(base.file(name), directory / name)
         for graph in graphs:
             _write(graph, directory, state)
-        seal(directory, base.manifest)
+        seal(directory, _aligned(base, options))
     return output
+
+
+def _aligned(bundle: Bundle, options: AlignOptions) -> Manifest:
+    """The manifest of the new weights: where they come from, and the schedule most of them were made for."""
+    diagonal = [pair for pair in options.shares if pair[1].k < bundle.manifest.layout.columns]
+    _, schedule = max(diagonal or options.shares, key=itemgetter(0))
+    shares = ", ".join(f"k={each.k} d={each.d} {share:.2g}" for share, each in options.shares)
+    provenance = Provenance(
+        source=bundle.manifest.provenance.source,
+        tuned=f"aligned for {options.steps} steps to {shares}",
+        diagd_version=__version__,
+    )
+    return bundle.manifest.model_copy(
+        update={"schedule": DefaultSchedule.of(schedule), "provenance": provenance}
+    )
 
 
 def _step_and_text(bundle: Bundle) -> list[str]:
@@ -81,7 +97,7 @@ def _kept_files(bundle: Bundle) -> list[str]:
     return sorted(files)
 
 
-def _read(graphs: list[onnx.ModelProto], bundle: Bundle, config: TransformerConfig) -> Transformer:
+def _read(graphs: list[onnx.ModelProto], bundle: Bundle) -> Transformer:
     from onnx.numpy_helper import to_array
 
     found = {
@@ -90,7 +106,7 @@ def _read(graphs: list[onnx.ModelProto], bundle: Bundle, config: TransformerConf
         for tensor in graph.graph.initializer
         if tensor.name.startswith(_PREFIX)
     }
-    model = Transformer(config)
+    model = Transformer(bundle.manifest.transformer)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in wanted.items():
         if _PREFIX + name not in found:
@@ -99,9 +115,9 @@ def _read(graphs: list[onnx.ModelProto], bundle: Bundle, config: TransformerConf
                 "equal when it was exported are merged); align the checkpoint instead"
             )
         if found[_PREFIX + name].shape != shape:
-            raise UsageError(
-                f"{bundle.path}: weight '{name}' is {found[_PREFIX + name].shape}, this model has {shape}; "
-                "give the --model that the bundle was exported from"
+            raise BundleError(
+                f"{bundle.path}: weight '{name}' is {found[_PREFIX + name].shape}, its manifest describes "
+                f"{shape}; export the bundle again"
             )
     arrays = {name: np.array(found[_PREFIX + name], np.float32) for name in wanted}
     model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})

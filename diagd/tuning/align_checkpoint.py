@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from diagd.bundle.files import atomic_file
 from diagd.bundle.targets import file_target
+from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import UsageError
 from diagd.export.checkpoints import Checkpoint, check
 from diagd.export.families.family import Family
@@ -73,28 +74,28 @@ def load_transformer(family: Family, source: Checkpoint) -> Transformer:
     return model
 
 
-def read_windows(path: Path, family: Family, frames: int) -> NDArray[np.int64]:
+def read_windows(path: Path, config: TransformerConfig, frames: int) -> NDArray[np.int64]:
     """Windows of a .npy token stream, int64 [N, tokens of ``frames`` frames], half a window apart.
 
     Args:
         path: int [T] or [T, frame_length]: the stream of one video, known tokens included.
-        family: whose layout the stream has; it starts at a frame, without the prefix.
+        config: whose layout the stream has; it starts at a frame, without the prefix.
         frames: of each window.
 
     Raises:
         UsageError: the file is no such stream, or is shorter than a window.
     """
-    layout = family.transformer.layout
+    layout = config.layout
     try:
         stream = np.load(path, allow_pickle=False).reshape(-1).astype(np.int64)
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(f"{path} is no .npy array of tokens: {error}") from error
     length = frames * layout.frame_length
-    if len(stream) < length or stream.min() < 0 or stream.max() >= family.transformer.vocabulary:
+    if len(stream) < length or stream.min() < 0 or stream.max() >= config.vocabulary:
         raise UsageError(
             f"{path} holds {len(stream)} tokens in {stream.min(initial=0)}..{stream.max(initial=0)}; "
             f"expected {length} or more ({frames} frames of {layout.frame_length}) "
-            f"in 0..{family.transformer.vocabulary - 1}"
+            f"in 0..{config.vocabulary - 1}"
         )
     step = max(1, frames // 2) * layout.frame_length
     starts = range(0, len(stream) - length + 1, step)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diagd.bundle.precision import GROUP
 from diagd.calibration.encoding import (
     encode_groups,
     pad_groups,
@@ -16,7 +17,7 @@ from diagd.calibration.encoding import (
     rounded_weight,
     row_chunks,
 )
-from diagd.calibration.schemes import GROUP, SCHEMES, find_scheme
+from diagd.calibration.schemes import SCHEMES, find_scheme
 from diagd.errors import UsageError
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from diagd.bundle import read_manifest
 from diagd.cli.main import main
 from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
 from tests.cli.conftest import Workplace
@@ -53,6 +56,23 @@ def test_aligned_bundles_generate(workplace: Workplace, recording: Path, tmp_pat
     assert main([*command, "--actions", str(workplace.actions), "--output", str(tokens)]) == 0
     assert (aligned / "weights.bin").read_bytes() != (workplace.bundle / "weights.bin").read_bytes()
     assert (aligned / "step.onnx").read_bytes() == (workplace.bundle / "step.onnx").read_bytes()
+
+
+def test_a_bundle_is_aligned_where_its_checkpoint_is_not(
+    workplace: Workplace, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its manifest says what it is, its encoder makes the tokens."""
+    moved, aligned = tmp_path / "moved.diagd", tmp_path / "aligned.diagd"
+    shutil.copytree(workplace.bundle, moved)
+    manifest = json.loads((moved / "manifest.json").read_text())
+    manifest["provenance"]["source"] = "/nowhere/model.safetensors"
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    options = ["--data", str(recording), "--set", "steps=1", "--set", "frames=2", "--output", str(aligned)]
+    assert main(["align", str(moved), *options, "--model", "crafter-3m"]) == 2
+    assert "leave --model out" in capsys.readouterr().err
+    assert main(["align", str(moved), *options]) == 0
+    assert read_manifest(aligned).schedule.d == 9  # chained, where the export said serial
+    assert read_manifest(workplace.bundle).schedule.d == 0
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from diagd.bundle.precision import PRECISIONS
 from diagd.cli.main import main
-from diagd.planning.cost import PRECISIONS, live_tokens, precisions, step_bytes
+from diagd.planning.cost import live_tokens, precisions, step_bytes
 from diagd.planning.devices import DEVICES
 from diagd.planning.plan import make_plan
 from tests.planning import models
@@ -19,21 +20,22 @@ WHAM = models.WHAM_1600M
 def test_a_step_of_int4_weights_reads_three_tenths_less() -> None:
     """2.00 to 1.41 GB: keys and values are 58 % of it in half precision."""
     live = live_tokens(WHAM, 1)
-    half = step_bytes(WHAM, PRECISIONS["int4"], live)
-    assert 1 - WHAM.streamed * PRECISIONS["int4"].weight / half == pytest.approx(0.58, abs=0.01)
+    half = step_bytes(WHAM, PRECISIONS["int4-weight"], live)
+    assert 1 - WHAM.streamed * PRECISIONS["int4-weight"].weight / half == pytest.approx(0.58, abs=0.01)
     assert half == pytest.approx(2.00e9, rel=0.015)
-    assert step_bytes(WHAM, precisions("int8")["int4"], live) == pytest.approx(1.41e9, rel=0.015)
+    assert step_bytes(WHAM, precisions("int8")["int4-weight"], live) == pytest.approx(1.41e9, rel=0.015)
 
 
 def test_the_cache_is_halved_and_nothing_else() -> None:
     plans = [
-        make_plan(WHAM, DEVICES["orin-nano"], precision="int4", kv_cache=kind) for kind in (None, "int8")
+        make_plan(WHAM, DEVICES["orin-nano"], precision="int4-weight", kv_cache=kind)
+        for kind in (None, "int8")
     ]
     assert plans[0].memory.cache == 2 * plans[1].memory.cache
     for part in ("weights", "workspace", "tokenizer", "build_peak"):
         assert getattr(plans[0].memory, part) == getattr(plans[1].memory, part)
     rates = [{(c.precision, c.order): c.frames_per_second for c in plan.ceilings} for plan in plans]
-    gains = [rates[1][key] / rates[0][key] for key in rates[0] if key[0] == "int4"]
+    gains = [rates[1][key] / rates[0][key] for key in rates[0] if key[0] == "int4-weight"]
     assert all(1.3 < gain < 1.5 for gain in gains)
 
 
@@ -49,7 +51,7 @@ def test_a_cache_that_does_not_fit_is_advised_to_shrink() -> None:
 
 
 def test_the_command_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", "wham-1.6b", "--device", "orin-nano", "--precision", "int4", "--json"]
+    command = ["plan", "wham-1.6b", "--device", "orin-nano", "--precision", "int4-weight", "--json"]
     cache = []
     for options in ([], ["--kv-cache", "int8"]):
         assert main([*command, *options]) == 0

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagd.planning.cost import PRECISIONS, cache_bytes, lags, live_tokens, step_bytes, step_operations
+from diagd.bundle.precision import PRECISIONS
+from diagd.calibration.schemes import SCHEMES
+from diagd.export.exporter import TORCH_TYPES
+from diagd.planning.cost import cache_bytes, lags, live_tokens, step_bytes, step_operations
 from diagd.planning.devices import DEVICES
 from diagd.planning.model import ModelSize
 from diagd.planning.plan import ceilings_of, make_plan, memory_of
@@ -36,7 +39,7 @@ def test_bytes_of_a_step(
     assert cache_bytes(model, fp16, 1) == kib * 1024
     tokens = model.layout.frame_start(model.context_frames)
     assert cache_bytes(model, fp16, tokens) == pytest.approx(full, rel=0.01)
-    for name, expected in zip(("fp16", "int8", "int4"), reads, strict=True):
+    for name, expected in zip(("fp16", "int8", "int4-weight"), reads, strict=True):
         read = step_bytes(model, PRECISIONS[name], live_tokens(model, clip))
         assert read == pytest.approx(expected, rel=0.015), name
 
@@ -44,16 +47,16 @@ def test_bytes_of_a_step(
 CEILINGS = [
     (models.COSMOS_4B, 3, "fp16", "h200", (46, 33, 47)),
     (models.COSMOS_4B, 3, "fp16", "orin-agx", (2.0, 1.4, 2.0)),
-    (models.COSMOS_4B, 3, "int4", "rtx5090", (54, 39, 55)),
+    (models.COSMOS_4B, 3, "int4-weight", "rtx5090", (54, 39, 55)),
     (models.COSMOS_12B, 3, "int8", "rtx4090", (6.2, 4.5, 6.3)),
     (models.COSMOS_12B, 3, "int8", "thor", (1.7, 1.2, 1.7)),
     (models.WHAM_1600M, 1, "fp16", "h200", (24, 17.4, 31)),
-    (models.WHAM_1600M, 1, "int4", "orin-nano", (1.1, 0.80, 1.4)),
+    (models.WHAM_1600M, 1, "int4-weight", "orin-nano", (1.1, 0.80, 1.4)),
     (models.MINEWORLD_300M, 1, "fp16", "a100-80", (75, 55, 99)),
     (models.MINEWORLD_300M, 1, "int8", "orin-agx", (13.1, 9.7, 17.3)),
-    (models.MINEWORLD_300M, 1, "int4", "h200", (471, 348, 622)),
+    (models.MINEWORLD_300M, 1, "int4-weight", "h200", (471, 348, 622)),
     (models.MINEWORLD_700M, 1, "fp16", "rtx4090", (17.8, 13.2, 24)),
-    (models.MINEWORLD_1200M, 1, "int4", "thor", (9.8, 7.3, 13.0)),
+    (models.MINEWORLD_1200M, 1, "int4-weight", "thor", (9.8, 7.3, 13.0)),
 ]
 
 
@@ -71,7 +74,7 @@ def test_ceilings_of_frames_a_second(
 
 
 def test_wide_steps_are_bound_by_arithmetic() -> None:
-    rows = ceilings_of(models.COSMOS_4B, DEVICES["rtx5090"], PRECISIONS["int4"], (1,), 1)
+    rows = ceilings_of(models.COSMOS_4B, DEVICES["rtx5090"], PRECISIONS["int4-weight"], (1,), 1)
     assert {row.order: row.bound for row in rows}["k=1 chained"] == "arithmetic"
 
 
@@ -97,7 +100,7 @@ def test_next_token_prediction_on_an_h200() -> None:
     ("model", "precision", "device", "fits"),
     [
         (models.COSMOS_4B, "fp16", "orin-nano", False),
-        (models.COSMOS_4B, "int4", "orin-nano", True),
+        (models.COSMOS_4B, "int4-weight", "orin-nano", True),
         (models.COSMOS_12B, "fp16", "rtx4090", False),
         (models.COSMOS_12B, "fp16", "rtx5090", True),
         (models.COSMOS_12B, "fp16", "orin-agx", True),
@@ -112,7 +115,7 @@ def test_what_fits_where(model: ModelSize, precision: str, device: str, fits: bo
 
 
 def test_engines_of_large_models_are_not_built_on_small_devices() -> None:
-    plan = make_plan(models.COSMOS_4B, DEVICES["orin-nano"], precision="int4")
+    plan = make_plan(models.COSMOS_4B, DEVICES["orin-nano"], precision="int4-weight")
     assert plan.fits
     assert not plan.builds
     assert 22e9 < make_plan(models.COSMOS_4B, DEVICES["h200"]).memory.build_peak < 34e9
@@ -131,6 +134,15 @@ def test_advice_is_right() -> None:
     assert not make_plan(models.COSMOS_4B, tight, window=window + 1).fits
     nowhere = replace(tight, memory=2e9)
     assert "smaller model" in make_plan(models.COSMOS_4B, nowhere).advice[0]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_that_is_advised_can_be_made(precision: str) -> None:
+    plan = make_plan(models.COSMOS_4B, DEVICES["orin-nano"], precision=precision)
+    advised = {line.rpartition(" ")[2] for line in plan.advice if "--precision" in line}
+    assert advised <= SCHEMES.keys() | TORCH_TYPES.keys() == PRECISIONS.keys()
+    assert precision in {row.precision for row in plan.ceilings}
+    assert len({row.precision for row in plan.ceilings}) == len({p.weight for p in PRECISIONS.values()})
 
 
 @given(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle
-from diagd.errors import UsageError
+from diagd.errors import BundleError, UsageError
 from diagd.export.transformer import Transformer
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import AlignOptions, align
@@ -20,7 +20,8 @@ from tests.oracles.models import random_stream, small_model
 
 LAYOUT = StreamLayout(3, 4, before=1)
 WINDOWS = np.stack([random_stream(LAYOUT, 3, 3, seed) for seed in range(4)])
-OPTIONS = AlignOptions(((1.0, Schedule.chained(LAYOUT, 1)),), steps=3, batch=2, rate=1e-2, autocast=False)
+CHAINED = Schedule.chained(LAYOUT, 1)
+OPTIONS = AlignOptions(((1.0, CHAINED),), steps=3, batch=2, rate=1e-2, autocast=False)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def bundle(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Bund
 
 def test_the_bundle_is_that_of_the_aligned_model(model: Transformer, bundle: Bundle, tmp_path: Path) -> None:
     before = bundle.digest
-    output = align_bundle(bundle, model.config, WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
+    output = align_bundle(bundle, WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
     aligned = Bundle.open(output)
     assert Bundle.open(bundle.path).digest == before
     expected = align(copy.deepcopy(model), WINDOWS, OPTIONS)
@@ -45,11 +46,28 @@ def test_the_bundle_is_that_of_the_aligned_model(model: Transformer, bundle: Bun
     assert aligned.manifest.files["step.onnx"] == bundle.manifest.files["step.onnx"]
 
 
-def test_graphs_of_other_precisions_are_left_out(model: Transformer, bundle: Bundle, tmp_path: Path) -> None:
+def test_the_manifest_is_that_of_the_new_weights(bundle: Bundle, tmp_path: Path) -> None:
+    """Weights that were trained are no random ones, and their schedule is the one they were trained for."""
+    seeded = bundle.manifest.provenance.model_copy(update={"random_seed": 5})
+    random = replace(bundle, manifest=bundle.manifest.model_copy(update={"provenance": seeded}))
+    shares = ((0.4, Schedule.next_token(LAYOUT)), (0.2, Schedule.serial(LAYOUT, 2)), (0.3, CHAINED))
+    options = replace(OPTIONS, shares=shares)
+    made = Bundle.open(align_bundle(random, WINDOWS, options, tmp_path / "aligned.diagd")).manifest
+    assert made.schedule.schedule(LAYOUT) == CHAINED
+    assert made.provenance.source == bundle.manifest.provenance.source
+    assert made.provenance.tuned == "aligned for 3 steps to k=4 d=12 0.4, k=2 d=8 0.2, k=1 d=3 0.3"
+    assert made.provenance.random_seed is None
+    assert made.transformer == bundle.manifest.transformer
+    serial = replace(OPTIONS, shares=((0.4, Schedule.next_token(LAYOUT)), (0.6, Schedule.serial(LAYOUT, 2))))
+    made = Bundle.open(align_bundle(bundle, WINDOWS, serial, tmp_path / "serial.diagd")).manifest
+    assert (made.schedule.k, made.schedule.d) == (2, 0)
+
+
+def test_graphs_of_other_precisions_are_left_out(bundle: Bundle, tmp_path: Path) -> None:
     quantised = bundle.manifest.graphs[0].model_copy(update={"file": "step.int8.onnx", "precision": "int8"})
     graphs = (*bundle.manifest.graphs, quantised)
     mixed = replace(bundle, manifest=bundle.manifest.model_copy(update={"graphs": graphs}))
-    aligned = align_bundle(mixed, model.config, WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
+    aligned = align_bundle(mixed, WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
     assert {graph.precision for graph in Bundle.open(aligned).manifest.graphs} == {"fp32"}
 
 
@@ -57,8 +75,8 @@ def test_other_models_and_the_bundle_itself_are_refused(
     model: Transformer, bundle: Bundle, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="is the bundle that is read"):
-        align_bundle(bundle, model.config, WINDOWS, OPTIONS, bundle.path)
-    wider = replace(model.config, feed_forward=64)
-    with pytest.raises(UsageError, match=r"gate_up' is .*; give the --model"):
-        align_bundle(bundle, wider, WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
+        align_bundle(bundle, WINDOWS, OPTIONS, bundle.path)
+    wider = bundle.manifest.model_copy(update={"transformer": replace(model.config, feed_forward=64)})
+    with pytest.raises(BundleError, match=r"gate_up' is .*; export the bundle again"):
+        align_bundle(replace(bundle, manifest=wider), WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
     assert list(tmp_path.iterdir()) == []

@@ -50,7 +50,7 @@ def test_aligned_checkpoints_are_read_like_released_ones(small: Family, tmp_path
     source = RandomCheckpoint(small.expected, seed=0)
     random = np.random.default_rng(0)
     np.save(tmp_path / "tokens.npy", np.tile(random.integers(0, 30, (2, LAYOUT.frame_length)), (8, 1)))
-    windows = read_windows(tmp_path / "tokens.npy", small, 3)
+    windows = read_windows(tmp_path / "tokens.npy", small.transformer, 3)
     schedule = Schedule.chained(LAYOUT, 1)
     options = AlignOptions(((1.0, schedule),), steps=30, batch=4, rate=1e-2, rank=rank, autocast=False)
     losses: list[float] = []
@@ -138,7 +138,7 @@ def test_streams_that_do_not_fit_are_refused(small: Family, tmp_path: Path) -> N
     for tokens in (np.zeros(20, int), np.full(100, 30), np.full(100, -1)):
         np.save(path, tokens)
         with pytest.raises(UsageError, match=r"42 or more \(3 frames of 14\) in 0\.\.29"):
-            read_windows(path, small, 3)
+            read_windows(path, small.transformer, 3)
     path.write_text("no array")
     with pytest.raises(UsageError, match=r"no \.npy array"):
-        read_windows(path, small, 3)
+        read_windows(path, small.transformer, 3)

@@ -1,0 +1,53 @@
+"""The precisions of step graphs: one table that export, calibration and plans take their names from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a step graph stores its matrices and its K/V rows.
+
+    Attributes:
+        name: as users type it.
+        summary: for help and documentation.
+        kind: element type of the matrices.
+        weight: bytes of a weight, its share of the scales included.
+        cache: bytes of a K/V element.
+    """
+
+    name: str
+    summary: str
+    kind: str
+    weight: float
+    cache: float = 2.0
+
+    @property
+    def activation(self) -> float:
+        """Bytes of a number that is computed with: at least half precision."""
+        return max(self.cache, 2.0)
+
+
+GROUP: Final = 128
+"""Inputs that share one scale in a 4-bit weight."""
+
+PRECISIONS: Final = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32", "32-bit floating point", "float32", 4.0, 4.0),
+        Precision("fp16", "16-bit floating point", "float16", 2.0),
+        Precision("int8", "8-bit weights and activations, scales from calibration", "int8", 1.0),
+        Precision("int8-dynamic", "8-bit weights, activations scaled row by row", "int8", 1.0),
+        Precision("int8-weight", "8-bit weights", "int8", 1.0),
+        Precision("int4-weight", f"4-bit weights in groups of {GROUP}", "int4", 0.53),
+        Precision("fp8", "E4M3 weights and activations, for GPUs from sm_89", "fp8", 1.0),
+    )
+}
+
+FLOATING: Final = tuple(p.name for p in PRECISIONS.values() if p.kind.startswith("float"))
+"""Precisions that are exported; the others are made from those by calibration."""
+
+KV_CACHES: Final = {"int8": 1.0}
+"""Bytes of an element of a quantised K/V cache, by its type."""
