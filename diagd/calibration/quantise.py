@@ -35,7 +35,7 @@ from diagd.calibration.stored import StoredWeights
 from diagd.calibration.trajectory import Prompts, trajectories
 from diagd.calibration.workspace import workspace
 from diagd.engines.engine import Float, Int
-from diagd.engines.tensorrt.memory import available_bytes
+from diagd.engines.host import available_bytes
 from diagd.errors import QualityError, UsageError, unknown
 from diagd.export.projections import Projection, projections
 from diagd.progress import Progress

@@ -8,6 +8,7 @@ from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import StepGraph
 from diagd.bundle.precision import FLOATING
 from diagd.calibration.trajectory import capacity, default_window
+from diagd.engines import host
 from diagd.engines.fixed import FixedEngine
 from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -75,12 +76,13 @@ def check_memory(bundle: Bundle, graph: StepGraph, engines: int, available: int 
     """
     itemsize = 2 if graph.precision == "fp16" else 4
     needed = engines * graph.weights.bytes * 4 // itemsize
-    if available is not None and needed > available:
-        raise UsageError(
-            f"decoding with {graph.file} on this machine takes {needed / 1e9:.1f} GB of memory, "
-            f"{available / 1e9:.1f} GB are available: calibrate on a larger machine, or give --budget none, "
-            "which judges nothing and needs no run for weight-only schemes"
-        )
+    host.check_memory(
+        needed,
+        available,
+        f"decoding with {graph.file} on this machine",
+        "calibrate on a larger machine, or give --budget none, which judges nothing and needs no run for "
+        "weight-only schemes",
+    )
 
 
 def open_graphs(

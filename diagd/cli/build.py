@@ -128,8 +128,9 @@ def _print_plan(console: Console, bundle: Bundle, request: Request, trt: ModuleT
     from rich.markup import escape
     from rich.table import Table
 
+    from diagd.engines.host import available_bytes
     from diagd.engines.tensorrt.capabilities import capabilities
-    from diagd.engines.tensorrt.memory import available_bytes, estimate
+    from diagd.engines.tensorrt.memory import estimate
     from diagd.engines.tensorrt.opening import choose
 
     form, graph, widths = choose(bundle, request, capabilities(trt))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING
 from diagd.bundle import cache_directory
 from diagd.bundle.files import atomic_directory
 from diagd.engines.buffers import ALIGNMENT
+from diagd.engines.host import cores, processor_features
 from diagd.errors import EngineError, require
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def _load(
 
 def _settings(runtime: onnxruntime, options: CpuOptions) -> onnxruntime.SessionOptions:
     settings = runtime.SessionOptions()
-    settings.intra_op_num_threads = options.threads or len(os.sched_getaffinity(0))
+    settings.intra_op_num_threads = options.threads or cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
     if not options.fuse:
@@ -84,7 +83,7 @@ def _settings(runtime: onnxruntime, options: CpuOptions) -> onnxruntime.SessionO
 
 
 def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptions) -> Path:
-    key = hashlib.sha256("\n".join([digest, graph.name, runtime.__version__, cpu_features()]).encode())
+    key = hashlib.sha256("\n".join([digest, graph.name, runtime.__version__, processor_features()]).encode())
     directory = cache_directory() / "prepacked" / key.hexdigest()[:32]
     if not (directory / graph.name).is_file():
         with atomic_directory(directory) as partial:
@@ -107,13 +106,3 @@ def _is_aligned(packed: Path) -> bool:
     """
     starts = re.findall(rb"\+\d+\|(\d+);\d+;", packed.read_bytes())
     return all(int(start) % ALIGNMENT == 0 for start in starts)
-
-
-def cpu_features() -> str:
-    """What decides how weights are packed: architecture and instruction sets."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return f"{platform.machine()} {line}"
-    return f"{platform.machine()} {platform.processor()}"

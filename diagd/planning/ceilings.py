@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from diagd.engines.host import cores, memory_bytes
 from diagd.errors import require
 from diagd.planning.devices import THIS, Device
 
@@ -48,7 +47,7 @@ def measure_ceilings(threads: int = 0) -> Ceilings:
     Args:
         threads: 0 is one for each core this process may use.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or cores()
     return Ceilings(*memory_bandwidth(threads), matrix_peak(threads), threads)
 
 
@@ -104,16 +103,6 @@ def _best(work: Callable[[], object]) -> float:
         work()
         best = min(best, time.perf_counter() - began)
     return best
-
-
-def memory_bytes() -> int:
-    """Memory this process may use: the machine's, or the limit of its control group."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-    for limit in limits:
-        if limit.is_file() and (content := limit.read_text().strip()).isdigit():
-            return min(total, int(content))
-    return total
 
 
 def this_device(threads: int = 0) -> Device:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from diagd.bundle import Bundle, cache_directory
+from diagd.engines.host import cores, instruction_sets, memory_bytes
 from diagd.errors import BundleError
-from diagd.planning.ceilings import memory_bytes
 from diagd.planning.devices import GB
 
 OK: Final = "ok"
@@ -119,23 +119,12 @@ def installed(package: str) -> str | None:
 
 def check_processor() -> Check:
     """Cores, and the fastest unit for int8 products."""
-    flags = cpu_flags()
+    flags = instruction_sets()
     units = [title for flag, title in INTEGER_UNITS.items() if flag in flags]
-    found = f"{len(os.sched_getaffinity(0))} cores, {', '.join(units) or 'no integer units known'}"
+    found = f"{cores()} cores, {', '.join(units) or 'no integer units known'}"
     if not flags & {"avx2", "asimddp", "i8mm"}:
         return Check("processor", PROBLEM, found, "int8 will be slower than fp32 here: export fp32")
     return Check("processor", OK, found)
-
-
-def cpu_flags() -> frozenset[str]:
-    """Instruction sets by the names of /proc/cpuinfo; empty where there is none."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return frozenset()
-    for line in info.read_text().splitlines():
-        if line.startswith(("flags", "Features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
 
 
 def check_memory() -> Check:

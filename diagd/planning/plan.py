@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from diagd.bundle.precision import KV_CACHES, Precision
+from diagd.engines.tensorrt.memory import build_bytes
 from diagd.planning.cost import (
     cache_bytes,
     lags,
@@ -24,9 +25,6 @@ RUNTIME_BYTES: Final = 0.5 * GB
 
 GRAPH_BYTES: Final = 64e6
 """Memory pool of one captured CUDA graph."""
-
-BUILD_FACTOR: Final = 4.0
-"""Memory of an engine build over its weights; users of TensorRT report 3 to 4 times."""
 
 REACHED: Final = 0.65
 """Share of the bandwidth limit that good engines reach with half-precision weights."""
@@ -139,7 +137,7 @@ def memory_of(model: ModelSize, precision: Precision, window: int) -> Memory:
         runtime=RUNTIME_BYTES,
         graphs=GRAPH_BYTES * len(widths),
         tokenizer=model.tokenizer * 2.0,
-        build_peak=BUILD_FACTOR * weights + RUNTIME_BYTES,
+        build_peak=build_bytes(weights),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import resource
 import time
@@ -18,9 +17,10 @@ import numpy as np
 
 from diagd.bundle import Bundle
 from diagd.engines.cuda.engine import DeviceEngine
+from diagd.engines.host import cores, memory_bytes, processor_name
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.planning.ceilings import Ceilings, memory_bytes
+from diagd.planning.ceilings import Ceilings
 from diagd.planning.machine import installed
 from diagd.planning.model import StoredModel, read_model
 from diagd.profiling.budget import LEAST_FRAMES, Extent, Pace, cuts, find_pace, fit
@@ -321,12 +321,11 @@ def _run(
 
 
 def _machine(ceilings: Ceilings, target: Target, cpu: CpuOptions) -> Machine:
-    cores = len(os.sched_getaffinity(0))
     found = {name: installed(name) for name in PACKAGES}
     return Machine(
-        processor=_processor(),
-        cores=cores,
-        threads=ceilings.threads or cpu.threads or cores,
+        processor=processor_name(),
+        cores=cores(),
+        threads=ceilings.threads or cpu.threads or cores(),
         memory=memory_bytes(),
         platform=platform.platform(),
         versions={"python": platform.python_version()}
@@ -336,15 +335,6 @@ def _machine(ceilings: Ceilings, target: Target, cpu: CpuOptions) -> Machine:
         peak=ceilings.peak,
         device=target.description,
     )
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _subject(bundle: Bundle, model: StoredModel, session: Session) -> Subject:

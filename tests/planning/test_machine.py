@@ -13,8 +13,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from diagd.engines.host import memory_bytes
 from diagd.planning import machine
-from diagd.planning.ceilings import matrix_peak, measure_ceilings, memory_bandwidth, memory_bytes, this_device
+from diagd.planning.ceilings import matrix_peak, measure_ceilings, memory_bandwidth, this_device
 from diagd.planning.machine import ABSENT, OK, PROBLEM
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from diagd.bundle import Bundle
 from diagd.bundle.manifest import StepGraph
+from diagd.engines import host
 from diagd.errors import EngineError
 
 BUILD_BASE_BYTES = 500_000_000
@@ -21,6 +20,11 @@ PLAN_COPIES = 2
 
 # All three are measured: mineworld-300m in float16 under TensorRT-RTX 1.7, 0.64 GB of weights, takes 2.9 GB
 # at widths 16 and 64 (plan 0.67 GB) and 4.7 GB at widths 1, 16 and 64 (plan 1.30 GB).
+
+
+def build_bytes(weights: float) -> float:
+    """Host memory at the peak of a build, for so many bytes of weights in the plan."""
+    return BUILD_BASE_BYTES + BUILD_COPIES * weights
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class MemoryEstimate:
     @property
     def build(self) -> int:
         """Host memory at the peak of a build."""
-        return BUILD_BASE_BYTES + BUILD_COPIES * self.plan_copies * self.weights
+        return int(build_bytes(self.plan_copies * self.weights))
 
     @property
     def run(self) -> int:
@@ -58,25 +62,16 @@ def estimate(bundle: Bundle, graph: StepGraph, widths: tuple[int, ...]) -> Memor
     )
 
 
-def available_bytes() -> int | None:
-    """Host memory that can be had without swapping; None where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
-
-
 def check_memory(needed: MemoryEstimate, available: int | None) -> None:
     """Refuse a build that would be killed half way.
 
     Raises:
         EngineError: less is available than the estimate.
     """
-    if available is not None and needed.build > available:
-        raise EngineError(
-            f"building takes about {needed.build / 1e9:.1f} GB of memory for {needed.weights / 1e9:.1f} GB "
-            f"of weights, {available / 1e9:.1f} GB are free; close other programs, add swap, leave width 1 "
-            "out of --widths, or use --force to try anyway"
-        )
+    host.check_memory(
+        needed.build,
+        available,
+        f"building an engine of {needed.weights / 1e9:.1f} GB of weights",
+        "close other programs, add swap, leave width 1 out of --widths, or use --force to try anyway",
+        EngineError,
+    )

@@ -15,6 +15,7 @@ from diagd.engines.cuda.engine import DeviceEngine
 from diagd.engines.cuda.program import Tensor
 from diagd.engines.fingerprint import ANY, EngineStore, Fingerprint, StoredEngine, graph_digest
 from diagd.engines.fixed import graphs_of
+from diagd.engines.host import available_bytes
 from diagd.engines.tensorrt.build_log import LogLine
 from diagd.engines.tensorrt.builder import Builder, BuildOptions
 from diagd.engines.tensorrt.capabilities import (
@@ -23,7 +24,7 @@ from diagd.engines.tensorrt.capabilities import (
     check_targets,
     import_tensorrt,
 )
-from diagd.engines.tensorrt.memory import available_bytes, check_memory, estimate
+from diagd.engines.tensorrt.memory import check_memory, estimate
 from diagd.engines.tensorrt.program import TensorRTProgram
 from diagd.errors import DiagdError, EngineError
 from diagd.progress import Progress

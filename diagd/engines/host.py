@@ -1,0 +1,82 @@
+"""The machine that engines run on: cores, processor and memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+from diagd.errors import DiagdError, UsageError
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
+def _processor() -> dict[str, str]:
+    """Fields of the first processor of /proc/cpuinfo; none where there is no such file."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().partition("\n\n")[0].splitlines() if info.is_file() else []
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def processor_name() -> str:
+    """What the processor is called."""
+    return _processor().get("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> frozenset[str]:
+    """Instruction sets of the processor by the names of /proc/cpuinfo; empty where there is none."""
+    found = _processor()
+    return frozenset((found.get("flags") or found.get("Features") or "").split())
+
+
+def processor_features() -> str:
+    """What decides how weights are packed: architecture and instruction sets."""
+    return f"{platform.machine()} {' '.join(sorted(instruction_sets())) or platform.processor()}"
+
+
+def memory_bytes() -> int:
+    """Memory this process may use: the machine's, or the limit of its control group."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    for limit in limits:
+        if limit.is_file() and (content := limit.read_text().strip()).isdigit():
+            return min(total, int(content))
+    return total
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+
+
+def check_memory(
+    needed: float, available: int | None, action: str, fix: str, error: type[DiagdError] = UsageError
+) -> None:
+    """Refuse what would be killed half way.
+
+    Args:
+        needed: bytes.
+        available: bytes; None: not known.
+        action: what takes the memory; completes "... takes about".
+        fix: how to need less, or to have more.
+        error: raised.
+
+    Raises:
+        DiagdError: less is available than needed.
+    """
+    if available is not None and needed > available:
+        raise error(
+            f"{action} takes about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free; {fix}"
+        )
