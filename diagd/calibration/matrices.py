@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diagd.bundle import Form
+from diagd.bundle.precision import GROUP
 from diagd.calibration.encoding import (
     SMALLEST,
     column_limit,
@@ -27,7 +28,7 @@ from diagd.calibration.encoding import (
     pad_groups,
     row_chunks,
 )
-from diagd.calibration.schemes import GROUP, Scheme
+from diagd.calibration.schemes import Scheme
 from diagd.calibration.stored import Array, Float, Weight
 from diagd.errors import UsageError
 from diagd.export.tracing import onnx_operator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     files = [graph.file for graph in manifest.graphs]
     if manifest.tokenizer:
         files += [manifest.tokenizer.encoder, manifest.tokenizer.decoder]
-    graphs = {name: read_onnx(args.path / name) for name in files}
+    graphs = {name: read_onnx(args.path / name) for name in files if find_spec("onnx")}
     schedule = parse_schedule(args, manifest)
     _report(args, manifest, graphs, schedule)
     return 0
@@ -207,6 +208,8 @@ def _print_graphs(console: Console, graphs: dict[str, OnnxFile], uses: dict[str,
             "\n".join(shown),
             f"{graph.operators.total()}: {operators}{more}",
         )
+    for name in uses.keys() - graphs.keys():
+        table.add_row(f"{name}\n{uses[name]}", "", "pip install 'diagd\\[export]' to see them")
     console.print(table)
     for name, graph in graphs.items():
         for kind, values in (("in ", graph.inputs), ("out", graph.outputs)):

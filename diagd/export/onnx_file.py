@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from diagd.bundle.manifest import GraphWeights
-from diagd.errors import BundleError
+from diagd.errors import BundleError, require
 
 if TYPE_CHECKING:
     import onnx
@@ -80,9 +80,9 @@ def read_onnx(path: Path) -> OnnxFile:
 
     Raises:
         BundleError: the file cannot be read or is no ONNX model.
+        DependencyError: onnx is not installed.
     """
-    import onnx
-
+    onnx = require("onnx", extra="export", purpose="read an ONNX file")
     try:
         model = onnx.load(path, load_external_data=False)
         if not model.HasField("graph"):

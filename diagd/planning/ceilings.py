@@ -82,17 +82,34 @@ def matrix_product_model(rows: int | str, inner: int, columns: int, element: int
         columns: of the second factor.
         element: type of all three, a ``TensorProto.DataType``.
     """
-    from onnx import helper
+    shapes = {"A": (rows, inner), "B": (inner, columns), "C": (rows, columns)}
+    values = {name: _tensor(name, element, shape) for name, shape in shapes.items()}
+    node = _message((1, "A"), (1, "B"), (2, "C"), (4, "MatMul"))
+    graph = _message((1, node), (2, "product"), (11, values["A"]), (11, values["B"]), (12, values["C"]))
+    return _message((1, 8), (7, graph), (8, _message((2, 13))))
 
-    shapes: dict[str, tuple[int | str, int]] = {
-        "A": (rows, inner),
-        "B": (inner, columns),
-        "C": (rows, columns),
-    }
-    a, b, c = (helper.make_tensor_value_info(name, element, shape) for name, shape in shapes.items())
-    graph = helper.make_graph([helper.make_node("MatMul", ["A", "B"], ["C"])], "product", [a, b], [c])
-    opsets = [helper.make_opsetid("", 13)]
-    return bytes(helper.make_model(graph, ir_version=8, opset_imports=opsets).SerializeToString())
+
+def _tensor(name: str, element: int, shape: tuple[int | str, ...]) -> bytes:
+    """A ValueInfoProto; an axis is a number (field 1) or a name (field 2)."""
+    axes = [(1, _message((2 if isinstance(size, str) else 1, size))) for size in shape]
+    return _message((1, name), (2, _message((1, _message((1, element), (2, _message(*axes)))))))
+
+
+def _message(*fields: tuple[int, int | str | bytes]) -> bytes:
+    """A protobuf message, written here because a machine that only runs bundles has no onnx package."""
+    data = b""
+    for number, value in fields:
+        if isinstance(value, int):
+            data += _varint(number << 3) + _varint(value)
+        else:
+            content = value.encode() if isinstance(value, str) else value
+            data += _varint(number << 3 | 2) + _varint(len(content)) + content
+    return data
+
+
+def _varint(value: int) -> bytes:
+    groups = [value >> shift & 0x7F for shift in range(0, max(value.bit_length(), 1), 7)]
+    return bytes(group | 0x80 for group in groups[:-1]) + bytes(groups[-1:])
 
 
 def _best(work: Callable[[], object]) -> float:

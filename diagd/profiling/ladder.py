@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from importlib.util import find_spec
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -171,6 +172,9 @@ class Ladder:
         name = "sampling in the graph"
         if Form.MODERN not in forms_of(self.chosen):
             yield _unmeasured(name, "the bundle has no modern graph; export with --form prefix,modern")
+            return
+        if find_spec("onnx") is None:
+            yield _unmeasured(name, "needs the onnx package: pip install 'diagd[export]'")
             return
         places = token_places(self.chosen.manifest.layout, self.window).size
         with without_sampler(self.chosen) as bare:

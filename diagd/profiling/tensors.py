@@ -79,8 +79,7 @@ def compare_tensors(
 
 
 def _outputs(graph: Path) -> list[str]:
-    import onnx
-
+    onnx = require("onnx", extra="compare", purpose="compare engines by tensor")
     return [value.name for value in onnx.load(graph, load_external_data=False).graph.output]
 
 

@@ -13,18 +13,14 @@ from tests.cli.conftest import Workplace
 
 BLOCKED = """
 import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "torch":
-            raise ModuleNotFoundError("torch is not here", name="torch")
-sys.meta_path.insert(0, Blocker())
+sys.modules.update(dict.fromkeys(ABSENT))  # importing any of them raises
 from diagd.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def run(*arguments: str) -> str:
-    command = [sys.executable, "-c", BLOCKED, *arguments]
+def run(*arguments: str, absent: tuple[str, ...] = ("torch",)) -> str:
+    command = [sys.executable, "-c", BLOCKED.replace("ABSENT", repr(absent)), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode in (0, 1), result.stderr
     return result.stdout
@@ -44,11 +40,31 @@ def test_models_are_planned(name: str) -> None:
 
 def test_a_bundle_is_planned_and_inspected(workplace: Workplace) -> None:
     assert json.loads(run("plan", str(workplace.bundle), "--device", "orin-agx", "--json"))["stored"]
-    assert "schedule k=" in run("inspect", str(workplace.bundle))
+    shown = run("inspect", str(workplace.bundle))
+    assert "schedule k=" in shown
+    assert "MatMul" in shown
+
+
+def test_a_bundle_is_inspected_without_the_onnx_package(workplace: Workplace) -> None:
+    shown = run("inspect", str(workplace.bundle), absent=("torch", "onnx"))
+    assert "schedule k=" in shown
+    assert "streamed by a step" in shown
+    assert "diagd[export]" in shown
+    content = json.loads(run("inspect", str(workplace.bundle), "--json", absent=("torch", "onnx")))
+    assert content["graphs"] == {}
+    assert content["manifest"]["graphs"][0]["weights"]["streamed"] > 0
 
 
 def test_what_needs_it_says_so(workplace: Workplace) -> None:
-    command = [sys.executable, "-c", BLOCKED, "calibrate", str(workplace.bundle), "--precision", "int8"]
+    command = [
+        sys.executable,
+        "-c",
+        BLOCKED.replace("ABSENT", repr(("torch",))),
+        "calibrate",
+        str(workplace.bundle),
+        "--precision",
+        "int8",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "pip install" in result.stderr
