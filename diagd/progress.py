@@ -34,7 +34,8 @@ class Progress:
         )
 
         columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with self._bar(title, total, TextColumn("{task.description}"), BarColumn(), *columns) as advance:
+        name = TextColumn("{task.description}", markup=False)
+        with self._bar(title, total, name, BarColumn(), *columns) as advance:
             yield advance
 
     @contextmanager
@@ -43,7 +44,8 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
         columns = (MofNCompleteColumn(), TimeElapsedColumn())
-        with self._bar(title, total, TextColumn("{task.description}"), BarColumn(), *columns) as advance:
+        name = TextColumn("{task.description}", markup=False)
+        with self._bar(title, total, name, BarColumn(), *columns) as advance:
             yield advance
 
     def each(self, items: Sequence[Item], title: str) -> Iterable[Item]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from diagd.bundle import cache
 from diagd.bundle.actions import ActionCodec, ChoiceSlot
 from diagd.errors import UsageError
 from diagd.runtime.actions import read_actions
 from diagd.runtime.video import read_frames
-from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
+from diagd.tuning.recordings import Episode, check_recipe, episode_sources, save_episode, shard_path
 from worlds.simulator import ACTIONS, Simulator
 
 _MOVES, _INTERACTIONS = (1, 2, 3, 4), (5, 0, 6, 7)
@@ -130,30 +132,43 @@ class ImportOptions:
 
 
 def import_videos(options: ImportOptions) -> Iterator[Path]:
-    """Write an episode for each video, yielding it; episodes already there are kept.
+    """Write an episode for each video that none was made of yet, yielding it; those already there are kept.
+
+    Videos are known by their content and that of their lines: names and order do not matter.
 
     Raises:
         UsageError: no video with actions, a broken one, or as many lines as frames are not there.
     """
-    lines = sorted(options.videos.glob("*.jsonl"))
+    lines = sorted(path for path in options.videos.glob("*.jsonl") if not path.name.startswith("."))
     if not lines:
         raise UsageError(f"{options.videos} holds no .jsonl of actions beside a video; see docs/world.md")
     check_recipe(options.output, {"size": list(options.size), "actions": list(options.actions)})
-    for index, path in enumerate(lines):
-        shard = shard_path(options.output, index)
-        if not shard.exists():
-            save_episode(shard, _read_video(path, options))
-            yield shard
+    known, index = episode_sources(options.output), 0
+    for path in lines:
+        video = _video_of(path)
+        source = hashlib.sha256(f"{cache.digest(video)} {cache.digest(path)}".encode()).hexdigest()
+        if source in known:
+            continue
+        episode = replace(_read_video(path, video, options), source=source)
+        while (shard := shard_path(options.output, index)).exists():
+            index += 1
+        save_episode(shard, episode)
+        known.add(source)
+        yield shard
 
 
-def _read_video(lines: Path, options: ImportOptions) -> Episode:
-    found = [path for path in lines.parent.glob(f"{lines.stem}.*") if path != lines]
+def _video_of(lines: Path) -> Path:
+    found = sorted(path for path in lines.parent.iterdir() if path.stem == lines.stem and path != lines)
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UsageError(f"{lines} needs exactly one video called {lines.stem}.*, found {names}")
+    return found[0]
+
+
+def _read_video(lines: Path, video: Path, options: ImportOptions) -> Episode:
     codec = ActionCodec(slots=(ChoiceSlot(field="action", names=options.actions, first=0),))
     actions = read_actions(lines, codec)[:, 0].astype(np.uint8)
-    frames = read_frames(found[0], options.size, resize=True)
+    frames = read_frames(video, options.size, resize=True)
     if len(frames) != len(actions):
         raise UsageError(
             f"{lines} has {len(actions)} actions but its video {len(frames)} frames; give one a frame"

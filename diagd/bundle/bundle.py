@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import ValidationError
 
-from diagd.bundle.files import atomic_directory, atomic_file, sha256
+from diagd.bundle import cache
+from diagd.bundle.files import atomic_directory, sha256
 from diagd.bundle.lock import turn
 from diagd.bundle.manifest import INT8_CACHE, MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest
 from diagd.bundle.targets import bundle_target
@@ -32,13 +33,14 @@ class Bundle:
         """Check a bundle before anything of it is loaded.
 
         Sizes are always compared; digests when a file is seen for the first time or has changed since
-        (size, time of change or inode), which is noted in the user's cache directory.
+        (size, times or inode), which is noted in the user's cache.
 
         Raises:
             BundleError: the bundle is missing, truncated, altered, damaged or too new.
         """
         path = Path(path)
         bundle = cls(path, read_manifest(path))
+        bundle._check_names()
         bundle._check_sizes()
         bundle._check_digests()
         return bundle
@@ -71,6 +73,33 @@ class Bundle:
         """Hex digest of the manifest, and through it of every file."""
         return sha256(self.path / MANIFEST_NAME)
 
+    def digest_of(self, *names: str) -> str:
+        """Hex digest of some files, as the manifest has them: of a graph and its weights, say."""
+        parts = [self.manifest.files[name].sha256 for name in names]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def _check_names(self) -> None:
+        """Every file is inside the bundle, and every file that is referred to is listed."""
+        manifest = self.manifest
+        for name in manifest.files:
+            parts = PurePosixPath(name).parts
+            if (
+                not parts
+                or ".." in parts
+                or PurePosixPath(name).is_absolute()
+                or "\\" in name
+                or "\0" in name
+            ):
+                raise BundleError(f"{self.path}: '{name}' is no name of a file in a bundle; {_MEND}")
+        named = [name for graph in manifest.graphs for name in (graph.file, *graph.weights.files)]
+        for part in (manifest.tokenizer, manifest.text):
+            named += part.weight_files if part else ()
+        named += [manifest.tokenizer.encoder, manifest.tokenizer.decoder] if manifest.tokenizer else []
+        named += [manifest.text.graph] if manifest.text else []
+        for name in named:
+            if name not in manifest.files:
+                raise BundleError(f"{self.path}: its manifest needs '{name}' and does not list it; {_MEND}")
+
     def _check_sizes(self) -> None:
         for name, record in self.manifest.files.items():
             file = self.path / name
@@ -83,25 +112,12 @@ class Bundle:
                 )
 
     def _check_digests(self) -> None:
-        stamps = {name: _stamp(self.path / name) for name in self.manifest.files}
-        note = cache_directory() / "verified" / f"{self.digest}.json"
-        known = json.loads(note.read_text()) if note.is_file() else {}
-        if known == stamps:
-            return
         for name, record in self.manifest.files.items():
-            if known.get(name) != stamps[name] and sha256(self.path / name) != record.sha256:
+            if cache.digest(self.path / name) != record.sha256:
                 raise BundleError(f"{self.path}: '{name}' was altered (its sha256 differs); {_MEND}")
-        _write_note(note, stamps)
 
 
 _MEND = "export the bundle again or copy it afresh"
-
-
-def cache_directory() -> Path:
-    """Where diagd keeps what belongs to this machine: ``$DIAGD_CACHE``, or diagd in the user's cache."""
-    if explicit := os.environ.get("DIAGD_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diagd"
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -116,8 +132,8 @@ def read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         raise BundleError(f"{path} is no bundle: it has no {MANIFEST_NAME}; make one with diagd-export")
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{file} is damaged ({error}); {_MEND}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -167,6 +183,13 @@ def _content(file: Path) -> bytes:
 
 def _export_line(path: Path, content: dict[str, Any]) -> str:
     """The command that made a bundle of an earlier schema, as far as its manifest tells."""
+    try:
+        return _told_export_line(path, content)
+    except (AttributeError, TypeError):  # made by hand
+        return f"diagd-export --model NAME --output {shlex.quote(str(path))}"
+
+
+def _told_export_line(path: Path, content: dict[str, Any]) -> str:
     graphs: list[dict[str, Any]] = content.get("graphs") or []
     graph = graphs[0] if graphs else {}
     forms = dict.fromkeys(entry.get("form", "") for entry in graphs)
@@ -196,16 +219,3 @@ def seal(directory: Path, manifest: Manifest) -> Manifest:
     sealed = manifest.model_copy(update={"files": files})
     (directory / MANIFEST_NAME).write_text(sealed.model_dump_json(indent=2) + "\n")
     return sealed
-
-
-def _stamp(file: Path) -> list[int]:
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
-
-
-def _write_note(note: Path, stamps: dict[str, list[int]]) -> None:
-    try:
-        with atomic_file(note) as partial:
-            partial.write_text(json.dumps(stamps))
-    except OSError:
-        return  # a read-only cache only costs the next start another check

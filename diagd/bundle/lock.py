@@ -21,28 +21,32 @@ _FAR = 1 << 30
 
 
 @contextmanager
-def turn(path: Path) -> Iterator[None]:
+def turn(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Wait until no other process writes ``path``, and keep others waiting meanwhile.
+
+    Yields False where another one does and ``wait`` is off.
 
     The lock is the system's, on a hidden file beside ``path``: it ends with the process that holds it, holds
     between containers, and between machines where the network disk has locks. Where there are none the caller
     goes on at once. The file says who holds it, which is logged by those who wait.
     """
     name = path.with_name(f".{path.name}.lock")
+    taken = True
     try:
         name.parent.mkdir(parents=True, exist_ok=True)
-        file = _acquire(name, path)
+        file = _acquire(name, path, wait)
+        taken = file is not None
     except OSError as error:
         _LOG.debug("no lock on %s: %s", path, error)
         file = None
     try:
-        yield
+        yield taken
     finally:
         if file is not None:
             _release(file, name)
 
 
-def _acquire(name: Path, path: Path) -> BinaryIO:
+def _acquire(name: Path, path: Path, wait: bool) -> BinaryIO | None:
     told = False
     while True:
         file = name.open("a+b", buffering=0)
@@ -52,6 +56,9 @@ def _acquire(name: Path, path: Path) -> BinaryIO:
                     file.truncate(0)
                     file.write(_holder().encode(errors="replace"))
                     return file
+            elif not wait:
+                file.close()
+                return None
             elif not told:
                 told = True
                 file.seek(0)
@@ -107,9 +114,14 @@ if sys.platform == "win32":
         msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 else:
-    import fcntl
+    try:
+        import fcntl
+    except ImportError:  # a system without: its callers go on without locks
+        fcntl = None  # type: ignore[assignment]
 
     def _lock(file: BinaryIO) -> bool:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "this system has no locks")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -208,9 +208,13 @@ class FileRecord(_Record):
 
 
 class Provenance(_Record):
-    """Where the weights came from, and what was made of them since: ``tuned`` describes a fine-tuning."""
+    """What the weights are: the name of their file, folder or address, and the digest of its content.
+
+    ``tuned``: what was made of them since, a description of a fine-tuning.
+    """
 
     source: str
+    digest: str | None = None
     tuned: str | None = None
     diagd_version: str
     random_seed: int | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from diagd.cli import terminal
 from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError, require
@@ -72,11 +73,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Align and write the new weights."""
     require("torch", extra="export", purpose="fine-tune a model")
-    from rich.console import Console
 
     settings = parse_settings(AlignSettings, args.settings)
     losses: list[float] = []
-    with Progress(Console()).count("aligning", settings.steps) as advance:
+    with Progress(terminal.console()).count("aligning", settings.steps) as advance:
 
         def report(step: int, loss: float) -> None:
             del step
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         output = _align(args, settings, report)
     span = max(1, len(losses) // 10)
     first, last = sum(losses[:span]) / span, sum(losses[-span:]) / span
-    Console().print(f"{settings.steps} steps, loss {first:.4f} -> {last:.4f} nats a token: {output}")
+    terminal.console().print(f"{settings.steps} steps, loss {first:.4f} -> {last:.4f} nats a token: {output}")
     return 0
 
 
@@ -204,7 +204,7 @@ def _schedule(layout: StreamLayout, k: int, d: str, seed: RowSeed) -> Schedule:
     named = {"serial": Schedule.serial, "chained": Schedule.chained}
     if d in named:
         return named[d](layout, k, seed)
-    if not d.isdigit():
+    if not (d.isascii() and d.isdigit()):
         raise UsageError(f"--d {d}: expected serial, chained or a number of steps")
     return Schedule(layout, k, int(d), seed)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from diagd.bundle.targets import is_empty_path
+from diagd.cli import terminal
 from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError
@@ -57,8 +58,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build, or say what would be built."""
-    from rich.console import Console
-
     from diagd.bundle import Bundle
     from diagd.engines.tensorrt.capabilities import import_tensorrt
     from diagd.engines.tensorrt.opening import compile_engine
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     settings = parse_settings(BuildSettings, args.settings)
     if is_empty_path(args.bundle):
         raise UsageError("bundle '.': the folder one works in is not written to; name it from outside")
-    console, bundle = Console(), Bundle.open(args.bundle).at_precision(args.precision)
+    console, bundle = terminal.console(), Bundle.open(args.bundle).at_precision(args.precision)
     trt = import_tensorrt(args.runtime)
     request = _request(args, settings, bundle)
     if args.dry_run:
@@ -75,14 +74,12 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     stored, log = compile_engine(bundle, request, trt, progress=Progress(console), force=args.force)
     for line in log:
-        console.print(f"{line.severity.lower()}: {line.text}", style="dim", markup=False)
+        console.print(f"{line.severity.lower()}: {line.text}", style="dim")
     seconds, fingerprint = time.perf_counter() - began, stored.record.fingerprint
     console.print(
         f"built {fingerprint.form.value} {fingerprint.precision} widths "
         f"{','.join(map(str, fingerprint.widths))} for {','.join(fingerprint.targets)} in {seconds:.1f} s: "
-        f"{stored.record.bytes / 1e6:,.1f} MB at {stored.plan}",
-        markup=False,
-        soft_wrap=True,
+        f"{stored.record.bytes / 1e6:,.1f} MB at {stored.plan}"
     )
     return 0
 
@@ -125,7 +122,6 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
 
 
 def _print_plan(console: Console, bundle: Bundle, request: Request, trt: ModuleType) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from diagd.engines.host import available_bytes
@@ -135,7 +131,7 @@ def _print_plan(console: Console, bundle: Bundle, request: Request, trt: ModuleT
 
     form, graph, widths = choose(bundle, request, capabilities(trt))
     needed = estimate(bundle, graph, widths)
-    table = Table("what", "GB", title=f"{escape(str(bundle.path))}: {form.value} form, nothing was built")
+    table = Table("what", "GB", title=f"{bundle.path}: {form.value} form, nothing was built")
     table.add_row("weights", f"{needed.weights / 1e9:.2f}")
     table.add_row("host memory while building, about", f"{needed.build / 1e9:.2f}")
     table.add_row("host memory free", f"{(available_bytes() or 0) / 1e9:.2f}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from diagd.bundle.targets import bundle_target
+from diagd.cli import terminal
 from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError, require
@@ -67,8 +68,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Quantise and judge; the bundle changes only on success."""
     require("torch", extra="export", purpose="trace quantised graphs")
-    from rich.console import Console
-
     from diagd.bundle import Bundle
     from diagd.calibration.gate import Budget, parse_budget
     from diagd.calibration.quantise import CalibrationOptions, RejectedError, calibrate
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         kv_cache=args.kv_cache,
         **settings.model_dump(include={"steps", "floor", "threads", "floats"}),
     )
-    bundle, console, began = Bundle.open(args.bundle), Console(), time.perf_counter()
+    bundle, console, began = Bundle.open(args.bundle), terminal.console(), time.perf_counter()
     try:
         report = calibrate(bundle, options, _frames(args, settings, bundle), Progress(console))
     except RejectedError as error:
@@ -107,7 +106,7 @@ def _frames(args: argparse.Namespace, settings: CalibrateSettings, bundle: Bundl
 
     if args.data is None:
         return None
-    if args.data.suffix == ".npy":
+    if args.data.suffix.lower() == ".npy":
         tokens = read_tokens(args.data, bundle.manifest)
         grid = (bundle.manifest.layout.rows, bundle.manifest.layout.columns)
         if tokens.ndim != 3 or tokens.shape[1:] != grid:

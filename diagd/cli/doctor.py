@@ -6,12 +6,14 @@ import argparse
 import json
 from dataclasses import asdict
 
+from diagd.cli import terminal
 from diagd.cli.paths import path
 
 EPILOG = """examples:
   diagd doctor
   diagd doctor crafter-3m.diagd
   diagd doctor --json
+  diagd doctor --clear-cache
 
 Exit code 1 where something is wrong; what is only absent costs the features that need it.
 """
@@ -23,17 +25,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.epilog = EPILOG
     parser.add_argument("bundle", type=path, nargs="?", help="also check this bundle")
+    parser.add_argument("--clear-cache", action="store_true", help="empty this machine's cache first")
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the checks; exit code 1 where one found a problem."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
+    from diagd.bundle.cache import clear
     from diagd.planning.machine import PROBLEM, check_bundle, check_machine
 
+    if args.clear_cache:
+        clear()
     checks = check_machine()
     if args.bundle:
         checks += check_bundle(args.bundle)
@@ -43,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         table = Table("check", "", "found", "how to fix")
         for check in checks:
-            status = f"[{COLOURS[check.status]}]{check.status}"
-            table.add_row(escape(check.name), status, escape(check.found), escape(check.fix))
-        Console().print(table)
+            status = terminal.styled(check.status, COLOURS[check.status])
+            table.add_row(check.name, status, check.found, check.fix)
+        terminal.console().print(table)
     return 1 if problems else 0

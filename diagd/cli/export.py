@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from diagd.bundle.targets import bundle_target
+from diagd.cli import terminal
 from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError, require
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from diagd.export.exporter import Exporter, GraphOptions, Sources
     from diagd.export.families.family import Family
 
@@ -70,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--checkpoint is empty (a variable that is not set?); give a file, folder or hf://")
     output = bundle_target(args.output or Path(f"{args.model}.diagd"))
     require("torch", extra="export", purpose="export a model")
-    from rich.console import Console
 
     from diagd.export.exporter import Exporter, export
     from diagd.export.families.registry import find
+    from diagd.export.resume import is_resumable
 
-    console = Console()
+    console = terminal.console()
     family = find(args.model, args.checkpoint)
     options = _graph_options(args, settings)
     if args.dry_run:
@@ -84,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         result = export(family, options, _sources(args, settings, family), output, Progress(console))
     except KeyboardInterrupt:
-        console.print("the same command goes on where this one stopped")
+        if is_resumable(output):
+            console.print("the weights so far are kept: the same command goes on where this one stopped")
         raise
     size = result.bytes / 1e6
     console.print(f"exported {args.model} in {result.seconds:.1f} s: {size:,.1f} MB at {result.path}")
@@ -117,8 +121,7 @@ def _sources(args: argparse.Namespace, settings: ExportSettings, family: Family)
     return sources if pixels else replace(sources, tokenizer=None)
 
 
-def _print_plan(console: object, exporter: Exporter, output: Path) -> None:
-    from rich.console import Console
+def _print_plan(console: Console, exporter: Exporter, output: Path) -> None:
     from rich.table import Table
 
     plan = exporter.plan()
@@ -126,6 +129,5 @@ def _print_plan(console: object, exporter: Exporter, output: Path) -> None:
     for name, size in plan.files.items():
         table.add_row(name, f"{size / 1e6:,.2f}")
     table.add_row("total", f"{plan.total_bytes / 1e6:,.2f}")
-    if isinstance(console, Console):
-        console.print(table)
-        console.print(f"peak memory of the export: about {plan.peak_bytes / 1e9:.1f} GB")
+    console.print(table)
+    console.print(f"peak memory of the export: about {plan.peak_bytes / 1e9:.1f} GB")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from diagd.cli import terminal
 from diagd.cli.paths import path
 from diagd.cli.schedule_options import add_schedule_options, parse_schedule
 from diagd.cli.settings import add_set_option, parse_settings
@@ -74,8 +75,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and write the frames; nothing is written on failure."""
-    from rich.console import Console
-
     from diagd.bundle import Bundle
     from diagd.engines.onnxruntime_session import CpuOptions
     from diagd.runtime.load import open_session
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = _sampling(args, bundle.manifest)
     actions, frames = _actions(args, bundle.manifest)
     cpu = CpuOptions(settings.threads, settings.prepack)
-    only_tokens = args.prompt.suffix == args.output.suffix == ".npy"
+    only_tokens = args.prompt.suffix.lower() == args.output.suffix.lower() == ".npy"
     pixels = None if only_tokens else PixelCodec(bundle, cpu)
     prompt = _prompt(args, settings, bundle.manifest, pixels)
     session = open_session(
@@ -103,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         backend=settings.backend,
     )
     session.start(prompt, _idle(bundle.manifest, len(prompt)), _text(settings, bundle.manifest))
-    console, began = Console(), time.perf_counter()
+    console, began = terminal.console(), time.perf_counter()
     with Progress(console).count(f"{args.bundle.name} k={schedule.k} d={schedule.d}", frames) as advance:
 
         def decoded() -> Iterator[Int]:
@@ -164,7 +163,7 @@ def _prompt(
 ) -> Int:
     from diagd.runtime.prompt import read_prompt, read_tokens
 
-    if args.prompt.suffix == ".npy" or pixels is None:
+    if args.prompt.suffix.lower() == ".npy" or pixels is None:
         return read_tokens(args.prompt, manifest)
     return read_prompt(args.prompt, pixels, settings.prompt_frames, settings.resize)
 
@@ -186,7 +185,7 @@ def _text(settings: GenerateSettings, manifest: Manifest) -> Float | None:
 def _write(output: Path, prompt: Int, frames: Iterator[Int], pixels: PixelCodec | None, fps: float) -> None:
     from diagd.runtime.output import write_tokens, write_video
 
-    if output.suffix == ".npy" or pixels is None:
+    if output.suffix.lower() == ".npy" or pixels is None:
         write_tokens(output, frames)
     else:
         write_video(output, prompt, frames, pixels, fps)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagd.bundle.targets import file_target
+from diagd.cli import terminal
 from diagd.cli.paths import path
 from diagd.cli.schedule_options import add_schedule_options, parse_schedule
 from diagd.errors import UsageError
@@ -51,8 +52,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; exit code 2 where the path is neither a bundle nor an ONNX file."""
-    from rich.console import Console
-
     from diagd.bundle import read_manifest
     from diagd.export.onnx_file import read_onnx
 
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--{given[0]} needs a bundle: an ONNX file has no schedule")
         graphs = {args.path.name: read_onnx(args.path)}
         _print_json({"graphs": _graphs_content(graphs)}) if args.json else _print_graphs(
-            Console(), graphs, {}
+            terminal.console(), graphs, {}
         )
         return 0
     if args.draw:
@@ -82,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
 def _report(
     args: argparse.Namespace, manifest: Manifest, graphs: dict[str, OnnxFile], schedule: Schedule
 ) -> None:
-    from rich.console import Console
 
     from diagd.profiling.frontier import draw, frontier
 
@@ -95,7 +93,7 @@ def _report(
         content = {"manifest": manifest.model_dump(mode="json"), "graphs": _graphs_content(graphs)}
         _print_json(content | {"schedule": _schedule_content(schedule, drawn, args.steps)})
     else:
-        console = Console()
+        console = terminal.console()
         _print_manifest(console, manifest, args.path)
         _print_graphs(console, graphs, _uses(manifest))
         _print_schedule(console, schedule, drawn, args.steps)
@@ -136,7 +134,6 @@ def _schedule_content(schedule: Schedule, drawn: Frontier, steps: int) -> dict[s
 
 
 def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     layout, cache = manifest.layout, manifest.cache
@@ -153,9 +150,9 @@ def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
         "licence": manifest.licence,
         "files": ", ".join(f"{name} {entry.bytes / 1e6:,.2f} MB" for name, entry in manifest.files.items()),
     }
-    table = Table(show_header=False, title=escape(str(path)))
+    table = Table(show_header=False, title=str(path))
     for name, value in rows.items():
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     console.print(table)
 
 
@@ -192,7 +189,6 @@ def _uses(manifest: Manifest) -> dict[str, str]:
 
 
 def _print_graphs(console: Console, graphs: dict[str, OnnxFile], uses: dict[str, str]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table("graph", "constants", "operators", title="graphs", show_lines=True)
@@ -215,9 +211,7 @@ def _print_graphs(console: Console, graphs: dict[str, OnnxFile], uses: dict[str,
         for kind, values in (("in ", graph.inputs), ("out", graph.outputs)):
             shown = [f"{v.name} {v.dtype}{list(v.shape)}".replace("'", "") for v in values]
             more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
-            console.print(
-                f"[dim]{escape(name)}[/] {kind}: {escape(', '.join(shown[:8]))}{more}", highlight=False
-            )
+            console.print(f"{name} {kind}: {', '.join(shown[:8])}{more}")
 
 
 def _print_schedule(console: Console, schedule: Schedule, drawn: Frontier, steps: int) -> None:
@@ -231,9 +225,9 @@ def _print_schedule(console: Console, schedule: Schedule, drawn: Frontier, steps
         f"{schedule.steps_per_frame} from a frame's first cell to its last, up to {widest} rows a pass",
     )
     for line in lines:
-        console.print(line, highlight=False)
+        console.print(line)
     if layout.columns <= SHOWN_COLUMNS:
-        console.print("the pass that decodes each cell of the first frame:", highlight=False)
-        console.print(as_text(drawn.steps[0]), highlight=False, soft_wrap=True)
+        console.print("the pass that decodes each cell of the first frame:")
+        console.print(as_text(drawn.steps[0]))
     for line in table_lines(schedule.table(1, frames, 0), 0, steps):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from types import ModuleType
 
+from diagd.cli.terminal import streams
 from diagd.errors import DependencyError, DiagdError, UsageError
 from diagd.version import __version__
 
@@ -37,19 +38,29 @@ WORLD_VERBS = {
 
 GROUP = "diagd.verbs"
 
+PRINTERS = ("models", "doctor", "inspect", "plan", "verify")
+"""Verbs whose result is what they print."""
+
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``diagd VERB ...`` and return its exit code."""
+    """Run ``diagd VERB ...`` and return its exit code, whoever listens to what it says."""
     given = list(sys.argv[1:] if argv is None else argv)
-    try:
-        module, args = _parse(given)
-    except DependencyError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    return _run(module, args)
+    with streams() as (out, errors):
+        try:
+            module, args = _parse(given)
+        except DependencyError as error:
+            errors.write(f"error: {error}\n")
+            return error.exit_code
+        code = _run(module, args)
+        out.flush()
+        if out.is_full and out.lost is not None:
+            errors.write(f"error: stdout: {out.lost.strerror}; what was printed is not complete\n")
+            if getattr(args, "json", False) or args.verb in PRINTERS:
+                return code or UsageError.exit_code
+    return code
 
 
 def _parse(given: list[str]) -> tuple[ModuleType, argparse.Namespace]:

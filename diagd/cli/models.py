@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from diagd.cli import terminal
+
 COLUMNS = ("model", "parameters", "grid", "context")
 
 EPILOG = """example:
@@ -20,7 +22,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table of models."""
-    from rich.console import Console
     from rich.table import Table
 
     from diagd.export.families.registry import listing
@@ -32,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
     table = Table(*COLUMNS, title="models")
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in COLUMNS))
-    console = Console()
+    console = terminal.console()
     console.print(table)
     for row in rows:
-        console.print(f"[bold]{row['model']}[/]: weights {row['weights']}; licence: {row['licence']}")
+        console.print(f"{row['model']}: weights {row['weights']}; licence: {row['licence']}")
     return 0
 
 

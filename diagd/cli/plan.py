@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from diagd.cli import terminal
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError, unknown
 
@@ -63,8 +64,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; exit code 1 where the model does not fit."""
-    from rich.console import Console
-
     from diagd.planning.plan import make_plan
 
     settings = parse_settings(PlanSettings, args.settings)
@@ -85,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
         content = asdict(plan) | {"fits": plan.fits, "builds": plan.builds, "running": plan.memory.running}
         print(json.dumps(content | {"stored": stored}, indent=2))  # noqa: T201
     else:
-        _print(Console(), plan)
-        _print_stored(Console(), stored)
+        _print(terminal.console(), plan)
+        _print_stored(terminal.console(), stored)
     return 0 if plan.fits else 1
 
 
@@ -174,15 +173,19 @@ def _print(console: Console, plan: Plan) -> None:
     for name, size in asdict(memory).items():
         if name != "build_peak":
             table.add_row(name, f"{size / 1e6:,.1f}")
-    table.add_row("[bold]while it runs", f"[bold]{memory.running / 1e6:,.1f}")
+    table.add_row(
+        *(terminal.styled(cell, "bold") for cell in ("while it runs", f"{memory.running / 1e6:,.1f}"))
+    )
     table.add_row("while its engine is built", f"{memory.build_peak / 1e6:,.1f}")
     console.print(table)
     _print_ceilings(console, plan)
-    verdict = "[green]fits" if plan.fits else "[red]does not fit"
-    console.print(f"{verdict}[/] {device.title}: {memory.running / GB:.2f} of {device.usable / GB:.2f} GB")
+    verdict = terminal.styled("fits", "green") if plan.fits else terminal.styled("does not fit", "red")
+    console.print(
+        verdict, f"{device.title}: {memory.running / GB:.2f} of {device.usable / GB:.2f} GB", soft_wrap=True
+    )
     for line in plan.advice:
         console.print(f"  {line}")
-    console.print(f"[dim]{device.title}: {device.source}")
+    console.print(f"{device.title}: {device.source}", style="dim")
 
 
 def _print_stored(console: Console, stored: dict[str, dict[str, float]]) -> None:
@@ -221,4 +224,4 @@ def _print_ceilings(console: Console, plan: Plan) -> None:
     table.add_row("[dim]MB a pass", "", *read.values())
     console.print(table)
     if any(row.bound != "memory" for row in plan.ceilings):
-        console.print("[dim]* bound by arithmetic, not by memory")
+        console.print("* bound by arithmetic, not by memory", style="dim")

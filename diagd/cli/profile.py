@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from diagd.bundle.targets import file_target, folder_target
+from diagd.cli import terminal
 from diagd.cli.lags import parse_lags
 from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
@@ -74,8 +75,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and write, or compare; exit code 3 for a regression."""
-    from rich.console import Console
-
     if args.compare:
         return _compare(args)
     if args.bundle is None:
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     folder_target(output, {"report.json": b'"schema_version"'}, "a report of diagd-profile")
     if args.trace:
         _check_trace(args.trace, output)
-    console = Console(stderr=args.json, markup=False, highlight=False)
+    console = terminal.console(stderr=args.json)
     measured = profile(Bundle.open(args.bundle), options, Progress(console), console.print)
     measured.report.write(output / "report.json")
     write_page(output / "report.html", measured.report)
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         print(measured.report.model_dump_json(indent=1))  # noqa: T201
     else:
         _print(console, measured.report)
-        console.print(str(output / "report.html"), soft_wrap=True)
+        console.print(str(output / "report.html"))
     return 0
 
 
@@ -143,7 +142,6 @@ def _options(args: argparse.Namespace) -> ProfileOptions:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from rich.console import Console
 
     from diagd.profiling.compare import compare
     from diagd.profiling.report import read_report
@@ -152,7 +150,7 @@ def _compare(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(comparison), indent=2))  # noqa: T201
     else:
-        _print_comparison(Console(), comparison)
+        _print_comparison(terminal.console(), comparison)
     return REGRESSION if comparison.regressions else 0
 
 
@@ -238,10 +236,10 @@ def _print_comparison(console: Console, comparison: Comparison) -> None:
             f"{1e3 * change.after:.4g}",
             f"{change.ratio:.3f}",
             f"{change.low:.3f} .. {change.high:.3f}",
-            f"[{colour}]{change.verdict}" if colour else change.verdict,
+            terminal.styled(change.verdict, colour) if colour else change.verdict,
         )
     console.print(table)
     if few := len(comparison.changes) - len(shown):
         console.print(f"{few} more have too few steps to say")
     for note in comparison.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {note}")

@@ -18,6 +18,10 @@ def add_schedule_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed-policy", choices=[seed.value for seed in RowSeed], help="row seed")
 
 
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
 def parse_schedule(
     args: argparse.Namespace, manifest: Manifest, *, refeed: bool = True, keep_seeds: bool = False
 ) -> Schedule:
@@ -35,7 +39,7 @@ def parse_schedule(
         "chained": chained_lag(layout.rows, k),
     }
     given = args.d if args.d is not None else ("serial" if args.k is not None or not default.d else default.d)
-    if given not in words and not str(given).isdigit():
+    if given not in words and not _is_number(str(given)):
         raise UsageError(f"--d {given}: expected serial, chained or a number of steps")
     seed = RowSeed(args.seed_policy) if args.seed_policy else default.row_seed
     return Schedule(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from diagd.cli import terminal
 from diagd.cli.lags import parse_lags
 from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
@@ -20,6 +21,7 @@ from diagd.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from diagd.bundle import Bundle
     from diagd.engines.engine import Int
@@ -74,8 +76,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a verdict for each engine and order; exit code 1 where one failed."""
-    from rich.console import Console
-
     from diagd.bundle import Bundle
 
     settings = parse_settings(VerifySettings, args.settings)
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     reference = Bundle.open(args.reference) if args.reference else bundle
     _check_same(bundle, reference)
-    console = Console(stderr=args.json)
+    console = terminal.console(stderr=args.json)
     verdicts: list[Verdict] = []
     skipped: list[Skipped] = []
     tensors: list[TensorVerdict] = []
@@ -163,7 +163,7 @@ def _read_prompt(path: Path, bundle: Bundle, settings: VerifySettings) -> Int:
     from diagd.runtime.pixels import PixelCodec
     from diagd.runtime.prompt import read_prompt, read_tokens
 
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return read_tokens(path, bundle.manifest)[-settings.prompt :]
     return read_prompt(path, PixelCodec(bundle, CpuOptions(settings.threads)), settings.prompt, resize=True)
 
@@ -187,11 +187,15 @@ def _print(console: Console, verdicts: list[Verdict]) -> None:
     for verdict in verdicts:
         first = verdict.first_difference
         where = "nowhere" if first is None else f"({first.frame}, {first.row}, {first.column})"
-        mark = "[green]ok" if verdict.passed else "[red]failed"
+        mark = _mark(verdict.passed)
         share = f"{100 * verdict.agreement:.2f} %"
         cells, error = str(verdict.cells), f"{verdict.error:.1e}"
         table.add_row(verdict.engine, verdict.order, cells, where, share, error, mark)
     console.print(table)
+
+
+def _mark(passed: bool) -> Text:
+    return terminal.styled("ok", "green") if passed else terminal.styled("failed", "red")
 
 
 def _print_tensors(console: Console, verdicts: list[TensorVerdict]) -> None:
@@ -201,6 +205,6 @@ def _print_tensors(console: Console, verdicts: list[TensorVerdict]) -> None:
         return
     table = Table("engine", "tensor", "greatest error", "", title="outputs of one step")
     for verdict in verdicts:
-        mark = "[green]ok" if verdict.passed else "[red]failed"
+        mark = _mark(verdict.passed)
         table.add_row(verdict.engine, verdict.tensor, f"{verdict.error:.1e}", mark)
     console.print(table)

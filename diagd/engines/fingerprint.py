@@ -176,9 +176,7 @@ def check_plan(engine: StoredEngine) -> None:
 
 def graph_digest(bundle: Bundle, graph: StepGraph) -> str:
     """Digest of a step graph and the files its weights lie in."""
-    names = (graph.file, *graph.weights.files)
-    parts = [bundle.manifest.files[name].sha256 for name in names]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    return bundle.digest_of(graph.file, *graph.weights.files)
 
 
 def _text(value: object) -> str:

@@ -13,6 +13,7 @@ from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import CacheShape, StepGraph
 from diagd.engines.buffers import aligned_zeros, rotate_pairs, text_buffers
 from diagd.engines.engine import VOID, Float, Int, SamplingState, StepInputs
+from diagd.engines.fingerprint import graph_digest
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.errors import BundleError
 
@@ -44,7 +45,8 @@ class FixedEngine:
         self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache)}
         self.text = text_buffers(manifest)
         options = options.suiting(graphs[0].precision)
-        self._session = open_session(bundle.file(graphs[0].file), bundle.digest, options)
+        digest = graph_digest(bundle, graphs[0])
+        self._session = open_session(bundle.file(graphs[0].file), digest, options)
         vocabulary = manifest.output_vocabulary
         self._steps = {width: self.step_type(self._session, self, width, vocabulary) for width in self.widths}
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 
 from diagd.errors import DiagdError, UsageError
+
+UNKNOWN_MEMORY = 8 << 30
+"""Bytes taken for granted where the system does not say."""
 
 
 def cores() -> int:
     """Cores this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux only
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return getattr(os, "process_cpu_count", os.cpu_count)() or 1
 
 
 @cache
@@ -43,7 +48,7 @@ def processor_features() -> str:
 
 def memory_bytes() -> int:
     """Memory this process may use: the machine's, or the limit of its control group."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = _configured("SC_PHYS_PAGES") or _windows_memory() or UNKNOWN_MEMORY
     limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
     for limit in limits:
         if limit.is_file() and (content := limit.read_text().strip()).isdigit():
@@ -58,7 +63,35 @@ def available_bytes() -> int | None:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    return _configured("SC_AVPHYS_PAGES")
+
+
+def peak_memory() -> int:
+    """Most bytes this process has had in memory; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _configured(pages: str) -> int | None:
+    """Bytes of a number of pages that ``sysconf`` tells, where there is one."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _windows_memory() -> int | None:
+    """``ullTotalPhys`` of ``GlobalMemoryStatusEx``."""
+    libraries = getattr(ctypes, "windll", None)
+    if libraries is None:
+        return None
+    status = (ctypes.c_uint64 * 8)()
+    ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
+    return int(status[1]) if libraries.kernel32.GlobalMemoryStatusEx(status) else None
 
 
 def check_memory(

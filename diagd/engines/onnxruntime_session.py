@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diagd.bundle import cache_directory
-from diagd.bundle.files import atomic_directory
+from diagd.bundle import cache
 from diagd.engines.buffers import ALIGNMENT
 from diagd.engines.host import cores, processor_features
 from diagd.errors import EngineError, require
@@ -22,6 +21,10 @@ SPIN_MICROSECONDS = 50
 
 UNWANTED = ["MatMulAddFusion"]
 """It makes a product and its residual one Gemm, which hides the product from the fusion with Q/DQ."""
+
+
+PACKED = "step.onnx"
+"""Name of a packed graph; an entry of the cache without it says that the weights cannot be packed."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def open_session(graph: Path, digest: str, options: CpuOptions) -> onnxruntime.I
 
     Args:
         graph: the ONNX file.
-        digest: of the bundle; part of the cache key.
+        digest: of the graph and its weights, under which they are cached.
         options: threads and cache use.
 
     Raises:
@@ -83,19 +86,25 @@ def _settings(runtime: onnxruntime, options: CpuOptions) -> onnxruntime.SessionO
 
 
 def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptions) -> Path:
-    key = hashlib.sha256("\n".join([digest, graph.name, runtime.__version__, processor_features()]).encode())
-    directory = cache_directory() / "prepacked" / key.hexdigest()[:32]
-    if not (directory / graph.name).is_file():
-        with atomic_directory(directory) as partial:
-            settings = _settings(runtime, options)
-            settings.optimized_model_filepath = str(partial / graph.name)
-            settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-            settings.add_session_config_entry(
-                "session.optimized_model_external_initializers_file_name", f"{graph.stem}.bin"
-            )
-            _load(runtime, graph, settings)
-    packed = directory / graph.name
-    return packed if _is_aligned(packed) else graph
+    """The graph with its weights as this machine packs them, from the cache; without one, itself."""
+
+    def pack(folder: Path) -> None:
+        settings, packed = _settings(runtime, options), folder / PACKED
+        settings.optimized_model_filepath = str(packed)
+        settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+        settings.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{packed.stem}.bin"
+        )
+        _load(runtime, graph, settings)
+        if not _is_aligned(packed):
+            for file in list(folder.iterdir()):
+                file.unlink()
+
+    parts = [digest, runtime.__version__, processor_features(), str(options.fuse), *UNWANTED]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    size = sum(file.stat().st_size for file in graph.parent.glob("*.bin"))  # at most, for others use them too
+    found = cache.entry("prepacked", key, pack, size)
+    return found / PACKED if found and (found / PACKED).is_file() else graph
 
 
 def _is_aligned(packed: Path) -> bool:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from diagd.bundle import Bundle, Form
 from diagd.engines.buffers import aligned_zeros, rotate_pairs, text_buffers
 from diagd.engines.engine import VOID, Float, Int, SamplingState, StepInputs
+from diagd.engines.fingerprint import graph_digest
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class PrefixEngine:
         names = [f"{kind}_{layer}" for layer in range(manifest.cache.layers) for kind in ("key", "value")]
         self.buffers = {name: aligned_zeros(shape, dtype) for name in names}
         self._text = text_buffers(manifest)
-        self._session = open_session(bundle.file(graph.file), bundle.digest, options.suiting(graph.precision))
+        digest, options = graph_digest(bundle, graph), options.suiting(graph.precision)
+        self._session = open_session(bundle.file(graph.file), digest, options)
         self._binding = self._session.io_binding()
         self._write_index = np.zeros(1, np.int64)
         self._logits = np.zeros((MAX_WIDTH, manifest.output_vocabulary), np.float32)

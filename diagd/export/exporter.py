@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Collection, Mapping
@@ -38,7 +37,7 @@ from diagd.export.checkpoints import (
 )
 from diagd.export.families.family import Family
 from diagd.export.onnx_file import read_onnx
-from diagd.export.resume import ResumableWeights, export_key
+from diagd.export.resume import ResumableWeights, export_key, shown_source, source_digest
 from diagd.export.step_graph import step_tensors, trace_step, trace_text
 from diagd.export.tracing import link_weights, save
 from diagd.export.transformer import position_tables
@@ -157,21 +156,27 @@ class Exporter:
             CheckpointError: the checkpoint does not fit.
             UsageError: the disk has not enough room, or something other than a bundle is there.
         """
-        bundle_target(output)
+        place = bundle_target(output)
         check(sources.transformer, self.family.expected)
         if self._tokenizer and sources.tokenizer is not None:
             check(sources.tokenizer, self._tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
         self._check_disk(output)
-        with atomic_bundle(output) as directory:
-            self._write_weights(directory, output, sources.transformer, progress)
-            files = {graph.file: graph for graph in self._graphs}  # one file serves every width
-            for graph in progress.each(list(files.values()), "tracing step graphs"):
-                self._write_graph(directory, graph)
-            read = {file: read_onnx(directory / file).weights for file in files}
-            text = self._write_text(directory)
-            tokenizer = self._write_tokenizer(directory, sources.tokenizer, progress)
-            with progress.task("hashing"):
-                return seal(directory, self._manifest(sources, read, tokenizer, text))
+        with atomic_bundle(place) as directory:
+            partial = ResumableWeights(place, export_key(sources.transformer, self._placements))
+            self._write_weights(directory, partial, sources.transformer, progress)
+            with partial.moved_to(directory / WEIGHTS_NAME):
+                return self._write_rest(directory, sources, progress)
+
+    def _write_rest(self, directory: Path, sources: Sources, progress: Progress) -> Manifest:
+        """Graphs, tokenizer and manifest beside the weights."""
+        files = {graph.file: graph for graph in self._graphs}  # one file serves every width
+        for graph in progress.each(list(files.values()), "tracing step graphs"):
+            self._write_graph(directory, graph)
+        read = {file: read_onnx(directory / file).weights for file in files}
+        text = self._write_text(directory)
+        tokenizer = self._write_tokenizer(directory, sources.tokenizer, progress)
+        with progress.task("hashing"):
+            return seal(directory, self._manifest(sources, read, tokenizer, text))
 
     @property
     def _layout(self) -> StreamLayout:
@@ -202,7 +207,9 @@ class Exporter:
                 "free some space or give another --output"
             )
 
-    def _write_weights(self, directory: Path, output: Path, source: Checkpoint, progress: Progress) -> None:
+    def _write_weights(
+        self, directory: Path, partial: ResumableWeights, source: Checkpoint, progress: Progress
+    ) -> None:
         sources: dict[str, WeightSource] = {
             f"transformer.{name}": weight for name, weight in self.family.weights(source).items()
         }
@@ -210,7 +217,6 @@ class Exporter:
             sources[f"transformer.{name}"] = weights.constant(table.numpy())
         sources["ranges"] = weights.constant(self.family.sampling.range_table(self._layout))
         total = sum(p.length for p in self._placements.values())
-        partial = ResumableWeights(output, export_key(source, self._placements))
         try:
             with progress.bytes("weights", total) as advance:
                 weights.write(
@@ -219,7 +225,9 @@ class Exporter:
         except Exception:
             partial.discard()
             raise
-        partial.move_to(directory / WEIGHTS_NAME)
+        except BaseException:  # interrupted: the same export goes on with what is finished
+            partial.sync()
+            raise
 
     def _write_graph(self, directory: Path, graph: _GraphFile) -> None:
         model = trace_step(
@@ -292,7 +300,8 @@ class Exporter:
                 for graph in self._graphs
             ),
             provenance=Provenance(
-                source=os.fsencode(sources.transformer.source).decode(errors="backslashreplace"),
+                source=shown_source(sources.transformer.source),
+                digest=source_digest(sources.transformer.source),
                 diagd_version=__version__,
                 random_seed=sources.random_seed,
             ),

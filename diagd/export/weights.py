@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from diagd.errors import CheckpointError
 from diagd.export.checkpoints import TensorHandle
 from diagd.export.tracing import FOLD_LIMIT
 
@@ -145,7 +146,7 @@ def write(
                 continue
             file.seek(placement.offset)
             for chunk in sources[name].chunks():
-                converted = _packed(np.ascontiguousarray(chunk, dtype=placement.dtype))
+                converted = _packed(_converted(name, chunk, placement.dtype))
                 file.write(converted.data.cast("B") if converted.dtype.kind == "f" else converted.tobytes())
                 progress(converted.nbytes)
             file.flush()
@@ -180,8 +181,28 @@ def store(
     for name, source in sources.items():
         if name not in large:
             array = np.concatenate([np.atleast_1d(chunk) for chunk in source.chunks()])
-            found[name] = ir.Tensor(array.astype(source.dtype).reshape(source.shape), name=name)
+            found[name] = ir.Tensor(_converted(name, array, source.dtype).reshape(source.shape), name=name)
     return found
+
+
+def _converted(name: str, chunk: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    """A chunk in another type, every finite number of which stays finite.
+
+    Raises:
+        CheckpointError: one is too large for the type.
+    """
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray(chunk, dtype=dtype)
+    if converted.dtype == np.float16 and chunk.dtype != np.float16 and np.isinf(converted).any():
+        wide = np.asarray(chunk, np.float64)
+        lost = np.isinf(converted) & np.isfinite(wide)
+        if lost.any():
+            largest = np.abs(wide[lost]).max()
+            raise CheckpointError(
+                f"tensor '{name.removeprefix('transformer.')}' holds {largest:g}, and {dtype} ends at "
+                f"{np.finfo(converted.dtype).max:g}: it would be infinite; export it with --precision fp32"
+            )
+    return converted
 
 
 def external_tensors(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from diagd.bundle import Bundle, cache_directory
+from diagd.bundle import Bundle, cache, cache_directory
 from diagd.engines.host import cores, instruction_sets, memory_bytes
 from diagd.errors import BundleError
 from diagd.planning.devices import GB
@@ -138,14 +138,19 @@ def check_memory() -> Check:
 
 def check_disk() -> Check:
     """Room for packed weights and compiled engines, and the right to write them."""
-    cache = cache_directory()
-    parent = next(path for path in (cache, *cache.parents) if path.is_dir())
-    free = shutil.disk_usage(parent).free
-    found = f"{cache}: {free / GB:.1f} GB free"
-    if not os.access(parent, os.W_OK):
-        return Check(
-            "cache", PROBLEM, f"{cache} cannot be written", "set DIAGD_CACHE to a directory of yours"
-        )
+    fix = "set DIAGD_CACHE to a directory of yours"
+    place = cache_directory()
+    if place is None:
+        return Check("cache", ABSENT, "no place for one: HOME and XDG_CACHE_HOME are not set", fix)
+    parent = next(path for path in (place, *place.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        return Check("cache", PROBLEM, f"{place} cannot be written", fix)
+    free, held = shutil.disk_usage(parent).free, cache.usage()
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(held.entries.items())) or "empty"
+    found = (
+        f"{place}: {kinds}; {held.total_bytes / GB:.2f} of at most {cache.limit_bytes(place) / GB:.1f} GB, "
+        f"{free / GB:.1f} GB free"
+    )
     if free < LEAST_DISK:
         return Check("cache", PROBLEM, found, "free some space, or set DIAGD_CACHE to another disk")
     return Check("cache", OK, found)

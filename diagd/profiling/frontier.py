@@ -99,9 +99,9 @@ def draw(path: Path, drawn: Frontier, steps_a_second: float = 12.0) -> None:
     Raises:
         UsageError: another suffix.
     """
-    if path.suffix == ".png":
+    if path.suffix.lower() == ".png":
         write_png(path, still(drawn))
-    elif path.suffix == ".gif":
+    elif path.suffix.lower() == ".gif":
         from diagd.runtime.video import VideoWriter
 
         pictures = animation(drawn)

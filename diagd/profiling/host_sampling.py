@@ -45,8 +45,7 @@ def without_sampler(bundle: Bundle) -> Iterator[Bundle]:
         OSError: there is no room.
     """
     graphs, renamed = graphs_of(bundle, Form.MODERN), []
-    cache_directory().mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache_directory()) as folder:
+    with _temporary_folder() as folder:
         target = Path(folder)
         for graph in graphs:
             source = bundle.file(graph.file)
@@ -57,6 +56,17 @@ def without_sampler(bundle: Bundle) -> Iterator[Bundle]:
             renamed.append(graph.model_copy(update={"file": name}))
         _link(bundle.file(MANIFEST_NAME), target / MANIFEST_NAME)
         yield Bundle(target, bundle.manifest.model_copy(update={"graphs": tuple(renamed)}))
+
+
+def _temporary_folder() -> TemporaryDirectory[str]:
+    """In the cache, which likely shares a disk with bundles; else where the system puts such."""
+    try:
+        if place := cache_directory():
+            place.mkdir(parents=True, exist_ok=True)
+            return TemporaryDirectory(dir=place)
+    except OSError:
+        pass
+    return TemporaryDirectory()
 
 
 def _link(source: Path, target: Path) -> None:

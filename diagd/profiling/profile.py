@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ import numpy as np
 
 from diagd.bundle import Bundle
 from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.host import cores, memory_bytes, processor_name
+from diagd.engines.host import cores, memory_bytes, peak_memory, processor_name
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.planning.ceilings import Ceilings
@@ -347,8 +346,3 @@ def _subject(bundle: Bundle, model: StoredModel, session: Session) -> Subject:
         parameters=model.size.streamed + model.size.looked_up,
         weight_bytes=model.streamed_bytes,
     )
-
-
-def peak_memory() -> int:
-    """Most bytes this process has had in memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

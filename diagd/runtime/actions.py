@@ -92,6 +92,8 @@ def _lines(path: Path) -> list[str]:
 def _parse(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line, parse_constant=_no_constant)
+    except RecursionError:
+        raise UsageError(f"not an action (nested too deep): {line.strip()[:60]}") from None
     except ValueError as error:
         if line.lstrip().startswith("{'") or "array(" in line:
             raise UsageError(

@@ -74,6 +74,6 @@ class PixelCodec:
 
     def _run(self, graph: str, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
         if graph not in self._sessions:
-            path = self._bundle.file(graph)
-            self._sessions[graph] = open_session(path, self._bundle.digest, self._options)
+            path, digest = self._bundle.file(graph), self._bundle.digest_of(graph, *self.spec.weight_files)
+            self._sessions[graph] = open_session(path, digest, self._options)
         return self._sessions[graph].run(None, {name: np.ascontiguousarray(array)})[0]  # type: ignore[no-any-return, attr-defined]

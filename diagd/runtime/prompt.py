@@ -9,6 +9,7 @@ import numpy as np
 from diagd.bundle import Manifest
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
+from diagd.runtime.arrays import read_array
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.video import read_frames
 
@@ -32,10 +33,7 @@ def read_tokens(path: Path, manifest: Manifest) -> Int:
     Raises:
         UsageError: the file cannot be read, or holds ids that are no visual tokens of the model.
     """
-    try:
-        tokens = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"{path} is no .npy array of tokens: {error}") from error
+    tokens = read_array(path, "tokens")
     high = max(rule.high for rule in manifest.sampling.ranges)
     if tokens.dtype.kind not in "iu":
         raise UsageError(f"{path} holds {tokens.dtype}; expected whole numbers, tokens [P, rows, columns]")

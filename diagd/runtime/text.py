@@ -11,6 +11,7 @@ from diagd.bundle import Bundle
 from diagd.bundle.manifest import TextConditioning
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.errors import UsageError, require
+from diagd.runtime.arrays import read_array
 
 Float = NDArray[np.float32]
 
@@ -26,7 +27,8 @@ class TextReader:
 
     def __init__(self, bundle: Bundle, spec: TextConditioning, options: CpuOptions) -> None:
         self.spec = spec
-        self._path, self._digest, self._options = bundle.file(spec.graph), bundle.digest, options
+        self._path, self._options = bundle.file(spec.graph), options
+        self._digest = bundle.digest_of(spec.graph, *spec.weight_files)
 
     def rows(self, text: Float) -> dict[str, NDArray[np.generic]]:
         """Keys and values [kv_heads, length, head_size] by graph input, for embeddings float32 [n, width].
@@ -73,8 +75,8 @@ def read_text(path: Path) -> Float:
 
 
 def _tensors(path: Path) -> list[NDArray[np.generic]]:
-    if path.suffix != ".safetensors":
-        return [np.load(path, allow_pickle=False)]
+    if path.suffix.lower() != ".safetensors":
+        return [read_array(path, "text embeddings")]
     safetensors = require("safetensors", extra="export", purpose="read .safetensors files")
     try:
         with safetensors.safe_open(path, "np") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
+from diagd.runtime.orientation import exif_orientation, turn_of, turned
 
 SUFFIXES: Final = (".mp4", ".gif")
 """Kinds of video that can be written."""
@@ -27,6 +29,17 @@ _ENCODERS: Final[tuple[tuple[str, dict[str, str]], ...]] = (
     ("mpeg4", {}),
 )
 _BITS_PER_PIXEL: Final = 0.5  # of the encoders that have no constant quality
+_GIF_RATE: Final = 50
+"""Browsers show a picture of a .gif for 2/100 s at least; they take shorter delays for 1/10 s."""
+_STUDIO_RANGE: Final = 1
+_UNNAMED: Final = (0, 2)
+"""Numbers of a matrix that is RGB's (none) or not named (ITU-T H.273)."""
+_BT709: Final = 1
+"""Number of the matrix, the primaries and the transfer function of BT.709 (ITU-T H.273)."""
+_TALL: Final = 720
+"""From this height on, videos that do not name their matrix are BT.709, others BT.601: so players take it."""
+
+_LOG = logging.getLogger(__name__)
 
 
 def read_frames(
@@ -37,12 +50,15 @@ def read_frames(
     resize: bool = False,
     cover: bool = False,
 ) -> NDArray[np.uint8]:
-    """Read a video, or an image as a video of one frame.
+    """Read a video, or an image as a video of one frame, as players show it.
+
+    Pictures are turned as their file says, and what is transparent is black. They are scaled while they are
+    decoded: memory is that of the result.
 
     Args:
         path: any file FFmpeg can decode.
         size: (height, width) the frames must have; None takes any.
-        frames: only the last so many, in memory that does not grow with the video; None reads all.
+        frames: only the last so many; None reads all.
         resize: scale frames of another size (bilinear) instead of refusing them.
         cover: scale them evenly until they cover the size, and keep the centre; else they are stretched.
 
@@ -57,30 +73,69 @@ def read_frames(
         raise UsageError(f"no such video or image: {path}; check the path")
     av = _av()
     with _reporting(av, f"cannot read {path}", "it is damaged, incomplete, or no video or image"):
-        kept = deque(_decode(av, path, None if resize else size), maxlen=frames)
-        images = [_picture(frame, size or (frame.height, frame.width), cover) for frame in kept]
-    return np.stack(images)
+        exif = exif_orientation(path)
+        reader = _Reader(path, size, resize, cover, exif)
+        kept = deque((reader.picture(frame) for frame in _decode(av, path)), maxlen=frames)
+    if reader.transparent:
+        _LOG.warning("%s is transparent in places: they are black", path)
+    return np.stack(kept)
 
 
-def _picture(frame: Any, size: tuple[int, int], cover: bool) -> NDArray[np.uint8]:
-    """A decoded frame as uint8 [height, width, 3]."""
-    height, width = size
-    tall, wide = size
-    if cover:
-        scale = max(height / frame.height, width / frame.width)
-        tall, wide = math.ceil(frame.height * scale - 1e-9), math.ceil(frame.width * scale - 1e-9)
-    pixels: NDArray[np.uint8] = frame.reformat(
-        wide, tall, format="rgb24", interpolation="BILINEAR"
-    ).to_ndarray()
-    top, left = (tall - height) // 2, (wide - width) // 2
-    return pixels[top : top + height, left : left + width]
+class _Reader:
+    """Decoded frames to pictures of one size; see ``read_frames``."""
+
+    def __init__(
+        self, path: Path, size: tuple[int, int] | None, resize: bool, cover: bool, exif: int
+    ) -> None:
+        self.path, self.size, self.resize, self.cover, self.exif = path, size, resize, cover, exif
+        self.transparent = False
+
+    def picture(self, frame: Any) -> NDArray[np.uint8]:
+        """A decoded frame as uint8 [height, width, 3]."""
+        turn = turn_of(frame, self.exif)
+        seen = _across((frame.height, frame.width), turn[0])
+        height, width = self.size or seen
+        if seen != (height, width) and not self.resize:
+            raise UsageError(
+                f"frames of {self.path} are {_shown(seen)}; expected {_shown((height, width))}; scale them "
+                "with --set resize=true"
+            )
+        tall, wide = height, width
+        if self.cover:
+            scale = max(height / seen[0], width / seen[1])
+            tall, wide = (math.ceil(side * scale - 1e-9) for side in seen)
+        pixels = turned(self._scaled(frame, *_across((tall, wide), turn[0])), turn)
+        top, left = (tall - height) // 2, (wide - width) // 2
+        return np.ascontiguousarray(pixels[top : top + height, left : left + width])
+
+    def _scaled(self, frame: Any, height: int, width: int) -> NDArray[np.uint8]:
+        opaque = not any(part.is_alpha for part in frame.format.components) and not frame.format.has_palette
+        named = frame.format.is_rgb or int(frame.colorspace) not in _UNNAMED
+        pixels: NDArray[np.uint8] = frame.reformat(
+            width,
+            height,
+            format="rgb24" if opaque else "rgba",
+            src_colorspace=None if named else ("ITU709" if frame.height >= _TALL else "ITU601"),
+            interpolation="BILINEAR",
+        ).to_ndarray()
+        if opaque:
+            return pixels
+        alpha = pixels[:, :, 3:].astype(np.uint16)
+        self.transparent |= bool(alpha.min(initial=255) < 255)
+        return ((pixels[:, :, :3] * alpha + 127) // 255).astype(np.uint8)
+
+
+def _across(size: tuple[int, int], quarters: int) -> tuple[int, int]:
+    """(height, width) after quarter turns."""
+    return (size[1], size[0]) if quarters % 2 else size
 
 
 class VideoWriter:
     """Writes frames to .mp4 or .gif; use as a context manager.
 
     The file appears when the block ends without an error, and not otherwise. The .mp4 is H.264 where FFmpeg
-    has an encoder for it, else MPEG-4, in yuv420p; the .gif has its own 256 colours in each frame.
+    has an encoder for it, else MPEG-4, in yuv420p of BT.709 and tagged so; the .gif has its own 256 colours
+    in each frame, and leaves out frames of rates above the 50 a second that browsers show.
     """
 
     def __init__(self, path: str | Path, fps: float, size: tuple[int, int]) -> None:
@@ -90,13 +145,15 @@ class VideoWriter:
             UsageError: an unknown suffix, rate or size.
         """
         self.path, self.size = Path(path), size
-        if self.path.suffix not in SUFFIXES:
+        if self.path.suffix.lower() not in SUFFIXES:
             raise UsageError(f"cannot write {path}: expected a name ending in {' or '.join(SUFFIXES)}")
         if not 0.01 <= fps <= 1000:
             raise UsageError(f"frame rate is {fps}; expected 0.01 to 1000 frames a second")
-        if self.path.suffix == ".mp4" and (size[0] % 2 or size[1] % 2):
+        if not self._paletted and (size[0] % 2 or size[1] % 2):
             raise UsageError(f"frames are {_shown(size)}; .mp4 needs even sides, write a .gif instead")
-        self._rate = Fraction(fps).limit_denominator(1001)
+        rate = Fraction(fps).limit_denominator(1001)
+        self._rate = min(rate, Fraction(_GIF_RATE)) if self._paletted else rate
+        self._share = self._rate / rate
         self._av = _av()
         self._stack = ExitStack()
         self._written = 0
@@ -124,10 +181,14 @@ class VideoWriter:
             )
         for pixels in frames.reshape(-1, *self.size, 3):
             frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame.pts, frame.time_base = self._written, 1 / self._rate
+            number = math.floor(self._written * self._share)
+            is_left_out = number == math.floor((self._written - 1) * self._share)
             self._written += 1
+            if is_left_out:
+                continue
+            frame.pts, frame.time_base = number, 1 / self._rate
             with self._reporting():
-                self._encode(self._palette.apply(frame) if self._palette else [frame])
+                self._encode(self._palette.apply(frame) if self._palette else [_in_bt709(frame)])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -142,13 +203,17 @@ class VideoWriter:
 
     @property
     def _paletted(self) -> bool:
-        return self.path.suffix == ".gif"
+        return self.path.suffix.lower() == ".gif"
 
     def _add_stream(self) -> Any:
         name, options = ("gif", {}) if self._paletted else _encoder(self._av)
         stream = self._container.add_stream(name, rate=self._rate, options=options)
         stream.height, stream.width = self.size
         stream.pix_fmt = "pal8" if self._paletted else "yuv420p"
+        if not self._paletted:
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = _STUDIO_RANGE
         if not (options or self._paletted):
             stream.bit_rate = math.ceil(self._rate * self.size[0] * self.size[1] * _BITS_PER_PIXEL)
         return stream
@@ -189,19 +254,22 @@ class _Palette:
             return
 
 
-def _decode(av: ModuleType, path: Path, size: tuple[int, int] | None) -> Iterator[Any]:
-    """Decoded frames of the given size."""
+def _in_bt709(frame: Any) -> Any:
+    """An RGB frame as yuv420p, with the time it had."""
+    converted = frame.reformat(
+        format="yuv420p", dst_colorspace="ITU709", src_color_range="JPEG", dst_color_range="MPEG"
+    )
+    converted.pts, converted.time_base = frame.pts, frame.time_base
+    return converted
+
+
+def _decode(av: ModuleType, path: Path) -> Iterator[Any]:
+    """Decoded frames."""
     with av.open(f"file:{path}") as container:
         if not container.streams.video:
             raise UsageError(f"{path} holds no picture; expected a video or an image")
         count = 0
         for frame in container.decode(video=0):
-            seen = (frame.height, frame.width)
-            if size is not None and seen != size:
-                raise UsageError(
-                    f"frames of {path} are {_shown(seen)}; expected {_shown(size)}; scale them with"
-                    " --set resize=true"
-                )
             count += 1
             yield frame
     if not count:

@@ -15,6 +15,7 @@ from diagd.errors import UsageError
 from diagd.export.checkpoints import Checkpoint, check
 from diagd.export.families.family import Family
 from diagd.export.transformer import Transformer
+from diagd.runtime.arrays import read_array
 from diagd.tuning.align import AlignOptions, Report, align
 
 OUTPUT_SUFFIX = ".safetensors"
@@ -47,7 +48,7 @@ def align_checkpoint(
     """
     from safetensors.numpy import save_file
 
-    if output.suffix != OUTPUT_SUFFIX or output.exists():
+    if output.suffix.lower() != OUTPUT_SUFFIX or output.exists():
         file_target(output, (OUTPUT_SUFFIX,))
     check(source, family.expected)
     made_up = {rule.target for rule in family.rules if not rule.sources}  # a checkpoint cannot hold these
@@ -86,10 +87,7 @@ def read_windows(path: Path, config: TransformerConfig, frames: int) -> NDArray[
         UsageError: the file is no such stream, or is shorter than a window.
     """
     layout = config.layout
-    try:
-        stream = np.load(path, allow_pickle=False).reshape(-1).astype(np.int64)
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"{path} is no .npy array of tokens: {error}") from error
+    stream = read_array(path, "tokens").reshape(-1).astype(np.int64)
     length = frames * layout.frame_length
     if len(stream) < length or stream.min() < 0 or stream.max() >= config.vocabulary:
         raise UsageError(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diagd.bundle import Bundle
+from diagd.bundle import Bundle, cache
 from diagd.bundle.files import atomic_file
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
@@ -22,6 +22,7 @@ from diagd.export.tokenizers.patch import PatchEncoder
 from diagd.runtime.pixels import PixelCodec
 
 RECIPE = "recording.json"
+TOKENS = "tokens.npz"
 
 _CHUNK = 64
 """Frames encoded at once."""
@@ -34,10 +35,12 @@ class Episode:
     Attributes:
         frames: uint8 [T, H, W, 3] RGB.
         actions: uint8 [T]; `actions[t]` led to `frames[t]` (the first is a noop).
+        source: digest of the video and lines it was made of; none for episodes that were played.
     """
 
     frames: NDArray[np.uint8]
     actions: NDArray[np.uint8]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,19 +160,19 @@ def tokenise(recording: Iterable[Episode], encoder: FrameEncoder) -> TokenDatase
 
 
 def cached_tokens(folder: Path, encoder: FrameEncoder) -> TokenDataset:
-    """Encode a folder once and keep the result beside its shards.
+    """Encode a folder once and keep the result in the cache, under the digests of its shards and encoder."""
+    made: list[TokenDataset] = []
 
-    It is encoded again when shards were added or the encoder is another.
-    """
-    path, count = folder / "tokens.npz", len(episode_paths(folder))
-    if path.exists():
-        with np.load(path, allow_pickle=False) as cache:
-            if cache.get("encoder") == encoder.digest and len(cache["starts"]) == count + 1:
-                return TokenDataset(cache["streams"], cache["starts"])
-    dataset = tokenise(episodes(folder), encoder)
-    with atomic_file(path) as partial:
-        np.savez(partial, streams=dataset.streams, starts=dataset.starts, encoder=encoder.digest)
-    return dataset
+    def make(place: Path) -> None:
+        made.append(tokenise(episodes(folder), encoder))
+        np.savez(place / TOKENS, streams=made[0].streams, starts=made[0].starts)
+
+    parts = [encoder.digest, *map(cache.digest, episode_paths(folder))]
+    found = cache.entry("tokens", hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32], make)
+    if made or found is None:
+        return made[0] if made else tokenise(episodes(folder), encoder)
+    with np.load(found / TOKENS, allow_pickle=False) as kept:
+        return TokenDataset(kept["streams"], kept["starts"])
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -193,10 +196,24 @@ def load_episode(path: Path) -> Episode:
     return episode
 
 
+def episode_sources(folder: Path) -> set[str]:
+    """What the episodes of a folder were made of; see ``Episode``."""
+    sources = set()
+    for path in folder.glob("episode-*.npz"):
+        try:
+            with np.load(path, allow_pickle=False) as shard:
+                sources.add(str(shard["source"]) if "source" in shard else "")
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise UsageError(f"{path} is no episode shard: {error}; delete it and import again") from error
+    return sources - {""}
+
+
 def save_episode(path: Path, episode: Episode) -> None:
     """Write one shard."""
     with atomic_file(path) as partial:
-        np.savez_compressed(partial, frames=episode.frames, actions=episode.actions)
+        np.savez_compressed(
+            partial, frames=episode.frames, actions=episode.actions, source=np.array(episode.source)
+        )
 
 
 def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:

@@ -46,7 +46,8 @@ def write(output: Path, checkpoint: Checkpoint, stop_at: str | None, error: Base
     partial = ResumableWeights(output, export_key(checkpoint, places))
     sources = {name: source(name) for name in places}
     weights.write(partial.path, places, sources, done=partial.done, finished=partial.finished)
-    partial.move_to(output)
+    with partial.moved_to(output):
+        pass
     return read
 
 
@@ -127,3 +128,44 @@ def test_a_killed_process_is_no_loss(tmp_path: Path) -> None:
     )
     assert int(done.stdout) == int(reference.stdout) - 5
     assert (output / "weights.bin").read_bytes() == (whole / "weights.bin").read_bytes()
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+import diagd.export.exporter as exporter
+from diagd.cli.main import main
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+step, *words = sys.argv[1:]
+if step == "weights":
+    write, count = exporter.ResumableWeights.finished, []
+    def finished(self, *tensor):
+        write(self, *tensor)
+        count.append(tensor)
+        if len(count) == 5:
+            interrupt()
+    exporter.ResumableWeights.finished = finished
+elif step == "before":
+    exporter.Exporter._write_weights = interrupt
+elif step:
+    setattr(exporter, step, interrupt)
+sys.exit(main(words))
+"""
+
+
+@pytest.mark.parametrize("step", ["before", "weights", "trace_step", "seal"])
+def test_what_an_interrupted_export_promises_is_kept(step: str, tmp_path: Path) -> None:
+    """At any moment: the message says that weights are kept where they are, and else says nothing."""
+    words = ["export", "--model", "crafter-3m", "--output", str(tmp_path / "a.diagd")]
+    command = [sys.executable, "-c", INTERRUPTED, step, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    kept = sorted(file.name for file in tmp_path.iterdir())
+    assert ("goes on where this one stopped" in done.stdout) == (step != "before")
+    assert [name for name in kept if name.endswith(".weights.partial")] or step == "before"
+    assert not (tmp_path / "a.diagd").exists()
+    if step == "seal":
+        command[3] = ""
+        assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
+        assert [file.name for file in tmp_path.iterdir()] == ["a.diagd"]

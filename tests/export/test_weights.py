@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diagd.errors import CheckpointError
 from diagd.export import weights
 from diagd.export.checkpoints import Checkpoint, RandomCheckpoint
 
@@ -64,3 +65,18 @@ def test_tensors_never_overlap(shapes: list[list[int]]) -> None:
     places = weights.plan({str(n): (tuple(shape), dtype) for n, shape in enumerate(shapes)})
     spans = sorted((p.offset, p.offset + p.length) for p in places.values() if p.length)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float64])
+def test_a_number_too_large_for_float16_is_named(tmp_path: Path, dtype: type) -> None:
+    large = np.array([1.0, 1e6, -3e5], dtype)
+    places = weights.plan({"transformer.layers.0.qkv": ((3,), np.dtype(np.float16))})
+    sources = {"transformer.layers.0.qkv": weights.constant(large)}
+    with pytest.raises(CheckpointError, match=r"'layers\.0\.qkv' holds 1e\+06.*ends at 65504.*fp32"):
+        weights.write(tmp_path / "weights.bin", places, sources)
+
+
+def test_what_is_infinite_already_is_no_overflow(tmp_path: Path) -> None:
+    places = weights.plan({"mask": ((2,), np.dtype(np.float16))})
+    weights.write(tmp_path / "weights.bin", places, {"mask": weights.constant(np.float32([-np.inf, 1]))})
+    assert np.fromfile(tmp_path / "weights.bin", np.float16).tolist() == [-np.inf, 1]

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import struct
+import subprocess
+import sys
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -200,3 +204,125 @@ def test_covering_scales_evenly(tmp_path: Path) -> None:
     with VideoWriter(path, 10, (30, 90)) as video:
         video.write(np.full((30, 90, 3), 9, np.uint8))
     assert read_frames(path, (64, 100), resize=True, cover=True).shape == (1, 64, 100, 3)
+
+
+SATURATED = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255), (0, 200, 40)]
+
+
+@pytest.mark.parametrize("height", [64, 720])
+def test_colours_are_right_as_a_player_decodes_them(height: int, tmp_path: Path) -> None:
+    """BT.709 of limited range (ITU-R BT.709, 3.2 to 3.5), because the file says so."""
+    picture = np.zeros((height, 64 * len(SATURATED), 3), np.uint8)
+    for column, colour in enumerate(SATURATED):
+        picture[:, 64 * column : 64 * column + 64] = colour
+    path = write(tmp_path / "a.mp4", np.stack([picture] * 3))
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (
+            1,
+            1,
+            1,
+            1,
+        )
+        frame = list(container.decode(video=0))[-1]
+    planes = [
+        np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size).astype(float)
+        for plane in frame.planes
+    ]
+    luma = (planes[0][height // 2, 32 : picture.shape[1] : 64] - 16) / 219
+    blue, red = ((plane[height // 4, 16 : picture.shape[1] // 2 : 32] - 128) / 224 for plane in planes[1:])
+    r, b = luma + 1.5748 * red, luma + 1.8556 * blue
+    g = (luma - 0.2126 * r - 0.0722 * b) / 0.7152
+    shown = 255 * np.clip(np.stack([r, g, b], axis=1), 0, 1)
+    assert np.abs(shown - SATURATED).max() <= 3
+    assert np.abs(read_frames(path)[1, height // 2, 32::64].astype(int) - SATURATED).max() <= 3
+
+
+def test_a_turned_video_is_read_as_it_is_shown(tmp_path: Path) -> None:
+    picture = np.zeros((2, 72, 96, 3), np.uint8)
+    picture[:, :36] = 255
+    data = bytearray(write(tmp_path / "a.mp4", picture).read_bytes())
+    at = data.find(b"tkhd") + 44
+    one = 1 << 16
+    for matrix, size in (
+        ((-one, 0, 0, 0, -one, 0, 96 * one, 72 * one), (72, 96)),
+        ((0, one, 0, -one, 0, 0, 72 * one, 0), (96, 72)),
+    ):
+        data[at : at + 36] = struct.pack(">9i", *matrix, 1 << 30)
+        (tmp_path / "turned.mp4").write_bytes(data)
+        seen = read_frames(tmp_path / "turned.mp4", size)[0].astype(int)
+        shown = np.rot90(picture[0], 2 if size == (72, 96) else -1)
+        assert np.abs(seen - shown).mean() < 5
+
+
+TURNED = {
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.transpose(1, 0, 2),
+    6: lambda p: np.rot90(p, -1),
+    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("order", ["II", "MM"])
+def test_the_orientation_of_an_image_is_applied(orientation: int, order: str, tmp_path: Path) -> None:
+    picture = tiles(1)[0]
+    content = write_image(tmp_path / "a.png", picture).read_bytes()
+    way = "<" if order == "II" else ">"
+    tiff = order.encode() + struct.pack(way + "HIHHHIHHI", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    chunk = struct.pack(">I", len(tiff)) + b"eXIf" + tiff + struct.pack(">I", zlib.crc32(b"eXIf" + tiff))
+    (tmp_path / "turned.png").write_bytes(content[:33] + chunk + content[33:])
+    np.testing.assert_array_equal(read_frames(tmp_path / "turned.png")[0], TURNED[orientation](picture))
+
+
+def test_what_is_transparent_is_black_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture = np.full((*SIZE, 4), 200, np.uint8)
+    picture[:, :, 3] = np.linspace(0, 255, SIZE[1]).astype(np.uint8)
+    with av.open(str(tmp_path / "a.png"), "w", format="image2") as container:
+        stream = container.add_stream("png", rate=1)
+        stream.height, stream.width, stream.pix_fmt = *SIZE, "rgba"
+        frame = av.VideoFrame.from_ndarray(picture, format="rgba")
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            container.mux(packet)
+    seen = read_frames(tmp_path / "a.png", SIZE)[0]
+    assert np.abs(seen.astype(float) - picture[:, :, :3] / 255 * picture[:, :, 3:]).max() <= 1
+    assert "transparent" in caplog.text
+
+
+READ = """
+import resource, sys
+from diagd.runtime.video import read_frames
+read_frames(sys.argv[1], (36, 64), frames=1, resize=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(read_frames(sys.argv[1], (36, 64), resize=True).shape[0])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_videos_are_scaled_while_they_are_decoded(tmp_path: Path) -> None:
+    """60 frames of 2.8 MB as they are, 7 kB as they are asked for."""
+    path = write(tmp_path / "a.mp4", np.zeros((1, 720, 1280, 3), np.uint8).repeat(60, axis=0))
+    done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True)
+    count, megabytes = map(int, done.stdout.split())
+    assert count == 60
+    assert megabytes < 40
+
+
+@pytest.mark.parametrize(("fps", "delays"), [(10, {10}), (30, {3, 4}), (60, {2}), (200, {2})])
+def test_delays_of_a_gif_are_those_that_browsers_honour(fps: int, delays: set[int], tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    content = write(tmp_path / "a.gif", frames, fps).read_bytes()
+    parts = content.split(b"\x21\xf9\x04")[1:]
+    found = [struct.unpack_from("<H", part, 1)[0] for part in parts]
+    assert set(found) <= delays
+    assert abs(sum(found) - 100 * len(frames) / fps) <= 4
+
+
+def test_suffixes_of_any_case(tmp_path: Path) -> None:
+    frames = tiles(2)
+    for name in ("a.MP4", "a.Gif"):
+        assert read_frames(write(tmp_path / name, frames), SIZE).shape == frames.shape

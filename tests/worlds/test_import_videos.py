@@ -47,3 +47,18 @@ def test_missing_lines_and_videos_are_named(tmp_path: Path) -> None:
     (tmp_path / "short.mp4").unlink()
     with pytest.raises(UsageError, match="exactly one video"):
         list(import_videos(options))
+
+
+def test_a_video_that_is_added_later_is_imported_once_whatever_its_name(tmp_path: Path) -> None:
+    options = ImportOptions(tmp_path, tmp_path / "episodes", ACTIONS, (12, 16))
+    record(tmp_path, "b", 6)
+    (first,) = import_videos(options)
+    before = first.read_bytes()
+    record(tmp_path, "a", 9)
+    (second,) = import_videos(options)
+    assert [len(load_episode(shard).frames) for shard in (first, second)] == [6, 9]
+    assert first.read_bytes() == before
+    for suffix in (".mp4", ".jsonl"):
+        (tmp_path / f"b{suffix}").rename(tmp_path / f"c[1]{suffix}")
+        (tmp_path / f"._a{suffix}").write_bytes(b"what another system keeps beside a file")
+    assert list(import_videos(options)) == []

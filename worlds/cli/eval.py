@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from diagd.bundle.targets import folder_target
+from diagd.cli import terminal
 from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
 from diagd.errors import UsageError
@@ -55,14 +56,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, write and print."""
     folder_target(args.output, {"eval.json": b'"schedules"'}, "an evaluation")
-    from rich.console import Console
 
     from worlds.evaluate import EvalOptions
     from worlds.geometry import UNKNOWN_GEOMETRY
     from worlds.report import scores_table
     from worlds.run_eval import EvalRun, run_eval
 
-    console, settings = Console(), parse_settings(EvalSettings, args.settings)
+    console, settings = terminal.console(), parse_settings(EvalSettings, args.settings)
     sizes = settings.model_dump(include={"windows", "prompt", "frames", "seed"})
     request = EvalRun(
         model=args.model,

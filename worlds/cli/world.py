@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from diagd.bundle.targets import folder_target
+from diagd.cli import terminal
 from diagd.cli.paths import path
 from diagd.errors import UsageError
 from diagd.progress import Progress as Bars
@@ -61,33 +62,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from rich.console import Console
 
     from worlds.collect import CollectOptions, collect
 
     options = CollectOptions(**_chosen(CollectOptions, args))
     written = 0
-    with Bars(Console()).count("episodes", args.episodes) as advance:
+    with Bars(terminal.console()).count("episodes", args.episodes) as advance:
         for _ in collect(options):
             written += 1
             advance(1)
-    Console().print(f"{written} new episodes of {args.episodes} in {args.output}")
+    terminal.console().print(f"{written} new episodes of {args.episodes} in {args.output}")
     return 0
 
 
 def _import(args: argparse.Namespace) -> int:
-    from rich.console import Console
 
     from worlds.collect import ImportOptions, import_videos
 
     height, _, width = args.size.partition("x")
-    if not height.isdigit() or not width.isdigit():
+    if not all(side.isascii() and side.isdigit() for side in (height, width)):
         raise UsageError(f"--size {args.size}: expected HEIGHTxWIDTH, such as 72x96")
     names = tuple(name.strip() for name in args.actions.split(","))
     options = ImportOptions(args.videos, args.output, names, (int(height), int(width)))
-    with Console().status("reading videos"):
+    with terminal.console().status("reading videos"):
         written = sum(1 for _ in import_videos(options))
-    Console().print(f"{written} new episodes in {args.output}")
+    terminal.console().print(f"{written} new episodes in {args.output}")
     return 0
 
 

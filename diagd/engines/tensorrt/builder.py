@@ -36,14 +36,14 @@ class BuildOptions:
         tokens: size of the token buffer.
         targets: GPUs to build for where TensorRT can cross-build, as ``sm89``; none: the GPU at hand.
         optimization_level: 0 (fast build) to 5 (fast engine); None leaves TensorRT's default.
-        timing_cache: file of measured kernels, read and written where TensorRT allows it.
+        timing_cache: kernels measured before, none yet where empty; None where TensorRT takes none.
     """
 
     widths: tuple[int, ...]
     tokens: int
     targets: tuple[str, ...] = ()
     optimization_level: int | None = None
-    timing_cache: Path | None = None
+    timing_cache: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Builder:
                     profile.set_shape(tensor.name, shape, shape, shape)
             config.add_optimization_profile(profile)
         if self.offered.timing_cache and options.timing_cache is not None:
-            known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
+            known = options.timing_cache
             config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
 
     def _run(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
-from diagd.bundle import Bundle, Form, cache_directory
-from diagd.bundle.files import atomic_file
+from diagd.bundle import Bundle, Form, cache
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.cuda.driver import CudaDevice, DeviceDescription, describe_device, open_driver
 from diagd.engines.cuda.engine import DeviceEngine
@@ -149,13 +147,12 @@ def compile_engine(
     chosen = target.fingerprint
     if not force:
         check_memory(estimate(bundle, target.graph, chosen.widths), available_bytes())
-    timing = timing_cache_file(chosen) if target.offered.timing_cache else None
-    options = BuildOptions(chosen.widths, chosen.tokens, request.targets, request.optimization_level, timing)
+    known = (cache.read("timing", timing_key(chosen)) or b"") if target.offered.timing_cache else None
+    options = BuildOptions(chosen.widths, chosen.tokens, request.targets, request.optimization_level, known)
     build = Builder(trt, progress or Progress()).build(bundle.file(target.graph.file), options)
     stored = EngineStore(bundle).write(chosen, build.plan, __version__)
-    if timing is not None and build.timing_cache is not None:
-        with atomic_file(timing) as partial:
-            partial.write_bytes(build.timing_cache)
+    if build.timing_cache is not None:
+        cache.write("timing", timing_key(chosen), build.timing_cache)
     return stored, build.log
 
 
@@ -193,10 +190,10 @@ def open_tensorrt(
     )
 
 
-def timing_cache_file(fingerprint: Fingerprint) -> Path:
-    """Where kernels measured on one device with one TensorRT and one driver are kept."""
+def timing_key(fingerprint: Fingerprint) -> str:
+    """Under which kernels measured on one device with one TensorRT and one driver are kept."""
     name = "-".join((fingerprint.runtime, fingerprint.device, fingerprint.driver)).replace(" ", "_")
-    return cache_directory() / "timing" / f"{name.replace('/', '_')}.cache"
+    return name.replace("/", "_")
 
 
 def _described(offered: Capabilities, targets: tuple[str, ...]) -> DeviceDescription:

@@ -1,0 +1,126 @@
+"""What a verb says is shown as it is, wherever it goes, and never decides what the verb does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from diagd.bundle.manifest import MANIFEST_NAME
+from tests.cli.conftest import Workplace
+
+DIAGD = [sys.executable, "-m", "diagd.cli"]
+
+
+def run(*words: str | Path, encoding: str = "utf-8", **options: object) -> subprocess.CompletedProcess[bytes]:
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[2])}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run([*DIAGD, *map(str, words)], check=False, env=environment, **streams)  # type: ignore[call-overload]
+
+
+def generate(workplace: Workplace, output: str) -> list[str | Path]:
+    frames = ["--frames", "1", "--actions", workplace.actions]
+    return ["generate", workplace.bundle, "--prompt", workplace.prompt, *frames, "--output", output]
+
+
+@pytest.mark.parametrize("name", ["walk[final].npy", "a[/b].npy", "[red]x.npy", ":smile:.npy", "{0}.npy"])
+def test_brackets_in_paths_are_text(workplace: Workplace, name: str, tmp_path: Path) -> None:
+    if "/" in name:
+        (tmp_path / "a[").mkdir()
+    done = run(*generate(workplace, name), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout.decode()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
+def test_any_encoding_will_do(workplace: Workplace, encoding: str, tmp_path: Path) -> None:
+    bundle, source = tmp_path / "b.diagd", "/data/" + "long/" * 60 + "modèle…safetensors"
+    shutil.copytree(workplace.bundle, bundle)
+    manifest = json.loads((bundle / MANIFEST_NAME).read_text())
+    manifest["licence"] = source
+    (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+    done = run("inspect", bundle, encoding=encoding)
+    assert done.returncode == 0, done.stderr
+    if encoding == "utf-8":
+        assert source in done.stdout.decode()
+    if encoding == "latin-1":
+        assert source.replace("…", "...") in done.stdout.decode("latin-1")
+    for verb in ("doctor", "models"):
+        assert run(verb, encoding=encoding).returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_an_export_on_a_terminal_of_any_encoding(workplace: Workplace, encoding: str, tmp_path: Path) -> None:
+    keeper, terminal = pty.openpty()
+    words = ["export", "--model", "world", "--checkpoint", workplace.world, "--output", tmp_path / "a.diagd"]
+    reader = threading.Thread(target=_read_all, args=(keeper,))
+    reader.start()
+    done = run(*words, encoding=encoding, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    reader.join()
+    os.close(keeper)
+    assert done.returncode == 0
+    assert (tmp_path / "a.diagd" / MANIFEST_NAME).exists()
+
+
+def _read_all(terminal: int) -> None:
+    """Until the other end is closed, which is an error."""
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
+
+
+def test_a_path_of_undecodable_bytes_is_printed_as_it_is(workplace: Workplace, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.npy")
+    done = run(*generate(workplace, name), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert b"caf\xe9.npy" in done.stdout
+
+
+def test_nothing_is_cut_or_broken_behind_a_pipe(workplace: Workplace, tmp_path: Path) -> None:
+    bundle = tmp_path / ("x" * 200) / "b.diagd"
+    shutil.copytree(workplace.bundle, bundle)
+    for verb in ("inspect", "doctor"):
+        assert str(bundle) in run(verb, bundle).stdout.decode(), verb
+    output = tmp_path / ("y" * 150 + ".npy")
+    assert str(output) in run(*generate(workplace, str(output))).stdout.decode()
+
+
+@pytest.mark.parametrize("verb", ["inspect", "generate", "help"])
+def test_a_reader_that_goes_away_ends_nothing(workplace: Workplace, verb: str, tmp_path: Path) -> None:
+    words = {
+        "inspect": ["inspect", workplace.bundle, "--json"],
+        "generate": generate(workplace, str(tmp_path / "a.npy")),
+        "help": ["--help"],
+    }[verb]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(*words, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert verb != "generate" or (tmp_path / "a.npy").exists()
+
+
+def test_a_full_stdout_is_named(workplace: Workplace, tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = run(*generate(workplace, str(tmp_path / "a.npy")), stdout=full)
+        assert done.returncode == 0
+        assert b"stdout: No space left on device" in done.stderr
+        assert (tmp_path / "a.npy").exists()
+        listed = run("inspect", workplace.bundle, "--json", stdout=full)
+        assert listed.returncode == 2
+        assert b"stdout: No space left on device" in listed.stderr
+
+
+def test_closed_streams_are_no_matter(workplace: Workplace, tmp_path: Path) -> None:
+    words = " ".join(map(str, [*DIAGD, *generate(workplace, str(tmp_path / "a.npy"))]))
+    assert subprocess.run(f"{words} >&- 2>&-", shell=True, check=False).returncode == 0
+    assert (tmp_path / "a.npy").exists()

@@ -1,0 +1,63 @@
+"""Files of arrays that are not what they say end in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.errors import UsageError
+from diagd.runtime.arrays import read_array
+
+
+def test_arrays_of_any_kind_of_number(tmp_path: Path) -> None:
+    for array in (np.arange(6, dtype=np.int16).reshape(2, 3), np.zeros((0, 4)), np.float32(3)):
+        np.save(tmp_path / "a.npy", array)
+        np.testing.assert_array_equal(read_array(tmp_path / "a.npy", "tokens"), array)
+    np.save(tmp_path / "f.npy", np.asfortranarray(np.arange(6).reshape(2, 3)))
+    np.testing.assert_array_equal(read_array(tmp_path / "f.npy", "tokens"), np.arange(6).reshape(2, 3))
+
+
+def header(text: str) -> bytes:
+    padded = text.ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x93NUM",
+        b"\x93NUMPY",
+        b"\x93NUMPY\x09\x00",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"<!doctype html>",
+        header("{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000,)}"),
+        header("{'descr': '<i4', 'fortran_order': False, 'shape': (-1,)}"),
+        header("{'descr': '<i4', 'fortran_order': False, 'shape': (3,)}") + bytes(11),
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + bytes(8),
+        header("{'descr': 'nonsense', 'fortran_order': False, 'shape': (1,)}"),
+        header("__import__('os').system('true')"),
+        header("(" * 110),
+        header("{}"),
+    ],
+)
+def test_what_is_no_array_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(UsageError, match=r"no \.npy array of tokens"):
+        read_array(tmp_path / "a.npy", "tokens")
+
+
+def test_a_npz_under_the_name_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", tokens=np.zeros(3))
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(UsageError, match=r"\.npz of several arrays"):
+        read_array(tmp_path / "a.npy", "tokens")
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        read_array(tmp_path / "a.npy", "tokens")
+    with pytest.raises(UsageError, match="Is a directory"):
+        read_array(tmp_path, "tokens")
