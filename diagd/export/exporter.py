@@ -162,8 +162,7 @@ class Exporter:
             check(sources.tokenizer, self._tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
         self._check_disk(output)
         with atomic_bundle(place) as directory:
-            partial = ResumableWeights(place, export_key(sources.transformer, self._placements))
-            self._write_weights(directory, partial, sources.transformer, progress)
+            partial = self._write_weights(place, sources.transformer, progress)
             with partial.moved_to(directory / WEIGHTS_NAME):
                 return self._write_rest(directory, sources, progress)
 
@@ -207,9 +206,7 @@ class Exporter:
                 "free some space or give another --output"
             )
 
-    def _write_weights(
-        self, directory: Path, partial: ResumableWeights, source: Checkpoint, progress: Progress
-    ) -> None:
+    def _write_weights(self, output: Path, source: Checkpoint, progress: Progress) -> ResumableWeights:
         sources: dict[str, WeightSource] = {
             f"transformer.{name}": weight for name, weight in self.family.weights(source).items()
         }
@@ -217,6 +214,7 @@ class Exporter:
             sources[f"transformer.{name}"] = weights.constant(table.numpy())
         sources["ranges"] = weights.constant(self.family.sampling.range_table(self._layout))
         total = sum(p.length for p in self._placements.values())
+        partial = ResumableWeights(output, export_key(source, self._placements))
         try:
             with progress.bytes("weights", total) as advance:
                 weights.write(
@@ -228,6 +226,7 @@ class Exporter:
         except BaseException:  # interrupted: the same export goes on with what is finished
             partial.sync()
             raise
+        return partial
 
     def _write_graph(self, directory: Path, graph: _GraphFile) -> None:
         model = trace_step(

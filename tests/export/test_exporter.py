@@ -84,18 +84,24 @@ def test_a_cache_input_has_one_reader(graph: onnx.ModelProto) -> None:
         assert readers == ["ScatterND"]
 
 
-def test_failures_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_leave_nothing_and_interruptions_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family = small_family(small_model(LAYOUT))
     exporter = Exporter(family, GraphOptions())
     sources = Sources(RandomCheckpoint(family.expected, seed=0))
 
     def fail(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr("diagd.export.exporter.trace_step", fail)
-    with pytest.raises(KeyboardInterrupt):
-        exporter.run(sources, tmp_path / "a.diagd", Progress())
-    assert list(tmp_path.iterdir()) == []
+    for error, left in (
+        (KeyboardInterrupt(), {".a.diagd.weights.partial", ".a.diagd.weights.journal"}),
+        (RuntimeError(), set()),
+    ):
+        with pytest.raises(type(error)):
+            exporter.run(sources, tmp_path / "a.diagd", Progress())
+        assert {entry.name for entry in tmp_path.iterdir()} == left
 
 
 def test_a_full_disk_is_seen_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
