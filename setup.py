@@ -10,14 +10,15 @@ KERNELS = ("step_kernels.cu", "step_kernels.h")
 
 
 class BuildWithKernels(build_py):
-    """Copies the sources beside ``diagd/engines/cuda`` of a wheel; a checkout reads them where they lie."""
+    """Copies the sources into ``diagd/engines/devices`` of a wheel; a checkout reads them in place."""
 
     def run(self) -> None:
         """Build the package, then copy."""
         super().run()
         if not self.editable_mode:
+            target = Path(self.build_lib) / "diagd" / "engines" / "devices"
             for name in KERNELS:
-                shutil.copy(Path("native") / name, Path(self.build_lib) / "diagd" / "engines" / "cuda" / name)
+                shutil.copy(Path("native") / name, target / name)
 
 
 setup(cmdclass={"build_py": BuildWithKernels})

@@ -9,6 +9,7 @@ thread, which other work on the machine disturbs least; with --wall, wall time w
 from __future__ import annotations
 
 import argparse
+import ctypes
 import resource
 import time
 from collections.abc import Callable
@@ -20,18 +21,24 @@ import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
-from diagd.bundle import Bundle
-from diagd.engines.engine import VOID, Float, SamplingState, StepInputs
+from diagd.bundle import Bundle, Form, Manifest
+from diagd.engines.devices.host import HostDevice
+from diagd.engines.engine import VOID, Float, Steps
+from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.prefix import PrefixEngine
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.load import open_session as open_stream
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session, token_places
-from diagd.schedule import Schedule, StreamLayout
+from diagd.schedule import Schedule, StreamLayout, default_widths, slots_needed
 from diagd.schedule.table import Table as StepTable
 
 CONSOLE = Console(width=120)
-GREEDY = SamplingState(0.0, 0, 1.0)
+GREEDY = SamplingSettings(0.0)
+HOST_BUDGET = 30
+"""Microseconds that a step of a static decoder may take on the host, engine and sampler apart."""
+
 Clock = Callable[[], float]
 
 
@@ -40,23 +47,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument(
-        "--part", choices=("frame", "ceiling", "peers", "capacity", "window", "host"), action="append"
-    )
+    parser.add_argument("--part", choices=tuple(PARTS), action="append")
     parser.add_argument("--wall", action="store_true", help="wall time with all cores")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
-    parts = {
-        "frame": frame,
-        "ceiling": ceiling,
-        "peers": peers,
-        "capacity": capacity,
-        "window": window,
-        "host": host,
-    }
-    for name in args.part or parts:
-        parts[name](bundle, args.wall, args.repeats)
+    for name in args.part or PARTS:
+        PARTS[name](bundle, args.wall, args.repeats)
 
 
 def clock(wall: bool) -> Clock:
@@ -66,7 +63,11 @@ def clock(wall: bool) -> Clock:
 class Stepper(Protocol):
     """What runs a step: an engine, or a peer's stand-in for one."""
 
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float: ...
+    def send(self, steps: Steps) -> None: ...
+
+    def step(self) -> None: ...
+
+    def logits(self) -> Float: ...
 
 
 class Bench:
@@ -76,11 +77,12 @@ class Bench:
         self.layout: StreamLayout = bundle.manifest.layout
         places = token_places(self.layout, bundle.manifest.context.frames).size
         self.engine = PrefixEngine(bundle, slots, places, CpuOptions(0 if wall else 1))
+        self._ids = max(rule.high for rule in bundle.manifest.sampling.ranges)  # 8,192 of MineWorld
         random = np.random.default_rng(0)
         for buffer in self.engine.buffers.values():
             rows = min(len(buffer), 4096)
             buffer[:rows] = random.standard_normal(buffer[:rows].shape, dtype=np.float32)
-        self.engine.token_buffer[:] = random.integers(0, 8192, places)
+        self.engine.token_buffer[:] = random.integers(0, self._ids, places)
 
     def frame(
         self,
@@ -94,10 +96,10 @@ class Bench:
         table, runtime = self.table(schedule, live), stepper or self.engine
         total = 0.0
         for index in range(table.steps)[steps]:
-            inputs = self._inputs(table, index, live)
+            runtime.send(self._step(table, index, live))
             began = now()
-            logits = runtime.step(inputs, GREEDY)
-            logits[:, :8192].argmax(axis=1)
+            runtime.step()
+            runtime.logits()[:, : self._ids].argmax(axis=1)
             total += now() - began
         return total
 
@@ -106,19 +108,17 @@ class Bench:
         frame = live // self.layout.frame_length
         return schedule.table(frame, 1, self.layout.first_cell(frame) - 1)
 
-    def _inputs(self, table: StepTable, index: int, live: int) -> StepInputs:
-        rows = slice(int(table.offsets[index]), int(table.offsets[index + 1]))
-        start = live - 1 + int(table.offsets[index])
-        positions = table.positions[rows]
-        width = len(positions)
+    def _step(self, table: StepTable, index: int, live: int) -> Steps:
+        step, start = table.step(index), live - 1 + int(table.offsets[index])
+        width = step.width
         self.engine.slot_position[:] = VOID
         self.engine.slot_position[:start] = np.minimum(np.arange(start), live - 1)
-        self.engine.slot_position[start : start + width] = positions
-        decoded = np.flatnonzero(table.sinks[rows] >= 0).astype(np.int32)
-        sources = (table.sources[rows] % 5000).astype(np.int32)
+        self.engine.slot_position[start : start + width] = step.positions
+        decoded = np.flatnonzero(step.sinks >= 0).astype(np.int32)
+        sources, positions = (step.sources % 5000).astype(np.int32), step.positions.astype(np.int32)
         scratch = np.full(width, len(self.engine.token_buffer) - 1, np.int32)
         uniforms = np.full(len(decoded), 0.5, np.float32)
-        return StepInputs(sources, positions, scratch, decoded, uniforms, start, start + width)
+        return Steps.single(sources, positions, scratch, decoded, uniforms, start, start + width)
 
 
 def frame(bundle: Bundle, wall: bool, repeats: int) -> None:
@@ -263,21 +263,33 @@ def capacity(bundle: Bundle, wall: bool, repeats: int) -> None:
     CONSOLE.print(f"output pointer == input pointer for all {len(pointers)} K/V tensors: {same}")
 
 
-def _session(bundle: Bundle, window_frames: int, wall: bool) -> tuple[Session, np.ndarray]:
+def _session(bundle: Bundle, window_frames: int, wall: bool) -> Session:
     session = open_stream(bundle, window=window_frames, cpu=CpuOptions(0 if wall else 1))
-    random = np.random.default_rng(0)
-    session.start(random.integers(0, 8192, (1, 14, 24)).astype(np.int32), np.full((1, 11), 8258, np.int32))
-    return session, np.full((64, 11), 8258, np.int32)
+    return _prompted(session)
+
+
+def _prompted(session: Session) -> Session:
+    """The session behind a random frame."""
+    layout, random = session.layout, np.random.default_rng(0)
+    low, high = session.manifest.sampling.range_table(layout)[0]
+    prompt = random.integers(low, high, (1, layout.rows, layout.columns)).astype(np.int32)
+    session.start(prompt, _actions(session, 1))
+    return session
+
+
+def _actions(session: Session, frames: int) -> np.ndarray:
+    """Ids [frames, n] of some action; the last ones of a vocabulary are no cell's."""
+    return np.full((frames, session.layout.gap), session.manifest.vocabulary - 1, np.int32)
 
 
 def window(bundle: Bundle, wall: bool, repeats: int) -> None:
     """64 frames in a window of 4: step time and memory, frames 5-14 against the last ten."""
     del repeats
-    session, actions = _session(bundle, 4, wall)
-    schedule = Schedule.serial(session.layout, 1)
+    session = _session(bundle, 4, wall)
+    decoder = ScheduledDecoder(Schedule.serial(session.layout, 1))
     spent, memory, now = [], [], clock(wall)
     began = now()
-    for frame in session.generate(64, actions, schedule=schedule, sampling=SamplingSettings(0.0)):
+    for frame in session.frames(decoder, _actions(session, 64), sampling=GREEDY):
         spent.append((now() - began) / frame.steps)
         memory.append(resident_bytes())
         began = now()
@@ -295,11 +307,76 @@ def resident_bytes() -> int:
 
 
 def host(bundle: Bundle, wall: bool, repeats: int) -> None:
+    """Wall time of a step on the host: by decoding, engine and sampler apart, and by sampling rule."""
+    session, layout = _session(bundle, 4, wall), bundle.manifest.layout
+    table = Table(
+        *("decoding", "over nothing", "over the CPU engine", "budget"),
+        title="us of the host a step, engine and sampler apart",
+    )
+    idle = _prompted(idle_session(bundle.manifest, 4))
+    schedules = {
+        "k=1 serial": Schedule.serial(layout, 1),
+        "k=1 chained": Schedule.chained(layout, 1),
+        "NTP": Schedule.next_token(layout),
+    }
+    for name, schedule in schedules.items():
+        frames = 1 + 40 * repeats // schedule.d
+        spent = host_seconds(idle, schedule, 10 * frames), host_seconds(session, schedule, frames)
+        table.add_row(name, *(f"{1e6 * seconds:.1f}" for seconds in spent), str(HOST_BUDGET))
+    CONSOLE.print(table)
+    by_rule(session, repeats)
+
+
+def host_seconds(session: Session, schedule: Schedule, frames: int) -> float:
+    """Seconds of a step, its engine and the sampler of the host apart; median over frames behind a first one.
+
+    What it takes to queue a step counts, where the engine is behind.
+    """
+    spent, timing = [], session.timing
+    actions, decoder = _actions(session, frames + 1), ScheduledDecoder(schedule)
+    for frame in session.frames(decoder, actions, sampling=GREEDY):
+        steps = [timing.recent[-1 - step] for step in range(frame.steps)]
+        engine = 0.0 if session.engine.samples else sum(step.engine for step in steps)
+        spent.append((frame.seconds - engine - sum(step.sampling for step in steps)) / frame.steps)
+    return float(np.median(spent[1:]))
+
+
+class IdleDevice(HostDevice):
+    """Memory of the host whose kernels do nothing: a captured step is empty."""
+
+    def launch(self, kernel: str, arguments: ctypes.Structure, blocks: int, threads: int) -> None:
+        """Queue nothing."""
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Queue nothing."""
+
+
+class IdleProgram:
+    """A step graph that does nothing."""
+
+    capturable = True
+
+    def enqueue(self, width: int) -> None:
+        """Queue nothing."""
+
+
+def idle_session(manifest: Manifest, frames: int) -> Session:
+    """A session of a model over an executor with nothing behind it; in a window of so many frames."""
+    graph = manifest.graphs[0].model_copy(update={"form": Form.MODERN})
+    manifest = manifest.model_copy(update={"graphs": (graph,)})
+    widths = default_widths(manifest.layout)
+    slots = slots_needed(manifest.layout, frames, widths[-1])
+    places = token_places(manifest.layout, frames).size
+    device = IdleDevice()
+    engine = Executor(manifest, Form.MODERN, slots, widths, places, device, lambda _: IdleProgram())
+    return Session(manifest, engine, frames)
+
+
+def by_rule(session: Session, repeats: int) -> None:
     """Time of a step outside the engine call, by sampling rule."""
-    session, actions = _session(bundle, 4, wall)
-    schedule = Schedule.serial(session.layout, 1)
+    decoder = ScheduledDecoder(Schedule.serial(session.layout, 1))
     rules = {
-        "greedy": SamplingSettings(0.0),
+        "greedy": GREEDY,
         "temperature 1": SamplingSettings(1.0),
         "top-k 50": SamplingSettings(1.0, 50),
         "top-p 0.8": SamplingSettings(1.0, 0, 0.8),
@@ -307,7 +384,7 @@ def host(bundle: Bundle, wall: bool, repeats: int) -> None:
     for name, sampling in rules.items():
         timing = session.timing
         steps, engine, outside = timing.steps, timing.engine, timing.host
-        for _ in session.generate(repeats, actions[:repeats], schedule=schedule, sampling=sampling):
+        for _ in session.frames(decoder, _actions(session, repeats), sampling=sampling):
             pass
         count = timing.steps - steps
         inside, out = 1e3 * (timing.engine - engine) / count, 1e3 * (timing.host - outside) / count

@@ -15,21 +15,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu_measure import FRAMES, PARTS, Bench, make_bundle
 from benchmarks.gpu_report import Results, around_section, markdown, write_section
 from diagd.bundle import Bundle
-from diagd.engines.cuda.driver import CudaDevice
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.gpu import BACKENDS, open_gpu_engine
+from diagd.engines.backend import StepOptions, find
+from diagd.engines.ceilings import Ceilings
+from diagd.engines.engine import Engine
 from diagd.errors import DiagdError
-from diagd.export.families.registry import find
-from diagd.planning.ceilings import Ceilings
-from diagd.planning.device_ceilings import measure_device_ceilings, product_maker
+from diagd.export.families.registry import find as find_family
 
+BACKENDS = ("cuda", "tensorrt", "tensorrt_rtx")
 MODELS = ("mineworld-300m", "mineworld-700m", "mineworld-1200m", "cosmos-4b")
 BUDGET = 300.0
 """Seconds after which no part begins; the longest takes about four minutes."""
@@ -89,7 +87,7 @@ def missing(results: Results, models: list[str] | tuple[str, ...]) -> list[tuple
 def measure(bench: Bench, results: Results, folder: Path, model: str, part: str) -> bool:
     """Measure one part; whether that went well. What did not is said, and the next part goes on."""
     try:
-        family = find(model, None)
+        family = find_family(model, None)
         bundle = make_bundle(family, folder, bench.frames)
         print(f"{model}: {part}", flush=True)
         results.rows += bench.measure(bundle, family, part)
@@ -105,18 +103,17 @@ def describe(backend: str) -> tuple[str, Ceilings]:
     Raises:
         DiagdError: there is none, or the backend is missing.
     """
-    with closing(CudaDevice()) as device:
-        name = f"{device.description.name}, driver {device.description.driver}, {backend}"
-        return name, measure_device_ceilings(device, product_maker(backend, device))
+    chosen = find(backend)
+    return chosen.describe(), chosen.ceilings()
 
 
-def open_strictly(backend: str, bundle: Bundle, tokens: int, graphs: bool) -> DeviceEngine:
+def open_strictly(backend: str, bundle: Bundle, tokens: int, graphs: bool) -> Engine:
     """An engine of which nothing runs on the CPU.
 
     Raises:
         EngineError: ONNX Runtime leaves part of the step graph to the CPU.
     """
-    return open_gpu_engine(bundle, tokens, backend, graphs=graphs, strict=True)
+    return find(backend).open_steps(bundle, StepOptions(0, tokens, graphs=graphs, strict=True))
 
 
 if __name__ == "__main__":

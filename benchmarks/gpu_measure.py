@@ -14,12 +14,13 @@ import numpy as np
 
 from benchmarks.gpu_report import NEXT_TOKEN, Row
 from diagd.bundle import Bundle, Form
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.fixed import graphs_of
+from diagd.engines.backend import graphs_of
+from diagd.engines.ceilings import Ceilings
+from diagd.engines.engine import Engine
 from diagd.export.families.family import Family
-from diagd.planning.ceilings import Ceilings
 from diagd.planning.cost import step_operations
 from diagd.planning.model import StoredModel, read_model
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session, token_places
 from diagd.schedule import Schedule, StreamLayout, Table
@@ -32,7 +33,7 @@ REPEATS = 3
 ENOUGH = 20.0
 """Seconds of runs after which none is repeated."""
 
-MakeEngine = Callable[[Bundle, int, bool], DeviceEngine]
+MakeEngine = Callable[[Bundle, int, bool], Engine]
 """From a bundle, the size of the token buffer, and whether graphs are replayed."""
 
 
@@ -173,17 +174,15 @@ def decode_with(session: Session, extent: Extent) -> dict[str, Any]:
     shape = (extent.known - 1, layout.rows, layout.columns)
     prompt = random.integers(low, high, shape).astype(np.int32)
     actions = np.zeros((extent.frames + extent.known, layout.gap), np.int32)
+    warm, decoder = ScheduledDecoder(Schedule.serial(layout, 1)), ScheduledDecoder(extent.schedule)
     hosts = []
 
     def run() -> float:
         session.start(prompt, actions[: len(prompt)])
-        for frame in session.generate(1, actions[:1], schedule=Schedule.serial(layout, 1), sampling=GREEDY):
+        for frame in session.frames(warm, actions[:1], sampling=GREEDY):
             del frame
         before, began = (session.timing.steps, session.timing.host), time.perf_counter()
-        decoded = session.generate(
-            extent.frames, actions[: extent.frames], schedule=extent.schedule, sampling=GREEDY
-        )
-        for frame in decoded:
+        for frame in session.frames(decoder, actions[: extent.frames], sampling=GREEDY):
             del frame  # asking for its tokens has waited for the device
         seconds = time.perf_counter() - began
         hosts.append((session.timing.steps - before[0], session.timing.host - before[1]))

@@ -8,7 +8,7 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from diagd.engines.engine import Float, SamplingState, StepInputs
+from diagd.engines.engine import Float, Steps
 from diagd.engines.prefix import GRANULE, PrefixEngine
 
 
@@ -26,20 +26,27 @@ class OpenVinoPeer:
         self._slot_position = engine.slot_position
         self._buffers = {name: buffer.copy() for name, buffer in engine.buffers.items()}
 
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
+    def send(self, steps: Steps) -> None:
+        """Take the one pass to run next; the engine's slots have its positions already."""
+        self._steps = steps
+
+    def step(self) -> None:
         """One pass; see ``diagd.engines.engine.Engine.step``."""
-        del sampling
-        length = -(-inputs.live // GRANULE) * GRANULE
+        steps = self._steps
+        length = -(-int(steps.live[0]) // GRANULE) * GRANULE
         self._bind("token_buffer", self._token_buffer)
         self._bind("slot_position", self._slot_position[:length])
-        self._bind("sources", inputs.sources)
-        self._bind("positions", inputs.positions)
-        self._bind("logit_rows", inputs.decoded)
-        self._bind("write_index", np.array([inputs.write_index]))
+        self._bind("sources", steps.sources)
+        self._bind("positions", steps.positions)
+        self._bind("logit_rows", steps.decoded)
+        self._bind("write_index", steps.write_index.astype(np.int64))
         for name, buffer in self._buffers.items():
             self._bind(f"past_{name}", buffer[:length])
             self._bind(f"present_{name}", buffer[:length])
         self._request.infer()
+
+    def logits(self) -> Float:
+        """Of the last step; see ``diagd.engines.engine.Engine.logits``."""
         logits: Float = self._request.get_tensor("logits").data
         return logits
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from benchmarks.cpu import CONSOLE, GREEDY, Bench, Stepper, _weights
+from benchmarks.cpu import CONSOLE, Bench, Stepper, _weights
 from diagd.bundle import Bundle, Form
 from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
-from diagd.engines.engine import VOID, StepInputs
+from diagd.engines.engine import VOID, Steps
 from diagd.schedule import Schedule
 
 PRECISIONS = ("int8", "int8-dynamic", "int8-weight", "int4-weight")
@@ -69,9 +69,9 @@ def steps(bundle: Bundle, repeats: int) -> None:
     for width in WIDTHS:
         for _ in range(2 + 2 * repeats):
             for name, bench in benches.items():
-                inputs = _inputs(bench, width, live)
+                bench.engine.send(_step(bench, width, live))
                 began = time.process_time()
-                bench.engine.step(inputs, GREEDY)
+                bench.engine.step()
                 spent.setdefault((name, width), []).append(time.process_time() - began)
     table = Table("precision", *(f"W = {width}" for width in WIDTHS), title=f"ms a step, {live} live slots")
     median = {key: 1e3 * float(np.median(values[2:])) for key, values in spent.items()}
@@ -188,10 +188,11 @@ def _beside(
     logits = {}
     for _ in range(2 + 2 * repeats):
         for name, stepper in steppers.items():
-            inputs = _inputs(ours[name.split(", ")[1]], width, live)
+            stepper.send(_step(ours[name.split(", ")[1]], width, live))
             began = time.process_time()
-            logits[name] = stepper.step(inputs, GREEDY)
+            stepper.step()
             spent[name].append(time.process_time() - began)
+            logits[name] = stepper.logits()
     exact = logits["diagd, fp32"]
     error = {
         name: float(np.linalg.norm(rows - exact) / np.linalg.norm(exact)) for name, rows in logits.items()
@@ -210,12 +211,12 @@ def _bench(bundle: Bundle, precision: str, slots: int) -> Bench:
     return Bench(bundle.at_precision(precision), slots, wall=False)
 
 
-def _inputs(bench: Bench, width: int, live: int) -> StepInputs:
+def _step(bench: Bench, width: int, live: int) -> Steps:
     rows = np.arange(width, dtype=np.int32)
     bench.engine.slot_position[:] = VOID
     bench.engine.slot_position[: live + width] = np.arange(live + width)
     draws = np.full(width, 0.5, np.float32)
-    return StepInputs(rows, live + rows, rows, rows, draws, live, live + width)
+    return Steps.single(rows, live + rows, rows, rows, draws, live, live + width)
 
 
 if __name__ == "__main__":

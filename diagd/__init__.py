@@ -1,20 +1,63 @@
-"""Real-time frames from autoregressive video world models by diagonal decoding."""
+"""Real-time frames from autoregressive video world models by diagonal decoding.
+
+``load`` opens a bundle as a ``Session``; a session decodes a ``Stream`` frame by frame or step by step, by a
+``Decoder`` such as ``ScheduledDecoder(Schedule.chained(session.layout, k=1))``.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from diagd.version import __version__
 
 if TYPE_CHECKING:
+    from diagd.errors import DiagdError
+    from diagd.runtime.decoders import Decoder, ForcedDecoder, ScheduledDecoder
     from diagd.runtime.load import load
+    from diagd.runtime.sampling import SamplingSettings
+    from diagd.runtime.session import Frame, Session
+    from diagd.runtime.step import Result
+    from diagd.runtime.stream import Stream
+    from diagd.schedule import Block, RowSeed, Schedule, Step
 
-__all__ = ["__version__", "load"]
+_HOMES = {
+    "Block": "diagd.schedule",
+    "Decoder": "diagd.runtime.decoders",
+    "DiagdError": "diagd.errors",
+    "ForcedDecoder": "diagd.runtime.decoders",
+    "Frame": "diagd.runtime.session",
+    "Result": "diagd.runtime.step",
+    "RowSeed": "diagd.schedule",
+    "SamplingSettings": "diagd.runtime.sampling",
+    "Schedule": "diagd.schedule",
+    "ScheduledDecoder": "diagd.runtime.decoders",
+    "Session": "diagd.runtime.session",
+    "Step": "diagd.schedule",
+    "Stream": "diagd.runtime.stream",
+    "load": "diagd.runtime.load",
+}
+
+__all__ = [
+    "Block",
+    "Decoder",
+    "DiagdError",
+    "ForcedDecoder",
+    "Frame",
+    "Result",
+    "RowSeed",
+    "SamplingSettings",
+    "Schedule",
+    "ScheduledDecoder",
+    "Session",
+    "Step",
+    "Stream",
+    "__version__",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from diagd.runtime.load import load
-
-        return load
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'diagd' has no attribute '{name}'")

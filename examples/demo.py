@@ -18,6 +18,7 @@ from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.progress import Progress
 from diagd.runtime.actions import encode
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.prompt import read_prompt
 from diagd.runtime.video import VideoWriter
@@ -48,25 +49,26 @@ def main(bundle_path: Path, output: Path) -> None:
     slowest = 0.0
     output.parent.mkdir(parents=True, exist_ok=True)
     for name, schedule in schedules.items():
-        session = diagd.load(bundle_path)
-        session.start(prompt, np.tile(encode(manifest.actions, {}), (1, 1)))
-        for _ in session.generate(WARM_UP, actions[:WARM_UP], schedule=schedule):
-            pass
-        session.start(prompt, np.tile(encode(manifest.actions, {}), (1, 1)))
-        passes = session.timing.steps
+        decoder, idle = ScheduledDecoder(schedule), np.tile(encode(manifest.actions, {}), (1, 1))
         size = (pixels.spec.height, pixels.spec.width)
         with (
+            diagd.load(bundle_path) as session,
             Progress(console).count(name, len(actions)) as advance,
             VideoWriter(output, manifest.frames_per_second, size) as video,
         ):
+            session.start(prompt, idle)
+            for _ in session.frames(decoder, actions[:WARM_UP]):
+                pass
+            session.start(prompt, idle)
+            passes = session.timing.steps
             for image in pixels.decode(iter(prompt)):
                 video.write(image)
             began = time.perf_counter()
-            for frame in session.generate(len(actions), actions, schedule=schedule):
+            for frame in session.frames(decoder, actions):
                 video.write(next(pixels.decode(iter([frame.tokens]))))
                 advance(1)
             seconds = time.perf_counter() - began
-        passes = session.timing.steps - passes
+            passes = session.timing.steps - passes
         slowest = slowest or seconds
         table.add_row(
             name,

@@ -3,11 +3,10 @@
 // advance: the record of the next step -> the fixed tensors that a step graph reads.
 // append:  the rows that a portable graph returned -> the K/V buffers, and its tokens -> the token buffer.
 //
-// A record is a row of 32-bit words in a ring of records:
-//   header          rows, write_index, live, updates, temperature, top_k, top_p, 0
-//   rows            sources[W], positions[W], sinks[W], uniforms[W]      W = max_width
-//   slot updates    (slot, position)[U]                                  U = max_updates
-// temperature, top_p and uniforms are float bits. diagd/engines/cuda/record.py writes it.
+// A record is a header of 32-bit words in a buffer, which says where its columns and the next header are:
+//   rows, write_index, live, updates, temperature, top_k, top_p, next header,
+//   sources, positions, sinks, uniforms (each [rows]), slots, their positions (each [updates]), 0, 0
+// temperature, top_p and uniforms are float bits. diagd/engines/records.py writes it.
 #pragma once
 
 #if defined(__CUDACC_RTC__)  // NVRTC has no standard headers
@@ -26,13 +25,26 @@ typedef long long int64_t;
 
 namespace diagd {
 
-constexpr int kHeaderWords = 8;
-
-enum Header { kRows, kWriteIndex, kLive, kUpdates, kTemperature, kTopK, kTopP };
+enum Header {
+  kRows,
+  kWriteIndex,
+  kLive,
+  kUpdates,
+  kTemperature,
+  kTopK,
+  kTopP,
+  kNext,
+  kSources,
+  kPositions,
+  kSinks,
+  kUniforms,
+  kSlots,
+  kSlotPositions
+};
 
 struct AdvanceArguments {
   const int32_t* records;
-  int32_t* counter;  // steps taken so far; the record is counter % records_in_ring
+  int32_t* cursor;  // word at which the next step's header begins
   int32_t* sources;
   int32_t* positions;
   int32_t* sinks;
@@ -43,9 +55,6 @@ struct AdvanceArguments {
   int32_t* top_k;
   float* top_p;
   int32_t* slot_position;
-  int32_t records_in_ring;
-  int32_t max_width;
-  int32_t max_updates;
   int32_t width;    // of the graph that follows: rows up to it are filled with pads
   int32_t scratch;  // place of the token buffer that nobody reads
 };
@@ -77,18 +86,14 @@ DIAGD_HOST_DEVICE float as_float(int32_t bits) {
   return value.real;
 }
 
-DIAGD_HOST_DEVICE const int32_t* record_of(const AdvanceArguments& a, int32_t step) {
-  const int64_t words = kHeaderWords + 4 * a.max_width + 2 * a.max_updates;
-  return a.records + words * (step % a.records_in_ring);
-}
-
 // One of `threads` threads. Pad rows stand where the last row stands, so that every query sees a key.
 DIAGD_HOST_DEVICE void advance_thread(const AdvanceArguments& a, const int32_t* record, int thread, int threads) {
-  const int32_t* sources = record + kHeaderWords;
-  const int32_t* positions = sources + a.max_width;
-  const int32_t* sinks = positions + a.max_width;
-  const int32_t* uniforms = sinks + a.max_width;
-  const int32_t* updates = uniforms + a.max_width;
+  const int32_t* sources = a.records + record[kSources];
+  const int32_t* positions = a.records + record[kPositions];
+  const int32_t* sinks = a.records + record[kSinks];
+  const int32_t* uniforms = a.records + record[kUniforms];
+  const int32_t* slots = a.records + record[kSlots];
+  const int32_t* slot_positions = a.records + record[kSlotPositions];
   const int32_t rows = record[kRows];
   for (int row = thread; row < a.width; row += threads) {
     const bool pad = row >= rows;
@@ -98,7 +103,7 @@ DIAGD_HOST_DEVICE void advance_thread(const AdvanceArguments& a, const int32_t* 
     a.uniforms[row] = pad ? 0.5f : as_float(uniforms[row]);
   }
   for (int update = thread; update < record[kUpdates]; update += threads) {
-    a.slot_position[updates[2 * update]] = updates[2 * update + 1];
+    a.slot_position[slots[update]] = slot_positions[update];
   }
   if (thread == 0) {
     *a.write_index = record[kWriteIndex];

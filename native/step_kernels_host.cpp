@@ -2,12 +2,11 @@
 #include "step_kernels.h"
 
 extern "C" void diagd_advance(const diagd::AdvanceArguments* arguments, int32_t threads) {
-  const int32_t step = *arguments->counter;
-  const int32_t* record = diagd::record_of(*arguments, step);
+  const int32_t* record = arguments->records + *arguments->cursor;
   for (int thread = 0; thread < threads; ++thread) {
     diagd::advance_thread(*arguments, record, thread, threads);
   }
-  *arguments->counter = (step + 1) % arguments->records_in_ring;
+  *arguments->cursor = record[diagd::kNext];
 }
 
 extern "C" void diagd_append(const diagd::AppendArguments* arguments, int32_t threads) {

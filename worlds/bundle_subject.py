@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
-from diagd.engines.engine import Engine, Float, Int, SamplingState, StepInputs
+from diagd.engines.engine import Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
+from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
 from diagd.runtime.load import open_session
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.session import Session, token_places
-from diagd.runtime.tokens import TokenPlaces
-from diagd.schedule import Schedule
+from diagd.runtime.session import Session
+from diagd.schedule import NO_SINK, Schedule, StreamLayout
 from diagd.tuning.recordings import FrameEncoder
 from worlds.subject import Streams
-
-_GREEDY = SamplingSettings(temperature=0)
 
 
 class BundleSubject:
@@ -48,16 +43,15 @@ class BundleSubject:
 
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
         """See `Subject.nll`."""
-        engine = self._session.engine
-        places = token_places(self.layout, self._session.window)
         result = np.full(streams.shape, np.nan, np.float32)
-        try:
-            for stream, row in zip(streams, result, strict=True):
-                forced = _ForcedEngine(engine, stream, places, row)
-                self._session.engine = forced
-                _generate(self._session, stream, 1, schedule, _GREEDY, 0)
-        finally:
-            self._session.engine = engine
+        for stream, row in zip(streams, result, strict=True):
+            frames, actions = _parts(stream, self.layout)
+            self._session.start(frames[:1], actions[:1])
+            for step, seen in self._session.steps(ForcedDecoder(schedule, frames[1:]), actions[1:]):
+                cells, logits = step.sinks[step.sinks != NO_SINK], seen.logits.astype(np.float32)
+                top = logits.max(1, initial=-np.inf)
+                total = np.log(np.exp(logits - top[:, None]).sum(1)) + top
+                row[cells] = total - logits[np.arange(len(cells)), stream[cells]]
         return result
 
     def roll_out(
@@ -75,6 +69,12 @@ class BundleSubject:
         return np.stack(list(self._codec.decode(tokens.astype(np.int32))))
 
 
+def _parts(stream: NDArray[np.int64], layout: StreamLayout) -> tuple[Int, Int]:
+    """Frames int32 [F, rows, columns] and actions [F, 1] of a stream."""
+    rows = stream.reshape(-1, layout.frame_length).astype(np.int32)
+    return rows[:, 1:].reshape(len(rows), layout.rows, layout.columns), rows[:, :1]
+
+
 def _generate(
     session: Session,
     stream: NDArray[np.int64],
@@ -84,46 +84,7 @@ def _generate(
     seed: int,
 ) -> Int:
     """Tokens int32 [F - prompt, rows, columns] generated under the actions of ``stream``."""
-    layout = session.layout
-    rows = stream.reshape(-1, layout.frame_length).astype(np.int32)
-    frames = rows[:prompt, 1:].reshape(prompt, layout.rows, layout.columns)
-    session.start(frames, rows[:prompt, :1])
-    decoded = session.generate(
-        len(rows) - prompt, rows[prompt:, :1], schedule=schedule, sampling=sampling, seed=seed
-    )
+    frames, actions = _parts(stream, session.layout)
+    session.start(frames[:prompt], actions[:prompt])
+    decoded = session.frames(ScheduledDecoder(schedule), actions[prompt:], sampling=sampling, seed=seed)
     return np.stack([frame.tokens for frame in decoded])
-
-
-@dataclass
-class _ForcedEngine:
-    """Scores the true tokens and makes the greedy sampler take them, so that a session is teacher-forced."""
-
-    engine: Engine
-    stream: NDArray[np.int64]
-    places: TokenPlaces
-    nll: NDArray[np.float32]
-    samples_in_graph: bool = False
-    _position: Int = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.engine.samples_in_graph:
-            raise UsageError("this engine samples in its graph and gives no logits; evaluate on the CPU")
-        self.capacity, self.max_width = self.engine.capacity, self.engine.max_width
-        self.token_buffer, self.slot_position = self.engine.token_buffer, self.engine.slot_position
-        self.padded_width: Callable[[int], int] = self.engine.padded_width
-        self.rotate_keys: Callable[[NDArray[np.float64], int], None] = self.engine.rotate_keys
-        self.set_text: Callable[[Mapping[str, NDArray[np.generic]]], None] = self.engine.set_text
-        positions = np.arange(len(self.stream), dtype=np.int32)
-        self._position = np.zeros(self.places.size, np.int32)
-        self._position[self.places.of(positions)] = positions
-
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
-        """Logits in which the true token leads."""
-        logits = self.engine.step(inputs, sampling).astype(np.float32)
-        positions = self._position[inputs.sinks[inputs.decoded]]
-        tokens, rows = self.stream[positions], np.arange(len(positions))
-        top = logits.max(1, keepdims=True, initial=-np.inf)
-        total = np.log(np.exp(logits - top).sum(1)) + top[:, 0]
-        self.nll[positions] = total - logits[rows, tokens]
-        logits[rows, tokens] = top[:, 0] + 1
-        return logits

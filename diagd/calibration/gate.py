@@ -6,15 +6,13 @@ the candidate predicts every one of them from its own cache.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.calibration.trajectory import EnoughStepsError
-from diagd.engines.engine import Engine, Float, Int, SamplingState, StepInputs
+from diagd.engines.engine import Float
 from diagd.errors import UsageError, unknown
 
 SETTLED_ERRORS = 2.0
@@ -172,64 +170,3 @@ def log_softmax(logits: Float) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
-
-
-class PairedEngine:
-    """Runs every step on two engines, decodes with the first and compares.
-
-    Args:
-        reference: in floating point.
-        candidate: quantised, of the same capacity.
-        ranges: int32 [frame_length, 2], allowed ids by place of the frame; rows of unequal range are
-            compared over the widest one.
-        comparison: takes the figures.
-
-    ``best`` holds the most probable tokens of both, by place in the token buffer.
-    """
-
-    samples_in_graph = False
-
-    def __init__(self, reference: Engine, candidate: Engine, ranges: Int, comparison: Comparison) -> None:
-        self._reference, self._candidate, self._comparison = reference, candidate, comparison
-        self.capacity, self.max_width = reference.capacity, reference.max_width
-        self.token_buffer, self.slot_position = reference.token_buffer, reference.slot_position
-        self.best: tuple[Int, Int] = (reference.token_buffer.copy(), reference.token_buffer.copy())
-        self._low, self._high = int(ranges[:, 0].min()), int(ranges[:, 1].max())
-        self.remaining = 0
-
-    def padded_width(self, width: int) -> int:
-        """See ``Engine.padded_width``."""
-        return self._reference.padded_width(width)
-
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
-        """See ``Engine.step``; raises ``EnoughStepsError`` once ``remaining`` steps have run."""
-        if not self.remaining:
-            raise EnoughStepsError
-        self.remaining -= 1
-        self._candidate.token_buffer[:] = self.token_buffer
-        self._candidate.slot_position[:] = self.slot_position
-        began = time.perf_counter()
-        expected = self._reference.step(inputs, sampling)
-        middle = time.perf_counter()
-        seen = self._candidate.step(inputs, sampling)
-        ended = time.perf_counter()
-        if len(inputs.decoded):
-            allowed, width = slice(self._low, self._high), len(inputs.positions)
-            self._comparison.add(expected[:, allowed], seen[:, allowed], width)
-            figures = self._comparison.by_width[width]
-            figures.reference.append(middle - began)
-            figures.quantised.append(ended - middle)
-            sinks = inputs.sinks[inputs.decoded]
-            for best, logits in zip(self.best, (expected, seen), strict=True):
-                best[sinks] = self._low + logits[:, allowed].argmax(1)
-        return expected
-
-    def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
-        """See ``Engine.set_text``."""
-        self._reference.set_text(rows)
-        self._candidate.set_text(rows)
-
-    def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
-        """See ``Engine.rotate_keys``."""
-        self._reference.rotate_keys(angles, live)
-        self._candidate.rotate_keys(angles, live)

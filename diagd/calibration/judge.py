@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
-from diagd.calibration.gate import Budget, Comparison, PairedEngine, is_settled, log_softmax
+from diagd.calibration.gate import Budget, Comparison, is_settled, log_softmax
 from diagd.calibration.reference import open_graphs
-from diagd.calibration.trajectory import EnoughStepsError, Prompts, Tour, Trajectory
-from diagd.engines.engine import Engine, Float, Int, SamplingState, StepInputs
-from diagd.engines.fixed import FixedEngine
+from diagd.calibration.trajectory import Prompts, Tour, Trajectory
+from diagd.engines.engine import Engine, Int
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.prefix import PrefixEngine
 from diagd.progress import Progress
 from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.step import Result
+from diagd.schedule import NO_SINK
+
+Law: TypeAlias = NDArray[np.float64]
 
 GATE_SEED = 1_000_003
 """Added to the seed, so that a model is judged on other frames than its ranges were found on."""
@@ -72,7 +76,8 @@ class Judge:
         self._bundle, self._course, self._threads, self._progress = bundle, course, threads, progress
         self._reference = open_graphs(bundle, reference, course.window, self._options(reference, "fp32"))
         manifest = bundle.manifest
-        self._ranges = manifest.sampling.range_table(manifest.layout)
+        ranges = manifest.sampling.range_table(manifest.layout)
+        self._allowed = slice(int(ranges[:, 0].min()), int(ranges[:, 1].max()))
         self._pixels = None
         if manifest.tokenizer is not None:
             self._pixels = PixelCodec(bundle, CpuOptions(threads, prepack=False))
@@ -86,19 +91,51 @@ class Judge:
             budget: bounds of the verdict.
         """
         comparison, course = Comparison(), self._course
-        pair = PairedEngine(self._reference, self._open(candidate, weight), self._ranges, comparison)
-        guide = Tour(self._bundle, pair, course.window, course.prompts, course.seed + GATE_SEED)
         passes = sum(trajectory.steps for trajectory in course.tour)
-        with self._progress.count("gate, passes", ROUNDS[0] * passes) as advance:
-            for done in range(ROUNDS[1]):
-                if done >= ROUNDS[0] and is_settled(comparison.figures(), budget):
-                    break
-                for index, trajectory in enumerate(course.tour):
-                    pair.remaining = trajectory.steps
-                    comparison.begin()
-                    guide.run(trajectory, done * len(course.tour) + index, self._on_frame(pair, comparison))
-                    advance(trajectory.steps)
+        with closing(self._open(candidate, weight)) as engine:
+            tours = self._tour(self._reference), self._tour(engine)
+            with self._progress.count("gate, passes", ROUNDS[0] * passes) as advance:
+                for done in range(ROUNDS[1]):
+                    if done >= ROUNDS[0] and is_settled(comparison.figures(), budget):
+                        break
+                    for index, trajectory in enumerate(course.tour):
+                        self._compare(tours, trajectory, done * len(course.tour) + index, comparison)
+                        advance(trajectory.steps)
         return comparison
+
+    def _compare(
+        self, tours: tuple[Tour, Tour], trajectory: Trajectory, number: int, comparison: Comparison
+    ) -> None:
+        """One trajectory: the reference decodes, the candidate predicts every token from its own cache."""
+        comparison.begin()
+        best: dict[int, tuple[int, int]] = {}
+        layout = self._bundle.manifest.layout
+        low = self._allowed.start
+        followed = tours[1].steps(trajectory, number, follow=True)
+        for (step, expected), (_, seen) in zip(tours[0].steps(trajectory, number), followed, strict=True):
+            cells = step.sinks[step.sinks != NO_SINK]
+            tours[1].session.stream.write(cells, expected.tokens)
+            if not len(cells):
+                continue
+            logits = expected.logits[:, self._allowed], seen.logits[:, self._allowed]
+            comparison.add(*logits, step.width)
+            figures = comparison.by_width[step.width]
+            figures.reference.append(expected.time.engine)
+            figures.quantised.append(seen.time.engine)
+            tops = (low + rows.argmax(1) for rows in logits)
+            best.update(zip(cells.tolist(), zip(*tops, strict=True), strict=True))
+            for last in cells[(cells - layout.first_cell(0)) % layout.frame_length == layout.cells - 1]:
+                frame = range(int(last) - layout.cells + 1, int(last) + 1)
+                self._compare_pixels([best.pop(cell) for cell in frame], comparison)
+
+    def _compare_pixels(self, best: list[tuple[int, int]], comparison: Comparison) -> None:
+        """Mean squared error between the frames of the most probable tokens of both engines."""
+        if self._pixels is None or len(comparison.frame_errors) >= FRAMES:
+            return
+        grids = np.array(best, np.int32).T.reshape(2, self._bundle.manifest.layout.rows, -1)
+        shown = [next(iter(self._pixels.decode([grid]))) for grid in grids]
+        error = np.square(shown[0].astype(np.float64) - shown[1]).mean()
+        comparison.frame_errors.append(float(error))
 
     def layers(
         self, candidates: Iterator[tuple[str, Sequence[StepGraph]]], count: int, weight: str
@@ -107,106 +144,50 @@ class Judge:
 
         The reference decodes once; what it was asked is asked of every candidate.
         """
-        recorder = Recorder(self._reference, self._ranges)
-        course, widest = self._course, min(self._course.tour, key=lambda t: t.schedule.d)
-        guide = Tour(self._bundle, recorder, course.window, course.prompts, course.seed + GATE_SEED)
-        for number in range(2):
-            recorder.remaining = LAYER_STEPS // 2
-            guide.run(replace(widest, steps=LAYER_STEPS // 2), number)
-        found = {}
+        widest = min(self._course.tour, key=lambda trajectory: trajectory.schedule.d)
+        trajectory, found = replace(widest, steps=LAYER_STEPS // 2), {}
+        asked = [
+            [
+                (step.sinks[step.sinks != NO_SINK], result.tokens.copy(), self._law(result))
+                for step, result in steps
+            ]
+            for steps in (self._tour(self._reference).steps(trajectory, number) for number in range(2))
+        ]
         with self._progress.count("layers", count) as advance:
             for name, graphs in candidates:
-                found[name] = recorder.divergence(self._open(graphs, weight))
+                with closing(self._open(graphs, weight)) as engine:
+                    tour = self._tour(engine)
+                    found[name] = self._divergence(tour, trajectory, asked)
                 advance(1)
         return found
 
-    def _open(self, graphs: Sequence[StepGraph], weight: str) -> PrefixEngine | FixedEngine:
+    def _divergence(
+        self, tour: Tour, trajectory: Trajectory, asked: Sequence[Sequence[tuple[NDArray[Any], Int, Law]]]
+    ) -> float:
+        """Mean divergence of an engine's predictions from what the reference predicted, nats."""
+        total, rows = 0.0, 0
+        for number, answers in enumerate(asked):
+            steps = tour.steps(trajectory, number, follow=True)
+            for (_, result), (cells, tokens, expected) in zip(steps, answers, strict=True):
+                tour.session.stream.write(cells, tokens)
+                if len(cells):
+                    total += float((np.exp(expected) * (expected - self._law(result))).sum())
+                    rows += len(cells)
+        return total / max(rows, 1)
+
+    def _law(self, result: Result) -> Law:
+        """Logarithms of the probabilities of allowed ids, float64 [R, V]."""
+        logits = result.logits
+        return log_softmax(logits[:, self._allowed]) if len(logits) else np.zeros((0, 0))
+
+    def _tour(self, engine: Engine) -> Tour:
+        course = self._course
+        return Tour(self._bundle, engine, course.window, course.prompts, course.seed + GATE_SEED)
+
+    def _open(self, graphs: Sequence[StepGraph], weight: str) -> Engine:
         return open_graphs(self._bundle, graphs, self._course.window, self._options(graphs, weight))
 
     def _options(self, graphs: Sequence[StepGraph], weight: str) -> CpuOptions:
         # Products of the GPU forms have signed activations, for which the CPU has no quick kernel.
         fuse = graphs[0].form is Form.PREFIX and weight != "fp8"
         return CpuOptions(self._threads, prepack=False, fuse=fuse)
-
-    def _on_frame(self, pair: PairedEngine, comparison: Comparison) -> Callable[[Int], None]:
-        pixels, rows = self._pixels, self._bundle.manifest.layout.rows
-
-        def compare(places: Int) -> None:
-            if pixels is not None and len(comparison.frame_errors) < FRAMES:
-                comparison.frame_errors.append(_frame_error(pixels, pair, places, rows))
-
-        return compare
-
-
-class Recorder:
-    """Decodes with one engine and keeps every step, to ask others the same.
-
-    Args:
-        engine: the reference.
-        ranges: int32 [frame_length, 2], allowed ids by place of the frame.
-    """
-
-    samples_in_graph = False
-
-    def __init__(self, engine: Engine, ranges: Int) -> None:
-        self._engine = engine
-        self.capacity, self.max_width = engine.capacity, engine.max_width
-        self.token_buffer, self.slot_position = engine.token_buffer, engine.slot_position
-        self._allowed = slice(int(ranges[:, 0].min()), int(ranges[:, 1].max()))
-        self._calls: list[Callable[[Engine], float | None]] = []
-        self._rows = 0
-        self.remaining = 0
-
-    def padded_width(self, width: int) -> int:
-        """See ``Engine.padded_width``."""
-        return self._engine.padded_width(width)
-
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
-        """See ``Engine.step``; raises ``EnoughStepsError`` once ``remaining`` steps have run."""
-        if not self.remaining:
-            raise EnoughStepsError
-        self.remaining -= 1
-        tokens, slots = self.token_buffer.copy(), self.slot_position.copy()
-        kept = replace(
-            inputs,
-            sources=inputs.sources.copy(),
-            positions=inputs.positions.copy(),
-            sinks=inputs.sinks.copy(),
-            decoded=inputs.decoded.copy(),
-            uniforms=inputs.uniforms.copy(),
-        )
-        logits = self._engine.step(inputs, sampling)
-        expected = log_softmax(logits[:, self._allowed]) if len(logits) else None
-        self._rows += len(logits)
-
-        def ask(engine: Engine) -> float | None:
-            engine.token_buffer[:], engine.slot_position[:] = tokens, slots
-            seen = engine.step(kept, sampling)
-            if expected is None:
-                return None
-            return float((np.exp(expected) * (expected - log_softmax(seen[:, self._allowed]))).sum())
-
-        self._calls.append(ask)
-        return logits
-
-    def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
-        """See ``Engine.set_text``."""
-        kept = {name: array.copy() for name, array in rows.items()}
-        self._engine.set_text(kept)
-        self._calls.append(lambda engine: engine.set_text(kept))
-
-    def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
-        """See ``Engine.rotate_keys``."""
-        kept = angles.copy()
-        self._engine.rotate_keys(kept, live)
-        self._calls.append(lambda engine: engine.rotate_keys(kept, live))
-
-    def divergence(self, engine: Engine) -> float:
-        """Mean divergence of another engine's predictions on the kept steps, nats."""
-        return sum(call(engine) or 0.0 for call in self._calls) / max(self._rows, 1)
-
-
-def _frame_error(pixels: PixelCodec, pair: PairedEngine, places: Int, rows: int) -> float:
-    """Mean squared error between the frames of the most probable tokens of both engines."""
-    shown = [next(iter(pixels.decode([best[places].reshape(rows, -1)]))) for best in pair.best]
-    return float(np.square(shown[0].astype(np.float64) - shown[1]).mean())

@@ -19,7 +19,7 @@ from diagd.bundle.precision import KV_CACHES
 from diagd.calibration.matrices import check_form
 from diagd.calibration.schemes import Scheme
 from diagd.calibration.statistics import InputStatistics
-from diagd.engines.fixed import cache_tensors
+from diagd.engines.buffers import cache_tensors
 from diagd.errors import UsageError, unknown
 
 Float = NDArray[np.float32]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from numpy.typing import DTypeLike
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import StepGraph
 from diagd.bundle.precision import FLOATING
-from diagd.calibration.trajectory import capacity, default_window
+from diagd.calibration.trajectory import default_window
 from diagd.engines import host
-from diagd.engines.fixed import FixedEngine
-from diagd.engines.modern import ModernEngine
+from diagd.engines.backend import find
+from diagd.engines.engine import Engine
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.portable import PortableEngine
-from diagd.engines.prefix import PrefixEngine
 from diagd.errors import UsageError
-from diagd.runtime.session import token_places
+from diagd.runtime.load import step_options
 from diagd.schedule import slots_needed
 
 FORMS = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
@@ -86,11 +87,13 @@ def check_memory(bundle: Bundle, graph: StepGraph, engines: int, available: int 
 
 
 def open_graphs(
-    bundle: Bundle, graphs: Sequence[StepGraph], window: int, options: CpuOptions
-) -> PrefixEngine | FixedEngine:
-    """An engine of graphs of one form; those of a bundle's other graphs are left alone."""
+    bundle: Bundle,
+    graphs: Sequence[StepGraph],
+    window: int,
+    options: CpuOptions,
+    watch: Mapping[str, tuple[int, DTypeLike] | None] | None = None,
+) -> Engine:
+    """An engine of graphs of one form on the processor; those of a bundle's other graphs are left alone."""
     only = Bundle(bundle.path, bundle.manifest.model_copy(update={"graphs": tuple(graphs)}))
-    if graphs[0].form is Form.PREFIX:
-        return PrefixEngine(only, *capacity(bundle.manifest, window), options)
-    engine = ModernEngine if graphs[0].form is Form.MODERN else PortableEngine
-    return engine(only, token_places(bundle.manifest.layout, window).size, options)
+    opening = step_options(bundle.manifest, window, cpu=options, form=graphs[0].form)
+    return find("cpu").open_steps(only, replace(opening, watch=watch))

@@ -6,9 +6,9 @@ several lags, next-token prediction, overlapping frames, and a window that has s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,12 @@ from diagd.bundle.actions import ActionCodec
 from diagd.bundle.manifest import AbsoluteContext
 from diagd.engines.engine import Engine, Int
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.prefix import MAX_WIDTH
 from diagd.errors import UsageError
 from diagd.runtime.actions import encode
-from diagd.runtime.session import Session, token_places
-from diagd.runtime.text import TextReader
-from diagd.schedule import Schedule, slots_needed
+from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
+from diagd.runtime.load import session_over
+from diagd.runtime.step import Result
+from diagd.schedule import Schedule, Step
 
 MINIMUM_STEPS = 64
 
@@ -45,10 +45,6 @@ class Trajectory:
     prompt: int
     frames: int
     steps: int
-
-
-class EnoughStepsError(Exception):
-    """Breaks off a trajectory."""
 
 
 def trajectories(
@@ -150,51 +146,41 @@ def default_window(manifest: Manifest) -> int:
     return min(manifest.context.frames, 4)
 
 
-def capacity(manifest: Manifest, window: int) -> tuple[int, int]:
-    """Slots and tokens that an engine of the sessions holds."""
-    layout = manifest.layout
-    return slots_needed(layout, window, MAX_WIDTH), token_places(layout, window).size
-
-
 class Tour:
-    """Runs trajectories over one engine.
+    """Decodes trajectories over one engine.
 
     Args:
         bundle: that the engine is of.
-        engine: prefix engine of the session's capacity.
+        engine: on the processor, of the session's capacity.
         window: frames of the session.
         prompts: where prompts and actions come from.
         seed: of prompts, actions and sampling.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, window: int, prompts: Prompts, seed: int) -> None:
-        manifest = bundle.manifest
-        self._text_width = (manifest.text.length, manifest.text.width) if manifest.text else None
-        text = TextReader(bundle, manifest.text, CpuOptions(prepack=False)) if manifest.text else None
-        self._session = Session(manifest, engine, window, text=text)
+        text = bundle.manifest.text
+        self._text_width = (text.length, text.width) if text else None
+        self.session = session_over(bundle, engine, window, CpuOptions(prepack=False))
         self._prompts, self._seed = prompts, seed
-        self._places = token_places(self._session.layout, window)
 
-    def run(self, trajectory: Trajectory, number: int, on_frame: Callable[[Int], None] | None = None) -> None:
-        """Decode until the frames are complete or the engine has had enough.
+    def steps(
+        self, trajectory: Trajectory, number: int, *, follow: bool = False
+    ) -> Iterator[tuple[Step, Result]]:
+        """The passes of a trajectory, behind the prompt and actions of a number.
 
-        ``on_frame`` is told the places in the token buffer of each complete frame, int32 [cells].
+        With ``follow`` predictions are not kept: the caller writes another session's tokens into the stream.
         """
         random = np.random.default_rng((self._seed, number))
         frames = self._prompts.frames(trajectory.prompt, random)
         text = None
         if self._text_width:
             text = random.standard_normal(self._text_width, dtype=np.float32)
-        self._session.start(frames, self._prompts.actions(trajectory.prompt, random), text)
-        decoded = self._session.generate(
-            trajectory.frames,
+        self.session.start(frames, self._prompts.actions(trajectory.prompt, random), text)
+        decoder = ForcedDecoder(trajectory.schedule) if follow else ScheduledDecoder(trajectory.schedule)
+        steps = self.session.steps(
+            decoder,
             self._prompts.actions(trajectory.frames, random),
-            schedule=trajectory.schedule,
+            count=trajectory.frames,
             seed=self._seed + number,
         )
-        with suppress(EnoughStepsError):
-            for frame in decoded:
-                if on_frame is not None:
-                    first = self._session.layout.first_cell(frame.index)
-                    cells = np.arange(first, first + self._session.layout.cells, dtype=np.int32)
-                    on_frame(self._places.of(cells))
+        return islice(steps, trajectory.steps)

@@ -45,7 +45,7 @@ class GenerateSettings(BaseModel):
     threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
     refeed: bool = Field(True, description="feed the true token where a row seed stood in")
     precision: str | None = Field(None, description="of the step graph (default: the bundle's first)")
-    backend: str = Field("cpu", description="cpu, tensorrt or cuda")
+    backend: str = Field("cpu", description="cpu, cuda, tensorrt or tensorrt_rtx")
     compat: str | None = Field(None, description="'mineworld' reproduces the released code's cache")
     roll: int | None = Field(None, description="frames by which learned positions slide at once")
     text: Path | None = Field(None, description="text embeddings, .npy or .safetensors [n, width]")
@@ -76,6 +76,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate and write the frames; nothing is written on failure."""
     from diagd.bundle import Bundle
+    from diagd.engines import backend
     from diagd.engines.onnxruntime_session import CpuOptions
     from diagd.runtime.load import open_session
     from diagd.runtime.output import check_output
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     actions, frames = _actions(args, bundle.manifest)
     cpu = CpuOptions(settings.threads, settings.prepack)
     only_tokens = args.prompt.suffix.lower() == args.output.suffix.lower() == ".npy"
-    pixels = None if only_tokens else PixelCodec(bundle, cpu)
+    opener = backend.find(settings.backend)
+    pixels = None if only_tokens else PixelCodec(bundle, cpu, opener)
     prompt = _prompt(args, settings, bundle.manifest, pixels)
     session = open_session(
         bundle,
@@ -99,21 +101,23 @@ def run(args: argparse.Namespace) -> int:
         compat=settings.compat,
         roll=settings.roll,
         precision=settings.precision,
-        backend=settings.backend,
+        backend=opener,
     )
     session.start(prompt, _idle(bundle.manifest, len(prompt)), _text(settings, bundle.manifest))
-    console, began = terminal.console(), time.perf_counter()
+    console, began, decoding = terminal.console(), time.perf_counter(), 0.0
     with Progress(console).count(f"{args.bundle.name} k={schedule.k} d={schedule.d}", frames) as advance:
 
         def decoded() -> Iterator[Int]:
+            nonlocal decoding
             for frame in session.generate(
                 frames, actions, schedule=schedule, sampling=sampling, seed=args.seed
             ):
                 advance(1)
+                decoding += frame.seconds
                 yield frame.tokens
 
         _write(args.output, prompt, decoded(), pixels, settings.fps or bundle.manifest.frames_per_second)
-    _report(console, session, frames, time.perf_counter() - began, args.output)
+    _report(console, session, frames, (time.perf_counter() - began, decoding), args.output)
     return 0
 
 
@@ -191,12 +195,19 @@ def _write(output: Path, prompt: Int, frames: Iterator[Int], pixels: PixelCodec 
         write_video(output, prompt, frames, pixels, fps)
 
 
-def _report(console: Console, session: Session, frames: int, seconds: float, output: Path) -> None:
-    timing = session.timing
-    engine, host = 1e3 * timing.engine / timing.steps, 1e3 * timing.host / timing.steps
+def _report(
+    console: Console, session: Session, frames: int, seconds: tuple[float, float], output: Path
+) -> None:
+    """Say what it took: ``seconds`` in all, and of the frames' tokens alone."""
+    timing, (wall, decoding) = session.timing, seconds
+    engine, host, both = (
+        f"{1e3 * taken / timing.steps:.2f} ms" for taken in (timing.engine, timing.host, decoding)
+    )
+    # What the host saw of an engine that it runs ahead of is how long queueing took.
+    passes = f"of {both}" if session.engine.ahead else f"of {engine}, host {host} a pass"
     console.print(
-        f"{frames} frames in {seconds:.2f} s, {frames / seconds:.2f} frames/s: "
-        f"{timing.steps} passes of {engine:.2f} ms, host {host:.2f} ms a pass: {output}"
+        f"{frames} frames in {wall:.2f} s, {frames / wall:.2f} frames/s: "
+        f"{timing.steps} passes {passes}: {output}"
     )
     if timing.refill_steps:
         console.print(

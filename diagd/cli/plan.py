@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _device(name: str) -> Device:
-    from diagd.planning.ceilings import this_device
     from diagd.planning.devices import DEVICES, THIS
+    from diagd.planning.machine import this_device
 
     if name == THIS:
         return this_device()

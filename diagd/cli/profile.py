@@ -52,7 +52,6 @@ class ProfileSettings(BaseModel):
     prompt: int | None = Field(None, ge=1, description="frames known ahead (default: a full window)")
     threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
     pixels: bool = Field(True, description="decode and encode pictures, where there is a tokenizer")
-    ladder: bool = Field(True, description="measure the engine's optimisations one by one")
     prepack: bool = Field(True, description="cache packed weights on this machine")
 
 
@@ -134,7 +133,6 @@ def _options(args: argparse.Namespace) -> ProfileOptions:
         window=settings.window,
         fps=args.fps,
         pixels=settings.pixels,
-        ladder=settings.ladder,
         budget=args.budget or None,
         marks=args.trace is not None,
         cpu=CpuOptions(settings.threads, settings.prepack),
@@ -191,22 +189,6 @@ def _print(console: Console, report: Report) -> None:
         f"limits measured here: {machine.limits}; peak memory {report.peak_memory / 1e9:.2f} GB; "
         f"{slow} slow steps",
     )
-    _print_ladder(console, report)
-
-
-def _print_ladder(console: Console, report: Report) -> None:
-    from rich.table import Table
-
-    for held in dict.fromkeys(rung.held for rung in report.ladder if rung.held):
-        table = Table("optimisation", "ms without", "ms with", "gain", title=f"a step: {held}")
-        for rung in report.ladder:
-            if rung.held == held and rung.seconds is not None and rung.before is not None:
-                times = (f"{1e3 * rung.before:.3f}", f"{1e3 * rung.seconds:.3f}", f"{rung.gain:.2f} x")
-                table.add_row(rung.name, *times)
-        console.print(table)
-    for rung in report.ladder:
-        if rung.seconds is None:
-            console.print(f"{rung.name}: {rung.reason}")
 
 
 def _print_stages(console: Console, run: Run) -> None:

@@ -119,9 +119,10 @@ def _orders(
     from diagd.profiling.orders import decoding_orders, obstacle, order_name
     from diagd.profiling.report import Skipped
 
-    manifest, known, widest = subject.bundle.manifest, settings.prompt + args.frames, subject.engine.max_width
+    session, known = subject.session, settings.prompt + args.frames
+    manifest, widest = session.manifest, session.engine.max_width
     orders = decoding_orders(manifest, parse_lags(args.k))
-    pairs = [(order, obstacle(order, manifest, subject.window, known, widest)) for order in orders]
+    pairs = [(order, obstacle(order, manifest, session.window, known, widest)) for order in orders]
     late = [Skipped(order=f"{subject.name}, {order_name(order)}", reason=why) for order, why in pairs if why]
     return [order for order, why in pairs if not why], late
 
@@ -134,18 +135,16 @@ def _verdicts(
     orders: list[Schedule],
     progress: Progress,
 ) -> Iterator[Verdict]:
-    from diagd.profiling.engines import session_over
     from diagd.profiling.measure import random_workload
-    from diagd.profiling.verify import PairedEngine, ReferenceEngine, verify
+    from diagd.profiling.verify import open_reference, verify
 
-    bundle = subject.bundle
-    pair = PairedEngine(subject.engine, ReferenceEngine(reference, subject.engine.capacity))
-    session = session_over(bundle, pair, subject.window, subject.cpu)
+    session, name = subject.session, subject.name
     workload = random_workload(session, settings.prompt, args.frames, settings.seed)
     if args.prompt:
-        workload = replace(workload, prompt=_read_prompt(args.prompt, bundle, settings))
-    for order in progress.each(orders, subject.name):
-        yield verify(session, subject.name, subject.precision, order, workload, args.frames)
+        workload = replace(workload, prompt=_read_prompt(args.prompt, subject.bundle, settings))
+    with open_reference(reference, session) as plain:
+        for order in progress.each(orders, name):
+            yield verify(session, plain, name, subject.precision, order, workload, args.frames)
 
 
 def _subjects(args: argparse.Namespace, settings: VerifySettings, bundle: Bundle) -> Iterator[Subject]:

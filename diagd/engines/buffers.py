@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Manifest
+from diagd.bundle.manifest import CacheShape
 
 ALIGNMENT = 64
 
@@ -21,6 +22,11 @@ def aligned_zeros(
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def cache_tensors(cache: CacheShape) -> list[str]:
+    """Names of the K/V buffers in graph order: key_0, value_0, key_1, ..."""
+    return [f"{kind}_{layer}" for layer in range(cache.layers) for kind in ("key", "value")]
 
 
 def text_buffers(manifest: Manifest) -> dict[str, NDArray[np.generic]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from diagd.bundle import Form
 
 Int = NDArray[np.int32]
 Float = NDArray[np.float32]
@@ -25,56 +28,158 @@ class SamplingState:
     top_p: float
 
 
-@dataclass
-class StepInputs:
-    """One forward pass.
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Forward passes to run one after another, their rows in flat arrays.
+
+    Row r of step n is in ``offsets[n]:offsets[n+1]``; likewise for the rows that decode and the slots that
+    change. All arrays but ``uniforms`` are int32.
 
     Attributes:
-        sources: int32 [W], places in the token buffer of the fed ids.
-        positions: int32 [W], rotary positions.
-        sinks: int32 [W], places in the token buffer that predictions fill; the last place for none.
-        decoded: int32 [R], rows of the frontier whose prediction is wanted.
-        uniforms: float32 [R], one random number for each of them.
-        write_index: first slot written.
-        live: slots in use once the step is written; none beyond is visible.
+        offsets: [N + 1].
+        sources: [rows], places in the token buffer of the fed ids.
+        positions: [rows], rotary positions.
+        sinks: [rows], places in the token buffer that predictions fill; a scratch place for none.
+        decode_offsets, decoded: [N + 1], [D], rows of each step whose prediction is wanted, from 0.
+        uniforms: float32 [D], one random number for each of them.
+        write_index: [N], first slot each step writes.
+        live: [N], slots in use once the step is written; none beyond is visible.
+        update_offsets, update_slots, update_positions: [N + 1], [U], [U], slots whose position changes ahead
+            of each step, its own rows included; no slot twice in a step.
+        sampling: of a graph that samples.
     """
 
+    offsets: Int
     sources: Int
     positions: Int
     sinks: Int
+    decode_offsets: Int
     decoded: Int
     uniforms: Float
-    write_index: int
-    live: int
+    write_index: Int
+    live: Int
+    update_offsets: Int
+    update_slots: Int
+    update_positions: Int
+    sampling: SamplingState
+
+    @classmethod
+    def single(
+        cls,
+        sources: Int,
+        positions: Int,
+        sinks: Int,
+        decoded: Int,
+        uniforms: Float,
+        write_index: int,
+        live: int,
+        sampling: SamplingState | None = None,
+    ) -> Steps:
+        """One pass that changes no slot but its own."""
+        slots = write_index + np.arange(len(positions), dtype=np.int32)
+        rows, draws = _whole(len(positions)), _whole(len(decoded))
+        start, used = np.array([write_index], np.int32), np.array([live], np.int32)
+        state = sampling or SamplingState(0.0, 0, 1.0)
+        return cls(
+            rows,
+            sources,
+            positions,
+            sinks,
+            draws,
+            decoded,
+            uniforms,
+            start,
+            used,
+            rows,
+            slots,
+            positions,
+            state,
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def _whole(count: int) -> Int:
+    return np.array([0, count], np.int32)
+
+
+class Clock(Protocol):
+    """Time stamps between the steps of an engine."""
+
+    def mark(self, number: int) -> None:
+        """Note when everything asked for so far is done; a number used again has the later time."""
+        ...
+
+    def seconds(self, first: int, last: int) -> float:
+        """From one time stamp to another; waits for both."""
+        ...
+
+
+class HostClock:
+    """Of an engine that is done when its step returns."""
+
+    def __init__(self) -> None:
+        self._marks: dict[int, float] = {}
+
+    def mark(self, number: int) -> None:
+        """Note the time."""
+        self._marks[number] = time.perf_counter()
+
+    def seconds(self, first: int, last: int) -> float:
+        """From one time stamp to another."""
+        return self._marks[last] - self._marks[first]
 
 
 class Engine(Protocol):
-    """One compiled backend over preallocated KV buffers.
+    """One compiled backend over preallocated KV buffers and a token buffer of its own.
 
-    ``token_buffer`` and ``slot_position`` are the state that the runtime writes between steps.
+    Attributes:
+        form: of its step graph.
+        capacity: slots of the KV buffers.
+        max_width: widest step.
+        samples: its steps draw the tokens and write them to the sinks; else the caller does, from ``logits``.
+        ahead: steps may still be running when ``step`` returns.
+        clock: gives the times of its steps.
     """
 
+    form: Form
     capacity: int
     max_width: int
-    samples_in_graph: bool
-    slot_position: Int
+    samples: bool
+    ahead: bool
+    clock: Clock
 
-    @property
-    def token_buffer(self) -> Int:
-        """Tokens by place, once every step so far has run; the runtime writes known ones into it."""
+    def padded_widths(self, widths: Int) -> Int:
+        """Slots that steps of so many rows write, pad rows included."""
         ...
 
-    def padded_width(self, width: int) -> int:
-        """Slots that a step of ``width`` rows writes, pad rows included."""
+    def send(self, steps: Steps) -> None:
+        """Take the steps to run next; those sent before have run."""
         ...
 
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
-        """Run one pass; K/V rows are written in place.
+    def step(self) -> None:
+        """Run, or queue, the next of the steps sent; K/V rows are written in place."""
+        ...
 
-        Returns:
-            Logits float32 [R, V] of ``inputs.decoded``, valid until the next step. An engine that samples in
-            the graph has also written the sampled ids to the sinks.
-        """
+    def logits(self) -> Float:
+        """Logits [R, V] of the rows that the last step decodes, once it has run; valid until the next one."""
+        ...
+
+    def watched(self) -> Mapping[str, NDArray[Any]]:
+        """Further outputs [rows, ...] of the last step by name, where the engine was opened to watch some."""
+        ...
+
+    def write_tokens(self, places: Int, ids: Int) -> None:
+        """Put ids into the token buffer, for steps run from now on."""
+        ...
+
+    def read_tokens(self, places: Int) -> Int:
+        """Ids in the token buffer once every step so far has run."""
+        ...
+
+    def write_slots(self, slot_position: Int) -> None:
+        """Take the position of every slot, int32 [capacity]."""
         ...
 
     def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
@@ -83,4 +188,21 @@ class Engine(Protocol):
 
     def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
         """Turn the keys of slots below ``live`` by ``angles`` (radians, one per channel pair)."""
+        ...
+
+    def evaluate(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Run the step graph on given inputs, as by its own contract; what the engine held is lost.
+
+        Args:
+            feeds: arrays by input, as wide as ``padded_widths`` says.
+            outputs: to give back.
+        """
+        ...
+
+    def memory_used(self) -> int:
+        """Bytes of its device that are in use, those of other programs included; 0 for the host's memory."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back; the engine is dead then."""
         ...

@@ -1,46 +1,91 @@
-"""Engines on an NVIDIA GPU: TensorRT's, or ONNX Runtime's CUDA provider."""
+"""An NVIDIA GPU: TensorRT's engines, or ONNX Runtime's CUDA provider."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.cuda.device import Device
-from diagd.engines.cuda.driver import CudaDevice
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram, open_cuda_session
-from diagd.engines.cuda.program import Tensor
-from diagd.engines.fixed import graphs_of
+from diagd.engines.backend import Graph, StepOptions, graphs_of
+from diagd.engines.ceilings import Ceilings, device_ceilings
+from diagd.engines.devices.cuda import CudaDevice, describe_device, open_driver
+from diagd.engines.devices.device import Device
+from diagd.engines.engine import Engine
+from diagd.engines.executor import Executor
+from diagd.engines.onnxruntime_program import OnnxRuntimeProgram, open_cuda_session
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.program import Program, Tensor
+from diagd.engines.tensorrt.builder import Builder, BuildOptions
+from diagd.engines.tensorrt.capabilities import import_tensorrt
 from diagd.engines.tensorrt.opening import open_tensorrt
-
-BACKENDS = ("tensorrt", "tensorrt_rtx", "cuda")
+from diagd.engines.tensorrt.program import TensorRTProgram
 
 AnyDevice = TypeVar("AnyDevice", bound=Device)
 
 
-def open_gpu_engine(
-    bundle: Bundle, tokens: int, backend: str, *, graphs: bool = True, strict: bool = False
-) -> DeviceEngine:
-    """An engine on the first GPU.
+class Cuda:
+    """ONNX Runtime's CUDA provider, on the first GPU."""
 
-    Args:
-        bundle: with a ``modern`` graph (``cuda``) or an engine made by diagd-build (``tensorrt``).
-        tokens: size of the token buffer; for TensorRT that of the model's whole context.
-        backend: one of ``BACKENDS``; ``tensorrt`` is either TensorRT, whichever is installed.
-        graphs: capture and replay CUDA graphs.
-        strict: of ``cuda``: refuse a graph of which nodes are left to the CPU.
+    name = "cuda"
+    forms: tuple[Form, ...] = (Form.MODERN,)
 
-    Raises:
-        EngineError: there is no GPU, or no engine that fits it.
-        DependencyError: a package is missing.
+    def describe(self) -> str:
+        """The GPU, its driver and the backend."""
+        described = describe_device(open_driver())
+        return f"{described.name}, driver {described.driver}, {self.name}"
+
+    def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
+        """See ``Backend.open_steps``."""
+        with closed_on_failure(CudaDevice()) as device:
+            return open_cuda(bundle, device, options)
+
+    def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:
+        """See ``Backend.open_graph``: pixels and texts stay on the GPU that decodes their tokens."""
+        del digest, options
+        session = open_cuda_session(path)
+        names = [output.name for output in session.get_outputs()]
+        return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+    def ceilings(self, threads: int = 0) -> Ceilings:
+        """See ``Backend.ceilings``; the product is that of the backend's own library."""
+        del threads
+        with closing(CudaDevice()) as device:
+            return device_ceilings(device, partial(self._product, device))
+
+    def _product(self, device: Device, model: Path, rows: int, tensors: Mapping[str, Tensor]) -> Program:
+        session = open_cuda_session(model, stream=device.stream)
+        return OnnxRuntimeProgram(session, tensors, (rows,), device.kind)
+
+
+class TensorRT(Cuda):
+    """Engines compiled by diagd-build, of either TensorRT: whichever is installed.
+
+    Plain graphs run on ONNX Runtime's CUDA provider.
     """
-    with closed_on_failure(CudaDevice()) as device:
-        if backend != "cuda":
-            runtime = None if backend == "tensorrt" else backend
-            return open_tensorrt(bundle, tokens, device, runtime=runtime, graphs=graphs)
-        return open_cuda(bundle, tokens, device, graphs=graphs, strict=strict)
+
+    name = "tensorrt"
+    forms = (Form.MODERN, Form.PORTABLE)
+    runtime: str | None = None
+
+    def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
+        """See ``Backend.open_steps``."""
+        with closed_on_failure(CudaDevice()) as device:
+            return open_tensorrt(bundle, options.tokens, device, runtime=self.runtime, graphs=options.graphs)
+
+    def _product(self, device: Device, model: Path, rows: int, tensors: Mapping[str, Tensor]) -> Program:
+        trt = import_tensorrt(self.runtime)
+        plan = model.with_suffix(".plan")
+        plan.write_bytes(Builder(trt).build(model, BuildOptions((rows,), tokens=0)).plan)
+        return TensorRTProgram(trt, plan, (rows,), tensors, device.stream)
+
+
+class TensorRTRTX(TensorRT):
+    """Engines of TensorRT-RTX."""
+
+    name = runtime = "tensorrt_rtx"
 
 
 @contextmanager
@@ -53,27 +98,16 @@ def closed_on_failure(device: AnyDevice) -> Iterator[AnyDevice]:
         raise
 
 
-def open_cuda(
-    bundle: Bundle,
-    tokens: int,
-    device: CudaDevice,
-    *,
-    graphs: bool = True,
-    keep_logits: bool = False,
-    strict: bool = False,
-) -> DeviceEngine:
-    """The ``modern`` form on ONNX Runtime's CUDA provider; see ``open_gpu_engine``.
-
-    With ``strict``, a graph of which nodes are left to the CPU is refused.
-    """
+def open_cuda(bundle: Bundle, device: Device, options: StepOptions) -> Executor:
+    """The ``modern`` form on ONNX Runtime's CUDA provider, on a device that is open."""
     steps = graphs_of(bundle, Form.MODERN)
     widths = tuple(int(graph.width or 0) for graph in steps)
-    session = open_cuda_session(bundle.file(steps[0].file), device, graphs, strict=strict)
+    session = open_cuda_session(
+        bundle.file(steps[0].file), stream=device.stream, graphs=options.graphs, strict=options.strict
+    )
 
     def program(tensors: Mapping[str, Tensor]) -> OnnxRuntimeProgram:
         return OnnxRuntimeProgram(session, tensors, widths, device.kind)
 
     capacity = int(steps[0].capacity or 0)
-    return DeviceEngine(
-        bundle.manifest, Form.MODERN, capacity, widths, tokens, device, program, keep_logits=keep_logits
-    )
+    return Executor(bundle.manifest, Form.MODERN, capacity, widths, options.tokens, device, program)

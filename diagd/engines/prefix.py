@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.buffers import aligned_zeros, rotate_pairs, text_buffers
-from diagd.engines.engine import VOID, Float, Int, SamplingState, StepInputs
+from diagd.engines.buffers import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
+from diagd.engines.engine import VOID, Clock, Float, HostClock, Int, Steps
 from diagd.engines.fingerprint import graph_digest
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 
@@ -29,21 +29,38 @@ class PrefixEngine:
 
     The graph scatters a step's rows into the bound input; because the output is bound to the same memory,
     ONNX Runtime writes in place and copies nothing.
+
+    Args:
+        bundle: with a prefix graph.
+        capacity: slots of the buffers.
+        tokens: size of the token buffer.
+        options: of ONNX Runtime.
+        watch: further outputs of the graph to hand out after every step.
     """
 
-    samples_in_graph = False
-    max_width = MAX_WIDTH
+    form = Form.PREFIX
+    samples = False
+    ahead = False
 
-    def __init__(self, bundle: Bundle, capacity: int, tokens: int, options: CpuOptions) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        capacity: int,
+        tokens: int,
+        options: CpuOptions,
+        *,
+        watch: Sequence[str] = (),
+    ) -> None:
         manifest = bundle.manifest
         graph = manifest.graph(Form.PREFIX)
+        self.max_width = MAX_WIDTH
         self.capacity = -(-capacity // GRANULE) * GRANULE
+        self.clock: Clock = HostClock()
         self.token_buffer: Int = np.zeros(tokens, np.int32)
         self.slot_position: Int = np.full(self.capacity, VOID, np.int32)
         shape = (self.capacity, manifest.cache.kv_heads, manifest.cache.head_size)
         dtype = np.dtype(manifest.cache.dtype)
-        names = [f"{kind}_{layer}" for layer in range(manifest.cache.layers) for kind in ("key", "value")]
-        self.buffers = {name: aligned_zeros(shape, dtype) for name in names}
+        self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache)}
         self._text = text_buffers(manifest)
         digest, options = graph_digest(bundle, graph), options.suiting(graph.precision)
         self._session = open_session(bundle.file(graph.file), digest, options)
@@ -55,26 +72,60 @@ class PrefixEngine:
         self._bound = self._bound_width = self._bound_rows = -1  # nothing yet, not even an empty step
         self._bind("token_buffer", self.token_buffer)
         self._bind("write_index", self._write_index)
-        self._bind_output("logits", self._logits)
+        self._bind_rows("logits", self._logits, MAX_WIDTH, output=True)
         for name, buffer in self._text.items():
             self._bind(name, buffer)
+        self._watch = tuple(watch)
 
-    def padded_width(self, width: int) -> int:
+    def padded_widths(self, widths: Int) -> Int:
         """Widths are dynamic: no pad rows."""
-        return width
+        return widths
 
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
+    def send(self, steps: Steps) -> None:
+        """Take the steps to run next; see ``Engine.send``."""
+        self._steps, self._next = steps, 0
+        self._offsets, self._draws = steps.offsets.tolist(), steps.decode_offsets.tolist()
+        self._updates = steps.update_offsets.tolist()
+        self._starts, self._live = steps.write_index.tolist(), steps.live.tolist()
+
+    def step(self) -> None:
         """Run one pass; see ``Engine.step``."""
-        del sampling
-        self._bind_prefix(-(-inputs.live // GRANULE) * GRANULE)
-        width, rows = len(inputs.sources), len(inputs.decoded)
+        steps, n = self._steps, self._next
+        self._next += 1
+        first, last = self._offsets[n], self._offsets[n + 1]
+        drawn, draws = self._draws[n], self._draws[n + 1]
+        changed = slice(self._updates[n], self._updates[n + 1])
+        self.slot_position[steps.update_slots[changed]] = steps.update_positions[changed]
+        self._bind_prefix(-(-self._live[n] // GRANULE) * GRANULE)
+        width, rows = last - first, draws - drawn
         self._bind_frontier(width, rows)
-        self._write_index[0] = inputs.write_index
-        self._fed["sources"][:width] = inputs.sources
-        self._fed["positions"][:width] = inputs.positions
-        self._fed["logit_rows"][:rows] = inputs.decoded
+        self._write_index[0] = self._starts[n]
+        self._fed["sources"][:width] = steps.sources[first:last]
+        self._fed["positions"][:width] = steps.positions[first:last]
+        self._fed["logit_rows"][:rows] = steps.decoded[drawn:draws]
         self._session.run_with_iobinding(self._binding)
-        return self._logits[:rows]
+
+    def logits(self) -> Float:
+        """Of the last step; see ``Engine.logits``."""
+        return self._logits[: self._bound_rows]
+
+    def watched(self) -> Mapping[str, NDArray[Any]]:
+        """Further outputs; see ``Engine.watched``."""
+        values = self.outputs
+        first = len(values) - len(self._watch)  # outputs come in the order in which they were first bound
+        return {name: value.numpy() for name, value in zip(self._watch, values[first:], strict=True)}
+
+    def write_tokens(self, places: Int, ids: Int) -> None:
+        """Put ids into the token buffer."""
+        self.token_buffer[places] = ids
+
+    def read_tokens(self, places: Int) -> Int:
+        """Ids in the token buffer."""
+        return self.token_buffer[places]
+
+    def write_slots(self, slot_position: Int) -> None:
+        """Take the position of every slot."""
+        self.slot_position[:] = slot_position
 
     def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
         """Take a text; see ``Engine.set_text``."""
@@ -86,6 +137,20 @@ class PrefixEngine:
         for name, buffer in self.buffers.items():
             if name.startswith("key"):
                 rotate_pairs(buffer[:live], angles)
+
+    def evaluate(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Run the graph on given inputs; see ``Engine.evaluate``."""
+        return dict(zip(outputs, self._session.run(list(outputs), dict(feeds)), strict=True))
+
+    def memory_used(self) -> int:
+        """None of a device."""
+        return 0
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._binding = self._session = None
+        self.buffers.clear()
+        self._addresses.clear()
 
     def _bind_prefix(self, length: int) -> None:
         if length == self._bound:
@@ -103,6 +168,8 @@ class PrefixEngine:
         if rows != self._bound_rows:
             self._bind_rows("logit_rows", self._fed["logit_rows"], rows)
             self._bind_rows("logits", self._logits, rows, output=True)
+        for name in self._watch:  # their size follows the step's: the memory is ONNX Runtime's
+            self._binding.bind_output(name, "cpu")
         self._bound_width, self._bound_rows = width, rows
 
     def _bind_rows(self, name: str, buffer: NDArray[Any], rows: int, *, output: bool = False) -> None:
@@ -115,11 +182,8 @@ class PrefixEngine:
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
-    def _bind_output(self, name: str, array: NDArray[Any]) -> None:
-        self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
     @property
     def outputs(self) -> list[onnxruntime.OrtValue]:
-        """Values bound to the outputs of the last step, in the graph's order."""
+        """Values bound to the outputs of the last step, in the order in which they were first bound."""
         values: list[onnxruntime.OrtValue] = self._binding.get_outputs()
         return values

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from diagd.bundle import Bundle, cache, cache_directory
+from diagd.engines.ceilings import processor_ceilings
 from diagd.engines.host import cores, instruction_sets, memory_bytes
 from diagd.errors import BundleError
-from diagd.planning.devices import GB
+from diagd.planning.devices import GB, THIS, Device
 
 OK: Final = "ok"
 PROBLEM: Final = "problem"
@@ -134,6 +135,20 @@ def check_memory() -> Check:
     if total < LEAST_MEMORY:
         return Check("memory", PROBLEM, found, "take a machine or container with 2 GB or more")
     return Check("memory", OK, found)
+
+
+def this_device(threads: int = 0) -> Device:
+    """The processor of this machine as a device, measured."""
+    ceilings = processor_ceilings(threads)
+    return Device(
+        THIS,
+        f"this machine's CPU, {ceilings.threads} threads",
+        float(memory_bytes()),
+        ceilings.bandwidth,
+        ceilings.peak,
+        1e9,
+        "measured now: copy and sum, and product of single-precision matrices",
+    )
 
 
 def check_disk() -> Check:

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.planning.ceilings import Ceilings
+from diagd.engines.ceilings import Ceilings
 from diagd.planning.cost import step_operations
 from diagd.planning.model import StoredModel
 from diagd.profiling.measure import DECODE, measure, random_workload
@@ -74,7 +74,6 @@ class Pace:
             arithmetic; engines are not equally far from both.
         wide: one factor for a chunk of prompt.
         picture: seconds of decoding a frame's pixels.
-        probe: seconds of the run that was measured for this.
     """
 
     session: Session
@@ -83,17 +82,12 @@ class Pace:
     narrow: tuple[float, float] = (1.0, 1.0)
     wide: float = 1.0
     picture: float = 0.0
-    probe: float = 0.0
 
-    def seconds(self, orders: Sequence[Schedule], extent: Extent, ladder: int = 0) -> float:
-        """Seconds of all orders, each with its first run of one frame, and of so many runs of the ladder.
-
-        A rung's prompt is shorter than the probe's, which makes up for loading its engines.
-        """
-        runs = sum(
+    def seconds(self, orders: Sequence[Schedule], extent: Extent) -> float:
+        """Seconds of all orders, each with its first run of one frame."""
+        return sum(
             self.run(order, extent.prompt, frames) for order in orders for frames in extent.runs_of(order)
         )
-        return runs + ladder * self.probe
 
     def slower(self, done: Sequence[Schedule], extent: Extent, spent: float) -> float:
         """What the orders that are done took over what was expected of them; 1 where none is."""
@@ -142,7 +136,6 @@ def find_pace(
         narrow=factors(*_limits_and_times(ideal, run.steps[fed:])),
         wide=float(chunks.sum() / wide.sum()),  # a short chunk says little of the long ones
         picture=sum(pictures),
-        probe=run.ended - run.began,
     )
 
 
@@ -178,7 +171,6 @@ def fit(
     wanted: Extent,
     budget: float,
     *,
-    ladder: int = 0,
     keep_prompt: bool = False,
 ) -> Extent:
     """The largest extent that takes at most ``budget`` seconds, or the least that there is."""
@@ -186,7 +178,7 @@ def fit(
     for extent in wanted.smaller():
         if keep_prompt and extent.prompt != wanted.prompt:
             return Extent(wanted.prompt, extent.frames, extent.cold)
-        if pace.seconds(orders, extent, ladder=ladder) <= budget:
+        if pace.seconds(orders, extent) <= budget:
             return extent
     return extent
 

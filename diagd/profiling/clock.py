@@ -1,95 +1,81 @@
-"""When steps ran: by the clock of the host, or by time stamps on the stream of a device."""
+"""When steps ran: as the session noted it, or by time stamps where its engine runs behind the host."""
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.engine import Float, SamplingState, StepInputs
 from diagd.runtime.session import Session, StepTime
 
 
-class StepClock(Protocol):
-    """Times of the steps of one run."""
+class StepClock:
+    """Times of the steps of one run, asked for whenever all of them are done.
 
-    def finished(self, count: int, refill_seconds: float) -> tuple[list[StepTime], float]:
-        """The last ``count`` steps, all done by now, and what feeding the context again took beside them."""
-        ...
+    Of an engine that runs ahead, stamps around every pass say when it began and ended; they are set on the
+    host's clock by one stamp that both wait for. A step's ``host`` is then how long the engine waited for
+    the next pass.
 
-
-class HostClock:
-    """What the session noted: the host waits for every step."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def finished(self, count: int, refill_seconds: float) -> tuple[list[StepTime], float]:
-        """See ``StepClock``."""
-        last = list(itertools.islice(reversed(self._session.timing.recent), count))
-        return last[::-1], refill_seconds
-
-
-class DeviceClock:
-    """Time stamps around every step on the device, which the host runs ahead of.
-
-    Times of the device are set on the host's clock by a stamp that both wait for. A step's ``host`` is how
-    long the device then waited for the next one.
+    Args:
+        session: whose next steps are timed.
     """
 
-    def __init__(self, session: Session, engine: DeviceEngine) -> None:
-        self._session, self._device = session, engine.device
-        self._step: Callable[[StepInputs, SamplingState], Float] = engine.step
-        self._refills: list[int] = []
-        self._device.mark(0)
-        self._device.synchronise()
-        self._origin = time.perf_counter()
+    def __init__(self, session: Session) -> None:
+        self._session, self._clock = session, session.engine.clock
+        self._fed = session.timing.refill_seconds
+        self._steps: list[StepTime] = []
+        self._stamps: list[int] = []
+        self._refills: list[tuple[float, float]] = []
+        if session.engine.ahead:
+            self._clock.mark(0)
+            self._clock.seconds(0, 0)
+            self._origin = time.perf_counter()
 
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
-        """Queue one pass of the engine between two time stamps."""
-        first = 2 * len(self._refills) + 1
-        self._refills.append(self._session.timing.refill_steps)
-        self._device.mark(first)
-        logits = self._step(inputs, sampling)
-        self._device.mark(first + 1)
-        return logits
+    def add(self, step: StepTime) -> None:
+        """Count the step that the session just ran, or queued."""
+        if (following := self._session.stamps) is not None:
+            self._stamps.append(following - 2)
+        elif (fed := self._session.timing.refill_seconds) > self._fed:
+            self._refills.append((step.began - (fed - self._fed), fed - self._fed))
+            self._fed = fed
+        self._steps.append(step)
 
-    def finished(self, count: int, refill_seconds: float) -> tuple[list[StepTime], float]:
-        """See ``StepClock``."""
-        del refill_seconds
-        self._device.synchronise()
-        counters = [*self._refills, self._session.timing.refill_steps]
-        passes = range(len(self._refills))
-        refills = [at for at in passes if counters[at + 1] > counters[at]]
-        steps = [at for at in passes if counters[at + 1] == counters[at]]
-        noted = list(itertools.islice(reversed(self._session.timing.recent), count))[::-1]
-        times = [self._time(at, step) for at, step in zip(steps, noted, strict=True)]
-        self._refills = []
-        return times, sum(self._seconds(at) for at in refills)
+    def finished(self) -> tuple[list[StepTime], list[tuple[float, float]]]:
+        """Steps since it was asked last, and when feeding the context again began and what that took."""
+        steps, refills, stamps = self._steps, self._refills, self._stamps
+        if self._session.stamps is not None:
+            steps = [self._time(at, step) for at, step in zip(stamps, steps, strict=True)]
+            refills = self._passes_between(stamps)
+            self._session.stamps = 1
+        self._steps, self._refills, self._stamps = [], [], []
+        return steps, refills
 
     def _time(self, at: int, noted: StepTime) -> StepTime:
-        began = self._origin + self._device.seconds(0, 2 * at + 1)
-        last = at + 1 == len(self._refills)
-        waited = 0.0 if last else self._device.seconds(2 * at + 2, 2 * at + 3)
-        return noted._replace(began=began, engine=self._seconds(at), sampling=0.0, host=max(0.0, waited))
+        last = at + 2 == self._session.stamps
+        waited = 0.0 if last else self._clock.seconds(at + 1, at + 2)
+        taken = self._clock.seconds(at, at + 1)
+        return noted._replace(began=self._began(at), engine=taken, sampling=0.0, host=max(0.0, waited))
 
-    def _seconds(self, at: int) -> float:
-        return self._device.seconds(2 * at + 1, 2 * at + 2)
+    def _passes_between(self, stamps: list[int]) -> list[tuple[float, float]]:
+        """Passes with stamps that no step has: those that fed the context again, each group as one."""
+        found, expected = [], 1
+        for at in stamps:
+            if at > expected:
+                passes = sum(self._clock.seconds(number, number + 1) for number in range(expected, at, 2))
+                found.append((self._began(expected), passes))
+            expected = at + 2
+        return found
+
+    def _began(self, at: int) -> float:
+        return self._origin + self._clock.seconds(0, at)
 
 
 @contextmanager
 def step_clock(session: Session) -> Iterator[StepClock]:
-    """The clock that suits a session's engine, while the block runs."""
-    engine = session.engine
-    if not isinstance(engine, DeviceEngine):
-        yield HostClock(session)
-        return
-    clock, plain = DeviceClock(session, engine), engine.step
-    engine.step = clock.step  # type: ignore[method-assign]
+    """A clock over the steps that a session runs while the block does."""
+    clock = StepClock(session)
+    session.stamps = 1 if session.engine.ahead else None
     try:
         yield clock
     finally:
-        engine.step = plain  # type: ignore[method-assign]
+        session.stamps = None

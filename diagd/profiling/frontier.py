@@ -50,7 +50,7 @@ def frontier(schedule: Schedule, frames: int) -> Frontier:
     frame, cell = np.divmod(offset, layout.frame_length)
     steps = np.full((frames, layout.cells), -1, np.int32)
     steps[frame, cell] = step_of_row[decoded]
-    return Frontier(steps.reshape(frames, layout.rows, layout.columns), table.widths)
+    return Frontier(steps.reshape(frames, layout.rows, layout.columns), table.widths.astype(np.int32))
 
 
 def as_text(steps: NDArray[np.int32]) -> str:

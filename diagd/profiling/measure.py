@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from diagd.engines.engine import Float, Int
 from diagd.profiling.clock import StepClock, step_clock
+from diagd.profiling.nvtx import nvtx_ranges
 from diagd.profiling.timeline import Timeline
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.pixels import PixelCodec
-from diagd.runtime.session import Frame, Session, StepTime
+from diagd.runtime.session import Session, StepTime
+from diagd.runtime.step import Result
 from diagd.runtime.video import VideoWriter
-from diagd.schedule import Schedule
+from diagd.schedule import Schedule, Step
 
 DECODE, ENCODE = "pixel decode", "video encode"
+
+SECONDS: Final = 0.5
+"""Between two calls that tell of progress."""
+
+Steps = Iterator[tuple[Step, Result]]
 
 
 @dataclass
@@ -91,19 +100,36 @@ def measure(
     frames: int,
     pixels: PixelCodec | None = None,
     video: Path | None = None,
+    *,
+    advance: Callable[[int], object] = lambda _: None,
+    marks: bool = False,
 ) -> Measured:
-    """Decode ``frames`` frames behind a prompt, to pixels and into a video where they are given."""
+    """Decode ``frames`` frames behind a prompt, to pixels and into a video where they are given.
+
+    Args:
+        session: what is measured.
+        schedule: the order.
+        workload: what is fed.
+        frames: to decode.
+        pixels: turns them to pictures.
+        video: takes these.
+        advance: told now and then how many steps have run since it was told last.
+        marks: put an NVTX range around every step, where nvtx is installed.
+    """
     run = Measured(schedule, began=time.perf_counter())
     with run.timeline.stage("prompt"):
         session.start(workload.prompt, workload.prompt_actions, workload.text)
     actions = None if workload.actions is None else workload.actions[:frames]
     with run.timeline.stage("plan"):
-        generated = session.generate(frames, actions, schedule=schedule)
+        steps = session.steps(ScheduledDecoder(schedule), actions, count=frames)
+        if marks:
+            table = schedule.table(len(workload.prompt), frames, 0, session.engine.max_width)
+            steps = nvtx_ranges(steps, table.widths.tolist())
     latents = _latents(pixels)
     pending: list[Int] = []
     with step_clock(session) as clock, _writer(pixels, video, run.timeline) as writer:
-        for frame in _timed(generated, run, clock):
-            pending.append(frame.tokens)
+        for tokens in _frames(session, _told(steps, advance), run, clock):
+            pending.append(tokens)
             if len(pending) == latents or len(run.decoded) == frames:
                 _show(run, pixels, writer, pending)
                 run.shown += [time.perf_counter()] * len(pending)
@@ -113,23 +139,49 @@ def measure(
     return run
 
 
-def _timed(frames: Iterator[Frame], run: Measured, clock: StepClock) -> Iterator[Frame]:
-    """Note when each frame is there, and what it took beside its steps."""
-    asked = time.perf_counter()
-    for frame in frames:
+def _told(steps: Steps, advance: Callable[[int], object]) -> Steps:
+    """The same steps, counted now and then: a call for every one would be part of the run's time."""
+    told = time.perf_counter()
+    count = 0
+    for step, result in steps:
+        yield step, result
+        count += 1
+        if result.time.began > told + SECONDS:
+            advance(count)
+            told, count = result.time.began, 0
+    advance(count)
+
+
+def _frames(session: Session, steps: Steps, run: Measured, clock: StepClock) -> Iterator[Int]:
+    """Tokens [rows, columns] of each frame as soon as they are there, and what it took beside its steps."""
+    layout, engine, places = session.layout, session.engine, session.stream.places
+    frame, asked = session.stream.known, time.perf_counter()
+    last = layout.first_cell(frame) + layout.cells - 1
+    for step, result in steps:
+        clock.add(result.time)
+        if not (step.sinks == last).any():
+            continue
+        cells = np.arange(layout.first_cell(frame), last + 1)
+        tokens = engine.read_tokens(places.of(cells)).reshape(layout.rows, layout.columns)
         decoded = time.perf_counter()
         run.decoded.append(decoded)
-        steps, refill = clock.finished(frame.steps, frame.refill_seconds)
-        run.steps += steps
-        inside = sum(step.engine + step.sampling + step.host for step in steps)
-        if refill:
-            run.timeline.add("context refill", decoded - refill, refill)
-        done = time.perf_counter()
-        rest = max(0.0, done - asked - inside - refill)
-        run.timeline.add("frame handling", done - rest, rest)
-        yield frame
-        asked = time.perf_counter()
+        _add_frame(run, clock, asked, decoded)
+        yield tokens
+        asked, frame = time.perf_counter(), frame + 1
+        last += layout.frame_length
     run.timeline.add("frame handling", asked, time.perf_counter() - asked)
+
+
+def _add_frame(run: Measured, clock: StepClock, asked: float, decoded: float) -> None:
+    """Count the steps of a frame, and as its handling what is neither in them nor in a context fed again."""
+    steps, refills = clock.finished()
+    run.steps += steps
+    inside = sum(step.engine + step.sampling + step.host for step in steps)
+    for began, seconds in refills:
+        run.timeline.add("context refill", began, seconds)
+        inside += seconds
+    rest = max(0.0, time.perf_counter() - asked - inside)
+    run.timeline.add("frame handling", decoded - rest, rest)
 
 
 def _latents(pixels: PixelCodec | None) -> int:

@@ -78,7 +78,6 @@ def page(report: Report) -> str:
         *(_stages(run, run is _best(report)) for run in report.runs),
         "<h2>Steps against the limits of this machine</h2>",
         _widths(report),
-        _ladder(report),
         _slow(report),
     ]
     return (
@@ -198,23 +197,6 @@ def _widths(report: Report) -> str:
     ]
     head = ("steps", "time", "of the limit", "bound by", "GB/s", "rows", "bytes", "operations")
     return f"<p class='soft'>{escape(note)}</p>{_table(head, rows)}"
-
-
-def _ladder(report: Report) -> str:
-    """A table for everything that has the same things held fixed."""
-    if not report.ladder:
-        return ""
-    parts, head = [], ("on", "gain", "step without", "step with")
-    for held in dict.fromkeys(rung.held for rung in report.ladder if rung.held):
-        rows = [
-            [rung.name, f"{rung.gain or 1:.2f} x", _time(rung.before or 0.0), _time(rung.seconds)]
-            for rung in report.ladder
-            if rung.held == held and rung.seconds is not None
-        ]
-        parts.append(f"<p class='soft'>{escape(held)}</p>{_table(head, rows)}")
-    reasons = (f"{rung.name}: {rung.reason}" for rung in report.ladder if rung.seconds is None)
-    notes = "".join(f"<p class='soft'>{escape(reason)}</p>" for reason in reasons)
-    return f"<h2>Optimisations, one by one</h2>{''.join(parts)}{notes}"
 
 
 def _slow(report: Report) -> str:

@@ -6,41 +6,37 @@ import datetime
 import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
 
-from diagd.bundle import Bundle
-from diagd.engines.cuda.engine import DeviceEngine
+from diagd.bundle import Bundle, Form
+from diagd.engines.backend import Backend, find, forms_of
+from diagd.engines.ceilings import Ceilings
 from diagd.engines.host import cores, memory_bytes, peak_memory, processor_name
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.errors import UsageError
-from diagd.planning.ceilings import Ceilings
+from diagd.errors import UsageError, unknown
 from diagd.planning.machine import installed
 from diagd.planning.model import StoredModel, read_model
 from diagd.profiling.budget import LEAST_FRAMES, Extent, Pace, cuts, find_pace, fit
-from diagd.profiling.engines import form_of
-from diagd.profiling.ladder import Ladder
 from diagd.profiling.measure import Measured, measure, random_workload
 from diagd.profiling.orders import decoding_orders, obstacle, order_name
 from diagd.profiling.report import Machine, Report, Skipped, Subject
 from diagd.profiling.summary import stages, summarise
-from diagd.profiling.targets import CPU, DeviceTarget, ProcessorTarget, Target, find_target
 from diagd.profiling.timeline import Timeline
-from diagd.profiling.trace import nvtx_ranges
-from diagd.profiling.watch import watched_steps
 from diagd.progress import Progress
-from diagd.runtime.load import with_threads
+from diagd.runtime.load import open_session, with_threads
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session
 from diagd.schedule import Schedule
 from diagd.version import __version__
 
 PACKAGES: Final = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings")
+CPU: Final = "cpu"
 SPENT: Final = "the time budget was spent"
 
 
@@ -50,7 +46,7 @@ class ProfileOptions:
 
     Attributes:
         ks: row lags; each runs with serial and with chained frames.
-        backend: ``cpu``, or a GPU's: ``cuda``, ``tensorrt``, ``tensorrt_rtx``.
+        backend: by its name: ``cpu``, or a GPU's: ``cuda``, ``tensorrt``, ``tensorrt_rtx``.
         engine: form of the step graph on the processor; default: what ``open_session`` takes.
         precision: of the step graph; default: that of the bundle's first graph.
         frames: measured of each order.
@@ -58,7 +54,6 @@ class ProfileOptions:
         window: frames a token may see; default: the model's context.
         fps: rate whose deadlines are counted.
         pixels: decode and encode pictures, where the bundle has a tokenizer.
-        ladder: measure the engine's optimisations one by one.
         budget: seconds in which to end; frames and prompt are cut to fit. None: no limit.
         marks: put NVTX ranges around the steps, where nvtx is installed.
         cpu: threads and cache.
@@ -76,7 +71,6 @@ class ProfileOptions:
     window: int | None = None
     fps: float | None = None
     pixels: bool = True
-    ladder: bool = True
     budget: float | None = None
     marks: bool = False
     cpu: CpuOptions = field(default_factory=CpuOptions)
@@ -100,7 +94,7 @@ def profile(
     options: ProfileOptions,
     progress: Progress | None = None,
     tell: Callable[[str], object] = lambda _: None,
-    target: ProcessorTarget | DeviceTarget | None = None,
+    backend: Backend | None = None,
 ) -> Profile:
     """Measure a bundle on this machine.
 
@@ -109,7 +103,7 @@ def profile(
         options: how.
         progress: shows it.
         tell: takes the estimate, and what is cut, before the measurement begins.
-        target: where; default: what the options name.
+        backend: where; default: what the options name.
 
     Raises:
         UsageError: a window or prompt that cannot be measured.
@@ -117,30 +111,25 @@ def profile(
         EngineError: the engine cannot be loaded.
     """
     began, progress = time.perf_counter(), progress or Progress()
-    whole, bundle = bundle, bundle.at_precision(options.precision)
+    backend, bundle = backend or _backend(options), bundle.at_precision(options.precision)
     orders = decoding_orders(bundle.manifest, options.ks)
     options = replace(options, cpu=with_threads(options.cpu, bundle))
-    target = target or find_target(options.backend, options.engine, options.cpu)
-    ready = _load(bundle, options, target, progress)
-    climb = Ladder(whole, options.precision, ready.session.window, options.cpu, _device(target))
-    course = _course(ready, orders, options, began, climb.runs * options.ladder, progress)
-    tell("; ".join([f"about {course.estimate:.0f} s for {len(course.orders)} decoding orders", *course.cuts]))
-    clock = _Clock(began, options.budget)
-    with nvtx_ranges(ready.session) if options.marks else nullcontext():
-        pairs, late = _run_each(course, ready.pixels, progress, clock)
-    device_memory = _release(ready.session)
-    with progress.task("climbing the ladder"):
-        rungs = climb.rungs(lambda runs: clock.left(runs * course.pace.probe)) if options.ladder else ()
-        ladder = tuple(rungs)
+    description = backend.describe()
+    ready = _load(bundle, options, backend, progress)
+    with ready.session as session:
+        course = _course(ready, orders, options, began, progress)
+        told = f"about {course.estimate:.0f} s for {len(course.orders)} decoding orders"
+        tell("; ".join([told, *course.cuts]))
+        pairs, late = _run_each(course, ready.pixels, progress, _Clock(began, options.budget), options.marks)
+        device_memory = session.engine.memory_used() if description else 0
     report = Report(
         diagd_version=__version__,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        machine=_machine(ready.ceilings, target, options.cpu),
+        machine=_machine(ready.ceilings, description, options.cpu),
         subject=_subject(bundle, ready.model, ready.session),
         start=stages(ready.start),
         runs=tuple(summarise(run, cold, ready.model, ready.ceilings, options.fps) for cold, run in pairs),
         skipped=(*course.skipped, *late),
-        ladder=ladder,
         peak_memory=peak_memory(),
         device_memory=device_memory,
         estimate=course.estimate,
@@ -184,16 +173,34 @@ class _Clock:
         return self.budget is None or time.perf_counter() - self.began + seconds < self.budget
 
 
-def _load(bundle: Bundle, options: ProfileOptions, target: Target, progress: Progress) -> _Ready:
+def _backend(options: ProfileOptions) -> Backend:
+    """The backend that the options name."""
+    if options.engine is not None and options.backend != CPU:
+        raise UsageError(
+            f"engine={options.engine} is a form on the CPU; backend={options.backend} takes the one that "
+            "suits it"
+        )
+    return find(options.backend)
+
+
+def _form(bundle: Bundle, name: str | None) -> Form | None:
+    """The form called ``name``; None is the backend's choice."""
+    there = {form.value: form for form in forms_of(bundle)}
+    if name is not None and name not in there:
+        raise unknown(f"engine of {bundle.path}", name, there)
+    return None if name is None else there[name]
+
+
+def _load(bundle: Bundle, options: ProfileOptions, backend: Backend, progress: Progress) -> _Ready:
     """Measure the limits while nothing else is there, then load."""
-    start = Timeline()
+    start, form = Timeline(), _form(bundle, options.engine)
     with progress.task("measuring this machine"):
-        ceilings = target.ceilings()
+        ceilings = backend.ceilings(options.cpu.threads)
     with progress.task("loading"):
         with start.stage("load"):
-            session = target.open(bundle, options.window)
-        pixels = _pixels(bundle, options, start)
-    model = read_model(bundle.path, options.precision, form_of(session.engine))
+            session = open_session(bundle, window=options.window, cpu=options.cpu, backend=backend, form=form)
+        pixels = _pixels(bundle, options, backend, start)
+    model = read_model(bundle.path, options.precision, session.engine.form)
     return _Ready(session, pixels, model, ceilings, start)
 
 
@@ -202,7 +209,6 @@ def _course(
     orders: Sequence[Schedule],
     options: ProfileOptions,
     began: float,
-    ladder: int,
     progress: Progress,
 ) -> _Course:
     """What fits into the rest of the budget behind ``began``; a prompt asked for is kept."""
@@ -214,23 +220,9 @@ def _course(
         if options.budget is not None:
             rest = options.budget - (time.perf_counter() - began)
             keep = options.prompt is not None
-            extent = fit(pace, chosen, wanted, rest, ladder=ladder, keep_prompt=keep)
-        estimate = pace.seconds(chosen, extent, ladder=ladder)
+            extent = fit(pace, chosen, wanted, rest, keep_prompt=keep)
+        estimate = pace.seconds(chosen, extent)
     return _Course(pace, tuple(chosen), skipped, extent, estimate, cuts(wanted, extent, session.window))
-
-
-def _device(target: Target) -> DeviceTarget | None:
-    return target if isinstance(target, DeviceTarget) else None
-
-
-def _release(session: Session) -> int:
-    """Free an engine on a device, whose memory the ladder needs; bytes of it that were in use."""
-    engine = session.engine
-    if not isinstance(engine, DeviceEngine):
-        return 0
-    used = engine.device.memory_used()
-    engine.close()
-    return used
 
 
 def _prompt(session: Session, options: ProfileOptions) -> int:
@@ -255,11 +247,11 @@ def _split(
     return [order for order, why in pairs if not why], skipped
 
 
-def _pixels(bundle: Bundle, options: ProfileOptions, start: Timeline) -> PixelCodec | None:
+def _pixels(bundle: Bundle, options: ProfileOptions, backend: Backend, start: Timeline) -> PixelCodec | None:
     """The tokenizer, loaded and warm, its encoder timed on a random picture."""
     if bundle.manifest.tokenizer is None or not options.pixels:
         return None
-    pixels = PixelCodec(bundle, options.cpu)
+    pixels = PixelCodec(bundle, options.cpu, backend)
     spec = pixels.spec
     picture = np.random.default_rng(0).integers(0, 256, (1, spec.height, spec.width, 3), dtype=np.uint8)
     with start.stage("load tokenizer"):
@@ -272,7 +264,7 @@ def _pixels(bundle: Bundle, options: ProfileOptions, start: Timeline) -> PixelCo
 
 
 def _run_each(
-    course: _Course, pixels: PixelCodec | None, progress: Progress, clock: _Clock
+    course: _Course, pixels: PixelCodec | None, progress: Progress, clock: _Clock, marks: bool
 ) -> tuple[list[tuple[float | None, Measured]], list[Skipped]]:
     """Runs of the orders, the first one in any case, and the orders that there was no time for."""
     pairs: list[tuple[float | None, Measured]] = []
@@ -287,11 +279,8 @@ def _run_each(
             late.append(Skipped(order=name, reason=SPENT))
             continue
         title = f"{name}, {number} of {len(orders)} orders, {rest:.0f} s left"
-        with (
-            progress.count(title, _steps(session, schedule, extent)) as advance,
-            watched_steps(session, advance),
-        ):
-            pairs.append(_run(session, schedule, extent, pixels))
+        with progress.count(title, _steps(session, schedule, extent)) as advance:
+            pairs.append(_run(session, schedule, extent, pixels, advance, marks))
     return pairs, late
 
 
@@ -305,21 +294,26 @@ def _steps(session: Session, schedule: Schedule, extent: Extent) -> int:
 
 
 def _run(
-    session: Session, schedule: Schedule, extent: Extent, pixels: PixelCodec | None
+    session: Session,
+    schedule: Schedule,
+    extent: Extent,
+    pixels: PixelCodec | None,
+    advance: Callable[[int], object],
+    marks: bool,
 ) -> tuple[float | None, Measured]:
     """Seconds of one frame as the first run of an order, if there is one, then the measured frames."""
     frames = extent.frames_of(schedule)
     workload = random_workload(session, extent.prompt, frames)
-    first = None
+    first, told = None, partial(measure, session, schedule, workload, advance=advance, marks=marks)
     if extent.cold:
-        run = measure(session, schedule, workload, 1, pixels)
+        run = told(1, pixels)
         first = run.ended - run.began
     with TemporaryDirectory() as folder:
         video = Path(folder) / "frames.gif"
-        return first, measure(session, schedule, workload, frames, pixels, video)
+        return first, told(frames, pixels, video)
 
 
-def _machine(ceilings: Ceilings, target: Target, cpu: CpuOptions) -> Machine:
+def _machine(ceilings: Ceilings, device: str, cpu: CpuOptions) -> Machine:
     found = {name: installed(name) for name in PACKAGES}
     return Machine(
         processor=processor_name(),
@@ -332,7 +326,7 @@ def _machine(ceilings: Ceilings, target: Target, cpu: CpuOptions) -> Machine:
         copied=ceilings.copied,
         read=ceilings.read,
         peak=ceilings.peak,
-        device=target.description,
+        device=device,
     )
 
 
@@ -341,7 +335,7 @@ def _subject(bundle: Bundle, model: StoredModel, session: Session) -> Subject:
         model=bundle.manifest.name,
         digest=bundle.digest,
         precision=bundle.manifest.graphs[0].precision,
-        engine=type(session.engine).__name__,
+        engine=session.engine.form.value,
         window=session.window,
         parameters=model.size.streamed + model.size.looked_up,
         weight_bytes=model.streamed_bytes,

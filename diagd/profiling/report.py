@@ -146,24 +146,6 @@ class Run(_Record):
     samples: tuple[StepSample, ...]
 
 
-class Rung(_Record):
-    """One row of the ladder: a step with an optimisation on, or why it was not measured.
-
-    Attributes:
-        seconds, before: of a step with it and without.
-        gain: the one without over the one with it.
-        reason: why there are no times.
-        held: what both steps have in common.
-    """
-
-    name: str
-    seconds: float | None
-    gain: float | None
-    reason: str = ""
-    before: float | None = None
-    held: str = ""
-
-
 class Skipped(_Record):
     """An order that the model does not allow with this window and prompt, and why."""
 
@@ -175,8 +157,7 @@ class Report(_Record):
     """The whole of ``report.json``.
 
     ``peak_memory``: most bytes of this process; ``device_memory``: of the device, in use behind the runs;
-    ``estimate``: seconds that the orders and the ladder were expected to take; ``cuts``: what was left out to
-    end in time.
+    ``estimate``: seconds that the orders were expected to take; ``cuts``: what was left out to end in time.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -187,7 +168,6 @@ class Report(_Record):
     start: tuple[Stage, ...]
     runs: tuple[Run, ...]
     skipped: tuple[Skipped, ...]
-    ladder: tuple[Rung, ...]
     peak_memory: int
     device_memory: int = 0
     estimate: Seconds | None = None
@@ -214,6 +194,7 @@ def read_report(path: Path) -> Report:
         raise UsageError(f"{path} is no report of diagd-profile: it has no schema version")
     if version > SCHEMA_VERSION:
         raise UsageError(f"{path} has schema version {version}; this diagd reads up to {SCHEMA_VERSION}")
+    content.pop("ladder", None)  # of diagd 0.1, which measured optimisations here
     try:
         return Report.model_validate(content)
     except ValidationError as error:

@@ -1,22 +1,19 @@
-"""Engines to verify: every form of a bundle on the processor, or one backend of a GPU."""
+"""Engines to verify: every form of a bundle on the processor, or what a backend runs of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.engine import Engine
-from diagd.engines.fixed import graphs_of
-from diagd.engines.gpu import BACKENDS
+from diagd.engines.backend import Backend, find, forms_of, graphs_of, names
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.processor import open_fixed
 from diagd.errors import UsageError, unknown
-from diagd.profiling.engines import forms_of, open_engine, session_over
-from diagd.profiling.targets import DeviceTarget, gpu_target
-from diagd.profiling.tensors import TensorVerdict, capture_feeds, compare_tensors, on_device, plain
-
-FIXED = (Form.MODERN, Form.PORTABLE)
+from diagd.profiling.tensors import PlainGraph, Tensors, TensorVerdict, capture_feeds, compare_tensors
+from diagd.runtime.load import check_window, open_session, session_over, step_options
+from diagd.runtime.session import Session
 
 
 @dataclass(frozen=True)
@@ -26,17 +23,13 @@ class Subject:
     Attributes:
         name: for verdicts.
         bundle: at the precision.
-        form: of its step graph.
-        engine: gives logits.
-        window: frames a token may see.
+        session: over the engine.
         cpu: for what runs on the processor.
     """
 
     name: str
     bundle: Bundle
-    form: Form
-    engine: Engine
-    window: int
+    session: Session
     cpu: CpuOptions
 
     @property
@@ -46,21 +39,23 @@ class Subject:
 
     def tensors(self) -> list[TensorVerdict]:
         """Every output of one step; none for the prefix form, which only ONNX Runtime's processor runs."""
-        if self.form is Form.PREFIX:
+        engine, window = self.session.engine, self.session.window
+        if engine.form is Form.PREFIX:
             return []
-        graph = self.bundle.file(graphs_of(self.bundle, self.form)[0].file)
-        source = open_engine(self.bundle, self.form, self.window, self.cpu)
-        feeds = capture_feeds(
-            session_over(self.bundle, source, self.window, self.cpu), self.engine.padded_width
-        )
-        device = self.engine if isinstance(self.engine, DeviceEngine) else None
-        evaluate = on_device(device, graph) if device else plain(graph, optimise=True)
-        return compare_tensors(self.name, evaluate, graph, feeds, self.precision)
+        options = step_options(self.bundle.manifest, window, cpu=self.cpu)
+        with closing(open_fixed(self.bundle, engine.form, options)) as source:
+            plain = session_over(self.bundle, source, window, self.cpu)
+            feeds = capture_feeds(plain, source, engine.padded_widths)
+        reference = PlainGraph(self.bundle.file(graphs_of(self.bundle, engine.form)[0].file))
+
+        def evaluate(arrays: Tensors) -> Tensors:
+            return engine.evaluate(arrays, reference.outputs)
+
+        return compare_tensors(self.name, evaluate, reference, feeds, self.precision)
 
     def close(self) -> None:
-        """Free what is on a device."""
-        if isinstance(self.engine, DeviceEngine):
-            self.engine.close()
+        """Give the engine's memory back."""
+        self.session.close()
 
 
 def subjects(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions) -> Iterator[Subject]:
@@ -68,7 +63,7 @@ def subjects(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions) -> 
 
     Args:
         bundle: of any precisions.
-        name: of a form or a backend; None: every form.
+        name: of a form or a backend; None: every form, on the processor.
         window: frames a token may see.
         cpu: threads and cache.
 
@@ -76,34 +71,37 @@ def subjects(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions) -> 
         UsageError: there is no such form or backend, or the window does not fit.
         EngineError: there is no GPU, or no engine that fits it.
     """
+    check_window(bundle.manifest, window)
     forms = {form.value for form in forms_of(bundle)}
-    if name is not None and name not in (*forms, *BACKENDS):
-        raise unknown(f"engine of {bundle.path}", name, (*forms, *BACKENDS))
-    precisions = dict.fromkeys(graph.precision for graph in bundle.manifest.graphs)
-    kept = [bundle.at_precision(precision) for precision in precisions]
-    if name in BACKENDS:
-        return on_gpu(kept, gpu_target(name, cpu), name, window)
-    return _on_processor(kept, name, window, cpu)
+    if name is not None and name not in (*forms, *names()):
+        raise unknown(f"engine of {bundle.path}", name, (*forms, *names()))
+    if name is None or name in forms:
+        return _of_each_form(bundle, name, window, cpu)
+    backend = find(name)
+    backend.describe()  # without a device there is nothing to say of the bundle
+    return of_backend(bundle, backend, window, cpu)
 
 
-def _on_processor(bundles: list[Bundle], name: str | None, window: int, cpu: CpuOptions) -> Iterator[Subject]:
-    for bundle in bundles:
-        for form in forms_of(bundle):
+def _of_each_form(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions) -> Iterator[Subject]:
+    for one in _precisions(bundle):
+        for form in forms_of(one):
             if name in (None, form.value):
-                engine = open_engine(bundle, form, window, cpu)
-                title = f"{form.value} {bundle.manifest.graphs[0].precision}"
-                yield Subject(title, bundle, form, engine, window, cpu)
+                session = open_session(one, window=window, cpu=cpu, form=form)
+                yield Subject(f"{form.value} {one.manifest.graphs[0].precision}", one, session, cpu)
 
 
-def on_gpu(bundles: list[Bundle], target: DeviceTarget, name: str, window: int) -> Iterator[Subject]:
-    """Engines of a target over every precision that has a graph for GPUs."""
-    usable = [bundle for bundle in bundles if set(FIXED) & set(forms_of(bundle))]
+def of_backend(bundle: Bundle, backend: Backend, window: int, cpu: CpuOptions) -> Iterator[Subject]:
+    """Engines of a backend over every precision that has a graph for it."""
+    usable = [one for one in _precisions(bundle) if set(backend.forms) & set(forms_of(one))]
     if not usable:
-        raise UsageError(f"{bundles[0].path} has no graph for GPUs; export it with --form modern or portable")
-    for bundle in usable:
-        session = target.open(bundle, window)
-        engine = session.engine
-        assert isinstance(engine, DeviceEngine)
-        engine.keep_logits = True
-        title = f"{name} {bundle.manifest.graphs[0].precision}"
-        yield Subject(title, bundle, engine.form, engine, window, target.cpu)
+        forms = " or ".join(form.value for form in backend.forms)
+        raise UsageError(f"{bundle.path} has no graph for {backend.name}; export it with --form {forms}")
+    for one in usable:
+        session = open_session(one, window=window, cpu=cpu, backend=backend)
+        yield Subject(f"{backend.name} {one.manifest.graphs[0].precision}", one, session, cpu)
+
+
+def _precisions(bundle: Bundle) -> list[Bundle]:
+    """The bundle at each of its precisions."""
+    precisions = dict.fromkeys(graph.precision for graph in bundle.manifest.graphs)
+    return [bundle.at_precision(precision) for precision in precisions]

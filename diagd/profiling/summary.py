@@ -8,7 +8,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.planning.ceilings import Ceilings
+from diagd.engines.ceilings import Ceilings
 from diagd.planning.cost import step_operations, step_seconds
 from diagd.planning.model import StoredModel
 from diagd.profiling.measure import Measured, bucket

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.engine import Float, SamplingState, StepInputs
-from diagd.engines.fixed import FixedEngine
+from diagd.engines.engine import Int
+from diagd.engines.executor import Executor
 from diagd.errors import require
-from diagd.profiling.measure import measure, random_workload
+from diagd.profiling.measure import random_workload
 from diagd.profiling.verify import gate_of
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.session import Session
-from diagd.schedule import Schedule
+from diagd.schedule import NO_SINK, Schedule
 
 Tensors = dict[str, NDArray[Any]]
 Evaluate = Callable[[Tensors], Mapping[str, NDArray[Any]]]
@@ -42,14 +42,14 @@ class TensorVerdict:
 
 
 def compare_tensors(
-    engine: str, evaluate: Evaluate, graph: Path, feeds: Tensors, precision: str
+    engine: str, evaluate: Evaluate, reference: PlainGraph, feeds: Tensors, precision: str
 ) -> list[TensorVerdict]:
     """Run a step on an engine, and on ONNX Runtime's CPU provider with its optimiser off.
 
     Args:
         engine: its name.
         evaluate: runs it.
-        graph: the step graph.
+        reference: the step graph, run plainly.
         feeds: its inputs.
         precision: of the graph; its gate for the error holds for every tensor.
 
@@ -61,13 +61,13 @@ def compare_tensors(
     """
     comparator = require("polygraphy.comparator", extra="compare", purpose="compare engines by tensor")
     logger = require("polygraphy.logger", extra="compare", purpose="compare engines by tensor").G_LOGGER
-    names = [name for name in _outputs(graph) if name not in DRAWN]
-    runners = [_runner("reference", plain(graph), feeds, names), _runner(engine, evaluate, feeds, names)]
+    names = [name for name in reference.outputs if name not in DRAWN]
+    runners = [_runner("reference", reference, feeds, names), _runner(engine, evaluate, feeds, names)]
     gate = gate_of(precision).error
     with logger.verbosity(logger.CRITICAL):
         results = comparator.Comparator.run(runners, data_loader=[feeds])
-        reference = results[0][1][0]
-        scales = {name: max(float(np.abs(reference[name]).max()), 1e-30) for name in names}
+        right = results[0][1][0]
+        scales = {name: max(float(np.abs(right[name]).max()), 1e-30) for name in names}
         rule = comparator.SimpleCompareFunc(
             rtol=0.0, atol={name: gate * scales[name] for name in names}, check_error_stat="max"
         )
@@ -76,11 +76,6 @@ def compare_tensors(
         TensorVerdict(engine, name, float(compared[name].max_absdiff) / scales[name], bool(compared[name]))
         for name in names
     ]
-
-
-def _outputs(graph: Path) -> list[str]:
-    onnx = require("onnx", extra="compare", purpose="compare engines by tensor")
-    return [value.name for value in onnx.load(graph, load_external_data=False).graph.output]
 
 
 def _runner(name: str, evaluate: Evaluate, feeds: Tensors, names: list[str]) -> Any:
@@ -104,74 +99,51 @@ def _runner(name: str, evaluate: Evaluate, feeds: Tensors, names: list[str]) -> 
     return Runner(name=name)
 
 
-def plain(graph: Path, *, optimise: bool = False) -> Evaluate:
-    """ONNX Runtime's CPU provider on one thread, its optimiser off or on."""
-    runtime = require("onnxruntime", extra="export", purpose="run step graphs on the CPU")
-    settings = runtime.SessionOptions()
-    settings.intra_op_num_threads, settings.log_severity_level = 1, 3
-    if not optimise:
+class PlainGraph:
+    """A step graph on one thread of ONNX Runtime's CPU provider with its optimiser off.
+
+    Attributes:
+        outputs: names, in the graph's order.
+    """
+
+    def __init__(self, graph: Path) -> None:
+        runtime = require("onnxruntime", extra="export", purpose="run step graphs on the CPU")
+        settings = runtime.SessionOptions()
+        settings.intra_op_num_threads, settings.log_severity_level = 1, 3
         settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = runtime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
-    wanted = {value.name for value in session.get_inputs()}
-    names = [value.name for value in session.get_outputs()]
+        self._session = runtime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
+        self._inputs = {value.name for value in self._session.get_inputs()}
+        self.outputs = [value.name for value in self._session.get_outputs()]
 
-    def evaluate(feeds: Tensors) -> Tensors:
-        arrays = {name: array for name, array in feeds.items() if name in wanted}
-        return dict(zip(names, session.run(names, arrays), strict=True))
-
-    return evaluate
-
-
-def on_device(engine: DeviceEngine, graph: Path) -> Evaluate:
-    """The program of an engine, over its own tensors."""
-    outputs = _outputs(graph)
-    return lambda feeds: engine.evaluate(feeds, outputs, len(feeds["sources"]))
+    def __call__(self, feeds: Tensors) -> Tensors:
+        """All outputs; arrays that the graph does not take are left out."""
+        arrays = {name: array for name, array in feeds.items() if name in self._inputs}
+        return dict(zip(self.outputs, self._session.run(self.outputs, arrays), strict=True))
 
 
-def capture_feeds(session: Session, pad: Callable[[int], int]) -> Tensors:
+def capture_feeds(session: Session, engine: Executor, pad: Callable[[Int], Int]) -> Tensors:
     """Inputs of the step that decodes most cells of a serial frame behind two known ones.
 
     Args:
-        session: over an engine of fixed capacity on the CPU.
-        pad: the width in which the engine to compare runs so many rows.
+        session: over ``engine``.
+        engine: of a form of fixed width.
+        pad: widths in which the engine to compare runs so many rows.
     """
-    engine, kept = session.engine, Tensors()
-    assert isinstance(engine, FixedEngine)
-    step, most = engine.step, 0
-
-    def watch(inputs: StepInputs, sampling: SamplingState) -> Float:
-        nonlocal most
-        if len(inputs.decoded) > most:
-            most = len(inputs.decoded)
-            kept.update(_feeds(engine, inputs, pad(len(inputs.positions))))
-        return step(inputs, sampling)
-
-    engine.step = watch  # type: ignore[method-assign]
-    schedule = Schedule.serial(session.layout, 1, session.manifest.schedule.row_seed)
-    measure(session, schedule, random_workload(session, min(2, session.window - 1), 1), 1)
-    engine.step = step  # type: ignore[method-assign]
-    return kept
+    layout, workload = session.layout, random_workload(session, min(2, session.window - 1), 1)
+    schedule = Schedule.serial(layout, 1, session.manifest.schedule.row_seed)
+    session.start(workload.prompt, workload.prompt_actions, workload.text)
+    kept, most, rows = Tensors(), 0, 0
+    for step, _ in session.steps(ScheduledDecoder(schedule), workload.actions, count=1):
+        if (decoded := int((step.sinks != NO_SINK).sum())) > most:
+            kept, most, rows = engine.inputs(), decoded, step.width
+    return _padded(kept, rows, int(pad(np.array([rows], np.int32))[0]))
 
 
-def _feeds(engine: FixedEngine, inputs: StepInputs, width: int) -> Tensors:
-    """Tensors of a step that samples greedily; pad rows stand where the last row stands."""
-    rows, scratch = len(inputs.positions), len(engine.token_buffer) - 1
-    sources, positions = np.zeros(width, np.int32), np.full(width, inputs.positions[-1], np.int32)
-    sinks, uniforms = np.full(width, scratch, np.int32), np.full(width, 0.5, np.float32)
-    sources[:rows], positions[:rows] = inputs.sources, inputs.positions
-    sinks[inputs.decoded] = inputs.sinks[inputs.decoded]
-    return {
-        "token_buffer": engine.token_buffer.copy(),
-        "sources": sources,
-        "positions": positions,
-        "sinks": sinks,
-        "slot_position": engine.slot_position.copy(),
-        "write_index": np.array([inputs.write_index], np.int64),
-        "uniforms": uniforms,
-        "temperature": np.zeros((), np.float32),
-        "top_k": np.zeros((), np.int32),
-        "top_p": np.ones((), np.float32),
-        "live": np.array([inputs.live], np.int32),
-        **{f"past_{name}": buffer.copy() for name, buffer in engine.buffers.items()},
-        **{name: buffer.copy() for name, buffer in engine.text.items()},
+def _padded(feeds: Tensors, rows: int, width: int) -> Tensors:
+    """The same step at another width; pad rows are as ``advance`` of the kernels makes them."""
+    scratch = len(feeds["token_buffer"]) - 1
+    pads = {"sources": 0, "positions": feeds["positions"][rows - 1], "sinks": scratch, "uniforms": 0.5}
+    return feeds | {
+        name: np.append(feeds[name][:rows], np.full(width - rows, pad, feeds[name].dtype))
+        for name, pad in pads.items()
     }

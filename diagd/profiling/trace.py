@@ -1,20 +1,15 @@
-"""Runs as a Chrome trace, and steps as NVTX ranges."""
+"""Runs as a Chrome trace."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diagd.bundle.files import atomic_file
-from diagd.engines.engine import Float, SamplingState, StepInputs
 from diagd.profiling.measure import Measured
 from diagd.profiling.timeline import Timeline
-from diagd.runtime.session import Session
 
 
 def trace_events(runs: Sequence[tuple[str, Measured]], start: Timeline) -> list[dict[str, Any]]:
@@ -32,26 +27,6 @@ def write_trace(path: Path, runs: Sequence[tuple[str, Measured]], start: Timelin
     """Write a file for chrome://tracing or ui.perfetto.dev."""
     with atomic_file(path) as partial:
         partial.write_text(json.dumps({"traceEvents": trace_events(runs, start), "displayTimeUnit": "ms"}))
-
-
-@contextmanager
-def nvtx_ranges(session: Session) -> Iterator[bool]:
-    """Mark every step for Nsight Systems while the block runs; yields whether nvtx is installed."""
-    if importlib.util.find_spec("nvtx") is None:
-        yield False
-        return
-    nvtx, engine = importlib.import_module("nvtx"), session.engine
-    plain = engine.step
-
-    def step(inputs: StepInputs, sampling: SamplingState) -> Float:
-        with nvtx.annotate(f"step w={len(inputs.positions)}"):
-            return plain(inputs, sampling)
-
-    engine.step = step  # type: ignore[method-assign]
-    try:
-        yield True
-    finally:
-        engine.step = plain  # type: ignore[method-assign]
 
 
 def _timeline_events(timeline: Timeline, thread: int, origin: float) -> list[dict[str, Any]]:

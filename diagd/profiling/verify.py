@@ -9,22 +9,23 @@ if they agree at every cell.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from diagd.bundle import Bundle, Form
-from diagd.engines.buffers import rotate_pairs, text_buffers
-from diagd.engines.engine import Engine, Float, Int, SamplingState, StepInputs
-from diagd.errors import BundleError, ScheduleError, require
+from diagd.bundle import Bundle
+from diagd.engines.engine import Float, Int
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.reference import ReferenceEngine
+from diagd.errors import ScheduleError
 from diagd.profiling.measure import Workload
 from diagd.profiling.orders import order_name
+from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
+from diagd.runtime.load import session_over
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.session import Session
-from diagd.schedule import NO_SINK, Schedule, Table
+from diagd.runtime.session import Session, token_places
+from diagd.schedule import NO_SINK, Schedule, Table, slots_needed
 
 
 @dataclass(frozen=True)
@@ -85,70 +86,33 @@ class Verdict:
     passed: bool
 
 
-class ReferenceEngine:
-    """Runs the prefix graph plainly: arrays in, arrays out, the whole capacity every time.
+def open_reference(bundle: Bundle, session: Session) -> Session:
+    """A session over the reference that runs the steps of another session.
+
+    Args:
+        bundle: with the FP32 ``prefix`` graph of the same model.
+        session: to compare with it.
 
     Raises:
-        BundleError: the bundle has no FP32 graph in the prefix form.
+        BundleError: the bundle has no such graph.
     """
-
-    def __init__(self, bundle: Bundle, capacity: int) -> None:
-        manifest = bundle.manifest
-        graph = next((g for g in manifest.graphs if g.form is Form.PREFIX and g.precision == "fp32"), None)
-        if graph is None:
-            raise BundleError(
-                f"{bundle.path} has no FP32 graph in the prefix form to compare with; export the same "
-                "weights with --form prefix and give that bundle as --reference"
-            )
-        runtime = require("onnxruntime", extra="export", purpose="run the reference")
-        settings = runtime.SessionOptions()
-        settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        settings.intra_op_num_threads, settings.log_severity_level = 1, 3
-        path = str(bundle.file(graph.file))
-        self._session = runtime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-        cache = manifest.cache
-        shape = (capacity, cache.kv_heads, cache.head_size)
-        names = [f"{kind}_{layer}" for layer in range(cache.layers) for kind in ("key", "value")]
-        self._buffers = {name: np.zeros(shape, cache.dtype) for name in names}
-        self._text: dict[str, NDArray[Any]] = dict(text_buffers(manifest))
-
-    def logits(self, inputs: StepInputs, token_buffer: Int, slot_position: Int) -> Float:
-        """Logits [R, V] of the decoded rows; takes the step's K/V rows."""
-        feeds = {
-            "token_buffer": token_buffer,
-            "sources": inputs.sources,
-            "positions": inputs.positions,
-            "slot_position": slot_position,
-            "write_index": np.array([inputs.write_index], np.int64),
-            "logit_rows": inputs.decoded,
-            **{f"past_{name}": buffer for name, buffer in self._buffers.items()},
-            **self._text,
-        }
-        names = ["logits", *(f"present_{name}" for name in self._buffers)]
-        logits, *present = self._session.run(names, feeds)
-        self._buffers = dict(zip(self._buffers, present, strict=True))
-        result: Float = logits
-        return result
-
-    def set_text(self, rows: Mapping[str, NDArray[Any]]) -> None:
-        """Take a text; see ``Engine.set_text``."""
-        self._text = {name: np.asarray(rows[name]) for name in self._text}
-
-    def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
-        """Turn cached keys; see ``Engine.rotate_keys``."""
-        for name, buffer in self._buffers.items():
-            if name.startswith("key"):
-                rotate_pairs(buffer[:live], angles)
+    layout, width = session.layout, session.engine.max_width
+    places = token_places(layout, bundle.manifest.context.frames).size
+    engine = ReferenceEngine(bundle, slots_needed(layout, session.window, width), places, width)
+    return session_over(bundle, engine, session.window, CpuOptions(threads=1, prepack=False))
 
 
 @dataclass
 class Tally:
     """What a comparison keeps of every cell, in decoding order, and of all logits together.
 
-    ``tokens`` were written, ``expected`` has the reference's, ``margins`` how far those were ahead.
+    ``cells`` are positions, ``tokens`` were written there, ``expected`` has the reference's, ``margins`` how
+    far those were ahead. ``ranges`` [frame_length, 2] are the ids allowed at each place of a frame.
     """
 
     ranges: Int
+    prefix: int
+    cells: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     expected: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
@@ -165,110 +129,58 @@ class Tally:
         self.worst = max(self.worst, float(difference.max(initial=0.0)))
         self.greatest = max(self.greatest, float(np.abs(reference).max(initial=0.0)))
 
-    def add_tokens(self, tokens: Int, reference: Float) -> None:
-        """Count the tokens [R] that a step led to."""
-        for token, row in zip(tokens.tolist(), reference, strict=True):
-            low, high = self.ranges[len(self.tokens)]
+    def add_tokens(self, cells: Int, tokens: Int, reference: Float) -> None:
+        """Count the tokens [R] that a step wrote at positions [R]."""
+        for cell, token, row in zip(cells.tolist(), tokens.tolist(), reference, strict=True):
+            low, high = self.ranges[(cell - self.prefix) % len(self.ranges)]
             best = int(low + row[low:high].argmax())
+            self.cells.append(cell)
             self.tokens.append(token)
             self.expected.append(best)
             self.margins.append(float(row[best] - row[token]))
 
 
-class PairedEngine:
-    """An engine that runs, and a reference that watches: both see every step."""
-
-    def __init__(self, engine: Engine, reference: ReferenceEngine) -> None:
-        self._engine, self._reference = engine, reference
-        self.capacity, self.max_width = engine.capacity, engine.max_width
-        self.samples_in_graph = engine.samples_in_graph
-        self.slot_position = engine.slot_position
-        self._tally: Tally | None = None
-        self._pending: tuple[Int, Float] | None = None
-
-    @property
-    def token_buffer(self) -> Int:
-        """Tokens by place, those of the last step included."""
-        return self._engine.token_buffer
-
-    def watch(self, tally: Tally | None) -> None:
-        """Count what follows into ``tally``; the last step is counted once its tokens are there."""
-        self._settle()
-        self._tally = tally
-
-    def padded_width(self, width: int) -> int:
-        """See ``Engine.padded_width``."""
-        return self._engine.padded_width(width)
-
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
-        """Run one pass on both, and keep what the reference expected."""
-        self._settle()
-        expected = self._reference.logits(inputs, self.token_buffer, self.slot_position)
-        logits = self._engine.step(inputs, sampling)
-        if self._tally is not None:
-            self._tally.add_logits(logits, expected)
-            self._pending = inputs.sinks[inputs.decoded], expected
-        return logits
-
-    def _settle(self) -> None:
-        """Count the tokens of the step before, which its sampler has written by now."""
-        if self._tally is not None and self._pending is not None:
-            places, expected = self._pending
-            self._tally.add_tokens(self.token_buffer[places], expected)
-        self._pending = None
-
-    def set_text(self, rows: Mapping[str, NDArray[Any]]) -> None:
-        """See ``Engine.set_text``."""
-        self._engine.set_text(rows)
-        self._reference.set_text(rows)
-
-    def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
-        """See ``Engine.rotate_keys``."""
-        self._engine.rotate_keys(angles, live)
-        self._reference.rotate_keys(angles, live)
-
-
 def verify(
-    session: Session, name: str, precision: str, schedule: Schedule, workload: Workload, frames: int
+    session: Session,
+    reference: Session,
+    name: str,
+    precision: str,
+    schedule: Schedule,
+    workload: Workload,
+    frames: int,
 ) -> Verdict:
     """Decode greedily and compare every cell.
 
     Args:
-        session: over a ``PairedEngine``.
+        session: over the engine.
+        reference: see ``open_reference``; it follows step by step.
         name: of the engine, for the verdict.
         precision: of its graph; chooses the gate.
         schedule: decoding order.
         workload: prompt and actions.
         frames: to decode.
     """
-    pair, layout = session.engine, schedule.layout
-    assert isinstance(pair, PairedEngine)
-    table = schedule.table(len(workload.prompt), frames, 0, pair.max_width)
-    check_table(table, schedule)
-    sinks = table.sinks[table.sinks != NO_SINK] - layout.first_cell(table.first_frame)
-    cells = np.stack(np.divmod(sinks, layout.frame_length), axis=1)
-    tally = Tally(session.manifest.sampling.range_table(layout)[layout.before + cells[:, 1]])
-    session.start(workload.prompt, workload.prompt_actions, workload.text)
+    layout, greedy = schedule.layout, SamplingSettings(0.0)
+    check_table(schedule.table(len(workload.prompt), frames, 0, session.engine.max_width), schedule)
     actions = None if workload.actions is None else workload.actions[:frames]
-    pair.watch(tally)
-    for _ in session.generate(frames, actions, schedule=schedule, sampling=SamplingSettings(0.0)):
-        pass
-    pair.watch(None)
-    return _verdict(name, schedule, gate_of(precision), tally, cells)
+    for one in (session, reference):
+        one.start(workload.prompt, workload.prompt_actions, workload.text)
+    steps = session.steps(ScheduledDecoder(schedule), actions, count=frames, sampling=greedy)
+    follows = reference.steps(ForcedDecoder(schedule), actions, count=frames, sampling=greedy)
+    tally = Tally(session.manifest.sampling.range_table(layout), layout.prefix)
+    for (step, result), (_, expected) in zip(steps, follows, strict=True):
+        cells = step.sinks[step.sinks != NO_SINK]
+        tally.add_logits(result.logits, expected.logits)
+        tally.add_tokens(cells, result.tokens, expected.logits)
+        reference.stream.write(cells, result.tokens)
+    return _verdict(name, schedule, len(workload.prompt), gate_of(precision), tally)
 
 
-def _verdict(name: str, schedule: Schedule, gate: Gate, tally: Tally, cells: NDArray[np.int32]) -> Verdict:
+def _verdict(name: str, schedule: Schedule, known: int, gate: Gate, tally: Tally) -> Verdict:
     differing = [at for at, (a, b) in enumerate(zip(tally.tokens, tally.expected, strict=True)) if a != b]
     error = math.sqrt(tally.squared_error / tally.squared)
     tie = gate.tie * tally.greatest
     agreement = 1.0 - sum(tally.margins[at] > tie for at in differing) / len(tally.tokens)
-    first = None
-    if differing:
-        at = differing[0]
-        row, column = divmod(int(cells[at, 1]), schedule.layout.columns)
-        first = Difference(
-            int(cells[at, 0]), row, column, tally.tokens[at], tally.expected[at], tally.margins[at]
-        )
     return Verdict(
         engine=name,
         order=order_name(schedule),
@@ -277,9 +189,17 @@ def _verdict(name: str, schedule: Schedule, gate: Gate, tally: Tally, cells: NDA
         agreement=agreement,
         error=error,
         worst=tally.worst / tally.greatest,
-        first_difference=first,
+        first_difference=_difference(schedule, known, tally, differing[0]) if differing else None,
         passed=agreement >= gate.agreement and error <= gate.error,
     )
+
+
+def _difference(schedule: Schedule, known: int, tally: Tally, at: int) -> Difference:
+    """The cell counted at a place, its frame from the first that was decoded."""
+    layout = schedule.layout
+    frame, cell = divmod(tally.cells[at] - layout.first_cell(known), layout.frame_length)
+    row, column = divmod(cell, layout.columns)
+    return Difference(frame, row, column, tally.tokens[at], tally.expected[at], tally.margins[at])
 
 
 def check_table(table: Table, schedule: Schedule) -> None:

@@ -1,4 +1,4 @@
-"""How a session's context slides when its window is full."""
+"""How a session's context slides when its window is full, and how it is built again."""
 
 from __future__ import annotations
 
@@ -6,29 +6,62 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from diagd.bundle.manifest import AbsoluteContext, RotaryContext
-from diagd.engines.engine import Engine, Int
+from diagd.bundle.manifest import AbsoluteContext, CacheShape, RotaryContext
+from diagd.engines.engine import Engine
 from diagd.errors import UsageError
 from diagd.runtime.slots import SlotRing
-from diagd.schedule import Schedule, StreamLayout
+from diagd.schedule import StreamLayout
+from diagd.schedule.table import Int
 
 
 class Refill(NamedTuple):
-    """Known tokens to feed again: stream positions of their ids, and positions inside the window."""
+    """Known tokens to feed in raster order: stream positions of their ids, and where they are fed."""
 
     sources: Int
     positions: Int
 
 
-class ContextPolicy(Protocol):
-    """Keeps the cache to the window as frames begin."""
+class Replay(NamedTuple):
+    """How a cache is filled again: frames [first, behind) in raster order, others as they were decoded."""
 
-    def check(self, schedule: Schedule, last_frame: int) -> None:
-        """Refuse a schedule under which the context cannot slide as far as ``last_frame``."""
+    first: int
+    behind: int
+
+
+class ContextPolicy(Protocol):
+    """Keeps the cache to the window as frames begin.
+
+    Attributes:
+        history: frames that ``replay`` may reach back.
+    """
+
+    history: int
+
+    @property
+    def horizon(self) -> int | None:
+        """Last frame that overlapping frames may reach; None: any."""
         ...
 
     def advance(self, frame: int, fed: int) -> Refill | None:
         """Make room for ``frame``, whose first step feeds stream positions from ``fed`` on."""
+        ...
+
+    def holds(self, known: int) -> bool:
+        """Whether the cache has all that a stream needs which goes on behind its first ``known`` frames."""
+        ...
+
+    def replay(self, known: int, kept: int, prompt: int) -> Replay:
+        """Forget all rows and say how they come back.
+
+        Args:
+            known: frames of the stream.
+            kept: first frame whose tokens are still there.
+            prompt: frames that were given, not decoded.
+        """
+        ...
+
+    def resume(self, frame: int) -> None:
+        """The prefix has been fed; positions are counted so that ``frame`` can follow it."""
         ...
 
 
@@ -36,22 +69,50 @@ class SlidingRotary:
     """Voids what leaves the window; turns cached keys back when the rotary table ends."""
 
     def __init__(
-        self, context: RotaryContext, layout: StreamLayout, window: int, slots: SlotRing, engine: Engine
+        self,
+        context: RotaryContext,
+        layout: StreamLayout,
+        window: int,
+        cache: CacheShape,
+        slots: SlotRing,
+        engine: Engine,
     ) -> None:
         self._context, self._layout, self._window = context, layout, window
         self._slots, self._engine = slots, engine
+        self._oldest = 0
+        # A row of layer l was computed from rows of layer l - 1 up to a window before it: beyond so many
+        # frames nothing reaches the rows that are still seen. One more is fed as a stand-in for a prompt.
+        self._reach = cache.layers * (window - 1)
+        self.history = self._reach + window + 2
 
-    def check(self, schedule: Schedule, last_frame: int) -> None:
+    @property
+    def horizon(self) -> None:
         """Any schedule can slide."""
 
     def advance(self, frame: int, fed: int) -> None:
         """See ``ContextPolicy.advance``; nothing is ever fed again."""
         del fed
-        oldest = max(0, frame - self._window + 1)
-        if oldest:
-            self._slots.evict(self._layout.prefix, self._layout.frame_start(oldest))
+        self._oldest = max(0, frame - self._window + 1)
+        if self._oldest:
+            self._slots.evict(self._layout.prefix, self._layout.frame_start(self._oldest))
         if self._layout.frame_start(frame + 2) - self._slots.base > self._context.positions:
-            self._rebase(oldest)
+            self._rebase(self._oldest)
+
+    def holds(self, known: int) -> bool:
+        """Whether no frame was evicted that is needed again."""
+        return self._oldest <= max(0, known - self._window + 1)
+
+    def replay(self, known: int, kept: int, prompt: int) -> Replay:
+        """Far enough back that the rows still seen do not depend on what came before."""
+        self._oldest = 0
+        self._slots.restart(0)
+        first = max(kept, known - self._reach - 1)
+        return Replay(first, min(known, prompt if first == 0 else first + 1))
+
+    def resume(self, frame: int) -> None:
+        """Turn the keys of the prefix back, so that it keeps its distance to the frame."""
+        if frame:
+            self._rebase(frame)
 
     def _rebase(self, oldest: int) -> None:
         frames = oldest - self._slots.base // self._layout.frame_length
@@ -66,18 +127,12 @@ class SlidingAbsolute:
         if not 1 <= roll < window:
             raise UsageError(f"roll={roll} frames at once is outside 1..{window - 1}, the window less one")
         self._layout, self._window, self._roll, self._slots = layout, window, roll, slots
+        self.history = 2 * window
 
-    def check(self, schedule: Schedule, last_frame: int) -> None:
-        """Refuse to slide while frames overlap.
-
-        Raises:
-            UsageError: it would have to.
-        """
-        if schedule.d < schedule.steps_per_frame and last_frame - self._base_frame >= self._window:
-            raise UsageError(
-                f"frame {last_frame} slides the window of {self._window} frames, which this model does only "
-                f"between frames; d={schedule.d} overlaps them: use serial frames, or fewer frames"
-            )
+    @property
+    def horizon(self) -> int:
+        """Overlapping frames cannot be fed again: the window must not slide under them."""
+        return self._base_frame + self._window - 1
 
     def advance(self, frame: int, fed: int) -> Refill | None:
         """See ``ContextPolicy.advance``; a prefix keeps its positions at the start of the window."""
@@ -88,8 +143,24 @@ class SlidingAbsolute:
         base = (self._base_frame + -(-surplus // self._roll) * self._roll) * layout.frame_length
         self._slots.restart(base)
         prefix, rest = np.arange(layout.prefix), np.arange(layout.prefix + base, fed)
-        sources, positions = np.concatenate([prefix, rest]), np.concatenate([prefix, rest - base])
-        return Refill(sources.astype(np.int32), positions.astype(np.int32))
+        return Refill(np.concatenate([prefix, rest]), np.concatenate([prefix + base, rest]))
+
+    def holds(self, known: int) -> bool:
+        """Whether the window had slid as far when the last frame was decoded."""
+        return self._base_frame == self._base_of(known - 1)
+
+    def replay(self, known: int, kept: int, prompt: int) -> Replay:
+        """From the frame on at which the window stands, as it was fed when it slid there."""
+        base = self._base_of(known - 1)
+        self._slots.restart(base * self._layout.frame_length)
+        return Replay(max(base, kept), min(known, base - self._roll + self._window if base else prompt))
+
+    def resume(self, frame: int) -> None:
+        """Positions are counted from the window's start already."""
+
+    def _base_of(self, frame: int) -> int:
+        """First frame of the window once ``frame`` has begun: a function of the frame alone."""
+        return max(0, -(-(frame - self._window + 1) // self._roll) * self._roll)
 
     @property
     def _base_frame(self) -> int:
@@ -100,6 +171,7 @@ def context_policy(
     context: RotaryContext | AbsoluteContext,
     layout: StreamLayout,
     window: int,
+    cache: CacheShape,
     slots: SlotRing,
     engine: Engine,
     roll: int | None,
@@ -114,4 +186,4 @@ def context_policy(
         return SlidingAbsolute(layout, window, chosen, slots)
     if roll is not None:
         raise UsageError("roll is for models with absolute positions; this one slides at no cost")
-    return SlidingRotary(context, layout, window, slots, engine)
+    return SlidingRotary(context, layout, window, cache, slots, engine)

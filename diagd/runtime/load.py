@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from diagd.bundle import Bundle, Form
+from diagd.bundle import Bundle, Form, Manifest
+from diagd.engines.backend import Backend, StepOptions, find
 from diagd.engines.engine import Engine
-from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.portable import PortableEngine
-from diagd.engines.prefix import MAX_WIDTH, PrefixEngine
+from diagd.engines.prefix import MAX_WIDTH
 from diagd.errors import UsageError, unknown
 from diagd.runtime.session import Session, token_places
 from diagd.runtime.text import TextReader
@@ -46,7 +45,11 @@ def load(
         roll: frames by which a full window slides at once, for models whose positions are absolute: they then
             feed the window again. Default: the manifest's.
         precision: of the step graph, one of those in the bundle; default: that of its first graph.
-        backend: ``cpu``, ``tensorrt`` (an engine made by diagd-build) or ``cuda`` (ONNX Runtime).
+        backend: ``cpu``, ``cuda`` (ONNX Runtime), ``tensorrt`` or ``tensorrt_rtx`` (an engine made by
+            diagd-build).
+
+    Returns:
+        A session; ``close()`` it, or use it in a ``with`` statement, to give its memory back.
 
     Raises:
         BundleError: the bundle is missing, damaged or altered.
@@ -67,47 +70,79 @@ def open_session(
     compat: str | None = None,
     roll: int | None = None,
     precision: str | None = None,
-    backend: str = "cpu",
+    backend: str | Backend = "cpu",
+    form: Form | None = None,
 ) -> Session:
-    """A session over a bundle that is open; see ``load``."""
+    """A session over a bundle that is open, on a backend by name or value; see ``load``.
+
+    ``form`` None is the backend's best.
+    """
     bundle = bundle.at_precision(precision)
-    manifest = bundle.manifest
-    frames = manifest.context.frames
-    window = frames if window is None else window
-    if not 2 <= window <= frames:
-        raise UsageError(f"window {window} is outside 2..{frames}, the context of {manifest.name}")
+    manifest, window = bundle.manifest, check_window(bundle.manifest, window)
     if compat is not None and compat not in COMPAT:
         raise unknown("compat", compat, COMPAT)
+    opener = find(backend) if isinstance(backend, str) else backend
     cpu = with_threads(cpu or CpuOptions(), bundle)
-    if backend == "cpu":
-        engine = _make_engine(bundle, window, cpu, compat is not None)
-    else:
-        engine = _make_gpu_engine(bundle, backend)
+    zero_rows = manifest.layout.frame_start(window) if compat else 0
+    options = step_options(manifest, window, cpu=cpu, form=form, zero_rows=zero_rows)
+    engine = opener.open_steps(bundle, options)
+    try:
+        check_slots(manifest, engine, window, zero_rows)
+        text = TextReader(bundle, manifest.text, cpu, opener) if manifest.text else None
+        return Session(manifest, engine, window, zero_slots=compat is not None, roll=roll, text=text)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def session_over(bundle: Bundle, engine: Engine, window: int, cpu: CpuOptions) -> Session:
+    """A session over an engine on the processor that is open already."""
+    manifest = bundle.manifest
     text = TextReader(bundle, manifest.text, cpu) if manifest.text else None
-    return Session(manifest, engine, window, zero_slots=compat is not None, roll=roll, text=text)
+    return Session(manifest, engine, window, text=text)
+
+
+def step_options(
+    manifest: Manifest,
+    window: int,
+    *,
+    cpu: CpuOptions,
+    form: Form | None = None,
+    zero_rows: int = 0,
+) -> StepOptions:
+    """What a backend needs to open the step graphs of a model for a window of so many frames."""
+    slots = slots_needed(manifest.layout, window, MAX_WIDTH) + zero_rows
+    return StepOptions(slots, token_places(manifest.layout, manifest.context.frames).size, cpu, form)
+
+
+def check_window(manifest: Manifest, window: int | None) -> int:
+    """Frames that a token may see; the model's context where None is given.
+
+    Raises:
+        UsageError: it does not fit the model.
+    """
+    frames = manifest.context.frames
+    if window is not None and not 2 <= window <= frames:
+        raise UsageError(f"window {window} is outside 2..{frames}, the context of {manifest.name}")
+    return window or frames
+
+
+def check_slots(manifest: Manifest, engine: Engine, window: int, zero_rows: int) -> None:
+    """Refuse zero slots that a graph of fixed capacity has no place for.
+
+    Raises:
+        UsageError: it has none.
+    """
+    needed = slots_needed(manifest.layout, window, engine.max_width) + zero_rows
+    if zero_rows and engine.capacity < needed:
+        raise UsageError(
+            f"the released cache takes {needed} slots for a window of {window} frames, {zero_rows} of them "
+            f"zero rows; the {engine.form.value} graph has {engine.capacity}: use a smaller window, or "
+            "export the bundle again with --form prefix"
+        )
 
 
 def with_threads(cpu: CpuOptions, bundle: Bundle) -> CpuOptions:
     """One thread for a model that fits in a core's reach: its products are too short to share."""
     small = sum(record.bytes for record in bundle.manifest.files.values()) < ONE_THREAD_BYTES
     return replace(cpu, threads=1) if small and not cpu.threads else cpu
-
-
-def _make_engine(bundle: Bundle, window: int, cpu: CpuOptions, zero_slots: bool) -> Engine:
-    layout = bundle.manifest.layout
-    places = token_places(layout, window).size
-    forms = {graph.form for graph in bundle.manifest.graphs}
-    if Form.PREFIX not in forms:
-        return (ModernEngine if Form.MODERN in forms else PortableEngine)(bundle, places, cpu)
-    zero_rows = layout.frame_start(window) if zero_slots else 0
-    return PrefixEngine(bundle, slots_needed(layout, window, MAX_WIDTH) + zero_rows, places, cpu)
-
-
-def _make_gpu_engine(bundle: Bundle, backend: str) -> Engine:
-    from diagd.engines.gpu import BACKENDS, open_gpu_engine
-
-    if backend not in BACKENDS:
-        raise unknown("backend", backend, ("cpu", *BACKENDS))
-    manifest = bundle.manifest
-    places = token_places(manifest.layout, manifest.context.frames).size
-    return open_gpu_engine(bundle, places, backend)

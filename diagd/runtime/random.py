@@ -6,6 +6,7 @@ decodes it, so generations are reproducible across decoders, and the generator h
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +19,9 @@ _KEY_STEPS: Final = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS: Final = 10
 _LOW_WORD: Final = np.uint64(0xFFFFFFFF)
 _WORD_BITS: Final = np.uint64(32)
+
+_CHUNK: Final = 1 << 12
+"""Neighbouring positions whose numbers are made at once: a round costs the same for a hundred as for one."""
 
 
 def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
@@ -70,3 +74,21 @@ def uniforms(seed: int, positions: NDArray[np.integer[Any]]) -> NDArray[np.float
     odd = (word >> np.uint64(9)) * np.uint64(2) + np.uint64(1)
     draws: NDArray[np.float32] = odd.astype(np.float32) * np.float32(2.0**-24)
     return draws
+
+
+def draws(seed: int, positions: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+    """``uniforms`` at positions [n] that lie close together, made and kept in chunks."""
+    if not len(positions):
+        return np.zeros(0, np.float32)
+    first, last = int(positions.min()) // _CHUNK, int(positions.max()) // _CHUNK
+    if first == last:
+        chunks = _chunk(seed, first)
+    else:
+        chunks = np.concatenate([_chunk(seed, number) for number in range(first, last + 1)])
+    found: NDArray[np.float32] = chunks[positions - first * _CHUNK]
+    return found
+
+
+@lru_cache(maxsize=16)
+def _chunk(seed: int, number: int) -> NDArray[np.float32]:
+    return uniforms(seed, np.arange(number * _CHUNK, (number + 1) * _CHUNK))

@@ -1,26 +1,31 @@
-"""A session: one stream of frames, decoded step by step over one engine."""
+"""A session: a stream of frames, decoded step by step over one engine."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple
+from dataclasses import dataclass, replace
+from itertools import groupby
+from types import TracebackType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diagd.bundle import Manifest
-from diagd.engines.engine import Engine, Float, Int, SamplingState, StepInputs
+from diagd.engines.engine import Engine, Float, Int, SamplingState, Steps
 from diagd.errors import UsageError
 from diagd.runtime.context import Refill, context_policy
-from diagd.runtime.random import uniforms
+from diagd.runtime.decoders.decoder import Decoder
+from diagd.runtime.decoders.forced import ForcedDecoder, RasterDecoder
+from diagd.runtime.decoders.scheduled import ScheduledDecoder
+from diagd.runtime.random import draws, uniforms
 from diagd.runtime.sampling import SamplingSettings, sample
 from diagd.runtime.slots import SlotRing
+from diagd.runtime.step import Result, StepTime, Timing
+from diagd.runtime.stream import Actions, Ids, Past, Stream, token_places
 from diagd.runtime.text import TextReader
-from diagd.runtime.tokens import TokenPlaces
-from diagd.schedule import NO_SINK, Schedule, StreamLayout, Table
+from diagd.schedule import NO_SINK, Block, Schedule, Step, StreamLayout, feed
+
+__all__ = ["Frame", "Session", "StepTime", "Timing", "token_places"]
 
 
 @dataclass(frozen=True)
@@ -44,73 +49,22 @@ class Frame:
     refill_seconds: float = 0.0
 
 
-RECENT_STEPS: Final = 1 << 15
-
-
-class StepTime(NamedTuple):
-    """One step: when it began (``time.perf_counter``), its size, and the seconds of its parts.
-
-    ``rows`` are fed, ``decoded`` of them predict a cell, ``live`` slots are in use. ``host`` is what is
-    neither in the engine nor in the sampler of the host.
-    """
-
-    began: float
-    rows: int
-    decoded: int
-    live: int
-    engine: float
-    sampling: float
-    host: float
-
-
-@dataclass
-class Timing:
-    """Seconds inside and outside the engine over all steps, and the last steps one by one.
-
-    Passes that feed a slid context again are counted by themselves, as ``refill_steps`` and
-    ``refill_seconds``.
-    """
-
-    steps: int = 0
-    engine: float = 0.0
-    host: float = 0.0
-    refill_steps: int = 0
-    refill_seconds: float = 0.0
-    recent: deque[StepTime] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
-
-    def add(self, step: StepTime) -> None:
-        """Count a step."""
-        self.steps += 1
-        self.engine += step.engine
-        self.host += step.host + step.sampling
-        self.recent.append(step)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A table with everything that can be worked out before the first step."""
-
-    table: Table
-    sources: Int
-    sinks: Int
-    uniforms: Float
-    ranges: Int
-    transient: NDArray[np.bool_]
-    frame_starts: dict[int, int]
-    frame_ends: dict[int, int]
-
-
 class Session:
-    """Generates frames behind a prompt.
+    """Decodes a stream over one engine, whose K/V rows it keeps in step with it.
 
     Args:
         manifest: of the bundle.
-        engine: compiled step graph over KV buffers large enough for ``window``.
+        engine: compiled step graph over KV buffers large enough for ``window``; closed with the session.
         window: frames that a query may see, its own included; older ones are evicted.
         zero_slots: positions that start as visible zero rows (the released MineWorld code's cache).
         roll: frames by which a full window slides at once, for models that then feed it again; default: the
             manifest's.
         text: reads text, for models that attend to it.
+
+    Attributes:
+        timing: of all passes so far.
+        stamps: the number of the next time stamp on the engine's clock, which gets one ahead of every pass
+            and one behind it while this is not None.
 
     Raises:
         UsageError: ``roll`` does not fit the model or the window.
@@ -128,18 +82,52 @@ class Session:
         self.manifest, self.engine, self.window = manifest, engine, window
         self.layout: StreamLayout = manifest.layout
         self.timing = Timing()
-        self._places = token_places(self.layout, window)
+        self.stamps: int | None = None
         zero_rows = (self.layout.frame_start(0), self.layout.frame_start(window)) if zero_slots else (0, 0)
-        self._slots = SlotRing(engine.slot_position, zero_rows)
-        self._context = context_policy(manifest.context, self.layout, window, self._slots, engine, roll)
+        self._slots = SlotRing(engine.capacity, zero_rows)
+        self._context = context_policy(
+            manifest.context, self.layout, window, manifest.cache, self._slots, engine, roll
+        )
+        prefix = np.asarray(self.layout.prefix_tokens, np.int32)
+        self._stream = Stream(self.layout, prefix, window, engine.max_width, self._context.history)
+        self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text = text
-        self._known = self._fed = 0
+        self._run = self._prepared = 0
         self._ranges = manifest.sampling.range_table(self.layout)
         shared = self._ranges[0]
-        if (self._ranges == shared).all() and 0 <= shared[0] < shared[1] <= manifest.output_vocabulary:
-            self._ranges = shared
+        self._shared = bool(
+            (self._ranges == shared).all() and 0 <= shared[0] < shared[1] <= manifest.output_vocabulary
+        )
 
-    def start(self, frames: Int, actions: Int | None = None, text: Float | None = None) -> None:
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the engine's memory back; the session is dead then."""
+        self._run += 1
+        self.engine.close()
+
+    @property
+    def stream(self) -> Stream:
+        """The stream that is decoded; another one may be put in its place, as a branch or a restored one."""
+        return self._stream
+
+    @stream.setter
+    def stream(self, stream: Stream) -> None:
+        if (stream.layout, stream.window) != (self.layout, self.window):
+            raise UsageError(
+                f"the stream has a window of {stream.window} frames and {stream.layout}; this session's has "
+                f"{self.window} and {self.layout}"
+            )
+        self._run += 1
+        self._stream = stream
+
+    def start(self, frames: Ids, actions: Ids | None = None, text: Float | None = None) -> None:
         """Forget everything and take a prompt.
 
         Args:
@@ -151,65 +139,103 @@ class Session:
         Raises:
             UsageError: shape or length does not fit the model, or it needs a text.
         """
-        grid = (self.layout.rows, self.layout.columns)
-        if frames.ndim != 3 or frames.shape[1:] != grid or not len(frames):
-            raise UsageError(
-                f"the prompt has shape {frames.shape}, this model takes [frames, {grid[0]}, {grid[1]}]"
-            )
-        if len(frames) >= self.window:
-            raise UsageError(
-                f"the prompt has {len(frames)} frames but the window holds {self.window} with the one to "
-                f"decode; give at most {self.window - 1} frames or load with a larger window"
-            )
-        self._set_text(text)
-        self._slots.reset()
-        self._known = self._fed = 0
-        self.engine.token_buffer[:] = 0
-        self._put(0, np.asarray(self.manifest.layout.prefix_tokens, np.int32))
-        for index, frame in enumerate(frames):
-            self._put_actions(index, None if actions is None else actions[index])
-            self._put(self.layout.first_cell(index), frame.reshape(-1))
-        self._known = len(frames)
+        self._check_text(text)
+        self._run += 1
+        self._stream.start(frames, actions)
+        self._stream.text = text
 
     def generate(
         self,
         frames: int,
-        actions: Int | None = None,
+        actions: Ids | None = None,
         *,
         schedule: Schedule | None = None,
+        sampling: SamplingSettings | None = None,
+        seed: int = 0,
+    ) -> Iterator[Frame]:
+        """Frames by a schedule, the manifest's by default, under actions [frames, n]; see ``frames``."""
+        if self.layout.gap and (actions is None or len(actions) != frames):
+            raise UsageError(
+                f"{frames} frames need actions of shape [{frames}, {self.layout.gap}], "
+                f"got {'none' if actions is None else list(np.shape(actions))}"
+            )
+        decoder = None if schedule is None else ScheduledDecoder(schedule)
+        return self.frames(decoder, actions, count=frames, sampling=sampling, seed=seed)
+
+    def frames(
+        self,
+        decoder: Decoder | None = None,
+        actions: Actions = None,
+        *,
+        count: int | None = None,
         sampling: SamplingSettings | None = None,
         seed: int = 0,
     ) -> Iterator[Frame]:
         """Decode frames behind what is known, yielding each when it is complete.
 
         Args:
-            frames: how many.
-            actions: int32 [frames, n], ids of the known tokens leading to each of them.
-            schedule: decoding order; default: the manifest's.
+            decoder: strategy; default: the manifest's schedule.
+            actions: of each frame, pulled when it begins; see ``diagd.runtime.stream.Actions``.
+            count: most frames; without it the run ends with the actions, or never.
             sampling: default: the manifest's.
             seed: of the random numbers; with the same engine, the same seed gives the same tokens.
 
         Raises:
-            UsageError: there is no prompt, or actions are missing.
+            UsageError: there is no prompt, actions are missing, or the decoder does not fit. On resuming a
+                run after another one was started: it was overtaken.
         """
-        if not self._known:
+        decoder, run = self._start_run(decoder, actions, count, sampling, seed)
+        return self._frames(decoder, run)
+
+    def steps(
+        self,
+        decoder: Decoder | None = None,
+        actions: Actions = None,
+        *,
+        count: int | None = None,
+        sampling: SamplingSettings | None = None,
+        seed: int = 0,
+    ) -> Iterator[tuple[Step, Result]]:
+        """The same run step by step: each with what it gave, which is valid until the next one."""
+        decoder, run = self._start_run(decoder, actions, count, sampling, seed)
+        return self._steps(decoder, run)
+
+    def step(
+        self,
+        action: Ids | None = None,
+        decoder: Decoder | None = None,
+        *,
+        sampling: SamplingSettings | None = None,
+        seed: int | None = None,
+    ) -> Frame:
+        """Decode one frame under one action int32 [n]; ``seed`` None is that of the run before."""
+        actions = None if action is None else [np.asarray(action)]
+        seed = self._stream.seed if seed is None else seed
+        return next(iter(self.frames(decoder, actions, count=1, sampling=sampling, seed=seed)))
+
+    def _start_run(
+        self,
+        decoder: Decoder | None,
+        actions: Actions,
+        count: int | None,
+        sampling: SamplingSettings | None,
+        seed: int,
+    ) -> tuple[Decoder, int]:
+        stream = self._stream
+        if not stream.known:
             raise UsageError("a session needs a prompt; call start(frames, actions) first")
-        schedule = schedule or self.manifest.schedule.schedule(self.layout)
-        sampling = self._settings(sampling)
-        if self.layout.gap and (actions is None or len(actions) != frames):
-            raise UsageError(
-                f"{frames} frames need actions of shape [{frames}, {self.layout.gap}], "
-                f"got {'none' if actions is None else list(np.shape(actions))}"
-            )
-        in_flight = schedule.frames_in_flight
-        if self.window < in_flight:
-            raise UsageError(
-                f"k={schedule.k}, d={schedule.d} has {in_flight} frames under way at once, the window holds "
-                f"{self.window}; use a larger window or a larger d"
-            )
-        self._context.check(schedule, self._known + frames - 1)
-        plan = self._plan(schedule, frames, seed)
-        return self._decode(plan, actions, sampling, schedule.keep_seeds)
+        if self.layout.gap and actions is None:
+            raise UsageError(f"frames need actions of {self.layout.gap} ids each, got none")
+        uniforms(seed, np.zeros(0, np.int64))  # refuses a seed out of range
+        decoder = decoder or ScheduledDecoder(self.manifest.schedule.schedule(self.layout))
+        stream.max_width, stream.seed = self.engine.max_width, seed
+        stream.settings = self._settings(sampling)
+        self._run += 1
+        self._bring_cache()
+        stream.horizon = self._context.horizon
+        stream.follow(actions, count)
+        decoder.check(stream)
+        return decoder, self._run
 
     def _settings(self, chosen: SamplingSettings | None) -> SamplingSettings:
         rules = self.manifest.sampling
@@ -218,150 +244,221 @@ class Session:
             return replace(settings, temperature=rules.minimum_temperature)
         return settings
 
-    def _plan(self, schedule: Schedule, frames: int, seed: int) -> _Plan:
-        table = schedule.table(self._known, frames, self._fed, self.engine.max_width)
-        widest = int(table.widths.max())
-        if widest > self.engine.max_width:
-            raise UsageError(
-                f"a step of k={schedule.k}, d={schedule.d} feeds {widest} tokens, graphs of this bundle take "
-                f"up to {self.engine.max_width}; use a larger k or d, or export with --set widths={widest}"
-            )
-        offset = self.layout.prefix
-        place = np.where(table.sinks == NO_SINK, 0, (table.sinks - offset) % self.layout.frame_length)
-        return _Plan(
-            table,
-            self._places.of(table.sources),
-            self._places.of(table.sinks),
-            uniforms(seed, table.sinks.astype(np.int64)),
-            self._ranges if self._ranges.ndim == 1 else self._ranges[place],
-            table.sources != table.positions,
-            {int(step): index for index, step in enumerate(table.frame_starts)},
-            {int(step): index for index, step in enumerate(table.frame_ends)},
-        )
+    def _steps(self, decoder: Decoder, run: int) -> Iterator[tuple[Step, Result]]:
+        known = -1
+        while known < self._stream.known:
+            known = self._stream.known
+            for block, number, result in self._decode(decoder, run):
+                yield block.step(number), result
+
+    def _frames(self, decoder: Decoder, run: int) -> Iterator[Frame]:
+        stream, timing = self._stream, self.timing
+        while True:
+            known, began = stream.known, time.perf_counter()
+            refilled = timing.refill_steps, timing.refill_seconds
+            steps = sum(1 for _ in self._decode(decoder, run))
+            if known == stream.known:
+                return
+            for frame in range(known, stream.known):
+                passes, spent = timing.refill_steps - refilled[0], timing.refill_seconds - refilled[1]
+                yield Frame(frame, stream.frame(frame), steps, time.perf_counter() - began, passes, spent)
+                began, steps, refilled = time.perf_counter(), 0, (timing.refill_steps, timing.refill_seconds)
 
     def _decode(
-        self, plan: _Plan, actions: Int | None, sampling: SamplingSettings, keep_seeds: bool
-    ) -> Iterator[Frame]:
-        table, first = plan.table, plan.table.first_frame
-        began, first_step, refilled = time.perf_counter(), 0, self._refilled
-        if actions is not None:
-            self._put_actions(first, actions[0])
-        try:
-            for step in range(table.steps):
-                if (started := plan.frame_starts.get(step)) is not None:
-                    ids = actions[started] if actions is not None else None
-                    self._begin_frame(first + started, ids, int(table.step(step).positions.min()), sampling)
-                self._run_step(plan, step, sampling, keep_seeds)
-                if (ended := plan.frame_ends.get(step)) is None:
-                    continue
-                frame = self._complete(first + ended)
-                steps, seconds = step + 1 - first_step, time.perf_counter() - began
-                passes, spent = np.subtract(self._refilled, refilled)
-                yield Frame(first + ended, frame, steps, seconds, int(passes), float(spent))
-                began, first_step, refilled = time.perf_counter(), step + 1, self._refilled
-        finally:
-            # A caller may stop between chained frames: rows of frames that are not complete must go.
-            self._slots.evict(self._fed, self._fed + 2 * self.window * self.layout.frame_length)
+        self, decoder: Decoder, run: int, timing: Timing | None = None
+    ) -> Iterator[tuple[Block, int, Result]]:
+        """Run a decoder until one more frame, or a few, are complete; steps count to ``timing``."""
+        stream, known = self._stream, self._stream.known
+        self._check_run(run)
+        blocks = decoder.blocks(stream)
+        block = next(blocks, None)
+        while block is not None:
+            result: Result | None = None
+            for number, result in enumerate(self._run_block(block, timing or self.timing)):
+                yield block, number, result
+                self._check_run(run)
+            assert result is not None
+            try:
+                block = blocks.send(result)
+            except StopIteration:
+                block = None
+        self._send_tokens()
+        for frame in range(known, stream.known):
+            cells = stream.places.cells(frame)
+            places = np.arange(cells.start, cells.stop, dtype=np.int32)
+            stream.settle(frame, self.engine.read_tokens(places))
 
-    def _complete(self, frame: int) -> Int:
-        """Count a frame as known; all its tokens but the last one are in the cache."""
-        self._known = frame + 1
-        start = self.layout.first_cell(frame)
-        self._fed = start + self.layout.cells - 1
-        places = self._places.of(np.arange(start, start + self.layout.cells, dtype=np.int32))
-        return self.engine.token_buffer[places].reshape(self.layout.rows, self.layout.columns)
+    def _check_run(self, run: int) -> None:
+        if run != self._run:
+            raise UsageError(
+                "this run was overtaken: the session was started, moved or closed since, or decodes for "
+                "another run; go on with the latest one, or open a second session"
+            )
 
-    def _run_step(self, plan: _Plan, step: int, sampling: SamplingSettings, keep_seeds: bool) -> None:
+    def _run_block(self, block: Block, timing: Timing) -> Iterator[Result]:
+        """Run the steps of a block, which were worked out together."""
         began = time.perf_counter()
-        rows = slice(int(plan.table.offsets[step]), int(plan.table.offsets[step + 1]))
-        positions = plan.table.positions[rows] - np.int32(self._slots.base)
-        start = self._slots.append(positions, self.engine.padded_width(len(positions)))
-        sinks = plan.sinks[rows]
-        decoded = np.flatnonzero(plan.table.sinks[rows] != NO_SINK).astype(np.int32)
-        draws = plan.uniforms[rows][decoded]
-        inputs = StepInputs(plan.sources[rows], positions, sinks, decoded, draws, start, self._slots.live)
-        state = SamplingState(sampling.temperature, sampling.top_k, sampling.top_p)
-        entered = time.perf_counter()
-        logits = self.engine.step(inputs, state)
-        left = time.perf_counter()
-        if not self.engine.samples_in_graph and len(decoded):
-            ranges = plan.ranges if plan.ranges.ndim == 1 else plan.ranges[rows][decoded]
-            self.engine.token_buffer[sinks[decoded]] = self._sample(logits, draws, sampling, ranges)
-        sampled = time.perf_counter()
-        if not keep_seeds:
-            self._slots.void(start, np.flatnonzero(plan.transient[rows]))
-        host = entered - began + time.perf_counter() - sampled
-        width = len(positions), len(decoded), self._slots.live
-        self.timing.add(StepTime(began, *width, left - entered, sampled - left, host))
+        stream, engine = self._stream, self.engine
+        while self._prepared < stream.begun:
+            refill = self._context.advance(self._prepared, int(block.positions.min()))
+            self._prepared += 1
+            if refill is not None:
+                self._refill(refill)
+                began = time.perf_counter()
+        steps, places = self._pack(block)
+        engine.send(steps)
+        widths, live = block.shape.widths.tolist(), steps.live.tolist()
+        bounds = steps.decode_offsets.tolist()
+        ranges = None if self._shared or engine.samples else self._ranges_of(block)
+        for n, width in enumerate(widths):
+            drawn = slice(bounds[n], bounds[n + 1])
+            if stream.unsent:  # written by whoever watched the step before
+                self._send_tokens()
+            entered = time.perf_counter()
+            self._step()
+            sampled = left = time.perf_counter()
+            tokens: Int | None = None
+            if not engine.samples:
+                tokens = self._sample(steps.uniforms[drawn], None if ranges is None else ranges[drawn])
+                if block.commit and len(tokens):
+                    engine.write_tokens(places[drawn], tokens)
+                sampled = time.perf_counter()
+            size = width, bounds[n + 1] - bounds[n], live[n]
+            spent = StepTime(began, *size, left - entered, sampled - left, entered - began)
+            timing.add(spent)
+            yield Result(engine, places[drawn], tokens, spent)
+            began = time.perf_counter()
 
-    def _sample(self, logits: Float, draws: Float, sampling: SamplingSettings, ranges: Int) -> Int:
-        """One token a row, of ids in ``ranges``: [R, 2], or [2] where all rows share one."""
+    def _step(self) -> None:
+        """One pass of the engine, between time stamps where they are wanted."""
+        if (number := self.stamps) is None:
+            self.engine.step()
+            return
+        self.engine.clock.mark(number)
+        self.engine.step()
+        self.engine.clock.mark(number + 1)
+        self.stamps = number + 2
+
+    def _pack(self, block: Block) -> tuple[Steps, Int]:
+        """The steps of a block as the engine takes them, and the places that predictions go to."""
+        stream, engine, slots = self._stream, self.engine, self._slots
+        if block.drafts is not None:
+            drafted = np.flatnonzero(block.drafts >= 0)
+            stream.write(block.sources[drafted], block.drafts[drafted])
+        self._send_tokens()
+        if slots.stale:
+            engine.write_slots(slots.slot_position)
+            slots.whole_sent()
+        shape, positions = block.shape, (block.positions - slots.base).astype(np.int32)
+        taken = slots.append(positions, shape, engine.padded_widths(shape.widths))
+        cells = block.sinks[shape.decoding]
+        places = stream.places.of(cells) if block.commit else stream.places.scratch + shape.decoded
+        sinks = np.full(len(positions), stream.places.size - 1, np.int32)
+        sinks[shape.decoding] = places
+        settings = stream.settings
+        steps = Steps(
+            shape.offsets,
+            stream.places.of(block.sources),
+            positions,
+            sinks,
+            shape.draws,
+            shape.decoded,
+            draws(stream.seed, cells),
+            taken.write_index,
+            taken.live,
+            taken.offsets,
+            taken.slots,
+            taken.positions,
+            SamplingState(settings.temperature, settings.top_k, settings.top_p),
+        )
+        return steps, places
+
+    def _send_tokens(self) -> None:
+        """Give the engine the tokens that were written since the last step."""
+        for places, ids in self._stream.unsent:
+            self.engine.write_tokens(places, ids)
+        self._stream.unsent.clear()
+
+    def _ranges_of(self, block: Block) -> Int:
+        """Allowed ids [R, 2] of the cells that a block decodes."""
+        cells = block.sinks[block.sinks != NO_SINK]
+        allowed: Int = self._ranges[(cells - self.layout.prefix) % self.layout.frame_length]
+        return allowed
+
+    def _sample(self, draws: Float, ranges: Int | None) -> Int:
+        """One token a row of the last step, of ids in ``ranges`` [R, 2], or in the range that all share."""
+        logits, settings = self.engine.logits(), self._stream.settings
         keep_crossing = self.manifest.sampling.keep_crossing
-        if ranges.ndim == 2:
+        if ranges is not None:
             low, high = ranges.T
-            return sample(logits, draws, sampling, low=low, high=high, keep_crossing=keep_crossing)
-        first, last = ranges
-        tokens = sample(logits[:, first:last], draws, sampling, keep_crossing=keep_crossing)
+            return sample(logits, draws, settings, low=low, high=high, keep_crossing=keep_crossing)
+        first, last = self._ranges[0]
+        tokens = sample(logits[:, first:last], draws, settings, keep_crossing=keep_crossing)
         tokens += first
         return tokens
 
-    @property
-    def _refilled(self) -> tuple[int, float]:
-        return self.timing.refill_steps, self.timing.refill_seconds
-
-    def _begin_frame(self, frame: int, actions: Int | None, fed: int, sampling: SamplingSettings) -> None:
-        """Take a frame's actions, and keep the context to the window."""
-        if self.layout.gap and actions is not None:
-            self._put_actions(frame, actions)
-        refill = self._context.advance(frame, fed)
-        if refill is not None:
-            self._refill(refill, sampling)
-
-    def _refill(self, refill: Refill, sampling: SamplingSettings) -> None:
+    def _refill(self, refill: Refill) -> None:
         """Feed known tokens again, in passes as wide as the engine takes."""
-        began, width = time.perf_counter(), self.engine.max_width
-        state = SamplingState(sampling.temperature, sampling.top_k, sampling.top_p)
-        nothing = np.zeros(0, np.int32)
-        for first in range(0, len(refill.positions), width):
-            positions = refill.positions[first : first + width]
-            sources = self._places.of(refill.sources[first : first + width])
-            sinks = self._places.of(np.full(len(positions), NO_SINK, np.int32))
-            start = self._slots.append(positions, self.engine.padded_width(len(positions)))
-            inputs = StepInputs(
-                sources, positions, sinks, nothing, np.zeros(0, np.float32), start, self._slots.live
-            )
-            self.engine.step(inputs, state)
-            self.timing.refill_steps += 1
+        began, timing = time.perf_counter(), Timing()
+        block = replace(feed(refill.positions, self.engine.max_width), sources=refill.sources)
+        for _ in self._run_block(block, timing):
+            pass
+        self.timing.refill_steps += timing.steps
         self.timing.refill_seconds += time.perf_counter() - began
 
-    def _set_text(self, text: Float | None) -> None:
-        if self._text is None:
-            if text is not None:
-                raise UsageError(f"{self.manifest.name} attends to no text; leave it out")
+    def _bring_cache(self) -> None:
+        """Make the engine's rows those of the stream, up to what it says is fed."""
+        stream = self._stream
+        self._prepared = stream.known
+        if self._cached != (stream, stream.beginnings):
+            self._cached = stream, stream.beginnings
+            self._read_text()
+            self._rebuild()
+        elif not self._context.holds(stream.known):
+            self._rebuild()
+        else:
+            self._slots.truncate(stream.fed)
+
+    def _rebuild(self) -> None:
+        """Decode again what is known, its tokens given, as far back as rows in the window depend on it."""
+        stream, past = self._stream, list(self._stream.past)
+        known, kept = stream.known, stream.known - len(past)
+        plan = self._context.replay(known, kept, stream.prompt)
+        if known == stream.prompt:
+            stream.fed, self._prepared = 0, known
             return
-        if text is None:
+        began, timing = time.perf_counter(), Timing()
+        prefix = np.arange(self.layout.prefix)
+        if plan.first and len(prefix):
+            self._refill(Refill(prefix, prefix + self._slots.base))
+        self._context.resume(plan.first)
+        stream.return_to(plan.behind, past[: plan.behind - kept])
+        stream.fed = self.layout.frame_start(plan.first) if plan.first else 0
+        self._prepared = plan.behind
+        for (order, _), frames in groupby(past[plan.behind - kept :], lambda one: (one.order, one.origin)):
+            self._replay(order, list(frames), timing)
+        self.timing.refill_steps += timing.steps
+        self.timing.refill_seconds += time.perf_counter() - began
+
+    def _replay(self, order: Schedule | None, frames: list[Past], timing: Timing) -> None:
+        truth, stream = [past.tokens for past in frames], self._stream
+        decoder: Decoder = RasterDecoder(truth) if order is None else ForcedDecoder(order, truth)
+        stream.follow([past.actions for past in frames], len(frames))
+        for _ in frames:
+            for _ in self._decode(decoder, self._run, timing):
+                pass
+
+    def _check_text(self, text: Float | None) -> None:
+        if self._text is None and text is not None:
+            raise UsageError(f"{self.manifest.name} attends to no text; leave it out")
+        if self._text is not None and text is None:
             spec = self._text.spec
             raise UsageError(
                 f"{self.manifest.name} needs text embeddings [n, {spec.width}], n up to {spec.length}"
             )
-        self.engine.set_text(self._text.rows(text))
+        if self._text is not None and text is not None:
+            self._text.check(text)
 
-    def _put_actions(self, frame: int, ids: Int | None) -> None:
-        """Write the known tokens ahead of a frame; the first frame has only those of its own layout."""
-        count = self.layout.before if frame == 0 else self.layout.gap
-        if not count:
-            return
-        if ids is None or len(ids) < count:
-            raise UsageError(
-                f"frame {frame} needs {count} action tokens, got {0 if ids is None else len(ids)}"
-            )
-        self._put(self.layout.first_cell(frame) - count, np.asarray(ids)[-count:])
-
-    def _put(self, position: int, ids: Int) -> None:
-        places = self._places.of(np.arange(position, position + len(ids), dtype=np.int32))
-        self.engine.token_buffer[places] = ids
-
-
-def token_places(layout: StreamLayout, window: int) -> TokenPlaces:
-    """Places for the window and the frames that seeds and chained frames reach beyond it."""
-    return TokenPlaces(layout, window + 4)
+    def _read_text(self) -> None:
+        if self._text is not None and self._stream.text is not None:
+            self.engine.set_text(self._text.rows(self._stream.text))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
-from numpy.typing import NDArray
 
 from diagd.engines.engine import VOID, Int
 from diagd.errors import DiagdError
+from diagd.schedule import Shape
 
 
 class SlotOverflowError(DiagdError):
@@ -15,78 +17,179 @@ class SlotOverflowError(DiagdError):
     exit_code = 1
 
 
+class SlotUpdates(NamedTuple):
+    """Where steps write, and which slots change ahead of each; int32, see ``diagd.engines.engine.Steps``."""
+
+    write_index: Int
+    live: Int
+    offsets: Int
+    slots: Int
+    positions: Int
+
+
 class SlotRing:
     """Appends steps in decode order over a ring of slots; evicted and voided slots are written again.
 
     Positions are rotary ones, counted from ``base`` in the stream. With ``zero_rows`` the ring starts behind
     that many slots which are never written: their K/V rows stay zero, and each is visible at its position
     until the real row is written, as in the released MineWorld code.
+
+    Attributes:
+        slot_position: int32 [capacity], as it is once every step appended so far has run.
+        live: slots in use; none beyond is visible.
+        write_index: slot that the next step begins at, if it fits behind it.
+        stale: more changed than steps can carry; the engine must be given ``slot_position`` as a whole.
     """
 
-    def __init__(self, slot_position: Int, zero_rows: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, capacity: int, zero_rows: tuple[int, int] = (0, 0)) -> None:
         """``zero_rows`` is the range [first, last) of stream positions that have a zero slot."""
-        self.slot_position = slot_position
-        self.base = 0
+        self.slot_position: Int = np.full(capacity, VOID, np.int32)
         self._zero_first, self._zero_last = zero_rows
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget every row."""
-        self.base, self.live = 0, self._ring_start
-        self.write_index = self._ring_start
-        self.slot_position[:] = VOID
-        self.slot_position[: self._ring_start] = np.arange(self._zero_first, self._zero_last)
+        self.restart(0)
 
     def restart(self, base: int) -> None:
         """Forget every row, and count positions from ``base`` on."""
-        self.reset()
-        self.base = base
+        self.base, self.live = base, self._ring_start
+        self.write_index = self._ring_start
+        self.slot_position[:] = VOID
+        self.slot_position[: self._ring_start] = np.arange(self._zero_first, self._zero_last)
+        self.whole_sent()
+        self.stale = True
+
+    def whole_sent(self) -> None:
+        """The engine has the positions of all slots."""
+        self.stale = False
+        self._hidden: Int = np.zeros(0, np.int32)
 
     @property
     def _ring_start(self) -> int:
         return self._zero_last - self._zero_first
 
-    def append(self, positions: Int, width: int) -> int:
-        """Take the next slots, all neighbours, and return the first.
+    def append(self, positions: Int, shape: Shape, padded: Int) -> SlotUpdates:
+        """Take the next slots for a block of steps, those of a step all neighbours.
 
         Args:
-            positions: rotary positions of the step's rows.
-            width: slots the step writes; those behind its rows take pad rows and stay void.
+            positions: [rows], rotary positions of the rows of all steps.
+            shape: which rows are whose, and which of them are hidden once their step has run.
+            padded: [steps], slots each step writes; those behind its rows take pad rows and stay void.
 
         Raises:
             SlotOverflowError: they hold visible rows.
         """
-        start = self.write_index
-        if start + width > len(self.slot_position):
-            start = self._ring_start
-        taken = self.slot_position[start : start + width]
-        if len(taken) < width or (taken != VOID).any():
-            raise SlotOverflowError(
-                f"{width} slots from {start} of {len(self.slot_position)} are needed but hold visible rows; "
-                "load the bundle with a larger window"
-            )
-        if self._ring_start:
-            self._void_zero_rows(positions)
-        taken[: len(positions)] = positions
-        self.write_index = start + len(positions)
-        self.live = max(self.live, self.write_index)
-        return start
+        starts, slots = self._take(shape, padded)
+        self.slot_position[slots] = positions
+        ends = starts + shape.widths
+        live = np.maximum(ends, self.live)
+        if starts[-1] < starts[0]:  # written from the start of the ring again
+            live = np.maximum.accumulate(live)
+        self.live, self.write_index = int(live[-1]), int(ends[-1])
+        return SlotUpdates(starts, live, *self._updates(shape, slots, positions))
 
-    def void(self, start: int, rows: NDArray[np.intp]) -> None:
-        """Hide rows of the step written at ``start`` from every later query."""
-        self.slot_position[start + rows] = VOID
+    def _take(self, shape: Shape, padded: Int) -> tuple[Int, Int]:
+        """First slot of each step, and the slot of each row.
+
+        Steps lie one behind another, and from the start of the ring on once the end is near.
+        """
+        first, capacity = np.int32(self.write_index), len(self.slot_position)
+        starts = shape.offsets[:-1] + first
+        slots = np.arange(first, first + shape.offsets[-1], dtype=np.int32)
+        ends = starts + padded
+        turn = len(starts)
+        if int(ends.max()) > capacity:
+            turn = int(np.argmax(ends > capacity))
+            back = starts[turn] - self._ring_start
+            starts[turn:] -= back
+            ends[turn:] -= back
+            slots[shape.offsets[turn] :] -= back
+            self._check_void(int(starts[turn]), int(ends[turn:].max()), int(first) if turn else capacity)
+        if turn:
+            self._check_void(int(first), int(ends[:turn].max()), capacity)
+        return starts, slots
+
+    def _check_void(self, first: int, last: int, limit: int) -> None:
+        if last > limit or (self.slot_position[first:last] != VOID).any():
+            raise SlotOverflowError(
+                f"{last - first} slots from {first} of {len(self.slot_position)} are needed but hold visible "
+                "rows; load the bundle with a larger window"
+            )
+
+    def _updates(self, shape: Shape, slots: Int, positions: Int) -> tuple[Int, Int, Int]:
+        """Slot changes ahead of each step: what was hidden before it, then its own rows.
+
+        A row that is transient is hidden ahead of the next step; what the last step leaves to hide waits for
+        the next block.
+        """
+        changed, values = slots[shape.changed], positions[shape.changed]
+        values[shape.hides] = VOID
+        self.slot_position[changed[shape.hides]] = VOID
+        waiting, self._hidden = self._hidden, slots[shape.last_guesses]
+        self.slot_position[self._hidden] = VOID
+        offsets = shape.changes
+        if waiting.size and shape.offsets[1]:
+            own = slots[0], slots[shape.offsets[1] - 1]  # a slot that is written at once need not be hidden
+            waiting = waiting[(waiting < own[0]) | (waiting > own[1])]
+        if waiting.size:
+            changed = np.concatenate([waiting, changed])
+            values = np.concatenate([np.full(len(waiting), VOID, np.int32), values])
+            offsets = offsets + np.int32(len(waiting))
+            offsets[0] = 0
+        updates = offsets, changed, values
+        return self._with_zero_rows(shape, positions, *updates) if self._ring_start else updates
+
+    def _with_zero_rows(
+        self, shape: Shape, positions: Int, offsets: Int, changed: Int, values: Int
+    ) -> tuple[Int, Int, Int]:
+        """The slot changes, and with them the zero slots whose real rows are written, which are hidden."""
+        real = np.flatnonzero((positions >= self._zero_first) & (positions < self._zero_last))
+        zeros = (positions[real] - self._zero_first).astype(np.int32)
+        self.slot_position[zeros] = VOID
+        step = np.searchsorted(shape.offsets, real, side="right") - 1
+        at, void = offsets[step], np.full(len(zeros), VOID, np.int32)
+        offsets = offsets + np.searchsorted(step, np.arange(len(offsets))).astype(np.int32)
+        return offsets, np.insert(changed, at, zeros), np.insert(values, at, void)
+
+    def rewind(self, count: int) -> None:
+        """Give back the last ``count`` rows written: they are void, and the next step is written over them.
+
+        Raises:
+            ValueError: so many rows do not lie in a row.
+        """
+        start = self.write_index - count
+        if not self._ring_start <= start <= self.write_index:
+            raise ValueError(f"{count} rows before slot {self.write_index} are not there")
+        slots = np.arange(start, self.write_index, dtype=np.int32)
+        self._hide(slots[self.slot_position[slots] != VOID])
+        self.write_index = start
 
     def evict(self, first: int, last: int) -> None:
         """Hide the rows at stream positions [first, last)."""
         held = self.slot_position[self._ring_start : self.live]
-        held[(held >= first - self.base) & (held < last - self.base)] = VOID
+        gone = (held >= first - self.base) & (held < last - self.base)
+        self._hide((self._ring_start + gone.nonzero()[0]).astype(np.int32))
+
+    def truncate(self, first: int) -> None:
+        """Hide the rows at stream positions from ``first`` on, and write over those written last."""
+        self.evict(first, VOID + self.base)
+        if self._ring_start:
+            zeros = np.arange(self._zero_first, self._zero_last, dtype=np.int32)
+            again = zeros >= first - self.base
+            self.slot_position[: self._ring_start][again] = zeros[again]
+            self.stale = True
+        start, ring = self._ring_start, len(self.slot_position) - self._ring_start
+        held = np.flatnonzero(self.slot_position[start : self.live] != VOID)
+        if not held.size:
+            self.write_index = start
+            return
+        behind = (self.write_index - start - 1 - held) % ring
+        self.write_index = start + int(held[behind.argmin()]) + 1
+
+    def _hide(self, slots: Int) -> None:
+        self.slot_position[slots] = VOID
+        self._hidden = np.concatenate([self._hidden, slots])
 
     def rebase(self, shift: int) -> None:
         """Count positions from ``shift`` further on; prefix tokens then stand at negative ones."""
         held = self.slot_position[: self.live]
         held[held != VOID] -= shift
         self.base += shift
-
-    def _void_zero_rows(self, positions: Int) -> None:
-        zero = positions[(positions >= self._zero_first) & (positions < self._zero_last)] - self._zero_first
-        self.slot_position[zero] = VOID
+        self.stale = True

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
 from diagd.bundle.manifest import TextConditioning
-from diagd.engines.onnxruntime_session import CpuOptions, open_session
+from diagd.engines.backend import Backend, find
+from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError, require
 from diagd.runtime.arrays import read_array
 
@@ -22,21 +23,22 @@ class TextReader:
     Args:
         bundle: checked bundle.
         spec: its text conditioning.
-        options: of ONNX Runtime.
+        options: for what runs on the processor.
+        backend: runs it; default: the processor.
     """
 
-    def __init__(self, bundle: Bundle, spec: TextConditioning, options: CpuOptions) -> None:
-        self.spec = spec
+    def __init__(
+        self, bundle: Bundle, spec: TextConditioning, options: CpuOptions, backend: Backend | None = None
+    ) -> None:
+        self.spec, self._backend = spec, backend or find("cpu")
         self._path, self._options = bundle.file(spec.graph), options
         self._digest = bundle.digest_of(spec.graph, *spec.weight_files)
 
-    def rows(self, text: Float) -> dict[str, NDArray[np.generic]]:
-        """Keys and values [kv_heads, length, head_size] by graph input, for embeddings float32 [n, width].
-
-        The graph is loaded for the call: a text is read once for a clip.
+    def check(self, text: Float) -> None:
+        """Refuse embeddings float32 [n, width] that do not fit the model.
 
         Raises:
-            UsageError: the embeddings do not fit the model.
+            UsageError: they do not.
         """
         length, width = self.spec.length, self.spec.width
         if text.ndim != 2 or text.shape[1] != width or not 1 <= len(text) <= length:
@@ -44,11 +46,16 @@ class TextReader:
                 f"text embeddings have shape {list(text.shape)}; this model takes [n, {width}] with n from 1 "
                 f"to {length}"
             )
+
+    def rows(self, text: Float) -> dict[str, NDArray[np.generic]]:
+        """Keys and values [kv_heads, length, head_size] by graph input, for embeddings that fit.
+
+        The graph is loaded for the call: a text is read once for a clip.
+        """
+        length, width = self.spec.length, self.spec.width
         filled = np.zeros((length, width), np.float32)
         filled[: len(text)] = text
-        session = open_session(self._path, self._digest, self._options)
-        names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(None, {"text": filled}), strict=True))
+        return self._backend.open_graph(self._path, self._digest, self._options)({"text": filled})
 
 
 def read_text(path: Path) -> Float:

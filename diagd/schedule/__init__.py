@@ -5,18 +5,22 @@ from diagd.schedule.closed_form import chained_lag, check_lags, steps_per_frame,
 from diagd.schedule.layout import StreamLayout
 from diagd.schedule.schedule import Schedule
 from diagd.schedule.seeds import RowSeed
-from diagd.schedule.table import NO_SINK, Step, Table
+from diagd.schedule.table import NO_SINK, Block, Shape, Step, Table, feed, shifted
 
 __all__ = [
     "NO_SINK",
+    "Block",
     "RowSeed",
     "Schedule",
+    "Shape",
     "Step",
     "StreamLayout",
     "Table",
     "chained_lag",
     "check_lags",
     "default_widths",
+    "feed",
+    "shifted",
     "slots_needed",
     "steps_per_frame",
     "total_steps",

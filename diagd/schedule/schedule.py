@@ -8,6 +8,7 @@ built by broadcasting over frames.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from diagd.errors import ScheduleError
 from diagd.schedule.closed_form import chained_lag, check_lags, steps_per_frame, total_steps
 from diagd.schedule.layout import StreamLayout
 from diagd.schedule.seeds import RowSeed
-from diagd.schedule.table import NO_SINK, Table
+from diagd.schedule.table import NO_SINK, Block, Table, shifted
 
 Rows = NDArray[np.int64]
 """int64 [..., 4]: step, source, position, sink."""
@@ -81,7 +82,7 @@ class Schedule:
     @property
     def widest_step(self) -> int:
         """Most rows of a step that decodes; passes that feed a prompt may be wider."""
-        return int(self.table(1, self.frames_in_flight + 1, self.layout.first_cell(1) - 1).widths.max())
+        return _widest(self)
 
     def total_steps(self, frames: int) -> int:
         """Steps that decode ``frames`` frames behind a prompt that fits in one pass."""
@@ -134,7 +135,42 @@ class Schedule:
         sources, positions, sinks = (np.ascontiguousarray(rows[:, c], dtype=np.int32) for c in (1, 2, 3))
         starts = chunks + np.arange(frames, dtype=np.int32) * np.int32(self.d)
         ends = starts + np.int32(self.steps_per_frame - 1)
-        return Table(offsets, sources, positions, sinks, starts, ends, first_frame)
+        guesses = np.zeros(len(rows), np.bool_) if self.keep_seeds else sources != positions
+        return Table(
+            offsets,
+            sources,
+            positions,
+            sinks,
+            guesses,
+            frame_starts=starts,
+            frame_ends=ends,
+            first_frame=first_frame,
+        )
+
+    def block(self, origin: int, begun: int, steps: tuple[int, int], unfed: int, max_width: int) -> Block:
+        """Some steps of a flight: frames decoded one after another, or overlapping, from ``origin`` on.
+
+        The rows of all frames are equal up to a shift once as many frames have begun as are ever under way at
+        once, so a block of a flight without end is compiled for one of its first frames and shifted.
+
+        Args:
+            origin: first frame of the flight; all earlier frames are known.
+            begun: frames of the flight that have begun; rows of later ones are left out.
+            steps: first step and one past the last, counted from the first decoding step of the flight; a
+                negative first step stands for all passes that feed known tokens ahead of it.
+            unfed: known tokens that are not in the cache when the flight begins; at least 1.
+            max_width: widest pass allowed for feeding known tokens.
+        """
+        first, last = steps
+        steady = self.frames_in_flight + 1
+        skipped = max(0, (first - self.steps_per_frame) // self.d + 1 - steady)
+        begun, first, last = begun - skipped, first - skipped * self.d, last - skipped * self.d
+        start = self.layout.first_cell(1)
+        unfed = unfed if first < 0 else 1  # later blocks do not depend on it
+        frame = 1 if unfed <= start else origin
+        block, pinned = _compiled(self, frame, begun, unfed, max_width, first, last)
+        shift = (origin + skipped - frame) * self.layout.frame_length
+        return shifted(block, shift, pinned=pinned)
 
     @staticmethod
     def _known(fed: int, start: int) -> Rows:
@@ -203,6 +239,25 @@ class Schedule:
         positions = start + (row + 1) * layout.columns - 1
         steps = frame * self.d + row * self.k + layout.columns
         return _rows(steps, positions, positions, np.full_like(positions, NO_SINK))
+
+
+@lru_cache(maxsize=64)
+def _widest(schedule: Schedule) -> int:
+    fed = schedule.layout.first_cell(1) - 1
+    return int(schedule.table(1, schedule.frames_in_flight + 1, fed).widths.max())
+
+
+@lru_cache(maxsize=64)
+def _compiled(
+    schedule: Schedule, frame: int, frames: int, unfed: int, max_width: int, first: int, last: int
+) -> tuple[Block, NDArray[np.bool_] | None]:
+    """Steps [first, last) of a flight from ``frame`` on, and which sources do not move with it."""
+    fed = schedule.layout.first_cell(frame) - unfed
+    table = schedule.table(frame, frames, fed, max_width)
+    ahead = int(table.frame_starts[0])
+    block = table.block(0 if first < 0 else ahead + first, ahead + last)
+    pinned = block.sources != block.positions if schedule.row_seed is RowSeed.PROMPT else None
+    return block, pinned
 
 
 def _rows(steps: Rows, sources: Rows, positions: Rows, sinks: Rows) -> Rows:

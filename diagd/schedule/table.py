@@ -1,24 +1,36 @@
-"""The compiled schedule: which token is fed where, step by step."""
+"""Compiled steps: which token is fed where, and which cell its prediction fills."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Int = NDArray[np.int32]
+Int: TypeAlias = NDArray[np.integer[Any]]
+Rows: TypeAlias = NDArray[np.int32]
 
 NO_SINK = -1
 
 
-@dataclass(frozen=True)
-class Step:
-    """One forward pass: the tokens it feeds, in slot order; all arrays int32 [width]."""
+class Step(NamedTuple):
+    """One forward pass, in slot order.
+
+    Attributes:
+        sources: [W], stream position of the token whose id is fed.
+        positions: [W], raster position at which it is fed.
+        sinks: [W], position of the cell its prediction fills, or ``NO_SINK``.
+        transient: bool [W], rows hidden from every later query once the step has run: guesses.
+        drafts: int32 [W], ids fed in place of the stream's, -1 where the stream's own is fed; None: nowhere.
+    """
 
     sources: Int
     positions: Int
     sinks: Int
+    transient: NDArray[np.bool_]
+    drafts: NDArray[np.int32] | None = None
 
     @property
     def width(self) -> int:
@@ -26,40 +38,138 @@ class Step:
         return len(self.positions)
 
 
-@dataclass(frozen=True)
-class Table:
-    """Steps of a run of frames as flat int32 arrays; row r of step n is in offsets[n]:offsets[n+1].
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """What stays of a block where its steps are shifted: worked out once, whatever the number of frames.
+
+    Attributes (int32):
+        offsets: [steps + 1], where the rows of each step begin.
+        widths: [steps], rows of each.
+        decoding: [D], rows that predict a cell.
+        decoded: [D], the same, counted from the first row of their step.
+        draws: [steps + 1], where those of each step begin.
+        changed: [C], rows whose slots change, step by step: the guesses of the step before, then its own.
+        hides: [H], where in these the guesses stand.
+        changes: [steps + 1], where those of each step begin.
+        last_guesses: guesses of the last step, to be hidden ahead of the next block.
+    """
+
+    offsets: Rows
+    widths: Rows
+    decoding: Rows
+    decoded: Rows
+    draws: Rows
+    changed: Rows
+    hides: Rows
+    changes: Rows
+    last_guesses: Rows
+
+    @classmethod
+    def of(cls, offsets: Int, decodes: NDArray[np.bool_], transient: NDArray[np.bool_]) -> Shape:
+        """Of steps with rows at ``offsets``; bool [rows] say which of them decode a cell and which guess."""
+        starts, widths = _rows(offsets), _rows(np.diff(offsets))
+        rows, step = np.arange(starts[-1], dtype=np.int32), np.repeat(np.arange(len(widths)), widths)
+        decoding, guesses = _rows(np.flatnonzero(decodes)), _rows(np.flatnonzero(transient))
+        last = step[guesses] == len(widths) - 1
+        hidden = guesses[~last]
+        when = np.concatenate([step[hidden] + 1, step])
+        order = np.argsort(when, kind="stable")
+        return cls(
+            starts,
+            widths,
+            decoding,
+            decoding - starts[step[decoding]],
+            _rows(np.searchsorted(decoding, starts)),
+            np.concatenate([hidden, rows])[order],
+            _rows(np.flatnonzero(order < len(hidden))),
+            _rows(np.searchsorted(when[order], np.arange(len(starts)))),
+            guesses[last],
+        )
+
+
+def _rows(numbers: Int) -> Rows:
+    return numbers.astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Steps that do not depend on a look at each other's results; rows of step n: offsets[n]:offsets[n+1].
 
     Attributes:
-        offsets: int32 [steps + 1].
-        sources: int32 [rows], position of the token whose id is fed. It differs from ``positions`` only
-            for row seeds.
-        positions: int32 [rows], raster position at which it is fed.
-        sinks: int32 [rows], position of the cell its prediction fills, or ``NO_SINK``.
-        frame_starts: int32 [frames], step that decodes cell (0, 0) of each frame.
-        frame_ends: int32 [frames], step after which a frame is complete.
-        first_frame: index in the stream of the first of these frames.
+        offsets: int [steps + 1].
+        sources, positions, sinks, transient, drafts: of all steps, one after another; see ``Step``.
+        commit: predictions become the stream's tokens. Else the decoder looks at them and decides.
     """
 
     offsets: Int
     sources: Int
     positions: Int
     sinks: Int
-    frame_starts: Int
-    frame_ends: Int
-    first_frame: int
+    transient: NDArray[np.bool_]
+    drafts: NDArray[np.int32] | None = None
+    commit: bool = True
 
     @property
     def steps(self) -> int:
-        """Number of forward passes, chunks of the prompt included."""
+        """Number of forward passes."""
         return len(self.offsets) - 1
 
     @property
     def widths(self) -> Int:
-        """int32 [steps], tokens fed by each step."""
+        """Int [steps], tokens fed by each step."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """What all shifts of the block have in common."""
+        return Shape.of(self.offsets, self.sinks != NO_SINK, self.transient)
 
     def step(self, index: int) -> Step:
         """Views of one step."""
         rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return Step(self.sources[rows], self.positions[rows], self.sinks[rows])
+        drafts = None if self.drafts is None else self.drafts[rows]
+        return Step(self.sources[rows], self.positions[rows], self.sinks[rows], self.transient[rows], drafts)
+
+
+@dataclass(frozen=True, eq=False)
+class Table(Block):
+    """The steps of a run of frames.
+
+    Attributes:
+        frame_starts: int32 [frames], step that decodes cell (0, 0) of each frame.
+        frame_ends: int32 [frames], step after which a frame is complete.
+        first_frame: index in the stream of the first of these frames.
+    """
+
+    frame_starts: Int = None  # type: ignore[assignment]
+    frame_ends: Int = None  # type: ignore[assignment]
+    first_frame: int = 0
+
+    def block(self, first: int, last: int) -> Block:
+        """Steps [first, last), which may run without a look at their results."""
+        rows = slice(int(self.offsets[first]), int(self.offsets[last]))
+        offsets = self.offsets[first : last + 1] - self.offsets[first]
+        return Block(
+            offsets, self.sources[rows], self.positions[rows], self.sinks[rows], self.transient[rows]
+        )
+
+
+def feed(positions: Int, width: int) -> Block:
+    """A block that only feeds known tokens into the cache, in passes of at most ``width``."""
+    starts = np.arange(0, len(positions), width, dtype=np.int64)
+    offsets = np.append(starts, len(positions))
+    no_sinks = np.full(len(positions), NO_SINK, np.int64)
+    return Block(offsets, positions, positions, no_sinks, np.zeros(len(positions), np.bool_))
+
+
+def shifted(block: Block, by: int, *, pinned: NDArray[np.bool_] | None = None) -> Block:
+    """The same steps ``by`` positions further on in the stream; ``pinned`` sources stay where they are."""
+    shape, sources = block.shape, block.sources + np.int64(by)
+    if pinned is not None:
+        sources = np.where(pinned, block.sources, sources)
+    sinks = block.sinks.astype(np.int64)
+    sinks[shape.decoding] += by
+    positions = block.positions + np.int64(by)
+    moved = Block(block.offsets, sources, positions, sinks, block.transient, block.drafts, block.commit)
+    moved.__dict__["shape"] = shape  # the cached property
+    return moved

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,20 +18,18 @@ from benchmarks.gpu_measure import PARTS, Bench, extents, first_steps, make_bund
 from benchmarks.gpu_report import BEGIN, END, Results, Row, markdown, verdicts, write_section
 from diagd.bundle import Bundle, Form
 from diagd.bundle.rotary import grid_rotary
-from diagd.engines.cuda.driver import open_driver
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram, nodes_outside
-from diagd.engines.cuda.program import Tensor
-from diagd.engines.fixed import graphs_of
+from diagd.engines.backend import graphs_of
+from diagd.engines.ceilings import Ceilings
+from diagd.engines.devices.cuda import open_driver
+from diagd.engines.executor import Executor
+from diagd.engines.onnxruntime_program import nodes_outside
 from diagd.errors import DiagdError, UsageError
 from diagd.export.exporter import random_sources
 from diagd.export.families.family import Family
 from diagd.export.families.registry import find
 from diagd.export.transformer import Transformer
-from diagd.planning.ceilings import Ceilings
 from diagd.schedule import StreamLayout
-from tests.engines.host_device import HostDevice, host_kernels
-from tests.engines.test_cuda_engine import CapturableProgram
+from tests.engines.host_device import HostDevice, executor_over, host_kernels
 from tests.models import small_family
 from tests.oracles.models import small_model
 
@@ -92,9 +89,9 @@ def test_every_part_is_measured(
     monkeypatch.setattr(gpu_measure, "captured", lambda form: form._forward)  # the compiler takes minutes
     devices = []
 
-    def make(bundle: Bundle, tokens: int, graphs: bool) -> DeviceEngine:
+    def make(bundle: Bundle, tokens: int, graphs: bool) -> Executor:
         devices.append(HostDevice(host_kernels(str(tmp_path))))
-        return engine_over(bundle, tokens, devices[-1], graphs)
+        return executor_over(bundle, Form.MODERN, tokens, devices[-1], graphs=graphs)
 
     rows = Bench(make, CEILINGS, 3, torch_device="cpu").measure(bundle, family, part)
     layout = bundle.manifest.layout
@@ -106,22 +103,6 @@ def test_every_part_is_measured(
         assert (Counter(entry[0] for entry in device.log)["replay"] > 0) == (part == PARTS[0])
         assert device.log[-1] == ("close",)
     assert len(devices) == ("published" not in part)
-
-
-def engine_over(bundle: Bundle, tokens: int, device: HostDevice, graphs: bool) -> DeviceEngine:
-    steps = graphs_of(bundle, Form.MODERN)
-    widths = tuple(int(graph.width or 0) for graph in steps)
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(bundle.file(steps[0].file)), settings)
-
-    def program(tensors: Mapping[str, Tensor]) -> CapturableProgram:
-        return CapturableProgram(device, OnnxRuntimeProgram(session, tensors, widths, "cpu"))
-
-    capacity = int(steps[0].capacity or 0)
-    return DeviceEngine(
-        bundle.manifest, Form.MODERN, capacity, widths, tokens, device, program, graphs=graphs
-    )
 
 
 def test_nodes_of_another_provider_are_named(bundle: Bundle) -> None:

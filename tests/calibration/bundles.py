@@ -11,10 +11,11 @@ from diagd.bundle import Bundle
 from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
 from diagd.calibration.report import PrecisionReport
-from diagd.engines.engine import VOID, SamplingState, StepInputs
+from diagd.engines.engine import VOID
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.schedule import StreamLayout
+from tests.engines.opening import run_step
 from tests.oracles.models import CODES
 
 LAYOUT = StreamLayout(4, 6, before=1)
@@ -46,24 +47,10 @@ def engine_of(bundle: Path, precision: str) -> PrefixEngine:
 def logits_of(engine: PrefixEngine, ids: np.ndarray, positions: np.ndarray, seen: slice) -> np.ndarray:
     """Logits of rows that see the past but not each other, ``seen`` of them wanted; float32 [R, V]."""
     past = np.arange(PAST, dtype=np.int32)
-    engine.slot_position[:] = VOID
-    engine.slot_position[:PAST] = past
-    engine.token_buffer[:PAST] = past % CODES
-    run(engine, past, past, past[:0], 0, PAST)
-    width = len(ids)
-    engine.token_buffer[:width] = ids
-    rows = np.arange(width, dtype=np.int32)
-    return run(engine, rows, positions, rows[seen], PAST, PAST + 16).copy()
-
-
-def run(
-    engine: PrefixEngine,
-    sources: np.ndarray,
-    positions: np.ndarray,
-    decoded: np.ndarray,
-    start: int,
-    live: int,
-) -> np.ndarray:
-    draws = np.zeros(len(decoded), np.float32)
-    inputs = StepInputs(sources, positions.astype(np.int32), sources, decoded, draws, start, live)
-    return engine.step(inputs, SamplingState(0, 0, 1))
+    engine.write_slots(np.full(engine.capacity, VOID, np.int32))
+    engine.write_tokens(past, past % CODES)
+    run_step(engine, past, past, past, past[:0], 0, PAST)
+    rows = np.arange(len(ids), dtype=np.int32)
+    engine.write_tokens(rows, ids)
+    positions = positions.astype(np.int32)
+    return run_step(engine, rows, positions, rows, rows[seen], PAST, PAST + 16, visible=False).copy()

@@ -14,25 +14,22 @@ from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import AbsoluteContext, RotaryContext
 from diagd.calibration.kv_cache import HEADROOM, describe_cache, row_scales
 from diagd.calibration.statistics import InputStatistics
-from diagd.engines.buffers import rotate_pairs
-from diagd.engines.engine import Engine, SamplingState, StepInputs
-from diagd.engines.fixed import cache_tensors
-from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.portable import PortableEngine
-from diagd.engines.prefix import PrefixEngine
+from diagd.engines.buffers import cache_tensors, rotate_pairs
+from diagd.engines.executor import Executor
 from diagd.export.transformer import Transformer
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from tests.calibration.bundles import load_graph
 from tests.calibration.int8_cache import RoundedRecompute, export_rounded, grouped_model, random_scales
 from tests.engines.fidelity import Run, decode, stream_of
 from tests.engines.fidelity import recompute as recompute_exactly
+from tests.engines.host_device import buffers
+from tests.engines.opening import portable, prefix, run_step
 from tests.oracles.full_recompute import lengthened
 from tests.oracles.models import CODES
 from tests.oracles.rows import rows_of
 from tests.runtime.test_fidelity import frames_of
 
 LAYOUT = StreamLayout(3, 5, after=2)
-CPU = CpuOptions(threads=1, prepack=False)
 RUNS = {
     "next token": Run(Schedule.next_token(LAYOUT), frames=1, prompt=1),
     "chained": Run(Schedule.chained(LAYOUT, 1), prompt=1),
@@ -49,14 +46,6 @@ def model() -> Transformer:
 @pytest.fixture(scope="module")
 def bundle(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_rounded(model, tmp_path_factory.mktemp("kv") / "small.diagd", random_scales(model))
-
-
-def portable(bundle: Bundle, tokens: int) -> PortableEngine:
-    return PortableEngine(bundle, tokens, CPU)
-
-
-def prefix(bundle: Bundle, tokens: int) -> Engine:
-    return PrefixEngine(bundle, 512, tokens, CPU)
 
 
 def recompute(model: Transformer, run: Run) -> np.ndarray:
@@ -93,33 +82,24 @@ def test_every_head_may_have_rows_of_its_own(tmp_path: Path) -> None:
 
 def test_a_window_slides_over_integers(model: Transformer, bundle: Bundle) -> None:
     """Rows are evicted and written over, and cached keys are turned back as integers."""
-    turns: list[int] = []
-
-    class Watched(PortableEngine):
-        def rotate_keys(self, angles: np.ndarray, live: int) -> None:
-            turns.append(live)
-            super().rotate_keys(angles, live)
-
-    frames = decode(bundle, lambda bundle, tokens: Watched(bundle, tokens, CPU), SLIDING)
-    assert turns
+    context = bundle.manifest.context.positions
+    frames = decode(bundle, portable, SLIDING)
+    assert LAYOUT.frame_start(SLIDING.prompt + SLIDING.frames) > context  # positions had to be turned back
     expected = recompute(model, SLIDING)
     first_turned = 6  # rounding twice may change a token of the frames behind
     np.testing.assert_array_equal(frames[:first_turned], expected[:first_turned])
     assert (frames == expected).mean() > 0.9
 
 
-def rows_in(engine: PortableEngine, batches: list[list[int]]) -> dict[str, np.ndarray]:
+def rows_in(engine: Executor, batches: list[list[int]]) -> dict[str, np.ndarray]:
     """Feed positions in batches; returns the buffers."""
-    engine.token_buffer[:8] = np.arange(8) % CODES
+    engine.write_tokens(np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32) % CODES)
     start = 0
     for batch in batches:
         rows = np.array(batch, np.int32)
-        engine.slot_position[start : start + len(rows)] = rows
-        none = rows[:0]
-        inputs = StepInputs(rows, rows, rows, none, np.zeros(0, np.float32), start, start + len(rows))
-        engine.step(inputs, SamplingState(0.0, 0, 1.0))
+        run_step(engine, rows, rows, rows, rows[:0], start, start + len(rows))
         start += len(rows)
-    return {name: buffer[:, :, :start].copy() for name, buffer in engine.buffers.items()}
+    return {name: buffer[:, :, :start].copy() for name, buffer in buffers(engine).items()}
 
 
 def test_rows_do_not_depend_on_how_steps_were_batched(bundle: Bundle) -> None:

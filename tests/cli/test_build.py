@@ -13,7 +13,7 @@ import torch
 from diagd.bundle import Bundle, Form
 from diagd.bundle.rotary import linear_rotary
 from diagd.cli.main import main
-from diagd.engines.cuda.driver import open_driver
+from diagd.engines.devices.cuda import open_driver
 from diagd.engines.fingerprint import ANY, EngineStore
 from diagd.errors import DiagdError
 from diagd.export.exporter import GraphOptions

@@ -37,7 +37,7 @@ def test_json_has_a_line_for_each_check(workplace: Workplace, capsys: pytest.Cap
         ["inspect", "{}", "--steps", "2"],
         ["plan", "{}", "--device", "thor"],
         ["verify", "{}", "--frames", "1", "--k", "1"],
-        ["profile", "{}", "--frames", "2", "--k", "1", "--set", "ladder=false"],
+        ["profile", "{}", "--frames", "2", "--k", "1"],
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -14,9 +14,8 @@ import pytest
 from matplotlib.image import imsave
 
 from diagd.cli.main import main
-from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.backend import find
 from diagd.errors import DiagdError
-from diagd.profiling.targets import gpu_target
 from tests.cli.conftest import Workplace
 
 VERBS = ("profile", "plan", "inspect", "verify", "doctor")
@@ -38,7 +37,7 @@ def folder(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for name in ("step.onnx", "weights.bin"):
         shutil.copyfile(workplace.bundle / name, folder / name)
     imsave(folder / "first.png", np.full((36, 48, 3), 90, np.uint8))
-    options = ("--frames", "2", "--k", "1", "--set", "ladder=false", "--output", str(folder / "before"))
+    options = ("--frames", "2", "--k", "1", "--output", str(folder / "before"))
     assert main(["profile", str(workplace.bundle), *options]) == 0
     shutil.copytree(folder / "before", folder / "after")
     return folder
@@ -71,7 +70,7 @@ def test_an_example_runs(
 
 def has_gpu() -> bool:
     try:
-        gpu_target("tensorrt", CpuOptions())
+        find("tensorrt").describe()
     except DiagdError:
         return False
     return True

@@ -107,8 +107,9 @@ def test_frames_are_generated_past_the_window(
     assert 0.1 < (frames == exact).mean() < 1  # other weights, other tokens
     session = load(place.bundle, precision="int4-weight-kv8", threads=1)
     places = token_places(session.layout, FRAMES).size
-    assert {buffer.dtype for buffer in session.engine.buffers.values()} == {np.dtype(np.int8)}
-    assert len(session.engine.token_buffer) == places
+    tensors = session.engine.tensors
+    assert {tensor.dtype for tensor in tensors.cache.values()} == {np.dtype(np.int8)}
+    assert tensors.token_buffer.shape == (places,)
 
 
 def test_bytes_are_shown(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,10 +50,9 @@ def test_the_defaults_of_the_first_example(
     workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["profile", str(workplace.bundle), "--json", *QUICK, "--set", "ladder=false"]) == 0
+    assert main(["profile", str(workplace.bundle), "--json", *QUICK]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "world.profile" / "report.json").read_text())
-    assert printed["ladder"] == []
 
 
 def test_a_comparison_with_itself_finds_nothing(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +147,7 @@ def test_orders_that_a_window_cannot_hold_are_skipped(
     workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Chained frames of k=1 have three frames under way."""
-    options = ("--k", "1", "--set", "window=2", "--set", "prompt=1", "--set", "ladder=false", "--json")
+    options = ("--k", "1", "--set", "window=2", "--set", "prompt=1", "--json")
     assert main(["profile", str(workplace.bundle), *QUICK, *options, "--output", str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out)
     layout = read_manifest(workplace.bundle).layout

@@ -42,8 +42,6 @@ def test_profiles_name_the_precision(
     )
     stored = sum((quantised / name).stat().st_size for name in _weights(quantised, graph.file))
     assert 0.5 * stored < report["subject"]["weight_bytes"] <= stored
-    rungs = {rung["name"] for rung in report["ladder"]}
-    assert {f"precision {name}" for name in ("fp32", *PRECISIONS) if name != precision} <= rungs
     for run in report["runs"]:
         stages = sum(stage["seconds"]["total"] for stage in run["stages"])
         assert stages == pytest.approx(run["wall"], rel=0.1)

@@ -6,43 +6,37 @@ Everything runs over memory of the host, and again on a GPU (ONNX Runtime's CUDA
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.cuda.driver import CudaDevice
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram
-from diagd.engines.cuda.program import Tensor
+from diagd.engines.backend import StepOptions
+from diagd.engines.devices.cuda import CudaDevice
 from diagd.engines.engine import Engine
-from diagd.engines.fixed import graphs_of
+from diagd.engines.executor import Executor
 from diagd.engines.gpu import open_cuda
-from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.prefix import PrefixEngine
 from diagd.errors import DiagdError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
-from diagd.profiling.engines import session_over
 from diagd.profiling.measure import random_workload
-from diagd.profiling.verify import PairedEngine, ReferenceEngine, Verdict, verify
+from diagd.profiling.verify import Verdict, open_reference, verify
+from diagd.runtime.load import session_over
+from diagd.runtime.session import token_places
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from tests.engines.fidelity import Run, decode
-from tests.engines.host_device import HostDevice, host_kernels
-from tests.engines.test_cuda_engine import CapturableProgram
+from tests.engines.host_device import HostDevice, executor_over, host_kernels
+from tests.engines.opening import CPU, prefix
 from tests.models import export_small
 from tests.oracles.models import small_model
 
 LAYOUT = StreamLayout(4, 6, after=2)
 WIDTHS = (1, 4, 16)
-CPU = CpuOptions(threads=1, prepack=False)
-OpenEngine = Callable[[Bundle, int, bool, bool], DeviceEngine]
-"""From a bundle, the size of its token buffer, whether graphs are replayed and whether logits are kept."""
+OpenEngine = Callable[[Bundle, int, bool], Executor]
+"""From a bundle, the size of its token buffer, and whether graphs are replayed."""
 
 RUNS = {
     "next token": Run(Schedule.next_token(LAYOUT), prompt=1),
@@ -65,12 +59,8 @@ class Case:
     def tokens(self, name: str) -> np.ndarray:
         """Frames by the CPU runtime."""
         if name not in self.expected:
-            self.expected[name] = decode(self.prefix, open_on_cpu, RUNS[name])
+            self.expected[name] = decode(self.prefix, prefix, RUNS[name])
         return self.expected[name]
-
-
-def open_on_cpu(bundle: Bundle, tokens: int) -> Engine:
-    return PrefixEngine(bundle, 256, tokens, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -100,22 +90,15 @@ def open_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def over_host_memory(kernels: Path) -> OpenEngine:
-    def opened(bundle: Bundle, tokens: int, graphs: bool, keep_logits: bool) -> DeviceEngine:
+    def opened(bundle: Bundle, tokens: int, graphs: bool) -> Executor:
         device = HostDevice(host_kernels(str(kernels)))
-        steps = graphs_of(bundle, Form.MODERN)
-        session = onnxruntime.InferenceSession(str(bundle.file(steps[0].file)))
-
-        def program(tensors: Mapping[str, Tensor]) -> CapturableProgram:
-            return CapturableProgram(device, OnnxRuntimeProgram(session, tensors, WIDTHS, device.kind))
-
-        arguments = (bundle.manifest, Form.MODERN, steps[0].capacity or 0, WIDTHS, tokens, device, program)
-        return DeviceEngine(*arguments, graphs=graphs, keep_logits=keep_logits)
+        return executor_over(bundle, Form.MODERN, tokens, device, graphs=graphs)
 
     return opened
 
 
-def on_gpu(bundle: Bundle, tokens: int, graphs: bool, keep_logits: bool) -> DeviceEngine:
-    return open_cuda(bundle, tokens, CudaDevice(), graphs=graphs, keep_logits=keep_logits, strict=True)
+def on_gpu(bundle: Bundle, tokens: int, graphs: bool) -> Executor:
+    return open_cuda(bundle, CudaDevice(), StepOptions(0, tokens, graphs=graphs, strict=True))
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
@@ -123,10 +106,10 @@ def on_gpu(bundle: Bundle, tokens: int, graphs: bool, keep_logits: bool) -> Devi
 def test_tokens_in_fp32_are_those_of_the_cpu(
     case: Case, open_engine: OpenEngine, name: str, graphs: bool
 ) -> None:
-    engines: list[DeviceEngine] = []
+    engines: list[Executor] = []
 
     def make(bundle: Bundle, tokens: int) -> Engine:
-        engines.append(open_engine(bundle, tokens, graphs, False))
+        engines.append(open_engine(bundle, tokens, graphs))
         return engines[0]
 
     frames = decode(case.modern["fp32"], make, RUNS[name])
@@ -150,12 +133,14 @@ def test_logits_are_near_those_of_the_cpu(
 
 def verdicts(case: Case, open_engine: OpenEngine, precision: str, graphs: bool) -> list[Verdict]:
     bundle = case.modern[precision]
-    with closing(open_engine(bundle, 160, graphs, True)) as engine:
-        pair = PairedEngine(engine, ReferenceEngine(case.prefix, engine.capacity))
-        session = session_over(bundle, pair, 4, CPU)
+    tokens = token_places(LAYOUT, bundle.manifest.context.frames).size
+    with session_over(bundle, open_engine(bundle, tokens, graphs), 4, CPU) as session:
+        reference = open_reference(case.prefix, session)
         workload = random_workload(session, 1, 3)
-        names = ("next token", "k=1 chained", "k=2 serial")
-        return [verify(session, "device", precision, RUNS[name].schedule, workload, 3) for name in names]
+        schedules = [RUNS[name].schedule for name in ("next token", "k=1 chained", "k=2 serial")]
+        return [
+            verify(session, reference, "device", precision, schedule, workload, 3) for schedule in schedules
+        ]
 
 
 def test_a_wrong_engine_is_found(case: Case, tmp_path: Path) -> None:

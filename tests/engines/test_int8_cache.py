@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram
-from diagd.engines.cuda.program import Tensor
-from diagd.engines.fixed import graphs_of
-from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.portable import PortableEngine
+from diagd.engines.executor import Executor
 from diagd.engines.tensorrt.capabilities import Capabilities
 from diagd.engines.tensorrt.memory import estimate
 from diagd.engines.tensorrt.opening import usable_forms
@@ -25,8 +18,8 @@ from diagd.errors import EngineError
 from diagd.schedule import Schedule, StreamLayout
 from tests.calibration.int8_cache import WIDTHS, export_rounded, grouped_model, random_scales
 from tests.engines.fidelity import Run, decode
-from tests.engines.host_device import HostDevice, host_kernels
-from tests.engines.test_cuda_engine import CapturableProgram
+from tests.engines.host_device import HostDevice, executor_over, host_kernels
+from tests.engines.opening import portable
 
 LAYOUT = StreamLayout(3, 5, after=2)
 SLIDING = Run(Schedule.chained(LAYOUT, 2), frames=11, prompt=1, window=3)
@@ -45,30 +38,20 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return host_kernels(str(tmp_path_factory.mktemp("native")))
 
 
-def device_engine(bundle: Bundle, tokens: int, device: HostDevice) -> DeviceEngine:
-    graph = graphs_of(bundle, Form.PORTABLE)[0]
-    session = onnxruntime.InferenceSession(str(bundle.file(graph.file)))
-
-    def program(tensors: Mapping[str, Tensor]) -> CapturableProgram:
-        return CapturableProgram(device, OnnxRuntimeProgram(session, tensors, WIDTHS, "cpu"))
-
-    capacity = graph.capacity or 0
-    return DeviceEngine(bundle.manifest, Form.PORTABLE, capacity, WIDTHS, tokens, device, program)
+def device_engine(bundle: Bundle, tokens: int, device: HostDevice) -> Executor:
+    return executor_over(bundle, Form.PORTABLE, tokens, device)
 
 
 def test_a_device_decodes_what_the_cpu_decodes(bundle: Bundle, kernels: ctypes.CDLL) -> None:
     """Rows of one 16-byte chunk, appended by the kernel; a window that slides and keys that are turned."""
-    devices: list[tuple[HostDevice, DeviceEngine]] = []
+    devices: list[tuple[HostDevice, Executor]] = []
 
-    def make(bundle: Bundle, tokens: int) -> DeviceEngine:
+    def make(bundle: Bundle, tokens: int) -> Executor:
         device = HostDevice(kernels)
         devices.append((device, device_engine(bundle, tokens, device)))
         return devices[-1][1]
 
-    def host(bundle: Bundle, tokens: int) -> PortableEngine:
-        return PortableEngine(bundle, tokens, CpuOptions(1, prepack=False))
-
-    np.testing.assert_array_equal(decode(bundle, make, SLIDING), decode(bundle, host, SLIDING))
+    np.testing.assert_array_equal(decode(bundle, make, SLIDING), decode(bundle, portable, SLIDING))
     device, engine = devices[0]
     assert {tensor.dtype for tensor in engine.tensors.cache.values()} == {np.dtype(np.int8)}
     cache = bundle.manifest.cache

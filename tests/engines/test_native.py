@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagd.engines.cuda.kernels import (
+from diagd.engines.devices.kernels import (
     ADVANCE,
     APPEND,
     HEADER_WORDS,
@@ -21,8 +21,8 @@ from diagd.engines.cuda.kernels import (
     compile_kernels,
     kernel_source,
 )
-from diagd.engines.cuda.record import RECORDS, RecordRing
-from diagd.engines.engine import VOID, SamplingState, StepInputs
+from diagd.engines.engine import VOID, SamplingState, Steps
+from diagd.engines.records import HALF_WORDS, RecordRing
 from tests.engines.host_device import ROOT, HostDevice, host_kernels
 
 pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
@@ -43,7 +43,7 @@ class Outputs:
     """The fixed tensors that ``advance`` fills."""
 
     def __init__(self) -> None:
-        self.counter = np.zeros(1, np.int32)
+        self.cursor = np.zeros(1, np.int32)
         self.sources, self.positions, self.sinks = (np.full(MAX_WIDTH, -7, np.int32) for _ in range(3))
         self.uniforms = np.zeros(MAX_WIDTH, np.float32)
         self.write_index = np.zeros(1, np.int64)
@@ -51,62 +51,96 @@ class Outputs:
         self.temperature, self.top_p = np.zeros(1, np.float32), np.zeros(1, np.float32)
         self.slot_position = np.full(CAPACITY, VOID, np.int32)
 
+    def register(self, device: HostDevice) -> None:
+        """Let the device know the memory, as if it had allocated it."""
+        for array in vars(self).values():
+            device._memory[array.ctypes.data] = array.view(np.uint8)
+
     def arguments(self, ring: RecordRing, width: int) -> AdvanceArguments:
         return AdvanceArguments(
             records=ring.address,
             **{name: array.ctypes.data for name, array in vars(self).items()},
-            records_in_ring=RECORDS,
-            max_width=MAX_WIDTH,
-            max_updates=UPDATES,
             width=width,
             scratch=SCRATCH,
         )
 
 
+def random_steps(random: np.random.Generator, count: int, first: int) -> Steps:
+    """Steps of any widths that change any slots; step n writes slot ``first`` + n."""
+    widths = random.integers(1, MAX_WIDTH + 1, count)
+    offsets = np.cumsum([0, *widths]).astype(np.int32)
+    sources, positions, sinks = random.integers(0, SCRATCH, (3, offsets[-1]), np.int32)
+    decoding = random.random(offsets[-1]) < 0.5
+    sinks[~decoding] = SCRATCH
+    draws = np.searchsorted(np.flatnonzero(decoding), offsets).astype(np.int32)
+    rows = np.concatenate([np.arange(width) for width in widths])
+    changes = [random.permutation(CAPACITY)[: random.integers(0, UPDATES + 1)] for _ in range(count)]
+    updates = np.cumsum([0, *map(len, changes)]).astype(np.int32)
+    start = np.arange(first, first + count, dtype=np.int32)
+    return Steps(
+        offsets,
+        sources,
+        positions,
+        sinks,
+        draws,
+        rows[decoding].astype(np.int32),
+        random.random(int(decoding.sum()), np.float32),
+        start,
+        start + 1,
+        updates,
+        np.concatenate(changes).astype(np.int32),
+        random.integers(0, 99, updates[-1], np.int32),
+        SamplingState(0.5, first, 0.9),
+    )
+
+
+@pytest.mark.parametrize("build", ["host build", "NumPy"])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), threads=st.sampled_from([1, 3, 256]))
 def test_advance_spreads_the_record_of_each_step(
-    kernels: ctypes.CDLL, data: st.DataObject, threads: int
+    kernels: ctypes.CDLL, build: str, data: st.DataObject, threads: int
 ) -> None:
-    device, outputs = HostDevice(kernels), Outputs()
-    ring = RecordRing(device, MAX_WIDTH, UPDATES, SCRATCH)
+    device, outputs = HostDevice(kernels if build == "host build" else None), Outputs()
+    outputs.register(device)
+    ring = RecordRing(device)
     expected_slots = outputs.slot_position.copy()
     random = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    for step in range(RECORDS + 3):
-        rows = int(random.integers(1, MAX_WIDTH + 1))
-        width = int(random.integers(rows, MAX_WIDTH + 1))
-        sources, positions, sinks = random.integers(0, SCRATCH, (3, rows), np.int32)
-        decoded = np.flatnonzero(random.random(rows) < 0.5).astype(np.int32)
-        draws = random.random(len(decoded), np.float32)
-        inputs = StepInputs(sources, positions, sinks, decoded, draws, step, step + 1)
-        changed = random.permutation(CAPACITY)[: random.integers(0, UPDATES + 1)].astype(np.int32)
-        expected_slots[changed] = new = random.integers(0, 99, len(changed), np.int32)
-        ring.send(inputs, SamplingState(0.5, step, 0.9), changed, new)
-        arguments = outputs.arguments(ring, width)
-        kernels.diagd_advance(ctypes.byref(arguments), threads)
+    for block in range(5):
+        steps = random_steps(random, int(random.integers(1, 6)), 10 * block)
+        assert ring.send(steps, 0) == len(steps)
+        for n in range(len(steps)):
+            rows = slice(int(steps.offsets[n]), int(steps.offsets[n + 1]))
+            drawn = slice(int(steps.decode_offsets[n]), int(steps.decode_offsets[n + 1]))
+            changed = slice(int(steps.update_offsets[n]), int(steps.update_offsets[n + 1]))
+            count = rows.stop - rows.start
+            width = int(random.integers(count, MAX_WIDTH + 1))
+            expected_slots[steps.update_slots[changed]] = steps.update_positions[changed]
+            device.launch(ADVANCE, outputs.arguments(ring, width), 1, threads)
 
-        assert outputs.counter[0] == (step + 1) % RECORDS
-        np.testing.assert_array_equal(outputs.sources[:width], np.r_[sources, np.zeros(width - rows)])
-        padded = np.r_[positions, np.full(width - rows, positions[-1])]
-        np.testing.assert_array_equal(outputs.positions[:width], padded)
-        wanted = np.full(width, SCRATCH)
-        wanted[decoded] = sinks[decoded]
-        np.testing.assert_array_equal(outputs.sinks[:width], wanted)
-        np.testing.assert_array_equal(outputs.uniforms[decoded], draws)
-        np.testing.assert_array_equal(outputs.slot_position, expected_slots)
-        assert (outputs.write_index[0], outputs.live[0], outputs.top_k[0]) == (step, step + 1, step)
-        assert (outputs.temperature[0], outputs.top_p[0]) == (np.float32(0.5), np.float32(0.9))
+            sources, positions, sinks = steps.sources[rows], steps.positions[rows], steps.sinks[rows]
+            np.testing.assert_array_equal(outputs.sources[:width], np.r_[sources, np.zeros(width - count)])
+            padded = np.r_[positions, np.full(width - count, positions[-1])]
+            np.testing.assert_array_equal(outputs.positions[:width], padded)
+            wanted = np.full(width, SCRATCH)
+            wanted[steps.decoded[drawn]] = sinks[steps.decoded[drawn]]
+            np.testing.assert_array_equal(outputs.sinks[:width], wanted)
+            np.testing.assert_array_equal(outputs.uniforms[steps.decoded[drawn]], steps.uniforms[drawn])
+            np.testing.assert_array_equal(outputs.slot_position, expected_slots)
+            numbers = (outputs.write_index[0], outputs.live[0], outputs.top_k[0])
+            assert numbers == (10 * block + n, 10 * block + n + 1, 10 * block)
+            assert (outputs.temperature[0], outputs.top_p[0]) == (np.float32(0.5), np.float32(0.9))
+        assert outputs.cursor[0] == (HALF_WORDS if block % 2 == 0 else 0)
 
 
-def test_a_record_is_sent_without_its_unused_end(kernels: ctypes.CDLL) -> None:
+def test_a_block_is_sent_without_the_unused_end_of_its_buffer(kernels: ctypes.CDLL) -> None:
     device = HostDevice(kernels)
-    ring = RecordRing(device, MAX_WIDTH, UPDATES, SCRATCH)
+    ring = RecordRing(device)
     row = np.zeros(1, np.int32)
-    step = StepInputs(row, row, row, row, np.zeros(1, np.float32), 0, 1)
-    ring.send(step, SamplingState(1.0, 0, 1.0), np.array([3], np.int32), np.array([9], np.int32))
-    assert device.log[-1] == ("upload", ring.address, 4 * (HEADER_WORDS + 4 * MAX_WIDTH + 2))
+    ring.send(Steps.single(row, row, row, row, np.zeros(1, np.float32), 0, 1), 0)
+    assert device.log[-1] == ("upload", ring.address, 4 * (HEADER_WORDS + 4 + 2))
 
 
+@pytest.mark.parametrize("build", ["host build", "NumPy"])
 @settings(max_examples=25, deadline=None)
 @given(
     groups=st.integers(1, 3),
@@ -116,7 +150,7 @@ def test_a_record_is_sent_without_its_unused_end(kernels: ctypes.CDLL) -> None:
     threads=st.sampled_from([1, 5, 1024]),
 )
 def test_append_writes_rows_and_tokens(
-    kernels: ctypes.CDLL, groups: int, width: int, start: int, dtype: type, threads: int
+    kernels: ctypes.CDLL, build: str, groups: int, width: int, start: int, dtype: type, threads: int
 ) -> None:
     capacity, size, count = 12, 16, 4
     random = np.random.default_rng(width)
@@ -142,7 +176,10 @@ def test_append_writes_rows_and_tokens(
         width=width,
         row_chunks=size * np.dtype(dtype).itemsize // 16,
     )
-    kernels.diagd_append(ctypes.byref(arguments), threads)
+    device = HostDevice(kernels if build == "host build" else None)
+    memory = [*rows, *buffers, row_pointers, buffer_pointers, tokens, sinks, token_buffer, write_index]
+    device._memory |= {array.ctypes.data: array.reshape(-1).view(np.uint8) for array in memory}
+    device.launch(APPEND, arguments, 1, threads)
     for buffer, wanted in zip(buffers, expected, strict=True):
         np.testing.assert_array_equal(buffer, wanted)
     np.testing.assert_array_equal(token_buffer[sinks], tokens)

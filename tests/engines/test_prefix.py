@@ -12,6 +12,7 @@ from diagd.engines.buffers import aligned_zeros, rotate_pairs
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.prefix import GRANULE, PrefixEngine
 from diagd.errors import EngineError
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.session import Session
 from diagd.schedule import Schedule, StreamLayout
 from tests.models import export_small
@@ -37,19 +38,15 @@ def test_no_step_copies_or_reallocates_keys_and_values(bundle: Path) -> None:
     engine = session.engine
     assert isinstance(engine, PrefixEngine)
     addresses = {name: buffer.ctypes.data for name, buffer in engine.buffers.items()}
-    step, bound = engine.step, []
-
-    def watch(inputs: object, sampling: object) -> np.ndarray:
-        written = engine.buffers["key_1"].copy()
-        logits = step(inputs, sampling)  # type: ignore[arg-type]
+    bound, first = [], 0
+    session.start(np.arange(24, dtype=np.int32).reshape(1, 4, 6) % CODES, np.full((1, 1), CODES))
+    written = engine.buffers["key_1"].copy()
+    actions = np.full((3, 1), CODES, np.int32)
+    for step, _ in session.steps(ScheduledDecoder(Schedule.serial(LAYOUT, 1)), actions):
         bound.append([value.data_ptr() for value in engine.outputs[1:]])
         changed = np.flatnonzero((written != engine.buffers["key_1"]).any((1, 2)))
-        first, count = inputs.write_index, len(inputs.positions)  # type: ignore[attr-defined]
-        assert changed.tolist() == list(range(first, first + count))
-        return logits
-
-    engine.step = watch  # type: ignore[method-assign,assignment]
-    run(session, 3)
+        assert changed.tolist() == list(range(first, first + step.width))
+        first, written = first + step.width, engine.buffers["key_1"].copy()
     assert bound
     assert all(pointers == list(addresses.values()) for pointers in bound)
     assert {name: buffer.ctypes.data for name, buffer in engine.buffers.items()} == addresses

@@ -10,17 +10,15 @@ import pytest
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.engine import Engine
-from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.portable import PortableEngine
-from diagd.engines.prefix import MAX_WIDTH, PrefixEngine
 from diagd.export.exporter import GraphOptions, Sources, export, random_sources
 from diagd.export.families import cosmos, wham
 from diagd.export.families.family import Family
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session, token_places
 from diagd.runtime.text import TextReader
-from diagd.schedule import Schedule, slots_needed
+from diagd.schedule import Schedule
+from tests.engines.opening import modern, portable, prefix
 from tests.export.test_families_cosmos import CODES, COLUMNS, ROWS, TEXT, small
 
 CPU = CpuOptions(threads=1)
@@ -69,17 +67,11 @@ def decode(case: Case, make_engine: Callable[[Bundle, int], Engine], frames: int
     return np.stack([frame.tokens for frame in decoded])
 
 
-@pytest.mark.parametrize("engine", [ModernEngine, PortableEngine])
+@pytest.mark.parametrize("open_engine", [modern, portable])
 def test_every_form_decodes_the_same_tokens_over_a_sliding_window(
-    case: Case, engine: type[ModernEngine] | type[PortableEngine]
+    case: Case, open_engine: Callable[[Bundle, int], Engine]
 ) -> None:
-    layout, frames = case.family.transformer.layout, WINDOW + 3
-
-    def prefix(bundle: Bundle, tokens: int) -> Engine:
-        return PrefixEngine(bundle, slots_needed(layout, WINDOW, MAX_WIDTH), tokens, CPU)
-
+    frames = WINDOW + 3
     expected = decode(case, prefix, frames)
     assert len(np.unique(expected)) > 3
-    np.testing.assert_array_equal(
-        decode(case, lambda bundle, tokens: engine(bundle, tokens, CPU), frames), expected
-    )
+    np.testing.assert_array_equal(decode(case, open_engine, frames), expected)

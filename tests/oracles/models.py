@@ -15,9 +15,17 @@ CODES = 24
 
 
 def small_model(
-    layout: StreamLayout, *, layers: int = 2, context_frames: int = 8, seed: int = 0
+    layout: StreamLayout,
+    *,
+    layers: int = 2,
+    context_frames: int = 8,
+    seed: int = 0,
+    rotary: bool = True,
 ) -> Transformer:
-    """A float32 model with grouped KV heads, random weights and logits spread over all ids."""
+    """A float32 model with grouped KV heads, random weights and logits spread over all ids.
+
+    Positions are rotary, or learned.
+    """
     config = TransformerConfig(
         layout=layout,
         context_frames=context_frames,
@@ -29,7 +37,8 @@ def small_model(
         heads=4,
         kv_heads=2,
         head_size=8,
-        rotary=linear_rotary(8, 1e4),
+        rotary=linear_rotary(8, 1e4) if rotary else None,
+        position_embedding=not rotary,
     )
     model = Transformer(config).initialise(torch.Generator().manual_seed(seed)).eval()
     generator = torch.Generator().manual_seed(seed + 1)

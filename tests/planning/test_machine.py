@@ -15,8 +15,7 @@ from packaging.version import Version
 
 from diagd.engines.host import memory_bytes
 from diagd.planning import machine
-from diagd.planning.ceilings import matrix_peak, measure_ceilings, memory_bandwidth, this_device
-from diagd.planning.machine import ABSENT, OK, PROBLEM
+from diagd.planning.machine import ABSENT, OK, PROBLEM, this_device
 
 
 def test_installed_packages_are_found_with_their_versions() -> None:
@@ -80,13 +79,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert machine.check_disk().status == PROBLEM
 
 
-def test_limits_of_this_machine_are_measured() -> None:
-    """Loose bounds of physics: no memory moves below 0.1 or above 10,000 GB/s."""
-    copied, read = memory_bandwidth(1, size=4 << 20)
-    assert 1e8 < copied < 1e13
-    assert 1e8 < read < 1e13
-    assert 1e8 < matrix_peak(1, side=128) < 1e15
-    assert measure_ceilings(1).threads == 1
+def test_this_machine_is_a_device() -> None:
     assert 0 < memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     device = this_device(1)
     assert device.usable < device.memory == memory_bytes()

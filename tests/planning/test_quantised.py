@@ -6,19 +6,16 @@ import onnx
 import pytest
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.modern import ModernEngine
-from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.portable import PortableEngine
-from diagd.engines.prefix import PrefixEngine
 from diagd.export.exporter import GraphOptions
 from diagd.export.onnx_file import read_onnx
 from diagd.planning.cost import step_operations
 from diagd.planning.model import read_model
 from tests.calibration.bundles import LAYOUT, quantise
+from tests.engines.host_device import buffers
+from tests.engines.opening import modern, portable, prefix
 from tests.models import export_small
 from tests.oracles.models import small_model
 
-CPU = CpuOptions(threads=1, prepack=False)
 FORMS = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
 PRECISIONS = ("int8", "int8-weight", "int4-weight", "fp8", "int8-weight-kv8")
 CASES = [(precision, form) for precision in ("fp32", *PRECISIONS[:4]) for form in FORMS]
@@ -68,13 +65,10 @@ def test_bytes_of_an_int8_cache(bundle: Bundle) -> None:
 
 def check_cache(bundle: Bundle, precision: str, form: Form) -> int:
     """Bytes of one element, where a step over a full cache reads as many as the buffers have."""
-    chosen, capacity = bundle.at_precision(precision), 96
-    engine: PrefixEngine | ModernEngine | PortableEngine
-    if form is Form.PREFIX:
-        engine = PrefixEngine(chosen, capacity, 80, CPU)
-    else:
-        engine = {Form.MODERN: ModernEngine, Form.PORTABLE: PortableEngine}[form](chosen, 80, CPU)
-    model = read_model(bundle.path, precision, form)
-    buffers = sum(buffer.nbytes for buffer in engine.buffers.values())
-    assert model.step_bytes(engine.capacity) - model.step_bytes(0) == buffers
+    chosen, model = bundle.at_precision(precision), read_model(bundle.path, precision, form)
+    opener = {Form.PREFIX: prefix, Form.MODERN: modern, Form.PORTABLE: portable}[form]
+    engine = opener(chosen, 80)
+    arrays = engine.buffers if form is Form.PREFIX else buffers(engine)
+    held = sum(buffer.nbytes for buffer in arrays.values())
+    assert model.step_bytes(engine.capacity) - model.step_bytes(0) == held
     return model.cache_bytes

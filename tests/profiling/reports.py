@@ -73,6 +73,5 @@ def report(*runs: Run, processor: str = "test") -> Report:
         start=(),
         runs=runs,
         skipped=(),
-        ladder=(),
         peak_memory=1,
     )

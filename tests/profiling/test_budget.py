@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle
+from diagd.engines.ceilings import Ceilings
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.planning.ceilings import Ceilings
 from diagd.planning.model import read_model
-from diagd.profiling import watch
+from diagd.profiling import measure as measuring
 from diagd.profiling.budget import Extent, Pace, cuts, factors, find_pace, fit
 from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.orders import decoding_orders
@@ -30,9 +30,7 @@ CEILINGS = Ceilings(copied=2e10, read=1e10, peak=1e11, threads=1)
 @pytest.fixture(scope="module")
 def pace(bundle: Bundle) -> Pace:
     model = read_model(bundle.path)
-    return Pace(
-        open_session(bundle, cpu=CPU), model, CEILINGS, narrow=(3.0, 4.0), wide=2.0, picture=0.5, probe=0.25
-    )
+    return Pace(open_session(bundle, cpu=CPU), model, CEILINGS, narrow=(3.0, 4.0), wide=2.0, picture=0.5)
 
 
 def test_an_estimate_is_what_its_steps_cost(bundle: Bundle, pace: Pace) -> None:
@@ -56,19 +54,18 @@ def test_the_largest_extent_that_fits_is_chosen(bundle: Bundle, pace: Pace) -> N
         *(Extent(3, 8), Extent(3, 4), Extent(3, 2)),
         *(Extent(3, 2, cold=False), Extent(2, 2, cold=False), Extent(1, 2, cold=False)),
     ]
-    times = [pace.seconds(orders, extent, ladder=8) for extent in tried]
+    times = [pace.seconds(orders, extent) for extent in tried]
     assert times == sorted(times, reverse=True)
     for extent, seconds in zip(tried, times, strict=True):
-        assert fit(pace, orders, wanted, seconds, ladder=8) == extent
+        assert fit(pace, orders, wanted, seconds) == extent
     assert fit(pace, orders, wanted, 0.0) == Extent(1, 2, cold=False)
     assert fit(pace, orders, wanted, 0.0, keep_prompt=True) == Extent(3, 2, cold=False)
-    assert fit(pace, orders, wanted, times[0] - 8 * 0.25) == wanted
 
 
 def test_a_probe_finds_how_far_from_the_limits_steps_are(bundle: Bundle, pace: Pace) -> None:
     found = find_pace(pace.session, pace.model, CEILINGS)
     slower = find_pace(pace.session, pace.model, Ceilings(2e18, 1e18, 1e19, 1))
-    assert min(sum(found.narrow), found.wide, found.probe) > 0
+    assert min(sum(found.narrow), found.wide) > 0
     assert sum(slower.narrow) > 1e4 * sum(found.narrow)
     assert found.picture == 0
 
@@ -105,7 +102,6 @@ def test_a_spent_budget_is_told(bundle: Bundle) -> None:
     assert len(report.cuts) == 3
     assert "2 frames of each order instead of 4" in report.cuts[0]
     assert "a prompt of 1 frames instead of 3" in report.cuts[2]
-    assert all(rung.seconds is None for rung in report.ladder)
     assert report.estimate is not None
     assert told == [f"about {report.estimate:.0f} s for 3 decoding orders; " + "; ".join(report.cuts)]
     for cut in report.cuts:
@@ -113,7 +109,7 @@ def test_a_spent_budget_is_told(bundle: Bundle) -> None:
 
 
 def test_a_large_budget_changes_nothing(bundle: Bundle) -> None:
-    options = ProfileOptions(ks=(1,), frames=3, budget=1e6, ladder=False, cpu=CPU)
+    options = ProfileOptions(ks=(1,), frames=3, budget=1e6, cpu=CPU)
     report = profile(bundle, options).report
     assert report.cuts == report.skipped == ()
     assert [run.frames for run in report.runs] == [2, 3, 3]
@@ -135,9 +131,9 @@ class Told(Progress):
 
 def test_progress_is_told_inside_an_order(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step of the cold frame and of the measured ones, in more than one go."""
-    monkeypatch.setattr(watch, "SECONDS", 0.002)
+    monkeypatch.setattr(measuring, "SECONDS", 0.002)
     told = Told()
-    report = profile(bundle, ProfileOptions(ks=(1,), frames=4, ladder=False, cpu=CPU), told).report
+    report = profile(bundle, ProfileOptions(ks=(1,), frames=4, cpu=CPU), told).report
     assert [title.rpartition(",")[0] for title, _, _ in told.bars] == [
         *("next token, 1 of 3 orders", "k=1 serial, 2 of 3 orders", "k=1 chained, 3 of 3 orders")
     ]

@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import AbsoluteContext
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram
+from diagd.engines.backend import find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import DiagdError, UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.profiling.compare import compare
-from diagd.profiling.engines import session_over
-from diagd.profiling.ladder import REPEATS, Ladder
 from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.orders import decoding_orders
 from diagd.profiling.page import page
 from diagd.profiling.profile import Profile, ProfileOptions, profile
-from diagd.profiling.subjects import on_gpu
-from diagd.profiling.targets import DeviceTarget, find_target
-from diagd.profiling.verify import PairedEngine, ReferenceEngine, verify
+from diagd.profiling.subjects import of_backend
+from diagd.profiling.verify import open_reference, verify
+from diagd.runtime.load import open_session
 from diagd.schedule import Schedule
-from tests.engines.host_device import HostDevice, host_kernels
-from tests.engines.test_cuda_engine import WIDTHS, Case, make_engine
+from tests.engines.host_device import host_kernels
 from tests.models import export_small
 from tests.oracles.models import small_model
 from tests.profiling.conftest import LAYOUT
+from tests.profiling.workshop import Workshop
 
+WIDTHS = (1, 4, 16)
 needs_kernels = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 CPU = CpuOptions(threads=1, prepack=False)
 OPTIONS = ProfileOptions(ks=(1,), frames=4, fps=5.0, cpu=CPU)
-SIDE, COPIED = 32, 1 << 16
 
 
 @pytest.fixture(scope="module")
@@ -52,34 +46,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.open(export_small(small_model(LAYOUT, layers=1, context_frames=4), path, options))
 
 
-@dataclass
-class Workshop:
-    """Makes a target over memory of the host, and keeps the devices that it made."""
-
-    kernels: ctypes.CDLL
-    devices: list[HostDevice] = field(default_factory=list)
-    before_step: Callable[[], None] = lambda: None
-
-    def device(self) -> HostDevice:
-        self.devices.append(HostDevice(self.kernels))
-        return self.devices[-1]
-
-    def engine(self, bundle: Bundle, tokens: int, graphs: bool) -> DeviceEngine:
-        case, device = Case(small_model(LAYOUT, layers=1), bundle, self.kernels), self.device()
-        engine = make_engine(case, Form.MODERN, tokens, device, graphs=graphs)
-        queue = engine._program.enqueue
-        engine._program.enqueue = lambda width: (self.before_step(), queue(width))  # type: ignore
-        return engine
-
-    def target(self) -> DeviceTarget:
-        def product(device: HostDevice) -> Callable[..., OnnxRuntimeProgram]:
-            return lambda model, rows, tensors: OnnxRuntimeProgram(
-                onnxruntime.InferenceSession(str(model)), tensors, (rows,), device.kind
-            )
-
-        return DeviceTarget("host memory", CPU, self.device, self.engine, product, SIDE, COPIED)
-
-
 @pytest.fixture
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(host_kernels(str(tmp_path_factory.getbasetemp() / "native")))
@@ -87,7 +53,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @needs_kernels
 def test_a_profile_of_a_device(bundle: Bundle, workshop: Workshop) -> None:
-    measured = profile(bundle, OPTIONS, target=workshop.target())
+    measured = profile(bundle, OPTIONS, backend=workshop)
     check_profile(measured)
     assert measured.report.machine.device == "host memory"
     assert "host memory" in page(measured.report)
@@ -114,16 +80,13 @@ def check_profile(measured: Profile) -> None:
     assert report.machine.copied > 0 == report.machine.read
     assert report.machine.peak > 0
     assert report.device_memory > 0
-    assert report.subject.engine == "DeviceEngine"
-    rungs = {rung.name: rung for rung in report.ladder}
-    assert list(rungs) == ["precision", "CUDA graph"]
-    assert rungs["CUDA graph"].seconds is not None
+    assert report.subject.engine == "modern"
 
 
 @needs_kernels
 def test_the_time_of_a_step_is_the_device_s(bundle: Bundle, workshop: Workshop) -> None:
     """A program that takes longer is found in the engine's time of its own step and in no other."""
-    session = workshop.target().open(bundle, None, graphs=False)
+    session = open_session(bundle, cpu=CPU, backend=workshop)
     workload, schedule = random_workload(session, 2, 3), Schedule.serial(LAYOUT, 1)
     left = [20]
 
@@ -144,7 +107,7 @@ def test_the_time_of_a_step_is_the_device_s(bundle: Bundle, workshop: Workshop) 
 def test_feeding_a_context_again_is_a_stage_of_its_own(bundle: Bundle, workshop: Workshop) -> None:
     context = AbsoluteContext(frames=4, roll=2)
     slides = replace(bundle, manifest=bundle.manifest.model_copy(update={"context": context}))
-    session, frames = workshop.target().open(slides, None), 6
+    session, frames = open_session(slides, cpu=CPU, backend=workshop), 6
     schedule = Schedule.serial(LAYOUT, 2)
     run = measure(session, schedule, random_workload(session, 2, frames), frames)
     assert len(run.steps) - run.chunks == schedule.total_steps(frames)
@@ -154,47 +117,16 @@ def test_feeding_a_context_again_is_a_stage_of_its_own(bundle: Bundle, workshop:
 
 
 @needs_kernels
-def test_rungs_of_a_device(bundle: Bundle, workshop: Workshop) -> None:
-    """One engine replays what it captured, the other one queues it anew; both are closed."""
-    graphs = bundle.manifest.graphs
-    twice = (*graphs, *(graph.model_copy(update={"precision": "fp16"}) for graph in graphs))
-    both = replace(bundle, manifest=bundle.manifest.model_copy(update={"graphs": twice}))
-    rungs = {rung.name: rung for rung in Ladder(both, "fp32", 3, CPU, workshop.target()).rungs()}
-    assert list(rungs) == ["precision fp16", "CUDA graph"]
-    for rung in rungs.values():
-        assert rung.gain == pytest.approx((rung.before or 0) / (rung.seconds or 1))
-    assert "against fp32" in rungs["precision fp16"].held
-    replayed = [[entry[0] for entry in device.log].count("replay") for device in workshop.devices]
-    steps = REPEATS * Schedule.serial(LAYOUT, 1).table(1, 2, 0, 16).steps
-    assert replayed == [steps, steps, 0, steps]
-    assert all(device.log[-1] == ("close",) for device in workshop.devices)
-
-
-@needs_kernels
-def test_an_engine_is_closed_when_its_rung_fails(bundle: Bundle, workshop: Workshop) -> None:
-    def fail() -> None:
-        if len(workshop.devices[-1].log) > 200:
-            raise DiagdError("the device is gone")
-
-    workshop.before_step = fail
-    rungs = list(Ladder(bundle, None, 3, CPU, workshop.target()).rungs())
-    assert rungs[-1].reason == "the device is gone"
-    assert workshop.devices[-1].log[-1] == ("close",)
-
-
-@needs_kernels
 def test_cells_and_tensors_of_a_device_are_verified(
     bundle: Bundle, workshop: Workshop, tmp_path: Path
 ) -> None:
     """Against the FP32 prefix graph of the same weights; every step gives its logits."""
     plain = Bundle.open(export_small(small_model(LAYOUT, layers=1, context_frames=4), tmp_path / "p.diagd"))
-    (subject,) = on_gpu([bundle], workshop.target(), "host", 3)
-    with closing(subject):
-        pair = PairedEngine(subject.engine, ReferenceEngine(plain, subject.engine.capacity))
-        session = session_over(bundle, pair, 3, CPU)
-        workload = random_workload(session, 1, 5)
+    (subject,) = of_backend(bundle, workshop, 3, CPU)
+    with closing(subject), open_reference(plain, subject.session) as reference:
+        workload = random_workload(subject.session, 1, 5)
         for order in decoding_orders(bundle.manifest, (1,)):
-            verdict = verify(session, subject.name, subject.precision, order, workload, 5)
+            verdict = verify(subject.session, reference, subject.name, subject.precision, order, workload, 5)
             assert verdict.passed, verdict
             assert (verdict.engine, verdict.cells) == ("host fp32", 5 * LAYOUT.cells)
             assert verdict.error < 1e-4
@@ -204,24 +136,24 @@ def test_cells_and_tensors_of_a_device_are_verified(
             ]
     assert workshop.devices[-1].log[-1] == ("close",)
     with pytest.raises(UsageError, match="--form modern or portable"):
-        next(on_gpu([plain], workshop.target(), "host", 3))
+        next(of_backend(plain, workshop, 3, CPU))
 
 
 @pytest.mark.parametrize("backend", ["cuda", "tensorrt"])
 def test_a_profile_on_a_gpu(bundle: Bundle, backend: str) -> None:
     try:
-        target = find_target(backend, None, CPU)
+        find(backend).describe()
     except DiagdError as error:
         pytest.skip("skipped: no CUDA device" if "no CUDA device" in str(error) else str(error))
     try:
-        measured = profile(bundle, OPTIONS, target=target)
+        measured = profile(bundle, replace(OPTIONS, backend=backend))
     except DiagdError as error:
         pytest.skip(str(error))
     check_profile(measured)
 
 
-def test_backends_that_are_not_there() -> None:
+def test_backends_that_are_not_there(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="did you mean 'cuda'"):
-        find_target("cude", None, CPU)
+        profile(bundle, replace(OPTIONS, backend="cude"))
     with pytest.raises(UsageError, match="form on the CPU"):
-        find_target("cuda", "prefix", CPU)
+        profile(bundle, replace(OPTIONS, backend="cuda", engine="prefix"))

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diagd.bundle import Bundle
-from diagd.engines.engine import Float, SamplingState, StepInputs
+from diagd.bundle import Bundle, Form
+from diagd.engines.ceilings import Ceilings
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.errors import ScheduleError, UsageError
-from diagd.planning.ceilings import Ceilings
+from diagd.export.exporter import GraphOptions
 from diagd.planning.model import read_model
-from diagd.profiling.ladder import SwitchedEngine
 from diagd.profiling.measure import bucket, measure, random_workload
 from diagd.profiling.profile import Profile, ProfileOptions, profile
 from diagd.profiling.report import Run
 from diagd.profiling.summary import summarise
-from diagd.runtime.load import open_session
-from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.session import Session, token_places
-from diagd.schedule import Schedule, slots_needed
+from diagd.runtime.load import session_over, step_options
+from diagd.schedule import Schedule
+from tests.models import export_small
+from tests.oracles.models import small_model
 from tests.profiling.conftest import LAYOUT
 
 CPU = CpuOptions(threads=1)
@@ -77,26 +77,26 @@ def test_an_action_appears_when_its_frame_is_done(profiled: Profile) -> None:
             )
 
 
-class Slowed:
-    """Passes steps on, and sleeps in one of them."""
+class Slowed(PrefixEngine):
+    """Sleeps in one of its steps."""
 
-    def __init__(self, session: Session, step: int, seconds: float) -> None:
-        self._real, self._left, self._seconds = session.engine.step, step, seconds
-        session.engine.step = self.step  # type: ignore[method-assign]
+    left = -1
 
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
-        if self._left == 0:
-            time.sleep(self._seconds)
-        self._left -= 1
-        return self._real(inputs, sampling)
+    def step(self) -> None:
+        if self.left == 0:
+            time.sleep(0.25)
+        self.left -= 1
+        super().step()
 
 
 def slowed(bundle: Bundle, step: int, fps: float) -> Run:
-    session, frames = open_session(bundle, cpu=CPU), 4
+    options, frames = step_options(bundle.manifest, 4, cpu=CPU), 4
+    engine = Slowed(bundle, options.slots, options.tokens, CPU)
+    session = session_over(bundle, engine, 4, CPU)
     workload = random_workload(session, 2, frames)
     schedule = Schedule.serial(LAYOUT, 1)
     measure(session, schedule, workload, 1)
-    Slowed(session, step, 0.25)
+    engine.left = step
     run = measure(session, schedule, workload, frames)
     return summarise(run, 0.0, read_model(bundle.path), CEILINGS, fps)
 
@@ -137,28 +137,6 @@ def test_widths_are_in_buckets() -> None:
     ]
 
 
-@pytest.mark.parametrize(("live_prefix", "in_place"), [(False, False), (True, False), (False, True)])
-def test_switching_optimisations_off_changes_no_token(
-    bundle: Bundle, live_prefix: bool, in_place: bool
-) -> None:
-    window, frames = 3, 5
-    plain = open_session(bundle, window=window, cpu=CPU)
-    slots = slots_needed(LAYOUT, window, 256)
-    engine = SwitchedEngine(
-        bundle, slots, token_places(LAYOUT, window).size, CPU, live_prefix=live_prefix, in_place=in_place
-    )
-    switched = Session(bundle.manifest, engine, window)
-    workload = random_workload(plain, 1, frames)
-    tokens = []
-    for session in (plain, switched):
-        session.start(workload.prompt, workload.prompt_actions)
-        run = session.generate(
-            frames, workload.actions, schedule=Schedule.chained(LAYOUT, 1), sampling=SamplingSettings(0.0)
-        )
-        tokens.append(np.stack([frame.tokens for frame in run]))
-    np.testing.assert_array_equal(*tokens)
-
-
 def test_what_cannot_be_profiled_is_refused(bundle: Bundle) -> None:
     with pytest.raises(ScheduleError, match="k=7"):
         profile(bundle, ProfileOptions(ks=(7,)))
@@ -168,13 +146,13 @@ def test_what_cannot_be_profiled_is_refused(bundle: Bundle) -> None:
 
 def test_limits_and_steps_have_the_same_threads(bundle: Bundle) -> None:
     """A small model decodes on one thread; what two threads could do is not its limit."""
-    report = profile(bundle, ProfileOptions(ks=(1,), frames=2, ladder=True)).report
+    report = profile(bundle, ProfileOptions(ks=(1,), frames=2)).report
     assert report.machine.threads == 1
-    assert all("1 threads" in rung.held for rung in report.ladder if rung.seconds)
 
 
-def test_an_engine_too_narrow_for_any_order_is_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_too_narrow_for_any_order_is_told(tmp_path: Path) -> None:
     """The first step of a frame feeds its action as well."""
-    monkeypatch.setattr(PrefixEngine, "max_width", 1)
+    options = GraphOptions((Form.MODERN,), widths=(1,))
+    narrow = Bundle.open(export_small(small_model(LAYOUT, context_frames=4), tmp_path / "n.diagd", options))
     with pytest.raises(UsageError, match="no decoding order can be measured; next token: its steps feed"):
-        profile(bundle, ProfileOptions(ks=(1,), frames=2, cpu=CPU))
+        profile(narrow, ProfileOptions(ks=(1,), frames=2, cpu=CPU))

@@ -18,12 +18,15 @@ from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.profiling.compare import compare
+from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.page import page, write_page
 from diagd.profiling.profile import Profile
 from diagd.profiling.report import Report, read_report
 from diagd.profiling.svg import Axis, Plot
-from diagd.profiling.trace import nvtx_ranges, trace_events, write_trace
+from diagd.profiling.trace import trace_events, write_trace
 from diagd.runtime.load import open_session
+from diagd.schedule import Schedule
+from tests.profiling.conftest import LAYOUT
 from tests.profiling.reports import report, run
 
 CHROMIUM = next(
@@ -199,14 +202,18 @@ def test_nvtx_marks_steps_where_it_is_installed(
         "    seen.append(name)\n    yield\n"
     )
     session = open_session(bundle, cpu=CpuOptions(threads=1))
-    plain = session.engine.step
     monkeypatch.syspath_prepend(str(tmp_path))
-    with nvtx_ranges(session) as marked:
-        assert marked
-        session.start(np.zeros((1, 4, 6), np.int32), np.zeros((1, 1), np.int32))
-        list(session.generate(1, np.zeros((1, 1), np.int32)))
+    run_ = measure(session, Schedule.serial(LAYOUT, 1), random_workload(session, 1, 1), 1, marks=True)
     import nvtx
 
+    assert nvtx.seen == [f"step w={step.rows}" for step in run_.steps]
     assert len(nvtx.seen) == session.timing.steps
     assert nvtx.seen[1].startswith("step w=")
-    assert session.engine.step == plain
+
+
+def test_a_report_of_an_earlier_version_is_read(profiled: Profile, tmp_path: Path) -> None:
+    """It had the optimisations as well."""
+    file = tmp_path / "report.json"
+    profiled.report.write(file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ladder": []}))
+    assert read_report(file) == profiled.report

@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle, Form, read_manifest, seal
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.fixed import graphs_of
+from diagd.engines.backend import graphs_of
+from diagd.engines.engine import Engine
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.processor import open_fixed
 from diagd.errors import DependencyError
 from diagd.export.exporter import GraphOptions
 from diagd.profiling import tensors
-from diagd.profiling.engines import open_engine, session_over
-from diagd.profiling.tensors import Tensors, capture_feeds, compare_tensors, on_device, plain
-from tests.engines.host_device import HostDevice, host_kernels
-from tests.engines.test_cuda_engine import WIDTHS, Case, make_engine
+from diagd.profiling.tensors import Evaluate, PlainGraph, Tensors, capture_feeds, compare_tensors
+from diagd.runtime.load import session_over, step_options
+from tests.engines.host_device import HostDevice, executor_over, host_kernels
 from tests.models import export_small
 from tests.oracles.models import small_model
 from tests.profiling.conftest import LAYOUT
 
 CPU = CpuOptions(threads=1, prepack=False)
+WIDTHS = (1, 4, 16)
 FORMS = (Form.MODERN, Form.PORTABLE)
 
 
@@ -39,8 +40,12 @@ def graph_of(bundle: Bundle, form: Form) -> Path:
 
 
 def feeds_of(bundle: Bundle, form: Form) -> Tensors:
-    engine = open_engine(bundle, form, 4, CPU)
-    return capture_feeds(session_over(bundle, engine, 4, CPU), engine.padded_width)
+    engine = open_fixed(bundle, form, step_options(bundle.manifest, 4, cpu=CPU))
+    return capture_feeds(session_over(bundle, engine, 4, CPU), engine, engine.padded_widths)
+
+
+def evaluation(engine: Engine, graph: PlainGraph) -> Evaluate:
+    return lambda feeds: engine.evaluate(feeds, graph.outputs)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +82,9 @@ def test_a_captured_step_is_a_real_one(bundle: Bundle) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_onnxruntime_against_itself(bundle: Bundle, form: Form, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("polygraphy")
-    graph = graph_of(bundle, form)
-    found = compare_tensors("optimised", plain(graph, optimise=True), graph, feeds_of(bundle, form), "fp32")
+    graph = PlainGraph(graph_of(bundle, form))
+    engine = open_fixed(bundle, form, step_options(bundle.manifest, 4, cpu=CPU))
+    found = compare_tensors("optimised", evaluation(engine, graph), graph, feeds_of(bundle, form), "fp32")
     assert [verdict.tensor.rsplit("_", 2)[-2:] for verdict in found[1:]] == [
         *(["key", "0"], ["value", "0"], ["key", "1"], ["value", "1"])
     ]
@@ -89,8 +95,8 @@ def test_onnxruntime_against_itself(bundle: Bundle, form: Form, capsys: pytest.C
 
 def test_a_planted_difference_is_found_where_it_begins(bundle: Bundle, altered: Bundle) -> None:
     pytest.importorskip("polygraphy")
-    graph, wrong = graph_of(bundle, Form.MODERN), graph_of(altered, Form.MODERN)
-    found = compare_tensors("altered", plain(wrong), graph, feeds_of(bundle, Form.MODERN), "fp32")
+    graph, wrong = (PlainGraph(graph_of(one, Form.MODERN)) for one in (bundle, altered))
+    found = compare_tensors("altered", wrong, graph, feeds_of(bundle, Form.MODERN), "fp32")
     verdicts = {verdict.tensor: verdict for verdict in found}
     assert {name for name, verdict in verdicts.items() if verdict.passed} == {
         "present_key_0",
@@ -101,15 +107,14 @@ def test_a_planted_difference_is_found_where_it_begins(bundle: Bundle, altered: 
 
 def test_what_is_no_number_fails(bundle: Bundle) -> None:
     pytest.importorskip("polygraphy")
-    graph = graph_of(bundle, Form.MODERN)
-    right = plain(graph)
+    right = PlainGraph(graph_of(bundle, Form.MODERN))
 
     def broken(feeds: Tensors) -> Tensors:
         outputs = dict(right(feeds))
         outputs["logits"] = np.full_like(outputs["logits"], np.nan)
         return outputs
 
-    found = compare_tensors("broken", broken, graph, feeds_of(bundle, Form.MODERN), "fp32")
+    found = compare_tensors("broken", broken, right, feeds_of(bundle, Form.MODERN), "fp32")
     assert [verdict.tensor for verdict in found if not verdict.passed] == ["logits"]
 
 
@@ -120,10 +125,9 @@ def test_an_engine_on_a_device(bundle: Bundle, form: Form, tmp_path: Path) -> No
     pytest.importorskip("polygraphy")
     kernels = host_kernels(str(tmp_path))
     feeds = feeds_of(bundle, form)
-    case = Case(small_model(LAYOUT), bundle, kernels)
-    engine: DeviceEngine = make_engine(case, form, len(feeds["token_buffer"]), HostDevice(kernels))
-    graph = graph_of(bundle, form)
-    found = compare_tensors("device", on_device(engine, graph), graph, feeds, "fp32")
+    engine = executor_over(bundle, form, len(feeds["token_buffer"]), HostDevice(kernels))
+    graph = PlainGraph(graph_of(bundle, form))
+    found = compare_tensors("device", evaluation(engine, graph), graph, feeds, "fp32")
     assert len(found) == 5
     assert all(verdict.passed and verdict.error < 1e-5 for verdict in found)
 
@@ -132,6 +136,6 @@ def test_a_missing_polygraphy_is_named(bundle: Bundle, monkeypatch: pytest.Monke
     import sys
 
     monkeypatch.setitem(sys.modules, "polygraphy.comparator", None)
-    graph = graph_of(bundle, Form.MODERN)
+    graph = PlainGraph(graph_of(bundle, Form.MODERN))
     with pytest.raises(DependencyError, match=r"pip install 'diagd\[compare\]'"):
-        tensors.compare_tensors("x", plain(graph), graph, {}, "fp32")
+        tensors.compare_tensors("x", graph, graph, {}, "fp32")

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.engine import Float, SamplingState, StepInputs
+from diagd.engines.backend import find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import BundleError, ScheduleError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
-from diagd.profiling.engines import open_engine, session_over
 from diagd.profiling.measure import random_workload
 from diagd.profiling.orders import decoding_orders, obstacle
 from diagd.profiling.profile import ProfileOptions, profile
-from diagd.profiling.verify import PairedEngine, ReferenceEngine, Verdict, check_table, verify
-from diagd.schedule import Schedule
+from diagd.profiling.verify import Verdict, check_table, open_reference, verify
+from diagd.runtime.load import check_window, open_session, step_options
+from diagd.runtime.session import Session
+from diagd.runtime.step import Result
+from diagd.schedule import NO_SINK, Schedule, Step
 from tests.models import export_small
 from tests.oracles.models import small_model
 from tests.profiling.conftest import LAYOUT
@@ -37,20 +40,30 @@ def all_forms(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.open(export_small(model, folder / "small.diagd", GraphOptions(FORMS, "fp32", (1, 8, 64))))
 
 
-Tamper = Callable[[PairedEngine], None]
-
-
 def verdicts(
-    bundle: Bundle, form: Form, reference: Bundle | None = None, tamper: Tamper | None = None
+    bundle: Bundle, form: Form, reference: Bundle | None = None, session: Session | None = None
 ) -> list[Verdict]:
-    engine = open_engine(bundle, form, 3, CPU)
-    pair = PairedEngine(engine, ReferenceEngine(reference or bundle, engine.capacity))
-    if tamper:
-        tamper(pair)
-    session = session_over(bundle, pair, 3, CPU)
-    workload = random_workload(session, 1, 5)
-    orders = decoding_orders(bundle.manifest, (1, 2))
-    return [verify(session, form.value, "fp32", order, workload, 5) for order in orders]
+    session = session or open_session(bundle, window=3, cpu=CPU, form=form)
+    orders, workload = decoding_orders(bundle.manifest, (1, 2)), random_workload(session, 1, 5)
+    with session, open_reference(reference or bundle, session) as plain:
+        return [verify(session, plain, form.value, "fp32", order, workload, 5) for order in orders]
+
+
+class Spoilt(Session):
+    """Does harm to its engine between two steps."""
+
+    def __init__(self, bundle: Bundle, form: Form) -> None:
+        window = check_window(bundle.manifest, 3)
+        options = step_options(bundle.manifest, window, cpu=CPU, form=form)
+        super().__init__(bundle.manifest, find("cpu").open_steps(bundle, options), window)
+
+    def steps(self, *args: Any, **options: Any) -> Iterator[tuple[Step, Result]]:
+        for count, (step, result) in enumerate(super().steps(*args, **options), start=1):
+            self.spoil(count, step, result)
+            yield step, result
+
+    def spoil(self, count: int, step: Step, result: Result) -> None:
+        raise NotImplementedError
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -67,21 +80,20 @@ def test_every_form_equals_the_reference(all_forms: Bundle, form: Form) -> None:
 
 def test_a_context_that_is_fed_again_is_verified_and_profiled(tmp_path: Path) -> None:
     """Absolute positions: serial frames slide the window, overlapping ones cannot and are told apart."""
-    plain = small_model(LAYOUT, context_frames=4)
-    config = replace(plain.config, rotary=None, position_embedding=True)
+    rotary = small_model(LAYOUT, context_frames=4)
+    config = replace(rotary.config, rotary=None, position_embedding=True)
     model = Transformer(config).initialise(torch.Generator().manual_seed(0)).eval()
     bundle = Bundle.open(export_small(model, tmp_path / "absolute.diagd"))
     orders = decoding_orders(bundle.manifest, (1,))
     blocked = [obstacle(order, bundle.manifest, 3, 6, 64) is not None for order in orders]
     assert blocked == [False, False, True]
     assert obstacle(orders[2], bundle.manifest, 3, 3, 64) is None
-    engine = open_engine(bundle, Form.PREFIX, 3, CPU)
-    pair = PairedEngine(engine, ReferenceEngine(bundle, engine.capacity))
-    session = session_over(bundle, pair, 3, CPU)
-    verdict = verify(session, "prefix", "fp32", orders[1], random_workload(session, 1, 5), 5)
+    session = open_session(bundle, window=3, cpu=CPU)
+    with session, open_reference(bundle, session) as plain:
+        verdict = verify(session, plain, "prefix", "fp32", orders[1], random_workload(session, 1, 5), 5)
     assert verdict.passed
     assert session.timing.refill_steps == 3
-    report = profile(bundle, ProfileOptions(ks=(1,), window=3, ladder=False, cpu=CPU)).report
+    report = profile(bundle, ProfileOptions(ks=(1,), window=3, cpu=CPU)).report
     assert [run.order for run in report.runs] == ["next token", "k=1 serial"]
     assert [skipped.order for skipped in report.skipped] == ["k=1 chained"]
     for run in report.runs:
@@ -92,18 +104,13 @@ def test_a_context_that_is_fed_again_is_verified_and_profiled(tmp_path: Path) ->
 def test_a_spoilt_cache_row_is_found_where_it_is_spoilt(all_forms: Bundle) -> None:
     """From step 30 on one slot of a value buffer is wrong."""
 
-    def tamper(pair: PairedEngine) -> None:
-        engine, real, calls = pair._engine, pair._engine.step, [0]
+    class SpoiltRow(Spoilt):
+        def spoil(self, count: int, step: Step, result: Result) -> None:
+            if count == 29:
+                self.engine.buffers["value_0"][3] += 40  # type: ignore[attr-defined]
 
-        def step(inputs: StepInputs, sampling: SamplingState) -> Float:
-            calls[0] += 1
-            if calls[0] == 30:
-                engine.buffers["value_0"][3] += 40  # type: ignore[attr-defined]
-            return real(inputs, sampling)
-
-        engine.step = step  # type: ignore[method-assign]
-
-    first = verdicts(all_forms, Form.PREFIX, tamper=tamper)[0]
+    session = SpoiltRow(all_forms, Form.PREFIX)
+    first = verdicts(all_forms, Form.PREFIX, session=session)[0]
     assert not first.passed
     assert first.error > 1e-3
     assert first.worst > 1e-2
@@ -118,18 +125,12 @@ def test_a_spoilt_cache_row_is_found_where_it_is_spoilt(all_forms: Bundle) -> No
 def test_a_wrong_token_of_a_sampler_in_the_graph_is_found(all_forms: Bundle) -> None:
     """The logits are right and the id that is written is not."""
 
-    def tamper(pair: PairedEngine) -> None:
-        engine, real = pair._engine, pair._engine.step
+    class SpoiltToken(Spoilt):
+        def spoil(self, count: int, step: Step, result: Result) -> None:
+            places = self.stream.places.of(step.sinks[step.sinks != NO_SINK]).astype(np.int32)
+            self.engine.write_tokens(places, (self.engine.read_tokens(places) + 1) % 24)
 
-        def step(inputs: StepInputs, sampling: SamplingState) -> Float:
-            logits = real(inputs, sampling)
-            sinks = inputs.sinks[inputs.decoded]
-            engine.token_buffer[sinks] = (engine.token_buffer[sinks] + 1) % 24
-            return logits
-
-        engine.step = step  # type: ignore[method-assign]
-
-    found = verdicts(all_forms, Form.MODERN, tamper=tamper)
+    found = verdicts(all_forms, Form.MODERN, session=SpoiltToken(all_forms, Form.MODERN))
     for verdict in found:
         assert not verdict.passed
         assert verdict.error < 1e-4
@@ -145,7 +146,7 @@ def test_a_reference_needs_the_prefix_form(all_forms: Bundle) -> None:
     graphs = tuple(graph for graph in all_forms.manifest.graphs if graph.form is Form.MODERN)
     without = replace(all_forms, manifest=all_forms.manifest.model_copy(update={"graphs": graphs}))
     with pytest.raises(BundleError, match="--reference"):
-        ReferenceEngine(without, 64)
+        open_reference(without, open_session(all_forms, cpu=CPU, form=Form.MODERN))
 
 
 def test_tables_with_faults_are_refused() -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import diagd
-from diagd.engines.engine import Float, SamplingState, StepInputs
+from diagd.engines.engine import Float
 from diagd.export.transformer import Transformer
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.session import Session
 from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout
 from tests.models import PREFIX_TOKEN, export_small
 from tests.oracles.full_recompute import FullRecompute, lengthened
@@ -40,20 +40,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(model, export_small(model, tmp_path_factory.mktemp("bundle") / "small.diagd"))
 
 
-class Recorder:
-    """Keeps the logits of every decoded cell, by the order of decoding."""
-
-    def __init__(self, session: Session) -> None:
-        self.logits: list[Float] = []
-        self._step = session.engine.step
-        session.engine.step = self.step  # type: ignore[method-assign]
-
-    def step(self, inputs: StepInputs, sampling: SamplingState) -> Float:
-        logits = self._step(inputs, sampling)
-        self.logits.extend(logits.copy())
-        return logits
-
-
 def compare(case: Case, schedule: Schedule, frames: int, prompt: int, window: int | None) -> None:
     layout = schedule.layout
     stream = random_stream(layout, prompt + frames, prompt)
@@ -65,20 +51,20 @@ def compare(case: Case, schedule: Schedule, frames: int, prompt: int, window: in
     expected = oracle.run(rows_of(table), stream)
 
     session = diagd.load(case.bundle, window=window, threads=1)
-    recorder = Recorder(session)
     session.start(frames_of(given, layout, 0, prompt), actions_of(given, layout, 0, prompt))
-    decoded = list(
-        session.generate(
-            frames, actions_of(given, layout, prompt, frames), schedule=schedule, sampling=GREEDY
-        )
-    )
+    actions = actions_of(given, layout, prompt, frames)
+    logits: list[Float] = []
+    decoded = np.zeros_like(stream)
+    for step, result in session.steps(ScheduledDecoder(schedule), actions, count=frames, sampling=GREEDY):
+        logits.extend(result.logits.copy())
+        decoded[step.sinks[step.sinks != NO_SINK]] = result.tokens
     np.testing.assert_array_equal(
-        np.stack([frame.tokens for frame in decoded]), frames_of(stream, layout, prompt, frames)
+        frames_of(decoded, layout, prompt, frames), frames_of(stream, layout, prompt, frames)
     )
     cells = [int(sink) for sink in table.sinks if sink != NO_SINK]
-    assert len(recorder.logits) == len(cells)
-    for cell, logits in zip(cells, recorder.logits, strict=True):
-        torch.testing.assert_close(torch.tensor(logits), expected[cell], rtol=1e-4, atol=1e-4)
+    assert len(logits) == len(cells)
+    for cell, row in zip(cells, logits, strict=True):
+        torch.testing.assert_close(torch.tensor(row), expected[cell], rtol=1e-4, atol=1e-4)
 
 
 def frames_of(stream: np.ndarray, layout: StreamLayout, first: int, count: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +74,24 @@ def test_graphs_of_a_bundle_equal_the_modules(bundle: Bundle, codec: PixelCodec)
     np.testing.assert_array_equal(codec.encode(pixels), tokens)
     frames = np.stack(list(codec.decode(iter(tokens))))
     assert np.abs(frames.astype(int) - shown).max() <= 1
+
+
+def test_each_token_frame_is_shown_before_the_next_is_asked_for(codec: PixelCodec) -> None:
+    """Two chunks and a rest: one picture for the first token frame of a chunk, eight for each further one."""
+    tokens, asked = codec.encode(video(2 * 33 + 9)), []
+
+    def source() -> Iterator[np.ndarray]:
+        for number, frame in enumerate(tokens):
+            asked.append(number)
+            yield frame
+
+    parts = []
+    for number, images in enumerate(codec.stream(source())):
+        assert asked == list(range(number + 1))
+        parts.append(images)
+    assert [len(images) for images in parts] == [1, 8, 8, 8, 8, 1, 8, 8, 8, 8, 1, 8]
+    together = np.stack(list(codec.decode(iter(tokens))))
+    assert np.abs(np.concatenate(parts).astype(int) - together).max() <= 1
 
 
 @pytest.mark.parametrize(("frames", "give"), [(8, 1), (10, 9), (40, 34), (43, 42)])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from diagd.errors import UsageError
-from diagd.runtime.random import philox, uniforms
+from diagd.runtime.random import draws, philox, uniforms
 
 ALL_ONES = 0xFFFFFFFF
 # Known answers of Random123's kat_vectors for philox4x32, 10 rounds: counter, key, output.
@@ -46,6 +46,18 @@ def test_a_draw_depends_on_its_own_position_only(seed: int, positions: list[int]
     alone = [uniforms(seed, np.array([position]))[0] for position in positions]
     assert together.tolist() == alone
     assert together.dtype == np.float32
+
+
+@given(
+    st.integers(0, (1 << 64) - 1),
+    st.integers(0, 1 << 40),
+    st.lists(st.integers(0, 10_000), min_size=0, max_size=20),
+)
+def test_numbers_made_in_chunks_are_the_same(seed: int, start: int, offsets: list[int]) -> None:
+    positions = start + np.array(offsets, np.int64)
+    made = draws(seed, positions)
+    assert made.dtype == np.float32
+    assert made.tolist() == uniforms(seed, positions).tolist()
 
 
 def test_open_interval_and_uniformity() -> None:

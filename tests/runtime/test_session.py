@@ -93,7 +93,7 @@ def test_generation_never_stops(small_bundle: Path) -> None:
         tokens(session, 5)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     held = session.engine.slot_position != np.iinfo(np.int32).max
-    assert session._known == 49 > 10 * 4
+    assert session.stream.known == 49 > 10 * 4
     assert session.engine.capacity == capacity
     assert held.sum() <= 4 * LAYOUT.frame_length
     assert grown < 20_000  # KB; the buffers of this model are below 1 MB

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diagd.errors import ScheduleError
-from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout
+from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout, shifted
 from tests.oracles.rows import rows_of
 from tests.oracles.simulator import split_first_pass
 from tests.schedule.cases import Case, cases, layouts
@@ -31,6 +31,30 @@ def test_long_prompts_are_fed_in_chunks(case: Case, max_width: int) -> None:
     assert (table.widths[: chunks + 1] <= max_width).all()
     assert (table.frame_starts == case.table().frame_starts + chunks).all()
     assert (table.frame_ends == case.table().frame_ends + chunks).all()
+
+
+@BUDGET
+@given(cases(), st.integers(0, 10**12))
+def test_the_shape_says_what_decodes_and_whose_slots_change(case: Case, by: int) -> None:
+    table = case.table()
+    shape, guesses, first = table.shape, [], 0
+    changed = np.split(shape.changed, shape.changes[1:-1])
+    hides = np.isin(np.arange(len(shape.changed)), shape.hides)
+    decoded = np.split(shape.decoded, shape.draws[1:-1])
+    for number, width in enumerate(shape.widths.tolist()):
+        step, own = table.step(number), list(range(first, first + width))
+        assert changed[number].tolist() == guesses + own
+        hidden = hides[shape.changes[number] : shape.changes[number + 1]]
+        assert hidden.tolist() == [True] * len(guesses) + [False] * width
+        assert decoded[number].tolist() == np.flatnonzero(step.sinks != NO_SINK).tolist()
+        guesses, first = [row for row in own if table.transient[row]], first + width
+    assert shape.last_guesses.tolist() == guesses
+    assert shape.decoding.tolist() == np.flatnonzero(table.sinks != NO_SINK).tolist()
+    moved = shifted(table, by)
+    assert moved.shape is shape
+    assert (moved.positions == table.positions.astype(np.int64) + by).all()
+    assert (np.flatnonzero(moved.sinks != NO_SINK) == shape.decoding).all()
+    assert (moved.sinks[shape.decoding] == table.sinks[shape.decoding].astype(np.int64) + by).all()
 
 
 @BUDGET

@@ -8,12 +8,12 @@ from types import ModuleType
 
 from diagd.bundle import Bundle, Form, cache
 from diagd.bundle.manifest import StepGraph
-from diagd.engines.cuda.driver import CudaDevice, DeviceDescription, describe_device, open_driver
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.cuda.program import Tensor
+from diagd.engines.backend import graphs_of
+from diagd.engines.devices.cuda import CudaDevice, DeviceDescription, describe_device, open_driver
+from diagd.engines.executor import Executor
 from diagd.engines.fingerprint import ANY, EngineStore, Fingerprint, StoredEngine, graph_digest
-from diagd.engines.fixed import graphs_of
 from diagd.engines.host import available_bytes
+from diagd.engines.program import Tensor
 from diagd.engines.tensorrt.build_log import LogLine
 from diagd.engines.tensorrt.builder import Builder, BuildOptions
 from diagd.engines.tensorrt.capabilities import (
@@ -158,7 +158,7 @@ def compile_engine(
 
 def open_tensorrt(
     bundle: Bundle, tokens: int, device: CudaDevice, *, runtime: str | None = None, graphs: bool = True
-) -> DeviceEngine:
+) -> Executor:
     """The engine of this machine, ready to run.
 
     Args:
@@ -185,7 +185,7 @@ def open_tensorrt(
         return TensorRTProgram(trt, stored.plan, built.widths, tensors, device.stream)
 
     capacity = int(target.graph.capacity or 0)
-    return DeviceEngine(
+    return Executor(
         bundle.manifest, built.form, capacity, built.widths, tokens, device, program, graphs=graphs
     )
 

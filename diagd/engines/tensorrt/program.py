@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from diagd.engines.cuda.program import Tensor
+from diagd.engines.program import Tensor
 from diagd.engines.tensorrt.build_log import LogLine, errors_of, make_logger
 from diagd.errors import EngineError
 

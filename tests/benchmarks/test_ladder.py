@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 
+import benchmarks.ladder as ladder_module
+from benchmarks.ladder import REPEATS, Ladder, Rung, SwitchedEngine, host_sampled, show, without_sampler
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import Manifest
+from diagd.engines.backend import StepOptions, find
 from diagd.engines.engine import Engine
-from diagd.engines.modern import ModernEngine
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.processor import open_fixed
+from diagd.errors import DiagdError
 from diagd.export.exporter import GraphOptions
-from diagd.profiling.host_sampling import HostSamplingEngine, without_sampler
-from diagd.profiling.ladder import REPEATS, Ladder
 from diagd.profiling.measure import random_workload
-from diagd.profiling.report import Rung
+from diagd.runtime.load import open_session, step_options
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.session import Session, token_places
+from diagd.runtime.session import Session
 from diagd.schedule import Schedule
+from tests.engines.host_device import host_kernels
 from tests.models import export_small
 from tests.oracles.models import small_model
 from tests.profiling.conftest import LAYOUT
+from tests.profiling.workshop import Workshop
 
 CPU = CpuOptions(threads=1, prepack=False)
+needs_kernels = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+
+
+@pytest.fixture
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(host_kernels(str(tmp_path_factory.getbasetemp() / "native")))
+
+
+def climb(bundle: Bundle) -> dict[str, Rung]:
+    return {rung.name: rung for rung in Ladder(bundle, None, 3, CPU, find("cpu")).rungs()}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +72,7 @@ def check_measured(rung: Rung, *held: str) -> None:
 
 
 def test_every_rung_is_measured_or_says_why_not(both: Bundle) -> None:
-    rungs = {rung.name: rung for rung in Ladder(both, None, 3, CPU).rungs()}
+    rungs = climb(both)
     assert list(rungs) == [
         *("precision", "none", "live-prefix attention", "in-place K/V", "both"),
         *("sampling in the graph", "CUDA graph"),
@@ -72,31 +90,15 @@ def test_precisions_are_compared_in_a_form_that_both_have(both: Bundle) -> None:
     graphs = both.manifest.graphs
     twice = (*graphs, *(graph.model_copy(update={"precision": "int8"}) for graph in graphs[:1]))
     bundle = replace(both, manifest=both.manifest.model_copy(update={"graphs": twice}))
-    rungs = {rung.name: rung for rung in Ladder(bundle, None, 3, CPU).rungs()}
+    rungs = climb(bundle)
     check_measured(rungs["precision int8"], "prefix form", "against fp32")
-    apart = Ladder(renamed(both, Form.MODERN, "fp16"), None, 3, CPU)
-    rungs = {rung.name: rung for rung in apart.rungs()}
+    rungs = climb(renamed(both, Form.MODERN, "fp16"))
     assert "the bundle has it as modern" in rungs["precision fp16"].reason
     assert "--form prefix,modern" in rungs["sampling in the graph"].reason
 
 
-def test_without_time_every_rung_is_named(both: Bundle) -> None:
-    ladder, asked = Ladder(both, None, 3, CPU), []
-    rungs = list(ladder.rungs(asked.append))
-    assert [rung.seconds for rung in rungs] == [None] * 4
-    assert all("time budget" in rung.reason for rung in rungs[1:3])
-    assert asked == [4 * REPEATS, 2 * REPEATS]
-    assert ladder.runs == sum(asked)
-
-
-def test_rungs_that_cannot_be_measured_take_no_time(both: Bundle) -> None:
-    modern = replace(
-        both,
-        manifest=both.manifest.model_copy(
-            update={"graphs": tuple(g for g in both.manifest.graphs if g.form is Form.MODERN)}
-        ),
-    )
-    assert Ladder(modern, None, 3, CPU).runs == 2 * REPEATS
+def options_of(bundle: Bundle) -> StepOptions:
+    return step_options(bundle.manifest, 3, cpu=CPU)
 
 
 def tokens(manifest: Manifest, engine: Engine) -> np.ndarray:
@@ -110,11 +112,11 @@ def tokens(manifest: Manifest, engine: Engine) -> np.ndarray:
 
 
 def test_the_host_draws_what_the_graph_draws(both: Bundle) -> None:
-    places = token_places(LAYOUT, 3).size
+    options = options_of(both)
     with without_sampler(both) as bare:
-        by_host = tokens(both.manifest, HostSamplingEngine(bare, places, CPU))
+        by_host = tokens(both.manifest, host_sampled(bare, options))
         folder = bare.path
-    np.testing.assert_array_equal(by_host, tokens(both.manifest, ModernEngine(both, places, CPU)))
+    np.testing.assert_array_equal(by_host, tokens(both.manifest, open_fixed(both, Form.MODERN, options)))
     assert not folder.exists()
 
 
@@ -136,3 +138,66 @@ def test_the_sampler_is_gone_and_nothing_else(both: Bundle) -> None:
     assert {node.name for node in left.graph.node} == needed
     assert len(needed) < len(whole.graph.node)
     assert left.graph.initializer == whole.graph.initializer
+
+
+@pytest.mark.parametrize(("live_prefix", "in_place"), [(False, False), (True, False), (False, True)])
+def test_switching_optimisations_off_changes_no_token(
+    both: Bundle, live_prefix: bool, in_place: bool
+) -> None:
+    window, frames = 3, 5
+    plain = open_session(both, window=window, cpu=CPU)
+    engine = SwitchedEngine(both, options_of(both), live_prefix=live_prefix, in_place=in_place)
+    switched = Session(both.manifest, engine, window)
+    workload = random_workload(plain, 1, frames)
+    tokens = []
+    for session in (plain, switched):
+        session.start(workload.prompt, workload.prompt_actions)
+        run = session.generate(
+            frames, workload.actions, schedule=Schedule.chained(LAYOUT, 1), sampling=SamplingSettings(0.0)
+        )
+        tokens.append(np.stack([frame.tokens for frame in run]))
+    np.testing.assert_array_equal(*tokens)
+
+
+@needs_kernels
+def test_rungs_of_a_device(both: Bundle, workshop: Workshop) -> None:
+    """One engine replays what it captured, the other one queues it anew; both are closed."""
+    graphs = [graph for graph in both.manifest.graphs if graph.form is Form.MODERN]
+    twice = (*graphs, *(graph.model_copy(update={"precision": "fp16"}) for graph in graphs))
+    pair = replace(both, manifest=both.manifest.model_copy(update={"graphs": twice}))
+    rungs = {rung.name: rung for rung in Ladder(pair, "fp32", 3, CPU, workshop).rungs()}
+    assert list(rungs) == ["precision fp16", "CUDA graph"]
+    for rung in rungs.values():
+        assert rung.gain == pytest.approx((rung.before or 0) / (rung.seconds or 1))
+    assert "against fp32" in rungs["precision fp16"].held
+    replayed = [[entry[0] for entry in device.log].count("replay") for device in workshop.devices]
+    steps = REPEATS * Schedule.serial(LAYOUT, 1).table(1, 2, 0, 16).steps
+    assert replayed == [steps, steps, 0, steps]
+    assert all(device.log[-1] == ("close",) for device in workshop.devices)
+
+
+@needs_kernels
+def test_an_engine_is_closed_when_its_rung_fails(both: Bundle, workshop: Workshop) -> None:
+    def fail() -> None:
+        if len(workshop.devices[-1].log) > 200:
+            raise DiagdError("the device is gone")
+
+    workshop.before_step = fail
+    rungs = list(Ladder(both, None, 3, CPU, workshop).rungs())
+    assert rungs[-1].reason == "the device is gone"
+    assert workshop.devices[-1].log[-1] == ("close",)
+
+
+def test_every_rung_is_shown(both: Bundle) -> None:
+    rungs, console = list(climb(both).values()), Console(file=io.StringIO(), width=120)
+    show(console, rungs)
+    text = console.file.getvalue()
+    assert all(rung.name in text for rung in rungs)
+
+
+def test_it_runs_from_the_command_line(
+    both: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ladder", str(both.path), "--window", "3", "--threads", "1"])
+    ladder_module.main()
+    assert "in-place K/V" in capsys.readouterr().out

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from diagd.engines.cuda.device import Array
-from diagd.engines.cuda.kernels import ADVANCE, APPEND, built_ptx, compile_kernels
+from diagd.engines.devices.device import Array
+from diagd.engines.devices.kernels import ADVANCE, APPEND, built_ptx, compile_kernels
 from diagd.errors import EngineError, require
 
 
@@ -73,7 +73,7 @@ class CudaDevice:
         index: which GPU.
     """
 
-    kind = "cuda"
+    kind, ahead = "cuda", True
 
     def __init__(self, index: int = 0) -> None:
         self._cuda = open_driver()
@@ -102,7 +102,8 @@ class CudaDevice:
         """See ``Device.allocate``."""
         memory = check(self._cuda.cuMemAlloc(max(size, 1)))
         self._memory.append(memory)
-        check(self._cuda.cuMemsetD8(memory, 0, max(size, 1)))
+        # On the stream: the legacy one does not order with it, and could zero what a first copy has written.
+        check(self._cuda.cuMemsetD8Async(memory, 0, max(size, 1), self._stream))
         return int(memory)
 
     def host_array(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from diagd.bundle import Form, Manifest
-from diagd.engines.buffers import text_buffers
-from diagd.engines.cuda.device import Device
-from diagd.engines.cuda.kernels import CHUNK_BYTES
-from diagd.engines.cuda.program import Tensor
-from diagd.engines.fixed import cache_tensors
+from diagd.engines.buffers import cache_tensors, text_buffers
+from diagd.engines.devices.device import Device
+from diagd.engines.devices.kernels import CHUNK_BYTES
+from diagd.engines.program import Tensor
 from diagd.errors import EngineError
 
 WIDTH = -1
@@ -28,7 +29,14 @@ class StepTensors:
     """
 
     def __init__(
-        self, manifest: Manifest, form: Form, capacity: int, max_width: int, tokens: int, device: Device
+        self,
+        manifest: Manifest,
+        form: Form,
+        capacity: int,
+        max_width: int,
+        tokens: int,
+        device: Device,
+        watch: Mapping[str, tuple[int, DTypeLike] | None],
     ) -> None:
         self._device, self._max_width = device, max_width
         self.named: dict[str, Tensor] = {}
@@ -43,6 +51,9 @@ class StepTensors:
         for name in ("temperature", "top_p"):
             self._add(name, (), np.float32)
         self._add("logits", (WIDTH, manifest.output_vocabulary), np.float32)
+        for name, described in watch.items():
+            if described is not None:
+                self._add(name, (WIDTH, described[0]), np.dtype(described[1]))
         shape = (1, manifest.cache.kv_heads, capacity, manifest.cache.head_size)
         dtype = manifest.cache_dtype(manifest.graph(form))
         names = cache_tensors(manifest.cache)

@@ -1,24 +1,41 @@
-"""The limits of this machine's processor, measured where they are needed: copies and a matrix product."""
+"""What a machine can do at best, measured where it is needed: copies of its memory and a matrix product."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
 
-from diagd.engines.host import cores, memory_bytes
+from diagd.engines.devices.device import Device
+from diagd.engines.host import cores
+from diagd.engines.program import Program, Tensor
 from diagd.errors import require
-from diagd.planning.devices import THIS, Device
 
 COPY_BYTES: Final = 64 << 20
 """Of each thread's copy: beyond the caches of a desktop."""
 
+DEVICE_COPY_BYTES: Final = 256 << 20
+"""Of each copy: beyond the caches of any GPU."""
+
+FLOAT, FLOAT16 = 1, 10
+"""Element types of ONNX (TensorProto.DataType)."""
+
+SIDE: Final = 1024
+DEVICE_SIDE: Final = 8192
+
 _REPEATS: Final = 5
-_SIDE: Final = 1024
+_CALLS: Final = 4
+"""Queued between two time stamps, so that starting the first one does not count."""
+
+MakeProduct = Callable[[Path, int, Mapping[str, Tensor]], Program]
+"""Binds the model in a file, its rows and its tensors A, B and C."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +58,8 @@ class Ceilings:
         return max(self.copied, self.read)
 
 
-def measure_ceilings(threads: int = 0) -> Ceilings:
-    """Measure the limits with the threads an engine would use; the best of a few repeats, about a second.
+def processor_ceilings(threads: int = 0) -> Ceilings:
+    """The limits with the threads an engine would use; the best of a few repeats, about a second.
 
     Args:
         threads: 0 is one for each core this process may use.
@@ -60,7 +77,7 @@ def memory_bandwidth(threads: int, size: int = COPY_BYTES) -> tuple[float, float
     return 2.0 * size * threads / copies, size * threads / sums
 
 
-def matrix_peak(threads: int, side: int = _SIDE) -> float:
+def matrix_peak(threads: int, side: int = SIDE) -> float:
     """Single-precision operations a second of ONNX Runtime's product of two square matrices."""
     runtime = require("onnxruntime", extra="export", purpose="measure the matrix product")
     settings = runtime.SessionOptions()
@@ -73,7 +90,7 @@ def matrix_peak(threads: int, side: int = _SIDE) -> float:
     return 2.0 * side**3 / _best(lambda: session.run(None, factors))
 
 
-def matrix_product_model(rows: int | str, inner: int, columns: int, element: int = 1) -> bytes:
+def matrix_product_model(rows: int | str, inner: int, columns: int, element: int = FLOAT) -> bytes:
     """An ONNX model C[rows, columns] = A[rows, inner] @ B[inner, columns].
 
     Args:
@@ -112,9 +129,48 @@ def _varint(value: int) -> bytes:
     return bytes(group | 0x80 for group in groups[:-1]) + bytes(groups[-1:])
 
 
+def device_ceilings(
+    device: Device, make_product: MakeProduct, side: int = DEVICE_SIDE, size: int = DEVICE_COPY_BYTES
+) -> Ceilings:
+    """The limits of a device that has nothing else to do, on its stream; the best of a few repeats.
+
+    Args:
+        device: memory is allocated on it until it is closed.
+        make_product: by the library of the backend whose product counts.
+        side: of the square matrices.
+        size: bytes of a copy.
+
+    Raises:
+        EngineError: the backend refuses the product.
+    """
+    source, target = device.allocate(size), device.allocate(size)
+    copy = _best_call(device, lambda: device.copy(target, source, size))
+    half = np.dtype(np.float16)
+    tensors = {
+        name: Tensor(device.allocate(side * side * half.itemsize), (rows, side), half)
+        for name, rows in (("A", -1), ("B", side), ("C", -1))
+    }
+    _fill(device, (tensors["A"].address, tensors["B"].address), side)
+    with TemporaryDirectory() as folder:
+        model = Path(folder) / "product.onnx"
+        model.write_bytes(matrix_product_model("rows", side, side, FLOAT16))
+        program = make_product(model, side, tensors)
+        product = _best_call(device, lambda: program.enqueue(side))
+    return Ceilings(2.0 * size / copy, 0.0, 2.0 * side**3 / product, threads=0)
+
+
+def _fill(device: Device, addresses: Iterable[int], side: int) -> None:
+    """Random numbers: on zeros a GPU draws less power and clocks higher than on any real matrix."""
+    values = device.host_array((side, side), np.float16)
+    values[:] = np.random.default_rng(0).standard_normal((side, side), np.float32)
+    for address in addresses:
+        device.upload(address, values)
+    device.synchronise()
+
+
 def _best(work: Callable[[], object]) -> float:
     """Seconds of the fastest of a few repeats."""
-    best = float("inf")
+    best = math.inf
     for _ in range(_REPEATS):
         began = time.perf_counter()
         work()
@@ -122,15 +178,15 @@ def _best(work: Callable[[], object]) -> float:
     return best
 
 
-def this_device(threads: int = 0) -> Device:
-    """The processor of this machine as a device, measured."""
-    ceilings = measure_ceilings(threads)
-    return Device(
-        THIS,
-        f"this machine's CPU, {ceilings.threads} threads",
-        float(memory_bytes()),
-        ceilings.bandwidth,
-        ceilings.peak,
-        1e9,
-        "measured now: copy and sum, and product of single-precision matrices",
-    )
+def _best_call(device: Device, work: Callable[[], None]) -> float:
+    """Seconds of one call, by time stamps around a few of them; the first ones do not count."""
+    best = math.inf
+    for repeat in range(_REPEATS + 1):
+        device.mark(0)
+        for _ in range(_CALLS):
+            work()
+        device.mark(1)
+        device.synchronise()
+        if repeat:
+            best = min(best, device.seconds(0, 1) / _CALLS)
+    return best

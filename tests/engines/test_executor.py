@@ -8,34 +8,31 @@ import shutil
 import time
 import weakref
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 
-import diagd.engines.cuda.driver as driver_module
+import diagd.engines.devices.cuda as driver_module
 from diagd.bundle import Bundle, Form
-from diagd.engines.cuda.driver import CudaDevice, open_driver
-from diagd.engines.cuda.engine import DeviceEngine
-from diagd.engines.cuda.onnxruntime import OnnxRuntimeProgram
-from diagd.engines.cuda.program import Tensor
-from diagd.engines.engine import SamplingState, StepInputs
-from diagd.engines.fixed import graphs_of
-from diagd.engines.gpu import closed_on_failure
-from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.portable import PortableEngine
+from diagd.engines import records
+from diagd.engines.backend import StepOptions
+from diagd.engines.devices.cuda import CudaDevice, open_driver
+from diagd.engines.engine import VOID, Steps
+from diagd.engines.executor import Executor
+from diagd.engines.gpu import closed_on_failure, open_cuda
 from diagd.errors import DiagdError, EngineError, UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.load import load
 from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.session import Session
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from tests.engines.fidelity import Run, decode, recompute
-from tests.engines.host_device import HostDevice, host_kernels
+from tests.engines.host_device import HostDevice, executor_over, host_kernels
+from tests.engines.opening import portable, run_step
 from tests.models import export_small
 from tests.oracles.models import small_model
 
@@ -66,38 +63,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(model, Bundle.open(export_small(model, path, options)), kernels)
 
 
-class CapturableProgram:
-    """ONNX Runtime's program behind the device's queue, so that graphs contain it."""
-
-    capturable = True
-
-    def __init__(self, device: HostDevice, program: OnnxRuntimeProgram) -> None:
-        self._device, self._program = device, program
-
-    def enqueue(self, width: int) -> None:
-        self._device.run(partial(self._program.enqueue, width), "program", width)
-
-
-def make_engine(
-    case: Case, form: Form, tokens: int, device: HostDevice, *, graphs: bool = True, keep_logits: bool = False
-) -> DeviceEngine:
-    graph = graphs_of(case.bundle, form)[0]
-    session = onnxruntime.InferenceSession(str(case.bundle.file(graph.file)))
-
-    def program(tensors: Mapping[str, Tensor]) -> CapturableProgram:
-        return CapturableProgram(device, OnnxRuntimeProgram(session, tensors, WIDTHS, "cpu"))
-
-    return DeviceEngine(
-        case.bundle.manifest,
-        form,
-        graph.capacity or 0,
-        WIDTHS,
-        tokens,
-        device,
-        program,
-        graphs=graphs,
-        keep_logits=keep_logits,
-    )
+def make_engine(case: Case, form: Form, tokens: int, device: HostDevice, *, graphs: bool = True) -> Executor:
+    return executor_over(case.bundle, form, tokens, device, graphs=graphs)
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
@@ -114,7 +81,7 @@ def make_engine(
     ids=["next token", "chained", "sliding"],
 )
 def test_tokens_equal_recomputation(case: Case, form: Form, graphs: bool, run: Run) -> None:
-    def make(bundle: Bundle, tokens: int) -> DeviceEngine:
+    def make(bundle: Bundle, tokens: int) -> Executor:
         del bundle
         return make_engine(case, form, tokens, HostDevice(case.kernels), graphs=graphs)
 
@@ -124,22 +91,19 @@ def test_tokens_equal_recomputation(case: Case, form: Form, graphs: bool, run: R
 def test_the_same_seed_draws_what_the_cpu_engine_draws(case: Case) -> None:
     run = Run(Schedule.chained(LAYOUT, 1), sampling=SamplingSettings(0.9, 6, 0.9), seed=3)
 
-    def host(bundle: Bundle, tokens: int) -> PortableEngine:
-        return PortableEngine(bundle, tokens, CpuOptions(1, prepack=False))
-
-    def device(bundle: Bundle, tokens: int) -> DeviceEngine:
+    def device(bundle: Bundle, tokens: int) -> Executor:
         del bundle
         return make_engine(case, Form.MODERN, tokens, HostDevice(case.kernels))
 
-    np.testing.assert_array_equal(decode(case.bundle, device, run), decode(case.bundle, host, run))
+    np.testing.assert_array_equal(decode(case.bundle, device, run), decode(case.bundle, portable, run))
 
 
-def test_a_generation_queues_one_copy_and_one_graph_a_step(case: Case) -> None:
+def test_a_generation_queues_one_copy_a_frame_and_one_graph_a_step(case: Case) -> None:
     device, engines = HostDevice(case.kernels), []
     run = Run(Schedule.serial(LAYOUT, 1), frames=3, prompt=1)
     table = run.schedule.table(1, 3, 0, WIDTHS[-1])
 
-    def make(bundle: Bundle, tokens: int) -> DeviceEngine:
+    def make(bundle: Bundle, tokens: int) -> Executor:
         del bundle
         engines.append(make_engine(case, Form.MODERN, tokens, device))
         device.log.clear()
@@ -148,13 +112,14 @@ def test_a_generation_queues_one_copy_and_one_graph_a_step(case: Case) -> None:
     decode(case.bundle, make, run)
     engine, counts = engines[0], Counter(entry[0] for entry in device.log)
     widths = [int(end - start) for start, end in zip(table.offsets, table.offsets[1:], strict=False)]
-    keys = [WIDTHS.index(engine.padded_width(width)) for width in widths]
+    keys = [WIDTHS.index(width) for width in engine.padded_widths(np.array(widths, np.int32))]
     assert [entry[1] for entry in device.log if entry[0] == "replay"] == keys
     assert counts["allocate"] == counts["clear"] == counts["program"] == 0
-    # Beside its record a step sends nothing; tokens go up once a frame, with its actions, and come down once.
-    assert counts["upload"] <= len(keys) + run.frames + 1
-    assert counts["download"] <= 2 * run.frames
-    assert counts["synchronise"] <= 2 * run.frames
+    # Records go up once a frame, as its actions do; its tokens come down once. At the start the buffers of
+    # tokens and slots go up as a whole, with the prompt and its actions.
+    assert counts["upload"] <= 2 * run.frames + 5
+    assert counts["download"] == run.frames
+    assert counts["synchronise"] <= 2 * run.frames + 3
     buffer = engine.tensors.token_buffer
     assert {entry[1] for entry in device.log if entry[0] == "download"} == {buffer.address}
 
@@ -178,20 +143,50 @@ def test_warming_up_leaves_no_trace(case: Case) -> None:
         buffer = np.empty(tensor.shape, tensor.dtype)
         device.download(buffer, tensor.address)
         assert not buffer.any()
-    assert not engine.token_buffer.any()
+    assert not engine.read_tokens(np.arange(80, dtype=np.int32)).any()
 
 
-def test_logits_are_given_back_when_asked_for(case: Case) -> None:
-    rows = np.array([3, 4], np.int32)
-    inputs = StepInputs(rows, rows, rows + 1, np.array([1], np.int32), np.array([0.5], np.float32), 0, 2)
-    state = SamplingState(0.0, 0, 1.0)
-    engine = make_engine(case, Form.MODERN, 80, HostDevice(case.kernels), keep_logits=True)
-    engine.slot_position[:2] = rows
-    logits = engine.step(inputs, state)
+def test_logits_are_copied_when_asked_for(case: Case) -> None:
+    rows, decoded = np.array([3, 4], np.int32), np.array([1], np.int32)
+    device = HostDevice(case.kernels)
+    engine = make_engine(case, Form.MODERN, 80, device)
+    device.log.clear()
+    engine.send(Steps.single(rows, rows, rows + 1, decoded, np.array([0.5], np.float32), 0, 2))
+    engine.step()
+    assert not [entry for entry in device.log if entry[0] in ("download", "synchronise")]
+    logits = engine.logits()
     assert logits.shape == (1, case.bundle.manifest.output_vocabulary)
-    assert engine.token_buffer[5] == logits[0, :24].argmax()
-    silent = make_engine(case, Form.MODERN, 80, HostDevice(case.kernels))
-    assert len(silent.step(inputs, state)) == 0
+    assert engine.read_tokens(np.array([5]))[0] == logits[0, :24].argmax()
+
+
+def test_steps_that_were_sent_and_never_run_are_forgotten(case: Case) -> None:
+    """A run that breaks off in a block leaves the device's cursor in the middle of it."""
+    device = HostDevice(case.kernels)
+    engine, clean = make_engine(case, Form.MODERN, 80, device), make_engine(case, Form.MODERN, 80, device)
+    rows, decoded = np.array([3, 4], np.int32), np.array([1], np.int32)
+    session = Session(case.bundle.manifest, make_engine(case, Form.MODERN, 600, device), 4)
+    session.start(np.zeros((1, 3, 5), np.int32))
+    left = session.steps(ScheduledDecoder(Schedule.serial(LAYOUT, 1)), np.full((2, 2), 25, np.int32))
+    next(left)
+    halfway = session.engine
+    for one in (engine, clean, halfway):
+        one.write_slots(np.full(one.capacity, VOID, np.int32))
+        one.write_tokens(np.arange(5, dtype=np.int32), np.arange(5, dtype=np.int32))
+    logits = [run_step(one, rows, rows, rows + 1, decoded, 0, 2).copy() for one in (clean, halfway)]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_blocks_longer_than_a_buffer_of_records_are_sent_in_parts(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(Schedule.next_token(LAYOUT), frames=3, prompt=1)
+    monkeypatch.setattr(records, "HALF_WORDS", 120)
+    device = HostDevice(case.kernels)
+
+    def make(bundle: Bundle, tokens: int) -> Executor:
+        return executor_over(bundle, Form.MODERN, tokens, device)
+
+    np.testing.assert_array_equal(decode(case.bundle, make, run), case.recomputed(run))
 
 
 def test_keys_are_turned_back_in_place(case: Case) -> None:
@@ -220,33 +215,15 @@ def cuda_device() -> CudaDevice:
 def test_the_kernels_run_on_a_gpu(case: Case) -> None:
     pytest.importorskip("cuda.bindings.driver")
     device = cuda_device()
-    mirror = HostDevice(case.kernels)
-    engines = [make_engine_on_gpu(case, device), make_engine(case, Form.MODERN, 80, mirror, keep_logits=True)]
-    rows = np.array([3, 4], np.int32)
-    inputs = StepInputs(rows, rows, rows + 1, np.array([1], np.int32), np.array([0.5], np.float32), 0, 2)
-    results = []
-    for engine in engines:
-        engine.slot_position[:2] = rows
-        results.append(engine.step(inputs, SamplingState(0.0, 0, 1.0)))
+    options = StepOptions(0, 80, graphs=False)
+    engines = [
+        open_cuda(case.bundle, device, options),
+        make_engine(case, Form.MODERN, 80, HostDevice(case.kernels)),
+    ]
+    rows, decoded = np.array([3, 4], np.int32), np.array([1], np.int32)
+    results = [run_step(engine, rows, rows, rows + 1, decoded, 0, 2) for engine in engines]
     np.testing.assert_allclose(results[0], results[1], atol=1e-3)
     device.close()
-
-
-def make_engine_on_gpu(case: Case, device: CudaDevice) -> DeviceEngine:
-    from diagd.engines.cuda.onnxruntime import open_cuda_session
-
-    graph = graphs_of(case.bundle, Form.MODERN)[0]
-    session = open_cuda_session(case.bundle.file(graph.file), device, graphs=False)
-    return DeviceEngine(
-        case.bundle.manifest,
-        Form.MODERN,
-        graph.capacity or 0,
-        WIDTHS,
-        80,
-        device,
-        lambda tensors: OnnxRuntimeProgram(session, tensors, WIDTHS, device.kind),
-        keep_logits=True,
-    )
 
 
 def test_every_name_of_the_driver_api_exists() -> None:

@@ -8,15 +8,14 @@ from pathlib import Path
 from diagd.errors import DependencyError
 
 ADVANCE, APPEND = "diagd_advance", "diagd_append"
-HEADER_WORDS = 8
+HEADER_WORDS = 16
 CHUNK_BYTES = 16
 SOURCE_NAME, HEADER_NAME, PTX_NAME = "step_kernels.cu", "step_kernels.h", "step_kernels.ptx"
 
 ADVANCE_POINTERS = (
-    *("records", "counter", "sources", "positions", "sinks", "uniforms", "write_index", "live"),
+    *("records", "cursor", "sources", "positions", "sinks", "uniforms", "write_index", "live"),
     *("temperature", "top_k", "top_p", "slot_position"),
 )
-_SIZES = "records_in_ring max_width max_updates width scratch"
 
 
 class AdvanceArguments(ctypes.Structure):
@@ -24,7 +23,7 @@ class AdvanceArguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ADVANCE_POINTERS),
-        *((name, ctypes.c_int32) for name in _SIZES.split()),
+        *((name, ctypes.c_int32) for name in ("width", "scratch")),
     )
 
 
@@ -72,7 +71,7 @@ def compile_kernels(architecture: int) -> bytes:
         DependencyError: NVRTC is not installed.
         EngineError: it refuses the source.
     """
-    from diagd.engines.cuda.driver import check
+    from diagd.engines.devices.cuda import check
     from diagd.errors import EngineError, require
 
     nvrtc = require("cuda.bindings.nvrtc", extra="cuda", purpose="compile the device kernels")

@@ -15,11 +15,13 @@ Array = NDArray[Any]
 class Device(Protocol):
     """Memory, kernels and graphs of one accelerator.
 
-    ``stream`` is the handle that backends take; ``kind`` is ONNX Runtime's name for the memory.
+    ``stream`` is the handle that backends take; ``kind`` is ONNX Runtime's name for the memory; ``ahead``:
+    what is queued may still run when a call returns.
     """
 
     stream: int
     kind: str
+    ahead: bool
 
     def allocate(self, size: int) -> int:
         """Address of ``size`` zeroed bytes that live as long as the device."""

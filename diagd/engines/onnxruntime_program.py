@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diagd.engines.cuda.device import Device
-from diagd.engines.cuda.program import Tensor
+from diagd.engines.program import Tensor
 from diagd.errors import EngineError, require
 
 
@@ -76,12 +75,14 @@ def nodes_outside(session: Any, provider: str = CUDA) -> list[str]:
     ]
 
 
-def open_cuda_session(graph: Path, device: Device, graphs: bool, *, strict: bool = False) -> Any:
-    """A session of the CUDA provider on the device's stream.
+def open_cuda_session(
+    graph: Path, *, stream: int | None = None, graphs: bool = False, strict: bool = False
+) -> Any:
+    """A session of the CUDA provider.
 
     Args:
-        graph: step graph with a sampler.
-        device: gives the stream.
+        graph: the ONNX file.
+        stream: handle of the stream it queues on; None: one of its own, which each run waits for.
         graphs: capture and replay CUDA graphs.
         strict: refuse a graph of which nodes are left to the CPU, so that steps would wait for it.
 
@@ -96,10 +97,11 @@ def open_cuda_session(graph: Path, device: Device, graphs: bool, *, strict: bool
             "pip install 'onnxruntime-gpu[cuda]'"
         )
     options = {
-        "user_compute_stream": str(device.stream),
         "enable_cuda_graph": str(int(graphs)),
         "use_tf32": "0",  # else products of float32 keep ten bits of each factor
     }
+    if stream is not None:
+        options["user_compute_stream"] = str(stream)
     settings = runtime.SessionOptions()
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

@@ -1,0 +1,379 @@
+"""What each optimisation of an engine is worth, turned on alone and together.
+
+A diagonal step (k=1, serial) early in a context, each optimisation against the same step without it. On the
+CPU: live-prefix attention and in-place K/V, each alone and together (prefix form); sampling in the graph
+against the sampler of the host, on the modern graph with its sampler taken out; every other precision of the
+bundle in a form that both have. On a GPU: every other precision, and CUDA graphs replayed against kernels
+queued one by one, each the mean over a frame, since steps are queued. From the root:
+
+    python -m benchmarks.ladder crafter-3m.diagd [--precision int8] [--backend cuda] [--window 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from diagd.bundle import Bundle, Form, cache_directory
+from diagd.bundle.manifest import MANIFEST_NAME
+from diagd.engines.backend import Backend, StepOptions, find, forms_of, graphs_of
+from diagd.engines.buffers import aligned_zeros
+from diagd.engines.devices.host import HostDevice
+from diagd.engines.devices.kernels import ADVANCE
+from diagd.engines.engine import Engine, Steps
+from diagd.engines.executor import THREADS, Executor
+from diagd.engines.onnxruntime_program import OnnxRuntimeProgram
+from diagd.engines.onnxruntime_session import CpuOptions, open_session
+from diagd.engines.prefix import PrefixEngine
+from diagd.engines.program import Tensor
+from diagd.errors import DiagdError
+from diagd.profiling.measure import measure, random_workload
+from diagd.runtime.load import check_window, session_over, step_options, with_threads
+from diagd.schedule import Schedule
+
+REPEATS: Final = 2
+SWITCHES: Final = "live-prefix attention and in-place K/V"
+SAMPLED: Final = "next_token_buffer"
+"""Output of the sampler."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One row of the ladder: a step with an optimisation on, or why it was not measured.
+
+    Attributes:
+        seconds, before: of a step with it and without.
+        reason: why there are no times.
+        held: what both steps have in common.
+    """
+
+    name: str
+    seconds: float | None = None
+    before: float | None = None
+    reason: str = ""
+    held: str = ""
+
+    @property
+    def gain(self) -> float | None:
+        """The step without over the step with."""
+        return None if self.seconds is None or self.before is None else self.before / self.seconds
+
+
+class SwitchedEngine(PrefixEngine):
+    """The CPU engine with its optimisations as switches.
+
+    Args:
+        bundle: with a graph in the prefix form.
+        options: slots, tokens, and settings of ONNX Runtime.
+        live_prefix: bind the slots in use; otherwise all of them.
+        in_place: write K/V where they lie; otherwise into another set of buffers, as a cache that goes in
+            and comes out of a graph does.
+    """
+
+    def __init__(self, bundle: Bundle, options: StepOptions, *, live_prefix: bool, in_place: bool) -> None:
+        super().__init__(bundle, options.slots, options.tokens, options.cpu)
+        self._live_prefix, self._in_place = live_prefix, in_place
+        self._others = (
+            {} if in_place else {n: aligned_zeros(b.shape, b.dtype) for n, b in self.buffers.items()}
+        )
+
+    def send(self, steps: Steps) -> None:
+        """See ``Engine.send``."""
+        live = steps.live if self._live_prefix else np.full_like(steps.live, self.capacity)
+        super().send(replace(steps, live=live))
+
+    def step(self) -> None:
+        """See ``Engine.step``."""
+        super().step()
+        if not self._in_place:
+            self.buffers, self._others = self._others, self.buffers
+            self._bound = 0
+
+    def _bind_prefix(self, length: int) -> None:
+        super()._bind_prefix(length)
+        for name, buffer in self._others.items():
+            self._bind_rows(f"present_{name}", buffer, length, output=True)
+
+
+class HostSampled(Executor):
+    """Gives back logits for the sampler of the host; its graphs come from ``without_sampler``."""
+
+    samples = False
+
+    def _forward(self, width: int) -> None:
+        self.device.launch(ADVANCE, self._advance_arguments(width), 1, THREADS)
+        self._program.enqueue(width)
+
+
+def host_sampled(bundle: Bundle, options: StepOptions) -> HostSampled:
+    """The ``modern`` form of a bundle without sampler, over memory of the host."""
+    graphs = graphs_of(bundle, Form.MODERN)
+    widths = tuple(int(graph.width or 0) for graph in graphs)
+    session = open_session(bundle.file(graphs[0].file), bundle.digest, options.cpu)
+
+    def program(tensors: Mapping[str, Tensor]) -> OnnxRuntimeProgram:
+        return OnnxRuntimeProgram(session, tensors, widths, "cpu")
+
+    return HostSampled(
+        bundle.manifest,
+        Form.MODERN,
+        int(graphs[0].capacity or 0),
+        widths,
+        options.tokens,
+        HostDevice(),
+        program,
+    )
+
+
+@contextmanager
+def without_sampler(bundle: Bundle) -> Iterator[Bundle]:
+    """The bundle with ``modern`` graphs that end at the logits, over links of its weights.
+
+    ONNX Runtime follows no symbolic link out of a graph's folder, so that these are hard links, or copies
+    where the cache directory lies on another file system.
+
+    Raises:
+        BundleError: it has no such graphs.
+        OSError: there is no room.
+    """
+    graphs, renamed = graphs_of(bundle, Form.MODERN), []
+    cache_directory().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=cache_directory()) as folder:
+        target = Path(folder)
+        for graph in graphs:
+            source = bundle.file(graph.file)
+            name = f"{source.stem}-without-sampler.onnx"
+            write_without(source, target / name, SAMPLED)
+            for file in graph.weights.files:
+                link(bundle.file(file), target / file)
+            renamed.append(graph.model_copy(update={"file": name}))
+        link(bundle.file(MANIFEST_NAME), target / MANIFEST_NAME)
+        yield Bundle(target, bundle.manifest.model_copy(update={"graphs": tuple(renamed)}))
+
+
+def link(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def write_without(source: Path, target: Path, output: str) -> None:
+    """Write an ONNX model without one of its outputs, and without the nodes that only it needed."""
+    import onnx
+
+    model = onnx.load(source, load_external_data=False)
+    graph = model.graph
+    outputs = [value for value in graph.output if value.name != output]
+    needed, nodes = {value.name for value in outputs}, []
+    for node in reversed(graph.node):  # in topological order (ONNX, "Graphs")
+        if not needed.isdisjoint(node.output):
+            needed.update(node.input)
+            nodes.append(node)
+    for field, kept in ((graph.node, nodes[::-1]), (graph.output, outputs)):
+        copies = [type(entry).FromString(entry.SerializeToString()) for entry in kept]
+        del field[:]
+        field.extend(copies)
+    target.write_bytes(model.SerializeToString())
+
+
+Group = tuple[str, Callable[[], Iterable[Rung]]]
+"""Rungs that share their measurements, and what they are called together."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What is held fixed while one thing changes.
+
+    Attributes:
+        bundle: with the graphs of every precision.
+        precision: of the steps that are compared; default: that of the first graph.
+        window: frames a token may see.
+        cpu: threads and cache.
+        backend: runs the steps.
+    """
+
+    bundle: Bundle
+    precision: str | None
+    window: int
+    cpu: CpuOptions
+    backend: Backend
+
+    @cached_property
+    def chosen(self) -> Bundle:
+        """The graphs of the precision."""
+        return self.bundle.at_precision(self.precision)
+
+    @property
+    def on_processor(self) -> bool:
+        """Whether steps are done when they return."""
+        return not self.backend.describe()
+
+    def rungs(self) -> Iterator[Rung]:
+        """Measure one optimisation after the other."""
+        if not self._others():
+            yield Rung("precision", reason=f"the bundle has {self._name} only; diagd-calibrate adds others")
+        for name, measured in self._groups():
+            try:
+                yield from measured()
+            except (DiagdError, OSError) as error:
+                yield Rung(name, reason=str(error))
+        if self.on_processor:
+            yield Rung("CUDA graph", reason="needs a CUDA device: --backend cuda or tensorrt")
+
+    def _groups(self) -> list[Group]:
+        precisions: list[Group] = [
+            (f"precision {name}", partial(self._precision, name)) for name in self._others()
+        ]
+        if not self.on_processor:
+            return [*precisions, ("CUDA graph", self._cuda_graph)]
+        return [(SWITCHES, self._prefix), ("sampling in the graph", self._sampling), *precisions]
+
+    @property
+    def _name(self) -> str:
+        return self.chosen.manifest.graphs[0].precision
+
+    def _options(self, bundle: Bundle, form: Form | None = None) -> StepOptions:
+        return step_options(bundle.manifest, self.window, cpu=self.cpu, form=form)
+
+    def _prefix(self) -> Iterator[Rung]:
+        if Form.PREFIX not in forms_of(self.chosen):
+            reason = "the bundle has no prefix graph of this precision; export with --form prefix"
+            yield Rung(SWITCHES, reason=reason)
+            return
+        switches = {
+            "none": (False, False),
+            "live-prefix attention": (True, False),
+            "in-place K/V": (False, True),
+            "both": (True, True),
+        }
+        before = None
+        for name, (live_prefix, in_place) in switches.items():
+            options = self._options(self.chosen)
+            engine = SwitchedEngine(self.chosen, options, live_prefix=live_prefix, in_place=in_place)
+            after = self._seconds(self.chosen, engine)
+            before = before or after
+            yield self._rung(name, before, after, f"prefix form, {self._name}, engine alone")
+
+    def _sampling(self) -> Iterator[Rung]:
+        name = "sampling in the graph"
+        if Form.MODERN not in forms_of(self.chosen):
+            reason = "the bundle has no modern graph; export with --form prefix,modern"
+            yield Rung(name, reason=reason)
+            return
+        # A packed copy would outlive the graph that it was made for.
+        cpu = replace(self.cpu, prepack=False)
+        options = replace(self._options(self.chosen, Form.MODERN), cpu=cpu)
+        with without_sampler(self.chosen) as bare:
+            before = self._seconds(bare, host_sampled(bare, options), sampling=True)
+        engine = self.backend.open_steps(self.chosen, options)
+        after = self._seconds(self.chosen, engine, sampling=True)
+        yield self._rung(name, before, after, f"modern form, {self._name}, engine and sampling")
+
+    def _others(self) -> list[str]:
+        names = dict.fromkeys(graph.precision for graph in self.bundle.manifest.graphs)
+        return [name for name in names if name != self._name]
+
+    def _precision(self, name: str) -> Iterator[Rung]:
+        other = self.bundle.at_precision(name)
+        if not self.on_processor:
+            before, after = (self._mean_seconds(bundle) for bundle in (self.chosen, other))
+            held = f"host and device together, against {self._name}"
+            yield self._rung(f"precision {name}", before, after, held)
+            return
+        shared = [form for form in forms_of(self.chosen) if form in forms_of(other)]
+        if not shared:
+            forms = ", ".join(form.value for form in forms_of(other))
+            reason = f"no form in common with {self._name}: the bundle has it as {forms}"
+            yield Rung(f"precision {name}", reason=reason)
+            return
+        before, after = (
+            self._seconds(bundle, self.backend.open_steps(bundle, self._options(bundle, shared[0])))
+            for bundle in (self.chosen, other)
+        )
+        held = f"{shared[0].value} form, engine alone, against {self._name}"
+        yield self._rung(f"precision {name}", before, after, held)
+
+    def _cuda_graph(self) -> Iterator[Rung]:
+        """Steps that replay graphs against steps that queue every kernel."""
+        before, after = (self._mean_seconds(self.chosen, graphs=graphs) for graphs in (False, True))
+        yield self._rung("CUDA graph", before, after, f"{self._name}, host and device together")
+
+    def _mean_seconds(self, bundle: Bundle, *, graphs: bool = True) -> float:
+        """Mean of a step over a frame, whose tokens the host waits for: steps themselves are queued."""
+        manifest, best = bundle.manifest, float("inf")
+        schedule = Schedule.serial(manifest.layout, 1, manifest.schedule.row_seed)
+        engine = self.backend.open_steps(bundle, replace(self._options(bundle), graphs=graphs))
+        with session_over(bundle, engine, self.window, self.cpu) as session:
+            workload = random_workload(session, 1, 2)
+            for _ in range(REPEATS):
+                run = measure(session, schedule, workload, 2)
+                best = min(best, (run.decoded[1] - run.decoded[0]) / schedule.d)
+        return best
+
+    def _seconds(self, bundle: Bundle, engine: Engine, *, sampling: bool = False) -> float:
+        """Median of a step of the engine, its sampler included or not; the better of a few runs."""
+        manifest, best = bundle.manifest, float("inf")
+        schedule = Schedule.serial(manifest.layout, 1, manifest.schedule.row_seed)
+        with session_over(bundle, engine, self.window, self.cpu) as session:
+            workload = random_workload(session, 1, 1)
+            for _ in range(REPEATS):
+                run = measure(session, schedule, workload, 1)
+                steps = run.steps[run.chunks + 1 :]
+                times = [step.engine + (step.sampling if sampling else 0.0) for step in steps]
+                best = min(best, float(np.median(times)))
+        return best
+
+    def _rung(self, name: str, before: float, after: float, held: str) -> Rung:
+        place = f", {self.cpu.threads or 'all'} threads" if self.on_processor else ""
+        return Rung(name, after, before, held=f"{held}, k=1 serial, window {self.window}{place}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ladder",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--precision", help="of the steps that are compared (default: the bundle's first)")
+    parser.add_argument("--backend", default="cpu", help="cpu, or on a GPU cuda, tensorrt or tensorrt_rtx")
+    parser.add_argument("--window", type=int, help="frames that a token may see (default: the context)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for one a core")
+    args = parser.parse_args()
+    bundle = Bundle.open(args.bundle)
+    cpu = with_threads(CpuOptions(args.threads), bundle.at_precision(args.precision))
+    window = check_window(bundle.manifest, args.window)
+    show(Console(width=120), list(Ladder(bundle, args.precision, window, cpu, find(args.backend)).rungs()))
+
+
+def show(console: Console, rungs: list[Rung]) -> None:
+    """A table for everything that has the same things held fixed, then what was not measured."""
+    for held in dict.fromkeys(rung.held for rung in rungs if rung.held):
+        table = Table("optimisation", "ms without", "ms with", "gain", title=f"a step: {held}")
+        for rung in rungs:
+            if rung.held == held and rung.seconds is not None and rung.before is not None:
+                times = (f"{1e3 * rung.before:.3f}", f"{1e3 * rung.seconds:.3f}", f"{rung.gain:.2f} x")
+                table.add_row(rung.name, *times)
+        console.print(table)
+    for rung in rungs:
+        if rung.seconds is None:
+            console.print(f"{rung.name}: {rung.reason}")
+
+
+if __name__ == "__main__":
+    main()

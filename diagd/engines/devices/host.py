@@ -1,0 +1,176 @@
+"""A device whose memory is the host's: forms of fixed width on the CPU, and tests of the executor."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from diagd.engines.devices.device import Array
+from diagd.engines.devices.kernels import ADVANCE, APPEND, HEADER_WORDS, AdvanceArguments, AppendArguments
+
+_ALIGNMENT = 256
+
+
+class HostDevice:
+    """Runs what is queued at once; a captured graph is the list of its operations.
+
+    Args:
+        kernels: a host build of ``native/``; without, NumPy does what the kernels do.
+    """
+
+    kind, stream, ahead = "cpu", 0, False
+
+    def __init__(self, kernels: ctypes.CDLL | None = None) -> None:
+        self._kernels = kernels
+        self._memory: dict[int, Array] = {}
+        self._graphs: list[list[Callable[[], object]]] = []
+        self._capturing: list[Callable[[], object]] | None = None
+        self._marks: dict[int, float] = {}
+
+    def allocate(self, size: int) -> int:
+        """Address of zeroed bytes; see ``Device.allocate``."""
+        memory = np.zeros(size + _ALIGNMENT, np.uint8)
+        address = memory.ctypes.data + -memory.ctypes.data % _ALIGNMENT
+        self._memory[address] = memory[address - memory.ctypes.data :]
+        return address
+
+    def host_array(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+        """A zeroed array; see ``Device.host_array``."""
+        return np.zeros(math.prod(shape), dtype).reshape(shape)
+
+    def upload(self, address: int, array: Array) -> None:
+        """Copy to the device."""
+        self.run(
+            partial(ctypes.memmove, address, array.ctypes.data, array.nbytes), "upload", address, array.nbytes
+        )
+
+    def download(self, array: Array, address: int) -> None:
+        """Copy from the device."""
+        self.run(
+            partial(ctypes.memmove, array.ctypes.data, address, array.nbytes),
+            "download",
+            address,
+            array.nbytes,
+        )
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy within the device."""
+        self.run(partial(ctypes.memmove, target, source, size), "copy", target, source, size)
+
+    def clear(self, address: int, size: int) -> None:
+        """Write zeros."""
+        self.run(partial(ctypes.memset, address, 0, size), "clear", address, size)
+
+    def launch(self, kernel: str, arguments: ctypes.Structure, blocks: int, threads: int) -> None:
+        """Run a kernel of ``native/``, or its twin in NumPy."""
+        if self._kernels is not None:
+            function = getattr(self._kernels, kernel)
+            work: Callable[[], object] = partial(function, ctypes.byref(arguments), blocks * threads)
+        else:
+            twins: dict[str, Callable[[Any], Callable[[], object]]] = {
+                ADVANCE: self._advance,
+                APPEND: self._append,
+            }
+            work = twins[kernel](arguments)
+        self.run(work, kernel, arguments.width)
+
+    def capture(self, work: Callable[[], None]) -> int:
+        """Keep what ``work`` queues instead of running it."""
+        self._capturing = []
+        work()
+        self._graphs.append(self._capturing)
+        self._capturing = None
+        return len(self._graphs) - 1
+
+    def replay(self, graph: int) -> None:
+        """Run a captured graph."""
+        for operation in self._graphs[graph]:
+            operation()
+
+    def run(self, operation: Callable[[], object], *entry: object) -> None:
+        """Run an operation, or keep it while a graph is captured; ``entry`` says what it is."""
+        del entry
+        if self._capturing is not None:
+            self._capturing.append(operation)
+        else:
+            operation()
+
+    def synchronise(self) -> None:
+        """Nothing is ever left to wait for."""
+
+    def mark(self, number: int) -> None:
+        """Note the time."""
+        self._marks[number] = time.perf_counter()
+
+    def seconds(self, first: int, last: int) -> float:
+        """From one time stamp to another."""
+        return self._marks[last] - self._marks[first]
+
+    def memory_used(self) -> int:
+        """Bytes allocated."""
+        return sum(memory.nbytes for memory in self._memory.values())
+
+    def close(self) -> None:
+        """Free everything."""
+        self._memory.clear()
+        self._graphs.clear()
+
+    def _words(self, address: int) -> Array:
+        memory = self._memory[address]
+        return memory[: len(memory) // 4 * 4].view(np.int32)
+
+    def _advance(self, a: AdvanceArguments) -> Callable[[], object]:
+        """``diagd_advance`` in NumPy; the arrays are looked up once."""
+        records, cursor = self._words(a.records), self._words(a.cursor)
+        targets = [self._words(address) for address in (a.sources, a.positions, a.sinks, a.uniforms)]
+        slots, index = self._words(a.slot_position), self._words(a.write_index)
+        scalars = [self._words(address) for address in (a.live, a.temperature, a.top_k, a.top_p)]
+        half, width, scratch = int(np.float32(0.5).view(np.int32)), a.width, a.scratch
+
+        def work() -> None:
+            at = int(cursor[0])
+            header = records[at : at + HEADER_WORDS].tolist()
+            rows, write_index, live, updates, temperature, top_k, top_p, following = header[:8]
+            pads = (0, 0, scratch, half)
+            for target, start, pad in zip(targets, header[8:12], pads, strict=True):
+                target[:rows] = records[start : start + rows]
+                target[rows:width] = pad
+            if 0 < rows < width:  # pads stand where the last row stands, so that every query sees a key
+                targets[1][rows:width] = targets[1][rows - 1]
+            changed, positions = header[12:14]
+            slots[records[changed : changed + updates]] = records[positions : positions + updates]
+            index[:2] = write_index, 0
+            for scalar, value in zip(scalars, (live, temperature, top_k, top_p), strict=True):
+                scalar[0] = value
+            cursor[0] = following
+
+        return work
+
+    def _append(self, a: AppendArguments) -> Callable[[], object]:
+        """``diagd_append`` in NumPy."""
+        count, chunk = a.tensors, 16 * a.row_chunks
+        pointers = [
+            np.array(self._words(address)[: 2 * count]).view(np.uint64) for address in (a.rows, a.buffers)
+        ]
+        rows = [self._memory[int(at)][: a.groups * a.width * chunk] for at in pointers[0]]
+        buffers = [self._memory[int(at)][: a.groups * a.capacity * chunk] for at in pointers[1]]
+        pairs = [
+            (row.reshape(a.groups, a.width, chunk), buffer.reshape(a.groups, a.capacity, chunk))
+            for row, buffer in zip(rows, buffers, strict=True)
+        ]
+        index, tokens, sinks = self._words(a.write_index), self._words(a.tokens), self._words(a.sinks)
+        token_buffer, width = self._words(a.token_buffer), a.width
+
+        def work() -> None:
+            start = int(index[0])
+            for new, buffer in pairs:
+                buffer[:, start : start + width] = new
+            token_buffer[sinks[:width]] = tokens[:width]
+
+        return work

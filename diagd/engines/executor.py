@@ -1,0 +1,287 @@
+"""The executor of step graphs of fixed width: state lives on a device, and nothing waits for it unasked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from diagd.bundle import Form, Manifest
+from diagd.engines.buffers import rotate_pairs
+from diagd.engines.devices.device import Array, Device
+from diagd.engines.devices.kernels import (
+    ADVANCE,
+    ADVANCE_POINTERS,
+    APPEND,
+    CHUNK_BYTES,
+    AdvanceArguments,
+    AppendArguments,
+)
+from diagd.engines.engine import VOID, Clock, Float, Int, SamplingState, Steps
+from diagd.engines.program import MakeProgram
+from diagd.engines.records import RecordRing
+from diagd.engines.tensors import WIDTH, StepTensors
+
+INPUTS = ("token_buffer", *ADVANCE_POINTERS[2:])
+"""Inputs of step graphs beside caches and texts: all but what ``advance`` alone reads."""
+
+THREADS = 256
+APPEND_BLOCKS = 64
+
+
+class Executor:
+    """Runs a program over buffers on a device.
+
+    Records of a block of steps go up in one copy; a step is then one graph: ``advance`` spreads its record
+    over the tensors that the program reads, the program runs, and its tokens and rows go where the next step
+    reads them. Nothing waits for the device but ``read_tokens``, ``logits`` and ``watched``.
+
+    Args:
+        manifest: of the bundle.
+        form: ``modern`` or ``portable``.
+        capacity: slots of the K/V buffers.
+        widths: widths the program was compiled for.
+        tokens: size of the token buffer.
+        device: where it runs; closed with the engine.
+        make_program: binds the compiled graph to the tensors.
+        graphs: capture each width once and replay it.
+        watch: further outputs of the graph, [W, channels], with their channels and element type; None for a
+            tensor that a step has anyway.
+    """
+
+    samples = True
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        form: Form,
+        capacity: int,
+        widths: tuple[int, ...],
+        tokens: int,
+        device: Device,
+        make_program: MakeProgram,
+        *,
+        graphs: bool = True,
+        watch: Mapping[str, tuple[int, DTypeLike] | None] | None = None,
+    ) -> None:
+        self.widths, self.max_width, self.capacity, self.form = widths, widths[-1], capacity, form
+        known = np.asarray(widths, np.int32)
+        self._padding = known[np.searchsorted(known, np.arange(self.max_width + 1))]
+        self.device, self.ahead = device, device.ahead
+        self.clock: Clock = _DeviceClock(device)
+        self._watch = dict(watch or {})
+        self.tensors = StepTensors(manifest, form, capacity, self.max_width, tokens, device, self._watch)
+        self._tokens: Int = device.host_array((tokens,), np.int32)
+        self._staged: Int = device.host_array((tokens,), np.int32)
+        self._staged_until = 0
+        self._slots: Int = device.host_array((capacity,), np.int32)
+        self._logits: Float = device.host_array((self.max_width, manifest.output_vocabulary), np.float32)
+        self._records = RecordRing(device)
+        self._cursor = device.allocate(4)
+        self._program = make_program(self.tensors.named)
+        self._graphs: dict[int, int] = {}
+        self._next = self._sent = 0
+        self._warm_up(graphs and self._program.capturable)
+
+    def close(self) -> None:
+        """Give back the program and everything on the device; see ``Engine.close``."""
+        self._wait()
+        del self._program
+        self.device.close()
+
+    def padded_widths(self, widths: Int) -> Int:
+        """The narrowest width that holds each; see ``Engine.padded_widths``."""
+        return self._padding[widths]
+
+    def send(self, steps: Steps) -> None:
+        """Queue the records of the steps to run next; see ``Engine.send``."""
+        if self._next != self._sent:  # some of those sent before will never run: forget their records
+            self._wait()
+            self._records.restart()
+            self.device.clear(self._cursor, 4)
+        self._steps, self._next, self._sent = steps, 0, 0
+        self._padded = self.padded_widths(np.diff(steps.offsets)).tolist()
+
+    def step(self) -> None:
+        """Queue one pass; see ``Engine.step``."""
+        if self._next == self._sent:
+            if self._records.is_full:
+                self._wait()
+            self._sent = self._records.send(self._steps, self._sent)
+        width = self._padded[self._next]
+        self._next += 1
+        if (graph := self._graphs.get(width)) is not None:
+            self.device.replay(graph)
+        else:
+            self._forward(width)
+
+    def logits(self) -> Float:
+        """Of the last step; see ``Engine.logits``."""
+        steps, n = self._steps, self._next - 1
+        width = self._padded[n]
+        self.device.download(self._logits[:width], self.tensors.named["logits"].address)
+        self._wait()
+        return self._logits[steps.decoded[steps.decode_offsets[n] : steps.decode_offsets[n + 1]]]
+
+    def watched(self) -> Mapping[str, Array]:
+        """Further outputs; see ``Engine.watched``."""
+        n = self._next - 1
+        rows = int(self._steps.offsets[n + 1] - self._steps.offsets[n])
+        named = self.tensors.named
+        return {
+            name: array.take(range(rows), axis=named[name].shape.index(WIDTH))
+            for name, array in self._download(self._watch, self._padded[n]).items()
+        }
+
+    def inputs(self) -> dict[str, Array]:
+        """What the program read in the last step, by name; of the K/V rows those that it wrote as well."""
+        names = [*INPUTS, *(f"past_{name}" for name in self.tensors.cache), *self.tensors.text]
+        return self._download(names, self._padded[self._next - 1])
+
+    def evaluate(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        """Run the program alone on given inputs; see ``Engine.evaluate``."""
+        named, width = self.tensors.named, len(feeds["sources"])
+        for name, array in feeds.items():
+            self.device.upload(named[name].address, np.ascontiguousarray(array, named[name].dtype))
+            self._wait()
+        self._program.enqueue(width)
+        return self._download(outputs, width)
+
+    def memory_used(self) -> int:
+        """Of the device; see ``Engine.memory_used``."""
+        return self.device.memory_used()
+
+    def write_tokens(self, places: Int, ids: Int) -> None:
+        """Queue ids into the token buffer, neighbours in one copy; see ``Engine.write_tokens``."""
+        if self._staged_until + len(ids) > len(self._staged):
+            self._wait()  # copies may still read what is staged
+        staged = self._staged[self._staged_until : self._staged_until + len(ids)]
+        staged[:] = ids
+        self._staged_until += len(ids)
+        base = self.tensors.token_buffer.address
+        bounds = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+        for first, last in pairwise(bounds):
+            if first < last:
+                self.device.upload(base + 4 * int(places[first]), staged[first:last])
+
+    def read_tokens(self, places: Int) -> Int:
+        """Ids once every step queued has run; see ``Engine.read_tokens``."""
+        self.device.download(self._tokens, self.tensors.token_buffer.address)
+        self._wait()
+        return self._tokens[places]
+
+    def write_slots(self, slot_position: Int) -> None:
+        """Queue the position of every slot; see ``Engine.write_slots``."""
+        self._wait()  # the copy before may still read the staging array
+        self._slots[:] = slot_position
+        self.device.upload(self.tensors.named["slot_position"].address, self._slots)
+
+    def set_text(self, rows: Mapping[str, Array]) -> None:
+        """Take a text; see ``Engine.set_text``."""
+        for name, tensor in self.tensors.text.items():
+            self.device.upload(tensor.address, np.ascontiguousarray(rows[name], tensor.dtype))
+            self._wait()
+
+    def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
+        """Turn cached keys; see ``Engine.rotate_keys``. Once per context, so the host does it."""
+        for name, tensor in self.tensors.cache.items():
+            if not name.startswith("key"):
+                continue
+            keys = np.empty(tensor.shape, tensor.dtype)
+            self.device.download(keys, tensor.address)
+            self._wait()
+            rotate_pairs(keys[:, :, :live], angles)
+            self.device.upload(tensor.address, keys)
+            self._wait()
+
+    def _forward(self, width: int) -> None:
+        """Queue everything a step of one width consists of."""
+        self.device.launch(ADVANCE, self._advance_arguments(width), 1, THREADS)
+        self._program.enqueue(width)
+        tensors = self.tensors
+        if tensors.row_pointers:
+            self.device.launch(APPEND, self._append_arguments(width), APPEND_BLOCKS, THREADS)
+        else:
+            tokens = tensors.token_buffer
+            self.device.copy(tokens.address, tensors.named["next_token_buffer"].address, 4 * tokens.shape[0])
+
+    def _warm_up(self, capture: bool) -> None:
+        """Run every width once on a record without rows, capture it, and forget what that wrote."""
+        nothing = np.zeros(0, np.int32)
+        empty = Steps.single(
+            nothing, nothing, nothing, nothing, np.zeros(0, np.float32), 0, 1, SamplingState(0.0, 0, 1.0)
+        )
+        for width in self.widths:
+            self._records.send(empty, 0)
+            self._forward(width)
+            self._wait()
+            if capture:
+                self._graphs[width] = self.device.capture(partial(self._forward, width))
+        self.tensors.clear()
+        self.device.clear(self._cursor, 4)
+        self._records.restart()
+        self.write_slots(np.full(self.capacity, VOID, np.int32))
+        self._wait()
+
+    def _wait(self) -> None:
+        self.device.synchronise()
+        self._records.drained()
+        self._staged_until = 0
+
+    def _download(self, names: Sequence[str] | Mapping[str, Any], width: int) -> dict[str, Array]:
+        named = self.tensors.named
+        results = {name: np.empty(named[name].at_width(width), named[name].dtype) for name in names}
+        for name, array in results.items():
+            self.device.download(array, named[name].address)
+        self._wait()
+        return results
+
+    def _advance_arguments(self, width: int) -> AdvanceArguments:
+        addresses = {
+            name: self.tensors.named[name].address for name in ADVANCE_POINTERS if name in self.tensors.named
+        }
+        return AdvanceArguments(
+            records=self._records.address,
+            cursor=self._cursor,
+            **addresses,
+            width=width,
+            scratch=self.tensors.token_buffer.shape[0] - 1,
+        )
+
+    def _append_arguments(self, width: int) -> AppendArguments:
+        tensors = self.tensors
+        buffer = next(iter(tensors.cache.values()))
+        row_bytes = buffer.shape[3] * buffer.dtype.itemsize
+        return AppendArguments(
+            rows=tensors.row_pointers,
+            buffers=tensors.buffer_pointers,
+            write_index=tensors.named["write_index"].address,
+            tokens=tensors.named["tokens"].address,
+            sinks=tensors.named["sinks"].address,
+            token_buffer=tensors.token_buffer.address,
+            tensors=len(tensors.cache),
+            groups=buffer.shape[1],
+            capacity=buffer.shape[2],
+            width=width,
+            row_chunks=row_bytes // CHUNK_BYTES,
+        )
+
+
+class _DeviceClock(Clock):
+    """Time stamps on the stream of a device, between the steps queued."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def mark(self, number: int) -> None:
+        """Queue a time stamp."""
+        self._device.mark(number)
+
+    def seconds(self, first: int, last: int) -> float:
+        """From one time stamp to another; waits for both."""
+        self._device.synchronise()
+        return self._device.seconds(first, last)

@@ -1,0 +1,7 @@
+"""Which steps are run, and which of their predictions are kept: strategies over a stream."""
+
+from diagd.runtime.decoders.decoder import Blocks, Decoder
+from diagd.runtime.decoders.forced import ForcedDecoder
+from diagd.runtime.decoders.scheduled import ScheduledDecoder
+
+__all__ = ["Blocks", "Decoder", "ForcedDecoder", "ScheduledDecoder"]

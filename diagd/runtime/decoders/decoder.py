@@ -1,0 +1,33 @@
+"""What a decoder is."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Protocol, TypeAlias
+
+from diagd.runtime.step import Result
+from diagd.runtime.stream import Stream
+from diagd.schedule import Block
+
+Blocks: TypeAlias = Generator[Block, Result, None]
+
+
+class Decoder(Protocol):
+    """Decodes a stream, a frame further each call. It keeps nothing between calls: state is the stream's."""
+
+    def check(self, stream: Stream) -> None:
+        """Refuse what cannot be decoded in the stream's window, or by its engine, before anything runs.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        ...
+
+    def blocks(self, stream: Stream) -> Blocks:
+        """Yield blocks of steps and receive the result of the last step of each, until a frame is complete.
+
+        ``stream.begin()`` takes the next frame's actions and says whether there is one; ``stream.write`` sets
+        tokens; ``stream.complete`` counts a frame as known. A generator that ends without completing a frame
+        ends the run.
+        """
+        ...

@@ -1,0 +1,337 @@
+"""A stream: one world as it unfolds, its tokens, actions and what of it is known."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.engines.engine import Float, Int
+from diagd.errors import UsageError
+from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.tokens import TokenPlaces
+from diagd.schedule import RowSeed, Schedule, StreamLayout
+
+Ids = NDArray[np.integer[Any]]
+Actions = Ids | Iterable[Ids] | Callable[[int], Ids | None] | None
+"""Ids of the known tokens that lead to each frame: [frames, n], one frame at a time, or asked for by the
+index of the frame (None ends the run). None for models without actions."""
+
+SNAPSHOT: Final = "diagd stream 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """A known frame, as far as it takes to build its K/V rows again.
+
+    Attributes:
+        tokens: int32 [rows, columns].
+        actions: int32 [n], the known tokens that lead to it.
+        order: schedule it was decoded by; None where its rows are those of raster order, as of a prompt.
+        origin: first frame of the flight it was decoded in.
+    """
+
+    tokens: Int
+    actions: Int
+    order: Schedule | None
+    origin: int
+
+
+class Stream:
+    """What decoders see of a world, and all that is kept of it; K/V rows are the session's.
+
+    Args:
+        layout: of the token stream.
+        prefix: ids ahead of the first frame.
+        window: frames a query may see.
+        max_width: rows of the widest step.
+        history: known frames that are kept, to go back to and to build K/V rows from.
+
+    Attributes:
+        tokens: int32, by place of ``places``.
+        prompt: frames that were given; later ones are decoded.
+        beginnings: how often the stream was started or restored.
+        known: frames that are complete.
+        begun: frames that have begun; those between ``known`` and ``begun`` are in flight.
+        origin: first frame of the flight: the last one that began with none under way.
+        fed: positions below are in the cache, as far as the window reaches.
+        seed: of the random numbers.
+        settings: of the sampler.
+        horizon: last frame that overlapping frames may reach; None: any.
+        text: embeddings float32 [n, width] that the model attends to.
+    """
+
+    def __init__(self, layout: StreamLayout, prefix: Ids, window: int, max_width: int, history: int) -> None:
+        self.layout, self.window, self.max_width = layout, window, max_width
+        self.places = token_places(layout, window)
+        self.tokens: Int = np.zeros(self.places.size, np.int32)
+        self.past: deque[Past] = deque(maxlen=history)
+        self.prompt = self.beginnings = 0
+        self.known = self.begun = self.origin = self.fed = 0
+        self.seed, self.settings = 0, SamplingSettings()
+        self.horizon: int | None = None
+        self.text: Float | None = None
+        self.unsent: list[tuple[Int, Int]] = []
+        self._prefix = np.asarray(prefix, np.int32)
+        self._actions: Iterator[Ids] | Callable[[int], Ids | None] | None = None
+        self._led: dict[int, Int] = {}
+        self._limit: int | None = None
+
+    def start(self, frames: Ids, actions: Ids | None = None) -> None:
+        """Forget everything and take a prompt.
+
+        Args:
+            frames: int32 [P, rows, columns], P at least 1 and below the window.
+            actions: int32 [P, n], ids of the known tokens leading to each prompt frame; row 0 only matters
+                where known tokens precede the first frame. Not needed for models without actions.
+
+        Raises:
+            UsageError: shape or length does not fit the model.
+        """
+        grid = (self.layout.rows, self.layout.columns)
+        if np.ndim(frames) != 3 or np.shape(frames)[1:] != grid or not len(frames):
+            raise UsageError(
+                f"the prompt has shape {np.shape(frames)}, this model takes [frames, {grid[0]}, {grid[1]}]"
+            )
+        if len(frames) >= self.window:
+            raise UsageError(
+                f"the prompt has {len(frames)} frames but the window holds {self.window} with the one to "
+                f"decode; give at most {self.window - 1} frames or load with a larger window"
+            )
+        self._forget()
+        self.write(0, self._prefix)
+        for index, frame in enumerate(frames):
+            self._lead(index, None if actions is None else actions[index])
+            self.write(self.layout.first_cell(index), np.reshape(frame, -1))
+            self.begun += 1
+            self.complete(None)
+        self.prompt, self.fed = len(frames), 0
+
+    def _forget(self) -> None:
+        self.beginnings += 1
+        self.known = self.begun = self.origin = self.fed = 0
+        self.tokens[:] = 0
+        self.past.clear()
+        self._led.clear()
+        self.unsent = [(np.arange(self.places.size, dtype=np.int32), np.zeros(self.places.size, np.int32))]
+
+    def follow(self, actions: Actions, frames: int | None = None) -> None:
+        """Take the actions of a run and how many frames it has at most; frames in flight are given up."""
+        self.begun = self.known
+        self._led = {frame: ids for frame, ids in self._led.items() if frame < self.known}
+        count = len(actions) if isinstance(actions, np.ndarray) else None
+        lengths = [length for length in (frames, count) if length is not None]
+        self._limit = self.known + min(lengths) if lengths else None
+        self._actions = actions if callable(actions) or actions is None else iter(actions)
+
+    @property
+    def limit(self) -> int | None:
+        """Frames of the stream at which the run ends; None: it is not known to end."""
+        return self._limit
+
+    def begin(self) -> bool:
+        """Take the actions of the next frame, which then is in flight; False where the run has no more."""
+        frame = self.begun
+        if self._limit is not None and frame >= self._limit:
+            return False
+        ids: Ids | None = None
+        if callable(self._actions):
+            ids = self._actions(frame)
+        elif self._actions is not None:
+            ids = next(self._actions, None)
+        if self._actions is not None and ids is None:
+            self._limit = frame
+            return False
+        self._lead(frame, ids)
+        if frame == self.known:
+            self.origin = frame
+        self.begun += 1
+        return True
+
+    def complete(self, order: Schedule | None) -> None:
+        """Count the oldest frame in flight as known; its tokens have been committed or written.
+
+        Args:
+            order: schedule that its rows were fed by; None: each saw all that precedes it in raster order.
+        """
+        frame, layout = self.known, self.layout
+        self.known = frame + 1
+        self.fed = layout.first_cell(frame) + layout.cells - 1
+        led = self._led.pop(frame, np.zeros(0, np.int32))
+        self.past.append(Past(self.frame(frame), led, order, self.origin))
+
+    def settle(self, frame: int, tokens: Int) -> None:
+        """Take the tokens int32 [cells] that an engine committed for a frame that was just completed."""
+        self.tokens[self.places.cells(frame)] = tokens
+        self.past[frame - self.known].tokens[:] = tokens.reshape(self.layout.rows, -1)
+
+    def frame(self, frame: int) -> Int:
+        """Tokens int32 [rows, columns] of a frame of the window."""
+        cells = self.tokens[self.places.cells(frame)].copy()
+        return cells.reshape(self.layout.rows, self.layout.columns)
+
+    def write(self, position: int | Ids, ids: Ids) -> None:
+        """Set tokens, neighbours from a position on or at given ones; steps run from now on read them."""
+        values: Int = np.asarray(ids, np.int32)
+        positions = (
+            position if isinstance(position, np.ndarray) else np.arange(position, position + len(values))
+        )
+        places = self.places.of(positions)
+        self.tokens[places] = values
+        self.unsent.append((places, values))
+
+    def rewind(self, frames: int) -> None:
+        """Go back by some frames, as if they had not been decoded; what is in flight is given up.
+
+        Raises:
+            UsageError: so many are not kept.
+        """
+        if not 0 <= frames < len(self.past):
+            raise UsageError(
+                f"cannot go back by {frames} frames: {len(self.past)} of {self.known} are kept, and one of "
+                f"them must stay; expected 0..{len(self.past) - 1}"
+            )
+        self.return_to(self.known - frames, list(self.past)[: len(self.past) - frames])
+
+    def return_to(self, known: int, past: list[Past]) -> None:
+        """Be as when so many frames were known, the last of them ``past``."""
+        self.past.clear()
+        self.past.extend(past)
+        self.known = self.begun = known
+        self.prompt = min(self.prompt, known)
+        last = self.layout.first_cell(known - 1) + self.layout.cells - 1
+        self.fed = min(self.fed, last)
+        self._led.clear()
+        self._write_past()
+
+    def _write_past(self) -> None:
+        """Set the tokens of the kept frames, as far as there is place for them."""
+        kept = self.known - len(self.past)
+        for frame in range(max(kept, self.known - self.places.frames + 1), self.known):
+            past = self.past[frame - kept]
+            self._put_actions(frame, past.actions)
+            self.write(self.layout.first_cell(frame), past.tokens.reshape(-1))
+
+    def branch(self) -> Stream:
+        """A copy that goes its own way; give it to a session to decode it."""
+        other = Stream(self.layout, self._prefix, self.window, self.max_width, self.past.maxlen or 0)
+        other.restore(self.snapshot())
+        return other
+
+    def snapshot(self) -> bytes:
+        """All that is needed to go on elsewhere, in kilobytes; K/V rows are built again from the tokens."""
+        orders = {past.order for past in self.past}
+        names = {order: index for index, order in enumerate(orders)}
+        head = {
+            "format": SNAPSHOT,
+            "layout": _shape(self.layout),
+            "known": self.known,
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "settings": [self.settings.temperature, self.settings.top_k, self.settings.top_p],
+            "orders": [None if order is None else _order_record(order) for order in orders],
+        }
+        gap = self.layout.gap
+        actions = np.zeros((len(self.past), gap), np.int32)
+        counts = np.zeros(len(self.past), np.int32)
+        for row, past in enumerate(self.past):
+            counts[row] = len(past.actions)
+            actions[row, gap - len(past.actions) :] = past.actions
+        target = io.BytesIO()
+        np.savez_compressed(
+            target,
+            head=np.frombuffer(json.dumps(head).encode(), np.uint8),
+            first=self.tokens[self.places.of(np.arange(self.layout.frame_start(1)))],
+            tokens=np.array([past.tokens for past in self.past], np.int32),
+            actions=actions,
+            counts=counts,
+            order=np.array([names[past.order] for past in self.past], np.int32),
+            origin=np.array([past.origin for past in self.past], np.int64),
+            text=np.zeros((0, 0), np.float32) if self.text is None else self.text,
+        )
+        return target.getvalue()
+
+    def restore(self, snapshot: bytes) -> None:
+        """Become the stream that a snapshot was taken of.
+
+        Raises:
+            UsageError: it is none, or of a model with another layout.
+        """
+        try:
+            with np.load(io.BytesIO(snapshot), allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            head = json.loads(bytes(arrays["head"]))
+            if head["format"] != SNAPSHOT:
+                raise ValueError(f"its format is {head['format']!r}")
+            layout = StreamLayout(*head["layout"])
+            orders = [None if order is None else _order(self.layout, *order) for order in head["orders"]]
+            known, prompt = int(head["known"]), int(head["prompt"])
+            seed, settings = int(head["seed"]), SamplingSettings(*head["settings"])
+            past = [
+                Past(tokens, actions[len(actions) - count :], orders[order], int(origin))
+                for tokens, actions, count, order, origin in zip(
+                    *(arrays[name] for name in ("tokens", "actions", "counts", "order", "origin")),
+                    strict=True,
+                )
+            ]
+        except (
+            Exception
+        ) as error:  # NumPy, json and zipfile raise many types for bytes that are something else
+            raise UsageError(
+                f"this is no snapshot of a stream ({error}); take one with stream.snapshot()"
+            ) from error
+        own = self.layout
+        if _shape(own) != head["layout"]:
+            raise UsageError(f"the snapshot is of a stream of {layout}, this model's is {own}")
+        self._forget()
+        self.past.extend(past)
+        self.known, self.begun, self.prompt = known, known, prompt
+        self.seed, self.settings = seed, settings
+        self.text = arrays["text"] if arrays["text"].size else None
+        self.write(0, arrays["first"])
+        self._write_past()
+
+    def _lead(self, frame: int, ids: Ids | None) -> None:
+        """Put the known tokens that stand between a frame's cells and those of the frame before."""
+        count = self.layout.before if frame == 0 else self.layout.gap
+        if not count:
+            return
+        if ids is None or np.size(ids) < count:
+            raise UsageError(
+                f"frame {frame} needs {count} action tokens, got {0 if ids is None else np.size(ids)}"
+            )
+        self._led[frame] = np.asarray(ids, np.int32).reshape(-1)[-count:].copy()
+        self._put_actions(frame, self._led[frame])
+
+    def _put_actions(self, frame: int, ids: Int) -> None:
+        if len(ids):
+            self.write(self.layout.first_cell(frame) - len(ids), ids)
+
+
+def token_places(layout: StreamLayout, window: int) -> TokenPlaces:
+    """Places for the window and the frames that seeds and chained frames reach beyond it.
+
+    Beyond the frames that a query sees, chained frames are begun ahead of the one that is completed, and
+    seeds reach back by one frame more than are in flight; a window holds the frames in flight, so four more
+    suffice for every legal schedule: the one begun next, the seed's, and both ends of a frame that is cut by
+    the ring.
+    """
+    return TokenPlaces(layout, window + 4)
+
+
+def _shape(layout: StreamLayout) -> list[int]:
+    return [layout.rows, layout.columns, layout.prefix, layout.before, layout.after]
+
+
+def _order_record(order: Schedule) -> list[int | str | bool]:
+    return [order.k, order.d, order.row_seed.value, order.refeed, order.keep_seeds]
+
+
+def _order(layout: StreamLayout, k: int, d: int, seed: str, refeed: bool, keep_seeds: bool) -> Schedule:
+    return Schedule(layout, k, d, RowSeed(seed), refeed, keep_seeds)

@@ -1,0 +1,318 @@
+"""Streams: without end, driven at the last moment, rewound, branched and restored, to the token."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import diagd
+from diagd.bundle import Form
+from diagd.errors import UsageError
+from diagd.export.exporter import GraphOptions
+from diagd.runtime.decoders import Decoder, ForcedDecoder, ScheduledDecoder
+from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.session import Session
+from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout
+from tests.models import export_small
+from tests.oracles.models import CODES, small_model
+
+SETTINGS = SamplingSettings(temperature=1.0, top_p=0.9)
+LAYOUTS = {
+    "rotary, actions after": StreamLayout(4, 6, after=3),
+    "rotary, a prefix": StreamLayout(3, 4, prefix=1),
+    "absolute, actions before": StreamLayout(3, 4, before=1),
+}
+
+
+def orders(layout: StreamLayout) -> dict[str, Schedule]:
+    k2 = Schedule.serial(layout, 2)
+    return {
+        "next token": Schedule.next_token(layout),
+        "k=1 serial": Schedule.serial(layout, 1),
+        "k=1 chained": Schedule.chained(layout, 1),
+        "k=2 between": Schedule(layout, 2, (k2.d + 2 * layout.rows) // 2, RowSeed.ABOVE),
+        "k=1 chained, prompt seeds": Schedule.chained(layout, 1, RowSeed.PROMPT),
+        "k=2, seeds kept": Schedule(layout, 2, k2.d, RowSeed.DUPLICATE, refeed=False, keep_seeds=True),
+    }
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    absolute = request.param.startswith("absolute")
+    model = small_model(LAYOUTS[request.param], layers=2, context_frames=4, rotary=not absolute)
+    return export_small(model, tmp_path_factory.mktemp("stream") / "small.diagd")
+
+
+def prompt(session: Session, frames: int = 2) -> None:
+    layout, random = session.layout, np.random.default_rng(0)
+    cells = random.integers(0, CODES, (frames, layout.rows, layout.columns)).astype(np.int32)
+    session.start(cells, actions(layout, frames, 9))
+
+
+def actions(layout: StreamLayout, frames: int, seed: int = 0) -> np.ndarray:
+    drawn = np.random.default_rng(seed).integers(CODES, CODES + 6, (frames, max(layout.gap, 1)))
+    return drawn.astype(np.int32)[:, : layout.gap] if layout.gap else np.zeros((frames, 0), np.int32)
+
+
+def decode(session: Session, order: Schedule, given: np.ndarray, seed: int = 5) -> np.ndarray:
+    frames = session.frames(ScheduledDecoder(order), given, sampling=SETTINGS, seed=seed)
+    return np.stack([frame.tokens for frame in frames])
+
+
+def can_slide(session: Session, order: Schedule) -> bool:
+    return order.d == order.steps_per_frame or session.manifest.context.kind == "rotary"
+
+
+@pytest.mark.parametrize("name", orders(StreamLayout(3, 4)))
+def test_the_blocks_of_a_flight_are_the_steps_of_its_table(bundle: Path, name: str) -> None:
+    """Compiled for a frame and shifted, they are what the whole run's table says."""
+    session = diagd.load(bundle, threads=1)
+    layout, order, frames = session.layout, orders(session.layout)[name], 9
+    prompt(session)
+    if not can_slide(session, order):
+        frames = 2
+    table = order.table(2, frames, 0, session.engine.max_width)
+    given, seen = actions(layout, frames), []
+    for step, _ in session.steps(ScheduledDecoder(order), given, count=frames, sampling=SETTINGS):
+        seen.append(step)
+    assert len(seen) == table.steps
+    for index, step in enumerate(seen):
+        for ours, theirs in zip(step[:4], table.step(index)[:4], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("source", ["iterator", "callable", "one at a time"])
+@pytest.mark.parametrize("name", ["k=1 serial", "k=1 chained"])
+def test_an_action_given_at_the_last_moment_gives_the_tokens_of_one_given_ahead(
+    bundle: Path, name: str, source: str
+) -> None:
+    session = diagd.load(bundle, threads=1)
+    order, given = orders(session.layout)[name], actions(session.layout, 6)
+    frames = 6 if can_slide(session, order) else 2
+    given = given[:frames]
+    prompt(session)
+    expected = decode(session, order, given)
+    prompt(session)
+    pulled: list[tuple[int, int]] = []
+
+    def pull(frame: int) -> np.ndarray | None:
+        pulled.append((frame, session.stream.known))
+        return given[frame - 2] if frame - 2 < frames else None
+
+    def iterate() -> Iterator[np.ndarray]:
+        for frame in range(2, 2 + frames):
+            yield pull(frame)  # type: ignore[misc]
+
+    decoder = ScheduledDecoder(order)
+    if source == "one at a time" and name == "k=1 serial":
+        seen = [
+            session.step(pull(f), decoder, sampling=SETTINGS, seed=5).tokens for f in range(2, 2 + frames)
+        ]
+    else:
+        actions_from = pull if source == "callable" else iterate()
+        limit = frames if session.manifest.context.kind == "absolute" else None
+        run = session.frames(decoder, actions_from, count=limit, sampling=SETTINGS, seed=5)
+        seen = [frame.tokens for frame in run]
+    np.testing.assert_array_equal(np.stack(seen), expected)
+    # An action is pulled when its frame begins: never while more frames are under way than the order has.
+    assert all(frame - known < order.frames_in_flight for frame, known in pulled)
+
+
+def test_a_run_without_end_takes_the_same_memory_and_time(tmp_path: Path) -> None:
+    """Twenty thousand frames of a tiny model: nothing is kept of what no query can reach."""
+    layout = StreamLayout(1, 2, before=1)
+    model = small_model(layout, layers=1, context_frames=3)
+    session = diagd.load(export_small(model, tmp_path / "tiny.diagd"), threads=1)
+    session.start(np.zeros((1, 1, 2), np.int32), np.full((1, 1), CODES, np.int32))
+    sizes, spans, began = [], [], time.perf_counter()
+    run = session.frames(ScheduledDecoder(Schedule.serial(layout, 1)), lambda _: np.array([CODES]), seed=1)
+    for frame in run:
+        if frame.index % 4000 == 0:
+            gc.collect()
+            sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            spans.append(time.perf_counter() - began)
+            began = time.perf_counter()
+        if frame.index == 20_000:
+            break
+    assert session.stream.known == 20_001
+    assert sizes[-1] - sizes[0] < 3_000  # KB over 16,000 frames
+    assert len(session.timing.recent) <= session.timing.recent.maxlen  # type: ignore[operator]
+    print(f"seconds for 4,000 frames: {[round(span, 2) for span in spans]}")
+
+
+def test_a_run_that_was_overtaken_says_so(bundle: Path) -> None:
+    session = diagd.load(bundle, threads=1)
+    order = Schedule.chained(session.layout, 1)
+    prompt(session)
+    given = actions(session.layout, 2)
+    first = session.frames(ScheduledDecoder(order), given, sampling=SETTINGS)
+    next(first)
+    clean = diagd.load(bundle, threads=1)
+    prompt(clean)
+    next(clean.frames(ScheduledDecoder(order), given, sampling=SETTINGS))
+    serial = ScheduledDecoder(Schedule.serial(session.layout, 1))
+    expected = next(clean.frames(serial, given[1:], sampling=SETTINGS)).tokens
+    np.testing.assert_array_equal(next(session.frames(serial, given[1:], sampling=SETTINGS)).tokens, expected)
+    with pytest.raises(UsageError, match="overtaken"):
+        next(first)
+
+
+Move = Callable[[Session], Session]
+
+
+def rewound(session: Session) -> Session:
+    decode(session, Schedule.serial(session.layout, 2), actions(session.layout, 5, 77), seed=77)
+    session.stream.rewind(5)
+    return session
+
+
+def branched(session: Session) -> Session:
+    branch = session.stream.branch()
+    decode(session, Schedule.serial(session.layout, 2), actions(session.layout, 2, 77), seed=77)
+    session.stream = branch
+    return session
+
+
+def restored(session: Session) -> Session:
+    snapshot = session.stream.snapshot()
+    assert len(snapshot) < 16_000
+    prompt(session, 1)
+    session.stream.restore(snapshot)
+    return session
+
+
+@pytest.mark.parametrize("move", [rewound, branched, restored])
+@pytest.mark.parametrize("before", [0, 2, 13])
+@pytest.mark.parametrize("name", orders(StreamLayout(3, 4)))
+def test_a_stream_that_was_moved_goes_on_to_the_token(
+    bundle: Path, name: str, before: int, move: Move
+) -> None:
+    """Within the first window, where the ring has wrapped, and where frames were evicted and keys turned."""
+    straight, moved = (diagd.load(bundle, threads=1) for _ in range(2))
+    order = orders(straight.layout)[name]
+    frames = 8
+    if not can_slide(straight, order):
+        before, frames = min(before, 1), 1
+    given = actions(straight.layout, before + frames)
+    for session in (straight, moved):
+        prompt(session)
+        if before:
+            decode(session, order, given[:before])
+    expected = decode(straight, order, given[before:])
+    moved = move(moved)
+    np.testing.assert_array_equal(decode(moved, order, given[before:]), expected)
+
+
+def test_a_stream_is_restored_in_another_process(bundle: Path, tmp_path: Path) -> None:
+    session = diagd.load(bundle, threads=1)
+    order = Schedule.serial(session.layout, 1)
+    given = actions(session.layout, 12)
+    prompt(session)
+    decode(session, order, given[:7])
+    (tmp_path / "snapshot").write_bytes(session.stream.snapshot())
+    np.save(tmp_path / "actions.npy", given[7:])
+    expected = decode(session, order, given[7:])
+    script = """
+import sys, numpy as np, diagd
+bundle, folder = sys.argv[1:]
+session = diagd.load(bundle, threads=1)
+session.stream.restore(open(f"{folder}/snapshot", "rb").read())
+decoder = diagd.ScheduledDecoder(diagd.Schedule.serial(session.layout, 1))
+actions = np.load(f"{folder}/actions.npy")
+frames = session.frames(decoder, actions, sampling=diagd.SamplingSettings(1.0, 0, 0.9), seed=5)
+np.save(f"{folder}/frames.npy", np.stack([frame.tokens for frame in frames]))
+"""
+    command = [sys.executable, "-c", script, str(bundle), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=120)
+    np.testing.assert_array_equal(np.load(tmp_path / "frames.npy"), expected)
+
+
+def test_snapshots_of_something_else_are_refused(bundle: Path, tmp_path: Path) -> None:
+    session = diagd.load(bundle, threads=1)
+    for content in (b"", b"PK nothing", session.manifest.model_dump_json().encode()):
+        with pytest.raises(UsageError, match="no snapshot of a stream"):
+            session.stream.restore(content)
+    other_layout = StreamLayout(2, 2, before=2)
+    other = diagd.load(export_small(small_model(other_layout, layers=1), tmp_path / "other.diagd"), threads=1)
+    other.start(np.zeros((1, 2, 2), np.int32), np.zeros((1, 2), np.int32))
+    with pytest.raises(UsageError, match="this model's is"):
+        session.stream.restore(other.stream.snapshot())
+    with pytest.raises(UsageError, match="the stream has a window of"):
+        session.stream = other.stream
+    prompt(session)
+    with pytest.raises(UsageError, match=r"cannot go back by 2 frames"):
+        session.stream.rewind(2)
+
+
+@pytest.mark.parametrize("name", ["next token", "k=1 serial", "k=1 chained"])
+def test_a_forced_run_predicts_what_the_run_it_follows_predicts(bundle: Path, name: str) -> None:
+    """Given the tokens of another run ahead, or one step at a time, the logits are the same."""
+    leading, following, ahead = (diagd.load(bundle, threads=1) for _ in range(3))
+    order, given = orders(leading.layout)[name], actions(leading.layout, 2)
+    for session in (leading, following, ahead):
+        prompt(session)
+    logits, others = [], []
+    run = leading.steps(ScheduledDecoder(order), given, sampling=SETTINGS, seed=2)
+    for (step, seen), (_, other) in zip(run, following.steps(ForcedDecoder(order), given), strict=True):
+        following.stream.write(step.sinks[step.sinks != NO_SINK], seen.tokens)
+        logits.append(seen.logits.copy())
+        others.append(other.logits.copy())
+    truth = [past.tokens for past in list(leading.stream.past)[-2:]]
+    forced = [seen.logits.copy() for _, seen in ahead.steps(ForcedDecoder(order, truth), given)]
+    for first, second, third in zip(logits, others, forced, strict=True):
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_array_equal(first, third)
+    np.testing.assert_array_equal(following.stream.past[-1].tokens, truth[-1])
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_walk_of_moves_ends_where_its_log_replayed_ends(bundle: Path, data: st.DataObject) -> None:
+    """Steps, rewinds and changes of order; then the tokens again from nothing, by what was kept."""
+    session = diagd.load(bundle, threads=1)
+    log: list[tuple[str, np.ndarray]] = []
+    prompt(session)
+    names = [name for name, order in orders(session.layout).items() if can_slide(session, order)]
+    for turn in range(data.draw(st.integers(1, 8))):
+        if log and data.draw(st.booleans()):
+            back = data.draw(st.integers(1, min(len(log), len(session.stream.past) - 2)))
+            session.stream.rewind(back)
+            del log[len(log) - back :]
+        name = data.draw(st.sampled_from(names))
+        given = actions(session.layout, 1, turn)
+        decoder: Decoder = ScheduledDecoder(orders(session.layout)[name])
+        seen = session.step(given[0], decoder, sampling=SETTINGS, seed=5).tokens
+        log.append((name, given[0]))
+    fresh = diagd.load(bundle, threads=1)
+    prompt(fresh)
+    for name, action in log:
+        decoder = ScheduledDecoder(orders(fresh.layout)[name])
+        again = fresh.step(action, decoder, sampling=SETTINGS, seed=5).tokens
+    np.testing.assert_array_equal(again, seen)
+
+
+def test_sessions_give_their_memory_back(bundle: Path) -> None:
+    with diagd.load(bundle, threads=1) as session:
+        prompt(session)
+        run = session.frames(actions=actions(session.layout, 2))
+        next(run)
+    with pytest.raises(UsageError, match="overtaken"):
+        next(run)
+
+
+def test_released_caches_are_refused_where_they_have_no_room(tmp_path: Path) -> None:
+    layout = StreamLayout(3, 4, after=1)
+    options = GraphOptions((Form.PORTABLE,), widths=(1, 16))
+    path = export_small(small_model(layout, layers=1, context_frames=4), tmp_path / "p.diagd", options)
+    with pytest.raises(UsageError, match=r"zero rows; the portable graph has \d+: use a smaller window"):
+        diagd.load(path, compat="mineworld", threads=1)
