@@ -151,7 +151,7 @@ def test_the_least_recently_used_go_first_and_none_in_use(
     assert {path.name for path in (root / "packed").iterdir()} == {"first", "third"}
 
 
-@pytest.mark.parametrize("content", [b"", b"short", os.urandom(64)])
+@pytest.mark.parametrize("content", [b"", b"short", os.urandom(64)], ids=["empty", "short", "garbage"])
 def test_damaged_notes_are_no_notes(root: Path, content: bytes) -> None:
     write("notes", "key", b"note")
     assert read("notes", "key") == b"note"
