@@ -62,7 +62,8 @@ class PrefixEngine:
         dtype = np.dtype(manifest.cache.dtype)
         self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache)}
         self._text = text_buffers(manifest)
-        digest, options = graph_digest(bundle, graph), options.suiting(graph.precision)
+        digest = graph_digest(bundle, graph) if options.prepack else ""
+        options = options.suiting(graph.precision)
         self._session = open_session(bundle.file(graph.file), digest, options)
         self._binding = self._session.io_binding()
         self._write_index = np.zeros(1, np.int64)

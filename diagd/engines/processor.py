@@ -55,7 +55,8 @@ def open_fixed(
     graphs = graphs_of(bundle, form)
     widths = tuple(int(graph.width or 0) for graph in graphs)
     cpu = options.cpu.suiting(graphs[0].precision)
-    session = open_session(bundle.file(graphs[0].file), graph_digest(bundle, graphs[0]), cpu)
+    digest = graph_digest(bundle, graphs[0]) if cpu.prepack else ""
+    session = open_session(bundle.file(graphs[0].file), digest, cpu)
 
     def program(tensors: Mapping[str, Tensor]) -> OnnxRuntimeProgram:
         return OnnxRuntimeProgram(session, tensors, widths, "cpu")

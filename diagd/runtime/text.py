@@ -66,7 +66,7 @@ def read_text(path: Path) -> Float:
     """
     try:
         found = _tensors(path)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, UsageError) as error:
         raise UsageError(
             f"{path} holds no text embeddings: {error}; expected .npy or .safetensors"
         ) from error
