@@ -153,6 +153,8 @@ def test_limits_and_steps_have_the_same_threads(bundle: Bundle) -> None:
 def test_an_engine_too_narrow_for_any_order_is_told(tmp_path: Path) -> None:
     """The first step of a frame feeds its action as well."""
     options = GraphOptions((Form.MODERN,), widths=(1,))
-    narrow = Bundle.open(export_small(small_model(LAYOUT, context_frames=4), tmp_path / "n.diagd", options))
+    narrow = Bundle.open(
+        export_small(small_model(LAYOUT, layers=1, context_frames=4), tmp_path / "n.diagd", options)
+    )
     with pytest.raises(UsageError, match="no decoding order can be measured; next token: its steps feed"):
         profile(narrow, ProfileOptions(ks=(1,), frames=2, cpu=CPU))
