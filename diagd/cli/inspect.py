@@ -205,7 +205,7 @@ def _print_graphs(console: Console, graphs: dict[str, OnnxFile], uses: dict[str,
             f"{graph.operators.total()}: {operators}{more}",
         )
     for name in uses.keys() - graphs.keys():
-        table.add_row(f"{name}\n{uses[name]}", "", "pip install 'diagd\\[export]' to see them")
+        table.add_row(f"{name}\n{uses[name]}", "", "pip install 'diagd[export]' to see them")
     console.print(table)
     for name, graph in graphs.items():
         for kind, values in (("in ", graph.inputs), ("out", graph.outputs)):

@@ -17,7 +17,6 @@ from diagd.engines.devices.kernels import (
     ADVANCE,
     ADVANCE_POINTERS,
     APPEND,
-    CHUNK_BYTES,
     AdvanceArguments,
     AppendArguments,
 )
@@ -267,7 +266,7 @@ class Executor:
             groups=buffer.shape[1],
             capacity=buffer.shape[2],
             width=width,
-            row_chunks=row_bytes // CHUNK_BYTES,
+            row_chunks=row_bytes // self.device.chunk_bytes,
         )
 
 

@@ -11,7 +11,6 @@ from numpy.typing import DTypeLike
 from diagd.bundle import Form, Manifest
 from diagd.engines.buffers import cache_tensors, text_buffers
 from diagd.engines.devices.device import Device
-from diagd.engines.devices.kernels import CHUNK_BYTES
 from diagd.engines.program import Tensor
 from diagd.errors import EngineError
 
@@ -87,11 +86,12 @@ class StepTensors:
         return tensor
 
     def _add_rows(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
-        if shape[3] * dtype.itemsize % CHUNK_BYTES:
+        chunk = self._device.chunk_bytes
+        if shape[3] * dtype.itemsize % chunk:
             raise EngineError(
                 f"a row of {shape[3]} values of {dtype} has {shape[3] * dtype.itemsize} bytes, the append "
-                f"kernel moves {CHUNK_BYTES} at a time: it needs heads of a multiple of "
-                f"{CHUNK_BYTES // dtype.itemsize} channels"
+                f"kernel moves {chunk} at a time: it needs heads of a multiple of "
+                f"{chunk // dtype.itemsize} channels"
             )
         self._add("tokens", (WIDTH,), np.int32)
         rows = [self._add(f"new_{name}", (1, shape[1], WIDTH, shape[3]), dtype) for name in self.cache]

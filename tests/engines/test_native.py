@@ -163,6 +163,7 @@ def test_append_writes_rows_and_tokens(
     token_buffer, write_index = np.zeros(20, np.int32), np.array([start], np.int64)
     row_pointers = np.array([array.ctypes.data for array in rows], np.uint64)
     buffer_pointers = np.array([array.ctypes.data for array in buffers], np.uint64)
+    device = HostDevice(kernels if build == "host build" else None)
     arguments = AppendArguments(
         rows=row_pointers.ctypes.data,
         buffers=buffer_pointers.ctypes.data,
@@ -174,9 +175,8 @@ def test_append_writes_rows_and_tokens(
         groups=groups,
         capacity=capacity,
         width=width,
-        row_chunks=size * np.dtype(dtype).itemsize // 16,
+        row_chunks=size * np.dtype(dtype).itemsize // device.chunk_bytes,
     )
-    device = HostDevice(kernels if build == "host build" else None)
     memory = [*rows, *buffers, row_pointers, buffer_pointers, tokens, sinks, token_buffer, write_index]
     device._memory |= {array.ctypes.data: array.reshape(-1).view(np.uint8) for array in memory}
     device.launch(APPEND, arguments, 1, threads)

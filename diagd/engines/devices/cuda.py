@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diagd.engines.devices.device import Array
-from diagd.engines.devices.kernels import ADVANCE, APPEND, built_ptx, compile_kernels
+from diagd.engines.devices.kernels import ADVANCE, APPEND, CHUNK_BYTES, built_ptx, compile_kernels
 from diagd.errors import EngineError, require
 
 
@@ -73,7 +73,7 @@ class CudaDevice:
         index: which GPU.
     """
 
-    kind, ahead = "cuda", True
+    kind, ahead, chunk_bytes = "cuda", True, CHUNK_BYTES
 
     def __init__(self, index: int = 0) -> None:
         self._cuda = open_driver()

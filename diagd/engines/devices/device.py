@@ -16,12 +16,13 @@ class Device(Protocol):
     """Memory, kernels and graphs of one accelerator.
 
     ``stream`` is the handle that backends take; ``kind`` is ONNX Runtime's name for the memory; ``ahead``:
-    what is queued may still run when a call returns.
+    what is queued may still run when a call returns; ``chunk_bytes``: what ``append`` moves at a time.
     """
 
     stream: int
     kind: str
     ahead: bool
+    chunk_bytes: int
 
     def allocate(self, size: int) -> int:
         """Address of ``size`` zeroed bytes that live as long as the device."""

@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from diagd.engines.devices.device import Array
-from diagd.engines.devices.kernels import ADVANCE, APPEND, HEADER_WORDS, AdvanceArguments, AppendArguments
+from diagd.engines.devices.kernels import (
+    ADVANCE,
+    APPEND,
+    CHUNK_BYTES,
+    HEADER_WORDS,
+    AdvanceArguments,
+    AppendArguments,
+)
 
 _ALIGNMENT = 256
 
@@ -28,6 +35,7 @@ class HostDevice:
 
     def __init__(self, kernels: ctypes.CDLL | None = None) -> None:
         self._kernels = kernels
+        self.chunk_bytes = 1 if kernels is None else CHUNK_BYTES
         self._memory: dict[int, Array] = {}
         self._graphs: list[list[Callable[[], object]]] = []
         self._capturing: list[Callable[[], object]] | None = None
@@ -154,7 +162,7 @@ class HostDevice:
 
     def _append(self, a: AppendArguments) -> Callable[[], object]:
         """``diagd_append`` in NumPy."""
-        count, chunk = a.tensors, 16 * a.row_chunks
+        count, chunk = a.tensors, self.chunk_bytes * a.row_chunks
         pointers = [
             np.array(self._words(address)[: 2 * count]).view(np.uint64) for address in (a.rows, a.buffers)
         ]
