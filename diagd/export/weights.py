@@ -199,7 +199,7 @@ def _converted(name: str, chunk: NDArray[np.generic], dtype: np.dtype[np.generic
         if lost.any():
             largest = np.abs(wide[lost]).max()
             raise CheckpointError(
-                f"tensor '{name.removeprefix('transformer.')}' holds {largest:g}, and {dtype} ends at "
+                f"tensor '{name.removeprefix('transformer.')}' holds {largest:.2g}, and {dtype} ends at "
                 f"{np.finfo(converted.dtype).max:g}: it would be infinite; export it with --precision fp32"
             )
     return converted

@@ -72,7 +72,7 @@ def test_a_number_too_large_for_float16_is_named(tmp_path: Path, dtype: type) ->
     large = np.array([1.0, 1e6, -3e5], dtype)
     places = weights.plan({"transformer.layers.0.qkv": ((3,), np.dtype(np.float16))})
     sources = {"transformer.layers.0.qkv": weights.constant(large)}
-    with pytest.raises(CheckpointError, match=r"'layers\.0\.qkv' holds (1e\+06|999424).*ends at 65504.*fp32"):
+    with pytest.raises(CheckpointError, match=r"'layers\.0\.qkv' holds 1e\+06.*ends at 65504.*fp32"):
         weights.write(tmp_path / "weights.bin", places, sources)
 
 

@@ -99,8 +99,8 @@ def test_the_time_of_a_step_is_the_device_s(bundle: Bundle, workshop: Workshop) 
     run = measure(session, schedule, workload, 3)
     times = [step.engine for step in run.steps]
     assert np.argmax(times) == 20
-    assert times[20] > 0.2 > sorted(times)[-2]
-    assert max(step.host for step in run.steps) < 0.2
+    assert times[20] > 0.2 > 10 * sorted(times)[-2]
+    assert sum(step.host for step in run.steps) < 0.1
 
 
 @needs_kernels
