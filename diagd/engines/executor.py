@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -24,6 +25,7 @@ from diagd.engines.engine import VOID, Clock, Float, Int, SamplingState, Steps
 from diagd.engines.program import MakeProgram
 from diagd.engines.records import RecordRing
 from diagd.engines.tensors import WIDTH, StepTensors
+from diagd.errors import EngineError
 
 INPUTS = ("token_buffer", *ADVANCE_POINTERS[2:])
 """Inputs of step graphs beside caches and texts: all but what ``advance`` alone reads."""
@@ -84,6 +86,7 @@ class Executor:
         self._program = make_program(self.tensors.named)
         self._graphs: dict[int, int] = {}
         self._next = self._sent = 0
+        self._thread = threading.get_ident()
         self._warm_up(graphs and self._program.capturable)
 
     def close(self) -> None:
@@ -106,7 +109,16 @@ class Executor:
         self._padded = self.padded_widths(np.diff(steps.offsets)).tolist()
 
     def step(self) -> None:
-        """Queue one pass; see ``Engine.step``."""
+        """Queue one pass; see ``Engine.step``.
+
+        Raises:
+            EngineError: on another thread than the one that opened the engine, which holds what it captured.
+        """
+        if self.ahead and threading.get_ident() != self._thread:
+            raise EngineError(
+                f"a step came from thread {threading.get_ident()}, the engine was opened in {self._thread}, "
+                "which holds its captured graphs; open the session in the thread that decodes"
+            )
         if self._next == self._sent:
             if self._records.is_full:
                 self._wait()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from diagd.engines.program import Tensor
 from diagd.errors import EngineError, require
@@ -14,7 +18,7 @@ class OnnxRuntimeProgram:
     """One binding a width over one session; see ``Program``.
 
     On CUDA the session queues on the device's stream. Its allocations cannot be captured from outside, so it
-    captures a graph of its own for every width.
+    captures a graph of its own for every width, which belongs to the thread of its first run.
     """
 
     capturable = False
@@ -46,10 +50,50 @@ class OnnxRuntimeProgram:
         return binding
 
 
-CUDA = "CUDAExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"
+
+LEAST: Final = (1, 31)
+"""ONNX Runtime from which every node of our graphs has a CUDA kernel (1.27) and a replayed graph no longer
+reads a pinned buffer that was freed after its capture (1.31)."""
+
+INSTALL: Final = (
+    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31' "
+    "(its libraries are of CUDA 13: the driver must be 580 or later)"
+)
 
 SIZES = frozenset({"Shape", "Size"})
 """Operators that read no data: ONNX Runtime gives them to the CPU, and nothing is copied or waited for."""
+
+
+def provider_problem(version: str, providers: list[str]) -> str | None:
+    """Why the ONNX Runtime that is imported cannot run steps on a GPU, or None.
+
+    ``onnxruntime`` and ``onnxruntime-gpu`` are two packages over one folder: where both are installed, files
+    of the one that came last stand there, whatever pip lists.
+
+    Args:
+        version: that the imported module says.
+        providers: that it has.
+    """
+    host, gpu = (_version(package) for package in ("onnxruntime", "onnxruntime-gpu"))
+    if gpu is None:
+        return None if CUDA in providers else f"ONNX Runtime {version} has no CUDA provider"
+    if host is not None and (CUDA not in providers or version != gpu):
+        return (
+            f"onnxruntime {host} and onnxruntime-gpu {gpu} are both installed, in one folder; what is there "
+            f"says {version} {'with' if CUDA in providers else 'without'} a CUDA provider"
+        )
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < LEAST:
+        least = ".".join(map(str, LEAST))
+        return f"ONNX Runtime {version} is too old for step graphs on CUDA, {least} or later is needed"
+    return None if CUDA in providers else f"onnxruntime-gpu {gpu} offers no CUDA provider on this machine"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def nodes_outside(session: Any, provider: str = CUDA) -> list[str]:
@@ -63,9 +107,7 @@ def nodes_outside(session: Any, provider: str = CUDA) -> list[str]:
         EngineError: this ONNX Runtime does not say.
     """
     if not hasattr(session, "get_provider_graph_assignment_info"):
-        raise EngineError(
-            "this ONNX Runtime does not say where its nodes run; run: pip install -U 'onnxruntime-gpu>=1.24'"
-        )
+        raise EngineError(f"this ONNX Runtime does not say where its nodes run; run: {INSTALL}")
     return [
         f"{node.op_type} ({node.name})"
         for part in session.get_provider_graph_assignment_info()
@@ -91,11 +133,11 @@ def open_cuda_session(
         EngineError: it has no CUDA provider, cannot load it, or refuses the graph.
     """
     runtime = require("onnxruntime", extra="cuda", purpose="run step graphs on the GPU")
-    if CUDA not in runtime.get_available_providers():
-        raise EngineError(
-            "this ONNX Runtime has no CUDA provider; run: pip uninstall onnxruntime && "
-            "pip install 'onnxruntime-gpu[cuda]'"
-        )
+    if problem := provider_problem(runtime.__version__, runtime.get_available_providers()):
+        raise EngineError(f"{problem}; run: {INSTALL}")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # it prints what it cannot load
+        runtime.preload_dlls()  # pip's CUDA libraries are not on the loader's path
     options = {
         "enable_cuda_graph": str(int(graphs)),
         "use_tf32": "0",  # else products of float32 keep ten bits of each factor
@@ -112,7 +154,11 @@ def open_cuda_session(
     except Exception as error:  # ONNX Runtime raises several unrelated types
         raise EngineError(f"ONNX Runtime {runtime.__version__} refuses {graph}: {error}") from error
     if CUDA not in session.get_providers():
-        raise EngineError("ONNX Runtime fell back to the CPU: its CUDA libraries or the driver are missing")
+        lost = " ".join(said.getvalue().split()) or "no library was missed"
+        raise EngineError(
+            f"ONNX Runtime fell back to the CPU: its CUDA libraries or the driver are missing ({lost}); "
+            f"look at nvidia-smi, then run: {INSTALL}"
+        )
     if strict and (elsewhere := nodes_outside(session)):
         raise EngineError(
             f"ONNX Runtime leaves {len(elsewhere)} nodes of {graph} to the CPU, steps would wait for it: "

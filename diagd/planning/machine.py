@@ -18,6 +18,7 @@ from typing import Final
 from diagd.bundle import Bundle, cache, cache_directory
 from diagd.engines.ceilings import processor_ceilings
 from diagd.engines.host import cores, instruction_sets, memory_bytes
+from diagd.engines.onnxruntime_program import INSTALL, provider_problem
 from diagd.errors import BundleError
 from diagd.planning.devices import GB, THIS, Device
 
@@ -66,6 +67,7 @@ def check_machine() -> list[Check]:
         check_memory(),
         check_disk(),
         check_gpu(),
+        *check_provider(),
         *check_tensorrt(),
     ]
 
@@ -184,6 +186,19 @@ def check_gpu() -> Check:
             "GPU", ABSENT, "no NVIDIA driver", "bundles run on the CPU; for a GPU install its driver"
         )
     return Check("GPU", OK, "; ".join(answer.strip().splitlines()))
+
+
+def check_provider() -> list[Check]:
+    """ONNX Runtime's CUDA provider, where its package is installed."""
+    version = installed("onnxruntime-gpu")
+    if version is None:
+        return []
+    import onnxruntime
+
+    problem = provider_problem(onnxruntime.__version__, onnxruntime.get_available_providers())
+    if problem:
+        return [Check("CUDA provider", PROBLEM, problem, INSTALL)]
+    return [Check("CUDA provider", OK, f"ONNX Runtime {version}")]
 
 
 def check_tensorrt() -> list[Check]:

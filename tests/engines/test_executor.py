@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import shutil
+import threading
 import time
 import weakref
 from collections import Counter
@@ -283,3 +284,24 @@ def test_a_backend_that_is_not_there_is_said(case: Case) -> None:
     except DiagdError:
         with pytest.raises(DiagdError, match=r"no CUDA device|pip install 'diagd\[cuda\]'"):
             load(case.bundle.path, backend="cuda")
+
+
+def test_steps_of_a_device_that_runs_behind_come_from_one_thread(case: Case) -> None:
+    device = HostDevice(case.kernels)
+    device.ahead = True
+    engine = make_engine(case, Form.MODERN, 64, device)
+    one = np.zeros(1, np.int32)
+    said: list[str] = []
+
+    def elsewhere() -> None:
+        try:
+            run_step(engine, one, one, one, one, 0, 1)
+        except EngineError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert len(said) == 1
+    assert "open the session in the thread that decodes" in said[0]
+    assert np.isfinite(run_step(engine, one, one, one, one, 0, 1)).all()

@@ -79,6 +79,18 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert machine.check_disk().status == PROBLEM
 
 
+def test_a_cuda_provider_that_another_package_covers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.check_provider() == []
+    record = tmp_path / "onnxruntime_gpu-1.31.1.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (check,) = machine.check_provider()
+    assert check.status == PROBLEM
+    assert "both installed, in one folder" in check.found
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in check.fix
+
+
 def test_this_machine_is_a_device() -> None:
     assert 0 < memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     device = this_device(1)
