@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 import diagd
-from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
+from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.export.checkpoints import open_checkpoint
 from diagd.export.exporter import GraphOptions, Sources, export
 from diagd.export.families.family import Family, identity_rules
@@ -37,7 +37,7 @@ def small_family(model: Transformer) -> Family:
         rules=identity_rules(model.config),
         prefixes=("",),
         sampling=SamplingRules(ranges=(IdRange(low=0, high=CODES),)),
-        schedule=DefaultSchedule(k=1),
+        order="k=1 serial",
         frames_per_second=8.0,
         licence="none",
         origin="the tests",

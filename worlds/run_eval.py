@@ -71,7 +71,7 @@ def run_eval(run: EvalRun, report: Report = lambda _: None) -> list[Scores]:
     evaluation = _evaluation(run, subject)
     scores, rollouts, drift, learned = [], {"truth": evaluation.truth}, {}, {}
     for schedule in schedules(subject.layout, run):
-        name = schedule_name(schedule)
+        name = schedule.name
         report(name)
         score, rollouts[name] = evaluation.score(name, schedule)
         scores.append(score)
@@ -119,18 +119,6 @@ def schedules(layout: StreamLayout, run: EvalRun) -> list[Schedule]:
     lags = run.lags or ((1, chained_lag(layout.rows, 1)), *serial)
     others = [Schedule(layout, k, d, run.row_seed, run.refeed) for k, d in lags]
     return [Schedule.next_token(layout), *others]
-
-
-def schedule_name(schedule: Schedule) -> str:
-    """Short name of a schedule."""
-    layout, k, d = schedule.layout, schedule.k, schedule.d
-    if k == layout.columns:
-        return "NTP"
-    named = {
-        chained_lag(layout.rows, k): " chained",
-        steps_per_frame(layout.rows, layout.columns, k): " serial",
-    }
-    return f"k={k}{named.get(d, f' d={d}')}"
 
 
 def walk_actions(rollouts: int, frames: int, seed: int) -> NDArray[np.int64]:

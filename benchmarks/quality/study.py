@@ -28,7 +28,7 @@ from worlds.evaluate import EvalOptions, Evaluation, measure_drift
 from worlds.geometry import Geometry
 from worlds.metrics import Estimate
 from worlds.report import save_contact_sheet
-from worlds.run_eval import open_subject, pictures, schedule_name, walk_actions
+from worlds.run_eval import open_subject, pictures, walk_actions
 
 PARTS = ("shipped", "compat", "sizes", "training", "speed")
 SHIPPED_SIZE = "3m"
@@ -162,7 +162,7 @@ def diagonal_schedules(layout: StreamLayout) -> list[Schedule]:
 
 
 def _gap_row(evaluation: Evaluation, schedule: Schedule, report: Report) -> GapRow:
-    name = schedule_name(schedule)
+    name = schedule.name
     report(f"likelihood of {name}")
     gaps = {seed.value: evaluation.gap(replace(schedule, row_seed=seed)) for seed in SEEDS}
     without = evaluation.gap(replace(schedule, refeed=False))
@@ -175,8 +175,8 @@ def size_figures(evaluation: Evaluation, name: str, report: Report) -> tuple[Siz
     gaps = [_gap_row(evaluation, schedule, report) for schedule in diagonal_schedules(layout)]
     scores, sheet = [], {"truth": pictures(evaluation.subject, evaluation.truth[:1])[0]}
     for schedule in [Schedule.next_token(layout), *diagonal_schedules(layout)]:
-        report(f"{name}: rollouts of {schedule_name(schedule)}")
-        score, rolled = evaluation.score(schedule_name(schedule), schedule)
+        report(f"{name}: rollouts of {schedule.name}")
+        score, rolled = evaluation.score(schedule.name, schedule)
         scores.append(score)
         sheet[score.name] = pictures(evaluation.subject, rolled[:1])[0]
     return SizeFigures(gaps, scores), sheet
@@ -194,10 +194,10 @@ def compat_figures(bundle: Path, evaluation: Evaluation, windows: int, report: R
 
     rows = []
     for schedule in diagonal_schedules(strict.layout):
-        report(f"strict against compat: {schedule_name(schedule)}")
+        report(f"strict against compat: {schedule.name}")
         bare = replace(schedule, row_seed=RowSeed.DUPLICATE, refeed=False)
         figures = (gap(strict, schedule), gap(strict, bare), gap(released, replace(bare, keep_seeds=True)))
-        rows.append(CompatRow(schedule_name(schedule), *figures))
+        rows.append(CompatRow(schedule.name, *figures))
     return rows
 
 
@@ -205,7 +205,7 @@ def training_row(evaluation: Evaluation, name: str, report: Report) -> TrainingR
     """Likelihood of one way of training under every schedule."""
     report(f"likelihood of '{name}'")
     schedules = diagonal_schedules(evaluation.subject.layout)
-    gaps = {schedule_name(schedule): evaluation.gap(schedule) for schedule in schedules}
+    gaps = {schedule.name: evaluation.gap(schedule) for schedule in schedules}
     return TrainingRow(name, Estimate.of(np.nanmean(evaluation.baseline, axis=1)), gaps)
 
 
@@ -224,7 +224,7 @@ def speeds(
             schedules = [Schedule.next_token(subject.layout), *diagonal_schedules(subject.layout)]
             for schedule in schedules:
                 rate = _frames_per_second(subject, schedule, frames)
-                samples[name].setdefault(schedule_name(schedule), []).append(rate)
+                samples[name].setdefault(schedule.name, []).append(rate)
     return {
         name: {schedule: float(np.median(rates[1:])) for schedule, rates in found.items()}
         for name, found in samples.items()

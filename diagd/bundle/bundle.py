@@ -148,7 +148,7 @@ def read_manifest(path: Path) -> Manifest:
         )
     try:
         return Manifest.model_validate(content)
-    except ScheduleError as error:  # of the layout
+    except ScheduleError as error:  # of the layout, or the order
         raise BundleError(f"{file}: {error}; {_MEND}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from diagd.bundle.actions import ActionCodec
 from diagd.bundle.transformer import TransformerConfig
-from diagd.schedule import RowSeed, Schedule, StreamLayout
+from diagd.schedule import Schedule, StreamLayout
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
 INT8_CACHE = "-kv8"
@@ -133,29 +133,6 @@ class TextConditioning(_Record):
     width: int
 
 
-class DefaultSchedule(_Record):
-    """Lags and seeds used when the caller names none; ``d`` 0 is serial."""
-
-    k: int
-    d: int = 0
-    row_seed: RowSeed = RowSeed.PREVIOUS_FRAME
-    refeed: bool = True
-
-    @classmethod
-    def of(cls, schedule: Schedule) -> DefaultSchedule:
-        """Its lags and seeds."""
-        serial = schedule.d == schedule.steps_per_frame
-        return cls(
-            k=schedule.k, d=0 if serial else schedule.d, row_seed=schedule.row_seed, refeed=schedule.refeed
-        )
-
-    def schedule(self, layout: StreamLayout) -> Schedule:
-        """The schedule it stands for."""
-        return Schedule(
-            layout, self.k, self.d or Schedule.serial(layout, self.k).d, self.row_seed, self.refeed
-        )
-
-
 class CacheShape(_Record):
     """Dimensions of the K/V buffers; ``dtype`` is a NumPy name."""
 
@@ -221,7 +198,10 @@ class Provenance(_Record):
 
 
 class Manifest(_Record):
-    """The whole of ``manifest.json``; ``transformer`` is all that its module is built from."""
+    """The whole of ``manifest.json``; ``transformer`` is all that its module is built from.
+
+    ``order``: of decoding where the caller names none, as `Schedule.name` spells it.
+    """
 
     schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
     name: str
@@ -229,7 +209,7 @@ class Manifest(_Record):
     transformer: TransformerConfig
     sampling: SamplingRules
     context: Annotated[RotaryContext | AbsoluteContext, Field(discriminator="kind")]
-    schedule: DefaultSchedule
+    order: str
     cache: CacheShape
     actions: ActionCodec | None = None
     tokenizer: Tokenizer | None = None
@@ -239,6 +219,18 @@ class Manifest(_Record):
     files: dict[str, FileRecord] = Field(default_factory=dict)
     provenance: Provenance
     licence: str
+
+    @field_validator("order")
+    @classmethod
+    def _check_order(cls, order: str, rest: ValidationInfo) -> str:
+        if "transformer" in rest.data:
+            Schedule.parse(order, rest.data["transformer"].layout)
+        return order
+
+    @property
+    def schedule(self) -> Schedule:
+        """The default order of decoding."""
+        return Schedule.parse(self.order, self.layout)
 
     @property
     def layout(self) -> StreamLayout:

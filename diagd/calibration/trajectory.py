@@ -64,7 +64,7 @@ def trajectories(
     if steps < MINIMUM_STEPS:
         raise UsageError(f"{steps} calibration steps; expected at least {MINIMUM_STEPS}: raise --set steps")
     layout = manifest.layout
-    default = manifest.schedule.schedule(layout)
+    default = manifest.schedule
     lag = min(2 * default.k, layout.columns)
     named = {
         f"k={default.k}": default,

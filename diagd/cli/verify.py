@@ -116,14 +116,14 @@ def _orders(
     args: argparse.Namespace, settings: VerifySettings, subject: Subject
 ) -> tuple[list[Schedule], list[Skipped]]:
     """Orders that the engine can decode, and the others with the reason."""
-    from diagd.profiling.orders import decoding_orders, obstacle, order_name
+    from diagd.profiling.orders import decoding_orders, obstacle
     from diagd.profiling.report import Skipped
 
     session, known = subject.session, settings.prompt + args.frames
     manifest, widest = session.manifest, session.engine.max_width
     orders = decoding_orders(manifest, parse_lags(args.k))
     pairs = [(order, obstacle(order, manifest, session.window, known, widest)) for order in orders]
-    late = [Skipped(order=f"{subject.name}, {order_name(order)}", reason=why) for order, why in pairs if why]
+    late = [Skipped(order=f"{subject.name}, {order.name}", reason=why) for order, why in pairs if why]
     return [order for order, why in pairs if not why], late
 
 

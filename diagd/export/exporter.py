@@ -276,7 +276,7 @@ class Exporter:
             transformer=config,
             sampling=family.sampling,
             context=context_policy(config),
-            schedule=family.schedule,
+            order=family.order,
             cache=CacheShape(
                 layers=config.layers,
                 kv_heads=config.kv_heads,

@@ -43,11 +43,3 @@ def obstacle(schedule: Schedule, manifest: Manifest, window: int, frames: int, m
             f"export with --set widths={widest}"
         )
     return None
-
-
-def order_name(schedule: Schedule) -> str:
-    """What people call an order."""
-    if schedule.k == schedule.layout.columns:
-        return "next token"
-    kinds = {schedule.steps_per_frame: "serial", schedule.k * schedule.layout.rows: "chained"}
-    return f"k={schedule.k} {kinds.get(schedule.d, f'd={schedule.d}')}"

@@ -24,7 +24,7 @@ from diagd.planning.machine import installed
 from diagd.planning.model import StoredModel, read_model
 from diagd.profiling.budget import LEAST_FRAMES, Extent, Pace, cuts, find_pace, fit
 from diagd.profiling.measure import Measured, measure, random_workload
-from diagd.profiling.orders import decoding_orders, obstacle, order_name
+from diagd.profiling.orders import decoding_orders, obstacle
 from diagd.profiling.report import Machine, Report, Skipped, Subject
 from diagd.profiling.summary import stages, summarise
 from diagd.profiling.timeline import Timeline
@@ -241,7 +241,7 @@ def _split(
     widest = session.engine.max_width
     reasons = [obstacle(order, session.manifest, session.window, frames, widest) for order in orders]
     pairs = list(zip(orders, reasons, strict=True))
-    skipped = tuple(Skipped(order=order_name(order), reason=why) for order, why in pairs if why)
+    skipped = tuple(Skipped(order=order.name, reason=why) for order, why in pairs if why)
     if len(skipped) == len(pairs):
         raise UsageError(f"no decoding order can be measured; {skipped[0].order}: {skipped[0].reason}")
     return [order for order, why in pairs if not why], skipped
@@ -271,7 +271,7 @@ def _run_each(
     late, began = [], time.perf_counter()
     pace, orders, extent, session = course.pace, course.orders, course.extent, course.pace.session
     for number, schedule in enumerate(orders, start=1):
-        name = order_name(schedule)
+        name = schedule.name
         slower = pace.slower([run.schedule for _, run in pairs], extent, time.perf_counter() - began)
         rest = slower * pace.seconds(orders[number - 1 :], extent)
         # An order that mostly fits is worth more than an exact end.

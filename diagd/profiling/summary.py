@@ -12,7 +12,6 @@ from diagd.engines.ceilings import Ceilings
 from diagd.planning.cost import step_operations, step_seconds
 from diagd.planning.model import StoredModel
 from diagd.profiling.measure import Measured, bucket
-from diagd.profiling.orders import order_name
 from diagd.profiling.report import Deadlines, Run, SlowStep, Stage, StepSample, Width
 from diagd.profiling.statistics import describe, slow_ones
 from diagd.profiling.timeline import Timeline
@@ -32,7 +31,7 @@ def summarise(
     steady = float(shown[-1] - shown[0])
     shown_frames = model.size.pixel_frames * (run.frames - 1)
     return Run(
-        order=order_name(schedule),
+        order=schedule.name,
         k=schedule.k,
         d=schedule.d,
         frames=run.frames,

@@ -20,7 +20,6 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.reference import ReferenceEngine
 from diagd.errors import ScheduleError
 from diagd.profiling.measure import Workload
-from diagd.profiling.orders import order_name
 from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
 from diagd.runtime.load import session_over
 from diagd.runtime.sampling import SamplingSettings
@@ -183,7 +182,7 @@ def _verdict(name: str, schedule: Schedule, known: int, gate: Gate, tally: Tally
     agreement = 1.0 - sum(tally.margins[at] > tie for at in differing) / len(tally.tokens)
     return Verdict(
         engine=name,
-        order=order_name(schedule),
+        order=schedule.name,
         cells=len(tally.tokens),
         identical=not differing,
         agreement=agreement,

@@ -227,7 +227,7 @@ class Session:
         if self.layout.gap and actions is None:
             raise UsageError(f"frames need actions of {self.layout.gap} ids each, got none")
         uniforms(seed, np.zeros(0, np.int64))  # refuses a seed out of range
-        decoder = decoder or ScheduledDecoder(self.manifest.schedule.schedule(self.layout))
+        decoder = decoder or ScheduledDecoder(self.manifest.schedule)
         stream.max_width, stream.seed = self.engine.max_width, seed
         stream.settings = self._settings(sampling)
         self._run += 1

@@ -16,14 +16,14 @@ from diagd.engines.engine import Float, Int
 from diagd.errors import UsageError
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.tokens import TokenPlaces
-from diagd.schedule import RowSeed, Schedule, StreamLayout
+from diagd.schedule import Schedule, StreamLayout
 
 Ids = NDArray[np.integer[Any]]
 Actions = Ids | Iterable[Ids] | Callable[[int], Ids | None] | None
 """Ids of the known tokens that lead to each frame: [frames, n], one frame at a time, or asked for by the
 index of the frame (None ends the run). None for models without actions."""
 
-SNAPSHOT: Final = "diagd stream 1"
+SNAPSHOT: Final = "diagd stream 2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +235,7 @@ class Stream:
             "prompt": self.prompt,
             "seed": self.seed,
             "settings": [self.settings.temperature, self.settings.top_k, self.settings.top_p],
-            "orders": [None if order is None else _order_record(order) for order in orders],
+            "orders": [None if order is None else order.name for order in orders],
         }
         gap = self.layout.gap
         actions = np.zeros((len(self.past), gap), np.int32)
@@ -270,7 +270,9 @@ class Stream:
             if head["format"] != SNAPSHOT:
                 raise ValueError(f"its format is {head['format']!r}")
             layout = StreamLayout(*head["layout"])
-            orders = [None if order is None else _order(self.layout, *order) for order in head["orders"]]
+            orders = [
+                None if order is None else Schedule.parse(order, self.layout) for order in head["orders"]
+            ]
             known, prompt = int(head["known"]), int(head["prompt"])
             seed, settings = int(head["seed"]), SamplingSettings(*head["settings"])
             past = [
@@ -327,11 +329,3 @@ def token_places(layout: StreamLayout, window: int) -> TokenPlaces:
 
 def _shape(layout: StreamLayout) -> list[int]:
     return [layout.rows, layout.columns, layout.prefix, layout.before, layout.after]
-
-
-def _order_record(order: Schedule) -> list[int | str | bool]:
-    return [order.k, order.d, order.row_seed.value, order.refeed, order.keep_seeds]
-
-
-def _order(layout: StreamLayout, k: int, d: int, seed: str, refeed: bool, keep_seeds: bool) -> Schedule:
-    return Schedule(layout, k, d, RowSeed(seed), refeed, keep_seeds)

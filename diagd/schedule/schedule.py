@@ -7,6 +7,7 @@ built by broadcasting over frames.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +22,17 @@ from diagd.schedule.table import NO_SINK, Block, Table, shifted
 
 Rows = NDArray[np.int64]
 """int64 [..., 4]: step, source, position, sink."""
+
+_NEXT = "next token"
+_NUMBER = "([0-9]{1,9})"
+_WORDS = {
+    "k": f"k={_NUMBER}",
+    "d": f"(serial|chained)|d={_NUMBER}",
+    "row_seed": f"seeds=({'|'.join(seed.value for seed in RowSeed)})",
+    "refeed": "(no-refeed)",
+    "keep_seeds": "(keep-seeds)",
+}
+"""How each part of a schedule is spelled."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,53 @@ class Schedule:
     def chained(cls, layout: StreamLayout, k: int, row_seed: RowSeed = RowSeed.PREVIOUS_FRAME) -> Schedule:
         """Diagonal across frames: the first row of a frame follows the last row of the frame before."""
         return cls(layout, k, chained_lag(layout.rows, k), row_seed)
+
+    @classmethod
+    def parse(cls, spelling: str, layout: StreamLayout, default: Schedule | None = None) -> Schedule:
+        """The schedule that a spelling names: words between spaces or commas, as `name` writes them.
+
+        ``next token``; or a row lag ``k=2`` and a frame lag, which is ``serial`` (frames one after another),
+        ``chained`` (the next frame follows row by row) or a number of steps such as ``d=15``. Either may be
+        followed by ``seeds=above`` (a row seed), ``no-refeed`` and ``keep-seeds``.
+
+        Args:
+            spelling: of the schedule.
+            layout: of the model.
+            default: has what is not spelled, but the frame lag where a row lag is; default: k=1, serial.
+
+        Raises:
+            ScheduleError: it is no spelling, or its lags cannot be decoded.
+        """
+        words, base = _words(spelling, layout.columns), default or cls.serial(layout, 1)
+        k = int(words.get("k", base.k))
+        check_lags(layout.rows, layout.columns, k, max(1, k) * layout.rows)
+        d = words.get("d", "serial" if "k" in words else str(base.d))
+        lags = {
+            "serial": steps_per_frame(layout.rows, layout.columns, k),
+            "chained": chained_lag(layout.rows, k),
+        }
+        return cls(
+            layout,
+            k,
+            lags[d] if d in lags else int(d),
+            RowSeed(words.get("row_seed", base.row_seed)),
+            base.refeed and "refeed" not in words,
+            base.keep_seeds or "keep_seeds" in words,
+        )
+
+    @property
+    def name(self) -> str:
+        """What people call it, and the only spelling of an order: ``k=1 chained``, ``next token``."""
+        layout = self.layout
+        kinds = {self.steps_per_frame: "serial", chained_lag(layout.rows, self.k): "chained"}
+        lags = f"k={self.k} {kinds.get(self.d, f'd={self.d}')}"
+        words = {
+            _NEXT if self.k == layout.columns else lags: True,
+            f"seeds={self.row_seed.value}": self.row_seed is not RowSeed.PREVIOUS_FRAME,
+            "no-refeed": not self.refeed,
+            "keep-seeds": self.keep_seeds,
+        }
+        return " ".join(word for word, is_said in words.items() if is_said)
 
     @property
     def steps_per_frame(self) -> int:
@@ -258,6 +317,26 @@ def _compiled(
     block = table.block(0 if first < 0 else ahead + first, ahead + last)
     pinned = block.sources != block.positions if schedule.row_seed is RowSeed.PROMPT else None
     return block, pinned
+
+
+def _words(spelling: str, columns: int) -> dict[str, str]:
+    """What a spelling says of each part of a schedule."""
+    found: dict[str, str] = {}
+    for word in spelling.replace(",", " ").replace(_NEXT, f"k={columns}").split():
+        part, match = next(
+            ((part, match) for part, text in _WORDS.items() if (match := re.fullmatch(text, word))),
+            (word, None),
+        )
+        if match is None or part in found:
+            break
+        found[part] = next(filter(None, match.groups()))
+    else:
+        if found:
+            return found
+    raise ScheduleError(
+        f"order '{spelling}': expected '{_NEXT}', or k=N with serial, chained or d=N, such as 'k=1 "
+        f"chained', and perhaps seeds={'|'.join(seed.value for seed in RowSeed)} or no-refeed"
+    )
 
 
 def _rows(steps: Rows, sources: Rows, positions: Rows, sinks: Rows) -> Rows:

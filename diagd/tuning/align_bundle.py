@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Manifest, atomic_bundle, seal
-from diagd.bundle.manifest import DefaultSchedule, Provenance
+from diagd.bundle.manifest import Provenance
 from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, UsageError
 from diagd.export.transformer import Transformer
@@ -71,15 +71,13 @@ def _aligned(bundle: Bundle, options: AlignOptions) -> Manifest:
     """The manifest of the new weights: where they come from, and the schedule most of them were made for."""
     diagonal = [pair for pair in options.shares if pair[1].k < bundle.manifest.layout.columns]
     _, schedule = max(diagonal or options.shares, key=itemgetter(0))
-    shares = ", ".join(f"k={each.k} d={each.d} {share:.2g}" for share, each in options.shares)
+    shares = ", ".join(f"{each.name} {share:.2g}" for share, each in options.shares)
     provenance = Provenance(
         source=bundle.manifest.provenance.source,
         tuned=f"aligned for {options.steps} steps to {shares}",
         diagd_version=__version__,
     )
-    return bundle.manifest.model_copy(
-        update={"schedule": DefaultSchedule.of(schedule), "provenance": provenance}
-    )
+    return bundle.manifest.model_copy(update={"order": schedule.name, "provenance": provenance})
 
 
 def _step_and_text(bundle: Bundle) -> list[str]:

@@ -50,7 +50,7 @@ def test_every_part_is_measured_and_kept(options: StudyOptions) -> None:
     assert first["shipped"]["gaps"] == first["sizes"]["again"]["gaps"]
     assert list(first["training"][0]["gaps"]) == NAMES
     assert set(first["frames_per_second"]) == {"3m", "again"}
-    assert set(first["frames_per_second"]["3m"]) == {"NTP", *NAMES}
+    assert set(first["frames_per_second"]["3m"]) == {"next token", *NAMES}
     for name in ("quality-contact.png", "quality-speed.png"):
         assert (options.output / name).read_bytes().startswith(b"\x89PNG")
     Study(replace(options, parts=("training",), training={"renamed": FOLDER})).run()

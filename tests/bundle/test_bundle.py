@@ -12,7 +12,6 @@ from diagd.bundle import Bundle, Manifest, atomic_bundle, seal
 from diagd.bundle.files import atomic_file, sha256
 from diagd.bundle.manifest import (
     CacheShape,
-    DefaultSchedule,
     Form,
     GraphWeights,
     IdRange,
@@ -50,7 +49,7 @@ def manifest() -> Manifest:
         ),
         sampling=SamplingRules(ranges=(IdRange(low=0, high=8), IdRange(cell=0, low=1, high=8))),
         context=RotaryContext(frames=4, positions=70, frame_angles=(0.5, 0.25)),
-        schedule=DefaultSchedule(k=1),
+        order="k=1 serial",
         cache=CacheShape(layers=1, kv_heads=1, head_size=4, dtype="float32"),
         frames_per_second=10,
         graphs=(StepGraph(file="step.onnx", form=Form.PREFIX, precision="fp32", weights=WEIGHTS),),
@@ -157,7 +156,7 @@ def test_older_bundles_are_refused_with_the_line_that_makes_them_again(
     with pytest.raises(BundleError) as failure:
         Bundle.open(bundle)
     assert str(failure.value) == (
-        f"{bundle} has schema version 1, this diagd reads version 2; export it again: "
+        f"{bundle} has schema version 1, this diagd reads version 3; export it again: "
         f"diagd-export {line} --form prefix --precision fp32 --output {bundle}"
     )
 

@@ -71,8 +71,8 @@ def test_a_bundle_is_aligned_where_its_checkpoint_is_not(
     assert main(["align", str(moved), *options, "--model", "crafter-3m"]) == 2
     assert "leave --model out" in capsys.readouterr().err
     assert main(["align", str(moved), *options]) == 0
-    assert read_manifest(aligned).schedule.d == 9  # chained, where the export said serial
-    assert read_manifest(workplace.bundle).schedule.d == 0
+    assert read_manifest(aligned).order == "k=1 chained"  # where the export said serial
+    assert read_manifest(workplace.bundle).order == "k=1 serial"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from onnx import helper
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import (
     CacheShape,
-    DefaultSchedule,
     FileRecord,
     GraphWeights,
     IdRange,
@@ -80,7 +79,7 @@ def bundle(tmp_path: Path) -> Bundle:
         ),
         sampling=SamplingRules(ranges=(IdRange(low=0, high=8),)),
         context=RotaryContext(frames=4, positions=60, frame_angles=(0.0,)),
-        schedule=DefaultSchedule(k=1),
+        order="k=1 serial",
         cache=CacheShape(layers=1, kv_heads=1, head_size=8, dtype="float16"),
         frames_per_second=8.0,
         graphs=(STEP,),

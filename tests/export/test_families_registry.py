@@ -11,6 +11,7 @@ from diagd.errors import UsageError
 from diagd.export.exporter import Exporter, GraphOptions, random_sources
 from diagd.export.families import registry
 from diagd.export.transformer import position_tables
+from diagd.schedule import Schedule
 
 PARAMETERS = {
     "cosmos-4b": 4.014e9,
@@ -55,7 +56,7 @@ def test_the_tokenizer_makes_the_tokens_of_the_grid(name: str) -> None:
     assert tokenizer is not None
     assert tokenizer.grid == (layout.rows, layout.columns)
     assert max(rule.high for rule in family.sampling.ranges) == tokenizer.codes
-    assert family.schedule.schedule(layout).layout == layout
+    assert Schedule.parse(family.order, layout).layout == layout
 
 
 @pytest.mark.parametrize("name", [*PARAMETERS, "crafter-3m"])

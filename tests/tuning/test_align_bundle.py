@@ -53,14 +53,14 @@ def test_the_manifest_is_that_of_the_new_weights(bundle: Bundle, tmp_path: Path)
     shares = ((0.4, Schedule.next_token(LAYOUT)), (0.2, Schedule.serial(LAYOUT, 2)), (0.3, CHAINED))
     options = replace(OPTIONS, shares=shares)
     made = Bundle.open(align_bundle(random, WINDOWS, options, tmp_path / "aligned.diagd")).manifest
-    assert made.schedule.schedule(LAYOUT) == CHAINED
+    assert made.schedule == CHAINED
     assert made.provenance.source == bundle.manifest.provenance.source
-    assert made.provenance.tuned == "aligned for 3 steps to k=4 d=12 0.4, k=2 d=8 0.2, k=1 d=3 0.3"
+    assert made.provenance.tuned == "aligned for 3 steps to next token 0.4, k=2 serial 0.2, k=1 chained 0.3"
     assert made.provenance.random_seed is None
     assert made.transformer == bundle.manifest.transformer
     serial = replace(OPTIONS, shares=((0.4, Schedule.next_token(LAYOUT)), (0.6, Schedule.serial(LAYOUT, 2))))
     made = Bundle.open(align_bundle(bundle, WINDOWS, serial, tmp_path / "serial.diagd")).manifest
-    assert (made.schedule.k, made.schedule.d) == (2, 0)
+    assert made.order == "k=2 serial"
 
 
 def test_graphs_of_other_precisions_are_left_out(bundle: Bundle, tmp_path: Path) -> None:

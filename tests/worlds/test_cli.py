@@ -81,7 +81,7 @@ def test_other_worlds_are_measured_by_what_holds_for_any(
         assert (output / "contact.png").exists()
         scores = json.loads((output / "eval.json").read_text())["schedules"]
         assert [(s["name"], s["geometry"]) for s in scores] == [
-            (name, None) for name in ("NTP", "k=1 chained", "k=1 serial", "k=2 serial")
+            (name, None) for name in ("next token", "k=1 chained", "k=1 serial", "k=2 serial")
         ]
         found[model.name] = [s["nll"]["mean"] for s in scores]
     assert found["trained"] == pytest.approx(found["small.diagd"], abs=1e-3)

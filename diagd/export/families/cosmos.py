@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
+from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.rotary import grid_rotary
 from diagd.bundle.transformer import TextShape, TransformerConfig
 from diagd.export.families.family import Family, Names, named_rules
 from diagd.export.tokenizers import cosmos_dv
-from diagd.schedule import StreamLayout, chained_lag
+from diagd.schedule import StreamLayout
 
 ROWS, COLUMNS, FRAMES = 40, 64, 5
 HEAD_SIZE = 128
@@ -107,7 +107,7 @@ def family(
         sampling=SamplingRules(
             ranges=(IdRange(low=0, high=config.output_vocabulary),), top_p=0.7 if config.text else 0.8
         ),
-        schedule=DefaultSchedule(k=1, d=chained_lag(layout.rows, 1)),
+        order="k=1 chained",
         frames_per_second=25.0,
         licence="code Apache-2.0; weights NVIDIA Open Model License",
         origin=f"{SIZES[name].repository} on the Hugging Face Hub" if name in SIZES else "a checkpoint",

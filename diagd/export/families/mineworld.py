@@ -15,7 +15,7 @@ from diagd.bundle.actions import (
     RawInput,
     Slot,
 )
-from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
+from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.rotary import linear_rotary
 from diagd.bundle.transformer import TransformerConfig
 from diagd.export.families.family import LLAMA, Family, named_rules
@@ -100,7 +100,7 @@ def family(name: str, config: TransformerConfig) -> Family:
         rules=named_rules(config, LLAMA),
         prefixes=("transformer.",),
         sampling=SamplingRules(ranges=(IdRange(low=0, high=VISUAL_CODES),), top_p=0.8),
-        schedule=DefaultSchedule(k=1),
+        order="k=1 serial",
         frames_per_second=6.0,
         licence="code MIT; the weights' licence was never stated",
         origin="microsoft/mineworld on the Hugging Face Hub, withdrawn in May 2025: bring your own file",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from diagd.bundle.actions import ActionCodec, Button, EdgesSlot, OnlyPressedSlot
-from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
+from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.transformer import NormKind, TransformerConfig
 from diagd.errors import CheckpointError
 from diagd.export.families.family import Family, TensorRule, named_rules
@@ -138,7 +138,7 @@ def family(name: str, variant: Variant, checkpoint: str | None = None) -> Family
             minimum_temperature=0.1,
             temperature=0.9,
         ),
-        schedule=DefaultSchedule(k=1),
+        order="k=1 serial",
         frames_per_second=10.0,
         licence="Microsoft Research License, research only",
         origin=f"microsoft/wham on the Hugging Face Hub: give --checkpoint hf://microsoft/wham/models/{file}",

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from diagd.bundle.actions import ActionCodec, ChoiceSlot
 from diagd.bundle.files import atomic_file
-from diagd.bundle.manifest import DefaultSchedule, IdRange, SamplingRules
+from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.rotary import Axis, Rotary, RotaryAxis, geometric_frequencies
 from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import CheckpointError, UsageError, unknown
@@ -201,7 +201,7 @@ def build(name: str, checkpoint: str | None) -> Family:
         rules=identity_rules(config),
         prefixes=("",),
         sampling=SamplingRules(ranges=(IdRange(low=0, high=description.used_codes),), top_p=0.95),
-        schedule=DefaultSchedule(k=1),
+        order="k=1 serial",
         frames_per_second=10.0,
         licence="Apache-2.0; trained on frames of Crafter (MIT)" if not checkpoint else "yours",
         origin="shipped with diagd" if not checkpoint else str(folder),
