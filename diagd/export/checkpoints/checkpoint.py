@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +18,12 @@ Shape = tuple[int, ...]
 WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 READABLE = {*WEIGHT_DTYPES, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 
+_LINES_PER_KIND = 12
+
 
 @dataclass(frozen=True)
 class TensorHandle(ABC):
-    """A tensor of a checkpoint.
-
-    Attributes:
-        shape: size of each axis.
-        dtype: name such as ``float32``, ``float16`` or ``bfloat16``.
-    """
+    """A tensor of a checkpoint; ``dtype`` is a name such as ``float32``, ``float16`` or ``bfloat16``."""
 
     shape: Shape
     dtype: str
@@ -41,7 +39,7 @@ class TensorHandle(ABC):
         Raises:
             CheckpointError: the dtype has no array form, or the file changed since it was opened.
         """
-        return self.read_rows(0, self.shape[0]) if self.shape else self._readable(0, 1).reshape(())
+        return self._readable(0, self.shape[0] if self.shape else 1).reshape(self.shape)
 
     def read_rows(self, start: int, stop: int) -> NDArray[Any]:
         """Rows ``start <= row < stop`` of axis 0, as `read` would give them; no others are read.
@@ -67,12 +65,12 @@ class TensorHandle(ABC):
         """Rows of a readable tensor; a scalar is one row."""
 
 
-class Checkpoint(Mapping[str, TensorHandle]):
+class Checkpoint(dict[str, TensorHandle]):
     """Tensor handles by name.
 
     Attributes:
         source: path or ``hf://`` address.
-        metadata: what the file says besides tensors, as plain data (see each reader).
+        metadata: what the file says besides tensors, as plain data.
     """
 
     def __init__(
@@ -82,37 +80,22 @@ class Checkpoint(Mapping[str, TensorHandle]):
         source: str,
         metadata: Mapping[str, object] | None = None,
     ) -> None:
-        self._tensors = dict(tensors)
-        self.source = source
-        self.metadata = dict(metadata or {})
-
-    def __getitem__(self, name: str) -> TensorHandle:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+        super().__init__(tensors)
+        self.source, self.metadata = source, dict(metadata or {})
 
     def __repr__(self) -> str:
         return f"<Checkpoint of {len(self)} tensors from {self.source}>"
 
 
 def select(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Checkpoint:
-    """A view of a checkpoint under other names; nothing is read.
-
-    Args:
-        checkpoint: tensors to choose from.
-        rename: new name of a tensor, or None to leave it out.
+    """A view of a checkpoint under other names, None for tensors to leave out; nothing is read.
 
     Raises:
         CheckpointError: two tensors get the same name.
     """
     origin: dict[str, str] = {}
     for name in checkpoint:
-        new = rename(name)
-        if new is None:
+        if (new := rename(name)) is None:
             continue
         if new in origin:
             raise CheckpointError(
@@ -122,3 +105,62 @@ def select(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Check
         origin[new] = name
     tensors = {new: checkpoint[name] for new, name in origin.items()}
     return Checkpoint(tensors, source=checkpoint.source, metadata=checkpoint.metadata)
+
+
+def check(
+    checkpoint: Checkpoint, expected: Mapping[str, Shape], dtypes: Sequence[str] = WEIGHT_DTYPES
+) -> None:
+    """Compare names, shapes and dtypes with what a model needs; nothing is read.
+
+    Args:
+        checkpoint: tensors under the model's names (see `select`).
+        expected: shape of every tensor of the model.
+        dtypes: those that can be used.
+
+    Raises:
+        CheckpointError: any tensor is missing, extra, wrongly shaped or of an unusable dtype. One error
+            lists them all; tensors that differ only in their numbers (layers) share a line with a count.
+    """
+    held = {name: (checkpoint[name], shape) for name, shape in expected.items() if name in checkpoint}
+    found = {
+        "missing": [(name, f"{list(shape)}") for name, shape in expected.items() if name not in held],
+        "extra": [(name, f"{list(tensor.shape)}") for name, tensor in checkpoint.items() if name not in held],
+        "wrong shape": [
+            (name, f"expected {list(shape)}, found {list(tensor.shape)}")
+            for name, (tensor, shape) in held.items()
+            if tensor.shape != tuple(shape)
+        ],
+        "unusable dtype": [
+            (name, f"expected one of {', '.join(dtypes)}, found {tensor.dtype}")
+            for name, (tensor, _) in held.items()
+            if tensor.dtype not in dtypes
+        ],
+    }
+    problems = {kind: entries for kind, entries in found.items() if entries}
+    if problems:
+        counts = ", ".join(f"{len(entries)} {kind}" for kind, entries in problems.items())
+        lines = [f"{checkpoint.source} does not fit the model: {counts}"]
+        for kind, entries in problems.items():
+            lines += [f"  {kind}: {line}" for line in _abbreviate(entries)]
+        raise CheckpointError("\n".join([*lines, _remedy(set(problems), nothing_fits=not held)]))
+
+
+def _remedy(problems: set[str], *, nothing_fits: bool) -> str:
+    if nothing_fits:
+        return "No expected name is there: this is another model family or another part of the model."
+    if problems == {"unusable dtype"}:
+        return "Use the original checkpoint, or convert these tensors to bfloat16, float16 or float32."
+    return "Check that the model name and size are those of the checkpoint."
+
+
+def _abbreviate(entries: Iterable[tuple[str, str]]) -> list[str]:
+    """One line for all names that differ only in their numbers, at most `_LINES_PER_KIND` lines."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, detail in entries:
+        groups.setdefault((re.sub(r"\d+", "*", name), detail), []).append(name)
+    lines = [
+        f"{names[0]} {detail}" if len(names) == 1 else f"{pattern} {detail} ({len(names)} tensors)"
+        for (pattern, detail), names in groups.items()
+    ]
+    rest = sum(map(len, list(groups.values())[_LINES_PER_KIND:]))
+    return [*lines[:_LINES_PER_KIND], *([f"... and {rest} more tensors"] if rest else [])]

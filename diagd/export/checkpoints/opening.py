@@ -1,15 +1,14 @@
-"""From what the user typed to a checkpoint: a file, a folder or a Hugging Face repository."""
+"""Opens a checkpoint of any format, told by its content: a file, a sharded set, a folder, a repository."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
 
 from diagd.errors import CheckpointError, require
-from diagd.export.checkpoints import folder, hub
-from diagd.export.checkpoints.checkpoint import Checkpoint, select
+from diagd.export.checkpoints.checkpoint import Checkpoint, TensorHandle, select
+from diagd.export.checkpoints.location import fetch, is_index, local_file, shard_names
 
 _PICKLE_STARTS = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
@@ -34,33 +33,18 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
     text = os.fspath(spec)
     if not text.strip():
         raise CheckpointError("the path of the checkpoint is empty; is a variable of the shell not set?")
-    if text.startswith("hf:"):
-        path, source = hub.fetch(text)
-        found = _open_path(path, text)
-        return _unwrapped(Checkpoint(found, source=source, metadata=found.metadata))
-    return _unwrapped(_open_path(Path(text).expanduser(), text))
-
-
-def _unwrapped(checkpoint: Checkpoint) -> Checkpoint:
-    names = [_WRAPPERS.sub("", name) for name in checkpoint]
-    skipped = len(_DISTRIBUTED) if names and all(name.startswith(_DISTRIBUTED) for name in names) else 0
-    return select(checkpoint, lambda name: _WRAPPERS.sub("", name)[skipped:])
-
-
-def _open_path(path: Path, spec: str) -> Checkpoint:
+    path, source = fetch(text) if text.startswith("hf:") else (Path(text).expanduser(), None)
     try:
-        if path.is_dir():
-            names = [entry.name for entry in path.iterdir() if entry.is_file()]
-            path = path / folder.choose_file(names, str(path))
-        elif not path.exists():
-            raise _no_such_path(path, spec)
-        elif not path.is_file():
-            raise CheckpointError(f"{path} is neither a file nor a folder")
-        return _open_file(path)
+        found = _open_file(local_file(path, text))
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}; check its permissions"
         ) from error
+    names = [_WRAPPERS.sub("", name) for name in found]
+    skipped = len(_DISTRIBUTED) if names and all(name.startswith(_DISTRIBUTED) for name in names) else 0
+    opened = select(found, lambda name: _WRAPPERS.sub("", name)[skipped:])
+    opened.source = source or opened.source
+    return opened
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -68,8 +52,8 @@ def _open_file(path: Path) -> Checkpoint:
         start = file.read(512)
     if problem := _no_checkpoint(path, start):
         raise CheckpointError(f"{path} {problem}")
-    if folder.is_index(path.name):
-        return folder.read_sharded(path, _open_file)
+    if is_index(path.name):
+        return _open_shards(path)
     if start.startswith(b"PK"):
         require("torch", extra="export", purpose="read checkpoints of PyTorch")
         from diagd.export.checkpoints.torch_file import read_torch
@@ -84,6 +68,29 @@ def _open_file(path: Path) -> Checkpoint:
         f"{path} is not a checkpoint: it begins with {start[:8]!r}, expected a safetensors file or a zip "
         "that PyTorch wrote (.pt, .ckpt, .bin, .jit)"
     )
+
+
+def _open_shards(index: Path) -> Checkpoint:
+    """A sharded set as one checkpoint; all missing shards are named."""
+    files = shard_names(index)
+    needed = dict.fromkeys(files.values())
+    absent = [shard for shard in needed if not (index.parent / shard).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{index.parent} lacks {len(absent)} of {len(needed)} shards: {', '.join(absent)}; "
+            "download them into the same folder"
+        )
+    shards = {shard: _open_file(index.parent / shard) for shard in needed}
+    tensors: dict[str, TensorHandle] = {}
+    for name, shard in files.items():
+        if name not in shards[shard]:
+            raise CheckpointError(
+                f"{index.parent / shard} lacks tensor '{name}', which {index.name} places there; "
+                "index and shards are of different versions: download both again"
+            )
+        tensors[name] = shards[shard][name]
+    metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
+    return Checkpoint(tensors, source=str(index), metadata=metadata)
 
 
 def _no_checkpoint(path: Path, start: bytes) -> str | None:
@@ -103,27 +110,3 @@ def _no_checkpoint(path: Path, start: bytes) -> str | None:
             f"weights_only=True), '{path.with_suffix('')}-zip{path.suffix}')\""
         )
     return None
-
-
-def _no_such_path(path: Path, spec: str) -> CheckpointError:
-    """An error that names the likely cause: a repository of the Hub, a dangling link, a near name."""
-    wrong = f"no checkpoint at '{path}'"
-    if address := hub.guess_address(spec):
-        return CheckpointError(f"{wrong}: no such file or folder; did you mean '{address}'?")
-    if path.is_symlink():
-        return CheckpointError(f"{wrong}: it is a link to '{path.readlink()}', which does not exist")
-    home = next(parent for parent in path.absolute().parents if parent.is_dir())
-    missing = path.absolute().relative_to(home).parts[0]
-    what = "no such file or folder" if home == path.absolute().parent else f"'{home}' has no '{missing}'"
-    return CheckpointError(f"{wrong}: {what}{_near(missing, home)}")
-
-
-def _near(name: str, home: Path) -> str:
-    try:
-        present = sorted(entry.name for entry in home.iterdir() if not entry.name.startswith("."))
-    except OSError:
-        return ""
-    if close := difflib.get_close_matches(name, present, n=3, cutoff=0.5):
-        return "; did you mean " + " or ".join(f"'{home / near}'" for near in close) + "?"
-    held = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
-    return f"; {home} holds {held or 'nothing'}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,45 +17,29 @@ _PER_COUNTER = 16  # 16-bit draws in one 256-bit Philox block
 _CHUNK = 1 << 20
 
 
-class Moments(NamedTuple):
-    """Mean and standard deviation of a random tensor."""
-
-    mean: float
-    std: float
-
-
-def initial_moments(name: str, shape: Shape) -> Moments:
-    """Moments that keep activations finite and of order one.
+def initial_moments(name: str, shape: Shape) -> tuple[float, float]:
+    """Mean and standard deviation that keep activations finite and of order one.
 
     Matrices and convolutions have mean 0 and standard deviation ``1 / sqrt(fan_in)``, vectors named
     ``bias`` are 0, other vectors and scalars are gains of 1.
     """
     if len(shape) >= 2:
-        return Moments(0.0, 1.0 / math.sqrt(max(1, math.prod(shape[1:]))))
-    return Moments(0.0 if name.endswith("bias") else 1.0, 0.0)
+        return 0.0, 1.0 / math.sqrt(max(1, math.prod(shape[1:])))
+    return 0.0 if name.endswith("bias") else 1.0, 0.0
 
 
 class RandomCheckpoint(Checkpoint):
     """A checkpoint whose float32 tensors are a function of (seed, name, element index) alone.
 
     Order of reading, chunk sizes and the NumPy version make no difference: elements are uniform 16-bit
-    draws of the counter-based generator Philox4x64-10 (Salmon et al., 2011), scaled to the moments.
-
-    Args:
-        expected: shape of every tensor.
-        seed: any integer.
-        moments: mean and standard deviation of a tensor by name and shape.
+    draws of the counter-based generator Philox4x64-10 (Salmon et al., 2011), scaled to `initial_moments`.
     """
 
-    def __init__(
-        self,
-        expected: Mapping[str, Shape],
-        *,
-        seed: int,
-        moments: Callable[[str, Shape], Moments] = initial_moments,
-    ) -> None:
+    def __init__(self, expected: Mapping[str, Shape], *, seed: int) -> None:
         tensors = {
-            name: RandomTensor(tuple(shape), "float32", _key(seed, name), moments(name, tuple(shape)))
+            name: RandomTensor(
+                tuple(shape), "float32", _key(seed, name), *initial_moments(name, tuple(shape))
+            )
             for name, shape in expected.items()
         }
         super().__init__(tensors, source=f"random weights, seed {seed}")
@@ -63,38 +47,29 @@ class RandomCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class RandomTensor(TensorHandle):
-    """A tensor generated on reading; memory is that of the rows read.
-
-    Attributes:
-        key: 128-bit Philox key.
-        moments: mean and standard deviation.
-    """
+    """A tensor generated on reading from a 128-bit Philox key; memory is that of the rows read."""
 
     key: int
-    moments: Moments
+    mean: float
+    deviation: float
 
     def _rows(self, start: int, stop: int) -> NDArray[Any]:
         row = math.prod(self.shape[1:])
-        return self._generate(start * row, stop * row).reshape(stop - start, *self.shape[1:])
-
-    def _generate(self, start: int, stop: int) -> NDArray[np.float32]:
-        values = np.full(stop - start, self.moments.mean, np.float32)
-        if self.moments.std:
-            for first in range(start, stop, _CHUNK):
-                last = min(first + _CHUNK, stop)
-                values[first - start : last - start] += self._deviations(first, last)
-        return values
+        values = np.full((stop - start) * row, self.mean, np.float32)
+        if self.deviation:
+            for first in range(start * row, stop * row, _CHUNK):
+                last = min(first + _CHUNK, stop * row)
+                values[first - start * row : last - start * row] += self._deviations(first, last)
+        return values.reshape(stop - start, *self.shape[1:])
 
     def _deviations(self, start: int, stop: int) -> NDArray[np.float32]:
-        counter = start // _PER_COUNTER
-        skipped = start - counter * _PER_COUNTER
+        counter, skipped = divmod(start, _PER_COUNTER)
         words = math.ceil((stop - start + skipped) / 4)
         raw = np.random.Philox(key=self.key, counter=counter).random_raw(words)
         draws = raw.astype("<u8", copy=False).view("<i2")[skipped : skipped + stop - start]
         # (integer + 1/2) / 2^15 is uniform on (-1, 1), symmetric, with standard deviation 1 / sqrt(3).
-        return (draws.astype(np.float32) + np.float32(0.5)) * np.float32(
-            self.moments.std * math.sqrt(3.0) / 2**15
-        )
+        scale = np.float32(self.deviation * math.sqrt(3.0) / 2**15)
+        return (draws.astype(np.float32) + np.float32(0.5)) * scale
 
 
 def _key(seed: int, name: str) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # teaches NumPy the name bfloat16
+import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -28,8 +28,7 @@ class SafeTensor(TensorHandle):
 
     def _rows(self, start: int, stop: int) -> NDArray[Any]:
         if not self.size:
-            kind = ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype
-            return np.empty((stop - start, *self.shape[1:]), kind)
+            return np.empty((stop - start, *self.shape[1:]), self.dtype)
         try:
             with safe_open(self.file, framework="np") as tensors:
                 whole = stop - start == (self.shape or (1,))[0]
@@ -43,9 +42,7 @@ class SafeTensor(TensorHandle):
 
 
 def read_safetensors(path: Path) -> Checkpoint:
-    """Open one safetensors file; only its header is read.
-
-    ``metadata`` is the header's ``__metadata__``, strings by name.
+    """Open one safetensors file by its header; ``metadata`` is its ``__metadata__``, strings by name.
 
     Raises:
         CheckpointError: the file is cut short, or its header is malformed or lies.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -55,26 +55,20 @@ class MappedTensor(TensorHandle):
     strides: Shape
 
     def _rows(self, start: int, stop: int) -> NDArray[Any]:
-        bfloat16 = self.dtype == "bfloat16"
-        dtype = np.dtype("<u2" if bfloat16 else self.dtype).newbyteorder("<")
+        dtype = np.dtype(self.dtype)
         shape, strides = (stop - start, *self.shape[1:]), self.strides or (1,)
-        stored: NDArray[Any] = np.empty(0, dtype)
-        if span := _span(shape, strides):
-            first = self.offset + start * strides[0] * dtype.itemsize
-            stored = self._map(first, span * dtype.itemsize).view(dtype)
-        steps = tuple(step * dtype.itemsize for step in strides)
-        view = np.lib.stride_tricks.as_strided(stored, shape, steps, writeable=False)
-        array = np.require(view, None, ["C", "A"])
-        return array.view(ml_dtypes.bfloat16) if bfloat16 else array
-
-    def _map(self, first: int, size: int) -> NDArray[np.uint8]:
+        if not (span := _span(shape, strides)):
+            return np.empty(shape, dtype)
+        first, size = self.offset + start * strides[0] * dtype.itemsize, span * dtype.itemsize
         try:
-            return np.asarray(np.memmap(self.file, np.uint8, "r", first, (size,)))
+            stored = np.memmap(self.file, np.uint8, "r", first, (size,))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.file} changed since it was opened: {size} bytes at {first} cannot be read ({error}); "
                 "run again once the file is complete"
             ) from error
+        steps = [step * dtype.itemsize for step in strides]
+        return np.require(np.ndarray(shape, dtype, stored, strides=steps), None, ["C", "A"])
 
 
 class Foreign(dict[object, object]):
@@ -163,10 +157,8 @@ class _Reader(Unpickler):
                     f"{self._path} asks to run '{name}', which no checkpoint needs: it may be malicious. "
                     "Nothing was run; do not use this file, and download it again from where it was published"
                 )
-            with (
-                warnings.catch_warnings(),
-                safe_globals([(type(name, (Foreign,), {}), name) for name in names]),
-            ):
+            stubs: list[Any] = [(type(name, (Foreign,), {}), name) for name in names]
+            with warnings.catch_warnings(), safe_globals(stubs):
                 warnings.simplefilter("ignore")
                 return super().load()  # type: ignore[no-untyped-call]
         except CheckpointError:
@@ -262,14 +254,13 @@ def _state_dict(root: object, path: Path) -> dict[str, Tensor]:
     for key in _STATE_KEYS:
         if isinstance(root.get(key), dict):
             return _tensors(root[key])
-    found = _tensors(root)
-    if not found:
-        keys = ", ".join(str(key)[:40] for key in list(root)[:8])
-        raise CheckpointError(
-            f"{path} holds no tensors at its top level nor under {' or '.join(_STATE_KEYS)}; "
-            f"it has: {keys or 'nothing'}"
-        )
-    return found
+    if found := _tensors(root):
+        return found
+    keys = ", ".join(str(key)[:40] for key in list(root)[:8])
+    raise CheckpointError(
+        f"{path} holds no tensors at its top level nor under {' or '.join(_STATE_KEYS)}; "
+        f"it has: {keys or 'nothing'}"
+    )
 
 
 def _module_tensors(root: object, path: Path) -> dict[str, Tensor]:
@@ -286,9 +277,8 @@ def _module_tensors(root: object, path: Path) -> dict[str, Tensor]:
             )
         if isinstance(module, Foreign):
             tensors |= {prefix + name: tensor for name, tensor in _tensors(module).items()}
-            modules += [
-                (f"{prefix}{name}.", part) for name, part in module.items() if isinstance(part, Foreign)
-            ]
+            parts = [(f"{prefix}{name}.", part) for name, part in module.items() if isinstance(part, Foreign)]
+            modules += parts
     return tensors
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from diagd.errors import CheckpointError
-from diagd.export.checkpoints.hub import HubAddress, parse_address
+from diagd.export.checkpoints.location import HubAddress, parse_address
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

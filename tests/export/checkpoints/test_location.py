@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from diagd.errors import CheckpointError
 from diagd.export.checkpoints import open_checkpoint
-from diagd.export.checkpoints.folder import choose_file
+from diagd.export.checkpoints.location import choose_file
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

@@ -1,23 +1,125 @@
-"""Checkpoints on the Hugging Face Hub: only the files needed, through its own cache."""
+"""From what the user typed to a file of this machine: a path, a folder, a repository of the Hub."""
 
 from __future__ import annotations
 
+import difflib
 import glob
+import json
 import re
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote
 
 from diagd.errors import CheckpointError, require
-from diagd.export.checkpoints import folder
 
+_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".jit")
+_PREFERRED = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "model.pt",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "autoencoder.jit",  # holds what encoder.jit and decoder.jit hold
+)
 _FORM = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<subpath>.*?))?/?")
 _PAGE = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
     r"(?:/(?:blob|resolve|tree|raw)/(?P<revision>[^/?]+))?(?:/(?P<subpath>[^?]*?))?/?(?:\?.*)?"
 )
 _BARE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:@[^/@]+)?(?:/.*)?")
+
+
+def is_index(name: str) -> bool:
+    """Whether a file name is that of the index of a sharded set."""
+    return name.lower().endswith(_INDEX_SUFFIXES)
+
+
+def _is_checkpoint_name(name: str) -> bool:
+    return name.lower().endswith((*_SUFFIXES, *_INDEX_SUFFIXES))
+
+
+def choose_file(names: Collection[str], source: str) -> str:
+    """The file to open among the names of a folder (not of its subfolders; hidden ones do not count).
+
+    An index or a file of a usual name wins; otherwise there must be a single candidate.
+
+    Raises:
+        CheckpointError: there is no candidate, or more than one.
+    """
+    shown = sorted(name for name in names if not name.startswith("."))
+    usual = [name for preferred in _PREFERRED for name in shown if name.lower() == preferred]
+    found = usual[:1] or list(filter(is_index, shown)) or list(filter(_is_checkpoint_name, shown))
+    if not found:
+        raise CheckpointError(
+            f"{source} holds no checkpoint: found {_some(shown) or 'no file'}, expected a file ending in "
+            f"{', '.join(_SUFFIXES)}"
+        )
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{source} holds {len(found)} checkpoints ({_some(found)}); name the one you want"
+        )
+    return found[0]
+
+
+def shard_names(index: Path) -> dict[str, str]:
+    """File of each tensor of a sharded set, from its index (``weight_map``).
+
+    Raises:
+        CheckpointError: the index is malformed or names something other than files beside it.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {str(tensor): str(shard) for tensor, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index} is not the index of a sharded checkpoint ({type(error).__name__}: {error}): expected "
+            "an object with 'weight_map'; download it again"
+        ) from error
+    for shard in shards.values():
+        if PurePosixPath(shard).name != shard or "\\" in shard or not _is_checkpoint_name(shard):
+            raise CheckpointError(
+                f"{index} names the shard '{shard}', expected a file beside the index; do not use this file"
+            )
+    return shards
+
+
+def local_file(path: Path, spec: str) -> Path:
+    """The file to open at a path, typed as ``spec``, that may be a folder.
+
+    Raises:
+        CheckpointError: nothing is there, which names the likely cause; or a folder without a choice.
+    """
+    if path.is_dir():
+        return path / choose_file([entry.name for entry in path.iterdir() if entry.is_file()], str(path))
+    if path.is_file():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is neither a file nor a folder")
+    wrong = f"no checkpoint at '{path}'"
+    if address := _guess_address(spec):
+        raise CheckpointError(f"{wrong}: no such file or folder; did you mean '{address}'?")
+    if path.is_symlink():
+        raise CheckpointError(f"{wrong}: it is a link to '{path.readlink()}', which does not exist")
+    home = next(parent for parent in path.absolute().parents if parent.is_dir())
+    missing = path.absolute().relative_to(home).parts[0]
+    what = "no such file or folder" if home == path.absolute().parent else f"'{home}' has no '{missing}'"
+    raise CheckpointError(f"{wrong}: {what}{_near(missing, home)}")
+
+
+def _near(name: str, home: Path) -> str:
+    try:
+        present = sorted(entry.name for entry in home.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return ""
+    if close := difflib.get_close_matches(name, present, n=3, cutoff=0.5):
+        return "; did you mean " + " or ".join(f"'{home / near}'" for near in close) + "?"
+    return f"; {home} holds {_some(present) or 'nothing'}"
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "")
 
 
 class HubAddress(NamedTuple):
@@ -54,12 +156,12 @@ def parse_address(spec: str) -> HubAddress:
     return HubAddress(match["repo"], unquote(revision) if revision else None, match["subpath"] or "")
 
 
-def guess_address(spec: str) -> str | None:
+def _guess_address(spec: str) -> str | None:
     """The ``hf://`` address that a page of the Hub or a bare ``org/name`` stands for; None for a path."""
     if page := _PAGE.fullmatch(spec):
         return str(HubAddress(page["repo"], page["revision"], page["subpath"] or ""))
     first, *rest = spec.split("/")
-    is_path = Path(first).exists() or (len(rest) == 1 and folder.is_checkpoint_name(spec))
+    is_path = Path(first).exists() or (len(rest) == 1 and _is_checkpoint_name(spec))
     return None if is_path or not _BARE.fullmatch(spec) else f"hf://{spec}"
 
 
@@ -78,35 +180,37 @@ def fetch(spec: str) -> tuple[Path, str]:
     """
     address = parse_address(spec)
     require("huggingface_hub", extra="export", purpose="read hf:// checkpoints")
-    from huggingface_hub import HfApi, snapshot_download
-
-    def get(patterns: Collection[str], revision: str | None) -> Path:
-        escaped = [glob.escape(pattern) for pattern in patterns]
-        return Path(snapshot_download(address.repo, revision=revision, allow_patterns=escaped))
+    from huggingface_hub import HfApi
 
     try:
         info = HfApi().model_info(address.repo, revision=address.revision)
         main = _main_file(address, {file.rfilename for file in info.siblings or ()})
-        snapshot = _download(main, address.revision, get)
+        snapshot = _download(address, main)
     except CheckpointError:
         raise
     except Exception as error:
         # Which class a failed connection raises depends on the HTTP library of the installed version.
         cached = _cached(address)
         if cached is None:
-            raise _unavailable(address, error) from error
+            raise CheckpointError(_unavailable(address, error)) from error
         snapshot = cached
         held = (path.relative_to(snapshot) for path in snapshot.rglob("*") if path.is_file())
         main = _main_file(address, {path.as_posix() for path in held})
     return snapshot / main, str(HubAddress(address.repo, snapshot.name, main))
 
 
-def _download(main: str, revision: str | None, get: Callable[[Collection[str], str | None], Path]) -> Path:
+def _download(address: HubAddress, main: str) -> Path:
     """The snapshot with a file and, where that is an index, its shards of the same commit."""
-    snapshot = get([main], revision)
-    if folder.is_index(main):
+    from huggingface_hub import snapshot_download
+
+    def get(names: Collection[str], revision: str | None) -> Path:
+        patterns = [glob.escape(name) for name in names]
+        return Path(snapshot_download(address.repo, revision=revision, allow_patterns=patterns))
+
+    snapshot = get([main], address.revision)
+    if is_index(main):
         home = main.rpartition("/")[0]
-        shards = set(folder.shard_names(snapshot / main).values())
+        shards = set(shard_names(snapshot / main).values())
         get([main, *(f"{home}/{shard}".lstrip("/") for shard in shards)], snapshot.name)
     return snapshot
 
@@ -118,9 +222,9 @@ def _main_file(address: HubAddress, names: set[str]) -> str:
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     where = str(address._replace(revision=None))
     if not inside:
-        held = ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
-        raise CheckpointError(f"{where} does not exist; the repository holds {held or 'nothing'}")
-    return prefix + folder.choose_file([name for name in inside if "/" not in name], where)
+        held = _some(sorted(names)) or "nothing"
+        raise CheckpointError(f"{where} does not exist; the repository holds {held}")
+    return prefix + choose_file([name for name in inside if "/" not in name], where)
 
 
 def _cached(address: HubAddress) -> Path | None:
@@ -135,27 +239,27 @@ def _cached(address: HubAddress) -> Path | None:
     return Path(snapshot) if snapshot and (Path(snapshot) / address.subpath).exists() else None
 
 
-def _unavailable(address: HubAddress, error: Exception) -> CheckpointError:
+def _unavailable(address: HubAddress, error: Exception) -> str:
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{address.repo}"
     if isinstance(error, errors.GatedRepoError):
-        return CheckpointError(
+        return (
             f"{address} is gated: accept its terms at {page} and sign in with 'hf auth login' "
             "(or set HF_TOKEN)"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return CheckpointError(
+        return (
             f"{address.repo} has no revision '{address.revision}' on the Hugging Face Hub; expected a "
             f"branch, tag or commit listed at {page}/commits"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return CheckpointError(
+        return (
             f"there is no repository {address.repo} on the Hugging Face Hub that you may see: check the "
             "spelling, sign in with 'hf auth login' if it is private, or pass the path of your own copy"
         )
     reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return CheckpointError(
+    return (
         f"cannot reach the Hugging Face Hub for {address} and it is not in the local cache "
         f"({type(error).__name__}: {reason}); go online and unset HF_HUB_OFFLINE, or on another "
         f"machine run 'hf download {address.repo} --local-dir FOLDER', copy FOLDER here and pass its path"
