@@ -18,8 +18,7 @@ from diagd.engines.backend import graphs_of
 from diagd.engines.ceilings import Ceilings
 from diagd.engines.engine import Engine
 from diagd.export.families.family import Family
-from diagd.planning.cost import step_operations
-from diagd.planning.model import StoredModel, read_model
+from diagd.profiling.cost import StoredModel, read_model, step_operations
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session, token_places

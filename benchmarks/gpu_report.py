@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
-from diagd.planning.cost import step_seconds
+from diagd.profiling.cost import step_seconds
 
 NEXT_TOKEN = "NTP"
 BEGIN, END = "<!-- gpu: begin, written by benchmarks/gpu.py -->", "<!-- gpu: end -->"

@@ -23,9 +23,8 @@ BELOW = {
     "export": EXPORT,
     "calibration": ABOVE,
     "tuning": ABOVE,
-    "planning": EXPORT,
-    "profiling": {"planning"} | EXPORT,
-    "cli": {"calibration", "tuning", "planning", "profiling"} | ABOVE,
+    "profiling": EXPORT,
+    "cli": {"calibration", "tuning", "profiling"} | ABOVE,
 }
 """Packages that each package may import, besides itself and the modules at the top."""
 

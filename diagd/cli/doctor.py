@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from diagd.bundle.cache import clear
-    from diagd.planning.machine import PROBLEM, check_bundle, check_machine
+    from diagd.profiling.doctor import PROBLEM, check_bundle, check_machine
 
     if args.clear_cache:
         clear()

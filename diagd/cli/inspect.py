@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagd.bundle.targets import file_target
 from diagd.cli import terminal
 from diagd.cli.paths import path
 from diagd.cli.schedule_options import add_schedule_options, parse_schedule
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   diagd inspect crafter-3m.diagd
   diagd inspect crafter-3m.diagd --k 2 --d chained --steps 4
-  diagd inspect crafter-3m.diagd --k 1 --draw frontier.gif
   diagd inspect step.onnx --json
 
 A step is printed as its fed tokens: the position of the token, @ the position it stands in for where it is a
@@ -36,7 +34,7 @@ row seed, > the cell its prediction fills.
 SHOWN_OPERATORS = 4
 
 SHOWN_COLUMNS = 30
-"""Grids up to so many columns are printed; --draw shows larger ones."""
+"""Grids up to so many columns are printed."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +44,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_schedule_options(parser)
     parser.add_argument("--frames", type=int, default=3, help="of the schedule shown (default %(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="print so many steps of the table")
-    parser.add_argument("--draw", type=path, help="draw the frontier: .gif moves, .png is coloured by step")
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 
@@ -56,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from diagd.export.onnx_file import read_onnx
 
     if args.path.is_file():
-        asked = {name: getattr(args, name) for name in ("draw", "k", "d", "seed_policy", "steps")}
+        asked = {name: getattr(args, name) for name in ("k", "d", "seed_policy", "steps")}
         if given := [name.replace("_", "-") for name, value in asked.items() if value]:
             raise UsageError(f"--{given[0]} needs a bundle: an ONNX file has no schedule")
         graphs = {args.path.name: read_onnx(args.path)}
@@ -64,10 +61,6 @@ def run(args: argparse.Namespace) -> int:
             terminal.console(), graphs, {}
         )
         return 0
-    if args.draw:
-        from diagd.profiling.frontier import PICTURES
-
-        file_target(args.draw, PICTURES, "--draw")
     manifest = read_manifest(args.path)
     files = [graph.file for graph in manifest.graphs]
     if manifest.tokenizer:
@@ -82,7 +75,7 @@ def _report(
     args: argparse.Namespace, manifest: Manifest, graphs: dict[str, OnnxFile], schedule: Schedule
 ) -> None:
 
-    from diagd.profiling.frontier import draw, frontier
+    from diagd.profiling.frontier import frontier
 
     if args.frames < 1:
         raise UsageError(f"--frames {args.frames}: show at least one frame")
@@ -97,8 +90,6 @@ def _report(
         _print_manifest(console, manifest, args.path)
         _print_graphs(console, graphs, _uses(manifest))
         _print_schedule(console, schedule, drawn, args.steps)
-    if args.draw:
-        draw(args.draw, drawn)
 
 
 def _print_json(content: dict[str, Any]) -> None:

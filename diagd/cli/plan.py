@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from diagd.export.families.family import Family
-    from diagd.planning.devices import Device
-    from diagd.planning.model import ModelSize
-    from diagd.planning.plan import Plan
+    from diagd.profiling.cost import ModelSize
+    from diagd.profiling.devices import Device
+    from diagd.profiling.plan import Plan
 
 EPILOG = """examples:
   diagd plan mineworld-300m --device orin-agx
@@ -50,7 +50,7 @@ class PlanSettings(BaseModel):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     from diagd.bundle.precision import KV_CACHES, PRECISIONS
-    from diagd.planning.devices import DEVICES, THIS
+    from diagd.profiling.devices import DEVICES, THIS
 
     parser.epilog = EPILOG
     parser.add_argument("model", help="name of a model, or a bundle")
@@ -64,7 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; exit code 1 where the model does not fit."""
-    from diagd.planning.plan import make_plan
+    from diagd.profiling.plan import make_plan
 
     settings = parse_settings(PlanSettings, args.settings)
     device = _device(args.device)
@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _device(name: str) -> Device:
-    from diagd.planning.devices import DEVICES, THIS
-    from diagd.planning.machine import this_device
+    from diagd.profiling.devices import DEVICES, THIS
+    from diagd.profiling.doctor import this_device
 
     if name == THIS:
         return this_device()
@@ -101,7 +101,7 @@ def _device(name: str) -> Device:
 
 
 def _model(name: str, checkpoint: str | None) -> ModelSize:
-    from diagd.planning.model import read_model
+    from diagd.profiling.cost import read_model
 
     if Path(name).is_dir():
         return read_model(Path(name)).size
@@ -110,8 +110,7 @@ def _model(name: str, checkpoint: str | None) -> ModelSize:
 
 def _stored(path: Path, clip: int) -> dict[str, dict[str, float]]:
     """Bytes that a pass reads of every step graph that a bundle has; none for a model by name."""
-    from diagd.planning.cost import live_tokens
-    from diagd.planning.model import stored_models
+    from diagd.profiling.cost import live_tokens, stored_models
 
     if not path.is_dir():
         return {}
@@ -126,7 +125,7 @@ def _family_size(name: str, checkpoint: str | None) -> ModelSize:
     """Dimensions of a model by name; a checkpoint's header is checked against them."""
     from diagd.bundle.manifest import context_policy
     from diagd.export.families.registry import find
-    from diagd.planning.model import size_of
+    from diagd.profiling.cost import size_of
 
     if checkpoint is not None and checkpoint.startswith("hf:"):
         raise UsageError(
@@ -166,7 +165,7 @@ def _check(model: ModelSize, settings: PlanSettings) -> None:
 def _print(console: Console, plan: Plan) -> None:
     from rich.table import Table
 
-    from diagd.planning.devices import GB
+    from diagd.profiling.devices import GB
 
     device, memory = plan.device, plan.memory
     table = Table("memory", "MB", title=_title(plan))

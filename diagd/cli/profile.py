@@ -16,7 +16,7 @@ from diagd.cli import terminal
 from diagd.cli.lags import parse_lags
 from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
-from diagd.errors import UsageError
+from diagd.errors import DependencyError, UsageError
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ EPILOG = """examples:
   diagd-profile --compare before/report.json after/report.json
 
 Writes report.json and report.html, which opens anywhere. Next-token prediction, serial and chained frames are
-measured with the window full, behind a first run that is told apart. What would take longer than --budget is
-cut, frames before the prompt, and said. A comparison ends with code 3 where steps became slower beyond
+measured with the window full, behind a first run that is told apart, the quickest first. No order begins once
+--budget is spent; what was left out is said. A comparison ends with code 3 where steps became slower beyond
 noise.
 """
 
@@ -63,7 +63,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=4, help="of each order (default %(default)s)")
     parser.add_argument("--fps", type=float, help="count frames that come later than this rate allows")
     parser.add_argument(
-        "--budget", type=float, default=BUDGET, help="seconds to end in, 0 without end (default %(default)g)"
+        "--budget",
+        type=float,
+        default=BUDGET,
+        help="seconds to begin orders in, 0: all (default %(default)g)",
     )
     parser.add_argument("--output", type=path, help="directory for the report (default: NAME.profile)")
     parser.add_argument("--trace", type=path, help="write a Chrome trace; steps become NVTX ranges as well")
@@ -79,9 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.bundle is None:
         raise UsageError("name a bundle to measure, or two reports with --compare BEFORE AFTER")
     from diagd.bundle import Bundle
-    from diagd.profiling.page import write_page
     from diagd.profiling.profile import profile
-    from diagd.profiling.trace import write_trace
 
     options = _options(args)
     output = args.output or Path(f"{args.bundle.name.removesuffix('.diagd')}.profile")
@@ -89,18 +90,28 @@ def run(args: argparse.Namespace) -> int:
     if args.trace:
         _check_trace(args.trace, output)
     console = terminal.console(stderr=args.json)
-    measured = profile(Bundle.open(args.bundle), options, Progress(console), console.print)
+    measured = profile(Bundle.open(args.bundle), options, Progress(console))
     measured.report.write(output / "report.json")
-    write_page(output / "report.html", measured.report)
+    page = _write_page(output / "report.html", measured.report)
     if args.trace:
-        names = [run.order for run in measured.report.runs]
-        write_trace(args.trace, list(zip(names, measured.runs, strict=True)), measured.timeline)
+        measured.write_trace(args.trace)
     if args.json:
         print(measured.report.model_dump_json(indent=1))  # noqa: T201
     else:
         _print(console, measured.report)
-        console.print(str(output / "report.html"))
+        console.print(page)
     return 0
+
+
+def _write_page(path: Path, report: Report) -> str:
+    """Write the page; returns its path, or what it takes to have one: the report is there all the same."""
+    from diagd.profiling.page import write_page
+
+    try:
+        write_page(path, report)
+    except DependencyError as error:
+        return str(error)
+    return str(path)
 
 
 def _check_trace(trace: Path, output: Path) -> None:
@@ -155,9 +166,9 @@ def _compare(args: argparse.Namespace) -> int:
 def _print(console: Console, report: Report) -> None:
     from rich.table import Table
 
-    subject, machine = report.subject, report.machine
+    model, machine = report.model, report.machine
     where = machine.device or f"{machine.threads} threads"
-    title = f"{subject.model} {subject.precision}, window {subject.window}, {where}"
+    title = f"{model.name} {model.precision}, window {model.window}, {where}"
     head = ("order", "passes", "frames/s", "frame ms", "p99", "action to picture ms", "limit")
     table = Table(*head, title=title)
     table.columns[0].no_wrap = table.columns[5].no_wrap = True
@@ -174,8 +185,6 @@ def _print(console: Console, report: Report) -> None:
             f"{share:.0%}",
         )
     console.print(table)
-    for cut in report.cuts:
-        console.print(f"cut to end in time: {cut}")
     for skipped in report.skipped:
         console.print(f"{skipped.order} was skipped: {skipped.reason}")
     _print_stages(console, max(report.runs, key=lambda run: run.frames_per_second))

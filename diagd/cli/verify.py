@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from diagd.bundle import Bundle
     from diagd.engines.engine import Int
     from diagd.profiling.report import Skipped
-    from diagd.profiling.subjects import Subject
     from diagd.profiling.tensors import TensorVerdict
-    from diagd.profiling.verify import Verdict
+    from diagd.profiling.verify import Candidate, Verdict
     from diagd.schedule import Schedule
 
 EPILOG = """examples:
@@ -88,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
     verdicts: list[Verdict] = []
     skipped: list[Skipped] = []
     tensors: list[TensorVerdict] = []
-    for subject in _subjects(args, settings, bundle):
-        with closing(subject):
-            orders, left_out = _orders(args, settings, subject)
+    for candidate in _candidates(args, settings, bundle):
+        with closing(candidate):
+            orders, left_out = _orders(args, settings, candidate)
             skipped += left_out
-            verdicts += _verdicts(args, settings, subject, reference, orders, Progress(console))
-            tensors += subject.tensors() if args.tensors else []
+            verdicts += _verdicts(args, settings, candidate, reference, orders, Progress(console))
+            tensors += candidate.tensors() if args.tensors else []
     if args.tensors and not tensors:
         console.print("nothing to compare by tensor: only modern and portable graphs run on several engines")
     if args.json:
@@ -113,24 +112,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _orders(
-    args: argparse.Namespace, settings: VerifySettings, subject: Subject
+    args: argparse.Namespace, settings: VerifySettings, candidate: Candidate
 ) -> tuple[list[Schedule], list[Skipped]]:
     """Orders that the engine can decode, and the others with the reason."""
-    from diagd.profiling.orders import decoding_orders, obstacle
-    from diagd.profiling.report import Skipped
+    from diagd.profiling.orders import decoding_orders, split_orders
 
-    session, known = subject.session, settings.prompt + args.frames
-    manifest, widest = session.manifest, session.engine.max_width
-    orders = decoding_orders(manifest, parse_lags(args.k))
-    pairs = [(order, obstacle(order, manifest, session.window, known, widest)) for order in orders]
-    late = [Skipped(order=f"{subject.name}, {order.name}", reason=why) for order, why in pairs if why]
-    return [order for order, why in pairs if not why], late
+    session = candidate.session
+    orders = decoding_orders(session.manifest, parse_lags(args.k))
+    possible, late = split_orders(orders, session, settings.prompt + args.frames)
+    return possible, [
+        entry.model_copy(update={"order": f"{candidate.name}, {entry.order}"}) for entry in late
+    ]
 
 
 def _verdicts(
     args: argparse.Namespace,
     settings: VerifySettings,
-    subject: Subject,
+    candidate: Candidate,
     reference: Bundle,
     orders: list[Schedule],
     progress: Progress,
@@ -138,22 +136,22 @@ def _verdicts(
     from diagd.profiling.measure import random_workload
     from diagd.profiling.verify import open_reference, verify
 
-    session, name = subject.session, subject.name
+    session, name = candidate.session, candidate.name
     workload = random_workload(session, settings.prompt, args.frames, settings.seed)
     if args.prompt:
-        workload = replace(workload, prompt=_read_prompt(args.prompt, subject.bundle, settings))
+        workload = replace(workload, prompt=_read_prompt(args.prompt, candidate.bundle, settings))
     with open_reference(reference, session) as plain:
         for order in progress.each(orders, name):
-            yield verify(session, plain, name, subject.precision, order, workload, args.frames)
+            yield verify(session, plain, name, candidate.precision, order, workload, args.frames)
 
 
-def _subjects(args: argparse.Namespace, settings: VerifySettings, bundle: Bundle) -> Iterator[Subject]:
+def _candidates(args: argparse.Namespace, settings: VerifySettings, bundle: Bundle) -> Iterator[Candidate]:
     """Every precision and form of the bundle, or those of one engine; each is opened when it is its turn."""
     from diagd.engines.onnxruntime_session import CpuOptions
-    from diagd.profiling.subjects import subjects
+    from diagd.profiling.verify import candidates
 
     window = settings.window or min(bundle.manifest.context.frames, 4)
-    return subjects(bundle, args.engine, window, CpuOptions(settings.threads))
+    return candidates(bundle, args.engine, window, CpuOptions(settings.threads))
 
 
 def _read_prompt(path: Path, bundle: Bundle, settings: VerifySettings) -> Int:

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
+import numpy as np
+
 from diagd.errors import UsageError
 from diagd.profiling.measure import bucket
 from diagd.profiling.report import Report, Run
-from diagd.profiling.statistics import median_ratio
 
 TOLERANCE: Final = 0.03
 """Changes up to this share are not called a regression, however sure they are."""
 
 LEAST_SAMPLES: Final = 8
+RESAMPLES: Final = 1000
+CONFIDENCE: Final = 0.99
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,47 @@ def _by_width(run: Run) -> dict[str, list[float]]:
     """Seconds of whole steps by width bucket; one of no seconds was not measured."""
     steps: dict[str, list[float]] = {}
     for sample in sorted(run.samples, key=lambda sample: sample.rows):
-        if (seconds := sample.engine + sample.sampling + sample.host) > 0:
-            steps.setdefault(bucket(sample.rows), []).append(seconds)
+        if sample.seconds > 0:
+            steps.setdefault(bucket(sample.rows), []).append(sample.seconds)
     return steps
 
 
 def _notes(before: Report, after: Report) -> list[str]:
     pairs = {
-        "model": (before.subject.model, after.subject.model),
-        "precision": (before.subject.precision, after.subject.precision),
-        "engine": (before.subject.engine, after.subject.engine),
-        "window": (before.subject.window, after.subject.window),
+        "model": (before.model.name, after.model.name),
+        "precision": (before.model.precision, after.model.precision),
+        "engine": (before.model.engine, after.model.engine),
+        "window": (before.model.window, after.model.window),
         "processor": (before.machine.processor, after.machine.processor),
         "device": (before.machine.device or "none", after.machine.device or "none"),
         "threads": (before.machine.threads, after.machine.threads),
     }
     return [f"{name} differs: {a} and {b}" for name, (a, b) in pairs.items() if a != b]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ratio of two medians and the interval that holds it with ``CONFIDENCE``."""
+
+    value: float
+    low: float
+    high: float
+
+
+def median_ratio(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Ratio:
+    """Bootstrap interval of median(after) / median(before) (Efron, 1979), the same for the same seed.
+
+    Args:
+        before: times, at least one.
+        after: likewise.
+        seed: of the resampling.
+    """
+    random = np.random.default_rng(seed)
+    first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    medians = [
+        np.median(values[random.integers(0, len(values), (RESAMPLES, len(values)))], axis=1)
+        for values in (first, second)
+    ]
+    edges = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
+    low, high = np.percentile(medians[1] / medians[0], edges)
+    return Ratio(float(np.median(second) / np.median(first)), float(low), float(high))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from diagd.engines.engine import Float, Int
-from diagd.profiling.clock import StepClock, step_clock
-from diagd.profiling.nvtx import nvtx_ranges
-from diagd.profiling.timeline import Timeline
+from diagd.profiling.clock import StepClock, Timeline, step_clock
+from diagd.runtime.actions import encode
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session, StepTime
@@ -22,10 +23,11 @@ from diagd.runtime.step import Result
 from diagd.runtime.video import VideoWriter
 from diagd.schedule import Schedule, Step
 
-DECODE, ENCODE = "pixel decode", "video encode"
+ENCODE: Final = "video encode"
+HANDLING: Final = "frame handling"
 
 SECONDS: Final = 0.5
-"""Between two calls that tell of progress."""
+"""Between two reports of progress."""
 
 Steps = Iterator[tuple[Step, Result]]
 
@@ -78,8 +80,6 @@ class Workload:
 
 def random_workload(session: Session, prompt: int, frames: int, seed: int = 0) -> Workload:
     """Random visual tokens that the model may see, no-op actions, and an empty text."""
-    from diagd.runtime.actions import encode
-
     layout, manifest = session.layout, session.manifest
     ranges = manifest.sampling.range_table(layout)[layout.before : layout.before + layout.cells]
     random = np.random.default_rng(seed)
@@ -113,7 +113,7 @@ def measure(
         frames: to decode.
         pixels: turns them to pictures.
         video: takes these.
-        advance: told now and then how many steps have run since it was told last.
+        advance: called now and then with how many steps have run since its last call.
         marks: put an NVTX range around every step, where nvtx is installed.
     """
     run = Measured(schedule, began=time.perf_counter())
@@ -128,7 +128,7 @@ def measure(
     latents = _latents(pixels)
     pending: list[Int] = []
     with step_clock(session) as clock, _writer(pixels, video, run.timeline) as writer:
-        for tokens in _frames(session, _told(steps, advance), run, clock):
+        for tokens in _frames(session, _counted(steps, advance), run, clock):
             pending.append(tokens)
             if len(pending) == latents or len(run.decoded) == frames:
                 _show(run, pixels, writer, pending)
@@ -139,16 +139,26 @@ def measure(
     return run
 
 
-def _told(steps: Steps, advance: Callable[[int], object]) -> Steps:
-    """The same steps, counted now and then: a call for every one would be part of the run's time."""
-    told = time.perf_counter()
-    count = 0
+def nvtx_ranges(steps: Steps, widths: Iterable[int]) -> Steps:
+    """The same steps, each within a range of Nsight Systems that says its ``widths``, where nvtx is there."""
+    if find_spec("nvtx") is not None:
+        nvtx = importlib.import_module("nvtx")
+        for width in widths:
+            with nvtx.annotate(f"step w={width}"):
+                step = next(steps)
+            yield step
+    yield from steps
+
+
+def _counted(steps: Steps, advance: Callable[[int], object]) -> Steps:
+    """The same steps, reported now and then: a call for every one would be part of the run's time."""
+    reported, count = time.perf_counter(), 0
     for step, result in steps:
         yield step, result
         count += 1
-        if result.time.began > told + SECONDS:
+        if result.time.began > reported + SECONDS:
             advance(count)
-            told, count = result.time.began, 0
+            reported, count = result.time.began, 0
     advance(count)
 
 
@@ -169,19 +179,18 @@ def _frames(session: Session, steps: Steps, run: Measured, clock: StepClock) -> 
         yield tokens
         asked, frame = time.perf_counter(), frame + 1
         last += layout.frame_length
-    run.timeline.add("frame handling", asked, time.perf_counter() - asked)
 
 
 def _add_frame(run: Measured, clock: StepClock, asked: float, decoded: float) -> None:
     """Count the steps of a frame, and as its handling what is neither in them nor in a context fed again."""
     steps, refills = clock.finished()
     run.steps += steps
-    inside = sum(step.engine + step.sampling + step.host for step in steps)
+    inside = sum(step.seconds for step in steps)
     for began, seconds in refills:
         run.timeline.add("context refill", began, seconds)
         inside += seconds
     rest = max(0.0, time.perf_counter() - asked - inside)
-    run.timeline.add("frame handling", decoded - rest, rest)
+    run.timeline.add(HANDLING, decoded - rest, rest)
 
 
 def _latents(pixels: PixelCodec | None) -> int:
@@ -194,7 +203,7 @@ def _latents(pixels: PixelCodec | None) -> int:
 def _show(run: Measured, pixels: PixelCodec | None, writer: VideoWriter | None, tokens: list[Int]) -> None:
     if pixels is None:
         return
-    with run.timeline.stage(DECODE):
+    with run.timeline.stage("pixel decode"):
         images = list(pixels.decode(tokens))
     if writer is not None:
         with run.timeline.stage(ENCODE):
@@ -210,25 +219,26 @@ def _writer(
     if pixels is None or video is None:
         yield None
         return
-    with timeline.stage(ENCODE):
-        writer = VideoWriter(video, 10.0, (pixels.spec.height, pixels.spec.width))
-        writer.__enter__()
-    try:
+    with ExitStack() as opened:
+        with timeline.stage(ENCODE):
+            writer = opened.enter_context(VideoWriter(video, 10.0, (pixels.spec.height, pixels.spec.width)))
         yield writer
-    except BaseException as error:
-        writer.__exit__(type(error), error, error.__traceback__)
-        raise
-    with timeline.stage(ENCODE):
-        writer.__exit__(None, None, None)
+        with timeline.stage(ENCODE):
+            opened.close()
 
 
 def _add_steps(run: Measured) -> None:
-    """Put the steps on the timeline: the engine by width, then sampling, then the host's own work."""
+    """Put the steps on the timeline: the engine by width, then sampling, then the host's own work.
+
+    What lies between two stages is handling too: all of them add up to the run.
+    """
     for index, step in enumerate(run.steps):
         name = "prefill" if index <= run.chunks else f"steps {bucket(step.rows)}"
         run.timeline.add(name, step.began, step.engine, rows=step.rows, live=step.live)
         run.timeline.add("sampling", step.began + step.engine, step.sampling)
         run.timeline.add("schedule", step.began + step.engine + step.sampling, step.host)
+    rest = max(0.0, run.ended - run.began - sum(event.seconds for event in run.timeline.events))
+    run.timeline.add(HANDLING, run.ended - rest, rest)
 
 
 def bucket(rows: int) -> str:

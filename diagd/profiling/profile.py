@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -10,24 +11,24 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from diagd.bundle import Bundle, Form
+from diagd.bundle.files import atomic_file
 from diagd.engines.backend import Backend, find, forms_of
 from diagd.engines.ceilings import Ceilings
 from diagd.engines.host import cores, memory_bytes, peak_memory, processor_name
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError, unknown
-from diagd.planning.machine import installed
-from diagd.planning.model import StoredModel, read_model
-from diagd.profiling.budget import LEAST_FRAMES, Extent, Pace, cuts, find_pace, fit
+from diagd.profiling.clock import Timeline
+from diagd.profiling.cost import StoredModel, read_model
+from diagd.profiling.doctor import installed
 from diagd.profiling.measure import Measured, measure, random_workload
-from diagd.profiling.orders import decoding_orders, obstacle
-from diagd.profiling.report import Machine, Report, Skipped, Subject
+from diagd.profiling.orders import decoding_orders, split_orders
+from diagd.profiling.report import Machine, Model, Report, Skipped
 from diagd.profiling.summary import stages, summarise
-from diagd.profiling.timeline import Timeline
 from diagd.progress import Progress
 from diagd.runtime.load import open_session, with_threads
 from diagd.runtime.pixels import PixelCodec
@@ -37,7 +38,10 @@ from diagd.version import __version__
 
 PACKAGES: Final = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings")
 CPU: Final = "cpu"
-SPENT: Final = "the time budget was spent"
+LEAST_FRAMES: Final = 2
+
+NEXT_TOKEN_FRAMES: Final = 2
+"""Frames measured of next-token prediction: each has as many steps as cells."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class ProfileOptions:
         window: frames a token may see; default: the model's context.
         fps: rate whose deadlines are counted.
         pixels: decode and encode pictures, where the bundle has a tokenizer.
-        budget: seconds in which to end; frames and prompt are cut to fit. None: no limit.
+        budget: seconds after which no further order begins; the quickest are first. None: no limit.
         marks: put NVTX ranges around the steps, where nvtx is installed.
         cpu: threads and cache.
 
@@ -79,21 +83,62 @@ class ProfileOptions:
         if self.frames < LEAST_FRAMES:
             raise UsageError(f"--frames {self.frames}: steady frames need two or more")
 
+    def frames_of(self, schedule: Schedule) -> int:
+        """Frames measured of one order."""
+        next_token = schedule.k == schedule.layout.columns
+        return min(self.frames, NEXT_TOKEN_FRAMES) if next_token else self.frames
+
 
 @dataclass(frozen=True)
 class Profile:
-    """A report, and the runs behind it."""
+    """A report, the runs behind it, and what happened ahead of them."""
 
     report: Report
     runs: tuple[Measured, ...]
-    timeline: Timeline
+    start: Timeline
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """Complete events ("ph": "X") of the Chrome trace format, microseconds, one thread for each run."""
+        origin = min(event.began for event in self.start.events)
+        events = [_thread_name(0, "start"), *_events(self.start, 0, origin)]
+        for thread, run in enumerate(self.runs, start=1):
+            name = run.schedule.name
+            whole = Timeline()
+            whole.add(name, run.began, run.ended - run.began)
+            events.append(_thread_name(thread, name))
+            events += _events(whole, thread, origin) + _events(run.timeline, thread, origin)
+        return events
+
+    def write_trace(self, path: Path) -> None:
+        """Write a file for chrome://tracing or ui.perfetto.dev."""
+        with atomic_file(path) as partial_file:
+            content = {"traceEvents": self.trace_events(), "displayTimeUnit": "ms"}
+            partial_file.write_text(json.dumps(content))
+
+
+def _events(timeline: Timeline, thread: int, origin: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": event.stage,
+            "ph": "X",
+            "pid": 1,
+            "tid": thread,
+            "ts": 1e6 * (event.began - origin),
+            "dur": 1e6 * event.seconds,
+            "args": event.details,
+        }
+        for event in timeline.events
+    ]
+
+
+def _thread_name(thread: int, name: str) -> dict[str, Any]:
+    return {"name": "thread_name", "ph": "M", "pid": 1, "tid": thread, "args": {"name": name}}
 
 
 def profile(
     bundle: Bundle,
     options: ProfileOptions,
     progress: Progress | None = None,
-    tell: Callable[[str], object] = lambda _: None,
     backend: Backend | None = None,
 ) -> Profile:
     """Measure a bundle on this machine.
@@ -102,7 +147,6 @@ def profile(
         bundle: what to measure.
         options: how.
         progress: shows it.
-        tell: takes the estimate, and what is cut, before the measurement begins.
         backend: where; default: what the options name.
 
     Raises:
@@ -114,26 +158,22 @@ def profile(
     backend, bundle = backend or _backend(options), bundle.at_precision(options.precision)
     orders = decoding_orders(bundle.manifest, options.ks)
     options = replace(options, cpu=with_threads(options.cpu, bundle))
-    description = backend.describe()
+    device = backend.describe()
     ready = _load(bundle, options, backend, progress)
     with ready.session as session:
-        course = _course(ready, orders, options, began, progress)
-        told = f"about {course.estimate:.0f} s for {len(course.orders)} decoding orders"
-        tell("; ".join([told, *course.cuts]))
-        pairs, late = _run_each(course, ready.pixels, progress, _Clock(began, options.budget), options.marks)
-        device_memory = session.engine.memory_used() if description else 0
+        chosen, skipped = _split(orders, session, options)
+        pairs, late = _run_each(ready, chosen, options, progress, began)
+        device_memory = session.engine.memory_used() if device else 0
     report = Report(
         diagd_version=__version__,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        machine=_machine(ready.ceilings, description, options.cpu),
-        subject=_subject(bundle, ready.model, ready.session),
+        machine=_machine(ready.ceilings, device, options.cpu),
+        model=_model(bundle, ready),
         start=stages(ready.start),
         runs=tuple(summarise(run, cold, ready.model, ready.ceilings, options.fps) for cold, run in pairs),
-        skipped=(*course.skipped, *late),
+        skipped=(*skipped, *late),
         peak_memory=peak_memory(),
         device_memory=device_memory,
-        estimate=course.estimate,
-        cuts=course.cuts,
     )
     return Profile(report, tuple(run for _, run in pairs), ready.start)
 
@@ -147,30 +187,6 @@ class _Ready:
     model: StoredModel
     ceilings: Ceilings
     start: Timeline
-
-
-@dataclass(frozen=True)
-class _Course:
-    """The runs to come, the seconds they are expected to take, and what was left out."""
-
-    pace: Pace
-    orders: tuple[Schedule, ...]
-    skipped: tuple[Skipped, ...]
-    extent: Extent
-    estimate: float
-    cuts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Clock:
-    """Whether the budget has time left."""
-
-    began: float
-    budget: float | None
-
-    def left(self, seconds: float) -> bool:
-        """Whether work of so many seconds ends in time."""
-        return self.budget is None or time.perf_counter() - self.began + seconds < self.budget
 
 
 def _backend(options: ProfileOptions) -> Backend:
@@ -204,49 +220,6 @@ def _load(bundle: Bundle, options: ProfileOptions, backend: Backend, progress: P
     return _Ready(session, pixels, model, ceilings, start)
 
 
-def _course(
-    ready: _Ready,
-    orders: Sequence[Schedule],
-    options: ProfileOptions,
-    began: float,
-    progress: Progress,
-) -> _Course:
-    """What fits into the rest of the budget behind ``began``; a prompt asked for is kept."""
-    session = ready.session
-    chosen, skipped = _split(orders, session, options)
-    with progress.task("estimating"):
-        pace = find_pace(session, ready.model, ready.ceilings, ready.pixels)
-        wanted = extent = Extent(_prompt(session, options), options.frames)
-        if options.budget is not None:
-            rest = options.budget - (time.perf_counter() - began)
-            keep = options.prompt is not None
-            extent = fit(pace, chosen, wanted, rest, keep_prompt=keep)
-        estimate = pace.seconds(chosen, extent)
-    return _Course(pace, tuple(chosen), skipped, extent, estimate, cuts(wanted, extent, session.window))
-
-
-def _prompt(session: Session, options: ProfileOptions) -> int:
-    return session.window - 1 if options.prompt is None else options.prompt
-
-
-def _split(
-    orders: Sequence[Schedule], session: Session, options: ProfileOptions
-) -> tuple[list[Schedule], tuple[Skipped, ...]]:
-    """Orders that the model allows, and the others with the reason.
-
-    Raises:
-        UsageError: it allows none.
-    """
-    frames = _prompt(session, options) + options.frames
-    widest = session.engine.max_width
-    reasons = [obstacle(order, session.manifest, session.window, frames, widest) for order in orders]
-    pairs = list(zip(orders, reasons, strict=True))
-    skipped = tuple(Skipped(order=order.name, reason=why) for order, why in pairs if why)
-    if len(skipped) == len(pairs):
-        raise UsageError(f"no decoding order can be measured; {skipped[0].order}: {skipped[0].reason}")
-    return [order for order, why in pairs if not why], skipped
-
-
 def _pixels(bundle: Bundle, options: ProfileOptions, backend: Backend, start: Timeline) -> PixelCodec | None:
     """The tokenizer, loaded and warm, its encoder timed on a random picture."""
     if bundle.manifest.tokenizer is None or not options.pixels:
@@ -263,66 +236,72 @@ def _pixels(bundle: Bundle, options: ProfileOptions, backend: Backend, start: Ti
     return pixels
 
 
+def _prompt(session: Session, options: ProfileOptions) -> int:
+    return session.window - 1 if options.prompt is None else options.prompt
+
+
+def _split(
+    orders: Sequence[Schedule], session: Session, options: ProfileOptions
+) -> tuple[list[Schedule], list[Skipped]]:
+    """Orders that the model allows, and the others with the reason.
+
+    Raises:
+        UsageError: it allows none.
+    """
+    frames = _prompt(session, options) + options.frames
+    possible, skipped = split_orders(orders, session, frames)
+    if not possible:
+        raise UsageError(f"no decoding order can be measured; {skipped[0].order}: {skipped[0].reason}")
+    return possible, skipped
+
+
 def _run_each(
-    course: _Course, pixels: PixelCodec | None, progress: Progress, clock: _Clock, marks: bool
-) -> tuple[list[tuple[float | None, Measured]], list[Skipped]]:
-    """Runs of the orders, the first one in any case, and the orders that there was no time for."""
-    pairs: list[tuple[float | None, Measured]] = []
-    late, began = [], time.perf_counter()
-    pace, orders, extent, session = course.pace, course.orders, course.extent, course.pace.session
-    for number, schedule in enumerate(orders, start=1):
-        name = schedule.name
-        slower = pace.slower([run.schedule for _, run in pairs], extent, time.perf_counter() - began)
-        rest = slower * pace.seconds(orders[number - 1 :], extent)
-        # An order that mostly fits is worth more than an exact end.
-        if pairs and not clock.left(slower * pace.seconds([schedule], extent) / 2):
-            late.append(Skipped(order=name, reason=SPENT))
-            continue
-        title = f"{name}, {number} of {len(orders)} orders, {rest:.0f} s left"
-        with progress.count(title, _steps(session, schedule, extent)) as advance:
-            pairs.append(_run(session, schedule, extent, pixels, advance, marks))
-    return pairs, late
+    ready: _Ready, orders: Sequence[Schedule], options: ProfileOptions, progress: Progress, began: float
+) -> tuple[list[tuple[float, Measured]], list[Skipped]]:
+    """Runs of the orders, the first one in any case, and those that the budget has no time for.
+
+    The quickest come first, so that a large model on a slow machine is measured in some order at least.
+    """
+    runs: dict[Schedule, tuple[float, Measured]] = {}
+    for number, schedule in enumerate(sorted(orders, key=lambda order: order.total_steps(2)), start=1):
+        if runs and options.budget is not None and time.perf_counter() - began > options.budget:
+            break
+        frames = options.frames_of(schedule)
+        title = f"{schedule.name}, 1 + {frames} frames, {number} of {len(orders)} orders"
+        with progress.count(title, _steps(ready.session, schedule, options)) as advance:
+            runs[schedule] = _run(ready, schedule, options, advance)
+    reason = f"the {options.budget:g} s of the budget were spent" if options.budget is not None else ""
+    late = [Skipped(order=order.name, reason=reason) for order in orders if order not in runs]
+    return [runs[order] for order in orders if order in runs], late
 
 
-def _steps(session: Session, schedule: Schedule, extent: Extent) -> int:
-    """Steps of all runs of an order."""
-    tables = (
-        schedule.table(extent.prompt, frames, 0, session.engine.max_width)
-        for frames in extent.runs_of(schedule)
-    )
-    return sum(table.steps for table in tables)
+def _steps(session: Session, schedule: Schedule, options: ProfileOptions) -> int:
+    """Steps of both runs of an order."""
+    prompt, widest = _prompt(session, options), session.engine.max_width
+    return sum(schedule.table(prompt, n, 0, widest).steps for n in (1, options.frames_of(schedule)))
 
 
 def _run(
-    session: Session,
-    schedule: Schedule,
-    extent: Extent,
-    pixels: PixelCodec | None,
-    advance: Callable[[int], object],
-    marks: bool,
-) -> tuple[float | None, Measured]:
-    """Seconds of one frame as the first run of an order, if there is one, then the measured frames."""
-    frames = extent.frames_of(schedule)
-    workload = random_workload(session, extent.prompt, frames)
-    first, told = None, partial(measure, session, schedule, workload, advance=advance, marks=marks)
-    if extent.cold:
-        run = told(1, pixels)
-        first = run.ended - run.began
+    ready: _Ready, schedule: Schedule, options: ProfileOptions, advance: Callable[[int], object]
+) -> tuple[float, Measured]:
+    """Seconds of one frame as the first run of an order, then the measured frames."""
+    frames = options.frames_of(schedule)
+    workload = random_workload(ready.session, _prompt(ready.session, options), frames)
+    run = partial(measure, ready.session, schedule, workload, advance=advance, marks=options.marks)
+    cold = run(1, ready.pixels)
     with TemporaryDirectory() as folder:
-        video = Path(folder) / "frames.gif"
-        return first, told(frames, pixels, video)
+        return cold.ended - cold.began, run(frames, ready.pixels, Path(folder) / "frames.gif")
 
 
 def _machine(ceilings: Ceilings, device: str, cpu: CpuOptions) -> Machine:
-    found = {name: installed(name) for name in PACKAGES}
+    found = {name: version for name in PACKAGES if (version := installed(name))}
     return Machine(
         processor=processor_name(),
         cores=cores(),
         threads=ceilings.threads or cpu.threads or cores(),
         memory=memory_bytes(),
         platform=platform.platform(),
-        versions={"python": platform.python_version()}
-        | {name: version for name, version in found.items() if version},
+        versions={"python": platform.python_version()} | found,
         copied=ceilings.copied,
         read=ceilings.read,
         peak=ceilings.peak,
@@ -330,13 +309,14 @@ def _machine(ceilings: Ceilings, device: str, cpu: CpuOptions) -> Machine:
     )
 
 
-def _subject(bundle: Bundle, model: StoredModel, session: Session) -> Subject:
-    return Subject(
-        model=bundle.manifest.name,
+def _model(bundle: Bundle, ready: _Ready) -> Model:
+    size = ready.model.size
+    return Model(
+        name=bundle.manifest.name,
         digest=bundle.digest,
         precision=bundle.manifest.graphs[0].precision,
-        engine=session.engine.form.value,
-        window=session.window,
-        parameters=model.size.streamed + model.size.looked_up,
-        weight_bytes=model.streamed_bytes,
+        engine=ready.session.engine.form.value,
+        window=ready.session.window,
+        parameters=size.streamed + size.looked_up,
+        weight_bytes=ready.model.streamed_bytes,
     )

@@ -3,22 +3,55 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
-from diagd.profiling.statistics import Statistics
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 Seconds = Annotated[float, Field(ge=0)]
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Statistics(_Record):
+    """Seconds of repeated work; ``jitter`` is the mean change from one to the next."""
+
+    count: int
+    total: float
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+    jitter: float
+
+
+def describe(seconds: Sequence[float] | NDArray[np.float64]) -> Statistics:
+    """Describe times, in the order in which they happened; none gives zeros."""
+    values = np.asarray(seconds, np.float64)
+    if not len(values):
+        return Statistics(count=0, total=0, mean=0, p50=0, p90=0, p99=0, max=0, jitter=0)
+    p50, p90, p99 = np.percentile(values, (50, 90, 99))
+    return Statistics(
+        count=len(values),
+        total=float(values.sum()),
+        mean=float(values.mean()),
+        p50=float(p50),
+        p90=float(p90),
+        p99=float(p99),
+        max=float(values.max()),
+        jitter=float(np.abs(np.diff(values)).mean()) if len(values) > 1 else 0.0,
+    )
 
 
 class Machine(_Record):
@@ -46,10 +79,10 @@ class Machine(_Record):
         return f"memory {bandwidth:.1f} GB/s, {product} matrix product {self.peak / 1e9:.0f} GFLOP/s"
 
 
-class Subject(_Record):
-    """What ran: model, digest of its bundle, weights' precision and engine."""
+class Model(_Record):
+    """What ran: name, digest of its bundle, weights' precision and engine."""
 
-    model: str
+    name: str
     digest: str
     precision: str
     engine: str
@@ -110,6 +143,11 @@ class StepSample(_Record):
     sampling: Seconds
     host: Seconds
 
+    @property
+    def seconds(self) -> float:
+        """Of all parts."""
+        return self.engine + self.sampling + self.host
+
 
 class Run(_Record):
     """One decoding order.
@@ -118,7 +156,7 @@ class Run(_Record):
         order, k, d: which.
         frames: decoded in the measured part.
         passes: steps of the measured part, those that feed the prompt included.
-        first_run: seconds of one frame in a fresh session, which nothing else includes; None if cut.
+        first_run: seconds of one frame in a fresh session, which nothing else includes.
         time_to_first_frame: from the prompt to the first picture, warm.
         wall: seconds of the measured part; ``stages`` add up to it.
         frames_per_second: steady, behind the first frame; shown frames.
@@ -132,7 +170,7 @@ class Run(_Record):
     d: int
     frames: int
     passes: int
-    first_run: Seconds | None
+    first_run: Seconds
     time_to_first_frame: Seconds
     wall: Seconds
     frames_per_second: float
@@ -156,22 +194,19 @@ class Skipped(_Record):
 class Report(_Record):
     """The whole of ``report.json``.
 
-    ``peak_memory``: most bytes of this process; ``device_memory``: of the device, in use behind the runs;
-    ``estimate``: seconds that the orders were expected to take; ``cuts``: what was left out to end in time.
+    ``peak_memory``: most bytes of this process; ``device_memory``: of the device, in use behind the runs.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     diagd_version: str
     created: str
     machine: Machine
-    subject: Subject
+    model: Model
     start: tuple[Stage, ...]
     runs: tuple[Run, ...]
     skipped: tuple[Skipped, ...]
     peak_memory: int
     device_memory: int = 0
-    estimate: Seconds | None = None
-    cuts: tuple[str, ...] = ()
 
     def write(self, path: Path) -> None:
         """Write as JSON."""
@@ -194,10 +229,18 @@ def read_report(path: Path) -> Report:
         raise UsageError(f"{path} is no report of diagd-profile: it has no schema version")
     if version > SCHEMA_VERSION:
         raise UsageError(f"{path} has schema version {version}; this diagd reads up to {SCHEMA_VERSION}")
-    content.pop("ladder", None)  # of diagd 0.1, which measured optimisations here
     try:
-        return Report.model_validate(content)
+        return Report.model_validate(_current(content) if version == 1 else content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{path} is no report of diagd-profile: '{where}': {first['msg']}") from error
+
+
+def _current(content: dict[str, Any]) -> dict[str, Any]:
+    """A report of version 1, which had estimates and optimisations as well, and names that changed."""
+    gone = {"ladder", "estimate", "cuts", "subject"}
+    model = {"name" if name == "model" else name: value for name, value in content.get("subject", {}).items()}
+    runs = [{**run, "first_run": run.get("first_run") or 0.0} for run in content.get("runs", [])]
+    rest = {name: value for name, value in content.items() if name not in gone}
+    return {**rest, "schema_version": SCHEMA_VERSION, "model": model, "runs": runs}

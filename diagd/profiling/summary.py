@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.engines.ceilings import Ceilings
-from diagd.planning.cost import step_operations, step_seconds
-from diagd.planning.model import StoredModel
+from diagd.profiling.clock import Timeline
+from diagd.profiling.cost import StoredModel, step_operations, step_seconds
 from diagd.profiling.measure import Measured, bucket
-from diagd.profiling.report import Deadlines, Run, SlowStep, Stage, StepSample, Width
-from diagd.profiling.statistics import describe, slow_ones
-from diagd.profiling.timeline import Timeline
+from diagd.profiling.report import Deadlines, Run, SlowStep, Stage, StepSample, Width, describe
 from diagd.runtime.session import StepTime
 
 SLOW_STEPS: Final = 20
 SAMPLES: Final = 5000
 
 
-def summarise(
-    run: Measured, first: float | None, model: StoredModel, ceilings: Ceilings, fps: float | None
-) -> Run:
-    """Everything a report says of a run."""
+def summarise(run: Measured, first: float, model: StoredModel, ceilings: Ceilings, fps: float | None) -> Run:
+    """Everything a report says of a run; ``first`` are the seconds of one frame as its order's first run."""
     schedule, shown = run.schedule, np.asarray(run.shown)
     intervals = np.diff(shown)
     taken = np.asarray([run.taken(frame) for frame in range(run.frames)])
@@ -47,7 +43,7 @@ def summarise(
         stages=stages(run.timeline),
         widths=tuple(_widths(run, model, ceilings)),
         slow_steps=tuple(_slow_steps(run.steps)),
-        samples=tuple(_samples(run)),
+        samples=tuple(_sample(step, run.began) for step in run.steps[:SAMPLES]),
     )
 
 
@@ -75,13 +71,8 @@ def _widths(run: Measured, model: StoredModel, ceilings: Ceilings) -> list[Width
 def _width(name: str, steps: list[StepTime], model: StoredModel, ceilings: Ceilings) -> Width:
     rows = float(np.mean([step.rows for step in steps]))
     live = float(np.mean([step.live for step in steps]))
-    read = model.step_bytes(live)
-    operations = step_operations(model.size, rows, live)
+    read, operations = model.step_bytes(live), step_operations(model.size, rows, live)
     seconds = describe([step.engine for step in steps])
-    least = step_seconds(read, operations, ceilings.bandwidth, ceilings.peak)
-    bound: Literal["memory", "arithmetic"] = (
-        "memory" if read / ceilings.bandwidth >= operations / ceilings.peak else "arithmetic"
-    )
     return Width(
         name=name,
         steps=len(steps),
@@ -90,30 +81,32 @@ def _width(name: str, steps: list[StepTime], model: StoredModel, ceilings: Ceili
         bytes=read,
         operations=operations,
         bandwidth=read / seconds.p50,
-        share=least / seconds.p50,
-        bound=bound,
+        share=step_seconds(read, operations, ceilings.bandwidth, ceilings.peak) / seconds.p50,
+        bound="memory" if read / ceilings.bandwidth >= operations / ceilings.peak else "arithmetic",
     )
 
 
+def slow_ones(seconds: Sequence[float], groups: Sequence[int], factor: float = 3.0) -> dict[int, float]:
+    """Times above ``factor`` medians of their group: these medians by index, the slowest time first.
+
+    Times below 0.1 ms above the median are noise of the clock and the scheduler, and are not reported.
+    """
+    values, keys = np.asarray(seconds, np.float64), np.asarray(groups)
+    expected = np.zeros_like(values)
+    for key in np.unique(keys):
+        expected[keys == key] = np.median(values[keys == key])
+    slow = np.flatnonzero((values > factor * expected) & (values > expected + 1e-4))
+    return {int(index): float(expected[index]) for index in slow[np.argsort(-values[slow])]}
+
+
 def _slow_steps(steps: Sequence[StepTime]) -> list[SlowStep]:
-    seconds = [step.engine + step.sampling + step.host for step in steps]
-    rows = [step.rows for step in steps]
-    found = []
-    for index in slow_ones(seconds, rows)[:SLOW_STEPS]:
-        alike = [s for s, width in zip(seconds, rows, strict=True) if width == rows[index]]
-        usual = float(np.median(alike))
-        found.append(SlowStep(step=index, rows=rows[index], seconds=seconds[index], usual=usual))
-    return found
-
-
-def _samples(run: Measured) -> list[StepSample]:
+    found = slow_ones([step.seconds for step in steps], [step.rows for step in steps])
     return [
-        StepSample(
-            at=step.began - run.began,
-            rows=step.rows,
-            engine=step.engine,
-            sampling=step.sampling,
-            host=step.host,
-        )
-        for step in run.steps[:SAMPLES]
+        SlowStep(step=index, rows=steps[index].rows, seconds=steps[index].seconds, usual=usual)
+        for index, usual in list(found.items())[:SLOW_STEPS]
     ]
+
+
+def _sample(step: StepTime, began: float) -> StepSample:
+    parts = {"engine": step.engine, "sampling": step.sampling, "host": step.host}
+    return StepSample(at=step.began - began, rows=step.rows, **parts)

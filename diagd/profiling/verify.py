@@ -9,26 +9,31 @@ if they agree at every cell.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
-from diagd.bundle import Bundle
+from diagd.bundle import Bundle, Form
+from diagd.engines.backend import Backend, find, forms_of, graphs_of, names
 from diagd.engines.engine import Float, Int
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.processor import open_fixed
 from diagd.engines.reference import ReferenceEngine
-from diagd.errors import ScheduleError
+from diagd.errors import ScheduleError, UsageError, unknown
 from diagd.profiling.measure import Workload
+from diagd.profiling.tensors import PlainGraph, Tensors, TensorVerdict, capture_feeds, compare_tensors
 from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
-from diagd.runtime.load import session_over
+from diagd.runtime.load import check_window, open_session, session_over, step_options
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session, token_places
 from diagd.schedule import NO_SINK, Schedule, Table, slots_needed
 
 
 @dataclass(frozen=True)
-class Gate:
+class Tolerance:
     """What an engine must reach.
 
     ``agreement`` is the least share of cells with the reference's token, ``error`` the greatest relative
@@ -40,17 +45,17 @@ class Gate:
     tie: float
 
 
-GATES: Final = {
-    "fp32": Gate(1.0, 1e-3, 1e-4),
-    "fp16": Gate(0.98, 2e-2, 1e-3),
-    "bf16": Gate(0.95, 5e-2, 1e-2),
+TOLERANCES: Final = {
+    "fp32": Tolerance(1.0, 1e-3, 1e-4),
+    "fp16": Tolerance(0.98, 2e-2, 1e-3),
+    "bf16": Tolerance(0.95, 5e-2, 1e-2),
 }
-QUANTISED: Final = Gate(0.90, 0.2, 0.0)
+QUANTISED: Final = Tolerance(0.90, 0.2, 0.0)
 
 
-def gate_of(precision: str) -> Gate:
-    """The gate of a step graph's precision."""
-    return GATES.get(precision, QUANTISED)
+def tolerance_of(precision: str) -> Tolerance:
+    """What a step graph of a precision must reach."""
+    return TOLERANCES.get(precision, QUANTISED)
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def verify(
         session: over the engine.
         reference: see ``open_reference``; it follows step by step.
         name: of the engine, for the verdict.
-        precision: of its graph; chooses the gate.
+        precision: of its graph; chooses the tolerance.
         schedule: decoding order.
         workload: prompt and actions.
         frames: to decode.
@@ -172,13 +177,13 @@ def verify(
         tally.add_logits(result.logits, expected.logits)
         tally.add_tokens(cells, result.tokens, expected.logits)
         reference.stream.write(cells, result.tokens)
-    return _verdict(name, schedule, len(workload.prompt), gate_of(precision), tally)
+    return _verdict(name, schedule, len(workload.prompt), tolerance_of(precision), tally)
 
 
-def _verdict(name: str, schedule: Schedule, known: int, gate: Gate, tally: Tally) -> Verdict:
+def _verdict(name: str, schedule: Schedule, known: int, tolerance: Tolerance, tally: Tally) -> Verdict:
     differing = [at for at, (a, b) in enumerate(zip(tally.tokens, tally.expected, strict=True)) if a != b]
     error = math.sqrt(tally.squared_error / tally.squared)
-    tie = gate.tie * tally.greatest
+    tie = tolerance.tie * tally.greatest
     agreement = 1.0 - sum(tally.margins[at] > tie for at in differing) / len(tally.tokens)
     return Verdict(
         engine=name,
@@ -189,7 +194,7 @@ def _verdict(name: str, schedule: Schedule, known: int, gate: Gate, tally: Tally
         error=error,
         worst=tally.worst / tally.greatest,
         first_difference=_difference(schedule, known, tally, differing[0]) if differing else None,
-        passed=agreement >= gate.agreement and error <= gate.error,
+        passed=agreement >= tolerance.agreement and error <= tolerance.error,
     )
 
 
@@ -227,3 +232,94 @@ def _is_cell(position: int, schedule: Schedule) -> bool:
     layout = schedule.layout
     place = (position - layout.prefix) % layout.frame_length - layout.before
     return 0 <= place < layout.cells
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An engine over the graphs of one precision.
+
+    Attributes:
+        name: for verdicts.
+        bundle: at the precision.
+        session: over the engine.
+        cpu: for what runs on the processor.
+    """
+
+    name: str
+    bundle: Bundle
+    session: Session
+    cpu: CpuOptions
+
+    @property
+    def precision(self) -> str:
+        """Of the step graph."""
+        return self.bundle.manifest.graphs[0].precision
+
+    def tensors(self) -> list[TensorVerdict]:
+        """Every output of one step; none for the prefix form, which only ONNX Runtime's processor runs."""
+        engine, window = self.session.engine, self.session.window
+        if engine.form is Form.PREFIX:
+            return []
+        options = step_options(self.bundle.manifest, window, cpu=self.cpu)
+        with closing(open_fixed(self.bundle, engine.form, options)) as source:
+            plain = session_over(self.bundle, source, window, self.cpu)
+            feeds = capture_feeds(plain, source, engine.padded_widths)
+        reference = PlainGraph(self.bundle.file(graphs_of(self.bundle, engine.form)[0].file))
+
+        def evaluate(arrays: Tensors) -> Tensors:
+            return engine.evaluate(arrays, reference.outputs)
+
+        return compare_tensors(self.name, evaluate, reference, feeds, tolerance_of(self.precision).error)
+
+    def close(self) -> None:
+        """Give the engine's memory back."""
+        self.session.close()
+
+
+def candidates(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions) -> Iterator[Candidate]:
+    """Open one engine after the other.
+
+    Args:
+        bundle: of any precisions.
+        name: of a form or a backend; None: every form, on the processor.
+        window: frames a token may see.
+        cpu: threads and cache.
+
+    Raises:
+        UsageError: there is no such form or backend, or the window does not fit.
+        EngineError: there is no GPU, or no engine that fits it.
+    """
+    check_window(bundle.manifest, window)
+    forms = {form.value for form in forms_of(bundle)}
+    if name is not None and name not in (*forms, *names()):
+        raise unknown(f"engine of {bundle.path}", name, (*forms, *names()))
+    if name is None or name in forms:
+        return _of_each_form(bundle, name, window, cpu)
+    backend = find(name)
+    backend.describe()  # without a device there is nothing to say of the bundle
+    return of_backend(bundle, backend, window, cpu)
+
+
+def _of_each_form(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions) -> Iterator[Candidate]:
+    for one in _precisions(bundle):
+        for form in forms_of(one):
+            if name in (None, form.value):
+                session = open_session(one, window=window, cpu=cpu, form=form)
+                yield Candidate(f"{form.value} {one.manifest.graphs[0].precision}", one, session, cpu)
+
+
+def of_backend(bundle: Bundle, backend: Backend, window: int, cpu: CpuOptions) -> Iterator[Candidate]:
+    """Engines of a backend over every precision that has a graph for it."""
+    usable = [one for one in _precisions(bundle) if set(backend.forms) & set(forms_of(one))]
+    if not usable:
+        forms = " or ".join(form.value for form in backend.forms)
+        raise UsageError(f"{bundle.path} has no graph for {backend.name}; export it with --form {forms}")
+    for one in usable:
+        session = open_session(one, window=window, cpu=cpu, backend=backend)
+        yield Candidate(f"{backend.name} {one.manifest.graphs[0].precision}", one, session, cpu)
+
+
+def _precisions(bundle: Bundle) -> list[Bundle]:
+    """The bundle at each of its precisions."""
+    precisions = dict.fromkeys(graph.precision for graph in bundle.manifest.graphs)
+    return [bundle.at_precision(precision) for precision in precisions]

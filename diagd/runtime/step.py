@@ -30,6 +30,11 @@ class StepTime(NamedTuple):
     sampling: float
     host: float
 
+    @property
+    def seconds(self) -> float:
+        """Of all parts."""
+        return self.engine + self.sampling + self.host
+
 
 @dataclass
 class Timing:

@@ -9,9 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from diagd.bundle import read_manifest
 from diagd.cli.main import main
-from diagd.runtime.video import read_frames
 from tests.cli.conftest import Workplace
 
 
@@ -22,18 +20,12 @@ def test_a_bundle(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> N
         assert part in shown, part
 
 
-def test_the_table_and_the_picture(
-    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--k", "2", "--d", "chained", "--steps", "4"]
     assert main(["inspect", str(workplace.bundle), *options]) == 0
     shown = capsys.readouterr().out
     assert "step 3:" in shown
     assert "step 4:" not in shown
-    picture = tmp_path / "frontier.gif"
-    assert main(["inspect", str(workplace.bundle), "--k", "1", "--draw", str(picture)]) == 0
-    layout = read_manifest(workplace.bundle).layout
-    assert len(read_frames(picture)) >= layout.columns
 
 
 def test_json_counts_what_onnx_counts(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,8 +47,7 @@ def test_json_counts_what_onnx_counts(workplace: Workplace, capsys: pytest.Captu
     [
         (["absent.diagd"], "no bundle"),
         (["{bundle}/manifest.json"], "ONNX"),
-        (["{bundle}", "--draw", "x.jpg"], ".gif or .png"),
-        (["{bundle}/step.onnx", "--draw", "x.gif"], "has no schedule"),
+        (["{bundle}/step.onnx", "--steps", "2"], "has no schedule"),
         (["{bundle}/step.onnx", "--k", "1"], "has no schedule"),
         (["{bundle}", "--frames", "0"], "at least one frame"),
         (["{bundle}", "--steps", "-1"], "expected 0 or more"),

@@ -15,7 +15,7 @@ from diagd.cli.main import main
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import wham
 from diagd.export.families.family import Family
-from diagd.planning.model import read_model
+from diagd.profiling.cost import read_model
 from diagd.runtime.load import load
 from diagd.runtime.session import token_places
 

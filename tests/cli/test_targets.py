@@ -27,10 +27,9 @@ WRITERS = {
 FILES = {
     "generate": "generate {bundle} --prompt {prompt} --actions {actions} --output {target}",
     "trace": "profile {bundle} --output {folder}/p --trace {target}",
-    "inspect": "inspect {bundle} --draw {target}",
     "align": "align {world} --data {folder} --output {target}",
 }
-SUFFIXES = {"generate": ".npy", "trace": ".json", "inspect": ".png", "align": ".safetensors"}
+SUFFIXES = {"generate": ".npy", "trace": ".json", "align": ".safetensors"}
 
 
 def command(workplace: Workplace, line: str, target: Path | str) -> list[str]:

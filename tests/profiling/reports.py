@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diagd.profiling.report import Machine, Report, Run, Stage, StepSample, Subject, Width
-from diagd.profiling.statistics import describe
+import numpy as np
+
+from diagd.profiling.report import Machine, Model, Report, Run, Stage, StepSample, Width, describe
+
+
+def lognormal(median: float, seed: int, count: int = 60) -> list[float]:
+    return list(np.random.default_rng(seed).lognormal(np.log(median), 0.05, count))
 
 
 def run(order: str, seconds: Sequence[float], rows: int = 4) -> Run:
@@ -61,8 +66,8 @@ def report(*runs: Run, processor: str = "test") -> Report:
             read=2e10,
             peak=1e11,
         ),
-        subject=Subject(
-            model="m <b>",
+        model=Model(
+            name="m <b>",
             digest="0",
             precision="fp32",
             engine="E",

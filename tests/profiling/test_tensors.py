@@ -17,6 +17,7 @@ from diagd.errors import DependencyError
 from diagd.export.exporter import GraphOptions
 from diagd.profiling import tensors
 from diagd.profiling.tensors import Evaluate, PlainGraph, Tensors, capture_feeds, compare_tensors
+from diagd.profiling.verify import tolerance_of
 from diagd.runtime.load import session_over, step_options
 from tests.engines.host_device import HostDevice, executor_over, host_kernels
 from tests.models import export_small
@@ -26,6 +27,7 @@ from tests.profiling.conftest import LAYOUT
 CPU = CpuOptions(threads=1, prepack=False)
 WIDTHS = (1, 4, 16)
 FORMS = (Form.MODERN, Form.PORTABLE)
+BOUND = tolerance_of("fp32").error
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_onnxruntime_against_itself(bundle: Bundle, form: Form, capsys: pytest.C
     pytest.importorskip("polygraphy")
     graph = PlainGraph(graph_of(bundle, form))
     engine = open_fixed(bundle, form, step_options(bundle.manifest, 4, cpu=CPU))
-    found = compare_tensors("optimised", evaluation(engine, graph), graph, feeds_of(bundle, form), "fp32")
+    found = compare_tensors("optimised", evaluation(engine, graph), graph, feeds_of(bundle, form), BOUND)
     assert [verdict.tensor.rsplit("_", 2)[-2:] for verdict in found[1:]] == [
         *(["key", "0"], ["value", "0"], ["key", "1"], ["value", "1"])
     ]
@@ -96,7 +98,7 @@ def test_onnxruntime_against_itself(bundle: Bundle, form: Form, capsys: pytest.C
 def test_a_planted_difference_is_found_where_it_begins(bundle: Bundle, altered: Bundle) -> None:
     pytest.importorskip("polygraphy")
     graph, wrong = (PlainGraph(graph_of(one, Form.MODERN)) for one in (bundle, altered))
-    found = compare_tensors("altered", wrong, graph, feeds_of(bundle, Form.MODERN), "fp32")
+    found = compare_tensors("altered", wrong, graph, feeds_of(bundle, Form.MODERN), BOUND)
     verdicts = {verdict.tensor: verdict for verdict in found}
     assert {name for name, verdict in verdicts.items() if verdict.passed} == {
         "present_key_0",
@@ -114,7 +116,7 @@ def test_what_is_no_number_fails(bundle: Bundle) -> None:
         outputs["logits"] = np.full_like(outputs["logits"], np.nan)
         return outputs
 
-    found = compare_tensors("broken", broken, right, feeds_of(bundle, Form.MODERN), "fp32")
+    found = compare_tensors("broken", broken, right, feeds_of(bundle, Form.MODERN), BOUND)
     assert [verdict.tensor for verdict in found if not verdict.passed] == ["logits"]
 
 
@@ -127,7 +129,7 @@ def test_an_engine_on_a_device(bundle: Bundle, form: Form, tmp_path: Path) -> No
     feeds = feeds_of(bundle, form)
     engine = executor_over(bundle, form, len(feeds["token_buffer"]), HostDevice(kernels))
     graph = PlainGraph(graph_of(bundle, form))
-    found = compare_tensors("device", evaluation(engine, graph), graph, feeds, "fp32")
+    found = compare_tensors("device", evaluation(engine, graph), graph, feeds, BOUND)
     assert len(found) == 5
     assert all(verdict.passed and verdict.error < 1e-5 for verdict in found)
 
@@ -138,4 +140,4 @@ def test_a_missing_polygraphy_is_named(bundle: Bundle, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "polygraphy.comparator", None)
     graph = PlainGraph(graph_of(bundle, Form.MODERN))
     with pytest.raises(DependencyError, match=r"pip install 'diagd\[compare\]'"):
-        tensors.compare_tensors("x", graph, graph, {}, "fp32")
+        tensors.compare_tensors("x", graph, graph, {}, BOUND)

@@ -20,7 +20,7 @@ from diagd.engines.ceilings import processor_ceilings
 from diagd.engines.host import cores, instruction_sets, memory_bytes
 from diagd.engines.onnxruntime_program import INSTALL, provider_problem
 from diagd.errors import BundleError
-from diagd.planning.devices import GB, THIS, Device
+from diagd.profiling.devices import GB, THIS, Device
 
 OK: Final = "ok"
 PROBLEM: Final = "problem"
@@ -96,7 +96,7 @@ def check_packages() -> list[Check]:
 
 
 def declared_packages() -> dict[str, tuple[str, str]]:
-    """Version specifier and extra ('' for required) of the packages for running and exporting."""
+    """Version specifier and extra ('' for required) of the packages for running, exporting and reports."""
     try:
         lines = importlib.metadata.requires("diagd") or []
     except importlib.metadata.PackageNotFoundError:
@@ -107,7 +107,7 @@ def declared_packages() -> dict[str, tuple[str, str]]:
         match = re.match(r"\s*([\w.-]+)(?:\[[^]]*\])?\s*(.*)", requirement)
         extra = re.search(r"extra\s*==\s*['\"](\w+)", marker)
         group = extra.group(1) if extra else ""
-        if match and group in ("", "export"):
+        if match and group in ("", "export", "report"):
             packages.setdefault(match.group(1), (match.group(2).strip(), group))
     return packages
 

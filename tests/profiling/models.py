@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diagd.planning.model import ModelSize
+from diagd.profiling.cost import ModelSize
 from diagd.schedule import StreamLayout
 
 

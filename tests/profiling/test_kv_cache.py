@@ -9,10 +9,10 @@ import pytest
 
 from diagd.bundle.precision import PRECISIONS
 from diagd.cli.main import main
-from diagd.planning.cost import live_tokens, precisions, step_bytes
-from diagd.planning.devices import DEVICES
-from diagd.planning.plan import make_plan
-from tests.planning import models
+from diagd.profiling.cost import live_tokens, precisions, step_bytes
+from diagd.profiling.devices import DEVICES
+from diagd.profiling.plan import make_plan
+from tests.profiling import models
 
 WHAM = models.WHAM_1600M
 

@@ -7,17 +7,17 @@ from typing import Final
 
 from diagd.bundle.precision import KV_CACHES, Precision
 from diagd.engines.tensorrt.memory import build_bytes
-from diagd.planning.cost import (
+from diagd.profiling.cost import (
+    ModelSize,
     cache_bytes,
-    lags,
     live_tokens,
     precisions,
     step_bytes,
     step_operations,
     step_seconds,
 )
-from diagd.planning.devices import GB, Device
-from diagd.planning.model import ModelSize
+from diagd.profiling.devices import GB, Device
+from diagd.profiling.orders import orders_of
 from diagd.schedule import default_widths, slots_needed
 
 RUNTIME_BYTES: Final = 0.5 * GB
@@ -25,9 +25,6 @@ RUNTIME_BYTES: Final = 0.5 * GB
 
 GRAPH_BYTES: Final = 64e6
 """Memory pool of one captured CUDA graph."""
-
-REACHED: Final = 0.65
-"""Share of the bandwidth limit that good engines reach with half-precision weights."""
 
 PREFILL: Final = 256
 """Rows of a pass that feeds known tokens."""
@@ -149,8 +146,8 @@ def ceilings_of(
     read = step_bytes(model, precision, live)
     again = _refeeding(model, device, read)
     rows = []
-    for order in lags(model, ks):
-        passes = order.passes(clip) if clip > 1 else float(order.d)
+    for order in orders_of(model.layout, ks):
+        passes = order.total_steps(clip) / clip if clip > 1 else float(order.d)
         operations = step_operations(model, model.layout.cells / passes, live)
         seconds = step_seconds(read, operations, device.bandwidth, device.peak)
         bound = "memory" if seconds * device.bandwidth <= read * (1 + 1e-9) else "arithmetic"

@@ -14,19 +14,19 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from diagd.engines.host import memory_bytes
-from diagd.planning import machine
-from diagd.planning.machine import ABSENT, OK, PROBLEM, this_device
+from diagd.profiling import doctor
+from diagd.profiling.doctor import ABSENT, OK, PROBLEM, this_device
 
 
 def test_installed_packages_are_found_with_their_versions() -> None:
-    checks = {check.name: check for check in machine.check_packages()}
+    checks = {check.name: check for check in doctor.check_packages()}
     assert checks["numpy"].status == OK
     assert checks["numpy"].found == np.__version__
     assert {"pydantic", "rich", "onnxruntime", "torch"} <= set(checks)
 
 
 def test_declared_packages_are_those_of_the_metadata() -> None:
-    declared = machine.declared_packages()
+    declared = doctor.declared_packages()
     for line in importlib.metadata.requires("diagd") or []:
         requirement = Requirement(line)
         if requirement.marker is None:
@@ -37,13 +37,13 @@ def test_declared_packages_are_those_of_the_metadata() -> None:
     ("version", "least"), [("1.9", "1.10"), ("2.0.1", "2.0"), ("10.15.1", "10.15"), ("3", "3.1")]
 )
 def test_versions_are_compared_as_numbers(version: str, least: str) -> None:
-    assert machine._older(version, f">={least}") == (Version(version) < Version(least))
+    assert doctor._older(version, f">={least}") == (Version(version) < Version(least))
 
 
 def test_a_missing_package_and_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {"numpy": (">=999", ""), "diagd-needs-this": (">=1", ""), "diagd-likes-this": (">=1", "export")}
-    monkeypatch.setattr(machine, "declared_packages", lambda: wanted)
-    old, missing, extra = machine.check_packages()
+    monkeypatch.setattr(doctor, "declared_packages", lambda: wanted)
+    old, missing, extra = doctor.check_packages()
     assert (old.status, missing.status, extra.status) == (PROBLEM, PROBLEM, ABSENT)
     assert "999" in old.found
     assert extra.fix == "pip install 'diagd[export]'"
@@ -51,41 +51,41 @@ def test_a_missing_package_and_an_old_one(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_gpu_build_of_onnxruntime_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"onnxruntime-gpu": "1.24.0"}
-    monkeypatch.setattr(machine, "installed", versions.get)
-    monkeypatch.setattr(machine, "declared_packages", lambda: {"onnxruntime": (">=1.20", "")})
-    assert machine.check_packages() == [machine.Check("onnxruntime", OK, "1.24.0")]
+    monkeypatch.setattr(doctor, "installed", versions.get)
+    monkeypatch.setattr(doctor, "declared_packages", lambda: {"onnxruntime": (">=1.20", "")})
+    assert doctor.check_packages() == [doctor.Check("onnxruntime", OK, "1.24.0")]
 
 
 def test_the_processor() -> None:
-    assert f"{len(os.sched_getaffinity(0))} cores" in machine.check_processor().found
-    assert platform.python_version() in machine.check_python().found
+    assert f"{len(os.sched_getaffinity(0))} cores" in doctor.check_processor().found
+    assert platform.python_version() in doctor.check_python().found
 
 
 def test_a_driver_that_answers_and_one_that_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.check_gpu().status in (ABSENT, PROBLEM)
+    assert doctor.check_gpu().status in (ABSENT, PROBLEM)
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'NVIDIA Test, 24576 MiB, 570.1'\n")
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-    assert machine.check_gpu() == machine.Check("GPU", OK, "NVIDIA Test, 24576 MiB, 570.1")
+    assert doctor.check_gpu() == doctor.Check("GPU", OK, "NVIDIA Test, 24576 MiB, 570.1")
     tool.write_text("#!/bin/sh\nexit 9\n")
-    assert machine.check_gpu().status in (ABSENT, PROBLEM)
+    assert doctor.check_gpu().status in (ABSENT, PROBLEM)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "new" / "cache"))
-    assert machine.check_disk().status == OK
-    monkeypatch.setattr(machine, "LEAST_DISK", 1e30)
-    assert machine.check_disk().status == PROBLEM
+    assert doctor.check_disk().status == OK
+    monkeypatch.setattr(doctor, "LEAST_DISK", 1e30)
+    assert doctor.check_disk().status == PROBLEM
 
 
 def test_a_cuda_provider_that_another_package_covers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine.check_provider() == []
+    assert doctor.check_provider() == []
     record = tmp_path / "onnxruntime_gpu-1.31.1.dist-info"
     record.mkdir()
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    (check,) = machine.check_provider()
+    (check,) = doctor.check_provider()
     assert check.status == PROBLEM
     assert "both installed, in one folder" in check.found
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in check.fix

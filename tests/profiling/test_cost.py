@@ -8,8 +8,7 @@ import pytest
 from diagd.bundle import Bundle, Form
 from diagd.export.exporter import GraphOptions
 from diagd.export.onnx_file import read_onnx
-from diagd.planning.cost import step_operations
-from diagd.planning.model import read_model
+from diagd.profiling.cost import read_model, step_operations
 from tests.calibration.bundles import LAYOUT, quantise
 from tests.engines.host_device import buffers
 from tests.engines.opening import modern, portable, prefix

@@ -1,12 +1,13 @@
-"""The dimensions of a model that decide what it costs."""
+"""What a model costs: its dimensions, and bytes and operations of a step by formula."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diagd.bundle import Form, Manifest, read_manifest
 from diagd.bundle.manifest import AbsoluteContext, RotaryContext, StepGraph
+from diagd.bundle.precision import KV_CACHES, PRECISIONS, Precision
 from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import BundleError
 from diagd.schedule import StreamLayout
@@ -148,3 +149,36 @@ def step_graph(
             return graph
     wanted = " ".join(filter(None, (precision, form and form.value))) or "step"
     raise BundleError(f"{path} has no {wanted} graph; export it again")
+
+
+def precisions(kv_cache: str | None = None) -> dict[str, Precision]:
+    """``PRECISIONS``, with a quantised K/V cache if one is named."""
+    if kv_cache is None:
+        return dict(PRECISIONS)
+    return {name: replace(entry, cache=KV_CACHES[kv_cache]) for name, entry in PRECISIONS.items()}
+
+
+def live_tokens(model: ModelSize, generated: int = 1) -> float:
+    """Mean tokens in the cache while a full context's last ``generated`` frames are decoded."""
+    frames = model.context_frames - generated / 2
+    return model.layout.prefix + frames * model.layout.frame_length
+
+
+def cache_bytes(model: ModelSize, precision: Precision, tokens: float) -> float:
+    """Bytes of K and V for that many tokens."""
+    return model.cache_elements * precision.cache * tokens
+
+
+def step_bytes(model: ModelSize, precision: Precision, live: float) -> float:
+    """Bytes one pass reads: every streamed parameter once, and the live K/V rows once."""
+    return model.streamed * precision.weight + cache_bytes(model, precision, live)
+
+
+def step_operations(model: ModelSize, width: float, live: float) -> float:
+    """Floating-point operations of one pass: 2 a parameter and fed token, 4 a query element and live slot."""
+    return width * (2.0 * model.streamed + 4.0 * model.layers * model.query_width * live)
+
+
+def step_seconds(bytes_read: float, operations: float, bandwidth: float, peak: float) -> float:
+    """Least time of a pass on a roofline (Williams et al., 2009): the slower of memory and arithmetic."""
+    return max(bytes_read / bandwidth, operations / peak)

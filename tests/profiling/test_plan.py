@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from diagd.bundle.precision import PRECISIONS
 from diagd.calibration.schemes import SCHEMES
 from diagd.export.exporter import TORCH_TYPES
-from diagd.planning.cost import cache_bytes, lags, live_tokens, step_bytes, step_operations
-from diagd.planning.devices import DEVICES
-from diagd.planning.model import ModelSize
-from diagd.planning.plan import ceilings_of, make_plan, memory_of
-from diagd.schedule import Schedule, StreamLayout
-from tests.planning import models
+from diagd.profiling.cost import ModelSize, cache_bytes, live_tokens, step_bytes, step_operations
+from diagd.profiling.devices import DEVICES
+from diagd.profiling.orders import orders_of
+from diagd.profiling.plan import ceilings_of, make_plan, memory_of
+from diagd.schedule import StreamLayout
+from tests.profiling import models
 
 BYTES = [
     (models.COSMOS_4B, 3, 3.75e9, 64, 839e6, (8.09e9, 4.34e9, 2.58e9)),
@@ -156,9 +156,12 @@ def test_passes_are_those_of_the_schedule(rows: int, columns: int, gap: int, k: 
     layout = StreamLayout(rows, columns, after=gap)
     model = replace(models.MINEWORLD_300M, layout=layout)
     k = min(k, columns)
-    for order in lags(model, (k,)):
-        table = Schedule(layout, order.k, order.d).table(1, clip, 0)
-        assert order.passes(clip) * clip == pytest.approx(table.steps)
+    orders = {order.name: order for order in orders_of(layout, (k,))}
+    for row in ceilings_of(model, DEVICES["h200"], PRECISIONS["fp16"], (k,), clip):
+        order = orders[row.order]
+        table = order.table(1, clip, 0)
+        assert table.steps == order.total_steps(clip)
+        assert row.passes * clip == pytest.approx(table.steps if clip > 1 else order.d)
 
 
 def test_operations_count_every_product() -> None:
