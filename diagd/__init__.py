@@ -13,11 +13,11 @@ from diagd.version import __version__
 
 if TYPE_CHECKING:
     from diagd.errors import DiagdError
-    from diagd.runtime.decoders import Decoder, ForcedDecoder, ScheduledDecoder
+    from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, ScheduledDecoder
     from diagd.runtime.load import load
     from diagd.runtime.sampling import SamplingSettings
-    from diagd.runtime.session import Frame, Session
-    from diagd.runtime.step import Result
+    from diagd.runtime.session import Session
+    from diagd.runtime.step import Frame, Result
     from diagd.runtime.stream import Stream
     from diagd.schedule import Block, RowSeed, Schedule, Step
 
@@ -26,7 +26,8 @@ _HOMES = {
     "Decoder": "diagd.runtime.decoders",
     "DiagdError": "diagd.errors",
     "ForcedDecoder": "diagd.runtime.decoders",
-    "Frame": "diagd.runtime.session",
+    "Frame": "diagd.runtime.step",
+    "JacobiDecoder": "diagd.runtime.decoders",
     "Result": "diagd.runtime.step",
     "RowSeed": "diagd.schedule",
     "SamplingSettings": "diagd.runtime.sampling",
@@ -44,6 +45,7 @@ __all__ = [
     "DiagdError",
     "ForcedDecoder",
     "Frame",
+    "JacobiDecoder",
     "Result",
     "RowSeed",
     "SamplingSettings",

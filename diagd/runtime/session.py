@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from types import TracebackType
 
@@ -20,33 +20,12 @@ from diagd.runtime.decoders.scheduled import ScheduledDecoder
 from diagd.runtime.random import draws, uniforms
 from diagd.runtime.sampling import SamplingSettings, sample
 from diagd.runtime.slots import SlotRing
-from diagd.runtime.step import Result, StepTime, Timing
+from diagd.runtime.step import Frame, Result, StepTime, Timing
 from diagd.runtime.stream import Actions, Ids, Past, Stream, token_places
 from diagd.runtime.text import TextReader
 from diagd.schedule import NO_SINK, Block, Schedule, Step, StreamLayout, feed
 
 __all__ = ["Frame", "Session", "StepTime", "Timing", "token_places"]
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A decoded frame.
-
-    Attributes:
-        index: in the stream.
-        tokens: int32 [rows, columns].
-        steps: passes since the frame before.
-        seconds: likewise, ``refill_seconds`` included.
-        refill_steps: further passes that fed the context again because it slid.
-        refill_seconds: what they took.
-    """
-
-    index: int
-    tokens: Int
-    steps: int
-    seconds: float
-    refill_steps: int = 0
-    refill_seconds: float = 0.0
 
 
 class Session:
@@ -89,7 +68,7 @@ class Session:
             manifest.context, self.layout, window, manifest.cache, self._slots, engine, roll
         )
         prefix = np.asarray(self.layout.prefix_tokens, np.int32)
-        self._stream = Stream(self.layout, prefix, window, engine.max_width, self._context.history)
+        self._stream = Stream(self.layout, prefix, window, self._padded(), self._context.history)
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text = text
         self._run = self._prepared = 0
@@ -228,7 +207,7 @@ class Session:
             raise UsageError(f"frames need actions of {self.layout.gap} ids each, got none")
         uniforms(seed, np.zeros(0, np.int64))  # refuses a seed out of range
         decoder = decoder or ScheduledDecoder(self.manifest.schedule)
-        stream.max_width, stream.seed = self.engine.max_width, seed
+        stream.padded, stream.seed = self._padded(), seed
         stream.settings = self._settings(sampling)
         self._run += 1
         self._bring_cache()
@@ -236,6 +215,9 @@ class Session:
         stream.follow(actions, count)
         decoder.check(stream)
         return decoder, self._run
+
+    def _padded(self) -> Int:
+        return self.engine.padded_widths(np.arange(self.engine.max_width + 1, dtype=np.int32))
 
     def _settings(self, chosen: SamplingSettings | None) -> SamplingSettings:
         rules = self.manifest.sampling
@@ -261,7 +243,8 @@ class Session:
                 return
             for frame in range(known, stream.known):
                 passes, spent = timing.refill_steps - refilled[0], timing.refill_seconds - refilled[1]
-                yield Frame(frame, stream.frame(frame), steps, time.perf_counter() - began, passes, spent)
+                seconds, exact = time.perf_counter() - began, stream.past[frame - stream.known].exact
+                yield Frame(frame, stream.frame(frame), steps, seconds, exact, passes, spent)
                 began, steps, refilled = time.perf_counter(), 0, (timing.refill_steps, timing.refill_seconds)
 
     def _decode(
@@ -299,6 +282,9 @@ class Session:
         """Run the steps of a block, which were worked out together."""
         began = time.perf_counter()
         stream, engine = self._stream, self.engine
+        if stream.rejected is not None:
+            self._slots.rewind(stream.rejected)
+            stream.rejected = None
         while self._prepared < stream.begun:
             refill = self._context.advance(self._prepared, int(block.positions.min()))
             self._prepared += 1
@@ -417,7 +403,7 @@ class Session:
         elif not self._context.holds(stream.known):
             self._rebuild()
         else:
-            self._slots.truncate(stream.fed)
+            self._slots.rewind(stream.fed)
 
     def _rebuild(self) -> None:
         """Decode again what is known, its tokens given, as far back as rows in the window depend on it."""

@@ -148,26 +148,13 @@ class SlotRing:
         offsets = offsets + np.searchsorted(step, np.arange(len(offsets))).astype(np.int32)
         return offsets, np.insert(changed, at, zeros), np.insert(values, at, void)
 
-    def rewind(self, count: int) -> None:
-        """Give back the last ``count`` rows written: they are void, and the next step is written over them.
-
-        Raises:
-            ValueError: so many rows do not lie in a row.
-        """
-        start = self.write_index - count
-        if not self._ring_start <= start <= self.write_index:
-            raise ValueError(f"{count} rows before slot {self.write_index} are not there")
-        slots = np.arange(start, self.write_index, dtype=np.int32)
-        self._hide(slots[self.slot_position[slots] != VOID])
-        self.write_index = start
-
     def evict(self, first: int, last: int) -> None:
         """Hide the rows at stream positions [first, last)."""
         held = self.slot_position[self._ring_start : self.live]
         gone = (held >= first - self.base) & (held < last - self.base)
         self._hide((self._ring_start + gone.nonzero()[0]).astype(np.int32))
 
-    def truncate(self, first: int) -> None:
+    def rewind(self, first: int) -> None:
         """Hide the rows at stream positions from ``first`` on, and write over those written last."""
         self.evict(first, VOID + self.base)
         if self._ring_start:

@@ -59,6 +59,29 @@ class Timing:
         self.recent.append(step)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """A decoded frame.
+
+    Attributes:
+        index: in the stream.
+        tokens: int32 [rows, columns].
+        steps: passes since the frame before.
+        seconds: likewise, ``refill_seconds`` included.
+        exact: it is what next-token prediction draws behind the frames before it with the same seed.
+        refill_steps: further passes that fed the context again because it slid.
+        refill_seconds: what they took.
+    """
+
+    index: int
+    tokens: Int
+    steps: int
+    seconds: float
+    exact: bool
+    refill_steps: int = 0
+    refill_seconds: float = 0.0
+
+
 class Result:
     """What one step gave; what it holds on a device is copied only when it is asked for.
 

@@ -35,12 +35,14 @@ class Past:
         actions: int32 [n], the known tokens that lead to it.
         order: schedule it was decoded by; None where its rows are those of raster order, as of a prompt.
         origin: first frame of the flight it was decoded in.
+        exact: it was given, or is what next-token prediction draws behind the frames before it.
     """
 
     tokens: Int
     actions: Int
     order: Schedule | None
     origin: int
+    exact: bool
 
 
 class Stream:
@@ -50,7 +52,7 @@ class Stream:
         layout: of the token stream.
         prefix: ids ahead of the first frame.
         window: frames a query may see.
-        max_width: rows of the widest step.
+        padded: int32 [widest step + 1], the rows that a step of so many is run as.
         history: known frames that are kept, to go back to and to build K/V rows from.
 
     Attributes:
@@ -61,19 +63,21 @@ class Stream:
         begun: frames that have begun; those between ``known`` and ``begun`` are in flight.
         origin: first frame of the flight: the last one that began with none under way.
         fed: positions below are in the cache, as far as the window reaches.
+        rejected: position from which on rows hold wrong guesses: they are given back ahead of the next step.
         seed: of the random numbers.
         settings: of the sampler.
         horizon: last frame that overlapping frames may reach; None: any.
         text: embeddings float32 [n, width] that the model attends to.
     """
 
-    def __init__(self, layout: StreamLayout, prefix: Ids, window: int, max_width: int, history: int) -> None:
-        self.layout, self.window, self.max_width = layout, window, max_width
+    def __init__(self, layout: StreamLayout, prefix: Ids, window: int, padded: Int, history: int) -> None:
+        self.layout, self.window, self.padded = layout, window, padded
         self.places = token_places(layout, window)
         self.tokens: Int = np.zeros(self.places.size, np.int32)
         self.past: deque[Past] = deque(maxlen=history)
         self.prompt = self.beginnings = 0
         self.known = self.begun = self.origin = self.fed = 0
+        self.rejected: int | None = None
         self.seed, self.settings = 0, SamplingSettings()
         self.horizon: int | None = None
         self.text: Float | None = None
@@ -123,12 +127,17 @@ class Stream:
 
     def follow(self, actions: Actions, frames: int | None = None) -> None:
         """Take the actions of a run and how many frames it has at most; frames in flight are given up."""
-        self.begun = self.known
+        self.begun, self.rejected = self.known, None
         self._led = {frame: ids for frame, ids in self._led.items() if frame < self.known}
         count = len(actions) if isinstance(actions, np.ndarray) else None
         lengths = [length for length in (frames, count) if length is not None]
         self._limit = self.known + min(lengths) if lengths else None
         self._actions = actions if callable(actions) or actions is None else iter(actions)
+
+    @property
+    def max_width(self) -> int:
+        """Rows of the widest step."""
+        return len(self.padded) - 1
 
     @property
     def limit(self) -> int | None:
@@ -154,17 +163,18 @@ class Stream:
         self.begun += 1
         return True
 
-    def complete(self, order: Schedule | None) -> None:
+    def complete(self, order: Schedule | None, *, exact: bool = True) -> None:
         """Count the oldest frame in flight as known; its tokens have been committed or written.
 
         Args:
             order: schedule that its rows were fed by; None: each saw all that precedes it in raster order.
+            exact: its tokens are those of next-token prediction.
         """
         frame, layout = self.known, self.layout
         self.known = frame + 1
         self.fed = layout.first_cell(frame) + layout.cells - 1
         led = self._led.pop(frame, np.zeros(0, np.int32))
-        self.past.append(Past(self.frame(frame), led, order, self.origin))
+        self.past.append(Past(self.frame(frame), led, order, self.origin, exact))
 
     def settle(self, frame: int, tokens: Int) -> None:
         """Take the tokens int32 [cells] that an engine committed for a frame that was just completed."""
@@ -220,7 +230,7 @@ class Stream:
 
     def branch(self) -> Stream:
         """A copy that goes its own way; give it to a session to decode it."""
-        other = Stream(self.layout, self._prefix, self.window, self.max_width, self.past.maxlen or 0)
+        other = Stream(self.layout, self._prefix, self.window, self.padded, self.past.maxlen or 0)
         other.restore(self.snapshot())
         return other
 
@@ -253,6 +263,7 @@ class Stream:
             counts=counts,
             order=np.array([names[past.order] for past in self.past], np.int32),
             origin=np.array([past.origin for past in self.past], np.int64),
+            exact=np.array([past.exact for past in self.past], np.bool_),
             text=np.zeros((0, 0), np.float32) if self.text is None else self.text,
         )
         return target.getvalue()
@@ -276,9 +287,9 @@ class Stream:
             known, prompt = int(head["known"]), int(head["prompt"])
             seed, settings = int(head["seed"]), SamplingSettings(*head["settings"])
             past = [
-                Past(tokens, actions[len(actions) - count :], orders[order], int(origin))
-                for tokens, actions, count, order, origin in zip(
-                    *(arrays[name] for name in ("tokens", "actions", "counts", "order", "origin")),
+                Past(tokens, actions[len(actions) - count :], orders[order], int(origin), bool(exact))
+                for tokens, actions, count, order, origin, exact in zip(
+                    *(arrays[name] for name in ("tokens", "actions", "counts", "order", "origin", "exact")),
                     strict=True,
                 )
             ]

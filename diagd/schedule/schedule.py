@@ -121,12 +121,17 @@ class Schedule:
         kinds = {self.steps_per_frame: "serial", chained_lag(layout.rows, self.k): "chained"}
         lags = f"k={self.k} {kinds.get(self.d, f'd={self.d}')}"
         words = {
-            _NEXT if self.k == layout.columns else lags: True,
+            _NEXT if self.is_next_token else lags: True,
             f"seeds={self.row_seed.value}": self.row_seed is not RowSeed.PREVIOUS_FRAME,
             "no-refeed": not self.refeed,
             "keep-seeds": self.keep_seeds,
         }
         return " ".join(word for word, is_said in words.items() if is_said)
+
+    @property
+    def is_next_token(self) -> bool:
+        """Whether it is raster order, one cell a step."""
+        return self.k == self.layout.columns
 
     @property
     def steps_per_frame(self) -> int:

@@ -2,6 +2,7 @@
 
 from diagd.runtime.decoders.decoder import Blocks, Decoder
 from diagd.runtime.decoders.forced import ForcedDecoder
+from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scheduled import ScheduledDecoder
 
-__all__ = ["Blocks", "Decoder", "ForcedDecoder", "ScheduledDecoder"]
+__all__ = ["Blocks", "Decoder", "ForcedDecoder", "JacobiDecoder", "ScheduledDecoder"]

@@ -58,4 +58,4 @@ class ScheduledDecoder:
                 stream.origin, stream.begun - stream.origin, (first, end), unfed, stream.max_width
             )
             first = end
-        stream.complete(schedule)
+        stream.complete(schedule, exact=schedule.is_next_token)

@@ -1,0 +1,124 @@
+"""Next-token prediction in few passes: guess cells, verify many in one pass, keep what came out right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from functools import lru_cache
+
+import numpy as np
+
+from diagd.engines.engine import Int
+from diagd.errors import UsageError
+from diagd.runtime.decoders.decoder import Blocks
+from diagd.runtime.decoders.window import WindowPolicy
+from diagd.runtime.step import Result
+from diagd.runtime.stream import Stream
+from diagd.schedule import NO_SINK, Block, feed, shifted
+
+Draft = Callable[[Stream], Int]
+"""Guesses int32 [cells] of the frame that has just begun."""
+
+
+def previous_frame(stream: Stream) -> Int:
+    """The tokens of the frame before."""
+    return stream.frame(stream.known - 1).reshape(-1)
+
+
+class JacobiDecoder:
+    """Decodes exactly the tokens of next-token prediction, whatever the drafts and windows.
+
+    A window of cells is fed in raster order, guesses in place of those not decided, and each row draws the
+    cell behind it. A draw is a function of the row's logits, the seed and the cell's position, so the first
+    one is next-token prediction's; so is every further one as long as all guesses before it turn out to be
+    what was drawn. These cells are kept, rows of wrong guesses are given back, and the draws are the next
+    guesses.
+
+    Frames are decoded one after another: a new action counts for the frame that it leads to.
+
+    Args:
+        window: rows that a pass verifies, its first included; default: chosen as it goes, see
+            ``WindowPolicy``. 1 is next-token prediction.
+        deadline: seconds after which a frame ends with what is guessed, marked as not exact; one more pass
+            feeds the guesses.
+        draft: first guesses of a frame.
+
+    Raises:
+        UsageError: no such window or deadline.
+    """
+
+    def __init__(
+        self, window: int | None = None, *, deadline: float | None = None, draft: Draft = previous_frame
+    ) -> None:
+        if window is not None and window < 1:
+            raise UsageError(f"a window of {window} rows decides nothing; choose 1 or more, or none for auto")
+        if deadline is not None and not deadline > 0:
+            raise UsageError(f"a deadline of {deadline} s has passed before a frame begins; choose more")
+        self._window, self._deadline, self._draft = window, deadline, draft
+        self._policy: WindowPolicy | None = None
+
+    def check(self, stream: Stream) -> None:
+        """Any stream goes; what was learned of another one's costs is forgotten."""
+        self._policy = WindowPolicy(stream.layout.cells) if self._window is None else None
+
+    def blocks(self, stream: Stream) -> Blocks:
+        """See ``Decoder.blocks``; a block is one pass."""
+        began = time.perf_counter()
+        if not stream.begin():
+            return
+        start = stream.layout.first_cell(stream.begun - 1)
+        draft: Int = np.array(self._draft(stream), np.int32)
+        stream.write(start, draft)
+        decided = yield from self._decide(stream, start, draft, began)
+        if decided < len(draft):  # in time for the window that they belong to
+            yield feed(np.arange(start + decided - 1, start + len(draft) - 1), stream.max_width)
+        stream.complete(None, exact=decided == len(draft))
+
+    def _decide(self, stream: Stream, start: int, draft: Int, began: float) -> Generator[Block, Result, int]:
+        """Decide the cells from ``start`` on, guessed in ``draft``; returns how many were in time."""
+        unfed = start - 1 - stream.fed
+        if unfed > min(stream.max_width - 1, stream.layout.gap):  # a prompt
+            yield feed(np.arange(stream.fed, start - 1), stream.max_width)
+            unfed = 0
+        decided = 0
+        while decided < len(draft):
+            rows = self._rows(stream, unfed, len(draft) - decided)
+            result = yield shifted(_pass(unfed, rows), start + decided - 1 - unfed)
+            kept = self._keep(stream, result, draft[decided : decided + rows], unfed)
+            decided, unfed = decided + kept, 0
+            if kept < rows:
+                stream.rejected = start + decided - 1
+            if self._deadline is not None and time.perf_counter() - began > self._deadline:
+                break
+        return decided
+
+    def _rows(self, stream: Stream, unfed: int, cells: int) -> int:
+        """Rows of the next window behind so many that are only fed."""
+        most = min(cells, stream.max_width - unfed)
+        if self._policy is None:
+            return min(most, self._window or most)
+        return self._policy.choose(stream.padded[unfed + 1 : unfed + most + 1])
+
+    def _keep(self, stream: Stream, result: Result, guesses: Int, unfed: int) -> int:
+        """Take what a pass drew as the next guesses; returns how many of them are decided."""
+        began, rows = time.perf_counter(), len(guesses)
+        drawn = result.tokens
+        wrong = drawn[:-1] != guesses[:-1]
+        kept = int(wrong.argmax()) + 1 if wrong.any() else rows
+        guesses[:] = drawn
+        if self._policy is not None:
+            spent = result.time
+            waited = time.perf_counter() - began
+            seconds = spent.host + spent.engine + spent.sampling + waited
+            self._policy.add(rows, kept, int(stream.padded[unfed + rows]), seconds)
+        return kept
+
+
+@lru_cache(maxsize=512)
+def _pass(unfed: int, rows: int) -> Block:
+    """A pass that feeds known tokens at positions from 0 on, and behind them a window."""
+    positions = np.arange(unfed + rows)
+    sinks = np.where(positions < unfed, NO_SINK, positions + 1)
+    return Block(
+        np.array([0, len(positions)]), positions, positions, sinks, np.zeros(len(positions), np.bool_)
+    )

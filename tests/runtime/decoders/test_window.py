@@ -1,0 +1,76 @@
+"""The window that decides most cells a second, for machines and worlds made up in arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from diagd.runtime.decoders.window import WindowPolicy
+
+CELLS = 108
+
+
+def run(
+    seconds: Callable[[int], float], right: float, padded: np.ndarray, passes: int = 1500, seed: int = 0
+) -> list[int]:
+    """Windows chosen over many frames where each guess is right with one chance."""
+    policy, random, chosen, left = WindowPolicy(CELLS), np.random.default_rng(seed), [], CELLS
+    for _ in range(passes):
+        rows = policy.choose(padded[:left])
+        wrong = np.flatnonzero(random.random(rows - 1) > right)
+        kept = int(wrong[0]) + 1 if wrong.size else rows
+        width = int(padded[rows - 1])
+        policy.add(rows, kept, width, seconds(width) * random.uniform(0.9, 1.1))
+        if left == CELLS:
+            chosen.append(rows)
+        left = left - kept or CELLS
+    return chosen[len(chosen) // 2 :]
+
+
+def rate(rows: np.ndarray, seconds: Callable[[int], float], right: float, padded: np.ndarray) -> np.ndarray:
+    decided = (right ** np.arange(CELLS)).cumsum()
+    return np.array([decided[n - 1] / seconds(int(padded[n - 1])) for n in rows])
+
+
+NARROW, BUCKETS = np.arange(1, CELLS + 1), np.where(np.arange(1, CELLS + 1) <= 16, 16, 108)
+
+
+@pytest.mark.parametrize("right", [0.6, 0.9, 0.97])
+@pytest.mark.parametrize("row", [0.0, 0.01, 0.1, 1.0])
+@pytest.mark.parametrize("padded", [NARROW, BUCKETS], ids=["any width", "two widths"])
+def test_windows_are_near_the_best(right: float, row: float, padded: np.ndarray) -> None:
+    def seconds(width: int) -> float:
+        return 1e-3 * (1 + row * width)
+
+    chosen = np.array(run(seconds, right, padded))
+    best = rate(NARROW, seconds, right, padded).max()
+    assert rate(chosen, seconds, right, padded).mean() > 0.85 * best
+
+
+def test_where_no_guess_is_right_it_is_next_token_prediction() -> None:
+    chosen = run(lambda width: 1e-3 * (1 + 0.1 * width), 0.0, NARROW)
+    assert np.mean(np.array(chosen) <= 2) > 0.9
+
+
+def test_it_looks_further_again_when_guesses_come_right() -> None:
+    policy = WindowPolicy(CELLS)
+    for _ in range(300):
+        policy.add(policy.choose(NARROW), 1, 1, 2e-3)
+    narrow = policy.choose(NARROW)
+    for _ in range(300):
+        rows = policy.choose(NARROW)
+        policy.add(rows, rows, rows, 1e-3 * (1 + 0.01 * rows))
+    assert narrow <= 2
+    assert policy.choose(NARROW) > 60
+
+
+def test_a_pass_that_something_held_up_does_not_decide() -> None:
+    policy = WindowPolicy(CELLS)
+    for _ in range(100):
+        policy.add(40, 20, 40, 2e-3)
+        policy.add(20, 15, 20, 1.5e-3)
+    before = policy.choose(NARROW)
+    policy.add(40, 20, 40, 10.0)
+    assert abs(policy.choose(NARROW) - before) < 15
