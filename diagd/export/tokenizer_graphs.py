@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diagd.bundle.manifest import Tokenizer
 from diagd.export import weights
@@ -20,21 +20,16 @@ WEIGHTS_NAME = "tokenizer.bin"
 OPSET = 20
 FILES = {"encoder": "encoder.onnx", "decoder": "decoder.onnx"}
 
-NUMPY_TYPES: dict[torch.dtype, np.dtype[np.generic]] = {
-    torch.float32: np.dtype(np.float32),
-    torch.float16: np.dtype(np.float16),
-    torch.uint8: np.dtype(np.uint8),
-    torch.int64: np.dtype(np.int64),
-}
-
 
 def placements(graphs: TokenizerGraphs) -> dict[str, Placement]:
     """Where each tensor of both modules lies in the tokenizer's weights file."""
-    shapes = {}
-    for module in _modules(graphs).values():
-        for name, tensor in module.state_dict().items():
-            shapes[name] = (tuple(tensor.shape), NUMPY_TYPES[tensor.dtype])
-    return weights.plan(shapes)
+    return weights.plan(
+        {
+            name: (tuple(tensor.shape), np.dtype(str(tensor.dtype).removeprefix("torch.")))
+            for module in _modules(graphs).values()
+            for name, tensor in module.state_dict().items()
+        }
+    )
 
 
 def write_tokenizer(
@@ -54,14 +49,15 @@ def write_tokenizer(
     places = placements(graphs)
     sources = {name: weights.copied(source[name]) for name in places}
     weights.write(directory / WEIGHTS_NAME, places, sources, progress)
-    examples = {"encoder": _pixels(graphs), "decoder": _tokens(graphs)}
+    pixels = torch.zeros(graphs.frames(3), graphs.height, graphs.width, 3, dtype=torch.uint8, device="meta")
+    tokens = torch.zeros(3, *graphs.grid, dtype=torch.int32, device="meta")
     for role, module in _modules(graphs).items():
-        names = ("pixels", "tokens") if role == "encoder" else ("tokens", "pixels")
+        names = ["pixels", "tokens"] if role == "encoder" else ["tokens", "pixels"]
         model = trace(
             module,
-            (examples[role],),
-            input_names=[names[0]],
-            output_names=[names[1]],
+            (pixels if role == "encoder" else tokens,),
+            input_names=names[:1],
+            output_names=names[1:],
             opset=OPSET,
             dynamic_shapes=_dynamic_frames(graphs, role),
         )
@@ -83,15 +79,6 @@ def _modules(graphs: TokenizerGraphs) -> dict[str, nn.Module]:
     with torch.device("meta"):
         modules = {"encoder": graphs.build_encoder(), "decoder": graphs.build_decoder()}
     return {role: module.to("meta") for role, module in modules.items()}
-
-
-def _pixels(graphs: TokenizerGraphs) -> Tensor:
-    frames = graphs.frames(3)
-    return torch.zeros(frames, graphs.height, graphs.width, 3, dtype=torch.uint8, device="meta")
-
-
-def _tokens(graphs: TokenizerGraphs) -> Tensor:
-    return torch.zeros(3, *graphs.grid, dtype=torch.int32, device="meta")
 
 
 def _dynamic_frames(graphs: TokenizerGraphs, role: str) -> tuple[dict[int, object]]:

@@ -18,8 +18,7 @@ from diagd.bundle.rotary import (
 )
 from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig, parameter_shapes
 from diagd.export.families import registry
-from diagd.export.layers import LayerNorm
-from diagd.export.transformer import Transformer, position_tables
+from diagd.export.transformer import LayerNorm, Transformer, position_tables
 from diagd.schedule import StreamLayout
 from tests.oracles import numpy_forward
 

@@ -28,7 +28,7 @@ def test_tensors_lie_where_the_plan_says(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, chunk: int
 ) -> None:
     monkeypatch.setattr(weights, "CHUNK_BYTES", chunk)
-    dtype = weights.PRECISIONS[precision]
+    dtype = np.dtype({"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}[precision])
     table = np.arange(6, dtype=np.int32).reshape(3, 2)
     sources = {
         "qkv": weights.transposed([checkpoint["q"], checkpoint["k"], checkpoint["v"]]),

@@ -11,8 +11,7 @@ import torch
 from benchmarks.baselines import OptimisedForm, PublishedForm
 from diagd.bundle.rotary import grid_rotary
 from diagd.errors import UsageError
-from diagd.export.layers import RMSNorm
-from diagd.export.transformer import Transformer
+from diagd.export.transformer import RMSNorm, Transformer
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from tests.oracles.full_recompute import FullRecompute
 from tests.oracles.models import random_stream, small_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,14 @@ from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import CheckpointError, UsageError, unknown
 from diagd.export.families.family import Family, identity_rules
 from diagd.export.tokenizers.base import TokenizerGraphs
+from diagd.export.tokenizers.base import build as build_network
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from diagd.export.transformer import Transformer
 
 SHIPPED = Path(__file__).parents[2] / "models"
+PATCHES = "diagd.export.tokenizers.patch"
 WEIGHTS, CODEBOOK, DESCRIPTION = "model.safetensors", "codebook.safetensors", "config.json"
 
 _FRAME_PAIRS, _FRAME_BASE, _GRID_BASE = 4, 100.0, 50.0
@@ -220,21 +221,6 @@ def _codec(description: WorldDescription) -> ActionCodec:
 
 def _tokenizer(description: WorldDescription) -> TokenizerGraphs:
     shape = (description.codes, description.patch, description.patch, 3)
-
-    def encoder() -> nn.Module:
-        import torch
-
-        from diagd.export.tokenizers.patch import PatchEncoder
-
-        return PatchEncoder(torch.zeros(shape, dtype=torch.uint8))
-
-    def decoder() -> nn.Module:
-        import torch
-
-        from diagd.export.tokenizers.patch import PatchDecoder
-
-        return PatchDecoder(torch.zeros(shape, dtype=torch.uint8))
-
     return TokenizerGraphs(
         height=description.rows * description.patch,
         width=description.columns * description.patch,
@@ -242,8 +228,8 @@ def _tokenizer(description: WorldDescription) -> TokenizerGraphs:
         codes=description.codes,
         temporal_factor=1,
         chunk_frames=64,
-        build_encoder=encoder,
-        build_decoder=decoder,
+        build_encoder=partial(build_network, PATCHES, "PatchEncoder.empty", shape),
+        build_decoder=partial(build_network, PATCHES, "PatchDecoder.empty", shape),
         parameters=math.prod(shape),
         rename=lambda name: name,
     )

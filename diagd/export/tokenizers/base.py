@@ -11,7 +11,8 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from diagd.errors import CheckpointError, UsageError
 
@@ -27,16 +28,14 @@ class TokenizerGraphs:
     """Encoder and decoder of one tokenizer at one frame size.
 
     Attributes:
-        height: pixel rows of a frame.
-        width: pixel columns of a frame.
+        height, width: pixels of a frame.
         grid: rows and columns of tokens of one latent frame.
         codes: size of the codebook; tokens are 0 .. codes - 1.
         temporal_factor: pixel frames per latent frame. Where it is more than 1 the first frame of every call
             is a latent frame by itself.
         chunk_frames: most pixel frames of one call; longer videos are cut into independent calls of that
             many, which bounds memory.
-        build_encoder: makes the encoder module; honours ``torch.device("meta")``.
-        build_decoder: makes the decoder module; likewise.
+        build_encoder, build_decoder: make the modules; they honour ``torch.device("meta")``.
         rename: key of a released checkpoint to parameter name, or None for a tensor that is not used.
         cover: the released code scales pictures of another size evenly and keeps their centre; else it
             stretches them.
@@ -54,20 +53,6 @@ class TokenizerGraphs:
     rename: Callable[[str], str | None]
     cover: bool = False
     parameters: int | None = None
-
-    def latents(self, frames: int) -> int:
-        """Latent frames that encode ``frames`` pixel frames of one call.
-
-        Raises:
-            UsageError: the tokenizer has no whole number of latents for that many frames.
-        """
-        if frames < 1 or (frames - 1) % self.temporal_factor:
-            below = max(frames - 1, 0) // self.temporal_factor * self.temporal_factor + 1
-            raise UsageError(
-                f"the video tokenizer encodes 1 + {self.temporal_factor}n frames, not {frames}; "
-                f"give it {below} or {below + self.temporal_factor} (repeat the last frame to fill up)"
-            )
-        return 1 + (frames - 1) // self.temporal_factor
 
     def frames(self, latents: int) -> int:
         """Pixel frames that one call decodes from ``latents`` latent frames."""
@@ -90,7 +75,19 @@ class TokenizerGraphs:
 
 def build(module: str, name: str, config: object) -> nn.Module:
     """A network from its configuration; the module that holds it needs torch and is imported only here."""
-    return cast("nn.Module", getattr(importlib.import_module(module), name)(config))
+    make: Callable[[object], nn.Module] = attrgetter(name)(importlib.import_module(module))
+    return make(config)
+
+
+def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
+    """Rows and columns of tokens of a frame, each of ``factor`` x ``factor`` pixels.
+
+    Raises:
+        UsageError: the frame is not made of whole ones.
+    """
+    if height % factor or width % factor:
+        raise UsageError(f"frame height {height}, width {width}; both must be multiples of {factor}")
+    return height // factor, width // factor
 
 
 def shape_of(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:

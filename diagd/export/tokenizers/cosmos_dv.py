@@ -11,8 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from diagd.errors import UsageError
-from diagd.export.tokenizers.base import TokenizerGraphs, build
+from diagd.export.tokenizers.base import TokenizerGraphs, build, grid_of
 
 TEMPORAL_FACTOR = 8
 HAAR_SIDE = 4
@@ -29,8 +28,7 @@ class CosmosDvConfig:
     """Sizes of the tokenizer; the defaults are the 720p release as the autoregressive models use it.
 
     Attributes:
-        height: pixel rows.
-        width: pixel columns.
+        height, width: pixels of a frame.
         stem_channels: channels of the first convolution.
         channels: channels of each resolution level, finest first; every level but the last halves the size,
             and the first also halves the time.
@@ -48,15 +46,12 @@ class CosmosDvConfig:
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
 
     def __post_init__(self) -> None:
-        if self.height % self.factor or self.width % self.factor:
-            raise UsageError(
-                f"frame height {self.height}, width {self.width}; both must be multiples of {self.factor}"
-            )
+        _ = self.grid  # refuses frames that are not made of whole tokens
 
     @property
-    def factor(self) -> int:
-        """Pixels per token along each spatial axis."""
-        return HAAR_SIDE << (len(self.channels) - 1)
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return grid_of(self.height, self.width, HAAR_SIDE << (len(self.channels) - 1))
 
 
 def rename(name: str) -> str | None:
@@ -71,7 +66,7 @@ def graphs(config: CosmosDvConfig) -> TokenizerGraphs:
     return TokenizerGraphs(
         height=config.height,
         width=config.width,
-        grid=(config.height // config.factor, config.width // config.factor),
+        grid=config.grid,
         codes=math.prod(config.levels),
         temporal_factor=TEMPORAL_FACTOR,
         chunk_frames=CHUNK_FRAMES,

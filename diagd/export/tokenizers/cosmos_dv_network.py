@@ -1,28 +1,45 @@
-"""The network of the discrete video tokenizer of Cosmos: a VQGAN whose layers are causal in time.
+"""The network of the discrete video tokenizer of Cosmos: Haar transform, causal VQGAN, scalar quantisation.
 
 Frames are the leading axis, so that spatial layers treat every frame by itself without moving data; temporal
 layers see the current and earlier frames only.
+
+Two levels of a three-dimensional Haar transform are one strided convolution: each takes sums and differences
+along time, height and width. Cosmos scales a level by (1/sqrt 2)^3 and divides by 2 sqrt 2, which is 1/8
+exactly, so the inverse has coefficients of +1 and -1.
+
+Finite scalar quantisation (Mentzer et al. 2023, section 3) rounds each channel to a few levels. A token is a
+mixed-radix number whose first digit is the first channel; float32 is exact on integers of this size.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diagd.export.tokenizers import fsq, haar
 from diagd.export.tokenizers.blocks import (
     EPSILON,
     DecoderNetwork,
     EncoderNetwork,
     Layers,
     Sizes,
+    constant,
     double_size,
     images_from_pixels,
     pixels_from_images,
     spatial_attention,
 )
-from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig
+from diagd.export.tokenizers.cosmos_dv import HAAR_SIDE, CosmosDvConfig
+
+COLOURS = 3
+BANDS = COLOURS * HAAR_SIDE**3
+STRETCH = 1 + 1e-3
+"""Keeps the outermost levels of a quantised channel reachable at finite latents."""
 
 
 class FrameConv(nn.Module):
@@ -135,14 +152,14 @@ class Encoder(nn.Module):
     def __init__(self, config: CosmosDvConfig) -> None:
         super().__init__()
         self.levels = config.levels
-        self.encoder = EncoderNetwork(LAYERS, _sizes(config), haar.CHANNELS)
+        self.encoder = EncoderNetwork(LAYERS, _sizes(config), BANDS)
         self.quant_conv = FrameConv(config.latent_channels, len(config.levels), 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels uint8 ``[1 + 8n, H, W, 3]`` to tokens int32 ``[1 + n, H / 16, W / 16]``."""
         video = images_from_pixels(pixels, self.quant_conv.conv3d.weight.dtype) / 127.5 - 1
-        latents = self.quant_conv(self.encoder(haar.analyse(video)))
-        return fsq.tokens_of_latents(latents, self.levels)
+        latents = self.quant_conv(self.encoder(analyse(video)))
+        return tokens_of_latents(latents, self.levels)
 
 
 class Decoder(nn.Module):
@@ -152,12 +169,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.levels = config.levels
         self.post_quant_conv = FrameConv(len(config.levels), config.latent_channels, 1)
-        self.decoder = DecoderNetwork(LAYERS, _sizes(config), haar.CHANNELS)
+        self.decoder = DecoderNetwork(LAYERS, _sizes(config), BANDS)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens int32 ``[1 + n, h, w]`` to pixels uint8 ``[1 + 8n, 16h, 16w, 3]``."""
-        codes = fsq.codes_of_tokens(tokens, self.levels, self.post_quant_conv.conv3d.weight.dtype)
-        video = haar.synthesise(self.decoder(self.post_quant_conv(codes)))
+        codes = codes_of_tokens(tokens, self.levels, self.post_quant_conv.conv3d.weight.dtype)
+        video = synthesise(self.decoder(self.post_quant_conv(codes)))
         return pixels_from_images((video * 0.5 + 0.5).clamp(0, 1) * 255)
 
 
@@ -169,3 +186,62 @@ def _sizes(config: CosmosDvConfig) -> Sizes:
         config.res_blocks,
         middle=(spatial_attention, temporal_attention),
     )
+
+
+def haar_basis() -> NDArray[np.float64]:
+    """Signs ``[192, 3, 4, 4, 4]`` (band, colour, t, y, x).
+
+    Bands are ordered by second level (t, y, x), first level (t, y, x), colour; low before high.
+    """
+    pair = np.array([[1.0, 1.0], [1.0, -1.0]])
+    # second-level bands abc look at pairs ghi of first-level results, whose bands def look at pixels jkl
+    signs: NDArray[np.float64] = np.einsum(
+        "ag,bh,ci,dj,ek,fl,xy->abcdefxygjhkil", *[pair] * 6, np.eye(COLOURS)
+    )
+    return signs.reshape(BANDS, COLOURS, HAAR_SIDE, HAAR_SIDE, HAAR_SIDE)
+
+
+def analyse(video: Tensor) -> Tensor:
+    """Bands ``[(T + 3) / 4, 192, H / 4, W / 4]`` of ``[T, 3, H, W]``, whose first frame counts four times."""
+    padded = torch.cat([video[:1]] * (HAAR_SIDE - 1) + [video])
+    kernel = constant(haar_basis() / HAAR_SIDE**3, video)
+    # a missing bias is exported as one that ONNX Runtime rejects unless constants are folded
+    bias = constant(np.zeros(BANDS), video)
+    bands = functional.conv3d(padded.transpose(0, 1).unsqueeze(0), kernel, bias, stride=HAAR_SIDE)
+    return bands.squeeze(0).transpose(0, 1)
+
+
+def synthesise(bands: Tensor) -> Tensor:
+    """The inverse: ``[t, 192, h, w]`` to ``[4t - 3, 3, 4h, 4w]``."""
+    kernel = constant(haar_basis(), bands)
+    bias = constant(np.zeros(COLOURS), bands)
+    video = functional.conv_transpose3d(bands.transpose(0, 1).unsqueeze(0), kernel, bias, stride=HAAR_SIDE)
+    return video.squeeze(0).transpose(0, 1)[HAAR_SIDE - 1 :]
+
+
+def tokens_of_latents(latents: Tensor, levels: Sequence[int]) -> Tensor:
+    """Quantise latents ``[T, len(levels), h, w]`` to tokens int32 ``[T, h, w]``; halves round to even."""
+    z = latents.float()
+    halves = [(level - 1) * STRETCH / 2 for level in levels]
+    offsets = [0.0 if level % 2 else 0.5 for level in levels]
+    shifts = [math.atanh(offset / half) for offset, half in zip(offsets, halves, strict=True)]
+    half, offset, shift = (_channels(values, z) for values in (halves, offsets, shifts))
+    digits = ((z + shift).tanh() * half - offset).round() + _channels([level // 2 for level in levels], z)
+    return (digits * _channels(_place_values(levels), z)).sum(1).to(torch.int32)
+
+
+def codes_of_tokens(tokens: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Quantised latents ``[T, len(levels), h, w]`` in [-1, 1] of tokens int32 ``[T, h, w]``."""
+    z = tokens.unsqueeze(1).float()
+    radix, middle = _channels(levels, z), _channels([level // 2 for level in levels], z)
+    quotient = (z / _channels(_place_values(levels), z)).floor()
+    digits = quotient - (quotient / radix).floor() * radix
+    return ((digits - middle) / middle).to(dtype)
+
+
+def _place_values(levels: Sequence[int]) -> list[int]:
+    return [math.prod(levels[:digit]) for digit in range(len(levels))]
+
+
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    return constant(values, like).reshape(1, -1, 1, 1)

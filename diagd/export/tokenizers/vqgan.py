@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from diagd.errors import UsageError
-from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, build, count, shape_of
+from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, build, count, grid_of, shape_of
 
 NETWORK = "diagd.export.tokenizers.vqgan_network"
 CHUNK_FRAMES = 8
@@ -36,8 +35,7 @@ class VqganConfig:
     """Sizes of the tokenizer; the defaults are the published f16 model on WHAM's square frames.
 
     Attributes:
-        height: pixel rows.
-        width: pixel columns.
+        height, width: pixels of a frame.
         stem_channels: channels of the first convolution (``ch``).
         channels: channels of each resolution level, finest first (``ch * ch_mult``).
         res_blocks: residual blocks of an encoder level; a decoder level has one more.
@@ -60,15 +58,12 @@ class VqganConfig:
     codes: int = 16384
 
     def __post_init__(self) -> None:
-        if self.height % self.factor or self.width % self.factor:
-            raise UsageError(
-                f"frame height {self.height}, width {self.width}; both must be multiples of {self.factor}"
-            )
+        _ = self.grid  # refuses frames that are not made of whole tokens
 
     @property
-    def factor(self) -> int:
-        """Pixels per token along each axis."""
-        return 1 << (len(self.channels) - 1)
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens; every level but the last halves the size."""
+        return grid_of(self.height, self.width, 1 << (len(self.channels) - 1))
 
 
 MINEWORLD = VqganConfig(
@@ -114,7 +109,7 @@ def graphs(config: VqganConfig, rename: Callable[[str], str | None] = taming_nam
     return TokenizerGraphs(
         height=config.height,
         width=config.width,
-        grid=(config.height // config.factor, config.width // config.factor),
+        grid=config.grid,
         codes=config.codes,
         temporal_factor=1,
         chunk_frames=CHUNK_FRAMES,

@@ -29,8 +29,7 @@ class WhamVitConfig:
     in each checkpoint only (`infer_config`); their defaults are the base model of the ViT-VQGAN paper.
 
     Attributes:
-        height: pixel rows.
-        width: pixel columns.
+        height, width: pixels of a frame.
         patch: pixels of a patch along each axis.
         hidden: width of the transformers.
         layers: transformer blocks of the encoder, and of the decoder.

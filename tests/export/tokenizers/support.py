@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +65,40 @@ def worst(left: NDArray[np.generic], right: NDArray[np.generic]) -> int:
     assert left.shape == right.shape
     assert left.dtype == right.dtype
     return int(np.abs(left.astype(np.int64) - right.astype(np.int64)).max())
+
+
+def check_modules(
+    graphs: TokenizerGraphs,
+    tensors: dict[str, NDArray[np.float32]],
+    pixels: NDArray[np.uint8],
+    reference_tokens: Callable[[NDArray[np.generic]], NDArray[np.generic]],
+    reference_pixels: Callable[[NDArray[np.generic]], NDArray[np.generic]],
+) -> None:
+    """Both modules against a reference of one frame."""
+    encoder, decoder = modules(graphs, tensors)
+    tokens = run(encoder, pixels)
+    np.testing.assert_array_equal(tokens, np.stack([reference_tokens(frame) for frame in pixels]))
+    assert len(np.unique(tokens)) > 8
+    decoded = run(decoder, tokens)
+    assert decoded.shape == pixels.shape
+    assert worst(decoded, np.stack([reference_pixels(frame) for frame in tokens])) <= 1
+    assert decoded.std() > 10
+
+
+def check_graphs(
+    graphs: TokenizerGraphs,
+    tensors: dict[str, NDArray[np.float32]],
+    pixels: NDArray[np.uint8],
+    folder: Path,
+    opsets: tuple[int, int],
+) -> None:
+    """Graphs of encoder and decoder against their modules, on one frame and on all."""
+    encoder, decoder = modules(graphs, tensors)
+    tokens = run(encoder, pixels)
+    to_tokens = session(encoder, pixels[:2], folder / "encoder.onnx", opset=opsets[0])
+    to_pixels = session(decoder, tokens[:2], folder / "decoder.onnx", opset=opsets[1])
+    for count in (1, len(pixels)):
+        (found,) = to_tokens.run(None, {"pixels": pixels[:count]})
+        assert worst(found, tokens[:count]) == 0
+        (images,) = to_pixels.run(None, {"tokens": tokens[:count]})
+        assert worst(images, run(decoder, tokens[:count])) <= 1

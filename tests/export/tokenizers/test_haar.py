@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from diagd.export.tokenizers import haar
+from diagd.export.tokenizers import cosmos_dv_network as haar
 
 
 def level(video: np.ndarray) -> np.ndarray:

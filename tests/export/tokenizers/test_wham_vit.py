@@ -75,26 +75,11 @@ def reference_pixels(tokens: np.ndarray) -> np.ndarray:
 
 
 def test_modules_equal_the_reference_on_a_padded_size() -> None:
-    encoder, decoder = support.modules(graphs(CONFIG), TENSORS)
-    tokens = support.run(encoder, PIXELS)
-    np.testing.assert_array_equal(tokens, np.stack([reference_tokens(frame) for frame in PIXELS]))
-    assert len(np.unique(tokens)) > 8
-    decoded = support.run(decoder, tokens)
-    assert decoded.shape == PIXELS.shape
-    assert support.worst(decoded, np.stack([reference_pixels(frame) for frame in tokens])) <= 1
-    assert decoded.std() > 10
+    support.check_modules(graphs(CONFIG), TENSORS, PIXELS, reference_tokens, reference_pixels)
 
 
 def test_graphs_equal_the_modules(tmp_path: Path) -> None:
-    encoder, decoder = support.modules(graphs(CONFIG), TENSORS)
-    tokens = support.run(encoder, PIXELS)
-    to_tokens = support.session(encoder, PIXELS[:2], tmp_path / "encoder.onnx", opset=18)
-    to_pixels = support.session(decoder, tokens[:2], tmp_path / "decoder.onnx", opset=23)
-    for count in (1, 3):
-        (found,) = to_tokens.run(None, {"pixels": PIXELS[:count]})
-        assert support.worst(found, tokens[:count]) == 0
-        (pixels,) = to_pixels.run(None, {"tokens": tokens[:count]})
-        assert support.worst(pixels, support.run(decoder, tokens[:count])) <= 1
+    support.check_graphs(graphs(CONFIG), TENSORS, PIXELS, tmp_path, opsets=(18, 23))
 
 
 def test_the_release_has_the_known_grid() -> None:
