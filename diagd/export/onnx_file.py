@@ -1,9 +1,7 @@
-"""What an ONNX file says of itself, by the onnx package; weights stay on the disk."""
+"""What an ONNX file says of itself; weights stay on the disk."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from diagd.bundle.manifest import GraphWeights
 from diagd.errors import BundleError, require
 
 if TYPE_CHECKING:
-    import onnx
+    import onnx_ir as ir
 
 _LOOKUPS: Final = ("Gather", "GatherND", "GatherElements")
 """Operators that read their first input by row."""
@@ -33,18 +31,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Initializer:
-    """A constant of the graph; ``looked_up``: only ever read by row, never as a whole."""
+    """A constant of the graph and its bytes as stored; ``looked_up``: only read by row, never as a whole."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    bytes: int
     looked_up: bool
-
-    @property
-    def bytes(self) -> int:
-        """Bytes as stored; an element of less than 8 bits shares its byte."""
-        bits = re.search(r"\d+", self.dtype)
-        return math.ceil(math.prod(self.shape) * (int(bits[0]) if bits else 8) / 8)
 
 
 @dataclass(frozen=True)
@@ -83,52 +76,50 @@ def read_onnx(path: Path) -> OnnxFile:
         DependencyError: onnx is not installed.
     """
     onnx = require("onnx", extra="export", purpose="read an ONNX file")
+    serde = require("onnx_ir", extra="export", purpose="read an ONNX file").serde
     try:
         model = onnx.load(path, load_external_data=False)
         if not model.HasField("graph"):
             raise BundleError("it holds no graph")
-        return _summary(model)
+        return _summary(serde.deserialize_model(model))
     except Exception as error:  # the class that protobuf raises for damage depends on its build
         raise BundleError(f"{path} cannot be read as ONNX: {error}") from error
 
 
-def _summary(model: onnx.ModelProto) -> OnnxFile:
+def _summary(model: ir.Model) -> OnnxFile:
+    import onnx_ir as ir
+
     graph = model.graph
-    by_row, whole = set[str](), set[str]()
-    for node in graph.node:
-        rows = 1 if node.op_type in _LOOKUPS else 0
-        by_row.update(node.input[:rows])
-        whole.update(node.input[rows:])
-    looked_up = by_row - whole
-    locations = {
-        entry.value
-        for tensor in graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
+    tensors = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
+    by_row, whole = set[str | None](), set[str | None]()
+    for node in graph:
+        rows, inputs = node.op_type in _LOOKUPS, [value.name if value else None for value in node.inputs]
+        by_row.update(inputs[:rows])
+        whole.update(inputs[rows:])
     return OnnxFile(
-        opset=next((entry.version for entry in model.opset_import if not entry.domain), 0),
-        inputs=tuple(_value(value) for value in graph.input),
-        outputs=tuple(_value(value) for value in graph.output),
-        operators=Counter(".".join(filter(None, (node.domain, node.op_type))) for node in graph.node),
+        opset=model.opset_imports.get("", 0),
+        inputs=tuple(map(_value, graph.inputs)),
+        outputs=tuple(map(_value, graph.outputs)),
+        operators=Counter(".".join(filter(None, (node.domain, node.op_type))) for node in graph),
         initializers=tuple(
-            Initializer(tensor.name, _dtype(tensor.data_type), tuple(tensor.dims), tensor.name in looked_up)
-            for tensor in graph.initializer
+            Initializer(
+                str(tensor.name),
+                _dtype(tensor.dtype),
+                tuple(tensor.shape.numpy()),
+                tensor.nbytes,
+                tensor.name in by_row - whole,
+            )
+            for tensor in tensors
         ),
-        weight_files=tuple(sorted(locations)),
+        weight_files=tuple(sorted({str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)})),
     )
 
 
-def _value(value: onnx.ValueInfoProto) -> Value:
-    tensor = value.type.tensor_type
-    axes = (
-        axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in tensor.shape.dim
-    )
-    return Value(value.name, _dtype(tensor.elem_type), tuple(axes))
+def _value(value: ir.Value) -> Value:
+    axes = [axis if isinstance(axis, int) else axis.value or "?" for axis in value.shape or ()]
+    return Value(str(value.name), _dtype(value.dtype), tuple(axes))
 
 
-def _dtype(number: int) -> str:
-    from onnx import TensorProto
-
-    name = str(TensorProto.DataType.Name(number)).lower()
+def _dtype(kind: ir.DataType | None) -> str:
+    name = kind.name.lower() if kind else "undefined"
     return _NAMES.get(name, name)
