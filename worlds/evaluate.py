@@ -14,7 +14,7 @@ from diagd.schedule import Schedule
 from diagd.tuning.recordings import TokenDataset
 from worlds.geometry import UNKNOWN_GEOMETRY, Geometry
 from worlds.metrics import Estimate, frechet_distance, principal_axes, psnr, ssim, tile_features
-from worlds.subject import Streams, Subject
+from worlds.model import Streams, WorldModel
 
 SETTLED = 3
 """Frame of a window from which likelihood is reported apart: earlier ones show more that nobody can know."""
@@ -115,29 +115,29 @@ class Evaluation:
     """True windows, their geometry and the likelihood of next-token prediction, shared by all schedules.
 
     Args:
-        subject: the model.
+        model: the model.
         recording: true episodes that the model was not trained on.
         geometry: regularities of the world, learned from as many true frames as there are; None if unknown.
         options: sizes and sampling.
     """
 
     def __init__(
-        self, subject: Subject, recording: TokenDataset, geometry: Geometry | None, options: EvalOptions
+        self, model: WorldModel, recording: TokenDataset, geometry: Geometry | None, options: EvalOptions
     ) -> None:
-        self.subject, self.geometry, self.options = subject, geometry, options
+        self.model, self.geometry, self.options = model, geometry, options
         random = np.random.default_rng(options.seed)
         self.windows = _pick(recording, options.windows, options.window_frames, random)
         self.truth = _pick(recording, options.rollouts, options.prompt + options.frames, random)
-        self.baseline = subject.nll(self.windows, Schedule.next_token(subject.layout))
-        self._axes = principal_axes(self._cells(recording.streams.astype(np.int64)), subject.codes)
+        self.baseline = model.nll(self.windows, Schedule.next_token(model.layout))
+        self._axes = principal_axes(self._cells(recording.streams.astype(np.int64)), model.codes)
 
     def score(self, name: str, schedule: Schedule) -> tuple[Scores, Streams]:
         """Measure one schedule; also returns the rollouts, int64 [B, N]."""
-        options, subject = self.options, self.subject
-        nll = subject.nll(self.windows, schedule)
-        rolled = subject.roll_out(self.truth, options.prompt, schedule, options.sampling, options.seed)
-        likelihood = subject.nll(rolled, Schedule.next_token(subject.layout))
-        generated = slice(options.prompt * subject.layout.frame_length, None)
+        options, model = self.options, self.model
+        nll = model.nll(self.windows, schedule)
+        rolled = model.roll_out(self.truth, options.prompt, schedule, options.sampling, options.seed)
+        likelihood = model.nll(rolled, Schedule.next_token(model.layout))
+        generated = slice(options.prompt * model.layout.frame_length, None)
         scores = Scores(
             name=name,
             k=schedule.k,
@@ -146,7 +146,7 @@ class Evaluation:
             refeed=schedule.refeed,
             passes=schedule.total_steps(options.frames),
             nll=Estimate.of(_row_means(nll)),
-            nll_settled=Estimate.of(_row_means(nll[:, SETTLED * subject.layout.frame_length :])),
+            nll_settled=Estimate.of(_row_means(nll[:, SETTLED * model.layout.frame_length :])),
             nll_gap=Estimate.of(_row_means(nll - self.baseline)),
             generated_nll=Estimate.of(_row_means(likelihood[:, generated])),
             geometry=self.judge(rolled, self.geometry) if self.geometry else None,
@@ -156,19 +156,19 @@ class Evaluation:
 
     def gap(self, schedule: Schedule) -> Estimate:
         """Teacher-forced likelihood gap to next-token prediction, paired by window, nats per token."""
-        nll = self.subject.nll(self.windows, schedule)
+        nll = self.model.nll(self.windows, schedule)
         return Estimate.of(_row_means(nll - self.baseline))
 
     def _cells(self, streams: Streams) -> NDArray[np.int64]:
-        layout = self.subject.layout
+        layout = self.model.layout
         cells = streams.reshape(-1, layout.frame_length)[:, layout.before :]
         return cells.reshape(-1, layout.rows, layout.columns)
 
     def judge(self, rolled: Streams, geometry: Geometry) -> GeometryScores:
         """Judge rollouts [B, N] by the geometry of their world."""
-        layout, prompt, count = self.subject.layout, self.options.prompt, len(rolled)
+        layout, prompt, count = self.model.layout, self.options.prompt, len(rolled)
         cells = self._cells(rolled).reshape(count, -1, layout.rows, layout.columns)
-        actions = rolled.reshape(count, -1, layout.frame_length)[:, prompt:, 0] - self.subject.codes
+        actions = rolled.reshape(count, -1, layout.frame_length)[:, prompt:, 0] - self.model.codes
         before, after = cells[:, prompt - 1 : -1], cells[:, prompt:]
         shape = (-1, layout.rows, layout.columns)
         verdict = geometry.follows(before.reshape(shape), after.reshape(shape), actions.ravel())
@@ -179,12 +179,12 @@ class Evaluation:
         return GeometryScores(*(Estimate.of(_row_means(values.reshape(count, -1))) for values in samples))
 
     def _compare(self, rolled: Streams) -> TruthScores:
-        layout, frames = self.subject.layout, self.options.frames
+        layout, frames = self.model.layout, self.options.frames
         shape = (len(rolled), -1, layout.rows, layout.columns)
         got, true = (self._cells(s).reshape(shape)[:, -frames:] for s in (rolled, self.truth))
         match, ratio, similarity = [], [], []
         for n in range(frames):
-            images, answers = self.subject.pixels(got[:, n]), self.subject.pixels(true[:, n])
+            images, answers = self.model.pixels(got[:, n]), self.model.pixels(true[:, n])
             match.append(Estimate.of((got[:, n] == true[:, n]).mean((1, 2))))
             ratio.append(Estimate.of(psnr(images, answers)))
             similarity.append(Estimate.of(ssim(images, answers)))
@@ -193,7 +193,7 @@ class Evaluation:
     def _frechet(self, got: NDArray[np.int64], true: NDArray[np.int64], resamples: int = 20) -> Estimate:
         """Distance, with a bootstrap over rollouts for its standard error."""
         sets = [
-            tile_features(cells.reshape(-1, *cells.shape[2:]), self.subject.codes, self._axes)
+            tile_features(cells.reshape(-1, *cells.shape[2:]), self.model.codes, self._axes)
             for cells in (got, true)
         ]
         first, second = (features.reshape(len(got), -1, features.shape[1]) for features in sets)
@@ -229,15 +229,15 @@ def measure_drift(
     Raises:
         UsageError: the geometry of the world, by which they are judged, is not known.
     """
-    subject, options, geometry = evaluation.subject, evaluation.options, evaluation.geometry
+    model, options, geometry = evaluation.model, evaluation.options, evaluation.geometry
     if geometry is None:
         raise UsageError(f"drift is judged by the geometry of the world; {UNKNOWN_GEOMETRY}")
-    layout, prompt, (count, frames) = subject.layout, options.prompt, actions.shape
+    layout, prompt, (count, frames) = model.layout, options.prompt, actions.shape
     streams = np.zeros((count, prompt + frames, layout.frame_length), np.int64)
     known = evaluation.truth[:count].reshape(count, -1, layout.frame_length)
     streams[:, :prompt] = known[:, :prompt]
-    streams[:, prompt:, 0] = subject.codes + actions
-    rolled = subject.roll_out(streams.reshape(count, -1), prompt, schedule, options.sampling, options.seed)
+    streams[:, prompt:, 0] = model.codes + actions
+    rolled = model.roll_out(streams.reshape(count, -1), prompt, schedule, options.sampling, options.seed)
     scores = []
     ends = np.linspace(prompt, prompt + frames, stretches + 1).astype(int)
     for start, end in pairwise(ends.tolist()):

@@ -11,16 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.errors import UsageError
-from diagd.export.families.world import DESCRIPTION, load_world
 from diagd.schedule import RowSeed, Schedule, StreamLayout, chained_lag, steps_per_frame
 from diagd.tuning.recordings import cached_tokens, recorded_actions
-from worlds.bundle_subject import BundleSubject
 from worlds.collect import random_policy
 from worlds.evaluate import EvalOptions, Evaluation, Scores, measure_drift
 from worlds.geometry import UNKNOWN_GEOMETRY, Geometry
 from worlds.metrics import Estimate, MetricNetwork, frechet_distance
+from worlds.model import Streams, WorldModel, open_model
 from worlds.report import save_contact_sheet, write_scores
-from worlds.subject import Streams, Subject, TorchSubject
 
 Report = Callable[[str], None]
 
@@ -67,10 +65,10 @@ def run_eval(run: EvalRun, report: Report = lambda _: None) -> list[Scores]:
         CheckpointError, BundleError: a model that cannot be read.
     """
     networks = [MetricNetwork(path) for path in run.networks]
-    subject = open_subject(run.model, run.precision)
-    evaluation = _evaluation(run, subject)
+    model = open_model(run.model, run.precision)
+    evaluation = _evaluation(run, model)
     scores, rollouts, drift, learned = [], {"truth": evaluation.truth}, {}, {}
-    for schedule in schedules(subject.layout, run):
+    for schedule in schedules(model.layout, run):
         name = schedule.name
         report(name)
         score, rollouts[name] = evaluation.score(name, schedule)
@@ -83,34 +81,21 @@ def run_eval(run: EvalRun, report: Report = lambda _: None) -> list[Scores]:
     extra |= {"drift": drift} if drift else {}
     extra |= {"networks": {"files": [p.name for p in run.networks], "scores": learned}} if networks else {}
     write_scores(run.output / "eval.json", scores, extra)
-    sheet = {name: pictures(subject, streams[:1])[0] for name, streams in rollouts.items()}
+    sheet = {name: pictures(model, streams[:1])[0] for name, streams in rollouts.items()}
     save_contact_sheet(run.output / "contact.png", sheet)
     return scores
 
 
-def open_subject(model: Path, precision: str | None = None) -> Subject:
-    """The model in a folder, or a bundle on its engine.
-
-    Raises:
-        UsageError: a precision is given for a folder, which is run in PyTorch.
-    """
-    if not (model / DESCRIPTION).exists():
-        return BundleSubject(str(model), precision=precision)
-    if precision is not None:
-        raise UsageError(f"{model} is run in PyTorch, in float32; --precision {precision} is for bundles")
-    return TorchSubject(load_world(model))
-
-
-def _evaluation(run: EvalRun, subject: Subject) -> Evaluation:
-    recording = cached_tokens(run.data, subject.encoder)
+def _evaluation(run: EvalRun, model: WorldModel) -> Evaluation:
+    recording = cached_tokens(run.data, model.encoder)
     geometry = None
-    if Geometry.is_known(subject.layout, recorded_actions(run.data)):
-        rules = cached_tokens(run.geometry, subject.encoder) if run.geometry else recording
-        geometry = Geometry.learn(rules, subject.codes)
+    if Geometry.is_known(model.layout, recorded_actions(run.data)):
+        rules = cached_tokens(run.geometry, model.encoder) if run.geometry else recording
+        geometry = Geometry.learn(rules, model.codes)
     elif run.long_frames:
         raise UsageError(f"--long-frames: drift is judged by the geometry of the world; {UNKNOWN_GEOMETRY}")
-    frames = min(run.options.window_frames, subject.context_frames)
-    return Evaluation(subject, recording, geometry, replace(run.options, window_frames=frames))
+    frames = min(run.options.window_frames, model.context_frames)
+    return Evaluation(model, recording, geometry, replace(run.options, window_frames=frames))
 
 
 def schedules(layout: StreamLayout, run: EvalRun) -> list[Schedule]:
@@ -127,17 +112,17 @@ def walk_actions(rollouts: int, frames: int, seed: int) -> NDArray[np.int64]:
     return np.array([[next(policy) for _ in range(frames)] for policy in policies])
 
 
-def pictures(subject: Subject, streams: Streams) -> NDArray[np.uint8]:
+def pictures(model: WorldModel, streams: Streams) -> NDArray[np.uint8]:
     """Frames uint8 [B, F, H, W, 3] of streams int64 [B, N]."""
-    layout = subject.layout
+    layout = model.layout
     cells = streams.reshape(len(streams), -1, layout.frame_length)[:, :, layout.before :]
     clips = cells.reshape(len(streams), -1, layout.rows, layout.columns)
-    return np.stack([subject.pixels(clip) for clip in clips])
+    return np.stack([model.pixels(clip) for clip in clips])
 
 
 def _network_scores(network: MetricNetwork, evaluation: Evaluation, rolled: Streams) -> dict[str, Any]:
     prompt = evaluation.options.prompt
-    clips, truth = (pictures(evaluation.subject, s)[:, prompt:] for s in (rolled, evaluation.truth))
+    clips, truth = (pictures(evaluation.model, s)[:, prompt:] for s in (rolled, evaluation.truth))
     if network.takes_pairs:
         return {"distance": asdict(Estimate.of(network.distances(clips, truth).mean(1)))}
     distance = frechet_distance(network.features(clips), network.features(truth))

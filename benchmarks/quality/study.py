@@ -23,12 +23,12 @@ from diagd.export.families.world import load_codebook, load_world
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
-from worlds.bundle_subject import BundleSubject
 from worlds.evaluate import EvalOptions, Evaluation, measure_drift
 from worlds.geometry import Geometry
 from worlds.metrics import Estimate
+from worlds.model import BundleModel, open_model
 from worlds.report import save_contact_sheet
-from worlds.run_eval import open_subject, pictures, walk_actions
+from worlds.run_eval import pictures, walk_actions
 
 PARTS = ("shipped", "compat", "sizes", "training", "speed")
 SHIPPED_SIZE = "3m"
@@ -118,7 +118,7 @@ class Study:
             save_contact_sheet(options.output / "quality-contact.png", sheet)
             report(f"{options.long_frames} frames of k=1 chained")
             actions = walk_actions(options.long_rollouts, options.long_frames, options.evaluation.seed)
-            drift = measure_drift(evaluation, Schedule.chained(evaluation.subject.layout, 1), actions)
+            drift = measure_drift(evaluation, Schedule.chained(evaluation.model.layout, 1), actions)
             return replace(figures, shipped=replace(shipped, drift=drift))
         if part == "compat":
             rows = {
@@ -153,7 +153,7 @@ class Study:
 
     def _evaluation(self, folder: Path, options: EvalOptions | None = None) -> Evaluation:
         chosen = options or self._options.evaluation
-        return Evaluation(open_subject(folder), self._recording, self._geometry, chosen)
+        return Evaluation(open_model(folder), self._recording, self._geometry, chosen)
 
 
 def diagonal_schedules(layout: StreamLayout) -> list[Schedule]:
@@ -171,26 +171,26 @@ def _gap_row(evaluation: Evaluation, schedule: Schedule, report: Report) -> GapR
 
 def size_figures(evaluation: Evaluation, name: str, report: Report) -> tuple[SizeFigures, Pictures]:
     """Every metric of one size under each schedule, and the pictures of a rollout under each."""
-    layout = evaluation.subject.layout
+    layout = evaluation.model.layout
     gaps = [_gap_row(evaluation, schedule, report) for schedule in diagonal_schedules(layout)]
-    scores, sheet = [], {"truth": pictures(evaluation.subject, evaluation.truth[:1])[0]}
+    scores, sheet = [], {"truth": pictures(evaluation.model, evaluation.truth[:1])[0]}
     for schedule in [Schedule.next_token(layout), *diagonal_schedules(layout)]:
         report(f"{name}: rollouts of {schedule.name}")
         score, rolled = evaluation.score(schedule.name, schedule)
         scores.append(score)
-        sheet[score.name] = pictures(evaluation.subject, rolled[:1])[0]
+        sheet[score.name] = pictures(evaluation.model, rolled[:1])[0]
     return SizeFigures(gaps, scores), sheet
 
 
 def compat_figures(bundle: Path, evaluation: Evaluation, windows: int, report: Report) -> list[CompatRow]:
     """Strict and released decoding on the engine, on the first windows of the evaluation."""
-    strict, released = BundleSubject(str(bundle)), BundleSubject(str(bundle), compat="mineworld")
+    strict, released = BundleModel(str(bundle)), BundleModel(str(bundle), compat="mineworld")
     streams = evaluation.windows[:windows]
     report("strict against compat: NTP")
     baseline = strict.nll(streams, Schedule.next_token(strict.layout))
 
-    def gap(subject: BundleSubject, schedule: Schedule) -> Estimate:
-        return Estimate.of(np.nanmean(subject.nll(streams, schedule) - baseline, axis=1))
+    def gap(model: BundleModel, schedule: Schedule) -> Estimate:
+        return Estimate.of(np.nanmean(model.nll(streams, schedule) - baseline, axis=1))
 
     rows = []
     for schedule in diagonal_schedules(strict.layout):
@@ -204,7 +204,7 @@ def compat_figures(bundle: Path, evaluation: Evaluation, windows: int, report: R
 def training_row(evaluation: Evaluation, name: str, report: Report) -> TrainingRow:
     """Likelihood of one way of training under every schedule."""
     report(f"likelihood of '{name}'")
-    schedules = diagonal_schedules(evaluation.subject.layout)
+    schedules = diagonal_schedules(evaluation.model.layout)
     gaps = {schedule.name: evaluation.gap(schedule) for schedule in schedules}
     return TrainingRow(name, Estimate.of(np.nanmean(evaluation.baseline, axis=1)), gaps)
 
@@ -217,13 +217,13 @@ def speeds(
     The bundles take turns, and the median of the rounds counts.
     """
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in bundles}
-    subjects = {name: BundleSubject(str(path)) for name, path in bundles.items()}
+    models = {name: BundleModel(str(path)) for name, path in bundles.items()}
     for turn in range(rounds + 1):  # the first one warms up
-        for name, subject in subjects.items():
+        for name, model in models.items():
             report(f"speed of {name}, round {turn} of {rounds}")
-            schedules = [Schedule.next_token(subject.layout), *diagonal_schedules(subject.layout)]
+            schedules = [Schedule.next_token(model.layout), *diagonal_schedules(model.layout)]
             for schedule in schedules:
-                rate = _frames_per_second(subject, schedule, frames)
+                rate = _frames_per_second(model, schedule, frames)
                 samples[name].setdefault(schedule.name, []).append(rate)
     return {
         name: {schedule: float(np.median(rates[1:])) for schedule, rates in found.items()}
@@ -231,12 +231,12 @@ def speeds(
     }
 
 
-def _frames_per_second(subject: BundleSubject, schedule: Schedule, frames: int) -> float:
-    layout = subject.layout
+def _frames_per_second(model: BundleModel, schedule: Schedule, frames: int) -> float:
+    layout = model.layout
     stream = np.zeros((1, (1 + frames) * layout.frame_length), np.int64)
-    stream[:, :: layout.frame_length] = subject.codes
+    stream[:, :: layout.frame_length] = model.codes
     began = time.perf_counter()
-    subject.roll_out(stream, 1, schedule, SamplingSettings(1.0, 0, 0.95), 0)
+    model.roll_out(stream, 1, schedule, SamplingSettings(1.0, 0, 0.95), 0)
     return frames / (time.perf_counter() - began)
 
 

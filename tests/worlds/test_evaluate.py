@@ -12,10 +12,10 @@ from diagd.schedule import Schedule, StreamLayout
 from tests.worlds.walks import CODES, recording
 from worlds.evaluate import EvalOptions, Evaluation, measure_drift
 from worlds.geometry import Geometry
+from worlds.model import Streams
 from worlds.report import scores_table, write_scores
 from worlds.run_eval import walk_actions
 from worlds.simulator import COLUMNS, ROWS
-from worlds.subject import Streams
 
 LAYOUT = StreamLayout(ROWS, COLUMNS, before=1)
 OPTIONS = EvalOptions(windows=4, window_frames=4, rollouts=24, prompt=2, frames=3)

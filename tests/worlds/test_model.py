@@ -12,15 +12,14 @@ from diagd.export.families.world import World, WorldDescription, load_world, sav
 from diagd.export.transformer import Transformer
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout
-from worlds.bundle_subject import BundleSubject
-from worlds.subject import TorchSubject
+from worlds.model import BundleModel, TorchModel
 
 LAYOUT = StreamLayout(3, 4, before=1)
 DESCRIPTION = WorldDescription("0.7m", 3, 4, 8, 16, 16, ("stay", "go"), 4)
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> tuple[TorchSubject, BundleSubject]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[TorchModel, BundleModel]:
     folder = tmp_path_factory.mktemp("world")
     model = Transformer(DESCRIPTION.transformer_config()).initialise(torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -31,7 +30,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> tuple[TorchSubject, Bu
     family = find("world", str(folder))
     bundle = folder / "small.diagd"
     export(family, GraphOptions(), open_sources(family, None, None), bundle)
-    return TorchSubject(load_world(folder)), BundleSubject(str(bundle), threads=1)
+    return TorchModel(load_world(folder)), BundleModel(str(bundle), threads=1)
 
 
 def streams(count: int, frames: int) -> np.ndarray:
@@ -49,8 +48,8 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_likelihoods_agree(subjects: tuple[TorchSubject, BundleSubject], schedule: Schedule) -> None:
-    torch_nll, bundle_nll = (subject.nll(streams(2, 4), schedule) for subject in subjects)
+def test_likelihoods_agree(models: tuple[TorchModel, BundleModel], schedule: Schedule) -> None:
+    torch_nll, bundle_nll = (model.nll(streams(2, 4), schedule) for model in models)
     assert np.isnan(torch_nll[:, : LAYOUT.frame_length]).all()
     np.testing.assert_allclose(bundle_nll, torch_nll, atol=2e-3)
     assert np.nanstd(torch_nll) > 0.3
@@ -59,10 +58,10 @@ def test_likelihoods_agree(subjects: tuple[TorchSubject, BundleSubject], schedul
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("sampling", [SamplingSettings(0), SamplingSettings(1.0, 0, 0.9)])
 def test_rollouts_agree(
-    subjects: tuple[TorchSubject, BundleSubject], schedule: Schedule, sampling: SamplingSettings
+    models: tuple[TorchModel, BundleModel], schedule: Schedule, sampling: SamplingSettings
 ) -> None:
     given = streams(3, 4)
-    torch_tokens, bundle_tokens = (s.roll_out(given, 2, schedule, sampling, seed=5) for s in subjects)
+    torch_tokens, bundle_tokens = (s.roll_out(given, 2, schedule, sampling, seed=5) for s in models)
     np.testing.assert_array_equal(torch_tokens, bundle_tokens)
     frames = torch_tokens.reshape(3, 4, -1)
     np.testing.assert_array_equal(frames[:, :2], given.reshape(3, 4, -1)[:, :2])
@@ -70,8 +69,8 @@ def test_rollouts_agree(
     assert len({row.tobytes() for row in frames[:, 2:, 1:]}) == 3
 
 
-def test_pixels_agree(subjects: tuple[TorchSubject, BundleSubject]) -> None:
+def test_pixels_agree(models: tuple[TorchModel, BundleModel]) -> None:
     tokens = np.random.default_rng(2).integers(0, 16, (3, 3, 4))
-    first, second = (subject.pixels(tokens) for subject in subjects)
+    first, second = (model.pixels(tokens) for model in models)
     assert first.shape == (3, 24, 32, 3)
     np.testing.assert_array_equal(first, second)

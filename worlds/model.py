@@ -1,0 +1,150 @@
+"""A world model under evaluation: in PyTorch, many rollouts at once, or as a bundle on its users' engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle import Bundle
+from diagd.engines.engine import Int
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import UsageError
+from diagd.export.families.world import DESCRIPTION, World, load_world
+from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
+from diagd.runtime.load import open_session
+from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.sampling import SamplingSettings
+from diagd.schedule import NO_SINK, Schedule, StreamLayout
+from diagd.tuning.forced_batch import ForcedPasses, forced_nll
+from diagd.tuning.recordings import FrameEncoder
+from worlds.rollout import RolloutOptions, roll_out
+
+Streams = NDArray[np.int64]
+"""int64 [B, F * frame_length]: for each frame its action token, then its cells."""
+
+
+class WorldModel(Protocol):
+    """What an evaluation needs of a model, however it is run."""
+
+    layout: StreamLayout
+    codes: int
+    context_frames: int
+    encoder: FrameEncoder
+
+    def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
+        """Teacher-forced negative log-likelihood by position [B, N], nats; NaN in the first frame."""
+        ...
+
+    def roll_out(
+        self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
+    ) -> Streams:
+        """The streams with every cell behind the ``prompt`` first frames decoded."""
+        ...
+
+    def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Frames uint8 [T, H, W, 3] of tokens [T, h, w]."""
+        ...
+
+
+def open_model(path: Path, precision: str | None = None) -> WorldModel:
+    """The model in a folder, or a bundle on its engine.
+
+    Raises:
+        UsageError: a precision is given for a folder, which is run in PyTorch.
+    """
+    if not (path / DESCRIPTION).exists():
+        return BundleModel(str(path), precision=precision)
+    if precision is not None:
+        raise UsageError(f"{path} is run in PyTorch, in float32; --precision {precision} is for bundles")
+    return TorchModel(load_world(path))
+
+
+class TorchModel:
+    """A trained world in PyTorch, in float32."""
+
+    def __init__(self, world: World) -> None:
+        self._model, self._codebook = world.model, world.codebook
+        self.context_frames = world.description.context_frames
+        self.encoder = FrameEncoder.of_codebook(world.codebook)
+        self.layout, self.codes = world.description.layout, world.description.codes
+
+    def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
+        """One pass over all windows."""
+        frames = streams.shape[1] // self.layout.frame_length
+        passes = ForcedPasses([schedule], frames, score_prompt=False)
+        return forced_nll(self._model, passes, streams, 0)
+
+    def roll_out(
+        self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
+    ) -> Streams:
+        """All streams at once."""
+        options = RolloutOptions(schedule, sampling, seed, self.context_frames)
+        return roll_out(self._model, streams, prompt, options)
+
+    def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The codes' patches, side by side."""
+        frames, rows, columns = tokens.shape
+        side = self._codebook.shape[1]
+        grid = self._codebook[tokens].transpose(0, 1, 3, 2, 4, 5)
+        return grid.reshape(frames, rows * side, columns * side, 3)
+
+
+class BundleModel:
+    """A bundle of the world family; ``precision`` and ``compat`` are those of `diagd.load`.
+
+    Raises:
+        UsageError: the bundle has no tokenizer, or not exactly one action token ahead of each frame.
+    """
+
+    def __init__(
+        self, path: str, threads: int = 0, compat: str | None = None, precision: str | None = None
+    ) -> None:
+        bundle, cpu = Bundle.open(path), CpuOptions(threads)
+        self._session = open_session(bundle, cpu=cpu, compat=compat, precision=precision)
+        self._codec = PixelCodec(bundle, cpu)
+        self.layout = self._session.layout
+        self.codes = bundle.manifest.output_vocabulary
+        self.context_frames = bundle.manifest.context.frames
+        self.encoder = FrameEncoder.of_bundle(bundle, cpu)
+        if (self.layout.prefix, self.layout.before, self.layout.after) != (0, 1, 0):
+            raise UsageError(f"{path} is no world bundle: expected one action token before each frame")
+
+    def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
+        """From the logits of steps in which every token is forced."""
+        result = np.full(streams.shape, np.nan, np.float32)
+        for stream, row in zip(streams, result, strict=True):
+            frames, actions = self._parts(stream)
+            self._session.start(frames[:1], actions[:1])
+            for step, seen in self._session.steps(ForcedDecoder(schedule, frames[1:]), actions[1:]):
+                cells, logits = step.sinks[step.sinks != NO_SINK], seen.logits.astype(np.float32)
+                top = logits.max(1, initial=-np.inf)
+                total = np.log(np.exp(logits - top[:, None]).sum(1)) + top
+                row[cells] = total - logits[np.arange(len(cells)), stream[cells]]
+        return result
+
+    def roll_out(
+        self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
+    ) -> Streams:
+        """One stream after the other."""
+        rolled = streams.copy()
+        for n, stream in enumerate(rolled):
+            frames, actions = self._parts(stream)
+            self._session.start(frames[:prompt], actions[:prompt])
+            decoded = self._session.frames(
+                ScheduledDecoder(schedule), actions[prompt:], sampling=sampling, seed=seed + n
+            )
+            cells = [frame.tokens.reshape(-1) for frame in decoded]
+            stream.reshape(-1, self.layout.frame_length)[prompt:, 1:] = np.stack(cells)
+        return rolled
+
+    def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """By the bundle's decoder."""
+        return np.stack(list(self._codec.decode(tokens.astype(np.int32))))
+
+    def _parts(self, stream: NDArray[np.int64]) -> tuple[Int, Int]:
+        """Frames int32 [F, rows, columns] and actions [F, 1] of a stream."""
+        rows = stream.reshape(-1, self.layout.frame_length).astype(np.int32)
+        return rows[:, 1:].reshape(len(rows), self.layout.rows, self.layout.columns), rows[:, :1]
