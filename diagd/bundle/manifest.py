@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,39 @@ class Form(str, Enum):
     PREFIX = "prefix"
     MODERN = "modern"
     PORTABLE = "portable"
+
+    @property
+    def traits(self) -> FormTraits:
+        """What sets the form apart."""
+        return FORMS[self]
+
+
+@dataclass(frozen=True)
+class FormTraits:
+    """What sets a form apart.
+
+    Attributes:
+        opset: of its graphs.
+        fixed: width and capacity are fixed and K/V buffers head-major [1, G, S, D]; else dynamic, [S, G, D].
+        host: only ONNX Runtime runs it, on a processor, in float32 or with its own quantised products.
+        rows_out: new K/V rows are outputs that the runtime appends; else the graph writes the buffers.
+        float_cache: why its K/V buffers are floating point; None where they may be integers.
+    """
+
+    opset: int
+    fixed: bool = True
+    host: bool = False
+    rows_out: bool = False
+    float_cache: str | None = None
+
+
+FORMS: Final = {
+    Form.PREFIX: FormTraits(
+        opset=23, fixed=False, host=True, float_cache="attention reads the buffers as they lie"
+    ),
+    Form.MODERN: FormTraits(opset=24, float_cache="TensorScatter takes floating point only"),
+    Form.PORTABLE: FormTraits(opset=18, rows_out=True),
+}
 
 
 class IdRange(_Record):

@@ -65,15 +65,12 @@ class Target:
             return (
                 f"TensorRT has no product whose activations are scaled row by row, as {self.scheme.name} is"
             )
-        if self.kv_cache and form is Form.MODERN:
-            return f"TensorScatter takes floating point only, the cache is {self.kv_cache}"
-        if self.kv_cache and form is Form.PREFIX:
-            return f"attention reads the buffers as they lie, the cache is {self.kv_cache}"
-        return None
+        float_cache = form.traits.float_cache if self.kv_cache else None
+        return float_cache and f"{float_cache}, the cache is {self.kv_cache}"
 
     def precision(self, graph: StepGraph) -> str:
         """What is computed in beside the quantised products of a graph."""
-        return "fp16" if self.half and graph.form is not Form.PREFIX else graph.precision
+        return "fp16" if self.half and not graph.form.traits.host else graph.precision
 
     def opset(self, form: Form) -> int:
         """That graphs declare at least."""
@@ -84,7 +81,7 @@ class Target:
         if not self.row_scales:
             return {}
         scales = {
-            f"kv.{name}": scale if form is Form.PREFIX else scale[:, None]
+            f"kv.{name}": scale[:, None] if form.traits.fixed else scale
             for name, scale in self.row_scales.items()
         }
         found = {name: constant(scale.astype(dtype)) for name, scale in scales.items()}
@@ -143,7 +140,7 @@ class GraphWriter:
     def write_others(self, written: Sequence[StepGraph], choices: Choices) -> tuple[StepGraph, ...]:
         """Every file in floating point but those of a form that is written; returns all quantised graphs."""
         found, done = list(written), {graph.form for graph in written}
-        for form in (Form.PREFIX, Form.MODERN, Form.PORTABLE):
+        for form in Form:
             graphs = [g for g in self._bundle.manifest.graphs if g.form is form and g.precision in FLOATING]
             if graphs and form not in done and self._target.refusal(form) is None:
                 found += self.write(graphs, choices)
@@ -154,7 +151,7 @@ class GraphWriter:
         changes: dict[str, object] = {"file": file, "precision": self._target.name, "weights": weights}
         if self._target.precision(graph) != graph.precision:
             changes["cache_dtype"] = "float16"
-        if graph.form is Form.PORTABLE and self._target.kv_cache:
+        if self._target.kv_cache and graph.form.traits.float_cache is None:
             changes["cache_dtype"] = self._target.kv_cache
         return graph.model_copy(update=changes)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.bundle import Bundle, Form
+from diagd.bundle import Bundle
 from diagd.bundle.manifest import StepGraph
 from diagd.calibration.gate import Budget, Comparison, is_settled, log_softmax
 from diagd.calibration.reference import open_graphs
@@ -189,5 +189,5 @@ class Judge:
 
     def _options(self, graphs: Sequence[StepGraph], weight: str) -> CpuOptions:
         # Products of the GPU forms have signed activations, for which the CPU has no quick kernel.
-        fuse = graphs[0].form is Form.PREFIX and weight != "fp8"
+        fuse = graphs[0].form.traits.host and weight != "fp8"
         return CpuOptions(self._threads, prepack=False, fuse=fuse)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import INT8_CACHE, RotaryContext
-from diagd.bundle.precision import KV_CACHES
+from diagd.bundle.precision import FLOATING, KV_CACHES
 from diagd.calibration.matrices import check_form
 from diagd.calibration.schemes import Scheme
 from diagd.calibration.statistics import InputStatistics
@@ -51,7 +51,7 @@ def check_kv_cache(bundle: Bundle, scheme: Scheme, kv_cache: str | None) -> None
         return
     if kv_cache not in KV_CACHES:
         raise unknown("K/V cache", kv_cache, KV_CACHES)
-    if not any(g.form is Form.PORTABLE and g.precision in ("fp32", "fp16") for g in bundle.manifest.graphs):
+    if not any(g.form.traits.float_cache is None and g.precision in FLOATING for g in bundle.manifest.graphs):
         raise UsageError(
             f"{bundle.path} has no portable graph, the only form whose cache can be {kv_cache}: the modern "
             "form's TensorScatter takes floating point only, and the prefix form attends to its buffers as "

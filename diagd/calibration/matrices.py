@@ -174,12 +174,12 @@ class EitherMatrix(nn.Module):
 
 def check_form(form: Form, scheme: Scheme) -> bool:
     """Whether a graph of this form can have the scheme."""
-    return form is Form.PREFIX or scheme.activation != "row"
+    return form.traits.host or scheme.activation != "row"
 
 
 def opset_of(form: Form, scheme: Scheme) -> int:
     """What graphs of the scheme declare at least: from 18 on operators only gained types and attributes."""
-    return BLOCKED_OPSET if scheme.weight == "int4" and form is not Form.PREFIX else QUANTISED_OPSET
+    return BLOCKED_OPSET if scheme.weight == "int4" and not form.traits.host else QUANTISED_OPSET
 
 
 def quantised_matrix(
@@ -194,7 +194,7 @@ def quantised_matrix(
         scheme: what to round to.
         form: of the graph.
     """
-    if scheme.activation is None and form is Form.PREFIX:
+    if scheme.activation is None and form.traits.host:
         return GroupedMatrix(weight, 4 if scheme.weight == "int4" else 8)
     outputs = weight.shape[1]
     if scheme.weight == "int4":
@@ -255,7 +255,7 @@ def _input_scale(limit: float, dtype: np.dtype[Any], scheme: Scheme, form: Form)
     if scheme.weight == "fp8":
         zero: NDArray[Any] = np.zeros((), FP8)
     else:
-        zero = np.asarray(128, np.uint8) if form is Form.PREFIX else np.asarray(0, np.int8)
+        zero = np.asarray(128, np.uint8) if form.traits.host else np.asarray(0, np.int8)
     return {"x_scale": constant(np.asarray(scale, dtype)), "x_zero": constant(zero)}
 
 

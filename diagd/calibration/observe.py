@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from diagd.bundle import Bundle, Form
+from diagd.bundle import Bundle
 from diagd.bundle.manifest import StepGraph
 from diagd.calibration.reference import open_graphs
 from diagd.calibration.statistics import InputStatistics, StatisticsCollector
@@ -55,7 +55,7 @@ def observe(
     cache, form = bundle.manifest.cache, graphs[0].form
     watched_sizes = watched_values(bundle.manifest.transformer, form)
     outputs = {name: f"{WATCHED}{name}" for name in watched_sizes}
-    cached = cache_tensors(cache) if form is Form.PORTABLE else []
+    cached = cache_tensors(cache) if form.traits.rows_out else []
     sizes = watched_sizes | dict.fromkeys(cached, cache.kv_heads * cache.head_size)
     collector = StatisticsCollector(sizes, seed)
     path = bundle.file(GRAPH_NAME)

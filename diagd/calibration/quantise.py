@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from diagd.bundle import Bundle, Form, Manifest, seal
+from diagd.bundle import Bundle, Manifest, seal
 from diagd.bundle.manifest import StepGraph
 from diagd.calibration import fallback
 from diagd.calibration.gate import Budget, Comparison, failures
@@ -232,7 +232,7 @@ class _Calibration:
         """What becomes of each product; those below the floor are left out."""
         stored, found = StoredWeights(self._bundle), projections(self._bundle.manifest.transformer)
         floor = self._scheme.floor if self._options.floor is None else self._options.floor
-        grouped = self._scheme.activation is None and self._reference[0].form is Form.PREFIX
+        grouped = self._scheme.activation is None and self._reference[0].form.traits.host
         for projection in self._progress.each(found, "searching"):
             choice = search(
                 projection,

@@ -19,7 +19,7 @@ from diagd.errors import UsageError
 from diagd.runtime.load import step_options
 from diagd.schedule import slots_needed
 
-FORMS = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
+FORMS = tuple(Form)
 """The prefix form first: it is the quickest on the CPU, and the only one in float32 throughout."""
 
 

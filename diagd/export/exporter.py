@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from diagd.bundle.manifest import (
     Tokenizer,
     context_policy,
 )
+from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.bundle.targets import bundle_target
 from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import UsageError
@@ -46,6 +48,9 @@ from diagd.progress import Progress
 from diagd.schedule import StreamLayout, default_widths, slots_needed
 from diagd.version import __version__
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 WEIGHTS_NAME = "weights.bin"
 TEXT_GRAPH = "text.onnx"
 
@@ -55,7 +60,8 @@ TRACING_BYTES = 700_000_000
 BYTES_PER_ELEMENT = 8
 """Memory while a matrix is transposed: as float32, and as the checkpoint maps it."""
 
-TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
+TORCH_TYPES: dict[str, torch.dtype] = {name: getattr(torch, PRECISIONS[name].kind) for name in FLOATING}
+"""Elements of weights and K/V rows by the name of the precision."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,12 @@ class GraphOptions:
     def __post_init__(self) -> None:
         if self.precision not in TORCH_TYPES:
             raise UsageError(f"precision '{self.precision}' is none of {', '.join(TORCH_TYPES)}")
-        if Form.PREFIX in self.forms and self.precision != "fp32":
-            raise UsageError(
-                f"the prefix form runs on the CPU, which has no {self.precision} matrix product; "
-                "use --precision fp32, or --form modern for a GPU"
-            )
+        if self.precision != "fp32":
+            for form in (form for form in self.forms if form.traits.host):
+                raise UsageError(
+                    f"the {form.value} form runs on the CPU, which has no {self.precision} matrix product; "
+                    "use --precision fp32, or --form modern for a GPU"
+                )
 
 
 @dataclass(frozen=True)
@@ -102,14 +109,6 @@ class ExportPlan:
         return sum(self.files.values())
 
 
-@dataclass(frozen=True)
-class _GraphFile:
-    file: str
-    form: Form
-    width: int | None
-    capacity: int | None
-
-
 class Exporter:
     """Writes bundles of one model.
 
@@ -122,8 +121,8 @@ class Exporter:
     def __init__(self, family: Family, options: GraphOptions, pixels: bool = True) -> None:
         self.family, self.options = family, options
         self._tokenizer = family.tokenizer if pixels else None
-        self._dtype = weights.PRECISIONS[options.precision]
-        self._graphs = self._graph_files()
+        self._dtype: np.dtype[np.generic] = np.dtype(PRECISIONS[options.precision].kind)
+        self._graphs = self._step_graphs()
         self._placements = weights.plan(step_shapes(family.transformer, self._dtype, options.forms))
 
     def plan(self) -> ExportPlan:
@@ -134,9 +133,8 @@ class Exporter:
         if self.family.transformer.text:
             files[TEXT_GRAPH] = graph_bytes
         if self._tokenizer:
-            files[tokenizer_graphs.WEIGHTS_NAME] = weights.total_bytes(
-                tokenizer_graphs.placements(self._tokenizer)
-            )
+            places = tokenizer_graphs.placements(self._tokenizer)
+            files[tokenizer_graphs.WEIGHTS_NAME] = weights.total_bytes(places)
             files |= dict.fromkeys(tokenizer_graphs.FILES.values(), 20_000)
         largest = max(np.prod(p.shape, dtype=np.int64) for p in self._placements.values())
         return ExportPlan(files, TRACING_BYTES + int(largest) * BYTES_PER_ELEMENT)
@@ -170,10 +168,16 @@ class Exporter:
         """Graphs, tokenizer and manifest beside the weights."""
         files = {graph.file: graph for graph in self._graphs}  # one file serves every width
         for graph in progress.each(list(files.values()), "tracing step graphs"):
-            self._write_graph(directory, graph)
+            self._write_graph(directory / graph.file, graph)
         read = {file: read_onnx(directory / file).weights for file in files}
-        text = self._write_text(directory)
-        tokenizer = self._write_tokenizer(directory, sources.tokenizer, progress)
+        text = self._write_text(directory / TEXT_GRAPH)
+        tokenizer = None
+        if self._tokenizer and sources.tokenizer is not None:
+            total = sum(p.length for p in tokenizer_graphs.placements(self._tokenizer).values())
+            with progress.bytes("tokenizer", total) as advance:
+                tokenizer = tokenizer_graphs.write_tokenizer(
+                    self._tokenizer, sources.tokenizer, directory, advance
+                )
         with progress.task("hashing"):
             return seal(directory, self._manifest(sources, read, tokenizer, text))
 
@@ -181,20 +185,24 @@ class Exporter:
     def _layout(self) -> StreamLayout:
         return self.family.transformer.layout
 
-    def _graph_files(self) -> list[_GraphFile]:
-        graphs = (
-            [_GraphFile("step.onnx", Form.PREFIX, None, None)] if Form.PREFIX in self.options.forms else []
-        )
+    def _step_graphs(self) -> list[StepGraph]:
+        """Records of the graphs to be, whose weights are not known yet."""
         window = self.options.window or self.family.transformer.context_frames
-        widths = self.options.widths or default_widths(self._layout)
-        capacity = slots_for(self._layout, window, max(widths))
-        graphs += [
-            _GraphFile(f"step.{form.value}.onnx", form, width, capacity)
-            for form in self.options.forms
-            if form is not Form.PREFIX
-            for width in sorted(widths)
+        widths = sorted(self.options.widths or default_widths(self._layout))
+        capacity = slots_for(self._layout, window, widths[-1])
+        unknown = GraphWeights(files=(), streamed=0, looked_up=0)
+        return [
+            StepGraph(
+                file=f"step.{form.value}.onnx" if form.traits.fixed else "step.onnx",
+                form=form,
+                precision=self.options.precision,
+                weights=unknown,
+                width=width,
+                capacity=capacity if form.traits.fixed else None,
+            )
+            for form in sorted(dict.fromkeys(self.options.forms), key=lambda form: form.traits.fixed)
+            for width in (widths if form.traits.fixed else [None])
         ]
-        return graphs
 
     def _check_disk(self, output: Path) -> None:
         needed = self.plan().total_bytes
@@ -228,7 +236,7 @@ class Exporter:
             raise
         return partial
 
-    def _write_graph(self, directory: Path, graph: _GraphFile) -> None:
+    def _write_graph(self, file: Path, graph: StepGraph) -> None:
         model = trace_step(
             self.family.transformer,
             graph.form,
@@ -236,31 +244,19 @@ class Exporter:
             dtype=TORCH_TYPES[self.options.precision],
             capacity=graph.capacity or 0,
         )
-        tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, directory)
-        save(link_weights(model, tensors), directory / graph.file)
+        self._save(model, file)
 
-    def _write_text(self, directory: Path) -> TextConditioning | None:
-        config = self.family.transformer
-        if config.text is None:
+    def _write_text(self, file: Path) -> TextConditioning | None:
+        if (text := self.family.transformer.text) is None:
             return None
-        model = trace_text(config, TORCH_TYPES[self.options.precision])
-        tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, directory)
-        save(link_weights(model, tensors), directory / TEXT_GRAPH)
+        self._save(trace_text(self.family.transformer, TORCH_TYPES[self.options.precision]), file)
         return TextConditioning(
-            graph=TEXT_GRAPH,
-            weight_files=(WEIGHTS_NAME,),
-            length=config.text.length,
-            width=config.text.width,
+            graph=file.name, weight_files=(WEIGHTS_NAME,), length=text.length, width=text.width
         )
 
-    def _write_tokenizer(
-        self, directory: Path, source: Checkpoint | None, progress: Progress
-    ) -> Tokenizer | None:
-        if self._tokenizer is None or source is None:
-            return None
-        total = sum(p.length for p in tokenizer_graphs.placements(self._tokenizer).values())
-        with progress.bytes("tokenizer", total) as advance:
-            return tokenizer_graphs.write_tokenizer(self._tokenizer, source, directory, advance)
+    def _save(self, model: ir.Model, file: Path) -> None:
+        tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, file.parent)
+        save(link_weights(model, tensors), file)
 
     def _manifest(
         self,
@@ -269,7 +265,7 @@ class Exporter:
         tokenizer: Tokenizer | None,
         text: TextConditioning | None,
     ) -> Manifest:
-        family, config = self.family, self.family.transformer
+        family, config, source = self.family, self.family.transformer, sources.transformer.source
         return Manifest(
             name=family.name,
             family=family.family,
@@ -287,20 +283,10 @@ class Exporter:
             tokenizer=tokenizer,
             text=text,
             frames_per_second=family.frames_per_second,
-            graphs=tuple(
-                StepGraph(
-                    file=graph.file,
-                    form=graph.form,
-                    precision=self.options.precision,
-                    weights=read[graph.file],
-                    width=graph.width,
-                    capacity=graph.capacity,
-                )
-                for graph in self._graphs
-            ),
+            graphs=tuple(g.model_copy(update={"weights": read[g.file]}) for g in self._graphs),
             provenance=Provenance(
-                source=shown_source(sources.transformer.source),
-                digest=source_digest(sources.transformer.source),
+                source=shown_source(source),
+                digest=source_digest(source),
                 diagd_version=__version__,
                 random_seed=sources.random_seed,
             ),
@@ -313,7 +299,7 @@ def step_shapes(
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
     """Shape and type of each tensor of the weights file of step graphs, in its order."""
     shapes = {name: (shape, dtype) for name, shape in step_tensors(config).items()}
-    if any(form is not Form.PREFIX for form in forms):
+    if any(form.traits.fixed for form in forms):
         shapes["ranges"] = ((config.layout.frame_length, 2), np.dtype(np.int32))
     return shapes
 

@@ -23,10 +23,6 @@ from diagd.export.watched import Watched, WatchedMatrix, WatchedRows
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-PREFIX_OPSET = 23
-MODERN_OPSET = 24
-PORTABLE_OPSET = 18
-
 WATCHED = "watched."
 """Beginning of the names of outputs that show what is inside a step."""
 
@@ -92,7 +88,7 @@ def step_tensors(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 def watched_values(config: TransformerConfig, form: Form) -> dict[str, int]:
     """Channels of what a graph traced with ``watch`` gives out, by name, in the order of its outputs."""
     found = {projection.name: projection.inputs for projection in projections(config)}
-    if form is Form.PREFIX:
+    if form.traits.host:
         cached = [name.removeprefix("_") for name in cache_names(config.layers, "")]
         found |= dict.fromkeys(cached, config.kv_heads * config.head_size)
     return found
@@ -102,7 +98,7 @@ def _vary(step: StepModule, form: Form, dtype: torch.dtype, variant: StepVariant
     """Change a step into a variant of it; returns the names of its further outputs."""
     config = step.transformer.config
     if variant.integer_cache:
-        middle = () if form is Form.PREFIX else (1,)
+        middle = (1,) if form.traits.fixed else ()
         step.kv = IntegerRows(config, (config.kv_heads, *middle, config.head_size), dtype)
     step.replace_matrices(variant.matrices)
     if not variant.watch:
@@ -148,7 +144,7 @@ def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) ->
         (text,),
         input_names=["text"],
         output_names=text_names(config),
-        opset=PREFIX_OPSET,
+        opset=Form.PREFIX.traits.opset,
     )
 
 
@@ -185,7 +181,7 @@ def _trace_prefix(transformer: Transformer, dtype: torch.dtype, variant: StepVar
         (*(tensor for tensor, _ in inputs.values()), past, text),
         input_names=[*inputs, *cache_names(config.layers, "past"), *text_names(config)],
         output_names=["logits", *cache_names(config.layers, "present"), *watched],
-        opset=max(PREFIX_OPSET, variant.opset),
+        opset=max(Form.PREFIX.traits.opset, variant.opset),
         dynamic_shapes=(*(axes for _, axes in inputs.values()), [{0: "T"}] * len(past), [None] * len(text)),
     )
 
@@ -233,6 +229,6 @@ def _trace_sampling(
         (*(tensor for tensor, _ in inputs.values()), past, text),
         input_names=[*inputs, *cache_names(config.layers, "past"), *text_names(config)],
         output_names=["next_token_buffer" if modern else "tokens", "logits", *cache, *watched],
-        opset=max(MODERN_OPSET if modern else PORTABLE_OPSET, variant.opset),
+        opset=max(form.traits.opset, variant.opset),
         dynamic_shapes=(*(axes for _, axes in inputs.values()), [None] * len(past), [None] * len(text)),
     )

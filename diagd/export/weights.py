@@ -25,13 +25,8 @@ ALIGNMENT = 4096
 CHUNK_BYTES = 64 << 20
 """Rows are read and converted in pieces of about this size."""
 
-PRECISIONS: dict[str, np.dtype[np.generic]] = {
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-}
-
 Array = NDArray[Any]
+_FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class WeightSource:
 
     shape: tuple[int, ...]
     chunks: Callable[[], Iterator[Array]]
-    dtype: np.dtype[Any] = PRECISIONS["fp32"]
+    dtype: np.dtype[Any] = _FLOAT32
 
     @property
     def bytes(self) -> int:
@@ -206,19 +201,19 @@ def _converted(name: str, chunk: NDArray[np.generic], dtype: np.dtype[np.generic
 
 
 def external_tensors(
-    placements: Mapping[str, Placement], location: str, directory: Path, prefix: str = ""
+    placements: Mapping[str, Placement], location: str, directory: Path
 ) -> dict[str, ir.ExternalTensor]:
-    """External tensors for a graph that lies beside the weights file, keyed ``prefix + name``."""
+    """Tensors of a graph that lies in a directory, beside the weights file of this name."""
     import onnx_ir as ir
 
     return {
-        prefix + name: ir.ExternalTensor(
+        name: ir.ExternalTensor(
             location,
             p.offset,
             p.length,
             ir.DataType.from_numpy(p.dtype),
             shape=ir.Shape(p.shape),
-            name=prefix + name,
+            name=name,
             base_dir=directory,
         )
         for name, p in placements.items()
