@@ -73,21 +73,55 @@ class TokenizerGraphs:
         return sum(math.prod(shape) for shape in self.expected_shapes().values())
 
 
+@dataclass(frozen=True)
+class VqganSizes:
+    """Frames of a tokenizer, and the VQGAN that maps them to latents and back.
+
+    Attributes:
+        height, width: pixels of a frame.
+        stem_channels: channels of the first convolution (``ch``).
+        channels: channels of each resolution level, finest first (``ch * ch_mult``); all but the last halve
+            the size.
+        res_blocks: residual blocks of an encoder level; a decoder level has one more.
+        attention_levels: levels whose blocks are each followed by attention.
+        latent_channels: channels between the network and the quantiser's convolution (``z_channels``).
+    """
+
+    height: int
+    width: int
+    stem_channels: int = 128
+    channels: tuple[int, ...] = (128, 128, 256, 256, 512)
+    res_blocks: int = 2
+    attention_levels: tuple[int, ...] = ()
+    latent_channels: int = 256
+
+    def __post_init__(self) -> None:
+        _ = self.grid  # refuses frames that are not made of whole tokens
+
+    @property
+    def finest(self) -> int:
+        """Pixels along each side of a cell of the finest level."""
+        return 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens.
+
+        Raises:
+            UsageError: the frame is not made of whole ones.
+        """
+        factor = self.finest << (len(self.channels) - 1)
+        if self.height % factor or self.width % factor:
+            raise UsageError(
+                f"frame height {self.height}, width {self.width}; both must be multiples of {factor}"
+            )
+        return self.height // factor, self.width // factor
+
+
 def build(module: str, name: str, config: object) -> nn.Module:
     """A network from its configuration; the module that holds it needs torch and is imported only here."""
     make: Callable[[object], nn.Module] = attrgetter(name)(importlib.import_module(module))
     return make(config)
-
-
-def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Rows and columns of tokens of a frame, each of ``factor`` x ``factor`` pixels.
-
-    Raises:
-        UsageError: the frame is not made of whole ones.
-    """
-    if height % factor or width % factor:
-        raise UsageError(f"frame height {height}, width {width}; both must be multiples of {factor}")
-    return height // factor, width // factor
 
 
 def shape_of(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:

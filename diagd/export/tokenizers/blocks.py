@@ -7,7 +7,6 @@ Submodules carry taming's names; everything is ``[T, C, H, W]``, frames first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+
+from diagd.export.tokenizers.base import VqganSizes
 
 GROUPS = 32
 EPSILON = 1e-6
@@ -38,27 +39,6 @@ class Layers(NamedTuple):
     point: Callable[[int, int], nn.Module]
     down: Callable[[int, int], nn.Module]
     up: Callable[[int, int], nn.Module]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Channels of a network.
-
-    Attributes:
-        stem: of the first convolution.
-        levels: of each resolution, finest first.
-        latent: of the coarsest side of the network.
-        res_blocks: residual blocks of an encoder level; a decoder level has one more.
-        attention_levels: levels whose blocks are each followed by attention.
-        middle: how the attentions between the two middle blocks attend.
-    """
-
-    stem: int
-    levels: tuple[int, ...]
-    latent: int
-    res_blocks: int
-    attention_levels: tuple[int, ...] = ()
-    middle: tuple[Attend, ...] = ()
 
 
 class ResnetBlock(nn.Module):
@@ -141,13 +121,13 @@ class Level(nn.Module):
 
 
 class EncoderNetwork(nn.Module):
-    """From images to latents, through finer levels first."""
+    """From images to latents, through finer levels first; ``middle``: how those at the coarsest attend."""
 
-    def __init__(self, layers: Layers, sizes: Sizes, inputs: int) -> None:
+    def __init__(self, layers: Layers, sizes: VqganSizes, inputs: int, middle: Sequence[Attend]) -> None:
         super().__init__()
-        levels, last = sizes.levels, len(sizes.levels) - 1
-        before = (sizes.stem, *levels)
-        self.conv_in = layers.conv(inputs, sizes.stem)
+        levels, last = sizes.channels, len(sizes.channels) - 1
+        before = (sizes.stem_channels, *levels)
+        self.conv_in = layers.conv(inputs, sizes.stem_channels)
         self.down = nn.ModuleList(
             Level(
                 layers,
@@ -157,9 +137,9 @@ class EncoderNetwork(nn.Module):
             )
             for level, width in enumerate(levels)
         )
-        self.mid = Middle(layers, levels[-1], sizes.middle)
+        self.mid = Middle(layers, levels[-1], middle)
         self.norm_out = layers.norm(levels[-1])
-        self.conv_out = layers.conv(levels[-1], sizes.latent)
+        self.conv_out = layers.conv(levels[-1], sizes.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[T, inputs, H, W]`` to latents ``[T', latent, h, w]``."""
@@ -173,12 +153,12 @@ class EncoderNetwork(nn.Module):
 class DecoderNetwork(nn.Module):
     """From latents to images, through coarser levels first."""
 
-    def __init__(self, layers: Layers, sizes: Sizes, outputs: int) -> None:
+    def __init__(self, layers: Layers, sizes: VqganSizes, outputs: int, middle: Sequence[Attend]) -> None:
         super().__init__()
-        levels = sizes.levels
+        levels = sizes.channels
         before = (*levels[1:], levels[-1])
-        self.conv_in = layers.conv(sizes.latent, levels[-1])
-        self.mid = Middle(layers, levels[-1], sizes.middle)
+        self.conv_in = layers.conv(sizes.latent_channels, levels[-1])
+        self.mid = Middle(layers, levels[-1], middle)
         self.up = nn.ModuleList(
             Level(
                 layers,

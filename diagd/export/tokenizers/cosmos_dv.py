@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from diagd.export.tokenizers.base import TokenizerGraphs, build, grid_of
+from diagd.export.tokenizers.base import TokenizerGraphs, VqganSizes, build
 
 TEMPORAL_FACTOR = 8
 HAAR_SIDE = 4
@@ -24,34 +24,22 @@ PARAMETERS = 110_898_294
 
 
 @dataclass(frozen=True)
-class CosmosDvConfig:
+class CosmosDvConfig(VqganSizes):
     """Sizes of the tokenizer; the defaults are the 720p release as the autoregressive models use it.
 
-    Attributes:
-        height, width: pixels of a frame.
-        stem_channels: channels of the first convolution.
-        channels: channels of each resolution level, finest first; every level but the last halves the size,
-            and the first also halves the time.
-        res_blocks: residual blocks of an encoder level; a decoder level has one more.
-        latent_channels: channels between the network and the quantiser's 1x1x1 convolution.
-        levels: values that each quantised channel can take.
+    The first level also halves the time. ``levels``: values that each quantised channel can take.
     """
 
     height: int = 640
     width: int = 1024
-    stem_channels: int = 128
     channels: tuple[int, ...] = (256, 512, 512)
-    res_blocks: int = 2
     latent_channels: int = 16
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
 
-    def __post_init__(self) -> None:
-        _ = self.grid  # refuses frames that are not made of whole tokens
-
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        return grid_of(self.height, self.width, HAAR_SIDE << (len(self.channels) - 1))
+    def finest(self) -> int:
+        """Pixels of a coefficient of the Haar transform."""
+        return HAAR_SIDE
 
 
 def rename(name: str) -> str | None:

@@ -27,7 +27,6 @@ from diagd.export.tokenizers.blocks import (
     DecoderNetwork,
     EncoderNetwork,
     Layers,
-    Sizes,
     constant,
     double_size,
     images_from_pixels,
@@ -144,6 +143,7 @@ LAYERS = Layers(
     down=lambda channels, level: Downsample(channels, time=level == 0),
     up=lambda channels, level: Upsample(channels, time=level == 0),
 )
+MIDDLE = (spatial_attention, temporal_attention)
 
 
 class Encoder(nn.Module):
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
     def __init__(self, config: CosmosDvConfig) -> None:
         super().__init__()
         self.levels = config.levels
-        self.encoder = EncoderNetwork(LAYERS, _sizes(config), BANDS)
+        self.encoder = EncoderNetwork(LAYERS, config, BANDS, MIDDLE)
         self.quant_conv = FrameConv(config.latent_channels, len(config.levels), 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -169,23 +169,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.levels = config.levels
         self.post_quant_conv = FrameConv(len(config.levels), config.latent_channels, 1)
-        self.decoder = DecoderNetwork(LAYERS, _sizes(config), BANDS)
+        self.decoder = DecoderNetwork(LAYERS, config, BANDS, MIDDLE)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens int32 ``[1 + n, h, w]`` to pixels uint8 ``[1 + 8n, 16h, 16w, 3]``."""
         codes = codes_of_tokens(tokens, self.levels, self.post_quant_conv.conv3d.weight.dtype)
         video = synthesise(self.decoder(self.post_quant_conv(codes)))
         return pixels_from_images((video * 0.5 + 0.5).clamp(0, 1) * 255)
-
-
-def _sizes(config: CosmosDvConfig) -> Sizes:
-    return Sizes(
-        config.stem_channels,
-        config.channels,
-        config.latent_channels,
-        config.res_blocks,
-        middle=(spatial_attention, temporal_attention),
-    )
 
 
 def haar_basis() -> NDArray[np.float64]:

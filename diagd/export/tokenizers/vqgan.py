@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, build, count, grid_of, shape_of
+from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, VqganSizes, build, count, shape_of
 
 NETWORK = "diagd.export.tokenizers.vqgan_network"
 CHUNK_FRAMES = 8
@@ -31,39 +31,21 @@ _OF_DIFFUSERS = {
 
 
 @dataclass(frozen=True)
-class VqganConfig:
+class VqganConfig(VqganSizes):
     """Sizes of the tokenizer; the defaults are the published f16 model on WHAM's square frames.
 
     Attributes:
-        height, width: pixels of a frame.
-        stem_channels: channels of the first convolution (``ch``).
-        channels: channels of each resolution level, finest first (``ch * ch_mult``).
-        res_blocks: residual blocks of an encoder level; a decoder level has one more.
-        attention_levels: levels whose blocks are each followed by attention.
         middle_attention: attention between the two blocks in the middle.
-        latent_channels: channels between the network and the quantiser's 1x1 convolution (``z_channels``).
         code_width: values per code.
         codes: rows of the codebook.
     """
 
     height: int = 128
     width: int = 128
-    stem_channels: int = 128
-    channels: tuple[int, ...] = (128, 128, 256, 256, 512)
-    res_blocks: int = 2
     attention_levels: tuple[int, ...] = (3,)
     middle_attention: bool = True
-    latent_channels: int = 256
     code_width: int = 256
     codes: int = 16384
-
-    def __post_init__(self) -> None:
-        _ = self.grid  # refuses frames that are not made of whole tokens
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens; every level but the last halves the size."""
-        return grid_of(self.height, self.width, 1 << (len(self.channels) - 1))
 
 
 MINEWORLD = VqganConfig(

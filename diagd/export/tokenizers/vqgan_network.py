@@ -11,7 +11,6 @@ from diagd.export.tokenizers.blocks import (
     DecoderNetwork,
     EncoderNetwork,
     Layers,
-    Sizes,
     double_size,
     images_from_pixels,
     nearest_code,
@@ -78,7 +77,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
-        self.encoder = EncoderNetwork(LAYERS, _sizes(config), 3)
+        self.encoder = EncoderNetwork(LAYERS, config, 3, (spatial_attention,) * config.middle_attention)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_width, 1)
         self.quantize = Codebook(config.codes, config.code_width)
 
@@ -95,20 +94,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.quantize = Codebook(config.codes, config.code_width)
         self.post_quant_conv = nn.Conv2d(config.code_width, config.latent_channels, 1)
-        self.decoder = DecoderNetwork(LAYERS, _sizes(config), 3)
+        self.decoder = DecoderNetwork(LAYERS, config, 3, (spatial_attention,) * config.middle_attention)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens int32 ``[T, h, w]`` to pixels uint8 ``[T, H, W, 3]``."""
         images = self.decoder(self.post_quant_conv(self.quantize.decode(tokens)))
         return pixels_from_images((images.clamp(-1, 1) + 1) * 127.5)
-
-
-def _sizes(config: VqganConfig) -> Sizes:
-    return Sizes(
-        config.stem_channels,
-        config.channels,
-        config.latent_channels,
-        config.res_blocks,
-        config.attention_levels,
-        (spatial_attention,) * config.middle_attention,
-    )
