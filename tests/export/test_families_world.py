@@ -1,15 +1,19 @@
-"""Descriptions of trained worlds that were damaged or made by hand."""
+"""Folders of trained worlds: which weights are read, and descriptions that were damaged or made by hand."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from diagd.errors import CheckpointError, DiagdError
+from diagd.export.exporter import open_sources
 from diagd.export.families.registry import find
-from diagd.export.families.world import DESCRIPTION, SHIPPED, load_description
+from diagd.export.families.world import DESCRIPTION, SHIPPED, WEIGHTS, load_description
 
 
 @pytest.mark.parametrize("text", ["", "3", "[]", "{}", '{"size": 1}', "[" * 100_000, '{"rows": "x"}'])
@@ -28,3 +32,19 @@ def test_descriptions_that_cannot_be_are_refused(tmp_path: Path, change: dict[st
     (tmp_path / DESCRIPTION).write_text(json.dumps(fields | change))
     with pytest.raises(DiagdError):
         find("world", str(tmp_path))
+
+
+def test_the_weights_that_are_named_are_read(tmp_path: Path) -> None:
+    """Those of a fine-tuning, say, that lie beside the world's own."""
+    folder = Path(shutil.copytree(SHIPPED / "crafter-3m", tmp_path / "world"))
+    own = load_file(folder / WEIGHTS)
+    other = folder / "aligned.safetensors"
+    save_file(own | {"norm.weight": own["norm.weight"] + 1}, other)
+    for named, gain in ((other, own["norm.weight"] + 1), (folder / WEIGHTS, own["norm.weight"])):
+        for checkpoint in (str(named), None):
+            sources = open_sources(find("world", str(named)), checkpoint, None)
+            np.testing.assert_array_equal(sources.transformer["norm.weight"].read(), gain)
+            assert sources.tokenizer is not None
+    (tmp_path / "alone").mkdir()
+    with pytest.raises(CheckpointError, match=r"name the folder .* or weights beside its config.json"):
+        find("world", str(other.rename(tmp_path / "alone" / other.name)))

@@ -148,7 +148,10 @@ def load_description(folder: Path) -> WorldDescription:
         return TypeAdapter(WorldDescription).validate_json((folder / DESCRIPTION).read_bytes())
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder} holds no readable world model: {reason}") from error
+        raise CheckpointError(
+            f"{folder} holds no readable world model: {reason}; name the folder that "
+            f"`diagd world train` wrote, or weights beside its {DESCRIPTION}"
+        ) from error
 
 
 def load_codebook(folder: Path) -> NDArray[np.uint8]:
