@@ -20,7 +20,7 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import NO_SINK, Schedule, StreamLayout
 from diagd.tuning.forced_batch import ForcedPasses, forced_nll
 from diagd.tuning.recordings import FrameEncoder
-from worlds.rollout import RolloutOptions, roll_out
+from worlds.rollout import roll_out
 
 Streams = NDArray[np.int64]
 """int64 [B, F * frame_length]: for each frame its action token, then its cells."""
@@ -81,8 +81,8 @@ class TorchModel:
         self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
     ) -> Streams:
         """All streams at once."""
-        options = RolloutOptions(schedule, sampling, seed, self.context_frames)
-        return roll_out(self._model, streams, prompt, options)
+        window = self.context_frames
+        return roll_out(self._model, streams, prompt, schedule, sampling, seed=seed, window=window)
 
     def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The codes' patches, side by side."""

@@ -6,8 +6,6 @@ table row and the mask is the tables' own, which makes this independent of the r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,45 +19,39 @@ from diagd.schedule import NO_SINK, Schedule
 from diagd.tuning.teacher_forcing import visible_rows
 
 
-@dataclass(frozen=True)
-class RolloutOptions:
-    """How rollouts are decoded.
-
-    Attributes:
-        schedule: decoding order.
-        sampling: temperature, top-k and top-p.
-        seed: rollout b draws with seed ``seed + b``; the same numbers under every schedule.
-        window: frames the cache holds; older ones are forgotten half a window at a time.
-    """
-
-    schedule: Schedule
-    sampling: SamplingSettings
-    seed: int = 0
-    window: int = 8
-
-
 def roll_out(
-    model: Transformer, streams: NDArray[np.int64], prompt: int, options: RolloutOptions
+    model: Transformer,
+    streams: NDArray[np.int64],
+    prompt: int,
+    schedule: Schedule,
+    sampling: SamplingSettings,
+    *,
+    seed: int,
+    window: int,
 ) -> NDArray[np.int64]:
     """Decode all frames but the first ``prompt``.
 
     Args:
         model: the world model.
         streams: int64 [B, F * frame_length]; the actions of all frames and the cells of the prompt are read.
-        prompt: known frames, 1 or more and fewer than ``options.window``.
-        options: schedule and sampling.
+        prompt: known frames, 1 or more and fewer than ``window``.
+        schedule: decoding order.
+        sampling: temperature, top-k and top-p.
+        seed: rollout b draws with seed ``seed + b``; the same numbers under every schedule.
+        window: frames the cache holds; older ones are forgotten half a window at a time.
 
     Returns:
         int64 [B, F * frame_length], the streams with every cell behind the prompt decoded.
     """
-    layout = options.schedule.layout
-    frames, known, result = streams.shape[1] // layout.frame_length, prompt, streams.copy()
+    length, known, result = schedule.layout.frame_length, prompt, streams.copy()
+    frames = streams.shape[1] // length
     while known < frames:
-        first = max(0, known - options.window // 2)
-        end = min(frames, first + options.window)
-        span = slice(first * layout.frame_length, end * layout.frame_length)
-        result[:, span] = _decode(model, result[:, span], known - first, span.start, options)
-        known = end
+        first = max(0, known - window // 2)
+        end = min(frames, first + window)
+        span = slice(first * length, end * length)
+        # Noise is keyed by the place in the whole stream, wherever the window lies.
+        decoded = _decode(model, result[:, span], known - first, span.start, schedule, sampling, seed)
+        result[:, span], known = decoded, end
     return result
 
 
@@ -89,14 +81,19 @@ class _CachedRows(FullAttention):
 
 @torch.inference_mode()
 def _decode(
-    model: Transformer, streams: NDArray[np.int64], prompt: int, offset: int, options: RolloutOptions
+    model: Transformer,
+    streams: NDArray[np.int64],
+    prompt: int,
+    offset: int,
+    schedule: Schedule,
+    sampling: SamplingSettings,
+    seed: int,
 ) -> NDArray[np.int64]:
     """Decode the frames behind the first ``prompt`` ones of a window that starts at position ``offset``."""
-    layout, batch = options.schedule.layout, len(streams)
-    frames = streams.shape[1] // layout.frame_length
-    table = options.schedule.table(first_frame=prompt, frames=frames - prompt, fed=0)
+    batch, frames = len(streams), streams.shape[1] // schedule.layout.frame_length
+    table = schedule.table(first_frame=prompt, frames=frames - prompt, fed=0)
     cache = _CachedRows(model, batch, len(table.positions))
-    cache.visible = torch.from_numpy(visible_rows(table, keep_seeds=options.schedule.keep_seeds))
+    cache.visible = torch.from_numpy(visible_rows(table, keep_seeds=schedule.keep_seeds))
     decoded = streams.copy()
     for n in range(table.steps):
         step = table.step(n)
@@ -106,6 +103,6 @@ def _decode(
         rows = np.flatnonzero(step.sinks != NO_SINK)
         logits = (states[:, rows] @ model.head).float().flatten(0, 1).numpy()
         sinks = step.sinks[rows]
-        draws = np.stack([uniforms(options.seed + b, sinks + offset) for b in range(batch)])
-        decoded[:, sinks] = sample(logits, draws.ravel(), options.sampling).reshape(batch, -1)
+        draws = np.stack([uniforms(seed + b, sinks + offset) for b in range(batch)])
+        decoded[:, sinks] = sample(logits, draws.ravel(), sampling).reshape(batch, -1)
     return decoded

@@ -15,7 +15,7 @@ from diagd.tuning.forced_batch import ForcedPasses, forced_nll
 from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens
 from worlds.collect import CollectOptions, collect
 from worlds.geometry import Geometry
-from worlds.rollout import RolloutOptions, roll_out
+from worlds.rollout import roll_out
 
 FOLDER = SHIPPED / "crafter-3m"
 LIMIT = 6 << 20
@@ -61,8 +61,9 @@ def test_diagonal_decoding_costs_what_the_card_says(nll: np.ndarray, figures: di
 def test_rollouts_follow_actions(world: World, recording: TokenDataset, figures: dict[str, float]) -> None:
     layout, codes = world.description.layout, world.description.codes
     streams = recording.windows(recording.window_starts(5)[::32], 5)
-    options = RolloutOptions(Schedule.chained(layout, 1), SamplingSettings(temperature=0))
-    frames = roll_out(world.model, streams, 2, options).reshape(len(streams), 5, -1)
+    schedule, sampling = Schedule.chained(layout, 1), SamplingSettings(temperature=0)
+    rolled = roll_out(world.model, streams, 2, schedule, sampling, seed=0, window=8)
+    frames = rolled.reshape(len(streams), 5, -1)
     cells = frames[:, :, 1:].reshape(-1, 5, layout.rows, layout.columns)
     shape = (-1, layout.rows, layout.columns)
     actions = frames[:, 2:, 0].ravel() - codes
