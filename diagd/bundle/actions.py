@@ -19,18 +19,20 @@ RESERVED = ("repeat", "keyboard", "mouse")
 TokenId = Annotated[int, Field(ge=0)]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """Data of a manifest."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ConstantSlot(_Record):
+class ConstantSlot(Record):
     """Always the same token."""
 
     kind: Literal["constant"] = "constant"
     token: TokenId
 
 
-class ChoiceSlot(_Record):
+class ChoiceSlot(Record):
     """Token ``first + i`` for the i-th name; without the input, the first name."""
 
     kind: Literal["choice"] = "choice"
@@ -39,30 +41,37 @@ class ChoiceSlot(_Record):
     first: TokenId
 
 
-class Button(_Record):
+class Button(Record):
     """An input that is pressed or not, and its token."""
 
     name: str
     token: TokenId
 
 
-class FirstPressedSlot(_Record):
+class _ButtonsSlot(Record):
+    buttons: Annotated[tuple[Button, ...], Field(min_length=1)]
+    none: TokenId
+
+
+class FirstPressedSlot(_ButtonsSlot):
     """Token of the first button in the list that is pressed, else ``none``."""
 
     kind: Literal["first_pressed"] = "first_pressed"
-    buttons: Annotated[tuple[Button, ...], Field(min_length=1)]
-    none: TokenId
 
 
-class OnlyPressedSlot(_Record):
+class OnlyPressedSlot(_ButtonsSlot):
     """Token of the one button that is pressed; ``none`` if no button is, or more than one."""
 
     kind: Literal["only_pressed"] = "only_pressed"
-    buttons: Annotated[tuple[Button, ...], Field(min_length=1)]
-    none: TokenId
 
 
-class MuLawSlot(_Record):
+class _NumberSlot(Record):
+    field: str
+    component: Annotated[int, Field(ge=0)] = 0
+    first: TokenId
+
+
+class MuLawSlot(_NumberSlot):
     """A number in mu-law bins: finer near zero.
 
     v is clipped to [-limit, limit], x = v / limit, m = sign(x) ln(1 + mu |x|) / ln(1 + mu), and the bin is
@@ -70,22 +79,16 @@ class MuLawSlot(_Record):
     """
 
     kind: Literal["mu_law"] = "mu_law"
-    field: str
-    component: Annotated[int, Field(ge=0)] = 0
     limit: Annotated[float, Field(gt=0)]
     mu: Annotated[float, Field(gt=0)]
     bins: Annotated[int, Field(ge=2)]
-    first: TokenId
 
 
-class EdgesSlot(_Record):
+class EdgesSlot(_NumberSlot):
     """A number in explicit bins: bin b holds edges[b] <= v < edges[b + 1]."""
 
     kind: Literal["edges"] = "edges"
-    field: str
-    component: Annotated[int, Field(ge=0)] = 0
     edges: Annotated[tuple[float, ...], Field(min_length=2)]
-    first: TokenId
 
     @model_validator(mode="after")
     def _check_edges(self) -> EdgesSlot:
@@ -102,7 +105,7 @@ Slot = Annotated[
 ]
 
 
-class RawInput(_Record):
+class RawInput(Record):
     """How keyboard and mouse events, as VPT recordings hold them, become an action.
 
     Attributes:
@@ -122,7 +125,7 @@ class RawInput(_Record):
     cancelling: tuple[tuple[str, str], ...]
 
 
-class ActionCodec(_Record):
+class ActionCodec(Record):
     """The tokens of one action.
 
     Attributes:
@@ -138,7 +141,7 @@ class ActionCodec(_Record):
     @property
     def buttons(self) -> frozenset[str]:
         """Names of all buttons, ignored ones included."""
-        pressed = (slot for slot in self.slots if isinstance(slot, FirstPressedSlot | OnlyPressedSlot))
+        pressed = (slot for slot in self.slots if isinstance(slot, _ButtonsSlot))
         return frozenset(button.name for slot in pressed for button in slot.buttons).union(self.ignored)
 
     @property
@@ -146,7 +149,7 @@ class ActionCodec(_Record):
         """How many numbers each field holds."""
         sizes: dict[str, int] = {}
         for slot in self.slots:
-            if isinstance(slot, MuLawSlot | EdgesSlot):
+            if isinstance(slot, _NumberSlot):
                 sizes[slot.field] = max(sizes.get(slot.field, 0), slot.component + 1)
         return sizes
 

@@ -8,9 +8,9 @@ from typing import Annotated, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from diagd.bundle.actions import ActionCodec
+from diagd.bundle.actions import ActionCodec, Record
 from diagd.bundle.transformer import TransformerConfig
 from diagd.schedule import Schedule, StreamLayout
 
@@ -19,10 +19,6 @@ MANIFEST_NAME = "manifest.json"
 
 INT8_CACHE = "-kv8"
 """Ending of the precision of step graphs whose K/V rows have 8 bits, as in ``int4-weight-kv8``."""
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Form(str, Enum):
@@ -71,7 +67,7 @@ FORMS: Final = {
 }
 
 
-class IdRange(_Record):
+class IdRange(Record):
     """Ids [low, high) that may be sampled at a place of the frame; ``cell`` None is every other cell."""
 
     cell: int | None = None
@@ -79,7 +75,7 @@ class IdRange(_Record):
     high: int
 
 
-class SamplingRules(_Record):
+class SamplingRules(Record):
     """What a family lets be sampled, and its defaults.
 
     ``keep_crossing``: the token that crosses the top-p mass is kept. ``minimum_temperature``: lower positive
@@ -102,7 +98,7 @@ class SamplingRules(_Record):
         return table
 
 
-class RotaryContext(_Record):
+class RotaryContext(Record):
     """Sliding context of a rotary model: old frames are voided, nothing is recomputed.
 
     ``frames``: longest window. ``positions``: rows of the rotary table; before they run out, cached keys are
@@ -115,7 +111,7 @@ class RotaryContext(_Record):
     frame_angles: tuple[float, ...]
 
 
-class AbsoluteContext(_Record):
+class AbsoluteContext(Record):
     """Sliding context of a model whose hidden states depend on positions inside the window.
 
     ``frames``: longest window. When it is full it slides by ``roll`` frames at once, and what it still holds
@@ -138,7 +134,7 @@ def context_policy(config: TransformerConfig) -> RotaryContext | AbsoluteContext
     )
 
 
-class GraphWeights(_Record):
+class GraphWeights(Record):
     """Weights of a graph: the files they lie in, and bytes.
 
     ``streamed``: bytes that every step reads. ``looked_up``: bytes of tables, such as embeddings, of which a
@@ -155,7 +151,7 @@ class GraphWeights(_Record):
         return self.streamed + self.looked_up
 
 
-class TextConditioning(_Record):
+class TextConditioning(Record):
     """Text that every pass attends to: ``graph`` maps text float32 [length, width] to its keys and values.
 
     Shorter texts are filled up with vectors of zero, which are attended to as well.
@@ -167,7 +163,7 @@ class TextConditioning(_Record):
     width: int
 
 
-class CacheShape(_Record):
+class CacheShape(Record):
     """Dimensions of the K/V buffers; ``dtype`` is a NumPy name."""
 
     layers: int
@@ -176,7 +172,7 @@ class CacheShape(_Record):
     dtype: str
 
 
-class StepGraph(_Record):
+class StepGraph(Record):
     """One step graph; ``width`` and ``capacity`` are None where they are dynamic.
 
     ``cache_dtype``: NumPy name of its K/V elements where they are not those of ``Manifest.cache``.
@@ -191,7 +187,7 @@ class StepGraph(_Record):
     cache_dtype: str | None = None
 
 
-class Tokenizer(_Record):
+class Tokenizer(Record):
     """Pixel graphs: ``encoder`` uint8 [T, height, width, 3] -> int32 [t, rows, columns], ``decoder`` back.
 
     ``temporal_factor``: pixel frames per latent frame; where it is more than 1, the first frame of every call
@@ -211,14 +207,14 @@ class Tokenizer(_Record):
     cover: bool = False
 
 
-class FileRecord(_Record):
+class FileRecord(Record):
     """Size and digest of a file of the bundle."""
 
     bytes: int
     sha256: str
 
 
-class Provenance(_Record):
+class Provenance(Record):
     """What the weights are: the name of their file, folder or address, and the digest of its content.
 
     ``tuned``: what was made of them since, a description of a fine-tuning.
@@ -231,7 +227,7 @@ class Provenance(_Record):
     random_seed: int | None = None
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """The whole of ``manifest.json``; ``transformer`` is all that its module is built from.
 
     ``order``: of decoding where the caller names none, as `Schedule.name` spells it.
