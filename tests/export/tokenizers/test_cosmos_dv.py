@@ -16,7 +16,7 @@ from diagd.export.tokenizers.cosmos_dv import (
 )
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Array, Weights
-from tests.export.tokenizers.test_haar import level as haar_level
+from tests.export.tokenizers.test_cosmos_dv_network import level as haar_level
 
 CONFIG = CosmosDvConfig(
     height=32, width=48, stem_channels=8, channels=(8, 12, 12), res_blocks=1, latent_channels=4
