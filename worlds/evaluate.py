@@ -149,7 +149,7 @@ class Evaluation:
             nll_settled=Estimate.of(_row_means(nll[:, SETTLED * model.layout.frame_length :])),
             nll_gap=Estimate.of(_row_means(nll - self.baseline)),
             generated_nll=Estimate.of(_row_means(likelihood[:, generated])),
-            geometry=self.judge(rolled, self.geometry) if self.geometry else None,
+            geometry=self.geometry_scores(rolled, self.geometry) if self.geometry else None,
             truth=self._compare(rolled),
         )
         return scores, rolled
@@ -164,7 +164,7 @@ class Evaluation:
         cells = streams.reshape(-1, layout.frame_length)[:, layout.before :]
         return cells.reshape(-1, layout.rows, layout.columns)
 
-    def judge(self, rolled: Streams, geometry: Geometry) -> GeometryScores:
+    def geometry_scores(self, rolled: Streams, geometry: Geometry) -> GeometryScores:
         """Judge rollouts [B, N] by the geometry of their world."""
         layout, prompt, count = self.model.layout, self.options.prompt, len(rolled)
         cells = self._cells(rolled).reshape(count, -1, layout.rows, layout.columns)
@@ -242,7 +242,7 @@ def measure_drift(
     ends = np.linspace(prompt, prompt + frames, stretches + 1).astype(int)
     for start, end in pairwise(ends.tolist()):
         span = slice((start - prompt) * layout.frame_length, end * layout.frame_length)
-        scores.append(evaluation.judge(rolled[:, span], geometry))
+        scores.append(evaluation.geometry_scores(rolled[:, span], geometry))
     return Drift(ends[1:].tolist(), scores)
 
 
