@@ -6,14 +6,16 @@ import ctypes.util
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from diagd.bundle import Bundle, cache, cache_directory
 from diagd.engines.ceilings import processor_ceilings
@@ -25,6 +27,9 @@ from diagd.profiling.devices import GB, THIS, Device
 OK: Final = "ok"
 PROBLEM: Final = "problem"
 ABSENT: Final = "absent"
+
+EXTRAS: Final = ("", "export", "report")
+"""Whose packages are looked at; the first are required."""
 
 OLDEST_PYTHON: Final = (3, 10)
 LEAST_MEMORY: Final = 2 * GB
@@ -88,7 +93,7 @@ def check_packages() -> list[Check]:
         fix = f"pip install 'diagd[{extra}]'" if extra else f"pip install '{name}{specifier}'"
         if version is None:
             checks.append(Check(name, ABSENT if extra else PROBLEM, "not installed", fix))
-        elif _older(version, specifier):
+        elif not SpecifierSet(specifier).contains(version, prereleases=True):
             checks.append(Check(name, PROBLEM, f"{version}, {specifier} is needed", fix))
         else:
             checks.append(Check(name, OK, version))
@@ -102,14 +107,15 @@ def declared_packages() -> dict[str, tuple[str, str]]:
     except importlib.metadata.PackageNotFoundError:
         return {}
     packages: dict[str, tuple[str, str]] = {}
-    for line in lines:
-        requirement, _, marker = line.partition(";")
-        match = re.match(r"\s*([\w.-]+)(?:\[[^]]*\])?\s*(.*)", requirement)
-        extra = re.search(r"extra\s*==\s*['\"](\w+)", marker)
-        group = extra.group(1) if extra else ""
-        if match and group in ("", "export", "report"):
-            packages.setdefault(match.group(1), (match.group(2).strip(), group))
+    for requirement in map(Requirement, lines):
+        extras = (extra for extra in EXTRAS if _belongs(requirement, extra))
+        if (extra := next(extras, None)) is not None:
+            packages.setdefault(requirement.name, (str(requirement.specifier), extra))
     return packages
+
+
+def _belongs(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 def installed(package: str) -> str | None:
@@ -209,7 +215,7 @@ def check_tensorrt() -> list[Check]:
         if version is None:
             checks.append(Check(package, ABSENT, "not installed", f"on a GPU: pip install 'diagd[{extra}]'"))
             continue
-        modern = extra == "rtx" or _numbers(version) >= (10, 15)
+        modern = extra == "rtx" or Version(version) >= Version("10.15")
         form = "modern form (in-place K/V)" if modern else "portable form only: K/V update needs 10.15"
         checks.append(Check(package, OK, f"{version}, {form}"))
     return checks
@@ -231,14 +237,3 @@ def check_bundle(path: Path) -> list[Check]:
 def _no_engine(bundle: Bundle) -> Check:
     forms = sorted({graph.form.value for graph in bundle.manifest.graphs})
     return Check("engines", OK, f"none compiled; {', '.join(forms)} graphs run on ONNX Runtime")
-
-
-def _older(version: str, specifier: str) -> bool:
-    """Whether a version is below the ``>=`` of a specifier."""
-    least: Callable[[str], re.Match[str] | None] = re.compile(r">=\s*([\d.]+)").search
-    match = least(specifier)
-    return match is not None and _numbers(version) < _numbers(match.group(1))
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+", maxsplit=1)[0])[:3])

@@ -153,12 +153,6 @@ class Schedule:
         return total_steps(frames, self.layout.rows, self.layout.columns, self.k, self.d)
 
     @property
-    def seeds_per_frame(self) -> int:
-        """Seed rows fed for one frame in the steady state."""
-        row_starts = self.layout.rows - 1 if self.k < self.layout.columns else 0
-        return row_starts + int(self._frame_start_is_seed)
-
-    @property
     def _frame_start_is_seed(self) -> bool:
         return self.layout.gap == 0 and self.d < self.steps_per_frame
 
@@ -198,7 +192,6 @@ class Schedule:
         offsets = np.searchsorted(rows[:, 0], np.arange(-chunks, last + 2)).astype(np.int32)
         sources, positions, sinks = (np.ascontiguousarray(rows[:, c], dtype=np.int32) for c in (1, 2, 3))
         starts = chunks + np.arange(frames, dtype=np.int32) * np.int32(self.d)
-        ends = starts + np.int32(self.steps_per_frame - 1)
         guesses = np.zeros(len(rows), np.bool_) if self.keep_seeds else sources != positions
         return Table(
             offsets,
@@ -207,7 +200,6 @@ class Schedule:
             sinks,
             guesses,
             frame_starts=starts,
-            frame_ends=ends,
             first_frame=first_frame,
         )
 

@@ -137,12 +137,10 @@ class Table(Block):
 
     Attributes:
         frame_starts: int32 [frames], step that decodes cell (0, 0) of each frame.
-        frame_ends: int32 [frames], step after which a frame is complete.
         first_frame: index in the stream of the first of these frames.
     """
 
     frame_starts: Int = None  # type: ignore[assignment]
-    frame_ends: Int = None  # type: ignore[assignment]
     first_frame: int = 0
 
     def block(self, first: int, last: int) -> Block:

@@ -27,7 +27,7 @@ class SlidingOracle:
         """Decode into ``stream`` with frames strictly one after another."""
         table, length = schedule.table(prompt, frames, 0), self.layout.frame_length
         steps, first = rows_of(table), 0
-        for frame, end in enumerate(table.frame_ends, start=prompt):
+        for frame, end in enumerate(table.frame_starts + schedule.steps_per_frame - 1, start=prompt):
             if frame - self.base_frame >= self.window:
                 self._slide(frame, stream, min(row.position for row in steps[first]))
             base = self.base_frame * length

@@ -36,8 +36,11 @@ def test_declared_packages_are_those_of_the_metadata() -> None:
 @pytest.mark.parametrize(
     ("version", "least"), [("1.9", "1.10"), ("2.0.1", "2.0"), ("10.15.1", "10.15"), ("3", "3.1")]
 )
-def test_versions_are_compared_as_numbers(version: str, least: str) -> None:
-    assert doctor._older(version, f">={least}") == (Version(version) < Version(least))
+def test_versions_are_compared_as_numbers(version: str, least: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed", {"wanted": version}.get)
+    monkeypatch.setattr(doctor, "declared_packages", lambda: {"wanted": (f">={least}", "")})
+    (check,) = doctor.check_packages()
+    assert (check.status == PROBLEM) == (Version(version) < Version(least))
 
 
 def test_a_missing_package_and_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
-from diagd.runtime.decoders.decoder import Blocks
+from diagd.runtime.decoders.decoder import Blocks, Decoder
 from diagd.runtime.decoders.scheduled import ScheduledDecoder
 from diagd.runtime.stream import Stream
 from diagd.schedule import Schedule, feed
@@ -17,7 +18,7 @@ from diagd.schedule import Schedule, feed
 Frames = Iterable[NDArray[np.integer[Any]]]
 
 
-class ForcedDecoder:
+class ForcedDecoder(Decoder):
     """Teacher forcing: a schedule's steps over given tokens.
 
     Args:
@@ -30,12 +31,12 @@ class ForcedDecoder:
         self._scheduled = ScheduledDecoder(schedule)
         self._truth: Iterator[NDArray[np.integer[Any]]] | None = None if truth is None else iter(truth)
 
+    @override
     def check(self, stream: Stream) -> None:
-        """See ``Decoder.check``."""
         self._scheduled.check(stream)
 
+    @override
     def blocks(self, stream: Stream) -> Blocks:
-        """See ``Decoder.blocks``."""
         blocks, written = self._scheduled.blocks(stream), stream.begun
         block = next(blocks, None)
         while block is not None:
@@ -54,7 +55,7 @@ class ForcedDecoder:
         return stream.begun
 
 
-class RasterDecoder:
+class RasterDecoder(Decoder):
     """Feeds given frames in raster order, in as few passes as they take; predicts nothing.
 
     Args:
@@ -64,11 +65,12 @@ class RasterDecoder:
     def __init__(self, truth: Frames) -> None:
         self._truth = iter(truth)
 
+    @override
     def check(self, stream: Stream) -> None:
         """Anything goes."""
 
+    @override
     def blocks(self, stream: Stream) -> Blocks:
-        """See ``Decoder.blocks``."""
         if not stream.begin():
             return
         start = stream.layout.first_cell(stream.begun - 1)

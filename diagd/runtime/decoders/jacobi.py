@@ -7,10 +7,11 @@ from collections.abc import Callable, Generator
 from functools import lru_cache
 
 import numpy as np
+from typing_extensions import override
 
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
-from diagd.runtime.decoders.decoder import Blocks
+from diagd.runtime.decoders.decoder import Blocks, Decoder
 from diagd.runtime.decoders.window import WindowPolicy
 from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
@@ -25,7 +26,7 @@ def previous_frame(stream: Stream) -> Int:
     return stream.frame(stream.known - 1).reshape(-1)
 
 
-class JacobiDecoder:
+class JacobiDecoder(Decoder):
     """Decodes exactly the tokens of next-token prediction, whatever the drafts and windows.
 
     A window of cells is fed in raster order, guesses in place of those not decided, and each row draws the
@@ -57,12 +58,14 @@ class JacobiDecoder:
         self._window, self._deadline, self._draft = window, deadline, draft
         self._policy: WindowPolicy | None = None
 
+    @override
     def check(self, stream: Stream) -> None:
         """Any stream goes; what was learned of another one's costs is forgotten."""
         self._policy = WindowPolicy(stream.layout.cells) if self._window is None else None
 
+    @override
     def blocks(self, stream: Stream) -> Blocks:
-        """See ``Decoder.blocks``; a block is one pass."""
+        """A block is one pass."""
         began = time.perf_counter()
         if not stream.begin():
             return

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from diagd.errors import UsageError
-from diagd.runtime.decoders.decoder import Blocks
+from diagd.runtime.decoders.decoder import Blocks, Decoder
 from diagd.runtime.stream import Stream
 from diagd.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class ScheduledDecoder:
+class ScheduledDecoder(Decoder):
     """Runs the steps of a schedule; every prediction is kept."""
 
     schedule: Schedule
 
+    @override
     def check(self, stream: Stream) -> None:
-        """See ``Decoder.check``: frames in flight fit the window, steps fit the engine."""
+        """Frames in flight fit the window, steps fit the engine."""
         schedule, in_flight = self.schedule, self.schedule.frames_in_flight
         if stream.window < in_flight:
             raise UsageError(
@@ -40,8 +43,9 @@ class ScheduledDecoder:
                 "serial frames, or fewer frames"
             )
 
+    @override
     def blocks(self, stream: Stream) -> Blocks:
-        """See ``Decoder.blocks``; a block ends where a frame begins or is complete."""
+        """A block ends where a frame begins or is complete."""
         schedule = self.schedule
         if stream.begun == stream.known and not stream.begin():
             return
