@@ -356,7 +356,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for one a core")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
-    cpu = with_threads(CpuOptions(args.threads), bundle.at_precision(args.precision))
+    cpu = with_threads(CpuOptions(args.threads), bundle.size)
     window = check_window(bundle.manifest, args.window)
     show(Console(width=120), list(Ladder(bundle, args.precision, window, cpu, find(args.backend)).rungs()))
 

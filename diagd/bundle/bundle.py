@@ -69,6 +69,11 @@ class Bundle:
         return self.path / name
 
     @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(record.bytes for record in self.manifest.files.values())
+
+    @property
     def digest(self) -> str:
         """Hex digest of the manifest, and through it of every file."""
         return sha256(self.path / MANIFEST_NAME)

@@ -1,19 +1,18 @@
-"""Whether a quantised graph may replace the reference: both decode the same trajectories, side by side.
-
-The reference decides which tokens come next, so that one early difference does not spoil what follows;
-the candidate predicts every one of them from its own cache.
-"""
+"""What a quantised model may lose, whether figures are inside, and which products go back if they are not."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
 
-from diagd.engines.engine import Float
+from diagd.calibration.report import LayerReport
 from diagd.errors import UsageError, unknown
+
+ATTEMPTS = 5
+"""Runs of the gate; ahead of each but the first, products are given up."""
 
 SETTLED_ERRORS = 2.0
 """Standard errors between a figure and its bound at which a verdict stands."""
@@ -57,86 +56,6 @@ def parse_budget(text: str, default: Budget) -> Budget | None:
     return Budget(**values)
 
 
-@dataclass
-class Block:
-    """Sums over the predictions of one trajectory; each has a prompt of its own, so their spread is known."""
-
-    rows: int = 0
-    agreed: int = 0
-    nll: float = 0.0
-    divergence: float = 0.0
-
-
-@dataclass
-class WidthFigures:
-    """What steps of one width gave: predictions, equal ones, and seconds of each step."""
-
-    rows: int = 0
-    agreed: int = 0
-    reference: list[float] = field(default_factory=list)
-    quantised: list[float] = field(default_factory=list)
-
-
-@dataclass
-class Comparison:
-    """Sums over the predictions of a comparison, block by block.
-
-    ``nll`` is the expected negative log-likelihood, nats, of tokens that the reference draws under the
-    reference itself; ``divergence`` is what it rises by under the candidate. Both are exact sums over the
-    allowed ids, so that no draw adds noise. ``frame_errors`` are mean squared errors of frames of most
-    probable tokens.
-    """
-
-    blocks: list[Block] = field(default_factory=lambda: [Block()])
-    frame_errors: list[float] = field(default_factory=list)
-    by_width: dict[int, WidthFigures] = field(default_factory=dict)
-
-    def begin(self) -> None:
-        """What follows belongs to another block."""
-        if self.blocks[-1].rows:
-            self.blocks.append(Block())
-
-    def add(self, reference: Float, candidate: Float, width: int) -> None:
-        """Take the logits [R, V] of allowed ids of one step of ``width`` rows."""
-        p_log, q_log = log_softmax(reference), log_softmax(candidate)
-        agreed = int((reference.argmax(1) == candidate.argmax(1)).sum())
-        p, block = np.exp(p_log), self.blocks[-1]
-        block.rows += len(reference)
-        block.agreed += agreed
-        block.nll -= float((p * p_log).sum())
-        block.divergence += float((p * (p_log - q_log)).sum())
-        figures = self.by_width.setdefault(width, WidthFigures())
-        figures.rows += len(reference)
-        figures.agreed += agreed
-
-    def figures(self) -> dict[str, float | None]:
-        """Measured values by name, with standard errors; PSNR is None without decoded frames."""
-        rows, agreed, nll, divergence = np.asarray(
-            [(b.rows, b.agreed, b.nll, b.divergence) for b in self.blocks], np.float64
-        ).T
-        count = max(float(rows.sum()), 1.0)
-        error = float(np.mean(self.frame_errors)) if self.frame_errors else None
-        return {
-            "agreement": float(agreed.sum()) / count,
-            "agreement_error": ratio_error(agreed, rows),
-            "nll": float(divergence.sum()) / max(float(nll.sum()), 1e-30),
-            "nll_error": ratio_error(divergence, nll),
-            "psnr": None if error is None else 10 * float(np.log10(255**2 / max(error, 1e-6))),
-            "fp32_nll": float(nll.sum()) / count,
-            "divergence": float(divergence.sum()) / count,
-            "predictions": float(rows.sum()),
-        }
-
-
-def ratio_error(over: NDArray[np.float64], under: NDArray[np.float64]) -> float:
-    """Standard error of sum(over) / sum(under), each [B] by block: the ratio estimator of surveys."""
-    total, count = float(under.sum()), len(over)
-    if count < 2 or total <= 0:
-        return 0.0
-    residuals = over - float(over.sum()) / total * under
-    return float(np.sqrt(count / (count - 1) * np.square(residuals).sum())) / total
-
-
 def failures(figures: Mapping[str, float | None], budget: Budget) -> list[str]:
     """What is outside the budget, in words; agreement and NLL must be inside by one standard error."""
     found = []
@@ -165,8 +84,32 @@ def is_settled(figures: Mapping[str, float | None], budget: Budget) -> bool:
     )
 
 
-def log_softmax(logits: Float) -> NDArray[np.float64]:
-    """Natural logarithms of probabilities, float64 [R, V]."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
+def part_of(name: str) -> str:
+    """The layer that a product belongs to: ``transformer.layers.3``; the head is ``transformer.head``."""
+    return ".".join(name.split(".")[:3])
+
+
+def most_harmful(layers: Sequence[LayerReport]) -> list[str]:
+    """The fewest quantised products that make up half of the harm of them all, the worst first.
+
+    The divergence that a layer causes alone is shared among its products by their noise; divergences of
+    layers add up nearly, so that every call about halves what is left.
+    """
+    harms = _harms([layer for layer in layers if not layer.excluded])
+    total, chosen = sum(harms.values()), list[str]()
+    for name in sorted(harms, key=lambda name: (-harms[name], name)):
+        if chosen and sum(harms[other] for other in chosen) >= total / 2:
+            break
+        chosen.append(name)
+    return chosen
+
+
+def _harms(layers: Sequence[LayerReport]) -> dict[str, float]:
+    noises = {layer.name: 10 ** (-layer.signal_to_noise / 10) for layer in layers}
+    sums: dict[str, float] = defaultdict(float)
+    for name, noise in noises.items():
+        sums[part_of(name)] += noise
+    return {
+        layer.name: (layer.divergence or 0.0) * noises[layer.name] / max(sums[part_of(layer.name)], 1e-30)
+        for layer in layers
+    }

@@ -12,7 +12,7 @@ from torch import nn
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
 from diagd.bundle.precision import FLOATING
-from diagd.calibration.fallback import part_of
+from diagd.calibration.gate import part_of
 from diagd.calibration.matrices import (
     BLOCKED_OPSET,
     EitherMatrix,

@@ -8,7 +8,6 @@ not depend on how rows were batched into steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,9 @@ from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import INT8_CACHE, RotaryContext
 from diagd.bundle.precision import FLOATING, KV_CACHES
 from diagd.calibration.matrices import check_form
+from diagd.calibration.report import CacheReport
 from diagd.calibration.schemes import Scheme
+from diagd.calibration.search import decibels
 from diagd.calibration.statistics import InputStatistics
 from diagd.engines.buffers import cache_tensors
 from diagd.errors import UsageError, unknown
@@ -81,20 +82,16 @@ def row_scales(seen: Mapping[str, InputStatistics], manifest: Manifest) -> dict[
 
 def describe_cache(
     scales: Mapping[str, Float], seen: Mapping[str, InputStatistics], manifest: Manifest, kv_cache: str
-) -> dict[str, Any]:
-    """What a report says of a cache: bytes a token before and after, signal to noise of its rows, dB."""
+) -> CacheReport:
+    """Bytes of a token before and after, and signal to noise of its rows."""
     elements = sum(scale.size for scale in scales.values())
-    ratios = {name: _signal_to_noise(seen[name].sample, scale.ravel()) for name, scale in scales.items()}
-    return {
-        "dtype": kv_cache,
-        "bytes_before": elements * np.dtype(manifest.cache.dtype).itemsize,
-        "bytes_after": elements * np.dtype(kv_cache).itemsize,
-        "signal_to_noise": ratios,
+    rounded = {
+        name: np.clip(np.rint(seen[name].sample / scale.ravel()), -LEVELS - 1, LEVELS) * scale.ravel()
+        for name, scale in scales.items()
     }
-
-
-def _signal_to_noise(rows: Float, scale: Float) -> float:
-    rounded = np.clip(np.rint(rows / scale), -LEVELS - 1, LEVELS) * scale
-    power = float(np.square(rows, dtype=np.float64).sum())
-    noise = float(np.square(rows - rounded, dtype=np.float64).sum())
-    return 10 * float(np.log10(max(power, 1e-30) / max(noise, 1e-30)))
+    return CacheReport(
+        dtype=kv_cache,
+        bytes_before=elements * np.dtype(manifest.cache.dtype).itemsize,
+        bytes_after=elements * np.dtype(kv_cache).itemsize,
+        signal_to_noise={name: decibels(seen[name].sample, rows) for name, rows in rounded.items()},
+    )

@@ -14,7 +14,7 @@ from diagd.bundle.manifest import StepGraph
 from diagd.calibration.reference import open_graphs
 from diagd.calibration.statistics import InputStatistics, StatisticsCollector
 from diagd.calibration.stored import StoredWeights
-from diagd.calibration.trajectory import Prompts, Tour, Trajectory
+from diagd.calibration.trajectory import CalibrationSet, Rollouts
 from diagd.engines.buffers import cache_tensors
 from diagd.engines.engine import Float
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -30,10 +30,7 @@ GRAPH_NAME = "observed.onnx"
 def observe(
     bundle: Bundle,
     graphs: Sequence[StepGraph],
-    prompts: Prompts,
-    tour: Sequence[Trajectory],
-    window: int,
-    seed: int,
+    samples: CalibrationSet,
     progress: Progress,
     threads: int = 0,
 ) -> dict[str, InputStatistics]:
@@ -42,10 +39,7 @@ def observe(
     Args:
         bundle: writable copy; a graph is added beside its files and removed again.
         graphs: of one form in floating point.
-        prompts: where prompts and actions come from.
-        tour: trajectories.
-        window: frames of the session.
-        seed: of prompts, actions, sampling and the kept rows.
+        samples: what is decoded; its seed is that of the sampled rows as well.
         progress: where to report.
         threads: of ONNX Runtime.
 
@@ -57,7 +51,7 @@ def observe(
     outputs = {name: f"{WATCHED}{name}" for name in watched_sizes}
     cached = cache_tensors(cache) if form.traits.rows_out else []
     sizes = watched_sizes | dict.fromkeys(cached, cache.kv_heads * cache.head_size)
-    collector = StatisticsCollector(sizes, seed)
+    collector = StatisticsCollector(sizes, samples.seed)
     path = bundle.file(GRAPH_NAME)
     _save_watched(bundle, graphs[0], path)
     manifest = bundle.manifest.model_copy(
@@ -71,11 +65,11 @@ def observe(
     watch |= {f"new_{name}": None for name in cached}
     try:
         options = CpuOptions(threads, prepack=False)
-        engine = open_graphs(watched, manifest.graphs, window, options, watch)
-        guide = Tour(watched, engine, window, prompts, seed)
-        with progress.count("calibration", len(tour)) as advance:
-            for number, trajectory in enumerate(tour):
-                for _, result in guide.steps(trajectory, number):
+        engine = open_graphs(watched, manifest.graphs, samples.window, options, watch)
+        rollouts = Rollouts(watched, engine, samples)
+        with progress.count("calibration", len(samples.trajectories)) as advance:
+            for number, trajectory in enumerate(samples.trajectories):
+                for _, result in rollouts.steps(trajectory, number):
                     collector.add(_by_name(result.watched, outputs, cached))
                 advance(1)
     except EngineError as error:  # of the sampler, ahead of whoever watches

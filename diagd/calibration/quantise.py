@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
-
-from diagd.bundle import Bundle, Manifest, seal
-from diagd.bundle.manifest import StepGraph
-from diagd.calibration import fallback
-from diagd.calibration.gate import Budget, Comparison, failures
+from diagd.bundle import Bundle, Manifest, atomic_bundle, read_manifest, seal
+from diagd.bundle.files import link
+from diagd.bundle.manifest import MANIFEST_NAME, StepGraph
+from diagd.calibration.evaluate import GATE_SEED, Evaluator
+from diagd.calibration.gate import ATTEMPTS, Budget, failures, most_harmful, part_of
 from diagd.calibration.graph_writer import GraphWriter, Target, file_names
-from diagd.calibration.judge import GATE_SEED, Course, Judge
 from diagd.calibration.kv_cache import CACHE_FORMS, check_kv_cache, describe_cache, precision_name, row_scales
 from diagd.calibration.observe import observe
 from diagd.calibration.reference import FORMS, check_memory, find_reference, session_window, widest_step
@@ -32,8 +31,7 @@ from diagd.calibration.schemes import Scheme, find_scheme
 from diagd.calibration.search import Choice, search
 from diagd.calibration.statistics import InputStatistics, load_statistics, save_statistics
 from diagd.calibration.stored import StoredWeights
-from diagd.calibration.trajectory import Prompts, trajectories
-from diagd.calibration.workspace import workspace
+from diagd.calibration.trajectory import CalibrationSet, Prompts, trajectories
 from diagd.engines.engine import Float, Int
 from diagd.engines.host import available_bytes
 from diagd.errors import QualityError, UsageError, unknown
@@ -94,7 +92,7 @@ def calibrate(
     """
     scheme = find_scheme(options.precision)
     _check(bundle, scheme, options, frames)
-    with workspace(bundle) as (current, copy):
+    with _workspace(bundle) as (current, copy):
         reference = _check(current, scheme, options, frames)
         work = _Calibration(copy, scheme, options, reference, frames, progress or Progress())
         report = work.run()
@@ -104,12 +102,28 @@ def calibrate(
     return report
 
 
+@contextmanager
+def _workspace(bundle: Bundle) -> Iterator[tuple[Bundle, Bundle]]:
+    """The bundle as it is once other writers are done, and a copy with every large file linked, not copied.
+
+    Only the manifest of the copy may be written over. What is no file of the manifest comes along once the
+    work is done: compiled engines, and whatever the user put there.
+    """
+    with atomic_bundle(bundle.path, "bundle") as directory:
+        current = Bundle(bundle.path, read_manifest(bundle.path))
+        for name in current.manifest.files:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            link(current.file(name).resolve(), directory / name)
+        shutil.copyfile(current.file(MANIFEST_NAME), directory / MANIFEST_NAME)
+        yield current, Bundle(directory, current.manifest)
+
+
 class RejectedError(QualityError):
     """A quantised model outside its budget; ``report`` says how far."""
 
     def __init__(self, report: PrecisionReport) -> None:
         super().__init__(
-            f"{report.precision} is outside its budget with {len(report.kept)} of {len(report.layers)} "
+            f"{report.precision} is outside its budget with {len(report.excluded)} of {len(report.layers)} "
             f"products in floating point: {'; '.join(report.failures)}; the bundle is unchanged. "
             "Choose another --precision, or allow more with --budget"
         )
@@ -158,13 +172,14 @@ class _Calibration:
         self._bundle, self._scheme, self._options = bundle, scheme, options
         self._reference, self._progress = reference, progress
         window = session_window(bundle.manifest, reference)
-        tour = trajectories(bundle.manifest, window, options.steps, widest_step(reference))
-        self._course = Course(tour, window, Prompts(bundle.manifest, frames), options.seed)
+        decoded = trajectories(bundle.manifest, window, options.steps, widest_step(reference))
+        self._samples = CalibrationSet(decoded, window, Prompts(bundle.manifest, frames), options.seed)
         self._choices: dict[str, Choice] = {}
         self._layers: list[LayerReport] = []
         self._row_scales: dict[str, Float] = {}
         self._cache: CacheReport | None = None
         self._graphs: tuple[StepGraph, ...] = ()
+        self._widths: dict[int, WidthReport] = {}
 
     def run(self) -> PrecisionReport:
         """Statistics, search, graphs, gate, report."""
@@ -175,11 +190,11 @@ class _Calibration:
         self._choose(statistics)
         target = self._target()
         writer = GraphWriter(self._bundle, target, self._progress)
-        written, attempts, comparison = self._judged(writer)
+        written, attempts = self._judged(writer)
         if not attempts or not attempts[-1].failures:
             graphs = writer.write_others(written, self._choices)
             self._graphs = tuple(graph for graph in graphs if target.refusal(graph.form) is None)
-        report = self._report(target, written, attempts, comparison)
+        report = self._report(target, written, attempts)
         add_report(directory, self._bundle.manifest.name, report)
         write_plot(self._bundle.manifest.name, report, directory)
         self._drop_stand_in(target)
@@ -197,19 +212,10 @@ class _Calibration:
 
     def _statistics(self) -> Mapping[str, InputStatistics]:
         """Gathered now, or by an earlier run where the scheme can do with those, or none."""
-        path, course = self._bundle.path / STATISTICS, self._course
+        path = self._bundle.path / STATISTICS
         if not self._scheme.needs_statistics and self._options.kv_cache is None:
             return load_statistics(path) if path.is_file() else {}
-        seen = observe(
-            self._bundle,
-            self._reference,
-            course.prompts,
-            course.tour,
-            course.window,
-            course.seed,
-            self._progress,
-            self._options.threads,
-        )
+        seen = observe(self._bundle, self._reference, self._samples, self._progress, self._options.threads)
         save_statistics(path, seen)
         return seen
 
@@ -218,8 +224,7 @@ class _Calibration:
         kv_cache, manifest = self._options.kv_cache, self._bundle.manifest
         if kv_cache is not None:
             self._row_scales = row_scales(statistics, manifest)
-            described = describe_cache(self._row_scales, statistics, manifest, kv_cache)
-            self._cache = CacheReport(**described)
+            self._cache = describe_cache(self._row_scales, statistics, manifest, kv_cache)
 
     def _drop_stand_in(self, target: Target) -> None:
         """A judged graph that only stood for others, whose cache it cannot have itself."""
@@ -246,51 +251,45 @@ class _Calibration:
                 self._choices[projection.name] = choice
             self._layers.append(_layer(projection, choice, None if quantised else "floor"))
 
-    def _judged(
-        self, writer: GraphWriter
-    ) -> tuple[tuple[StepGraph, ...], list[AttemptReport], Comparison | None]:
+    def _judged(self, writer: GraphWriter) -> tuple[tuple[StepGraph, ...], list[AttemptReport]]:
         """Graphs of the reference's form inside the budget, or as near as giving up products brings them."""
         budget, attempts = self._options.budget, list[AttemptReport]()
         if budget is None:
-            return writer.write(self._reference, self._choices), attempts, None
-        judge = Judge(self._bundle, self._reference, self._course, self._options.threads, self._progress)
-        self._measure_layers(writer, judge)
+            return writer.write(self._reference, self._choices), attempts
+        threads, weight = self._options.threads, self._scheme.weight
+        evaluator = Evaluator(self._bundle, self._reference, self._samples, threads, self._progress)
+        self._measure_layers(writer, evaluator)
         while True:
             written = writer.write(self._reference, self._choices)
-            comparison = judge.compare(written, self._scheme.weight, budget)
-            figures = comparison.figures()
-            outside = tuple(failures(figures, budget))
-            kept = len(self._layers) - len(self._choices)
-            attempts.append(AttemptReport(kept=kept, figures=figures, failures=outside))
-            if not outside or len(attempts) > fallback.ROUNDS or not self._choices:
-                return written, attempts, comparison
+            found = evaluator.compare(written, weight, budget)
+            outside = tuple(failures(found.figures, budget))
+            excluded = len(self._layers) - len(self._choices)
+            attempts.append(AttemptReport(excluded=excluded, figures=found.figures, failures=outside))
+            if not outside or len(attempts) == ATTEMPTS or not self._choices:
+                self._widths = evaluator.step_times(written, weight, found.widths)
+                return written, attempts
             self._fall_back()
 
     def _fall_back(self) -> None:
-        harmful = set(fallback.most_harmful(self._layers))
+        harmful = set(most_harmful(self._layers))
         self._choices = {name: choice for name, choice in self._choices.items() if name not in harmful}
         self._layers = [
-            layer.model_copy(update={"kept": "gate"}) if layer.name in harmful else layer
+            layer.model_copy(update={"excluded": "gate"}) if layer.name in harmful else layer
             for layer in self._layers
         ]
 
-    def _measure_layers(self, writer: GraphWriter, judge: Judge) -> None:
+    def _measure_layers(self, writer: GraphWriter, evaluator: Evaluator) -> None:
         """Quantise one layer at a time and note the divergence of the predictions."""
         parts = writer.parts(self._reference, self._choices)
-        count = len(set(map(fallback.part_of, self._choices)))
+        count = len(set(map(part_of, self._choices)))
         with closing(parts):
-            found = judge.layers(parts, count, self._scheme.weight)
+            found = evaluator.layers(parts, count, self._scheme.weight)
         self._layers = [
-            layer.model_copy(update={"divergence": found.get(fallback.part_of(layer.name))})
-            for layer in self._layers
+            layer.model_copy(update={"divergence": found.get(part_of(layer.name))}) for layer in self._layers
         ]
 
     def _report(
-        self,
-        target: Target,
-        written: Sequence[StepGraph],
-        attempts: Sequence[AttemptReport],
-        comparison: Comparison | None,
+        self, target: Target, written: Sequence[StepGraph], attempts: Sequence[AttemptReport]
     ) -> PrecisionReport:
         options, forms = self._options, {g.form for g in self._bundle.manifest.graphs}
         budget = options.budget
@@ -302,13 +301,13 @@ class _Calibration:
             gate_seed=options.seed + GATE_SEED,
             trajectories=tuple(
                 TrajectoryReport(name=t.name, k=t.schedule.k, d=t.schedule.d, steps=t.steps)
-                for t in self._course.tour
+                for t in self._samples.trajectories
             ),
             budget=None if budget is None else BudgetReport(**asdict(budget)),
             attempts=tuple(attempts),
             bytes_before=self._reference[0].weights.bytes,
             bytes_after=written[0].weights.bytes,
-            widths={} if comparison is None else _widths(comparison),
+            widths=self._widths,
             forms={graph.form.value: graph.file for graph in self._graphs},
             left_out={form: reason for form, reason in refusals.items() if reason},
             layers=tuple(self._layers),
@@ -316,19 +315,7 @@ class _Calibration:
         )
 
 
-def _widths(comparison: Comparison) -> dict[int, WidthReport]:
-    return {
-        width: WidthReport(
-            predictions=seen.rows,
-            agreement=seen.agreed / seen.rows,
-            milliseconds_before=1e3 * float(np.median(seen.reference)),
-            milliseconds_after=1e3 * float(np.median(seen.quantised)),
-        )
-        for width, seen in sorted(comparison.by_width.items())
-    }
-
-
-def _layer(projection: Projection, choice: Choice, kept: str | None) -> LayerReport:
+def _layer(projection: Projection, choice: Choice, excluded: str | None) -> LayerReport:
     return LayerReport(
         name=projection.name,
         inputs=projection.inputs,
@@ -336,5 +323,5 @@ def _layer(projection: Projection, choice: Choice, kept: str | None) -> LayerRep
         signal_to_noise=choice.signal_to_noise,
         alpha=choice.alpha,
         range=choice.limit,
-        kept=kept,
+        excluded=excluded,
     )

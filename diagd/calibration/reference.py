@@ -10,7 +10,6 @@ from numpy.typing import DTypeLike
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import StepGraph
 from diagd.bundle.precision import FLOATING
-from diagd.calibration.trajectory import default_window
 from diagd.engines import host
 from diagd.engines.backend import find
 from diagd.engines.engine import Engine
@@ -21,6 +20,10 @@ from diagd.schedule import slots_needed
 
 FORMS = tuple(Form)
 """The prefix form first: it is the quickest on the CPU, and the only one in float32 throughout."""
+
+
+WINDOW = 4
+"""Frames of the sessions: enough for overlapping frames, few enough to slide soon."""
 
 
 def find_reference(bundle: Bundle, forms: Sequence[Form] = FORMS) -> tuple[StepGraph, ...]:
@@ -44,7 +47,7 @@ def session_window(manifest: Manifest, graphs: Sequence[StepGraph]) -> int:
     Raises:
         UsageError: they do not hold two frames.
     """
-    wanted, graph = default_window(manifest), graphs[0]
+    wanted, graph = min(manifest.context.frames, WINDOW), graphs[0]
     if graph.capacity is None:
         return wanted
     layout, widest = manifest.layout, widest_step(graphs) or 0

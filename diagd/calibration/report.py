@@ -29,7 +29,7 @@ class LayerReport(_Record):
         divergence: nats by which predictions move when its layer alone is quantised; None: not measured.
         alpha: of the migration; None without.
         range: largest activation that is told apart; None where activations stay in floating point.
-        kept: why it stays in floating point: ``floor`` or ``gate``; None where it is quantised.
+        excluded: why it stays in floating point: ``floor`` or ``gate``; None where it is quantised.
     """
 
     name: str
@@ -39,7 +39,7 @@ class LayerReport(_Record):
     divergence: float | None = None
     alpha: float | None = None
     range: float | None = None
-    kept: str | None = None
+    excluded: str | None = None
 
 
 class TrajectoryReport(_Record):
@@ -52,7 +52,7 @@ class TrajectoryReport(_Record):
 
 
 class WidthReport(_Record):
-    """Steps of one width in the gate: share of equal predictions, median milliseconds before and after."""
+    """Steps of one width: share of equal predictions, and median milliseconds of each engine alone."""
 
     predictions: int
     agreement: float
@@ -69,9 +69,9 @@ class BudgetReport(_Record):
 
 
 class AttemptReport(_Record):
-    """One run of the gate: products in floating point, and the figures (see ``Comparison.figures``)."""
+    """One run of the gate: how many products stay in floating point, and the figures (``Evaluation``)."""
 
-    kept: int
+    excluded: int
     figures: Figures
     failures: tuple[str, ...]
 
@@ -129,9 +129,9 @@ class PrecisionReport(_Record):
         return self.attempts[-1].failures if self.attempts else ()
 
     @property
-    def kept(self) -> list[str]:
+    def excluded(self) -> list[str]:
         """Products that stay in floating point."""
-        return [layer.name for layer in self.layers if layer.kept]
+        return [layer.name for layer in self.layers if layer.excluded]
 
 
 class CalibrationReport(_Record):

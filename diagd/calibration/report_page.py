@@ -29,15 +29,15 @@ def layer_table(report: PrecisionReport) -> Table:
         "stored as",
     ):
         table.add_column(heading)
-    ranked = sorted(report.layers, key=lambda layer: (layer.kept is None, layer.signal_to_noise))
-    for layer in ranked[: max(WORST, len(report.kept))]:
+    ranked = sorted(report.layers, key=lambda layer: (layer.excluded is None, layer.signal_to_noise))
+    for layer in ranked[: max(WORST, len(report.excluded))]:
         table.add_row(
             layer.name.removeprefix("transformer.").removeprefix("layers."),
             f"{layer.signal_to_noise:.1f} dB",
             _number(layer.divergence, 6),
             "-" if layer.alpha is None else f"{layer.alpha:g}",
             "-" if layer.range is None else f"{layer.range:.3g}",
-            f"floating point ({layer.kept})" if layer.kept else report.precision,
+            f"floating point ({layer.excluded})" if layer.excluded else report.precision,
         )
     return table
 
@@ -69,7 +69,7 @@ def figure_table(model: str, report: PrecisionReport) -> Table:
     for width, seen in _common_widths(report):
         times = (f"{ms:.2f}" for ms in (seen.milliseconds_before, seen.milliseconds_after))
         table.add_row(f"step of {width} rows, ms", *times, "-")
-    table.add_row("products in floating point", str(len(report.layers)), str(len(report.kept)), "-")
+    table.add_row("products in floating point", str(len(report.layers)), str(len(report.excluded)), "-")
     for form, reason in report.left_out.items():
         table.add_row(f"{form} graph", "-", "left out", reason)
     return table

@@ -16,35 +16,34 @@ class Scheme:
 
     Attributes:
         name: also the precision of the graphs.
-        summary: for help and documentation.
-        weight: ``int8`` and ``fp8`` have a scale for each column, ``int4`` one for each group and column.
         activation: ``static`` has one scale found by calibration, ``row`` one for each row found in the
             graph, None stays in floating point.
-        needs_statistics: whether a calibration run comes first.
         floor: signal to noise of a layer's product, dB, below which it stays in floating point.
     """
 
     name: str
-    summary: str
-    weight: str
     activation: str | None
-    needs_statistics: bool
     floor: float
 
+    @property
+    def weight(self) -> str:
+        """``int8`` and ``fp8`` have a scale for each column, ``int4`` one for each group and column."""
+        return PRECISIONS[self.name].kind
 
-def _scheme(name: str, activation: str | None, needs_statistics: bool, floor: float) -> Scheme:
-    precision = PRECISIONS[name]
-    return Scheme(name, precision.summary, precision.kind, activation, needs_statistics, floor)
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a calibration run comes first."""
+        return self.activation == "static"
 
 
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        _scheme("int8", "static", True, 20),
-        _scheme("int8-dynamic", "row", False, 20),
-        _scheme("int8-weight", None, False, 30),
-        _scheme("int4-weight", None, False, 12),
-        _scheme("fp8", "static", True, 20),
+        Scheme("int8", "static", 20),
+        Scheme("int8-dynamic", "row", 20),
+        Scheme("int8-weight", None, 30),
+        Scheme("int4-weight", None, 12),
+        Scheme("fp8", "static", 20),
     )
 }
 

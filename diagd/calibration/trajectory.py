@@ -6,7 +6,7 @@ several lags, next-token prediction, overlapping frames, and a window that has s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -141,27 +141,37 @@ def _random_action(codec: ActionCodec, random: np.random.Generator) -> NDArray[n
     return encode(codec, chosen)
 
 
-def default_window(manifest: Manifest) -> int:
-    """Frames of the sessions: enough for overlapping frames, few enough to slide soon."""
-    return min(manifest.context.frames, 4)
+@dataclass(frozen=True)
+class CalibrationSet:
+    """What is decoded, to find ranges or to judge.
 
-
-class Tour:
-    """Decodes trajectories over one engine.
-
-    Args:
-        bundle: that the engine is of.
-        engine: on the processor, of the session's capacity.
+    Attributes:
+        trajectories: their passes are those of one round.
         window: frames of the session.
         prompts: where prompts and actions come from.
         seed: of prompts, actions and sampling.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, window: int, prompts: Prompts, seed: int) -> None:
+    trajectories: Sequence[Trajectory]
+    window: int
+    prompts: Prompts
+    seed: int
+
+
+class Rollouts:
+    """Decodes trajectories over one engine.
+
+    Args:
+        bundle: that the engine is of.
+        engine: on the processor, of the session's capacity.
+        samples: window, prompts and seed.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, samples: CalibrationSet) -> None:
         text = bundle.manifest.text
         self._text_width = (text.length, text.width) if text else None
-        self.session = session_over(bundle, engine, window, CpuOptions(prepack=False))
-        self._prompts, self._seed = prompts, seed
+        self.session = session_over(bundle, engine, samples.window, CpuOptions(prepack=False))
+        self._prompts, self._seed = samples.prompts, samples.seed
 
     def steps(
         self, trajectory: Trajectory, number: int, *, follow: bool = False

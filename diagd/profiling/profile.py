@@ -157,7 +157,7 @@ def profile(
     began, progress = time.perf_counter(), progress or Progress()
     backend, bundle = backend or _backend(options), bundle.at_precision(options.precision)
     orders = decoding_orders(bundle.manifest, options.ks)
-    options = replace(options, cpu=with_threads(options.cpu, bundle))
+    options = replace(options, cpu=with_threads(options.cpu, bundle.size))
     device = backend.describe()
     ready = _load(bundle, options, backend, progress)
     with ready.session as session:

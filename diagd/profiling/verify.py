@@ -8,28 +8,25 @@ if they agree at every cell.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
-
-import numpy as np
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import Backend, find, forms_of, graphs_of, names
-from diagd.engines.engine import Float, Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.processor import open_fixed
 from diagd.engines.reference import ReferenceEngine
 from diagd.errors import ScheduleError, UsageError, unknown
 from diagd.profiling.measure import Workload
 from diagd.profiling.tensors import PlainGraph, Tensors, TensorVerdict, capture_feeds, compare_tensors
+from diagd.runtime.comparison import Cell, Comparison, lockstep
 from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
 from diagd.runtime.load import check_window, open_session, session_over, step_options
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session, token_places
-from diagd.schedule import NO_SINK, Schedule, Table, slots_needed
+from diagd.schedule import NO_SINK, Schedule, StreamLayout, Table, slots_needed
 
 
 @dataclass(frozen=True)
@@ -106,44 +103,6 @@ def open_reference(bundle: Bundle, session: Session) -> Session:
     return session_over(bundle, engine, session.window, CpuOptions(threads=1, prepack=False))
 
 
-@dataclass
-class Tally:
-    """What a comparison keeps of every cell, in decoding order, and of all logits together.
-
-    ``cells`` are positions, ``tokens`` were written there, ``expected`` has the reference's, ``margins`` how
-    far those were ahead. ``ranges`` [frame_length, 2] are the ids allowed at each place of a frame.
-    """
-
-    ranges: Int
-    prefix: int
-    cells: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    expected: list[int] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    squared_error: float = 0.0
-    squared: float = 0.0
-    worst: float = 0.0
-    greatest: float = 0.0
-
-    def add_logits(self, logits: Float, reference: Float) -> None:
-        """Count the logits [R, V] of a step."""
-        difference = np.abs(logits - reference)
-        self.squared_error += float(np.square(difference, dtype=np.float64).sum())
-        self.squared += float(np.square(reference, dtype=np.float64).sum())
-        self.worst = max(self.worst, float(difference.max(initial=0.0)))
-        self.greatest = max(self.greatest, float(np.abs(reference).max(initial=0.0)))
-
-    def add_tokens(self, cells: Int, tokens: Int, reference: Float) -> None:
-        """Count the tokens [R] that a step wrote at positions [R]."""
-        for cell, token, row in zip(cells.tolist(), tokens.tolist(), reference, strict=True):
-            low, high = self.ranges[(cell - self.prefix) % len(self.ranges)]
-            best = int(low + row[low:high].argmax())
-            self.cells.append(cell)
-            self.tokens.append(token)
-            self.expected.append(best)
-            self.margins.append(float(row[best] - row[token]))
-
-
 def verify(
     session: Session,
     reference: Session,
@@ -164,46 +123,43 @@ def verify(
         workload: prompt and actions.
         frames: to decode.
     """
-    layout, greedy = schedule.layout, SamplingSettings(0.0)
+    greedy = SamplingSettings(0.0)
     check_table(schedule.table(len(workload.prompt), frames, 0, session.engine.max_width), schedule)
     actions = None if workload.actions is None else workload.actions[:frames]
     for one in (session, reference):
         one.start(workload.prompt, workload.prompt_actions, workload.text)
     steps = session.steps(ScheduledDecoder(schedule), actions, count=frames, sampling=greedy)
     follows = reference.steps(ForcedDecoder(schedule), actions, count=frames, sampling=greedy)
-    tally = Tally(session.manifest.sampling.range_table(layout), layout.prefix)
-    for (step, result), (_, expected) in zip(steps, follows, strict=True):
-        cells = step.sinks[step.sinks != NO_SINK]
-        tally.add_logits(result.logits, expected.logits)
-        tally.add_tokens(cells, result.tokens, expected.logits)
-        reference.stream.write(cells, result.tokens)
-    return _verdict(name, schedule, len(workload.prompt), tolerance_of(precision), tally)
+    layout = schedule.layout
+    comparison = Comparison(session.manifest.sampling.range_table(layout), layout.prefix)
+    for step, cells, seen, expected in lockstep(steps, follows, reference.stream):
+        comparison.add(step.width, cells, expected.logits, seen.logits, seen.tokens)
+    return _verdict(name, schedule, len(workload.prompt), tolerance_of(precision), comparison)
 
 
-def _verdict(name: str, schedule: Schedule, known: int, tolerance: Tolerance, tally: Tally) -> Verdict:
-    differing = [at for at, (a, b) in enumerate(zip(tally.tokens, tally.expected, strict=True)) if a != b]
-    error = math.sqrt(tally.squared_error / tally.squared)
-    tie = tolerance.tie * tally.greatest
-    agreement = 1.0 - sum(tally.margins[at] > tie for at in differing) / len(tally.tokens)
+def _verdict(
+    name: str, schedule: Schedule, known: int, tolerance: Tolerance, comparison: Comparison
+) -> Verdict:
+    first = next((cell for cell in comparison.cells if cell.token != cell.expected), None)
+    agreement, error = comparison.agreement(tolerance.tie), comparison.error
     return Verdict(
         engine=name,
         order=schedule.name,
-        cells=len(tally.tokens),
-        identical=not differing,
+        cells=len(comparison.cells),
+        identical=first is None,
         agreement=agreement,
         error=error,
-        worst=tally.worst / tally.greatest,
-        first_difference=_difference(schedule, known, tally, differing[0]) if differing else None,
+        worst=comparison.worst,
+        first_difference=None if first is None else _difference(schedule.layout, known, first),
         passed=agreement >= tolerance.agreement and error <= tolerance.error,
     )
 
 
-def _difference(schedule: Schedule, known: int, tally: Tally, at: int) -> Difference:
-    """The cell counted at a place, its frame from the first that was decoded."""
-    layout = schedule.layout
-    frame, cell = divmod(tally.cells[at] - layout.first_cell(known), layout.frame_length)
-    row, column = divmod(cell, layout.columns)
-    return Difference(frame, row, column, tally.tokens[at], tally.expected[at], tally.margins[at])
+def _difference(layout: StreamLayout, known: int, cell: Cell) -> Difference:
+    """Where a cell is, its frame counted from the first that was decoded."""
+    frame, place = divmod(cell.position - layout.first_cell(known), layout.frame_length)
+    row, column = divmod(place, layout.columns)
+    return Difference(frame, row, column, cell.token, cell.expected, cell.margin)
 
 
 def check_table(table: Table, schedule: Schedule) -> None:

@@ -82,7 +82,7 @@ def open_session(
     if compat is not None and compat not in COMPAT:
         raise unknown("compat", compat, COMPAT)
     opener = find(backend) if isinstance(backend, str) else backend
-    cpu = with_threads(cpu or CpuOptions(), bundle)
+    cpu = with_threads(cpu or CpuOptions(), bundle.size)
     zero_rows = manifest.layout.frame_start(window) if compat else 0
     options = step_options(manifest, window, cpu=cpu, form=form, zero_rows=zero_rows)
     engine = opener.open_steps(bundle, options)
@@ -142,7 +142,6 @@ def check_slots(manifest: Manifest, engine: Engine, window: int, zero_rows: int)
         )
 
 
-def with_threads(cpu: CpuOptions, bundle: Bundle) -> CpuOptions:
-    """One thread for a model that fits in a core's reach: its products are too short to share."""
-    small = sum(record.bytes for record in bundle.manifest.files.values()) < ONE_THREAD_BYTES
-    return replace(cpu, threads=1) if small and not cpu.threads else cpu
+def with_threads(cpu: CpuOptions, size: int) -> CpuOptions:
+    """One thread for a bundle of few bytes, in a core's reach: its products are too short to share."""
+    return replace(cpu, threads=1) if size < ONE_THREAD_BYTES and not cpu.threads else cpu

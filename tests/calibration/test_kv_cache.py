@@ -168,8 +168,8 @@ def test_the_report_counts_bytes_and_noise(bundle: Bundle) -> None:
             np.random.default_rng(0).normal(size=(200, width)).astype(np.float32), np.arange(200.0)
         )
     described = describe_cache(row_scales(seen, manifest), seen, manifest, "int8")
-    assert described["bytes_before"] == 4 * described["bytes_after"] == 4 * 4 * width
-    assert all(34 < ratio < 46 for ratio in described["signal_to_noise"].values())
+    assert described.bytes_before == 4 * described.bytes_after == 4 * 4 * width
+    assert all(34 < ratio < 46 for ratio in described.signal_to_noise.values())
 
 
 @given(seed=st.integers(0, 1000))

@@ -177,7 +177,7 @@ def test_factors_cancel_exactly(plain: Path, tmp_path: Path, kept: str) -> None:
 def test_without_any_quantised_product_logits_are_those_of_fp32(plain: Path, tmp_path: Path) -> None:
     target = shutil.copytree(plain, tmp_path / "kept.diagd")
     report = quantise(target, "int8", floor=1000.0)
-    assert len(report.kept) == len(report.layers) == 9
+    assert len(report.excluded) == len(report.layers) == 9
     ids, positions = rows()
     exact = logits_of(engine_of(target, "fp32"), ids, positions, slice(None))
     assert np.array_equal(logits_of(engine_of(target, "int8"), ids, positions, slice(None)), exact)
@@ -209,13 +209,13 @@ def test_layers_below_the_floor_stay_in_floating_point(plain: Path, tmp_path: Pa
     errors = sorted(layer.signal_to_noise for layer in quantise(target, "int8-dynamic").layers)
     target = shutil.copytree(plain, tmp_path / "b.diagd")
     report = quantise(target, "int8-dynamic", floor=(errors[2] + errors[3]) / 2)
-    assert len(report.kept) == 3
+    assert len(report.excluded) == 3
     names = {t.name for t in load_graph(target / "step.int8-dynamic.onnx").graph.initializer}
-    assert set(report.kept) <= names
+    assert set(report.excluded) <= names
     written = read_calibration(target / "calibration")
     assert written is not None
     assert written.precisions["int8-dynamic"] == report
-    assert {layer.kept for layer in report.layers} == {None, "floor"}
+    assert {layer.excluded for layer in report.layers} == {None, "floor"}
     assert (target / "calibration" / "int8-dynamic.png").stat().st_size > 5000
 
 
