@@ -165,7 +165,7 @@ class Evaluation:
         return cells.reshape(-1, layout.rows, layout.columns)
 
     def geometry_scores(self, rolled: Streams, geometry: Geometry) -> GeometryScores:
-        """Judge rollouts [B, N] by the geometry of their world."""
+        """Scores of rollouts [B, N] by the geometry of their world."""
         layout, prompt, count = self.model.layout, self.options.prompt, len(rolled)
         cells = self._cells(rolled).reshape(count, -1, layout.rows, layout.columns)
         actions = rolled.reshape(count, -1, layout.frame_length)[:, prompt:, 0] - self.model.codes
@@ -224,7 +224,7 @@ class Drift:
 def measure_drift(
     evaluation: Evaluation, schedule: Schedule, actions: NDArray[np.int64], stretches: int = 10
 ) -> Drift:
-    """Roll out ``actions`` int64 [B, F] behind true prompts and judge the frames stretch by stretch.
+    """Roll out ``actions`` int64 [B, F] behind true prompts and score the frames stretch by stretch.
 
     Raises:
         UsageError: the geometry of the world, by which they are judged, is not known.

@@ -66,7 +66,7 @@ class Geometry:
         return (layout.rows, layout.columns) == (ROWS, COLUMNS) and actions == ACTIONS
 
     def follows(self, before: Tokens, after: Tokens, actions: Tokens) -> Following:
-        """Judge transitions [n, rows, columns] -> [n, rows, columns] under actions [n]."""
+        """Whether transitions [n, rows, columns] -> [n, rows, columns] follow actions [n]."""
         shift = _shift_of(actions)
         expected = np.where(self.is_ground[_tile_ahead(before, actions)], shift, 0)
         agreement = shift_agreement(before, after)
@@ -75,7 +75,7 @@ class Geometry:
         others[rows, expected] = -1.0
         return Following(
             followed=agreement[rows, expected] > others.max(1),
-            counts=_is_telling(before, expected),
+            counts=_is_distinctive(before, expected),
             walks=expected > 0,
             agreement=agreement[rows, expected],
         )
@@ -137,7 +137,7 @@ def _tile_ahead(frames: Tokens, actions: Tokens) -> NDArray[np.int64]:
     return np.asarray(ahead, np.int64)
 
 
-def _is_telling(before: Tokens, expected: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _is_distinctive(before: Tokens, expected: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Whether scrolling as expected differs by `MARGIN` tiles from scrolling in any other way."""
     view = np.asarray(before)[:, :VIEW_ROWS]
     inner = np.stack([view[:, 1 + y : VIEW_ROWS - 1 + y, 1 + x : COLUMNS - 1 + x] for y, x in SHIFTS], axis=1)

@@ -189,12 +189,12 @@ def _content(file: Path) -> bytes:
 def _export_line(path: Path, content: dict[str, Any]) -> str:
     """The command that made a bundle of an earlier schema, as far as its manifest tells."""
     try:
-        return _told_export_line(path, content)
+        return _recorded_export_line(path, content)
     except (AttributeError, TypeError):  # made by hand
         return f"diagd-export --model NAME --output {shlex.quote(str(path))}"
 
 
-def _told_export_line(path: Path, content: dict[str, Any]) -> str:
+def _recorded_export_line(path: Path, content: dict[str, Any]) -> str:
     graphs: list[dict[str, Any]] = content.get("graphs") or []
     graph = graphs[0] if graphs else {}
     forms = dict.fromkeys(entry.get("form", "") for entry in graphs)

@@ -33,7 +33,7 @@ _TICK_SECONDS = 0.02
 """File times are no finer than this: a change within it may leave them as they were."""
 
 _LOG = logging.getLogger(__name__)
-_told: set[str] = set()
+_warned: set[str] = set()
 _swept: set[Path] = set()
 
 
@@ -92,7 +92,7 @@ def write(kind: str, key: str, body: bytes) -> None:
             _swept.add(root)
             _evict(root)
     except OSError as error:
-        _tell(root, error)
+        _warn(root, error)
     finally:
         _discard(partial)
 
@@ -133,7 +133,7 @@ def entry(kind: str, key: str, make: Callable[[Path], None], size: int = 0) -> P
         if not _is_whole(path):
             return None
     except Exception as error:  # whatever is wrong with a cache, it is not what was asked for
-        _tell(root, error)
+        _warn(root, error)
         return None
     _touch(path / ENTRY_NAME)
     return path
@@ -181,7 +181,7 @@ def _make(root: Path, path: Path, make: Callable[[Path], None], size: int) -> No
         if _is_whole(path):
             return
         if os.path.lexists(path):
-            _tell(root, OSError(f"{path} is damaged or another user's; it is made anew"))
+            _warn(root, OSError(f"{path} is damaged or another user's; it is made anew"))
             retired = unfinished_name(path, "retired")
             path.rename(retired)
             _discard(retired)
@@ -238,7 +238,7 @@ def _is_ours(path: Path) -> bool:
 def _root() -> Path | None:
     root = cache_directory()
     if root is None:
-        _tell(Path("cache"), OSError("there is no HOME"))
+        _warn(Path("cache"), OSError("there is no HOME"))
     return root
 
 
@@ -262,11 +262,11 @@ def _folder(root: Path, kind: str) -> Path:
     return root / kind
 
 
-def _tell(root: Path, error: Exception) -> None:
+def _warn(root: Path, error: Exception) -> None:
     """One line a process and reason."""
     reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-    if reason not in _told:
-        _told.add(reason)
+    if reason not in _warned:
+        _warned.add(reason)
         _LOG.warning("going on without the cache at %s: %s (DIAGD_CACHE names another place)", root, reason)
 
 

@@ -47,7 +47,7 @@ def turn(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _acquire(name: Path, path: Path, wait: bool) -> BinaryIO | None:
-    told = False
+    warned = False
     while True:
         file = name.open("a+b", buffering=0)
         try:
@@ -59,8 +59,8 @@ def _acquire(name: Path, path: Path, wait: bool) -> BinaryIO | None:
             elif not wait:
                 file.close()
                 return None
-            elif not told:
-                told = True
+            elif not warned:
+                warned = True
                 file.seek(0)
                 holder = file.read(500).decode(errors="replace") or "another diagd"
                 _LOG.warning("waiting for %s, which writes %s", holder, path)

@@ -23,7 +23,7 @@ CONTENT = b"packed" * 1000
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
-    cache._told.clear()
+    cache._warned.clear()
     cache._swept.clear()
     return tmp_path / "cache"
 
