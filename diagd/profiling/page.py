@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,9 +24,6 @@ INK: Final = "#5d6877"
 POINTS: Final = 600
 """Drawn of a run at most."""
 
-Table = tuple[Sequence[str], list[list[str]]]
-"""Head and rows."""
-
 
 def write_page(path: Path, report: Report) -> None:
     """Write the page.
@@ -44,7 +40,7 @@ def page(report: Report) -> str:
     """The whole page."""
     jinja2 = require("jinja2", extra="report", purpose="write report.html")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["time"] = _time
+    environment.filters |= {"time": _time, "digits": "{:.3g}".format}
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text())
     model, machine = report.model, report.machine
     threads = f"{machine.processor}, {machine.threads} thread{'s' * (machine.threads > 1)}"
@@ -53,14 +49,8 @@ def page(report: Report) -> str:
         report=report,
         title=f"{model.name} {model.precision}",
         where=", ".join(filter(None, (machine.device, threads, machine.platform, created))),
-        best=_best(report),
-        cards=_cards(report),
-        orders=_orders(report),
+        best=max(report.runs, key=lambda run: run.frames_per_second),
         figures=figures(report),
-        start=_start(report),
-        stages=_stages,
-        widths=_widths(report),
-        slow=_slow(report),
     )
     return html
 
@@ -148,87 +138,6 @@ def _roofline(axes: Axes, report: Report) -> None:
 
 def _milliseconds(run: Run) -> NDArray[np.float64]:
     return 1e3 * np.array([sample.seconds for sample in run.samples])
-
-
-def _best(report: Report) -> Run:
-    return max(report.runs, key=lambda run: run.frames_per_second)
-
-
-def _cards(report: Report) -> dict[str, str]:
-    best, first = _best(report), report.runs[0]
-    cards = {
-        "frames a second": f"{best.frames_per_second:.3g}",
-        "decoding order": best.order,
-        f"times {first.order}": f"{best.frames_per_second / first.frames_per_second:.3g}",
-        "first frame": _time(best.time_to_first_frame),
-        "action to picture": _time(best.action_latency.p50),
-        "peak memory": f"{report.peak_memory / 1e9:.2f} GB",
-    }
-    device = {"device memory": f"{report.device_memory / 1e9:.2f} GB"}
-    return cards | (device if report.device_memory else {})
-
-
-def _orders(report: Report) -> Table:
-    """The numbers that are asked for most come first: a phone shows the first columns."""
-    late = next((run.deadlines for run in report.runs if run.deadlines), None)
-    head = (
-        *("order", "frames/s", "action to picture", *([f"later than {late.fps:g}/s"] if late else [])),
-        *("action just missed", "frame p50", "p90", "p99", "jitter", "first frame", "cold frame", "passes"),
-    )
-    rows = []
-    for run in report.runs:
-        frame, deadlines = run.intervals, run.deadlines
-        missed = f"{deadlines.missed} of {deadlines.frames}" if deadlines else "-"
-        times = (run.action_latency_worst.p50, frame.p50, frame.p90, frame.p99, frame.jitter)
-        latency = [_time(run.action_latency.p50), *([missed] if late else [])]
-        rest = map(_time, (*times, run.time_to_first_frame, run.first_run))
-        rows.append([run.order, f"{run.frames_per_second:.3g}", *latency, *rest, str(run.passes)])
-    return head, rows
-
-
-def _start(report: Report) -> Table:
-    """What happened once, before any run."""
-    rows = [
-        [s.name, str(s.seconds.count), _time(s.seconds.total), _time(s.seconds.p50)] for s in report.start
-    ]
-    return ("stage", "count", "total", "p50"), rows
-
-
-def _stages(run: Run) -> Table:
-    rows = []
-    for stage in sorted(run.stages, key=lambda stage: -stage.seconds.total):
-        numbers = stage.seconds
-        times = map(_time, (numbers.p50, numbers.p90, numbers.p99, numbers.max))
-        share = f"{100 * numbers.total / run.wall:.1f} %"
-        rows.append([stage.name, share, _time(numbers.total), str(numbers.count), *times])
-    return ("stage", "of the run", "total", "count", "p50", "p90", "p99", "max"), rows
-
-
-def _widths(report: Report) -> Table:
-    rows = [
-        [
-            f"{run.order}, {width.name}",
-            _time(width.seconds.p50),
-            f"{100 * width.share:.0f} %",
-            width.bound,
-            f"{width.bandwidth / 1e9:.1f}",
-            f"{width.rows:.1f}",
-            f"{width.bytes / 1e6:.4g} MB",
-            f"{width.operations / 1e6:,.4g} M",
-        ]
-        for run in report.runs
-        for width in run.widths
-    ]
-    return ("steps", "time", "of the limit", "bound by", "GB/s", "rows", "bytes", "operations"), rows
-
-
-def _slow(report: Report) -> Table:
-    rows = [
-        [run.order, str(step.step), str(step.rows), _time(step.seconds), _time(step.usual)]
-        for run in report.runs
-        for step in run.slow_steps
-    ]
-    return ("order", "step", "rows", "took", "usual"), rows
 
 
 def _time(seconds: float) -> str:
