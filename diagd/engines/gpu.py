@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from typing_extensions import override
+
 from diagd.bundle import Bundle, Form
-from diagd.engines.backend import Graph, StepOptions, graphs_of
+from diagd.engines.backend import Backend, Graph, StepOptions, graphs_of
 from diagd.engines.ceilings import Ceilings, device_ceilings
 from diagd.engines.devices.cuda import CudaDevice, describe_device, open_driver
 from diagd.engines.devices.device import Device
@@ -26,31 +28,34 @@ from diagd.engines.tensorrt.program import TensorRTProgram
 AnyDevice = TypeVar("AnyDevice", bound=Device)
 
 
-class Cuda:
+class Cuda(Backend):
     """ONNX Runtime's CUDA provider, on the first GPU."""
 
     name = "cuda"
     forms: tuple[Form, ...] = (Form.MODERN,)
 
+    @override
     def describe(self) -> str:
         """The GPU, its driver and the backend."""
         described = describe_device(open_driver())
         return f"{described.name}, driver {described.driver}, {self.name}"
 
+    @override
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
-        """See ``Backend.open_steps``."""
         with closed_on_failure(CudaDevice()) as device:
             return open_cuda(bundle, device, options)
 
+    @override
     def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:
-        """See ``Backend.open_graph``: pixels and texts stay on the GPU that decodes their tokens."""
+        """Pixels and texts stay on the GPU that decodes their tokens."""
         del digest, options
         session = open_cuda_session(path)
         names = [output.name for output in session.get_outputs()]
         return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
+    @override
     def ceilings(self, threads: int = 0) -> Ceilings:
-        """See ``Backend.ceilings``; the product is that of the backend's own library."""
+        """The product is that of the backend's own library."""
         del threads
         with closing(CudaDevice()) as device:
             return device_ceilings(device, partial(self._product, device))
@@ -70,8 +75,8 @@ class TensorRT(Cuda):
     forms = (Form.MODERN, Form.PORTABLE)
     runtime: str | None = None
 
+    @override
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
-        """See ``Backend.open_steps``."""
         with closed_on_failure(CudaDevice()) as device:
             return open_tensorrt(bundle, options.tokens, device, runtime=self.runtime, graphs=options.graphs)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from typing_extensions import override
+
 from diagd.bundle import Bundle, Form
-from diagd.engines.backend import Graph, StepOptions, choose_form, graphs_of
+from diagd.engines.backend import Backend, Graph, StepOptions, choose_form, graphs_of
 from diagd.engines.ceilings import Ceilings, processor_ceilings
 from diagd.engines.devices.host import HostDevice
 from diagd.engines.engine import Engine
@@ -18,18 +20,19 @@ from diagd.engines.prefix import PrefixEngine
 from diagd.engines.program import Tensor
 
 
-class Processor:
+class Processor(Backend):
     """Runs the prefix form, whose cost follows the slots in use; the forms of GPUs too, to compare with."""
 
     name = "cpu"
     forms = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
 
+    @override
     def describe(self) -> str:
         """It needs no name."""
         return ""
 
+    @override
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
-        """See ``Backend.open_steps``."""
         form = choose_form(bundle, options.form, self.forms)
         if form is Form.PREFIX:
             graphs_of(bundle, form)
@@ -37,14 +40,14 @@ class Processor:
             return PrefixEngine(bundle, options.slots, options.tokens, options.cpu, watch=watch)
         return open_fixed(bundle, form, options)
 
+    @override
     def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:
-        """See ``Backend.open_graph``."""
         session = open_session(path, digest, options)
         names = [output.name for output in session.get_outputs()]
         return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
+    @override
     def ceilings(self, threads: int = 0) -> Ceilings:
-        """See ``Backend.ceilings``."""
         return processor_ceilings(threads)
 
 
