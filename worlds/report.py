@@ -21,7 +21,9 @@ from worlds.metrics import Estimate
 def write_scores(path: Path, scores: Sequence[Scores], extra: dict[str, Any]) -> None:
     """Write the figures as JSON, with ``extra`` entries beside them."""
     with atomic_file(path) as partial:
-        partial.write_text(json.dumps({"schedules": [asdict(s) for s in scores]} | extra, indent=1) + "\n")
+        partial.write_text(
+            json.dumps({"schedules": [asdict(s) for s in scores]} | extra, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def scores_table(scores: Sequence[Scores]) -> Table:

@@ -23,6 +23,7 @@ from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError, unknown
 from diagd.export.families.world import World, WorldDescription, save_world
 from diagd.export.transformer import Transformer
+from diagd.runtime.arrays import read_arrays
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import check_device
 from diagd.tuning.forced_batch import ForcedBatch, ForcedPasses, forced_loss
@@ -193,8 +194,11 @@ def _codebook(options: TrainOptions) -> tuple[NDArray[np.uint8], int]:
         codebook, used = fit_codebook(videos, codes=options.codes, side=options.patch, seed=options.seed)
         with atomic_file(path) as partial:
             np.savez(partial, codebook=codebook, used=used)
-    with np.load(path, allow_pickle=False) as file:
-        return file["codebook"], int(file["used"])
+    found = read_arrays(path, ("codebook", "used"), "codebook")
+    shape = (options.codes, options.patch, options.patch, 3)
+    if found.keys() != {"codebook", "used"} or found["codebook"].shape != shape or found["used"].size != 1:
+        raise UsageError(f"{path} holds no {options.codes} codes of this recipe; give another output folder")
+    return found["codebook"].astype(np.uint8), int(found["used"])
 
 
 class _Trainer:
@@ -232,7 +236,7 @@ class _Trainer:
             save_world(options.output, world, options.recipe())
 
     def _log(self, progress: Progress, report: Report | None) -> None:
-        with (self.options.output / "log.jsonl").open("a") as file:
+        with (self.options.output / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(progress)) + "\n")
         if report is not None:
             report(progress)
@@ -244,8 +248,8 @@ class _Trainer:
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
-        with atomic_file(self.checkpoint) as path:
-            torch.save(state, path)
+        with atomic_file(self.checkpoint) as path, path.open("wb") as file:
+            torch.save(state, file)  # given a path, it would write its name
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True, map_location=self.device)

@@ -222,5 +222,5 @@ def seal(directory: Path, manifest: Manifest) -> Manifest:
         if file.is_file() and file.name != MANIFEST_NAME
     }
     sealed = manifest.model_copy(update={"files": files})
-    (directory / MANIFEST_NAME).write_text(sealed.model_dump_json(indent=2) + "\n")
+    (directory / MANIFEST_NAME).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return sealed

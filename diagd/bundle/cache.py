@@ -191,7 +191,7 @@ def _make(root: Path, path: Path, make: Callable[[Path], None], size: int) -> No
             partial.mkdir()
             make(partial)
             files = {file.name: [file.stat().st_size, digest(file)] for file in partial.iterdir()}
-            (partial / ENTRY_NAME).write_text(json.dumps(files))
+            (partial / ENTRY_NAME).write_text(json.dumps(files), encoding="utf-8")
             for file in (*partial.iterdir(), partial):
                 sync(file)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import logging
 import os
@@ -49,7 +50,7 @@ def host() -> str:
     """Short name of this machine and of its process numbers, which repeat across machines and containers."""
     parts = [platform.node()]
     with suppress(OSError):
-        parts.append(Path("/etc/machine-id").read_text())
+        parts.append(Path("/etc/machine-id").read_text(encoding="utf-8"))
     with suppress(OSError, NotImplementedError):
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
     return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()[:8]
@@ -65,27 +66,37 @@ def is_unfinished(name: str) -> bool:
     return _UNFINISHED.fullmatch(name) is not None
 
 
-def clear_leftovers(path: Path) -> None:
-    """Remove what killed runs left beside ``path``; what one of them had moved away comes back.
+def leftovers(path: Path) -> list[tuple[Path, str, str]]:
+    """What killed runs left beside ``path``: the entry, the run (a name) and ``partial`` or ``retired``.
 
-    Names of processes that are alive, and of other machines and containers, are left alone.
+    Names of processes that are alive, and of other machines and containers, are left out.
     """
     pattern = re.compile(
-        rf"\.{re.escape(path.name)}\.{host()}\.(\d+)\.[0-9a-f]{{6}}\.(partial|retired)(\.[^.]*)?"
+        rf"\.{re.escape(path.name)}\.{host()}\.((\d+)\.[0-9a-f]{{6}})\.(partial|retired)(\.[^.]*)?"
     )
-    for entry in path.parent.iterdir():
-        match = pattern.fullmatch(entry.name)
-        if match is None or _is_alive(int(match[1])):
-            continue
-        if match[2] == "retired" and not path.exists():
+    found = [(entry, match) for entry in path.parent.iterdir() if (match := pattern.fullmatch(entry.name))]
+    return [(entry, match[1], match[3]) for entry, match in found if not _is_alive(int(match[2]))]
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed runs left beside ``path``; what one of them had moved away comes back."""
+    left = leftovers(path)
+    unfinished = {run for _, run, kind in left if kind == "partial"}
+    for entry, run, kind in sorted(left, key=lambda one: one[2], reverse=True):
+        if kind == "retired" and (run in unfinished or not path.exists()):
+            _remove(path)  # what is there, if anything, is the rest of it
             entry.replace(path)
             _LOG.warning("put back %s, which a run that was killed had moved away", path)
             continue
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+        _remove(entry)
         _LOG.warning("removed %s, left by a run that was killed", entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:
@@ -137,7 +148,8 @@ def atomic_directory(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
-    partial, retired = unfinished_name(path), unfinished_name(path, "retired")
+    partial = unfinished_name(path)
+    retired = partial.with_suffix(".retired")
     partial.mkdir()
     try:
         yield partial
@@ -163,8 +175,23 @@ def _swap(new: Path, path: Path, retired: Path) -> None:
     if path.exists():
         if _exchange(new, path):
             return
-        path.replace(retired)
+        try:
+            path.replace(retired)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            _copy_away(path, retired)  # a folder of a container's image cannot be renamed
     new.replace(path)
+
+
+def _copy_away(path: Path, retired: Path) -> None:
+    copy = unfinished_name(path)
+    try:
+        shutil.copytree(path, copy, symlinks=True)
+        copy.replace(retired)
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+    shutil.rmtree(path)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from diagd.bundle.files import is_unfinished, unfinished_name
@@ -16,7 +17,6 @@ BEGINNINGS: Mapping[str, tuple[int, tuple[bytes, ...]]] = {
     ".mp4": (4, (b"ftyp",)),
     ".gif": (0, (b"GIF8",)),
     ".png": (0, (b"\x89PNG",)),
-    ".json": (0, (b"{",)),
     ".safetensors": (8, (b"{",)),
 }
 """How files of a kind begin: at which byte, and with what."""
@@ -35,6 +35,7 @@ def bundle_target(path: Path, option: str = "--output") -> Path:
             f"{option} {path}: the folder is no bundle and not empty (it holds {_some(others)}); "
             "nothing is replaced: name one that is not there yet, or remove it yourself"
         )
+    _try(place if place.exists() else _first_there(place) / place.name, option)
     return place
 
 
@@ -57,6 +58,7 @@ def folder_target(path: Path, marks: Mapping[str, bytes], what: str, option: str
             f"{option} {path}: the folder is not empty (it holds {_some(others)}) and not {what}; "
             "nothing is replaced: name one that is not there yet, or remove it yourself"
         )
+    _try(_first_there(place) / place.name, option)
     return place
 
 
@@ -82,7 +84,8 @@ def file_target(
         kinds = f"{', '.join(most)} or {last}" if most else last
         raise UsageError(f"{option} {path}: expected a name ending in {kinds}")
     if not place.parent.is_dir():
-        raise UsageError(f"{option} {path}: the directory {path.parent} does not exist; make it first")
+        why = "is no directory" if place.parent.exists() else "does not exist; make it first"
+        raise UsageError(f"{option} {path}: the directory {place.parent} {why}")
     kind = (0, (begins,)) if begins else BEGINNINGS[path.suffix.lower()]
     if place.exists() and not (place.is_file() and _is_of_kind(place, *kind)):
         raise UsageError(
@@ -93,26 +96,45 @@ def file_target(
     return place
 
 
-def is_empty_path(path: str | Path) -> bool:
-    """Whether a path names nothing of its own: an empty variable, or the folder one is in."""
-    return os.fspath(path) in ("", ".")
+def check_apart(path: Path, read: Mapping[str, Path | None], option: str = "--output") -> None:
+    """Refuse an output that is one of the files that are read, which are given by their options.
+
+    Raises:
+        UsageError: it is.
+    """
+    for reader, source in read.items():
+        if source is not None and source.exists() and path.exists() and path.samefile(source):
+            raise UsageError(f"{option} {path} is what {reader} reads; give another name")
+
+
+def is_where_one_works(path: Path) -> bool:
+    """Whether a path is empty, the folder one works in, or one above it."""
+    if os.fspath(path) in ("", "."):
+        return True
+    return Path.cwd().resolve().is_relative_to(path.resolve())
 
 
 def _resolved(path: Path, option: str) -> Path:
-    if is_empty_path(path):
-        raise UsageError(
-            f"{option} is empty or '.': the folder one works in is not replaced; name what is to be written"
-        )
     try:
-        return path.resolve()
+        if not is_where_one_works(path):
+            return path.resolve()
     except (OSError, RuntimeError) as error:  # links that go round in circles
         raise UsageError(f"{option} {path}: {error}; check the path") from error
+    raise UsageError(
+        f"{option} is empty or '.' or above it: the folder one works in is not replaced; name what is to be "
+        "written"
+    )
+
+
+def _first_there(path: Path) -> Path:
+    """The path, or the nearest folder above that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _folder(path: Path, option: str, what: str) -> Path:
     place = _resolved(path, option)
-    there = next(folder for folder in (place, *place.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    there = _first_there(place)
+    if not there.is_dir():
         raise UsageError(
             f"{option} {path}: {there} is no directory that can be written to, and {what} is one; "
             "give another place"
@@ -135,7 +157,8 @@ def _try(place: Path, option: str) -> None:
             f"{option} {place}: {place.parent} cannot be written to ({error.strerror}); give another place"
         ) from error
     finally:
-        trial.unlink(missing_ok=True)
+        with suppress(OSError):
+            trial.unlink(missing_ok=True)
 
 
 def _others(folder: Path) -> list[str]:

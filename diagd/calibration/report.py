@@ -164,4 +164,4 @@ def add_report(directory: Path, model: str, report: PrecisionReport) -> None:
     known = read_calibration(directory) or CalibrationReport(model=model)
     whole = known.model_copy(update={"precisions": {**known.precisions, report.precision: report}})
     with atomic_file(directory / REPORT_NAME) as partial:
-        partial.write_text(whole.model_dump_json(indent=2) + "\n")
+        partial.write_text(whole.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -127,7 +127,7 @@ def _align(args: argparse.Namespace, settings: AlignSettings, report: Report) ->
     from diagd.tuning.align_checkpoint import align_checkpoint
 
     source, output = _open(args), Path(args.output)
-    _check_output(args, source)
+    _check_output(args, source, settings.text)
     options = _options(args, settings, source.config.layout)
     text = read_text(settings.text) if settings.text else None
     if source.bundle is not None:
@@ -145,9 +145,9 @@ def _align(args: argparse.Namespace, settings: AlignSettings, report: Report) ->
     return output
 
 
-def _check_output(args: argparse.Namespace, source: _Source) -> None:
+def _check_output(args: argparse.Namespace, source: _Source, text: Path | None) -> None:
     """Refuse an output that would take something away, the weights that are read included."""
-    from diagd.bundle.targets import bundle_target, file_target, folder_target
+    from diagd.bundle.targets import bundle_target, check_apart, file_target, folder_target
 
     if source.bundle is not None:
         place = bundle_target(args.output)
@@ -157,6 +157,7 @@ def _check_output(args: argparse.Namespace, source: _Source) -> None:
         place = folder_target(args.output, {"config.json": b'"patch"'}, "a trained world")
     if str(place) == str(Path(args.source).resolve()):
         raise UsageError(f"--output {args.output} is what is read; give another place")
+    check_apart(place, {"--data": args.data, "--set text": text})
 
 
 def _open(args: argparse.Namespace) -> _Source:

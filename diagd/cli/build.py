@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from diagd.bundle.targets import is_empty_path
+from diagd.bundle.targets import is_where_one_works
 from diagd.cli import terminal
 from diagd.cli.paths import path
 from diagd.cli.settings import add_set_option, parse_settings
@@ -63,8 +63,10 @@ def run(args: argparse.Namespace) -> int:
     from diagd.engines.tensorrt.opening import compile_engine
 
     settings = parse_settings(BuildSettings, args.settings)
-    if is_empty_path(args.bundle):
-        raise UsageError("bundle '.': the folder one works in is not written to; name it from outside")
+    if is_where_one_works(args.bundle):
+        raise UsageError(
+            f"bundle {args.bundle}: the folder one works in is not written to; name it from outside"
+        )
     console, bundle = terminal.console(), Bundle.open(args.bundle).at_precision(args.precision)
     trt = import_tensorrt(args.runtime)
     request = _request(args, settings, bundle)

@@ -45,7 +45,7 @@ class CalibrateSettings(BaseModel):
     )
     threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
     floats: str = Field("fp16", description="of GPU graphs beside their quantised products: fp16 or fp32")
-    frames: int = Field(256, ge=1, description="frames taken from a video, its last ones")
+    frames: int = Field(256, ge=1, le=1_000_000, description="frames taken from a video, its last ones")
     resize: bool = Field(False, description="resize frames of another size")
 
 

@@ -52,7 +52,9 @@ class GenerateSettings(BaseModel):
     words: str | None = Field(None, description="text for the encoder t5, in place of embeddings")
     t5: Path | None = Field(None, description="folder of a T5 encoder")
     resize: bool = Field(False, description="resize a prompt of another size")
-    prompt_frames: int = Field(1, ge=1, description="frames taken from a prompt video, its last ones")
+    prompt_frames: int = Field(
+        1, ge=1, le=1_000_000, description="frames taken from a prompt video, its last ones"
+    )
     fps: float | None = Field(None, gt=0, description="of the video written (default: the model's)")
     prepack: bool = Field(True, description="cache packed weights on this machine")
 
@@ -76,6 +78,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate and write the frames; nothing is written on failure."""
     from diagd.bundle import Bundle
+    from diagd.bundle.targets import check_apart
     from diagd.engines import backend
     from diagd.engines.onnxruntime_session import CpuOptions
     from diagd.runtime.load import open_session
@@ -84,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
 
     settings = parse_settings(GenerateSettings, args.settings)
     check_output(args.output)
+    read = {"--prompt": args.prompt, "--actions": args.actions, "--set text": settings.text}
+    check_apart(args.output, read)
     bundle = Bundle.open(args.bundle)
     compat = settings.compat is not None
     schedule = parse_schedule(args, bundle.manifest, refeed=settings.refeed and not compat, keep_seeds=compat)

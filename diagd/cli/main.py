@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from diagd.cli.terminal import streams
 from diagd.errors import DependencyError, DiagdError, UsageError
@@ -41,14 +44,13 @@ GROUP = "diagd.verbs"
 PRINTERS = ("models", "doctor", "inspect", "plan", "verify")
 """Verbs whose result is what they print."""
 
-INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``diagd VERB ...`` and return its exit code, whoever listens to what it says."""
     given = list(sys.argv[1:] if argv is None else argv)
-    with streams() as (out, errors):
+    with streams() as (out, errors), _stoppable():
         try:
             module, args = _parse(given)
         except DependencyError as error:
@@ -61,6 +63,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, "json", False) or args.verb in PRINTERS:
                 return code or UsageError.exit_code
     return code
+
+
+class Stopped(KeyboardInterrupt):
+    """Another signal that ends a process; the verb cleans up as it does for Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = number
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let the signals of a closed terminal and of service managers end a verb as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        names = []  # nobody else may
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    ours = {number: handler for number, handler in before.items() if handler is signal.SIG_DFL}
+    try:
+        for number in ours:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def _parse(given: list[str]) -> tuple[ModuleType, argparse.Namespace]:
@@ -148,9 +179,14 @@ def _run(module: ModuleType, args: argparse.Namespace) -> int:
         )
         sys.stderr.write(f"error: {where}{error.strerror or error}; {remedy}\n")
         return UsageError.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write("interrupted\n")
-        return INTERRUPTED
+        return 128 + (error.signal if isinstance(error, Stopped) else signal.SIGINT)
+    except MemoryError:
+        if args.debug:
+            traceback.print_exc()
+        sys.stderr.write("error: there is not enough memory; close other programs, or ask for less at once\n")
+        return UsageError.exit_code
     except Exception as error:  # the user gets one line; --debug shows the rest
         if args.debug:
             traceback.print_exc()

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from diagd.profiling.profile import profile
 
     options = _options(args)
-    output = args.output or Path(f"{args.bundle.name.removesuffix('.diagd')}.profile")
+    output = args.output or Path(f"{args.bundle.resolve().name.removesuffix('.diagd')}.profile")
     folder_target(output, {"report.json": b'"schema_version"'}, "a report of diagd-profile")
     if args.trace:
         _check_trace(args.trace, output)

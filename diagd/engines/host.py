@@ -26,7 +26,7 @@ def cores() -> int:
 def _processor() -> dict[str, str]:
     """Fields of the first processor of /proc/cpuinfo; none where there is no such file."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().partition("\n\n")[0].splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").partition("\n\n")[0].splitlines() if info.is_file() else []
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
@@ -51,7 +51,7 @@ def memory_bytes() -> int:
     total = _configured("SC_PHYS_PAGES") or _windows_memory() or UNKNOWN_MEMORY
     limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
     for limit in limits:
-        if limit.is_file() and (content := limit.read_text().strip()).isdigit():
+        if limit.is_file() and (content := limit.read_text(encoding="utf-8").strip()).isdigit():
             return min(total, int(content))
     return total
 
@@ -60,7 +60,7 @@ def available_bytes() -> int | None:
     """Memory that can be had without swapping; None where the system does not say."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return _configured("SC_AVPHYS_PAGES")

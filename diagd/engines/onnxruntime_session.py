@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 from diagd.bundle import cache
 from diagd.engines.buffers import ALIGNMENT
 from diagd.engines.host import cores, processor_features
-from diagd.errors import EngineError, require
+from diagd.errors import EngineError, UsageError, require
 
 if TYPE_CHECKING:
     import onnxruntime
 
 SPIN_MICROSECONDS = 50
 """Idle worker threads spin this long: enough to bridge the gaps inside a step, harmless on a busy machine."""
+
+MOST_THREADS = 1024
+"""More than any machine has cores: they would only take memory and time to start."""
 
 UNWANTED = ["MatMulAddFusion"]
 """It makes a product and its residual one Gemm, which hides the product from the fusion with Q/DQ."""
@@ -37,6 +40,10 @@ class CpuOptions:
     threads: int = 0
     prepack: bool = True
     fuse: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise UsageError(f"{self.threads} threads; expected 1 to {MOST_THREADS}, or 0 for one a core")
 
     def suiting(self, precision: str) -> CpuOptions:
         """These options for a step graph of a precision: products of FP8 cannot be fused."""

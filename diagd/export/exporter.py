@@ -159,10 +159,13 @@ class Exporter:
         if self._tokenizer and sources.tokenizer is not None:
             check(sources.tokenizer, self._tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
         self._check_disk(output)
+        ResumableWeights.recover(place, WEIGHTS_NAME)
         with atomic_bundle(place) as directory:
             partial = self._write_weights(place, sources.transformer, progress)
-            with partial.moved_to(directory / WEIGHTS_NAME):
-                return self._write_rest(directory, sources, progress)
+            with partial.placed_at(directory / WEIGHTS_NAME):
+                manifest = self._write_rest(directory, sources, progress)
+        partial.discard()
+        return manifest
 
     def _write_rest(self, directory: Path, sources: Sources, progress: Progress) -> Manifest:
         """Graphs, tokenizer and manifest beside the weights."""

@@ -8,10 +8,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diagd.bundle import cache
+from diagd.bundle.files import leftovers
+from diagd.bundle.lock import turn
 from diagd.export.checkpoints import Checkpoint
 from diagd.export.weights import Placement
+from diagd.version import __version__
 
 SYNC_BYTES = 256 << 20
 """Tensors count as written once their bytes are on the disk, which is waited for after about so many."""
@@ -51,9 +55,13 @@ class ResumableWeights:
             self._sync()
 
     @contextmanager
-    def moved_to(self, path: Path) -> Iterator[None]:
-        """Put the complete file in its place; it comes back if the block is interrupted."""
+    def placed_at(self, path: Path) -> Iterator[None]:
+        """Put the complete file in its place; it comes back if the block is interrupted.
+
+        Until ``discard`` the journal tells which file it is: ``recover`` finds it if the run is killed.
+        """
         self.sync()
+        self._note({"placed": _stamp(self.path)})
         self.path.replace(path)
         try:
             yield
@@ -63,7 +71,17 @@ class ResumableWeights:
         except BaseException:
             path.replace(self.path)
             raise
-        self.discard()
+
+    @classmethod
+    def recover(cls, output: Path, name: str) -> None:
+        """Take back the file ``name`` that a killed run had placed in the bundle it was making."""
+        home = cls.path_of(output)
+        with turn(output):
+            notes = _notes(home.with_suffix(".journal"))[1]
+            for entry, _, _ in leftovers(output) if notes else ():
+                file = entry / name
+                if file.is_file() and notes[-1].get("placed") == _stamp(file):
+                    file.replace(home)
 
     def discard(self) -> None:
         """Forget everything."""
@@ -71,33 +89,47 @@ class ResumableWeights:
         self._journal.unlink(missing_ok=True)
 
     def _read(self) -> set[str]:
-        try:
-            lines = self._journal.read_text().splitlines()
-        except OSError:
-            lines = []
-        if not lines or lines[0] != self._key or not self.path.is_file():
-            self.discard()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-            self._journal.write_text(self._key + "\n")
-            return set()
-        return set(lines[1:])
+        key, notes = _notes(self._journal)
+        sizes = [note["bytes"] for note in notes if "bytes" in note]
+        if key == self._key and sizes and self.path.is_file() and self.path.stat().st_size >= sizes[-1]:
+            return {name for note in notes for name in note.get("tensors", ())}
+        self.discard()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        self._journal.write_text(self._key + "\n", encoding="utf-8")
+        return set()
 
     def _sync(self) -> None:
         with self.path.open("r+b") as file:
             os.fsync(file.fileno())
-        with self._journal.open("a") as journal:
-            journal.write("".join(f"{name}\n" for name in self._pending))
+            size = os.fstat(file.fileno()).st_size
+        self._note({"tensors": self._pending, "bytes": size})
         self._pending, self._pending_bytes = [], 0
+
+    def _note(self, note: dict[str, Any]) -> None:
+        with self._journal.open("a", encoding="utf-8") as journal:
+            journal.write(json.dumps(note) + "\n")
+
+
+def _notes(journal: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The key of a journal and its notes; none where it is not as it was written."""
+    try:
+        key, *lines = journal.read_text(encoding="utf-8").splitlines()
+        return key, [dict(json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError, RecursionError):
+        return "", []
+
+
+def _stamp(file: Path) -> list[int]:
+    """What tells a file from others whatever its name."""
+    status = file.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def is_resumable(output: Path) -> bool:
     """Whether an export to ``output`` would find finished tensors."""
     weights = ResumableWeights.path_of(output.resolve())
-    try:
-        return weights.is_file() and len(weights.with_suffix(".journal").read_text().splitlines()) > 1
-    except OSError:
-        return False
+    return weights.is_file() and bool(_notes(weights.with_suffix(".journal"))[1])
 
 
 def shown_source(source: str) -> str:
@@ -127,4 +159,4 @@ def export_key(source: Checkpoint, placements: Mapping[str, Placement]) -> str:
         files = _files(path) or [path]
         stamps = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
     layout = [[name, p.offset, p.length, p.dtype.name] for name, p in placements.items()]
-    return hashlib.sha256(json.dumps([source.source, stamps, layout]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([__version__, source.source, stamps, layout]).encode()).hexdigest()

@@ -33,7 +33,7 @@ def write_page(path: Path, report: Report) -> None:
     """
     html = page(report)
     with atomic_file(path) as partial:
-        partial.write_text(html)
+        partial.write_text(html, encoding="utf-8")
 
 
 def page(report: Report) -> str:
@@ -41,7 +41,7 @@ def page(report: Report) -> str:
     jinja2 = require("jinja2", extra="report", purpose="write report.html")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"time": _time, "digits": "{:.3g}".format}
-    template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text())
+    template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
     model, machine = report.model, report.machine
     threads = f"{machine.processor}, {machine.threads} thread{'s' * (machine.threads > 1)}"
     created = f"{report.created[:16].replace('T', ' ')} UTC"

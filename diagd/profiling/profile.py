@@ -113,7 +113,7 @@ class Profile:
         """Write a file for chrome://tracing or ui.perfetto.dev."""
         with atomic_file(path) as partial_file:
             content = {"traceEvents": self.trace_events(), "displayTimeUnit": "ms"}
-            partial_file.write_text(json.dumps(content))
+            partial_file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _events(timeline: Timeline, thread: int, origin: float) -> list[dict[str, Any]]:

@@ -211,7 +211,7 @@ class Report(_Record):
     def write(self, path: Path) -> None:
         """Write as JSON."""
         with atomic_file(path) as partial:
-            partial.write_text(self.model_dump_json(indent=1) + "\n")
+            partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def read_report(path: Path) -> Report:
@@ -221,7 +221,7 @@ def read_report(path: Path) -> Report:
         UsageError: it cannot be read, is no report, or is of a later version.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is no report of diagd-profile: {error}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None

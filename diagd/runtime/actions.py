@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from diagd.errors import UsageError, unknown
 
 MAX_REPEAT = 100_000
 """Most frames one line may hold an action for."""
+
+MAX_FRAMES = 10_000_000
+"""Most frames of a file: eleven days of a world at ten frames a second."""
 
 
 def encode(codec: ActionCodec, action: Mapping[str, object]) -> NDArray[np.int32]:
@@ -62,12 +66,16 @@ def read_actions(path: str | Path, codec: ActionCodec) -> NDArray[np.int32]:
         UsageError: the file cannot be read or is empty, or a line is wrong; the message has its number.
     """
     rows: list[NDArray[np.int32]] = []
+    total = 0
     for number, line in enumerate(_lines(Path(path)), start=1):
         if not line.strip():
             continue
         try:
             action = _parse(line)
             frames = _repeat(action.pop("repeat", 1))
+            total += frames
+            if total > MAX_FRAMES:
+                raise UsageError(f"the file holds more than {MAX_FRAMES:,} frames; split it")
             if "keyboard" in action or "mouse" in action:
                 action = _from_events(codec, action)
             rows.append(np.tile(encode(codec, action), (frames, 1)))
@@ -80,7 +88,7 @@ def read_actions(path: str | Path, codec: ActionCodec) -> NDArray[np.int32]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} is not UTF-8 text ({error.reason}); expected one JSON object a line"
@@ -91,7 +99,7 @@ def _lines(path: Path) -> list[str]:
 
 def _parse(line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line, parse_constant=_no_constant)
+        record = json.loads(line, parse_constant=_no_constant, object_pairs_hook=_once)
     except RecursionError:
         raise UsageError(f"not an action (nested too deep): {line.strip()[:60]}") from None
     except ValueError as error:
@@ -108,6 +116,14 @@ def _parse(line: str) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise UsageError(f"expected a finite number, got {name}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise UsageError(f"'{twice}' is given twice; give it once")
+    return record
 
 
 def _repeat(value: object) -> int:
@@ -137,7 +153,10 @@ def _from_events(codec: ActionCodec, record: Mapping[str, Any]) -> dict[str, obj
 def _events(raw: RawInput, record: Mapping[str, Any]) -> tuple[set[str], list[float]]:
     """Pressed buttons, and (pitch, yaw) in degrees."""
     mouse = {"dx": 0.0, "dy": 0.0, "buttons": [], **record.get("mouse", {})}
-    pressed = {raw.keys[key] for key in record.get("keyboard", {}).get("keys", []) if key in raw.keys}
+    keys = record.get("keyboard", {}).get("keys", [])
+    if not isinstance(keys, list) or not isinstance(mouse["buttons"], list):
+        raise TypeError("keys and buttons are lists")
+    pressed = {raw.keys[key] for key in keys if key in raw.keys}
     pressed |= {name for number, name in enumerate(raw.mouse_buttons) if number in mouse["buttons"]}
     camera = [float(mouse[axis]) * raw.degrees_per_pixel for axis in ("dy", "dx")]
     return pressed, [float(int(degrees)) for degrees in camera] if raw.whole_degrees else camera

@@ -1,16 +1,21 @@
-"""Arrays from .npy files, whose headers are checked before anything is believed."""
+"""Arrays from .npy and .npz files, whose headers are checked before anything is believed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
+from typing import IO
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diagd.engines.host import available_bytes
 from diagd.errors import UsageError
 
 _MAGIC = b"\x93NUMPY"
+_NUMBERS = "biuf"
 
 
 def read_array(path: Path, what: str) -> NDArray[np.generic]:
@@ -27,22 +32,58 @@ def read_array(path: Path, what: str) -> NDArray[np.generic]:
         with path.open("rb") as file:
             _check(file.read(len(_MAGIC)))
             file.seek(0)
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = read(file)
-            held, said = path.stat().st_size - file.tell(), math.prod(shape) * dtype.itemsize
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects, not numbers")
-        if held != said or min(shape, default=0) < 0:
-            raise ValueError(f"its header says {dtype} {list(shape)}, {said} bytes; it has {held}")
-        return np.asarray(np.load(path, allow_pickle=False))
+            return _read(file, path.stat().st_size, _NUMBERS)
     except Exception as error:  # NumPy raises whatever its parsers meet
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UsageError(f"{path} is no .npy array of {what}: {reason}") from error
+        raise UsageError(f"{path} is no .npy array of {what}: {_reason(error)}") from error
+
+
+def read_arrays(path: Path, names: Collection[str], what: str) -> dict[str, NDArray[np.generic]]:
+    """Read arrays of numbers or text from a .npz file; those that it lacks are left out.
+
+    Args:
+        path: of the file; its content decides, not its name.
+        names: of the arrays.
+        what: the file should be, for the message.
+
+    Raises:
+        UsageError: it is missing, another kind of file, cut off, or an array is not what its header says.
+    """
+    try:
+        with ZipFile(path) as archive:
+            held = {info.filename: info for info in archive.infolist()}
+            found = {}
+            for name in names:
+                if (info := held.get(f"{name}.npy")) is not None:
+                    with archive.open(info) as file:
+                        found[name] = _read(file, info.file_size, _NUMBERS + "U")
+        return found
+    except Exception as error:  # so do zipfile and its decompressors
+        raise UsageError(f"{path} is no {what}: {_reason(error)}") from error
+
+
+def _read(file: IO[bytes], size: int, kinds: str) -> NDArray[np.generic]:
+    """The array of an open .npy file of ``size`` bytes."""
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, not numbers")
+    if dtype.kind not in kinds:
+        raise ValueError(f"it holds {dtype}, expected numbers")
+    held, said = size - file.tell(), math.prod(shape) * dtype.itemsize
+    if held != said or min(shape, default=0) < 0:
+        raise ValueError(f"its header says {dtype} {list(shape)}, {said} bytes; it has {held}")
+    free = available_bytes()
+    if free is not None and said > free:
+        raise ValueError(f"it takes {said / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free")
+    file.seek(0)
+    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
 
 
 def _check(begin: bytes) -> None:

@@ -72,7 +72,8 @@ def read_text(path: Path) -> Float:
         ) from error
     if len(found) != 1:
         raise UsageError(f"{path} holds {len(found)} tensors; expected one, text embeddings [n, width]")
-    text = np.ascontiguousarray(found[0], dtype=np.float32)
+    with np.errstate(over="ignore"):  # what is too large is infinite, which is refused
+        text = np.ascontiguousarray(found[0], dtype=np.float32)
     text = text[0] if text.ndim == 3 and len(text) == 1 else text
     if text.ndim != 2 or not np.isfinite(text).all():
         raise UsageError(

@@ -39,6 +39,11 @@ _BT709: Final = 1
 _TALL: Final = 720
 """From this height on, videos that do not name their matrix are BT.709, others BT.601: so players take it."""
 
+_MOST_PIXELS: Final = 1 << 27
+"""Of a picture that is read: more than any camera takes, and half a gigabyte; a header may say anything."""
+_IMAGES: Final = ("image2", "gif", "apng")
+"""Containers whose pixels are taken to be square, whatever they say: so browsers show them."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -52,8 +57,9 @@ def read_frames(
 ) -> NDArray[np.uint8]:
     """Read a video, or an image as a video of one frame, as players show it.
 
-    Pictures are turned as their file says, and what is transparent is black. They are scaled while they are
-    decoded: memory is that of the result.
+    Pictures are turned as their file says, and what is transparent is black. Pixels of a video that are not
+    square count as wide as they are shown, unless the picture has the size already: it is taken as it is.
+    Pictures are scaled while they are decoded: memory is that of the result.
 
     Args:
         path: any file FFmpeg can decode.
@@ -72,10 +78,11 @@ def read_frames(
     if not path.is_file():
         raise UsageError(f"no such video or image: {path}; check the path")
     av = _av()
-    with _reporting(av, f"cannot read {path}", "it is damaged, incomplete, or no video or image"):
+    remedy = f"it is damaged, incomplete, or no video or image of at most {_MOST_PIXELS >> 20} megapixels"
+    with _reporting(av, f"cannot read {path}", remedy):
         exif = exif_orientation(path)
         reader = _Reader(path, size, resize, cover, exif)
-        kept = deque((reader.picture(frame) for frame in _decode(av, path)), maxlen=frames)
+        kept = deque((reader.picture(*shown) for shown in _decode(av, path)), maxlen=frames)
     if reader.transparent:
         _LOG.warning("%s is transparent in places: they are black", path)
     return np.stack(kept)
@@ -90,10 +97,12 @@ class _Reader:
         self.path, self.size, self.resize, self.cover, self.exif = path, size, resize, cover, exif
         self.transparent = False
 
-    def picture(self, frame: Any) -> NDArray[np.uint8]:
-        """A decoded frame as uint8 [height, width, 3]."""
+    def picture(self, frame: Any, aspect: Fraction) -> NDArray[np.uint8]:
+        """A decoded frame, whose pixels are ``aspect`` times as wide as high, as uint8 [height, width, 3]."""
         turn = turn_of(frame, self.exif)
-        seen = _across((frame.height, frame.width), turn[0])
+        stored = _across((frame.height, frame.width), turn[0])
+        shown = _across((frame.height, max(1, round(frame.width * aspect))), turn[0])
+        seen = stored if stored == self.size else shown
         height, width = self.size or seen
         if seen != (height, width) and not self.resize:
             raise UsageError(
@@ -263,15 +272,19 @@ def _in_bt709(frame: Any) -> Any:
     return converted
 
 
-def _decode(av: ModuleType, path: Path) -> Iterator[Any]:
-    """Decoded frames."""
+def _decode(av: ModuleType, path: Path) -> Iterator[tuple[Any, Fraction]]:
+    """Decoded frames, and how many times as wide as high their pixels are."""
     with av.open(f"file:{path}") as container:
         if not container.streams.video:
             raise UsageError(f"{path} holds no picture; expected a video or an image")
-        count = 0
-        for frame in container.decode(video=0):
+        count, (stream, *_) = 0, container.streams.video
+        stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
+        name = container.format.name
+        square = name in _IMAGES or name.endswith("_pipe")
+        for frame in container.decode(stream):
             count += 1
-            yield frame
+            aspect = Fraction(1) if square else stream.sample_aspect_ratio or Fraction(1)
+            yield frame, aspect
     if not count:
         raise UsageError(f"{path} holds no frame; it is damaged or incomplete")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,12 @@ from diagd.bundle.files import atomic_file
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.tokenizers.patch import PatchEncoder
+from diagd.runtime.arrays import read_arrays
 from diagd.runtime.pixels import PixelCodec
 
 RECIPE = "recording.json"
 TOKENS = "tokens.npz"
+SHARD = "episode of a recording"
 
 _CHUNK = 64
 """Frames encoded at once."""
@@ -186,25 +187,34 @@ def load_episode(path: Path) -> Episode:
     Raises:
         UsageError: not a shard, or its frames and actions differ in number.
     """
+    found = read_arrays(path, ("frames", "actions"), SHARD)
     try:
-        with np.load(path, allow_pickle=False) as shard:
-            episode = Episode(shard["frames"], shard["actions"])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} is not an episode shard: {error}; delete it and collect again") from error
+        episode = Episode(_pixels(found["frames"]), _ids(found["actions"]))
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{path} is no {SHARD}: {error}; delete it and record again") from error
     if len(episode.frames) != len(episode.actions):
         raise UsageError(f"{path}: {len(episode.frames)} frames but {len(episode.actions)} actions")
     return episode
 
 
+def _pixels(array: NDArray[np.generic]) -> NDArray[np.uint8]:
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not array.size:
+        raise ValueError(
+            f"frames are {array.dtype} {list(array.shape)}; expected uint8 [T, height, width, 3]"
+        )
+    return array.astype(np.uint8, copy=False)
+
+
+def _ids(array: NDArray[np.generic]) -> NDArray[np.uint8]:
+    if array.dtype != np.uint8 or array.ndim != 1:
+        raise ValueError(f"actions are {array.dtype} {list(array.shape)}; expected uint8 [T]")
+    return array.astype(np.uint8, copy=False)
+
+
 def episode_sources(folder: Path) -> set[str]:
     """What the episodes of a folder were made of; see ``Episode``."""
-    sources = set()
-    for path in folder.glob("episode-*.npz"):
-        try:
-            with np.load(path, allow_pickle=False) as shard:
-                sources.add(str(shard["source"]) if "source" in shard else "")
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise UsageError(f"{path} is no episode shard: {error}; delete it and import again") from error
+    found = (read_arrays(path, ("source",), SHARD) for path in folder.glob("episode-*.npz"))
+    sources = {str(arrays["source"]) for arrays in found if "source" in arrays}
     return sources - {""}
 
 
@@ -225,9 +235,11 @@ def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     text, path = json.dumps(recipe, indent=1), folder / RECIPE
     if not path.exists():
         with atomic_file(path) as partial:
-            partial.write_text(text)
-    elif path.read_text() != text:
-        raise UsageError(f"{folder} was recorded with {path.read_text()}; use another folder")
+            partial.write_text(text, encoding="utf-8")
+    elif (before := path.read_bytes()) != text.encode():
+        raise UsageError(
+            f"{folder} was recorded with {before.decode(errors='backslashreplace')}; use another folder"
+        )
 
 
 def recorded_actions(folder: Path) -> tuple[str, ...]:
@@ -237,8 +249,10 @@ def recorded_actions(folder: Path) -> tuple[str, ...]:
         UsageError: the folder says nothing of them.
     """
     try:
-        names = json.loads((folder / RECIPE).read_text())["actions"]
-    except (OSError, ValueError, KeyError) as error:
+        names = json.loads((folder / RECIPE).read_bytes())["actions"]
+        if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its actions are no list of names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{folder} has no readable {RECIPE}: {error}; record episodes with: diagd world collect {folder}"
         ) from error

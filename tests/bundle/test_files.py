@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,53 @@ def test_where_names_cannot_be_exchanged_the_old_directory_moves_away_first(
         (directory / "new.bin").write_text("new")
     assert {file.name for file in output.iterdir()} == {"notes.txt", "new.bin"}
     assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("killed_while", ["copying", "removing"])
+def test_a_directory_that_was_being_copied_away_comes_back(killed_while: str, tmp_path: Path) -> None:
+    """Where it could not be renamed: whatever is left of it, one of the two is whole."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    output, run = tmp_path / "world.diagd", f".world.diagd.{host()}.{process.pid}"
+    kind = "0a1b2c.retired" if killed_while == "removing" else "3d4e5f.partial"
+    copy, new = tmp_path / f"{run}.{kind}", tmp_path / f"{run}.0a1b2c.partial"
+    for folder in (output, copy, new):
+        folder.mkdir()
+    whole, cut = (copy, output) if killed_while == "removing" else (output, copy)
+    (whole / "manifest.json").write_text("old")
+    (whole / "notes.txt").write_text("mine")
+    (cut / "notes.txt").write_text("mine")
+    (new / "manifest.json").write_text("new")
+    clear_leftovers(output)
+    assert list(tmp_path.iterdir()) == [output]
+    assert {file.name: file.read_text() for file in output.iterdir()} == {
+        "manifest.json": "old",
+        "notes.txt": "mine",
+    }
+
+
+OVERLAID = """
+set -e
+cd {0}; mkdir -p lower/world.diagd upper work merged
+echo old > lower/world.diagd/old.bin; echo mine > lower/world.diagd/notes.txt
+mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work,userxattr merged || exit 77
+exec {1} -c '
+from pathlib import Path
+from diagd.bundle.files import atomic_directory
+with atomic_directory(Path("merged/world.diagd"), ours=("old.bin",)) as partial:
+    (partial / "new.bin").write_text("new")
+print(sorted(path.name for path in Path("merged/world.diagd").iterdir()), len(list(Path("merged").iterdir())))
+'
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_a_directory_of_a_container_image_is_replaced(tmp_path: Path) -> None:
+    """There a rename crosses devices, as the system says."""
+    script = OVERLAID.format(tmp_path, sys.executable)
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode in (1, 77) and "Error" not in done.stderr:
+        pytest.skip(f"no overlays here: {done.stderr.strip()[:100]}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['new.bin', 'notes.txt'] 1\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diagd.bundle.targets import bundle_target, file_target, folder_target
+from diagd.bundle.targets import bundle_target, check_apart, file_target, folder_target
 from diagd.errors import UsageError
 
 MANIFEST = '{"schema_version": 1, "files": {}}'
@@ -48,6 +48,38 @@ def test_files_are_no_place_for_a_bundle(tmp_path: Path) -> None:
 def test_the_folder_one_works_in_is_not_replaced(path: str) -> None:
     with pytest.raises(UsageError, match=r"--output is empty or '\.'"):
         bundle_target(Path(path))
+
+
+@pytest.mark.parametrize("name", ["{cwd}", "..", "../..", "../{name}", "x/..", "{link}"])
+def test_nor_is_it_by_another_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, or a bundle, may be replaced: but not under the feet of a shell."""
+    work, link = tmp_path / "models" / "work", tmp_path / "link"
+    (work / "x").mkdir(parents=True)
+    link.symlink_to(work)
+    monkeypatch.chdir(work)
+    path = Path(name.format(cwd=work, name=work.name, link=link))
+    for target in (bundle_target, lambda path: folder_target(path, {}, "a report")):
+        with pytest.raises(UsageError, match="folder one works in"):
+            target(path)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a place nobody can write to")
+def test_what_cannot_be_swapped_is_found_before_any_work() -> None:
+    """Beside a bundle there must be room for the next one."""
+    for path in (Path("/sys/kernel/a.diagd"), Path("/sys/kernel/a/b.diagd")):
+        with pytest.raises(UsageError, match="cannot be written to"):
+            bundle_target(path)
+
+
+def test_an_output_is_no_input(tmp_path: Path) -> None:
+    prompt, link = tmp_path / "a.npy", tmp_path / "link.npy"
+    prompt.write_bytes(b"\x93NUMPY")
+    link.symlink_to(prompt)
+    check_apart(tmp_path / "b.npy", {"--prompt": prompt, "--actions": None})
+    for output in (prompt, link, tmp_path / "x" / ".." / "a.npy"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(UsageError, match=r"--output .* is what --prompt reads"):
+            check_apart(output, {"--prompt": prompt})
 
 
 def test_roots_and_circles_are_no_places(tmp_path: Path) -> None:
@@ -102,3 +134,11 @@ def test_what_cannot_be_written_is_found_at_once(tmp_path: Path) -> None:
         file_target(Path("/proc/a.npy"), (".npy",))
     with pytest.raises(UsageError, match="does not exist"):
         file_target(tmp_path / "none" / "a.npy", (".npy",))
+    (tmp_path / "dangling.npy").symlink_to("none/a.npy")
+    with pytest.raises(UsageError, match="/none does not exist"):
+        file_target(tmp_path / "dangling.npy", (".npy",))
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UsageError, match="notes is no directory"):
+        file_target(tmp_path / "notes" / "a.npy", (".npy",))
+    with pytest.raises(UsageError, match="File name too long"):
+        bundle_target(tmp_path / ("x" * 250))

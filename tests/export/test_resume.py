@@ -46,8 +46,9 @@ def write(output: Path, checkpoint: Checkpoint, stop_at: str | None, error: Base
     partial = ResumableWeights(output, export_key(checkpoint, places))
     sources = {name: source(name) for name in places}
     weights.write(partial.path, places, sources, done=partial.done, finished=partial.finished)
-    with partial.moved_to(output):
+    with partial.placed_at(output):
         pass
+    partial.discard()
     return read
 
 
@@ -169,3 +170,68 @@ def test_what_an_interrupted_export_promises_is_kept(step: str, tmp_path: Path) 
         command[3] = ""
         assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
         assert [file.name for file in tmp_path.iterdir()] == ["a.diagd"]
+
+
+KILLED_LATER = """
+import os, signal, sys
+from pathlib import Path
+import diagd.export.exporter as exporter
+from diagd.bundle import files
+from diagd.export.checkpoints import RandomCheckpoint
+from tests.models import small_family
+from tests.oracles.models import small_model
+from diagd.schedule import StreamLayout
+family, read = small_family(small_model(StreamLayout(3, 4, after=2))), []
+finished = exporter.ResumableWeights.finished
+def count(self, name, size):
+    finished(self, name, size)
+    read.append(name)
+exporter.ResumableWeights.finished = count
+def kill(*_, **__):
+    if sys.argv[2] != "in place" or Path(sys.argv[1]).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+where = {"tracing": (exporter, "trace_step"), "sealing": (exporter, "seal"), "swapping": (files, "_swap"),
+         "in place": (exporter.ResumableWeights, "discard")}
+if len(sys.argv) > 2:
+    setattr(*where[sys.argv[2]], kill)
+sources = exporter.Sources(RandomCheckpoint(family.expected, seed=0))
+exporter.export(family, exporter.GraphOptions(), sources, Path(sys.argv[1]))
+print(len(read))
+"""
+
+
+@pytest.mark.parametrize("moment", ["tracing", "swapping", "in place"])
+def test_converted_weights_outlive_a_kill_at_any_later_moment(moment: str, tmp_path: Path) -> None:
+    output = tmp_path / "a.diagd"
+    command = [sys.executable, "-c", KILLED_LATER, str(output)]
+    killed = subprocess.run([*command, moment], capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert output.exists() == (moment == "in place")
+    before = (output / "weights.bin").read_bytes() if output.exists() else None
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) == 0) == (moment != "in place")
+    assert before is None or (output / "weights.bin").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.diagd"]
+
+
+def test_weights_that_were_cut_or_noted_by_another_version_start_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "weights.bin"
+    partial = ResumableWeights.path_of(output)
+
+    def interrupted() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            write(output, random_checkpoint(), NAMES[4], KeyboardInterrupt())
+
+    interrupted()
+    os.truncate(partial, partial.stat().st_size - 1)
+    assert write(output, random_checkpoint(), None, KeyboardInterrupt()) == NAMES
+    for content in (b"", b"\xff\xfe", b"[]\n", b"{}"):
+        interrupted()
+        journal = partial.with_suffix(".journal")
+        journal.write_bytes(journal.read_bytes().splitlines()[0] + b"\n" + content)
+        assert write(output, random_checkpoint(), None, KeyboardInterrupt()) == NAMES
+    interrupted()
+    monkeypatch.setattr(resume, "__version__", "another")
+    assert write(output, random_checkpoint(), None, KeyboardInterrupt()) == NAMES

@@ -183,6 +183,11 @@ def test_whole_degrees_are_truncated_toward_zero(tmp_path: Path) -> None:
         ("[1, 2]", "expected one JSON object a line"),
         ('{"forward": 1', "not JSON"),
         ("{'forward': 1, 'camera': array([0., 1.])}", "Python literal .* json.dumps"),
+        ('{"forward": 1, "back": 0, "forward": 0}', "'forward' is given twice"),
+        ('{"mouse": {"dx": 1, "dx": 2}}', "'dx' is given twice"),
+        ('\x00{"forward": 1}', "not JSON"),
+        ({"keyboard": {"keys": "wasd"}}, "raw events are damaged"),
+        ({"mouse": {"buttons": {"0": 1}}}, "raw events are damaged"),
         ({"keyboard": {"keys": 3}}, "raw events are damaged"),
         ({"keyboard": [], "mouse": {}}, "raw events are damaged"),
         ({"mouse": {"dx": "a"}}, "raw events are damaged"),
@@ -240,3 +245,16 @@ def test_codecs_that_contradict_themselves() -> None:
     for edges in ((0.0, -1.0), (0.5, 1.0), (-1.0, 0.0)):
         with pytest.raises(ValidationError):
             EdgesSlot(field="stick", edges=edges, first=0)
+
+
+def test_lines_end_where_json_lines_do(tmp_path: Path) -> None:
+    """Other characters that end a line of text may stand in JSON; Windows leaves its mark and line ends."""
+    codec = ActionCodec(slots=(ChoiceSlot(field="action", names=("noop", "a\u2028b\x85"), first=7),))
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"action": "a\u2028b\x85"}\r\n\r\n{}\r\n'.encode())
+    assert read_actions(tmp_path / "a.jsonl", codec).tolist() == [[8], [7]]
+
+
+def test_a_file_of_more_frames_than_memory_is_refused(tmp_path: Path) -> None:
+    lines = [{"repeat": 100_000}] * 101
+    with pytest.raises(UsageError, match="line 101: the file holds more than 10,000,000 frames"):
+        read_actions(write(tmp_path, *lines), WORLD)

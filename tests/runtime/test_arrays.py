@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.runtime.arrays import read_array
+from diagd.runtime.arrays import read_array, read_arrays
 
 
 def test_arrays_of_any_kind_of_number(tmp_path: Path) -> None:
@@ -38,6 +39,10 @@ def header(text: str) -> bytes:
         header("{'descr': '<i4', 'fortran_order': False, 'shape': (3,)}") + bytes(11),
         header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + bytes(8),
         header("{'descr': 'nonsense', 'fortran_order': False, 'shape': (1,)}"),
+        header("{'descr': '<U4', 'fortran_order': False, 'shape': (1,)}") + bytes(16),
+        header("{'descr': '|V2', 'fortran_order': False, 'shape': (1,)}") + bytes(2),
+        header("{'descr': '<c8', 'fortran_order': False, 'shape': (1,)}") + bytes(8),
+        header("{'descr': [('a', '<i4')], 'fortran_order': False, 'shape': (1,)}") + bytes(4),
         header("__import__('os').system('true')"),
         header("(" * 110),
         header("{}"),
@@ -61,3 +66,47 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         read_array(tmp_path / "a.npy", "tokens")
     with pytest.raises(UsageError, match="Is a directory"):
         read_array(tmp_path, "tokens")
+
+
+def test_arrays_of_an_archive(tmp_path: Path) -> None:
+    big = np.arange(6, dtype=">i4").reshape(2, 3)
+    np.savez_compressed(tmp_path / "a.npz", big=big, columns=np.asfortranarray(big), name=np.array("left"))
+    found = read_arrays(tmp_path / "a.npz", ("big", "columns", "name", "none"), "recording")
+    assert found.keys() == {"big", "columns", "name"}
+    np.testing.assert_array_equal(found["big"], big)
+    np.testing.assert_array_equal(found["columns"], big)
+    assert str(found["name"]) == "left"
+
+
+def archive(path: Path, content: bytes, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("frames.npy", content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no array",
+        header("{'descr': '|u1', 'fortran_order': False, 'shape': (1 << 50,)}"),
+        header("{'descr': '|u1', 'fortran_order': False, 'shape': (9999999999999,)}") + bytes(9),
+        header("{'descr': '|u1', 'fortran_order': False, 'shape': (9,)}") + bytes(1 << 20),
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + b"cos\nsystem\n(S'true'\ntR.",
+    ],
+)
+def test_what_an_archive_holds_is_not_believed(content: bytes, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no recording: "):
+        read_arrays(archive(tmp_path / "a.npz", content), ("frames",), "recording")
+
+
+@pytest.mark.parametrize("place", range(0, 140, 7))
+def test_a_damaged_archive_is_one_line(place: int, tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", frames=np.arange(9, dtype=np.uint8))
+    whole = (tmp_path / "a.npz").read_bytes()
+    for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]):
+        (tmp_path / "a.npz").write_bytes(damaged)
+        try:
+            read_arrays(tmp_path / "a.npz", ("frames",), "recording")
+        except UsageError as error:
+            assert "is no recording" in str(error)

@@ -326,3 +326,48 @@ def test_suffixes_of_any_case(tmp_path: Path) -> None:
     frames = tiles(2)
     for name in ("a.MP4", "a.Gif"):
         assert read_frames(write(tmp_path / name, frames), SIZE).shape == frames.shape
+
+
+def wide(path: Path, aspect: Fraction) -> Path:
+    """A video of a white square on black as a player shows it, stored with pixels that are not square."""
+    picture = np.zeros((48, 48, 3), np.uint8)
+    picture[16:32, 16:32] = 255
+    squeezed = picture[:, :: aspect.numerator] if aspect > 1 else picture.repeat(aspect.denominator, axis=1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width = squeezed.shape[:2]
+        stream.pix_fmt, stream.codec_context.sample_aspect_ratio = "yuv420p", aspect
+        stream.sample_aspect_ratio = aspect
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(squeezed), format="rgb24")
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("aspect", [Fraction(2), Fraction(1, 2)])
+def test_pixels_that_are_not_square_count_as_they_are_shown(aspect: Fraction, tmp_path: Path) -> None:
+    path = wide(tmp_path / "a.mp4", aspect)
+    assert read_frames(path).shape == (1, 48, 48, 3)
+    for frame in (
+        read_frames(path, (48, 48))[0],
+        read_frames(path, (96, 96), resize=True, cover=True)[0][::2, ::2],
+        read_frames(path, (24, 24), resize=True)[0].repeat(2, axis=0).repeat(2, axis=1),
+    ):
+        white = np.argwhere(frame[:, :, 0] > 128)
+        middle, sides = white.mean(axis=0), np.ptp(white, axis=0) + 1
+        assert np.abs(middle - 23.5).max() < 2
+        assert np.abs(sides - (16, 16)).max() < 12
+    stored = (48, 24) if aspect > 1 else (48, 96)
+    assert read_frames(path, stored).shape == (1, *stored, 3)
+    with pytest.raises(UsageError, match="are 48x48 pixels"):
+        read_frames(path, (48, 64))
+
+
+def test_a_header_that_lies_takes_no_memory(tmp_path: Path) -> None:
+    """A few hundred bytes that announce a picture of 2.7 GB."""
+    data = bytearray(write_image(tmp_path / "a.png", tiles(1)[0]).read_bytes())
+    data[16:24] = struct.pack(">II", 30_000, 30_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(UsageError, match="at most 128 megapixels"):
+        read_frames(tmp_path / "a.png", (36, 48), resize=True)

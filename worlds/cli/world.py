@@ -109,8 +109,6 @@ def print_step(progress: Progress) -> None:
     rate = progress.seconds / max(1, progress.step)
     left = (progress.steps - progress.step) * rate / 60
     end = "\n" if progress.step == progress.steps else "\r"
-    print(  # noqa: T201
-        f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  about {left:.0f} min left  ",
-        end=end,
-        flush=True,
-    )
+    line = f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  about {left:.0f} min left  "
+    with terminal.streams() as (out, _):
+        out.write(line + end)

@@ -54,7 +54,9 @@ def kernel_source() -> tuple[str, str]:
     here = Path(__file__).parent
     for directory in (here, here.parents[2] / "native"):
         if (directory / SOURCE_NAME).is_file():
-            return (directory / SOURCE_NAME).read_text(), (directory / HEADER_NAME).read_text()
+            return (directory / SOURCE_NAME).read_text(encoding="utf-8"), (directory / HEADER_NAME).read_text(
+                encoding="utf-8"
+            )
     raise DependencyError(
         f"the device kernels are neither built nor at hand: {here} has no {PTX_NAME} and no {SOURCE_NAME}; "
         "in a checkout run: cmake -B build -DDIAGD_INSTALL_KERNELS=ON && cmake --build build"

@@ -78,7 +78,8 @@ def shard_names(index: Path) -> dict[str, str]:
             "an object with 'weight_map'; download it again"
         ) from error
     for shard in shards.values():
-        if PurePosixPath(shard).name != shard or "\\" in shard or not _is_checkpoint_name(shard):
+        beside = PurePosixPath(shard).name == shard and "\\" not in shard
+        if not beside or _is_index(shard) or not _is_checkpoint_name(shard):
             raise CheckpointError(
                 f"{index} names the shard '{shard}', expected a file beside the index; do not use this file"
             )

@@ -135,7 +135,9 @@ def save_world(folder: Path, world: World, training: dict[str, Any]) -> None:
     with atomic_file(folder / CODEBOOK) as path:
         save_arrays({"codebook": np.ascontiguousarray(world.codebook)}, path)
     with atomic_file(folder / DESCRIPTION) as path:
-        path.write_text(json.dumps(asdict(world.description) | {"training": training}, indent=2) + "\n")
+        path.write_text(
+            json.dumps(asdict(world.description) | {"training": training}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def load_description(folder: Path) -> WorldDescription:

@@ -57,7 +57,10 @@ def test_malformed_index(tmp_path, text):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "..\\secret", "..", ""])
+@pytest.mark.parametrize(
+    "shard",
+    ["../secret.safetensors", "/etc/passwd", "..\\secret", "..", "", "model.safetensors.index.json"],
+)
 def test_index_cannot_reach_outside_its_folder(tmp_path, shard):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
     with pytest.raises(CheckpointError, match="beside the index"):
