@@ -46,10 +46,10 @@ class CollectOptions:
     processes: int = 2
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or self.steps < 2 or self.processes < 1:
+        if self.episodes < 1 or self.steps < 2 or self.processes < 1 or self.seed < 0:
             raise UsageError(
-                f"episodes {self.episodes}, steps {self.steps}, processes {self.processes}: "
-                "expected at least 1, 2 and 1"
+                f"episodes {self.episodes}, steps {self.steps}, processes {self.processes}, seed {self.seed}: "
+                "expected at least 1, 2, 1 and 0"
             )
 
 

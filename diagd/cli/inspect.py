@@ -33,6 +33,8 @@ row seed, > the cell its prediction fills.
 
 SHOWN_OPERATORS = 4
 
+MOST_FRAMES = 10_000
+
 SHOWN_COLUMNS = 30
 """Grids up to so many columns are printed."""
 
@@ -79,6 +81,8 @@ def _report(
 
     if args.frames < 1:
         raise UsageError(f"--frames {args.frames}: show at least one frame")
+    if args.frames > MOST_FRAMES:
+        raise UsageError(f"--frames {args.frames}: show at most {MOST_FRAMES:,}")
     if args.steps < 0:
         raise UsageError(f"--steps {args.steps}: expected 0 or more")
     drawn = frontier(schedule, args.frames)

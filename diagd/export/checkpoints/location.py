@@ -79,7 +79,7 @@ def shard_names(index: Path) -> dict[str, str]:
         ) from error
     for shard in shards.values():
         beside = PurePosixPath(shard).name == shard and "\\" not in shard
-        if not beside or _is_index(shard) or not _is_checkpoint_name(shard):
+        if not beside or is_index(shard) or not _is_checkpoint_name(shard):
             raise CheckpointError(
                 f"{index} names the shard '{shard}', expected a file beside the index; do not use this file"
             )
