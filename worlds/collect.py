@@ -48,8 +48,8 @@ class CollectOptions:
     def __post_init__(self) -> None:
         if self.episodes < 1 or self.steps < 2 or self.processes < 1 or self.seed < 0:
             raise UsageError(
-                f"episodes {self.episodes}, steps {self.steps}, processes {self.processes}, seed {self.seed}: "
-                "expected at least 1, 2, 1 and 0"
+                f"episodes {self.episodes}, steps {self.steps}, processes {self.processes}, "
+                f"seed {self.seed}: expected at least 1, 2, 1 and 0"
             )
 
 

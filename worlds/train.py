@@ -27,7 +27,14 @@ from diagd.runtime.arrays import read_arrays
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import check_device
 from diagd.tuning.forced_batch import ForcedBatch, ForcedPasses, forced_loss
-from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens, episodes, recorded_actions
+from diagd.tuning.recordings import (
+    FrameEncoder,
+    TokenDataset,
+    cached_tokens,
+    episode_paths,
+    episodes,
+    recorded_actions,
+)
 from worlds.codebook import fit_codebook
 
 WARM_UP, WARM_UP_SHARE, FLAT_UNTIL = 60, 0.2, 0.3
@@ -156,6 +163,7 @@ def train(options: TrainOptions, report: Report | None = None) -> Path:
     Raises:
         UsageError: no episodes, episodes too short, or a checkpoint of another recipe.
     """
+    episode_paths(options.data)  # before a folder is made
     options.output.mkdir(parents=True, exist_ok=True)
     codebook, used = _codebook(options)
     cached_tokens(options.data, FrameEncoder.of_codebook(codebook))
