@@ -22,7 +22,7 @@ TokenId = Annotated[int, Field(ge=0)]
 class Record(BaseModel):
     """Data of a manifest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ConstantSlot(Record):

@@ -17,6 +17,13 @@ from diagd.schedule import Schedule, StreamLayout
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
+Natural = Annotated[int, Field(ge=0, lt=1 << 31)]
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+CacheType = Annotated[str, Field(pattern="^(float32|float16|int8)$")]
+
+MOST_FRAME_TOKENS: Final = 1 << 24
+"""Tokens of a frame: more than any model has, and as many as tables of them can be made for."""
+
 INT8_CACHE = "-kv8"
 """Ending of the precision of step graphs whose K/V rows have 8 bits, as in ``int4-weight-kv8``."""
 
@@ -70,9 +77,9 @@ FORMS: Final = {
 class IdRange(Record):
     """Ids [low, high) that may be sampled at a place of the frame; ``cell`` None is every other cell."""
 
-    cell: int | None = None
-    low: int
-    high: int
+    cell: Natural | None = None
+    low: Natural
+    high: Count
 
 
 class SamplingRules(Record):
@@ -84,10 +91,10 @@ class SamplingRules(Record):
 
     ranges: tuple[IdRange, ...]
     keep_crossing: bool = True
-    minimum_temperature: float = 0.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    minimum_temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_k: Natural = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     def range_table(self, layout: StreamLayout) -> NDArray[np.int32]:
         """Allowed ids by place inside the frame, int32 [frame_length, 2]; known tokens take the default."""
@@ -106,8 +113,8 @@ class RotaryContext(Record):
     """
 
     kind: Literal["rotary"] = "rotary"
-    frames: int
-    positions: int
+    frames: Count
+    positions: Count
     frame_angles: tuple[float, ...]
 
 
@@ -119,8 +126,8 @@ class AbsoluteContext(Record):
     """
 
     kind: Literal["absolute"] = "absolute"
-    frames: int
-    roll: Annotated[int, Field(ge=1)] = 1
+    frames: Count
+    roll: Count = 1
 
 
 def context_policy(config: TransformerConfig) -> RotaryContext | AbsoluteContext:
@@ -142,8 +149,8 @@ class GraphWeights(Record):
     """
 
     files: tuple[str, ...]
-    streamed: int
-    looked_up: int
+    streamed: Annotated[int, Field(ge=0)]
+    looked_up: Annotated[int, Field(ge=0)]
 
     @property
     def bytes(self) -> int:
@@ -159,17 +166,17 @@ class TextConditioning(Record):
 
     graph: str
     weight_files: tuple[str, ...]
-    length: int
-    width: int
+    length: Count
+    width: Count
 
 
 class CacheShape(Record):
     """Dimensions of the K/V buffers; ``dtype`` is a NumPy name."""
 
-    layers: int
-    kv_heads: int
-    head_size: int
-    dtype: str
+    layers: Count
+    kv_heads: Count
+    head_size: Count
+    dtype: CacheType
 
 
 class StepGraph(Record):
@@ -182,9 +189,9 @@ class StepGraph(Record):
     form: Form
     precision: str
     weights: GraphWeights
-    width: int | None = None
-    capacity: int | None = None
-    cache_dtype: str | None = None
+    width: Count | None = None
+    capacity: Count | None = None
+    cache_dtype: CacheType | None = None
 
 
 class Tokenizer(Record):
@@ -200,10 +207,10 @@ class Tokenizer(Record):
     decoder: str
     weight_files: tuple[str, ...]
     parameters: int
-    height: int
-    width: int
-    temporal_factor: int = 1
-    chunk_frames: int = 8
+    height: Count
+    width: Count
+    temporal_factor: Count = 1
+    chunk_frames: Count = 8
     cover: bool = False
 
 
@@ -244,11 +251,39 @@ class Manifest(Record):
     actions: ActionCodec | None = None
     tokenizer: Tokenizer | None = None
     text: TextConditioning | None = None
-    frames_per_second: float
-    graphs: tuple[StepGraph, ...]
+    frames_per_second: Annotated[float, Field(gt=0)]
+    graphs: Annotated[tuple[StepGraph, ...], Field(min_length=1)]
     files: dict[str, FileRecord] = Field(default_factory=dict)
     provenance: Provenance
     licence: str
+
+    @field_validator("transformer")
+    @classmethod
+    def _check_transformer(cls, config: TransformerConfig) -> TransformerConfig:
+        sizes = (config.vocabulary, config.output_vocabulary, config.hidden, config.feed_forward)
+        if min(*sizes, config.layers, config.heads, config.kv_heads, config.head_size) < 1:
+            raise ValueError("sizes are at least 1")
+        if config.context_frames < 1 or config.context_length >= 1 << 31:
+            raise ValueError(f"a context of {config.context_length} tokens; expected 1 to 2**31 - 1")
+        if config.layout.frame_length > MOST_FRAME_TOKENS:
+            raise ValueError(
+                f"{config.layout.frame_length} tokens a frame; expected {MOST_FRAME_TOKENS} at most"
+            )
+        return config
+
+    @field_validator("sampling")
+    @classmethod
+    def _check_ranges(cls, rules: SamplingRules, rest: ValidationInfo) -> SamplingRules:
+        if (config := rest.data.get("transformer")) is None:
+            return rules
+        for rule in rules.ranges:
+            if not rule.low < rule.high <= config.output_vocabulary:
+                raise ValueError(f"ids {rule.low}..{rule.high} of {config.output_vocabulary}")
+            if rule.cell is not None and rule.cell >= config.layout.cells + config.layout.after:
+                raise ValueError(f"cell {rule.cell} of {config.layout.cells}")
+        if all(rule.cell is not None for rule in rules.ranges):
+            raise ValueError("no ids for cells without a rule of their own")
+        return rules
 
     @field_validator("order")
     @classmethod

@@ -222,7 +222,7 @@ def read_report(path: Path) -> Report:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no report of diagd-profile: {error}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if not isinstance(version, int):
@@ -230,7 +230,11 @@ def read_report(path: Path) -> Report:
     if version > SCHEMA_VERSION:
         raise UsageError(f"{path} has schema version {version}; this diagd reads up to {SCHEMA_VERSION}")
     try:
-        return Report.model_validate(_current(content) if version == 1 else content)
+        content = _current(content) if version == 1 else content
+    except (TypeError, AttributeError, ValueError) as error:  # one that was made by hand
+        raise UsageError(f"{path} is no report of diagd-profile: {error}") from error
+    try:
+        return Report.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

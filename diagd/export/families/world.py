@@ -157,10 +157,22 @@ def load_description(folder: Path) -> WorldDescription:
 
 
 def load_codebook(folder: Path) -> NDArray[np.uint8]:
-    """Read the codebook uint8 [codes, patch, patch, 3] of a world model."""
+    """Read the codebook uint8 [codes, patch, patch, 3] of a world model.
+
+    Raises:
+        CheckpointError: there is none, or the file is damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    codebook: NDArray[np.uint8] = load_file(folder / CODEBOOK)["codebook"]
+    try:
+        codebook: NDArray[np.uint8] = load_file(folder / CODEBOOK)["codebook"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder / CODEBOOK} holds no codebook: {error}; copy the folder of the world again"
+        ) from error
+    if codebook.dtype != np.uint8 or codebook.ndim != 4:
+        raise CheckpointError(f"{folder / CODEBOOK} holds {codebook.dtype} {list(codebook.shape)}, no codes")
     return codebook
 
 
@@ -170,6 +182,7 @@ def load_world(folder: Path) -> World:
     Raises:
         CheckpointError: files are missing, or do not fit the description.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from diagd.export.transformer import Transformer
@@ -179,7 +192,7 @@ def load_world(folder: Path) -> World:
     try:
         model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS).items()})
         codebook = load_codebook(folder)
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} holds no readable world model: {error}") from error
     return World(description, model.eval(), codebook)
 
