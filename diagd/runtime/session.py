@@ -23,7 +23,7 @@ from diagd.runtime.slots import SlotRing
 from diagd.runtime.step import Frame, Result, StepTime, Timing
 from diagd.runtime.stream import Actions, Ids, Past, Stream, token_places
 from diagd.runtime.text import TextReader
-from diagd.schedule import NO_SINK, Block, Schedule, Step, StreamLayout, feed
+from diagd.schedule import NO_SINK, Block, Schedule, Step, StreamLayout, feed, slots_in_sight
 
 __all__ = ["Frame", "Session", "StepTime", "Timing", "token_places"]
 
@@ -63,7 +63,7 @@ class Session:
         self.timing = Timing()
         self.stamps: int | None = None
         zero_rows = (self.layout.frame_start(0), self.layout.frame_start(window)) if zero_slots else (0, 0)
-        self._slots = SlotRing(engine.capacity, zero_rows)
+        self._slots = SlotRing(engine.capacity, zero_rows, slots_in_sight(self.layout, window))
         self._context = context_policy(
             manifest.context, self.layout, window, manifest.cache, self._slots, engine, roll
         )
@@ -243,8 +243,8 @@ class Session:
                 return
             for frame in range(known, stream.known):
                 passes, spent = timing.refill_steps - refilled[0], timing.refill_seconds - refilled[1]
-                seconds, exact = time.perf_counter() - began, stream.past[frame - stream.known].exact
-                yield Frame(frame, stream.frame(frame), steps, seconds, exact, passes, spent)
+                seconds, tokens = time.perf_counter() - began, stream.frame(frame)
+                yield Frame(frame, tokens, steps, seconds, stream.exact, passes, spent)
                 began, steps, refilled = time.perf_counter(), 0, (timing.refill_steps, timing.refill_seconds)
 
     def _decode(

@@ -41,16 +41,26 @@ class SlotRing:
         stale: more changed than steps can carry; the engine must be given ``slot_position`` as a whole.
     """
 
-    def __init__(self, capacity: int, zero_rows: tuple[int, int] = (0, 0)) -> None:
-        """``zero_rows`` is the range [first, last) of stream positions that have a zero slot."""
+    def __init__(
+        self, capacity: int, zero_rows: tuple[int, int] = (0, 0), in_sight: int | None = None
+    ) -> None:
+        """``zero_rows`` is the range [first, last) of stream positions that have a zero slot.
+
+        The ring turns at the first eviction once ``in_sight`` slots are behind it, and at its end without:
+        attention reads every slot in use, so that a longer ring makes every step slower. What does not fit,
+        as where overlapping frames come to an end, goes behind all that is in use. Frames that are decoded in
+        raster order, by steps of whatever width, have their rows in the same slots: sums then run in the same
+        order, to the bit.
+        """
         self.slot_position: Int = np.full(capacity, VOID, np.int32)
         self._zero_first, self._zero_last = zero_rows
+        self._turn = capacity if in_sight is None else self._ring_start + in_sight
         self.restart(0)
 
     def restart(self, base: int) -> None:
         """Forget every row, and count positions from ``base`` on."""
         self.base, self.live = base, self._ring_start
-        self.write_index = self._ring_start
+        self.write_index, self._evicted = self._ring_start, False
         self.slot_position[:] = VOID
         self.slot_position[: self._ring_start] = np.arange(self._zero_first, self._zero_last)
         self.whole_sent()
@@ -86,32 +96,44 @@ class SlotRing:
         return SlotUpdates(starts, live, *self._updates(shape, slots, positions))
 
     def _take(self, shape: Shape, padded: Int) -> tuple[Int, Int]:
-        """First slot of each step, and the slot of each row.
+        """First slot of each step, and the slot of each row."""
+        places = [self.write_index, self.live]
+        if self._evicted and self.write_index >= self._turn:
+            places.insert(0, self._first_void())
+        self._evicted = False
+        for first in places:
+            starts, slots, free = self._lay(shape, padded, first)
+            if free:
+                return starts, slots
+        raise SlotOverflowError(
+            f"{int(shape.offsets[-1])} slots from {self.write_index} of {len(self.slot_position)} are needed "
+            "but hold visible rows; load the bundle with a larger window"
+        )
 
-        Steps lie one behind another, and from the start of the ring on once the end is near.
-        """
-        first, capacity = np.int32(self.write_index), len(self.slot_position)
-        starts = shape.offsets[:-1] + first
+    def _lay(self, shape: Shape, padded: Int, first: int) -> tuple[Int, Int, bool]:
+        """Steps from a slot on, and from the first void one on at the end; whether all are void."""
+        capacity = len(self.slot_position)
+        starts = shape.offsets[:-1] + np.int32(first)
         slots = np.arange(first, first + shape.offsets[-1], dtype=np.int32)
         ends = starts + padded
-        turn = len(starts)
+        again = len(starts)
         if int(ends.max()) > capacity:
-            turn = int(np.argmax(ends > capacity))
-            back = starts[turn] - self._ring_start
-            starts[turn:] -= back
-            ends[turn:] -= back
-            slots[shape.offsets[turn] :] -= back
-            self._check_void(int(starts[turn]), int(ends[turn:].max()), int(first) if turn else capacity)
-        if turn:
-            self._check_void(int(first), int(ends[:turn].max()), capacity)
-        return starts, slots
+            again = int(np.argmax(ends > capacity))
+            back = starts[again] - self._first_void()
+            starts[again:] -= back
+            ends[again:] -= back
+            slots[shape.offsets[again] :] -= back
+        free = not again or self._is_void(first, int(ends[:again].max()), capacity)
+        if free and again < len(starts):
+            free = self._is_void(int(starts[again]), int(ends[again:].max()), first if again else capacity)
+        return starts, slots, free
 
-    def _check_void(self, first: int, last: int, limit: int) -> None:
-        if last > limit or (self.slot_position[first:last] != VOID).any():
-            raise SlotOverflowError(
-                f"{last - first} slots from {first} of {len(self.slot_position)} are needed but hold visible "
-                "rows; load the bundle with a larger window"
-            )
+    def _first_void(self) -> int:
+        """Of the ring, behind what never leaves, such as a prefix."""
+        return self._ring_start + int((self.slot_position[self._ring_start :] == VOID).argmax())
+
+    def _is_void(self, first: int, last: int, limit: int) -> bool:
+        return last <= limit and bool((self.slot_position[first:last] == VOID).all())
 
     def _updates(self, shape: Shape, slots: Int, positions: Int) -> tuple[Int, Int, Int]:
         """Slot changes ahead of each step: what was hidden before it, then its own rows.
@@ -150,13 +172,19 @@ class SlotRing:
 
     def evict(self, first: int, last: int) -> None:
         """Hide the rows at stream positions [first, last)."""
+        self._forget(first, last)
+        self._evicted = True
+
+    def _forget(self, first: int, last: int) -> None:
         held = self.slot_position[self._ring_start : self.live]
         gone = (held >= first - self.base) & (held < last - self.base)
         self._hide((self._ring_start + gone.nonzero()[0]).astype(np.int32))
+        left = np.flatnonzero(self.slot_position[: self.live] != VOID)
+        self.live = max(self._ring_start, int(left[-1]) + 1) if left.size else self._ring_start
 
     def rewind(self, first: int) -> None:
         """Hide the rows at stream positions from ``first`` on, and write over those written last."""
-        self.evict(first, VOID + self.base)
+        self._forget(first, VOID + self.base)
         if self._ring_start:
             zeros = np.arange(self._zero_first, self._zero_last, dtype=np.int32)
             again = zeros >= first - self.base

@@ -35,14 +35,12 @@ class Past:
         actions: int32 [n], the known tokens that lead to it.
         order: schedule it was decoded by; None where its rows are those of raster order, as of a prompt.
         origin: first frame of the flight it was decoded in.
-        exact: it was given, or is what next-token prediction draws behind the frames before it.
     """
 
     tokens: Int
     actions: Int
     order: Schedule | None
     origin: int
-    exact: bool
 
 
 class Stream:
@@ -63,6 +61,7 @@ class Stream:
         begun: frames that have begun; those between ``known`` and ``begun`` are in flight.
         origin: first frame of the flight: the last one that began with none under way.
         fed: positions below are in the cache, as far as the window reaches.
+        exact: the frame completed last is what next-token prediction draws behind those before it.
         rejected: position from which on rows hold wrong guesses: they are given back ahead of the next step.
         seed: of the random numbers.
         settings: of the sampler.
@@ -77,6 +76,7 @@ class Stream:
         self.past: deque[Past] = deque(maxlen=history)
         self.prompt = self.beginnings = 0
         self.known = self.begun = self.origin = self.fed = 0
+        self.exact = True
         self.rejected: int | None = None
         self.seed, self.settings = 0, SamplingSettings()
         self.horizon: int | None = None
@@ -168,13 +168,14 @@ class Stream:
 
         Args:
             order: schedule that its rows were fed by; None: each saw all that precedes it in raster order.
-            exact: its tokens are those of next-token prediction.
+            exact: see ``exact``.
         """
         frame, layout = self.known, self.layout
         self.known = frame + 1
         self.fed = layout.first_cell(frame) + layout.cells - 1
         led = self._led.pop(frame, np.zeros(0, np.int32))
-        self.past.append(Past(self.frame(frame), led, order, self.origin, exact))
+        self.past.append(Past(self.frame(frame), led, order, self.origin))
+        self.exact = exact
 
     def settle(self, frame: int, tokens: Int) -> None:
         """Take the tokens int32 [cells] that an engine committed for a frame that was just completed."""
@@ -263,7 +264,6 @@ class Stream:
             counts=counts,
             order=np.array([names[past.order] for past in self.past], np.int32),
             origin=np.array([past.origin for past in self.past], np.int64),
-            exact=np.array([past.exact for past in self.past], np.bool_),
             text=np.zeros((0, 0), np.float32) if self.text is None else self.text,
         )
         return target.getvalue()
@@ -287,9 +287,9 @@ class Stream:
             known, prompt = int(head["known"]), int(head["prompt"])
             seed, settings = int(head["seed"]), SamplingSettings(*head["settings"])
             past = [
-                Past(tokens, actions[len(actions) - count :], orders[order], int(origin), bool(exact))
-                for tokens, actions, count, order, origin, exact in zip(
-                    *(arrays[name] for name in ("tokens", "actions", "counts", "order", "origin", "exact")),
+                Past(tokens, actions[len(actions) - count :], orders[order], int(origin))
+                for tokens, actions, count, order, origin in zip(
+                    *(arrays[name] for name in ("tokens", "actions", "counts", "order", "origin")),
                     strict=True,
                 )
             ]

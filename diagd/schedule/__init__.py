@@ -1,6 +1,6 @@
 """Decoding schedules as data: layouts, closed forms, row seeds and step tables. NumPy only."""
 
-from diagd.schedule.capacity import default_widths, slots_needed
+from diagd.schedule.capacity import default_widths, slots_in_sight, slots_needed
 from diagd.schedule.closed_form import chained_lag, check_lags, steps_per_frame, total_steps
 from diagd.schedule.layout import StreamLayout
 from diagd.schedule.schedule import Schedule
@@ -21,6 +21,7 @@ __all__ = [
     "default_widths",
     "feed",
     "shifted",
+    "slots_in_sight",
     "slots_needed",
     "steps_per_frame",
     "total_steps",

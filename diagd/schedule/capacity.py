@@ -14,10 +14,14 @@ _WIDEST: Final = 64
 """Enough for most models' widest step, and to feed a prompt in few passes."""
 
 
+def slots_in_sight(layout: StreamLayout, window: int) -> int:
+    """Slots from the oldest row of a window to the newest, those of seeds included, whatever the schedule."""
+    return layout.prefix + window * (layout.frame_length + layout.rows + 1)
+
+
 def slots_needed(layout: StreamLayout, window: int, max_width: int) -> int:
-    """Capacity of KV buffers for a window: its rows and their seeds, a frame of slack, and room to wrap."""
-    rows = layout.frame_length + layout.rows + 1
-    return layout.prefix + (window + 1) * rows + max_width
+    """Capacity of KV buffers for a window: what is in sight, a frame of slack, and room to wrap."""
+    return slots_in_sight(layout, window + 1) + max_width
 
 
 def default_widths(layout: StreamLayout) -> tuple[int, int]:

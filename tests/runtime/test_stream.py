@@ -19,10 +19,10 @@ import diagd
 from diagd.bundle import Form
 from diagd.errors import UsageError
 from diagd.export.exporter import GraphOptions
-from diagd.runtime.decoders import Decoder, ForcedDecoder, ScheduledDecoder
+from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout
+from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout, slots_in_sight
 from tests.models import export_small
 from tests.oracles.models import CODES, small_model
 
@@ -148,6 +148,25 @@ def test_a_run_without_end_takes_the_same_memory_and_time(tmp_path: Path) -> Non
     assert sizes[-1] - sizes[0] < 3_000  # KB over 16,000 frames
     assert len(session.timing.recent) <= session.timing.recent.maxlen  # type: ignore[operator]
     print(f"seconds for 4,000 frames: {[round(span, 2) for span in spans]}")
+
+
+@pytest.mark.parametrize("name", [*orders(StreamLayout(3, 4)), "jacobi"])
+def test_the_cache_has_no_more_slots_in_use_than_can_be_in_sight(bundle: Path, name: str) -> None:
+    """However long the stream: a prefix stays, and all else is written over once it has left the window."""
+    session = diagd.load(bundle, threads=1)
+    layout, frames = session.layout, 60
+    order = None if name == "jacobi" else orders(layout)[name]
+    prompt(session, 3)
+    if order is not None and not can_slide(session, order):
+        frames = 1
+    decoder: Decoder = JacobiDecoder(7) if order is None else ScheduledDecoder(order)
+    widest = max(step.width for step, _ in session.steps(decoder, actions(layout, frames), count=frames))
+    assert session.stream.known == 3 + frames
+    most = slots_in_sight(layout, session.window) + widest
+    assert session._slots.live <= most
+    for _ in range(frames // 3):  # overlapping frames come to an end again and again
+        list(session.frames(decoder, actions(layout, 3), count=3))
+    assert session._slots.live <= most + layout.frame_length
 
 
 def test_a_run_that_was_overtaken_says_so(bundle: Path) -> None:
