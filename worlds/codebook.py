@@ -19,18 +19,21 @@ Patches = Counter[bytes]
 
 
 def fit_codebook(
-    videos: Iterable[NDArray[np.uint8]], *, codes: int, side: int, seed: int = 0
-) -> tuple[NDArray[np.uint8], int]:
+    videos: Iterable[NDArray[np.uint8]], *, codes: int, side: int, seed: int = 0, exact: bool = False
+) -> tuple[NDArray[np.uint8], int] | None:
     """Choose the codes for patches of ``videos``, each uint8 [T, H, W, 3].
 
     Returns:
         uint8 [codes, side, side, 3], most frequent first, and how many of them are in use; the rest repeat
-        the first code, which as the lowest id always wins against them.
+        the first code, which as the lowest id always wins against them. None if they had to be ``exact`` and
+        there are more patches than codes.
 
     Raises:
         UsageError: no frame at all, or frames that are not made of whole patches.
     """
-    patches = _count(videos, side, np.random.default_rng(seed))
+    patches = _count(videos, side, np.random.default_rng(seed), codes if exact else None)
+    if patches is None:
+        return None
     if len(patches) > codes:
         patches = _cluster(patches, codes, seed)
     used = sorted(patches, key=lambda patch: (-patches[patch], patch))
@@ -50,11 +53,15 @@ def cut_patches(frames: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(grid.transpose(0, 1, 3, 2, 4, 5)).reshape(-1, side * side * 3)
 
 
-def _count(videos: Iterable[NDArray[np.uint8]], side: int, random: np.random.Generator) -> Patches:
-    """Distinct patches; beyond ``_SAMPLE`` of them, a random sample."""
+def _count(
+    videos: Iterable[NDArray[np.uint8]], side: int, random: np.random.Generator, most: int | None
+) -> Patches | None:
+    """Distinct patches; None beyond ``most`` of them, a random sample beyond ``_SAMPLE``."""
     patches: Patches = Counter()
     for frames in videos:
         patches.update(patch.tobytes() for patch in cut_patches(frames, side))
+        if most is not None and len(patches) > most:
+            return None
         if len(patches) > _SAMPLE:
             known = list(patches.items())
             patches = Counter(dict(known[n] for n in random.choice(len(known), _SAMPLE, replace=False)))

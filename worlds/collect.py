@@ -1,22 +1,26 @@
-"""Recordings of a world: episodes of Crafter, each a function of its seed alone, and videos of any world."""
+"""Recordings of a world: episodes of a game, each a function of its seed alone, and videos of any world."""
 
 from __future__ import annotations
 
 import hashlib
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diagd.bundle import cache
 from diagd.bundle.actions import ActionCodec, ChoiceSlot
-from diagd.errors import UsageError
+from diagd.errors import UsageError, unknown
 from diagd.runtime.actions import read_actions
 from diagd.runtime.video import read_frames
 from diagd.tuning.recordings import Episode, check_recipe, episode_sources, save_episode, shard_path
+from worlds import doom
 from worlds.simulator import ACTIONS, Simulator
 
 _MOVES, _INTERACTIONS = (1, 2, 3, 4), (5, 0, 6, 7)
@@ -30,15 +34,17 @@ class CollectOptions:
 
     Attributes:
         output: folder of the shards; shards already there are kept.
-        episodes: how many episodes; each is one shard and one freshly generated world.
+        game: name in `GAMES`.
+        episodes: how many episodes; each is one shard and one world, freshly generated where the game does.
         steps: longest episode, in frames.
         seed: first seed; episode n plays in world `seed + n`, so sets that must not overlap need
             seeds at least `episodes` apart.
-        move_share: share of decisions that start a walk of 1 to 8 steps; the others interact.
+        move_share: share of decisions that start a walk of 1 to 8 steps in Crafter; the others interact.
         processes: worlds simulated at a time.
     """
 
     output: Path
+    game: str = "crafter"
     episodes: int = 720
     steps: int = 200
     seed: int = 0
@@ -46,6 +52,8 @@ class CollectOptions:
     processes: int = 2
 
     def __post_init__(self) -> None:
+        if self.game not in GAMES:
+            raise unknown("game", self.game, GAMES)
         if self.episodes < 1 or self.steps < 2 or self.processes < 1 or self.seed < 0:
             raise UsageError(
                 f"episodes {self.episodes}, steps {self.steps}, processes {self.processes}, "
@@ -54,17 +62,8 @@ class CollectOptions:
 
 
 def play_episode(options: CollectOptions, index: int) -> Episode:
-    """Play episode `index` with the random policy of `options`."""
-    simulator = Simulator(options.seed + index)
-    policy = random_policy(np.random.default_rng((options.seed, index)), options.move_share)
-    frames, actions = [simulator.reset().frame], [0]
-    while len(frames) < options.steps:
-        action = next(policy)
-        observation = simulator.step(action)
-        frames.append(observation.frame)
-        actions.append(action)
-        if observation.over:
-            break
+    """Play episode `index` of the game with its random policy."""
+    frames, actions = zip(*GAMES[options.game].play(options, index), strict=True)
     return Episode(np.stack(frames), np.asarray(actions, np.uint8))
 
 
@@ -80,7 +79,7 @@ def collect(options: CollectOptions) -> Iterator[Path]:
             "seed": options.seed,
             "steps": options.steps,
             "move_share": options.move_share,
-            "actions": list(ACTIONS),
+            "actions": list(GAMES[options.game].actions),
         },
     )
     missing = [n for n in range(options.episodes) if not shard_path(options.output, n).exists()]
@@ -98,6 +97,21 @@ def _record(options: CollectOptions, index: int) -> Path:
     return path
 
 
+def _play_crafter(options: CollectOptions, index: int) -> Iterator[Played]:
+    simulator = Simulator(options.seed + index)
+    policy = random_policy(np.random.default_rng((options.seed, index)), options.move_share)
+    yield simulator.reset().frame, 0
+    for action in islice(policy, options.steps - 1):
+        observation = simulator.step(action)
+        yield observation.frame, action
+        if observation.over:
+            return
+
+
+def _play_doom(options: CollectOptions, index: int) -> Iterator[Played]:
+    return doom.play(options.seed + index, options.steps)
+
+
 def random_policy(random: np.random.Generator, move_share: float) -> Iterator[int]:
     """Endless actions: walks of 1 to 8 steps with probability ``move_share``, else 1 to 3 interactions."""
     while True:
@@ -107,6 +121,26 @@ def random_policy(random: np.random.Generator, move_share: float) -> Iterator[in
             action = int(random.choice(_INTERACTIONS, p=_INTERACTION_SHARES))
             held = int(random.integers(1, 4))
         yield from [action] * held
+
+
+Played = tuple[NDArray[np.uint8], int]
+"""A frame uint8 [H, W, 3] and the action that led to it."""
+
+
+class Game(NamedTuple):
+    """A game that can be recorded.
+
+    Attributes:
+        actions: their names, in the order of their ids; the first does nothing.
+        play: an episode, of the options and its index; a function of these alone.
+    """
+
+    actions: tuple[str, ...]
+    play: Callable[[CollectOptions, int], Iterator[Played]]
+
+
+GAMES = {"crafter": Game(ACTIONS, _play_crafter), "doom": Game(doom.ACTIONS, _play_doom)}
+"""By name."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
@@ -13,6 +14,7 @@ from diagd.engines.engine import Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.families.world import DESCRIPTION, World, load_world
+from diagd.export.tokenizers.base import loaded
 from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
 from diagd.runtime.load import open_session
 from diagd.runtime.pixels import PixelCodec
@@ -66,9 +68,10 @@ class TorchModel:
     """A trained world in PyTorch, in float32."""
 
     def __init__(self, world: World) -> None:
-        self._model, self._codebook = world.model, world.codebook
+        graphs = world.description.pixel_graphs()
+        self._model, self._decoder = world.model, loaded(graphs.build_decoder(), world.tokenizer)
         self.context_frames = world.description.context_frames
-        self.encoder = FrameEncoder.of_codebook(world.codebook)
+        self.encoder = FrameEncoder.of_graphs(graphs, world.tokenizer)
         self.layout, self.codes = world.description.layout, world.description.codes
 
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
@@ -85,11 +88,10 @@ class TorchModel:
         return roll_out(self._model, streams, prompt, schedule, sampling, seed=seed, window=window)
 
     def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The codes' patches, side by side."""
-        frames, rows, columns = tokens.shape
-        side = self._codebook.shape[1]
-        grid = self._codebook[tokens].transpose(0, 1, 3, 2, 4, 5)
-        return grid.reshape(frames, rows * side, columns * side, 3)
+        """By the world's decoder."""
+        with torch.inference_mode():
+            pixels: NDArray[np.uint8] = self._decoder(torch.from_numpy(tokens).int()).numpy()
+        return pixels
 
 
 class BundleModel:

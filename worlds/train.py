@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +21,6 @@ from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError, unknown
 from diagd.export.families.world import World, WorldDescription, save_world
 from diagd.export.transformer import Transformer
-from diagd.runtime.arrays import read_arrays
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import check_device
 from diagd.tuning.forced_batch import ForcedBatch, ForcedPasses, forced_loss
@@ -35,9 +32,8 @@ from diagd.tuning.recordings import (
     episodes,
     recorded_actions,
 )
-from worlds.codebook import fit_codebook
-
-WARM_UP, WARM_UP_SHARE, FLAT_UNTIL = 60, 0.2, 0.3
+from worlds.progress import Progress, Report, learning_rate, log
+from worlds.tokenizer import Tensors, TokenizerOptions, fit_tokenizer, reconstruct
 
 Share = tuple[float, Schedule]
 """Share of the training windows, and the schedule they are decoded by."""
@@ -75,10 +71,12 @@ class TrainOptions:
         frames: frames of a window; the first half of training sees windows half as long, twice as many.
         batch: windows of a step, over all processes.
         steps: optimiser steps.
-        codes: entries of the codebook.
+        codes: ids of the tokenizer.
         patch: pixels along a side of a cell.
+        tokenizer: name in `worlds.tokenizer.KINDS`.
+        tokenizer_steps: optimiser steps of a learned tokenizer.
         matrix_rate, other_rate: base learning rates of Muon and AdamW.
-        seed: of codebook, initial weights and batches.
+        seed: of tokenizer, initial weights and batches.
         device: "cpu", "cuda" for every GPU, or "cuda:1" for one of them.
         processes: data-parallel processes; default: two of one thread each on a CPU, one a GPU.
         checkpoint_every: steps between checkpoints.
@@ -93,6 +91,8 @@ class TrainOptions:
     steps: int = 1200
     codes: int = 512
     patch: int = 8
+    tokenizer: str = "auto"
+    tokenizer_steps: int = 3000
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
     seed: int = 0
@@ -141,88 +141,110 @@ def worker_devices(device: str, processes: int | None, gpus: int) -> list[str]:
     return [f"cuda:{n}" for n in range(count)] if device == "cuda" else [device] * count
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One line of the training log; loss in nats per token."""
-
-    step: int
-    steps: int
-    loss: float
-    seconds: float
-
-
-Report = Callable[[Progress], None]
-
-
 def train(options: TrainOptions, report: Report | None = None) -> Path:
     """Train, resuming from the checkpoint in ``options.output`` if there is one; returns that folder.
 
-    Deterministic given options and device. Every report is also a line of ``log.jsonl``; with several
-    processes ``report`` must be picklable, as it runs in the first of them.
+    Deterministic given options and device. Every report is also a line of ``log.jsonl``, or of
+    ``tokenizer.jsonl``; with several processes ``report`` must be picklable, as it runs in the first of them.
 
     Raises:
         UsageError: no episodes, episodes too short, or a checkpoint of another recipe.
     """
     episode_paths(options.data)  # before a folder is made
     options.output.mkdir(parents=True, exist_ok=True)
-    codebook, used = _codebook(options)
-    cached_tokens(options.data, FrameEncoder.of_codebook(codebook))
+    prepared = _prepare(options, report)
+    prepared.tokens(options.data, report)
     processes = len(options.devices)
     if processes == 1:
-        _Trainer(options, codebook, used, rank=0).run(report)
+        _Trainer(options, prepared, rank=0).run(report)
         return options.output
     with tempfile.TemporaryDirectory() as folder:
-        worker = partial(_worker, options, codebook, used, f"file://{folder}/rendezvous", report)
+        worker = partial(_worker, options, prepared, f"file://{folder}/rendezvous", report)
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             list(pool.map(worker, range(processes)))
     return options.output
 
 
 def _worker(
-    options: TrainOptions,
-    codebook: NDArray[np.uint8],
-    used: int,
-    meeting: str,
-    report: Report | None,
-    rank: int,
+    options: TrainOptions, prepared: _Prepared, meeting: str, report: Report | None, rank: int
 ) -> None:
     backend = "nccl" if options.device.startswith("cuda") else "gloo"
     world_size = len(options.devices)
     distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=world_size)
     try:
-        _Trainer(options, codebook, used, rank).run(report if rank == 0 else None)
+        _Trainer(options, prepared, rank).run(report if rank == 0 else None)
     finally:
         distributed.destroy_process_group()
 
 
-def _codebook(options: TrainOptions) -> tuple[NDArray[np.uint8], int]:
-    path = options.output / "codebook.npz"
-    if not path.exists():
-        videos = (episode.frames for episode in episodes(options.data))
-        codebook, used = fit_codebook(videos, codes=options.codes, side=options.patch, seed=options.seed)
-        with atomic_file(path) as partial:
-            np.savez(partial, codebook=codebook, used=used)
-    found = read_arrays(path, ("codebook", "used"), "codebook")
-    shape = (options.codes, options.patch, options.patch, 3)
-    if found.keys() != {"codebook", "used"} or found["codebook"].shape != shape or found["used"].size != 1:
-        raise UsageError(f"{path} holds no {options.codes} codes of this recipe; give another output folder")
-    return found["codebook"].astype(np.uint8), int(found["used"])
+@dataclass(frozen=True)
+class _Prepared:
+    """What the transformer is trained on.
+
+    Attributes:
+        description: of the world to be.
+        tokenizer: its tensors, by name.
+    """
+
+    description: WorldDescription
+    tokenizer: Tensors
+
+    def tokens(self, data: Path, report: Report | None = None) -> TokenDataset:
+        """The recording, encoded."""
+        encoder = FrameEncoder.of_graphs(self.description.pixel_graphs(), self.tokenizer)
+        episodes, started = len(episode_paths(data)), time.monotonic()
+
+        def encoded(count: int) -> None:
+            if report is not None:
+                report(Progress(count, episodes, None, time.monotonic() - started, part="encoding"))
+
+        return cached_tokens(data, encoder, encoded)
+
+
+def _prepare(options: TrainOptions, report: Report | None) -> _Prepared:
+    """Fit the tokenizer, or read the one that was fitted."""
+    fitted = fit_tokenizer(
+        TokenizerOptions(
+            data=options.data,
+            output=options.output,
+            kind=options.tokenizer,
+            codes=options.codes,
+            patch=options.patch,
+            steps=options.tokenizer_steps,
+            seed=options.seed,
+            device=options.devices[0],
+            checkpoint_every=options.checkpoint_every,
+        ),
+        report,
+    )
+    height, width = next(episodes(options.data)).frames.shape[1:3]
+    description = WorldDescription(
+        size=options.size,
+        rows=height // options.patch,
+        columns=width // options.patch,
+        patch=options.patch,
+        codes=options.codes,
+        used_codes=fitted.used,
+        actions=recorded_actions(options.data),
+        context_frames=options.frames,
+        tokenizer=fitted.config,
+    )
+    return _Prepared(description, fitted.tensors)
 
 
 class _Trainer:
     """The loop of one process."""
 
-    def __init__(self, options: TrainOptions, codebook: NDArray[np.uint8], used: int, rank: int) -> None:
+    def __init__(self, options: TrainOptions, prepared: _Prepared, rank: int) -> None:
         self.device = options.devices[rank]
         if self.device == "cpu":
             torch.set_num_threads(1)
-        self.options, self.codebook, self.rank = options, codebook, rank
-        self.dataset = cached_tokens(options.data, FrameEncoder.of_codebook(codebook))
-        self.description = _describe(options, used, next(episodes(options.data)).frames.shape)
-        self.model = Transformer(self.description.transformer_config())
+        self.options, self.prepared, self.rank = options, prepared, rank
+        description = prepared.description
+        self.model = Transformer(description.transformer_config())
         self.model.initialise(torch.Generator().manual_seed(options.seed)).to(self.device)
         self.optimiser = Optimiser(self.model, options.matrix_rate, options.other_rate)
-        self.first_step, self.losses = 0, _Losses(options, self.dataset, self.description)
+        self.first_step, self.losses = 0, _Losses(options, prepared.tokens(options.data), description)
         self.checkpoint = options.output / "checkpoint.pt"
         if self.checkpoint.exists():
             self._resume()
@@ -236,18 +258,19 @@ class _Trainer:
             loss.backward()
             self.optimiser.step(learning_rate(step + 1, options.steps))
             if self.rank == 0:
-                self._log(Progress(step + 1, options.steps, loss.item(), time.monotonic() - started), report)
+                seconds = time.monotonic() - started
+                progress = Progress(step + 1, options.steps, loss.item(), seconds, self.first_step)
+                log(options.output / "log.jsonl", progress, report)
                 if (step + 1) % options.checkpoint_every == 0:
                     self._save_checkpoint(step + 1)
         if self.rank == 0:
-            world = World(self.description, self.model.cpu().eval(), self.codebook)
-            save_world(options.output, world, options.recipe())
+            self._save_world()
 
-    def _log(self, progress: Progress, report: Report | None) -> None:
-        with (self.options.output / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(progress)) + "\n")
-        if report is not None:
-            report(progress)
+    def _save_world(self) -> None:
+        description, tokenizer = self.prepared.description, self.prepared.tokenizer
+        frames = asdict(reconstruct(description.pixel_graphs(), tokenizer, self.options.data))
+        world = World(description, self.model.cpu().eval(), tokenizer)
+        save_world(self.options.output, world, self.options.recipe() | {"reconstruction": frames})
 
     def _save_checkpoint(self, step: int) -> None:
         state = {
@@ -295,19 +318,6 @@ class _Losses:
         return self.passes[frames].batch(self.dataset.windows(starts, frames), list(choice))
 
 
-def _describe(options: TrainOptions, used: int, frames: tuple[int, ...]) -> WorldDescription:
-    return WorldDescription(
-        size=options.size,
-        rows=frames[1] // options.patch,
-        columns=frames[2] // options.patch,
-        patch=options.patch,
-        codes=options.codes,
-        used_codes=used,
-        actions=recorded_actions(options.data),
-        context_frames=options.frames,
-    )
-
-
 class Optimiser:
     """Two optimisers that step together.
 
@@ -340,9 +350,3 @@ class Optimiser:
         """Restore `state_dict`."""
         for n, part in enumerate(self._parts):
             part.load_state_dict(state[str(n)])
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Share of the base rate at ``step`` in 1..steps: linear warm-up, flat, linear decay to 0."""
-    warm_up = min(WARM_UP, WARM_UP_SHARE * steps)
-    return min(1.0, step / warm_up, (1.0 - step / steps) / (1.0 - FLAT_UNTIL))

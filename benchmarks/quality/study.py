@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from benchmarks.quality.page import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow, quality_page
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
-from diagd.export.families.world import load_codebook, load_world
+from diagd.export.families.world import load_tokenizer, load_world
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
@@ -81,10 +81,9 @@ class Study:
     def __init__(self, options: StudyOptions, report: Report = lambda _: None) -> None:
         self._options, self._report = options, report
         self._bundles: dict[Path, Path] = {}
-        codebook = load_codebook(options.model)
-        encoder = FrameEncoder.of_codebook(codebook)
+        encoder = FrameEncoder.of_graphs(*load_tokenizer(options.model))
         self._recording = cached_tokens(options.data, encoder)
-        self._geometry = Geometry.learn(cached_tokens(options.geometry, encoder), len(codebook))
+        self._geometry = Geometry.learn(cached_tokens(options.geometry, encoder), encoder.codes)
 
     def run(self) -> Path:
         """Measure part by part, saving the figures after each; returns the page."""

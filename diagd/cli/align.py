@@ -108,20 +108,20 @@ class _Source:
     def encoder(self) -> FrameEncoder | None:
         """What recordings are tokenised with; None where the source is no world."""
         from diagd.engines.onnxruntime_session import CpuOptions
-        from diagd.export.families.world import load_codebook
+        from diagd.export.families.world import load_tokenizer
         from diagd.tuning.recordings import FrameEncoder
 
         if self.bundle is not None:
             world = self.bundle.manifest.family == "world"
             return FrameEncoder.of_bundle(self.bundle, CpuOptions()) if world else None
         assert self.family is not None
-        codebook = self.family.default_tokenizer if self.family.family == "world" else None
-        return FrameEncoder.of_codebook(load_codebook(Path(codebook).parent)) if codebook else None
+        tokenizer = self.family.default_tokenizer if self.family.family == "world" else None
+        return FrameEncoder.of_graphs(*load_tokenizer(Path(tokenizer).parent)) if tokenizer else None
 
 
 def _align(args: argparse.Namespace, settings: AlignSettings, report: Report) -> Path:
     from diagd.export.exporter import open_sources
-    from diagd.export.families.world import CODEBOOK, DESCRIPTION, WEIGHTS
+    from diagd.export.families.world import DESCRIPTION, WEIGHTS
     from diagd.runtime.text import read_text
     from diagd.tuning.align_bundle import align_bundle
     from diagd.tuning.align_checkpoint import align_checkpoint
@@ -140,8 +140,9 @@ def _align(args: argparse.Namespace, settings: AlignSettings, report: Report) ->
     if family.default_tokenizer is None or output.suffix:
         return align_checkpoint(family, checkpoint, streams, options, output, report, text=text)
     align_checkpoint(family, checkpoint, streams, options, output / WEIGHTS, report)
-    for name in (CODEBOOK, DESCRIPTION):
-        shutil.copy(Path(family.default_tokenizer).parent / name, output / name)
+    tokenizer = Path(family.default_tokenizer)
+    for part in (tokenizer, tokenizer.with_name(DESCRIPTION)):
+        shutil.copy(part, output / part.name)
     return output
 
 

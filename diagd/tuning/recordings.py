@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from diagd.bundle import Bundle, cache
 from diagd.bundle.files import atomic_file
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.export.tokenizers.patch import PatchEncoder
+from diagd.export.tokenizers.base import TokenizerGraphs, loaded
 from diagd.runtime.arrays import read_arrays
 from diagd.runtime.pixels import PixelCodec
 
@@ -59,17 +59,22 @@ class FrameEncoder:
     digest: str
 
     @classmethod
-    def of_codebook(cls, codebook: NDArray[np.uint8]) -> FrameEncoder:
-        """The id of the code uint8 [codes, p, p, 3] nearest to each patch; see `PatchEncoder`."""
-        encoder, side = PatchEncoder(torch.from_numpy(codebook)), codebook.shape[1]
+    def of_graphs(cls, graphs: TokenizerGraphs, tensors: Mapping[str, torch.Tensor]) -> FrameEncoder:
+        """The encoder of a tokenizer with its tensors, by name."""
+        encoder = loaded(graphs.build_encoder(), tensors)
 
         def encode(frames: NDArray[np.uint8]) -> NDArray[np.integer]:
-            check_patches(frames, side)
+            if frames.shape[1:3] != (graphs.height, graphs.width):
+                raise UsageError(
+                    f"frames of {frames.shape[1]}x{frames.shape[2]} pixels; the tokenizer reads "
+                    f"{graphs.height}x{graphs.width}: resize them"
+                )
             with torch.inference_mode():
                 parts = [encoder(part) for part in torch.from_numpy(frames).split(_CHUNK)]
             return torch.cat(parts).numpy()
 
-        return cls(encode, len(codebook), hashlib.sha256(codebook.tobytes()).hexdigest())
+        named = b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))
+        return cls(encode, graphs.codes, hashlib.sha256(named).hexdigest())
 
     @classmethod
     def of_bundle(cls, bundle: Bundle, cpu: CpuOptions) -> FrameEncoder:
@@ -149,29 +154,38 @@ def episodes(folder: Path) -> Iterator[Episode]:
     return map(load_episode, episode_paths(folder))
 
 
-def tokenise(recording: Iterable[Episode], encoder: FrameEncoder) -> TokenDataset:
-    """Encode episodes; action a becomes id ``encoder.codes + a``."""
+def tokenise(
+    recording: Iterable[Episode], encoder: FrameEncoder, report: Callable[[int], None] | None = None
+) -> TokenDataset:
+    """Encode episodes; action a becomes id ``encoder.codes + a``. ``report`` hears how many are encoded."""
     streams, starts = [], [0]
     for episode in recording:
         cells = encoder.encode(episode.frames).reshape(len(episode.frames), -1)
         actions = encoder.codes + episode.actions[:, None].astype(np.int32)
         streams.append(np.concatenate([actions, cells], axis=1, dtype=np.int32))
         starts.append(starts[-1] + len(cells))
+        if report is not None:
+            report(len(streams))
     return TokenDataset(np.concatenate(streams), np.asarray(starts))
 
 
-def cached_tokens(folder: Path, encoder: FrameEncoder) -> TokenDataset:
-    """Encode a folder once and keep the result in the cache, under the digests of its shards and encoder."""
+def cached_tokens(
+    folder: Path, encoder: FrameEncoder, report: Callable[[int], None] | None = None
+) -> TokenDataset:
+    """Encode a folder once and keep the result in the cache, under the digests of its shards and encoder.
+
+    ``report`` hears how many episodes are encoded.
+    """
     made: list[TokenDataset] = []
 
     def make(place: Path) -> None:
-        made.append(tokenise(episodes(folder), encoder))
+        made.append(tokenise(episodes(folder), encoder, report))
         np.savez(place / TOKENS, streams=made[0].streams, starts=made[0].starts)
 
     parts = [encoder.digest, *map(cache.digest, episode_paths(folder))]
     found = cache.entry("tokens", hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32], make)
     if made or found is None:
-        return made[0] if made else tokenise(episodes(folder), encoder)
+        return made[0] if made else tokenise(episodes(folder), encoder, report)
     with np.load(found / TOKENS, allow_pickle=False) as kept:
         return TokenDataset(kept["streams"], kept["starts"])
 

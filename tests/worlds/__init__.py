@@ -35,5 +35,5 @@ def random_world(folder: Path, rows: int = 9, columns: int = 12) -> Path:
     codebook = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 3), dtype=np.uint8)
     codebook[30:] = codebook[0]  # as the codes that training does not use
     folder.mkdir(parents=True)
-    save_world(folder, World(description, model, codebook), {})
+    save_world(folder, World(description, model, {"codebook": torch.from_numpy(codebook)}), {})
     return folder

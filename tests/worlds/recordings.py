@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
+from diagd.export.tokenizers import patch_graphs
+from diagd.tuning.recordings import Episode, FrameEncoder, check_recipe, save_episode, shard_path
 
 ROWS, COLUMNS, PATCH = 3, 4, 4
 ACTIONS = ("stay", "left", "right")
@@ -30,3 +32,10 @@ def record_stripes(folder: Path, episodes: int, frames: int) -> Path:
     for n in range(episodes):
         save_episode(shard_path(folder, n), striped_episode(frames, n))
     return folder
+
+
+def patch_encoder(codebook: np.ndarray, rows: int = ROWS, columns: int = COLUMNS) -> FrameEncoder:
+    """The nearest entry of a codebook uint8 [codes, p, p, 3] for each of rows x columns patches."""
+    side = codebook.shape[1]
+    graphs = patch_graphs.graphs(rows * side, columns * side, len(codebook), side)
+    return FrameEncoder.of_graphs(graphs, {"codebook": torch.from_numpy(codebook)})

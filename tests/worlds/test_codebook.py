@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.tuning.recordings import FrameEncoder
+from tests.worlds.recordings import patch_encoder
 from worlds.codebook import cut_patches, fit_codebook
 
 
@@ -16,7 +16,8 @@ def tiled(tiles: np.ndarray, shape: tuple[int, int, int], seed: int) -> np.ndarr
 
 def coded(video: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     """The nearest codes, in place of the patches."""
-    tokens = FrameEncoder.of_codebook(codebook).encode(video)
+    rows, columns = (size // codebook.shape[1] for size in video.shape[1:3])
+    tokens = patch_encoder(codebook, rows, columns).encode(video)
     return codebook.reshape(len(codebook), -1)[tokens.ravel()]
 
 

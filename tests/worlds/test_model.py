@@ -26,7 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[TorchModel, Bundle
         model.embedding.mul_(50)
         model.head.mul_(2)
     codebook = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
-    save_world(folder, World(DESCRIPTION, model, codebook), {})
+    save_world(folder, World(DESCRIPTION, model, {"codebook": torch.from_numpy(codebook)}), {})
     family = find("world", str(folder))
     bundle = folder / "small.diagd"
     export(family, GraphOptions(), open_sources(family, None, None), bundle)

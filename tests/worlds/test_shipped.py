@@ -35,7 +35,7 @@ def world() -> World:
 def recording(tmp_path_factory: pytest.TempPathFactory, world: World) -> TokenDataset:
     folder = tmp_path_factory.mktemp("fresh")
     list(collect(CollectOptions(folder, episodes=3, steps=80, seed=2_000_000, processes=1)))
-    return cached_tokens(folder, FrameEncoder.of_codebook(world.codebook))
+    return cached_tokens(folder, FrameEncoder.of_graphs(world.description.pixel_graphs(), world.tokenizer))
 
 
 @pytest.fixture(scope="module")

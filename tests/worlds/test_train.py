@@ -55,7 +55,8 @@ def test_training_learns_every_schedule(data: Path, tmp_path: Path) -> None:
     train(options(data, tmp_path, steps=60))
     world = load_world(tmp_path)
     assert world.description.used_codes == 8
-    streams = cached_tokens(data, FrameEncoder.of_codebook(world.codebook)).windows(np.array([0, 15, 30]), 4)
+    encoder = FrameEncoder.of_graphs(world.description.pixel_graphs(), world.tokenizer)
+    streams = cached_tokens(data, encoder).windows(np.array([0, 15, 30]), 4)
     shares = mixture_shares("mixture", world.description.layout)
     passes = ForcedPasses([schedule for _, schedule in shares], 4, score_prompt=False)
     for choice in range(len(shares)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +14,23 @@ from diagd.errors import UsageError
 from diagd.progress import Progress as Bars
 
 if TYPE_CHECKING:
-    from worlds.train import Progress
+    from worlds.progress import Progress
 
 EPILOG = """examples:
   diagd world collect recordings
+  diagd world collect walks --game doom --episodes 300 --steps 400
   diagd world import recordings --videos clips/ --actions noop,left,right --size 72x96
   diagd world train trained --data recordings --steps 1200
   diagd-export --model world --checkpoint trained --output world.diagd
 """
 
 RECORDED = {"recording.json": b'"actions"'}
-TRAINED = {"config.json": b'"patch"', "codebook.npz": b"codebook", "log.jsonl": b'"step"'}
+TRAINED = {
+    "config.json": b'"patch"',
+    "codebook.npz": b"codebook",
+    "log.jsonl": b'"step"',
+    "tokenizer.jsonl": b'"step"',
+}
 """Files that folders of the two kinds have, and what stands in each."""
 
 
@@ -31,8 +38,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the tasks and their options."""
     parser.epilog = EPILOG
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
-    collect = tasks.add_parser("collect", help="record episodes of Crafter")
+    collect = tasks.add_parser("collect", help="record episodes of a game")
     collect.add_argument("output", type=path, help="folder; episodes already there are kept")
+    collect.add_argument("--game", default="crafter", help="crafter or doom (default %(default)s)")
     collect.add_argument("--episodes", type=int, default=720, help="default %(default)s")
     collect.add_argument("--steps", type=int, default=200, help="longest episode (default %(default)s)")
     collect.add_argument("--seed", type=int, default=0)
@@ -47,6 +55,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--data", type=path, required=True, help="folder of episodes")
     train.add_argument("--size", default="3m", help="0.7m, 3m or 10m (default %(default)s)")
     train.add_argument("--mixture", default="mixture", help="ntp, diagonal or mixture (default %(default)s)")
+    train.add_argument("--tokenizer", default="auto", help="auto, patches or learned (default %(default)s)")
     train.add_argument("--steps", type=int, default=1200, help="optimiser steps (default %(default)s)")
     train.add_argument("--batch", type=int, default=10, help="windows of a step (default %(default)s)")
     train.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
@@ -94,7 +103,12 @@ def _train(args: argparse.Namespace) -> int:
     from worlds.train import TrainOptions, train
 
     folder = train(TrainOptions(**_chosen(TrainOptions, args)), print_step)
-    print(f"trained {args.size} in {args.steps} steps: {folder}")  # noqa: T201
+    frames = json.loads((folder / "config.json").read_text())["training"]["reconstruction"]
+    print(  # noqa: T201
+        f"trained {args.size} in {args.steps} steps: {folder}\n"
+        f"tokenizer: PSNR {frames['psnr']:.1f} dB, SSIM {frames['ssim']:.3f}, "
+        f"{frames['used']} of {frames['codes']} ids in use"
+    )
     return 0
 
 
@@ -106,9 +120,10 @@ def _chosen(options: type[Any], args: argparse.Namespace) -> dict[str, Any]:
 
 def print_step(progress: Progress) -> None:
     """Report a training step on one line that is written over; runs in the first worker process."""
-    rate = progress.seconds / max(1, progress.step)
+    rate = progress.seconds / max(1, progress.step - progress.first)
     left = (progress.steps - progress.step) * rate / 60
+    loss = "" if progress.loss is None else f"  loss {progress.loss:.4f}"
     end = "\n" if progress.step == progress.steps else "\r"
-    line = f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  about {left:.0f} min left  "
+    line = f"{progress.part} {progress.step}/{progress.steps}{loss}  about {left:.0f} min left  "
     with terminal.streams() as (out, _):
         out.write(line + end)

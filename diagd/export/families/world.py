@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from diagd.bundle.actions import ActionCodec, ChoiceSlot
@@ -20,16 +17,19 @@ from diagd.bundle.rotary import Axis, Rotary, RotaryAxis, geometric_frequencies
 from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import CheckpointError, UsageError, unknown
 from diagd.export.families.family import Family, identity_rules
+from diagd.export.tokenizers import compact, patch_graphs
 from diagd.export.tokenizers.base import TokenizerGraphs
-from diagd.export.tokenizers.base import build as build_network
+from diagd.export.tokenizers.compact import CompactConfig
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diagd.export.transformer import Transformer
 
 SHIPPED = Path(__file__).parents[2] / "models"
-PATCHES = "diagd.export.tokenizers.patch"
-WEIGHTS, CODEBOOK, DESCRIPTION = "model.safetensors", "codebook.safetensors", "config.json"
+WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+CODEBOOK, TOKENIZER = "codebook.safetensors", "tokenizer.safetensors"
 
 _FRAME_PAIRS, _FRAME_BASE, _GRID_BASE = 4, 100.0, 50.0
 
@@ -61,10 +61,11 @@ class WorldDescription:
         size: name in `SIZES`.
         rows, columns: cells of a frame.
         patch: pixels along a side of a cell.
-        codes: entries of the codebook; ids from here on are actions.
-        used_codes: entries that the frames make use of.
+        codes: ids of the tokenizer; ids from here on are actions.
+        used_codes: those that the frames make use of, from 0 on.
         actions: names of the actions, in the order of their ids.
         context_frames: frames of a training window.
+        tokenizer: sizes of the trained tokenizer; None where each patch is an entry of a codebook.
     """
 
     size: str
@@ -75,11 +76,24 @@ class WorldDescription:
     used_codes: int
     actions: tuple[str, ...]
     context_frames: int
+    tokenizer: CompactConfig | None = None
 
     @property
     def layout(self) -> StreamLayout:
         """One action token, then the cells it leads to."""
         return StreamLayout(rows=self.rows, columns=self.columns, before=1)
+
+    @property
+    def tokenizer_file(self) -> str:
+        """Name of the file that holds the tensors of both pixel graphs."""
+        return CODEBOOK if self.tokenizer is None else TOKENIZER
+
+    def pixel_graphs(self) -> TokenizerGraphs:
+        """Encoder and decoder of the frames."""
+        size = self.rows * self.patch, self.columns * self.patch
+        if self.tokenizer is not None:
+            return compact.graphs(self.tokenizer, *size)
+        return patch_graphs.graphs(*size, self.codes, self.patch)
 
     def transformer_config(self) -> TransformerConfig:
         """Configuration of the transformer: rotary over (frame, row, column), a learned vector per slot.
@@ -115,25 +129,23 @@ class World:
     Attributes:
         description: its configuration.
         model: float32 transformer, in evaluation mode.
-        codebook: uint8 [codes, patch, patch, 3].
+        tokenizer: tensors of both pixel graphs, by name.
     """
 
     description: WorldDescription
     model: Transformer
-    codebook: NDArray[np.uint8]
+    tokenizer: Mapping[str, Tensor]
 
 
 def save_world(folder: Path, world: World, training: dict[str, Any]) -> None:
-    """Write weights (float16), codebook and description; ``training`` is kept for the record."""
+    """Write weights (float16), tokenizer and description; ``training`` is kept for the record."""
     import torch
-    from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
     state = {name: tensor.to(torch.float16).contiguous() for name, tensor in world.model.state_dict().items()}
     with atomic_file(folder / WEIGHTS) as path:
         save_file(state, path, metadata={"format": "pt"})
-    with atomic_file(folder / CODEBOOK) as path:
-        save_arrays({"codebook": np.ascontiguousarray(world.codebook)}, path)
+    save_tokenizer(folder / world.description.tokenizer_file, world.tokenizer)
     with atomic_file(folder / DESCRIPTION) as path:
         path.write_text(
             json.dumps(asdict(world.description) | {"training": training}, indent=2) + "\n", encoding="utf-8"
@@ -156,24 +168,41 @@ def load_description(folder: Path) -> WorldDescription:
         ) from error
 
 
-def load_codebook(folder: Path) -> NDArray[np.uint8]:
-    """Read the codebook uint8 [codes, patch, patch, 3] of a world model.
+def save_tokenizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors of both pixel graphs."""
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+
+
+def load_tokenizer(folder: Path) -> tuple[TokenizerGraphs, Mapping[str, Tensor]]:
+    """The pixel graphs of a world and their tensors.
 
     Raises:
-        CheckpointError: there is none, or the file is damaged.
+        CheckpointError: the file is missing, damaged or of another tokenizer.
     """
+    description = load_description(folder)
+    graphs = description.pixel_graphs()
+    return graphs, read_tokenizer(folder / description.tokenizer_file, graphs)
+
+
+def read_tokenizer(path: Path, graphs: TokenizerGraphs) -> Mapping[str, Tensor]:
+    """Read the tensors of both pixel graphs; see `load_tokenizer`."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     try:
-        codebook: NDArray[np.uint8] = load_file(folder / CODEBOOK)["codebook"]
-    except (OSError, KeyError, SafetensorError) as error:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder / CODEBOOK} holds no codebook: {error}; copy the folder of the world again"
+            f"{path} holds no tokenizer: {error}; copy the folder of the world again"
         ) from error
-    if codebook.dtype != np.uint8 or codebook.ndim != 4:
-        raise CheckpointError(f"{folder / CODEBOOK} holds {codebook.dtype} {list(codebook.shape)}, no codes")
-    return codebook
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != (expected := graphs.expected_shapes()):
+        wrong = dict(sorted(found.items() ^ expected.items())[:2])
+        raise CheckpointError(f"{path} holds another tokenizer than its {DESCRIPTION} says: {wrong}")
+    return tensors
 
 
 def load_world(folder: Path) -> World:
@@ -191,10 +220,10 @@ def load_world(folder: Path) -> World:
     model = Transformer(description.transformer_config())
     try:
         model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS).items()})
-        codebook = load_codebook(folder)
+        _, tokenizer = load_tokenizer(folder)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} holds no readable world model: {error}") from error
-    return World(description, model.eval(), codebook)
+    return World(description, model.eval(), tokenizer)
 
 
 def build(name: str, checkpoint: str | None) -> Family:
@@ -225,29 +254,13 @@ def build(name: str, checkpoint: str | None) -> Family:
         licence="Apache-2.0; trained on frames of Crafter (MIT)" if not checkpoint else "yours",
         origin="shipped with diagd" if not checkpoint else str(folder),
         actions=_codec(description),
-        tokenizer=_tokenizer(description),
+        tokenizer=description.pixel_graphs(),
         default_checkpoint=str(folder / WEIGHTS if folder is weights else weights),
-        default_tokenizer=str(folder / CODEBOOK),
+        default_tokenizer=str(folder / description.tokenizer_file),
     )
 
 
 def _codec(description: WorldDescription) -> ActionCodec:
     return ActionCodec(
         slots=(ChoiceSlot(field="action", names=description.actions, first=description.codes),)
-    )
-
-
-def _tokenizer(description: WorldDescription) -> TokenizerGraphs:
-    shape = (description.codes, description.patch, description.patch, 3)
-    return TokenizerGraphs(
-        height=description.rows * description.patch,
-        width=description.columns * description.patch,
-        grid=(description.rows, description.columns),
-        codes=description.codes,
-        temporal_factor=1,
-        chunk_frames=64,
-        build_encoder=partial(build_network, PATCHES, "PatchEncoder.empty", shape),
-        build_decoder=partial(build_network, PATCHES, "PatchDecoder.empty", shape),
-        parameters=math.prod(shape),
-        rename=lambda name: name,
     )

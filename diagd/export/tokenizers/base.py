@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from diagd.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of a checkpoint's tensors, by name."""
@@ -110,18 +110,34 @@ class VqganSizes:
         Raises:
             UsageError: the frame is not made of whole ones.
         """
-        factor = self.finest << (len(self.channels) - 1)
-        if self.height % factor or self.width % factor:
-            raise UsageError(
-                f"frame height {self.height}, width {self.width}; both must be multiples of {factor}"
-            )
-        return self.height // factor, self.width // factor
+        return grid_of(self.height, self.width, self.finest << (len(self.channels) - 1))
 
 
 def build(module: str, name: str, config: object) -> nn.Module:
     """A network from its configuration; the module that holds it needs torch and is imported only here."""
     make: Callable[[object], nn.Module] = attrgetter(name)(importlib.import_module(module))
     return make(config)
+
+
+def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
+    """Rows and columns of tokens of a frame, each of ``factor`` x ``factor`` pixels.
+
+    Raises:
+        UsageError: the frame is not made of whole ones.
+    """
+    if height % factor or width % factor:
+        raise UsageError(f"frame height {height}, width {width}; both must be multiples of {factor}")
+    return height // factor, width // factor
+
+
+def loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The module, for evaluation, with those of the tensors that are its own.
+
+    Raises:
+        KeyError, RuntimeError: one is missing, or of another shape.
+    """
+    module.load_state_dict({name: tensors[name] for name in module.state_dict()})
+    return module.eval()
 
 
 def shape_of(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:

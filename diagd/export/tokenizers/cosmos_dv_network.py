@@ -6,15 +6,9 @@ layers see the current and earlier frames only.
 Two levels of a three-dimensional Haar transform are one strided convolution: each takes sums and differences
 along time, height and width. Cosmos scales a level by (1/sqrt 2)^3 and divides by 2 sqrt 2, which is 1/8
 exactly, so the inverse has coefficients of +1 and -1.
-
-Finite scalar quantisation (Mentzer et al. 2023, section 3) rounds each channel to a few levels. A token is a
-mixed-radix number whose first digit is the first channel; float32 is exact on integers of this size.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -34,11 +28,10 @@ from diagd.export.tokenizers.blocks import (
     spatial_attention,
 )
 from diagd.export.tokenizers.cosmos_dv import HAAR_SIDE, CosmosDvConfig
+from diagd.export.tokenizers.fsq import codes_of_tokens, tokens_of_latents
 
 COLOURS = 3
 BANDS = COLOURS * HAAR_SIDE**3
-STRETCH = 1 + 1e-3
-"""Keeps the outermost levels of a quantised channel reachable at finite latents."""
 
 
 class FrameConv(nn.Module):
@@ -207,31 +200,3 @@ def synthesise(bands: Tensor) -> Tensor:
     bias = constant(np.zeros(COLOURS), bands)
     video = functional.conv_transpose3d(bands.transpose(0, 1).unsqueeze(0), kernel, bias, stride=HAAR_SIDE)
     return video.squeeze(0).transpose(0, 1)[HAAR_SIDE - 1 :]
-
-
-def tokens_of_latents(latents: Tensor, levels: Sequence[int]) -> Tensor:
-    """Quantise latents ``[T, len(levels), h, w]`` to tokens int32 ``[T, h, w]``; halves round to even."""
-    z = latents.float()
-    halves = [(level - 1) * STRETCH / 2 for level in levels]
-    offsets = [0.0 if level % 2 else 0.5 for level in levels]
-    shifts = [math.atanh(offset / half) for offset, half in zip(offsets, halves, strict=True)]
-    half, offset, shift = (_channels(values, z) for values in (halves, offsets, shifts))
-    digits = ((z + shift).tanh() * half - offset).round() + _channels([level // 2 for level in levels], z)
-    return (digits * _channels(_place_values(levels), z)).sum(1).to(torch.int32)
-
-
-def codes_of_tokens(tokens: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Quantised latents ``[T, len(levels), h, w]`` in [-1, 1] of tokens int32 ``[T, h, w]``."""
-    z = tokens.unsqueeze(1).float()
-    radix, middle = _channels(levels, z), _channels([level // 2 for level in levels], z)
-    quotient = (z / _channels(_place_values(levels), z)).floor()
-    digits = quotient - (quotient / radix).floor() * radix
-    return ((digits - middle) / middle).to(dtype)
-
-
-def _place_values(levels: Sequence[int]) -> list[int]:
-    return [math.prod(levels[:digit]) for digit in range(len(levels))]
-
-
-def _channels(values: Sequence[float], like: Tensor) -> Tensor:
-    return constant(values, like).reshape(1, -1, 1, 1)

@@ -1,0 +1,87 @@
+"""The network of the compact tokenizer."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diagd.export.tokenizers import fsq
+from diagd.export.tokenizers.blocks import (
+    EPSILON,
+    GROUPS,
+    Layers,
+    ResnetBlock,
+    images_from_pixels,
+    pixels_from_images,
+)
+from diagd.export.tokenizers.compact import CompactConfig
+
+LAYERS = Layers(
+    norm=lambda channels: nn.GroupNorm(GROUPS, channels, eps=EPSILON),
+    conv=lambda inputs, outputs: nn.Conv2d(inputs, outputs, 3, padding=1),
+    point=lambda inputs, outputs: nn.Conv2d(inputs, outputs, 1),
+    down=lambda channels, _: nn.Identity(),
+    up=lambda channels, _: nn.Identity(),
+)
+
+
+class Encoder(nn.Module):
+    """Pixels to tokens."""
+
+    def __init__(self, config: CompactConfig) -> None:
+        super().__init__()
+        self.levels, last = config.levels, config.channels[-1]
+        halves = (nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise((3, *config.channels)))
+        self.smaller = nn.ModuleList(halves)
+        self.encoder_blocks = nn.ModuleList(ResnetBlock(LAYERS, last, last) for _ in range(config.res_blocks))
+        self.norm_out = LAYERS.norm(last)
+        self.conv_out = nn.Conv2d(last, len(config.levels), 1)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Map images ``[T, 3, H, W]`` in -1 .. 1 to latents ``[T, len(levels), h, w]``."""
+        x = images
+        for half in self.smaller:
+            x = functional.silu(half(x))
+        for block in self.encoder_blocks:
+            x = block(x)
+        latents: Tensor = self.conv_out(functional.silu(self.norm_out(x)))
+        return latents
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map pixels uint8 ``[T, H, W, 3]`` to tokens int32 ``[T, h, w]``."""
+        return fsq.tokens_of_latents(self.latents(scaled_images(pixels, self.conv_out.weight)), self.levels)
+
+
+class Decoder(nn.Module):
+    """Tokens to pixels."""
+
+    def __init__(self, config: CompactConfig) -> None:
+        super().__init__()
+        self.levels, widths = config.levels, config.channels[::-1]
+        self.conv_in = nn.Conv2d(len(config.levels), widths[0], 3, padding=1)
+        blocks = (*widths[:1] * config.res_blocks, *widths[1:])
+        self.decoder_blocks = nn.ModuleList(ResnetBlock(LAYERS, width, width) for width in blocks)
+        self.larger = nn.ModuleList(LAYERS.conv(a, 4 * b) for a, b in pairwise((*widths, 3)))
+
+    def images(self, codes: Tensor) -> Tensor:
+        """Map codes ``[T, len(levels), h, w]`` to images ``[T, 3, H, W]``, about -1 .. 1."""
+        x = self.conv_in(codes)
+        coarse = len(self.decoder_blocks) - len(self.larger) + 1
+        for block in self.decoder_blocks[:coarse]:
+            x = block(x)
+        for double, block in zip(self.larger, [*self.decoder_blocks[coarse:], nn.Identity()], strict=True):
+            x = block(functional.pixel_shuffle(double(functional.silu(x)), 2))
+        images: Tensor = x
+        return images
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens int32 ``[T, h, w]`` to pixels uint8 ``[T, H, W, 3]``, rounded."""
+        images = self.images(fsq.codes_of_tokens(tokens, self.levels, self.conv_in.weight.dtype))
+        return pixels_from_images((images.clamp(-1, 1) + 1) * 127.5 + 0.5)
+
+
+def scaled_images(pixels: Tensor, like: Tensor) -> Tensor:
+    """Frames uint8 ``[T, H, W, 3]`` as images ``[T, 3, H, W]`` in -1 .. 1, of the dtype of ``like``."""
+    return images_from_pixels(pixels, like.dtype) / 127.5 - 1
