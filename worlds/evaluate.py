@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -72,14 +73,17 @@ class TruthScores:
     """Rollouts against the true continuation.
 
     Attributes:
-        match, psnr, ssim: by generated frame.
+        match, psnr, ssim: by generated frame, against the true tokens and the frames they decode to.
         frechet: squared distance of tile statistics to those of the true frames.
+        dynamics: cells that change from frame to frame, for each that does in the true frames: 1 is as
+            lively as the truth, less is freezing. None where reports are older than this figure.
     """
 
     match: list[Estimate]
     psnr: list[Estimate]
     ssim: list[Estimate]
     frechet: Estimate
+    dynamics: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class Scores:
         generated_nll: of generated tokens under next-token prediction.
         geometry: of the rollouts; None where the world's geometry is not known.
         truth: of the rollouts.
+        ntp_match: share of generated tokens that next-token prediction draws there too, with the same random
+            numbers. None where reports are older than this figure.
     """
 
     name: str
@@ -109,6 +115,7 @@ class Scores:
     generated_nll: Estimate
     geometry: GeometryScores | None
     truth: TruthScores
+    ntp_match: Estimate | None = None
 
 
 class Evaluation:
@@ -135,7 +142,7 @@ class Evaluation:
         """Measure one schedule; also returns the rollouts, int64 [B, N]."""
         options, model = self.options, self.model
         nll = model.nll(self.windows, schedule)
-        rolled = model.roll_out(self.truth, options.prompt, schedule, options.sampling, options.seed)
+        rolled = self._roll_out(schedule)
         likelihood = model.nll(rolled, Schedule.next_token(model.layout))
         generated = slice(options.prompt * model.layout.frame_length, None)
         scores = Scores(
@@ -151,8 +158,20 @@ class Evaluation:
             generated_nll=Estimate.of(_row_means(likelihood[:, generated])),
             geometry=self.geometry_scores(rolled, self.geometry) if self.geometry else None,
             truth=self._compare(rolled),
+            ntp_match=Estimate.of(self._match(rolled, self._baseline_rollouts)),
         )
         return scores, rolled
+
+    def _roll_out(self, schedule: Schedule) -> Streams:
+        if schedule == Schedule.next_token(self.model.layout):
+            return self._baseline_rollouts
+        options = self.options
+        return self.model.roll_out(self.truth, options.prompt, schedule, options.sampling, options.seed)
+
+    @cached_property
+    def _baseline_rollouts(self) -> Streams:
+        schedule, options = Schedule.next_token(self.model.layout), self.options
+        return self.model.roll_out(self.truth, options.prompt, schedule, options.sampling, options.seed)
 
     def gap(self, schedule: Schedule) -> Estimate:
         """Teacher-forced likelihood gap to next-token prediction, paired by window, nats per token."""
@@ -178,17 +197,30 @@ class Evaluation:
         samples = (followed, walks, verdict.agreement, invalid)
         return GeometryScores(*(Estimate.of(_row_means(values.reshape(count, -1))) for values in samples))
 
+    def _match(self, rolled: Streams, other: Streams) -> NDArray[np.float64]:
+        """Share of generated cells that two sets of rollouts have in common, [B]."""
+        layout, frames = self.model.layout, self.options.frames
+        cells = (
+            streams.reshape(len(rolled), -1, layout.frame_length)[:, -frames:, 1:]
+            for streams in (rolled, other)
+        )
+        shares: NDArray[np.float64] = np.equal(*cells).mean((1, 2))
+        return shares
+
     def _compare(self, rolled: Streams) -> TruthScores:
         layout, frames = self.model.layout, self.options.frames
         shape = (len(rolled), -1, layout.rows, layout.columns)
-        got, true = (self._cells(s).reshape(shape)[:, -frames:] for s in (rolled, self.truth))
+        clips = [self._cells(streams).reshape(shape)[:, -frames - 1 :] for streams in (rolled, self.truth)]
+        got, true = (clip[:, 1:] for clip in clips)
         match, ratio, similarity = [], [], []
         for n in range(frames):
             images, answers = self.model.pixels(got[:, n]), self.model.pixels(true[:, n])
             match.append(Estimate.of((got[:, n] == true[:, n]).mean((1, 2))))
             ratio.append(Estimate.of(psnr(images, answers)))
             similarity.append(Estimate.of(ssim(images, answers)))
-        return TruthScores(match, ratio, similarity, self._frechet(got, true))
+        return TruthScores(
+            match, ratio, similarity, self._frechet(got, true), Estimate.ratio(*map(_changes, clips))
+        )
 
     def _frechet(self, got: NDArray[np.int64], true: NDArray[np.int64], resamples: int = 20) -> Estimate:
         """Distance, with a bootstrap over rollouts for its standard error."""
@@ -244,6 +276,12 @@ def measure_drift(
         span = slice((start - prompt) * layout.frame_length, end * layout.frame_length)
         scores.append(evaluation.geometry_scores(rolled[:, span], geometry))
     return Drift(ends[1:].tolist(), scores)
+
+
+def _changes(clips: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Share of cells of clips [B, T, h, w] that differ from the frame before, [B]."""
+    shares: NDArray[np.float64] = (clips[:, 1:] != clips[:, :-1]).mean((1, 2, 3))
+    return shares
 
 
 def _row_means(samples: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -40,6 +40,17 @@ class Estimate:
         error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
         return cls(float(values.mean()), float(error), len(values))
 
+    @classmethod
+    def ratio(cls, samples: NDArray[np.floating], others: NDArray[np.floating]) -> Estimate:
+        """Ratio of the means of paired samples [n]; NaN where the second is 0.
+
+        The error is that of the linearised ratio (Cochran 1977, section 6.4).
+        """
+        if not others.mean():
+            return cls(float("nan"), float("nan"), len(others))
+        value = samples.mean() / others.mean()
+        return cls(float(value), cls.of((samples - value * others) / others.mean()).error, len(samples))
+
 
 def psnr(frames: NDArray[np.uint8], truth: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Peak signal-to-noise ratio of uint8 frames [..., H, W, 3], dB [...].

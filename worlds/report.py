@@ -28,12 +28,14 @@ def write_scores(path: Path, scores: Sequence[Scores], extra: dict[str, Any]) ->
 
 def scores_table(scores: Sequence[Scores]) -> Table:
     """The figures as a table for the console, each with its standard error."""
-    heads = ("NLL", "gap to NTP", "generated NLL", "followed", "walks", "invalid", "last match", "Frechet")
+    judged = ("followed", "walks", "invalid")
+    heads = ("NLL", "gap to NTP", "generated NLL", *judged, "as NTP", "last match", "dynamics", "Frechet")
     table = Table("schedule", "passes", *heads, title="mean +- standard error")
     for score in scores:
         geometry, truth = score.geometry, score.truth
-        judged = (geometry.followed, geometry.walks_followed, geometry.invalid) if geometry else (None,) * 3
-        figures = (score.nll, score.nll_gap, score.generated_nll, *judged, truth.match[-1], truth.frechet)
+        rules = (geometry.followed, geometry.walks_followed, geometry.invalid) if geometry else (None,) * 3
+        likelihoods = (score.nll, score.nll_gap, score.generated_nll)
+        figures = (*likelihoods, *rules, score.ntp_match, truth.match[-1], truth.dynamics, truth.frechet)
         table.add_row(score.name, str(score.passes), *map(_cell, figures))
     return table
 

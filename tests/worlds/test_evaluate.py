@@ -63,6 +63,8 @@ def test_an_oracle_scores_one() -> None:
     assert all(estimate.mean > 58 for estimate in scores.truth.psnr)
     assert all(estimate.mean == pytest.approx(1) for estimate in scores.truth.ssim)
     assert scores.truth.frechet.mean == pytest.approx(0, abs=1e-6)
+    assert scores.truth.dynamics.mean == 1
+    assert scores.ntp_match.mean == 1
     assert scores.geometry.followed.count == 24
     assert scores.passes == LAYOUT.columns + 8 + 2 * 9
 
@@ -73,12 +75,32 @@ def test_a_frozen_picture_fails() -> None:
     assert scores.geometry.followed.mean < 0.7
     matches = [estimate.mean for estimate in scores.truth.match]
     assert max(matches) < 0.7
+    assert scores.truth.dynamics.mean == 0
 
 
 def test_the_gap_is_paired_with_next_token_prediction() -> None:
     judge = evaluation(is_frozen=False)
     assert judge.score("k1", Schedule.chained(LAYOUT, 1))[0].nll_gap.mean == pytest.approx(0.25)
     assert judge.score("ntp", Schedule.next_token(LAYOUT))[0].nll_gap.mean == 0
+
+
+def test_rollouts_are_compared_with_those_of_next_token_prediction() -> None:
+    class Mixed(Known):
+        """Freezes under every schedule but next-token prediction, which plays the truth."""
+
+        def roll_out(
+            self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
+        ) -> Streams:
+            self.is_frozen = schedule.k != COLUMNS
+            return super().roll_out(streams, prompt, schedule, sampling, seed)
+
+    geometry = Geometry.learn(recording(6, 100), CODES)
+    judge = Evaluation(Mixed(is_frozen=False), recording(6, 100), geometry, OPTIONS)
+    assert judge.score("ntp", Schedule.next_token(LAYOUT))[0].ntp_match.mean == 1
+    frozen, _ = judge.score("k1", Schedule.chained(LAYOUT, 1))
+    matches = [estimate.mean for estimate in frozen.truth.match]
+    assert frozen.ntp_match.mean == pytest.approx(np.mean(matches))
+    assert frozen.ntp_match.mean < 0.7
 
 
 def test_drift_is_reported_by_stretch() -> None:

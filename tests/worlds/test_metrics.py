@@ -18,6 +18,16 @@ def test_estimate_states_mean_error_and_count() -> None:
     assert Estimate.of(np.array([np.nan])).count == 0
 
 
+def test_a_ratio_is_one_of_means_with_the_error_of_what_is_left() -> None:
+    others = np.array([1.0, 2.0, 3.0, 4.0])
+    twice = Estimate.ratio(2 * others, others)
+    assert (twice.mean, twice.error, twice.count) == (2.0, 0.0, 4)
+    ratio = Estimate.ratio(np.array([1.0, 3.0, 2.0, 4.0]), others)
+    assert ratio.mean == 1.0
+    assert ratio.error == pytest.approx(math.sqrt(2 / 3) / 2.5 / 2)
+    assert math.isnan(Estimate.ratio(others, 0 * others).mean)
+
+
 def test_psnr_by_hand() -> None:
     truth = np.full((2, 16, 16, 3), 100, np.uint8)
     frames = truth.copy()
