@@ -13,7 +13,7 @@ from diagd.version import __version__
 
 if TYPE_CHECKING:
     from diagd.errors import DiagdError
-    from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, ScheduledDecoder
+    from diagd.runtime.decoders import Decoder, DraftDecoder, ForcedDecoder, JacobiDecoder, ScheduledDecoder
     from diagd.runtime.load import load
     from diagd.runtime.sampling import SamplingSettings
     from diagd.runtime.session import Session
@@ -25,6 +25,7 @@ _HOMES = {
     "Block": "diagd.schedule",
     "Decoder": "diagd.runtime.decoders",
     "DiagdError": "diagd.errors",
+    "DraftDecoder": "diagd.runtime.decoders",
     "ForcedDecoder": "diagd.runtime.decoders",
     "Frame": "diagd.runtime.step",
     "JacobiDecoder": "diagd.runtime.decoders",
@@ -43,6 +44,7 @@ __all__ = [
     "Block",
     "Decoder",
     "DiagdError",
+    "DraftDecoder",
     "ForcedDecoder",
     "Frame",
     "JacobiDecoder",

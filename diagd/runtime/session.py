@@ -386,6 +386,7 @@ class Session:
     def _refill(self, refill: Refill) -> None:
         """Feed known tokens again, in passes as wide as the engine takes."""
         began, timing = time.perf_counter(), Timing()
+        self._stream.refills += 1
         block = replace(feed(refill.positions, self.engine.max_width), sources=refill.sources)
         for _ in self._run_block(block, timing):
             pass

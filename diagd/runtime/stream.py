@@ -66,6 +66,7 @@ class Stream:
         seed: of the random numbers.
         settings: of the sampler.
         horizon: last frame that overlapping frames may reach; None: any.
+        refills: how often its context was fed again.
         text: embeddings float32 [n, width] that the model attends to.
     """
 
@@ -80,6 +81,7 @@ class Stream:
         self.rejected: int | None = None
         self.seed, self.settings = 0, SamplingSettings()
         self.horizon: int | None = None
+        self.refills = 0
         self.text: Float | None = None
         self.unsent: list[tuple[Int, Int]] = []
         self._prefix = np.asarray(prefix, np.int32)
@@ -162,6 +164,10 @@ class Stream:
             self.origin = frame
         self.begun += 1
         return True
+
+    def led(self, frame: int) -> Int | None:
+        """Ids of the known tokens that lead to a frame in flight; None where it has none."""
+        return self._led.get(frame)
 
     def complete(self, order: Schedule | None, *, exact: bool = True) -> None:
         """Count the oldest frame in flight as known; its tokens have been committed or written.

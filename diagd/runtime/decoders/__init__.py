@@ -1,8 +1,17 @@
 """Which steps are run, and which of their predictions are kept: strategies over a stream."""
 
 from diagd.runtime.decoders.decoder import Blocks, Decoder
-from diagd.runtime.decoders.forced import ForcedDecoder
+from diagd.runtime.decoders.draft import DraftDecoder
+from diagd.runtime.decoders.forced import ForcedDecoder, RasterDecoder
 from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scheduled import ScheduledDecoder
 
-__all__ = ["Blocks", "Decoder", "ForcedDecoder", "JacobiDecoder", "ScheduledDecoder"]
+__all__ = [
+    "Blocks",
+    "Decoder",
+    "DraftDecoder",
+    "ForcedDecoder",
+    "JacobiDecoder",
+    "RasterDecoder",
+    "ScheduledDecoder",
+]

@@ -13,7 +13,7 @@ from typing_extensions import override
 from diagd.runtime.decoders.decoder import Blocks, Decoder
 from diagd.runtime.decoders.scheduled import ScheduledDecoder
 from diagd.runtime.stream import Stream
-from diagd.schedule import Schedule, feed
+from diagd.schedule import NO_SINK, Block, Schedule, feed
 
 Frames = Iterable[NDArray[np.integer[Any]]]
 
@@ -55,15 +55,34 @@ class ForcedDecoder(Decoder):
         return stream.begun
 
 
+def raster_passes(fed: int, start: int, cells: int, rows: int) -> Iterator[Block]:
+    """Passes over known tokens up to a frame's last cell; rows from the one ahead of its first on predict.
+
+    Args:
+        fed: first position that is fed.
+        start: position of the frame's first cell.
+        cells: of the frame.
+        rows: of the widest pass.
+    """
+    last = start + cells - 1
+    for first in range(fed, last, rows):
+        positions = np.arange(first, min(first + rows, last))
+        sinks = np.where(positions < start - 1, NO_SINK, positions + 1)
+        offsets, transient = np.array([0, len(positions)]), np.zeros(len(positions), np.bool_)
+        yield Block(offsets, positions, positions, sinks, transient, commit=False)
+
+
 class RasterDecoder(Decoder):
-    """Feeds given frames in raster order, in as few passes as they take; predicts nothing.
+    """Feeds given frames in raster order.
 
     Args:
         truth: tokens [rows, columns] of each frame.
+        rows: of the widest pass, each of which predicts the cell behind it, to be looked at. None: as many as
+            the engine takes, and nothing is predicted.
     """
 
-    def __init__(self, truth: Frames) -> None:
-        self._truth = iter(truth)
+    def __init__(self, truth: Frames, rows: int | None = None) -> None:
+        self._truth, self._rows = iter(truth), rows
 
     @override
     def check(self, stream: Stream) -> None:
@@ -75,5 +94,9 @@ class RasterDecoder(Decoder):
             return
         start = stream.layout.first_cell(stream.begun - 1)
         stream.write(start, np.reshape(next(self._truth), -1))
-        yield feed(np.arange(stream.fed, start + stream.layout.cells - 1), stream.max_width)
-        stream.complete(None)
+        if self._rows is None:
+            yield feed(np.arange(stream.fed, start + stream.layout.cells - 1), stream.max_width)
+        else:
+            rows = min(self._rows, stream.max_width)
+            yield from raster_passes(stream.fed, start, stream.layout.cells, rows)
+        stream.complete(None, exact=False)

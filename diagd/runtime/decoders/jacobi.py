@@ -72,18 +72,27 @@ class JacobiDecoder(Decoder):
         start = stream.layout.first_cell(stream.begun - 1)
         draft: Int = np.array(self._draft(stream), np.int32)
         stream.write(start, draft)
-        decided = yield from self._decide(stream, start, draft, began)
+        decided = yield from self.decide(stream, start, draft, began)
         if decided < len(draft):  # in time for the window that they belong to
             yield feed(np.arange(start + decided - 1, start + len(draft) - 1), stream.max_width)
         stream.complete(None, exact=decided == len(draft))
 
-    def _decide(self, stream: Stream, start: int, draft: Int, began: float) -> Generator[Block, Result, int]:
-        """Decide the cells from ``start`` on, guessed in ``draft``; returns how many were in time."""
-        unfed = start - 1 - stream.fed
+    def decide(
+        self, stream: Stream, start: int, draft: Int, began: float, decided: int = 0
+    ) -> Generator[Block, Result, int]:
+        """Decide the cells of a frame; returns how many were in time.
+
+        Args:
+            stream: with the frame begun, and ``draft`` written.
+            start: position of its first cell.
+            draft: [cells], those decided, then guesses; takes what is drawn.
+            began: when the frame began (``time.perf_counter``).
+            decided: cells that are, and whose rows, but for the last one's, are fed.
+        """
+        unfed = 0 if decided else start - 1 - stream.fed
         if unfed > min(stream.max_width - 1, stream.layout.gap):  # a prompt
             yield feed(np.arange(stream.fed, start - 1), stream.max_width)
             unfed = 0
-        decided = 0
         while decided < len(draft):
             rows = self._rows(stream, unfed, len(draft) - decided)
             result = yield shifted(_pass(unfed, rows), start + decided - 1 - unfed)
@@ -106,8 +115,7 @@ class JacobiDecoder(Decoder):
         """Take what a pass drew as the next guesses; returns how many of them are decided."""
         began, rows = time.perf_counter(), len(guesses)
         drawn = result.tokens
-        wrong = drawn[:-1] != guesses[:-1]
-        kept = int(wrong.argmax()) + 1 if wrong.any() else rows
+        kept = decided_by(guesses, drawn)
         guesses[:] = drawn
         if self._policy is not None:
             spent = result.time
@@ -115,6 +123,12 @@ class JacobiDecoder(Decoder):
             seconds = spent.host + spent.engine + spent.sampling + waited
             self._policy.add(rows, kept, int(stream.padded[unfed + rows]), seconds)
         return kept
+
+
+def decided_by(guesses: Int, drawn: Int) -> int:
+    """Cells [n] that what was drawn behind guesses decides: up to the first that was guessed wrong."""
+    wrong = drawn[:-1] != guesses[:-1]
+    return int(wrong.argmax()) + 1 if wrong.any() else len(guesses)
 
 
 @lru_cache(maxsize=512)
