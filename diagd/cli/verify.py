@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from diagd.bundle import Bundle
     from diagd.engines.engine import Int
+    from diagd.profiling.exactness import Exactness
+    from diagd.profiling.measure import Workload
     from diagd.profiling.report import Skipped
     from diagd.profiling.tensors import TensorVerdict
     from diagd.profiling.verify import Candidate, Verdict
@@ -42,6 +44,10 @@ have taken. Exit code 1 where an engine fails its gate: all tokens for FP32, 98 
 weights, which lose more on random prompts than on real ones. --tensors says in which layer a difference
 begins: every output of one step of a modern or portable graph, against the same graph on ONNX Runtime with
 its optimiser off, by Polygraphy.
+
+The second table is of the bundle's own sampling: the share of each decoder's cells that next-token prediction
+draws with the same seed behind the same tokens. Flips are draws that depend on how wide a pass is; where
+there are none, jacobi is exact.
 """
 
 
@@ -87,23 +93,27 @@ def run(args: argparse.Namespace) -> int:
     verdicts: list[Verdict] = []
     skipped: list[Skipped] = []
     tensors: list[TensorVerdict] = []
+    exact: list[Exactness] = []
     for candidate in _candidates(args, settings, bundle):
         with closing(candidate):
             orders, left_out = _orders(args, settings, candidate)
             skipped += left_out
             verdicts += _verdicts(args, settings, candidate, reference, orders, Progress(console))
+            exact.append(_exactness(args, settings, candidate, orders, Progress(console)))
             tensors += candidate.tensors() if args.tensors else []
     if args.tensors and not tensors:
         console.print("nothing to compare by tensor: only modern and portable graphs run on several engines")
     if args.json:
         found = {
             "verdicts": [asdict(verdict) for verdict in verdicts],
+            "exactness": [asdict(entry) for entry in exact],
             "tensors": [asdict(verdict) for verdict in tensors],
             "skipped": [entry.model_dump() for entry in skipped],
         }
         print(json.dumps(found, indent=2))  # noqa: T201
     else:
         _print(console, verdicts)
+        _print_exactness(console, exact)
         for entry in skipped:
             console.print(f"{entry.order} was skipped: {entry.reason}", highlight=False)
         _print_tensors(console, tensors)
@@ -133,16 +143,36 @@ def _verdicts(
     orders: list[Schedule],
     progress: Progress,
 ) -> Iterator[Verdict]:
-    from diagd.profiling.measure import random_workload
     from diagd.profiling.verify import open_reference, verify
 
     session, name = candidate.session, candidate.name
-    workload = random_workload(session, settings.prompt, args.frames, settings.seed)
-    if args.prompt:
-        workload = replace(workload, prompt=_read_prompt(args.prompt, candidate.bundle, settings))
+    workload = _workload(args, settings, candidate)
     with open_reference(reference, session) as plain:
         for order in progress.each(orders, name):
             yield verify(session, plain, name, candidate.precision, order, workload, args.frames)
+
+
+def _exactness(
+    args: argparse.Namespace,
+    settings: VerifySettings,
+    candidate: Candidate,
+    orders: list[Schedule],
+    progress: Progress,
+) -> Exactness:
+    from diagd.profiling.exactness import exactness
+
+    workload, session = _workload(args, settings, candidate), candidate.session
+    with progress.task(f"{candidate.name}, auditing"):
+        return exactness(session, candidate.name, orders, workload, args.frames, settings.seed)
+
+
+def _workload(args: argparse.Namespace, settings: VerifySettings, candidate: Candidate) -> Workload:
+    from diagd.profiling.measure import random_workload
+
+    workload = random_workload(candidate.session, settings.prompt, args.frames, settings.seed)
+    if args.prompt is None:
+        return workload
+    return replace(workload, prompt=_read_prompt(args.prompt, candidate.bundle, settings))
 
 
 def _candidates(args: argparse.Namespace, settings: VerifySettings, bundle: Bundle) -> Iterator[Candidate]:
@@ -188,6 +218,16 @@ def _print(console: Console, verdicts: list[Verdict]) -> None:
         share = f"{100 * verdict.agreement:.2f} %"
         cells, error = str(verdict.cells), f"{verdict.error:.1e}"
         table.add_row(verdict.engine, verdict.order, cells, where, share, error, mark)
+    console.print(table)
+
+
+def _print_exactness(console: Console, exact: list[Exactness]) -> None:
+    from rich.table import Table
+
+    table = Table("engine", "flips", *exact[0].shares, title="cells that are next-token prediction's")
+    for entry in exact:
+        shares = (f"{100 * share:.2f} %" for share in entry.shares.values())
+        table.add_row(entry.engine, f"{100 * entry.flips:.3g} %", *shares)
     console.print(table)
 
 
