@@ -139,10 +139,8 @@ def main() -> None:
     console = Console(width=120)
     seeds = Progress(console).each(list(range(args.seeds)), "seeds")
     runs = [measure(bundle, workload, args.frames, seed, pixels=True) for seed in seeds]
-    precision = bundle.manifest.graphs[0].precision
-    console.print(
-        table(runs, f"{bundle.manifest.name} {precision}, {args.frames} frames x {args.seeds} seeds")
-    )
+    title = f"{bundle.manifest.name} {bundle.manifest.graphs[0].precision}"
+    console.print(table(runs, f"{title}, {args.frames} frames x {args.seeds} seeds"))
 
 
 if __name__ == "__main__":
