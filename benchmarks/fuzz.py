@@ -33,12 +33,8 @@ from hypothesis.strategies import SearchStrategy
 
 from diagd.bundle import Bundle, atomic_bundle, seal
 from diagd.bundle.manifest import MANIFEST_NAME
-from diagd.cli.calibrate import CalibrateSettings
-from diagd.cli.export import ExportSettings
-from diagd.cli.generate import GenerateSettings
-from diagd.cli.profile import ProfileSettings
-from diagd.cli.settings import parse_settings
-from diagd.cli.verify import VerifySettings
+from diagd.cli import calibrate, export, generate, profile, verify
+from diagd.cli.options import entries, parse_options
 from diagd.errors import DiagdError
 from diagd.export.checkpoints import open_checkpoint
 from diagd.export.families.registry import find
@@ -306,8 +302,8 @@ def read_index(content: bytes, folder: Path) -> None:
     read_tensors(written(content, folder, "model.safetensors.index.json"))
 
 
-OPTIONS = [CalibrateSettings, ExportSettings, GenerateSettings, ProfileSettings, VerifySettings]
-NAMES = sorted({name for model in OPTIONS for name in model.model_fields})
+OPTIONS: list[type[Any]] = [verb.VERB.options for verb in (calibrate, export, generate, profile, verify)]
+NAMES = sorted({entry.path[-1] for options in OPTIONS for entry in entries(options) if entry.flag is None})
 PAIRS = st.lists(
     st.builds(
         "{}={}".format,
@@ -324,9 +320,10 @@ PAIRS = st.lists(
 
 def read_pairs(content: bytes, folder: Path) -> None:
     """Pairs of ``--set``, one a line, for every verb that has some."""
-    for model in OPTIONS:
+    for options in OPTIONS:
+        needed = {entry.path: "a" for entry in entries(options) if entry.field.is_required()}
         with contextlib.suppress(DiagdError):
-            parse_settings(model, content.decode("utf-8", "surrogateescape").split("\n"))
+            parse_options(options, content.decode("utf-8", "surrogateescape").split("\n"), needed)
 
 
 WORLD = {

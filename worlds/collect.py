@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,49 +16,16 @@ from numpy.typing import NDArray
 
 from diagd.bundle import cache
 from diagd.bundle.actions import ActionCodec, ChoiceSlot
-from diagd.errors import UsageError, unknown
+from diagd.errors import UsageError
 from diagd.runtime.actions import read_actions
 from diagd.runtime.video import read_frames
 from diagd.tuning.recordings import Episode, check_recipe, episode_sources, save_episode, shard_path
 from worlds import doom
+from worlds.options import CollectOptions, ImportOptions
 from worlds.simulator import ACTIONS, Simulator
 
 _MOVES, _INTERACTIONS = (1, 2, 3, 4), (5, 0, 6, 7)
 _INTERACTION_SHARES = (0.6, 0.2, 0.1, 0.1)
-_MAX_ACTIONS = 256
-
-
-@dataclass(frozen=True)
-class CollectOptions:
-    """What `diagd world collect` records.
-
-    Attributes:
-        output: folder of the shards; shards already there are kept.
-        game: name in `GAMES`.
-        episodes: how many episodes; each is one shard and one world, freshly generated where the game does.
-        steps: longest episode, in frames.
-        seed: first seed; episode n plays in world `seed + n`, so sets that must not overlap need
-            seeds at least `episodes` apart.
-        move_share: share of decisions that start a walk of 1 to 8 steps in Crafter; the others interact.
-        processes: worlds simulated at a time.
-    """
-
-    output: Path
-    game: str = "crafter"
-    episodes: int = 720
-    steps: int = 200
-    seed: int = 0
-    move_share: float = 0.72
-    processes: int = 2
-
-    def __post_init__(self) -> None:
-        if self.game not in GAMES:
-            raise unknown("game", self.game, GAMES)
-        if self.episodes < 1 or self.steps < 2 or self.processes < 1 or self.seed < 0:
-            raise UsageError(
-                f"episodes {self.episodes}, steps {self.steps}, processes {self.processes}, "
-                f"seed {self.seed}: expected at least 1, 2, 1 and 0"
-            )
 
 
 def play_episode(options: CollectOptions, index: int) -> Episode:
@@ -141,28 +108,6 @@ class Game(NamedTuple):
 
 GAMES = {"crafter": Game(ACTIONS, _play_crafter), "doom": Game(doom.ACTIONS, _play_doom)}
 """By name."""
-
-
-@dataclass(frozen=True)
-class ImportOptions:
-    """What `diagd world import` reads.
-
-    Attributes:
-        videos: folder in which each video has its actions beside it: ``run.mp4`` and ``run.jsonl``, a line
-            such as ``{"action": "left"}`` for the action that led to each frame; the first has no effect.
-        output: folder of the episodes.
-        actions: names of the actions, in the order of their ids; the first is the default.
-        size: (height, width) in pixels that the frames are resized to.
-    """
-
-    videos: Path
-    output: Path
-    actions: tuple[str, ...]
-    size: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        if not 1 <= len(self.actions) <= _MAX_ACTIONS:
-            raise UsageError(f"{len(self.actions)} actions; expected 1 to {_MAX_ACTIONS} names")
 
 
 def import_videos(options: ImportOptions) -> Iterator[Path]:

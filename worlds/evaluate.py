@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -10,45 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.errors import UsageError
-from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule
 from diagd.tuning.recordings import TokenDataset
 from worlds.geometry import UNKNOWN_GEOMETRY, Geometry
 from worlds.metrics import Estimate, frechet_distance, principal_axes, psnr, ssim, tile_features
 from worlds.model import Streams, WorldModel
+from worlds.options import EvalOptions
 
 SETTLED = 3
 """Frame of a window from which likelihood is reported apart: earlier ones show more that nobody can know."""
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """What `diagd eval` measures.
-
-    Attributes:
-        windows: windows of the teacher-forced likelihood.
-        window_frames: their frames.
-        rollouts: continuations that are generated.
-        prompt: known frames of a rollout.
-        frames: generated frames of a rollout.
-        sampling: temperature, top-k and top-p of the rollouts.
-        seed: of windows and random numbers.
-    """
-
-    windows: int = 64
-    window_frames: int = 8
-    rollouts: int = 96
-    prompt: int = 2
-    frames: int = 4
-    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(1.0, 0, 0.95))
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.windows < 2 or self.rollouts < 2 or self.prompt < 1 or self.frames < 1:
-            raise UsageError(
-                f"windows {self.windows}, rollouts {self.rollouts}, prompt {self.prompt}, "
-                f"frames {self.frames}: expected at least 2, 2, 1 and 1"
-            )
 
 
 @dataclass(frozen=True)

@@ -3,56 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.errors import UsageError
-from diagd.schedule import RowSeed, Schedule, StreamLayout, chained_lag, steps_per_frame
+from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.recordings import cached_tokens, recorded_actions
 from worlds.collect import random_policy
-from worlds.evaluate import EvalOptions, Evaluation, Scores, measure_drift
+from worlds.evaluate import Evaluation, Scores, measure_drift
 from worlds.geometry import UNKNOWN_GEOMETRY, Geometry
 from worlds.metrics import Estimate, MetricNetwork, frechet_distance
 from worlds.model import Streams, WorldModel, open_model
+from worlds.options import EvalRun
 from worlds.report import save_contact_sheet, write_scores
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class EvalRun:
-    """What `diagd eval` is asked for.
-
-    Attributes:
-        model: folder of a world model (run in PyTorch), or its bundle (run on its engine).
-        data: recording that the model was not trained on.
-        geometry: recording that the rules of the world are learned from; default: ``data``.
-        output: folder of eval.json and contact.png.
-        precision: of the bundle's step graph; default: that of its first one.
-        lags: (k, d) of each schedule beside next-token prediction; default: 1 chained, 1 serial, 2 serial.
-        row_seed, refeed: of these schedules.
-        options: sizes and sampling.
-        long_frames: frames of the long rollouts that drift is measured on; 0 for none.
-        long_rollouts: how many of them.
-        networks: ONNX files of the user's own metrics.
-    """
-
-    model: Path
-    data: Path
-    output: Path
-    precision: str | None = None
-    geometry: Path | None = None
-    lags: tuple[tuple[int, int], ...] = ()
-    row_seed: RowSeed = RowSeed.PREVIOUS_FRAME
-    refeed: bool = True
-    options: EvalOptions = field(default_factory=EvalOptions)
-    long_frames: int = 0
-    long_rollouts: int = 8
-    networks: tuple[Path, ...] = ()
 
 
 def run_eval(run: EvalRun, report: Report = lambda _: None) -> list[Scores]:
@@ -100,10 +68,7 @@ def _evaluation(run: EvalRun, model: WorldModel) -> Evaluation:
 
 def schedules(layout: StreamLayout, run: EvalRun) -> list[Schedule]:
     """Next-token prediction, then the schedules asked for."""
-    serial = ((k, steps_per_frame(layout.rows, layout.columns, k)) for k in (1, 2))
-    lags = run.lags or ((1, chained_lag(layout.rows, 1)), *serial)
-    others = [Schedule(layout, k, d, run.row_seed, run.refeed) for k, d in lags]
-    return [Schedule.next_token(layout), *others]
+    return [Schedule.next_token(layout), *(Schedule.parse(order, layout) for order in run.order)]
 
 
 def walk_actions(rollouts: int, frames: int, seed: int) -> NDArray[np.int64]:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from diagd.errors import UsageError, unknown
 from diagd.export.families.world import World, WorldDescription, save_world
 from diagd.export.transformer import Transformer
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.align import check_device
 from diagd.tuning.forced_batch import ForcedBatch, ForcedPasses, forced_loss
 from diagd.tuning.recordings import (
     FrameEncoder,
@@ -32,6 +30,7 @@ from diagd.tuning.recordings import (
     episodes,
     recorded_actions,
 )
+from worlds.options import TrainOptions
 from worlds.progress import Progress, Report, learning_rate, log
 from worlds.tokenizer import Tensors, TokenizerOptions, fit_tokenizer, reconstruct
 
@@ -57,88 +56,6 @@ def mixture_shares(name: str, layout: StreamLayout) -> list[Share]:
         serial = Schedule.serial(layout, 1)
         return [(0.4, raster), (0.25, serial), (0.25, chained), (0.1, Schedule.serial(layout, 2))]
     raise unknown("mixture", name, MIXTURES)
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What `diagd world train` does.
-
-    Attributes:
-        data: folder of episode shards.
-        output: folder of the trained model and of the checkpoint that training resumes from.
-        size: name in `diagd.export.families.world.SIZES`.
-        mixture: name in `MIXTURES`.
-        frames: frames of a window; the first half of training sees windows half as long, twice as many.
-        batch: windows of a step, over all processes.
-        steps: optimiser steps.
-        codes: ids of the tokenizer.
-        patch: pixels along a side of a cell.
-        tokenizer: name in `worlds.tokenizer.KINDS`.
-        tokenizer_steps: optimiser steps of a learned tokenizer.
-        matrix_rate, other_rate: base learning rates of Muon and AdamW.
-        seed: of tokenizer, initial weights and batches.
-        device: "cpu", "cuda" for every GPU, or "cuda:1" for one of them.
-        processes: data-parallel processes; default: two of one thread each on a CPU, one a GPU.
-        checkpoint_every: steps between checkpoints.
-    """
-
-    data: Path
-    output: Path
-    size: str = "3m"
-    mixture: str = "mixture"
-    frames: int = 8
-    batch: int = 10
-    steps: int = 1200
-    codes: int = 512
-    patch: int = 8
-    tokenizer: str = "auto"
-    tokenizer_steps: int = 3000
-    matrix_rate: float = 0.02
-    other_rate: float = 3e-3
-    seed: int = 0
-    device: str = "cpu"
-    processes: int | None = None
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        processes = len(self.devices)
-        if self.frames < 2 or self.steps < 1 or self.batch % processes:
-            raise UsageError(
-                f"frames {self.frames}, steps {self.steps}, batch {self.batch}, processes {processes}: "
-                "expected at least 2 frames, 1 step, and a batch that the processes share evenly"
-            )
-
-    @property
-    def devices(self) -> list[str]:
-        """Where each process trains; see `worker_devices`."""
-        check_device(self.device)
-        return worker_devices(self.device, self.processes, torch.cuda.device_count())
-
-    def recipe(self) -> dict[str, Any]:
-        """The options that decide the result, as JSON data."""
-        options = asdict(self)
-        for name in ("data", "output", "checkpoint_every"):
-            del options[name]
-        return options | {"processes": len(self.devices)}
-
-
-def worker_devices(device: str, processes: int | None, gpus: int) -> list[str]:
-    """Device of each data-parallel process on a machine of ``gpus`` GPUs; no two share a GPU.
-
-    Raises:
-        UsageError: more processes than GPUs, or none.
-    """
-    if not device.startswith("cuda"):
-        count = 2 if processes is None else processes
-        most = count
-    else:
-        most = gpus if device == "cuda" else 1
-        count = most if processes is None else processes
-    if not 1 <= count <= most:
-        raise UsageError(
-            f"{count} processes on {device}: expected 1 to {max(1, most)}, each has a device of its own"
-        )
-    return [f"cuda:{n}" for n in range(count)] if device == "cuda" else [device] * count
 
 
 def train(options: TrainOptions, report: Report | None = None) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Form, Manifest
-from diagd.bundle.manifest import INT8_CACHE, RotaryContext
+from diagd.bundle.manifest import RotaryContext
 from diagd.bundle.precision import FLOATING, KV_CACHES
 from diagd.calibration.matrices import check_form
 from diagd.calibration.report import CacheReport
@@ -35,11 +35,6 @@ HEADROOM = 1.25
 
 SMALLEST_SCALE = 2.0**-14
 """Smallest normal number of float16."""
-
-
-def precision_name(scheme: str, kv_cache: str | None) -> str:
-    """Precision of graphs with a scheme and a K/V cache: ``int4-weight``, ``int4-weight-kv8``."""
-    return scheme if kv_cache is None else scheme + INT8_CACHE
 
 
 def check_kv_cache(bundle: Bundle, scheme: Scheme, kv_cache: str | None) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 from diagd.bundle import Bundle, Manifest, atomic_bundle, read_manifest, seal
 from diagd.bundle.files import link
 from diagd.bundle.manifest import MANIFEST_NAME, StepGraph
 from diagd.calibration.evaluate import GATE_SEED, Evaluator
-from diagd.calibration.gate import ATTEMPTS, Budget, failures, most_harmful, part_of
+from diagd.calibration.gate import ATTEMPTS, failures, most_harmful, part_of
 from diagd.calibration.graph_writer import GraphWriter, Target, file_names
-from diagd.calibration.kv_cache import CACHE_FORMS, check_kv_cache, describe_cache, precision_name, row_scales
+from diagd.calibration.kv_cache import CACHE_FORMS, check_kv_cache, describe_cache, row_scales
 from diagd.calibration.observe import observe
+from diagd.calibration.options import CalibrationOptions
 from diagd.calibration.reference import FORMS, check_memory, find_reference, session_window, widest_step
 from diagd.calibration.report import (
     AttemptReport,
@@ -34,43 +35,12 @@ from diagd.calibration.stored import StoredWeights
 from diagd.calibration.trajectory import CalibrationSet, Prompts, trajectories
 from diagd.engines.engine import Float, Int
 from diagd.engines.host import available_bytes
-from diagd.errors import QualityError, UsageError, unknown
+from diagd.errors import QualityError, UsageError
 from diagd.export.projections import Projection, projections
 from diagd.progress import Progress
 
 DIRECTORY = "calibration"
 STATISTICS = f"{DIRECTORY}/statistics.npz"
-FLOATS = ("fp16", "fp32")
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """How to calibrate.
-
-    Attributes:
-        precision: name of the scheme.
-        budget: what may be lost; None judges nothing.
-        steps: passes of the calibration run, and of each round of the gate.
-        seed: of prompts, actions, sampling and kept rows.
-        floor: signal to noise of a product below which it stays in floating point, dB; None: the scheme's.
-        threads: of ONNX Runtime; 0 is one for each core.
-        floats: what GPU graphs compute in beside their quantised products, ``fp16`` or ``fp32``.
-        kv_cache: element type of the K/V buffers, ``int8``; None leaves them in floating point.
-    """
-
-    precision: str
-    budget: Budget | None = field(default_factory=Budget)
-    steps: int = 320
-    seed: int = 0
-    floor: float | None = None
-    threads: int = 0
-    floats: str = "fp16"
-    kv_cache: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Precision of the graphs that are written."""
-        return precision_name(self.precision, self.kv_cache)
 
 
 def calibrate(
@@ -134,8 +104,6 @@ def _check(
     bundle: Bundle, scheme: Scheme, options: CalibrationOptions, frames: Int | None
 ) -> tuple[StepGraph, ...]:
     manifest = bundle.manifest
-    if options.floats not in FLOATS:
-        raise unknown("floats", options.floats, FLOATS)
     check_kv_cache(bundle, scheme, options.kv_cache)
     if any(graph.precision == options.name for graph in manifest.graphs):
         raise UsageError(f"{bundle.path} has {options.name} graphs already; export it again to start afresh")

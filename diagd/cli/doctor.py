@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
-from diagd.cli.paths import path
+from diagd.cli.options import Verb
+from diagd.options import FLAG, OPTIONS, POSITIONAL, File
 
-EPILOG = """examples:
+EXAMPLES = """examples:
   diagd doctor
   diagd doctor crafter-3m.diagd
   diagd doctor --json
@@ -21,28 +25,29 @@ Exit code 1 where something is wrong; what is only absent costs the features tha
 COLOURS = {"ok": "green", "problem": "red", "absent": "yellow"}
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
-    parser.epilog = EPILOG
-    parser.add_argument("bundle", type=path, nargs="?", help="also check this bundle")
-    parser.add_argument("--clear-cache", action="store_true", help="empty this machine's cache first")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
+@dataclass(frozen=True, config=OPTIONS)
+class DoctorOptions:
+    """What to check."""
+
+    bundle: Annotated[File | None, POSITIONAL] = Field(default=None, description="also check this bundle")
+    clear_cache: Annotated[bool, FLAG] = Field(default=False, description="empty this machine's cache first")
+    json: Annotated[bool, FLAG] = Field(default=False, description="machine-readable")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: DoctorOptions) -> int:
     """Print the checks; exit code 1 where one found a problem."""
     from rich.table import Table
 
     from diagd.bundle.cache import clear
     from diagd.profiling.doctor import PROBLEM, check_bundle, check_machine
 
-    if args.clear_cache:
+    if options.clear_cache:
         clear()
     checks = check_machine()
-    if args.bundle:
-        checks += check_bundle(args.bundle)
+    if options.bundle:
+        checks += check_bundle(options.bundle)
     problems = sum(check.status == PROBLEM for check in checks)
-    if args.json:
+    if options.json:
         print(json.dumps([asdict(check) for check in checks], indent=2))  # noqa: T201
     else:
         table = Table("check", "", "found", "how to fix")
@@ -51,3 +56,6 @@ def run(args: argparse.Namespace) -> int:
             table.add_row(check.name, status, check.found, check.fix)
         terminal.console().print(table)
     return 1 if problems else 0
+
+
+VERB = Verb(DoctorOptions, run, EXAMPLES, prints=True)

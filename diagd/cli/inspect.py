@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
-from diagd.cli.paths import path
-from diagd.cli.schedule_options import add_schedule_options, parse_schedule
+from diagd.cli.options import Verb
 from diagd.errors import UsageError
+from diagd.options import FLAG, OPTIONS, POSITIONAL, File
+from diagd.schedule import Schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,11 +23,10 @@ if TYPE_CHECKING:
     from diagd.bundle import Manifest
     from diagd.export.onnx_file import OnnxFile
     from diagd.profiling.frontier import Frontier
-    from diagd.schedule import Schedule
 
-EPILOG = """examples:
+EXAMPLES = """examples:
   diagd inspect crafter-3m.diagd
-  diagd inspect crafter-3m.diagd --k 2 --d chained --steps 4
+  diagd inspect crafter-3m.diagd --order k=2,chained --steps 4
   diagd inspect step.onnx --json
 
 A step is printed as its fed tokens: the position of the token, @ the position it stands in for where it is a
@@ -39,61 +41,65 @@ SHOWN_COLUMNS = 30
 """Grids up to so many columns are printed."""
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
-    parser.epilog = EPILOG
-    parser.add_argument("path", type=path, help="a bundle or an ONNX file")
-    add_schedule_options(parser)
-    parser.add_argument("--frames", type=int, default=3, help="of the schedule shown (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=0, help="print so many steps of the table")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
+@dataclass(frozen=True, config=OPTIONS)
+class InspectOptions:
+    """What is shown, of what."""
+
+    path: Annotated[File, POSITIONAL] = Field(description="a bundle or an ONNX file")
+    order: Annotated[str | None, FLAG] = Field(
+        default=None,
+        description="of the schedule shown, such as k=2,chained or 'next token' (default: the bundle's)",
+    )
+    frames: Annotated[int, FLAG] = Field(default=3, description="of the schedule shown")
+    steps: Annotated[int, FLAG] = Field(default=0, description="print so many steps of the table")
+    json: Annotated[bool, FLAG] = Field(default=False, description="machine-readable")
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise UsageError(f"--frames {self.frames}: show at least one frame")
+        if self.frames > MOST_FRAMES:
+            raise UsageError(f"--frames {self.frames}: show at most {MOST_FRAMES:,}")
+        if self.steps < 0:
+            raise UsageError(f"--steps {self.steps}: expected 0 or more")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: InspectOptions) -> int:
     """Print the report; exit code 2 where the path is neither a bundle nor an ONNX file."""
     from diagd.bundle import read_manifest
     from diagd.export.onnx_file import read_onnx
 
-    if args.path.is_file():
-        asked = {name: getattr(args, name) for name in ("k", "d", "seed_policy", "steps")}
-        if given := [name.replace("_", "-") for name, value in asked.items() if value]:
+    if options.path.is_file():
+        if given := [name for name in ("order", "steps") if getattr(options, name)]:
             raise UsageError(f"--{given[0]} needs a bundle: an ONNX file has no schedule")
-        graphs = {args.path.name: read_onnx(args.path)}
-        _print_json({"graphs": _graphs_content(graphs)}) if args.json else _print_graphs(
-            terminal.console(), graphs, {}
-        )
+        graphs = {options.path.name: read_onnx(options.path)}
+        if options.json:
+            _print_json({"graphs": _graphs_content(graphs)})
+        else:
+            _print_graphs(terminal.console(), graphs, {})
         return 0
-    manifest = read_manifest(args.path)
+    manifest = read_manifest(options.path)
     files = [graph.file for graph in manifest.graphs]
     if manifest.tokenizer:
         files += [manifest.tokenizer.encoder, manifest.tokenizer.decoder]
-    graphs = {name: read_onnx(args.path / name) for name in files if find_spec("onnx")}
-    schedule = parse_schedule(args, manifest)
-    _report(args, manifest, graphs, schedule)
+    _report(options, manifest, {name: read_onnx(options.path / name) for name in files if find_spec("onnx")})
     return 0
 
 
-def _report(
-    args: argparse.Namespace, manifest: Manifest, graphs: dict[str, OnnxFile], schedule: Schedule
-) -> None:
-
+def _report(options: InspectOptions, manifest: Manifest, graphs: dict[str, OnnxFile]) -> None:
     from diagd.profiling.frontier import frontier
 
-    if args.frames < 1:
-        raise UsageError(f"--frames {args.frames}: show at least one frame")
-    if args.frames > MOST_FRAMES:
-        raise UsageError(f"--frames {args.frames}: show at most {MOST_FRAMES:,}")
-    if args.steps < 0:
-        raise UsageError(f"--steps {args.steps}: expected 0 or more")
-    drawn = frontier(schedule, args.frames)
-    if args.json:
+    schedule = manifest.schedule
+    if options.order is not None:
+        schedule = Schedule.parse(options.order, manifest.layout, schedule)
+    drawn = frontier(schedule, options.frames)
+    if options.json:
         content = {"manifest": manifest.model_dump(mode="json"), "graphs": _graphs_content(graphs)}
-        _print_json(content | {"schedule": _schedule_content(schedule, drawn, args.steps)})
+        _print_json(content | {"schedule": _schedule_content(schedule, drawn, options.steps)})
     else:
         console = terminal.console()
-        _print_manifest(console, manifest, args.path)
+        _print_manifest(console, manifest, options.path)
         _print_graphs(console, graphs, _uses(manifest))
-        _print_schedule(console, schedule, drawn, args.steps)
+        _print_schedule(console, schedule, drawn, options.steps)
 
 
 def _print_json(content: dict[str, Any]) -> None:
@@ -117,6 +123,7 @@ def _schedule_content(schedule: Schedule, drawn: Frontier, steps: int) -> dict[s
     from diagd.profiling.frontier import table_lines
 
     return {
+        "order": schedule.name,
         "k": schedule.k,
         "d": schedule.d,
         "row_seed": schedule.row_seed.value,
@@ -215,7 +222,7 @@ def _print_schedule(console: Console, schedule: Schedule, drawn: Frontier, steps
     layout, frames = schedule.layout, len(drawn.steps)
     passes, widest = drawn.last + 1, int(drawn.widths[1:].max(initial=1))
     lines = (
-        f"schedule k={schedule.k} d={schedule.d} seeds={schedule.row_seed.value}",
+        f"schedule {schedule.name}: k={schedule.k} d={schedule.d} seeds={schedule.row_seed.value}",
         f"{passes} passes for {frames} frames: {frames * layout.cells / passes:.2f} times fewer than tokens",
         f"{schedule.steps_per_frame} from a frame's first cell to its last, up to {widest} rows a pass",
     )
@@ -226,3 +233,6 @@ def _print_schedule(console: Console, schedule: Schedule, drawn: Frontier, steps
         console.print(as_text(drawn.steps[0]))
     for line in table_lines(schedule.table(1, frames, 0), 0, steps):
         console.print(line)
+
+
+VERB = Verb(InspectOptions, run, EXAMPLES, prints=True)

@@ -9,11 +9,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
-from types import FrameType, ModuleType
+from types import FrameType
+from typing import Any
 
+from diagd.cli.options import Verb, add_options, read_options
 from diagd.cli.terminal import streams
 from diagd.errors import DependencyError, DiagdError, UsageError
 from diagd.version import __version__
@@ -31,7 +33,7 @@ VERBS = {
     "verify": "an engine against a plain FP32 reference, cell by cell",
     "profile": "where time goes: latency by stage, frames a second, distance from the machine's limits",
 }
-"""Verbs and what they do; each is a module of this package with ``arguments(parser)`` and ``run(args)``."""
+"""Verbs and what they do; each is a module of this package whose ``VERB`` it is."""
 
 WORLD_VERBS = {
     "eval": "the quality of a world model under several schedules",
@@ -41,10 +43,10 @@ WORLD_VERBS = {
 
 GROUP = "diagd.verbs"
 
-PRINTERS = ("models", "doctor", "inspect", "plan", "verify")
-"""Verbs whose result is what they print."""
-
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+Verbs = Mapping[str, Verb[Any]]
+"""Tasks of a verb that has several."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,15 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     with streams() as (out, errors), _stoppable():
         try:
-            module, args = _parse(given)
+            verb, args = _parse(given)
         except DependencyError as error:
             errors.write(f"error: {error}\n")
             return error.exit_code
-        code = _run(module, args)
+        code = _run(verb, args)
         out.flush()
         if out.is_full and out.lost is not None:
             errors.write(f"error: stdout: {out.lost.strerror}; what was printed is not complete\n")
-            if getattr(args, "json", False) or args.verb in PRINTERS:
+            if verb.prints or getattr(args, "json", False):
                 return code or UsageError.exit_code
     return code
 
@@ -94,8 +96,8 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _parse(given: list[str]) -> tuple[ModuleType, argparse.Namespace]:
-    """The module of the verb in ``given`` and its options.
+def _parse(given: list[str]) -> tuple[Verb[Any], argparse.Namespace]:
+    """The verb in ``given`` and its options.
 
     Raises:
         DependencyError: the verb is of a package that is not installed.
@@ -108,19 +110,33 @@ def _parse(given: list[str]) -> tuple[ModuleType, argparse.Namespace]:
     parser.add_argument("--version", action="version", version=f"diagd {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     added = {point.name: f"a verb of {point.module}" for point in entry_points(group=GROUP)}
-    parsers = {
-        name: verbs.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        for name, summary in (added | VERBS | WORLD_VERBS).items()
-    }
+    parsers = {name: _add(verbs, name, summary) for name, summary in (added | VERBS | WORLD_VERBS).items()}
     chosen = next((word for word in given if not word.startswith("-")), None)
     if chosen not in parsers:
         parser.parse_args(given)  # explains, and leaves
-    module = _module(str(chosen))  # the options of the others are not needed, and may import
-    module.arguments(parsers[str(chosen)])
-    parsers[str(chosen)].add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return module, parser.parse_args(given)
+    found = _find(str(chosen))  # the options of the others are not needed, and may import
+    own = parsers[str(chosen)]
+    if isinstance(found, Verb):
+        _describe(own, found)
+        return found, parser.parse_args(given)
+    tasks = own.add_subparsers(dest="task", metavar="TASK", required=True)
+    for name, task in found.items():
+        _describe(_add(tasks, name, task.summary), task)
+    args = parser.parse_args(given)
+    return found[args.task], args
+
+
+def _add(verbs: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return parser
+
+
+def _describe(parser: argparse.ArgumentParser, verb: Verb[Any]) -> None:
+    parser.epilog = verb.examples
+    add_options(parser, verb.options)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def export() -> int:
@@ -148,49 +164,43 @@ def profile() -> int:
     return main(["profile", *sys.argv[1:]])
 
 
-def _module(verb: str) -> ModuleType:
+def _find(verb: str) -> Verb[Any] | Verbs:
     if verb in VERBS:
-        return importlib.import_module(f"diagd.cli.{verb.replace('-', '_')}")
+        own: Verb[Any] = importlib.import_module(f"diagd.cli.{verb}").VERB
+        return own
     for point in entry_points(group=GROUP, name=verb):
-        module: ModuleType = point.load()
-        return module
+        added: Verb[Any] | Verbs = point.load().VERB
+        return added
     raise DependencyError(
         f"`diagd {verb}` is a verb of diagd-worlds, which is not installed; "
         "run, in a clone of the repository: pip install ./worlds"
     )
 
 
-def _run(module: ModuleType, args: argparse.Namespace) -> int:
+def _run(verb: Verb[Any], args: argparse.Namespace) -> int:
     try:
-        code: int = module.run(args)
-    except DiagdError as error:
-        if args.debug:
-            traceback.print_exc()
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    except OSError as error:
-        if args.debug:
-            traceback.print_exc()
-        where = f"{error.filename}: " if error.filename else ""
-        remedy = (
-            "free some space or choose another place"
-            if error.errno in FULL
-            else "check the path and its rights"
-        )
-        sys.stderr.write(f"error: {where}{error.strerror or error}; {remedy}\n")
-        return UsageError.exit_code
+        return verb.run(read_options(verb.options, args))
     except KeyboardInterrupt as error:
         sys.stderr.write("interrupted\n")
         return 128 + (error.signal if isinstance(error, Stopped) else signal.SIGINT)
-    except MemoryError:
-        if args.debug:
-            traceback.print_exc()
-        sys.stderr.write("error: there is not enough memory; close other programs, or ask for less at once\n")
-        return UsageError.exit_code
     except Exception as error:  # the user gets one line; --debug shows the rest
         if args.debug:
             traceback.print_exc()
-        kind = type(error).__name__
-        sys.stderr.write(f"internal error: {kind}: {error}; run again with --debug and report it\n")
-        return 1
-    return code
+        message, code = _explained(error)
+        sys.stderr.write(message + "\n")
+        return code
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """One line for an error, and the exit code."""
+    if isinstance(error, DiagdError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in FULL
+        remedy = "free some space or choose another place" if full else "check the path and its rights"
+        return f"error: {where}{error.strerror or error}; {remedy}", UsageError.exit_code
+    if isinstance(error, MemoryError):
+        message = "error: there is not enough memory; close other programs, or ask for less at once"
+        return message, UsageError.exit_code
+    return f"internal error: {type(error).__name__}: {error}; run again with --debug and report it", 1

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
+from diagd.cli.options import Verb
+from diagd.options import FLAG, OPTIONS
 
 COLUMNS = ("model", "parameters", "grid", "context")
 
-EPILOG = """example:
-  diagd models
-"""
+
+@dataclass(frozen=True, config=OPTIONS)
+class ModelsOptions:
+    """How to list them."""
+
+    json: Annotated[bool, FLAG] = Field(default=False, description="machine-readable")
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
-    parser.epilog = EPILOG
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(options: ModelsOptions) -> int:
     """Print the table of models."""
     from rich.table import Table
 
     from diagd.export.families.registry import listing
 
     rows = listing()
-    if args.json:
+    if options.json:
         print(json.dumps(rows, indent=2))  # noqa: T201
         return 0
     table = Table(*COLUMNS, title="models")
@@ -44,3 +46,6 @@ def _cell(value: object) -> str:
     if not isinstance(value, int):
         return str(value)
     return f"{value / 1e9:.2f} billion" if value >= 1e9 else f"{value / 1e6:.1f} million"
+
+
+VERB = Verb(ModelsOptions, run, "example:\n  diagd models\n", prints=True)

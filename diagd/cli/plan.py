@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
+from diagd.bundle.precision import KV_CACHES, PRECISIONS
 from diagd.cli import terminal
-from diagd.cli.settings import add_set_option, parse_settings
+from diagd.cli.options import Verb
 from diagd.errors import UsageError, unknown
+from diagd.options import FLAG, OPTIONS, POSITIONAL, Numbers
+from diagd.profiling.devices import DEVICES, GB, THIS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from diagd.profiling.devices import Device
     from diagd.profiling.plan import Plan
 
-EPILOG = """examples:
+EXAMPLES = """examples:
   diagd plan mineworld-300m --device orin-agx
   diagd plan crafter-3m.diagd --device this --json
   diagd plan mineworld-1200m --device rtx4090 --precision int8 --set window=8
@@ -33,54 +36,73 @@ device allow, pixels not included; good engines reach about two thirds of them.
 """
 
 
-class PlanSettings(BaseModel):
-    """Options behind ``--set``."""
+@dataclass(frozen=True, config=OPTIONS)
+class PlanOptions:
+    """Which model is planned, and for what."""
 
-    model_config = ConfigDict(extra="forbid")
-    window: int | None = Field(None, ge=2, description="frames kept in the cache (default: the context)")
-    k: tuple[int, ...] = Field((1, 2), description="row lags, such as 1,2,4")
-    clip: int = Field(1, ge=1, description="frames made at the end of one context; 1 for a sliding window")
+    model: Annotated[str, POSITIONAL] = Field(description="name of a model, or a bundle")
+    device: Annotated[str, FLAG] = Field(
+        default=THIS, description=f"{', '.join(DEVICES)} or {THIS} (default)"
+    )
+    precision: Annotated[str, FLAG] = Field(
+        default="fp16", description=f"{', '.join(PRECISIONS)} (default fp16)"
+    )
+    kv_cache: Annotated[str | None, FLAG] = Field(
+        default=None, description=f"{', '.join(KV_CACHES)} (default: floating point)"
+    )
+    checkpoint: Annotated[str | None, FLAG] = Field(
+        default=None, description="file or folder; only its header is read"
+    )
+    json: Annotated[bool, FLAG] = Field(default=False, description="machine-readable")
+    window: int | None = Field(
+        default=None, ge=2, description="frames kept in the cache (default: the context)"
+    )
+    k: Numbers = Field(default=(1, 2), description="row lags, such as 1,2,4")
+    clip: int = Field(
+        default=1, ge=1, description="frames made at the end of one context; 1 for a sliding window"
+    )
 
-    @field_validator("k", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(value.split(",")) if isinstance(value, str) else value
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("K/V cache", self.kv_cache, KV_CACHES),
+        ):
+            if value is not None and value not in known:
+                raise unknown(name, value, known)
+
+    def check(self, model: ModelSize) -> None:
+        """Refuse what the model has not.
+
+        Raises:
+            UsageError: a row lag, a window or a clip that does not fit it.
+        """
+        columns, frames = model.layout.columns, model.context_frames
+        if wrong := [k for k in self.k if not 1 <= k <= columns]:
+            raise UsageError(f"--set k={wrong[0]}: {model.name} takes row lags 1..{columns}")
+        if self.window is not None and self.window > frames:
+            raise UsageError(f"--set window={self.window}: {model.name} sees at most {frames} frames")
+        if self.clip >= frames:
+            raise UsageError(f"--set clip={self.clip}: a context has {frames} frames with those given")
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
-    from diagd.bundle.precision import KV_CACHES, PRECISIONS
-    from diagd.profiling.devices import DEVICES, THIS
-
-    parser.epilog = EPILOG
-    parser.add_argument("model", help="name of a model, or a bundle")
-    parser.add_argument("--device", default=THIS, help=f"{', '.join(DEVICES)} or {THIS} (default)")
-    parser.add_argument("--precision", default="fp16", choices=PRECISIONS, help="default %(default)s")
-    parser.add_argument("--kv-cache", choices=KV_CACHES, help="default: floating point")
-    parser.add_argument("--checkpoint", help="file or folder; only its header is read")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-    add_set_option(parser, PlanSettings)
-
-
-def run(args: argparse.Namespace) -> int:
+def run(options: PlanOptions) -> int:
     """Print the plan; exit code 1 where the model does not fit."""
     from diagd.profiling.plan import make_plan
 
-    settings = parse_settings(PlanSettings, args.settings)
-    device = _device(args.device)
-    model = _model(args.model, args.checkpoint)
-    _check(model, settings)
+    device = _device(options.device)
+    model = _model(options.model, options.checkpoint)
+    options.check(model)
     plan = make_plan(
         model,
         device,
-        precision=args.precision,
-        window=settings.window,
-        ks=settings.k,
-        clip=settings.clip,
-        kv_cache=args.kv_cache,
+        precision=options.precision,
+        window=options.window,
+        ks=options.k,
+        clip=options.clip,
+        kv_cache=options.kv_cache,
     )
-    stored = _stored(Path(args.model), settings.clip)
-    if args.json:
+    stored = _stored(Path(options.model), options.clip)
+    if options.json:
         content = asdict(plan) | {"fits": plan.fits, "builds": plan.builds, "running": plan.memory.running}
         print(json.dumps(content | {"stored": stored}, indent=2))  # noqa: T201
     else:
@@ -90,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _device(name: str) -> Device:
-    from diagd.profiling.devices import DEVICES, THIS
     from diagd.profiling.doctor import this_device
 
     if name == THIS:
@@ -152,20 +173,8 @@ def _check_header(family: Family, checkpoint: str) -> None:
     check(select(open_checkpoint(checkpoint), family.rename), family.expected)
 
 
-def _check(model: ModelSize, settings: PlanSettings) -> None:
-    columns, frames = model.layout.columns, model.context_frames
-    if wrong := [k for k in settings.k if not 1 <= k <= columns]:
-        raise UsageError(f"--set k={wrong[0]}: {model.name} takes row lags 1..{columns}")
-    if settings.window is not None and settings.window > frames:
-        raise UsageError(f"--set window={settings.window}: {model.name} sees at most {frames} frames")
-    if settings.clip >= frames:
-        raise UsageError(f"--set clip={settings.clip}: a context has {frames} frames with those given")
-
-
 def _print(console: Console, plan: Plan) -> None:
     from rich.table import Table
-
-    from diagd.profiling.devices import GB
 
     device, memory = plan.device, plan.memory
     table = Table("memory", "MB", title=_title(plan))
@@ -224,3 +233,6 @@ def _print_ceilings(console: Console, plan: Plan) -> None:
     console.print(table)
     if any(row.bound != "memory" for row in plan.ceilings):
         console.print("* bound by arithmetic, not by memory", style="dim")
+
+
+VERB = Verb(PlanOptions, run, EXAMPLES, prints=True)

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from diagd.bundle.targets import file_target, folder_target
 from diagd.cli import terminal
-from diagd.cli.lags import parse_lags
-from diagd.cli.paths import path
-from diagd.cli.settings import add_set_option, parse_settings
+from diagd.cli.options import Verb
 from diagd.errors import DependencyError, UsageError
+from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Flag
+from diagd.profiling.profile import ProfileOptions
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from diagd.profiling.compare import Comparison
-    from diagd.profiling.profile import ProfileOptions
     from diagd.profiling.report import Report, Run
 
-EPILOG = """examples:
+EXAMPLES = """examples:
   diagd-profile crafter-3m.diagd
   diagd-profile crafter-3m.diagd --k 1,2,4 --fps 10 --output profile --trace trace.json
   diagd-profile --compare before/report.json after/report.json
@@ -38,64 +36,52 @@ noise.
 """
 
 REGRESSION = 3
-BUDGET = 180.0
 
 
-class ProfileSettings(BaseModel):
-    """Options behind ``--set``."""
+@dataclass(frozen=True, config=OPTIONS)
+class ProfileVerb:
+    """What is measured or compared, and what is written of it."""
 
-    model_config = ConfigDict(extra="forbid")
-    backend: str = Field("cpu", description="cpu, or on a GPU cuda, tensorrt or tensorrt_rtx")
-    engine: str | None = Field(None, description="form of the step graph on the CPU (default: the fastest)")
-    precision: str | None = Field(None, description="of the step graph (default: the bundle's first)")
-    window: int | None = Field(None, description="frames that a token may see (default: the model's context)")
-    prompt: int | None = Field(None, ge=1, description="frames known ahead (default: a full window)")
-    threads: int = Field(0, ge=0, description="CPU threads, 0 for one a core")
-    pixels: bool = Field(True, description="decode and encode pictures, where there is a tokenizer")
-    prepack: bool = Field(True, description="cache packed weights on this machine")
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
-    parser.epilog = EPILOG
-    parser.add_argument("bundle", type=path, nargs="?", help="what to measure")
-    parser.add_argument("--k", default="1,2", help="row lags, each serial and chained (default %(default)s)")
-    parser.add_argument("--frames", type=int, default=4, help="of each order (default %(default)s)")
-    parser.add_argument("--fps", type=float, help="count frames that come later than this rate allows")
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=BUDGET,
-        help="seconds to begin orders in, 0: all (default %(default)g)",
+    bundle: Annotated[File | None, POSITIONAL] = Field(default=None, description="what to measure")
+    measure: ProfileOptions = ProfileOptions()
+    budget: Annotated[float, FLAG] = Field(default=180.0, description="seconds to begin orders in, 0: all")
+    output: Annotated[File | None, FLAG] = Field(
+        default=None, description="directory for the report (default: NAME.profile)"
     )
-    parser.add_argument("--output", type=path, help="directory for the report (default: NAME.profile)")
-    parser.add_argument("--trace", type=path, help="write a Chrome trace; steps become NVTX ranges as well")
-    parser.add_argument("--compare", type=path, nargs=2, metavar=("BEFORE", "AFTER"), help="two report.json")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    add_set_option(parser, ProfileSettings)
+    trace: Annotated[File | None, FLAG] = Field(
+        default=None, description="write a Chrome trace; steps become NVTX ranges as well"
+    )
+    compare: Annotated[tuple[File, File] | None, Flag(count=2, metavar=("BEFORE", "AFTER"))] = Field(
+        default=None, description="two report.json"
+    )
+    json: Annotated[bool, FLAG] = Field(default=False, description="print the report as JSON")
+
+    def __post_init__(self) -> None:
+        if not self.budget >= 0:
+            raise UsageError(f"--budget {self.budget}: expected seconds, or 0 for no limit")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: ProfileVerb) -> int:
     """Measure and write, or compare; exit code 3 for a regression."""
-    if args.compare:
-        return _compare(args)
-    if args.bundle is None:
+    if options.compare:
+        return _compare(*options.compare, as_json=options.json)
+    if options.bundle is None:
         raise UsageError("name a bundle to measure, or two reports with --compare BEFORE AFTER")
     from diagd.bundle import Bundle
     from diagd.profiling.profile import profile
 
-    options = _options(args)
-    output = args.output or Path(f"{args.bundle.resolve().name.removesuffix('.diagd')}.profile")
+    output = options.output or Path(f"{options.bundle.resolve().name.removesuffix('.diagd')}.profile")
     folder_target(output, {"report.json": b'"schema_version"'}, "a report of diagd-profile")
-    if args.trace:
-        _check_trace(args.trace, output)
-    console = terminal.console(stderr=args.json)
-    measured = profile(Bundle.open(args.bundle), options, Progress(console))
+    if options.trace:
+        _check_trace(options.trace, output)
+    console = terminal.console(stderr=options.json)
+    how = replace(options.measure, budget=options.budget or None, marks=options.trace is not None)
+    measured = profile(Bundle.open(options.bundle), how, Progress(console))
     measured.report.write(output / "report.json")
     page = _write_page(output / "report.html", measured.report)
-    if args.trace:
-        measured.write_trace(args.trace)
-    if args.json:
+    if options.trace:
+        measured.write_trace(options.trace)
+    if options.json:
         print(measured.report.model_dump_json(indent=1))  # noqa: T201
     else:
         _print(console, measured.report)
@@ -125,38 +111,12 @@ def _check_trace(trace: Path, output: Path) -> None:
     file_target(trace, (), "--trace", begins=b'{"traceEvents"')
 
 
-def _options(args: argparse.Namespace) -> ProfileOptions:
-    from diagd.engines.onnxruntime_session import CpuOptions
-    from diagd.profiling.profile import ProfileOptions
-
-    settings = parse_settings(ProfileSettings, args.settings)
-    if args.fps is not None and not 0 < args.fps < math.inf:
-        raise UsageError(f"--fps {args.fps}: expected a rate above 0")
-    if not args.budget >= 0:
-        raise UsageError(f"--budget {args.budget}: expected seconds, or 0 for no limit")
-    return ProfileOptions(
-        ks=parse_lags(args.k),
-        backend=settings.backend,
-        engine=settings.engine,
-        precision=settings.precision,
-        frames=args.frames,
-        prompt=settings.prompt,
-        window=settings.window,
-        fps=args.fps,
-        pixels=settings.pixels,
-        budget=args.budget or None,
-        marks=args.trace is not None,
-        cpu=CpuOptions(settings.threads, settings.prepack),
-    )
-
-
-def _compare(args: argparse.Namespace) -> int:
-
+def _compare(before: Path, after: Path, *, as_json: bool) -> int:
     from diagd.profiling.compare import compare
     from diagd.profiling.report import read_report
 
-    comparison = compare(*(read_report(path) for path in args.compare))
-    if args.json:
+    comparison = compare(read_report(before), read_report(after))
+    if as_json:
         print(json.dumps(asdict(comparison), indent=2))  # noqa: T201
     else:
         _print_comparison(terminal.console(), comparison)
@@ -234,3 +194,6 @@ def _print_comparison(console: Console, comparison: Comparison) -> None:
         console.print(f"{few} more have too few steps to say")
     for note in comparison.notes:
         console.print(f"note: {note}")
+
+
+VERB = Verb(ProfileVerb, run, EXAMPLES)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
-from diagd.cli.lags import parse_lags
-from diagd.cli.paths import path
-from diagd.cli.settings import add_set_option, parse_settings
+from diagd.cli.options import Verb
 from diagd.errors import UsageError
+from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Numbers
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from diagd.profiling.verify import Candidate, Verdict
     from diagd.schedule import Schedule
 
-EPILOG = """examples:
+EXAMPLES = """examples:
   diagd verify crafter-3m.diagd
   diagd verify crafter-3m.diagd --engine prefix --k 1,2,3 --frames 2 --json
   diagd verify crafter-3m.diagd --prompt first.png
@@ -51,59 +50,59 @@ there are none, jacobi is exact.
 """
 
 
-class VerifySettings(BaseModel):
-    """Options behind ``--set``."""
+@dataclass(frozen=True, config=OPTIONS)
+class VerifyOptions:
+    """What is checked, against what, and on what."""
 
-    model_config = ConfigDict(extra="forbid")
-    window: int | None = Field(None, ge=2, description="frames that a token may see (default: at most 4)")
-    prompt: int = Field(1, ge=1, description="frames known ahead")
-    seed: int = Field(0, description="of the random prompt")
-    threads: int = Field(0, ge=0, description="CPU threads of the engine, 0 for one a core")
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
-    parser.epilog = EPILOG
-    parser.add_argument("bundle", type=path, help="what to check")
-    parser.add_argument(
-        "--engine",
-        help="form of the step graph: prefix, modern or portable (default: all), or on a GPU cuda, tensorrt "
-        "or tensorrt_rtx",
+    bundle: Annotated[File, POSITIONAL] = Field(description="what to check")
+    engine: Annotated[str | None, FLAG] = Field(
+        default=None,
+        description="form of the step graph: prefix, modern or portable (default: all), or on a GPU cuda, "
+        "tensorrt or tensorrt_rtx",
     )
-    parser.add_argument("--reference", type=path, help="bundle with the FP32 prefix graph (default: itself)")
-    parser.add_argument("--prompt", type=path, help="image, video or .npy tokens (default: random tokens)")
-    parser.add_argument("--k", default="1,2", help="row lags, each serial and chained (default %(default)s)")
-    parser.add_argument("--frames", type=int, default=5, help="of each order (default %(default)s)")
-    parser.add_argument("--tensors", action="store_true", help="compare every output of one step as well")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-    add_set_option(parser, VerifySettings)
+    reference: Annotated[File | None, FLAG] = Field(
+        default=None, description="bundle with the FP32 prefix graph (default: itself)"
+    )
+    prompt: Annotated[File | None, FLAG] = Field(
+        default=None, description="image, video or .npy tokens (default: random tokens)"
+    )
+    k: Annotated[Numbers, FLAG] = Field(default=(1, 2), description="row lags, each serial and chained")
+    frames: Annotated[int, FLAG] = Field(default=5, description="of each order")
+    tensors: Annotated[bool, FLAG] = Field(
+        default=False, description="compare every output of one step as well"
+    )
+    json: Annotated[bool, FLAG] = Field(default=False, description="machine-readable")
+    window: int | None = Field(
+        default=None, ge=2, description="frames that a token may see (default: at most 4)"
+    )
+    prompt_frames: int = Field(default=1, ge=1, description="frames known ahead")
+    seed: int = Field(default=0, description="of the random prompt")
+    threads: int = Field(default=0, ge=0, description="CPU threads of the engine, 0 for one a core")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: VerifyOptions) -> int:
     """Print a verdict for each engine and order; exit code 1 where one failed."""
     from diagd.bundle import Bundle
 
-    settings = parse_settings(VerifySettings, args.settings)
-    if args.frames < 1:
-        raise UsageError(f"--frames {args.frames}: decode at least one")
-    bundle = Bundle.open(args.bundle)
-    reference = Bundle.open(args.reference) if args.reference else bundle
+    if options.frames < 1:
+        raise UsageError(f"--frames {options.frames}: decode at least one")
+    bundle, console = Bundle.open(options.bundle), terminal.console(stderr=options.json)
+    reference = Bundle.open(options.reference) if options.reference else bundle
     _check_same(bundle, reference)
-    console = terminal.console(stderr=args.json)
     verdicts: list[Verdict] = []
     skipped: list[Skipped] = []
     tensors: list[TensorVerdict] = []
     exact: list[Exactness] = []
-    for candidate in _candidates(args, settings, bundle):
+    for candidate in _candidates(options, bundle):
         with closing(candidate):
-            orders, left_out = _orders(args, settings, candidate)
+            orders, left_out = _orders(options, candidate)
             skipped += left_out
-            verdicts += _verdicts(args, settings, candidate, reference, orders, Progress(console))
-            exact.append(_exactness(args, settings, candidate, orders, Progress(console)))
-            tensors += candidate.tensors() if args.tensors else []
-    if args.tensors and not tensors:
+            verdicts += _verdicts(options, candidate, reference, orders, Progress(console))
+            exact.append(_exactness(options, candidate, orders, Progress(console)))
+            tensors += candidate.tensors() if options.tensors else []
+    if options.tensors and not tensors:
         console.print("nothing to compare by tensor: only modern and portable graphs run on several engines")
-    if args.json:
+    if options.json:
         found = {
             "verdicts": [asdict(verdict) for verdict in verdicts],
             "exactness": [asdict(entry) for entry in exact],
@@ -121,23 +120,20 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(passed) else 1
 
 
-def _orders(
-    args: argparse.Namespace, settings: VerifySettings, candidate: Candidate
-) -> tuple[list[Schedule], list[Skipped]]:
+def _orders(options: VerifyOptions, candidate: Candidate) -> tuple[list[Schedule], list[Skipped]]:
     """Orders that the engine can decode, and the others with the reason."""
     from diagd.profiling.orders import decoding_orders, split_orders
 
     session = candidate.session
-    orders = decoding_orders(session.manifest, parse_lags(args.k))
-    possible, late = split_orders(orders, session, settings.prompt + args.frames)
+    orders = decoding_orders(session.manifest, options.k)
+    possible, late = split_orders(orders, session, options.prompt_frames + options.frames)
     return possible, [
         entry.model_copy(update={"order": f"{candidate.name}, {entry.order}"}) for entry in late
     ]
 
 
 def _verdicts(
-    args: argparse.Namespace,
-    settings: VerifySettings,
+    options: VerifyOptions,
     candidate: Candidate,
     reference: Bundle,
     orders: list[Schedule],
@@ -146,53 +142,50 @@ def _verdicts(
     from diagd.profiling.verify import open_reference, verify
 
     session, name = candidate.session, candidate.name
-    workload = _workload(args, settings, candidate)
+    workload = _workload(options, candidate)
     with open_reference(reference, session) as plain:
         for order in progress.each(orders, name):
-            yield verify(session, plain, name, candidate.precision, order, workload, args.frames)
+            yield verify(session, plain, name, candidate.precision, order, workload, options.frames)
 
 
 def _exactness(
-    args: argparse.Namespace,
-    settings: VerifySettings,
-    candidate: Candidate,
-    orders: list[Schedule],
-    progress: Progress,
+    options: VerifyOptions, candidate: Candidate, orders: list[Schedule], progress: Progress
 ) -> Exactness:
     from diagd.profiling.exactness import exactness
 
-    workload, session = _workload(args, settings, candidate), candidate.session
+    workload, session = _workload(options, candidate), candidate.session
     with progress.task(f"{candidate.name}, auditing"):
-        return exactness(session, candidate.name, orders, workload, args.frames, settings.seed)
+        return exactness(session, candidate.name, orders, workload, options.frames, options.seed)
 
 
-def _workload(args: argparse.Namespace, settings: VerifySettings, candidate: Candidate) -> Workload:
+def _workload(options: VerifyOptions, candidate: Candidate) -> Workload:
     from diagd.profiling.measure import random_workload
 
-    workload = random_workload(candidate.session, settings.prompt, args.frames, settings.seed)
-    if args.prompt is None:
+    workload = random_workload(candidate.session, options.prompt_frames, options.frames, options.seed)
+    if options.prompt is None:
         return workload
-    return replace(workload, prompt=_read_prompt(args.prompt, candidate.bundle, settings))
+    return replace(workload, prompt=_read_prompt(options.prompt, candidate.bundle, options))
 
 
-def _candidates(args: argparse.Namespace, settings: VerifySettings, bundle: Bundle) -> Iterator[Candidate]:
+def _candidates(options: VerifyOptions, bundle: Bundle) -> Iterator[Candidate]:
     """Every precision and form of the bundle, or those of one engine; each is opened when it is its turn."""
     from diagd.engines.onnxruntime_session import CpuOptions
     from diagd.profiling.verify import candidates
 
-    window = settings.window or min(bundle.manifest.context.frames, 4)
-    return candidates(bundle, args.engine, window, CpuOptions(settings.threads))
+    window = options.window or min(bundle.manifest.context.frames, 4)
+    return candidates(bundle, options.engine, window, CpuOptions(options.threads))
 
 
-def _read_prompt(path: Path, bundle: Bundle, settings: VerifySettings) -> Int:
+def _read_prompt(path: Path, bundle: Bundle, options: VerifyOptions) -> Int:
     """Tokens [prompt, h, w] of a file, its last frames."""
     from diagd.engines.onnxruntime_session import CpuOptions
     from diagd.runtime.pixels import PixelCodec
     from diagd.runtime.prompt import read_prompt, read_tokens
 
     if path.suffix.lower() == ".npy":
-        return read_tokens(path, bundle.manifest)[-settings.prompt :]
-    return read_prompt(path, PixelCodec(bundle, CpuOptions(settings.threads)), settings.prompt, resize=True)
+        return read_tokens(path, bundle.manifest)[-options.prompt_frames :]
+    pixels = PixelCodec(bundle, CpuOptions(options.threads))
+    return read_prompt(path, pixels, options.prompt_frames, resize=True)
 
 
 def _check_same(bundle: Bundle, reference: Bundle) -> None:
@@ -245,3 +238,6 @@ def _print_tensors(console: Console, verdicts: list[TensorVerdict]) -> None:
         mark = _mark(verdict.passed)
         table.add_row(verdict.engine, verdict.tensor, f"{verdict.error:.1e}", mark)
     console.print(table)
+
+
+VERB = Verb(VerifyOptions, run, EXAMPLES, prints=True)

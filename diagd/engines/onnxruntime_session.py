@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from diagd.bundle import cache
 from diagd.engines.buffers import ALIGNMENT
 from diagd.engines.host import cores, processor_features
 from diagd.errors import EngineError, UsageError, require
+from diagd.options import OPTIONS
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -30,15 +34,15 @@ PACKED = "step.onnx"
 """Name of a packed graph; an entry of the cache without it says that the weights cannot be packed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=OPTIONS)
 class CpuOptions:
-    """``threads`` 0 is one for each core; ``prepack`` keeps packed weights in the machine's cache.
+    """What runs on the processor, and how.
 
     Without ``fuse``, quantised products are computed in floating point: there is no other way for FP8.
     """
 
-    threads: int = 0
-    prepack: bool = True
+    threads: int = Field(default=0, description="CPU threads, 0 for one a core")
+    prepack: bool = Field(default=True, description="cache packed weights on this machine")
     fuse: bool = True
 
     def __post_init__(self) -> None:

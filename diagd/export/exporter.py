@@ -39,6 +39,7 @@ from diagd.export.checkpoints import (
 )
 from diagd.export.families.family import Family
 from diagd.export.onnx_file import read_onnx
+from diagd.export.options import GraphOptions
 from diagd.export.resume import ResumableWeights, export_key, shown_source, source_digest
 from diagd.export.step_graph import step_tensors, trace_step, trace_text
 from diagd.export.tracing import link_weights, save
@@ -62,29 +63,6 @@ BYTES_PER_ELEMENT = 8
 
 TORCH_TYPES: dict[str, torch.dtype] = {name: getattr(torch, PRECISIONS[name].kind) for name in FLOATING}
 """Elements of weights and K/V rows by the name of the precision."""
-
-
-@dataclass(frozen=True)
-class GraphOptions:
-    """Which graphs a bundle gets; ``widths`` and ``window`` are for the forms with a fixed capacity.
-
-    ``widths`` None are those that decode every schedule of the model, see ``diagd.schedule.default_widths``.
-    """
-
-    forms: tuple[Form, ...] = (Form.PREFIX,)
-    precision: str = "fp32"
-    widths: tuple[int, ...] | None = None
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.precision not in TORCH_TYPES:
-            raise UsageError(f"precision '{self.precision}' is none of {', '.join(TORCH_TYPES)}")
-        if self.precision != "fp32":
-            for form in (form for form in self.forms if form.traits.host):
-                raise UsageError(
-                    f"the {form.value} form runs on the CPU, which has no {self.precision} matrix product; "
-                    "use --precision fp32, or --form modern for a GPU"
-                )
 
 
 @dataclass(frozen=True)

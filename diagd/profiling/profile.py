@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
+import pydantic.dataclasses
+from pydantic import Field
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.files import atomic_file
@@ -22,6 +25,7 @@ from diagd.engines.ceilings import Ceilings
 from diagd.engines.host import cores, memory_bytes, peak_memory, processor_name
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError, unknown
+from diagd.options import FLAG, OPTIONS, Flag, Numbers
 from diagd.profiling.clock import Timeline
 from diagd.profiling.cost import StoredModel, read_model
 from diagd.profiling.doctor import installed
@@ -44,44 +48,48 @@ NEXT_TOKEN_FRAMES: Final = 2
 """Frames measured of next-token prediction: each has as many steps as cells."""
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=OPTIONS)
 class ProfileOptions:
     """What to measure.
 
     Attributes:
-        ks: row lags; each runs with serial and with chained frames.
-        backend: by its name: ``cpu``, or a GPU's: ``cuda``, ``tensorrt``, ``tensorrt_rtx``.
-        engine: form of the step graph on the processor; default: what ``open_session`` takes.
-        precision: of the step graph; default: that of the bundle's first graph.
-        frames: measured of each order.
-        prompt: frames known ahead; default: a full window, where a step costs what it costs for ever.
-        window: frames a token may see; default: the model's context.
-        fps: rate whose deadlines are counted.
-        pixels: decode and encode pictures, where the bundle has a tokenizer.
         budget: seconds after which no further order begins; the quickest are first. None: no limit.
         marks: put NVTX ranges around the steps, where nvtx is installed.
-        cpu: threads and cache.
 
     Raises:
-        UsageError: too few frames.
+        UsageError: too few frames, or no rate.
     """
 
-    ks: tuple[int, ...] = (1, 2)
-    backend: str = CPU
-    engine: str | None = None
-    precision: str | None = None
-    frames: int = 4
-    prompt: int | None = None
-    window: int | None = None
-    fps: float | None = None
-    pixels: bool = True
+    ks: Annotated[Numbers, Flag(name="k")] = Field(
+        default=(1, 2), description="row lags, each serial and chained"
+    )
+    frames: Annotated[int, FLAG] = Field(default=4, description="of each order, two or more")
+    fps: Annotated[float | None, FLAG] = Field(
+        default=None, description="count frames that come later than this rate allows"
+    )
+    backend: str = Field(default=CPU, description="cpu, or on a GPU cuda, tensorrt or tensorrt_rtx")
+    engine: str | None = Field(
+        default=None, description="form of the step graph on the CPU (default: the fastest)"
+    )
+    precision: str | None = Field(default=None, description="of the step graph (default: the bundle's first)")
+    window: int | None = Field(
+        default=None, description="frames that a token may see (default: the model's context)"
+    )
+    prompt: int | None = Field(
+        default=None,
+        ge=1,
+        description="frames known ahead (default: a full window)",
+    )
+    pixels: bool = Field(default=True, description="decode and encode pictures, where there is a tokenizer")
     budget: float | None = None
     marks: bool = False
-    cpu: CpuOptions = field(default_factory=CpuOptions)
+    cpu: CpuOptions = CpuOptions()
 
     def __post_init__(self) -> None:
         if self.frames < LEAST_FRAMES:
             raise UsageError(f"--frames {self.frames}: steady frames need two or more")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise UsageError(f"--fps {self.fps}: expected a rate above 0")
 
     def frames_of(self, schedule: Schedule) -> int:
         """Frames measured of one order."""

@@ -7,7 +7,6 @@ several schedules mixed in each batch, so that one model serves them all.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,62 +17,11 @@ from torch.nn.utils import parametrize
 
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
-from diagd.schedule import Schedule
 from diagd.tuning.forced_batch import ForcedPasses, forced_loss
+from diagd.tuning.options import AlignOptions, check_device
 
 Report = Callable[[int, float], None]
 """Called after each step with its number, from 1, and its loss in nats per token."""
-
-
-@dataclass(frozen=True)
-class AlignOptions:
-    """How a model is aligned.
-
-    Attributes:
-        shares: schedules, each with its share of the windows; the shares need not add up to 1.
-        steps: optimiser steps.
-        batch: windows of a step.
-        rate: peak learning rate; it falls linearly to 0 after a warm-up of a twentieth.
-        rank: of the low-rank update of every matrix (LoRA, arXiv 2106.09685); 0 trains all weights.
-        seed: of windows, schedules and low-rank factors.
-        autocast: compute in bfloat16.
-        device: where to train.
-    """
-
-    shares: tuple[tuple[float, Schedule], ...]
-    steps: int = 200
-    batch: int = 8
-    rate: float = 3e-4
-    rank: int = 0
-    seed: int = 0
-    autocast: bool = True
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if not self.shares or min(share for share, _ in self.shares) <= 0:
-            raise UsageError("alignment needs at least one schedule, each with a share above 0")
-        if self.steps < 1 or self.batch < 1 or self.rank < 0:
-            raise UsageError(
-                f"steps {self.steps}, batch {self.batch}, rank {self.rank}: expected at least 1, 1 and 0"
-            )
-        if not self.rate >= 0:
-            raise UsageError(f"learning rate {self.rate}: expected 0 or more, such as 3e-4")
-        check_device(self.device)
-
-
-def check_device(device: str) -> None:
-    """Check that PyTorch can train on a device such as ``cpu``, ``cuda`` or ``cuda:1``.
-
-    Raises:
-        UsageError: it is none, or this machine has no such GPU.
-    """
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device '{device}': expected cpu, cuda or cuda:N") from error
-    gpus = torch.cuda.device_count()
-    if place.type == "cuda" and (place.index or 0) >= gpus:
-        raise UsageError(f"device '{device}': PyTorch sees {gpus} GPUs here; train on cpu")
 
 
 class LowRank(nn.Module):
@@ -112,9 +60,12 @@ def align(
         frozen: names of parameters that stay as they are.
 
     Raises:
-        UsageError: the windows are no whole number of at least 2 frames that the model can hold, or the
-            text does not fit the model.
+        UsageError: the windows are no whole number of at least 2 frames that the model can hold, the
+            text does not fit the model, there is no such device, or no schedule.
     """
+    if not options.shares or min(share for share, _ in options.shares) <= 0:
+        raise UsageError("alignment needs at least one schedule, each with a share above 0")
+    check_device(options.device)
     passes = ForcedPasses([s for _, s in options.shares], _frames(model, streams), score_prompt=False)
     chances = np.array([share for share, _ in options.shares])
     chances /= chances.sum()

@@ -16,7 +16,8 @@ from diagd.bundle.manifest import Provenance
 from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, UsageError
 from diagd.export.transformer import Transformer
-from diagd.tuning.align import AlignOptions, Report, align
+from diagd.tuning.align import Report, align
+from diagd.tuning.options import AlignOptions
 from diagd.version import __version__
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from diagd.export.checkpoints import Checkpoint, check
 from diagd.export.families.family import Family
 from diagd.export.transformer import Transformer
 from diagd.runtime.arrays import read_array
-from diagd.tuning.align import AlignOptions, Report, align
+from diagd.tuning.align import Report, align
+from diagd.tuning.options import AlignOptions
 
 OUTPUT_SUFFIX = ".safetensors"
 

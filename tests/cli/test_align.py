@@ -45,11 +45,9 @@ def test_aligned_bundles_generate(workplace: Workplace, recording: Path, tmp_pat
         "steps=3",
         "--set",
         "frames=2",
-        "--k",
-        "1",
-        "2",
-        "--d",
-        "chained",
+        "--order",
+        "k=1 chained",
+        "k=2 chained",
     ]
     assert main(["align", str(workplace.bundle), *options, "--output", str(aligned)]) == 0
     command = ["generate", str(aligned), "--prompt", str(workplace.prompt)]
@@ -78,9 +76,9 @@ def test_a_bundle_is_aligned_where_its_checkpoint_is_not(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--d", "late"], "--d late: expected serial"),
-        (["--k", "13", "--d", "9"], "row lag k=13"),
-        (["--k", "1", "2", "2", "--d", "serial", "chained"], "3 row lags but 2 frame lags"),
+        (["--order", "late"], "order 'late': expected 'next token', or k=N with serial, chained or d=N"),
+        (["--order", "k=13 d=9"], "row lag k=13"),
+        (["--order", "k=1 serial", "k=2 k=2"], "order 'k=2 k=2'"),
         (["--set", "raster=1"], "--set raster=1: Input should be less than 1"),
         (["--device", "gpu"], "device 'gpu': expected cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "GPUs here; train on cpu"),

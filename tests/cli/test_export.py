@@ -79,7 +79,10 @@ def test_a_dry_run_predicts_the_size(workplace: Workplace, capsys: pytest.Captur
         (["--model", "cosmos-4b", "--checkpoint", "nvidia/C"], "did you mean 'hf://nvidia/C'?"),
         (["--model", "wham-200m", "--checkpoint", "https://hf.co/a/b"], "did you mean 'hf://a/b'?"),
         (["--model", "world", "--checkpoint", "nvidia/C"], "no readable world model"),
-        (["--model", "mineworld-300m", "--random-weights", "--form", "fast"], "choose prefix"),
+        (
+            ["--model", "mineworld-300m", "--random-weights", "--form", "fast"],
+            "unknown form 'fast' (known: modern, portable, prefix)",
+        ),
         (
             ["--model", "mineworld-300m", "--random-weights", "--precision", "fp16", "--form", "prefix"],
             "--form modern",

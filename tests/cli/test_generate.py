@@ -36,11 +36,12 @@ def test_a_video_in_a_process_of_its_own(workplace: Workplace, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "passes"),
     [
-        (["--k", "1", "--d", "chained"], 47),
-        (["--k", "2"], 112),
-        (["--k", "1", "--d", "15"], 65),
-        (["--k", "12"], 432),
-        (["--seed-policy", "above", "--set", "refeed=false"], 80),
+        (["--decoder", "k=1 chained"], 47),
+        (["--decoder", "k=2"], 112),
+        (["--decoder", "k=1,d=15"], 65),
+        (["--decoder", "k=12"], 432),
+        (["--decoder", "next token"], 432),
+        (["--decoder", "seeds=above no-refeed"], 80),
     ],
 )
 def test_lags_choose_the_number_of_passes(
@@ -57,7 +58,7 @@ def test_lags_choose_the_number_of_passes(
 def test_seeds_and_token_prompts_are_reproducible(workplace: Workplace, tmp_path: Path) -> None:
     outputs = [tmp_path / name for name in ("a.npy", "b.npy", "c.npy")]
     for output, seed in zip(outputs, ("7", "7", "8"), strict=True):
-        assert generate(workplace, output, "--seed", seed) == 0
+        assert generate(workplace, output, "--set", f"seed={seed}") == 0
     first, again, other = (np.load(output) for output in outputs)
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
@@ -69,7 +70,7 @@ def test_seeds_and_token_prompts_are_reproducible(workplace: Workplace, tmp_path
 
 def test_greedy_video_shows_the_tokens_in_pixels(workplace: Workplace, tmp_path: Path) -> None:
     for name in ("video.gif", "tokens.npy"):
-        assert generate(workplace, tmp_path / name, "--temperature", "0") == 0
+        assert generate(workplace, tmp_path / name, "--set", "temperature=0") == 0
     tokens = np.load(tmp_path / "tokens.npy")
     assert read_frames(tmp_path / "video.gif").shape == (5, 36, 48, 3)
     assert (tokens < 30).all()
@@ -90,12 +91,12 @@ def refused(
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
-        (["--k", "0"], ["row lag k=0", "choose k in 1..12"]),
-        (["--k", "13"], ["row lag k=13"]),
-        (["--d", "3"], ["frame lag d=3", "9 (chained) .. 20 (serial)"]),
-        (["--d", "soon"], ["--d soon", "serial, chained or a number"]),
-        (["--temperature", "-1"], ["temperature is -1.0"]),
-        (["--top-p", "0"], ["top-p is 0.0"]),
+        (["--decoder", "k=0"], ["row lag k=0", "choose k in 1..12"]),
+        (["--decoder", "k=13"], ["row lag k=13"]),
+        (["--decoder", "d=3"], ["frame lag d=3", "9 (chained) .. 20 (serial)"]),
+        (["--decoder", "soon"], ["order 'soon'", "serial, chained or d=N"]),
+        (["--set", "temperature=-1"], ["temperature is -1.0"]),
+        (["--set", "top_p=0"], ["top-p is 0.0"]),
         (["--frames", "9"], ["--frames 9", "1..4"]),
         (["--set", "window=9"], ["window 9 is outside 2..4"]),
         (["--set", "widow=3"], ["did you mean 'window'"]),

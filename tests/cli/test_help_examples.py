@@ -22,7 +22,7 @@ VERBS = ("profile", "plan", "inspect", "verify", "doctor")
 
 
 def examples(verb: str) -> list[str]:
-    lines = import_module(f"diagd.cli.{verb}").EPILOG.splitlines()
+    lines = import_module(f"diagd.cli.{verb}").EXAMPLES.splitlines()
     return [line.strip() for line in lines if line.startswith("  diagd")]
 
 

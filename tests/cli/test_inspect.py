@@ -21,7 +21,7 @@ def test_a_bundle(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_table(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--k", "2", "--d", "chained", "--steps", "4"]
+    options = ["--order", "k=2 chained", "--steps", "4"]
     assert main(["inspect", str(workplace.bundle), *options]) == 0
     shown = capsys.readouterr().out
     assert "step 3:" in shown
@@ -35,7 +35,7 @@ def test_json_counts_what_onnx_counts(workplace: Workplace, capsys: pytest.Captu
     model = onnx.load(graph, load_external_data=False).graph
     assert content["operators"] == dict(Counter(node.op_type for node in model.node))
     assert list(content["inputs"]) == [value.name for value in model.input]
-    assert main(["inspect", str(workplace.bundle), "--json", "--k", "1", "--frames", "2"]) == 0
+    assert main(["inspect", str(workplace.bundle), "--json", "--order", "k=1", "--frames", "2"]) == 0
     whole = json.loads(capsys.readouterr().out)
     assert whole["graphs"]["step.onnx"] == content
     assert whole["manifest"]["family"] == "world"
@@ -48,7 +48,7 @@ def test_json_counts_what_onnx_counts(workplace: Workplace, capsys: pytest.Captu
         (["absent.diagd"], "no bundle"),
         (["{bundle}/manifest.json"], "ONNX"),
         (["{bundle}/step.onnx", "--steps", "2"], "has no schedule"),
-        (["{bundle}/step.onnx", "--k", "1"], "has no schedule"),
+        (["{bundle}/step.onnx", "--order", "k=1"], "has no schedule"),
         (["{bundle}", "--frames", "0"], "at least one frame"),
         (["{bundle}", "--steps", "-1"], "expected 0 or more"),
     ],
@@ -79,7 +79,7 @@ def test_a_truncated_graph_is_told(
 
 
 def test_steps_are_in_the_json_too(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--k", "1", "--steps", "3")
+    options = ("--order", "k=1", "--steps", "3")
     assert main(["inspect", str(workplace.bundle), *options, "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)["schedule"]["table"]
     assert main(["inspect", str(workplace.bundle), *options]) == 0

@@ -91,7 +91,7 @@ def test_a_step_reads_a_quarter_of_the_cache(place: Place) -> None:
 
 def generated(place: Place, output: Path, *options: str) -> np.ndarray:
     files = ("--prompt", str(place.prompt), "--actions", str(place.actions), "--output", str(output))
-    assert main(["generate", str(place.bundle), *files, "--temperature", "0", *options]) == 0
+    assert main(["generate", str(place.bundle), *files, "--set", "temperature=0", *options]) == 0
     frames: np.ndarray = np.load(output)
     return frames
 

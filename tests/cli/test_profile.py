@@ -81,7 +81,7 @@ def test_a_regression_ends_with_code_3(
     ("arguments", "message"),
     [
         ([], "name a bundle"),
-        (["{bundle}", "--k", "one"], "row lags such as"),
+        (["{bundle}", "--k", "one"], "--k one: expected whole numbers such as"),
         (["{bundle}", "--k", "99"], "k=99"),
         (["{bundle}", "--fps", "0"], "above 0"),
         (["{bundle}", "--fps", "nan"], "above 0"),

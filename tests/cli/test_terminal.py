@@ -17,7 +17,7 @@ import pytest
 from diagd.bundle.manifest import MANIFEST_NAME
 from tests.cli.conftest import Workplace
 
-DIAGD = [sys.executable, "-m", "diagd.cli"]
+DIAGD = [sys.executable, "-m", "diagd"]
 
 
 def run(*words: str | Path, encoding: str = "utf-8", **options: object) -> subprocess.CompletedProcess[bytes]:

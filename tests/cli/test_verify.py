@@ -89,7 +89,7 @@ def test_tensors_of_one_step(
     ("arguments", "message"),
     [
         (["--engine", "prefx"], "did you mean 'prefix'"),
-        (["--k", "x"], "row lags such as"),
+        (["--k", "x"], "--k x: expected whole numbers such as"),
         (["--frames", "0"], "at least one"),
         (["--set", "window=1"], "window"),
         (["--reference", "absent.diagd"], "no bundle"),

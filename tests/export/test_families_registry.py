@@ -40,7 +40,7 @@ def test_parameters_are_those_of_the_release(name: str) -> None:
 def test_rules_fill_the_whole_transformer(name: str) -> None:
     """On the meta device: no tensor of the model without a source, none twice, and shapes that fit."""
     family = registry.find(name)
-    exporter = Exporter(family, GraphOptions(forms=(Form.MODERN,), precision="fp16"))
+    exporter = Exporter(family, GraphOptions(form=(Form.MODERN,), precision="fp16"))
     wanted = {n.removeprefix("transformer."): p.shape for n, p in exporter._placements.items()}
     tables = position_tables(family.transformer, "meta")
     sources = family.weights(random_sources(family, seed=0).transformer)
@@ -83,7 +83,7 @@ def test_the_context_is_that_of_the_release(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_an_export_is_planned_within_four_and_a_half_gigabytes(name: str) -> None:
-    plan = Exporter(registry.find(name), GraphOptions(forms=(Form.MODERN,), precision="fp16")).plan()
+    plan = Exporter(registry.find(name), GraphOptions(form=(Form.MODERN,), precision="fp16")).plan()
     assert plan.peak_bytes < (4.0e9 if name == "cosmos-4b" else 4.5e9)
     assert plan.files["weights.bin"] >= 2 * 0.999 * PARAMETERS[name]
 

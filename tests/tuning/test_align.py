@@ -8,8 +8,9 @@ import torch
 
 from diagd.errors import UsageError
 from diagd.schedule import RowSeed, Schedule, StreamLayout
-from diagd.tuning.align import AlignOptions, align
+from diagd.tuning.align import align
 from diagd.tuning.forced_batch import ForcedPasses, forced_nll
+from diagd.tuning.options import AlignOptions
 from tests.oracles.models import CODES, small_model
 
 LAYOUT = StreamLayout(3, 4, prefix=1, before=1, after=1)
@@ -68,4 +69,4 @@ def test_unusable_requests_are_refused() -> None:
     with pytest.raises(UsageError, match="from 2 to 2, the frames of the model's context"):
         align(small_model(LAYOUT, context_frames=2), streams(4), options)
     with pytest.raises(UsageError, match="share above 0"):
-        replace(options, shares=())
+        align(small_model(LAYOUT), streams(4), replace(options, shares=()))

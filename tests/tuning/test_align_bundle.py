@@ -13,8 +13,9 @@ from diagd.bundle import Bundle
 from diagd.errors import BundleError, UsageError
 from diagd.export.transformer import Transformer
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.align import AlignOptions, align
+from diagd.tuning.align import align
 from diagd.tuning.align_bundle import align_bundle
+from diagd.tuning.options import AlignOptions
 from tests.models import export_small
 from tests.oracles.models import random_stream, small_model
 

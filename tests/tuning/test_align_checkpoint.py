@@ -17,9 +17,9 @@ from diagd.export.families.family import Family, identity_rules
 from diagd.export.families.mineworld import build, family
 from diagd.export.transformer import TransformerConfig
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.align import AlignOptions
 from diagd.tuning.align_checkpoint import align_checkpoint, load_transformer, read_windows
 from diagd.tuning.forced_batch import ForcedPasses, forced_nll
+from diagd.tuning.options import AlignOptions
 from tests.export.test_families_cosmos import TEXT
 from tests.export.test_families_cosmos import small as small_cosmos
 from tests.oracles.models import small_model

@@ -18,8 +18,8 @@ from tests.worlds import ACTIONS, random_world
 def test_evaluations_name_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = random_world(tmp_path / "trained")
     command = ["eval", str(world), "--data", str(tmp_path), "--output", str(tmp_path / "eval")]
-    assert main([*command, "--lags", "one"]) == 2
-    assert "expected K:D" in capsys.readouterr().err
+    assert main([*command, "--order", "one"]) == 2
+    assert "order 'one': expected 'next token', or k=N" in capsys.readouterr().err
     assert main(command) == 2
     assert "episode-*.npz" in capsys.readouterr().err
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Annotated
+
+import pydantic.dataclasses
+from pydantic import AfterValidator, Field
 
 from diagd.bundle import Bundle, Form, cache
 from diagd.bundle.manifest import StepGraph
@@ -25,27 +29,40 @@ from diagd.engines.tensorrt.capabilities import (
 from diagd.engines.tensorrt.memory import check_memory, estimate
 from diagd.engines.tensorrt.program import TensorRTProgram
 from diagd.errors import DiagdError, EngineError
+from diagd.options import FLAG, NAMES, OPTIONS, Flag, Numbers
 from diagd.progress import Progress
 from diagd.version import __version__
 
 
-@dataclass(frozen=True)
+def _row_counts(widths: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if widths and min(widths) < 1:
+        raise ValueError("a step has at least one row")
+    return widths and tuple(sorted(set(widths)))
+
+
+def _gpus(targets: tuple[str, ...]) -> tuple[str, ...]:
+    if not targets:
+        raise ValueError("expected GPUs such as sm86,sm89")
+    return tuple(sorted({name.lower() for name in targets}, key=lambda name: (len(name), name)))
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=OPTIONS)
 class Request:
-    """What to compile of a bundle.
+    """What to compile of a bundle; ``tokens`` is the size of the token buffer."""
 
-    Attributes:
-        tokens: size of the token buffer.
-        form: None takes what suits the TensorRT that is installed.
-        widths: None takes those of the bundle.
-        targets: GPUs to cross-build for; none: the GPU at hand.
-        optimization_level: None leaves TensorRT's default.
-    """
-
-    tokens: int
-    form: Form | None = None
-    widths: tuple[int, ...] | None = None
-    targets: tuple[str, ...] = ()
-    optimization_level: int | None = None
+    tokens: int = 0
+    form: Annotated[Form | None, FLAG] = Field(
+        default=None, description="of the step graph: modern or portable (default: what suits this TensorRT)"
+    )
+    widths: Annotated[Numbers | None, AfterValidator(_row_counts), FLAG] = Field(
+        default=None, description="rows of a step, as 16,64 (default: the bundle's)"
+    )
+    targets: Annotated[tuple[str, ...], NAMES, AfterValidator(_gpus), Flag(name="target")] = Field(
+        default=(), description="build for other GPUs, as sm86,sm89 (TensorRT-RTX only)"
+    )
+    optimization_level: int | None = Field(
+        default=None, ge=0, le=5, description="0 builds fast, 5 runs fast (default: TensorRT's own)"
+    )
 
     @property
     def flags(self) -> tuple[str, ...]:

@@ -1,0 +1,68 @@
+"""What a verb can be told: one dataclass is its flags, its ``--set``, its help and the library's argument.
+
+Fields with a `Flag` are flags of the command line; others that have a description stand behind
+``--set name=value``; the rest is for callers in Python. A dataclass inside one is a group:
+``--set group.name=value``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, ConfigDict
+
+OPTIONS = ConfigDict(extra="forbid")
+"""Of every dataclass of options."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Makes a field a flag.
+
+    Attributes:
+        name: on the command line; default: the field's.
+        positional: it has no name there.
+        count: of its values, as argparse counts them: a number, or ``+`` for one or more.
+        metavar: what stands for its value in the help.
+        repeated: it can be given several times.
+    """
+
+    name: str | None = None
+    positional: bool = False
+    count: int | str | None = None
+    metavar: str | Sequence[str] | None = None
+    repeated: bool = False
+
+
+FLAG = Flag()
+POSITIONAL = Flag(positional=True)
+
+
+def _path(value: object) -> object:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("the path is empty (a variable that is not set?); give a path")
+    return value
+
+
+def _numbers(value: object) -> object:
+    try:
+        return tuple(map(int, value.split(","))) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError("expected whole numbers such as 1,2,4") from error
+
+
+def _names(value: object) -> object:
+    return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+
+NAMES = BeforeValidator(_names)
+"""Reads words between commas."""
+
+File = Annotated[Path, BeforeValidator(_path)]
+"""A path; an empty one is mostly a variable that was never set."""
+
+Numbers = Annotated[tuple[int, ...], BeforeValidator(_numbers)]
+"""Whole numbers between commas."""

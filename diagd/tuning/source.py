@@ -1,0 +1,115 @@
+"""What is aligned: a bundle, the folder of a world, or a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle import Bundle
+from diagd.bundle.manifest import MANIFEST_NAME
+from diagd.bundle.targets import bundle_target, check_apart, file_target, folder_target
+from diagd.bundle.transformer import TransformerConfig
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import UsageError
+from diagd.export.exporter import open_sources
+from diagd.export.families.family import Family
+from diagd.export.families.registry import find
+from diagd.export.families.world import DESCRIPTION, WEIGHTS, load_tokenizer
+from diagd.tuning.align import Report
+from diagd.tuning.align_bundle import align_bundle
+from diagd.tuning.align_checkpoint import align_checkpoint, read_windows
+from diagd.tuning.options import AlignOptions
+from diagd.tuning.recordings import FrameEncoder, cached_tokens
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is aligned: a bundle, or the checkpoint of a family; ``path`` is what was named."""
+
+    path: str
+    what: Bundle | Family
+
+    @classmethod
+    def open(cls, path: str, model: str | None) -> Source:
+        """Find out what a path is.
+
+        Raises:
+            UsageError: it is neither a bundle nor a world, and no model is named.
+        """
+        if (Path(path) / MANIFEST_NAME).exists():
+            if model:
+                raise UsageError(f"--model {model}: a bundle says itself what it holds; leave --model out")
+            return cls(path, Bundle.open(path))
+        if not model and not (Path(path) / DESCRIPTION).exists():
+            raise UsageError(
+                f"{path} is neither a bundle nor the folder of a world; name the --model of a checkpoint: "
+                "`diagd models` lists them"
+            )
+        return cls(path, find(model or "world", path))
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Of the transformer."""
+        return self.what.manifest.transformer if isinstance(self.what, Bundle) else self.what.transformer
+
+    @property
+    def _tokenizer(self) -> Path | None:
+        """Of a world: the file of its tokenizer."""
+        file = None if isinstance(self.what, Bundle) else self.what.default_tokenizer
+        return None if file is None else Path(file)
+
+    def check_output(self, output: Path, read: Mapping[str, Path | None]) -> None:
+        """Refuse an output that would take something away, the weights and files that are read included."""
+        if isinstance(self.what, Bundle):
+            place = bundle_target(output)
+        elif self._tokenizer is None or output.suffix:
+            place = file_target(output, (".safetensors",))
+        else:
+            place = folder_target(output, {"config.json": b'"patch"'}, "a trained world")
+        if str(place) == str(Path(self.path).resolve()):
+            raise UsageError(f"--output {output} is what is read; give another place")
+        check_apart(place, read)
+
+    def windows(self, data: Path, frames: int) -> NDArray[np.int64]:
+        """Windows int64 [N, tokens of ``frames`` frames] of a recording, or of a .npy token stream.
+
+        Raises:
+            UsageError: the data cannot be read, or is no token stream though the source is no world.
+        """
+        if data.suffix == ".npy":
+            return read_windows(data, self.config, frames)
+        encoder = self._encoder()
+        if encoder is None:
+            raise UsageError(f"--data {data}: {self.path} is no world; give a .npy token stream")
+        recording = cached_tokens(data, encoder)
+        return recording.windows(recording.window_starts(frames)[:: max(1, frames // 2)], frames)
+
+    def _encoder(self) -> FrameEncoder | None:
+        if isinstance(self.what, Bundle):
+            is_world = self.what.manifest.family == "world"
+            return FrameEncoder.of_bundle(self.what, CpuOptions()) if is_world else None
+        return FrameEncoder.of_graphs(*load_tokenizer(self._tokenizer.parent)) if self._tokenizer else None
+
+    def align(
+        self,
+        streams: NDArray[np.int64],
+        options: AlignOptions,
+        output: Path,
+        report: Report,
+        text: NDArray[np.float32] | None,
+    ) -> Path:
+        """Fine-tune, and write what is of the source's own kind."""
+        if isinstance(self.what, Bundle):
+            return align_bundle(self.what, streams, options, output, report, text=text)
+        checkpoint = open_sources(self.what, self.path, None, pixels=False).transformer
+        if self._tokenizer is None or output.suffix:
+            return align_checkpoint(self.what, checkpoint, streams, options, output, report, text=text)
+        align_checkpoint(self.what, checkpoint, streams, options, output / WEIGHTS, report)
+        for part in (self._tokenizer, self._tokenizer.with_name(DESCRIPTION)):
+            shutil.copy(part, output / part.name)
+        return output

@@ -1,0 +1,220 @@
+"""What the verbs of worlds can be told."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from diagd.errors import UsageError, unknown
+from diagd.options import FLAG, NAMES, OPTIONS, POSITIONAL, File, Flag
+from diagd.runtime.sampling import SamplingSettings
+from diagd.tuning.options import check_device
+
+_MAX_ACTIONS = 256
+GAMES = ("crafter", "doom")
+
+
+def _size(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    height, _, width = value.partition("x")
+    if not all(side.isascii() and side.isdigit() for side in (height, width)):
+        raise ValueError("expected HEIGHTxWIDTH, such as 72x96")
+    return int(height), int(width)
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class CollectOptions:
+    """What `diagd world collect` records.
+
+    Attributes:
+        move_share: share of decisions that start a walk of 1 to 8 steps in Crafter; the others interact.
+    """
+
+    output: Annotated[File, POSITIONAL] = Field(description="folder; episodes already there are kept")
+    game: Annotated[str, FLAG] = Field(default="crafter", description="crafter or doom (default crafter)")
+    episodes: Annotated[int, FLAG] = Field(
+        default=720, description="how many, each a shard and a world, freshly generated where the game does"
+    )
+    steps: Annotated[int, FLAG] = Field(default=200, description="longest episode, in frames")
+    seed: Annotated[int, FLAG] = Field(
+        default=0,
+        description="episode n plays in world seed + n: disjoint sets need seeds that many apart (default 0)",
+    )
+    move_share: float = 0.72
+    processes: Annotated[int, FLAG] = Field(default=2, description="worlds simulated at a time")
+
+    def __post_init__(self) -> None:
+        if self.game not in GAMES:
+            raise unknown("game", self.game, GAMES)
+        if self.episodes < 1 or self.steps < 2 or self.processes < 1 or self.seed < 0:
+            raise UsageError(
+                f"episodes {self.episodes}, steps {self.steps}, processes {self.processes}, "
+                f"seed {self.seed}: expected at least 1, 2, 1 and 0"
+            )
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class ImportOptions:
+    """What `diagd world import` reads."""
+
+    videos: Annotated[File, FLAG] = Field(
+        description='folder of run.mp4 beside run.jsonl, with a line such as {"action": "left"} for the '
+        "action that led to each frame; the first has no effect"
+    )
+    output: Annotated[File, POSITIONAL] = Field(description="folder of the episodes")
+    actions: Annotated[tuple[str, ...], NAMES, FLAG] = Field(
+        description="names in the order of their ids, the first is the default: noop,left,right"
+    )
+    size: Annotated[tuple[int, int], BeforeValidator(_size), FLAG] = Field(
+        description="HEIGHTxWIDTH in pixels that frames are resized to"
+    )
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.actions) <= _MAX_ACTIONS:
+            raise UsageError(f"{len(self.actions)} actions; expected 1 to {_MAX_ACTIONS} names")
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class TrainOptions:
+    """What `diagd world train` does.
+
+    Attributes:
+        matrix_rate, other_rate: base learning rates of Muon and AdamW.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    data: Annotated[File, FLAG] = Field(description="folder of episodes")
+    output: Annotated[File, POSITIONAL] = Field(
+        description="folder of the trained model, and of the checkpoint that training resumes from"
+    )
+    size: Annotated[str, FLAG] = Field(default="3m", description="0.7m, 3m or 10m (default 3m)")
+    mixture: Annotated[str, FLAG] = Field(
+        default="mixture", description="ntp, diagonal or mixture (default mixture)"
+    )
+    frames: int = Field(
+        default=8,
+        description="of a window; the first half of training sees windows half as long, twice as many",
+    )
+    batch: Annotated[int, FLAG] = Field(default=10, description="windows of a step, over all processes")
+    steps: Annotated[int, FLAG] = Field(default=1200, description="optimiser steps")
+    tokenizer: Annotated[str, FLAG] = Field(
+        default="auto", description="auto, patches (by k-means if need be) or learned (default auto)"
+    )
+    codes: int = Field(default=512, description="ids of the tokenizer")
+    patch: int = Field(default=8, description="pixels along a side of a cell")
+    tokenizer_steps: int = Field(default=3000, description="optimiser steps of a learned tokenizer")
+    matrix_rate: float = 0.02
+    other_rate: float = 3e-3
+    seed: Annotated[int, FLAG] = Field(default=0, description="of tokenizer, weights and batches (default 0)")
+    device: Annotated[str, FLAG] = Field(
+        default="cpu", description="cpu, cuda for every GPU, or cuda:1 for one"
+    )
+    processes: int | None = Field(
+        default=None,
+        description="data-parallel processes (default: two of one thread each on a CPU, one a GPU)",
+    )
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        processes = len(self.devices)
+        if self.frames < 2 or self.steps < 1 or self.batch % processes:
+            raise UsageError(
+                f"frames {self.frames}, steps {self.steps}, batch {self.batch}, processes {processes}: "
+                "expected at least 2 frames, 1 step, and a batch that the processes share evenly"
+            )
+
+    @property
+    def devices(self) -> list[str]:
+        """Where each process trains; see `worker_devices`."""
+        import torch
+
+        check_device(self.device)
+        return worker_devices(self.device, self.processes, torch.cuda.device_count())
+
+    def recipe(self) -> dict[str, Any]:
+        """The options that decide the result, as JSON data."""
+        options = asdict(self)
+        for name in ("data", "output", "checkpoint_every"):
+            del options[name]
+        return options | {"processes": len(self.devices)}
+
+
+def worker_devices(device: str, processes: int | None, gpus: int) -> list[str]:
+    """Device of each data-parallel process on a machine of ``gpus`` GPUs; no two share a GPU.
+
+    Raises:
+        UsageError: more processes than GPUs, or none.
+    """
+    if not device.startswith("cuda"):
+        count = 2 if processes is None else processes
+        most = count
+    else:
+        most = gpus if device == "cuda" else 1
+        count = most if processes is None else processes
+    if not 1 <= count <= most:
+        raise UsageError(
+            f"{count} processes on {device}: expected 1 to {max(1, most)}, each has a device of its own"
+        )
+    return [f"cuda:{n}" for n in range(count)] if device == "cuda" else [device] * count
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class EvalOptions:
+    """What is measured.
+
+    Attributes:
+        window_frames: of the windows of the likelihood.
+        sampling: temperature, top-k and top-p of the rollouts.
+    """
+
+    windows: int = Field(default=64, description="windows of the teacher-forced likelihood")
+    window_frames: int = 8
+    rollouts: Annotated[int, FLAG] = Field(default=96, description="continuations that are generated")
+    prompt: int = Field(default=2, description="known frames of a continuation")
+    frames: int = Field(default=4, description="generated frames of a continuation")
+    sampling: SamplingSettings = SamplingSettings(1.0, 0, 0.95)
+    seed: int = Field(default=0, description="of windows and random numbers (default 0)")
+
+    def __post_init__(self) -> None:
+        if self.windows < 2 or self.rollouts < 2 or self.prompt < 1 or self.frames < 1:
+            raise UsageError(
+                f"windows {self.windows}, rollouts {self.rollouts}, prompt {self.prompt}, "
+                f"frames {self.frames}: expected at least 2, 2, 1 and 1"
+            )
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class EvalRun:
+    """What `diagd eval` is asked for.
+
+    Attributes:
+        long_rollouts: how many of the long continuations.
+    """
+
+    model: Annotated[File, POSITIONAL] = Field(
+        description="folder of a world model (run in PyTorch), or its bundle (run on its engine)"
+    )
+    data: Annotated[File, FLAG] = Field(description="recording the model was not trained on")
+    output: Annotated[File, FLAG] = Field(description="folder of eval.json and contact.png")
+    precision: Annotated[str | None, FLAG] = Field(
+        default=None, description="of a bundle's step graph (default: its first)"
+    )
+    order: Annotated[tuple[str, ...], Flag(count="+")] = Field(
+        default=("k=1 chained", "k=1 serial", "k=2 serial"),
+        description="of decoding, beside next-token prediction",
+    )
+    long_frames: Annotated[int, FLAG] = Field(
+        default=0, description="frames of the long continuations that drift is measured on (default 0: none)"
+    )
+    long_rollouts: int = 8
+    networks: Annotated[tuple[File, ...], Flag(name="network", repeated=True)] = Field(
+        default=(), description="ONNX file of a metric"
+    )
+    geometry: File | None = Field(
+        default=None, description="recording that the rules of the world are learned from (default: --data)"
+    )
+    options: EvalOptions = EvalOptions()
