@@ -39,7 +39,7 @@ class CalibrateOptions:
     """What to calibrate, on which frames, and how."""
 
     bundle: Annotated[File, POSITIONAL] = Field(description="changed in place, and only on success")
-    calibration: CalibrationOptions
+    calibration: CalibrationOptions = Field()
     data: Annotated[File | None, FLAG] = Field(
         default=None, description="video, or .npy tokens [P, h, w]: frames of prompts"
     )

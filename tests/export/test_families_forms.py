@@ -42,7 +42,7 @@ class Case:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     text = request.param == "video2world"
     family = cosmos.family("cosmos-small", small(text=True, yarn=True)) if text else small_wham()
-    options = GraphOptions(forms=tuple(Form), widths=(1, 32))
+    options = GraphOptions(form=tuple(Form), widths=(1, 32))
     sources = Sources(random_sources(family, seed=0).transformer)
     output = tmp_path_factory.mktemp("forms") / "small.diagd"
     return Case(family, Bundle.open(export(family, options, sources, output).path))
