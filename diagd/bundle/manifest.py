@@ -194,6 +194,20 @@ class StepGraph(Record):
     cache_dtype: CacheType | None = None
 
 
+class ClipRules(Record):
+    """How recorded clips of a family become prompts.
+
+    ``frames``: pictures of a video that are the prompt where the caller does not say. ``last``: they are its
+    last ones, else its first. ``followed``: line t of its actions is what was done at picture t, so it leads
+    to the next one; else it led to picture t. ``single``: what to warn of where the prompt is one picture.
+    """
+
+    frames: Annotated[int, Field(ge=1)] = 1
+    last: bool = False
+    followed: bool = False
+    single: str | None = None
+
+
 class Tokenizer(Record):
     """Pixel graphs: ``encoder`` uint8 [T, height, width, 3] -> int32 [t, rows, columns], ``decoder`` back.
 
@@ -249,6 +263,7 @@ class Manifest(Record):
     order: str
     cache: CacheShape
     actions: ActionCodec | None = None
+    clips: ClipRules = ClipRules()
     tokenizer: Tokenizer | None = None
     text: TextConditioning | None = None
     frames_per_second: Annotated[float, Field(gt=0)]

@@ -3,46 +3,66 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.engines.engine import Float
 from diagd.errors import require
 from diagd.progress import Progress
-from diagd.runtime.generate import GenerateOptions, generate
+from diagd.runtime.generate import GenerateOptions, Made, generate
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EXAMPLES = """examples:
   diagd-generate crafter-3m.diagd --prompt first.png --actions walk.jsonl --output walk.mp4
   diagd-generate crafter-3m.diagd --prompt first.png --actions walk.jsonl --output a.gif --decoder k=2,chained
-  diagd-generate mineworld.diagd --prompt tokens.npy --actions play.jsonl --output out.npy --set temperature=0
+  diagd-generate mineworld.diagd --prompt clip.mp4 --actions clip.jsonl --prompt-frames 8 --output out.mp4
+  diagd-generate wham.diagd --prompt episode.npz --start 20 --branches 3 --output dream.mp4
+  diagd-generate cosmos.diagd --prompt clips/ --output made/
 
-An action file holds one JSON object a line: the action that leads to each frame to be made.
+An action file holds one JSON object a line. Where it has the name of the prompt (clip.mp4 and clip.jsonl), it
+is of the same recording: what was done between the frames of the prompt is fed, what comes behind leads to
+the frames that are made. Else each line leads to a frame to make. A folder of videos or episodes, or a .jsonl
+of {"visual_input": file, "prompt": words, "actions": file}, is many prompts over one session: their files go
+to the folder --output, and those that are there are left out. A folder of images is one prompt, with a line
+for each in its actions.jsonl.
+
 --decoder is the order of decoding, its words between spaces or commas: k=N, steps between the starts of two
 rows (as many as columns, or 'next token', is next-token prediction); and steps between the starts of two
 frames: serial (a frame is finished before the next starts), chained (the next follows row by row: fewest
-passes) or d=N. seeds=above, duplicate or prompt are other row seeds than previous_frame.
+passes) or d=N. seeds=above, duplicate or prompt are other row seeds than previous_frame. Or it is jacobi:
+exactly the tokens of next-token prediction, in few passes.
 """
 
 
 def run(options: GenerateOptions) -> int:
     """Generate, and say what it took."""
     console = terminal.console()
-    made = generate(options, Progress(console), _encode_text)
-    engine, host, both = (
-        f"{1e3 * spent / made.passes:.2f} ms" for spent in (made.engine, made.host, made.decoding)
-    )
+    for made in generate(options, Progress(console), _encode_text):
+        _report(console, made)
+    return 0
+
+
+def _report(console: Console, made: Made) -> None:
+    if not made.frames:
+        console.print(f"there already: {made.output}")
+        return
+    spent = (made.engine, made.host, made.decoding)
+    engine, host, both = (f"{1e3 * seconds / made.passes:.2f} ms" for seconds in spent)
     # What the host saw of an engine that it runs ahead of is how long queueing took.
     passes = f"of {both}" if made.ahead else f"of {engine}, host {host} a pass"
+    near = "" if made.psnr is None else f", PSNR {made.psnr:.2f} dB to the recording"
     console.print(
         f"{made.frames} frames in {made.seconds:.2f} s, {made.frames / made.seconds:.2f} frames/s: "
-        f"{made.passes} passes {passes}: {options.output}"
+        f"{made.passes} passes {passes}{near}: {made.output}"
     )
-    if made.refill_steps:
+    if made.refill_passes:
         console.print(
-            f"the sliding window was fed again in {made.refill_steps} further passes, "
+            f"the sliding window was fed again in {made.refill_passes} further passes, "
             f"{made.refill_seconds:.2f} s of the total; a larger --set roll slides less often"
         )
-    return 0
 
 
 def _encode_text(words: str, encoder: Path, length: int) -> Float:

@@ -24,6 +24,8 @@ VERBS = {
     "export": "a checkpoint to a bundle of ONNX graphs",
     "build": "a step graph to a TensorRT engine",
     "generate": "frames from a bundle, a prompt and actions",
+    "encode": "a video to tokens, and what its tokenizer loses",
+    "decode": "tokens to a video",
     "models": "what can be exported",
     "calibrate": "quantised step graphs for a bundle, accepted by a quality gate",
     "align": "fine-tune a bundle or checkpoint to diagonal decoding",

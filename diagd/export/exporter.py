@@ -254,6 +254,7 @@ class Exporter:
             sampling=family.sampling,
             context=context_policy(config),
             order=family.order,
+            clips=family.clips,
             cache=CacheShape(
                 layers=config.layers,
                 kv_heads=config.kv_heads,

@@ -24,6 +24,7 @@ from diagd.bundle.actions import (
     Slot,
 )
 from diagd.errors import UsageError, unknown
+from diagd.runtime.literals import parse_literal
 
 MAX_REPEAT = 100_000
 """Most frames one line may hold an action for."""
@@ -53,7 +54,8 @@ def read_actions(path: str | Path, codec: ActionCodec) -> NDArray[np.int32]:
     """Tokens of a file of JSON lines, one action a line.
 
     ``"repeat": n`` in a line holds its action for n frames. Lines with ``keyboard`` or ``mouse`` are raw
-    recordings, converted as the codec says. Empty lines are skipped.
+    recordings, converted as the codec says. Lines may be Python literals with
+    ``array([...])``, as the released MineWorld clips have them. Empty lines are skipped.
 
     Args:
         path: text file in UTF-8.
@@ -103,15 +105,20 @@ def _parse(line: str) -> dict[str, Any]:
     except RecursionError:
         raise UsageError(f"not an action (nested too deep): {line.strip()[:60]}") from None
     except ValueError as error:
-        if line.lstrip().startswith("{'") or "array(" in line:
-            raise UsageError(
-                "this is a Python literal and diagd reads JSON; rewrite it with json.dumps and the camera as"
-                ' a list, like {"forward": 1, "camera": [0, 10]}'
-            ) from None
-        raise UsageError(f"not JSON ({error}): {line.strip()[:60]}") from None
+        record = _literal(line, error)
     if not isinstance(record, dict):
         raise UsageError(f"expected one JSON object a line, got {line.strip()[:60]}")
     return record
+
+
+def _literal(line: str, error: ValueError) -> object:
+    """A line as the released MineWorld clips have it."""
+    if not line.lstrip().startswith("{'"):
+        raise UsageError(f"not JSON ({error}): {line.strip()[:60]}") from None
+    try:
+        return parse_literal(line)
+    except ValueError as reason:
+        raise UsageError(f"not an action ({reason}): {line.strip()[:60]}") from None
 
 
 def _no_constant(name: str) -> None:

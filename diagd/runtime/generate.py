@@ -1,31 +1,37 @@
-"""Frames from a bundle, a prompt and actions, to a file."""
+"""Frames from a bundle, prompts and actions, to files."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Bundle, Manifest
 from diagd.bundle.manifest import SamplingRules
+from diagd.bundle.targets import check_apart, file_target
 from diagd.engines.backend import find
 from diagd.engines.engine import Float, Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File
 from diagd.progress import Progress
-from diagd.runtime.actions import encode, read_actions
-from diagd.runtime.decoders import ScheduledDecoder
+from diagd.runtime.clip import Clip, ClipOptions, read_clip
+from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import open_session
-from diagd.runtime.output import check_output, write_tokens, write_video
-from diagd.runtime.pixels import PixelCodec
-from diagd.runtime.prompt import read_prompt, read_tokens
+from diagd.runtime.output import OUTPUTS, check_output, write_tokens, write_video
+from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.text import read_text
@@ -33,6 +39,17 @@ from diagd.schedule import Schedule
 
 TextEncoder = Callable[[str, Path, int], Float]
 """Embeddings float32 [n, width] of words, by an encoder in a folder, at most so many."""
+
+CLIPS = (".mp4", ".npz", ".avi", ".mkv", ".mov", ".webm")
+"""Files of which a folder is many clips, not the pictures of one."""
+
+
+def _count(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if match := re.fullmatch(r"([0-9]{1,9})( ?latents?)?", value):
+        return int(match[1]), match[2] is not None
+    raise ValueError("expected a number of pictures, such as 24, or of latent frames, such as 3latents")
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -115,138 +132,320 @@ class GenerateOptions:
     """What is generated, from what, and how."""
 
     bundle: Annotated[File, POSITIONAL] = Field(description="made by diagd-export")
-    prompt: Annotated[File, FLAG] = Field(description="image, video or .npy tokens [P, h, w]")
-    output: Annotated[File, FLAG] = Field(description=".mp4, .gif, or .npy for tokens")
-    actions: Annotated[File | None, FLAG] = Field(
-        default=None, description="JSON lines, one action for each frame to make"
+    clip: ClipOptions = Field()
+    output: Annotated[File, FLAG] = Field(
+        description=".mp4, .gif, .npy for tokens, or a folder for many clips"
     )
-    frames: Annotated[int | None, FLAG] = Field(
-        default=None, description="how many (default: one for each action)"
+    frames: Annotated[tuple[int, bool] | None, BeforeValidator(_count), FLAG] = Field(
+        default=None,
+        description="pictures to make, or latent frames as 3latents (default: one for each action, or "
+        "as many as fill a clip of the release)",
     )
     decoder: Annotated[str | None, FLAG] = Field(
         default=None,
-        description="order of decoding, see below: k=1,chained or 'next token' (default: the bundle's)",
+        description="see below: k=1,chained or 'next token' or jacobi (default: the bundle's order)",
     )
-    prompt_frames: int = Field(default=1, ge=1, description="frames taken from a prompt video, its last ones")
-    resize: bool = Field(default=False, description="resize a prompt of another size")
+    branches: Annotated[int, FLAG] = Field(
+        default=1, ge=1, description="futures of each prompt, with seeds in order, in files NAME-0, NAME-1"
+    )
+    kind: Literal[".mp4", ".gif", ".npy"] = Field(default=".mp4", description="of the files of many clips")
     fps: float | None = Field(default=None, gt=0, description="of the video written (default: the model's)")
+    beyond: Literal["stream", "prompt"] = Field(
+        default="stream",
+        description="what a clip longer than the context goes on from: the sliding window, or its last "
+        "pictures, encoded again",
+    )
     sampling: SamplingOptions = SamplingOptions()
     session: SessionOptions = SessionOptions()
     condition: TextOptions = TextOptions()
 
-    def schedule(self, manifest: Manifest) -> Schedule:
-        """The order of decoding; released caches keep the rows of seeds."""
-        order = manifest.schedule
-        if self.decoder is not None:
-            order = Schedule.parse(self.decoder, manifest.layout, order)
-        return replace(order, refeed=False, keep_seeds=True) if self.session.compat else order
-
-    def action_ids(self, manifest: Manifest) -> tuple[Int | None, int]:
-        """Action ids [frames, n] and the number of frames.
-
-        Raises:
-            UsageError: the model needs what is not given.
-        """
-        if manifest.actions is None:
-            if self.frames is None:
-                raise UsageError(f"{manifest.name} takes no actions: say how many frames with --frames N")
-            return None, self.frames
-        if self.actions is None:
-            raise UsageError(
-                f"{manifest.name} is driven by actions: give --actions FILE, one JSON object a line"
-            )
-        actions = read_actions(self.actions, manifest.actions)
-        frames = len(actions) if self.frames is None else self.frames
-        if not 1 <= frames <= len(actions):
-            raise UsageError(
-                f"--frames {frames}: {self.actions} has actions for 1..{len(actions)}; add lines, or hold "
-                'the last action with "repeat": N'
-            )
-        return actions[:frames], frames
-
-    def prompt_tokens(self, manifest: Manifest, pixels: PixelCodec | None) -> Int:
-        """Tokens int32 [P, rows, columns] of the prompt."""
-        if self.prompt.suffix.lower() == ".npy" or pixels is None:
-            return read_tokens(self.prompt, manifest)
-        return read_prompt(self.prompt, pixels, self.prompt_frames, self.resize)
-
 
 @dataclass(frozen=True)
 class Made:
-    """What was generated: ``seconds`` it took, ``decoding`` of them for tokens, over ``frames`` frames."""
+    """A file of frames.
 
-    frames: int
-    seconds: float
-    decoding: float
-    passes: int
-    engine: float
-    host: float
-    ahead: bool
-    refill_steps: int
-    refill_seconds: float
+    Attributes:
+        output: the file.
+        frames: token frames in it behind the prompt; 0 where the file was there already.
+        seconds: it took.
+        decoding: seconds of them for tokens.
+        passes: through the model, and what they took together in the engine and on the host, in seconds.
+        ahead: the host queued them without waiting.
+        refill_passes: further passes that fed the context again because it slid, and seconds of them.
+        psnr: of the pictures to those of the recording, dB, where it has them.
+    """
+
+    output: Path
+    frames: int = 0
+    seconds: float = 0.0
+    decoding: float = 0.0
+    passes: int = 0
+    engine: float = 0.0
+    host: float = 0.0
+    ahead: bool = False
+    refill_passes: int = 0
+    refill_seconds: float = 0.0
+    psnr: float | None = None
 
 
 def generate(
     options: GenerateOptions, progress: Progress | None = None, encode_text: TextEncoder | None = None
-) -> Made:
-    """Generate and write the frames; nothing is written on failure.
+) -> Iterator[Made]:
+    """Generate and write files, over one session; a file that fails leaves nothing.
+
+    Of many clips, those whose file is there already are left out.
+
+    Yields:
+        What each file took, as soon as it is written.
 
     Raises:
         DiagdError: an input or option is wrong, or the engine refuses.
     """
-    check_output(options.output)
+    jobs = _jobs(options)
     bundle = Bundle.open(options.bundle)
-    manifest = bundle.manifest
-    schedule, settings = options.schedule(manifest), options.sampling.settings(manifest.sampling)
-    actions, frames = options.action_ids(manifest)
-    only_tokens = options.prompt.suffix.lower() == options.output.suffix.lower() == ".npy"
-    pixels = None if only_tokens else options.session.pixels(bundle)
-    prompt = options.prompt_tokens(manifest, pixels)
-    with options.session.open(bundle) as session:
-        session.start(
-            prompt, _idle(manifest, len(prompt)), options.condition.embeddings(manifest, encode_text)
-        )
-        began, decoding = time.perf_counter(), 0.0
-        title = f"{options.bundle.name} {schedule.name}"
-        with (progress or Progress()).count(title, frames) as advance:
+    with ExitStack() as stack:
+        maker = _Maker(options, bundle, progress or Progress(), encode_text, stack)
+        for job in jobs:
+            yield from maker.make(job)
 
-            def decoded() -> Iterator[Int]:
+
+@dataclass(frozen=True)
+class _Job:
+    """One prompt and the files of its futures; ``skips`` those that are there."""
+
+    clip: ClipOptions
+    condition: TextOptions
+    outputs: tuple[Path, ...]
+    skips: bool = False
+
+    def check_apart(self) -> None:
+        """Refuse to write over what is read.
+
+        Raises:
+            UsageError: an output is a file that is read.
+        """
+        clip, text = self.clip, self.condition.text
+        for output in self.outputs:
+            check_apart(output, {"--prompt": clip.prompt, "--actions": clip.actions, "--set text": text})
+
+
+def _jobs(options: GenerateOptions) -> list[_Job]:
+    """What is to be made; no output can be refused later."""
+    prompt, output = options.clip.prompt, options.output
+    if prompt.suffix.lower() == ".jsonl":
+        many = _listed(options)
+    elif prompt.is_dir() and (found := sorted(p for p in prompt.iterdir() if p.suffix.lower() in CLIPS)):
+        many = [(path.stem, _beside(options.clip, path), options.condition) for path in found]
+    else:
+        check_output(output)
+        job = _Job(options.clip, options.condition, _futures(output, options.branches))
+        job.check_apart()
+        return [job]
+    if output.suffix.lower() in OUTPUTS or (output.exists() and not output.is_dir()):
+        raise UsageError(f"--output {output}: {len(many)} clips go to a folder; name one")
+    output.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        _Job(clip, condition, _futures(output / f"{name}{options.kind}", options.branches), skips=True)
+        for name, clip, condition in many
+    ]
+    for job in jobs:
+        for place in job.outputs:
+            file_target(place, OUTPUTS)
+        job.check_apart()
+    return jobs
+
+
+def _futures(output: Path, branches: int) -> tuple[Path, ...]:
+    if branches == 1:
+        return (output,)
+    return tuple(output.with_name(f"{output.stem}-{n}{output.suffix}") for n in range(branches))
+
+
+def _beside(clip: ClipOptions, path: Path) -> ClipOptions:
+    """One clip of a folder, with the lines that have its name."""
+    lines = path.with_suffix(".jsonl")
+    return replace(clip, prompt=path, actions=lines if lines.exists() else clip.actions)
+
+
+def _listed(options: GenerateOptions) -> list[tuple[str, ClipOptions, TextOptions]]:
+    """Clips of a file of lines ``{"visual_input": file, "prompt": words, "actions": file}``, by name."""
+    listing, found = options.clip.prompt, []
+    try:
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read clips from {listing}: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            path = listing.parent / entry["visual_input"]
+            actions, words = entry.get("actions"), entry.get("prompt")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UsageError(
+                f'{listing}, line {number}: expected {{"visual_input": file, "prompt": words, "actions": '
+                f"file}}, the last two where the model takes them ({error})"
+            ) from error
+        clip = _beside(options.clip, path)
+        clip = replace(clip, actions=listing.parent / actions) if actions else clip
+        condition = replace(options.condition, words=words) if words else options.condition
+        found.append((f"{number:04d}-{path.stem}", clip, condition))
+    if not found:
+        raise UsageError(f'{listing} lists no clip; write {{"visual_input": file}} on a line')
+    return found
+
+
+class _Maker:
+    """Makes the files of one job after the other."""
+
+    def __init__(
+        self,
+        options: GenerateOptions,
+        bundle: Bundle,
+        progress: Progress,
+        encode_text: TextEncoder | None,
+        stack: ExitStack,
+    ) -> None:
+        self.options, self.bundle, self.manifest = options, bundle, bundle.manifest
+        self.decoder = _decoder(options, self.manifest)
+        self.settings = options.sampling.settings(self.manifest.sampling)
+        self.fps = options.fps or self.manifest.frames_per_second
+        self._progress, self._encode_text, self._stack = progress, encode_text, stack
+
+    @cached_property
+    def pixels(self) -> PixelCodec:
+        """Opened when pictures are read or written."""
+        return self.options.session.pixels(self.bundle)
+
+    @cached_property
+    def session(self) -> Session:
+        """Opened once, behind the first prompt that could be read."""
+        return self._stack.enter_context(self.options.session.open(self.bundle))
+
+    def make(self, job: _Job) -> Iterator[Made]:
+        """Write the files of a job that are not there."""
+        todo = [(n, path) for n, path in enumerate(job.outputs) if not (job.skips and path.exists())]
+        yield from (Made(path) for path in job.outputs if all(path != other for _, other in todo))
+        if not todo:
+            return
+        tokens_only = {path.suffix.lower() for path in (job.clip.prompt, *job.outputs)} == {".npy"}
+        clip = read_clip(
+            job.clip, self.manifest, None if tokens_only else self.pixels, self.options.session.window
+        )
+        count = self._frames(job.clip, clip)
+        text = job.condition.embeddings(self.manifest, self._encode_text)
+        self.session.start(clip.tokens, clip.led, text)
+        for n, path in todo:
+            self._return(clip, text)
+            yield self._write(clip, count, self.options.sampling.seed + n, path)
+
+    def _return(self, clip: Clip, text: Float | None) -> None:
+        """Go back to the prompt, whose rows are in the cache as long as the window has not slid."""
+        stream = self.session.stream
+        made = stream.known - len(clip.tokens)
+        if self.options.beyond == "stream" and made < len(stream.past):
+            stream.rewind(made)
+        else:
+            self.session.start(clip.tokens, clip.led, text)
+
+    def _frames(self, where: ClipOptions, clip: Clip) -> int:
+        """How many token frames are made."""
+        asked, name, known = self.options.frames, self.manifest.name, len(clip.tokens)
+        spec = self.manifest.tokenizer
+        factor = spec.temporal_factor if spec else 1
+        if asked is not None and not asked[1] and asked[0] % factor:
+            raise UsageError(
+                f"--frames {asked[0]}: a latent frame of {name} is {factor} pictures; give "
+                f"{max(1, round(asked[0] / factor)) * factor}, or latent frames, as {asked[0]}latents"
+            )
+        if self.options.beyond == "prompt" and (factor == 1 or self.manifest.actions is not None):
+            raise UsageError(f"beyond=prompt is for models of whole clips; {name} goes on frame by frame")
+        count = None if asked is None else asked[0] if asked[1] else asked[0] // factor
+        if self.manifest.actions is None:
+            released = self.manifest.context.frames - known  # fills the clip
+            count = released if count is None else count
+            if count < 1:
+                raise UsageError(f"{where.prompt} fills the {known} latent frames of a clip; give --frames")
+            return count
+        if clip.made is None:
+            raise UsageError(f"{name} is driven by actions: give --actions FILE, one JSON object a line")
+        there = len(clip.made)
+        count = there if count is None else count
+        if not 1 <= count <= there:
+            raise UsageError(
+                f"--frames {count}: {where.actions or where.prompt} has actions for 1..{there}; add lines, "
+                'or hold the last action with "repeat": N'
+            )
+        return count
+
+    def _write(self, clip: Clip, count: int, seed: int, path: Path) -> Made:
+        """Decode and write one future."""
+        session, before = self.session, replace(self.session.timing)
+        began, decoding = time.perf_counter(), 0.0
+        title = f"{path.name} by {self.options.decoder or self.manifest.order}"
+        psnr: float | None = None
+        with self._progress.count(title, count) as advance:
+
+            def decoded(frames: int, turn: int) -> Iterator[Int]:
                 nonlocal decoding
+                actions = None if clip.made is None else clip.made[:frames]
+                turned = seed + turn * self.options.branches
                 made = session.frames(
-                    ScheduledDecoder(schedule),
-                    actions,
-                    count=frames,
-                    sampling=settings,
-                    seed=options.sampling.seed,
+                    self.decoder, actions, count=frames, sampling=self.settings, seed=turned
                 )
                 for frame in made:
                     advance(1)
                     decoding += frame.seconds
                     yield frame.tokens
 
-            _write(options.output, prompt, decoded(), pixels, options.fps or manifest.frames_per_second)
-        timing = session.timing
+            if path.suffix.lower() == ".npy":
+                write_tokens(path, decoded(count, 0))
+            else:
+                known = self.pixels.pictures_of(len(clip.tokens))
+                psnr = write_video(path, self._pictures(clip, count, decoded), self.fps, clip.truth, known)
+        spent, wall = session.timing, time.perf_counter() - began
         return Made(
-            frames,
-            time.perf_counter() - began,
+            path,
+            count,
+            wall,
             decoding,
-            timing.steps,
-            timing.engine,
-            timing.host,
+            spent.steps - before.steps,
+            spent.engine - before.engine,
+            spent.host - before.host,
             session.engine.ahead,
-            timing.refill_steps,
-            timing.refill_seconds,
+            spent.refill_steps - before.refill_steps,
+            spent.refill_seconds - before.refill_seconds,
+            psnr,
         )
 
+    def _pictures(
+        self, clip: Clip, count: int, decoded: Callable[[int, int], Iterator[Int]]
+    ) -> Iterator[Pixels]:
+        """Pictures of the prompt and of what is made behind it."""
+        if self.options.beyond == "stream":
+            yield from self.pixels.decode(chain(clip.tokens, decoded(count, 0)))
+            return
+        tokens, shown, text = clip.tokens, 0, self.session.stream.text
+        for turn in itertools.count():
+            piece = min(count, self.manifest.context.frames - len(tokens))
+            pictures = np.stack(list(self.pixels.decode([*tokens, *decoded(piece, turn)])))
+            yield from pictures[shown:]
+            count -= piece
+            if not count:
+                return
+            shown = self.manifest.clips.frames
+            tokens = self.pixels.encode(pictures[-shown:])
+            self.session.start(tokens, None, text)
 
-def _idle(manifest: Manifest, frames: int) -> Int | None:
-    """No-op actions for the prompt's frames."""
-    codec = manifest.actions
-    return None if codec is None else np.tile(encode(codec, {}), (frames, 1))
 
-
-def _write(output: Path, prompt: Int, frames: Iterator[Int], pixels: PixelCodec | None, fps: float) -> None:
-    if output.suffix.lower() == ".npy" or pixels is None:
-        write_tokens(output, frames)
-    else:
-        write_video(output, prompt, frames, pixels, fps)
+def _decoder(options: GenerateOptions, manifest: Manifest) -> Decoder:
+    """The strategy that is asked for; released caches keep the rows of seeds."""
+    match = re.fullmatch(r"jacobi(?:[ ,]+window=([0-9]{1,6}))?", (options.decoder or "").strip())
+    if match:
+        return JacobiDecoder(int(match[1]) if match[1] else None)
+    order = manifest.schedule
+    if options.decoder is not None:
+        order = Schedule.parse(options.decoder, manifest.layout, order)
+    if options.session.compat:
+        order = replace(order, refeed=False, keep_seeds=True)
+    return ScheduledDecoder(order)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,11 @@ import numpy as np
 from diagd.bundle.files import atomic_file
 from diagd.bundle.targets import file_target
 from diagd.engines.engine import Int
-from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.pixels import Pixels
 from diagd.runtime.video import VideoWriter
 
 TOKENS = ".npy"
-VIDEOS = (".mp4", ".gif")
+OUTPUTS = (".mp4", ".gif", TOKENS)
 
 
 def check_output(path: Path) -> None:
@@ -23,7 +25,7 @@ def check_output(path: Path) -> None:
     Raises:
         UsageError: unknown kind of file, something else is there, or the directory is missing or read-only.
     """
-    file_target(path, (*VIDEOS, TOKENS))
+    file_target(path, OUTPUTS)
 
 
 def write_tokens(path: Path, frames: Iterator[Int]) -> None:
@@ -32,14 +34,39 @@ def write_tokens(path: Path, frames: Iterator[Int]) -> None:
         np.save(file, np.stack(list(frames)))
 
 
-def write_video(path: Path, prompt: Int, frames: Iterator[Int], pixels: PixelCodec, fps: float) -> None:
-    """Write the prompt and the generated frames as .mp4 or .gif; nothing is left of a failed run."""
-    size = (pixels.spec.height, pixels.spec.width)
+def write_video(
+    path: Path, pictures: Iterable[Pixels], fps: float, truth: Pixels | None = None, behind: int = 0
+) -> float | None:
+    """Write pictures uint8 [height, width, 3] as .mp4 or .gif; nothing is left of a failed run.
 
-    def tokens() -> Iterator[Int]:
-        yield from prompt
-        yield from frames
+    Args:
+        path: of the video.
+        pictures: in order.
+        fps: pictures a second.
+        truth: uint8 [T, height, width, 3], what pictures should be.
+        behind: from which picture on.
 
-    with VideoWriter(path, fps, size) as writer:
-        for image in pixels.decode(tokens()):
+    Returns:
+        PSNR of the pictures to the truth, dB; None without truth.
+    """
+    errors, images = [], iter(pictures)
+    first = next(images)
+    with VideoWriter(path, fps, (first.shape[0], first.shape[1])) as writer:
+        for number, image in enumerate(chain([first], images)):
             writer.write(image)
+            if truth is not None and behind <= number < behind + len(truth):
+                errors.append(squared_error(image, truth[number - behind]))
+    return psnr(errors)
+
+
+def squared_error(image: Pixels, true: Pixels) -> float:
+    """Mean squared difference of two pictures."""
+    return float(np.mean(np.square(image.astype(np.float32) - true.astype(np.float32))))
+
+
+def psnr(errors: list[float]) -> float | None:
+    """Peak signal to noise, dB, of mean squared errors of 8-bit pictures; None of none."""
+    if not errors:
+        return None
+    mean = sum(errors) / len(errors)
+    return math.inf if mean == 0 else 10 * math.log10(255**2 / mean)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,9 @@ Pixels = NDArray[np.uint8]
 
 class PixelCodec:
     """Encoder and decoder, each loaded when first used; memory is that of one call's chunk.
+
+    Clips of any length go through: behind the first chunk of a tokenizer that compresses time, each further
+    token frame is encoded and decoded with as many before it as a chunk holds, and so never as a still.
 
     Args:
         bundle: checked bundle that has a tokenizer.
@@ -48,55 +53,64 @@ class PixelCodec:
         expected = (self.spec.height, self.spec.width, 3)
         if pixels.ndim != 4 or pixels.shape[1:] != expected:
             raise UsageError(f"frames of shape {pixels.shape[1:]}; this tokenizer takes {expected}")
-        step, factor = self.spec.chunk_frames, self.spec.temporal_factor
-        rest = len(pixels) % step
-        if rest and (rest - 1) % factor:
+        most, factor = self.spec.chunk_frames, self.spec.temporal_factor
+        if factor == 1:
+            chunks = [pixels[start : start + most] for start in range(0, len(pixels), most)]
+            return np.concatenate([self._run(self.spec.encoder, "pixels", chunk) for chunk in chunks])
+        if rest := (len(pixels) - 1) % factor:
             raise UsageError(
-                f"{len(pixels)} frames; this tokenizer takes chunks of {step} and a rest of 1 + {factor} n "
-                f"frames: give {len(pixels) - (rest - 1) % factor}"
+                f"{len(pixels)} frames; this tokenizer takes 1 + {factor} n frames: give {len(pixels) - rest}"
             )
-        chunks = [pixels[start : start + step] for start in range(0, len(pixels), step)]
-        return np.concatenate([self._run(self.spec.encoder, "pixels", chunk) for chunk in chunks])
+        tokens = [self._run(self.spec.encoder, "pixels", pixels[:most])]
+        for end in range(most + factor, len(pixels) + 1, factor):
+            tokens.append(self._run(self.spec.encoder, "pixels", pixels[end - most : end])[-1:])
+        return np.concatenate(tokens)
 
     def decode(self, tokens: Iterable[Int]) -> Iterator[Pixels]:
         """Frames uint8 [height, width, 3] of token frames [rows, columns], as soon as they can be shown.
 
-        A tokenizer that compresses time is given a chunk of token frames at once, which takes the least work;
-        ``stream`` does not wait for it.
+        The first frames that a tokenizer of time can take are given to it at once, which takes the least
+        work; ``stream`` does not wait for them.
         """
-        wanted = self._latents
-        pending: list[Int] = []
-        for frame in tokens:
-            pending.append(frame)
-            if len(pending) == wanted:
-                yield from self._run(self.spec.decoder, "tokens", np.stack(pending))
-                pending = []
-        if pending:
-            yield from self._run(self.spec.decoder, "tokens", np.stack(pending))
+        source = iter(tokens)
+        window = list(islice(source, self.latents))
+        if window:
+            yield from self._pictures(window)
+        for images in self._further(window, source):
+            yield from images
 
-    def stream(self, tokens: Iterable[Int]) -> Iterator[NDArray[np.generic]]:
+    def stream(self, tokens: Iterable[Int]) -> Iterator[Pixels]:
         """Frames uint8 [n, height, width, 3] of each token frame [rows, columns] before the next is drawn.
 
-        A tokenizer that compresses time gives a token frame's pictures from it and all those of its chunk
-        before it: its decoder is causal, but attends that far back. They are the ones that ``decode`` gives.
+        A tokenizer that compresses time gives a token frame's pictures from it and those before it, as many
+        as it takes: its decoder is causal, but attends that far back. They are those that ``decode`` gives.
         """
-        chunk: list[Int] = []
-        shown = 0
+        source = iter(tokens)
+        for first in islice(source, 1):
+            yield self._pictures([first])
+            yield from self._further([first], source)
+
+    def _further(self, window: list[Int], tokens: Iterator[Int]) -> Iterator[Pixels]:
+        """Pictures of each token frame behind those in the window: none is a still, as a first one is."""
         for frame in tokens:
-            chunk.append(frame)
-            images = self._run(self.spec.decoder, "tokens", np.stack(chunk))
-            yield images[shown:]
-            shown = len(images)
-            if len(chunk) == self._latents:
-                chunk, shown = [], 0
+            window = [*window, frame][-self.latents :]
+            yield self._pictures(window)[-self.spec.temporal_factor :]
+
+    def _pictures(self, window: list[Int]) -> Pixels:
+        pictures: Pixels = self._run(self.spec.decoder, "tokens", np.stack(window))
+        return pictures
 
     @property
-    def _latents(self) -> int:
-        """Token frames of one call of the decoder."""
+    def latents(self) -> int:
+        """Most token frames of one call of the decoder."""
         spec = self.spec
         return 1 + (spec.chunk_frames - 1) // spec.temporal_factor if spec.temporal_factor > 1 else 1
 
-    def _run(self, graph: str, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
+    def pictures_of(self, frames: int) -> int:
+        """How many pictures so many token frames are."""
+        return 1 + (frames - 1) * self.spec.temporal_factor
+
+    def _run(self, graph: str, name: str, array: NDArray[np.generic]) -> NDArray[Any]:
         if graph not in self._graphs:
             path, digest = self._bundle.file(graph), self._bundle.digest_of(graph, *self.spec.weight_files)
             self._graphs[graph] = self._backend.open_graph(path, digest, self._options)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Final
@@ -21,6 +23,9 @@ from diagd.runtime.orientation import exif_orientation, turn_of, turned
 
 SUFFIXES: Final = (".mp4", ".gif")
 """Kinds of video that can be written."""
+
+IMAGES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+"""Kinds of images that are looked for in a folder."""
 
 # By preference; which of them exist depends on how FFmpeg was built.
 _ENCODERS: Final[tuple[tuple[str, dict[str, str]], ...]] = (
@@ -52,6 +57,7 @@ def read_frames(
     size: tuple[int, int] | None = None,
     *,
     frames: int | None = None,
+    start: int | None = None,
     resize: bool = False,
     cover: bool = False,
 ) -> NDArray[np.uint8]:
@@ -64,7 +70,8 @@ def read_frames(
     Args:
         path: any file FFmpeg can decode.
         size: (height, width) the frames must have; None takes any.
-        frames: only the last so many; None reads all.
+        frames: only so many; None reads all.
+        start: from which frame on; None takes the last ones.
         resize: scale frames of another size (bilinear) instead of refusing them.
         cover: scale them evenly until they cover the size, and keep the centre; else they are stretched.
 
@@ -82,10 +89,52 @@ def read_frames(
     with _reporting(av, f"cannot read {path}", remedy):
         exif = exif_orientation(path)
         reader = _Reader(path, size, resize, cover, exif)
-        kept = deque((reader.picture(*shown) for shown in _decode(av, path)), maxlen=frames)
+        decoded = _decode(av, path)
+        if start is not None:
+            decoded = islice(decoded, start, None if frames is None else start + frames)
+        kept = deque((reader.picture(*shown) for shown in decoded), maxlen=frames)
+    if not kept:
+        raise UsageError(f"{path} has no frame {start}; choose an earlier start")
     if reader.transparent:
         _LOG.warning("%s is transparent in places: they are black", path)
     return np.stack(kept)
+
+
+def read_images(
+    folder: Path,
+    size: tuple[int, int],
+    *,
+    frames: int,
+    start: int = 0,
+    resize: bool = False,
+    cover: bool = False,
+) -> NDArray[np.uint8]:
+    """Read the images of a folder, in the order of their names, as the frames of a video; see `read_frames`.
+
+    Raises:
+        UsageError: there is none from ``start`` on, or one cannot be read or has another size.
+    """
+    found = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=_by_number)
+    chosen = found[start : start + frames]
+    if not chosen:
+        raise UsageError(f"{folder} holds {len(found)} images ({', '.join(IMAGES)}), none from {start} on")
+    return np.concatenate([read_frames(path, size, frames=1, resize=resize, cover=cover) for path in chosen])
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """Sorts frame2 ahead of frame10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split("([0-9]+)", path.name)]
+
+
+def sized(
+    pictures: NDArray[np.uint8], path: Path, size: tuple[int, int], *, resize: bool, cover: bool
+) -> NDArray[np.uint8]:
+    """Pictures uint8 [T, h, w, 3] of a file that holds arrays, in a size; see `read_frames`."""
+    if not len(pictures):
+        return np.zeros((0, *size, 3), np.uint8)
+    av, reader = _av(), _Reader(path, size, resize, cover, 0)
+    frames = (av.VideoFrame.from_ndarray(np.ascontiguousarray(one), format="rgb24") for one in pictures)
+    return np.stack([reader.picture(frame, Fraction(1)) for frame in frames])
 
 
 class _Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,12 @@ import av
 import numpy as np
 import pytest
 
+import diagd
+from diagd.bundle import Bundle
 from diagd.cli.main import main
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.runtime.actions import encode, read_actions
+from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.video import VideoWriter, read_frames
 from tests.cli.conftest import Workplace
 
@@ -141,7 +147,7 @@ def test_bad_files_name_the_fix(
         (["--prompt", str(inputs / "none.png")], ["none.png"]),
         (["--prompt", str(long)], ["4 frames but the window holds 4"]),
         (["--prompt", str(wrong_ids)], ["30..30", "0..29"]),
-        (["--set", "prompt_frames=3"], ["1 frames, 3 are asked for"]),
+        (["--prompt-frames", "3"], ["1 frames, 3 are asked for"]),
     ]
     for options, messages in cases:
         refused(capsys, outputs, generate(workplace, outputs / "out.mp4", *options), *messages)
@@ -168,3 +174,152 @@ def test_bundles_that_are_no_bundles(
     args = ["--prompt", str(workplace.prompt), "--output", str(output / "a.mp4")]
     refused(capsys, output, main(["generate", str(tmp_path / "no.diagd"), *args]), "no bundle at")
     refused(capsys, output, main(["generate", str(workplace.bundle), *args]), "--actions FILE")
+
+
+@pytest.fixture(scope="module")
+def recording(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip of five frames, and a line for each of seven: the action that led to it."""
+    folder = tmp_path_factory.mktemp("recording")
+    with VideoWriter(folder / "clip.gif", 10, (36, 48)) as video:
+        video.write(np.random.default_rng(1).integers(0, 256, (5, 36, 48, 3), dtype=np.uint8))
+    names = ("noop", "left", "up", "right", "down", "left", "left")
+    (folder / "clip.jsonl").write_text("".join(f'{{"action": "{name}"}}\n' for name in names))
+    return folder
+
+
+def tokens_of(place: Workplace, output: Path, *options: str) -> np.ndarray:
+    assert main(["generate", str(place.bundle), *options, "--output", str(output)]) == 0
+    tokens: np.ndarray = np.load(output)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "start", "prompt", "shift"),
+    [
+        ((), 0, 1, 0),
+        (("--prompt-frames", "3"), 0, 3, 0),
+        (("--start", "1", "--prompt-frames", "2"), 1, 2, 0),
+        (("--start", "1", "--prompt-frames", "2", "--set", "lines=followed"), 1, 2, 1),
+    ],
+)
+def test_what_was_done_in_the_prompt_is_fed(
+    workplace: Workplace,
+    recording: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    start: int,
+    prompt: int,
+    shift: int,
+) -> None:
+    given = ("--prompt", str(recording / "clip.gif"), "--actions", str(recording / "clip.jsonl"))
+    made = tokens_of(workplace, tmp_path / "made.npy", *given, *options)
+    bundle = Bundle.open(workplace.bundle)
+    assert bundle.manifest.actions is not None
+    lines = read_actions(recording / "clip.jsonl", bundle.manifest.actions)
+    lines = np.concatenate([np.tile(encode(bundle.manifest.actions, {}), (shift, 1)), lines])
+    pictures = read_frames(recording / "clip.gif")[start : start + prompt]
+    with diagd.load(workplace.bundle) as session:
+        session.start(PixelCodec(bundle, CpuOptions()).encode(pictures), lines[start : start + prompt])
+        frames = list(session.frames(actions=lines[start + prompt :]))
+    assert len(frames) == len(made) == 7 + shift - start - prompt
+    np.testing.assert_array_equal(made, [frame.tokens for frame in frames])
+
+
+def test_no_ops_in_a_prompt_are_told(workplace: Workplace, recording: Path, tmp_path: Path) -> None:
+    words = [
+        "generate",
+        str(workplace.bundle),
+        "--prompt",
+        str(recording / "clip.gif"),
+        "--prompt-frames",
+        "2",
+    ]
+    words += ["--actions", str(workplace.actions), "--output", str(tmp_path / "a.npy")]
+    done = subprocess.run([sys.executable, "-m", "diagd", *words], capture_output=True, text=True, check=True)
+    assert "between the 2 frames of the prompt: no-ops are fed" in done.stderr
+
+
+def test_branches_are_runs_of_seeds_in_order(workplace: Workplace, tmp_path: Path) -> None:
+    options = ("--prompt", str(workplace.prompt), "--actions", str(workplace.actions))
+    output = tmp_path / "walk.npy"
+    assert (
+        main(["generate", str(workplace.bundle), *options, "--branches", "3", "--output", str(output)]) == 0
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"walk-0.npy", "walk-1.npy", "walk-2.npy"}
+    for seed in range(3):
+        alone = tokens_of(workplace, tmp_path / "alone.npy", *options, "--set", f"seed={seed}")
+        np.testing.assert_array_equal(np.load(tmp_path / f"walk-{seed}.npy"), alone)
+
+
+def test_a_folder_of_clips_is_made_over_one_session(
+    workplace: Workplace, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips, made = tmp_path / "clips", tmp_path / "made"
+    clips.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(recording / "clip.gif", clips / f"{name}.mp4")  # FFmpeg looks at the content
+        shutil.copy(recording / "clip.jsonl", clips / f"{name}.jsonl")
+    command = ["generate", str(workplace.bundle), "--prompt", str(clips), "--output", str(made)]
+    command += ["--set", "kind=.npy"]
+    assert main(command) == 0
+    assert sorted(path.name for path in made.iterdir()) == ["a.npy", "b.npy"]
+    before = (made / "a.npy").stat().st_mtime_ns
+    (made / "b.npy").unlink()
+    capsys.readouterr()
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert f"there already: {made / 'a.npy'}" in shown
+    assert "passes of" in shown
+    assert (made / "a.npy").stat().st_mtime_ns == before
+    np.testing.assert_array_equal(np.load(made / "a.npy"), np.load(made / "b.npy"))
+
+
+def test_a_list_of_clips(workplace: Workplace, recording: Path, tmp_path: Path) -> None:
+    listing = recording / "list.jsonl"
+    listing.write_text(
+        '{"visual_input": "clip.gif"}\n\n{"visual_input": "clip.gif", "actions": "clip.jsonl"}\n'
+    )
+    command = [
+        "generate",
+        str(workplace.bundle),
+        "--prompt",
+        str(listing),
+        "--output",
+        str(tmp_path / "made"),
+    ]
+    assert main([*command, "--set", "kind=.npy", "--frames", "2"]) == 0
+    found = sorted((tmp_path / "made").iterdir())
+    assert [path.name for path in found] == ["0001-clip.npy", "0003-clip.npy"]
+    np.testing.assert_array_equal(*map(np.load, found))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "lists no clip"), ("[]", "line 1: expected"), ('{"prompt": "a"}', "line 1: expected")],
+)
+def test_lists_that_are_none(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    listing = tmp_path / "list.jsonl"
+    listing.write_text(content)
+    command = [
+        "generate",
+        str(workplace.bundle),
+        "--prompt",
+        str(listing),
+        "--output",
+        str(tmp_path / "made"),
+    ]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+def test_many_clips_go_to_a_folder(
+    workplace: Workplace, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listing = recording / "one.jsonl"
+    listing.write_text('{"visual_input": "clip.gif"}\n')
+    command = ["generate", str(workplace.bundle), "--prompt", str(listing)]
+    assert main([*command, "--output", str(tmp_path / "a.mp4")]) == 2
+    assert "1 clips go to a folder" in capsys.readouterr().err

@@ -41,8 +41,9 @@ def video(frames: int) -> np.ndarray:
     return np.random.default_rng(frames).integers(0, 256, (frames, 16, 32, 3), dtype=np.uint8)
 
 
-def test_long_videos_are_cut_into_calls(codec: PixelCodec, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels, sizes = video(2 * 33 + 9), []
+def test_long_videos_take_calls_of_bounded_size(codec: PixelCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first chunk at once, then a token frame behind those that a chunk holds before it."""
+    pixels, sizes = video(33 + 5 * 8), []
     run = codec._run
 
     def watch(graph: str, name: str, array: np.ndarray) -> np.ndarray:
@@ -51,13 +52,23 @@ def test_long_videos_are_cut_into_calls(codec: PixelCodec, monkeypatch: pytest.M
 
     monkeypatch.setattr(codec, "_run", watch)
     tokens = codec.encode(pixels)
-    parts = [codec.encode(pixels[:33]), codec.encode(pixels[33:66]), codec.encode(pixels[66:])]
-    np.testing.assert_array_equal(tokens, np.concatenate(parts))
-    assert tokens.shape == (5 + 5 + 2, *TOKENIZER.grid)
-    frames = list(codec.decode(iter(tokens)))
-    assert len(frames) == len(pixels)
-    assert {size for name, size in sizes if name == "pixels"} == {33, 9}
-    assert [size for name, size in sizes if name == "tokens"] == [5, 5, 2]
+    assert tokens.shape == (10, *TOKENIZER.grid)
+    np.testing.assert_array_equal(tokens[:5], codec.encode(pixels[:33]))
+    np.testing.assert_array_equal(tokens[9], codec.encode(pixels[40:])[4])
+    sizes.clear()
+    frames = np.stack(list(codec.decode(iter(tokens))))
+    assert frames.shape == pixels.shape
+    assert sizes == [("tokens", 5)] * 6
+    assert np.abs(frames[:33].astype(int) - list(codec.decode(tokens[:5]))).max() <= 1
+    assert np.abs(frames[-8:].astype(int) - list(codec.decode(tokens[5:]))[-8:]).max() <= 1
+
+
+@pytest.mark.parametrize(("latents", "pictures"), [(1, 1), (5, 33), (6, 41), (7, 49), (10, 73)])
+def test_a_token_frame_behind_the_first_is_never_a_still(
+    codec: PixelCodec, latents: int, pictures: int
+) -> None:
+    tokens = np.random.default_rng(0).integers(0, 1000, (latents, *TOKENIZER.grid), dtype=np.int32)
+    assert len(list(codec.decode(tokens))) == codec.pictures_of(latents) == pictures
 
 
 def test_graphs_of_a_bundle_equal_the_modules(bundle: Bundle, codec: PixelCodec) -> None:
@@ -77,8 +88,8 @@ def test_graphs_of_a_bundle_equal_the_modules(bundle: Bundle, codec: PixelCodec)
 
 
 def test_each_token_frame_is_shown_before_the_next_is_asked_for(codec: PixelCodec) -> None:
-    """Two chunks and a rest: one picture for the first token frame of a chunk, eight for each further one."""
-    tokens, asked = codec.encode(video(2 * 33 + 9)), []
+    """One picture for the first token frame, eight for each further one."""
+    tokens, asked = codec.encode(video(33 + 5 * 8)), []
 
     def source() -> Iterator[np.ndarray]:
         for number, frame in enumerate(tokens):
@@ -89,12 +100,12 @@ def test_each_token_frame_is_shown_before_the_next_is_asked_for(codec: PixelCode
     for number, images in enumerate(codec.stream(source())):
         assert asked == list(range(number + 1))
         parts.append(images)
-    assert [len(images) for images in parts] == [1, 8, 8, 8, 8, 1, 8, 8, 8, 8, 1, 8]
+    assert [len(images) for images in parts] == [1, *[8] * 9]
     together = np.stack(list(codec.decode(iter(tokens))))
     assert np.abs(np.concatenate(parts).astype(int) - together).max() <= 1
 
 
-@pytest.mark.parametrize(("frames", "give"), [(8, 1), (10, 9), (40, 34), (43, 42)])
+@pytest.mark.parametrize(("frames", "give"), [(8, 1), (10, 9), (40, 33), (43, 41)])
 def test_counts_that_do_not_fit_name_one_that_does(codec: PixelCodec, frames: int, give: int) -> None:
     with pytest.raises(UsageError, match=f"give {give}$"):
         codec.encode(video(frames))

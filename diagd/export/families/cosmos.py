@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diagd.bundle.manifest import IdRange, SamplingRules
+from diagd.bundle.manifest import ClipRules, IdRange, SamplingRules
 from diagd.bundle.rotary import grid_rotary
 from diagd.bundle.transformer import TextShape, TransformerConfig
 from diagd.export.families.family import Family, Names, named_rules
@@ -87,6 +87,12 @@ def build(name: str, checkpoint: str | None = None) -> Family:
     return family(name, config, checkpoint or f"hf://{size.repository}/model.pt")
 
 
+SINGLE = (
+    "the release warns that of prompts of one picture some 15 % (4B) and 7 % (5B) of clips fail; give a "
+    "video of 9 pictures or more"
+)
+
+
 def family(
     name: str,
     config: TransformerConfig,
@@ -111,6 +117,7 @@ def family(
         frames_per_second=25.0,
         licence="code Apache-2.0; weights NVIDIA Open Model License",
         origin=f"{SIZES[name].repository} on the Hugging Face Hub" if name in SIZES else "a checkpoint",
+        clips=ClipRules(frames=9, last=True, single=SINGLE),
         tokenizer=cosmos_dv.graphs(tokenizer or cosmos_dv.CosmosDvConfig()),
         default_checkpoint=checkpoint,
         default_tokenizer=TOKENIZER,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle.actions import ActionCodec
-from diagd.bundle.manifest import SamplingRules
+from diagd.bundle.manifest import ClipRules, SamplingRules
 from diagd.bundle.transformer import Shape, TransformerConfig, parameter_shapes
 from diagd.export.tokenizers.base import TokenizerGraphs
 
@@ -72,7 +72,7 @@ class Family:
         rules: how its weights are found in a released checkpoint.
         prefixes: stripped from checkpoint names, first match; other names are not the transformer's.
         ignored: endings of names that are left out.
-        sampling, order, actions, frames_per_second: what the manifest says.
+        sampling, order, actions, clips, frames_per_second: what the manifest says.
         licence: of the weights.
         origin: where the weights come from, and whether they can still be had.
         tokenizer: pixel graphs, and how their tensors are found in a checkpoint.
@@ -91,6 +91,7 @@ class Family:
     licence: str
     origin: str
     actions: ActionCodec | None = None
+    clips: ClipRules = field(default_factory=ClipRules)
     tokenizer: TokenizerGraphs | None = None
     default_checkpoint: str | None = None
     default_tokenizer: str | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from diagd.bundle.actions import ActionCodec, Button, EdgesSlot, OnlyPressedSlot
-from diagd.bundle.manifest import IdRange, SamplingRules
+from diagd.bundle.manifest import ClipRules, IdRange, SamplingRules
 from diagd.bundle.transformer import NormKind, TransformerConfig
 from diagd.errors import CheckpointError
 from diagd.export.families.family import Family, TensorRule, named_rules
@@ -143,6 +143,7 @@ def family(name: str, variant: Variant, checkpoint: str | None = None) -> Family
         licence="Microsoft Research License, research only",
         origin=f"microsoft/wham on the Hugging Face Hub: give --checkpoint hf://microsoft/wham/models/{file}",
         actions=wham_actions(codes),
+        clips=ClipRules(frames=max(1, config.context_frames - 1), followed=True),
         tokenizer=variant.tokenizer,
         default_checkpoint=checkpoint,
     )

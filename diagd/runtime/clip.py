@@ -1,0 +1,171 @@
+"""Clips: frames that are known, the actions between them, and those that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from diagd.bundle import Manifest
+from diagd.engines.engine import Int
+from diagd.errors import UsageError
+from diagd.options import FLAG, OPTIONS, File
+from diagd.runtime.actions import encode, read_actions
+from diagd.runtime.episodes import read_episode
+from diagd.runtime.pixels import PixelCodec, Pixels
+from diagd.runtime.prompt import read_tokens
+from diagd.runtime.video import read_frames, read_images, sized
+
+ACTIONS = "actions.jsonl"
+"""Of a folder of images: one action a line."""
+
+_LOG = logging.getLogger(__name__)
+
+Lines = Literal["new", "led", "followed"]
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class ClipOptions:
+    """Where a clip is, and which part of it is the prompt."""
+
+    prompt: Annotated[File, FLAG] = Field(
+        description="image, video, folder of images, .npz episode or .npy tokens [P, h, w]"
+    )
+    actions: Annotated[File | None, FLAG] = Field(
+        default=None,
+        description="one action a line: of the clip where it has the prompt's name, else of the "
+        "frames to make",
+    )
+    start: Annotated[int | None, FLAG] = Field(
+        default=None,
+        ge=0,
+        le=1_000_000_000,
+        description="first picture of the prompt (default: the model's, first or last ones)",
+    )
+    prompt_frames: Annotated[int | None, FLAG] = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="pictures of a video that are the prompt (default: the model's)",
+    )
+    lines: Lines | None = Field(
+        default=None,
+        description="line t of --actions: 'new', of a frame to make; 'led', what led to picture t; "
+        "'followed', what was done at it (default: the model's where the names are alike, else new)",
+    )
+    resize: bool = Field(default=False, description="resize pictures of another size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What a stream starts from, and what comes behind.
+
+    Attributes:
+        tokens: int32 [P, rows, columns] of the prompt.
+        led: int32 [P, n], actions that led to each frame of the prompt; None for models without actions.
+        made: int32 [F, n], actions that lead to the frames behind it; None without.
+        truth: uint8 [F, height, width, 3], pictures behind the prompt, where the clip has them at hand.
+    """
+
+    tokens: Int
+    led: Int | None = None
+    made: Int | None = None
+    truth: Pixels | None = None
+
+
+def read_clip(
+    options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, window: int | None = None
+) -> Clip:
+    """Read a prompt and its actions; where none are known between its frames, no-ops stand, and it is logged.
+
+    Args:
+        options: where they are.
+        manifest: of the model.
+        pixels: its tokenizer; not needed for tokens.
+        window: frames that a token may see, if not the model's context.
+
+    Raises:
+        UsageError: a file is missing, damaged or too short, or does not fit the model.
+    """
+    source = _open(options, manifest, pixels, (window or manifest.context.frames) - 1)
+    start, tokens = source.start, source.tokens
+    if manifest.actions is None:
+        if options.actions is not None:
+            raise UsageError(f"--actions {options.actions}: {manifest.name} takes no actions; leave them out")
+        return Clip(tokens, truth=source.truth)
+    noop = encode(manifest.actions, {})
+    lines = source.actions if options.actions is None else read_actions(options.actions, manifest.actions)
+    led = np.tile(noop, (len(tokens), 1))
+    kind = options.lines or _kind(options, manifest, source)
+    if lines is None or kind == "new":
+        if len(tokens) > 1:
+            _LOG.warning(
+                "no actions are known between the %d frames of the prompt: no-ops are fed", len(tokens)
+            )
+        return Clip(tokens, led, lines, source.truth)
+    shift = int(kind == "followed")  # line t leads to picture t + shift
+    behind = start + len(tokens) - shift
+    if len(lines) < behind:
+        raise UsageError(
+            f"{options.actions or options.prompt} has {len(lines)} actions; the prompt's {len(tokens)} "
+            f"frames from {start} on take {behind}: lower --prompt-frames or --start, or say --set lines=new"
+        )
+    known = lines[max(0, start - shift) : behind]
+    led[len(tokens) - len(known) :] = known
+    return Clip(tokens, led, lines[behind:], source.truth)
+
+
+def _kind(options: ClipOptions, manifest: Manifest, source: _Source) -> Lines:
+    """What the lines are where nobody says it: of the clip where they come with it or have its name."""
+    own = source.actions is not None and options.actions is None
+    alike = options.actions is not None and options.actions.stem == options.prompt.stem
+    if not (own or alike):
+        return "new"
+    return "followed" if manifest.clips.followed else "led"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A prompt as it was read: its tokens, where in the clip it starts, and what the clip has beside it."""
+
+    tokens: Int
+    start: int = 0
+    actions: Int | None = None
+    truth: Pixels | None = None
+
+
+def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, most: int) -> _Source:
+    path, start, count = options.prompt, options.start or 0, options.prompt_frames
+    if path.suffix.lower() == ".npy" or pixels is None:
+        tokens = read_tokens(path, manifest)[start:]
+        return _Source(tokens[:count], start)
+    size, cover = (pixels.spec.height, pixels.spec.width), pixels.spec.cover
+    wanted = count or min(manifest.clips.frames, pixels.pictures_of(most))
+    actions: Int | None = None
+    truth: Pixels | None = None
+    if path.suffix.lower() == ".npz":
+        episode = read_episode(path, manifest.actions, manifest.name)
+        actions, images = episode.actions, episode.frames[start:]
+        seen = sized(images[:wanted], path, size, resize=options.resize, cover=cover)
+        truth = sized(images[wanted:], path, size, resize=options.resize, cover=cover)
+    elif path.is_dir():
+        seen = read_images(path, size, start=start, frames=wanted, resize=options.resize, cover=cover)
+        lines = path / ACTIONS
+        if manifest.actions is not None and lines.exists():
+            actions = read_actions(lines, manifest.actions)
+    else:
+        at = None if options.start is None and manifest.clips.last else start
+        seen = read_frames(path, size, start=at, frames=wanted, resize=options.resize, cover=cover)
+    if not len(seen):
+        raise UsageError(f"{path} has no frame {start}; choose an earlier --start")
+    if count is not None and len(seen) < count:
+        raise UsageError(f"{path} has {len(seen)} frames, {count} are asked for; lower --prompt-frames")
+    if len(seen) == 1 and manifest.clips.single:
+        _LOG.warning("%s: %s", path, manifest.clips.single)
+    surplus = 0 if count else (len(seen) - 1) % pixels.spec.temporal_factor  # of a video that is short
+    seen = seen[surplus:] if manifest.clips.last else seen[: len(seen) - surplus]
+    return _Source(pixels.encode(seen), start, actions, truth)

@@ -1,0 +1,136 @@
+"""Video to tokens and back through the tokenizer of a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from diagd.bundle import Bundle
+from diagd.bundle.files import atomic_file
+from diagd.bundle.targets import check_apart, file_target
+from diagd.engines.backend import find
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import UsageError
+from diagd.options import FLAG, OPTIONS, POSITIONAL, File
+from diagd.progress import Progress
+from diagd.runtime.output import psnr, squared_error, write_video
+from diagd.runtime.pixels import PixelCodec, Pixels
+from diagd.runtime.prompt import read_tokens
+from diagd.runtime.video import SUFFIXES, read_frames
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class EncodeOptions:
+    """What becomes tokens."""
+
+    bundle: Annotated[File, POSITIONAL] = Field(description="whose tokenizer it is")
+    video: Annotated[File, POSITIONAL] = Field(description="video or image")
+    output: Annotated[File, FLAG] = Field(description=".npy, int32 [frames, rows, columns]")
+    start: Annotated[int, FLAG] = Field(
+        default=0, ge=0, le=1_000_000_000, description="first picture (default 0)"
+    )
+    frames: Annotated[int | None, FLAG] = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="pictures at most (default: all that make whole token frames)",
+    )
+    resize: bool = Field(default=False, description="resize pictures of another size")
+    backend: str = Field(default="cpu", description="cpu, cuda, tensorrt or tensorrt_rtx")
+    cpu: CpuOptions = CpuOptions()
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class DecodeOptions:
+    """What becomes a video."""
+
+    bundle: Annotated[File, POSITIONAL] = Field(description="whose tokenizer it is")
+    tokens: Annotated[File, POSITIONAL] = Field(description=".npy, int [frames, rows, columns]")
+    output: Annotated[File, FLAG] = Field(description=".mp4 or .gif")
+    against: Annotated[File | None, FLAG] = Field(default=None, description="video to measure the PSNR to")
+    fps: float | None = Field(default=None, gt=0, description="of the video (default: the model's)")
+    resize: bool = Field(default=False, description="resize the pictures of --against")
+    backend: str = Field(default="cpu", description="cpu, cuda, tensorrt or tensorrt_rtx")
+    cpu: CpuOptions = CpuOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcoded:
+    """Token frames and pictures that were read or written, and the PSNR of the pictures, dB."""
+
+    frames: int
+    pictures: int
+    psnr: float | None
+
+
+def encode(options: EncodeOptions, progress: Progress | None = None) -> Transcoded:
+    """Write a video's tokens; the PSNR is that of the video they decode to.
+
+    Raises:
+        UsageError: the video cannot be read or has another size, or the bundle has no tokenizer.
+    """
+    file_target(options.output, (".npy",))
+    check_apart(options.output, {"VIDEO": options.video})
+    codec = _codec(options)
+    pictures = _pictures(codec, options.video, options.start, options.frames, options.resize)
+    pictures = pictures[: len(pictures) - (len(pictures) - 1) % codec.spec.temporal_factor]
+    with (progress or Progress()).task("encoding"):
+        tokens = codec.encode(pictures)
+    with (progress or Progress()).count("decoding", len(pictures)) as advance:
+        errors = []
+        for shown, true in zip(codec.decode(tokens), pictures, strict=True):
+            errors.append(squared_error(shown, true))
+            advance(1)
+    with atomic_file(options.output) as partial, partial.open("wb") as file:
+        np.save(file, tokens)
+    return Transcoded(len(tokens), len(pictures), psnr(errors))
+
+
+def decode(options: DecodeOptions, progress: Progress | None = None) -> Transcoded:
+    """Write the video of tokens.
+
+    Raises:
+        UsageError: the tokens are not of the model, or what they are measured against is too short.
+    """
+    file_target(options.output, SUFFIXES)
+    check_apart(options.output, {"TOKENS": options.tokens, "--against": options.against})
+    bundle = Bundle.open(options.bundle)
+    codec, layout = _codec(options), bundle.manifest.layout
+    tokens = read_tokens(options.tokens, bundle.manifest)
+    if tokens.shape[1:] != (layout.rows, layout.columns):
+        raise UsageError(
+            f"{options.tokens} has shape {list(tokens.shape)}; expected [frames, {layout.rows}, "
+            f"{layout.columns}]"
+        )
+    count, truth = codec.pictures_of(len(tokens)), None
+    if options.against is not None:
+        truth = _pictures(codec, options.against, 0, count, options.resize)
+        if len(truth) < count:
+            raise UsageError(
+                f"--against {options.against} has {len(truth)} pictures, the tokens have {count}"
+            )
+    with (progress or Progress()).count("decoding", count) as advance:
+
+        def shown() -> Iterator[Pixels]:
+            for picture in codec.decode(tokens):
+                advance(1)
+                yield picture
+
+        fps = options.fps or bundle.manifest.frames_per_second
+        return Transcoded(len(tokens), count, write_video(options.output, shown(), fps, truth))
+
+
+def _codec(options: EncodeOptions | DecodeOptions) -> PixelCodec:
+    return PixelCodec(Bundle.open(options.bundle), options.cpu, find(options.backend))
+
+
+def _pictures(codec: PixelCodec, path: File, start: int, frames: int | None, resize: bool) -> Pixels:
+    spec = codec.spec
+    return read_frames(
+        path, (spec.height, spec.width), frames=frames, start=start, resize=resize, cover=spec.cover
+    )
