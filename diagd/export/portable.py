@@ -98,7 +98,7 @@ class PortableStep(StepModule):
         """One step; ``past`` and ``text`` alternate keys and values, layer by layer."""
         config = self.transformer.config
         visible = _visible(slot_position, positions, write_index)
-        visible = visible.repeat(config.heads // config.kv_heads, 1)
+        visible = torch.cat([visible] * (config.heads // config.kv_heads))  # CUDA has no Tile of booleans
         form = PortableAttention(visible, past[0::2], past[1::2], self.kv)
         ids = token_buffer.index_select(0, sources)
         logits = self.transformer.logits(self.transformer.states(ids, positions, form, text)).float()
@@ -112,7 +112,7 @@ def _visible(slot_position: Tensor, positions: Tensor, write_index: Tensor) -> T
     """Bool [W, S + W]: the slots about to be written hold stale rows, the step's own rows stand for them."""
     slots = torch.arange(slot_position.shape[0], device=positions.device)
     written = write_index + torch.arange(positions.shape[0], device=positions.device)
-    stale = (slots >= write_index) & (slots < write_index + positions.shape[0])
+    stale = (slots >= written[:1]) & (slots <= written[-1:])  # no sum of a size, which the host would do
     own = slot_position.index_select(0, written)
     query = positions.unsqueeze(1)
     return torch.cat([(slot_position <= query) & ~stale, own <= query], dim=1)

@@ -139,13 +139,14 @@ class Attention(nn.Module):
         """Attention output for x [..., W, hidden]."""
         config, fused = self.config, biased(product(x, self.qkv), self.qkv_bias)
         heads = fused.reshape(*fused.shape[:-1], config.heads + 2 * config.kv_heads, config.head_size)
-        turned, values = heads.split([config.heads + config.kv_heads, config.kv_heads], dim=-2)
+        # slices, since an uneven split has ONNX Runtime's CUDA provider copy its sizes up, four times
+        turned, values = heads[..., : -config.kv_heads, :], heads[..., -config.kv_heads :, :]
         if config.qk_norm:
-            queries, keys = turned.split([config.heads, config.kv_heads], dim=-2)
+            queries, keys = turned[..., : config.heads, :], turned[..., config.heads :, :]
             turned = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=-2)
         if rows.rotary is not None:
             turned = form.rotate(turned, *rows.rotary)
-        queries, keys = turned.split([config.heads, config.kv_heads], dim=-2)
+        queries, keys = turned[..., : config.heads, :], turned[..., config.heads :, :]
         attended = form.attend(layer, queries, keys, values).flatten(-2)
         return biased(product(attended, self.out), self.out_bias)
 
