@@ -61,8 +61,12 @@ INSTALL: Final = (
     "(its libraries are of CUDA 13: the driver must be 580 or later)"
 )
 
-SIZES = frozenset({"Shape", "Size"})
-"""Operators that read no data: ONNX Runtime gives them to the CPU, and nothing is copied or waited for."""
+UNWANTED: Final = ["GatherSliceToSplitFusion"]
+"""It makes slices one uneven split, whose sizes and addresses the provider copies up: four copies."""
+
+SIZES: Final = frozenset({"Shape", "Size", "Squeeze"})
+"""Operators that ONNX Runtime gives to the CPU without a copy or a wait: they read no data, or, as it has a
+kernel of Squeeze on CUDA, only what such an operator gives."""
 
 
 def provider_problem(version: str, providers: list[str]) -> str | None:
@@ -149,7 +153,10 @@ def open_cuda_session(
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = runtime.InferenceSession(
-            str(graph), settings, providers=[(CUDA, options), "CPUExecutionProvider"]
+            str(graph),
+            settings,
+            providers=[(CUDA, options), "CPUExecutionProvider"],
+            disabled_optimizers=UNWANTED,
         )
     except Exception as error:  # ONNX Runtime raises several unrelated types
         raise EngineError(f"ONNX Runtime {runtime.__version__} refuses {graph}: {error}") from error
