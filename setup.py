@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-KERNELS = ("step_kernels.cu", "step_kernels.h")
+KERNELS = ("step_kernels.cu", "step_kernels.h", "sampling.h")
 
 
 class BuildWithKernels(build_py):

@@ -116,9 +116,8 @@ class Bench:
         self.engine.slot_position[start : start + width] = step.positions
         decoded = np.flatnonzero(step.sinks >= 0).astype(np.int32)
         sources, positions = (step.sources % 5000).astype(np.int32), step.positions.astype(np.int32)
-        scratch = np.full(width, len(self.engine.token_buffer) - 1, np.int32)
-        uniforms = np.full(len(decoded), 0.5, np.float32)
-        return Steps.single(sources, positions, scratch, decoded, uniforms, start, start + width)
+        scratch = np.full(len(decoded), len(self.engine.token_buffer) - 1, np.int32)
+        return Steps.single(sources, positions, decoded, scratch, start, start + width)
 
 
 def frame(bundle: Bundle, wall: bool, repeats: int) -> None:
@@ -336,13 +335,15 @@ def host_seconds(session: Session, schedule: Schedule, frames: int) -> float:
     actions, decoder = _actions(session, frames + 1), ScheduledDecoder(schedule)
     for frame in session.frames(decoder, actions, sampling=GREEDY):
         steps = [timing.recent[-1 - step] for step in range(frame.steps)]
-        engine = 0.0 if session.engine.samples else sum(step.engine for step in steps)
+        engine = 0.0 if session.engine.ahead else sum(step.engine for step in steps)
         spent.append((frame.seconds - engine - sum(step.sampling for step in steps)) / frame.steps)
     return float(np.median(spent[1:]))
 
 
 class IdleDevice(HostDevice):
-    """Memory of the host whose kernels do nothing: a captured step is empty."""
+    """Memory of the host whose kernels do nothing: a captured step is empty, and queued."""
+
+    ahead = True
 
     def launch(self, kernel: str, arguments: ctypes.Structure, blocks: int, threads: int) -> None:
         """Queue nothing."""

@@ -1,9 +1,8 @@
 """What each optimisation of an engine is worth, turned on alone and together.
 
 A diagonal step (k=1, serial) early in a context, each optimisation against the same step without it. On the
-CPU: live-prefix attention and in-place K/V, each alone and together (prefix form); sampling in the graph
-against the sampler of the host, on the modern graph with its sampler taken out; every other precision of the
-bundle in a form that both have. On a GPU: every other precision, and CUDA graphs replayed against kernels
+CPU: live-prefix attention and in-place K/V, each alone and together (prefix form); every other precision of
+the bundle in a form that both have. On a GPU: every other precision, and CUDA graphs replayed against kernels
 queued one by one, each the mean over a frame, since steps are queued. From the root:
 
     python -m benchmarks.ladder crafter-3m.diagd [--precision int8] [--backend cuda] [--window 4]
@@ -12,32 +11,22 @@ queued one by one, each the mean over a frame, since steps are queued. From the 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from diagd.bundle import Bundle, Form, cache_directory
-from diagd.bundle.manifest import MANIFEST_NAME
-from diagd.engines.backend import Backend, StepOptions, find, forms_of, graphs_of
+from diagd.bundle import Bundle, Form
+from diagd.engines.backend import Backend, StepOptions, find, forms_of
 from diagd.engines.buffers import aligned_zeros
-from diagd.engines.devices.host import HostDevice
-from diagd.engines.devices.kernels import ADVANCE
 from diagd.engines.engine import Engine, Steps
-from diagd.engines.executor import THREADS, Executor
-from diagd.engines.onnxruntime_program import OnnxRuntimeProgram
-from diagd.engines.onnxruntime_session import CpuOptions, open_session
+from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
-from diagd.engines.program import Tensor
 from diagd.errors import DiagdError
 from diagd.profiling.measure import measure, random_workload
 from diagd.runtime.load import check_window, session_over, step_options, with_threads
@@ -45,8 +34,6 @@ from diagd.schedule import Schedule
 
 REPEATS: Final = 2
 SWITCHES: Final = "live-prefix attention and in-place K/V"
-SAMPLED: Final = "next_token_buffer"
-"""Output of the sampler."""
 
 
 @dataclass(frozen=True)
@@ -107,90 +94,6 @@ class SwitchedEngine(PrefixEngine):
             self._bind_rows(f"present_{name}", buffer, length, output=True)
 
 
-class HostSampled(Executor):
-    """Gives back logits for the sampler of the host; its graphs come from ``without_sampler``."""
-
-    samples = False
-
-    def _forward(self, width: int) -> None:
-        self.device.launch(ADVANCE, self._advance_arguments(width), 1, THREADS)
-        self._program.enqueue(width)
-
-
-def host_sampled(bundle: Bundle, options: StepOptions) -> HostSampled:
-    """The ``modern`` form of a bundle without sampler, over memory of the host."""
-    graphs = graphs_of(bundle, Form.MODERN)
-    widths = tuple(int(graph.width or 0) for graph in graphs)
-    session = open_session(bundle.file(graphs[0].file), bundle.digest, options.cpu)
-
-    def program(tensors: Mapping[str, Tensor]) -> OnnxRuntimeProgram:
-        return OnnxRuntimeProgram(session, tensors, widths, "cpu")
-
-    return HostSampled(
-        bundle.manifest,
-        Form.MODERN,
-        int(graphs[0].capacity or 0),
-        widths,
-        options.tokens,
-        HostDevice(),
-        program,
-    )
-
-
-@contextmanager
-def without_sampler(bundle: Bundle) -> Iterator[Bundle]:
-    """The bundle with ``modern`` graphs that end at the logits, over links of its weights.
-
-    ONNX Runtime follows no symbolic link out of a graph's folder, so that these are hard links, or copies
-    where the cache directory lies on another file system.
-
-    Raises:
-        BundleError: it has no such graphs.
-        OSError: there is no room.
-    """
-    graphs, renamed = graphs_of(bundle, Form.MODERN), []
-    cache_directory().mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache_directory()) as folder:
-        target = Path(folder)
-        for graph in graphs:
-            source = bundle.file(graph.file)
-            name = f"{source.stem}-without-sampler.onnx"
-            write_without(source, target / name, SAMPLED)
-            for file in graph.weights.files:
-                link(bundle.file(file), target / file)
-            renamed.append(graph.model_copy(update={"file": name}))
-        link(bundle.file(MANIFEST_NAME), target / MANIFEST_NAME)
-        yield Bundle(target, bundle.manifest.model_copy(update={"graphs": tuple(renamed)}))
-
-
-def link(source: Path, target: Path) -> None:
-    if target.exists():
-        return
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def write_without(source: Path, target: Path, output: str) -> None:
-    """Write an ONNX model without one of its outputs, and without the nodes that only it needed."""
-    import onnx
-
-    model = onnx.load(source, load_external_data=False)
-    graph = model.graph
-    outputs = [value for value in graph.output if value.name != output]
-    needed, nodes = {value.name for value in outputs}, []
-    for node in reversed(graph.node):  # in topological order (ONNX, "Graphs")
-        if not needed.isdisjoint(node.output):
-            needed.update(node.input)
-            nodes.append(node)
-    for field, kept in ((graph.node, nodes[::-1]), (graph.output, outputs)):
-        copies = [type(entry).FromString(entry.SerializeToString()) for entry in kept]
-        del field[:]
-        field.extend(copies)
-    target.write_bytes(model.SerializeToString())
-
-
 Group = tuple[str, Callable[[], Iterable[Rung]]]
 """Rungs that share their measurements, and what they are called together."""
 
@@ -241,7 +144,7 @@ class Ladder:
         ]
         if not self.on_processor:
             return [*precisions, ("CUDA graph", self._cuda_graph)]
-        return [(SWITCHES, self._prefix), ("sampling in the graph", self._sampling), *precisions]
+        return [(SWITCHES, self._prefix), *precisions]
 
     @property
     def _name(self) -> str:
@@ -268,21 +171,6 @@ class Ladder:
             after = self._seconds(self.chosen, engine)
             before = before or after
             yield self._rung(name, before, after, f"prefix form, {self._name}, engine alone")
-
-    def _sampling(self) -> Iterator[Rung]:
-        name = "sampling in the graph"
-        if Form.MODERN not in forms_of(self.chosen):
-            reason = "the bundle has no modern graph; export with --form prefix,modern"
-            yield Rung(name, reason=reason)
-            return
-        # A packed copy would outlive the graph that it was made for.
-        cpu = replace(self.cpu, prepack=False)
-        options = replace(self._options(self.chosen, Form.MODERN), cpu=cpu)
-        with without_sampler(self.chosen) as bare:
-            before = self._seconds(bare, host_sampled(bare, options), sampling=True)
-        engine = self.backend.open_steps(self.chosen, options)
-        after = self._seconds(self.chosen, engine, sampling=True)
-        yield self._rung(name, before, after, f"modern form, {self._name}, engine and sampling")
 
     def _others(self) -> list[str]:
         names = dict.fromkeys(graph.precision for graph in self.bundle.manifest.graphs)
@@ -325,8 +213,8 @@ class Ladder:
                 best = min(best, (run.decoded[1] - run.decoded[0]) / schedule.d)
         return best
 
-    def _seconds(self, bundle: Bundle, engine: Engine, *, sampling: bool = False) -> float:
-        """Median of a step of the engine, its sampler included or not; the better of a few runs."""
+    def _seconds(self, bundle: Bundle, engine: Engine) -> float:
+        """Median of a step of the engine, the sampler apart; the better of a few runs."""
         manifest, best = bundle.manifest, float("inf")
         schedule = Schedule.serial(manifest.layout, 1, manifest.schedule.row_seed)
         with session_over(bundle, engine, self.window, self.cpu) as session:
@@ -334,8 +222,7 @@ class Ladder:
             for _ in range(REPEATS):
                 run = measure(session, schedule, workload, 1)
                 steps = run.steps[run.chunks + 1 :]
-                times = [step.engine + (step.sampling if sampling else 0.0) for step in steps]
-                best = min(best, float(np.median(times)))
+                best = min(best, float(np.median([step.engine for step in steps])))
         return best
 
     def _rung(self, name: str, before: float, after: float, held: str) -> Rung:

@@ -215,8 +215,7 @@ def _step(bench: Bench, width: int, live: int) -> Steps:
     rows = np.arange(width, dtype=np.int32)
     bench.engine.slot_position[:] = VOID
     bench.engine.slot_position[: live + width] = np.arange(live + width)
-    draws = np.full(width, 0.5, np.float32)
-    return Steps.single(rows, live + rows, rows, rows, draws, live, live + width)
+    return Steps.single(rows, live + rows, rows, rows, live, live + width)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
-// Host build: the same code over a loop of threads, so that it can be tested where there is no GPU.
+// Host build: the same code over a loop of threads, for forms of fixed width on the CPU and for tests.
 #include "step_kernels.h"
 
 extern "C" void diagd_advance(const diagd::AdvanceArguments* arguments, int32_t threads) {
-  const int32_t* record = arguments->records + *arguments->cursor;
+  const int32_t header = arguments->cursor[0];
+  const int32_t* record = arguments->records + header;
   for (int thread = 0; thread < threads; ++thread) {
     diagd::advance_thread(*arguments, record, thread, threads);
   }
-  *arguments->cursor = record[diagd::kNext];
+  arguments->cursor[0] = record[diagd::kNext];
+  arguments->cursor[1] = header;
+}
+
+extern "C" void diagd_sample(const diagd::SampleArguments* arguments, int32_t threads) {
+  diagd::RowState state;
+  for (int draw = 0; draw < arguments->width; ++draw) {
+    diagd::sample_draw({threads}, state, *arguments, draw);
+  }
 }
 
 extern "C" void diagd_append(const diagd::AppendArguments* arguments, int32_t threads) {
@@ -16,5 +25,7 @@ extern "C" void diagd_append(const diagd::AppendArguments* arguments, int32_t th
 }
 
 extern "C" int32_t diagd_advance_arguments_size() { return sizeof(diagd::AdvanceArguments); }
+
+extern "C" int32_t diagd_sample_arguments_size() { return sizeof(diagd::SampleArguments); }
 
 extern "C" int32_t diagd_append_arguments_size() { return sizeof(diagd::AppendArguments); }

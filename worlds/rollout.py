@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from diagd.engines.engine import SamplingState
+from diagd.engines.sampler import sample
 from diagd.export.transformer import FullAttention, Transformer
-from diagd.runtime.random import uniforms
-from diagd.runtime.sampling import SamplingSettings, sample
+from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import NO_SINK, Schedule
 from diagd.tuning.teacher_forcing import visible_rows
 
@@ -95,6 +96,8 @@ def _decode(
     cache = _CachedRows(model, batch, len(table.positions))
     cache.visible = torch.from_numpy(visible_rows(table, keep_seeds=schedule.keep_seeds))
     decoded = streams.copy()
+    state = SamplingState(sampling.temperature, sampling.top_k, sampling.top_p)
+    seeds = np.array([seed + b for b in range(batch)], np.uint64)
     for n in range(table.steps):
         step = table.step(n)
         cache.step = slice(int(table.offsets[n]), int(table.offsets[n + 1]))
@@ -103,6 +106,6 @@ def _decode(
         rows = np.flatnonzero(step.sinks != NO_SINK)
         logits = (states[:, rows] @ model.head).float().flatten(0, 1).numpy()
         sinks = step.sinks[rows]
-        draws = np.stack([uniforms(seed + b, sinks + offset) for b in range(batch)])
-        decoded[:, sinks] = sample(logits, draws.ravel(), sampling).reshape(batch, -1)
+        cells, keys = np.tile(sinks + offset, batch), np.repeat(seeds, len(sinks))
+        decoded[:, sinks] = sample(logits, cells, state, seeds=keys).reshape(batch, -1)
     return decoded

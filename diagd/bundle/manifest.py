@@ -14,7 +14,7 @@ from diagd.bundle.actions import ActionCodec, Record
 from diagd.bundle.transformer import TransformerConfig
 from diagd.schedule import Schedule, StreamLayout
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 
 Natural = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -29,10 +29,10 @@ INT8_CACHE = "-kv8"
 
 
 class Form(str, Enum):
-    """How a step graph expresses attention with its cache update, and its head.
+    """How a step graph expresses attention with its cache update.
 
-    ``PREFIX``: dynamic width and live length, sequence-major buffers bound by prefix, sampling on the host.
-    ``MODERN``: fixed width and capacity, TensorScatter and Attention, sampling in the graph.
+    ``PREFIX``: dynamic width and live length, sequence-major buffers bound by prefix.
+    ``MODERN``: fixed width and capacity, TensorScatter and Attention.
     ``PORTABLE``: fixed width and capacity, read-only cache, new rows out.
     """
 

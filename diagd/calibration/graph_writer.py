@@ -173,7 +173,6 @@ class GraphWriter:
         return trace_step(
             self._config,
             graph.form,
-            self._bundle.manifest.sampling,
             dtype=TORCH_TYPES[target.precision(graph)],
             capacity=graph.capacity or 0,
             variant=StepVariant(matrices, bool(target.row_scales), opset=target.opset(graph.form)),

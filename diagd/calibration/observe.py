@@ -93,7 +93,6 @@ def _save_watched(bundle: Bundle, graph: StepGraph, path: Path) -> None:
     model = trace_step(
         bundle.manifest.transformer,
         graph.form,
-        bundle.manifest.sampling,
         dtype=TORCH_TYPES[graph.precision],
         capacity=graph.capacity or 0,
         variant=StepVariant(watch=True),

@@ -38,8 +38,7 @@ class StoredWeights:
     def __init__(self, bundle: Bundle) -> None:
         self._path = bundle.file(WEIGHTS_NAME)
         manifest = bundle.manifest
-        dtype, forms = np.dtype(manifest.cache.dtype), [graph.form for graph in manifest.graphs]
-        self._places = weights.plan(step_shapes(manifest.transformer, dtype, forms))
+        self._places = weights.plan(step_shapes(manifest.transformer, np.dtype(manifest.cache.dtype)))
         expected, found = weights.total_bytes(self._places), self._path.stat().st_size
         if found != expected:
             raise BundleError(

@@ -21,11 +21,16 @@ VOID = np.iinfo(np.int32).max
 
 @dataclass(frozen=True)
 class SamplingState:
-    """Numbers a graph with its own sampler reads; ``top_k`` 0 and ``top_p`` 1 switch a rule off."""
+    """What the sampler follows; ``top_k`` 0 and ``top_p`` 1 switch a rule off, temperature 0 all of them.
 
-    temperature: float
-    top_k: int
-    top_p: float
+    Attributes:
+        seed: 0 <= seed < 2**64; of the noise.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,29 +38,29 @@ class Steps:
     """Forward passes to run one after another, their rows in flat arrays.
 
     Row r of step n is in ``offsets[n]:offsets[n+1]``; likewise for the rows that decode and the slots that
-    change. All arrays but ``uniforms`` are int32.
+    change. All arrays but ``cells`` are int32.
 
     Attributes:
         offsets: [N + 1].
         sources: [rows], places in the token buffer of the fed ids.
         positions: [rows], rotary positions.
-        sinks: [rows], places in the token buffer that predictions fill; a scratch place for none.
         decode_offsets, decoded: [N + 1], [D], rows of each step whose prediction is wanted, from 0.
-        uniforms: float32 [D], one random number for each of them.
+        sinks: [D], places in the token buffer that these predictions fill.
+        cells: int64 [D], their positions, counted from the start of the stream: those of their noise.
         write_index: [N], first slot each step writes.
         live: [N], slots in use once the step is written; none beyond is visible.
         update_offsets, update_slots, update_positions: [N + 1], [U], [U], slots whose position changes ahead
             of each step, its own rows included; no slot twice in a step.
-        sampling: of a graph that samples.
+        sampling: how predictions become tokens.
     """
 
     offsets: Int
     sources: Int
     positions: Int
-    sinks: Int
     decode_offsets: Int
     decoded: Int
-    uniforms: Float
+    sinks: Int
+    cells: NDArray[np.int64]
     write_index: Int
     live: Int
     update_offsets: Int
@@ -68,32 +73,20 @@ class Steps:
         cls,
         sources: Int,
         positions: Int,
-        sinks: Int,
         decoded: Int,
-        uniforms: Float,
+        sinks: Int,
         write_index: int,
         live: int,
-        sampling: SamplingState | None = None,
+        sampling: SamplingState = SamplingState(),
     ) -> Steps:
-        """One pass that changes no slot but its own."""
+        """One pass that changes no slot but its own, and decodes what follows its rows."""
         slots = write_index + np.arange(len(positions), dtype=np.int32)
         rows, draws = _whole(len(positions)), _whole(len(decoded))
         start, used = np.array([write_index], np.int32), np.array([live], np.int32)
-        state = sampling or SamplingState(0.0, 0, 1.0)
+        cells = positions[decoded].astype(np.int64) + 1
         return cls(
-            rows,
-            sources,
-            positions,
-            sinks,
-            draws,
-            decoded,
-            uniforms,
-            start,
-            used,
-            rows,
-            slots,
-            positions,
-            state,
+            *(rows, sources, positions, draws, decoded, sinks, cells),
+            *(start, used, rows, slots, positions, sampling),
         )
 
     def __len__(self) -> int:
@@ -138,7 +131,6 @@ class Engine(Protocol):
         form: of its step graph.
         capacity: slots of the KV buffers.
         max_width: widest step.
-        samples: its steps draw the tokens and write them to the sinks; else the caller does, from ``logits``.
         ahead: steps may still be running when ``step`` returns.
         clock: gives the times of its steps.
     """
@@ -146,7 +138,6 @@ class Engine(Protocol):
     form: Form
     capacity: int
     max_width: int
-    samples: bool
     ahead: bool
     clock: Clock
 
@@ -160,6 +151,15 @@ class Engine(Protocol):
 
     def step(self) -> None:
         """Run, or queue, the next of the steps sent; K/V rows are written in place."""
+        ...
+
+    def draw(self) -> None:
+        """Draw the tokens of the step just run and write them to its sinks, where ``step`` did not.
+
+        Raises:
+            EngineError: a row's largest logit is not finite. An engine that runs ahead of the host says so
+                when tokens are read.
+        """
         ...
 
     def logits(self) -> Float:

@@ -18,28 +18,32 @@ from diagd.engines.devices.kernels import (
     ADVANCE,
     ADVANCE_POINTERS,
     APPEND,
+    SAMPLE,
     AdvanceArguments,
     AppendArguments,
+    SampleArguments,
 )
-from diagd.engines.engine import VOID, Clock, Float, Int, SamplingState, Steps
+from diagd.engines.engine import VOID, Clock, Float, Int, Steps
 from diagd.engines.program import MakeProgram
 from diagd.engines.records import RecordRing
+from diagd.engines.sampler import cell_ranges, refusal
 from diagd.engines.tensors import WIDTH, StepTensors
 from diagd.errors import EngineError
 
 INPUTS = ("token_buffer", *ADVANCE_POINTERS[2:])
 """Inputs of step graphs beside caches and texts: all but what ``advance`` alone reads."""
 
-THREADS = 256
 APPEND_BLOCKS = 64
+CURSOR_BYTES = 8  # where the next step's header begins, and that of the step that runs
 
 
 class Executor:
     """Runs a program over buffers on a device.
 
     Records of a block of steps go up in one copy; a step is then one graph: ``advance`` spreads its record
-    over the tensors that the program reads, the program runs, and its tokens and rows go where the next step
-    reads them. Nothing waits for the device but ``read_tokens``, ``logits`` and ``watched``.
+    over the tensors that the program reads, the program runs, ``sample`` makes tokens of its logits, and
+    tokens and rows go where the next step reads them. Nothing waits for the device but ``read_tokens``,
+    ``logits`` and ``watched``.
 
     Args:
         manifest: of the bundle.
@@ -53,8 +57,6 @@ class Executor:
         watch: further outputs of the graph, [W, channels], with their channels and element type; None for a
             tensor that a step has anyway.
     """
-
-    samples = True
 
     def __init__(
         self,
@@ -76,13 +78,14 @@ class Executor:
         self.clock: Clock = _DeviceClock(device)
         self._watch = dict(watch or {})
         self.tensors = StepTensors(manifest, form, capacity, self.max_width, tokens, device, self._watch)
-        self._tokens: Int = device.host_array((tokens,), np.int32)
+        self._tokens: Int = device.host_array((self.tensors.refusal_place + 2,), np.int32)
         self._staged: Int = device.host_array((tokens,), np.int32)
         self._staged_until = 0
         self._slots: Int = device.host_array((capacity,), np.int32)
         self._logits: Float = device.host_array((self.max_width, manifest.output_vocabulary), np.float32)
         self._records = RecordRing(device)
-        self._cursor = device.allocate(4)
+        self._cursor = device.allocate(CURSOR_BYTES)
+        self._manifest, self._ranges = manifest, self._upload(cell_ranges(manifest))
         self._program = make_program(self.tensors.named)
         self._graphs: dict[int, int] = {}
         self._next = self._sent = 0
@@ -104,7 +107,7 @@ class Executor:
         if self._next != self._sent:  # some of those sent before will never run: forget their records
             self._wait()
             self._records.restart()
-            self.device.clear(self._cursor, 4)
+            self.device.clear(self._cursor, CURSOR_BYTES)
         self._steps, self._next, self._sent = steps, 0, 0
         self._padded = self.padded_widths(np.diff(steps.offsets)).tolist()
 
@@ -129,6 +132,9 @@ class Executor:
             self.device.replay(graph)
         else:
             self._forward(width)
+
+    def draw(self) -> None:
+        """The step has drawn; see ``Engine.draw``."""
 
     def logits(self) -> Float:
         """Of the last step; see ``Engine.logits``."""
@@ -180,9 +186,18 @@ class Executor:
                 self.device.upload(base + 4 * int(places[first]), staged[first:last])
 
     def read_tokens(self, places: Int) -> Int:
-        """Ids once every step queued has run; see ``Engine.read_tokens``."""
-        self.device.download(self._tokens, self.tensors.token_buffer.address)
+        """Ids once every step queued has run; see ``Engine.read_tokens``.
+
+        Raises:
+            EngineError: a row's largest logit was not finite.
+        """
+        address, place = self.tensors.token_buffer.address, self.tensors.refusal_place
+        self.device.download(self._tokens, address)
         self._wait()
+        largest, row = self._tokens[place:].tolist()
+        if row:
+            self.device.clear(address + 4 * place, 8)
+            raise refusal(row - 1, float(np.int32(largest).view(np.float32)))
         return self._tokens[places]
 
     def write_slots(self, slot_position: Int) -> None:
@@ -211,21 +226,17 @@ class Executor:
 
     def _forward(self, width: int) -> None:
         """Queue everything a step of one width consists of."""
-        self.device.launch(ADVANCE, self._advance_arguments(width), 1, THREADS)
+        device, threads = self.device, self.device.threads
+        device.launch(ADVANCE, self._advance_arguments(width), 1, threads)
         self._program.enqueue(width)
-        tensors = self.tensors
-        if tensors.row_pointers:
-            self.device.launch(APPEND, self._append_arguments(width), APPEND_BLOCKS, THREADS)
-        else:
-            tokens = tensors.token_buffer
-            self.device.copy(tokens.address, tensors.named["next_token_buffer"].address, 4 * tokens.shape[0])
+        device.launch(SAMPLE, self._sample_arguments(width), width, threads)
+        if self.tensors.row_pointers:
+            device.launch(APPEND, self._append_arguments(width), APPEND_BLOCKS, threads)
 
     def _warm_up(self, capture: bool) -> None:
         """Run every width once on a record without rows, capture it, and forget what that wrote."""
         nothing = np.zeros(0, np.int32)
-        empty = Steps.single(
-            nothing, nothing, nothing, nothing, np.zeros(0, np.float32), 0, 1, SamplingState(0.0, 0, 1.0)
-        )
+        empty = Steps.single(nothing, nothing, nothing, nothing, 0, 1)
         for width in self.widths:
             self._records.send(empty, 0)
             self._forward(width)
@@ -233,7 +244,7 @@ class Executor:
             if capture:
                 self._graphs[width] = self.device.capture(partial(self._forward, width))
         self.tensors.clear()
-        self.device.clear(self._cursor, 4)
+        self.device.clear(self._cursor, CURSOR_BYTES)
         self._records.restart()
         self.write_slots(np.full(self.capacity, VOID, np.int32))
         self._wait()
@@ -260,8 +271,31 @@ class Executor:
             cursor=self._cursor,
             **addresses,
             width=width,
-            scratch=self.tensors.token_buffer.shape[0] - 1,
         )
+
+    def _sample_arguments(self, width: int) -> SampleArguments:
+        layout, tensors = self._manifest.layout, self.tensors
+        return SampleArguments(
+            records=self._records.address,
+            cursor=self._cursor,
+            logits=tensors.named["logits"].address,
+            ranges=self._ranges,
+            token_buffer=tensors.token_buffer.address,
+            refused=tensors.token_buffer.address + 4 * tensors.refusal_place,
+            prefix=layout.prefix,
+            frame_length=layout.frame_length,
+            vocabulary=self._manifest.output_vocabulary,
+            keep_crossing=self._manifest.sampling.keep_crossing,
+            width=width,
+        )
+
+    def _upload(self, table: Int) -> int:
+        """Address of a copy on the device."""
+        address = self.device.allocate(table.nbytes)
+        staged = self.device.host_array(table.shape, np.int32)
+        staged[:] = table
+        self.device.upload(address, staged)
+        return address
 
     def _append_arguments(self, width: int) -> AppendArguments:
         tensors = self.tensors
@@ -271,9 +305,6 @@ class Executor:
             rows=tensors.row_pointers,
             buffers=tensors.buffer_pointers,
             write_index=tensors.named["write_index"].address,
-            tokens=tensors.named["tokens"].address,
-            sinks=tensors.named["sinks"].address,
-            token_buffer=tensors.token_buffer.address,
             tensors=len(tensors.cache),
             groups=buffer.shape[1],
             capacity=buffer.shape[2],

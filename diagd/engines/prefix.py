@@ -13,6 +13,7 @@ from diagd.engines.buffers import aligned_zeros, cache_tensors, rotate_pairs, te
 from diagd.engines.engine import VOID, Clock, Float, HostClock, Int, Steps
 from diagd.engines.fingerprint import graph_digest
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
+from diagd.engines.sampler import HostSampler
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -39,7 +40,6 @@ class PrefixEngine:
     """
 
     form = Form.PREFIX
-    samples = False
     ahead = False
 
     def __init__(
@@ -56,6 +56,7 @@ class PrefixEngine:
         self.max_width = MAX_WIDTH
         self.capacity = -(-capacity // GRANULE) * GRANULE
         self.clock: Clock = HostClock()
+        self._sampler = HostSampler(manifest)
         self.token_buffer: Int = np.zeros(tokens, np.int32)
         self.slot_position: Int = np.full(self.capacity, VOID, np.int32)
         shape = (self.capacity, manifest.cache.kv_heads, manifest.cache.head_size)
@@ -105,6 +106,11 @@ class PrefixEngine:
         self._fed["positions"][:width] = steps.positions[first:last]
         self._fed["logit_rows"][:rows] = steps.decoded[drawn:draws]
         self._session.run_with_iobinding(self._binding)
+
+    def draw(self) -> None:
+        """Draw tokens from the logits; see ``Engine.draw``."""
+        places, ids = self._sampler.draw(self.logits(), self._steps, self._next - 1)
+        self.token_buffer[places] = ids
 
     def logits(self) -> Float:
         """Of the last step; see ``Engine.logits``."""

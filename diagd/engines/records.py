@@ -6,16 +6,13 @@ from functools import lru_cache
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diagd.engines.devices.device import Array, Device
 from diagd.engines.devices.kernels import HEADER_WORDS
-from diagd.engines.engine import Int, Steps
+from diagd.engines.engine import VOID, Int, SamplingState, Steps
 
 HALF_WORDS: Final = 1 << 17
 """Words of one of the two buffers: 512 KB, a frame of next-token prediction of the largest grid and more."""
-
-_COLUMNS: Final = np.arange(4, dtype=np.int32)
 
 
 class RecordRing:
@@ -57,11 +54,13 @@ class RecordRing:
 
 def _fitting(steps: Steps, first: int) -> int:
     """One past the last step that fits one buffer with those from ``first`` on."""
-    words = len(steps) * HEADER_WORDS + 4 * len(steps.sources) + 2 * len(steps.update_slots)
+    words = len(steps) * HEADER_WORDS + 2 * len(steps.sources) + 4 * len(steps.sinks)
+    words += 2 * len(steps.update_slots)
     if words <= HALF_WORDS:
         return len(steps)
     ends = np.arange(1, len(steps) - first + 1, dtype=np.int64) * HEADER_WORDS
-    ends += 4 * (steps.offsets[first + 1 :] - steps.offsets[first])
+    ends += 2 * (steps.offsets[first + 1 :] - steps.offsets[first])
+    ends += 4 * (steps.decode_offsets[first + 1 :] - steps.decode_offsets[first])
     ends += 2 * (steps.update_offsets[first + 1 :] - steps.update_offsets[first])
     return first + max(1, int(np.searchsorted(ends, HALF_WORDS, side="right")))
 
@@ -69,42 +68,37 @@ def _fitting(steps: Steps, first: int) -> int:
 def _pack(half: Array, base: int, steps: Steps, first: int, last: int) -> int:
     """Write the records of steps [first, last) into a buffer of words from ``base`` on; returns its end.
 
-    Headers come first, then the columns of the rows and of the slot updates, each over all the steps.
+    Headers come first, then the columns of rows, of rows that decode and of slot updates, each of all steps.
     """
-    count, offsets = last - first, steps.offsets[first : last + 1]
-    changes = steps.update_offsets[first : last + 1]
-    begin, end, change, changed = map(int, (offsets[0], offsets[-1], changes[0], changes[-1]))
-    rows, updates, body = slice(begin, end), slice(change, changed), count * HEADER_WORDS
-    width, depth = end - begin, changed - change
-    behind = body + 4 * width
-    columns = (
-        *(steps.sources[rows], steps.positions[rows], steps.sinks[rows], _draws(steps, first, last)),
-        *(steps.update_slots[updates], steps.update_positions[updates]),
+    count = last - first
+    offsets, draws, changes = (
+        bounds[first : last + 1] for bounds in (steps.offsets, steps.decode_offsets, steps.update_offsets)
     )
-    np.concatenate(columns, out=half[body : behind + 2 * depth])
-    headers = half[:body].reshape(count, HEADER_WORDS)
-    np.subtract(offsets[1:], offsets[:-1], out=headers[:, 0])
+    rows, drawn, updates = (slice(int(part[0]), int(part[-1])) for part in (offsets, draws, changes))
+    columns = (
+        *(steps.sources[rows], steps.positions[rows], steps.decoded[drawn], steps.sinks[drawn]),
+        *(steps.cells[drawn].view(np.int32), steps.update_slots[updates], steps.update_positions[updates]),
+    )
+    starts = np.cumsum([count * HEADER_WORDS, *map(len, columns)])
+    np.concatenate(columns, out=half[starts[0] : starts[-1]])
+    headers = half[: starts[0]].reshape(count, HEADER_WORDS)
+    for word, part in ((0, offsets), (3, changes), (4, draws)):
+        np.subtract(part[1:], part[:-1], out=headers[:, word])
     headers[:, 1], headers[:, 2] = steps.write_index[first:last], steps.live[first:last]
-    np.subtract(changes[1:], changes[:-1], out=headers[:, 3])
-    sampling = steps.sampling
-    headers[:, 4:7] = _bits(sampling.temperature), sampling.top_k, _bits(sampling.top_p)
-    headers[:, 7] = np.arange(base + HEADER_WORDS, base + body + 1, HEADER_WORDS)
-    headers[-1, 7] = HALF_WORDS - base  # the other buffer
-    headers[:, 8:12] = offsets[:-1, None] + (width * _COLUMNS + (base + body - begin))
-    headers[:, 12:14] = changes[:-1, None] + (depth * _COLUMNS[:2] + (base + behind - change))
-    return behind + 2 * depth
-
-
-def _draws(steps: Steps, first: int, last: int) -> Int:
-    """Bits of the random number of each row; a half where a row decodes nothing."""
-    drawn = slice(int(steps.decode_offsets[first]), int(steps.decode_offsets[last]))
-    starts, bounds = steps.offsets[first : last + 1], steps.decode_offsets[first : last + 1]
-    decoding = np.repeat(starts[:-1] - starts[0], bounds[1:] - bounds[:-1]) + steps.decoded[drawn]
-    rows: NDArray[np.float32] = np.full(int(starts[-1] - starts[0]), 0.5, np.float32)
-    rows[decoding] = steps.uniforms[drawn]
-    return rows.view(np.int32)
+    headers[:, 5:10] = _sampling_words(steps.sampling)
+    headers[:, 10] = np.arange(base + HEADER_WORDS, base + starts[0] + 1, HEADER_WORDS)
+    headers[-1, 10] = HALF_WORDS - base  # the other buffer
+    at = base + starts
+    headers[:, 11:13] = offsets[:-1, None] + (at[0:2] - rows.start)
+    headers[:, 13:15] = draws[:-1, None] + (at[2:4] - drawn.start)
+    headers[:, 15] = 2 * draws[:-1] + (at[4] - 2 * drawn.start)  # a cell is two words
+    headers[:, 16:18] = changes[:-1, None] + (at[5:7] - updates.start)
+    return int(starts[-1])
 
 
 @lru_cache(maxsize=64)
-def _bits(value: float) -> int:
-    return int(np.float32(value).view(np.int32))
+def _sampling_words(sampling: SamplingState) -> Int:
+    """Temperature, top-k, top-p and seed as a header has them."""
+    numbers = np.array([sampling.temperature, sampling.top_p], np.float32).view(np.int32)
+    seed = np.array([sampling.seed], np.uint64).view(np.int32)
+    return np.array([numbers[0], min(sampling.top_k, VOID), numbers[1], *seed], np.int32)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from diagd.bundle import Bundle, Form
 from diagd.engines.buffers import cache_tensors, rotate_pairs, text_buffers
 from diagd.engines.engine import VOID, Clock, Float, HostClock, Int, Steps
+from diagd.engines.sampler import HostSampler
 from diagd.errors import BundleError, require
 
 
@@ -31,7 +32,6 @@ class ReferenceEngine:
     """
 
     form = Form.PREFIX
-    samples = False
     ahead = False
 
     def __init__(self, bundle: Bundle, capacity: int, tokens: int, max_width: int) -> None:
@@ -50,6 +50,7 @@ class ReferenceEngine:
         self._session = runtime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         self.capacity, self.max_width = capacity, max_width
         self.clock: Clock = HostClock()
+        self._sampler = HostSampler(manifest)
         self._tokens: Int = np.zeros(tokens, np.int32)
         self._slots: Int = np.full(capacity, VOID, np.int32)
         shape = (capacity, manifest.cache.kv_heads, manifest.cache.head_size)
@@ -85,6 +86,11 @@ class ReferenceEngine:
         outputs = self.evaluate(feeds, ["logits", *(f"present_{name}" for name in self._cache)])
         self._logits = outputs.pop("logits")
         self._cache = dict(zip(self._cache, outputs.values(), strict=True))
+
+    def draw(self) -> None:
+        """Draw tokens from the logits; see ``Engine.draw``."""
+        places, ids = self._sampler.draw(self._logits, self._steps, self._next - 1)
+        self._tokens[places] = ids
 
     def logits(self) -> Float:
         """Of the last step; see ``Engine.logits``."""

@@ -16,6 +16,9 @@ from diagd.errors import EngineError
 
 WIDTH = -1
 
+REFUSAL_WORDS = 3
+"""Words behind the token buffer for the sampler's refusal, two at an even place."""
+
 
 class StepTensors:
     """Allocates once; every width reads and writes the same memory.
@@ -39,16 +42,12 @@ class StepTensors:
     ) -> None:
         self._device, self._max_width = device, max_width
         self.named: dict[str, Tensor] = {}
-        for name in ("sources", "positions", "sinks"):
+        for name in ("sources", "positions"):
             self._add(name, (WIDTH,), np.int32)
-        self._add("uniforms", (WIDTH,), np.float32)
-        self._add("token_buffer", (tokens,), np.int32)
+        self._add("token_buffer", (tokens,), np.int32, spare=REFUSAL_WORDS * 4)
         self._add("slot_position", (capacity,), np.int32)
         self._add("write_index", (1,), np.int64)
         self._add("live", (1,), np.int32)
-        self._add("top_k", (), np.int32)
-        for name in ("temperature", "top_p"):
-            self._add(name, (), np.float32)
         self._add("logits", (WIDTH, manifest.output_vocabulary), np.float32)
         for name, described in watch.items():
             if described is not None:
@@ -64,7 +63,6 @@ class StepTensors:
         if form is Form.PORTABLE:
             self._add_rows(shape, dtype)
         else:
-            self._add("next_token_buffer", (tokens,), np.int32)
             self.named |= {f"present_{name}": tensor for name, tensor in self.cache.items()}
 
     @property
@@ -72,17 +70,26 @@ class StepTensors:
         """Tokens of the window, int32 [N]."""
         return self.named["token_buffer"]
 
+    @property
+    def refusal_place(self) -> int:
+        """Word of the token buffer, behind its tokens, at which a refusal of the sampler stands: 64 bits."""
+        return self.token_buffer.shape[0] + 1 & ~1
+
     def clear(self) -> None:
         """Zero buffers and tokens: what a hidden slot holds must be finite."""
         for tensor in (*self.cache.values(), self.token_buffer):
             self._device.clear(tensor.address, math.prod(tensor.shape) * tensor.dtype.itemsize)
 
     def _add(
-        self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic] | type[np.generic]
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[np.generic] | type[np.generic],
+        spare: int = 0,
     ) -> Tensor:
         kind = np.dtype(dtype)
         size = math.prod(self._max_width if length == WIDTH else length for length in shape) * kind.itemsize
-        self.named[name] = tensor = Tensor(self._device.allocate(size), shape, kind)
+        self.named[name] = tensor = Tensor(self._device.allocate(size + spare), shape, kind)
         return tensor
 
     def _add_rows(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
@@ -93,7 +100,6 @@ class StepTensors:
                 f"kernel moves {chunk} at a time: it needs heads of a multiple of "
                 f"{chunk // dtype.itemsize} channels"
             )
-        self._add("tokens", (WIDTH,), np.int32)
         rows = [self._add(f"new_{name}", (1, shape[1], WIDTH, shape[3]), dtype) for name in self.cache]
         self.row_pointers = self._pointers(rows)
         self.buffer_pointers = self._pointers(list(self.cache.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,6 @@ import torch
 from diagd.bundle import atomic_bundle, seal
 from diagd.bundle.manifest import (
     CacheShape,
-    Form,
     GraphWeights,
     Manifest,
     Provenance,
@@ -101,7 +100,7 @@ class Exporter:
         self._tokenizer = family.tokenizer if pixels else None
         self._dtype: np.dtype[np.generic] = np.dtype(PRECISIONS[options.precision].kind)
         self._graphs = self._step_graphs()
-        self._placements = weights.plan(step_shapes(family.transformer, self._dtype, options.forms))
+        self._placements = weights.plan(step_shapes(family.transformer, self._dtype))
 
     def plan(self) -> ExportPlan:
         """Sizes and memory, from dimensions alone."""
@@ -201,7 +200,6 @@ class Exporter:
         }
         for name, table in position_tables(self.family.transformer).items():
             sources[f"transformer.{name}"] = weights.constant(table.numpy())
-        sources["ranges"] = weights.constant(self.family.sampling.range_table(self._layout))
         total = sum(p.length for p in self._placements.values())
         partial = ResumableWeights(output, export_key(source, self._placements))
         try:
@@ -221,7 +219,6 @@ class Exporter:
         model = trace_step(
             self.family.transformer,
             graph.form,
-            self.family.sampling,
             dtype=TORCH_TYPES[self.options.precision],
             capacity=graph.capacity or 0,
         )
@@ -277,13 +274,10 @@ class Exporter:
 
 
 def step_shapes(
-    config: TransformerConfig, dtype: np.dtype[np.generic], forms: Collection[Form]
+    config: TransformerConfig, dtype: np.dtype[np.generic]
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
     """Shape and type of each tensor of the weights file of step graphs, in its order."""
-    shapes = {name: (shape, dtype) for name, shape in step_tensors(config).items()}
-    if any(form.traits.fixed for form in forms):
-        shapes["ranges"] = ((config.layout.frame_length, 2), np.dtype(np.int32))
-    return shapes
+    return {name: (shape, dtype) for name, shape in step_tensors(config).items()}
 
 
 def slots_for(layout: StreamLayout, window: int, max_width: int) -> int:

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from diagd.export.cache_rows import CacheRows
-from diagd.export.sampler import GraphSampler
 from diagd.export.step import StepModule
-from diagd.export.transformer import FullAttention, Transformer
+from diagd.export.transformer import FullAttention
 
 HIDDEN_SCORE = -30_000.0
 """Score of an invisible key: finite in float16, and its weight is exactly 0 beside any visible key."""
@@ -67,19 +65,11 @@ class PortableAttention(FullAttention):
 
 
 class PortableStep(StepModule):
-    """Step over a cache that its runtime writes, with the sampler in the graph.
+    """Step over a cache that its runtime writes.
 
-    Inputs: those of ``ModernStep`` but the sinks. Outputs: tokens int32 [W], logits float32 [W, V],
-    new_key_l and new_value_l [1, G, W, D], which belong at slots ``write_index + arange(W)``.
+    Inputs: those of ``ModernStep``. Outputs: logits float32 [W, V], new_key_l and new_value_l [1, G, W, D],
+    which belong at slots ``write_index + arange(W)``.
     """
-
-    ranges: Tensor
-
-    def __init__(self, transformer: Transformer, sampler: GraphSampler, ranges: Tensor) -> None:
-        """``ranges`` is int32 [frame_length, 2]: ids allowed at each place of a frame, [low, high)."""
-        super().__init__(transformer)
-        self.sampler = sampler
-        self.register_buffer("ranges", ranges, persistent=False)
 
     def forward(
         self,
@@ -88,10 +78,6 @@ class PortableStep(StepModule):
         positions: Tensor,
         slot_position: Tensor,
         write_index: Tensor,
-        uniforms: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
         past: Sequence[Tensor],
         text: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
@@ -102,10 +88,7 @@ class PortableStep(StepModule):
         form = PortableAttention(visible, past[0::2], past[1::2], self.kv)
         ids = token_buffer.index_select(0, sources)
         logits = self.transformer.logits(self.transformer.states(ids, positions, form, text)).float()
-        layout = config.layout
-        allowed = functional.embedding((positions + 1 - layout.prefix) % layout.frame_length, self.ranges)
-        tokens = self.sampler(logits, uniforms, temperature, top_k, top_p, allowed[:, 0], allowed[:, 1])
-        return tokens.to(torch.int32), logits, *form.rows, *self.watched.outputs()
+        return logits, *form.rows, *self.watched.outputs()
 
 
 def _visible(slot_position: Tensor, positions: Tensor, write_index: Tensor) -> Tensor:

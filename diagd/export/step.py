@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from diagd.export.cache_rows import CacheRows
-from diagd.export.sampler import GraphSampler
 from diagd.export.tracing import onnx_operator
 from diagd.export.transformer import Transformer
 from diagd.export.watched import Watched
@@ -160,47 +158,29 @@ class PrefixStep(StepModule):
 
 
 class ModernStep(StepModule):
-    """Step of fixed width and capacity with the sampler in the graph.
+    """Step of fixed width and capacity.
 
-    Inputs: token_buffer int32 [N], sources, positions, sinks int32 [W], slot_position int32 [S],
-    write_index int64 [1], uniforms float32 [W], temperature, top_p float32 [], top_k int32 [],
-    past_key_l and past_value_l [1, G, S, D].
-    Outputs: next_token_buffer int32 [N], logits float32 [W, V], present_key_l, present_value_l.
+    Inputs: token_buffer int32 [N], sources int32 [W], positions int32 [W], slot_position int32 [S],
+    write_index int64 [1], past_key_l and past_value_l [1, G, S, D].
+    Outputs: logits float32 [W, V], present_key_l, present_value_l.
     """
-
-    ranges: Tensor
-
-    def __init__(self, transformer: Transformer, sampler: GraphSampler, ranges: Tensor) -> None:
-        """``ranges`` is int32 [frame_length, 2]: ids allowed at each place of a frame, [low, high)."""
-        super().__init__(transformer)
-        self.sampler = sampler
-        self.register_buffer("ranges", ranges, persistent=False)
 
     def forward(
         self,
         token_buffer: Tensor,
         sources: Tensor,
         positions: Tensor,
-        sinks: Tensor,
         slot_position: Tensor,
         write_index: Tensor,
-        uniforms: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
         past: Sequence[Tensor],
         text: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
         """One step; ``past`` and ``text`` alternate keys and values, layer by layer."""
-        layout = self.transformer.config.layout
         mask = slot_position.unsqueeze(0) <= positions.unsqueeze(1)
         form = ModernAttention(write_index, mask, past[0::2], past[1::2])
         ids = token_buffer.index_select(0, sources)
         logits = self.transformer.logits(self.transformer.states(ids, positions, form, text)).float()
-        allowed = functional.embedding((positions + 1 - layout.prefix) % layout.frame_length, self.ranges)
-        sampled = self.sampler(logits, uniforms, temperature, top_k, top_p, allowed[:, 0], allowed[:, 1])
-        tokens = token_buffer.index_put((sinks.long(),), sampled.to(token_buffer.dtype))
-        return tokens, logits, *_interleave(form.keys, form.values), *self.watched.outputs()
+        return logits, *_interleave(form.keys, form.values), *self.watched.outputs()
 
 
 class TextRows(nn.Module):

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diagd.bundle.manifest import Form, SamplingRules
+from diagd.bundle.manifest import Form
 from diagd.bundle.transformer import TransformerConfig
 from diagd.export.cache_rows import IntegerRows
 from diagd.export.portable import PortableStep
 from diagd.export.projections import projections
-from diagd.export.sampler import GraphSampler
 from diagd.export.step import ModernStep, PrefixStep, StepModule, TextRows
 from diagd.export.tracing import trace
 from diagd.export.transformer import Transformer
@@ -54,7 +53,6 @@ class StepVariant:
 def trace_step(
     config: TransformerConfig,
     form: Form,
-    sampling: SamplingRules,
     *,
     dtype: torch.dtype = torch.float32,
     capacity: int = 0,
@@ -65,7 +63,6 @@ def trace_step(
     Args:
         config: the transformer.
         form: ``prefix`` has a dynamic length; ``modern`` and ``portable`` a fixed capacity.
-        sampling: ids allowed and the nucleus rule; used where the sampler is in the graph.
         dtype: of weights and KV buffers.
         capacity: slots of the KV buffers, where it is fixed.
         variant: other number formats, further outputs.
@@ -74,7 +71,7 @@ def trace_step(
         transformer = Transformer(config).to("meta", dtype)
     if form is Form.PREFIX:
         return _trace_prefix(transformer, dtype, variant)
-    return _trace_sampling(transformer, form, sampling, dtype, capacity, variant)
+    return _trace_fixed(transformer, form, dtype, capacity, variant)
 
 
 def step_tensors(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -186,21 +183,12 @@ def _trace_prefix(transformer: Transformer, dtype: torch.dtype, variant: StepVar
     )
 
 
-def _trace_sampling(
-    transformer: Transformer,
-    form: Form,
-    sampling: SamplingRules,
-    dtype: torch.dtype,
-    capacity: int,
-    variant: StepVariant,
+def _trace_fixed(
+    transformer: Transformer, form: Form, dtype: torch.dtype, capacity: int, variant: StepVariant
 ) -> ir.Model:
-    """The forms with a sampler. Backends fix their dynamic width, and share one copy of the weights."""
-    config = transformer.config
-    ranges = torch.tensor(sampling.range_table(config.layout), dtype=torch.int32).to("meta")
-    modern = form is Form.MODERN
-    step = (ModernStep if modern else PortableStep)(
-        transformer, GraphSampler(keep_crossing=sampling.keep_crossing), ranges
-    )
+    """The forms of fixed capacity. Backends fix their dynamic width, and share one copy of the weights."""
+    config, modern = transformer.config, form is Form.MODERN
+    step = (ModernStep if modern else PortableStep)(transformer)
     watched = _vary(step, form, dtype, variant)
     stored = torch.int8 if variant.integer_cache else dtype
     rows, buffer = 5, 17  # different from each other and from every size of the model
@@ -213,22 +201,15 @@ def _trace_sampling(
         "token_buffer": (_int32(buffer), {0: "N"}),
         "sources": (_int32(rows), {0: "W"}),
         "positions": (_int32(rows), {0: "W"}),
-        "sinks": (_int32(rows), {0: "W"}),
         "slot_position": (_int32(capacity), None),
         "write_index": (torch.zeros(1, dtype=torch.int64, device="meta"), None),
-        "uniforms": (torch.zeros(rows, device="meta"), {0: "W"}),
-        "temperature": (torch.zeros((), device="meta"), None),
-        "top_k": (_int32(), None),
-        "top_p": (torch.zeros((), device="meta"), None),
     }
-    if not modern:
-        del inputs["sinks"]
     cache = cache_names(config.layers, "present" if modern else "new")
     return trace(
         step,
         (*(tensor for tensor, _ in inputs.values()), past, text),
         input_names=[*inputs, *cache_names(config.layers, "past"), *text_names(config)],
-        output_names=["next_token_buffer" if modern else "tokens", "logits", *cache, *watched],
+        output_names=["logits", *cache, *watched],
         opset=max(form.traits.opset, variant.opset),
         dynamic_shapes=(*(axes for _, axes in inputs.values()), [None] * len(past), [None] * len(text)),
     )

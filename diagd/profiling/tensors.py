@@ -26,9 +26,6 @@ Tensors = dict[str, NDArray[Any]]
 Evaluate = Callable[[Tensors], Mapping[str, NDArray[Any]]]
 """Outputs of a step graph by name, from its inputs by name."""
 
-DRAWN = ("next_token_buffer", "tokens")
-"""Outputs that are not compared: tokens follow from the logits."""
-
 
 @dataclass(frozen=True)
 class TensorVerdict:
@@ -60,7 +57,7 @@ def compare_tensors(
     """
     comparator = require("polygraphy.comparator", extra="compare", purpose="compare engines by tensor")
     logger = require("polygraphy.logger", extra="compare", purpose="compare engines by tensor").G_LOGGER
-    names = [name for name in reference.outputs if name not in DRAWN]
+    names = reference.outputs
     runners = [_runner("reference", reference, feeds, names), _runner(engine, evaluate, feeds, names)]
     with logger.verbosity(logger.CRITICAL):
         results = comparator.Comparator.run(runners, data_loader=[feeds])
@@ -139,8 +136,7 @@ def capture_feeds(session: Session, engine: Executor, pad: Callable[[Int], Int])
 
 def _padded(feeds: Tensors, rows: int, width: int) -> Tensors:
     """The same step at another width; pad rows are as ``advance`` of the kernels makes them."""
-    scratch = len(feeds["token_buffer"]) - 1
-    pads = {"sources": 0, "positions": feeds["positions"][rows - 1], "sinks": scratch, "uniforms": 0.5}
+    pads = {"sources": 0, "positions": feeds["positions"][rows - 1]}
     return feeds | {
         name: np.append(feeds[name][:rows], np.full(width - rows, pad, feeds[name].dtype))
         for name, pad in pads.items()

@@ -12,18 +12,18 @@ import numpy as np
 
 from diagd.bundle import Manifest
 from diagd.engines.engine import Engine, Float, Int, SamplingState, Steps
+from diagd.engines.noise import check_seed
 from diagd.errors import UsageError
 from diagd.runtime.context import Refill, context_policy
 from diagd.runtime.decoders.decoder import Decoder
 from diagd.runtime.decoders.forced import ForcedDecoder, RasterDecoder
 from diagd.runtime.decoders.scheduled import ScheduledDecoder
-from diagd.runtime.random import draws, uniforms
-from diagd.runtime.sampling import SamplingSettings, sample
+from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.slots import SlotRing
 from diagd.runtime.step import Frame, Result, StepTime, Timing
 from diagd.runtime.stream import Actions, Ids, Past, Stream, token_places
 from diagd.runtime.text import TextReader
-from diagd.schedule import NO_SINK, Block, Schedule, Step, StreamLayout, feed, slots_in_sight
+from diagd.schedule import Block, Schedule, Step, StreamLayout, feed, slots_in_sight
 
 __all__ = ["Frame", "Session", "StepTime", "Timing", "token_places"]
 
@@ -72,11 +72,6 @@ class Session:
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text = text
         self._run = self._prepared = 0
-        self._ranges = manifest.sampling.range_table(self.layout)
-        shared = self._ranges[0]
-        self._shared = bool(
-            (self._ranges == shared).all() and 0 <= shared[0] < shared[1] <= manifest.output_vocabulary
-        )
 
     def __enter__(self) -> Session:
         return self
@@ -205,7 +200,7 @@ class Session:
             raise UsageError("a session needs a prompt; call start(frames, actions) first")
         if self.layout.gap and actions is None:
             raise UsageError(f"frames need actions of {self.layout.gap} ids each, got none")
-        uniforms(seed, np.zeros(0, np.int64))  # refuses a seed out of range
+        check_seed(seed)
         decoder = decoder or ScheduledDecoder(self.manifest.schedule)
         stream.padded, stream.seed = self._padded(), seed
         stream.settings = self._settings(sampling)
@@ -291,28 +286,23 @@ class Session:
             if refill is not None:
                 self._refill(refill)
                 began = time.perf_counter()
-        steps, places = self._pack(block)
+        steps = self._pack(block)
         engine.send(steps)
         widths, live = block.shape.widths.tolist(), steps.live.tolist()
         bounds = steps.decode_offsets.tolist()
-        ranges = None if self._shared or engine.samples else self._ranges_of(block)
         for n, width in enumerate(widths):
-            drawn = slice(bounds[n], bounds[n + 1])
             if stream.unsent:  # written by whoever watched the step before
                 self._send_tokens()
             entered = time.perf_counter()
             self._step()
-            sampled = left = time.perf_counter()
-            tokens: Int | None = None
-            if not engine.samples:
-                tokens = self._sample(steps.uniforms[drawn], None if ranges is None else ranges[drawn])
-                if block.commit and len(tokens):
-                    engine.write_tokens(places[drawn], tokens)
-                sampled = time.perf_counter()
-            size = width, bounds[n + 1] - bounds[n], live[n]
+            left = time.perf_counter()
+            engine.draw()
+            sampled = time.perf_counter()
+            first, last = bounds[n], bounds[n + 1]
+            size = width, last - first, live[n]
             spent = StepTime(began, *size, left - entered, sampled - left, entered - began)
             timing.add(spent)
-            yield Result(engine, places[drawn], tokens, spent)
+            yield Result(engine, steps.sinks[first:last], spent)
             began = time.perf_counter()
 
     def _step(self) -> None:
@@ -325,8 +315,8 @@ class Session:
         self.engine.clock.mark(number + 1)
         self.stamps = number + 2
 
-    def _pack(self, block: Block) -> tuple[Steps, Int]:
-        """The steps of a block as the engine takes them, and the places that predictions go to."""
+    def _pack(self, block: Block) -> Steps:
+        """The steps of a block as the engine takes them."""
         stream, engine, slots = self._stream, self.engine, self._slots
         if block.drafts is not None:
             drafted = np.flatnonzero(block.drafts >= 0)
@@ -337,51 +327,21 @@ class Session:
             slots.whole_sent()
         shape, positions = block.shape, (block.positions - slots.base).astype(np.int32)
         taken = slots.append(positions, shape, engine.padded_widths(shape.widths))
-        cells = block.sinks[shape.decoding]
-        places = stream.places.of(cells) if block.commit else stream.places.scratch + shape.decoded
-        sinks = np.full(len(positions), stream.places.size - 1, np.int32)
-        sinks[shape.decoding] = places
-        settings = stream.settings
-        steps = Steps(
-            shape.offsets,
-            stream.places.of(block.sources),
-            positions,
-            sinks,
-            shape.draws,
-            shape.decoded,
-            draws(stream.seed, cells),
-            taken.write_index,
-            taken.live,
-            taken.offsets,
-            taken.slots,
-            taken.positions,
-            SamplingState(settings.temperature, settings.top_k, settings.top_p),
+        cells, settings = block.sinks[shape.decoding], stream.settings
+        return Steps(
+            *(shape.offsets, stream.places.of(block.sources), positions),
+            *(shape.draws, shape.decoded),
+            stream.places.of(cells) if block.commit else stream.places.scratch + shape.decoded,
+            cells.astype(np.int64, copy=False),
+            *taken,
+            SamplingState(settings.temperature, settings.top_k, settings.top_p, stream.seed),
         )
-        return steps, places
 
     def _send_tokens(self) -> None:
         """Give the engine the tokens that were written since the last step."""
         for places, ids in self._stream.unsent:
             self.engine.write_tokens(places, ids)
         self._stream.unsent.clear()
-
-    def _ranges_of(self, block: Block) -> Int:
-        """Allowed ids [R, 2] of the cells that a block decodes."""
-        cells = block.sinks[block.sinks != NO_SINK]
-        allowed: Int = self._ranges[(cells - self.layout.prefix) % self.layout.frame_length]
-        return allowed
-
-    def _sample(self, draws: Float, ranges: Int | None) -> Int:
-        """One token a row of the last step, of ids in ``ranges`` [R, 2], or in the range that all share."""
-        logits, settings = self.engine.logits(), self._stream.settings
-        keep_crossing = self.manifest.sampling.keep_crossing
-        if ranges is not None:
-            low, high = ranges.T
-            return sample(logits, draws, settings, low=low, high=high, keep_crossing=keep_crossing)
-        first, last = self._ranges[0]
-        tokens = sample(logits[:, first:last], draws, settings, keep_crossing=keep_crossing)
-        tokens += first
-        return tokens
 
     def _refill(self, refill: Refill) -> None:
         """Feed known tokens again, in passes as wide as the engine takes."""

@@ -88,17 +88,15 @@ class Result:
     All but ``time`` is valid until the next step runs.
     """
 
-    __slots__ = ("_engine", "_places", "_tokens", "time")
+    __slots__ = ("_engine", "_places", "time")
 
-    def __init__(self, engine: Engine, places: Int, tokens: Int | None, time: StepTime) -> None:
-        self._engine, self._places, self._tokens, self.time = engine, places, tokens, time
+    def __init__(self, engine: Engine, places: Int, time: StepTime) -> None:
+        self._engine, self._places, self.time = engine, places, time
 
     @property
     def tokens(self) -> Int:
         """Sampled ids int32 [R] of the rows that decode a cell, in slot order."""
-        if self._tokens is None:
-            self._tokens = self._engine.read_tokens(self._places)
-        return self._tokens
+        return self._engine.read_tokens(self._places)
 
     @property
     def logits(self) -> Float:

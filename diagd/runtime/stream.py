@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from diagd.engines.engine import Float, Int
 from diagd.errors import UsageError
-from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.sampling import SAMPLER, SamplingSettings
 from diagd.runtime.tokens import TokenPlaces
 from diagd.schedule import Schedule, StreamLayout
 
@@ -250,6 +250,7 @@ class Stream:
             "layout": _shape(self.layout),
             "known": self.known,
             "prompt": self.prompt,
+            "sampler": SAMPLER,
             "seed": self.seed,
             "settings": [self.settings.temperature, self.settings.top_k, self.settings.top_p],
             "orders": [None if order is None else order.name for order in orders],
@@ -286,6 +287,8 @@ class Stream:
             head = json.loads(bytes(arrays["head"]))
             if head["format"] != SNAPSHOT:
                 raise ValueError(f"its format is {head['format']!r}")
+            if head["sampler"] != SAMPLER:
+                raise ValueError(f"its sampler is {head['sampler']!r}, this one's is {SAMPLER!r}")
             layout = StreamLayout(*head["layout"])
             orders = [
                 None if order is None else Schedule.parse(order, self.layout) for order in head["orders"]

@@ -8,18 +8,14 @@ import sys
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import pytest
 from rich.console import Console
 
 import benchmarks.ladder as ladder_module
-from benchmarks.ladder import REPEATS, Ladder, Rung, SwitchedEngine, host_sampled, show, without_sampler
+from benchmarks.ladder import REPEATS, Ladder, Rung, SwitchedEngine, show
 from diagd.bundle import Bundle, Form
-from diagd.bundle.manifest import Manifest
 from diagd.engines.backend import StepOptions, find
-from diagd.engines.engine import Engine
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.processor import open_fixed
 from diagd.errors import DiagdError
 from diagd.export.exporter import GraphOptions
 from diagd.profiling.measure import random_workload
@@ -75,13 +71,12 @@ def test_every_rung_is_measured_or_says_why_not(both: Bundle) -> None:
     rungs = climb(both)
     assert list(rungs) == [
         *("precision", "none", "live-prefix attention", "in-place K/V", "both"),
-        *("sampling in the graph", "CUDA graph"),
+        "CUDA graph",
     ]
     assert rungs["none"].gain == 1.0
     for name in ("none", "live-prefix attention", "in-place K/V", "both"):
         check_measured(rungs[name], "prefix form, fp32", "window 3", "1 threads")
         assert rungs[name].before == rungs["none"].seconds
-    check_measured(rungs["sampling in the graph"], "modern form")
     assert "diagd-calibrate" in rungs["precision"].reason
     assert "needs a CUDA device" in rungs["CUDA graph"].reason
 
@@ -94,50 +89,10 @@ def test_precisions_are_compared_in_a_form_that_both_have(both: Bundle) -> None:
     check_measured(rungs["precision int8"], "prefix form", "against fp32")
     rungs = climb(renamed(both, Form.MODERN, "fp16"))
     assert "the bundle has it as modern" in rungs["precision fp16"].reason
-    assert "--form prefix,modern" in rungs["sampling in the graph"].reason
 
 
 def options_of(bundle: Bundle) -> StepOptions:
     return step_options(bundle.manifest, 3, cpu=CPU)
-
-
-def tokens(manifest: Manifest, engine: Engine) -> np.ndarray:
-    session = Session(manifest, engine, 3)
-    workload = random_workload(session, 1, 5)
-    session.start(workload.prompt, workload.prompt_actions)
-    frames = session.generate(
-        5, workload.actions, schedule=Schedule.chained(LAYOUT, 1), sampling=SamplingSettings(0.9, 6, 0.9)
-    )
-    return np.stack([frame.tokens for frame in frames])
-
-
-def test_the_host_draws_what_the_graph_draws(both: Bundle) -> None:
-    options = options_of(both)
-    with without_sampler(both) as bare:
-        by_host = tokens(both.manifest, host_sampled(bare, options))
-        folder = bare.path
-    np.testing.assert_array_equal(by_host, tokens(both.manifest, open_fixed(both, Form.MODERN, options)))
-    assert not folder.exists()
-
-
-def test_the_sampler_is_gone_and_nothing_else(both: Bundle) -> None:
-    """What is left is what the logits and the K/V buffers need, by onnx's own reading of the graph."""
-    whole = onnx.load(both.file(both.manifest.graph(Form.MODERN).file), load_external_data=False)
-    with without_sampler(both) as bare:
-        path = bare.file(bare.manifest.graph(Form.MODERN).file)
-        left = onnx.load(path, load_external_data=False)
-    names = [value.name for value in whole.graph.output]
-    assert names[0] == "next_token_buffer"
-    assert [value.name for value in left.graph.output] == names[1:]
-    made = {name: node for node in whole.graph.node for name in node.output}
-    wanted, needed = set(names[1:]), set()
-    while wanted:
-        if (node := made.get(wanted.pop())) is not None and node.name not in needed:
-            needed.add(node.name)
-            wanted.update(node.input)
-    assert {node.name for node in left.graph.node} == needed
-    assert len(needed) < len(whole.graph.node)
-    assert left.graph.initializer == whole.graph.initializer
 
 
 @pytest.mark.parametrize(("live_prefix", "in_place"), [(False, False), (True, False), (False, True)])

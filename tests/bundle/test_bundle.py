@@ -148,7 +148,7 @@ def test_older_bundles_are_refused_with_the_line_that_makes_them_again(
     with pytest.raises(BundleError) as failure:
         Bundle.open(bundle)
     assert str(failure.value) == (
-        f"{bundle} has schema version 1, this diagd reads version 3; export it again: "
+        f"{bundle} has schema version 1, this diagd reads version 4; export it again: "
         f"diagd-export {line} --form prefix --precision fp32 --output {bundle}"
     )
 

@@ -15,7 +15,7 @@ from diagd.engines.prefix import PrefixEngine
 from diagd.engines.processor import open_fixed
 
 CPU = CpuOptions(threads=1, prepack=False)
-GREEDY = SamplingState(0.0, 0, 1.0)
+GREEDY = SamplingState()
 
 
 def prefix(bundle: Bundle, tokens: int) -> Engine:
@@ -46,11 +46,14 @@ def run_step(
     sampling: SamplingState = GREEDY,
     visible: bool = True,
 ) -> Float:
-    """Run one pass, whose rows later ones see if ``visible``; returns its logits."""
-    draws = np.full(len(decoded), 0.5, np.float32)
-    steps = Steps.single(sources, positions, sinks, decoded, draws, write_index, live, sampling)
+    """Run one pass, whose rows later ones see if ``visible``; returns its logits.
+
+    The predictions of the rows ``decoded`` go to their ``sinks``; those of the others go nowhere.
+    """
+    steps = Steps.single(sources, positions, decoded, sinks[decoded], write_index, live, sampling)
     if not visible:
         steps = replace(steps, update_offsets=np.zeros(2, np.int32))
     engine.send(steps)
     engine.step()
+    engine.draw()
     return engine.logits()

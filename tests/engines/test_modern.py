@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.engine import Engine, SamplingState
 from diagd.engines.executor import Executor
-from diagd.errors import BundleError, UsageError
+from diagd.errors import BundleError, EngineError, UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.runtime.sampling import SamplingSettings
@@ -89,7 +90,7 @@ def test_a_sliding_window_equals_recomputation(case: Case, open_engine: OpenEngi
 @pytest.mark.parametrize(
     "sampling", [SamplingSettings(1.0, 0, 1.0), SamplingSettings(0.8, 5, 1.0), SamplingSettings(1.2, 0, 0.7)]
 )
-def test_widths_and_the_sampler_in_the_graph_draw_what_the_host_draws(
+def test_all_forms_and_widths_draw_the_same_tokens(
     case: Case, open_engine: OpenEngine, sampling: SamplingSettings
 ) -> None:
     run = Run(Schedule.chained(LAYOUT, 1), sampling=sampling, seed=7)
@@ -102,6 +103,27 @@ def test_widths_and_the_sampler_in_the_graph_draw_what_the_host_draws(
     expected = decode(case.bundle, prefix, run)
     np.testing.assert_array_equal(decode(case.bundle, open_engine, run), expected)
     np.testing.assert_array_equal(decode(case.bundle, wide, run), expected)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A model of one weight that is no number."""
+    model = small_model(LAYOUT, layers=1, context_frames=4)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[:] = torch.nan
+    forms = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
+    path = tmp_path_factory.mktemp("broken") / "broken.diagd"
+    return Bundle.open(export_small(model, path, GraphOptions(forms, widths=(1, 16))))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("make", [prefix, modern, portable])
+def test_logits_that_are_no_numbers_are_refused(
+    broken: Bundle, make: Callable[[Bundle, int], Engine], temperature: float
+) -> None:
+    run = Run(Schedule.serial(LAYOUT, 1), sampling=SamplingSettings(temperature))
+    with pytest.raises(EngineError, match="the largest logit of row 0 is nan; expected a finite number"):
+        decode(broken, make, run)
 
 
 def test_a_step_writes_its_slots_and_no_other(case: Case, open_engine: OpenEngine) -> None:
@@ -129,7 +151,7 @@ def test_pad_rows_never_become_nan(case: Case, open_engine: OpenEngine) -> None:
     engine = open_engine(case.bundle, 80)
     engine.widths = (4,)
     row = np.array([30], np.int32)
-    state = SamplingState(1.0, 0, 1.0)
+    state = SamplingState(1.0)
     assert np.isfinite(
         run_step(engine, row, row, row + 1, np.array([0], np.int32), 0, 1, sampling=state)
     ).all()

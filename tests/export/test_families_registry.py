@@ -46,7 +46,7 @@ def test_rules_fill_the_whole_transformer(name: str) -> None:
     sources = family.weights(random_sources(family, seed=0).transformer)
     assert len(sources) == len(family.rules)
     given = {n: source.shape for n, source in sources.items()} | {n: t.shape for n, t in tables.items()}
-    assert given == {n: shape for n, shape in wanted.items() if n != "ranges"}
+    assert given == wanted
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diagd.engines.devices.device import Array
-from diagd.engines.devices.kernels import ADVANCE, APPEND, CHUNK_BYTES, built_ptx, compile_kernels
+from diagd.engines.devices.kernels import CHUNK_BYTES, KERNELS, built_ptx, compile_kernels
 from diagd.errors import EngineError, require
 
 
@@ -73,7 +73,7 @@ class CudaDevice:
         index: which GPU.
     """
 
-    kind, ahead, chunk_bytes = "cuda", True, CHUNK_BYTES
+    kind, ahead, chunk_bytes, threads = "cuda", True, CHUNK_BYTES, 512
 
     def __init__(self, index: int = 0) -> None:
         self._cuda = open_driver()
@@ -93,10 +93,7 @@ class CudaDevice:
         ptx = built_ptx()
         code = ptx + b"\0" if ptx else compile_kernels(int(self.description.target[2:]))
         self._module = check(self._cuda.cuModuleLoadData(code))
-        return {
-            name: check(self._cuda.cuModuleGetFunction(self._module, name.encode()))
-            for name in (ADVANCE, APPEND)
-        }
+        return {name: check(self._cuda.cuModuleGetFunction(self._module, name.encode())) for name in KERNELS}
 
     def allocate(self, size: int) -> int:
         """See ``Device.allocate``."""

@@ -16,13 +16,15 @@ class Device(Protocol):
     """Memory, kernels and graphs of one accelerator.
 
     ``stream`` is the handle that backends take; ``kind`` is ONNX Runtime's name for the memory; ``ahead``:
-    what is queued may still run when a call returns; ``chunk_bytes``: what ``append`` moves at a time.
+    what is queued may still run when a call returns; ``chunk_bytes``: what ``append`` moves at a time;
+    ``threads``: of a block of a kernel.
     """
 
     stream: int
     kind: str
     ahead: bool
     chunk_bytes: int
+    threads: int
 
     def allocate(self, size: int) -> int:
         """Address of ``size`` zeroed bytes that live as long as the device."""

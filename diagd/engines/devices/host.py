@@ -17,9 +17,13 @@ from diagd.engines.devices.kernels import (
     APPEND,
     CHUNK_BYTES,
     HEADER_WORDS,
+    SAMPLE,
     AdvanceArguments,
     AppendArguments,
+    SampleArguments,
 )
+from diagd.engines.engine import SamplingState
+from diagd.engines.sampler import sample
 
 _ALIGNMENT = 256
 
@@ -31,7 +35,7 @@ class HostDevice:
         kernels: a host build of ``native/``; without, NumPy does what the kernels do.
     """
 
-    kind, stream, ahead = "cpu", 0, False
+    kind, stream, ahead, threads = "cpu", 0, False, 1
 
     def __init__(self, kernels: ctypes.CDLL | None = None) -> None:
         self._kernels = kernels
@@ -79,10 +83,11 @@ class HostDevice:
         """Run a kernel of ``native/``, or its twin in NumPy."""
         if self._kernels is not None:
             function = getattr(self._kernels, kernel)
-            work: Callable[[], object] = partial(function, ctypes.byref(arguments), blocks * threads)
+            work: Callable[[], object] = partial(function, ctypes.byref(arguments), threads)
         else:
             twins: dict[str, Callable[[Any], Callable[[], object]]] = {
                 ADVANCE: self._advance,
+                SAMPLE: self._sample,
                 APPEND: self._append,
             }
             work = twins[kernel](arguments)
@@ -136,27 +141,45 @@ class HostDevice:
     def _advance(self, a: AdvanceArguments) -> Callable[[], object]:
         """``diagd_advance`` in NumPy; the arrays are looked up once."""
         records, cursor = self._words(a.records), self._words(a.cursor)
-        targets = [self._words(address) for address in (a.sources, a.positions, a.sinks, a.uniforms)]
-        slots, index = self._words(a.slot_position), self._words(a.write_index)
-        scalars = [self._words(address) for address in (a.live, a.temperature, a.top_k, a.top_p)]
-        half, width, scratch = int(np.float32(0.5).view(np.int32)), a.width, a.scratch
+        sources, positions = self._words(a.sources), self._words(a.positions)
+        slots, index, used = (self._words(at) for at in (a.slot_position, a.write_index, a.live))
+        width = a.width
 
         def work() -> None:
             at = int(cursor[0])
             header = records[at : at + HEADER_WORDS].tolist()
-            rows, write_index, live, updates, temperature, top_k, top_p, following = header[:8]
-            pads = (0, 0, scratch, half)
-            for target, start, pad in zip(targets, header[8:12], pads, strict=True):
+            rows, write_index, live, updates = header[:4]
+            for target, start in zip((sources, positions), header[11:13], strict=True):
                 target[:rows] = records[start : start + rows]
-                target[rows:width] = pad
+                target[rows:width] = 0
             if 0 < rows < width:  # pads stand where the last row stands, so that every query sees a key
-                targets[1][rows:width] = targets[1][rows - 1]
-            changed, positions = header[12:14]
-            slots[records[changed : changed + updates]] = records[positions : positions + updates]
-            index[:2] = write_index, 0
-            for scalar, value in zip(scalars, (live, temperature, top_k, top_p), strict=True):
-                scalar[0] = value
-            cursor[0] = following
+                positions[rows:width] = positions[rows - 1]
+            changed, values = header[16:18]
+            slots[records[changed : changed + updates]] = records[values : values + updates]
+            index[:2], used[0] = (write_index, 0), live
+            cursor[:2] = header[10], at
+
+        return work
+
+    def _sample(self, a: SampleArguments) -> Callable[[], object]:
+        """``diagd_sample`` in NumPy; a row that is refused raises at once."""
+        records, cursor, tokens = (self._words(at) for at in (a.records, a.cursor, a.token_buffer))
+        ranges = self._words(a.ranges)[: 2 * a.frame_length].reshape(-1, 2)
+        logits = self._words(a.logits)[: a.width * a.vocabulary].view(np.float32).reshape(a.width, -1)
+        prefix, keep_crossing = a.prefix, bool(a.keep_crossing)
+
+        def work() -> None:
+            header = records[int(cursor[1]) :][:HEADER_WORDS]
+            count, columns = int(header[4]), header[13:16].tolist()
+            decoded, sinks = (records[start : start + count] for start in columns[:2])
+            cells = records[columns[2] : columns[2] + 2 * count].copy().view(np.int64)
+            temperature, top_p = header[5:8:2].view(np.float32).tolist()
+            seed = int(header[8:10].copy().view(np.uint64)[0])
+            state = SamplingState(temperature, int(header[6]), top_p, seed)
+            low, high = ranges[(cells - prefix) % len(ranges)].T
+            tokens[sinks] = sample(
+                logits[decoded], cells, state, low=low, high=high, keep_crossing=keep_crossing
+            )
 
         return work
 
@@ -172,13 +195,11 @@ class HostDevice:
             (row.reshape(a.groups, a.width, chunk), buffer.reshape(a.groups, a.capacity, chunk))
             for row, buffer in zip(rows, buffers, strict=True)
         ]
-        index, tokens, sinks = self._words(a.write_index), self._words(a.tokens), self._words(a.sinks)
-        token_buffer, width = self._words(a.token_buffer), a.width
+        index, width = self._words(a.write_index), a.width
 
         def work() -> None:
             start = int(index[0])
             for new, buffer in pairs:
                 buffer[:, start : start + width] = new
-            token_buffer[sinks[:width]] = tokens[:width]
 
         return work

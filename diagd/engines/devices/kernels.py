@@ -7,34 +7,39 @@ from pathlib import Path
 
 from diagd.errors import DependencyError
 
-ADVANCE, APPEND = "diagd_advance", "diagd_append"
-HEADER_WORDS = 16
+ADVANCE, SAMPLE, APPEND = KERNELS = "diagd_advance", "diagd_sample", "diagd_append"
+HEADER_WORDS = 18
 CHUNK_BYTES = 16
-SOURCE_NAME, HEADER_NAME, PTX_NAME = "step_kernels.cu", "step_kernels.h", "step_kernels.ptx"
+SOURCE_NAME, PTX_NAME = "step_kernels.cu", "step_kernels.ptx"
+HEADER_NAMES = ("step_kernels.h", "sampling.h")
 
-ADVANCE_POINTERS = (
-    *("records", "cursor", "sources", "positions", "sinks", "uniforms", "write_index", "live"),
-    *("temperature", "top_k", "top_p", "slot_position"),
-)
+ADVANCE_POINTERS = ("records", "cursor", "sources", "positions", "write_index", "live", "slot_position")
 
 
 class AdvanceArguments(ctypes.Structure):
     """The next step's record to the fixed tensors a graph reads."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ADVANCE_POINTERS),
-        *((name, ctypes.c_int32) for name in ("width", "scratch")),
-    )
+    _fields_ = (*((name, ctypes.c_void_p) for name in ADVANCE_POINTERS), ("width", ctypes.c_int32))
 
 
-class AppendArguments(ctypes.Structure):
-    """New rows to the K/V buffers, tokens to the token buffer."""
+class SampleArguments(ctypes.Structure):
+    """Logits to tokens, by the record of the step that runs."""
 
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("rows", "buffers", "write_index", "tokens", "sinks", "token_buffer")
+            for name in ("records", "cursor", "logits", "ranges", "token_buffer", "refused")
         ),
+        ("prefix", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("frame_length", "vocabulary", "keep_crossing", "width")),
+    )
+
+
+class AppendArguments(ctypes.Structure):
+    """New rows to the K/V buffers."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "buffers", "write_index")),
         *((name, ctypes.c_int32) for name in ("tensors", "groups", "capacity", "width", "row_chunks")),
     )
 
@@ -45,8 +50,8 @@ def built_ptx() -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
-def kernel_source() -> tuple[str, str]:
-    """Texts of the kernels and of their header, in the package or in the checkout around it.
+def kernel_source() -> tuple[str, dict[str, str]]:
+    """Texts of the kernels and of their headers by name, in the package or in the checkout around it.
 
     Raises:
         DependencyError: they are in neither.
@@ -54,9 +59,10 @@ def kernel_source() -> tuple[str, str]:
     here = Path(__file__).parent
     for directory in (here, here.parents[2] / "native"):
         if (directory / SOURCE_NAME).is_file():
-            return (directory / SOURCE_NAME).read_text(encoding="utf-8"), (directory / HEADER_NAME).read_text(
-                encoding="utf-8"
+            source, *headers = (
+                (directory / name).read_text(encoding="utf-8") for name in (SOURCE_NAME, *HEADER_NAMES)
             )
+            return source, dict(zip(HEADER_NAMES, headers, strict=True))
     raise DependencyError(
         f"the device kernels are neither built nor at hand: {here} has no {PTX_NAME} and no {SOURCE_NAME}; "
         "in a checkout run: cmake -B build -DDIAGD_INSTALL_KERNELS=ON && cmake --build build"
@@ -77,18 +83,18 @@ def compile_kernels(architecture: int) -> bytes:
     from diagd.errors import EngineError, require
 
     nvrtc = require("cuda.bindings.nvrtc", extra="cuda", purpose="compile the device kernels")
-    source, header = kernel_source()
+    source, headers = kernel_source()
+    names, texts = [name.encode() for name in headers], [text.encode() for text in headers.values()]
     try:
         program = check(
-            nvrtc.nvrtcCreateProgram(
-                source.encode(), SOURCE_NAME.encode(), 1, [header.encode()], [HEADER_NAME.encode()]
-            )
+            nvrtc.nvrtcCreateProgram(source.encode(), SOURCE_NAME.encode(), len(names), texts, names)
         )
     except RuntimeError as error:
         raise DependencyError(
             f"NVRTC cannot be loaded: {error}; run: pip install nvidia-cuda-nvrtc"
         ) from error
-    options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17"]
+    # The sampler rounds products before it adds them, as NumPy does.
+    options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17", b"--fmad=false"]
     outcome = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(outcome[0]) != 0:
         log = bytes(check(nvrtc.nvrtcGetProgramLogSize(program)))

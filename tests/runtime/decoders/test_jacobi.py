@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,11 +115,12 @@ def test_every_form_of_the_step_graph(path: Path, form: Form, window: int | None
 
 
 @pytest.mark.parametrize("crossing", [True, False])
-def test_ranges_of_single_cells_and_either_rule_of_top_p(session: Session, crossing: bool) -> None:
+def test_ranges_of_single_cells_and_either_rule_of_top_p(path: Path, crossing: bool) -> None:
     ranges = (IdRange(low=2, high=CODES), IdRange(cell=1, low=0, high=3), IdRange(cell=7, low=20, high=CODES))
     rules = SamplingRules(ranges=ranges, keep_crossing=crossing)
-    manifest = session.manifest.model_copy(update={"sampling": rules})
-    session = Session(manifest, session.engine, session.window)
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest.model_copy(update={"sampling": rules})
+    session = open_session(replace(bundle, manifest=manifest), cpu=CpuOptions(1))
     truth, _ = decode(session, next_token(session.layout), SETTINGS["T=1, top-p"])
     assert truth.reshape(FRAMES, -1)[:, 1].max() < 3
     for window in WINDOWS:

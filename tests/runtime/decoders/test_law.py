@@ -85,6 +85,16 @@ class World:
         return np.array(found, np.int32)
 
 
+@dataclass(frozen=True)
+class Written:
+    """Reads what the world has written, as of an engine."""
+
+    stream: Stream
+
+    def read_tokens(self, places: np.ndarray) -> np.ndarray:
+        return self.stream.tokens[places]
+
+
 def play(world: World, decoder: JacobiDecoder, noise: tuple[Fraction, ...]) -> tuple[int, ...]:
     """Decode one frame behind a prompt of one; the tokens."""
     stream = Stream(LAYOUT, np.zeros(0, np.int32), 2, np.arange(9, dtype=np.int32), 2)
@@ -104,7 +114,7 @@ def play(world: World, decoder: JacobiDecoder, noise: tuple[Fraction, ...]) -> t
         places = stream.places.of(block.sinks[block.sinks != NO_SINK])
         stream.tokens[places] = tokens
         try:
-            block = blocks.send(Result(None, places, tokens, NO_TIME))  # type: ignore[arg-type]
+            block = blocks.send(Result(Written(stream), places, NO_TIME))  # type: ignore[arg-type]
         except StopIteration:
             block = None
     return tuple(stream.frame(1).reshape(-1).tolist())

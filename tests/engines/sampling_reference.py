@@ -1,4 +1,4 @@
-"""The sampling rules once more, in sorted float64 NumPy: what the host and the graph are tested against."""
+"""The sampling rules once more, in sorted float64 NumPy: what the sampler is tested against."""
 
 from __future__ import annotations
 
@@ -34,12 +34,11 @@ def kept_probabilities(
     return weights / weights.sum(), margin
 
 
-def draw(probabilities: NDArray[np.float64], uniform: float) -> tuple[int, float]:
-    """Inverse CDF in order of id, and the distance of the uniform to the nearest boundary."""
-    ends = np.cumsum(probabilities)
-    inner = ends[probabilities > 0][:-1]
-    margin = float(np.abs(inner - uniform).min()) if inner.size else 1.0
-    return int(np.argmax((ends > uniform) & (probabilities > 0))), margin
+def draw(probabilities: NDArray[np.float64], noise: NDArray[np.float32]) -> tuple[int, float]:
+    """The id of greatest probability over noise, and by what share of it the second falls short."""
+    scores = probabilities / noise.astype(np.float64)
+    second, first = np.sort(scores)[-2:]
+    return int(scores.argmax()), float((first - second) / first)
 
 
 @st.composite
