@@ -88,6 +88,16 @@ class Scores:
     ntp_match: Estimate | None = None
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """Figures of rollouts; see `Scores`."""
+
+    generated_nll: Estimate
+    geometry: GeometryScores | None
+    truth: TruthScores
+    ntp_match: Estimate
+
+
 class Evaluation:
     """True windows, their geometry and the likelihood of next-token prediction, shared by all schedules.
 
@@ -113,8 +123,7 @@ class Evaluation:
         options, model = self.options, self.model
         nll = model.nll(self.windows, schedule)
         rolled = self._roll_out(schedule)
-        likelihood = model.nll(rolled, Schedule.next_token(model.layout))
-        generated = slice(options.prompt * model.layout.frame_length, None)
+        judgement = self.judge(rolled)
         scores = Scores(
             name=name,
             k=schedule.k,
@@ -125,12 +134,24 @@ class Evaluation:
             nll=Estimate.of(_row_means(nll)),
             nll_settled=Estimate.of(_row_means(nll[:, SETTLED * model.layout.frame_length :])),
             nll_gap=Estimate.of(_row_means(nll - self.baseline)),
-            generated_nll=Estimate.of(_row_means(likelihood[:, generated])),
-            geometry=self.geometry_scores(rolled, self.geometry) if self.geometry else None,
-            truth=self._compare(rolled),
-            ntp_match=Estimate.of(self._match(rolled, self._baseline_rollouts)),
+            generated_nll=judgement.generated_nll,
+            geometry=judgement.geometry,
+            truth=judgement.truth,
+            ntp_match=judgement.ntp_match,
         )
         return scores, rolled
+
+    def judge(self, rolled: Streams) -> Judgement:
+        """Judge rollouts [B, N], however they were decoded."""
+        layout = self.model.layout
+        likelihood = self.model.nll(rolled, Schedule.next_token(layout))
+        generated = slice(self.options.prompt * layout.frame_length, None)
+        return Judgement(
+            Estimate.of(_row_means(likelihood[:, generated])),
+            self.geometry_scores(rolled, self.geometry) if self.geometry else None,
+            self._compare(rolled),
+            Estimate.of(self._match(rolled, self._baseline_rollouts)),
+        )
 
     def _roll_out(self, schedule: Schedule) -> Streams:
         if schedule == Schedule.next_token(self.model.layout):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diagd.bundle import Bundle
 from diagd.errors import UsageError
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.recordings import cached_tokens, recorded_actions
@@ -18,6 +19,7 @@ from worlds.geometry import UNKNOWN_GEOMETRY, Geometry
 from worlds.metrics import Estimate, MetricNetwork, frechet_distance
 from worlds.model import Streams, WorldModel, open_model
 from worlds.options import EvalRun
+from worlds.pareto import Point, compare, write_points
 from worlds.report import save_contact_sheet, write_scores
 
 Report = Callable[[str], None]
@@ -34,9 +36,10 @@ def run_eval(run: EvalRun, report: Report = lambda _: None) -> list[Scores]:
     """
     networks = [MetricNetwork(path) for path in run.networks]
     model = open_model(run.model, run.precision)
+    orders = schedules(model.layout, run)
     evaluation = _evaluation(run, model)
     scores, rollouts, drift, learned = [], {"truth": evaluation.truth}, {}, {}
-    for schedule in schedules(model.layout, run):
+    for schedule in orders:
         name = schedule.name
         report(name)
         score, rollouts[name] = evaluation.score(name, schedule)
@@ -64,6 +67,21 @@ def _evaluation(run: EvalRun, model: WorldModel) -> Evaluation:
         raise UsageError(f"--long-frames: drift is judged by the geometry of the world; {UNKNOWN_GEOMETRY}")
     frames = min(run.options.window_frames, model.context_frames)
     return Evaluation(model, recording, geometry, replace(run.options, window_frames=frames))
+
+
+def run_pareto(run: EvalRun, report: Report = lambda _: None) -> list[Point]:
+    """Compare decoders of a bundle, and write pareto.json and pareto.png.
+
+    Raises:
+        UsageError: recordings, decoders or a scorer that cannot be used.
+        BundleError: a bundle that cannot be read.
+    """
+    bundle = Bundle.open(run.model).at_precision(run.precision)
+    few = replace(run.options, windows=2)  # the likelihood of true windows is not asked for
+    evaluation = _evaluation(replace(run, options=few), open_model(run.model, run.precision))
+    points = compare(bundle, evaluation, run.decoders, run.drafts, report)
+    write_points(run.output, points, {"model": run.model.name, "options": asdict(evaluation.options)})
+    return points
 
 
 def schedules(layout: StreamLayout, run: EvalRun) -> list[Schedule]:

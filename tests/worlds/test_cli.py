@@ -107,6 +107,30 @@ def test_a_precision_is_one_of_the_bundle(
     assert "--precision fp32 is for bundles" in capsys.readouterr().err
 
 
+def test_decoders_are_compared_by_speed_and_quality(
+    small: Path, noise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both ends of the knob, the bars between and the controls; exact ones are next-token prediction's."""
+    bundle, output = str(small.parent / "small.diagd"), tmp_path / "pareto"
+    command = ["eval", bundle, "--data", str(noise), "--output", str(output), "--rollouts", "2"]
+    command += ["--set", "prompt=1", "--set", "frames=5", "--set", "threads=1"]
+    names = ("next token", "k=1 serial", "jacobi", "draft")
+    assert main([*command, "--set", "drafter_order=k=1 serial", "--decoders", *names]) == 0
+    assert "jacobi" in capsys.readouterr().out
+    assert (output / "pareto.png").stat().st_size > 5_000
+    found = {point["name"]: point for point in json.loads((output / "pareto.json").read_text())["decoders"]}
+    assert sum(point["curve"] == "draft" for point in found.values()) >= 3  # equal bars share a name
+    assert sum(point["curve"] == "mean" for point in found.values()) == 3
+    for name in ("next token", "jacobi", "target"):
+        assert found[name]["judgement"]["ntp_match"]["mean"] == 1
+        assert found[name]["exact"] == 1
+    assert found["drafter"]["judgement"] == found["k=1 serial"]["judgement"]
+    assert (found["drafter"]["kept"], found["target"]["kept"], found["jacobi"]["kept"]) == (1, 0, None)
+    assert any(point["best"] for point in found.values())
+    assert main([*command, "--decoders", "fastest"]) == 2
+    assert "order 'fastest'" in capsys.readouterr().err
+
+
 def test_drift_needs_a_known_geometry(
     small: Path, noise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,11 +100,11 @@ class LikelihoodScorer:
         return cls(float(np.mean(own)), float(np.std(own)))
 
 
-def worst_likelihood(tokens: Int, logits: Float) -> float:
-    """Mean log-probability, nats, of a frame's least likely twentieth of tokens, by logits [cells, V]."""
+def worst_likelihood(tokens: Int, logits: Float, share: float = _WORST) -> float:
+    """Mean log-probability, nats, of a frame's least likely share of tokens, by logits [cells, V]."""
     rows = logits - logits.max(axis=1, keepdims=True)
     found = rows[np.arange(len(rows)), tokens.reshape(-1)] - np.log(np.exp(rows).sum(axis=1))
-    worst = max(1, round(_WORST * len(found)))
+    worst = max(1, round(share * len(found)))
     return float(np.sort(found)[:worst].mean())
 
 

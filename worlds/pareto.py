@@ -1,0 +1,271 @@
+"""Speed against quality: decoders and drafts over the same rollouts, and which of them nothing else beats."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from diagd.bundle import Bundle
+from diagd.bundle.files import atomic_file
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.runtime.decoders import Decoder, DraftDecoder, JacobiDecoder, ScheduledDecoder
+from diagd.runtime.decoders.scoring import Proposal, Scorer, open_scorer, worst_likelihood
+from diagd.runtime.load import open_session
+from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.session import Session
+from diagd.schedule import Schedule, StreamLayout
+from worlds.evaluate import Evaluation, Judgement
+from worlds.model import Streams
+from worlds.options import DraftOptions
+
+QUANTILES: Final = tuple(n / 10 for n in range(1, 10))
+CONTROLS: Final = (0.25, 0.5, 0.75)
+EVERYTHING: Final = -1e30
+"""A bar that every draft passes, the first of a rollout aside, and that is scored all the same."""
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class Contestant:
+    """A decoder, and what its frames took; the first of a rollout, which feeds the prompt, is not counted."""
+
+    name: str
+    curve: str
+    decoder: Decoder
+    seconds: list[float] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    exact: list[bool] = field(default_factory=list)
+    rolled: list[Streams] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One decoder.
+
+    Attributes:
+        name: of it.
+        curve: it belongs to, such as all values of tau.
+        frames_per_second: median, and between the tenth and ninetieth of a hundred frames.
+        passes: of the target, a frame.
+        kept: share of frames that are the drafter's; None without one.
+        exact: share of frames that are next-token prediction's behind those before them.
+        judgement: of its rollouts.
+        best: no other is as fast and as likely under next-token prediction, and better in one of the two.
+    """
+
+    name: str
+    curve: str
+    frames_per_second: tuple[float, float, float]
+    passes: float
+    kept: float | None
+    exact: float
+    judgement: Judgement
+    best: bool = False
+
+
+def compare(
+    bundle: Bundle,
+    evaluation: Evaluation,
+    decoders: Sequence[str],
+    options: DraftOptions,
+    report: Report = lambda _: None,
+) -> list[Point]:
+    """Roll out by every decoder, in turns, and judge.
+
+    Args:
+        bundle: of the model.
+        evaluation: has the rollouts, and judges.
+        decoders: ``k=1 chained`` or another order, ``jacobi``, or ``draft``: the drafter, the target, and all
+            between.
+        options: of the drafts.
+        report: hears what is done.
+
+    Raises:
+        UsageError: a decoder or scorer that is none, or a drafter that does not fit.
+    """
+    cpu = CpuOptions(options.threads)
+    with ExitStack() as stack:
+        target = stack.enter_context(open_session(bundle, cpu=cpu))
+        contestants = [_plain(name, target.layout) for name in decoders if name != "draft"]
+        if "draft" in decoders:
+            source = Bundle.open(options.drafter) if options.drafter else bundle
+            drafter = stack.enter_context(open_session(source, cpu=cpu, precision=options.drafter_precision))
+            report("draft scores")
+            contestants += _drafts(target, drafter, PixelCodec(bundle, cpu), evaluation, options)
+        for number in range(len(evaluation.truth)):
+            report(f"rollout {number + 1} of {len(evaluation.truth)}")
+            for contestant in contestants:
+                _roll_out(target, contestant, evaluation, number)
+    return _marked([_point(contestant, evaluation) for contestant in contestants])
+
+
+def _plain(name: str, layout: StreamLayout) -> Contestant:
+    if name == "jacobi":
+        return Contestant(name, name, JacobiDecoder())
+    return Contestant(name, "orders", ScheduledDecoder(Schedule.parse(name, layout)))
+
+
+def _drafts(
+    target: Session,
+    drafter: Session,
+    pixels: PixelCodec,
+    evaluation: Evaluation,
+    options: DraftOptions,
+) -> Iterator[Contestant]:
+    """Both ends of the knob, nine bars between, and the controls.
+
+    Bars are quantiles of the scores of drafts, so that points are spread evenly over what is kept. Controls
+    keep as much by chance, by the mean of all cells in place of the worst, and without the target's first
+    frame.
+    """
+    order = options.drafter_order
+    own = None if order is None else ScheduledDecoder(Schedule.parse(order, drafter.layout))
+    draft = partial(DraftDecoder, drafter, decoder=own)
+    frames, actions = _known(target.layout, evaluation, 0)
+    target.start(frames, actions[: len(frames)])
+    scorer = open_scorer(options.score, target, list(actions[len(frames) :]), pixels)
+    bars = partial(_bars, target, draft, evaluation)
+    yield Contestant("drafter", "draft", draft(-math.inf, scorer))
+    for share, tau in zip(QUANTILES, bars(scorer, QUANTILES), strict=True):
+        yield Contestant(f"tau {tau:.3g}", "draft", draft(tau, scorer))
+        chance = np.random.default_rng(round(100 * share))
+        yield Contestant(f"{1 - share:.0%} by chance", "chance", draft(share, _by_chance(chance)))
+    yield Contestant("target", "draft", draft(math.inf, scorer))
+    for share, tau in zip(CONTROLS, bars(_mean, CONTROLS), strict=True):
+        yield Contestant(f"{1 - share:.0%} by the mean", "mean", draft(tau, _mean))
+    for share, tau in zip(CONTROLS, bars(scorer, CONTROLS), strict=True):
+        free = draft(tau, scorer, target_first=False)
+        yield Contestant(f"{1 - share:.0%}, no first frame", "no first frame", free)
+
+
+def _by_chance(random: np.random.Generator) -> Scorer:
+    return lambda proposal: float(random.random())
+
+
+def _mean(proposal: Proposal) -> float:
+    """Log-likelihood of all cells, not of the worst."""
+    return worst_likelihood(proposal.tokens, proposal.logits, share=1.0)
+
+
+def _bars(
+    target: Session,
+    draft: Callable[[float, Scorer], DraftDecoder],
+    evaluation: Evaluation,
+    scorer: Scorer,
+    shares: Sequence[float],
+) -> list[float]:
+    """Quantiles of the scores of drafts in rollouts that keep all of them."""
+    decoder = draft(EVERYTHING, scorer)
+    for number in range(len(evaluation.truth)):
+        _roll_out(target, Contestant("", "", decoder), evaluation, number)
+    scores = np.array(decoder.scores)
+    return [float(bar) for bar in np.quantile(scores[np.isfinite(scores)], shares)]
+
+
+def _known(layout: StreamLayout, evaluation: Evaluation, number: int) -> tuple[Any, Any]:
+    """Prompt frames int32 [P, rows, columns] of a rollout, and the actions [F, 1] of all its frames."""
+    rows = evaluation.truth[number].reshape(-1, layout.frame_length).astype(np.int32)
+    prompt = evaluation.options.prompt
+    return rows[:prompt, 1:].reshape(prompt, layout.rows, layout.columns), rows[:, :1]
+
+
+def _roll_out(session: Session, contestant: Contestant, evaluation: Evaluation, number: int) -> None:
+    frames, actions = _known(session.layout, evaluation, number)
+    options, stream = evaluation.options, evaluation.truth[number].copy()
+    session.start(frames, actions[: len(frames)])
+    made = list(
+        session.frames(
+            contestant.decoder,
+            actions[len(frames) :],
+            sampling=options.sampling,
+            seed=options.seed + number,
+        )
+    )
+    cells = stream.reshape(-1, session.layout.frame_length)[len(frames) :, 1:]
+    cells[:] = np.stack([frame.tokens.reshape(-1) for frame in made])
+    contestant.rolled.append(stream)
+    contestant.seconds += [frame.seconds for frame in made[1:]]
+    contestant.passes += [frame.steps for frame in made[1:]]
+    contestant.exact += [frame.exact for frame in made]
+
+
+def _point(contestant: Contestant, evaluation: Evaluation) -> Point:
+    slow, middle, quick = (float(1 / q) for q in np.quantile(contestant.seconds, (0.9, 0.5, 0.1)))
+    decoder = contestant.decoder
+    return Point(
+        contestant.name,
+        contestant.curve,
+        (middle, slow, quick),
+        float(np.mean(contestant.passes)),
+        float(np.mean(decoder.kept)) if isinstance(decoder, DraftDecoder) else None,
+        float(np.mean(contestant.exact)),
+        evaluation.judge(np.stack(contestant.rolled)),
+    )
+
+
+def _marked(points: list[Point]) -> list[Point]:
+    """The same, with those marked that none beats."""
+    figures = [(p.frames_per_second[0], -p.judgement.generated_nll.mean) for p in points]
+
+    def beaten(own: tuple[float, float]) -> bool:
+        return any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in figures)
+
+    return [replace(point, best=not beaten(own)) for point, own in zip(points, figures, strict=True)]
+
+
+def points_table(points: Sequence[Point]) -> Table:
+    """The figures as a table for the console."""
+    heads = ("frames/s", "passes", "drafter's", "exact", "generated NLL", "as NTP", "best")
+    table = Table("decoder", *heads, title="speed against quality")
+    for point in points:
+        kept = "-" if point.kept is None else f"{point.kept:.0%}"
+        nll, match = point.judgement.generated_nll, point.judgement.ntp_match
+        table.add_row(
+            point.name,
+            f"{point.frames_per_second[0]:.1f}",
+            f"{point.passes:.1f}",
+            kept,
+            f"{point.exact:.0%}",
+            f"{nll.mean:.4f} +- {nll.error:.4f}",
+            f"{match.mean:.3f}",
+            "*" if point.best else "",
+        )
+    return table
+
+
+def write_points(folder: Path, points: Sequence[Point], extra: dict[str, Any]) -> None:
+    """Write pareto.json and pareto.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / "pareto.json") as partial_file:
+        found = {"decoders": [asdict(point) for point in points]} | extra
+        partial_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for curve in dict.fromkeys(point.curve for point in points):
+        own = sorted((p for p in points if p.curve == curve), key=lambda p: p.frames_per_second[0])
+        across = [p.frames_per_second[0] for p in own]
+        up, error = ([getattr(p.judgement.generated_nll, what) for p in own] for what in ("mean", "error"))
+        line = "" if curve == "orders" else "-"
+        axes.errorbar(across, up, error, fmt=f"o{line}", markersize=4, linewidth=0.8, label=curve)
+    for point in (p for p in points if p.best):
+        at = point.frames_per_second[0], point.judgement.generated_nll.mean
+        axes.plot(*at, "o", markersize=10, markerfacecolor="none", markeredgecolor="black")
+        axes.annotate(point.name, at, textcoords="offset points", xytext=(6, 6), fontsize=7)
+    axes.set_xlabel("frames/s, median")
+    axes.set_ylabel("nats per token under next-token prediction")
+    axes.invert_yaxis()
+    axes.legend(fontsize=7)
+    axes.set_title("circled: no other decoder is as fast and as likely", fontsize=8)
+    with atomic_file(folder / "pareto.png") as partial_file:
+        figure.savefig(partial_file, format="png")
