@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diagd.bundle.manifest import Form
+from diagd.bundle.manifest import Form, FormTraits
 from diagd.bundle.transformer import TransformerConfig
-from diagd.export.cache_rows import IntegerRows
-from diagd.export.portable import PortableStep
+from diagd.export.forms import Step, TextRows
 from diagd.export.projections import projections
-from diagd.export.step import ModernStep, PrefixStep, StepModule, TextRows
 from diagd.export.tracing import trace
 from diagd.export.transformer import Transformer
-from diagd.export.watched import Watched, WatchedMatrix, WatchedRows
+from diagd.export.variants import IntegerRows, Watched, WatchedMatrix, WatchedRows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -60,67 +58,46 @@ def trace_step(
 ) -> ir.Model:
     """Trace one step graph on the meta device, its weights to be linked.
 
+    Backends fix a dynamic width of the forms with a fixed capacity; all widths share one copy of the weights.
+
     Args:
         config: the transformer.
-        form: ``prefix`` has a dynamic length; ``modern`` and ``portable`` a fixed capacity.
+        form: see ``Form``.
         dtype: of weights and KV buffers.
         capacity: slots of the KV buffers, where it is fixed.
         variant: other number formats, further outputs.
     """
-    with torch.device("meta"):
-        transformer = Transformer(config).to("meta", dtype)
-    if form is Form.PREFIX:
-        return _trace_prefix(transformer, dtype, variant)
-    return _trace_fixed(transformer, form, dtype, capacity, variant)
-
-
-def step_tensors(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the transformer's initializers in its graphs, by name, in the order of the weights file."""
-    with torch.device("meta"):
-        transformer = Transformer(config)
-    tensors = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
-    return {f"transformer.{name}": tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def watched_values(config: TransformerConfig, form: Form) -> dict[str, int]:
-    """Channels of what a graph traced with ``watch`` gives out, by name, in the order of its outputs."""
-    found = {projection.name: projection.inputs for projection in projections(config)}
-    if form.traits.host:
-        cached = [name.removeprefix("_") for name in cache_names(config.layers, "")]
-        found |= dict.fromkeys(cached, config.kv_heads * config.head_size)
-    return found
-
-
-def _vary(step: StepModule, form: Form, dtype: torch.dtype, variant: StepVariant) -> list[str]:
-    """Change a step into a variant of it; returns the names of its further outputs."""
-    config = step.transformer.config
-    if variant.integer_cache:
-        middle = (1,) if form.traits.fixed else ()
-        step.kv = IntegerRows(config, (config.kv_heads, *middle, config.head_size), dtype)
-    step.replace_matrices(variant.matrices)
-    if not variant.watch:
-        return []
-    step.watched = Watched(list(watched_values(config, form)))
-    step.kv = WatchedRows(step.watched)
-    step.replace_matrices(
-        {
-            projection.name: WatchedMatrix(
-                projection.name, (projection.inputs, projection.outputs), dtype, step.watched
-            )
-            for projection in projections(config)
-        }
+    traits, step = form.traits, Step(_transformer(config, dtype), form)
+    watched = _vary(step, dtype, variant)
+    inputs = _inputs(traits, capacity)
+    slots, live = len(inputs["slot_position"][0]), inputs["slot_position"][1]
+    sizes = (1, config.kv_heads, slots) if traits.fixed else (slots, config.kv_heads)
+    stored = torch.int8 if variant.integer_cache and traits.float_cache is None else dtype
+    past = [_empty(*sizes, config.head_size, dtype=stored) for _ in range(2 * config.layers)]
+    text = _text_rows(config, dtype)
+    named = [name for name, (tensor, _) in inputs.items() if tensor is not None]
+    cache = cache_names(config.layers, "new" if traits.rows_out else "present")
+    return trace(
+        step,
+        (*(tensor for tensor, _ in inputs.values()), past, text),
+        input_names=[*named, *cache_names(config.layers, "past"), *text_names(config)],
+        output_names=["logits", *cache, *watched],
+        opset=max(traits.opset, variant.opset),
+        dynamic_shapes=(*(axes for _, axes in inputs.values()), [live] * len(past), [None] * len(text)),
     )
-    return [f"{WATCHED}{name}" for name in step.watched.names]
 
 
-def cache_names(layers: int, prefix: str) -> list[str]:
-    """Names of the KV tensors of a graph, layer by layer, key before value."""
-    return [f"{prefix}_{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
-
-
-def text_names(config: TransformerConfig) -> list[str]:
-    """Names of the text's keys and values, none for models without text."""
-    return cache_names(config.layers, "text") if config.text else []
+def _inputs(traits: FormTraits, capacity: int) -> dict[str, tuple[Any, Any]]:
+    """Examples and dynamic axes of a step's inputs but the cache, by name; None: the form has none."""
+    rows, buffer, logits = 5, 17, 3  # pairwise different, so that no two axes are taken for one
+    return {
+        "token_buffer": (_empty(buffer), {0: "N"}),
+        "sources": (_empty(rows), {0: "W"}),
+        "positions": (_empty(rows), {0: "W"}),
+        "slot_position": (_empty(capacity), None) if traits.fixed else (_empty(11), {0: "T"}),
+        "write_index": (_empty(1, dtype=torch.int64), None),
+        "logit_rows": (None, None) if traits.fixed else (_empty(logits), {0: "R"}),
+    }
 
 
 def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) -> ir.Model:
@@ -133,83 +110,68 @@ def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) ->
     """
     if config.text is None:
         raise ValueError("the model reads no text")
-    with torch.device("meta"):
-        transformer = Transformer(config).to("meta", dtype)
-    text = torch.zeros(config.text.length, config.text.width, device="meta")
     return trace(
-        TextRows(transformer),
-        (text,),
+        TextRows(_transformer(config, dtype)),
+        (_empty(config.text.length, config.text.width, dtype=torch.float32),),
         input_names=["text"],
         output_names=text_names(config),
         opset=Form.PREFIX.traits.opset,
     )
 
 
+def step_tensors(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the transformer's initializers in its graphs, by name, in the order of the weights file."""
+    transformer = _transformer(config, torch.float32)
+    tensors = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
+    return {f"transformer.{name}": tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def watched_values(config: TransformerConfig, form: Form) -> dict[str, int]:
+    """Channels of what a graph traced with ``watch`` gives out, by name, in the order of its outputs."""
+    found = {projection.name: projection.inputs for projection in projections(config)}
+    if form.traits.host:
+        cached = [name.removeprefix("_") for name in cache_names(config.layers, "")]
+        found |= dict.fromkeys(cached, config.key_width)
+    return found
+
+
+def cache_names(layers: int, prefix: str) -> list[str]:
+    """Names of the KV tensors of a graph, layer by layer, key before value."""
+    return [f"{prefix}_{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
+
+
+def text_names(config: TransformerConfig) -> list[str]:
+    """Names of the text's keys and values, none for models without text."""
+    return cache_names(config.layers, "text") if config.text else []
+
+
+def _transformer(config: TransformerConfig, dtype: torch.dtype) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config).to("meta", dtype)
+
+
+def _vary(step: Step, dtype: torch.dtype, variant: StepVariant) -> list[str]:
+    """Change a step into a variant of it; returns the names of its further outputs."""
+    config = step.transformer.config
+    if variant.integer_cache:
+        middle = (1,) if step.form.traits.fixed else ()
+        step.kv = IntegerRows(config, (config.kv_heads, *middle, config.head_size), dtype)
+    step.replace_matrices(variant.matrices)
+    if not variant.watch:
+        return []
+    step.watched = Watched(list(watched_values(config, step.form)))
+    step.kv = WatchedRows(step.watched)
+    shapes = {p.name: (p.inputs, p.outputs) for p in projections(config)}
+    step.replace_matrices({n: WatchedMatrix(n, shape, dtype, step.watched) for n, shape in shapes.items()})
+    return [f"{WATCHED}{name}" for name in step.watched.names]
+
+
 def _text_rows(config: TransformerConfig, dtype: torch.dtype) -> list[Tensor]:
     if config.text is None:
         return []
     shape = (config.kv_heads, config.text.length, config.head_size)
-    return [torch.zeros(shape, dtype=dtype, device="meta") for _ in range(2 * config.layers)]
+    return [_empty(*shape, dtype=dtype) for _ in range(2 * config.layers)]
 
 
-def _int32(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int32, device="meta")
-
-
-def _trace_prefix(transformer: Transformer, dtype: torch.dtype, variant: StepVariant) -> ir.Model:
-    config, step = transformer.config, PrefixStep(transformer)
-    watched = _vary(step, Form.PREFIX, dtype, variant)
-    rows, length, buffer, logits = 5, 11, 17, 3  # pairwise different, so that no two axes are taken for one
-    past = [
-        torch.zeros(length, config.kv_heads, config.head_size, dtype=dtype, device="meta")
-        for _ in range(2 * config.layers)
-    ]
-    text = _text_rows(config, dtype)
-    inputs: dict[str, tuple[Any, Any]] = {
-        "token_buffer": (_int32(buffer), {0: "N"}),
-        "sources": (_int32(rows), {0: "W"}),
-        "positions": (_int32(rows), {0: "W"}),
-        "slot_position": (_int32(length), {0: "T"}),
-        "write_index": (torch.zeros(1, dtype=torch.int64, device="meta"), None),
-        "logit_rows": (_int32(logits), {0: "R"}),
-    }
-    return trace(
-        step,
-        (*(tensor for tensor, _ in inputs.values()), past, text),
-        input_names=[*inputs, *cache_names(config.layers, "past"), *text_names(config)],
-        output_names=["logits", *cache_names(config.layers, "present"), *watched],
-        opset=max(Form.PREFIX.traits.opset, variant.opset),
-        dynamic_shapes=(*(axes for _, axes in inputs.values()), [{0: "T"}] * len(past), [None] * len(text)),
-    )
-
-
-def _trace_fixed(
-    transformer: Transformer, form: Form, dtype: torch.dtype, capacity: int, variant: StepVariant
-) -> ir.Model:
-    """The forms of fixed capacity. Backends fix their dynamic width, and share one copy of the weights."""
-    config, modern = transformer.config, form is Form.MODERN
-    step = (ModernStep if modern else PortableStep)(transformer)
-    watched = _vary(step, form, dtype, variant)
-    stored = torch.int8 if variant.integer_cache else dtype
-    rows, buffer = 5, 17  # different from each other and from every size of the model
-    past = [
-        torch.zeros(1, config.kv_heads, capacity, config.head_size, dtype=stored, device="meta")
-        for _ in range(2 * config.layers)
-    ]
-    text = _text_rows(config, dtype)
-    inputs: dict[str, tuple[Any, Any]] = {
-        "token_buffer": (_int32(buffer), {0: "N"}),
-        "sources": (_int32(rows), {0: "W"}),
-        "positions": (_int32(rows), {0: "W"}),
-        "slot_position": (_int32(capacity), None),
-        "write_index": (torch.zeros(1, dtype=torch.int64, device="meta"), None),
-    }
-    cache = cache_names(config.layers, "present" if modern else "new")
-    return trace(
-        step,
-        (*(tensor for tensor, _ in inputs.values()), past, text),
-        input_names=[*inputs, *cache_names(config.layers, "past"), *text_names(config)],
-        output_names=["logits", *cache, *watched],
-        opset=max(form.traits.opset, variant.opset),
-        dynamic_shapes=(*(axes for _, axes in inputs.values()), [None] * len(past), [None] * len(text)),
-    )
+def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="meta")

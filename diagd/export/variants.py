@@ -1,6 +1,8 @@
-"""What K/V rows become on their way into the cache and out of it: themselves, or integers of 8 bits."""
+"""What sets a step graph apart from the plain one: other number formats, and values that become outputs."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from diagd.export.tracing import onnx_operator
 
 
 class CacheRows(nn.Module):
-    """Rows as they are."""
+    """What K/V rows become on their way into the cache and out of it: themselves."""
 
     def store(self, name: str, rows: Tensor) -> Tensor:
         """What the buffer ``name``, such as ``key_0``, takes."""
@@ -51,15 +53,58 @@ class IntegerRows(CacheRows):
         self.register_buffer("zero", torch.empty((), dtype=torch.int8, device="meta"))
 
     def store(self, name: str, rows: Tensor) -> Tensor:
-        """Integers; see ``CacheRows.store``."""
+        """Integers."""
         scaled = rows / self.get_buffer(name)
         return onnx_operator("QuantizeLinear", (scaled, self.unit, self.zero), torch.int8, rows.shape)
 
     def load(self, stored: Tensor) -> Tensor:
-        """Floating point again; see ``CacheRows.load``."""
+        """Floating point again."""
         # No zero point is named: ONNX Runtime 1.31 gives nodes that it moves one of another type.
         return onnx_operator("DequantizeLinear", (stored, self.unit), self.unit.dtype, stored.shape)
 
     def scaled(self, name: str, x: Tensor) -> Tensor:
-        """See ``CacheRows.scaled``."""
+        """Times the buffer's scales."""
         return x * self.get_buffer(name)
+
+
+class Watched:
+    """Values inside a step that become further outputs of its graph, in the order of ``names``."""
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.names = tuple(names)
+        self._values: dict[str, Tensor] = {}
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Take a value."""
+        self._values[name] = value
+
+    def outputs(self) -> list[Tensor]:
+        """The values of the step that ran last."""
+        return [self._values[name] for name in self.names]
+
+
+class WatchedMatrix(nn.Module):
+    """A matrix [inputs, outputs], as ``plain``, whose input is noted in ``seen`` under its name."""
+
+    def __init__(self, name: str, shape: tuple[int, int], dtype: torch.dtype, seen: Watched) -> None:
+        super().__init__()
+        self.plain = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+        self._name, self._seen = name, seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., inputs] times the matrix."""
+        self._seen.note(self._name, x)
+        return x @ self.plain
+
+
+class WatchedRows(CacheRows):
+    """Rows as they are, noted in ``seen`` by name of their buffer."""
+
+    def __init__(self, seen: Watched) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def store(self, name: str, rows: Tensor) -> Tensor:
+        """Note the rows."""
+        self._seen.note(name, rows)
+        return rows
