@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from diagd.errors import UsageError, unknown
 from diagd.options import FLAG, NAMES, OPTIONS, POSITIONAL, File, Flag
 from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.strategy import DraftOptions
 from diagd.tuning.options import check_device
 
 _MAX_ACTIONS = 256
@@ -188,21 +189,6 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, config=OPTIONS)
-class DraftOptions:
-    """How frames are drafted, where drafts are compared."""
-
-    drafter: File | None = Field(default=None, description="bundle that drafts (default: the model's own)")
-    drafter_precision: str | None = Field(default=None, description="of its step graph (default: its first)")
-    drafter_order: str | None = Field(default=None, description="that it decodes by (default: its own)")
-    score: str = Field(
-        default="likelihood", description="of drafts: likelihood, onnx:PATH or an entry point's"
-    )
-    threads: int = Field(
-        default=0, ge=0, description="CPU threads where decoders are compared, 0 for one a core"
-    )
-
-
-@dataclass(frozen=True, config=OPTIONS)
 class EvalRun:
     """What `diagd eval` is asked for.
 
@@ -226,6 +212,7 @@ class EvalRun:
         default=(), description="compare these by speed and quality instead: orders, jacobi, draft"
     )
     drafts: DraftOptions = DraftOptions()
+    threads: int = Field(default=0, ge=0, description="CPU threads of decoders compared, 0 for one a core")
     long_frames: Annotated[int, FLAG] = Field(
         default=0, description="frames of the long continuations that drift is measured on (default 0: none)"
     )

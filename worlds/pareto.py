@@ -15,18 +15,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from diagd.bundle import Bundle
+from diagd.bundle import Bundle, Manifest
 from diagd.bundle.files import atomic_file
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.runtime.decoders import Decoder, DraftDecoder, JacobiDecoder, ScheduledDecoder
+from diagd.runtime.decoders import Decoder, DraftDecoder, ScheduledDecoder
 from diagd.runtime.decoders.scoring import Proposal, Scorer, open_scorer, worst_likelihood
-from diagd.runtime.load import open_session
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session
-from diagd.schedule import Schedule, StreamLayout
+from diagd.runtime.strategy import DRAFT, DraftOptions, parse_decoder
+from diagd.schedule import StreamLayout
 from worlds.evaluate import Evaluation, Judgement
 from worlds.model import Streams
-from worlds.options import DraftOptions
 
 QUANTILES: Final = tuple(n / 10 for n in range(1, 10))
 CONTROLS: Final = (0.25, 0.5, 0.75)
@@ -75,32 +74,33 @@ class Point:
 
 
 def compare(
+    target: Session,
     bundle: Bundle,
     evaluation: Evaluation,
     decoders: Sequence[str],
     options: DraftOptions,
+    cpu: CpuOptions,
     report: Report = lambda _: None,
 ) -> list[Point]:
     """Roll out by every decoder, in turns, and judge.
 
     Args:
+        target: over the bundle.
         bundle: of the model.
         evaluation: has the rollouts, and judges.
         decoders: ``k=1 chained`` or another order, ``jacobi``, or ``draft``: the drafter, the target, and all
             between.
         options: of the drafts.
+        cpu: threads, and cache.
         report: hears what is done.
 
     Raises:
         UsageError: a decoder or scorer that is none, or a drafter that does not fit.
     """
-    cpu = CpuOptions(options.threads)
+    contestants = [_plain(name, bundle.manifest) for name in decoders if name != DRAFT]
     with ExitStack() as stack:
-        target = stack.enter_context(open_session(bundle, cpu=cpu))
-        contestants = [_plain(name, target.layout) for name in decoders if name != "draft"]
-        if "draft" in decoders:
-            source = Bundle.open(options.drafter) if options.drafter else bundle
-            drafter = stack.enter_context(open_session(source, cpu=cpu, precision=options.drafter_precision))
+        if DRAFT in decoders:
+            drafter = options.open(bundle, target.window, cpu, stack)
             report("draft scores")
             contestants += _drafts(target, drafter, PixelCodec(bundle, cpu), evaluation, options)
         for number in range(len(evaluation.truth)):
@@ -110,10 +110,9 @@ def compare(
     return _marked([_point(contestant, evaluation) for contestant in contestants])
 
 
-def _plain(name: str, layout: StreamLayout) -> Contestant:
-    if name == "jacobi":
-        return Contestant(name, name, JacobiDecoder())
-    return Contestant(name, "orders", ScheduledDecoder(Schedule.parse(name, layout)))
+def _plain(name: str, manifest: Manifest) -> Contestant:
+    decoder = parse_decoder(name, manifest)
+    return Contestant(name, "orders" if isinstance(decoder, ScheduledDecoder) else "jacobi", decoder)
 
 
 def _drafts(
@@ -129,9 +128,7 @@ def _drafts(
     keep as much by chance, by the mean of all cells in place of the worst, and without the target's first
     frame.
     """
-    order = options.drafter_order
-    own = None if order is None else ScheduledDecoder(Schedule.parse(order, drafter.layout))
-    draft = partial(DraftDecoder, drafter, decoder=own)
+    draft = partial(options.decoder, drafter)
     frames, actions = _known(target.layout, evaluation, 0)
     target.start(frames, actions[: len(frames)])
     scorer = open_scorer(options.score, target, list(actions[len(frames) :]), pixels)

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
+from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
+from diagd.runtime.load import open_session
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.recordings import cached_tokens, recorded_actions
 from worlds.collect import random_policy
@@ -76,10 +78,11 @@ def run_pareto(run: EvalRun, report: Report = lambda _: None) -> list[Point]:
         UsageError: recordings, decoders or a scorer that cannot be used.
         BundleError: a bundle that cannot be read.
     """
-    bundle = Bundle.open(run.model).at_precision(run.precision)
+    bundle, cpu = Bundle.open(run.model), CpuOptions(run.threads)
     few = replace(run.options, windows=2)  # the likelihood of true windows is not asked for
     evaluation = _evaluation(replace(run, options=few), open_model(run.model, run.precision))
-    points = compare(bundle, evaluation, run.decoders, run.drafts, report)
+    with open_session(bundle, cpu=cpu, precision=run.precision) as target:
+        points = compare(target, bundle, evaluation, run.decoders, run.drafts, cpu, report)
     write_points(run.output, points, {"model": run.model.name, "options": asdict(evaluation.options)})
     return points
 

@@ -251,7 +251,8 @@ class Provenance(Record):
 class Manifest(Record):
     """The whole of ``manifest.json``; ``transformer`` is all that its module is built from.
 
-    ``order``: of decoding where the caller names none, as `Schedule.name` spells it.
+    ``order``: of decoding where the caller names none, as `Schedule.name` spells it. ``decoder``: whether it
+    is by this order then, or by Jacobi.
     """
 
     schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
@@ -261,6 +262,7 @@ class Manifest(Record):
     sampling: SamplingRules
     context: Annotated[RotaryContext | AbsoluteContext, Field(discriminator="kind")]
     order: str
+    decoder: Literal["order", "jacobi"] = "order"
     cache: CacheShape
     actions: ActionCodec | None = None
     clips: ClipRules = ClipRules()

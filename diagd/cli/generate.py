@@ -33,7 +33,9 @@ for each in its actions.jsonl.
 rows (as many as columns, or 'next token', is next-token prediction); and steps between the starts of two
 frames: serial (a frame is finished before the next starts), chained (the next follows row by row: fewest
 passes) or d=N. seeds=above, duplicate or prompt are other row seeds than previous_frame. Or it is jacobi:
-exactly the tokens of next-token prediction, in few passes.
+exactly the tokens of next-token prediction, in few passes; jacobi,window=24 verifies so many at once. Or
+draft: another bundle, precision or decoder (--set drafter=, drafter_precision=, drafter_decoder=) drafts
+frames, and what scores below --set tau= is decoded by the bundle itself.
 """
 
 
@@ -53,11 +55,18 @@ def _report(console: Console, made: Made) -> None:
     engine, host, both = (f"{1e3 * seconds / made.passes:.2f} ms" for seconds in spent)
     # What the host saw of an engine that it runs ahead of is how long queueing took.
     passes = f"of {both}" if made.ahead else f"of {engine}, host {host} a pass"
+    each = f"{made.passes / made.frames:.3g} passes a frame"
     near = "" if made.psnr is None else f", PSNR {made.psnr:.2f} dB to the recording"
     console.print(
         f"{made.frames} frames in {made.seconds:.2f} s, {made.frames / made.seconds:.2f} frames/s: "
-        f"{made.passes} passes {passes}{near}: {made.output}"
+        f"{made.passes} passes {passes}, {each}{near}: {made.output}"
     )
+    if made.exact is not None:
+        whole, worst = made.exact
+        console.print(
+            f"{whole:.2%} of the tokens are next-token prediction's with this seed, {worst:.2%} of the worst "
+            "frame's, behind the same tokens"
+        )
     if made.refill_passes:
         console.print(
             f"the sliding window was fed again in {made.refill_passes} further passes, "

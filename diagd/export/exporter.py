@@ -251,6 +251,7 @@ class Exporter:
             sampling=family.sampling,
             context=context_policy(config),
             order=family.order,
+            decoder=family.decoder,
             clips=family.clips,
             cache=CacheShape(
                 layers=config.layers,

@@ -27,15 +27,17 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File
 from diagd.progress import Progress
+from diagd.runtime.audit import audit
 from diagd.runtime.clip import Clip, ClipOptions, read_clip
-from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
+from diagd.runtime.decoders import Decoder
+from diagd.runtime.decoders.scoring import open_scorer
 from diagd.runtime.load import open_session
 from diagd.runtime.output import OUTPUTS, check_output, write_tokens, write_video
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
+from diagd.runtime.strategy import DRAFT, DraftOptions, parse_decoder
 from diagd.runtime.text import read_text
-from diagd.schedule import Schedule
 
 TextEncoder = Callable[[str, Path, int], Float]
 """Embeddings float32 [n, width] of words, by an encoder in a folder, at most so many."""
@@ -143,8 +145,15 @@ class GenerateOptions:
     )
     decoder: Annotated[str | None, FLAG] = Field(
         default=None,
-        description="see below: k=1,chained or 'next token' or jacobi (default: the bundle's order)",
+        description="see below: k=1,chained or 'next token' or jacobi or draft (default: the bundle's)",
     )
+    audit: Annotated[bool, FLAG] = Field(
+        default=False, description="say how many tokens are next-token prediction's with the same seed"
+    )
+    tau: float = Field(
+        default=-1.0, allow_inf_nan=True, description="least score of a draft that is kept, or inf or -inf"
+    )
+    drafts: DraftOptions = DraftOptions()
     branches: Annotated[int, FLAG] = Field(
         default=1, ge=1, description="futures of each prompt, with seeds in order, in files NAME-0, NAME-1"
     )
@@ -173,6 +182,8 @@ class Made:
         ahead: the host queued them without waiting.
         refill_passes: further passes that fed the context again because it slid, and seconds of them.
         psnr: of the pictures to those of the recording, dB, where it has them.
+        exact: share of tokens that next-token prediction draws with the same seed, where that was asked for,
+            and of the worst frame.
     """
 
     output: Path
@@ -186,6 +197,7 @@ class Made:
     refill_passes: int = 0
     refill_seconds: float = 0.0
     psnr: float | None = None
+    exact: tuple[float, float] | None = None
 
 
 def generate(
@@ -307,7 +319,10 @@ class _Maker:
         stack: ExitStack,
     ) -> None:
         self.options, self.bundle, self.manifest = options, bundle, bundle.manifest
-        self.decoder = _decoder(options, self.manifest)
+        self.decoder: Decoder | None = None
+        if options.decoder != DRAFT:
+            compat = options.session.compat is not None
+            self.decoder = parse_decoder(options.decoder, self.manifest, compat=compat)
         self.settings = options.sampling.settings(self.manifest.sampling)
         self.fps = options.fps or self.manifest.frames_per_second
         self._progress, self._encode_text, self._stack = progress, encode_text, stack
@@ -335,9 +350,20 @@ class _Maker:
         count = self._frames(job.clip, clip)
         text = job.condition.embeddings(self.manifest, self._encode_text)
         self.session.start(clip.tokens, clip.led, text)
+        self._draft(clip)
         for n, path in todo:
             self._return(clip, text)
             yield self._write(clip, count, self.options.sampling.seed + n, path)
+
+    def _draft(self, clip: Clip) -> None:
+        """Set up what drafts, measured on the prompt of the first clip."""
+        if self.decoder is not None:
+            return
+        drafts, session = self.options.drafts, self.session
+        pixels = self.pixels if self.manifest.tokenizer else None
+        scorer = open_scorer(drafts.score, session, None if clip.made is None else list(clip.made), pixels)
+        drafter = drafts.open(self.bundle, session.window, self.options.session.cpu, self._stack)
+        self.decoder = drafts.decoder(drafter, self.options.tau, scorer)
 
     def _return(self, clip: Clip, text: Float | None) -> None:
         """Go back to the prompt, whose rows are in the cache as long as the window has not slid."""
@@ -382,8 +408,9 @@ class _Maker:
         """Decode and write one future."""
         session, before = self.session, replace(self.session.timing)
         began, decoding = time.perf_counter(), 0.0
-        title = f"{path.name} by {self.options.decoder or self.manifest.order}"
-        psnr: float | None = None
+        spelled = self.options.decoder or self.manifest.decoder
+        title = f"{path.name} by {self.manifest.order if spelled == 'order' else spelled}"
+        psnr, tokens = None, list[Int]()
         with self._progress.count(title, count) as advance:
 
             def decoded(frames: int, turn: int) -> Iterator[Int]:
@@ -396,6 +423,7 @@ class _Maker:
                 for frame in made:
                     advance(1)
                     decoding += frame.seconds
+                    tokens.append(frame.tokens)
                     yield frame.tokens
 
             if path.suffix.lower() == ".npy":
@@ -416,7 +444,15 @@ class _Maker:
             spent.refill_steps - before.refill_steps,
             spent.refill_seconds - before.refill_seconds,
             psnr,
+            self._audit(clip, np.stack(tokens), seed) if self.options.audit else None,
         )
+
+    def _audit(self, clip: Clip, frames: Int, seed: int) -> tuple[float, float]:
+        """Share of all tokens that are next-token prediction's, and of the worst frame's."""
+        self.session.start(clip.tokens, clip.led, self.session.stream.text)
+        actions = None if clip.made is None else clip.made[: len(frames)]
+        shares = audit(self.session, frames, actions, sampling=self.settings, seed=seed)
+        return float(shares.mean()), float(shares.min())
 
     def _pictures(
         self, clip: Clip, count: int, decoded: Callable[[int, int], Iterator[Int]]
@@ -436,16 +472,3 @@ class _Maker:
             shown = self.manifest.clips.frames
             tokens = self.pixels.encode(pictures[-shown:])
             self.session.start(tokens, None, text)
-
-
-def _decoder(options: GenerateOptions, manifest: Manifest) -> Decoder:
-    """The strategy that is asked for; released caches keep the rows of seeds."""
-    match = re.fullmatch(r"jacobi(?:[ ,]+window=([0-9]{1,6}))?", (options.decoder or "").strip())
-    if match:
-        return JacobiDecoder(int(match[1]) if match[1] else None)
-    order = manifest.schedule
-    if options.decoder is not None:
-        order = Schedule.parse(options.decoder, manifest.layout, order)
-    if options.session.compat:
-        order = replace(order, refeed=False, keep_seeds=True)
-    return ScheduledDecoder(order)

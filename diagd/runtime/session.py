@@ -17,6 +17,7 @@ from diagd.errors import UsageError
 from diagd.runtime.context import Refill, context_policy
 from diagd.runtime.decoders.decoder import Decoder
 from diagd.runtime.decoders.forced import ForcedDecoder, RasterDecoder
+from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scheduled import ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.slots import SlotRing
@@ -72,6 +73,9 @@ class Session:
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text = text
         self._run = self._prepared = 0
+        self._decoder: Decoder = ScheduledDecoder(manifest.schedule)
+        if manifest.decoder == "jacobi":
+            self._decoder = JacobiDecoder()
 
     def __enter__(self) -> Session:
         return self
@@ -127,7 +131,7 @@ class Session:
         sampling: SamplingSettings | None = None,
         seed: int = 0,
     ) -> Iterator[Frame]:
-        """Frames by a schedule, the manifest's by default, under actions [frames, n]; see ``frames``."""
+        """Frames by a schedule, or the manifest's decoder, under actions [frames, n]; see ``frames``."""
         if self.layout.gap and (actions is None or len(actions) != frames):
             raise UsageError(
                 f"{frames} frames need actions of shape [{frames}, {self.layout.gap}], "
@@ -148,7 +152,7 @@ class Session:
         """Decode frames behind what is known, yielding each when it is complete.
 
         Args:
-            decoder: strategy; default: the manifest's schedule.
+            decoder: strategy; default: the manifest's.
             actions: of each frame, pulled when it begins; see ``diagd.runtime.stream.Actions``.
             count: most frames; without it the run ends with the actions, or never.
             sampling: default: the manifest's.
@@ -201,7 +205,7 @@ class Session:
         if self.layout.gap and actions is None:
             raise UsageError(f"frames need actions of {self.layout.gap} ids each, got none")
         check_seed(seed)
-        decoder = decoder or ScheduledDecoder(self.manifest.schedule)
+        decoder = decoder or self._decoder
         stream.padded, stream.seed = self._padded(), seed
         stream.settings = self._settings(sampling)
         self._run += 1

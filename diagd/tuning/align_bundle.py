@@ -78,7 +78,8 @@ def _aligned(bundle: Bundle, options: AlignOptions) -> Manifest:
         tuned=f"aligned for {options.steps} steps to {shares}",
         diagd_version=__version__,
     )
-    return bundle.manifest.model_copy(update={"order": schedule.name, "provenance": provenance})
+    changed = {"order": schedule.name, "decoder": "order", "provenance": provenance}
+    return bundle.manifest.model_copy(update=changed)
 
 
 def _step_and_text(bundle: Bundle) -> list[str]:

@@ -193,6 +193,35 @@ def tokens_of(place: Workplace, output: Path, *options: str) -> np.ndarray:
     return tokens
 
 
+def test_jacobi_and_drafts_that_none_passes_are_next_token_prediction(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the token; the audit says so, and that a diagonal is not."""
+    found = {}
+    for name, options in {
+        "plain": ["--decoder", "next token"],
+        "jacobi": ["--decoder", "jacobi"],
+        "narrow": ["--decoder", "jacobi,window=5"],
+        "draft": ["--decoder", "draft", "--set", "tau=inf", "--set", "drafter_decoder=k=1 chained"],
+        "diagonal": ["--decoder", "k=1"],
+    }.items():
+        output = tmp_path / f"{name}.npy"
+        assert generate(workplace, output, *options, "--audit", "--set", "temperature=1") == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "passes a frame" in shown
+        assert ("100.00% of the tokens are next-token prediction's" in shown) == (name != "diagonal")
+        found[name] = np.load(output)
+    for name in ("jacobi", "narrow", "draft"):
+        np.testing.assert_array_equal(found[name], found["plain"])
+
+
+def test_no_bar_keeps_what_is_drafted(workplace: Workplace, tmp_path: Path) -> None:
+    options = ["--decoder", "draft", "--set", "tau=-inf", "--set", "drafter_decoder=k=1"]
+    assert generate(workplace, tmp_path / "draft.npy", *options) == 0
+    assert generate(workplace, tmp_path / "drafter.npy", "--decoder", "k=1") == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "draft.npy"), np.load(tmp_path / "drafter.npy"))
+
+
 @pytest.mark.parametrize(
     ("options", "start", "prompt", "shift"),
     [

@@ -115,7 +115,7 @@ def test_decoders_are_compared_by_speed_and_quality(
     command = ["eval", bundle, "--data", str(noise), "--output", str(output), "--rollouts", "2"]
     command += ["--set", "prompt=1", "--set", "frames=5", "--set", "threads=1"]
     names = ("next token", "k=1 serial", "jacobi", "draft")
-    assert main([*command, "--set", "drafter_order=k=1 serial", "--decoders", *names]) == 0
+    assert main([*command, "--set", "drafter_decoder=k=1 serial", "--decoders", *names]) == 0
     assert "jacobi" in capsys.readouterr().out
     assert (output / "pareto.png").stat().st_size > 5_000
     found = {point["name"]: point for point in json.loads((output / "pareto.json").read_text())["decoders"]}

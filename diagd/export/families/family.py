@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,7 @@ class Family:
         rules: how its weights are found in a released checkpoint.
         prefixes: stripped from checkpoint names, first match; other names are not the transformer's.
         ignored: endings of names that are left out.
-        sampling, order, actions, clips, frames_per_second: what the manifest says.
+        sampling, order, decoder, actions, clips, frames_per_second: what the manifest says.
         licence: of the weights.
         origin: where the weights come from, and whether they can still be had.
         tokenizer: pixel graphs, and how their tensors are found in a checkpoint.
@@ -93,6 +93,7 @@ class Family:
     actions: ActionCodec | None = None
     clips: ClipRules = field(default_factory=ClipRules)
     tokenizer: TokenizerGraphs | None = None
+    decoder: Literal["order", "jacobi"] = "order"
     default_checkpoint: str | None = None
     default_tokenizer: str | None = None
     ignored: tuple[str, ...] = ()

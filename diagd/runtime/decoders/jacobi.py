@@ -60,8 +60,10 @@ class JacobiDecoder(Decoder):
 
     @override
     def check(self, stream: Stream) -> None:
-        """Any stream goes; what was learned of another one's costs is forgotten."""
-        self._policy = WindowPolicy(stream.layout.cells) if self._window is None else None
+        """Any stream goes; what was learned of windows is kept where frames have as many cells."""
+        cells = stream.layout.cells
+        if self._window is None and (self._policy is None or self._policy.cells != cells):
+            self._policy = WindowPolicy(cells)
 
     @override
     def blocks(self, stream: Stream) -> Blocks:

@@ -30,6 +30,7 @@ class WindowPolicy:
     """
 
     def __init__(self, cells: int) -> None:
+        self.cells = cells
         self._reached: NDArray[np.float64] = np.zeros(cells)
         self._failed: NDArray[np.float64] = np.zeros(cells)
         self._sums: NDArray[np.float64] = np.zeros(5)  # of 1, rows, seconds, rows^2, rows * seconds

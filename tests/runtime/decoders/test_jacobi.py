@@ -273,6 +273,17 @@ def test_schedules_are_exact_where_they_are_next_token_prediction(session: Sessi
         assert [frame.exact for frame in frames] == [exact, exact]
 
 
+def test_a_bundle_may_decode_by_it_where_nothing_else_is_said(session: Session) -> None:
+    truth, _ = decode(session, next_token(session.layout), SETTINGS["T=1, top-p"])
+    manifest = session.manifest.model_copy(update={"decoder": "jacobi"})
+    other = Session(manifest, session.engine, session.window)
+    prompt(other)
+    given = actions(other.layout, FRAMES)
+    run = list(other.frames(None, given, count=FRAMES, sampling=SETTINGS["T=1, top-p"], seed=SEED))
+    np.testing.assert_array_equal(np.stack([frame.tokens for frame in run]), truth)
+    assert all(frame.exact for frame in run)
+
+
 def test_windows_and_deadlines_that_decide_nothing_are_refused() -> None:
     with pytest.raises(UsageError, match="a window of 0 rows"):
         JacobiDecoder(0)
