@@ -118,8 +118,7 @@ def child(words: list[str], cache: Path | None = None) -> int:
             os.environ["DIAGD_CACHE"] = str(cache)
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
-        said = os.open(os.environ["DIAGD_SAID"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 2)
+        os.dup2(os.open(_errors(os.getpid()), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         code = diagd(words)
     os._exit(code)
 
@@ -129,9 +128,19 @@ def finish(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def said() -> str:
-    """What the last child wrote to stderr."""
-    return Path(os.environ["DIAGD_SAID"]).read_text(errors="replace").strip()
+def said(process: int) -> str:
+    """What a child wrote to stderr."""
+    return _errors(process).read_text(errors="replace").strip()
+
+
+def _errors(process: int) -> Path:
+    return Path(os.environ["DIAGD_SAID"]) / str(process)
+
+
+def run(words: list[str]) -> None:
+    """A run that must succeed."""
+    if code := finish(process := child(words)):
+        sys.exit(f"{' '.join(words)}: exit {code}: {said(process)}")
 
 
 def kill_part(place: Place, kills: int) -> Table:
@@ -145,9 +154,8 @@ def kill_part(place: Place, kills: int) -> Table:
         with workspace(place, verb) as work:
             command = place.command(verb, work)
             began = time.monotonic()
-            code = finish(child(command))
+            run(command)
             took = time.monotonic() - began
-            assert code == 0, said()
             killed = finished = 0
             damaged: list[str] = []
             while killed < kills // len(verbs):
@@ -159,8 +167,7 @@ def kill_part(place: Place, kills: int) -> Table:
                 killed, finished = killed + (code == -signal.SIGKILL), finished + (code == 0)
                 damaged += filter(None, [check(verb, work)])
             reset(place, verb, work)
-            code = finish(child(command))
-            assert code == 0, said()
+            run(command)
             left = litter(work)
         cells = (
             f"{took:.1f}",
@@ -199,7 +206,8 @@ def race_part(place: Place, processes: int, rounds: int) -> Table:
     table = Table(
         "processes", "rounds", "runs", "failed", "other tokens", "seconds a round", title="cold cache"
     )
-    failed = other = 0
+    failed: list[str] = []
+    other = 0
     began = time.monotonic()
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as name:
@@ -207,12 +215,12 @@ def race_part(place: Place, processes: int, rounds: int) -> Table:
             outputs = [work / f"{n}.npy" for n in range(processes)]
             command = place.command("generate", work)[:-1]
             started = [child([*command, str(output)], work / "cache") for output in outputs]
-            codes = [finish(process) for process in started]
-            failed += sum(code != 0 for code in codes)
+            failed += [f"{code}: {said(process)}" for process in started if (code := finish(process))]
             tokens = [np.load(output).tobytes() for output in outputs if output.exists()]
             other += sum(one != tokens[0] for one in tokens)
     seconds = (time.monotonic() - began) / rounds
-    table.add_row(*map(str, (processes, rounds, processes * rounds, failed, other)), f"{seconds:.1f}")
+    wrong = f"{len(failed)} {failed[:2]}" if failed else "0"
+    table.add_row(str(processes), str(rounds), str(processes * rounds), wrong, str(other), f"{seconds:.1f}")
     return table
 
 
@@ -240,17 +248,17 @@ def full_part(place: Place, steps: int) -> Table:
                     place.prepare(verb, small)
                 except (OSError, shutil.Error):
                     continue  # too small for what was there before
-                code = finish(child(place.command(verb, small)))
-                lines = [line for line in said().splitlines() if line.startswith("error: ")]
+                code = finish(process := child(place.command(verb, small)))
+                lines = [line for line in said(process).splitlines() if line.startswith("error: ")]
                 refused, worked = refused + (code == 2 and len(lines) == 1), worked + (code == 0)
                 if code not in (0, 2) or (code == 2 and len(lines) != 1):
-                    wrong.append(f"{limit}: exit {code}: {said()[-200:]}")
+                    wrong.append(f"{limit}: exit {code}: {said(process)[-200:]}")
                 wrong += [f"{limit}: {problem}" for problem in filter(None, [check(verb, small)])]
                 if code:
                     room = "remount,size=200m,nr_inodes=10000"
                     subprocess.run(["mount", "-o", room, str(small)], check=True)
-                    if finish(child(place.command(verb, small))) or litter(small):
-                        wrong.append(f"{limit}: with room again: {said()[-200:]} {litter(small)}")
+                    if finish(process := child(place.command(verb, small))) or litter(small):
+                        wrong.append(f"{limit}: with room again: {said(process)[-200:]} {litter(small)}")
         table.add_row(verb, str(refused + worked), str(refused), str(worked), "; ".join(wrong[:2]) or "0")
         CONSOLE.print(verb, refused, worked, wrong)
     return table
@@ -292,13 +300,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Place(Path(name))
         os.environ |= {"DIAGD_CACHE": f"{name}/cache", "DIAGD_SAID": f"{name}/said"}
+        Path(os.environ["DIAGD_SAID"]).mkdir()
         random_world(place.folder / "trained")
         with VideoWriter(place.folder / "prompt.gif", 10, (36, 48)) as video:
             video.write(np.random.default_rng(0).integers(0, 256, (36, 48, 3), dtype=np.uint8))
         (place.folder / "walk.jsonl").write_text('{"action": "left", "repeat": 4}\n')
         base = ["--model=world", f"--checkpoint={place.folder / 'trained'}", "--form=prefix,modern"]
-        if code := finish(child(["export", *base, f"--output={place.bundle}"])):
-            sys.exit(f"the export of the base failed with {code}: {said()}")
+        run(["export", *base, f"--output={place.bundle}"])
         for part in args.part or PARTS:
             CONSOLE.print(PARTS[part](place, args))
 

@@ -11,10 +11,11 @@ import pytest
 from diagd.engines.host import UNKNOWN_MEMORY, cores, memory_bytes, peak_memory
 
 BARE = """
-import os, sys
-for name in ("sched_getaffinity", "sysconf", "getuid", "geteuid", "process_cpu_count"):
-    if hasattr(os, name):
-        delattr(os, name)
+import os, signal, sys
+names = ("sched_getaffinity", "sched_setaffinity", "sysconf", "getuid", "geteuid", "process_cpu_count")
+for module, name in [*((os, name) for name in names), (signal, "SIGHUP")]:
+    if hasattr(module, name):
+        delattr(module, name)
 sys.modules |= dict.fromkeys(("resource", "fcntl", "pwd", "grp"))
 from diagd.cli.main import main
 sys.exit(main(sys.argv[1:]))

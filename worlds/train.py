@@ -6,9 +6,10 @@ import json
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +78,30 @@ def train(options: TrainOptions, report: Report | None = None) -> Path:
         return options.output
     with tempfile.TemporaryDirectory() as folder:
         worker = partial(_worker, options, prepared, f"file://{folder}/rendezvous", report)
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            list(pool.map(worker, range(processes)))
+        _run_together(worker, processes)
     return options.output
+
+
+def _run_together(worker: Callable[[int], None], processes: int) -> None:
+    """Run the worker of every rank in a process of its own; all end when one fails or this one is stopped.
+
+    Raises:
+        UsageError: the system killed one.
+    """
+    others = active_children()
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        try:
+            list(pool.map(worker, range(processes)))
+        except BaseException as error:
+            for process in active_children():
+                if process not in others:
+                    process.terminate()  # it waits for the others, or trains on
+            if isinstance(error, BrokenProcessPool):
+                raise UsageError(
+                    "a training process was killed, mostly for want of memory; use a smaller --batch, or the "
+                    "same command again to go on"
+                ) from error
+            raise
 
 
 def _worker(
