@@ -8,7 +8,7 @@ line, exit code 2, what was there before unharmed; with room again, the verb wor
 
 The small world of the tests stands in for a model. From the root:
 
-    python -m benchmarks.faults --part kill --kills 200
+    python -m benchmarks.faults --part kill --kills 50
     python -m benchmarks.faults --part race --processes 20 --rounds 20
     python -m benchmarks.faults --part full
 """
@@ -41,6 +41,7 @@ from diagd.runtime.video import VideoWriter
 from tests.worlds import random_world
 
 CONSOLE = Console(width=120)
+VERBS = ("export", "calibrate", "build", "generate")
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,11 @@ def run(words: list[str]) -> None:
         sys.exit(f"{' '.join(words)}: exit {code}: {said(process)}")
 
 
-def kill_part(place: Place, kills: int) -> Table:
-    """Kill each verb ``kills`` times in all."""
+def kill_part(place: Place, verbs: list[str], kills: int) -> Table:
+    """Kill each verb so many times."""
     table = Table(
         "verb", "seconds", "killed at work", "finished first", "damaged", "left over", title="kill -9"
     )
-    verbs = ("export", "calibrate", "build", "generate")
     moments = random.Random(0)
     for verb in verbs:
         with workspace(place, verb) as work:
@@ -158,7 +158,7 @@ def kill_part(place: Place, kills: int) -> Table:
             took = time.monotonic() - began
             killed = finished = 0
             damaged: list[str] = []
-            while killed < kills // len(verbs):
+            while killed < kills:
                 reset(place, verb, work)
                 process = child(command)
                 time.sleep(moments.uniform(0, took))
@@ -236,10 +236,10 @@ def disk(folder: Path, limit: str) -> Iterator[Path]:
         folder.rmdir()
 
 
-def full_part(place: Place, steps: int) -> Table:
+def full_part(place: Place, verbs: list[str], steps: int) -> Table:
     """Run each verb on disks of every size below what it needs."""
     table = Table("verb", "disks", "refused in a line", "worked", "wrong", title="full disks")
-    for verb in ("export", "calibrate", "generate"):
+    for verb in verbs:
         wrong: list[str] = []
         refused = worked = 0
         for limit in limits(place, verb, steps):
@@ -280,9 +280,9 @@ def limits(place: Place, verb: str, steps: int) -> list[str]:
 
 
 PARTS: dict[str, Callable[[Place, argparse.Namespace], Table]] = {
-    "kill": lambda place, args: kill_part(place, args.kills),
+    "kill": lambda place, args: kill_part(place, args.verb or list(VERBS), args.kills),
     "race": lambda place, args: race_part(place, args.processes, args.rounds),
-    "full": lambda place, args: full_part(place, args.steps),
+    "full": lambda place, args: full_part(place, args.verb or list(VERBS), args.steps),
 }
 
 
@@ -291,10 +291,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", choices=tuple(PARTS), action="append")
-    parser.add_argument("--kills", type=int, default=200, help="of all verbs together")
+    parser.add_argument("--verb", choices=VERBS, action="append", help="of kill and full; default: all")
+    parser.add_argument("--kills", type=int, default=50, help="of each verb")
     parser.add_argument("--processes", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=12, help="disks of each kind")
+    parser.add_argument("--steps", type=int, default=6, help="full disks of each kind")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
