@@ -14,6 +14,7 @@ from diagd.export.transformer import Transformer
 from diagd.tuning.forced_batch import ForcedPasses, forced_loss, forced_nll
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
 from tests.worlds.recordings import ACTIONS, COLUMNS, PATCH, ROWS, record_stripes
+from worlds.options import worker_devices
 from worlds.train import (
     MIXTURES,
     Optimiser,
@@ -22,7 +23,6 @@ from worlds.train import (
     learning_rate,
     mixture_shares,
     train,
-    worker_devices,
 )
 
 
