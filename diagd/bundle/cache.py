@@ -67,7 +67,7 @@ def read(kind: str, key: str) -> bytes | None:
         if (root := cache_directory()) is None:
             return None
         file = root / kind / key
-        content = file.read_bytes() if _is_ours(file) else b""
+        content = file.read_bytes() if _is_ours(file) and file.is_file() else b""
     except OSError:
         return None
     size = hashlib.sha256().digest_size
@@ -216,6 +216,8 @@ def _check_room(root: Path, size: int) -> None:
 def _is_whole(path: Path) -> bool:
     """Whether an entry has the files that were made, and no others, each with its digest."""
     try:
+        if not (path / ENTRY_NAME).is_file():  # absent, or a pipe, which would be waited for
+            return False
         files = json.loads((path / ENTRY_NAME).read_bytes())
         found = {file.name: file for file in path.iterdir() if file.name != ENTRY_NAME}
         return (

@@ -173,8 +173,9 @@ def _some(names: list[str]) -> str:
 
 
 def _is_bundle(folder: Path) -> bool:
+    file = folder / MANIFEST_NAME
     try:
-        content = json.loads((folder / MANIFEST_NAME).read_bytes())
+        content = json.loads(file.read_bytes() if file.is_file() else b"")  # a pipe would not end
     except (OSError, ValueError, RecursionError):
         return False
     return (

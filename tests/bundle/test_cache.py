@@ -58,6 +58,12 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "no list": lambda path: (path / cache.ENTRY_NAME).unlink(),
     "garbage list": lambda path: (path / cache.ENTRY_NAME).write_bytes(os.urandom(100)),
     "deep list": lambda path: (path / cache.ENTRY_NAME).write_text("[" * 100_000),
+    "pipe": lambda path: ((path / "b.bin").unlink(), os.mkfifo(path / "b.bin")),
+    "piped list": lambda path: (
+        (path / cache.ENTRY_NAME).unlink(),
+        os.mkfifo(path / cache.ENTRY_NAME),
+    ),
+    "folder": lambda path: ((path / "b.bin").unlink(), (path / "b.bin").mkdir()),
     "link": lambda path: ((path / "b.bin").unlink(), (path / "b.bin").symlink_to("/dev/null")),
     "file": lambda path: ([file.unlink() for file in path.iterdir()], path.rmdir(), path.write_text("?")),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ def test_a_folder_of_the_user_is_no_bundle(manifest: str, tmp_path: Path) -> Non
     folder = fill(tmp_path / "models", manifest__json=manifest, thesis__txt="years")
     with pytest.raises(UsageError, match=r"no bundle and not empty \(it holds manifest\.json, thesis\.txt\)"):
         bundle_target(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_is_no_manifest(tmp_path: Path) -> None:
+    """It would be waited for."""
+    os.mkfifo(fill(tmp_path / "models") / "manifest.json")
+    with pytest.raises(UsageError, match=r"it holds manifest\.json"):
+        bundle_target(tmp_path / "models")
 
 
 def test_files_are_no_place_for_a_bundle(tmp_path: Path) -> None:
