@@ -54,7 +54,7 @@ def test_another_recipe_is_refused(recording: CollectOptions) -> None:
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     path = shard_path(tmp_path, 0)
     path.write_bytes(b"PK\x03\x04 half a file")
-    with pytest.raises(UsageError, match=r"episode-000000\.npz is not an episode shard"):
+    with pytest.raises(UsageError, match=r"episode-000000\.npz is no episode of a recording"):
         load_episode(path)
 
 
