@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   diagd-generate crafter-3m.diagd --prompt first.png --actions walk.jsonl --output walk.mp4
   diagd-generate crafter-3m.diagd --prompt first.png --actions walk.jsonl --output a.gif --decoder k=2,chained
-  diagd-generate mineworld.diagd --prompt clip.mp4 --actions clip.jsonl --prompt-frames 8 --output out.mp4
+  diagd-generate mineworld.diagd --prompt clip.mp4 --actions clip.jsonl --set prompt_frames=8 --output a.mp4
   diagd-generate wham.diagd --prompt episode.npz --start 20 --branches 3 --output dream.mp4
   diagd-generate cosmos.diagd --prompt clips/ --output made/
 

@@ -46,7 +46,7 @@ class ClipOptions:
         le=1_000_000_000,
         description="first picture of the prompt (default: the model's, first or last ones)",
     )
-    prompt_frames: Annotated[int | None, FLAG] = Field(
+    prompt_frames: int | None = Field(
         default=None,
         ge=1,
         le=1_000_000,
@@ -112,7 +112,7 @@ def read_clip(
     if len(lines) < behind:
         raise UsageError(
             f"{options.actions or options.prompt} has {len(lines)} actions; the prompt's {len(tokens)} "
-            f"frames from {start} on take {behind}: lower --prompt-frames or --start, or say --set lines=new"
+            f"frames from {start} on take {behind}: lower prompt_frames or --start, or --set lines=new"
         )
     known = lines[max(0, start - shift) : behind]
     led[len(tokens) - len(known) :] = known
@@ -163,7 +163,7 @@ def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, m
     if not len(seen):
         raise UsageError(f"{path} has no frame {start}; choose an earlier --start")
     if count is not None and len(seen) < count:
-        raise UsageError(f"{path} has {len(seen)} frames, {count} are asked for; lower --prompt-frames")
+        raise UsageError(f"{path} has {len(seen)} frames, {count} are asked for; lower --set prompt_frames")
     if len(seen) == 1 and manifest.clips.single:
         _LOG.warning("%s: %s", path, manifest.clips.single)
     surplus = 0 if count else (len(seen) - 1) % pixels.spec.temporal_factor  # of a video that is short

@@ -147,7 +147,7 @@ def test_bad_files_name_the_fix(
         (["--prompt", str(inputs / "none.png")], ["none.png"]),
         (["--prompt", str(long)], ["4 frames but the window holds 4"]),
         (["--prompt", str(wrong_ids)], ["30..30", "0..29"]),
-        (["--prompt-frames", "3"], ["1 frames, 3 are asked for"]),
+        (["--set", "prompt_frames=3"], ["1 frames, 3 are asked for"]),
     ]
     for options, messages in cases:
         refused(capsys, outputs, generate(workplace, outputs / "out.mp4", *options), *messages)
@@ -226,9 +226,9 @@ def test_no_bar_keeps_what_is_drafted(workplace: Workplace, tmp_path: Path) -> N
     ("options", "start", "prompt", "shift"),
     [
         ((), 0, 1, 0),
-        (("--prompt-frames", "3"), 0, 3, 0),
-        (("--start", "1", "--prompt-frames", "2"), 1, 2, 0),
-        (("--start", "1", "--prompt-frames", "2", "--set", "lines=followed"), 1, 2, 1),
+        (("--set", "prompt_frames=3"), 0, 3, 0),
+        (("--start", "1", "--set", "prompt_frames=2"), 1, 2, 0),
+        (("--start", "1", "--set", "prompt_frames=2", "--set", "lines=followed"), 1, 2, 1),
     ],
 )
 def test_what_was_done_in_the_prompt_is_fed(
@@ -260,8 +260,8 @@ def test_no_ops_in_a_prompt_are_told(workplace: Workplace, recording: Path, tmp_
         str(workplace.bundle),
         "--prompt",
         str(recording / "clip.gif"),
-        "--prompt-frames",
-        "2",
+        "--set",
+        "prompt_frames=2",
     ]
     words += ["--actions", str(workplace.actions), "--output", str(tmp_path / "a.npy")]
     done = subprocess.run([sys.executable, "-m", "diagd", *words], capture_output=True, text=True, check=True)

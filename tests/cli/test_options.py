@@ -1,0 +1,115 @@
+"""Options of verbs: what is a flag, what stands behind ``--set``, and what is said of mistakes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from diagd.cli.main import VERBS
+from diagd.cli.options import Verb, add_options, entries, parse_options, read_options
+from diagd.errors import UsageError
+from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Flag, Numbers
+from diagd.schedule import RowSeed
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class Engine:
+    threads: int = Field(default=0, ge=0, description="CPU threads")
+    frames: int = Field(default=4, description="of the window")
+    hidden: bool = True
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class Options:
+    source: Annotated[File, POSITIONAL] = Field(description="what is read")
+    seed: Annotated[RowSeed, FLAG] = Field(default=RowSeed.PREVIOUS_FRAME, description="of rows")
+    k: Annotated[Numbers, FLAG] = Field(default=(1, 2), description="row lags")
+    order: Annotated[tuple[str, ...], Flag(count="+")] = Field(default=(), description="of decoding")
+    force: Annotated[bool, FLAG] = Field(default=False, description="all the same")
+    frames: int = Field(default=1, ge=1, description="of the clip")
+    share: float | None = Field(default=None, description="of windows")
+    engine: Engine = Engine()
+
+
+def read(*words: str) -> Options:
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, Options)
+    return read_options(Options, parser.parse_args(words))
+
+
+def test_what_is_not_said_is_the_default() -> None:
+    assert read("a") == Options(source=Path("a"))
+
+
+def test_flags_and_settings_are_typed() -> None:
+    words = ("--k", "3,4", "--order", "k=1 chained", "next token", "--force", "--seed", "above")
+    found = read("a", *words, "--set", "threads=2", "--set", "share=0.5", "--set", "engine.frames=7")
+    assert found == Options(
+        source=Path("a"),
+        seed=RowSeed.ABOVE,
+        k=(3, 4),
+        order=("k=1 chained", "next token"),
+        force=True,
+        share=0.5,
+        engine=Engine(threads=2, frames=7),
+    )
+
+
+def test_help_shows_values_as_they_are_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "of rows: previous_frame, above, duplicate, prompt (default previous_frame)" in shown
+    assert "RowSeed" not in shown
+    assert "row lags (default 1,2)" in shown
+    assert "engine.frames: of the window (default 4)" in shown
+    assert "threads: CPU threads" in shown
+    assert "hidden" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("",), "SOURCE : the path is empty"),
+        (("a", "--k", "x"), "--k x: expected whole numbers such as 1,2,4"),
+        (("a", "--seed", "abov"), "--seed abov: unknown seed 'abov'; did you mean 'above'?"),
+        (("a", "--set", "threads=-1"), "--set threads=-1: Input should be greater than or equal to 0"),
+        (("a", "--set", "engine.frames=x"), "--set engine.frames=x: Input should be a valid integer"),
+        (("a", "--set", "thread=1"), "did you mean 'threads'?"),
+        (("a", "--set", "seed=above"), "unknown option of --set 'seed'"),
+        (("a", "--set", "hidden=0"), "unknown option of --set 'hidden'"),
+        (("a", "--set", "threads"), "--set takes NAME=VALUE, got 'threads'"),
+        (("a", "--set", "threads= "), "--set threads: the value is empty"),
+    ],
+)
+def test_mistakes_are_told_where_they_were_made(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError) as told:
+        read(*words)
+    assert message in str(told.value)
+
+
+def test_a_library_call_needs_no_command_line() -> None:
+    assert parse_options(Options, ["frames=3"], {("source",): "a"}).frames == 3
+
+
+def verbs() -> Iterator[tuple[str, Verb[object]]]:
+    for name in VERBS:
+        found = import_module(f"diagd.cli.{name}").VERB
+        yield from ((name, found),) if isinstance(found, Verb) else found.items()
+    for name in ("eval", "world"):
+        found = import_module(f"worlds.cli.{name}").VERB
+        yield from ((name, found),) if isinstance(found, Verb) else found.items()
+
+
+@pytest.mark.parametrize(("name", "verb"), verbs())
+def test_a_verb_has_eight_flags_at_most(name: str, verb: Verb[object]) -> None:
+    flags = [entry for entry in entries(verb.options) if entry.flag and not entry.flag.positional]
+    assert len(flags) <= 8, [entry.name for entry in flags]
+    assert verb.examples.lstrip().startswith("example"), name
