@@ -35,13 +35,13 @@ def test_profiles_name_the_precision(
     options = ("--k", "1", "--frames", "2", "--set", f"precision={precision}", "--output", str(tmp_path))
     assert main(["profile", str(quantised), *options, "--set", "threads=1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["subject"]["precision"] == precision
+    assert report["model"]["precision"] == precision
     form = "portable" if precision.endswith("kv8") else "prefix"
     (graph, *_) = (
         g for g in read_manifest(quantised).graphs if (g.precision, g.form.value) == (precision, form)
     )
     stored = sum((quantised / name).stat().st_size for name in _weights(quantised, graph.file))
-    assert 0.5 * stored < report["subject"]["weight_bytes"] <= stored
+    assert 0.5 * stored < report["model"]["weight_bytes"] <= stored
     for run in report["runs"]:
         stages = sum(stage["seconds"]["total"] for stage in run["stages"])
         assert stages == pytest.approx(run["wall"], rel=0.1)
