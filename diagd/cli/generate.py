@@ -30,12 +30,12 @@ to the folder --output, and those that are there are left out. A folder of image
 for each in its actions.jsonl.
 
 --decoder is the order of decoding, its words between spaces or commas: k=N, steps between the starts of two
-rows (as many as columns, or 'next token', is next-token prediction); and steps between the starts of two
-frames: serial (a frame is finished before the next starts), chained (the next follows row by row: fewest
-passes) or d=N. seeds=above, duplicate or prompt are other row seeds than previous_frame. Or it is jacobi:
-exactly the tokens of next-token prediction, in few passes; jacobi,window=24 verifies so many at once. Or
-draft: another bundle, precision or decoder (--set drafter=, drafter_precision=, drafter_decoder=) drafts
-frames, and what scores below --set tau= is decoded by the bundle itself.
+rows (as many as columns, or ntp, is next-token prediction); and steps between the starts of two frames:
+serial (a frame is finished before the next starts), chained (the next follows row by row: fewest passes) or
+d=N; diagonal is the bundle's own. seeds=above, duplicate or prompt are other row seeds than previous_frame.
+Or it is jacobi: exactly the tokens of next-token prediction, in few passes; jacobi,window=24 verifies so many
+at once. Or draft: another bundle, precision or decoder (--set drafter=, drafter_precision=, drafter_decoder=)
+drafts frames, and what scores below --set tau= is decoded by the bundle itself.
 """
 
 

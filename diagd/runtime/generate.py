@@ -145,7 +145,8 @@ class GenerateOptions:
     )
     decoder: Annotated[str | None, FLAG] = Field(
         default=None,
-        description="see below: k=1,chained or 'next token' or jacobi or draft (default: the bundle's)",
+        description="ntp, diagonal (the bundle's order), an order such as k=1,chained, jacobi or draft "
+        "(default: the bundle's)",
     )
     audit: Annotated[bool, FLAG] = Field(
         default=False, description="say how many tokens are next-token prediction's with the same seed"

@@ -51,6 +51,8 @@ class DraftOptions:
 def parse_decoder(spelling: str | None, manifest: Manifest, *, compat: bool = False) -> Decoder:
     """The decoder of a spelling: ``jacobi``, perhaps with ``window=24``, or an order of decoding.
 
+    ``diagonal`` is the bundle's own order.
+
     Args:
         spelling: None is the bundle's own.
         manifest: of the model.
@@ -63,6 +65,6 @@ def parse_decoder(spelling: str | None, manifest: Manifest, *, compat: bool = Fa
     if match:
         return JacobiDecoder(int(match[1]) if match[1] else None)
     order = manifest.schedule
-    if spelling is not None:
+    if spelling is not None and spelling.strip() != "diagonal":
         order = Schedule.parse(spelling, manifest.layout, order)
     return ScheduledDecoder(replace(order, refeed=False, keep_seeds=True) if compat else order)

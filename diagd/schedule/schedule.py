@@ -85,9 +85,9 @@ class Schedule:
     def parse(cls, spelling: str, layout: StreamLayout, default: Schedule | None = None) -> Schedule:
         """The schedule that a spelling names: words between spaces or commas, as `name` writes them.
 
-        ``next token``; or a row lag ``k=2`` and a frame lag, which is ``serial`` (frames one after another),
-        ``chained`` (the next frame follows row by row) or a number of steps such as ``d=15``. Either may be
-        followed by ``seeds=above`` (a row seed), ``no-refeed`` and ``keep-seeds``.
+        ``next token`` or ``ntp``; or a row lag ``k=2`` and a frame lag, which is ``serial`` (frames one after
+        another), ``chained`` (the next frame follows row by row) or a number of steps, as in ``d=15``.
+        Either may be followed by ``seeds=above`` (a row seed), ``no-refeed`` and ``keep-seeds``.
 
         Args:
             spelling: of the schedule.
@@ -319,7 +319,8 @@ def _compiled(
 def _words(spelling: str, columns: int) -> dict[str, str]:
     """What a spelling says of each part of a schedule."""
     found: dict[str, str] = {}
-    for word in spelling.replace(",", " ").replace(_NEXT, f"k={columns}").split():
+    spelt = re.sub(rf"{_NEXT}|\bntp\b", f"k={columns}", spelling.replace(",", " "))
+    for word in spelt.split():
         part, match = next(
             ((part, match) for part, text in _WORDS.items() if (match := re.fullmatch(text, word))),
             (word, None),

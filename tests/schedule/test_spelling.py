@@ -25,6 +25,8 @@ def test_a_name_is_read_as_what_it_names(case: Case) -> None:
     ("spelling", "schedule"),
     [
         ("next token", Schedule.next_token(LAYOUT)),
+        ("ntp", Schedule.next_token(LAYOUT)),
+        ("ntp seeds=above", replace(Schedule.next_token(LAYOUT), row_seed=RowSeed.ABOVE)),
         ("k=12", Schedule.next_token(LAYOUT)),
         ("k=2", Schedule.serial(LAYOUT, 2)),
         ("k=2 serial", Schedule.serial(LAYOUT, 2)),
