@@ -10,6 +10,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 demo: $(VENV)/.demo
 	$(BIN)/diagd-export --model crafter-3m --output out/crafter-3m.diagd
 	$(BIN)/python examples/demo.py out/crafter-3m.diagd out/crafter.mp4
+	@echo "Play it: $(BIN)/diagd-play out/crafter-3m.diagd"
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
@@ -29,7 +30,7 @@ $(VENV)/.python:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.python pyproject.toml
-	$(BIN)/pip install -q -e '.[export]'
+	$(BIN)/pip install -q -e '.[export,play]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml worlds/pyproject.toml

@@ -24,7 +24,8 @@ BELOW = {
     "calibration": ABOVE,
     "tuning": ABOVE,
     "profiling": EXPORT,
-    "cli": {"calibration", "tuning", "profiling"} | ABOVE,
+    "play": {"runtime"} | RUNTIME,
+    "cli": {"calibration", "tuning", "profiling", "play"} | ABOVE,
 }
 """Packages that each package may import, besides itself and the modules at the top."""
 

@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   diagd-generate mineworld.diagd --prompt clip.mp4 --actions clip.jsonl --set prompt_frames=8 --output a.mp4
   diagd-generate wham.diagd --prompt episode.npz --start 20 --branches 3 --output dream.mp4
   diagd-generate cosmos.diagd --prompt clips/ --output made/
+  diagd-generate crafter-3m.diagd --prompt played.ndjson --output played.mp4
 
 An action file holds one JSON object a line. Where it has the name of the prompt (clip.mp4 and clip.jsonl), it
 is of the same recording: what was done between the frames of the prompt is fed, what comes behind leads to
@@ -36,15 +37,46 @@ d=N; diagonal is the bundle's own. seeds=above, duplicate or prompt are other ro
 Or it is jacobi: exactly the tokens of next-token prediction, in few passes; jacobi,window=24 verifies so many
 at once. Or draft: another bundle, precision or decoder (--set drafter=, drafter_precision=, drafter_decoder=)
 drafts frames, and what scores below --set tau= is decoded by the bundle itself.
+
+A record of diagd-play, as --prompt or --actions, brings its own prompt, actions, decoder and seed: it is
+played again, and the first frame whose tokens differ is named.
 """
 
 
 def run(options: GenerateOptions) -> int:
     """Generate, and say what it took."""
     console = terminal.console()
-    for made in generate(options, Progress(console), _encode_text):
+    if (record := _record(options)) is not None:
+        _replay(options, record, Progress(console))
+        return 0
+    for made in generate(options, Progress(console), encode_text):
         _report(console, made)
     return 0
+
+
+def _record(options: GenerateOptions) -> Path | None:
+    """A record of `diagd-play` among the files that are given."""
+    from diagd.play.record import is_record
+
+    files = (options.clip.actions, options.clip.prompt)
+    return next((file for file in files if file is not None and file.is_file() and is_record(file)), None)
+
+
+def _replay(options: GenerateOptions, record: Path, progress: Progress) -> None:
+    """Write what was seen when a record was played, every frame checked against it."""
+    from diagd.play.game import replay
+    from diagd.play.opening import GameOptions, open_replay
+    from diagd.runtime.output import check_output, write_tokens, write_video
+
+    check_output(options.output)
+    game, lines = open_replay(options.bundle, record, GameOptions(session=options.session))
+    fps = options.fps or game.bundle.manifest.frames_per_second
+    with game, progress.count(record.name, len(lines)) as advance:
+        shown = (advance(1) or one for one in replay(game, lines))
+        if options.output.suffix == ".npy":
+            write_tokens(options.output, (one.frame.tokens for one in shown))
+        else:
+            write_video(options.output, (picture for one in shown for picture in one.pictures), fps)
 
 
 def _report(console: Console, made: Made) -> None:
@@ -74,11 +106,12 @@ def _report(console: Console, made: Made) -> None:
         )
 
 
-def _encode_text(words: str, encoder: Path, length: int) -> Float:
+def encode_text(words: str, encoder: Path, length: int) -> Float:
+    """Embeddings float32 [n, width] of words, by an encoder in a folder."""
     require("torch", extra="text", purpose="encode text with T5")
-    from diagd.export.text_encoder import encode_text
+    from diagd.export import text_encoder
 
-    return encode_text(words, encoder, length)
+    return text_encoder.encode_text(words, encoder, length)
 
 
 VERB = Verb(GenerateOptions, run, EXAMPLES)

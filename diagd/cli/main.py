@@ -26,6 +26,7 @@ VERBS = {
     "generate": "frames from a bundle, a prompt and actions",
     "encode": "a video to tokens, and what its tokenizer loses",
     "decode": "tokens to a video",
+    "play": "a living world in the browser or the terminal",
     "models": "what can be exported",
     "calibrate": "quantised step graphs for a bundle, accepted by a quality gate",
     "align": "fine-tune a bundle or checkpoint to diagonal decoding",
@@ -159,6 +160,11 @@ def build() -> int:
 def generate() -> int:
     """``diagd-generate``."""
     return main(["generate", *sys.argv[1:]])
+
+
+def play() -> int:
+    """``diagd-play``."""
+    return main(["play", *sys.argv[1:]])
 
 
 def profile() -> int:

@@ -212,6 +212,19 @@ def _token(slot: Slot, inputs: Mapping[str, Any]) -> int:
     return found[0] if found else slot.none
 
 
+def represented(codec: ActionCodec, field: str, ids: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """What tokens say of a field: the middles of its bins, float64 [numbers of the field]."""
+    numbers = np.zeros(codec.fields[field])
+    for slot, token in zip(codec.slots, ids.tolist(), strict=True):
+        if isinstance(slot, MuLawSlot) and slot.field == field:
+            level = 2 * (token - slot.first) / (slot.bins - 1) - 1
+            share = math.copysign(((1 + slot.mu) ** abs(level) - 1) / slot.mu, level)
+            numbers[slot.component] = slot.limit * share
+        elif isinstance(slot, EdgesSlot) and slot.field == field:
+            numbers[slot.component] = sum(slot.edges[token - slot.first :][:2]) / 2
+    return numbers
+
+
 def _mu_law_bin(slot: MuLawSlot, number: float) -> int:
     share = max(-slot.limit, min(slot.limit, number)) / slot.limit
     level = math.copysign(math.log(1 + slot.mu * abs(share)) / math.log(1 + slot.mu), share)

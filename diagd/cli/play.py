@@ -1,0 +1,169 @@
+"""``diagd play``: a living world in the browser or the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from diagd.cli import terminal
+from diagd.cli.generate import encode_text
+from diagd.cli.options import Verb
+from diagd.options import FLAG, OPTIONS, File, Flag
+from diagd.progress import Progress
+from diagd.runtime.generate import SessionOptions, TextOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from diagd.play.controls import Inputs
+    from diagd.play.game import Game
+    from diagd.play.record import Line
+    from diagd.runtime.pixels import Pixels
+
+EXAMPLES = """examples:
+  diagd-play crafter-3m.diagd --prompt first.png --fps 20 --video played.mp4
+  diagd-play crafter-3m.diagd --terminal
+  diagd-play crafter-3m.diagd --replay played.ndjson
+
+What you do is recorded; --replay plays a record
+again and names the first frame that differs. Keys, security and the protocol: docs/play.md.
+"""
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class PlayOptions:
+    """What is played, and where."""
+
+    bundle: Annotated[File | None, Flag(positional=True, count="?")] = Field(
+        default=None, description="default: the world that `worlds.ship` made ready"
+    )
+    prompt: Annotated[tuple[File, ...], Flag(repeated=True)] = Field(
+        default=(), description="picture, video or .npy tokens to start from (default: those of the bundle)"
+    )
+    fps: Annotated[float | None, FLAG] = Field(
+        default=None, ge=0.1, le=240, description="frames a second (default: the model's)"
+    )
+    terminal: Annotated[bool, FLAG] = Field(
+        default=False, description="play in this terminal, not in a browser"
+    )
+    replay: Annotated[File | None, FLAG] = Field(
+        default=None, description="play a record again, and check every frame"
+    )
+    record: Annotated[File | None, FLAG] = Field(
+        default=None, description="where the record goes (default: the user's cache)"
+    )
+    video: Annotated[File | None, FLAG] = Field(default=None, description=".mp4 or .gif of all that is seen")
+    host: Annotated[str, FLAG] = Field(default="127.0.0.1", description="address to listen on")
+    port: Annotated[int, FLAG] = Field(default=8765, ge=0, le=65535, description="0 for any that is free")
+    controls: File | None = Field(
+        default=None, description="what keys do (default: controls.json of the bundle)"
+    )
+    browser: bool = Field(default=True, description="open the page in a browser")
+    session: SessionOptions = SessionOptions()
+    condition: TextOptions = TextOptions()
+
+
+def run(options: PlayOptions) -> int:
+    """Play until the player has had enough."""
+    from diagd.bundle import read_manifest
+    from diagd.play.opening import SHIPPED, GameOptions, check_ready, new_record, open_game, open_replay
+
+    place = options.bundle or SHIPPED
+    check_ready(place)
+    manifest = read_manifest(place)
+    text = options.condition.embeddings(manifest, encode_text)
+    game_options = GameOptions(options.prompt, options.session, text)
+    console = terminal.console()
+    with ExitStack() as stack:
+        if options.replay:
+            game, lines = open_replay(place, options.replay, game_options)
+            _replay(console, stack.enter_context(game), lines, _video(stack, options, game))
+        else:
+            record = options.record or new_record(manifest.name)
+            game = open_game(place, replace(game_options, record=record))
+            _play(console, options, game, _video(stack, options, game))
+    return 0
+
+
+def _video(stack: ExitStack, options: PlayOptions, game: Game) -> Callable[[Pixels], None] | None:
+    """What writes pictures to ``--video``."""
+    from diagd.runtime.video import VideoWriter
+
+    if options.video is None:
+        return None
+    spec = game.view.codec.spec
+    rate = options.fps or game.bundle.manifest.frames_per_second
+    return stack.enter_context(VideoWriter(options.video, rate, (spec.height, spec.width))).write
+
+
+def _replay(
+    console: Console, game: Game, lines: list[tuple[int, Line]], watch: Callable[[Pixels], None] | None
+) -> None:
+    from diagd.play.game import replay
+
+    frames = 0
+    with Progress(console).count("replay", len(lines)) as advance:
+        for shown in replay(game, lines):
+            advance(1)
+            frames += 1
+            if watch:
+                watch(shown.pictures)
+    console.print(f"{frames} frames, all equal to the record to the token")
+
+
+def _play(
+    console: Console,
+    options: PlayOptions,
+    game: Game,
+    watch: Callable[[Pixels], None] | None,
+) -> None:
+    from diagd.play import terminal as in_terminal
+    from diagd.play.controls import Inputs, read_controls
+
+    codec = game.bundle.manifest.actions
+    inputs = Inputs(read_controls(game.bundle.path, codec, options.controls), codec)
+    rate = options.fps or game.bundle.manifest.frames_per_second
+    with suppress(KeyboardInterrupt):  # how a player leaves
+        if options.terminal or (find_spec("websockets") is None and sys.stdout.isatty()):
+            in_terminal.play(game, inputs, rate, watch)
+        else:
+            _serve(console, options, game, inputs, watch)
+    if game.record.path is not None:
+        console.print(f"recorded: {game.record.path}")
+
+
+def _serve(
+    console: Console,
+    options: PlayOptions,
+    game: Game,
+    inputs: Inputs,
+    watch: Callable[[Pixels], None] | None,
+) -> None:
+    from diagd.play.server import Address, Server
+
+    rate = options.fps or game.bundle.manifest.frames_per_second
+    address = Address(options.host, options.port)
+    if not address.is_local:
+        console.print(f"warning: whoever reaches {options.host} and knows the address below can play; no TLS")
+    server = Server(game, inputs, address, rate, watch)
+
+    def started(url: str) -> None:
+        console.print(f"{game.bundle.manifest.name}: {url}\nCtrl-C ends it.")
+        sys.stdout.flush()
+        if options.browser and sys.stdout.isatty():
+            import webbrowser
+
+            webbrowser.open(url)
+
+    asyncio.run(server.run(started))
+
+
+VERB = Verb(PlayOptions, run, EXAMPLES)

@@ -1,0 +1,1 @@
+"""A player in front of a stream: browser, terminal, recording."""

@@ -1,0 +1,368 @@
+"""A world that is played: a stream with its settings, its past to go back to, branches and a record."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from diagd.bundle import Bundle
+from diagd.engines.engine import Float, Int
+from diagd.errors import QualityError, UsageError
+from diagd.play import record
+from diagd.play.controls import Taken
+from diagd.play.pictures import Pictures, View
+from diagd.play.record import Ahead, Line, Played, Record, Start
+from diagd.play.settings import PlaySettings
+from diagd.runtime.actions import encode
+from diagd.runtime.audit import audit
+from diagd.runtime.session import Frame, Session
+from diagd.runtime.stream import Past
+
+MAX_PAST: Final = 20_000
+"""Frames that can be taken back at most; a few hundred bytes each."""
+
+MAX_BRANCHES: Final = 64
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a world that can be gone back to.
+
+    Attributes:
+        number: of the mark; 0 is the start.
+        parent: mark that was last passed on the way there; None for the start.
+        known: frames up to there.
+        past: the last of them.
+    """
+
+    number: int
+    parent: int | None
+    known: int
+    past: tuple[Past, ...]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A frame as it is shown.
+
+    Attributes:
+        frame: as it was decoded.
+        taken: the action that led to it.
+        pictures: uint8 [n, height, width, 3], more than one where the tokenizer compresses time.
+        decode: seconds until its tokens were known.
+        pixels: seconds from tokens to pictures.
+    """
+
+    frame: Frame
+    taken: Taken
+    pictures: Pictures
+    decode: float
+    pixels: float
+
+
+class Game:
+    """One world under the commands of a player; every method is for one thread.
+
+    Args:
+        bundle: that is played.
+        session: over it; closed with the game.
+        view: of its pictures.
+        prompts: token frames int32 [P, rows, columns] that worlds start from.
+        path: of the record; None keeps none.
+        text: embeddings, for models that attend to a text.
+
+    Attributes:
+        marks: places to go back to, by number.
+        here: number of the mark last passed.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: Session,
+        view: View,
+        prompts: Sequence[Int],
+        path: Path | None = None,
+        text: Float | None = None,
+    ) -> None:
+        self.bundle, self.session, self.view, self.prompts = bundle, session, view, list(prompts)
+        self.settings = PlaySettings.of(bundle.manifest)
+        self.marks: dict[int, Mark] = {}
+        self.here = 0
+        precision = bundle.at_precision().manifest.graphs[0].precision
+        self.record = Record(path, record.header(bundle, precision, session.window))
+        self._text = text
+        self._past: list[Past] = []
+        self._run: Iterator[Frame] | None = None
+        self._led: dict[int, Taken] = {}
+        self._act: Callable[[], Taken | None] = lambda: None
+        self._next_mark = 1
+        self._chosen = 0  # frames up to there were decoded by other settings, or are not known to be by these
+
+    def __enter__(self) -> Game:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the record and give the engine's memory back."""
+        self.stop()
+        self.record.close()
+        self.session.close()
+
+    @property
+    def known(self) -> int:
+        """Frames up to now, the prompt's included."""
+        return self.session.stream.known
+
+    @property
+    def tokens(self) -> Int:
+        """Tokens int32 [rows, columns] of the last frame."""
+        return self._past[-1].tokens
+
+    def reset(self, prompt: Int, actions: Int | None = None) -> Pictures:
+        """Begin a world anew from token frames; gives the pictures of the last one.
+
+        Raises:
+            UsageError: the frames do not fit the model.
+        """
+        codec = self.bundle.manifest.actions
+        if actions is None and codec is not None:
+            actions = np.tile(encode(codec, {}), (len(prompt), 1))
+        self.stop()
+        self.session.start(prompt, actions, self._text)
+        listed = None if actions is None else actions.tolist()
+        self.record.add(Start(start=prompt.tolist(), actions=listed))
+        self.record.add(record.Settings(settings=self.settings))
+        self._past = list(self.session.stream.past)
+        self.marks, self.here, self._next_mark = {}, 0, 1
+        self._chosen = self.known
+        self._mark(0, None)
+        return self.look()
+
+    def choose(self, settings: PlaySettings) -> None:
+        """Decode frames from the next one on by other settings.
+
+        Raises:
+            DiagdError: they cannot be decoded; the old ones stay.
+        """
+        decoder, sampling = settings.open(self.bundle.manifest), settings.sampling
+        self.stop()
+        stream = self.session.stream
+        stream.follow(None)
+        stream.settings = sampling
+        decoder.check(stream)
+        self.settings, self._chosen = settings, self.known
+        self.record.add(record.Settings(settings=settings))
+
+    def rewind(self, frames: int) -> Pictures:
+        """Take back up to so many frames; gives the pictures of the one that is the last then."""
+        frames = min(frames, len(self._past) - 1)
+        self.stop()
+        if frames > 0:
+            self._chosen = min(self._chosen, self.known - frames)
+            self._past = self._past[: len(self._past) - frames]
+            self.session.stream.return_to(self.known - frames, self._kept(self._past))
+            self.record.add(record.Rewind(rewind=frames))
+            while self.marks[self.here].known > self.known and self.here:
+                self.here = self.marks[self.here].parent or 0
+        return self.look()
+
+    def branch(self) -> int:
+        """Mark this place; returns its number.
+
+        Raises:
+            UsageError: there are too many marks.
+        """
+        if len(self.marks) > MAX_BRANCHES:
+            raise UsageError(f"{MAX_BRANCHES} places are marked already; reset the world to begin anew")
+        self.stop()
+        number = self._next_mark
+        self._next_mark += 1
+        self._mark(number, self.here)
+        self.record.add(record.Branch(branch=number))
+        return number
+
+    def visit(self, number: int) -> Pictures:
+        """Go back to a marked place; gives its pictures.
+
+        Raises:
+            UsageError: there is no such mark.
+        """
+        if number not in self.marks:
+            raise UsageError(f"no place has the number {number}; there are {sorted(self.marks)}")
+        self.stop()
+        mark = self.marks[number]
+        stream = self.session.stream.branch()  # another one: the session's rows are of the place that is left
+        stream.return_to(mark.known, self._kept(mark.past))
+        self.session.stream = stream
+        self._past, self.here = list(mark.past), number
+        self._chosen = self.known
+        self.record.add(record.Visit(visit=number))
+        return self.look()
+
+    def audit(self, frames: int) -> tuple[int, float]:
+        """The share of the last frames' cells that next-token prediction draws, with the same seed.
+
+        Returns:
+            Frames that were asked about, at most ``frames``, and the share.
+
+        Raises:
+            UsageError: nothing was decoded by the settings that hold now.
+        """
+        count = min(frames, self.known - self._chosen)
+        if count < 1:
+            raise UsageError("no frame was decoded by these settings yet; play on and ask again")
+        self.stop()
+        here, past = self.session.stream, self._past[-count:]
+        before = here.branch()
+        before.return_to(self.known - count, self._kept(self._past[:-count]))
+        self.session.stream = before
+        try:
+            shares = audit(
+                self.session,
+                np.stack([frame.tokens for frame in past]),
+                np.stack([frame.actions for frame in past]) if self.bundle.manifest.actions else None,
+                sampling=self.settings.sampling,
+                seed=self.settings.seed,
+            )
+        finally:
+            self.session.stream = here
+        return count, float(shares.mean())
+
+    def advance(self, act: Callable[[], Taken | None]) -> Shown | None:
+        """Decode one frame; ``act`` is asked for an action when a frame begins. None: it had none."""
+        self._act = act
+        began = time.perf_counter()
+        if self._run is None:
+            self._run = self.session.frames(
+                self.settings.open(self.bundle.manifest),
+                self._pull,
+                sampling=self.settings.sampling,
+                seed=self.settings.seed,
+            )
+        try:
+            frame = next(self._run, None)
+        except BaseException:
+            self._run = None
+            raise
+        if frame is None:
+            self._run = None
+            return None
+        taken = self._led.pop(frame.index)
+        decoded = time.perf_counter()
+        pictures = self.view.show(frame.tokens)
+        self._past.append(self.session.stream.past[-1])
+        del self._past[:-MAX_PAST]
+        action = None if taken.ids is None else taken.ids.tolist()
+        self.record.add(Played(frame=frame.index, action=action, tokens=record.digest(frame.tokens)))
+        return Shown(frame, taken, pictures, decoded - began, time.perf_counter() - decoded)
+
+    def _pull(self, frame: int) -> Int | None:
+        """Ids of the frame that begins now."""
+        taken = self._act()
+        if taken is None:
+            return None
+        self._led[frame] = taken
+        return np.zeros(0, np.int32) if taken.ids is None else taken.ids
+
+    def stop(self) -> None:
+        """Give up frames in flight; what they were begun with is part of the record."""
+        if self._led:
+            given_up = [None if taken.ids is None else taken.ids.tolist() for taken in self._led.values()]
+            self.record.add(Ahead(ahead=given_up))
+        self._run = None
+        self._led.clear()
+
+    def _mark(self, number: int, parent: int | None) -> None:
+        self.marks[number] = Mark(number, parent, self.known, tuple(self._past))
+        self.here = number
+
+    def _kept(self, past: Sequence[Past]) -> list[Past]:
+        """As much of a past as the stream keeps."""
+        return list(past[-(self.session.stream.past.maxlen or len(past)) :])
+
+    def look(self) -> Pictures:
+        """Pictures of the last frame."""
+        return self.view.move([past.tokens for past in self._past[-self.view.codec.latents :]])
+
+
+def replay(game: Game, lines: Sequence[tuple[int, Line]], strict: bool = True) -> Iterator[Shown]:
+    """Do again what a record says, and give every frame that was shown.
+
+    Args:
+        game: over the bundle that the record is of.
+        lines: as `read_record` gives them.
+        strict: a frame with other tokens than those recorded is an error.
+
+    Raises:
+        QualityError: a frame differs; the message has its number and its line.
+        UsageError: the record does not fit the model.
+    """
+    position = 0
+    while position < len(lines):
+        number, line = lines[position]
+        if isinstance(line, Played):
+            end = position + 1
+            while end < len(lines) and isinstance(lines[end][1], Played):
+                end += 1
+            end += end < len(lines) and isinstance(lines[end][1], Ahead)  # which ends a run
+            yield from _replay_run(game, lines[position:end], strict)
+            if isinstance(lines[end - 1][1], Ahead):
+                game.stop()
+            position = end
+            continue
+        _replay_command(game, number, line)
+        position += 1
+
+
+def _replay_run(game: Game, lines: Sequence[tuple[int, Line]], strict: bool) -> Iterator[Shown]:
+    ids: deque[list[int] | None] = deque()
+    for _, line in lines:
+        ids.extend(
+            line.ahead if isinstance(line, Ahead) else [line.action] if isinstance(line, Played) else []
+        )
+
+    def act() -> Taken | None:
+        if not ids:
+            return None
+        action = ids.popleft()
+        return Taken(None if action is None else np.array(action, np.int32), {})
+
+    for number, line in lines:
+        if not isinstance(line, Played):
+            continue
+        shown = game.advance(act)
+        if shown is None or shown.frame.index != line.frame:
+            raise UsageError(f"line {number}: frame {line.frame} does not follow what is before it")
+        if strict and record.digest(shown.frame.tokens) != line.tokens:
+            raise QualityError(
+                f"line {number}: frame {line.frame} is the first that differs from the record; another "
+                "engine, precision or version rounds differently"
+            )
+        yield shown
+
+
+def _replay_command(game: Game, number: int, line: Line) -> None:
+    if isinstance(line, Start):
+        actions = None if line.actions is None else np.array(line.actions, np.int32)
+        try:
+            prompt = np.array(line.start, np.int32)
+        except ValueError:
+            raise UsageError(f"line {number}: prompt frames are not all of one size") from None
+        game.reset(prompt, actions)
+    elif isinstance(line, record.Settings):
+        game.choose(line.settings)
+    elif isinstance(line, record.Rewind):
+        game.rewind(line.rewind)
+    elif isinstance(line, record.Branch):
+        game.branch()
+    elif isinstance(line, record.Visit):
+        game.visit(line.visit)

@@ -1,0 +1,121 @@
+"""From a bundle to a game."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from diagd.bundle import Bundle, cache_directory
+from diagd.engines.engine import Float, Int
+from diagd.errors import UsageError
+from diagd.play.game import Game
+from diagd.play.pictures import View
+from diagd.play.record import Line, read_record
+from diagd.runtime.generate import SessionOptions
+from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.prompt import read_prompt, read_tokens
+
+SHIPPED: Final = Path(__file__).parents[1] / "models" / "crafter-3m" / "ready"
+"""The world that is played without a bundle, once `worlds.ship` has made it ready."""
+
+PROMPTS_NAME: Final = "prompts"
+"""Folder of a bundle with pictures or tokens that worlds start from."""
+
+_PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".npy")
+MAX_PROMPTS: Final = 24
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GameOptions:
+    """What a game runs on.
+
+    Attributes:
+        prompts: files to start from; default: those of the bundle.
+        session: what decodes, and where.
+        text: embeddings float32 [n, width], for models that attend to a text.
+        record: file of the record; None keeps none.
+    """
+
+    prompts: tuple[Path, ...] = ()
+    session: SessionOptions = field(default_factory=SessionOptions)
+    text: Float | None = None
+    record: Path | None = None
+
+
+def check_ready(path: Path) -> None:
+    """Refuse the world of the package where none was made ready.
+
+    Raises:
+        UsageError: none was.
+    """
+    if path == SHIPPED and not path.is_dir():
+        raise UsageError(
+            "no world is ready to be played without a bundle; name one, such as crafter-3m.diagd, made by: "
+            "diagd-export --model crafter-3m --output crafter-3m.diagd"
+        )
+
+
+def open_game(path: Path, options: GameOptions) -> Game:
+    """Open a bundle to be played.
+
+    Raises:
+        BundleError: it is missing, damaged or altered.
+        UsageError: it has no tokenizer, or an option does not fit it.
+    """
+    check_ready(path)
+    bundle = Bundle.open(path).at_precision(options.session.precision)
+    codec = options.session.pixels(bundle)
+    prompts = [_read(file, bundle, codec) for file in options.prompts or _prompts(bundle)]
+    session = options.session.open(bundle)
+    return Game(bundle, session, View(codec), prompts or [_blank(bundle)], options.record, options.text)
+
+
+def open_replay(path: Path, record: Path, options: GameOptions) -> tuple[Game, list[tuple[int, Line]]]:
+    """A game as a record was made by, where the options do not say otherwise, and the record's lines.
+
+    Raises:
+        DiagdError: the record is none, or the bundle cannot be played.
+    """
+    header, lines = read_record(record)
+    session = options.session
+    session = replace(
+        session, precision=session.precision or header.precision, window=session.window or header.window
+    )
+    game = open_game(path, replace(options, session=session))
+    if game.bundle.digest != header.bundle:
+        _LOG.warning("%s is of another bundle (%s): its frames may differ", record, header.name)
+    return game, lines
+
+
+def new_record(name: str) -> Path | None:
+    """A file for the record of a game that begins now, in the user's cache; None where there is none."""
+    folder = cache_directory()
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
+    return None if folder is None else folder / "played" / f"{name}-{stamp}.ndjson"
+
+
+def _prompts(bundle: Bundle) -> list[Path]:
+    folder = bundle.file(PROMPTS_NAME)
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in found if file.suffix.lower() in _PICTURES][:MAX_PROMPTS]
+
+
+def _read(file: Path, bundle: Bundle, codec: PixelCodec) -> Int:
+    if file.suffix.lower() == ".npy":
+        return read_tokens(file, bundle.manifest)
+    if not file.is_file():
+        raise UsageError(f"no such prompt: {file}; give a picture, a video or .npy tokens")
+    return read_prompt(file, codec, frames=1, resize=True)
+
+
+def _blank(bundle: Bundle) -> Int:
+    """The lowest legal token everywhere, for bundles that bring no picture."""
+    layout = bundle.manifest.layout
+    ranges = bundle.manifest.sampling.range_table(layout)[layout.before :][: layout.cells]
+    return np.ascontiguousarray(ranges[:, 0].reshape(1, layout.rows, layout.columns), np.int32)

@@ -1,0 +1,53 @@
+// The socket: says hello, comes back when it is lost, and tells texts from pictures.
+
+const VERSION = 1;
+const FINAL = { 4001: "This world was opened in another tab.", 4003: "The address has no valid token. Open the one that diagd-play printed.",
+  4029: "The server is busy. Try again later." };
+
+export class Link extends EventTarget {
+  constructor() {
+    super();
+    this.token = location.hash.slice(1);
+    this.tries = 0;
+  }
+
+  open() {
+    const socket = new WebSocket(`ws://${location.host}/socket`);
+    this.socket = socket;
+    socket.binaryType = "arraybuffer";
+    socket.onopen = () => {
+      this.tries = 0;
+      this.send({ type: "hello", version: VERSION, token: this.token, ticket: localStorage.ticket ?? "" });
+    };
+    socket.onmessage = ({ data }) => {
+      if (typeof data === "string") this.text(JSON.parse(data));
+      else this.binary(data);
+    };
+    socket.onclose = ({ code }) => {
+      this.tell("lost", { reason: FINAL[code], again: !FINAL[code] });
+      if (!FINAL[code]) setTimeout(() => this.open(), Math.min(4000, 250 * 2 ** this.tries++));
+    };
+  }
+
+  text(message) {
+    if (message.type === "welcome") localStorage.ticket = message.ticket;
+    this.tell(message.type, message);
+  }
+
+  binary(data) {
+    const length = new DataView(data).getUint32(0);
+    const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
+    let start = 4 + length;
+    header.parts = header.sizes.map((size) => {
+      start += size;
+      return new Uint8Array(data, start - size, size);
+    });
+    this.tell(header.kind, header);
+  }
+
+  tell(name, detail) { this.dispatchEvent(new CustomEvent(name, { detail })); }
+
+  send(message) {
+    if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(message instanceof Uint8Array ? message : JSON.stringify(message));
+  }
+}

@@ -1,0 +1,179 @@
+// The page: what the server says becomes what is seen, what is clicked becomes what the server is told.
+
+import { Figures, label } from "/figures.js";
+import { Keys } from "/keys.js";
+import { Link } from "/link.js";
+import { Screen } from "/screen.js";
+
+const at = (id) => document.getElementById(id);
+const link = new Link(), figures = new Figures();
+const screen = new Screen(at("screen"), link, (update) => figures.drawn(update));
+const keys = new Keys(at("screen"), link);
+const marks = new Map(); // number -> thumbnail
+let state = null, errorTimer = 0;
+
+function status(kind, text, cover = "") {
+  at("status").className = kind;
+  at("status-text").textContent = text;
+  at("cover").hidden = !cover;
+  at("cover").firstElementChild.textContent = cover;
+}
+
+function complain(text) {
+  at("error").textContent = text;
+  at("error").hidden = false;
+  clearTimeout(errorTimer);
+  errorTimer = setTimeout(() => { at("error").hidden = true; }, 8000);
+}
+
+function showKeys(controls) {
+  const rows = new Map();
+  for (const [code, part] of Object.entries(controls.keys)) rows.set(label(part), [...(rows.get(label(part)) ?? []), code]);
+  const cells = [];
+  for (const [text, codes] of rows) {
+    const cell = document.createElement("div");
+    for (const code of codes.filter((one) => !/^(Pad|Axis)/.test(one))) {
+      cell.append(Object.assign(document.createElement("kbd"), { textContent: code.replace(/^(Key|Digit|Arrow)/, ""), title: code }));
+      cell.lastChild.dataset.code = code;
+    }
+    cells.push(cell, Object.assign(document.createElement("span"), { textContent: text }));
+  }
+  if (controls.mouse) cells.push(Object.assign(document.createElement("kbd"), { textContent: "Mouse" }), controls.mouse.field);
+  if (!cells.length) cells.push(Object.assign(document.createElement("p"), { className: "note", textContent: "This world takes no actions: it goes on by itself. P pauses it." }));
+  at("keys").replaceChildren(...cells);
+}
+
+async function showGallery({ parts, type }) {
+  const pictures = await Promise.all(parts.map((part) => createImageBitmap(new Blob([part], { type }))));
+  at("gallery").replaceChildren(...pictures.map((picture, number) => {
+    const canvas = Object.assign(document.createElement("canvas"), { width: picture.width, height: picture.height });
+    canvas.getContext("2d").drawImage(picture, 0, 0);
+    const button = document.createElement("button");
+    button.setAttribute("aria-label", `Start from picture ${number + 1}`);
+    button.append(canvas);
+    button.onclick = () => { link.send({ type: "reset", prompt: number }); at("screen").focus(); };
+    return button;
+  }));
+}
+
+function showTree({ marks: listed, here }) {
+  for (const number of [...marks.keys()]) if (!listed.some((mark) => mark.number === number)) marks.delete(number);
+  const build = (parent) => {
+    const list = document.createElement("ul");
+    for (const mark of listed.filter((one) => one.parent === parent)) {
+      if (!marks.has(mark.number)) marks.set(mark.number, screen.thumbnail());
+      const button = document.createElement("button"), item = document.createElement("li");
+      button.append(marks.get(mark.number), mark.number ? `Branch ${mark.number} · frame ${mark.known}` : "Start");
+      if (mark.number === here) button.setAttribute("aria-current", "true");
+      button.onclick = () => { link.send({ type: "visit", number: mark.number }); at("screen").focus(); };
+      item.append(button, build(mark.number));
+      list.append(item);
+    }
+    return list.childElementCount ? list : "";
+  };
+  at("tree").replaceChildren(build(null));
+}
+
+function showSettings({ settings, rate, mode }) {
+  const form = at("settings").elements;
+  const lags = settings.decoder.match(/^k=(\d+) (serial|chained|d=\d+)/);
+  const shown = { ...settings, rate, decoder: lags ? "diagonal" : settings.decoder };
+  if (lags) Object.assign(shown, { k: lags[1], d: lags[2].replace("d=", "") });
+  for (const [name, value] of Object.entries(shown)) if (form[name] && form[name] !== document.activeElement) form[name].value = value;
+  form.k.disabled = form.d.disabled = !lags;
+  for (const button of document.querySelectorAll("[name=mode]")) button.checked = button.value === mode;
+}
+
+link.addEventListener("welcome", ({ detail }) => {
+  at("name").textContent = document.title = detail.name;
+  at("licence").textContent = `Weights: ${detail.licence}`;
+  screen.resize(detail.size);
+  keys.use(detail.controls);
+  showKeys(detail.controls);
+  keys.touch(at("pad"), at("buttons"), label);
+  at("lock").hidden = !detail.controls.mouse;
+  at("autopilot").disabled = !detail.autopilot;
+  at("autopilot-note").textContent = detail.autopilot ? "" : "Not available: this model does not decode its own actions.";
+  at("save-keys").onclick = () => save("controls.json", JSON.stringify(detail.controls, null, 2));
+  link.picture = detail;
+  status("live", "connected");
+  at("screen").focus();
+});
+link.addEventListener("waiting", ({ detail }) => status("", "waiting", `Somebody is playing. You are number ${detail.place} in the queue.`));
+link.addEventListener("lost", ({ detail }) => status("lost", "disconnected", detail.reason ?? "The connection was lost. Trying again…"));
+link.addEventListener("error", ({ detail }) => complain(detail.text));
+link.addEventListener("gallery", ({ detail }) => showGallery(detail));
+link.addEventListener("audit", ({ detail }) => {
+  at("hud-audit").firstElementChild.textContent = `${(100 * detail.share).toFixed(1)} % of ${detail.frames} frames`;
+});
+link.addEventListener("record", ({ detail }) => save("play.ndjson", detail.parts[0]));
+link.addEventListener("state", ({ detail }) => {
+  state = detail;
+  showSettings(detail);
+  requestAnimationFrame(() => requestAnimationFrame(() => showTree(detail)));
+});
+
+keys.addEventListener("change", () => {
+  for (const key of document.querySelectorAll("kbd[data-code]")) key.classList.toggle("held", keys.held.has(key.dataset.code));
+});
+keys.addEventListener("shortcut", ({ detail: event }) => {
+  const shortcuts = {
+    KeyP: () => link.send({ type: "pace", mode: state?.mode === "pause" ? "live" : "pause" }),
+    Backspace: () => link.send({ type: "rewind", frames: 10 }),
+    KeyB: () => link.send({ type: "branch" }),
+  };
+  if (event.code in shortcuts) { event.preventDefault(); shortcuts[event.code](); }
+});
+
+function save(name, content) {
+  const address = URL.createObjectURL(new Blob([content]));
+  Object.assign(document.createElement("a"), { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 1000);
+}
+
+for (const button of document.querySelectorAll("[data-do]")) {
+  button.onclick = () => {
+    const { do: type, frames } = button.dataset;
+    link.send(frames ? { type, frames: Number(frames) } : { type });
+    if (type !== "save") at("screen").focus();
+  };
+}
+for (const button of document.querySelectorAll("[name=mode]")) {
+  button.onchange = () => link.send({ type: "pace", mode: button.value });
+}
+at("settings").onsubmit = (event) => event.preventDefault();
+at("settings").onchange = ({ target }) => {
+  const form = at("settings").elements, { name } = target, number = Number(target.value);
+  if (!state || target.value === "" || !target.checkValidity()) return;
+  if (name === "rate") return link.send({ type: "pace", rate: number });
+  const lag = /^\d/.test(form.d.value) ? `d=${form.d.value}` : form.d.value;
+  const decoder = form.decoder.value === "diagonal" ? `k=${form.k.value} ${lag}` : form.decoder.value;
+  link.send({ type: "choose", settings: { ...state.settings, ...(["decoder", "k", "d"].includes(name) ? { decoder } : { [name]: number }) } });
+};
+at("lock").onclick = () => { at("screen").focus(); keys.lock(); };
+
+function toggle(button, target, on) {
+  const set = (shown) => { button.setAttribute("aria-pressed", shown); target.hidden = !shown; };
+  button.onclick = () => set(target.hidden);
+  set(on);
+}
+toggle(at("touch-toggle"), at("touch"), matchMedia("(pointer: coarse)").matches || innerWidth <= 600);
+toggle(at("hud-toggle"), at("hud"), true);
+
+at("upload").onchange = async ({ target }) => {
+  const [file] = target.files;
+  if (!file || !link.picture) return;
+  target.value = "";
+  const [height, width] = link.picture.size;
+  try {
+    const picture = await createImageBitmap(file);
+    const canvas = Object.assign(document.createElement("canvas"), { width, height });
+    const scale = Math.max(width / picture.width, height / picture.height);
+    const [across, down] = link.picture.cover ? [picture.width * scale, picture.height * scale] : [width, height];
+    const pen = canvas.getContext("2d");
+    pen.drawImage(picture, (width - across) / 2, (height - down) / 2, across, down);
+    link.send(new Uint8Array(pen.getImageData(0, 0, width, height).data));
+  } catch { complain("This file is no picture that the browser can read."); }
+};
+
+link.open();

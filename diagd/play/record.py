@@ -1,0 +1,197 @@
+"""What was played, as lines of JSON: enough to play it again to the token.
+
+The first line says which bundle was played. Then, in the order in which they happened: ``start`` (prompt
+tokens and their actions), ``settings``, ``frame`` (its number, its action's ids, a digest of its tokens),
+``ahead`` (actions of frames that had begun when the run ended), ``rewind``, ``branch`` and ``visit``.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Annotated, Any, Final, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from diagd.bundle import Bundle
+from diagd.engines.engine import Int
+from diagd.errors import UsageError
+from diagd.play.settings import PlaySettings
+from diagd.runtime.sampling import SAMPLER
+
+FORMAT: Final = "diagd play 1"
+MAX_BYTES: Final = 256 << 20
+"""A record stops here; some four million frames."""
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Header(_Line):
+    """First line: ``bundle`` is the digest of its manifest."""
+
+    format: Literal["diagd play 1"]
+    bundle: str
+    name: str
+    precision: str
+    window: int
+    sampler: str
+    diagd: str
+
+
+class Start(_Line):
+    """A world began with prompt tokens [P, rows, columns] and their action ids [P, n]."""
+
+    start: list[list[list[int]]]
+    actions: list[list[int]] | None
+
+
+class Settings(_Line):
+    """Frames from here on are decoded so."""
+
+    settings: PlaySettings
+
+
+class Played(_Line):
+    """A frame, the ids that led to it, and the digest of its tokens."""
+
+    frame: int
+    action: list[int] | None
+    tokens: str
+
+
+class Ahead(_Line):
+    """Actions of frames that had begun, and were given up."""
+
+    ahead: list[list[int] | None]
+
+
+class Rewind(_Line):
+    """Frames that were taken back."""
+
+    rewind: Annotated[int, Field(ge=1)]
+
+
+class Branch(_Line):
+    """A place was marked with a number."""
+
+    branch: int
+
+
+class Visit(_Line):
+    """A marked place was gone back to."""
+
+    visit: int
+
+
+Line = Start | Settings | Played | Ahead | Rewind | Branch | Visit
+_LINE: Final[TypeAdapter[Line]] = TypeAdapter(Line)
+
+
+def digest(tokens: Int) -> str:
+    """Eight hexadecimal digits of a frame's tokens [rows, columns]."""
+    return f"{zlib.crc32(np.ascontiguousarray(tokens, '<i4').tobytes()):08x}"
+
+
+def header(bundle: Bundle, precision: str, window: int) -> Header:
+    """First line of a bundle's record."""
+    from diagd.version import __version__
+
+    return Header(
+        format="diagd play 1",
+        bundle=bundle.digest,
+        name=bundle.manifest.name,
+        precision=precision,
+        window=window,
+        sampler=SAMPLER,
+        diagd=__version__,
+    )
+
+
+class Record:
+    """Writes lines as they happen, to a file or, without one, nowhere; in ``path`` while it is written."""
+
+    def __init__(self, path: Path | None, first: Header) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+        self._bytes = 0
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("x", encoding="utf-8")
+            self.add(first)
+
+    def add(self, line: Line | Header) -> None:
+        """Write a line."""
+        if self._file is None:
+            return
+        text = line.model_dump_json() + "\n"
+        self._bytes += len(text)
+        if self._bytes > MAX_BYTES:
+            self.close()
+            return
+        self._file.write(text)
+        if not isinstance(line, Played) or not line.frame % 32:
+            self._file.flush()
+
+    def read(self) -> bytes:
+        """All that was written so far."""
+        if self._file is not None:
+            self._file.flush()
+        return b"" if self.path is None else self.path.read_bytes()
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file begins as a record does."""
+    try:
+        with path.open("rb") as file:
+            first = json.loads(file.readline(1 << 16))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and str(first.get("format", "")).startswith("diagd play")
+
+
+def read_record(path: Path) -> tuple[Header, list[tuple[int, Line]]]:
+    """The first line and the others with their numbers; a last line that was cut off is left out.
+
+    Raises:
+        UsageError: it is no record, or a line is damaged.
+    """
+    lines = list(_lines(path))
+    try:
+        first = Header.model_validate_json(lines[0][1])
+    except (IndexError, ValidationError):
+        raise UsageError(f"{path} is no record of `diagd-play`: its first line has no '{FORMAT}'") from None
+    parsed: list[tuple[int, Line]] = []
+    for number, text in lines[1:]:
+        try:
+            parsed.append((number, _LINE.validate_json(text)))
+        except ValidationError as error:
+            if number == lines[-1][0] and not text.endswith("\n"):
+                break
+            reason: Any = error.errors()[0]
+            raise UsageError(f"{path}, line {number}: {reason['msg']} ({text.strip()[:60]})") from None
+    if first.sampler != SAMPLER:
+        raise UsageError(
+            f"{path} was drawn by the sampler {first.sampler!r}, this diagd's is {SAMPLER!r}: it gives other "
+            f"tokens; play it with diagd {first.diagd}"
+        )
+    return first, parsed
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from enumerate(file, start=1)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.reason
+        raise UsageError(f"cannot read the record {path}: {reason}") from None

@@ -1,0 +1,184 @@
+"""A world in a terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from diagd.errors import UsageError
+from diagd.play.controls import Inputs
+from diagd.play.drawing import Blocks, Drawing, Kitty, Sixel
+from diagd.play.game import Game
+from diagd.play.keyboard import QUIT, Held, Press, presses
+from diagd.play.pictures import Pictures
+from diagd.play.stage import Stage, Update
+
+_ASK: Final = b"\x1b_Gi=31,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\\x1b[?u\x1b[c"
+"""Do you draw kitty's graphics, tell releases, and what else can you do? Every terminal answers the last."""
+
+_ANSWERED: Final = re.compile(rb"\x1b\[\?([0-9;]*)c")
+_ANSWER_SECONDS: Final = 0.5
+_POLL_SECONDS: Final = 0.03
+_ENTER: Final = b"\x1b[?1049h\x1b[?25l\x1b[2J"
+_LEAVE: Final = b"\x1b[0m\x1b[?25h\x1b[?1049l"
+_TELL_RELEASES, _AS_BEFORE = b"\x1b[>11u", b"\x1b[<u"
+_BACK: Final = 10
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a terminal said it can do."""
+
+    kitty: bool = False
+    sixel: bool = False
+    releases: bool = False
+
+    @classmethod
+    def read(cls, answer: bytes, environment: Mapping[str, str]) -> Abilities:
+        """From its answer; inside tmux pictures do not get through."""
+        attributes = _ANSWERED.search(answer)
+        own = "TMUX" not in environment
+        return cls(
+            kitty=own and b"_Gi=31;OK" in answer,
+            sixel=own and attributes is not None and b"4" in attributes[1].split(b";")[1:],
+            releases=re.search(rb"\x1b\[\?[0-9]+u", answer) is not None,
+        )
+
+    def drawing(self, rows: int, columns: int) -> Drawing:
+        """The best way to draw."""
+        kind = Kitty if self.kitty else Sixel if self.sixel else Blocks
+        return kind(rows, columns)
+
+
+def check_terminal(environment: Mapping[str, str]) -> None:
+    """Refuse where nothing could be seen.
+
+    Raises:
+        UsageError: there is no terminal, or it shows no colours.
+    """
+    if not (sys.stdout.isatty() and sys.stdin.isatty()):
+        raise UsageError("--terminal needs a terminal for both input and output; play in the browser instead")
+    if environment.get("TERM") in (None, "", "dumb") or environment.get("NO_COLOR"):
+        raise UsageError("this terminal shows no colours (TERM, NO_COLOR); play in the browser instead")
+
+
+@contextmanager
+def _raw(descriptor: int) -> Iterator[None]:
+    """Keys as they are pressed; the terminal is as it was however this ends."""
+    import termios
+    import tty
+
+    before = termios.tcgetattr(descriptor)
+    try:
+        tty.setcbreak(descriptor)
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _read(descriptor: int, seconds: float) -> bytes:
+    ready, _, _ = select.select([descriptor], [], [], seconds)
+    return os.read(descriptor, 4096) if ready else b""
+
+
+def _ask(source: int, target: int) -> bytes:
+    os.write(target, _ASK)
+    answer, end = b"", time.monotonic() + _ANSWER_SECONDS
+    while not _ANSWERED.search(answer) and time.monotonic() < end:
+        answer += _read(source, end - time.monotonic())
+    return answer
+
+
+def play(game: Game, inputs: Inputs, rate: float, watch: Callable[[Pictures], None] | None = None) -> None:
+    """Play until Ctrl-C or Q; closes the game.
+
+    Raises:
+        UsageError: there is no terminal that could show it.
+    """
+    check_terminal(os.environ)
+    source, target = sys.stdin.fileno(), sys.stdout.fileno()
+    with _raw(source):
+        abilities = Abilities.read(_ask(source, target), os.environ)
+        try:
+            os.write(target, _ENTER + (_TELL_RELEASES if abilities.releases else b""))
+            _Player(game, inputs, rate, watch, abilities, target).run(source)
+        finally:
+            os.write(target, (_AS_BEFORE if abilities.releases else b"") + _LEAVE)
+
+
+class _Player:
+    """Keys to inputs and commands, updates to the screen."""
+
+    def __init__(
+        self,
+        game: Game,
+        inputs: Inputs,
+        rate: float,
+        watch: Callable[[Pictures], None] | None,
+        abilities: Abilities,
+        target: int,
+    ) -> None:
+        columns, rows = shutil.get_terminal_size()
+        self._drawing, self._rows = abilities.drawing(rows - 1, columns), rows
+        self._game, self._inputs, self._watch, self._target = game, inputs, watch, target
+        self._stage = Stage(game, inputs, self._show, self._say, rate)
+        self._stage.is_watched = True
+
+    def run(self, source: int) -> None:
+        """Until the player has had enough."""
+        held = Held()
+        self._stage.post(lambda: self._stage.look(self._game.reset(self._game.prompts[0])))
+        self._stage.start()
+        try:
+            while True:
+                now = time.monotonic()
+                for press in presses(_read(source, _POLL_SECONDS)):
+                    held.take(press, now)
+                    if self._command(press):
+                        return
+                self._inputs.update(held.at(now), stamp=now)
+        finally:
+            self._stage.close()
+
+    def _command(self, press: Press) -> bool:
+        """Do what keys mean that the world has no use for; True: the player leaves."""
+        if press.code in self._inputs.controls.keys or press.kind == "up":
+            return False
+        stage, game = self._stage, self._game
+        if press.code == "KeyP":
+            stage.mode = "live" if stage.mode == "pause" else "pause"
+            stage.wake()
+        elif press.code == "Backspace":
+            stage.post(lambda: stage.look(game.rewind(_BACK)))
+        elif press.code == "KeyR":
+            stage.post(lambda: stage.look(game.reset(game.prompts[0])))
+        return press.code in (QUIT, "KeyQ")
+
+    def _show(self, update: Update) -> None:
+        """Draw at once, so that nothing is seen half."""
+        if self._watch is not None:
+            self._watch(update.pictures)
+        pacer = self._stage.pacer
+        line = f"frame {update.known}  {pacer.fps:.1f} frames/s  {1e3 * pacer.percentile(95):.0f} ms p95"
+        drawn = self._drawing.draw(update.pictures[-1])
+        self._write(
+            b"\x1b[?2026h" + drawn + self._status(f"{line}  P pause  Backspace back  R reset  Q quit")
+        )
+
+    def _say(self, text: str) -> None:
+        self._write(self._status(text))
+
+    def _status(self, text: str) -> bytes:
+        return b"\x1b[%d;1H\x1b[0m\x1b[2K" % self._rows + text[:200].encode() + b"\x1b[?2026l"
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._target, data) :]

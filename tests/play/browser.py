@@ -1,0 +1,117 @@
+"""A headless Chromium, driven over its DevTools protocol."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from websockets.sync.client import ClientConnection, connect
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
+)
+KEYS = {
+    "ArrowLeft": ("ArrowLeft", 37),
+    "ArrowRight": ("ArrowRight", 39),
+    "ArrowUp": ("ArrowUp", 38),
+    "ArrowDown": ("ArrowDown", 40),
+    "KeyP": ("p", 80),
+    "KeyB": ("b", 66),
+    "Backspace": ("Backspace", 8),
+}
+
+
+class Tab:
+    """One page of the browser."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket, self._numbers = socket, itertools.count(1)
+        self.messages: list[str] = []  # of the console, errors included
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        number = next(self._numbers)
+        self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
+        while True:
+            message = json.loads(self._socket.recv(timeout=60))
+            if message.get("id") == number:
+                assert "error" not in message, message
+                return message["result"]
+            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.messages.append(json.dumps(message["params"]))
+
+    def evaluate(self, expression: str) -> Any:
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def until(self, expression: str, seconds: float = 60.0) -> Any:
+        """Wait until an expression is true; its value."""
+        end = time.monotonic() + seconds
+        while not (value := self.evaluate(f"(() => {{ try {{ return {expression}; }} catch {{}} }})()")):
+            assert time.monotonic() < end, f"never came true: {expression}; {self.messages[-3:]}"
+            time.sleep(0.05)
+        return value
+
+    def key(self, code: str, *, down: bool) -> None:
+        key, number = KEYS[code]
+        kind = "keyDown" if down else "keyUp"
+        self.call("Input.dispatchKeyEvent", type=kind, code=code, key=key, windowsVirtualKeyCode=number)
+
+    def open(self, url: str) -> None:
+        self.call("Page.navigate", url="about:blank")
+        self.call("Page.navigate", url=url)
+
+    def resize(self, width: int, height: int, *, mobile: bool = False) -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if mobile else 1,
+            mobile=mobile,
+        )
+
+    def screenshot(self, path: Path, *, whole: bool = False) -> None:
+        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Tab]:
+    """A tab of a browser of its own."""
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--mute-audio"]
+    flags += ["--remote-allow-origins=*", "--no-first-run", f"--user-data-dir={folder}"]
+    process = subprocess.Popen(
+        [str(CHROMIUM), *flags, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield from _tab(folder)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _tab(folder: Path) -> Iterator[Tab]:
+    port, end = folder / "DevToolsActivePort", time.monotonic() + 60
+    while not (port.is_file() and port.read_text().strip()):
+        assert time.monotonic() < end, "Chromium did not start"
+        time.sleep(0.1)
+    number = port.read_text().splitlines()[0]
+    pages: list[dict[str, Any]] = []
+    while not pages:
+        assert time.monotonic() < end, "Chromium has no page"
+        with urllib.request.urlopen(f"http://127.0.0.1:{number}/json/list") as answer:
+            pages = [page for page in json.load(answer) if page["type"] == "page"]
+    with connect(pages[0]["webSocketDebuggerUrl"], max_size=None) as socket:
+        yield Tab(socket)

@@ -1,0 +1,113 @@
+"""A small world that nobody trained, and games over it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.cli.main import main
+from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
+from diagd.play.controls import Inputs, read_controls
+from diagd.play.game import Game
+from diagd.play.opening import GameOptions, open_game
+from diagd.play.pictures import png
+from diagd.play.server import Address, Limits, Server
+from diagd.schedule import StreamLayout
+from tests.models import small_family
+from tests.oracles.models import small_model
+from tests.worlds import random_world
+
+LOOSE = Limits(messages_per_second=1e6)
+"""For tests that say much in little time."""
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of 4 x 6 tokens, 16 x 24 pixels, with three pictures to start from."""
+    folder = tmp_path_factory.mktemp("play")
+    trained, bundle = random_world(folder / "trained", rows=4, columns=6), folder / "world.diagd"
+    assert main(["export", "--model", "world", "--checkpoint", str(trained), "--output", str(bundle)]) == 0
+    (bundle / "prompts").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(3):
+        picture = random.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+        (bundle / "prompts" / f"{number}.png").write_bytes(png(picture))
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def temporal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle without actions whose tokenizer compresses time eightfold."""
+    sizes = CosmosDvConfig(
+        height=16, width=32, stem_channels=4, channels=(4, 8), res_blocks=1, latent_channels=4
+    )
+    family = replace(small_family(small_model(StreamLayout(2, 4), layers=1)), tokenizer=graphs(sizes))
+    path = tmp_path_factory.mktemp("temporal") / "temporal.diagd"
+    return export(family, GraphOptions(), random_sources(family, 0), path).path
+
+
+@pytest.fixture
+def game(world: Path) -> Iterator[Game]:
+    game = open_game(world, GameOptions())
+    game.reset(game.prompts[0])
+    yield game
+    game.close()
+
+
+Serve = Callable[..., AbstractContextManager[tuple[str, Server]]]
+
+
+@pytest.fixture
+def serve(world: Path) -> Serve:
+    """Serve the world in a thread of its own; gives the address of the page, and the server."""
+
+    @contextmanager
+    def serving(
+        options: GameOptions | None = None, limits: Limits = LOOSE, rate: float = 60.0
+    ) -> Iterator[tuple[str, Server]]:
+        game = open_game(world, options or GameOptions())
+        codec = game.bundle.manifest.actions
+        inputs = Inputs(read_controls(world, codec), codec)
+        server = Server(game, inputs, replace(Address(), port=0), rate, limits=limits)
+        urls: list[str] = []
+        ready, loop = threading.Event(), asyncio.new_event_loop()
+
+        def started(url: str) -> None:
+            urls.append(url)
+            ready.set()
+
+        def run() -> None:
+            with loop_of(loop):
+                loop.run_until_complete(task)
+
+        task = loop.create_task(server.run(started))
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert ready.wait(30)
+        try:
+            yield urls[0], server
+        finally:
+            loop.call_soon_threadsafe(task.cancel)
+            thread.join(30)
+
+    return serving
+
+
+@contextmanager
+def loop_of(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    asyncio.set_event_loop(loop)
+    try:
+        yield
+    except asyncio.CancelledError:
+        pass
+    finally:
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()

@@ -1,0 +1,104 @@
+"""Worlds as Gymnasium environments."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import diagd.gym
+from diagd.errors import UsageError
+from diagd.export.families.mineworld import mineworld_actions
+from diagd.export.families.wham import wham_actions
+from diagd.play.controls import bounded
+from diagd.runtime.actions import encode
+
+
+def make(bundle: Path, **options: object) -> gymnasium.Env:
+    return gymnasium.make("diagd/World-v0", bundle=bundle, **options)
+
+
+def test_it_passes_the_checker(world: Path) -> None:
+    env = make(world, render_mode="rgb_array")
+    check_env(env.unwrapped)
+    env.close()
+
+
+def test_a_seed_gives_the_same_episode_and_a_prompt_can_be_chosen(world: Path) -> None:
+    env = make(world)
+    episodes = []
+    for seed in (3, 3, 4):
+        first, info = env.reset(seed=seed, options={"prompt": 1})
+        assert info["prompt"] == 1
+        episodes.append([first, *(env.step(action)[0] for action in (1, 2, 3, 0))])
+    assert all(map(np.array_equal, episodes[0], episodes[1]))
+    assert not all(map(np.array_equal, episodes[0], episodes[2]))
+    assert not np.array_equal(env.reset(options={"prompt": 0})[0], episodes[0][0])
+    with pytest.raises(UsageError, match="9"):
+        env.reset(options={"prompt": 9})
+    env.close()
+
+
+def test_a_thousand_random_steps_keep_memory_flat(world: Path) -> None:
+    env = make(world)
+    env.reset(seed=0)
+    env.action_space.seed(0)
+
+    def walk(steps: int) -> int:
+        for _ in range(steps):
+            _, reward, terminated, truncated, info = env.step(env.action_space.sample())
+            assert (reward, terminated, truncated) == (0.0, False, False)
+            assert info["passes"] > 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = walk(300)
+    assert walk(700) - before < 8 << 10  # KiB
+    env.close()
+
+
+def test_without_actions_zero_goes_on(temporal: Path) -> None:
+    env = make(temporal)
+    env.reset(seed=0)
+    assert env.step(0)[0].shape == (16, 32, 3)
+    env.close()
+
+
+def test_every_action_of_the_large_models_can_be_encoded() -> None:
+    for codec in (mineworld_actions(), wham_actions()):
+        space = diagd.gym.action_space(codec)
+        space.seed(0)
+        for _ in range(50):
+            action = {name: np.asarray(value).tolist() for name, value in space.sample().items()}
+            assert len(encode(codec, bounded(codec, action))) == len(codec.slots)
+
+
+def test_keys_are_those_of_the_page(world: Path) -> None:
+    env = make(world)
+    keys = env.unwrapped.get_keys_to_action()
+    assert keys[("a",)] == keys[(0x40000050,)] == 1  # pygame.K_LEFT
+    assert len(keys) == 8
+    env.close()
+
+
+def test_it_can_be_played(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key is held in pygame's own queue for a few frames, then the window is closed."""
+    pygame = pytest.importorskip("pygame")
+    monkeypatch.setitem(os.environ, "SDL_VIDEODRIVER", "dummy")
+    from gymnasium.utils.play import play
+
+    env, actions = make(world, render_mode="rgb_array"), []
+
+    def watch(_before: object, _after: object, action: object, *_: object) -> None:
+        actions.append(action)
+        pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=pygame.K_a))
+        if len(actions) == 4:
+            pygame.event.post(pygame.event.Event(pygame.QUIT))
+
+    play(env, callback=watch, noop=0, fps=1000)
+    assert actions[0] == 0
+    assert actions[2:] == [1, 1]

@@ -1,0 +1,219 @@
+"""The page in a real browser."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from diagd.play.opening import GameOptions
+from diagd.play.record import read_record
+from tests.play.browser import CHROMIUM, Tab, browser
+from tests.play.conftest import Serve
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"
+)
+
+PIXELS = "document.getElementById('screen').toDataURL()"
+LIVE = "document.getElementById('status')?.className === 'live'"
+KNOWN = "Number(document.getElementById('hud-known').textContent)"
+BUSY = (
+    "new Promise((done) => { const end = performance.now() + 400; while (performance.now() < end); "
+    "setTimeout(done, 400); })"
+)
+TOUCH = "document.getElementById('touch').hidden && document.getElementById('touch-toggle').click()"
+PAD = (
+    "(({left, top, width}) => [left + width / 2, top + width / 2, width / 2])"
+    "(document.getElementById('pad').getBoundingClientRect())"
+)
+CHANGE = (
+    "((form, name, value) => {{ form[name].value = value; "
+    "form[name].dispatchEvent(new Event('change', {{bubbles: true}})); }})"
+    "(document.getElementById('settings').elements, {!r}, {!r})"
+)
+COVER = "document.getElementById('cover').hidden"
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    with browser(tmp_path_factory.mktemp("browser")) as tab:
+        yield tab
+
+
+def click(tab: Tab, selector: str) -> None:
+    tab.evaluate(f"document.querySelector({selector!r}).click()")
+
+
+def enter(tab: Tab, url: str, mode: str = "live") -> None:
+    tab.resize(1280, 900)
+    tab.open(url)
+    tab.until(LIVE)
+    click(tab, f"[value={mode}]")
+    tab.until(f"{KNOWN} >= 1")
+
+
+def marked(tab: Tab, number: int) -> str:
+    """Waits for a mark in the tree; the expression that clicks it."""
+    button = f"[...document.querySelectorAll('#tree button')][{number}]"
+    tab.until(f"{button}?.getAttribute('aria-current') === 'true'")
+    return f"{button}.click()"
+
+
+def test_a_held_key_moves_the_world_and_time_can_be_gone_back_in(
+    tab: Tab, serve: Serve, tmp_path: Path
+) -> None:
+    record = tmp_path / "played.ndjson"
+    with serve(GameOptions(record=record)) as (url, _):
+        enter(tab, url, "step")
+        tab.until("document.activeElement.id === 'screen'")
+        before, known = tab.evaluate(PIXELS), tab.evaluate(KNOWN)
+        tab.key("ArrowLeft", down=True)
+        tab.until(f"{KNOWN} > {known + 3}")
+        assert tab.evaluate("document.querySelector('kbd[data-code=ArrowLeft]').className") == "held"
+        tab.key("ArrowLeft", down=False)
+        tab.until("document.querySelector('kbd.held') === null")
+        assert tab.evaluate(PIXELS) != before
+        click(tab, "[value=pause]")
+        tab.key("KeyB", down=True)
+        back = marked(tab, 1)
+        here, known = tab.evaluate(PIXELS), tab.evaluate(KNOWN)
+        click(tab, "[data-frames='1']")
+        tab.until(f"{KNOWN} === {known - 1}")
+        assert tab.evaluate(PIXELS) != here
+        tab.evaluate(back)
+        tab.until(f"{KNOWN} === {known} && {PIXELS} === {here!r}")
+        click(tab, "#gallery button:nth-child(2)")
+        tab.until(f"{KNOWN} === 1 && {PIXELS} !== {here!r}")
+        assert tab.evaluate("document.querySelectorAll('#tree button').length") == 1
+        assert not tab.messages
+    kinds = {type(line).__name__ for _, line in read_record(record)[1]}
+    assert kinds == {"Start", "Settings", "Played", "Branch", "Rewind", "Visit"}
+
+
+def test_settings_are_chosen_and_wrong_ones_explained(tab: Tab, serve: Serve) -> None:
+    with serve() as (url, server):
+        enter(tab, url)
+        for name, value in (("decoder", "diagonal"), ("d", "chained"), ("seed", "5"), ("temperature", "0.7")):
+            tab.evaluate(CHANGE.format(name, value))
+            tab.evaluate("new Promise((done) => setTimeout(done, 300))")
+        settings = server._game.settings
+        assert (settings.decoder, settings.seed, settings.temperature) == ("k=1 chained", 5, 0.7)
+        tab.evaluate(CHANGE.format("k", "99"))
+        tab.until("!document.getElementById('error').hidden")
+        assert server._game.settings.decoder == "k=1 chained"
+        assert tab.evaluate("document.getElementById('autopilot').disabled")
+
+
+def test_it_comes_back_to_its_seat(tab: Tab, serve: Serve) -> None:
+    with serve() as (url, server):
+        enter(tab, url)
+        tab.until(f"{KNOWN} > 5")
+        click(tab, "[value=pause]")
+        tab.key("KeyB", down=True)
+        marked(tab, 1)
+        tab.open(url)
+        tab.until(LIVE)
+        tab.until("document.querySelectorAll('#tree button').length === 2")
+        assert server._game.known > 5
+        tab.call("Network.enable")
+        tab.call(
+            "Network.emulateNetworkConditions",
+            offline=True,
+            latency=0,
+            downloadThroughput=0,
+            uploadThroughput=0,
+        )
+        tab.call(
+            "Network.emulateNetworkConditions",
+            offline=False,
+            latency=0,
+            downloadThroughput=-1,
+            uploadThroughput=-1,
+        )
+        tab.until(LIVE)
+
+
+def test_a_slow_browser_gets_fresh_frames(tab: Tab, serve: Serve) -> None:
+    with serve(rate=100) as (url, server):
+        enter(tab, url)
+        tab.call("Emulation.setCPUThrottlingRate", rate=20)
+        try:
+            for _ in range(5):
+                tab.evaluate(BUSY)
+                shown = tab.evaluate(KNOWN)
+                assert shown > 0
+                client = server._room.player
+                assert client is not None
+                assert len(client._unseen) <= 2
+                assert not client._texts
+        finally:
+            tab.call("Emulation.setCPUThrottlingRate", rate=1)
+        tab.until(f"{KNOWN} >= {server._game.known}")
+
+
+def picture(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data)) as file:
+        return next(file.decode(video=0)).to_ndarray(format="rgb24")
+
+
+@pytest.mark.parametrize(("width", "mobile"), [(360, True), (1280, False)])
+def test_it_fits(tab: Tab, serve: Serve, tmp_path: Path, width: int, mobile: bool) -> None:
+    """No sideways scrolling; the world is scaled by whole pixels; buttons are large enough for thumbs."""
+    with serve() as (url, _):
+        enter(tab, url, "pause")
+        tab.resize(width, 780, mobile=mobile)
+        tab.evaluate(TOUCH)
+        tab.evaluate("new Promise((done) => setTimeout(done, 300))")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        scale = tab.evaluate(
+            "document.getElementById('screen').getBoundingClientRect().width * devicePixelRatio / 24"
+        )
+        assert scale == pytest.approx(round(scale))
+        assert scale > 10
+        small = "[...document.querySelectorAll('#touch button')].every((b) => b.offsetHeight >= 48)"
+        assert tab.evaluate(small)
+        tab.screenshot(tmp_path / "shot.png")
+        shot = picture((tmp_path / "shot.png").read_bytes())
+        assert len(np.unique(shot.reshape(-1, 3), axis=0)) > 100
+
+
+def test_a_thumb_slides_over_the_pad(tab: Tab, serve: Serve) -> None:
+    with serve() as (url, _):
+        enter(tab, url, "step")
+        tab.evaluate(TOUCH)
+        tab.evaluate("document.getElementById('pad').scrollIntoView({block: 'center'})")
+        x, y, reach = tab.evaluate(PAD)
+        held = "[...document.querySelectorAll('kbd.held')].map((k) => k.dataset.code).join()"
+        tab.call(
+            "Input.dispatchMouseEvent",
+            type="mousePressed",
+            x=x - 0.8 * reach,
+            y=y,
+            button="left",
+            clickCount=1,
+        )
+        tab.until(f"{held} === 'ArrowLeft'")
+        tab.call(
+            "Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y - 0.8 * reach, button="left", buttons=1
+        )
+        tab.until(f"{held} === 'ArrowUp'")
+        tab.call(
+            "Input.dispatchMouseEvent",
+            type="mouseReleased",
+            x=x,
+            y=y - 0.8 * reach,
+            button="left",
+            clickCount=1,
+        )
+        tab.until(f"{held} === ''")
+
+
+def test_a_wrong_token_is_explained(tab: Tab, serve: Serve) -> None:
+    with serve() as (url, _):
+        tab.open(url.partition("#")[0] + "#wrong")
+        tab.until(f"!{COVER} && document.getElementById('cover').textContent.includes('no valid token')")

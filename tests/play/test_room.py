@@ -1,0 +1,72 @@
+"""One seat, who has it, and who waits."""
+
+from __future__ import annotations
+
+from diagd.play.room import MAX_WAITING, Room
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Somebody:
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def seated(self, ticket: str, is_new: bool) -> None:
+        self.told.append((ticket, is_new))
+
+    def waits(self, place: int) -> None:
+        self.told.append(place)
+
+    def put_out(self) -> None:
+        self.told.append("out")
+
+
+def test_the_seat_goes_on_in_turn_and_is_held_for_a_minute() -> None:
+    clock = Clock()
+    room: Room[Somebody] = Room(clock)
+    ann, ben, cid = Somebody(), Somebody(), Somebody()
+    for guest in (ann, ben, cid):
+        assert room.enter(guest, "")
+    ((ticket, is_new),) = ann.told  # type: ignore[misc]
+    assert is_new
+    assert (ben.told, cid.told) == ([1], [2])
+    room.leave(ann)
+    clock.now = 59
+    room.turn()
+    again = Somebody()
+    assert room.enter(again, ticket)
+    assert again.told == [(ticket, False)]
+    room.leave(again)
+    clock.now = 59 + 60
+    room.turn()
+    assert room.player is ben
+    assert ben.told[-1][1] is True  # type: ignore[index]
+    assert ben.told[-1][0] != ticket  # type: ignore[index]
+    assert cid.told == [2, 1]
+    late = Somebody()
+    assert room.enter(late, ticket)
+    assert late.told == [2]
+    room.leave(cid)
+    assert late.told == [2, 1]
+
+
+def test_a_ticket_used_twice_puts_the_first_out() -> None:
+    room: Room[Somebody] = Room(Clock())
+    ann, again = Somebody(), Somebody()
+    room.enter(ann, "")
+    room.enter(again, ann.told[0][0])  # type: ignore[index]
+    assert ann.told[-1] == "out"
+    assert room.player is again
+    room.leave(ann)
+    assert room.player is again
+
+
+def test_the_queue_is_bounded() -> None:
+    room: Room[Somebody] = Room(Clock())
+    assert all(room.enter(Somebody(), "") for _ in range(MAX_WAITING + 1))
+    assert not room.enter(Somebody(), "")

@@ -1,0 +1,173 @@
+"""Terminals: what is drawn, what keys are read, and that all is as before afterwards."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.play.drawing import Blocks, Kitty, Sixel, fitted
+from diagd.play.keyboard import QUIT, Held, Press, presses
+from diagd.play.terminal import Abilities
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (72, 96, 3), dtype=np.uint8)
+
+
+def test_kitty_gets_the_pixels_in_pieces() -> None:
+    drawn = Kitty(24, 80).draw(PICTURE)
+    pieces = re.findall(rb"\x1b_G([^;]*);([^\x1b]*)\x1b\\", drawn)
+    assert base64.b64decode(b"".join(data for _, data in pieces)) == PICTURE.tobytes()
+    assert all(len(data) <= 4096 for _, data in pieces)
+    assert b"s=96,v=72" in pieces[0][0]
+    assert [head[-1:] for head, _ in pieces] == [b"1"] * (len(pieces) - 1) + [b"0"]
+
+
+def painted(data: bytes) -> np.ndarray:
+    """What a sixel terminal shows."""
+    head = re.search(rb'\x1bPq"1;1;(\d+);(\d+)', data)
+    assert head
+    width, height = int(head[1]), int(head[2])
+    screen, colors, color = np.full((height + 6, width, 3), -1), {}, 0
+    left = top = 0
+    for token in re.findall(rb"#\d+(?:;2;\d+;\d+;\d+)?|!\d+.|[\x3f-\x7e]|\$|-", data[head.end() : -2]):
+        if token[:1] == b"#":
+            color, *rest = map(int, token[1:].split(b";"))
+            if rest:
+                colors[color] = rest[1:]
+        elif token in (b"$", b"-"):
+            left, top = 0, top + 6 * (token == b"-")
+        else:
+            count = int(token[1:-1]) if token[:1] == b"!" else 1
+            for row in range(6):
+                if (token[-1] - 63) >> row & 1:
+                    screen[top + row, left : left + count] = colors[color]
+            left += count
+    assert (screen[height:] == -1).all()
+    return screen[:height]
+
+
+@pytest.mark.parametrize("size", [(72, 96), (7, 5), (13, 200)])
+def test_sixel_shows_every_pixel_in_a_near_colour(size: tuple[int, int]) -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    shown = painted(Sixel(40, 100).draw(picture))
+    scale = shown.shape[0] // size[0]
+    assert np.array_equal(shown[::scale, ::scale].repeat(scale, 0).repeat(scale, 1), shown)
+    assert np.abs(shown[::scale, ::scale] * 2.55 - picture).max() <= 28
+
+
+def test_half_blocks_draw_what_changed() -> None:
+    blocks = Blocks(36, 96)
+    first = blocks.draw(PICTURE)
+    assert first.count("\u2580".encode()) == 36 * 96
+    assert b"38;2;%d;%d;%d;48;2;%d;%d;%dm" % (*PICTURE[0, 0], *PICTURE[1, 0]) in first
+    changed = PICTURE.copy()
+    changed[5, 7] = 255 - changed[5, 7]
+    again = blocks.draw(changed)
+    assert again.count("\u2580".encode()) == 1
+    assert b"\x1b[3;8H" in again
+    assert blocks.draw(changed) == b"\x1b[0m"
+
+
+def test_pictures_keep_their_proportions() -> None:
+    assert fitted(72, 96, 24, 80) == (24, 64)
+    assert fitted(72, 96, 100, 40) == (15, 40)
+    assert fitted(1000, 1, 5, 5)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"wA1 ", [("KeyW", "tap"), ("KeyA", "tap"), ("Digit1", "tap"), ("Space", "tap")]),
+        (b"\x1b[A\x1bOD", [("ArrowUp", "tap"), ("ArrowLeft", "tap")]),
+        (b"\x1b[97;1:1u\x1b[97;1:2u\x1b[97;1:3u", [("KeyA", "down"), ("KeyA", "down"), ("KeyA", "up")]),
+        (b"\x1b[1;1:3A\x1b[32u", [("ArrowUp", "up"), ("Space", "down")]),
+        (b"\x03\x1b[99;5u\x1b[99;5:1u", [(QUIT, "tap"), (QUIT, "down"), (QUIT, "down")]),
+        (b"\x7f\x1b[?0u\xff", [("Backspace", "tap")]),
+        (b"\x1b[57441;2:1u", [("ShiftLeft", "down")]),
+    ],
+)
+def test_keys_are_read(data: bytes, expected: list[tuple[str, str]]) -> None:
+    assert [tuple(press) for press in presses(data)] == expected
+
+
+def test_noise_is_no_key_and_no_error() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(2000):
+        list(presses(b"\x1b[" + random.bytes(8) + b"u"))
+        list(presses(bytes(random.choice(list(b"\x1b[;:0123456789uA~?"), 12))))
+
+
+def test_taps_decay_and_held_keys_stay() -> None:
+    held = Held()
+    held.take(Press("KeyA", "tap"), 0.0)
+    held.take(Press("KeyW", "down"), 0.1)
+    assert held.at(0.2) == ("KeyA", "KeyW")
+    assert held.at(0.3) == ("KeyW",)
+    held.take(Press("KeyW", "up"), 9.0)
+    assert held.at(9.0) == ()
+
+
+def test_abilities_are_what_the_terminal_says() -> None:
+    answer = b"\x1b_Gi=31;OK\x1b\\\x1b[?0u\x1b[?62;4;22c"
+    assert Abilities.read(answer, {}) == Abilities(kitty=True, sixel=True, releases=True)
+    assert Abilities.read(answer, {"TMUX": "1"}) == Abilities(releases=True)
+    assert Abilities.read(b"\x1b[?64;22c", {}) == Abilities()
+    assert Abilities.read(b"", {}) == Abilities()
+
+
+@pytest.mark.parametrize("ending", ["q", "SIGTERM", "SIGINT"])
+def test_a_world_is_played_and_the_terminal_is_as_before(world: Path, tmp_path: Path, ending: str) -> None:
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    command = [sys.executable, "-m", "diagd", "play", str(world), "--terminal"]
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    record = ["--record", str(tmp_path / "played.ndjson"), "--fps", "30"]
+    process = subprocess.Popen(
+        [*command, *record], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
+    seen, end, pressed = b"", time.monotonic() + 120, False
+    while process.poll() is None or select.select([ours], [], [], 0)[0]:
+        assert time.monotonic() < end, seen[-500:]
+        if select.select([ours], [], [], 0.05)[0]:
+            seen += os.read(ours, 1 << 16)
+        if b"\x1b[c" in seen and b"\x1b[?1049h" not in seen:
+            os.write(ours, b"\x1b[?64;22c")
+        elif b"frame 5 " in seen and not pressed:
+            os.write(ours, b"\x1b[A")
+            pressed = True
+        elif b"frame 9 " in seen and process.poll() is None:
+            if ending == "q":
+                os.write(ours, b"q")
+            else:
+                process.send_signal(getattr(signal, ending))
+            process.wait(60)
+    assert process.returncode == 0
+    assert termios.tcgetattr(theirs) == before
+    assert seen.rindex(b"\x1b[?1049l") > seen.rindex(b"\x1b[?1049h")
+    assert "\u2580".encode() in seen
+    assert '"action":[35]' in (tmp_path / "played.ndjson").read_text()  # 32 codes, then noop, left, right, up
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_without_a_terminal_it_says_so(world: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "diagd", "play", str(world), "--terminal"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "needs a terminal" in done.stderr
