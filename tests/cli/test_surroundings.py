@@ -74,7 +74,7 @@ def test_a_verb_that_outlives_its_terminal_goes_on(workplace: Workplace, tmp_pat
 def test_any_surroundings_will_do(workplace: Workplace, surroundings: dict[str, str], tmp_path: Path) -> None:
     words = ["generate", workplace.bundle, "--prompt", workplace.prompt, "--actions", workplace.actions]
     output = tmp_path / os.fsdecode("modèle é.npy".encode())
-    command = [sys.executable, "-m", "diagd.cli", *map(str, words), "--output", str(output)]
+    command = [sys.executable, "-m", "diagd", *map(str, words), "--output", str(output)]
     environment = {name: value for name, value in os.environ.items() if name != "DIAGD_CACHE"}
     done = subprocess.run(command, capture_output=True, check=False, env=environment | surroundings)
     assert done.returncode == 0, done.stderr
