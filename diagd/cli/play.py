@@ -74,10 +74,9 @@ class PlayOptions:
 def run(options: PlayOptions) -> int:
     """Play until the player has had enough."""
     from diagd.bundle import read_manifest
-    from diagd.play.opening import SHIPPED, GameOptions, check_ready, new_record, open_game, open_replay
+    from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open_replay
 
     place = options.bundle or SHIPPED
-    check_ready(place)
     manifest = read_manifest(place)
     text = options.condition.embeddings(manifest, encode_text)
     game_options = GameOptions(options.prompt, options.session, text)

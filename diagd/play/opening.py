@@ -21,7 +21,7 @@ from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.prompt import read_prompt, read_tokens
 
 SHIPPED: Final = Path(__file__).parents[1] / "models" / "crafter-3m" / "ready"
-"""The world that is played without a bundle, once `worlds.ship` has made it ready."""
+"""The world that is played without a bundle; `worlds.ship` makes it."""
 
 PROMPTS_NAME: Final = "prompts"
 """Folder of a bundle with pictures or tokens that worlds start from."""
@@ -48,19 +48,6 @@ class GameOptions:
     record: Path | None = None
 
 
-def check_ready(path: Path) -> None:
-    """Refuse the world of the package where none was made ready.
-
-    Raises:
-        UsageError: none was.
-    """
-    if path == SHIPPED and not path.is_dir():
-        raise UsageError(
-            "no world is ready to be played without a bundle; name one, such as crafter-3m.diagd, made by: "
-            "diagd-export --model crafter-3m --output crafter-3m.diagd"
-        )
-
-
 def open_game(path: Path, options: GameOptions) -> Game:
     """Open a bundle to be played.
 
@@ -68,7 +55,6 @@ def open_game(path: Path, options: GameOptions) -> Game:
         BundleError: it is missing, damaged or altered.
         UsageError: it has no tokenizer, or an option does not fit it.
     """
-    check_ready(path)
     bundle = Bundle.open(path).at_precision(options.session.precision)
     codec = options.session.pixels(bundle)
     prompts = [_read(file, bundle, codec) for file in options.prompts or _prompts(bundle)]
