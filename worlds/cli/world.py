@@ -63,7 +63,7 @@ def run_train(options: TrainOptions) -> int:
     from worlds.train import train
 
     folder = train(options, print_step)
-    frames = json.loads((folder / "config.json").read_text())["training"]["reconstruction"]
+    frames = json.loads((folder / "config.json").read_text("utf-8"))["training"]["reconstruction"]
     print(  # noqa: T201
         f"trained {options.size} in {options.steps} steps: {folder}\n"
         f"tokenizer: PSNR {frames['psnr']:.1f} dB, SSIM {frames['ssim']:.3f}, "

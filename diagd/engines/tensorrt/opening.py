@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Annotated
 
 import pydantic.dataclasses
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from diagd.bundle import Bundle, Form, cache
 from diagd.bundle.manifest import StepGraph
@@ -40,9 +40,13 @@ def _row_counts(widths: tuple[int, ...] | None) -> tuple[int, ...] | None:
     return widths and tuple(sorted(set(widths)))
 
 
-def _gpus(targets: tuple[str, ...]) -> tuple[str, ...]:
-    if not targets:
+def _said(targets: object) -> object:
+    if isinstance(targets, str) and not targets.strip(" ,"):
         raise ValueError("expected GPUs such as sm86,sm89")
+    return targets
+
+
+def _gpus(targets: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted({name.lower() for name in targets}, key=lambda name: (len(name), name)))
 
 
@@ -57,9 +61,9 @@ class Request:
     widths: Annotated[Numbers | None, AfterValidator(_row_counts), FLAG] = Field(
         default=None, description="rows of a step, as 16,64 (default: the bundle's)"
     )
-    targets: Annotated[tuple[str, ...], NAMES, AfterValidator(_gpus), Flag(name="target")] = Field(
-        default=(), description="build for other GPUs, as sm86,sm89 (TensorRT-RTX only)"
-    )
+    targets: Annotated[
+        tuple[str, ...], NAMES, BeforeValidator(_said), AfterValidator(_gpus), Flag(name="target")
+    ] = Field(default=(), description="build for other GPUs, as sm86,sm89 (TensorRT-RTX only)")
     optimization_level: int | None = Field(
         default=None, ge=0, le=5, description="0 builds fast, 5 runs fast (default: TensorRT's own)"
     )
