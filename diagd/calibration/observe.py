@@ -47,22 +47,19 @@ def observe(
         QualityError: an activation is not finite.
     """
     cache, form = bundle.manifest.cache, graphs[0].form
-    watched_sizes = watched_values(bundle.manifest.transformer, form)
-    outputs = {name: f"{WATCHED}{name}" for name in watched_sizes}
+    sizes = dict(watched_values(bundle.manifest.transformer, form))
+    outputs = {name: f"{WATCHED}{name}" for name in sizes}
     cached = cache_tensors(cache) if form.traits.rows_out else []
-    sizes = watched_sizes | dict.fromkeys(cached, cache.kv_heads * cache.head_size)
-    collector = StatisticsCollector(sizes, samples.seed)
-    path = bundle.file(GRAPH_NAME)
+    sizes |= dict.fromkeys(cached, cache.kv_heads * cache.head_size)
+    collector, path = StatisticsCollector(sizes, samples.seed), bundle.file(GRAPH_NAME)
     _save_watched(bundle, graphs[0], path)
     manifest = bundle.manifest.model_copy(
         update={"graphs": tuple(graph.model_copy(update={"file": GRAPH_NAME}) for graph in graphs)}
     )
     watched, engine = Bundle(bundle.path, manifest), None
     dtype = np.float16 if graphs[0].precision == "fp16" else np.float32
-    watch: dict[str, tuple[int, DTypeLike] | None] = {
-        output: (sizes[name], dtype) for name, output in outputs.items()
-    }
-    watch |= {f"new_{name}": None for name in cached}
+    watch: dict[str, tuple[int, DTypeLike] | None] = {f"new_{name}": None for name in cached}
+    watch |= {output: (sizes[name], dtype) for name, output in outputs.items()}
     try:
         options = CpuOptions(threads, prepack=False)
         engine = open_graphs(watched, manifest.graphs, samples.window, options, watch)

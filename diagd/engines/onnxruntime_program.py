@@ -69,6 +69,20 @@ SIZES: Final = frozenset({"Shape", "Size", "Squeeze"})
 kernel of Squeeze on CUDA, only what such an operator gives."""
 
 
+def _load_libraries(runtime: Any) -> str:
+    """Load pip's CUDA libraries, which are not on the loader's path; what it says of those it cannot load.
+
+    Raises:
+        EngineError: there is no CUDA provider that could use them.
+    """
+    if problem := provider_problem(runtime.__version__, runtime.get_available_providers()):
+        raise EngineError(f"{problem}; run: {INSTALL}")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        runtime.preload_dlls()
+    return " ".join(said.getvalue().split()) or "no library was missed"
+
+
 def provider_problem(version: str, providers: list[str]) -> str | None:
     """Why the ONNX Runtime that is imported cannot run steps on a GPU, or None.
 
@@ -137,11 +151,7 @@ def open_cuda_session(
         EngineError: it has no CUDA provider, cannot load it, or refuses the graph.
     """
     runtime = require("onnxruntime", extra="cuda", purpose="run step graphs on the GPU")
-    if problem := provider_problem(runtime.__version__, runtime.get_available_providers()):
-        raise EngineError(f"{problem}; run: {INSTALL}")
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # it prints what it cannot load
-        runtime.preload_dlls()  # pip's CUDA libraries are not on the loader's path
+    lost = _load_libraries(runtime)
     options = {
         "enable_cuda_graph": str(int(graphs)),
         "use_tf32": "0",  # else products of float32 keep ten bits of each factor
@@ -161,7 +171,6 @@ def open_cuda_session(
     except Exception as error:  # ONNX Runtime raises several unrelated types
         raise EngineError(f"ONNX Runtime {runtime.__version__} refuses {graph}: {error}") from error
     if CUDA not in session.get_providers():
-        lost = " ".join(said.getvalue().split()) or "no library was missed"
         raise EngineError(
             f"ONNX Runtime fell back to the CPU: its CUDA libraries or the driver are missing ({lost}); "
             f"look at nvidia-smi, then run: {INSTALL}"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from diagd.engines.engine import Engine, Float, Int
 
-RECENT_STEPS: Final = 1 << 15
+RECENT_STEPS: Final = 1 << 13
 
 
 class StepTime(NamedTuple):
