@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -80,10 +81,20 @@ def open_replay(path: Path, record: Path, options: GameOptions) -> tuple[Game, l
 
 
 def new_record(name: str) -> Path | None:
-    """A file for the record of a game that begins now, in the user's cache; None where there is none."""
+    """A file for the record of a game that begins now, in the user's cache; None, and a word, without one."""
     folder = cache_directory()
+    if folder is None:
+        return None
+    played = folder / "played"
+    try:
+        played.mkdir(parents=True, exist_ok=True)
+        if not os.access(played, os.W_OK):
+            raise PermissionError(f"{played} cannot be written")
+    except OSError as error:
+        _LOG.warning("what is played is not recorded, --record FILE does: %s", error)
+        return None
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
-    return None if folder is None else folder / "played" / f"{name}-{stamp}.ndjson"
+    return played / f"{name}-{stamp}.ndjson"
 
 
 def _prompts(bundle: Bundle) -> list[Path]:

@@ -121,7 +121,12 @@ class Record:
         self._bytes = 0
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("x", encoding="utf-8")
+            try:
+                self._file = path.open("x", encoding="utf-8")
+            except FileExistsError:
+                raise UsageError(
+                    f"{path} is there already and records are not written over; give --record another name"
+                ) from None
             self.add(first)
 
     def add(self, line: Line | Header) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
-from diagd.play.opening import SHIPPED
+import pytest
+
+from diagd.errors import UsageError
+from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game
 
 PLAY = """
 import sys
@@ -32,3 +36,23 @@ def test_the_shipped_world_is_small_and_plays_without_the_exporter() -> None:
     assert size <= 6_000_000
     done = subprocess.run([sys.executable, "-c", PLAY], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["12", "True"], done.stderr
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_without_a_cache_a_game_is_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / place))
+    assert new_record("world") is None
+    assert "not recorded" in caplog.text
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
+    assert new_record("world").parent == tmp_path / "cache" / "played"  # type: ignore[union-attr]
+
+
+def test_a_record_is_not_written_over(world: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.ndjson"
+    mine.write_text("mine")
+    with pytest.raises(UsageError, match="is there already"):
+        open_game(world, GameOptions(record=mine))
+    assert mine.read_text() == "mine"
