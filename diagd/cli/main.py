@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from types import FrameType
 from typing import Any
 
-from diagd.cli.options import Verb, add_options, read_options
+from diagd.cli.options import Verb, add_options, explain_stray, read_options
 from diagd.cli.terminal import streams
 from diagd.errors import DependencyError, DiagdError, UsageError
 from diagd.version import __version__
@@ -121,12 +121,18 @@ def _parse(given: list[str]) -> tuple[Verb[Any], argparse.Namespace]:
     own = parsers[str(chosen)]
     if isinstance(found, Verb):
         _describe(own, found)
-        return found, parser.parse_args(given)
-    tasks = own.add_subparsers(dest="task", metavar="TASK", required=True)
-    for name, task in found.items():
-        _describe(_add(tasks, name, task.summary), task)
-    args = parser.parse_args(given)
-    return found[args.task], args
+        args, strays = parser.parse_known_args(given)
+        verb = found
+    else:
+        tasks = own.add_subparsers(dest="task", metavar="TASK", required=True)
+        named = {name: _add(tasks, name, task.summary) for name, task in found.items()}
+        for name, task in found.items():
+            _describe(named[name], task)
+        args, strays = parser.parse_known_args(given)
+        own, verb = named[args.task], found[args.task]
+    if strays:
+        own.error(explain_stray(verb.options, strays[0]))
+    return verb, args
 
 
 def _add(verbs: Any, name: str, summary: str) -> argparse.ArgumentParser:

@@ -134,6 +134,15 @@ def parse_options(
         raise _explained(error, known, said) from error
 
 
+def explain_stray(options: type[Any], word: str) -> str:
+    """What to say of a word on the command line that is none of the options."""
+    name, settable = word.partition("=")[0].strip("-").replace("-", "_"), _settable(options)
+    if word.startswith("--") and name in settable:
+        return f"{word} is no flag: give --set {name}=VALUE"
+    flags = [entry.name for entry in entries(options) if entry.flag and not entry.flag.positional]
+    return str(unknown("option", word, flags))
+
+
 def _explained(error: ValidationError, known: Mapping[Path, Entry], said: Mapping[Path, str]) -> UsageError:
     """The first thing that is wrong, where it was said."""
     first = error.errors()[0]

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Bundle, Manifest
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import ScheduleError
 from diagd.options import OPTIONS, File
 from diagd.runtime.decoders import Decoder, DraftDecoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.decoders.scoring import Scorer
@@ -66,5 +67,10 @@ def parse_decoder(spelling: str | None, manifest: Manifest, *, compat: bool = Fa
         return JacobiDecoder(int(match[1]) if match[1] else None)
     order = manifest.schedule
     if spelling is not None and spelling.strip() != "diagonal":
-        order = Schedule.parse(spelling, manifest.layout, order)
+        try:
+            order = Schedule.parse(spelling, manifest.layout, order)
+        except ScheduleError as error:
+            if "=" in spelling:  # of a row lag and what goes with it
+                raise
+            raise ScheduleError(f"{error}; or a decoder: ntp, diagonal, jacobi, {DRAFT}") from None
     return ScheduledDecoder(replace(order, refeed=False, keep_seeds=True) if compat else order)

@@ -12,8 +12,8 @@ import pytest
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from diagd.cli.main import VERBS
-from diagd.cli.options import Verb, add_options, entries, parse_options, read_options
+from diagd.cli.main import VERBS, main
+from diagd.cli.options import Verb, add_options, entries, explain_stray, parse_options, read_options
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Flag, Numbers
 from diagd.schedule import RowSeed
@@ -46,6 +46,27 @@ def read(*words: str) -> Options:
 
 def test_what_is_not_said_is_the_default() -> None:
     assert read("a") == Options(source=Path("a"))
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("--threads", "--threads is no flag: give --set threads=VALUE"),
+        ("--threads=2", "--threads=2 is no flag: give --set threads=VALUE"),
+        ("--oder", "unknown option '--oder'; did you mean '--order'? (known: --force, --k, --order, --seed)"),
+        ("b", "unknown option 'b' (known: --force, --k, --order, --seed)"),
+    ],
+)
+def test_what_is_no_option_is_told_what_is(word: str, told: str) -> None:
+    assert explain_stray(Options, word) == told
+
+
+def test_the_verb_tells_of_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["play", "--seed", "1"], ["world", "train", "out", "--data", "in", "--processes", "1"]):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        assert left.value.code == 2
+    assert "diagd play: error: unknown option '--seed'" in capsys.readouterr().err
 
 
 def test_flags_and_settings_are_typed() -> None:

@@ -41,3 +41,8 @@ def test_exact_ones(manifest: Manifest) -> None:
 def test_what_is_no_decoder(manifest: Manifest, spelling: str) -> None:
     with pytest.raises(ScheduleError, match="expected 'next token'"):
         parse_decoder(spelling, manifest)
+
+
+def test_a_word_that_is_none_is_told_the_decoders(manifest: Manifest) -> None:
+    with pytest.raises(ScheduleError, match="or a decoder: ntp, diagonal, jacobi, draft"):
+        parse_decoder("jacobii", manifest)
