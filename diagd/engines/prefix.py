@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
-from diagd.bundle import Bundle, Form
+from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.buffers import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
 from diagd.engines.engine import VOID, Clock, Float, HostClock, Int, Steps
 from diagd.engines.fingerprint import graph_digest
@@ -25,7 +26,78 @@ MAX_WIDTH = 256
 """Widest pass; the prompt is fed in chunks of it, which bounds the scores' memory."""
 
 
-class PrefixEngine:
+class PrefixState:
+    """What an engine of the ``prefix`` form keeps on the host, and what is done with it between steps.
+
+    Args:
+        manifest: of the bundle.
+        capacity: slots of the buffers.
+        tokens: size of the token buffer.
+        max_width: widest step.
+
+    Attributes:
+        token_buffer: int32 [tokens].
+        slot_position: int32 [capacity].
+        buffers: K/V rows [capacity, G, D] by ``key_0``, ``value_0``, ...
+    """
+
+    form = Form.PREFIX
+    ahead = False
+
+    def __init__(self, manifest: Manifest, capacity: int, tokens: int, max_width: int) -> None:
+        self.capacity, self.max_width = capacity, max_width
+        self.clock: Clock = HostClock()
+        self.token_buffer: Int = np.zeros(tokens, np.int32)
+        self.slot_position: Int = np.full(capacity, VOID, np.int32)
+        shape = (capacity, manifest.cache.kv_heads, manifest.cache.head_size)
+        dtype = np.dtype(manifest.cache.dtype)
+        self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache)}
+        self._sampler = HostSampler(manifest)
+        self._text = text_buffers(manifest)
+        self._session: Any = None
+
+    def padded_widths(self, widths: Int) -> Int:
+        """Widths are dynamic: no pad rows."""
+        return widths
+
+    def write_tokens(self, places: Int, ids: Int) -> None:
+        """Put ids into the token buffer."""
+        self.token_buffer[places] = ids
+
+    def read_tokens(self, places: Int) -> Int:
+        """Ids in the token buffer."""
+        return self.token_buffer[places]
+
+    def write_slots(self, slot_position: Int) -> None:
+        """Take the position of every slot."""
+        self.slot_position[:] = slot_position
+
+    def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
+        """Take a text; see ``Engine.set_text``."""
+        for name, buffer in self._text.items():
+            buffer[:] = rows[name]
+
+    def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
+        """Turn cached keys; see ``Engine.rotate_keys``."""
+        for name, buffer in self.buffers.items():
+            if name.startswith("key"):
+                rotate_pairs(buffer[:live], angles)
+
+    def evaluate(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Run the graph on given inputs; see ``Engine.evaluate``."""
+        return dict(zip(outputs, self._session.run(list(outputs), dict(feeds)), strict=True))
+
+    def memory_used(self) -> int:
+        """None of a device."""
+        return 0
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._session = None
+        self.buffers.clear()
+
+
+class PrefixEngine(PrefixState):
     """Sequence-major K/V buffers [S, G, D], of which each step binds the live prefix as input and output.
 
     The graph scatters a step's rows into the bound input; because the output is bound to the same memory,
@@ -39,9 +111,6 @@ class PrefixEngine:
         watch: further outputs of the graph to hand out after every step.
     """
 
-    form = Form.PREFIX
-    ahead = False
-
     def __init__(
         self,
         bundle: Bundle,
@@ -53,16 +122,7 @@ class PrefixEngine:
     ) -> None:
         manifest = bundle.manifest
         graph = manifest.graph(Form.PREFIX)
-        self.max_width = MAX_WIDTH
-        self.capacity = -(-capacity // GRANULE) * GRANULE
-        self.clock: Clock = HostClock()
-        self._sampler = HostSampler(manifest)
-        self.token_buffer: Int = np.zeros(tokens, np.int32)
-        self.slot_position: Int = np.full(self.capacity, VOID, np.int32)
-        shape = (self.capacity, manifest.cache.kv_heads, manifest.cache.head_size)
-        dtype = np.dtype(manifest.cache.dtype)
-        self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache)}
-        self._text = text_buffers(manifest)
+        super().__init__(manifest, -(-capacity // GRANULE) * GRANULE, tokens, MAX_WIDTH)
         digest = graph_digest(bundle, graph) if options.prepack else ""
         options = options.suiting(graph.precision)
         self._session = open_session(bundle.file(graph.file), digest, options)
@@ -78,10 +138,6 @@ class PrefixEngine:
         for name, buffer in self._text.items():
             self._bind(name, buffer)
         self._watch = tuple(watch)
-
-    def padded_widths(self, widths: Int) -> Int:
-        """Widths are dynamic: no pad rows."""
-        return widths
 
     def send(self, steps: Steps) -> None:
         """Take the steps to run next; see ``Engine.send``."""
@@ -122,41 +178,10 @@ class PrefixEngine:
         first = len(values) - len(self._watch)  # outputs come in the order in which they were first bound
         return {name: value.numpy() for name, value in zip(self._watch, values[first:], strict=True)}
 
-    def write_tokens(self, places: Int, ids: Int) -> None:
-        """Put ids into the token buffer."""
-        self.token_buffer[places] = ids
-
-    def read_tokens(self, places: Int) -> Int:
-        """Ids in the token buffer."""
-        return self.token_buffer[places]
-
-    def write_slots(self, slot_position: Int) -> None:
-        """Take the position of every slot."""
-        self.slot_position[:] = slot_position
-
-    def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
-        """Take a text; see ``Engine.set_text``."""
-        for name, buffer in self._text.items():
-            buffer[:] = rows[name]
-
-    def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
-        """Turn cached keys; see ``Engine.rotate_keys``."""
-        for name, buffer in self.buffers.items():
-            if name.startswith("key"):
-                rotate_pairs(buffer[:live], angles)
-
-    def evaluate(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Run the graph on given inputs; see ``Engine.evaluate``."""
-        return dict(zip(outputs, self._session.run(list(outputs), dict(feeds)), strict=True))
-
-    def memory_used(self) -> int:
-        """None of a device."""
-        return 0
-
+    @override
     def close(self) -> None:
-        """Give the memory back."""
-        self._binding = self._session = None
-        self.buffers.clear()
+        super().close()
+        self._binding = None
         self._addresses.clear()
 
     def _bind_prefix(self, length: int) -> None:
