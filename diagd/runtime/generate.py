@@ -32,7 +32,7 @@ from diagd.runtime.clip import Clip, ClipOptions, read_clip
 from diagd.runtime.decoders import Decoder
 from diagd.runtime.decoders.scoring import open_scorer
 from diagd.runtime.load import open_session
-from diagd.runtime.output import OUTPUTS, check_output, write_tokens, write_video
+from diagd.runtime.output import OUTPUTS, write_tokens, write_video
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
@@ -231,15 +231,22 @@ class _Job:
     outputs: tuple[Path, ...]
     skips: bool = False
 
-    def check_apart(self) -> None:
-        """Refuse to write over what is read.
+    def check(self, taken: set[Path]) -> None:
+        """Refuse to write over what is read, what is no such file, or what another job writes.
+
+        Args:
+            taken: outputs of the jobs before, to which these are added.
 
         Raises:
-            UsageError: an output is a file that is read.
+            UsageError: an output is one of them.
         """
         clip, text = self.clip, self.condition.text
         for output in self.outputs:
+            file_target(output, OUTPUTS)
             check_apart(output, {"--prompt": clip.prompt, "--actions": clip.actions, "--set text": text})
+            if output in taken:
+                raise UsageError(f"{clip.prompt} and another clip would both be {output}; rename one of them")
+            taken.add(output)
 
 
 def _jobs(options: GenerateOptions) -> list[_Job]:
@@ -250,9 +257,8 @@ def _jobs(options: GenerateOptions) -> list[_Job]:
     elif prompt.is_dir() and (found := sorted(p for p in prompt.iterdir() if p.suffix.lower() in CLIPS)):
         many = [(path.stem, _beside(options.clip, path), options.condition) for path in found]
     else:
-        check_output(output)
         job = _Job(options.clip, options.condition, _futures(output, options.branches))
-        job.check_apart()
+        job.check(set())
         return [job]
     if output.suffix.lower() in OUTPUTS or (output.exists() and not output.is_dir()):
         raise UsageError(f"--output {output}: {len(many)} clips go to a folder; name one")
@@ -261,10 +267,9 @@ def _jobs(options: GenerateOptions) -> list[_Job]:
         _Job(clip, condition, _futures(output / f"{name}{options.kind}", options.branches), skips=True)
         for name, clip, condition in many
     ]
+    taken: set[Path] = set()
     for job in jobs:
-        for place in job.outputs:
-            file_target(place, OUTPUTS)
-        job.check_apart()
+        job.check(taken)
     return jobs
 
 

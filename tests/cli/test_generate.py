@@ -280,6 +280,29 @@ def test_branches_are_runs_of_seeds_in_order(workplace: Workplace, tmp_path: Pat
         np.testing.assert_array_equal(np.load(tmp_path / f"walk-{seed}.npy"), alone)
 
 
+def test_no_future_takes_the_place_of_a_file_of_another_kind(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "walk-1.npy").write_text("mine")
+    options = ["--prompt", str(workplace.prompt), "--actions", str(workplace.actions), "--branches", "2"]
+    assert main(["generate", str(workplace.bundle), *options, "--output", str(tmp_path / "walk.npy")]) == 2
+    assert "walk-1.npy: what is there is no such file" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"walk-1.npy": "mine"}
+
+
+def test_clips_of_one_name_are_told_apart_by_the_user(
+    workplace: Workplace, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for suffix in (".mov", ".mp4"):
+        shutil.copy(recording / "clip.gif", clips / f"a{suffix}")
+    command = ["generate", str(workplace.bundle), "--prompt", str(clips), "--actions", str(workplace.actions)]
+    assert main([*command, "--output", str(tmp_path / "made")]) == 2
+    assert "a.mp4 and another clip would both be" in capsys.readouterr().err
+    assert not list((tmp_path / "made").iterdir())
+
+
 def test_a_folder_of_clips_is_made_over_one_session(
     workplace: Workplace, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
