@@ -17,6 +17,7 @@ from rich.table import Table
 
 import diagd
 from diagd.bundle import Bundle
+from diagd.bundle.targets import file_target
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.progress import Progress
 from diagd.runtime.actions import encode
@@ -33,6 +34,8 @@ WARM_UP = 3
 
 def main(bundle_path: Path, output: Path) -> None:
     """Decode the walk with each decoder, print the table, and write the last one as a video."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file_target(output, (".mp4",), "OUTPUT")
     bundle = Bundle.open(bundle_path)
     manifest, layout = bundle.manifest, bundle.manifest.layout
     assert manifest.actions is not None
@@ -49,7 +52,6 @@ def main(bundle_path: Path, output: Path) -> None:
     }
     table = Table("decoding", "passes", "ms a pass", "ms a frame", "frames/s", "gain", title=manifest.name)
     slowest = 0.0
-    output.parent.mkdir(parents=True, exist_ok=True)
     for name, decoder in decoders.items():
         size = (pixels.spec.height, pixels.spec.width)
         with (

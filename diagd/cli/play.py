@@ -43,7 +43,7 @@ class PlayOptions:
     """What is played, and where."""
 
     bundle: Annotated[File | None, Flag(positional=True, count="?")] = Field(
-        default=None, description="default: the world that `worlds.ship` made ready"
+        default=None, description="default: crafter-3m, which comes with diagd"
     )
     prompt: Annotated[tuple[File, ...], Flag(repeated=True)] = Field(
         default=(), description="picture, video or .npy tokens to start from (default: those of the bundle)"
@@ -76,6 +76,7 @@ def run(options: PlayOptions) -> int:
     from diagd.bundle import read_manifest
     from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open_replay
 
+    _check_video(options)
     place = options.bundle or SHIPPED
     manifest = read_manifest(place)
     text = options.condition.embeddings(manifest, encode_text)
@@ -90,6 +91,18 @@ def run(options: PlayOptions) -> int:
             game = open_game(place, replace(game_options, record=record))
             _play(console, options, game, _video(stack, options, game))
     return 0
+
+
+def _check_video(options: PlayOptions) -> None:
+    """Refuse a ``--video`` that would take the place of something else, before the game begins."""
+    from diagd.bundle.targets import check_apart, file_target
+    from diagd.runtime.video import SUFFIXES
+
+    if options.video is not None:
+        file_target(options.video, SUFFIXES, "--video")
+        read = {"--replay": options.replay, "--record": options.record, "--prompt": None}
+        for prompt in (None, *options.prompt):
+            check_apart(options.video, read | {"--prompt": prompt}, "--video")
 
 
 def _video(stack: ExitStack, options: PlayOptions, game: Game) -> Callable[[Pixels], None] | None:

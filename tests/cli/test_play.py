@@ -11,6 +11,7 @@ from diagd.cli.main import main
 from diagd.play.controls import Inputs, default_controls
 from diagd.play.opening import GameOptions, open_game
 from diagd.play.record import Played, digest, read_record
+from diagd.runtime.video import VideoWriter
 from tests.cli.conftest import Workplace
 
 
@@ -81,3 +82,26 @@ def test_wrong_options_end_in_one_line(
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["mine.mp4", "mine.gif", "mine.txt"])
+def test_a_video_takes_no_other_files_place(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).write_text("mine")
+    assert main(["play", str(workplace.bundle), "--video", str(tmp_path / name)]) == 2
+    assert "--video" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_video_is_not_written_over_the_prompt(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = tmp_path / "clip.gif"
+    with VideoWriter(prompt, 10, (36, 48)) as video:
+        video.write(np.zeros((36, 48, 3), np.uint8))
+    before = prompt.read_bytes()
+    command = ["play", str(workplace.bundle), "--prompt", str(prompt), "--video", str(prompt)]
+    assert main(command) == 2
+    assert "--prompt" in capsys.readouterr().err
+    assert prompt.read_bytes() == before
