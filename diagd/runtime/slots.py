@@ -89,9 +89,7 @@ class SlotRing:
         starts, slots = self._take(shape, padded)
         self.slot_position[slots] = positions
         ends = starts + shape.widths
-        live = np.maximum(ends, self.live)
-        if starts[-1] < starts[0]:  # written from the start of the ring again
-            live = np.maximum.accumulate(live)
+        live = np.maximum.accumulate(np.maximum(ends, self.live))
         self.live, self.write_index = int(live[-1]), int(ends[-1])
         return SlotUpdates(starts, live, *self._updates(shape, slots, positions))
 
@@ -105,10 +103,30 @@ class SlotRing:
             starts, slots, free = self._lay(shape, padded, first)
             if free:
                 return starts, slots
-        raise SlotOverflowError(
-            f"{int(shape.offsets[-1])} slots from {self.write_index} of {len(self.slot_position)} are needed "
-            "but hold visible rows; load the bundle with a larger window"
-        )
+        return self._scatter(shape, padded)
+
+    def _scatter(self, shape: Shape, padded: Int) -> tuple[Int, Int]:
+        """Steps each in the next void run that holds it: where a flight began anew, runs are short."""
+        bounds = np.flatnonzero(np.diff(self.slot_position == VOID, prepend=False, append=False)).tolist()
+        runs = list(zip(bounds[::2], bounds[1::2], strict=True))
+        behind = next((n for n, (_, last) in enumerate(runs) if last > self.write_index), 0)
+        starts: list[int] = []
+        own = runs[behind : behind + 1]  # from the write index on at first, up to it at last
+        later = [(max(first, self.write_index), last) for first, last in own] + runs[behind + 1 :]
+        earlier = runs[:behind] + [(first, min(last, self.write_index)) for first, last in own]
+        for first, last in later + earlier:
+            place = first
+            while len(starts) < len(padded) and place + int(padded[len(starts)]) <= last:
+                starts.append(place)
+                place += int(shape.widths[len(starts) - 1])
+        if len(starts) < len(padded):
+            raise SlotOverflowError(
+                f"{int(shape.offsets[-1])} slots from {self.write_index} of {len(self.slot_position)} are "
+                "needed but hold visible rows; load the bundle with a larger window"
+            )
+        taken = np.asarray(starts, np.int32)
+        slots = np.arange(shape.offsets[-1], dtype=np.int32)
+        return taken, slots + np.repeat(taken - shape.offsets[:-1], shape.widths)
 
     def _lay(self, shape: Shape, padded: Int, first: int) -> tuple[Int, Int, bool]:
         """Steps from a slot on, and from the first void one on at the end; whether all are void."""

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diagd.engines.engine import VOID
+from diagd.runtime.decoders.scheduled import ScheduledDecoder
 from diagd.runtime.slots import SlotOverflowError, SlotRing, SlotUpdates
-from diagd.schedule import Shape
+from diagd.runtime.stream import Stream
+from diagd.schedule import Schedule, Shape, StreamLayout, slots_in_sight, slots_needed
 
 
 def append(
@@ -151,3 +153,34 @@ def test_positions_are_counted_from_the_base() -> None:
     assert ring.slot_position[:2].tolist() == [0, 1]
     ring.evict(0, 5)
     assert ring.slot_position[:2].tolist() == [VOID, 1]
+
+
+@given(st.lists(st.integers(1, 9), min_size=3, max_size=12), st.integers(3, 5), st.booleans())
+def test_overlapping_frames_find_slots_however_often_they_begin_anew(
+    runs: list[int], window: int, padded: bool
+) -> None:
+    """Rows of chained frames lie between each other's, and runs that end leave holes of all sizes."""
+    layout = StreamLayout(rows=5, columns=4, prefix=0, before=1, after=0)
+    schedule = Schedule.chained(layout, 1)
+    widths = np.arange(33, dtype=np.int32)
+    padded_widths = (-(-widths // 8) * 8 if padded else widths).astype(np.int32)
+    stream = Stream(layout, np.zeros(0, np.int32), window, padded_widths, history=99)
+    ring = SlotRing(slots_needed(layout, window, 32), in_sight=slots_in_sight(layout, window))
+    stream.start(np.zeros((1, 5, 4), np.int32), np.zeros((1, 1), np.int32))
+    engine, prepared = ring.slot_position.copy(), 1
+    for count in runs:
+        stream.follow(np.zeros((count, 1), np.int32))
+        ring.rewind(stream.fed)
+        prepared = stream.known
+        for _ in range(count):
+            for block in ScheduledDecoder(schedule).blocks(stream):
+                while prepared < stream.begun:
+                    ring.evict(0, layout.frame_start(max(0, prepared - window + 1)))
+                    prepared += 1
+                shape = block.shape
+                updates = ring.append(block.positions.astype(np.int32), shape, padded_widths[shape.widths])
+                seen = replayed(engine, updates)[-1]
+                held = np.sort(seen[seen != VOID])
+                assert len(set(held.tolist())) == len(held)
+                oldest = layout.frame_start(max(0, stream.begun - window))
+                assert set(range(oldest, stream.fed)) <= set(held.tolist())
