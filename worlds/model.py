@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
+from diagd.engines.backend import find
 from diagd.engines.engine import Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
@@ -51,14 +52,14 @@ class WorldModel(Protocol):
         ...
 
 
-def open_model(path: Path, precision: str | None = None) -> WorldModel:
-    """The model in a folder, or a bundle on its engine.
+def open_model(path: Path, precision: str | None = None, backend: str = "cpu") -> WorldModel:
+    """The model in a folder, or a bundle on its engine by ``backend``.
 
     Raises:
         UsageError: a precision is given for a folder, which is run in PyTorch.
     """
     if not (path / DESCRIPTION).exists():
-        return BundleModel(str(path), precision=precision)
+        return BundleModel(str(path), precision=precision, backend=backend)
     if precision is not None:
         raise UsageError(f"{path} is run in PyTorch, in float32; --precision {precision} is for bundles")
     return TorchModel(load_world(path))
@@ -95,18 +96,23 @@ class TorchModel:
 
 
 class BundleModel:
-    """A bundle of the world family; ``precision`` and ``compat`` are those of `diagd.load`.
+    """A bundle of the world family; ``precision``, ``compat`` and ``backend`` are those of `diagd.load`.
 
     Raises:
         UsageError: the bundle has no tokenizer, or not exactly one action token ahead of each frame.
     """
 
     def __init__(
-        self, path: str, threads: int = 0, compat: str | None = None, precision: str | None = None
+        self,
+        path: str,
+        threads: int = 0,
+        compat: str | None = None,
+        precision: str | None = None,
+        backend: str = "cpu",
     ) -> None:
         bundle, cpu = Bundle.open(path), CpuOptions(threads)
-        self._session = open_session(bundle, cpu=cpu, compat=compat, precision=precision)
-        self._codec = PixelCodec(bundle, cpu)
+        self._session = open_session(bundle, cpu=cpu, compat=compat, precision=precision, backend=backend)
+        self._codec = PixelCodec(bundle, cpu, find(backend))
         self.layout = self._session.layout
         self.codes = bundle.manifest.output_vocabulary
         self.context_frames = bundle.manifest.context.frames

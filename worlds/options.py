@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError, unknown
 from diagd.options import FLAG, NAMES, OPTIONS, POSITIONAL, File, Flag
 from diagd.runtime.sampling import SamplingSettings
@@ -204,6 +205,7 @@ class EvalRun:
     precision: Annotated[str | None, FLAG] = Field(
         default=None, description="of a bundle's step graph (default: its first)"
     )
+    backend: str = Field(default="cpu", description=f"of a bundle: {CHOICES}")
     order: Annotated[tuple[str, ...], Flag(count="+")] = Field(
         default=("k=1 chained", "k=1 serial", "k=2 serial"),
         description="of decoding, beside next-token prediction",

@@ -37,7 +37,7 @@ def run_eval(run: EvalRun, report: Report = lambda _: None) -> list[Scores]:
         CheckpointError, BundleError: a model that cannot be read.
     """
     networks = [MetricNetwork(path) for path in run.networks]
-    model = open_model(run.model, run.precision)
+    model = open_model(run.model, run.precision, run.backend)
     orders = schedules(model.layout, run)
     evaluation = _evaluation(run, model)
     scores, rollouts, drift, learned = [], {"truth": evaluation.truth}, {}, {}
@@ -80,8 +80,8 @@ def run_pareto(run: EvalRun, report: Report = lambda _: None) -> list[Point]:
     """
     bundle, cpu = Bundle.open(run.model), CpuOptions(run.threads)
     few = replace(run.options, windows=2)  # the likelihood of true windows is not asked for
-    evaluation = _evaluation(replace(run, options=few), open_model(run.model, run.precision))
-    with open_session(bundle, cpu=cpu, precision=run.precision) as target:
+    evaluation = _evaluation(replace(run, options=few), open_model(run.model, run.precision, run.backend))
+    with open_session(bundle, cpu=cpu, precision=run.precision, backend=run.backend) as target:
         points = compare(target, bundle, evaluation, run.decoders, run.drafts, cpu, report)
     write_points(run.output, points, {"model": run.model.name, "options": asdict(evaluation.options)})
     return points

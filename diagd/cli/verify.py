@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
+from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Numbers
 from diagd.progress import Progress
@@ -57,8 +58,8 @@ class VerifyOptions:
     bundle: Annotated[File, POSITIONAL] = Field(description="what to check")
     engine: Annotated[str | None, FLAG] = Field(
         default=None,
-        description="form of the step graph: prefix, modern or portable (default: all), or on a GPU cuda, "
-        "tensorrt or tensorrt_rtx",
+        description="form of the step graph: prefix, modern or portable (default: all), or a backend: "
+        f"{CHOICES}",
     )
     reference: Annotated[File | None, FLAG] = Field(
         default=None, description="bundle with the FP32 prefix graph (default: itself)"

@@ -27,10 +27,15 @@ GROUP: Final = "diagd.backends"
 
 _MODULES: Final = {
     "cpu": "diagd.engines.processor:Processor",
+    "openvino": "diagd.engines.openvino:OpenVino",
+    "openvino_fp32": "diagd.engines.openvino:OpenVinoFloat32",
     "cuda": "diagd.engines.gpu:Cuda",
     "tensorrt": "diagd.engines.gpu:TensorRT",
     "tensorrt_rtx": "diagd.engines.gpu:TensorRTRTX",
 }
+
+CHOICES: Final = ", ".join(_MODULES)
+"""The backends that are built in, for help."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,10 @@ class Backend(Protocol):
             EngineError: there is none.
         """
         ...
+
+    def computes(self, precision: str) -> str:
+        """The precision that a step graph of one is computed in, which says what it must reach."""
+        return precision
 
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
         """An engine over the step graphs of one form.

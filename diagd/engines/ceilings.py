@@ -43,8 +43,8 @@ class Ceilings:
     """Bytes a second that memory moves, and operations a second of a matrix product.
 
     ``copied`` counts what a copy reads and writes, ``read`` what a sum reads (0 on a device, where copies
-    alone are measured); ``bandwidth`` is the better. Products are float32 on ``threads`` of a processor,
-    float16 on a device, which has no threads.
+    alone are measured); ``bandwidth`` is the better. Products are float32 on ``threads`` of a processor (or
+    bfloat16, where its step graphs are), float16 on a device, which has no threads.
     """
 
     copied: float
@@ -86,8 +86,13 @@ def matrix_peak(threads: int, side: int = SIDE) -> float:
         matrix_product_model(side, side, side), settings, providers=["CPUExecutionProvider"]
     )
     factors = {name: np.ones((side, side), np.float32) for name in ("A", "B")}
-    session.run(None, factors)
-    return 2.0 * side**3 / _best(lambda: session.run(None, factors))
+    return product_peak(lambda: session.run(None, factors), side)
+
+
+def product_peak(product: Callable[[], object], side: int = SIDE) -> float:
+    """Operations a second of a product of two square matrices; the first does not count."""
+    product()
+    return 2.0 * side**3 / _best(product)
 
 
 def matrix_product_model(rows: int | str, inner: int, columns: int, element: int = FLOAT) -> bytes:

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.files import atomic_file
-from diagd.engines.backend import Backend, find, forms_of
+from diagd.engines.backend import CHOICES, Backend, find, forms_of
 from diagd.engines.ceilings import Ceilings
 from diagd.engines.host import cores, memory_bytes, peak_memory, processor_name
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -40,7 +40,9 @@ from diagd.runtime.session import Session
 from diagd.schedule import Schedule
 from diagd.version import __version__
 
-PACKAGES: Final = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings")
+PACKAGES: Final = (
+    *("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "cuda-bindings"),
+)
 CPU: Final = "cpu"
 LEAST_FRAMES: Final = 2
 
@@ -67,7 +69,7 @@ class ProfileOptions:
     fps: Annotated[float | None, FLAG] = Field(
         default=None, description="count frames that come later than this rate allows"
     )
-    backend: str = Field(default=CPU, description="cpu, or on a GPU cuda, tensorrt or tensorrt_rtx")
+    backend: str = Field(default=CPU, description=CHOICES)
     engine: str | None = Field(
         default=None, description="form of the step graph on the CPU (default: the fastest)"
     )

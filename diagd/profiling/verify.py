@@ -196,20 +196,17 @@ class Candidate:
 
     Attributes:
         name: for verdicts.
-        bundle: at the precision.
+        bundle: at the precision of the step graph.
         session: over the engine.
         cpu: for what runs on the processor.
+        precision: that the engine computes in.
     """
 
     name: str
     bundle: Bundle
     session: Session
     cpu: CpuOptions
-
-    @property
-    def precision(self) -> str:
-        """Of the step graph."""
-        return self.bundle.manifest.graphs[0].precision
+    precision: str
 
     def tensors(self) -> list[TensorVerdict]:
         """Every output of one step; none for the prefix form, which only ONNX Runtime's processor runs."""
@@ -261,7 +258,8 @@ def _of_each_form(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions
         for form in forms_of(one):
             if name in (None, form.value):
                 session = open_session(one, window=window, cpu=cpu, form=form)
-                yield Candidate(f"{form.value} {one.manifest.graphs[0].precision}", one, session, cpu)
+                precision = one.manifest.graphs[0].precision
+                yield Candidate(f"{form.value} {precision}", one, session, cpu, precision)
 
 
 def of_backend(bundle: Bundle, backend: Backend, window: int, cpu: CpuOptions) -> Iterator[Candidate]:
@@ -272,7 +270,10 @@ def of_backend(bundle: Bundle, backend: Backend, window: int, cpu: CpuOptions) -
         raise UsageError(f"{bundle.path} has no graph for {backend.name}; export it with --form {forms}")
     for one in usable:
         session = open_session(one, window=window, cpu=cpu, backend=backend)
-        yield Candidate(f"{backend.name} {one.manifest.graphs[0].precision}", one, session, cpu)
+        stored = one.manifest.graphs[0].precision
+        computed = backend.computes(stored)
+        shown = stored if computed == stored else f"{stored} in {computed}"
+        yield Candidate(f"{backend.name} {shown}", one, session, cpu, computed)
 
 
 def _precisions(bundle: Bundle) -> list[Bundle]:

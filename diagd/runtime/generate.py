@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from diagd.bundle import Bundle, Manifest
 from diagd.bundle.manifest import SamplingRules
 from diagd.bundle.targets import check_apart, file_target
-from diagd.engines.backend import find
+from diagd.engines.backend import CHOICES, find
 from diagd.engines.engine import Float, Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
@@ -83,7 +83,7 @@ class SessionOptions:
     """What decodes, and where."""
 
     precision: str | None = Field(default=None, description="of the step graph (default: the bundle's first)")
-    backend: str = Field(default="cpu", description="cpu, cuda, tensorrt or tensorrt_rtx")
+    backend: str = Field(default="cpu", description=CHOICES)
     window: int | None = Field(
         default=None, description="frames that a token may see (default: the model's context)"
     )

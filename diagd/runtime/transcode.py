@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from diagd.bundle import Bundle
 from diagd.bundle.files import atomic_file
 from diagd.bundle.targets import check_apart, file_target
-from diagd.engines.backend import find
+from diagd.engines.backend import CHOICES, find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File
@@ -41,7 +41,7 @@ class EncodeOptions:
         description="pictures at most (default: all that make whole token frames)",
     )
     resize: bool = Field(default=False, description="resize pictures of another size")
-    backend: str = Field(default="cpu", description="cpu, cuda, tensorrt or tensorrt_rtx")
+    backend: str = Field(default="cpu", description=CHOICES)
     cpu: CpuOptions = CpuOptions()
 
 
@@ -55,7 +55,7 @@ class DecodeOptions:
     against: Annotated[File | None, FLAG] = Field(default=None, description="video to measure the PSNR to")
     fps: float | None = Field(default=None, gt=0, description="of the video (default: the model's)")
     resize: bool = Field(default=False, description="resize the pictures of --against")
-    backend: str = Field(default="cpu", description="cpu, cuda, tensorrt or tensorrt_rtx")
+    backend: str = Field(default="cpu", description=CHOICES)
     cpu: CpuOptions = CpuOptions()
 
 

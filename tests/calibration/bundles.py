@@ -11,7 +11,7 @@ from diagd.bundle import Bundle
 from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
 from diagd.calibration.report import PrecisionReport
-from diagd.engines.engine import VOID
+from diagd.engines.engine import VOID, Engine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.schedule import StreamLayout
@@ -44,7 +44,7 @@ def engine_of(bundle: Path, precision: str) -> PrefixEngine:
     return PrefixEngine(Bundle.open(bundle).at_precision(precision), 96, 64, options)
 
 
-def logits_of(engine: PrefixEngine, ids: np.ndarray, positions: np.ndarray, seen: slice) -> np.ndarray:
+def logits_of(engine: Engine, ids: np.ndarray, positions: np.ndarray, seen: slice) -> np.ndarray:
     """Logits of rows that see the past but not each other, ``seen`` of them wanted; float32 [R, V]."""
     past = np.arange(PAST, dtype=np.int32)
     engine.write_slots(np.full(engine.capacity, VOID, np.int32))

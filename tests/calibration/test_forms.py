@@ -13,6 +13,7 @@ from diagd.bundle import Bundle, Form
 from diagd.calibration.quantise import CalibrationOptions, calibrate
 from diagd.calibration.reference import check_memory, open_graphs
 from diagd.calibration.report import read_calibration
+from diagd.engines.backend import StepOptions, find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.exporter import GraphOptions
@@ -75,6 +76,17 @@ def test_forms_compute_the_same(bundle: Path, form: Form, precision: str, bound:
     seen, reference = logits(bundle, form, precision), logits(bundle, Form.PREFIX, precision)
     assert relative(seen, reference) < bound
     assert relative(seen, exact) < 2 * relative(reference, exact) + 0.01
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-weight", "fp8"])
+def test_openvino_computes_the_same(bundle: Path, precision: str) -> None:
+    chosen = Bundle.open(bundle).at_precision(precision)
+    engine = find("openvino_fp32").open_steps(chosen, StepOptions(0, 64, CpuOptions(1)))
+    ids = np.random.default_rng(0).integers(0, CODES, 14).astype(np.int32)
+    seen = logits_of(engine, ids, PAST + np.arange(14, dtype=np.int32), slice(None))
+    reference, exact = logits(bundle, Form.PORTABLE, precision), logits(bundle, Form.PREFIX, "fp32")
+    assert relative(seen, reference) < SCHEMES[precision]
+    assert 1e-3 < relative(seen, exact) < 2 * relative(reference, exact) + 0.01
 
 
 @pytest.mark.parametrize("precision", SCHEMES)

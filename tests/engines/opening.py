@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
@@ -28,6 +29,11 @@ def modern(bundle: Bundle, tokens: int) -> Executor:
 
 def portable(bundle: Bundle, tokens: int) -> Executor:
     return open_fixed(bundle, Form.PORTABLE, StepOptions(0, tokens, CPU))
+
+
+def openvino(bundle: Bundle, tokens: int) -> Executor:
+    """In float32."""
+    return cast(Executor, find("openvino_fp32").open_steps(bundle, StepOptions(0, tokens, CPU)))
 
 
 def prefix_engine(bundle: Bundle, slots: int, tokens: int, cpu: CpuOptions = CPU) -> PrefixEngine:

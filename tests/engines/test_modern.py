@@ -21,13 +21,13 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from tests.engines.fidelity import Run, decode, recompute
 from tests.engines.host_device import buffers
-from tests.engines.opening import modern, portable, prefix, run_step
+from tests.engines.opening import modern, openvino, portable, prefix, run_step
 from tests.models import export_small
 from tests.oracles.models import small_model
 
 LAYOUT = StreamLayout(3, 5, after=2)
 OpenEngine = Callable[[Bundle, int], Executor]
-ENGINES = {"modern": modern, "portable": portable}
+ENGINES = {"modern": modern, "portable": portable, "openvino": openvino}
 
 
 @dataclass
@@ -117,7 +117,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("make", [prefix, modern, portable])
+@pytest.mark.parametrize("make", [prefix, modern, portable, openvino])
 def test_logits_that_are_no_numbers_are_refused(
     broken: Bundle, make: Callable[[Bundle, int], Engine], temperature: float
 ) -> None:

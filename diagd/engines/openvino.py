@@ -1,0 +1,156 @@
+"""OpenVINO on the processor: the portable form, in bfloat16 where the processor multiplies it."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from diagd.bundle import Bundle, Form
+from diagd.bundle.precision import FLOATING
+from diagd.engines.backend import Arrays, Backend, Graph, StepOptions, graphs_of
+from diagd.engines.ceilings import SIDE, Ceilings, matrix_product_model, memory_bandwidth, product_peak
+from diagd.engines.devices.host import HostDevice
+from diagd.engines.engine import Engine
+from diagd.engines.executor import Executor
+from diagd.engines.host import cores, instruction_sets
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.program import Tensor
+from diagd.errors import EngineError, require
+
+BFLOAT16_UNITS: Final = frozenset({"amx_bf16", "avx512_bf16"})
+"""Instruction sets that multiply bfloat16; without one OpenVINO would compute it more slowly than float32."""
+
+
+class OpenVino(Backend):
+    """Runs step graphs in bfloat16 where the processor multiplies it, else in float32.
+
+    It copies a cache that a graph writes, so it runs the form whose cache is read-only.
+    """
+
+    name = "openvino"
+    forms = (Form.PORTABLE,)
+    floats = "bf16" if BFLOAT16_UNITS & instruction_sets() else "fp32"
+
+    @override
+    def describe(self) -> str:
+        """It needs no name."""
+        _library()
+        return ""
+
+    @override
+    def computes(self, precision: str) -> str:
+        """Of a graph in floating point what this processor suggests; quantised products are what they are."""
+        return self.floats if precision in FLOATING else precision
+
+    @override
+    def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
+        graphs = graphs_of(bundle, Form.PORTABLE)
+        widths = tuple(int(graph.width or 0) for graph in graphs)
+        compiled = _compile(bundle.file(graphs[0].file), options.cpu.threads, self.floats)
+
+        def program(tensors: Mapping[str, Tensor]) -> OpenVinoProgram:
+            return OpenVinoProgram(compiled, tensors, widths)
+
+        capacity, device = int(graphs[0].capacity or 0), HostDevice()
+        return Executor(
+            *(bundle.manifest, Form.PORTABLE, capacity, widths, options.tokens, device, program),
+            graphs=False,
+            watch=options.watch,
+        )
+
+    @override
+    def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:
+        """In float32: pictures and their tokens are those of the other backends."""
+        del digest
+        request = _compile(path, options.threads, "fp32").create_infer_request()
+
+        def run(feeds: Arrays) -> dict[str, NDArray[Any]]:
+            request.infer(dict(feeds))
+            return {port.any_name: request.get_tensor(port).data.copy() for port in request.model_outputs}
+
+        return run
+
+    @override
+    def ceilings(self, threads: int = 0) -> Ceilings:
+        """The product is OpenVINO's own, in the floating point of its step graphs."""
+        threads = threads or cores()
+        model = matrix_product_model(SIDE, SIDE, SIDE)
+        request = _compile(model, threads, self.floats).create_infer_request()
+        factors = {name: np.ones((SIDE, SIDE), np.float32) for name in ("A", "B")}
+        return Ceilings(*memory_bandwidth(threads), product_peak(lambda: request.infer(factors)), threads)
+
+
+class OpenVinoFloat32(OpenVino):
+    """The same in float32 on every processor."""
+
+    name = "openvino_fp32"
+    floats = "fp32"
+
+
+class OpenVinoProgram:
+    """A compiled step graph with a request a width, bound once to the tensors; see ``Program``."""
+
+    capturable = False
+
+    def __init__(self, compiled: Any, tensors: Mapping[str, Tensor], widths: tuple[int, ...]) -> None:
+        self._requests = {width: _bound(compiled, tensors, width) for width in widths}
+
+    def enqueue(self, width: int) -> None:
+        """Run one step of ``width`` rows."""
+        self._requests[width].infer()
+
+
+def _bound(compiled: Any, tensors: Mapping[str, Tensor], width: int) -> Any:
+    """A request that reads and writes the tensors where they are."""
+    library, request = _library(), compiled.create_infer_request()
+    for port in (*compiled.inputs, *compiled.outputs):
+        tensor = tensors[port.any_name]
+        array = _array_at(tensor, tensor.at_width(width))
+        request.set_tensor(port, library.Tensor(array, shared_memory=True))
+    return request
+
+
+def _array_at(tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The memory of a tensor of the host."""
+    memory = (ctypes.c_uint8 * (math.prod(shape) * tensor.dtype.itemsize)).from_address(tensor.address)
+    array: NDArray[Any] = np.ctypeslib.as_array(memory).view(tensor.dtype).reshape(shape)
+    return array
+
+
+def _library() -> Any:
+    return require("openvino", extra="openvino", purpose="run graphs on OpenVINO")
+
+
+def _compile(model: Path | bytes, threads: int, floats: str) -> Any:
+    """A graph compiled for the processor.
+
+    Args:
+        model: the ONNX file, or its content.
+        threads: 0 is one for each core.
+        floats: ``fp32`` or ``bf16``; always said, for OpenVINO's own choice depends on the machine.
+
+    Raises:
+        DependencyError: OpenVINO is not installed.
+        EngineError: it refuses the graph.
+    """
+    library = _library()
+    settings = {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[floats],
+        "INFERENCE_NUM_THREADS": threads or cores(),
+        "NUM_STREAMS": 1,
+    }
+    try:
+        core = library.Core()
+        return core.compile_model(
+            core.read_model(str(model) if isinstance(model, Path) else model), "CPU", settings
+        )
+    except RuntimeError as error:
+        named = model if isinstance(model, Path) else "a matrix product"
+        raise EngineError(f"OpenVINO {library.__version__} refuses {named}: {error}") from error
