@@ -1,9 +1,14 @@
-"""Puts the device kernels of ``native/`` into the package; an installation compiles them when it runs."""
+"""Puts the kernels of ``native/`` into the package.
+
+Their sources, which a GPU's compiler takes when they first run, and their host build where there is a C++
+compiler; without one NumPy draws the same ids.
+"""
 
 import shutil
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 KERNELS = ("step_kernels.cu", "step_kernels.h", "sampling.h")
@@ -21,4 +26,18 @@ class BuildWithKernels(build_py):
                 shutil.copy(Path("native") / name, target / name)
 
 
-setup(cmdclass={"build_py": BuildWithKernels})
+HOST_BUILD = Extension(
+    "diagd.engines.devices.step_kernels_host",
+    ["native/step_kernels_host.cpp"],
+    depends=["native/step_kernels.h", "native/sampling.h", "native/row_sampling.h"],
+    include_dirs=["native"],
+    language="c++",
+    # Products are rounded before they are added, as in NumPy; no trap is asked for, which lets loops be wide.
+    extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fopenmp-simd"],
+    optional=True,
+)
+
+setup(
+    cmdclass={"build_py": BuildWithKernels},
+    ext_modules=[] if sys.platform == "win32" else [HOST_BUILD],  # a library without a module's entry
+)

@@ -13,6 +13,7 @@ import ctypes
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,10 +24,12 @@ from rich.table import Table
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.devices.host import HostDevice
-from diagd.engines.engine import VOID, Float, Steps
+from diagd.engines.devices.kernels import host_build
+from diagd.engines.engine import VOID, Float, SamplingState, Steps
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.prefix import PrefixEngine
+from diagd.engines.sampler import draw_compiled, draw_plain, kept_weights
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.load import open_session as open_stream
 from diagd.runtime.sampling import SamplingSettings
@@ -394,6 +397,34 @@ def by_rule(session: Session, repeats: int) -> None:
         )
 
 
+def sampling(bundle: Bundle, wall: bool, repeats: int) -> None:
+    """A draw of a step's rows at top-p 0.8, by how flat their laws are, in NumPy and compiled."""
+    ids, kernels, now = bundle.manifest.output_vocabulary, host_build(), clock(wall)
+    random, state = np.random.default_rng(0), SamplingState(1.0, 0, 0.8, 5)
+    rows = max(min(bundle.manifest.layout.rows, bundle.manifest.layout.columns), 2)
+    low, high = np.zeros(rows, np.int32), np.full(rows, ids, np.int32)
+    table = Table(
+        "deviation of logits", "ids kept a row", "NumPy, ms", "compiled, ms", title=f"{rows} x {ids} ids"
+    )
+    for spread in (8.0, 4.0, 2.0, 1.0, 0.5, 0.05):
+        logits = (random.standard_normal((rows, ids)) * spread).astype(np.float32)
+        _, kept, _ = kept_weights(logits, logits.max(axis=1), state, True)
+        given = logits, np.arange(rows), state, None, low, high, True
+        ways = [partial(draw_plain, *given)]
+        if kernels is not None:
+            ways.append(partial(draw_compiled, kernels, *given))
+        spent = [[_timed(way, now) for way in ways] for _ in range(10 * repeats)]
+        times = [f"{1e3 * seconds:.2f}" for seconds in np.median(spent, axis=0)]
+        table.add_row(f"{spread:g}", f"{kept.sum() / rows:,.0f}", *times)
+    CONSOLE.print(table)
+
+
+def _timed(work: Callable[[], object], now: Clock) -> float:
+    began = now()
+    work()
+    return now() - began
+
+
 def _weights(bundle: Bundle) -> dict[str, np.ndarray]:
     """The canonical float32 tensors that the bundle's random weights were written from."""
     from diagd.export.exporter import random_sources
@@ -415,6 +446,7 @@ PARTS = {
     "capacity": capacity,
     "window": window,
     "host": host,
+    "sampling": sampling,
 }
 
 if __name__ == "__main__":

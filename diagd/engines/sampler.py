@@ -10,13 +10,15 @@ The models disagree on the token at which the cumulated probability crosses p: M
 (an id stays iff strictly more probable ids hold at most p), WHAM drops it (an id stays iff ids at least as
 probable, itself included, hold at most p).
 
-``native/sampling.h`` gives the same ids for the same logits. Everything is therefore a sum, product or
-quotient of float32, rounded one by one, with exponentials of our own, and weights are multiples of ``UNIT``:
-their sums are exact in float64, or in 64-bit integers, in whatever order they are taken.
+``native/sampling.h`` on a device and, where it was compiled, ``native/row_sampling.h`` on the host give the
+same ids for the same logits. Everything is therefore a sum, product or quotient of float32, rounded one by
+one, with exponentials of our own, and weights are multiples of ``UNIT``: their sums are exact in float64, or
+in 64-bit integers, in whatever order they are taken.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any, Final
 
@@ -24,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Manifest
-from diagd.engines.engine import Float, Int, SamplingState, Steps
+from diagd.engines.devices.kernels import DrawArguments, host_build
+from diagd.engines.engine import VOID, Float, Int, SamplingState, Steps
 from diagd.engines.noise import KEPT_IDS, noise, noise_rows
 from diagd.errors import EngineError, UsageError
 
@@ -58,7 +61,6 @@ class HostSampler:
     def __init__(self, manifest: Manifest) -> None:
         self._layout, self._keep_crossing = manifest.layout, manifest.sampling.keep_crossing
         self._ranges = cell_ranges(manifest)
-        self._shared = bool((self._ranges == self._ranges[0]).all())
 
     def draw(self, logits: Float, steps: Steps, number: int) -> tuple[Int, Int]:
         """Places and ids int32 [D] of the cells that a step decodes, from the logits [D, V] of their rows."""
@@ -66,11 +68,8 @@ class HostSampler:
         cells, sinks = steps.cells[drawn], steps.sinks[drawn]
         if not len(cells):
             return sinks, sinks
-        if self._shared:
-            first, last = self._ranges[0].tolist()
-            return sinks, _draw(logits[:, first:last], first, cells, steps.sampling, self._keep_crossing)
         low, high = self._ranges[(cells - self._layout.prefix) % self._layout.frame_length].T
-        ids = sample(logits, cells, steps.sampling, low=low, high=high, keep_crossing=self._keep_crossing)
+        ids = _draw(logits, cells, steps.sampling, None, low, high, self._keep_crossing)
         return sinks, ids
 
 
@@ -118,21 +117,66 @@ def sample(
         UsageError: a range is empty or outside the vocabulary.
         EngineError: a row's largest logit is not finite.
     """
-    if not len(logits):
-        return np.empty(0, np.int32)
-    allowed, first = _restrict(logits, low, high)
-    return _draw(allowed, first, positions, state, keep_crossing, seeds)
+    rows, ids = logits.shape
+    low = np.zeros(rows, np.int32) if low is None else low
+    high = np.full(rows, ids, np.int32) if high is None else high
+    _check_ranges(low, high, ids)
+    return _draw(logits, positions, state, seeds, low, high, keep_crossing)
 
 
 def _draw(
     logits: Float,
-    first: int,
     positions: NDArray[np.integer[Any]],
     state: SamplingState,
+    seeds: NDArray[np.uint64] | None,
+    low: Int,
+    high: Int,
     keep_crossing: bool,
-    seeds: NDArray[np.uint64] | None = None,
 ) -> Int:
-    """One id a row; ``first`` is that of the first column."""
+    """See ``sample``; ranges are known to fit."""
+    if not len(logits):
+        return np.empty(0, np.int32)
+    if (kernels := host_build()) is not None:
+        return draw_compiled(kernels, logits, positions, state, seeds, low, high, keep_crossing)
+    return draw_plain(logits, positions, state, seeds, low, high, keep_crossing)
+
+
+def draw_compiled(
+    kernels: ctypes.CDLL,
+    logits: Float,
+    positions: NDArray[np.integer[Any]],
+    state: SamplingState,
+    seeds: NDArray[np.uint64] | None,
+    low: Int,
+    high: Int,
+    keep_crossing: bool,
+) -> Int:
+    """``sample`` by the host build of the kernels; ranges fit, one row at least."""
+    rows = len(logits)
+    keys = np.full(rows, state.seed, np.uint64) if seeds is None else seeds
+    tokens = np.empty(rows, np.int32)
+    read = (logits, np.float32), (low, np.int32), (high, np.int32), (positions, np.int64), (keys, np.uint64)
+    arrays = [np.ascontiguousarray(array, dtype) for array, dtype in read]
+    arguments = DrawArguments(
+        *(array.ctypes.data for array in (*arrays, tokens)),
+        *(logits.shape[1], rows, min(state.top_k, VOID), state.temperature, state.top_p, keep_crossing),
+    )
+    if refused := kernels.diagd_draw(ctypes.byref(arguments)):
+        raise refusal(refused - 1, float(logits[refused - 1, low[refused - 1] : high[refused - 1]].max()))
+    return tokens
+
+
+def draw_plain(
+    logits: Float,
+    positions: NDArray[np.integer[Any]],
+    state: SamplingState,
+    seeds: NDArray[np.uint64] | None,
+    low: Int,
+    high: Int,
+    keep_crossing: bool,
+) -> Int:
+    """``sample`` in NumPy; ranges fit, one row at least."""
+    logits, first = _restrict(logits, low, high)
     top = logits.max(axis=1)
     _check_finite(top)
     if state.temperature == 0:
@@ -216,14 +260,8 @@ def _check_ranges(low: Int, high: Int, ids: int) -> None:
         )
 
 
-def _restrict(logits: Float, low: Int | None, high: Int | None) -> tuple[Float, int]:
+def _restrict(logits: Float, low: Int, high: Int) -> tuple[Float, int]:
     """The columns some row may take, others' ids at -inf, and the id of the first column."""
-    if low is None and high is None:
-        return logits, 0
-    rows, ids = logits.shape
-    low = np.zeros(rows, np.int32) if low is None else low
-    high = np.full(rows, ids, np.int32) if high is None else high
-    _check_ranges(low, high, ids)
     first, last = int(low.min()), int(high.max())
     allowed = logits[:, first:last]
     narrow = np.flatnonzero((low != first) | (high != last))

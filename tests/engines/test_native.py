@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +23,15 @@ from diagd.engines.devices.kernels import (
     SAMPLE,
     AdvanceArguments,
     AppendArguments,
+    DrawArguments,
     SampleArguments,
     compile_kernels,
+    fits,
     kernel_source,
 )
 from diagd.engines.engine import VOID, SamplingState, Steps
 from diagd.engines.records import HALF_WORDS, RecordRing
-from diagd.engines.sampler import sample
+from diagd.engines.sampler import draw_compiled, draw_plain
 from diagd.errors import EngineError
 from tests.engines.host_device import ROOT, HostDevice, host_kernels
 from tests.engines.sampling_reference import kept_probabilities, rows
@@ -46,6 +49,8 @@ def test_arguments_have_the_layout_of_the_kernels(kernels: ctypes.CDLL) -> None:
     assert kernels.diagd_advance_arguments_size() == ctypes.sizeof(AdvanceArguments)
     assert kernels.diagd_sample_arguments_size() == ctypes.sizeof(SampleArguments)
     assert kernels.diagd_append_arguments_size() == ctypes.sizeof(AppendArguments)
+    assert kernels.diagd_draw_arguments_size() == ctypes.sizeof(DrawArguments)
+    assert fits(kernels) and not fits(ctypes.CDLL(None))
 
 
 class Outputs:
@@ -203,11 +208,12 @@ class Law:
         low, high = self.ranges[(self.cells - PREFIX) % len(self.ranges)].T
         return low, high
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.logits, self.cells, self.state, None, *self.allowed, self.keep_crossing)
+
     def sampled(self) -> np.ndarray:
-        low, high = self.allowed
-        return sample(
-            self.logits, self.cells, self.state, low=low, high=high, keep_crossing=self.keep_crossing
-        )
+        return draw_plain(*self.arguments)
 
     def launched(self, device: HostDevice, threads: int) -> tuple[np.ndarray, int]:
         """Tokens [R] that a device writes, -1 where none, and its refusal."""
@@ -271,6 +277,25 @@ def test_sample_draws_what_numpy_draws(
     assert refused == 0
 
 
+@pytest.mark.parametrize(("ids", "most"), [(5, 3), (107, 128), (600, 30), (8192, 8)])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_processor_draws_what_numpy_draws(
+    kernels: ctypes.CDLL, ids: int, most: int, data: st.DataObject
+) -> None:
+    law = data.draw(laws(ids, most))
+    np.testing.assert_array_equal(draw_compiled(kernels, *law.arguments), law.sampled())
+
+
+def test_the_processor_draws_by_the_seed_of_each_row(kernels: ctypes.CDLL) -> None:
+    logits, seeds = np.zeros((40, 99), np.float32), np.arange(40, dtype=np.uint64) << np.uint64(30)
+    low, high = np.full(40, 3, np.int32), np.full(40, 98, np.int32)
+    rest = logits, np.full(40, 7), SamplingState(1.0, 0, 0.9, 5), seeds, low, high, True
+    tokens = draw_compiled(kernels, *rest)
+    np.testing.assert_array_equal(tokens, draw_plain(*rest))
+    assert len(set(tokens.tolist())) > 10
+
+
 @pytest.mark.parametrize("keep_crossing", [True, False])
 @pytest.mark.parametrize("spread", [0.05, 0.6, 2.5, 8.0])
 def test_a_vocabulary_of_64000_ids(kernels: ctypes.CDLL, spread: float, keep_crossing: bool) -> None:
@@ -281,6 +306,7 @@ def test_a_vocabulary_of_64000_ids(kernels: ctypes.CDLL, spread: float, keep_cro
         law = Law(logits, cells, ranges, state, keep_crossing)
         tokens, _ = law.launched(HostDevice(kernels), 32)
         np.testing.assert_array_equal(tokens, law.sampled())
+        np.testing.assert_array_equal(draw_compiled(kernels, *law.arguments), law.sampled())
 
 
 def test_the_kernel_follows_the_exact_law(kernels: ctypes.CDLL) -> None:
@@ -309,8 +335,14 @@ def test_rows_that_are_not_finite_are_refused(
     assert (tokens[[0, 2]] >= 0).all() and tokens[1] == -1
     largest = np.uint32(refused & 0xFFFFFFFF).view(np.float32)
     assert refused >> 32 and (np.isnan(largest) if np.isnan(poison) else largest == poison)
-    with pytest.raises(EngineError, match=r"largest logit of row \d is (nan|inf|-inf); expected a finite"):
+    expected = r"largest logit of row \d is (nan|inf|-inf); expected a finite"
+    with pytest.raises(EngineError, match=expected):
         law.launched(HostDevice(None), 1)
+    with pytest.raises(EngineError, match=expected) as plain:
+        law.sampled()
+    with pytest.raises(EngineError, match=expected) as compiled:
+        draw_compiled(kernels, *law.arguments)
+    assert str(compiled.value) == str(plain.value)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")

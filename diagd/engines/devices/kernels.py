@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from diagd.errors import DependencyError
@@ -12,6 +14,7 @@ HEADER_WORDS = 18
 CHUNK_BYTES = 16
 SOURCE_NAME, PTX_NAME = "step_kernels.cu", "step_kernels.ptx"
 HEADER_NAMES = ("step_kernels.h", "sampling.h")
+HOST_NAME = "step_kernels_host"
 
 ADVANCE_POINTERS = ("records", "cursor", "sources", "positions", "write_index", "live", "slot_position")
 
@@ -41,6 +44,44 @@ class AppendArguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "buffers", "write_index")),
         *((name, ctypes.c_int32) for name in ("tensors", "groups", "capacity", "width", "row_chunks")),
+    )
+
+
+class DrawArguments(ctypes.Structure):
+    """Logits of rows to their tokens, on the host."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "low", "high", "positions", "seeds", "tokens")),
+        ("stride", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("rows", "top_k")),
+        *((name, ctypes.c_float) for name in ("temperature", "top_p")),
+        ("keep_crossing", ctypes.c_int32),
+    )
+
+
+@cache
+def host_build() -> ctypes.CDLL | None:
+    """The host build in the package, put there by an installation with a C++ compiler; None without one."""
+    for suffix in EXTENSION_SUFFIXES:
+        file = Path(__file__).with_name(HOST_NAME + suffix)
+        if file.is_file():
+            kernels = ctypes.CDLL(str(file))
+            return kernels if fits(kernels) else None
+    return None
+
+
+def fits(kernels: ctypes.CDLL) -> bool:
+    """Whether a host build takes the arguments written here; that of a checkout may be of older sources."""
+    arguments = {
+        ADVANCE: AdvanceArguments,
+        SAMPLE: SampleArguments,
+        APPEND: AppendArguments,
+        "diagd_draw": DrawArguments,
+    }
+    return all(
+        hasattr(kernels, size := f"{name}_arguments_size")
+        and getattr(kernels, size)() == ctypes.sizeof(structure)
+        for name, structure in arguments.items()
     )
 
 
