@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 from types import TracebackType
 
 import numpy as np
@@ -73,6 +73,7 @@ class Session:
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text = text
         self._run = self._prepared = 0
+        self._left: Iterator[tuple[Block, int, Result]] | None = None  # steps that were sent but have not run
         self._decoder: Decoder = ScheduledDecoder(manifest.schedule)
         if manifest.decoder == "jacobi":
             self._decoder = JacobiDecoder()
@@ -253,13 +254,18 @@ class Session:
         stream, known = self._stream, self._stream.known
         self._check_run(run)
         blocks = decoder.blocks(stream)
+        for step in self._left or ():
+            yield step
+            self._check_run(run)
         block = next(blocks, None)
         while block is not None:
             result: Result | None = None
-            for number, result in enumerate(self._run_block(block, timing or self.timing)):
+            self._left = self._run_block(block, timing or self.timing)
+            for _, number, result in islice(self._left, block.pause or None):
                 yield block, number, result
                 self._check_run(run)
             assert result is not None
+            self._left = self._left if block.pause else None
             try:
                 block = blocks.send(result)
             except StopIteration:
@@ -277,8 +283,8 @@ class Session:
                 "another run; go on with the latest one, or open a second session"
             )
 
-    def _run_block(self, block: Block, timing: Timing) -> Iterator[Result]:
-        """Run the steps of a block, which were worked out together."""
+    def _run_block(self, block: Block, timing: Timing) -> Iterator[tuple[Block, int, Result]]:
+        """Run the steps of a block, which are worked out together."""
         began = time.perf_counter()
         stream, engine = self._stream, self.engine
         if stream.rejected is not None:
@@ -306,7 +312,7 @@ class Session:
             size = width, last - first, live[n]
             spent = StepTime(began, *size, left - entered, sampled - left, entered - began)
             timing.add(spent)
-            yield Result(engine, steps.sinks[first:last], spent)
+            yield block, n, Result(engine, steps.sinks[first:last], spent)
             began = time.perf_counter()
 
     def _step(self) -> None:
@@ -329,13 +335,15 @@ class Session:
         if slots.stale:
             engine.write_slots(slots.slot_position)
             slots.whole_sent()
-        shape, positions = block.shape, (block.positions - slots.base).astype(np.int32)
+        shape, settings = block.shape, stream.settings
+        positions = np.subtract(block.positions, slots.base, dtype=np.int32, casting="unsafe")
         taken = slots.append(positions, shape, engine.padded_widths(shape.widths))
-        cells, settings = block.sinks[shape.decoding], stream.settings
+        cells = block.sinks[shape.decoding]
+        places = stream.places.of(np.concatenate([block.sources, cells]))
+        sources, sinks = places[: len(positions)], places[len(positions) :]
         return Steps(
-            *(shape.offsets, stream.places.of(block.sources), positions),
-            *(shape.draws, shape.decoded),
-            stream.places.of(cells) if block.commit else stream.places.scratch + shape.decoded,
+            *(shape.offsets, sources, positions, shape.draws, shape.decoded),
+            sinks if block.commit else stream.places.scratch + shape.decoded,
             cells.astype(np.int64, copy=False),
             *taken,
             SamplingState(settings.temperature, settings.top_k, settings.top_p, stream.seed),
@@ -361,6 +369,8 @@ class Session:
         """Make the engine's rows those of the stream, up to what it says is fed."""
         stream = self._stream
         self._prepared = stream.known
+        if self._left is not None:  # what they were to hide is not hidden
+            self._left, self._slots.stale = None, True
         if self._cached != (stream, stream.beginnings):
             self._cached = stream, stream.beginnings
             self._read_text()

@@ -53,6 +53,7 @@ class SlotRing:
         order, to the bit.
         """
         self.slot_position: Int = np.full(capacity, VOID, np.int32)
+        self._voids = self.slot_position.copy()
         self._zero_first, self._zero_last = zero_rows
         self._turn = capacity if in_sight is None else self._ring_start + in_sight
         self.restart(0)
@@ -88,9 +89,8 @@ class SlotRing:
         """
         starts, slots = self._take(shape, padded)
         self.slot_position[slots] = positions
-        ends = starts + shape.widths
-        live = np.maximum.accumulate(np.maximum(ends, self.live))
-        self.live, self.write_index = int(live[-1]), int(ends[-1])
+        live = np.maximum.accumulate(np.maximum(starts + shape.widths, self.live))
+        self.live, self.write_index = int(live[-1]), int(starts[-1] + shape.widths[-1])
         return SlotUpdates(starts, live, *self._updates(shape, slots, positions))
 
     def _take(self, shape: Shape, padded: Int) -> tuple[Int, Int]:
@@ -99,10 +99,12 @@ class SlotRing:
         if self._evicted and self.write_index >= self._turn:
             places.insert(0, self._first_void())
         self._evicted = False
+        ends = shape.offsets[:-1] + padded
+        last = int(ends.max())
         for first in places:
-            starts, slots, free = self._lay(shape, padded, first)
-            if free:
-                return starts, slots
+            if self._is_void(first, first + last):
+                starts = shape.offsets[:-1] + np.int32(first)
+                return starts, np.arange(first, first + shape.offsets[-1], dtype=np.int32)
         return self._scatter(shape, padded)
 
     def _scatter(self, shape: Shape, padded: Int) -> tuple[Int, Int]:
@@ -128,30 +130,14 @@ class SlotRing:
         slots = np.arange(shape.offsets[-1], dtype=np.int32)
         return taken, slots + np.repeat(taken - shape.offsets[:-1], shape.widths)
 
-    def _lay(self, shape: Shape, padded: Int, first: int) -> tuple[Int, Int, bool]:
-        """Steps from a slot on, and from the first void one on at the end; whether all are void."""
-        capacity = len(self.slot_position)
-        starts = shape.offsets[:-1] + np.int32(first)
-        slots = np.arange(first, first + shape.offsets[-1], dtype=np.int32)
-        ends = starts + padded
-        again = len(starts)
-        if int(ends.max()) > capacity:
-            again = int(np.argmax(ends > capacity))
-            back = starts[again] - self._first_void()
-            starts[again:] -= back
-            ends[again:] -= back
-            slots[shape.offsets[again] :] -= back
-        free = not again or self._is_void(first, int(ends[:again].max()), capacity)
-        if free and again < len(starts):
-            free = self._is_void(int(starts[again]), int(ends[again:].max()), first if again else capacity)
-        return starts, slots, free
-
     def _first_void(self) -> int:
         """Of the ring, behind what never leaves, such as a prefix."""
-        return self._ring_start + int((self.slot_position[self._ring_start :] == VOID).argmax())
+        return self._ring_start + int(
+            self.slot_position[self._ring_start :].argmax()
+        )  # no position is larger
 
-    def _is_void(self, first: int, last: int, limit: int) -> bool:
-        return last <= limit and bool((self.slot_position[first:last] == VOID).all())
+    def _is_void(self, first: int, last: int) -> bool:
+        return last <= len(self.slot_position) and self.slot_position[first:last].min(initial=VOID) == VOID
 
     def _updates(self, shape: Shape, slots: Int, positions: Int) -> tuple[Int, Int, Int]:
         """Slot changes ahead of each step: what was hidden before it, then its own rows.
@@ -161,16 +147,14 @@ class SlotRing:
         """
         changed, values = slots[shape.changed], positions[shape.changed]
         values[shape.hides] = VOID
-        self.slot_position[changed[shape.hides]] = VOID
+        self.slot_position[slots[shape.guesses]] = VOID
         waiting, self._hidden = self._hidden, slots[shape.last_guesses]
-        self.slot_position[self._hidden] = VOID
         offsets = shape.changes
-        if waiting.size and shape.offsets[1]:
-            own = slots[0], slots[shape.offsets[1] - 1]  # a slot that is written at once need not be hidden
-            waiting = waiting[(waiting < own[0]) | (waiting > own[1])]
+        if waiting.size and shape.offsets[1]:  # a slot that is written at once need not be hidden
+            waiting = waiting[(waiting - slots[0]).view(np.uint32) >= shape.offsets[1]]
         if waiting.size:
             changed = np.concatenate([waiting, changed])
-            values = np.concatenate([np.full(len(waiting), VOID, np.int32), values])
+            values = np.concatenate([self._voids[: len(waiting)], values])
             offsets = offsets + np.int32(len(waiting))
             offsets[0] = 0
         updates = offsets, changed, values
@@ -195,10 +179,11 @@ class SlotRing:
 
     def _forget(self, first: int, last: int) -> None:
         held = self.slot_position[self._ring_start : self.live]
-        gone = (held >= first - self.base) & (held < last - self.base)
-        self._hide((self._ring_start + gone.nonzero()[0]).astype(np.int32))
-        left = np.flatnonzero(self.slot_position[: self.live] != VOID)
-        self.live = max(self._ring_start, int(left[-1]) + 1) if left.size else self._ring_start
+        gone = np.flatnonzero((held >= first - self.base) & (held < last - self.base)).astype(np.int32)
+        self._hide(gone + np.int32(self._ring_start))
+        if self.live and self.slot_position[self.live - 1] == VOID:
+            left = np.flatnonzero(self.slot_position[: self.live] != VOID)
+            self.live = max(self._ring_start, int(left[-1]) + 1) if left.size else self._ring_start
 
     def rewind(self, first: int) -> None:
         """Hide the rows at stream positions from ``first`` on, and write over those written last."""

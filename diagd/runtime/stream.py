@@ -196,10 +196,10 @@ class Stream:
     def write(self, position: int | Ids, ids: Ids) -> None:
         """Set tokens, neighbours from a position on or at given ones; steps run from now on read them."""
         values: Int = np.asarray(ids, np.int32)
-        positions = (
-            position if isinstance(position, np.ndarray) else np.arange(position, position + len(values))
-        )
-        places = self.places.of(positions)
+        if isinstance(position, np.ndarray):
+            places = self.places.of(position)
+        else:
+            places = self.places.of_neighbours(position, len(values))
         self.tokens[places] = values
         self.unsent.append((places, values))
 

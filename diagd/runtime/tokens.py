@@ -28,9 +28,23 @@ class TokenPlaces:
 
     def of(self, positions: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         """Places int32 [n] of stream positions."""
-        rounds = np.maximum((positions - self._pinned) // self._ring, 0)
-        places: NDArray[np.int32] = (positions - rounds * self._ring).astype(np.int32)
-        return places
+        ahead = positions - self._pinned
+        round_trip: NDArray[np.int32] = (ahead % self._ring + self._pinned).astype(np.int32)
+        if ahead.size and ahead.min() < 0:
+            np.copyto(round_trip, positions, where=ahead < 0, casting="unsafe")
+        return round_trip
+
+    def of_neighbours(self, position: int, count: int) -> NDArray[np.int32]:
+        """Places int32 [n] of so many positions from one on."""
+        last = position + count - 1
+        back = self._back(position)
+        if back != self._back(last):
+            return self.of(np.arange(position, last + 1))
+        return np.arange(position - back, last + 1 - back, dtype=np.int32)
+
+    def _back(self, position: int) -> int:
+        """How far a place lies behind its position."""
+        return max(0, (position - self._pinned) // self._ring) * self._ring
 
     def cells(self, frame: int) -> slice:
         """Places of a frame's cells: neighbours, for the ring holds whole frames."""

@@ -8,7 +8,7 @@ built by broadcasting over frames.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -203,7 +203,9 @@ class Schedule:
             first_frame=first_frame,
         )
 
-    def block(self, origin: int, begun: int, steps: tuple[int, int], unfed: int, max_width: int) -> Block:
+    def block(
+        self, origin: int, begun: int, steps: tuple[int, int], pause: int, unfed: int, max_width: int
+    ) -> Block:
         """Some steps of a flight: frames decoded one after another, or overlapping, from ``origin`` on.
 
         The rows of all frames are equal up to a shift once as many frames have begun as are ever under way at
@@ -214,6 +216,7 @@ class Schedule:
             begun: frames of the flight that have begun; rows of later ones are left out.
             steps: first step and one past the last, counted from the first decoding step of the flight; a
                 negative first step stands for all passes that feed known tokens ahead of it.
+            pause: step ahead of which the block pauses, if it has it.
             unfed: known tokens that are not in the cache when the flight begins; at least 1.
             max_width: widest pass allowed for feeding known tokens.
         """
@@ -224,9 +227,10 @@ class Schedule:
         start = self.layout.first_cell(1)
         unfed = unfed if first < 0 else 1  # later blocks do not depend on it
         frame = 1 if unfed <= start else origin
-        block, pinned = _compiled(self, frame, begun, unfed, max_width, first, last)
+        pause -= skipped * self.d
+        block = _compiled(self, frame, begun, unfed, max_width, (first, last), last - pause)
         shift = (origin + skipped - frame) * self.layout.frame_length
-        return shifted(block, shift, pinned=pinned)
+        return shifted(block, shift)
 
     @staticmethod
     def _known(fed: int, start: int) -> Rows:
@@ -305,15 +309,16 @@ def _widest(schedule: Schedule) -> int:
 
 @lru_cache(maxsize=64)
 def _compiled(
-    schedule: Schedule, frame: int, frames: int, unfed: int, max_width: int, first: int, last: int
-) -> tuple[Block, NDArray[np.bool_] | None]:
-    """Steps [first, last) of a flight from ``frame`` on, and which sources do not move with it."""
+    schedule: Schedule, frame: int, frames: int, unfed: int, max_width: int, steps: tuple[int, int], left: int
+) -> Block:
+    """Some steps of a flight from ``frame`` on, with a pause ahead of the last ``left``."""
+    first, last = steps
     fed = schedule.layout.first_cell(frame) - unfed
     table = schedule.table(frame, frames, fed, max_width)
     ahead = int(table.frame_starts[0])
     block = table.block(0 if first < 0 else ahead + first, ahead + last)
     pinned = block.sources != block.positions if schedule.row_seed is RowSeed.PROMPT else None
-    return block, pinned
+    return replace(block, pause=block.steps - left if left > 0 else 0, pinned=pinned)
 
 
 def _words(spelling: str, columns: int) -> dict[str, str]:

@@ -51,7 +51,8 @@ class Shape:
         changed: [C], rows whose slots change, step by step: the guesses of the step before, then its own.
         hides: [H], where in these the guesses stand.
         changes: [steps + 1], where those of each step begin.
-        last_guesses: guesses of the last step, to be hidden ahead of the next block.
+        guesses: rows that are hidden once their step has run.
+        last_guesses: those of the last step, to be hidden ahead of the next block.
     """
 
     offsets: Rows
@@ -62,6 +63,7 @@ class Shape:
     changed: Rows
     hides: Rows
     changes: Rows
+    guesses: Rows
     last_guesses: Rows
 
     @classmethod
@@ -83,6 +85,7 @@ class Shape:
             np.concatenate([hidden, rows])[order],
             _rows(np.flatnonzero(order < len(hidden))),
             _rows(np.searchsorted(when[order], np.arange(len(starts)))),
+            guesses,
             guesses[last],
         )
 
@@ -99,6 +102,9 @@ class Block:
         offsets: int [steps + 1].
         sources, positions, sinks, transient, drafts: of all steps, one after another; see ``Step``.
         commit: predictions become the stream's tokens. Else the decoder looks at them and decides.
+        pause: steps after which the decoder is asked again, as where a frame is complete; those that are left
+            run once there is more to do. 0: all.
+        pinned: bool [W], sources that stay where they are where the block is shifted; None: none.
     """
 
     offsets: Int
@@ -108,6 +114,8 @@ class Block:
     transient: NDArray[np.bool_]
     drafts: NDArray[np.int32] | None = None
     commit: bool = True
+    pause: int = 0
+    pinned: NDArray[np.bool_] | None = None
 
     @property
     def steps(self) -> int:
@@ -123,6 +131,15 @@ class Block:
     def shape(self) -> Shape:
         """What all shifts of the block have in common."""
         return Shape.of(self.offsets, self.sinks != NO_SINK, self.transient)
+
+    @cached_property
+    def places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sources, positions and sinks, int64 [3, rows], and 1 where they move with the block."""
+        numbers = np.stack([self.sources, self.positions, self.sinks]).astype(np.int64)
+        moves = (numbers != NO_SINK).astype(np.int64)
+        if self.pinned is not None:
+            moves[0, self.pinned] = 0
+        return numbers, moves
 
     def step(self, index: int) -> Step:
         """Views of one step."""
@@ -160,14 +177,12 @@ def feed(positions: Int, width: int) -> Block:
     return Block(offsets, positions, positions, no_sinks, np.zeros(len(positions), np.bool_))
 
 
-def shifted(block: Block, by: int, *, pinned: NDArray[np.bool_] | None = None) -> Block:
-    """The same steps ``by`` positions further on in the stream; ``pinned`` sources stay where they are."""
-    shape, sources = block.shape, block.sources + np.int64(by)
-    if pinned is not None:
-        sources = np.where(pinned, block.sources, sources)
-    sinks = block.sinks.astype(np.int64)
-    sinks[shape.decoding] += by
-    positions = block.positions + np.int64(by)
-    moved = Block(block.offsets, sources, positions, sinks, block.transient, block.drafts, block.commit)
-    moved.__dict__["shape"] = shape  # the cached property
-    return moved
+def shifted(block: Block, by: int) -> Block:
+    """The same steps ``by`` positions further on in the stream; pinned sources stay where they are."""
+    numbers, moves = block.places
+    moved = numbers + moves * by
+    other = Block(
+        *(block.offsets, *moved, block.transient, block.drafts, block.commit, block.pause, block.pinned)
+    )
+    other.__dict__["shape"] = block.shape  # the cached property
+    return other

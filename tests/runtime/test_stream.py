@@ -186,6 +186,30 @@ def test_a_run_that_was_overtaken_says_so(bundle: Path) -> None:
         next(first)
 
 
+@pytest.mark.parametrize("steps", [1, 7, 11])
+@pytest.mark.parametrize(("name", "before"), [("k=1 serial", 0), ("k=1 serial", 13), ("k=1 chained", 0)])
+def test_an_abandoned_run_leaves_no_guess_in_sight(bundle: Path, name: str, before: int, steps: int) -> None:
+    """Neither where it stopped within a frame, nor where the next frame was under way already."""
+    session, clean = (diagd.load(bundle, threads=1) for _ in range(2))
+    order, given = orders(session.layout)[name], actions(session.layout, before + 3)
+    for one in (session, clean):
+        prompt(one, 1)
+        if before:
+            decode(one, order, given[:before])
+    run = session.steps(ScheduledDecoder(order), given[before:], sampling=SETTINGS, seed=5)
+    for _ in range(steps):
+        next(run)
+    if done := session.stream.known - clean.stream.known:
+        decode(clean, order, given[before : before + done])
+    serial = ScheduledDecoder(Schedule.serial(session.layout, 1))
+    seen, expected = (
+        [result.logits.copy() for _, result in one.steps(serial, given[:1], sampling=SETTINGS, seed=6)]
+        for one in (session, clean)
+    )
+    for ours, theirs in zip(seen, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
 Move = Callable[[Session], Session]
 
 

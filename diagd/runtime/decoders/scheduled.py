@@ -45,21 +45,20 @@ class ScheduledDecoder(Decoder):
 
     @override
     def blocks(self, stream: Stream) -> Blocks:
-        """A block ends where a frame begins or is complete."""
+        """A block goes on to where the next frame begins, past the completion of the oldest in flight."""
         schedule = self.schedule
         if stream.begun == stream.known and not stream.begin():
             return
         done = stream.known - stream.origin
-        first = (done - 1) * schedule.d + schedule.steps_per_frame if done else -1
         last = done * schedule.d + schedule.steps_per_frame
+        begins = (stream.begun - stream.origin) * schedule.d  # step at which the next frame would begin
+        first = max(begins, last - schedule.d) if done else -1
         unfed = stream.layout.first_cell(stream.origin) - stream.fed if not done else 1
         while first < last:
-            begins = (stream.begun - stream.origin) * schedule.d  # step at which the next frame would begin
             if begins == first and stream.begin():
                 begins += schedule.d
-            end = min(begins, last) if begins > first else last  # else the run has no further frame
-            yield schedule.block(
-                stream.origin, stream.begun - stream.origin, (first, end), unfed, stream.max_width
-            )
+            end = begins if begins > first else last  # else the run has no further frame
+            frames = stream.begun - stream.origin
+            yield schedule.block(stream.origin, frames, (first, end), last, unfed, stream.max_width)
             first = end
         stream.complete(schedule, exact=schedule.is_next_token)
