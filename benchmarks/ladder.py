@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.backend import Backend, StepOptions, find, forms_of
+from diagd.engines.backend import CHOICES, Backend, StepOptions, find, forms_of
 from diagd.engines.buffers import aligned_zeros
 from diagd.engines.engine import Engine, Steps
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -238,12 +238,12 @@ def main() -> None:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precision", help="of the steps that are compared (default: the bundle's first)")
-    parser.add_argument("--backend", default="cpu", help="cpu, or on a GPU cuda, tensorrt or tensorrt_rtx")
+    parser.add_argument("--backend", default="cpu", help=CHOICES)
     parser.add_argument("--window", type=int, help="frames that a token may see (default: the context)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for one a core")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
-    cpu = with_threads(CpuOptions(args.threads), bundle.size)
+    cpu = with_threads(CpuOptions(args.threads), bundle.at_precision(args.precision), args.backend)
     window = check_window(bundle.manifest, args.window)
     show(Console(width=120), list(Ladder(bundle, args.precision, window, cpu, find(args.backend)).rungs()))
 

@@ -21,7 +21,7 @@ from diagd.engines.engine import Engine, Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.progress import Progress
 from diagd.runtime.comparison import Block, Comparison, likelihood, lockstep, log_softmax
-from diagd.runtime.load import with_threads
+from diagd.runtime.load import threads_by_size
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.step import Result
 from diagd.schedule import NO_SINK
@@ -69,7 +69,7 @@ class Evaluator:
         progress: Progress,
     ) -> None:
         size = sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file())
-        self._cpu = with_threads(CpuOptions(threads, prepack=False), size)
+        self._cpu = threads_by_size(CpuOptions(threads, prepack=False), size)
         self._bundle, self._progress = bundle, progress
         self._samples = replace(samples, seed=samples.seed + GATE_SEED)
         self._reference = self._open(reference, "fp32")

@@ -108,6 +108,7 @@ def run(options: PlanOptions) -> int:
     else:
         _print(terminal.console(), plan)
         _print_stored(terminal.console(), stored)
+        _print_fastest(terminal.console(), options)
     return 0 if plan.fits else 1
 
 
@@ -206,6 +207,16 @@ def _print_stored(console: Console, stored: dict[str, dict[str, float]]) -> None
         sizes = (parts["weights"], parts["cache"], sum(parts.values()))
         table.add_row(name, *(_short(size / 1e6) for size in sizes))
     console.print(table)
+
+
+def _print_fastest(console: Console, options: PlanOptions) -> None:
+    """What a bundle is decoded by fastest on this machine, or what would measure it."""
+    from diagd.bundle import Bundle
+    from diagd.profiling.doctor import check_fastest
+
+    if options.device == THIS and Path(options.model).is_dir():
+        check = check_fastest(Bundle.open(options.model))
+        console.print(f"fastest here: {check.found} ({check.fix})", highlight=False, soft_wrap=True)
 
 
 def _short(value: float) -> str:

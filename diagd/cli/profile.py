@@ -26,16 +26,22 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   diagd-profile crafter-3m.diagd
-  diagd-profile crafter-3m.diagd --k 1,2,4 --fps 10 --output profile --trace trace.json
+  diagd-profile crafter-3m.diagd --k 1,2,4 --set fps=10 --output profile --trace trace.json
+  diagd-profile crafter-3m.diagd --backends
   diagd-profile --compare before/report.json after/report.json
 
 Writes report.json and report.html, which opens anywhere. Next-token prediction, serial and chained frames are
 measured with the window full, behind a first run that is told apart, the quickest first. No order begins once
 --budget is spent; what was left out is said. A comparison ends with code 3 where steps became slower beyond
 noise.
+
+--backends measures a few frames of the bundle's order by every backend and precision, and says which is the
+fastest of those that pass the gate of `diagd verify`, and with how many threads. Where nothing is named, this
+machine then decodes the bundle with as many threads and plays it in that precision; doctor and plan say so.
 """
 
 REGRESSION = 3
+_MARKS = {True: ("ok", "green"), False: ("failed", "red"), None: ("not judged", "yellow")}
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -54,6 +60,9 @@ class ProfileVerb:
     compare: Annotated[tuple[File, File] | None, Flag(count=2, metavar=("BEFORE", "AFTER"))] = Field(
         default=None, description="two report.json"
     )
+    backends: Annotated[bool, FLAG] = Field(
+        default=False, description="find the fastest backend, precision and threads instead"
+    )
     json: Annotated[bool, FLAG] = Field(default=False, description="print the report as JSON")
 
     def __post_init__(self) -> None:
@@ -67,6 +76,8 @@ def run(options: ProfileVerb) -> int:
         return _compare(*options.compare, as_json=options.json)
     if options.bundle is None:
         raise UsageError("name a bundle to measure, or two reports with --compare BEFORE AFTER")
+    if options.backends:
+        return _backends(options, options.bundle)
     from diagd.bundle import Bundle
     from diagd.profiling.profile import profile
 
@@ -86,6 +97,30 @@ def run(options: ProfileVerb) -> int:
     else:
         _print(console, measured.report)
         console.print(page)
+    return 0
+
+
+def _backends(options: ProfileVerb, path: Path) -> int:
+    from rich.table import Table
+
+    from diagd.bundle import Bundle
+    from diagd.profiling.backends import measure_backends
+
+    console = terminal.console(stderr=options.json)
+    how = replace(options.measure, budget=options.budget or None)
+    found, skipped = measure_backends(Bundle.open(path), how, Progress(console))
+    if options.json:
+        print(found.model_dump_json(indent=1))  # noqa: T201
+    table = Table("backend and precision", "threads", "frame ms", "frames/s", "gate", title=found.order)
+    for entry in sorted(found.entries, key=lambda entry: entry.seconds):
+        mark = _MARKS[entry.passed]
+        times = f"{1e3 * entry.seconds:.4g}", f"{1 / entry.seconds:.4g}"
+        table.add_row(str(entry), str(entry.threads), *times, terminal.styled(*mark))
+    console.print(table)
+    for left in skipped:
+        console.print(f"{left.order} was skipped: {left.reason}", highlight=False)
+    if best := found.fastest():
+        console.print(f"fastest on this machine: {best.settings}", highlight=False)
     return 0
 
 

@@ -69,11 +69,14 @@ class OpenVino(Backend):
     def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:
         """In float32: pictures and their tokens are those of the other backends."""
         del digest
-        request = _compile(path, options.threads, "fp32").create_infer_request()
+        compiled = _compile(path, options.threads, "fp32")
+        # a compiled output has the names of all values that became one; that of the file ends its node's
+        names = [port.node.friendly_name.partition("/sink_port")[0] for port in compiled.outputs]
+        request = compiled.create_infer_request()
 
         def run(feeds: Arrays) -> dict[str, NDArray[Any]]:
             request.infer(dict(feeds))
-            return {port.any_name: request.get_tensor(port).data.copy() for port in request.model_outputs}
+            return {name: request.get_output_tensor(n).data.copy() for n, name in enumerate(names)}
 
         return run
 
@@ -111,7 +114,7 @@ def _bound(compiled: Any, tensors: Mapping[str, Tensor], width: int) -> Any:
     """A request that reads and writes the tensors where they are."""
     library, request = _library(), compiled.create_infer_request()
     for port in (*compiled.inputs, *compiled.outputs):
-        tensor = tensors[port.any_name]
+        tensor = next(tensors[name] for name in port.names if name in tensors)  # it may have several
         array = _array_at(tensor, tensor.at_width(width))
         request.set_tensor(port, library.Tensor(array, shared_memory=True))
     return request

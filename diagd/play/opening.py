@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from diagd.bundle import Bundle, cache_directory
+from diagd.engines import measured
 from diagd.engines.engine import Float, Int
 from diagd.errors import UsageError
 from diagd.play.game import Game
@@ -56,11 +57,20 @@ def open_game(path: Path, options: GameOptions) -> Game:
         BundleError: it is missing, damaged or altered.
         UsageError: it has no tokenizer, or an option does not fit it.
     """
-    bundle = Bundle.open(path).at_precision(options.session.precision)
-    codec = options.session.pixels(bundle)
+    bundle = Bundle.open(path)
+    chosen = _in_time(bundle, options.session)
+    bundle = bundle.at_precision(chosen.precision)
+    codec = chosen.pixels(bundle)
     prompts = [_read(file, bundle, codec) for file in options.prompts or _prompts(bundle)]
-    session = options.session.open(bundle)
+    session = chosen.open(bundle)
     return Game(bundle, session, View(codec), prompts or [_blank(bundle)], options.record, options.text)
+
+
+def _in_time(bundle: Bundle, session: SessionOptions) -> SessionOptions:
+    """With the precision that was fastest when this machine was measured, where none is named."""
+    found = measured.read(bundle)
+    best = found.fastest(session.backend) if found else None
+    return session if session.precision or best is None else replace(session, precision=best.precision)
 
 
 def open_replay(path: Path, record: Path, options: GameOptions) -> tuple[Game, list[tuple[int, Line]]]:

@@ -6,6 +6,7 @@ import ctypes.util
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from diagd.bundle import Bundle, cache, cache_directory
+from diagd.engines import measured
 from diagd.engines.ceilings import processor_ceilings
 from diagd.engines.host import cores, instruction_sets, memory_bytes
 from diagd.engines.onnxruntime_program import INSTALL, provider_problem
@@ -28,7 +30,7 @@ OK: Final = "ok"
 PROBLEM: Final = "problem"
 ABSENT: Final = "absent"
 
-EXTRAS: Final = ("", "export", "report")
+EXTRAS: Final = ("", "export", "report", "openvino")
 """Whose packages are looked at; the first are required."""
 
 OLDEST_PYTHON: Final = (3, 10)
@@ -231,7 +233,20 @@ def check_bundle(path: Path) -> list[Check]:
     found = f"{bundle.manifest.name}, {len(bundle.manifest.files)} files, {size / 1e6:,.1f} MB, digests agree"
     engines = sorted(entry.name for entry in (path / "engines").glob("*") if entry.is_dir())
     compiled = Check("engines", OK, ", ".join(engines)) if engines else _no_engine(bundle)
-    return [Check(str(path), OK, found), compiled]
+    return [Check(str(path), OK, found), compiled, check_fastest(bundle)]
+
+
+def check_fastest(bundle: Bundle) -> Check:
+    """The fastest way to decode a bundle here, as it was last measured."""
+    found = measured.read(bundle)
+    best = found.fastest() if found else None
+    if found is None or best is None:
+        line = f"diagd profile {shlex.quote(str(bundle.path))} --backends"
+        return Check("fastest", ABSENT, "not measured on this machine", line)
+    rate = (
+        f"{1 / best.seconds:.4g} frames/s with {best.threads} threads, {found.order}, measured {found.date}"
+    )
+    return Check("fastest", OK, f"{best}: {rate}", best.settings)
 
 
 def _no_engine(bundle: Bundle) -> Check:

@@ -66,9 +66,7 @@ class ProfileOptions:
         default=(1, 2), description="row lags, each serial and chained"
     )
     frames: Annotated[int, FLAG] = Field(default=4, description="of each order, two or more")
-    fps: Annotated[float | None, FLAG] = Field(
-        default=None, description="count frames that come later than this rate allows"
-    )
+    fps: float | None = Field(default=None, description="count frames that come later than this rate allows")
     backend: str = Field(default=CPU, description=CHOICES)
     engine: str | None = Field(
         default=None, description="form of the step graph on the CPU (default: the fastest)"
@@ -91,7 +89,7 @@ class ProfileOptions:
         if self.frames < LEAST_FRAMES:
             raise UsageError(f"--frames {self.frames}: steady frames need two or more")
         if self.fps is not None and not 0 < self.fps < math.inf:
-            raise UsageError(f"--fps {self.fps}: expected a rate above 0")
+            raise UsageError(f"--set fps={self.fps}: expected a rate above 0")
 
     def frames_of(self, schedule: Schedule) -> int:
         """Frames measured of one order."""
@@ -167,7 +165,7 @@ def profile(
     began, progress = time.perf_counter(), progress or Progress()
     backend, bundle = backend or _backend(options), bundle.at_precision(options.precision)
     orders = decoding_orders(bundle.manifest, options.ks)
-    options = replace(options, cpu=with_threads(options.cpu, bundle.size))
+    options = replace(options, cpu=with_threads(options.cpu, bundle, backend.name))
     device = backend.describe()
     ready = _load(bundle, options, backend, progress)
     with ready.session as session:

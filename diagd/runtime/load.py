@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diagd.bundle import Bundle, Form, Manifest
+from diagd.engines import measured
 from diagd.engines.backend import Backend, StepOptions, find
 from diagd.engines.engine import Engine
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -38,15 +39,16 @@ def load(
     Args:
         path: a bundle made by ``diagd-export``.
         window: frames a query may see; default: the model's context. Buffers take memory for these only.
-        threads: of ONNX Runtime; 0 is one for each core, or one in all for a very small model.
+        threads: of the processor; 0 is what `diagd profile --backends` found fastest on this machine, or one
+            for each core, or one in all for a very small model.
         compat: ``mineworld`` shows queries the unwritten slots as zero rows, as the released code does; use
             it with schedules that have ``refeed=False, keep_seeds=True``.
         prepack: keep packed weights in this machine's cache, for faster starts.
         roll: frames by which a full window slides at once, for models whose positions are absolute: they then
             feed the window again. Default: the manifest's.
         precision: of the step graph, one of those in the bundle; default: that of its first graph.
-        backend: ``cpu``, ``cuda`` (ONNX Runtime), ``tensorrt`` or ``tensorrt_rtx`` (an engine made by
-            diagd-build).
+        backend: ``cpu``, ``openvino``, ``cuda`` (ONNX Runtime), ``tensorrt`` or ``tensorrt_rtx`` (an engine
+            made by diagd-build), or another of ``diagd.engines.backend.names``.
 
     Returns:
         A session; ``close()`` it, or use it in a ``with`` statement, to give its memory back.
@@ -82,7 +84,7 @@ def open_session(
     if compat is not None and compat not in COMPAT:
         raise unknown("compat", compat, COMPAT)
     opener = find(backend) if isinstance(backend, str) else backend
-    cpu = with_threads(cpu or CpuOptions(), bundle.size)
+    cpu = with_threads(cpu or CpuOptions(), bundle, opener.name)
     zero_rows = manifest.layout.frame_start(window) if compat else 0
     options = step_options(manifest, window, cpu=cpu, form=form, zero_rows=zero_rows)
     engine = opener.open_steps(bundle, options)
@@ -142,6 +144,20 @@ def check_slots(manifest: Manifest, engine: Engine, window: int, zero_rows: int)
         )
 
 
-def with_threads(cpu: CpuOptions, size: int) -> CpuOptions:
-    """One thread for a bundle of few bytes, in a core's reach: its products are too short to share."""
+def with_threads(cpu: CpuOptions, bundle: Bundle, backend: str = "cpu") -> CpuOptions:
+    """Threads for a bundle at one precision, where none are named.
+
+    Those that were fastest when ``diagd profile --backends`` measured; else one for a bundle of few bytes, in
+    a core's reach: its products are too short to share.
+    """
+    if cpu.threads:
+        return cpu
+    found = measured.read(bundle)
+    if found and (fastest := found.fastest(backend, bundle.manifest.graphs[0].precision)):
+        return replace(cpu, threads=fastest.threads)
+    return threads_by_size(cpu, bundle.size)
+
+
+def threads_by_size(cpu: CpuOptions, size: int) -> CpuOptions:
+    """One thread for few bytes, where none are named."""
     return replace(cpu, threads=1) if size < ONE_THREAD_BYTES and not cpu.threads else cpu

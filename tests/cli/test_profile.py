@@ -20,7 +20,16 @@ QUICK = ["--frames", "2", "--set", "threads=1"]
 @pytest.fixture(scope="module")
 def output(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("profile")
-    options = ["--k", "1,2", "--fps", "10", "--output", str(folder), "--trace", str(folder / "trace.json")]
+    options = [
+        "--k",
+        "1,2",
+        "--set",
+        "fps=10",
+        "--output",
+        str(folder),
+        "--trace",
+        str(folder / "trace.json"),
+    ]
     assert main(["profile", str(workplace.bundle), *options, *QUICK]) == 0
     return folder
 
@@ -54,6 +63,24 @@ def test_the_defaults_of_the_first_example(
     assert printed == json.loads((tmp_path / "world.profile" / "report.json").read_text())
 
 
+def test_the_fastest_backend_is_found_and_told_by_doctor_and_plan(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path))
+    assert main(["doctor", str(workplace.bundle)]) == 0
+    assert "not measured on this machine" in capsys.readouterr().out
+    assert main(["profile", str(workplace.bundle), "--backends", "--json", *QUICK]) == 0
+    printed = capsys.readouterr()
+    (entry,) = json.loads(printed.out)["entries"]
+    chosen = "--set backend=cpu --set precision=fp32 --set threads=1"
+    assert (entry["backend"], entry["threads"], entry["passed"]) == ("cpu", 1, True)
+    assert chosen in printed.err
+    assert "openvino fp32 was skipped: it runs portable graphs" in printed.err
+    for verb in ("doctor", "plan"):
+        assert main([verb, str(workplace.bundle)]) == 0
+        assert chosen in " ".join(capsys.readouterr().out.replace("│", "").split())
+
+
 def test_a_comparison_with_itself_finds_nothing(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = str(output / "report.json")
     assert main(["profile", "--compare", report, report]) == 0
@@ -83,8 +110,8 @@ def test_a_regression_ends_with_code_3(
         ([], "name a bundle"),
         (["{bundle}", "--k", "one"], "--k one: expected whole numbers such as"),
         (["{bundle}", "--k", "99"], "k=99"),
-        (["{bundle}", "--fps", "0"], "above 0"),
-        (["{bundle}", "--fps", "nan"], "above 0"),
+        (["{bundle}", "--set", "fps=0"], "above 0"),
+        (["{bundle}", "--set", "fps=nan"], "above 0"),
         (["{bundle}", "--trace", "{bundle}"], "it is a directory"),
         (["{bundle}", "--output", "{bundle}/manifest.json"], "no directory that can be written"),
         (["{bundle}", "--set", "backend=cude"], "did you mean 'cuda'"),

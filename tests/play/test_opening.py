@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from diagd.bundle import Bundle
+from diagd.engines.measured import Measurement, Measurements, keep
 from diagd.errors import UsageError
-from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game
+from diagd.play.opening import SHIPPED, GameOptions, _in_time, new_record, open_game
+from diagd.runtime.generate import SessionOptions
 
 PLAY = """
 import sys
@@ -56,3 +60,21 @@ def test_a_record_is_not_written_over(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is there already"):
         open_game(world, GameOptions(record=mine))
     assert mine.read_text() == "mine"
+
+
+def test_a_world_is_played_in_the_precision_that_was_fastest(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path))
+    bundle, mine = Bundle.open(world), SessionOptions()
+    assert _in_time(bundle, mine) == mine
+    measured = {"computed": "int8", "threads": 1, "passed": True}
+    entries = (
+        Measurement(backend="cpu", precision="fp32", seconds=0.2, **measured),
+        Measurement(backend="cpu", precision="int8", seconds=0.1, **measured),
+        Measurement(backend="openvino", precision="fp8", seconds=0.01, **measured),
+    )
+    keep(bundle, Measurements(date="2026-01-01", order="k=1 serial", entries=entries))
+    assert _in_time(bundle, mine).precision == "int8"
+    assert _in_time(bundle, replace(mine, backend="openvino")).precision == "fp8"
+    assert _in_time(bundle, replace(mine, precision="fp32")).precision == "fp32"
