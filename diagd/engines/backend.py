@@ -29,6 +29,7 @@ _MODULES: Final = {
     "cpu": "diagd.engines.processor:Processor",
     "openvino": "diagd.engines.openvino:OpenVino",
     "openvino_fp32": "diagd.engines.openvino:OpenVinoFloat32",
+    "webgpu": "diagd.engines.webgpu:WebGpu",
     "cuda": "diagd.engines.gpu:Cuda",
     "tensorrt": "diagd.engines.gpu:TensorRT",
     "tensorrt_rtx": "diagd.engines.gpu:TensorRTRTX",

@@ -97,6 +97,54 @@ class PrefixState:
         self.buffers.clear()
 
 
+class PlainPrefix(PrefixState):
+    """Steps as arrays that are fed anew each time, nothing of them bound; see ``Engine``."""
+
+    def send(self, steps: Steps) -> None:
+        """Take the steps to run next; see ``Engine.send``."""
+        self._steps, self._next = steps, 0
+
+    def step(self) -> None:
+        """Run one pass; see ``Engine.step``."""
+        steps, n = self._steps, self._next
+        self._next += 1
+        rows = slice(steps.offsets[n], steps.offsets[n + 1])
+        changed = slice(steps.update_offsets[n], steps.update_offsets[n + 1])
+        self.slot_position[steps.update_slots[changed]] = steps.update_positions[changed]
+        feeds: dict[str, NDArray[Any]] = {
+            "token_buffer": self.token_buffer,
+            "sources": steps.sources[rows],
+            "positions": steps.positions[rows],
+            "slot_position": self.slot_position,
+            "write_index": steps.write_index[n : n + 1].astype(np.int64),
+            "logit_rows": steps.decoded[steps.decode_offsets[n] : steps.decode_offsets[n + 1]],
+            **self._text,
+        }
+        self._logits = self.forward(feeds, int(steps.live[n]))
+
+    def forward(self, feeds: Mapping[str, NDArray[Any]], live: int) -> Float:
+        """Run the graph and update the K/V rows; logits [R, V].
+
+        Args:
+            feeds: arrays by input, the K/V rows apart.
+            live: slots in use.
+        """
+        raise NotImplementedError
+
+    def draw(self) -> None:
+        """Draw tokens from the logits; see ``Engine.draw``."""
+        places, ids = self._sampler.draw(self._logits, self._steps, self._next - 1)
+        self.token_buffer[places] = ids
+
+    def logits(self) -> Float:
+        """Of the last step; see ``Engine.logits``."""
+        return self._logits
+
+    def watched(self) -> Mapping[str, NDArray[Any]]:
+        """Nothing."""
+        return {}
+
+
 class PrefixEngine(PrefixState):
     """Sequence-major K/V buffers [S, G, D], of which each step binds the live prefix as input and output.
 

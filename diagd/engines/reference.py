@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.engine import Float, Steps
-from diagd.engines.prefix import PrefixState
+from diagd.engines.engine import Float
+from diagd.engines.prefix import PlainPrefix
 from diagd.errors import BundleError, require
 
 
-class ReferenceEngine(PrefixState):
+class ReferenceEngine(PlainPrefix):
     """FP32 on ONNX Runtime's CPU provider with everything off that could go wrong.
 
     No graph optimisation, no packed weights, no cache in place, no live prefix, one thread: arrays in, arrays
@@ -46,42 +46,13 @@ class ReferenceEngine(PrefixState):
         session = runtime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         super().__init__(manifest, capacity, tokens, max_width)
         self._session = session
-        self._logits: Float = np.zeros((0, manifest.output_vocabulary), np.float32)
 
-    def send(self, steps: Steps) -> None:
-        """Take the steps to run next; see ``Engine.send``."""
-        self._steps, self._next = steps, 0
-
-    def step(self) -> None:
-        """Run one pass; see ``Engine.step``."""
-        steps, n = self._steps, self._next
-        self._next += 1
-        rows = slice(steps.offsets[n], steps.offsets[n + 1])
-        changed = slice(steps.update_offsets[n], steps.update_offsets[n + 1])
-        self.slot_position[steps.update_slots[changed]] = steps.update_positions[changed]
-        feeds: dict[str, NDArray[Any]] = {
-            "token_buffer": self.token_buffer,
-            "sources": steps.sources[rows],
-            "positions": steps.positions[rows],
-            "slot_position": self.slot_position,
-            "write_index": steps.write_index[n : n + 1].astype(np.int64),
-            "logit_rows": steps.decoded[steps.decode_offsets[n] : steps.decode_offsets[n + 1]],
-            **{f"past_{name}": buffer for name, buffer in self.buffers.items()},
-            **self._text,
-        }
-        outputs = self.evaluate(feeds, ["logits", *(f"present_{name}" for name in self.buffers)])
-        self._logits = outputs.pop("logits")
+    @override
+    def forward(self, feeds: Mapping[str, NDArray[Any]], live: int) -> Float:
+        """The whole capacity, into new buffers."""
+        del live
+        past = {f"past_{name}": buffer for name, buffer in self.buffers.items()}
+        outputs = self.evaluate({**feeds, **past}, ["logits", *(f"present_{name}" for name in self.buffers)])
+        logits = outputs.pop("logits")
         self.buffers = dict(zip(self.buffers, outputs.values(), strict=True))
-
-    def draw(self) -> None:
-        """Draw tokens from the logits; see ``Engine.draw``."""
-        places, ids = self._sampler.draw(self._logits, self._steps, self._next - 1)
-        self.token_buffer[places] = ids
-
-    def logits(self) -> Float:
-        """Of the last step; see ``Engine.logits``."""
-        return self._logits
-
-    def watched(self) -> Mapping[str, NDArray[Any]]:
-        """Nothing."""
-        return {}
+        return logits

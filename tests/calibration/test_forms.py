@@ -19,6 +19,7 @@ from diagd.errors import UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
 from tests.calibration.bundles import ANYTHING, LAYOUT, PAST, frames, logits_of, quantise
+from tests.engines.webgpu_driver import nodes_on_the_processor
 from tests.models import export_small
 from tests.oracles.models import CODES, small_model
 
@@ -87,6 +88,13 @@ def test_openvino_computes_the_same(bundle: Path, precision: str) -> None:
     reference, exact = logits(bundle, Form.PORTABLE, precision), logits(bundle, Form.PREFIX, "fp32")
     assert relative(seen, reference) < SCHEMES[precision]
     assert 1e-3 < relative(seen, exact) < 2 * relative(reference, exact) + 0.01
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4-weight", "int8-weight"])
+def test_products_and_cache_stay_on_a_gpu_behind_webgpu(bundle: Path, precision: str) -> None:
+    """All that is left to the processor is the indices of the slots that a step writes."""
+    operators = {node.split()[0] for node in nodes_on_the_processor(bundle, precision)}
+    assert operators <= {"Range", "Add", "Unsqueeze"}
 
 
 @pytest.mark.parametrize("precision", SCHEMES)
