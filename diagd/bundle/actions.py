@@ -31,6 +31,11 @@ class ConstantSlot(Record):
     kind: Literal["constant"] = "constant"
     token: TokenId
 
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Tokens it may be."""
+        return (self.token,)
+
 
 class ChoiceSlot(Record):
     """Token ``first + i`` for the i-th name; without the input, the first name."""
@@ -39,6 +44,11 @@ class ChoiceSlot(Record):
     field: str
     names: Annotated[tuple[str, ...], Field(min_length=1)]
     first: TokenId
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Tokens it may be."""
+        return tuple(range(self.first, self.first + len(self.names)))
 
 
 class Button(Record):
@@ -51,6 +61,11 @@ class Button(Record):
 class _ButtonsSlot(Record):
     buttons: Annotated[tuple[Button, ...], Field(min_length=1)]
     none: TokenId
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Tokens it may be."""
+        return (*(button.token for button in self.buttons), self.none)
 
 
 class FirstPressedSlot(_ButtonsSlot):
@@ -83,12 +98,22 @@ class MuLawSlot(_NumberSlot):
     mu: Annotated[float, Field(gt=0)]
     bins: Annotated[int, Field(ge=2)]
 
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Tokens it may be."""
+        return tuple(range(self.first, self.first + self.bins))
+
 
 class EdgesSlot(_NumberSlot):
     """A number in explicit bins: bin b holds edges[b] <= v < edges[b + 1]."""
 
     kind: Literal["edges"] = "edges"
     edges: Annotated[tuple[float, ...], Field(min_length=2)]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Tokens it may be."""
+        return tuple(range(self.first, self.first + len(self.edges) - 1))
 
     @model_validator(mode="after")
     def _check_edges(self) -> EdgesSlot:

@@ -14,6 +14,8 @@ from diagd.errors import UsageError
 
 BEGINNINGS: Mapping[str, tuple[int, tuple[bytes, ...]]] = {
     ".npy": (0, (b"\x93NUMPY",)),
+    ".npz": (0, (b"PK",)),
+    ".jsonl": (0, (b"{",)),
     ".mp4": (4, (b"ftyp",)),
     ".gif": (0, (b"GIF8",)),
     ".png": (0, (b"\x89PNG",)),

@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   diagd-generate crafter-3m.diagd --prompt first.png --actions walk.jsonl --output a.gif --decoder k=2,chained
   diagd-generate mineworld.diagd --prompt clip.mp4 --actions clip.jsonl --set prompt_frames=8 --output a.mp4
   diagd-generate wham.diagd --prompt episode.npz --start 20 --branches 3 --output dream.mp4
+  diagd-generate wham.diagd --prompt episode.npz --actions model --frames 10 --output dream.npz
   diagd-generate cosmos.diagd --prompt clips/ --output made/
   diagd-generate crafter-3m.diagd --prompt played.ndjson --output played.mp4
 
@@ -29,6 +30,12 @@ the frames that are made. Else each line leads to a frame to make. A folder of v
 of {"visual_input": file, "prompt": words, "actions": file}, is many prompts over one session: their files go
 to the folder --output, and those that are there are left out. A folder of images is one prompt, with a line
 for each in its actions.jsonl.
+
+The prompt is as many pictures as the model's release takes; --set prompt_frames=8 --start 40 takes eight
+from the fortieth on. With --actions model the model plays, for as many --frames: what it decodes as its
+action at a frame leads to the next one. What the recording of the prompt says was done at its frames is
+kept. With --set further=model it plays on behind the lines that are given. Its actions are written beside the
+output, as NAME.jsonl; an output .npz is an episode as the release of WHAM writes it.
 
 --decoder is the order of decoding, its words between spaces or commas: k=N, steps between the starts of two
 rows (as many as columns, or ntp, is next-token prediction); and steps between the starts of two frames:
@@ -93,6 +100,8 @@ def _report(console: Console, made: Made) -> None:
         f"{made.frames} frames in {made.seconds:.2f} s, {made.frames / made.seconds:.2f} frames/s: "
         f"{made.passes} passes {passes}, {each}{near}: {made.output}"
     )
+    if made.lines is not None:
+        console.print(f"the model's actions: {made.lines}")
     if made.exact is not None:
         whole, worst = made.exact
         console.print(

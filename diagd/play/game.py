@@ -261,7 +261,7 @@ class Game:
         pictures = self.view.show(frame.tokens)
         self._past.append(self.session.stream.past[-1])
         del self._past[:-MAX_PAST]
-        action = None if taken.ids is None else taken.ids.tolist()
+        action = None if self.bundle.manifest.actions is None else frame.action.tolist()
         self.record.add(Played(frame=frame.index, action=action, tokens=record.digest(frame.tokens)))
         return Shown(frame, taken, pictures, decoded - began, time.perf_counter() - decoded)
 
@@ -269,9 +269,9 @@ class Game:
         """Ids of the frame that begins now."""
         taken = self._act()
         if taken is None:
-            return None
+            raise StopIteration  # the run ends
         self._led[frame] = taken
-        return np.zeros(0, np.int32) if taken.ids is None else taken.ids
+        return taken.ids
 
     def stop(self) -> None:
         """Give up frames in flight; what they were begun with is part of the record."""

@@ -23,6 +23,7 @@ from diagd.bundle.actions import (
     RawInput,
     Slot,
 )
+from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError, unknown
 from diagd.runtime.literals import parse_literal
 
@@ -223,6 +224,26 @@ def represented(codec: ActionCodec, field: str, ids: NDArray[np.integer[Any]]) -
         elif isinstance(slot, EdgesSlot) and slot.field == field:
             numbers[slot.component] = sum(slot.edges[token - slot.first :][:2]) / 2
     return numbers
+
+
+def describe(codec: ActionCodec, ids: NDArray[np.integer[Any]]) -> dict[str, Any]:
+    """An action as a line of an action file says it: `encode` of it gives the ids again."""
+    action: dict[str, Any] = {}
+    for slot, token in zip(codec.slots, ids.tolist(), strict=True):
+        if isinstance(slot, ChoiceSlot):
+            action[slot.field] = slot.names[token - slot.first]
+        elif isinstance(slot, MuLawSlot | EdgesSlot):
+            action[slot.field] = represented(codec, slot.field, ids).tolist()
+        elif not isinstance(slot, ConstantSlot):
+            action |= {button.name: 1 for button in slot.buttons if button.token == token}
+    return action
+
+
+def write_actions(path: Path, codec: ActionCodec, actions: NDArray[np.integer[Any]]) -> None:
+    """Write ids [frames, n] as a file that `read_actions` reads."""
+    lines = (json.dumps(describe(codec, ids)) + "\n" for ids in actions)
+    with atomic_file(path) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
 
 
 def _mu_law_bin(slot: MuLawSlot, number: float) -> int:

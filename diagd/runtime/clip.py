@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -15,13 +16,16 @@ from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, File
 from diagd.runtime.actions import encode, read_actions
-from diagd.runtime.episodes import read_episode
+from diagd.runtime.episodes import EPISODE, read_episode
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.runtime.prompt import read_tokens
 from diagd.runtime.video import read_frames, read_images, sized
 
 ACTIONS = "actions.jsonl"
 """Of a folder of images: one action a line."""
+
+MODEL = Path("model")
+"""In place of a file of actions: the model decodes them."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ class ClipOptions:
     actions: Annotated[File | None, FLAG] = Field(
         default=None,
         description="one action a line: of the clip where it has the prompt's name, else of the "
-        "frames to make",
+        "frames to make; or the word model: it decodes them",
     )
     start: Annotated[int | None, FLAG] = Field(
         default=None,
@@ -57,7 +61,23 @@ class ClipOptions:
         description="line t of --actions: 'new', of a frame to make; 'led', what led to picture t; "
         "'followed', what was done at it (default: the model's where the names are alike, else new)",
     )
+    further: Literal["model"] | None = Field(
+        default=None, description="'model' decodes the actions behind those that are given"
+    )
     resize: bool = Field(default=False, description="resize pictures of another size")
+
+    @property
+    def acts(self) -> bool:
+        """Whether the model decodes actions."""
+        return self.actions == MODEL or self.further is not None
+
+    @property
+    def lines_file(self) -> Path | None:
+        """The file of actions; where the model plays, the one of the prompt's name, if there is one."""
+        beside = self.prompt.with_suffix(".jsonl")
+        if self.actions != MODEL:
+            return self.actions
+        return beside if beside != self.prompt and beside.is_file() else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +88,23 @@ class Clip:
         tokens: int32 [P, rows, columns] of the prompt.
         led: int32 [P, n], actions that led to each frame of the prompt; None for models without actions.
         made: int32 [F, n], actions that lead to the frames behind it; None without.
+        acts: the model decodes the actions behind those.
+        pictures: uint8 [N, height, width, 3], of the prompt, where it is no tokens.
         truth: uint8 [F, height, width, 3], pictures behind the prompt, where the clip has them at hand.
     """
 
     tokens: Int
     led: Int | None = None
     made: Int | None = None
+    acts: bool = False
+    pictures: Pixels | None = None
     truth: Pixels | None = None
+
+    def actions(self, frames: int) -> list[Int | None] | None:
+        """Of so many frames behind the prompt; see ``diagd.runtime.stream.Actions``."""
+        if self.made is None:
+            return None
+        return [*self.made[:frames], *[None] * (self.acts * (frames - len(self.made)))]
 
 
 def read_clip(
@@ -94,35 +124,40 @@ def read_clip(
     source = _open(options, manifest, pixels, (window or manifest.context.frames) - 1)
     start, tokens = source.start, source.tokens
     if manifest.actions is None:
-        if options.actions is not None:
-            raise UsageError(f"--actions {options.actions}: {manifest.name} takes no actions; leave them out")
-        return Clip(tokens, truth=source.truth)
+        if options.actions is not None or options.acts:
+            given = f"--actions {options.actions}" if options.actions else f"--set further={options.further}"
+            raise UsageError(f"{given}: {manifest.name} takes no actions; leave them out")
+        return Clip(tokens, pictures=source.pictures, truth=source.truth)
     noop = encode(manifest.actions, {})
-    lines = source.actions if options.actions is None else read_actions(options.actions, manifest.actions)
+    file, acts = options.lines_file, options.acts
+    lines = source.actions if file is None else read_actions(file, manifest.actions)
     led = np.tile(noop, (len(tokens), 1))
-    kind = options.lines or _kind(options, manifest, source)
+    kind = options.lines or _kind(file, options.prompt, manifest, source)
     if lines is None or kind == "new":
         if len(tokens) > 1:
             _LOG.warning(
                 "no actions are known between the %d frames of the prompt: no-ops are fed", len(tokens)
             )
-        return Clip(tokens, led, lines, source.truth)
+        if options.actions == MODEL or (lines is None and acts):
+            lines = led[:0]
+        return Clip(tokens, led, lines, acts, source.pictures, source.truth)
     shift = int(kind == "followed")  # line t leads to picture t + shift
     behind = start + len(tokens) - shift
     if len(lines) < behind:
         raise UsageError(
-            f"{options.actions or options.prompt} has {len(lines)} actions; the prompt's {len(tokens)} "
+            f"{file or options.prompt} has {len(lines)} actions; the prompt's {len(tokens)} "
             f"frames from {start} on take {behind}: lower prompt_frames or --start, or --set lines=new"
         )
     known = lines[max(0, start - shift) : behind]
     led[len(tokens) - len(known) :] = known
-    return Clip(tokens, led, lines[behind:], source.truth)
+    made = lines[behind : behind + shift] if options.actions == MODEL else lines[behind:]
+    return Clip(tokens, led, made, acts, source.pictures, source.truth)
 
 
-def _kind(options: ClipOptions, manifest: Manifest, source: _Source) -> Lines:
+def _kind(file: Path | None, prompt: Path, manifest: Manifest, source: _Source) -> Lines:
     """What the lines are where nobody says it: of the clip where they come with it or have its name."""
-    own = source.actions is not None and options.actions is None
-    alike = options.actions is not None and options.actions.stem == options.prompt.stem
+    own = source.actions is not None and file is None
+    alike = file is not None and file.stem == prompt.stem
     if not (own or alike):
         return "new"
     return "followed" if manifest.clips.followed else "led"
@@ -135,6 +170,7 @@ class _Source:
     tokens: Int
     start: int = 0
     actions: Int | None = None
+    pictures: Pixels | None = None
     truth: Pixels | None = None
 
 
@@ -147,7 +183,7 @@ def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, m
     wanted = count or min(manifest.clips.frames, pixels.pictures_of(most))
     actions: Int | None = None
     truth: Pixels | None = None
-    if path.suffix.lower() == ".npz":
+    if path.suffix.lower() == EPISODE:
         episode = read_episode(path, manifest.actions, manifest.name)
         actions, images = episode.actions, episode.frames[start:]
         seen = sized(images[:wanted], path, size, resize=options.resize, cover=cover)
@@ -168,4 +204,4 @@ def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, m
         _LOG.warning("%s: %s", path, manifest.clips.single)
     surplus = 0 if count else (len(seen) - 1) % pixels.spec.temporal_factor  # of a video that is short
     seen = seen[surplus:] if manifest.clips.last else seen[: len(seen) - surplus]
-    return _Source(pixels.encode(seen), start, actions, truth)
+    return _Source(pixels.encode(seen), start, actions, seen, truth)

@@ -33,9 +33,11 @@ class ContextPolicy(Protocol):
 
     Attributes:
         history: frames that ``replay`` may reach back.
+        slides_first: the model acts in the window of the frame to come, else in that of the frame before.
     """
 
     history: int
+    slides_first: bool
 
     @property
     def horizon(self) -> int | None:
@@ -66,7 +68,12 @@ class ContextPolicy(Protocol):
 
 
 class SlidingRotary:
-    """Voids what leaves the window; turns cached keys back when the rotary table ends."""
+    """Voids what leaves the window; turns cached keys back when the rotary table ends.
+
+    A frame that was voided does not come back where the stream does, so an action may not depend on it.
+    """
+
+    slides_first = True
 
     def __init__(
         self,
@@ -121,7 +128,12 @@ class SlidingRotary:
 
 
 class SlidingAbsolute:
-    """Drops ``roll`` frames at once and has the rest fed again at their new positions."""
+    """Drops ``roll`` frames at once and has the rest fed again at their new positions.
+
+    As in the release of WHAM, the model acts in the whole window, ahead of that.
+    """
+
+    slides_first = False
 
     def __init__(self, layout: StreamLayout, window: int, roll: int, slots: SlotRing) -> None:
         if not 1 <= roll < window:

@@ -9,9 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle.actions import ActionCodec, EdgesSlot, FirstPressedSlot, OnlyPressedSlot
+from diagd.bundle.files import atomic_file
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.runtime.arrays import read_arrays
+
+EPISODE = ".npz"
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,7 @@ def read_episode(path: Path, codec: ActionCodec | None, name: str) -> Episode:
         raise UsageError(
             f"{path}: images are {images.dtype} {list(images.shape)}; expected uint8 [T, 3, height, width]"
         )
-    if codec is None or not any(isinstance(slot, EdgesSlot) for slot in codec.slots):
-        raise UsageError(f"{path} is an episode of another model; {name} takes no vectors of actions")
+    codec = vector_codec(path, codec, name)
     if numbers.shape != (len(images), len(codec.slots)) or numbers.dtype.kind not in "iufb":
         raise UsageError(
             f"{path}: actions are {numbers.dtype} {list(numbers.shape)}; expected numbers "
@@ -54,6 +56,57 @@ def read_episode(path: Path, codec: ActionCodec | None, name: str) -> Episode:
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     return Episode(np.ascontiguousarray(images.transpose(0, 2, 3, 1)), actions)
+
+
+def vector_codec(path: Path, codec: ActionCodec | None, name: str) -> ActionCodec:
+    """The codec of a model whose actions are vectors, one number a slot.
+
+    Raises:
+        UsageError: they are not, so ``path`` is no episode of it.
+    """
+    if codec is None or not any(isinstance(slot, EdgesSlot) for slot in codec.slots):
+        raise UsageError(f"{path} is an episode of another model; {name} takes no vectors of actions")
+    return codec
+
+
+@dataclass(frozen=True)
+class Dream:
+    """What is made from an episode, as the release of WHAM writes it.
+
+    Attributes:
+        context: uint8 [P, height, width, 3], pictures of the prompt.
+        dreamt: uint8 [F, height, width, 3], those that were made.
+        actions: int32 [P + F, n], ids of what was done at each.
+        reconstructed: uint8 [T, height, width, 3], the pictures of the recording, the prompt's first, through
+            the tokenizer and back.
+    """
+
+    context: NDArray[np.uint8]
+    dreamt: NDArray[np.uint8]
+    actions: Int
+    reconstructed: NDArray[np.uint8]
+
+    def write(self, path: Path, codec: ActionCodec) -> None:
+        """Write it under the names of the release; actions as numbers, sticks as bins."""
+        with atomic_file(path) as partial, partial.open("wb") as file:
+            np.savez(
+                file,
+                context_length=len(self.context),
+                steps_to_dream=len(self.dreamt),
+                raw_context=self.context.transpose(0, 3, 1, 2),
+                dreamt_images=self.dreamt.transpose(0, 3, 1, 2),
+                all_actions=decode_vectors(codec, self.actions),
+                encoded_decoded_ground_truth_images=self.reconstructed.transpose(0, 3, 1, 2),
+            )
+
+
+def decode_vectors(codec: ActionCodec, ids: Int) -> NDArray[np.float32]:
+    """Actions float32 [T, n] of ids, one number a slot: buttons as 0 or 1, sticks as bins."""
+    columns = [
+        ids[:, column] - slot.first if isinstance(slot, EdgesSlot) else ids[:, column] == slot.ids[0]
+        for column, slot in enumerate(codec.slots)
+    ]
+    return np.stack(columns, axis=1).astype(np.float32)
 
 
 def encode_vectors(codec: ActionCodec, numbers: NDArray[np.generic]) -> Int:

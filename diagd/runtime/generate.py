@@ -27,22 +27,30 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File
 from diagd.progress import Progress
+from diagd.runtime.actions import write_actions
 from diagd.runtime.audit import audit
 from diagd.runtime.clip import Clip, ClipOptions, read_clip
 from diagd.runtime.decoders import Decoder
-from diagd.runtime.decoders.scoring import open_scorer
+from diagd.runtime.decoders.scoring import MEASURED, open_scorer
+from diagd.runtime.episodes import EPISODE, Dream, vector_codec
 from diagd.runtime.load import open_session
-from diagd.runtime.output import OUTPUTS, write_tokens, write_video
+from diagd.runtime.output import OUTPUTS, TOKENS, write_tokens, write_video
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.strategy import DRAFT, DraftOptions, parse_decoder
 from diagd.runtime.text import read_text
 
+LINES = ".jsonl"
+"""Of the file of actions beside what the model played."""
+
 TextEncoder = Callable[[str, Path, int], Float]
 """Embeddings float32 [n, width] of words, by an encoder in a folder, at most so many."""
 
-CLIPS = (".mp4", ".npz", ".avi", ".mkv", ".mov", ".webm")
+KINDS = (*OUTPUTS, EPISODE)
+"""Of files that can be made."""
+
+CLIPS = (".mp4", EPISODE, ".avi", ".mkv", ".mov", ".webm")
 """Files of which a folder is many clips, not the pictures of one."""
 
 
@@ -136,7 +144,7 @@ class GenerateOptions:
     bundle: Annotated[File, POSITIONAL] = Field(description="made by diagd-export")
     clip: ClipOptions = Field()
     output: Annotated[File, FLAG] = Field(
-        description=".mp4, .gif, .npy for tokens, or a folder for many clips"
+        description=".mp4, .gif, .npy for tokens, .npz for an episode, or a folder for many clips"
     )
     frames: Annotated[tuple[int, bool] | None, BeforeValidator(_count), FLAG] = Field(
         default=None,
@@ -158,7 +166,9 @@ class GenerateOptions:
     branches: Annotated[int, FLAG] = Field(
         default=1, ge=1, description="futures of each prompt, with seeds in order, in files NAME-0, NAME-1"
     )
-    kind: Literal[".mp4", ".gif", ".npy"] = Field(default=".mp4", description="of the files of many clips")
+    kind: Literal[".mp4", ".gif", ".npy", ".npz"] = Field(
+        default=".mp4", description="of the files of many clips"
+    )
     fps: float | None = Field(default=None, gt=0, description="of the video written (default: the model's)")
     beyond: Literal["stream", "prompt"] = Field(
         default="stream",
@@ -183,6 +193,7 @@ class Made:
         ahead: the host queued them without waiting.
         refill_passes: further passes that fed the context again because it slid, and seconds of them.
         psnr: of the pictures to those of the recording, dB, where it has them.
+        lines: the file of what the model played, where it did.
         exact: share of tokens that next-token prediction draws with the same seed, where that was asked for,
             and of the worst frame.
     """
@@ -198,6 +209,7 @@ class Made:
     refill_passes: int = 0
     refill_seconds: float = 0.0
     psnr: float | None = None
+    lines: Path | None = None
     exact: tuple[float, float] | None = None
 
 
@@ -242,11 +254,23 @@ class _Job:
         """
         clip, text = self.clip, self.condition.text
         for output in self.outputs:
-            file_target(output, OUTPUTS)
-            check_apart(output, {"--prompt": clip.prompt, "--actions": clip.actions, "--set text": text})
+            file_target(output, KINDS)
+            check_apart(output, {"--prompt": clip.prompt, "--actions": clip.lines_file, "--set text": text})
+            if clip.acts and output.suffix != EPISODE:
+                self._check_lines(output)
             if output in taken:
                 raise UsageError(f"{clip.prompt} and another clip would both be {output}; rename one of them")
             taken.add(output)
+
+    def _check_lines(self, output: Path) -> None:
+        """Refuse to write the actions of an output over a file that is not of an earlier run."""
+        lines = output.with_suffix(LINES)
+        file_target(lines, (LINES,))
+        if lines.exists() and not output.exists():
+            raise UsageError(
+                f"the model's actions would go to {lines}, which is there already; give another --output"
+            )
+        check_apart(lines, {"--actions": self.clip.lines_file, "--prompt": self.clip.prompt})
 
 
 def _jobs(options: GenerateOptions) -> list[_Job]:
@@ -260,7 +284,7 @@ def _jobs(options: GenerateOptions) -> list[_Job]:
         job = _Job(options.clip, options.condition, _futures(output, options.branches))
         job.check(set())
         return [job]
-    if output.suffix.lower() in OUTPUTS or (output.exists() and not output.is_dir()):
+    if output.suffix.lower() in KINDS or (output.exists() and not output.is_dir()):
         raise UsageError(f"--output {output}: {len(many)} clips go to a folder; name one")
     output.mkdir(parents=True, exist_ok=True)
     jobs = [
@@ -349,6 +373,9 @@ class _Maker:
         yield from (Made(path) for path in job.outputs if all(path != other for _, other in todo))
         if not todo:
             return
+        for path in job.outputs:
+            if path.suffix.lower() == EPISODE:
+                vector_codec(path, self.manifest.actions, self.manifest.name)
         tokens_only = {path.suffix.lower() for path in (job.clip.prompt, *job.outputs)} == {".npy"}
         clip = read_clip(
             job.clip, self.manifest, None if tokens_only else self.pixels, self.options.session.window
@@ -367,7 +394,7 @@ class _Maker:
             return
         drafts, session = self.options.drafts, self.session
         pixels = self.pixels if self.manifest.tokenizer else None
-        scorer = open_scorer(drafts.score, session, None if clip.made is None else list(clip.made), pixels)
+        scorer = open_scorer(drafts.score, session, clip.actions(MEASURED), pixels)
         drafter = drafts.open(self.bundle, session.window, self.options.session.cpu, self._stack)
         self.decoder = drafts.decoder(drafter, self.options.tau, scorer)
 
@@ -402,6 +429,10 @@ class _Maker:
         if clip.made is None:
             raise UsageError(f"{name} is driven by actions: give --actions FILE, one JSON object a line")
         there = len(clip.made)
+        if clip.acts:
+            if not count:
+                raise UsageError(f"{name} plays on for as long as it is told to: give --frames")
+            return count
         count = there if count is None else count
         if not 1 <= count <= there:
             raise UsageError(
@@ -416,27 +447,31 @@ class _Maker:
         began, decoding = time.perf_counter(), 0.0
         spelled = self.options.decoder or self.manifest.decoder
         title = f"{path.name} by {self.manifest.order if spelled == 'order' else spelled}"
-        psnr, tokens = None, list[Int]()
+        tokens, actions = list[Int](), list[Int]()
         with self._progress.count(title, count) as advance:
 
             def decoded(frames: int, turn: int) -> Iterator[Int]:
                 nonlocal decoding
-                actions = None if clip.made is None else clip.made[:frames]
                 turned = seed + turn * self.options.branches
                 made = session.frames(
-                    self.decoder, actions, count=frames, sampling=self.settings, seed=turned
+                    self.decoder, clip.actions(frames), count=frames, sampling=self.settings, seed=turned
                 )
                 for frame in made:
                     advance(1)
                     decoding += frame.seconds
                     tokens.append(frame.tokens)
+                    actions.append(frame.action)
                     yield frame.tokens
 
-            if path.suffix.lower() == ".npy":
+            psnr = None
+            if path.suffix.lower() == TOKENS:
                 write_tokens(path, decoded(count, 0))
+            elif path.suffix.lower() == EPISODE:
+                pictures = np.stack(list(self._pictures(clip, count, decoded)))
+                self._write_episode(path, clip, pictures, np.stack(actions), seed)
             else:
-                known = self.pixels.pictures_of(len(clip.tokens))
-                psnr = write_video(path, self._pictures(clip, count, decoded), self.fps, clip.truth, known)
+                psnr = self._write_video(path, clip, self._pictures(clip, count, decoded))
+        lines = self._write_lines(path, clip, np.stack(actions)) if clip.acts else None
         spent, wall = session.timing, time.perf_counter() - began
         return Made(
             path,
@@ -450,14 +485,46 @@ class _Maker:
             spent.refill_steps - before.refill_steps,
             spent.refill_seconds - before.refill_seconds,
             psnr,
-            self._audit(clip, np.stack(tokens), seed) if self.options.audit else None,
+            lines,
+            self._audit(clip, np.stack(tokens), np.stack(actions), seed) if self.options.audit else None,
         )
 
-    def _audit(self, clip: Clip, frames: Int, seed: int) -> tuple[float, float]:
+    def _write_video(self, path: Path, clip: Clip, pictures: Iterator[Pixels]) -> float | None:
+        """Write the prompt and what was made; gives the PSNR where the recording tells what it should be."""
+        truth = None if clip.acts else clip.truth
+        return write_video(path, pictures, self.fps, truth, self.pixels.pictures_of(len(clip.tokens)))
+
+    def _write_lines(self, path: Path, clip: Clip, actions: Int) -> Path | None:
+        """Write the actions of what is in a file beside it, as a recording has them; an episode holds them."""
+        if path.suffix.lower() == EPISODE:
+            return None
+        assert clip.led is not None
+        assert self.manifest.actions is not None
+        recorded = actions if path.suffix.lower() == TOKENS else np.concatenate([clip.led, actions])
+        lines = path.with_suffix(LINES)
+        write_actions(lines, self.manifest.actions, recorded[int(self.manifest.clips.followed) :])
+        return lines
+
+    def _write_episode(self, path: Path, clip: Clip, pictures: Pixels, actions: Int, seed: int) -> None:
+        """Write pictures of prompt and frames with all that was done at them, the last action the model's."""
+        count, known = len(actions), len(clip.tokens)
+        assert clip.led is not None
+        assert clip.made is not None
+        last = clip.made[count : count + 1]
+        if not len(last):
+            last = self.session.act(sampling=self.settings, seed=seed)[None]
+        context = pictures[:known] if clip.pictures is None else clip.pictures
+        truth = context if clip.truth is None else np.concatenate([context, clip.truth[:count]])
+        again = np.stack(list(self.pixels.decode(self.pixels.encode(truth))))
+        done = np.concatenate([clip.led[1:], actions, last])
+        dream = Dream(context, pictures[known:], done, again)
+        dream.write(path, vector_codec(path, self.manifest.actions, self.manifest.name))
+
+    def _audit(self, clip: Clip, frames: Int, actions: Int, seed: int) -> tuple[float, float]:
         """Share of all tokens that are next-token prediction's, and of the worst frame's."""
         self.session.start(clip.tokens, clip.led, self.session.stream.text)
-        actions = None if clip.made is None else clip.made[: len(frames)]
-        shares = audit(self.session, frames, actions, sampling=self.settings, seed=seed)
+        led = actions if self.manifest.actions else None
+        shares = audit(self.session, frames, led, sampling=self.settings, seed=seed)
         return float(shares.mean()), float(shares.min())
 
     def _pictures(

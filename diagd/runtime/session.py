@@ -11,10 +11,12 @@ from types import TracebackType
 import numpy as np
 
 from diagd.bundle import Manifest
-from diagd.engines.engine import Engine, Float, Int, SamplingState, Steps
+from diagd.engines.engine import Engine, Float, Int, Steps
 from diagd.engines.noise import check_seed
 from diagd.errors import UsageError
+from diagd.runtime.action_law import ActionLaw
 from diagd.runtime.context import Refill, context_policy
+from diagd.runtime.decoders.acting import ActingDecoder
 from diagd.runtime.decoders.decoder import Decoder
 from diagd.runtime.decoders.forced import ForcedDecoder, RasterDecoder
 from diagd.runtime.decoders.jacobi import JacobiDecoder
@@ -71,7 +73,7 @@ class Session:
         prefix = np.asarray(self.layout.prefix_tokens, np.int32)
         self._stream = Stream(self.layout, prefix, window, self._padded(), self._context.history)
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
-        self._text = text
+        self._text, self._law = text, ActionLaw.of(manifest)
         self._run = self._prepared = 0
         self._left: Iterator[tuple[Block, int, Result]] | None = None  # steps that were sent but have not run
         self._decoder: Decoder = ScheduledDecoder(manifest.schedule)
@@ -192,6 +194,21 @@ class Session:
         seed = self._stream.seed if seed is None else seed
         return next(iter(self.frames(decoder, actions, count=1, sampling=sampling, seed=seed)))
 
+    def act(self, *, sampling: SamplingSettings | None = None, seed: int | None = None) -> Int:
+        """The action int32 [n] that the model takes at the last frame; the stream stays as it is.
+
+        It is the one that leads to the next frame where the model's actions are not replaced.
+
+        Raises:
+            UsageError: there is no prompt, or the model decodes no actions.
+        """
+        seed = self._stream.seed if seed is None else seed
+        _, run = self._start_run(ActingDecoder(), [None], 1, sampling, seed)
+        for _ in self._decode(ActingDecoder(), run):
+            pass
+        assert self._stream.action is not None
+        return self._stream.action
+
     def _start_run(
         self,
         decoder: Decoder | None,
@@ -207,7 +224,7 @@ class Session:
             raise UsageError(f"frames need actions of {self.layout.gap} ids each, got none")
         check_seed(seed)
         decoder = decoder or self._decoder
-        stream.padded, stream.seed = self._padded(), seed
+        stream.padded, stream.seed, stream.law = self._padded(), seed, self._law
         stream.settings = self._settings(sampling)
         self._run += 1
         self._bring_cache()
@@ -244,7 +261,8 @@ class Session:
             for frame in range(known, stream.known):
                 passes, spent = timing.refill_steps - refilled[0], timing.refill_seconds - refilled[1]
                 seconds, tokens = time.perf_counter() - began, stream.frame(frame)
-                yield Frame(frame, tokens, steps, seconds, stream.exact, passes, spent)
+                action = stream.past[frame - stream.known].actions
+                yield Frame(frame, tokens, steps, seconds, stream.exact, action, passes, spent)
                 began, steps, refilled = time.perf_counter(), 0, (timing.refill_steps, timing.refill_seconds)
 
     def _decode(
@@ -290,7 +308,7 @@ class Session:
         if stream.rejected is not None:
             self._slots.rewind(stream.rejected)
             stream.rejected = None
-        while self._prepared < stream.begun:
+        while self._prepared < stream.begun + (stream.acting and self._context.slides_first):
             refill = self._context.advance(self._prepared, int(block.positions.min()))
             self._prepared += 1
             if refill is not None:
@@ -335,7 +353,7 @@ class Session:
         if slots.stale:
             engine.write_slots(slots.slot_position)
             slots.whole_sent()
-        shape, settings = block.shape, stream.settings
+        shape = block.shape
         positions = np.subtract(block.positions, slots.base, dtype=np.int32, casting="unsafe")
         taken = slots.append(positions, shape, engine.padded_widths(shape.widths))
         cells = block.sinks[shape.decoding]
@@ -346,7 +364,7 @@ class Session:
             sinks if block.commit else stream.places.scratch + shape.decoded,
             cells.astype(np.int64, copy=False),
             *taken,
-            SamplingState(settings.temperature, settings.top_k, settings.top_p, stream.seed),
+            stream.sampling,
         )
 
     def _send_tokens(self) -> None:

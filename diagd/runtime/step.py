@@ -69,6 +69,7 @@ class Frame:
         steps: passes since the frame before.
         seconds: likewise, ``refill_seconds`` included.
         exact: it is what next-token prediction draws behind the frames before it with the same seed.
+        action: int32 [n], the known tokens that led to it, given or decoded.
         refill_steps: further passes that fed the context again because it slid.
         refill_seconds: what they took.
     """
@@ -78,6 +79,7 @@ class Frame:
     steps: int
     seconds: float
     exact: bool
+    action: Int
     refill_steps: int = 0
     refill_seconds: float = 0.0
 

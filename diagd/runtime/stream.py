@@ -12,16 +12,18 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.engines.engine import Float, Int
+from diagd.engines.engine import Float, Int, SamplingState
 from diagd.errors import UsageError
+from diagd.runtime.action_law import ActionLaw
 from diagd.runtime.sampling import SAMPLER, SamplingSettings
 from diagd.runtime.tokens import TokenPlaces
 from diagd.schedule import Schedule, StreamLayout
 
 Ids = NDArray[np.integer[Any]]
-Actions = Ids | Iterable[Ids] | Callable[[int], Ids | None] | None
+Actions = Ids | Iterable[Ids | None] | Callable[[int], Ids | None] | None
 """Ids of the known tokens that lead to each frame: [frames, n], one frame at a time, or asked for by the
-index of the frame (None ends the run). None for models without actions."""
+index of the frame. The model decodes those that are None. A run ends with what is iterated over, or where a
+callable raises StopIteration. None for models without actions."""
 
 SNAPSHOT: Final = "diagd stream 2"
 
@@ -65,6 +67,10 @@ class Stream:
         rejected: position from which on rows hold wrong guesses: they are given back ahead of the next step.
         seed: of the random numbers.
         settings: of the sampler.
+        law: of actions that the model decodes; None where it cannot.
+        acting: the model decodes the action that leads to the next frame.
+        action: ids int32 [n] that lead to the frame that begins next, once they were asked for; None: the
+            model's turn.
         horizon: last frame that overlapping frames may reach; None: any.
         refills: how often its context was fed again.
         text: embeddings float32 [n, width] that the model attends to.
@@ -80,14 +86,18 @@ class Stream:
         self.exact = True
         self.rejected: int | None = None
         self.seed, self.settings = 0, SamplingSettings()
+        self.law: ActionLaw | None = None
+        self.acting = False
+        self.action: Int | None = None
         self.horizon: int | None = None
         self.refills = 0
         self.text: Float | None = None
         self.unsent: list[tuple[Int, Int]] = []
         self._prefix = np.asarray(prefix, np.int32)
-        self._actions: Iterator[Ids] | Callable[[int], Ids | None] | None = None
+        self._actions: Iterator[Ids | None] | Callable[[int], Ids | None] | None = None
         self._led: dict[int, Int] = {}
         self._limit: int | None = None
+        self._asked: int | None = None  # the frame that ``action`` leads to
 
     def start(self, frames: Ids, actions: Ids | None = None) -> None:
         """Forget everything and take a prompt.
@@ -129,7 +139,7 @@ class Stream:
 
     def follow(self, actions: Actions, frames: int | None = None) -> None:
         """Take the actions of a run and how many frames it has at most; frames in flight are given up."""
-        self.begun, self.rejected = self.known, None
+        self.begun, self.rejected, self.acting, self._asked = self.known, None, False, None
         self._led = {frame: ids for frame, ids in self._led.items() if frame < self.known}
         count = len(actions) if isinstance(actions, np.ndarray) else None
         lengths = [length for length in (frames, count) if length is not None]
@@ -146,20 +156,46 @@ class Stream:
         """Frames of the stream at which the run ends; None: it is not known to end."""
         return self._limit
 
-    def begin(self) -> bool:
-        """Take the actions of the next frame, which then is in flight; False where the run has no more."""
+    @property
+    def sampling(self) -> SamplingState:
+        """What the sampler follows."""
+        settings = self.settings
+        return SamplingState(settings.temperature, settings.top_k, settings.top_p, self.seed)
+
+    def ask(self) -> bool:
+        """Ask for the next frame's ``action``, once; False where the run has no more frames."""
         frame = self.begun
         if self._limit is not None and frame >= self._limit:
             return False
-        ids: Ids | None = None
-        if callable(self._actions):
-            ids = self._actions(frame)
-        elif self._actions is not None:
-            ids = next(self._actions, None)
-        if self._actions is not None and ids is None:
-            self._limit = frame
+        if self._asked != frame:
+            try:
+                ids = self._next_action(frame)
+            except StopIteration:
+                self._limit = frame
+                return False
+            self._asked, self.action = frame, None if ids is None else np.asarray(ids, np.int32)
+        return True
+
+    def _next_action(self, frame: int) -> Ids | None:
+        if self._actions is None:
+            return None
+        return self._actions(frame) if callable(self._actions) else next(self._actions)
+
+    def begin(self) -> bool:
+        """Begin the next frame under its action, and have it in flight; False where the run has no more.
+
+        Raises:
+            UsageError: it is the model's turn, and it has not acted, as it cannot at an unfinished frame.
+        """
+        frame = self.begun
+        if not self.ask():
             return False
-        self._lead(frame, ids)
+        if self.action is None and self.layout.gap:
+            raise UsageError(
+                f"frame {frame} has no action, and this order of decoding begins it before the frame that "
+                "the model would act at is complete; give its action, or decode frames serially"
+            )
+        self._lead(frame, self.action)
         if frame == self.known:
             self.origin = frame
         self.begun += 1

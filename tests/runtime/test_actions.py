@@ -14,7 +14,7 @@ from diagd.bundle.actions import ActionCodec, Button, ChoiceSlot, ConstantSlot, 
 from diagd.errors import UsageError
 from diagd.export.families.mineworld import mineworld_actions
 from diagd.export.families.wham import wham_actions
-from diagd.runtime.actions import encode, read_actions
+from diagd.runtime.actions import encode, read_actions, write_actions
 
 MINEWORLD = mineworld_actions()
 WHAM = wham_actions()
@@ -269,3 +269,12 @@ def test_a_file_of_more_frames_than_memory_is_refused(tmp_path: Path) -> None:
     lines = [{"repeat": 100_000}] * 101
     with pytest.raises(UsageError, match="line 101: the file holds more than 10,000,000 frames"):
         read_actions(write(tmp_path, *lines), WORLD)
+
+
+@pytest.mark.parametrize("codec", [MINEWORLD, WHAM, WORLD])
+def test_actions_are_written_as_they_are_read(codec: ActionCodec, tmp_path: Path) -> None:
+    """Whatever ids slots may have, those of each at least once."""
+    random = np.random.default_rng(0)
+    ids = np.stack([random.choice(slot.ids, 200) for slot in codec.slots], axis=1).astype(np.int32)
+    write_actions(tmp_path / "a.jsonl", codec, ids)
+    np.testing.assert_array_equal(read_actions(tmp_path / "a.jsonl", codec), ids)

@@ -15,9 +15,10 @@ from diagd.errors import UsageError
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import wham
 from diagd.export.tokenizers import wham_vit
-from diagd.runtime.actions import encode
-from diagd.runtime.clip import Clip, ClipOptions, read_clip
+from diagd.runtime.actions import encode, read_actions
+from diagd.runtime.clip import MODEL, Clip, ClipOptions, read_clip
 from diagd.runtime.episodes import encode_vectors
+from diagd.runtime.generate import GenerateOptions, Made, SessionOptions, generate
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.video import VideoWriter
 
@@ -189,3 +190,75 @@ def test_a_prompt_of_one_picture_is_warned_of(
         video.write(np.moveaxis(file["images"], 1, -1)[-1])
     last = read_clip(ClipOptions(prompt=folder / "last.gif"), manifest, codec)
     np.testing.assert_array_equal(clip.tokens, last.tokens)
+
+
+def dreamt(bundle: Bundle, output: Path, prompt: Path, **options: object) -> Made:
+    clip = {name: options.pop(name) for name in ("actions", "further", "lines") if name in options}
+    (made,) = generate(
+        GenerateOptions(
+            bundle=bundle.path,
+            clip=ClipOptions(prompt=prompt, **clip),  # type: ignore[arg-type]
+            output=output,
+            session=SessionOptions(cpu=CpuOptions(1, prepack=False)),
+            **options,  # type: ignore[arg-type]
+        )
+    )
+    return made
+
+
+def test_what_the_model_plays_is_an_episode(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    """As the release writes it; the action of the last picture of the prompt is the recorded one."""
+    dreamt(bundle, tmp_path / "dream.npz", folder / "episode.npz", actions=MODEL, frames=(3, False))
+    with np.load(folder / "episode.npz") as file, np.load(tmp_path / "dream.npz") as dream:
+        assert (dream["context_length"], dream["steps_to_dream"]) == (3, 3)
+        np.testing.assert_array_equal(dream["raw_context"], file["images"][:3])
+        assert dream["dreamt_images"].shape == (3, 3, HEIGHT, WIDTH)
+        np.testing.assert_array_equal(dream["all_actions"][:3], file["actions"][:3])
+        assert dream["all_actions"].shape == (6, 16)
+        assert (dream["all_actions"][3:] != file["actions"][3:6]).any()
+        codec = PixelCodec(bundle, CpuOptions(1, prepack=False))
+        true = np.moveaxis(file["images"][:6], 1, -1)
+        again = np.stack(list(codec.decode(codec.encode(true))))
+        np.testing.assert_array_equal(dream["encoded_decoded_ground_truth_images"], np.moveaxis(again, -1, 1))
+        played = dict(dream)
+    replayed = np.concatenate([played["all_actions"], file_actions(folder)[6:]])
+    images = np.concatenate([played["raw_context"], played["dreamt_images"], played["dreamt_images"][:1]])
+    np.savez(tmp_path / "again.npz", images=images, actions=replayed)
+    dreamt(bundle, tmp_path / "given.npz", tmp_path / "again.npz", frames=(3, False))
+    with np.load(tmp_path / "given.npz") as given:
+        np.testing.assert_array_equal(given["dreamt_images"], played["dreamt_images"])
+        np.testing.assert_array_equal(given["all_actions"], played["all_actions"])
+
+
+def file_actions(folder: Path) -> np.ndarray:
+    with np.load(folder / "episode.npz") as file:
+        actions: np.ndarray = file["actions"]
+        return actions
+
+
+def test_the_model_s_actions_are_written_as_those_of_a_recording(
+    bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    """Beside the video, under its name: both together are a prompt again."""
+    played = {"actions": folder / "clip.jsonl", "further": "model", "frames": (7, False)}
+    dreamt(bundle, tmp_path / "a.gif", folder / "clip.gif", **played)
+    codec = bundle.manifest.actions
+    assert codec is not None
+    found, given = (read_actions(path, codec) for path in (tmp_path / "a.jsonl", folder / "clip.jsonl"))
+    assert len(found) == 3 + 7 - 1  # what was done at each picture but the last
+    np.testing.assert_array_equal(found[: len(given)], given)
+    clip = ClipOptions(prompt=tmp_path / "a.gif", actions=tmp_path / "a.jsonl", start=5)
+    again = read_clip(clip, bundle.manifest, PixelCodec(bundle, CpuOptions(1, prepack=False)))
+    assert again.led is not None
+    np.testing.assert_array_equal(again.led, found[4:7])
+    dreamt(bundle, tmp_path / "b.npy", folder / "clip.gif", **played)
+    np.testing.assert_array_equal(read_actions(tmp_path / "b.jsonl", codec), found[3:])
+
+
+def test_lines_that_would_be_lost_are_kept(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "clip.jsonl").write_text("{}\n")
+    with pytest.raises(UsageError, match=r"clip\.jsonl, which is there already"):
+        dreamt(bundle, tmp_path / "clip.gif", folder / "clip.gif", actions=MODEL, frames=(2, False))
+    with pytest.raises(UsageError, match="give --frames"):
+        dreamt(bundle, tmp_path / "a.gif", folder / "clip.gif", actions=MODEL)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.jsonl"]

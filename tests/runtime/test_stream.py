@@ -105,13 +105,15 @@ def test_an_action_given_at_the_last_moment_gives_the_tokens_of_one_given_ahead(
     prompt(session)
     pulled: list[tuple[int, int]] = []
 
-    def pull(frame: int) -> np.ndarray | None:
+    def pull(frame: int) -> np.ndarray:
         pulled.append((frame, session.stream.known))
-        return given[frame - 2] if frame - 2 < frames else None
+        if frame - 2 >= frames:
+            raise StopIteration
+        return given[frame - 2]
 
     def iterate() -> Iterator[np.ndarray]:
         for frame in range(2, 2 + frames):
-            yield pull(frame)  # type: ignore[misc]
+            yield pull(frame)
 
     decoder = ScheduledDecoder(order)
     if source == "one at a time" and name == "k=1 serial":

@@ -26,8 +26,9 @@ class Decoder(Protocol):
     def blocks(self, stream: Stream) -> Blocks:
         """Yield blocks of steps and receive the result of the last step of each, until a frame is complete.
 
-        ``stream.begin()`` takes the next frame's actions and says whether there is one; ``stream.write`` sets
-        tokens; ``stream.complete`` counts a frame as known. A generator that ends without completing a frame
-        ends the run.
+        ``begun(stream)`` takes the next frame's action, or has the model decode it, and says whether there is
+        one; ``stream.begin()`` begins one beside others that are in flight; ``stream.write`` sets tokens;
+        ``stream.complete`` counts a frame as known. A generator that ends without completing a frame ends the
+        run.
         """
         ...

@@ -12,10 +12,12 @@ from typing_extensions import override
 
 from diagd.engines.engine import Float, Int
 from diagd.errors import UsageError
+from diagd.runtime.decoders.acting import begun
 from diagd.runtime.decoders.decoder import Blocks, Decoder
 from diagd.runtime.decoders.forced import RasterDecoder, raster_passes
-from diagd.runtime.decoders.jacobi import JacobiDecoder, decided_by
+from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scoring import Proposal, Scorer
+from diagd.runtime.decoders.window import decided_by
 from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
 from diagd.schedule import Block
@@ -83,7 +85,7 @@ class DraftDecoder(Decoder):
     def blocks(self, stream: Stream) -> Blocks:
         """See ``Decoder.blocks``."""
         began = time.perf_counter()
-        if not stream.begin():
+        if not (yield from begun(stream)):
             return
         frame = stream.begun - 1
         start, moved = stream.layout.first_cell(frame), self._follow(stream)

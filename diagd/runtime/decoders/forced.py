@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from diagd.runtime.decoders.acting import begun
 from diagd.runtime.decoders.decoder import Blocks, Decoder
 from diagd.runtime.decoders.scheduled import ScheduledDecoder
 from diagd.runtime.stream import Stream
@@ -90,7 +91,7 @@ class RasterDecoder(Decoder):
 
     @override
     def blocks(self, stream: Stream) -> Blocks:
-        if not stream.begin():
+        if not (yield from begun(stream)):
             return
         start = stream.layout.first_cell(stream.begun - 1)
         stream.write(start, np.reshape(next(self._truth), -1))

@@ -11,8 +11,9 @@ from typing_extensions import override
 
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
+from diagd.runtime.decoders.acting import begun
 from diagd.runtime.decoders.decoder import Blocks, Decoder
-from diagd.runtime.decoders.window import WindowPolicy
+from diagd.runtime.decoders.window import WindowPolicy, decided_by
 from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
 from diagd.schedule import NO_SINK, Block, feed, shifted
@@ -35,7 +36,8 @@ class JacobiDecoder(Decoder):
     what was drawn. These cells are kept, rows of wrong guesses are given back, and the draws are the next
     guesses.
 
-    Frames are decoded one after another: a new action counts for the frame that it leads to.
+    Frames are decoded one after another: a new action counts for the frame that it leads to. One that the
+    model decodes is guessed and verified in the same way, ahead of its frame.
 
     Args:
         window: rows that a pass verifies, its first included; default: chosen as it goes, see
@@ -69,7 +71,7 @@ class JacobiDecoder(Decoder):
     def blocks(self, stream: Stream) -> Blocks:
         """A block is one pass."""
         began = time.perf_counter()
-        if not stream.begin():
+        if not (yield from begun(stream)):
             return
         start = stream.layout.first_cell(stream.begun - 1)
         draft: Int = np.array(self._draft(stream), np.int32)
@@ -125,12 +127,6 @@ class JacobiDecoder(Decoder):
             seconds = spent.host + spent.engine + spent.sampling + waited
             self._policy.add(rows, kept, int(stream.padded[unfed + rows]), seconds)
         return kept
-
-
-def decided_by(guesses: Int, drawn: Int) -> int:
-    """Cells [n] that what was drawn behind guesses decides: up to the first that was guessed wrong."""
-    wrong = drawn[:-1] != guesses[:-1]
-    return int(wrong.argmax()) + 1 if wrong.any() else len(guesses)
 
 
 @lru_cache(maxsize=512)

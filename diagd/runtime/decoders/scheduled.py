@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from diagd.errors import UsageError
+from diagd.runtime.decoders.acting import begun
 from diagd.runtime.decoders.decoder import Blocks, Decoder
 from diagd.runtime.stream import Stream
 from diagd.schedule import Schedule
@@ -47,7 +48,8 @@ class ScheduledDecoder(Decoder):
     def blocks(self, stream: Stream) -> Blocks:
         """A block goes on to where the next frame begins, past the completion of the oldest in flight."""
         schedule = self.schedule
-        if stream.begun == stream.known and not stream.begin():
+        rows = 1 if schedule.is_next_token else None
+        if stream.begun == stream.known and not (yield from begun(stream, rows)):
             return
         done = stream.known - stream.origin
         last = done * schedule.d + schedule.steps_per_frame

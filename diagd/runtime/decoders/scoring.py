@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 GROUP: Final = "diagd.scorers"
 """Entry points: functions of a PixelCodec, or None where the bundle has none, that give a `Scorer`."""
 
+MEASURED: Final = 16
+"""Frames of the target that its own likelihood is measured on."""
+
 _WORST: Final = 0.05  # share of the cells of a frame that are looked at: the worst ones
 _TYPICAL: Final = 4.0  # deviations above the mean from which on a frame is too likely: dull, or frozen
 
@@ -74,7 +77,7 @@ class LikelihoodScorer:
 
     @classmethod
     def measured(
-        cls, session: Session, actions: Sequence[Ids] | None, frames: int = 16, seed: int = 0
+        cls, session: Session, actions: Sequence[Ids | None] | None, frames: int = MEASURED, seed: int = 0
     ) -> LikelihoodScorer:
         """Measure on frames that a session decodes behind what it knows; its stream is left as it is.
 
@@ -149,7 +152,7 @@ class PictureScorer:
 
 
 def open_scorer(
-    name: str, session: Session, actions: Sequence[Ids] | None, pixels: PixelCodec | None
+    name: str, session: Session, actions: Sequence[Ids | None] | None, pixels: PixelCodec | None
 ) -> Scorer:
     """The scorer of a name: ``likelihood``, ``onnx:PATH``, or one by entry point.
 

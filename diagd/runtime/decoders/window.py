@@ -69,3 +69,9 @@ class WindowPolicy:
         usual = (self._failed.sum() + _REJECTED) / (self._reached.sum() + 1)
         survival: NDArray[np.float64] = (1 - (self._failed + usual) / (self._reached + 1)).cumprod()
         return survival
+
+
+def decided_by(guesses: Int, drawn: Int) -> int:
+    """Tokens [n] that what was drawn behind guesses decides: up to the first that was guessed wrong."""
+    wrong = drawn[:-1] != guesses[:-1]
+    return int(wrong.argmax()) + 1 if wrong.any() else len(guesses)
