@@ -208,6 +208,18 @@ class ClipRules(Record):
     single: str | None = None
 
 
+class MediaMark(Record):
+    """What the licence of a model asks of media that it made.
+
+    ``text`` stands on every picture of a video, ``program`` in the tags of its file. ``required``: the
+    licence allows no media without.
+    """
+
+    text: Annotated[str, Field(min_length=1, max_length=80)]
+    program: Annotated[str, Field(min_length=1, max_length=200)]
+    required: bool = False
+
+
 class Tokenizer(Record):
     """Pixel graphs: ``encoder`` uint8 [T, height, width, 3] -> int32 [t, rows, columns], ``decoder`` back.
 
@@ -266,6 +278,7 @@ class Manifest(Record):
     cache: CacheShape
     actions: ActionCodec | None = None
     clips: ClipRules = ClipRules()
+    mark: MediaMark | None = None
     tokenizer: Tokenizer | None = None
     text: TextConditioning | None = None
     frames_per_second: Annotated[float, Field(gt=0)]

@@ -83,7 +83,8 @@ def _replay(options: GenerateOptions, record: Path, progress: Progress) -> None:
         if options.output.suffix == ".npy":
             write_tokens(options.output, (one.frame.tokens for one in shown))
         else:
-            write_video(options.output, (picture for one in shown for picture in one.pictures), fps)
+            pictures = (picture for one in shown for picture in one.pictures)
+            write_video(options.output, pictures, fps, game.bundle.manifest.mark)
 
 
 def _report(console: Console, made: Made) -> None:

@@ -111,9 +111,10 @@ def _video(stack: ExitStack, options: PlayOptions, game: Game) -> Callable[[Pixe
 
     if options.video is None:
         return None
-    spec = game.view.codec.spec
+    codec = game.view.codec
     rate = options.fps or game.bundle.manifest.frames_per_second
-    return stack.enter_context(VideoWriter(options.video, rate, (spec.height, spec.width))).write
+    size = (codec.spec.height, codec.spec.width)
+    return stack.enter_context(VideoWriter(options.video, rate, size, codec.mark)).write
 
 
 def _replay(

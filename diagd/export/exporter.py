@@ -253,6 +253,7 @@ class Exporter:
             order=family.order,
             decoder=family.decoder,
             clips=family.clips,
+            mark=family.mark,
             cache=CacheShape(
                 layers=config.layers,
                 kv_heads=config.kv_heads,

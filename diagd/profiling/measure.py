@@ -221,7 +221,8 @@ def _writer(
         return
     with ExitStack() as opened:
         with timeline.stage(ENCODE):
-            writer = opened.enter_context(VideoWriter(video, 10.0, (pixels.spec.height, pixels.spec.width)))
+            size = (pixels.spec.height, pixels.spec.width)
+            writer = opened.enter_context(VideoWriter(video, 10.0, size, pixels.mark))
         yield writer
         with timeline.stage(ENCODE):
             opened.close()

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Bundle, Manifest
-from diagd.bundle.manifest import SamplingRules
+from diagd.bundle.manifest import MediaMark, SamplingRules
 from diagd.bundle.targets import check_apart, file_target
 from diagd.engines.backend import CHOICES, find
 from diagd.engines.engine import Float, Int
@@ -174,6 +174,9 @@ class GenerateOptions:
         default="stream",
         description="what a clip longer than the context goes on from: the sliding window, or its last "
         "pictures, encoded again",
+    )
+    stamp: bool = Field(
+        default=True, description="mark videos as the model's release does; some licences ask for it"
     )
     sampling: SamplingOptions = SamplingOptions()
     session: SessionOptions = SessionOptions()
@@ -354,8 +357,19 @@ class _Maker:
             compat = options.session.compat is not None
             self.decoder = parse_decoder(options.decoder, self.manifest, compat=compat)
         self.settings = options.sampling.settings(self.manifest.sampling)
+        self.mark = self.manifest.mark
+        if self.mark and not options.stamp:
+            self._refuse_unmarked(self.mark)
+            self.mark = None
         self.fps = options.fps or self.manifest.frames_per_second
         self._progress, self._encode_text, self._stack = progress, encode_text, stack
+
+    def _refuse_unmarked(self, mark: MediaMark) -> None:
+        if mark.required:
+            raise UsageError(
+                f"--set stamp=false: the licence of {self.manifest.name} ({self.manifest.licence}) asks that "
+                f"videos carry '{mark.text}'; leave the option out, or write .npy tokens"
+            )
 
     @cached_property
     def pixels(self) -> PixelCodec:
@@ -492,10 +506,11 @@ class _Maker:
     def _write_video(self, path: Path, clip: Clip, pictures: Iterator[Pixels]) -> float | None:
         """Write the prompt and what was made; gives the PSNR where the recording tells what it should be."""
         truth = None if clip.acts else clip.truth
-        return write_video(path, pictures, self.fps, truth, self.pixels.pictures_of(len(clip.tokens)))
+        known = self.pixels.pictures_of(len(clip.tokens))
+        return write_video(path, pictures, self.fps, self.mark, truth, known)
 
     def _write_lines(self, path: Path, clip: Clip, actions: Int) -> Path | None:
-        """Write the actions of what is in a file beside it, as a recording has them; an episode holds them."""
+        """Write the actions of a file beside it, as a recording has them; an episode holds its own."""
         if path.suffix.lower() == EPISODE:
             return None
         assert clip.led is not None

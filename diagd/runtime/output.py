@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from diagd.bundle.files import atomic_file
+from diagd.bundle.manifest import MediaMark
 from diagd.bundle.targets import file_target
 from diagd.engines.engine import Int
 from diagd.runtime.pixels import Pixels
@@ -35,7 +36,12 @@ def write_tokens(path: Path, frames: Iterator[Int]) -> None:
 
 
 def write_video(
-    path: Path, pictures: Iterable[Pixels], fps: float, truth: Pixels | None = None, behind: int = 0
+    path: Path,
+    pictures: Iterable[Pixels],
+    fps: float,
+    mark: MediaMark | None,
+    truth: Pixels | None = None,
+    behind: int = 0,
 ) -> float | None:
     """Write pictures uint8 [height, width, 3] as .mp4 or .gif; nothing is left of a failed run.
 
@@ -43,6 +49,7 @@ def write_video(
         path: of the video.
         pictures: in order.
         fps: pictures a second.
+        mark: that they must carry.
         truth: uint8 [T, height, width, 3], what pictures should be.
         behind: from which picture on.
 
@@ -51,7 +58,7 @@ def write_video(
     """
     errors, images = [], iter(pictures)
     first = next(images)
-    with VideoWriter(path, fps, (first.shape[0], first.shape[1])) as writer:
+    with VideoWriter(path, fps, (first.shape[0], first.shape[1]), mark) as writer:
         for number, image in enumerate(chain([first], images)):
             writer.write(image)
             if truth is not None and behind <= number < behind + len(truth):

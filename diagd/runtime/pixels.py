@@ -25,6 +25,10 @@ class PixelCodec:
     Clips of any length go through: behind the first chunk of a tokenizer that compresses time, each further
     token frame is encoded and decoded with as many before it as a chunk holds, and so never as a still.
 
+    Attributes:
+        spec: of the tokenizer.
+        mark: that pictures must carry where they are written.
+
     Args:
         bundle: checked bundle that has a tokenizer.
         options: for what runs on the processor.
@@ -41,6 +45,7 @@ class PixelCodec:
                 "or export again with the tokenizer"
             )
         self.spec: Tokenizer = bundle.manifest.tokenizer
+        self.mark = bundle.manifest.mark
         self._bundle, self._options, self._backend = bundle, options, backend or find("cpu")
         self._graphs: dict[str, Graph] = {}
 

@@ -122,7 +122,7 @@ def decode(options: DecodeOptions, progress: Progress | None = None) -> Transcod
                 yield picture
 
         fps = options.fps or bundle.manifest.frames_per_second
-        return Transcoded(len(tokens), count, write_video(options.output, shown(), fps, truth))
+        return Transcoded(len(tokens), count, write_video(options.output, shown(), fps, codec.mark, truth))
 
 
 def _codec(options: EncodeOptions | DecodeOptions) -> PixelCodec:

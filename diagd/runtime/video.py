@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle.files import atomic_file
+from diagd.bundle.manifest import MediaMark
 from diagd.errors import UsageError
 from diagd.runtime.orientation import exif_orientation, turn_of, turned
+from diagd.runtime.stamp import Stamp, tag_gif
 
 SUFFIXES: Final = (".mp4", ".gif")
 """Kinds of video that can be written."""
@@ -46,6 +48,8 @@ _TALL: Final = 720
 
 _MOST_PIXELS: Final = 1 << 27
 """Of a picture that is read: more than any camera takes, and half a gigabyte; a header may say anything."""
+_TAGGED: Final = {"movflags": "use_metadata_tags"}
+"""Has FFmpeg write tags of any name into an .mp4."""
 _IMAGES: Final = ("image2", "gif", "apng")
 """Containers whose pixels are taken to be square, whatever they say: so browsers show them."""
 
@@ -193,10 +197,13 @@ class VideoWriter:
 
     The file appears when the block ends without an error, and not otherwise. The .mp4 is H.264 where FFmpeg
     has an encoder for it, else MPEG-4, in yuv420p of BT.709 and tagged so; the .gif has its own 256 colours
-    in each frame, and leaves out frames of rates above the 50 a second that browsers show.
+    in each frame, and leaves out frames of rates above the 50 a second that browsers show. Where the licence
+    of a model asks for a mark, it is on every picture and in the tags of the file.
     """
 
-    def __init__(self, path: str | Path, fps: float, size: tuple[int, int]) -> None:
+    def __init__(
+        self, path: str | Path, fps: float, size: tuple[int, int], mark: MediaMark | None = None
+    ) -> None:
         """``size`` is (height, width).
 
         Raises:
@@ -215,12 +222,19 @@ class VideoWriter:
         self._av = _av()
         self._stack = ExitStack()
         self._written = 0
+        self._mark, self._stamp = mark, Stamp(mark.text, size) if mark else None
 
     def __enter__(self) -> VideoWriter:
         partial = self._stack.enter_context(atomic_file(self.path))
         with self._reporting(), self._stack:
             # Registered after the temporary file, hence closed before it is renamed or removed.
-            self._container = self._stack.enter_context(self._av.open(f"file:{partial}", "w"))
+            if self._mark and self._paletted:
+                self._stack.callback(tag_gif, partial, self._mark.program)
+            self._container = self._stack.enter_context(
+                self._av.open(f"file:{partial}", "w", container_options=_TAGGED if self._mark else {})
+            )
+            if self._mark and not self._paletted:
+                self._container.metadata.update(ProgramName=self._mark.program, comment=self._mark.program)
             self._stream = self._add_stream()
             self._palette = _Palette(self._av, self.size, self._rate) if self._paletted else None
             self._stack = self._stack.pop_all()
@@ -238,7 +252,8 @@ class VideoWriter:
                 f" {self.size[1]}, 3]"
             )
         for pixels in frames.reshape(-1, *self.size, 3):
-            frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            shown = np.ascontiguousarray(pixels) if self._stamp is None else self._stamp.on(pixels)
+            frame = self._av.VideoFrame.from_ndarray(shown, format="rgb24")
             number = math.floor(self._written * self._share)
             is_left_out = number == math.floor((self._written - 1) * self._share)
             self._written += 1

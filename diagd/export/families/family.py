@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle.actions import ActionCodec
-from diagd.bundle.manifest import ClipRules, SamplingRules
+from diagd.bundle.manifest import ClipRules, MediaMark, SamplingRules
 from diagd.bundle.transformer import Shape, TransformerConfig, parameter_shapes
 from diagd.export.tokenizers.base import TokenizerGraphs
 
@@ -72,7 +72,7 @@ class Family:
         rules: how its weights are found in a released checkpoint.
         prefixes: stripped from checkpoint names, first match; other names are not the transformer's.
         ignored: endings of names that are left out.
-        sampling, order, decoder, actions, clips, frames_per_second: what the manifest says.
+        sampling, order, decoder, actions, clips, mark, frames_per_second: what the manifest says.
         licence: of the weights.
         origin: where the weights come from, and whether they can still be had.
         tokenizer: pixel graphs, and how their tensors are found in a checkpoint.
@@ -92,6 +92,7 @@ class Family:
     origin: str
     actions: ActionCodec | None = None
     clips: ClipRules = field(default_factory=ClipRules)
+    mark: MediaMark | None = None
     tokenizer: TokenizerGraphs | None = None
     decoder: Literal["order", "jacobi"] = "order"
     default_checkpoint: str | None = None
