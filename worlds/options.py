@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
@@ -190,6 +190,24 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, config=OPTIONS)
+class FolderOptions:
+    """How two folders of videos are compared."""
+
+    videos: int = Field(default=500, ge=1, description="videos at most")
+    skip: int = Field(default=0, ge=0, description="pictures that a video begins with and that do not count")
+    truth_skip: int | None = Field(
+        default=None, ge=0, description="likewise of a recording (default: those of skip)"
+    )
+    resize: bool = Field(default=False, description="scale recordings to the size of the videos")
+    dynamics: File | None = Field(
+        default=None, description="ONNX network that sees actions in MineWorld's videos"
+    )
+    lines: Literal["led", "followed"] = Field(
+        default="led", description="line t of a recording led to picture t, or was done at it: followed"
+    )
+
+
+@dataclass(frozen=True, config=OPTIONS)
 class EvalRun:
     """What `diagd eval` is asked for.
 
@@ -198,7 +216,8 @@ class EvalRun:
     """
 
     model: Annotated[File, POSITIONAL] = Field(
-        description="folder of a world model (run in PyTorch), or its bundle (run on its engine)"
+        description="folder of a world model (run in PyTorch), a bundle (run on its engine), or a folder of "
+        "videos that were made"
     )
     data: Annotated[File, FLAG] = Field(description="recording the model was not trained on")
     output: Annotated[File, FLAG] = Field(description="folder of eval.json and contact.png")
@@ -225,4 +244,6 @@ class EvalRun:
     geometry: File | None = Field(
         default=None, description="recording that the rules of the world are learned from (default: --data)"
     )
+    folders: FolderOptions = FolderOptions()
+    backend: str = Field(default="cpu", description="of a bundle whose recordings are clips: cpu, cuda, ...")
     options: EvalOptions = EvalOptions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +25,27 @@ def write_scores(path: Path, scores: Sequence[Scores], extra: dict[str, Any]) ->
         partial.write_text(
             json.dumps({"schedules": [asdict(s) for s in scores]} | extra, indent=1) + "\n", encoding="utf-8"
         )
+
+
+def write_figures(folder: Path, figures: Mapping[str, Estimate], extra: dict[str, Any]) -> None:
+    """Write figures by name as eval.json, with ``extra`` entries beside them, and as eval.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {name: asdict(figure) for name, figure in figures.items()}
+    with atomic_file(folder / "eval.json") as partial:
+        partial.write_text(json.dumps({"figures": rows} | extra, indent=1) + "\n", encoding="utf-8")
+    with atomic_file(folder / "eval.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, ("figure", "mean", "error", "count"))
+        table.writeheader()
+        table.writerows({"figure": name, **row} for name, row in rows.items())
+
+
+def figures_table(figures: Mapping[str, Estimate]) -> Table:
+    """Figures by name for the console, each with its standard error, and the samples behind it."""
+    table = Table("figure", "mean +- standard error", "of")
+    for name, figure in figures.items():
+        value = f"{figure.mean:.4f}" if np.isnan(figure.error) else _cell(figure)
+        table.add_row(name, value, str(figure.count))
+    return table
 
 
 def scores_table(scores: Sequence[Scores]) -> Table:

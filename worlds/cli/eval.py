@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from diagd.bundle import Bundle
+from diagd.bundle.manifest import MANIFEST_NAME
 from diagd.bundle.targets import folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.runtime.generate import SessionOptions
 from worlds.options import EvalRun
+
+if TYPE_CHECKING:
+    from worlds.metrics import Estimate
+
+WORLD = "world"
+"""Family of the worlds that `diagd world train` makes, whose recordings are of their own kind."""
 
 EXAMPLES = """examples:
   diagd world collect recordings --episodes 40 --seed 100000
@@ -13,11 +27,20 @@ EXAMPLES = """examples:
   diagd eval crafter-3m.diagd --precision int8 --data recordings --output quality
   diagd eval big.diagd --data recordings --output speed --decoders "next token" "k=1 chained" jacobi draft \
     --set drafter=small.diagd --set frames=8
+  diagd eval made/ --data clips/ --output quality --network lpips.onnx --network fvd.onnx --set skip=9
+  diagd eval made/ --data clips/ --output quality --set dynamics=idm.onnx
+  diagd eval wham.diagd --data episodes/ --output quality --order k=1,serial k=2,serial
   diagd eval trained/ --data recordings --output quality --order k=1,chained k=2,d=28 --rollouts 200
 
 MODEL is a bundle (decoded on its engine, recordings encoded by its own encoder) or a folder that `diagd world
 train` wrote. The recording must not have been trained on. Writes eval.json and contact.png; every figure has
 its standard error.
+
+MODEL may also be a folder of videos, each judged against the recording of its name in --data: PSNR, SSIM,
+what your networks say (two pictures: LPIPS; clips: FVD; pictures: FID), and MineWorld's actions as a network
+of inverse dynamics sees them. --set skip=N leaves out the prompt. Of the bundle of a released model, --data
+is a folder of clips, videos with .jsonl or episodes: the likelihood of their tokens by order of decoding.
+Both write eval.json and eval.csv.
 
 --decoders compares speed and quality instead: orders, jacobi, and draft, which stands for the drafter alone,
 the target alone, nine bars between and its controls. Writes pareto.json and pareto.png.
@@ -26,6 +49,14 @@ the target alone, nine bars between and its controls. Writes pareto.json and par
 
 def run(options: EvalRun) -> int:
     """Measure, write and print."""
+    from worlds.videos import videos_in
+
+    if options.model.is_dir() and videos_in(options.model):
+        return _judge_videos(options)
+    if (options.model / MANIFEST_NAME).is_file():
+        bundle = Bundle.open(options.model)
+        if bundle.manifest.family != WORLD:
+            return _judge_clips(options, bundle)
     if options.decoders:
         return _compare(options)
     folder_target(options.output, {"eval.json": b'"schedules"'}, "an evaluation")
@@ -44,6 +75,42 @@ def run(options: EvalRun) -> int:
             f"{UNKNOWN_GEOMETRY}; the other figures hold for any world"
         )
     console.print(f"wrote {options.output / 'eval.json'} and {options.output / 'contact.png'}")
+    return 0
+
+
+def _judge_videos(options: EvalRun) -> int:
+    from worlds.videos import compare_folders
+
+    def measure(report: Callable[[str], None]) -> dict[str, Estimate]:
+        return compare_folders(options.model, options.data, options.folders, options.networks, report)
+
+    return _figures(options, measure, {"networks": [path.name for path in options.networks]})
+
+
+def _judge_clips(options: EvalRun, bundle: Bundle) -> int:
+    from worlds.likelihood import forced_likelihood
+
+    running = SessionOptions(options.precision, options.backend, cpu=CpuOptions(options.threads))
+
+    def measure(report: Callable[[str], None]) -> dict[str, Estimate]:
+        return forced_likelihood(bundle, options.data, options.order, options.options, running, report)
+
+    return _figures(options, measure, {"options": asdict(options.options)})
+
+
+def _figures(
+    options: EvalRun, measure: Callable[[Callable[[str], None]], dict[str, Estimate]], extra: dict[str, Any]
+) -> int:
+    """Measure, write and print figures that have a name each."""
+    from worlds.report import figures_table, write_figures
+
+    folder_target(options.output, {"eval.json": b'"figures"'}, "an evaluation")
+    console = terminal.console()
+    with console.status("measuring") as status:
+        figures = measure(lambda name: status.update(f"measuring {name}"))
+    write_figures(options.output, figures, {"model": options.model.name} | extra)
+    console.print(figures_table(figures))
+    console.print(f"wrote {options.output / 'eval.json'} and {options.output / 'eval.csv'}")
     return 0
 
 

@@ -1,0 +1,85 @@
+"""How likely a bundle finds recorded clips, by order of decoding: teacher forcing through its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from diagd.bundle import Bundle
+from diagd.engines.engine import Int
+from diagd.runtime.clip import Clip, ClipOptions, read_clip
+from diagd.runtime.comparison import log_softmax
+from diagd.runtime.decoders import Decoder, ForcedDecoder, RasterDecoder
+from diagd.runtime.generate import SessionOptions
+from diagd.runtime.session import Session
+from diagd.schedule import NO_SINK, Schedule
+from worlds.metrics import Estimate
+from worlds.options import EvalOptions
+from worlds.videos import videos_in
+
+
+def forced_likelihood(
+    bundle: Bundle,
+    folder: Path,
+    orders: Sequence[str],
+    options: EvalOptions,
+    running: SessionOptions,
+    report: Callable[[str], None],
+) -> dict[str, Estimate]:
+    """Mean negative log-likelihood of a cell's token, nats, unfiltered and at temperature 1, over clips.
+
+    Args:
+        bundle: of the model.
+        folder: videos, each with the actions of its name where the model takes some, or episodes.
+        orders: of decoding, beside next-token prediction, to which each is compared clip by clip.
+        options: the known frames of each clip, how many are judged, and how many clips at most.
+        running: precision and backend.
+        report: hears the name of each clip.
+
+    Raises:
+        UsageError: a clip cannot be read or is too short, or an order does not fit.
+    """
+    manifest, pixels = bundle.manifest, running.pixels(bundle)
+    frames = options.prompt + options.frames
+    schedules = {order.name: order for order in (Schedule.parse(o, manifest.layout) for o in orders)}
+    found: dict[str, list[float]] = {"next token": [], **{name: [] for name in schedules}}
+    with running.open(bundle) as session:
+        for path in list(videos_in(folder).values())[: options.windows]:
+            report(path.name)
+            lines = path.with_suffix(".jsonl")
+            where = ClipOptions(
+                prompt=path,
+                actions=lines if lines.is_file() else None,
+                start=0,
+                prompt_frames=pixels.pictures_of(frames),
+            )
+            clip = read_clip(where, manifest, pixels)
+            truth = clip.tokens[options.prompt :]
+            decoder: Decoder = RasterDecoder(truth, session.engine.max_width)
+            found["next token"].append(clip_likelihood(session, clip, options.prompt, decoder))
+            for name, schedule in schedules.items():
+                decoder = ForcedDecoder(schedule, truth)
+                found[name].append(clip_likelihood(session, clip, options.prompt, decoder))
+    figures = {f"NLL {name}": Estimate.of(np.array(values)) for name, values in found.items()}
+    for name in schedules:
+        gaps = np.array(found[name]) - np.array(found["next token"])
+        figures[f"NLL {name} over next token"] = Estimate.of(gaps)
+    return figures
+
+
+def clip_likelihood(session: Session, clip: Clip, known: int, decoder: Decoder) -> float:
+    """Nats a cell, the mean over all behind the first ``known`` frames of a clip."""
+    layout, ranges = session.layout, session.manifest.sampling.range_table(session.layout)
+    truth: Int = clip.tokens[known:].reshape(len(clip.tokens) - known, -1)
+    led = None if clip.led is None else clip.led[known:]
+    session.start(clip.tokens[:known], None if clip.led is None else clip.led[:known])
+    total = 0.0
+    for step, result in session.steps(decoder, led, count=len(truth)):
+        sinks = step.sinks[step.sinks != NO_SINK]
+        frames, cells = np.divmod(sinks - layout.first_cell(known), layout.frame_length)
+        limits = ranges[layout.before + cells]
+        for logits, (low, high), token in zip(result.logits, limits, truth[frames, cells], strict=True):
+            total -= float(log_softmax(logits[None, low:high])[0, token - low])
+    return total / truth.size
