@@ -245,5 +245,4 @@ class EvalRun:
         default=None, description="recording that the rules of the world are learned from (default: --data)"
     )
     folders: FolderOptions = FolderOptions()
-    backend: str = Field(default="cpu", description="of a bundle whose recordings are clips: cpu, cuda, ...")
     options: EvalOptions = EvalOptions()
