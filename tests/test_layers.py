@@ -25,7 +25,8 @@ BELOW = {
     "tuning": ABOVE,
     "profiling": EXPORT,
     "play": {"runtime"} | RUNTIME,
-    "cli": {"calibration", "tuning", "profiling", "play"} | ABOVE,
+    "web": {"play", "runtime"} | RUNTIME,
+    "cli": {"calibration", "tuning", "profiling", "play", "web"} | ABOVE,
 }
 """Packages that each package may import, besides itself and the modules at the top."""
 

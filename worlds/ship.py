@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import onnx
 from rich.console import Console
 
 from diagd.bundle import Bundle, Form, Manifest, atomic_bundle, seal
@@ -28,6 +27,7 @@ from diagd.play.opening import PROMPTS_NAME
 from diagd.play.pictures import png
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.tuning.recordings import load_episode
+from diagd.web.folder import save_trimmed
 from worlds.collect import collect
 from worlds.options import CollectOptions
 
@@ -50,9 +50,7 @@ def reduced(bundle: Bundle, folder: Path) -> Manifest:
     manifest = bundle.at_precision(PRECISION).manifest
     graph, tokenizer = manifest.graph(Form.PREFIX), manifest.tokenizer
     assert tokenizer is not None
-    model = onnx.load(bundle.file(graph.file))
-    onnx.save(model, folder / GRAPH, save_as_external_data=True, location=WEIGHTS, size_threshold=1024)
-    (folder / WEIGHTS).chmod(0o644)  # onnx writes it for its owner alone
+    save_trimmed(bundle.file(graph.file), folder / GRAPH, WEIGHTS)
     for name in {tokenizer.encoder, tokenizer.decoder, *tokenizer.weight_files}:
         (folder / name).write_bytes(bundle.file(name).read_bytes())
     weights = graph.weights.model_copy(update={"files": (WEIGHTS,)})

@@ -27,6 +27,7 @@ VERBS = {
     "encode": "a video to tokens, and what its tokenizer loses",
     "decode": "tokens to a video",
     "play": "a living world in the browser or the terminal",
+    "web": "a folder that plays a bundle in any browser",
     "models": "what can be exported",
     "calibrate": "quantised step graphs for a bundle, accepted by a quality gate",
     "align": "fine-tune a bundle or checkpoint to diagonal decoding",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -61,9 +62,19 @@ def open_game(path: Path, options: GameOptions) -> Game:
     chosen = _in_time(bundle, options.session)
     bundle = bundle.at_precision(chosen.precision)
     codec = chosen.pixels(bundle)
-    prompts = [_read(file, bundle, codec) for file in options.prompts or _prompts(bundle)]
+    prompts = read_prompts(bundle, codec, options.prompts)
     session = chosen.open(bundle)
-    return Game(bundle, session, View(codec), prompts or [_blank(bundle)], options.record, options.text)
+    return Game(bundle, session, View(codec), prompts, options.record, options.text)
+
+
+def read_prompts(bundle: Bundle, codec: PixelCodec, files: Sequence[Path] = ()) -> list[Int]:
+    """Token frames int32 [P, rows, columns] of files, else of the bundle's prompts, else an empty picture.
+
+    Raises:
+        UsageError: a file is none, or does not fit the model.
+    """
+    read = [_read(file, bundle, codec) for file in files or _prompts(bundle)]
+    return read or [_blank(bundle)]
 
 
 def _in_time(bundle: Bundle, session: SessionOptions) -> SessionOptions:

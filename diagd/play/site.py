@@ -13,6 +13,13 @@ KINDS: Final = {"html": "text/html", "css": "text/css", "js": "text/javascript",
 SOCKET: Final = "/socket"
 
 
+def page_files() -> dict[str, bytes]:
+    """The files of the page by name."""
+    folder = resources.files("diagd.play") / "page"
+    files = (file for file in folder.iterdir() if file.name.rpartition(".")[2] in KINDS)
+    return {file.name: file.read_bytes() for file in files}
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a request gets."""
@@ -32,11 +39,8 @@ class Site:
     def __init__(self, host: str, port: int) -> None:
         self._port = port
         self._names = {"localhost", host.lower(), socket.gethostname().lower()}
-        folder = resources.files("diagd.play") / "page"
         self._files = {
-            f"/{file.name}": (KINDS[file.name.rpartition(".")[2]], file.read_bytes())
-            for file in folder.iterdir()
-            if file.name.rpartition(".")[2] in KINDS
+            f"/{name}": (KINDS[name.rpartition(".")[2]], body) for name, body in page_files().items()
         }
         self._files["/"] = self._files["/index.html"]
 

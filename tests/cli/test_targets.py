@@ -20,6 +20,7 @@ WRITERS = {
     "align bundle": "align {bundle} --data {folder} --output {target}",
     "align world": "align {world} --data {folder} --output {target}",
     "profile": "profile {bundle} --output {target}",
+    "web": "web {bundle} --output {target}",
     "eval": "eval {world} --data {folder} --output {target}",
     "collect": "world collect {target}",
     "import": "world import {target} --videos {folder} --actions noop,left --size 36x48",

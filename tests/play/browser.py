@@ -88,12 +88,12 @@ class Tab:
 
 
 @contextmanager
-def browser(folder: Path) -> Iterator[Tab]:
-    """A tab of a browser of its own."""
+def browser(folder: Path, *further: str) -> Iterator[Tab]:
+    """A tab of a browser of its own, perhaps with further flags."""
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--mute-audio"]
     flags += ["--remote-allow-origins=*", "--no-first-run", f"--user-data-dir={folder}"]
     process = subprocess.Popen(
-        [str(CHROMIUM), *flags, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [str(CHROMIUM), *flags, *further, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         yield from _tab(folder)

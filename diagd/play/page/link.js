@@ -40,7 +40,8 @@ export class Link extends EventTarget {
     let start = 4 + length;
     header.parts = header.sizes.map((size) => {
       start += size;
-      return new Uint8Array(data, start - size, size);
+      const bytes = new Uint8Array(data, start - size, size);
+      return header.type ? new Blob([bytes], { type: header.type }) : bytes;
     });
     this.tell(header.kind, header);
   }

@@ -1,9 +1,10 @@
-// The page: what the server says becomes what is seen, what is clicked becomes what the server is told.
+// The page: what the link says becomes what is seen, what is clicked becomes what it is told. Behind the link is a
+// server or a worker of this page; nothing else differs between the two.
 
-import { Figures, label } from "/figures.js";
-import { Keys } from "/keys.js";
-import { Link } from "/link.js";
-import { Screen } from "/screen.js";
+import { Figures, label } from "./figures.js";
+import { Keys } from "./keys.js";
+import { Link } from "./link.js";
+import { Screen } from "./screen.js";
 
 const at = (id) => document.getElementById(id);
 const link = new Link(), figures = new Figures();
@@ -43,8 +44,8 @@ function showKeys(controls) {
   at("keys").replaceChildren(...cells);
 }
 
-async function showGallery({ parts, type }) {
-  const pictures = await Promise.all(parts.map((part) => createImageBitmap(new Blob([part], { type }))));
+async function showGallery({ parts }) {
+  const pictures = await Promise.all(parts.map((part) => createImageBitmap(part)));
   at("gallery").replaceChildren(...pictures.map((picture, number) => {
     const canvas = Object.assign(document.createElement("canvas"), { width: picture.width, height: picture.height });
     canvas.getContext("2d").drawImage(picture, 0, 0);
@@ -98,6 +99,10 @@ link.addEventListener("welcome", ({ detail }) => {
   link.picture = detail;
   status("live", "connected");
   at("screen").focus();
+});
+link.addEventListener("loading", ({ detail }) => {
+  const megabytes = `${(detail.done / 1e6).toFixed(1)} of ${(detail.total / 1e6).toFixed(1)} MB`;
+  status("", "loading", detail.done < detail.total ? `Loading the world: ${megabytes}` : "Starting the world…");
 });
 link.addEventListener("waiting", ({ detail }) => status("", "waiting", `Somebody is playing. You are number ${detail.place} in the queue.`));
 link.addEventListener("lost", ({ detail }) => status("lost", "disconnected", detail.reason ?? "The connection was lost. Trying again…"));

@@ -23,7 +23,7 @@ export class Screen {
   }
 
   async take(update) {
-    const pictures = await Promise.all(update.parts.map((part) => createImageBitmap(new Blob([part], { type: update.type }))));
+    const pictures = await Promise.all(update.parts.map((part) => createImageBitmap(part)));
     const now = performance.now(), span = Math.min(1000, now - this.last);
     this.last = now;
     for (const { picture } of this.queue) picture.close();

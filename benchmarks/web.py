@@ -1,0 +1,159 @@
+"""A world in a web page beside Python: frames a second in one run, and whether the tokens are the same.
+
+    python -m benchmarks.web crafter-3m.diagd --precision fp32 --frames 96
+
+Headless Chromium and the processor decode the same frames, one thread each, in turns of a few frames,
+so that other work on the machine disturbs both alike; wall time, without pictures, behind frames that are
+not counted (a browser compiles while it runs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from diagd.bundle import Bundle
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.progress import Progress
+from diagd.runtime.load import open_session
+from diagd.runtime.session import Session
+from diagd.runtime.strategy import parse_decoder
+from diagd.web.folder import WORLD, write_page
+from diagd.web.runtime import runtime_files
+from diagd.web.server import server
+from tests.play.browser import Tab, browser
+
+DECODERS = ("next token", "k=1 serial", "k=1 chained", "jacobi")
+TURN, WARM = 8, 24  # frames
+AHEAD = 8  # frames that may have begun when the last one is complete
+SEED = 7
+OPEN = """(async () => {
+  const { World } = await import("./world.js");
+  globalThis.world = await World.open(location.href);
+  globalThis.begin = async (decoder, ids) => {
+    const { spec, session } = world, prompt = spec.prompts[0];
+    session.start(prompt, prompt.map(() => spec.rest));
+    await session.follow((frame) => ids[frame - prompt.length], { ...spec.settings, seed: %d });
+    globalThis.decode = world.strategy(decoder);
+  };
+  globalThis.turn = async (frames) => {
+    const began = performance.now(), made = [], { session } = world;
+    for (let n = 0; n < frames; n++) {
+      await decode(session);
+      made.push(session.frames[session.known - 1].tokens);
+    }
+    return [performance.now() - began, made.map((tokens) => [...tokens])];
+  };
+})()"""
+
+
+@dataclass
+class Count:
+    """What one side decoded."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def measure(tab: Tab, session: Session, told: dict, decoder: str, frames: int) -> dict[str, Count]:
+    """Decode so many frames on both sides in turns."""
+    manifest, counts = session.manifest, {"page": Count(), "Python": Count()}
+    random, (first, *_) = np.random.default_rng(0), told["rest"]
+    names = manifest.actions.slots[0].names if manifest.actions else ()
+    ids = random.integers(first, first + len(names), (frames + WARM + AHEAD, 1)).astype(np.int32)
+    tab.evaluate(f"begin({decoder!r}, {ids.tolist()})")
+    prompt = np.array(told["prompts"][0], np.int32).reshape(-1, manifest.layout.rows, manifest.layout.columns)
+    session.start(prompt, np.tile(told["rest"], (len(prompt), 1)))
+    made = session.frames(parse_decoder(decoder, manifest), iter(ids), seed=SEED)
+
+    def in_page(count: int) -> tuple[float, list[list[int]]]:
+        spent, tokens = tab.evaluate(f"turn({count})")
+        return spent / 1e3, tokens
+
+    def here(count: int) -> tuple[float, list[list[int]]]:
+        began = time.perf_counter()
+        tokens = [next(made).tokens for _ in range(count)]
+        return time.perf_counter() - began, [one.reshape(-1).tolist() for one in tokens]
+
+    sides: dict[str, Callable[[int], tuple[float, list[list[int]]]]] = {"page": in_page, "Python": here}
+    for at in range(0, WARM + frames, TURN):
+        for name, side in sides.items():
+            seconds, tokens = side(TURN)
+            counts[name].tokens += tokens
+            counts[name].seconds += seconds if at >= WARM else 0.0
+    return counts
+
+
+def rows(page: Path, bundle: Bundle, frames: int) -> Iterator[tuple[str, ...]]:
+    """A row for each decoder."""
+    told = json.loads((page / WORLD).read_text())
+    served = server(page, 0)
+    thread = threading.Thread(target=served.serve_forever)
+    thread.start()
+    folder = tempfile.TemporaryDirectory()
+    try:
+        with open_session(bundle, cpu=CpuOptions(1)) as session, browser(Path(folder.name)) as tab:
+            tab.open(f"http://127.0.0.1:{served.server_port}/style.css")
+            tab.until("document.body.textContent.includes('--ground')")
+            tab.evaluate(OPEN % SEED)
+            for decoder in DECODERS:
+                counts = measure(tab, session, told, decoder, frames)
+                page_rate, rate = (frames / counts[name].seconds for name in ("page", "Python"))
+                same = [a == b for a, b in zip(counts["page"].tokens, counts["Python"].tokens, strict=True)]
+                equal = same.index(False) if False in same else len(same)
+                yield (
+                    decoder,
+                    f"{page_rate:.1f}",
+                    f"{rate:.1f}",
+                    f"{page_rate / rate:.2f}",
+                    f"{equal} of {len(same)}",
+                )
+    finally:
+        served.shutdown()
+        thread.join()
+        served.server_close()
+        folder.cleanup()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--precision", help="of the step graph")
+    parser.add_argument("--runtime", type=Path, help="archive or folder of onnxruntime-web")
+    parser.add_argument("--frames", type=int, default=96)
+    args = parser.parse_args()
+    console, bundle = Console(width=120), Bundle.open(args.bundle)
+    with tempfile.TemporaryDirectory() as work:
+        made = write_page(
+            bundle,
+            Path(work) / "page",
+            lambda: runtime_files(args.runtime, Progress(console)),
+            precision=args.precision,
+        )
+        bundle = bundle.at_precision(made.precision)
+        table = Table(
+            "decoder",
+            "page, frames/s",
+            "Python, frames/s",
+            "page / Python",
+            "frames equal, from the first on",
+        )
+        for row in rows(made.path, bundle, args.frames):
+            table.add_row(*row)
+        console.print(f"{bundle.manifest.name} {made.precision}: {made.download / 1e6:.2f} MB to load", table)
+
+
+if __name__ == "__main__":
+    main()

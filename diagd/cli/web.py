@@ -1,0 +1,86 @@
+"""``diagd web``: a bundle as a page that any host serves."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from diagd.cli import terminal
+from diagd.cli.options import Verb
+from diagd.options import FLAG, OPTIONS, File, Flag
+from diagd.progress import Progress
+
+EXAMPLES = """examples:
+  diagd web crafter-3m.diagd --output page --serve
+  diagd web --output page --runtime onnxruntime-web-1.30.0.tgz
+
+The folder is static: copy it to any host. What hosts should send, and what a browser loads: docs/web.md.
+"""
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class WebOptions:
+    """What becomes a page, and where."""
+
+    output: Annotated[File, FLAG] = Field(description="folder of the page: absent, empty or an earlier page")
+    bundle: Annotated[File | None, Flag(positional=True, count="?")] = Field(
+        default=None, description="default: crafter-3m, which comes with diagd"
+    )
+    precision: Annotated[str | None, FLAG] = Field(
+        default=None,
+        description="of the step graph (default: int8-dynamic, or for WebGPU int8-weight, if it is there)",
+    )
+    runtime: Annotated[File | None, FLAG] = Field(
+        default=None, description="archive or folder of onnxruntime-web (default: fetched once from npm)"
+    )
+    webgpu: Annotated[bool, FLAG] = Field(default=False, description="decode on the GPU in browsers that can")
+    serve: Annotated[bool, FLAG] = Field(
+        default=False, description="serve the page to this machine's browsers"
+    )
+    port: Annotated[int, FLAG] = Field(default=8766, ge=0, le=65535, description="of --serve; 0 for any")
+    window: int | None = Field(
+        default=None, description="frames that a token may see (default: the model's context)"
+    )
+
+
+def run(options: WebOptions) -> int:
+    """Write the page, and serve it where that is asked for."""
+    from diagd.bundle import Bundle
+    from diagd.play.opening import SHIPPED
+    from diagd.web.folder import write_page
+    from diagd.web.runtime import runtime_files
+
+    console = terminal.console()
+    bundle = Bundle.open(options.bundle or SHIPPED)
+    page = write_page(
+        bundle,
+        options.output,
+        lambda: runtime_files(options.runtime, Progress(console)),
+        precision=options.precision,
+        window=options.window,
+        webgpu=options.webgpu,
+        progress=Progress(console),
+    )
+    console.print(
+        f"{bundle.manifest.name} {page.precision}: {page.path}, a browser loads {page.download / 1e6:.2f} MB"
+    )
+    if options.serve:
+        _serve(options.output, options.port)
+    return 0
+
+
+def _serve(folder: Path, port: int) -> None:
+    from diagd.web.server import server
+
+    with server(folder, port) as serving, suppress(KeyboardInterrupt):
+        sys.stdout.write(f"http://127.0.0.1:{serving.server_port}/\nCtrl-C ends it.\n")
+        sys.stdout.flush()
+        serving.serve_forever()
+
+
+VERB = Verb(WebOptions, run, EXAMPLES)

@@ -1,0 +1,200 @@
+// A stream of frames over an engine, decoded pass by pass: diagd/runtime/session.py and stream.py in one.
+
+import { draw } from "./sampler.js";
+import { Layout, feed, range } from "./schedule.js";
+import { SlidingAbsolute, SlidingRotary, SlotRing, VOID } from "./slots.js";
+
+export class Session {
+  constructor(spec, engine) {
+    const layout = new Layout(spec.layout), ring = new SlotRing(spec.capacity, spec.in_sight);
+    Object.assign(this, { spec, engine, layout, ring, width: spec.max_width, keepSeeds: false, draws: true, forced: null });
+    this.context = new (spec.context.kind === "rotary" ? SlidingRotary : SlidingAbsolute)(spec, layout, ring, engine);
+    this.go([], 0);
+  }
+
+  // Be where some frames are known, of which so many were given; K/V rows are built again when a run begins.
+  go(frames, prompt) {
+    Object.assign(this, { frames, known: frames.length, begun: frames.length, prompt, origin: 0, fed: 0, rejected: null, moved: true });
+  }
+
+  // Take back all but so many frames.
+  rewind(known) {
+    this.frames = this.frames.slice(0, known);
+    this.known = this.begun = known;
+    this.prompt = Math.min(this.prompt, known);
+    this.fed = Math.min(this.fed, this.lastCell(known - 1));
+  }
+
+  // Take a prompt: ids of the cells of each frame, and of the known tokens that lead to it.
+  start(frames, actions) {
+    const { before, gap } = this.layout;
+    this.go(frames.map((tokens, n) => this.made(tokens, actions?.[n]?.slice(-(n ? gap : before)) ?? [])), frames.length);
+  }
+
+  made(tokens, led) { return { tokens: Int32Array.from(tokens), led: Int32Array.from(led), order: null, origin: 0 }; }
+
+  lastCell(frame) { return this.layout.firstCell(frame) + this.layout.cells - 1; }
+
+  // Begin a run: `act(frame)` gives the ids that lead to a frame when it begins, or null where there are no more.
+  async follow(act, rules) {
+    const { minimum_temperature: least, keep_crossing: keepCrossing } = this.spec;
+    const temperature = rules.temperature && Math.max(rules.temperature, least);
+    Object.assign(this, { act, rules: { temperature, topK: rules.top_k, topP: rules.top_p, seed: rules.seed, keepCrossing } });
+    this.begun = this.prepared = this.known;
+    this.frames.length = this.known;
+    this.rejected = null;
+    if (this.moved || !this.context.holds(this.known)) await this.rebuild();
+    else this.ring.rewind(this.fed);
+    this.moved = false;
+  }
+
+  begin() {
+    const led = this.act(this.begun), { cells, gap } = this.layout;
+    if (led === null) return false;
+    const past = this.forced?.[this.begun];
+    this.frames[this.begun] = this.made(past?.tokens ?? new Int32Array(cells), gap ? led.slice(-gap) : []);
+    if (this.begun === this.known) this.origin = this.begun;
+    this.begun++;
+    return true;
+  }
+
+  complete(order) {
+    Object.assign(this.frames[this.known], { order, origin: this.origin });
+    this.fed = this.lastCell(this.known++);
+  }
+
+  // The id at a position of the stream.
+  id(position) {
+    const { prefix, before, cells, frameLength, prefix_tokens: tokens } = this.layout;
+    if (position < prefix) return tokens[position] ?? 0;
+    const frame = Math.floor((position - prefix) / frameLength), cell = ((position - prefix) % frameLength) - before;
+    if (cell >= cells) return this.frames[frame + 1].led[cell - cells];
+    const { led, tokens: ids } = this.frames[frame];
+    return cell < 0 ? led[led.length + cell] : ids[cell];
+  }
+
+  write(position, id) {
+    const { prefix, before, frameLength } = this.layout, at = position - prefix;
+    this.frames[Math.floor(at / frameLength)].tokens[(at % frameLength) - before] = id;
+  }
+
+  rangeOf(sink) {
+    const { ranges } = this.spec, { prefix, before, frameLength } = this.layout;
+    return ranges[((sink - prefix - before) % frameLength) % ranges.length];
+  }
+
+  // Run passes and draw what they predict; the ids are the stream's unless `commit` is false.
+  async run(passes, commit = true) {
+    if (this.rejected !== null) this.ring.rewind(this.rejected);
+    this.rejected = null;
+    while (this.prepared < this.begun) {
+      const first = Math.min(...passes.flat().map((row) => row[1]));
+      const refill = await this.context.advance(this.prepared++, first);
+      if (refill) await this.refill(refill);
+    }
+    const starts = this.ring.take(passes.map((rows) => rows.length)), drawn = [];
+    for (let n = 0; n < passes.length; n++) drawn.push(...(await this.pass(passes[n], starts[n], commit)));
+    return drawn;
+  }
+
+  async pass(rows, start, commit) {
+    const { ring } = this, decoded = [], sinks = [];
+    const positions = rows.map((row) => row[1] - ring.base), ids = rows.map((row) => this.id(row[0]));
+    rows.forEach((row, n) => {
+      if (row[2] >= 0 && this.draws) sinks.push(row[2]) && decoded.push(n);
+      ring.positions[start + n] = positions[n];
+    });
+    ring.wrote(start, rows.length);
+    await this.engine.step({ ids, positions, decoded, slots: ring.positions, live: ring.live, start });
+    rows.forEach(([source, position, sink], n) => { // a seed, which stood in for another token, is never seen again
+      if (sink >= 0 && source !== position && !this.keepSeeds) ring.positions[start + n] = VOID;
+    });
+    const drawn = sinks.map((sink, n) => draw(this.engine.logits(n), this.rangeOf(sink), sink, this.rules));
+    if (commit) drawn.forEach((id, n) => this.write(sinks[n], id));
+    return drawn;
+  }
+
+  async refill({ sources, positions }) {
+    await this.run(feed(sources, positions, this.width));
+  }
+
+  // Decode again what is known, its tokens given, as far back as rows in the window depend on it.
+  async rebuild() {
+    const past = this.frames.slice(), { known, act, layout } = this;
+    const { first, behind } = this.context.replay(known, this.prompt);
+    if (known === this.prompt) return void (this.fed = 0);
+    Object.assign(this, { forced: past, draws: false });
+    try {
+      const prefix = range(0, layout.prefix), { base } = this.ring;
+      if (first && prefix.length) await this.refill({ sources: prefix, positions: prefix.map((p) => p + base) });
+      await this.context.resume(first);
+      this.frames.length = this.known = this.begun = this.prepared = behind;
+      this.fed = first ? layout.frameStart(first) : 0;
+      while (this.known < known) {
+        const { order, origin } = past[this.known];
+        let end = this.known;
+        while (end < known && past[end].order === order && past[end].origin === origin) end++;
+        this.act = (frame) => (frame < end ? past[frame].led : null);
+        while (this.known < end) await (order ? scheduled(order) : raster)(this);
+      }
+    } finally {
+      Object.assign(this, { act, forced: null, draws: true });
+    }
+  }
+}
+
+// Passes over a frame whose tokens are given; what is drawn at its cells is not the stream's.
+export async function raster(session) {
+  if (!session.begin()) return [];
+  const start = session.layout.firstCell(session.begun - 1), rows = [];
+  for (let p = session.fed; p < session.lastCell(session.begun - 1); p++) rows.push([p, p, p < start - 1 ? -1 : p + 1]);
+  const passes = range(0, Math.ceil(rows.length / session.width)).map((n) => rows.slice(n * session.width, (n + 1) * session.width));
+  const drawn = await session.run(passes, false);
+  session.complete(null);
+  return drawn;
+}
+
+// Decodes by a schedule until one more frame is known; false: the run has no more. Gives the number of passes.
+export const scheduled = (schedule) => async (session) => {
+  const { d, steps } = schedule;
+  if (session.begun === session.known && !session.begin()) return 0;
+  session.keepSeeds = schedule.keepSeeds;
+  const done = session.known - session.origin, last = done * d + steps;
+  let first = done ? last - d : 0, count = 0;
+  while (first < last) {
+    let begins = (session.begun - session.origin) * d; // pass at which the next frame would begin
+    if (begins === first && session.begin()) begins += d;
+    const end = begins > first ? Math.min(begins, last) : last, fed = done ? null : session.fed;
+    const passes = schedule.passes(session.origin, session.begun - session.origin, first, end, session.width, fed);
+    await session.run(passes);
+    [first, count] = [end, count + passes.length];
+  }
+  session.complete(schedule);
+  return count;
+};
+
+// Next-token prediction in few passes: guesses are verified in a window, and kept up to the first that came out wrong.
+export const jacobi = (policy, window = null) => async (session) => {
+  if (!session.begin()) return 0;
+  const frame = session.frames[session.begun - 1], { cells } = session.layout, start = session.layout.firstCell(session.begun - 1);
+  frame.tokens.set(session.frames[session.known - 1].tokens);
+  session.keepSeeds = false;
+  let unfed = start - 1 - session.fed, decided = 0, count = 0;
+  if (unfed > Math.min(session.width - 1, session.layout.gap)) {
+    const known = range(session.fed, start - 1), passes = feed(known, known, session.width);
+    await session.run(passes);
+    [unfed, count] = [0, passes.length];
+  }
+  while (decided < cells) {
+    const began = performance.now(), most = Math.min(cells - decided, session.width - unfed);
+    const rows = window ? Math.min(most, window) : policy.choose(most, unfed), first = start + decided - 1;
+    const guesses = frame.tokens.slice(decided, decided + rows);
+    const drawn = await session.run([range(first - unfed, first + rows).map((p) => [p, p, p < first ? -1 : p + 1])]);
+    const wrong = drawn.findIndex((id, n) => id !== guesses[n]), kept = wrong < 0 ? rows : wrong + 1;
+    policy.add(rows, kept, unfed + rows, performance.now() - began);
+    [decided, unfed, count] = [decided + kept, 0, count + 1];
+    if (kept < rows) session.rejected = start + decided - 1;
+  }
+  session.complete(null);
+  return count;
+};

@@ -1,0 +1,108 @@
+"""Where a page is written, of what, and by which runtime."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diagd.bundle import Bundle
+from diagd.bundle.manifest import Manifest
+from diagd.cli.main import main
+from diagd.errors import UsageError
+from diagd.progress import Progress
+from diagd.web.folder import write_page
+from diagd.web.runtime import DIGESTS, VERSION, runtime_files
+from tests.web.conftest import Serve
+
+
+def nothing() -> dict[str, bytes]:
+    raise AssertionError("no runtime is needed to refuse")
+
+
+def test_a_folder_of_something_else_is_refused_and_a_users_file_stays(
+    world: Path, runtime: dict[str, bytes], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "index.html").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        write_page(Bundle.open(world), other, nothing)
+    assert [file.name for file in other.iterdir()] == ["index.html"]
+    page = write_page(Bundle.open(world), tmp_path / "page", lambda: runtime).path
+    (page / "CNAME").write_text("play.example")
+    (page / "style.css").write_text("old")
+    again = write_page(Bundle.open(world), page, lambda: runtime)
+    assert (page / "CNAME").read_text() == "play.example"
+    assert "--ground" in (page / "style.css").read_text()
+    names = {file.name for file in page.iterdir()}
+    assert names == {*again.sizes, "CNAME"}
+
+
+def test_a_page_has_the_window_and_precision_asked_for(page: Path, world: Path, tmp_path: Path) -> None:
+    told = json.loads((page / "world.json").read_text())
+    assert told["record"]["bundle"] == Bundle.open(world).digest
+    assert (told["record"]["precision"], told["record"]["window"], told["window"]) == ("fp32", 4, 4)
+    with pytest.raises(UsageError, match="window 9"):
+        write_page(Bundle.open(world), tmp_path / "page", nothing, window=9)
+    with pytest.raises(UsageError, match="no int4 graph"):
+        write_page(Bundle.open(world), tmp_path / "page", nothing, precision="int4")
+    assert not (tmp_path / "page").exists()
+
+
+def test_what_a_page_cannot_play_is_refused(world: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(world)
+
+    def altered(**changes: object) -> Bundle:
+        return replace(bundle, manifest=Manifest.model_copy(bundle.manifest, update=changes))
+
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        write_page(altered(tokenizer=None), tmp_path / "page", nothing)
+    graph = bundle.manifest.graphs[0]
+    with pytest.raises(UsageError, match="int8; a page takes float32"):
+        write_page(
+            altered(graphs=(graph.model_copy(update={"cache_dtype": "int8"}),)), tmp_path / "page", nothing
+        )
+
+
+def test_a_runtime_is_taken_from_a_folder_and_checked(runtime: dict[str, bytes], tmp_path: Path) -> None:
+    dist = tmp_path / "onnxruntime-web" / "dist"
+    dist.mkdir(parents=True)
+    for name, content in runtime.items():
+        (dist / name).write_bytes(content)
+    assert runtime_files(tmp_path / "onnxruntime-web", Progress()) == runtime
+    with tarfile.open(tmp_path / "runtime.tgz", "w") as archive:
+        archive.add(tmp_path / "onnxruntime-web", "package")
+    assert runtime_files(tmp_path / "runtime.tgz", Progress()).keys() == DIGESTS.keys()
+    (dist / next(iter(DIGESTS))).write_bytes(b"other")
+    with pytest.raises(UsageError, match=f"onnxruntime-web {VERSION}"):
+        runtime_files(tmp_path / "onnxruntime-web", Progress())
+    (tmp_path / "none").write_text("no archive")
+    with pytest.raises(UsageError, match="expected the archive"):
+        runtime_files(tmp_path / "none", Progress())
+
+
+def test_the_command_says_what_a_browser_loads(
+    world: Path, runtime: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in runtime.items():
+        (tmp_path / name).write_bytes(content)
+    command = ["web", str(world), "--output", str(tmp_path / "page"), "--runtime", str(tmp_path)]
+    assert main(command) == 0
+    loaded = re.search(r"a browser loads (\d+\.\d\d) MB", capsys.readouterr().out)
+    assert loaded is not None
+    files = [file for file in (tmp_path / "page").iterdir() if not file.name.startswith("encoder.")]
+    assert float(loaded[1]) == pytest.approx(sum(file.stat().st_size for file in files) / 1e6, abs=0.005)
+
+
+def test_the_server_isolates_the_page(page: Path, serve: Serve) -> None:
+    with serve(page) as url, urllib.request.urlopen(f"{url}engine.js") as answer:
+        assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+        assert answer.headers["Content-Type"] == "text/javascript"
+        assert answer.read() == (page / "engine.js").read_bytes()

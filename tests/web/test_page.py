@@ -1,0 +1,150 @@
+"""The page in a browser: played, recorded, on a phone, isolated, on a GPU."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.bundle import Bundle
+from diagd.play.game import replay
+from diagd.play.opening import SHIPPED, GameOptions, open_replay
+from diagd.web.folder import write_page
+from tests.play.browser import CHROMIUM, Tab, browser
+from tests.play.test_page import CHANGE, KNOWN, LIVE, PIXELS, TOUCH, click, marked, picture
+from tests.web.conftest import Serve
+
+MAX_BYTES = 8_000_000
+
+
+def enter(tab: Tab, url: str) -> None:
+    tab.open(url)
+    tab.until(LIVE)
+    tab.until(f"{KNOWN} >= 1")
+
+
+def test_what_is_played_is_played_again_by_python(
+    tab: Tab, page: Path, world: Path, serve: Serve, tmp_path: Path
+) -> None:
+    tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    with serve(page) as url:
+        tab.resize(1280, 900)
+        enter(tab, url)
+        tab.until(f"{KNOWN} > 20")
+        click(tab, "[value=step]")
+        tab.evaluate("document.getElementById('screen').focus()")
+        known = tab.evaluate(KNOWN)
+        tab.key("ArrowLeft", down=True)
+        tab.until(f"{KNOWN} > {known + 3}")
+        tab.key("ArrowLeft", down=False)
+        click(tab, "[value=pause]")
+        tab.key("KeyB", down=True)
+        back = marked(tab, 1)
+        here, known = tab.evaluate(PIXELS), tab.evaluate(KNOWN)
+        click(tab, "[data-frames='10']")
+        tab.until(f"{KNOWN} === {known - 10}")
+        for name, value in (("decoder", "diagonal"), ("d", "chained"), ("temperature", "0.8"), ("seed", "9")):
+            tab.evaluate(CHANGE.format(name, value))
+            tab.until(f"document.getElementById('settings').elements[{name!r}].value === {value!r}")
+        click(tab, "[value=live]")
+        tab.until(f"{KNOWN} > {known}")
+        tab.evaluate(back)
+        tab.until(f"{KNOWN} !== {known} || {PIXELS} === {here!r}")
+        tab.until(f"{KNOWN} > {known + 5}")
+        click(tab, "[value=pause]")
+        click(tab, "[data-do=audit]")
+        tab.until("document.getElementById('hud-audit').textContent.includes('frames')")
+        click(tab, "#gallery button:nth-child(2)")
+        tab.until(f"{KNOWN} === 1")
+        click(tab, "[data-do=save]")
+        tab.until("document.getElementById('error').hidden")
+        assert not tab.messages
+    record = wait_for(tmp_path / "play.ndjson")
+    game, lines = open_replay(world, record, GameOptions())
+    with game:
+        assert len(list(replay(game, lines))) > 30
+    kinds = {type(line).__name__ for _, line in lines}
+    assert kinds >= {"Start", "Settings", "Played", "Branch", "Rewind", "Visit"}
+
+
+def wait_for(file: Path) -> Path:
+    for _ in range(300):
+        if file.is_file():
+            return file
+        threading.Event().wait(0.1)
+    raise AssertionError(f"{file} never came")
+
+
+def test_the_shipped_world_is_small_and_fits_a_phone(
+    tab: Tab, runtime: dict[str, bytes], serve: Serve, tmp_path: Path
+) -> None:
+    made = write_page(Bundle.open(SHIPPED), tmp_path / "page", lambda: runtime)
+    assert made.precision == "int8-dynamic"
+    assert made.download <= MAX_BYTES
+    assert sum(file.stat().st_size for file in made.path.iterdir()) <= MAX_BYTES
+    with serve(made.path) as url:
+        tab.resize(360, 780, mobile=True)
+        enter(tab, url)
+        tab.evaluate(TOUCH)
+        tab.until(f"{KNOWN} >= 3")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+        assert tab.evaluate("document.getElementById('name').textContent") == "crafter-3m"
+        assert tab.evaluate("document.querySelectorAll('#gallery button').length") == 12
+        tab.screenshot(tmp_path / "shot.png")
+        shot = picture((tmp_path / "shot.png").read_bytes())
+        assert len(np.unique(shot.reshape(-1, 3), axis=0)) > 100
+        assert not tab.messages
+
+
+@pytest.mark.parametrize("headers", [True, False], ids=["headers", "service worker"])
+def test_threads_where_the_page_is_isolated(tab: Tab, page: Path, serve: Serve, headers: bool) -> None:
+    if headers:
+        with serve(page) as url:
+            enter(tab, f"{url}?threads=2")
+            assert tab.evaluate("crossOriginIsolated")
+            tab.until(f"{KNOWN} >= 3")
+            return
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(page))
+    ) as plain:
+        thread = threading.Thread(target=plain.serve_forever)
+        thread.start()
+        try:
+            enter(tab, f"http://127.0.0.1:{plain.server_port}/?threads=2")
+            tab.until("crossOriginIsolated")
+            tab.until(f"{KNOWN} >= 3")
+        finally:
+            plain.shutdown()
+            thread.join()
+
+
+@pytest.mark.slow
+def test_a_frame_on_webgpu_is_that_of_wasm(
+    page: Path, world: Path, runtime: dict[str, bytes], serve: Serve, tmp_path: Path
+) -> None:
+    """On a device in software; 20 passes of a second each, about."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    made = write_page(Bundle.open(world), tmp_path / "page", lambda: runtime, webgpu=True)
+    flags = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+    frame = (
+        "(async () => { const { World } = await import('./world.js');"
+        "const world = await World.open(location.href);"
+        "const { session, spec } = world; session.start(spec.prompts[0], [spec.rest]);"
+        "await session.follow(() => spec.rest, { ...spec.settings, temperature: 1, seed: 3 });"
+        "await world.strategy('k=1 serial')(session);"
+        "return [world.runtime.constructor.name, [...session.frames[1].tokens]]; })()"
+    )
+    found = {}
+    with browser(tmp_path / "browser", *flags) as tab:
+        for folder in (made.path, page):
+            with serve(folder) as url:
+                tab.open(f"{url}style.css")
+                tab.until("document.body.textContent.includes('--ground')")
+                name, found[folder] = tab.evaluate(frame)
+                assert name == ("GpuRuntime" if folder == made.path else "Runtime")
+    assert found[made.path] == found[page]

@@ -1,0 +1,222 @@
+"""What the page decodes, against Python's tokens: the same schedules, slots, noise and draws."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import diagd
+from diagd.bundle import Bundle
+from diagd.engines.engine import SamplingState
+from diagd.engines.noise import noise_rows
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.sampler import sample
+from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
+from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.session import Session
+from diagd.runtime.strategy import parse_decoder
+from diagd.schedule import Schedule, StreamLayout
+from diagd.schedule.seeds import RowSeed
+from diagd.web.folder import write_page
+from tests.models import small_family
+from tests.oracles.models import small_model
+from tests.play.browser import Tab
+from tests.web.conftest import Serve
+
+FRAMES = 48
+DECODE = """(async () => {{
+  const {{ World }} = await import("./world.js");
+  const world = await (globalThis.world ??= World.open(location.href));
+  const {{ spec, session }} = world, prompt = spec.prompts[0], ids = {ids}, frames = [];
+  session.start(prompt, prompt.map(() => spec.rest));
+  await session.follow((frame) => ids[frame - prompt.length] ?? null, {settings});
+  const strategy = world.strategy("{decoder}");
+  while (frames.length < ids.length) {{
+    await strategy(session);
+    frames.push([...session.frames[session.known - 1].tokens]);
+  }}
+  return {{ frames, base: session.ring.base, slots: session.ring.live }};
+}})()"""
+PICTURES = """(async () => {{
+  const {{ Game }} = await import("./game.js"), game = new Game(await globalThis.world), digests = [];
+  game.window = [];
+  for (const tokens of {frames}) {{
+    const bytes = (await game.show(tokens)).flatMap(({{ data }}) => [...data.filter((_, n) => n % 4 < 3)]);
+    const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", Uint8Array.from(bytes)));
+    digests.push([...digest].map((byte) => byte.toString(16).padStart(2, "0")).join(""));
+  }}
+  return digests;
+}})()"""
+DRAW = """(async () => {{
+  const {{ draw, words, exponential }} = await import("./sampler.js"), lowest = -Infinity;
+  const all = Array.from({{ length: 40 }}, (_, id) => id);
+  const noise = (seed, at) => all.map((id) => exponential(words(seed, at, id >> 2)[id & 3]));
+  const floats = (row) => Float32Array.from(row.map((logit) => logit ?? lowest));
+  return {{
+    noise: {places}.map(([seed, at]) => noise(seed, at)),
+    ids: {cases}.map(([row, range, at, rules]) => draw(floats(row), range, at, rules)),
+  }};
+}})()"""
+PASSES = """(async () => {{
+  const {{ Layout, Schedule }} = await import("./schedule.js");
+  const order = (layout, name, base) => Schedule.parse(name, new Layout(layout), base);
+  return {cases}.map(([layout, name, base, ...given]) => order(layout, name, base).passes(...given));
+}})()"""
+
+
+def visit(tab: Tab, url: str) -> None:
+    """Be at a page's address, where nothing runs by itself."""
+    tab.open(f"{url}style.css")
+    tab.until("document.body.textContent.includes('--ground')")
+
+
+@pytest.fixture(scope="module")
+def scripts(tab: Tab, page: Path, serve: Serve) -> Iterator[Tab]:
+    with serve(page) as url:
+        visit(tab, url)
+        yield tab
+
+
+@pytest.fixture(scope="module")
+def session(world: Path) -> Iterator[Session]:
+    with diagd.load(world) as session:
+        yield session
+
+
+def compare(tab: Tab, page: Path, session: Session, decoder: str, temperature: float) -> dict[str, Any]:
+    """Decode in the page and here; what the page says of its slots."""
+    manifest, told = session.manifest, json.loads((page / "world.json").read_text())
+    prompt = np.array(told["prompts"][0], np.int32).reshape(-1, manifest.layout.rows, manifest.layout.columns)
+    rest, random = told["rest"], np.random.default_rng(3)
+    first = rest[0] if rest else 0
+    ids = random.integers(first, first + 5, (FRAMES, len(rest or ()))).astype(np.int32)
+    session.start(prompt, np.tile(rest, (len(prompt), 1)) if rest else None)
+    settings = {"temperature": temperature, "top_k": 0, "top_p": 0.9, "seed": 11}
+    sampling, actions = SamplingSettings(temperature, 0, 0.9), ids if rest else None
+    made = session.frames(parse_decoder(decoder, manifest), actions, count=FRAMES, sampling=sampling, seed=11)
+    expected = [frame.tokens.reshape(-1).tolist() for frame in made]
+    given = {"ids": ids.tolist(), "settings": json.dumps(settings), "decoder": decoder}
+    found = tab.evaluate(DECODE.format(**given))
+    assert found["frames"] == expected
+    assert len({tuple(frame) for frame in expected}) > FRAMES // 2  # of a world that moves
+    assert found["slots"] <= told["capacity"]
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "decoder", ["k=1 serial", "k=1 chained", "k=2 d=9 seeds=above", "next token", "jacobi", "jacobi window=5"]
+)
+def test_tokens_are_pythons(
+    scripts: Tab, page: Path, session: Session, decoder: str, temperature: float
+) -> None:
+    found = compare(scripts, page, session, decoder, temperature)
+    assert found["base"] > 0  # keys were turned back
+
+
+def test_noise_and_draws_are_pythons_to_the_bit(scripts: Tab) -> None:
+    random = np.random.default_rng(0)
+    places = [[seed, at] for seed in (0, 5, 2**52 + 12345) for at in (0, 77, 2**31 + 5, 2**33 + 9)]
+    cases, expected = [], []
+    for _ in range(300):
+        ids = int(random.choice([40, 600]))
+        row = (random.normal(size=ids) * random.choice([0.3, 2, 6])).astype(np.float32)
+        if random.random() < 0.3:
+            row = np.round(row)
+        row[random.random(ids) < 0.1] = -np.inf
+        low, high = int(random.integers(0, 5)), ids - int(random.integers(0, 9))
+        row[low] = 0
+        rules = {
+            "temperature": float(random.choice([0, 0.3, 1, 1.7])),
+            "topK": int(random.choice([0, 0, 1, 5, 30])),
+            "topP": float(random.choice([1, 0.95, 0.5, 0.01])),
+            "seed": int(random.integers(0, 2**53)),
+            "keepCrossing": bool(random.random() < 0.5),
+        }
+        at = int(random.integers(0, 2**34))
+        state = SamplingState(rules["temperature"], rules["topK"], rules["topP"], rules["seed"])
+        bounds = {"low": np.array([low], np.int32), "high": np.array([high], np.int32)}
+        drawn = sample(row[None], np.array([at]), state, **bounds, keep_crossing=rules["keepCrossing"])
+        expected.append(int(drawn[0]))
+        finite = [None if np.isinf(logit) else float(logit) for logit in row]
+        cases.append([finite, [low, high], at, rules])
+    found = scripts.evaluate(DRAW.format(places=json.dumps(places), cases=json.dumps(cases)))
+    assert found["ids"] == expected
+    assert found["noise"] == [noise_rows(seed, np.array([at]), 40)[0].tolist() for seed, at in places]
+
+
+def test_tables_are_pythons(scripts: Tab) -> None:
+    random, cases, expected = np.random.default_rng(1), [], []
+    for _ in range(120):
+        rows, columns, prefix, before, after = (int(random.integers(*span)) for span in
+                                                ((1, 6), (1, 7), (0, 3), (0, 3), (0, 2)))  # fmt: skip
+        layout, k = StreamLayout(rows, columns, prefix, before, after), int(random.integers(1, columns + 1))
+        lag = int(random.integers(k * rows, columns + (rows - 1) * k + 1))
+        refeed, seed = (
+            bool(random.random() < 0.5),
+            RowSeed(str(random.choice([one.value for one in RowSeed]))),
+        )
+        order = Schedule(layout, k, lag, seed, refeed, not refeed and bool(random.random() < 0.5))
+        frames, first, width = (
+            int(random.integers(1, 6)),
+            int(random.integers(1, 4)),
+            int(random.choice([3, 5, 256])),
+        )
+        fed, steps = int(random.integers(0, layout.first_cell(first))), order.total_steps(frames)
+        table = order.table(first, frames, fed, width)
+        expected.append([
+            [list(map(int, row)) for row in zip(step.sources, step.positions, step.sinks, strict=True)]
+            for step in map(table.step, range(table.steps))
+        ])  # fmt: skip
+        base = {
+            "k": 1,
+            "d": columns + rows - 1,
+            "seeds": "previous_frame",
+            "refeed": True,
+            "keepSeeds": False,
+        }
+        shape: dict[str, Any] = {
+            "rows": rows,
+            "columns": columns,
+            "prefix": prefix,
+            "before": before,
+            "after": after,
+        }
+        cases.append([shape, order.name, base, first, frames, 0, steps, width, fed])
+    assert scripts.evaluate(PASSES.format(cases=json.dumps(cases))) == expected
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Learned positions, a prefix, no actions, and a tokenizer that compresses time."""
+    sizes = CosmosDvConfig(
+        height=16, width=32, stem_channels=4, channels=(4, 8), res_blocks=1, latent_channels=4
+    )
+    model = small_model(StreamLayout(2, 4, prefix=1), layers=1, context_frames=4, rotary=False)
+    family = replace(small_family(model), tokenizer=graphs(sizes))
+    path = tmp_path_factory.mktemp("learned") / "learned.diagd"
+    return export(family, GraphOptions(), random_sources(family, 0), path).path
+
+
+def test_a_context_that_is_fed_again_gives_pythons_tokens_and_pictures(
+    tab: Tab, learned: Path, runtime: dict[str, bytes], serve: Serve, tmp_path: Path
+) -> None:
+    page = write_page(Bundle.open(learned), tmp_path / "page", lambda: runtime).path
+    with diagd.load(learned) as session, serve(page) as url:
+        visit(tab, url)
+        for decoder in ("k=1 serial", "jacobi"):
+            found = compare(tab, page, session, decoder, 1.0)
+            assert found["base"] > 0  # slid
+        codec = PixelCodec(Bundle.open(learned), CpuOptions())
+        tokens = [np.array(frame, np.int32).reshape(2, 4) for frame in found["frames"][:4]]
+        expected = [hashlib.sha256(part.tobytes()).hexdigest() for part in codec.stream(tokens)]
+        assert tab.evaluate(PICTURES.format(frames=found["frames"][:4])) == expected
