@@ -29,6 +29,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.errors import DiagdError
 from diagd.profiling.measure import measure, random_workload
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.load import check_window, session_over, step_options, with_threads
 from diagd.schedule import Schedule
 
@@ -209,7 +210,7 @@ class Ladder:
         with session_over(bundle, engine, self.window, self.cpu) as session:
             workload = random_workload(session, 1, 2)
             for _ in range(REPEATS):
-                run = measure(session, schedule, workload, 2)
+                run = measure(session, ScheduledDecoder(schedule), workload, 2)
                 best = min(best, (run.decoded[1] - run.decoded[0]) / schedule.d)
         return best
 
@@ -220,7 +221,7 @@ class Ladder:
         with session_over(bundle, engine, self.window, self.cpu) as session:
             workload = random_workload(session, 1, 1)
             for _ in range(REPEATS):
-                run = measure(session, schedule, workload, 1)
+                run = measure(session, ScheduledDecoder(schedule), workload, 1)
                 steps = run.steps[run.chunks + 1 :]
                 best = min(best, float(np.median([step.engine for step in steps])))
         return best

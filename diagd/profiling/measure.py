@@ -1,4 +1,4 @@
-"""Runs one decoding order and keeps every time."""
+"""Runs one decoder and keeps every time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,7 @@ import numpy as np
 from diagd.engines.engine import Float, Int
 from diagd.profiling.clock import StepClock, Timeline, step_clock
 from diagd.runtime.actions import encode
-from diagd.runtime.decoders import ScheduledDecoder
+from diagd.runtime.decoders import Decoder, ScheduledDecoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session, StepTime
 from diagd.runtime.step import Result
@@ -37,21 +38,28 @@ class Measured:
     """One run. Times are of one clock (``time.perf_counter``).
 
     Attributes:
-        schedule: the order.
+        decoder: what decoded.
         timeline: stages, without overlap.
         began, ended: of the whole run.
         steps: every step; the first ``chunks`` and the one behind them feed the prompt.
+        first_steps: number of the first step of each frame.
         decoded: when each frame's last token was there.
         shown: when its picture was.
     """
 
-    schedule: Schedule
+    decoder: Decoder
     timeline: Timeline = field(default_factory=Timeline)
     began: float = 0.0
     ended: float = 0.0
     steps: list[StepTime] = field(default_factory=list)
+    first_steps: list[int] = field(default_factory=list)
     decoded: list[float] = field(default_factory=list)
     shown: list[float] = field(default_factory=list)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """Of the decoder, where it has one."""
+        return self.decoder.schedule if isinstance(self.decoder, ScheduledDecoder) else None
 
     @property
     def frames(self) -> int:
@@ -61,11 +69,18 @@ class Measured:
     @property
     def chunks(self) -> int:
         """Steps ahead of the one that decodes the first cell."""
-        return len(self.steps) - self.schedule.total_steps(self.frames)
+        return next(number for number, step in enumerate(self.steps) if step.decoded)
 
     def taken(self, frame: int) -> float:
         """When a frame's action was taken: at the start of its first step."""
-        return self.steps[self.chunks + frame * self.schedule.d].began
+        return self.steps[max(self.first_steps[frame], self.chunks)].began
+
+
+def name_of(decoder: Decoder) -> str:
+    """As it is spelled."""
+    if isinstance(decoder, ScheduledDecoder):
+        return decoder.schedule.name
+    return type(decoder).__name__.removesuffix("Decoder").lower()
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,7 @@ def random_workload(session: Session, prompt: int, frames: int, seed: int = 0) -
 
 def measure(
     session: Session,
-    schedule: Schedule,
+    decoder: Decoder,
     workload: Workload,
     frames: int,
     pixels: PixelCodec | None = None,
@@ -108,27 +123,26 @@ def measure(
 
     Args:
         session: what is measured.
-        schedule: the order.
+        decoder: by which.
         workload: what is fed.
         frames: to decode.
         pixels: turns them to pictures.
         video: takes these.
         advance: called now and then with how many steps have run since its last call.
-        marks: put an NVTX range around every step, where nvtx is installed.
+        marks: put an NVTX range around every step of a schedule, where nvtx is installed.
     """
-    run = Measured(schedule, began=time.perf_counter())
+    run = Measured(decoder, began=time.perf_counter())
     with run.timeline.stage("prompt"):
         session.start(workload.prompt, workload.prompt_actions, workload.text)
     actions = None if workload.actions is None else workload.actions[:frames]
     with run.timeline.stage("plan"):
-        steps = session.steps(ScheduledDecoder(schedule), actions, count=frames)
-        if marks:
-            table = schedule.table(len(workload.prompt), frames, 0, session.engine.max_width)
-            steps = nvtx_ranges(steps, table.widths.tolist())
+        by_frame = session.frame_steps(decoder, actions, count=frames)
+        widths = _widths_by_frame(session, decoder, len(workload.prompt), frames) if marks else []
+    marked = map(nvtx_ranges, by_frame, chain(widths, repeat([])))
     latents = _latents(pixels)
     pending: list[Int] = []
     with step_clock(session) as clock, _writer(pixels, video, run.timeline) as writer:
-        for tokens in _frames(session, _counted(steps, advance), run, clock):
+        for tokens in _frames(session, _counted(marked, advance), run, clock):
             pending.append(tokens)
             if len(pending) == latents or len(run.decoded) == frames:
                 _show(run, pixels, writer, pending)
@@ -137,6 +151,16 @@ def measure(
     run.ended = time.perf_counter()
     _add_steps(run)
     return run
+
+
+def _widths_by_frame(session: Session, decoder: Decoder, known: int, frames: int) -> list[list[int]]:
+    """Rows of the steps that end with each frame, where a schedule says them beforehand."""
+    if not isinstance(decoder, ScheduledDecoder):
+        return []
+    schedule = decoder.schedule
+    widths = schedule.table(known, frames, 0, session.engine.max_width).widths
+    first = len(widths) - (frames - 1) * schedule.d
+    return [part.tolist() for part in np.split(widths, range(first, len(widths), schedule.d))]
 
 
 def nvtx_ranges(steps: Steps, widths: Iterable[int]) -> Steps:
@@ -150,35 +174,39 @@ def nvtx_ranges(steps: Steps, widths: Iterable[int]) -> Steps:
     yield from steps
 
 
-def _counted(steps: Steps, advance: Callable[[int], object]) -> Steps:
+def _counted(by_frame: Iterator[Steps], advance: Callable[[int], object]) -> Iterator[Steps]:
     """The same steps, reported now and then: a call for every one would be part of the run's time."""
     reported, count = time.perf_counter(), 0
-    for step, result in steps:
-        yield step, result
-        count += 1
-        if result.time.began > reported + SECONDS:
-            advance(count)
-            reported, count = result.time.began, 0
+
+    def counted(steps: Steps) -> Steps:
+        nonlocal reported, count
+        for step, result in steps:
+            yield step, result
+            count += 1
+            if result.time.began > reported + SECONDS:
+                advance(count)
+                reported, count = result.time.began, 0
+
+    yield from map(counted, by_frame)
     advance(count)
 
 
-def _frames(session: Session, steps: Steps, run: Measured, clock: StepClock) -> Iterator[Int]:
+def _frames(session: Session, by_frame: Iterator[Steps], run: Measured, clock: StepClock) -> Iterator[Int]:
     """Tokens [rows, columns] of each frame as soon as they are there, and what it took beside its steps."""
-    layout, engine, places = session.layout, session.engine, session.stream.places
-    frame, asked = session.stream.known, time.perf_counter()
-    last = layout.first_cell(frame) + layout.cells - 1
-    for step, result in steps:
-        clock.add(result.time)
-        if not (step.sinks == last).any():
-            continue
-        cells = np.arange(layout.first_cell(frame), last + 1)
-        tokens = engine.read_tokens(places.of(cells)).reshape(layout.rows, layout.columns)
-        decoded = time.perf_counter()
-        run.decoded.append(decoded)
-        _add_frame(run, clock, asked, decoded)
-        yield tokens
-        asked, frame = time.perf_counter(), frame + 1
-        last += layout.frame_length
+    stream, asked = session.stream, time.perf_counter()
+    known, begun, count = stream.known, stream.begun, 0
+    for steps in by_frame:
+        for _, result in steps:
+            run.first_steps += [count] * (stream.begun - begun)
+            begun, count = stream.begun, count + 1
+            clock.add(result.time)
+        for frame in range(known, stream.known):
+            decoded = time.perf_counter()
+            run.decoded.append(decoded)
+            _add_frame(run, clock, asked, decoded)
+            yield stream.frame(frame)
+            asked = time.perf_counter()
+        known = stream.known
 
 
 def _add_frame(run: Measured, clock: StepClock, asked: float, decoded: float) -> None:

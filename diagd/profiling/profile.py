@@ -29,11 +29,12 @@ from diagd.options import FLAG, OPTIONS, Flag, Numbers
 from diagd.profiling.clock import Timeline
 from diagd.profiling.cost import StoredModel, read_model
 from diagd.profiling.doctor import installed
-from diagd.profiling.measure import Measured, measure, random_workload
+from diagd.profiling.measure import Measured, measure, name_of, random_workload
 from diagd.profiling.orders import decoding_orders, split_orders
 from diagd.profiling.report import Machine, Model, Report, Skipped
 from diagd.profiling.summary import stages, summarise
 from diagd.progress import Progress
+from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import open_session, with_threads
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session
@@ -80,6 +81,9 @@ class ProfileOptions:
         ge=1,
         description="frames known ahead (default: a full window)",
     )
+    jacobi: bool = Field(
+        default=False, description="measure Jacobi decoding too; how many passes it takes is the content's"
+    )
     pixels: bool = Field(default=True, description="decode and encode pictures, where there is a tokenizer")
     budget: float | None = None
     marks: bool = False
@@ -91,9 +95,9 @@ class ProfileOptions:
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise UsageError(f"--set fps={self.fps}: expected a rate above 0")
 
-    def frames_of(self, schedule: Schedule) -> int:
-        """Frames measured of one order."""
-        next_token = schedule.k == schedule.layout.columns
+    def frames_of(self, decoder: Decoder) -> int:
+        """Frames measured of one decoder."""
+        next_token = isinstance(decoder, ScheduledDecoder) and decoder.schedule.is_next_token
         return min(self.frames, NEXT_TOKEN_FRAMES) if next_token else self.frames
 
 
@@ -110,7 +114,7 @@ class Profile:
         origin = min(event.began for event in self.start.events)
         events = [_thread_name(0, "start"), *_events(self.start, 0, origin)]
         for thread, run in enumerate(self.runs, start=1):
-            name = run.schedule.name
+            name = name_of(run.decoder)
             whole = Timeline()
             whole.add(name, run.began, run.ended - run.began)
             events.append(_thread_name(thread, name))
@@ -250,8 +254,8 @@ def _prompt(session: Session, options: ProfileOptions) -> int:
 
 def _split(
     orders: Sequence[Schedule], session: Session, options: ProfileOptions
-) -> tuple[list[Schedule], list[Skipped]]:
-    """Orders that the model allows, and the others with the reason.
+) -> tuple[list[Decoder], list[Skipped]]:
+    """Decoders of the orders that the model allows, and the other orders with the reason.
 
     Raises:
         UsageError: it allows none.
@@ -260,42 +264,47 @@ def _split(
     possible, skipped = split_orders(orders, session, frames)
     if not possible:
         raise UsageError(f"no decoding order can be measured; {skipped[0].order}: {skipped[0].reason}")
-    return possible, skipped
+    jacobi = [JacobiDecoder()] if options.jacobi else []
+    return [*map(ScheduledDecoder, possible), *jacobi], skipped
 
 
 def _run_each(
-    ready: _Ready, orders: Sequence[Schedule], options: ProfileOptions, progress: Progress, began: float
+    ready: _Ready, decoders: Sequence[Decoder], options: ProfileOptions, progress: Progress, began: float
 ) -> tuple[list[tuple[float, Measured]], list[Skipped]]:
-    """Runs of the orders, the first one in any case, and those that the budget has no time for.
+    """Runs of the decoders, the first one in any case, and those that the budget has no time for.
 
     The quickest come first, so that a large model on a slow machine is measured in some order at least.
     """
-    runs: dict[Schedule, tuple[float, Measured]] = {}
-    for number, schedule in enumerate(sorted(orders, key=lambda order: order.total_steps(2)), start=1):
+    runs: dict[Decoder, tuple[float, Measured]] = {}
+    quickest = sorted(decoders, key=lambda decoder: _steps(ready.session, decoder, options))
+    for number, decoder in enumerate(quickest, start=1):
         if runs and options.budget is not None and time.perf_counter() - began > options.budget:
             break
-        frames = options.frames_of(schedule)
-        title = f"{schedule.name}, 1 + {frames} frames, {number} of {len(orders)} orders"
-        with progress.count(title, _steps(ready.session, schedule, options)) as advance:
-            runs[schedule] = _run(ready, schedule, options, advance)
+        frames = options.frames_of(decoder)
+        title = f"{name_of(decoder)}, 1 + {frames} frames, {number} of {len(decoders)} orders"
+        with progress.count(title, _steps(ready.session, decoder, options)) as advance:
+            runs[decoder] = _run(ready, decoder, options, advance)
     reason = f"the {options.budget:g} s of the budget were spent" if options.budget is not None else ""
-    late = [Skipped(order=order.name, reason=reason) for order in orders if order not in runs]
-    return [runs[order] for order in orders if order in runs], late
+    late = [Skipped(order=name_of(decoder), reason=reason) for decoder in decoders if decoder not in runs]
+    return [runs[decoder] for decoder in decoders if decoder in runs], late
 
 
-def _steps(session: Session, schedule: Schedule, options: ProfileOptions) -> int:
-    """Steps of both runs of an order."""
+def _steps(session: Session, decoder: Decoder, options: ProfileOptions) -> int:
+    """Steps of both runs of a decoder; without a schedule, what they may come to."""
     prompt, widest = _prompt(session, options), session.engine.max_width
-    return sum(schedule.table(prompt, n, 0, widest).steps for n in (1, options.frames_of(schedule)))
+    counts = 1, options.frames_of(decoder)
+    if not isinstance(decoder, ScheduledDecoder):
+        return sum(counts) * session.layout.rows
+    return sum(decoder.schedule.table(prompt, n, 0, widest).steps for n in counts)
 
 
 def _run(
-    ready: _Ready, schedule: Schedule, options: ProfileOptions, advance: Callable[[int], object]
+    ready: _Ready, decoder: Decoder, options: ProfileOptions, advance: Callable[[int], object]
 ) -> tuple[float, Measured]:
-    """Seconds of one frame as the first run of an order, then the measured frames."""
-    frames = options.frames_of(schedule)
+    """Seconds of one frame as the first run of a decoder, then the measured frames."""
+    frames = options.frames_of(decoder)
     workload = random_workload(ready.session, _prompt(ready.session, options), frames)
-    run = partial(measure, ready.session, schedule, workload, advance=advance, marks=options.marks)
+    run = partial(measure, ready.session, decoder, workload, advance=advance, marks=options.marks)
     cold = run(1, ready.pixels)
     with TemporaryDirectory() as folder:
         return cold.ended - cold.began, run(frames, ready.pixels, Path(folder) / "frames.gif")

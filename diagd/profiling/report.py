@@ -153,7 +153,7 @@ class Run(_Record):
     """One decoding order.
 
     Attributes:
-        order, k, d: which.
+        order, k, d: which; other decoders have no lags.
         frames: decoded in the measured part.
         passes: steps of the measured part, those that feed the prompt included.
         first_run: seconds of one frame in a fresh session, which nothing else includes.
@@ -166,8 +166,8 @@ class Run(_Record):
     """
 
     order: str
-    k: int
-    d: int
+    k: int | None
+    d: int | None
     frames: int
     passes: int
     first_run: Seconds

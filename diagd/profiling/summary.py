@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from diagd.engines.ceilings import Ceilings
 from diagd.profiling.clock import Timeline
 from diagd.profiling.cost import StoredModel, step_operations, step_seconds
-from diagd.profiling.measure import Measured, bucket
+from diagd.profiling.measure import Measured, bucket, name_of
 from diagd.profiling.report import Deadlines, Run, SlowStep, Stage, StepSample, Width, describe
 from diagd.runtime.session import StepTime
 
@@ -27,9 +27,9 @@ def summarise(run: Measured, first: float, model: StoredModel, ceilings: Ceiling
     steady = float(shown[-1] - shown[0])
     shown_frames = model.size.pixel_frames * (run.frames - 1)
     return Run(
-        order=schedule.name,
-        k=schedule.k,
-        d=schedule.d,
+        order=name_of(run.decoder),
+        k=None if schedule is None else schedule.k,
+        d=None if schedule is None else schedule.d,
         frames=run.frames,
         passes=len(run.steps),
         first_run=first,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from types import TracebackType
 
 import numpy as np
@@ -178,8 +178,21 @@ class Session:
         seed: int = 0,
     ) -> Iterator[tuple[Step, Result]]:
         """The same run step by step: each with what it gave, which is valid until the next one."""
+        by_frame = self.frame_steps(decoder, actions, count=count, sampling=sampling, seed=seed)
+        return chain.from_iterable(by_frame)
+
+    def frame_steps(
+        self,
+        decoder: Decoder | None = None,
+        actions: Actions = None,
+        *,
+        count: int | None = None,
+        sampling: SamplingSettings | None = None,
+        seed: int = 0,
+    ) -> Iterator[Iterator[tuple[Step, Result]]]:
+        """Likewise, the steps up to each completion of a frame by themselves: known when they are run out."""
         decoder, run = self._start_run(decoder, actions, count, sampling, seed)
-        return self._steps(decoder, run)
+        return self._frame_steps(decoder, run)
 
     def step(
         self,
@@ -243,12 +256,11 @@ class Session:
             return replace(settings, temperature=rules.minimum_temperature)
         return settings
 
-    def _steps(self, decoder: Decoder, run: int) -> Iterator[tuple[Step, Result]]:
+    def _frame_steps(self, decoder: Decoder, run: int) -> Iterator[Iterator[tuple[Step, Result]]]:
         known = -1
         while known < self._stream.known:
             known = self._stream.known
-            for block, number, result in self._decode(decoder, run):
-                yield block.step(number), result
+            yield ((block.step(number), result) for block, number, result in self._decode(decoder, run))
 
     def _frames(self, decoder: Decoder, run: int) -> Iterator[Frame]:
         stream, timing = self._stream, self.timing

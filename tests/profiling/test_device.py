@@ -24,6 +24,7 @@ from diagd.profiling.orders import decoding_orders
 from diagd.profiling.page import page
 from diagd.profiling.profile import Profile, ProfileOptions, profile
 from diagd.profiling.verify import of_backend, open_reference, verify
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.load import open_session
 from diagd.schedule import Schedule
 from tests.engines.host_device import host_kernels
@@ -68,6 +69,7 @@ def check_profile(measured: Profile) -> None:
     assert totals == pytest.approx(walls, rel=0.03)
     assert [run.order for run in report.runs] == ["next token", "k=1 serial", "k=1 chained"]
     for run, found in zip(measured.runs, report.runs, strict=True):
+        assert run.schedule is not None
         assert found.passes == run.schedule.total_steps(run.frames) + run.chunks
         assert sum(width.steps for width in found.widths) == found.passes - run.chunks - 1
         ends = [step.began + step.engine for step in run.steps]
@@ -95,7 +97,7 @@ def test_the_time_of_a_step_is_the_device_s(bundle: Bundle, workshop: Workshop) 
         left[0] -= 1
 
     workshop.before_step = sleep
-    run = measure(session, schedule, workload, 3)
+    run = measure(session, ScheduledDecoder(schedule), workload, 3)
     times = [step.engine for step in run.steps]
     assert np.argmax(times) == 20
     assert times[20] > 0.2 > sorted(times)[-2]
@@ -108,7 +110,7 @@ def test_feeding_a_context_again_is_a_stage_of_its_own(bundle: Bundle, workshop:
     slides = replace(bundle, manifest=bundle.manifest.model_copy(update={"context": context}))
     session, frames = open_session(slides, cpu=CPU, backend=workshop), 6
     schedule = Schedule.serial(LAYOUT, 2)
-    run = measure(session, schedule, random_workload(session, 2, frames), frames)
+    run = measure(session, ScheduledDecoder(schedule), random_workload(session, 2, frames), frames)
     assert len(run.steps) - run.chunks == schedule.total_steps(frames)
     seconds = run.timeline.seconds()
     assert len(seconds["context refill"]) == 2

@@ -27,6 +27,7 @@ from diagd.profiling.profile import Profile, ProfileOptions, profile
 from diagd.profiling.report import Run
 from diagd.profiling.summary import summarise
 from diagd.progress import Progress
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.load import session_over, step_options
 from diagd.schedule import Schedule
 from tests.models import export_small
@@ -70,6 +71,7 @@ def test_an_action_appears_when_its_frame_is_done(profiled: Profile) -> None:
     """Serial frames: an action waits for its own frame only; chained ones overlap."""
     for measured in profiled.runs:
         schedule = measured.schedule
+        assert schedule is not None
         for frame in range(1, measured.frames):
             first = measured.chunks + frame * schedule.d
             last = measured.steps[first + schedule.steps_per_frame - 1]
@@ -99,9 +101,9 @@ def slowed(bundle: Bundle, step: int, fps: float) -> Run:
     session = session_over(bundle, engine, 4, CPU)
     workload = random_workload(session, 2, frames)
     schedule = Schedule.serial(LAYOUT, 1)
-    measure(session, schedule, workload, 1)
+    measure(session, ScheduledDecoder(schedule), workload, 1)
     engine.left = step
-    run = measure(session, schedule, workload, frames)
+    run = measure(session, ScheduledDecoder(schedule), workload, frames)
     return summarise(run, 0.0, read_model(bundle.path), CEILINGS, fps)
 
 
