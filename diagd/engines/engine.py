@@ -145,8 +145,14 @@ class Engine(Protocol):
         """Slots that steps of so many rows write, pad rows included."""
         ...
 
-    def send(self, steps: Steps) -> None:
-        """Take the steps to run next; those sent before have run."""
+    def send(self, steps: Steps, parts: Sequence[int] | None = None) -> None:
+        """Take the steps to run next; those sent before have run.
+
+        Args:
+            steps: of a block.
+            parts: ends of parts; nobody looks at, or writes, anything between the steps of one, so that an
+                engine may run all of it at the first. None: each step is a part.
+        """
         ...
 
     def step(self) -> None:

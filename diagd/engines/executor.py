@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -36,14 +35,21 @@ INPUTS = ("token_buffer", *ADVANCE_POINTERS[2:])
 APPEND_BLOCKS = 64
 CURSOR_BYTES = 8  # where the next step's header begins, and that of the step that runs
 
+TOGETHER = 64
+"""Most steps of one graph: a frame of few steps is one launch, and one of many takes little memory."""
+
+MOST_SEQUENCES = 64
+"""Sequences of widths that are remembered, so that the second time they come they are captured."""
+
 
 class Executor:
     """Runs a program over buffers on a device.
 
     Records of a block of steps go up in one copy; a step is then one graph: ``advance`` spreads its record
     over the tensors that the program reads, the program runs, ``sample`` makes tokens of its logits, and
-    tokens and rows go where the next step reads them. Nothing waits for the device but ``read_tokens``,
-    ``logits`` and ``watched``.
+    tokens and rows go where the next step reads them. Steps between which nobody looks, as those of a frame
+    of a schedule, are one graph once their widths have come in the same sequence before. Nothing waits for
+    the device but ``read_tokens``, ``logits`` and ``watched``.
 
     Args:
         manifest: of the bundle.
@@ -87,8 +93,8 @@ class Executor:
         self._cursor = device.allocate(CURSOR_BYTES)
         self._manifest, self._ranges = manifest, self._upload(cell_ranges(manifest))
         self._program = make_program(self.tensors.named)
-        self._graphs: dict[int, int] = {}
-        self._next = self._sent = 0
+        self._graphs: dict[tuple[int, ...], int | None] = {}  # of widths, None where they came once
+        self._next = self._queued = self._sent = 0
         self._thread = threading.get_ident()
         self._warm_up(graphs and self._program.capturable)
 
@@ -102,17 +108,18 @@ class Executor:
         """The narrowest width that holds each; see ``Engine.padded_widths``."""
         return self._padding[widths]
 
-    def send(self, steps: Steps) -> None:
+    def send(self, steps: Steps, parts: Sequence[int] | None = None) -> None:
         """Queue the records of the steps to run next; see ``Engine.send``."""
-        if self._next != self._sent:  # some of those sent before will never run: forget their records
+        if self._queued != self._sent:  # some of those sent before will never run: forget their records
             self._wait()
             self._records.restart()
             self.device.clear(self._cursor, CURSOR_BYTES)
-        self._steps, self._next, self._sent = steps, 0, 0
-        self._padded = self.padded_widths(np.diff(steps.offsets)).tolist()
+        self._steps, self._next, self._queued, self._sent = steps, 0, 0, 0
+        self._padded = tuple(self.padded_widths(np.diff(steps.offsets)).tolist())
+        self._parts = iter(range(1, len(steps) + 1) if parts is None else parts)
 
     def step(self) -> None:
-        """Queue one pass; see ``Engine.step``.
+        """Queue one pass, and those of its part; see ``Engine.step``.
 
         Raises:
             EngineError: on another thread than the one that opened the engine, which holds what it captured.
@@ -122,16 +129,42 @@ class Executor:
                 f"a step came from thread {threading.get_ident()}, the engine was opened in {self._thread}, "
                 "which holds its captured graphs; open the session in the thread that decodes"
             )
-        if self._next == self._sent:
-            if self._records.is_full:
-                self._wait()
-            self._sent = self._records.send(self._steps, self._sent)
-        width = self._padded[self._next]
+        if self._next == self._queued:
+            self._queue(next(self._parts))
         self._next += 1
-        if (graph := self._graphs.get(width)) is not None:
+
+    def _queue(self, end: int) -> None:
+        """Queue the steps up to one."""
+        while self._queued < end:
+            if self._queued == self._sent:
+                if self._records.is_full:
+                    self._wait()
+                self._sent = self._records.send(self._steps, self._sent)
+            last = min(end, self._sent, self._queued + TOGETHER)
+            self._launch(self._padded[self._queued : last])
+            self._queued = last
+
+    def _launch(self, widths: tuple[int, ...]) -> None:
+        """Queue steps whose records are up, in as few graphs as there are."""
+        known = self._graphs
+        if len(widths) > 1 and (widths in known or 0 < len(known) < MOST_SEQUENCES):
+            if widths in known and known[widths] is None:
+                known[widths] = self._capture(widths)
+            known.setdefault(widths)
+        if (graph := known.get(widths)) is not None:
             self.device.replay(graph)
+        elif len(widths) == 1:
+            self._forward(*widths)
         else:
-            self._forward(width)
+            for width in widths:
+                self._launch((width,))
+
+    def _capture(self, widths: tuple[int, ...]) -> int:
+        def work() -> None:
+            for width in widths:
+                self._forward(width)
+
+        return self.device.capture(work)
 
     def draw(self) -> None:
         """The step has drawn; see ``Engine.draw``."""
@@ -192,7 +225,9 @@ class Executor:
             EngineError: a row's largest logit was not finite.
         """
         address, place = self.tensors.token_buffer.address, self.tensors.refusal_place
-        self.device.download(self._tokens, address)
+        first, last = (int(places.min()), int(places.max()) + 1) if len(places) else (0, 1)
+        self.device.download(self._tokens[first:last], address + 4 * first)
+        self.device.download(self._tokens[place:], address + 4 * place)
         self._wait()
         largest, row = self._tokens[place:].tolist()
         if row:
@@ -242,7 +277,7 @@ class Executor:
             self._forward(width)
             self._wait()
             if capture:
-                self._graphs[width] = self.device.capture(partial(self._forward, width))
+                self._graphs[width,] = self._capture((width,))
         self.tensors.clear()
         self.device.clear(self._cursor, CURSOR_BYTES)
         self._records.restart()

@@ -100,8 +100,9 @@ class PrefixState:
 class PlainPrefix(PrefixState):
     """Steps as arrays that are fed anew each time, nothing of them bound; see ``Engine``."""
 
-    def send(self, steps: Steps) -> None:
+    def send(self, steps: Steps, parts: Sequence[int] | None = None) -> None:
         """Take the steps to run next; see ``Engine.send``."""
+        del parts
         self._steps, self._next = steps, 0
 
     def step(self) -> None:
@@ -187,8 +188,9 @@ class PrefixEngine(PrefixState):
             self._bind(name, buffer)
         self._watch = tuple(watch)
 
-    def send(self, steps: Steps) -> None:
+    def send(self, steps: Steps, parts: Sequence[int] | None = None) -> None:
         """Take the steps to run next; see ``Engine.send``."""
+        del parts
         self._steps, self._next = steps, 0
         self._offsets, self._draws = steps.offsets.tolist(), steps.decode_offsets.tolist()
         self._updates = steps.update_offsets.tolist()

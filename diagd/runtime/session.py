@@ -260,7 +260,8 @@ class Session:
         known = -1
         while known < self._stream.known:
             known = self._stream.known
-            yield ((block.step(number), result) for block, number, result in self._decode(decoder, run))
+            steps = self._decode(decoder, run, watched=True)
+            yield ((block.step(number), result) for block, number, result in steps)
 
     def _frames(self, decoder: Decoder, run: int) -> Iterator[Frame]:
         stream, timing = self._stream, self.timing
@@ -278,9 +279,12 @@ class Session:
                 began, steps, refilled = time.perf_counter(), 0, (timing.refill_steps, timing.refill_seconds)
 
     def _decode(
-        self, decoder: Decoder, run: int, timing: Timing | None = None
+        self, decoder: Decoder, run: int, timing: Timing | None = None, *, watched: bool = False
     ) -> Iterator[tuple[Block, int, Result]]:
-        """Run a decoder until one more frame, or a few, are complete; steps count to ``timing``."""
+        """Run a decoder until one more frame, or a few, are complete; steps count to ``timing``.
+
+        Where they are not ``watched``, what the steps between the last of a block gave may be gone.
+        """
         stream, known = self._stream, self._stream.known
         self._check_run(run)
         blocks = decoder.blocks(stream)
@@ -290,7 +294,7 @@ class Session:
         block = next(blocks, None)
         while block is not None:
             result: Result | None = None
-            self._left = self._run_block(block, timing or self.timing)
+            self._left = self._run_block(block, timing or self.timing, watched)
             for _, number, result in islice(self._left, block.pause or None):
                 yield block, number, result
                 self._check_run(run)
@@ -313,7 +317,7 @@ class Session:
                 "another run; go on with the latest one, or open a second session"
             )
 
-    def _run_block(self, block: Block, timing: Timing) -> Iterator[tuple[Block, int, Result]]:
+    def _run_block(self, block: Block, timing: Timing, watched: bool) -> Iterator[tuple[Block, int, Result]]:
         """Run the steps of a block, which are worked out together."""
         began = time.perf_counter()
         stream, engine = self._stream, self.engine
@@ -327,7 +331,8 @@ class Session:
                 self._refill(refill)
                 began = time.perf_counter()
         steps = self._pack(block)
-        engine.send(steps)
+        parts = sorted({block.pause, len(steps)} - {0})
+        engine.send(steps, None if watched or self.stamps is not None else parts)
         widths, live = block.shape.widths.tolist(), steps.live.tolist()
         bounds = steps.decode_offsets.tolist()
         for n, width in enumerate(widths):
@@ -390,7 +395,7 @@ class Session:
         began, timing = time.perf_counter(), Timing()
         self._stream.refills += 1
         block = replace(feed(refill.positions, self.engine.max_width), sources=refill.sources)
-        for _ in self._run_block(block, timing):
+        for _ in self._run_block(block, timing, watched=False):
             pass
         self.timing.refill_steps += timing.steps
         self.timing.refill_seconds += time.perf_counter() - began

@@ -26,11 +26,11 @@ from diagd.engines.gpu import closed_on_failure, open_cuda
 from diagd.errors import DiagdError, EngineError, UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
-from diagd.runtime.decoders import ScheduledDecoder
+from diagd.runtime.decoders import JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import load
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.session import Session
-from diagd.schedule import RowSeed, Schedule, StreamLayout
+from diagd.runtime.session import Session, token_places
+from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout
 from tests.engines.fidelity import Run, decode, recompute
 from tests.engines.host_device import HostDevice, executor_over, host_kernels
 from tests.engines.opening import portable, run_step
@@ -129,16 +129,80 @@ def test_a_generation_queues_one_copy_a_frame_and_one_graph_a_step(case: Case) -
     decode(case.bundle, make, run)
     engine, counts = engines[0], Counter(entry[0] for entry in device.log)
     widths = [int(end - start) for start, end in zip(table.offsets, table.offsets[1:], strict=False)]
-    keys = [WIDTHS.index(width) for width in engine.padded_widths(np.array(widths, np.int32))]
-    assert [entry[1] for entry in device.log if entry[0] == "replay"] == keys
+    assert replayed(engine, device) == engine.padded_widths(np.array(widths, np.int32)).tolist()
     assert counts["allocate"] == counts["clear"] == counts["program"] == 0
     # Records go up once a frame, as its actions do; its tokens come down once. At the start the buffers of
     # tokens and slots go up as a whole, with the prompt and its actions.
     assert counts["upload"] <= 2 * run.frames + 5
-    assert counts["download"] == run.frames
+    assert counts["download"] == 2 * run.frames  # and whether the sampler refused
     assert counts["synchronise"] <= 2 * run.frames + 3
     buffer = engine.tensors.token_buffer
-    assert {entry[1] for entry in device.log if entry[0] == "download"} == {buffer.address}
+    for _, address, size in [entry for entry in device.log if entry[0] == "download"]:
+        assert buffer.address <= address < buffer.address + 4 * engine.tensors.refusal_place + 8
+        assert size in (4 * LAYOUT.cells, 8)
+
+
+def replayed(engine: Executor, device: HostDevice) -> list[int]:
+    """Widths of the steps in the graphs that were replayed, in order."""
+    widths = {graph: key for key, graph in engine._graphs.items() if graph is not None}
+    return [width for name, *rest in device.log if name == "replay" for width in widths[rest[0]]]
+
+
+HOST_CALLS = 10
+"""That a frame may take, or a pass of Jacobi decoding."""
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule.next_token(LAYOUT),
+        Schedule.serial(LAYOUT, 1),
+        Schedule.chained(LAYOUT, 1),
+        Schedule.serial(LAYOUT, 2),
+        Schedule.chained(LAYOUT, 2),
+    ],
+    ids=lambda schedule: schedule.name,
+)
+def test_a_frame_of_a_schedule_takes_few_calls(case: Case, schedule: Schedule) -> None:
+    device, frames = HostDevice(case.kernels), 9
+    engine = make_engine(case, Form.MODERN, token_places(LAYOUT, 4).size, device)
+    session = Session(case.bundle.manifest, engine, 4)
+    session.start(np.zeros((1, 3, 5), np.int32), np.full((1, 2), 25, np.int32))
+    device.log.clear()
+    calls, steps = [], 0
+    for frame in session.frames(ScheduledDecoder(schedule), np.full((frames, 2), 25, np.int32)):
+        calls.append(Counter(entry[0] for entry in device.log))
+        steps = len(replayed(engine, device))
+        assert steps == schedule.d if len(calls) > 1 else steps >= schedule.steps_per_frame
+        device.log.clear()
+        del frame
+    assert max(found["replay"] for found in calls[:2]) >= min(schedule.d, 5)  # nothing has come before
+    turned = [found for found in calls[4:-1] if found["download"] > 2]  # keys, where the rotary table ends
+    assert len(turned) <= 1
+    assert all(found.total() <= HOST_CALLS for found in calls[4:-1] if found not in turned)
+    assert {found["replay"] for found in calls[4:-1]} <= {1, 2}
+    assert len(calls) == frames
+
+
+def test_a_pass_of_jacobi_decoding_takes_few_calls_and_copies_its_ids(case: Case) -> None:
+    device = HostDevice(case.kernels)
+    engine = make_engine(case, Form.MODERN, token_places(LAYOUT, 4).size, device)
+    session = Session(case.bundle.manifest, engine, 4)
+    session.start(np.zeros((1, 3, 5), np.int32), np.full((1, 2), 25, np.int32))
+    device.log.clear()
+    passes = 0
+    for step, result in session.steps(JacobiDecoder(WIDTHS[-1] - 2), np.full((5, 2), 25, np.int32)):
+        log, rows = list(device.log), int((step.sinks != NO_SINK).sum())
+        device.log.clear()
+        assert len(log) <= HOST_CALLS
+        assert [entry[0] for entry in log].count("replay") == 1
+        if not rows:  # the prompt's
+            continue
+        result.tokens  # noqa: B018  # as the decoder asks for them
+        assert [entry[2] for entry in device.log if entry[0] == "download"] == [4 * rows, 8]
+        device.log.clear()
+        passes += 1
+    assert passes > 5
 
 
 def test_all_widths_share_every_address(case: Case) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnxruntime
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.backend import Graph, StepOptions, choose_form, find
+from diagd.engines.backend import Backend, Graph, StepOptions, choose_form, find
 from diagd.engines.ceilings import Ceilings, device_ceilings
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_program import OnnxRuntimeProgram
@@ -23,7 +23,7 @@ SIDE, COPIED = 32, 1 << 16
 
 
 @dataclass
-class Workshop:
+class Workshop(Backend):
     kernels: ctypes.CDLL
     devices: list[HostDevice] = field(default_factory=list)
     before_step: Callable[[], None] = lambda: None
