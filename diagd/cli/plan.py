@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   diagd plan mineworld-300m --device orin-agx
   diagd plan crafter-3m.diagd --device this --json
   diagd plan mineworld-1200m --device rtx4090 --precision int8 --set window=8
+  diagd plan mineworld-1200m --device rtx4090 --set drafter=mineworld-300m
   diagd plan wham-1.6b --device orin-nano --precision int4-weight --kv-cache int8
 
 Only dimensions and file headers are read. Frames a second are upper bounds: what memory and arithmetic of the
@@ -62,6 +63,13 @@ class PlanOptions:
         default=1, ge=1, description="frames made at the end of one context; 1 for a sliding window"
     )
 
+    drafter: str | None = Field(
+        default=None, description="name of a model, or a bundle: can drafting with it pay"
+    )
+    guess: float = Field(
+        default=0.93, gt=0, lt=1, description="chance that a guess of Jacobi decoding comes out right"
+    )
+
     def __post_init__(self) -> None:
         for name, value, known in (
             ("precision", self.precision, PRECISIONS),
@@ -87,7 +95,8 @@ class PlanOptions:
 
 def run(options: PlanOptions) -> int:
     """Print the plan; exit code 1 where the model does not fit."""
-    from diagd.profiling.plan import make_plan
+    from diagd.profiling.cost import precisions
+    from diagd.profiling.plan import drafting, make_plan
 
     device = _device(options.device)
     model = _model(options.model, options.checkpoint)
@@ -102,12 +111,21 @@ def run(options: PlanOptions) -> int:
         kv_cache=options.kv_cache,
     )
     stored = _stored(Path(options.model), options.clip)
+    drafted = None
+    if options.drafter is not None:
+        precision = precisions(options.kv_cache)[options.precision]
+        drafted = drafting(model, _model(options.drafter, None), device, precision, options.guess)
     if options.json:
         content = asdict(plan) | {"fits": plan.fits, "builds": plan.builds, "running": plan.memory.running}
-        print(json.dumps(content | {"stored": stored}, indent=2))  # noqa: T201
+        content |= {"stored": stored}
+        if drafted is not None:
+            content |= {"drafting": asdict(drafted) | {"least_kept": drafted.least_kept}}
+        print(json.dumps(content, indent=2))  # noqa: T201
     else:
         _print(terminal.console(), plan)
         _print_stored(terminal.console(), stored)
+        if drafted is not None:
+            terminal.console().print(drafted.verdict, highlight=False, soft_wrap=True)
         _print_fastest(terminal.console(), options)
     return 0 if plan.fits else 1
 

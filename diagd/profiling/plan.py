@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
+
 from diagd.bundle.precision import KV_CACHES, Precision
 from diagd.engines.tensorrt.memory import build_bytes
+from diagd.errors import UsageError
 from diagd.profiling.cost import (
     ModelSize,
     cache_bytes,
@@ -160,6 +163,72 @@ def _refeeding(model: ModelSize, device: Device, read: float) -> float:
     """Seconds a frame for feeding a sliding context again, in passes of ``PREFILL`` rows."""
     operations = step_operations(model, PREFILL, live_tokens(model) / 2)
     return model.refed / PREFILL * step_seconds(read, operations, device.bandwidth, device.peak)
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Least seconds of a frame on one device: its draft, the target's pass over it, and the target alone.
+
+    ``passes`` is what the target alone takes of them, by Jacobi decoding.
+    """
+
+    drafter: str
+    draft: float
+    verify: float
+    target: float
+    passes: float
+
+    @property
+    def least_kept(self) -> float:
+        """Share of frames that must be kept for drafting to pay; above 1 it cannot."""
+        return (self.draft + self.verify) / self.target
+
+    @property
+    def verdict(self) -> str:
+        """For people."""
+        times = (
+            f"a draft of {self.drafter} takes {1e3 * self.draft:.3g} ms at least, the pass over it "
+            f"{1e3 * self.verify:.3g}, the target alone {1e3 * self.target:.3g} by Jacobi decoding in about "
+            f"{self.passes:.2g} passes"
+        )
+        if self.least_kept >= 1:
+            return f"drafting cannot pay: {times}"
+        return f"drafting pays where more than {self.least_kept:.0%} of its frames are kept: {times}"
+
+
+def drafting(
+    target: ModelSize, drafter: ModelSize, device: Device, precision: Precision, guess: float
+) -> Drafting:
+    """What drafting takes against what it saves; scores are not in it.
+
+    Args:
+        target: decodes what is not kept, by Jacobi decoding: the best that is exact.
+        drafter: decodes in its quickest order.
+        device: of both.
+        precision: likewise.
+        guess: chance that a guess of Jacobi decoding comes out right; a pass over L cells then decides
+            (1 - guess^L) / (1 - guess) of them in the mean.
+
+    Raises:
+        UsageError: their frames differ.
+    """
+    mine, other = drafter.layout, target.layout
+    if (mine.rows, mine.columns) != (other.rows, other.columns):
+        raise UsageError(
+            f"{drafter.name} has frames of {mine.rows} x {mine.columns} tokens, {target.name} of "
+            f"{other.rows} x {other.columns}; draft with a model of the same layout and tokens"
+        )
+    cells, live = other.cells, live_tokens(target)
+    read = step_bytes(target, precision, live)
+    rows = np.arange(1, cells + 1)
+    passes = cells * (1 - guess) / (1 - guess**rows)
+    operations = [step_operations(target, width, live) for width in rows.tolist()]
+    seconds = [step_seconds(read, needed, device.bandwidth, device.peak) for needed in operations]
+    frame = passes * seconds
+    best = int(frame.argmin())
+    quickest = max(row.frames_per_second for row in ceilings_of(drafter, device, precision, (1,), 1))
+    draft = drafter.pixel_frames / quickest
+    return Drafting(drafter.name, draft, seconds[-1], float(frame[best]), float(passes[best]))
 
 
 def _advice(plan: Plan) -> list[str]:

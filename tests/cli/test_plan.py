@@ -27,6 +27,16 @@ def test_a_named_model_on_a_named_device(capsys: pytest.CaptureFixture[str]) -> 
     assert "204.8 GB/s" in shown
 
 
+def test_a_drafter_is_judged_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "mineworld-1200m", "--device", "rtx4090", "--set", "drafter=mineworld-300m"]
+    assert main(command) == 0
+    assert "drafting pays where more than" in " ".join(capsys.readouterr().out.split())
+    assert main([*command, "--set", "guess=0.999", "--json"]) == 0
+    found = printed(capsys)["drafting"]
+    assert isinstance(found, dict)
+    assert found["least_kept"] > 1
+
+
 def test_a_bundle_on_this_machine(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     """The second example: dimensions from headers, limits measured here."""
     assert main(["plan", str(workplace.bundle), "--device", "this", "--json"]) == 0

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from diagd.bundle.precision import PRECISIONS
 from diagd.calibration.schemes import SCHEMES
+from diagd.errors import UsageError
 from diagd.export.exporter import TORCH_TYPES
 from diagd.profiling.cost import ModelSize, cache_bytes, live_tokens, step_bytes, step_operations
 from diagd.profiling.devices import DEVICES
 from diagd.profiling.orders import orders_of
-from diagd.profiling.plan import ceilings_of, make_plan, memory_of
+from diagd.profiling.plan import ceilings_of, drafting, make_plan, memory_of
 from diagd.schedule import StreamLayout
 from tests.profiling import models
 
@@ -191,3 +192,25 @@ def test_cache_memory_follows_the_window() -> None:
     four, eight = (memory_of(models.MINEWORLD_300M, fp16, window).cache for window in (4, 8))
     frame = models.MINEWORLD.frame_length + models.MINEWORLD.rows + 1
     assert eight - four == 4 * frame * 20 * 1024
+
+
+def test_drafting_pays_only_where_the_draft_and_its_pass_are_less_than_the_target() -> None:
+    """By hand, where memory bounds all: 336 cells, and a pass costs what it reads."""
+    device, fp16 = DEVICES["h200"], PRECISIONS["fp16"]
+    target, drafter = models.MINEWORLD_1200M, models.MINEWORLD_300M
+    found = drafting(target, drafter, device, fp16, guess=0.93)
+    quickest = max(row.frames_per_second for row in ceilings_of(drafter, device, fp16, (1,), 1))
+    assert found.draft == pytest.approx(1 / quickest)
+    assert found.passes == pytest.approx(336 * 0.07, rel=0.02)
+    read = step_bytes(target, fp16, live_tokens(target)) / device.bandwidth
+    assert found.target == pytest.approx(found.passes * read, rel=0.05)
+    assert found.least_kept == pytest.approx((found.draft + found.verify) / found.target)
+    assert 0 < found.least_kept < 1
+    assert f"more than {found.least_kept:.0%} of its frames are kept" in found.verdict
+
+    sure = drafting(target, drafter, device, fp16, guess=0.999)
+    assert sure.least_kept > 1 and sure.verdict.startswith("drafting cannot pay: a draft of")
+    itself = drafting(target, target, device, fp16, guess=0.93)
+    assert itself.draft > found.draft and itself.target == found.target
+    with pytest.raises(UsageError, match="draft with a model of the same layout and tokens"):
+        drafting(target, models.COSMOS_4B, device, fp16, guess=0.93)
