@@ -13,6 +13,7 @@ import ctypes
 import resource
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +32,8 @@ from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.prefix import PrefixEngine
 from diagd.engines.sampler import draw_compiled, draw_plain, kept_weights
 from diagd.runtime.decoders import ScheduledDecoder
+from diagd.runtime.group import Group
+from diagd.runtime.load import open_group
 from diagd.runtime.load import open_session as open_stream
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session, token_places
@@ -39,6 +42,7 @@ from diagd.schedule.table import Table as StepTable
 
 CONSOLE = Console(width=120)
 GREEDY = SamplingSettings(0.0)
+STREAMS = (1, 2, 4, 8)
 HOST_BUDGET = 30
 """Microseconds that a step of a static decoder may take on the host, engine and sampler apart."""
 
@@ -376,6 +380,43 @@ def idle_session(manifest: Manifest, frames: int) -> Session:
     return Session(manifest, engine, frames)
 
 
+def streams(bundle: Bundle, wall: bool, repeats: int) -> None:
+    """Frames of all sessions in lock step against those of one alone, behind a prompt of one frame.
+
+    Of k=1 the passes of a frame are timed, of next-token prediction 48 of them.
+    """
+    cpu, layout, now = CpuOptions(0 if wall else 1), bundle.manifest.layout, clock(wall)
+    orders = {"k=1 serial": Schedule.serial(layout, 1), "NTP": Schedule.next_token(layout)}
+    spent: dict[tuple[str, int], list[float]] = {(name, count): [] for name in orders for count in STREAMS}
+    with ExitStack() as stack:
+        groups = {count: stack.enter_context(open_group(bundle, count, 2, cpu)) for count in STREAMS}
+        for turn in range(repeats + 1):
+            for name, count in spent:
+                seconds = _lock_step(groups[count], orders[name], now)
+                if turn:  # the first one has memory to take
+                    spent[name, count].append(seconds / count)
+    table = Table("decoding", *(f"{count} sessions" for count in STREAMS), title="ms a pass and session")
+    for name in orders:
+        each = {count: float(np.median(spent[name, count])) for count in STREAMS}
+        gains = (f"{1e3 * seconds:.2f} ({each[1] / seconds:.2f}x)" for seconds in each.values())
+        table.add_row(name, *gains)
+    CONSOLE.print(table)
+
+
+def _lock_step(group: Group, order: Schedule, now: Clock) -> float:
+    """Seconds of one of the passes that all sessions share."""
+    decoder, lanes = ScheduledDecoder(order), range(len(group.sessions))
+    runs = [_prompted(session).run(decoder, _actions(session, 1)) for session in group.sessions]
+    while not all(tuple(map(next, runs))):  # the prompt, of all of them
+        group.passes.run(lanes)
+    count, began = min(48, order.steps_per_frame - 1), now()
+    for _ in range(count):
+        group.passes.run(lanes)
+        for run in runs:
+            next(run)
+    return (now() - began) / count
+
+
 def by_rule(session: Session, repeats: int) -> None:
     """Time of a step outside the engine call, by sampling rule."""
     decoder = ScheduledDecoder(Schedule.serial(session.layout, 1))
@@ -447,6 +488,7 @@ PARTS = {
     "window": window,
     "host": host,
     "sampling": sampling,
+    "streams": streams,
 }
 
 if __name__ == "__main__":

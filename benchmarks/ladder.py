@@ -11,7 +11,7 @@ queued one by one, each the mean over a frame, since steps are queued. From the 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -77,14 +77,14 @@ class SwitchedEngine(PrefixEngine):
             {} if in_place else {n: aligned_zeros(b.shape, b.dtype) for n, b in self.buffers.items()}
         )
 
-    def send(self, steps: Steps) -> None:
+    def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
         """See ``Engine.send``."""
         live = steps.live if self._live_prefix else np.full_like(steps.live, self.capacity)
-        super().send(replace(steps, live=live))
+        super().send(replace(steps, live=live), parts, lane)
 
-    def step(self) -> None:
+    def step(self, lanes: Sequence[int] = (0,)) -> None:
         """See ``Engine.step``."""
-        super().step()
+        super().step(lanes)
         if not self._in_place:
             self.buffers, self._others = self._others, self.buffers
             self._bound = 0

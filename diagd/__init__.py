@@ -14,6 +14,7 @@ from diagd.version import __version__
 if TYPE_CHECKING:
     from diagd.errors import DiagdError
     from diagd.runtime.decoders import Decoder, DraftDecoder, ForcedDecoder, JacobiDecoder, ScheduledDecoder
+    from diagd.runtime.group import Group
     from diagd.runtime.load import load
     from diagd.runtime.sampling import SamplingSettings
     from diagd.runtime.session import Session
@@ -28,6 +29,7 @@ _HOMES = {
     "DraftDecoder": "diagd.runtime.decoders",
     "ForcedDecoder": "diagd.runtime.decoders",
     "Frame": "diagd.runtime.step",
+    "Group": "diagd.runtime.group",
     "JacobiDecoder": "diagd.runtime.decoders",
     "Result": "diagd.runtime.step",
     "RowSeed": "diagd.schedule",
@@ -47,6 +49,7 @@ __all__ = [
     "DraftDecoder",
     "ForcedDecoder",
     "Frame",
+    "Group",
     "JacobiDecoder",
     "Result",
     "RowSeed",

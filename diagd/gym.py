@@ -1,13 +1,15 @@
 """Worlds as Gymnasium environments: ``gymnasium.make("diagd/World-v0", bundle="crafter-3m.diagd")``.
 
-Importing this module registers them. Observations are pictures uint8 [height, width, 3]. A world model knows
-no reward and no end: rewards are 0, episodes end where ``max_episode_steps`` ends them.
+``gymnasium.make_vec("diagd/World-v0", num_envs=4, bundle=...)`` has worlds in lock step, in the passes of one
+engine. Importing this module registers them. Observations are pictures uint8 [height, width, 3]. A world
+model knows no reward and no end: rewards are 0, episodes end where ``max_episode_steps`` ends them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -15,15 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle.actions import ActionCodec, EdgesSlot, MuLawSlot
+from diagd.engines.engine import Int
 from diagd.errors import UsageError, require
 from diagd.play.controls import Taken, bounded, default_controls
-from diagd.play.opening import SHIPPED, GameOptions, open_game
+from diagd.play.game import Game
+from diagd.play.opening import SHIPPED, GameOptions, open_game, open_games
 from diagd.runtime.actions import encode
 
 require("gymnasium", extra="gym", purpose="offer a world as an environment")
 
 import gymnasium  # noqa: E402
 from gymnasium import spaces  # noqa: E402
+from gymnasium.vector import AutoresetMode, VectorEnv  # noqa: E402
+from gymnasium.vector.utils import batch_space, iterate  # noqa: E402
 
 Observation = NDArray[np.uint8]
 
@@ -73,19 +79,12 @@ class WorldEnv(gymnasium.Env[Observation, Any]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin anew; the seed fixes what is drawn and, without ``options={"prompt": n}``, the prompt."""
         super().reset(seed=seed)
-        game, prompts = self._game, self._game.prompts
-        chosen = (options or {}).get("prompt", int(self.np_random.integers(len(prompts))))
-        if not 0 <= chosen < len(prompts):
-            raise UsageError(f"no prompt has the number {chosen}; there are {len(prompts)}")
-        drawn = int(self.np_random.integers(1 << 32))
-        game.settings = game.settings.model_copy(update={"seed": drawn})
-        return self._see(game.reset(prompts[chosen])), {"prompt": chosen, "tokens": game.tokens}
+        pictures, chosen = _begin(self._game, self.np_random, (options or {}).get("prompt"))
+        return self._see(pictures), {"prompt": chosen, "tokens": self._game.tokens}
 
     def step(self, action: Any) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
         """Decode one frame."""
-        ids = None
-        if self._codec is not None:
-            ids = encode(self._codec, bounded(self._codec, self._named(action)))
+        ids = encoded(self._codec, action)
         shown = self._game.advance(lambda: Taken(ids, {}))
         assert shown is not None
         info = {"tokens": shown.frame.tokens, "passes": shown.frame.steps}
@@ -115,16 +114,119 @@ class WorldEnv(gymnasium.Env[Observation, Any]):
         self._picture = pictures[-1]
         return self._picture.copy()
 
-    def _named(self, action: Any) -> Mapping[str, Any]:
-        assert self._codec is not None
-        choices = self._codec.choices
-        if isinstance(self.action_space, spaces.Discrete):
-            ((field, names),) = choices.items()
-            return {field: names[int(action)]}
-        return {
-            name: choices[name][int(value)] if name in choices else np.asarray(value).tolist()
-            for name, value in action.items()
-        }
+
+class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
+    """Worlds in lock step: a frame of all of them takes the passes of one.
+
+    An environment that is truncated begins anew in the next step, whose action it does not take, or, by
+    ``reset(options={"reset_mask": ...})``, when it is asked to.
+
+    Args:
+        num_envs: how many.
+        bundle: as of `WorldEnv`.
+        max_episode_steps: frames after which an episode is truncated; None: never.
+        options: what it runs on.
+
+    Raises:
+        DiagdError: the bundle cannot be played, or not by so many at once.
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+
+    def __init__(
+        self,
+        num_envs: int,
+        bundle: str | Path | None = None,
+        max_episode_steps: int | None = None,
+        options: GameOptions | None = None,
+    ) -> None:
+        path = Path(bundle) if bundle else SHIPPED
+        self._group, self._games = open_games(path, options or GameOptions(), num_envs)
+        manifest, spec = self._games[0].bundle.manifest, self._games[0].view.codec.spec
+        self._codec, self._horizon, self.num_envs = manifest.actions, max_episode_steps, num_envs
+        self.metadata = self.metadata | {"render_fps": manifest.frames_per_second}
+        self.single_observation_space = spaces.Box(0, 255, (spec.height, spec.width, 3), np.uint8)
+        self.single_action_space = action_space(self._codec)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._randoms: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
+        self._pictures: Observation = np.zeros((num_envs, spec.height, spec.width, 3), np.uint8)
+        self._steps: NDArray[np.int64] = np.zeros(num_envs, np.int64)
+        self._over: NDArray[np.bool_] = np.zeros(num_envs, np.bool_)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin anew, all or those of ``options["reset_mask"]``; environment n has seed ``seed + n``."""
+        options = options or {}
+        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs)), np.bool_)
+        seeds = [seed + n for n in range(self.num_envs)] if isinstance(seed, int) else seed
+        for number, given in enumerate(seeds or ()):
+            if given is not None and mask[number]:
+                self._randoms[number] = np.random.default_rng(given)
+        infos: dict[str, Any] = {}
+        for number in np.flatnonzero(mask).tolist():
+            infos = self._add_info(infos, self._reset(number, options.get("prompt")), number)
+        return self._pictures.copy(), infos
+
+    def step(
+        self, actions: Any
+    ) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """Decode one frame of each environment but those that begin anew."""
+        infos: dict[str, Any] = {}
+        taken = [Taken(encoded(self._codec, one), {}) for one in iterate(self.action_space, actions)]
+        over, self._over = self._over, np.zeros(self.num_envs, np.bool_)
+        for number in np.flatnonzero(over).tolist():
+            infos = self._add_info(infos, self._reset(number, None), number)
+        live = np.flatnonzero(~over).tolist()
+        runs = {number: self._games[number].play(partial(taken.__getitem__, number)) for number in live}
+        for number, shown in self._group.together(runs):
+            self._pictures[number] = shown.pictures[-1]
+            info = {"tokens": shown.frame.tokens, "passes": shown.frame.steps}
+            infos = self._add_info(infos, info, number)
+        self._steps[live] += 1
+        if self._horizon is not None:
+            self._over = self._steps >= self._horizon
+        nothing = np.zeros(self.num_envs)
+        return self._pictures.copy(), nothing, nothing > 0, self._over.copy(), infos
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Give the engine's memory back."""
+        del kwargs
+        for game in self._games:
+            game.close()
+        self._group.close()
+
+    def _reset(self, number: int, prompt: int | None) -> dict[str, Any]:
+        game, self._steps[number], self._over[number] = self._games[number], 0, False
+        pictures, chosen = _begin(game, self._randoms[number], prompt)
+        self._pictures[number] = pictures[-1]
+        return {"prompt": chosen, "tokens": game.tokens}
+
+
+def _begin(game: Game, random: np.random.Generator, prompt: int | None) -> tuple[Observation, int]:
+    """Begin a world at a prompt, with a seed that is drawn; its pictures, and the prompt's number."""
+    drawn = int(random.integers(len(game.prompts)))
+    chosen = drawn if prompt is None else prompt
+    if not 0 <= chosen < len(game.prompts):
+        raise UsageError(f"no prompt has the number {chosen}; there are {len(game.prompts)}")
+    game.settings = game.settings.model_copy(update={"seed": int(random.integers(1 << 32))})
+    return game.reset(game.prompts[chosen]), chosen
+
+
+def encoded(codec: ActionCodec | None, action: Any) -> Int | None:
+    """Ids of an action of the space; None for models without actions."""
+    if codec is None:
+        return None
+    choices, named = codec.choices, action
+    if not isinstance(action, Mapping):
+        ((field, names),) = choices.items()
+        return encode(codec, bounded(codec, {field: names[int(action)]}))
+    named = {
+        name: choices[name][int(value)] if name in choices else np.asarray(value).tolist()
+        for name, value in action.items()
+    }
+    return encode(codec, bounded(codec, named))
 
 
 def action_space(codec: ActionCodec | None) -> spaces.Space[Any]:
@@ -145,4 +247,6 @@ def action_space(codec: ActionCodec | None) -> spaces.Space[Any]:
     return spaces.Dict(parts)
 
 
-gymnasium.register("diagd/World-v0", entry_point="diagd.gym:WorldEnv")
+gymnasium.register(
+    "diagd/World-v0", entry_point="diagd.gym:WorldEnv", vector_entry_point="diagd.gym:WorldVectorEnv"
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,13 +18,17 @@ from diagd.errors import UsageError
 from diagd.export.families.world import DESCRIPTION, World, load_world
 from diagd.export.tokenizers.base import loaded
 from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
-from diagd.runtime.load import open_session
+from diagd.runtime.group import Group
+from diagd.runtime.load import open_group
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import NO_SINK, Schedule, StreamLayout
 from diagd.tuning.forced_batch import ForcedPasses, forced_nll
 from diagd.tuning.recordings import FrameEncoder
 from worlds.rollout import roll_out
+
+TOGETHER = 16
+"""Rollouts that share the passes of an engine."""
 
 Streams = NDArray[np.int64]
 """int64 [B, F * frame_length]: for each frame its action token, then its cells."""
@@ -111,7 +116,8 @@ class BundleModel:
         backend: str = "cpu",
     ) -> None:
         bundle, cpu = Bundle.open(path), CpuOptions(threads)
-        self._session = open_session(bundle, cpu=cpu, compat=compat, precision=precision, backend=backend)
+        self._open = partial(open_group, bundle, cpu=cpu, compat=compat, precision=precision, backend=backend)
+        self._session = self._open(1).sessions[0]
         self._codec = PixelCodec(bundle, cpu, find(backend))
         self.layout = self._session.layout
         self.codes = bundle.manifest.output_vocabulary
@@ -136,17 +142,28 @@ class BundleModel:
     def roll_out(
         self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
     ) -> Streams:
-        """One stream after the other."""
-        rolled = streams.copy()
-        for n, stream in enumerate(rolled):
-            frames, actions = self._parts(stream)
-            self._session.start(frames[:prompt], actions[:prompt])
-            decoded = self._session.frames(
-                ScheduledDecoder(schedule), actions[prompt:], sampling=sampling, seed=seed + n
-            )
-            cells = [frame.tokens.reshape(-1) for frame in decoded]
-            stream.reshape(-1, self.layout.frame_length)[prompt:, 1:] = np.stack(cells)
+        """Several streams at once, where the engine has as many."""
+        rolled, length = streams.copy(), self.layout.frame_length
+        for first in range(0, len(rolled), len(self._group.sessions)):
+            part = rolled[first : first + len(self._group.sessions)]
+            led = []
+            for session, stream in zip(self._group.sessions, part, strict=False):
+                frames, actions = self._parts(stream)
+                session.start(frames[:prompt], actions[:prompt])
+                led.append(actions[prompt:])
+            seeds = range(seed + first, seed + first + len(part))
+            for n, frame in self._group.frames(
+                led, ScheduledDecoder(schedule), sampling=sampling, seeds=seeds
+            ):
+                part[n].reshape(-1, length)[frame.index, 1:] = frame.tokens.reshape(-1)
         return rolled
+
+    @cached_property
+    def _group(self) -> Group:
+        try:
+            return self._open(TOGETHER)
+        except UsageError:  # this graph or this engine has one stream
+            return self._open(1)
 
     def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
         """By the bundle's decoder."""

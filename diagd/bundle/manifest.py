@@ -52,7 +52,7 @@ class FormTraits:
 
     Attributes:
         opset: of its graphs.
-        fixed: width and capacity are fixed and K/V buffers head-major [1, G, S, D]; else dynamic, [S, G, D].
+        fixed: width, capacity and streams are fixed, K/V buffers [B, G, S, D]; else dynamic, [S, B, G, D].
         host: only ONNX Runtime runs it, on a processor, in float32 or with its own quantised products.
         rows_out: new K/V rows are outputs that the runtime appends; else the graph writes the buffers.
         float_cache: why its K/V buffers are floating point; None where they may be integers.
@@ -182,6 +182,7 @@ class CacheShape(Record):
 class StepGraph(Record):
     """One step graph; ``width`` and ``capacity`` are None where they are dynamic.
 
+    ``streams``: that share its steps, where the width is fixed; else as many as wanted.
     ``cache_dtype``: NumPy name of its K/V elements where they are not those of ``Manifest.cache``.
     """
 
@@ -191,6 +192,7 @@ class StepGraph(Record):
     weights: GraphWeights
     width: Count | None = None
     capacity: Count | None = None
+    streams: Count = 1
     cache_dtype: CacheType | None = None
 
 

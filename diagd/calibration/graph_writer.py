@@ -175,6 +175,7 @@ class GraphWriter:
             graph.form,
             dtype=TORCH_TYPES[target.precision(graph)],
             capacity=graph.capacity or 0,
+            streams=graph.streams,
             variant=StepVariant(matrices, bool(target.row_scales), opset=target.opset(graph.form)),
         )
 

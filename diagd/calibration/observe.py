@@ -53,9 +53,8 @@ def observe(
     sizes |= dict.fromkeys(cached, cache.kv_heads * cache.head_size)
     collector, path = StatisticsCollector(sizes, samples.seed), bundle.file(GRAPH_NAME)
     _save_watched(bundle, graphs[0], path)
-    manifest = bundle.manifest.model_copy(
-        update={"graphs": tuple(graph.model_copy(update={"file": GRAPH_NAME}) for graph in graphs)}
-    )
+    alone = [graph.model_copy(update={"file": GRAPH_NAME, "streams": 1}) for graph in graphs]
+    manifest = bundle.manifest.model_copy(update={"graphs": tuple(alone)})
     watched, engine = Bundle(bundle.path, manifest), None
     dtype = np.float16 if graphs[0].precision == "fp16" else np.float32
     watch: dict[str, tuple[int, DTypeLike] | None] = {f"new_{name}": None for name in cached}

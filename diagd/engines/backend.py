@@ -50,6 +50,7 @@ class StepOptions:
         form: of the step graph; None: the backend's first that the bundle has.
         graphs: capture and replay graphs of the device.
         strict: refuse a graph of which nodes are left to the processor.
+        streams: that share a pass.
         watch: further outputs to hand out, by their channels and element type; None: a tensor of the step.
     """
 
@@ -59,6 +60,7 @@ class StepOptions:
     form: Form | None = None
     graphs: bool = True
     strict: bool = False
+    streams: int = 1
     watch: Mapping[str, tuple[int, DTypeLike] | None] | None = None
 
 

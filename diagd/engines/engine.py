@@ -125,42 +125,51 @@ class HostClock:
 
 
 class Engine(Protocol):
-    """One compiled backend over preallocated KV buffers and a token buffer of its own.
+    """One compiled backend over preallocated KV buffers and token buffers of its own, those of B streams.
+
+    A stream is called by its lane, from 0; a pass is one for all lanes that take part in it.
 
     Attributes:
         form: of its step graph.
-        capacity: slots of the KV buffers.
-        max_width: widest step.
+        streams: B.
+        capacity: slots of the KV buffers of each stream.
+        max_width: widest step of a stream.
         ahead: steps may still be running when ``step`` returns.
         clock: gives the times of its steps.
     """
 
     form: Form
+    streams: int
     capacity: int
     max_width: int
     ahead: bool
     clock: Clock
 
     def padded_widths(self, widths: Int) -> Int:
-        """Slots that steps of so many rows write, pad rows included."""
+        """Rows that steps of so many are run as, pad rows included."""
         ...
 
-    def send(self, steps: Steps, parts: Sequence[int] | None = None) -> None:
+    def written_widths(self, widths: Int) -> Int:
+        """Slots that steps of so many rows may write, pad rows included."""
+        ...
+
+    def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
         """Take the steps to run next; those sent before have run.
 
         Args:
             steps: of a block.
             parts: ends of parts; nobody looks at, or writes, anything between the steps of one, so that an
-                engine may run all of it at the first. None: each step is a part.
+                engine of one stream may run all of it at the first. None: each step is a part.
+            lane: of the stream.
         """
         ...
 
-    def step(self) -> None:
-        """Run, or queue, the next of the steps sent; K/V rows are written in place."""
+    def step(self, lanes: Sequence[int] = (0,)) -> None:
+        """Run, or queue, the next step of some lanes in one pass; K/V rows are written in place."""
         ...
 
     def draw(self) -> None:
-        """Draw the tokens of the step just run and write them to its sinks, where ``step`` did not.
+        """Draw the tokens of the pass just run and write them to its sinks, where ``step`` did not.
 
         Raises:
             EngineError: a row's largest logit is not finite. An engine that runs ahead of the host says so
@@ -168,23 +177,23 @@ class Engine(Protocol):
         """
         ...
 
-    def logits(self) -> Float:
-        """Logits [R, V] of the rows that the last step decodes, once it has run; valid until the next one."""
+    def logits(self, lane: int = 0) -> Float:
+        """Logits [R, V] of a lane's rows that the last pass decodes, once it has run, until the next one."""
         ...
 
     def watched(self) -> Mapping[str, NDArray[Any]]:
-        """Further outputs [rows, ...] of the last step by name, where the engine was opened to watch some."""
+        """Further outputs [rows, ...] of the last pass by name, where the engine was opened to watch some."""
         ...
 
-    def write_tokens(self, places: Int, ids: Int) -> None:
-        """Put ids into the token buffer, for steps run from now on."""
+    def write_tokens(self, places: Int, ids: Int, lane: int = 0) -> None:
+        """Put ids into a token buffer, for steps run from now on."""
         ...
 
-    def read_tokens(self, places: Int) -> Int:
-        """Ids in the token buffer once every step so far has run."""
+    def read_tokens(self, places: Int, lane: int = 0) -> Int:
+        """Ids in a token buffer once every step so far has run."""
         ...
 
-    def write_slots(self, slot_position: Int) -> None:
+    def write_slots(self, slot_position: Int, lane: int = 0) -> None:
         """Take the position of every slot, int32 [capacity]."""
         ...
 
@@ -192,7 +201,7 @@ class Engine(Protocol):
         """Take the keys and values of a text, by input of the step graph; for models that read text."""
         ...
 
-    def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
+    def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
         """Turn the keys of slots below ``live`` by ``angles`` (radians, one per channel pair)."""
         ...
 

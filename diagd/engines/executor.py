@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -60,6 +61,7 @@ class Executor:
         device: where it runs; closed with the engine.
         make_program: binds the compiled graph to the tensors.
         graphs: capture each width once and replay it.
+        streams: that share a step.
         watch: further outputs of the graph, [W, channels], with their channels and element type; None for a
             tensor that a step has anyway.
     """
@@ -76,25 +78,32 @@ class Executor:
         *,
         graphs: bool = True,
         watch: Mapping[str, tuple[int, DTypeLike] | None] | None = None,
+        streams: int = 1,
     ) -> None:
-        self.widths, self.max_width, self.capacity, self.form = widths, widths[-1], capacity, form
+        self.widths, self.max_width, self.form, self.streams = widths, widths[-1], form, streams
+        self.capacity = capacity if streams == 1 else capacity - self.max_width  # the rest: see ``_Lane``
         known = np.asarray(widths, np.int32)
         self._padding = known[np.searchsorted(known, np.arange(self.max_width + 1))]
         self.device, self.ahead = device, device.ahead
         self.clock: Clock = _DeviceClock(device)
         self._watch = dict(watch or {})
-        self.tensors = StepTensors(manifest, form, capacity, self.max_width, tokens, device, self._watch)
+        self.tensors = StepTensors(
+            manifest, form, capacity, self.max_width, tokens, device, self._watch, streams
+        )
+        self._places = tokens
         self._tokens: Int = device.host_array((self.tensors.refusal_place + 2,), np.int32)
         self._staged: Int = device.host_array((tokens,), np.int32)
         self._staged_until = 0
         self._slots: Int = device.host_array((capacity,), np.int32)
         self._logits: Float = device.host_array((self.max_width, manifest.output_vocabulary), np.float32)
-        self._records = RecordRing(device)
-        self._cursor = device.allocate(CURSOR_BYTES)
+        self._idle: Int = device.host_array((self.max_width + 3,), np.int32)  # what idle streams are given
+        self._idle[self.max_width :] = VOID, self.capacity, 0
+        self._lanes = [_Lane(device) for _ in range(streams)]
+        self._pointers: dict[tuple[int, int], tuple[int, int]] = {}
         self._manifest, self._ranges = manifest, self._upload(cell_ranges(manifest))
         self._program = make_program(self.tensors.named)
         self._graphs: dict[tuple[int, ...], int | None] = {}  # of widths, None where they came once
-        self._next = self._queued = self._sent = 0
+        self._width = 0
         self._thread = threading.get_ident()
         self._warm_up(graphs and self._program.capturable)
 
@@ -108,18 +117,25 @@ class Executor:
         """The narrowest width that holds each; see ``Engine.padded_widths``."""
         return self._padding[widths]
 
-    def send(self, steps: Steps, parts: Sequence[int] | None = None) -> None:
-        """Queue the records of the steps to run next; see ``Engine.send``."""
-        if self._queued != self._sent:  # some of those sent before will never run: forget their records
-            self._wait()
-            self._records.restart()
-            self.device.clear(self._cursor, CURSOR_BYTES)
-        self._steps, self._next, self._queued, self._sent = steps, 0, 0, 0
-        self._padded = tuple(self.padded_widths(np.diff(steps.offsets)).tolist())
-        self._parts = iter(range(1, len(steps) + 1) if parts is None else parts)
+    def written_widths(self, widths: Int) -> Int:
+        """As wide as another stream's step may be; see ``Engine.written_widths``."""
+        return self._padding[widths] if self.streams == 1 else np.full_like(widths, self.max_width)
 
-    def step(self) -> None:
-        """Queue one pass, and those of its part; see ``Engine.step``.
+    def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
+        """Queue the records of the steps to run next; see ``Engine.send``."""
+        own = self._lanes[lane]
+        if own.queued != own.sent:  # some of those sent before will never run: forget their records
+            self._wait()
+            own.records.restart()
+            self.device.clear(own.cursor, CURSOR_BYTES)
+        if lane:  # a step graph looks ids up among those of all streams
+            steps = replace(steps, sources=steps.sources + np.int32(lane * self._places))
+        own.steps, own.next, own.queued, own.sent = steps, 0, 0, 0
+        own.padded = tuple(self.padded_widths(np.diff(steps.offsets)).tolist())
+        own.parts = iter(range(1, len(steps) + 1) if parts is None else parts)
+
+    def step(self, lanes: Sequence[int] = (0,)) -> None:
+        """Queue one pass, and, of one stream alone, those of its part; see ``Engine.step``.
 
         Raises:
             EngineError: on another thread than the one that opened the engine, which holds what it captured.
@@ -129,20 +145,45 @@ class Executor:
                 f"a step came from thread {threading.get_ident()}, the engine was opened in {self._thread}, "
                 "which holds its captured graphs; open the session in the thread that decodes"
             )
-        if self._next == self._queued:
-            self._queue(next(self._parts))
-        self._next += 1
+        if self.streams == 1:
+            (own,) = self._lanes
+            if own.next == own.queued:
+                self._queue(own, next(own.parts))
+            own.next += 1
+            self._width = own.padded[own.next - 1]
+        else:
+            self._share(lanes)
 
-    def _queue(self, end: int) -> None:
+    def _share(self, lanes: Sequence[int]) -> None:
+        """Queue the next steps of some streams as one pass."""
+        width = 0
+        for lane in lanes:
+            own = self._lanes[lane]
+            self._send(own)
+            width = max(width, own.padded[own.queued])
+            own.queued += 1
+            own.next += 1
+        self._width = width
+        self._wake(lanes, width)
+        if len(lanes) == self.streams:
+            self._launch((width,))
+        else:
+            self._forward(width, lanes)
+
+    def _send(self, own: _Lane) -> None:
+        """Have the record of the step that is queued next on the device."""
+        if own.queued == own.sent:
+            if own.records.is_full:
+                self._wait()
+            own.sent = own.records.send(own.steps, own.sent)
+
+    def _queue(self, own: _Lane, end: int) -> None:
         """Queue the steps up to one."""
-        while self._queued < end:
-            if self._queued == self._sent:
-                if self._records.is_full:
-                    self._wait()
-                self._sent = self._records.send(self._steps, self._sent)
-            last = min(end, self._sent, self._queued + TOGETHER)
-            self._launch(self._padded[self._queued : last])
-            self._queued = last
+        while own.queued < end:
+            self._send(own)
+            last = min(end, own.sent, own.queued + TOGETHER)
+            self._launch(own.padded[own.queued : last])
+            own.queued = last
 
     def _launch(self, widths: tuple[int, ...]) -> None:
         """Queue steps whose records are up, in as few graphs as there are."""
@@ -154,7 +195,7 @@ class Executor:
         if (graph := known.get(widths)) is not None:
             self.device.replay(graph)
         elif len(widths) == 1:
-            self._forward(*widths)
+            self._forward(*widths, range(self.streams))
         else:
             for width in widths:
                 self._launch((width,))
@@ -162,39 +203,39 @@ class Executor:
     def _capture(self, widths: tuple[int, ...]) -> int:
         def work() -> None:
             for width in widths:
-                self._forward(width)
+                self._forward(width, range(self.streams))
 
         return self.device.capture(work)
 
     def draw(self) -> None:
         """The step has drawn; see ``Engine.draw``."""
 
-    def logits(self) -> Float:
+    def logits(self, lane: int = 0) -> Float:
         """Of the last step; see ``Engine.logits``."""
-        steps, n = self._steps, self._next - 1
-        width = self._padded[n]
-        self.device.download(self._logits[:width], self.tensors.named["logits"].address)
+        own, width = self._lanes[lane], self._width
+        steps, n = own.steps, own.next - 1
+        self.device.download(self._logits[:width], self._part("logits", lane, width))
         self._wait()
         return self._logits[steps.decoded[steps.decode_offsets[n] : steps.decode_offsets[n + 1]]]
 
     def watched(self) -> Mapping[str, Array]:
         """Further outputs; see ``Engine.watched``."""
-        n = self._next - 1
-        rows = int(self._steps.offsets[n + 1] - self._steps.offsets[n])
+        (own,) = self._lanes  # none of a group is watched
+        rows = int(own.steps.offsets[own.next] - own.steps.offsets[own.next - 1])
         named = self.tensors.named
         return {
             name: array.take(range(rows), axis=named[name].shape.index(WIDTH))
-            for name, array in self._download(self._watch, self._padded[n]).items()
+            for name, array in self._download(self._watch, self._width).items()
         }
 
     def inputs(self) -> dict[str, Array]:
         """What the program read in the last step, by name; of the K/V rows those that it wrote as well."""
         names = [*INPUTS, *(f"past_{name}" for name in self.tensors.cache), *self.tensors.text]
-        return self._download(names, self._padded[self._next - 1])
+        return self._download(names, self._width)
 
     def evaluate(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         """Run the program alone on given inputs; see ``Engine.evaluate``."""
-        named, width = self.tensors.named, len(feeds["sources"])
+        named, width = self.tensors.named, feeds["sources"].shape[-1]
         for name, array in feeds.items():
             self.device.upload(named[name].address, np.ascontiguousarray(array, named[name].dtype))
             self._wait()
@@ -205,26 +246,27 @@ class Executor:
         """Of the device; see ``Engine.memory_used``."""
         return self.device.memory_used()
 
-    def write_tokens(self, places: Int, ids: Int) -> None:
+    def write_tokens(self, places: Int, ids: Int, lane: int = 0) -> None:
         """Queue ids into the token buffer, neighbours in one copy; see ``Engine.write_tokens``."""
         if self._staged_until + len(ids) > len(self._staged):
             self._wait()  # copies may still read what is staged
         staged = self._staged[self._staged_until : self._staged_until + len(ids)]
         staged[:] = ids
         self._staged_until += len(ids)
-        base = self.tensors.token_buffer.address
+        base = self._part("token_buffer", lane)
         bounds = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
         for first, last in pairwise(bounds):
             if first < last:
                 self.device.upload(base + 4 * int(places[first]), staged[first:last])
 
-    def read_tokens(self, places: Int) -> Int:
+    def read_tokens(self, places: Int, lane: int = 0) -> Int:
         """Ids once every step queued has run; see ``Engine.read_tokens``.
 
         Raises:
             EngineError: a row's largest logit was not finite.
         """
         address, place = self.tensors.token_buffer.address, self.tensors.refusal_place
+        places = places + lane * self._places if lane else places
         first, last = (int(places.min()), int(places.max()) + 1) if len(places) else (0, 1)
         self.device.download(self._tokens[first:last], address + 4 * first)
         self.device.download(self._tokens[place:], address + 4 * place)
@@ -235,11 +277,13 @@ class Executor:
             raise refusal(row - 1, float(np.int32(largest).view(np.float32)))
         return self._tokens[places]
 
-    def write_slots(self, slot_position: Int) -> None:
+    def write_slots(self, slot_position: Int, lane: int = 0) -> None:
         """Queue the position of every slot; see ``Engine.write_slots``."""
         self._wait()  # the copy before may still read the staging array
-        self._slots[:] = slot_position
-        self.device.upload(self.tensors.named["slot_position"].address, self._slots)
+        self._slots[: self.capacity] = slot_position
+        self._slots[self.capacity :] = VOID
+        self._lanes[lane].idle_at = None
+        self.device.upload(self._part("slot_position", lane), self._slots)
 
     def set_text(self, rows: Mapping[str, Array]) -> None:
         """Take a text; see ``Engine.set_text``."""
@@ -247,46 +291,77 @@ class Executor:
             self.device.upload(tensor.address, np.ascontiguousarray(rows[name], tensor.dtype))
             self._wait()
 
-    def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
+    def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
         """Turn cached keys; see ``Engine.rotate_keys``. Once per context, so the host does it."""
         for name, tensor in self.tensors.cache.items():
             if not name.startswith("key"):
                 continue
-            keys = np.empty(tensor.shape, tensor.dtype)
-            self.device.download(keys, tensor.address)
+            keys = np.empty(tensor.shape[1:], tensor.dtype)
+            address = self._part(f"past_{name}", lane)
+            self.device.download(keys, address)
             self._wait()
-            rotate_pairs(keys[:, :, :live], angles)
-            self.device.upload(tensor.address, keys)
+            rotate_pairs(keys[:, :live], angles)
+            self.device.upload(address, keys)
             self._wait()
 
-    def _forward(self, width: int) -> None:
+    def _part(self, name: str, lane: int, width: int = 1) -> int:
+        """Where a stream's part of a tensor is, in a step of ``width`` rows."""
+        return self.tensors.named[name].part(lane, self.streams, width)
+
+    def _wake(self, lanes: Sequence[int], width: int) -> None:
+        """Hide again what the streams of some lanes saw while they were idle, and have all others be idle.
+
+        Rows of a stream that takes no part stand at position 0, and the first of them is visible there: no
+        row is to see nothing, of which some attention makes what is no number.
+        """
+        zero, void = self._idle[:1], self._idle[self.max_width :][:1]
+        for lane, own in enumerate(self._lanes):
+            visible = self._part("slot_position", lane) + 4 * self.capacity
+            if lane in lanes:
+                if own.idle_at is not None:
+                    self.device.upload(visible, void)
+                own.idle_at = None
+            elif own.idle_at != width:
+                for name in ("sources", "positions"):
+                    self.device.upload(self._part(name, lane, width), self._idle[:width])
+                self.device.upload(self._part("write_index", lane), self._idle[-2:])
+                self.device.upload(visible, zero)
+                own.idle_at = width
+
+    def _forward(self, width: int, lanes: Sequence[int]) -> None:
         """Queue everything a step of one width consists of."""
         device, threads = self.device, self.device.threads
-        device.launch(ADVANCE, self._advance_arguments(width), 1, threads)
+        for lane in lanes:
+            device.launch(ADVANCE, self._advance_arguments(width, lane), 1, threads)
         self._program.enqueue(width)
-        device.launch(SAMPLE, self._sample_arguments(width), width, threads)
-        if self.tensors.row_pointers:
-            device.launch(APPEND, self._append_arguments(width), APPEND_BLOCKS, threads)
+        for lane in lanes:
+            device.launch(SAMPLE, self._sample_arguments(width, lane), width, threads)
+        if self.tensors.rows:
+            for lane in lanes:
+                device.launch(APPEND, self._append_arguments(width, lane), APPEND_BLOCKS, threads)
 
     def _warm_up(self, capture: bool) -> None:
         """Run every width once on a record without rows, capture it, and forget what that wrote."""
-        nothing = np.zeros(0, np.int32)
+        nothing, lanes = np.zeros(0, np.int32), tuple(range(self.streams))
         empty = Steps.single(nothing, nothing, nothing, nothing, 0, 1)
         for width in self.widths:
-            self._records.send(empty, 0)
-            self._forward(width)
+            for own in self._lanes:
+                own.records.send(empty, 0)
+            self._forward(width, lanes)
             self._wait()
             if capture:
                 self._graphs[width,] = self._capture((width,))
         self.tensors.clear()
-        self.device.clear(self._cursor, CURSOR_BYTES)
-        self._records.restart()
-        self.write_slots(np.full(self.capacity, VOID, np.int32))
+        for lane, own in enumerate(self._lanes):
+            self.device.clear(own.cursor, CURSOR_BYTES)
+            own.records.restart()
+            self.write_slots(np.full(self.capacity, VOID, np.int32), lane)
         self._wait()
 
     def _wait(self) -> None:
         self.device.synchronise()
-        self._records.drained()
+        for own in self._lanes:
+            own.records.drained()
         self._staged_until = 0
 
     def _download(self, names: Sequence[str] | Mapping[str, Any], width: int) -> dict[str, Array]:
@@ -297,25 +372,24 @@ class Executor:
         self._wait()
         return results
 
-    def _advance_arguments(self, width: int) -> AdvanceArguments:
-        addresses = {
-            name: self.tensors.named[name].address for name in ADVANCE_POINTERS if name in self.tensors.named
-        }
+    def _advance_arguments(self, width: int, lane: int) -> AdvanceArguments:
+        own, named = self._lanes[lane], self.tensors.named
+        addresses = {name: self._part(name, lane, width) for name in ADVANCE_POINTERS if name in named}
         return AdvanceArguments(
-            records=self._records.address,
-            cursor=self._cursor,
+            records=own.records.address,
+            cursor=own.cursor,
             **addresses,
             width=width,
         )
 
-    def _sample_arguments(self, width: int) -> SampleArguments:
-        layout, tensors = self._manifest.layout, self.tensors
+    def _sample_arguments(self, width: int, lane: int) -> SampleArguments:
+        layout, tensors, own = self._manifest.layout, self.tensors, self._lanes[lane]
         return SampleArguments(
-            records=self._records.address,
-            cursor=self._cursor,
-            logits=tensors.named["logits"].address,
+            records=own.records.address,
+            cursor=own.cursor,
+            logits=self._part("logits", lane, width),
             ranges=self._ranges,
-            token_buffer=tensors.token_buffer.address,
+            token_buffer=self._part("token_buffer", lane),
             refused=tensors.token_buffer.address + 4 * tensors.refusal_place,
             prefix=layout.prefix,
             frame_length=layout.frame_length,
@@ -332,20 +406,40 @@ class Executor:
         self.device.upload(address, staged)
         return address
 
-    def _append_arguments(self, width: int) -> AppendArguments:
+    def _append_arguments(self, width: int, lane: int) -> AppendArguments:
         tensors = self.tensors
         buffer = next(iter(tensors.cache.values()))
+        if (lane, width) not in self._pointers:
+            parts = (tensors.pointers(group, lane, width) for group in (tensors.rows, tensors.cache.values()))
+            self._pointers[lane, width] = (next(parts), next(parts))
+        rows, buffers = self._pointers[lane, width]
         row_bytes = buffer.shape[3] * buffer.dtype.itemsize
         return AppendArguments(
-            rows=tensors.row_pointers,
-            buffers=tensors.buffer_pointers,
-            write_index=tensors.named["write_index"].address,
+            rows=rows,
+            buffers=buffers,
+            write_index=self._part("write_index", lane),
             tensors=len(tensors.cache),
             groups=buffer.shape[1],
             capacity=buffer.shape[2],
             width=width,
             row_chunks=row_bytes // self.device.chunk_bytes,
         )
+
+
+class _Lane:
+    """The steps that a stream was sent, and where they are queued.
+
+    ``idle_at``: the width of the last pass, where the stream took no part in it. Its rows then went to the
+    slots behind those that its session knows of.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.records, self.cursor = RecordRing(device), device.allocate(CURSOR_BYTES)
+        self.next = self.queued = self.sent = 0
+        self.steps: Steps
+        self.padded: tuple[int, ...] = ()
+        self.parts: Iterator[int] = iter(())
+        self.idle_at: int | None = None
 
 
 class _DeviceClock(Clock):

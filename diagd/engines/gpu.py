@@ -115,4 +115,7 @@ def open_cuda(bundle: Bundle, device: Device, options: StepOptions) -> Executor:
         return OnnxRuntimeProgram(session, tensors, widths, device.kind)
 
     capacity = int(steps[0].capacity or 0)
-    return Executor(bundle.manifest, Form.MODERN, capacity, widths, options.tokens, device, program)
+    return Executor(
+        *(bundle.manifest, Form.MODERN, capacity, widths, options.tokens, device, program),
+        streams=steps[0].streams,
+    )

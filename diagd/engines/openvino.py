@@ -63,6 +63,7 @@ class OpenVino(Backend):
             *(bundle.manifest, Form.PORTABLE, capacity, widths, options.tokens, device, program),
             graphs=False,
             watch=options.watch,
+            streams=graphs[0].streams,
         )
 
     @override

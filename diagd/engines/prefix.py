@@ -15,6 +15,7 @@ from diagd.engines.engine import VOID, Clock, Float, HostClock, Int, Steps
 from diagd.engines.fingerprint import graph_digest
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.sampler import HostSampler
+from diagd.errors import UsageError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -23,7 +24,10 @@ GRANULE = 32
 """Slots by which the bound prefix grows: most steps then bind the same K/V shapes as the step before."""
 
 MAX_WIDTH = 256
-"""Widest pass; the prompt is fed in chunks of it, which bounds the scores' memory."""
+"""Rows of the widest pass; the prompt is fed in chunks of it, which bounds the scores' memory."""
+
+LEAST_WIDTH = 80
+"""Rows that a step may have however many streams share the pass: enough for every schedule of a family."""
 
 
 class PrefixState:
@@ -32,24 +36,29 @@ class PrefixState:
     Args:
         manifest: of the bundle.
         capacity: slots of the buffers.
-        tokens: size of the token buffer.
+        tokens: size of the token buffer of a stream.
         max_width: widest step.
+        streams: B.
 
     Attributes:
-        token_buffer: int32 [tokens].
-        slot_position: int32 [capacity].
-        buffers: K/V rows [capacity, G, D] by ``key_0``, ``value_0``, ...
+        token_buffer: int32 [B * tokens].
+        slot_position: int32 [capacity * B], slot by slot.
+        buffers: K/V rows [capacity, B * G, D] by ``key_0``, ``value_0``, ...
     """
 
     form = Form.PREFIX
     ahead = False
 
-    def __init__(self, manifest: Manifest, capacity: int, tokens: int, max_width: int) -> None:
-        self.capacity, self.max_width = capacity, max_width
+    def __init__(
+        self, manifest: Manifest, capacity: int, tokens: int, max_width: int, streams: int = 1
+    ) -> None:
+        self.capacity, self.max_width, self.streams = capacity, max_width, streams
         self.clock: Clock = HostClock()
-        self.token_buffer: Int = np.zeros(tokens, np.int32)
-        self.slot_position: Int = np.full(capacity, VOID, np.int32)
-        shape = (capacity, manifest.cache.kv_heads, manifest.cache.head_size)
+        self.token_buffer: Int = np.zeros(streams * tokens, np.int32)
+        held = capacity if streams == 1 else capacity + GRANULE  # with slots for rows that are nobody's
+        self.slot_position: Int = np.full(held * streams, VOID, np.int32)
+        self._groups, self._tokens = manifest.cache.kv_heads, tokens
+        shape = (held, streams * self._groups, manifest.cache.head_size)
         dtype = np.dtype(manifest.cache.dtype)
         self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache)}
         self._sampler = HostSampler(manifest)
@@ -60,28 +69,33 @@ class PrefixState:
         """Widths are dynamic: no pad rows."""
         return widths
 
-    def write_tokens(self, places: Int, ids: Int) -> None:
+    def written_widths(self, widths: Int) -> Int:
+        """Pad rows beside a wider step of another stream are written elsewhere."""
+        return widths
+
+    def write_tokens(self, places: Int, ids: Int, lane: int = 0) -> None:
         """Put ids into the token buffer."""
-        self.token_buffer[places] = ids
+        self.token_buffer[places + lane * self._tokens] = ids
 
-    def read_tokens(self, places: Int) -> Int:
+    def read_tokens(self, places: Int, lane: int = 0) -> Int:
         """Ids in the token buffer."""
-        return self.token_buffer[places]
+        return self.token_buffer[places + lane * self._tokens]
 
-    def write_slots(self, slot_position: Int) -> None:
+    def write_slots(self, slot_position: Int, lane: int = 0) -> None:
         """Take the position of every slot."""
-        self.slot_position[:] = slot_position
+        self.slot_position[lane :: self.streams][: self.capacity] = slot_position
 
     def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
         """Take a text; see ``Engine.set_text``."""
         for name, buffer in self._text.items():
             buffer[:] = rows[name]
 
-    def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
+    def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
         """Turn cached keys; see ``Engine.rotate_keys``."""
+        own = slice(lane * self._groups, (lane + 1) * self._groups)
         for name, buffer in self.buffers.items():
             if name.startswith("key"):
-                rotate_pairs(buffer[:live], angles)
+                rotate_pairs(buffer[:live, own], angles)
 
     def evaluate(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Run the graph on given inputs; see ``Engine.evaluate``."""
@@ -98,15 +112,16 @@ class PrefixState:
 
 
 class PlainPrefix(PrefixState):
-    """Steps as arrays that are fed anew each time, nothing of them bound; see ``Engine``."""
+    """Steps of one stream as arrays that are fed anew each time, nothing of them bound; see ``Engine``."""
 
-    def send(self, steps: Steps, parts: Sequence[int] | None = None) -> None:
+    def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
         """Take the steps to run next; see ``Engine.send``."""
-        del parts
+        del parts, lane
         self._steps, self._next = steps, 0
 
-    def step(self) -> None:
+    def step(self, lanes: Sequence[int] = (0,)) -> None:
         """Run one pass; see ``Engine.step``."""
+        del lanes
         steps, n = self._steps, self._next
         self._next += 1
         rows = slice(steps.offsets[n], steps.offsets[n + 1])
@@ -114,10 +129,10 @@ class PlainPrefix(PrefixState):
         self.slot_position[steps.update_slots[changed]] = steps.update_positions[changed]
         feeds: dict[str, NDArray[Any]] = {
             "token_buffer": self.token_buffer,
-            "sources": steps.sources[rows],
-            "positions": steps.positions[rows],
-            "slot_position": self.slot_position,
-            "write_index": steps.write_index[n : n + 1].astype(np.int64),
+            "sources": steps.sources[None, rows],
+            "positions": steps.positions[None, rows],
+            "slot_position": self.slot_position[:, None],
+            "write_index": steps.write_index[n] + np.arange(rows.stop - rows.start, dtype=np.int64)[None],
             "logit_rows": steps.decoded[steps.decode_offsets[n] : steps.decode_offsets[n + 1]],
             **self._text,
         }
@@ -137,8 +152,9 @@ class PlainPrefix(PrefixState):
         places, ids = self._sampler.draw(self._logits, self._steps, self._next - 1)
         self.token_buffer[places] = ids
 
-    def logits(self) -> Float:
+    def logits(self, lane: int = 0) -> Float:
         """Of the last step; see ``Engine.logits``."""
+        del lane
         return self._logits
 
     def watched(self) -> Mapping[str, NDArray[Any]]:
@@ -146,18 +162,36 @@ class PlainPrefix(PrefixState):
         return {}
 
 
-class PrefixEngine(PrefixState):
-    """Sequence-major K/V buffers [S, G, D], of which each step binds the live prefix as input and output.
+class _Lane:
+    """The steps that a stream was sent, as plain numbers where they are read one by one."""
 
-    The graph scatters a step's rows into the bound input; because the output is bound to the same memory,
-    ONNX Runtime writes in place and copies nothing.
+    def __init__(self) -> None:
+        self.live = self.next = 0
+
+    def send(self, steps: Steps) -> None:
+        self.steps, self.next = steps, 0
+        self.offsets, self.draws = steps.offsets.tolist(), steps.decode_offsets.tolist()
+        self.updates = steps.update_offsets.tolist()
+        self.starts, self.lives = steps.write_index.tolist(), steps.live.tolist()
+
+
+class PrefixEngine(PrefixState):
+    """K/V buffers [S, B, G, D], of which each pass binds the live prefix as input and output.
+
+    The graph scatters a pass's rows into the bound input; because the output is bound to the same memory,
+    ONNX Runtime writes in place and copies nothing. Streams that take part with fewer rows than the widest,
+    or with none, have pad rows, which all go to a slot behind those in use.
 
     Args:
         bundle: with a prefix graph.
         capacity: slots of the buffers.
-        tokens: size of the token buffer.
+        tokens: size of the token buffer of a stream.
         options: of ONNX Runtime.
         watch: further outputs of the graph to hand out after every step.
+        streams: B.
+
+    Raises:
+        UsageError: the graph has no axis for streams.
     """
 
     def __init__(
@@ -168,59 +202,98 @@ class PrefixEngine(PrefixState):
         options: CpuOptions,
         *,
         watch: Sequence[str] = (),
+        streams: int = 1,
     ) -> None:
         manifest = bundle.manifest
         graph = manifest.graph(Form.PREFIX)
-        super().__init__(manifest, -(-capacity // GRANULE) * GRANULE, tokens, MAX_WIDTH)
+        widest = max(MAX_WIDTH // streams, LEAST_WIDTH)
+        super().__init__(manifest, -(-capacity // GRANULE) * GRANULE, tokens, widest, streams)
         digest = graph_digest(bundle, graph) if options.prepack else ""
         options = options.suiting(graph.precision)
         self._session = open_session(bundle.file(graph.file), digest, options)
+        self._axis = self._streams_axis(bundle)
         self._binding = self._session.io_binding()
-        self._write_index = np.zeros(1, np.int64)
-        self._logits = np.zeros((MAX_WIDTH, manifest.output_vocabulary), np.float32)
-        self._fed = {name: np.zeros(MAX_WIDTH, np.int32) for name in ("sources", "positions", "logit_rows")}
+        rows = streams * widest
+        self._logits = np.zeros((rows, manifest.output_vocabulary), np.float32)
+        self._fed = {name: np.zeros(rows, np.int32) for name in ("sources", "positions", "logit_rows")}
+        self._slots = np.zeros(rows, np.int64)
+        self._lanes = [_Lane() for _ in range(streams)]
+        self._ran: dict[int, tuple[int, int]] = {}
         self._addresses: dict[int, int] = {}
         self._bound = self._bound_width = self._bound_rows = -1  # nothing yet, not even an empty step
         self._bind("token_buffer", self.token_buffer)
-        self._bind("write_index", self._write_index)
-        self._bind_rows("logits", self._logits, MAX_WIDTH, output=True)
+        self._bind_rows("logits", self._logits, self._logits.shape, output=True)
         for name, buffer in self._text.items():
             self._bind(name, buffer)
         self._watch = tuple(watch)
 
-    def send(self, steps: Steps, parts: Sequence[int] | None = None) -> None:
+    def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
         """Take the steps to run next; see ``Engine.send``."""
         del parts
-        self._steps, self._next = steps, 0
-        self._offsets, self._draws = steps.offsets.tolist(), steps.decode_offsets.tolist()
-        self._updates = steps.update_offsets.tolist()
-        self._starts, self._live = steps.write_index.tolist(), steps.live.tolist()
+        self._lanes[lane].send(steps)
 
-    def step(self) -> None:
+    def step(self, lanes: Sequence[int] = (0,)) -> None:
         """Run one pass; see ``Engine.step``."""
-        steps, n = self._steps, self._next
-        self._next += 1
-        first, last = self._offsets[n], self._offsets[n + 1]
-        drawn, draws = self._draws[n], self._draws[n + 1]
-        changed = slice(self._updates[n], self._updates[n + 1])
-        self.slot_position[steps.update_slots[changed]] = steps.update_positions[changed]
-        self._bind_prefix(-(-self._live[n] // GRANULE) * GRANULE)
-        width, rows = last - first, draws - drawn
-        self._bind_frontier(width, rows)
-        self._write_index[0] = self._starts[n]
-        self._fed["sources"][:width] = steps.sources[first:last]
-        self._fed["positions"][:width] = steps.positions[first:last]
-        self._fed["logit_rows"][:rows] = steps.decoded[drawn:draws]
+        width = self._begin(lanes)
+        count, fed, ran = 0, self._fed, self._ran
+        ran.clear()
+        for number in lanes:
+            lane = self._lanes[number]
+            steps, n = lane.steps, lane.next
+            lane.next = n + 1
+            first, last = lane.offsets[n], lane.offsets[n + 1]
+            drawn, draws = lane.draws[n], lane.draws[n + 1]
+            changed = slice(lane.updates[n], lane.updates[n + 1])
+            at, rows = number * width, last - first
+            fed["sources"][at : at + rows] = steps.sources[first:last]
+            fed["positions"][at : at + rows] = steps.positions[first:last]
+            self._slots[at : at + rows] = np.arange(lane.starts[n], lane.starts[n] + rows)
+            ran[number] = count, count + draws - drawn
+            fed["logit_rows"][count : count + draws - drawn] = steps.decoded[drawn:draws]
+            slots = steps.update_slots[changed]
+            if self.streams > 1:
+                fed["sources"][at : at + rows] += number * self._tokens
+                fed["logit_rows"][count : count + draws - drawn] += at
+                slots = slots * self.streams + number
+            self.slot_position[slots] = steps.update_positions[changed]
+            count += draws - drawn
+        self._bind_frontier(width, count)
         self._session.run_with_iobinding(self._binding)
+
+    def _begin(self, lanes: Sequence[int]) -> int:
+        """Bind the prefix of the longest stream, and have every row be a pad; the width of the pass."""
+        width = 0
+        for number in lanes:
+            lane = self._lanes[number]
+            lane.live = lane.lives[lane.next]
+            width = max(width, lane.offsets[lane.next + 1] - lane.offsets[lane.next])
+        live = max(lane.live for lane in self._lanes)
+        if self.streams == 1:
+            self._bind_prefix(-(-live // GRANULE) * GRANULE)
+            return width
+        self._bind_prefix((live // GRANULE + 1) * GRANULE)
+        rows = self.streams * width
+        self._fed["sources"][:rows] = self._fed["positions"][:rows] = 0
+        self._slots[:rows] = self._bound - 1
+        return width
 
     def draw(self) -> None:
         """Draw tokens from the logits; see ``Engine.draw``."""
-        places, ids = self._sampler.draw(self.logits(), self._steps, self._next - 1)
-        self.token_buffer[places] = ids
+        for number, (first, last) in self._ran.items():
+            lane = self._lanes[number]
+            places, ids = self._sampler.draw(self._logits[first:last], lane.steps, lane.next - 1)
+            self.write_tokens(places, ids, number)
 
-    def logits(self) -> Float:
+    def logits(self, lane: int = 0) -> Float:
         """Of the last step; see ``Engine.logits``."""
-        return self._logits[: self._bound_rows]
+        first, last = self._ran[lane]
+        return self._logits[first:last]
+
+    @override
+    def write_slots(self, slot_position: Int, lane: int = 0) -> None:
+        super().write_slots(slot_position, lane)
+        used = np.flatnonzero(slot_position != VOID)
+        self._lanes[lane].live = int(used[-1]) + 1 if used.size else 0
 
     def watched(self) -> Mapping[str, NDArray[Any]]:
         """Further outputs; see ``Engine.watched``."""
@@ -234,32 +307,50 @@ class PrefixEngine(PrefixState):
         self._binding = None
         self._addresses.clear()
 
+    def _streams_axis(self, bundle: Bundle) -> tuple[int, ...]:
+        """The axis of streams in shapes; graphs of earlier versions of diagd have none."""
+        (shape,) = (value.shape for value in self._session.get_inputs() if value.name == "slot_position")
+        if len(shape) == 2:
+            return (self.streams,)
+        if self.streams > 1:
+            raise UsageError(
+                f"{bundle.path} was exported by a version of diagd without an axis for streams; export it "
+                f"again to decode {self.streams} sessions at once"
+            )
+        return ()
+
     def _bind_prefix(self, length: int) -> None:
         if length == self._bound:
             return
+        shape = (length, *self._axis)
         for name, buffer in self.buffers.items():
-            self._bind_rows(f"past_{name}", buffer, length)
-            self._bind_rows(f"present_{name}", buffer, length, output=True)
-        self._bind_rows("slot_position", self.slot_position, length)
+            rows = (*shape, self._groups, buffer.shape[2])
+            self._bind_rows(f"past_{name}", buffer, rows)
+            self._bind_rows(f"present_{name}", buffer, rows, output=True)
+        self._bind_rows("slot_position", self.slot_position, shape)
         self._bound = length
 
     def _bind_frontier(self, width: int, rows: int) -> None:
         if width != self._bound_width:
-            self._bind_rows("sources", self._fed["sources"], width)
-            self._bind_rows("positions", self._fed["positions"], width)
+            shape = (*self._axis, width)
+            self._bind_rows("sources", self._fed["sources"], shape)
+            self._bind_rows("positions", self._fed["positions"], shape)
+            self._bind_rows("write_index", self._slots, shape if self._axis else (1,))
         if rows != self._bound_rows:
-            self._bind_rows("logit_rows", self._fed["logit_rows"], rows)
-            self._bind_rows("logits", self._logits, rows, output=True)
+            self._bind_rows("logit_rows", self._fed["logit_rows"], (rows,))
+            self._bind_rows("logits", self._logits, (rows, self._logits.shape[1]), output=True)
         for name in self._watch:  # their size follows the step's: the memory is ONNX Runtime's
             self._binding.bind_output(name, "cpu")
         self._bound_width, self._bound_rows = width, rows
 
-    def _bind_rows(self, name: str, buffer: NDArray[Any], rows: int, *, output: bool = False) -> None:
-        """Bind the first rows of a buffer that lives as long as the engine; its address is looked up once."""
+    def _bind_rows(
+        self, name: str, buffer: NDArray[Any], shape: tuple[int, ...], *, output: bool = False
+    ) -> None:
+        """Bind the start of a buffer that lives as long as the engine; its address is looked up once."""
         if (address := self._addresses.get(id(buffer))) is None:
             address = self._addresses[id(buffer)] = buffer.ctypes.data
         bind = self._binding.bind_output if output else self._binding.bind_input
-        bind(name, "cpu", 0, buffer.dtype, (rows, *buffer.shape[1:]), address)
+        bind(name, "cpu", 0, buffer.dtype, shape, address)
 
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -36,8 +36,10 @@ class Processor(Backend):
         form = choose_form(bundle, options.form, self.forms)
         if form is Form.PREFIX:
             graphs_of(bundle, form)
-            watch = tuple(options.watch or ())
-            return PrefixEngine(bundle, options.slots, options.tokens, options.cpu, watch=watch)
+            watch, streams = tuple(options.watch or ()), options.streams
+            return PrefixEngine(
+                bundle, options.slots, options.tokens, options.cpu, watch=watch, streams=streams
+            )
         return open_fixed(bundle, form, options)
 
     @override
@@ -74,4 +76,5 @@ def open_fixed(
         program,
         graphs=False,
         watch=options.watch,
+        streams=graphs[0].streams,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor at a fixed address; -1 in ``shape`` is the width of the step."""
+    """A tensor at a fixed address; -n in ``shape`` is n times the width of the step."""
 
     address: int
     shape: tuple[int, ...]
@@ -19,7 +20,11 @@ class Tensor:
 
     def at_width(self, width: int) -> tuple[int, ...]:
         """Its shape in a step of ``width`` rows."""
-        return tuple(width if length < 0 else length for length in self.shape)
+        return tuple(-length * width if length < 0 else length for length in self.shape)
+
+    def part(self, lane: int, streams: int, width: int) -> int:
+        """Where the part of one of the streams that share it begins, in a step of ``width`` rows."""
+        return self.address + lane * (math.prod(self.at_width(width)) // streams) * self.dtype.itemsize
 
 
 class Program(Protocol):

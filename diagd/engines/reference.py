@@ -51,8 +51,8 @@ class ReferenceEngine(PlainPrefix):
     def forward(self, feeds: Mapping[str, NDArray[Any]], live: int) -> Float:
         """The whole capacity, into new buffers."""
         del live
-        past = {f"past_{name}": buffer for name, buffer in self.buffers.items()}
+        past = {f"past_{name}": buffer[:, None] for name, buffer in self.buffers.items()}
         outputs = self.evaluate({**feeds, **past}, ["logits", *(f"present_{name}" for name in self.buffers)])
         logits = outputs.pop("logits")
-        self.buffers = dict(zip(self.buffers, outputs.values(), strict=True))
+        self.buffers = {name: rows[:, 0] for name, rows in zip(self.buffers, outputs.values(), strict=True)}
         return logits

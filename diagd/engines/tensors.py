@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -25,9 +25,9 @@ class StepTensors:
 
     Attributes:
         named: tensors by their names in step graphs.
-        cache: K/V buffers [1, G, S, D] by ``key_0``, ``value_0``, ...
+        cache: K/V buffers [B, G, S, D] by ``key_0``, ``value_0``, ...
         text: rows of a text by their names in step graphs.
-        row_pointers, buffer_pointers: device arrays of the addresses of new rows and of buffers (portable).
+        rows: new K/V rows [B, G, W, D] in the order of ``cache``; none where the graph writes the buffers.
     """
 
     def __init__(
@@ -39,27 +39,29 @@ class StepTensors:
         tokens: int,
         device: Device,
         watch: Mapping[str, tuple[int, DTypeLike] | None],
+        streams: int = 1,
     ) -> None:
-        self._device, self._max_width = device, max_width
+        self._device, self._max_width, self._streams = device, max_width, streams
         self.named: dict[str, Tensor] = {}
+        lead = (streams,) if streams > 1 else ()
         for name in ("sources", "positions"):
-            self._add(name, (WIDTH,), np.int32)
-        self._add("token_buffer", (tokens,), np.int32, spare=REFUSAL_WORDS * 4)
-        self._add("slot_position", (capacity,), np.int32)
-        self._add("write_index", (1,), np.int64)
-        self._add("live", (1,), np.int32)
-        self._add("logits", (WIDTH, manifest.output_vocabulary), np.float32)
+            self._add(name, (*lead, WIDTH), np.int32)
+        self._add("token_buffer", (streams * tokens,), np.int32, spare=REFUSAL_WORDS * 4)
+        self._add("slot_position", (*lead, capacity), np.int32)
+        self._add("write_index", (streams,), np.int64)
+        self._add("live", (streams,), np.int32)
+        self._add("logits", (streams * WIDTH, manifest.output_vocabulary), np.float32)
         for name, described in watch.items():
             if described is not None:
                 self._add(name, (WIDTH, described[0]), np.dtype(described[1]))
-        shape = (1, manifest.cache.kv_heads, capacity, manifest.cache.head_size)
+        shape = (streams, manifest.cache.kv_heads, capacity, manifest.cache.head_size)
         dtype = manifest.cache_dtype(manifest.graph(form))
         names = cache_tensors(manifest.cache)
         self.cache = {name: self._add(f"past_{name}", shape, dtype) for name in names}
         self.text = {
             name: self._add(name, array.shape, array.dtype) for name, array in text_buffers(manifest).items()
         }
-        self.row_pointers = self.buffer_pointers = 0
+        self.rows: list[Tensor] = []
         if form is Form.PORTABLE:
             self._add_rows(shape, dtype)
         else:
@@ -88,7 +90,8 @@ class StepTensors:
         spare: int = 0,
     ) -> Tensor:
         kind = np.dtype(dtype)
-        size = math.prod(self._max_width if length == WIDTH else length for length in shape) * kind.itemsize
+        tensor = Tensor(0, shape, kind)
+        size = math.prod(tensor.at_width(self._max_width)) * kind.itemsize
         self.named[name] = tensor = Tensor(self._device.allocate(size + spare), shape, kind)
         return tensor
 
@@ -100,13 +103,14 @@ class StepTensors:
                 f"kernel moves {chunk} at a time: it needs heads of a multiple of "
                 f"{chunk // dtype.itemsize} channels"
             )
-        rows = [self._add(f"new_{name}", (1, shape[1], WIDTH, shape[3]), dtype) for name in self.cache]
-        self.row_pointers = self._pointers(rows)
-        self.buffer_pointers = self._pointers(list(self.cache.values()))
+        streams, groups, _, size = shape
+        self.rows = [self._add(f"new_{name}", (streams, groups, WIDTH, size), dtype) for name in self.cache]
 
-    def _pointers(self, tensors: list[Tensor]) -> int:
+    def pointers(self, tensors: Iterable[Tensor], lane: int, width: int) -> int:
+        """A device array of where a stream's part of each tensor begins, in a step of ``width`` rows."""
+        tensors = list(tensors)
         addresses = self._device.host_array((len(tensors),), np.uint64)
-        addresses[:] = [tensor.address for tensor in tensors]
+        addresses[:] = [tensor.part(lane, self._streams, width) for tensor in tensors]
         target = self._device.allocate(addresses.nbytes)
         self._device.upload(target, addresses)
         self._device.synchronise()

@@ -92,7 +92,7 @@ class WebGpuEngine(PlainPrefix):
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array[:length] if name == "slot_position" else array)
         for name, value in self._values.items():
-            described = (np.float32, (length, *value.shape()[1:]), value.data_ptr())
+            described = (np.float32, (length, 1, *value.shape()[1:]), value.data_ptr())
             binding.bind_input(f"past_{name}", DEVICE, 0, *described)
             binding.bind_output(f"present_{name}", DEVICE, 0, *described)
         binding.bind_output("logits", "cpu")
@@ -101,8 +101,9 @@ class WebGpuEngine(PlainPrefix):
         return logits
 
     @override
-    def rotate_keys(self, angles: NDArray[np.float64], live: int) -> None:
+    def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
         """Once per context, so the host does it."""
+        del lane
         for name, value in self._values.items():
             if name.startswith("key"):
                 keys = value.numpy()

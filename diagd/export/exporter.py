@@ -169,7 +169,9 @@ class Exporter:
         """Records of the graphs to be, whose weights are not known yet."""
         window = self.options.window or self.family.transformer.context_frames
         widths = sorted(self.options.widths or default_widths(self._layout))
-        capacity = slots_for(self._layout, window, widths[-1])
+        streams = self.options.streams
+        # lanes that take no part in a pass write behind the slots of their streams
+        capacity = slots_for(self._layout, window, widths[-1] * (2 if streams > 1 else 1))
         unknown = GraphWeights(files=(), streamed=0, looked_up=0)
         return [
             StepGraph(
@@ -179,6 +181,7 @@ class Exporter:
                 weights=unknown,
                 width=width,
                 capacity=capacity if form.traits.fixed else None,
+                streams=streams if form.traits.fixed else 1,
             )
             for form in sorted(dict.fromkeys(self.options.forms), key=lambda form: form.traits.fixed)
             for width in (widths if form.traits.fixed else [None])
@@ -221,6 +224,7 @@ class Exporter:
             graph.form,
             dtype=TORCH_TYPES[self.options.precision],
             capacity=graph.capacity or 0,
+            streams=graph.streams,
         )
         self._save(model, file)
 

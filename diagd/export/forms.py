@@ -23,10 +23,12 @@ from diagd.export.variants import CacheRows, Watched
 class Slots(NamedTuple):
     """Where the rows of a step stand: their positions int32 [W] and those of all slots, int32 [S].
 
+    In graphs of several streams these are [B, W] and [B, S], or [T, B] in the prefix form.
+
     Attributes:
         positions: of the step's rows.
         slot_position: of the slots, those of the step included.
-        write_index: int64 [1], slot of the first row.
+        write_index: int64 [B], slot of the first row; in the prefix form [B, W], of every row.
     """
 
     positions: Tensor
@@ -35,21 +37,23 @@ class Slots(NamedTuple):
 
     @property
     def written(self) -> Tensor:
-        """Slots of the step's rows, [W]."""
-        return self.write_index + torch.arange(self.positions.shape[0], device=self.positions.device)
+        """Slots of the step's rows, [W] or [B, W]."""
+        steps = torch.arange(self.positions.shape[-1], device=self.positions.device)
+        first = self.write_index if self.positions.dim() == 1 else self.write_index.unsqueeze(1)
+        return first + steps
 
     @property
     def visible(self) -> Tensor:
-        """Bool [W, S]: which slots each row attends to."""
-        return self.slot_position.unsqueeze(0) <= self.positions.unsqueeze(1)
+        """Bool [W, S] or [B, W, S]: which slots each row attends to."""
+        return self.slot_position.unsqueeze(-2) <= self.positions.unsqueeze(-1)
 
 
 class PrefixAttention:
-    """Attention over the bound prefix of sequence-major buffers [T, G, D], rows appended in place.
+    """Attention over the bound prefix of buffers [T, B, G, D], a slot of all streams after the other.
 
     The query heads of a KV head are rows of one matrix product, so no KV head is repeated, and K and V are
     read as they lie (ONNX Runtime fuses the transpositions into the products). The cost follows the bound
-    length T = live slots + W, not the capacity.
+    length T, that of the longest stream, not the capacity.
     """
 
     HIDDEN: Final = -1e30
@@ -58,35 +62,44 @@ class PrefixAttention:
     def __init__(
         self, config: TransformerConfig, slots: Slots, past: Sequence[Tensor], rows: CacheRows
     ) -> None:
-        self._bias = torch.where(slots.visible, 0.0, self.HIDDEN).repeat(config.heads // config.kv_heads, 1)
-        self._slots, self._past, self._rows = slots.written, past, rows
+        positions, slot_position, written = slots
+        self._grid = streams, width = positions.shape
+        visible = slot_position.t().unsqueeze(1) <= positions.unsqueeze(2)
+        bias = torch.where(visible, 0.0, self.HIDDEN).repeat(1, config.heads // config.kv_heads, 1)
+        self._bias = bias.unsqueeze(1)
+        stream = torch.arange(streams, device=positions.device).unsqueeze(1).expand(streams, width)
+        self._places = torch.stack([written, stream], dim=-1).flatten(0, 1)
+        self._past, self._rows = past, rows
         self.cache: list[Tensor] = []
 
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """Rotate [W, heads, D] with one RotaryEmbedding-23."""
-        width, heads, size = x.shape
-        rows = x.reshape(1, width, heads * size)
+        """Rotate [B * W, heads, D] with one RotaryEmbedding-23."""
+        count, heads, size = x.shape
+        rows = x.reshape(1, count, heads * size)
         rotated = torch.onnx.ops.rotary_embedding(
             rows, cosines.unsqueeze(0), sines.unsqueeze(0), num_heads=heads
         )
-        return rotated.reshape(width, heads, size)
+        return rotated.reshape(count, heads, size)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Write the new rows, then attend to the whole bound prefix."""
         keys = self._write(2 * layer, f"key_{layer}", keys)
         values = self._write(2 * layer + 1, f"value_{layer}", values)
-        scores = _grouped(queries, keys.shape[1]) @ keys.permute(1, 2, 0) + self._bias
-        return _ungrouped(torch.softmax(scores, dim=-1) @ values.permute(1, 0, 2), queries)
+        grouped = _grouped(queries.reshape(*self._grid, *queries.shape[1:]), keys.shape[2])
+        weights = torch.softmax(grouped @ keys.permute(1, 2, 3, 0) + self._bias, dim=-1)
+        attended = _ungrouped(weights @ values.permute(1, 2, 0, 3), queries.shape[1] // keys.shape[2])
+        return attended.flatten(0, 1)
 
     def _write(self, buffer: int, name: str, rows: Tensor) -> Tensor:
         """The buffers stay in floating point: rows that are to be rounded are rounded on their way in."""
         rounded = self._rows.scaled(name, self._rows.load(self._rows.store(name, rows)))
-        self.cache.append(self._past[buffer].index_put((self._slots,), rounded))
+        past = self._past[buffer]
+        self.cache.append(onnx_operator("ScatterND", (past, self._places, rounded), past.dtype, past.shape))
         return self.cache[-1]
 
 
 class ModernAttention:
-    """TensorScatter-24 into head-major buffers [1, G, S, D], then Attention-24 with a boolean mask.
+    """TensorScatter-24 into head-major buffers [B, G, S, D], then Attention-24 with a boolean mask.
 
     TensorRT maps the pair to its in-place KV cache update and fused attention.
     """
@@ -95,7 +108,7 @@ class ModernAttention:
         self, config: TransformerConfig, slots: Slots, past: Sequence[Tensor], rows: CacheRows
     ) -> None:
         del config, rows  # TensorScatter takes floating point only
-        self._mask = slots.visible
+        self._mask = slots.visible if slots.positions.dim() == 1 else slots.visible.unsqueeze(1)
         self._write_index, self._past = slots.write_index, past
         self.cache: list[Tensor] = []
 
@@ -107,20 +120,21 @@ class ModernAttention:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Update the cache, then attend to every visible slot."""
+        streams = len(self._write_index)
         for buffer, rows in zip(self._past[2 * layer : 2 * layer + 2], (keys, values), strict=True):
-            inputs: tuple[Tensor, ...] = (buffer, rows.transpose(0, 1).unsqueeze(0), self._write_index)
+            inputs: tuple[Tensor, ...] = (buffer, _heads_first(rows, streams), self._write_index)
             self.cache.append(
                 onnx_operator("TensorScatter", inputs, buffer.dtype, buffer.shape, axis=2, mode="linear")
             )
-        heads_first = queries.transpose(0, 1).unsqueeze(0)
+        heads_first = _heads_first(queries, streams)
         inputs = (heads_first, *self.cache[-2:], self._mask)
         scale = 1 / math.sqrt(queries.shape[-1])
         attended = onnx_operator("Attention", inputs, queries.dtype, heads_first.shape, scale=scale)
-        return attended.squeeze(0).transpose(0, 1)
+        return _rows_first(attended)
 
 
 class PortableAttention(FullAttention):
-    """Attention over read-only head-major buffers [1, G, S, D] and the step's own rows, in opset 18 alone.
+    """Attention over read-only head-major buffers [B, G, S, D] and the step's own rows, in opset 18 alone.
 
     The buffers are never written: scores over the cached slots and over the step's rows are two matrix
     products under one softmax (TensorRT 10.3 to 10.14 have no in-place cache update, and a scatter would copy
@@ -133,52 +147,81 @@ class PortableAttention(FullAttention):
     def __init__(
         self, config: TransformerConfig, slots: Slots, past: Sequence[Tensor], rows: CacheRows
     ) -> None:
-        shared = config.heads // config.kv_heads
-        visible = torch.cat([_beside_stale(slots)] * shared)  # CUDA has no Tile of booleans
+        shared, self._streams = config.heads // config.kv_heads, len(slots.write_index)
+        visible = torch.cat([_beside_stale(slots)] * shared, dim=-2)  # CUDA has no Tile of booleans
         super().__init__(visible)
-        self._visible, self._past, self._rows = visible, past, rows
+        self._visible = visible if visible.dim() == 2 else visible.unsqueeze(1)
+        self._past, self._rows = past, rows
         self.cache: list[Tensor] = []
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend to both parts; the new rows [1, G, W, D] go out."""
+        """Attend to both parts; the new rows [B, G, W, D] go out."""
         past = self._past[2 * layer : 2 * layer + 2]
-        past_keys, past_values = (self._rows.load(tensor).squeeze(0) for tensor in past)
+        past_keys, past_values = (self._of_stream(self._rows.load(tensor)) for tensor in past)
         new_keys, new_values = self._new(f"key_{layer}", keys), self._new(f"value_{layer}", values)
-        grouped = self._rows.scaled(f"key_{layer}", _grouped(queries, past_keys.shape[0]))
-        scores = torch.cat([grouped @ past_keys.transpose(1, 2), grouped @ new_keys.transpose(1, 2)], dim=-1)
-        weights = torch.softmax(torch.where(self._visible, scores, self.HIDDEN), dim=-1)
-        slots = past_keys.shape[1]
+        groups, slots = past_keys.shape[-3:-1]
+        grouped = self._rows.scaled(f"key_{layer}", _grouped(self._apart(queries), groups))
+        seen = grouped @ past_keys.transpose(-1, -2), grouped @ new_keys.transpose(-1, -2)
+        scores = torch.where(self._visible, torch.cat(seen, dim=-1), self.HIDDEN)
+        weights = torch.softmax(scores, dim=-1)
         attended = weights[..., :slots] @ past_values + weights[..., slots:] @ new_values
-        return _ungrouped(self._rows.scaled(f"value_{layer}", attended), queries)
+        attended = self._rows.scaled(f"value_{layer}", attended)
+        rows = _ungrouped(attended, queries.shape[1] // groups)
+        return rows if self._streams == 1 else rows.flatten(0, 1)
 
     def _new(self, name: str, rows: Tensor) -> Tensor:
-        """Rows [W, G, D] of the step leave as the cache stores them; [G, W, D] as it gives them back."""
-        stored = self._rows.store(name, rows.transpose(0, 1))
-        self.cache.append(stored.unsqueeze(0))
+        """Rows [B * W, G, D] leave as the cache stores them; [..., G, W, D] as it gives them back."""
+        stored = self._rows.store(name, self._apart(rows).transpose(-2, -3))
+        self.cache.append(stored if stored.dim() == 4 else stored.unsqueeze(0))
         return self._rows.load(stored)
+
+    def _apart(self, rows: Tensor) -> Tensor:
+        """Rows [B * W, heads, D] as [B, W, heads, D]; those of one stream as they are."""
+        apart: Tensor = rows if self._streams == 1 else rows.unflatten(0, (self._streams, -1))
+        return apart
+
+    def _of_stream(self, buffer: Tensor) -> Tensor:
+        return buffer.squeeze(0) if self._streams == 1 else buffer
+
+
+def _heads_first(rows: Tensor, streams: int) -> Tensor:
+    """Rows [B * W, heads, D] as [B, heads, W, D]."""
+    if streams == 1:  # without a Reshape, whose sizes a host would work out
+        return rows.transpose(0, 1).unsqueeze(0)
+    apart: Tensor = rows.unflatten(0, (streams, -1))
+    return apart.transpose(1, 2)
+
+
+def _rows_first(attended: Tensor) -> Tensor:
+    """The inverse of ``_heads_first``."""
+    if len(attended) == 1:
+        return attended.squeeze(0).transpose(0, 1)
+    return attended.transpose(1, 2).flatten(0, 1)
 
 
 def _beside_stale(slots: Slots) -> Tensor:
-    """Bool [W, S + W]: the slots about to be written hold stale rows, the step's own rows stand for them."""
+    """Bool [..., W, S + W]: slots about to be written hold stale rows, the step's own rows stand for them."""
     positions, slot_position, _ = slots
-    index, written = torch.arange(slot_position.shape[0], device=positions.device), slots.written
-    stale = (index >= written[:1]) & (index <= written[-1:])  # no sum of a size, which the host would do
-    own = slot_position.index_select(0, written)
-    return torch.cat([slots.visible & ~stale, own <= positions.unsqueeze(1)], dim=1)
+    index, written = torch.arange(slot_position.shape[-1], device=positions.device), slots.written
+    first, last = written[..., :1], written[..., -1:]
+    stale = (index >= first) & (index <= last)  # no sum of a size, which the host would do
+    is_one = positions.dim() == 1
+    own = slot_position.index_select(0, written) if is_one else slot_position.gather(1, written)
+    seen = own.unsqueeze(-2) <= positions.unsqueeze(-1)
+    return torch.cat([slots.visible & ~stale.unsqueeze(-2), seen], dim=-1)
 
 
 def _grouped(queries: Tensor, groups: int) -> Tensor:
-    """Scaled queries [W, H, D] as [G, H / G * W, D]: those of a KV head are rows of one product."""
-    width, heads, size = queries.shape
-    grouped = queries.reshape(width, groups, heads // groups, size) * (1 / math.sqrt(size))
-    return grouped.permute(1, 2, 0, 3).reshape(groups, -1, size)
+    """Scaled queries [..., W, H, D] as [..., G, H / G * W, D]: those of a KV head are rows of one product."""
+    heads, size = queries.shape[-2:]
+    apart = queries.reshape(*queries.shape[:-2], groups, heads // groups, size) * (1 / math.sqrt(size))
+    return apart.movedim(-4, -2).flatten(-3, -2)
 
 
-def _ungrouped(attended: Tensor, queries: Tensor) -> Tensor:
-    """The inverse of ``_grouped``, without the scale."""
-    width, heads, size = queries.shape
-    apart = attended.reshape(attended.shape[0], -1, width, size)
-    return apart.permute(2, 0, 1, 3).reshape(width, heads, size)
+def _ungrouped(attended: Tensor, shared: int) -> Tensor:
+    """[..., G, H / G * W, D] as [..., W, H, D], H / G of the heads sharing a KV head."""
+    apart: Tensor = attended.unflatten(-2, (shared, -1))
+    return apart.movedim(-2, -4).flatten(-3, -2)
 
 
 ATTENTIONS: Final[dict[Form, type[PrefixAttention] | type[ModernAttention] | type[PortableAttention]]] = {
@@ -192,9 +235,12 @@ class Step(nn.Module):
     """One step in a form.
 
     Inputs: token_buffer int32 [N], sources and positions int32 [W], slot_position int32 [S], write_index
-    int64 [1], logit_rows int32 [R] where the width is dynamic, past_key_l and past_value_l.
-    Outputs: logits float32 [R, V], of all W rows where the width is fixed; then present_key_l and
+    int64 [1], past_key_l and past_value_l. Outputs: logits float32 [W, V]; then present_key_l and
     present_value_l, or new_key_l and new_value_l [1, G, W, D], which belong at ``write_index + arange(W)``.
+    Of several streams: sources and positions [B, W], slot_position [B, S], write_index [B], logits
+    [B * W, V], caches and rows [B, ...]; the token buffer holds the tokens of all. Where the width is
+    dynamic, so is their number: slot_position is [T, B] then, write_index [B, W] has the slot of every row,
+    and logits are those of logit_rows int32 [R] of the B * W rows.
 
     Attributes:
         transformer: the model; matrices of it may be replaced.
@@ -229,7 +275,8 @@ class Step(nn.Module):
         """One step; ``past`` and ``text`` alternate keys and values, layer by layer."""
         slots = Slots(positions, slot_position, write_index)
         attention = ATTENTIONS[self.form](self.transformer.config, slots, past, self.kv)
-        states = self.transformer.states(token_buffer.index_select(0, sources), positions, attention, text)
+        ids = token_buffer.index_select(0, sources.flatten())
+        states = self.transformer.states(ids, positions.flatten(), attention, text)
         if logit_rows is not None:
             states = states.index_select(0, logit_rows)
         return self.transformer.logits(states).float(), *attention.cache, *self.watched.outputs()

@@ -36,6 +36,12 @@ class GraphOptions:
         "weights bounds a step of 16 rows as it does one of 1, and each width costs memory and build time "
         "(default: 16 and what k=1 with chained frames feeds at once, 64 at least)",
     )
+    streams: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="sessions that share a step of the GPU forms; graphs of the prefix form take any number",
+    )
     window: int | None = Field(
         default=None, description="frames that fixed KV buffers hold (default: the context)"
     )

@@ -54,6 +54,7 @@ def trace_step(
     *,
     dtype: torch.dtype = torch.float32,
     capacity: int = 0,
+    streams: int = 1,
     variant: StepVariant = StepVariant(),
 ) -> ir.Model:
     """Trace one step graph on the meta device, its weights to be linked.
@@ -65,13 +66,14 @@ def trace_step(
         form: see ``Form``.
         dtype: of weights and KV buffers.
         capacity: slots of the KV buffers, where it is fixed.
+        streams: that share a step, likewise.
         variant: other number formats, further outputs.
     """
     traits, step = form.traits, Step(_transformer(config, dtype), form)
     watched = _vary(step, dtype, variant)
-    inputs = _inputs(traits, capacity)
-    slots, live = len(inputs["slot_position"][0]), inputs["slot_position"][1]
-    sizes = (1, config.kv_heads, slots) if traits.fixed else (slots, config.kv_heads)
+    inputs = _inputs(traits, capacity, streams)
+    slots, live = inputs["slot_position"]
+    sizes = (streams, config.kv_heads, capacity) if traits.fixed else (*slots.shape, config.kv_heads)
     stored = torch.int8 if variant.integer_cache and traits.float_cache is None else dtype
     past = [_empty(*sizes, config.head_size, dtype=stored) for _ in range(2 * config.layers)]
     text = _text_rows(config, dtype)
@@ -87,17 +89,24 @@ def trace_step(
     )
 
 
-def _inputs(traits: FormTraits, capacity: int) -> dict[str, tuple[Any, Any]]:
+def _inputs(traits: FormTraits, capacity: int, streams: int) -> dict[str, tuple[Any, Any]]:
     """Examples and dynamic axes of a step's inputs but the cache, by name; None: the form has none."""
     rows, buffer, logits = 5, 17, 3  # pairwise different, so that no two axes are taken for one
-    return {
-        "token_buffer": (_empty(buffer), {0: "N"}),
-        "sources": (_empty(rows), {0: "W"}),
-        "positions": (_empty(rows), {0: "W"}),
-        "slot_position": (_empty(capacity), None) if traits.fixed else (_empty(11), {0: "T"}),
-        "write_index": (_empty(1, dtype=torch.int64), None),
-        "logit_rows": (None, None) if traits.fixed else (_empty(logits), {0: "R"}),
-    }
+    inputs: dict[str, tuple[Any, Any]] = {"token_buffer": (_empty(buffer), {0: "N"})}
+    if traits.fixed:
+        lead = (streams,) if streams > 1 else ()
+        grid = {len(lead): "W"}
+        inputs |= {name: (_empty(*lead, rows), grid) for name in ("sources", "positions")}
+        inputs["slot_position"] = _empty(*lead, capacity), None
+        return inputs | {
+            "write_index": (_empty(streams, dtype=torch.int64), None),
+            "logit_rows": (None, None),
+        }
+    grid = {0: "B", 1: "W"}
+    inputs |= {name: (_empty(2, rows), grid) for name in ("sources", "positions")}
+    inputs["slot_position"] = _empty(11, 2), {0: "T", 1: "B"}
+    inputs["write_index"] = _empty(2, rows, dtype=torch.int64), grid
+    return inputs | {"logit_rows": (_empty(logits), {0: "R"})}
 
 
 def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) -> ir.Model:

@@ -21,6 +21,7 @@ from diagd.play.record import Ahead, Line, Played, Record, Start
 from diagd.play.settings import PlaySettings
 from diagd.runtime.actions import encode
 from diagd.runtime.audit import audit
+from diagd.runtime.passes import Run
 from diagd.runtime.session import Frame, Session
 from diagd.runtime.stream import Past
 
@@ -99,7 +100,7 @@ class Game:
         self.record = Record(path, record.header(bundle, precision, session.window))
         self._text = text
         self._past: list[Past] = []
-        self._run: Iterator[Frame] | None = None
+        self._run: Run[Frame] | None = None
         self._led: dict[int, Taken] = {}
         self._act: Callable[[], Taken | None] = lambda: None
         self._next_mark = 1
@@ -239,23 +240,35 @@ class Game:
 
     def advance(self, act: Callable[[], Taken | None]) -> Shown | None:
         """Decode one frame; ``act`` is asked for an action when a frame begins. None: it had none."""
+        return next(self.session.alone(self.play(act)), None)
+
+    def play(self, act: Callable[[], Taken | None]) -> Run[Shown]:
+        """The same for whoever has its passes run, as a group does that many play in."""
         self._act = act
         began = time.perf_counter()
         if self._run is None:
-            self._run = self.session.frames(
+            self._run = self.session.run(
                 self.settings.open(self.bundle.manifest),
                 self._pull,
                 sampling=self.settings.sampling,
                 seed=self.settings.seed,
             )
+        frame = None
         try:
-            frame = next(self._run, None)
+            for event in self._run:
+                if not isinstance(event, int):
+                    frame = event
+                    break
+                yield event
         except BaseException:
             self._run = None
             raise
         if frame is None:
             self._run = None
-            return None
+        else:
+            yield self._shown(frame, time.perf_counter() - began)
+
+    def _shown(self, frame: Frame, decode: float) -> Shown:
         taken = self._led.pop(frame.index)
         decoded = time.perf_counter()
         pictures = self.view.show(frame.tokens)
@@ -263,7 +276,7 @@ class Game:
         del self._past[:-MAX_PAST]
         action = None if self.bundle.manifest.actions is None else frame.action.tolist()
         self.record.add(Played(frame=frame.index, action=action, tokens=record.digest(frame.tokens)))
-        return Shown(frame, taken, pictures, decoded - began, time.perf_counter() - decoded)
+        return Shown(frame, taken, pictures, decode, time.perf_counter() - decoded)
 
     def _pull(self, frame: int) -> Int | None:
         """Ids of the frame that begins now."""

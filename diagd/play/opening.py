@@ -20,6 +20,7 @@ from diagd.play.game import Game
 from diagd.play.pictures import View
 from diagd.play.record import Line, read_record
 from diagd.runtime.generate import SessionOptions
+from diagd.runtime.group import Group
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.prompt import read_prompt, read_tokens
 
@@ -58,13 +59,26 @@ def open_game(path: Path, options: GameOptions) -> Game:
         BundleError: it is missing, damaged or altered.
         UsageError: it has no tokenizer, or an option does not fit it.
     """
+    return open_games(path, options, 1)[1][0]
+
+
+def open_games(path: Path, options: GameOptions, sessions: int) -> tuple[Group, list[Game]]:
+    """Open a bundle to be played by many, in the passes of one engine, which the group closes.
+
+    Only a game alone is recorded in ``options.record``.
+
+    Raises:
+        DiagdError: as `open_game`.
+    """
     bundle = Bundle.open(path)
     chosen = _in_time(bundle, options.session)
     bundle = bundle.at_precision(chosen.precision)
     codec = chosen.pixels(bundle)
     prompts = read_prompts(bundle, codec, options.prompts)
-    session = chosen.open(bundle)
-    return Game(bundle, session, View(codec), prompts, options.record, options.text)
+    group = chosen.open_group(bundle, sessions)
+    record = options.record if sessions == 1 else None
+    games = [Game(bundle, one, View(codec), prompts, record, options.text) for one in group.sessions]
+    return group, games
 
 
 def read_prompts(bundle: Bundle, codec: PixelCodec, files: Sequence[Path] = ()) -> list[Int]:

@@ -71,7 +71,7 @@ class StepClock:
 
     def add(self, step: StepTime) -> None:
         """Count the step that the session just ran, or queued."""
-        if (following := self._session.stamps) is not None:
+        if (following := self._session.passes.stamps) is not None:
             self._stamps.append(following - 2)
         elif (fed := self._session.timing.refill_seconds) > self._fed:
             self._refills.append((step.began - (fed - self._fed), fed - self._fed))
@@ -81,15 +81,15 @@ class StepClock:
     def finished(self) -> tuple[list[StepTime], list[tuple[float, float]]]:
         """Steps since it was asked last, and when feeding the context again began and what that took."""
         steps, refills, stamps = self._steps, self._refills, self._stamps
-        if self._session.stamps is not None:
+        if self._session.passes.stamps is not None:
             steps = [self._time(at, step) for at, step in zip(stamps, steps, strict=True)]
             refills = self._passes_between(stamps)
-            self._session.stamps = 1
+            self._session.passes.stamps = 1
         self._steps, self._refills, self._stamps = [], [], []
         return steps, refills
 
     def _time(self, at: int, noted: StepTime) -> StepTime:
-        last = at + 2 == self._session.stamps
+        last = at + 2 == self._session.passes.stamps
         waited = 0.0 if last else self._clock.seconds(at + 1, at + 2)
         taken = self._clock.seconds(at, at + 1)
         return noted._replace(began=self._began(at), engine=taken, sampling=0.0, host=max(0.0, waited))
@@ -112,8 +112,8 @@ class StepClock:
 def step_clock(session: Session) -> Iterator[StepClock]:
     """A clock over the steps that a session runs while the block does."""
     clock = StepClock(session)
-    session.stamps = 1 if session.engine.ahead else None
+    session.passes.stamps = 1 if session.engine.ahead else None
     try:
         yield clock
     finally:
-        session.stamps = None
+        session.passes.stamps = None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diagd.bundle.manifest import AbsoluteContext, CacheShape, RotaryContext
-from diagd.engines.engine import Engine
 from diagd.errors import UsageError
 from diagd.runtime.slots import SlotRing
 from diagd.schedule import StreamLayout
 from diagd.schedule.table import Int
+
+Rotate: TypeAlias = Callable[[NDArray[np.float64], int], None]
+"""Turns cached keys by angles, up to a slot; see ``Engine.rotate_keys``."""
 
 
 class Refill(NamedTuple):
@@ -82,10 +86,10 @@ class SlidingRotary:
         window: int,
         cache: CacheShape,
         slots: SlotRing,
-        engine: Engine,
+        rotate: Rotate,
     ) -> None:
         self._context, self._layout, self._window = context, layout, window
-        self._slots, self._engine = slots, engine
+        self._slots, self._rotate = slots, rotate
         self._oldest = 0
         # A row of layer l was computed from rows of layer l - 1 up to a window before it: beyond so many
         # frames nothing reaches the rows that are still seen. One more is fed as a stand-in for a prompt.
@@ -123,7 +127,7 @@ class SlidingRotary:
 
     def _rebase(self, oldest: int) -> None:
         frames = oldest - self._slots.base // self._layout.frame_length
-        self._engine.rotate_keys(-frames * np.asarray(self._context.frame_angles), self._slots.live)
+        self._rotate(-frames * np.asarray(self._context.frame_angles), self._slots.live)
         self._slots.rebase(frames * self._layout.frame_length)
 
 
@@ -185,7 +189,7 @@ def context_policy(
     window: int,
     cache: CacheShape,
     slots: SlotRing,
-    engine: Engine,
+    rotate: Rotate,
     roll: int | None,
 ) -> ContextPolicy:
     """The policy of a model; ``roll`` None is the manifest's, as far as the window allows.
@@ -198,4 +202,4 @@ def context_policy(
         return SlidingAbsolute(layout, window, chosen, slots)
     if roll is not None:
         raise UsageError("roll is for models with absolute positions; this one slides at no cost")
-    return SlidingRotary(context, layout, window, cache, slots, engine)
+    return SlidingRotary(context, layout, window, cache, slots, rotate)

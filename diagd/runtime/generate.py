@@ -33,7 +33,8 @@ from diagd.runtime.clip import Clip, ClipOptions, read_clip
 from diagd.runtime.decoders import Decoder
 from diagd.runtime.decoders.scoring import MEASURED, open_scorer
 from diagd.runtime.episodes import EPISODE, Dream, vector_codec
-from diagd.runtime.load import open_session
+from diagd.runtime.group import Group
+from diagd.runtime.load import open_group
 from diagd.runtime.output import OUTPUTS, TOKENS, write_tokens, write_video
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.runtime.sampling import SamplingSettings
@@ -101,10 +102,12 @@ class SessionOptions:
 
     def open(self, bundle: Bundle) -> Session:
         """A session over a bundle; see ``diagd.load``."""
-        return open_session(
-            bundle,
-            window=self.window,
-            cpu=self.cpu,
+        return self.open_group(bundle, 1).sessions[0]
+
+    def open_group(self, bundle: Bundle, sessions: int) -> Group:
+        """Sessions in lock step."""
+        return open_group(
+            *(bundle, sessions, self.window, self.cpu),
             compat=self.compat,
             roll=self.roll,
             precision=self.precision,

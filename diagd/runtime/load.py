@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import overload
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines import measured
@@ -12,6 +13,8 @@ from diagd.engines.engine import Engine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH
 from diagd.errors import UsageError, unknown
+from diagd.runtime.group import Group
+from diagd.runtime.passes import Passes
 from diagd.runtime.session import Session, token_places
 from diagd.runtime.text import TextReader
 from diagd.schedule import slots_needed
@@ -19,13 +22,18 @@ from diagd.schedule import slots_needed
 ONE_THREAD_BYTES = 32 << 20
 """Bundles below this size decode fastest on one thread: waking a second one costs more than it computes."""
 
+MOST_SESSIONS = 256
+"""Of one engine: beyond, nothing is gained by more rows in a pass."""
+
 COMPAT = ("mineworld",)
 """Released implementations whose cache can be reproduced."""
 
 
+@overload
 def load(
     path: str | Path,
     *,
+    sessions: int,
     window: int | None = None,
     threads: int = 0,
     compat: str | None = None,
@@ -33,11 +41,41 @@ def load(
     roll: int | None = None,
     precision: str | None = None,
     backend: str = "cpu",
-) -> Session:
+) -> Group: ...
+
+
+@overload
+def load(
+    path: str | Path,
+    *,
+    sessions: None = None,
+    window: int | None = None,
+    threads: int = 0,
+    compat: str | None = None,
+    prepack: bool = True,
+    roll: int | None = None,
+    precision: str | None = None,
+    backend: str = "cpu",
+) -> Session: ...
+
+
+def load(
+    path: str | Path,
+    *,
+    sessions: int | None = None,
+    window: int | None = None,
+    threads: int = 0,
+    compat: str | None = None,
+    prepack: bool = True,
+    roll: int | None = None,
+    precision: str | None = None,
+    backend: str = "cpu",
+) -> Session | Group:
     """Open a bundle and make its engine ready.
 
     Args:
         path: a bundle made by ``diagd-export``.
+        sessions: that share the passes of one engine, as a group; None: one session alone.
         window: frames a query may see; default: the model's context. Buffers take memory for these only.
         threads: of the processor; 0 is what `diagd profile --backends` found fastest on this machine, or one
             for each core, or one in all for a very small model.
@@ -51,7 +89,7 @@ def load(
             made by diagd-build), or another of ``diagd.engines.backend.names``.
 
     Returns:
-        A session; ``close()`` it, or use it in a ``with`` statement, to give its memory back.
+        A session, or a group; ``close()`` it, or use it in a ``with`` statement, to give its memory back.
 
     Raises:
         BundleError: the bundle is missing, damaged or altered.
@@ -59,9 +97,17 @@ def load(
         UsageError: the window, ``roll``, ``compat`` or ``precision`` is not possible.
     """
     bundle, cpu = Bundle.open(path), CpuOptions(threads, prepack)
-    return open_session(
-        bundle, window=window, cpu=cpu, compat=compat, roll=roll, precision=precision, backend=backend
+    group = open_group(
+        bundle,
+        1 if sessions is None else sessions,
+        window,
+        cpu,
+        compat=compat,
+        roll=roll,
+        precision=precision,
+        backend=backend,
     )
+    return group.sessions[0] if sessions is None else group
 
 
 def open_session(
@@ -79,22 +125,62 @@ def open_session(
 
     ``form`` None is the backend's best.
     """
+    group = open_group(
+        bundle, 1, window, cpu, compat=compat, roll=roll, precision=precision, backend=backend, form=form
+    )
+    return group.sessions[0]
+
+
+def open_group(
+    bundle: Bundle,
+    sessions: int,
+    window: int | None = None,
+    cpu: CpuOptions | None = None,
+    *,
+    compat: str | None = None,
+    roll: int | None = None,
+    precision: str | None = None,
+    backend: str | Backend = "cpu",
+    form: Form | None = None,
+) -> Group:
+    """Sessions over one engine; see ``open_session``."""
     bundle = bundle.at_precision(precision)
     manifest, window = bundle.manifest, check_window(bundle.manifest, window)
     if compat is not None and compat not in COMPAT:
         raise unknown("compat", compat, COMPAT)
+    _check_sessions(manifest, sessions)
     opener = find(backend) if isinstance(backend, str) else backend
     cpu = with_threads(cpu or CpuOptions(), bundle, opener.name)
     zero_rows = manifest.layout.frame_start(window) if compat else 0
-    options = step_options(manifest, window, cpu=cpu, form=form, zero_rows=zero_rows)
+    options = step_options(manifest, window, cpu=cpu, form=form, zero_rows=zero_rows, streams=sessions)
     engine = opener.open_steps(bundle, options)
     try:
         check_slots(manifest, engine, window, zero_rows)
+        if engine.streams < sessions:
+            raise UsageError(
+                f"the {engine.form.value} graph of {bundle.path} has {engine.streams} streams; export it "
+                f"again with --set streams={sessions} to decode {sessions} sessions at once"
+            )
         text = TextReader(bundle, manifest.text, cpu, opener) if manifest.text else None
-        return Session(manifest, engine, window, zero_slots=compat is not None, roll=roll, text=text)
+        passes = None if sessions == 1 else Passes(engine)
+        made = (
+            Session(manifest, engine, window, bool(compat), roll, text, passes, lane)
+            for lane in range(sessions)
+        )
+        return Group(engine, tuple(made))
     except BaseException:
         engine.close()
         raise
+
+
+def _check_sessions(manifest: Manifest, sessions: int) -> None:
+    if not 1 <= sessions <= MOST_SESSIONS:
+        raise UsageError(f"{sessions} sessions are outside 1..{MOST_SESSIONS} of one engine")
+    if manifest.text and sessions > 1:
+        raise UsageError(
+            f"{manifest.name} attends to a text, of which an engine holds one; open one session, not "
+            f"{sessions}"
+        )
 
 
 def session_over(bundle: Bundle, engine: Engine, window: int, cpu: CpuOptions) -> Session:
@@ -111,10 +197,12 @@ def step_options(
     cpu: CpuOptions,
     form: Form | None = None,
     zero_rows: int = 0,
+    streams: int = 1,
 ) -> StepOptions:
     """What a backend needs to open the step graphs of a model for a window of so many frames."""
     slots = slots_needed(manifest.layout, window, MAX_WIDTH) + zero_rows
-    return StepOptions(slots, token_places(manifest.layout, manifest.context.frames).size, cpu, form)
+    places = token_places(manifest.layout, manifest.context.frames).size
+    return StepOptions(slots, places, cpu, form, streams=streams)
 
 
 def check_window(manifest: Manifest, window: int | None) -> int:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from types import TracebackType
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Never
 
 from diagd.bundle import Manifest
 from diagd.engines.engine import Engine, Float, Int, Steps
@@ -21,6 +24,7 @@ from diagd.runtime.decoders.decoder import Decoder
 from diagd.runtime.decoders.forced import ForcedDecoder, RasterDecoder
 from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scheduled import ScheduledDecoder
+from diagd.runtime.passes import Passes, Run
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.slots import SlotRing
 from diagd.runtime.step import Frame, Result, StepTime, Timing
@@ -29,6 +33,10 @@ from diagd.runtime.text import TextReader
 from diagd.schedule import Block, Schedule, Step, StreamLayout, feed, slots_in_sight
 
 __all__ = ["Frame", "Session", "StepTime", "Timing", "token_places"]
+
+T = TypeVar("T")
+Seen: TypeAlias = tuple[Step, Result]
+"""A step, with what it gave."""
 
 
 class Session:
@@ -42,11 +50,12 @@ class Session:
         roll: frames by which a full window slides at once, for models that then feed it again; default: the
             manifest's.
         text: reads text, for models that attend to it.
+        passes: of the engine, where other sessions share it; whoever made it closes it then.
+        lane: of the engine.
 
     Attributes:
         timing: of all passes so far.
-        stamps: the number of the next time stamp on the engine's clock, which gets one ahead of every pass
-            and one behind it while this is not None.
+        decoder: of runs that name none.
 
     Raises:
         UsageError: ``roll`` does not fit the model or the window.
@@ -60,25 +69,28 @@ class Session:
         zero_slots: bool = False,
         roll: int | None = None,
         text: TextReader | None = None,
+        passes: Passes | None = None,
+        lane: int = 0,
     ) -> None:
-        self.manifest, self.engine, self.window = manifest, engine, window
+        self.manifest, self.engine, self.window, self.lane = manifest, engine, window, lane
         self.layout: StreamLayout = manifest.layout
         self.timing = Timing()
-        self.stamps: int | None = None
+        self.passes, self._owns = passes or Passes(engine), passes is None
         zero_rows = (self.layout.frame_start(0), self.layout.frame_start(window)) if zero_slots else (0, 0)
         self._slots = SlotRing(engine.capacity, zero_rows, slots_in_sight(self.layout, window))
         self._context = context_policy(
-            manifest.context, self.layout, window, manifest.cache, self._slots, engine, roll
+            manifest.context, self.layout, window, manifest.cache, self._slots, self._rotate, roll
         )
         prefix = np.asarray(self.layout.prefix_tokens, np.int32)
         self._stream = Stream(self.layout, prefix, window, self._padded(), self._context.history)
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text, self._law = text, ActionLaw.of(manifest)
         self._run = self._prepared = 0
-        self._left: Iterator[tuple[Block, int, Result]] | None = None  # steps that were sent but have not run
-        self._decoder: Decoder = ScheduledDecoder(manifest.schedule)
+        self._left: Run[Seen | None] | None = None  # steps that were sent but have not run
+        self._result: Result
+        self.decoder: Decoder = ScheduledDecoder(manifest.schedule)
         if manifest.decoder == "jacobi":
-            self._decoder = JacobiDecoder()
+            self.decoder = JacobiDecoder()
 
     def __enter__(self) -> Session:
         return self
@@ -89,9 +101,14 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Give the engine's memory back; the session is dead then."""
+        """Give the engine's memory back, or the place in it; the session is dead then."""
         self._run += 1
-        self.engine.close()
+        if self._owns:
+            self.engine.close()
+            return
+        self._slots.restart(0)
+        self.engine.write_slots(self._slots.slot_position, self.lane)
+        self._cached = None
 
     @property
     def stream(self) -> Stream:
@@ -165,6 +182,18 @@ class Session:
             UsageError: there is no prompt, actions are missing, or the decoder does not fit. On resuming a
                 run after another one was started: it was overtaken.
         """
+        return self.alone(self.run(decoder, actions, count=count, sampling=sampling, seed=seed))
+
+    def run(
+        self,
+        decoder: Decoder | None = None,
+        actions: Actions = None,
+        *,
+        count: int | None = None,
+        sampling: SamplingSettings | None = None,
+        seed: int = 0,
+    ) -> Run[Frame]:
+        """The same run for whoever has its passes run, as a group of sessions does."""
         decoder, run = self._start_run(decoder, actions, count, sampling, seed)
         return self._frames(decoder, run)
 
@@ -176,7 +205,7 @@ class Session:
         count: int | None = None,
         sampling: SamplingSettings | None = None,
         seed: int = 0,
-    ) -> Iterator[tuple[Step, Result]]:
+    ) -> Iterator[Seen]:
         """The same run step by step: each with what it gave, which is valid until the next one."""
         by_frame = self.frame_steps(decoder, actions, count=count, sampling=sampling, seed=seed)
         return chain.from_iterable(by_frame)
@@ -189,7 +218,7 @@ class Session:
         count: int | None = None,
         sampling: SamplingSettings | None = None,
         seed: int = 0,
-    ) -> Iterator[Iterator[tuple[Step, Result]]]:
+    ) -> Iterator[Iterator[Seen]]:
         """Likewise, the steps up to each completion of a frame by themselves: known when they are run out."""
         decoder, run = self._start_run(decoder, actions, count, sampling, seed)
         return self._frame_steps(decoder, run)
@@ -217,10 +246,18 @@ class Session:
         """
         seed = self._stream.seed if seed is None else seed
         _, run = self._start_run(ActingDecoder(), [None], 1, sampling, seed)
-        for _ in self._decode(ActingDecoder(), run):
-            pass
+        self._finish(self._decode(ActingDecoder(), run, self.timing))
         assert self._stream.action is not None
         return self._stream.action
+
+    def alone(self, run: Run[T]) -> Iterator[T]:
+        """What a run of this session comes to, its passes for this session alone."""
+        passes, lanes = self.passes, (self.lane,)
+        for event in run:
+            if isinstance(event, int):
+                passes.run(lanes)
+            else:
+                yield event
 
     def _start_run(
         self,
@@ -236,7 +273,7 @@ class Session:
         if self.layout.gap and actions is None:
             raise UsageError(f"frames need actions of {self.layout.gap} ids each, got none")
         check_seed(seed)
-        decoder = decoder or self._decoder
+        decoder = decoder or self.decoder
         stream.padded, stream.seed, stream.law = self._padded(), seed, self._law
         stream.settings = self._settings(sampling)
         self._run += 1
@@ -256,21 +293,21 @@ class Session:
             return replace(settings, temperature=rules.minimum_temperature)
         return settings
 
-    def _frame_steps(self, decoder: Decoder, run: int) -> Iterator[Iterator[tuple[Step, Result]]]:
+    def _frame_steps(self, decoder: Decoder, run: int) -> Iterator[Iterator[Seen]]:
         known = -1
         while known < self._stream.known:
             known = self._stream.known
-            steps = self._decode(decoder, run, watched=True)
-            yield ((block.step(number), result) for block, number, result in steps)
+            yield self.alone(self._decode(decoder, run, self.timing, watched=True))
 
-    def _frames(self, decoder: Decoder, run: int) -> Iterator[Frame]:
+    def _frames(self, decoder: Decoder, run: int) -> Run[Frame]:
         stream, timing = self._stream, self.timing
         while True:
-            known, began = stream.known, time.perf_counter()
+            known, began, steps = stream.known, time.perf_counter(), timing.steps
             refilled = timing.refill_steps, timing.refill_seconds
-            steps = sum(1 for _ in self._decode(decoder, run))
+            yield from self._decode(decoder, run, timing)  # type: ignore[misc]  # nothing is watched
             if known == stream.known:
                 return
+            steps = timing.steps - steps
             for frame in range(known, stream.known):
                 passes, spent = timing.refill_steps - refilled[0], timing.refill_seconds - refilled[1]
                 seconds, tokens = time.perf_counter() - began, stream.frame(frame)
@@ -278,37 +315,36 @@ class Session:
                 yield Frame(frame, tokens, steps, seconds, stream.exact, action, passes, spent)
                 began, steps, refilled = time.perf_counter(), 0, (timing.refill_steps, timing.refill_seconds)
 
-    def _decode(
-        self, decoder: Decoder, run: int, timing: Timing | None = None, *, watched: bool = False
-    ) -> Iterator[tuple[Block, int, Result]]:
+    def _decode(self, decoder: Decoder, run: int, timing: Timing, *, watched: bool = False) -> Run[Seen]:
         """Run a decoder until one more frame, or a few, are complete; steps count to ``timing``.
 
-        Where they are not ``watched``, what the steps between the last of a block gave may be gone.
+        Steps are given out where they are ``watched``; else what those between the last of a block gave may
+        be gone.
         """
         stream, known = self._stream, self._stream.known
         self._check_run(run)
         blocks = decoder.blocks(stream)
-        for step in self._left or ():
-            yield step
-            self._check_run(run)
+        for event in self._left or ():
+            if event is not None:
+                yield event
         block = next(blocks, None)
         while block is not None:
-            result: Result | None = None
-            self._left = self._run_block(block, timing or self.timing, watched)
-            for _, number, result in islice(self._left, block.pause or None):
-                yield block, number, result
-                self._check_run(run)
-            assert result is not None
-            self._left = self._left if block.pause else None
+            self._left = self._run_block(block, run, timing, watched)
+            for event in self._left:
+                if event is None:
+                    break
+                yield event
+            else:
+                self._left = None
             try:
-                block = blocks.send(result)
+                block = blocks.send(self._result)
             except StopIteration:
                 block = None
         self._send_tokens()
         for frame in range(known, stream.known):
             cells = stream.places.cells(frame)
             places = np.arange(cells.start, cells.stop, dtype=np.int32)
-            stream.settle(frame, self.engine.read_tokens(places))
+            stream.settle(frame, self.engine.read_tokens(places, self.lane))
 
     def _check_run(self, run: int) -> None:
         if run != self._run:
@@ -317,10 +353,10 @@ class Session:
                 "another run; go on with the latest one, or open a second session"
             )
 
-    def _run_block(self, block: Block, timing: Timing, watched: bool) -> Iterator[tuple[Block, int, Result]]:
-        """Run the steps of a block, which are worked out together."""
+    def _run_block(self, block: Block, run: int, timing: Timing, watched: bool) -> Run[Seen | None]:
+        """The steps of a block, which are worked out together; None where it pauses."""
         began = time.perf_counter()
-        stream, engine = self._stream, self.engine
+        stream, engine, passes = self._stream, self.engine, self.passes
         if stream.rejected is not None:
             self._slots.rewind(stream.rejected)
             stream.rejected = None
@@ -328,37 +364,32 @@ class Session:
             refill = self._context.advance(self._prepared, int(block.positions.min()))
             self._prepared += 1
             if refill is not None:
-                self._refill(refill)
+                yield from self._refill(refill)
                 began = time.perf_counter()
         steps = self._pack(block)
         parts = sorted({block.pause, len(steps)} - {0})
-        engine.send(steps, None if watched or self.stamps is not None else parts)
+        engine.send(steps, None if watched or passes.stamps is not None else parts, self.lane)
         widths, live = block.shape.widths.tolist(), steps.live.tolist()
         bounds = steps.decode_offsets.tolist()
         for n, width in enumerate(widths):
             if stream.unsent:  # written by whoever watched the step before
                 self._send_tokens()
-            entered = time.perf_counter()
-            self._step()
-            left = time.perf_counter()
-            engine.draw()
-            sampled = time.perf_counter()
             first, last = bounds[n], bounds[n + 1]
+            yield last - first
+            if run != self._run:
+                self._check_run(run)
+            entered, left, sampled = passes.entered, passes.left, passes.sampled
             size = width, last - first, live[n]
             spent = StepTime(began, *size, left - entered, sampled - left, entered - began)
             timing.add(spent)
-            yield block, n, Result(engine, steps.sinks[first:last], spent)
+            self._result = Result(engine, steps.sinks[first:last], spent, self.lane)
+            if watched:
+                yield block.step(n), self._result
+                self._check_run(run)
+            if n + 1 == block.pause:
+                yield None
+                self._check_run(run)
             began = time.perf_counter()
-
-    def _step(self) -> None:
-        """One pass of the engine, between time stamps where they are wanted."""
-        if (number := self.stamps) is None:
-            self.engine.step()
-            return
-        self.engine.clock.mark(number)
-        self.engine.step()
-        self.engine.clock.mark(number + 1)
-        self.stamps = number + 2
 
     def _pack(self, block: Block) -> Steps:
         """The steps of a block as the engine takes them."""
@@ -368,11 +399,11 @@ class Session:
             stream.write(block.sources[drafted], block.drafts[drafted])
         self._send_tokens()
         if slots.stale:
-            engine.write_slots(slots.slot_position)
+            engine.write_slots(slots.slot_position, self.lane)
             slots.whole_sent()
         shape = block.shape
         positions = np.subtract(block.positions, slots.base, dtype=np.int32, casting="unsafe")
-        taken = slots.append(positions, shape, engine.padded_widths(shape.widths))
+        taken = slots.append(positions, shape, engine.written_widths(shape.widths))
         cells = block.sinks[shape.decoding]
         places = stream.places.of(np.concatenate([block.sources, cells]))
         sources, sinks = places[: len(positions)], places[len(positions) :]
@@ -387,16 +418,18 @@ class Session:
     def _send_tokens(self) -> None:
         """Give the engine the tokens that were written since the last step."""
         for places, ids in self._stream.unsent:
-            self.engine.write_tokens(places, ids)
+            self.engine.write_tokens(places, ids, self.lane)
         self._stream.unsent.clear()
 
-    def _refill(self, refill: Refill) -> None:
+    def _rotate(self, angles: NDArray[np.float64], live: int) -> None:
+        self.engine.rotate_keys(angles, live, self.lane)
+
+    def _refill(self, refill: Refill) -> Run[Never]:
         """Feed known tokens again, in passes as wide as the engine takes."""
         began, timing = time.perf_counter(), Timing()
         self._stream.refills += 1
         block = replace(feed(refill.positions, self.engine.max_width), sources=refill.sources)
-        for _ in self._run_block(block, timing, watched=False):
-            pass
+        yield from self._run_block(block, self._run, timing, False)  # type: ignore[misc]
         self.timing.refill_steps += timing.steps
         self.timing.refill_seconds += time.perf_counter() - began
 
@@ -426,7 +459,7 @@ class Session:
         began, timing = time.perf_counter(), Timing()
         prefix = np.arange(self.layout.prefix)
         if plan.first and len(prefix):
-            self._refill(Refill(prefix, prefix + self._slots.base))
+            self._finish(self._refill(Refill(prefix, prefix + self._slots.base)))
         self._context.resume(plan.first)
         stream.return_to(plan.behind, past[: plan.behind - kept])
         stream.fed = self.layout.frame_start(plan.first) if plan.first else 0
@@ -441,8 +474,12 @@ class Session:
         decoder: Decoder = RasterDecoder(truth) if order is None else ForcedDecoder(order, truth)
         stream.follow([past.actions for past in frames], len(frames))
         for _ in frames:
-            for _ in self._decode(decoder, self._run, timing):
-                pass
+            self._finish(self._decode(decoder, self._run, timing))
+
+    def _finish(self, run: Run[Any]) -> None:
+        """Have all that a run waits for, for this session alone."""
+        for _ in self.alone(run):
+            pass
 
     def _check_text(self, text: Float | None) -> None:
         if self._text is None and text is not None:

@@ -18,8 +18,9 @@ class StepTime(NamedTuple):
     """One step: when it began (``time.perf_counter``), its size, and the seconds of its parts.
 
     ``rows`` are fed, ``decoded`` of them predict a cell, ``live`` slots are in use. ``engine`` is what it
-    took to run, or, on a device that runs behind the host, to queue. ``host`` is what is neither in the
-    engine nor in the sampler of the host; work for a whole block counts to its first step.
+    took to run, or, on a device that runs behind the host, to queue; a pass that several sessions share
+    counts to each. ``host`` is what is neither in the engine nor in the sampler of the host; work for a whole
+    block counts to its first step.
     """
 
     began: float
@@ -90,20 +91,20 @@ class Result:
     All but ``time`` is valid until the next step runs.
     """
 
-    __slots__ = ("_engine", "_places", "time")
+    __slots__ = ("_engine", "_lane", "_places", "time")
 
-    def __init__(self, engine: Engine, places: Int, time: StepTime) -> None:
-        self._engine, self._places, self.time = engine, places, time
+    def __init__(self, engine: Engine, places: Int, time: StepTime, lane: int = 0) -> None:
+        self._engine, self._places, self.time, self._lane = engine, places, time, lane
 
     @property
     def tokens(self) -> Int:
         """Sampled ids int32 [R] of the rows that decode a cell, in slot order."""
-        return self._engine.read_tokens(self._places)
+        return self._engine.read_tokens(self._places, self._lane)
 
     @property
     def logits(self) -> Float:
         """Their logits [R, V]."""
-        return self._engine.logits()
+        return self._engine.logits(self._lane)
 
     @property
     def watched(self) -> Mapping[str, NDArray[Any]]:

@@ -68,6 +68,35 @@ def test_without_actions_zero_goes_on(temporal: Path) -> None:
     env.close()
 
 
+def test_many_worlds_at_once_are_each_as_one_alone(world: Path) -> None:
+    """Same seeds, same actions: the same pictures, also where one begins anew, alone or at its horizon."""
+    many = gymnasium.make_vec("diagd/World-v0", num_envs=3, bundle=world, max_episode_steps=3)
+    seen, info = many.reset(seed=5)
+    alone = [make(world, max_episode_steps=3) for _ in range(3)]
+    for n, env in enumerate(alone):
+        first, told = env.reset(seed=5 + n)
+        np.testing.assert_array_equal(first, seen[n])
+        assert told["prompt"] == info["prompt"][n]
+    for actions in ([1, 2, 3], [0, 0, 4], [2, 1, 1]):
+        seen, rewards, terminated, truncated, info = many.step(np.array(actions))
+        for n, env in enumerate(alone):
+            one, *_, over, told = env.step(actions[n])
+            np.testing.assert_array_equal(one, seen[n])
+            assert over == truncated[n]
+            assert told["passes"] == info["passes"][n]
+        assert not rewards.any() and not terminated.any()
+    assert truncated.all()
+    first = many.step(np.zeros(3, np.int64))[0]  # all begin anew
+    for n, env in enumerate(alone):
+        np.testing.assert_array_equal(env.reset()[0], first[n])
+    kept = many.step(np.array([1, 1, 1]))[0]
+    seen, _ = many.reset(seed=[8, 8, 8], options={"reset_mask": np.array([False, True, False])})
+    np.testing.assert_array_equal(seen[1], alone[1].reset(seed=8)[0])
+    np.testing.assert_array_equal(seen[::2], kept[::2])
+    for env in (*alone, many):
+        env.close()
+
+
 def test_every_action_of_the_large_models_can_be_encoded() -> None:
     for codec in (mineworld_actions(), wham_actions()):
         space = diagd.gym.action_space(codec)

@@ -48,8 +48,8 @@ def test_exact_decoders_are_exact_and_diagonal_ones_are_not(bundle: Bundle, form
 class WidthMatters(PrefixEngine):
     """Its logits are others where a pass has more than one row."""
 
-    def logits(self) -> Float:
-        logits = super().logits().copy()
+    def logits(self, lane: int = 0) -> Float:
+        logits = super().logits(lane).copy()
         return logits[:, ::-1].copy() if len(logits) > 1 else logits
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -88,11 +88,11 @@ class Slowed(PrefixEngine):
 
     left = -1
 
-    def step(self) -> None:
+    def step(self, lanes: Sequence[int] = (0,)) -> None:
         if self.left == 0:
             time.sleep(0.25)
         self.left -= 1
-        super().step()
+        super().step(lanes)
 
 
 def slowed(bundle: Bundle, step: int, fps: float) -> Run:

@@ -134,8 +134,15 @@ class HostDevice:
         self._memory.clear()
         self._graphs.clear()
 
+    def _bytes(self, address: int) -> Array:
+        """Memory from an address on that was allocated, or lies in what was."""
+        if (memory := self._memory.get(address)) is not None:
+            return memory
+        start = max(begin for begin in self._memory if begin < address)
+        return self._memory[start][address - start :]
+
     def _words(self, address: int) -> Array:
-        memory = self._memory[address]
+        memory = self._bytes(address)
         return memory[: len(memory) // 4 * 4].view(np.int32)
 
     def _advance(self, a: AdvanceArguments) -> Callable[[], object]:
@@ -189,8 +196,8 @@ class HostDevice:
         pointers = [
             np.array(self._words(address)[: 2 * count]).view(np.uint64) for address in (a.rows, a.buffers)
         ]
-        rows = [self._memory[int(at)][: a.groups * a.width * chunk] for at in pointers[0]]
-        buffers = [self._memory[int(at)][: a.groups * a.capacity * chunk] for at in pointers[1]]
+        rows = [self._bytes(int(at))[: a.groups * a.width * chunk] for at in pointers[0]]
+        buffers = [self._bytes(int(at))[: a.groups * a.capacity * chunk] for at in pointers[1]]
         pairs = [
             (row.reshape(a.groups, a.width, chunk), buffer.reshape(a.groups, a.capacity, chunk))
             for row, buffer in zip(rows, buffers, strict=True)

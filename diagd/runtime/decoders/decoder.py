@@ -13,7 +13,13 @@ Blocks: TypeAlias = Generator[Block, Result, None]
 
 
 class Decoder(Protocol):
-    """Decodes a stream, a frame further each call. It keeps nothing between calls: state is the stream's."""
+    """Decodes a stream, a frame further each call. It keeps nothing between calls: state is the stream's.
+
+    Attributes:
+        ragged: how many passes a frame takes depends on what is drawn.
+    """
+
+    ragged: bool = False
 
     def check(self, stream: Stream) -> None:
         """Refuse what cannot be decoded in the stream's window, or by its engine, before anything runs.

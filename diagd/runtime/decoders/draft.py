@@ -49,6 +49,8 @@ class DraftDecoder(Decoder):
         scores: of the frames so far; NaN where none was needed.
     """
 
+    ragged = True
+
     def __init__(
         self,
         drafter: Session,

@@ -50,6 +50,8 @@ class JacobiDecoder(Decoder):
         UsageError: no such window or deadline.
     """
 
+    ragged = True
+
     def __init__(
         self, window: int | None = None, *, deadline: float | None = None, draft: Draft = previous_frame
     ) -> None:

@@ -107,7 +107,7 @@ export class Runtime {
   async steps(bytes, weights, content, spec) { return new StepEngine(this, await this.graph(bytes, weights, content), spec); }
 }
 
-// The step graph over K/V rows [capacity, G, D]; a pass binds those in use, in and out.
+// The step graph over K/V rows [capacity, 1, G, D] of one stream; a pass binds those in use, in and out.
 class StepEngine {
   constructor(runtime, graph, spec) {
     const { layers, kv_heads: heads, head_size: size } = spec.cache, rows = Math.ceil(spec.capacity / GRANULE) * GRANULE;
@@ -117,7 +117,7 @@ class StepEngine {
     this.fed = {};
     for (const name of ["token_buffer", "sources", "positions", "logit_rows"]) this.fed[name] = runtime.allocate(4 * spec.max_width);
     this.fed.slot_position = runtime.allocate(4 * rows);
-    this.index = runtime.allocate(8);
+    this.index = runtime.allocate(8 * spec.max_width);
     this.out = runtime.allocate(4 * spec.max_width * this.vocabulary);
     runtime.view("int32", this.fed.sources, spec.max_width).set(Array.from({ length: spec.max_width }, (_, n) => n));
   }
@@ -125,7 +125,7 @@ class StepEngine {
   bind(rows) {
     if (rows === this.bound) return;
     this.runtime.release(Object.values(this.cache));
-    const dims = [rows, this.heads, this.size];
+    const dims = [rows, 1, this.heads, this.size];
     this.cache = Object.fromEntries(Object.entries(this.buffers).map(([name, at]) => [name, this.runtime.tensor("float32", at, dims)]));
     this.bound = rows;
   }
@@ -136,10 +136,11 @@ class StepEngine {
     this.bind(rows);
     const given = { token_buffer: ids, positions, logit_rows: decoded, slot_position: slots.subarray(0, rows) };
     for (const [name, numbers] of Object.entries(given)) runtime.view("int32", fed[name], numbers.length).set(numbers);
-    runtime.view("int32", this.index, 2).set([start, 0]);
-    const inputs = { sources: runtime.tensor("int32", fed.sources, [ids.length]), write_index: runtime.tensor("int64", this.index, [1]) };
+    runtime.view("int32", this.index, 2 * ids.length).set(ids.flatMap((_, n) => [start + n, 0]));
+    const grid = [1, ids.length], shapes = { positions: grid, slot_position: [rows, 1] };
+    const inputs = { sources: runtime.tensor("int32", fed.sources, grid), write_index: runtime.tensor("int64", this.index, grid) };
     for (const [name, numbers] of Object.entries(given)) {
-      inputs[name] = runtime.tensor("int32", fed[name], [name === "slot_position" ? rows : numbers.length]);
+      inputs[name] = runtime.tensor("int32", fed[name], shapes[name] ?? [numbers.length]);
     }
     const outputs = { logits: runtime.tensor("float32", this.out, [decoded.length, this.vocabulary]) };
     const once = [...Object.values(inputs), outputs.logits];

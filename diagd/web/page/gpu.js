@@ -46,10 +46,11 @@ class GpuEngine {
     const { Tensor } = this.ort, rows = Math.ceil(live / GRANULE) * GRANULE, fetched = { logits: null };
     const logits = decoded.length ? decoded : [0]; // a device has no empty tensors
     const given = { token_buffer: ids, sources: ids.map((_, n) => n), positions, logit_rows: logits, slot_position: slots.subarray(0, rows) };
-    const feeds = Object.fromEntries(Object.entries(given).map(([name, numbers]) => [name, new Tensor("int32", Int32Array.from(numbers), [numbers.length])]));
-    feeds.write_index = new Tensor("int64", BigInt64Array.of(BigInt(start)), [1]);
+    const grid = [1, ids.length], shapes = { sources: grid, positions: grid, slot_position: [rows, 1] };
+    const feeds = Object.fromEntries(Object.entries(given).map(([name, numbers]) => [name, new Tensor("int32", Int32Array.from(numbers), shapes[name] ?? [numbers.length])]));
+    feeds.write_index = new Tensor("int64", BigInt64Array.from(ids.map((_, n) => BigInt(start + n))), grid);
     for (const [name, buffer] of Object.entries(this.buffers)) {
-      const bound = Tensor.fromGpuBuffer(buffer, { dataType: "float32", dims: [rows, this.heads, this.size] });
+      const bound = Tensor.fromGpuBuffer(buffer, { dataType: "float32", dims: [rows, 1, this.heads, this.size] });
       [feeds[`past_${name}`], fetched[`present_${name}`]] = [bound, bound];
     }
     this.out = (await this.graph.run(feeds, fetched)).logits.data;

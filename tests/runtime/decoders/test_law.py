@@ -91,7 +91,8 @@ class Written:
 
     stream: Stream
 
-    def read_tokens(self, places: np.ndarray) -> np.ndarray:
+    def read_tokens(self, places: np.ndarray, lane: int = 0) -> np.ndarray:
+        assert lane == 0
         return self.stream.tokens[places]
 
 

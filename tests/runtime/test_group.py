@@ -1,0 +1,167 @@
+"""Sessions in lock step decode what each decodes alone, to the token, whatever the others do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import diagd
+from diagd.bundle import Bundle, Form
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.prefix import PrefixEngine
+from diagd.errors import UsageError
+from diagd.export.options import GraphOptions
+from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
+from diagd.runtime.group import Group
+from diagd.runtime.load import open_group
+from diagd.runtime.session import Session
+from diagd.schedule import Schedule
+from tests.models import export_small
+from tests.oracles.models import CODES, small_model
+from tests.runtime.conftest import LAYOUT
+
+SESSIONS, FRAMES = 3, 9  # the window of four frames slides
+DECODERS: dict[str, Decoder] = {
+    "next token": ScheduledDecoder(Schedule.next_token(LAYOUT)),
+    "serial": ScheduledDecoder(Schedule.serial(LAYOUT, 1)),
+    "chained": ScheduledDecoder(Schedule.chained(LAYOUT, 1)),
+    "jacobi": JacobiDecoder(5),
+    "jacobi, auto": JacobiDecoder(),
+}
+RANDOM = np.random.default_rng(0)
+PROMPTS = [RANDOM.integers(0, CODES, (1 + n, 4, 6)).astype(np.int32) for n in range(SESSIONS)]
+ACTIONS = [RANDOM.integers(CODES, CODES + 6, (FRAMES + 3, 3)).astype(np.int32) for _ in range(SESSIONS)]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The small model in all forms, those of fixed widths with the streams of the group."""
+    options = GraphOptions(tuple(Form), widths=(4, 16), streams=SESSIONS)
+    path = tmp_path_factory.mktemp("streams") / "small.diagd"
+    return Bundle.open(export_small(small_model(LAYOUT, context_frames=4), path, options))
+
+
+@pytest.fixture(scope="module", params=Form)
+def any_group(bundle: Bundle, request: pytest.FixtureRequest) -> Iterator[Group]:
+    with open_group(bundle, SESSIONS, cpu=CpuOptions(1), form=request.param) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def group(bundle: Bundle) -> Iterator[Group]:
+    with diagd.load(bundle.path, threads=1, sessions=SESSIONS) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def alone(bundle: Bundle) -> Iterator[Session]:
+    with diagd.load(bundle.path, threads=1) as session:
+        yield session
+
+
+def start(session: Session, number: int) -> np.ndarray:
+    """Take prompt ``number``; gives the actions behind it."""
+    prompt = PROMPTS[number]
+    session.start(prompt, ACTIONS[number][: len(prompt)])
+    return ACTIONS[number][len(prompt) :][:FRAMES]
+
+
+def by_itself(session: Session, number: int, decoder: Decoder, seed: int) -> list[list[list[int]]]:
+    led = start(session, number)
+    return [frame.tokens.tolist() for frame in session.frames(decoder, led, seed=seed)]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_tokens_are_those_of_a_session_alone(any_group: Group, alone: Session, name: str) -> None:
+    group = any_group
+    decoder = DECODERS[name]
+    expected = [by_itself(alone, n, decoder, 7 * n) for n in range(SESSIONS)]
+    led = [start(session, n) for n, session in enumerate(group.sessions)]
+    found: list[list[list[list[int]]]] = [[] for _ in led]
+    for number, frame in group.frames(led, decoder, seeds=[7 * n for n in range(SESSIONS)]):
+        found[number].append(frame.tokens.tolist())
+    assert found == expected
+    assert expected[0] != expected[1]
+
+
+def test_passes_are_shared(group: Group) -> None:
+    """In phase, a frame of all sessions takes the passes of one; those that feed prompts come on top."""
+    steps = Schedule.serial(LAYOUT, 1).steps_per_frame
+    for n, session in enumerate(group.sessions):
+        start(session, n)
+    passes = []
+    run, group.passes.run = group.passes.run, lambda lanes: (passes.append(list(lanes)), run(lanes))[1]  # type: ignore[assignment,method-assign,func-returns-value]
+    try:
+        led = [actions[:3] for actions in ACTIONS]
+        decoder = DECODERS["serial"]
+        assert len(list(group.frames(led, decoder))) == 3 * SESSIONS
+    finally:
+        group.passes.run = run  # type: ignore[method-assign]
+    together = [lanes for lanes in passes if sorted(lanes) == [0, 1, 2]]
+    assert len(together) == 3 * steps
+    assert len(passes) - len(together) <= SESSIONS
+
+
+def test_joins_leaves_and_resets_change_nothing_for_the_others(any_group: Group, alone: Session) -> None:
+    group = any_group
+    decoder = DECODERS["serial"]
+    expected = [by_itself(alone, n, decoder, n) for n in range(SESSIONS)]
+    first, second, third = group.sessions
+    led = [start(first, 0), start(second, 1), ACTIONS[2][3:]]
+    first.stream.seed, second.stream.seed, third.stream.seed = 0, 1, 2
+    found: list[list[list[list[int]]]] = [[], [], []]
+
+    def go(*numbers: int) -> None:
+        asked = {n: led[n][len(found[n])] for n in numbers}
+        for number, frame in group.step(asked, decoder).items():
+            found[number].append(frame.tokens.tolist())
+
+    go(0, 1)
+    go(0, 1)
+    start(third, 2)  # joins
+    third.stream.seed = 2
+    for _ in range(3):
+        go(2, 0)  # the second one waits meanwhile
+    first.stream.rewind(2)
+    del found[0][-2:]
+    go(0, 1, 2)
+    start(second, 1)  # anew
+    second.stream.seed = 1
+    found[1].clear()
+    for _ in range(4):
+        go(1, 2)
+    third.close()  # leaves
+    for _ in range(4):
+        go(0, 1)
+    assert [len(frames) for frames in found] == [8, 8, 8]
+    assert found == [frames[:8] for frames in expected]
+
+
+def test_a_session_of_a_group_may_be_run_alone(any_group: Group, alone: Session) -> None:
+    group = any_group
+    decoder = DECODERS["chained"]
+    for n, session in enumerate(group.sessions):
+        assert by_itself(session, n, decoder, n) == by_itself(alone, n, decoder, n)
+
+
+def test_rows_of_nobody_go_where_nothing_is_seen(group: Group) -> None:
+    engine = group.engine
+    assert isinstance(engine, PrefixEngine)
+    for n, session in enumerate(group.sessions):
+        start(session, n)
+    kept = engine.buffers["key_0"].copy()
+    live = engine._lanes[1].live
+    list(group.sessions[0].frames(DECODERS["serial"], ACTIONS[0][:2]))
+    own = slice(2, 4)  # K/V heads of the second session
+    np.testing.assert_array_equal(engine.buffers["key_0"][:live, own], kept[:live, own])
+
+
+def test_what_cannot_be_shared_is_refused(bundle: Bundle, group: Group) -> None:
+    with pytest.raises(UsageError, match=r"0 sessions are outside 1\.\.256"):
+        diagd.load(bundle.path, sessions=0)
+    with pytest.raises(UsageError, match=r"has 3 streams; export it again with --set streams=4"):
+        open_group(bundle, 4, form=Form.MODERN)
+    with pytest.raises(UsageError, match="no session has the number 3; this group has 3"):
+        group.step({3: ACTIONS[0][0]})
