@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from diagd.cli.main import main
+from diagd.play.pictures import png
+from tests.worlds import random_world
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,3 +22,17 @@ def _machine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of 4 x 6 tokens, 16 x 24 pixels, with three pictures to start from."""
+    folder = tmp_path_factory.mktemp("play")
+    trained, bundle = random_world(folder / "trained", rows=4, columns=6), folder / "world.diagd"
+    assert main(["export", "--model", "world", "--checkpoint", str(trained), "--output", str(bundle)]) == 0
+    (bundle / "prompts").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(3):
+        picture = random.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+        (bundle / "prompts" / f"{number}.png").write_bytes(png(picture))
+    return bundle

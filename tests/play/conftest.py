@@ -9,38 +9,20 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from diagd.cli.main import main
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
 from diagd.play.controls import Inputs, read_controls
 from diagd.play.game import Game
 from diagd.play.opening import GameOptions, open_game
-from diagd.play.pictures import png
 from diagd.play.server import Address, Limits, Server
 from diagd.schedule import StreamLayout
 from tests.models import small_family
 from tests.oracles.models import small_model
-from tests.worlds import random_world
 
 LOOSE = Limits(messages_per_second=1e6)
 """For tests that say much in little time."""
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of 4 x 6 tokens, 16 x 24 pixels, with three pictures to start from."""
-    folder = tmp_path_factory.mktemp("play")
-    trained, bundle = random_world(folder / "trained", rows=4, columns=6), folder / "world.diagd"
-    assert main(["export", "--model", "world", "--checkpoint", str(trained), "--output", str(bundle)]) == 0
-    (bundle / "prompts").mkdir()
-    random = np.random.default_rng(0)
-    for number in range(3):
-        picture = random.integers(0, 256, (16, 24, 3), dtype=np.uint8)
-        (bundle / "prompts" / f"{number}.png").write_bytes(png(picture))
-    return bundle
 
 
 @pytest.fixture(scope="session")

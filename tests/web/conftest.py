@@ -16,9 +16,6 @@ from diagd.web.folder import write_page
 from diagd.web.runtime import runtime_files
 from diagd.web.server import server
 from tests.play.browser import CHROMIUM, Tab, browser
-from tests.play.conftest import world
-
-__all__ = ["world"]
 
 Serve = Callable[[Path], AbstractContextManager[str]]
 

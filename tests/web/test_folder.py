@@ -21,23 +21,26 @@ from diagd.web.runtime import DIGESTS, VERSION, runtime_files
 from tests.web.conftest import Serve
 
 
+def some() -> dict[str, bytes]:
+    """What will not be run."""
+    return dict.fromkeys(DIGESTS, b"code")
+
+
 def nothing() -> dict[str, bytes]:
     raise AssertionError("no runtime is needed to refuse")
 
 
-def test_a_folder_of_something_else_is_refused_and_a_users_file_stays(
-    world: Path, runtime: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_folder_of_something_else_is_refused_and_a_users_file_stays(world: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "index.html").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
         write_page(Bundle.open(world), other, nothing)
     assert [file.name for file in other.iterdir()] == ["index.html"]
-    page = write_page(Bundle.open(world), tmp_path / "page", lambda: runtime).path
+    page = write_page(Bundle.open(world), tmp_path / "page", some).path
     (page / "CNAME").write_text("play.example")
     (page / "style.css").write_text("old")
-    again = write_page(Bundle.open(world), page, lambda: runtime)
+    again = write_page(Bundle.open(world), page, some)
     assert (page / "CNAME").read_text() == "play.example"
     assert "--ground" in (page / "style.css").read_text()
     names = {file.name for file in page.iterdir()}

@@ -19,7 +19,9 @@ from diagd.engines.noise import noise_rows
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.sampler import sample
 from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.families.registry import find
 from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
+from diagd.play.controls import Inputs, default_controls
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
@@ -55,6 +57,13 @@ PICTURES = """(async () => {{
     digests.push([...digest].map((byte) => byte.toString(16).padStart(2, "0")).join(""));
   }}
   return digests;
+}})()"""
+INPUTS = """(async () => {{
+  const {{ Inputs }} = await import("./inputs.js"), inputs = new Inputs({controls}, {codec});
+  return {moves}.map(([keys, dy, dx, axes]) => {{
+    inputs.update({{ keys, dx, dy, axes, t: 0 }});
+    return inputs.take().ids;
+  }});
 }})()"""
 DRAW = """(async () => {{
   const {{ draw, words, exponential }} = await import("./sampler.js"), lowest = -Infinity;
@@ -195,6 +204,27 @@ def test_tables_are_pythons(scripts: Tab) -> None:
     assert scripts.evaluate(PASSES.format(cases=json.dumps(cases))) == expected
 
 
+@pytest.mark.parametrize("model", ["crafter-3m", "mineworld-300m", "wham-200m"])
+def test_actions_are_pythons(scripts: Tab, model: str) -> None:
+    """Keys, sticks and mouse of each kind of model, with what the bins of one frame leave to the next."""
+    codec, random = find(model).actions, np.random.default_rng(5)
+    controls, moves, expected = default_controls(codec), [], []
+    inputs, codes = Inputs(controls, codec), sorted(default_controls(codec).keys)
+    for _ in range(40):
+        keys = random.permutation(codes)[: random.integers(0, 5)].tolist()
+        turn = random.normal(0, 30, 2).round(1).tolist() if controls.mouse else [0.0, 0.0]
+        axes = random.uniform(-1, 1, 4).round(2).tolist()
+        moves.append([keys, *turn, axes])
+        inputs.update(keys, (turn[0], turn[1]), axes)
+        taken = inputs.take().ids
+        assert taken is not None
+        expected.append(taken.tolist())
+    assert codec is not None
+    given = {"controls": controls.model_dump_json(), "codec": codec.model_dump_json()}
+    assert scripts.evaluate(INPUTS.format(moves=json.dumps(moves), **given)) == expected
+    assert len({tuple(ids) for ids in expected}) > 5
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Learned positions, a prefix, no actions, and a tokenizer that compresses time."""
@@ -207,6 +237,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(family, GraphOptions(), random_sources(family, 0), path).path
 
 
+@pytest.mark.slow
 def test_a_context_that_is_fed_again_gives_pythons_tokens_and_pictures(
     tab: Tab, learned: Path, runtime: dict[str, bytes], serve: Serve, tmp_path: Path
 ) -> None:

@@ -90,8 +90,8 @@ export function token(slot, action) {
   if (slot.kind === "edges" || slot.kind === "mu_law") {
     const number = inside(slot, action[slot.field]?.[slot.component ?? 0] ?? 0);
     if (slot.kind === "edges") return slot.first + Math.min(slot.edges.length - 2, slot.edges.filter((edge) => edge <= number).length - 1);
-    const level = (Math.sign(number) * Math.log(1 + (slot.mu * Math.abs(number)) / slot.limit)) / Math.log(1 + slot.mu);
-    return slot.first + even(((level + 1) * (slot.bins - 1)) / 2);
+    const share = number / slot.limit, level = Math.sign(share) * (Math.log(1 + slot.mu * Math.abs(share)) / Math.log(1 + slot.mu));
+    return slot.first + even((slot.limit * level + slot.limit) / ((2 * slot.limit) / (slot.bins - 1)));
   }
   const pressed = slot.buttons.filter((button) => action[button.name]);
   return pressed.length === 1 || (slot.kind === "first_pressed" && pressed.length) ? pressed[0].token : slot.none;
