@@ -1,66 +1,122 @@
-"""Step graphs on one NVIDIA GPU against its own ceilings and against PyTorch in the published form.
+"""The first hour on a GPU: is it right, and how far is it from its own ceilings and from PyTorch?
 
-One line makes what is missing, measures what is missing, and writes the tables; it stops by itself before ten
-minutes are over and goes on where it stopped when it is typed again:
+One line makes what is missing, runs the stages that have no results yet, and writes the tables; it stops by
+itself before ten minutes are over and goes on where it stopped when it is typed again:
 
     python -m benchmarks.gpu --folder /tmp/diagd-gpu --write docs/benchmarks.md
 
+Of each model: step graphs open with nothing left to the processor; a step has its logits; 1,000 replays of
+alternating widths draw what steps without graphs draw; then the tables. Each stage is a process of its own,
+which is ended when its time is over: what crashes or hangs takes nothing else with it.
+
 ``--folder`` keeps bundles (random weights, float16, about 13 GB for all models) and ``results.json``.
-``--model cosmos-4b`` measures that model only. ``--backend tensorrt`` takes engines made by diagd-build.
-A step graph of which ONNX Runtime leaves a node to the CPU is refused. Without a GPU nothing is measured.
+``--model cosmos-4b`` measures that model only. ``--backend tensorrt`` takes engines made by diagd-build;
+``--backend cpu`` is a dry run without a GPU, for which ``--model crafter-3m`` is small enough.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from benchmarks.gpu_checks import CHECKS, samplers
 from benchmarks.gpu_measure import FRAMES, PARTS, Bench, make_bundle
-from benchmarks.gpu_report import Results, around_section, markdown, write_section
-from diagd.bundle import Bundle
+from benchmarks.gpu_report import Check, Results, around_section, markdown, write_section
+from diagd.bundle import Bundle, Form
 from diagd.engines.backend import StepOptions, find
-from diagd.engines.ceilings import Ceilings
+from diagd.engines.devices.cuda import CudaDevice
+from diagd.engines.devices.host import HostDevice
+from diagd.engines.devices.kernels import host_build
 from diagd.engines.engine import Engine
+from diagd.engines.host import processor_name
 from diagd.errors import DiagdError
+from diagd.export.families.family import Family
 from diagd.export.families.registry import find as find_family
 
-BACKENDS = ("cuda", "tensorrt", "tensorrt_rtx")
+DRY = "cpu"
+BACKENDS = ("cuda", "tensorrt", "tensorrt_rtx", DRY)
 MODELS = ("mineworld-300m", "mineworld-700m", "mineworld-1200m", "cosmos-4b")
+SAMPLERS = "samplers"
 BUDGET = 300.0
-"""Seconds after which no part begins; the longest takes about four minutes."""
+"""Seconds after which no stage begins; the longest takes about four minutes."""
+
+BOX = 290.0
+"""Seconds that a stage may take."""
 
 
 def main() -> int:
     args = arguments().parse_args()
-    began = time.perf_counter()
     try:
         if args.write:
             around_section(args.write)  # before anything is measured
-        device, ceilings = describe(args.backend)
+        device = find(args.backend).describe() or processor_name()
     except DiagdError as error:
         no_gpu = "no CUDA device" in str(error)
         print(f"skipped: {error}" if no_gpu else f"error: {error}")
         return 0 if no_gpu else 1
     args.folder.mkdir(parents=True, exist_ok=True)
     file = args.results or args.folder / "results.json"
-    results = Results.read(file, device)
-    bench = Bench(partial(open_strictly, args.backend), ceilings, args.frames)
-    failed = 0
-    try:
-        for model, part in missing(results, args.model or MODELS):
-            if time.perf_counter() - began > args.budget:
-                print("not everything is measured yet: type the same line again")
-                break
-            failed += not measure(bench, results, args.folder, model, part)
-            results.write(file)
-    finally:
-        print(markdown(results))
-        if args.write:
-            write_section(args.write, markdown(results))
+    if args.stage:
+        return stage(args, device, file)
+    failed = run_stages(args, device, file)
+    shown = markdown(Results.read(file, device))
+    print(shown)
+    if args.write:
+        write_section(args.write, shown)
     return 1 if failed else 0
+
+
+def run_stages(args: argparse.Namespace, device: str, file: Path) -> int:
+    """Run what has no results, each stage by itself; how many failed."""
+    began, failed = time.perf_counter(), 0
+    for model, name in missing(Results.read(file, device), args.model or MODELS, args.backend):
+        if time.perf_counter() - began > args.budget:
+            print("not everything is measured yet: type the same line again")
+            break
+        print(f"{model}: {name}", flush=True)
+        command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--model", model, "--stage", name]
+        try:
+            failed += subprocess.run(command, check=False, timeout=args.box).returncode != 0
+        except subprocess.TimeoutExpired:
+            print(f"{model}: {name} took more than {args.box:g} s", file=sys.stderr)
+            failed += 1
+    return failed
+
+
+def stage(args: argparse.Namespace, device: str, file: Path) -> int:
+    """Run one stage and keep its results; 1 where it failed."""
+    model, name = args.model[-1], args.stage
+    results = Results.read(file, device)
+    try:
+        if name == SAMPLERS:
+            passed, figures = samplers(HostDevice(host_build()) if args.backend == DRY else CudaDevice())
+            results.checks.append(Check(model=model, name=name, passed=passed, figures=figures))
+        else:
+            passed = measure(args, results, find_family(model, None), name)
+    except Exception as error:  # of PyTorch, its compiler, ONNX Runtime, the driver
+        print(f"{model}: {name} cannot be measured: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    results.write(file)
+    return 0 if passed else 1
+
+
+def measure(args: argparse.Namespace, results: Results, family: Family, name: str) -> bool:
+    """A check of a model, or a part of its tables; whether it passed."""
+    bundle = make_bundle(family, args.folder, args.frames)
+    make_engine = partial(open_strictly, args.backend)
+    if name in CHECKS:
+        passed, figures = CHECKS[name](bundle, make_engine)
+        results.checks.append(Check(model=family.name, name=name, passed=passed, figures=figures))
+        return passed
+    torch_device = "cpu" if args.backend == DRY else "cuda"
+    bench = Bench(make_engine, find(args.backend).ceilings(), args.frames, torch_device)
+    results.rows += bench.measure(bundle, family, name)
+    return True
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -73,38 +129,19 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", action="append", help=f"may be repeated; default: {', '.join(MODELS)}")
     parser.add_argument("--backend", choices=BACKENDS, default="cuda")
     parser.add_argument("--frames", type=int, default=FRAMES, help="of a diagonal run")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds after which no part begins")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds after which no stage begins")
+    parser.add_argument("--box", type=float, default=BOX, help="seconds that a stage may take")
+    parser.add_argument("--stage", help="run this one alone, of the last model")
     parser.add_argument("--results", type=Path, help="default: results.json in the folder")
     parser.add_argument("--write", type=Path, help="file whose GPU section is replaced")
     return parser
 
 
-def missing(results: Results, models: list[str] | tuple[str, ...]) -> list[tuple[str, str]]:
-    """Models and parts that no call has measured yet, in order."""
-    return [(model, part) for model in models for part in PARTS if not results.of(model, part)]
-
-
-def measure(bench: Bench, results: Results, folder: Path, model: str, part: str) -> bool:
-    """Measure one part; whether that went well. What did not is said, and the next part goes on."""
-    try:
-        family = find_family(model, None)
-        bundle = make_bundle(family, folder, bench.frames)
-        print(f"{model}: {part}", flush=True)
-        results.rows += bench.measure(bundle, family, part)
-    except Exception as error:  # of PyTorch, its compiler, ONNX Runtime, the driver
-        print(f"{model}: {part} cannot be measured: {type(error).__name__}: {error}", file=sys.stderr)
-        return False
-    return True
-
-
-def describe(backend: str) -> tuple[str, Ceilings]:
-    """The GPU and its limits.
-
-    Raises:
-        DiagdError: there is none, or the backend is missing.
-    """
-    chosen = find(backend)
-    return chosen.describe(), chosen.ceilings()
+def missing(results: Results, models: Sequence[str], backend: str = "cuda") -> list[tuple[str, str]]:
+    """Models and stages that no call has results of yet, in order."""
+    parts = [part for part in PARTS if backend != DRY or "compiled" not in part]
+    stages = [(models[0], SAMPLERS), *((model, name) for model in models for name in (*CHECKS, *parts))]
+    return [(model, name) for model, name in stages if not results.has(model, name)]
 
 
 def open_strictly(backend: str, bundle: Bundle, tokens: int, graphs: bool) -> Engine:
@@ -113,7 +150,8 @@ def open_strictly(backend: str, bundle: Bundle, tokens: int, graphs: bool) -> En
     Raises:
         EngineError: ONNX Runtime leaves part of the step graph to the CPU.
     """
-    return find(backend).open_steps(bundle, StepOptions(0, tokens, graphs=graphs, strict=True))
+    options = StepOptions(0, tokens, form=Form.MODERN, graphs=graphs, strict=True)
+    return find(backend).open_steps(bundle, options)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_report import NEXT_TOKEN, Row
+from benchmarks.gpu_report import JACOBI, NEXT_TOKEN, Row
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import graphs_of
 from diagd.engines.ceilings import Ceilings
 from diagd.engines.engine import Engine
 from diagd.export.families.family import Family
 from diagd.profiling.cost import StoredModel, read_model, step_operations
-from diagd.runtime.decoders import ScheduledDecoder
+from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session, token_places
 from diagd.schedule import Schedule, StreamLayout, Table
@@ -48,6 +48,7 @@ class Extent:
     schedule: Schedule
     known: int
     frames: int
+    rows: int | None = None  # of a pass, where it is not the schedule's
 
     @property
     def table(self) -> Table:
@@ -124,11 +125,12 @@ class Bench:
 
     def _work(self, stored: StoredModel, extent: Extent) -> dict[str, float]:
         """What a step must read and compute in the mean, and the limits of the device."""
-        layout, widths = extent.schedule.layout, extent.table.widths
+        layout = extent.schedule.layout
+        rows = float(extent.table.widths.mean()) if extent.rows is None else extent.rows
         live = layout.frame_start(extent.known) + extent.frames * layout.frame_length / 2
         return {
             "bytes_read": stored.step_bytes(live),
-            "operations": step_operations(stored.size, float(widths.mean()), live),
+            "operations": step_operations(stored.size, rows, live),
             "bandwidth": self.ceilings.bandwidth,
             "peak": self.ceilings.peak,
         }
@@ -140,7 +142,10 @@ class Bench:
         with closing(self.make_engine(bundle, places, part.endswith("graphs"))) as engine:
             session = Session(manifest, engine, window)
             for extent in extents(layout, self.frames):
-                yield extent, decode_with(session, extent)
+                yield extent, decode_with(session, extent, ScheduledDecoder(extent.schedule))
+                last = extent
+            jacobi = replace(last, name=JACOBI, rows=min(engine.max_width, layout.cells))
+            yield jacobi, decode_with(session, jacobi, JacobiDecoder(jacobi.rows))
 
     def _published(self, bundle: Bundle, family: Family, part: str) -> Timed:
         import torch
@@ -166,14 +171,14 @@ class Bench:
             yield extent, {"schedule": extent.name, **counted(extent, table.steps), "seconds": min(seconds)}
 
 
-def decode_with(session: Session, extent: Extent) -> dict[str, Any]:
+def decode_with(session: Session, extent: Extent, decoder: Decoder) -> dict[str, Any]:
     """Fastest run of a session: the last known frame is decoded too, so that the prompt is cached."""
     layout, random = session.layout, np.random.default_rng(0)
     low, high = session.manifest.sampling.range_table(layout)[layout.before]
     shape = (extent.known - 1, layout.rows, layout.columns)
     prompt = random.integers(low, high, shape).astype(np.int32)
     actions = np.zeros((extent.frames + extent.known, layout.gap), np.int32)
-    warm, decoder = ScheduledDecoder(Schedule.serial(layout, 1)), ScheduledDecoder(extent.schedule)
+    warm = ScheduledDecoder(Schedule.serial(layout, 1))
     hosts = []
 
     def run() -> float:

@@ -12,7 +12,7 @@ from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
 from diagd.profiling.cost import step_seconds
 
-NEXT_TOKEN = "NTP"
+NEXT_TOKEN, JACOBI = "NTP", "jacobi"
 BEGIN, END = "<!-- gpu: begin, written by benchmarks/gpu.py -->", "<!-- gpu: end -->"
 
 
@@ -56,11 +56,22 @@ class Row(BaseModel):
         return self.rate / other.rate / (other.steps / other.frames) * (self.steps / self.frames)
 
 
+class Check(BaseModel):
+    """Whether something was right, ahead of what was timed, and what was seen of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model: str
+    name: str
+    passed: bool
+    figures: dict[str, float]
+
+
 class Results(BaseModel):
     """Everything measured on one device."""
 
     model_config = ConfigDict(extra="forbid")
     device: str
+    checks: list[Check] = []
     rows: list[Row] = []
 
     @classmethod
@@ -83,6 +94,11 @@ class Results(BaseModel):
         """Keep them."""
         with atomic_file(file) as partial:
             partial.write_text(self.model_dump_json(indent=1) + "\n")
+
+    def has(self, model: str, stage: str) -> bool:
+        """Whether a stage has results."""
+        checked = any((check.model, check.name) == (model, stage) for check in self.checks)
+        return checked or bool(self.of(model, stage))
 
     def of(self, model: str, runtime: str) -> list[Row]:
         """Rows of one part."""
@@ -165,8 +181,9 @@ def _judge(
 
 def markdown(results: Results) -> str:
     """The tables and the verdicts."""
+    checks = "\n".join(_check_table(results))
     if not results.rows:
-        return "**Not measured.**"
+        return checks or "**Not measured.**"
     bandwidth, peak = (max(getattr(row, name) for row in results.rows) for name in ("bandwidth", "peak"))
     parts = [
         f"{results.device}. Ceilings: copy {bandwidth / 1e9:,.0f} GB/s, float16 product "
@@ -177,8 +194,18 @@ def markdown(results: Results) -> str:
     ]
     for model in dict.fromkeys(row.model for row in results.rows):
         parts.append(f"**{model}**\n\n" + "\n".join(_table(results, model)))
+    parts += [checks] if checks else []
     parts.append("\n".join(_verdict_table(results)))
     return "\n\n".join(parts)
+
+
+def _check_table(results: Results) -> Iterable[str]:
+    if results.checks:
+        yield "| model | check | | seen |"
+        yield "|---|---|---|---|"
+    for check in results.checks:
+        seen = ", ".join(f"{name} {value:.4g}" for name, value in check.figures.items())
+        yield f"| {check.model} | {check.name} | {'passed' if check.passed else '**failed**'} | {seen} |"
 
 
 def _table(results: Results, model: str) -> Iterable[str]:

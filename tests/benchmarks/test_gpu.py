@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +14,29 @@ import numpy as np
 import onnxruntime
 import pytest
 
+import benchmarks.gpu_checks as gpu_checks
 import benchmarks.gpu_measure as gpu_measure
-from benchmarks.gpu import MODELS, main, missing
+from benchmarks.gpu import MODELS, SAMPLERS, main, missing
+from benchmarks.gpu_checks import CHECKS, samplers
 from benchmarks.gpu_measure import PARTS, Bench, extents, first_steps, make_bundle, stored_weights, widths_of
-from benchmarks.gpu_report import BEGIN, END, Results, Row, markdown, verdicts, write_section
+from benchmarks.gpu_report import (
+    BEGIN,
+    END,
+    JACOBI,
+    Check,
+    Results,
+    Row,
+    markdown,
+    verdicts,
+    write_section,
+)
 from diagd.bundle import Bundle, Form
 from diagd.bundle.rotary import grid_rotary
 from diagd.engines.backend import graphs_of
 from diagd.engines.ceilings import Ceilings
 from diagd.engines.devices.cuda import open_driver
 from diagd.engines.executor import Executor
+from diagd.engines.host import processor_name
 from diagd.engines.onnxruntime_program import nodes_outside
 from diagd.errors import DiagdError, UsageError
 from diagd.export.exporter import random_sources
@@ -83,26 +98,93 @@ def test_every_step_fits_the_graphs(model: str, widths: tuple[int, ...]) -> None
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_is_measured(
-    family: Family, bundle: Bundle, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, bundle: Bundle, part: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_measure, "REPEATS", 1)
     monkeypatch.setattr(gpu_measure, "captured", lambda form: form._forward)  # the compiler takes minutes
     devices = []
 
     def make(bundle: Bundle, tokens: int, graphs: bool) -> Executor:
-        devices.append(HostDevice(host_kernels(str(tmp_path))))
+        devices.append(HostDevice(host_kernels(str(folder / "native"))))
         return executor_over(bundle, Form.MODERN, tokens, devices[-1], graphs=graphs)
 
     rows = Bench(make, CEILINGS, 3, torch_device="cpu").measure(bundle, family, part)
     layout = bundle.manifest.layout
     wanted = {extent.name: (extent.frames, extent.table.steps) for extent in extents(layout, 3)}
-    assert {row.schedule: (row.frames, row.steps) for row in rows} == wanted
+    found = {row.schedule: (row.frames, row.steps) for row in rows}
+    frames, passes = found.pop(JACOBI, (3, 3))
+    assert found == wanted and (frames == 3) and 3 <= passes <= 3 * layout.cells
+    assert (JACOBI in {row.schedule for row in rows}) == ("published" not in part)
     assert all(row.seconds > 0 and row.times_floor > 1 and row.bytes_read > 1e4 for row in rows)
     assert all((row.host is None) == ("published" in part) for row in rows)
     for device in devices:
         assert (Counter(entry[0] for entry in device.log)["replay"] > 0) == (part == PARTS[0])
         assert device.log[-1] == ("close",)
     assert len(devices) == ("published" not in part)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+def test_what_is_to_be_timed_is_checked(
+    bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_checks, "REPLAYS", 60)
+    kernels = host_kernels(str(folder / "native"))
+    broken: list[HostDevice] = []
+
+    class Forgetful(HostDevice):
+        """Its graphs lose their last kernel, the sampler, from the thirtieth replay on."""
+
+        def replay(self, graph: int) -> None:
+            if len([entry for entry in self.log if entry[0] == "replay"]) == 30:
+                del self._graphs[graph][-1]
+            super().replay(graph)
+
+    def make(bundle: Bundle, tokens: int, graphs: bool) -> Executor:
+        kind = Forgetful if broken else HostDevice
+        return executor_over(bundle, Form.MODERN, tokens, kind(kernels), graphs=graphs)
+
+    for name, check in CHECKS.items():
+        passed, figures = check(bundle, make)
+        assert passed and all(np.isfinite(list(figures.values()))), name
+    assert CHECKS["replays of alternating widths"](bundle, make)[1]["steps that differ"] == 0
+    broken.append(HostDevice(kernels))
+    passed, figures = CHECKS["replays of alternating widths"](bundle, make)
+    assert not passed and figures["steps that differ"] > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_samplers_are_checked(compiled: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled and shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    monkeypatch.setattr(gpu_checks, "VOCABULARIES", (107, 600))
+    monkeypatch.setattr(gpu_checks, "LAUNCHES", 2)
+    passed, figures = samplers(HostDevice(host_kernels(str(folder / "native")) if compiled else None))
+    assert passed and len(figures) == 6 and all(value > 0 for value in figures.values())
+
+
+def test_a_stage_that_fails_or_hangs_takes_nothing_with_it(tmp_path: Path) -> None:
+    """A dry run in which two stages of a model that is not there are left."""
+    model, file = "none-such", tmp_path / "results.json"
+    names, (failing, hanging) = (SAMPLERS, *list(CHECKS)[:2], PARTS[1]), (PARTS[3], list(CHECKS)[2])
+    checks = [Check(model=model, name=name, passed=True, figures={}) for name in names]
+    Results(device=processor_name(), checks=checks).write(file)
+    common = ["--folder", str(tmp_path), "--backend", "cpu", "--model", model]
+    command = [sys.executable, "-m", "benchmarks.gpu", *common]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+
+    assert missing(Results.read(file, processor_name()), [model], "cpu") == [
+        *((model, stage) for stage in (hanging, PARTS[0], failing))
+    ]
+    hung = run("--box", "0.01", "--budget", "0.005")
+    assert f"{model}: {hanging} took more than 0.01 s" in hung.stderr
+    assert hung.returncode == 1 and "type the same line again" in hung.stdout
+    failed = run("--stage", failing)
+    assert f"{model}: {failing} cannot be measured: UsageError: unknown model" in failed.stderr
+    assert failed.returncode == 1
+    assert Results.read(file, processor_name()).checks == checks
+    assert "| none-such | samplers | passed |" in hung.stdout
 
 
 def test_nodes_of_another_provider_are_named(bundle: Bundle) -> None:
@@ -195,12 +277,17 @@ def test_the_documents_have_the_place() -> None:
 def test_results_are_kept_between_calls(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     results = Results.read(file, "gpu")
-    assert missing(results, MODELS) == [(model, part) for model in MODELS for part in PARTS]
+    stages = [(model, stage) for model in MODELS for stage in (*CHECKS, *PARTS)]
+    assert missing(results, MODELS) == [(MODELS[0], SAMPLERS), *stages]
     results.rows.append(row("cosmos-4b", PARTS[0], "NTP", 2560, 7.0, 1))
     results.write(file)
     assert json.loads(file.read_text())["rows"][0]["steps"] == 2560
     again = Results.read(file, "gpu")
-    assert missing(again, ["cosmos-4b"]) == [("cosmos-4b", part) for part in PARTS[1:]]
+    again.checks.append(Check(model="cosmos-4b", name=SAMPLERS, passed=False, figures={"us": 3.0}))
+    left = [stage for stage in (*CHECKS, *PARTS) if stage != PARTS[0]]
+    assert missing(again, ["cosmos-4b"]) == [("cosmos-4b", stage) for stage in left]
+    assert not any("compiled" in stage for _, stage in missing(again, ["cosmos-4b"], "cpu"))
+    assert "| cosmos-4b | samplers | **failed** | us 3 |" in markdown(again)
     with pytest.raises(UsageError, match="has results of gpu, this is another"):
         Results.read(file, "another")
 
