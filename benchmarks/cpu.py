@@ -1,4 +1,4 @@
-"""mineworld-300m on this CPU: DiagD against NTP, against PyTorch, against capacity, and over time.
+"""mineworld-300m on this CPU: DiagD against NTP, against capacity, and over time.
 
 All candidates of a table are interleaved in one process. Times are process CPU time with one intra-op
 thread, which other work on the machine disturbs least; with --wall, wall time with all cores. From the root:
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import onnxruntime
@@ -24,11 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from diagd.bundle import Bundle, Form, Manifest
+from diagd.engines.backend import StepOptions, find
 from diagd.engines.devices.host import HostDevice
 from diagd.engines.devices.kernels import host_build
-from diagd.engines.engine import VOID, Float, SamplingState, Steps
+from diagd.engines.engine import VOID, Engine, Float, SamplingState, Steps
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
+from diagd.engines.openvino import array_at
 from diagd.engines.prefix import PrefixEngine
 from diagd.engines.sampler import draw_compiled, draw_plain, kept_weights
 from diagd.runtime.decoders import ScheduledDecoder
@@ -67,48 +68,41 @@ def clock(wall: bool) -> Clock:
     return time.perf_counter if wall else time.process_time
 
 
-class Stepper(Protocol):
-    """What runs a step: an engine, or a peer's stand-in for one."""
-
-    def send(self, steps: Steps) -> None: ...
-
-    def step(self) -> None: ...
-
-    def logits(self) -> Float: ...
-
-
 class Bench:
-    """An engine whose cache is filled with random rows up to a number of live slots."""
+    """An engine on the processor whose cache is filled with random rows."""
 
-    def __init__(self, bundle: Bundle, slots: int, wall: bool) -> None:
+    def __init__(self, bundle: Bundle, slots: int, wall: bool, backend: str = "cpu") -> None:
         self.layout: StreamLayout = bundle.manifest.layout
-        places = token_places(self.layout, bundle.manifest.context.frames).size
-        self.engine = PrefixEngine(bundle, slots, places, CpuOptions(0 if wall else 1))
+        self._places = token_places(self.layout, bundle.manifest.context.frames).size
+        options = StepOptions(slots, self._places, CpuOptions(0 if wall else 1))
+        self.engine = find(backend).open_steps(bundle, options)
         self._ids = max(rule.high for rule in bundle.manifest.sampling.ranges)  # 8,192 of MineWorld
         random = np.random.default_rng(0)
-        for buffer in self.engine.buffers.values():
-            rows = min(len(buffer), 4096)
-            buffer[:rows] = random.standard_normal(buffer[:rows].shape, dtype=np.float32)
-        self.engine.token_buffer[:] = random.integers(0, self._ids, places)
+        for buffer in cache_rows(self.engine):
+            filled = random.standard_normal((4096, *buffer.shape[1:]), dtype=np.float32)
+            buffer[:4096] = filled[: len(buffer)]
+        ids = random.integers(0, self._ids, self._places, dtype=np.int32)
+        self.engine.write_tokens(np.arange(self._places, dtype=np.int32), ids)
 
-    def frame(
-        self,
-        schedule: Schedule,
-        live: int,
-        now: Clock,
-        steps: slice = slice(None),
-        stepper: Stepper | None = None,
-    ) -> float:
-        """Seconds of the chosen steps of one frame behind ``live`` slots, in the engine or a peer of it."""
-        table, runtime = self.table(schedule, live), stepper or self.engine
-        total = 0.0
+    def frame(self, schedule: Schedule, live: int, now: Clock, steps: slice = slice(None)) -> float:
+        """Seconds of the chosen steps of one frame behind ``live`` slots."""
+        table, total = self.table(schedule, live), 0.0
         for index in range(table.steps)[steps]:
-            runtime.send(self._step(table, index, live))
+            self.engine.send(self._step(table, index, live))
             began = now()
-            runtime.step()
-            runtime.logits()[:, : self._ids].argmax(axis=1)
+            self.engine.step()
+            self.engine.logits()[:, : self._ids].argmax(axis=1)
             total += now() - began
         return total
+
+    def step(self, width: int, live: int, now: Clock) -> tuple[float, Float]:
+        """Seconds of a step of ``width`` rows behind ``live`` slots, and its logits."""
+        self._show(np.arange(live, dtype=np.int32))
+        rows, scratch = np.arange(width, dtype=np.int32), np.full(width, self._places - 1, np.int32)
+        self.engine.send(Steps.single(rows, live + rows, rows, scratch, live, live + width))
+        began = now()
+        self.engine.step()
+        return now() - began, self.engine.logits()
 
     def table(self, schedule: Schedule, live: int) -> StepTable:
         """The steps of the frame whose first cell comes nearest behind ``live`` slots."""
@@ -118,13 +112,26 @@ class Bench:
     def _step(self, table: StepTable, index: int, live: int) -> Steps:
         step, start = table.step(index), live - 1 + int(table.offsets[index])
         width = step.width
-        self.engine.slot_position[:] = VOID
-        self.engine.slot_position[:start] = np.minimum(np.arange(start), live - 1)
-        self.engine.slot_position[start : start + width] = step.positions
+        self._show(np.minimum(np.arange(start), live - 1))
         decoded = np.flatnonzero(step.sinks >= 0).astype(np.int32)
         sources, positions = (step.sources % 5000).astype(np.int32), step.positions.astype(np.int32)
-        scratch = np.full(len(decoded), len(self.engine.token_buffer) - 1, np.int32)
+        scratch = np.full(len(decoded), self._places - 1, np.int32)
         return Steps.single(sources, positions, decoded, scratch, start, start + width)
+
+    def _show(self, positions: np.ndarray) -> None:
+        """Make the first slots visible at these positions, and no others."""
+        slots = np.full(self.engine.capacity, VOID, np.int32)
+        slots[: len(positions)] = positions
+        self.engine.write_slots(slots)
+
+
+def cache_rows(engine: Engine) -> list[np.ndarray]:
+    """The K/V buffers of an engine over the host's memory, [S, G, D] each."""
+    if isinstance(engine, Executor):
+        tensors = engine.tensors.cache.values()
+        return [array_at(tensor, tensor.shape)[0].transpose(1, 0, 2) for tensor in tensors]
+    assert isinstance(engine, PrefixEngine)
+    return list(engine.buffers.values())
 
 
 def frame(bundle: Bundle, wall: bool, repeats: int) -> None:
@@ -212,40 +219,6 @@ def _bare_products(bundle: Bundle, wall: bool) -> tuple[onnxruntime.InferenceSes
         path.unlink()
 
 
-def peers(bundle: Bundle, wall: bool, repeats: int) -> None:
-    """The same frame in PyTorch: the published form of the runtime, and the best form we know."""
-    import torch
-
-    from benchmarks.baselines import OptimisedForm, PublishedForm
-    from diagd.export.families.registry import find
-
-    torch.set_num_threads(torch.get_num_threads() if wall else 1)
-    bench, now = Bench(bundle, 4096, wall), clock(wall)
-    config, weights = find(bundle.manifest.name).transformer, _weights(bundle)
-    schedule = Schedule.serial(bench.layout, 1)
-    rivals = {
-        "PyTorch, published form": PublishedForm(weights, config, torch.float32, 5552),
-        "PyTorch, optimised form": OptimisedForm(weights, config, torch.float32, 5552),
-    }
-    for live in (347, 2776):
-        table = bench.table(schedule, live)
-        seconds: dict[str, list[float]] = {name: [] for name in ("diagd", *rivals)}
-        bench.frame(schedule, live, now)
-        for _ in range(repeats):
-            seconds["diagd"].append(bench.frame(schedule, live, now))
-            for name, form in rivals.items():
-                form.prefill(live - 1)
-                began = now()
-                form.decode(table)
-                seconds[name].append(now() - began)
-        rows = Table("runtime, k=1, float32", "s a frame", "diagd is", title=_title(live, wall))
-        ours = float(np.median(seconds["diagd"]))
-        for name, values in seconds.items():
-            spent = float(np.median(values))
-            rows.add_row(name, f"{spent:.2f}", f"{spent / ours:.2f}x")
-        CONSOLE.print(rows)
-
-
 def capacity(bundle: Bundle, wall: bool, repeats: int) -> None:
     """A step at 512 live slots with buffers of 1,024 and of 50,000 slots."""
     now, layout = clock(wall), bundle.manifest.layout
@@ -264,6 +237,7 @@ def capacity(bundle: Bundle, wall: bool, repeats: int) -> None:
             f"50,000: {large / small:.3f}x"
         )
     engine = benches[50_000].engine
+    assert isinstance(engine, PrefixEngine)
     pointers = [value.data_ptr() for value in engine.outputs[1:]]
     same = pointers == [buffer.ctypes.data for buffer in engine.buffers.values()]
     CONSOLE.print(f"output pointer == input pointer for all {len(pointers)} K/V tensors: {same}")
@@ -483,7 +457,6 @@ def _title(live: int, wall: bool) -> str:
 PARTS = {
     "frame": frame,
     "ceiling": ceiling,
-    "peers": peers,
     "capacity": capacity,
     "window": window,
     "host": host,

@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from benchmarks.cpu import CONSOLE, Bench, Stepper, _weights
-from diagd.bundle import Bundle, Form
+from benchmarks.cpu import CONSOLE, Bench, _weights
+from diagd.bundle import Bundle
 from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
-from diagd.engines.engine import VOID, Steps
 from diagd.schedule import Schedule
 
 PRECISIONS = ("int8", "int8-dynamic", "int8-weight", "int4-weight")
@@ -36,14 +35,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--part", choices=("steps", "frames", "published", "openvino"), action="append")
+    parser.add_argument("--part", choices=("steps", "frames", "published"), action="append")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     parts = {
         "steps": (steps, PRECISIONS),
         "frames": (frames, ("int8", "int4-weight")),
         "published": (published, ("int8",)),
-        "openvino": (openvino, ("int8",)),
     }
     for name in args.part or parts:
         part, precisions = parts[name]
@@ -55,7 +53,7 @@ def calibrated(path: Path, precisions: Iterable[str]) -> Bundle:
     known = {graph.precision for graph in Bundle.open(path).manifest.graphs}
     for precision in precisions:
         if precision not in known:
-            options = CalibrationOptions(precision, ANYTHING, steps=64, floor=-100.0)
+            options = CalibrationOptions(precision, ANYTHING, steps=64, floor=-100.0, floats="fp32")
             report = calibrate(Bundle.open(path), options)
             CONSOLE.print(f"{precision}: agreement {report.figures['agreement']:.4f}")
     return Bundle.open(path)
@@ -69,10 +67,7 @@ def steps(bundle: Bundle, repeats: int) -> None:
     for width in WIDTHS:
         for _ in range(2 + 2 * repeats):
             for name, bench in benches.items():
-                bench.engine.send(_step(bench, width, live))
-                began = time.process_time()
-                bench.engine.step()
-                spent.setdefault((name, width), []).append(time.process_time() - began)
+                spent.setdefault((name, width), []).append(bench.step(width, live, time.process_time)[0])
     table = Table("precision", *(f"W = {width}" for width in WIDTHS), title=f"ms a step, {live} live slots")
     median = {key: 1e3 * float(np.median(values[2:])) for key, values in spent.items()}
     for name in benches:
@@ -139,83 +134,8 @@ def published(bundle: Bundle, repeats: int) -> None:
         CONSOLE.print(table)
 
 
-def openvino(bundle: Bundle, repeats: int) -> None:
-    """Steps and the k=1 frame of the same graphs in OpenVINO (``pip install openvino``)."""
-    from benchmarks.openvino_peer import OpenVinoPeer
-
-    ours = {name: _bench(bundle, name, 4096) for name in ("fp32", "int8")}
-    steppers: dict[str, Stepper] = {f"diagd, {name}": bench.engine for name, bench in ours.items()}
-    for name, bench in ours.items():
-        manifest = bundle.at_precision(name).manifest
-        graph = bundle.path / manifest.graph(Form.PREFIX).file
-        steppers[f"OpenVINO, {name}"] = OpenVinoPeer(graph, bench.engine)
-    for live in (2776, 512):  # rows that a step writes lie behind those that later ones read
-        table = Table(
-            "runtime", *(f"W = {width}" for width in (1, 14)), title=f"ms a step, {live} live slots"
-        )
-        cells = [_beside(steppers, ours, width, live, repeats) for width in (1, 14)]
-        for name in steppers:
-            table.add_row(name, *(column[name] for column in cells))
-        CONSOLE.print(table)
-    _frames_beside(steppers, ours, repeats)
-
-
-def _frames_beside(steppers: dict[str, Stepper], ours: dict[str, Bench], repeats: int) -> None:
-    """The k=1 frame in every runtime, and in times ours of the same precision."""
-    spent: dict[tuple[str, int], list[float]] = {}
-    for live in LIVE:
-        for repeat in range(1 + repeats):
-            for name, stepper in steppers.items():
-                bench = ours[name.split(", ")[1]]
-                diagonal = Schedule.serial(bench.layout, 1)
-                seconds = bench.frame(diagonal, live, time.process_time, stepper=stepper)
-                if repeat:
-                    spent.setdefault((name, live), []).append(seconds)
-    median = {key: float(np.median(values)) for key, values in spent.items()}
-    table = Table("runtime", *(f"{live} slots" for live in LIVE), title="s a k=1 frame")
-    for name in steppers:
-        own = f"diagd, {name.split(', ')[1]}"
-        cells = (f"{median[name, live]:.2f} ({median[name, live] / median[own, live]:.2f}x)" for live in LIVE)
-        table.add_row(name, *cells)
-    CONSOLE.print(table)
-
-
-def _beside(
-    steppers: dict[str, Stepper], ours: dict[str, Bench], width: int, live: int, repeats: int
-) -> dict[str, str]:
-    """Milliseconds of a step in every runtime, in ours, and the distance of its logits from ours in FP32."""
-    spent: dict[str, list[float]] = {name: [] for name in steppers}
-    logits = {}
-    for _ in range(2 + 2 * repeats):
-        for name, stepper in steppers.items():
-            stepper.send(_step(ours[name.split(", ")[1]], width, live))
-            began = time.process_time()
-            stepper.step()
-            spent[name].append(time.process_time() - began)
-            logits[name] = stepper.logits()
-    exact = logits["diagd, fp32"]
-    error = {
-        name: float(np.linalg.norm(rows - exact) / np.linalg.norm(exact)) for name, rows in logits.items()
-    }
-    if error["OpenVINO, fp32"] > 1e-4 or error["OpenVINO, int8"] > 1.5 * error["diagd, int8"]:
-        raise SystemExit(f"the logits differ: relative errors {error}")
-    median = {name: 1e3 * float(np.median(values[2:])) for name, values in spent.items()}
-    cells = {}
-    for name, value in median.items():
-        own = median[f"diagd, {name.split(', ')[1]}"]
-        cells[name] = f"{value:.1f} ({value / own:.2f}x), error {error[name]:.1e}"
-    return cells
-
-
 def _bench(bundle: Bundle, precision: str, slots: int) -> Bench:
     return Bench(bundle.at_precision(precision), slots, wall=False)
-
-
-def _step(bench: Bench, width: int, live: int) -> Steps:
-    rows = np.arange(width, dtype=np.int32)
-    bench.engine.slot_position[:] = VOID
-    bench.engine.slot_position[: live + width] = np.arange(live + width)
-    return Steps.single(rows, live + rows, rows, rows, live, live + width)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class OpenVino(Backend):
     @override
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
         graphs = graphs_of(bundle, Form.PORTABLE)
-        widths = tuple(int(graph.width or 0) for graph in graphs)
+        widths = widths_upto(int(graphs[-1].width or 0))
         compiled = _compile(bundle.file(graphs[0].file), options.cpu.threads, self.floats)
 
         def program(tensors: Mapping[str, Tensor]) -> OpenVinoProgram:
@@ -98,8 +98,18 @@ class OpenVinoFloat32(OpenVino):
     floats = "fp32"
 
 
+def widths_upto(widest: int) -> tuple[int, ...]:
+    """Widths of steps, whatever those of the graph's record are: its width is open.
+
+    A pad row costs a processor what any row costs, and a width costs a first run when the engine is opened:
+    they are close where steps of a schedule are narrow.
+    """
+    ranges = (range(1, 8), range(8, 16, 2), range(16, 32, 4), range(32, widest, 16))
+    return (*(width for steps in ranges for width in steps if width < widest), widest)
+
+
 class OpenVinoProgram:
-    """A compiled step graph with a request a width, bound once to the tensors; see ``Program``."""
+    """A compiled step graph of open width, a request for each one bound to the tensors; see ``Program``."""
 
     capturable = False
 
@@ -116,12 +126,12 @@ def _bound(compiled: Any, tensors: Mapping[str, Tensor], width: int) -> Any:
     library, request = _library(), compiled.create_infer_request()
     for port in (*compiled.inputs, *compiled.outputs):
         tensor = next(tensors[name] for name in port.names if name in tensors)  # it may have several
-        array = _array_at(tensor, tensor.at_width(width))
+        array = array_at(tensor, tensor.at_width(width))
         request.set_tensor(port, library.Tensor(array, shared_memory=True))
     return request
 
 
-def _array_at(tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
+def array_at(tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
     """The memory of a tensor of the host."""
     memory = (ctypes.c_uint8 * (math.prod(shape) * tensor.dtype.itemsize)).from_address(tensor.address)
     array: NDArray[Any] = np.ctypeslib.as_array(memory).view(tensor.dtype).reshape(shape)

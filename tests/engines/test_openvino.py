@@ -12,7 +12,7 @@ import pytest
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import StepOptions, find
 from diagd.engines.host import instruction_sets
-from diagd.engines.openvino import BFLOAT16_UNITS, OpenVino
+from diagd.engines.openvino import BFLOAT16_UNITS, OpenVino, widths_upto
 from diagd.errors import DependencyError, EngineError
 from diagd.export.exporter import GraphOptions
 from diagd.play.opening import SHIPPED
@@ -51,6 +51,18 @@ def test_it_computes_in_the_precision_that_it_says(bundle: Bundle) -> None:
     assert fast.engine == ("openvino fp32 in bf16" if half else "openvino fp32")
     assert exact.passed and exact.error < 1e-5
     assert fast.passed and (fast.error > 1e-3) == half
+
+
+def test_narrow_steps_have_few_pads() -> None:
+    assert widths_upto(1) == (1,)
+    assert widths_upto(5) == (1, 2, 3, 4, 5)
+    for widest in (14, 64, 65, 256):
+        widths = np.array(widths_upto(widest))
+        assert widths[-1] == widest
+        assert (np.diff(widths) > 0).all()
+        rows = np.arange(1, min(widest, 32) + 1)
+        padded = widths[np.searchsorted(widths, rows)]
+        assert (padded - rows <= padded / 6).all()
 
 
 def test_tensors_of_a_step_are_compared(bundle: Bundle) -> None:
