@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from diagd.bundle import Bundle
 from diagd.cli.main import main
 from diagd.play.pictures import png
 from tests.worlds import random_world
@@ -17,6 +18,24 @@ from tests.worlds import random_world
 @pytest.fixture(scope="session", autouse=True)
 def _machine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["DIAGD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def small_wham(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A WHAM of pictures of 18 x 30 pixels, 3 x 5 tokens, that sees 4 frames."""
+    from diagd.export.exporter import GraphOptions, export, random_sources
+    from diagd.export.families import wham
+    from diagd.export.tokenizers import wham_vit
+
+    pixels = wham_vit.graphs(
+        wham_vit.WhamVitConfig(
+            height=18, width=30, patch=6, hidden=16, layers=1, head_size=8, code_width=4, codes=64
+        )
+    )
+    config = wham.transformer_config(grid=(3, 5), codes=64, frames=4, hidden=32, layers=1, heads=2, bias=True)
+    family = wham.family("small-wham", wham.Variant(config, norm_weights=True, tokenizer=pixels))
+    path = tmp_path_factory.mktemp("wham") / "wham.diagd"
+    return Bundle.open(export(family, GraphOptions(), random_sources(family, 0), path).path)
 
 
 @pytest.fixture(scope="session", autouse=True)

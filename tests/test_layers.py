@@ -26,7 +26,8 @@ BELOW = {
     "profiling": EXPORT,
     "play": {"runtime"} | RUNTIME,
     "web": {"play", "runtime"} | RUNTIME,
-    "cli": {"calibration", "tuning", "profiling", "play", "web"} | ABOVE,
+    "serve": {"play", "runtime"} | RUNTIME,
+    "cli": {"calibration", "tuning", "profiling", "play", "web", "serve"} | ABOVE,
 }
 """Packages that each package may import, besides itself and the modules at the top."""
 

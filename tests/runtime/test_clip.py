@@ -13,9 +13,6 @@ import pytest
 from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.export.exporter import GraphOptions, export, random_sources
-from diagd.export.families import wham
-from diagd.export.tokenizers import wham_vit
 from diagd.runtime.actions import encode, read_actions
 from diagd.runtime.clip import MODEL, Clip, ClipOptions, read_clip
 from diagd.runtime.episodes import encode_vectors
@@ -27,17 +24,8 @@ STEPS, HEIGHT, WIDTH = 7, 18, 30
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A WHAM of 3 x 5 tokens that sees 4 frames."""
-    pixels = wham_vit.graphs(
-        wham_vit.WhamVitConfig(
-            height=HEIGHT, width=WIDTH, patch=6, hidden=16, layers=1, head_size=8, code_width=4, codes=64
-        )
-    )
-    config = wham.transformer_config(grid=(3, 5), codes=64, frames=4, hidden=32, layers=1, heads=2, bias=True)
-    family = wham.family("small-wham", wham.Variant(config, norm_weights=True, tokenizer=pixels))
-    path = tmp_path_factory.mktemp("clip") / "wham.diagd"
-    return Bundle.open(export(family, GraphOptions(), random_sources(family, 0), path).path)
+def bundle(small_wham: Bundle) -> Bundle:
+    return small_wham
 
 
 @pytest.fixture(scope="module")

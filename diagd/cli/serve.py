@@ -1,0 +1,81 @@
+"""``diagd serve``: a bundle behind a port, for the clients of a release."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing, suppress
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from diagd.cli import terminal
+from diagd.cli.options import Verb
+from diagd.options import FLAG, OPTIONS, POSITIONAL, File
+from diagd.runtime.generate import SessionOptions
+
+EXAMPLES = """examples:
+  diagd serve wham.diagd --protocol wham
+  diagd serve wham.diagd --protocol wham --port 5001 --set backend=cuda
+
+Answers the jobs of WHAM's released server (/new_job, /get_job_results, /cancel_job), so that its
+Demonstrator dreams on this machine: several continuations of a few pictures and actions, which the model goes
+on acting in. It listens on this machine alone; the protocol knows no password, so --host elsewhere lets in
+whoever gets there. Ctrl-C ends it.
+"""
+
+LOCAL: Final = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class ServeOptions:
+    """What is served, and where."""
+
+    bundle: Annotated[File, POSITIONAL] = Field(description="made by diagd-export")
+    protocol: Annotated[Literal["wham"], FLAG] = Field(description="of the clients: wham")
+    host: Annotated[str, FLAG] = Field(default="127.0.0.1", description="address to listen on")
+    port: Annotated[int, FLAG] = Field(default=5000, ge=0, le=65535, description="0 for any that is free")
+    max_jobs: int = Field(default=30, ge=1, le=10_000, description="jobs that may wait")
+    max_steps: int = Field(default=10, ge=1, le=10_000, description="frames of a job at most")
+    lifespan: int = Field(default=600, ge=1, description="seconds that results nobody fetches are kept for")
+    seed: int | None = Field(
+        default=None, ge=0, lt=1 << 53, description="of the first job, later ones in order (default: any)"
+    )
+    session: SessionOptions = SessionOptions()
+
+
+def run(options: ServeOptions) -> int:
+    """Serve until interrupted."""
+    from diagd.bundle import Bundle
+    from diagd.serve.dreamer import Dreamer
+    from diagd.serve.server import DreamServer
+    from diagd.serve.wham import Wham
+
+    console, bundle = terminal.console(), Bundle.open(options.bundle)
+    pixels, session = options.session.pixels(bundle), options.session.open(bundle)
+    with closing(Dreamer(session, pixels, options.max_jobs, options.lifespan)) as dreamer:
+        wham = Wham(bundle.manifest, pixels, session.window, options.max_steps, options.seed)
+        limits = {
+            "max_concurrent_jobs": options.max_jobs,
+            "max_dream_steps_per_job": options.max_steps,
+            "max_job_lifespan": options.lifespan,
+        }
+        address = options.host, options.port
+        with (
+            DreamServer(address, wham, dreamer, bundle.manifest, limits) as server,
+            suppress(KeyboardInterrupt),
+        ):
+            if options.host not in LOCAL:
+                console.print(
+                    f"warning: whoever reaches {options.host} can order dreams; no password, no TLS"
+                )
+            console.print(
+                f"{bundle.manifest.name}: http://{options.host}:{server.server_port}\nCtrl-C ends it."
+            )
+            sys.stdout.flush()
+            dreamer.start()
+            server.serve_forever()
+    return 0
+
+
+VERB = Verb(ServeOptions, run, EXAMPLES)

@@ -1,0 +1,1 @@
+"""A bundle behind a port, for the clients of a release."""

@@ -1,0 +1,252 @@
+"""What the clients of WHAM's released server say, and what they are answered."""
+
+from __future__ import annotations
+
+import io
+import json
+import secrets
+import threading
+import zipfile
+from collections.abc import Mapping, Sequence
+from email.parser import BytesParser
+from email.policy import HTTP
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from diagd.bundle import Manifest
+from diagd.bundle.actions import ActionCodec, EdgesSlot, FirstPressedSlot, OnlyPressedSlot
+from diagd.engines.engine import Int
+from diagd.errors import UsageError
+from diagd.runtime.actions import encode
+from diagd.runtime.pixels import PixelCodec, Pixels
+from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.video import sized
+from diagd.serve.dreamer import Context, Dreamt, Job
+
+PREDICTIONS: Final = "predictions.json"
+MAX_PIXELS: Final = 1 << 24
+"""Of a picture that is taken."""
+
+_MAX_SEED: Final = 1 << 53
+
+
+def _number(value: object) -> object:
+    """Numbers come as text, "none" in place of one that is not given."""
+    return None if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+Given = Annotated[float | None, BeforeValidator(_number)]
+Vector = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1, max_length=64)]
+
+
+class _Said(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Step(_Said):
+    """A known frame: the name of its picture, the action at it, and its tokens where they are known."""
+
+    image_name: Annotated[str, Field(max_length=200)] = ""
+    action: Vector
+    tokens: Annotated[list[int], Field(max_length=1 << 16)] = []
+
+
+class Future(_Said):
+    """An action in place of the model's own."""
+
+    action: Vector
+
+
+class Order(_Said):
+    """What ``/new_job`` is asked for."""
+
+    num_steps_to_predict: Annotated[int, Field(ge=1)]
+    num_parallel_predictions: Annotated[int, Field(ge=1, le=1000)] = 1
+    temperature: Annotated[Given, Field(ge=0, le=100)] = 0.9
+    top_k: Annotated[Given, Field(ge=0, le=1 << 24)] = None
+    top_p: Annotated[Given, Field(gt=0, le=1)] = 1.0
+    max_context_length: Annotated[Given, Field(ge=1)] = 10
+    steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=100)]
+    future_actions: Annotated[tuple[Future, ...], Field(max_length=1000)] = ()
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """How tokens are drawn."""
+        return SamplingSettings(self.temperature or 0.0, int(self.top_k or 0), self.top_p or 1.0)
+
+
+class Wham:
+    """Between the wire and a bundle.
+
+    Args:
+        manifest: of a model whose actions are vectors.
+        pixels: its tokenizer.
+        window: frames that a token may see.
+        most_steps: frames of a dream.
+        seed: of the first dream, later ones in order; None: any.
+
+    Raises:
+        UsageError: the model's actions are no vectors.
+    """
+
+    def __init__(
+        self, manifest: Manifest, pixels: PixelCodec, window: int, most_steps: int, seed: int | None = None
+    ) -> None:
+        codec = manifest.actions
+        if codec is None or not any(isinstance(slot, EdgesSlot) for slot in codec.slots):
+            raise UsageError(
+                f"{manifest.name} is no WHAM: its actions are no vectors of buttons and sticks; "
+                "play it with diagd-play"
+            )
+        self._manifest, self._codec, self._pixels = manifest, codec, pixels
+        self._window, self._most_steps, self._seed = window, most_steps, seed
+        self._encoding = threading.Lock()
+
+    def jobs(self, kind: str, body: bytes) -> list[Job]:
+        """The dreams that a form orders.
+
+        Args:
+            kind: its Content-Type.
+            body: of the request.
+
+        Raises:
+            UsageError: something of it is missing or wrong.
+        """
+        fields = _form(kind, body)
+        if "json" not in fields:
+            raise UsageError("the form has no field json")
+        order = _order(fields["json"])
+        if order.num_steps_to_predict > self._most_steps:
+            raise UsageError(f"num_steps_to_predict too large. Max {self._most_steps}")
+        context = self._context(order, fields)
+        return [Job(context, self._next_seed()) for _ in range(order.num_parallel_predictions)]
+
+    def _next_seed(self) -> int:
+        if self._seed is None:
+            return secrets.randbelow(_MAX_SEED)
+        self._seed += 1
+        return self._seed - 1
+
+    def _context(self, order: Order, fields: Mapping[str, bytes]) -> Context:
+        known = order.steps[: int(order.max_context_length or self._window)]
+        known = known[-(self._window - 1) :]
+        actions = np.stack([self._ids(step.action) for step in known])
+        led = np.concatenate([encode(self._codec, {})[None], actions[:-1]])
+        future = [self._ids(step.action) for step in order.future_actions]
+        tokens = np.stack([self._tokens(step, fields) for step in known])
+        done = np.stack([actions[-1], *future])
+        return Context(tokens, led, done, order.settings, order.num_steps_to_predict)
+
+    def _tokens(self, step: Step, fields: Mapping[str, bytes]) -> Int:
+        """Those that are given, else those of the picture."""
+        layout = self._manifest.layout
+        if step.tokens:
+            tokens, most = np.array(step.tokens), self._manifest.sampling.ranges[0].high
+            if len(tokens) != layout.cells or tokens.min() < 0 or tokens.max() >= most:
+                raise UsageError(
+                    f"tokens of {step.image_name or 'a step'}: expected {layout.cells}, 0..{most - 1} each"
+                )
+            return tokens.astype(np.int32).reshape(layout.rows, layout.columns)
+        if step.image_name not in fields:
+            raise UsageError(f"no file has the image_name {step.image_name[:80]!r}")
+        picture = _picture(fields[step.image_name], step.image_name)
+        size = (self._pixels.spec.height, self._pixels.spec.width)
+        picture = sized(picture[None], Path(step.image_name), size, resize=True, cover=False)
+        with self._encoding:
+            encoded: Int = self._pixels.encode(picture)[0]
+        return encoded
+
+    def _ids(self, vector: Sequence[float]) -> Int:
+        """Ids [n] of an action as the wire has it: buttons 0 or 1, then sticks from -1 to 1."""
+        slots, values = self._codec.slots, list(vector)
+        if len(values) != len(slots):
+            raise UsageError(f"an action has {len(values)} numbers; expected {len(slots)}")
+        record: dict[str, Any] = {}
+        for slot, value in zip(slots, values, strict=True):
+            if isinstance(slot, EdgesSlot):
+                record.setdefault(slot.field, []).append(value)
+            elif isinstance(slot, FirstPressedSlot | OnlyPressedSlot):
+                record[slot.buttons[0].name] = value
+        return encode(self._codec, record)
+
+
+def vector_of(codec: ActionCodec, ids: Int) -> list[float]:
+    """An action as the wire has it; of a stick, the middle of its bin."""
+    return [
+        round(sum(slot.edges[token - slot.first :][:2]) / 2, 6)
+        if isinstance(slot, EdgesSlot)
+        else float(token == slot.ids[0])
+        for slot, token in zip(codec.slots, ids.tolist(), strict=True)
+    ]
+
+
+def packed(manifest: Manifest, dreamt: Sequence[Dreamt]) -> bytes:
+    """The .zip of some frames: what is said of them, and their pictures."""
+    assert manifest.actions is not None
+    target, listed = io.BytesIO(), []
+    with zipfile.ZipFile(target, "w") as archive:
+        for one in dreamt:
+            name = f"{one.job}_{one.index}.png"
+            archive.writestr(name, _png(one.picture, manifest.mark.program if manifest.mark else None))
+            listed.append(
+                {
+                    "job_id": one.job,
+                    "dream_step_index": one.index,
+                    "action": vector_of(manifest.actions, one.action),
+                    "tokens": one.tokens.reshape(-1).tolist(),
+                    "image_filename": name,
+                }
+            )
+        archive.writestr(PREDICTIONS, json.dumps(listed))
+    return target.getvalue()
+
+
+def _order(text: bytes) -> Order:
+    try:
+        return Order.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))[:80]
+        problem = "not in request" if first["type"] == "missing" else first["msg"]
+        raise UsageError(f"{where} {problem}") from None
+
+
+def _form(kind: str, body: bytes) -> dict[str, bytes]:
+    """Fields and files of a multipart form, by name."""
+    head = f"Content-Type: {kind}\r\nMIME-Version: 1.0\r\n\r\n".encode("latin-1", "replace")
+    message = BytesParser(policy=HTTP).parsebytes(head + body)
+    if message.get_content_type() != "multipart/form-data" or not message.is_multipart():
+        raise UsageError("expected a form, multipart/form-data")
+    found: dict[str, bytes] = {}
+    for part in message.iter_parts():
+        name = part.get_param("name", header="content-disposition")
+        content = part.get_payload(decode=True)
+        if isinstance(name, str) and isinstance(content, bytes):
+            found[name] = content
+    return found
+
+
+def _picture(content: bytes, name: str) -> Pixels:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UsageError(f"{name[:80]} has more than {MAX_PIXELS >> 20} megapixels")
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise UsageError(f"{name[:80]} is no picture: {error}") from None
+
+
+def _png(picture: Pixels, program: str | None) -> bytes:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    target, tags = io.BytesIO(), PngInfo()
+    if program is not None:
+        tags.add_text("Software", program)
+    Image.fromarray(picture).save(target, "PNG", pnginfo=tags)
+    return target.getvalue()
