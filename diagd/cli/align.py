@@ -20,11 +20,14 @@ EXAMPLES = """examples:
   diagd align crafter-3m.diagd --data recordings --order k=1,chained k=2,serial --output aligned.diagd
   diagd align trained --data recordings --output aligned
   diagd align 300M_16f.ckpt --model mineworld-300m --data tokens.npy --output aligned.safetensors
+  diagd align WHAM_200M.ckpt --model wham-200m --data episodes/ --set encoder=wham.diagd --set valid=held/ \
+    --device cuda --rate 1e-5 --set resume=wham.resume --output aligned.safetensors
 
 SOURCE is a bundle, the folder of a trained world, or a checkpoint together with its --model.
---data is a folder of recordings made by `diagd world` (for worlds), or a .npy token stream of one video.
+--data is a folder of recordings made by `diagd world` (for worlds); a folder of clips, videos with .jsonl or
+episodes, whose pictures the bundle encodes, or --set encoder=BUNDLE; or a .npy token stream of one video.
 --output is of the same kind: a bundle, a world's folder, or a .safetensors for `diagd export --checkpoint`.
-Several orders share the windows; next-token prediction keeps raster of them.
+Several orders share the windows; next-token prediction keeps raster of them, with --set raster=1 all.
 """
 
 
@@ -44,7 +47,16 @@ class AlignVerb:
         default=("k=1 chained",),
         description="of decoding, one or more: 'k=1 chained', k=2,serial, k=1,d=15",
     )
-    raster: float = Field(default=0.4, ge=0, lt=1, description="share of next-token windows")
+    raster: float = Field(
+        default=0.4, ge=0, le=1, description="share of next-token windows; 1 is training on next tokens alone"
+    )
+    encoder: File | None = Field(
+        default=None, description="bundle that makes tokens of clips (default: the one that is aligned)"
+    )
+    resize: bool = Field(default=False, description="resize pictures of clips of another size")
+    valid: File | None = Field(
+        default=None, description="data that is not trained on, whose likelihood is told before and after"
+    )
     frames: int = Field(default=4, ge=2, description="frames of a window")
     text: File | None = Field(
         default=None, description="text embeddings of --data, for models that read text"
@@ -53,6 +65,8 @@ class AlignVerb:
 
     def shares(self, layout: StreamLayout) -> tuple[tuple[float, Schedule], ...]:
         """Schedules, each with its share of the windows."""
+        if self.raster == 1:
+            return ((1.0, Schedule.next_token(layout)),)
         schedules = [Schedule.parse(order, layout) for order in self.order]
         raster = ((self.raster, Schedule.next_token(layout)),) if self.raster else ()
         return (*raster, *(((1 - self.raster) / len(schedules), schedule) for schedule in schedules))
@@ -62,11 +76,13 @@ def run(options: AlignVerb) -> int:
     """Align and write the new weights."""
     require("torch", extra="export", purpose="fine-tune a model")
     from diagd.runtime.text import read_text
+    from diagd.tuning.align import Validation
     from diagd.tuning.source import Source
 
     check_device(options.training.device)
     source = Source.open(options.source, options.model)
-    source.check_output(options.output, {"--data": options.data, "--set text": options.text})
+    read = {"--data": options.data, "--set text": options.text, "--set valid": options.valid}
+    source.check_output(options.output, read)
     training = replace(options.training, shares=options.shares(source.config.layout))
     text = read_text(options.text) if options.text else None
     losses: list[float] = []
@@ -77,11 +93,16 @@ def run(options: AlignVerb) -> int:
             losses.append(loss)
             advance(1)
 
+        source = replace(source, encoder=options.encoder, resize=options.resize)
         streams = source.windows(options.data, options.frames)
-        output = source.align(streams, training, options.output, report, text)
+        valid = Validation(source.windows(options.valid, options.frames)) if options.valid else None
+        output = source.align(streams, training, options.output, report, text, valid)
     span = max(1, len(losses) // 10)
     first, last = sum(losses[:span]) / span, sum(losses[-span:]) / span
-    terminal.console().print(f"{training.steps} steps, loss {first:.4f} -> {last:.4f} nats a token: {output}")
+    console = terminal.console()
+    console.print(f"{training.steps} steps, loss {first:.4f} -> {last:.4f} nats a token: {output}")
+    for name, (before, after) in (valid.likelihoods if valid else {}).items():
+        console.print(f"{name}: {before:.4f} -> {after:.4f} nats a token of what was held out")
     return 0
 
 

@@ -6,7 +6,8 @@ several schedules mixed in each batch, so that one model serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -17,11 +18,30 @@ from torch.nn.utils import parametrize
 
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
-from diagd.tuning.forced_batch import ForcedPasses, forced_loss
+from diagd.tuning.forced_batch import ForcedPasses, Logits, forced_loss, forced_nll
+from diagd.tuning.kept import Kept
 from diagd.tuning.options import AlignOptions, check_device
 
 Report = Callable[[int, float], None]
 """Called after each step with its number, from 1, and its loss in nats per token."""
+
+
+@dataclass
+class Validation:
+    """Windows int64 [N, tokens] that are not trained on, and what they cost.
+
+    Attributes:
+        likelihoods: mean negative log-likelihood by schedule, nats a token, before training and after.
+    """
+
+    streams: NDArray[np.int64]
+    likelihoods: dict[str, list[float]] = field(default_factory=dict)
+
+    def measure(self, logits: Logits, passes: ForcedPasses, names: Sequence[str], device: str) -> None:
+        """Note the likelihood under each schedule."""
+        for choice, name in enumerate(names):
+            found = forced_nll(logits, passes, self.streams, choice, device=device)
+            self.likelihoods.setdefault(name, []).append(float(np.nanmean(found)))
 
 
 class LowRank(nn.Module):
@@ -47,6 +67,7 @@ def align(
     *,
     text: NDArray[np.float32] | None = None,
     frozen: Collection[str] = (),
+    valid: Validation | None = None,
 ) -> Transformer:
     """Fine-tune ``model`` in place and return it.
 
@@ -58,6 +79,7 @@ def align(
         text: float32 [n, width], what the windows are conditioned on; for models that read text, and
             filled up with zeros as at inference.
         frozen: names of parameters that stay as they are.
+        valid: is measured before and after.
 
     Raises:
         UsageError: the windows are no whole number of at least 2 frames that the model can hold, the
@@ -72,8 +94,12 @@ def align(
     model.to(options.device).train()
     trained = _add_low_rank(model, options) if options.rank else _all_but(model, frozen)
     logits = partial(model, text=_filled_text(model, text, options.device))
+    names = [schedule.name for _, schedule in options.shares]
+    if valid is not None:
+        valid.measure(logits, passes, names, options.device)
     optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    for step in range(options.steps):
+    kept = Kept.of(options, streams, trained, optimiser)
+    for step in range(kept.resumed(), options.steps):
         random = np.random.default_rng((options.seed, step))
         windows = streams[random.integers(len(streams), size=options.batch)]
         choice = random.choice(len(chances), options.batch, p=chances)
@@ -83,8 +109,12 @@ def align(
         loss.backward()
         optimiser.param_groups[0]["lr"] = options.rate * _ramp((step + 1) / options.steps)
         optimiser.step()
+        kept.keep(step + 1)
         if report is not None:
             report(step + 1, loss.item())
+    if valid is not None:
+        valid.measure(logits, passes, names, options.device)
+    kept.remove()
     if options.rank:
         _merge_low_rank(model)
     model.requires_grad_(requires_grad=True)

@@ -16,7 +16,7 @@ from diagd.bundle.manifest import Provenance
 from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, UsageError
 from diagd.export.transformer import Transformer
-from diagd.tuning.align import Report, align
+from diagd.tuning.align import Report, Validation, align
 from diagd.tuning.options import AlignOptions
 from diagd.version import __version__
 
@@ -34,6 +34,7 @@ def align_bundle(
     report: Report | None = None,
     *,
     text: NDArray[np.float32] | None = None,
+    valid: Validation | None = None,
 ) -> Path:
     """Fine-tune the weights of a bundle.
 
@@ -44,6 +45,7 @@ def align_bundle(
         output: directory of the new bundle, which is not that of the old one.
         report: told about every step.
         text: see ``align``.
+        valid: see ``align``.
 
     Raises:
         UsageError: the bundle would be written over.
@@ -56,7 +58,7 @@ def align_bundle(
     bundle_target(output)
     base = bundle.at_precision()
     graphs = [onnx.load(base.file(name), load_external_data=False) for name in _step_and_text(base)]
-    model = align(_read(graphs, base), streams, options, report, text=text)
+    model = align(_read(graphs, base), streams, options, report, text=text, valid=valid)
     state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     with atomic_bundle(output) as directory:
         for name in _kept_files(base):

@@ -16,7 +16,8 @@ from diagd.export.checkpoints import Checkpoint, check
 from diagd.export.families.family import Family
 from diagd.export.transformer import Transformer
 from diagd.runtime.arrays import read_array
-from diagd.tuning.align import Report, align
+from diagd.schedule import StreamLayout
+from diagd.tuning.align import Report, Validation, align
 from diagd.tuning.options import AlignOptions
 
 OUTPUT_SUFFIX = ".safetensors"
@@ -31,6 +32,7 @@ def align_checkpoint(
     report: Report | None = None,
     *,
     text: NDArray[np.float32] | None = None,
+    valid: Validation | None = None,
 ) -> Path:
     """Fine-tune a checkpoint to decoding schedules.
 
@@ -42,6 +44,7 @@ def align_checkpoint(
         output: .safetensors file that ``diagd export --checkpoint`` reads; float16.
         report: told about every step.
         text: see ``align``.
+        valid: see ``align``.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model.
@@ -54,7 +57,7 @@ def align_checkpoint(
     check(source, family.expected)
     made_up = {rule.target for rule in family.rules if not rule.sources}  # a checkpoint cannot hold these
     model = load_transformer(family, source)
-    align(model, streams, options, report, text=text, frozen=made_up)
+    align(model, streams, options, report, text=text, frozen=made_up, valid=valid)
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     released: dict[str, NDArray[np.generic]] = {}
     for rule in family.rules:
@@ -96,6 +99,12 @@ def read_windows(path: Path, config: TransformerConfig, frames: int) -> NDArray[
             f"expected {length} or more ({frames} frames of {layout.frame_length}) "
             f"in 0..{config.vocabulary - 1}"
         )
+    return cut(stream, layout, frames)
+
+
+def cut(stream: NDArray[np.int64], layout: StreamLayout, frames: int) -> NDArray[np.int64]:
+    """Windows int64 [N, tokens of ``frames`` frames] of the stream [T] of one video, half a window apart."""
+    length = frames * layout.frame_length
     step = max(1, frames // 2) * layout.frame_length
     starts = range(0, len(stream) - length + 1, step)
     windows = np.stack([stream[start : start + length] for start in starts])

@@ -78,7 +78,12 @@ def forced_loss(model: Logits, batch: ForcedBatch, *, autocast: bool = True) -> 
 
 @torch.inference_mode()
 def forced_nll(
-    model: Logits, passes: ForcedPasses, streams: NDArray[np.int64], choice: int, batch: int = 8
+    model: Logits,
+    passes: ForcedPasses,
+    streams: NDArray[np.int64],
+    choice: int,
+    batch: int = 8,
+    device: str = "cpu",
 ) -> NDArray[np.float32]:
     """Negative log-likelihood of every token of ``streams`` int64 [B, N] under schedule ``choice``.
 
@@ -89,12 +94,13 @@ def forced_nll(
     targets = passes.targets[choice]
     scored = targets != NOT_SCORED
     for start in range(0, len(streams), batch):
-        part = passes.batch(streams[start : start + batch], [choice] * len(streams[start : start + batch]))
+        windows = streams[start : start + batch]
+        part = passes.batch(windows, [choice] * len(windows)).to(device)
         logits = _logits(model, part, autocast=False)[:, scored]
         loss = functional.cross_entropy(
             logits.transpose(1, 2).float(), part.targets[:, scored], reduction="none"
         )
-        result[start : start + batch, targets[scored]] = loss.numpy()
+        result[start : start + batch, targets[scored]] = loss.cpu().numpy()
     return result
 
 

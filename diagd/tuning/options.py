@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.errors import UsageError
-from diagd.options import FLAG, OPTIONS
+from diagd.options import FLAG, OPTIONS, File
 from diagd.schedule import Schedule
 
 
@@ -35,6 +35,11 @@ class AlignOptions:
     seed: int = Field(default=0, description="of windows, schedules and low-rank factors")
     autocast: bool = True
     device: Annotated[str, FLAG] = Field(default="cpu", description="cpu, cuda or cuda:N")
+    resume: File | None = Field(
+        default=None,
+        description="file that training is kept in as it goes, and goes on from where it was interrupted",
+    )
+    keep_every: int = Field(default=100, ge=1, description="steps between two writes of resume")
 
     def __post_init__(self) -> None:
         if not self.rate >= 0:

@@ -20,19 +20,29 @@ from diagd.export.exporter import open_sources
 from diagd.export.families.family import Family
 from diagd.export.families.registry import find
 from diagd.export.families.world import DESCRIPTION, WEIGHTS, load_tokenizer
-from diagd.tuning.align import Report
+from diagd.runtime.pixels import PixelCodec
+from diagd.tuning.align import Report, Validation
 from diagd.tuning.align_bundle import align_bundle
 from diagd.tuning.align_checkpoint import align_checkpoint, read_windows
+from diagd.tuning.clips import read_clips
 from diagd.tuning.options import AlignOptions
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is aligned: a bundle, or the checkpoint of a family; ``path`` is what was named."""
+    """What is aligned: a bundle, or the checkpoint of a family.
+
+    Attributes:
+        path: what was named.
+        encoder: bundle that makes tokens of clips; default: the one that is aligned.
+        resize: pictures of another size are scaled.
+    """
 
     path: str
     what: Bundle | Family
+    encoder: Path | None = None
+    resize: bool = False
 
     @classmethod
     def open(cls, path: str, model: str | None) -> Source:
@@ -76,18 +86,30 @@ class Source:
         check_apart(place, read)
 
     def windows(self, data: Path, frames: int) -> NDArray[np.int64]:
-        """Windows int64 [N, tokens of ``frames`` frames] of a recording, or of a .npy token stream.
+        """Windows int64 [N, tokens of ``frames`` frames] of a recording, clips, or a .npy token stream.
 
         Raises:
-            UsageError: the data cannot be read, or is no token stream though the source is no world.
+            UsageError: the data cannot be read, or is no token stream and nothing encodes it.
         """
         if data.suffix == ".npy":
             return read_windows(data, self.config, frames)
         encoder = self._encoder()
         if encoder is None:
-            raise UsageError(f"--data {data}: {self.path} is no world; give a .npy token stream")
+            return self._clip_windows(data, frames)
         recording = cached_tokens(data, encoder)
         return recording.windows(recording.window_starts(frames)[:: max(1, frames // 2)], frames)
+
+    def _clip_windows(self, data: Path, frames: int) -> NDArray[np.int64]:
+        bundle = self.what if self.encoder is None else Bundle.open(self.encoder)
+        if not isinstance(bundle, Bundle):
+            raise UsageError(
+                f"--data {data}: {self.path} encodes no pictures; give a .npy token stream, or the bundle of "
+                "the model by --set encoder="
+            )
+        if bundle.manifest.layout != self.config.layout:
+            raise UsageError(f"--set encoder={bundle.path}: its frames are not those of {self.path}")
+        pixels = PixelCodec(bundle, CpuOptions())
+        return read_clips(data, bundle.manifest, pixels, frames, resize=self.resize)
 
     def _encoder(self) -> FrameEncoder | None:
         if isinstance(self.what, Bundle):
@@ -102,14 +124,18 @@ class Source:
         output: Path,
         report: Report,
         text: NDArray[np.float32] | None,
+        valid: Validation | None = None,
     ) -> Path:
         """Fine-tune, and write what is of the source's own kind."""
         if isinstance(self.what, Bundle):
-            return align_bundle(self.what, streams, options, output, report, text=text)
+            return align_bundle(self.what, streams, options, output, report, text=text, valid=valid)
         checkpoint = open_sources(self.what, self.path, None, pixels=False).transformer
         if self._tokenizer is None or output.suffix:
-            return align_checkpoint(self.what, checkpoint, streams, options, output, report, text=text)
-        align_checkpoint(self.what, checkpoint, streams, options, output / WEIGHTS, report)
+            return align_checkpoint(
+                self.what, checkpoint, streams, options, output, report, text=text, valid=valid
+            )
+        weights = output / WEIGHTS
+        align_checkpoint(self.what, checkpoint, streams, options, weights, report, valid=valid)
         for part in (self._tokenizer, self._tokenizer.with_name(DESCRIPTION)):
             shutil.copy(part, output / part.name)
         return output

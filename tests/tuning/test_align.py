@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from diagd.errors import UsageError
 from diagd.schedule import RowSeed, Schedule, StreamLayout
-from diagd.tuning.align import align
+from diagd.tuning.align import Validation, align
 from diagd.tuning.forced_batch import ForcedPasses, forced_nll
 from diagd.tuning.options import AlignOptions
 from tests.oracles.models import CODES, small_model
@@ -60,6 +61,40 @@ def test_alignment_is_deterministic() -> None:
     options = AlignOptions(((1.0, CHAINED),), steps=3, rank=2)
     first, second = (align(small_model(LAYOUT), streams(8), options).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_training_that_was_interrupted_goes_on_to_the_same_weights(rank: int, tmp_path: Path) -> None:
+    options = AlignOptions(((1.0, CHAINED),), steps=5, rank=rank, rate=1e-2)
+    whole = align(small_model(LAYOUT), streams(8), options).state_dict()
+    kept = replace(options, resume=tmp_path / "kept", keep_every=2)
+    losses: list[float] = []
+
+    def stop(step: int, loss: float) -> None:
+        losses.append(loss)
+        if len(losses) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        align(small_model(LAYOUT), streams(8), kept, stop)
+    with pytest.raises(UsageError, match="other options or data"):
+        align(small_model(LAYOUT), streams(6), kept)
+    steps: list[int] = []
+    resumed = align(small_model(LAYOUT), streams(8), kept, lambda step, _: steps.append(step)).state_dict()
+    assert steps == [3, 4, 5]  # the third was done, but not kept
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "kept").write_bytes(b"something else")
+    with pytest.raises(UsageError, match="no training that was kept"):
+        align(small_model(LAYOUT), streams(8), kept)
+
+
+def test_what_is_held_out_is_measured_before_and_after() -> None:
+    data, model = streams(16), small_model(LAYOUT)
+    before, valid = gap(model, data), Validation(data)
+    align(model, streams(16), AlignOptions(((1.0, CHAINED),), steps=25, rate=5e-3), valid=valid)
+    assert valid.likelihoods == {CHAINED.name: [pytest.approx(before), pytest.approx(gap(model, data))]}
+    assert gap(model, data) < before - 0.5
 
 
 def test_unusable_requests_are_refused() -> None:
