@@ -89,7 +89,7 @@ class Dreamer(threading.Thread):
         self._touched: dict[str, float] = {}
         self._change = threading.Condition()
         self._closing = False
-        self._started: Context | None = None
+        self._behind: Context | None = None
 
     def order(self, jobs: Sequence[Job]) -> int:
         """Queue jobs; returns how many wait then.
@@ -138,7 +138,7 @@ class Dreamer(threading.Thread):
             try:
                 self._dream(job)
             except DiagdError as error:
-                self._started = None
+                self._behind = None
                 _LOG.warning("a dream was given up: %s", error)
 
     def _dream(self, job: Job) -> None:
@@ -160,11 +160,11 @@ class Dreamer(threading.Thread):
         """Stand behind a context, whose rows are there as long as the window has not slid."""
         stream = self._session.stream
         made = stream.known - len(context.tokens)
-        if context is self._started and made < len(stream.past):
+        if context is self._behind and made < len(stream.past):
             stream.rewind(made)
         else:
             self._session.start(context.tokens, context.led)
-        self._started = context
+        self._behind = context
 
     def _add(self, dreamt: Dreamt) -> None:
         with self._change:
