@@ -103,6 +103,10 @@ class _Handler(BaseHTTPRequestHandler):
             answer()
         except DiagdError as error:
             self._send(HTTPStatus.BAD_REQUEST, without_paths(str(error)).encode())
+        except OSError:  # whoever asked has gone
+            self.close_connection = True
+        except Exception as error:
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, f"internal error: {type(error).__name__}\n".encode())
 
     def _get(self) -> None:
         url = urlsplit(self.path)

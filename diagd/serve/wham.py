@@ -38,7 +38,7 @@ def _number(value: object) -> object:
     return None if isinstance(value, str) and value.strip().lower() == "none" else value
 
 
-Given = Annotated[float | None, BeforeValidator(_number)]
+NONE = BeforeValidator(_number)
 Vector = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1, max_length=64)]
 
 
@@ -65,10 +65,10 @@ class Order(_Said):
 
     num_steps_to_predict: Annotated[int, Field(ge=1)]
     num_parallel_predictions: Annotated[int, Field(ge=1, le=1000)] = 1
-    temperature: Annotated[Given, Field(ge=0, le=100)] = 0.9
-    top_k: Annotated[Given, Field(ge=0, le=1 << 24)] = None
-    top_p: Annotated[Given, Field(gt=0, le=1)] = 1.0
-    max_context_length: Annotated[Given, Field(ge=1)] = 10
+    temperature: Annotated[Annotated[float, Field(ge=0, le=100)] | None, NONE] = 0.9
+    top_k: Annotated[Annotated[float, Field(ge=0, le=1 << 24)] | None, NONE] = None
+    top_p: Annotated[Annotated[float, Field(gt=0, le=1)] | None, NONE] = 1.0
+    max_context_length: Annotated[Annotated[float, Field(ge=1)] | None, NONE] = 10
     steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=100)]
     future_actions: Annotated[tuple[Future, ...], Field(max_length=1000)] = ()
 
