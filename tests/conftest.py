@@ -23,9 +23,11 @@ def _machine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def small_wham(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A WHAM of pictures of 18 x 30 pixels, 3 x 5 tokens, that sees 4 frames."""
-    from diagd.export.exporter import GraphOptions, export, random_sources
+    from diagd.export.checkpoints import open_checkpoint
+    from diagd.export.exporter import GraphOptions, Sources, export, random_sources
     from diagd.export.families import wham
     from diagd.export.tokenizers import wham_vit
+    from tests.export.released import random_tensors
 
     pixels = wham_vit.graphs(
         wham_vit.WhamVitConfig(
@@ -34,8 +36,11 @@ def small_wham(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     )
     config = wham.transformer_config(grid=(3, 5), codes=64, frames=4, hidden=32, layers=1, heads=2, bias=True)
     family = wham.family("small-wham", wham.Variant(config, norm_weights=True, tokenizer=pixels))
-    path = tmp_path_factory.mktemp("wham") / "wham.diagd"
-    return Bundle.open(export(family, GraphOptions(), random_sources(family, 0), path).path)
+    folder = tmp_path_factory.mktemp("wham")
+    torch.save({"state_dict": random_tensors(family.expected)}, folder / "wham.ckpt")
+    weights = open_checkpoint(str(folder / "wham.ckpt"))
+    sources = Sources(weights, random_sources(family, 0).tokenizer)
+    return Bundle.open(export(family, GraphOptions(), sources, folder / "wham.diagd").path)
 
 
 @pytest.fixture(scope="session", autouse=True)
