@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +59,7 @@ class Kept:
         try:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
             identity, step = state["identity"], int(state["step"])
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError) as error:
+        except Exception as error:  # PyTorch raises many types for bytes that are something else
             raise UsageError(f"{self.path} is no training that was kept: {error}; remove it") from error
         if identity != self.identity:
             raise UsageError(
