@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from diagd.bundle import Bundle, atomic_bundle, seal
+from diagd.bundle import Bundle, atomic_bundle, read_manifest, seal
 from diagd.bundle.manifest import MANIFEST_NAME
 from diagd.cli import calibrate, export, generate, profile, verify
 from diagd.cli.options import entries, parse_options
@@ -39,9 +39,18 @@ from diagd.errors import DiagdError
 from diagd.export.checkpoints import open_checkpoint
 from diagd.export.families.registry import find
 from diagd.export.families.world import load_description
+from diagd.play.controls import Inputs as Player
+from diagd.play.controls import default_controls, read_controls
+from diagd.play.game import Game, replay
+from diagd.play.keyboard import Held, presses
+from diagd.play.messages import Choose, Input, parse
+from diagd.play.opening import SHIPPED, GameOptions, open_game
+from diagd.play.record import read_record
+from diagd.play.terminal import Abilities
 from diagd.profiling.report import read_report
 from diagd.runtime.actions import encode, read_actions
 from diagd.runtime.arrays import read_array, read_arrays
+from diagd.runtime.sampling import SAMPLER
 from diagd.runtime.video import read_frames
 from diagd.schedule import slots_needed
 from tests.bundle.test_bundle import manifest
@@ -359,6 +368,87 @@ def picture() -> bytes:
     return file.getvalue()
 
 
+SETTINGS = {"decoder": "k=1 chained", "temperature": 1.0, "top_k": 0, "top_p": 0.9, "seed": 3}
+MESSAGES: list[dict[str, Any]] = [
+    {"type": "hello", "version": 1, "token": "a", "ticket": ""},
+    {"type": "input", "t": 12.5, "keys": ["KeyA", "Mouse0"], "dx": 1.5, "dy": -2, "axes": [0.5, -1]},
+    {"type": "ack", "id": 3},
+    {"type": "reset", "prompt": 0},
+    {"type": "rewind", "frames": 2},
+    {"type": "visit", "number": 1},
+    {"type": "choose", "settings": SETTINGS},
+    {"type": "pace", "mode": "step", "rate": 10.0},
+]
+DECODERS = st.from_regex(
+    r"(k|d|window|seeds|x)=[0-9a-z²-]{1,12}( [a-z]{1,8}|,d=[0-9]{1,12})?", fullmatch=True
+)
+
+
+def read_message(content: bytes, folder: Path) -> None:
+    """What a page says, and what is done with it."""
+    message = parse(content.decode(errors="replace"))
+    if isinstance(message, Choose):
+        message.settings.open(read_manifest(SHIPPED)).check(game().session.stream)
+        message.settings.sampling  # noqa: B018
+    for codec in CODECS if isinstance(message, Input) else ():
+        player = Player(default_controls(codec), codec)
+        player.update(message.keys, (message.dy, message.dx), message.axes, message.t)
+        player.take()
+
+
+@cache
+def game() -> Game:
+    """A game of the world that comes with the package."""
+    game = open_game(SHIPPED, GameOptions())
+    game.reset(game.prompts[0])
+    return game
+
+
+LINES_OF_RECORDS: list[dict[str, Any]] = [
+    {"start": [[[0] * 12] * 9], "actions": [[512]]},
+    {"settings": SETTINGS},
+    {"frame": 1, "action": [512], "tokens": "00000000"},
+    {"ahead": [[512], None]},
+    {"rewind": 1},
+    {"branch": 1},
+    {"visit": 0},
+]
+HEADER = {
+    "format": "diagd play 1",
+    "bundle": "x",
+    "name": "x",
+    "precision": "int8",
+    "window": 8,
+    "sampler": SAMPLER,
+    "diagd": "1",
+}
+
+
+def read_played(content: bytes, folder: Path) -> None:
+    """A record, played again."""
+    _, lines = read_record(written(content, folder, "a.ndjson"))
+    for _ in replay(game(), lines[:4]):
+        pass
+
+
+def read_keys(content: bytes, folder: Path) -> None:
+    """What a terminal sends."""
+    held = Held()
+    for press in presses(content):
+        held.take(press, 0.0)
+    held.at(0.1)
+    Abilities.read(content, {})
+
+
+def read_table(content: bytes, folder: Path) -> None:
+    """Controls of the model with most kinds of inputs, all of which are used."""
+    controls = read_controls(folder, CODECS[1], written(content, folder, "controls.json"))
+    player = Player(controls, CODECS[1])
+    for turn in ((3.0, -2.5), (0.5, 0.0)):
+        player.update(controls.keys, turn, [0.5] * 8)
+        player.take()
+
+
 KINDS = {
     "manifest": Kind(json_like(MANIFEST), read_bundle),
     "actions": Kind(
@@ -386,6 +476,28 @@ KINDS = {
     "picture": Kind(
         damaged(st.builds(picture)),
         lambda content, folder: read_frames(written(content, folder, "a.png"), (4, 6), resize=True),
+    ),
+    "message": Kind(
+        st.one_of(
+            *map(json_like, MESSAGES),
+            DECODERS.map(lambda decoder: changed(MESSAGES[6], ("settings", "decoder"), decoder))
+            .map(json.dumps)
+            .map(str.encode),
+        ),
+        read_message,
+    ),
+    "record": Kind(
+        damaged(
+            st.lists(st.one_of(*map(json_like, LINES_OF_RECORDS)), max_size=3).map(
+                lambda lines: b"\n".join([json.dumps(HEADER).encode(), *lines])
+            )
+        ),
+        read_played,
+    ),
+    "controls": Kind(json_like(default_controls(CODECS[1]).model_dump(mode="json")), read_table),
+    "keys": Kind(
+        damaged(st.from_regex(rb"(\x1b\[[0-9;:?]{0,8}[A-Du~]|\x1bO[A-D]|[\x00-\xff]){1,4}", fullmatch=True)),
+        read_keys,
     ),
 }
 """What is read from outside, by the name of its folder in the corpus."""

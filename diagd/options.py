@@ -7,6 +7,7 @@ Fields with a `Flag` are flags of the command line; others that have a descripti
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,13 @@ POSITIONAL = Flag(positional=True)
 
 
 def _path(value: object) -> object:
-    if isinstance(value, str) and not value.strip():
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
         raise ValueError("the path is empty (a variable that is not set?); give a path")
-    return value
+    if "\0" in value:
+        raise ValueError("no path holds a null character")
+    return os.path.expanduser(value) if value.startswith("~/") else value  # noqa: PTH111
 
 
 def _numbers(value: object) -> object:
@@ -62,7 +67,7 @@ NAMES = BeforeValidator(_names)
 """Reads words between commas."""
 
 File = Annotated[Path, BeforeValidator(_path)]
-"""A path; an empty one is mostly a variable that was never set."""
+"""A path; an empty one is mostly a variable that was never set, and shells leave ``--x=~/y`` as it is."""
 
 Numbers = Annotated[tuple[int, ...], BeforeValidator(_numbers)]
 """Whole numbers between commas."""

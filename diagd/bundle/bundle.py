@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diagd.bundle import cache
-from diagd.bundle.files import atomic_directory, sha256
+from diagd.bundle.files import atomic_directory, instead, sha256
 from diagd.bundle.lock import turn
 from diagd.bundle.manifest import INT8_CACHE, MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest
 from diagd.bundle.targets import bundle_target
@@ -111,9 +111,10 @@ class Bundle:
             if not file.is_file():
                 raise BundleError(f"{self.path}: file '{name}' is missing; {_MEND}")
             if file.stat().st_size != record.bytes:
+                wrong = instead(file) or f"is truncated or was altered; {_MEND}"
                 raise BundleError(
                     f"{self.path}: '{name}' has {file.stat().st_size} bytes, its manifest says "
-                    f"{record.bytes}: it is truncated or was altered; {_MEND}"
+                    f"{record.bytes}: it {wrong}"
                 )
 
     def _check_digests(self) -> None:
@@ -137,9 +138,9 @@ def read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         raise BundleError(f"{path} is no bundle: it has no {MANIFEST_NAME}; make one with diagd-export")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{file} is damaged ({error}); {_MEND}") from error
+        raise BundleError(f"{file} {instead(file) or f'is damaged ({error}); {_MEND}'}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise BundleError(

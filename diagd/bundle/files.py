@@ -22,6 +22,7 @@ from diagd.errors import UsageError
 CHUNK_BYTES = 8 << 20
 
 _LOG = logging.getLogger(__name__)
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.\d+\.[0-9a-f]{6}\.(partial|retired)(\.[^.]*)?")
 
 
@@ -32,6 +33,24 @@ def sha256(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def instead(path: Path) -> str | None:
+    """What a file is that stands where another was meant, by how it begins; None: nothing that is known."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError:
+        return None
+    if not start:
+        return "is empty; download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; run: git lfs pull"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        return "is a web page, not the file itself; download it again, signed in"
+    if start.startswith(_APPLE_DOUBLE):
+        return f"holds what macOS notes about a file; pass the file itself, {path.name.removeprefix('._')}"
+    return None
 
 
 def sync(path: Path) -> None:

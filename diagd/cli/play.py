@@ -61,7 +61,7 @@ class PlayOptions:
         default=None, description="where the record goes (default: the user's cache)"
     )
     video: Annotated[File | None, FLAG] = Field(default=None, description=".mp4 or .gif of all that is seen")
-    host: Annotated[str, FLAG] = Field(default="127.0.0.1", description="address to listen on")
+    host: Annotated[str, FLAG] = Field(default="127.0.0.1", min_length=1, description="address to listen on")
     port: Annotated[int, FLAG] = Field(default=8765, ge=0, le=65535, description="0 for any that is free")
     controls: File | None = Field(
         default=None, description="what keys do (default: controls.json of the bundle)"

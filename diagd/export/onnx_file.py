@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from diagd.bundle.files import instead
 from diagd.bundle.manifest import GraphWeights
 from diagd.errors import BundleError, require
 
@@ -83,7 +84,7 @@ def read_onnx(path: Path) -> OnnxFile:
             raise BundleError("it holds no graph")
         return _summary(serde.deserialize_model(model))
     except Exception as error:  # the class that protobuf raises for damage depends on its build
-        raise BundleError(f"{path} cannot be read as ONNX: {error}") from error
+        raise BundleError(f"{path} cannot be read as ONNX: {instead(path) or error}") from error
 
 
 def _summary(model: ir.Model) -> OnnxFile:

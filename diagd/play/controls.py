@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from diagd.bundle.actions import ActionCodec, EdgesSlot, MuLawSlot
 from diagd.engines.engine import Int
@@ -64,6 +64,15 @@ _GLFW: Final = {
 _TURN_DEGREES: Final = 8.0
 
 
+Amount = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+
+
+def _not_none(scale: float) -> float:
+    if abs(scale) < 1e-6:
+        raise ValueError("a scale of 0 would turn nothing; leave the mouse out instead")
+    return scale
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,15 +82,15 @@ class Stick(_Record):
 
     axis: int = Field(ge=0, lt=8)
     field: str
-    component: int = Field(ge=0)
-    scale: float
+    component: int = Field(ge=0, lt=64)
+    scale: Amount
 
 
 class Mouse(_Record):
     """A field of (vertical, horizontal) that mouse motion turns, by ``scale`` a pixel."""
 
     field: str
-    scale: float
+    scale: Annotated[Amount, AfterValidator(_not_none)]
 
 
 class Controls(_Record):
@@ -125,7 +134,7 @@ def read_controls(bundle: Path, codec: ActionCodec | None, file: Path | None = N
     if codec is None or (file is None and not path.is_file()):
         return default_controls(codec)
     try:
-        controls = Controls.model_validate_json(path.read_bytes())
+        controls = Controls.model_validate_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -140,6 +149,10 @@ def read_controls(bundle: Path, codec: ActionCodec | None, file: Path | None = N
     named = [stick.field for stick in controls.sticks] + ([controls.mouse.field] if controls.mouse else [])
     if lost := set(named) - set(codec.fields):
         raise UsageError(f"{path}: the model has no field {sorted(lost)}; it has {sorted(codec.fields)}")
+    for stick in controls.sticks:
+        if stick.component >= codec.fields[stick.field]:
+            has = codec.fields[stick.field]
+            raise UsageError(f"{path}: component {stick.component} of '{stick.field}', which has {has}")
     return controls
 
 

@@ -22,6 +22,7 @@ from diagd.play.settings import PlaySettings
 from diagd.runtime.actions import encode
 from diagd.runtime.audit import audit
 from diagd.runtime.passes import Run
+from diagd.runtime.prompt import check_tokens
 from diagd.runtime.session import Frame, Session
 from diagd.runtime.stream import Past
 
@@ -134,6 +135,7 @@ class Game:
         Raises:
             UsageError: the frames do not fit the model.
         """
+        check_tokens(prompt, self.bundle.manifest, "the prompt")
         codec = self.bundle.manifest.actions
         if actions is None and codec is not None:
             actions = np.tile(encode(codec, {}), (len(prompt), 1))
@@ -365,11 +367,11 @@ def _replay_run(game: Game, lines: Sequence[tuple[int, Line]], strict: bool) -> 
 
 def _replay_command(game: Game, number: int, line: Line) -> None:
     if isinstance(line, Start):
-        actions = None if line.actions is None else np.array(line.actions, np.int32)
         try:
+            actions = None if line.actions is None else np.array(line.actions, np.int32)
             prompt = np.array(line.start, np.int32)
         except ValueError:
-            raise UsageError(f"line {number}: prompt frames are not all of one size") from None
+            raise UsageError(f"line {number}: it is no prompt of token frames of one size") from None
         game.reset(prompt, actions)
     elif isinstance(line, record.Settings):
         game.choose(line.settings)

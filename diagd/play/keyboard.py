@@ -21,7 +21,8 @@ _NAMED: Final = {
     57441: "ShiftLeft",
     57442: "ControlLeft",
 }
-_SEQUENCE: Final = re.compile(rb"\x1b\[([0-9;:?]*)([A-Za-z~])|\x1bO([A-D])|([\x00-\x7f])|[\x80-\xff]")
+_SEQUENCE: Final = re.compile(rb"\x1b\[([0-?]*)[ -/]*([@-~])|\x1bO([A-D])|([\x00-\x7f])|[\x80-\xff]")
+_TOLD: Final = re.compile(r"([0-9]{0,7})(?::[0-9:]*)?(?:;([0-9]{0,7})(?::([0-9]*))?(?:;.*)?)?")
 
 
 class Press(NamedTuple):
@@ -46,12 +47,11 @@ def presses(data: bytes) -> Iterator[Press]:
 
 def _told(numbers: str, final: str) -> Iterator[Press]:
     """A key of ``CSI key ; modifiers : event final``; without an event it is a plain arrow."""
-    fields = [part.split(":") for part in numbers.split(";")]
-    if numbers.startswith("?"):
+    match = _TOLD.fullmatch(numbers)
+    if match is None:
         return
-    key = fields[0][0]
+    key, modifiers, event = (part or "" for part in match.groups())
     code = _ARROWS.get(final) or _code(int(key or 0))
-    modifiers, event = [*(fields[1] if len(fields) > 1 else []), "", ""][:2]
     if code == "KeyC" and (int(modifiers or 1) - 1) & _CTRL:
         code = QUIT
     if code and event:

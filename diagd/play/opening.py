@@ -23,6 +23,7 @@ from diagd.runtime.generate import SessionOptions
 from diagd.runtime.group import Group
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.prompt import read_prompt, read_tokens
+from diagd.runtime.video import files_in
 
 SHIPPED: Final = Path(__file__).parents[1] / "models" / "crafter-3m" / "ready"
 """The world that is played without a bundle; `worlds.ship` makes it."""
@@ -134,8 +135,7 @@ def new_record(name: str) -> Path | None:
 
 def _prompts(bundle: Bundle) -> list[Path]:
     folder = bundle.file(PROMPTS_NAME)
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [file for file in found if file.suffix.lower() in _PICTURES][:MAX_PROMPTS]
+    return files_in(folder, _PICTURES)[:MAX_PROMPTS] if folder.is_dir() else []
 
 
 def _read(file: Path, bundle: Bundle, codec: PixelCodec) -> Int:

@@ -8,6 +8,7 @@ tokens and their actions), ``settings``, ``frame`` (its number, its action's ids
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ from diagd.runtime.sampling import SAMPLER
 FORMAT: Final = "diagd play 1"
 MAX_BYTES: Final = 256 << 20
 """A record stops here; some four million frames."""
+
+_LOG = logging.getLogger(__name__)
+
+Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class _Line(BaseModel):
@@ -46,8 +51,8 @@ class Header(_Line):
 class Start(_Line):
     """A world began with prompt tokens [P, rows, columns] and their action ids [P, n]."""
 
-    start: list[list[list[int]]]
-    actions: list[list[int]] | None
+    start: list[list[list[Id]]]
+    actions: list[list[Id]] | None
 
 
 class Settings(_Line):
@@ -60,14 +65,14 @@ class Played(_Line):
     """A frame, the ids that led to it, and the digest of its tokens."""
 
     frame: int
-    action: list[int] | None
+    action: list[Id] | None
     tokens: str
 
 
 class Ahead(_Line):
     """Actions of frames that had begun, and were given up."""
 
-    ahead: list[list[int] | None]
+    ahead: list[list[Id] | None]
 
 
 class Rewind(_Line):
@@ -138,21 +143,35 @@ class Record:
         if self._bytes > MAX_BYTES:
             self.close()
             return
-        self._file.write(text)
-        if not isinstance(line, Played) or not line.frame % 32:
-            self._file.flush()
+        try:
+            self._file.write(text)
+            if not isinstance(line, Played) or not line.frame % 32:
+                self._file.flush()
+        except OSError:
+            self.close()
 
     def read(self) -> bytes:
-        """All that was written so far."""
-        if self._file is not None:
-            self._file.flush()
-        return b"" if self.path is None else self.path.read_bytes()
+        """All that was written so far.
+
+        Raises:
+            UsageError: the file is gone.
+        """
+        try:
+            if self._file is not None:
+                self._file.flush()
+            return b"" if self.path is None else self.path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"the record cannot be read: {error.strerror or error}") from None
 
     def close(self) -> None:
-        """Write no more."""
-        if self._file is not None:
+        """Write no more; the game goes on where what was written does not reach the disk."""
+        if self._file is None:
+            return
+        try:
             self._file.close()
-            self._file = None
+        except OSError as error:
+            _LOG.warning("the record %s ends early: %s", self.path, error.strerror or error)
+        self._file = None
 
 
 def is_record(path: Path) -> bool:
@@ -185,6 +204,8 @@ def read_record(path: Path) -> tuple[Header, list[tuple[int, Line]]]:
                 break
             reason: Any = error.errors()[0]
             raise UsageError(f"{path}, line {number}: {reason['msg']} ({text.strip()[:60]})") from None
+    if parsed and not isinstance(parsed[0][1], Start):
+        raise UsageError(f"{path}, line {parsed[0][0]}: expected a start, which a world begins with")
     if first.sampler != SAMPLER:
         raise UsageError(
             f"{path} was drawn by the sampler {first.sampler!r}, this diagd's is {SAMPLER!r}: it gives other "

@@ -128,6 +128,9 @@ class Stage(threading.Thread):
         except DiagdError as error:
             self.mode = "pause"
             self._fail(str(error))
+        except OSError as error:  # a disk that is full, of a video that is written
+            self.mode = "pause"
+            self._fail(error.strerror or str(error))
         except Exception as error:
             self.mode = "pause"
             self._fail(f"internal error: {type(error).__name__}")

@@ -11,6 +11,7 @@ from zipfile import ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from diagd.bundle.files import instead
 from diagd.engines.host import available_bytes
 from diagd.errors import UsageError
 
@@ -34,7 +35,7 @@ def read_array(path: Path, what: str) -> NDArray[np.generic]:
             file.seek(0)
             return _read(file, path.stat().st_size, _NUMBERS)
     except Exception as error:  # NumPy raises whatever its parsers meet
-        raise UsageError(f"{path} is no .npy array of {what}: {_reason(error)}") from error
+        raise UsageError(f"{path} is no .npy array of {what}: {_reason(path, error)}") from error
 
 
 def read_arrays(path: Path, names: Collection[str], what: str) -> dict[str, NDArray[np.generic]]:
@@ -58,7 +59,7 @@ def read_arrays(path: Path, names: Collection[str], what: str) -> dict[str, NDAr
                         found[name] = _read(file, info.file_size, _NUMBERS + "U")
         return found
     except Exception as error:  # so do zipfile and its decompressors
-        raise UsageError(f"{path} is no {what}: {_reason(error)}") from error
+        raise UsageError(f"{path} is no {what}: {_reason(path, error)}") from error
 
 
 def _read(file: IO[bytes], size: int, kinds: str) -> NDArray[np.generic]:
@@ -80,7 +81,9 @@ def _read(file: IO[bytes], size: int, kinds: str) -> NDArray[np.generic]:
     return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
 
 
-def _reason(error: Exception) -> str:
+def _reason(path: Path, error: Exception) -> str:
+    if what := instead(path):
+        return f"it {what}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

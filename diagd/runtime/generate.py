@@ -41,6 +41,7 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.strategy import DRAFT, DraftOptions, parse_decoder
 from diagd.runtime.text import read_text
+from diagd.runtime.video import files_in
 
 LINES = ".jsonl"
 """Of the file of actions beside what the model played."""
@@ -284,7 +285,7 @@ def _jobs(options: GenerateOptions) -> list[_Job]:
     prompt, output = options.clip.prompt, options.output
     if prompt.suffix.lower() == ".jsonl":
         many = _listed(options)
-    elif prompt.is_dir() and (found := sorted(p for p in prompt.iterdir() if p.suffix.lower() in CLIPS)):
+    elif prompt.is_dir() and (found := files_in(prompt, CLIPS)):
         many = [(path.stem, _beside(options.clip, path), options.condition) for path in found]
     else:
         job = _Job(options.clip, options.condition, _futures(output, options.branches))
@@ -319,7 +320,7 @@ def _listed(options: GenerateOptions) -> list[tuple[str, ClipOptions, TextOption
     """Clips of a file of lines ``{"visual_input": file, "prompt": words, "actions": file}``, by name."""
     listing, found = options.clip.prompt, []
     try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+        lines = listing.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read clips from {listing}: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -329,14 +330,16 @@ def _listed(options: GenerateOptions) -> list[tuple[str, ClipOptions, TextOption
             entry = json.loads(line)
             path = listing.parent / entry["visual_input"]
             actions, words = entry.get("actions"), entry.get("prompt")
+            if not isinstance(words, str | None) or "\0" in f"{path}{actions}":
+                raise ValueError("names and words are text")
+            clip = _beside(options.clip, path)
+            clip = replace(clip, actions=listing.parent / actions) if actions else clip
+            condition = replace(options.condition, words=words) if words else options.condition
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(
                 f'{listing}, line {number}: expected {{"visual_input": file, "prompt": words, "actions": '
                 f"file}}, the last two where the model takes them ({error})"
             ) from error
-        clip = _beside(options.clip, path)
-        clip = replace(clip, actions=listing.parent / actions) if actions else clip
-        condition = replace(options.condition, words=words) if words else options.condition
         found.append((f"{number:04d}-{path.stem}", clip, condition))
     if not found:
         raise UsageError(f'{listing} lists no clip; write {{"visual_input": file}} on a line')

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diagd.bundle import Manifest
 from diagd.engines.engine import Int
@@ -34,10 +35,19 @@ def read_tokens(path: Path, manifest: Manifest) -> Int:
         UsageError: the file cannot be read, or holds ids that are no visual tokens of the model.
     """
     tokens = read_array(path, "tokens")
-    high = max(rule.high for rule in manifest.sampling.ranges)
     if tokens.dtype.kind not in "iu":
         raise UsageError(f"{path} holds {tokens.dtype}; expected whole numbers, tokens [P, rows, columns]")
+    check_tokens(tokens, manifest, str(path))
+    return np.ascontiguousarray(tokens, dtype=np.int32)
+
+
+def check_tokens(tokens: NDArray[np.generic], manifest: Manifest, source: str) -> None:
+    """Refuse ids that are no visual tokens of the model, which its tokenizer cannot show.
+
+    Raises:
+        UsageError: there is one; the message begins with ``source``.
+    """
+    high = max(rule.high for rule in manifest.sampling.ranges)
     if not tokens.size or tokens.min() < 0 or tokens.max() >= high:
         span = f"{tokens.min()}..{tokens.max()}" if tokens.size else "none"
-        raise UsageError(f"{path} holds tokens {span}; {manifest.name} has visual tokens 0..{high - 1}")
-    return np.ascontiguousarray(tokens, dtype=np.int32)
+        raise UsageError(f"{source} holds tokens {span}; {manifest.name} has visual tokens 0..{high - 1}")

@@ -82,7 +82,9 @@ class Session:
             manifest.context, self.layout, window, manifest.cache, self._slots, self._rotate, roll
         )
         prefix = np.asarray(self.layout.prefix_tokens, np.int32)
-        self._stream = Stream(self.layout, prefix, window, self._padded(), self._context.history)
+        self._stream = Stream(
+            self.layout, prefix, window, self._padded(), self._context.history, manifest.vocabulary
+        )
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text, self._law = text, ActionLaw.of(manifest)
         self._run = self._prepared = 0

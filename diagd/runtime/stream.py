@@ -54,6 +54,7 @@ class Stream:
         window: frames a query may see.
         padded: int32 [widest step + 1], the rows that a step of so many is run as.
         history: known frames that are kept, to go back to and to build K/V rows from.
+        vocabulary: ids that can be fed.
 
     Attributes:
         tokens: int32, by place of ``places``.
@@ -76,8 +77,16 @@ class Stream:
         text: embeddings float32 [n, width] that the model attends to.
     """
 
-    def __init__(self, layout: StreamLayout, prefix: Ids, window: int, padded: Int, history: int) -> None:
-        self.layout, self.window, self.padded = layout, window, padded
+    def __init__(
+        self,
+        layout: StreamLayout,
+        prefix: Ids,
+        window: int,
+        padded: Int,
+        history: int,
+        vocabulary: int = 1 << 31,
+    ) -> None:
+        self.layout, self.window, self.padded, self.vocabulary = layout, window, padded, vocabulary
         self.places = token_places(layout, window)
         self.tokens: Int = np.zeros(self.places.size, np.int32)
         self.past: deque[Past] = deque(maxlen=history)
@@ -108,7 +117,7 @@ class Stream:
                 where known tokens precede the first frame. Not needed for models without actions.
 
         Raises:
-            UsageError: shape or length does not fit the model.
+            UsageError: shape, length or an id does not fit the model.
         """
         grid = (self.layout.rows, self.layout.columns)
         if np.ndim(frames) != 3 or np.shape(frames)[1:] != grid or not len(frames):
@@ -119,6 +128,11 @@ class Stream:
             raise UsageError(
                 f"the prompt has {len(frames)} frames but the window holds {self.window} with the one to "
                 f"decode; give at most {self.window - 1} frames or load with a larger window"
+            )
+        self._check("the prompt", frames)
+        if actions is not None and len(actions) < len(frames):
+            raise UsageError(
+                f"the prompt has {len(frames)} frames and {len(actions)} actions; give one a frame"
             )
         self._forget()
         self.write(0, self._prefix)
@@ -273,7 +287,8 @@ class Stream:
 
     def branch(self) -> Stream:
         """A copy that goes its own way; give it to a session to decode it."""
-        other = Stream(self.layout, self._prefix, self.window, self.padded, self.past.maxlen or 0)
+        history = self.past.maxlen or 0
+        other = Stream(self.layout, self._prefix, self.window, self.padded, history, self.vocabulary)
         other.restore(self.snapshot())
         return other
 
@@ -364,8 +379,14 @@ class Stream:
             raise UsageError(
                 f"frame {frame} needs {count} action tokens, got {0 if ids is None else np.size(ids)}"
             )
+        self._check(f"the action of frame {frame}", ids)
         self._led[frame] = np.asarray(ids, np.int32).reshape(-1)[-count:].copy()
         self._put_actions(frame, self._led[frame])
+
+    def _check(self, what: str, ids: Ids) -> None:
+        if np.size(ids) and not 0 <= np.min(ids) <= np.max(ids) < self.vocabulary:
+            span = f"{np.min(ids)}..{np.max(ids)}"
+            raise UsageError(f"{what} has ids {span}; the model knows 0..{self.vocabulary - 1}")
 
     def _put_actions(self, frame: int, ids: Int) -> None:
         if len(ids):

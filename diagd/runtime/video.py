@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from itertools import islice
@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.bundle.files import atomic_file
+from diagd.bundle.files import atomic_file, instead
 from diagd.bundle.manifest import MediaMark
 from diagd.errors import UsageError
 from diagd.runtime.orientation import exif_orientation, turn_of, turned
@@ -90,6 +90,8 @@ def read_frames(
         raise UsageError(f"no such video or image: {path}; check the path")
     av = _av()
     remedy = f"it is damaged, incomplete, or no video or image of at most {_MOST_PIXELS >> 20} megapixels"
+    if path.stat().st_size and (what := instead(path)):
+        remedy = f"it {what}"
     with _reporting(av, f"cannot read {path}", remedy):
         exif = exif_orientation(path)
         reader = _Reader(path, size, resize, cover, exif)
@@ -118,7 +120,7 @@ def read_images(
     Raises:
         UsageError: there is none from ``start`` on, or one cannot be read or has another size.
     """
-    found = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=_by_number)
+    found = sorted(files_in(folder, IMAGES), key=_by_number)
     chosen = found[start : start + frames]
     if not chosen:
         raise UsageError(f"{folder} holds {len(found)} images ({', '.join(IMAGES)}), none from {start} on")
@@ -127,7 +129,19 @@ def read_images(
 
 def _by_number(path: Path) -> list[tuple[int, str]]:
     """Sorts frame2 ahead of frame10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split("([0-9]+)", path.name)]
+    return [
+        (int(part), "") if re.fullmatch("[0-9]+", part) else (0, part)
+        for part in re.split("([0-9]+)", path.name)
+    ]
+
+
+def files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Files of a folder with one of the suffixes, by name; hidden ones (macOS makes some) are left out."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith(".")
+    )
 
 
 def sized(

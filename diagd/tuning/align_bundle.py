@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from operator import itemgetter
 from pathlib import Path
@@ -100,10 +101,8 @@ def _kept_files(bundle: Bundle) -> list[str]:
 
 
 def _read(graphs: list[onnx.ModelProto], bundle: Bundle) -> Transformer:
-    from onnx.numpy_helper import to_array
-
     found = {
-        tensor.name: to_array(tensor, str(bundle.path))
+        tensor.name: _values(tensor, bundle)
         for graph in graphs
         for tensor in graph.graph.initializer
         if tensor.name.startswith(_PREFIX)
@@ -124,6 +123,22 @@ def _read(graphs: list[onnx.ModelProto], bundle: Bundle) -> Transformer:
     arrays = {name: np.array(found[_PREFIX + name], np.float32) for name in wanted}
     model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     return model
+
+
+def _values(tensor: onnx.TensorProto, bundle: Bundle) -> NDArray[np.generic]:
+    """A weight of a graph; its file may have other names, which onnx refuses to read."""
+    from onnx import helper
+    from onnx.numpy_helper import to_array
+
+    if not tensor.external_data:
+        return to_array(tensor)
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    if where["location"] not in bundle.manifest.files:
+        raise BundleError(f"{bundle.path}: '{where['location']}' is no file of the bundle; export it again")
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    size, start = math.prod(tensor.dims) * dtype.itemsize, int(where.get("offset", 0))
+    stored = np.fromfile(bundle.file(where["location"]), np.uint8, size, offset=start)
+    return stored.view(dtype).reshape(tensor.dims)
 
 
 def _write(graph: onnx.ModelProto, directory: Path, state: dict[str, torch.Tensor]) -> None:

@@ -200,3 +200,18 @@ def test_a_new_bundle_takes_the_place_of_the_old(bundle: Path) -> None:
         (directory / "step.onnx").write_bytes(b"other")
         seal(directory, manifest().model_copy(update={"graphs": (weightless,)}))
     assert set(Bundle.open(bundle).manifest.files) == {"step.onnx"}
+
+
+def test_what_was_fetched_in_place_of_a_file_is_named(bundle: Path) -> None:
+    (bundle / "weights.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(BundleError, match="git lfs pull"):
+        Bundle.open(bundle)
+    (bundle / "manifest.json").write_bytes(b"<!DOCTYPE html>")
+    with pytest.raises(BundleError, match="web page"):
+        Bundle.open(bundle)
+
+
+def test_an_editor_may_mark_a_manifest_as_unicode(bundle: Path) -> None:
+    file = bundle / "manifest.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert Bundle.open(bundle).manifest.name == "small"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,9 +20,9 @@ LOOSE = "agreement=0,nll=1000,psnr=0"
 
 @pytest.fixture(scope="module")
 def place(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A copy of the workplace whose bundle may change."""
+    """A copy of the workplace whose bundle may change, and shares its files until then."""
     folder = tmp_path_factory.mktemp("calibrated")
-    bundle = shutil.copytree(workplace.bundle, folder / "world.diagd")
+    bundle = shutil.copytree(workplace.bundle, folder / "world.diagd", copy_function=os.link)
     return Workplace(folder, workplace.world, bundle, workplace.prompt, workplace.actions)
 
 
@@ -30,14 +31,17 @@ def calibrate(place: Workplace, *options: str) -> int:
 
 
 def test_a_quantised_graph_is_added_and_runs(
-    place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Workplace, place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    before = [graph.precision for graph in Bundle.open(place.bundle).manifest.graphs]
     assert calibrate(place, "--precision", "int8", "--budget", LOOSE, "--set", "steps=64") == 0
     printed = capsys.readouterr().out
     assert "int8 accepted in" in printed
     assert "greedy agreement" in printed
     precisions = [graph.precision for graph in Bundle.open(place.bundle).manifest.graphs]
-    assert precisions == ["fp32", "int8"]
+    assert before[0] == "fp32"
+    assert [graph.precision for graph in Bundle.open(workplace.bundle).manifest.graphs] == ["fp32"]
+    assert precisions == [*before, "int8"]
     report = json.loads((place.bundle / "calibration" / "report.json").read_text())["precisions"]["int8"]
     assert report["bytes_after"] < 0.4 * report["bytes_before"]
     assert report["attempts"][-1]["figures"]["psnr"] is not None

@@ -347,7 +347,14 @@ def test_a_list_of_clips(workplace: Workplace, recording: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "lists no clip"), ("[]", "line 1: expected"), ('{"prompt": "a"}', "line 1: expected")],
+    [
+        ("", "lists no clip"),
+        ("[]", "line 1: expected"),
+        ('{"prompt": "a"}', "line 1: expected"),
+        ('{"visual_input": "a.mp4", "actions": 5}', "line 1: expected"),
+        ('{"visual_input": "a.mp4", "prompt": 5}', "line 1: expected"),
+        ('{"visual_input": "a\\u0000.mp4"}', "line 1: expected"),
+    ],
 )
 def test_lists_that_are_none(
     workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str

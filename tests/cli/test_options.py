@@ -99,6 +99,7 @@ def test_help_shows_values_as_they_are_given(capsys: pytest.CaptureFixture[str])
     ("words", "message"),
     [
         (("",), "SOURCE : the path is empty"),
+        (("a\0b",), "no path holds a null character"),
         (("a", "--k", "x"), "--k x: expected whole numbers such as 1,2,4"),
         (("a", "--seed", "abov"), "--seed abov: unknown seed 'abov'; did you mean 'above'?"),
         (("a", "--set", "threads=-1"), "--set threads=-1: Input should be greater than or equal to 0"),
@@ -114,6 +115,12 @@ def test_mistakes_are_told_where_they_were_made(words: tuple[str, ...], message:
     with pytest.raises(UsageError) as told:
         read(*words)
     assert message in str(told.value)
+
+
+def test_the_home_that_a_shell_left_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert read("~/a.mp4").source == Path("/home/somebody/a.mp4")
+    assert [read(word).source for word in ("~a.mp4", "a~/b")] == [Path("~a.mp4"), Path("a~/b")]
 
 
 def test_a_library_call_needs_no_command_line() -> None:

@@ -161,3 +161,19 @@ def test_wrong_files_are_named(tmp_path: Path, content: str, message: str) -> No
     (tmp_path / "controls.json").write_text(content)
     with pytest.raises(UsageError, match=message):
         read_controls(tmp_path, CHOICES)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"mouse": {"field": "camera", "scale": 0}}, "turn nothing"),
+        ({"mouse": {"field": "camera", "scale": float("nan")}}, "finite"),
+        ({"sticks": [{"axis": 0, "field": "camera", "component": 2, "scale": 1}]}, "component 2 of 'camera'"),
+        ({"sticks": [{"axis": 0, "field": "camera", "component": 10**12, "scale": 1}]}, "less than 64"),
+        ({"sticks": [{"axis": 0, "field": "camera", "component": 0, "scale": 1e308}]}, "less than or equal"),
+    ],
+)
+def test_amounts_that_turn_nothing_or_too_much_are_named(tmp_path: Path, table: object, message: str) -> None:
+    (tmp_path / "controls.json").write_text(json.dumps(table), encoding="utf-8-sig")
+    with pytest.raises(UsageError, match=message):
+        read_controls(tmp_path, mineworld_actions())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -196,4 +197,51 @@ def test_a_record_of_another_model_is_refused(world: Path, recorded: tuple[Path,
             list(replay(game, [(number, start.model_copy(update={"start": prompt}))]))
     with pytest.raises(UsageError, match="does not follow"):
         list(replay(game, [lines[0], lines[3]]))
+    game.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": [[[40] * 6] * 4]}, "tokens 40..40; world has visual tokens 0..29"),
+        ({"start": []}, "tokens none"),
+        ({"actions": []}, "1 frames and 0 actions"),
+        ({"actions": [[999]]}, "ids 999..999; the model knows 0.."),
+        ({"start": [[[10**12] * 6] * 4]}, "line 2"),
+        (None, "line 2: expected a start"),
+    ],
+)
+def test_ids_of_a_record_are_not_believed(
+    game: Game,
+    recorded: tuple[Path, list[np.ndarray]],
+    tmp_path: Path,
+    change: dict[str, object] | None,
+    message: str,
+) -> None:
+    header, start, *others = recorded[0].read_text().splitlines()
+    begin = [json.dumps(json.loads(start) | change)] if change else []
+    (tmp_path / "a.ndjson").write_text("\n".join([header, *begin, *others]) + "\n")
+    with pytest.raises(UsageError, match=message):
+        list(replay(game, read_record(tmp_path / "a.ndjson")[1]))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_disk_that_is_full_ends_the_record_and_not_the_game(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    game = open_game(world, GameOptions(record=tmp_path / "played.ndjson"))
+    assert game.record._file is not None
+    with Path("/dev/full").open("w") as full:
+        os.dup2(full.fileno(), game.record._file.fileno())
+    game.reset(game.prompts[0])
+    assert len(play(game, *WALK)) == len(WALK)
+    assert "ends early: No space left" in caplog.text
+    game.close()
+
+
+def test_a_record_that_is_gone_is_said_so(world: Path, tmp_path: Path) -> None:
+    game = open_game(world, GameOptions(record=tmp_path / "played.ndjson"))
+    (tmp_path / "played.ndjson").unlink()
+    with pytest.raises(UsageError, match="record cannot be read"):
+        game.record.read()
     game.close()

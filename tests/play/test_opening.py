@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -78,3 +79,12 @@ def test_a_world_is_played_in_the_precision_that_was_fastest(
     assert _in_time(bundle, mine).precision == "int8"
     assert _in_time(bundle, replace(mine, backend="openvino")).precision == "fp8"
     assert _in_time(bundle, replace(mine, precision="fp32")).precision == "fp32"
+
+
+def test_what_is_no_picture_among_the_prompts_is_left_out(world: Path, tmp_path: Path) -> None:
+    """macOS puts files beside others, users put folders anywhere."""
+    copy = shutil.copytree(world, tmp_path / "world.diagd")
+    (copy / "prompts" / "._0.png").write_bytes(b"\0\5\x16\7")
+    (copy / "prompts" / "more.png").mkdir()
+    with open_game(copy, GameOptions()) as game:
+        assert len(game.prompts) == 3

@@ -94,6 +94,8 @@ def test_pictures_keep_their_proportions() -> None:
         (b"\x1b[1;1:3A\x1b[32u", [("ArrowUp", "up"), ("Space", "down")]),
         (b"\x03\x1b[99;5u\x1b[99;5:1u", [(QUIT, "tap"), (QUIT, "down"), (QUIT, "down")]),
         (b"\x7f\x1b[?0u\xff", [("Backspace", "tap")]),
+        (b"\x1b[0?u\x1b[>1;2c\x1b[?1;2$yA", [("KeyA", "tap")]),
+        (b"\x1b[" + b"9" * 5000 + b"u\x1b[97;" + b"1" * 5000 + b":1u", []),
         (b"\x1b[57441;2:1u", [("ShiftLeft", "down")]),
     ],
 )

@@ -54,6 +54,14 @@ def test_what_is_no_array_is_refused(content: bytes, tmp_path: Path) -> None:
         read_array(tmp_path / "a.npy", "tokens")
 
 
+def test_a_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UsageError, match="git lfs pull"):
+        read_array(tmp_path / "a.npy", "tokens")
+    with pytest.raises(UsageError, match="git lfs pull"):
+        read_arrays(tmp_path / "a.npy", ("frames",), "episode")
+
+
 def test_a_npz_under_the_name_is_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", tokens=np.zeros(3))
     (tmp_path / "a.npz").rename(tmp_path / "a.npy")

@@ -212,6 +212,19 @@ def test_an_abandoned_run_leaves_no_guess_in_sight(bundle: Path, name: str, befo
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def test_ids_that_the_model_does_not_know_are_refused(bundle: Path) -> None:
+    with diagd.load(bundle, threads=1) as session:
+        prompt(session)
+        known, layout = session.manifest.vocabulary, session.layout
+        wrong = np.full((1, layout.rows, layout.columns), known, np.int32)
+        for ids in (wrong, wrong - known - 1):
+            with pytest.raises(UsageError, match=f"the model knows 0..{known - 1}"):
+                session.start(ids, actions(layout, 1))
+        if layout.gap:
+            with pytest.raises(UsageError, match=r"action of frame \d+ has ids"):
+                next(session.frames(actions=np.full((1, layout.gap), known, np.int32)))
+
+
 Move = Callable[[Session], Session]
 
 

@@ -92,6 +92,16 @@ def test_images_and_whole_arrays(tmp_path: Path) -> None:
     assert len(read_frames(tmp_path / "still.gif")) == 4
 
 
+def test_images_of_a_folder_come_by_number_and_what_is_none_is_left_out(tmp_path: Path) -> None:
+    names = ("a9.png", "a10.png", "\u00b21.PNG")  # a superscript is a digit to some, and no number
+    pictures = tiles(len(names))
+    for name, picture in zip(names, pictures, strict=True):
+        write_image(tmp_path / name, picture)
+    (tmp_path / "._a9.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "more.png").mkdir()
+    assert np.array_equal(video.read_images(tmp_path, SIZE, frames=9), pictures)
+
+
 def test_only_the_last_frames(tmp_path: Path) -> None:
     path = write(tmp_path / "walk.gif", tiles(9))
     whole = read_frames(path)

@@ -6,12 +6,12 @@ import os
 import re
 from pathlib import Path
 
+from diagd.bundle.files import instead
 from diagd.errors import CheckpointError, require
 from diagd.export.checkpoints.checkpoint import Checkpoint, TensorHandle, select
 from diagd.export.checkpoints.location import fetch, is_index, local_file, shard_names
 
 _PICKLE_STARTS = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
-_APPLE_DOUBLE = b"\x00\x05\x16\x07"
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _DISTRIBUTED = "module."
 
@@ -50,7 +50,7 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
 def _open_file(path: Path) -> Checkpoint:
     with path.open("rb") as file:
         start = file.read(512)
-    if problem := _no_checkpoint(path, start):
+    if problem := instead(path) or _old_format(path, start):
         raise CheckpointError(f"{path} {problem}")
     if is_index(path.name):
         return _open_shards(path)
@@ -93,16 +93,8 @@ def _open_shards(index: Path) -> Checkpoint:
     return Checkpoint(tensors, source=str(index), metadata=metadata)
 
 
-def _no_checkpoint(path: Path, start: bytes) -> str | None:
-    """What a file is by its first bytes, where it is no checkpoint that can be read."""
-    if not start:
-        return "is empty; download it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file itself; run: git lfs pull"
-    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
-        return "is a web page, not a checkpoint; download it again, signed in"
-    if start.startswith(_APPLE_DOUBLE):
-        return f"holds what macOS notes about a file; pass the file itself, {path.name.removeprefix('._')}"
+def _old_format(path: Path, start: bytes) -> str | None:
+    """What is to be done with a file that PyTorch cannot map."""
     if start.startswith(_PICKLE_STARTS) or start[257:262] == b"ustar":
         return (
             "is in the format PyTorch wrote before 1.6, which cannot be mapped; convert it with: "
