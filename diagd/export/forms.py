@@ -99,16 +99,24 @@ class PrefixAttention:
 
 
 class ModernAttention:
-    """TensorScatter-24 into head-major buffers [B, G, S, D], then Attention-24 with a boolean mask.
+    """TensorScatter-24 into head-major buffers [B, G, S, D], then Attention-24 with a mask.
 
-    TensorRT maps the pair to its in-place KV cache update and fused attention.
+    TensorRT maps the pair to its in-place KV cache update and fused attention. The query heads of a KV head
+    are rows of one head: ONNX Runtime's CUDA provider would copy K and V to every query head, over the whole
+    capacity. The mask is added, and made once: of one that is boolean the provider makes that in each layer.
     """
+
+    HIDDEN: Final = -30_000.0
+    """As in ``PortableAttention``."""
 
     def __init__(
         self, config: TransformerConfig, slots: Slots, past: Sequence[Tensor], rows: CacheRows
     ) -> None:
-        del config, rows  # TensorScatter takes floating point only
-        self._mask = slots.visible if slots.positions.dim() == 1 else slots.visible.unsqueeze(1)
+        del rows  # TensorScatter takes floating point only
+        self._shared = config.heads // config.kv_heads
+        visible = torch.cat([slots.visible] * self._shared, dim=-2)
+        mask = torch.where(visible, 0.0, self.HIDDEN).to(past[0].dtype)
+        self._mask = mask if slots.positions.dim() == 1 else mask.unsqueeze(1)
         self._write_index, self._past = slots.write_index, past
         self.cache: list[Tensor] = []
 
@@ -126,11 +134,12 @@ class ModernAttention:
             self.cache.append(
                 onnx_operator("TensorScatter", inputs, buffer.dtype, buffer.shape, axis=2, mode="linear")
             )
-        heads_first = _heads_first(queries, streams)
-        inputs = (heads_first, *self.cache[-2:], self._mask)
-        scale = 1 / math.sqrt(queries.shape[-1])
-        attended = onnx_operator("Attention", inputs, queries.dtype, heads_first.shape, scale=scale)
-        return _rows_first(attended)
+        heads, size = queries.shape[-2:]
+        folded = _heads_first(queries, streams).reshape(streams, heads // self._shared, -1, size)
+        inputs = (folded, *self.cache[-2:], self._mask)
+        scale = 1 / math.sqrt(size)
+        attended = onnx_operator("Attention", inputs, queries.dtype, folded.shape, scale=scale)
+        return _rows_first(attended.reshape(streams, heads, -1, size))
 
 
 class PortableAttention(FullAttention):
