@@ -239,7 +239,7 @@ class Taken:
     """An action as a frame takes it.
 
     Attributes:
-        ids: int32 [n]; None for models without actions.
+        ids: int32 [n]; None for models without actions, and where the model plays.
         action: what was held.
         echo: the player's stamp of what changed since the last frame; None if nothing did.
         waited: seconds since that came.
@@ -256,6 +256,9 @@ class Inputs:
 
     A key that was pressed counts for one frame at least; mouse motion is summed, and what a model's bins
     leave of it is kept for the next frame.
+
+    Attributes:
+        autopilot: the model plays, until the player does something.
     """
 
     def __init__(
@@ -270,6 +273,7 @@ class Inputs:
         self._rest = np.zeros(2)
         self._heard = self._arrived = 0.0
         self._echo: float | None = None
+        self.autopilot = False
 
     def update(
         self,
@@ -286,6 +290,8 @@ class Inputs:
                 if self._echo is None:
                     self._arrived, self._echo = self._heard, stamp
                 self._tapped |= dict.fromkeys(key for key in keys if key not in self._held)
+                if self._tapped or any(turn) or any(axes):
+                    self.autopilot = False
             self._held, self._axes = keys, axes
             self._turn += turn
 
@@ -293,6 +299,7 @@ class Inputs:
         """Let go of everything."""
         with self._lock:
             self._forget()
+            self.autopilot = False
 
     def _forget(self) -> None:
         self._held, self._axes, self._echo = (), (), None
@@ -318,7 +325,7 @@ class Inputs:
             echo = self._echo
             waited = 0.0 if echo is None else self._clock() - self._arrived
             self._echo = None
-            if self._codec is None:
+            if self._codec is None or self.autopilot:
                 return Taken(None, {}, echo, waited)
             action = bounded(self._codec, action)
             ids = encode(self._codec, action)

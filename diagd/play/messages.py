@@ -94,6 +94,13 @@ class Pace(_Message):
     rate: Annotated[float, Field(ge=0.1, le=240)] | None = None
 
 
+class Autopilot(_Message):
+    """Let the model play until a key is pressed, or stop it."""
+
+    type: Literal["autopilot"]
+    on: bool
+
+
 class Save(_Message):
     """Send the record."""
 
@@ -106,7 +113,7 @@ class Audit(_Message):
     type: Literal["audit"]
 
 
-Command = Reset | Rewind | Branch | Visit | Choose | Pace | Save | Audit
+Command = Reset | Rewind | Branch | Visit | Choose | Pace | Autopilot | Save | Audit
 Message = Hello | Input | Ack | Command
 _MESSAGE: Final[TypeAdapter[Message]] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 

@@ -25,6 +25,7 @@ from diagd.play.pictures import PictureEncoder, Pictures
 from diagd.play.room import Room
 from diagd.play.site import SOCKET, Site
 from diagd.play.stage import Stage, Update
+from diagd.runtime.actions import describe
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
@@ -305,7 +306,7 @@ class Server:
             "cover": self._game.view.codec.spec.cover,
             "controls": self._inputs.controls.model_dump(mode="json"),
             "has_actions": manifest.actions is not None,
-            "autopilot": False,
+            "autopilot": self._game.session.acts,
             "fps": manifest.frames_per_second,
         }
 
@@ -326,12 +327,18 @@ class Server:
     def _obey(self, client: Client, message: Message) -> None:
         """What the player says."""
         if isinstance(message, Input):
+            flown = self._inputs.autopilot
             self._inputs.update(message.keys, (message.dy, message.dx), message.axes, message.t)
+            if flown and not self._inputs.autopilot:
+                self._post(client, lambda: None)
             if self._stage.mode == "step":
                 self._stage.wake()
         elif isinstance(message, messages.Pace):
             self._stage.mode = message.mode or self._stage.mode
             self._stage.pacer.asked = message.rate or self._stage.pacer.asked
+            self._post(client, lambda: None)
+        elif isinstance(message, messages.Autopilot):
+            self._inputs.autopilot = message.on and self._game.session.acts
             self._post(client, lambda: None)
         elif isinstance(message, messages.Save):
             self._post(client, self._send_record)
@@ -405,6 +412,7 @@ class Server:
             "settings": game.settings.model_dump(mode="json"),
             "marks": marks,
             "here": game.here,
+            "autopilot": self._inputs.autopilot,
             "known": game.known,
         }
 
@@ -433,7 +441,7 @@ class Server:
         spent = {"wait": taken.waited, "decode": shown.decode, "pixels": shown.pixels, "encode": encode}
         return {
             "echo": taken.echo,
-            "action": taken.action,
+            "action": self._done(shown),
             "ms": {name: round(1e3 * seconds, 2) for name, seconds in spent.items()},
             "passes": shown.frame.steps,
             "fps": round(pacer.fps, 1),
@@ -442,6 +450,13 @@ class Server:
             "rate": round(pacer.rate, 1),
             "late": pacer.late,
         }
+
+    def _done(self, shown: Shown) -> dict[str, Any]:
+        """The action that led to a frame, the player's or the model's."""
+        codec = self._game.bundle.manifest.actions
+        if shown.taken.ids is not None or codec is None:
+            return shown.taken.action
+        return describe(codec, shown.frame.action)
 
     def _show_player(self, header: dict[str, Any], parts: list[bytes]) -> None:
         self._number += 1

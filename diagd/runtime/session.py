@@ -238,6 +238,11 @@ class Session:
         seed = self._stream.seed if seed is None else seed
         return next(iter(self.frames(decoder, actions, count=1, sampling=sampling, seed=seed)))
 
+    @property
+    def acts(self) -> bool:
+        """Whether the model decodes actions."""
+        return self._law is not None
+
     def act(self, *, sampling: SamplingSettings | None = None, seed: int | None = None) -> Int:
         """The action int32 [n] that the model takes at the last frame; the stream stays as it is.
 

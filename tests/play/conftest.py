@@ -53,11 +53,14 @@ def serve(world: Path) -> Serve:
 
     @contextmanager
     def serving(
-        options: GameOptions | None = None, limits: Limits = LOOSE, rate: float = 60.0
+        options: GameOptions | None = None,
+        limits: Limits = LOOSE,
+        rate: float = 60.0,
+        bundle: Path = world,
     ) -> Iterator[tuple[str, Server]]:
-        game = open_game(world, options or GameOptions())
+        game = open_game(bundle, options or GameOptions())
         codec = game.bundle.manifest.actions
-        inputs = Inputs(read_controls(world, codec), codec)
+        inputs = Inputs(read_controls(bundle, codec), codec)
         server = Server(game, inputs, replace(Address(), port=0), rate, limits=limits)
         urls: list[str] = []
         ready, loop = threading.Event(), asyncio.new_event_loop()

@@ -92,6 +92,23 @@ def test_a_change_is_echoed_once_with_its_wait() -> None:
     assert (held.take().echo, held.take().waited) == (None, 0.0)
 
 
+def test_the_model_plays_until_the_player_does_something() -> None:
+    held, clock = inputs(CHOICES)
+    held.update(["ArrowLeft"])
+    held.autopilot = True
+    assert held.take().ids is None
+    held.update(["ArrowLeft"])
+    held.update([])
+    clock.now = 2.0  # silence is no key
+    assert held.take().ids is None
+    held.update(["ArrowRight"])
+    assert held.take().action == {"action": "right"}
+    assert not held.autopilot
+    held.autopilot = True
+    held.release()
+    assert held.take().ids is not None
+
+
 def test_who_is_silent_lets_go() -> None:
     held, clock = inputs(CHOICES)
     held.update(["ArrowLeft"])

@@ -11,14 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from diagd.bundle import Bundle
+from diagd.cli.main import main
 from diagd.play.messages import without_paths
 from diagd.play.opening import GameOptions
 from diagd.play.record import read_record
 from diagd.play.server import Limits
+from diagd.runtime.actions import describe
 from tests.play.conftest import Serve
 
 
@@ -143,6 +147,31 @@ def test_who_says_nothing_is_let_go(serve: Serve) -> None:
         socket_url = address.replace("http", "ws") + "/socket"
         with connect(socket_url, origin=address) as socket, pytest.raises(ConnectionClosed):  # type: ignore[arg-type]
             socket.recv(timeout=10)
+
+
+def test_the_model_plays_until_a_key_is_pressed(serve: Serve, small_wham: Bundle, tmp_path: Path) -> None:
+    """Its actions are told and recorded as a player's are, and play again to the token."""
+    record, prompt = tmp_path / "played.ndjson", tmp_path / "start.npy"
+    np.save(prompt, np.random.default_rng(0).integers(1, 64, (1, 3, 5)))
+    options = GameOptions(prompts=(prompt,), record=record)
+    with serve(options, bundle=small_wham.path) as (url, _), player(url) as one:
+        assert one.until(type="welcome")["autopilot"]
+        assert not one.until(type="state")["autopilot"]
+        one.say(type="autopilot", on=True)
+        assert one.until(type="state", autopilot=True)
+        seen = [one.frame()["action"] for _ in range(4)]
+        assert all(len(action["sticks"]) == 4 for action in seen)
+        one.say(type="input", t=1.0, keys=["KeyA"])
+        assert not one.until(type="state", autopilot=False)["autopilot"]
+        assert one.until(kind="frame", echo=1.0)["action"] == {"sticks": [-1.0, 0.0, 0.0, 0.0]}
+    codec, played = small_wham.manifest.actions, tmp_path / "played.npy"
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    ids = [line["action"] for line in lines if "frame" in line]
+    assert codec is not None
+    assert seen[-1] in [describe(codec, np.array(action)) for action in ids]
+    command = ["generate", str(small_wham.path), "--prompt", str(record), "--output", str(played)]
+    assert main(command) == 0
+    assert len(np.load(played)) == len(ids)
 
 
 def test_a_key_moves_the_world_and_commands_move_it_back(serve: Serve, tmp_path: Path) -> None:

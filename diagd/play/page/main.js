@@ -75,7 +75,7 @@ function showTree({ marks: listed, here }) {
   at("tree").replaceChildren(build(null));
 }
 
-function showSettings({ settings, rate, mode }) {
+function showSettings({ settings, rate, mode, autopilot }) {
   const form = at("settings").elements;
   const lags = settings.decoder.match(/^k=(\d+) (serial|chained|d=\d+)/);
   const shown = { ...settings, rate, decoder: lags ? "diagonal" : settings.decoder };
@@ -83,6 +83,7 @@ function showSettings({ settings, rate, mode }) {
   for (const [name, value] of Object.entries(shown)) if (form[name] && form[name] !== document.activeElement) form[name].value = value;
   form.k.disabled = form.d.disabled = !lags;
   for (const button of document.querySelectorAll("[name=mode]")) button.checked = button.value === mode;
+  at("autopilot").checked = Boolean(autopilot);
 }
 
 link.addEventListener("welcome", ({ detail }) => {
@@ -94,7 +95,7 @@ link.addEventListener("welcome", ({ detail }) => {
   keys.touch(at("pad"), at("buttons"), label);
   at("lock").hidden = !detail.controls.mouse;
   at("autopilot").disabled = !detail.autopilot;
-  at("autopilot-note").textContent = detail.autopilot ? "" : "Not available: this model does not decode its own actions.";
+  at("autopilot-note").textContent = detail.autopilot ? "The model plays, until you press a key." : "Not available: this model does not decode its own actions.";
   at("save-keys").onclick = () => save("controls.json", JSON.stringify(detail.controls, null, 2));
   link.picture = detail;
   status("live", "connected");
@@ -155,6 +156,7 @@ at("settings").onchange = ({ target }) => {
   const decoder = form.decoder.value === "diagonal" ? `k=${form.k.value} ${lag}` : form.decoder.value;
   link.send({ type: "choose", settings: { ...state.settings, ...(["decoder", "k", "d"].includes(name) ? { decoder } : { [name]: number }) } });
 };
+at("autopilot").onchange = ({ target }) => { link.send({ type: "autopilot", on: target.checked }); at("screen").focus(); };
 at("lock").onclick = () => { at("screen").focus(); keys.lock(); };
 
 function toggle(button, target, on) {
