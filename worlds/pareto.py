@@ -21,6 +21,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.runtime.decoders import Decoder, DraftDecoder, ScheduledDecoder
 from diagd.runtime.decoders.scoring import Proposal, Scorer, open_scorer, worst_likelihood
 from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.strategy import DRAFT, DraftOptions, parse_decoder
 from diagd.schedule import StreamLayout
@@ -106,7 +107,7 @@ def compare(
         for number in range(len(evaluation.truth)):
             report(f"rollout {number + 1} of {len(evaluation.truth)}")
             for contestant in contestants:
-                _roll_out(target, contestant, evaluation, number)
+                roll_out(target, contestant, evaluation, number)
     return _marked([_point(contestant, evaluation) for contestant in contestants])
 
 
@@ -165,7 +166,7 @@ def _bars(
     """Quantiles of the scores of drafts in rollouts that keep all of them."""
     decoder = draft(EVERYTHING, scorer)
     for number in range(len(evaluation.truth)):
-        _roll_out(target, Contestant("", "", decoder), evaluation, number)
+        roll_out(target, Contestant("", "", decoder), evaluation, number)
     scores = np.array(decoder.scores)
     return [float(bar) for bar in np.quantile(scores[np.isfinite(scores)], shares)]
 
@@ -177,7 +178,14 @@ def _known(layout: StreamLayout, evaluation: Evaluation, number: int) -> tuple[A
     return rows[:prompt, 1:].reshape(prompt, layout.rows, layout.columns), rows[:, :1]
 
 
-def _roll_out(session: Session, contestant: Contestant, evaluation: Evaluation, number: int) -> None:
+def roll_out(
+    session: Session,
+    contestant: Contestant,
+    evaluation: Evaluation,
+    number: int,
+    sampling: SamplingSettings | None = None,
+) -> None:
+    """One rollout; ``sampling`` is the evaluation's unless told otherwise."""
     frames, actions = _known(session.layout, evaluation, number)
     options, stream = evaluation.options, evaluation.truth[number].copy()
     session.start(frames, actions[: len(frames)])
@@ -185,7 +193,7 @@ def _roll_out(session: Session, contestant: Contestant, evaluation: Evaluation, 
         session.frames(
             contestant.decoder,
             actions[len(frames) :],
-            sampling=options.sampling,
+            sampling=sampling or options.sampling,
             seed=options.seed + number,
         )
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+from benchmarks.quality.decoders import DecoderFigures
 from diagd.schedule import RowSeed
 from worlds.evaluate import Drift, EvalOptions, GeometryScores, Scores
 from worlds.metrics import Estimate
@@ -72,6 +73,7 @@ class Figures:
         training: the same size trained otherwise.
         frames_per_second: by size and schedule.
         parameters: by size.
+        decoders: by world.
     """
 
     options: EvalOptions
@@ -81,6 +83,7 @@ class Figures:
     training: list[TrainingRow] = field(default_factory=list)
     frames_per_second: dict[str, dict[str, float]] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+    decoders: dict[str, DecoderFigures] = field(default_factory=dict)
 
 
 def quality_page(figures: Figures, shipped_size: str) -> str:
@@ -90,6 +93,8 @@ def quality_page(figures: Figures, shipped_size: str) -> str:
         speeds = figures.frames_per_second.get(shipped_size, {})
         sections += _shipped_lines(figures.shipped, speeds)
         sections += _drift_lines(figures.shipped.drift) if figures.shipped.drift else []
+    for world, found in figures.decoders.items():
+        sections += _decoder_lines(world, found)
     sections += _compat_lines(figures.compat)
     sections += _size_lines(figures)
     sections += _training_lines(figures.training)
@@ -268,6 +273,49 @@ def _training_lines(rows: list[TrainingRow]) -> list[str]:
         ),
         "",
         *_table(("training", "NLL of NTP", *schedules), cells),
+        "",
+    ]
+
+
+def _decoder_lines(world: str, figures: DecoderFigures) -> list[str]:
+    rollouts = "rollouts of one seed each, frames behind the first of a rollout, one core"
+    return [
+        f"## Decoders of {world}",
+        "",
+        *_text(
+            "Whatever decodes, the same rollouts, in turns. `kept`: share of frames that are the drafter's. "
+            "`as NTP`: share of cells that are those of next-token prediction with the same random numbers. "
+            f"Bold: no other is as fast and as likely ({rollouts})."
+        ),
+        "",
+        *_table(
+            ("decoder", "frames/s", "passes", "kept", "NLL under NTP", "as NTP"),
+            [
+                (
+                    f"**{point.name}**" if point.best else point.name,
+                    f"{point.frames_per_second[0]:.1f}",
+                    f"{point.passes:.1f}",
+                    "" if point.kept is None else f"{point.kept:.0%}",
+                    _plain(point.judgement.generated_nll),
+                    _plain(point.judgement.ntp_match),
+                )
+                for point in figures.points
+            ],
+        ),
+        "",
+        *_text("Passes of a frame by Jacobi decoding in windows of whole frames, exact at any temperature:"),
+        "",
+        *_table(("temperature", *figures.passes), [("passes", *map(_plain, figures.passes.values()))]),
+        "",
+        *_text("Rollouts by next-token prediction in other precisions, judged by the model in float32:"),
+        "",
+        *_table(
+            ("precision", "NLL under NTP", "as NTP"),
+            [
+                (precision, _plain(judgement.generated_nll), _plain(judgement.ntp_match))
+                for precision, judgement in figures.precisions.items()
+            ],
+        ),
         "",
     ]
 

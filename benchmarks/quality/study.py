@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from benchmarks.quality.decoders import DECODERS, PRECISIONS, decoder_figures
 from benchmarks.quality.page import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow, quality_page
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
@@ -30,7 +31,7 @@ from worlds.model import BundleModel, open_model
 from worlds.report import save_contact_sheet
 from worlds.run_eval import pictures, walk_actions
 
-PARTS = ("shipped", "compat", "sizes", "training", "speed")
+PARTS = ("shipped", "compat", "sizes", "training", "speed", "decoders")
 SHIPPED_SIZE = "3m"
 ROW_LAGS = (1, 2, 4)
 
@@ -51,6 +52,9 @@ class StudyOptions:
         output: folder of quality.md, quality.json and the pictures.
         sizes: folders of other sizes trained like the shipped model, by name.
         training: folders of the same size trained otherwise, by what was done.
+        worlds: beside the shipped one, whose decoders are compared: model, data and, where it is known, the
+            recording that its rules are learned from, by name.
+        decoder_rollouts: of each decoder.
         parts: what to measure; the rest is taken from quality.json.
         evaluation: sizes and sampling.
         size_rollouts: rollouts of each other size.
@@ -65,6 +69,10 @@ class StudyOptions:
     output: Path
     sizes: Mapping[str, Path] = field(default_factory=dict)
     training: Mapping[str, Path] = field(default_factory=dict)
+    worlds: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    decoder_rollouts: int = 24
+    decoders: tuple[str, ...] = DECODERS
+    precisions: tuple[str, ...] = PRECISIONS
     parts: tuple[str, ...] = PARTS
     evaluation: EvalOptions = field(default_factory=lambda: EvalOptions(windows=96, rollouts=96))
     size_rollouts: int = 48
@@ -134,6 +142,19 @@ class Study:
                 for name, folder in options.sizes.items()
             }
             return replace(figures, sizes={**figures.sizes, **found})
+        if part == "decoders":
+            shipped_world = {options.model.name: (options.model, options.data, options.geometry)}
+            compared = {
+                name: decoder_figures(
+                    self._bundle(folders[0], scratch),
+                    self._evaluation_of(*folders),
+                    report,
+                    options.decoders,
+                    options.precisions,
+                )
+                for name, folders in {**shipped_world, **options.worlds}.items()
+            }
+            return replace(figures, decoders={**figures.decoders, **compared})
         if part == "training":
             rows_of = training_row
             trained = [rows_of(self._evaluation(f), name, report) for name, f in options.training.items()]
@@ -149,6 +170,16 @@ class Study:
             output = scratch / f"{len(self._bundles)}.diagd"
             self._bundles[folder] = export_world(folder, output)
         return self._bundles[folder]
+
+    def _evaluation_of(self, model: Path, data: Path, geometry: Path | None = None) -> Evaluation:
+        """Of any world; few windows, as no likelihood of true frames is asked for."""
+        opened = open_model(model)
+        recording = cached_tokens(data, opened.encoder)
+        rules = None
+        if geometry is not None:
+            rules = Geometry.learn(cached_tokens(geometry, opened.encoder), opened.codes)
+        few = replace(self._options.evaluation, windows=2, rollouts=self._options.decoder_rollouts)
+        return Evaluation(opened, recording, rules, few)
 
     def _evaluation(self, folder: Path, options: EvalOptions | None = None) -> Evaluation:
         chosen = options or self._options.evaluation
@@ -303,6 +334,10 @@ def _folders(given: list[str]) -> dict[str, Path]:
     return {name: Path(folder) for name, _, folder in pairs}
 
 
+def _worlds(given: list[str]) -> dict[str, tuple[Path, ...]]:
+    return {name: tuple(map(Path, str(paths).split(","))) for name, paths in _folders(given).items()}
+
+
 def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
@@ -314,6 +349,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--size", action="append", default=[], help="NAME=FOLDER of a world of another size")
     parser.add_argument("--training", action="append", default=[], help="NAME=FOLDER trained otherwise")
+    parser.add_argument(
+        "--world",
+        action="append",
+        default=[],
+        help="NAME=MODEL,DATA[,GEOMETRY] whose decoders are compared too",
+    )
     parser.add_argument("--part", action="append", choices=PARTS, help="measure this again (default: all)")
     args = parser.parse_args()
     options = StudyOptions(
@@ -323,6 +364,7 @@ def main() -> None:
         output=args.output,
         sizes=_folders(args.size),
         training=_folders(args.training),
+        worlds=_worlds(args.world),
         parts=tuple(args.part or PARTS),
     )
     _say(str(Study(options, _say).run()))

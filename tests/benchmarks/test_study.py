@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib import image
 
-from benchmarks.quality.study import Study, StudyOptions, diagonal_schedules, save_plot
+from benchmarks.quality.study import PARTS, Study, StudyOptions, diagonal_schedules, save_plot
 from diagd.errors import UsageError
 from diagd.export.families.world import SHIPPED
 from diagd.schedule import StreamLayout
@@ -42,6 +42,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> StudyOptions:
 
 
 def test_every_part_is_measured_and_kept(options: StudyOptions) -> None:
+    options = replace(options, parts=tuple(part for part in PARTS if part != "decoders"))
     page = Study(options).run()
     first = json.loads((options.output / "quality.json").read_text())
     assert [row["name"] for row in first["compat"]["again"]] == NAMES
@@ -61,6 +62,32 @@ def test_every_part_is_measured_and_kept(options: StudyOptions) -> None:
     other = replace(options, parts=("training",), evaluation=EvalOptions(windows=4))
     with pytest.raises(UsageError, match="measured with other options"):
         Study(other).run()
+
+
+def test_decoders_of_several_worlds_are_compared(options: StudyOptions) -> None:
+    few = replace(
+        options,
+        parts=("decoders",),
+        output=options.output.with_name("decoders"),
+        decoder_rollouts=2,
+        decoders=("next token", "k=1 chained", "jacobi"),
+        precisions=("int4-weight",),
+        worlds={"another": (FOLDER, options.data)},
+        evaluation=replace(options.evaluation, frames=3),
+    )
+    page = Study(few).run().read_text()
+    found = json.loads((few.output / "quality.json").read_text())["decoders"]
+    assert list(found) == [FOLDER.name, "another"]
+    for world, figures in found.items():
+        assert f"## Decoders of {world}" in page
+        ntp, chained, jacobi = figures["points"]
+        assert (ntp["passes"], chained["passes"]) == (108, 9)
+        assert jacobi["judgement"]["ntp_match"]["mean"] == ntp["judgement"]["ntp_match"]["mean"] == 1
+        assert list(figures["passes"]) == ["0", "0.7", "1", "1.5"]
+        assert all(1 <= passes["mean"] <= 108 for passes in figures["passes"].values())
+        assert figures["precisions"]["fp32"]["ntp_match"]["mean"] == 1
+        assert 0.5 < figures["precisions"]["int4-weight"]["ntp_match"]["mean"] <= 1
+    assert "| precision | NLL under NTP | as NTP |" in page
 
 
 def test_study_covers_serial_and_chained_frames() -> None:
