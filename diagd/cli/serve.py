@@ -33,7 +33,7 @@ class ServeOptions:
 
     bundle: Annotated[File, POSITIONAL] = Field(description="made by diagd-export")
     protocol: Annotated[Literal["wham"], FLAG] = Field(description="of the clients: wham")
-    host: Annotated[str, FLAG] = Field(default="127.0.0.1", description="address to listen on")
+    host: Annotated[str, FLAG] = Field(default="127.0.0.1", min_length=1, description="address to listen on")
     port: Annotated[int, FLAG] = Field(default=5000, ge=0, le=65535, description="0 for any that is free")
     max_jobs: int = Field(default=30, ge=1, le=10_000, description="jobs that may wait")
     max_steps: int = Field(default=10, ge=1, le=10_000, description="frames of a job at most")

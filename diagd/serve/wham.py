@@ -230,14 +230,16 @@ def _form(kind: str, body: bytes) -> dict[str, bytes]:
 
 
 def _picture(content: bytes, name: str) -> Pixels:
-    from PIL import Image, UnidentifiedImageError
+    """Turned as its camera was held, and over black where it is transparent, as everywhere."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise UsageError(f"{name[:80]} has more than {MAX_PIXELS >> 20} megapixels")
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+                raise ValueError(f"it has more than {MAX_PIXELS >> 20} megapixels")
+            shown = ImageOps.exif_transpose(image).convert("RGBA")
+            return np.asarray(Image.alpha_composite(Image.new("RGBA", shown.size, "black"), shown))[..., :3]
+    except Exception as error:  # Pillow raises whatever its parsers meet
         raise UsageError(f"{name[:80]} is no picture: {error}") from None
 
 

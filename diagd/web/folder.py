@@ -91,8 +91,7 @@ def write_page(
     given = runtime()
     chosen = {name: given[name] for name in (*WASM, *(WEBGPU if webgpu else ()))}
     with turn(place):
-        before = place / WORLD
-        ours = {WORLD, *json.loads(before.read_bytes())["files"]} if before.is_file() else set()
+        ours = _written(place / WORLD)
         with atomic_directory(place, ours) as folder:
             for name, content in (page_files() | _scripts()).items():
                 (folder / name).write_bytes(content)
@@ -101,6 +100,20 @@ def write_page(
             text = json.dumps(world | {"files": sizes}, separators=(",", ":"))
             (folder / WORLD).write_text(text, encoding="utf-8")
     return Page(output, world["record"]["precision"], sizes | {WORLD: len(text)})
+
+
+def _written(world: Path) -> set[str]:
+    """What an earlier run wrote, by its own word.
+
+    Raises:
+        UsageError: somebody changed it.
+    """
+    try:
+        return {WORLD, *map(str, json.loads(world.read_bytes())["files"])} if world.is_file() else set()
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"{world} is damaged ({error}), so nothing tells the page's files from yours; name another folder"
+        ) from None
 
 
 def _scripts() -> dict[str, bytes]:

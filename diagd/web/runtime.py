@@ -6,6 +6,8 @@ import hashlib
 import io
 import tarfile
 import urllib.request
+import zlib
+from http.client import HTTPException
 from pathlib import Path
 from typing import Final
 
@@ -72,7 +74,7 @@ def _read(source: Path) -> dict[str, bytes]:
         return {name: path.read_bytes() for name, path in found.items() if path is not None}
     try:
         return _unpacked(source.read_bytes())
-    except (OSError, tarfile.TarError) as error:
+    except Exception as error:  # tarfile and its decompressors raise whatever they meet
         raise UsageError(f"--runtime {source}: {error}; expected the archive at {ADDRESS}") from None
 
 
@@ -105,7 +107,7 @@ def _fetched(progress: Progress) -> dict[str, bytes]:
                 content += chunk
                 advance(len(chunk))
         return _checked(_unpacked(bytes(content)), ADDRESS)
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, HTTPException, tarfile.TarError, EOFError, zlib.error) as error:
         raise DependencyError(
             f"onnxruntime-web {VERSION} cannot be fetched ({error}); bring {ADDRESS} here and give "
             "--runtime FILE"

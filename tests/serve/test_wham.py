@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import threading
 import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +29,7 @@ from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.serve.dreamer import Dreamer
 from diagd.serve.server import DreamServer
-from diagd.serve.wham import Wham, vector_of
+from diagd.serve.wham import Wham, _picture, vector_of
 
 RUNNING = SessionOptions(cpu=CpuOptions(1, prepack=False))
 LIMITS = {"max_concurrent_jobs": 6, "max_dream_steps_per_job": 4, "max_job_lifespan": 60}
@@ -225,6 +227,25 @@ def test_orders_that_cannot_be_taken(client: Client, change: dict[str, Any], mes
     status, told = client.order(job, {"a.png": png(picture(0)), "text": b"no picture"})
     assert (status, message in told) == (400, True), told
     assert client.dreamer.collect([]) == []
+
+
+def test_pictures_are_turned_and_laid_over_black_as_everywhere() -> None:
+    shown = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
+    shown.putpixel((0, 0), (255, 255, 255, 0))
+    file, turned = io.BytesIO(), Image.Exif()
+    turned[0x0112] = 6  # the camera was held on its side
+    shown.save(file, "PNG", exif=turned)
+    taken = _picture(file.getvalue(), "a.png")
+    assert taken.shape == (4, 2, 3)
+    assert (taken[0, 1].tolist(), taken[3, 0].tolist()) == ([0, 0, 0], [255, 0, 0])
+
+
+@pytest.mark.parametrize("size", [(1 << 14, 1 << 14), (5000, 5000)])
+def test_pictures_larger_than_their_file_are_refused(size: tuple[int, int]) -> None:
+    header = b"IHDR" + struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    with pytest.raises(UsageError, match=r"big\.png is no picture"):
+        _picture(content + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")), "big.png")
 
 
 def test_whoever_comes_by_another_way_is_refused(client: Client) -> None:

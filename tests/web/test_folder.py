@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import tarfile
@@ -45,6 +46,12 @@ def test_a_folder_of_something_else_is_refused_and_a_users_file_stays(world: Pat
     assert "--ground" in (page / "style.css").read_text()
     names = {file.name for file in page.iterdir()}
     assert names == {*again.sizes, "CNAME"}
+    told = json.loads((page / "world.json").read_text())
+    for damage in ({"files": 5}, {"format": "diagd web 1"}):
+        (page / "world.json").write_text(json.dumps({"format": told["format"]} | damage))
+        with pytest.raises(UsageError, match="is damaged"):
+            write_page(Bundle.open(world), page, some)
+    assert (page / "CNAME").read_text() == "play.example"
 
 
 def test_a_page_has_the_window_and_precision_asked_for(page: Path, world: Path, tmp_path: Path) -> None:
@@ -88,6 +95,25 @@ def test_a_runtime_is_taken_from_a_folder_and_checked(runtime: dict[str, bytes],
     (tmp_path / "none").write_text("no archive")
     with pytest.raises(UsageError, match="expected the archive"):
         runtime_files(tmp_path / "none", Progress())
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\x1f\x8b\x08\0", b"BZh91AY&SY"])
+def test_what_is_no_archive_of_the_runtime_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "runtime.tgz").write_bytes(content)
+    with pytest.raises(UsageError, match=r"--runtime .*runtime\.tgz"):
+        runtime_files(tmp_path / "runtime.tgz", Progress())
+
+
+def test_an_archive_that_is_cut_off_is_refused(runtime: dict[str, bytes], tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "whole.tgz", "w:gz") as archive:
+        name = min(DIGESTS, key=lambda each: len(runtime[each]))
+        member = tarfile.TarInfo(f"package/dist/{name}")
+        member.size = len(runtime[name])
+        archive.addfile(member, io.BytesIO(runtime[name]))
+    whole = (tmp_path / "whole.tgz").read_bytes()
+    (tmp_path / "cut.tgz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"--runtime .*cut\.tgz"):
+        runtime_files(tmp_path / "cut.tgz", Progress())
 
 
 def test_the_command_says_what_a_browser_loads(
