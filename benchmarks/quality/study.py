@@ -147,7 +147,7 @@ class Study:
             compared = {
                 name: decoder_figures(
                     self._bundle(folders[0], scratch),
-                    self._evaluation_of(*folders),
+                    self._evaluation_of(self._bundle(folders[0], scratch), *folders[1:]),
                     report,
                     options.decoders,
                     options.precisions,
@@ -172,7 +172,7 @@ class Study:
         return self._bundles[folder]
 
     def _evaluation_of(self, model: Path, data: Path, geometry: Path | None = None) -> Evaluation:
-        """Of any world; few windows, as no likelihood of true frames is asked for."""
+        """Of any world, on its users' engine; few windows, as no likelihood of true frames is asked for."""
         opened = open_model(model)
         recording = cached_tokens(data, opened.encoder)
         rules = None
