@@ -63,6 +63,18 @@ def _names(value: object) -> object:
     return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
 
+def _size(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    height, _, width = value.partition("x")
+    if not all(side.isascii() and side.isdigit() for side in (height, width)):
+        raise ValueError("expected HEIGHTxWIDTH, such as 72x96")
+    return int(height), int(width)
+
+
+SIZE = BeforeValidator(_size)
+"""Reads the height and width of a picture."""
+
 NAMES = BeforeValidator(_names)
 """Reads words between commas."""
 

@@ -5,27 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError, unknown
-from diagd.options import FLAG, NAMES, OPTIONS, POSITIONAL, File, Flag
+from diagd.options import FLAG, NAMES, OPTIONS, POSITIONAL, SIZE, File, Flag
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.strategy import DraftOptions
 from diagd.tuning.options import check_device
 
 _MAX_ACTIONS = 256
 GAMES = ("crafter", "doom")
-
-
-def _size(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    height, _, width = value.partition("x")
-    if not all(side.isascii() and side.isdigit() for side in (height, width)):
-        raise ValueError("expected HEIGHTxWIDTH, such as 72x96")
-    return int(height), int(width)
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -71,7 +62,7 @@ class ImportOptions:
     actions: Annotated[tuple[str, ...], NAMES, FLAG] = Field(
         description="names in the order of their ids, the first is the default: noop,left,right"
     )
-    size: Annotated[tuple[int, int], BeforeValidator(_size), FLAG] = Field(
+    size: Annotated[tuple[int, int], SIZE, FLAG] = Field(
         description="HEIGHTxWIDTH in pixels that frames are resized to"
     )
 

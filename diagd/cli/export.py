@@ -14,7 +14,7 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, require
 from diagd.export.options import GraphOptions
-from diagd.options import FLAG, OPTIONS, File
+from diagd.options import FLAG, OPTIONS, SIZE, File
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class ExportOptions:
         default=False, description="print files, sizes and memory; write nothing"
     )
     tokenizer: str | None = Field(default=None, description="checkpoint of the video tokenizer, or 'none'")
+    size: Annotated[tuple[int, int] | None, SIZE] = Field(
+        default=None,
+        description="height and width of the pictures of a Cosmos model that was post-trained at another, "
+        "such as 384x640 or 640x848",
+    )
     graphs: GraphOptions = GraphOptions()
 
     def __post_init__(self) -> None:
@@ -86,7 +91,7 @@ def run(options: ExportOptions) -> int:
     from diagd.export.resume import is_resumable
 
     console = terminal.console()
-    family = find(options.model, options.checkpoint)
+    family = find(options.model, options.checkpoint, options.size)
     if options.dry_run:
         _print_plan(console, Exporter(family, options.graphs, options.pixels), output)
         return 0

@@ -15,6 +15,8 @@ from diagd.errors import UsageError
 from diagd.runtime.arrays import read_arrays
 
 EPISODE = ".npz"
+DREAM = ("raw_context", "dreamt_images", "all_actions")
+"""Pictures and actions of an episode that was dreamt, under the names of the release."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,20 @@ def read_episode(path: Path, codec: ActionCodec | None, name: str) -> Episode:
 
     Args:
         path: .npz with ``images`` uint8 [T, 3, height, width] and ``actions`` [T, n], one number a slot of
-            the codec: buttons as 0 or 1, sticks as bins or as positions in [-1, 1].
+            the codec: buttons as 0 or 1, sticks as bins or as positions in [-1, 1]. Or what was dreamt, see
+            ``Dream``.
         codec: of the model's actions.
         name: of the model, for messages.
 
     Raises:
         UsageError: the file is none, or its actions are not of this model.
     """
-    found = read_arrays(path, ("images", "actions"), "episode")
-    if len(found) < 2:
+    found = read_arrays(path, ("images", "actions", *DREAM), "episode")
+    if all(name in found for name in DREAM):
+        context, dreamt, found["actions"] = (found[name] for name in DREAM)
+        if context.shape[1:] == dreamt.shape[1:]:
+            found["images"] = np.concatenate([context, dreamt])
+    if not {"images", "actions"} <= found.keys():
         raise UsageError(f"{path} is no episode: expected images uint8 [T, 3, height, width] and actions")
     images, numbers = found["images"], found["actions"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):

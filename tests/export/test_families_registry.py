@@ -36,6 +36,21 @@ def test_parameters_are_those_of_the_release(name: str) -> None:
     assert count == pytest.approx(PARAMETERS[name], rel=2e-4)
 
 
+@pytest.mark.parametrize(("size", "grid"), [((384, 640), (24, 40)), ((640, 848), (40, 53))])
+def test_cosmos_has_the_sizes_it_was_post_trained_at(size: tuple[int, int], grid: tuple[int, int]) -> None:
+    family = registry.find("cosmos-5b-video2world", size=size)
+    config, released = family.transformer, registry.find("cosmos-5b-video2world")
+    assert (config.layout.rows, config.layout.columns) == grid
+    assert family.expected == released.expected
+    assert family.tokenizer is not None
+    assert (family.tokenizer.height, family.tokenizer.width) == size
+    assert family.tokenizer.grid == grid
+    with pytest.raises(UsageError, match="multiples of 16"):
+        registry.find("cosmos-4b", size=(380, 640))
+    with pytest.raises(UsageError, match="pictures of one size"):
+        registry.find("mineworld-300m", size=size)
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_rules_fill_the_whole_transformer(name: str) -> None:
     """On the meta device: no tensor of the model without a source, none twice, and shapes that fit."""

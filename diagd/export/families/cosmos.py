@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from diagd.bundle.manifest import ClipRules, IdRange, SamplingRules
 from diagd.bundle.rotary import grid_rotary
 from diagd.bundle.transformer import TextShape, TransformerConfig
+from diagd.errors import UsageError
 from diagd.export.families.family import Family, Names, named_rules
 from diagd.export.tokenizers import cosmos_dv
 from diagd.schedule import StreamLayout
 
 ROWS, COLUMNS, FRAMES = 40, 64, 5
+PIXELS = 16
+"""Of a token, down and across."""
 HEAD_SIZE = 128
 VISUAL_CODES = 64_000
 TEXT = TextShape(length=512, width=1024)
@@ -65,26 +68,40 @@ SIZES = {
 }
 
 
-def build(name: str, checkpoint: str | None = None) -> Family:
-    """One of the released sizes; their dimensions are not read from the checkpoint."""
-    size = SIZES[name]
+def build(
+    name: str, checkpoint: str | None = None, size: tuple[int, int] = (PIXELS * ROWS, PIXELS * COLUMNS)
+) -> Family:
+    """One of the released models; their dimensions are not read from the checkpoint.
+
+    Args:
+        name: of it.
+        checkpoint: default: the released one.
+        size: height and width of the pictures; the release post-trains at 384 x 640 and 640 x 848 too.
+
+    Raises:
+        UsageError: the pictures are not made of whole tokens.
+    """
+    model, (height, width) = SIZES[name], size
+    if height % PIXELS or width % PIXELS or min(size) < PIXELS:
+        raise UsageError(f"pictures of {height}x{width}: expected multiples of {PIXELS}, a token's pixels")
     config = TransformerConfig(
-        layout=StreamLayout(ROWS, COLUMNS, prefix_tokens=(VISUAL_CODES,) * size.text),
+        layout=StreamLayout(height // PIXELS, width // PIXELS, prefix_tokens=(VISUAL_CODES,) * model.text),
         context_frames=FRAMES,
-        vocabulary=VISUAL_CODES + 64 * size.text,
+        vocabulary=VISUAL_CODES + 64 * model.text,
         output_vocabulary=VISUAL_CODES,
-        hidden=size.hidden,
+        hidden=model.hidden,
         feed_forward=14_336,
-        layers=size.layers,
+        layers=model.layers,
         heads=32,
         kv_heads=8,
         head_size=HEAD_SIZE,
-        rotary=grid_rotary(HEAD_SIZE, 500_000.0, yarn_scale=size.yarn_scale, trained=(3, 40)),
-        layer_embedding=size.text,
+        rotary=grid_rotary(HEAD_SIZE, 500_000.0, yarn_scale=model.yarn_scale, trained=(3, 40)),
+        layer_embedding=model.text,
         qk_norm=True,
-        text=TEXT if size.text else None,
+        text=TEXT if model.text else None,
     )
-    return family(name, config, checkpoint or f"hf://{size.repository}/model.pt")
+    weights = checkpoint or f"hf://{model.repository}/model.pt"
+    return family(name, config, weights, cosmos_dv.CosmosDvConfig(height=height, width=width))
 
 
 SINGLE = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from inspect import signature
 
 from diagd.errors import UsageError, unknown
 from diagd.export.families.family import Family
@@ -26,12 +27,13 @@ MODULES = {
 """Module of this package that holds each model, as ``build(name, checkpoint)``."""
 
 
-def find(name: str, checkpoint: str | None = None) -> Family:
+def find(name: str, checkpoint: str | None = None, size: tuple[int, int] | None = None) -> Family:
     """The model called ``name``.
 
     Args:
         name: as users type it.
         checkpoint: where its weights are, for families whose dimensions are read from there.
+        size: height and width of its pictures, for families that were post-trained at several.
 
     Raises:
         UsageError: there is none; the nearest name and all names are listed. Or the checkpoint is empty.
@@ -41,7 +43,10 @@ def find(name: str, checkpoint: str | None = None) -> Family:
     if checkpoint is not None and not checkpoint.strip():
         raise UsageError(f"the checkpoint of {name} is an empty path; is a variable of the shell not set?")
     module = importlib.import_module(f"diagd.export.families.{MODULES[name]}")
-    family: Family = module.build(name, checkpoint)
+    if size is not None and "size" not in signature(module.build).parameters:
+        raise UsageError(f"size {size[0]}x{size[1]}: {name} has pictures of one size; leave it out")
+    sized = {} if size is None else {"size": size}
+    family: Family = module.build(name, checkpoint, **sized)
     return family
 
 
