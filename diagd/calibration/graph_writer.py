@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from diagd.export.exporter import TORCH_TYPES
 from diagd.export.onnx_file import read_onnx
 from diagd.export.projections import projections
 from diagd.export.step_graph import PLAIN, StepVariant, trace_step
-from diagd.export.tracing import link_weights, save
+from diagd.export.tracing import give_data, save, simplify
 from diagd.export.weights import WeightSource, constant, store
 from diagd.progress import Progress
 
@@ -108,7 +108,8 @@ class GraphWriter:
         model = self._trace(graphs[0], matrices)
         sources = self._rounded(graphs[0], matrices) | self._floats(model, graphs[0], choices)
         with self._progress.bytes(f"writing {name}", sum(s.bytes for s in sources.values())) as advance:
-            self._save(model, name, store(self._bundle.file(weights), sources, advance))
+            give_data(model, self._plain() | store(self._bundle.file(weights), sources, advance))
+            save(_simplify(model), self._bundle.file(name))
         return tuple(self._described(graph, name) for graph in graphs)
 
     def parts(
@@ -124,14 +125,17 @@ class GraphWriter:
         either = {name: EitherMatrix(matrix, inputs[name], dtype) for name, matrix in rounded.items()}
         traced = self._trace(graphs[0], either)
         sources = {f"{name}.rounded": matrix for name, matrix in rounded.items()}
-        tensors = store(self._bundle.file(SINGLE[2]), self._rounded(graphs[0], sources))
+        tensors = self._plain() | store(self._bundle.file(SINGLE[2]), self._rounded(graphs[0], sources))
+        floats = self._part_floats(traced, graphs[0], choices, choices)
+        give_data(traced, tensors | store(self._bundle.file(SINGLE[1]), floats))
+        _simplify(traced, floats)
         try:
             for part in dict.fromkeys(map(part_of, choices)):
                 chosen = {name: choice for name, choice in choices.items() if part_of(name) == part}
-                floats = self._floats(traced, graphs[0], chosen) | self._switches(graphs[0], choices, chosen)
-                self._bundle.file(SINGLE[1]).unlink(missing_ok=True)
-                more = store(self._bundle.file(SINGLE[1]), floats)
-                self._save(traced.clone(), SINGLE[0], tensors | more)
+                self._bundle.file(SINGLE[1]).unlink()
+                floats = self._part_floats(traced, graphs[0], choices, chosen)
+                give_data(traced, tensors | store(self._bundle.file(SINGLE[1]), floats))
+                save(traced, self._bundle.file(SINGLE[0]))
                 yield part, tuple(self._described(graph, SINGLE[0]) for graph in graphs)
         finally:
             for name in SINGLE:
@@ -179,17 +183,10 @@ class GraphWriter:
             variant=StepVariant(matrices, bool(target.row_scales), opset=target.opset(graph.form)),
         )
 
-    def _save(self, model: ir.Model, name: str, tensors: Mapping[str, ir.TensorProtocol]) -> None:
+    def _plain(self) -> dict[str, ir.TensorProtocol]:
+        """Tensors as they are stored, by their names in the graphs."""
         stored = self._stored.tensors()
-        plain = {tensor + PLAIN: stored[tensor] for tensor in stored}
-        link_weights(model, stored | plain | dict(tensors))
-        # Where ONNX Runtime knows shapes, it makes a product and its residual one Gemm, which then hides the
-        # product from the fusion with DequantizeLinear.
-        for node in model.graph:
-            for value in node.outputs:
-                if not value.is_graph_output():
-                    value.shape = value.type = None
-        save(model, self._bundle.file(name))
+        return {**stored, **{name + PLAIN: tensor for name, tensor in stored.items()}}
 
     def _dtype(self, graph: StepGraph) -> np.dtype[np.generic]:
         return np.dtype(np.float16 if self._target.precision(graph) == "fp16" else np.float32)
@@ -201,8 +198,11 @@ class GraphWriter:
             found |= {f"{name}.{key}": source for key, source in matrix.sources.items()}
         return found
 
-    def _switches(self, graph: StepGraph, choices: Choices, chosen: Choices) -> dict[str, WeightSource]:
-        found = dict[str, WeightSource]()
+    def _part_floats(
+        self, model: ir.Model, graph: StepGraph, choices: Choices, chosen: Choices
+    ) -> dict[str, WeightSource]:
+        """What differs between graphs of which some products are quantised: switches and divided tensors."""
+        found = self._floats(model, graph, chosen)
         for name in choices:
             on = np.asarray(name in chosen, self._dtype(graph))
             found |= {f"{name}.on": constant(on), f"{name}.off": constant(1 - on)}
@@ -231,6 +231,19 @@ class GraphWriter:
                 target = divisors.setdefault(tensor, np.ones(width, np.float32))
                 target[fold.start : fold.start + projection.inputs] *= choice.factors
         return divisors
+
+
+def _simplify(model: ir.Model, changing: Collection[str] = ()) -> ir.Model:
+    """A graph whose quantised products ONNX Runtime finds.
+
+    Where it knows shapes, it makes a product and its residual one Gemm, which then hides the product from the
+    fusion with DequantizeLinear.
+    """
+    for node in simplify(model, changing).graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None
+    return model
 
 
 def file_names(file: str, precision: str) -> tuple[str, str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,15 +95,46 @@ def link_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> i
 
     Args:
         model: from ``trace``; changed in place.
+        tensors: see ``give_data``.
+    """
+    return simplify(give_data(model, tensors))
+
+
+def give_data(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.Model:
+    """Refer initializers to their data.
+
+    Args:
+        model: changed in place.
         tensors: tensor of every parameter and buffer, by name, most of them external. Their types are the
             graph's, also where PyTorch has none for them.
     """
-    from onnxscript import optimizer
-
     for name, value in model.graph.initializers.items():
         if name in tensors:  # the others are literals of the module's code and hold their data
             value.const_value, value.dtype = tensors[name], tensors[name].dtype
-    optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    return model
+
+
+def simplify(model: ir.Model, changing: Collection[str] = ()) -> ir.Model:
+    """Optimise a traced graph in place, and leave out what only says how it was made.
+
+    Args:
+        model: its initializers have data.
+        changing: initializers that are given other data later: nothing is made of what they hold now.
+    """
+    import onnx_ir as ir
+    from onnxscript import optimizer
+
+    random = np.random.default_rng(0)  # equal ones would be merged
+    for name in changing:
+        value = model.graph.initializers[name]
+        if (data := value.const_value) is not None and data.size <= FOLD_LIMIT:
+            value.const_value = ir.tensor(random.normal(size=data.shape.numpy()).astype(data.dtype.numpy()))
+    optimizer.optimize_ir(
+        model,
+        input_size_limit=FOLD_LIMIT,
+        output_size_limit=FOLD_LIMIT,
+        should_fold=lambda node: False if any(v and v.name in changing for v in node.inputs) else None,
+    )
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
