@@ -274,6 +274,7 @@ class Inputs:
         self._heard = self._arrived = 0.0
         self._echo: float | None = None
         self.autopilot = False
+        self._changed = self._spent = False
 
     def update(
         self,
@@ -292,6 +293,7 @@ class Inputs:
                 self._tapped |= dict.fromkeys(key for key in keys if key not in self._held)
                 if self._tapped or any(turn) or any(axes):
                     self.autopilot = False
+            self._changed = self._changed or keys != self._held
             self._held, self._axes = keys, axes
             self._turn += turn
 
@@ -303,6 +305,7 @@ class Inputs:
 
     def _forget(self) -> None:
         self._held, self._axes, self._echo = (), (), None
+        self._changed = False
         self._tapped.clear()
         self._turn[:] = self._rest[:] = 0
 
@@ -313,10 +316,24 @@ class Inputs:
             self._expire()
             return bool(self._held or self._tapped or any(self._turn) or any(self._axes))
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether a key was pressed or let go since an action was taken."""
+        with self._lock:
+            return self._changed
+
+    def newer(self) -> Taken | None:
+        """Another action for the frame that began last, where keys changed since and it loses nothing by it.
+
+        A tap or a motion that it began with counts for one frame, and this is the one.
+        """
+        return self.take() if self.has_changed and not self._spent else None
+
     def take(self) -> Taken:
         """The action of the frame that begins now."""
         with self._lock:
             self._expire()
+            self._changed, self._spent = False, bool(self._tapped or any(self._turn))
             codes = (*self._held, *(key for key in self._tapped if key not in self._held))
             self._tapped.clear()
             turn = self._turn + self._rest

@@ -31,6 +31,9 @@ MAX_PAST: Final = 20_000
 
 MAX_BRANCHES: Final = 64
 
+Act = Callable[[], Taken | None]
+"""Asked for the action of a frame."""
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -103,7 +106,8 @@ class Game:
         self._past: list[Past] = []
         self._run: Run[Frame] | None = None
         self._led: dict[int, Taken] = {}
-        self._act: Callable[[], Taken | None] = lambda: None
+        self._act: Act = lambda: None
+        self._newer: Act = lambda: None
         self._next_mark = 1
         self._chosen = 0  # frames up to there were decoded by other settings, or are not known to be by these
 
@@ -240,13 +244,18 @@ class Game:
             self.session.stream = here
         return count, float(shares.mean())
 
-    def advance(self, act: Callable[[], Taken | None]) -> Shown | None:
-        """Decode one frame; ``act`` is asked for an action when a frame begins. None: it had none."""
-        return next(self.session.alone(self.play(act)), None)
+    def advance(self, act: Act, newer: Act = lambda: None) -> Shown | None:
+        """Decode one frame.
 
-    def play(self, act: Callable[[], Taken | None]) -> Run[Shown]:
+        Args:
+            act: asked for an action when a frame begins. None: it has none.
+            newer: asked for another one while the frame is decoded.
+        """
+        return next(self.session.alone(self.play(act, newer)), None)
+
+    def play(self, act: Act, newer: Act = lambda: None) -> Run[Shown]:
         """The same for whoever has its passes run, as a group does that many play in."""
-        self._act = act
+        self._act, self._newer = act, newer
         began = time.perf_counter()
         if self._run is None:
             self._run = self.session.run(
@@ -254,6 +263,7 @@ class Game:
                 self._pull,
                 sampling=self.settings.sampling,
                 seed=self.settings.seed,
+                newer=self._renew,
             )
         frame = None
         try:
@@ -285,6 +295,14 @@ class Game:
         taken = self._act()
         if taken is None:
             raise StopIteration  # the run ends
+        self._led[frame] = taken
+        return taken.ids
+
+    def _renew(self, frame: int) -> Int | None:
+        """Ids that the frame begins anew with, if it does."""
+        taken = self._newer()
+        if taken is None or taken.ids is None:
+            return None
         self._led[frame] = taken
         return taken.ids
 

@@ -52,12 +52,12 @@ class Pacer:
         return max(0.0, self._next - self._clock())
 
     def tick(self) -> None:
-        """A due frame begins; the next is due a period after this one was."""
+        """A frame begins, when it is due or before; the next is due a period later."""
         now, period = self._clock(), 1 / self.rate
         if now - self._next > period:
             self.late += 1
             self._next = now
-        self._next += period
+        self._next = min(self._next, now) + period
 
     def rest(self) -> None:
         """Nothing was due for a while."""

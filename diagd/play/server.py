@@ -331,8 +331,7 @@ class Server:
             self._inputs.update(message.keys, (message.dy, message.dx), message.axes, message.t)
             if flown and not self._inputs.autopilot:
                 self._post(client, lambda: None)
-            if self._stage.mode == "step":
-                self._stage.wake()
+            self._stage.wake()
         elif isinstance(message, messages.Pace):
             self._stage.mode = message.mode or self._stage.mode
             self._stage.pacer.asked = message.rate or self._stage.pacer.asked

@@ -111,12 +111,12 @@ class Stage(threading.Thread):
         if not (moves and self.is_watched):
             self.pacer.rest()
             return _IDLE_SECONDS
-        return self.pacer.delay()
+        return 0.0 if self.inputs.has_changed else self.pacer.delay()
 
     def _play(self) -> None:
         began = time.perf_counter()
         self.pacer.tick()
-        shown = self.game.advance(self.inputs.take)
+        shown = self.game.advance(self.inputs.take, self.inputs.newer)
         assert shown is not None
         self._show(Update(self.game.known, shown.pictures, shown, began))
         self.pacer.add(time.perf_counter() - began)

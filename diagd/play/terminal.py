@@ -145,6 +145,8 @@ class _Player:
                     if self._command(press):
                         return
                 self._inputs.update(held.at(now), stamp=now)
+                if self._inputs.has_changed:
+                    self._stage.wake()
         finally:
             self._stage.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, groupby
 from types import TracebackType
@@ -170,6 +170,7 @@ class Session:
         count: int | None = None,
         sampling: SamplingSettings | None = None,
         seed: int = 0,
+        newer: Callable[[int], Ids | None] | None = None,
     ) -> Iterator[Frame]:
         """Decode frames behind what is known, yielding each when it is complete.
 
@@ -179,12 +180,15 @@ class Session:
             count: most frames; without it the run ends with the actions, or never.
             sampling: default: the manifest's.
             seed: of the random numbers; with the same engine, the same seed gives the same tokens.
+            newer: asked for another action while a frame is decoded; see ``Stream.newer``. For decoders that
+                can begin a frame anew, as Jacobi's can: a key then counts for the picture that comes next.
 
         Raises:
             UsageError: there is no prompt, actions are missing, or the decoder does not fit. On resuming a
                 run after another one was started: it was overtaken.
         """
-        return self.alone(self.run(decoder, actions, count=count, sampling=sampling, seed=seed))
+        run = self.run(decoder, actions, count=count, sampling=sampling, seed=seed, newer=newer)
+        return self.alone(run)
 
     def run(
         self,
@@ -194,9 +198,11 @@ class Session:
         count: int | None = None,
         sampling: SamplingSettings | None = None,
         seed: int = 0,
+        newer: Callable[[int], Ids | None] | None = None,
     ) -> Run[Frame]:
         """The same run for whoever has its passes run, as a group of sessions does."""
         decoder, run = self._start_run(decoder, actions, count, sampling, seed)
+        self._stream.newer = newer
         return self._frames(decoder, run)
 
     def steps(

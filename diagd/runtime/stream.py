@@ -72,6 +72,8 @@ class Stream:
         acting: the model decodes the action that leads to the next frame.
         action: ids int32 [n] that lead to the frame that begins next, once they were asked for; None: the
             model's turn.
+        newer: asked between the passes of a frame, by its index, for another action than it began with; None
+            is given where there is none.
         horizon: last frame that overlapping frames may reach; None: any.
         refills: how often its context was fed again.
         text: embeddings float32 [n, width] that the model attends to.
@@ -98,6 +100,8 @@ class Stream:
         self.law: ActionLaw | None = None
         self.acting = False
         self.action: Int | None = None
+        self.newer: Callable[[int], Ids | None] | None = None
+        self._renewed: tuple[int, int] | None = None
         self.horizon: int | None = None
         self.refills = 0
         self.text: Float | None = None
@@ -154,6 +158,7 @@ class Stream:
     def follow(self, actions: Actions, frames: int | None = None) -> None:
         """Take the actions of a run and how many frames it has at most; frames in flight are given up."""
         self.begun, self.rejected, self.acting, self._asked = self.known, None, False, None
+        self.newer = None
         self._led = {frame: ids for frame, ids in self._led.items() if frame < self.known}
         count = len(actions) if isinstance(actions, np.ndarray) else None
         lengths = [length for length in (frames, count) if length is not None]
@@ -213,6 +218,22 @@ class Stream:
         if frame == self.known:
             self.origin = frame
         self.begun += 1
+        return True
+
+    def renewed(self) -> bool:
+        """Whether a newer action is there for the frame that began last; its rows are given back then.
+
+        Once a frame, so that actions which never rest do not keep one from ending.
+        """
+        frame = self.begun - 1
+        if self.newer is None or self._renewed == (self.beginnings, frame):
+            return False
+        if (ids := self.newer(frame)) is None:
+            return False
+        self._renewed = self.beginnings, frame
+        self.action = np.asarray(ids, np.int32)
+        self._lead(frame, self.action)
+        self.rejected = self.fed
         return True
 
     def led(self, frame: int) -> Int | None:

@@ -109,6 +109,24 @@ def test_the_model_plays_until_the_player_does_something() -> None:
     assert held.take().ids is not None
 
 
+def test_a_key_that_comes_late_counts_for_the_frame_that_began_unless_a_tap_would_be_lost() -> None:
+    held, _ = inputs(CHOICES)
+    held.update(["ArrowLeft"])
+    assert held.has_changed
+    held.take()
+    held.update(["ArrowLeft"])
+    assert held.newer() is None
+    held.update(["ArrowRight"])
+    assert held.newer() is None  # the frame began with a tap of the other key
+    assert held.take().action == {"action": "right"}
+    assert held.take().action == {"action": "right"}
+    held.update(["ArrowRight", "Space"], stamp=7.0)
+    newer = held.newer()
+    assert newer is not None
+    assert (newer.action, newer.echo) == ({"action": "do"}, 7.0)
+    assert held.newer() is None
+
+
 def test_who_is_silent_lets_go() -> None:
     held, clock = inputs(CHOICES)
     held.update(["ArrowLeft"])

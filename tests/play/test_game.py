@@ -245,3 +245,25 @@ def test_a_record_that_is_gone_is_said_so(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="record cannot be read"):
         game.record.read()
     game.close()
+
+
+def test_a_frame_under_a_newer_action_plays_again(world: Path, tmp_path: Path) -> None:
+    """What is recorded is the action that it was decoded under."""
+    path = tmp_path / "played.ndjson"
+    with open_game(world, GameOptions(record=path)) as game:
+        codec = game.bundle.manifest.actions
+        assert codec is not None
+        with_order(game, "jacobi")
+        game.reset(game.prompts[0])
+
+        def taken(name: str) -> Taken:
+            return Taken(encode(codec, {"action": name}), {"action": name})
+
+        asked = iter([None, taken("down")])
+        shown = game.advance(lambda: taken("left"), lambda: next(asked, None))
+        assert shown is not None
+        assert shown.taken.action == {"action": "down"}
+    _, lines = read_record(path)
+    with open_game(world, GameOptions()) as again:
+        (repeated,) = replay(again, lines)
+        np.testing.assert_array_equal(repeated.frame.tokens, shown.frame.tokens)

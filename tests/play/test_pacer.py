@@ -31,6 +31,16 @@ def test_ticks_come_at_the_rate_and_missed_ones_are_not_made_up_for() -> None:
     assert pacer.delay() == pytest.approx(0.1)
 
 
+def test_a_frame_before_its_time_is_followed_a_period_later() -> None:
+    clock = Clock()
+    pacer = Pacer(10, clock)
+    pacer.tick()
+    clock.now += 0.04
+    pacer.tick()
+    assert pacer.delay() == pytest.approx(0.1)
+    assert pacer.late == 0
+
+
 def test_the_rate_is_one_that_can_be_kept() -> None:
     pacer = Pacer(60, Clock())
     assert pacer.rate == 60

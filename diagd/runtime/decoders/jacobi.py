@@ -36,8 +36,9 @@ class JacobiDecoder(Decoder):
     what was drawn. These cells are kept, rows of wrong guesses are given back, and the draws are the next
     guesses.
 
-    Frames are decoded one after another: a new action counts for the frame that it leads to. One that the
-    model decodes is guessed and verified in the same way, ahead of its frame.
+    Frames are decoded one after another: a new action counts for the frame that it leads to, and one that is
+    newer than a frame under way begins it anew, with what was drawn so far as guesses. One that the model
+    decodes is guessed and verified in the same way, ahead of its frame.
 
     Args:
         window: rows that a pass verifies, its first included; default: chosen as it goes, see
@@ -98,7 +99,7 @@ class JacobiDecoder(Decoder):
         unfed = 0 if decided else start - 1 - stream.fed
         if unfed > min(stream.max_width - 1, stream.layout.gap):  # a prompt
             yield feed(np.arange(stream.fed, start - 1), stream.max_width)
-            unfed = 0
+            stream.fed, unfed = start - 1 - stream.layout.gap, 0
         while decided < len(draft):
             rows = self._rows(stream, unfed, len(draft) - decided)
             result = yield shifted(_pass(unfed, rows), start + decided - 1 - unfed)
@@ -106,6 +107,8 @@ class JacobiDecoder(Decoder):
             decided, unfed = decided + kept, 0
             if kept < rows:
                 stream.rejected = start + decided - 1
+            if decided < len(draft) and stream.renewed():
+                decided, unfed = 0, start - 1 - stream.fed
             if self._deadline is not None and time.perf_counter() - began > self._deadline:
                 break
         return decided

@@ -298,3 +298,37 @@ def test_one_decoder_serves_streams_of_any_grid(tmp_path: Path) -> None:
         session = diagd.load(export_small(model, tmp_path / f"{layout.rows}.diagd"), threads=1)
         session.start(np.zeros((1, layout.rows, layout.columns), np.int32), np.full((1, 1), CODES, np.int32))
         assert session.step(np.array([CODES]), decoder, seed=1).exact
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_newer_action_begins_a_frame_anew(session: Session, after: int) -> None:
+    """Its tokens are those of a frame that began with it, wherever in the frame it came."""
+    settings, layout = SETTINGS["T=1, top-p"], session.layout
+    given, other = actions(layout, FRAMES), actions(layout, FRAMES, seed=8)
+    passes = {"asked": 0, "frame": -1}
+
+    def newer(frame: int) -> np.ndarray | None:
+        passes.update(frame=frame, asked=1 if passes["frame"] != frame else passes["asked"] + 1)
+        return other[frame - 2] if passes["asked"] == after else None
+
+    prompt(session)
+    run = session.frames(JacobiDecoder(2), given, count=FRAMES, sampling=settings, seed=SEED, newer=newer)
+    seen = [frame.tokens for frame in run]
+    np.testing.assert_array_equal(session.stream.past[-1].actions, other[-1])
+    prompt(session)
+    run = session.frames(next_token(layout), other, count=FRAMES, sampling=settings, seed=SEED)
+    np.testing.assert_array_equal(seen, [frame.tokens for frame in run])
+
+
+def test_an_action_that_never_rests_lets_frames_end(session: Session) -> None:
+    given = actions(session.layout, FRAMES)
+    asked = []
+
+    def newer(frame: int) -> np.ndarray:
+        asked.append(frame)
+        return given[0]
+
+    prompt(session)
+    for _ in session.frames(JacobiDecoder(2), given, count=FRAMES, seed=SEED, newer=newer):
+        pass
+    assert asked == list(range(2, 2 + FRAMES))
