@@ -71,7 +71,7 @@ def test_decoders_of_several_worlds_are_compared(options: StudyOptions) -> None:
         output=options.output.with_name("decoders"),
         decoder_rollouts=2,
         decoders=("next token", "k=1 chained", "jacobi"),
-        precisions=("int4-weight",),
+        precisions=(),  # what calibrates them is tested where it is
         worlds={"another": (FOLDER, options.data)},
         evaluation=replace(options.evaluation, frames=3),
     )
@@ -85,8 +85,9 @@ def test_decoders_of_several_worlds_are_compared(options: StudyOptions) -> None:
         assert jacobi["judgement"]["ntp_match"]["mean"] == ntp["judgement"]["ntp_match"]["mean"] == 1
         assert list(figures["passes"]) == ["0", "0.7", "1", "1.5"]
         assert all(1 <= passes["mean"] <= 108 for passes in figures["passes"].values())
-        assert figures["precisions"]["fp32"]["ntp_match"]["mean"] == 1
-        assert 0.5 < figures["precisions"]["int4-weight"]["ntp_match"]["mean"] <= 1
+        assert {name: seen["ntp_match"]["mean"] for name, seen in figures["precisions"].items()} == {
+            "fp32": 1
+        }
     assert "| precision | NLL under NTP | as NTP |" in page
 
 
