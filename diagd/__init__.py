@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from diagd.runtime.step import Frame, Result
     from diagd.runtime.stream import Stream
     from diagd.schedule import Block, RowSeed, Schedule, Step
+
+# ONNX Runtime tells its maker of every session, and keeps an id of the machine, unless this says otherwise.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Block": "diagd.schedule",

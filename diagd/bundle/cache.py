@@ -40,10 +40,12 @@ _swept: set[Path] = set()
 def cache_directory() -> Path | None:
     """Where the cache is: ``$DIAGD_CACHE``, or diagd in the user's cache; None where there is no such place.
 
+    ``~/`` is the home where what set the variable left it as it is.
     Variables that are empty, and a relative ``XDG_CACHE_HOME`` or ``HOME``, are as good as not set.
     """
     if explicit := os.environ.get("DIAGD_CACHE"):
-        return Path(explicit).absolute()
+        home = _home() if explicit.startswith("~/") else None
+        return (home / explicit[2:] if home else Path(explicit)).absolute()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if shared.is_absolute():
         return shared / "diagd"

@@ -113,7 +113,12 @@ def is_where_one_works(path: Path) -> bool:
     """Whether a path is empty, the folder one works in, or one above it."""
     if os.fspath(path) in ("", "."):
         return True
-    return Path.cwd().resolve().is_relative_to(path.resolve())
+    try:
+        return Path.cwd().resolve().is_relative_to(path.resolve())
+    except FileNotFoundError:  # somebody removed the folder one works in
+        if path.is_absolute():
+            return False
+        raise
 
 
 def _resolved(path: Path, option: str) -> Path:

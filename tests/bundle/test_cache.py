@@ -193,6 +193,7 @@ def test_usage_and_clearing(root: Path) -> None:
     ("variables", "expected"),
     [
         ({"DIAGD_CACHE": "/c", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/c"),
+        ({"DIAGD_CACHE": "~/c", "HOME": "/h"}, "/h/c"),
         ({"DIAGD_CACHE": "", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/diagd"),
         ({"XDG_CACHE_HOME": "", "HOME": "/h"}, "/h/.cache/diagd"),
         ({"XDG_CACHE_HOME": "relative", "HOME": "/h"}, "/h/.cache/diagd"),

@@ -72,6 +72,17 @@ def test_nor_is_it_by_another_name(name: str, tmp_path: Path, monkeypatch: pytes
             target(path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="folders one works in stay there")
+def test_a_folder_one_works_in_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "work").rmdir()
+    assert bundle_target(tmp_path / "a.diagd") == tmp_path / "a.diagd"
+    with pytest.raises(UsageError, match="check the path"):
+        bundle_target(Path("a.diagd"))
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a place nobody can write to")
 def test_what_cannot_be_swapped_is_found_before_any_work() -> None:
     """Beside a bundle there must be room for the next one."""

@@ -119,3 +119,13 @@ def test_nothing_tells_where_it_was_made(here: Path) -> None:
 
 def test_the_name_of_what_it_was_made_of_is_told(here: Path) -> None:
     assert b'"source": "model.safetensors"' in (here / "made" / "world.diagd" / "manifest.json").read_bytes()
+
+
+def test_nothing_is_told_to_the_makers_of_the_runtime(tmp_path: Path) -> None:
+    """ONNX Runtime would keep an id of the machine, and events that it sends."""
+    code = "import diagd, onnxruntime; from diagd.play.opening import SHIPPED as b; "
+    code += "onnxruntime.InferenceSession(str(b / 'decoder.onnx'))"
+    homes = {name: str(tmp_path) for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "TMPDIR")}
+    given = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=given | homes)
+    assert list(tmp_path.rglob("*")) == []
