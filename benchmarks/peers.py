@@ -12,6 +12,7 @@ another's core. Times are process CPU time. Bundles are made where they are miss
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -126,9 +127,22 @@ def torch_forms(bundle: Bundle) -> dict[str, TorchForm]:
     from benchmarks.baselines import OptimisedForm, PublishedForm
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     config, weights = bundle.manifest.transformer, _weights(bundle)
     forms = {"PyTorch, published form": PublishedForm, "PyTorch, optimised form": OptimisedForm}
     return {name: form(weights, config, torch.float32, 5552) for name, form in forms.items()}
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, where it is glibc.
+
+    The published form allocates some 900 MB anew in every step. Pages that come from the system each time are
+    half of its time, and more on a machine with other work; no runtime should be judged by that.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(trim_threshold, 2**31 - 1)
+        library.mallopt(mmap_threshold, 1 << 25)  # the most that it takes
 
 
 def show(spent: Times, base: str, title: str, further: Mapping[str, str] = MappingProxyType({})) -> None:

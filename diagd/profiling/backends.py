@@ -43,7 +43,7 @@ def measure_backends(
         What was measured, and what was not with the reason.
 
     Raises:
-        UsageError: nothing can be measured; the window or prompt does not fit.
+        UsageError: nothing runs here, or passes; the window or prompt does not fit.
     """
     began, progress = time.perf_counter(), progress or Progress()
     window = check_window(bundle.manifest, options.window)
@@ -64,7 +64,8 @@ def measure_backends(
         date=datetime.date.today().isoformat(), order=bundle.manifest.order, entries=tuple(entries)
     )
     if (best := found.fastest()) is None:
-        raise UsageError(f"nothing decodes {bundle.path} here; " + "; ".join(s.reason for s in skipped))
+        reasons = "; ".join(f"{left.order}: {left.reason}" for left in skipped)
+        raise UsageError(f"no backend decodes {bundle.path} here inside its gate; {reasons}")
     if not options.cpu.threads:
         entries += _by_threads(best, bundle, options, progress)
         found = found.model_copy(update={"entries": tuple(entries)})
