@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import diagd
-from diagd.bundle import Bundle
+from diagd.bundle import Bundle, Form
 from diagd.bundle.rotary import linear_rotary
 from diagd.bundle.transformer import TransformerConfig
+from diagd.engines.backend import StepOptions
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.processor import open_fixed
 from diagd.errors import UsageError
 from diagd.export.checkpoints import open_checkpoint
 from diagd.export.exporter import GraphOptions, Sources, export
@@ -22,7 +25,7 @@ from diagd.export.families import mineworld, wham
 from diagd.export.families.family import Family
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.session import Session
+from diagd.runtime.session import Session, token_places
 from diagd.schedule import Schedule, StreamLayout
 from tests.export.released import arrays_of, random_tensors
 from tests.oracles import numpy_forward
@@ -92,7 +95,10 @@ def exported(family: Family, folder: Path) -> tuple[Bundle, numpy_forward.Weight
     file = folder / f"{family.name}.ckpt"
     torch.save({"state_dict": tensors}, file)
     made = export(
-        family, GraphOptions(), Sources(open_checkpoint(str(file))), folder / f"{family.name}.diagd"
+        family,
+        GraphOptions(form=(Form.PREFIX, Form.MODERN), widths=(20,)),
+        Sources(open_checkpoint(str(file))),
+        folder / f"{family.name}.diagd",
     )
     return Bundle.open(made.path), arrays_of(tensors)
 
@@ -165,6 +171,19 @@ def test_jacobi_decodes_the_same_actions_and_frames_in_fewer_passes(case: Case, 
     for found, wanted in zip(made(other, JacobiDecoder(), temperature), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
     assert other.timing.steps < one.timing.steps
+
+
+def test_an_engine_of_fixed_shape_gives_the_same_actions(case: Case) -> None:
+    """Its device draws cells only; the rows of an action are asked for."""
+    manifest = case.bundle.manifest
+    tokens = token_places(manifest.layout, WINDOW).size
+    options = StepOptions(0, tokens, CpuOptions(1, prepack=False))
+    with Session(manifest, open_fixed(case.bundle, Form.MODERN, options), WINDOW) as session:
+        for decoder in (ScheduledDecoder(Schedule.next_token(manifest.layout)), JacobiDecoder(), None):
+            session.start(*prompt(case))
+            expected = made(started(case), decoder, 1.0)
+            for found, wanted in zip(made(session, decoder, 1.0), expected, strict=True):
+                np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_decoded_action_counts_as_the_same_one_given(case: Case) -> None:
