@@ -21,6 +21,7 @@ from packaging.version import Version
 from diagd.bundle import Bundle, cache, cache_directory
 from diagd.engines import measured
 from diagd.engines.ceilings import processor_ceilings
+from diagd.engines.devices.kernels import host_build
 from diagd.engines.host import cores, instruction_sets, memory_bytes
 from diagd.engines.onnxruntime_program import INSTALL, provider_problem
 from diagd.errors import BundleError
@@ -71,6 +72,7 @@ def check_machine() -> list[Check]:
         check_python(),
         *check_packages(),
         check_processor(),
+        check_sampler(),
         check_memory(),
         check_disk(),
         check_gpu(),
@@ -136,6 +138,14 @@ def check_processor() -> Check:
     if not flags & {"avx2", "asimddp", "i8mm"}:
         return Check("processor", PROBLEM, found, "int8 will be slower than fp32 here: export fp32")
     return Check("processor", OK, found)
+
+
+def check_sampler() -> Check:
+    """Whether the host's sampler was compiled when diagd was installed."""
+    if host_build() is not None:
+        return Check("sampler", OK, "compiled")
+    found = "not compiled, NumPy draws the same ids in up to ten times the time"
+    return Check("sampler", ABSENT, found, "install a C++ compiler, then reinstall diagd from its source")
 
 
 def check_memory() -> Check:

@@ -64,6 +64,13 @@ def test_the_processor() -> None:
     assert platform.python_version() in doctor.check_python().found
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sampler_that_was_compiled_or_not(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "host_build", lambda: object() if compiled else None)
+    check = doctor.check_sampler()
+    assert (check.status, bool(check.fix)) == (OK if compiled else ABSENT, not compiled)
+
+
 def test_a_driver_that_answers_and_one_that_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor.check_gpu().status in (ABSENT, PROBLEM)
