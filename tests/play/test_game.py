@@ -253,8 +253,8 @@ def test_a_frame_under_a_newer_action_plays_again(world: Path, tmp_path: Path) -
     with open_game(world, GameOptions(record=path)) as game:
         codec = game.bundle.manifest.actions
         assert codec is not None
-        with_order(game, "jacobi")
         game.reset(game.prompts[0])
+        with_order(game, "jacobi")
 
         def taken(name: str) -> Taken:
             return Taken(encode(codec, {"action": name}), {"action": name})
