@@ -93,7 +93,7 @@ def write_page(
     with turn(place):
         ours = _written(place / WORLD)
         with atomic_directory(place, ours) as folder:
-            for name, content in (page_files() | _scripts()).items():
+            for name, content in (page_files() | _own_files()).items():
                 (folder / name).write_bytes(content)
             _pack(bundle, chosen, folder, progress or Progress())
             sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
@@ -116,8 +116,8 @@ def _written(world: Path) -> set[str]:
         ) from None
 
 
-def _scripts() -> dict[str, bytes]:
-    """The worker, and the page's link to it in place of the socket."""
+def _own_files() -> dict[str, bytes]:
+    """The worker, the page's link to it in place of the socket, and the runtime's licence."""
     folder = resources.files("diagd.web") / "page"
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,12 +14,19 @@ import pytest
 from diagd.bundle import Bundle
 from diagd.play.game import replay
 from diagd.play.opening import SHIPPED, GameOptions, open_replay
+from diagd.play.record import Start
 from diagd.web.folder import write_page
 from tests.play.browser import CHROMIUM, Tab, browser
 from tests.play.test_page import CHANGE, KNOWN, LIVE, PIXELS, TOUCH, click, marked, picture
 from tests.web.conftest import Serve
 
 MAX_BYTES = 8_000_000
+UPLOAD = """(() => {{
+  const files = new DataTransfer(), input = document.getElementById("upload");
+  files.items.add(new File([Uint8Array.from({})], "picture.png"));
+  input.files = files.files;
+  input.dispatchEvent(new Event("change"));
+}})()"""
 
 
 def enter(tab: Tab, url: str) -> None:
@@ -60,13 +68,19 @@ def test_what_is_played_is_played_again_by_python(
         tab.until("document.getElementById('hud-audit').textContent.includes('frames')")
         click(tab, "#gallery button:nth-child(2)")
         tab.until(f"{KNOWN} === 1")
+        before = tab.evaluate(PIXELS)
+        tab.evaluate(UPLOAD.format(list((world / "prompts" / "2.png").read_bytes())))
+        tab.until(f"{PIXELS} !== {before!r}")
         click(tab, "[data-do=save]")
-        tab.until("document.getElementById('error').hidden")
+        record = wait_for(tmp_path / "play.ndjson")
         assert not tab.messages
-    record = wait_for(tmp_path / "play.ndjson")
+        tab.evaluate(CHANGE.format("k", "99"))
+        tab.until("document.getElementById('error').textContent.includes('k=99 is outside 1..6')")
     game, lines = open_replay(world, record, GameOptions())
     with game:
         assert len(list(replay(game, lines))) > 30
+    uploaded = [line for _, line in lines if isinstance(line, Start)][-1]
+    assert np.ravel(uploaded.start).tolist() == json.loads((page / "world.json").read_text())["prompts"][2][0]
     kinds = {type(line).__name__ for _, line in lines}
     assert kinds >= {"Start", "Settings", "Played", "Branch", "Rewind", "Visit"}
 
