@@ -2,6 +2,7 @@
 
     python -m benchmarks.play BUNDLE [--fps 60] [--seconds 20]
     python -m benchmarks.play BUNDLE --seconds 1800 --report 60     # soak: memory and latency by the minute
+    python -m benchmarks.play BUNDLE --players 1 2 4 8              # of `diagd serve`, at once
 
 The server is `diagd-play` in a process of its own, as a player would start it. A line a report: frames a
 second; milliseconds from a key's message to its first picture (p50, p95), and of a frame's work at the server
@@ -16,6 +17,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,40 +98,59 @@ def main() -> None:
     parser.add_argument("--report", type=float, default=20.0, help="seconds between two lines")
     parser.add_argument("--decoder", help="of the world, as the page chooses it")
     parser.add_argument("--precision", help="of the step graph")
+    parser.add_argument("--players", type=int, nargs="+", help="how many play at once, as 1 2 4 8")
     args = parser.parse_args()
-    options = ["--set", f"precision={args.precision}"] if args.precision else []
-    command = [
-        sys.executable,
-        "-m",
-        "diagd",
-        "play",
-        args.bundle,
-        "--port",
-        "0",
-        "--fps",
-        str(args.fps),
-        *options,
-    ]
+    for players in args.players or ():
+        many(players, args)
+    if args.players:
+        return
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        url = next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
+    with server("play", args) as (process, url):
         page = Page(url)
         page.hear()
         print(f"command to first picture {time.perf_counter() - began:.2f} s")
-        play(page, process.pid, args)
+        play(page, process, args)
+
+
+@contextmanager
+def server(verb: str, args: argparse.Namespace, *further: str) -> Iterator[tuple[int, str]]:
+    """A server in a process of its own: its number, and the address of the page."""
+    options = ["--set", f"precision={args.precision}"] if args.precision else []
+    command = [sys.executable, "-m", "diagd", verb, args.bundle, "--port", "0", "--fps", str(args.fps)]
+    process = subprocess.Popen([*command, *options, *further], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield (
+            process.pid,
+            next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line))),
+        )
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
-def play(page: Page, process: int, args: argparse.Namespace) -> None:
-    """Hold one key after the other, and measure."""
-    if args.decoder:
-        settings = {"decoder": args.decoder, "temperature": 1.0, "top_k": 0, "top_p": 0.95, "seed": 0}
-        page.say(type="choose", settings=settings)
-    figures, end = Figures(), time.perf_counter() + args.seconds
+def many(players: int, args: argparse.Namespace) -> None:
+    """So many scripted players of `diagd serve` at once: frames a second of all, and what the slowest had."""
+    with server("serve", args, "--sessions", str(players)) as (_, url), ThreadPoolExecutor(players) as pool:
+        pages = [Page(url) for _ in range(players)]
+        for page in pages:
+            page.hear()
+        found = list(pool.map(lambda page: hold_keys(page, args.seconds), pages))
+    rates = [figures.frames / args.seconds for figures in found]
+    keys, work = (
+        max(float(np.percentile(values, 95)) for values in parts)
+        for parts in zip(*((figures.latency, figures.work) for figures in found), strict=True)
+    )
+    print(
+        f"{players} players: {sum(rates):6.1f} frames/s in all, {min(rates):5.1f} at least; "
+        f"p95 of the slowest: key to picture {keys:6.1f} ms, frame {work:6.1f} ms",
+        flush=True,
+    )
+
+
+def hold_keys(page: Page, seconds: float) -> Figures:
+    """Hold one key after the other."""
+    figures, end = Figures(), time.perf_counter() + seconds
     changed, sent, key = 0.0, 0.0, 0
     while (now := time.perf_counter()) < end:
         if now - changed > CHANGE_SECONDS:
@@ -138,11 +161,19 @@ def play(page: Page, process: int, args: argparse.Namespace) -> None:
         header = page.hear()
         if "ms" in header:
             figures.add(header, 1e3 * time.perf_counter())
-        if now - figures.began > args.report:
+    return figures
+
+
+def play(page: Page, process: int, args: argparse.Namespace) -> None:
+    """Hold one key after the other, and say what was measured now and then."""
+    if args.decoder:
+        settings = {"decoder": args.decoder, "temperature": 1.0, "top_k": 0, "top_p": 0.95, "seed": 0}
+        page.say(type="choose", settings=settings)
+    end = time.perf_counter() + args.seconds
+    while (left := end - time.perf_counter()) > 0:
+        figures = hold_keys(page, min(left, args.report))
+        if figures.frames > 10:
             print(figures.line(process), flush=True)
-            figures = Figures()
-    if figures.frames > 10:
-        print(figures.line(process))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,9 @@ class PlanOptions:
     window: int | None = Field(
         default=None, ge=2, description="frames kept in the cache (default: the context)"
     )
+    sessions: int = Field(
+        default=1, ge=1, description="that share the passes of one engine; frames a second are of each"
+    )
     k: Numbers = Field(default=(1, 2), description="row lags, such as 1,2,4")
     clip: int = Field(
         default=1, ge=1, description="frames made at the end of one context; 1 for a sliding window"
@@ -109,6 +112,7 @@ def run(options: PlanOptions) -> int:
         ks=options.k,
         clip=options.clip,
         kv_cache=options.kv_cache,
+        sessions=options.sessions,
     )
     stored = _stored(Path(options.model), options.clip)
     drafted = None

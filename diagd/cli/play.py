@@ -161,12 +161,13 @@ def _serve(
     watch: Callable[[Pixels], None] | None,
 ) -> None:
     from diagd.play.server import Address, Server
+    from diagd.play.table import Table
 
     rate = options.fps or game.bundle.manifest.frames_per_second
     address = Address(options.host, options.port)
     if not address.is_local:
         console.print(f"warning: whoever reaches {options.host} and knows the address below can play; no TLS")
-    server = Server(game, inputs, address, rate, watch)
+    server = Server([Table(game, inputs, rate, watch)], address)
 
     def started(url: str) -> None:
         console.print(f"{game.bundle.manifest.name}: {url}\nCtrl-C ends it.")

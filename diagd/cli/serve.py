@@ -1,4 +1,4 @@
-"""``diagd serve``: a bundle behind a port, for the clients of a release."""
+"""``diagd serve``: a bundle behind a port, for players or for the clients of a release."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ from diagd.options import FLAG, OPTIONS, POSITIONAL, File
 from diagd.runtime.generate import SessionOptions
 
 EXAMPLES = """examples:
+  diagd serve crafter-3m.diagd --sessions 4 --fps 10
   diagd serve wham.diagd --protocol wham
   diagd serve wham.diagd --protocol wham --port 5001 --set backend=cuda
 
-Answers the jobs of WHAM's released server (/new_job, /get_job_results, /cancel_job), so that its
-Demonstrator dreams on this machine: several continuations of a few pictures and actions, which the model goes
-on acting in. It listens on this machine alone; the protocol knows no password, so --host elsewhere lets in
-whoever gets there. Ctrl-C ends it.
+Players see the page of diagd play, each a world of their own, all decoded in the same passes. Who comes when
+all seats are taken, or when one more would take the rate from the others, waits in turn. /health, /ready and
+/metrics (OpenMetrics) are for those who look after it; SIGTERM lets players finish.
+
+--protocol wham answers the jobs of WHAM's released server (/new_job, /get_job_results, /cancel_job), so that
+its Demonstrator dreams on this machine: several continuations of a few pictures and actions, which the model
+goes on acting in.
+
+It listens on this machine alone; that protocol knows no password, so --host elsewhere lets in whoever gets
+there. Ctrl-C ends it.
 """
 
 LOCAL: Final = ("127.0.0.1", "::1", "localhost")
@@ -32,20 +39,59 @@ class ServeOptions:
     """What is served, and where."""
 
     bundle: Annotated[File, POSITIONAL] = Field(description="made by diagd-export")
-    protocol: Annotated[Literal["wham"], FLAG] = Field(description="of the clients: wham")
+    protocol: Annotated[Literal["play", "wham"], FLAG] = Field(
+        default="play", description="of the clients: play (the page, default) or wham"
+    )
+    sessions: Annotated[int, FLAG] = Field(
+        default=4, ge=1, le=256, description="of play: worlds at once (default 4)"
+    )
+    fps: Annotated[float | None, FLAG] = Field(
+        default=None, ge=0.1, le=240, description="of play: frames a second of each (default: the model's)"
+    )
     host: Annotated[str, FLAG] = Field(default="127.0.0.1", min_length=1, description="address to listen on")
     port: Annotated[int, FLAG] = Field(default=5000, ge=0, le=65535, description="0 for any that is free")
-    max_jobs: int = Field(default=30, ge=1, le=10_000, description="jobs that may wait")
-    max_steps: int = Field(default=10, ge=1, le=10_000, description="frames of a job at most")
-    lifespan: int = Field(default=600, ge=1, description="seconds that results nobody fetches are kept for")
+    idle: float = Field(default=300, gt=0, description="of play: seconds a player may press nothing")
+    game: float = Field(default=900, gt=0, description="of play: seconds of a game")
+    drain: float = Field(default=30, ge=0, description="of play: seconds that players have after SIGTERM")
+    max_jobs: int = Field(default=30, ge=1, le=10_000, description="of wham: jobs that may wait")
+    max_steps: int = Field(default=10, ge=1, le=10_000, description="of wham: frames of a job at most")
+    lifespan: int = Field(
+        default=600, ge=1, description="of wham: seconds that results nobody fetches are kept for"
+    )
     seed: int | None = Field(
-        default=None, ge=0, lt=1 << 53, description="of the first job, later ones in order (default: any)"
+        default=None,
+        ge=0,
+        lt=1 << 53,
+        description="of wham: of the first job, later ones in order (default: any)",
     )
     session: SessionOptions = SessionOptions()
 
 
 def run(options: ServeOptions) -> int:
     """Serve until interrupted."""
+    return _play(options) if options.protocol == "play" else _dream(options)
+
+
+def _play(options: ServeOptions) -> int:
+    from diagd.play.opening import GameOptions
+    from diagd.play.server import Address, Limits
+    from diagd.play.service import Service, serve
+
+    console, address = terminal.console(), Address(options.host, options.port)
+    limits = Limits(idle_seconds=options.idle, game_seconds=options.game, drain_seconds=options.drain)
+    if not address.is_local:
+        console.print(f"warning: whoever reaches {options.host} and knows the address below can play; no TLS")
+
+    def started(name: str, url: str) -> None:
+        console.print(f"{name}, {options.sessions} worlds: {url}\nCtrl-C ends it.", soft_wrap=True)
+        sys.stdout.flush()
+
+    service = Service(options.sessions, options.fps, limits)
+    serve(options.bundle, GameOptions(session=options.session), service, address, started)
+    return 0
+
+
+def _dream(options: ServeOptions) -> int:
     from diagd.bundle import Bundle
     from diagd.serve.dreamer import Dreamer
     from diagd.serve.server import DreamServer

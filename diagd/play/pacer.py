@@ -38,6 +38,11 @@ class Pacer:
         return min(self.asked, SHARE / slow) if slow else self.asked
 
     @property
+    def measured(self) -> int:
+        """Frames that figures are of."""
+        return len(self._work)
+
+    @property
     def fps(self) -> float:
         """Frames a second that were shown, of late."""
         shown = self._shown

@@ -1,4 +1,4 @@
-"""One seat in front of a world: who has it, and who waits."""
+"""Seats in front of worlds: who has them, and who waits."""
 
 from __future__ import annotations
 
@@ -30,25 +30,59 @@ class Guest(Protocol):
 Somebody = TypeVar("Somebody", bound=Guest)
 
 
-class Room(Generic[Somebody]):
-    """Gives the seat to the first, then in turn."""
+class Seat(Generic[Somebody]):
+    """One seat.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    Attributes:
+        number: from 0.
+        player: who has it; None: nobody is there.
+        ticket: what brings the player back; "": it is nobody's.
+        taken: when it was given to whom it belongs.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number, self.ticket = number, ""
         self.player: Somebody | None = None
+        self.taken = self.left = 0.0
+
+
+class Room(Generic[Somebody]):
+    """Gives seats to the first, then in turn.
+
+    Args:
+        clock: seconds.
+        seats: how many.
+        admits: whether one more player may have a free seat now.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        seats: int = 1,
+        admits: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._clock, self._admits = clock, admits
+        self.seats: tuple[Seat[Somebody], ...] = tuple(Seat(number) for number in range(seats))
         self.waiting: list[Somebody] = []
-        self._ticket = ""
-        self._left = -HELD_SECONDS
+
+    @property
+    def player(self) -> Somebody | None:
+        """Who has the first seat."""
+        return self.seats[0].player
+
+    def seat_of(self, guest: Somebody) -> Seat[Somebody] | None:
+        """The seat that somebody has."""
+        return next((seat for seat in self.seats if seat.player is guest), None)
 
     def enter(self, guest: Somebody, ticket: str) -> bool:
         """Somebody came; False where too many wait already."""
-        known = bool(self._ticket) and hmac.compare_digest(ticket.encode(), self._ticket.encode())
-        if known:
-            before, self.player = self.player, guest
-            if before is not None:
-                before.put_out()
-            guest.seated(self._ticket, is_new=False)
-            return True
+        for seat in self.seats:
+            if seat.ticket and hmac.compare_digest(ticket.encode(), seat.ticket.encode()):
+                before, seat.player = seat.player, guest
+                if before is not None:
+                    before.put_out()
+                guest.seated(seat.ticket, is_new=False)
+                return True
         if len(self.waiting) >= MAX_WAITING:
             return False
         self.waiting.append(guest)
@@ -57,19 +91,27 @@ class Room(Generic[Somebody]):
 
     def leave(self, guest: Somebody) -> None:
         """Somebody went away; a player's seat is held a while."""
-        if guest is self.player:
-            self.player, self._left = None, self._clock()
+        if (seat := self.seat_of(guest)) is not None:
+            seat.player, seat.left = None, self._clock()
         elif guest in self.waiting:
             self.waiting.remove(guest)
             self._tell()
 
+    def clear(self, seat: Seat[Somebody]) -> None:
+        """Take a seat away from whom it belongs."""
+        seat.player, seat.ticket = None, ""
+
     def turn(self, newcomer: Somebody | None = None) -> None:
-        """Give the seat on where it is free, and tell the others; else tell the newcomer alone."""
-        is_free = self.player is None and self._clock() - self._left >= HELD_SECONDS
-        if is_free and self.waiting:
-            self.player = self.waiting.pop(0)
-            self._ticket = secrets.token_urlsafe(16)
-            self.player.seated(self._ticket, is_new=True)
+        """Give seats on where they are free, and tell the others; else tell the newcomer alone."""
+        moved = False
+        for seat in self.seats:
+            if seat.player is None and seat.ticket and self._clock() - seat.left >= HELD_SECONDS:
+                self.clear(seat)
+            if not seat.ticket and self.waiting and self._admits():
+                seat.player, moved = self.waiting.pop(0), True
+                seat.ticket, seat.taken = secrets.token_urlsafe(16), self._clock()
+                seat.player.seated(seat.ticket, is_new=True)
+        if moved:
             self._tell()
         elif newcomer is not None:
             newcomer.waits(self.waiting.index(newcomer) + 1)

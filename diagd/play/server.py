@@ -1,4 +1,4 @@
-"""Page and socket from one port: an asyncio loop in front of the stage's thread."""
+"""Page and socket from one port: an asyncio loop in front of the conductor's thread."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import asyncio
 import hmac
 import json
 import logging
+import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
 
 from diagd.errors import DiagdError, UsageError, require
 from diagd.play import messages
-from diagd.play.controls import Inputs
-from diagd.play.game import Game, Shown
-from diagd.play.messages import Ack, Hello, Input, Message, without_paths
-from diagd.play.pictures import PictureEncoder, Pictures
-from diagd.play.room import Room
-from diagd.play.site import SOCKET, Site
-from diagd.play.stage import Stage, Update
-from diagd.runtime.actions import describe
+from diagd.play.messages import Ack, Hello, without_paths
+from diagd.play.pacer import SHARE, Pacer
+from diagd.play.room import Room, Seat
+from diagd.play.site import SOCKET, Answer, Site, plain
+from diagd.play.stage import Conductor
+from diagd.play.table import Table
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
@@ -34,20 +32,34 @@ if TYPE_CHECKING:
 MAX_UNSEEN: Final = 2
 """Updates that may be on their way; a slow browser gets fewer, never older ones."""
 
-AUDITED: Final = 16
-"""Frames that are compared with next-token prediction at a time."""
+WARNED_SECONDS: Final = 30.0
+"""Before the end of a game that players are told."""
 
-_REFUSED, _PUT_OUT, _TOO_MANY = 4003, 4001, 4029
+SETTLED: Final = 10
+"""Frames that show what one more player takes, ahead of the next one."""
+
+OPEN_METRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+_REFUSED, _PUT_OUT, _TOO_MANY, _OVER = 4003, 4001, 4029, 4008
 _LOG = logging.getLogger("diagd.play")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of what one connection may do."""
+    """Bounds of what one connection may do, and how long a seat is anybody's.
+
+    Attributes:
+        idle_seconds: a player keeps a seat without a word; None: for ever.
+        game_seconds: a seat is somebody's at most.
+        drain_seconds: players have to end once the server is being closed.
+    """
 
     hello_seconds: float = 5.0
     messages_per_second: float = 240.0
     texts: int = 64
+    idle_seconds: float | None = None
+    game_seconds: float | None = None
+    drain_seconds: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -64,17 +76,11 @@ class Address:
         return self.host in ("127.0.0.1", "::1", "localhost")
 
 
-def packed(header: dict[str, Any], parts: list[bytes]) -> bytes:
-    """A binary message: length of the header (uint32, big endian), header as JSON, then the parts."""
-    head = json.dumps(header | {"sizes": [len(part) for part in parts]}).encode()
-    return len(head).to_bytes(4, "big") + head + b"".join(parts)
-
-
 class Client:
     """One connection: what it is told, and what it may say."""
 
     def __init__(self, server: Server, connection: ServerConnection) -> None:
-        self._server, self._connection = server, connection
+        self._server, self.connection = server, connection
         self._texts: deque[str | bytes] = deque(maxlen=server.limits.texts)
         self._newest: tuple[int, bytes] | None = None
         self._unseen: deque[int] = deque()
@@ -107,7 +113,7 @@ class Client:
 
     def put_out(self) -> None:
         """See ``Guest``."""
-        self._server.close_later(self._connection, _PUT_OUT, "the world was opened elsewhere")
+        self._server.close_later(self.connection, _PUT_OUT, "the world was opened elsewhere")
 
     async def send_all(self) -> None:
         """Send until the connection ends."""
@@ -121,12 +127,12 @@ class Client:
             await self._wake.wait()
             self._wake.clear()
             while self._texts:
-                await self._connection.send(self._texts.popleft())
+                await self.connection.send(self._texts.popleft())
             if self._newest and len(self._unseen) < MAX_UNSEEN:
                 number, update = self._newest
                 self._newest = None
                 self._unseen.append(number)
-                await self._connection.send(update)
+                await self.connection.send(update)
 
     def may_speak(self) -> bool:
         """Count a message; False where there were too many of late."""
@@ -137,15 +143,14 @@ class Client:
 
 
 class Server:
-    """Serves one game.
+    """Serves worlds, each with a seat in front of it.
 
     Args:
-        game: handed to the stage, which closes it.
-        inputs: of the player.
+        tables: handed to a conductor, which closes their games; over the sessions of one group.
         address: where to listen.
-        rate: frames a second to begin with.
-        watch: sees every picture too, in the stage's thread.
-        limits: of connections.
+        limits: of connections and seats.
+        rate: frames a second that every player is to get: nobody is seated who would take it from others.
+            None: who plays gets what there is.
 
     Raises:
         DependencyError: websockets is not installed.
@@ -153,26 +158,18 @@ class Server:
 
     def __init__(
         self,
-        game: Game,
-        inputs: Inputs,
+        tables: Sequence[Table],
         address: Address,
-        rate: float,
-        watch: Callable[[Pictures], None] | None = None,
         limits: Limits | None = None,
+        rate: float | None = None,
     ) -> None:
         require("websockets", extra="play", purpose="play in a browser")
-        spec = game.view.codec.spec
-        self.address, self.limits = address, limits or Limits()
-        self._inputs, self._game, self._watch = inputs, game, watch
-        self._encode = PictureEncoder(spec.height, spec.width)
-        self._size = spec.height, spec.width
-        self._stage = Stage(game, inputs, self._show, self._fail, rate)
-        self._room: Room[Client] = Room()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.address, self.limits, self.tables = address, limits or Limits(), tuple(tables)
+        self.room: Room[Client] = Room(seats=len(self.tables), admits=self._admits)
+        self._conductor = Conductor([table.stage for table in self.tables])
+        self._rate, self._refused = rate, 0
         self._closings: set[asyncio.Task[None]] = set()
-        self._number = 0
-        self._prompt = game.prompts[0]
-        self._gallery: bytes | None = None
+        self._drains: float | None = None  # when the last player has to go
 
     async def run(self, started: Callable[[str], None]) -> None:
         """Serve until cancelled.
@@ -194,10 +191,10 @@ class Server:
     async def _run(self, started: Callable[[str], None]) -> None:
         from websockets.asyncio.server import serve
 
-        self._loop = asyncio.get_running_loop()
         quiet = logging.getLogger("diagd.play.websockets")
         quiet.setLevel(logging.CRITICAL)
-        most = max(messages.MAX_TEXT, self._size[0] * self._size[1] * 4) + 1024
+        height, width = self.tables[0].size
+        most = max(messages.MAX_TEXT, height * width * 4) + 1024
         async with serve(
             self._serve,
             self.address.host,
@@ -213,15 +210,16 @@ class Server:
             port = next(iter(listening.sockets)).getsockname()[1]
             self._site = Site(self.address.host, port)
             name = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
-            self._stage.start()
-            self._stage.post(self._begin)
+            for table in self.tables:
+                table.open(asyncio.get_running_loop())
+            self._conductor.start()
             started(f"http://{name}:{port}/#{self.address.token}")
             try:
-                while True:
+                while self._drains is None or self._playing:
                     await asyncio.sleep(1)
-                    self._room.turn()
+                    self._look_around(time.monotonic())
             finally:
-                await asyncio.to_thread(self._stage.close)
+                await asyncio.to_thread(self._conductor.close)
 
     def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
         from websockets.datastructures import Headers
@@ -232,7 +230,7 @@ class Server:
             return connection.respond(403, f"{refusal}\n")
         if request.path == SOCKET:
             return None
-        answer = self._site.answer(request.path, str(host))
+        answer = self._told(request.path) or self._site.answer(request.path, str(host))
         headers = Headers(answer.headers | {"Content-Length": str(len(answer.body)), "Connection": "close"})
         return Response(answer.status.value, answer.status.phrase, headers, answer.body)
 
@@ -245,7 +243,7 @@ class Server:
             if hello is None:
                 await connection.close(_REFUSED, "the token is wrong; open the printed address")
                 return
-            if not self._room.enter(client, hello.ticket):
+            if not self.room.enter(client, hello.ticket):
                 await connection.close(_TOO_MANY, "too many wait already")
                 return
             sender = asyncio.create_task(client.send_all())
@@ -271,21 +269,96 @@ class Server:
         return hello if hmac.compare_digest(hello.token.encode(), self.address.token.encode()) else None
 
     def _leave(self, client: Client) -> None:
-        was_player = client is self._room.player
-        self._room.leave(client)
-        if was_player:
-            self._inputs.release()
-            self._stage.is_watched = False
+        if (seat := self.room.seat_of(client)) is not None:
+            self.tables[seat.number].leave()
+        self.room.leave(client)
 
     def seat(self, client: Client, ticket: str, is_new: bool) -> None:
         """Let a client play."""
-        self._inputs.release()
-        client.tell(self._welcome(ticket))
-        if self._gallery is not None:
-            client.tell(self._gallery)
-        self._post(client, lambda: self._reset(self._game.prompts[0]) if is_new else self._look())
-        self._stage.is_watched = True
-        self._stage.wake()
+        seat = self.room.seat_of(client)
+        assert seat is not None
+        self._conductor.pacer = Pacer(1.0)
+        self.tables[seat.number].seat(client, ticket, is_new)
+
+    @property
+    def _playing(self) -> int:
+        return sum(seat.player is not None for seat in self.room.seats)
+
+    def _admits(self) -> bool:
+        """Whether all would still get their frames with one player more, by what passes took of late."""
+        if self._drains is not None:
+            return False
+        held = sum(bool(seat.ticket) for seat in self.room.seats)
+        if self._rate is None or not held:
+            return True
+        pacer = self._conductor.pacer  # of what it takes since somebody was seated
+        if pacer.measured < SETTLED:
+            return False
+        if pacer.percentile(95) * (held + 1) / held <= SHARE / self._rate:
+            return True
+        self._refused += 1
+        return False
+
+    def drain(self) -> None:
+        """Seat nobody any more, and end when all have left, or their time is over."""
+        self._drains = time.monotonic() + self.limits.drain_seconds
+
+    def _look_around(self, now: float) -> None:
+        """Once a second: whose time is over, and who is next."""
+        for seat in self.room.seats:
+            if (client := seat.player) is None:
+                continue
+            left, why = self._left(seat, now)
+            if left <= 0:
+                self.tables[seat.number].leave()
+                self.room.clear(seat)
+                self.close_later(client.connection, _OVER, f"{why}; open the address again to play on")
+            elif left <= WARNED_SECONDS:
+                client.tell({"type": "ends", "seconds": round(left), "why": why})
+        self.room.turn()
+
+    def _left(self, seat: Seat[Client], now: float) -> tuple[float, str]:
+        """Seconds that a player has, and what ends them."""
+        heard, limits = self.tables[seat.number].heard, self.limits
+        ends = [(math.inf, "")]
+        if limits.idle_seconds is not None:
+            ends.append((heard + limits.idle_seconds, "nothing was pressed for long"))
+        if limits.game_seconds is not None:
+            ends.append((seat.taken + limits.game_seconds, "the game was as long as games are here"))
+        if self._drains is not None:
+            ends.append((self._drains, "the server is being closed"))
+        end, why = min(ends)
+        return end - now, why
+
+    def _told(self, path: str) -> Answer | None:
+        """What those are told who look after a server; None: the page is asked for."""
+        if path == "/health":
+            alive = self._conductor.is_alive()
+            return plain(HTTPStatus.OK if alive else HTTPStatus.SERVICE_UNAVAILABLE, f"alive {alive}\n")
+        if path == "/ready":
+            free = any(not seat.ticket for seat in self.room.seats) and self._drains is None
+            return plain(HTTPStatus.OK if free else HTTPStatus.SERVICE_UNAVAILABLE, f"free seat {free}\n")
+        return plain(HTTPStatus.OK, self._metrics(), OPEN_METRICS) if path == "/metrics" else None
+
+    def _metrics(self) -> str:
+        """Figures as OpenMetrics 1.0 has them."""
+        pacer, room = self._conductor.pacer, self.room
+        figures = (
+            ("seats", "gauge", "worlds that can be played", len(room.seats)),
+            ("players", "gauge", "who plays", self._playing),
+            ("waiting", "gauge", "who waits", len(room.waiting)),
+            ("frames", "counter", "decoded", self._conductor.frames),
+            ("refusals", "counter", "times a free seat was not given, to keep the rate", self._refused),
+            ("late", "counter", "ticks that were missed", sum(t.stage.pacer.late for t in self.tables)),
+            ("frame_p50_seconds", "gauge", "of the passes and pictures of all", pacer.percentile(50)),
+            ("frame_p95_seconds", "gauge", "of the passes and pictures of all", pacer.percentile(95)),
+        )
+        lines = []
+        for name, kind, what, value in figures:
+            suffix = "_total" if kind == "counter" else ""
+            lines += [f"# TYPE diagd_{name} {kind}", f"# HELP diagd_{name} {what}"]
+            lines.append(f"diagd_{name}{suffix} {value}")
+        return "\n".join([*lines, "# EOF", ""])
 
     def close_later(self, connection: ServerConnection, code: int, reason: str) -> None:
         """Close a connection from outside of its own task."""
@@ -293,186 +366,19 @@ class Server:
         self._closings.add(task)
         task.add_done_callback(self._closings.discard)
 
-    def _welcome(self, ticket: str) -> dict[str, Any]:
-        manifest, layout = self._game.bundle.manifest, self._game.session.layout
-        return {
-            "type": "welcome",
-            "version": messages.VERSION,
-            "ticket": ticket,
-            "name": manifest.name,
-            "licence": manifest.licence,
-            "size": self._size,
-            "grid": [layout.rows, layout.columns],
-            "cover": self._game.view.codec.spec.cover,
-            "controls": self._inputs.controls.model_dump(mode="json"),
-            "has_actions": manifest.actions is not None,
-            "autopilot": self._game.session.acts,
-            "fps": manifest.frames_per_second,
-        }
-
     def _hear(self, client: Client, data: str | bytes) -> None:
         """A message of a client; whatever it is, the server goes on."""
         try:
+            seat = self.room.seat_of(client)
+            table = None if seat is None else self.tables[seat.number]
             if isinstance(data, bytes):
-                self._upload(client, data)
+                if table is not None:
+                    table.upload(client, data)
                 return
             message = messages.parse(data)
             if isinstance(message, Ack):
                 client.seen(message.id)
-            elif client is self._room.player:
-                self._obey(client, message)
+            elif table is not None:
+                table.obey(client, message)
         except DiagdError as error:
             client.tell({"type": "error", "text": without_paths(str(error))})
-
-    def _obey(self, client: Client, message: Message) -> None:
-        """What the player says."""
-        if isinstance(message, Input):
-            flown = self._inputs.autopilot
-            self._inputs.update(message.keys, (message.dy, message.dx), message.axes, message.t)
-            if flown and not self._inputs.autopilot:
-                self._post(client, lambda: None)
-            self._stage.wake()
-        elif isinstance(message, messages.Pace):
-            self._stage.mode = message.mode or self._stage.mode
-            self._stage.pacer.asked = message.rate or self._stage.pacer.asked
-            self._post(client, lambda: None)
-        elif isinstance(message, messages.Autopilot):
-            self._inputs.autopilot = message.on and self._game.session.acts
-            self._post(client, lambda: None)
-        elif isinstance(message, messages.Save):
-            self._post(client, self._send_record)
-        elif not isinstance(message, Hello | Ack):
-            self._post(client, lambda: self._command(message))
-
-    def _command(self, message: messages.Command) -> None:
-        """Move the world, in the stage's thread."""
-        game = self._game
-        if isinstance(message, messages.Reset):
-            number = message.prompt
-            if number is not None and number >= len(game.prompts):
-                raise UsageError(f"no prompt has the number {number}; there are {len(game.prompts)}")
-            self._reset(self._prompt if number is None else game.prompts[number])
-        elif isinstance(message, messages.Rewind):
-            self._stage.look(game.rewind(message.frames))
-        elif isinstance(message, messages.Branch):
-            game.branch()
-        elif isinstance(message, messages.Visit):
-            self._stage.look(game.visit(message.number))
-        elif isinstance(message, messages.Choose):
-            game.choose(message.settings)
-        elif isinstance(message, messages.Audit):
-            frames, share = game.audit(AUDITED)
-            self._call(self._tell_player, {"type": "audit", "frames": frames, "share": share})
-
-    def _send_record(self) -> None:
-        self._call(self._tell_player, packed({"kind": "record"}, [self._game.record.read()]))
-
-    def _reset(self, prompt: Any) -> None:
-        self._prompt = prompt
-        self._stage.look(self._game.reset(prompt))
-
-    def _look(self) -> None:
-        if self._game.known:
-            self._stage.look(self._game.look())
-
-    def _upload(self, client: Client, data: bytes) -> None:
-        """A picture of the world's size, as RGBA, to begin a world from."""
-        height, width = self._size
-        if client is not self._room.player:
-            return
-        if len(data) != height * width * 4:
-            raise UsageError(f"a picture has {len(data)} bytes; expected RGBA of {width} x {height} pixels")
-        pixels = np.frombuffer(data, np.uint8).reshape(1, height, width, 4)[..., :3]
-        codec = self._game.view.codec
-        self._post(client, lambda: self._reset(codec.encode(np.ascontiguousarray(pixels))))
-
-    def _post(self, client: Client, command: Callable[[], object]) -> None:
-        """Run a command between two frames; its error goes to the client, and then how things stand."""
-
-        def run() -> None:
-            try:
-                command()
-            except DiagdError as error:
-                self._call(client.tell, {"type": "error", "text": without_paths(str(error))})
-            self._call(client.tell, self._state())
-
-        try:
-            self._stage.post(run)
-        except UsageError as error:
-            client.tell({"type": "error", "text": str(error)})
-
-    def _state(self) -> dict[str, Any]:
-        game, stage = self._game, self._stage
-        marks = [{"number": m.number, "parent": m.parent, "known": m.known} for m in game.marks.values()]
-        return {
-            "type": "state",
-            "mode": stage.mode,
-            "rate": stage.pacer.asked,
-            "settings": game.settings.model_dump(mode="json"),
-            "marks": marks,
-            "here": game.here,
-            "autopilot": self._inputs.autopilot,
-            "known": game.known,
-        }
-
-    def _begin(self) -> None:
-        """First of all in the stage's thread: pictures of the prompts, and a world."""
-        codec = self._game.view.codec
-        pictures = [list(codec.decode(iter(prompt)))[-1] for prompt in self._game.prompts]
-        kind = self._encode.kind
-        self._gallery = packed({"kind": "gallery", "type": kind}, [self._encode(one) for one in pictures])
-        self._call(self._tell_player, self._gallery)
-        self._reset(self._prompt)
-
-    def _show(self, update: Update) -> None:
-        """Encode an update and leave it for the player; in the stage's thread."""
-        if self._watch is not None:
-            self._watch(update.pictures)
-        began = time.perf_counter()
-        parts = [self._encode(picture) for picture in update.pictures]
-        header: dict[str, Any] = {"kind": "frame", "type": self._encode.kind, "known": update.known}
-        if update.shown is not None:
-            header |= self._figures(update.shown, time.perf_counter() - began)
-        self._call(self._show_player, header, parts)
-
-    def _figures(self, shown: Shown, encode: float) -> dict[str, Any]:
-        pacer, taken = self._stage.pacer, shown.taken
-        spent = {"wait": taken.waited, "decode": shown.decode, "pixels": shown.pixels, "encode": encode}
-        return {
-            "echo": taken.echo,
-            "action": self._done(shown),
-            "ms": {name: round(1e3 * seconds, 2) for name, seconds in spent.items()},
-            "passes": shown.frame.steps,
-            "fps": round(pacer.fps, 1),
-            "p50": round(1e3 * pacer.percentile(50), 1),
-            "p95": round(1e3 * pacer.percentile(95), 1),
-            "rate": round(pacer.rate, 1),
-            "late": pacer.late,
-        }
-
-    def _done(self, shown: Shown) -> dict[str, Any]:
-        """The action that led to a frame, the player's or the model's."""
-        codec = self._game.bundle.manifest.actions
-        if shown.taken.ids is not None or codec is None:
-            return shown.taken.action
-        return describe(codec, shown.frame.action)
-
-    def _show_player(self, header: dict[str, Any], parts: list[bytes]) -> None:
-        self._number += 1
-        if self._room.player is not None:
-            self._room.player.show(self._number, packed(header | {"id": self._number}, parts))
-
-    def _tell_player(self, message: dict[str, Any] | bytes) -> None:
-        if self._room.player is not None:
-            self._room.player.tell(message)
-
-    def _fail(self, text: str) -> None:
-        """The world stands still; in the stage's thread."""
-        self._call(self._tell_player, {"type": "error", "text": without_paths(text)})
-        self._call(self._tell_player, self._state())
-
-    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Run in the loop's thread."""
-        assert self._loop is not None
-        with suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(function, *arguments)

@@ -29,6 +29,11 @@ class Answer:
     body: bytes
 
 
+def plain(status: HTTPStatus, text: str, kind: str = "text/plain; charset=utf-8") -> Answer:
+    """An answer of a few words."""
+    return Answer(status, {"Content-Type": kind, "Cache-Control": "no-store"}, text.encode())
+
+
 class Site:
     """Serves the page's files from the package to those who came by its own address.
 

@@ -1,11 +1,11 @@
-"""The thread that plays a game: commands, then a frame when it is due, with the newest input."""
+"""Worlds that are played, and the thread that plays them: commands, then frames, with the newest input."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -14,12 +14,15 @@ from diagd.play.controls import Inputs
 from diagd.play.game import Game, Shown
 from diagd.play.pacer import Pacer
 from diagd.play.pictures import Pictures
+from diagd.runtime.passes import Run, lock_step
 
 Mode = Literal["live", "step", "pause"]
 """Frames at the rate, a frame for each key pressed or while it is held, or none."""
 
 MAX_COMMANDS: Final = 16
 _IDLE_SECONDS: Final = 0.25
+_SLACK: Final = 0.5
+"""Of a period: a frame that is due so soon is decoded with one that is due."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,20 @@ class Update:
     began: float = 0.0
 
 
-class Stage(threading.Thread):
-    """Plays until it is closed.
+class Stage:
+    """A world that is played: commands to it, and frames when they are due.
 
     Args:
-        game: used by this thread alone from its start on.
+        game: used by the conductor's thread alone from its start on.
         inputs: of the player.
-        show: takes each update, in this thread; what it takes counts to the work of a frame.
+        show: takes each update, in that thread; what it takes counts to the work of a frame.
         fail: takes the text of an error that stopped the world.
         rate: frames a second.
 
     Attributes:
         mode: see `Mode`.
         is_watched: whether there is a player; without one nothing moves.
+        woken: is called when something changed that may make a frame due.
     """
 
     def __init__(
@@ -55,14 +59,12 @@ class Stage(threading.Thread):
         fail: Callable[[str], None],
         rate: float,
     ) -> None:
-        super().__init__(name="stage", daemon=True)
         self.game, self.inputs, self.pacer = game, inputs, Pacer(rate)
         self.mode: Mode = "live"
         self.is_watched = False
+        self.woken: Callable[[], None] = lambda: None
         self._show, self._fail = show, fail
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue(MAX_COMMANDS)
-        self._wake = threading.Event()
-        self._closing = False
 
     def post(self, command: Callable[[], Any]) -> None:
         """Have a command run between two frames; it answers for its own errors.
@@ -74,63 +76,119 @@ class Stage(threading.Thread):
             self._commands.put_nowait(command)
         except queue.Full:
             raise UsageError(f"{MAX_COMMANDS} commands wait already; slow down") from None
-        self._wake.set()
+        self.woken()
 
     def wake(self) -> None:
         """Something changed that may make a frame due."""
-        self._wake.set()
-
-    def close(self) -> None:
-        """End after the frame that is decoded now, and close the game."""
-        self._closing = True
-        self._wake.set()
-        if self.is_alive():
-            self.join()
-        self.game.close()
+        self.woken()
 
     def look(self, pictures: Pictures) -> None:
         """Show the world as it is after it was moved."""
         self._show(Update(self.game.known, pictures))
         self.pacer.rest()
 
+    def obey(self) -> None:
+        """Run the commands that wait."""
+        while not self._commands.empty():
+            command = self._commands.get_nowait()
+            try:
+                command()
+            except Exception as error:  # whatever it is, the world stands still and the others go on
+                self.stop(error)
+
+    def delay(self) -> float | None:
+        """Seconds until the next frame is due; None: nothing moves."""
+        moves = self.mode == "live" or (self.mode == "step" and self.inputs.is_active)
+        if not (moves and self.is_watched):
+            self.pacer.rest()
+            return None
+        return 0.0 if self.inputs.has_changed else self.pacer.delay()
+
+    def run(self) -> Run[Shown | Exception]:
+        """The next frame; an error is what it comes to as well."""
+        self.pacer.tick()
+        try:
+            yield from self.game.play(self.inputs.take, self.inputs.newer)
+        except Exception as error:
+            yield error
+
+    def show(self, shown: Shown, began: float) -> None:
+        """Show a frame."""
+        self._show(Update(self.game.known, shown.pictures, shown, began))
+
+    def stop(self, error: Exception) -> None:
+        """Stand still and say why."""
+        self.mode = "pause"
+        if isinstance(error, DiagdError):
+            self._fail(str(error))
+        elif isinstance(error, OSError):  # a disk that is full, of a video that is written
+            self._fail(error.strerror or str(error))
+        else:
+            self._fail(f"internal error: {type(error).__name__}")
+
+
+class Conductor(threading.Thread):
+    """Plays stages until it is closed; frames that are due at about the same time share passes.
+
+    Args:
+        stages: over the sessions of one group, or one alone.
+
+    Attributes:
+        pacer: of what the passes and pictures of all took.
+        frames: so far, of all.
+    """
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        super().__init__(name="stage", daemon=True)
+        self.stages, self.pacer, self.frames = tuple(stages), Pacer(1.0), 0
+        self._wake = threading.Event()
+        self._closing = False
+        for stage in self.stages:
+            stage.woken = self._wake.set
+
+    def close(self) -> None:
+        """End after the frames that are decoded now, and close the games."""
+        self._closing = True
+        self._wake.set()
+        if self.is_alive():
+            self.join()
+        for stage in self.stages:
+            stage.game.close()
+
     def run(self) -> None:
         """The loop; see the class."""
         while not self._closing:
             self._wake.clear()
-            while not self._commands.empty():
-                self._guard(self._commands.get_nowait())
-            delay = self._delay()
+            for stage in self.stages:
+                stage.obey()
+            delays = {stage: delay for stage in self.stages if (delay := stage.delay()) is not None}
+            delay = min(delays.values(), default=_IDLE_SECONDS)
             if delay:
-                self._wake.wait(delay)
+                self._wake.wait(min(delay, _IDLE_SECONDS))
             elif not self._closing:
-                self._guard(self._play)
+                self._play([stage for stage, later in delays.items() if later < _SLACK / stage.pacer.asked])
 
-    def _delay(self) -> float:
-        """Seconds until something may have to be done; 0: a frame is due."""
-        moves = self.mode == "live" or (self.mode == "step" and self.inputs.is_active)
-        if not (moves and self.is_watched):
-            self.pacer.rest()
-            return _IDLE_SECONDS
-        return 0.0 if self.inputs.has_changed else self.pacer.delay()
-
-    def _play(self) -> None:
-        began = time.perf_counter()
-        self.pacer.tick()
-        shown = self.game.advance(self.inputs.take, self.inputs.newer)
-        assert shown is not None
-        self._show(Update(self.game.known, shown.pictures, shown, began))
+    def _play(self, stages: Sequence[Stage]) -> None:
+        began, passes = time.perf_counter(), stages[0].game.session.passes
+        lanes = {stage.game.session.lane: stage for stage in stages}
+        runs = {lane: stage.run() for lane, stage in lanes.items()}
+        found: Iterator[tuple[int, Shown | Exception]] = lock_step(passes, runs, in_phase=False)
+        try:
+            for lane, event in found:  # not in phase: each has a decoder of its own
+                self._take(lanes[lane], event, began)
+        except Exception as error:  # of the engine, which all share
+            for stage in stages:
+                stage.stop(error)
         self.pacer.add(time.perf_counter() - began)
 
-    def _guard(self, work: Callable[[], None]) -> None:
-        """Run, and on an error stand still and say why."""
+    def _take(self, stage: Stage, event: Shown | Exception, began: float) -> None:
+        """Show a frame, or stand still."""
+        if isinstance(event, Exception):
+            stage.stop(event)
+            return
         try:
-            work()
-        except DiagdError as error:
-            self.mode = "pause"
-            self._fail(str(error))
-        except OSError as error:  # a disk that is full, of a video that is written
-            self.mode = "pause"
-            self._fail(error.strerror or str(error))
+            stage.show(event, began)
         except Exception as error:
-            self.mode = "pause"
-            self._fail(f"internal error: {type(error).__name__}")
+            stage.stop(error)
+        self.frames += 1
+        stage.pacer.add(time.perf_counter() - began)

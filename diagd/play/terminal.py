@@ -19,7 +19,7 @@ from diagd.play.drawing import Blocks, Drawing, Kitty, Sixel
 from diagd.play.game import Game
 from diagd.play.keyboard import QUIT, Held, Press, presses
 from diagd.play.pictures import Pictures
-from diagd.play.stage import Stage, Update
+from diagd.play.stage import Conductor, Stage, Update
 
 _ASK: Final = b"\x1b_Gi=31,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\\x1b[?u\x1b[c"
 """Do you draw kitty's graphics, tell releases, and what else can you do? Every terminal answers the last."""
@@ -131,12 +131,13 @@ class _Player:
         self._game, self._inputs, self._watch, self._target = game, inputs, watch, target
         self._stage = Stage(game, inputs, self._show, self._say, rate)
         self._stage.is_watched = True
+        self._conductor = Conductor([self._stage])
 
     def run(self, source: int) -> None:
         """Until the player has had enough."""
         held = Held()
         self._stage.post(lambda: self._stage.look(self._game.reset(self._game.prompts[0])))
-        self._stage.start()
+        self._conductor.start()
         try:
             while True:
                 now = time.monotonic()
@@ -148,7 +149,7 @@ class _Player:
                 if self._inputs.has_changed:
                     self._stage.wake()
         finally:
-            self._stage.close()
+            self._conductor.close()
 
     def _command(self, press: Press) -> bool:
         """Do what keys mean that the world has no use for; True: the player leaves."""

@@ -69,7 +69,10 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer for one precision, ceilings for all sizes of a weight, and what to change."""
+    """The answer for one precision, ceilings for all sizes of a weight, and what to change.
+
+    ``sessions`` share the passes of one engine; ceilings are of each.
+    """
 
     model: ModelSize
     device: Device
@@ -79,6 +82,7 @@ class Plan:
     ceilings: tuple[Ceiling, ...]
     advice: tuple[str, ...]
     kv_cache: str | None = None
+    sessions: int = 1
 
     @property
     def fits(self) -> bool:
@@ -100,6 +104,7 @@ def make_plan(
     ks: tuple[int, ...] = (1, 2),
     clip: int = 1,
     kv_cache: str | None = None,
+    sessions: int = 1,
 ) -> Plan:
     """Plan a model on a device.
 
@@ -111,19 +116,22 @@ def make_plan(
         ks: row lags of the ceilings.
         clip: frames generated at the end of a full context; 1 stands for a window that slides for ever.
         kv_cache: element type of a quantised K/V cache, one of ``KV_CACHES``; None: that of activations.
+        sessions: in lock step.
     """
     window, table = window or model.context_frames, precisions(kv_cache)
-    memory = memory_of(model, table[precision], window)
+    memory = memory_of(model, table[precision], window, sessions)
     # Of precisions that store as many bytes one is shown: the planned one, else the first.
     by_bytes = {entry.weight: entry for entry in (*reversed(table.values()), table[precision])}
     shown = [entry for entry in table.values() if entry in by_bytes.values()]
-    ceilings = tuple(ceiling for entry in shown for ceiling in ceilings_of(model, device, entry, ks, clip))
-    plan = Plan(model, device, precision, window, memory, ceilings, (), kv_cache)
+    ceilings = tuple(
+        ceiling for entry in shown for ceiling in ceilings_of(model, device, entry, ks, clip, sessions)
+    )
+    plan = Plan(model, device, precision, window, memory, ceilings, (), kv_cache, sessions)
     return replace(plan, advice=tuple(_advice(plan)))
 
 
-def memory_of(model: ModelSize, precision: Precision, window: int) -> Memory:
-    """Bytes by use for a window of frames."""
+def memory_of(model: ModelSize, precision: Precision, window: int, sessions: int = 1) -> Memory:
+    """Bytes by use for a window of frames of so many sessions."""
     widths = default_widths(model.layout)
     widest = widths[-1]
     slots = slots_needed(model.layout, window, widest)
@@ -132,8 +140,8 @@ def memory_of(model: ModelSize, precision: Precision, window: int) -> Memory:
     states = widest * (4.0 * model.output_vocabulary + 12.0 * model.query_width * precision.activation)
     return Memory(
         weights=weights,
-        cache=cache_bytes(model, precision, slots),
-        workspace=scores + states,
+        cache=sessions * cache_bytes(model, precision, slots),
+        workspace=sessions * (scores + states),
         runtime=RUNTIME_BYTES,
         graphs=GRAPH_BYTES * len(widths),
         tokenizer=model.tokenizer * 2.0,
@@ -142,16 +150,19 @@ def memory_of(model: ModelSize, precision: Precision, window: int) -> Memory:
 
 
 def ceilings_of(
-    model: ModelSize, device: Device, precision: Precision, ks: tuple[int, ...], clip: int
+    model: ModelSize, device: Device, precision: Precision, ks: tuple[int, ...], clip: int, sessions: int = 1
 ) -> list[Ceiling]:
-    """Upper bounds of frames a second by decoding order; pixel decoding is not in them."""
+    """Upper bounds of each session's frames a second by decoding order; pixel decoding is not in them.
+
+    A pass reads the weights once, whoever shares it, and the K/V rows of each session.
+    """
     live = live_tokens(model, clip)
-    read = step_bytes(model, precision, live)
-    again = _refeeding(model, device, read)
+    read = step_bytes(model, precision, sessions * live)
+    again = sessions * _refeeding(model, device, step_bytes(model, precision, live))
     rows = []
     for order in orders_of(model.layout, ks):
         passes = order.total_steps(clip) / clip if clip > 1 else float(order.d)
-        operations = step_operations(model, model.layout.cells / passes, live)
+        operations = sessions * step_operations(model, model.layout.cells / passes, live)
         seconds = step_seconds(read, operations, device.bandwidth, device.peak)
         bound = "memory" if seconds * device.bandwidth <= read * (1 + 1e-9) else "arithmetic"
         rate = model.pixel_frames / (passes * seconds + again)
@@ -241,13 +252,13 @@ def _advice(plan: Plan) -> list[str]:
             name
             for name, entry in table.items()
             if entry.weight < table[plan.precision].weight
-            and memory_of(plan.model, entry, plan.window).running <= usable
+            and memory_of(plan.model, entry, plan.window, plan.sessions).running <= usable
         ]
         if smaller:
             lines.append(f"store the weights in {smaller[0]}: --precision {smaller[0]}")
         for name in KV_CACHES if plan.kv_cache is None else ():
             entry = precisions(name)[plan.precision]
-            if memory_of(plan.model, entry, plan.window).running <= usable:
+            if memory_of(plan.model, entry, plan.window, plan.sessions).running <= usable:
                 lines.append(f"store keys and values in {name}: --kv-cache {name}")
         if (window := _largest_window(plan)) is not None:
             lines.append(f"keep {window} frames instead of {plan.window}: --set window={window}")
@@ -257,12 +268,25 @@ def _advice(plan: Plan) -> list[str]:
     if plan.fits and not plan.builds:
         need = plan.memory.build_peak / GB
         lines.append(f"build the engine on a machine with {need:.0f} GB and the same GPU architecture")
+    if plan.sessions > 1:
+        lines.append(_budget(plan))
     return lines
+
+
+def _budget(plan: Plan) -> str:
+    """How many rows a pass has before arithmetic bounds it, which sessions and wide steps divide."""
+    live, device = live_tokens(plan.model), plan.device
+    read = step_bytes(plan.model, precisions(plan.kv_cache)[plan.precision], plan.sessions * live)
+    rows = device.peak * read / device.bandwidth / step_operations(plan.model, 1.0, live)
+    return (
+        f"{plan.sessions} sessions share a pass: about {rows:.0f} rows are read in the time of one, "
+        f"{rows / plan.sessions:.0f} for each session, whether of a diagonal step or of a window of guesses"
+    )
 
 
 def _largest_window(plan: Plan) -> int | None:
     precision = precisions(plan.kv_cache)[plan.precision]
     for window in range(plan.window - 1, 1, -1):
-        if memory_of(plan.model, precision, window).running <= plan.device.usable:
+        if memory_of(plan.model, precision, window, plan.sessions).running <= plan.device.usable:
             return window
     return None

@@ -15,8 +15,9 @@ from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
 from diagd.play.controls import Inputs, read_controls
 from diagd.play.game import Game
-from diagd.play.opening import GameOptions, open_game
+from diagd.play.opening import GameOptions, open_game, open_games
 from diagd.play.server import Address, Limits, Server
+from diagd.play.table import Table
 from diagd.schedule import StreamLayout
 from tests.models import small_family
 from tests.oracles.models import small_model
@@ -57,11 +58,13 @@ def serve(world: Path) -> Serve:
         limits: Limits = LOOSE,
         rate: float = 60.0,
         bundle: Path = world,
+        sessions: int = 1,
+        kept: float | None = None,
     ) -> Iterator[tuple[str, Server]]:
-        game = open_game(bundle, options or GameOptions())
-        codec = game.bundle.manifest.actions
-        inputs = Inputs(read_controls(bundle, codec), codec)
-        server = Server(game, inputs, replace(Address(), port=0), rate, limits=limits)
+        group, games = open_games(bundle, options or GameOptions(), sessions)
+        codec = games[0].bundle.manifest.actions
+        tables = [Table(game, Inputs(read_controls(bundle, codec), codec), rate) for game in games]
+        server = Server(tables, replace(Address(), port=0), limits, kept)
         urls: list[str] = []
         ready, loop = threading.Event(), asyncio.new_event_loop()
 
@@ -80,8 +83,11 @@ def serve(world: Path) -> Serve:
         try:
             yield urls[0], server
         finally:
-            loop.call_soon_threadsafe(task.cancel)
+            if thread.is_alive():
+                loop.call_soon_threadsafe(task.cancel)
             thread.join(30)
+            if sessions > 1:
+                group.close()
 
     return serving
 

@@ -101,11 +101,11 @@ def test_settings_are_chosen_and_wrong_ones_explained(tab: Tab, serve: Serve) ->
         for name, value in (("decoder", "diagonal"), ("d", "chained"), ("seed", "5"), ("temperature", "0.7")):
             tab.evaluate(CHANGE.format(name, value))
             tab.evaluate("new Promise((done) => setTimeout(done, 300))")
-        settings = server._game.settings
+        settings = server.tables[0].game.settings
         assert (settings.decoder, settings.seed, settings.temperature) == ("k=1 chained", 5, 0.7)
         tab.evaluate(CHANGE.format("k", "99"))
         tab.until("!document.getElementById('error').hidden")
-        assert server._game.settings.decoder == "k=1 chained"
+        assert server.tables[0].game.settings.decoder == "k=1 chained"
         assert tab.evaluate("document.getElementById('autopilot').disabled")
 
 
@@ -119,7 +119,7 @@ def test_it_comes_back_to_its_seat(tab: Tab, serve: Serve) -> None:
         tab.open(url)
         tab.until(LIVE)
         tab.until("document.querySelectorAll('#tree button').length === 2")
-        assert server._game.known > 5
+        assert server.tables[0].game.known > 5
         tab.call("Network.enable")
         tab.call(
             "Network.emulateNetworkConditions",
@@ -147,13 +147,13 @@ def test_a_slow_browser_gets_fresh_frames(tab: Tab, serve: Serve) -> None:
                 tab.evaluate(BUSY)
                 shown = tab.evaluate(KNOWN)
                 assert shown > 0
-                client = server._room.player
+                client = server.room.player
                 assert client is not None
                 assert len(client._unseen) <= 2
                 assert not client._texts
         finally:
             tab.call("Emulation.setCPUThrottlingRate", rate=1)
-        tab.until(f"{KNOWN} >= {server._game.known}")
+        tab.until(f"{KNOWN} >= {server.tables[0].game.known}")
 
 
 def picture(data: bytes) -> np.ndarray:

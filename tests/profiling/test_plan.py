@@ -194,6 +194,22 @@ def test_cache_memory_follows_the_window() -> None:
     assert eight - four == 4 * frame * 20 * 1024
 
 
+def test_sessions_share_the_weights_of_a_pass_and_nothing_else() -> None:
+    """Next-token prediction of four is bound by memory: weights once, and four caches."""
+    device, fp16 = DEVICES["h200"], PRECISIONS["fp16"]
+    alone, shared = (make_plan(models.MINEWORLD_300M, device, sessions=n) for n in (1, 4))
+    assert shared.memory.cache == 4 * alone.memory.cache
+    assert shared.memory.weights == alone.memory.weights
+    first, second = (ceilings_of(models.MINEWORLD_300M, device, fp16, (1,), 1, n)[0] for n in (1, 4))
+    cache = (second.bytes - first.bytes) / 3
+    weights = first.bytes - cache
+    assert first.frames_per_second / second.frames_per_second == pytest.approx(
+        (weights + 4 * cache) / first.bytes, rel=1e-9
+    )
+    assert not any("share a pass" in line for line in alone.advice)
+    assert "4 sessions share a pass" in shared.advice[-1]
+
+
 def test_drafting_pays_only_where_the_draft_and_its_pass_are_less_than_the_target() -> None:
     """By hand, where memory bounds all: 336 cells, and a pass costs what it reads."""
     device, fp16 = DEVICES["h200"], PRECISIONS["fp16"]

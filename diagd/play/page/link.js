@@ -1,7 +1,7 @@
 // The socket: says hello, comes back when it is lost, and tells texts from pictures.
 
 const VERSION = 1;
-const FINAL = { 4001: "This world was opened in another tab.", 4003: "The address has no valid token. Open the one that diagd-play printed.",
+const FINAL = { 4008: "This game is over. Load the page again to play another one.", 4001: "This world was opened in another tab.", 4003: "The address has no valid token. Open the one that diagd-play printed.",
   4029: "The server is busy. Try again later." };
 
 export class Link extends EventTarget {

@@ -105,7 +105,8 @@ link.addEventListener("loading", ({ detail }) => {
   const megabytes = `${(detail.done / 1e6).toFixed(1)} of ${(detail.total / 1e6).toFixed(1)} MB`;
   status("", "loading", detail.done < detail.total ? `Loading the world: ${megabytes}` : "Starting the world…");
 });
-link.addEventListener("waiting", ({ detail }) => status("", "waiting", `Somebody is playing. You are number ${detail.place} in the queue.`));
+link.addEventListener("waiting", ({ detail }) => status("", "waiting", `Others are playing. You are number ${detail.place} in the queue.`));
+link.addEventListener("ends", ({ detail }) => status("live", "ending", `This game ends in ${detail.seconds} s: ${detail.why}.`));
 link.addEventListener("lost", ({ detail }) => status("lost", "disconnected", detail.reason ?? "The connection was lost. Trying again…"));
 link.addEventListener("error", ({ detail }) => complain(detail.text));
 link.addEventListener("gallery", ({ detail }) => showGallery(detail));

@@ -1,0 +1,274 @@
+"""One world and who plays it: what a player says, and what they are shown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from diagd.errors import DiagdError, UsageError
+from diagd.play import messages
+from diagd.play.controls import Inputs
+from diagd.play.game import Game, Shown
+from diagd.play.messages import Ack, Hello, Input, Message, without_paths
+from diagd.play.pictures import PictureEncoder, Pictures
+from diagd.play.stage import Stage, Update
+from diagd.runtime.actions import describe
+
+AUDITED: Final = 16
+"""Frames that are compared with next-token prediction at a time."""
+
+
+def packed(header: dict[str, Any], parts: list[bytes]) -> bytes:
+    """A binary message: length of the header (uint32, big endian), header as JSON, then the parts."""
+    head = json.dumps(header | {"sizes": [len(part) for part in parts]}).encode()
+    return len(head).to_bytes(4, "big") + head + b"".join(parts)
+
+
+class Player(Protocol):
+    """Somebody in front of a table."""
+
+    def tell(self, message: dict[str, Any] | bytes) -> None:
+        """Send a message after those before it."""
+        ...
+
+    def show(self, number: int, update: bytes) -> None:
+        """Send an update, unless a newer one comes before."""
+        ...
+
+
+class Table:
+    """One world, its player and what stands between them.
+
+    Args:
+        game: played by ``stage`` in the conductor's thread.
+        inputs: of the player.
+        rate: frames a second to begin with.
+        watch: sees every picture too, in that thread.
+        paced: the player may ask for another rate.
+
+    Attributes:
+        player: who plays; None: nobody.
+        heard: when they last held a key or said something (``time.monotonic``).
+        loop: of the players' connections.
+    """
+
+    def __init__(
+        self,
+        game: Game,
+        inputs: Inputs,
+        rate: float,
+        watch: Callable[[Pictures], None] | None = None,
+        *,
+        paced: bool = True,
+    ) -> None:
+        spec = game.view.codec.spec
+        self.game, self.stage = game, Stage(game, inputs, self._show, self._fail, rate)
+        self.player: Player | None = None
+        self.heard = 0.0
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.size = spec.height, spec.width
+        self._inputs, self._watch, self._paced = inputs, watch, paced
+        self._encode = PictureEncoder(spec.height, spec.width)
+        self._number = 0
+        self._prompt = game.prompts[0]
+        self._gallery: bytes | None = None
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Make ready for players, whose connections belong to a loop."""
+        self.loop = loop
+        self.stage.post(self._begin)
+
+    def seat(self, player: Player, ticket: str, is_new: bool) -> None:
+        """Let somebody play."""
+        self._inputs.release()
+        self.player, self.heard = player, time.monotonic()
+        player.tell(self._welcome(ticket))
+        if self._gallery is not None:
+            player.tell(self._gallery)
+        self._post(player, lambda: self._reset(self.game.prompts[0]) if is_new else self._look())
+        self.stage.is_watched = True
+        self.stage.wake()
+
+    def leave(self) -> None:
+        """Nobody plays any more."""
+        self.player = None
+        self._inputs.release()
+        self.stage.is_watched = False
+
+    def _welcome(self, ticket: str) -> dict[str, Any]:
+        manifest, layout = self.game.bundle.manifest, self.game.session.layout
+        return {
+            "type": "welcome",
+            "version": messages.VERSION,
+            "ticket": ticket,
+            "name": manifest.name,
+            "licence": manifest.licence,
+            "size": self.size,
+            "grid": [layout.rows, layout.columns],
+            "cover": self.game.view.codec.spec.cover,
+            "controls": self._inputs.controls.model_dump(mode="json"),
+            "has_actions": manifest.actions is not None,
+            "autopilot": self.game.session.acts,
+            "fps": manifest.frames_per_second,
+        }
+
+    def obey(self, player: Player, message: Message) -> None:
+        """What the player says."""
+        self.heard = time.monotonic()
+        if isinstance(message, Input):
+            flown = self._inputs.autopilot
+            self._inputs.update(message.keys, (message.dy, message.dx), message.axes, message.t)
+            if flown and not self._inputs.autopilot:
+                self._post(player, lambda: None)
+            self.stage.wake()
+        elif isinstance(message, messages.Pace):
+            self.stage.mode = message.mode or self.stage.mode
+            if self._paced and message.rate:
+                self.stage.pacer.asked = message.rate
+            self._post(player, lambda: None)
+        elif isinstance(message, messages.Autopilot):
+            self._inputs.autopilot = message.on and self.game.session.acts
+            self._post(player, lambda: None)
+        elif isinstance(message, messages.Save):
+            self._post(player, self._send_record)
+        elif not isinstance(message, Hello | Ack):
+            self._post(player, lambda: self._command(message))
+
+    def _command(self, message: messages.Command) -> None:
+        """Move the world, in the stage's thread."""
+        game = self.game
+        if isinstance(message, messages.Reset):
+            number = message.prompt
+            if number is not None and number >= len(game.prompts):
+                raise UsageError(f"no prompt has the number {number}; there are {len(game.prompts)}")
+            self._reset(self._prompt if number is None else game.prompts[number])
+        elif isinstance(message, messages.Rewind):
+            self.stage.look(game.rewind(message.frames))
+        elif isinstance(message, messages.Branch):
+            game.branch()
+        elif isinstance(message, messages.Visit):
+            self.stage.look(game.visit(message.number))
+        elif isinstance(message, messages.Choose):
+            game.choose(message.settings)
+        elif isinstance(message, messages.Audit):
+            frames, share = game.audit(AUDITED)
+            self._call(self._tell_player, {"type": "audit", "frames": frames, "share": share})
+
+    def _send_record(self) -> None:
+        self._call(self._tell_player, packed({"kind": "record"}, [self.game.record.read()]))
+
+    def _reset(self, prompt: Any) -> None:
+        self._prompt = prompt
+        self.stage.look(self.game.reset(prompt))
+
+    def _look(self) -> None:
+        if self.game.known:
+            self.stage.look(self.game.look())
+
+    def upload(self, player: Player, data: bytes) -> None:
+        """A picture of the world's size, as RGBA, to begin a world from."""
+        height, width = self.size
+        if player is not self.player:
+            return
+        if len(data) != height * width * 4:
+            raise UsageError(f"a picture has {len(data)} bytes; expected RGBA of {width} x {height} pixels")
+        pixels = np.frombuffer(data, np.uint8).reshape(1, height, width, 4)[..., :3]
+        codec = self.game.view.codec
+        self._post(player, lambda: self._reset(codec.encode(np.ascontiguousarray(pixels))))
+
+    def _post(self, player: Player, command: Callable[[], object]) -> None:
+        """Run a command between two frames; its error goes to the client, and then how things stand."""
+
+        def run() -> None:
+            try:
+                command()
+            except DiagdError as error:
+                self._call(player.tell, {"type": "error", "text": without_paths(str(error))})
+            self._call(player.tell, self._state())
+
+        try:
+            self.stage.post(run)
+        except UsageError as error:
+            player.tell({"type": "error", "text": str(error)})
+
+    def _state(self) -> dict[str, Any]:
+        game, stage = self.game, self.stage
+        marks = [{"number": m.number, "parent": m.parent, "known": m.known} for m in game.marks.values()]
+        return {
+            "type": "state",
+            "mode": stage.mode,
+            "rate": stage.pacer.asked,
+            "settings": game.settings.model_dump(mode="json"),
+            "marks": marks,
+            "here": game.here,
+            "autopilot": self._inputs.autopilot,
+            "known": game.known,
+        }
+
+    def _begin(self) -> None:
+        """First of all in the stage's thread: pictures of the prompts, and a world."""
+        codec = self.game.view.codec
+        pictures = [list(codec.decode(iter(prompt)))[-1] for prompt in self.game.prompts]
+        kind = self._encode.kind
+        self._gallery = packed({"kind": "gallery", "type": kind}, [self._encode(one) for one in pictures])
+        self._call(self._tell_player, self._gallery)
+        self._reset(self._prompt)
+
+    def _show(self, update: Update) -> None:
+        """Encode an update and leave it for the player; in the stage's thread."""
+        if self._watch is not None:
+            self._watch(update.pictures)
+        began = time.perf_counter()
+        parts = [self._encode(picture) for picture in update.pictures]
+        header: dict[str, Any] = {"kind": "frame", "type": self._encode.kind, "known": update.known}
+        if update.shown is not None:
+            header |= self._figures(update.shown, time.perf_counter() - began)
+        self._call(self._show_player, header, parts)
+
+    def _figures(self, shown: Shown, encode: float) -> dict[str, Any]:
+        pacer, taken = self.stage.pacer, shown.taken
+        spent = {"wait": taken.waited, "decode": shown.decode, "pixels": shown.pixels, "encode": encode}
+        return {
+            "echo": taken.echo,
+            "action": self._done(shown),
+            "ms": {name: round(1e3 * seconds, 2) for name, seconds in spent.items()},
+            "passes": shown.frame.steps,
+            "fps": round(pacer.fps, 1),
+            "p50": round(1e3 * pacer.percentile(50), 1),
+            "p95": round(1e3 * pacer.percentile(95), 1),
+            "rate": round(pacer.rate, 1),
+            "late": pacer.late,
+        }
+
+    def _done(self, shown: Shown) -> dict[str, Any]:
+        """The action that led to a frame, the player's or the model's."""
+        codec = self.game.bundle.manifest.actions
+        if shown.taken.ids is not None or codec is None:
+            return shown.taken.action
+        return describe(codec, shown.frame.action)
+
+    def _show_player(self, header: dict[str, Any], parts: list[bytes]) -> None:
+        self._number += 1
+        if self.player is not None:
+            self.player.show(self._number, packed(header | {"id": self._number}, parts))
+
+    def _tell_player(self, message: dict[str, Any] | bytes) -> None:
+        if self.player is not None:
+            self.player.tell(message)
+
+    def _fail(self, text: str) -> None:
+        """The world stands still; in the stage's thread."""
+        self._call(self._tell_player, {"type": "error", "text": without_paths(text)})
+        self._call(self._tell_player, self._state())
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run in the loop's thread."""
+        assert self.loop is not None
+        with suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(function, *arguments)

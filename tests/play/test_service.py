@@ -1,0 +1,113 @@
+"""Worlds for many players: seats, limits, figures, and the way out."""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed
+
+from diagd.play.server import SETTLED, Limits
+from tests.play.conftest import LOOSE, Serve
+from tests.play.test_server import player
+
+
+def told(url: str, path: str) -> tuple[int, str]:
+    """Status and text of what a server tells."""
+    try:
+        with urllib.request.urlopen(url.partition("/#")[0] + path, timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_players_have_worlds_of_their_own_in_the_same_passes(serve: Serve) -> None:
+    with serve(sessions=2) as (url, server), player(url) as ann, player(url) as ben:
+        ann.say(type="input", t=1.0, keys=["ArrowLeft"])
+        for _ in range(5):
+            ann.frame()
+            ben.frame()
+        games = [table.game for table in server.tables]
+        assert games[0].session.engine is games[1].session.engine
+        ann.say(type="rewind", frames=10_000)
+        ann.until(kind="frame", known=1)
+        assert ben.frame()["known"] > 5
+        with player(url) as cid:
+            assert cid.until(type="waiting")["place"] == 1
+            assert told(url, "/ready")[0] == 503
+            assert told(url, "/health")[0] == 200
+            status, figures = told(url, "/metrics")
+        assert status == 200
+        values = dict(line.split() for line in figures.splitlines() if not line.startswith("#"))
+        assert (values["diagd_seats"], values["diagd_players"]) == ("2", "2")
+        assert values["diagd_waiting"] == "1"
+        assert int(values["diagd_frames_total"]) > 10
+        assert float(values["diagd_frame_p95_seconds"]) > 0
+        assert figures.endswith("# EOF\n")
+
+
+def test_a_game_ends_and_the_next_in_turn_plays(serve: Serve) -> None:
+    limits = Limits(messages_per_second=1e6, game_seconds=3.0)
+    with serve(limits=limits) as (url, _), player(url) as ann, player(url) as ben:
+        assert ben.until(type="waiting")["place"] == 1
+        warned = ann.until(type="ends")
+        assert warned["seconds"] <= 3
+        assert "as long as games are here" in warned["why"]
+        with pytest.raises(ConnectionClosed) as ended:
+            ann.until(type="never")
+        assert ended.value.rcvd is not None
+        assert ended.value.rcvd.code == 4008
+        ben.until(type="welcome")
+        ben.frame()
+
+
+def test_who_presses_nothing_gives_up_the_seat(serve: Serve) -> None:
+    limits = Limits(messages_per_second=1e6, idle_seconds=4.0)
+    with serve(limits=limits, sessions=2) as (url, _), player(url) as ann, player(url) as ben:
+        began = time.monotonic()
+        with pytest.raises(ConnectionClosed):
+            while time.monotonic() - began < 20:
+                ben.say(type="input", t=1.0, keys=["ArrowLeft"])
+                ann.hear(5)
+        ben.frame()
+
+
+def test_nobody_is_seated_who_would_take_the_rate_from_others(serve: Serve) -> None:
+    with serve(sessions=2, kept=1e5) as (url, server), player(url) as ann:
+        while server._conductor.pacer.measured < SETTLED:
+            ann.frame()
+        with player(url) as ben:
+            assert ben.until(type="waiting")["place"] == 1
+            assert server.room.seats[1].player is None
+            assert "diagd_refusals_total 0" not in told(url, "/metrics")[1]
+            ann.frame()
+
+
+def test_a_server_that_drains_ends_with_its_last_player(serve: Serve) -> None:
+    with serve(sessions=2, limits=LOOSE) as (url, server), player(url) as ann:
+        ann.frame()
+        server.drain()
+        assert ann.until(type="ends")["why"] == "the server is being closed"
+        assert told(url, "/ready")[0] == 503
+        with player(url) as ben:
+            assert ben.until(type="waiting")["place"] == 1
+        ann.socket.close()
+        end = time.monotonic() + 20
+        while server._conductor.is_alive() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not server._conductor.is_alive()
+
+
+def test_one_world_that_fails_leaves_the_others_playing(serve: Serve) -> None:
+    with serve(sessions=2) as (url, server), player(url) as ann, player(url) as ben:
+        ann.frame()
+        game = server.tables[0].game
+        game._past.clear()
+        game.view.show = None  # type: ignore[assignment, method-assign]
+        assert "internal error" in ann.until(type="error")["text"]
+        for _ in range(5):
+            ben.frame()
+        assert np.isfinite(server.tables[1].stage.pacer.fps)
