@@ -9,7 +9,8 @@ import numpy as np
 
 from diagd.bundle import Bundle
 from diagd.engines.engine import Int
-from diagd.runtime.clip import Clip, ClipOptions, read_clip
+from diagd.errors import UsageError
+from diagd.runtime.clip import Clip, read_recording
 from diagd.runtime.comparison import log_softmax
 from diagd.runtime.decoders import Decoder, ForcedDecoder, RasterDecoder
 from diagd.runtime.generate import SessionOptions
@@ -48,14 +49,12 @@ def forced_likelihood(
     with running.open(bundle) as session:
         for path in list(videos_in(folder).values())[: options.windows]:
             report(path.name)
-            lines = path.with_suffix(".jsonl")
-            where = ClipOptions(
-                prompt=path,
-                actions=lines if lines.is_file() else None,
-                start=0,
-                prompt_frames=pixels.pictures_of(frames),
-            )
-            clip = read_clip(where, manifest, pixels)
+            clip = read_recording(path, manifest, pixels, frames)
+            if len(clip.tokens) < frames:
+                raise UsageError(
+                    f"{path} has {len(clip.tokens)} token frames; {options.prompt} known ones and "
+                    f"{options.frames} to be judged are asked for: lower --set prompt or frames"
+                )
             truth = clip.tokens[options.prompt :]
             decoder: Decoder = RasterDecoder(truth, session.engine.max_width)
             found["next token"].append(clip_likelihood(session, clip, options.prompt, decoder))

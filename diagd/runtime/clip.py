@@ -27,6 +27,9 @@ ACTIONS = "actions.jsonl"
 MODEL = Path("model")
 """In place of a file of actions: the model decodes them."""
 
+ALL = 1 << 20
+"""Frames: more than a clip has."""
+
 _LOG = logging.getLogger(__name__)
 
 Lines = Literal["new", "led", "followed"]
@@ -152,6 +155,27 @@ def read_clip(
     led[len(tokens) - len(known) :] = known
     made = lines[behind : behind + shift] if options.actions == MODEL else lines[behind:]
     return Clip(tokens, led, made, acts, source.pictures, source.truth)
+
+
+def read_recording(
+    path: Path, manifest: Manifest, pixels: PixelCodec, frames: int = ALL, *, resize: bool = False
+) -> Clip:
+    """The first token frames of a recording, as a prompt: with all that was done between them.
+
+    Args:
+        path: video, with the actions of its name in a .jsonl where the model takes some, or episode.
+        manifest: of the model.
+        pixels: its tokenizer.
+        frames: at most.
+        resize: scale pictures of another size.
+
+    Raises:
+        UsageError: a file is damaged, or has no action for a frame.
+    """
+    lines, shown = path.with_suffix(".jsonl"), pixels.pictures_of(frames)
+    rules = manifest.clips.model_copy(update={"frames": shown, "last": False, "single": None})
+    where = ClipOptions(prompt=path, actions=lines if lines.is_file() else None, resize=resize)
+    return read_clip(where, manifest.model_copy(update={"clips": rules}), pixels, frames + 1)
 
 
 def _kind(file: Path | None, prompt: Path, manifest: Manifest, source: _Source) -> Lines:

@@ -10,13 +10,10 @@ from numpy.typing import NDArray
 from diagd.bundle import Manifest
 from diagd.errors import UsageError
 from diagd.runtime.actions import encode
-from diagd.runtime.clip import Clip, ClipOptions, read_clip
+from diagd.runtime.clip import Clip, read_recording
 from diagd.runtime.generate import CLIPS
 from diagd.runtime.pixels import PixelCodec
 from diagd.tuning.align_checkpoint import cut
-
-_ALL = 1 << 20
-"""Frames: more than a clip has."""
 
 
 def read_clips(
@@ -35,13 +32,9 @@ def read_clips(
     Raises:
         UsageError: a clip cannot be read, or none is as long as a window.
     """
-    rules = manifest.clips.model_copy(update={"frames": _ALL, "last": False, "single": None})
-    whole = manifest.model_copy(update={"clips": rules})
     windows = []
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in CLIPS):
-        lines = path.with_suffix(".jsonl")
-        where = ClipOptions(prompt=path, actions=lines if lines.is_file() else None, resize=resize)
-        clip = read_clip(where, whole, pixels, _ALL)
+        clip = read_recording(path, manifest, pixels, resize=resize)
         if len(clip.tokens) >= frames:
             windows.append(cut(stream_of(clip, manifest), manifest.layout, frames))
     if not windows:
