@@ -123,7 +123,7 @@ class Verdict:
 def verdicts(results: Results) -> list[Verdict]:
     """Every target of every model, judged by its worst schedule, each run in the faster way."""
     found = []
-    for model, limit in (("cosmos-4b", 1.5), ("mineworld-300m", 2.5)):
+    for model, limit in (("cosmos-4b", 1.5), ("mineworld-300m", 2.0)):
         ours = fastest(results, model, "diagd")
         target = f"step within {limit} x max(bytes / bandwidth, operations / peak)"
         found.append(_judge(model, target, ours, lambda row: row.times_floor, limit, at_most=True))
@@ -134,10 +134,10 @@ def verdicts(results: Results) -> list[Verdict]:
         found.append(
             _judge(
                 model,
-                "wall-clock gain at least 0.8 of the step ratio",
+                "wall-clock gain at least 0.85 of the step ratio",
                 gains,
                 lambda row: row.gain(token) if token else 0.0,  # noqa: B023
-                0.8,
+                0.85,
             )
         )
         rates = {row.schedule: row.rate for row in theirs}
