@@ -124,7 +124,7 @@ def test_bad_options_name_the_fix(
 def test_outputs_that_cannot_be_written(
     workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(capsys, tmp_path, generate(workplace, tmp_path / "out.avi"), ".mp4, .gif or .npy")
+    refused(capsys, tmp_path, generate(workplace, tmp_path / "out.avi"), ".mp4, .gif, .npy or .npz")
     refused(capsys, tmp_path, generate(workplace, tmp_path / "none" / "out.mp4"), "does not exist")
 
 
