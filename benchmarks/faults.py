@@ -265,7 +265,7 @@ def full_part(place: Place, verbs: list[str], steps: int) -> Table:
 
 
 def limits(place: Place, verb: str, steps: int) -> list[str]:
-    """Limits below and a little above what a verb needs, in bytes and in files."""
+    """Limits from what is there before to a little above what a verb needs, in bytes and in files."""
     most = 0
     with workspace(place, verb) as work:
         before = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
@@ -275,8 +275,8 @@ def limits(place: Place, verb: str, steps: int) -> list[str]:
             with contextlib.suppress(OSError):
                 most = max(most, sum(path.stat().st_size for path in work.rglob("*") if path.is_file()))
             time.sleep(0.01)
-    sizes = [before + (most - before) * step // steps + 16384 for step in range(1, steps + 1)]
-    return [f"size={size}" for size in sizes] + [f"nr_inodes={files + 2 + n}" for n in range(1, steps + 1)]
+    sizes = [before + (most - before) * step // steps + 4096 for step in range(steps + 1)]
+    return [f"size={size}" for size in sizes] + [f"nr_inodes={files + 1 + n}" for n in range(steps + 1)]
 
 
 PARTS: dict[str, Callable[[Place, argparse.Namespace], Table]] = {

@@ -203,7 +203,7 @@ def _run(verb: Verb[Any], args: argparse.Namespace) -> int:
         if args.debug:
             traceback.print_exc()
         message, code = _explained(error)
-        sys.stderr.write(message + "\n")
+        sys.stderr.write(" ".join(line.strip() for line in message.split("\n")) + "\n")
         return code
 
 

@@ -283,7 +283,7 @@ def refusal(row: int, largest: float) -> EngineError:
     """What is raised where a row's largest logit is not finite."""
     return EngineError(
         f"the largest logit of row {row} is {largest}; expected a finite number; the weights or the"
-        " precision of this bundle are broken: try --precision fp32, or verify the bundle"
+        " precision of this bundle are broken: try --set precision=fp32, or verify the bundle"
     )
 
 

@@ -104,6 +104,22 @@ def test_what_is_no_archive_of_the_runtime_is_refused(tmp_path: Path, content: b
         runtime_files(tmp_path / "runtime.tgz", Progress())
 
 
+def test_what_an_archive_is_not_is_told_in_one_line(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runtime.tgz").write_text("no archive")  # tarfile tells of every format, each on a line
+    words = [
+        "web",
+        str(world),
+        "--output",
+        str(tmp_path / "page"),
+        "--runtime",
+        str(tmp_path / "runtime.tgz"),
+    ]
+    assert main(words) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_an_archive_that_is_cut_off_is_refused(runtime: dict[str, bytes], tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "whole.tgz", "w:gz") as archive:
         name = min(DIGESTS, key=lambda each: len(runtime[each]))
