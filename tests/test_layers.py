@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,19 @@ def test_functions_stay_short() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 assert length <= 60, f"{file}: {node.name} has {length} lines"
+
+
+def test_the_map_names_every_module_and_nothing_else() -> None:
+    """docs/architecture.md, which a reader starts with."""
+    rows = re.findall(r"^\| `(\w+)/` \| (.*) \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    packages = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()}
+    assert packages <= {name for name, _ in rows}
+    for name, text in rows:
+        folder = PACKAGE / name if (PACKAGE / name).is_dir() else ROOT / name
+        modules = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+        modules |= {file.name for file in folder.iterdir() if file.is_dir()} - {"__pycache__"}
+        named = set(re.findall(r"`(\w+)/?`", text))
+        if name != "cli":  # whose modules are the verbs
+            assert modules <= named, f"{name}: {sorted(modules - named)}"
+        known = {file.stem for file in folder.rglob("*")} | packages | {"diagd", "Steps"}
+        assert named <= known, f"{name}: {sorted(named - known)}"
