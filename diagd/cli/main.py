@@ -219,4 +219,13 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         message = "error: there is not enough memory; close other programs, or ask for less at once"
         return message, UsageError.exit_code
+    if _is_of_runtime(error):
+        message = f"error: ONNX Runtime cannot run a graph as the manifest describes it ({error})"
+        return f"{message}; they are of different versions: export the bundle again", UsageError.exit_code
     return f"internal error: {type(error).__name__}: {error}; run again with --debug and report it", 1
+
+
+def _is_of_runtime(error: Exception) -> bool:
+    """Whether ONNX Runtime raised it, which has no class of errors of its own."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("onnxruntime.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,26 @@ def test_bundles_that_are_no_bundles(
     args = ["--prompt", str(workplace.prompt), "--output", str(output / "a.mp4")]
     refused(capsys, output, main(["generate", str(tmp_path / "no.diagd"), *args]), "no bundle at")
     refused(capsys, output, main(["generate", str(workplace.bundle), *args]), "--actions FILE")
+
+
+def test_graphs_that_are_not_what_a_manifest_says(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = shutil.copytree(workplace.bundle, tmp_path / "changed.diagd")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["cache"]["kv_heads"] += 1
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    command = [
+        "generate",
+        str(bundle),
+        "--prompt",
+        str(workplace.prompt),
+        "--actions",
+        str(workplace.actions),
+    ]
+    output = tmp_path / "made"
+    output.mkdir()
+    refused(capsys, output, main([*command, "--output", str(output / "a.npy")]), "export the bundle again")
 
 
 @pytest.fixture(scope="module")
