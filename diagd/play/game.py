@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from diagd.runtime.passes import Run
 from diagd.runtime.prompt import check_tokens
 from diagd.runtime.session import Frame, Session
 from diagd.runtime.stream import Past
+from diagd.runtime.video import VideoWriter
 
 MAX_PAST: Final = 20_000
 """Frames that can be taken back at most; a few hundred bytes each."""
@@ -321,6 +323,17 @@ class Game:
     def _kept(self, past: Sequence[Past]) -> list[Past]:
         """As much of a past as the stream keeps."""
         return list(past[-(self.session.stream.past.maxlen or len(past)) :])
+
+    def film(self, frames: int) -> bytes:
+        """The last frames as .mp4, or as .gif where sides are odd; with the mark that a licence asks for."""
+        spec, codec = self.view.codec.spec, self.view.codec
+        suffix = ".gif" if spec.height % 2 or spec.width % 2 else ".mp4"
+        with tempfile.TemporaryDirectory() as folder:
+            path, size = Path(folder) / f"play{suffix}", (spec.height, spec.width)
+            with VideoWriter(path, self.bundle.manifest.frames_per_second, size, codec.mark) as video:
+                for pictures in codec.stream(past.tokens for past in self._past[-frames:]):
+                    video.write(pictures)
+            return path.read_bytes()
 
     def look(self) -> Pictures:
         """Pictures of the last frame."""

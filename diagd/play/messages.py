@@ -107,13 +107,19 @@ class Save(_Message):
     type: Literal["save"]
 
 
+class Film(_Message):
+    """Send the last frames as a video."""
+
+    type: Literal["film"]
+
+
 class Audit(_Message):
     """Compare the last frames with next-token prediction."""
 
     type: Literal["audit"]
 
 
-Command = Reset | Rewind | Branch | Visit | Choose | Pace | Autopilot | Save | Audit
+Command = Reset | Rewind | Branch | Visit | Choose | Pace | Autopilot | Save | Film | Audit
 Message = Hello | Input | Ack | Command
 _MESSAGE: Final[TypeAdapter[Message]] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 

@@ -23,6 +23,9 @@ from diagd.runtime.actions import describe
 AUDITED: Final = 16
 """Frames that are compared with next-token prediction at a time."""
 
+FILMED: Final = 1200
+"""Frames of a video that is asked for; the world stands still until it is written."""
+
 
 def packed(header: dict[str, Any], parts: list[bytes]) -> bytes:
     """A binary message: length of the header (uint32, big endian), header as JSON, then the parts."""
@@ -114,6 +117,7 @@ class Table:
             "cover": self.game.view.codec.spec.cover,
             "controls": self._inputs.controls.model_dump(mode="json"),
             "has_actions": manifest.actions is not None,
+            "film": True,
             "autopilot": self.game.session.acts,
             "fps": manifest.frames_per_second,
         }
@@ -156,6 +160,8 @@ class Table:
             self.stage.look(game.visit(message.number))
         elif isinstance(message, messages.Choose):
             game.choose(message.settings)
+        elif isinstance(message, messages.Film):
+            self._call(self._tell_player, packed({"kind": "film"}, [game.film(FILMED)]))
         elif isinstance(message, messages.Audit):
             frames, share = game.audit(AUDITED)
             self._call(self._tell_player, {"type": "audit", "frames": frames, "share": share})

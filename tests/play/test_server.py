@@ -23,6 +23,7 @@ from diagd.play.opening import GameOptions
 from diagd.play.record import read_record
 from diagd.play.server import Limits
 from diagd.runtime.actions import describe
+from diagd.runtime.video import read_frames
 from tests.play.conftest import Serve
 
 
@@ -206,6 +207,10 @@ def test_a_key_moves_the_world_and_commands_move_it_back(serve: Serve, tmp_path:
         one.frame()
         one.say(type="save")
         assert b"diagd play 1" in one.until(kind="record")["picture"]
+        one.say(type="film")
+        film = tmp_path / "film.mp4"
+        film.write_bytes(one.until(kind="film")["picture"])
+        assert next(iter(read_frames(film))).shape == (16, 24, 3)
     assert len(read_record(record)[1]) > 8
 
 

@@ -94,6 +94,7 @@ link.addEventListener("welcome", ({ detail }) => {
   showKeys(detail.controls);
   keys.touch(at("pad"), at("buttons"), label);
   at("lock").hidden = !detail.controls.mouse;
+  at("film").hidden = !detail.film;
   at("autopilot").disabled = !detail.autopilot;
   at("autopilot-note").textContent = detail.autopilot ? "The model plays, until you press a key." : "Not available: this model does not decode its own actions.";
   at("save-keys").onclick = () => save("controls.json", JSON.stringify(detail.controls, null, 2));
@@ -114,6 +115,7 @@ link.addEventListener("audit", ({ detail }) => {
   at("hud-audit").firstElementChild.textContent = `${(100 * detail.share).toFixed(1)} % of ${detail.frames} frames`;
 });
 link.addEventListener("record", ({ detail }) => save("play.ndjson", detail.parts[0]));
+link.addEventListener("film", ({ detail: { parts: [film] } }) => save(film[0] === 0x47 ? "play.gif" : "play.mp4", film));
 link.addEventListener("state", ({ detail }) => {
   state = detail;
   showSettings(detail);
@@ -142,7 +144,7 @@ for (const button of document.querySelectorAll("[data-do]")) {
   button.onclick = () => {
     const { do: type, frames } = button.dataset;
     link.send(frames ? { type, frames: Number(frames) } : { type });
-    if (type !== "save") at("screen").focus();
+    if (!["save", "film"].includes(type)) at("screen").focus();
   };
 }
 for (const button of document.querySelectorAll("[name=mode]")) {
