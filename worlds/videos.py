@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from diagd.errors import UsageError
 from diagd.runtime.arrays import read_arrays
 from diagd.runtime.generate import CLIPS
-from diagd.runtime.video import SUFFIXES, read_frames, sized
+from diagd.runtime.video import SUFFIXES, files_in, read_frames, sized
 from worlds.inverse_dynamics import Judge, done_in
 from worlds.metrics import Estimate, MetricNetwork, frechet_distance, psnr, ssim
 from worlds.options import FolderOptions
@@ -34,8 +34,7 @@ class VideoPair:
 
 def videos_in(folder: Path) -> dict[str, Path]:
     """The videos of a folder, by name without suffix."""
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in KINDS)
-    return {path.stem: path for path in found}
+    return {path.stem: path for path in files_in(folder, KINDS)}
 
 
 def read_pairs(made: Path, truth: Path, options: FolderOptions) -> Iterator[VideoPair]:

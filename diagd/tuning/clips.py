@@ -13,6 +13,7 @@ from diagd.runtime.actions import encode
 from diagd.runtime.clip import Clip, read_recording
 from diagd.runtime.generate import CLIPS
 from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.video import files_in
 from diagd.tuning.align_checkpoint import cut
 
 
@@ -33,7 +34,7 @@ def read_clips(
         UsageError: a clip cannot be read, or none is as long as a window.
     """
     windows = []
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in CLIPS):
+    for path in files_in(folder, CLIPS):
         clip = read_recording(path, manifest, pixels, resize=resize)
         if len(clip.tokens) >= frames:
             windows.append(cut(stream_of(clip, manifest), manifest.layout, frames))

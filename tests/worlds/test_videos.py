@@ -18,7 +18,7 @@ from diagd.runtime.video import VideoWriter
 from worlds.inverse_dynamics import BUTTONS
 from worlds.metrics import psnr, ssim
 from worlds.options import FolderOptions
-from worlds.videos import compare_folders, read_video
+from worlds.videos import compare_folders, read_video, videos_in
 
 HEIGHT, WIDTH, LENGTH, VIDEOS = 20, 24, 7, 3
 RANDOM = np.random.default_rng(0)
@@ -180,3 +180,10 @@ def test_actions_are_read_off_videos(
         expected = f1_score(pressed[:-1, 0], seen[:-1, 0], average=average)
         assert figures[f"attack {average} F1"]["mean"] == pytest.approx(expected)
         assert float(rows[f"attack {average} F1"]["mean"]) == pytest.approx(expected)
+
+
+def test_what_is_no_video_of_a_folder_is_left_out(tmp_path: Path) -> None:
+    for name in ("a.mp4", "B.GIF", "._a.mp4", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "more.mp4").mkdir()
+    assert videos_in(tmp_path) == {"B": tmp_path / "B.GIF", "a": tmp_path / "a.mp4"}
