@@ -279,9 +279,9 @@ class PrefixEngine(PrefixState):
 
     def draw(self) -> None:
         """Draw tokens from the logits; see ``Engine.draw``."""
-        for number, (first, last) in self._ran.items():
+        for number in self._ran:
             lane = self._lanes[number]
-            places, ids = self._sampler.draw(self._logits[first:last], lane.steps, lane.next - 1)
+            places, ids = self._sampler.draw(self.logits(number), lane.steps, lane.next - 1)
             self.write_tokens(places, ids, number)
 
     def logits(self, lane: int = 0) -> Float:
