@@ -22,6 +22,7 @@ from benchmarks.cpu import CONSOLE, Bench, _weights
 from diagd.bundle import Bundle
 from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
+from diagd.engines.engine import Int
 from diagd.schedule import Schedule
 
 PRECISIONS = ("int8", "int8-dynamic", "int8-weight", "int4-weight")
@@ -48,13 +49,13 @@ def main() -> None:
         part(calibrated(args.bundle, precisions), args.repeats)
 
 
-def calibrated(path: Path, precisions: Iterable[str]) -> Bundle:
-    """The bundle with these precisions."""
+def calibrated(path: Path, precisions: Iterable[str], frames: Int | None = None) -> Bundle:
+    """The bundle with these precisions; a trained model needs ``frames`` int32 [P, rows, columns]."""
     known = {graph.precision for graph in Bundle.open(path).manifest.graphs}
     for precision in precisions:
         if precision not in known:
             options = CalibrationOptions(precision, ANYTHING, steps=64, floor=-100.0, floats="fp32")
-            report = calibrate(Bundle.open(path), options)
+            report = calibrate(Bundle.open(path), options, frames)
             CONSOLE.print(f"{precision}: agreement {report.figures['agreement']:.4f}")
     return Bundle.open(path)
 

@@ -59,10 +59,12 @@ def decoder_figures(
     with open_session(bundle, cpu=CPU) as session:
         points = compare(session, bundle, evaluation, decoders, DraftOptions(), CPU, report)
         passes = {f"{heat:g}": jacobi_passes(session, evaluation, heat) for heat in TEMPERATURES}
-    judged = {}
+    layout, judged = bundle.manifest.layout, {}
+    known = evaluation.windows.reshape(-1, layout.frame_length)[:, 1:].astype(np.int32)
+    bundle = calibrated(path, precisions, known.reshape(-1, layout.rows, layout.columns))
     for precision in ("fp32", *precisions):
         report(f"rollouts in {precision}")
-        with open_session(calibrated(path, precisions), cpu=CPU, precision=precision) as session:
+        with open_session(bundle, cpu=CPU, precision=precision) as session:
             order = ScheduledDecoder(Schedule.next_token(session.layout))
             rolled = rolled_out(session, evaluation, order).rolled
         judged[precision] = evaluation.judge(np.stack(rolled))
