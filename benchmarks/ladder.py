@@ -92,7 +92,7 @@ class SwitchedEngine(PrefixEngine):
     def _bind_prefix(self, length: int) -> None:
         super()._bind_prefix(length)
         for name, buffer in self._others.items():
-            self._bind_rows(f"present_{name}", buffer, length, output=True)
+            self._bind_rows(f"present_{name}", buffer, (length, 1, *buffer.shape[1:]), output=True)
 
 
 Group = tuple[str, Callable[[], Iterable[Rung]]]
