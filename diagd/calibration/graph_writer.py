@@ -132,7 +132,7 @@ class GraphWriter:
         try:
             for part in dict.fromkeys(map(part_of, choices)):
                 chosen = {name: choice for name, choice in choices.items() if part_of(name) == part}
-                self._bundle.file(SINGLE[1]).unlink()
+                self._bundle.file(SINGLE[1]).unlink(missing_ok=True)  # there may be no floats
                 floats = self._part_floats(traced, graphs[0], choices, chosen)
                 give_data(traced, tensors | store(self._bundle.file(SINGLE[1]), floats))
                 save(traced, self._bundle.file(SINGLE[0]))
