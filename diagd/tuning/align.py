@@ -85,12 +85,9 @@ def align(
         UsageError: the windows are no whole number of at least 2 frames that the model can hold, the
             text does not fit the model, there is no such device, or no schedule.
     """
-    if not options.shares or min(share for share, _ in options.shares) <= 0:
-        raise UsageError("alignment needs at least one schedule, each with a share above 0")
+    chances = _chances(options)
     check_device(options.device)
     passes = ForcedPasses([s for _, s in options.shares], _frames(model, streams), score_prompt=False)
-    chances = np.array([share for share, _ in options.shares])
-    chances /= chances.sum()
     model.to(options.device).train()
     trained = _add_low_rank(model, options) if options.rank else _all_but(model, frozen)
     logits = partial(model, text=_filled_text(model, text, options.device))
@@ -105,10 +102,7 @@ def align(
         choice = random.choice(len(chances), options.batch, p=chances)
         batch = passes.batch(windows, list(choice)).to(options.device)
         loss = forced_loss(logits, batch, autocast=options.autocast)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.param_groups[0]["lr"] = options.rate * _ramp((step + 1) / options.steps)
-        optimiser.step()
+        _descend(loss, optimiser, options.rate * _ramp((step + 1) / options.steps))
         kept.keep(step + 1)
         if report is not None:
             report(step + 1, loss.item())
@@ -119,6 +113,22 @@ def align(
         _merge_low_rank(model)
     model.requires_grad_(requires_grad=True)
     return model.eval()
+
+
+def _chances(options: AlignOptions) -> NDArray[np.float64]:
+    """Probability of each schedule."""
+    if not options.shares or min(share for share, _ in options.shares) <= 0:
+        raise UsageError("alignment needs at least one schedule, each with a share above 0")
+    shares = np.array([share for share, _ in options.shares])
+    chances: NDArray[np.float64] = shares / shares.sum()
+    return chances
+
+
+def _descend(loss: Tensor, optimiser: torch.optim.Optimizer, rate: float) -> None:
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.param_groups[0]["lr"] = rate
+    optimiser.step()
 
 
 def _frames(model: Transformer, streams: NDArray[np.int64]) -> int:
