@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from diagd.engines.onnxruntime_session import check_inputs
 from diagd.engines.program import Tensor
 from diagd.errors import EngineError, require
 
@@ -28,6 +29,7 @@ class OnnxRuntimeProgram:
     ) -> None:
         runtime = require("onnxruntime", extra="cuda", purpose="run step graphs")
         self._session = session
+        check_inputs(session, {name: len(tensor.shape) for name, tensor in tensors.items()})
         self._bindings = {width: self._bind(tensors, width, kind) for width in widths}
         self._options = {width: runtime.RunOptions() for width in widths}
         for width, options in self._options.items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -14,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from diagd.bundle import cache
 from diagd.engines.buffers import ALIGNMENT
 from diagd.engines.host import cores, processor_features
-from diagd.errors import EngineError, UsageError, require
+from diagd.errors import BundleError, EngineError, UsageError, require
 from diagd.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -72,6 +73,25 @@ def open_session(graph: Path, digest: str, options: CpuOptions) -> onnxruntime.I
     if options.prepack:
         graph = _prepacked(runtime, graph, digest, options)
     return _load(runtime, graph, _settings(runtime, options))
+
+
+def check_inputs(session: Any, axes: Mapping[str, int]) -> None:
+    """Refuse a graph that takes other inputs than an engine of its form gives it.
+
+    Args:
+        session: over the graph.
+        axes: of what the engine gives, by name; it may have more than the graph takes.
+
+    Raises:
+        BundleError: the graph takes an input that is not among them, or one with other axes.
+    """
+    for value in session.get_inputs():
+        if axes.get(value.name) != len(value.shape):
+            has = f"{axes[value.name]} axes" if value.name in axes else "no such input"
+            raise BundleError(
+                f"the step graph takes '{value.name}' with {len(value.shape)} axes, its form has {has}: the "
+                "bundle is of another version of diagd, or its manifest was changed; export it again"
+            )
 
 
 def _load(

@@ -13,9 +13,9 @@ from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.buffers import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
 from diagd.engines.engine import VOID, Clock, Float, HostClock, Int, Steps
 from diagd.engines.fingerprint import graph_digest
-from diagd.engines.onnxruntime_session import CpuOptions, open_session
+from diagd.engines.onnxruntime_session import CpuOptions, check_inputs, open_session
 from diagd.engines.sampler import HostSampler
-from diagd.errors import UsageError
+from diagd.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -212,6 +212,7 @@ class PrefixEngine(PrefixState):
         options = options.suiting(graph.precision)
         self._session = open_session(bundle.file(graph.file), digest, options)
         self._axis = self._streams_axis(bundle)
+        check_inputs(self._session, self._input_axes())
         self._binding = self._session.io_binding()
         rows = streams * widest
         self._logits = np.zeros((rows, manifest.output_vocabulary), np.float32)
@@ -309,8 +310,12 @@ class PrefixEngine(PrefixState):
 
     def _streams_axis(self, bundle: Bundle) -> tuple[int, ...]:
         """The axis of streams in shapes; graphs of earlier versions of diagd have none."""
-        (shape,) = (value.shape for value in self._session.get_inputs() if value.name == "slot_position")
-        if len(shape) == 2:
+        axes = {value.name: len(value.shape) for value in self._session.get_inputs()}
+        if "logit_rows" not in axes:
+            raise BundleError(
+                f"{bundle.path} has no prefix graph where its manifest says so; export it again"
+            )
+        if axes.get("slot_position") == 2:
             return (self.streams,)
         if self.streams > 1:
             raise UsageError(
@@ -318,6 +323,13 @@ class PrefixEngine(PrefixState):
                 f"again to decode {self.streams} sessions at once"
             )
         return ()
+
+    def _input_axes(self) -> dict[str, int]:
+        streams = len(self._axis)
+        rows = dict.fromkeys(("sources", "positions", "slot_position", "write_index"), streams + 1)
+        cached = {f"past_{name}": streams + 3 for name in self.buffers}
+        text = {name: buffer.ndim for name, buffer in self._text.items()}
+        return {"token_buffer": 1, "logit_rows": 1, **rows, **cached, **text}
 
     def _bind_prefix(self, length: int) -> None:
         if length == self._bound:

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 import diagd
+from diagd.bundle import Bundle, Form
 from diagd.engines.buffers import aligned_zeros, rotate_pairs
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.prefix import GRANULE, PrefixEngine
-from diagd.errors import EngineError
+from diagd.errors import BundleError, EngineError
+from diagd.export.exporter import GraphOptions
+from diagd.runtime import load
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.session import Session
 from diagd.schedule import Schedule, StreamLayout
@@ -91,6 +94,18 @@ def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     graph.write_bytes(b"no graph")
     with pytest.raises(EngineError, match=r"refuses .*step\.onnx"):
         open_session(graph, "digest", CpuOptions(1, prepack=False))
+
+
+@pytest.mark.parametrize("form", [Form.PREFIX, Form.MODERN])
+def test_graphs_of_another_form_than_the_manifest_says_are_refused(form: Form, tmp_path: Path) -> None:
+    options = GraphOptions((Form.PREFIX, Form.MODERN), widths=(16,))
+    path = export_small(small_model(LAYOUT, context_frames=6), tmp_path / "a.diagd", options)
+    manifest = Bundle.open(path).manifest
+    files = [graph.file for graph in manifest.graphs]
+    swapped = [g.model_copy(update={"file": f}) for g, f in zip(manifest.graphs, files[::-1], strict=True)]
+    bundle = Bundle(path, manifest.model_copy(update={"graphs": tuple(swapped)}))
+    with pytest.raises(BundleError, match="export it again"):
+        load.open_session(bundle, cpu=CpuOptions(1, prepack=False), form=form)
 
 
 def test_buffers_start_on_a_cache_line_and_hold_zeros() -> None:
