@@ -81,7 +81,7 @@ def test_a_bundle_is_aligned_where_its_checkpoint_is_not(
         (["--order", "late"], "order 'late': expected 'next token', or k=N with serial, chained or d=N"),
         (["--order", "k=13 d=9"], "row lag k=13"),
         (["--order", "k=1 serial", "k=2 k=2"], "order 'k=2 k=2'"),
-        (["--set", "raster=1"], "--set raster=1: Input should be less than 1"),
+        (["--set", "raster=1.5"], "--set raster=1.5: Input should be less than or equal to 1"),
         (["--device", "gpu"], "device 'gpu': expected cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "GPUs here; train on cpu"),
         (["--batch", "0"], "batch 0"),

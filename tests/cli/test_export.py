@@ -189,7 +189,7 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unexpected_errors_give_one_line_unless_debugged(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(name: str, checkpoint: str | None = None) -> None:
+    def fail(*_: object) -> None:
         raise ZeroDivisionError("planted")
 
     monkeypatch.setattr("diagd.export.families.registry.find", fail)
@@ -204,7 +204,7 @@ def test_unexpected_errors_give_one_line_unless_debugged(
 def test_a_full_disk_is_no_internal_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(name: str, checkpoint: str | None = None) -> None:
+    def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/full/weights.bin")
 
     monkeypatch.setattr("diagd.export.families.registry.find", fail)

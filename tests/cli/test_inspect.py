@@ -66,7 +66,8 @@ def test_shapes_are_shown(workplace: Workplace, capsys: pytest.CaptureFixture[st
     shown = " ".join(capsys.readouterr().out.split())
     model = onnx.load(workplace.bundle / "step.onnx", load_external_data=False).graph
     sources = next(value for value in model.input if value.name == "sources")
-    assert f"sources int32[{sources.type.tensor_type.shape.dim[0].dim_param}]" in shown
+    streams, rows = (axis.dim_param for axis in sources.type.tensor_type.shape.dim)
+    assert f"sources int32[{streams}, {rows}]" in shown
 
 
 def test_a_truncated_graph_is_told(

@@ -49,9 +49,11 @@ the target alone, nine bars between and its controls. Writes pareto.json and par
 
 def run(options: EvalRun) -> int:
     """Measure, write and print."""
+    from diagd.export.families.world import DESCRIPTION
     from worlds.videos import videos_in
 
-    if options.model.is_dir() and videos_in(options.model):
+    is_model = any((options.model / name).is_file() for name in (MANIFEST_NAME, DESCRIPTION))
+    if options.model.is_dir() and not is_model and videos_in(options.model):
         return _judge_videos(options)
     if (options.model / MANIFEST_NAME).is_file():
         bundle = Bundle.open(options.model)
