@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,7 +160,9 @@ class Interrupting(Progress):
         yield advance
 
 
-def test_a_cancelled_build_stops_and_leaves_nothing(bundle: Bundle) -> None:
+def cancel_a_build(path: str) -> None:
+    """Press Ctrl-C in a build, then build it whole."""
+    bundle = Bundle.open(path)
     request = Request(40, Form.PORTABLE, WIDTHS, ("sm89",))
     whole, cancelled = Interrupting(None), Interrupting(1)
     with pytest.raises(KeyboardInterrupt):
@@ -167,6 +171,14 @@ def test_a_cancelled_build_stops_and_leaves_nothing(bundle: Bundle) -> None:
     compile_engine(bundle, request, rtx, progress=whole)
     assert cancelled.steps < whole.steps
     shutil.rmtree(bundle.path / "engines")
+
+
+def test_a_cancelled_build_stops_and_leaves_nothing(bundle: Bundle) -> None:
+    """In a process of its own: one that OpenVINO is loaded into as well does not survive it."""
+    code = f"from tests.engines.test_tensorrt import cancel_a_build\ncancel_a_build({str(bundle.path)!r})"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_build_that_seems_too_large_is_forced(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
