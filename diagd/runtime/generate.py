@@ -263,21 +263,21 @@ class _Job:
         for output in self.outputs:
             file_target(output, KINDS)
             check_apart(output, {"--prompt": clip.prompt, "--actions": clip.lines_file, "--set text": text})
-            if clip.acts and output.suffix != EPISODE:
+            if clip.acts and output.suffix.lower() != EPISODE and not (self.skips and output.exists()):
                 self._check_lines(output)
             if output in taken:
                 raise UsageError(f"{clip.prompt} and another clip would both be {output}; rename one of them")
             taken.add(output)
 
     def _check_lines(self, output: Path) -> None:
-        """Refuse to write the actions of an output over a file that is not of an earlier run."""
+        """Refuse to write the actions of an output over a file, which nobody named."""
         lines = output.with_suffix(LINES)
-        file_target(lines, (LINES,))
-        if lines.exists() and not output.exists():
+        if lines.exists():
             raise UsageError(
-                f"the model's actions would go to {lines}, which is there already; give another --output"
+                f"the model's actions would go to {lines}, which is there already; give another --output, or "
+                "remove it yourself"
             )
-        check_apart(lines, {"--actions": self.clip.lines_file, "--prompt": self.clip.prompt})
+        file_target(lines, (LINES,))
 
 
 def _jobs(options: GenerateOptions) -> list[_Job]:

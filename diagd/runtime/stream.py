@@ -101,7 +101,7 @@ class Stream:
         self.acting = False
         self.action: Int | None = None
         self.newer: Callable[[int], Ids | None] | None = None
-        self._renewed: tuple[int, int] | None = None
+        self._renewed: int | None = None
         self.horizon: int | None = None
         self.refills = 0
         self.text: Float | None = None
@@ -158,7 +158,7 @@ class Stream:
     def follow(self, actions: Actions, frames: int | None = None) -> None:
         """Take the actions of a run and how many frames it has at most; frames in flight are given up."""
         self.begun, self.rejected, self.acting, self._asked = self.known, None, False, None
-        self.newer = None
+        self.newer = self._renewed = None
         self._led = {frame: ids for frame, ids in self._led.items() if frame < self.known}
         count = len(actions) if isinstance(actions, np.ndarray) else None
         lengths = [length for length in (frames, count) if length is not None]
@@ -226,12 +226,11 @@ class Stream:
         Once a frame, so that actions which never rest do not keep one from ending.
         """
         frame = self.begun - 1
-        if self.newer is None or self._renewed == (self.beginnings, frame):
+        if self.newer is None or self._renewed == frame:
             return False
         if (ids := self.newer(frame)) is None:
             return False
-        self._renewed = self.beginnings, frame
-        self.action = np.asarray(ids, np.int32)
+        self._renewed, self.action = frame, np.asarray(ids, np.int32)
         self._lead(frame, self.action)
         self.rejected = self.fed
         return True

@@ -76,8 +76,7 @@ def align(
         streams: int64 [N, frames * frame_length (+ prefix)], windows of known videos.
         options: schedules and training settings.
         report: told about every step.
-        text: float32 [n, width], what the windows are conditioned on; for models that read text, and
-            filled up with zeros as at inference.
+        text: float32 [n, width], of models that read text; filled up with zeros as at inference.
         frozen: names of parameters that stay as they are.
         valid: is measured before and after.
 
@@ -97,10 +96,7 @@ def align(
     optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
     kept = Kept.of(options, streams, trained, optimiser)
     for step in range(kept.resumed(), options.steps):
-        random = np.random.default_rng((options.seed, step))
-        windows = streams[random.integers(len(streams), size=options.batch)]
-        choice = random.choice(len(chances), options.batch, p=chances)
-        batch = passes.batch(windows, list(choice)).to(options.device)
+        batch = passes.batch(*_draw(streams, chances, options, step)).to(options.device)
         loss = forced_loss(logits, batch, autocast=options.autocast)
         _descend(loss, optimiser, options.rate * _ramp((step + 1) / options.steps))
         kept.keep(step + 1)
@@ -122,6 +118,15 @@ def _chances(options: AlignOptions) -> NDArray[np.float64]:
     shares = np.array([share for share, _ in options.shares])
     chances: NDArray[np.float64] = shares / shares.sum()
     return chances
+
+
+def _draw(
+    streams: NDArray[np.int64], chances: NDArray[np.float64], options: AlignOptions, step: int
+) -> tuple[NDArray[np.int64], list[int]]:
+    """Windows of a step, and the schedule of each; by its number alone, so that a run can be resumed."""
+    random = np.random.default_rng((options.seed, step))
+    windows = streams[random.integers(len(streams), size=options.batch)]
+    return windows, random.choice(len(chances), options.batch, p=chances).tolist()
 
 
 def _descend(loss: Tensor, optimiser: torch.optim.Optimizer, rate: float) -> None:

@@ -242,6 +242,13 @@ def test_lines_that_would_be_lost_are_kept(bundle: Bundle, folder: Path, tmp_pat
     with pytest.raises(UsageError, match="give --frames"):
         dreamt(bundle, tmp_path / "a.gif", folder / "clip.gif", actions=MODEL)
     assert [path.name for path in tmp_path.iterdir()] == ["clip.jsonl"]
+    dreamt(bundle, tmp_path / "a.gif", folder / "clip.gif", actions=MODEL, frames=(2, False))
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(
+        UsageError, match=r"a\.jsonl, which is there already"
+    ):  # also beside an earlier output
+        dreamt(bundle, tmp_path / "a.gif", folder / "clip.gif", actions=MODEL, frames=(2, False))
+    assert (tmp_path / "a.jsonl").read_text() == "{}\n"
 
 
 def test_what_a_wham_makes_is_marked(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
