@@ -53,6 +53,11 @@ _TAGGED: Final = {"movflags": "use_metadata_tags"}
 _IMAGES: Final = ("image2", "gif", "apng")
 """Containers whose pixels are taken to be square, whatever they say: so browsers show them."""
 
+_MICROSECONDS: Final = 1_000_000
+"""Of a second: FFmpeg counts the time of a file in them."""
+_NOTICED: Final = 0.15
+"""Seconds that a video may be shorter than its file says: lengths are rounded."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -355,16 +360,29 @@ def _decode(av: ModuleType, path: Path) -> Iterator[tuple[Any, Fraction]]:
     with av.open(f"file:{path}") as container:
         if not container.streams.video:
             raise UsageError(f"{path} holds no picture; expected a video or an image")
-        count, (stream, *_) = 0, container.streams.video
+        last, (stream, *_) = None, container.streams.video
         stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
         name = container.format.name
         square = name in _IMAGES or name.endswith("_pipe")
-        for frame in container.decode(stream):
-            count += 1
-            aspect = Fraction(1) if square else stream.sample_aspect_ratio or Fraction(1)
+        for number, frame in enumerate(container.decode(stream)):
+            if frame.is_corrupt:
+                raise UsageError(
+                    f"picture {number} of {path} is damaged; take another copy, or only what is ahead"
+                )
+            last, aspect = frame, Fraction(1) if square else stream.sample_aspect_ratio or Fraction(1)
             yield frame, aspect
-    if not count:
-        raise UsageError(f"{path} holds no frame; it is damaged or incomplete")
+        if last is None:
+            raise UsageError(f"{path} holds no frame; it is damaged or incomplete")
+        if len(container.streams) == 1 and (missing := _missing(container, last)) > _NOTICED:
+            _LOG.warning("%s ends %.1f s before the time it names; it may be incomplete", path, missing)
+
+
+def _missing(container: Any, last: Any) -> float:
+    """Seconds between the end of the last picture and the end that the file names, if it does."""
+    if container.duration is None or last.time is None:
+        return 0.0
+    ends = (container.duration + (container.start_time or 0)) / _MICROSECONDS
+    return float(ends - last.time - (last.duration or 0) * last.time_base)
 
 
 def _encoder(av: ModuleType) -> tuple[str, dict[str, str]]:

@@ -137,6 +137,37 @@ def test_files_that_are_no_video(tmp_path: Path, content: bytes) -> None:
         read_frames(path)
 
 
+def test_a_picture_damaged_in_the_middle_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "walk.mp4", tiles(60), 30)
+    with av.open(str(path)) as container:
+        damaged = next(packet for number, packet in enumerate(container.demux()) if number == 20)
+        first, last = damaged.pos + 10, damaged.pos + damaged.size
+    data = bytearray(path.read_bytes())
+    data[first:last] = np.random.default_rng(0).bytes(last - first)
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"picture [0-9]+ of .*walk.mp4 is damaged|it is damaged"):
+        read_frames(path)
+    assert len(read_frames(path, frames=10, start=0)) == 10
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_a_video_that_ends_early_is_told(
+    share: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, path = write(tmp_path / "walk.mp4", tiles(60), 30), tmp_path / "walk.mkv"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    pictures = read_frames(path)
+    assert (len(pictures) == 60) is (share == 1)
+    assert ("before the time it names; it may be incomplete" in caplog.text) is (share < 1)
+
+
 def test_truncated_video(tmp_path: Path) -> None:
     path = write(tmp_path / "walk.mp4", tiles(20))
     whole = path.read_bytes()
