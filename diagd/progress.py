@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -10,6 +11,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Item = TypeVar("Item")
+
+
+def started() -> int:
+    """How many processes torchrun started for this work; 1 where it did not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process tells of the work and writes what comes of it."""
+    return started() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 class Progress:

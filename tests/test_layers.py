@@ -23,12 +23,13 @@ BELOW = {
     "runtime": RUNTIME,
     "export": EXPORT,
     "calibration": ABOVE,
-    "tuning": ABOVE,
+    "tuning": {"cluster"} | ABOVE,
     "profiling": EXPORT,
     "play": {"runtime"} | RUNTIME,
     "web": {"play", "runtime"} | RUNTIME,
     "serve": {"play", "runtime"} | RUNTIME,
-    "cli": {"calibration", "tuning", "profiling", "play", "web", "serve"} | ABOVE,
+    "cluster": {"play", "runtime"} | RUNTIME,
+    "cli": {"calibration", "tuning", "profiling", "play", "web", "serve", "cluster"} | ABOVE,
 }
 """Packages that each package may import, besides itself and the modules at the top."""
 

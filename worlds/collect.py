@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from diagd.bundle import cache
 from diagd.bundle.actions import ActionCodec, ChoiceSlot
+from diagd.cluster import open_workers
 from diagd.errors import UsageError
 from diagd.runtime.actions import read_actions
 from diagd.runtime.video import read_frames
@@ -50,18 +50,12 @@ def collect(options: CollectOptions) -> Iterator[Path]:
         },
     )
     missing = [n for n in range(options.episodes) if not shard_path(options.output, n).exists()]
-    record = partial(_record, options)
-    if options.processes == 1:
-        yield from map(record, missing)
-        return
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        yield from pool.imap_unordered(record, missing)
-
-
-def _record(options: CollectOptions, index: int) -> Path:
-    path = shard_path(options.output, index)
-    save_episode(path, play_episode(options, index))
-    return path
+    make = partial(partial, play_episode, options)
+    with open_workers(make, options.who) as workers:
+        for number, episode in workers.map(missing):
+            path = shard_path(options.output, missing[number])
+            save_episode(path, episode)
+            yield path
 
 
 def _play_crafter(options: CollectOptions, index: int) -> Iterator[Played]:

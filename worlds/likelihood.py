@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from diagd.bundle import Bundle
+from diagd.cluster import ClusterOptions, open_workers
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.runtime.clip import Clip, read_recording
@@ -21,6 +23,32 @@ from worlds.options import EvalOptions
 from worlds.videos import videos_in
 
 
+class ClipJudge:
+    """A worker: a bundle on its engine, asked how likely the clip in a file is; see `forced_likelihood`."""
+
+    def __init__(
+        self, path: Path, orders: Sequence[str], options: EvalOptions, running: SessionOptions
+    ) -> None:
+        bundle = Bundle.open(path)
+        self._options, self._pixels, self._session = options, running.pixels(bundle), running.open(bundle)
+        self._schedules = [Schedule.parse(order, self._session.layout) for order in orders]
+
+    def __call__(self, path: Path) -> list[float]:
+        """By next-token prediction, then by each order."""
+        options, session = self._options, self._session
+        frames = options.prompt + options.frames
+        clip = read_recording(path, session.manifest, self._pixels, frames)
+        if len(clip.tokens) < frames:
+            raise UsageError(
+                f"{path} has {len(clip.tokens)} token frames; {options.prompt} known ones and "
+                f"{options.frames} to be judged are asked for: lower --set prompt or frames"
+            )
+        truth = clip.tokens[options.prompt :]
+        decoders: list[Decoder] = [RasterDecoder(truth, session.engine.max_width)]
+        decoders += [ForcedDecoder(schedule, truth) for schedule in self._schedules]
+        return [clip_likelihood(session, clip, options.prompt, decoder) for decoder in decoders]
+
+
 def forced_likelihood(
     bundle: Bundle,
     folder: Path,
@@ -28,6 +56,7 @@ def forced_likelihood(
     options: EvalOptions,
     running: SessionOptions,
     report: Callable[[str], None],
+    who: ClusterOptions | None = None,
 ) -> dict[str, Estimate]:
     """Mean negative log-likelihood of a cell's token, nats, unfiltered and at temperature 1, over clips.
 
@@ -37,34 +66,24 @@ def forced_likelihood(
         orders: of decoding, beside next-token prediction, to which each is compared clip by clip.
         options: the known frames of each clip, how many are judged, and how many clips at most.
         running: precision and backend.
-        report: hears the name of each clip.
+        report: hears the name of each clip that was judged.
+        who: does it.
 
     Raises:
         UsageError: a clip cannot be read or is too short, or an order does not fit.
     """
-    manifest, pixels = bundle.manifest, running.pixels(bundle)
-    frames = options.prompt + options.frames
-    schedules = {order.name: order for order in (Schedule.parse(o, manifest.layout) for o in orders)}
-    found: dict[str, list[float]] = {"next token": [], **{name: [] for name in schedules}}
-    with running.open(bundle) as session:
-        for path in list(videos_in(folder).values())[: options.windows]:
-            report(path.name)
-            clip = read_recording(path, manifest, pixels, frames)
-            if len(clip.tokens) < frames:
-                raise UsageError(
-                    f"{path} has {len(clip.tokens)} token frames; {options.prompt} known ones and "
-                    f"{options.frames} to be judged are asked for: lower --set prompt or frames"
-                )
-            truth = clip.tokens[options.prompt :]
-            decoder: Decoder = RasterDecoder(truth, session.engine.max_width)
-            found["next token"].append(clip_likelihood(session, clip, options.prompt, decoder))
-            for name, schedule in schedules.items():
-                decoder = ForcedDecoder(schedule, truth)
-                found[name].append(clip_likelihood(session, clip, options.prompt, decoder))
-    figures = {f"NLL {name}": Estimate.of(np.array(values)) for name, values in found.items()}
-    for name in schedules:
-        gaps = np.array(found[name]) - np.array(found["next token"])
-        figures[f"NLL {name} over next token"] = Estimate.of(gaps)
+    named = dict.fromkeys(Schedule.parse(order, bundle.manifest.layout).name for order in orders)
+    paths = list(videos_in(folder).values())[: options.windows]
+    found = np.zeros((len(paths), 1 + len(named)))
+    judge = partial(ClipJudge, bundle.path, tuple(named), options, running)
+    with open_workers(judge, who or ClusterOptions()) as workers:
+        for number, likelihoods in workers.map(paths):
+            report(paths[number].name)
+            found[number] = likelihoods
+    names = ("next token", *named)
+    figures = {f"NLL {name}": Estimate.of(row) for name, row in zip(names, found.T, strict=True)}
+    for column, name in enumerate(named, start=1):
+        figures[f"NLL {name} over next token"] = Estimate.of(found[:, column] - found[:, 0])
     return figures
 
 

@@ -57,14 +57,16 @@ class WorldModel(Protocol):
         ...
 
 
-def open_model(path: Path, precision: str | None = None, backend: str = "cpu") -> WorldModel:
-    """The model in a folder, or a bundle on its engine by ``backend``.
+def open_model(
+    path: Path, precision: str | None = None, backend: str = "cpu", threads: int = 0
+) -> WorldModel:
+    """The model in a folder, or a bundle on its engine by ``backend``, with so many ``threads``.
 
     Raises:
         UsageError: a precision is given for a folder, which is run in PyTorch.
     """
     if not (path / DESCRIPTION).exists():
-        return BundleModel(str(path), precision=precision, backend=backend)
+        return BundleModel(str(path), threads, precision=precision, backend=backend)
     if precision is not None:
         raise UsageError(f"{path} is run in PyTorch, in float32; --precision {precision} is for bundles")
     return TorchModel(load_world(path))

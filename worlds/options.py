@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from diagd.cluster import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError, unknown
 from diagd.options import FLAG, NAMES, OPTIONS, POSITIONAL, SIZE, File, Flag
+from diagd.progress import started
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.strategy import DraftOptions
 from diagd.tuning.options import check_device
@@ -38,15 +40,14 @@ class CollectOptions:
         description="episode n plays in world seed + n: disjoint sets need seeds that many apart (default 0)",
     )
     move_share: float = 0.72
-    processes: Annotated[int, FLAG] = Field(default=2, description="worlds simulated at a time")
+    who: ClusterOptions = ClusterOptions(workers=2)
 
     def __post_init__(self) -> None:
         if self.game not in GAMES:
             raise unknown("game", self.game, GAMES)
-        if self.episodes < 1 or self.steps < 2 or self.processes < 1 or self.seed < 0:
+        if self.episodes < 1 or self.steps < 2 or self.seed < 0:
             raise UsageError(
-                f"episodes {self.episodes}, steps {self.steps}, processes {self.processes}, "
-                f"seed {self.seed}: expected at least 1, 2, 1 and 0"
+                f"episodes {self.episodes}, steps {self.steps}, seed {self.seed}: expected 1, 2 and 0 or more"
             )
 
 
@@ -108,7 +109,8 @@ class TrainOptions:
     )
     processes: int | None = Field(
         default=None,
-        description="data-parallel processes (default: two of one thread each on a CPU, one a GPU)",
+        description="that share each batch (default: two of one thread each on a CPU, one a GPU; under "
+        "torchrun those that it starts)",
     )
     checkpoint_every: int = 100
 
@@ -126,14 +128,16 @@ class TrainOptions:
         import torch
 
         check_device(self.device)
+        if (ranks := started()) > 1:
+            return [self.device] * ranks
         return worker_devices(self.device, self.processes, torch.cuda.device_count())
 
     def recipe(self) -> dict[str, Any]:
         """The options that decide the result, as JSON data."""
         options = asdict(self)
-        for name in ("data", "output", "checkpoint_every"):
+        for name in ("data", "output", "checkpoint_every", "processes"):
             del options[name]
-        return options | {"processes": len(self.devices)}
+        return options
 
 
 def worker_devices(device: str, processes: int | None, gpus: int) -> list[str]:
@@ -166,7 +170,7 @@ class EvalOptions:
 
     windows: int = Field(default=64, description="windows of the teacher-forced likelihood")
     window_frames: int = 8
-    rollouts: Annotated[int, FLAG] = Field(default=96, description="continuations that are generated")
+    rollouts: int = Field(default=96, description="continuations that are generated")
     prompt: int = Field(default=2, description="known frames of a continuation")
     frames: int = Field(default=4, description="generated frames of a continuation")
     sampling: SamplingSettings = SamplingSettings(1.0, 0, 0.95)
@@ -225,7 +229,7 @@ class EvalRun:
     )
     drafts: DraftOptions = DraftOptions()
     threads: int = Field(default=0, ge=0, description="CPU threads of decoders compared, 0 for one a core")
-    long_frames: Annotated[int, FLAG] = Field(
+    long_frames: int = Field(
         default=0, description="frames of the long continuations that drift is measured on (default 0: none)"
     )
     long_rollouts: int = 8
@@ -237,3 +241,4 @@ class EvalRun:
     )
     folders: FolderOptions = FolderOptions()
     options: EvalOptions = EvalOptions()
+    who: ClusterOptions = ClusterOptions()

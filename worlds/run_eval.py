@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
+from diagd.cluster import open_workers
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.runtime.load import open_session
@@ -18,6 +21,7 @@ from diagd.tuning.recordings import cached_tokens, recorded_actions
 from worlds.collect import random_policy
 from worlds.evaluate import Evaluation, Scores, measure_drift
 from worlds.geometry import UNKNOWN_GEOMETRY, Geometry
+from worlds.hands import Hand, ManyHands
 from worlds.metrics import Estimate, MetricNetwork, frechet_distance
 from worlds.model import Streams, WorldModel, open_model
 from worlds.options import EvalRun
@@ -36,8 +40,12 @@ def run_eval(run: EvalRun, report: Report = lambda _: None) -> list[Scores]:
         UsageError: recordings or networks that cannot be used, or a drift that cannot be judged.
         CheckpointError, BundleError: a model that cannot be read.
     """
+    with opened(run) as model:
+        return _score(run, model, report)
+
+
+def _score(run: EvalRun, model: WorldModel, report: Report) -> list[Scores]:
     networks = [MetricNetwork(path) for path in run.networks]
-    model = open_model(run.model, run.precision, run.backend)
     orders = schedules(model.layout, run)
     evaluation = _evaluation(run, model)
     scores, rollouts, drift, learned = [], {"truth": evaluation.truth}, {}, {}
@@ -59,6 +67,17 @@ def run_eval(run: EvalRun, report: Report = lambda _: None) -> list[Scores]:
     return scores
 
 
+@contextmanager
+def opened(run: EvalRun) -> Iterator[WorldModel]:
+    """The model that is asked for; workers do its passes where there are some."""
+    model = open_model(run.model, run.precision, run.backend)
+    if not run.who.is_asked:
+        yield model
+        return
+    with open_workers(partial(Hand, run.model, run.precision, run.backend), run.who) as workers:
+        yield ManyHands(model, workers)
+
+
 def _evaluation(run: EvalRun, model: WorldModel) -> Evaluation:
     recording = cached_tokens(run.data, model.encoder)
     geometry = None
@@ -66,7 +85,7 @@ def _evaluation(run: EvalRun, model: WorldModel) -> Evaluation:
         rules = cached_tokens(run.geometry, model.encoder) if run.geometry else recording
         geometry = Geometry.learn(rules, model.codes)
     elif run.long_frames:
-        raise UsageError(f"--long-frames: drift is judged by the geometry of the world; {UNKNOWN_GEOMETRY}")
+        raise UsageError(f"long_frames: drift is judged by the geometry of the world; {UNKNOWN_GEOMETRY}")
     frames = min(run.options.window_frames, model.context_frames)
     return Evaluation(model, recording, geometry, replace(run.options, window_frames=frames))
 
@@ -80,8 +99,11 @@ def run_pareto(run: EvalRun, report: Report = lambda _: None) -> list[Point]:
     """
     bundle, cpu = Bundle.open(run.model), CpuOptions(run.threads)
     few = replace(run.options, windows=2)  # the likelihood of true windows is not asked for
-    evaluation = _evaluation(replace(run, options=few), open_model(run.model, run.precision, run.backend))
-    with open_session(bundle, cpu=cpu, precision=run.precision, backend=run.backend) as target:
+    with (
+        opened(run) as model,
+        open_session(bundle, cpu=cpu, precision=run.precision, backend=run.backend) as target,
+    ):
+        evaluation = _evaluation(replace(run, options=few), model)
         points = compare(target, bundle, evaluation, run.decoders, run.drafts, cpu, report)
     write_points(run.output, points, {"model": run.model.name, "options": asdict(evaluation.options)})
     return points

@@ -17,6 +17,7 @@ from rich.console import Console
 from diagd.bundle import Bundle, Form, Manifest, atomic_bundle, seal
 from diagd.calibration.options import CalibrationOptions
 from diagd.calibration.quantise import calibrate
+from diagd.cluster import ClusterOptions
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import QualityError
 from diagd.export.exporter import export, open_sources
@@ -41,7 +42,8 @@ GRAPH, WEIGHTS = "step.onnx", "weights.bin"
 
 def recorded(folder: Path) -> list[Pixels]:
     """Frames uint8 [T, height, width, 3] of games."""
-    options = CollectOptions(folder, episodes=GAMES, steps=MOVES, seed=FIRST_SEED, processes=1)
+    one = ClusterOptions(workers=1)
+    options = CollectOptions(folder, episodes=GAMES, steps=MOVES, seed=FIRST_SEED, who=one)
     return [load_episode(path).frames for path in sorted(collect(options))]
 
 

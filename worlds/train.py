@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,15 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from numpy.typing import NDArray
+from torch import nn
 
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError, unknown
 from diagd.export.families.world import World, WorldDescription, save_world
 from diagd.export.transformer import Transformer
+from diagd.progress import started
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.forced_batch import ForcedBatch, ForcedPasses, forced_loss
+from diagd.tuning.forced_batch import ForcedPasses, forced_loss
+from diagd.tuning.ranks import Ranks, together
 from diagd.tuning.recordings import (
     FrameEncoder,
     TokenDataset,
@@ -71,16 +74,29 @@ def train(options: TrainOptions, report: Report | None = None) -> Path:
     """
     episode_paths(options.data)  # before a folder is made
     options.output.mkdir(parents=True, exist_ok=True)
+    if started() > 1:
+        _train_together(options, report)
+        return options.output
     prepared = _prepare(options, report)
     prepared.tokens(options.data, report)
     processes = len(options.devices)
     if processes == 1:
-        _Trainer(options, prepared, rank=0).run(report)
+        with together(options.devices[0]) as ranks:
+            _Trainer(options, prepared, ranks).run(report)
         return options.output
     with tempfile.TemporaryDirectory() as folder:
         worker = partial(_worker, options, prepared, f"file://{folder}/rendezvous", report)
         _run_together(worker, processes)
     return options.output
+
+
+def _train_together(options: TrainOptions, report: Report | None) -> None:
+    """Be one of the processes that torchrun started; the first fits the tokenizer, which the others read."""
+    with together(options.device) as ranks:
+        if ranks.is_first:
+            _prepare(options, report).tokens(options.data, report)
+        ranks.wait()
+        _Trainer(options, _prepare(options, None), ranks).run(report if ranks.is_first else None)
 
 
 def _run_together(worker: Callable[[int], None], processes: int) -> None:
@@ -108,13 +124,10 @@ def _run_together(worker: Callable[[int], None], processes: int) -> None:
 def _worker(
     options: TrainOptions, prepared: _Prepared, meeting: str, report: Report | None, rank: int
 ) -> None:
-    backend = "nccl" if options.device.startswith("cuda") else "gloo"
-    world_size = len(options.devices)
-    distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=world_size)
-    try:
-        _Trainer(options, prepared, rank).run(report if rank == 0 else None)
-    finally:
-        distributed.destroy_process_group()
+    size = len(options.devices)
+    os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank))
+    with together(options.device, meeting) as ranks:
+        _Trainer(options, prepared, ranks).run(report if ranks.is_first else None)
 
 
 @dataclass(frozen=True)
@@ -132,11 +145,11 @@ class _Prepared:
     def tokens(self, data: Path, report: Report | None = None) -> TokenDataset:
         """The recording, encoded."""
         encoder = FrameEncoder.of_graphs(self.description.pixel_graphs(), self.tokenizer)
-        episodes, started = len(episode_paths(data)), time.monotonic()
+        episodes, began = len(episode_paths(data)), time.monotonic()
 
         def encoded(count: int) -> None:
             if report is not None:
-                report(Progress(count, episodes, None, time.monotonic() - started, part="encoding"))
+                report(Progress(count, episodes, None, time.monotonic() - began, part="encoding"))
 
         return cached_tokens(data, encoder, encoded)
 
@@ -175,11 +188,10 @@ def _prepare(options: TrainOptions, report: Report | None) -> _Prepared:
 class _Trainer:
     """The loop of one process."""
 
-    def __init__(self, options: TrainOptions, prepared: _Prepared, rank: int) -> None:
-        self.device = options.devices[rank]
-        if self.device == "cpu":
+    def __init__(self, options: TrainOptions, prepared: _Prepared, ranks: Ranks) -> None:
+        if ranks.device == "cpu":
             torch.set_num_threads(1)
-        self.options, self.prepared, self.rank = options, prepared, rank
+        self.options, self.prepared, self.ranks, self.device = options, prepared, ranks, ranks.device
         description = prepared.description
         self.model = Transformer(description.transformer_config())
         self.model.initialise(torch.Generator().manual_seed(options.seed)).to(self.device)
@@ -191,19 +203,21 @@ class _Trainer:
 
     def run(self, report: Report | None) -> None:
         """Train to the last step and write the model."""
-        options, started = self.options, time.monotonic()
-        shared = DistributedDataParallel(self.model) if len(options.devices) > 1 else self.model
+        options, began = self.options, time.monotonic()
+        ranks, shared = self.ranks, self.ranks.wrapped(self.model)
         for step in range(self.first_step, options.steps):
-            loss = forced_loss(shared, self.losses.batch(step, self.rank).to(self.device))
+            batch, weight = ranks.batch(*self.losses.windows(step))
+            loss = weight * forced_loss(shared, batch)
             loss.backward()
             self.optimiser.step(learning_rate(step + 1, options.steps))
-            if self.rank == 0:
-                seconds = time.monotonic() - started
-                progress = Progress(step + 1, options.steps, loss.item(), seconds, self.first_step)
+            mean = ranks.mean(loss)
+            if ranks.is_first:
+                seconds = time.monotonic() - began
+                progress = Progress(step + 1, options.steps, mean, seconds, self.first_step)
                 log(options.output / "log.jsonl", progress, report)
                 if (step + 1) % options.checkpoint_every == 0:
                     self._save_checkpoint(step + 1)
-        if self.rank == 0:
+        if ranks.is_first:
             self._save_world()
 
     def _save_world(self) -> None:
@@ -224,7 +238,9 @@ class _Trainer:
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
-        if json.loads(state["recipe"]) != json.loads(json.dumps(self.options.recipe())):
+        recipe = json.loads(state["recipe"])
+        recipe.pop("processes", None)  # was part of it; any number of them sees the same batches
+        if recipe != json.loads(json.dumps(self.options.recipe())):
             raise UsageError(
                 f"{self.checkpoint} belongs to another recipe: {state['recipe']}; give its options again to "
                 "resume, or another output folder to start anew"
@@ -238,7 +254,7 @@ class _Losses:
     """Batches as a function of seed and step."""
 
     def __init__(self, options: TrainOptions, dataset: TokenDataset, description: WorldDescription) -> None:
-        self.options, self.dataset, self.processes = options, dataset, len(options.devices)
+        self.options, self.dataset = options, dataset
         shares = mixture_shares(options.mixture, description.layout)
         self.shares = [share for share, _ in shares]
         lengths = {max(2, options.frames // 2), options.frames}
@@ -246,16 +262,16 @@ class _Losses:
         self.passes = {n: ForcedPasses(schedules, n, score_prompt=True) for n in lengths}
         self.starts = {n: dataset.window_starts(n) for n in lengths}
 
-    def batch(self, step: int, rank: int) -> ForcedBatch:
-        """The windows of process ``rank`` at ``step``."""
+    def windows(self, step: int) -> tuple[ForcedPasses, NDArray[np.int64], NDArray[np.int64]]:
+        """Those of a step, with the number of the schedule of each."""
         options = self.options
         is_short = 2 * step < options.steps
         frames = max(2, options.frames // 2) if is_short else options.frames
         windows = options.batch * options.frames // frames
         random = np.random.default_rng((options.seed, step))
-        starts = random.choice(self.starts[frames], windows)[rank :: self.processes]
-        choice = random.choice(len(self.shares), windows, p=self.shares)[rank :: self.processes]
-        return self.passes[frames].batch(self.dataset.windows(starts, frames), list(choice))
+        starts = random.choice(self.starts[frames], windows)
+        choice = random.choice(len(self.shares), windows, p=self.shares)
+        return self.passes[frames], self.dataset.windows(starts, frames), choice
 
 
 class Optimiser:

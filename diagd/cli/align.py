@@ -22,11 +22,13 @@ EXAMPLES = """examples:
   diagd align 300M_16f.ckpt --model mineworld-300m --data tokens.npy --output aligned.safetensors
   diagd align WHAM_200M.ckpt --model wham-200m --data episodes/ --set encoder=wham.diagd --set valid=held/ \
     --device cuda --rate 1e-5 --set resume=wham.resume --output aligned.safetensors
+  torchrun --nproc-per-node 4 -m diagd align trained --data recordings --device cuda --output aligned
 
 SOURCE is a bundle, the folder of a trained world, or a checkpoint together with its --model.
 --data is a folder of recordings made by `diagd world` (for worlds); a folder of clips, videos with .jsonl or
 episodes, whose pictures the bundle encodes, or --set encoder=BUNDLE; or a .npy token stream of one video.
 --output is of the same kind: a bundle, a world's folder, or a .safetensors for `diagd export --checkpoint`.
+Under torchrun each process does its share of every batch: the same training, and the first one writes.
 Several orders share the windows; next-token prediction keeps raster of them, with --set raster=1 all.
 """
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from diagd.progress import is_first
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -35,7 +37,10 @@ _WIDE = 100_000
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that takes brackets as text, and breaks and cuts nothing unless a terminal has to."""
+    """A console that takes brackets as text, and breaks and cuts nothing unless a terminal has to.
+
+    Of processes that do the same work together, the first alone prints.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -58,7 +63,8 @@ def console(*, stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _WIDE
-    return Plain(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+    quiet = not is_first()
+    return Plain(stderr=stderr, quiet=quiet, markup=False, highlight=False, emoji=False, width=width)
 
 
 def styled(text: str, style: str) -> Text:

@@ -21,6 +21,7 @@ from diagd.export.transformer import Transformer
 from diagd.tuning.forced_batch import ForcedPasses, Logits, forced_loss, forced_nll
 from diagd.tuning.kept import Kept
 from diagd.tuning.options import AlignOptions, check_device
+from diagd.tuning.ranks import together
 
 Report = Callable[[int, float], None]
 """Called after each step with its number, from 1, and its loss in nats per token."""
@@ -80,6 +81,8 @@ def align(
         frozen: names of parameters that stay as they are.
         valid: is measured before and after.
 
+    Where torchrun started several processes, each does its share of every batch, and all return the same.
+
     Raises:
         UsageError: the windows are no whole number of at least 2 frames that the model can hold, the
             text does not fit the model, there is no such device, or no schedule.
@@ -87,23 +90,25 @@ def align(
     chances = _chances(options)
     check_device(options.device)
     passes = ForcedPasses([s for _, s in options.shares], _frames(model, streams), score_prompt=False)
-    model.to(options.device).train()
-    trained = _add_low_rank(model, options) if options.rank else _all_but(model, frozen)
-    logits = partial(model, text=_filled_text(model, text, options.device))
     names = [schedule.name for _, schedule in options.shares]
-    if valid is not None:
-        valid.measure(logits, passes, names, options.device)
-    optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    kept = Kept.of(options, streams, trained, optimiser)
-    for step in range(kept.resumed(), options.steps):
-        batch = passes.batch(*_draw(streams, chances, options, step)).to(options.device)
-        loss = forced_loss(logits, batch, autocast=options.autocast)
-        _descend(loss, optimiser, options.rate * _ramp((step + 1) / options.steps))
-        kept.keep(step + 1)
-        if report is not None:
-            report(step + 1, loss.item())
-    if valid is not None:
-        valid.measure(logits, passes, names, options.device)
+    with together(options.device) as ranks:
+        model.to(ranks.device).train()
+        trained = _add_low_rank(model, options) if options.rank else _all_but(model, frozen)
+        filled = _filled_text(model, text, ranks.device)
+        optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
+        kept = Kept.of(options, streams, trained, optimiser, ranks.is_first)
+        if valid is not None:
+            valid.measure(partial(model, text=filled), passes, names, ranks.device)
+        logits = partial(ranks.wrapped(model), text=filled)
+        for step in range(kept.resumed(), options.steps):
+            batch, weight = ranks.batch(passes, *_draw(streams, chances, options, step))
+            loss = weight * forced_loss(logits, batch, autocast=options.autocast)
+            _descend(loss, optimiser, options.rate * _ramp((step + 1) / options.steps))
+            kept.keep(step + 1)
+            if report is not None:
+                report(step + 1, ranks.mean(loss))
+        if valid is not None:
+            valid.measure(partial(model, text=filled), passes, names, ranks.device)
     kept.remove()
     if options.rank:
         _merge_low_rank(model)
@@ -122,11 +127,11 @@ def _chances(options: AlignOptions) -> NDArray[np.float64]:
 
 def _draw(
     streams: NDArray[np.int64], chances: NDArray[np.float64], options: AlignOptions, step: int
-) -> tuple[NDArray[np.int64], list[int]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Windows of a step, and the schedule of each; by its number alone, so that a run can be resumed."""
     random = np.random.default_rng((options.seed, step))
     windows = streams[random.integers(len(streams), size=options.batch)]
-    return windows, random.choice(len(chances), options.batch, p=chances).tolist()
+    return windows, random.choice(len(chances), options.batch, p=chances)
 
 
 def _descend(loss: Tensor, optimiser: torch.optim.Optimizer, rate: float) -> None:

@@ -17,6 +17,7 @@ from diagd.bundle.manifest import Provenance
 from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, UsageError
 from diagd.export.transformer import Transformer
+from diagd.progress import is_first
 from diagd.tuning.align import Report, Validation, align
 from diagd.tuning.options import AlignOptions
 from diagd.version import __version__
@@ -60,6 +61,8 @@ def align_bundle(
     base = bundle.at_precision()
     graphs = [onnx.load(base.file(name), load_external_data=False) for name in _step_and_text(base)]
     model = align(_read(graphs, base), streams, options, report, text=text, valid=valid)
+    if not is_first():
+        return output
     state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     with atomic_bundle(output) as directory:
         for name in _kept_files(base):

@@ -15,6 +15,7 @@ from diagd.errors import UsageError
 from diagd.export.checkpoints import Checkpoint, check
 from diagd.export.families.family import Family
 from diagd.export.transformer import Transformer
+from diagd.progress import is_first
 from diagd.runtime.arrays import read_array
 from diagd.schedule import StreamLayout
 from diagd.tuning.align import Report, Validation, align
@@ -58,6 +59,8 @@ def align_checkpoint(
     made_up = {rule.target for rule in family.rules if not rule.sources}  # a checkpoint cannot hold these
     model = load_transformer(family, source)
     align(model, streams, options, report, text=text, frozen=made_up, valid=valid)
+    if not is_first():
+        return output
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     released: dict[str, NDArray[np.generic]] = {}
     for rule in family.rules:

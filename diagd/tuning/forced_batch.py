@@ -45,6 +45,9 @@ class ForcedPasses:
         schedules: the decoding orders.
         frames: frames of a video, the first of which is the prompt.
         score_prompt: also predict the cells of the prompt, in raster order.
+
+    Attributes:
+        scored: int64 [schedules], tokens of a video that each one scores.
     """
 
     def __init__(self, schedules: Sequence[Schedule], frames: int, *, score_prompt: bool) -> None:
@@ -54,6 +57,7 @@ class ForcedPasses:
         self.positions = torch.from_numpy(np.stack([p.positions for p in padded]))
         self.targets = np.stack([p.targets for p in padded])
         self.visible = torch.from_numpy(np.stack([p.visible for p in padded]))
+        self.scored: NDArray[np.int64] = (self.targets != NOT_SCORED).sum(1)
 
     def batch(self, streams: NDArray[np.int64], choice: Sequence[int]) -> ForcedBatch:
         """Feed stream b of int64 [B, N] through the pass of schedule ``choice[b]``."""

@@ -26,6 +26,7 @@ class Kept:
 
     Attributes:
         identity: of the training: its options and data.
+        writes: whether this process does, of several that read the file.
     """
 
     path: Path | None
@@ -33,6 +34,7 @@ class Kept:
     identity: str
     trained: Sequence[nn.Parameter]
     optimiser: torch.optim.Optimizer
+    writes: bool
 
     @classmethod
     def of(
@@ -41,12 +43,13 @@ class Kept:
         streams: NDArray[np.int64],
         trained: Sequence[nn.Parameter],
         optimiser: torch.optim.Optimizer,
+        writes: bool,
     ) -> Kept:
         """Of a training with its options and windows."""
         shape = [tuple(parameter.shape) for parameter in trained]
         told = repr((replace(options, device="", resume=None, keep_every=1), shape))
         identity = hashlib.sha256(told.encode() + np.ascontiguousarray(streams).tobytes()).hexdigest()
-        return cls(options.resume, options.keep_every, identity, trained, optimiser)
+        return cls(options.resume, options.keep_every, identity, trained, optimiser, writes)
 
     def resumed(self) -> int:
         """Be as when the file was written; gives the steps that were done.
@@ -73,7 +76,7 @@ class Kept:
 
     def keep(self, step: int) -> None:
         """Write the file, once in so many steps."""
-        if self.path is None or step % self.every:
+        if self.path is None or not self.writes or step % self.every:
             return
         state = {
             "identity": self.identity,
@@ -86,5 +89,5 @@ class Kept:
 
     def remove(self) -> None:
         """The training is done."""
-        if self.path is not None:
+        if self.path is not None and self.writes:
             self.path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from diagd.export.exporter import open_sources
 from diagd.export.families.family import Family
 from diagd.export.families.registry import find
 from diagd.export.families.world import DESCRIPTION, WEIGHTS, load_tokenizer
+from diagd.progress import is_first
 from diagd.runtime.pixels import PixelCodec
 from diagd.tuning.align import Report, Validation
 from diagd.tuning.align_bundle import align_bundle
@@ -136,6 +137,6 @@ class Source:
             )
         weights = output / WEIGHTS
         align_checkpoint(self.what, checkpoint, streams, options, weights, report, valid=valid)
-        for part in (self._tokenizer, self._tokenizer.with_name(DESCRIPTION)):
+        for part in (self._tokenizer, self._tokenizer.with_name(DESCRIPTION)) if is_first() else ():
             shutil.copy(part, output / part.name)
         return output

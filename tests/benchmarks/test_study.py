@@ -10,6 +10,7 @@ import pytest
 from matplotlib import image
 
 from benchmarks.quality.study import PARTS, Study, StudyOptions, diagonal_schedules, save_plot
+from diagd.cluster import ClusterOptions
 from diagd.errors import UsageError
 from diagd.export.families.world import SHIPPED
 from diagd.schedule import StreamLayout
@@ -23,7 +24,8 @@ NAMES = ["k=1 serial", "k=1 chained", "k=2 serial", "k=2 chained", "k=4 serial",
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> StudyOptions:
     folder = tmp_path_factory.mktemp("study")
-    list(collect(CollectOptions(folder / "data", episodes=2, steps=12, seed=3_000_000, processes=1)))
+    one = ClusterOptions(workers=1)
+    list(collect(CollectOptions(folder / "data", episodes=2, steps=12, seed=3_000_000, who=one)))
     return StudyOptions(
         model=FOLDER,
         data=folder / "data",

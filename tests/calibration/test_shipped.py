@@ -10,6 +10,7 @@ import pytest
 from diagd.bundle import Bundle, Form
 from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
+from diagd.cluster import ClusterOptions
 from diagd.export.exporter import GraphOptions, export, open_sources
 from diagd.export.families.registry import find
 from diagd.export.families.world import SHIPPED, load_tokenizer
@@ -23,7 +24,7 @@ from worlds.collect import CollectOptions, collect
 def recording(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     """Token frames int32 [P, 9, 12] of one episode."""
     folder = tmp_path_factory.mktemp("recording")
-    list(collect(CollectOptions(folder, episodes=1, steps=80, seed=3_000_000, processes=1)))
+    list(collect(CollectOptions(folder, episodes=1, steps=80, seed=3_000_000, who=ClusterOptions(workers=1))))
     encoder = FrameEncoder.of_graphs(*load_tokenizer(SHIPPED / "crafter-3m"))
     streams = cached_tokens(folder, encoder).streams
     return streams[:, 1:].reshape(-1, 9, 12).astype(np.int32)

@@ -66,7 +66,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-EVAL = ["--rollouts", "2", "--set", "windows=2", "--set", "frames=1"]
+EVAL = ["--set", "rollouts=2", "--set", "windows=2", "--set", "frames=1"]
 
 
 def test_other_worlds_are_measured_by_what_holds_for_any(
@@ -112,7 +112,7 @@ def test_decoders_are_compared_by_speed_and_quality(
 ) -> None:
     """Both ends of the knob, the bars between and the controls; exact ones are next-token prediction's."""
     bundle, output = str(small.parent / "small.diagd"), tmp_path / "pareto"
-    command = ["eval", bundle, "--data", str(noise), "--output", str(output), "--rollouts", "2"]
+    command = ["eval", bundle, "--data", str(noise), "--output", str(output), "--set", "rollouts=2"]
     command += ["--set", "prompt=1", "--set", "frames=5", "--set", "threads=1"]
     names = ("next token", "k=1 serial", "jacobi", "draft")
     assert main([*command, "--set", "drafter_decoder=k=1 serial", "--decoders", *names]) == 0
@@ -135,7 +135,7 @@ def test_drift_needs_a_known_geometry(
     small: Path, noise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["eval", str(small), "--data", str(noise), "--output", str(tmp_path), *EVAL]
-    assert main([*command, "--long-frames", "10"]) == 2
+    assert main([*command, "--set", "long_frames=10"]) == 2
     assert "diagd world collect" in capsys.readouterr().err
 
 

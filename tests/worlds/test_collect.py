@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diagd.cluster import ClusterOptions
 from diagd.errors import UsageError
 from diagd.tuning.recordings import load_episode, shard_path
 from worlds.collect import CollectOptions, collect, play_episode
@@ -14,7 +15,8 @@ from worlds.simulator import ACTIONS, Simulator
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> CollectOptions:
-    options = CollectOptions(tmp_path_factory.mktemp("episodes"), episodes=2, steps=60, seed=5, processes=1)
+    one = ClusterOptions(workers=1)
+    options = CollectOptions(tmp_path_factory.mktemp("episodes"), episodes=2, steps=60, seed=5, who=one)
     assert len(list(collect(options))) == 2
     return options
 

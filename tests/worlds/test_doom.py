@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diagd.cluster import ClusterOptions
 from diagd.errors import UsageError
 from diagd.tuning.recordings import Episode, load_episode, recorded_actions
 from worlds.collect import CollectOptions, collect, play_episode
@@ -16,8 +17,9 @@ STEPS = 60
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Episode:
     pytest.importorskip("vizdoom")
+    one = ClusterOptions(workers=1)
     options = CollectOptions(
-        tmp_path_factory.mktemp("doom"), game="doom", episodes=1, steps=STEPS, seed=3, processes=1
+        tmp_path_factory.mktemp("doom"), game="doom", episodes=1, steps=STEPS, seed=3, who=one
     )
     (path,) = collect(options)
     assert recorded_actions(options.output) == ACTIONS

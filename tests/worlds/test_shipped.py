@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diagd.cluster import ClusterOptions
 from diagd.export.families.world import SHIPPED, World, load_world
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule
@@ -34,7 +35,7 @@ def world() -> World:
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory, world: World) -> TokenDataset:
     folder = tmp_path_factory.mktemp("fresh")
-    list(collect(CollectOptions(folder, episodes=3, steps=80, seed=2_000_000, processes=1)))
+    list(collect(CollectOptions(folder, episodes=3, steps=80, seed=2_000_000, who=ClusterOptions(workers=1))))
     return cached_tokens(folder, FrameEncoder.of_graphs(world.description.pixel_graphs(), world.tokenizer))
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +52,10 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_world(folder).model.state_dict())
 
 
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def test_training_learns_every_schedule(data: Path, tmp_path: Path) -> None:
     """The actions alone decide the new columns, so a model that learned the world knows every token."""
     train(options(data, tmp_path, steps=60))
@@ -61,9 +67,9 @@ def test_training_learns_every_schedule(data: Path, tmp_path: Path) -> None:
     passes = ForcedPasses([schedule for _, schedule in shares], 4, score_prompt=False)
     for choice in range(len(shares)):
         assert np.nanmean(forced_nll(world.model, passes, streams, choice)) < 0.5 * np.log(8)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert len(losses) == 60
-    assert losses[-1] < 0.5 * losses[0]
+    found = losses(tmp_path)
+    assert len(found) == 60
+    assert found[-1] < 0.5 * found[0]
 
 
 def test_training_is_deterministic_and_resumes_exactly(data: Path, tmp_path: Path) -> None:
@@ -85,12 +91,29 @@ def test_training_is_deterministic_and_resumes_exactly(data: Path, tmp_path: Pat
 def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
     train(options(data, tmp_path / "one", steps=2))
     train(options(data, tmp_path / "two", steps=2, processes=2))
+    first, second = (losses(tmp_path / name) for name in ("one", "two"))
+    assert first == pytest.approx(second, rel=2e-3)  # products are in bfloat16
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     initial = Transformer(load_world(tmp_path / "one").description.transformer_config())
     initial.initialise(torch.Generator().manual_seed(0))
     for name, start in initial.state_dict().items():
         moved = (one[name] - start).norm()
         assert (one[name] - two[name]).norm() < 0.3 * moved + 1e-3
+
+
+@pytest.mark.slow
+def test_torchrun_trains_what_one_process_does(data: Path, tmp_path: Path) -> None:
+    train(options(data, tmp_path / "one", steps=2))
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "diagd"]
+    command = ["world", "train", str(tmp_path / "two"), "--data", str(data), "--size", "0.7m", "--batch", "8"]
+    settings = ["frames=4", "codes=8", f"patch={PATCH}"]
+    told = [part for setting in settings for part in ("--set", setting)]
+    done = subprocess.run(
+        [sys.executable, *run, *command, "--steps", "2", *told], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained 0.7m in 2 steps") == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
 
 
 def test_no_two_processes_share_a_gpu() -> None:

@@ -12,6 +12,7 @@ from diagd.bundle.targets import folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import UsageError
 from diagd.runtime.generate import SessionOptions
 from worlds.options import EvalRun
 
@@ -30,7 +31,7 @@ EXAMPLES = """examples:
   diagd eval made/ --data clips/ --output quality --network lpips.onnx --network fvd.onnx --set skip=9
   diagd eval made/ --data clips/ --output quality --set dynamics=idm.onnx
   diagd eval wham.diagd --data episodes/ --output quality --order k=1,serial k=2,serial
-  diagd eval trained/ --data recordings --output quality --order k=1,chained k=2,d=28 --rollouts 200
+  diagd eval trained/ --data recordings --output quality --order k=1,chained k=2,d=28 --set rollouts=200
 
 MODEL is a bundle (decoded on its engine, recordings encoded by its own encoder) or a folder that `diagd world
 train` wrote. The recording must not have been trained on. Writes eval.json and contact.png; every figure has
@@ -41,6 +42,9 @@ what your networks say (two pictures: LPIPS; clips: FVD; pictures: FID), and Min
 of inverse dynamics sees them. --set skip=N leaves out the prompt. Of the bundle of a released model, --data
 is a folder of clips, videos with .jsonl or episodes: the likelihood of their tokens by order of decoding.
 Both write eval.json and eval.csv.
+
+--workers N has that many processes do the passes, of one thread each, and --cluster ADDRESS the nodes of a
+Ray cluster (model and data in the same place on each): the result is the same for any number of them.
 
 --decoders compares speed and quality instead: orders, jacobi, and draft, which stands for the drafter alone,
 the target alone, nine bars between and its controls. Writes pareto.json and pareto.png.
@@ -81,6 +85,8 @@ def run(options: EvalRun) -> int:
 
 
 def _judge_videos(options: EvalRun) -> int:
+    if options.who.is_asked:
+        raise UsageError("folders of videos are compared by this process: leave out --workers and --cluster")
     from worlds.videos import compare_folders
 
     def measure(report: Callable[[str], None]) -> dict[str, Estimate]:
@@ -92,10 +98,13 @@ def _judge_videos(options: EvalRun) -> int:
 def _judge_clips(options: EvalRun, bundle: Bundle) -> int:
     from worlds.likelihood import forced_likelihood
 
-    running = SessionOptions(options.precision, options.backend, cpu=CpuOptions(options.threads))
+    threads = 1 if options.who.is_asked else options.threads
+    running = SessionOptions(options.precision, options.backend, cpu=CpuOptions(threads))
 
     def measure(report: Callable[[str], None]) -> dict[str, Estimate]:
-        return forced_likelihood(bundle, options.data, options.order, options.options, running, report)
+        return forced_likelihood(
+            bundle, options.data, options.order, options.options, running, report, options.who
+        )
 
     return _figures(options, measure, {"options": asdict(options.options)})
 

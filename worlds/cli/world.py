@@ -9,6 +9,7 @@ from diagd.bundle.targets import folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.progress import Progress as Bars
+from diagd.progress import is_first
 from worlds.options import CollectOptions, ImportOptions, TrainOptions
 
 if TYPE_CHECKING:
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   diagd world collect recordings
   diagd world collect walks --game doom --episodes 300 --steps 400
+  diagd world collect recordings --episodes 5000 --cluster 10.0.0.1:6379
   diagd world import recordings --videos clips/ --actions noop,left,right --size 72x96
   diagd world train trained --data recordings --steps 1200
+  torchrun --nproc-per-node 4 -m diagd world train trained --data recordings --device cuda
   diagd-export --model world --checkpoint trained --output world.diagd
 """
 
@@ -63,6 +66,8 @@ def run_train(options: TrainOptions) -> int:
     from worlds.train import train
 
     folder = train(options, print_step)
+    if not is_first():
+        return 0
     frames = json.loads((folder / "config.json").read_text("utf-8"))["training"]["reconstruction"]
     print(  # noqa: T201
         f"trained {options.size} in {options.steps} steps: {folder}\n"

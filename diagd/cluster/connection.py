@@ -1,0 +1,44 @@
+"""Joining a Ray cluster: with its token, without its statistics."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import Any, Final
+
+from diagd.errors import UsageError, require
+
+HERE: Final = "local"
+"""In place of an address: a cluster of this machine alone, which ends with this process."""
+
+_SETTINGS: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+"""Before Ray is imported: an open port of Ray runs whatever it is sent (CVE-2023-48022), and token
+authentication, which it has since 2.52, is off where nothing is said."""
+
+
+def connect(address: str) -> Any:
+    """Join the cluster at HOST:PORT, ``auto`` for the one that runs here, or `HERE`; gives Ray.
+
+    Raises:
+        DependencyError: Ray is not installed.
+        UsageError: there is no such cluster, or it does not let us in.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if address == HERE and os.environ["RAY_AUTH_MODE"] == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray = require("ray", extra="cluster", purpose="use several machines")
+    if ray.is_initialized():
+        return ray
+    told = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == HERE:
+        told |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    try:
+        ray.init(address, **told)
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and types of its own
+        raise UsageError(
+            f"cannot join a Ray cluster at {address}: {str(error).strip() or type(error).__name__}; start "
+            "one with RAY_AUTH_MODE=token ray start --head --node-ip-address=127.0.0.1 "
+            "--include-dashboard=false, and give each machine the token of `ray get-auth-token`"
+        ) from error
+    return ray

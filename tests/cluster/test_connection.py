@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_not_there_is_named_and_nothing_is_told() -> None:
+    pytest.importorskip("ray", reason="pip install 'diagd[cluster]'")
+    code = """
+import os
+from diagd.cluster.connection import connect
+from diagd.errors import UsageError
+try:
+    connect("127.0.0.1:1")
+except UsageError as error:
+    print(os.environ["RAY_USAGE_STATS_ENABLED"], os.environ["RAY_AUTH_MODE"], error)
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    found = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("0 token cannot join a Ray cluster at 127.0.0.1:1")
+    assert "ray start --head" in found.stdout

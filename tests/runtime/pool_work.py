@@ -1,0 +1,28 @@
+"""What workers do in tests: a module of its own, as their processes import it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from diagd.errors import UsageError
+
+
+def squares(folder: Path) -> Callable[[int], int]:
+    """Gets ready, which is counted by files in the folder."""
+    (folder / f"ready-{os.getpid()}").touch()
+    return partial(square, folder)
+
+
+def square(folder: Path, number: int) -> int:
+    """Dies at 3 the first time, and at 13 always; refuses what is negative."""
+    first = folder / f"{number}"
+    if number < 0:
+        raise UsageError(f"{number} is negative")
+    if number == 13 or (number == 3 and not first.exists()):
+        first.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number

@@ -1,0 +1,34 @@
+"""The same results by any number of workers, killed ones included."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from diagd.errors import UsageError
+from diagd.runtime.pool import Here, Processes
+from tests.runtime.pool_work import squares
+
+
+def test_workers_give_what_one_gives_though_one_is_killed(tmp_path: Path) -> None:
+    with Here(partial(squares, tmp_path)) as here:
+        expected = dict(here.map([0, 1, 2]))
+    assert expected == {0: 0, 1: 1, 2: 4}
+    with Processes(partial(squares, tmp_path), 2) as workers:
+        assert dict(workers.map([0, 1, 2])) == expected
+        assert dict(workers.map(range(6))) == {number: number**2 for number in range(6)}
+        assert (tmp_path / "3").exists()  # it was killed there, once
+        with pytest.raises(UsageError, match="-1 is negative"):
+            list(workers.map([-1]))
+        assert dict(workers.map([7])) == {0: 49}
+        with pytest.raises(UsageError, match="use fewer than 2 --workers"):
+            list(workers.map([13]))
+
+
+def test_a_worker_gets_ready_once(tmp_path: Path) -> None:
+    with Processes(partial(squares, tmp_path), 1) as workers:
+        for _ in range(3):
+            list(workers.map([1, 2]))
+    assert len(list(tmp_path.glob("ready-*"))) == 1
