@@ -1,12 +1,13 @@
 """How a world feels: a scripted page plays over the socket and measures from key to picture.
 
     python -m benchmarks.play BUNDLE [--fps 60] [--seconds 20]
-    python -m benchmarks.play BUNDLE --seconds 1800 --report 60     # soak: memory and latency by the minute
+    python -m benchmarks.play BUNDLE --soak 30 --output soak.json   # memory and latency by the minute
     python -m benchmarks.play BUNDLE --players 1 2 4 8              # of `diagd serve`, at once
 
-The server is `diagd-play` in a process of its own, as a player would start it. A line a report: frames a
-second; milliseconds from a key's message to its first picture (p50, p95), and of a frame's work at the server
-(decode, pixels, encode); how many frames the slowest key in twenty takes; late ticks; memory of the server.
+The server is `diagd-play` in a process of its own, as a player would start it; keys change when they change,
+not when a picture comes. A line: frames a second; milliseconds from a key's message to its first picture
+(p50, p95, of how many), and of a frame's work at the server (decode, pixels, encode); how many frames the
+slowest key in twenty takes; passes of a frame, and of one that a key changed; late ticks; its memory.
 """
 
 from __future__ import annotations
@@ -16,33 +17,35 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from websockets import Origin
 from websockets.sync.client import ClientConnection, connect
 
 KEYS = ("ArrowLeft", "ArrowUp", "ArrowRight", "ArrowDown")
 CHANGE_SECONDS = 0.37
 """Between two keys: no multiple of a frame."""
 
+REPEATS = 3
+"""Messages of a key that is held."""
+
+WARM_SECONDS = 2.0
+"""That nothing is told of."""
+
 
 class Page:
     """A page without a picture."""
 
-    def __init__(self, url: str) -> None:
-        address, _, token = url.partition("/#")
-        self.socket: ClientConnection = connect(
-            address.replace("http", "ws") + "/socket",
-            origin=address,  # type: ignore[arg-type]
-            compression=None,
-            max_size=None,
-        )
-        self.say(type="hello", version=1, token=token)
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
 
     def say(self, **message: Any) -> None:
         self.socket.send(json.dumps(message))
@@ -60,12 +63,47 @@ class Page:
                 return header
 
 
+@contextmanager
+def opened(url: str) -> Iterator[Page]:
+    """A page at the address that the server printed."""
+    address, _, token = url.partition("/#")
+    where = address.replace("http", "ws") + "/socket"
+    with connect(where, origin=Origin(address), compression=None, max_size=None) as socket:
+        page = Page(socket)
+        page.say(type="hello", version=1, token=token)
+        yield page
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured in a while; milliseconds p50 and p95, but for what is counted."""
+
+    frames_per_second: float
+    keys: int
+    key: tuple[float, float]
+    frame: tuple[float, float]
+    passes: float
+    changed_passes: float
+    late: int
+    megabytes: float
+
+    def __str__(self) -> str:
+        key, frame = (f"{p50:6.1f} / {p95:6.1f} ms" for p50, p95 in (self.key, self.frame))
+        return (
+            f"{self.frames_per_second:6.1f} frames/s   key to picture {key} ({self.keys})   frame {frame}   "
+            f"p95 of keys {self.key[1] / self.frame[0]:5.2f} x a frame   passes {self.passes:.2f}, "
+            f"{self.changed_passes:.2f} for a key   late {self.late}   {self.megabytes:.0f} MB"
+        )
+
+
 class Figures:
-    """What was measured since the last report."""
+    """What was measured since a moment."""
 
     def __init__(self) -> None:
         self.latency: list[float] = []
         self.work: list[float] = []
+        self.passes: list[int] = []
+        self.changed: list[int] = []
         self.began, self.frames, self.late = time.perf_counter(), 0, 0
 
     def add(self, header: dict[str, Any], now: float) -> None:
@@ -73,18 +111,24 @@ class Figures:
         self.frames += 1
         self.late = header["late"]
         self.work.append(ms["decode"] + ms["pixels"] + ms["encode"])
+        self.passes.append(header["passes"])
         if header["echo"] is not None:
             self.latency.append(now - header["echo"])
+            self.changed.append(header["passes"])
 
-    def line(self, process: int) -> str:
-        wall = time.perf_counter() - self.began
+    def report(self, process: int) -> Report:
         key, work = (np.percentile(values or [np.nan], (50, 95)) for values in (self.latency, self.work))
         status = Path(f"/proc/{process}/status")
         memory = re.search(r"VmRSS:\s+(\d+)", status.read_text()) if status.exists() else None
-        return (
-            f"{self.frames / wall:6.1f} frames/s   key to picture {key[0]:6.1f} / {key[1]:6.1f} ms   "
-            f"frame {work[0]:6.1f} / {work[1]:6.1f} ms   p95 of keys {key[1] / work[0]:5.2f} x a frame   "
-            f"late {self.late}   {int(memory[1]) / 1024 if memory else float('nan'):.0f} MB"
+        return Report(
+            self.frames / (time.perf_counter() - self.began),
+            len(self.latency),
+            (float(key[0]), float(key[1])),
+            (float(work[0]), float(work[1])),
+            float(np.mean(self.passes or np.nan)),
+            float(np.mean(self.changed or np.nan)),
+            self.late,
+            int(memory[1]) / 1024 if memory else float("nan"),
         )
 
 
@@ -95,9 +139,11 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--fps", type=float, default=60.0)
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--report", type=float, default=20.0, help="seconds between two lines")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="play so long, a line a minute")
+    parser.add_argument("--output", type=Path, help="JSON of all lines")
     parser.add_argument("--decoder", help="of the world, as the page chooses it")
     parser.add_argument("--precision", help="of the step graph")
+    parser.add_argument("--threads", type=int, default=0, help="of the step graph; 0: the default")
     parser.add_argument("--players", type=int, nargs="+", help="how many play at once, as 1 2 4 8")
     args = parser.parse_args()
     for players in args.players or ():
@@ -105,8 +151,7 @@ def main() -> None:
     if args.players:
         return
     began = time.perf_counter()
-    with server("play", args) as (process, url):
-        page = Page(url)
+    with server("play", args) as (process, url), opened(url) as page:
         page.hear()
         print(f"command to first picture {time.perf_counter() - began:.2f} s")
         play(page, process, args)
@@ -115,7 +160,8 @@ def main() -> None:
 @contextmanager
 def server(verb: str, args: argparse.Namespace, *further: str) -> Iterator[tuple[int, str]]:
     """A server in a process of its own: its number, and the address of the page."""
-    options = ["--set", f"precision={args.precision}"] if args.precision else []
+    options = ["--set", f"threads={args.threads}"]
+    options += ["--set", f"precision={args.precision}"] if args.precision else []
     command = [sys.executable, "-m", "diagd", verb, args.bundle, "--port", "0", "--fps", str(args.fps)]
     process = subprocess.Popen([*command, *options, *further], stdout=subprocess.PIPE, text=True)
     try:
@@ -131,8 +177,10 @@ def server(verb: str, args: argparse.Namespace, *further: str) -> Iterator[tuple
 
 def many(players: int, args: argparse.Namespace) -> None:
     """So many scripted players of `diagd serve` at once: frames a second of all, and what the slowest had."""
-    with server("serve", args, "--sessions", str(players)) as (_, url), ThreadPoolExecutor(players) as pool:
-        pages = [Page(url) for _ in range(players)]
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(players))
+        _, url = stack.enter_context(server("serve", args, "--sessions", str(players)))
+        pages = [stack.enter_context(opened(url)) for _ in range(players)]
         for page in pages:
             page.hear()
         found = list(pool.map(lambda page: hold_keys(page, args.seconds), pages))
@@ -150,18 +198,27 @@ def many(players: int, args: argparse.Namespace) -> None:
 
 def hold_keys(page: Page, seconds: float) -> Figures:
     """Hold one key after the other."""
-    figures, end = Figures(), time.perf_counter() + seconds
-    changed, sent, key = 0.0, 0.0, 0
-    while (now := time.perf_counter()) < end:
-        if now - changed > CHANGE_SECONDS:
-            key, changed, sent = key + 1, now, 0.0
-        if now - sent > 0.15:
-            page.say(type="input", t=1e3 * time.perf_counter(), keys=[KEYS[key % len(KEYS)]])
-            sent = now
-        header = page.hear()
-        if "ms" in header:
-            figures.add(header, 1e3 * time.perf_counter())
+    figures, ended = Figures(), threading.Event()
+    typist = threading.Thread(target=_type, args=(page, ended))
+    typist.start()
+    try:
+        while time.perf_counter() - figures.began < seconds:
+            header = page.hear()
+            if "ms" in header:
+                figures.add(header, 1e3 * time.perf_counter())
+    finally:
+        ended.set()
+        typist.join()
     return figures
+
+
+def _type(page: Page, ended: threading.Event) -> None:
+    key = 0
+    while not ended.is_set():
+        key += 1
+        for _ in range(REPEATS):
+            page.say(type="input", t=1e3 * time.perf_counter(), keys=[KEYS[key % len(KEYS)]])
+            ended.wait(CHANGE_SECONDS / REPEATS)
 
 
 def play(page: Page, process: int, args: argparse.Namespace) -> None:
@@ -169,11 +226,25 @@ def play(page: Page, process: int, args: argparse.Namespace) -> None:
     if args.decoder:
         settings = {"decoder": args.decoder, "temperature": 1.0, "top_k": 0, "top_p": 0.95, "seed": 0}
         page.say(type="choose", settings=settings)
-    end = time.perf_counter() + args.seconds
-    while (left := end - time.perf_counter()) > 0:
-        figures = hold_keys(page, min(left, args.report))
-        if figures.frames > 10:
-            print(figures.line(process), flush=True)
+    hold_keys(page, WARM_SECONDS)
+    reports: list[Report] = []
+    for _ in range(round(args.soak or 1)):
+        reports.append(hold_keys(page, 60 if args.soak else args.seconds).report(process))
+        print(reports[-1], flush=True)
+        if args.output:
+            args.output.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+    if args.soak:
+        print(drift(reports))
+
+
+def drift(reports: list[Report]) -> str:
+    """What changed from the first third of a soak to the last."""
+    third = -(-len(reports) // 3)
+    rows = np.array([(one.megabytes, one.key[1], one.frame[0]) for one in reports])
+    names = ("memory MB", "key to picture p95 ms", "frame p50 ms")
+    pairs = zip(names, rows[:third].mean(0), rows[-third:].mean(0), strict=True)
+    changes = ", ".join(f"{name} {before:.1f} -> {after:.1f}" for name, before, after in pairs)
+    return f"{len(reports)} minutes, first third to last: {changes}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -144,7 +145,7 @@ def _play(
     codec = game.bundle.manifest.actions
     inputs = Inputs(read_controls(game.bundle.path, codec, options.controls), codec)
     rate = options.fps or game.bundle.manifest.frames_per_second
-    with suppress(KeyboardInterrupt):  # how a player leaves
+    with suppress(KeyboardInterrupt, asyncio.CancelledError):  # how a player leaves
         if options.terminal or (find_spec("websockets") is None and sys.stdout.isatty()):
             in_terminal.play(game, inputs, rate, watch)
         else:
@@ -177,7 +178,14 @@ def _serve(
 
             webbrowser.open(url)
 
-    asyncio.run(server.run(started))
+    async def serve() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        with suppress(NotImplementedError):  # Windows has no such handlers
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await server.run(started)
+
+    asyncio.run(serve())
 
 
 VERB = Verb(PlayOptions, run, EXAMPLES)

@@ -35,9 +35,10 @@ measured with the window full, behind a first run that is told apart, the quicke
 --budget is spent; what was left out is said. A comparison ends with code 3 where steps became slower beyond
 noise.
 
---backends measures a few frames of the bundle's order by every backend and precision, and says which is the
+--backends measures a few frames of the bundle's decoder by every backend and precision, and says which is the
 fastest of those that pass the gate of `diagd verify`, and with how many threads. Where nothing is named, this
-machine then decodes the bundle with as many threads and plays it in that precision; doctor and plan say so.
+machine then decodes the bundle with as many threads and plays it on that backend in that precision; doctor
+and plan say so.
 """
 
 REGRESSION = 3

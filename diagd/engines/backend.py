@@ -38,6 +38,9 @@ _MODULES: Final = {
 CHOICES: Final = ", ".join(_MODULES)
 """The backends that are built in, for help."""
 
+CPU: Final = "cpu"
+"""The backend where none is named."""
+
 
 @dataclass(frozen=True)
 class StepOptions:

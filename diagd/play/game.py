@@ -103,7 +103,8 @@ class Game:
         self.marks: dict[int, Mark] = {}
         self.here = 0
         precision = bundle.at_precision().manifest.graphs[0].precision
-        self.record = Record(path, record.header(bundle, precision, session.window))
+        backend = view.codec.backend.name
+        self.record = Record(path, record.header(bundle, precision, session.window, backend))
         self._text = text
         self._past: list[Past] = []
         self._run: Run[Frame] | None = None

@@ -14,8 +14,9 @@ import numpy as np
 
 from diagd.bundle import Bundle, cache_directory
 from diagd.engines import measured
+from diagd.engines.backend import CPU, find
 from diagd.engines.engine import Float, Int
-from diagd.errors import UsageError
+from diagd.errors import DiagdError, UsageError
 from diagd.play.game import Game
 from diagd.play.pictures import View
 from diagd.play.record import Line, read_record
@@ -72,7 +73,7 @@ def open_games(path: Path, options: GameOptions, sessions: int) -> tuple[Group, 
         DiagdError: as `open_game`.
     """
     bundle = Bundle.open(path)
-    chosen = _in_time(bundle, options.session)
+    chosen = _in_time(bundle, options.session, sessions)
     bundle = bundle.at_precision(chosen.precision)
     codec = chosen.pixels(bundle)
     prompts = read_prompts(bundle, codec, options.prompts)
@@ -92,11 +93,24 @@ def read_prompts(bundle: Bundle, codec: PixelCodec, files: Sequence[Path] = ()) 
     return read or [_blank(bundle)]
 
 
-def _in_time(bundle: Bundle, session: SessionOptions) -> SessionOptions:
-    """With the precision that was fastest when this machine was measured, where none is named."""
+def _in_time(bundle: Bundle, session: SessionOptions, sessions: int) -> SessionOptions:
+    """With the backend and precision that were fastest when this machine was measured, if none are named."""
+    alone = sessions == 1 and session.compat is None  # other graphs have a fixed number of streams
+    backend = session.backend or (None if alone else CPU)
     found = measured.read(bundle)
-    best = found.fastest(session.backend) if found else None
-    return session if session.precision or best is None else replace(session, precision=best.precision)
+    best = found and found.fastest(backend, session.precision)
+    if best and not _is_here(best.backend):
+        best = found and found.fastest(CPU, session.precision)
+    return replace(session, backend=best.backend, precision=best.precision) if best else session
+
+
+def _is_here(backend: str) -> bool:
+    """Whether a backend that was measured can still be used."""
+    try:
+        find(backend).describe()
+    except DiagdError:
+        return False
+    return True
 
 
 def open_replay(path: Path, record: Path, options: GameOptions) -> tuple[Game, list[tuple[int, Line]]]:
@@ -108,7 +122,10 @@ def open_replay(path: Path, record: Path, options: GameOptions) -> tuple[Game, l
     header, lines = read_record(record)
     session = options.session
     session = replace(
-        session, precision=session.precision or header.precision, window=session.window or header.window
+        session,
+        precision=session.precision or header.precision,
+        window=session.window or header.window,
+        backend=session.backend or header.backend,
     )
     game = open_game(path, replace(options, session=session))
     if game.bundle.digest != header.bundle:

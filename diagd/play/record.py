@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from diagd.bundle import Bundle
+from diagd.engines.backend import CPU
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.play.settings import PlaySettings
@@ -44,6 +45,7 @@ class Header(_Line):
     name: str
     precision: str
     window: int
+    backend: str = CPU
     sampler: str
     diagd: str
 
@@ -102,7 +104,7 @@ def digest(tokens: Int) -> str:
     return f"{zlib.crc32(np.ascontiguousarray(tokens, '<i4').tobytes()):08x}"
 
 
-def header(bundle: Bundle, precision: str, window: int) -> Header:
+def header(bundle: Bundle, precision: str, window: int, backend: str = CPU) -> Header:
     """First line of a bundle's record."""
     from diagd.version import __version__
 
@@ -112,6 +114,7 @@ def header(bundle: Bundle, precision: str, window: int) -> Header:
         name=bundle.manifest.name,
         precision=precision,
         window=window,
+        backend=backend,
         sampler=SAMPLER,
         diagd=__version__,
     )

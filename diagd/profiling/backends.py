@@ -6,10 +6,11 @@ import datetime
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 
-from diagd.bundle import Bundle, Form
+from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.backend import Backend, find, forms_of, names
 from diagd.engines.host import cores
 from diagd.engines.measured import Measurement, Measurements, keep
@@ -20,15 +21,18 @@ from diagd.profiling.profile import ProfileOptions
 from diagd.profiling.report import Skipped
 from diagd.profiling.verify import open_reference, verify
 from diagd.progress import Progress
-from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.load import check_window, open_session, with_threads
 from diagd.runtime.session import Session
+from diagd.runtime.strategy import parse_decoder
+
+RAGGED_FRAMES: Final = 4
+"""Times as many frames of decoders whose passes are the content's."""
 
 
 def measure_backends(
     bundle: Bundle, options: ProfileOptions, progress: Progress | None = None
 ) -> tuple[Measurements, list[Skipped]]:
-    """Decode a few frames in the bundle's order by every backend and precision, and keep the times.
+    """Decode a few frames by the bundle's decoder by every backend and precision, and keep the times.
 
     One engine is open at a time, for idle threads of two would take each other's cores. The fastest is then
     tried with other numbers of threads. A frame of each is judged beside the plain reference, see
@@ -61,7 +65,7 @@ def measure_backends(
         except DiagdError as error:
             skipped.append(Skipped(order=name, reason=str(error)))
     found = Measurements(
-        date=datetime.date.today().isoformat(), order=bundle.manifest.order, entries=tuple(entries)
+        date=datetime.date.today().isoformat(), order=_order(bundle.manifest), entries=tuple(entries)
     )
     if (best := found.fastest()) is None:
         reasons = "; ".join(f"{left.order}: {left.reason}" for left in skipped)
@@ -71,6 +75,10 @@ def measure_backends(
         found = found.model_copy(update={"entries": tuple(entries)})
     keep(bundle, found)
     return found, skipped
+
+
+def _order(manifest: Manifest) -> str:
+    return manifest.order if manifest.decoder == "order" else manifest.decoder
 
 
 def _ways(bundle: Bundle, precision: str | None) -> Iterator[tuple[Backend, Bundle]]:
@@ -106,12 +114,13 @@ def _measured(backend: Backend, one: Bundle, bundle: Bundle, options: ProfileOpt
 
 
 def _frame_seconds(session: Session, options: ProfileOptions) -> float:
-    """Median over frames behind a first one."""
+    """Median over frames behind a first one; over more where their passes are the content's."""
+    decoder = parse_decoder(None, session.manifest)
+    count = 1 + options.frames * (RAGGED_FRAMES if decoder.ragged else 1)
     prompt = session.window - 1 if options.prompt is None else options.prompt
-    workload = random_workload(session, prompt, 1 + options.frames)
+    workload = random_workload(session, prompt, count)
     session.start(workload.prompt, workload.prompt_actions, workload.text)
-    schedule = session.manifest.schedule
-    frames = session.frames(ScheduledDecoder(schedule), workload.actions, count=1 + options.frames)
+    frames = session.frames(decoder, workload.actions, count=count)
     return float(np.median([frame.seconds for frame in frames][1:]))
 
 

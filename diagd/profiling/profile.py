@@ -20,7 +20,7 @@ from pydantic import Field
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.files import atomic_file
-from diagd.engines.backend import CHOICES, Backend, find, forms_of
+from diagd.engines.backend import CHOICES, CPU, Backend, find, forms_of
 from diagd.engines.ceilings import Ceilings
 from diagd.engines.host import cores, memory_bytes, peak_memory, processor_name
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -44,7 +44,6 @@ from diagd.version import __version__
 PACKAGES: Final = (
     *("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "cuda-bindings"),
 )
-CPU: Final = "cpu"
 LEAST_FRAMES: Final = 2
 
 NEXT_TOKEN_FRAMES: Final = 2

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from diagd.bundle import Bundle, Manifest
 from diagd.bundle.manifest import MediaMark, SamplingRules
 from diagd.bundle.targets import check_apart, file_target
-from diagd.engines.backend import CHOICES, find
+from diagd.engines.backend import CHOICES, CPU, find
 from diagd.engines.engine import Float, Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
@@ -93,7 +93,9 @@ class SessionOptions:
     """What decodes, and where."""
 
     precision: str | None = Field(default=None, description="of the step graph (default: the bundle's first)")
-    backend: str = Field(default="cpu", description=CHOICES)
+    backend: str | None = Field(
+        default=None, description=f"{CHOICES} (default: cpu; of a world that is played, the fastest measured)"
+    )
     window: int | None = Field(
         default=None, description="frames that a token may see (default: the model's context)"
     )
@@ -112,12 +114,12 @@ class SessionOptions:
             compat=self.compat,
             roll=self.roll,
             precision=self.precision,
-            backend=find(self.backend),
+            backend=find(self.backend or CPU),
         )
 
     def pixels(self, bundle: Bundle) -> PixelCodec:
         """The bundle's tokenizer graphs, on the same backend."""
-        return PixelCodec(bundle, self.cpu, find(self.backend))
+        return PixelCodec(bundle, self.cpu, find(self.backend or CPU))
 
 
 @dataclass(frozen=True, config=OPTIONS)

@@ -10,6 +10,7 @@ from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines import measured
 from diagd.engines.backend import Backend, StepOptions, find
 from diagd.engines.engine import Engine
+from diagd.engines.host import cores
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH
 from diagd.errors import UsageError, unknown
@@ -20,7 +21,8 @@ from diagd.runtime.text import TextReader
 from diagd.schedule import slots_needed
 
 ONE_THREAD_BYTES = 32 << 20
-"""Bundles below this size decode fastest on one thread: waking a second one costs more than it computes."""
+"""Bundles below this size decode fastest on one thread: waking others costs more than they compute. Passes of
+some dozens of rows, as windows of Jacobi decoding are, keep two at work."""
 
 MOST_SESSIONS = 256
 """Of one engine: beyond, nothing is gained by more rows in a pass."""
@@ -78,7 +80,7 @@ def load(
         sessions: that share the passes of one engine, as a group; None: one session alone.
         window: frames a query may see; default: the model's context. Buffers take memory for these only.
         threads: of the processor; 0 is what `diagd profile --backends` found fastest on this machine, or one
-            for each core, or one in all for a very small model.
+            for each core, or one in all for a very small model, two where its decoder is Jacobi.
         compat: ``mineworld`` shows queries the unwritten slots as zero rows, as the released code does; use
             it with schedules that have ``refeed=False, keep_seeds=True``.
         prepack: keep packed weights in this machine's cache, for faster starts.
@@ -235,7 +237,7 @@ def check_slots(manifest: Manifest, engine: Engine, window: int, zero_rows: int)
 def with_threads(cpu: CpuOptions, bundle: Bundle, backend: str = "cpu") -> CpuOptions:
     """Threads for a bundle at one precision, where none are named.
 
-    Those that were fastest when ``diagd profile --backends`` measured; else one for a bundle of few bytes, in
+    Those that were fastest when ``diagd profile --backends`` measured; else few for a bundle of few bytes, in
     a core's reach: its products are too short to share.
     """
     if cpu.threads:
@@ -243,9 +245,11 @@ def with_threads(cpu: CpuOptions, bundle: Bundle, backend: str = "cpu") -> CpuOp
     found = measured.read(bundle)
     if found and (fastest := found.fastest(backend, bundle.manifest.graphs[0].precision)):
         return replace(cpu, threads=fastest.threads)
-    return threads_by_size(cpu, bundle.size)
+    return threads_by_size(cpu, bundle.size, 2 if bundle.manifest.decoder.startswith("jacobi") else 1)
 
 
-def threads_by_size(cpu: CpuOptions, size: int) -> CpuOptions:
-    """One thread for few bytes, where none are named."""
-    return replace(cpu, threads=1) if size < ONE_THREAD_BYTES and not cpu.threads else cpu
+def threads_by_size(cpu: CpuOptions, size: int, most: int = 1) -> CpuOptions:
+    """At most so many threads for few bytes, where none are named."""
+    if size >= ONE_THREAD_BYTES or cpu.threads:
+        return cpu
+    return replace(cpu, threads=min(most, cores()))

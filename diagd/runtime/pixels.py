@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
 from diagd.bundle.manifest import Tokenizer
-from diagd.engines.backend import Backend, Graph, find
+from diagd.engines.backend import CPU, Backend, Graph, find
 from diagd.engines.engine import Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
@@ -28,6 +28,7 @@ class PixelCodec:
     Attributes:
         spec: of the tokenizer.
         mark: that pictures must carry where they are written.
+        backend: runs the graphs.
 
     Args:
         bundle: checked bundle that has a tokenizer.
@@ -46,7 +47,8 @@ class PixelCodec:
             )
         self.spec: Tokenizer = bundle.manifest.tokenizer
         self.mark = bundle.manifest.mark
-        self._bundle, self._options, self._backend = bundle, options, backend or find("cpu")
+        self.backend = backend or find(CPU)
+        self._bundle, self._options = bundle, options
         self._graphs: dict[str, Graph] = {}
 
     def encode(self, pixels: Pixels) -> Int:
@@ -118,6 +120,6 @@ class PixelCodec:
     def _run(self, graph: str, name: str, array: NDArray[np.generic]) -> NDArray[Any]:
         if graph not in self._graphs:
             path, digest = self._bundle.file(graph), self._bundle.digest_of(graph, *self.spec.weight_files)
-            self._graphs[graph] = self._backend.open_graph(path, digest, self._options)
+            self._graphs[graph] = self.backend.open_graph(path, digest, self._options)
         (result,) = self._graphs[graph]({name: np.ascontiguousarray(array)}).values()
         return result

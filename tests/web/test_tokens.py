@@ -45,7 +45,24 @@ DECODE = """(async () => {{
     await strategy(session);
     frames.push([...session.frames[session.known - 1].tokens]);
   }}
-  return {{ frames, base: session.ring.base, slots: session.ring.live }};
+  const {{ base, live, positions }} = session.ring;
+  return {{ frames, base, slots: live, positions: [...positions.subarray(0, live)] }};
+}})()"""
+GIVEN_UP = """(async () => {{
+  const {{ World }} = await import("./world.js");
+  const world = await (globalThis.world ??= World.open(location.href));
+  const {{ spec, session }} = world, prompt = spec.prompts[0], seen = [];
+  session.start(prompt, prompt.map(() => spec.rest));
+  for (const frames of [9, 6, 20]) {{
+    await session.follow(() => spec.rest, {settings});
+    const strategy = world.strategy("{decoder}"), end = session.known + frames;
+    while (session.known < end) await strategy(session);
+    const {{ positions, base }} = session.ring, slots = [...positions.entries()];
+    const held = slots.filter(([slot, position]) => position < session.fed - base);
+    seen.push([[...session.frames[session.known - 1].tokens], held]);
+    session.rewind(session.known - 3);
+  }}
+  return seen;
 }})()"""
 PICTURES = """(async () => {{
   const {{ Game }} = await import("./game.js"), game = new Game(await globalThis.world), shown = [];
@@ -115,6 +132,7 @@ def compare(tab: Tab, page: Path, session: Session, decoder: str, temperature: f
     assert found["frames"] == expected
     assert len({tuple(frame) for frame in expected}) > FRAMES // 2  # of a world that moves
     assert found["slots"] <= told["capacity"]
+    assert found["positions"] == session._slots.slot_position[: session._slots.live].tolist()
     return found
 
 
@@ -127,6 +145,28 @@ def test_tokens_are_pythons(
 ) -> None:
     found = compare(scripts, page, session, decoder, temperature)
     assert found["base"] > 0  # keys were turned back
+
+
+@pytest.mark.parametrize("decoder", ["k=1 chained", "k=2 d=9"])
+def test_a_flight_that_is_given_up_leaves_the_slots_that_python_leaves(
+    scripts: Tab, page: Path, session: Session, decoder: str
+) -> None:
+    """A frame is complete while later ones are under way, whose slots are taken already."""
+    told, manifest = json.loads((page / "world.json").read_text()), session.manifest
+    prompt = np.array(told["prompts"][0], np.int32).reshape(-1, manifest.layout.rows, manifest.layout.columns)
+    rest, expected = np.array(told["rest"], np.int32), []
+    session.start(prompt, np.tile(rest, (len(prompt), 1)))
+    for frames in (9, 6, 20):
+        made = session.frames(parse_decoder(decoder, manifest), lambda _: rest, seed=11)
+        tokens = [next(made).tokens for _ in range(frames)][-1]
+        slots, stream = session._slots, session.stream
+        held = np.flatnonzero(slots.slot_position < stream.fed - slots.base)
+        rows = np.stack([held, slots.slot_position[held]], 1).tolist()
+        expected.append([tokens.reshape(-1).tolist(), rows])
+        session.stream.rewind(3)
+    rules = manifest.sampling
+    settings = {"temperature": rules.temperature, "top_k": rules.top_k, "top_p": rules.top_p, "seed": 11}
+    assert scripts.evaluate(GIVEN_UP.format(decoder=decoder, settings=json.dumps(settings))) == expected
 
 
 def test_noise_and_draws_are_pythons_to_the_bit(scripts: Tab) -> None:

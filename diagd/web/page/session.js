@@ -7,7 +7,7 @@ import { SlidingAbsolute, SlidingRotary, SlotRing, VOID } from "./slots.js";
 export class Session {
   constructor(spec, engine) {
     const layout = new Layout(spec.layout), ring = new SlotRing(spec.capacity, spec.in_sight);
-    Object.assign(this, { spec, engine, layout, ring, width: spec.max_width, keepSeeds: false, draws: true, forced: null });
+    Object.assign(this, { spec, engine, layout, ring, width: spec.max_width, keepSeeds: false, draws: true, forced: null, left: [] });
     this.context = new (spec.context.kind === "rotary" ? SlidingRotary : SlidingAbsolute)(spec, layout, ring, engine);
     this.go([], 0);
   }
@@ -42,7 +42,7 @@ export class Session {
     Object.assign(this, { act, rules: { temperature, topK: rules.top_k, topP: rules.top_p, seed: rules.seed, keepCrossing } });
     this.begun = this.prepared = this.known;
     this.frames.length = this.known;
-    this.rejected = null;
+    Object.assign(this, { rejected: null, left: [] });
     if (this.moved || !this.context.holds(this.known)) await this.rebuild();
     else this.ring.rewind(this.fed);
     this.moved = false;
@@ -83,8 +83,9 @@ export class Session {
     return ranges[((sink - prefix - before) % frameLength) % ranges.length];
   }
 
-  // Run passes and draw what they predict; the ids are the stream's unless `commit` is false.
-  async run(passes, commit = true) {
+  // Run passes and draw what they predict; the ids are the stream's unless `commit` is false. Slots are taken for all
+  // of them at once; those behind the first `pause` run once there is more to do.
+  async run(passes, commit = true, pause = passes.length) {
     if (this.rejected !== null) this.ring.rewind(this.rejected);
     this.rejected = null;
     while (this.prepared < this.begun) {
@@ -93,8 +94,17 @@ export class Session {
       if (refill) await this.refill(refill);
     }
     const starts = this.ring.take(passes.map((rows) => rows.length)), drawn = [];
-    for (let n = 0; n < passes.length; n++) drawn.push(...(await this.pass(passes[n], starts[n], commit)));
+    for (let n = 0; n < pause; n++) drawn.push(...(await this.pass(passes[n], starts[n], commit)));
+    this.left = passes.map((rows, n) => [rows, starts[n]]).slice(pause);
     return drawn;
+  }
+
+  // Run what is left of some passes; gives their number.
+  async finish() {
+    const left = this.left;
+    this.left = [];
+    for (const [rows, start] of left) await this.pass(rows, start, true);
+    return left.length;
   }
 
   async pass(rows, start, commit) {
@@ -157,17 +167,18 @@ export async function raster(session) {
 // Decodes by a schedule until one more frame is known; false: the run has no more. Gives the number of passes.
 export const scheduled = (schedule) => async (session) => {
   const { d, steps } = schedule;
+  let count = await session.finish();
   if (session.begun === session.known && !session.begin()) return 0;
   session.keepSeeds = schedule.keepSeeds;
-  const done = session.known - session.origin, last = done * d + steps;
-  let first = done ? last - d : 0, count = 0;
+  const done = session.known - session.origin, last = done * d + steps, fed = done ? null : session.fed;
+  let begins = (session.begun - session.origin) * d, first = done ? Math.max(begins, last - d) : 0; // where the next begins
   while (first < last) {
-    let begins = (session.begun - session.origin) * d; // pass at which the next frame would begin
     if (begins === first && session.begin()) begins += d;
-    const end = begins > first ? Math.min(begins, last) : last, fed = done ? null : session.fed;
+    const end = begins > first ? begins : last; // else the run has no further frame
     const passes = schedule.passes(session.origin, session.begun - session.origin, first, end, session.width, fed);
-    await session.run(passes);
-    [first, count] = [end, count + passes.length];
+    const pause = passes.length - Math.max(0, end - last);
+    await session.run(passes, true, pause);
+    [first, count] = [end, count + pause];
   }
   session.complete(schedule);
   return count;
