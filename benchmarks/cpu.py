@@ -37,7 +37,8 @@ from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
 from diagd.runtime.load import open_session as open_stream
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.session import Session, token_places
+from diagd.runtime.session import Session
+from diagd.runtime.tokens import token_places
 from diagd.schedule import Schedule, StreamLayout, default_widths, slots_needed
 from diagd.schedule.table import Table as StepTable
 
@@ -443,7 +444,7 @@ def _timed(work: Callable[[], object], now: Clock) -> float:
 def _weights(bundle: Bundle) -> dict[str, np.ndarray]:
     """The canonical float32 tensors that the bundle's random weights were written from."""
     from diagd.export.exporter import random_sources
-    from diagd.export.families.registry import find
+    from diagd.export.families import find
 
     family = find(bundle.manifest.name)
     source = random_sources(family, bundle.manifest.provenance.random_seed or 0).transformer

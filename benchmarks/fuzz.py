@@ -37,7 +37,7 @@ from diagd.cli import calibrate, export, generate, profile, verify
 from diagd.cli.options import entries, parse_options
 from diagd.errors import DiagdError
 from diagd.export.checkpoints import open_checkpoint
-from diagd.export.families.registry import find
+from diagd.export.families import find
 from diagd.export.families.world import load_description
 from diagd.play.controls import Inputs as Player
 from diagd.play.controls import default_controls, read_controls

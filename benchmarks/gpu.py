@@ -35,8 +35,8 @@ from diagd.engines.devices.kernels import host_build
 from diagd.engines.engine import Engine
 from diagd.engines.host import processor_name
 from diagd.errors import DiagdError
+from diagd.export.families import find as find_family
 from diagd.export.families.family import Family
-from diagd.export.families.registry import find as find_family
 
 DRY = "cpu"
 BACKENDS = ("cuda", "tensorrt", "tensorrt_rtx", DRY)

@@ -19,7 +19,7 @@ from diagd.engines.devices.kernels import SAMPLE, SampleArguments
 from diagd.engines.engine import VOID, Engine, SamplingState, Steps
 from diagd.engines.records import RecordRing
 from diagd.engines.sampler import draw_plain
-from diagd.runtime.session import token_places
+from diagd.runtime.tokens import token_places
 
 REPLAYS = 1000
 LAUNCHES = 50

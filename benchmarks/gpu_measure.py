@@ -21,7 +21,8 @@ from diagd.export.families.family import Family
 from diagd.profiling.cost import StoredModel, read_model, step_operations
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.session import Session, token_places
+from diagd.runtime.session import Session
+from diagd.runtime.tokens import token_places
 from diagd.schedule import Schedule, StreamLayout, Table
 
 GREEDY = SamplingSettings(temperature=0.0)

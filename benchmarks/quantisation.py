@@ -20,8 +20,8 @@ from rich.table import Table
 
 from benchmarks.cpu import CONSOLE, Bench, _weights
 from diagd.bundle import Bundle
-from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
+from diagd.calibration.report import Budget
 from diagd.engines.engine import Int
 from diagd.schedule import Schedule
 
@@ -108,7 +108,7 @@ def published(bundle: Bundle, repeats: int) -> None:
     import torch
 
     from benchmarks.baselines import PublishedForm
-    from diagd.export.families.registry import find
+    from diagd.export.families import find
 
     torch.set_num_threads(1)
     config, weights = find(bundle.manifest.name).transformer, _weights(bundle)

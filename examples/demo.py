@@ -21,10 +21,10 @@ from diagd.bundle.targets import file_target
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.progress import Progress
 from diagd.runtime.actions import encode
+from diagd.runtime.clip import read_prompt
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
+from diagd.runtime.output import VideoWriter
 from diagd.runtime.pixels import PixelCodec
-from diagd.runtime.prompt import read_prompt
-from diagd.runtime.video import VideoWriter
 from diagd.schedule import Schedule
 
 PROMPT = Path(__file__).parent / "crafter.png"

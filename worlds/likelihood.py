@@ -15,7 +15,7 @@ from diagd.errors import UsageError
 from diagd.runtime.clip import Clip, read_recording
 from diagd.runtime.comparison import log_softmax
 from diagd.runtime.decoders import Decoder, ForcedDecoder, RasterDecoder
-from diagd.runtime.generate import SessionOptions
+from diagd.runtime.options import SessionOptions
 from diagd.runtime.session import Session
 from diagd.schedule import NO_SINK, Schedule
 from worlds.metrics import Estimate

@@ -77,7 +77,7 @@ class TorchModel:
 
     def __init__(self, world: World) -> None:
         graphs = world.description.pixel_graphs()
-        self._model, self._decoder = world.model, loaded(graphs.build_decoder(), world.tokenizer)
+        self._model, self._decoder = world.model, loaded(graphs.build("Decoder"), world.tokenizer)
         self.context_frames = world.description.context_frames
         self.encoder = FrameEncoder.of_graphs(graphs, world.tokenizer)
         self.layout, self.codes = world.description.layout, world.description.codes

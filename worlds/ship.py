@@ -21,7 +21,7 @@ from diagd.cluster import ClusterOptions
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import QualityError
 from diagd.export.exporter import export, open_sources
-from diagd.export.families.registry import find
+from diagd.export.families import find
 from diagd.export.families.world import SHIPPED
 from diagd.export.options import GraphOptions
 from diagd.play.opening import PROMPTS_NAME

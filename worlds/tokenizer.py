@@ -257,8 +257,8 @@ def reconstruct(pixel_graphs: TokenizerGraphs, tensors: Tensors, data: Path) -> 
     """Judge a tokenizer by frames of the last episode, which no network was trained on."""
     frames = load_episode(episode_paths(data)[-1]).frames
     pixels = torch.from_numpy(frames[:: -(-len(frames) // _JUDGED)])
-    builds = pixel_graphs.build_encoder, pixel_graphs.build_decoder
-    encoder, decoder = (loaded(build(), tensors) for build in builds)
+    encoder = loaded(pixel_graphs.build("Encoder"), tensors)
+    decoder = loaded(pixel_graphs.build("Decoder"), tensors)
     with torch.inference_mode():
         tokens = encoder(pixels)
         drawn = decoder(tokens).numpy()

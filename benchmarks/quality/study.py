@@ -273,7 +273,7 @@ def _frames_per_second(model: BundleModel, schedule: Schedule, frames: int) -> f
 def export_world(folder: Path, output: Path) -> Path:
     """The bundle of a trained world."""
     from diagd.export.exporter import GraphOptions, export, open_sources
-    from diagd.export.families.registry import find
+    from diagd.export.families import find
 
     family = find("world", str(folder))
     return export(family, GraphOptions(), open_sources(family, None, None), output).path

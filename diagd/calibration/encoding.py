@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle.precision import GROUP
-from diagd.calibration.schemes import E4M3_MAX, Scheme
+from diagd.calibration.options import E4M3_MAX, Scheme
 
 Float = NDArray[np.float32]
 Array = NDArray[Any]

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
 from diagd.bundle.manifest import StepGraph
-from diagd.calibration.gate import Budget, is_settled
+from diagd.calibration.gate import is_settled
 from diagd.calibration.reference import open_graphs
-from diagd.calibration.report import Figures, WidthReport
+from diagd.calibration.report import Budget, Figures, WidthReport
 from diagd.calibration.trajectory import CalibrationSet, Rollouts, Trajectory
 from diagd.engines.engine import Engine, Int
 from diagd.engines.onnxruntime_session import CpuOptions

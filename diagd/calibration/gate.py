@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import numpy as np
 
-from diagd.calibration.report import LayerReport
+from diagd.calibration.report import Budget, LayerReport
 from diagd.errors import UsageError, unknown
 
 ATTEMPTS = 5
@@ -16,21 +16,6 @@ ATTEMPTS = 5
 
 SETTLED_ERRORS = 2.0
 """Standard errors between a figure and its bound at which a verdict stands."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a quantised model may lose.
-
-    Attributes:
-        agreement: smallest share of predictions whose most probable token is that of FP32.
-        nll: largest relative rise of the NLL of tokens that the FP32 model draws.
-        psnr: smallest PSNR of all frames of most probable tokens against those of FP32, dB.
-    """
-
-    agreement: float = 0.97
-    nll: float = 0.01
-    psnr: float = 30.0
 
 
 def parse_budget(text: str, default: Budget) -> Budget | None:

@@ -21,7 +21,7 @@ from diagd.calibration.matrices import (
     opset_of,
     quantised_matrix,
 )
-from diagd.calibration.schemes import Scheme
+from diagd.calibration.options import Scheme
 from diagd.calibration.search import Choice
 from diagd.calibration.stored import Float, StoredWeights, Weight
 from diagd.export.exporter import TORCH_TYPES

@@ -16,10 +16,10 @@ from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import RotaryContext
 from diagd.bundle.precision import FLOATING, KV_CACHES
 from diagd.calibration.matrices import check_form
+from diagd.calibration.observe import InputStatistics
+from diagd.calibration.options import Scheme
 from diagd.calibration.report import CacheReport
-from diagd.calibration.schemes import Scheme
 from diagd.calibration.search import decibels
-from diagd.calibration.statistics import InputStatistics
 from diagd.engines.buffers import cache_tensors
 from diagd.errors import UsageError, unknown
 
@@ -67,7 +67,7 @@ def row_scales(seen: Mapping[str, InputStatistics], manifest: Manifest) -> dict[
     angle: positions further on than the run has seen stay in range, and cached keys are turned as integers.
     """
     cache, scales = manifest.cache, {}
-    for name in cache_tensors(cache):
+    for name in cache_tensors(cache.layers):
         reach = seen[name].absmax.reshape(cache.kv_heads, cache.head_size)
         if name.startswith("key") and isinstance(manifest.context, RotaryContext):
             reach = np.tile(np.hypot(*np.split(reach, 2, axis=1)), 2)

@@ -28,7 +28,7 @@ from diagd.calibration.encoding import (
     pad_groups,
     row_chunks,
 )
-from diagd.calibration.schemes import Scheme
+from diagd.calibration.options import Scheme
 from diagd.calibration.stored import Array, Float, Weight
 from diagd.errors import UsageError
 from diagd.export.tracing import onnx_operator

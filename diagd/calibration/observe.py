@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from diagd.bundle import Bundle
+from diagd.bundle.files import atomic_file
 from diagd.bundle.manifest import StepGraph
 from diagd.calibration.reference import open_graphs
-from diagd.calibration.statistics import InputStatistics, StatisticsCollector
 from diagd.calibration.stored import StoredWeights
 from diagd.calibration.trajectory import CalibrationSet, Rollouts
 from diagd.engines.buffers import cache_tensors
@@ -25,6 +26,9 @@ from diagd.export.tracing import link_weights, save
 from diagd.progress import Progress
 
 GRAPH_NAME = "observed.onnx"
+
+SAMPLE_ROWS = 256
+"""Rows of each input that are kept: enough for the error of a product to a few per cent."""
 
 
 def observe(
@@ -49,7 +53,7 @@ def observe(
     cache, form = bundle.manifest.cache, graphs[0].form
     sizes = dict(watched_values(bundle.manifest.transformer, form))
     outputs = {name: f"{WATCHED}{name}" for name in sizes}
-    cached = cache_tensors(cache) if form.traits.rows_out else []
+    cached = cache_tensors(cache.layers) if form.traits.rows_out else []
     sizes |= dict.fromkeys(cached, cache.kv_heads * cache.head_size)
     collector, path = StatisticsCollector(sizes, samples.seed), bundle.file(GRAPH_NAME)
     _save_watched(bundle, graphs[0], path)
@@ -95,3 +99,119 @@ def _save_watched(bundle: Bundle, graph: StepGraph, path: Path) -> None:
     )
     tensors = StoredWeights(bundle).tensors()
     save(link_weights(model, tensors | {name + PLAIN: tensors[name] for name in tensors}), path)
+
+
+@dataclass
+class InputStatistics:
+    """The input of one projection, [rows, K] over all steps.
+
+    Attributes:
+        absmax: float32 [K], largest magnitude of each channel over every row.
+        power: float64 [K], sum of squares of each channel.
+        rows: how many were seen.
+        sample: float32 [n, K], n at most ``SAMPLE_ROWS``: the rows of lowest key, in order of it.
+    """
+
+    absmax: Float
+    power: NDArray[np.float64]
+    rows: int
+    sample: Float
+    keys: NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, channels: int) -> InputStatistics:
+        """Nothing seen yet."""
+        return cls(
+            np.zeros(channels, np.float32),
+            np.zeros(channels),
+            0,
+            np.zeros((0, channels), np.float32),
+            np.zeros(0),
+        )
+
+    def add(self, rows: Float, keys: NDArray[np.float64]) -> None:
+        """Take rows [n, K]; ``keys`` [n] decide which stay, so that batching does not."""
+        self.absmax = np.maximum(self.absmax, np.abs(rows).max(axis=0))
+        self.power += np.square(rows, dtype=np.float64).sum(axis=0)
+        self.rows += len(rows)
+        keep = keys <= (self.keys[-1] if len(self.keys) == SAMPLE_ROWS else np.inf)
+        if not keep.any():
+            return
+        keys = np.concatenate([self.keys, keys[keep]])
+        order = np.argsort(keys, kind="stable")[:SAMPLE_ROWS]
+        self.sample = np.concatenate([self.sample, rows[keep]])[order]
+        self.keys = keys[order]
+
+    @property
+    def mean_square(self) -> Float:
+        """float32 [K], mean square of each channel."""
+        return (self.power / max(self.rows, 1)).astype(np.float32)
+
+
+class StatisticsCollector:
+    """Gathers the statistics of every projection's input.
+
+    Args:
+        channels: width of each input, by the weight's name.
+        seed: of the choice of sample rows.
+    """
+
+    def __init__(self, channels: Mapping[str, int], seed: int) -> None:
+        self.inputs = {name: InputStatistics.empty(width) for name, width in channels.items()}
+        self._seed = seed
+        self.steps = 0
+
+    def add(self, activations: Mapping[str, Float]) -> None:
+        """Take the inputs of one step, [rows, ...]; all but the first axis are channels.
+
+        Raises:
+            QualityError: one is not finite.
+        """
+        self.steps += 1
+        for name, values in activations.items():
+            if not len(values):
+                continue
+            rows = values.reshape(len(values), -1)
+            if not np.isfinite(rows).all():
+                raise QualityError(
+                    f"the input of {name} has values that are no finite numbers in step {self.steps}; "
+                    "expected finite activations: check the checkpoint, then export it again"
+                )
+            seen = self.inputs[name]
+            seen.add(rows, row_keys(self._seed, seen.rows, len(rows)))
+
+
+def row_keys(seed: int, first: int, count: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1) of rows ``first``...; each depends on the seed and its own index only."""
+    index = np.arange(first, first + count, dtype=np.uint64)
+    state = index + np.full(count, seed, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+    keys: NDArray[np.float64] = (state ^ (state >> np.uint64(31))) / 2.0**64
+    return keys
+
+
+def save_statistics(path: Path, inputs: Mapping[str, InputStatistics]) -> None:
+    """Write what quantisation needs again, without the sample rows: .npz of ``NAME.absmax``, ``.power``."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for name, seen in inputs.items():
+        arrays[f"{name}.absmax"], arrays[f"{name}.power"] = seen.absmax, seen.power
+        arrays[f"{name}.rows"] = np.asarray(seen.rows)
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_statistics(path: Path) -> dict[str, InputStatistics]:
+    """Read ``save_statistics``; sample rows are empty."""
+    with np.load(path, allow_pickle=False) as arrays:
+        names = [name.removesuffix(".absmax") for name in arrays.files if name.endswith(".absmax")]
+        return {
+            name: InputStatistics(
+                arrays[f"{name}.absmax"],
+                arrays[f"{name}.power"],
+                int(arrays[f"{name}.rows"]),
+                np.zeros((0, len(arrays[f"{name}.absmax"])), np.float32),
+                np.zeros(0),
+            )
+            for name in names
+        }

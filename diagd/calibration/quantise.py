@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 
 from diagd.bundle import Bundle, Manifest, atomic_bundle, read_manifest, seal
 from diagd.bundle.files import link
@@ -14,12 +13,11 @@ from diagd.calibration.evaluate import GATE_SEED, Evaluator
 from diagd.calibration.gate import ATTEMPTS, failures, most_harmful, part_of
 from diagd.calibration.graph_writer import GraphWriter, Target, file_names
 from diagd.calibration.kv_cache import CACHE_FORMS, check_kv_cache, describe_cache, row_scales
-from diagd.calibration.observe import observe
-from diagd.calibration.options import CalibrationOptions
+from diagd.calibration.observe import InputStatistics, load_statistics, observe, save_statistics
+from diagd.calibration.options import CalibrationOptions, Scheme, find_scheme
 from diagd.calibration.reference import FORMS, check_memory, find_reference, session_window, widest_step
 from diagd.calibration.report import (
     AttemptReport,
-    BudgetReport,
     CacheReport,
     LayerReport,
     PrecisionReport,
@@ -28,9 +26,7 @@ from diagd.calibration.report import (
     add_report,
 )
 from diagd.calibration.report_page import write_plot
-from diagd.calibration.schemes import Scheme, find_scheme
 from diagd.calibration.search import Choice, search
-from diagd.calibration.statistics import InputStatistics, load_statistics, save_statistics
 from diagd.calibration.stored import StoredWeights
 from diagd.calibration.trajectory import CalibrationSet, Prompts, trajectories
 from diagd.engines.engine import Float, Int
@@ -260,7 +256,6 @@ class _Calibration:
         self, target: Target, written: Sequence[StepGraph], attempts: Sequence[AttemptReport]
     ) -> PrecisionReport:
         options, forms = self._options, {g.form for g in self._bundle.manifest.graphs}
-        budget = options.budget
         refusals = {form.value: target.refusal(form) for form in sorted(forms)}
         return PrecisionReport(
             precision=options.name,
@@ -271,7 +266,7 @@ class _Calibration:
                 TrajectoryReport(name=t.name, k=t.schedule.k, d=t.schedule.d, steps=t.steps)
                 for t in self._samples.trajectories
             ),
-            budget=None if budget is None else BudgetReport(**asdict(budget)),
+            budget=options.budget,
             attempts=tuple(attempts),
             bytes_before=self._reference[0].weights.bytes,
             bytes_after=written[0].weights.bytes,

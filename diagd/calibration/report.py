@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -60,12 +61,19 @@ class WidthReport(_Record):
     milliseconds_after: float
 
 
-class BudgetReport(_Record):
-    """What was allowed; see ``diagd.calibration.gate.Budget``."""
+@dataclass(frozen=True)
+class Budget:
+    """What a quantised model may lose.
 
-    agreement: float
-    nll: float
-    psnr: float
+    Attributes:
+        agreement: smallest share of predictions whose most probable token is that of FP32.
+        nll: largest relative rise of the NLL of tokens that the FP32 model draws.
+        psnr: smallest PSNR of all frames of most probable tokens against those of FP32, dB.
+    """
+
+    agreement: float = 0.97
+    nll: float = 0.01
+    psnr: float = 30.0
 
 
 class AttemptReport(_Record):
@@ -108,7 +116,7 @@ class PrecisionReport(_Record):
     seed: int
     gate_seed: int
     trajectories: tuple[TrajectoryReport, ...]
-    budget: BudgetReport | None
+    budget: Budget | None
     attempts: tuple[AttemptReport, ...]
     bytes_before: int
     bytes_after: int

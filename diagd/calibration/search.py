@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.calibration.encoding import ranges, rounded_rows, rounded_weight
-from diagd.calibration.schemes import Scheme
-from diagd.calibration.statistics import InputStatistics
+from diagd.calibration.observe import InputStatistics
+from diagd.calibration.options import Scheme
 from diagd.calibration.stored import Array
 from diagd.export.projections import Projection
 

@@ -54,7 +54,7 @@ def run(options: BuildOptions) -> int:
     """Build, or say what would be built."""
     from diagd.bundle import Bundle
     from diagd.engines.tensorrt.capabilities import import_tensorrt
-    from diagd.runtime.session import token_places
+    from diagd.runtime.tokens import token_places
 
     if is_where_one_works(options.bundle):
         raise UsageError(
@@ -80,20 +80,21 @@ def run(options: BuildOptions) -> int:
 
 
 def _print_plan(console: Console, bundle: Bundle, request: Request, trt: ModuleType) -> None:
-    from rich.table import Table
-
     from diagd.engines.host import available_bytes
+    from diagd.engines.tensorrt.builder import estimate
     from diagd.engines.tensorrt.capabilities import capabilities
-    from diagd.engines.tensorrt.memory import estimate
 
     form, graph, widths = choose(bundle, request, capabilities(trt))
     needed = estimate(bundle, graph, widths)
-    table = Table("what", "GB", title=f"{bundle.path}: {form.value} form, nothing was built")
-    table.add_row("weights", f"{needed.weights / 1e9:.2f}")
-    table.add_row("host memory while building, about", f"{needed.build / 1e9:.2f}")
-    table.add_row("host memory free", f"{(available_bytes() or 0) / 1e9:.2f}")
-    table.add_row("device memory while running, about", f"{needed.run / 1e9:.2f}")
-    console.print(table)
+    sizes = {
+        "weights": needed.weights,
+        "host memory while building, about": needed.build,
+        "host memory free": available_bytes() or 0,
+        "device memory while running, about": needed.run,
+    }
+    rows = ((name, f"{size / 1e9:.2f}") for name, size in sizes.items())
+    title = f"{bundle.path}: {form.value} form, nothing was built"
+    terminal.print_table(console, ("what", "GB"), rows, title)
 
 
 VERB = Verb(BuildOptions, run, EXAMPLES)

@@ -55,8 +55,8 @@ class CalibrateOptions:
             UsageError: they are not of the bundle's grid, or cannot be read.
         """
         from diagd.engines.onnxruntime_session import CpuOptions
+        from diagd.runtime.clip import read_tokens
         from diagd.runtime.pixels import PixelCodec
-        from diagd.runtime.prompt import read_tokens
         from diagd.runtime.video import read_frames
 
         if self.data is None:

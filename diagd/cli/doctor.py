@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
@@ -36,8 +35,6 @@ class DoctorOptions:
 
 def run(options: DoctorOptions) -> int:
     """Print the checks; exit code 1 where one found a problem."""
-    from rich.table import Table
-
     from diagd.bundle.cache import clear
     from diagd.profiling.doctor import PROBLEM, check_bundle, check_machine
 
@@ -48,13 +45,13 @@ def run(options: DoctorOptions) -> int:
         checks += check_bundle(options.bundle)
     problems = sum(check.status == PROBLEM for check in checks)
     if options.json:
-        print(json.dumps([asdict(check) for check in checks], indent=2))  # noqa: T201
+        terminal.print_json([asdict(check) for check in checks])
     else:
-        table = Table("check", "", "found", "how to fix")
-        for check in checks:
-            status = terminal.styled(check.status, COLOURS[check.status])
-            table.add_row(check.name, status, check.found, check.fix)
-        terminal.console().print(table)
+        rows = (
+            (check.name, terminal.styled(check.status, COLOURS[check.status]), check.found, check.fix)
+            for check in checks
+        )
+        terminal.print_table(terminal.console(), ("check", "", "found", "how to fix"), rows)
     return 1 if problems else 0
 
 

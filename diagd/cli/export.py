@@ -87,7 +87,7 @@ def run(options: ExportOptions) -> int:
     require("torch", extra="export", purpose="export a model")
 
     from diagd.export.exporter import Exporter, export
-    from diagd.export.families.registry import find
+    from diagd.export.families import find
     from diagd.export.resume import is_resumable
 
     console = terminal.console()
@@ -107,14 +107,10 @@ def run(options: ExportOptions) -> int:
 
 
 def _print_plan(console: Console, exporter: Exporter, output: Path) -> None:
-    from rich.table import Table
-
     plan = exporter.plan()
-    table = Table("file", "MB", title=f"{output} (nothing was written)")
-    for name, size in plan.files.items():
-        table.add_row(name, f"{size / 1e6:,.2f}")
-    table.add_row("total", f"{plan.total_bytes / 1e6:,.2f}")
-    console.print(table)
+    sizes = {**plan.files, "total": plan.total_bytes}
+    rows = ((name, f"{size / 1e6:,.2f}") for name, size in sizes.items())
+    terminal.print_table(console, ("file", "MB"), rows, f"{output} (nothing was written)")
     console.print(f"peak memory of the export: about {plan.peak_bytes / 1e9:.1f} GB")
 
 

@@ -10,7 +10,8 @@ from diagd.cli.options import Verb
 from diagd.engines.engine import Float
 from diagd.errors import require
 from diagd.progress import Progress
-from diagd.runtime.generate import GenerateOptions, Made, generate
+from diagd.runtime.generate import Made, generate
+from diagd.runtime.options import GenerateOptions
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from diagd.bundle import Manifest
     from diagd.export.onnx_file import OnnxFile
-    from diagd.profiling.frontier import Frontier
+    from diagd.profiling.orders import Frontier
 
 EXAMPLES = """examples:
   diagd inspect crafter-3m.diagd
@@ -73,7 +72,7 @@ def run(options: InspectOptions) -> int:
             raise UsageError(f"--{given[0]} needs a bundle: an ONNX file has no schedule")
         graphs = {options.path.name: read_onnx(options.path)}
         if options.json:
-            _print_json({"graphs": _graphs_content(graphs)})
+            terminal.print_json({"graphs": _graphs_content(graphs)})
         else:
             _print_graphs(terminal.console(), graphs, {})
         return 0
@@ -86,7 +85,7 @@ def run(options: InspectOptions) -> int:
 
 
 def _report(options: InspectOptions, manifest: Manifest, graphs: dict[str, OnnxFile]) -> None:
-    from diagd.profiling.frontier import frontier
+    from diagd.profiling.orders import frontier
 
     schedule = manifest.schedule
     if options.order is not None:
@@ -94,16 +93,12 @@ def _report(options: InspectOptions, manifest: Manifest, graphs: dict[str, OnnxF
     drawn = frontier(schedule, options.frames)
     if options.json:
         content = {"manifest": manifest.model_dump(mode="json"), "graphs": _graphs_content(graphs)}
-        _print_json(content | {"schedule": _schedule_content(schedule, drawn, options.steps)})
+        terminal.print_json(content | {"schedule": _schedule_content(schedule, drawn, options.steps)})
     else:
         console = terminal.console()
         _print_manifest(console, manifest, options.path)
         _print_graphs(console, graphs, _uses(manifest))
         _print_schedule(console, schedule, drawn, options.steps)
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(content, indent=2))  # noqa: T201
 
 
 def _graphs_content(graphs: dict[str, OnnxFile]) -> dict[str, Any]:
@@ -120,7 +115,7 @@ def _graphs_content(graphs: dict[str, OnnxFile]) -> dict[str, Any]:
 
 
 def _schedule_content(schedule: Schedule, drawn: Frontier, steps: int) -> dict[str, Any]:
-    from diagd.profiling.frontier import table_lines
+    from diagd.profiling.orders import table_lines
 
     return {
         "order": schedule.name,
@@ -217,7 +212,7 @@ def _print_graphs(console: Console, graphs: dict[str, OnnxFile], uses: dict[str,
 
 
 def _print_schedule(console: Console, schedule: Schedule, drawn: Frontier, steps: int) -> None:
-    from diagd.profiling.frontier import as_text, table_lines
+    from diagd.profiling.orders import as_text, table_lines
 
     layout, frames = schedule.layout, len(drawn.steps)
     passes, widest = drawn.last + 1, int(drawn.widths[1:].max(initial=1))

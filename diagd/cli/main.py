@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from types import FrameType
@@ -150,34 +150,13 @@ def _describe(parser: argparse.ArgumentParser, verb: Verb[Any]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def export() -> int:
-    """``diagd-export``."""
-    return main(["export", *sys.argv[1:]])
+def _alias(verb: str) -> Callable[[], int]:
+    return lambda: main([verb, *sys.argv[1:]])
 
 
-def calibrate() -> int:
-    """``diagd-calibrate``."""
-    return main(["calibrate", *sys.argv[1:]])
-
-
-def build() -> int:
-    """``diagd-build``."""
-    return main(["build", *sys.argv[1:]])
-
-
-def generate() -> int:
-    """``diagd-generate``."""
-    return main(["generate", *sys.argv[1:]])
-
-
-def play() -> int:
-    """``diagd-play``."""
-    return main(["play", *sys.argv[1:]])
-
-
-def profile() -> int:
-    """``diagd-profile``."""
-    return main(["profile", *sys.argv[1:]])
+export, build, calibrate = _alias("export"), _alias("build"), _alias("calibrate")
+generate, play, profile = _alias("generate"), _alias("play"), _alias("profile")
+"""``diagd-export`` and so on: console scripts of the common verbs."""
 
 
 def _find(verb: str) -> Verb[Any] | Verbs:

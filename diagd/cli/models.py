@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 from pydantic import Field
@@ -24,19 +23,14 @@ class ModelsOptions:
 
 def run(options: ModelsOptions) -> int:
     """Print the table of models."""
-    from rich.table import Table
-
-    from diagd.export.families.registry import listing
+    from diagd.export.families import listing
 
     rows = listing()
     if options.json:
-        print(json.dumps(rows, indent=2))  # noqa: T201
+        terminal.print_json(rows)
         return 0
-    table = Table(*COLUMNS, title="models")
-    for row in rows:
-        table.add_row(*(_cell(row[name]) for name in COLUMNS))
     console = terminal.console()
-    console.print(table)
+    terminal.print_table(console, COLUMNS, ([_cell(row[name]) for name in COLUMNS] for row in rows), "models")
     for row in rows:
         console.print(f"{row['model']}: weights {row['weights']}; licence: {row['licence']}")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +18,7 @@ from diagd.profiling.devices import DEVICES, GB, THIS
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from diagd.export.families.family import Family
     from diagd.profiling.cost import ModelSize
@@ -124,7 +124,7 @@ def run(options: PlanOptions) -> int:
         content |= {"stored": stored}
         if drafted is not None:
             content |= {"drafting": asdict(drafted) | {"least_kept": drafted.least_kept}}
-        print(json.dumps(content, indent=2))  # noqa: T201
+        terminal.print_json(content)
     else:
         _print(terminal.console(), plan)
         _print_stored(terminal.console(), stored)
@@ -168,7 +168,7 @@ def _stored(path: Path, clip: int) -> dict[str, dict[str, float]]:
 def _family_size(name: str, checkpoint: str | None) -> ModelSize:
     """Dimensions of a model by name; a checkpoint's header is checked against them."""
     from diagd.bundle.manifest import context_policy
-    from diagd.export.families.registry import find
+    from diagd.export.families import find
     from diagd.profiling.cost import size_of
 
     if checkpoint is not None and checkpoint.startswith("hf:"):
@@ -197,18 +197,13 @@ def _check_header(family: Family, checkpoint: str) -> None:
 
 
 def _print(console: Console, plan: Plan) -> None:
-    from rich.table import Table
-
     device, memory = plan.device, plan.memory
-    table = Table("memory", "MB", title=_title(plan))
-    for name, size in asdict(memory).items():
-        if name != "build_peak":
-            table.add_row(name, f"{size / 1e6:,.1f}")
-    table.add_row(
-        *(terminal.styled(cell, "bold") for cell in ("while it runs", f"{memory.running / 1e6:,.1f}"))
-    )
-    table.add_row("while its engine is built", f"{memory.build_peak / 1e6:,.1f}")
-    console.print(table)
+    sizes = {name: size for name, size in asdict(memory).items() if name != "build_peak"}
+    rows: list[tuple[str | Text, ...]] = [(name, f"{size / 1e6:,.1f}") for name, size in sizes.items()]
+    running = "while it runs", f"{memory.running / 1e6:,.1f}"
+    rows.append(tuple(terminal.styled(cell, "bold") for cell in running))
+    rows.append(("while its engine is built", f"{memory.build_peak / 1e6:,.1f}"))
+    terminal.print_table(console, ("memory", "MB"), rows, _title(plan))
     _print_ceilings(console, plan)
     verdict = terminal.styled("fits", "green") if plan.fits else terminal.styled("does not fit", "red")
     console.print(
@@ -220,15 +215,12 @@ def _print(console: Console, plan: Plan) -> None:
 
 
 def _print_stored(console: Console, stored: dict[str, dict[str, float]]) -> None:
-    from rich.table import Table
-
     if not stored:
         return
-    table = Table("step graph", "weights", "K/V", "together", title="MB a pass of what this bundle holds")
-    for name, parts in stored.items():
-        sizes = (parts["weights"], parts["cache"], sum(parts.values()))
-        table.add_row(name, *(_short(size / 1e6) for size in sizes))
-    console.print(table)
+    sizes = {name: (one["weights"], one["cache"], sum(one.values())) for name, one in stored.items()}
+    rows = ((name, *(_short(size / 1e6) for size in each)) for name, each in sizes.items())
+    heads = ("step graph", "weights", "K/V", "together")
+    terminal.print_table(console, heads, rows, "MB a pass of what this bundle holds")
 
 
 def _print_fastest(console: Console, options: PlanOptions) -> None:
@@ -252,18 +244,16 @@ def _title(plan: Plan) -> str:
 
 
 def _print_ceilings(console: Console, plan: Plan) -> None:
-    from rich.table import Table
-
     title = f"frames a second at most: {plan.device.title}, {plan.device.bandwidth / 1e9:,.4g} GB/s"
     names = dict.fromkeys(row.precision for row in plan.ceilings)
-    table = Table("order", "passes a frame", *names, title=title)
+    lines = []
     for order in dict.fromkeys(row.order for row in plan.ceilings):
         rows = [row for row in plan.ceilings if row.order == order]
         rates = [f"{_short(row.frames_per_second)}{'' if row.bound == 'memory' else ' *'}" for row in rows]
-        table.add_row(order, f"{rows[0].passes:g}", *rates)
+        lines.append((order, f"{rows[0].passes:g}", *rates))
     read = {row.precision: _short(row.bytes / 1e6) for row in plan.ceilings}
-    table.add_row("[dim]MB a pass", "", *read.values())
-    console.print(table)
+    lines.append(("MB a pass", "", *read.values()))
+    terminal.print_table(console, ("order", "passes a frame", *names), lines, title)
     if any(row.bound != "memory" for row in plan.ceilings):
         console.print("* bound by arithmetic, not by memory", style="dim")
 

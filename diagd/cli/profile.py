@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +19,7 @@ from diagd.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from diagd.profiling.compare import Comparison
     from diagd.profiling.report import Report, Run
@@ -102,8 +102,6 @@ def run(options: ProfileVerb) -> int:
 
 
 def _backends(options: ProfileVerb, path: Path) -> int:
-    from rich.table import Table
-
     from diagd.bundle import Bundle
     from diagd.profiling.backends import measure_backends
 
@@ -112,12 +110,12 @@ def _backends(options: ProfileVerb, path: Path) -> int:
     found, skipped = measure_backends(Bundle.open(path), how, Progress(console))
     if options.json:
         print(found.model_dump_json(indent=1))  # noqa: T201
-    table = Table("backend and precision", "threads", "frame ms", "frames/s", "gate", title=found.order)
+    rows = []
     for entry in sorted(found.entries, key=lambda entry: entry.seconds):
-        mark = _MARKS[entry.passed]
         times = f"{1e3 * entry.seconds:.4g}", f"{1 / entry.seconds:.4g}"
-        table.add_row(str(entry), str(entry.threads), *times, terminal.styled(*mark))
-    console.print(table)
+        rows.append((str(entry), str(entry.threads), *times, terminal.styled(*_MARKS[entry.passed])))
+    heads = ("backend and precision", "threads", "frame ms", "frames/s", "gate")
+    terminal.print_table(console, heads, rows, found.order)
     for left in skipped:
         console.print(f"{left.order} was skipped: {left.reason}", highlight=False)
     if best := found.fastest():
@@ -153,34 +151,26 @@ def _compare(before: Path, after: Path, *, as_json: bool) -> int:
 
     comparison = compare(read_report(before), read_report(after))
     if as_json:
-        print(json.dumps(asdict(comparison), indent=2))  # noqa: T201
+        terminal.print_json(asdict(comparison))
     else:
         _print_comparison(terminal.console(), comparison)
     return REGRESSION if comparison.regressions else 0
 
 
 def _print(console: Console, report: Report) -> None:
-    from rich.table import Table
-
     model, machine = report.model, report.machine
     where = machine.device or f"{machine.threads} threads"
     title = f"{model.name} {model.precision}, window {model.window}, {where}"
     head = ("order", "passes", "frames/s", "frame ms", "p99", "action to picture ms", "limit")
-    table = Table(*head, title=title)
-    table.columns[0].no_wrap = table.columns[5].no_wrap = True
+    rows = []
     for run in report.runs:
         steps = sum(width.steps for width in run.widths)
         share = sum(width.share * width.steps for width in run.widths) / max(1, steps)
         frame = (run.intervals.p50, run.intervals.p99)
-        table.add_row(
-            run.order,
-            str(run.passes),
-            f"{run.frames_per_second:.4g}",
-            *(f"{1e3 * seconds:.4g}" for seconds in frame),
-            f"{1e3 * run.action_latency.p50:.4g} .. {1e3 * run.action_latency_worst.p50:.4g}",
-            f"{share:.0%}",
-        )
-    console.print(table)
+        latency = f"{1e3 * run.action_latency.p50:.4g} .. {1e3 * run.action_latency_worst.p50:.4g}"
+        times = (f"{run.frames_per_second:.4g}", *(f"{1e3 * seconds:.4g}" for seconds in frame), latency)
+        rows.append((run.order, str(run.passes), *times, f"{share:.0%}"))
+    terminal.print_table(console, head, rows, title, whole=(0, 5))
     for skipped in report.skipped:
         console.print(f"{skipped.order} was skipped: {skipped.reason}")
     _print_stages(console, max(report.runs, key=lambda run: run.frames_per_second))
@@ -197,35 +187,27 @@ def _print(console: Console, report: Report) -> None:
 
 
 def _print_stages(console: Console, run: Run) -> None:
-    from rich.table import Table
-
-    table = Table("stage", "count", "p50 ms", "p90", "p99", "max", "of the run", title=f"stages, {run.order}")
+    rows = []
     for stage in sorted(run.stages, key=lambda stage: -stage.seconds.total):
         numbers = stage.seconds
         times = (numbers.p50, numbers.p90, numbers.p99, numbers.max)
         shown = [f"{1e3 * seconds:.3g}" for seconds in times]
-        table.add_row(stage.name, str(numbers.count), *shown, f"{numbers.total / run.wall:.1%}")
-    console.print(table)
+        rows.append((stage.name, str(numbers.count), *shown, f"{numbers.total / run.wall:.1%}"))
+    heads = ("stage", "count", "p50 ms", "p90", "p99", "max", "of the run")
+    terminal.print_table(console, heads, rows, f"stages, {run.order}")
 
 
 def _print_comparison(console: Console, comparison: Comparison) -> None:
-    from rich.table import Table
-
     colours = {"slower": "red", "faster": "green"}
-    table = Table("order", "steps", "before ms", "after ms", "ratio", "99 % interval", "")
+    rows: list[tuple[str | Text, ...]] = []
     shown = [change for change in comparison.changes if change.verdict != "too few"]
     for change in shown:
         colour = colours.get(change.verdict)
-        table.add_row(
-            change.order,
-            change.width,
-            f"{1e3 * change.before:.4g}",
-            f"{1e3 * change.after:.4g}",
-            f"{change.ratio:.3f}",
-            f"{change.low:.3f} .. {change.high:.3f}",
-            terminal.styled(change.verdict, colour) if colour else change.verdict,
-        )
-    console.print(table)
+        times = f"{1e3 * change.before:.4g}", f"{1e3 * change.after:.4g}", f"{change.ratio:.3f}"
+        verdict = terminal.styled(change.verdict, colour) if colour else change.verdict
+        rows.append((change.order, change.width, *times, f"{change.low:.3f} .. {change.high:.3f}", verdict))
+    heads = ("order", "steps", "before ms", "after ms", "ratio", "99 % interval", "")
+    terminal.print_table(console, heads, rows)
     if few := len(comparison.changes) - len(shown):
         console.print(f"{few} more have too few steps to say")
     for note in comparison.notes:

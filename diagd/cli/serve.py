@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File
-from diagd.runtime.generate import SessionOptions
+from diagd.runtime.options import SessionOptions
 
 EXAMPLES = """examples:
   diagd serve crafter-3m.diagd --sessions 4 --fps 10

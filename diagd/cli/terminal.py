@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import codecs
 import errno
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -65,6 +66,29 @@ def console(*, stderr: bool = False) -> Console:
     width = None if stream.isatty() else _WIDE
     quiet = not is_first()
     return Plain(stderr=stderr, quiet=quiet, markup=False, highlight=False, emoji=False, width=width)
+
+
+def print_table(
+    console: Console,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    title: str | None = None,
+    whole: Collection[int] = (),
+) -> None:
+    """Print a table; cells of the columns ``whole`` are not broken."""
+    from rich.table import Table
+
+    table = Table(*heads, title=title)
+    for column in whole:
+        table.columns[column].no_wrap = True
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_json(content: Any) -> None:
+    """Print data for programs."""
+    print(json.dumps(content, indent=2))  # noqa: T201
 
 
 def styled(text: str, style: str) -> Text:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -25,11 +24,10 @@ if TYPE_CHECKING:
 
     from diagd.bundle import Bundle
     from diagd.engines.engine import Int
-    from diagd.profiling.exactness import Exactness
     from diagd.profiling.measure import Workload
     from diagd.profiling.report import Skipped
     from diagd.profiling.tensors import TensorVerdict
-    from diagd.profiling.verify import Candidate, Verdict
+    from diagd.profiling.verify import Candidate, Exactness, Verdict
     from diagd.schedule import Schedule
 
 EXAMPLES = """examples:
@@ -110,7 +108,7 @@ def run(options: VerifyOptions) -> int:
             "tensors": [asdict(verdict) for verdict in tensors],
             "skipped": [entry.model_dump() for entry in skipped],
         }
-        print(json.dumps(found, indent=2))  # noqa: T201
+        terminal.print_json(found)
     else:
         _print(console, verdicts)
         _print_exactness(console, exact)
@@ -152,7 +150,7 @@ def _verdicts(
 def _exactness(
     options: VerifyOptions, candidate: Candidate, orders: list[Schedule], progress: Progress
 ) -> Exactness:
-    from diagd.profiling.exactness import exactness
+    from diagd.profiling.verify import exactness
 
     workload, session = _workload(options, candidate), candidate.session
     with progress.task(f"{candidate.name}, auditing"):
@@ -180,8 +178,8 @@ def _candidates(options: VerifyOptions, bundle: Bundle) -> Iterator[Candidate]:
 def _read_prompt(path: Path, bundle: Bundle, options: VerifyOptions) -> Int:
     """Tokens [prompt, h, w] of a file, its last frames."""
     from diagd.engines.onnxruntime_session import CpuOptions
+    from diagd.runtime.clip import read_prompt, read_tokens
     from diagd.runtime.pixels import PixelCodec
-    from diagd.runtime.prompt import read_prompt, read_tokens
 
     if path.suffix.lower() == ".npy":
         return read_tokens(path, bundle.manifest)[-options.prompt_frames :]
@@ -200,29 +198,27 @@ def _check_same(bundle: Bundle, reference: Bundle) -> None:
 
 
 def _print(console: Console, verdicts: list[Verdict]) -> None:
-    from rich.table import Table
-
-    table = Table("engine", "order", "cells", "differs at", "agreement", "error", "")
-    for column in table.columns:
-        column.no_wrap = True
+    heads, rows = ("engine", "order", "cells", "differs at", "agreement", "error", ""), []
     for verdict in verdicts:
         first = verdict.first_difference
         where = "nowhere" if first is None else f"({first.frame}, {first.row}, {first.column})"
-        mark = _mark(verdict.passed)
-        share = f"{100 * verdict.agreement:.2f} %"
-        cells, error = str(verdict.cells), f"{verdict.error:.1e}"
-        table.add_row(verdict.engine, verdict.order, cells, where, share, error, mark)
-    console.print(table)
+        share, error = f"{100 * verdict.agreement:.2f} %", f"{verdict.error:.1e}"
+        cells, mark = str(verdict.cells), _mark(verdict.passed)
+        rows.append((verdict.engine, verdict.order, cells, where, share, error, mark))
+    terminal.print_table(console, heads, rows, whole=range(len(heads)))
 
 
 def _print_exactness(console: Console, exact: list[Exactness]) -> None:
-    from rich.table import Table
-
-    table = Table("engine", "flips", *exact[0].shares, title="cells that are next-token prediction's")
-    for entry in exact:
-        shares = (f"{100 * share:.2f} %" for share in entry.shares.values())
-        table.add_row(entry.engine, f"{100 * entry.flips:.3g} %", *shares)
-    console.print(table)
+    rows = (
+        (
+            entry.engine,
+            f"{100 * entry.flips:.3g} %",
+            *(f"{100 * share:.2f} %" for share in entry.shares.values()),
+        )
+        for entry in exact
+    )
+    heads = ("engine", "flips", *exact[0].shares)
+    terminal.print_table(console, heads, rows, "cells that are next-token prediction's")
 
 
 def _mark(passed: bool) -> Text:
@@ -230,15 +226,10 @@ def _mark(passed: bool) -> Text:
 
 
 def _print_tensors(console: Console, verdicts: list[TensorVerdict]) -> None:
-    from rich.table import Table
-
     if not verdicts:
         return
-    table = Table("engine", "tensor", "greatest error", "", title="outputs of one step")
-    for verdict in verdicts:
-        mark = _mark(verdict.passed)
-        table.add_row(verdict.engine, verdict.tensor, f"{verdict.error:.1e}", mark)
-    console.print(table)
+    rows = ((one.engine, one.tensor, f"{one.error:.1e}", _mark(one.passed)) for one in verdicts)
+    terminal.print_table(console, ("engine", "tensor", "greatest error", ""), rows, "outputs of one step")
 
 
 VERB = Verb(VerifyOptions, run, EXAMPLES, prints=True)

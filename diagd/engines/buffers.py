@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Manifest
-from diagd.bundle.manifest import CacheShape
 
 ALIGNMENT = 64
 
@@ -24,9 +23,9 @@ def aligned_zeros(
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def cache_tensors(cache: CacheShape) -> list[str]:
+def cache_tensors(layers: int) -> list[str]:
     """Names of the K/V buffers in graph order: key_0, value_0, key_1, ..."""
-    return [f"{kind}_{layer}" for layer in range(cache.layers) for kind in ("key", "value")]
+    return [f"{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
 
 
 def text_buffers(manifest: Manifest) -> dict[str, NDArray[np.generic]]:
@@ -35,11 +34,8 @@ def text_buffers(manifest: Manifest) -> dict[str, NDArray[np.generic]]:
         return {}
     cache = manifest.cache
     shape = (cache.kv_heads, manifest.text.length, cache.head_size)
-    return {
-        f"text_{kind}_{layer}": aligned_zeros(shape, np.dtype(cache.dtype))
-        for layer in range(cache.layers)
-        for kind in ("key", "value")
-    }
+    dtype = np.dtype(cache.dtype)
+    return {f"text_{name}": aligned_zeros(shape, dtype) for name in cache_tensors(cache.layers)}
 
 
 def rotate_pairs(keys: NDArray[np.generic], angles: NDArray[np.float64]) -> None:

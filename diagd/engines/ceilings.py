@@ -15,7 +15,7 @@ import numpy as np
 
 from diagd.engines.devices.device import Device
 from diagd.engines.host import cores
-from diagd.engines.program import Program, Tensor
+from diagd.engines.tensors import Program, Tensor
 from diagd.errors import require
 
 COPY_BYTES: Final = 64 << 20
@@ -191,7 +191,6 @@ def _best_call(device: Device, work: Callable[[], None]) -> float:
         for _ in range(_CALLS):
             work()
         device.mark(1)
-        device.synchronise()
         if repeat:
             best = min(best, device.seconds(0, 1) / _CALLS)
     return best

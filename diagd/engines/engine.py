@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from diagd.bundle import Form
 
@@ -109,18 +110,18 @@ class Clock(Protocol):
         ...
 
 
-class HostClock:
+class HostClock(Clock):
     """Of an engine that is done when its step returns."""
 
     def __init__(self) -> None:
         self._marks: dict[int, float] = {}
 
+    @override
     def mark(self, number: int) -> None:
-        """Note the time."""
         self._marks[number] = time.perf_counter()
 
+    @override
     def seconds(self, first: int, last: int) -> float:
-        """From one time stamp to another."""
         return self._marks[last] - self._marks[first]
 
 

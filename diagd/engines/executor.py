@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from typing_extensions import override
 
-from diagd.bundle import Form, Manifest
+from diagd.bundle import Bundle, Form, Manifest
+from diagd.bundle.manifest import StepGraph
+from diagd.engines.backend import StepOptions
 from diagd.engines.buffers import rotate_pairs
 from diagd.engines.devices.device import Array, Device
 from diagd.engines.devices.kernels import (
@@ -23,11 +26,10 @@ from diagd.engines.devices.kernels import (
     AppendArguments,
     SampleArguments,
 )
-from diagd.engines.engine import VOID, Clock, Float, Int, Steps
-from diagd.engines.program import MakeProgram
+from diagd.engines.engine import VOID, Clock, Engine, Float, Int, Steps
 from diagd.engines.records import RecordRing
 from diagd.engines.sampler import cell_ranges, refusal
-from diagd.engines.tensors import WIDTH, StepTensors
+from diagd.engines.tensors import WIDTH, MakeProgram, Program, StepTensors, Tensor
 from diagd.errors import EngineError
 
 INPUTS = ("token_buffer", *ADVANCE_POINTERS[2:])
@@ -43,7 +45,7 @@ MOST_SEQUENCES = 64
 """Sequences of widths that are remembered, so that the second time they come they are captured."""
 
 
-class Executor:
+class Executor(Engine):
     """Runs a program over buffers on a device.
 
     Records of a block of steps go up in one copy; a step is then one graph: ``advance`` spreads its record
@@ -85,7 +87,7 @@ class Executor:
         known = np.asarray(widths, np.int32)
         self._padding = known[np.searchsorted(known, np.arange(self.max_width + 1))]
         self.device, self.ahead = device, device.ahead
-        self.clock: Clock = _DeviceClock(device)
+        self.clock: Clock = device
         self._watch = dict(watch or {})
         self.tensors = StepTensors(
             manifest, form, capacity, self.max_width, tokens, device, self._watch, streams
@@ -107,22 +109,24 @@ class Executor:
         self._thread = threading.get_ident()
         self._warm_up(graphs and self._program.capturable)
 
+    @override
     def close(self) -> None:
-        """Give back the program and everything on the device; see ``Engine.close``."""
         self._wait()
         del self._program
         self.device.close()
 
+    @override
     def padded_widths(self, widths: Int) -> Int:
-        """The narrowest width that holds each; see ``Engine.padded_widths``."""
+        """The narrowest width that holds each."""
         return self._padding[widths]
 
+    @override
     def written_widths(self, widths: Int) -> Int:
-        """As wide as another stream's step may be; see ``Engine.written_widths``."""
+        """As wide as another stream's step may be."""
         return self._padding[widths] if self.streams == 1 else np.full_like(widths, self.max_width)
 
+    @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        """Queue the records of the steps to run next; see ``Engine.send``."""
         own = self._lanes[lane]
         if own.queued != own.sent:  # some of those sent before will never run: forget their records
             self._wait()
@@ -134,8 +138,9 @@ class Executor:
         own.padded = tuple(self.padded_widths(np.diff(steps.offsets)).tolist())
         own.parts = iter(range(1, len(steps) + 1) if parts is None else parts)
 
+    @override
     def step(self, lanes: Sequence[int] = (0,)) -> None:
-        """Queue one pass, and, of one stream alone, those of its part; see ``Engine.step``.
+        """Queue one pass, and, of one stream alone, those of its part.
 
         Raises:
             EngineError: on another thread than the one that opened the engine, which holds what it captured.
@@ -207,19 +212,20 @@ class Executor:
 
         return self.device.capture(work)
 
+    @override
     def draw(self) -> None:
-        """The step has drawn; see ``Engine.draw``."""
+        """The step has drawn."""
 
+    @override
     def logits(self, lane: int = 0) -> Float:
-        """Of the last step; see ``Engine.logits``."""
         own, width = self._lanes[lane], self._width
         steps, n = own.steps, own.next - 1
         self.device.download(self._logits[:width], self._part("logits", lane, width))
         self._wait()
         return self._logits[steps.decoded[steps.decode_offsets[n] : steps.decode_offsets[n + 1]]]
 
+    @override
     def watched(self) -> Mapping[str, Array]:
-        """Further outputs; see ``Engine.watched``."""
         (own,) = self._lanes  # none of a group is watched
         rows = int(own.steps.offsets[own.next] - own.steps.offsets[own.next - 1])
         named = self.tensors.named
@@ -233,8 +239,8 @@ class Executor:
         names = [*INPUTS, *(f"past_{name}" for name in self.tensors.cache), *self.tensors.text]
         return self._download(names, self._width)
 
+    @override
     def evaluate(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Run the program alone on given inputs; see ``Engine.evaluate``."""
         named, width = self.tensors.named, feeds["sources"].shape[-1]
         for name, array in feeds.items():
             self.device.upload(named[name].address, np.ascontiguousarray(array, named[name].dtype))
@@ -242,12 +248,13 @@ class Executor:
         self._program.enqueue(width)
         return self._download(outputs, width)
 
+    @override
     def memory_used(self) -> int:
-        """Of the device; see ``Engine.memory_used``."""
         return self.device.memory_used()
 
+    @override
     def write_tokens(self, places: Int, ids: Int, lane: int = 0) -> None:
-        """Queue ids into the token buffer, neighbours in one copy; see ``Engine.write_tokens``."""
+        """Queue ids into the token buffer, neighbours in one copy."""
         if self._staged_until + len(ids) > len(self._staged):
             self._wait()  # copies may still read what is staged
         staged = self._staged[self._staged_until : self._staged_until + len(ids)]
@@ -259,8 +266,9 @@ class Executor:
             if first < last:
                 self.device.upload(base + 4 * int(places[first]), staged[first:last])
 
+    @override
     def read_tokens(self, places: Int, lane: int = 0) -> Int:
-        """Ids once every step queued has run; see ``Engine.read_tokens``.
+        """Ids once every step queued has run.
 
         Raises:
             EngineError: a row's largest logit was not finite.
@@ -277,22 +285,23 @@ class Executor:
             raise refusal(row - 1, float(np.int32(largest).view(np.float32)))
         return self._tokens[places]
 
+    @override
     def write_slots(self, slot_position: Int, lane: int = 0) -> None:
-        """Queue the position of every slot; see ``Engine.write_slots``."""
         self._wait()  # the copy before may still read the staging array
         self._slots[: self.capacity] = slot_position
         self._slots[self.capacity :] = VOID
         self._lanes[lane].idle_at = None
         self.device.upload(self._part("slot_position", lane), self._slots)
 
+    @override
     def set_text(self, rows: Mapping[str, Array]) -> None:
-        """Take a text; see ``Engine.set_text``."""
         for name, tensor in self.tensors.text.items():
             self.device.upload(tensor.address, np.ascontiguousarray(rows[name], tensor.dtype))
             self._wait()
 
+    @override
     def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
-        """Turn cached keys; see ``Engine.rotate_keys``. Once per context, so the host does it."""
+        """Turn cached keys. Once per context, so the host does it."""
         for name, tensor in self.tensors.cache.items():
             if not name.startswith("key"):
                 continue
@@ -426,6 +435,36 @@ class Executor:
         )
 
 
+def open_executor(
+    bundle: Bundle,
+    graphs: Sequence[StepGraph],
+    options: StepOptions,
+    device: Device,
+    bind: Callable[[Mapping[str, Tensor], tuple[int, ...]], Program],
+    *,
+    widths: tuple[int, ...] | None = None,
+) -> Executor:
+    """The executor over the step graphs of one form.
+
+    Args:
+        bundle: that they are of.
+        graphs: narrowest first.
+        options: size of the token buffer, what is watched, and whether graphs of the device are captured.
+        device: where it runs; closed with the engine.
+        bind: binds the compiled graph to the tensors, for some widths.
+        widths: that it is bound for; default: the graphs'.
+    """
+    bound = widths or tuple(int(graph.width or 0) for graph in graphs)
+    first = graphs[0]
+    return Executor(
+        *(bundle.manifest, first.form, int(first.capacity or 0), bound, options.tokens, device),
+        lambda tensors: bind(tensors, bound),
+        graphs=options.graphs,
+        watch=options.watch,
+        streams=first.streams,
+    )
+
+
 class _Lane:
     """The steps that a stream was sent, and where they are queued.
 
@@ -440,19 +479,3 @@ class _Lane:
         self.padded: tuple[int, ...] = ()
         self.parts: Iterator[int] = iter(())
         self.idle_at: int | None = None
-
-
-class _DeviceClock(Clock):
-    """Time stamps on the stream of a device, between the steps queued."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-
-    def mark(self, number: int) -> None:
-        """Queue a time stamp."""
-        self._device.mark(number)
-
-    def seconds(self, first: int, last: int) -> float:
-        """From one time stamp to another; waits for both."""
-        self._device.synchronise()
-        return self._device.seconds(first, last)

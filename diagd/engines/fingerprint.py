@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from diagd.bundle import Bundle, Form
+from diagd.bundle.actions import Record
 from diagd.bundle.files import atomic_directory, sha256
 from diagd.bundle.lock import turn
 from diagd.bundle.manifest import StepGraph
@@ -23,7 +24,7 @@ ANY = "any"
 """Device or driver of an engine that was built for a family of GPUs rather than on one."""
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(Record):
     """Everything that must be the same where an engine is built and where it runs.
 
     Attributes:
@@ -36,7 +37,6 @@ class Fingerprint(BaseModel):
         flags: options of the build that change the engine; none: any.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     graph: str
     runtime: str
     device: str
@@ -72,10 +72,9 @@ class Fingerprint(BaseModel):
         return bool(built == wanted)
 
 
-class EngineRecord(BaseModel):
+class EngineRecord(Record):
     """What ``engine.json`` says of the plan beside it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     fingerprint: Fingerprint
     bytes: int
     sha256: str

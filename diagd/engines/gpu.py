@@ -16,14 +16,14 @@ from diagd.engines.ceilings import Ceilings, device_ceilings
 from diagd.engines.devices.cuda import CudaDevice, describe_device, open_driver
 from diagd.engines.devices.device import Device
 from diagd.engines.engine import Engine
-from diagd.engines.executor import Executor
+from diagd.engines.executor import Executor, open_executor
 from diagd.engines.onnxruntime_program import OnnxRuntimeProgram, open_cuda_session
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.program import Program, Tensor
 from diagd.engines.tensorrt.builder import Builder, BuildOptions
 from diagd.engines.tensorrt.capabilities import import_tensorrt
 from diagd.engines.tensorrt.opening import open_tensorrt
 from diagd.engines.tensorrt.program import TensorRTProgram
+from diagd.engines.tensors import Program, Tensor
 
 AnyDevice = TypeVar("AnyDevice", bound=Device)
 
@@ -106,16 +106,8 @@ def closed_on_failure(device: AnyDevice) -> Iterator[AnyDevice]:
 def open_cuda(bundle: Bundle, device: Device, options: StepOptions) -> Executor:
     """The ``modern`` form on ONNX Runtime's CUDA provider, on a device that is open."""
     steps = graphs_of(bundle, Form.MODERN)
-    widths = tuple(int(graph.width or 0) for graph in steps)
     session = open_cuda_session(
         bundle.file(steps[0].file), stream=device.stream, graphs=options.graphs, strict=options.strict
     )
-
-    def program(tensors: Mapping[str, Tensor]) -> OnnxRuntimeProgram:
-        return OnnxRuntimeProgram(session, tensors, widths, device.kind)
-
-    capacity = int(steps[0].capacity or 0)
-    return Executor(
-        *(bundle.manifest, Form.MODERN, capacity, widths, options.tokens, device, program),
-        streams=steps[0].streams,
-    )
+    bind = partial(OnnxRuntimeProgram, session, kind=device.kind)
+    return open_executor(bundle, steps, options, device, bind)

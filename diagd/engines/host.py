@@ -1,8 +1,9 @@
-"""The machine that engines run on: cores, processor and memory."""
+"""The machine that engines run on: cores, processor, memory and packages."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import platform
 import sys
@@ -44,6 +45,14 @@ def instruction_sets() -> frozenset[str]:
 def processor_features() -> str:
     """What decides how weights are packed: architecture and instruction sets."""
     return f"{platform.machine()} {' '.join(sorted(instruction_sets())) or platform.processor()}"
+
+
+def installed(package: str) -> str | None:
+    """Version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def memory_bytes() -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from diagd.engines.host import installed
 from diagd.engines.onnxruntime_session import check_inputs
-from diagd.engines.program import Tensor
+from diagd.engines.tensors import Tensor
 from diagd.errors import EngineError, require
 
 
@@ -95,7 +95,7 @@ def provider_problem(version: str, providers: list[str]) -> str | None:
         version: that the imported module says.
         providers: that it has.
     """
-    host, gpu = (_version(package) for package in ("onnxruntime", "onnxruntime-gpu"))
+    host, gpu = (installed(package) for package in ("onnxruntime", "onnxruntime-gpu"))
     if gpu is None:
         return None if CUDA in providers else f"ONNX Runtime {version} has no CUDA provider"
     if host is not None and (CUDA not in providers or version != gpu):
@@ -107,13 +107,6 @@ def provider_problem(version: str, providers: list[str]) -> str | None:
         least = ".".join(map(str, LEAST))
         return f"ONNX Runtime {version} is too old for step graphs on CUDA, {least} or later is needed"
     return None if CUDA in providers else f"onnxruntime-gpu {gpu} offers no CUDA provider on this machine"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def nodes_outside(session: Any, provider: str = CUDA) -> list[str]:

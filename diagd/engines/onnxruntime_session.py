@@ -75,6 +75,15 @@ def open_session(graph: Path, digest: str, options: CpuOptions) -> onnxruntime.I
     return _load(runtime, graph, _settings(runtime, options))
 
 
+def open_plainly(graph: Path) -> onnxruntime.InferenceSession:
+    """Load a graph with all off that could go wrong: one thread, no optimisation, no packed weights."""
+    runtime = require("onnxruntime", extra="export", purpose="run step graphs on the CPU")
+    settings = runtime.SessionOptions()
+    settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings.intra_op_num_threads, settings.log_severity_level = 1, 3
+    return runtime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
+
+
 def check_inputs(session: Any, axes: Mapping[str, int]) -> None:
     """Refuse a graph that takes other inputs than an engine of its form gives it.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,10 +20,10 @@ from diagd.engines.backend import Arrays, Backend, Graph, StepOptions, graphs_of
 from diagd.engines.ceilings import SIDE, Ceilings, matrix_product_model, memory_bandwidth, product_peak
 from diagd.engines.devices.host import HostDevice
 from diagd.engines.engine import Engine
-from diagd.engines.executor import Executor
+from diagd.engines.executor import open_executor
 from diagd.engines.host import cores, instruction_sets
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.program import Tensor
+from diagd.engines.tensors import Tensor
 from diagd.errors import EngineError, require
 
 BFLOAT16_UNITS: Final = frozenset({"amx_bf16", "avx512_bf16"})
@@ -52,18 +54,16 @@ class OpenVino(Backend):
     @override
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
         graphs = graphs_of(bundle, Form.PORTABLE)
-        widths = widths_upto(int(graphs[-1].width or 0))
         compiled = _compile(bundle.file(graphs[0].file), options.cpu.threads, self.floats)
-
-        def program(tensors: Mapping[str, Tensor]) -> OpenVinoProgram:
-            return OpenVinoProgram(compiled, tensors, widths)
-
-        capacity, device = int(graphs[0].capacity or 0), HostDevice()
-        return Executor(
-            *(bundle.manifest, Form.PORTABLE, capacity, widths, options.tokens, device, program),
-            graphs=False,
-            watch=options.watch,
-            streams=graphs[0].streams,
+        return open_executor(
+            *(
+                bundle,
+                graphs,
+                replace(options, graphs=False),
+                HostDevice(),
+                partial(OpenVinoProgram, compiled),
+            ),
+            widths=widths_upto(int(graphs[-1].width or 0)),
         )
 
     @override

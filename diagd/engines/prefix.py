@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.buffers import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
-from diagd.engines.engine import VOID, Clock, Float, HostClock, Int, Steps
+from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Steps
 from diagd.engines.fingerprint import graph_digest
 from diagd.engines.onnxruntime_session import CpuOptions, check_inputs, open_session
 from diagd.engines.sampler import HostSampler
@@ -30,7 +30,7 @@ LEAST_WIDTH = 80
 """Rows that a step may have however many streams share the pass: enough for every schedule of a family."""
 
 
-class PrefixState:
+class PrefixState(Engine):
     """What an engine of the ``prefix`` form keeps on the host, and what is done with it between steps.
 
     Args:
@@ -60,53 +60,55 @@ class PrefixState:
         self._groups, self._tokens = manifest.cache.kv_heads, tokens
         shape = (held, streams * self._groups, manifest.cache.head_size)
         dtype = np.dtype(manifest.cache.dtype)
-        self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache)}
+        self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache.layers)}
         self._sampler = HostSampler(manifest)
         self._text = text_buffers(manifest)
         self._session: Any = None
 
+    @override
     def padded_widths(self, widths: Int) -> Int:
         """Widths are dynamic: no pad rows."""
         return widths
 
+    @override
     def written_widths(self, widths: Int) -> Int:
         """Pad rows beside a wider step of another stream are written elsewhere."""
         return widths
 
+    @override
     def write_tokens(self, places: Int, ids: Int, lane: int = 0) -> None:
-        """Put ids into the token buffer."""
         self.token_buffer[places + lane * self._tokens] = ids
 
+    @override
     def read_tokens(self, places: Int, lane: int = 0) -> Int:
-        """Ids in the token buffer."""
         return self.token_buffer[places + lane * self._tokens]
 
+    @override
     def write_slots(self, slot_position: Int, lane: int = 0) -> None:
-        """Take the position of every slot."""
         self.slot_position[lane :: self.streams][: self.capacity] = slot_position
 
+    @override
     def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
-        """Take a text; see ``Engine.set_text``."""
         for name, buffer in self._text.items():
             buffer[:] = rows[name]
 
+    @override
     def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
-        """Turn cached keys; see ``Engine.rotate_keys``."""
         own = slice(lane * self._groups, (lane + 1) * self._groups)
         for name, buffer in self.buffers.items():
             if name.startswith("key"):
                 rotate_pairs(buffer[:live, own], angles)
 
+    @override
     def evaluate(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Run the graph on given inputs; see ``Engine.evaluate``."""
         return dict(zip(outputs, self._session.run(list(outputs), dict(feeds)), strict=True))
 
+    @override
     def memory_used(self) -> int:
-        """None of a device."""
         return 0
 
+    @override
     def close(self) -> None:
-        """Give the memory back."""
         self._session = None
         self.buffers.clear()
 
@@ -114,13 +116,13 @@ class PrefixState:
 class PlainPrefix(PrefixState):
     """Steps of one stream as arrays that are fed anew each time, nothing of them bound; see ``Engine``."""
 
+    @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        """Take the steps to run next; see ``Engine.send``."""
         del parts, lane
         self._steps, self._next = steps, 0
 
+    @override
     def step(self, lanes: Sequence[int] = (0,)) -> None:
-        """Run one pass; see ``Engine.step``."""
         del lanes
         steps, n = self._steps, self._next
         self._next += 1
@@ -147,18 +149,18 @@ class PlainPrefix(PrefixState):
         """
         raise NotImplementedError
 
+    @override
     def draw(self) -> None:
-        """Draw tokens from the logits; see ``Engine.draw``."""
         places, ids = self._sampler.draw(self._logits, self._steps, self._next - 1)
         self.token_buffer[places] = ids
 
+    @override
     def logits(self, lane: int = 0) -> Float:
-        """Of the last step; see ``Engine.logits``."""
         del lane
         return self._logits
 
+    @override
     def watched(self) -> Mapping[str, NDArray[Any]]:
-        """Nothing."""
         return {}
 
 
@@ -228,13 +230,13 @@ class PrefixEngine(PrefixState):
             self._bind(name, buffer)
         self._watch = tuple(watch)
 
+    @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        """Take the steps to run next; see ``Engine.send``."""
         del parts
         self._lanes[lane].send(steps)
 
+    @override
     def step(self, lanes: Sequence[int] = (0,)) -> None:
-        """Run one pass; see ``Engine.step``."""
         width = self._begin(lanes)
         count, fed, ran = 0, self._fed, self._ran
         ran.clear()
@@ -278,15 +280,15 @@ class PrefixEngine(PrefixState):
         self._slots[:rows] = self._bound - 1
         return width
 
+    @override
     def draw(self) -> None:
-        """Draw tokens from the logits; see ``Engine.draw``."""
         for number in self._ran:
             lane = self._lanes[number]
             places, ids = self._sampler.draw(self.logits(number), lane.steps, lane.next - 1)
             self.write_tokens(places, ids, number)
 
+    @override
     def logits(self, lane: int = 0) -> Float:
-        """Of the last step; see ``Engine.logits``."""
         first, last = self._ran[lane]
         return self._logits[first:last]
 
@@ -296,8 +298,8 @@ class PrefixEngine(PrefixState):
         used = np.flatnonzero(slot_position != VOID)
         self._lanes[lane].live = int(used[-1]) + 1 if used.size else 0
 
+    @override
     def watched(self) -> Mapping[str, NDArray[Any]]:
-        """Further outputs; see ``Engine.watched``."""
         values = self.outputs
         first = len(values) - len(self._watch)  # outputs come in the order in which they were first bound
         return {name: value.numpy() for name, value in zip(self._watch, values[first:], strict=True)}

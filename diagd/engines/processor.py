@@ -1,23 +1,27 @@
-"""The processor: ONNX Runtime's CPU provider, for every form."""
+"""The processor: ONNX Runtime's CPU provider, for every form; and plainly run, to compare with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import Backend, Graph, StepOptions, choose_form, graphs_of
 from diagd.engines.ceilings import Ceilings, processor_ceilings
 from diagd.engines.devices.host import HostDevice
-from diagd.engines.engine import Engine
-from diagd.engines.executor import Executor
+from diagd.engines.engine import Engine, Float
+from diagd.engines.executor import Executor, open_executor
 from diagd.engines.fingerprint import graph_digest
 from diagd.engines.onnxruntime_program import OnnxRuntimeProgram
-from diagd.engines.onnxruntime_session import CpuOptions, open_session
-from diagd.engines.prefix import PrefixEngine
-from diagd.engines.program import Tensor
+from diagd.engines.onnxruntime_session import CpuOptions, open_plainly, open_session
+from diagd.engines.prefix import PlainPrefix, PrefixEngine
+from diagd.errors import BundleError
 
 
 class Processor(Backend):
@@ -58,23 +62,47 @@ def open_fixed(
 ) -> Executor:
     """The executor over memory of the host, on one session that runs at every width."""
     graphs = graphs_of(bundle, form)
-    widths = tuple(int(graph.width or 0) for graph in graphs)
     cpu = options.cpu.suiting(graphs[0].precision)
     digest = graph_digest(bundle, graphs[0]) if cpu.prepack else ""
     session = open_session(bundle.file(graphs[0].file), digest, cpu)
+    bind = partial(OnnxRuntimeProgram, session, kind="cpu")
+    return open_executor(bundle, graphs, replace(options, graphs=False), device or HostDevice(), bind)
 
-    def program(tensors: Mapping[str, Tensor]) -> OnnxRuntimeProgram:
-        return OnnxRuntimeProgram(session, tensors, widths, "cpu")
 
-    return Executor(
-        bundle.manifest,
-        form,
-        int(graphs[0].capacity or 0),
-        widths,
-        options.tokens,
-        device or HostDevice(),
-        program,
-        graphs=False,
-        watch=options.watch,
-        streams=graphs[0].streams,
-    )
+class ReferenceEngine(PlainPrefix):
+    """FP32 on ONNX Runtime's CPU provider with everything off that could go wrong.
+
+    No graph optimisation, no packed weights, no cache in place, no live prefix, one thread: arrays in, arrays
+    out, the whole capacity every time.
+
+    Args:
+        bundle: with an FP32 graph in the prefix form.
+        capacity: slots.
+        tokens: size of the token buffer.
+        max_width: widest pass; that of another engine where both are to run the same steps.
+
+    Raises:
+        BundleError: the bundle has no such graph.
+    """
+
+    def __init__(self, bundle: Bundle, capacity: int, tokens: int, max_width: int) -> None:
+        manifest = bundle.manifest
+        graph = next((g for g in manifest.graphs if g.form is Form.PREFIX and g.precision == "fp32"), None)
+        if graph is None:
+            raise BundleError(
+                f"{bundle.path} has no FP32 graph in the prefix form to compare with; export the same "
+                "weights with --form prefix and give that bundle as --reference"
+            )
+        session = open_plainly(bundle.file(graph.file))
+        super().__init__(manifest, capacity, tokens, max_width)
+        self._session = session
+
+    @override
+    def forward(self, feeds: Mapping[str, NDArray[Any]], live: int) -> Float:
+        """The whole capacity, into new buffers."""
+        del live
+        past = {f"past_{name}": buffer[:, None] for name, buffer in self.buffers.items()}
+        outputs = self.evaluate({**feeds, **past}, ["logits", *(f"present_{name}" for name in self.buffers)])
+        logits = outputs.pop("logits")
+        self.buffers = {name: rows[:, 0] for name, rows in zip(self.buffers, outputs.values(), strict=True)}
+        return logits

@@ -1,9 +1,11 @@
-"""The tensors of a step at their fixed addresses."""
+"""The tensors of a step at their fixed addresses, and the programs that are bound to them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -11,8 +13,42 @@ from numpy.typing import DTypeLike
 from diagd.bundle import Form, Manifest
 from diagd.engines.buffers import cache_tensors, text_buffers
 from diagd.engines.devices.device import Device
-from diagd.engines.program import Tensor
 from diagd.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor at a fixed address; -n in ``shape`` is n times the width of the step."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+
+    def at_width(self, width: int) -> tuple[int, ...]:
+        """Its shape in a step of ``width`` rows."""
+        return tuple(-length * width if length < 0 else length for length in self.shape)
+
+    def part(self, lane: int, streams: int, width: int) -> int:
+        """Where the part of one of the streams that share it begins, in a step of ``width`` rows."""
+        return self.address + lane * (math.prod(self.at_width(width)) // streams) * self.dtype.itemsize
+
+
+class Program(Protocol):
+    """A compiled step graph.
+
+    ``capturable``: what it queues can be recorded into a graph of the device.
+    """
+
+    capturable: bool
+
+    def enqueue(self, width: int) -> None:
+        """Queue one step of ``width`` rows."""
+        ...
+
+
+MakeProgram = Callable[[Mapping[str, Tensor]], Program]
+"""Binds a graph to tensors by name; names the graph does not have are ignored."""
+
 
 WIDTH = -1
 
@@ -56,7 +92,7 @@ class StepTensors:
                 self._add(name, (WIDTH, described[0]), np.dtype(described[1]))
         shape = (streams, manifest.cache.kv_heads, capacity, manifest.cache.head_size)
         dtype = manifest.cache_dtype(manifest.graph(form))
-        names = cache_tensors(manifest.cache)
+        names = cache_tensors(manifest.cache.layers)
         self.cache = {name: self._add(f"past_{name}", shape, dtype) for name in names}
         self.text = {
             name: self._add(name, array.shape, array.dtype) for name, array in text_buffers(manifest).items()

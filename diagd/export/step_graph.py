@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diagd.bundle.manifest import Form, FormTraits
 from diagd.bundle.transformer import TransformerConfig
+from diagd.engines.buffers import cache_tensors
 from diagd.export.forms import Step, TextRows
 from diagd.export.projections import projections
 from diagd.export.tracing import trace
@@ -139,14 +140,13 @@ def watched_values(config: TransformerConfig, form: Form) -> dict[str, int]:
     """Channels of what a graph traced with ``watch`` gives out, by name, in the order of its outputs."""
     found = {projection.name: projection.inputs for projection in projections(config)}
     if form.traits.host:
-        cached = [name.removeprefix("_") for name in cache_names(config.layers, "")]
-        found |= dict.fromkeys(cached, config.key_width)
+        found |= dict.fromkeys(cache_tensors(config.layers), config.key_width)
     return found
 
 
 def cache_names(layers: int, prefix: str) -> list[str]:
-    """Names of the KV tensors of a graph, layer by layer, key before value."""
-    return [f"{prefix}_{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
+    """Names of the KV tensors of a graph; see `cache_tensors`."""
+    return [f"{prefix}_{name}" for name in cache_tensors(layers)]
 
 
 def text_names(config: TransformerConfig) -> list[str]:

@@ -77,7 +77,7 @@ def write_tokenizer(
 
 def _modules(graphs: TokenizerGraphs) -> dict[str, nn.Module]:
     with torch.device("meta"):
-        modules = {"encoder": graphs.build_encoder(), "decoder": graphs.build_decoder()}
+        modules = {"encoder": graphs.build("Encoder"), "decoder": graphs.build("Decoder")}
     return {role: module.to("meta") for role, module in modules.items()}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diagd.bundle.transformer import TransformerConfig
+from diagd.engines.buffers import cache_tensors
 from diagd.export.tracing import onnx_operator
 
 
@@ -46,9 +47,8 @@ class IntegerRows(CacheRows):
 
     def __init__(self, config: TransformerConfig, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
-        for layer in range(config.layers):
-            for kind in ("key", "value"):
-                self.register_buffer(f"{kind}_{layer}", torch.empty(shape, dtype=dtype, device="meta"))
+        for name in cache_tensors(config.layers):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_buffer("unit", torch.empty((), dtype=dtype, device="meta"))
         self.register_buffer("zero", torch.empty((), dtype=torch.int8, device="meta"))
 

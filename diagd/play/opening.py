@@ -20,10 +20,10 @@ from diagd.errors import DiagdError, UsageError
 from diagd.play.game import Game
 from diagd.play.pictures import View
 from diagd.play.record import Line, read_record
-from diagd.runtime.generate import SessionOptions
+from diagd.runtime.clip import read_prompt, read_tokens
 from diagd.runtime.group import Group
+from diagd.runtime.options import SessionOptions
 from diagd.runtime.pixels import PixelCodec
-from diagd.runtime.prompt import read_prompt, read_tokens
 from diagd.runtime.video import files_in
 
 SHIPPED: Final = Path(__file__).parents[1] / "models" / "crafter-3m" / "ready"

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from diagd.runtime.session import Session, StepTime
+from diagd.runtime.session import Session
+from diagd.runtime.step import StepTime
 
 
 class Event(NamedTuple):

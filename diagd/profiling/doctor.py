@@ -22,8 +22,9 @@ from diagd.bundle import Bundle, cache, cache_directory
 from diagd.engines import measured
 from diagd.engines.ceilings import processor_ceilings
 from diagd.engines.devices.kernels import host_build
-from diagd.engines.host import cores, instruction_sets, memory_bytes
+from diagd.engines.host import cores, installed, instruction_sets, memory_bytes
 from diagd.engines.onnxruntime_program import INSTALL, provider_problem
+from diagd.engines.tensorrt.capabilities import RUNTIMES
 from diagd.errors import BundleError
 from diagd.profiling.devices import GB, THIS, Device
 
@@ -51,9 +52,6 @@ INTEGER_UNITS: Final = {
 
 SUBSTITUTES: Final = {"onnxruntime": "onnxruntime-gpu"}
 """Packages that are installed instead of a declared one: both bring the same module."""
-
-TENSORRT: Final = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
-"""TensorRT's packages, and the extra that brings each."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +118,6 @@ def declared_packages() -> dict[str, tuple[str, str]]:
 
 def _belongs(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-
-
-def installed(package: str) -> str | None:
-    """Version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def check_processor() -> Check:
@@ -222,7 +212,7 @@ def check_provider() -> list[Check]:
 def check_tensorrt() -> list[Check]:
     """Flavours of TensorRT and what they can do in a step graph."""
     checks = []
-    for package, extra in TENSORRT.items():
+    for package, extra in RUNTIMES.items():
         version = installed(package) or installed(package.replace("_", "-"))
         if version is None:
             checks.append(Check(package, ABSENT, "not installed", f"on a GPU: pip install 'diagd[{extra}]'"))

@@ -18,10 +18,10 @@ from diagd.engines.engine import Float, Int
 from diagd.profiling.clock import StepClock, Timeline, step_clock
 from diagd.runtime.actions import encode
 from diagd.runtime.decoders import Decoder, ScheduledDecoder
+from diagd.runtime.output import VideoWriter
 from diagd.runtime.pixels import PixelCodec
-from diagd.runtime.session import Session, StepTime
-from diagd.runtime.step import Result
-from diagd.runtime.video import VideoWriter
+from diagd.runtime.session import Session
+from diagd.runtime.step import Result, StepTime
 from diagd.schedule import Schedule, Step
 
 ENCODE: Final = "video encode"
@@ -139,7 +139,7 @@ def measure(
         by_frame = session.frame_steps(decoder, actions, count=frames)
         widths = _widths_by_frame(session, decoder, len(workload.prompt), frames) if marks else []
     marked = map(nvtx_ranges, by_frame, chain(widths, repeat([])))
-    latents = _latents(pixels)
+    latents = 1 if pixels is None else pixels.latents
     pending: list[Int] = []
     with step_clock(session) as clock, _writer(pixels, video, run.timeline) as writer:
         for tokens in _frames(session, _counted(marked, advance), run, clock):
@@ -219,13 +219,6 @@ def _add_frame(run: Measured, clock: StepClock, asked: float, decoded: float) ->
         inside += seconds
     rest = max(0.0, time.perf_counter() - asked - inside)
     run.timeline.add(HANDLING, decoded - rest, rest)
-
-
-def _latents(pixels: PixelCodec | None) -> int:
-    """Token frames of one call of the pixel decoder."""
-    if pixels is None or pixels.spec.temporal_factor == 1:
-        return 1
-    return 1 + (pixels.spec.chunk_frames - 1) // pixels.spec.temporal_factor
 
 
 def _show(run: Measured, pixels: PixelCodec | None, writer: VideoWriter | None, tokens: list[Int]) -> None:

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from diagd.bundle.precision import KV_CACHES, Precision
-from diagd.engines.tensorrt.memory import build_bytes
+from diagd.engines.tensorrt.builder import build_bytes
 from diagd.errors import UsageError
 from diagd.profiling.cost import (
     ModelSize,

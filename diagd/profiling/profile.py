@@ -22,13 +22,12 @@ from diagd.bundle import Bundle, Form
 from diagd.bundle.files import atomic_file
 from diagd.engines.backend import CHOICES, CPU, Backend, find, forms_of
 from diagd.engines.ceilings import Ceilings
-from diagd.engines.host import cores, memory_bytes, peak_memory, processor_name
+from diagd.engines.host import cores, installed, memory_bytes, peak_memory, processor_name
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError, unknown
 from diagd.options import FLAG, OPTIONS, Flag, Numbers
 from diagd.profiling.clock import Timeline
 from diagd.profiling.cost import StoredModel, read_model
-from diagd.profiling.doctor import installed
 from diagd.profiling.measure import Measured, measure, name_of, random_workload
 from diagd.profiling.orders import decoding_orders, split_orders
 from diagd.profiling.report import Machine, Model, Report, Skipped

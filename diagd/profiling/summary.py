@@ -13,7 +13,7 @@ from diagd.profiling.clock import Timeline
 from diagd.profiling.cost import StoredModel, step_operations, step_seconds
 from diagd.profiling.measure import Measured, bucket, name_of
 from diagd.profiling.report import Deadlines, Run, SlowStep, Stage, StepSample, Width, describe
-from diagd.runtime.session import StepTime
+from diagd.runtime.step import StepTime
 
 SLOW_STEPS: Final = 20
 SAMPLES: Final = 5000

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from diagd.engines.engine import Int
 from diagd.engines.executor import Executor
+from diagd.engines.onnxruntime_session import open_plainly
 from diagd.errors import require
 from diagd.profiling.measure import random_workload
 from diagd.runtime.decoders import ScheduledDecoder
@@ -102,11 +103,7 @@ class PlainGraph:
     """
 
     def __init__(self, graph: Path) -> None:
-        runtime = require("onnxruntime", extra="export", purpose="run step graphs on the CPU")
-        settings = runtime.SessionOptions()
-        settings.intra_op_num_threads, settings.log_severity_level = 1, 3
-        settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._session = runtime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
+        self._session = open_plainly(graph)
         self._inputs = {value.name for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
@@ -25,13 +27,14 @@ from diagd.bundle.actions import (
 )
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError, unknown
-from diagd.runtime.literals import parse_literal
 
 MAX_REPEAT = 100_000
 """Most frames one line may hold an action for."""
 
 MAX_FRAMES = 10_000_000
 """Most frames of a file: eleven days of a world at ten frames a second."""
+MAX_LITERAL = 10_000
+"""Longest Python literal; an action is far shorter."""
 
 
 def encode(codec: ActionCodec, action: Mapping[str, object]) -> NDArray[np.int32]:
@@ -263,3 +266,45 @@ def _edge_bin(slot: EdgesSlot, number: float) -> int:
 
 def _expected(codec: ActionCodec) -> str:
     return f"use {', '.join(sorted({*codec.buttons, *codec.fields, *codec.choices}))}"
+
+
+def parse_literal(text: str) -> object:
+    """The value of a literal made of dicts, lists, numbers, strings and ``array([...])``, which is its list.
+
+    Released MineWorld clips hold their actions so: ``{'forward': 1, 'camera': array([0, 1])}``.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if len(text) > MAX_LITERAL:
+        raise ValueError(f"it has {len(text)} characters, an action has at most {MAX_LITERAL}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            return _literal_value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"it is no Python literal ({error})") from error
+
+
+def _literal_value(node: ast.expr | None) -> object:
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+            return -number
+        case ast.List(elts=parts) | ast.Tuple(elts=parts):
+            return [_literal_value(part) for part in parts]
+        case ast.Dict(keys=keys, values=values):
+            names = [str(_literal_value(key)) for key in keys]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"'{twice[0]}' is given twice")
+            return dict(zip(names, map(_literal_value, values), strict=True))
+        case ast.Call(func=ast.Name(id="array"), args=[ast.List() as numbers], keywords=[]):
+            return _literal_value(numbers)
+        case ast.Call(
+            func=ast.Name(id="array"), args=[ast.List() as numbers], keywords=[ast.keyword(arg="dtype")]
+        ):
+            return _literal_value(numbers)
+    raise ValueError(
+        f"'{ast.unparse(node) if node else '**'}' is neither a dict, a list, a number nor a string"
+    )

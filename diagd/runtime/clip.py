@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -16,9 +17,9 @@ from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, File
 from diagd.runtime.actions import encode, read_actions
+from diagd.runtime.arrays import read_array
 from diagd.runtime.episodes import EPISODE, read_episode
 from diagd.runtime.pixels import PixelCodec, Pixels
-from diagd.runtime.prompt import read_tokens
 from diagd.runtime.video import read_frames, read_images, sized
 
 ACTIONS = "actions.jsonl"
@@ -229,3 +230,41 @@ def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, m
     surplus = 0 if count else (len(seen) - 1) % pixels.spec.temporal_factor  # of a video that is short
     seen = seen[surplus:] if manifest.clips.last else seen[: len(seen) - surplus]
     return _Source(pixels.encode(seen), start, actions, seen, truth)
+
+
+def read_prompt(path: Path, pixels: PixelCodec, frames: int, resize: bool) -> Int:
+    """Tokens int32 [P, rows, columns] of the last ``frames`` frames of an image or video.
+
+    Raises:
+        UsageError: the file cannot be read, is of another size or too short.
+    """
+    size = (pixels.spec.height, pixels.spec.width)
+    seen = read_frames(path, size, frames=frames, resize=resize, cover=pixels.spec.cover)
+    if len(seen) < frames:
+        raise UsageError(f"{path} has {len(seen)} frames, {frames} are asked for; lower prompt_frames")
+    return pixels.encode(seen)
+
+
+def read_tokens(path: Path, manifest: Manifest) -> Int:
+    """Tokens int32 [P, rows, columns] from a .npy file.
+
+    Raises:
+        UsageError: the file cannot be read, or holds ids that are no visual tokens of the model.
+    """
+    tokens = read_array(path, "tokens")
+    if tokens.dtype.kind not in "iu":
+        raise UsageError(f"{path} holds {tokens.dtype}; expected whole numbers, tokens [P, rows, columns]")
+    check_tokens(tokens, manifest, str(path))
+    return np.ascontiguousarray(tokens, dtype=np.int32)
+
+
+def check_tokens(tokens: NDArray[np.generic], manifest: Manifest, source: str) -> None:
+    """Refuse ids that are no visual tokens of the model, which its tokenizer cannot show.
+
+    Raises:
+        UsageError: there is one; the message begins with ``source``.
+    """
+    high = max(rule.high for rule in manifest.sampling.ranges)
+    if not tokens.size or tokens.min() < 0 or tokens.max() >= high:
+        span = f"{tokens.min()}..{tokens.max()}" if tokens.size else "none"
+        raise UsageError(f"{source} holds tokens {span}; {manifest.name} has visual tokens 0..{high - 1}")

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from diagd.bundle.manifest import AbsoluteContext, CacheShape, RotaryContext
 from diagd.errors import UsageError
@@ -71,7 +72,7 @@ class ContextPolicy(Protocol):
         ...
 
 
-class SlidingRotary:
+class SlidingRotary(ContextPolicy):
     """Voids what leaves the window; turns cached keys back when the rotary table ends.
 
     A frame that was voided does not come back where the stream does, so an action may not depend on it.
@@ -96,12 +97,14 @@ class SlidingRotary:
         self._reach = cache.layers * (window - 1)
         self.history = self._reach + window + 2
 
+    @override
     @property
     def horizon(self) -> None:
         """Any schedule can slide."""
 
+    @override
     def advance(self, frame: int, fed: int) -> None:
-        """See ``ContextPolicy.advance``; nothing is ever fed again."""
+        """Nothing is ever fed again."""
         del fed
         self._oldest = max(0, frame - self._window + 1)
         if self._oldest:
@@ -109,10 +112,12 @@ class SlidingRotary:
         if self._layout.frame_start(frame + 2) - self._slots.base > self._context.positions:
             self._rebase(self._oldest)
 
+    @override
     def holds(self, known: int) -> bool:
         """Whether no frame was evicted that is needed again."""
         return self._oldest <= max(0, known - self._window + 1)
 
+    @override
     def replay(self, known: int, kept: int, prompt: int) -> Replay:
         """Far enough back that the rows still seen do not depend on what came before."""
         self._oldest = 0
@@ -120,6 +125,7 @@ class SlidingRotary:
         first = max(kept, known - self._reach - 1)
         return Replay(first, min(known, prompt if first == 0 else first + 1))
 
+    @override
     def resume(self, frame: int) -> None:
         """Turn the keys of the prefix back, so that it keeps its distance to the frame."""
         if frame:
@@ -131,7 +137,7 @@ class SlidingRotary:
         self._slots.rebase(frames * self._layout.frame_length)
 
 
-class SlidingAbsolute:
+class SlidingAbsolute(ContextPolicy):
     """Drops ``roll`` frames at once and has the rest fed again at their new positions.
 
     As in the release of WHAM, the model acts in the whole window, ahead of that.
@@ -145,13 +151,15 @@ class SlidingAbsolute:
         self._layout, self._window, self._roll, self._slots = layout, window, roll, slots
         self.history = 2 * window
 
+    @override
     @property
     def horizon(self) -> int:
         """Overlapping frames cannot be fed again: the window must not slide under them."""
         return self._base_frame + self._window - 1
 
+    @override
     def advance(self, frame: int, fed: int) -> Refill | None:
-        """See ``ContextPolicy.advance``; a prefix keeps its positions at the start of the window."""
+        """A prefix keeps its positions at the start of the window."""
         surplus = frame - self._base_frame - self._window + 1
         if surplus <= 0:
             return None
@@ -161,16 +169,19 @@ class SlidingAbsolute:
         prefix, rest = np.arange(layout.prefix), np.arange(layout.prefix + base, fed)
         return Refill(np.concatenate([prefix, rest]), np.concatenate([prefix + base, rest]))
 
+    @override
     def holds(self, known: int) -> bool:
         """Whether the window had slid as far when the last frame was decoded."""
         return self._base_frame == self._base_of(known - 1)
 
+    @override
     def replay(self, known: int, kept: int, prompt: int) -> Replay:
         """From the frame on at which the window stands, as it was fed when it slid there."""
         base = self._base_of(known - 1)
         self._slots.restart(base * self._layout.frame_length)
         return Replay(max(base, kept), min(known, base - self._roll + self._window if base else prompt))
 
+    @override
     def resume(self, frame: int) -> None:
         """Positions are counted from the window's start already."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import TypedDict, overload
+
+from typing_extensions import Unpack
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines import measured
@@ -16,8 +18,9 @@ from diagd.engines.prefix import MAX_WIDTH
 from diagd.errors import UsageError, unknown
 from diagd.runtime.group import Group
 from diagd.runtime.passes import Passes
-from diagd.runtime.session import Session, token_places
+from diagd.runtime.session import Session
 from diagd.runtime.text import TextReader
+from diagd.runtime.tokens import token_places
 from diagd.schedule import slots_needed
 
 ONE_THREAD_BYTES = 32 << 20
@@ -31,34 +34,24 @@ COMPAT = ("mineworld",)
 """Released implementations whose cache can be reproduced."""
 
 
-@overload
-def load(
-    path: str | Path,
-    *,
-    sessions: int,
-    window: int | None = None,
-    threads: int = 0,
-    compat: str | None = None,
-    prepack: bool = True,
-    roll: int | None = None,
-    precision: str | None = None,
-    backend: str = "cpu",
-) -> Group: ...
+class LoadOptions(TypedDict, total=False):
+    """All that ``load`` can be told beside how many sessions there are."""
+
+    window: int | None
+    threads: int
+    compat: str | None
+    prepack: bool
+    roll: int | None
+    precision: str | None
+    backend: str
 
 
 @overload
-def load(
-    path: str | Path,
-    *,
-    sessions: None = None,
-    window: int | None = None,
-    threads: int = 0,
-    compat: str | None = None,
-    prepack: bool = True,
-    roll: int | None = None,
-    precision: str | None = None,
-    backend: str = "cpu",
-) -> Session: ...
+def load(path: str | Path, *, sessions: int, **options: Unpack[LoadOptions]) -> Group: ...
+
+
+@overload
+def load(path: str | Path, *, sessions: None = None, **options: Unpack[LoadOptions]) -> Session: ...
 
 
 def load(

@@ -1,10 +1,17 @@
-"""How the tokens of a run are drawn."""
+"""How the tokens of a run are drawn, those of actions that the model decodes among them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle import Manifest
+from diagd.bundle.manifest import SamplingRules
+from diagd.engines.engine import Float, Int, SamplingState
+from diagd.engines.sampler import sample
 from diagd.errors import UsageError
 
 SAMPLER: Final = "race"
@@ -30,6 +37,11 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
 
+    @classmethod
+    def of(cls, rules: SamplingRules) -> SamplingSettings:
+        """Those of a bundle."""
+        return cls(rules.temperature, rules.top_k, rules.top_p)
+
     def __post_init__(self) -> None:
         low, high = _TEMPERATURES
         if self.temperature != 0 and not low <= self.temperature <= high:
@@ -42,3 +54,49 @@ class SamplingSettings:
             raise UsageError(
                 f"top-p is {self.top_p}; expected a share of probability, above 0 and at most 1 (1 keeps all)"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class ActionLaw:
+    """The slots of a model's actions as its sampler needs them.
+
+    Engines draw cells only; the few rows of an action are drawn here, by the rules of the same sampler.
+
+    Attributes:
+        slots: ids of each token between the cells of two frames.
+        keep_crossing: see ``SamplingRules``.
+    """
+
+    slots: tuple[tuple[int, ...], ...]
+    keep_crossing: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> ActionLaw | None:
+        """That of a model; None where it takes no actions, or its head has no ids for them."""
+        codec = manifest.actions
+        if codec is None or len(codec.slots) != manifest.layout.gap:
+            return None
+        slots = tuple(slot.ids for slot in codec.slots)
+        if max(map(max, slots)) >= manifest.output_vocabulary:
+            return None
+        return cls(slots, manifest.sampling.keep_crossing)
+
+    def draw(self, logits: Float, place: int, positions: NDArray[np.int64], state: SamplingState) -> Int:
+        """Ids int32 [R] of neighbouring tokens of an action.
+
+        Args:
+            logits: float32 [R, V] of the rows ahead of them.
+            place: of the first one in the action.
+            positions: int [R], where they stand in the stream: those of their noise.
+            state: of the sampler.
+        """
+        allowed = np.full_like(logits, -np.inf)
+        for row, ids in enumerate(self.slots[place : place + len(logits)]):
+            allowed[row, ids] = logits[row, ids]
+        return sample(allowed, positions, state, keep_crossing=self.keep_crossing)
+
+    def guess(self, before: Int) -> Int:
+        """An action to begin with: the one before, where there was one, else the first ids."""
+        if len(before) == len(self.slots):
+            return before.copy()
+        return np.array([ids[0] for ids in self.slots], np.int32)

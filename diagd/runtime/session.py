@@ -6,37 +6,49 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, groupby
-from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Never
+from typing_extensions import Never, Unpack
 
 from diagd.bundle import Manifest
 from diagd.engines.engine import Engine, Float, Int, Steps
 from diagd.engines.noise import check_seed
 from diagd.errors import UsageError
-from diagd.runtime.action_law import ActionLaw
 from diagd.runtime.context import Refill, context_policy
 from diagd.runtime.decoders.acting import ActingDecoder
 from diagd.runtime.decoders.decoder import Decoder
-from diagd.runtime.decoders.forced import ForcedDecoder, RasterDecoder
 from diagd.runtime.decoders.jacobi import JacobiDecoder
-from diagd.runtime.decoders.scheduled import ScheduledDecoder
+from diagd.runtime.decoders.scheduled import ForcedDecoder, RasterDecoder, ScheduledDecoder
 from diagd.runtime.passes import Passes, Run
-from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.sampling import ActionLaw, SamplingSettings
 from diagd.runtime.slots import SlotRing
 from diagd.runtime.step import Frame, Result, StepTime, Timing
-from diagd.runtime.stream import Actions, Ids, Past, Stream, token_places
+from diagd.runtime.stream import Actions, Ids, Past, Stream
 from diagd.runtime.text import TextReader
 from diagd.schedule import Block, Schedule, Step, StreamLayout, feed, slots_in_sight
-
-__all__ = ["Frame", "Session", "StepTime", "Timing", "token_places"]
 
 T = TypeVar("T")
 Seen: TypeAlias = tuple[Step, Result]
 """A step, with what it gave."""
+
+
+class RunOptions(TypedDict, total=False):
+    """How a run goes.
+
+    Attributes:
+        count: most frames; without it the run ends with the actions, or never.
+        sampling: default: the manifest's.
+        seed: of the random numbers, default 0; with the same engine, the same seed gives the same tokens.
+        newer: asked for another action while a frame is decoded; see ``Stream.newer``. For decoders that can
+            begin a frame anew, as Jacobi's can: a key then counts for the picture that comes next.
+    """
+
+    count: int | None
+    sampling: SamplingSettings | None
+    seed: int
+    newer: Callable[[int], Ids | None] | None
 
 
 class Session:
@@ -97,9 +109,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -163,73 +173,38 @@ class Session:
         return self.frames(decoder, actions, count=frames, sampling=sampling, seed=seed)
 
     def frames(
-        self,
-        decoder: Decoder | None = None,
-        actions: Actions = None,
-        *,
-        count: int | None = None,
-        sampling: SamplingSettings | None = None,
-        seed: int = 0,
-        newer: Callable[[int], Ids | None] | None = None,
+        self, decoder: Decoder | None = None, actions: Actions = None, **options: Unpack[RunOptions]
     ) -> Iterator[Frame]:
         """Decode frames behind what is known, yielding each when it is complete.
 
         Args:
             decoder: strategy; default: the manifest's.
             actions: of each frame, pulled when it begins; see ``diagd.runtime.stream.Actions``.
-            count: most frames; without it the run ends with the actions, or never.
-            sampling: default: the manifest's.
-            seed: of the random numbers; with the same engine, the same seed gives the same tokens.
-            newer: asked for another action while a frame is decoded; see ``Stream.newer``. For decoders that
-                can begin a frame anew, as Jacobi's can: a key then counts for the picture that comes next.
+            options: see ``RunOptions``.
 
         Raises:
             UsageError: there is no prompt, actions are missing, or the decoder does not fit. On resuming a
                 run after another one was started: it was overtaken.
         """
-        run = self.run(decoder, actions, count=count, sampling=sampling, seed=seed, newer=newer)
-        return self.alone(run)
+        return self.alone(self.run(decoder, actions, **options))
 
     def run(
-        self,
-        decoder: Decoder | None = None,
-        actions: Actions = None,
-        *,
-        count: int | None = None,
-        sampling: SamplingSettings | None = None,
-        seed: int = 0,
-        newer: Callable[[int], Ids | None] | None = None,
+        self, decoder: Decoder | None = None, actions: Actions = None, **options: Unpack[RunOptions]
     ) -> Run[Frame]:
         """The same run for whoever has its passes run, as a group of sessions does."""
-        decoder, run = self._start_run(decoder, actions, count, sampling, seed)
-        self._stream.newer = newer
-        return self._frames(decoder, run)
+        return self._frames(*self._start_run(decoder, actions, **options))
 
     def steps(
-        self,
-        decoder: Decoder | None = None,
-        actions: Actions = None,
-        *,
-        count: int | None = None,
-        sampling: SamplingSettings | None = None,
-        seed: int = 0,
+        self, decoder: Decoder | None = None, actions: Actions = None, **options: Unpack[RunOptions]
     ) -> Iterator[Seen]:
         """The same run step by step: each with what it gave, which is valid until the next one."""
-        by_frame = self.frame_steps(decoder, actions, count=count, sampling=sampling, seed=seed)
-        return chain.from_iterable(by_frame)
+        return chain.from_iterable(self.frame_steps(decoder, actions, **options))
 
     def frame_steps(
-        self,
-        decoder: Decoder | None = None,
-        actions: Actions = None,
-        *,
-        count: int | None = None,
-        sampling: SamplingSettings | None = None,
-        seed: int = 0,
+        self, decoder: Decoder | None = None, actions: Actions = None, **options: Unpack[RunOptions]
     ) -> Iterator[Iterator[Seen]]:
         """Likewise, the steps up to each completion of a frame by themselves: known when they are run out."""
-        decoder, run = self._start_run(decoder, actions, count, sampling, seed)
-        return self._frame_steps(decoder, run)
+        return self._frame_steps(*self._start_run(decoder, actions, **options))
 
     def step(
         self,
@@ -258,8 +233,8 @@ class Session:
             UsageError: there is no prompt, or the model decodes no actions.
         """
         seed = self._stream.seed if seed is None else seed
-        _, run = self._start_run(ActingDecoder(), [None], 1, sampling, seed)
-        self._finish(self._decode(ActingDecoder(), run, self.timing))
+        decoder, run = self._start_run(ActingDecoder(), [None], count=1, sampling=sampling, seed=seed)
+        self._finish(self._decode(decoder, run, self.timing))
         assert self._stream.action is not None
         return self._stream.action
 
@@ -276,9 +251,11 @@ class Session:
         self,
         decoder: Decoder | None,
         actions: Actions,
-        count: int | None,
-        sampling: SamplingSettings | None,
-        seed: int,
+        *,
+        count: int | None = None,
+        sampling: SamplingSettings | None = None,
+        seed: int = 0,
+        newer: Callable[[int], Ids | None] | None = None,
     ) -> tuple[Decoder, int]:
         stream = self._stream
         if not stream.known:
@@ -293,6 +270,7 @@ class Session:
         self._bring_cache()
         stream.horizon = self._context.horizon
         stream.follow(actions, count)
+        stream.newer = newer
         decoder.check(stream)
         return decoder, self._run
 
@@ -301,7 +279,7 @@ class Session:
 
     def _settings(self, chosen: SamplingSettings | None) -> SamplingSettings:
         rules = self.manifest.sampling
-        settings = chosen or SamplingSettings(rules.temperature, rules.top_k, rules.top_p)
+        settings = chosen or SamplingSettings.of(rules)
         if 0 < settings.temperature < rules.minimum_temperature:
             return replace(settings, temperature=rules.minimum_temperature)
         return settings

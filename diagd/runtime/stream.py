@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from diagd.engines.engine import Float, Int, SamplingState
 from diagd.errors import UsageError
-from diagd.runtime.action_law import ActionLaw
-from diagd.runtime.sampling import SAMPLER, SamplingSettings
-from diagd.runtime.tokens import TokenPlaces
+from diagd.runtime.sampling import SAMPLER, ActionLaw, SamplingSettings
+from diagd.runtime.tokens import token_places
 from diagd.schedule import Schedule, StreamLayout
 
 Ids = NDArray[np.integer[Any]]
@@ -352,40 +351,12 @@ class Stream:
         Raises:
             UsageError: it is none, or of a model with another layout.
         """
-        try:
-            with np.load(io.BytesIO(snapshot), allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            head = json.loads(bytes(arrays["head"]))
-            if head["format"] != SNAPSHOT:
-                raise ValueError(f"its format is {head['format']!r}")
-            if head["sampler"] != SAMPLER:
-                raise ValueError(f"its sampler is {head['sampler']!r}, this one's is {SAMPLER!r}")
-            layout = StreamLayout(*head["layout"])
-            orders = [
-                None if order is None else Schedule.parse(order, self.layout) for order in head["orders"]
-            ]
-            known, prompt = int(head["known"]), int(head["prompt"])
-            seed, settings = int(head["seed"]), SamplingSettings(*head["settings"])
-            past = [
-                Past(tokens, actions[len(actions) - count :], orders[order], int(origin))
-                for tokens, actions, count, order, origin in zip(
-                    *(arrays[name] for name in ("tokens", "actions", "counts", "order", "origin")),
-                    strict=True,
-                )
-            ]
-        except (
-            Exception
-        ) as error:  # NumPy, json and zipfile raise many types for bytes that are something else
-            raise UsageError(
-                f"this is no snapshot of a stream ({error}); take one with stream.snapshot()"
-            ) from error
-        own = self.layout
-        if _shape(own) != head["layout"]:
-            raise UsageError(f"the snapshot is of a stream of {layout}, this model's is {own}")
+        head, arrays, past = _read(snapshot, self.layout)
         self._forget()
         self.past.extend(past)
-        self.known, self.begun, self.prompt = known, known, prompt
-        self.seed, self.settings = seed, settings
+        self.known, self.prompt = int(head["known"]), int(head["prompt"])
+        self.begun = self.known
+        self.seed, self.settings = int(head["seed"]), SamplingSettings(*head["settings"])
         self.text = arrays["text"] if arrays["text"].size else None
         self.write(0, arrays["first"])
         self._write_past()
@@ -413,16 +384,31 @@ class Stream:
             self.write(self.layout.first_cell(frame) - len(ids), ids)
 
 
-def token_places(layout: StreamLayout, window: int) -> TokenPlaces:
-    """Places for the window and the frames that seeds and chained frames reach beyond it.
-
-    Beyond the frames that a query sees, chained frames are begun ahead of the one that is completed, and
-    seeds reach back by one frame more than are in flight; a window holds the frames in flight, so four more
-    suffice for every legal schedule: the one begun next, the seed's, and both ends of a frame that is cut by
-    the ring.
-    """
-    return TokenPlaces(layout, window + 4)
-
-
 def _shape(layout: StreamLayout) -> list[int]:
     return [layout.rows, layout.columns, layout.prefix, layout.before, layout.after]
+
+
+def _read(snapshot: bytes, own: StreamLayout) -> tuple[dict[str, Any], dict[str, NDArray[Any]], list[Past]]:
+    """The head of a snapshot, its arrays, and its frames; ``own`` is the layout that it must have."""
+    try:
+        with np.load(io.BytesIO(snapshot), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        head = json.loads(bytes(arrays["head"]))
+        if head["format"] != SNAPSHOT:
+            raise ValueError(f"its format is {head['format']!r}")
+        if head["sampler"] != SAMPLER:
+            raise ValueError(f"its sampler is {head['sampler']!r}, this one's is {SAMPLER!r}")
+        layout = StreamLayout(*head["layout"])
+        orders = [None if order is None else Schedule.parse(order, own) for order in head["orders"]]
+        columns = (arrays[name] for name in ("tokens", "actions", "counts", "order", "origin"))
+        past = [
+            Past(tokens, actions[len(actions) - count :], orders[order], int(origin))
+            for tokens, actions, count, order, origin in zip(*columns, strict=True)
+        ]
+    except Exception as error:  # NumPy, json and zipfile raise many types for bytes that are something else
+        raise UsageError(
+            f"this is no snapshot of a stream ({error}); take one with stream.snapshot()"
+        ) from error
+    if _shape(own) != head["layout"]:
+        raise UsageError(f"the snapshot is of a stream of {layout}, this model's is {own}")
+    return head, arrays, past

@@ -51,3 +51,14 @@ class TokenPlaces:
         ahead = max(0, (frame - 1) // self.frames) * self._ring
         first = self._layout.first_cell(frame) - ahead
         return slice(first, first + self._layout.cells)
+
+
+def token_places(layout: StreamLayout, window: int) -> TokenPlaces:
+    """Places for the window and the frames that seeds and chained frames reach beyond it.
+
+    Beyond the frames that a query sees, chained frames are begun ahead of the one that is completed, and
+    seeds reach back by one frame more than are in flight; a window holds the frames in flight, so four more
+    suffice for every legal schedule: the one begun next, the seed's, and both ends of a frame that is cut by
+    the ring.
+    """
+    return TokenPlaces(layout, window + 4)

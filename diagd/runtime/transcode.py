@@ -18,10 +18,10 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File
 from diagd.progress import Progress
-from diagd.runtime.output import psnr, squared_error, write_video
+from diagd.runtime.clip import read_tokens
+from diagd.runtime.output import SUFFIXES, psnr, squared_error, write_video
 from diagd.runtime.pixels import PixelCodec, Pixels
-from diagd.runtime.prompt import read_tokens
-from diagd.runtime.video import SUFFIXES, read_frames
+from diagd.runtime.video import read_frames
 
 
 @dataclass(frozen=True, config=OPTIONS)

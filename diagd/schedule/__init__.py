@@ -1,10 +1,8 @@
 """Decoding schedules as data: layouts, closed forms, row seeds and step tables. NumPy only."""
 
-from diagd.schedule.capacity import default_widths, slots_in_sight, slots_needed
-from diagd.schedule.closed_form import chained_lag, check_lags, steps_per_frame, total_steps
-from diagd.schedule.layout import StreamLayout
-from diagd.schedule.schedule import Schedule
-from diagd.schedule.seeds import RowSeed
+from diagd.schedule.lags import RowSeed, chained_lag, check_lags, steps_per_frame, total_steps
+from diagd.schedule.layout import StreamLayout, slots_in_sight, slots_needed
+from diagd.schedule.schedule import Schedule, default_widths
 from diagd.schedule.table import NO_SINK, Block, Shape, Step, Table, feed, shifted
 
 __all__ = [

@@ -62,3 +62,13 @@ class StreamLayout:
     def cell(self, frame: int, row: int, column: int) -> int:
         """Position of cell (frame, row, column), all from 0."""
         return self.first_cell(frame) + row * self.columns + column
+
+
+def slots_in_sight(layout: StreamLayout, window: int) -> int:
+    """Slots from the oldest row of a window to the newest, those of seeds included, whatever the schedule."""
+    return layout.prefix + window * (layout.frame_length + layout.rows + 1)
+
+
+def slots_needed(layout: StreamLayout, window: int, max_width: int) -> int:
+    """Capacity of KV buffers for a window: what is in sight, a frame of slack, and room to wrap."""
+    return slots_in_sight(layout, window + 1) + max_width

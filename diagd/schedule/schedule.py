@@ -10,18 +10,24 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.errors import ScheduleError
-from diagd.schedule.closed_form import chained_lag, check_lags, steps_per_frame, total_steps
+from diagd.schedule.lags import RowSeed, chained_lag, check_lags, steps_per_frame, total_steps
 from diagd.schedule.layout import StreamLayout
-from diagd.schedule.seeds import RowSeed
 from diagd.schedule.table import NO_SINK, Block, Table, shifted
 
 Rows = NDArray[np.int64]
 """int64 [..., 4]: step, source, position, sink."""
+
+_ROWS: Final = 16
+"""Reading the weights bounds a step of so many rows as it does one of 1; widths are multiples of it."""
+
+_WIDEST: Final = 64
+"""Enough for most models' widest step, and to feed a prompt in few passes."""
 
 _NEXT = "next token"
 _NUMBER = "([0-9]{1,9})"
@@ -357,3 +363,9 @@ def _split_first_step(rows: Rows, max_width: int | None) -> int:
     chunk = np.arange(len(first)) // max_width
     rows[newest_first, 0] = -chunk
     return int(chunk[-1])
+
+
+def default_widths(layout: StreamLayout) -> tuple[int, int]:
+    """Widths of step graphs that decode every schedule of a model, k = 1 with chained frames included."""
+    widest = Schedule.chained(layout, 1).widest_step
+    return _ROWS, max(_WIDEST, -(-widest // _ROWS) * _ROWS)

@@ -61,7 +61,7 @@ class FrameEncoder:
     @classmethod
     def of_graphs(cls, graphs: TokenizerGraphs, tensors: Mapping[str, torch.Tensor]) -> FrameEncoder:
         """The encoder of a tokenizer with its tensors, by name."""
-        encoder = loaded(graphs.build_encoder(), tensors)
+        encoder = loaded(graphs.build("Encoder"), tensors)
 
         def encode(frames: NDArray[np.uint8]) -> NDArray[np.integer]:
             if frames.shape[1:3] != (graphs.height, graphs.width):

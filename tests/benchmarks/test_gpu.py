@@ -40,8 +40,8 @@ from diagd.engines.host import processor_name
 from diagd.engines.onnxruntime_program import nodes_outside
 from diagd.errors import DiagdError, UsageError
 from diagd.export.exporter import random_sources
+from diagd.export.families import find
 from diagd.export.families.family import Family
-from diagd.export.families.registry import find
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.engines.host_device import HostDevice, executor_over, host_kernels

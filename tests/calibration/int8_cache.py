@@ -14,7 +14,7 @@ from diagd.bundle import Bundle, Form, seal
 from diagd.bundle.manifest import StepGraph
 from diagd.bundle.rotary import linear_rotary
 from diagd.calibration.graph_writer import GraphWriter, Target
-from diagd.calibration.schemes import find_scheme
+from diagd.calibration.options import find_scheme
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import FullAttention, Transformer
 from diagd.progress import Progress

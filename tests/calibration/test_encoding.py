@@ -17,7 +17,7 @@ from diagd.calibration.encoding import (
     rounded_weight,
     row_chunks,
 )
-from diagd.calibration.schemes import SCHEMES, find_scheme
+from diagd.calibration.options import SCHEMES, find_scheme
 from diagd.errors import UsageError
 
 

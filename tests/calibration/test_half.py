@@ -15,7 +15,7 @@ import torch
 from diagd.bundle import Bundle, Form
 from diagd.bundle.rotary import linear_rotary
 from diagd.calibration.graph_writer import GraphWriter, Target
-from diagd.calibration.schemes import find_scheme
+from diagd.calibration.options import find_scheme
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.progress import Progress

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import AbsoluteContext, RotaryContext
 from diagd.calibration.kv_cache import HEADROOM, describe_cache, row_scales
-from diagd.calibration.statistics import InputStatistics
+from diagd.calibration.observe import InputStatistics
 from diagd.engines.buffers import cache_tensors, rotate_pairs
 from diagd.engines.executor import Executor
 from diagd.export.transformer import Transformer
@@ -155,7 +155,7 @@ def test_scales_hold_keys_at_any_angle(bundle: Bundle) -> None:
 
 
 def cache_rows_of(bundle: Bundle) -> list[str]:
-    return cache_tensors(bundle.manifest.cache)
+    return cache_tensors(bundle.manifest.cache.layers)
 
 
 def test_the_report_counts_bytes_and_noise(bundle: Bundle) -> None:

@@ -12,11 +12,10 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from diagd.bundle import Bundle, Form
-from diagd.calibration.gate import Budget
 from diagd.calibration.graph_writer import GraphWriter, Target
+from diagd.calibration.options import find_scheme
 from diagd.calibration.quantise import CalibrationOptions, RejectedError, calibrate
-from diagd.calibration.report import read_calibration
-from diagd.calibration.schemes import find_scheme
+from diagd.calibration.report import Budget, read_calibration
 from diagd.calibration.search import Choice
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diagd.calibration.schemes import SCHEMES
+from diagd.calibration.observe import StatisticsCollector
+from diagd.calibration.options import SCHEMES
 from diagd.calibration.search import migration, search
-from diagd.calibration.statistics import StatisticsCollector
 from diagd.export.projections import Fold, Projection
 
 CHANNELS, COLUMNS = 256, 96

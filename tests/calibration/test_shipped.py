@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle, Form
-from diagd.calibration.gate import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
+from diagd.calibration.report import Budget
 from diagd.cluster import ClusterOptions
 from diagd.export.exporter import GraphOptions, export, open_sources
-from diagd.export.families.registry import find
+from diagd.export.families import find
 from diagd.export.families.world import SHIPPED, load_tokenizer
 from diagd.runtime.load import load
 from diagd.runtime.sampling import SamplingSettings

@@ -192,7 +192,7 @@ def test_unexpected_errors_give_one_line_unless_debugged(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr("diagd.export.families.registry.find", fail)
+    monkeypatch.setattr("diagd.export.families.find", fail)
     assert main(["export", "--model", "mineworld-300m"]) == 1
     assert capsys.readouterr().err == (
         "internal error: ZeroDivisionError: planted; run again with --debug and report it\n"
@@ -207,7 +207,7 @@ def test_a_full_disk_is_no_internal_error(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/full/weights.bin")
 
-    monkeypatch.setattr("diagd.export.families.registry.find", fail)
+    monkeypatch.setattr("diagd.export.families.find", fail)
     assert main(["export", "--model", "mineworld-300m"]) == 2
     assert capsys.readouterr().err == (
         "error: /full/weights.bin: No space left on device; free some space or choose another place\n"

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from diagd.export.families.registry import MODULES
+from diagd.export.families import MODULES
 from tests.cli.conftest import Workplace
 
 BLOCKED = """

@@ -17,7 +17,7 @@ from diagd.engines.devices import host
 from diagd.engines.devices.device import Array
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_program import OnnxRuntimeProgram
-from diagd.engines.program import Tensor
+from diagd.engines.tensors import Tensor
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,8 +21,8 @@ from diagd.engines.ceilings import (
     memory_bandwidth,
 )
 from diagd.engines.onnxruntime_program import OnnxRuntimeProgram
-from diagd.engines.program import Tensor
 from diagd.engines.tensorrt.builder import Builder, BuildOptions
+from diagd.engines.tensors import Tensor
 from diagd.errors import DiagdError
 from tests.engines.host_device import HostDevice, host_kernels
 

@@ -22,9 +22,16 @@ from diagd.bundle import Bundle, Form
 from diagd.bundle.rotary import linear_rotary
 from diagd.engines.host import available_bytes
 from diagd.engines.tensorrt.build_log import LogLine, check_log, errors_of
-from diagd.engines.tensorrt.builder import LIVE_INPUT, Build, Builder, BuildOptions
+from diagd.engines.tensorrt.builder import (
+    LIVE_INPUT,
+    Build,
+    Builder,
+    BuildOptions,
+    MemoryEstimate,
+    check_memory,
+    estimate,
+)
 from diagd.engines.tensorrt.capabilities import Capabilities, capabilities, check_targets, import_tensorrt
-from diagd.engines.tensorrt.memory import MemoryEstimate, check_memory, estimate
 from diagd.engines.tensorrt.opening import Request, compile_engine
 from diagd.errors import DependencyError, EngineError
 from diagd.export.exporter import GraphOptions

@@ -8,8 +8,8 @@ import pytest
 
 from diagd.bundle import Form
 from diagd.errors import UsageError
+from diagd.export import families
 from diagd.export.exporter import Exporter, GraphOptions, random_sources
-from diagd.export.families import registry
 from diagd.export.transformer import position_tables
 from diagd.schedule import Schedule
 
@@ -31,30 +31,30 @@ CONTEXT_TOKENS = {"cosmos": 12_800, "wham": 5_560}
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_those_of_the_release(name: str) -> None:
-    family = registry.find(name)
+    family = families.find(name)
     count = sum(math.prod(shape) for shape in family.expected.values())
     assert count == pytest.approx(PARAMETERS[name], rel=2e-4)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((384, 640), (24, 40)), ((640, 848), (40, 53))])
 def test_cosmos_has_the_sizes_it_was_post_trained_at(size: tuple[int, int], grid: tuple[int, int]) -> None:
-    family = registry.find("cosmos-5b-video2world", size=size)
-    config, released = family.transformer, registry.find("cosmos-5b-video2world")
+    family = families.find("cosmos-5b-video2world", size=size)
+    config, released = family.transformer, families.find("cosmos-5b-video2world")
     assert (config.layout.rows, config.layout.columns) == grid
     assert family.expected == released.expected
     assert family.tokenizer is not None
     assert (family.tokenizer.height, family.tokenizer.width) == size
     assert family.tokenizer.grid == grid
     with pytest.raises(UsageError, match="multiples of 16"):
-        registry.find("cosmos-4b", size=(380, 640))
+        families.find("cosmos-4b", size=(380, 640))
     with pytest.raises(UsageError, match="pictures of one size"):
-        registry.find("mineworld-300m", size=size)
+        families.find("mineworld-300m", size=size)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_rules_fill_the_whole_transformer(name: str) -> None:
     """On the meta device: no tensor of the model without a source, none twice, and shapes that fit."""
-    family = registry.find(name)
+    family = families.find(name)
     exporter = Exporter(family, GraphOptions(form=(Form.MODERN,), precision="fp16"))
     wanted = {n.removeprefix("transformer."): p.shape for n, p in exporter._placements.items()}
     tables = position_tables(family.transformer, "meta")
@@ -66,7 +66,7 @@ def test_rules_fill_the_whole_transformer(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_tokenizer_makes_the_tokens_of_the_grid(name: str) -> None:
-    family = registry.find(name)
+    family = families.find(name)
     layout, tokenizer = family.transformer.layout, family.tokenizer
     assert tokenizer is not None
     assert tokenizer.grid == (layout.rows, layout.columns)
@@ -76,7 +76,7 @@ def test_the_tokenizer_makes_the_tokens_of_the_grid(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*PARAMETERS, "crafter-3m"])
 def test_the_tokenizers_parameters_are_known_without_building_it(name: str) -> None:
-    tokenizer = registry.find(name).tokenizer
+    tokenizer = families.find(name).tokenizer
     assert tokenizer is not None
     counted = sum(math.prod(shape) for shape in tokenizer.expected_shapes().values())
     assert tokenizer.parameters == counted == tokenizer.parameter_count()
@@ -84,13 +84,13 @@ def test_the_tokenizers_parameters_are_known_without_building_it(name: str) -> N
 
 @pytest.mark.parametrize("name", [*PARAMETERS, "crafter-3m"])
 def test_the_rules_read_as_many_numbers_as_the_transformer_has(name: str) -> None:
-    family = registry.find(name)
+    family = families.find(name)
     assert family.transformer.parameters == sum(math.prod(shape) for shape in family.expected.values())
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_context_is_that_of_the_release(name: str) -> None:
-    config = registry.find(name).transformer
+    config = families.find(name).transformer
     frames = 32 if name.endswith("-32f") else 16
     tokens = CONTEXT_TOKENS.get(name.split("-")[0], 347 * frames)
     assert config.context_length == tokens + config.layout.prefix
@@ -98,13 +98,13 @@ def test_the_context_is_that_of_the_release(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_an_export_is_planned_within_four_and_a_half_gigabytes(name: str) -> None:
-    plan = Exporter(registry.find(name), GraphOptions(form=(Form.MODERN,), precision="fp16")).plan()
+    plan = Exporter(families.find(name), GraphOptions(form=(Form.MODERN,), precision="fp16")).plan()
     assert plan.peak_bytes < (4.0e9 if name == "cosmos-4b" else 4.5e9)
     assert plan.files["weights.bin"] >= 2 * 0.999 * PARAMETERS[name]
 
 
 def test_the_listing_names_every_model_with_its_licence_and_origin() -> None:
-    rows = {str(row["model"]): row for row in registry.listing()}
+    rows = {str(row["model"]): row for row in families.listing()}
     assert PARAMETERS.keys() <= rows.keys()
     assert "withdrawn" in str(rows["mineworld-300m"]["weights"])
     assert all(row["licence"] and row["weights"] for row in rows.values())
@@ -112,4 +112,4 @@ def test_the_listing_names_every_model_with_its_licence_and_origin() -> None:
 
 def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'cosmos-4b'"):
-        registry.find("cosmos-4")
+        families.find("cosmos-4")

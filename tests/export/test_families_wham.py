@@ -15,8 +15,9 @@ import diagd
 from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import CheckpointError, UsageError
+from diagd.export import families
 from diagd.export.exporter import GraphOptions, export, open_sources
-from diagd.export.families import registry, wham
+from diagd.export.families import wham
 from diagd.export.families.family import Family
 from diagd.export.tokenizers import wham_vit
 from diagd.export.transformer import Transformer
@@ -85,7 +86,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def make_case(variant: str, directory: Path) -> Case:
     tensors = tensors_of(bias="biases" in variant, norm_weights="version 1" in variant)
     path = write(directory / "wham.ckpt", tensors)
-    family = registry.find("wham-200m", str(path))
+    family = families.find("wham-200m", str(path))
     return Case(family, path, module_of(family, path), arrays_of(tensors))
 
 
@@ -232,10 +233,10 @@ def test_contradicting_checkpoints_are_refused(
 ) -> None:
     path = write(tmp_path / "bad.ckpt", tensors_of(bias=True, norm_weights=True) | change)
     with pytest.raises(CheckpointError, match=message):
-        registry.find("wham-200m", str(path))
+        families.find("wham-200m", str(path))
 
 
 def test_the_other_size_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "small.ckpt", tensors_of(bias=True, norm_weights=True))
     with pytest.raises(CheckpointError, match="choose another --model"):
-        registry.find("wham-1.6b", str(path))
+        families.find("wham-1.6b", str(path))

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from diagd.errors import CheckpointError, DiagdError
 from diagd.export.exporter import open_sources
-from diagd.export.families.registry import find
+from diagd.export.families import find
 from diagd.export.families.world import DESCRIPTION, SHIPPED, WEIGHTS, load_description
 
 

@@ -17,7 +17,7 @@ from diagd.bundle.rotary import (
     yarn,
 )
 from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig, parameter_shapes
-from diagd.export.families import registry
+from diagd.export import families
 from diagd.export.transformer import LayerNorm, Transformer, position_tables
 from diagd.schedule import StreamLayout
 from tests.oracles import numpy_forward
@@ -63,7 +63,7 @@ def test_yarn_keeps_fast_frequencies_and_halves_slow_ones() -> None:
 
 
 def test_the_angles_of_the_12b_equal_the_description() -> None:
-    config = registry.find("cosmos-12b").transformer
+    config = families.find("cosmos-12b").transformer
     assert config.rotary is not None
     positions = np.arange(config.context_length)
     shape = numpy_forward.CosmosShape(5, 40, 64, 128, yarn=True, begin_token=False)
@@ -73,7 +73,7 @@ def test_the_angles_of_the_12b_equal_the_description() -> None:
 
 def test_the_sinusoids_of_the_5b_equal_the_description() -> None:
     """Widths 1368, 1364, 1364; bfloat16; the first row is 0."""
-    layout = registry.find("cosmos-5b-video2world").transformer.layout
+    layout = families.find("cosmos-5b-video2world").transformer.layout
     table = torch.from_numpy(grid_sinusoids(layout, 2 * 2560 + 1, 4096)).bfloat16().float().numpy()
     shape = numpy_forward.CosmosShape(5, 40, 64, 128, yarn=False, begin_token=True)
     picked = np.array([1, 2, 65, 640, 2561, 5000])

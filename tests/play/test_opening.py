@@ -14,7 +14,7 @@ from diagd.bundle import Bundle
 from diagd.engines.measured import Measurement, Measurements, keep
 from diagd.errors import UsageError
 from diagd.play.opening import SHIPPED, GameOptions, _in_time, new_record, open_game
-from diagd.runtime.generate import SessionOptions
+from diagd.runtime.options import SessionOptions
 
 PLAY = """
 import sys

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagd.profiling.frontier import as_text, frontier, table_lines
+from diagd.profiling.orders import as_text, frontier, table_lines
 from diagd.schedule import Schedule, StreamLayout
 
 LAYOUT = StreamLayout(3, 4, after=2)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diagd.bundle.precision import PRECISIONS
-from diagd.calibration.schemes import SCHEMES
+from diagd.calibration.options import SCHEMES
 from diagd.errors import UsageError
 from diagd.export.exporter import TORCH_TYPES
 from diagd.profiling.cost import ModelSize, cache_bytes, live_tokens, step_bytes, step_operations

@@ -16,7 +16,7 @@ from diagd.engines.ceilings import Ceilings, device_ceilings
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_program import OnnxRuntimeProgram
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.program import Tensor
+from diagd.engines.tensors import Tensor
 from tests.engines.host_device import HostDevice, executor_over
 
 SIDE, COPIED = 32, 1 << 16

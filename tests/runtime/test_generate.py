@@ -15,8 +15,10 @@ from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import cosmos
 from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig
 from diagd.runtime.clip import ClipOptions
-from diagd.runtime.generate import GenerateOptions, Made, generate
-from diagd.runtime.video import VideoWriter, read_frames
+from diagd.runtime.generate import Made, generate
+from diagd.runtime.options import GenerateOptions
+from diagd.runtime.output import VideoWriter
+from diagd.runtime.video import read_frames
 from diagd.schedule import StreamLayout
 from tests.export.test_families_cosmos import small
 

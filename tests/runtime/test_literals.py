@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagd.runtime.literals import MAX_LENGTH, parse_literal
+from diagd.runtime.actions import MAX_LITERAL, parse_literal
 
 
 def test_a_released_line() -> None:
@@ -40,7 +40,7 @@ def test_a_released_line() -> None:
         "'\\0'\0",
         "[" * 3000,
         "-" * 3000 + "1",
-        "'" + "a" * MAX_LENGTH + "'",
+        "'" + "a" * MAX_LITERAL + "'",
     ],
 )
 def test_anything_else_is_refused(text: str) -> None:

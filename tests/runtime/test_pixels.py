@@ -75,7 +75,7 @@ def test_graphs_of_a_bundle_equal_the_modules(bundle: Bundle, codec: PixelCodec)
     source = random_sources(replace(small_family(small_model(StreamLayout(1, 2))), tokenizer=TOKENIZER), 0)
     assert source.tokenizer is not None
     state = {name: torch.from_numpy(handle.read().copy()) for name, handle in source.tokenizer.items()}
-    encoder, decoder = TOKENIZER.build_encoder(), TOKENIZER.build_decoder()
+    encoder, decoder = TOKENIZER.build("Encoder"), TOKENIZER.build("Decoder")
     for module in (encoder, decoder):
         module.load_state_dict({name: state[name] for name in module.state_dict()})
     pixels = video(9)

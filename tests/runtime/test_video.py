@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.runtime import video
-from diagd.runtime.video import VideoWriter, read_frames
+from diagd.runtime import output
+from diagd.runtime.output import VideoWriter
+from diagd.runtime.video import read_frames, read_images
 
 SIZE = (48, 64)
 
@@ -71,13 +72,13 @@ def test_grey_keeps_its_level(tmp_path: Path) -> None:
 
 
 def test_without_an_h264_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "_ENCODERS", (("no such encoder", {}), ("mpeg4", {})))
+    monkeypatch.setattr(output, "_ENCODERS", (("no such encoder", {}), ("mpeg4", {})))
     frames = tiles(3)
     path = write(tmp_path / "walk.mp4", frames)
     assert read_frames(path).shape == frames.shape
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.name == "mpeg4"
-    monkeypatch.setattr(video, "_ENCODERS", ())
+    monkeypatch.setattr(output, "_ENCODERS", ())
     with pytest.raises(UsageError, match=r"no encoder for .mp4; write a .gif"):
         write(tmp_path / "other.mp4", frames)
     assert [file.name for file in tmp_path.iterdir()] == ["walk.mp4"]
@@ -99,7 +100,7 @@ def test_images_of_a_folder_come_by_number_and_what_is_none_is_left_out(tmp_path
         write_image(tmp_path / name, picture)
     (tmp_path / "._a9.png").write_bytes(b"\0\5\x16\7")
     (tmp_path / "more.png").mkdir()
-    assert np.array_equal(video.read_images(tmp_path, SIZE, frames=9), pictures)
+    assert np.array_equal(read_images(tmp_path, SIZE, frames=9), pictures)
 
 
 def test_only_the_last_frames(tmp_path: Path) -> None:
@@ -336,7 +337,7 @@ def test_what_is_transparent_is_black_and_said(tmp_path: Path, caplog: pytest.Lo
 
 READ = """
 import resource, sys
-from diagd.runtime.video import read_frames
+from diagd.runtime.video import read_frames, read_images
 read_frames(sys.argv[1], (36, 64), frames=1, resize=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(read_frames(sys.argv[1], (36, 64), resize=True).shape[0])

@@ -24,7 +24,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.families.mineworld import mineworld_actions
 from diagd.runtime.actions import encode
-from diagd.runtime.generate import SessionOptions
+from diagd.runtime.options import SessionOptions
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.serve.dreamer import Dreamer

@@ -18,7 +18,7 @@ from diagd.engines.noise import noise_rows
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.sampler import sample
 from diagd.export.exporter import GraphOptions, export, random_sources
-from diagd.export.families.registry import find
+from diagd.export.families import find
 from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
 from diagd.play.controls import Inputs, default_controls
 from diagd.runtime.pixels import PixelCodec
@@ -26,7 +26,7 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.strategy import parse_decoder
 from diagd.schedule import Schedule, StreamLayout
-from diagd.schedule.seeds import RowSeed
+from diagd.schedule.lags import RowSeed
 from diagd.web.folder import write_page
 from tests.models import small_family
 from tests.oracles.models import small_model

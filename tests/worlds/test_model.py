@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diagd.export.exporter import GraphOptions, export, open_sources
-from diagd.export.families.registry import find
+from diagd.export.families import find
 from diagd.export.families.world import World, WorldDescription, load_world, save_world
 from diagd.export.transformer import Transformer
 from diagd.runtime.sampling import SamplingSettings

@@ -10,8 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
-from diagd.engines.devices.device import Array
+from diagd.engines.devices.device import Array, Device
 from diagd.engines.devices.kernels import CHUNK_BYTES, KERNELS, built_ptx, compile_kernels
 from diagd.errors import EngineError, require
 
@@ -66,7 +67,7 @@ def describe_device(driver: ModuleType, index: int = 0) -> DeviceDescription:
     return DeviceDescription(name, f"sm{major}{minor}", f"{version // 1000}.{version % 1000 // 10}")
 
 
-class CudaDevice:
+class CudaDevice(Device):
     """One GPU; everything allocated is freed by ``close``. See ``Device``.
 
     Args:
@@ -95,16 +96,16 @@ class CudaDevice:
         self._module = check(self._cuda.cuModuleLoadData(code))
         return {name: check(self._cuda.cuModuleGetFunction(self._module, name.encode())) for name in KERNELS}
 
+    @override
     def allocate(self, size: int) -> int:
-        """See ``Device.allocate``."""
         memory = check(self._cuda.cuMemAlloc(max(size, 1)))
         self._memory.append(memory)
         # On the stream: the legacy one does not order with it, and could zero what a first copy has written.
         check(self._cuda.cuMemsetD8Async(memory, 0, max(size, 1), self._stream))
         return int(memory)
 
+    @override
     def host_array(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
-        """See ``Device.host_array``."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         address = int(check(self._cuda.cuMemHostAlloc(max(size, 1), 0)))
         self._host_memory.append(address)
@@ -112,24 +113,24 @@ class CudaDevice:
         raw[:] = 0
         return raw.view(dtype).reshape(shape)
 
+    @override
     def upload(self, address: int, array: Array) -> None:
-        """See ``Device.upload``."""
         check(self._cuda.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self._stream))
 
+    @override
     def download(self, array: Array, address: int) -> None:
-        """See ``Device.download``."""
         check(self._cuda.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, self._stream))
 
+    @override
     def copy(self, target: int, source: int, size: int) -> None:
-        """See ``Device.copy``."""
         check(self._cuda.cuMemcpyDtoDAsync(target, source, size, self._stream))
 
+    @override
     def clear(self, address: int, size: int) -> None:
-        """See ``Device.clear``."""
         check(self._cuda.cuMemsetD8Async(address, 0, size, self._stream))
 
+    @override
     def launch(self, kernel: str, arguments: ctypes.Structure, blocks: int, threads: int) -> None:
-        """See ``Device.launch``."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         grid, block = (blocks, 1, 1), (threads, 1, 1)
         function = self._functions[kernel]
@@ -138,8 +139,8 @@ class CudaDevice:
         )
         check(outcome)
 
+    @override
     def capture(self, work: Callable[[], None]) -> int:
-        """See ``Device.capture``."""
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         check(self._cuda.cuStreamBeginCapture(self._stream, mode))
         try:
@@ -150,31 +151,33 @@ class CudaDevice:
         check(self._cuda.cuGraphDestroy(graph))
         return len(self._graphs) - 1
 
+    @override
     def replay(self, graph: int) -> None:
-        """See ``Device.replay``."""
         check(self._cuda.cuGraphLaunch(self._graphs[graph], self._stream))
 
+    @override
     def synchronise(self) -> None:
-        """See ``Device.synchronise``."""
         check(self._cuda.cuStreamSynchronize(self._stream))
 
+    @override
     def mark(self, number: int) -> None:
-        """See ``Device.mark``; CUDA events have a resolution of half a microsecond."""
+        """CUDA events have a resolution of half a microsecond."""
         while len(self._marks) <= number:
             self._marks.append(check(self._cuda.cuEventCreate(self._cuda.CUevent_flags.CU_EVENT_DEFAULT)))
         check(self._cuda.cuEventRecord(self._marks[number], self._stream))
 
+    @override
     def seconds(self, first: int, last: int) -> float:
-        """See ``Device.seconds``."""
+        self.synchronise()
         return 1e-3 * float(check(self._cuda.cuEventElapsedTime(self._marks[first], self._marks[last])))
 
+    @override
     def memory_used(self) -> int:
-        """See ``Device.memory_used``."""
         free, total = check(self._cuda.cuMemGetInfo())
         return int(total) - int(free)
 
+    @override
     def close(self) -> None:
-        """See ``Device.close``."""
         self.synchronise()
         for event in self._marks:
             check(self._cuda.cuEventDestroy(event))

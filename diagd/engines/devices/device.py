@@ -9,11 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from diagd.engines.engine import Clock
+
 Array = NDArray[Any]
 
 
-class Device(Protocol):
-    """Memory, kernels and graphs of one accelerator.
+class Device(Clock, Protocol):
+    """Memory, kernels, graphs and time stamps of one accelerator.
 
     ``stream`` is the handle that backends take; ``kind`` is ONNX Runtime's name for the memory; ``ahead``:
     what is queued may still run when a call returns; ``chunk_bytes``: what ``append`` moves at a time;
@@ -64,14 +66,6 @@ class Device(Protocol):
 
     def synchronise(self) -> None:
         """Wait for everything queued."""
-        ...
-
-    def mark(self, number: int) -> None:
-        """Queue a time stamp; a number that is used again has the later time."""
-        ...
-
-    def seconds(self, first: int, last: int) -> float:
-        """From one time stamp to another; both must have been waited for."""
         ...
 
     def memory_used(self) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
-from diagd.engines.devices.device import Array
+from diagd.engines.devices.device import Array, Device
 from diagd.engines.devices.kernels import (
     ADVANCE,
     APPEND,
@@ -22,13 +22,13 @@ from diagd.engines.devices.kernels import (
     AppendArguments,
     SampleArguments,
 )
-from diagd.engines.engine import SamplingState
+from diagd.engines.engine import HostClock, SamplingState
 from diagd.engines.sampler import sample
 
 _ALIGNMENT = 256
 
 
-class HostDevice:
+class HostDevice(HostClock, Device):
     """Runs what is queued at once; a captured graph is the list of its operations.
 
     Args:
@@ -38,32 +38,32 @@ class HostDevice:
     kind, stream, ahead, threads = "cpu", 0, False, 1
 
     def __init__(self, kernels: ctypes.CDLL | None = None) -> None:
+        super().__init__()
         self._kernels = kernels
         self.chunk_bytes = 1 if kernels is None else CHUNK_BYTES
         self._memory: dict[int, Array] = {}
         self._graphs: list[list[Callable[[], object]]] = []
         self._capturing: list[Callable[[], object]] | None = None
-        self._marks: dict[int, float] = {}
 
+    @override
     def allocate(self, size: int) -> int:
-        """Address of zeroed bytes; see ``Device.allocate``."""
         memory = np.zeros(size + _ALIGNMENT, np.uint8)
         address = memory.ctypes.data + -memory.ctypes.data % _ALIGNMENT
         self._memory[address] = memory[address - memory.ctypes.data :]
         return address
 
+    @override
     def host_array(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
-        """A zeroed array; see ``Device.host_array``."""
         return np.zeros(math.prod(shape), dtype).reshape(shape)
 
+    @override
     def upload(self, address: int, array: Array) -> None:
-        """Copy to the device."""
         self.run(
             partial(ctypes.memmove, address, array.ctypes.data, array.nbytes), "upload", address, array.nbytes
         )
 
+    @override
     def download(self, array: Array, address: int) -> None:
-        """Copy from the device."""
         self.run(
             partial(ctypes.memmove, array.ctypes.data, address, array.nbytes),
             "download",
@@ -71,14 +71,15 @@ class HostDevice:
             array.nbytes,
         )
 
+    @override
     def copy(self, target: int, source: int, size: int) -> None:
-        """Copy within the device."""
         self.run(partial(ctypes.memmove, target, source, size), "copy", target, source, size)
 
+    @override
     def clear(self, address: int, size: int) -> None:
-        """Write zeros."""
         self.run(partial(ctypes.memset, address, 0, size), "clear", address, size)
 
+    @override
     def launch(self, kernel: str, arguments: ctypes.Structure, blocks: int, threads: int) -> None:
         """Run a kernel of ``native/``, or its twin in NumPy."""
         if self._kernels is not None:
@@ -93,6 +94,7 @@ class HostDevice:
             work = twins[kernel](arguments)
         self.run(work, kernel, arguments.width)
 
+    @override
     def capture(self, work: Callable[[], None]) -> int:
         """Keep what ``work`` queues instead of running it."""
         self._capturing = []
@@ -101,8 +103,8 @@ class HostDevice:
         self._capturing = None
         return len(self._graphs) - 1
 
+    @override
     def replay(self, graph: int) -> None:
-        """Run a captured graph."""
         for operation in self._graphs[graph]:
             operation()
 
@@ -114,23 +116,16 @@ class HostDevice:
         else:
             operation()
 
+    @override
     def synchronise(self) -> None:
         """Nothing is ever left to wait for."""
 
-    def mark(self, number: int) -> None:
-        """Note the time."""
-        self._marks[number] = time.perf_counter()
-
-    def seconds(self, first: int, last: int) -> float:
-        """From one time stamp to another."""
-        return self._marks[last] - self._marks[first]
-
+    @override
     def memory_used(self) -> int:
-        """Bytes allocated."""
         return sum(memory.nbytes for memory in self._memory.values())
 
+    @override
     def close(self) -> None:
-        """Free everything."""
         self._memory.clear()
         self._graphs.clear()
 

@@ -17,17 +17,16 @@ from diagd.engines.devices.cuda import CudaDevice, DeviceDescription, describe_d
 from diagd.engines.executor import Executor
 from diagd.engines.fingerprint import ANY, EngineStore, Fingerprint, StoredEngine, graph_digest
 from diagd.engines.host import available_bytes
-from diagd.engines.program import Tensor
 from diagd.engines.tensorrt.build_log import LogLine
-from diagd.engines.tensorrt.builder import Builder, BuildOptions
+from diagd.engines.tensorrt.builder import Builder, BuildOptions, check_memory, estimate
 from diagd.engines.tensorrt.capabilities import (
     Capabilities,
     capabilities,
     check_targets,
     import_tensorrt,
 )
-from diagd.engines.tensorrt.memory import check_memory, estimate
 from diagd.engines.tensorrt.program import TensorRTProgram
+from diagd.engines.tensors import Tensor
 from diagd.errors import DiagdError, EngineError
 from diagd.options import FLAG, NAMES, OPTIONS, Flag, Numbers
 from diagd.progress import Progress

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from diagd.engines.program import Tensor
 from diagd.engines.tensorrt.build_log import LogLine, errors_of, make_logger
+from diagd.engines.tensors import Tensor
 from diagd.errors import EngineError
 
 

@@ -17,7 +17,7 @@ from diagd.bundle.rotary import Axis, Rotary, RotaryAxis, geometric_frequencies
 from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import CheckpointError, UsageError, unknown
 from diagd.export.families.family import Family, identity_rules
-from diagd.export.tokenizers import compact, patch_graphs
+from diagd.export.tokenizers import compact, patch
 from diagd.export.tokenizers.base import TokenizerGraphs
 from diagd.export.tokenizers.compact import CompactConfig
 from diagd.schedule import StreamLayout
@@ -93,7 +93,7 @@ class WorldDescription:
         size = self.rows * self.patch, self.columns * self.patch
         if self.tokenizer is not None:
             return compact.graphs(self.tokenizer, *size)
-        return patch_graphs.graphs(*size, self.codes, self.patch)
+        return patch.graphs(*size, self.codes, self.patch)
 
     def transformer_config(self) -> TransformerConfig:
         """Configuration of the transformer: rotary over (frame, row, column), a learned vector per slot.

@@ -11,8 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from diagd.errors import CheckpointError, UsageError
 
@@ -35,8 +34,10 @@ class TokenizerGraphs:
             is a latent frame by itself.
         chunk_frames: most pixel frames of one call; longer videos are cut into independent calls of that
             many, which bounds memory.
-        build_encoder, build_decoder: make the modules; they honour ``torch.device("meta")``.
-        rename: key of a released checkpoint to parameter name, or None for a tensor that is not used.
+        network: module of ``Encoder`` and ``Decoder``, imported when one is built, for it needs torch.
+        config: what they are made from.
+        rename: key of a released checkpoint to parameter name, or None for a tensor that is not used;
+            default: they are the same.
         cover: the released code scales pictures of another size evenly and keeps their centre; else it
             stretches them.
         parameters: of both, where they are known without building them.
@@ -46,13 +47,18 @@ class TokenizerGraphs:
     width: int
     grid: tuple[int, int]
     codes: int
-    temporal_factor: int
     chunk_frames: int
-    build_encoder: Callable[[], nn.Module]
-    build_decoder: Callable[[], nn.Module]
-    rename: Callable[[str], str | None]
+    network: str
+    config: object
+    rename: Callable[[str], str | None] = str
+    temporal_factor: int = 1
     cover: bool = False
     parameters: int | None = None
+
+    def build(self, name: Literal["Encoder", "Decoder"]) -> nn.Module:
+        """One of the two networks; it honours ``torch.device("meta")``."""
+        made: nn.Module = getattr(importlib.import_module(self.network), name)(self.config)
+        return made
 
     def frames(self, latents: int) -> int:
         """Pixel frames that one call decodes from ``latents`` latent frames."""
@@ -63,7 +69,7 @@ class TokenizerGraphs:
         import torch
 
         with torch.device("meta"):
-            modules = (self.build_encoder(), self.build_decoder())
+            modules = (self.build("Encoder"), self.build("Decoder"))
         return {name: tuple(p.shape) for module in modules for name, p in module.state_dict().items()}
 
     def parameter_count(self) -> int:
@@ -111,12 +117,6 @@ class VqganSizes:
             UsageError: the frame is not made of whole ones.
         """
         return grid_of(self.height, self.width, self.finest << (len(self.channels) - 1))
-
-
-def build(module: str, name: str, config: object) -> nn.Module:
-    """A network from its configuration; the module that holds it needs torch and is imported only here."""
-    make: Callable[[object], nn.Module] = attrgetter(name)(importlib.import_module(module))
-    return make(config)
 
 
 def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:

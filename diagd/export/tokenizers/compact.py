@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 from diagd.errors import unknown
-from diagd.export.tokenizers.base import TokenizerGraphs, build, grid_of
+from diagd.export.tokenizers.base import TokenizerGraphs, grid_of
 
 NETWORK = "diagd.export.tokenizers.compact_network"
 CHUNK_FRAMES = 64
@@ -71,9 +70,7 @@ def graphs(config: CompactConfig, height: int, width: int) -> TokenizerGraphs:
         width=width,
         grid=grid_of(height, width, config.factor),
         codes=config.codes,
-        temporal_factor=1,
         chunk_frames=CHUNK_FRAMES,
-        build_encoder=partial(build, NETWORK, "Encoder", config),
-        build_decoder=partial(build, NETWORK, "Decoder", config),
-        rename=lambda name: name,
+        network=NETWORK,
+        config=config,
     )

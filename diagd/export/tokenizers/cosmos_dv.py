@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
-from diagd.export.tokenizers.base import TokenizerGraphs, VqganSizes, build
+from diagd.export.tokenizers.base import TokenizerGraphs, VqganSizes
 
 TEMPORAL_FACTOR = 8
 HAAR_SIDE = 4
@@ -58,8 +57,8 @@ def graphs(config: CosmosDvConfig) -> TokenizerGraphs:
         codes=math.prod(config.levels),
         temporal_factor=TEMPORAL_FACTOR,
         chunk_frames=CHUNK_FRAMES,
-        build_encoder=partial(build, NETWORK, "Encoder", config),
-        build_decoder=partial(build, NETWORK, "Decoder", config),
+        network=NETWORK,
+        config=config,
         parameters=PARAMETERS if config == CosmosDvConfig() else None,
         rename=rename,
         cover=True,

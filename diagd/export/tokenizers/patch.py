@@ -1,66 +1,29 @@
-"""Pixel patches as tokens: vector quantisation (LBG; VQ-VAE section 3.1) without a network.
-
-A world drawn from tiles has few distinct patches, and the codebook then holds them all: no loss.
-"""
+"""The graphs of the patch tokenizer, for the exporter."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import math
 
-from diagd.errors import UsageError
+from diagd.export.tokenizers.base import TokenizerGraphs, grid_of
+
+NETWORK = "diagd.export.tokenizers.patch_network"
+CHUNK_FRAMES = 64
 
 
-class _Patches(nn.Module):
-    """Holds the codes.
-
-    Args:
-        codebook: uint8 [codes, p, p, 3].
+def graphs(height: int, width: int, codes: int, side: int) -> TokenizerGraphs:
+    """Encoder and decoder for ``height`` x ``width`` pixels, cut into patches of ``side`` x ``side``.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: they cannot be.
     """
-
-    codebook: Tensor
-
-    def __init__(self, codebook: Tensor) -> None:
-        super().__init__()
-        if codebook.ndim != 4 or codebook.shape[1] != codebook.shape[2] or codebook.shape[3] != 3:
-            raise UsageError(f"codebook of shape {list(codebook.shape)}; expected [codes, p, p, 3]")
-        if codebook.dtype != torch.uint8:
-            raise UsageError(f"codebook of type {codebook.dtype}; expected torch.uint8 pixels")
-        self.register_buffer("codebook", codebook)
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...]) -> _Patches:
-        """The module before its codes are known."""
-        return cls(torch.zeros(shape, dtype=torch.uint8))
-
-
-class PatchEncoder(_Patches):
-    """Pixels to the ids of the nearest codes.
-
-    Distances are exact: with 8-bit pixels and patches of up to 8 x 8 x 3 every term is an integer that
-    float32 holds.
-    """
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Map pixels uint8 [T, h*p, w*p, 3] to tokens int32 [T, h, w]; ties go to the lowest id."""
-        side = self.codebook.shape[1]
-        frames, height, width, _ = pixels.shape
-        rows, columns = height // side, width // side
-        patches = pixels.reshape(frames, rows, side, columns, side, 3).permute(0, 1, 3, 2, 4, 5)
-        codes = self.codebook.flatten(1).float()
-        scores = (codes * codes).sum(1) - 2 * patches.reshape(frames, rows, columns, -1).float() @ codes.T
-        return scores.argmin(-1).int()
-
-
-class PatchDecoder(_Patches):
-    """Ids to pixels."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens int32 [T, h, w] to pixels uint8 [T, h*p, w*p, 3]."""
-        side = self.codebook.shape[1]
-        frames, rows, columns = tokens.shape
-        patches = self.codebook[tokens.long()].permute(0, 1, 3, 2, 4, 5)
-        return patches.reshape(frames, rows * side, columns * side, 3)
+    shape = (codes, side, side, 3)
+    return TokenizerGraphs(
+        height=height,
+        width=width,
+        grid=grid_of(height, width, side),
+        codes=codes,
+        chunk_frames=CHUNK_FRAMES,
+        network=NETWORK,
+        config=shape,
+        parameters=math.prod(shape),
+    )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, VqganSizes, build, count, shape_of
+from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, VqganSizes, count, shape_of
 
 NETWORK = "diagd.export.tokenizers.vqgan_network"
 CHUNK_FRAMES = 8
@@ -93,10 +93,9 @@ def graphs(config: VqganConfig, rename: Callable[[str], str | None] = taming_nam
         width=config.width,
         grid=config.grid,
         codes=config.codes,
-        temporal_factor=1,
         chunk_frames=CHUNK_FRAMES,
-        build_encoder=partial(build, NETWORK, "Encoder", config),
-        build_decoder=partial(build, NETWORK, "Decoder", config),
+        network=NETWORK,
+        config=config,
         parameters=MINEWORLD_PARAMETERS if config == MINEWORLD else None,
         rename=rename,
     )

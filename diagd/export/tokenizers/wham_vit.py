@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 from diagd.errors import CheckpointError, UsageError
-from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, build, count, shape_of
+from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, count, shape_of
 
 NETWORK = "diagd.export.tokenizers.wham_vit_network"
 CHUNK_FRAMES = 8
@@ -79,10 +78,9 @@ def graphs(config: WhamVitConfig) -> TokenizerGraphs:
         width=config.width,
         grid=config.grid,
         codes=config.codes,
-        temporal_factor=1,
         chunk_frames=CHUNK_FRAMES,
-        build_encoder=partial(build, NETWORK, "Encoder", config),
-        build_decoder=partial(build, NETWORK, "Decoder", config),
+        network=NETWORK,
+        config=config,
         parameters=PARAMETERS if config == WhamVitConfig() else None,
         rename=rename,
     )

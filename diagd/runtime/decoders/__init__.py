@@ -3,9 +3,8 @@
 from diagd.runtime.decoders.acting import ActingDecoder
 from diagd.runtime.decoders.decoder import Blocks, Decoder
 from diagd.runtime.decoders.draft import DraftDecoder
-from diagd.runtime.decoders.forced import ForcedDecoder, RasterDecoder
 from diagd.runtime.decoders.jacobi import JacobiDecoder
-from diagd.runtime.decoders.scheduled import ScheduledDecoder
+from diagd.runtime.decoders.scheduled import ForcedDecoder, RasterDecoder, ScheduledDecoder
 
 __all__ = [
     "ActingDecoder",

@@ -14,8 +14,8 @@ from diagd.engines.engine import Float, Int
 from diagd.errors import UsageError
 from diagd.runtime.decoders.acting import begun
 from diagd.runtime.decoders.decoder import Blocks, Decoder
-from diagd.runtime.decoders.forced import RasterDecoder, raster_passes
 from diagd.runtime.decoders.jacobi import JacobiDecoder
+from diagd.runtime.decoders.scheduled import RasterDecoder, raster_passes
 from diagd.runtime.decoders.scoring import Proposal, Scorer
 from diagd.runtime.decoders.window import decided_by
 from diagd.runtime.step import Result
@@ -72,7 +72,7 @@ class DraftDecoder(Decoder):
 
     @override
     def check(self, stream: Stream) -> None:
-        """See ``Decoder.check``: drafter and target are two sessions over streams of one layout."""
+        """Drafter and target are two sessions over streams of one layout."""
         mine, other = self._drafter.layout, stream.layout
         if mine != other or self._drafter.window != stream.window:
             raise UsageError(
@@ -85,7 +85,6 @@ class DraftDecoder(Decoder):
 
     @override
     def blocks(self, stream: Stream) -> Blocks:
-        """See ``Decoder.blocks``."""
         began = time.perf_counter()
         if not (yield from begun(stream)):
             return

@@ -1,16 +1,23 @@
-"""Decoding by a schedule: next-token prediction, diagonal, serial or chained frames."""
+"""Decoding by a schedule: next-token prediction, diagonal, serial or chained frames; or of known tokens.
+
+The steps of known tokens run, and their predictions are looked at but not kept.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.errors import UsageError
 from diagd.runtime.decoders.acting import begun
 from diagd.runtime.decoders.decoder import Blocks, Decoder
 from diagd.runtime.stream import Stream
-from diagd.schedule import Schedule
+from diagd.schedule import NO_SINK, Block, Schedule, feed
 
 
 @dataclass(frozen=True)
@@ -64,3 +71,90 @@ class ScheduledDecoder(Decoder):
             yield schedule.block(stream.origin, frames, (first, end), last, unfed, stream.max_width)
             first = end
         stream.complete(schedule, exact=schedule.is_next_token)
+
+
+Frames = Iterable[NDArray[np.integer[Any]]]
+
+
+class ForcedDecoder(Decoder):
+    """Teacher forcing: a schedule's steps over given tokens.
+
+    Args:
+        schedule: decoding order.
+        truth: tokens [rows, columns] of each frame, written when it begins. None: the caller writes them with
+            ``stream.write`` before a step reads them, as it does to follow another session step by step.
+    """
+
+    def __init__(self, schedule: Schedule, truth: Frames | None = None) -> None:
+        self._scheduled = ScheduledDecoder(schedule)
+        self._truth: Iterator[NDArray[np.integer[Any]]] | None = None if truth is None else iter(truth)
+
+    @override
+    def check(self, stream: Stream) -> None:
+        self._scheduled.check(stream)
+
+    @override
+    def blocks(self, stream: Stream) -> Blocks:
+        blocks, written = self._scheduled.blocks(stream), stream.begun
+        block = next(blocks, None)
+        while block is not None:
+            written = self._write(stream, written)
+            result = yield replace(block, commit=False)
+            try:
+                block = blocks.send(result)
+            except StopIteration:
+                return
+
+    def _write(self, stream: Stream, written: int) -> int:
+        """Give the frames that have begun since their tokens."""
+        if self._truth is not None:
+            for frame in range(written, stream.begun):
+                stream.write(stream.layout.first_cell(frame), np.reshape(next(self._truth), -1))
+        return stream.begun
+
+
+def raster_passes(fed: int, start: int, cells: int, rows: int) -> Iterator[Block]:
+    """Passes over known tokens up to a frame's last cell; rows from the one ahead of its first on predict.
+
+    Args:
+        fed: first position that is fed.
+        start: position of the frame's first cell.
+        cells: of the frame.
+        rows: of the widest pass.
+    """
+    last = start + cells - 1
+    for first in range(fed, last, rows):
+        positions = np.arange(first, min(first + rows, last))
+        sinks = np.where(positions < start - 1, NO_SINK, positions + 1)
+        offsets, transient = np.array([0, len(positions)]), np.zeros(len(positions), np.bool_)
+        yield Block(offsets, positions, positions, sinks, transient, commit=False)
+
+
+class RasterDecoder(Decoder):
+    """Feeds given frames in raster order.
+
+    Args:
+        truth: tokens [rows, columns] of each frame.
+        rows: of the widest pass, each of which predicts the cell behind it, to be looked at. None: as many as
+            the engine takes, and nothing is predicted.
+    """
+
+    def __init__(self, truth: Frames, rows: int | None = None) -> None:
+        self._truth, self._rows = iter(truth), rows
+
+    @override
+    def check(self, stream: Stream) -> None:
+        """Anything goes."""
+
+    @override
+    def blocks(self, stream: Stream) -> Blocks:
+        if not (yield from begun(stream)):
+            return
+        start = stream.layout.first_cell(stream.begun - 1)
+        stream.write(start, np.reshape(next(self._truth), -1))
+        if self._rows is None:
+            yield feed(np.arange(stream.fed, start + stream.layout.cells - 1), stream.max_width)
+        else:
+            rows = min(self._rows, stream.max_width)
+            yield from raster_passes(stream.fed, start, stream.layout.cells, rows)
+        stream.complete(None, exact=False)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from diagd.engines.engine import Float, Int
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.errors import UsageError, unknown
-from diagd.runtime.decoders.forced import RasterDecoder
 from diagd.runtime.decoders.jacobi import JacobiDecoder
+from diagd.runtime.decoders.scheduled import RasterDecoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.stream import Ids
 from diagd.schedule import NO_SINK

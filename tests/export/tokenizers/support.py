@@ -25,7 +25,7 @@ def load(module: nn.Module, tensors: dict[str, NDArray[np.float32]]) -> nn.Modul
 
 
 def modules(graphs: TokenizerGraphs, tensors: dict[str, NDArray[np.float32]]) -> tuple[nn.Module, nn.Module]:
-    return load(graphs.build_encoder(), tensors), load(graphs.build_decoder(), tensors)
+    return load(graphs.build("Encoder"), tensors), load(graphs.build("Decoder"), tensors)
 
 
 def run(module: nn.Module, values: NDArray[np.generic]) -> NDArray[np.generic]:

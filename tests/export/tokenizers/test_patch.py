@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diagd.errors import UsageError
-from diagd.export.tokenizers.patch import PatchDecoder, PatchEncoder
+from diagd.export.tokenizers.patch_network import PatchDecoder, PatchEncoder
 
 
 def codebook(codes: int, seed: int = 0) -> torch.Tensor:

@@ -13,7 +13,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.runtime.episodes import encode_vectors
 from diagd.runtime.pixels import PixelCodec
-from diagd.tuning.clips import read_clips
+from diagd.tuning.source import read_clips
 
 
 @pytest.fixture

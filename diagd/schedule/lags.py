@@ -1,6 +1,11 @@
-"""Step counts of Diagonal Decoding (arXiv 2503.14070, section 3): s = w + (h-1)k, S = s + (T-1)d."""
+"""Lags of Diagonal Decoding: which are legal, how many steps they take, and what a row starts from.
+
+Step counts are those of arXiv 2503.14070, section 3: s = w + (h-1)k, S = s + (T-1)d.
+"""
 
 from __future__ import annotations
+
+from enum import Enum
 
 from diagd.errors import ScheduleError
 
@@ -42,3 +47,18 @@ def check_lags(rows: int, columns: int, k: int, d: int) -> None:
             f"frame lag d={d} is above the {high} steps of a frame at k={k}: the surplus steps would decode "
             f"nothing; choose d in {low} (chained) .. {high} (serial)"
         )
+
+
+class RowSeed(str, Enum):
+    """Which decoded token is fed at the position of the missing predecessor (f, i-1, w-1) of cell (f, i, 0).
+
+    ``PREVIOUS_FRAME``: the same cell of the latest frame in which it is decoded.
+    ``ABOVE``: the first cell of the row above.
+    ``DUPLICATE``: the newest cell of the row above.
+    ``PROMPT``: the same cell of the first prompt frame, as the released MineWorld code does.
+    """
+
+    PREVIOUS_FRAME = "previous_frame"
+    ABOVE = "above"
+    DUPLICATE = "duplicate"
+    PROMPT = "prompt"

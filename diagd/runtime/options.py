@@ -1,0 +1,161 @@
+"""What is generated, from what, how and where: as the command line and callers say it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from diagd.bundle import Bundle, Manifest
+from diagd.bundle.manifest import SamplingRules
+from diagd.engines.backend import CHOICES, CPU, find
+from diagd.engines.engine import Float
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import UsageError
+from diagd.options import FLAG, OPTIONS, POSITIONAL, File
+from diagd.runtime.clip import ClipOptions
+from diagd.runtime.group import Group
+from diagd.runtime.load import open_group
+from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.session import Session
+from diagd.runtime.strategy import DraftOptions
+from diagd.runtime.text import read_text
+
+TextEncoder = Callable[[str, Path, int], Float]
+"""Embeddings float32 [n, width] of words, by an encoder in a folder, at most so many."""
+
+
+def _count(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if match := re.fullmatch(r"([0-9]{1,9})( ?latents?)?", value):
+        return int(match[1]), match[2] is not None
+    raise ValueError("expected a number of pictures, such as 24, or of latent frames, such as 3latents")
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class SamplingOptions:
+    """How tokens are drawn; what is not said is the bundle's."""
+
+    temperature: float | None = Field(default=None, description="0 is greedy (default: the bundle's)")
+    top_p: float | None = Field(default=None, description="nucleus mass, 1 for all (default: the bundle's)")
+    top_k: int | None = Field(
+        default=None, description="most probable ids, 0 for all (default: the bundle's)"
+    )
+    seed: int = Field(default=0, description="of the random numbers (default 0)")
+
+    def settings(self, rules: SamplingRules) -> SamplingSettings:
+        """With the defaults of a bundle.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        told = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
+        return replace(SamplingSettings.of(rules), **{n: v for n, v in told.items() if v is not None})
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class SessionOptions:
+    """What decodes, and where."""
+
+    precision: str | None = Field(default=None, description="of the step graph (default: the bundle's first)")
+    backend: str | None = Field(
+        default=None, description=f"{CHOICES} (default: cpu; of a world that is played, the fastest measured)"
+    )
+    window: int | None = Field(
+        default=None, description="frames that a token may see (default: the model's context)"
+    )
+    compat: str | None = Field(default=None, description="'mineworld' reproduces the released code's cache")
+    roll: int | None = Field(default=None, description="frames by which learned positions slide at once")
+    cpu: CpuOptions = CpuOptions()
+
+    def open(self, bundle: Bundle) -> Session:
+        """A session over a bundle; see ``diagd.load``."""
+        return self.open_group(bundle, 1).sessions[0]
+
+    def open_group(self, bundle: Bundle, sessions: int) -> Group:
+        """Sessions in lock step."""
+        return open_group(
+            *(bundle, sessions, self.window, self.cpu),
+            compat=self.compat,
+            roll=self.roll,
+            precision=self.precision,
+            backend=find(self.backend or CPU),
+        )
+
+    def pixels(self, bundle: Bundle) -> PixelCodec:
+        """The bundle's tokenizer graphs, on the same backend."""
+        return PixelCodec(bundle, self.cpu, find(self.backend or CPU))
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class TextOptions:
+    """What models that attend to text are told."""
+
+    text: File | None = Field(default=None, description="text embeddings, .npy or .safetensors [n, width]")
+    words: str | None = Field(default=None, description="text for the encoder t5, in place of embeddings")
+    t5: File | None = Field(default=None, description="folder of a T5 encoder")
+
+    def embeddings(self, manifest: Manifest, encode_text: TextEncoder | None) -> Float | None:
+        """Float32 [n, width], from a file or from words and an encoder.
+
+        Raises:
+            UsageError: the file is none, or words come without an encoder or for a model without text.
+        """
+        if self.words is None:
+            return read_text(self.text) if self.text else None
+        if manifest.text is None or self.t5 is None or self.text or encode_text is None:
+            raise UsageError("words need a model that attends to text, --set t5=FOLDER, and no --set text")
+        return encode_text(self.words, self.t5, manifest.text.length)
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class GenerateOptions:
+    """What is generated, from what, and how."""
+
+    bundle: Annotated[File, POSITIONAL] = Field(description="made by diagd-export")
+    clip: ClipOptions = Field()
+    output: Annotated[File, FLAG] = Field(
+        description=".mp4, .gif, .npy for tokens, .npz for an episode, or a folder for many clips"
+    )
+    frames: Annotated[tuple[int, bool] | None, BeforeValidator(_count), FLAG] = Field(
+        default=None,
+        description="pictures to make, or latent frames as 3latents (default: one for each action, or "
+        "as many as fill a clip of the release)",
+    )
+    decoder: Annotated[str | None, FLAG] = Field(
+        default=None,
+        description="ntp, diagonal (the bundle's order), an order such as k=1,chained, jacobi or draft "
+        "(default: the bundle's)",
+    )
+    audit: Annotated[bool, FLAG] = Field(
+        default=False, description="say how many tokens are next-token prediction's with the same seed"
+    )
+    tau: float = Field(
+        default=-1.0, allow_inf_nan=True, description="least score of a draft that is kept, or inf or -inf"
+    )
+    drafts: DraftOptions = DraftOptions()
+    branches: Annotated[int, FLAG] = Field(
+        default=1, ge=1, description="futures of each prompt, with seeds in order, in files NAME-0, NAME-1"
+    )
+    kind: Literal[".mp4", ".gif", ".npy", ".npz"] = Field(
+        default=".mp4", description="of the files of many clips"
+    )
+    fps: float | None = Field(default=None, gt=0, description="of the video written (default: the model's)")
+    beyond: Literal["stream", "prompt"] = Field(
+        default="stream",
+        description="what a clip longer than the context goes on from: the sliding window, or its last "
+        "pictures, encoded again",
+    )
+    stamp: bool = Field(
+        default=True, description="mark videos as the model's release does; some licences ask for it"
+    )
+    sampling: SamplingOptions = SamplingOptions()
+    session: SessionOptions = SessionOptions()
+    condition: TextOptions = TextOptions()
