@@ -255,6 +255,11 @@ def write_points(folder: Path, points: Sequence[Point], extra: dict[str, Any]) -
     with atomic_file(folder / "pareto.json") as partial_file:
         found = {"decoders": [asdict(point) for point in points]} | extra
         partial_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    plot_points(folder / "pareto.png", points)
+
+
+def plot_points(path: Path, points: Sequence[Point]) -> None:
+    """Write a PNG of speed against likelihood, with what nothing else beats circled."""
     figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
     axes = figure.subplots()
     for curve in dict.fromkeys(point.curve for point in points):
@@ -272,5 +277,5 @@ def write_points(folder: Path, points: Sequence[Point], extra: dict[str, Any]) -
     axes.invert_yaxis()
     axes.legend(fontsize=7)
     axes.set_title("circled: no other decoder is as fast and as likely", fontsize=8)
-    with atomic_file(folder / "pareto.png") as partial_file:
+    with atomic_file(path) as partial_file:
         figure.savefig(partial_file, format="png")

@@ -28,6 +28,7 @@ DECODERS: Final = (
     DRAFT,
 )
 TEMPERATURES: Final = (0.0, 0.7, 1.0, 1.5)
+DRAFTS: Final = DraftOptions(drafter_decoder="k=1 chained")
 PRECISIONS: Final = ("int8", "int4-weight")
 CPU: Final = CpuOptions(threads=1)
 
@@ -57,7 +58,7 @@ def decoder_figures(
     """Measure a bundle, which gets the precisions that it lacks."""
     bundle = Bundle.open(path)
     with open_session(bundle, cpu=CPU) as session:
-        points = compare(session, bundle, evaluation, decoders, DraftOptions(), CPU, report)
+        points = compare(session, bundle, evaluation, decoders, DRAFTS, CPU, report)
         passes = {f"{heat:g}": jacobi_passes(session, evaluation, heat) for heat in TEMPERATURES}
     layout, judged = bundle.manifest.layout, {}
     known = evaluation.windows.reshape(-1, layout.frame_length)[:, 1:].astype(np.int32)

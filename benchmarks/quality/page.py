@@ -10,7 +10,7 @@ from itertools import chain
 
 from benchmarks.quality.decoders import DecoderFigures
 from diagd.schedule import RowSeed
-from worlds.evaluate import Drift, EvalOptions, GeometryScores, Scores
+from worlds.evaluate import Drift, EvalOptions, GeometryScores, Judgement, Scores
 from worlds.metrics import Estimate
 
 SEEDS = (RowSeed.PREVIOUS_FRAME, RowSeed.ABOVE, RowSeed.DUPLICATE, RowSeed.PROMPT)
@@ -277,31 +277,51 @@ def _training_lines(rows: list[TrainingRow]) -> list[str]:
     ]
 
 
+def decoders_plot(world: str) -> str:
+    """Name of the picture of a world's decoders."""
+    return f"quality-decoders-{world}.png"
+
+
+_JUDGED: dict[str, Callable[[Judgement], Estimate | None]] = {
+    "NLL under NTP": lambda judgement: judgement.generated_nll,
+    "as NTP": lambda judgement: judgement.ntp_match,
+    "match, last frame": lambda judgement: judgement.truth.match[-1],
+    "action followed": lambda judgement: judgement.geometry and judgement.geometry.followed,
+    "tiles consistent": lambda judgement: judgement.geometry and judgement.geometry.agreement,
+}
+
+
+def _judged(judgement: Judgement) -> list[str]:
+    found = (of(judgement) for of in _JUDGED.values())
+    return ["" if estimate is None else _plain(estimate) for estimate in found]
+
+
 def _decoder_lines(world: str, figures: DecoderFigures) -> list[str]:
     rollouts = "rollouts of one seed each, frames behind the first of a rollout, one core"
     return [
         f"## Decoders of {world}",
         "",
         *_text(
-            "Whatever decodes, the same rollouts, in turns. `kept`: share of frames that are the drafter's. "
-            "`as NTP`: share of cells that are those of next-token prediction with the same random numbers. "
-            f"Bold: no other is as fast and as likely ({rollouts})."
+            "Whatever decodes, the same rollouts, in turns. `kept`: share of frames that are the drafter's, "
+            "which is the model itself by k=1 chained. `as NTP`: share of cells that are those of next-token "
+            f"prediction with the same random numbers. Bold: no other is as fast and as likely ({rollouts})."
         ),
         "",
         *_table(
-            ("decoder", "frames/s", "passes", "kept", "NLL under NTP", "as NTP"),
+            ("decoder", "frames/s", "passes", "kept", *_JUDGED),
             [
                 (
                     f"**{point.name}**" if point.best else point.name,
                     f"{point.frames_per_second[0]:.1f}",
                     f"{point.passes:.1f}",
                     "" if point.kept is None else f"{point.kept:.0%}",
-                    _plain(point.judgement.generated_nll),
-                    _plain(point.judgement.ntp_match),
+                    *_judged(point.judgement),
                 )
                 for point in figures.points
             ],
         ),
+        "",
+        f"![speed against likelihood]({decoders_plot(world)})",
         "",
         *_text("Passes of a frame by Jacobi decoding in windows of whole frames, exact at any temperature:"),
         "",
@@ -310,11 +330,8 @@ def _decoder_lines(world: str, figures: DecoderFigures) -> list[str]:
         *_text("Rollouts by next-token prediction in other precisions, judged by the model in float32:"),
         "",
         *_table(
-            ("precision", "NLL under NTP", "as NTP"),
-            [
-                (precision, _plain(judgement.generated_nll), _plain(judgement.ntp_match))
-                for precision, judgement in figures.precisions.items()
-            ],
+            ("precision", *_JUDGED),
+            [(precision, *_judged(judgement)) for precision, judgement in figures.precisions.items()],
         ),
         "",
     ]

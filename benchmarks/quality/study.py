@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from benchmarks.quality.decoders import DECODERS, PRECISIONS, decoder_figures
-from benchmarks.quality.page import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow, quality_page
+from benchmarks.quality.page import (
+    SEEDS,
+    CompatRow,
+    Figures,
+    GapRow,
+    SizeFigures,
+    TrainingRow,
+    decoders_plot,
+    quality_page,
+)
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
 from diagd.export.families.world import load_tokenizer, load_world
@@ -28,6 +37,7 @@ from worlds.evaluate import EvalOptions, Evaluation, measure_drift
 from worlds.geometry import Geometry
 from worlds.metrics import Estimate
 from worlds.model import BundleModel, open_model
+from worlds.pareto import plot_points
 from worlds.report import save_contact_sheet
 from worlds.run_eval import pictures, walk_actions
 
@@ -103,6 +113,8 @@ class Study:
                 figures = self._measure(part, figures, Path(scratch))
                 _write(options.output / "quality.json", json.dumps(asdict(figures), indent=1) + "\n")
         _plot(options.output / "quality-speed.png", figures)
+        for world, compared in figures.decoders.items():
+            plot_points(options.output / decoders_plot(world), compared.points)
         page = options.output / "quality.md"
         _write(page, quality_page(figures, SHIPPED_SIZE))
         return page

@@ -82,6 +82,8 @@ def test_decoders_of_several_worlds_are_compared(options: StudyOptions) -> None:
     assert list(found) == [FOLDER.name, "another"]
     for world, figures in found.items():
         assert f"## Decoders of {world}" in page
+        assert f"(quality-decoders-{world}.png)" in page
+        assert (few.output / f"quality-decoders-{world}.png").read_bytes().startswith(b"\x89PNG")
         ntp, chained, jacobi = figures["points"]
         assert (ntp["passes"], chained["passes"]) == (108, 9)
         assert jacobi["judgement"]["ntp_match"]["mean"] == ntp["judgement"]["ntp_match"]["mean"] == 1
@@ -90,7 +92,7 @@ def test_decoders_of_several_worlds_are_compared(options: StudyOptions) -> None:
         assert {name: seen["ntp_match"]["mean"] for name, seen in figures["precisions"].items()} == {
             "fp32": 1
         }
-    assert "| precision | NLL under NTP | as NTP |" in page
+    assert "| precision | NLL under NTP | as NTP | match, last frame |" in page
 
 
 def test_study_covers_serial_and_chained_frames() -> None:

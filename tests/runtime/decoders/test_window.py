@@ -74,3 +74,18 @@ def test_a_pass_that_something_held_up_does_not_decide() -> None:
     before = policy.choose(NARROW)
     policy.add(40, 20, 40, 10.0)
     assert abs(policy.choose(NARROW) - before) < 15
+
+
+@pytest.mark.parametrize("right", [0.9, 0.97])
+def test_windows_are_near_the_best_on_a_machine_at_work(right: float) -> None:
+    random = np.random.default_rng(1)
+
+    def alone(width: int) -> float:
+        return 2e-3 + 1e-4 * width
+
+    def beside_others(width: int) -> float:
+        return alone(width) + float(random.exponential(0.012, random.poisson(100 * alone(width))).sum())
+
+    chosen = np.array(run(beside_others, right, NARROW))
+    best = rate(NARROW, alone, right, NARROW).max()
+    assert rate(chosen, alone, right, NARROW).mean() > 0.9 * best
