@@ -65,12 +65,18 @@ class Tab:
         return value
 
     def key(self, code: str, *, down: bool) -> None:
-        key, number = KEYS[code]
+        key, number = KEYS.get(code, (code[-1].lower(), ord(code[-1])))
         kind = "keyDown" if down else "keyUp"
         self.call("Input.dispatchKeyEvent", type=kind, code=code, key=key, windowsVirtualKeyCode=number)
 
+    def mouse(self, kind: str, x: float, y: float, *, held: bool = True) -> None:
+        """One of ``mousePressed``, ``mouseMoved`` and ``mouseReleased``."""
+        button = {"button": "left", "buttons": int(held), "clickCount": 1} if held else {}
+        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+
     def open(self, url: str) -> None:
         self.call("Page.navigate", url="about:blank")
+        self.messages.clear()  # of the page before, whose server may be gone
         self.call("Page.navigate", url=url)
 
     def resize(self, width: int, height: int, *, mobile: bool = False) -> None:

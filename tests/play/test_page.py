@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -12,7 +11,7 @@ import pytest
 
 from diagd.play.opening import GameOptions
 from diagd.play.record import read_record
-from tests.play.browser import CHROMIUM, Tab, browser
+from tests.play.browser import CHROMIUM, Tab
 from tests.play.conftest import Serve
 
 pytestmark = pytest.mark.skipif(
@@ -37,12 +36,6 @@ CHANGE = (
     "(document.getElementById('settings').elements, {!r}, {!r})"
 )
 COVER = "document.getElementById('cover').hidden"
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    with browser(tmp_path_factory.mktemp("browser")) as tab:
-        yield tab
 
 
 def click(tab: Tab, selector: str) -> None:
