@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.errors import UsageError
 from diagd.schedule import Schedule
+from diagd.tuning.probe import Probe, Transitions
 from diagd.tuning.recordings import TokenDataset
-from worlds.geometry import UNKNOWN_GEOMETRY, Geometry
+from diagd.tuning.rollouts import Streams
+from worlds.geometry import Geometry
 from worlds.metrics import Estimate, frechet_distance, principal_axes, psnr, ssim, tile_features
-from worlds.model import Streams, WorldModel
+from worlds.model import WorldModel
 from worlds.options import EvalOptions
 
 SETTLED = 3
@@ -71,6 +72,7 @@ class Scores:
         truth: of the rollouts.
         ntp_match: share of generated tokens that next-token prediction draws there too, with the same random
             numbers. None where reports are older than this figure.
+        recovered: share of generated transitions off which a probe reads their action. None without a probe.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Scores:
     geometry: GeometryScores | None
     truth: TruthScores
     ntp_match: Estimate | None = None
+    recovered: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Judgement:
     geometry: GeometryScores | None
     truth: TruthScores
     ntp_match: Estimate
+    recovered: Estimate | None = None
 
 
 class Evaluation:
@@ -106,12 +110,18 @@ class Evaluation:
         recording: true episodes that the model was not trained on.
         geometry: regularities of the world, learned from as many true frames as there are; None if unknown.
         options: sizes and sampling.
+        probe: reads actions; None leaves that out.
     """
 
     def __init__(
-        self, model: WorldModel, recording: TokenDataset, geometry: Geometry | None, options: EvalOptions
+        self,
+        model: WorldModel,
+        recording: TokenDataset,
+        geometry: Geometry | None,
+        options: EvalOptions,
+        probe: Probe | None = None,
     ) -> None:
-        self.model, self.geometry, self.options = model, geometry, options
+        self.model, self.geometry, self.options, self.probe = model, geometry, options, probe
         random = np.random.default_rng(options.seed)
         self.windows = _pick(recording, options.windows, options.window_frames, random)
         self.truth = _pick(recording, options.rollouts, options.prompt + options.frames, random)
@@ -138,6 +148,7 @@ class Evaluation:
             geometry=judgement.geometry,
             truth=judgement.truth,
             ntp_match=judgement.ntp_match,
+            recovered=judgement.recovered,
         )
         return scores, rolled
 
@@ -151,7 +162,15 @@ class Evaluation:
             self.geometry_scores(rolled, self.geometry) if self.geometry else None,
             self._compare(rolled),
             Estimate.of(self._match(rolled, self._baseline_rollouts)),
+            self.recovered(rolled),
         )
+
+    def recovered(self, rolled: Streams) -> Estimate | None:
+        """Share of transitions behind the prompt of rollouts [B, N] whose action the probe reads off them."""
+        if self.probe is None:
+            return None
+        _, right = self.probe.read(Transitions.of(rolled, self.model.layout, self.options.prompt))
+        return Estimate.of(right.reshape(len(rolled), -1).mean(1))
 
     def _roll_out(self, schedule: Schedule) -> Streams:
         if schedule == Schedule.next_token(self.model.layout):
@@ -168,6 +187,16 @@ class Evaluation:
         """Teacher-forced likelihood gap to next-token prediction, paired by window, nats per token."""
         nll = self.model.nll(self.windows, schedule)
         return Estimate.of(_row_means(nll - self.baseline))
+
+    @property
+    def liveliness(self) -> float:
+        """Share of cells that change from frame to frame of true windows."""
+        return float(self.changes(self.windows).mean())
+
+    def changes(self, streams: Streams) -> NDArray[np.float64]:
+        """Likewise of each of some streams, [B]."""
+        layout = self.model.layout
+        return _changes(self._cells(streams).reshape(len(streams), -1, layout.rows, layout.columns))
 
     def _cells(self, streams: Streams) -> NDArray[np.int64]:
         layout = self.model.layout
@@ -237,36 +266,40 @@ class Drift:
 
     Attributes:
         frames: index of the last frame of each stretch.
-        scores: over each stretch.
+        scores: over each stretch; none where the geometry of the world is not known.
+        recovered: likewise, see ``Scores``; none without a probe.
+        dynamics: share of cells that change from frame to frame, for each that does in true frames.
     """
 
     frames: list[int]
     scores: list[GeometryScores]
+    recovered: list[Estimate] = field(default_factory=list)
+    dynamics: list[Estimate] = field(default_factory=list)
 
 
 def measure_drift(
     evaluation: Evaluation, schedule: Schedule, actions: NDArray[np.int64], stretches: int = 10
 ) -> Drift:
-    """Roll out ``actions`` int64 [B, F] behind true prompts and score the frames stretch by stretch.
-
-    Raises:
-        UsageError: the geometry of the world, by which they are judged, is not known.
-    """
-    model, options, geometry = evaluation.model, evaluation.options, evaluation.geometry
-    if geometry is None:
-        raise UsageError(f"drift is judged by the geometry of the world; {UNKNOWN_GEOMETRY}")
+    """Roll out ``actions`` int64 [B, F] behind true prompts and score the frames stretch by stretch."""
+    model, options = evaluation.model, evaluation.options
     layout, prompt, (count, frames) = model.layout, options.prompt, actions.shape
     streams = np.zeros((count, prompt + frames, layout.frame_length), np.int64)
     known = evaluation.truth[:count].reshape(count, -1, layout.frame_length)
     streams[:, :prompt] = known[:, :prompt]
     streams[:, prompt:, 0] = model.codes + actions
     rolled = model.roll_out(streams.reshape(count, -1), prompt, schedule, options.sampling, options.seed)
-    scores = []
+    drift, liveliness = Drift([], []), evaluation.liveliness
     ends = np.linspace(prompt, prompt + frames, stretches + 1).astype(int)
     for start, end in pairwise(ends.tolist()):
         span = slice((start - prompt) * layout.frame_length, end * layout.frame_length)
-        scores.append(evaluation.geometry_scores(rolled[:, span], geometry))
-    return Drift(ends[1:].tolist(), scores)
+        part = rolled[:, span]
+        drift.frames.append(end)
+        if evaluation.geometry is not None:
+            drift.scores.append(evaluation.geometry_scores(part, evaluation.geometry))
+        if (recovered := evaluation.recovered(part)) is not None:
+            drift.recovered.append(recovered)
+        drift.dynamics.append(Estimate.of(evaluation.changes(part) / liveliness))
+    return drift
 
 
 def _changes(clips: NDArray[np.int64]) -> NDArray[np.float64]:

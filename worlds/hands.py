@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from diagd.runtime.pool import Workers
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule
-from worlds.model import TOGETHER, Streams, WorldModel, open_model
+from diagd.tuning.rollouts import TOGETHER, Streams
+from worlds.model import WorldModel, open_model
 
 
 class RollOut(NamedTuple):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
 from diagd.engines.backend import find
-from diagd.engines.engine import Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.families.world import DESCRIPTION, World, load_world
@@ -25,13 +25,9 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import NO_SINK, Schedule, StreamLayout
 from diagd.tuning.forced_batch import ForcedPasses, forced_nll
 from diagd.tuning.recordings import FrameEncoder
+from diagd.tuning.rollouts import Streams, open_lanes, parts
+from diagd.tuning.rollouts import roll_out as roll_out_on_engine
 from worlds.rollout import roll_out
-
-TOGETHER = 16
-"""Rollouts that share the passes of an engine."""
-
-Streams = NDArray[np.int64]
-"""int64 [B, F * frame_length]: for each frame its action token, then its cells."""
 
 
 class WorldModel(Protocol):
@@ -118,8 +114,9 @@ class BundleModel:
         backend: str = "cpu",
     ) -> None:
         bundle, cpu = Bundle.open(path), CpuOptions(threads)
-        self._open = partial(open_group, bundle, cpu=cpu, compat=compat, precision=precision, backend=backend)
-        self._session = self._open(1).sessions[0]
+        options: dict[str, Any] = {"cpu": cpu, "compat": compat, "precision": precision, "backend": backend}
+        self._open_lanes: Callable[[], Group] = partial(open_lanes, bundle, **options)
+        self._session = open_group(bundle, 1, **options).sessions[0]
         self._codec = PixelCodec(bundle, cpu, find(backend))
         self.layout = self._session.layout
         self.codes = bundle.manifest.output_vocabulary
@@ -131,8 +128,7 @@ class BundleModel:
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
         """From the logits of steps in which every token is forced."""
         result = np.full(streams.shape, np.nan, np.float32)
-        for stream, row in zip(streams, result, strict=True):
-            frames, actions = self._parts(stream)
+        for stream, row, frames, actions in zip(streams, result, *parts(streams, self.layout), strict=True):
             self._session.start(frames[:1], actions[:1])
             for step, seen in self._session.steps(ForcedDecoder(schedule, frames[1:]), actions[1:]):
                 cells, logits = step.sinks[step.sinks != NO_SINK], seen.logits.astype(np.float32)
@@ -145,33 +141,14 @@ class BundleModel:
         self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
     ) -> Streams:
         """Several streams at once, where the engine has as many."""
-        rolled, length = streams.copy(), self.layout.frame_length
-        for first in range(0, len(rolled), len(self._group.sessions)):
-            part = rolled[first : first + len(self._group.sessions)]
-            led = []
-            for session, stream in zip(self._group.sessions, part, strict=False):
-                frames, actions = self._parts(stream)
-                session.start(frames[:prompt], actions[:prompt])
-                led.append(actions[prompt:])
-            seeds = range(seed + first, seed + first + len(part))
-            for n, frame in self._group.frames(
-                led, ScheduledDecoder(schedule), sampling=sampling, seeds=seeds
-            ):
-                part[n].reshape(-1, length)[frame.index, 1:] = frame.tokens.reshape(-1)
-        return rolled
+        seeds = range(seed, seed + len(streams))
+        decoder = ScheduledDecoder(schedule)
+        return roll_out_on_engine(self._group, streams, prompt, decoder, sampling, seeds)
 
     @cached_property
     def _group(self) -> Group:
-        try:
-            return self._open(TOGETHER)
-        except UsageError:  # this graph or this engine has one stream
-            return self._open(1)
+        return self._open_lanes()
 
     def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
         """By the bundle's decoder."""
         return np.stack(list(self._codec.decode(tokens.astype(np.int32))))
-
-    def _parts(self, stream: NDArray[np.int64]) -> tuple[Int, Int]:
-        """Frames int32 [F, rows, columns] and actions [F, 1] of a stream."""
-        rows = stream.reshape(-1, self.layout.frame_length).astype(np.int32)
-        return rows[:, 1:].reshape(len(rows), self.layout.rows, self.layout.columns), rows[:, :1]

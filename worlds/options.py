@@ -233,6 +233,9 @@ class EvalRun:
         default=0, description="frames of the long continuations that drift is measured on (default 0: none)"
     )
     long_rollouts: int = 8
+    probe_steps: int = Field(
+        default=600, ge=1, description="optimiser steps of the probe that reads actions off frames"
+    )
     networks: Annotated[tuple[File, ...], Flag(name="network", repeated=True)] = Field(
         default=(), description="ONNX file of a metric"
     )

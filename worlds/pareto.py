@@ -25,8 +25,8 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.strategy import DRAFT, DraftOptions, parse_decoder
 from diagd.schedule import StreamLayout
+from diagd.tuning.rollouts import Streams
 from worlds.evaluate import Evaluation, Judgement
-from worlds.model import Streams
 
 QUANTILES: Final = tuple(n / 10 for n in range(1, 10))
 CONTROLS: Final = (0.25, 0.5, 0.75)

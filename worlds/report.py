@@ -50,14 +50,15 @@ def figures_table(figures: Mapping[str, Estimate]) -> Table:
 
 def scores_table(scores: Sequence[Scores]) -> Table:
     """The figures as a table for the console, each with its standard error."""
-    judged = ("followed", "walks", "invalid")
-    heads = ("NLL", "gap to NTP", "generated NLL", *judged, "as NTP", "last match", "dynamics", "Frechet")
+    judged = ("followed", "walks", "invalid", "recovered", "as NTP", "last match", "dynamics", "Frechet")
+    heads = ("NLL", "gap to NTP", "generated NLL", *judged)
     table = Table("schedule", "passes", *heads, title="mean +- standard error")
     for score in scores:
         geometry, truth = score.geometry, score.truth
         rules = (geometry.followed, geometry.walks_followed, geometry.invalid) if geometry else (None,) * 3
         likelihoods = (score.nll, score.nll_gap, score.generated_nll)
-        figures = (*likelihoods, *rules, score.ntp_match, truth.match[-1], truth.dynamics, truth.frechet)
+        others = (score.recovered, score.ntp_match, truth.match[-1], truth.dynamics, truth.frechet)
+        figures = (*likelihoods, *rules, *others)
         table.add_row(score.name, str(score.passes), *map(_cell, figures))
     return table
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,21 +15,24 @@ from numpy.typing import NDArray
 from diagd.bundle import Bundle
 from diagd.cluster import open_workers
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.errors import UsageError
 from diagd.runtime.load import open_session
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.recordings import cached_tokens, recorded_actions
+from diagd.tuning.probe import Probe, Transitions
+from diagd.tuning.recordings import TokenDataset, cached_tokens, recorded_actions
+from diagd.tuning.rollouts import Streams
 from worlds.collect import random_policy
 from worlds.evaluate import Evaluation, Scores, measure_drift
-from worlds.geometry import UNKNOWN_GEOMETRY, Geometry
+from worlds.geometry import Geometry
 from worlds.hands import Hand, ManyHands
 from worlds.metrics import Estimate, MetricNetwork, frechet_distance
-from worlds.model import Streams, WorldModel, open_model
+from worlds.model import WorldModel, open_model
 from worlds.options import EvalRun
 from worlds.pareto import Point, compare, write_points
 from worlds.report import save_contact_sheet, write_scores
 
 Report = Callable[[str], None]
+
+_PROBED = 20_000
 
 
 def run_eval(run: EvalRun, report: Report = lambda _: None) -> list[Scores]:
@@ -37,7 +41,7 @@ def run_eval(run: EvalRun, report: Report = lambda _: None) -> list[Scores]:
     The figures of geometry are None for worlds whose geometry is not known.
 
     Raises:
-        UsageError: recordings or networks that cannot be used, or a drift that cannot be judged.
+        UsageError: recordings or networks that cannot be used.
         CheckpointError, BundleError: a model that cannot be read.
     """
     with opened(run) as model:
@@ -48,6 +52,8 @@ def _score(run: EvalRun, model: WorldModel, report: Report) -> list[Scores]:
     networks = [MetricNetwork(path) for path in run.networks]
     orders = schedules(model.layout, run)
     evaluation = _evaluation(run, model)
+    report("a probe of the actions")
+    evaluation.probe, probed = fit_probe(model, run.data, run.geometry, run.probe_steps, run.options.seed)
     scores, rollouts, drift, learned = [], {"truth": evaluation.truth}, {}, {}
     for schedule in orders:
         name = schedule.name
@@ -56,9 +62,10 @@ def _score(run: EvalRun, model: WorldModel, report: Report) -> list[Scores]:
         scores.append(score)
         learned[name] = [_network_scores(n, evaluation, rollouts[name]) for n in networks]
         if run.long_frames:
-            actions = walk_actions(run.long_rollouts, run.long_frames, run.options.seed)
+            actions = recorded_walks(model, run.data, run.long_rollouts, run.long_frames, run.options.seed)
             drift[name] = asdict(measure_drift(evaluation, schedule, actions))
     extra: dict[str, Any] = {"model": run.model.name, "options": asdict(evaluation.options)}
+    extra |= {"probe": probed} if probed else {}
     extra |= {"drift": drift} if drift else {}
     extra |= {"networks": {"files": [p.name for p in run.networks], "scores": learned}} if networks else {}
     write_scores(run.output / "eval.json", scores, extra)
@@ -84,10 +91,35 @@ def _evaluation(run: EvalRun, model: WorldModel) -> Evaluation:
     if Geometry.is_known(model.layout, recorded_actions(run.data)):
         rules = cached_tokens(run.geometry, model.encoder) if run.geometry else recording
         geometry = Geometry.learn(rules, model.codes)
-    elif run.long_frames:
-        raise UsageError(f"long_frames: drift is judged by the geometry of the world; {UNKNOWN_GEOMETRY}")
     frames = min(run.options.window_frames, model.context_frames)
     return Evaluation(model, recording, geometry, replace(run.options, window_frames=frames))
+
+
+def fit_probe(
+    model: WorldModel, data: Path, rules: Path | None, steps: int, seed: int = 0
+) -> tuple[Probe | None, dict[str, float]]:
+    """A probe of the actions of a recording, and how many it reads of true frames that it did not learn from.
+
+    It learns from the recording of the rules if one is given, else from the first three quarters of the data,
+    and is tested on the last one. There is none where nothing varies.
+    """
+    true = _transitions(cached_tokens(data, model.encoder), model.layout)
+    last = slice(3 * len(true) // 4, None)
+    seen = true[: last.start]
+    if rules is not None:
+        seen = _transitions(cached_tokens(rules, model.encoder), model.layout)
+    if not seen.vary or not len(true[last]):
+        return None, {}
+    ids = max(int(seen.before.max()), model.codes) + 1
+    probe = Probe.fit(seen, ids, steps=steps, seed=seed)
+    found = {"right": probe.read(true[last])[1].mean(), "commonest": probe.commonest(true[last].led)}
+    return probe, {name: float(share) for name, share in found.items()}
+
+
+def _transitions(recording: TokenDataset, layout: StreamLayout) -> Transitions:
+    """Up to `_PROBED` of a recording, evenly spread."""
+    starts = recording.window_starts(2)
+    return Transitions.of(recording.windows(starts[:: -(-len(starts) // _PROBED)], 2), layout)
 
 
 def run_pareto(run: EvalRun, report: Report = lambda _: None) -> list[Point]:
@@ -118,6 +150,15 @@ def walk_actions(rollouts: int, frames: int, seed: int) -> NDArray[np.int64]:
     """Actions int64 [rollouts, frames] of the random policy that recordings are made with."""
     policies = [random_policy(np.random.default_rng((seed, n)), 0.72) for n in range(rollouts)]
     return np.array([[next(policy) for _ in range(frames)] for policy in policies])
+
+
+def recorded_walks(model: WorldModel, data: Path, rollouts: int, frames: int, seed: int) -> NDArray[np.int64]:
+    """Actions int64 [rollouts, frames] as they follow each other in the recording, over and over."""
+    recording = cached_tokens(data, model.encoder)
+    starts = np.random.default_rng(seed).integers(recording.frames, size=rollouts)
+    rows = (starts[:, None] + np.arange(frames)) % recording.frames
+    actions: NDArray[np.int64] = recording.streams[rows, 0].astype(np.int64) - model.codes
+    return actions
 
 
 def pictures(model: WorldModel, streams: Streams) -> NDArray[np.uint8]:

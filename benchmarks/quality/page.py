@@ -10,7 +10,7 @@ from itertools import chain
 
 from benchmarks.quality.decoders import DecoderFigures
 from diagd.schedule import RowSeed
-from worlds.evaluate import Drift, EvalOptions, GeometryScores, Judgement, Scores
+from worlds.evaluate import Drift, EvalOptions, Judgement, Scores
 from worlds.metrics import Estimate
 
 SEEDS = (RowSeed.PREVIOUS_FRAME, RowSeed.ABOVE, RowSeed.DUPLICATE, RowSeed.PROMPT)
@@ -28,7 +28,7 @@ class GapRow:
 
 @dataclass(frozen=True)
 class SizeFigures:
-    """A size: every row seed, rollouts by schedule, and of the shipped one the drift of long rollouts."""
+    """A model: every row seed, rollouts by schedule, and of one of each world the drift of long rollouts."""
 
     gaps: list[GapRow]
     schedules: list[Scores]
@@ -74,6 +74,7 @@ class Figures:
         frames_per_second: by size and schedule.
         parameters: by size.
         decoders: by world.
+        worlds: others than the shipped one, by name, each with its drift.
     """
 
     options: EvalOptions
@@ -84,6 +85,7 @@ class Figures:
     frames_per_second: dict[str, dict[str, float]] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     decoders: dict[str, DecoderFigures] = field(default_factory=dict)
+    worlds: dict[str, SizeFigures] = field(default_factory=dict)
 
 
 def quality_page(figures: Figures, shipped_size: str) -> str:
@@ -92,7 +94,9 @@ def quality_page(figures: Figures, shipped_size: str) -> str:
     if figures.shipped:
         speeds = figures.frames_per_second.get(shipped_size, {})
         sections += _shipped_lines(figures.shipped, speeds)
-        sections += _drift_lines(figures.shipped.drift) if figures.shipped.drift else []
+        sections += _drift_lines("The shipped model", figures.shipped.drift)
+    for world, its in figures.worlds.items():
+        sections += _world_lines(world, its)
     for world, found in figures.decoders.items():
         sections += _decoder_lines(world, found)
     sections += _compat_lines(figures.compat)
@@ -146,12 +150,13 @@ def _gap_table(rows: list[GapRow]) -> list[str]:
     return _table(heads, cells)
 
 
-_FIGURES: dict[str, tuple[Callable[[Scores], Estimate], int]] = {
+_FIGURES: dict[str, tuple[Callable[[Scores], Estimate | None], int]] = {
     "NLL under NTP": (lambda score: score.generated_nll, 3),
-    "action followed": (lambda score: _known(score).followed, 3),
-    "walks followed": (lambda score: _known(score).walks_followed, 3),
-    "tiles consistent": (lambda score: _known(score).agreement, 3),
-    "invalid tiles": (lambda score: _known(score).invalid, 3),
+    "action followed": (lambda score: score.geometry.followed if score.geometry else None, 3),
+    "walks followed": (lambda score: score.geometry.walks_followed if score.geometry else None, 3),
+    "tiles consistent": (lambda score: score.geometry.agreement if score.geometry else None, 3),
+    "invalid tiles": (lambda score: score.geometry.invalid if score.geometry else None, 3),
+    "action recovered": (lambda score: score.recovered, 3),
     "match, last frame": (lambda score: score.truth.match[-1], 3),
     "PSNR, last frame": (lambda score: score.truth.psnr[-1], 1),
     "SSIM, last frame": (lambda score: score.truth.ssim[-1], 3),
@@ -160,47 +165,82 @@ _FIGURES: dict[str, tuple[Callable[[Scores], Estimate], int]] = {
 """Figures of rollouts, each with its digits."""
 
 
-def _known(score: Scores) -> GeometryScores:
-    assert score.geometry is not None, "the study is of Crafter, whose geometry is known"
-    return score.geometry
+def _known(scores: Iterable[Scores]) -> dict[str, tuple[list[Estimate], int]]:
+    """Those that every schedule has, in the order of the schedules, each with its digits."""
+    found = {label: ([of(score) for score in scores], digits) for label, (of, digits) in _FIGURES.items()}
+    return {
+        label: ([one for one in row if one is not None], digits)
+        for label, (row, digits) in found.items()
+        if None not in row
+    }
 
 
 def _rollout_lines(scores: list[Scores], speeds: dict[str, float]) -> list[str]:
-    heads = ("schedule", "passes", *_FIGURES, *(["frames/s"] if speeds else []))
+    known = _known(scores)
+    heads = ("schedule", "passes", *known, *(["frames/s"] if speeds else []))
     last = {name: [f"{speed:.1f}"] for name, speed in speeds.items()}
     rows = (
-        [score.name, score.passes, *(_plain(of(score), digits) for of, digits in _FIGURES.values())]
-        for score in scores
+        [score.name, score.passes, *(_plain(row[n], digits) for row, digits in known.values())]
+        for n, score in enumerate(scores)
     )
     return _table(heads, ([*row, *last.get(str(row[0]), [])] for row in rows))
 
 
 def _noise_lines(scores: list[Scores]) -> list[str]:
     """Which figures of the diagonal schedules differ from next-token prediction beyond the noise."""
-    base, *others = scores
+    known, others = _known(scores), scores[1:]
     beyond = [
         f"{label.split(',')[0]} of {score.name}"
-        for score in others
-        for label, (of, _) in _FIGURES.items()
-        if abs(of(score).mean - of(base).mean) > 2 * math.hypot(of(score).error, of(base).error)
+        for n, score in enumerate(others, 1)
+        for label, (row, _) in known.items()
+        if abs(row[n].mean - row[0].mean) > 2 * math.hypot(row[n].error, row[0].error)
     ]
     verdict = f"beyond it are: {', '.join(beyond)}" if beyond else "none is beyond it"
     return _text(
-        f"{len(others) * len(_FIGURES)} figures of diagonal rollouts are compared with those of NTP, each "
+        f"{len(others) * len(known)} figures of diagonal rollouts are compared with those of NTP, each "
         f"against a noise of two standard errors of the difference: {verdict}."
     )
 
 
-def _drift_lines(drift: Drift) -> list[str]:
-    rows = (
-        [frame, _plain(s.walks_followed), _plain(s.agreement), _plain(s.invalid)]
-        for frame, s in zip(drift.frames, drift.scores, strict=True)
-    )
+def _drift_lines(model: str, drift: Drift | None) -> list[str]:
+    if drift is None:
+        return []
+    columns = {
+        "walks followed": [s.walks_followed for s in drift.scores],
+        "tiles consistent": [s.agreement for s in drift.scores],
+        "invalid tiles": [s.invalid for s in drift.scores],
+        "action recovered": drift.recovered,
+        "dynamics": drift.dynamics,
+    }
+    known = {name: column for name, column in columns.items() if column}
+    rows = ([frame, *(_plain(c[n]) for c in known.values())] for n, frame in enumerate(drift.frames))
     return [
-        "## The shipped model: drift of long rollouts, k=1 chained",
+        f"## {model}: drift of long rollouts, k=1 chained",
         "",
-        *_table(("up to frame", "walks followed", "tiles consistent", "invalid tiles"), rows),
+        *_table(("up to frame", *known), rows),
         "",
+    ]
+
+
+def _world_lines(world: str, figures: SizeFigures) -> list[str]:
+    scores = figures.schedules
+    count, rolled = scores[0].nll.count, scores[0].generated_nll.count
+    return [
+        f"## {world}: likelihood gap to next-token prediction, nats per token",
+        "",
+        *_text(f"Next-token prediction: {_plain(scores[0].nll)}, {count} windows."),
+        "",
+        *_gap_table(figures.gaps),
+        "",
+        f"## {world}: rollouts",
+        "",
+        *_text(f"{rolled} rollouts."),
+        "",
+        *_rollout_lines(scores, {}),
+        "",
+        *_noise_lines(scores),
+        "",
+        *_drift_lines(world, figures.drift),
     ]
 
 

@@ -29,7 +29,7 @@ from benchmarks.quality.page import (
 )
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
-from diagd.export.families.world import load_tokenizer, load_world
+from diagd.export.families.world import SHIPPED, load_tokenizer, load_world
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
@@ -39,11 +39,23 @@ from worlds.metrics import Estimate
 from worlds.model import BundleModel, open_model
 from worlds.pareto import plot_points
 from worlds.report import save_contact_sheet
-from worlds.run_eval import pictures, walk_actions
+from worlds.run_eval import fit_probe, pictures, recorded_walks, walk_actions
 
-PARTS = ("shipped", "compat", "sizes", "training", "speed", "decoders")
+PARTS = ("shipped", "compat", "sizes", "training", "speed", "decoders", "worlds")
 SHIPPED_SIZE = "3m"
 ROW_LAGS = (1, 2, 4)
+DEFAULTS = {
+    "model": SHIPPED / "crafter-3m",
+    "data": Path("recordings/valid"),
+    "geometry": Path("recordings/train"),
+    "output": Path("docs"),
+}
+SECOND = {
+    "doom-3m": (Path("trained/doom"), Path("recordings/doom-valid")),
+}
+"""The second world, as docs/world.md records and trains it."""
+
+PROBE_STEPS = 600
 
 Report = Callable[[str], None]
 
@@ -62,8 +74,9 @@ class StudyOptions:
         output: folder of quality.md, quality.json and the pictures.
         sizes: folders of other sizes trained like the shipped model, by name.
         training: folders of the same size trained otherwise, by what was done.
-        worlds: beside the shipped one, whose decoders are compared: model, data and, where it is known, the
-            recording that its rules are learned from, by name.
+        worlds: beside the shipped one: model, data and, where there is one, the recording that its rules and
+            probe are learned from, by name.
+        world_rollouts, world_windows: of each of them.
         decoder_rollouts: of each decoder.
         parts: what to measure; the rest is taken from quality.json.
         evaluation: sizes and sampling.
@@ -80,6 +93,8 @@ class StudyOptions:
     sizes: Mapping[str, Path] = field(default_factory=dict)
     training: Mapping[str, Path] = field(default_factory=dict)
     worlds: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    world_rollouts: int = 24
+    world_windows: int = 48
     decoder_rollouts: int = 24
     decoders: tuple[str, ...] = DECODERS
     precisions: tuple[str, ...] = PRECISIONS
@@ -167,6 +182,9 @@ class Study:
                 for name, folders in {**shipped_world, **options.worlds}.items()
             }
             return replace(figures, decoders={**figures.decoders, **compared})
+        if part == "worlds":
+            found = {name: self._world(name, *paths) for name, paths in options.worlds.items()}
+            return replace(figures, worlds={**figures.worlds, **found})
         if part == "training":
             rows_of = training_row
             trained = [rows_of(self._evaluation(f), name, report) for name, f in options.training.items()]
@@ -175,6 +193,19 @@ class Study:
         rates = speeds(bundles, options.speed_rounds, options.speed_frames, report)
         counts = {name: parameters(folder) for name, folder in folders.items()}
         return replace(figures, frames_per_second=rates, parameters=counts)
+
+    def _world(self, name: str, folder: Path, data: Path, learned: Path | None = None) -> SizeFigures:
+        """Of any world, by what holds for any."""
+        options, model, report = self._options, open_model(folder), self._report
+        sized = replace(options.evaluation, windows=options.world_windows, rollouts=options.world_rollouts)
+        probe, _ = fit_probe(model, data, learned, PROBE_STEPS)
+        evaluation = Evaluation(model, cached_tokens(data, model.encoder), None, sized, probe)
+        figures, sheet = size_figures(evaluation, name, report)
+        save_contact_sheet(options.output / f"quality-{name}.png", sheet)
+        report(f"{name}: {options.long_frames} frames of k=1 chained")
+        actions = recorded_walks(model, data, options.long_rollouts, options.long_frames, sized.seed)
+        drift = measure_drift(evaluation, Schedule.chained(model.layout, 1), actions)
+        return replace(figures, drift=drift)
 
     def _bundle(self, folder: Path, scratch: Path) -> Path:
         if folder not in self._bundles:
@@ -350,6 +381,22 @@ def _worlds(given: list[str]) -> dict[str, tuple[Path, ...]]:
     return {name: tuple(map(Path, str(paths).split(","))) for name, paths in _folders(given).items()}
 
 
+def _check_there(options: StudyOptions) -> None:
+    """List everything that is read and is not there.
+
+    Raises:
+        UsageError: something is not.
+    """
+    folders = [options.model, options.data, options.geometry]
+    folders += [*options.sizes.values(), *options.training.values()]
+    folders += [path for paths in options.worlds.values() for path in paths]
+    if missing := dict.fromkeys(str(path) for path in folders if not path.is_dir()):
+        raise UsageError(
+            f"no folders {', '.join(missing)}: record and train them, or name others; the commands are in "
+            "docs/world.md, under The quality page"
+        )
+
+
 def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
@@ -357,15 +404,14 @@ def _say(text: str) -> None:
 def main() -> None:
     """Run the study from the command line: ``python -m benchmarks.quality``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("model", "data", "geometry", "output"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    for name, place in DEFAULTS.items():
+        parser.add_argument(f"--{name}", type=Path, default=place, help=f"default: {place}")
     parser.add_argument("--size", action="append", default=[], help="NAME=FOLDER of a world of another size")
     parser.add_argument("--training", action="append", default=[], help="NAME=FOLDER trained otherwise")
     parser.add_argument(
         "--world",
         action="append",
-        default=[],
-        help="NAME=MODEL,DATA[,GEOMETRY] whose decoders are compared too",
+        help="NAME=MODEL,DATA[,TRAINED ON] of another world (default: doom-3m, as docs/world.md trains it)",
     )
     parser.add_argument("--part", action="append", choices=PARTS, help="measure this again (default: all)")
     args = parser.parse_args()
@@ -376,7 +422,8 @@ def main() -> None:
         output=args.output,
         sizes=_folders(args.size),
         training=_folders(args.training),
-        worlds=_worlds(args.world),
+        worlds=SECOND if args.world is None else _worlds(args.world),
         parts=tuple(args.part or PARTS),
     )
+    _check_there(options)
     _say(str(Study(options, _say).run()))

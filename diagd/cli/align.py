@@ -13,8 +13,7 @@ from diagd.cli.options import Verb
 from diagd.errors import require
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Flag
 from diagd.progress import Progress
-from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.options import AlignOptions, check_device
+from diagd.tuning.options import AlignOptions, check_device, mixture
 
 EXAMPLES = """examples:
   diagd align crafter-3m.diagd --data recordings --order k=1,chained k=2,serial --output aligned.diagd
@@ -65,14 +64,6 @@ class AlignVerb:
     )
     training: AlignOptions = AlignOptions()
 
-    def shares(self, layout: StreamLayout) -> tuple[tuple[float, Schedule], ...]:
-        """Schedules, each with its share of the windows."""
-        if self.raster == 1:
-            return ((1.0, Schedule.next_token(layout)),)
-        schedules = [Schedule.parse(order, layout) for order in self.order]
-        raster = ((self.raster, Schedule.next_token(layout)),) if self.raster else ()
-        return (*raster, *(((1 - self.raster) / len(schedules), schedule) for schedule in schedules))
-
 
 def run(options: AlignVerb) -> int:
     """Align and write the new weights."""
@@ -85,7 +76,8 @@ def run(options: AlignVerb) -> int:
     source = Source.open(options.source, options.model)
     read = {"--data": options.data, "--set text": options.text, "--set valid": options.valid}
     source.check_output(options.output, read)
-    training = replace(options.training, shares=options.shares(source.config.layout))
+    shares = mixture(options.order, options.raster, source.config.layout)
+    training = replace(options.training, shares=shares)
     text = read_text(options.text) if options.text else None
     losses: list[float] = []
     with Progress(terminal.console()).count("aligning", training.steps) as advance:

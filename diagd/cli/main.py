@@ -32,6 +32,7 @@ VERBS = {
     "models": "what can be exported",
     "calibrate": "quantised step graphs for a bundle, accepted by a quality gate",
     "align": "fine-tune a bundle or checkpoint to diagonal decoding",
+    "prefer": "tune a bundle to the better of its own rollouts, if that makes it better",
     "doctor": "is this machine ready, and what to do where it is not",
     "inspect": "what a bundle or an ONNX file holds, and what its schedule does",
     "plan": "memory and speed of a model on a device, before anything is done",

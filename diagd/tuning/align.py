@@ -6,7 +6,8 @@ several schedules mixed in each batch, so that one model serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -46,7 +47,7 @@ class Validation:
 
 
 class LowRank(nn.Module):
-    """weight + a @ b, with a random and b zero at first."""
+    """weight + a @ b, with a random and b zero at first; the weight alone while it is not ``enabled``."""
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -54,10 +55,11 @@ class LowRank(nn.Module):
         factor = torch.empty(rows, rank).normal_(std=rows**-0.5, generator=generator)
         self.a = nn.Parameter(factor.to(weight.device))
         self.b = nn.Parameter(torch.zeros(rank, columns, device=weight.device))
+        self.enabled = True
 
     def forward(self, weight: Tensor) -> Tensor:
         """The updated weight."""
-        return weight + self.a @ self.b
+        return weight + self.a @ self.b if self.enabled else weight
 
 
 def align(
@@ -87,36 +89,63 @@ def align(
         UsageError: the windows are no whole number of at least 2 frames that the model can hold, the
             text does not fit the model, there is no such device, or no schedule.
     """
-    chances = _chances(options)
+    chances = schedule_chances(options)
     check_device(options.device)
     passes = ForcedPasses([s for _, s in options.shares], _frames(model, streams), score_prompt=False)
     names = [schedule.name for _, schedule in options.shares]
     with together(options.device) as ranks:
         model.to(ranks.device).train()
-        trained = _add_low_rank(model, options) if options.rank else _all_but(model, frozen)
-        filled = _filled_text(model, text, ranks.device)
+        trained = add_low_rank(model, options) if options.rank else _all_but(model, frozen)
+        filled = filled_text(model, text, ranks.device)
         optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
-        kept = Kept.of(options, streams, trained, optimiser, ranks.is_first)
+        kept = Kept.of(options, [streams], trained, optimiser, ranks.is_first)
         if valid is not None:
             valid.measure(partial(model, text=filled), passes, names, ranks.device)
         logits = partial(ranks.wrapped(model), text=filled)
-        for step in range(kept.resumed(), options.steps):
-            batch, weight = ranks.batch(passes, *_draw(streams, chances, options, step))
-            loss = weight * forced_loss(logits, batch, autocast=options.autocast)
-            _descend(loss, optimiser, options.rate * _ramp((step + 1) / options.steps))
-            kept.keep(step + 1)
-            if report is not None:
-                report(step + 1, ranks.mean(loss))
+
+        def loss(step: int) -> Tensor:
+            picked, choice = draw(len(streams), chances, options, step)
+            batch, weight = ranks.batch(passes, streams[picked], choice)
+            return weight * forced_loss(logits, batch, autocast=options.autocast)
+
+        descend(loss, kept, options, report, ranks.mean)
         if valid is not None:
             valid.measure(partial(model, text=filled), passes, names, ranks.device)
     kept.remove()
     if options.rank:
-        _merge_low_rank(model)
+        merge_low_rank(model)
     model.requires_grad_(requires_grad=True)
     return model.eval()
 
 
-def _chances(options: AlignOptions) -> NDArray[np.float64]:
+def descend(
+    loss: Callable[[int], Tensor],
+    kept: Kept,
+    options: AlignOptions,
+    report: Report | None = None,
+    told: Callable[[Tensor], float] = Tensor.item,
+) -> None:
+    """Take the steps that are left of a training.
+
+    Args:
+        loss: of a step, from 0, by its number alone.
+        kept: what is trained.
+        options: how.
+        report: told about every step.
+        told: what it is told of a loss.
+    """
+    for step in range(kept.resumed(), options.steps):
+        value = loss(step)
+        kept.optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        kept.optimiser.param_groups[0]["lr"] = options.rate * _ramp((step + 1) / options.steps)
+        kept.optimiser.step()
+        kept.keep(step + 1)
+        if report is not None:
+            report(step + 1, told(value))
+
+
+def schedule_chances(options: AlignOptions) -> NDArray[np.float64]:
     """Probability of each schedule."""
     if not options.shares or min(share for share, _ in options.shares) <= 0:
         raise UsageError("alignment needs at least one schedule, each with a share above 0")
@@ -125,20 +154,17 @@ def _chances(options: AlignOptions) -> NDArray[np.float64]:
     return chances
 
 
-def _draw(
-    streams: NDArray[np.int64], chances: NDArray[np.float64], options: AlignOptions, step: int
+def draw(
+    count: int, chances: NDArray[np.float64], options: AlignOptions, step: int, *, twice: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Windows of a step, and the schedule of each; by its number alone, so that a run can be resumed."""
+    """Which of ``count`` windows a step takes, or twice as many, and the schedule of each.
+
+    By its number alone, so that a run can be resumed.
+    """
+    size = options.batch * (1 + twice)
     random = np.random.default_rng((options.seed, step))
-    windows = streams[random.integers(len(streams), size=options.batch)]
-    return windows, random.choice(len(chances), options.batch, p=chances)
-
-
-def _descend(loss: Tensor, optimiser: torch.optim.Optimizer, rate: float) -> None:
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    optimiser.param_groups[0]["lr"] = rate
-    optimiser.step()
+    picked = random.integers(count, size=size)
+    return picked, random.choice(len(chances), size, p=chances)
 
 
 def _frames(model: Transformer, streams: NDArray[np.int64]) -> int:
@@ -158,7 +184,12 @@ def _all_but(model: Transformer, frozen: Collection[str]) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _filled_text(model: Transformer, text: NDArray[np.float32] | None, device: str) -> Tensor | None:
+def filled_text(model: Transformer, text: NDArray[np.float32] | None, device: str) -> Tensor | None:
+    """Text embeddings as the model reads them: filled up with zeros.
+
+    Raises:
+        UsageError: they do not fit the model.
+    """
     shape = model.config.text
     if shape is None and text is None:
         return None
@@ -184,7 +215,7 @@ def _matrices(model: Transformer) -> list[tuple[nn.Module, str]]:
     ]
 
 
-def _add_low_rank(model: Transformer, options: AlignOptions) -> list[nn.Parameter]:
+def add_low_rank(model: Transformer, options: AlignOptions) -> list[nn.Parameter]:
     """Freeze the model and give every matrix of its blocks a low-rank update; returns what is trained."""
     generator = torch.Generator().manual_seed(options.seed)
     model.requires_grad_(requires_grad=False)
@@ -196,7 +227,21 @@ def _add_low_rank(model: Transformer, options: AlignOptions) -> list[nn.Paramete
     return trained
 
 
-def _merge_low_rank(model: Transformer) -> None:
+@contextmanager
+def without_low_rank(model: Transformer) -> Iterator[None]:
+    """The model as it was before its low-rank updates."""
+    updates = [module for module in model.modules() if isinstance(module, LowRank)]
+    for update in updates:
+        update.enabled = False
+    try:
+        yield
+    finally:
+        for update in updates:
+            update.enabled = True
+
+
+def merge_low_rank(model: Transformer) -> None:
+    """Make the updates part of the weights."""
     for module in list(model.layers.modules()):
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type]

@@ -55,23 +55,41 @@ def align_bundle(
     """
     if output.exists() and output.samefile(bundle.path):
         raise UsageError(f"--output {output} is the bundle that is read; give another place")
-    import onnx
-
     bundle_target(output)
     base = bundle.at_precision()
-    graphs = [onnx.load(base.file(name), load_external_data=False) for name in _step_and_text(base)]
-    model = align(_read(graphs, base), streams, options, report, text=text, valid=valid)
+    model = align(read_model(base), streams, options, report, text=text, valid=valid)
     if not is_first():
         return output
+    return write_model(base, model, output, _aligned(base, options))
+
+
+def read_model(bundle: Bundle) -> Transformer:
+    """The transformer of a bundle in float32.
+
+    Raises:
+        BundleError, UsageError: its graphs are not of the transformer that its manifest describes.
+    """
+    return _read(_graphs(bundle), bundle)
+
+
+def write_model(bundle: Bundle, model: Transformer, output: Path, manifest: Manifest) -> Path:
+    """Write the bundle anew with the weights of ``model`` and ``manifest``; returns ``output``."""
     state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     with atomic_bundle(output) as directory:
-        for name in _kept_files(base):
+        for name in _kept_files(bundle):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base.file(name), directory / name)
-        for graph in graphs:
+            shutil.copyfile(bundle.file(name), directory / name)
+        for graph in _graphs(bundle):
             _write(graph, directory, state)
-        seal(directory, _aligned(base, options))
+        seal(directory, manifest)
     return output
+
+
+def tuned_manifest(bundle: Bundle, tuned: str, **changed: object) -> Manifest:
+    """The manifest of weights that were fine-tuned, as ``tuned`` says, with other fields ``changed``."""
+    source = bundle.manifest.provenance.source
+    provenance = Provenance(source=source, tuned=tuned, diagd_version=__version__)
+    return bundle.manifest.model_copy(update={"provenance": provenance, **changed})
 
 
 def _aligned(bundle: Bundle, options: AlignOptions) -> Manifest:
@@ -79,13 +97,14 @@ def _aligned(bundle: Bundle, options: AlignOptions) -> Manifest:
     diagonal = [pair for pair in options.shares if pair[1].k < bundle.manifest.layout.columns]
     _, schedule = max(diagonal or options.shares, key=itemgetter(0))
     shares = ", ".join(f"{each.name} {share:.2g}" for share, each in options.shares)
-    provenance = Provenance(
-        source=bundle.manifest.provenance.source,
-        tuned=f"aligned for {options.steps} steps to {shares}",
-        diagd_version=__version__,
-    )
-    changed = {"order": schedule.name, "decoder": "order", "provenance": provenance}
-    return bundle.manifest.model_copy(update=changed)
+    tuned = f"aligned for {options.steps} steps to {shares}"
+    return tuned_manifest(bundle, tuned, order=schedule.name, decoder="order")
+
+
+def _graphs(bundle: Bundle) -> list[onnx.ModelProto]:
+    import onnx
+
+    return [onnx.load(bundle.file(name), load_external_data=False) for name in _step_and_text(bundle)]
 
 
 def _step_and_text(bundle: Bundle) -> list[str]:

@@ -43,15 +43,17 @@ class ForcedPasses:
 
     Args:
         schedules: the decoding orders.
-        frames: frames of a video, the first of which is the prompt.
-        score_prompt: also predict the cells of the prompt, in raster order.
+        frames: frames of a video, the first ``prompt`` of which are known.
+        score_prompt: also predict the cells of the first frame, in raster order.
 
     Attributes:
         scored: int64 [schedules], tokens of a video that each one scores.
     """
 
-    def __init__(self, schedules: Sequence[Schedule], frames: int, *, score_prompt: bool) -> None:
-        passes = [teacher_forced_pass(s, frames, score_prompt=score_prompt) for s in schedules]
+    def __init__(
+        self, schedules: Sequence[Schedule], frames: int, *, score_prompt: bool, prompt: int = 1
+    ) -> None:
+        passes = [teacher_forced_pass(s, frames, score_prompt=score_prompt, prompt=prompt) for s in schedules]
         padded = [p.padded(max(p.rows for p in passes)) for p in passes]
         self.sources = np.stack([p.sources for p in padded])
         self.positions = torch.from_numpy(np.stack([p.positions for p in padded]))
@@ -78,6 +80,15 @@ def forced_loss(model: Logits, batch: ForcedBatch, *, autocast: bool = True) -> 
     return functional.cross_entropy(
         logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=NOT_SCORED
     )
+
+
+def window_nll(model: Logits, batch: ForcedBatch, *, autocast: bool = True) -> Tensor:
+    """Mean negative log-likelihood [B] of the scored tokens of each window, nats."""
+    logits = _logits(model, batch, autocast=autocast)
+    loss = functional.cross_entropy(
+        logits.transpose(1, 2).float(), batch.targets, ignore_index=NOT_SCORED, reduction="none"
+    )
+    return loss.sum(1) / (batch.targets != NOT_SCORED).sum(1)
 
 
 @torch.inference_mode()

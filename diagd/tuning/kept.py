@@ -25,12 +25,14 @@ class Kept:
     What a step draws depends on its number alone, so a training that was resumed gives the same weights.
 
     Attributes:
+        every, last: steps between two writes of the file, and all steps.
         identity: of the training: its options and data.
         writes: whether this process does, of several that read the file.
     """
 
     path: Path | None
     every: int
+    last: int
     identity: str
     trained: Sequence[nn.Parameter]
     optimiser: torch.optim.Optimizer
@@ -40,16 +42,19 @@ class Kept:
     def of(
         cls,
         options: AlignOptions,
-        streams: NDArray[np.int64],
+        data: Sequence[NDArray[np.generic]],
         trained: Sequence[nn.Parameter],
         optimiser: torch.optim.Optimizer,
         writes: bool,
     ) -> Kept:
-        """Of a training with its options and windows."""
+        """Of a training with its options, and what it is trained on."""
         shape = [tuple(parameter.shape) for parameter in trained]
         told = repr((replace(options, device="", resume=None, keep_every=1), shape))
-        identity = hashlib.sha256(told.encode() + np.ascontiguousarray(streams).tobytes()).hexdigest()
-        return cls(options.resume, options.keep_every, identity, trained, optimiser, writes)
+        digest = hashlib.sha256(told.encode())
+        for array in data:
+            digest.update(np.ascontiguousarray(array).tobytes())
+        identity = digest.hexdigest()
+        return cls(options.resume, options.keep_every, options.steps, identity, trained, optimiser, writes)
 
     def resumed(self) -> int:
         """Be as when the file was written; gives the steps that were done.
@@ -75,8 +80,8 @@ class Kept:
         return step
 
     def keep(self, step: int) -> None:
-        """Write the file, once in so many steps."""
-        if self.path is None or not self.writes or step % self.every:
+        """Write the file, once in so many steps and at the last."""
+        if self.path is None or not self.writes or (step % self.every and step != self.last):
             return
         state = {
             "identity": self.identity,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, File
-from diagd.schedule import Schedule
+from diagd.runtime.sampling import SamplingSettings
+from diagd.schedule import Schedule, StreamLayout
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -44,6 +47,56 @@ class AlignOptions:
     def __post_init__(self) -> None:
         if not self.rate >= 0:
             raise UsageError(f"learning rate {self.rate}: expected 0 or more, such as 3e-4")
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class PreferTraining(AlignOptions):
+    """How low-rank updates are trained on preferences: see ``AlignOptions``."""
+
+    batch: Annotated[int, FLAG] = Field(default=4, ge=1, description="pairs of a step")
+    rate: Annotated[float, FLAG] = Field(
+        default=1e-4, description="peak learning rate; it falls linearly to 0 after a warm-up of a twentieth"
+    )
+    rank: int = Field(default=8, ge=1, description="of low-rank updates of every matrix")
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class PreferOptions:
+    """What is rolled out and compared, and what is asked of the result.
+
+    Attributes:
+        sampling: of the rollouts.
+    """
+
+    contexts: Annotated[int, FLAG] = Field(
+        default=256, ge=2, description="prefixes, with the actions behind them, that rollouts share"
+    )
+    rollouts: Annotated[int, FLAG] = Field(
+        default=8, ge=2, description="of a context; the best is preferred to the worst"
+    )
+    prompt: int = Field(default=2, ge=1, description="known frames of a context")
+    frames: int = Field(default=4, ge=1, description="frames that are rolled out behind them")
+    strength: float = Field(default=10.0, gt=0, description="beta of DPO, on mean log-likelihoods of a token")
+    anchor: float = Field(
+        default=0.2, ge=0, description="share of the best rollouts' own likelihood in the loss"
+    )
+    judged: int = Field(default=64, ge=8, description="held-out contexts that the gate looks at")
+    probe_steps: int = Field(default=600, ge=1, description="optimiser steps of each probe of the actions")
+    backend: str = Field(default="cpu", description=f"that rolls out: {CHOICES}")
+    sampling: SamplingSettings = SamplingSettings(1.0, 0, 0.95)
+
+
+def mixture(orders: Sequence[str], raster: float, layout: StreamLayout) -> tuple[tuple[float, Schedule], ...]:
+    """Orders of decoding beside next-token prediction, each with its share of the windows.
+
+    Raises:
+        ScheduleError: an order that cannot be.
+    """
+    if raster == 1:
+        return ((1.0, Schedule.next_token(layout)),)
+    schedules = [Schedule.parse(order, layout) for order in orders]
+    next_token = ((raster, Schedule.next_token(layout)),) if raster else ()
+    return (*next_token, *(((1 - raster) / len(schedules), schedule) for schedule in schedules))
 
 
 def check_device(device: str) -> None:

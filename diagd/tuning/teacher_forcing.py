@@ -64,18 +64,21 @@ def visible_rows(table: Table, *, keep_seeds: bool) -> NDArray[np.bool_]:
     return visible
 
 
-def teacher_forced_pass(schedule: Schedule, frames: int, *, score_prompt: bool = False) -> TeacherForcedPass:
-    """Derive the pass for a video of ``frames`` frames, the first of which is the prompt.
+def teacher_forced_pass(
+    schedule: Schedule, frames: int, *, score_prompt: bool = False, prompt: int = 1
+) -> TeacherForcedPass:
+    """Derive the pass for a video of ``frames`` frames, the first of which are known.
 
     Args:
         schedule: decoding order, row seeds and refeeding.
-        frames: frames of the video, at least 2.
-        score_prompt: also predict the cells of the prompt, in raster order.
+        frames: frames of the video, more than ``prompt``.
+        score_prompt: also predict the cells of the first frame, in raster order.
+        prompt: frames that are known.
 
     Raises:
-        ScheduleError: fewer than 2 frames.
+        ScheduleError: nothing is behind the prompt.
     """
-    table = schedule.table(first_frame=1, frames=frames - 1, fed=0)
+    table = schedule.table(first_frame=prompt, frames=frames - prompt, fed=0)
     sources, positions, sinks = (a.astype(np.int64) for a in (table.sources, table.positions, table.sinks))
     visible = visible_rows(table, keep_seeds=schedule.keep_seeds)
     targets = np.where(sinks == NO_SINK, NOT_SCORED, sinks)

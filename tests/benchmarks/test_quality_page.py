@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.quality.page import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow, quality_page
 from diagd.schedule import Schedule
 from tests.worlds.test_evaluate import LAYOUT, OPTIONS, evaluation
-from worlds.evaluate import Scores, measure_drift
+from worlds.evaluate import Drift, Scores, measure_drift
 from worlds.metrics import Estimate
 
 CERTAIN, NOISE = Estimate(0.02, 0.001, 8), Estimate(0.001, 0.001, 8)
@@ -47,6 +47,19 @@ def test_the_shipped_model_shows_every_figure() -> None:
     assert rollout[heads.index("frames/s")] == "31.2"
     assert [line[0] for line in table(page, "The shipped model: drift")[2:]] == ["7", "12", "17", "22"]
     assert "Other sizes" not in page
+
+
+def test_another_world_shows_what_holds_for_any() -> None:
+    blind = [replace(score, geometry=None, recovered=CERTAIN) for score in scores()]
+    drift = Drift([52, 102], [], [CERTAIN, NOISE], [NOISE, CERTAIN])
+    page = quality_page(Figures(OPTIONS, worlds={"doom-3m": SizeFigures(GAPS, blind, drift)}), "3m")
+    assert table(page, "doom-3m: likelihood gap")[2][:3] == ["k=1 chained", "38", "+0.0200 +- 0.0010"]
+    heads, _, *rows = table(page, "doom-3m: rollouts")
+    assert "walks followed" not in heads
+    assert [row[heads.index("action recovered")] for row in rows] == ["0.020 +- 0.001"] * 2
+    heads, _, first, _ = table(page, "doom-3m: drift")
+    assert heads == ["up to frame", "action recovered", "dynamics"]
+    assert first == ["52", "0.020 +- 0.001", "0.001 +- 0.001"]
 
 
 def test_figures_beyond_the_noise_are_named() -> None:

@@ -69,16 +69,24 @@ def test_every_part_is_measured_and_kept(options: StudyOptions) -> None:
 def test_decoders_of_several_worlds_are_compared(options: StudyOptions) -> None:
     few = replace(
         options,
-        parts=("decoders",),
+        parts=("decoders", "worlds"),
         output=options.output.with_name("decoders"),
         decoder_rollouts=2,
+        world_rollouts=2,
+        world_windows=2,
         decoders=("next token", "k=1 chained", "jacobi"),
         precisions=(),  # what calibrates them is tested where it is
         worlds={"another": (FOLDER, options.data)},
         evaluation=replace(options.evaluation, frames=3),
     )
     page = Study(few).run().read_text()
-    found = json.loads((few.output / "quality.json").read_text())["decoders"]
+    kept = json.loads((few.output / "quality.json").read_text())
+    (other,) = kept["worlds"].values()
+    assert [row["name"] for row in other["gaps"]] == NAMES
+    assert all(0 <= score["recovered"]["mean"] <= 1 for score in other["schedules"])
+    assert len(other["drift"]["recovered"]) == len(other["drift"]["dynamics"]) == 10
+    assert "## another: drift of long rollouts" in page
+    found = kept["decoders"]
     assert list(found) == [FOLDER.name, "another"]
     for world, figures in found.items():
         assert f"## Decoders of {world}" in page

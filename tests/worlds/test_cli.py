@@ -131,12 +131,20 @@ def test_decoders_are_compared_by_speed_and_quality(
     assert "order 'fastest'" in capsys.readouterr().err
 
 
-def test_drift_needs_a_known_geometry(
+def test_drift_needs_no_known_geometry(
     small: Path, noise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["eval", str(small), "--data", str(noise), "--output", str(tmp_path), *EVAL]
-    assert main([*command, "--set", "long_frames=10"]) == 2
-    assert "diagd world collect" in capsys.readouterr().err
+    assert main([*command, "--set", "long_frames=10", "--set", "probe_steps=2"]) == 0
+    assert "diagd world collect" in capsys.readouterr().out  # where its geometry is known
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert 0 <= found["probe"]["commonest"] <= 1
+    for schedule in found["schedules"]:
+        assert 0 <= schedule["recovered"]["mean"] <= 1
+        drift = found["drift"][schedule["name"]]
+        assert drift["frames"][-1] == 10 + found["options"]["prompt"]
+        assert drift["scores"] == []
+        assert len(drift["recovered"]) == len(drift["dynamics"]) == len(drift["frames"])
 
 
 def test_help_of_every_task_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
+from diagd.tuning.rollouts import Streams
 from tests.worlds.walks import CODES, recording
 from worlds.evaluate import EvalOptions, Evaluation, measure_drift
 from worlds.geometry import Geometry
-from worlds.model import Streams
 from worlds.report import scores_table, write_scores
 from worlds.run_eval import walk_actions
 from worlds.simulator import COLUMNS, ROWS

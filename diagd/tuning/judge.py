@@ -1,0 +1,161 @@
+"""What can be verified of a rollout, frame by frame, and a score of it.
+
+Every term is something that can be counted in tokens; none is a matter of taste. Likelihood and dynamics are
+judged on both sides: what is too likely or too still is no better than what is too wild, or the best of many
+rollouts would be the one in which nothing happens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle.transformer import TransformerConfig
+from diagd.schedule import Schedule
+from diagd.tuning.forced_batch import ForcedPasses, Logits, forced_nll
+from diagd.tuning.probe import Probe, Transitions
+from diagd.tuning.rollouts import Streams, parts
+
+Figures = dict[str, NDArray[np.float64]]
+"""By name, [B, F]: of each frame behind the prompt."""
+
+WEIGHTS = {"followed": 0.4, "consistent": 0.2, "known": 0.15, "likelihood": 0.15, "dynamics": 0.1}
+"""Of the terms in a score; without one of them the others share its weight."""
+
+BAND = (0.1, 0.9)
+"""Quantiles of the likelihood of true frames between which a frame is typical."""
+
+_SHIFTS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Looks at windows whose first ``prompt`` frames are known.
+
+    Attributes:
+        config: of the model.
+        prompt: known frames.
+        logits: of the model as it was, the reference of the likelihood.
+        device: of the reference.
+        probe: reads actions; None where there is none to read.
+        seen: bool [rows, vocabulary], ids that true frames have in a row.
+        band: of the likelihood, nats a token.
+        changes: share of cells that change under an action, and under any that is not among them as ().
+    """
+
+    config: TransformerConfig
+    prompt: int
+    logits: Logits
+    device: str
+    probe: Probe | None
+    seen: NDArray[np.bool_]
+    band: tuple[float, float]
+    changes: Mapping[tuple[int, ...], float]
+
+    @classmethod
+    def learn(
+        cls,
+        config: TransformerConfig,
+        streams: Streams,
+        prompt: int,
+        logits: Logits,
+        probe: Probe | None = None,
+        device: str = "cpu",
+    ) -> Judge:
+        """Learn what true frames are like."""
+        cells, _ = parts(streams, config.layout)
+        seen = np.zeros((config.layout.rows, config.vocabulary), bool)
+        for row in range(config.layout.rows):
+            seen[row, np.unique(cells[:, :, row])] = True
+        every = Transitions.of(streams, config.layout)
+        blind = cls(config, prompt, logits, device, None, seen, (0.0, 0.0), _changes_by_action(every))
+        nll = blind.figures(streams[:: max(1, len(streams) // 128)])["nll"]
+        low, high = np.quantile(nll, BAND)
+        return cls(config, prompt, logits, device, probe, seen, (float(low), float(high)), blind.changes)
+
+    def figures(self, streams: Streams) -> Figures:
+        """What is found in windows [B, N].
+
+        Returns:
+            ``followed``: probability of the action to the probe, where there is one; ``consistent``: share of
+            cells that the frame before shows there or one cell aside, all in one direction; ``known``: share
+            of ids that true frames have in that row; ``nll``: under next-token prediction of the reference,
+            nats a token; ``changed``: share of cells that differ from the frame before, and ``expected``: as
+            it is under that action in true frames.
+        """
+        layout, count = self.config.layout, len(streams)
+        moved = Transitions.of(streams, layout, self.prompt)
+        rows = np.arange(layout.rows)[:, None]
+        keys = map(tuple, moved.led.tolist())
+        found = {
+            "consistent": _agreement(moved),
+            "known": self.seen[rows, moved.after].mean((1, 2)),
+            "nll": self._nll(streams).ravel(),
+            "changed": (moved.before != moved.after).mean((1, 2)),
+            "expected": np.array([self.changes.get(key, self.changes[()]) for key in keys]),
+        }
+        if self.probe is not None:
+            found["followed"] = self.probe.read(moved)[0]
+        return {name: values.reshape(count, -1).astype(np.float64) for name, values in found.items()}
+
+    def score(self, figures: Figures, reference: Figures) -> NDArray[np.float64]:
+        """Score of each window [B], 0 to 1: the terms' places among those of the reference, weighted."""
+        terms, others = self._terms(figures), self._terms(reference)
+        total = sum(WEIGHTS[name] for name in terms)
+        weighted = [WEIGHTS[name] / total * _place(terms[name], others[name]) for name in terms]
+        scores: NDArray[np.float64] = np.sum(weighted, axis=0).mean(1)
+        return scores
+
+    def _terms(self, figures: Figures) -> Figures:
+        """The terms of a score, more is better."""
+        low, high = self.band
+        nll = figures["nll"]
+        terms = {
+            "consistent": figures["consistent"],
+            "known": figures["known"],
+            "likelihood": -np.maximum(0, np.maximum(low - nll, nll - high)),
+            "dynamics": -np.abs(figures["changed"] - figures["expected"]),
+        }
+        return terms | ({"followed": figures["followed"]} if "followed" in figures else {})
+
+    def _nll(self, streams: Streams) -> NDArray[np.float64]:
+        layout = self.config.layout
+        frames = (streams.shape[1] - layout.prefix) // layout.frame_length
+        raster = Schedule.next_token(layout)
+        passes = ForcedPasses([raster], frames, score_prompt=False, prompt=self.prompt)
+        nll = forced_nll(self.logits, passes, streams, 0, device=self.device)[:, layout.prefix :]
+        by_frame: NDArray[np.float64] = np.nanmean(
+            nll.reshape(len(streams), frames, -1)[:, self.prompt :], axis=2, dtype=np.float64
+        )
+        return by_frame
+
+
+def _changes_by_action(seen: Transitions) -> dict[tuple[int, ...], float]:
+    changed = (seen.before != seen.after).mean((1, 2))
+    found = defaultdict(list)
+    for action, share in zip(map(tuple, seen.led.tolist()), changed, strict=True):
+        found[action].append(share)
+    return {action: float(np.mean(shares)) for action, shares in found.items()} | {(): float(changed.mean())}
+
+
+def _agreement(moved: Transitions) -> NDArray[np.float64]:
+    """Share of cells [n] that come from the frame before, under the best of `_SHIFTS`."""
+    rows, columns = moved.after.shape[1:]
+    best = np.zeros(len(moved))
+    for y, x in _SHIFTS:
+        old = moved.before[:, max(0, y) : rows + min(0, y), max(0, x) : columns + min(0, x)]
+        new = moved.after[:, max(0, -y) : rows + min(0, -y), max(0, -x) : columns + min(0, -x)]
+        best = np.maximum(best, (old == new).mean((1, 2)))
+    return best
+
+
+def _place(values: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of the reference below each value, ties counted half."""
+    known = np.sort(reference, axis=None)
+    below, up_to = (np.searchsorted(known, values, side) for side in ("left", "right"))
+    places: NDArray[np.float64] = (below + up_to) / (2 * len(known))
+    return places

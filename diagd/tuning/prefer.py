@@ -1,0 +1,365 @@
+"""Preference tuning: a model learns from the better of its own rollouts, and is kept if that made it better.
+
+Beside preferences stand two plainer ways to spend the same steps: training on the best rollouts alone, and on
+more true windows. Whichever of the three passes the gate and gains most is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle import Bundle, atomic_bundle, cache
+from diagd.engines.engine import Float
+from diagd.errors import QualityError, UsageError
+from diagd.export.transformer import Transformer
+from diagd.progress import Progress
+from diagd.runtime.arrays import read_array
+from diagd.runtime.group import Group
+from diagd.runtime.strategy import parse_decoder
+from diagd.schedule import Schedule, StreamLayout
+from diagd.tuning.align import filled_text
+from diagd.tuning.align_bundle import read_model, tuned_manifest, write_model
+from diagd.tuning.forced_batch import ForcedPasses, forced_nll
+from diagd.tuning.judge import Figures, Judge
+from diagd.tuning.kept import Kept
+from diagd.tuning.options import PreferOptions, PreferTraining
+from diagd.tuning.preference import Lesson, tune
+from diagd.tuning.probe import Probe, Transitions
+from diagd.tuning.rollouts import Streams, open_lanes, parts, roll_out
+from diagd.tuning.verdict import Measures, Verdict, aim_of, measures
+
+SEEDS = 3
+"""Of the random numbers that the gate looks at."""
+
+_CHUNK = 8
+"""Contexts that are rolled out and kept at a time."""
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """How well a probe reads the actions of true frames that it was not trained on.
+
+    Attributes:
+        right: share that it finds most probable; ``commonest``: share that naming always the same one finds.
+        likely, swapped: mean probability that it gives to the action, and to that of another transition.
+    """
+
+    right: float
+    commonest: float
+    likely: float
+    swapped: float
+
+    @property
+    def is_fit(self) -> bool:
+        """Whether it tells right from wrong."""
+        return self.right > self.commonest and self.likely > 1.1 * self.swapped
+
+
+@dataclass(frozen=True)
+class PreferReport:
+    """What was found.
+
+    Attributes:
+        decoder: that made the rollouts.
+        probe: of the gate; None where the model takes no actions.
+        contexts, pairs: how many, and how many of them made a pair.
+        scores: mean score of the best, of all and of the worst rollouts of a context.
+        verdicts: of each way to spend the steps.
+        chosen: the one that was written; None: none is better than the model.
+    """
+
+    decoder: str
+    probe: ProbeReport | None
+    contexts: int
+    pairs: int
+    scores: tuple[float, float, float]
+    verdicts: dict[str, Verdict]
+    chosen: str | None
+
+    def data(self) -> dict[str, Any]:
+        """As JSON data."""
+        return asdict(self)
+
+
+class NotBetterError(QualityError):
+    """Nothing passed the gate; ``report`` says why."""
+
+    def __init__(self, report: PreferReport) -> None:
+        reasons = "; ".join(f"{name}: {', '.join(v.breaches)}" for name, v in report.verdicts.items())
+        super().__init__(
+            f"no tuned model is better, so none is written ({reasons}); more --contexts make smaller "
+            "differences count, --rate and --set steps= change how far it goes"
+        )
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Material:
+    """Windows int64 [B, N] that are trained on, others that are judged, and the text they have in common."""
+
+    train: Streams
+    held: Streams
+    text: Float | None = None
+
+
+def split(windows: Streams) -> tuple[Streams, Streams]:
+    """The last fifth of windows in order, and those before that share no frame with them."""
+    first = len(windows) - max(1, len(windows) // 5)
+    if first < 3:
+        raise UsageError(f"{len(windows)} windows are too few to hold some out; give more --data")
+    return windows[: first - 2], windows[first:]
+
+
+def prefer(
+    bundle: Bundle,
+    material: Material,
+    options: PreferOptions,
+    training: PreferTraining,
+    decoder: str | None,
+    output: Path,
+    progress: Progress,
+) -> PreferReport:
+    """Roll out, compare, train, judge, and write the best model if it passes the gate.
+
+    Rollouts are kept in the cache and trainings in files beside ``training.resume``, so that the same call
+    goes on where it was interrupted.
+
+    Raises:
+        NotBetterError: nothing passed the gate, and nothing is written.
+        UsageError: windows, decoder or text do not fit the model.
+        QualityError: the actions of true frames cannot be read, so nothing can be verified.
+    """
+    run = _Run(bundle.at_precision(), material, options, training, decoder, progress)
+    lessons, scores, reference = run.collect()
+    before = run.measure(run.bundle, run.model, reference)
+    verdicts, kept = dict[str, Verdict](), list[Kept]()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, lesson in lessons.items():
+            model, training_of = run.train(name, lesson)
+            kept.append(training_of)
+            tuned = f"{TUNED[name]}, {training.steps} steps"
+            made = write_model(run.bundle, model, Path(folder) / name, tuned_manifest(run.bundle, tuned))
+            verdicts[name] = Verdict.of(before, run.measure(Bundle.open(made), model, reference))
+        report = _report(run, lessons, scores, verdicts, aim_of(before))
+        if report.chosen is not None:
+            with atomic_bundle(output) as directory:
+                shutil.copytree(Path(folder) / report.chosen, directory, dirs_exist_ok=True)
+    for one in kept:
+        one.remove()
+    if report.chosen is None:
+        raise NotBetterError(report)
+    return report
+
+
+TUNED = {
+    "preferences": "tuned to preferences between rollouts",
+    "winners": "trained on the best of its rollouts",
+    "plain": "trained on more true windows",
+}
+"""Ways to spend the steps, and what is said of the result."""
+
+
+def _report(
+    run: _Run, lessons: dict[str, Lesson], scores: NDArray[np.float64], verdicts: dict[str, Verdict], aim: str
+) -> PreferReport:
+    gains = {
+        name: verdict.changes[aim].after - verdict.changes[aim].before
+        for name, verdict in verdicts.items()
+        if not verdict.breaches
+    }
+    means = scores.max(1).mean(), scores.mean(), scores.min(1).mean()
+    return PreferReport(
+        decoder=run.spelled,
+        probe=run.probe_report,
+        contexts=len(scores),
+        pairs=len(lessons["preferences"].preferred),
+        scores=(float(means[0]), float(means[1]), float(means[2])),
+        verdicts=verdicts,
+        chosen=max(gains, key=lambda name: gains[name]) if gains else None,
+    )
+
+
+class _Run:
+    """One preference tuning: its contexts, and the judges of rollouts and of the result."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        material: Material,
+        options: PreferOptions,
+        training: PreferTraining,
+        decoder: str | None,
+        progress: Progress,
+    ) -> None:
+        self.bundle, self.material, self.options, self.training = bundle, material, options, training
+        self.progress, self.layout = progress, bundle.manifest.layout
+        self.spelled = decoder or _own_decoder(bundle)
+        self.decoder = parse_decoder(self.spelled, bundle.manifest)
+        self.model = read_model(bundle)
+        _check_length(self.model, material.train, options)
+        random = np.random.default_rng(training.seed)
+        self.contexts = _balanced(material.train, options.contexts, options.prompt, self.layout, random)
+        self.judged = _balanced(material.held, options.judged, options.prompt, self.layout, random)
+        self.probes = self._probes()
+        self.probe_report = self._check_probe(self.probes[1]) if self.probes else None
+        judge = self._judge()
+        self.judges = [replace(judge, probe=probe) for probe in self.probes or (None,)]
+
+    def collect(self) -> tuple[dict[str, Lesson], NDArray[np.float64], Figures]:
+        """What to train on, the scores [M, R] of all rollouts, and the figures that scores refer to."""
+        options, count = self.options, self.options.rollouts
+        with open_lanes(self.bundle, backend=options.backend) as group:
+            rolled = self._roll_out(group, self.bundle, self.contexts, count, "rolling out")
+        figures = self.judges[0].figures(rolled.reshape(-1, rolled.shape[2]))
+        scores = self.judges[0].score(figures, figures).reshape(-1, count)
+        preferences = Lesson.of_scores(rolled, scores, options.strength, options.anchor)
+        lessons = {
+            "preferences": preferences,
+            "winners": Lesson.of_likelihood(preferences.preferred),
+            "plain": Lesson.of_likelihood(self.material.train),
+        }
+        return lessons, scores, figures
+
+    def train(self, name: str, lesson: Lesson) -> tuple[Transformer, Kept]:
+        """A tuned copy of the model, and what is kept of its training."""
+        resume = self.training.resume
+        training = replace(self.training, resume=resume and resume.with_name(f"{resume.name}.{name}"))
+        model = copy.deepcopy(self.model)
+        with self.progress.count(f"training on {name}", training.steps) as advance:
+            kept = tune(
+                model,
+                lesson,
+                self.options.prompt,
+                training,
+                lambda *_: advance(1),
+                text=self.material.text,
+            )
+        return model, kept
+
+    def measure(self, bundle: Bundle, model: Transformer, reference: Figures) -> Measures:
+        """What the gate compares: by the other probe, on contexts that were held out."""
+        with open_lanes(bundle, backend=self.options.backend) as group:
+            rolled = self._roll_out(group, bundle, self.judged, SEEDS, "judging")
+        raster = Schedule.next_token(self.layout)
+        passes = ForcedPasses([raster], self._frames, score_prompt=False)
+        nll = forced_nll(self._logits(model), passes, self.judged, 0, device=self.training.device)
+        return measures(self.judges[-1], rolled, reference, np.nanmean(nll, axis=1, dtype=np.float64))
+
+    @property
+    def _frames(self) -> int:
+        return self.options.prompt + self.options.frames
+
+    def _logits(self, model: Transformer) -> Any:
+        device = self.training.device
+        return partial(model.to(device).eval(), text=filled_text(model, self.material.text, device))
+
+    def _probes(self) -> list[Probe]:
+        """One that rewards and one that judges, which did not learn alike; none where nothing varies."""
+        seen = Transitions.of(self.material.train, self.layout)
+        if not seen.vary:
+            return []
+        steps, seed = self.options.probe_steps, 2 * self.training.seed
+        made = []
+        for n, title in enumerate(("learning to read actions", "and the gate, likewise")):
+            with self.progress.count(title, steps) as advance:
+                vocabulary = self.bundle.manifest.vocabulary
+                made.append(
+                    Probe.fit(seen, vocabulary, steps=steps, seed=seed + n, report=lambda _: advance(1))
+                )
+        return made
+
+    def _check_probe(self, probe: Probe) -> ProbeReport:
+        true = Transitions.of(self.material.held, self.layout)
+        likely, right = probe.read(true)
+        swapped, _ = probe.read(replace(true, led=np.random.default_rng(0).permutation(true.led)))
+        found = ProbeReport(
+            float(right.mean()), probe.commonest(true.led), float(likely.mean()), float(swapped.mean())
+        )
+        if not found.is_fit:
+            raise QualityError(
+                f"a probe reads {found.right:.1%} of the actions of true frames, where the commonest action "
+                f"is {found.commonest:.1%} of them: whether rollouts follow theirs cannot be verified; give "
+                "more --data, or --set probe_steps="
+            )
+        return found
+
+    def _judge(self) -> Judge:
+        streams, config = self.material.train, self.model.config
+        logits, device = self._logits(self.model), self.training.device
+        return Judge.learn(config, streams, self.options.prompt, logits, device=device)
+
+    def _roll_out(self, group: Group, bundle: Bundle, contexts: Streams, count: int, title: str) -> Streams:
+        """Rollouts int64 [M, count, N] of contexts, kept in the cache by and by."""
+        made = []
+        with self.progress.count(title, len(contexts)) as advance:
+            for first in range(0, len(contexts), _CHUNK):
+                part = contexts[first : first + _CHUNK]
+                keys = [(self.training.seed, first + n, i) for n in range(len(part)) for i in range(count)]
+                seeds = [int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys]
+                streams = np.repeat(part, count, axis=0)
+                rolled = self._kept(bundle, streams, seeds, partial(self._decode, group, streams, seeds))
+                made.append(rolled.reshape(len(part), count, -1))
+                advance(len(part))
+        return np.concatenate(made)
+
+    def _decode(self, group: Group, streams: Streams, seeds: Sequence[int]) -> Streams:
+        prompt, sampling = self.options.prompt, self.options.sampling
+        return roll_out(group, streams, prompt, self.decoder, sampling, seeds, self.material.text)
+
+    def _kept(
+        self, bundle: Bundle, streams: Streams, seeds: Sequence[int], make: Callable[[], Streams]
+    ) -> Streams:
+        """What ``make`` gives, once for all times."""
+        options, text = self.options, self.material.text
+        told = repr((bundle.digest, self.spelled, options.prompt, options.sampling, options.backend, seeds))
+        digest = hashlib.sha256(told.encode() + streams.tobytes() + (b"" if text is None else text.tobytes()))
+        made = list[Streams]()
+
+        def keep(place: Path) -> None:
+            made.append(make())
+            np.save(place / "streams.npy", made[0])
+
+        found = cache.entry("rollouts", digest.hexdigest()[:32], keep)
+        if made or found is None:
+            return made[0] if made else make()
+        return read_array(found / "streams.npy", "rollouts").astype(np.int64)
+
+
+def _own_decoder(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    return manifest.order if manifest.decoder == "order" else manifest.decoder
+
+
+def _check_length(model: Transformer, streams: Streams, options: PreferOptions) -> None:
+    most, frames = model.config.context_frames, options.prompt + options.frames
+    if frames > most:
+        raise UsageError(
+            f"prompt {options.prompt} and frames {options.frames}: the model sees {most} frames; give fewer"
+        )
+    assert streams.shape[1] == model.config.layout.frame_start(frames)
+
+
+def _balanced(
+    windows: Streams, count: int, prompt: int, layout: StreamLayout, random: np.random.Generator
+) -> Streams:
+    """Contexts among windows, at most ``count``, the first action behind the prompt as evenly as can be."""
+    _, led = parts(windows, layout)
+    _, action, often = (
+        np.unique(led[:, prompt], axis=0, return_inverse=True, return_counts=True)
+        if layout.gap
+        else (None, np.zeros(len(windows), int), np.array([len(windows)]))
+    )
+    chance = 1 / often[action.ravel()]
+    picked = random.choice(len(windows), min(count, len(windows)), replace=False, p=chance / chance.sum())
+    return windows[np.sort(picked)]

@@ -1,0 +1,172 @@
+"""Preferences between rollouts, and training on them: DPO (arXiv 2305.18290) for tokens of video.
+
+Weights of pairs are VideoDPO's (arXiv 2412.14167, section 3.3). Both members of a pair have the same prefix
+and the same actions, which are conditions; likelihoods are those at temperature 1 of the tokens behind them,
+as means of a token, whatever drew them. The reference is the model without its low-rank updates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from diagd.errors import UsageError
+from diagd.export.transformer import Transformer
+from diagd.tuning.align import (
+    Report,
+    add_low_rank,
+    descend,
+    draw,
+    filled_text,
+    merge_low_rank,
+    schedule_chances,
+    without_low_rank,
+)
+from diagd.tuning.forced_batch import ForcedPasses, window_nll
+from diagd.tuning.kept import Kept
+from diagd.tuning.options import PreferTraining
+from diagd.tuning.rollouts import Streams
+
+_BIN = 0.01
+_CLIP = (0.2, 5.0)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a model is trained on.
+
+    Attributes:
+        preferred: int64 [M, N].
+        rejected: likewise, pair by pair; None trains on the likelihood of ``preferred`` alone.
+        weights: float32 [M], of the pairs.
+        strength: beta of DPO, on means of a token.
+        anchor: share of the likelihood of ``preferred``, which DPO alone may lower with that of ``rejected``.
+    """
+
+    preferred: Streams
+    rejected: Streams | None
+    weights: NDArray[np.float32]
+    strength: float
+    anchor: float
+
+    @classmethod
+    def of_likelihood(cls, streams: Streams) -> Lesson:
+        """Plain training on windows."""
+        return cls(streams, None, np.ones(len(streams), np.float32), 0.0, 1.0)
+
+    @classmethod
+    def of_scores(
+        cls, rolled: Streams, scores: NDArray[np.float64], strength: float, anchor: float
+    ) -> Lesson:
+        """Best against worst of each context.
+
+        Args:
+            rolled: int64 [M, R, N], rollouts of M contexts.
+            scores: [M, R], 0 to 1.
+            strength: of the preference.
+            anchor: of the likelihood.
+
+        Raises:
+            UsageError: the rollouts of every context score alike.
+        """
+        best, worst, rows = scores.argmax(1), scores.argmin(1), np.arange(len(scores))
+        kept = rows[scores[rows, best] > scores[rows, worst]]
+        if not len(kept):
+            raise UsageError(
+                "the rollouts of every context score alike, so none is preferred; give a higher "
+                "--set temperature, or more --rollouts"
+            )
+        best, worst = best[kept], worst[kept]
+        weights = pair_weights(scores, scores[kept, best], scores[kept, worst])
+        return cls(rolled[kept, best], rolled[kept, worst], weights, strength, anchor)
+
+    @property
+    def arrays(self) -> list[NDArray[np.generic]]:
+        """All that it is, for a digest."""
+        rejected = [] if self.rejected is None else [self.rejected]
+        return [self.preferred, *rejected, self.weights, np.array([self.strength, self.anchor])]
+
+
+def pair_weights(
+    scores: NDArray[np.float64], best: NDArray[np.float64], worst: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Weights [M] of pairs by how rare their scores are among all ``scores``: mean 1, then clipped."""
+    count, edges = np.histogram(scores, np.arange(0, 1 + 2 * _BIN, _BIN))
+    chance = count / count.sum()
+    of_best, of_worst = (chance[np.digitize(s, edges) - 1] for s in (best, worst))
+    weights = chance.max() / np.sqrt(of_best * of_worst)
+    clipped: NDArray[np.float32] = np.clip(weights / weights.mean(), *_CLIP).astype(np.float32)
+    return clipped
+
+
+def preference_loss(
+    model: Tensor, reference: Tensor, weights: Tensor, strength: float, anchor: float
+) -> Tensor:
+    """The loss of pairs, a scalar.
+
+    Args:
+        model: [2, M], mean negative log-likelihoods of the preferred and of the rejected.
+        reference: likewise.
+        weights: [M].
+        strength: see ``Lesson``.
+        anchor: likewise.
+    """
+    gained = reference - model
+    margin = strength * (gained[0] - gained[1])
+    return -(weights * functional.logsigmoid(margin)).mean() + anchor * model[0].mean()
+
+
+def tune(
+    model: Transformer,
+    lesson: Lesson,
+    prompt: int,
+    options: PreferTraining,
+    report: Report | None = None,
+    *,
+    text: NDArray[np.float32] | None = None,
+) -> Kept:
+    """Train low-rank updates in place and merge them; gives what is kept of the training, to be removed.
+
+    Without rejected windows, a step takes twice as many preferred ones: equal steps are an equal budget.
+
+    Args:
+        model: any family's transformer.
+        lesson: what it is trained on.
+        prompt: known frames of each window.
+        options: schedules and training settings.
+        report: told about every step.
+        text: see ``align``.
+    """
+    chances, layout = schedule_chances(options), model.config.layout
+    frames = (lesson.preferred.shape[1] - layout.prefix) // layout.frame_length
+    passes = ForcedPasses([s for _, s in options.shares], frames, score_prompt=False, prompt=prompt)
+    model.to(options.device).train()
+    trained = add_low_rank(model, options)
+    nll = partial(window_nll, partial(model, text=filled_text(model, text, options.device)))
+    optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def loss(step: int) -> Tensor:
+        picked, choice = draw(len(lesson.preferred), chances, options, step, twice=lesson.rejected is None)
+        windows = [lesson.preferred[picked]]
+        if lesson.rejected is not None:
+            windows.append(lesson.rejected[picked])
+        batch = passes.batch(np.concatenate(windows), choice.tolist() * len(windows)).to(options.device)
+        found = nll(batch, autocast=options.autocast).view(len(windows), -1)
+        if lesson.rejected is None:
+            return found.mean()
+        with torch.no_grad(), without_low_rank(model):
+            reference = nll(batch, autocast=options.autocast).view_as(found)
+        weights = torch.from_numpy(lesson.weights[picked]).to(options.device)
+        return preference_loss(found, reference, weights, lesson.strength, lesson.anchor)
+
+    kept = Kept.of(options, lesson.arrays, trained, optimiser, writes=True)
+    descend(loss, kept, options, report)
+    merge_low_rank(model)
+    model.requires_grad_(requires_grad=True).eval()
+    return kept

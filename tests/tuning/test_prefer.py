@@ -1,0 +1,134 @@
+"""Preference tuning of small bundles, from rollouts to the gate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.bundle import Bundle
+from diagd.errors import QualityError, UsageError
+from diagd.progress import Progress
+from diagd.runtime.load import open_session
+from diagd.runtime.strategy import parse_decoder
+from diagd.schedule import Schedule
+from diagd.tuning.align import align
+from diagd.tuning.align_bundle import read_model, write_model
+from diagd.tuning.options import AlignOptions, PreferOptions, PreferTraining
+from diagd.tuning.prefer import Material, NotBetterError, prefer, split
+from diagd.tuning.rollouts import open_lanes, parts, roll_out, with_cells
+from tests.models import export_small
+from tests.oracles.models import small_model
+from tests.tuning.walks import LAYOUT, colours, greys
+
+OPTIONS = PreferOptions(contexts=12, rollouts=3, prompt=2, frames=2, judged=24, probe_steps=60)
+SAMPLING = OPTIONS.sampling
+SHARES = ((0.4, Schedule.next_token(LAYOUT)), (0.6, Schedule.chained(LAYOUT, 1)))
+TRAINING = PreferTraining(SHARES, steps=2, batch=2, autocast=False)
+MATERIAL = Material(colours(60, 4), colours(24, 4, seed=1))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    model = small_model(LAYOUT, context_frames=4, rotary=False)
+    return Bundle.open(export_small(model, tmp_path_factory.mktemp("prefer") / "small.diagd"))
+
+
+def test_what_passes_the_gate_is_written(bundle: Bundle, tmp_path: Path) -> None:
+    """A model of half the shades of grey learns the others; there are no actions to read."""
+    model = read_model(bundle)
+    options = AlignOptions(SHARES, steps=25, batch=8, rate=1e-2, autocast=False)
+    align(model, greys(32, 4, shades=3), options)
+    dull = Bundle.open(write_model(bundle, model, tmp_path / "dull.diagd", bundle.manifest))
+    material, output = Material(greys(60, 4), greys(24, 4, seed=1)), tmp_path / "made.diagd"
+    training = replace(TRAINING, steps=30, batch=4, rate=1e-2)
+    report = prefer(dull, material, OPTIONS, training, "jacobi", output, Progress())
+    assert set(report.verdicts) == {"preferences", "winners", "plain"}
+    assert report.probe is None
+    assert report.chosen is not None
+    change = report.verdicts[report.chosen].changes["score"]
+    assert 0 < change.low < change.high
+    assert not report.verdicts[report.chosen].breaches
+    made = Bundle.open(output)
+    assert made.manifest.files["weights.bin"] != dull.manifest.files["weights.bin"]
+    assert made.manifest.order == bundle.manifest.order
+    assert "30 steps" in (made.manifest.provenance.tuned or "")
+    best, mean, worst = report.scores
+    assert best > mean > worst
+
+
+def test_what_is_not_better_is_not_written(bundle: Bundle, tmp_path: Path) -> None:
+    training = replace(TRAINING, rate=0.0)
+    with pytest.raises(NotBetterError, match="no tuned model is better") as found:
+        prefer(bundle, MATERIAL, OPTIONS, training, None, tmp_path / "made.diagd", Progress())
+    report = found.value.report
+    assert found.value.exit_code == 1
+    assert report.chosen is None
+    assert report.probe is not None
+    assert report.probe.right > 0.9 > report.probe.commonest
+    for verdict in report.verdicts.values():
+        assert verdict.breaches == ["followed is not up"]
+        assert all(change.before == change.after for change in verdict.changes.values())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_goes_on(bundle: Bundle, tmp_path: Path) -> None:
+    class Stop(Progress):
+        def count(self, title: str, total: int):  # type: ignore[no-untyped-def]
+            if title == "training on plain":
+                raise KeyboardInterrupt
+            return super().count(title, total)
+
+    training = replace(TRAINING, steps=3, resume=tmp_path / "kept")
+    with pytest.raises(KeyboardInterrupt):
+        prefer(bundle, MATERIAL, OPTIONS, training, None, tmp_path / "made.diagd", Stop())
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.preferences", "kept.winners"}
+    reports = []
+    for place in (training, replace(training, resume=None)):
+        with pytest.raises(NotBetterError) as found:
+            prefer(bundle, MATERIAL, OPTIONS, place, None, tmp_path / "made.diagd", Progress())
+        reports.append(found.value.report)
+    assert reports[0] == reports[1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("decoder", ["next token", "jacobi", "k=2 d=8"])
+def test_rollouts_keep_prompt_and_actions_and_follow_their_seeds(bundle: Bundle, decoder: str) -> None:
+    streams, strategy = colours(3, 4, seed=3), parse_decoder(decoder, bundle.manifest)
+    with open_lanes(bundle) as group:
+        made = roll_out(group, streams, 2, strategy, SAMPLING, [5, 6, 5])
+        again = roll_out(group, streams[1:], 2, strategy, SAMPLING, [6, 5])
+    np.testing.assert_array_equal(made[1:], again)
+    (cells, led), (old, actions) = parts(made, LAYOUT), parts(streams, LAYOUT)
+    np.testing.assert_array_equal(led, actions)
+    np.testing.assert_array_equal(cells[:, :2], old[:, :2])
+    assert (cells[:, 2:] != old[:, 2:]).any()
+    with open_session(bundle) as session:
+        session.start(old[1, :2], actions[1, :2])
+        alone = [f.tokens for f in session.frames(strategy, actions[1, 2:], sampling=SAMPLING, seed=6)]
+    np.testing.assert_array_equal(np.stack(alone), cells[1, 2:])
+
+
+def test_actions_that_cannot_be_read_are_said_to_be_so(bundle: Bundle, tmp_path: Path) -> None:
+    """Frames of other windows under these actions."""
+    frames = parts(colours(84, 4, seed=2), LAYOUT)[0]
+    windows = with_cells(np.concatenate([MATERIAL.train, MATERIAL.held]), LAYOUT, frames)
+    material = Material(windows[:60], windows[60:])
+    with pytest.raises(QualityError, match=r"a probe reads .* of the actions of true frames"):
+        prefer(bundle, material, OPTIONS, TRAINING, None, tmp_path / "made.diagd", Progress())
+
+
+def test_windows_are_held_out_that_share_no_frame() -> None:
+    windows = np.arange(20)[:, None]
+    train, held = split(windows)
+    assert (train[-1], held[0]) == (13, 16)
+    with pytest.raises(UsageError, match="too few"):
+        split(windows[:3])
+
+
+def test_frames_beyond_the_context_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    options = replace(OPTIONS, frames=3)
+    with pytest.raises(UsageError, match="the model sees 4 frames"):
+        prefer(bundle, MATERIAL, options, TRAINING, None, tmp_path / "made.diagd", Progress())
