@@ -99,17 +99,15 @@ def geometric_frequencies(channels: int, theta: float) -> tuple[float, ...]:
     return tuple(float(f) for f in theta ** (-np.arange(0, channels, 2, dtype=np.float64) / channels))
 
 
-def yarn(
-    frequencies: tuple[float, ...], trained: int, scale: float, fast: float = 4.0, slow: float = 1.0
-) -> tuple[float, ...]:
+def yarn(frequencies: tuple[float, ...], trained: int, scale: float) -> tuple[float, ...]:
     """Frequencies stretched for a longer context (YaRN, arXiv 2309.00071, as released for Cosmos 12B).
 
-    A frequency of more than ``fast`` turns over the ``trained`` length is kept, one of fewer than ``slow``
-    turns is divided by ``scale``, with a linear ramp between. The released code computes YaRN's factor of
-    magnitude and does not apply it; neither do we.
+    A frequency of more than four turns over the ``trained`` length is kept, one of fewer than one turn is
+    divided by ``scale``, with a linear ramp between. The released code computes YaRN's factor of magnitude
+    and does not apply it; neither do we.
     """
     frequency = np.asarray(frequencies)
-    high, low = 2 * np.pi * fast / trained, 2 * np.pi * slow / trained
+    high, low = 2 * np.pi * 4.0 / trained, 2 * np.pi / trained
     kept = np.clip((frequency - low) / (high - low), 0, 1)
     return tuple(float(f) for f in frequency * ((1 - kept) / scale + kept))
 

@@ -72,11 +72,12 @@ def _record(options: GenerateOptions) -> Path | None:
 
 def _replay(options: GenerateOptions, record: Path, progress: Progress) -> None:
     """Write what was seen when a record was played, every frame checked against it."""
+    from diagd.bundle.targets import file_target
     from diagd.play.game import replay
     from diagd.play.opening import GameOptions, open_replay
-    from diagd.runtime.output import check_output, write_tokens, write_video
+    from diagd.runtime.output import OUTPUTS, write_tokens, write_video
 
-    check_output(options.output)
+    file_target(options.output, OUTPUTS)
     game, lines = open_replay(options.bundle, record, GameOptions(session=options.session))
     fps = options.fps or game.bundle.manifest.frames_per_second
     with game, progress.count(record.name, len(lines)) as advance:

@@ -171,7 +171,8 @@ class Exporter:
         widths = sorted(self.options.widths or default_widths(self._layout))
         streams = self.options.streams
         # lanes that take no part in a pass write behind the slots of their streams
-        capacity = slots_for(self._layout, window, widths[-1] * (2 if streams > 1 else 1))
+        slots = slots_needed(self._layout, window, widths[-1] * (2 if streams > 1 else 1))
+        capacity = -(-slots // 64) * 64
         unknown = GraphWeights(files=(), streamed=0, looked_up=0)
         return [
             StepGraph(
@@ -284,11 +285,6 @@ def step_shapes(
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
     """Shape and type of each tensor of the weights file of step graphs, in its order."""
     return {name: (shape, dtype) for name, shape in step_tensors(config).items()}
-
-
-def slots_for(layout: StreamLayout, window: int, max_width: int) -> int:
-    """Capacity of fixed-shape KV buffers: what a window needs, in multiples of 64 slots."""
-    return -(-slots_needed(layout, window, max_width) // 64) * 64
 
 
 def random_sources(family: Family, seed: int) -> Sources:

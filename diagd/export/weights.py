@@ -103,12 +103,8 @@ def plan(shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[np.generic]]]) -> 
 
 
 def _bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    return -(-math.prod(shape) * element_bits(dtype) // 8)
-
-
-def element_bits(dtype: np.dtype[Any]) -> int:
-    """Bits of an element in a file: two 4-bit integers share a byte."""
-    return 4 if dtype == ml_dtypes.int4 else 8 * dtype.itemsize
+    bits = 4 if dtype == ml_dtypes.int4 else 8 * dtype.itemsize  # two 4-bit integers share a byte
+    return -(-math.prod(shape) * bits // 8)
 
 
 def total_bytes(placements: Mapping[str, Placement]) -> int:

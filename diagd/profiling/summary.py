@@ -86,8 +86,8 @@ def _width(name: str, steps: list[StepTime], model: StoredModel, ceilings: Ceili
     )
 
 
-def slow_ones(seconds: Sequence[float], groups: Sequence[int], factor: float = 3.0) -> dict[int, float]:
-    """Times above ``factor`` medians of their group: these medians by index, the slowest time first.
+def slow_ones(seconds: Sequence[float], groups: Sequence[int]) -> dict[int, float]:
+    """Times above three medians of their group: these medians by index, the slowest time first.
 
     Times below 0.1 ms above the median are noise of the clock and the scheduler, and are not reported.
     """
@@ -95,7 +95,7 @@ def slow_ones(seconds: Sequence[float], groups: Sequence[int], factor: float = 3
     expected = np.zeros_like(values)
     for key in np.unique(keys):
         expected[keys == key] = np.median(values[keys == key])
-    slow = np.flatnonzero((values > factor * expected) & (values > expected + 1e-4))
+    slow = np.flatnonzero((values > 3.0 * expected) & (values > expected + 1e-4))
     return {int(index): float(expected[index]) for index in slow[np.argsort(-values[slow])]}
 
 

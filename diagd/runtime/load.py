@@ -110,8 +110,6 @@ def open_session(
     *,
     window: int | None = None,
     cpu: CpuOptions | None = None,
-    compat: str | None = None,
-    roll: int | None = None,
     precision: str | None = None,
     backend: str | Backend = "cpu",
     form: Form | None = None,
@@ -120,9 +118,7 @@ def open_session(
 
     ``form`` None is the backend's best.
     """
-    group = open_group(
-        bundle, 1, window, cpu, compat=compat, roll=roll, precision=precision, backend=backend, form=form
-    )
+    group = open_group(bundle, 1, window, cpu, precision=precision, backend=backend, form=form)
     return group.sessions[0]
 
 

@@ -1,4 +1,4 @@
-"""Where generated frames go: a video through the tokenizer, or tokens."""
+"""Where frames go: to a video, marked as a licence asks, or to a file of tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from diagd.bundle.files import atomic_file
 from diagd.bundle.manifest import MediaMark
-from diagd.bundle.targets import file_target
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.runtime.pixels import Pixels
@@ -48,16 +47,7 @@ _HEIGHT = 12
 _MARGIN = 10
 
 
-def check_output(path: Path) -> None:
-    """Refuse an output that could not be written, before any work is done.
-
-    Raises:
-        UsageError: unknown kind of file, something else is there, or the directory is missing or read-only.
-    """
-    file_target(path, OUTPUTS)
-
-
-def write_tokens(path: Path, frames: Iterator[Int]) -> None:
+def write_tokens(path: Path, frames: Iterable[Int]) -> None:
     """Write int32 [T, rows, columns] as .npy; nothing is left of a failed run."""
     with atomic_file(path) as partial, partial.open("wb") as file:
         np.save(file, np.stack(list(frames)))

@@ -6,12 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated
 
-import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Bundle
-from diagd.bundle.files import atomic_file
 from diagd.bundle.targets import check_apart, file_target
 from diagd.engines.backend import CHOICES, find
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -19,7 +17,7 @@ from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File
 from diagd.progress import Progress
 from diagd.runtime.clip import read_tokens
-from diagd.runtime.output import SUFFIXES, psnr, squared_error, write_video
+from diagd.runtime.output import SUFFIXES, psnr, squared_error, write_tokens, write_video
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.runtime.video import read_frames
 
@@ -86,8 +84,7 @@ def encode(options: EncodeOptions, progress: Progress | None = None) -> Transcod
         for shown, true in zip(codec.decode(tokens), pictures, strict=True):
             errors.append(squared_error(shown, true))
             advance(1)
-    with atomic_file(options.output) as partial, partial.open("wb") as file:
-        np.save(file, tokens)
+    write_tokens(options.output, tokens)
     return Transcoded(len(tokens), len(pictures), psnr(errors))
 
 

@@ -56,9 +56,9 @@ def open_driver() -> ModuleType:
     return driver
 
 
-def describe_device(driver: ModuleType, index: int = 0) -> DeviceDescription:
-    """Name, compute capability and driver of a GPU."""
-    device = check(driver.cuDeviceGet(index))
+def describe_device(driver: ModuleType) -> DeviceDescription:
+    """Name, compute capability and driver of the first GPU."""
+    device = check(driver.cuDeviceGet(0))
     attribute = driver.CUdevice_attribute
     major = check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device))
     minor = check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device))
@@ -68,18 +68,14 @@ def describe_device(driver: ModuleType, index: int = 0) -> DeviceDescription:
 
 
 class CudaDevice(Device):
-    """One GPU; everything allocated is freed by ``close``. See ``Device``.
-
-    Args:
-        index: which GPU.
-    """
+    """The first GPU; everything allocated is freed by ``close``."""
 
     kind, ahead, chunk_bytes, threads = "cuda", True, CHUNK_BYTES, 512
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self) -> None:
         self._cuda = open_driver()
-        self.description = describe_device(self._cuda, index)
-        self._device = check(self._cuda.cuDeviceGet(index))
+        self.description = describe_device(self._cuda)
+        self._device = check(self._cuda.cuDeviceGet(0))
         check(self._cuda.cuCtxSetCurrent(check(self._cuda.cuDevicePrimaryCtxRetain(self._device))))
         # Blocking flags would tie the stream to the legacy default stream, which cannot be captured.
         self._stream = check(self._cuda.cuStreamCreate(self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
