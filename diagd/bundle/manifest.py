@@ -330,6 +330,11 @@ class Manifest(Record):
         return Schedule.parse(self.order, self.layout)
 
     @property
+    def spelling(self) -> str:
+        """What decodes where the caller names nothing, as ``parse_decoder`` reads it."""
+        return self.order if self.decoder == "order" else self.decoder
+
+    @property
     def layout(self) -> StreamLayout:
         """The token stream."""
         return self.transformer.layout

@@ -31,7 +31,7 @@ class PlaySettings(BaseModel):
         """A bundle's own."""
         rules = manifest.sampling
         return cls(
-            decoder=manifest.order if manifest.decoder == "order" else manifest.decoder,
+            decoder=manifest.spelling,
             temperature=rules.temperature,
             top_k=rules.top_k,
             top_p=rules.top_p,

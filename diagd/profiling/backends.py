@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from diagd.bundle import Bundle, Form, Manifest
+from diagd.bundle import Bundle, Form
 from diagd.engines.backend import Backend, find, forms_of, names
 from diagd.engines.host import cores
 from diagd.engines.measured import Measurement, Measurements, keep
@@ -65,7 +65,7 @@ def measure_backends(
         except DiagdError as error:
             skipped.append(Skipped(order=name, reason=str(error)))
     found = Measurements(
-        date=datetime.date.today().isoformat(), order=_order(bundle.manifest), entries=tuple(entries)
+        date=datetime.date.today().isoformat(), order=bundle.manifest.spelling, entries=tuple(entries)
     )
     if (best := found.fastest()) is None:
         reasons = "; ".join(f"{left.order}: {left.reason}" for left in skipped)
@@ -75,10 +75,6 @@ def measure_backends(
         found = found.model_copy(update={"entries": tuple(entries)})
     keep(bundle, found)
     return found, skipped
-
-
-def _order(manifest: Manifest) -> str:
-    return manifest.order if manifest.decoder == "order" else manifest.decoder
 
 
 def _ways(bundle: Bundle, precision: str | None) -> Iterator[tuple[Backend, Bundle]]:

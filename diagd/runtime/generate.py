@@ -244,8 +244,7 @@ class _Future:
     def _write(self) -> float | None:
         """Write the file; gives the PSNR of a video whose recording tells what it should be."""
         maker, clip, manifest = self._maker, self._clip, self._manifest
-        spelled = self._options.decoder or manifest.decoder
-        title = f"{self._path.name} by {manifest.order if spelled == 'order' else spelled}"
+        title = f"{self._path.name} by {self._options.decoder or manifest.spelling}"
         with maker.progress.count(title, self._count) as self._advance:
             if self._kind == TOKENS:
                 write_tokens(self._path, self._decode(self._count))
