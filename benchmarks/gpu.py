@@ -9,8 +9,9 @@ Of each model: step graphs open with nothing left to the processor; a step has i
 alternating widths draw what steps without graphs draw; then the tables. Each stage is a process of its own,
 which is ended when its time is over: what crashes or hangs takes nothing else with it.
 
-``--folder`` keeps bundles (random weights, float16, about 13 GB for all models) and ``results.json``.
-``--model cosmos-4b`` measures that model only. ``--backend tensorrt`` takes engines made by diagd-build;
+``--folder`` keeps bundles (random weights, float16, about 16 GB for all models) and ``results.json``.
+``--model cosmos-4b`` measures that model only, ``--model cosmos-4b:int4-weight`` what it is in another
+precision, which PyTorch's form has none of. ``--backend tensorrt`` takes engines made by diagd-build;
 ``--backend cpu`` is a dry run without a GPU, for which ``--model crafter-3m`` is small enough.
 """
 
@@ -25,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu_checks import CHECKS, samplers
-from benchmarks.gpu_measure import FRAMES, PARTS, Bench, make_bundle
+from benchmarks.gpu_measure import FLOAT, FRAMES, PARTS, Bench, make_bundle
 from benchmarks.gpu_report import Check, Results, around_section, markdown, write_section
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import StepOptions, find
@@ -36,11 +37,10 @@ from diagd.engines.engine import Engine
 from diagd.engines.host import processor_name
 from diagd.errors import DiagdError
 from diagd.export.families import find as find_family
-from diagd.export.families.family import Family
 
 DRY = "cpu"
 BACKENDS = ("cuda", "tensorrt", "tensorrt_rtx", DRY)
-MODELS = ("mineworld-300m", "mineworld-700m", "mineworld-1200m", "cosmos-4b")
+MODELS = ("mineworld-300m", "cosmos-4b", "cosmos-4b:int4-weight", "mineworld-700m", "mineworld-1200m")
 SAMPLERS = "samplers"
 BUDGET = 300.0
 """Seconds after which no stage begins; the longest takes about four minutes."""
@@ -97,7 +97,7 @@ def stage(args: argparse.Namespace, device: str, file: Path) -> int:
             passed, figures = samplers(HostDevice(host_build()) if args.backend == DRY else CudaDevice())
             results.checks.append(Check(model=model, name=name, passed=passed, figures=figures))
         else:
-            passed = measure(args, results, find_family(model, None), name)
+            passed = measure(args, results, model, name)
     except Exception as error:  # of PyTorch, its compiler, ONNX Runtime, the driver
         print(f"{model}: {name} cannot be measured: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -105,17 +105,20 @@ def stage(args: argparse.Namespace, device: str, file: Path) -> int:
     return 0 if passed else 1
 
 
-def measure(args: argparse.Namespace, results: Results, family: Family, name: str) -> bool:
+def measure(args: argparse.Namespace, results: Results, model: str, name: str) -> bool:
     """A check of a model, or a part of its tables; whether it passed."""
-    bundle = make_bundle(family, args.folder, args.frames)
+    family_name, _, precision = model.partition(":")
+    family = find_family(family_name, None)
+    bundle = make_bundle(family, args.folder, args.frames, precision or FLOAT)
     make_engine = partial(open_strictly, args.backend)
     if name in CHECKS:
         passed, figures = CHECKS[name](bundle, make_engine)
-        results.checks.append(Check(model=family.name, name=name, passed=passed, figures=figures))
+        results.checks.append(Check(model=model, name=name, passed=passed, figures=figures))
         return passed
     torch_device = "cpu" if args.backend == DRY else "cuda"
     bench = Bench(make_engine, find(args.backend).ceilings(), args.frames, torch_device)
-    results.rows += bench.measure(bundle, family, name)
+    rows = bench.measure(bundle, family, name)
+    results.rows += [row.model_copy(update={"model": model}) for row in rows]
     return True
 
 
@@ -139,9 +142,13 @@ def arguments() -> argparse.ArgumentParser:
 
 def missing(results: Results, models: Sequence[str], backend: str = "cuda") -> list[tuple[str, str]]:
     """Models and stages that no call has results of yet, in order."""
-    parts = [part for part in PARTS if backend != DRY or "compiled" not in part]
-    stages = [(models[0], SAMPLERS), *((model, name) for model in models for name in (*CHECKS, *parts))]
-    return [(model, name) for model, name in stages if not results.has(model, name)]
+    stages = [
+        (model, name)
+        for model in models
+        for name in (*CHECKS, *PARTS)
+        if not (("compiled" in name and backend == DRY) or ("published" in name and ":" in model))
+    ]
+    return [(model, name) for model, name in [(models[0], SAMPLERS), *stages] if not results.has(model, name)]
 
 
 def open_strictly(backend: str, bundle: Bundle, tokens: int, graphs: bool) -> Engine:

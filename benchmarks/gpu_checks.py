@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gpu_measure import MakeEngine
+from benchmarks.gpu_measure import FLOAT, MakeEngine
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import StepOptions, find, graphs_of
 from diagd.engines.devices.device import Device
@@ -24,8 +24,8 @@ from diagd.runtime.tokens import token_places
 REPLAYS = 1000
 LAUNCHES = 50
 VOCABULARIES = (107, 8192, 64_000)
-NEAR = 2e-2
-"""Relative error of float16 logits that are right."""
+NEAR, NEAR_ROUNDED = 2e-2, 0.1
+"""Relative error of float16 logits that are right, and where the processor rounds activations as well."""
 
 Figures = dict[str, float]
 
@@ -48,7 +48,8 @@ def one_step(bundle: Bundle, make_engine: MakeEngine) -> tuple[bool, Figures]:
             found.append(engine.logits().astype(np.float64))
     error = float(np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[1]))
     agree = float((found[0].argmax(axis=1) == found[1].argmax(axis=1)).mean())
-    return error < NEAR, {"relative error of logits": error, "rows of equal argmax": agree}
+    near = NEAR if bundle.manifest.graphs[0].precision == FLOAT else NEAR_ROUNDED
+    return error < near, {"relative error of logits": error, "rows of equal argmax": agree}
 
 
 def replays(bundle: Bundle, make_engine: MakeEngine) -> tuple[bool, Figures]:

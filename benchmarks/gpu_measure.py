@@ -25,6 +25,9 @@ from diagd.runtime.session import Session
 from diagd.runtime.tokens import token_places
 from diagd.schedule import Schedule, StreamLayout, Table
 
+FLOAT = "fp16"
+"""Precision of what is measured, where none is named."""
+
 GREEDY = SamplingSettings(temperature=0.0)
 FRAMES = 3
 PARTS = ("diagd, CUDA graphs", "diagd", "published form, compiled", "published form, eager")
@@ -75,21 +78,28 @@ def widths_of(layout: StreamLayout, frames: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def make_bundle(family: Family, folder: Path, frames: int) -> Bundle:
-    """The model with random weights in float16, in the modern form; made where it is missing."""
+def make_bundle(family: Family, folder: Path, frames: int, precision: str = FLOAT) -> Bundle:
+    """The model with random weights in a precision, in the modern form; made where it is missing."""
     from rich.console import Console
 
+    from diagd.calibration.options import CalibrationOptions
+    from diagd.calibration.quantise import calibrate
     from diagd.export.exporter import GraphOptions, export, random_sources
     from diagd.progress import Progress
 
     path, widths = folder / f"{family.name}.diagd", widths_of(family.transformer.layout, frames)
-    if path.is_dir():
-        bundle = Bundle.open(path)
-        if tuple(graph.width for graph in graphs_of(bundle, Form.MODERN)) == widths:
-            return bundle
-    sources = replace(random_sources(family, seed=0), tokenizer=None)
-    export(family, GraphOptions((Form.MODERN,), "fp16", widths), sources, path, Progress(Console()))
-    return Bundle.open(path)
+    progress = Progress(Console())
+    if not path.is_dir() or _widths(Bundle.open(path)) != widths:
+        sources = replace(random_sources(family, seed=0), tokenizer=None)
+        export(family, GraphOptions((Form.MODERN,), FLOAT, widths), sources, path, progress)
+    bundle = Bundle.open(path)
+    if precision not in {graph.precision for graph in bundle.manifest.graphs}:
+        calibrate(bundle, CalibrationOptions(precision, None), progress=progress)
+    return Bundle.open(path).at_precision(precision)
+
+
+def _widths(bundle: Bundle) -> tuple[int | None, ...]:
+    return tuple(graph.width for graph in graphs_of(bundle.at_precision(FLOAT), Form.MODERN))
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ class Bench:
             EngineError: the engine cannot be opened.
             UsageError: the published form is not written for the model.
         """
-        stored = read_model(bundle.path, form=Form.MODERN)
+        stored = read_model(bundle.path, bundle.manifest.graphs[0].precision, Form.MODERN)
         published = "published" in part
         taken = self._published(bundle, family, part) if published else self._engine(bundle, part)
         return [

@@ -6,8 +6,8 @@
 The real package is loaded over libraries that stand in for CUDA's (cuda_stub.c): which nodes it takes, what
 it copies, whether it captures a step as a graph and what is in that graph are its own code; kernels are
 counted, not run. Without ``--bundle`` each family at its released widths, two layers deep, with random
-weights in float16, is exported to the folder once. Downloads the package (256 MB) from the index with pip;
-needs a C compiler and nm.
+weights in float16, is exported to the folder once, for one stream and for two. Downloads the package (256 MB)
+from the index with pip; needs a C compiler and nm.
 
 Ends with 1 where a node is left to the processor, or a step waits, allocates or cannot be captured.
 """
@@ -40,6 +40,7 @@ PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
 STUBS = ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcurand.so.10", "libcuda.so.1")
 FORMS = (Form.MODERN, Form.PORTABLE)
 WIDTHS = (1, 16, 64)
+STREAMS = (1, 2)
 FAULTS = ("captured allocation", "captured wait", "captured waiting copy")
 """Calls that keep a step from being one launch."""
 
@@ -74,7 +75,11 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     site = install(args.folder)
     stubs = build_stubs(site, args.folder / "stubs")
-    bundles = args.bundle or [exported(family, args.folder) for family in families()]
+    bundles = args.bundle or [
+        exported(family, args.folder, streams)
+        for family in families()
+        for streams in ((1,) if family.transformer.text else STREAMS)
+    ]
     paths = (site, Path(__file__).parents[1])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
@@ -169,12 +174,12 @@ def families() -> list[Family]:
     ]
 
 
-def exported(family: Family, folder: Path) -> Path:
+def exported(family: Family, folder: Path, streams: int) -> Path:
     """A bundle of random weights in float16, made once."""
-    path = folder / f"{family.name}.diagd"
+    path = folder / f"{family.name}{f'-{streams}' if streams > 1 else ''}.diagd"
     if not path.is_dir():
-        print("exporting", family.name, flush=True)
-        options = GraphOptions(FORMS, "fp16", WIDTHS)
+        print("exporting", path.stem, flush=True)
+        options = GraphOptions(FORMS, "fp16", WIDTHS, streams=streams)
         export(family, options, random_sources(family, 0), path)
     return path
 
@@ -200,13 +205,15 @@ def run_widths(bundle: Bundle, form: Form) -> Iterator[Step]:
     """Each width until it is captured, and once more."""
     graphs, device = graphs_of(bundle, form), HostDevice()
     widths = tuple(int(graph.width or 0) for graph in graphs)
-    tensors = StepTensors(bundle.manifest, form, int(graphs[0].capacity or 0), widths[-1], 1024, device, {})
+    streams, capacity = graphs[0].streams, int(graphs[0].capacity or 0)
+    tensors = StepTensors(bundle.manifest, form, capacity, widths[-1], 1024, device, {}, streams)
     session = open_cuda_session(bundle.file(graphs[0].file), graphs=True, strict=True)
     program = OnnxRuntimeProgram(session, tensors.named, widths, "cuda")
+    name = f"{bundle.manifest.name}, {form.value}" + (f", {streams} streams" if streams > 1 else "")
     for width in widths:
         captured = calls_of(partial(program.enqueue, width))
         replayed = calls_of(partial(program.enqueue, width))
-        yield Step(f"{bundle.manifest.name}, {form.value}", width, captured, replayed)
+        yield Step(name, width, captured, replayed)
 
 
 def calls_of(action: Callable[[], None]) -> Counter[str]:

@@ -81,6 +81,13 @@ def test_a_bundle_is_made_once_with_the_widths_of_its_schedules(
     assert make_bundle(family, folder, 3).path.stat().st_mtime_ns == made
 
 
+def test_other_precisions_are_beside_it(family: Family, folder: Path, bundle: Bundle) -> None:
+    rounded = make_bundle(family, folder, 3, "int4-weight")
+    assert rounded.path == bundle.path
+    assert {graph.precision for graph in graphs_of(rounded, Form.MODERN)} == {"int4-weight"}
+    assert {graph.precision for graph in graphs_of(make_bundle(family, folder, 3), Form.MODERN)} == {"fp16"}
+
+
 @pytest.mark.parametrize(
     ("model", "widths"), [("mineworld-300m", (1, 16, 24, 32, 40)), ("cosmos-4b", (1, 32, 40, 72))]
 )
@@ -278,7 +285,9 @@ def test_the_documents_have_the_place() -> None:
 def test_results_are_kept_between_calls(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     results = Results.read(file, "gpu")
-    stages = [(model, stage) for model in MODELS for stage in (*CHECKS, *PARTS)]
+    quantised = {"cosmos-4b:int4-weight"}
+    parts = {model: PARTS[:2] if model in quantised else PARTS for model in MODELS}
+    stages = [(model, stage) for model in MODELS for stage in (*CHECKS, *parts[model])]
     assert missing(results, MODELS) == [(MODELS[0], SAMPLERS), *stages]
     results.rows.append(row("cosmos-4b", PARTS[0], "NTP", 2560, 7.0, 1))
     results.write(file)
