@@ -17,12 +17,14 @@ from tests.profiling.conftest import LAYOUT
 
 def test_tokens_over_a_software_driver_are_those_of_the_reference(tmp_path: Path) -> None:
     path = export_small(small_model(LAYOUT, layers=1, context_frames=4), tmp_path / "a.diagd")
-    verdict = decoded(path, "fp32")
+    verdict = decoded(path, "fp32", "play")
     assert verdict["engine"] == "webgpu fp32"
     assert verdict["passed"]
     assert verdict["cells"] == LAYOUT.cells
     assert verdict["error"] < 1e-4
     assert verdict["turned"] < 1e-6
+    assert len(verdict["here"]) > 3  # frames, until the rotary table ended
+    assert verdict["frames"] == verdict["here"]
 
 
 def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

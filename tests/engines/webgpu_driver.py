@@ -28,7 +28,18 @@ from diagd.engines.buffers import rotate_pairs
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.profiling.measure import random_workload
 from diagd.profiling.verify import candidates, open_reference, verify
+from diagd.runtime.decoders import JacobiDecoder
+from diagd.runtime.load import open_session
 from diagd.schedule import Schedule
+
+def played(session):
+    # frames up to one behind the first time that cached keys are turned back
+    load, found = random_workload(session, 1, 40), []
+    session.start(load.prompt, load.prompt_actions, load.text)
+    frames = session.frames(JacobiDecoder(24), load.actions)
+    while session._slots.base == 0:
+        found.append(next(frames).tokens.tolist())
+    return [*found, next(frames).tokens.tolist()]
 
 bundle, precision = Bundle.open(sys.argv[1]), sys.argv[2]
 for candidate in candidates(bundle.at_precision(precision), "webgpu", 3, CpuOptions(1)):
@@ -43,7 +54,11 @@ for candidate in candidates(bundle.at_precision(precision), "webgpu", 3, CpuOpti
     for name in filter(lambda name: name.startswith("key"), before):
         rotate_pairs(before[name][:live], angles)
     turned = max(float(np.abs(before[name] - value.numpy()).max()) for name, value in values.items())
-    print(json.dumps(asdict(verdict) | {"turned": turned}))
+    found = asdict(verdict) | {"turned": turned}
+    if sys.argv[3:]:
+        with open_session(bundle, window=3, cpu=CpuOptions(1)) as here:
+            found |= {"frames": played(session), "here": played(here)}
+    print(json.dumps(found))
 """
 
 
@@ -71,9 +86,12 @@ def driver() -> Path:
     return found
 
 
-def decoded(bundle: Path, precision: str) -> dict[str, Any]:
-    """The verdict on a frame, and how far keys that were turned are off."""
-    verdict: dict[str, Any] = _answer(DECODE, bundle, precision)
+def decoded(bundle: Path, precision: str, *further: str) -> dict[str, Any]:
+    """The verdict on a frame, and how far keys that were turned are off.
+
+    With ``"play"``, ``frames`` up to one behind the first turn of a full window, and those of the processor.
+    """
+    verdict: dict[str, Any] = _answer(DECODE, bundle, precision, *further)
     return verdict
 
 
@@ -83,10 +101,10 @@ def nodes_on_the_processor(bundle: Path, precision: str) -> list[str]:
     return nodes
 
 
-def _answer(code: str, bundle: Path, precision: str) -> Any:
+def _answer(code: str, bundle: Path, precision: str, *further: str) -> Any:
     surroundings = {"ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER": "1", "VK_ICD_FILENAMES": str(driver())}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(bundle), precision],
+        [sys.executable, "-c", code, str(bundle), precision, *further],
         env=os.environ | surroundings,
         capture_output=True,
         text=True,
