@@ -358,23 +358,30 @@ def idle_session(manifest: Manifest, frames: int) -> Session:
 def streams(bundle: Bundle, wall: bool, repeats: int) -> None:
     """Frames of all sessions in lock step against those of one alone, behind a prompt of one frame.
 
-    Of k=1 the passes of a frame are timed, of next-token prediction 48 of them.
+    Of k=1 the passes of a frame are timed, of next-token prediction 48 of them. Beside them a pass of one
+    stream with as many rows, of the mean step: what the products of the machine allow, without further K/V.
     """
     cpu, layout, now = CpuOptions(0 if wall else 1), bundle.manifest.layout, clock(wall)
     orders = {"k=1 serial": Schedule.serial(layout, 1), "NTP": Schedule.next_token(layout)}
     spent: dict[tuple[str, int], list[float]] = {(name, count): [] for name in orders for count in STREAMS}
+    least: dict[tuple[str, int], list[float]] = {key: [] for key in spent}
+    bench, live = Bench(bundle, 1024, wall), 2 * layout.frame_length
     with ExitStack() as stack:
         groups = {count: stack.enter_context(open_group(bundle, count, 2, cpu)) for count in STREAMS}
         for turn in range(repeats + 1):
             for name, count in spent:
                 seconds = _lock_step(groups[count], orders[name], now)
+                rows = count * round(layout.cells / orders[name].steps_per_frame)
+                bound = float(np.median([bench.step(rows, live, now)[0] for _ in range(8)]))
                 if turn:  # the first one has memory to take
                     spent[name, count].append(seconds / count)
+                    least[name, count].append(bound / count)
     table = Table("decoding", *(f"{count} sessions" for count in STREAMS), title="ms a pass and session")
     for name in orders:
-        each = {count: float(np.median(spent[name, count])) for count in STREAMS}
-        gains = (f"{1e3 * seconds:.2f} ({each[1] / seconds:.2f}x)" for seconds in each.values())
-        table.add_row(name, *gains)
+        for title, times in ((name, spent), ("its rows, of one stream", least)):
+            each = {count: float(np.median(times[name, count])) for count in STREAMS}
+            gains = (f"{1e3 * seconds:.2f} ({each[1] / seconds:.2f}x)" for seconds in each.values())
+            table.add_row(title, *gains)
     CONSOLE.print(table)
 
 

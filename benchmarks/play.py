@@ -2,7 +2,7 @@
 
     python -m benchmarks.play BUNDLE [--fps 60] [--seconds 20]
     python -m benchmarks.play BUNDLE --soak 30 --output soak.json   # memory and latency by the minute
-    python -m benchmarks.play BUNDLE --players 1 2 4 8              # of `diagd serve`, at once
+    python -m benchmarks.play BUNDLE --players 1 2 4 8 --fps 5      # of `diagd serve`, at once
 
 The server is `diagd-play` in a process of its own, as a player would start it; keys change when they change,
 not when a picture comes. A line: frames a second; milliseconds from a key's message to its first picture
@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 from websockets import Origin
@@ -36,6 +37,9 @@ CHANGE_SECONDS = 0.37
 
 REPEATS = 3
 """Messages of a key that is held."""
+
+SETTLING_SECONDS = 6.0
+"""For what one more player takes to show, and for one who waits to be let in."""
 
 WARM_SECONDS = 2.0
 """That nothing is told of."""
@@ -50,10 +54,19 @@ class Page:
     def say(self, **message: Any) -> None:
         self.socket.send(json.dumps(message))
 
-    def hear(self) -> dict[str, Any]:
+    def is_seated(self, seconds: float) -> bool:
+        """Whether a picture comes before so long."""
+        try:
+            self.hear(seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    def hear(self, seconds: float = 60.0) -> dict[str, Any]:
         """The next update's header; texts are passed over."""
+        end = time.monotonic() + seconds
         while True:
-            data = self.socket.recv(timeout=60)
+            data = self.socket.recv(timeout=max(0.0, end - time.monotonic()))
             if isinstance(data, str):
                 continue
             length = int.from_bytes(data[:4], "big")
@@ -144,6 +157,7 @@ def main() -> None:
     parser.add_argument("--decoder", help="of the world, as the page chooses it")
     parser.add_argument("--precision", help="of the step graph")
     parser.add_argument("--threads", type=int, default=0, help="of the step graph; 0: the default")
+    parser.add_argument("--cluster", help="where they are played, as `diagd serve` takes it")
     parser.add_argument("--players", type=int, nargs="+", help="how many play at once, as 1 2 4 8")
     args = parser.parse_args()
     for players in args.players or ():
@@ -176,22 +190,33 @@ def server(verb: str, args: argparse.Namespace, *further: str) -> Iterator[tuple
 
 
 def many(players: int, args: argparse.Namespace) -> None:
-    """So many scripted players of `diagd serve` at once: frames a second of all, and what the slowest had."""
+    """So many scripted players of `diagd serve` at once: frames a second of all, and what the slowest had.
+
+    They come one after the other, each when those before play; who is not let in, to keep the rate, waits.
+    """
+    further = ["--sessions", str(players)] + (["--cluster", args.cluster] if args.cluster else [])
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(players))
-        _, url = stack.enter_context(server("serve", args, "--sessions", str(players)))
-        pages = [stack.enter_context(opened(url)) for _ in range(players)]
-        for page in pages:
-            page.hear()
+        _, url = stack.enter_context(server("serve", args, *further))
+        pages: list[Page] = []
+        for _ in range(players):
+            page = stack.enter_context(opened(url))
+            if not page.is_seated(SETTLING_SECONDS if pages else 60.0):
+                break
+            pages.append(page)
+            list(pool.map(lambda page: hold_keys(page, SETTLING_SECONDS), pages))
         found = list(pool.map(lambda page: hold_keys(page, args.seconds), pages))
+        told = urlopen(url.partition("/#")[0] + "/metrics").read().decode()
     rates = [figures.frames / args.seconds for figures in found]
     keys, work = (
         max(float(np.percentile(values, 95)) for values in parts)
         for parts in zip(*((figures.latency, figures.work) for figures in found), strict=True)
     )
+    server_p95 = float(re.findall(r"^diagd_frame_p95_seconds (\S+)", told, re.MULTILINE)[0])
     print(
-        f"{players} players: {sum(rates):6.1f} frames/s in all, {min(rates):5.1f} at least; "
-        f"p95 of the slowest: key to picture {keys:6.1f} ms, frame {work:6.1f} ms",
+        f"{players} players, {len(pages)} let in: {sum(rates):6.1f} frames/s in all, {min(rates):5.1f} at "
+        f"least; p95 of the slowest: key to picture {keys:6.1f} ms, frame {work:6.1f} ms; "
+        f"of all passes {1e3 * server_p95:6.1f} of {1e3 / args.fps:.1f} ms",
         flush=True,
     )
 

@@ -28,7 +28,7 @@ VERBS = {
     "decode": "tokens to a video",
     "play": "a living world in the browser or the terminal",
     "web": "a folder that plays a bundle in any browser",
-    "serve": "a bundle behind a port, for the clients of a release",
+    "serve": "worlds for many players, on one machine or a cluster, or for the clients of a release",
     "models": "what can be exported",
     "calibrate": "quantised step graphs for a bundle, accepted by a quality gate",
     "align": "fine-tune a bundle or checkpoint to diagonal decoding",

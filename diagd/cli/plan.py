@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   diagd plan crafter-3m.diagd --device this --json
   diagd plan mineworld-1200m --device rtx4090 --precision int8 --set window=8
   diagd plan mineworld-1200m --device rtx4090 --set drafter=mineworld-300m
+  diagd plan mineworld-300m --device h200 --precision int8 --set fps=8
   diagd plan wham-1.6b --device orin-nano --precision int4-weight --kv-cache int8
 
 Only dimensions and file headers are read. Frames a second are upper bounds: what memory and arithmetic of the
@@ -60,6 +61,9 @@ class PlanOptions:
     )
     sessions: int = Field(
         default=1, ge=1, description="that share the passes of one engine; frames a second are of each"
+    )
+    fps: float | None = Field(
+        default=None, gt=0, description="frames a second of each session: how many a device plays"
     )
     k: Numbers = Field(default=(1, 2), description="row lags, such as 1,2,4")
     clip: int = Field(
@@ -99,7 +103,7 @@ class PlanOptions:
 def run(options: PlanOptions) -> int:
     """Print the plan; exit code 1 where the model does not fit."""
     from diagd.profiling.cost import precisions
-    from diagd.profiling.plan import drafting, make_plan
+    from diagd.profiling.plan import drafting, make_plan, most_sessions
 
     device = _device(options.device)
     model = _model(options.model, options.checkpoint)
@@ -119,14 +123,20 @@ def run(options: PlanOptions) -> int:
     if options.drafter is not None:
         precision = precisions(options.kv_cache)[options.precision]
         drafted = drafting(model, _model(options.drafter, None), device, precision, options.guess)
+    most = None if options.fps is None else most_sessions(plan, options.fps)
     if options.json:
         content = asdict(plan) | {"fits": plan.fits, "builds": plan.builds, "running": plan.memory.running}
-        content |= {"stored": stored}
+        content |= {"stored": stored} | ({} if most is None else {"most_sessions": most})
         if drafted is not None:
             content |= {"drafting": asdict(drafted) | {"least_kept": drafted.least_kept}}
         terminal.print_json(content)
     else:
         _print(terminal.console(), plan)
+        if most is not None:
+            terminal.console().print(
+                f"{most} sessions at {options.fps:g} frames a second each, decoded frame by frame, where the "
+                "engine reaches two thirds of what its device allows"
+            )
         _print_stored(terminal.console(), stored)
         if drafted is not None:
             terminal.console().print(drafted.verdict, highlight=False, soft_wrap=True)

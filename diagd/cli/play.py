@@ -161,6 +161,7 @@ def _serve(
     inputs: Inputs,
     watch: Callable[[Pixels], None] | None,
 ) -> None:
+    from diagd.play.floor import LocalFloor
     from diagd.play.server import Address, Server
     from diagd.play.table import Table
 
@@ -168,7 +169,7 @@ def _serve(
     address = Address(options.host, options.port)
     if not address.is_local:
         console.print(f"warning: whoever reaches {options.host} and knows the address below can play; no TLS")
-    server = Server([Table(game, inputs, rate, watch)], address)
+    server = Server(LocalFloor([Table(game, inputs, rate, watch)]), address)
 
     def started(url: str) -> None:
         console.print(f"{game.bundle.manifest.name}: {url}\nCtrl-C ends it.")

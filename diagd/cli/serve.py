@@ -11,17 +11,24 @@ from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
+from diagd.cluster.options import EngineOptions
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File
 from diagd.runtime.options import SessionOptions
 
 EXAMPLES = """examples:
   diagd serve crafter-3m.diagd --sessions 4 --fps 10
+  diagd serve crafter-3m.diagd --sessions 4 --set state=worlds/
+  diagd serve crafter-3m.diagd --sessions 8 --cluster 10.0.0.1:6379 --set gpus=0.5
   diagd serve wham.diagd --protocol wham
   diagd serve wham.diagd --protocol wham --port 5001 --set backend=cuda
 
 Players see the page of diagd play, each a world of their own, all decoded in the same passes. Who comes when
 all seats are taken, or when one more would take the rate from the others, waits in turn. /health, /ready and
-/metrics (OpenMetrics) are for those who look after it; SIGTERM lets players finish.
+/metrics (OpenMetrics) are for those who look after it; SIGTERM lets players finish. With --set state=FOLDER a
+server that is started again, whatever ended the one before, has the same address and its players' worlds.
+
+--cluster has worlds played by engines on the nodes of a Ray cluster (the bundle in the same place on each);
+this process stays in front. A world whose engine or node is lost goes on at another one, to the token.
 
 --protocol wham answers the jobs of WHAM's released server (/new_job, /get_job_results, /cancel_job), so that
 its Demonstrator dreams on this machine: several continuations of a few pictures and actions, which the model
@@ -52,6 +59,10 @@ class ServeOptions:
     port: Annotated[int, FLAG] = Field(default=5000, ge=0, le=65535, description="0 for any that is free")
     idle: float = Field(default=300, gt=0, description="of play: seconds a player may press nothing")
     game: float = Field(default=900, gt=0, description="of play: seconds of a game")
+    state: File | None = Field(
+        default=None, description="of play: folder of worlds that a server after this one goes on with"
+    )
+    every: int = Field(default=60, ge=1, description="of play: frames between two snapshots of a world")
     drain: float = Field(default=30, ge=0, description="of play: seconds that players have after SIGTERM")
     max_jobs: int = Field(default=30, ge=1, le=10_000, description="of wham: jobs that may wait")
     max_steps: int = Field(default=10, ge=1, le=10_000, description="of wham: frames of a job at most")
@@ -65,6 +76,7 @@ class ServeOptions:
         description="of wham: of the first job, later ones in order (default: any)",
     )
     session: SessionOptions = SessionOptions()
+    nodes: EngineOptions = EngineOptions()
 
 
 def run(options: ServeOptions) -> int:
@@ -73,9 +85,10 @@ def run(options: ServeOptions) -> int:
 
 
 def _play(options: ServeOptions) -> int:
+    from diagd.bundle import Bundle
     from diagd.play.opening import GameOptions
     from diagd.play.server import Address, Limits
-    from diagd.play.service import Service, serve
+    from diagd.play.service import Service, serve, serve_floor
 
     console, address = terminal.console(), Address(options.host, options.port)
     limits = Limits(idle_seconds=options.idle, game_seconds=options.game, drain_seconds=options.drain)
@@ -83,11 +96,19 @@ def _play(options: ServeOptions) -> int:
         console.print(f"warning: whoever reaches {options.host} and knows the address below can play; no TLS")
 
     def started(name: str, url: str) -> None:
-        console.print(f"{name}, {options.sessions} worlds: {url}\nCtrl-C ends it.", soft_wrap=True)
+        where = "" if options.nodes.cluster is None else " on each engine"
+        console.print(f"{name}, {options.sessions} worlds{where}: {url}\nCtrl-C ends it.", soft_wrap=True)
         sys.stdout.flush()
 
-    service = Service(options.sessions, options.fps, limits)
-    serve(options.bundle, GameOptions(session=options.session), service, address, started)
+    service = Service(options.sessions, options.fps, limits, options.state, options.every)
+    games = GameOptions(session=options.session)
+    if options.nodes.cluster is None:
+        serve(options.bundle, games, service, address, started)
+    else:
+        from diagd.cluster.floor import RayFloor
+
+        bundle = Bundle.open(options.bundle)
+        serve_floor(bundle, RayFloor(bundle, games, service, options.nodes), service, address, started)
     return 0
 
 

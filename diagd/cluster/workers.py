@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any
-
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from typing import Any
 
 from diagd.cluster.connection import connect
-from diagd.options import FLAG, OPTIONS
+from diagd.cluster.options import ClusterOptions
 from diagd.runtime.pool import (
     MAX_DEATHS,
     Here,
@@ -22,31 +19,6 @@ from diagd.runtime.pool import (
     Workers,
     too_many_deaths,
 )
-
-
-@dataclass(frozen=True, config=OPTIONS)
-class ClusterOptions:
-    """Who does the work.
-
-    Attributes:
-        gpus: of each worker on a cluster, or a share of one.
-    """
-
-    workers: Annotated[int | None, FLAG] = Field(
-        default=None,
-        ge=1,
-        le=1024,
-        description="processes of one thread; the result is that of any number",
-    )
-    cluster: Annotated[str | None, FLAG] = Field(
-        default=None, description="Ray cluster whose nodes do the work: HOST:PORT, auto, or local"
-    )
-    gpus: float = Field(default=0, ge=0, description="of each worker on a cluster, or a share of one")
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether anything is said of who does the work."""
-        return self.workers is not None or self.cluster is not None
 
 
 def open_workers(make: Make[Item, Result], options: ClusterOptions) -> Workers[Item, Result]:

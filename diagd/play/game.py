@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import tempfile
 import time
 from collections import deque
@@ -33,6 +35,9 @@ MAX_PAST: Final = 20_000
 """Frames that can be taken back at most; a few hundred bytes each."""
 
 MAX_BRANCHES: Final = 64
+
+MAX_KEPT: Final = 600
+"""Frames that can be taken back of a world that went on elsewhere."""
 
 Act = Callable[[], Taken | None]
 """Asked for the action of a frame."""
@@ -292,6 +297,8 @@ class Game:
         del self._past[:-MAX_PAST]
         action = None if self.bundle.manifest.actions is None else frame.action.tolist()
         self.record.add(Played(frame=frame.index, action=action, tokens=record.digest(frame.tokens)))
+        if self._led:
+            self.record.heard(record.Flying(ahead=self._in_flight()))
         return Shown(frame, taken, pictures, decode, time.perf_counter() - decoded)
 
     def _pull(self, frame: int) -> Int | None:
@@ -313,10 +320,12 @@ class Game:
     def stop(self) -> None:
         """Give up frames in flight; what they were begun with is part of the record."""
         if self._led:
-            given_up = [None if taken.ids is None else taken.ids.tolist() for taken in self._led.values()]
-            self.record.add(Ahead(ahead=given_up))
+            self.record.add(Ahead(ahead=self._in_flight()))
         self._run = None
         self._led.clear()
+
+    def _in_flight(self) -> list[list[int] | None]:
+        return [None if taken.ids is None else taken.ids.tolist() for taken in self._led.values()]
 
     def _mark(self, number: int, parent: int | None) -> None:
         self.marks[number] = Mark(number, parent, self.known, tuple(self._past))
@@ -336,6 +345,55 @@ class Game:
                 for pictures in codec.stream(past.tokens for past in self._past[-frames:]):
                     video.write(pictures)
             return path.read_bytes()
+
+    def snapshot(self) -> bytes:
+        """All that is needed to go on elsewhere; frames in flight are given up, here as there."""
+        self.stop()
+        stream = self.session.stream
+        head = {
+            "settings": self.settings.model_dump(mode="json"),
+            "marks": [[mark.number, mark.parent] for mark in self.marks.values()],
+            "here": self.here,
+            "next": self._next_mark,
+            "chosen": self._chosen,
+        }
+        places = [(self.known, self._past[-MAX_KEPT:])]
+        places += [(mark.known, self._kept(mark.past)) for mark in self.marks.values()]
+        parts = [json.dumps(head).encode()]
+        for known, past in places:
+            other = stream.branch(MAX_KEPT)
+            other.return_to(known, past)
+            parts.append(other.snapshot())
+        target = io.BytesIO()
+        np.savez(target, *(np.frombuffer(part, np.uint8) for part in parts))
+        return target.getvalue()
+
+    def restore(self, snapshot: bytes) -> None:
+        """Become the game that a snapshot was taken of.
+
+        Raises:
+            UsageError: it is none, or of a game of another model.
+        """
+        self.stop()
+        try:
+            with np.load(io.BytesIO(snapshot), allow_pickle=False) as file:
+                parts = [bytes(file[f"arr_{number}"]) for number in range(len(file.files))]
+            head, streams = json.loads(parts[0]), parts[1:]
+            settings = PlaySettings.model_validate(head["settings"])
+            numbers = [(int(number), parent) for number, parent in head["marks"]]
+            here, following, chosen = int(head["here"]), int(head["next"]), int(head["chosen"])
+        except Exception as error:  # NumPy, zipfile, json and pydantic raise many types for other bytes
+            raise UsageError(f"this is no snapshot of a game ({type(error).__name__})") from error
+        own = self.session.stream
+        (stream, *_), places = ([own.branch(kept) for _ in streams] for kept in (None, MAX_KEPT))
+        for place, content in zip([stream, *places], [streams[0], *streams], strict=True):
+            place.restore(content)
+        self.session.stream, self._past, self.settings = stream, list(places[0].past), settings
+        self.here, self._next_mark, self._chosen = here, following, chosen
+        self.marks = {
+            number: Mark(number, parent, place.known, tuple(place.past))
+            for (number, parent), place in zip(numbers, places[1:], strict=True)
+        }
 
     def look(self) -> Pictures:
         """Pictures of the last frame."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, Final, Literal
 
@@ -77,6 +77,10 @@ class Ahead(_Line):
     ahead: list[list[Id] | None]
 
 
+class Flying(Ahead):
+    """Likewise, of frames that are in flight now; told, but not written."""
+
+
 class Rewind(_Line):
     """Frames that were taken back."""
 
@@ -121,10 +125,15 @@ def header(bundle: Bundle, precision: str, window: int, backend: str = CPU) -> H
 
 
 class Record:
-    """Writes lines as they happen, to a file or, without one, nowhere; in ``path`` while it is written."""
+    """Writes lines as they happen, to a file or, without one, nowhere; in ``path`` while it is written.
+
+    Attributes:
+        heard: is given each line too, and what is in flight behind a frame.
+    """
 
     def __init__(self, path: Path | None, first: Header) -> None:
         self.path = path
+        self.heard: Callable[[Line], None] = lambda line: None
         self._file: IO[str] | None = None
         self._bytes = 0
         if path is not None:
@@ -139,6 +148,8 @@ class Record:
 
     def add(self, line: Line | Header) -> None:
         """Write a line."""
+        if not isinstance(line, Header):
+            self.heard(line)
         if self._file is None:
             return
         text = line.model_dump_json() + "\n"

@@ -52,16 +52,18 @@ class Room(Generic[Somebody]):
     Args:
         clock: seconds.
         seats: how many.
-        admits: whether one more player may have a free seat now.
+        admits: whether one more player may have this free seat now.
+        cleared: is told of a seat that was taken away.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
         seats: int = 1,
-        admits: Callable[[], bool] = lambda: True,
+        admits: Callable[[Seat[Somebody]], bool] = lambda seat: True,
+        cleared: Callable[[Seat[Somebody]], None] = lambda seat: None,
     ) -> None:
-        self._clock, self._admits = clock, admits
+        self._clock, self._admits, self._cleared = clock, admits, cleared
         self.seats: tuple[Seat[Somebody], ...] = tuple(Seat(number) for number in range(seats))
         self.waiting: list[Somebody] = []
 
@@ -100,6 +102,11 @@ class Room(Generic[Somebody]):
     def clear(self, seat: Seat[Somebody]) -> None:
         """Take a seat away from whom it belongs."""
         seat.player, seat.ticket = None, ""
+        self._cleared(seat)
+
+    def hold(self, seat: Seat[Somebody], ticket: str) -> None:
+        """A seat is somebody's who is not there, as one who went away."""
+        seat.ticket, seat.taken, seat.left = ticket, self._clock(), self._clock()
 
     def turn(self, newcomer: Somebody | None = None) -> None:
         """Give seats on where they are free, and tell the others; else tell the newcomer alone."""
@@ -107,7 +114,7 @@ class Room(Generic[Somebody]):
         for seat in self.seats:
             if seat.player is None and seat.ticket and self._clock() - seat.left >= HELD_SECONDS:
                 self.clear(seat)
-            if not seat.ticket and self.waiting and self._admits():
+            if not seat.ticket and self.waiting and self._admits(seat):
                 seat.player, moved = self.waiting.pop(0), True
                 seat.ticket, seat.taken = secrets.token_urlsafe(16), self._clock()
                 seat.player.seated(seat.ticket, is_new=True)

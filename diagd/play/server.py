@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from diagd.errors import DiagdError, UsageError, require
 from diagd.play import messages
+from diagd.play.floor import Figures, Floor
 from diagd.play.messages import Ack, Hello, without_paths
-from diagd.play.pacer import SHARE, Pacer
+from diagd.play.pacer import SHARE
 from diagd.play.room import Room, Seat
 from diagd.play.site import SOCKET, Answer, Site, plain
-from diagd.play.stage import Conductor
-from diagd.play.table import Table
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
@@ -146,7 +145,7 @@ class Server:
     """Serves worlds, each with a seat in front of it.
 
     Args:
-        tables: handed to a conductor, which closes their games; over the sessions of one group.
+        floor: of the worlds; closed when serving ends.
         address: where to listen.
         limits: of connections and seats.
         rate: frames a second that every player is to get: nobody is seated who would take it from others.
@@ -158,15 +157,15 @@ class Server:
 
     def __init__(
         self,
-        tables: Sequence[Table],
+        floor: Floor,
         address: Address,
         limits: Limits | None = None,
         rate: float | None = None,
     ) -> None:
         require("websockets", extra="play", purpose="play in a browser")
-        self.address, self.limits, self.tables = address, limits or Limits(), tuple(tables)
-        self.room: Room[Client] = Room(seats=len(self.tables), admits=self._admits)
-        self._conductor = Conductor([table.stage for table in self.tables])
+        self.address, self.limits, self.floor = address, limits or Limits(), floor
+        self.tables = floor.tables
+        self.room: Room[Client] = Room(seats=len(self.tables), admits=self._admits, cleared=self._cleared)
         self._rate, self._refused = rate, 0
         self._closings: set[asyncio.Task[None]] = set()
         self._drains: float | None = None  # when the last player has to go
@@ -210,16 +209,16 @@ class Server:
             port = next(iter(listening.sockets)).getsockname()[1]
             self._site = Site(self.address.host, port)
             name = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
-            for table in self.tables:
-                table.open(asyncio.get_running_loop())
-            self._conductor.start()
+            self.floor.start(asyncio.get_running_loop())
+            self._take_up()
             started(f"http://{name}:{port}/#{self.address.token}")
             try:
                 while self._drains is None or self._playing:
                     await asyncio.sleep(1)
+                    self.floor.check()
                     self._look_around(time.monotonic())
             finally:
-                await asyncio.to_thread(self._conductor.close)
+                await self.floor.close()
 
     def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
         from websockets.datastructures import Headers
@@ -277,24 +276,38 @@ class Server:
         """Let a client play."""
         seat = self.room.seat_of(client)
         assert seat is not None
-        self._conductor.pacer = Pacer(1.0)
+        self.floor.seated(seat.number)
         self.tables[seat.number].seat(client, ticket, is_new)
+
+    def _cleared(self, seat: Seat[Client]) -> None:
+        table = self.tables[seat.number]
+        if self._drains is None:
+            table.clear()
+        else:  # what is kept of its world is for the next server
+            table.leave()
 
     @property
     def _playing(self) -> int:
         return sum(seat.player is not None for seat in self.room.seats)
 
-    def _admits(self) -> bool:
+    def _take_up(self) -> None:
+        """Hold the seats of worlds that a server before this one kept."""
+        for seat, table in zip(self.room.seats, self.tables, strict=True):
+            if table.ticket:
+                self.room.hold(seat, table.ticket)
+
+    def _admits(self, seat: Seat[Client]) -> bool:
         """Whether all would still get their frames with one player more, by what passes took of late."""
-        if self._drains is not None:
+        beside = self.floor.beside(seat.number)
+        if self._drains is not None or not beside:
             return False
-        held = sum(bool(seat.ticket) for seat in self.room.seats)
+        held = sum(bool(self.room.seats[number].ticket) for number in beside)
         if self._rate is None or not held:
             return True
-        pacer = self._conductor.pacer  # of what it takes since somebody was seated
-        if pacer.measured < SETTLED:
+        figures = self.floor.figures(seat.number)  # of what it takes since somebody was seated
+        if figures.measured < SETTLED:
             return False
-        if pacer.percentile(95) * (held + 1) / held <= SHARE / self._rate:
+        if figures.p95 * (held + 1) / held <= SHARE / self._rate:
             return True
         self._refused += 1
         return False
@@ -310,7 +323,6 @@ class Server:
                 continue
             left, why = self._left(seat, now)
             if left <= 0:
-                self.tables[seat.number].leave()
                 self.room.clear(seat)
                 self.close_later(client.connection, _OVER, f"{why}; open the address again to play on")
             elif left <= WARNED_SECONDS:
@@ -333,25 +345,29 @@ class Server:
     def _told(self, path: str) -> Answer | None:
         """What those are told who look after a server; None: the page is asked for."""
         if path == "/health":
-            alive = self._conductor.is_alive()
+            alive = self.floor.is_alive
             return plain(HTTPStatus.OK if alive else HTTPStatus.SERVICE_UNAVAILABLE, f"alive {alive}\n")
         if path == "/ready":
-            free = any(not seat.ticket for seat in self.room.seats) and self._drains is None
+            seats = [seat for seat in self.room.seats if not seat.ticket and self.floor.beside(seat.number)]
+            free = bool(seats) and self._drains is None
             return plain(HTTPStatus.OK if free else HTTPStatus.SERVICE_UNAVAILABLE, f"free seat {free}\n")
         return plain(HTTPStatus.OK, self._metrics(), OPEN_METRICS) if path == "/metrics" else None
 
     def _metrics(self) -> str:
         """Figures as OpenMetrics 1.0 has them."""
-        pacer, room = self._conductor.pacer, self.room
-        figures = (
+        room = self.room
+        engines = [self.floor.figures(number) for number in self._engines()]
+        figures: tuple[tuple[str, str, str, float], ...] = (
             ("seats", "gauge", "worlds that can be played", len(room.seats)),
             ("players", "gauge", "who plays", self._playing),
             ("waiting", "gauge", "who waits", len(room.waiting)),
-            ("frames", "counter", "decoded", self._conductor.frames),
+            ("frames", "counter", "decoded", sum(one.frames for one in engines)),
             ("refusals", "counter", "times a free seat was not given, to keep the rate", self._refused),
-            ("late", "counter", "ticks that were missed", sum(t.stage.pacer.late for t in self.tables)),
-            ("frame_p50_seconds", "gauge", "of the passes and pictures of all", pacer.percentile(50)),
-            ("frame_p95_seconds", "gauge", "of the passes and pictures of all", pacer.percentile(95)),
+            ("late", "counter", "ticks that were missed", sum(one.late for one in engines)),
+            ("rate", "gauge", "frames a second of each that are held; 0: what there is", self._rate or 0),
+            ("frame_p50_seconds", "gauge", "of the passes and pictures of all", _slowest(engines, "p50")),
+            ("frame_p95_seconds", "gauge", "of the passes and pictures of all", _slowest(engines, "p95")),
+            *self.floor.told(),
         )
         lines = []
         for name, kind, what, value in figures:
@@ -359,6 +375,10 @@ class Server:
             lines += [f"# TYPE diagd_{name} {kind}", f"# HELP diagd_{name} {what}"]
             lines.append(f"diagd_{name}{suffix} {value}")
         return "\n".join([*lines, "# EOF", ""])
+
+    def _engines(self) -> set[int]:
+        """A table of each engine."""
+        return {min(beside) for seat in self.room.seats if (beside := self.floor.beside(seat.number))}
 
     def close_later(self, connection: ServerConnection, code: int, reason: str) -> None:
         """Close a connection from outside of its own task."""
@@ -382,3 +402,7 @@ class Server:
                 table.obey(client, message)
         except DiagdError as error:
             client.tell({"type": "error", "text": without_paths(str(error))})
+
+
+def _slowest(engines: Sequence[Figures], name: str) -> float:
+    return max((getattr(one, name) for one in engines), default=0.0)

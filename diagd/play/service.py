@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from diagd.bundle import Bundle
 from diagd.play.controls import Inputs, read_controls
+from diagd.play.floor import Desk, Floor, LocalFloor
+from diagd.play.kept import EVERY, Kept, Shelf
 from diagd.play.opening import GameOptions, open_games
 from diagd.play.server import Address, Limits, Server
 from diagd.play.table import Table
@@ -23,11 +27,15 @@ class Service:
         sessions: worlds at once, in the passes of one engine.
         rate: frames a second that every player is to get; None: the model's.
         limits: of connections and seats.
+        state: folder that worlds are kept in for a server after this one; None: they end with it.
+        every: frames between two snapshots of a world.
     """
 
     sessions: int
     rate: float | None
     limits: Limits
+    state: Path | None = None
+    every: int = EVERY
 
 
 def serve(
@@ -45,19 +53,58 @@ def serve(
     Raises:
         DiagdError: the bundle cannot be played, or not by so many, or nobody can listen there.
     """
+    with opened_tables(path, options, service) as tables:
+        serve_floor(tables[0].game.bundle, LocalFloor(tables), service, address, started)
+
+
+def serve_floor(
+    bundle: Bundle, floor: Floor, service: Service, address: Address, started: Callable[[str, str], None]
+) -> None:
+    """Likewise, worlds of a bundle wherever they are played."""
+    with ExitStack() as held:
+        if service.state is not None:
+            shelf = held.enter_context(closing(Shelf(service.state, bundle.digest)))
+            address = keep_worlds(shelf, floor.tables, address)
+        rate = service.rate or bundle.manifest.frames_per_second
+        server = Server(floor, address, service.limits, rate)
+        with suppress(KeyboardInterrupt):
+            asyncio.run(_until_drained(server, lambda url: started(bundle.manifest.name, url)))
+
+
+@contextmanager
+def opened_tables(path: Path, options: GameOptions, service: Service) -> Iterator[list[Table]]:
+    """A table for each world, over one engine.
+
+    Raises:
+        DiagdError: as `serve`.
+    """
     group, games = open_games(path, options, service.sessions)
     manifest = games[0].bundle.manifest
     rate = service.rate or manifest.frames_per_second
     tables = []
     for game in games:
         inputs = Inputs(read_controls(game.bundle.path, manifest.actions), manifest.actions)
-        tables.append(Table(game, inputs, rate, paced=False))
-    server = Server(tables, address, service.limits, rate)
+        tables.append(Table(game, inputs, rate, paced=False, every=service.every))
     try:
-        with suppress(KeyboardInterrupt):
-            asyncio.run(_until_drained(server, lambda url: started(manifest.name, url)))
+        yield tables
     finally:
         group.close()
+
+
+def keep_worlds(shelf: Shelf, tables: Sequence[Desk], address: Address) -> Address:
+    """Go on with the worlds that a server before kept, at its address, and keep those that are played now."""
+    for number, ticket, snapshot in shelf.find(len(tables)):
+        tables[number].take_up(Kept(snapshot), ticket)
+    for number, table in enumerate(tables):
+        table.keep = partial(_keep, shelf, number, table)
+    return replace(address, token=shelf.token(address.token))
+
+
+def _keep(shelf: Shelf, number: int, table: Desk, snapshot: bytes | None) -> None:
+    if snapshot is None:
+        shelf.drop(number)
+    elif table.ticket:
+        shelf.put(number, table.ticket, snapshot)
 
 
 async def _until_drained(server: Server, started: Callable[[str], None]) -> None:

@@ -15,6 +15,7 @@ from diagd.errors import DiagdError, UsageError
 from diagd.play import messages
 from diagd.play.controls import Inputs
 from diagd.play.game import Game, Shown
+from diagd.play.kept import EVERY, Kept
 from diagd.play.messages import Ack, Hello, Input, Message, without_paths
 from diagd.play.pictures import PictureEncoder, Pictures
 from diagd.play.stage import Stage, Update
@@ -54,9 +55,12 @@ class Table:
         rate: frames a second to begin with.
         watch: sees every picture too, in that thread.
         paced: the player may ask for another rate.
+        every: frames between two snapshots.
 
     Attributes:
         player: who plays; None: nobody.
+        ticket: of whose world it is; "": of nobody's.
+        keep: is given snapshots of the world, and None when it is nobody's, in any thread; None: nothing is.
         heard: when they last held a key or said something (``time.monotonic``).
         loop: of the players' connections.
     """
@@ -69,11 +73,12 @@ class Table:
         watch: Callable[[Pictures], None] | None = None,
         *,
         paced: bool = True,
+        every: int = EVERY,
     ) -> None:
         spec = game.view.codec.spec
         self.game, self.stage = game, Stage(game, inputs, self._show, self._fail, rate)
         self.player: Player | None = None
-        self.heard = 0.0
+        self.heard, self.ticket = 0.0, ""
         self.loop: asyncio.AbstractEventLoop | None = None
         self.size = spec.height, spec.width
         self._inputs, self._watch, self._paced = inputs, watch, paced
@@ -81,6 +86,8 @@ class Table:
         self._number = 0
         self._prompt = game.prompts[0]
         self._gallery: bytes | None = None
+        self.keep: Callable[[bytes | None], None] | None = None
+        self._every, self._since = every, 0
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Make ready for players, whose connections belong to a loop."""
@@ -90,7 +97,7 @@ class Table:
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
         """Let somebody play."""
         self._inputs.release()
-        self.player, self.heard = player, time.monotonic()
+        self.player, self.heard, self.ticket = player, time.monotonic(), ticket
         player.tell(self._welcome(ticket))
         if self._gallery is not None:
             player.tell(self._gallery)
@@ -103,6 +110,26 @@ class Table:
         self.player = None
         self._inputs.release()
         self.stage.is_watched = False
+
+    def clear(self) -> None:
+        """Its world is nobody's any more."""
+        self.leave()
+        self.ticket = ""
+        if self.keep is not None:
+            self.keep(None)
+
+    def take_up(self, kept: Kept, ticket: str) -> None:
+        """Go on with a world that was played elsewhere, as its player comes back."""
+        self.ticket = ticket
+
+        def restore() -> None:
+            try:
+                kept.restore(self.game)
+            except DiagdError as error:
+                self._fail(f"the world cannot go on, it begins anew: {error}")
+                self._reset(self._prompt)
+
+        self.stage.post(restore)
 
     def _welcome(self, ticket: str) -> dict[str, Any]:
         manifest, layout = self.game.bundle.manifest, self.game.session.layout
@@ -224,7 +251,8 @@ class Table:
         kind = self._encode.kind
         self._gallery = packed({"kind": "gallery", "type": kind}, [self._encode(one) for one in pictures])
         self._call(self._tell_player, self._gallery)
-        self._reset(self._prompt)
+        if not self.game.known:  # else it was taken up
+            self._reset(self._prompt)
 
     def _show(self, update: Update) -> None:
         """Encode an update and leave it for the player; in the stage's thread."""
@@ -235,6 +263,10 @@ class Table:
         header: dict[str, Any] = {"kind": "frame", "type": self._encode.kind, "known": update.known}
         if update.shown is not None:
             header |= self._figures(update.shown, time.perf_counter() - began)
+            self._since += 1
+            if self.keep is not None and self._since >= self._every:
+                self._since = 0
+                self.keep(self.game.snapshot())
         self._call(self._show_player, header, parts)
 
     def _figures(self, shown: Shown, encode: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -21,6 +22,7 @@ from diagd.profiling.cost import (
 )
 from diagd.profiling.devices import GB, Device
 from diagd.profiling.orders import orders_of
+from diagd.runtime.load import MOST_SESSIONS
 from diagd.schedule import default_widths, slots_needed
 
 RUNTIME_BYTES: Final = 0.5 * GB
@@ -28,6 +30,9 @@ RUNTIME_BYTES: Final = 0.5 * GB
 
 GRAPH_BYTES: Final = 64e6
 """Memory pool of one captured CUDA graph."""
+
+REACHED: Final = 2 / 3
+"""Of a ceiling, by a good engine."""
 
 PREFILL: Final = 256
 """Rows of a pass that feeds known tokens."""
@@ -168,6 +173,25 @@ def ceilings_of(
         rate = model.pixel_frames / (passes * seconds + again)
         rows.append(Ceiling(precision.name, order.name, read, passes, rate, bound))
     return rows
+
+
+def most_sessions(plan: Plan, rate: float) -> int:
+    """Sessions of the planned precision that one engine plays at a rate each, frame by frame; 0: not one.
+
+    Args:
+        plan: of any number of sessions.
+        rate: frames a second of each.
+    """
+    precision = precisions(plan.kv_cache)[plan.precision]
+
+    def holds(sessions: int) -> bool:
+        if memory_of(plan.model, precision, plan.window, sessions).running > plan.device.usable:
+            return False
+        rows = ceilings_of(plan.model, plan.device, precision, (1,), 1, sessions)
+        quickest = max(row.frames_per_second for row in rows if "chained" not in row.order)
+        return REACHED * quickest >= rate
+
+    return bisect_left(range(1, MOST_SESSIONS + 1), True, key=lambda sessions: not holds(sessions))
 
 
 def _refeeding(model: ModelSize, device: Device, read: float) -> float:

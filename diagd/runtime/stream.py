@@ -304,9 +304,9 @@ class Stream:
             self._put_actions(frame, past.actions)
             self.write(self.layout.first_cell(frame), past.tokens.reshape(-1))
 
-    def branch(self) -> Stream:
-        """A copy that goes its own way; give it to a session to decode it."""
-        history = self.past.maxlen or 0
+    def branch(self, history: int | None = None) -> Stream:
+        """A copy that goes its own way; give it to a session to decode it. ``history``: that it keeps."""
+        history = history or self.past.maxlen or 0
         other = Stream(self.layout, self._prefix, self.window, self.padded, history, self.vocabulary)
         other.restore(self.snapshot())
         return other

@@ -18,6 +18,9 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
+from diagd.runtime.decoders import JacobiDecoder, ScheduledDecoder
+from diagd.runtime.load import open_group, open_session
+from diagd.schedule import Schedule
 from tests.calibration.bundles import ANYTHING, LAYOUT, PAST, frames, logits_of, quantise
 from tests.engines.webgpu_driver import nodes_on_the_processor
 from tests.models import export_small
@@ -67,6 +70,34 @@ def logits(path: Path, form: Form, precision: str) -> np.ndarray:
     engine = open_graphs(bundle, graphs, 4, CpuOptions(1, prepack=False, fuse=False))
     ids = np.random.default_rng(0).integers(0, CODES, 14).astype(np.int32)
     return logits_of(engine, ids, PAST + np.arange(14, dtype=np.int32), slice(None))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-weight"])
+def test_sessions_in_lock_step_have_the_tokens_of_runs_alone(bundle: Path, precision: str) -> None:
+    """Static scales are of the weights and channels, whoever shares a pass."""
+    opened, cpu = Bundle.open(bundle), CpuOptions(1, prepack=False)
+    known, actions = frames(3), np.full((9, 1), CODES, np.int32)
+    decoders = (
+        ScheduledDecoder(Schedule.next_token(LAYOUT)),
+        ScheduledDecoder(Schedule.chained(LAYOUT, 1)),
+        JacobiDecoder(7),
+    )
+    with (
+        open_group(opened, 3, cpu=cpu, precision=precision, form=Form.PREFIX) as group,
+        open_session(opened, cpu=cpu, precision=precision, form=Form.PREFIX) as alone,
+    ):
+        for decoder in decoders:
+            expected = []
+            for number, session in enumerate(group.sessions):
+                for one in (alone, session):
+                    one.start(known[number : number + 1], actions[:1])
+                run = alone.frames(decoder, actions, seed=number)
+                expected.append([frame.tokens.tolist() for frame in run])
+            found: list[list[list[int]]] = [[] for _ in expected]
+            for number, frame in group.frames([actions] * 3, decoder):
+                found[number].append(frame.tokens.tolist())
+            assert found == expected
+            assert expected[0] != expected[1]
 
 
 def relative(near: np.ndarray, exact: np.ndarray) -> float:

@@ -27,6 +27,30 @@ def test_a_named_model_on_a_named_device(capsys: pytest.CaptureFixture[str]) -> 
     assert "204.8 GB/s" in shown
 
 
+def test_sessions_are_counted_at_a_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as hold two thirds of a ceiling: one more would not."""
+    command = ["plan", "mineworld-300m", "--device", "rtx4090", "--json", "--set"]
+    assert main([*command, "fps=20"]) == 0
+    most = printed(capsys)["most_sessions"]
+    assert isinstance(most, int)
+    assert 1 < most < 256
+    rates = []
+    for sessions in (most, most + 1):
+        assert main([*command, f"sessions={sessions}"]) == 0
+        rows = printed(capsys)["ceilings"]
+        assert isinstance(rows, list)
+        rates.append(
+            max(
+                row["frames_per_second"]
+                for row in rows
+                if row["precision"] == "fp16" and "chained" not in row["order"]
+            )
+        )
+    assert 2 / 3 * rates[0] >= 20 > 2 / 3 * rates[1]
+    assert main([*command, "fps=100000"]) == 0
+    assert printed(capsys)["most_sessions"] == 0
+
+
 def test_a_drafter_is_judged_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "mineworld-1200m", "--device", "rtx4090", "--set", "drafter=mineworld-300m"]
     assert main(command) == 0

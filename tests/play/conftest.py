@@ -14,9 +14,12 @@ import pytest
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
 from diagd.play.controls import Inputs, read_controls
+from diagd.play.floor import LocalFloor
 from diagd.play.game import Game
+from diagd.play.kept import Shelf
 from diagd.play.opening import GameOptions, open_game, open_games
 from diagd.play.server import Address, Limits, Server
+from diagd.play.service import keep_worlds
 from diagd.play.table import Table
 from diagd.schedule import StreamLayout
 from tests.models import small_family
@@ -67,36 +70,52 @@ def serve(world: Path) -> Serve:
         bundle: Path = world,
         sessions: int = 1,
         kept: float | None = None,
+        state: Path | None = None,
     ) -> Iterator[tuple[str, Server]]:
         group, games = open_games(bundle, options or GameOptions(), sessions)
         codec = games[0].bundle.manifest.actions
-        tables = [Table(game, Inputs(read_controls(bundle, codec), codec), rate) for game in games]
-        server = Server(tables, replace(Address(), port=0), limits, kept)
-        urls: list[str] = []
-        ready, loop = threading.Event(), asyncio.new_event_loop()
-
-        def started(url: str) -> None:
-            urls.append(url)
-            ready.set()
-
-        def run() -> None:
-            with loop_of(loop):
-                loop.run_until_complete(task)
-
-        task = loop.create_task(server.run(started))
-        thread = threading.Thread(target=run)
-        thread.start()
-        assert ready.wait(30)
+        tables = [Table(game, Inputs(read_controls(bundle, codec), codec), rate, every=4) for game in games]
+        address = replace(Address(), port=0)
+        if state is not None:
+            shelf = Shelf(state, games[0].bundle.digest)
+            address = keep_worlds(shelf, tables, address)
+        server = Server(LocalFloor(tables), address, limits, kept)
         try:
-            yield urls[0], server
+            with running(server) as url:
+                yield url, server
         finally:
-            if thread.is_alive():
-                loop.call_soon_threadsafe(task.cancel)
-            thread.join(30)
+            if state is not None:
+                shelf.close()
             if sessions > 1:
                 group.close()
 
     return serving
+
+
+@contextmanager
+def running(server: Server) -> Iterator[str]:
+    """A server in a thread of its own; gives the address of its page."""
+    urls: list[str] = []
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+
+    def started(url: str) -> None:
+        urls.append(url)
+        ready.set()
+
+    def run() -> None:
+        with loop_of(loop):
+            loop.run_until_complete(task)
+
+    task = loop.create_task(server.run(started))
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield urls[0]
+    finally:
+        if thread.is_alive():
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join(30)
 
 
 @contextmanager

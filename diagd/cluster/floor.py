@@ -1,0 +1,307 @@
+"""Worlds that are played on the nodes of a Ray cluster, behind one server that knows where each is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any, Final
+
+from diagd.bundle import Bundle
+from diagd.cluster.connection import connect
+from diagd.cluster.engine import Event, PlayActor, Saying
+from diagd.cluster.options import EngineOptions
+from diagd.errors import EngineError, UsageError
+from diagd.play.floor import Figures
+from diagd.play.kept import Kept
+from diagd.play.messages import Message
+from diagd.play.opening import GameOptions
+from diagd.play.service import Service
+from diagd.play.table import Player
+
+_MOVES: Final = {"type": "error", "text": "the machine of this world is gone; it goes on elsewhere"}
+_PAUSE: Final = 0.5
+"""Seconds until the next try."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class Home:
+    """A table of an engine somewhere, by its number there."""
+
+    def __init__(self, engine: RemoteEngine, number: int) -> None:
+        self.engine, self.number = engine, number
+
+    def say(self, kind: str, *values: Any) -> None:
+        """Have something done there, after what was said before."""
+        self.engine.say(Saying(self.number, kind, values))
+
+
+class RemoteTable:
+    """See ``Desk``: what is kept here of a world that is played elsewhere.
+
+    Attributes:
+        home: where; it moves when that engine is lost.
+        kept: what it takes to go on with it.
+        is_away: its home is gone, or not there yet.
+    """
+
+    def __init__(self, home: Home, size: tuple[int, int]) -> None:
+        self.home, self.size = home, size
+        self.heard, self.ticket = 0.0, ""
+        self.kept = Kept()
+        self.keep: Callable[[bytes | None], None] | None = None
+        self.is_away = True
+        self._player: Player | None = None
+        self._number = 0
+
+    def seat(self, player: Player, ticket: str, is_new: bool) -> None:
+        """See ``Desk``."""
+        self._player, self.heard, self.ticket = player, time.monotonic(), ticket
+        if is_new:
+            self.kept = Kept()
+        if self.is_away:
+            player.tell(_MOVES)
+        else:
+            self.home.say("seat", ticket, is_new)
+
+    def leave(self) -> None:
+        """See ``Desk``."""
+        self._player = None
+        if not self.is_away:
+            self.home.say("leave")
+
+    def clear(self) -> None:
+        """See ``Desk``."""
+        self.leave()
+        self.ticket, self.kept = "", Kept()
+        if self.keep is not None:
+            self.keep(None)
+
+    def take_up(self, kept: Kept, ticket: str) -> None:
+        """Go on with a world that another server kept."""
+        self.kept, self.ticket = kept, ticket
+
+    def obey(self, player: Player, message: Message) -> None:
+        """See ``Desk``."""
+        self.heard = time.monotonic()
+        if not self.is_away:
+            self.home.say("obey", message)
+
+    def upload(self, player: Player, data: bytes) -> None:
+        """See ``Desk``."""
+        if player is self._player and not self.is_away:
+            self.home.say("upload", data)
+
+    def lose(self) -> None:
+        """The engine is gone."""
+        self.is_away = True
+        if self._player is not None:
+            self._player.tell(_MOVES)
+
+    def settle(self) -> None:
+        """Go on at home, which may be another one."""
+        self.is_away = False
+        if self.ticket:
+            self.home.say("take_up", self.kept, self.ticket)
+            if self._player is not None:
+                self.home.say("seat", self.ticket, False)
+
+    def hear(self, kind: str, value: Any) -> None:
+        """What the engine tells of this world."""
+        if kind == "line":
+            self.kept.add(value)
+        elif kind == "kept":
+            self.kept.take(value)
+            if self.keep is not None:
+                self.keep(value)
+        elif self._player is not None and kind == "tell":
+            self._player.tell(value)
+        elif self._player is not None:
+            self._number += 1
+            self._player.show(*value)
+
+
+class RemoteEngine:
+    """An engine on some node, which is started anew, there or elsewhere, when it is lost.
+
+    Attributes:
+        homes: its tables.
+        node: where it was started last, as Ray names it.
+        is_alive: whether it answers.
+        figures: that it told last.
+    """
+
+    def __init__(self, floor: RayFloor, count: int) -> None:
+        self._floor, self.is_alive, self.figures = floor, False, Figures()
+        self.homes = [Home(self, number) for number in range(count)]
+        self.actor: Any = None
+        self.node = ""
+        self._sayings: list[Saying] = []
+        self._said = asyncio.Event()
+
+    def say(self, saying: Saying) -> None:
+        """Send something after what was said before."""
+        self._sayings.append(saying)
+        self._said.set()
+
+    async def run(self) -> None:
+        """Play until cancelled.
+
+        Raises:
+            EngineError: it cannot play what it is given.
+        """
+        from ray.exceptions import RayError, RayTaskError
+
+        while True:
+            try:
+                self.actor = self._floor.start_actor()
+                self.node = await self.actor.begin.remote()
+                self.is_alive = True
+                self._floor.settle()
+                await self._live(self.actor)
+            except RayError as error:
+                if isinstance(error, RayTaskError) and not self.is_alive:
+                    raise EngineError(f"an engine cannot play: {error.cause}") from error
+                reason = str(error).strip().splitlines()[-1]
+                _LOG.warning("an engine was lost, another one is started: %s", reason)
+                self._lose()
+                await asyncio.sleep(_PAUSE)
+
+    async def _live(self, actor: Any) -> None:
+        """Talk and listen until either fails."""
+        talking = asyncio.create_task(self._talk(actor))
+        try:
+            while not talking.done():
+                events, self.figures = await actor.hear.remote()
+                for event in events:
+                    self._floor.hear(self, event)
+            talking.result()
+        finally:
+            talking.cancel()
+
+    async def _talk(self, actor: Any) -> None:
+        while True:
+            await self._said.wait()
+            self._said.clear()
+            sayings, self._sayings = self._sayings, []
+            await actor.do.remote(sayings)
+
+    def _lose(self) -> None:
+        """It is gone, with all that was said to it."""
+        self.is_alive, self.figures, self._sayings = False, Figures(), []
+        self._floor.lose(self)
+        self._floor.settle()
+
+
+class RayFloor:
+    """See ``Floor``: engines on the nodes of a cluster, each with as many tables as one of this process.
+
+    A world whose engine is lost goes on at a table that is free elsewhere, else where the engine is started
+    anew: from its last snapshot, and the lines of its record since, which are kept here.
+
+    Args:
+        bundle: in the same place on every node.
+        options: what games run on.
+        service: worlds of each engine, and how fast they are.
+        cluster: where, and what each engine takes.
+    """
+
+    def __init__(
+        self, bundle: Bundle, options: GameOptions, service: Service, cluster: EngineOptions
+    ) -> None:
+        assert cluster.cluster is not None
+        self._ray = ray = connect(cluster.cluster)
+        count = cluster.engines or sum(bool(node["Alive"]) for node in ray.nodes())
+        cpu = options.session.cpu
+        if not cpu.threads:
+            cpu = replace(cpu, threads=max(1, int(cluster.cores)))
+        options = replace(options, session=replace(options.session, cpu=cpu))
+        kind = ray.remote(
+            num_cpus=cluster.cores, num_gpus=cluster.gpus, scheduling_strategy="SPREAD", max_restarts=0
+        )(PlayActor)
+        self.start_actor: Callable[[], Any] = lambda: kind.remote(bundle.path.resolve(), options, service)
+        self.engines = [RemoteEngine(self, service.sessions) for _ in range(count)]
+        tokenizer = bundle.manifest.tokenizer
+        if tokenizer is None:
+            raise UsageError(f"{bundle.path} has no tokenizer, so nothing of it can be shown")
+        size = tokenizer.height, tokenizer.width
+        homes = chain.from_iterable(zip(*(engine.homes for engine in self.engines), strict=True))
+        self.tables = [RemoteTable(home, size) for home in homes]
+        self.moves = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def is_alive(self) -> bool:
+        """See ``Floor``."""
+        return any(engine.is_alive for engine in self.engines)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """See ``Floor``."""
+        self._tasks = [loop.create_task(engine.run()) for engine in self.engines]
+
+    def check(self) -> None:
+        """See ``Floor``."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def close(self) -> None:
+        """See ``Floor``."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for engine in self.engines:
+            if engine.actor is not None:
+                self._ray.kill(engine.actor)
+
+    def beside(self, number: int) -> Sequence[int]:
+        """See ``Floor``."""
+        table = self.tables[number]
+        if table.is_away:
+            return ()
+        return [n for n, one in enumerate(self.tables) if one.home.engine is table.home.engine]
+
+    def figures(self, number: int) -> Figures:
+        """See ``Floor``."""
+        return self.tables[number].home.engine.figures
+
+    def seated(self, number: int) -> None:
+        """See ``Floor``."""
+        engine = self.tables[number].home.engine
+        engine.figures = replace(engine.figures, measured=0)
+
+    def told(self) -> Sequence[tuple[str, str, str, float]]:
+        """See ``Floor``."""
+        alive = sum(engine.is_alive for engine in self.engines)
+        return (
+            ("engines", "gauge", "that answer", alive),
+            ("moves", "counter", "worlds that went on at another table", self.moves),
+        )
+
+    def hear(self, engine: RemoteEngine, event: Event) -> None:
+        """News of a table of an engine."""
+        home = engine.homes[event.number]
+        table = next(table for table in self.tables if table.home is home)
+        table.hear(event.kind, event.value)
+
+    def lose(self, engine: RemoteEngine) -> None:
+        """An engine is gone."""
+        for table in self.tables:
+            if table.home.engine is engine and not table.is_away:
+                table.lose()
+
+    def settle(self) -> None:
+        """Have worlds go on that are away: at home, or at a table that is nobody's."""
+        for table in self.tables:
+            if table.is_away and table.home.engine.is_alive:
+                table.settle()
+        spare = [table for table in self.tables if not table.is_away and not table.ticket]
+        away = [table for table in self.tables if table.is_away and table.ticket]
+        for table, other in zip(away, spare, strict=False):
+            table.home, other.home, other.is_away = other.home, table.home, True
+            table.settle()
+            self.moves += 1

@@ -1,0 +1,132 @@
+"""What it takes to go on with a game elsewhere, or after the server died."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from diagd.bundle.files import atomic_file
+from diagd.errors import UsageError
+from diagd.play.game import Game, replay
+from diagd.play.record import Flying, Line, Start
+
+_LOG = logging.getLogger(__name__)
+
+EVERY: Final = 60
+"""Frames between two snapshots."""
+
+
+@dataclass
+class Kept:
+    """A snapshot of a game, and what of its record came since.
+
+    Attributes:
+        snapshot: None: the lines begin with the game.
+        flying: what was in flight behind the last frame, which orders that overlap frames decode it among.
+    """
+
+    snapshot: bytes | None = None
+    lines: list[Line] = field(default_factory=list)
+    flying: Flying | None = None
+
+    def add(self, line: Line) -> None:
+        """One more; a world that began anew needs nothing of what was before."""
+        if isinstance(line, Flying):
+            self.flying = line
+            return
+        if isinstance(line, Start):
+            self.snapshot, self.lines = None, []
+        self.flying = None
+        self.lines.append(line)
+
+    def take(self, snapshot: bytes) -> None:
+        """The game as it is now."""
+        self.snapshot, self.lines, self.flying = snapshot, [], None
+
+    def restore(self, game: Game) -> None:
+        """Have a game go on from there, to the token.
+
+        Raises:
+            QualityError: its engine draws other tokens.
+            UsageError: it is a game of another model.
+        """
+        heard, game.record.heard = game.record.heard, lambda line: None  # it was told when it happened
+        try:
+            self._restore(game)
+        finally:
+            game.record.heard = heard
+
+    def _restore(self, game: Game) -> None:
+        if self.snapshot is not None:
+            game.restore(self.snapshot)
+        lines = [*self.lines, *([self.flying] if self.flying else [])]
+        for _ in replay(game, list(enumerate(lines, start=1))):
+            pass
+
+
+class Shelf:
+    """A folder of kept games, which another server finds when this one died: each with its player's ticket.
+
+    Args:
+        folder: made where it is not there; for this user's eyes, as tickets and token let somebody in.
+        bundle: digest of what is played.
+    """
+
+    def __init__(self, folder: Path, bundle: str) -> None:
+        self._folder, self._bundle, self._writer = folder, bundle, ThreadPoolExecutor(1)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{folder} cannot hold worlds: {error.strerror or error}") from None
+
+    def token(self, fresh: str) -> str:
+        """That of the server before, so that the address of its page still holds; else a fresh one."""
+        path = self._folder / "token"
+        if path.exists():
+            return path.read_text("utf-8").strip()
+        self._write(path, fresh.encode())
+        return fresh
+
+    def put(self, number: int, ticket: str, snapshot: bytes) -> None:
+        """Keep the world of a table; the disk is written in a thread of its own."""
+        head = json.dumps({"bundle": self._bundle, "ticket": ticket}).encode()
+        self._writer.submit(self._put, self._path(number), head + b"\n" + snapshot)
+
+    def drop(self, number: int) -> None:
+        """The world of a table is nobody's."""
+        self._writer.submit(self._path(number).unlink, missing_ok=True)
+
+    def close(self) -> None:
+        """Write what is to be written."""
+        self._writer.shutdown()
+
+    def _put(self, path: Path, content: bytes) -> None:
+        try:
+            self._write(path, content)
+        except OSError as error:  # the games go on
+            _LOG.warning("a world is not kept: %s: %s", path, error.strerror or error)
+
+    def find(self, tables: int) -> Iterator[tuple[int, str, bytes]]:
+        """Number, ticket and snapshot of each world of this bundle that is kept."""
+        for number in range(tables):
+            try:
+                head, _, snapshot = self._path(number).read_bytes().partition(b"\n")
+                told = json.loads(head)
+                if told["bundle"] == self._bundle:
+                    yield number, str(told["ticket"]), snapshot
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"world-{number}"
+
+    def _write(self, path: Path, content: bytes) -> None:
+        with atomic_file(path) as partial, partial.open("wb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(content)

@@ -1,0 +1,96 @@
+"""Worlds on a cluster go on to the token, whatever is killed under them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diagd.bundle import Bundle
+from diagd.cluster.floor import RayFloor
+from diagd.cluster.options import EngineOptions
+from diagd.play.game import replay
+from diagd.play.opening import GameOptions, open_game
+from diagd.play.record import Flying, Line, Played, Start
+from diagd.play.server import Address, Server
+from diagd.play.service import Service
+from tests.play.conftest import LOOSE, running
+from tests.play.test_server import Player, player
+from tests.play.test_service import told
+
+pytestmark = pytest.mark.slow
+
+
+@contextmanager
+def served(world: Path, nodes: Any) -> Iterator[tuple[str, RayFloor]]:
+    service = Service(sessions=1, rate=20.0, limits=LOOSE, every=5)
+    where = EngineOptions(cluster=nodes.address, engines=2, cores=1)
+    floor = RayFloor(Bundle.open(world), GameOptions(), service, where)
+    server = Server(floor, Address(port=0), LOOSE)
+    with running(server) as url:
+        end = time.monotonic() + 120
+        while not all(engine.is_alive for engine in floor.engines) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert len({engine.node for engine in floor.engines}) == 2
+        yield url, floor
+
+
+def until(ann: Player, **wanted: Any) -> dict[str, Any]:
+    """The next message that has all that is wanted; an engine may have to be started for it."""
+    while True:
+        message = ann.hear(200)
+        if all(message.get(name) == value for name, value in wanted.items()):
+            return message
+
+
+def plays(ann: Player, key: str, frames: int) -> int:
+    """So many frames under a key; the number of the last."""
+    ann.say(type="input", t=1.0, keys=[key])
+    known = 0
+    for _ in range(frames):
+        known = ann.frame()["known"]
+        ann.say(type="input", t=1.0, keys=[key])
+    return known
+
+
+def test_a_world_outlives_its_actor_and_its_node(nodes: Any, world: Path) -> None:
+    import ray
+
+    lines: list[Line] = []
+    with served(world, nodes) as (url, floor), player(url) as ann:
+        table = floor.tables[0]
+        hear, add = table.hear, lines.append
+
+        def listen(kind: str, value: Any) -> None:
+            if kind == "line" and not isinstance(value, Flying):
+                add(value)
+            hear(kind, value)
+
+        table.hear = listen  # type: ignore[method-assign]
+        ticket = ann.until(type="welcome")["ticket"]
+        known = plays(ann, "ArrowLeft", 13)
+        worker = next(node for node in nodes.list_all_nodes() if node is not nodes.head_node)
+        for key in ("ArrowUp", "ArrowDown"):
+            engine = table.home.engine
+            if engine.node == worker.node_id:
+                nodes.remove_node(worker, allow_graceful=False)
+            else:
+                ray.kill(engine.actor)
+            assert "goes on elsewhere" in until(ann, type="error")["text"]
+            assert until(ann, type="welcome")["ticket"] == ticket
+            later = plays(ann, key, 9)
+            assert later > known
+            known = later
+        status, figures = told(url, "/metrics")
+        assert status == 200
+        assert "diagd_moves_total 0" not in figures
+    # alone, on one engine that nobody killed: every frame has the tokens that the player saw
+    assert isinstance(lines[0], Start)
+    assert sum(isinstance(line, Played) for line in lines) > 30
+    with open_game(world, GameOptions()) as game:
+        shown = list(replay(game, list(enumerate(lines, start=1))))
+    assert [one.frame.index for one in shown] == list(range(1, len(shown) + 1))

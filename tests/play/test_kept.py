@@ -1,0 +1,111 @@
+"""A game goes on elsewhere to the token: from a snapshot, and what of its record came since."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagd.errors import QualityError, UsageError
+from diagd.play.game import Game
+from diagd.play.kept import Kept, Shelf
+from diagd.play.opening import GameOptions, open_game
+from diagd.play.record import Played
+from tests.play.conftest import LOOSE, Serve
+from tests.play.test_game import ORDERS, WALK, equal, play, with_order
+from tests.play.test_server import parts, player
+
+
+@contextmanager
+def elsewhere(game: Game) -> Iterator[Game]:
+    with open_game(game.bundle.path, GameOptions()) as other:
+        yield other
+
+
+@pytest.mark.parametrize("order", ORDERS[:3])
+def test_a_game_goes_on_from_a_snapshot(game: Game, order: str) -> None:
+    with_order(game, order, seed=3)
+    play(game, *WALK[:4])
+    mark = game.branch()
+    play(game, *WALK[4:6])
+    snapshot = game.snapshot()
+    with elsewhere(game) as other:
+        other.restore(snapshot)
+        rest = play(game, *WALK[6:])
+        assert equal(play(other, *WALK[6:]), rest)
+        assert np.array_equal(other.look(), game.look())
+        other.rewind(len(rest))
+        game.rewind(len(rest))
+        assert equal(play(other, *WALK[6:]), play(game, *WALK[6:]))
+        assert np.array_equal(other.visit(mark), game.visit(mark))
+        assert equal(play(other, "right", "down"), play(game, "right", "down"))
+        assert (other.here, other.known) == (game.here, game.known)
+    with pytest.raises(UsageError, match="no snapshot of a game"):
+        game.restore(snapshot[:-100])
+
+
+@pytest.mark.parametrize("order", ORDERS[:3])
+def test_what_came_since_is_played_again(game: Game, order: str) -> None:
+    kept = Kept()
+    game.record.heard = kept.add
+    with_order(game, order)
+    play(game, *WALK[:3])
+    game.reset(game.prompts[0])
+    play(game, *WALK[:3])
+    with elsewhere(game) as other:  # without a snapshot, from the start
+        kept.restore(other)
+        game.stop()  # an order that overlaps frames begins anew there, and so it does here
+        assert equal(play(other, "up"), play(game, "up"))
+    kept.take(game.snapshot())
+    assert not kept.lines
+    play(game, *WALK[4:8])
+    mark = game.branch()
+    game.rewind(2)
+    with_order(game, order, seed=5)
+    play(game, "left", "left")
+    game.visit(mark)
+    play(game, "up")
+    with elsewhere(game) as other:
+        kept.restore(other)
+        game.stop()
+        assert equal(play(other, *WALK), play(game, *WALK))
+    wrong = next(line for line in kept.lines if isinstance(line, Played))
+    kept.lines[kept.lines.index(wrong)] = wrong.model_copy(update={"tokens": "00000000"})
+    with elsewhere(game) as other, pytest.raises(QualityError, match="first that differs"):
+        kept.restore(other)
+
+
+def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with serve(sessions=2, limits=LOOSE, state=state) as (url, server), player(url) as ann:
+        ticket = ann.until(type="welcome")["ticket"]
+        while ann.frame()["known"] < 9 or not (state / "world-0").exists():
+            pass
+        token, seed = parts(url)[1], server.tables[0].game.settings
+    with serve(sessions=2, limits=LOOSE, state=state) as (url, server):
+        assert parts(url)[1] == token
+        with player(url) as cid:  # a newcomer has the other seat
+            assert cid.until(type="welcome")["ticket"] != ticket
+        with player(url, ticket) as ann:
+            assert ann.until(type="state")["settings"] == seed.model_dump(mode="json")
+            assert ann.frame()["known"] > 5
+        server.room.clear(server.room.seats[0])
+        for _ in range(100):
+            if not (state / "world-0").exists():
+                break
+            time.sleep(0.05)
+        assert not (state / "world-0").exists()
+
+
+def test_worlds_of_another_bundle_are_left_alone(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, "one")
+    shelf.put(0, "ticket", b"world")
+    shelf.close()
+    (tmp_path / "world-1").write_bytes(b"something else")
+    assert list(Shelf(tmp_path, "one").find(3)) == [(0, "ticket", b"world")]
+    assert not list(Shelf(tmp_path, "two").find(3))
+    assert (tmp_path / "world-0").stat().st_mode & 0o777 == 0o600
