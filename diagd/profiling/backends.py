@@ -25,7 +25,7 @@ from diagd.runtime.load import check_window, open_session, with_threads
 from diagd.runtime.session import Session
 from diagd.runtime.strategy import parse_decoder
 
-RAGGED_FRAMES: Final = 4
+RAGGED_FRAMES: Final = 16
 """Times as many frames of decoders whose passes are the content's."""
 
 
