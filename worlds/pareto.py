@@ -18,6 +18,7 @@ from rich.table import Table
 from diagd.bundle import Bundle, Manifest
 from diagd.bundle.files import atomic_file
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.runtime.audit import audit
 from diagd.runtime.decoders import Decoder, DraftDecoder, ScheduledDecoder
 from diagd.runtime.decoders.scoring import Proposal, Scorer, open_scorer, worst_likelihood
 from diagd.runtime.pixels import PixelCodec
@@ -45,7 +46,7 @@ class Contestant:
     decoder: Decoder
     seconds: list[float] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
-    exact: list[bool] = field(default_factory=list)
+    exact: list[float] = field(default_factory=list)
     rolled: list[Streams] = field(default_factory=list)
 
 
@@ -59,7 +60,7 @@ class Point:
         frames_per_second: median, and between the tenth and ninetieth of a hundred frames.
         passes: of the target, a frame.
         kept: share of frames that are the drafter's; None without one.
-        exact: share of frames that are next-token prediction's behind those before them.
+        exact: share of cells that next-token prediction draws behind the same tokens ahead of them.
         judgement: of its rollouts.
         best: no other is as fast and as likely under next-token prediction, and better in one of the two.
     """
@@ -187,22 +188,21 @@ def roll_out(
 ) -> None:
     """One rollout; ``sampling`` is the evaluation's unless told otherwise."""
     frames, actions = _known(session.layout, evaluation, number)
+    before, after = actions[: len(frames)], actions[len(frames) :]
     options, stream = evaluation.options, evaluation.truth[number].copy()
-    session.start(frames, actions[: len(frames)])
-    made = list(
-        session.frames(
-            contestant.decoder,
-            actions[len(frames) :],
-            sampling=sampling or options.sampling,
-            seed=options.seed + number,
-        )
-    )
-    cells = stream.reshape(-1, session.layout.frame_length)[len(frames) :, 1:]
-    cells[:] = np.stack([frame.tokens.reshape(-1) for frame in made])
+    rules, seed = sampling or options.sampling, options.seed + number
+    session.start(frames, before)
+    made = list(session.frames(contestant.decoder, after, sampling=rules, seed=seed))
+    tokens = np.stack([frame.tokens for frame in made])
+    if all(frame.exact for frame in made):
+        contestant.exact += [1.0] * len(made)
+    else:
+        session.start(frames, before)
+        contestant.exact += audit(session, tokens, after, sampling=rules, seed=seed).tolist()
+    stream.reshape(-1, session.layout.frame_length)[len(frames) :, 1:] = tokens.reshape(len(made), -1)
     contestant.rolled.append(stream)
     contestant.seconds += [frame.seconds for frame in made[1:]]
     contestant.passes += [frame.steps for frame in made[1:]]
-    contestant.exact += [frame.exact for frame in made]
 
 
 def _point(contestant: Contestant, evaluation: Evaluation) -> Point:

@@ -343,18 +343,20 @@ def _decoder_lines(world: str, figures: DecoderFigures) -> list[str]:
         "",
         *_text(
             "Whatever decodes, the same rollouts, in turns. `kept`: share of frames that are the drafter's, "
-            "which is the model itself by k=1 chained. `as NTP`: share of cells that are those of next-token "
-            f"prediction with the same random numbers. Bold: no other is as fast and as likely ({rollouts})."
+            "which is the model itself by k=1 chained. `exact`: share of cells that next-token prediction "
+            "draws behind the same tokens, `as NTP`: in rollouts of its own, with the same random numbers. "
+            f"Bold: no other is as fast and as likely ({rollouts})."
         ),
         "",
         *_table(
-            ("decoder", "frames/s", "passes", "kept", *_JUDGED),
+            ("decoder", "frames/s", "passes", "kept", "exact", *_JUDGED),
             [
                 (
                     f"**{point.name}**" if point.best else point.name,
                     f"{point.frames_per_second[0]:.1f}",
                     f"{point.passes:.1f}",
                     "" if point.kept is None else f"{point.kept:.0%}",
+                    f"{point.exact:.2%}",
                     *_judged(point.judgement),
                 )
                 for point in figures.points

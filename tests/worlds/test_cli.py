@@ -125,6 +125,7 @@ def test_decoders_are_compared_by_speed_and_quality(
         assert found[name]["judgement"]["ntp_match"]["mean"] == 1
         assert found[name]["exact"] == 1
     assert found["drafter"]["judgement"] == found["k=1 serial"]["judgement"]
+    assert 0 < found["drafter"]["exact"] == found["k=1 serial"]["exact"] < 1
     assert (found["drafter"]["kept"], found["target"]["kept"], found["jacobi"]["kept"]) == (1, 0, None)
     assert any(point["best"] for point in found.values())
     assert main([*command, "--decoders", "fastest"]) == 2

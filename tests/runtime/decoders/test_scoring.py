@@ -91,6 +91,21 @@ def test_the_worst_picture_of_a_frame_counts(
     assert scorer(proposal(7)) == pytest.approx(7 * scale)
 
 
+def test_a_package_may_bring_a_scorer(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "mine-1.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+    (record / "entry_points.txt").write_text("[diagd.scorers]\nbeauty = beauty_of_mine:make\n")
+    (tmp_path / "beauty_of_mine.py").write_text("def make(pixels):\n    return lambda proposal: pixels\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    session: Session = diagd.load(small_bundle, threads=1)
+    assert open_scorer("beauty", session, None, 0.5)(proposal()) == 0.5  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="beauty, likelihood, onnx:PATH"):
+        open_scorer("ugliness", session, None, None)
+
+
 def test_scorers_that_are_none_are_named(small_bundle: Path, tmp_path: Path) -> None:
     session: Session = diagd.load(small_bundle, threads=1)
     with pytest.raises(UsageError, match="likelihood, onnx:PATH"):
