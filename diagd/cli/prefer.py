@@ -13,7 +13,7 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, require
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Flag
-from diagd.progress import Progress
+from diagd.progress import Progress, is_first
 from diagd.tuning.options import PreferOptions, PreferTraining, check_device, mixture
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ Twice more the same steps are spent otherwise: on the best rollouts alone, and o
 A gate compares all three with the model, on contexts that were held out: actions followed must be up, the
 likelihood of true frames within 1 %, dynamics, variety and known ids not worse. What passes and gains most is
 written. If nothing passes, the figures are printed, nothing is written, and the exit code is 1.
---data is a folder of recordings or clips, or a .npy token stream, as for `diagd align`.
+--data is a folder of recordings or clips, or a .npy token stream, as for `diagd align`. Rollouts are made by
+--workers N processes or on a Ray --cluster, the same ones for any number; torchrun trains with several.
 """
 
 
@@ -127,7 +128,7 @@ def _tell(options: PreferVerb, report: PreferReport) -> None:
         f"mean {mean:.3f}, worst {worst:.3f}"
     )
     console.print(_table(report))
-    if options.report is not None:
+    if options.report is not None and is_first():
         with atomic_file(options.report) as partial:
             partial.write_text(json.dumps(report.data(), indent=1) + "\n", encoding="utf-8")
 

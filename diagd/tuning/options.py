@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from diagd.cluster.options import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, File
@@ -84,6 +85,7 @@ class PreferOptions:
     probe_steps: int = Field(default=600, ge=1, description="optimiser steps of each probe of the actions")
     backend: str = Field(default="cpu", description=f"that rolls out: {CHOICES}")
     sampling: SamplingSettings = SamplingSettings(1.0, 0, 0.95)
+    who: ClusterOptions = ClusterOptions()
 
 
 def mixture(orders: Sequence[str], raster: float, layout: StreamLayout) -> tuple[tuple[float, Schedule], ...]:

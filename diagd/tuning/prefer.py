@@ -10,7 +10,7 @@ import copy
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, atomic_bundle, cache
+from diagd.cluster import open_workers
 from diagd.engines.engine import Float
+from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import QualityError, UsageError
 from diagd.export.transformer import Transformer
 from diagd.progress import Progress
-from diagd.runtime.arrays import read_array
-from diagd.runtime.group import Group
 from diagd.runtime.strategy import parse_decoder
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import filled_text
@@ -36,7 +36,8 @@ from diagd.tuning.kept import Kept
 from diagd.tuning.options import PreferOptions, PreferTraining
 from diagd.tuning.preference import Lesson, tune
 from diagd.tuning.probe import Probe, Transitions
-from diagd.tuning.rollouts import Streams, open_lanes, parts, roll_out
+from diagd.tuning.ranks import Ranks, together
+from diagd.tuning.rollouts import Roller, Rolling, Streams, parts
 from diagd.tuning.verdict import Measures, Verdict, aim_of, measures
 
 SEEDS = 3
@@ -140,19 +141,27 @@ def prefer(
         UsageError: windows, decoder or text do not fit the model.
         QualityError: the actions of true frames cannot be read, so nothing can be verified.
     """
-    run = _Run(bundle.at_precision(), material, options, training, decoder, progress)
+    with together(training.device) as ranks:
+        training = replace(training, device=ranks.device)
+        return _prefer(
+            _Run(bundle.at_precision(), material, options, training, decoder, progress, ranks), output
+        )
+
+
+def _prefer(run: _Run, output: Path) -> PreferReport:
     lessons, scores, reference = run.collect()
     before = run.measure(run.bundle, run.model, reference)
     verdicts, kept = dict[str, Verdict](), list[Kept]()
-    with tempfile.TemporaryDirectory() as folder:
+    shared = None if run.options.who.cluster is None else output.resolve().parent  # which other nodes see
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
         for name, lesson in lessons.items():
             model, training_of = run.train(name, lesson)
             kept.append(training_of)
-            tuned = f"{TUNED[name]}, {training.steps} steps"
+            tuned = f"{TUNED[name]}, {run.training.steps} steps"
             made = write_model(run.bundle, model, Path(folder) / name, tuned_manifest(run.bundle, tuned))
             verdicts[name] = Verdict.of(before, run.measure(Bundle.open(made), model, reference))
         report = _report(run, lessons, scores, verdicts, aim_of(before))
-        if report.chosen is not None:
+        if report.chosen is not None and run.ranks.is_first:
             with atomic_bundle(output) as directory:
                 shutil.copytree(Path(folder) / report.chosen, directory, dirs_exist_ok=True)
     for one in kept:
@@ -201,11 +210,13 @@ class _Run:
         training: PreferTraining,
         decoder: str | None,
         progress: Progress,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.bundle, self.material, self.options, self.training = bundle, material, options, training
         self.progress, self.layout = progress, bundle.manifest.layout
         self.spelled = decoder or _own_decoder(bundle)
-        self.decoder = parse_decoder(self.spelled, bundle.manifest)
+        parse_decoder(self.spelled, bundle.manifest)  # before any work
         self.model = read_model(bundle)
         _check_length(self.model, material.train, options)
         random = np.random.default_rng(training.seed)
@@ -219,8 +230,7 @@ class _Run:
     def collect(self) -> tuple[dict[str, Lesson], NDArray[np.float64], Figures]:
         """What to train on, the scores [M, R] of all rollouts, and the figures that scores refer to."""
         options, count = self.options, self.options.rollouts
-        with open_lanes(self.bundle, backend=options.backend) as group:
-            rolled = self._roll_out(group, self.bundle, self.contexts, count, "rolling out")
+        rolled = self._roll_out(self.bundle, self.contexts, count, "rolling out")
         figures = self.judges[0].figures(rolled.reshape(-1, rolled.shape[2]))
         scores = self.judges[0].score(figures, figures).reshape(-1, count)
         preferences = Lesson.of_scores(rolled, scores, options.strength, options.anchor)
@@ -244,13 +254,13 @@ class _Run:
                 training,
                 lambda *_: advance(1),
                 text=self.material.text,
+                ranks=self.ranks,
             )
         return model, kept
 
     def measure(self, bundle: Bundle, model: Transformer, reference: Figures) -> Measures:
         """What the gate compares: by the other probe, on contexts that were held out."""
-        with open_lanes(bundle, backend=self.options.backend) as group:
-            rolled = self._roll_out(group, bundle, self.judged, SEEDS, "judging")
+        rolled = self._roll_out(bundle, self.judged, SEEDS, "judging")
         raster = Schedule.next_token(self.layout)
         passes = ForcedPasses([raster], self._frames, score_prompt=False)
         nll = forced_nll(self._logits(model), passes, self.judged, 0, device=self.training.device)
@@ -299,41 +309,51 @@ class _Run:
         logits, device = self._logits(self.model), self.training.device
         return Judge.learn(config, streams, self.options.prompt, logits, device=device)
 
-    def _roll_out(self, group: Group, bundle: Bundle, contexts: Streams, count: int, title: str) -> Streams:
-        """Rollouts int64 [M, count, N] of contexts, kept in the cache by and by."""
-        made = []
-        with self.progress.count(title, len(contexts)) as advance:
-            for first in range(0, len(contexts), _CHUNK):
-                part = contexts[first : first + _CHUNK]
-                keys = [(self.training.seed, first + n, i) for n in range(len(part)) for i in range(count)]
-                seeds = [int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys]
-                streams = np.repeat(part, count, axis=0)
-                rolled = self._kept(bundle, streams, seeds, partial(self._decode, group, streams, seeds))
-                made.append(rolled.reshape(len(part), count, -1))
-                advance(len(part))
-        return np.concatenate(made)
+    def _roll_out(self, bundle: Bundle, contexts: Streams, count: int, title: str) -> Streams:
+        """Rollouts int64 [M, count, N] of contexts, by whoever does them, kept in the cache by and by."""
+        items = [self._part(contexts[n : n + _CHUNK], n, count) for n in range(0, len(contexts), _CHUNK)]
+        keys = [self._key(bundle, part) for part in items]
+        if not self.ranks.is_first:
+            self.ranks.wait()  # what the first made is in the cache
+        made = {n: kept for n, key in enumerate(keys) if (kept := cache.read("rollouts", key)) is not None}
+        missing = [n for n in range(len(items)) if n not in made]
+        with self.progress.count(title, len(items)) as advance:
+            advance(len(made))
+            with open_workers(self._roller(bundle), self.options.who) as workers:
+                for number, rolled in workers.map([items[n] for n in missing]):
+                    made[missing[number]] = rolled.astype("<i8").tobytes()
+                    cache.write("rollouts", keys[missing[number]], made[missing[number]])
+                    advance(1)
+        if self.ranks.is_first:
+            self.ranks.wait()
+        whole = np.frombuffer(b"".join(made[n] for n in range(len(items))), "<i8").astype(np.int64)
+        return whole.reshape(len(contexts), count, -1)
 
-    def _decode(self, group: Group, streams: Streams, seeds: Sequence[int]) -> Streams:
-        prompt, sampling = self.options.prompt, self.options.sampling
-        return roll_out(group, streams, prompt, self.decoder, sampling, seeds, self.material.text)
+    def _part(self, contexts: Streams, first: int, count: int) -> Rolling:
+        keys = [(self.training.seed, first + n, i) for n in range(len(contexts)) for i in range(count)]
+        seeds = tuple(int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys)
+        return np.repeat(contexts, count, axis=0), seeds
 
-    def _kept(
-        self, bundle: Bundle, streams: Streams, seeds: Sequence[int], make: Callable[[], Streams]
-    ) -> Streams:
-        """What ``make`` gives, once for all times."""
-        options, text = self.options, self.material.text
+    def _roller(self, bundle: Bundle) -> Callable[[], Roller]:
+        options = self.options
+        return partial(
+            Roller,
+            bundle.path.resolve(),
+            bundle.manifest.graphs[0].precision,
+            self.spelled,
+            options.prompt,
+            options.sampling,
+            self.material.text,
+            backend=options.backend,
+            cpu=CpuOptions(1 if options.who.is_asked else 0),
+        )
+
+    def _key(self, bundle: Bundle, part: Rolling) -> str:
+        """Of all that rollouts depend on."""
+        options, text, (streams, seeds) = self.options, self.material.text, part
         told = repr((bundle.digest, self.spelled, options.prompt, options.sampling, options.backend, seeds))
         digest = hashlib.sha256(told.encode() + streams.tobytes() + (b"" if text is None else text.tobytes()))
-        made = list[Streams]()
-
-        def keep(place: Path) -> None:
-            made.append(make())
-            np.save(place / "streams.npy", made[0])
-
-        found = cache.entry("rollouts", digest.hexdigest()[:32], keep)
-        if made or found is None:
-            return made[0] if made else make()
-        return read_array(found / "streams.npy", "rollouts").astype(np.int64)
+        return digest.hexdigest()[:32]
 
 
 def _own_decoder(bundle: Bundle) -> str:

@@ -31,6 +31,7 @@ from diagd.tuning.align import (
 from diagd.tuning.forced_batch import ForcedPasses, window_nll
 from diagd.tuning.kept import Kept
 from diagd.tuning.options import PreferTraining
+from diagd.tuning.ranks import Ranks
 from diagd.tuning.rollouts import Streams
 
 _BIN = 0.01
@@ -130,6 +131,7 @@ def tune(
     report: Report | None = None,
     *,
     text: NDArray[np.float32] | None = None,
+    ranks: Ranks | None = None,
 ) -> Kept:
     """Train low-rank updates in place and merge them; gives what is kept of the training, to be removed.
 
@@ -142,31 +144,38 @@ def tune(
         options: schedules and training settings.
         report: told about every step.
         text: see ``align``.
+        ranks: those that do it together, each its share of every batch; None: this process alone.
     """
     chances, layout = schedule_chances(options), model.config.layout
     frames = (lesson.preferred.shape[1] - layout.prefix) // layout.frame_length
     passes = ForcedPasses([s for _, s in options.shares], frames, score_prompt=False, prompt=prompt)
     model.to(options.device).train()
-    trained = add_low_rank(model, options)
-    nll = partial(window_nll, partial(model, text=filled_text(model, text, options.device)))
+    trained, ranks = add_low_rank(model, options), ranks or Ranks(0, 1, options.device)
+    filled = filled_text(model, text, options.device)
+    nll, reference_nll = (
+        partial(window_nll, partial(one, text=filled)) for one in (ranks.wrapped(model), model)
+    )
     optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
 
     def loss(step: int) -> Tensor:
         picked, choice = draw(len(lesson.preferred), chances, options, step, twice=lesson.rejected is None)
+        mine = ranks.share(len(picked))
+        share = ranks.size * len(picked[mine]) / len(picked)  # all that is summed is a mean over windows
+        picked, choice = picked[mine], choice[mine]
         windows = [lesson.preferred[picked]]
         if lesson.rejected is not None:
             windows.append(lesson.rejected[picked])
         batch = passes.batch(np.concatenate(windows), choice.tolist() * len(windows)).to(options.device)
         found = nll(batch, autocast=options.autocast).view(len(windows), -1)
         if lesson.rejected is None:
-            return found.mean()
+            return share * found.mean()
         with torch.no_grad(), without_low_rank(model):
-            reference = nll(batch, autocast=options.autocast).view_as(found)
+            reference = reference_nll(batch, autocast=options.autocast).view_as(found)
         weights = torch.from_numpy(lesson.weights[picked]).to(options.device)
-        return preference_loss(found, reference, weights, lesson.strength, lesson.anchor)
+        return share * preference_loss(found, reference, weights, lesson.strength, lesson.anchor)
 
-    kept = Kept.of(options, lesson.arrays, trained, optimiser, writes=True)
-    descend(loss, kept, options, report)
+    kept = Kept.of(options, lesson.arrays, trained, optimiser, ranks.is_first)
+    descend(loss, kept, options, report, ranks.mean)
     merge_low_rank(model)
     model.requires_grad_(requires_grad=True).eval()
     return kept

@@ -46,6 +46,16 @@ class Ranks:
         """The model, which has the gradients of all of them where it is run by this."""
         return model if self.size == 1 else DistributedDataParallel(model)
 
+    def share(self, windows: int) -> slice:
+        """Its part of the windows of a step.
+
+        Raises:
+            UsageError: there are fewer windows than ranks.
+        """
+        if windows < self.size:
+            raise UsageError(f"{windows} windows of a step for {self.size} processes; raise --batch")
+        return slice(self.rank, None, self.size)
+
     def batch(
         self, passes: ForcedPasses, windows: NDArray[np.int64], choice: NDArray[np.int64]
     ) -> tuple[ForcedBatch, float]:
@@ -56,9 +66,7 @@ class Ranks:
         Raises:
             UsageError: there are fewer windows than ranks.
         """
-        if len(windows) < self.size:
-            raise UsageError(f"{len(windows)} windows of a step for {self.size} processes; raise --batch")
-        mine, scored = slice(self.rank, None, self.size), passes.scored[choice]
+        mine, scored = self.share(len(windows)), passes.scored[choice]
         weight = self.size * float(scored[mine].sum() / scored.sum())
         return passes.batch(windows[mine], choice[mine].tolist()).to(self.device), weight
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from diagd.runtime.decoders import Decoder
 from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
 from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.strategy import parse_decoder
 from diagd.schedule import StreamLayout
 
 TOGETHER = 16
@@ -22,6 +24,9 @@ TOGETHER = 16
 
 Streams = NDArray[np.int64]
 """int64 [B, N]: windows of token streams, each of whole frames behind the layout's prefix."""
+
+Rolling: TypeAlias = tuple[Streams, Sequence[int]]
+"""Windows that are rolled out together, and the seed of each."""
 
 
 def parts(streams: Streams, layout: StreamLayout) -> tuple[Int, Int]:
@@ -86,3 +91,35 @@ def roll_out(
         for lane, frame in run:
             made[first + lane, frame.index] = frame.tokens
     return with_cells(streams, layout, made)
+
+
+class Roller:
+    """A worker: rolls out windows under their own actions on an engine of its own; see `roll_out`.
+
+    Args:
+        path: of the bundle.
+        precision: of the step graph.
+        decoder: as `parse_decoder` reads it.
+        prompt, sampling, text: see `roll_out`.
+        options: ``open_group``'s.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        precision: str,
+        decoder: str,
+        prompt: int,
+        sampling: SamplingSettings,
+        text: Float | None,
+        **options: Any,
+    ) -> None:
+        bundle = Bundle.open(path).at_precision(precision)
+        self._group = open_lanes(bundle, **options)
+        self._decoder = parse_decoder(decoder, bundle.manifest)
+        self._prompt, self._sampling, self._text = prompt, sampling, text
+
+    def __call__(self, rolling: Rolling) -> Streams:
+        """The windows as they went on."""
+        streams, seeds = rolling
+        return roll_out(self._group, streams, self._prompt, self._decoder, self._sampling, seeds, self._text)

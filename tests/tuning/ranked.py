@@ -1,4 +1,4 @@
-"""An alignment that torchrun starts, for `test_ranks`. Argument: the folder that it reads and writes."""
+"""Trainings that torchrun starts, for `test_ranks`. Argument: the folder that they read and write."""
 
 from __future__ import annotations
 
@@ -6,35 +6,48 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from diagd.progress import is_first
 from diagd.schedule import Schedule
 from diagd.tuning.align import Report, align
-from diagd.tuning.options import AlignOptions
-from tests.oracles.models import small_model
+from diagd.tuning.options import AlignOptions, PreferTraining
+from diagd.tuning.preference import Lesson, tune
+from diagd.tuning.ranks import together
+from tests.oracles.models import CODES, small_model
 from tests.tuning.test_align import CHAINED, LAYOUT, streams
 
+SHARES = ((0.5, Schedule.next_token(LAYOUT)), (0.5, CHAINED))
+"""They score different numbers of tokens."""
 
-def tuned(folder: Path, report: Report) -> dict[str, torch.Tensor]:
-    """By two schedules that score different numbers of tokens, in batches that two cannot share evenly."""
+BATCH = 5
+"""Which two cannot share evenly."""
+
+
+def aligned(folder: Path, report: Report) -> dict[str, torch.Tensor]:
+    """Weights of an alignment that is kept as it goes."""
     options = AlignOptions(
-        ((0.5, Schedule.next_token(LAYOUT)), (0.5, CHAINED)),
-        steps=6,
-        batch=5,
-        rate=1e-2,
-        rank=2,
-        autocast=False,
-        resume=folder / "kept",
-        keep_every=2,
+        SHARES, 6, BATCH, rate=1e-2, rank=2, autocast=False, resume=folder / "kept", keep_every=2
     )
     return align(small_model(LAYOUT), streams(8), options, report).state_dict()
 
 
+def preferred(report: Report) -> None:
+    """Windows are preferred to such as end otherwise."""
+    good, bad = streams(8), streams(8)
+    bad[:, -LAYOUT.cells - 1 : -1] = np.random.default_rng(1).integers(0, CODES, (8, LAYOUT.cells))
+    lesson = Lesson(good, bad, np.linspace(0.5, 1.5, 8, dtype=np.float32), 10.0, 0.2)
+    options = PreferTraining(SHARES, 4, BATCH, rate=1e-2, rank=2, autocast=False)
+    with together("cpu") as ranks:
+        tune(small_model(LAYOUT), lesson, 1, options, report, ranks=ranks)
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    losses: dict[int, float] = {}
-    weights = tuned(place, losses.__setitem__)
+    losses: dict[str, dict[int, float]] = {"aligned": {}, "preferred": {}}
+    weights = aligned(place, losses["aligned"].__setitem__)
+    preferred(losses["preferred"].__setitem__)
     if is_first():
         torch.save(weights, place / "weights")
         (place / "losses.json").write_text(json.dumps(losses))
