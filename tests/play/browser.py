@@ -28,6 +28,7 @@ KEYS = {
     "KeyP": ("p", 80),
     "KeyB": ("b", 66),
     "Backspace": ("Backspace", 8),
+    "Tab": ("Tab", 9),
 }
 
 

@@ -35,6 +35,28 @@ CHANGE = (
     "form[name].dispatchEvent(new Event('change', {{bubbles: true}})); }})"
     "(document.getElementById('settings').elements, {!r}, {!r})"
 )
+CONTRAST = """(() => {
+  const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
+  const part = (value) => (value /= 255) <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+  const ground = (one) => { // the nearest colour behind
+    const color = one ? numbers(getComputedStyle(one).backgroundColor) : [255, 255, 255];
+    return color[3] === 0 ? ground(one.parentElement) : color;
+  };
+  const contrast = (one, other) => {
+    const [dark, bright] = [light(one), light(other)].sort((a, b) => a - b);
+    return (bright + 0.05) / (dark + 0.05);
+  };
+  const all = [...document.querySelectorAll("body *")].filter((one) => one.offsetParent && !one.disabled);
+  const said = (node) => node.nodeType === 3 && node.textContent.trim();
+  const texts = all.filter((one) => [...one.childNodes].some(said));
+  const plain = "button:not(.link), select, input:not([type=radio], [type=checkbox], [type=file])";
+  const edge = (one) => contrast(numbers(getComputedStyle(one).borderTopColor), ground(one.parentElement));
+  return [
+    texts.map((one) => [one.textContent, contrast(numbers(getComputedStyle(one).color), ground(one))]),
+    all.filter((one) => one.matches(plain)).map((one) => [one.outerHTML, edge(one)]),
+  ];
+})()"""
 COVER = "document.getElementById('cover').hidden"
 
 
@@ -173,6 +195,25 @@ def test_it_fits(tab: Tab, serve: Serve, tmp_path: Path, width: int, mobile: boo
         tab.screenshot(tmp_path / "shot.png")
         shot = picture((tmp_path / "shot.png").read_bytes())
         assert len(np.unique(shot.reshape(-1, 3), axis=0)) > 100
+
+
+def test_text_edges_and_focus_are_seen(tab: Tab, serve: Serve) -> None:
+    """As WCAG 2.2 has it: 1.4.3, 1.4.11 and 2.4.7 of level AA."""
+    with serve() as (url, _):
+        enter(tab, url, "pause")
+        texts, edges = tab.evaluate(CONTRAST)
+        assert len(texts) > 40
+        assert len(edges) > 15
+        assert [text for text, contrast in texts if contrast < 4.5] == []
+        assert [edge for edge, contrast in edges if contrast < 3] == []
+        seen = set()
+        for _ in range(12):
+            tab.key("Tab", down=True)
+            tab.key("Tab", down=False)
+            outline = "getComputedStyle(document.activeElement).outlineStyle"
+            seen.add(tab.evaluate(f"[document.activeElement.outerHTML.slice(0, 80), {outline}].join()"))
+        assert len(seen) > 8  # different ones
+        assert all(one.endswith(",solid") for one in seen)
 
 
 def test_a_thumb_slides_over_the_pad(tab: Tab, serve: Serve) -> None:
