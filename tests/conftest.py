@@ -1,4 +1,4 @@
-"""Every run has a machine cache of its own, and small models run on one thread, which is fastest."""
+"""Workers of a run share a machine cache of its own; small models run on one thread, which is fastest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from tests.worlds import random_world
 
 @pytest.fixture(scope="session", autouse=True)
 def _machine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["DIAGD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.getbasetemp()
+    run = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["DIAGD_CACHE"] = str(run / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from diagd.bundle.manifest import Form, FormTraits
 from diagd.bundle.transformer import TransformerConfig
 from diagd.engines.buffers import cache_tensors
 from diagd.export.forms import Step, TextRows
+from diagd.export.known_graphs import traced_once
 from diagd.export.projections import projections
 from diagd.export.tracing import trace
 from diagd.export.transformer import Transformer
@@ -80,13 +81,19 @@ def trace_step(
     text = _text_rows(config, dtype)
     named = [name for name, (tensor, _) in inputs.items() if tensor is not None]
     cache = cache_names(config.layers, "new" if traits.rows_out else "present")
-    return trace(
+    opset = max(traits.opset, variant.opset)
+    settings = [repr(config), capacity, streams, variant.integer_cache, watched, opset]
+    return traced_once(
         step,
-        (*(tensor for tensor, _ in inputs.values()), past, text),
-        input_names=[*named, *cache_names(config.layers, "past"), *text_names(config)],
-        output_names=["logits", *cache, *watched],
-        opset=max(traits.opset, variant.opset),
-        dynamic_shapes=(*(axes for _, axes in inputs.values()), [live] * len(past), [None] * len(text)),
+        settings,
+        lambda: trace(
+            step,
+            (*(tensor for tensor, _ in inputs.values()), past, text),
+            input_names=[*named, *cache_names(config.layers, "past"), *text_names(config)],
+            output_names=["logits", *cache, *watched],
+            opset=opset,
+            dynamic_shapes=(*(axes for _, axes in inputs.values()), [live] * len(past), [None] * len(text)),
+        ),
     )
 
 
@@ -120,12 +127,17 @@ def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) ->
     """
     if config.text is None:
         raise ValueError("the model reads no text")
-    return trace(
-        TextRows(_transformer(config, dtype)),
-        (_empty(config.text.length, config.text.width, dtype=torch.float32),),
-        input_names=["text"],
-        output_names=text_names(config),
-        opset=Form.PREFIX.traits.opset,
+    rows, text = TextRows(_transformer(config, dtype)), config.text
+    return traced_once(
+        rows,
+        repr(config),
+        lambda: trace(
+            rows,
+            (_empty(text.length, text.width, dtype=torch.float32),),
+            input_names=["text"],
+            output_names=text_names(config),
+            opset=Form.PREFIX.traits.opset,
+        ),
     )
 
 

@@ -1,0 +1,103 @@
+"""Graphs that a machine keeps are those that would be traced, and no others."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from diagd.bundle import Form, cache
+from diagd.export import step_graph
+from diagd.export.known_graphs import KIND
+from diagd.export.step_graph import StepVariant, trace_step
+from diagd.export.tracing import trace
+from diagd.schedule import StreamLayout
+from tests.oracles.models import small_model
+
+MATRIX = "transformer.layers.0.attention.out"
+CONFIG = small_model(StreamLayout(2, 3), layers=1).config
+
+
+class Traced(Exception):
+    """The graph is not known."""
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A cache with a graph alone, and what was traced."""
+    folder, made = tmp_path_factory.mktemp("machine") / "cache", list[bytes]()
+
+    def noted(*arguments: object, **named: object) -> ir.Model:
+        model: ir.Model = trace(*arguments, **named)
+        made.append(content(model))
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_graph, "trace", noted)
+        patch.setenv("DIAGD_CACHE", str(folder))
+        assert content(known()) == made[0]
+    return folder, made[0]
+
+
+@pytest.fixture
+def place(first: tuple[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that cache; nothing more is traced."""
+
+    def tracing(*_: object, **__: object) -> None:
+        raise Traced
+
+    monkeypatch.setattr(step_graph, "trace", tracing)
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
+    return shutil.copytree(first[0], tmp_path / "cache")
+
+
+def content(model: ir.Model) -> bytes:
+    """Everything of a graph as its file says it, weights left out."""
+    copy = model.clone()
+    for value in copy.graph.initializers.values():
+        if value.name is not None and value.name.startswith("transformer."):
+            value.const_value = None
+    return ir.to_proto(copy).SerializeToString(deterministic=True)
+
+
+def known() -> ir.Model:
+    return trace_step(CONFIG, Form.MODERN, capacity=64)
+
+
+def test_a_known_graph_is_the_traced_one(first: tuple[Path, bytes], place: Path) -> None:
+    assert cache.usage().entries == {KIND: 1}
+    graph = known()
+    assert content(graph) == first[1]
+    weights = [v.const_value for v in graph.graph.initializers.values() if v.name.startswith("transformer.")]
+    assert weights == [None] * len(weights)
+    assert len(weights) > 5
+
+
+def test_whatever_a_graph_depends_on_makes_another(place: Path) -> None:
+    known()
+    for change in (
+        {"config": replace(CONFIG, norm_epsilon=1e-3)},
+        {"form": Form.PORTABLE},
+        {"dtype": torch.float16},
+        {"capacity": 65},
+        {"streams": 2},
+        {"variant": StepVariant(watch=True)},
+        {"variant": StepVariant(opset=25)},
+        {"variant": StepVariant(integer_cache=True)},
+        {"variant": StepVariant({MATRIX: torch.nn.Linear(4, 4, device="meta")})},
+    ):
+        with pytest.raises(Traced):
+            trace_step(**{"config": CONFIG, "form": Form.MODERN, "capacity": 64, **change})
+
+
+def test_a_damaged_graph_is_traced_again(place: Path) -> None:
+    (kept,) = (place / KIND).iterdir()
+    body = bytearray(kept.read_bytes())
+    body[len(body) // 2] ^= 1
+    kept.write_bytes(body)
+    with pytest.raises(Traced):
+        known()
