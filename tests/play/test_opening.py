@@ -13,7 +13,7 @@ import pytest
 from diagd.bundle import Bundle
 from diagd.engines.measured import Measurement, Measurements, keep
 from diagd.errors import UsageError
-from diagd.play.opening import SHIPPED, GameOptions, _in_time, new_record, open_game
+from diagd.play.opening import SHIPPED, GameOptions, _in_time, new_record, open_game, open_replay
 from diagd.runtime.options import SessionOptions
 
 PLAY = """
@@ -84,6 +84,21 @@ def test_a_world_is_played_by_what_was_fastest(
     assert (many.backend, many.precision) == ("cpu", "int8")  # which takes any number of streams
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert _in_time(bundle, mine, 1).precision == "int8"  # it was measured, and is gone
+
+
+def test_a_record_is_replayed_on_its_backend_whatever_was_measured_since(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
+    record = tmp_path / "played.ndjson"
+    with open_game(world, GameOptions(record=record)) as game:
+        game.reset(game.prompts[0])
+    fastest = {"backend": "openvino", "precision": "fp32", "computed": "bf16", "threads": 1}
+    entry = Measurement(**fastest, seconds=0.1, passed=True)
+    keep(Bundle.open(world), Measurements(date="2026-01-01", order="k=1 serial", entries=(entry,)))
+    game, _ = open_replay(world, record, GameOptions())
+    with game:
+        assert game.view.codec.backend.name == "cpu"
 
 
 def test_what_is_no_picture_among_the_prompts_is_left_out(world: Path, tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def test_the_budget_leaves_out_what_it_has_no_time_for(bundle: Bundle) -> None:
 
 def test_threads_are_those_that_were_fastest(bundle: Bundle) -> None:
     assert with_threads(CpuOptions(), bundle).threads == 1  # so few bytes are no work for two
+    jacobi = replace(bundle, manifest=bundle.manifest.model_copy(update={"decoder": "jacobi"}))
+    assert with_threads(CpuOptions(), jacobi).threads == min(2, cores())  # a window has some dozens of rows
     entries = (entry("cpu", "fp32", 1, 0.2, True), entry("cpu", "fp32", 3, 0.1, True))
     entries += (entry("cpu", "fp32", 4, 0.05, False), entry("openvino", "fp32", 2, 0.01, None))
     measured.keep(bundle, Measurements(date="2026-01-01", order="k=1 serial", entries=entries))
