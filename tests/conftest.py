@@ -1,4 +1,4 @@
-"""Workers of a run share a machine cache of its own; small models run on one thread, which is fastest."""
+"""Every run has a machine cache of its own, and small models run on one thread, which is fastest."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import torch
 
 from diagd.bundle import Bundle
 from diagd.cli.main import main
+from diagd.export.known_graphs import KIND
 from diagd.play.pictures import png
 from tests.worlds import random_world
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _machine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    run = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    os.environ["DIAGD_CACHE"] = str(run / "cache")
+    """Workers share graphs alone: none is told that another one fills an entry."""
+    folder = tmp_path_factory.mktemp("cache")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = tmp_path_factory.getbasetemp().with_name("graphs")
+        shared.mkdir(exist_ok=True)
+        (folder / KIND).symlink_to(shared)
+    os.environ["DIAGD_CACHE"] = str(folder)
 
 
 @pytest.fixture(scope="session")
