@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+import math
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,11 @@ _SPREAD: Final = 25.0  # rows^2 over which widths must have spread to say what a
 _REJECTED: Final = 0.05  # share of cells, while nothing is known
 _AHEAD: Final = 0.7  # of what it is worth to draw a cell ahead of its turn: further passes would do so too
 _LEARNED: Final = 0.999  # of how often guesses were wrong, a pass later
+_OFTEN: Final = 8  # passes after which all is fitted anew
+_LARGE: Final = 1e6  # unit at which sums are written anew
 _SLOWER: Final = 1.1  # times what the quickest pass of a width took: what the next one counts as at most
+
+Float64: TypeAlias = NDArray[np.float64]
 
 
 class WindowPolicy:
@@ -35,60 +40,73 @@ class WindowPolicy:
 
     def __init__(self, cells: int) -> None:
         self.cells = cells
-        self._reached: NDArray[np.float64] = np.zeros(cells)
-        self._failed: NDArray[np.float64] = np.zeros(cells)
-        self._wrong: NDArray[np.float64] = np.zeros(2)  # guesses that no pass had drawn, and that one had
-        self._guesses: NDArray[np.float64] = np.zeros(2)
+        self._unit = 1.0  # what a pass counts, more than those before it
+        self._count = 0
+        self._reached: Float64 = np.zeros(cells)
+        self._failed: Float64 = np.zeros(cells)
+        self._wrong, self._guesses = [0.0, 0.0], [0.0, 0.0]  # that no pass had drawn, that one had
         self._drawn = 0  # cells of the next window that the last one drew
         self._decided = 0.0
-        self._passes: NDArray[np.float64] = np.zeros(0)  # by the rows that they are run as
-        self._quickest: NDArray[np.float64] = np.zeros(0)  # seconds
+        self._passes: Float64 = np.zeros(0)  # by the rows that they are run as
+        self._quickest: Float64 = np.zeros(0)  # seconds
 
     def choose(self, padded: Int) -> int:
         """Rows of the next window, at most ``len(padded)``, of which n are run as ``padded[n - 1]``."""
-        if not len(self._passes):
+        if not self._count:
             return min(_FIRST, len(padded))
-        cost, row = self._costs()
-        worth = self._survival()[: len(padded)]
-        worth[self._drawn :] += self._ahead() * (1 - worth[self._drawn :])
-        return int((worth.cumsum() / (cost + row * padded)).argmax()) + 1
+        if self._count <= _OFTEN or self._count % _OFTEN == 0:
+            self._fitted = self._fit()
+        (cost, row), decided, ahead = self._fitted
+        drawn = ahead[self._drawn - 1] if self._drawn else 0.0
+        worth = decided[: len(padded)] + np.maximum(ahead[: len(padded)] - drawn, 0.0)
+        return int((worth / (cost + row * padded)).argmax()) + 1
 
     def add(self, rows: int, kept: int, padded: int, seconds: float) -> None:
         """Learn of a pass over ``rows``, run as ``padded``, that decided the first ``kept`` cells."""
-        self._reached *= _KEPT
-        self._failed *= _KEPT
-        self._reached[1 : kept + (kept < rows)] += 1
+        self._count += 1
+        self._unit /= _KEPT
+        if self._unit > _LARGE:
+            self._reached /= self._unit
+            self._failed /= self._unit
+            self._passes /= self._unit
+            self._decided, self._unit = self._decided / self._unit, 1.0
+        self._reached[1 : kept + (kept < rows)] += self._unit
         if kept < rows:
-            self._failed[kept] += 1
+            self._failed[kept] += self._unit
+        self._decided += kept * self._unit
         self._learn_guesses(rows, kept)
         if padded >= len(self._passes):
             wider = padded + 1 - len(self._passes)
             self._passes = np.pad(self._passes, (0, wider))
             self._quickest = np.pad(self._quickest, (0, wider), constant_values=np.inf)
-        self._passes *= _KEPT
-        self._passes[padded] += 1
+        self._passes[padded] += self._unit
         self._quickest[padded] = min(seconds, _SLOWER * self._quickest[padded])
 
     def _learn_guesses(self, rows: int, kept: int) -> None:
         last = min(kept, rows - 1)  # guess that says something
         drawn = min(last, self._drawn)
-        self._wrong *= _LEARNED
-        self._guesses *= _LEARNED
-        self._guesses += last - drawn, drawn
+        for kind, guesses in enumerate((last - drawn, drawn)):
+            self._guesses[kind] = _LEARNED * self._guesses[kind] + guesses
+            self._wrong[kind] *= _LEARNED
         if kept < rows:
             self._wrong[int(kept <= self._drawn)] += 1
-        self._decided = _KEPT * self._decided + kept
         self._drawn = rows - kept
+
+    def _fit(self) -> tuple[tuple[float, float], Float64, Float64]:
+        """What a pass costs, and sums over windows [cells] of what their cells are worth, drawn or not."""
+        survival = self._survival()
+        return self._costs(), survival.cumsum(), (self._ahead() * (1 - survival)).cumsum()
 
     def _ahead(self) -> float:
         """What a cell is worth, in decided ones, that a pass draws for the first time and does not decide.
 
         As far as it is known: a standard error is taken off.
         """
-        usual = (self._wrong.sum() + _REJECTED) / (self._guesses.sum() + 1)
-        fresh, drawn = (self._wrong + usual) / (self._guesses + 1)
-        error = np.sqrt(usual * (1 - usual) * (1 / (self._guesses + 1)).sum())
-        return float(max(0.0, _AHEAD * (fresh - drawn - error)) * self._decided / self._passes.sum())
+        usual = (sum(self._wrong) + _REJECTED) / (sum(self._guesses) + 1)
+        pairs = zip(self._wrong, self._guesses, strict=True)
+        fresh, drawn = ((wrong + usual) / (guesses + 1) for wrong, guesses in pairs)
+        error = math.sqrt(usual * (1 - usual) * sum(1 / (guesses + 1) for guesses in self._guesses))
+        return max(0.0, _AHEAD * (fresh - drawn - error)) * self._decided / float(self._passes.sum())
 
     def _costs(self) -> tuple[float, float]:
         """Seconds of a pass without rows, and of a row."""
@@ -96,21 +114,21 @@ class WindowPolicy:
         # by themselves passes of fewer rows take no longer, and those of twice the rows at most twice as long
         quickest = np.minimum.accumulate(self._quickest[seen] / seen) * seen
         quickest = np.minimum.accumulate(quickest[::-1])[::-1]
-        passes = self._passes[seen]
-        count = passes.sum()
-        weights = passes / count
+        count = float(self._passes.sum())
+        weights = self._passes[seen] / count
         rows, seconds = float(weights @ seen), float(weights @ quickest)
-        away, doubt = seen - rows, _SPREAD / count
+        away, doubt = seen - rows, _SPREAD * self._unit / count
         row = (float(weights @ (away * quickest)) + doubt * seconds / (rows + _FIRST)) / (
             float(weights @ away**2) + doubt
         )
         row = min(max(row, 0.0), seconds / rows)
         return seconds - row * rows, row
 
-    def _survival(self) -> NDArray[np.float64]:
+    def _survival(self) -> Float64:
         """Share of windows whose cells up to each offset are decided."""
-        usual = (self._failed.sum() + _REJECTED) / (self._reached.sum() + 1)
-        survival: NDArray[np.float64] = (1 - (self._failed + usual) / (self._reached + 1)).cumprod()
+        unit = self._unit
+        usual = (self._failed.sum() + _REJECTED * unit) / (self._reached.sum() + unit)
+        survival: Float64 = (1 - (self._failed + usual * unit) / (self._reached + unit)).cumprod()
         return survival
 
 
