@@ -215,7 +215,7 @@ class _Run:
         self.ranks = ranks
         self.bundle, self.material, self.options, self.training = bundle, material, options, training
         self.progress, self.layout = progress, bundle.manifest.layout
-        self.spelled = decoder or _own_decoder(bundle)
+        self.spelled = decoder or bundle.manifest.spelling
         parse_decoder(self.spelled, bundle.manifest)  # before any work
         self.model = read_model(bundle)
         _check_length(self.model, material.train, options)
@@ -354,11 +354,6 @@ class _Run:
         told = repr((bundle.digest, self.spelled, options.prompt, options.sampling, options.backend, seeds))
         digest = hashlib.sha256(told.encode() + streams.tobytes() + (b"" if text is None else text.tobytes()))
         return digest.hexdigest()[:32]
-
-
-def _own_decoder(bundle: Bundle) -> str:
-    manifest = bundle.manifest
-    return manifest.order if manifest.decoder == "order" else manifest.decoder
 
 
 def _check_length(model: Transformer, streams: Streams, options: PreferOptions) -> None:

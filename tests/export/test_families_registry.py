@@ -82,7 +82,7 @@ def test_the_tokenizers_parameters_are_known_without_building_it(name: str) -> N
     assert tokenizer.parameters == counted == tokenizer.parameter_count()
 
 
-@pytest.mark.parametrize("name", [*PARAMETERS, "crafter-3m"])
+@pytest.mark.parametrize("name", [*PARAMETERS, "crafter-3m", "doom-3m"])
 def test_the_rules_read_as_many_numbers_as_the_transformer_has(name: str) -> None:
     family = families.find(name)
     assert family.transformer.parameters == sum(math.prod(shape) for shape in family.expected.values())

@@ -22,6 +22,7 @@ MODULES = {
     "mineworld-1200m": "mineworld",
     "mineworld-1200m-32f": "mineworld",
     "crafter-3m": "world",
+    "doom-3m": "world",
     "world": "world",
 }
 """Module of this package that holds each model, as ``build(name, checkpoint)``."""

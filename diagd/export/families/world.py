@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from diagd.export.transformer import Transformer
 
 SHIPPED = Path(__file__).parents[2] / "models"
+
+_FRAMES_OF = {"crafter-3m": "Crafter (MIT)", "doom-3m": "Freedoom (BSD-3-Clause)"}
+"""Where the frames came from that shipped worlds were trained on, and its licence."""
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 CODEBOOK, TOKENIZER = "codebook.safetensors", "tokenizer.safetensors"
 
@@ -227,7 +230,7 @@ def load_world(folder: Path) -> World:
 
 
 def build(name: str, checkpoint: str | None) -> Family:
-    """A trained world from its folder; ``crafter-3m`` has one of its own.
+    """A trained world from its folder; those that are shipped have one of their own.
 
     Raises:
         UsageError: no folder is known.
@@ -251,11 +254,11 @@ def build(name: str, checkpoint: str | None) -> Family:
         sampling=SamplingRules(ranges=(IdRange(low=0, high=description.used_codes),), top_p=0.95),
         order="k=1 serial",
         frames_per_second=10.0,
-        licence="Apache-2.0; trained on frames of Crafter (MIT)" if not checkpoint else "yours",
+        licence="yours" if checkpoint else f"Apache-2.0; trained on frames of {_FRAMES_OF[name]}",
         origin="shipped with diagd" if not checkpoint else str(folder),
         actions=_codec(description),
         tokenizer=description.pixel_graphs(),
-        decoder="order" if checkpoint else "jacobi",  # measured: exact, and faster than serial frames
+        decoder="order" if checkpoint or name != "crafter-3m" else "jacobi",  # measured: as fast, and exact
         default_checkpoint=str(folder / WEIGHTS if folder is weights else weights),
         default_tokenizer=str(folder / description.tokenizer_file),
     )
