@@ -51,9 +51,9 @@ DEFAULTS = {
     "output": Path("docs"),
 }
 SECOND = {
-    "doom-3m": (Path("trained/doom"), Path("recordings/doom-valid")),
+    "doom-3m": (SHIPPED / "doom-3m", Path("walks/valid")),
 }
-"""The second world, as docs/world.md records and trains it."""
+"""The second world, and its recording as docs/world.md makes it."""
 
 PROBE_STEPS = 600
 
@@ -411,7 +411,7 @@ def main() -> None:
     parser.add_argument(
         "--world",
         action="append",
-        help="NAME=MODEL,DATA[,TRAINED ON] of another world (default: doom-3m, as docs/world.md trains it)",
+        help="NAME=MODEL,DATA[,GEOMETRY] of another world (default: doom-3m, on walks/valid)",
     )
     parser.add_argument("--part", action="append", choices=PARTS, help="measure this again (default: all)")
     args = parser.parse_args()
