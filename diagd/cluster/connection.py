@@ -32,7 +32,7 @@ def connect(address: str) -> Any:
         return ray
     told = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == HERE:
-        told |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        told["include_dashboard"] = False
     try:
         ray.init(address, **told)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and types of its own
