@@ -38,7 +38,7 @@ def connect(address: str) -> Any:
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and types of its own
         raise UsageError(
             f"cannot join a Ray cluster at {address}: {str(error).strip() or type(error).__name__}; start "
-            "one with RAY_AUTH_MODE=token ray start --head --node-ip-address=127.0.0.1 "
-            "--include-dashboard=false, and give each machine the token of `ray get-auth-token`"
+            "one with RAY_AUTH_MODE=token ray start --head --include-dashboard=false, and give each "
+            "machine the token of `ray get-auth-token`"
         ) from error
     return ray
