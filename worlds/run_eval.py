@@ -62,7 +62,8 @@ def _score(run: EvalRun, model: WorldModel, report: Report) -> list[Scores]:
         scores.append(score)
         learned[name] = [_network_scores(n, evaluation, rollouts[name]) for n in networks]
         if run.long_frames:
-            actions = recorded_walks(model, run.data, run.long_rollouts, run.long_frames, run.options.seed)
+            count = min(run.long_rollouts, len(evaluation.truth))  # behind prompts of these
+            actions = recorded_walks(model, run.data, count, run.long_frames, run.options.seed)
             drift[name] = asdict(measure_drift(evaluation, schedule, actions))
     extra: dict[str, Any] = {"model": run.model.name, "options": asdict(evaluation.options)}
     extra |= {"probe": probed} if probed else {}
