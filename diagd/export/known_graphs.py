@@ -6,11 +6,14 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 import diagd
@@ -41,7 +44,7 @@ def traced_once(module: nn.Module, settings: object, make: Callable[[], ir.Model
 
 
 def _described(module: nn.Module) -> list[object]:
-    """Class, tensors and plain attributes of a module and of all within it."""
+    """Class, tensors and attributes of a module and of all within it."""
     return [
         [
             name,
@@ -50,7 +53,7 @@ def _described(module: nn.Module) -> list[object]:
                 [key, [*tensor.shape], str(tensor.dtype)]
                 for key, tensor in _tensors(part, recurse=False).items()
             ],
-            {key: value for key, value in vars(part).items() if _is_plain(value)},
+            json.dumps(vars(part), default=_told, skipkeys=True),
         ]
         for name, part in module.named_modules()
     ]
@@ -61,12 +64,13 @@ def _tensors(module: nn.Module, *, recurse: bool) -> dict[str, Tensor]:
     return {name: tensor for each in named for name, tensor in each(recurse=recurse)}
 
 
-def _is_plain(value: object) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+def _told(value: object) -> object:
+    """An attribute that JSON does not know: settings by all that they hold, others by their kind."""
+    if isinstance(value, torch.dtype) or (is_dataclass(value) and not isinstance(value, type)):
+        return repr(value)
+    if isinstance(value, np.ndarray | Tensor):
+        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 @lru_cache

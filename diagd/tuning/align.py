@@ -6,7 +6,7 @@ several schedules mixed in each batch, so that one model serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,9 +39,9 @@ class Validation:
     streams: NDArray[np.int64]
     likelihoods: dict[str, list[float]] = field(default_factory=dict)
 
-    def measure(self, logits: Logits, passes: ForcedPasses, names: Sequence[str], device: str) -> None:
+    def measure(self, logits: Logits, passes: ForcedPasses, device: str) -> None:
         """Note the likelihood under each schedule."""
-        for choice, name in enumerate(names):
+        for choice, name in enumerate(passes.names):
             found = forced_nll(logits, passes, self.streams, choice, device=device)
             self.likelihoods.setdefault(name, []).append(float(np.nanmean(found)))
 
@@ -72,7 +72,7 @@ def align(
     frozen: Collection[str] = (),
     valid: Validation | None = None,
 ) -> Transformer:
-    """Fine-tune ``model`` in place and return it.
+    """Fine-tune ``model`` in place and return it; processes of torchrun share every batch, and all return it.
 
     Args:
         model: any family's transformer.
@@ -83,8 +83,6 @@ def align(
         frozen: names of parameters that stay as they are.
         valid: is measured before and after.
 
-    Where torchrun started several processes, each does its share of every batch, and all return the same.
-
     Raises:
         UsageError: the windows are no whole number of at least 2 frames that the model can hold, the
             text does not fit the model, there is no such device, or no schedule.
@@ -92,7 +90,6 @@ def align(
     chances = schedule_chances(options)
     check_device(options.device)
     passes = ForcedPasses([s for _, s in options.shares], _frames(model, streams), score_prompt=False)
-    names = [schedule.name for _, schedule in options.shares]
     with together(options.device) as ranks:
         model.to(ranks.device).train()
         trained = add_low_rank(model, options) if options.rank else _all_but(model, frozen)
@@ -100,7 +97,7 @@ def align(
         optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
         kept = Kept.of(options, [streams], trained, optimiser, ranks.is_first)
         if valid is not None:
-            valid.measure(partial(model, text=filled), passes, names, ranks.device)
+            valid.measure(partial(model, text=filled), passes, ranks.device)
         logits = partial(ranks.wrapped(model), text=filled)
 
         def loss(step: int) -> Tensor:
@@ -110,10 +107,9 @@ def align(
 
         descend(loss, kept, options, report, ranks.mean)
         if valid is not None:
-            valid.measure(partial(model, text=filled), passes, names, ranks.device)
+            valid.measure(partial(model, text=filled), passes, ranks.device)
     kept.remove()
-    if options.rank:
-        merge_low_rank(model)
+    merge_low_rank(model)
     model.requires_grad_(requires_grad=True)
     return model.eval()
 

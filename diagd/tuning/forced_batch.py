@@ -47,6 +47,7 @@ class ForcedPasses:
         score_prompt: also predict the cells of the first frame, in raster order.
 
     Attributes:
+        names: of the schedules.
         scored: int64 [schedules], tokens of a video that each one scores.
     """
 
@@ -54,6 +55,7 @@ class ForcedPasses:
         self, schedules: Sequence[Schedule], frames: int, *, score_prompt: bool, prompt: int = 1
     ) -> None:
         passes = [teacher_forced_pass(s, frames, score_prompt=score_prompt, prompt=prompt) for s in schedules]
+        self.names = [schedule.name for schedule in schedules]
         padded = [p.padded(max(p.rows for p in passes)) for p in passes]
         self.sources = np.stack([p.sources for p in padded])
         self.positions = torch.from_numpy(np.stack([p.positions for p in padded]))

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
+from diagd.schedule import StreamLayout
 from diagd.tuning.align import (
     Report,
     add_low_rank,
@@ -55,6 +56,16 @@ class Lesson:
     weights: NDArray[np.float32]
     strength: float
     anchor: float
+
+    def passes(self, options: PreferTraining, layout: StreamLayout, prompt: int) -> ForcedPasses:
+        """The passes of all schedules over windows, ``prompt`` of whose frames are known."""
+        frames = (self.preferred.shape[1] - layout.prefix) // layout.frame_length
+        return ForcedPasses([each for _, each in options.shares], frames, score_prompt=False, prompt=prompt)
+
+    def windows(self, picked: NDArray[np.int64]) -> list[Streams]:
+        """The picked windows: preferred, and rejected where there are."""
+        both = (self.preferred, self.rejected)
+        return [streams[picked] for streams in both if streams is not None]
 
     @classmethod
     def of_likelihood(cls, streams: Streams) -> Lesson:
@@ -146,32 +157,26 @@ def tune(
         text: see ``align``.
         ranks: those that do it together, each its share of every batch; None: this process alone.
     """
-    chances, layout = schedule_chances(options), model.config.layout
-    frames = (lesson.preferred.shape[1] - layout.prefix) // layout.frame_length
-    passes = ForcedPasses([s for _, s in options.shares], frames, score_prompt=False, prompt=prompt)
+    chances, passes = schedule_chances(options), lesson.passes(options, model.config.layout, prompt)
     model.to(options.device).train()
     trained, ranks = add_low_rank(model, options), ranks or Ranks(0, 1, options.device)
     filled = filled_text(model, text, options.device)
-    nll, reference_nll = (
-        partial(window_nll, partial(one, text=filled)) for one in (ranks.wrapped(model), model)
-    )
+    nll, base_nll = (partial(window_nll, partial(one, text=filled)) for one in (ranks.wrapped(model), model))
     optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
 
     def loss(step: int) -> Tensor:
         picked, choice = draw(len(lesson.preferred), chances, options, step, twice=lesson.rejected is None)
         mine = ranks.share(len(picked))
         share = ranks.size * len(picked[mine]) / len(picked)  # all that is summed is a mean over windows
-        picked, choice = picked[mine], choice[mine]
-        windows = [lesson.preferred[picked]]
-        if lesson.rejected is not None:
-            windows.append(lesson.rejected[picked])
-        batch = passes.batch(np.concatenate(windows), choice.tolist() * len(windows)).to(options.device)
+        windows = lesson.windows(picked[mine])
+        fed = np.concatenate(windows), choice[mine].tolist() * len(windows)
+        batch = passes.batch(*fed).to(options.device)
         found = nll(batch, autocast=options.autocast).view(len(windows), -1)
         if lesson.rejected is None:
             return share * found.mean()
         with torch.no_grad(), without_low_rank(model):
-            reference = reference_nll(batch, autocast=options.autocast).view_as(found)
-        weights = torch.from_numpy(lesson.weights[picked]).to(options.device)
+            reference = base_nll(batch, autocast=options.autocast).view_as(found)
+        weights = torch.from_numpy(lesson.weights[picked[mine]]).to(found)
         return share * preference_loss(found, reference, weights, lesson.strength, lesson.anchor)
 
     kept = Kept.of(options, lesson.arrays, trained, optimiser, ranks.is_first)
