@@ -68,7 +68,7 @@ def _told(value: object) -> object:
     """An attribute that JSON does not know: settings by all that they hold, others by their kind."""
     if isinstance(value, torch.dtype) or (is_dataclass(value) and not isinstance(value, type)):
         return repr(value)
-    if isinstance(value, np.ndarray | Tensor):
+    if isinstance(value, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
     return getattr(value, "__qualname__", type(value).__qualname__)
 

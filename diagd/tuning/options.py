@@ -54,8 +54,8 @@ class AlignOptions:
 class PreferTraining(AlignOptions):
     """How low-rank updates are trained on preferences: see ``AlignOptions``."""
 
-    batch: Annotated[int, FLAG] = Field(default=4, ge=1, description="pairs of a step")
-    rate: Annotated[float, FLAG] = Field(
+    batch: int = Field(default=4, ge=1, description="pairs of a step")
+    rate: float = Field(
         default=1e-4, description="peak learning rate; it falls linearly to 0 after a warm-up of a twentieth"
     )
     rank: int = Field(default=8, ge=1, description="of low-rank updates of every matrix")
@@ -69,12 +69,10 @@ class PreferOptions:
         sampling: of the rollouts.
     """
 
-    contexts: Annotated[int, FLAG] = Field(
+    contexts: int = Field(
         default=256, ge=2, description="prefixes, with the actions behind them, that rollouts share"
     )
-    rollouts: Annotated[int, FLAG] = Field(
-        default=8, ge=2, description="of a context; the best is preferred to the worst"
-    )
+    rollouts: int = Field(default=8, ge=2, description="of a context; the best is preferred to the worst")
     prompt: int = Field(default=2, ge=1, description="known frames of a context")
     frames: int = Field(default=4, ge=1, description="frames that are rolled out behind them")
     strength: float = Field(default=10.0, gt=0, description="beta of DPO, on mean log-likelihoods of a token")

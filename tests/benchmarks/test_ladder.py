@@ -134,7 +134,7 @@ def test_rungs_of_a_device(both: Bundle, workshop: Workshop) -> None:
 @needs_kernels
 def test_an_engine_is_closed_when_its_rung_fails(both: Bundle, workshop: Workshop) -> None:
     def fail() -> None:
-        if len(workshop.devices[-1].log) > 200:
+        if len(workshop.devices[-1].log) > 90:
             raise DiagdError("the device is gone")
 
     workshop.before_step = fail

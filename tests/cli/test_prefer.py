@@ -32,7 +32,7 @@ def test_figures_are_told_and_nothing_is_written_that_is_not_better(
 ) -> None:
     report, output = tmp_path / "report.json", tmp_path / "made.diagd"
     settings = ["--set", "frames=1", "--set", "judged=8", "--set", "steps=1"]
-    flags = ["--contexts", "4", "--rollouts", "2", "--rate", "0", "--report", str(report)]
+    flags = ["--set", "contexts=4", "--set", "rollouts=2", "--set", "rate=0", "--report", str(report)]
     command = ["prefer", str(workplace.bundle), "--data", str(recording), "--output", str(output)]
     code = main([*command, *flags, *settings])
     told = capsys.readouterr()
@@ -53,7 +53,7 @@ def test_figures_are_told_and_nothing_is_written_that_is_not_better(
     [
         (["--decoder", "late"], "order 'late'"),
         (["--set", "frames=99"], "no episode has 101 frames"),
-        (["--rollouts", "1"], "rollouts 1: Input should be greater than or equal to 2"),
+        (["--set", "rollouts=1"], "--set rollouts=1: Input should be greater than or equal to 2"),
         (["--set", "rank=0"], "rank=0: Input should be greater than or equal to 1"),
         (["--report", "figures.txt"], ".json"),
     ],
