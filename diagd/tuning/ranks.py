@@ -88,6 +88,7 @@ class Ranks:
 def together(device: str, meeting: str | None = None) -> Iterator[Ranks]:
     """Be one of the processes that torchrun started, or stand alone; ``cuda`` is a GPU for each.
 
+    Within another of its kind it goes on with that one: processes that part may miss each other next time.
     ``meeting`` is where they find each other, which torchrun tells.
     """
     if started() == 1:
@@ -97,6 +98,9 @@ def together(device: str, meeting: str | None = None) -> Iterator[Ranks]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     backend, rank = "nccl" if device.startswith("cuda") else "gloo", int(os.environ["RANK"])
+    if distributed.is_initialized():
+        yield Ranks(rank, started(), device)
+        return
     distributed.init_process_group(
         backend, init_method=meeting, rank=rank, world_size=started(), timeout=_PATIENCE
     )

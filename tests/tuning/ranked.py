@@ -46,8 +46,9 @@ def preferred(report: Report) -> None:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     losses: dict[str, dict[int, float]] = {"aligned": {}, "preferred": {}}
-    weights = aligned(place, losses["aligned"].__setitem__)
-    preferred(losses["preferred"].__setitem__)
+    with together("cpu"):
+        weights = aligned(place, losses["aligned"].__setitem__)
+        preferred(losses["preferred"].__setitem__)
     if is_first():
         torch.save(weights, place / "weights")
         (place / "losses.json").write_text(json.dumps(losses))
