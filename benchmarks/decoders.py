@@ -35,9 +35,9 @@ from diagd.runtime.audit import redrawn
 from diagd.runtime.clip import read_prompt
 from diagd.runtime.decoders import Decoder, JacobiDecoder, RasterDecoder, ScheduledDecoder
 from diagd.runtime.load import open_session
-from diagd.runtime.output import VideoWriter
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session
+from diagd.runtime.video import VideoWriter
 from diagd.schedule import NO_SINK, Schedule, StreamLayout
 
 WINDOWS = (24, 32, 48)

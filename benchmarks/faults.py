@@ -37,7 +37,7 @@ from rich.table import Table
 from diagd.bundle import Bundle
 from diagd.bundle.files import is_unfinished
 from diagd.cli.main import main as diagd
-from diagd.runtime.output import VideoWriter
+from diagd.runtime.video import VideoWriter
 from tests.worlds import random_world
 
 CONSOLE = Console(width=120)

@@ -23,8 +23,8 @@ from diagd.progress import Progress
 from diagd.runtime.actions import encode
 from diagd.runtime.clip import read_prompt
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
-from diagd.runtime.output import VideoWriter
 from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.video import VideoWriter
 from diagd.schedule import Schedule
 
 PROMPT = Path(__file__).parent / "crafter.png"

@@ -97,7 +97,7 @@ def run(options: PlayOptions) -> int:
 def _check_video(options: PlayOptions) -> None:
     """Refuse a ``--video`` that would take the place of something else, before the game begins."""
     from diagd.bundle.targets import check_apart, file_target
-    from diagd.runtime.output import SUFFIXES
+    from diagd.runtime.video import SUFFIXES
 
     if options.video is not None:
         file_target(options.video, SUFFIXES, "--video")
@@ -108,7 +108,7 @@ def _check_video(options: PlayOptions) -> None:
 
 def _video(stack: ExitStack, options: PlayOptions, game: Game) -> Callable[[Pixels], None] | None:
     """What writes pictures to ``--video``."""
-    from diagd.runtime.output import VideoWriter
+    from diagd.runtime.video import VideoWriter
 
     if options.video is None:
         return None

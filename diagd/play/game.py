@@ -25,11 +25,11 @@ from diagd.play.settings import PlaySettings
 from diagd.runtime.actions import encode
 from diagd.runtime.audit import audit
 from diagd.runtime.clip import check_tokens
-from diagd.runtime.output import VideoWriter
 from diagd.runtime.passes import Run
 from diagd.runtime.session import Session
 from diagd.runtime.step import Frame
 from diagd.runtime.stream import Past
+from diagd.runtime.video import VideoWriter
 
 MAX_PAST: Final = 20_000
 """Frames that can be taken back at most; a few hundred bytes each."""

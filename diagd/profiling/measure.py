@@ -18,10 +18,10 @@ from diagd.engines.engine import Float, Int
 from diagd.profiling.clock import StepClock, Timeline, step_clock
 from diagd.runtime.actions import encode
 from diagd.runtime.decoders import Decoder, ScheduledDecoder
-from diagd.runtime.output import VideoWriter
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session
 from diagd.runtime.step import Result, StepTime
+from diagd.runtime.video import VideoWriter
 from diagd.schedule import Schedule, Step
 
 ENCODE: Final = "video encode"

@@ -7,23 +7,42 @@ import math
 import re
 import warnings
 from collections import deque
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.bundle.files import instead
+from diagd.bundle.files import atomic_file, instead
+from diagd.bundle.manifest import MediaMark
 from diagd.errors import UsageError
+from diagd.runtime.stamp import Stamp, tag_gif
+
+SUFFIXES: Final = (".mp4", ".gif")
+"""Kinds of video that can be written."""
 
 IMAGES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 """Kinds of images that are looked for in a folder."""
 
+# By preference; which of them exist depends on how FFmpeg was built.
+_ENCODERS: Final[tuple[tuple[str, dict[str, str]], ...]] = (
+    ("libx264", {"crf": "17", "preset": "veryfast"}),
+    ("libopenh264", {}),
+    ("mpeg4", {}),
+)
+_BITS_PER_PIXEL: Final = 0.5  # of the encoders that have no constant quality
+_GIF_RATE: Final = 50
+"""Browsers show a picture of a .gif for 2/100 s at least; they take shorter delays for 1/10 s."""
+_STUDIO_RANGE: Final = 1
+_BT709: Final = 1
+"""Number of the matrix, the primaries and the transfer function of BT.709 (ITU-T H.273)."""
+_TAGGED: Final = {"movflags": "use_metadata_tags"}
+"""Has FFmpeg write tags of any name into an .mp4."""
 _UNNAMED: Final = (0, 2)
 """Numbers of a matrix that is RGB's (none) or not named (ITU-T H.273)."""
 _TALL: Final = 720
@@ -84,11 +103,11 @@ def read_frames(
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"no such video or image: {path}; check the path")
-    av = load_av()
+    av = _load_av()
     remedy = f"it is damaged, incomplete, or no video or image of at most {_MOST_PIXELS >> 20} megapixels"
     if path.stat().st_size and (what := instead(path)):
         remedy = f"it {what}"
-    with reporting(av, f"cannot read {path}", remedy):
+    with _reporting(av, f"cannot read {path}", remedy):
         exif = _orientation(path)
         reader = _Reader(path, size, resize, cover, exif)
         decoded = _decode(av, path)
@@ -146,7 +165,7 @@ def sized(
     """Pictures uint8 [T, h, w, 3] of a file that holds arrays, in a size; see `read_frames`."""
     if not len(pictures):
         return np.zeros((0, *size, 3), np.uint8)
-    av, reader = load_av(), _Reader(path, size, resize, cover, 0)
+    av, reader = _load_av(), _Reader(path, size, resize, cover, 0)
     frames = (av.VideoFrame.from_ndarray(np.ascontiguousarray(one), format="rgb24") for one in pictures)
     return np.stack([reader.picture(frame, Fraction(1)) for frame in frames])
 
@@ -169,7 +188,7 @@ class _Reader:
         height, width = self.size or seen
         if seen != (height, width) and not self.resize:
             raise UsageError(
-                f"frames of {self.path} are {shown_size(seen)}; expected {shown_size((height, width))}; "
+                f"frames of {self.path} are {_shown_size(seen)}; expected {_shown_size((height, width))}; "
                 "scale them with --set resize=true"
             )
         tall, wide = height, width
@@ -230,6 +249,161 @@ def _across(size: tuple[int, int], quarters: int) -> tuple[int, int]:
     return (size[1], size[0]) if quarters % 2 else size
 
 
+class VideoWriter:
+    """Writes frames to .mp4 or .gif; use as a context manager.
+
+    The file appears when the block ends without an error, and not otherwise. The .mp4 is H.264 where FFmpeg
+    has an encoder for it, else MPEG-4, in yuv420p of BT.709 and tagged so; the .gif has its own 256 colours
+    in each frame, and leaves out frames of rates above the 50 a second that browsers show. Where the licence
+    of a model asks for a mark, it is on every picture and in the tags of the file.
+    """
+
+    def __init__(
+        self, path: str | Path, fps: float, size: tuple[int, int], mark: MediaMark | None = None
+    ) -> None:
+        """``size`` is (height, width).
+
+        Raises:
+            UsageError: an unknown suffix, rate or size.
+        """
+        self.path, self.size = Path(path), size
+        if self.path.suffix.lower() not in SUFFIXES:
+            raise UsageError(f"cannot write {path}: expected a name ending in {' or '.join(SUFFIXES)}")
+        if not 0.01 <= fps <= 1000:
+            raise UsageError(f"frame rate is {fps}; expected 0.01 to 1000 frames a second")
+        if not self._paletted and (size[0] % 2 or size[1] % 2):
+            raise UsageError(f"frames are {_shown_size(size)}; .mp4 needs even sides, write a .gif instead")
+        rate = Fraction(fps).limit_denominator(1001)
+        self._rate = min(rate, Fraction(_GIF_RATE)) if self._paletted else rate
+        self._share = self._rate / rate
+        self._av = _load_av()
+        self._stack = ExitStack()
+        self._written = 0
+        self._mark, self._stamp = mark, Stamp(mark.text, size) if mark else None
+
+    def __enter__(self) -> VideoWriter:
+        partial = self._stack.enter_context(atomic_file(self.path))
+        with self._reporting(), self._stack:
+            # Registered after the temporary file, hence closed before it is renamed or removed.
+            if self._mark and self._paletted:
+                self._stack.callback(tag_gif, partial, self._mark.program)
+            self._container = self._stack.enter_context(
+                self._av.open(f"file:{partial}", "w", container_options=_TAGGED if self._mark else {})
+            )
+            if self._mark and not self._paletted:
+                self._container.metadata.update(ProgramName=self._mark.program, comment=self._mark.program)
+            self._stream = self._add_stream()
+            self._palette = _Palette(self._av, self.size, self._rate) if self._paletted else None
+            self._stack = self._stack.pop_all()
+        return self
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """Append uint8 [H, W, 3] or [T, H, W, 3], RGB.
+
+        Raises:
+            UsageError: the frames have another size, or cannot be encoded.
+        """
+        if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[-3:] != (*self.size, 3):
+            raise UsageError(
+                f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, {self.size[0]},"
+                f" {self.size[1]}, 3]"
+            )
+        for pixels in frames.reshape(-1, *self.size, 3):
+            shown = np.ascontiguousarray(pixels) if self._stamp is None else self._stamp.on(pixels)
+            frame = self._av.VideoFrame.from_ndarray(shown, format="rgb24")
+            number = math.floor(self._written * self._share)
+            is_left_out = number == math.floor((self._written - 1) * self._share)
+            self._written += 1
+            if is_left_out:
+                continue
+            frame.pts, frame.time_base = number, 1 / self._rate
+            with self._reporting():
+                self._encode(self._palette.apply(frame) if self._palette else [_in_bt709(frame)])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._reporting(), self._stack:
+            if not self._written:
+                raise UsageError(f"no frame was written to {self.path}; ask for at least one")
+            self._encode([None])
+
+    @property
+    def _paletted(self) -> bool:
+        return self.path.suffix.lower() == ".gif"
+
+    def _add_stream(self) -> Any:
+        name, options = ("gif", {}) if self._paletted else _encoder(self._av)
+        stream = self._container.add_stream(name, rate=self._rate, options=options)
+        stream.height, stream.width = self.size
+        stream.pix_fmt = "pal8" if self._paletted else "yuv420p"
+        if not self._paletted:
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = _STUDIO_RANGE
+        if not (options or self._paletted):
+            stream.bit_rate = math.ceil(self._rate * self.size[0] * self.size[1] * _BITS_PER_PIXEL)
+        return stream
+
+    def _encode(self, frames: Iterable[Any]) -> None:
+        for frame in frames:
+            for packet in self._stream.encode(frame):
+                self._container.mux(packet)
+
+    def _reporting(self) -> Any:
+        return _reporting(self._av, f"cannot write {self.path}", "check the disk and the path")
+
+
+class _Palette:
+    """A filter that gives every frame the palette that suits it best."""
+
+    def __init__(self, av: ModuleType, size: tuple[int, int], rate: Fraction) -> None:
+        self._again = av.BlockingIOError
+        self._graph = graph = av.filter.Graph()
+        self._source = graph.add_buffer(
+            width=size[1], height=size[0], format=av.VideoFormat("rgb24"), time_base=1 / rate
+        )
+        split, generate = graph.add("split"), graph.add("palettegen", "stats_mode=single")
+        use, self._sink = graph.add("paletteuse", "new=1"), graph.add("buffersink")
+        self._source.link_to(split)
+        split.link_to(generate, 0, 0)
+        split.link_to(use, 1, 0)
+        generate.link_to(use, 0, 1)
+        use.link_to(self._sink)
+        graph.configure()
+
+    def apply(self, frame: Any) -> Iterator[Any]:
+        self._source.push(frame)
+        try:
+            while True:
+                yield self._sink.pull()
+        except self._again:
+            return
+
+
+def _in_bt709(frame: Any) -> Any:
+    """An RGB frame as yuv420p, with the time it had."""
+    converted = frame.reformat(
+        format="yuv420p", dst_colorspace="ITU709", src_color_range="JPEG", dst_color_range="MPEG"
+    )
+    converted.pts, converted.time_base = frame.pts, frame.time_base
+    return converted
+
+
+def _encoder(av: ModuleType) -> tuple[str, dict[str, str]]:
+    """The best available encoder of .mp4, and its options."""
+    for name, options in _ENCODERS:
+        try:
+            av.codec.Codec(name, "w")
+        except av.codec.codec.UnknownCodecError:
+            continue
+        return name, dict(options)
+    raise UsageError("this FFmpeg has no encoder for .mp4; write a .gif, or: pip install --upgrade av")
+
+
 def _decode(av: ModuleType, path: Path) -> Iterator[tuple[Any, Fraction]]:
     """Decoded frames, and how many times as wide as high their pixels are."""
     with av.open(f"file:{path}") as container:
@@ -260,7 +434,7 @@ def _missing(container: Any, last: Any) -> float:
     return float(ends - last.time - (last.duration or 0) * last.time_base)
 
 
-def load_av() -> ModuleType:
+def _load_av() -> ModuleType:
     """PyAV, which takes a while to load."""
     import av
 
@@ -268,7 +442,7 @@ def load_av() -> ModuleType:
 
 
 @contextmanager
-def reporting(av: ModuleType, failure: str, remedy: str) -> Iterator[None]:
+def _reporting(av: ModuleType, failure: str, remedy: str) -> Iterator[None]:
     """Turn an error of FFmpeg into one line."""
     try:
         yield
@@ -276,6 +450,6 @@ def reporting(av: ModuleType, failure: str, remedy: str) -> Iterator[None]:
         raise UsageError(f"{failure}: {error.strerror or error}; {remedy}") from error
 
 
-def shown_size(size: tuple[int, int]) -> str:
+def _shown_size(size: tuple[int, int]) -> str:
     """As people say it."""
     return f"{size[1]}x{size[0]} pixels (width x height)"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diagd.cli.main import main
-from diagd.runtime.output import VideoWriter
+from diagd.runtime.video import VideoWriter
 from tests.worlds import random_world
 
 

@@ -17,9 +17,8 @@ from diagd.bundle import Bundle
 from diagd.cli.main import main
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.runtime.actions import encode, read_actions
-from diagd.runtime.output import VideoWriter
 from diagd.runtime.pixels import PixelCodec
-from diagd.runtime.video import read_frames
+from diagd.runtime.video import VideoWriter, read_frames
 from tests.cli.conftest import Workplace
 
 

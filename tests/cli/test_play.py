@@ -11,7 +11,7 @@ from diagd.cli.main import main
 from diagd.play.controls import Inputs, default_controls
 from diagd.play.opening import GameOptions, open_game
 from diagd.play.record import Played, digest, read_record
-from diagd.runtime.output import VideoWriter
+from diagd.runtime.video import VideoWriter
 from tests.cli.conftest import Workplace
 
 

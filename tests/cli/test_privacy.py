@@ -15,7 +15,7 @@ import pytest
 
 import diagd
 from diagd.bundle.files import host
-from diagd.runtime.output import VideoWriter
+from diagd.runtime.video import VideoWriter
 from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
 from tests.worlds import ACTIONS, random_world
 

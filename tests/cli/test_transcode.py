@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from diagd.cli.main import main
-from diagd.runtime.output import VideoWriter
-from diagd.runtime.video import read_frames
+from diagd.runtime.video import VideoWriter, read_frames
 from tests.cli.conftest import Workplace
 
 

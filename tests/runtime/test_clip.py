@@ -18,8 +18,8 @@ from diagd.runtime.clip import MODEL, Clip, ClipOptions, read_clip
 from diagd.runtime.episodes import encode_vectors
 from diagd.runtime.generate import Made, generate
 from diagd.runtime.options import GenerateOptions, SessionOptions
-from diagd.runtime.output import VideoWriter
 from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.video import VideoWriter
 
 STEPS, HEIGHT, WIDTH = 7, 18, 30
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.runtime import output
-from diagd.runtime.output import VideoWriter
-from diagd.runtime.video import read_frames, read_images
+from diagd.runtime import video
+from diagd.runtime.video import VideoWriter, read_frames, read_images
 
 SIZE = (48, 64)
 
@@ -72,13 +71,13 @@ def test_grey_keeps_its_level(tmp_path: Path) -> None:
 
 
 def test_without_an_h264_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "_ENCODERS", (("no such encoder", {}), ("mpeg4", {})))
+    monkeypatch.setattr(video, "_ENCODERS", (("no such encoder", {}), ("mpeg4", {})))
     frames = tiles(3)
     path = write(tmp_path / "walk.mp4", frames)
     assert read_frames(path).shape == frames.shape
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.name == "mpeg4"
-    monkeypatch.setattr(output, "_ENCODERS", ())
+    monkeypatch.setattr(video, "_ENCODERS", ())
     with pytest.raises(UsageError, match=r"no encoder for .mp4; write a .gif"):
         write(tmp_path / "other.mp4", frames)
     assert [file.name for file in tmp_path.iterdir()] == ["walk.mp4"]

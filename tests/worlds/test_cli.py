@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diagd.cli.main import main
-from diagd.runtime.output import VideoWriter
+from diagd.runtime.video import VideoWriter
 from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
 from tests.worlds import ACTIONS, random_world
 

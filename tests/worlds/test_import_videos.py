@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.runtime.output import VideoWriter
+from diagd.runtime.video import VideoWriter
 from diagd.tuning.recordings import load_episode, recorded_actions
 from tests.worlds.recordings import ACTIONS, striped_episode
 from worlds.collect import ImportOptions, import_videos

@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 
 from diagd.cli.main import main
 from diagd.errors import UsageError
-from diagd.runtime.output import VideoWriter
+from diagd.runtime.video import VideoWriter
 from worlds.inverse_dynamics import BUTTONS
 from worlds.metrics import psnr, ssim
 from worlds.options import FolderOptions

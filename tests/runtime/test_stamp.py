@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from diagd.bundle.manifest import MediaMark
-from diagd.runtime.output import Stamp, VideoWriter
-from diagd.runtime.video import read_frames
+from diagd.runtime.stamp import Stamp
+from diagd.runtime.video import VideoWriter, read_frames
 
 MARK = MediaMark(text="Made by a model", program="Made by a model (of a test)")
 
