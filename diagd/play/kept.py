@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from diagd.bundle.files import atomic_file
+from diagd.bundle.targets import folder_target
 from diagd.errors import UsageError
 from diagd.play.game import Game, replay
 from diagd.play.record import Flying, Line, Start
@@ -20,6 +23,15 @@ _LOG = logging.getLogger(__name__)
 
 EVERY: Final = 60
 """Frames between two snapshots."""
+MARK: Final = "token"
+KIND: Final = "diagd worlds"
+
+
+class _Marked(BaseModel):
+    """What the file `MARK` of a folder of worlds holds."""
+
+    kind: Literal["diagd worlds"]
+    token: str = Field(min_length=16)
 
 
 @dataclass
@@ -76,22 +88,34 @@ class Shelf:
     Args:
         folder: made where it is not there; for this user's eyes, as tickets and token let somebody in.
         bundle: digest of what is played.
+
+    Attributes:
+        token: that of the server before, so that the address of its page still holds; else a fresh one.
+
+    Raises:
+        UsageError: the folder holds something else, or cannot be written.
     """
 
     def __init__(self, folder: Path, bundle: str) -> None:
         self._folder, self._bundle, self._writer = folder, bundle, ThreadPoolExecutor(1)
+        folder_target(folder, {MARK: KIND.encode()}, "worlds that diagd serve keeps", "--set state")
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.token = self._token(folder / MARK)
         except OSError as error:
             raise UsageError(f"{folder} cannot hold worlds: {error.strerror or error}") from None
 
-    def token(self, fresh: str) -> str:
-        """That of the server before, so that the address of its page still holds; else a fresh one."""
-        path = self._folder / "token"
+    def _token(self, path: Path) -> str:
         if path.exists():
-            return path.read_text("utf-8").strip()
-        self._write(path, fresh.encode())
-        return fresh
+            try:
+                return _Marked.model_validate_json(path.read_bytes()).token
+            except ValidationError:
+                raise UsageError(
+                    f"{path} is damaged; remove it, and the server gets another address"
+                ) from None
+        made = _Marked(kind=KIND, token=secrets.token_urlsafe(16))
+        self._write(path, made.model_dump_json().encode())
+        return made.token
 
     def put(self, number: int, ticket: str, snapshot: bytes) -> None:
         """Keep the world of a table; the disk is written in a thread of its own."""
@@ -128,5 +152,5 @@ class Shelf:
 
     def _write(self, path: Path, content: bytes) -> None:
         with atomic_file(path) as partial, partial.open("wb") as file:
-            os.fchmod(file.fileno(), 0o600)
+            partial.chmod(0o600)
             file.write(content)

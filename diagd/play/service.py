@@ -97,7 +97,7 @@ def keep_worlds(shelf: Shelf, tables: Sequence[Desk], address: Address) -> Addre
         tables[number].take_up(Kept(snapshot), ticket)
     for number, table in enumerate(tables):
         table.keep = partial(_keep, shelf, number, table)
-    return replace(address, token=shelf.token(address.token))
+    return replace(address, token=shelf.token)
 
 
 def _keep(shelf: Shelf, number: int, table: Desk, snapshot: bytes | None) -> None:

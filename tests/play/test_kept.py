@@ -109,3 +109,19 @@ def test_worlds_of_another_bundle_are_left_alone(tmp_path: Path) -> None:
     assert list(Shelf(tmp_path, "one").find(3)) == [(0, "ticket", b"world")]
     assert not list(Shelf(tmp_path, "two").find(3))
     assert (tmp_path / "world-0").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("name", ["token", "world-0"])
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match="and not worlds that diagd serve keeps; nothing is replaced"):
+        Shelf(tmp_path, "one")
+    assert (tmp_path / name).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_damaged_token_is_named(tmp_path: Path) -> None:
+    Shelf(tmp_path, "one").close()
+    (tmp_path / "token").write_text('{"kind":"diagd worlds","token":""}')
+    with pytest.raises(UsageError, match="token is damaged; remove it"):
+        Shelf(tmp_path, "one")
