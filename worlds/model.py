@@ -23,10 +23,10 @@ from diagd.runtime.load import open_group
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import NO_SINK, Schedule, StreamLayout
-from diagd.tuning.forced_batch import ForcedPasses, forced_nll
 from diagd.tuning.recordings import FrameEncoder
 from diagd.tuning.rollouts import Streams, open_lanes, parts
 from diagd.tuning.rollouts import roll_out as roll_out_on_engine
+from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
 from worlds.rollout import roll_out
 
 

@@ -25,7 +25,6 @@ from diagd.export.families.world import World, WorldDescription, save_world
 from diagd.export.transformer import Transformer
 from diagd.progress import started
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.forced_batch import ForcedPasses, forced_loss
 from diagd.tuning.ranks import Ranks, together
 from diagd.tuning.recordings import (
     FrameEncoder,
@@ -35,6 +34,7 @@ from diagd.tuning.recordings import (
     episodes,
     recorded_actions,
 )
+from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss
 from worlds.options import TrainOptions
 from worlds.progress import Progress, Report, learning_rate, log
 from worlds.tokenizer import Tensors, TokenizerOptions, fit_tokenizer, reconstruct

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from diagd.tuning.prefer import PreferReport
-    from diagd.tuning.verdict import Change
+    from diagd.tuning.reward import Change
 
 EXAMPLES = """examples:
   diagd prefer crafter-3m.diagd --data recordings --output preferred.diagd
@@ -106,14 +106,14 @@ def run(options: PreferVerb) -> int:
             source.what, material, options.preference, training, options.decoder, options.output, progress
         )
     except NotBetterError as error:
-        _tell(options, error.report)
+        _print(options, error.report)
         raise
-    _tell(options, found)
+    _print(options, found)
     console.print(f"{found.chosen} gains most: {options.output}")
     return 0
 
 
-def _tell(options: PreferVerb, report: PreferReport) -> None:
+def _print(options: PreferVerb, report: PreferReport) -> None:
     from diagd.bundle.files import atomic_file
 
     console = terminal.console()

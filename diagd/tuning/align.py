@@ -6,10 +6,12 @@ several schedules mixed in each batch, so that one model serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +19,85 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
-from diagd.tuning.forced_batch import ForcedPasses, Logits, forced_loss, forced_nll
-from diagd.tuning.kept import Kept
 from diagd.tuning.options import AlignOptions, check_device
 from diagd.tuning.ranks import together
+from diagd.tuning.teacher_forcing import ForcedPasses, Logits, forced_loss, forced_nll
+
+
+class TrainingState:
+    """What is trained and its optimiser, kept in the file ``options.resume`` as it goes, if that is named.
+
+    What a step draws depends on its number alone, so a training that was resumed gives the same weights.
+
+    Args:
+        options: of the training.
+        data: what it is trained on.
+        trained, optimiser: what changes.
+        writes: whether this process writes the file, of several that read it.
+    """
+
+    def __init__(
+        self,
+        options: AlignOptions,
+        data: Sequence[NDArray[np.generic]],
+        trained: Sequence[nn.Parameter],
+        optimiser: torch.optim.Optimizer,
+        writes: bool,
+    ) -> None:
+        self.optimiser, self._trained, self._writes = optimiser, trained, writes
+        self._path, self._every, self._last = options.resume, options.keep_every, options.steps
+        shape = [tuple(parameter.shape) for parameter in trained]
+        digest = hashlib.sha256(
+            repr((replace(options, device="", resume=None, keep_every=1), shape)).encode()
+        )
+        for array in data:
+            digest.update(np.ascontiguousarray(array).tobytes())
+        self._identity = digest.hexdigest()
+
+    def resumed(self) -> int:
+        """Be as when the file was written; gives the steps that were done.
+
+        Raises:
+            UsageError: it is no such file, or of another training.
+        """
+        if self._path is None or not self._path.exists():
+            return 0
+        try:
+            state: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
+            identity, step = state["identity"], int(state["step"])
+        except Exception as error:  # PyTorch raises many types for bytes that are something else
+            raise UsageError(f"{self._path} is no training that was kept: {error}; remove it") from error
+        if identity != self._identity:
+            raise UsageError(
+                f"{self._path} is of a training with other options or data; repeat its command, or remove it"
+            )
+        with torch.no_grad():
+            for parameter, value in zip(self._trained, state["trained"], strict=True):
+                parameter.copy_(value)
+        self.optimiser.load_state_dict(state["optimiser"])
+        return step
+
+    def write(self, step: int) -> None:
+        """Write the file, once in so many steps and at the last."""
+        if self._path is None or not self._writes or (step % self._every and step != self._last):
+            return
+        state = {
+            "identity": self._identity,
+            "step": step,
+            "trained": [parameter.detach().cpu() for parameter in self._trained],
+            "optimiser": self.optimiser.state_dict(),
+        }
+        with atomic_file(self._path) as partial:
+            torch.save(state, partial)
+
+    def remove(self) -> None:
+        """The training is done."""
+        if self._path is not None and self._writes:
+            self._path.unlink(missing_ok=True)
+
 
 Report = Callable[[int, float], None]
 """Called after each step with its number, from 1, and its loss in nats per token."""
@@ -95,7 +170,7 @@ def align(
         trained = add_low_rank(model, options) if options.rank else _all_but(model, frozen)
         filled = filled_text(model, text, ranks.device)
         optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
-        kept = Kept.of(options, [streams], trained, optimiser, ranks.is_first)
+        state = TrainingState(options, [streams], trained, optimiser, ranks.is_first)
         if valid is not None:
             valid.measure(partial(model, text=filled), passes, ranks.device)
         logits = partial(ranks.wrapped(model), text=filled)
@@ -105,10 +180,10 @@ def align(
             batch, weight = ranks.batch(passes, streams[picked], choice)
             return weight * forced_loss(logits, batch, autocast=options.autocast)
 
-        descend(loss, kept, options, report, ranks.mean)
+        descend(loss, state, options, report, ranks.mean)
         if valid is not None:
             valid.measure(partial(model, text=filled), passes, ranks.device)
-    kept.remove()
+    state.remove()
     merge_low_rank(model)
     model.requires_grad_(requires_grad=True)
     return model.eval()
@@ -116,29 +191,29 @@ def align(
 
 def descend(
     loss: Callable[[int], Tensor],
-    kept: Kept,
+    state: TrainingState,
     options: AlignOptions,
     report: Report | None = None,
-    told: Callable[[Tensor], float] = Tensor.item,
+    value_of: Callable[[Tensor], float] = Tensor.item,
 ) -> None:
     """Take the steps that are left of a training.
 
     Args:
         loss: of a step, from 0, by its number alone.
-        kept: what is trained.
+        state: what is trained.
         options: how.
         report: told about every step.
-        told: what it is told of a loss.
+        value_of: a loss, as a number.
     """
-    for step in range(kept.resumed(), options.steps):
+    for step in range(state.resumed(), options.steps):
         value = loss(step)
-        kept.optimiser.zero_grad(set_to_none=True)
+        state.optimiser.zero_grad(set_to_none=True)
         value.backward()
-        kept.optimiser.param_groups[0]["lr"] = options.rate * _ramp((step + 1) / options.steps)
-        kept.optimiser.step()
-        kept.keep(step + 1)
+        state.optimiser.param_groups[0]["lr"] = options.rate * _ramp((step + 1) / options.steps)
+        state.optimiser.step()
+        state.write(step + 1)
         if report is not None:
-            report(step + 1, told(value))
+            report(step + 1, value_of(value))
 
 
 def schedule_chances(options: AlignOptions) -> NDArray[np.float64]:

@@ -28,17 +28,15 @@ from diagd.export.transformer import Transformer
 from diagd.progress import Progress
 from diagd.runtime.strategy import parse_decoder
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.align import filled_text
-from diagd.tuning.align_bundle import read_model, tuned_manifest, write_model
-from diagd.tuning.forced_batch import ForcedPasses, forced_nll
-from diagd.tuning.judge import Figures, Judge
-from diagd.tuning.kept import Kept
+from diagd.tuning.align import TrainingState, filled_text
 from diagd.tuning.options import PreferOptions, PreferTraining
 from diagd.tuning.preference import Lesson, tune
 from diagd.tuning.probe import Probe, Transitions
 from diagd.tuning.ranks import Ranks, together
+from diagd.tuning.reward import Figures, Measures, RewardModel, Verdict, aim_of, measures
 from diagd.tuning.rollouts import Roller, Rolling, Streams, parts
-from diagd.tuning.verdict import Measures, Verdict, aim_of, measures
+from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
+from diagd.tuning.weights import read_model, tuned_manifest, write_model
 
 SEEDS = 3
 """Of the random numbers that the gate looks at."""
@@ -151,12 +149,12 @@ def prefer(
 def _prefer(run: _Run, output: Path) -> PreferReport:
     lessons, scores, reference = run.collect()
     before = run.measure(run.bundle, run.model, reference)
-    verdicts, kept = dict[str, Verdict](), list[Kept]()
+    verdicts, states = dict[str, Verdict](), list[TrainingState]()
     shared = None if run.options.who.cluster is None else output.resolve().parent  # which other nodes see
     with tempfile.TemporaryDirectory(dir=shared) as folder:
         for name, lesson in lessons.items():
-            model, training_of = run.train(name, lesson)
-            kept.append(training_of)
+            model, state = run.train(name, lesson)
+            states.append(state)
             tuned = f"{TUNED[name]}, {run.training.steps} steps"
             made = write_model(run.bundle, model, Path(folder) / name, tuned_manifest(run.bundle, tuned))
             verdicts[name] = Verdict.of(before, run.measure(Bundle.open(made), model, reference))
@@ -164,8 +162,8 @@ def _prefer(run: _Run, output: Path) -> PreferReport:
         if report.chosen is not None and run.ranks.is_first:
             with atomic_bundle(output) as directory:
                 shutil.copytree(Path(folder) / report.chosen, directory, dirs_exist_ok=True)
-    for one in kept:
-        one.remove()
+    for state in states:
+        state.remove()
     if report.chosen is None:
         raise NotBetterError(report)
     return report
@@ -200,7 +198,7 @@ def _report(
 
 
 class _Run:
-    """One preference tuning: its contexts, and the judges of rollouts and of the result."""
+    """One preference tuning: its contexts, and what scores rollouts and the result."""
 
     def __init__(
         self,
@@ -224,15 +222,16 @@ class _Run:
         self.judged = _balanced(material.held, options.judged, options.prompt, self.layout, random)
         self.probes = self._probes()
         self.probe_report = self._check_probe(self.probes[1]) if self.probes else None
-        judge = self._judge()
-        self.judges = [replace(judge, probe=probe) for probe in self.probes or (None,)]
+        streams, logits, device = material.train, self._logits(self.model), training.device
+        learned = RewardModel.learn(self.model.config, streams, options.prompt, logits, device=device)
+        self.rewards = [replace(learned, probe=probe) for probe in self.probes or (None,)]
 
     def collect(self) -> tuple[dict[str, Lesson], NDArray[np.float64], Figures]:
         """What to train on, the scores [M, R] of all rollouts, and the figures that scores refer to."""
         options, count = self.options, self.options.rollouts
         rolled = self._roll_out(self.bundle, self.contexts, count, "rolling out")
-        figures = self.judges[0].figures(rolled.reshape(-1, rolled.shape[2]))
-        scores = self.judges[0].score(figures, figures).reshape(-1, count)
+        figures = self.rewards[0].figures(rolled.reshape(-1, rolled.shape[2]))
+        scores = self.rewards[0].score(figures, figures).reshape(-1, count)
         preferences = Lesson.of_scores(rolled, scores, options.strength, options.anchor)
         lessons = {
             "preferences": preferences,
@@ -241,13 +240,13 @@ class _Run:
         }
         return lessons, scores, figures
 
-    def train(self, name: str, lesson: Lesson) -> tuple[Transformer, Kept]:
-        """A tuned copy of the model, and what is kept of its training."""
+    def train(self, name: str, lesson: Lesson) -> tuple[Transformer, TrainingState]:
+        """A tuned copy of the model, and the state of its training."""
         resume = self.training.resume
         training = replace(self.training, resume=resume and resume.with_name(f"{resume.name}.{name}"))
         model = copy.deepcopy(self.model)
         with self.progress.count(f"training on {name}", training.steps) as advance:
-            kept = tune(
+            state = tune(
                 model,
                 lesson,
                 self.options.prompt,
@@ -256,7 +255,7 @@ class _Run:
                 text=self.material.text,
                 ranks=self.ranks,
             )
-        return model, kept
+        return model, state
 
     def measure(self, bundle: Bundle, model: Transformer, reference: Figures) -> Measures:
         """What the gate compares: by the other probe, on contexts that were held out."""
@@ -264,7 +263,7 @@ class _Run:
         raster = Schedule.next_token(self.layout)
         passes = ForcedPasses([raster], self._frames, score_prompt=False)
         nll = forced_nll(self._logits(model), passes, self.judged, 0, device=self.training.device)
-        return measures(self.judges[-1], rolled, reference, np.nanmean(nll, axis=1, dtype=np.float64))
+        return measures(self.rewards[-1], rolled, reference, np.nanmean(nll, axis=1, dtype=np.float64))
 
     @property
     def _frames(self) -> int:
@@ -304,18 +303,13 @@ class _Run:
             )
         return found
 
-    def _judge(self) -> Judge:
-        streams, config = self.material.train, self.model.config
-        logits, device = self._logits(self.model), self.training.device
-        return Judge.learn(config, streams, self.options.prompt, logits, device=device)
-
     def _roll_out(self, bundle: Bundle, contexts: Streams, count: int, title: str) -> Streams:
         """Rollouts int64 [M, count, N] of contexts, by whoever does them, kept in the cache by and by."""
         items = [self._part(contexts[n : n + _CHUNK], n, count) for n in range(0, len(contexts), _CHUNK)]
         keys = [self._key(bundle, part) for part in items]
         if not self.ranks.is_first:
             self.ranks.wait()  # what the first made is in the cache
-        made = {n: kept for n, key in enumerate(keys) if (kept := cache.read("rollouts", key)) is not None}
+        made = {n: read for n, key in enumerate(keys) if (read := cache.read("rollouts", key)) is not None}
         missing = [n for n in range(len(items)) if n not in made]
         with self.progress.count(title, len(items)) as advance:
             advance(len(made))

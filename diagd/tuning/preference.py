@@ -21,6 +21,7 @@ from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from diagd.tuning.align import (
     Report,
+    TrainingState,
     add_low_rank,
     descend,
     draw,
@@ -29,11 +30,10 @@ from diagd.tuning.align import (
     schedule_chances,
     without_low_rank,
 )
-from diagd.tuning.forced_batch import ForcedPasses, window_nll
-from diagd.tuning.kept import Kept
 from diagd.tuning.options import PreferTraining
 from diagd.tuning.ranks import Ranks
 from diagd.tuning.rollouts import Streams
+from diagd.tuning.teacher_forcing import ForcedPasses, window_nll
 
 _BIN = 0.01
 _CLIP = (0.2, 5.0)
@@ -143,8 +143,8 @@ def tune(
     *,
     text: NDArray[np.float32] | None = None,
     ranks: Ranks | None = None,
-) -> Kept:
-    """Train low-rank updates in place and merge them; gives what is kept of the training, to be removed.
+) -> TrainingState:
+    """Train low-rank updates in place and merge them; gives the state of the training, to be removed.
 
     Without rejected windows, a step takes twice as many preferred ones: equal steps are an equal budget.
 
@@ -179,8 +179,8 @@ def tune(
         weights = torch.from_numpy(lesson.weights[picked[mine]]).to(found)
         return share * preference_loss(found, reference, weights, lesson.strength, lesson.anchor)
 
-    kept = Kept.of(options, lesson.arrays, trained, optimiser, ranks.is_first)
-    descend(loss, kept, options, report, ranks.mean)
+    state = TrainingState(options, lesson.arrays, trained, optimiser, ranks.is_first)
+    descend(loss, state, options, report, ranks.mean)
     merge_low_rank(model)
     model.requires_grad_(requires_grad=True).eval()
-    return kept
+    return state

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diagd.errors import UsageError
 from diagd.progress import started
-from diagd.tuning.forced_batch import ForcedBatch, ForcedPasses
+from diagd.tuning.teacher_forcing import ForcedBatch, ForcedPasses
 
 _PATIENCE: Final = timedelta(days=1)
 """Others wait for the first one while it fits a tokenizer."""

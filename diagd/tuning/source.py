@@ -22,15 +22,16 @@ from diagd.export.families.family import Family
 from diagd.export.families.world import DESCRIPTION, WEIGHTS, load_tokenizer
 from diagd.progress import is_first
 from diagd.runtime.actions import encode
+from diagd.runtime.arrays import read_array
 from diagd.runtime.clip import Clip, read_recording
 from diagd.runtime.jobs import CLIPS
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.video import files_in
-from diagd.tuning.align import Report, Validation
-from diagd.tuning.align_bundle import align_bundle
-from diagd.tuning.align_checkpoint import align_checkpoint, cut, read_windows
+from diagd.schedule import StreamLayout
+from diagd.tuning.align import Report, Validation, align
 from diagd.tuning.options import AlignOptions
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
+from diagd.tuning.weights import aligned_manifest, load_transformer, read_model, write_checkpoint, write_model
 
 
 @dataclass(frozen=True)
@@ -126,23 +127,42 @@ class Source:
         streams: NDArray[np.int64],
         options: AlignOptions,
         output: Path,
-        report: Report,
-        text: NDArray[np.float32] | None,
+        report: Report | None = None,
+        text: NDArray[np.float32] | None = None,
         valid: Validation | None = None,
     ) -> Path:
-        """Fine-tune, and write what is of the source's own kind."""
-        if isinstance(self.what, Bundle):
-            return align_bundle(self.what, streams, options, output, report, text=text, valid=valid)
-        checkpoint = open_sources(self.what, self.path, None, pixels=False).transformer
+        """Fine-tune, and write what is of the source's own kind; see ``diagd.tuning.align``.
+
+        Graphs of other precisions than that of the export hold the old weights: they are left out.
+
+        Raises:
+            UsageError: the output would take something away, or the windows or text do not fit the model.
+            BundleError, CheckpointError: the weights are not of the model.
+        """
+        self.check_output(output, {})
+        what, given = self.what, set[str]()
+        if isinstance(what, Bundle):
+            what = what.at_precision()
+            model = read_model(what)
+        else:
+            model = load_transformer(what, open_sources(what, self.path, None, pixels=False).transformer)
+            given = made_up(what)
+        align(model, streams, options, report, text=text, frozen=given, valid=valid)
+        if not is_first():
+            return output
+        if isinstance(what, Bundle):
+            return write_model(what, model, output, aligned_manifest(what, options))
         if self._tokenizer is None or output.suffix:
-            return align_checkpoint(
-                self.what, checkpoint, streams, options, output, report, text=text, valid=valid
-            )
-        weights = output / WEIGHTS
-        align_checkpoint(self.what, checkpoint, streams, options, weights, report, valid=valid)
-        for part in (self._tokenizer, self._tokenizer.with_name(DESCRIPTION)) if is_first() else ():
+            return write_checkpoint(what, model, output)
+        write_checkpoint(what, model, output / WEIGHTS)
+        for part in (self._tokenizer, self._tokenizer.with_name(DESCRIPTION)):
             shutil.copy(part, output / part.name)
         return output
+
+
+def made_up(family: Family) -> set[str]:
+    """Parameters that no checkpoint of the family can hold, so that they must stay as they are."""
+    return {rule.target for rule in family.rules if not rule.sources}
 
 
 def read_clips(
@@ -183,3 +203,36 @@ def stream_of(clip: Clip, manifest: Manifest) -> NDArray[np.int64]:
     led = np.concatenate([clip.led, encode(manifest.actions, {})[None]]).astype(np.int64)
     before, after = led[:-1, layout.gap - layout.before :], led[1:, : layout.after]
     return np.concatenate([before, cells, after], axis=1).reshape(-1)
+
+
+def read_windows(path: Path, config: TransformerConfig, frames: int) -> NDArray[np.int64]:
+    """Windows of a .npy token stream, int64 [N, tokens of ``frames`` frames], half a window apart.
+
+    Args:
+        path: int [T] or [T, frame_length]: the stream of one video, known tokens included.
+        config: whose layout the stream has; it starts at a frame, without the prefix.
+        frames: of each window.
+
+    Raises:
+        UsageError: the file is no such stream, or is shorter than a window.
+    """
+    layout = config.layout
+    stream = read_array(path, "tokens").reshape(-1).astype(np.int64)
+    length = frames * layout.frame_length
+    if len(stream) < length or stream.min() < 0 or stream.max() >= config.vocabulary:
+        raise UsageError(
+            f"{path} holds {len(stream)} tokens in {stream.min(initial=0)}..{stream.max(initial=0)}; "
+            f"expected {length} or more ({frames} frames of {layout.frame_length}) "
+            f"in 0..{config.vocabulary - 1}"
+        )
+    return cut(stream, layout, frames)
+
+
+def cut(stream: NDArray[np.int64], layout: StreamLayout, frames: int) -> NDArray[np.int64]:
+    """Windows int64 [N, tokens of ``frames`` frames] of the stream [T] of one video, half a window apart."""
+    length = frames * layout.frame_length
+    step = max(1, frames // 2) * layout.frame_length
+    starts = range(0, len(stream) - length + 1, step)
+    windows = np.stack([stream[start : start + length] for start in starts])
+    prefix = np.tile(np.asarray(layout.prefix_tokens, np.int64), (len(windows), 1))
+    return np.concatenate([prefix, windows], axis=1)

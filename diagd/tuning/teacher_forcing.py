@@ -7,10 +7,14 @@ position, seeing exactly what inference would see. Training on it aligns a model
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
 from diagd.schedule import NO_SINK, Schedule, Table
 
@@ -88,3 +92,119 @@ def teacher_forced_pass(
         in_prompt = (following >= first) & (following < end) & (sinks == NO_SINK)
         targets = np.where(in_prompt, following, targets)
     return TeacherForcedPass(sources, positions, targets, visible)
+
+
+Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A model: ids and positions [B, R] and an additive mask [B, R, R] to logits [B, R, V]."""
+
+
+@dataclass(frozen=True)
+class ForcedBatch:
+    """Inputs and targets of one parallel forward.
+
+    Attributes:
+        ids, positions: int64 [B, R].
+        targets: int64 [B, R], ids, or ``NOT_SCORED``.
+        visible: bool [B, R, R].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    visible: Tensor
+
+    def to(self, device: str) -> ForcedBatch:
+        """The same batch on a device."""
+        return ForcedBatch(*(t.to(device) for t in (self.ids, self.positions, self.targets, self.visible)))
+
+
+class ForcedPasses:
+    """The teacher-forced passes of several schedules over videos of equal length, padded to one size.
+
+    Args:
+        schedules: the decoding orders.
+        frames: frames of a video, the first ``prompt`` of which are known.
+        score_prompt: also predict the cells of the first frame, in raster order.
+
+    Attributes:
+        names: of the schedules.
+        scored: int64 [schedules], tokens of a video that each one scores.
+    """
+
+    def __init__(
+        self, schedules: Sequence[Schedule], frames: int, *, score_prompt: bool, prompt: int = 1
+    ) -> None:
+        passes = [teacher_forced_pass(s, frames, score_prompt=score_prompt, prompt=prompt) for s in schedules]
+        self.names = [schedule.name for schedule in schedules]
+        padded = [p.padded(max(p.rows for p in passes)) for p in passes]
+        self.sources = np.stack([p.sources for p in padded])
+        self.positions = torch.from_numpy(np.stack([p.positions for p in padded]))
+        self.targets = np.stack([p.targets for p in padded])
+        self.visible = torch.from_numpy(np.stack([p.visible for p in padded]))
+        self.scored: NDArray[np.int64] = (self.targets != NOT_SCORED).sum(1)
+
+    def batch(self, streams: NDArray[np.int64], choice: Sequence[int]) -> ForcedBatch:
+        """Feed stream b of int64 [B, N] through the pass of schedule ``choice[b]``."""
+        picked = np.asarray(choice)
+        sources, targets = self.sources[picked], self.targets[picked]
+        answers = np.take_along_axis(streams, np.maximum(targets, 0), axis=1)
+        return ForcedBatch(
+            torch.from_numpy(np.take_along_axis(streams, sources, axis=1)),
+            self.positions[picked],
+            torch.from_numpy(np.where(targets == NOT_SCORED, NOT_SCORED, answers)),
+            self.visible[picked],
+        )
+
+
+def forced_loss(model: Logits, batch: ForcedBatch, *, autocast: bool = True) -> Tensor:
+    """Mean negative log-likelihood of the scored tokens, nats, a scalar; autocast computes in bfloat16."""
+    logits = _logits(model, batch, autocast=autocast)
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=NOT_SCORED
+    )
+
+
+def window_nll(model: Logits, batch: ForcedBatch, *, autocast: bool = True) -> Tensor:
+    """Mean negative log-likelihood [B] of the scored tokens of each window, nats."""
+    logits = _logits(model, batch, autocast=autocast)
+    loss = functional.cross_entropy(
+        logits.transpose(1, 2).float(), batch.targets, ignore_index=NOT_SCORED, reduction="none"
+    )
+    return loss.sum(1) / (batch.targets != NOT_SCORED).sum(1)
+
+
+@torch.inference_mode()
+def forced_nll(
+    model: Logits,
+    passes: ForcedPasses,
+    streams: NDArray[np.int64],
+    choice: int,
+    batch: int = 8,
+    device: str = "cpu",
+) -> NDArray[np.float32]:
+    """Negative log-likelihood of every token of ``streams`` int64 [B, N] under schedule ``choice``.
+
+    Returns:
+        float32 [B, N], nats by stream position; NaN where nothing is scored.
+    """
+    result = np.full(streams.shape, np.nan, np.float32)
+    targets = passes.targets[choice]
+    scored = targets != NOT_SCORED
+    for start in range(0, len(streams), batch):
+        windows = streams[start : start + batch]
+        part = passes.batch(windows, [choice] * len(windows)).to(device)
+        logits = _logits(model, part, autocast=False)[:, scored]
+        loss = functional.cross_entropy(
+            logits.transpose(1, 2).float(), part.targets[:, scored], reduction="none"
+        )
+        result[start : start + batch, targets[scored]] = loss.cpu().numpy()
+    return result
+
+
+def _logits(model: Logits, batch: ForcedBatch, *, autocast: bool) -> Tensor:
+    kind = torch.bfloat16 if autocast else torch.float32
+    # The attention kernels of the CPU are 1.5 times faster with an additive mask of their own type.
+    mask = torch.zeros(batch.visible.shape, dtype=kind, device=batch.ids.device)
+    mask.masked_fill_(~batch.visible, float("-inf"))
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=autocast):
+        return model(batch.ids, batch.positions, mask)

@@ -10,8 +10,8 @@ import torch
 from diagd.errors import UsageError
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from diagd.tuning.align import Validation, align
-from diagd.tuning.forced_batch import ForcedPasses, forced_nll
 from diagd.tuning.options import AlignOptions
+from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
 from tests.oracles.models import CODES, small_model
 
 LAYOUT = StreamLayout(3, 4, prefix=1, before=1, after=1)

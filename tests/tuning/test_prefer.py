@@ -15,10 +15,10 @@ from diagd.runtime.load import open_session
 from diagd.runtime.strategy import parse_decoder
 from diagd.schedule import Schedule
 from diagd.tuning.align import align
-from diagd.tuning.align_bundle import read_model, write_model
 from diagd.tuning.options import AlignOptions, PreferOptions, PreferTraining
 from diagd.tuning.prefer import Material, NotBetterError, prefer, split
 from diagd.tuning.rollouts import Roller, open_lanes, parts, roll_out, with_cells
+from diagd.tuning.weights import read_model, write_model
 from tests.models import export_small
 from tests.oracles.models import small_model
 from tests.tuning.walks import LAYOUT, colours, greys

@@ -10,9 +10,9 @@ import torch
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.forced_batch import ForcedPasses, forced_nll
 from diagd.tuning.options import PreferTraining
 from diagd.tuning.preference import Lesson, pair_weights, preference_loss, tune
+from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
 from tests.oracles.models import random_stream, small_model
 
 LAYOUT = StreamLayout(3, 4, prefix=1, before=1, after=1)

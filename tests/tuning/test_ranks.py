@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from diagd.errors import UsageError
-from diagd.tuning.forced_batch import ForcedPasses
 from diagd.tuning.ranks import Ranks
+from diagd.tuning.teacher_forcing import ForcedPasses
 from tests.tuning.ranked import aligned, preferred
 from tests.tuning.test_align import CHAINED, streams
 

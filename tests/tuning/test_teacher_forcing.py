@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from diagd.schedule import RowSeed, Schedule, StreamLayout
-from diagd.tuning.forced_batch import ForcedPasses, forced_nll
-from diagd.tuning.teacher_forcing import NOT_SCORED, teacher_forced_pass
+from diagd.tuning.teacher_forcing import NOT_SCORED, ForcedPasses, forced_nll, teacher_forced_pass
 from tests.oracles.full_recompute import FullRecompute
 from tests.oracles.models import random_stream, small_model
 from tests.oracles.rows import rows_of

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diagd.tuning.verdict import Change, Measures, Verdict
+from diagd.tuning.reward import Change, Measures, Verdict
 
 
 def model(**changed: float) -> Measures:

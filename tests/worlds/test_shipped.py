@@ -12,8 +12,8 @@ from diagd.cluster import ClusterOptions
 from diagd.export.families.world import SHIPPED, World, load_world
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule
-from diagd.tuning.forced_batch import ForcedPasses, forced_nll
 from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens
+from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
 from worlds.collect import CollectOptions, collect
 from worlds.geometry import Geometry
 from worlds.rollout import roll_out

@@ -13,8 +13,8 @@ import torch
 from diagd.errors import CheckpointError, UsageError
 from diagd.export.families.world import WorldDescription, load_world, save_world
 from diagd.export.transformer import Transformer
-from diagd.tuning.forced_batch import ForcedPasses, forced_loss, forced_nll
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
+from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss, forced_nll
 from tests.worlds.recordings import ACTIONS, COLUMNS, PATCH, ROWS, record_stripes
 from worlds.options import worker_devices
 from worlds.train import (

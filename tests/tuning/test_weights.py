@@ -8,18 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from diagd.bundle.rotary import linear_rotary
 from diagd.errors import UsageError
-from diagd.export.checkpoints import RandomCheckpoint, open_checkpoint, select
+from diagd.export.checkpoints import Checkpoint, RandomCheckpoint, open_checkpoint, select
 from diagd.export.families import cosmos, wham
 from diagd.export.families.family import Family, identity_rules
 from diagd.export.families.mineworld import build, family
 from diagd.export.transformer import TransformerConfig
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.align_checkpoint import align_checkpoint, load_transformer, read_windows
-from diagd.tuning.forced_batch import ForcedPasses, forced_nll
+from diagd.tuning.align import Report, align
 from diagd.tuning.options import AlignOptions
+from diagd.tuning.source import made_up, read_windows
+from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
+from diagd.tuning.weights import load_transformer, write_checkpoint
 from tests.export.test_families_cosmos import TEXT
 from tests.export.test_families_cosmos import small as small_cosmos
 from tests.oracles.models import small_model
@@ -45,6 +48,21 @@ def small() -> Family:
     return family("mineworld-300m", config)
 
 
+def aligned(
+    family: Family,
+    source: Checkpoint,
+    windows: NDArray[np.int64],
+    options: AlignOptions,
+    folder: Path,
+    report: Report | None = None,
+    text: NDArray[np.float32] | None = None,
+) -> Path:
+    """As ``Source.align`` does it with a checkpoint that is opened."""
+    model = load_transformer(family, source)
+    align(model, windows, options, report, text=text, frozen=made_up(family))
+    return write_checkpoint(family, model, folder / "a.safetensors")
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_aligned_checkpoints_are_read_like_released_ones(small: Family, tmp_path: Path, rank: int) -> None:
     source = RandomCheckpoint(small.expected, seed=0)
@@ -54,9 +72,7 @@ def test_aligned_checkpoints_are_read_like_released_ones(small: Family, tmp_path
     schedule = Schedule.chained(LAYOUT, 1)
     options = AlignOptions(((1.0, schedule),), steps=30, batch=4, rate=1e-2, rank=rank, autocast=False)
     losses: list[float] = []
-    output = align_checkpoint(
-        small, source, windows, options, tmp_path / "a.safetensors", lambda _, loss: losses.append(loss)
-    )
+    output = aligned(small, source, windows, options, tmp_path, lambda _, loss: losses.append(loss))
     assert sum(losses[-5:]) < sum(losses[:5])
     released = select(open_checkpoint(str(output)), small.rename)
     assert {name: handle.shape for name, handle in released.items()} == dict(small.expected)
@@ -93,14 +109,14 @@ def test_every_family_is_aligned(name: str, rank: int, tmp_path: Path) -> None:
     options = AlignOptions(shares, steps=20, batch=4, rate=1e-2, rank=rank, autocast=False)
     losses: list[float] = []
     text = np.random.default_rng(1).normal(size=(4, TEXT.width)).astype(np.float32)
-    output = align_checkpoint(
+    output = aligned(
         model,
         source,
         windows,
         options,
-        tmp_path / "a.safetensors",
+        tmp_path,
         lambda _, loss: losses.append(loss),
-        text=text if model.transformer.text else None,
+        text if model.transformer.text else None,
     )
     assert sum(losses[-5:]) < sum(losses[:5])
     released = select(open_checkpoint(str(output)), model.rename)
@@ -119,7 +135,7 @@ def test_texts_that_do_not_fit_are_refused(small: Family, tmp_path: Path) -> Non
         options = AlignOptions(((1.0, Schedule.next_token(layout)),), steps=1, batch=2)
         source = RandomCheckpoint(model.expected, seed=0)
         with pytest.raises(UsageError, match=r"text embeddings: \[6, 11\]; this model takes"):
-            align_checkpoint(model, source, windows, options, tmp_path / "a.safetensors", text=given)
+            aligned(model, source, windows, options, tmp_path, text=given)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,7 +143,7 @@ def test_without_a_step_that_learns_nothing_changes(small: Family, tmp_path: Pat
     source = RandomCheckpoint(small.expected, seed=0)
     windows = np.random.default_rng(0).integers(0, 30, (4, 3 * LAYOUT.frame_length))
     options = AlignOptions(((1.0, Schedule.serial(LAYOUT, 2)),), steps=1, batch=2, rate=0.0, autocast=False)
-    output = align_checkpoint(small, source, windows, options, tmp_path / "a.safetensors")
+    output = aligned(small, source, windows, options, tmp_path)
     released = select(open_checkpoint(str(output)), small.rename)
     for name, handle in released.items():
         np.testing.assert_array_equal(handle.read(), source[name].read().astype(np.float16))

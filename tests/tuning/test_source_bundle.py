@@ -14,8 +14,8 @@ from diagd.errors import BundleError, UsageError
 from diagd.export.transformer import Transformer
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import align
-from diagd.tuning.align_bundle import align_bundle
 from diagd.tuning.options import AlignOptions
+from diagd.tuning.source import Source
 from tests.models import export_small
 from tests.oracles.models import random_stream, small_model
 
@@ -35,9 +35,13 @@ def bundle(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Bund
     return Bundle.open(export_small(model, tmp_path_factory.mktemp("align") / "small.diagd"))
 
 
+def source(bundle: Bundle) -> Source:
+    return Source(str(bundle.path), bundle)
+
+
 def test_the_bundle_is_that_of_the_aligned_model(model: Transformer, bundle: Bundle, tmp_path: Path) -> None:
     before = bundle.digest
-    output = align_bundle(bundle, WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
+    output = source(bundle).align(WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
     aligned = Bundle.open(output)
     assert Bundle.open(bundle.path).digest == before
     expected = align(copy.deepcopy(model), WINDOWS, OPTIONS)
@@ -53,14 +57,14 @@ def test_the_manifest_is_that_of_the_new_weights(bundle: Bundle, tmp_path: Path)
     random = replace(bundle, manifest=bundle.manifest.model_copy(update={"provenance": seeded}))
     shares = ((0.4, Schedule.next_token(LAYOUT)), (0.2, Schedule.serial(LAYOUT, 2)), (0.3, CHAINED))
     options = replace(OPTIONS, shares=shares)
-    made = Bundle.open(align_bundle(random, WINDOWS, options, tmp_path / "aligned.diagd")).manifest
+    made = Bundle.open(source(random).align(WINDOWS, options, tmp_path / "aligned.diagd")).manifest
     assert made.schedule == CHAINED
     assert made.provenance.source == bundle.manifest.provenance.source
     assert made.provenance.tuned == "aligned for 3 steps to next token 0.4, k=2 serial 0.2, k=1 chained 0.3"
     assert made.provenance.random_seed is None
     assert made.transformer == bundle.manifest.transformer
     serial = replace(OPTIONS, shares=((0.4, Schedule.next_token(LAYOUT)), (0.6, Schedule.serial(LAYOUT, 2))))
-    made = Bundle.open(align_bundle(bundle, WINDOWS, serial, tmp_path / "serial.diagd")).manifest
+    made = Bundle.open(source(bundle).align(WINDOWS, serial, tmp_path / "serial.diagd")).manifest
     assert made.order == "k=2 serial"
 
 
@@ -68,16 +72,16 @@ def test_graphs_of_other_precisions_are_left_out(bundle: Bundle, tmp_path: Path)
     quantised = bundle.manifest.graphs[0].model_copy(update={"file": "step.int8.onnx", "precision": "int8"})
     graphs = (*bundle.manifest.graphs, quantised)
     mixed = replace(bundle, manifest=bundle.manifest.model_copy(update={"graphs": graphs}))
-    aligned = align_bundle(mixed, WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
+    aligned = source(mixed).align(WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
     assert {graph.precision for graph in Bundle.open(aligned).manifest.graphs} == {"fp32"}
 
 
 def test_other_models_and_the_bundle_itself_are_refused(
     model: Transformer, bundle: Bundle, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="is the bundle that is read"):
-        align_bundle(bundle, WINDOWS, OPTIONS, bundle.path)
+    with pytest.raises(UsageError, match="is what is read"):
+        source(bundle).align(WINDOWS, OPTIONS, bundle.path)
     wider = bundle.manifest.model_copy(update={"transformer": replace(model.config, feed_forward=64)})
     with pytest.raises(BundleError, match=r"gate_up' is .*; export the bundle again"):
-        align_bundle(replace(bundle, manifest=wider), WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
+        source(replace(bundle, manifest=wider)).align(WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
     assert list(tmp_path.iterdir()) == []

@@ -3,10 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diagd.tuning.judge import Judge
 from diagd.tuning.probe import Probe, Transitions
+from diagd.tuning.reward import RewardModel, Verdict, measures
 from diagd.tuning.rollouts import parts, with_cells
-from diagd.tuning.verdict import Verdict, measures
 from tests.oracles.models import CODES, small_model
 from tests.tuning.walks import LAYOUT, walks
 
@@ -14,10 +13,10 @@ PROMPT, FRAMES = 2, 5
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
+def reward() -> RewardModel:
     true, model = walks(120, FRAMES), small_model(LAYOUT)
     probe = Probe.fit(Transitions.of(true, LAYOUT), model.config.vocabulary, steps=150, seed=0)
-    return Judge.learn(model.config, true, PROMPT, model, probe)
+    return RewardModel.learn(model.config, true, PROMPT, model, probe)
 
 
 def frozen(streams: np.ndarray) -> np.ndarray:
@@ -35,19 +34,19 @@ def noise(streams: np.ndarray) -> np.ndarray:
     return with_cells(streams, LAYOUT, wild)
 
 
-def test_true_continuations_score_higher_than_still_and_wild_ones(judge: Judge) -> None:
+def test_true_continuations_score_higher_than_still_and_wild_ones(reward: RewardModel) -> None:
     true = walks(40, FRAMES, seed=1)
     every = np.concatenate([true, frozen(true), noise(true)])
-    figures = judge.figures(every)
+    figures = reward.figures(every)
     assert all(values.shape == (120, FRAMES - PROMPT) for values in figures.values())
-    right, still, wild = judge.score(figures, figures).reshape(3, 40).mean(1)
+    right, still, wild = reward.score(figures, figures).reshape(3, 40).mean(1)
     assert right > still + 0.1
     assert right > wild + 0.1
 
 
-def test_figures_are_what_can_be_counted(judge: Judge) -> None:
+def test_figures_are_what_can_be_counted(reward: RewardModel) -> None:
     true = walks(40, FRAMES, seed=1)
-    figures, still = judge.figures(true), judge.figures(frozen(true))
+    figures, still = reward.figures(true), reward.figures(frozen(true))
     assert not still["changed"].any()
     assert still["consistent"].min() == 1
     led = parts(true, LAYOUT)[1][:, PROMPT:, 1]
@@ -58,17 +57,17 @@ def test_figures_are_what_can_be_counted(judge: Judge) -> None:
         assert figures["expected"][led == action] == pytest.approx(seen, abs=0.05)
     alien = true.copy()
     alien[:, LAYOUT.first_cell(PROMPT)] = CODES  # an action where a cell belongs
-    assert judge.figures(alien)["known"][:, 0] == pytest.approx(1 - 1 / LAYOUT.cells)
+    assert reward.figures(alien)["known"][:, 0] == pytest.approx(1 - 1 / LAYOUT.cells)
     assert figures["known"].min() == 1
 
 
-def test_the_gate_refuses_what_stands_still(judge: Judge) -> None:
+def test_the_gate_refuses_what_stands_still(reward: RewardModel) -> None:
     """However good its frames are: static bias."""
     true = walks(40, FRAMES, seed=2).reshape(20, 2, -1)
     rolled = true.copy()
-    reference = judge.figures(true.reshape(40, -1))
+    reference = reward.figures(true.reshape(40, -1))
     truth = np.full(20, 2.0)
-    before = measures(judge, rolled, reference, truth)
-    after = measures(judge, frozen(true.reshape(40, -1)).reshape(true.shape), reference, truth)
+    before = measures(reward, rolled, reference, truth)
+    after = measures(reward, frozen(true.reshape(40, -1)).reshape(true.shape), reference, truth)
     assert "dynamics are lower" in Verdict.of(before, after).breaches
     assert "followed is not up" in Verdict.of(before, after).breaches

@@ -1,4 +1,4 @@
-"""Alignment of a bundle: its weights are fine-tuned and written back; its graphs stay as they are."""
+"""Weights that are tuned: read from a bundle or a checkpoint, and written back as they are stored there."""
 
 from __future__ import annotations
 
@@ -13,54 +13,20 @@ import torch
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Manifest, atomic_bundle, seal
+from diagd.bundle.files import atomic_file
 from diagd.bundle.manifest import Provenance
-from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, UsageError
+from diagd.export.checkpoints import Checkpoint, check
+from diagd.export.families.family import Family
 from diagd.export.transformer import Transformer
-from diagd.progress import is_first
-from diagd.tuning.align import Report, Validation, align
 from diagd.tuning.options import AlignOptions
 from diagd.version import __version__
 
 if TYPE_CHECKING:
     import onnx
 
+
 _PREFIX = "transformer."
-
-
-def align_bundle(
-    bundle: Bundle,
-    streams: NDArray[np.int64],
-    options: AlignOptions,
-    output: Path,
-    report: Report | None = None,
-    *,
-    text: NDArray[np.float32] | None = None,
-    valid: Validation | None = None,
-) -> Path:
-    """Fine-tune the weights of a bundle.
-
-    Args:
-        bundle: graphs of precisions other than that of its export hold the old weights and are left out.
-        streams: int64 [N, tokens], windows of known videos.
-        options: schedules and training settings.
-        output: directory of the new bundle, which is not that of the old one.
-        report: told about every step.
-        text: see ``align``.
-        valid: see ``align``.
-
-    Raises:
-        UsageError: the bundle would be written over.
-        BundleError: its graphs are not of the transformer that its manifest describes.
-    """
-    if output.exists() and output.samefile(bundle.path):
-        raise UsageError(f"--output {output} is the bundle that is read; give another place")
-    bundle_target(output)
-    base = bundle.at_precision()
-    model = align(read_model(base), streams, options, report, text=text, valid=valid)
-    if not is_first():
-        return output
-    return write_model(base, model, output, _aligned(base, options))
 
 
 def read_model(bundle: Bundle) -> Transformer:
@@ -69,7 +35,28 @@ def read_model(bundle: Bundle) -> Transformer:
     Raises:
         BundleError, UsageError: its graphs are not of the transformer that its manifest describes.
     """
-    return _read(_graphs(bundle), bundle)
+    found = {
+        tensor.name: _values(tensor, bundle)
+        for graph in _graphs(bundle)
+        for tensor in graph.graph.initializer
+        if tensor.name.startswith(_PREFIX)
+    }
+    model = Transformer(bundle.manifest.transformer)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in wanted.items():
+        if _PREFIX + name not in found:
+            raise UsageError(
+                f"{bundle.path}: its graphs have no weight '{name}' of their own (small weights that were "
+                "equal when it was exported are merged); align the checkpoint instead"
+            )
+        if found[_PREFIX + name].shape != shape:
+            raise BundleError(
+                f"{bundle.path}: weight '{name}' is {found[_PREFIX + name].shape}, its manifest describes "
+                f"{shape}; export the bundle again"
+            )
+    arrays = {name: np.array(found[_PREFIX + name], np.float32) for name in wanted}
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    return model
 
 
 def write_model(bundle: Bundle, model: Transformer, output: Path, manifest: Manifest) -> Path:
@@ -92,7 +79,7 @@ def tuned_manifest(bundle: Bundle, tuned: str, **changed: object) -> Manifest:
     return bundle.manifest.model_copy(update={"provenance": provenance, **changed})
 
 
-def _aligned(bundle: Bundle, options: AlignOptions) -> Manifest:
+def aligned_manifest(bundle: Bundle, options: AlignOptions) -> Manifest:
     """The manifest of the new weights: where they come from, and the schedule most of them were made for."""
     diagonal = [pair for pair in options.shares if pair[1].k < bundle.manifest.layout.columns]
     _, schedule = max(diagonal or options.shares, key=itemgetter(0))
@@ -120,31 +107,6 @@ def _kept_files(bundle: Bundle) -> list[str]:
     if tokenizer:
         files.update((tokenizer.encoder, tokenizer.decoder, *tokenizer.weight_files))
     return sorted(files)
-
-
-def _read(graphs: list[onnx.ModelProto], bundle: Bundle) -> Transformer:
-    found = {
-        tensor.name: _values(tensor, bundle)
-        for graph in graphs
-        for tensor in graph.graph.initializer
-        if tensor.name.startswith(_PREFIX)
-    }
-    model = Transformer(bundle.manifest.transformer)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in wanted.items():
-        if _PREFIX + name not in found:
-            raise UsageError(
-                f"{bundle.path}: its graphs have no weight '{name}' of their own (small weights that were "
-                "equal when it was exported are merged); align the checkpoint instead"
-            )
-        if found[_PREFIX + name].shape != shape:
-            raise BundleError(
-                f"{bundle.path}: weight '{name}' is {found[_PREFIX + name].shape}, its manifest describes "
-                f"{shape}; export the bundle again"
-            )
-    arrays = {name: np.array(found[_PREFIX + name], np.float32) for name in wanted}
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-    return model
 
 
 def _values(tensor: onnx.TensorProto, bundle: Bundle) -> NDArray[np.generic]:
@@ -175,3 +137,33 @@ def _write(graph: onnx.ModelProto, directory: Path, state: dict[str, torch.Tenso
         with (directory / where["location"]).open("r+b") as file:
             file.seek(int(where["offset"]))
             file.write(values.tobytes())
+
+
+def write_checkpoint(family: Family, model: Transformer, output: Path) -> Path:
+    """Write the .safetensors that ``diagd export --checkpoint`` reads: float16, under the released names."""
+    from safetensors.numpy import save_file
+
+    state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+    released: dict[str, NDArray[np.generic]] = {}
+    for rule in family.rules:
+        released |= rule.release(state[rule.target].astype(np.float16))
+    prefix = family.prefixes[0]
+    with atomic_file(output) as partial:
+        save_file({prefix + name: np.ascontiguousarray(tensor) for name, tensor in released.items()}, partial)
+    return output
+
+
+def load_transformer(family: Family, source: Checkpoint) -> Transformer:
+    """The family's transformer in float32, with the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: it does not fit the model.
+    """
+    check(source, family.expected)
+    state = {
+        name: torch.from_numpy(np.concatenate([np.atleast_1d(chunk) for chunk in weight.chunks()]))
+        for name, weight in family.weights(source).items()
+    }
+    model = Transformer(family.transformer)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return model
