@@ -27,6 +27,11 @@ from tests.play.test_page import CHANGE, KNOWN, PIXELS, enter
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"
 )
+PLUGGED = (
+    "window.pad = {mapping: 'standard', axes: [0, 0, 0, 0], "
+    "buttons: Array.from({length: 17}, () => ({pressed: false}))}; "
+    "navigator.getGamepads = () => [window.pad]; true"
+)
 SCREEN = "(({left, top}) => [left + 20, top + 20])(document.getElementById('screen').getBoundingClientRect())"
 
 
@@ -70,14 +75,20 @@ def begin(tab: Tab, url: str) -> None:
 
 def hold(tab: Tab, code: str, action: str) -> None:
     """Hold a key until a frame shows what it does, and pictures have changed."""
-    before, known = tab.evaluate(PIXELS), tab.evaluate(KNOWN)
+    before = tab.evaluate(PIXELS)
     tab.key(code, down=True)
-    tab.until(
-        f"{KNOWN} > {known + 1} && document.getElementById('hud-action').textContent.includes('{action}')"
-    )
+    shown(tab, action)
     tab.key(code, down=False)
     tab.until("document.querySelector('kbd.held') === null")
     tab.until(f"{PIXELS} !== {before!r}")
+
+
+def shown(tab: Tab, action: str) -> None:
+    """Wait for a frame that an action led to."""
+    known = tab.evaluate(KNOWN)
+    tab.until(
+        f"{KNOWN} > {known + 1} && document.getElementById('hud-action').textContent.includes('{action}')"
+    )
 
 
 def played(bundle: Bundle, record: Path) -> list[dict[str, Any]]:
@@ -94,16 +105,36 @@ def test_buttons_and_sticks_of_a_wham(tab: Tab, serve: Serve, small_wham: Bundle
     record = tmp_path / "wham.ndjson"
     with serve(GameOptions(record=record), bundle=small_wham.path) as (url, _):
         begin(tab, url)
-        shown = tab.evaluate("document.getElementById('keys').textContent")
-        assert all(f"button {number}" in shown for number in range(12))  # which nobody named
+        named = tab.evaluate("document.getElementById('keys').textContent")
+        assert all(f"button {number}" in named for number in range(12))  # which nobody named
         for code, action in (("Digit1", "button 0"), ("KeyR", "button 11"), ("KeyD", "sticks 1, 0, 0, 0"),
                              ("ArrowUp", "sticks 0, 0, 0, -1")):  # fmt: skip
             hold(tab, code, action)
+        tab.evaluate(PLUGGED)  # no browser has a gamepad without one
+        tab.evaluate("pad.buttons[5].pressed = true")
+        shown(tab, "button 5")
+        tab.evaluate("pad.buttons[5].pressed = false; pad.axes[2] = -1")
+        shown(tab, "sticks 0, 0, -1, 0")
+        tab.evaluate("pad.axes[2] = 0.05; pad.buttons[6].pressed = true")
+        shown(tab, "button 6")
+        known = tab.evaluate(KNOWN)
+        tab.evaluate("window.pad = null")  # unplugged, with a button held
+        tab.until("document.querySelector('kbd.held') === null")
+        tab.key("KeyE", down=True)
+        tab.until(f"{KNOWN} > {known + 1}")
+        tab.key("KeyE", down=False)
+        assert "button 6" not in tab.evaluate("document.getElementById('hud-action').textContent")
         assert not tab.messages
     actions = played(small_wham, record)
-    assert {name for action in actions for name in action if name != "sticks"} == {"button_0", "button_11"}
+    assert {name for action in actions for name in action if name != "sticks"} >= {
+        "button_0",
+        "button_5",
+        "button_6",
+        "button_11",
+    }
     sticks = np.array([action["sticks"] for action in actions])
     assert sticks.max(0)[0] > 0.9
+    assert sticks.min(0)[2] < -0.9
     assert sticks.min(0)[3] < -0.9
 
 

@@ -84,16 +84,15 @@ export class Keys extends EventTarget {
 
   gamepad() {
     const pad = [...(navigator.getGamepads?.() ?? [])].find((one) => one?.mapping === "standard");
-    if (pad) {
-      const axes = pad.axes.slice(0, 4).map((value) => (Math.abs(value) < DEAD ? 0 : Math.round(value * 50) / 50));
-      pad.buttons.forEach((button, n) => this.toggle(`Pad${n}`, button.pressed));
-      axes.forEach((value, n) => {
-        this.toggle(`Axis${n}-`, value < -PUSHED);
-        this.toggle(`Axis${n}+`, value > PUSHED);
-      });
-      this.moved = this.moved || axes.join() !== this.axes.join();
-      this.axes = axes;
-    }
+    const axes = (pad?.axes ?? []).slice(0, 4).map((value) => (Math.abs(value) < DEAD ? 0 : Math.round(value * 50) / 50));
+    pad?.buttons.forEach((button, n) => this.toggle(`Pad${n}`, button.pressed));
+    axes.forEach((value, n) => {
+      this.toggle(`Axis${n}-`, value < -PUSHED);
+      this.toggle(`Axis${n}+`, value > PUSHED);
+    });
+    if (!pad && this.axes.length) this.release((source) => source === "pad"); // it was unplugged
+    this.moved = this.moved || axes.join() !== this.axes.join();
+    this.axes = axes;
     if ((this.dx || this.dy || this.moved) && performance.now() - this.sent >= GAP) {
       this.moved = false;
       this.send();
