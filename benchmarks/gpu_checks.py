@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.gpu_measure import FLOAT, MakeEngine
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import StepOptions, find, graphs_of
-from diagd.engines.devices.device import Device
+from diagd.engines.devices import Device
 from diagd.engines.devices.kernels import SAMPLE, SampleArguments
 from diagd.engines.engine import VOID, Engine, SamplingState, Steps
 from diagd.engines.records import RecordRing

@@ -23,10 +23,10 @@ from rich.table import Table
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import CHOICES, Backend, StepOptions, find, forms_of
-from diagd.engines.buffers import aligned_zeros
 from diagd.engines.engine import Engine, Steps
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
+from diagd.engines.tensors import aligned_zeros
 from diagd.errors import DiagdError
 from diagd.profiling.measure import measure, random_workload
 from diagd.runtime.decoders import ScheduledDecoder

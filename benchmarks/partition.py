@@ -28,7 +28,7 @@ from pathlib import Path
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import forms_of, graphs_of
 from diagd.engines.devices.host import HostDevice
-from diagd.engines.onnxruntime_program import OnnxRuntimeProgram, open_cuda_session
+from diagd.engines.onnxruntime_session import OnnxRuntimeProgram, open_cuda_session
 from diagd.engines.tensors import StepTensors
 from diagd.errors import DiagdError
 from diagd.export.exporter import GraphOptions, export, random_sources

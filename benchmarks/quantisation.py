@@ -20,8 +20,8 @@ from rich.table import Table
 
 from benchmarks.cpu import CONSOLE, Bench, _weights
 from diagd.bundle import Bundle
+from diagd.calibration.options import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
-from diagd.calibration.report import Budget
 from diagd.engines.engine import Int
 from diagd.schedule import Schedule
 

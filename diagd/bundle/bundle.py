@@ -14,8 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diagd.bundle import cache
-from diagd.bundle.files import atomic_directory, instead, sha256
-from diagd.bundle.lock import turn
+from diagd.bundle.files import atomic_directory, instead, sha256, turn
 from diagd.bundle.manifest import INT8_CACHE, MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest
 from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, ScheduleError, UsageError

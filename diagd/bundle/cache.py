@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diagd.bundle.files import clear_leftovers, host, is_unfinished, sha256, sync, unfinished_name
-from diagd.bundle.lock import turn
+from diagd.bundle.files import clear_leftovers, host, is_unfinished, sha256, sync, turn, unfinished_name
 
 ENTRY_NAME = "entry.json"
 DEFAULT_LIMIT = 32 << 30

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and take nothing away that is not theirs."""
+"""Files that appear whole or not at all, and take nothing away that is not theirs. Writers take turns."""
 
 from __future__ import annotations
 
@@ -12,12 +12,135 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from diagd.errors import UsageError
+
+_LOG = logging.getLogger(__name__)
+_HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+_POLL_SECONDS = 0.1
+_FAR = 1 << 30
+"""Windows locks bytes, and keeps others from reading them: one behind the text."""
+
+
+@contextmanager
+def turn(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Wait until no other process writes ``path``, and keep others waiting meanwhile.
+
+    Yields False where another one does and ``wait`` is off.
+
+    The lock is the system's, on a hidden file beside ``path``: it ends with the process that holds it, holds
+    between containers, and between machines where the network disk has locks. Where there are none the caller
+    goes on at once. The file says who holds it, which is logged by those who wait.
+    """
+    name = path.with_name(f".{path.name}.lock")
+    taken = True
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        file = _acquire(name, path, wait)
+        taken = file is not None
+    except OSError as error:
+        _LOG.debug("no lock on %s: %s", path, error)
+        file = None
+    try:
+        yield taken
+    finally:
+        if file is not None:
+            _release(file, name)
+
+
+def _acquire(name: Path, path: Path, wait: bool) -> BinaryIO | None:
+    warned = False
+    while True:
+        file = name.open("a+b", buffering=0)
+        try:
+            if _lock(file):
+                if _is_at(file, name):
+                    file.truncate(0)
+                    file.write(_holder().encode(errors="replace"))
+                    return file
+            elif not wait:
+                file.close()
+                return None
+            elif not warned:
+                warned = True
+                file.seek(0)
+                holder = file.read(500).decode(errors="replace") or "another diagd"
+                _LOG.warning("waiting for %s, which writes %s", holder, path)
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+        time.sleep(_POLL_SECONDS)
+
+
+def _release(file: BinaryIO, name: Path) -> None:
+    """Remove the file while it is locked: whoever opened it before sees that it is gone."""
+    try:
+        if _is_at(file, name):
+            name.unlink(missing_ok=True)
+    except OSError:
+        pass  # Windows removes no open file; it stays, and is used again
+    finally:
+        _unlock(file)
+        file.close()
+
+
+def _is_at(file: BinaryIO, name: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), name.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _holder() -> str:
+    verb = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]) if sys.argv else "diagd"
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    return f"{verb} (process {os.getpid()} on {platform.node()}, since {since})"
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: BinaryIO) -> bool:
+        try:
+            file.seek(_FAR)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in _HELD:
+                return False
+            raise
+        return True
+
+    def _unlock(file: BinaryIO) -> None:
+        file.seek(_FAR)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+
+else:
+    try:
+        import fcntl
+    except ImportError:  # a system without: its callers go on without locks
+        fcntl = None  # type: ignore[assignment]
+
+    def _lock(file: BinaryIO) -> bool:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "this system has no locks")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                return False
+            raise
+        return True
+
+    def _unlock(file: BinaryIO) -> None:
+        fcntl.flock(file, fcntl.LOCK_UN)
+
 
 CHUNK_BYTES = 8 << 20
 

@@ -1,9 +1,9 @@
-"""A candidate and its reference on the same trajectories: figures of the gate, times, and harm by layer."""
+"""A candidate and its reference on the same trajectories: figures, the gate, times and harm by layer."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
 from diagd.bundle.manifest import StepGraph
-from diagd.calibration.gate import is_settled
-from diagd.calibration.reference import open_graphs
-from diagd.calibration.report import Budget, Figures, WidthReport
-from diagd.calibration.trajectory import CalibrationSet, Rollouts, Trajectory
+from diagd.calibration.options import Budget
+from diagd.calibration.report import Figures, LayerReport, WidthReport
+from diagd.calibration.trajectory import CalibrationSet, Rollouts, Trajectory, open_graphs
 from diagd.engines.engine import Engine, Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.progress import Progress
@@ -206,3 +205,69 @@ class Evaluator:
         # Products of the GPU forms have signed activations, for which the CPU has no quick kernel.
         fuse = graphs[0].form.traits.host and weight != "fp8"
         return open_graphs(self._bundle, graphs, self._samples.window, replace(self._cpu, fuse=fuse))
+
+
+ATTEMPTS = 5
+"""Runs of the gate; ahead of each but the first, products are given up."""
+
+SETTLED_ERRORS = 2.0
+"""Standard errors between a figure and its bound at which a verdict stands."""
+
+
+def failures(figures: Mapping[str, float | None], budget: Budget) -> list[str]:
+    """What is outside the budget, in words; agreement and NLL must be inside by one standard error."""
+    found = []
+    agreement, nll, psnr = (figures[name] for name in ("agreement", "nll", "psnr"))
+    agreement_error, nll_error = figures["agreement_error"] or 0.0, figures["nll_error"] or 0.0
+    if agreement is None or not agreement - agreement_error >= budget.agreement:
+        found.append(
+            f"agreement {agreement:.4f} +- {agreement_error:.4f} is not safely above {budget.agreement:g}"
+        )
+    if nll is None or not nll + nll_error <= budget.nll:
+        found.append(f"NLL rises by {nll:.4f} +- {nll_error:.4f}, allowed is {budget.nll:g}")
+    if psnr is not None and not psnr >= budget.psnr:
+        found.append(f"PSNR {psnr:.2f} dB is below {budget.psnr:g}")
+    return found
+
+
+def is_settled(figures: Mapping[str, float | None], budget: Budget) -> bool:
+    """Whether more predictions would hardly change the verdict: no bound is within two standard errors."""
+    distances = (
+        (figures["agreement"], figures["agreement_error"], budget.agreement),
+        (figures["nll"], figures["nll_error"], budget.nll),
+    )
+    return all(
+        value is not None and error is not None and not abs(value - bound) < SETTLED_ERRORS * error
+        for value, error, bound in distances
+    )
+
+
+def part_of(name: str) -> str:
+    """The layer that a product belongs to: ``transformer.layers.3``; the head is ``transformer.head``."""
+    return ".".join(name.split(".")[:3])
+
+
+def most_harmful(layers: Sequence[LayerReport]) -> list[str]:
+    """The fewest quantised products that make up half of the harm of them all, the worst first.
+
+    The divergence that a layer causes alone is shared among its products by their noise; divergences of
+    layers add up nearly, so that every call about halves what is left.
+    """
+    harms = _harms([layer for layer in layers if not layer.excluded])
+    total, chosen = sum(harms.values()), list[str]()
+    for name in sorted(harms, key=lambda name: (-harms[name], name)):
+        if chosen and sum(harms[other] for other in chosen) >= total / 2:
+            break
+        chosen.append(name)
+    return chosen
+
+
+def _harms(layers: Sequence[LayerReport]) -> dict[str, float]:
+    noises = {layer.name: 10 ** (-layer.signal_to_noise / 10) for layer in layers}
+    sums: dict[str, float] = defaultdict(float)
+    for name, noise in noises.items():
+        sums[part_of(name)] += noise
+    return {
+        layer.name: (layer.divergence or 0.0) * noises[layer.name] / max(sums[part_of(layer.name)], 1e-30)
+        for layer in layers
+    }

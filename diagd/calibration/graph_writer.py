@@ -12,7 +12,7 @@ from torch import nn
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
 from diagd.bundle.precision import FLOATING
-from diagd.calibration.gate import part_of
+from diagd.calibration.evaluate import part_of
 from diagd.calibration.matrices import (
     BLOCKED_OPSET,
     EitherMatrix,
@@ -26,9 +26,9 @@ from diagd.calibration.search import Choice
 from diagd.calibration.stored import Float, StoredWeights, Weight
 from diagd.export.exporter import TORCH_TYPES
 from diagd.export.onnx_file import read_onnx
-from diagd.export.projections import projections
 from diagd.export.step_graph import PLAIN, StepVariant, trace_step
 from diagd.export.tracing import give_data, save, simplify
+from diagd.export.variants import projections
 from diagd.export.weights import WeightSource, constant, store
 from diagd.progress import Progress
 

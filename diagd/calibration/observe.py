@@ -13,12 +13,11 @@ from numpy.typing import DTypeLike, NDArray
 from diagd.bundle import Bundle
 from diagd.bundle.files import atomic_file
 from diagd.bundle.manifest import StepGraph
-from diagd.calibration.reference import open_graphs
 from diagd.calibration.stored import StoredWeights
-from diagd.calibration.trajectory import CalibrationSet, Rollouts
-from diagd.engines.buffers import cache_tensors
+from diagd.calibration.trajectory import CalibrationSet, Rollouts, open_graphs
 from diagd.engines.engine import Float
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.tensors import cache_tensors
 from diagd.errors import EngineError, QualityError
 from diagd.export.exporter import TORCH_TYPES
 from diagd.export.step_graph import PLAIN, WATCHED, StepVariant, trace_step, watched_values

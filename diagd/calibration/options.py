@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -10,9 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from diagd.bundle.manifest import INT8_CACHE
 from diagd.bundle.precision import PRECISIONS
-from diagd.calibration.gate import parse_budget
-from diagd.calibration.report import Budget
-from diagd.errors import unknown
+from diagd.errors import UsageError, unknown
 from diagd.options import FLAG, OPTIONS
 
 E4M3_MAX = 448.0
@@ -65,6 +64,44 @@ def find_scheme(name: str) -> Scheme:
     if name not in SCHEMES:
         raise unknown("precision", name, SCHEMES)
     return SCHEMES[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a quantised model may lose.
+
+    Attributes:
+        agreement: smallest share of predictions whose most probable token is that of FP32.
+        nll: largest relative rise of the NLL of tokens that the FP32 model draws.
+        psnr: smallest PSNR of all frames of most probable tokens against those of FP32, dB.
+    """
+
+    agreement: float = 0.97
+    nll: float = 0.01
+    psnr: float = 30.0
+
+
+def parse_budget(text: str, default: Budget) -> Budget | None:
+    """``agreement=0.97,nll=0.01,psnr=30``, any of them; ``none`` is None.
+
+    Raises:
+        UsageError: a name or number is wrong.
+    """
+    if text == "none":
+        return None
+    names = [entry.name for entry in dataclasses.fields(Budget)]
+    values = {name: float(getattr(default, name)) for name in names}
+    for pair in filter(None, text.split(",")):
+        name, equals, value = pair.partition("=")
+        if name not in names:
+            raise unknown("budget", name, names)
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise UsageError(f"--budget {pair}: expected NAME=NUMBER") from None
+        if not equals or not math.isfinite(values[name]):
+            raise UsageError(f"--budget {pair}: expected NAME=NUMBER")
+    return Budget(**values)
 
 
 def _budget(value: object) -> object:

@@ -9,13 +9,10 @@ from contextlib import closing, contextmanager
 from diagd.bundle import Bundle, Manifest, atomic_bundle, read_manifest, seal
 from diagd.bundle.files import link
 from diagd.bundle.manifest import MANIFEST_NAME, StepGraph
-from diagd.calibration.evaluate import GATE_SEED, Evaluator
-from diagd.calibration.gate import ATTEMPTS, failures, most_harmful, part_of
+from diagd.calibration.evaluate import ATTEMPTS, GATE_SEED, Evaluator, failures, most_harmful, part_of
 from diagd.calibration.graph_writer import GraphWriter, Target, file_names
-from diagd.calibration.kv_cache import CACHE_FORMS, check_kv_cache, describe_cache, row_scales
 from diagd.calibration.observe import InputStatistics, load_statistics, observe, save_statistics
 from diagd.calibration.options import CalibrationOptions, Scheme, find_scheme
-from diagd.calibration.reference import FORMS, check_memory, find_reference, session_window, widest_step
 from diagd.calibration.report import (
     AttemptReport,
     CacheReport,
@@ -24,15 +21,24 @@ from diagd.calibration.report import (
     TrajectoryReport,
     WidthReport,
     add_report,
+    write_plot,
 )
-from diagd.calibration.report_page import write_plot
-from diagd.calibration.search import Choice, search
+from diagd.calibration.search import CACHE_FORMS, Choice, check_kv_cache, describe_cache, row_scales, search
 from diagd.calibration.stored import StoredWeights
-from diagd.calibration.trajectory import CalibrationSet, Prompts, trajectories
+from diagd.calibration.trajectory import (
+    FORMS,
+    CalibrationSet,
+    Prompts,
+    check_memory,
+    find_reference,
+    session_window,
+    trajectories,
+    widest_step,
+)
 from diagd.engines.engine import Float, Int
 from diagd.engines.host import available_bytes
 from diagd.errors import QualityError, UsageError
-from diagd.export.projections import Projection, projections
+from diagd.export.variants import Projection, projections
 from diagd.progress import Progress
 
 DIRECTORY = "calibration"

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
-from diagd.calibration.encoding import row_chunks
 from diagd.errors import BundleError
 from diagd.export import weights
 from diagd.export.exporter import WEIGHTS_NAME, step_shapes
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Float = NDArray[np.float32]
+
+CHUNK_BYTES = 64 << 20
 
 
 class StoredWeights:
@@ -107,3 +108,10 @@ class Weight:
                 yield self.block(rows)
 
         return weights.WeightSource(self.stored[self.name].shape, chunks, self.dtype)
+
+
+def row_chunks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
+    """Slices of rows of a float32 matrix, about ``CHUNK_BYTES`` each, in multiples of rows."""
+    step = max(1, CHUNK_BYTES // (4 * shape[1] * multiple)) * multiple
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))

@@ -53,7 +53,7 @@ class BuildOptions:
 def run(options: BuildOptions) -> int:
     """Build, or say what would be built."""
     from diagd.bundle import Bundle
-    from diagd.engines.tensorrt.capabilities import import_tensorrt
+    from diagd.engines.tensorrt import import_tensorrt
     from diagd.runtime.tokens import token_places
 
     if is_where_one_works(options.bundle):
@@ -81,8 +81,8 @@ def run(options: BuildOptions) -> int:
 
 def _print_plan(console: Console, bundle: Bundle, request: Request, trt: ModuleType) -> None:
     from diagd.engines.host import available_bytes
+    from diagd.engines.tensorrt import capabilities
     from diagd.engines.tensorrt.builder import estimate
-    from diagd.engines.tensorrt.capabilities import capabilities
 
     form, graph, widths = choose(bundle, request, capabilities(trt))
     needed = estimate(bundle, graph, widths)

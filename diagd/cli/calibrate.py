@@ -79,7 +79,7 @@ def run(options: CalibrateOptions) -> int:
     require("torch", extra="export", purpose="trace quantised graphs")
     from diagd.bundle import Bundle
     from diagd.calibration.quantise import RejectedError, calibrate
-    from diagd.calibration.report_page import figure_table, layer_table
+    from diagd.calibration.report import figure_table, layer_table
 
     bundle_target(options.bundle, "bundle")
     bundle, console, began = Bundle.open(options.bundle), terminal.console(), time.perf_counter()

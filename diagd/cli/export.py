@@ -88,7 +88,7 @@ def run(options: ExportOptions) -> int:
 
     from diagd.export.exporter import Exporter, export
     from diagd.export.families import find
-    from diagd.export.resume import is_resumable
+    from diagd.export.weights import is_resumable
 
     console = terminal.console()
     family = find(options.model, options.checkpoint, options.size)

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from diagd.engines.devices.device import Device
+from diagd.engines.devices import Device
 from diagd.engines.host import cores
 from diagd.engines.tensors import Program, Tensor
 from diagd.errors import require

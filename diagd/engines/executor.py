@@ -15,8 +15,7 @@ from typing_extensions import override
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.backend import StepOptions
-from diagd.engines.buffers import rotate_pairs
-from diagd.engines.devices.device import Array, Device
+from diagd.engines.devices import Array, Device
 from diagd.engines.devices.kernels import (
     ADVANCE,
     ADVANCE_POINTERS,
@@ -29,7 +28,7 @@ from diagd.engines.devices.kernels import (
 from diagd.engines.engine import VOID, Clock, Engine, Float, Int, Steps
 from diagd.engines.records import RecordRing
 from diagd.engines.sampler import cell_ranges, refusal
-from diagd.engines.tensors import WIDTH, MakeProgram, Program, StepTensors, Tensor
+from diagd.engines.tensors import WIDTH, MakeProgram, Program, StepTensors, Tensor, rotate_pairs
 from diagd.errors import EngineError
 
 INPUTS = ("token_buffer", *ADVANCE_POINTERS[2:])

@@ -13,8 +13,7 @@ from pydantic import Field, ValidationError
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.actions import Record
-from diagd.bundle.files import atomic_directory, sha256
-from diagd.bundle.lock import turn
+from diagd.bundle.files import atomic_directory, sha256, turn
 from diagd.bundle.manifest import StepGraph
 from diagd.errors import EngineError
 

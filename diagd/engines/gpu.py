@@ -13,16 +13,14 @@ from typing_extensions import override
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import Backend, Graph, StepOptions, graphs_of
 from diagd.engines.ceilings import Ceilings, device_ceilings
+from diagd.engines.devices import Device
 from diagd.engines.devices.cuda import CudaDevice, describe_device, open_driver
-from diagd.engines.devices.device import Device
 from diagd.engines.engine import Engine
 from diagd.engines.executor import Executor, open_executor
-from diagd.engines.onnxruntime_program import OnnxRuntimeProgram, open_cuda_session
-from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.onnxruntime_session import CpuOptions, OnnxRuntimeProgram, open_cuda_session
+from diagd.engines.tensorrt import import_tensorrt
 from diagd.engines.tensorrt.builder import Builder, BuildOptions
-from diagd.engines.tensorrt.capabilities import import_tensorrt
-from diagd.engines.tensorrt.opening import open_tensorrt
-from diagd.engines.tensorrt.program import TensorRTProgram
+from diagd.engines.tensorrt.opening import TensorRTProgram, open_tensorrt
 from diagd.engines.tensors import Program, Tensor
 
 AnyDevice = TypeVar("AnyDevice", bound=Device)

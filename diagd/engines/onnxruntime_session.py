@@ -1,25 +1,31 @@
-"""ONNX Runtime sessions with the settings that were measured to matter, and their prepacked weights."""
+"""ONNX Runtime sessions with the settings that were measured to matter, and their prepacked weights.
+
+On the CUDA provider, and in forms of fixed width, they are bound to the fixed addresses of a step's tensors.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle import cache
-from diagd.engines.buffers import ALIGNMENT
-from diagd.engines.host import cores, processor_features
+from diagd.engines.host import cores, installed, processor_features
+from diagd.engines.tensors import ALIGNMENT, Tensor
 from diagd.errors import BundleError, EngineError, UsageError, require
 from diagd.options import OPTIONS
 
 if TYPE_CHECKING:
     import onnxruntime
+
 
 SPIN_MICROSECONDS = 50
 """Idle worker threads spin this long: enough to bridge the gaps inside a step, harmless on a busy machine."""
@@ -27,9 +33,18 @@ SPIN_MICROSECONDS = 50
 MOST_THREADS = 1024
 """More than any machine has cores: they would only take memory and time to start."""
 
-UNWANTED = ["MatMulAddFusion"]
-"""It makes a product and its residual one Gemm, which hides the product from the fusion with Q/DQ."""
+UNWANTED: Final = {
+    "cpu": ["MatMulAddFusion"],
+    "cuda": ["GatherSliceToSplitFusion"],
+}
+"""The first makes a product and its residual one Gemm, which hides the product from the fusion with Q/DQ; the
+second makes slices one uneven split, whose sizes and addresses the provider copies up: four copies."""
 
+
+_CPU: Final[dict[str, Any]] = {
+    "providers": ["CPUExecutionProvider"],
+    "disabled_optimizers": UNWANTED["cpu"],
+}
 
 PACKED = "step.onnx"
 """Name of a packed graph; an entry of the cache without it says that the weights cannot be packed."""
@@ -72,7 +87,7 @@ def open_session(graph: Path, digest: str, options: CpuOptions) -> onnxruntime.I
     runtime = require("onnxruntime", extra="export", purpose="run step graphs on the CPU")
     if options.prepack:
         graph = _prepacked(runtime, graph, digest, options)
-    return _load(runtime, graph, _settings(runtime, options))
+    return load_session(graph, _settings(runtime, options), **_CPU)
 
 
 def open_plainly(graph: Path) -> onnxruntime.InferenceSession:
@@ -81,7 +96,7 @@ def open_plainly(graph: Path) -> onnxruntime.InferenceSession:
     settings = runtime.SessionOptions()
     settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings.intra_op_num_threads, settings.log_severity_level = 1, 3
-    return runtime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
+    return load_session(graph, settings, providers=_CPU["providers"])
 
 
 def check_inputs(session: Any, axes: Mapping[str, int]) -> None:
@@ -103,13 +118,17 @@ def check_inputs(session: Any, axes: Mapping[str, int]) -> None:
             )
 
 
-def _load(
-    runtime: onnxruntime, graph: Path, settings: onnxruntime.SessionOptions
+def load_session(
+    graph: Path, settings: onnxruntime.SessionOptions, **arguments: Any
 ) -> onnxruntime.InferenceSession:
+    """A session over a graph.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the graph.
+    """
+    runtime = require("onnxruntime", extra="export", purpose="run step graphs")
     try:
-        return runtime.InferenceSession(
-            str(graph), settings, providers=["CPUExecutionProvider"], disabled_optimizers=UNWANTED
-        )
+        return runtime.InferenceSession(str(graph), settings, **arguments)
     except Exception as error:  # ONNX Runtime raises several unrelated types
         raise EngineError(f"ONNX Runtime {runtime.__version__} refuses {graph}: {error}") from error
 
@@ -135,12 +154,12 @@ def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptio
         settings.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{packed.stem}.bin"
         )
-        _load(runtime, graph, settings)
+        load_session(graph, settings, **_CPU)
         if not _is_aligned(packed):
             for file in list(folder.iterdir()):
                 file.unlink()
 
-    parts = [digest, runtime.__version__, processor_features(), str(options.fuse), *UNWANTED]
+    parts = [digest, runtime.__version__, processor_features(), str(options.fuse), *UNWANTED["cpu"]]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     size = sum(file.stat().st_size for file in graph.parent.glob("*.bin"))  # at most, for others use them too
     found = cache.entry("prepacked", key, pack, size)
@@ -155,3 +174,156 @@ def _is_aligned(packed: Path) -> bool:
     """
     starts = re.findall(rb"\+\d+\|(\d+);\d+;", packed.read_bytes())
     return all(int(start) % ALIGNMENT == 0 for start in starts)
+
+
+class OnnxRuntimeProgram:
+    """One binding a width over one session; see ``Program``.
+
+    On CUDA the session queues on the device's stream. Its allocations cannot be captured from outside, so it
+    captures a graph of its own for every width, which belongs to the thread of its first run.
+    """
+
+    capturable = False
+
+    def __init__(
+        self, session: Any, tensors: Mapping[str, Tensor], widths: tuple[int, ...], kind: str
+    ) -> None:
+        runtime = require("onnxruntime", extra="cuda", purpose="run step graphs")
+        self._session = session
+        check_inputs(session, {name: len(tensor.shape) for name, tensor in tensors.items()})
+        self._bindings = {width: self._bind(tensors, width, kind) for width in widths}
+        self._options = {width: runtime.RunOptions() for width in widths}
+        for width, options in self._options.items():
+            if kind == "cuda":
+                options.add_run_config_entry("gpu_graph_id", str(width))
+                options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def enqueue(self, width: int) -> None:
+        """Queue one step of ``width`` rows."""
+        self._session.run_with_iobinding(self._bindings[width], self._options[width])
+
+    def _bind(self, tensors: Mapping[str, Tensor], width: int, kind: str) -> Any:
+        binding = self._session.io_binding()
+        for value in self._session.get_inputs():
+            tensor = tensors[value.name]
+            binding.bind_input(value.name, kind, 0, tensor.dtype, tensor.at_width(width), tensor.address)
+        for value in self._session.get_outputs():
+            tensor = tensors[value.name]
+            binding.bind_output(value.name, kind, 0, tensor.dtype, tensor.at_width(width), tensor.address)
+        return binding
+
+
+CUDA: Final = "CUDAExecutionProvider"
+
+LEAST: Final = (1, 31)
+"""ONNX Runtime from which every node of our graphs has a CUDA kernel (1.27) and a replayed graph no longer
+reads a pinned buffer that was freed after its capture (1.31)."""
+
+INSTALL: Final = (
+    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31' "
+    "(its libraries are of CUDA 13: the driver must be 580 or later)"
+)
+
+SIZES: Final = frozenset({"Shape", "Size", "Squeeze"})
+"""Operators that ONNX Runtime gives to the CPU without a copy or a wait: they read no data, or, as it has a
+kernel of Squeeze on CUDA, only what such an operator gives."""
+
+
+def _load_libraries(runtime: Any) -> str:
+    """Load pip's CUDA libraries, which are not on the loader's path; what it says of those it cannot load.
+
+    Raises:
+        EngineError: there is no CUDA provider that could use them.
+    """
+    if problem := provider_problem(runtime.__version__, runtime.get_available_providers()):
+        raise EngineError(f"{problem}; run: {INSTALL}")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        runtime.preload_dlls()
+    return " ".join(said.getvalue().split()) or "no library was missed"
+
+
+def provider_problem(version: str, providers: list[str]) -> str | None:
+    """Why the ONNX Runtime that is imported cannot run steps on a GPU, or None.
+
+    ``onnxruntime`` and ``onnxruntime-gpu`` are two packages over one folder: where both are installed, files
+    of the one that came last stand there, whatever pip lists.
+
+    Args:
+        version: that the imported module says.
+        providers: that it has.
+    """
+    host, gpu = (installed(package) for package in ("onnxruntime", "onnxruntime-gpu"))
+    if gpu is None:
+        return None if CUDA in providers else f"ONNX Runtime {version} has no CUDA provider"
+    if host is not None and (CUDA not in providers or version != gpu):
+        return (
+            f"onnxruntime {host} and onnxruntime-gpu {gpu} are both installed, in one folder; what is there "
+            f"says {version} {'with' if CUDA in providers else 'without'} a CUDA provider"
+        )
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < LEAST:
+        least = ".".join(map(str, LEAST))
+        return f"ONNX Runtime {version} is too old for step graphs on CUDA, {least} or later is needed"
+    return None if CUDA in providers else f"onnxruntime-gpu {gpu} offers no CUDA provider on this machine"
+
+
+def nodes_outside(session: Any, provider: str = CUDA) -> list[str]:
+    """Nodes of a session that another provider runs, as ``operator (name)``.
+
+    Args:
+        session: made with ``session.record_ep_graph_assignment_info``.
+        provider: the one that should run all but ``SIZES``.
+
+    Raises:
+        EngineError: this ONNX Runtime does not say.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise EngineError(f"this ONNX Runtime does not say where its nodes run; run: {INSTALL}")
+    return [
+        f"{node.op_type} ({node.name})"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+        if node.op_type not in SIZES
+    ]
+
+
+def open_cuda_session(
+    graph: Path, *, stream: int | None = None, graphs: bool = False, strict: bool = False
+) -> Any:
+    """A session of the CUDA provider.
+
+    Args:
+        graph: the ONNX file.
+        stream: handle of the stream it queues on; None: one of its own, which each run waits for.
+        graphs: capture and replay CUDA graphs.
+        strict: refuse a graph of which nodes are left to the CPU, so that steps would wait for it.
+
+    Raises:
+        DependencyError: ONNX Runtime is not installed.
+        EngineError: it has no CUDA provider, cannot load it, or refuses the graph.
+    """
+    runtime = require("onnxruntime", extra="cuda", purpose="run step graphs on the GPU")
+    lost = _load_libraries(runtime)
+    options = {
+        "enable_cuda_graph": str(int(graphs)),
+        "use_tf32": "0",  # else products of float32 keep ten bits of each factor
+    }
+    if stream is not None:
+        options["user_compute_stream"] = str(stream)
+    settings = runtime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    providers = [(CUDA, options), "CPUExecutionProvider"]
+    session = load_session(graph, settings, providers=providers, disabled_optimizers=UNWANTED["cuda"])
+    if CUDA not in session.get_providers():
+        raise EngineError(
+            f"ONNX Runtime fell back to the CPU: its CUDA libraries or the driver are missing ({lost}); "
+            f"look at nvidia-smi, then run: {INSTALL}"
+        )
+    if strict and (elsewhere := nodes_outside(session)):
+        raise EngineError(
+            f"ONNX Runtime leaves {len(elsewhere)} nodes of {graph} to the CPU, steps would wait for it: "
+            f"{', '.join(elsewhere[:5])}"
+        )
+    return session

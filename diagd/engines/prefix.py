@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form, Manifest
-from diagd.engines.buffers import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
 from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Steps
 from diagd.engines.fingerprint import graph_digest
 from diagd.engines.onnxruntime_session import CpuOptions, check_inputs, open_session
 from diagd.engines.sampler import HostSampler
+from diagd.engines.tensors import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
 from diagd.errors import BundleError, UsageError
 
 if TYPE_CHECKING:

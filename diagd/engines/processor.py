@@ -18,8 +18,7 @@ from diagd.engines.devices.host import HostDevice
 from diagd.engines.engine import Engine, Float
 from diagd.engines.executor import Executor, open_executor
 from diagd.engines.fingerprint import graph_digest
-from diagd.engines.onnxruntime_program import OnnxRuntimeProgram
-from diagd.engines.onnxruntime_session import CpuOptions, open_plainly, open_session
+from diagd.engines.onnxruntime_session import CpuOptions, OnnxRuntimeProgram, open_plainly, open_session
 from diagd.engines.prefix import PlainPrefix, PrefixEngine
 from diagd.errors import BundleError
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from diagd.engines.devices.device import Array, Device
+from diagd.engines.devices import Array, Device
 from diagd.engines.devices.kernels import HEADER_WORDS
 from diagd.engines.engine import VOID, Int, SamplingState, Steps
 

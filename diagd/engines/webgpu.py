@@ -13,12 +13,12 @@ from typing_extensions import override
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import Backend, Graph, StepOptions, graphs_of
-from diagd.engines.buffers import rotate_pairs
 from diagd.engines.ceilings import Ceilings
 from diagd.engines.engine import Engine, Float
-from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.onnxruntime_session import CpuOptions, load_session
 from diagd.engines.prefix import GRANULE, MAX_WIDTH, PlainPrefix
 from diagd.engines.processor import Processor
+from diagd.engines.tensors import rotate_pairs
 from diagd.errors import EngineError, require
 
 PROVIDER: Final = "WebGpuExecutionProvider"
@@ -73,12 +73,7 @@ class WebGpuEngine(PlainPrefix):
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         settings.add_provider_for_devices([adapter], {})
-        try:
-            self._session = runtime.InferenceSession(str(graph), settings)
-        except Exception as error:  # ONNX Runtime raises several unrelated types
-            raise EngineError(
-                f"ONNX Runtime {runtime.__version__} refuses {graph} on WebGPU: {error}"
-            ) from error
+        self._session = load_session(graph, settings)
         self._values = {
             name: runtime.OrtValue.ortvalue_from_numpy(buffer, DEVICE, 0)
             for name, buffer in self.buffers.items()

@@ -39,11 +39,10 @@ from diagd.export.checkpoints import (
 from diagd.export.families.family import Family
 from diagd.export.onnx_file import read_onnx
 from diagd.export.options import GraphOptions
-from diagd.export.resume import ResumableWeights, export_key, shown_source, source_digest
 from diagd.export.step_graph import step_tensors, trace_step, trace_text
 from diagd.export.tracing import link_weights, save
 from diagd.export.transformer import position_tables
-from diagd.export.weights import WeightSource
+from diagd.export.weights import ResumableWeights, WeightSource, export_key, shown_source, source_digest
 from diagd.progress import Progress
 from diagd.schedule import StreamLayout, default_widths, slots_needed
 from diagd.version import __version__

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from diagd.bundle.manifest import Form, FormTraits
 from diagd.bundle.transformer import TransformerConfig
-from diagd.engines.buffers import cache_tensors
+from diagd.engines.tensors import cache_tensors
 from diagd.export.forms import Step, TextRows
 from diagd.export.known_graphs import traced_once
-from diagd.export.projections import projections
 from diagd.export.tracing import trace
 from diagd.export.transformer import Transformer
-from diagd.export.variants import IntegerRows, Watched, WatchedMatrix, WatchedRows
+from diagd.export.variants import IntegerRows, Watched, WatchedMatrix, WatchedRows, projections
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diagd.bundle.rotary import grid_sinusoids
-from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig
+from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig, grid_sinusoids
 
 
 class RMSNorm(nn.Module):

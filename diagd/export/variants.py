@@ -1,14 +1,18 @@
-"""What sets a step graph apart from the plain one: other number formats, and values that become outputs."""
+"""What sets a step graph apart from the plain one: other number formats, and values that become outputs.
+
+The matrix products whose weight is constant may be stored in fewer bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from diagd.bundle.transformer import TransformerConfig
-from diagd.engines.buffers import cache_tensors
+from diagd.bundle.transformer import NormKind, TransformerConfig
+from diagd.engines.tensors import cache_tensors
 from diagd.export.tracing import onnx_operator
 
 
@@ -108,3 +112,64 @@ class WatchedRows(CacheRows):
         """Note the rows."""
         self._seen.note(name, rows)
         return rows
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What absorbs a factor of a product's input channels exactly.
+
+    The factor divides entries ``start``... of the last axis of ``tensors``, which are the gain and shift of
+    the norm ahead, or columns of the matrix ahead.
+    """
+
+    tensors: tuple[str, ...]
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One product x @ weight.
+
+    Attributes:
+        name: of the weight [inputs, outputs] in the graph.
+        inputs, outputs: its size.
+        fold: what absorbs a factor of x's channels; None where nothing does.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    fold: Fold | None = None
+
+
+def projections(config: TransformerConfig) -> list[Projection]:
+    """Products of the step graphs of a transformer, in the order of the graph."""
+    found: list[Projection] = []
+    for layer in range(config.layers):
+        found += _layer(config, f"transformer.layers.{layer}.")
+    if not config.tied_head:
+        fold = _norm(config, "transformer.norm")
+        found.append(Projection("transformer.head", config.hidden, config.output_vocabulary, fold))
+    return found
+
+
+def _layer(config: TransformerConfig, at: str) -> Iterator[Projection]:
+    hidden, inner, width = config.hidden, config.feed_forward, config.heads * config.head_size
+    yield Projection(f"{at}attention.qkv", hidden, config.qkv_width, _norm(config, f"{at}attention_norm"))
+    yield Projection(f"{at}attention.out", width, hidden)
+    if config.text:
+        fold = _norm(config, f"{at}cross_attention_norm")
+        yield Projection(f"{at}cross_attention.query", hidden, width, fold)
+        yield Projection(f"{at}cross_attention.out", width, hidden)
+    fold = _norm(config, f"{at}feed_forward_norm")
+    if config.gated:  # silu(gate) * up: what divides a column of up divides what goes into down
+        yield Projection(f"{at}feed_forward.gate_up", hidden, 2 * inner, fold)
+        yield Projection(f"{at}feed_forward.down", inner, hidden, Fold((f"{at}feed_forward.gate_up",), inner))
+    else:
+        yield Projection(f"{at}feed_forward.up", hidden, inner, fold)
+        yield Projection(f"{at}feed_forward.down", inner, hidden)
+
+
+def _norm(config: TransformerConfig, name: str) -> Fold:
+    shifted = config.norm is NormKind.LAYER and config.bias
+    return Fold((f"{name}.weight", f"{name}.bias") if shifted else (f"{name}.weight",))

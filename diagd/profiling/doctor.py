@@ -23,8 +23,8 @@ from diagd.engines import measured
 from diagd.engines.ceilings import processor_ceilings
 from diagd.engines.devices.kernels import host_build
 from diagd.engines.host import cores, installed, instruction_sets, memory_bytes
-from diagd.engines.onnxruntime_program import INSTALL, provider_problem
-from diagd.engines.tensorrt.capabilities import RUNTIMES
+from diagd.engines.onnxruntime_session import INSTALL, provider_problem
+from diagd.engines.tensorrt import RUNTIMES
 from diagd.errors import BundleError
 from diagd.profiling.devices import GB, THIS, Device
 

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.errors import ScheduleError
-from diagd.schedule.lags import RowSeed, chained_lag, check_lags, steps_per_frame, total_steps
-from diagd.schedule.layout import StreamLayout
+from diagd.schedule.layout import RowSeed, StreamLayout, chained_lag, check_lags, steps_per_frame, total_steps
 from diagd.schedule.table import NO_SINK, Block, Table, shifted
 
 Rows = NDArray[np.int64]

@@ -14,8 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from diagd.bundle import Bundle, Form, Manifest
-from diagd.bundle.files import atomic_directory
-from diagd.bundle.lock import turn
+from diagd.bundle.files import atomic_directory, turn
 from diagd.bundle.targets import folder_target
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH

@@ -31,13 +31,13 @@ from benchmarks.gpu_report import (
     write_section,
 )
 from diagd.bundle import Bundle, Form
-from diagd.bundle.rotary import grid_rotary
+from diagd.bundle.transformer import grid_rotary
 from diagd.engines.backend import graphs_of
 from diagd.engines.ceilings import Ceilings
 from diagd.engines.devices.cuda import open_driver
 from diagd.engines.executor import Executor
 from diagd.engines.host import processor_name
-from diagd.engines.onnxruntime_program import nodes_outside
+from diagd.engines.onnxruntime_session import nodes_outside
 from diagd.errors import DiagdError, UsageError
 from diagd.export.exporter import random_sources
 from diagd.export.families import find

@@ -20,8 +20,7 @@ from diagd.bundle.manifest import (
     SamplingRules,
     StepGraph,
 )
-from diagd.bundle.rotary import linear_rotary
-from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig
+from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig, linear_rotary
 from diagd.errors import BundleError
 from diagd.schedule import StreamLayout
 

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 
 from diagd.bundle import Bundle
+from diagd.calibration.options import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
-from diagd.calibration.report import Budget, PrecisionReport
+from diagd.calibration.report import PrecisionReport
 from diagd.engines.engine import VOID, Engine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine

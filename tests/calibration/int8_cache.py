@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diagd.bundle import Bundle, Form, seal
 from diagd.bundle.manifest import StepGraph
-from diagd.bundle.rotary import linear_rotary
+from diagd.bundle.transformer import linear_rotary
 from diagd.calibration.graph_writer import GraphWriter, Target
 from diagd.calibration.options import find_scheme
 from diagd.export.exporter import GraphOptions

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diagd.bundle import Bundle, Form, seal
-from diagd.bundle.rotary import linear_rotary
+from diagd.bundle.transformer import linear_rotary
 from diagd.engines.tensorrt.builder import Build, Builder, BuildOptions
 from diagd.errors import EngineError
 from diagd.export.exporter import GraphOptions

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diagd.bundle.precision import GROUP
-from diagd.calibration.encoding import (
+from diagd.calibration.matrices import (
     encode_groups,
     pad_groups,
     ranges,

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from diagd.bundle import Bundle, Form
-from diagd.calibration.gate import ATTEMPTS, most_harmful
+from diagd.calibration.evaluate import ATTEMPTS, most_harmful
+from diagd.calibration.options import Budget
 from diagd.calibration.quantise import RejectedError
-from diagd.calibration.report import Budget, LayerReport, read_calibration
+from diagd.calibration.report import LayerReport, read_calibration
 from tests.calibration.bundles import LAYOUT, load_graph, quantise
 from tests.models import export_small
 from tests.oracles.models import small_model

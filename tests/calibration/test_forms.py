@@ -11,8 +11,8 @@ import torch
 
 from diagd.bundle import Bundle, Form
 from diagd.calibration.quantise import CalibrationOptions, calibrate
-from diagd.calibration.reference import check_memory, open_graphs
 from diagd.calibration.report import read_calibration
+from diagd.calibration.trajectory import check_memory, open_graphs
 from diagd.engines.backend import StepOptions, find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diagd.calibration.gate import failures, is_settled, parse_budget
-from diagd.calibration.report import Budget
+from diagd.calibration.evaluate import failures, is_settled
+from diagd.calibration.options import Budget, parse_budget
 from diagd.errors import UsageError
 from diagd.runtime.comparison import Comparison
 

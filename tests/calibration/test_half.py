@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from diagd.bundle import Bundle, Form
-from diagd.bundle.rotary import linear_rotary
+from diagd.bundle.transformer import linear_rotary
 from diagd.calibration.graph_writer import GraphWriter, Target
 from diagd.calibration.options import find_scheme
 from diagd.export.exporter import GraphOptions

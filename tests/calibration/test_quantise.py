@@ -13,15 +13,15 @@ from onnx.reference import ReferenceEvaluator
 
 from diagd.bundle import Bundle, Form
 from diagd.calibration.graph_writer import GraphWriter, Target
-from diagd.calibration.options import find_scheme
+from diagd.calibration.options import Budget, find_scheme
 from diagd.calibration.quantise import CalibrationOptions, RejectedError, calibrate
-from diagd.calibration.report import Budget, read_calibration
+from diagd.calibration.report import read_calibration
 from diagd.calibration.search import Choice
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.errors import QualityError, UsageError
 from diagd.export.exporter import GraphOptions
-from diagd.export.projections import projections
+from diagd.export.variants import projections
 from diagd.progress import Progress
 from tests.calibration.bundles import LAYOUT, PAST, engine_of, frames, load_graph, logits_of, quantise
 from tests.models import export_small

@@ -8,7 +8,7 @@ import pytest
 from diagd.calibration.observe import StatisticsCollector
 from diagd.calibration.options import SCHEMES
 from diagd.calibration.search import migration, search
-from diagd.export.projections import Fold, Projection
+from diagd.export.variants import Fold, Projection
 
 CHANNELS, COLUMNS = 256, 96
 

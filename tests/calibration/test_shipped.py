@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle, Form
+from diagd.calibration.options import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
-from diagd.calibration.report import Budget
 from diagd.cluster import ClusterOptions
 from diagd.export.exporter import GraphOptions, export, open_sources
 from diagd.export.families import find

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diagd.bundle import Bundle, Form
-from diagd.bundle.rotary import linear_rotary
+from diagd.bundle.transformer import linear_rotary
 from diagd.cli.main import main
 from diagd.engines.devices.cuda import open_driver
 from diagd.engines.fingerprint import ANY, EngineStore

@@ -13,10 +13,9 @@ import onnxruntime
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import graphs_of
-from diagd.engines.devices import host
-from diagd.engines.devices.device import Array
+from diagd.engines.devices import Array, host
 from diagd.engines.executor import Executor
-from diagd.engines.onnxruntime_program import OnnxRuntimeProgram
+from diagd.engines.onnxruntime_session import OnnxRuntimeProgram
 from diagd.engines.tensors import Tensor
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from diagd.engines.ceilings import (
     matrix_product_model,
     memory_bandwidth,
 )
-from diagd.engines.onnxruntime_program import OnnxRuntimeProgram
+from diagd.engines.onnxruntime_session import OnnxRuntimeProgram
 from diagd.engines.tensorrt.builder import Builder, BuildOptions
 from diagd.engines.tensors import Tensor
 from diagd.errors import DiagdError

@@ -11,8 +11,8 @@ import pytest
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.executor import Executor
+from diagd.engines.tensorrt import Capabilities
 from diagd.engines.tensorrt.builder import estimate
-from diagd.engines.tensorrt.capabilities import Capabilities
 from diagd.engines.tensorrt.opening import usable_forms
 from diagd.errors import EngineError
 from diagd.schedule import Schedule, StreamLayout

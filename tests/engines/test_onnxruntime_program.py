@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diagd.engines.onnxruntime_program import CUDA, INSTALL, open_cuda_session, provider_problem
+from diagd.engines.onnxruntime_session import CUDA, INSTALL, open_cuda_session, provider_problem
 from diagd.errors import EngineError
 
 

@@ -9,9 +9,9 @@ import pytest
 
 import diagd
 from diagd.bundle import Bundle, Form
-from diagd.engines.buffers import aligned_zeros, rotate_pairs
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.prefix import GRANULE, PrefixEngine
+from diagd.engines.tensors import aligned_zeros, rotate_pairs
 from diagd.errors import BundleError, EngineError
 from diagd.export.exporter import GraphOptions
 from diagd.runtime import load

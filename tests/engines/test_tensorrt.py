@@ -19,19 +19,21 @@ import torch
 from onnx import TensorProto, helper
 
 from diagd.bundle import Bundle, Form
-from diagd.bundle.rotary import linear_rotary
+from diagd.bundle.transformer import linear_rotary
 from diagd.engines.host import available_bytes
-from diagd.engines.tensorrt.build_log import LogLine, check_log, errors_of
+from diagd.engines.tensorrt import Capabilities, capabilities, check_targets, import_tensorrt
 from diagd.engines.tensorrt.builder import (
     LIVE_INPUT,
     Build,
     Builder,
     BuildOptions,
+    LogLine,
     MemoryEstimate,
+    check_log,
     check_memory,
+    errors_of,
     estimate,
 )
-from diagd.engines.tensorrt.capabilities import Capabilities, capabilities, check_targets, import_tensorrt
 from diagd.engines.tensorrt.opening import Request, compile_engine
 from diagd.errors import DependencyError, EngineError
 from diagd.export.exporter import GraphOptions

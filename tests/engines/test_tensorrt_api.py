@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from diagd.engines.tensorrt.capabilities import capabilities
+from diagd.engines.tensorrt import capabilities
 from tests.engines.tensorrt_bindings import (
     DATA,
     GUARDED,

@@ -24,7 +24,7 @@ import json, sys
 from dataclasses import asdict
 import numpy as np
 from diagd.bundle import Bundle
-from diagd.engines.buffers import rotate_pairs
+from diagd.engines.tensors import rotate_pairs
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.profiling.measure import random_workload
 from diagd.profiling.verify import candidates, open_reference, verify
@@ -65,7 +65,7 @@ for candidate in candidates(bundle.at_precision(precision), "webgpu", 3, CpuOpti
 OPEN = """
 import json, sys
 from diagd.bundle import Bundle
-from diagd.engines.onnxruntime_program import nodes_outside
+from diagd.engines.onnxruntime_session import nodes_outside
 from diagd.engines.webgpu import PROVIDER, WebGpuEngine
 
 engine = WebGpuEngine(Bundle.open(sys.argv[1]).at_precision(sys.argv[2]), 96, 64)

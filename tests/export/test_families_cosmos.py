@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import diagd
-from diagd.bundle.rotary import grid_rotary
+from diagd.bundle.transformer import grid_rotary
 from diagd.errors import CheckpointError, UsageError
 from diagd.export.exporter import GraphOptions, Sources, export, open_sources
 from diagd.export.families import cosmos

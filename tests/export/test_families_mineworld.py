@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diagd.bundle.rotary import linear_rotary
+from diagd.bundle.transformer import linear_rotary
 from diagd.export.families import mineworld
 from diagd.export.transformer import TransformerConfig
 from diagd.schedule import StreamLayout

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diagd.export import resume, weights
+from diagd.export import weights
 from diagd.export.checkpoints import Checkpoint, RandomCheckpoint
-from diagd.export.resume import ResumableWeights, export_key
-from diagd.export.weights import WeightSource
+from diagd.export.weights import ResumableWeights, WeightSource, export_key
 
 NAMES = [f"tensor {n}" for n in range(6)]
 SHAPE = (3, 5)
@@ -54,7 +53,7 @@ def write(output: Path, checkpoint: Checkpoint, stop_at: str | None, error: Base
 
 @pytest.fixture(autouse=True)
 def _sync_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "SYNC_BYTES", 1)
+    monkeypatch.setattr(weights, "SYNC_BYTES", 1)
 
 
 def test_the_same_export_goes_on(tmp_path: Path) -> None:
@@ -94,22 +93,22 @@ def test_a_changed_checkpoint_has_another_key(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from diagd.export import resume
+from diagd.export import weights
 from diagd.export.checkpoints import RandomCheckpoint
 from diagd.export.exporter import GraphOptions, Sources, export
 from tests.models import small_family
 from tests.oracles.models import small_model
 from diagd.schedule import StreamLayout
-resume.SYNC_BYTES = 1
+weights.SYNC_BYTES = 1
 family = small_family(small_model(StreamLayout(3, 4, after=2)))
 kill_after, read = int(sys.argv[2]), []
-finished = resume.ResumableWeights.finished
+finished = weights.ResumableWeights.finished
 def count(self, name, size):
     finished(self, name, size)
     read.append(name)
     if len(read) == kill_after:
         os.kill(os.getpid(), signal.SIGKILL)
-resume.ResumableWeights.finished = count
+weights.ResumableWeights.finished = count
 sources = Sources(RandomCheckpoint(family.expected, seed=0))
 result = export(family, GraphOptions(), sources, Path(sys.argv[1]))
 print(len(read))
@@ -233,5 +232,5 @@ def test_weights_that_were_cut_or_noted_by_another_version_start_anew(
         journal.write_bytes(journal.read_bytes().splitlines()[0] + b"\n" + content)
         assert write(output, random_checkpoint(), None, KeyboardInterrupt()) == NAMES
     interrupted()
-    monkeypatch.setattr(resume, "__version__", "another")
+    monkeypatch.setattr(weights, "__version__", "another")
     assert write(output, random_checkpoint(), None, KeyboardInterrupt()) == NAMES

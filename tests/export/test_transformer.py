@@ -7,16 +7,19 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from diagd.bundle.rotary import (
+from diagd.bundle.transformer import (
     Axis,
+    NormKind,
+    TextShape,
+    TransformerConfig,
     coordinates,
     geometric_frequencies,
     grid_rotary,
     grid_sinusoids,
     linear_rotary,
+    parameter_shapes,
     yarn,
 )
-from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig, parameter_shapes
 from diagd.export import families
 from diagd.export.transformer import LayerNorm, Transformer, position_tables
 from diagd.schedule import StreamLayout

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diagd.bundle.rotary import Axis
+from diagd.bundle.transformer import Axis
 from diagd.export.transformer import Block, RMSNorm, Transformer
 from diagd.schedule import StreamLayout
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diagd.bundle.rotary import linear_rotary
+from diagd.bundle.transformer import linear_rotary
 from diagd.export.transformer import RMSNorm, Transformer, TransformerConfig
 from diagd.schedule import StreamLayout
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.baselines import OptimisedForm, PublishedForm
-from diagd.bundle.rotary import grid_rotary
+from diagd.bundle.transformer import grid_rotary
 from diagd.errors import UsageError
 from diagd.export.transformer import RMSNorm, Transformer
 from diagd.schedule import RowSeed, Schedule, StreamLayout

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle
-from diagd.bundle.rotary import linear_rotary
-from diagd.bundle.transformer import TransformerConfig
+from diagd.bundle.transformer import TransformerConfig, linear_rotary
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import mineworld
 from diagd.export.tokenizers.vqgan import VqganConfig, mineworld_graphs

@@ -14,8 +14,7 @@ from diagd.bundle import Bundle, Form
 from diagd.engines.backend import Backend, Graph, StepOptions, choose_form, find
 from diagd.engines.ceilings import Ceilings, device_ceilings
 from diagd.engines.executor import Executor
-from diagd.engines.onnxruntime_program import OnnxRuntimeProgram
-from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.onnxruntime_session import CpuOptions, OnnxRuntimeProgram
 from diagd.engines.tensors import Tensor
 from tests.engines.host_device import HostDevice, executor_over
 

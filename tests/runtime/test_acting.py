@@ -13,8 +13,7 @@ import torch
 
 import diagd
 from diagd.bundle import Bundle, Form
-from diagd.bundle.rotary import linear_rotary
-from diagd.bundle.transformer import TransformerConfig
+from diagd.bundle.transformer import TransformerConfig, linear_rotary
 from diagd.engines.backend import StepOptions
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.processor import open_fixed

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from diagd.bundle.rotary import linear_rotary
+from diagd.bundle.transformer import linear_rotary
 from diagd.errors import UsageError
 from diagd.export.checkpoints import Checkpoint, RandomCheckpoint, open_checkpoint, select
 from diagd.export.families import cosmos, wham

@@ -26,7 +26,7 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.strategy import parse_decoder
 from diagd.schedule import Schedule, StreamLayout
-from diagd.schedule.lags import RowSeed
+from diagd.schedule.layout import RowSeed
 from diagd.web.folder import write_page
 from tests.models import small_family
 from tests.oracles.models import small_model

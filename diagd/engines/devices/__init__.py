@@ -1,1 +1,77 @@
 """Step graphs on a device: fixed addresses, no wait for the host inside a frame, one CUDA graph a width."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.engines.engine import Clock
+
+Array = NDArray[Any]
+
+
+class Device(Clock, Protocol):
+    """Memory, kernels, graphs and time stamps of one accelerator.
+
+    ``stream`` is the handle that backends take; ``kind`` is ONNX Runtime's name for the memory; ``ahead``:
+    what is queued may still run when a call returns; ``chunk_bytes``: what ``append`` moves at a time;
+    ``threads``: of a block of a kernel.
+    """
+
+    stream: int
+    kind: str
+    ahead: bool
+    chunk_bytes: int
+    threads: int
+
+    def allocate(self, size: int) -> int:
+        """Address of ``size`` zeroed bytes that live as long as the device."""
+        ...
+
+    def host_array(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+        """A zeroed array that copies read and write without the host waiting."""
+        ...
+
+    def upload(self, address: int, array: Array) -> None:
+        """Queue a copy to the device; the array may not change until the copy is done."""
+        ...
+
+    def download(self, array: Array, address: int) -> None:
+        """Queue a copy from the device."""
+        ...
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Queue a copy within the device."""
+        ...
+
+    def clear(self, address: int, size: int) -> None:
+        """Queue zeroing."""
+        ...
+
+    def launch(self, kernel: str, arguments: ctypes.Structure, blocks: int, threads: int) -> None:
+        """Queue a kernel of ``native/``; the arguments are copied."""
+        ...
+
+    def capture(self, work: Callable[[], None]) -> int:
+        """Record what ``work`` queues instead of running it; returns the graph's handle."""
+        ...
+
+    def replay(self, graph: int) -> None:
+        """Queue a captured graph."""
+        ...
+
+    def synchronise(self) -> None:
+        """Wait for everything queued."""
+        ...
+
+    def memory_used(self) -> int:
+        """Bytes of the device that are in use, those of other programs included."""
+        ...
+
+    def close(self) -> None:
+        """Wait, then free everything; arrays and addresses handed out are dead afterwards."""
+        ...

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from diagd.engines.devices.device import Array, Device
+from diagd.engines.devices import Array, Device
 from diagd.engines.devices.kernels import (
     ADVANCE,
     APPEND,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic.dataclasses
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -17,15 +18,21 @@ from diagd.engines.devices.cuda import CudaDevice, DeviceDescription, describe_d
 from diagd.engines.executor import Executor
 from diagd.engines.fingerprint import ANY, EngineStore, Fingerprint, StoredEngine, graph_digest
 from diagd.engines.host import available_bytes
-from diagd.engines.tensorrt.build_log import LogLine
-from diagd.engines.tensorrt.builder import Builder, BuildOptions, check_memory, estimate
-from diagd.engines.tensorrt.capabilities import (
+from diagd.engines.tensorrt import (
     Capabilities,
     capabilities,
     check_targets,
     import_tensorrt,
 )
-from diagd.engines.tensorrt.program import TensorRTProgram
+from diagd.engines.tensorrt.builder import (
+    Builder,
+    BuildOptions,
+    LogLine,
+    check_memory,
+    errors_of,
+    estimate,
+    make_logger,
+)
 from diagd.engines.tensors import Tensor
 from diagd.errors import DiagdError, EngineError
 from diagd.options import FLAG, NAMES, OPTIONS, Flag, Numbers
@@ -229,3 +236,67 @@ def _described(offered: Capabilities, targets: tuple[str, ...]) -> DeviceDescrip
             else "run diagd-build on the machine with the GPU"
         )
         raise EngineError(f"{error}; {remedy}") from error
+
+
+class TensorRTProgram:
+    """One execution context a width, over one engine and one copy of its weights; see ``Program``.
+
+    Args:
+        trt: the TensorRT module the plan was built with.
+        plan: serialised engine.
+        widths: of its optimization profiles, in their order.
+        tensors: memory by tensor name.
+        stream: CUDA stream handle.
+    """
+
+    capturable = True
+
+    def __init__(
+        self,
+        trt: ModuleType,
+        plan: Path,
+        widths: tuple[int, ...],
+        tensors: Mapping[str, Tensor],
+        stream: int,
+    ) -> None:
+        self._lines: list[LogLine] = []
+        self._logger = make_logger(trt, self._lines)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        if self._engine is None:
+            raise EngineError(f"{plan} cannot be loaded: {errors_of(self._lines)}; run diagd-build again")
+        self._trt, self._stream = trt, stream
+        self._check_aliases(tensors)
+        self._contexts = {
+            width: self._context(profile, width, tensors) for profile, width in enumerate(widths)
+        }
+
+    def enqueue(self, width: int) -> None:
+        """Queue one step of ``width`` rows."""
+        if not self._contexts[width].execute_async_v3(self._stream):
+            raise EngineError(f"TensorRT cannot run a step of width {width}: {errors_of(self._lines)}")
+
+    def _context(self, profile: int, width: int, tensors: Mapping[str, Tensor]) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise EngineError(f"no memory for an execution context: {errors_of(self._lines)}")
+        context.set_optimization_profile_async(profile, self._stream)
+        for name in self._names():
+            if name not in tensors:
+                raise EngineError(f"the engine has a tensor '{name}' that diagd does not know; rebuild it")
+            if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT:
+                context.set_input_shape(name, tensors[name].at_width(width))
+            context.set_tensor_address(name, tensors[name].address)
+        return context
+
+    def _names(self) -> list[str]:
+        return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+
+    def _check_aliases(self, tensors: Mapping[str, Tensor]) -> None:
+        """Every output that an engine writes in place must lie where its input lies."""
+        if not hasattr(self._engine, "get_aliased_input_tensor"):
+            return
+        for name in self._names():
+            source = self._engine.get_aliased_input_tensor(name)
+            if source and tensors[name].address != tensors[source].address:
+                raise EngineError(f"the engine writes '{name}' into '{source}', which has another address")

@@ -11,9 +11,17 @@ from pathlib import Path
 
 from diagd.bundle.files import instead
 from diagd.errors import CheckpointError, require
-from diagd.export.checkpoints.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorHandle, check, select
+from diagd.export.checkpoints.checkpoint import (
+    WEIGHT_DTYPES,
+    Checkpoint,
+    RandomCheckpoint,
+    TensorHandle,
+    check,
+    initial_moments,
+    read_safetensors,
+    select,
+)
 from diagd.export.checkpoints.location import fetch, is_index, local_file, shard_names
-from diagd.export.checkpoints.random_weights import RandomCheckpoint, initial_moments
 
 __all__ = [
     "WEIGHT_DTYPES",
@@ -75,9 +83,6 @@ def _open_file(path: Path) -> Checkpoint:
 
         return read_torch(path)
     if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":
-        require("safetensors", extra="export", purpose="read safetensors checkpoints")
-        from diagd.export.checkpoints.safetensors_file import read_safetensors
-
         return read_safetensors(path)
     raise CheckpointError(
         f"{path} is not a checkpoint: it begins with {start[:8]!r}, expected a safetensors file or a zip "

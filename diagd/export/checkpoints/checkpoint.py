@@ -1,17 +1,24 @@
-"""Named tensors that have not been read yet: shape and dtype at once, values row by row when asked."""
+"""Named tensors that have not been read yet: shape and dtype at once, values row by row when asked.
+
+They are those of a safetensors file, or random ones for latency work; ``torch_file`` has those of PyTorch.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
+import numpy as np
 from numpy.typing import NDArray
 
-from diagd.errors import CheckpointError
+from diagd.errors import CheckpointError, require
 
 Shape = tuple[int, ...]
 
@@ -164,3 +171,118 @@ def _abbreviate(entries: Iterable[tuple[str, str]]) -> list[str]:
     ]
     rest = sum(map(len, list(groups.values())[_LINES_PER_KIND:]))
     return [*lines[:_LINES_PER_KIND], *([f"... and {rest} more tensors"] if rest else [])]
+
+
+_PER_COUNTER = 16  # 16-bit draws in one 256-bit Philox block
+_CHUNK = 1 << 20
+
+
+def initial_moments(name: str, shape: Shape) -> tuple[float, float]:
+    """Mean and standard deviation that keep activations finite and of order one.
+
+    Matrices and convolutions have mean 0 and standard deviation ``1 / sqrt(fan_in)``, vectors named
+    ``bias`` are 0, other vectors and scalars are gains of 1.
+    """
+    if len(shape) >= 2:
+        return 0.0, 1.0 / math.sqrt(max(1, math.prod(shape[1:])))
+    return 0.0 if name.endswith("bias") else 1.0, 0.0
+
+
+class RandomCheckpoint(Checkpoint):
+    """A checkpoint whose float32 tensors are a function of (seed, name, element index) alone.
+
+    Order of reading, chunk sizes and the NumPy version make no difference: elements are uniform 16-bit
+    draws of the counter-based generator Philox4x64-10 (Salmon et al., 2011), scaled to `initial_moments`.
+    """
+
+    def __init__(self, expected: Mapping[str, Shape], *, seed: int) -> None:
+        tensors = {
+            name: RandomTensor(
+                tuple(shape), "float32", _key(seed, name), *initial_moments(name, tuple(shape))
+            )
+            for name, shape in expected.items()
+        }
+        super().__init__(tensors, source=f"random weights, seed {seed}")
+
+
+@dataclass(frozen=True)
+class RandomTensor(TensorHandle):
+    """A tensor generated on reading from a 128-bit Philox key; memory is that of the rows read."""
+
+    key: int
+    mean: float
+    deviation: float
+
+    def _rows(self, start: int, stop: int) -> NDArray[Any]:
+        row = math.prod(self.shape[1:])
+        values = np.full((stop - start) * row, self.mean, np.float32)
+        if self.deviation:
+            for first in range(start * row, stop * row, _CHUNK):
+                last = min(first + _CHUNK, stop * row)
+                values[first - start * row : last - start * row] += self._deviations(first, last)
+        return values.reshape(stop - start, *self.shape[1:])
+
+    def _deviations(self, start: int, stop: int) -> NDArray[np.float32]:
+        counter, skipped = divmod(start, _PER_COUNTER)
+        words = math.ceil((stop - start + skipped) / 4)
+        raw = np.random.Philox(key=self.key, counter=counter).random_raw(words)
+        draws = raw.astype("<u8", copy=False).view("<i2")[skipped : skipped + stop - start]
+        # (integer + 1/2) / 2^15 is uniform on (-1, 1), symmetric, with standard deviation 1 / sqrt(3).
+        scale = np.float32(self.deviation * math.sqrt(3.0) / 2**15)
+        return (draws.astype(np.float32) + np.float32(0.5)) * scale
+
+
+def _key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
+
+
+_KINDS = {"F": "float", "I": "int", "U": "uint"}
+_DTYPES = {f"{code}{bits}": f"{kind}{bits}" for code, kind in _KINDS.items() for bits in (8, 16, 32, 64)}
+_DTYPES |= {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+
+
+@dataclass(frozen=True)
+class SafeTensor(TensorHandle):
+    """A tensor of a file, which is mapped for the time of a read, so that its pages go again."""
+
+    file: Path
+    name: str
+
+    def _rows(self, start: int, stop: int) -> NDArray[Any]:
+        if not self.size:
+            return np.empty((stop - start, *self.shape[1:]), self.dtype)
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.file, framework="np") as tensors:
+                whole = stop - start == (self.shape or (1,))[0]
+                rows = tensors.get_tensor(self.name) if whole else tensors.get_slice(self.name)[start:stop]
+                return np.asarray(rows)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.file} changed since it was opened: '{self.name}' cannot be read ({error}); run again "
+                "once the file is complete"
+            ) from error
+
+
+def read_safetensors(path: Path) -> Checkpoint:
+    """Open one safetensors file by its header; ``metadata`` is its ``__metadata__``, strings by name.
+
+    Raises:
+        CheckpointError: the file is cut short, or its header is malformed or lies.
+    """
+    safetensors = require("safetensors", extra="export", purpose="read safetensors checkpoints")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            parts = {name: file.get_slice(name) for name in sorted(file.keys())}
+            metadata = file.metadata()
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is cut short or is not a safetensors file: its {path.stat().st_size} bytes do not fit "
+            f"its header ({error}); download it again"
+        ) from error
+    tensors = {
+        name: SafeTensor(tuple(part.get_shape()), _DTYPES.get(code := part.get_dtype(), code), path, name)
+        for name, part in parts.items()
+    }
+    return Checkpoint(tensors, source=str(path), metadata=metadata)

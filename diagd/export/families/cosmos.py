@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diagd.bundle.manifest import ClipRules, IdRange, SamplingRules
-from diagd.bundle.rotary import grid_rotary
-from diagd.bundle.transformer import TextShape, TransformerConfig
+from diagd.bundle.transformer import TextShape, TransformerConfig, grid_rotary
 from diagd.errors import UsageError
 from diagd.export.families.family import Family, Names, named_rules
 from diagd.export.tokenizers import cosmos_dv

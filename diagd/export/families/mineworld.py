@@ -16,8 +16,7 @@ from diagd.bundle.actions import (
     Slot,
 )
 from diagd.bundle.manifest import IdRange, SamplingRules
-from diagd.bundle.rotary import linear_rotary
-from diagd.bundle.transformer import TransformerConfig
+from diagd.bundle.transformer import TransformerConfig, linear_rotary
 from diagd.export.families.family import LLAMA, Family, named_rules
 from diagd.export.tokenizers import vqgan
 from diagd.schedule import StreamLayout

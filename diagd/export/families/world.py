@@ -13,8 +13,7 @@ from pydantic import TypeAdapter
 from diagd.bundle.actions import ActionCodec, ChoiceSlot
 from diagd.bundle.files import atomic_file
 from diagd.bundle.manifest import IdRange, SamplingRules
-from diagd.bundle.rotary import Axis, Rotary, RotaryAxis, geometric_frequencies
-from diagd.bundle.transformer import TransformerConfig
+from diagd.bundle.transformer import Axis, Rotary, RotaryAxis, TransformerConfig, geometric_frequencies
 from diagd.errors import CheckpointError, UsageError, unknown
 from diagd.export.families.family import Family, identity_rules
 from diagd.export.tokenizers import compact, patch

@@ -7,14 +7,15 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diagd.export.tokenizers import fsq
 from diagd.export.tokenizers.blocks import (
     EPSILON,
     GROUPS,
     Layers,
     ResnetBlock,
+    codes_of_tokens,
     images_from_pixels,
     pixels_from_images,
+    tokens_of_latents,
 )
 from diagd.export.tokenizers.compact import CompactConfig
 
@@ -51,7 +52,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels uint8 ``[T, H, W, 3]`` to tokens int32 ``[T, h, w]``."""
-        return fsq.tokens_of_latents(self.latents(scaled_images(pixels, self.conv_out.weight)), self.levels)
+        return tokens_of_latents(self.latents(scaled_images(pixels, self.conv_out.weight)), self.levels)
 
 
 class Decoder(nn.Module):
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens int32 ``[T, h, w]`` to pixels uint8 ``[T, H, W, 3]``, rounded."""
-        images = self.images(fsq.codes_of_tokens(tokens, self.levels, self.conv_in.weight.dtype))
+        images = self.images(codes_of_tokens(tokens, self.levels, self.conv_in.weight.dtype))
         return pixels_from_images((images.clamp(-1, 1) + 1) * 127.5 + 0.5)
 
 

@@ -21,14 +21,15 @@ from diagd.export.tokenizers.blocks import (
     DecoderNetwork,
     EncoderNetwork,
     Layers,
+    codes_of_tokens,
     constant,
     double_size,
     images_from_pixels,
     pixels_from_images,
     spatial_attention,
+    tokens_of_latents,
 )
 from diagd.export.tokenizers.cosmos_dv import HAAR_SIDE, CosmosDvConfig
-from diagd.export.tokenizers.fsq import codes_of_tokens, tokens_of_latents
 
 COLOURS = 3
 BANDS = COLOURS * HAAR_SIDE**3

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diagd.errors import UsageError
-from diagd.export.tokenizers import fsq
+from diagd.export.tokenizers.blocks import codes_of_tokens, tokens_of_latents
 from diagd.export.tokenizers.compact import LEVELS, CompactConfig, graphs
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Weights
@@ -28,12 +28,12 @@ def reference_tokens(frame: np.ndarray) -> np.ndarray:
     x = oracle.resnet(x, w.at("encoder_blocks", 0), "nin_shortcut")
     x = oracle.silu(oracle.group_norm(x, w.at("norm_out"), 32))
     latents = torch.from_numpy(oracle.convolve(x, w.at("conv_out")))
-    return fsq.tokens_of_latents(latents[None], CONFIG.levels)[0].numpy()
+    return tokens_of_latents(latents[None], CONFIG.levels)[0].numpy()
 
 
 def reference_pixels(tokens: np.ndarray) -> np.ndarray:
     w = Weights(TENSORS)
-    codes = fsq.codes_of_tokens(torch.from_numpy(tokens)[None], CONFIG.levels, torch.float64)[0].numpy()
+    codes = codes_of_tokens(torch.from_numpy(tokens)[None], CONFIG.levels, torch.float64)[0].numpy()
     x = oracle.resnet(oracle.same(codes, w.at("conv_in")), w.at("decoder_blocks", 0), "nin_shortcut")
     for n in range(2):
         x = oracle.same(oracle.silu(x), w.at("larger", n))
