@@ -1,1 +1,20 @@
 """Side-by-side measurements."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+CONSOLE = Console(width=120)
+
+
+def parser(description: str | None, bundle: str | None = None) -> argparse.ArgumentParser:
+    """The command line of a benchmark: its module's docstring, and where it needs one, a bundle's name."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if bundle is not None:
+        made.add_argument(bundle, type=Path, **({"required": True} if bundle.startswith("-") else {}))
+    return made

@@ -8,30 +8,30 @@ thread, which other work on the machine disturbs least; with --wall, wall time w
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import CONSOLE, parser
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.backend import StepOptions, find
 from diagd.engines.devices.host import HostDevice
 from diagd.engines.devices.kernels import host_build
-from diagd.engines.engine import VOID, Engine, Float, SamplingState, Steps
+from diagd.engines.engine import VOID, Engine, Float, Int, SamplingState, Steps
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.openvino import array_at
 from diagd.engines.prefix import PrefixEngine
 from diagd.engines.sampler import draw_compiled, draw_plain, kept_weights
+from diagd.profiling.measure import random_workload
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
@@ -42,7 +42,6 @@ from diagd.runtime.tokens import token_places
 from diagd.schedule import Schedule, StreamLayout, default_widths, slots_needed
 from diagd.schedule.table import Table as StepTable
 
-CONSOLE = Console(width=120)
 GREEDY = SamplingSettings(0.0)
 STREAMS = (1, 2, 4, 8)
 HOST_BUDGET = 30
@@ -52,14 +51,11 @@ Clock = Callable[[], float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--part", choices=tuple(PARTS), action="append")
-    parser.add_argument("--wall", action="store_true", help="wall time with all cores")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    options = parser(__doc__, "--bundle")
+    options.add_argument("--part", choices=tuple(PARTS), action="append")
+    options.add_argument("--wall", action="store_true", help="wall time with all cores")
+    options.add_argument("--repeats", type=int, default=3)
+    args = options.parse_args()
     bundle = Bundle.open(args.bundle)
     for name in args.part or PARTS:
         PARTS[name](bundle, args.wall, args.repeats)
@@ -245,16 +241,12 @@ def capacity(bundle: Bundle, wall: bool, repeats: int) -> None:
 
 
 def _session(bundle: Bundle, window_frames: int, wall: bool) -> Session:
-    session = open_stream(bundle, window=window_frames, cpu=CpuOptions(0 if wall else 1))
-    return _prompted(session)
+    return _prompted(open_stream(bundle, window=window_frames, cpu=CpuOptions(0 if wall else 1)))
 
 
 def _prompted(session: Session) -> Session:
     """The session behind a random frame."""
-    layout, random = session.layout, np.random.default_rng(0)
-    low, high = session.manifest.sampling.range_table(layout)[0]
-    prompt = random.integers(low, high, (1, layout.rows, layout.columns)).astype(np.int32)
-    session.start(prompt, _actions(session, 1))
+    session.start(random_workload(session, 1, 0).prompt, _actions(session, 1))
     return session
 
 
@@ -448,7 +440,7 @@ def _timed(work: Callable[[], object], now: Clock) -> float:
     return now() - began
 
 
-def _weights(bundle: Bundle) -> dict[str, np.ndarray]:
+def canonical_weights(bundle: Bundle) -> dict[str, np.ndarray]:
     """The canonical float32 tensors that the bundle's random weights were written from."""
     from diagd.export.exporter import random_sources
     from diagd.export.families import find
@@ -456,6 +448,22 @@ def _weights(bundle: Bundle) -> dict[str, np.ndarray]:
     family = find(bundle.manifest.name)
     source = random_sources(family, bundle.manifest.provenance.random_seed or 0).transformer
     return {name: np.concatenate(list(weight.chunks())) for name, weight in family.weights(source).items()}
+
+
+def calibrated(path: Path, precisions: Iterable[str], frames: Int | None = None) -> Bundle:
+    """The bundle with these precisions; a trained model needs ``frames`` int32 [P, rows, columns]."""
+    from diagd.calibration.options import CalibrationOptions
+    from diagd.calibration.quantise import calibrate
+    from diagd.calibration.report import Budget
+
+    anything = Budget(agreement=0, nll=1e9, psnr=0)  # random weights pass
+    known = {graph.precision for graph in Bundle.open(path).manifest.graphs}
+    for precision in precisions:
+        if precision not in known:
+            options = CalibrationOptions(precision, anything, steps=64, floor=-100.0, floats="fp32")
+            report = calibrate(Bundle.open(path), options, frames)
+            CONSOLE.print(f"{precision}: agreement {report.figures['agreement']:.4f}")
+    return Bundle.open(path)
 
 
 def _title(live: int, wall: bool) -> str:

@@ -13,7 +13,6 @@ each size, beside the orders, if a guess comes out right with these chances.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,9 +21,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import CONSOLE, parser
 from diagd.bundle import Bundle
 from diagd.engines.engine import Int
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -199,25 +198,21 @@ def table(runs: list[dict[str, Count]], title: str) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--prompt", type=Path, help="a picture")
-    parser.add_argument("--actions", type=Path, help="JSON lines, repeated as often as needed")
-    parser.add_argument("--precision", action="append", help="of the step graph; may be repeated")
-    parser.add_argument("--frames", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--costs", type=float, action="append", help="chance that a guess comes out right")
-    args = parser.parse_args()
-    console = Console(width=120)
+    options = parser(__doc__, "bundle")
+    options.add_argument("--prompt", type=Path, help="a picture")
+    options.add_argument("--actions", type=Path, help="JSON lines, repeated as often as needed")
+    options.add_argument("--precision", action="append", help="of the step graph; may be repeated")
+    options.add_argument("--frames", type=int, default=200)
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--costs", type=float, action="append", help="chance that a guess comes out right")
+    args = options.parse_args()
     for precision in args.precision or [None]:
         bundle = Bundle.open(args.bundle).at_precision(precision)
         if args.costs:
             with open_session(bundle, cpu=CPU) as session:
-                console.print(costs(session, random_workload(session, 2, 2), args.costs))
+                CONSOLE.print(costs(session, random_workload(session, 2, 2), args.costs))
         else:
-            compare(bundle, workload_of(bundle, args.prompt, args.actions, args.frames), args.seeds, console)
+            compare(bundle, workload_of(bundle, args.prompt, args.actions, args.frames), args.seeds)
 
 
 def workload_of(bundle: Bundle, prompt: Path, actions: Path, frames: int) -> Workload:
@@ -233,17 +228,17 @@ def workload_of(bundle: Bundle, prompt: Path, actions: Path, frames: int) -> Wor
     )
 
 
-def compare(bundle: Bundle, workload: Workload, seeds: int, console: Console) -> None:
+def compare(bundle: Bundle, workload: Workload, seeds: int) -> None:
     """Print the table of a bundle, and what share of draws depends on the width of a pass."""
     assert workload.actions is not None
     frames = len(workload.actions)
-    shown = Progress(console).each(list(range(seeds)), "seeds")
+    shown = Progress(CONSOLE).each(list(range(seeds)), "seeds")
     runs = [measure(bundle, workload, frames, seed, pixels=True) for seed in shown]
     title = f"{bundle.manifest.name} {bundle.manifest.graphs[0].precision}"
-    console.print(table(runs, f"{title}, {frames} frames x {seeds} seeds"))
+    CONSOLE.print(table(runs, f"{title}, {frames} frames x {seeds} seeds"))
     found = [flips(bundle, workload, run["next token"].tokens, seed) for seed, run in enumerate(runs)]
     flipped, drawn = (sum(counts) for counts in zip(*found, strict=True))
-    console.print(f"teacher-forced, W=1 against the widest pass: {flipped} of {drawn} draws differ")
+    CONSOLE.print(f"teacher-forced, W=1 against the widest pass: {flipped} of {drawn} draws differ")
 
 
 if __name__ == "__main__":

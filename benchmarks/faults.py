@@ -31,16 +31,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import CONSOLE, parser
 from diagd.bundle import Bundle
 from diagd.bundle.files import is_unfinished
 from diagd.cli.main import main as diagd
 from diagd.runtime.video import VideoWriter
 from tests.worlds import random_world
 
-CONSOLE = Console(width=120)
 VERBS = ("export", "calibrate", "build", "generate")
 
 
@@ -287,16 +286,14 @@ PARTS: dict[str, Callable[[Place, argparse.Namespace], Table]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--part", choices=tuple(PARTS), action="append")
-    parser.add_argument("--verb", choices=VERBS, action="append", help="of kill and full; default: all")
-    parser.add_argument("--kills", type=int, default=50, help="of each verb")
-    parser.add_argument("--processes", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=6, help="full disks of each kind")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--part", choices=tuple(PARTS), action="append")
+    options.add_argument("--verb", choices=VERBS, action="append", help="of kill and full; default: all")
+    options.add_argument("--kills", type=int, default=50, help="of each verb")
+    options.add_argument("--processes", type=int, default=20)
+    options.add_argument("--rounds", type=int, default=20)
+    options.add_argument("--steps", type=int, default=6, help="full disks of each kind")
+    args = options.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         place = Place(Path(name))

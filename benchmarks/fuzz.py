@@ -8,7 +8,6 @@ shrunk, printed and kept in tests/corpus, which every run of the tests reads aga
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import hashlib
@@ -31,6 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from benchmarks import parser
 from diagd.bundle import Bundle, atomic_bundle, read_manifest, seal
 from diagd.bundle.manifest import MANIFEST_NAME
 from diagd.cli import calibrate, export, generate, profile, verify
@@ -534,12 +534,10 @@ def keep(name: str, content: bytes) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--inputs", type=int, default=200_000, help="of all kinds together")
-    parser.add_argument("--kind", action="append", choices=tuple(KINDS), help="only these")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--inputs", type=int, default=200_000, help="of all kinds together")
+    options.add_argument("--kind", action="append", choices=tuple(KINDS), help="only these")
+    args = options.parse_args()
     names = args.kind or list(KINDS)
     for name in names:
         began, count = time.monotonic(), -(-args.inputs // len(names))

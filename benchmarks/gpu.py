@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from benchmarks import parser
 from benchmarks.gpu_checks import CHECKS, samplers
 from benchmarks.gpu_measure import FLOAT, FRAMES, PARTS, Bench, make_bundle
 from benchmarks.gpu_report import Check, Results, around_section, markdown, write_section
@@ -123,21 +124,17 @@ def measure(args: argparse.Namespace, results: Results, model: str, name: str) -
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="bundles and results are kept here")
-    parser.add_argument("--model", action="append", help=f"may be repeated; default: {', '.join(MODELS)}")
-    parser.add_argument("--backend", choices=BACKENDS, default="cuda")
-    parser.add_argument("--frames", type=int, default=FRAMES, help="of a diagonal run")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds after which no stage begins")
-    parser.add_argument("--box", type=float, default=BOX, help="seconds that a stage may take")
-    parser.add_argument("--stage", help="run this one alone, of the last model")
-    parser.add_argument("--results", type=Path, help="default: results.json in the folder")
-    parser.add_argument("--write", type=Path, help="file whose GPU section is replaced")
-    return parser
+    options = parser(__doc__)
+    options.add_argument("--folder", type=Path, required=True, help="bundles and results are kept here")
+    options.add_argument("--model", action="append", help=f"may be repeated; default: {', '.join(MODELS)}")
+    options.add_argument("--backend", choices=BACKENDS, default="cuda")
+    options.add_argument("--frames", type=int, default=FRAMES, help="of a diagonal run")
+    options.add_argument("--budget", type=float, default=BUDGET, help="seconds after which no stage begins")
+    options.add_argument("--box", type=float, default=BOX, help="seconds that a stage may take")
+    options.add_argument("--stage", help="run this one alone, of the last model")
+    options.add_argument("--results", type=Path, help="default: results.json in the folder")
+    options.add_argument("--write", type=Path, help="file whose GPU section is replaced")
+    return options
 
 
 def missing(results: Results, models: Sequence[str], backend: str = "cuda") -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -42,7 +43,10 @@ def one_step(bundle: Bundle, make_engine: MakeEngine) -> tuple[bool, Figures]:
     """The logits of the widest step are those of the processor."""
     reference = StepOptions(0, _places(bundle), form=Form.MODERN)
     found: list[NDArray[Any]] = []
-    for make in (lambda: make_engine(bundle, _places(bundle), False), lambda: _processor(bundle, reference)):
+    for make in (
+        partial(make_engine, bundle, _places(bundle), False),
+        partial(find("cpu").open_steps, bundle, reference),
+    ):
         with closing(make()) as engine:
             run_steps(engine, bundle, [engine.max_width])
             found.append(engine.logits().astype(np.float64))
@@ -141,10 +145,6 @@ def run_steps(engine: Engine, bundle: Bundle, widths: list[int]) -> NDArray[np.i
 
 def _places(bundle: Bundle) -> int:
     return token_places(bundle.manifest.layout, bundle.manifest.context.frames).size
-
-
-def _processor(bundle: Bundle, options: StepOptions) -> Engine:
-    return find("cpu").open_steps(bundle, options)
 
 
 CHECKS: Final[dict[str, Callable[[Bundle, MakeEngine], tuple[bool, Figures]]]] = {

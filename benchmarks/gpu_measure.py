@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import CONSOLE
 from benchmarks.gpu_report import JACOBI, NEXT_TOKEN, Row
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import graphs_of
@@ -19,6 +20,7 @@ from diagd.engines.ceilings import Ceilings
 from diagd.engines.engine import Engine
 from diagd.export.families.family import Family
 from diagd.profiling.cost import StoredModel, read_model, step_operations
+from diagd.profiling.measure import random_workload
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
@@ -40,12 +42,12 @@ MakeEngine = Callable[[Bundle, int, bool], Engine]
 """From a bundle, the size of the token buffer, and whether graphs are replayed."""
 
 
-Timed = Iterator[tuple["Extent", dict[str, Any]]]
-"""Extents with what a row says of their fastest run."""
+Timed = Iterator[tuple["Case", dict[str, Any]]]
+"""Cases with what a row says of their fastest run."""
 
 
 @dataclass(frozen=True)
-class Extent:
+class Case:
     """A schedule, the known frames ahead of it, and the frames it decodes."""
 
     name: str
@@ -60,19 +62,19 @@ class Extent:
         return self.schedule.table(self.known, self.frames, self.schedule.layout.first_cell(self.known) - 1)
 
 
-def extents(layout: StreamLayout, frames: int) -> Iterator[Extent]:
+def cases(layout: StreamLayout, frames: int) -> Iterator[Case]:
     """Next-token prediction for one frame in the middle of where the others decode ``frames``, then those."""
-    yield Extent(NEXT_TOKEN, Schedule.next_token(layout), 2 + frames // 2, 1)
+    yield Case(NEXT_TOKEN, Schedule.next_token(layout), 2 + frames // 2, 1)
     for k in (1, 2):
-        yield Extent(f"k={k} serial", Schedule.serial(layout, k), 2, frames)
-        yield Extent(f"k={k} chained", Schedule.chained(layout, k), 2, frames)
+        yield Case(f"k={k} serial", Schedule.serial(layout, k), 2, frames)
+        yield Case(f"k={k} chained", Schedule.chained(layout, k), 2, frames)
 
 
 def widths_of(layout: StreamLayout, frames: int) -> tuple[int, ...]:
     """1, and the commonest and the widest step of every schedule in multiples of 8."""
     found = {1}
-    for extent in extents(layout, frames):
-        widths = extent.table.widths
+    for case in cases(layout, frames):
+        widths = case.table.widths
         commonest, widest = int(np.bincount(widths).argmax()), int(widths.max())
         found |= {-(-width // 8) * 8 for width in (commonest, widest) if width > 1}
     return tuple(sorted(found))
@@ -80,15 +82,13 @@ def widths_of(layout: StreamLayout, frames: int) -> tuple[int, ...]:
 
 def make_bundle(family: Family, folder: Path, frames: int, precision: str = FLOAT) -> Bundle:
     """The model with random weights in a precision, in the modern form; made where it is missing."""
-    from rich.console import Console
-
     from diagd.calibration.options import CalibrationOptions
     from diagd.calibration.quantise import calibrate
     from diagd.export.exporter import GraphOptions, export, random_sources
     from diagd.progress import Progress
 
     path, widths = folder / f"{family.name}.diagd", widths_of(family.transformer.layout, frames)
-    progress = Progress(Console())
+    progress = Progress(CONSOLE)
     if not path.is_dir() or _widths(Bundle.open(path)) != widths:
         sources = replace(random_sources(family, seed=0), tokenizer=None)
         export(family, GraphOptions((Form.MODERN,), FLOAT, widths), sources, path, progress)
@@ -130,15 +130,14 @@ class Bench:
         published = "published" in part
         taken = self._published(bundle, family, part) if published else self._engine(bundle, part)
         return [
-            Row(model=family.name, runtime=part, **best, **self._work(stored, extent))
-            for extent, best in taken
+            Row(model=family.name, runtime=part, **best, **self._work(stored, case)) for case, best in taken
         ]
 
-    def _work(self, stored: StoredModel, extent: Extent) -> dict[str, float]:
+    def _work(self, stored: StoredModel, case: Case) -> dict[str, float]:
         """What a step must read and compute in the mean, and the limits of the device."""
-        layout = extent.schedule.layout
-        rows = float(extent.table.widths.mean()) if extent.rows is None else extent.rows
-        live = layout.frame_start(extent.known) + extent.frames * layout.frame_length / 2
+        layout = case.schedule.layout
+        rows = float(case.table.widths.mean()) if case.rows is None else case.rows
+        live = layout.frame_start(case.known) + case.frames * layout.frame_length / 2
         return {
             "bytes_read": stored.step_bytes(live),
             "operations": step_operations(stored.size, rows, live),
@@ -152,9 +151,9 @@ class Bench:
         places = token_places(layout, window).size
         with closing(self.make_engine(bundle, places, part.endswith("graphs"))) as engine:
             session = Session(manifest, engine, window)
-            for extent in extents(layout, self.frames):
-                yield extent, decode_with(session, extent, ScheduledDecoder(extent.schedule))
-                last = extent
+            for case in cases(layout, self.frames):
+                yield case, decode_with(session, case, ScheduledDecoder(case.schedule))
+                last = case
             jacobi = replace(last, name=JACOBI, rows=min(engine.max_width, layout.cells))
             yield jacobi, decode_with(session, jacobi, JacobiDecoder(jacobi.rows))
 
@@ -172,23 +171,20 @@ class Bench:
         if compiled:
             form._forward = captured(form)  # type: ignore[method-assign]
         wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-        for extent in extents(layout, self.frames):
-            table = extent.table
-            form.prefill(layout.first_cell(extent.known) - 1)
-            warm = first_steps(table) if extent.name == NEXT_TOKEN else table
+        for case in cases(layout, self.frames):
+            table = case.table
+            form.prefill(layout.first_cell(case.known) - 1)
+            warm = first_steps(table) if case.name == NEXT_TOKEN else table
             for _ in range(2):  # the compiler captures a graph when a width comes for the second time
                 form.decode(warm, widths=widths)
             seconds = repeated(lambda: timed(partial(form.decode, table, widths=widths), wait))  # noqa: B023
-            yield extent, {"schedule": extent.name, **counted(extent, table.steps), "seconds": min(seconds)}
+            yield case, {"schedule": case.name, **counted(case, table.steps), "seconds": min(seconds)}
 
 
-def decode_with(session: Session, extent: Extent, decoder: Decoder) -> dict[str, Any]:
+def decode_with(session: Session, case: Case, decoder: Decoder) -> dict[str, Any]:
     """Fastest run of a session: the last known frame is decoded too, so that the prompt is cached."""
-    layout, random = session.layout, np.random.default_rng(0)
-    low, high = session.manifest.sampling.range_table(layout)[layout.before]
-    shape = (extent.known - 1, layout.rows, layout.columns)
-    prompt = random.integers(low, high, shape).astype(np.int32)
-    actions = np.zeros((extent.frames + extent.known, layout.gap), np.int32)
+    layout, prompt = session.layout, random_workload(session, case.known - 1, 0).prompt
+    actions = np.zeros((case.frames + case.known, layout.gap), np.int32)
     warm = ScheduledDecoder(Schedule.serial(layout, 1))
     hosts = []
 
@@ -197,7 +193,7 @@ def decode_with(session: Session, extent: Extent, decoder: Decoder) -> dict[str,
         for frame in session.frames(warm, actions[:1], sampling=GREEDY):
             del frame
         before, began = (session.timing.steps, session.timing.host), time.perf_counter()
-        for frame in session.frames(decoder, actions[: extent.frames], sampling=GREEDY):
+        for frame in session.frames(decoder, actions[: case.frames], sampling=GREEDY):
             del frame  # asking for its tokens has waited for the device
         seconds = time.perf_counter() - began
         hosts.append((session.timing.steps - before[0], session.timing.host - before[1]))
@@ -206,11 +202,11 @@ def decode_with(session: Session, extent: Extent, decoder: Decoder) -> dict[str,
     seconds = repeated(run)
     best = int(np.argmin(seconds))
     steps, host = hosts[best]
-    return {"schedule": extent.name, **counted(extent, steps), "seconds": seconds[best], "host": host}
+    return {"schedule": case.name, **counted(case, steps), "seconds": seconds[best], "host": host}
 
 
-def counted(extent: Extent, steps: int) -> dict[str, int]:
-    return {"frames": extent.frames, "steps": steps}
+def counted(case: Case, steps: int) -> dict[str, int]:
+    return {"frames": case.frames, "steps": steps}
 
 
 def repeated(run: Callable[[], float]) -> list[float]:

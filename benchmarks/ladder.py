@@ -10,17 +10,16 @@ queued one by one, each the mean over a frame, since steps are queued. From the 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import parser
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import CHOICES, Backend, StepOptions, find, forms_of
 from diagd.engines.engine import Engine, Steps
@@ -28,7 +27,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.engines.tensors import aligned_zeros
 from diagd.errors import DiagdError
-from diagd.profiling.measure import measure, random_workload
+from diagd.profiling.measure import Measured, measure, random_workload
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.load import check_window, session_over, step_options, with_threads
 from diagd.schedule import Schedule
@@ -38,7 +37,7 @@ SWITCHES: Final = "live-prefix attention and in-place K/V"
 
 
 @dataclass(frozen=True)
-class Rung:
+class Row:
     """One row of the ladder: a step with an optimisation on, or why it was not measured.
 
     Attributes:
@@ -95,10 +94,6 @@ class SwitchedEngine(PrefixEngine):
             self._bind_rows(f"present_{name}", buffer, (length, 1, *buffer.shape[1:]), output=True)
 
 
-Group = tuple[str, Callable[[], Iterable[Rung]]]
-"""Rungs that share their measurements, and what they are called together."""
-
-
 @dataclass(frozen=True)
 class Ladder:
     """What is held fixed while one thing changes.
@@ -127,25 +122,25 @@ class Ladder:
         """Whether steps are done when they return."""
         return not self.backend.describe()
 
-    def rungs(self) -> Iterator[Rung]:
+    def rows(self) -> Iterator[Row]:
         """Measure one optimisation after the other."""
-        if not self._others():
-            yield Rung("precision", reason=f"the bundle has {self._name} only; diagd-calibrate adds others")
-        for name, measured in self._groups():
+        others = [graph.precision for graph in self.bundle.manifest.graphs if graph.precision != self._name]
+        if not others:
+            yield Row("precision", reason=f"the bundle has {self._name} only; diagd-calibrate adds others")
+        groups: dict[str, Callable[[], Iterable[Row]]] = {
+            f"precision {name}": partial(self._precision, name) for name in dict.fromkeys(others)
+        }
+        if self.on_processor:
+            groups = {SWITCHES: self._prefix, **groups}
+        else:
+            groups["CUDA graph"] = self._cuda_graph
+        for name, measured in groups.items():
             try:
                 yield from measured()
             except (DiagdError, OSError) as error:
-                yield Rung(name, reason=str(error))
+                yield Row(name, reason=str(error))
         if self.on_processor:
-            yield Rung("CUDA graph", reason="needs a CUDA device: --backend cuda or tensorrt")
-
-    def _groups(self) -> list[Group]:
-        precisions: list[Group] = [
-            (f"precision {name}", partial(self._precision, name)) for name in self._others()
-        ]
-        if not self.on_processor:
-            return [*precisions, ("CUDA graph", self._cuda_graph)]
-        return [(SWITCHES, self._prefix), *precisions]
+            yield Row("CUDA graph", reason="needs a CUDA device: --backend cuda or tensorrt")
 
     @property
     def _name(self) -> str:
@@ -154,10 +149,10 @@ class Ladder:
     def _options(self, bundle: Bundle, form: Form | None = None) -> StepOptions:
         return step_options(bundle.manifest, self.window, cpu=self.cpu, form=form)
 
-    def _prefix(self) -> Iterator[Rung]:
+    def _prefix(self) -> Iterator[Row]:
         if Form.PREFIX not in forms_of(self.chosen):
             reason = "the bundle has no prefix graph of this precision; export with --form prefix"
-            yield Rung(SWITCHES, reason=reason)
+            yield Row(SWITCHES, reason=reason)
             return
         switches = {
             "none": (False, False),
@@ -171,96 +166,86 @@ class Ladder:
             engine = SwitchedEngine(self.chosen, options, live_prefix=live_prefix, in_place=in_place)
             after = self._seconds(self.chosen, engine)
             before = before or after
-            yield self._rung(name, before, after, f"prefix form, {self._name}, engine alone")
+            yield self._row(name, before, after, f"prefix form, {self._name}, engine alone")
 
-    def _others(self) -> list[str]:
-        names = dict.fromkeys(graph.precision for graph in self.bundle.manifest.graphs)
-        return [name for name in names if name != self._name]
-
-    def _precision(self, name: str) -> Iterator[Rung]:
+    def _precision(self, name: str) -> Iterator[Row]:
         other = self.bundle.at_precision(name)
         if not self.on_processor:
             before, after = (self._mean_seconds(bundle) for bundle in (self.chosen, other))
             held = f"host and device together, against {self._name}"
-            yield self._rung(f"precision {name}", before, after, held)
+            yield self._row(f"precision {name}", before, after, held)
             return
         shared = [form for form in forms_of(self.chosen) if form in forms_of(other)]
         if not shared:
             forms = ", ".join(form.value for form in forms_of(other))
             reason = f"no form in common with {self._name}: the bundle has it as {forms}"
-            yield Rung(f"precision {name}", reason=reason)
+            yield Row(f"precision {name}", reason=reason)
             return
         before, after = (
             self._seconds(bundle, self.backend.open_steps(bundle, self._options(bundle, shared[0])))
             for bundle in (self.chosen, other)
         )
         held = f"{shared[0].value} form, engine alone, against {self._name}"
-        yield self._rung(f"precision {name}", before, after, held)
+        yield self._row(f"precision {name}", before, after, held)
 
-    def _cuda_graph(self) -> Iterator[Rung]:
+    def _cuda_graph(self) -> Iterator[Row]:
         """Steps that replay graphs against steps that queue every kernel."""
         before, after = (self._mean_seconds(self.chosen, graphs=graphs) for graphs in (False, True))
-        yield self._rung("CUDA graph", before, after, f"{self._name}, host and device together")
+        yield self._row("CUDA graph", before, after, f"{self._name}, host and device together")
 
     def _mean_seconds(self, bundle: Bundle, *, graphs: bool = True) -> float:
         """Mean of a step over a frame, whose tokens the host waits for: steps themselves are queued."""
-        manifest, best = bundle.manifest, float("inf")
-        schedule = Schedule.serial(manifest.layout, 1, manifest.schedule.row_seed)
         engine = self.backend.open_steps(bundle, replace(self._options(bundle), graphs=graphs))
-        with session_over(bundle, engine, self.window, self.cpu) as session:
-            workload = random_workload(session, 1, 2)
-            for _ in range(REPEATS):
-                run = measure(session, ScheduledDecoder(schedule), workload, 2)
-                best = min(best, (run.decoded[1] - run.decoded[0]) / schedule.d)
-        return best
+        return self._best(bundle, engine, 2, lambda run, d: (run.decoded[1] - run.decoded[0]) / d)
 
     def _seconds(self, bundle: Bundle, engine: Engine) -> float:
-        """Median of a step of the engine, the sampler apart; the better of a few runs."""
-        manifest, best = bundle.manifest, float("inf")
-        schedule = Schedule.serial(manifest.layout, 1, manifest.schedule.row_seed)
-        with session_over(bundle, engine, self.window, self.cpu) as session:
-            workload = random_workload(session, 1, 1)
-            for _ in range(REPEATS):
-                run = measure(session, ScheduledDecoder(schedule), workload, 1)
-                steps = run.steps[run.chunks + 1 :]
-                best = min(best, float(np.median([step.engine for step in steps])))
-        return best
+        """Median of a step of the engine, the sampler apart."""
 
-    def _rung(self, name: str, before: float, after: float, held: str) -> Rung:
+        def median(run: Measured, d: int) -> float:
+            return float(np.median([step.engine for step in run.steps[run.chunks + 1 :]]))
+
+        return self._best(bundle, engine, 1, median)
+
+    def _best(
+        self, bundle: Bundle, engine: Engine, frames: int, seconds: Callable[[Measured, int], float]
+    ) -> float:
+        """The better of a few runs, by what is said of one and of the steps between its frames."""
+        schedule = Schedule.serial(bundle.manifest.layout, 1, bundle.manifest.schedule.row_seed)
+        with session_over(bundle, engine, self.window, self.cpu) as session:
+            workload = random_workload(session, 1, frames)
+            runs = [measure(session, ScheduledDecoder(schedule), workload, frames) for _ in range(REPEATS)]
+        return min(seconds(run, schedule.d) for run in runs)
+
+    def _row(self, name: str, before: float, after: float, held: str) -> Row:
         place = f", {self.cpu.threads or 'all'} threads" if self.on_processor else ""
-        return Rung(name, after, before, held=f"{held}, k=1 serial, window {self.window}{place}")
+        return Row(name, after, before, held=f"{held}, k=1 serial, window {self.window}{place}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ladder",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--precision", help="of the steps that are compared (default: the bundle's first)")
-    parser.add_argument("--backend", default="cpu", help=CHOICES)
-    parser.add_argument("--window", type=int, help="frames that a token may see (default: the context)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for one a core")
-    args = parser.parse_args()
+    options = parser(__doc__, "bundle")
+    options.add_argument("--precision", help="of the steps that are compared (default: the bundle's first)")
+    options.add_argument("--backend", default="cpu", help=CHOICES)
+    options.add_argument("--window", type=int, help="frames that a token may see (default: the context)")
+    options.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for one a core")
+    args = options.parse_args()
     bundle = Bundle.open(args.bundle)
     cpu = with_threads(CpuOptions(args.threads), bundle.at_precision(args.precision), args.backend)
     window = check_window(bundle.manifest, args.window)
-    show(Console(width=120), list(Ladder(bundle, args.precision, window, cpu, find(args.backend)).rungs()))
+    show(Console(width=120), list(Ladder(bundle, args.precision, window, cpu, find(args.backend)).rows()))
 
 
-def show(console: Console, rungs: list[Rung]) -> None:
+def show(console: Console, rows: list[Row]) -> None:
     """A table for everything that has the same things held fixed, then what was not measured."""
-    for held in dict.fromkeys(rung.held for rung in rungs if rung.held):
+    for held in dict.fromkeys(row.held for row in rows if row.held):
         table = Table("optimisation", "ms without", "ms with", "gain", title=f"a step: {held}")
-        for rung in rungs:
-            if rung.held == held and rung.seconds is not None and rung.before is not None:
-                times = (f"{1e3 * rung.before:.3f}", f"{1e3 * rung.seconds:.3f}", f"{rung.gain:.2f} x")
-                table.add_row(rung.name, *times)
+        for row in rows:
+            if row.held == held and row.seconds is not None and row.before is not None:
+                times = (f"{1e3 * row.before:.3f}", f"{1e3 * row.seconds:.3f}", f"{row.gain:.2f} x")
+                table.add_row(row.name, *times)
         console.print(table)
-    for rung in rungs:
-        if rung.seconds is None:
-            console.print(f"{rung.name}: {rung.reason}")
+    for row in rows:
+        if row.seconds is None:
+            console.print(f"{row.name}: {row.reason}")
 
 
 if __name__ == "__main__":

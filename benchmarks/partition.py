@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from benchmarks import parser
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import forms_of, graphs_of
 from diagd.engines.devices.host import HostDevice
@@ -93,14 +94,10 @@ def main() -> int:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.partition",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="packages and bundles are kept here")
-    parser.add_argument("--bundle", type=Path, action="append", help="look at this one; may be repeated")
-    return parser
+    options = parser(__doc__)
+    options.add_argument("--folder", type=Path, required=True, help="packages and bundles are kept here")
+    options.add_argument("--bundle", type=Path, action="append", help="look at this one; may be repeated")
+    return options
 
 
 def install(folder: Path) -> Path:

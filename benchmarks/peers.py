@@ -1,4 +1,4 @@
-"""mineworld-300m beside OpenVINO and PyTorch on a processor: steps and frames in every precision.
+"""mineworld-300m in every precision, beside OpenVINO and PyTorch: steps and frames on a processor.
 
 Each runs at its best: prefix graphs on ONNX Runtime, whose cost follows the slots in use, and portable
 graphs on OpenVINO, whose cost follows the capacity, so each length has a bundle of a window that just fits.
@@ -7,14 +7,14 @@ we know, on the same weights. All take turns in one process with one thread, so 
 another's core. Times are process CPU time. Bundles are made where they are missing, weights random:
 
     python -m benchmarks.peers --folder /tmp/diagd-peers [--part steps] [--part frames] [--repeats 3]
+    python -m benchmarks.peers --folder /tmp/diagd-peers --runtime diagd --width 1 --width 4
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -23,8 +23,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from rich.table import Table
 
-from benchmarks.cpu import CONSOLE, Bench, _weights
-from benchmarks.quantisation import calibrated
+from benchmarks import CONSOLE, parser
+from benchmarks.cpu import Bench, calibrated, canonical_weights
 from diagd.bundle import Bundle, Form
 from diagd.schedule import Schedule
 
@@ -41,7 +41,7 @@ SAMPLED = 48
 """Steps of next-token prediction that are timed, of 336."""
 
 WIDTHS = (1, 14)
-PRECISIONS = ("int8-weight", "int8")
+PRECISIONS = ("int8-weight", "int8", "int8-dynamic", "int4-weight")
 RUNTIMES = {
     "diagd, fp32": ("cpu", "fp32"),
     "OpenVINO, fp32": ("openvino_fp32", "fp32"),
@@ -50,25 +50,30 @@ RUNTIMES = {
     "OpenVINO, int8-weight": ("openvino", "int8-weight"),
     "diagd, int8": ("cpu", "int8"),
     "OpenVINO, int8": ("openvino", "int8"),
+    "diagd, int8-dynamic": ("cpu", "int8-dynamic"),
+    "diagd, int4-weight": ("cpu", "int4-weight"),
 }
 """Floating point beside quantised products is bfloat16 in OpenVINO."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(__doc__)
+    options.add_argument("--folder", type=Path, required=True, help="of the bundles")
+    options.add_argument("--part", choices=("steps", "frames"), action="append")
+    options.add_argument(
+        "--runtime", action="append", help="only those whose names begin so; may be repeated"
     )
-    parser.add_argument("--folder", type=Path, required=True, help="of the bundles")
-    parser.add_argument("--part", choices=("steps", "frames"), action="append")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    parts = args.part or ("steps", "frames")
+    options.add_argument("--width", type=int, action="append", help=f"of steps (default: {WIDTHS})")
+    options.add_argument("--repeats", type=int, default=3)
+    args = options.parse_args()
+    parts, chosen, widths = args.part or ("steps", "frames"), args.runtime or [""], args.width or WIDTHS
     for window, (step, frame) in LENGTHS.items():
         bundle = make_bundle(args.folder / f"mineworld-300m-{window}.diagd", window)
         if "steps" in parts:
-            compare_steps(bundle, step, args.repeats)
+            compare_steps(bundle, step, args.repeats, widths, chosen)
         if "frames" in parts:
-            compare_frames(bundle, frame, args.repeats, torch_forms(bundle))
+            forms = torch_forms(bundle) if any("PyTorch".startswith(name) for name in chosen) else {}
+            compare_frames(bundle, frame, args.repeats, forms, chosen)
 
 
 def make_bundle(path: Path, window: int) -> Bundle:
@@ -78,30 +83,38 @@ def make_bundle(path: Path, window: int) -> Bundle:
 
     if not path.is_dir():
         family = find("mineworld-300m")
-        options = GraphOptions((Form.PREFIX, Form.PORTABLE), widths=(1, 14), window=window)
+        options = GraphOptions((Form.PREFIX, Form.PORTABLE), widths=(1, 4, 14, 64), window=window)
         export(family, options, replace(random_sources(family, 0), tokenizer=None), path)
     return calibrated(path, PRECISIONS)
 
 
-def compare_steps(bundle: Bundle, live: int, repeats: int) -> None:
+def compare_steps(
+    bundle: Bundle, live: int, repeats: int, widths: Sequence[int] = WIDTHS, chosen: Sequence[str] = ("",)
+) -> None:
     """Milliseconds of a step behind ``live`` slots, and how far its logits are from ours in FP32."""
-    benches, logits = _benches(bundle), dict[str, np.ndarray]()
+    benches, logits = _benches(bundle, chosen), dict[str, np.ndarray]()
     spent: Times = {}
     for repeat in range(2 + 2 * repeats):
-        for width in WIDTHS:
+        for width in widths:
             for name, bench in benches.items():
                 seconds, logits[name] = bench.step(width, live, time.process_time)
                 if repeat >= 2:
                     spent.setdefault((name, f"ms, W = {width}"), []).append(1e3 * seconds)
     distances = {name: _distance(rows, logits["diagd, fp32"]) for name, rows in logits.items()}
-    if distances["OpenVINO, fp32"] > 1e-4:
+    if distances.get("OpenVINO, fp32", 0.0) > 1e-4:
         raise SystemExit(f"the logits differ: relative errors {distances}")
     show(spent, "diagd, fp32", _title(bundle, live), {n: f"{d:.1e}" for n, d in distances.items()})
 
 
-def compare_frames(bundle: Bundle, live: int, repeats: int, forms: Mapping[str, TorchForm]) -> None:
+def compare_frames(
+    bundle: Bundle,
+    live: int,
+    repeats: int,
+    forms: Mapping[str, TorchForm],
+    chosen: Sequence[str] = ("",),
+) -> None:
     """Seconds of a frame behind ``live`` slots: next-token prediction, by some of its steps, and k=1."""
-    benches, layout = _benches(bundle), bundle.manifest.layout
+    benches, layout = _benches(bundle, chosen), bundle.manifest.layout
     spent: Times = {}
     for _ in range(repeats):
         for schedule in (Schedule.next_token(layout), Schedule.serial(layout, 1)):
@@ -121,16 +134,20 @@ def compare_frames(bundle: Bundle, live: int, repeats: int, forms: Mapping[str, 
 
 
 def torch_forms(bundle: Bundle) -> dict[str, TorchForm]:
-    """The runtimes in PyTorch, in float32 on one thread, on the weights of the bundle."""
+    """The runtimes in PyTorch on one thread, on the weights of the bundle."""
     import torch
 
     from benchmarks.baselines import OptimisedForm, PublishedForm
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    config, weights = bundle.manifest.transformer, _weights(bundle)
-    forms = {"PyTorch, published form": PublishedForm, "PyTorch, optimised form": OptimisedForm}
-    return {name: form(weights, config, torch.float32, 5552) for name, form in forms.items()}
+    config, weights = bundle.manifest.transformer, canonical_weights(bundle)
+    forms = {
+        "PyTorch, published form": (PublishedForm, torch.float32),
+        "PyTorch, published form, bf16": (PublishedForm, torch.bfloat16),
+        "PyTorch, optimised form": (OptimisedForm, torch.float32),
+    }
+    return {name: form(weights, config, kind, 5552) for name, (form, kind) in forms.items()}
 
 
 def keep_freed_memory() -> None:
@@ -157,10 +174,13 @@ def show(spent: Times, base: str, title: str, further: Mapping[str, str] = Mappi
     CONSOLE.print(table)
 
 
-def _benches(bundle: Bundle) -> dict[str, Bench]:
+def _benches(bundle: Bundle, chosen: Sequence[str]) -> dict[str, Bench]:
+    """Of the runtimes whose names begin as one of those chosen, and of what they are compared with."""
+    begins = (*chosen, "diagd, fp32")
     return {
         name: Bench(bundle.at_precision(precision), 4096, wall=False, backend=backend)
         for name, (backend, precision) in RUNTIMES.items()
+        if name.startswith(begins)
     }
 
 

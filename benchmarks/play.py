@@ -31,6 +31,8 @@ import numpy as np
 from websockets import Origin
 from websockets.sync.client import ClientConnection, connect
 
+from benchmarks import parser
+
 KEYS = ("ArrowLeft", "ArrowUp", "ArrowRight", "ArrowDown")
 CHANGE_SECONDS = 0.37
 """Between two keys: no multiple of a frame."""
@@ -146,20 +148,18 @@ class Figures:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle")
-    parser.add_argument("--fps", type=float, default=60.0)
-    parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="play so long, a line a minute")
-    parser.add_argument("--output", type=Path, help="JSON of all lines")
-    parser.add_argument("--decoder", help="of the world, as the page chooses it")
-    parser.add_argument("--precision", help="of the step graph")
-    parser.add_argument("--threads", type=int, default=0, help="of the step graph; 0: the default")
-    parser.add_argument("--cluster", help="where they are played, as `diagd serve` takes it")
-    parser.add_argument("--players", type=int, nargs="+", help="how many play at once, as 1 2 4 8")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("bundle")
+    options.add_argument("--fps", type=float, default=60.0)
+    options.add_argument("--seconds", type=float, default=20.0)
+    options.add_argument("--soak", type=float, metavar="MINUTES", help="play so long, a line a minute")
+    options.add_argument("--output", type=Path, help="JSON of all lines")
+    options.add_argument("--decoder", help="of the world, as the page chooses it")
+    options.add_argument("--precision", help="of the step graph")
+    options.add_argument("--threads", type=int, default=0, help="of the step graph; 0: the default")
+    options.add_argument("--cluster", help="where they are played, as `diagd serve` takes it")
+    options.add_argument("--players", type=int, nargs="+", help="how many play at once, as 1 2 4 8")
+    args = options.parse_args()
     for players in args.players or ():
         many(players, args)
     if args.players:

@@ -9,7 +9,6 @@ same command goes on where it was stopped; a summary follows. From the root:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -19,12 +18,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import CONSOLE, parser
+from benchmarks.cpu import resident_bytes
 from diagd.bundle import Bundle
 from diagd.bundle.files import atomic_file
 from diagd.engines.host import peak_memory
+from diagd.profiling.measure import random_workload
 from diagd.runtime.actions import encode
 from diagd.runtime.decoders.scheduled import ScheduledDecoder
 from diagd.runtime.load import open_session
@@ -36,15 +37,14 @@ BLOCK = 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(__doc__, "bundle")
+    options.add_argument("--frames", type=int, default=100_000)
+    options.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after the block that is on"
     )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--frames", type=int, default=100_000)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the block that is on")
-    parser.add_argument("--precision", help="default: the bundle's first")
-    parser.add_argument("--log", type=Path, default=Path("soak.jsonl"))
-    args = parser.parse_args()
+    options.add_argument("--precision", help="default: the bundle's first")
+    options.add_argument("--log", type=Path, default=Path("soak.jsonl"))
+    args = options.parse_args()
     ends = time.monotonic() + args.seconds
     with open_session(Bundle.open(args.bundle), precision=args.precision) as session:
         for line in soak(session, args.log, args.frames):
@@ -52,7 +52,7 @@ def main() -> None:
                 log.write(json.dumps(line) + "\n")
             if time.monotonic() > ends:
                 break
-    Console(width=120).print(summary(lines_of(args.log)))
+    CONSOLE.print(summary(lines_of(args.log)))
 
 
 def soak(session: Session, log: Path, frames: int) -> Iterator[dict[str, Any]]:
@@ -62,7 +62,8 @@ def soak(session: Session, log: Path, frames: int) -> Iterator[dict[str, Any]]:
         session.stream.restore(kept.read_bytes())
     else:
         log.unlink(missing_ok=True)
-        session.start(*_prompt(session))
+        workload = random_workload(session, 1, 0)
+        session.start(workload.prompt, _action(session, 0)[None])
     layout = session.layout
     decoder = ScheduledDecoder(Schedule.chained(layout, 1))
     run = session.frames(decoder, lambda frame: _action(session, frame), seed=1)
@@ -73,21 +74,13 @@ def soak(session: Session, log: Path, frames: int) -> Iterator[dict[str, Any]]:
             "frames": session.stream.known,
             "process": os.getpid(),
             "seconds": time.perf_counter() - began,
-            "resident": resident(),
+            "resident": resident_bytes(),
             "peak": peak_memory(),
             "milliseconds": [1e3 * float(np.percentile(taken, share)) for share in (50, 99, 100)],
         }
         with atomic_file(kept) as partial:
             partial.write_bytes(session.stream.snapshot())
         yield line
-
-
-def _prompt(session: Session) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """One frame of ids that may be sampled, and its action."""
-    layout = session.layout
-    low, high = session.manifest.sampling.range_table(layout)[0]
-    frame = np.random.default_rng(0).integers(low, high, (1, layout.rows, layout.columns), dtype=np.int32)
-    return frame, _action(session, 0)[None]
 
 
 def _action(session: Session, frame: int) -> NDArray[np.int32]:
@@ -97,14 +90,6 @@ def _action(session: Session, frame: int) -> NDArray[np.int32]:
         return np.zeros(session.layout.gap, np.int32)
     field, names = next(iter(codec.choices.items()), ("", ()))
     return encode(codec, {field: names[frame // 8 % len(names)]} if names else {})
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def lines_of(log: Path) -> list[dict[str, Any]]:

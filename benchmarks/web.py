@@ -9,7 +9,6 @@ not counted (a browser compiles while it runs).
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import threading
@@ -19,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import CONSOLE, parser
 from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.progress import Progress
@@ -126,20 +125,17 @@ def rows(page: Path, bundle: Bundle, frames: int) -> Iterator[tuple[str, ...]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--precision", help="of the step graph")
-    parser.add_argument("--runtime", type=Path, help="archive or folder of onnxruntime-web")
-    parser.add_argument("--frames", type=int, default=96)
-    args = parser.parse_args()
-    console, bundle = Console(width=120), Bundle.open(args.bundle)
+    options = parser(__doc__, "bundle")
+    options.add_argument("--precision", help="of the step graph")
+    options.add_argument("--runtime", type=Path, help="archive or folder of onnxruntime-web")
+    options.add_argument("--frames", type=int, default=96)
+    args = options.parse_args()
+    bundle = Bundle.open(args.bundle)
     with tempfile.TemporaryDirectory() as work:
         made = write_page(
             bundle,
             Path(work) / "page",
-            lambda: runtime_files(args.runtime, Progress(console)),
+            lambda: runtime_files(args.runtime, Progress(CONSOLE)),
             precision=args.precision,
         )
         bundle = bundle.at_precision(made.precision)
@@ -152,7 +148,7 @@ def main() -> None:
         )
         for row in rows(made.path, bundle, args.frames):
             table.add_row(*row)
-        console.print(f"{bundle.manifest.name} {made.precision}: {made.download / 1e6:.2f} MB to load", table)
+        CONSOLE.print(f"{bundle.manifest.name} {made.precision}: {made.download / 1e6:.2f} MB to load", table)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.quantisation import calibrated
+from benchmarks.cpu import calibrated
 from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import benchmarks.cpu as cpu
 from benchmarks.cpu import GREEDY, Bench, host, idle_session
@@ -27,7 +28,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_the_host_is_timed_over_nothing_and_over_the_engine(
     bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "CONSOLE", cpu.Console(width=120))
+    monkeypatch.setattr(cpu, "CONSOLE", Console(width=120))
     host(bundle, wall=False, repeats=1)
     printed = capsys.readouterr().out
     for decoding in ("k=1 serial", "k=1 chained", "NTP"):

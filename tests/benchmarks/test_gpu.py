@@ -18,7 +18,7 @@ import benchmarks.gpu_checks as gpu_checks
 import benchmarks.gpu_measure as gpu_measure
 from benchmarks.gpu import MODELS, SAMPLERS, main, missing
 from benchmarks.gpu_checks import CHECKS, samplers
-from benchmarks.gpu_measure import PARTS, Bench, extents, first_steps, make_bundle, stored_weights, widths_of
+from benchmarks.gpu_measure import PARTS, Bench, cases, first_steps, make_bundle, stored_weights, widths_of
 from benchmarks.gpu_report import (
     BEGIN,
     END,
@@ -94,8 +94,8 @@ def test_other_precisions_are_beside_it(family: Family, folder: Path, bundle: Bu
 def test_every_step_fits_the_graphs(model: str, widths: tuple[int, ...]) -> None:
     layout = find(model, None).transformer.layout
     assert widths_of(layout, 3) == widths
-    assert find(model, None).transformer.context_frames >= max(e.known + e.frames for e in extents(layout, 3))
-    steps = {extent.name: extent.table.steps for extent in extents(layout, 3)}
+    assert find(model, None).transformer.context_frames >= max(e.known + e.frames for e in cases(layout, 3))
+    steps = {case.name: case.table.steps for case in cases(layout, 3)}
     cells = layout.cells
     assert steps["NTP"] == cells
     if model == "cosmos-4b":
@@ -117,7 +117,7 @@ def test_every_part_is_measured(
 
     rows = Bench(make, CEILINGS, 3, torch_device="cpu").measure(bundle, family, part)
     layout = bundle.manifest.layout
-    wanted = {extent.name: (extent.frames, extent.table.steps) for extent in extents(layout, 3)}
+    wanted = {case.name: (case.frames, case.table.steps) for case in cases(layout, 3)}
     found = {row.schedule: (row.frames, row.steps) for row in rows}
     frames, passes = found.pop(JACOBI, (3, 3))
     assert found == wanted and (frames == 3) and 3 <= passes <= 3 * layout.cells
@@ -303,7 +303,7 @@ def test_results_are_kept_between_calls(tmp_path: Path) -> None:
 
 
 def test_a_warm_up_is_the_beginning_of_a_run(bundle: Bundle) -> None:
-    table = next(iter(extents(bundle.manifest.layout, 3))).table
+    table = next(iter(cases(bundle.manifest.layout, 3))).table
     short = first_steps(table, 5)
     assert short.steps == 5
     assert (short.step(4).positions == table.step(4).positions).all()

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import benchmarks.ladder as ladder_module
-from benchmarks.ladder import REPEATS, Ladder, Rung, SwitchedEngine, show
+from benchmarks.ladder import REPEATS, Ladder, Row, SwitchedEngine, show
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import StepOptions, find
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -38,8 +38,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(host_kernels(str(tmp_path_factory.getbasetemp() / "native")))
 
 
-def climb(bundle: Bundle) -> dict[str, Rung]:
-    return {rung.name: rung for rung in Ladder(bundle, None, 3, CPU, find("cpu")).rungs()}
+def climb(bundle: Bundle) -> dict[str, Row]:
+    return {rung.name: rung for rung in Ladder(bundle, None, 3, CPU, find("cpu")).rows()}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def renamed(bundle: Bundle, form: Form, precision: str) -> Bundle:
     return replace(bundle, manifest=bundle.manifest.model_copy(update={"graphs": graphs}))
 
 
-def check_measured(rung: Rung, *held: str) -> None:
+def check_measured(rung: Row, *held: str) -> None:
     assert rung.seconds is not None
     assert rung.before is not None
     assert rung.gain == pytest.approx(rung.before / rung.seconds)
@@ -120,7 +120,7 @@ def test_rungs_of_a_device(both: Bundle, workshop: Workshop) -> None:
     graphs = [graph for graph in both.manifest.graphs if graph.form is Form.MODERN]
     twice = (*graphs, *(graph.model_copy(update={"precision": "fp16"}) for graph in graphs))
     pair = replace(both, manifest=both.manifest.model_copy(update={"graphs": twice}))
-    rungs = {rung.name: rung for rung in Ladder(pair, "fp32", 3, CPU, workshop).rungs()}
+    rungs = {rung.name: rung for rung in Ladder(pair, "fp32", 3, CPU, workshop).rows()}
     assert list(rungs) == ["precision fp16", "CUDA graph"]
     for rung in rungs.values():
         assert rung.gain == pytest.approx((rung.before or 0) / (rung.seconds or 1))
@@ -138,7 +138,7 @@ def test_an_engine_is_closed_when_its_rung_fails(both: Bundle, workshop: Worksho
             raise DiagdError("the device is gone")
 
     workshop.before_step = fail
-    rungs = list(Ladder(both, None, 3, CPU, workshop).rungs())
+    rungs = list(Ladder(both, None, 3, CPU, workshop).rows())
     assert rungs[-1].reason == "the device is gone"
     assert workshop.devices[-1].log[-1] == ("close",)
 
