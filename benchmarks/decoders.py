@@ -30,8 +30,8 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.profiling.measure import Workload, random_workload
 from diagd.progress import Progress
 from diagd.runtime.actions import encode, read_actions
-from diagd.runtime.audit import redrawn
 from diagd.runtime.clip import read_prompt
+from diagd.runtime.comparison import redrawn
 from diagd.runtime.decoders import Decoder, JacobiDecoder, RasterDecoder, ScheduledDecoder
 from diagd.runtime.load import open_session
 from diagd.runtime.pixels import PixelCodec

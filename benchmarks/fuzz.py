@@ -50,8 +50,8 @@ from diagd.play.terminal import Abilities
 from diagd.profiling.report import read_report
 from diagd.runtime.actions import encode, read_actions
 from diagd.runtime.arrays import read_array, read_arrays
+from diagd.runtime.pictures import read_frames
 from diagd.runtime.sampling import SAMPLER
-from diagd.runtime.video import read_frames
 from diagd.schedule import slots_needed
 from tests.bundle.test_bundle import manifest
 

@@ -18,7 +18,7 @@ from diagd.bundle.actions import ActionCodec, ChoiceSlot
 from diagd.cluster import open_workers
 from diagd.errors import UsageError
 from diagd.runtime.actions import read_actions
-from diagd.runtime.video import read_frames
+from diagd.runtime.pictures import read_frames
 from diagd.tuning.recordings import Episode, check_recipe, episode_sources, save_episode, shard_path
 from worlds import doom
 from worlds.options import CollectOptions, ImportOptions

@@ -20,7 +20,7 @@ from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.errors import UsageError
 from diagd.export.families.mineworld import mineworld_actions
 from diagd.runtime.actions import encode, read_actions
-from diagd.runtime.video import sized
+from diagd.runtime.pictures import sized
 from worlds.metrics import Estimate
 from worlds.options import FolderOptions
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from diagd.bundle import Bundle, Manifest
 from diagd.bundle.files import atomic_file
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.runtime.audit import audit
+from diagd.runtime.comparison import audit
 from diagd.runtime.decoders import Decoder, DraftDecoder, ScheduledDecoder
 from diagd.runtime.decoders.scoring import Proposal, Scorer, open_scorer, worst_likelihood
 from diagd.runtime.pixels import PixelCodec

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from diagd.errors import UsageError
 from diagd.runtime.arrays import read_arrays
 from diagd.runtime.jobs import CLIPS
-from diagd.runtime.video import SUFFIXES, files_in, read_frames, sized
+from diagd.runtime.pictures import files_in, read_frames, sized
+from diagd.runtime.video import SUFFIXES
 from worlds.inverse_dynamics import Judge, done_in
 from worlds.metrics import Estimate, MetricNetwork, frechet_distance, psnr, ssim
 from worlds.options import FolderOptions

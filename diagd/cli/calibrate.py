@@ -56,8 +56,8 @@ class CalibrateOptions:
         """
         from diagd.engines.onnxruntime_session import CpuOptions
         from diagd.runtime.clip import read_tokens
+        from diagd.runtime.pictures import read_frames
         from diagd.runtime.pixels import PixelCodec
-        from diagd.runtime.video import read_frames
 
         if self.data is None:
             return None

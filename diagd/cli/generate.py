@@ -75,7 +75,7 @@ def _replay(options: GenerateOptions, record: Path, progress: Progress) -> None:
     from diagd.bundle.targets import file_target
     from diagd.play.game import replay
     from diagd.play.opening import GameOptions, open_replay
-    from diagd.runtime.output import OUTPUTS, write_tokens, write_video
+    from diagd.runtime.video import OUTPUTS, write_tokens, write_video
 
     file_target(options.output, OUTPUTS)
     game, lines = open_replay(options.bundle, record, GameOptions(session=options.session))
@@ -93,15 +93,16 @@ def _report(console: Console, made: Made) -> None:
     if not made.frames:
         console.print(f"there already: {made.output}")
         return
-    spent = (made.engine, made.host, made.decoding)
-    engine, host, both = (f"{1e3 * seconds / made.passes:.2f} ms" for seconds in spent)
+    spent = made.timing
+    times = (spent.engine, spent.host, made.decoding)
+    engine, host, both = (f"{1e3 * seconds / spent.steps:.2f} ms" for seconds in times)
     # What the host saw of an engine that it runs ahead of is how long queueing took.
     passes = f"of {both}" if made.ahead else f"of {engine}, host {host} a pass"
-    each = f"{made.passes / made.frames:.3g} passes a frame"
+    each = f"{spent.steps / made.frames:.3g} passes a frame"
     near = "" if made.psnr is None else f", PSNR {made.psnr:.2f} dB to the recording"
     console.print(
         f"{made.frames} frames in {made.seconds:.2f} s, {made.frames / made.seconds:.2f} frames/s: "
-        f"{made.passes} passes {passes}, {each}{near}: {made.output}"
+        f"{spent.steps} passes {passes}, {each}{near}: {made.output}"
     )
     if made.lines is not None:
         console.print(f"the model's actions: {made.lines}")
@@ -111,10 +112,10 @@ def _report(console: Console, made: Made) -> None:
             f"{whole:.2%} of the tokens are next-token prediction's with this seed, {worst:.2%} of the worst "
             "frame's, behind the same tokens"
         )
-    if made.refill_passes:
+    if spent.refill_steps:
         console.print(
-            f"the sliding window was fed again in {made.refill_passes} further passes, "
-            f"{made.refill_seconds:.2f} s of the total; a larger --set roll slides less often"
+            f"the sliding window was fed again in {spent.refill_steps} further passes, "
+            f"{spent.refill_seconds:.2f} s of the total; a larger --set roll slides less often"
         )
 
 

@@ -23,11 +23,10 @@ from diagd.play.pictures import Pictures, View
 from diagd.play.record import Ahead, Line, Played, Record, Start
 from diagd.play.settings import PlaySettings
 from diagd.runtime.actions import encode
-from diagd.runtime.audit import audit
 from diagd.runtime.clip import check_tokens
-from diagd.runtime.passes import Run
+from diagd.runtime.comparison import audit
 from diagd.runtime.session import Session
-from diagd.runtime.step import Frame
+from diagd.runtime.step import Frame, Run
 from diagd.runtime.stream import Past
 from diagd.runtime.video import VideoWriter
 

@@ -23,8 +23,8 @@ from diagd.play.record import Line, read_record
 from diagd.runtime.clip import read_prompt, read_tokens
 from diagd.runtime.group import Group
 from diagd.runtime.options import SessionOptions
+from diagd.runtime.pictures import files_in
 from diagd.runtime.pixels import PixelCodec
-from diagd.runtime.video import files_in
 
 SHIPPED: Final = Path(__file__).parents[1] / "models" / "crafter-3m" / "ready"
 """The world that is played without a bundle; `worlds.ship` makes it."""

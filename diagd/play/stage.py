@@ -14,7 +14,7 @@ from diagd.play.controls import Inputs
 from diagd.play.game import Game, Shown
 from diagd.play.pacer import Pacer
 from diagd.play.pictures import Pictures
-from diagd.runtime.passes import Run, lock_step
+from diagd.runtime.step import Run, lock_step
 
 Mode = Literal["live", "step", "pause"]
 """Frames at the rate, a frame for each key pressed or while it is held, or none."""

@@ -23,8 +23,7 @@ from diagd.engines.processor import ReferenceEngine, open_fixed
 from diagd.errors import ScheduleError, UsageError, unknown
 from diagd.profiling.measure import Workload
 from diagd.profiling.tensors import PlainGraph, Tensors, TensorVerdict, capture_feeds, compare_tensors
-from diagd.runtime.audit import audit, redrawn
-from diagd.runtime.comparison import Cell, Comparison, lockstep
+from diagd.runtime.comparison import Cell, Comparison, audit, lockstep, redrawn
 from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import check_window, open_session, session_over, step_options
 from diagd.runtime.sampling import SamplingSettings

@@ -19,8 +19,8 @@ from diagd.options import FLAG, OPTIONS, File
 from diagd.runtime.actions import encode, read_actions
 from diagd.runtime.arrays import read_array
 from diagd.runtime.episodes import EPISODE, read_episode
+from diagd.runtime.pictures import read_frames, read_images, sized
 from diagd.runtime.pixels import PixelCodec, Pixels
-from diagd.runtime.video import read_frames, read_images, sized
 
 ACTIONS = "actions.jsonl"
 """Of a folder of images: one action a line."""

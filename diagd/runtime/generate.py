@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -19,17 +19,18 @@ from diagd.engines.engine import Float, Int
 from diagd.errors import UsageError
 from diagd.progress import Progress
 from diagd.runtime.actions import write_actions
-from diagd.runtime.audit import audit
 from diagd.runtime.clip import Clip, ClipOptions, read_clip
+from diagd.runtime.comparison import audit
 from diagd.runtime.decoders import Decoder
 from diagd.runtime.decoders.scoring import MEASURED, open_scorer
 from diagd.runtime.episodes import EPISODE, Dream, vector_codec
 from diagd.runtime.jobs import LINES, Job, jobs_of
 from diagd.runtime.options import GenerateOptions, TextEncoder
-from diagd.runtime.output import TOKENS, write_tokens, write_video
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.runtime.session import Session
+from diagd.runtime.step import Timing
 from diagd.runtime.strategy import DRAFT, parse_decoder
+from diagd.runtime.video import TOKENS, write_tokens, write_video
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,8 @@ class Made:
         frames: token frames in it behind the prompt; 0 where the file was there already.
         seconds: it took.
         decoding: seconds of them for tokens.
-        passes: through the model, and what they took together in the engine and on the host, in seconds.
+        timing: of the passes.
         ahead: the host queued them without waiting.
-        refill_passes: further passes that fed the context again because it slid, and seconds of them.
         psnr: of the pictures to those of the recording, dB, where it has them.
         lines: the file of what the model played, where it did.
         exact: share of tokens that next-token prediction draws with the same seed, where that was asked for,
@@ -54,12 +54,8 @@ class Made:
     frames: int = 0
     seconds: float = 0.0
     decoding: float = 0.0
-    passes: int = 0
-    engine: float = 0.0
-    host: float = 0.0
+    timing: Timing = field(default_factory=Timing)
     ahead: bool = False
-    refill_passes: int = 0
-    refill_seconds: float = 0.0
     psnr: float | None = None
     lines: Path | None = None
     exact: tuple[float, float] | None = None
@@ -224,21 +220,10 @@ class _Future:
         session, before, began = self._session, replace(self._session.timing), time.perf_counter()
         psnr = self._write()
         lines = self._write_lines() if self._clip.acts and self._kind != EPISODE else None
-        spent, wall = session.timing, time.perf_counter() - began
+        spent, wall = session.timing.since(before), time.perf_counter() - began
+        exact = self._audit() if self._options.audit else None
         return Made(
-            self._path,
-            self._count,
-            wall,
-            self._decoding,
-            spent.steps - before.steps,
-            spent.engine - before.engine,
-            spent.host - before.host,
-            session.engine.ahead,
-            spent.refill_steps - before.refill_steps,
-            spent.refill_seconds - before.refill_seconds,
-            psnr,
-            lines,
-            self._audit() if self._options.audit else None,
+            *(self._path, self._count, wall, self._decoding, spent, session.engine.ahead, psnr, lines, exact)
         )
 
     def _write(self) -> float | None:

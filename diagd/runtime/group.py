@@ -8,10 +8,9 @@ from typing import TypeAlias, TypeVar
 from diagd.engines.engine import Engine
 from diagd.errors import UsageError
 from diagd.runtime.decoders.decoder import Decoder
-from diagd.runtime.passes import Run, lock_step
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.step import Frame
+from diagd.runtime.step import Frame, Run, lock_step
 from diagd.runtime.stream import Actions, Ids
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from diagd.errors import UsageError
 from diagd.runtime.clip import ClipOptions
 from diagd.runtime.episodes import EPISODE
 from diagd.runtime.options import GenerateOptions, TextOptions
-from diagd.runtime.output import OUTPUTS
-from diagd.runtime.video import files_in
+from diagd.runtime.pictures import files_in
+from diagd.runtime.video import OUTPUTS
 
 LINES = ".jsonl"
 """Of the file of actions beside what the model played."""

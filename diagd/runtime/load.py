@@ -17,8 +17,8 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH
 from diagd.errors import UsageError, unknown
 from diagd.runtime.group import Group
-from diagd.runtime.passes import Passes
 from diagd.runtime.session import Session
+from diagd.runtime.step import Passes
 from diagd.runtime.text import TextReader
 from diagd.runtime.tokens import token_places
 from diagd.schedule import slots_needed

@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, groupby
-from typing import Any, TypeAlias, TypedDict, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import Never, Unpack
 
 from diagd.bundle import Manifest
@@ -21,34 +20,16 @@ from diagd.runtime.decoders.acting import ActingDecoder
 from diagd.runtime.decoders.decoder import Decoder
 from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scheduled import ForcedDecoder, RasterDecoder, ScheduledDecoder
-from diagd.runtime.passes import Passes, Run
 from diagd.runtime.sampling import ActionLaw, SamplingSettings
 from diagd.runtime.slots import SlotRing
-from diagd.runtime.step import Frame, Result, StepTime, Timing
-from diagd.runtime.stream import Actions, Ids, Past, Stream
-from diagd.runtime.text import TextReader
+from diagd.runtime.step import Frame, Passes, Result, Run, StepTime, Timing
+from diagd.runtime.stream import Actions, Ids, Past, RunOptions, Stream
+from diagd.runtime.text import TextReader, check_text
 from diagd.schedule import Block, Schedule, Step, StreamLayout, feed, slots_in_sight
 
 T = TypeVar("T")
 Seen: TypeAlias = tuple[Step, Result]
 """A step, with what it gave."""
-
-
-class RunOptions(TypedDict, total=False):
-    """How a run goes.
-
-    Attributes:
-        count: most frames; without it the run ends with the actions, or never.
-        sampling: default: the manifest's.
-        seed: of the random numbers, default 0; with the same engine, the same seed gives the same tokens.
-        newer: asked for another action while a frame is decoded; see ``Stream.newer``. For decoders that can
-            begin a frame anew, as Jacobi's can: a key then counts for the picture that comes next.
-    """
-
-    count: int | None
-    sampling: SamplingSettings | None
-    seed: int
-    newer: Callable[[int], Ids | None] | None
 
 
 class Session:
@@ -91,7 +72,13 @@ class Session:
         zero_rows = (self.layout.frame_start(0), self.layout.frame_start(window)) if zero_slots else (0, 0)
         self._slots = SlotRing(engine.capacity, zero_rows, slots_in_sight(self.layout, window))
         self._context = context_policy(
-            manifest.context, self.layout, window, manifest.cache, self._slots, self._rotate, roll
+            manifest.context,
+            self.layout,
+            window,
+            manifest.cache,
+            self._slots,
+            lambda angles, live: engine.rotate_keys(angles, live, lane),
+            roll,
         )
         prefix = np.asarray(self.layout.prefix_tokens, np.int32)
         self._stream = Stream(
@@ -149,7 +136,7 @@ class Session:
         Raises:
             UsageError: shape or length does not fit the model, or it needs a text.
         """
-        self._check_text(text)
+        check_text(self._text, text, self.manifest.name)
         self._run += 1
         self._stream.start(frames, actions)
         self._stream.text = text
@@ -293,18 +280,17 @@ class Session:
     def _frames(self, decoder: Decoder, run: int) -> Run[Frame]:
         stream, timing = self._stream, self.timing
         while True:
-            known, began, steps = stream.known, time.perf_counter(), timing.steps
-            refilled = timing.refill_steps, timing.refill_seconds
+            known, began, before = stream.known, time.perf_counter(), replace(timing)
             yield from self._decode(decoder, run, timing)  # type: ignore[misc]  # nothing is watched
             if known == stream.known:
                 return
-            steps = timing.steps - steps
+            spent = timing.since(before)
             for frame in range(known, stream.known):
-                passes, spent = timing.refill_steps - refilled[0], timing.refill_seconds - refilled[1]
                 seconds, tokens = time.perf_counter() - began, stream.frame(frame)
-                action = stream.past[frame - stream.known].actions
-                yield Frame(frame, tokens, steps, seconds, stream.exact, action, passes, spent)
-                began, steps, refilled = time.perf_counter(), 0, (timing.refill_steps, timing.refill_seconds)
+                action, refills = stream.past[frame - stream.known].actions, spent.refill_steps
+                again = spent.refill_seconds
+                yield Frame(frame, tokens, spent.steps, seconds, stream.exact, action, refills, again)
+                began, spent = time.perf_counter(), Timing()
 
     def _decode(self, decoder: Decoder, run: int, timing: Timing, *, watched: bool = False) -> Run[Seen]:
         """Run a decoder until one more frame, or a few, are complete; steps count to ``timing``.
@@ -412,9 +398,6 @@ class Session:
             self.engine.write_tokens(places, ids, self.lane)
         self._stream.unsent.clear()
 
-    def _rotate(self, angles: NDArray[np.float64], live: int) -> None:
-        self.engine.rotate_keys(angles, live, self.lane)
-
     def _refill(self, refill: Refill) -> Run[Never]:
         """Feed known tokens again, in passes as wide as the engine takes."""
         began, timing = time.perf_counter(), Timing()
@@ -432,7 +415,8 @@ class Session:
             self._left, self._slots.stale = None, True
         if self._cached != (stream, stream.beginnings):
             self._cached = stream, stream.beginnings
-            self._read_text()
+            if self._text is not None and stream.text is not None:
+                self.engine.set_text(self._text.rows(stream.text))
             self._rebuild()
         elif not self._context.holds(stream.known):
             self._rebuild()
@@ -471,18 +455,3 @@ class Session:
         """Have all that a run waits for, for this session alone."""
         for _ in self.alone(run):
             pass
-
-    def _check_text(self, text: Float | None) -> None:
-        if self._text is None and text is not None:
-            raise UsageError(f"{self.manifest.name} attends to no text; leave it out")
-        if self._text is not None and text is None:
-            spec = self._text.spec
-            raise UsageError(
-                f"{self.manifest.name} needs text embeddings [n, {spec.width}], n up to {spec.length}"
-            )
-        if self._text is not None and text is not None:
-            self._text.check(text)
-
-    def _read_text(self) -> None:
-        if self._text is not None and self._stream.text is not None:
-            self.engine.set_text(self._text.rows(self._stream.text))

@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,23 @@ index of the frame. The model decodes those that are None. A run ends with what 
 callable raises StopIteration. None for models without actions."""
 
 SNAPSHOT: Final = "diagd stream 2"
+
+
+class RunOptions(TypedDict, total=False):
+    """How a run goes.
+
+    Attributes:
+        count: most frames; without it the run ends with the actions, or never.
+        sampling: default: the manifest's.
+        seed: of the random numbers, default 0; with the same engine, the same seed gives the same tokens.
+        newer: asked for another action while a frame is decoded; see ``Stream.newer``. For decoders that can
+            begin a frame anew, as Jacobi's can: a key then counts for the picture that comes next.
+    """
+
+    count: int | None
+    sampling: SamplingSettings | None
+    seed: int
+    newer: Callable[[int], Ids | None] | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,19 +34,6 @@ class TextReader:
         self._path, self._options = bundle.file(spec.graph), options
         self._digest = bundle.digest_of(spec.graph, *spec.weight_files)
 
-    def check(self, text: Float) -> None:
-        """Refuse embeddings float32 [n, width] that do not fit the model.
-
-        Raises:
-            UsageError: they do not.
-        """
-        length, width = self.spec.length, self.spec.width
-        if text.ndim != 2 or text.shape[1] != width or not 1 <= len(text) <= length:
-            raise UsageError(
-                f"text embeddings have shape {list(text.shape)}; this model takes [n, {width}] with n from 1 "
-                f"to {length}"
-            )
-
     def rows(self, text: Float) -> dict[str, NDArray[np.generic]]:
         """Keys and values [kv_heads, length, head_size] by graph input, for embeddings that fit.
 
@@ -56,6 +43,26 @@ class TextReader:
         filled = np.zeros((length, width), np.float32)
         filled[: len(text)] = text
         return self._backend.open_graph(self._path, self._digest, self._options)({"text": filled})
+
+
+def check_text(reader: TextReader | None, text: Float | None, name: str) -> None:
+    """Refuse embeddings float32 [n, width] that do not fit a model, which attends to none without a reader.
+
+    Raises:
+        UsageError: they do not, or are missing.
+    """
+    if reader is None:
+        if text is not None:
+            raise UsageError(f"{name} attends to no text; leave it out")
+        return
+    length, width = reader.spec.length, reader.spec.width
+    if text is None:
+        raise UsageError(f"{name} needs text embeddings [n, {width}], n up to {length}")
+    if text.ndim != 2 or text.shape[1] != width or not 1 <= len(text) <= length:
+        raise UsageError(
+            f"text embeddings have shape {list(text.shape)}; this model takes [n, {width}] with n from 1 "
+            f"to {length}"
+        )
 
 
 def read_text(path: Path) -> Float:

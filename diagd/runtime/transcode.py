@@ -17,9 +17,9 @@ from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File
 from diagd.progress import Progress
 from diagd.runtime.clip import read_tokens
-from diagd.runtime.output import psnr, squared_error, write_tokens, write_video
+from diagd.runtime.pictures import read_frames
 from diagd.runtime.pixels import PixelCodec, Pixels
-from diagd.runtime.video import SUFFIXES, read_frames
+from diagd.runtime.video import SUFFIXES, psnr, squared_error, write_tokens, write_video
 
 
 @dataclass(frozen=True, config=OPTIONS)

@@ -21,9 +21,9 @@ from diagd.bundle.actions import ActionCodec, EdgesSlot, FirstPressedSlot, OnlyP
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.runtime.actions import encode
+from diagd.runtime.pictures import sized
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.video import sized
 from diagd.serve.dreamer import Context, Dreamt, Job
 
 PREDICTIONS: Final = "predictions.json"

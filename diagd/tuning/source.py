@@ -25,8 +25,8 @@ from diagd.runtime.actions import encode
 from diagd.runtime.arrays import read_array
 from diagd.runtime.clip import Clip, read_recording
 from diagd.runtime.jobs import CLIPS
+from diagd.runtime.pictures import files_in
 from diagd.runtime.pixels import PixelCodec
-from diagd.runtime.video import files_in
 from diagd.schedule import StreamLayout
 from diagd.tuning.align import Report, Validation, align
 from diagd.tuning.options import AlignOptions

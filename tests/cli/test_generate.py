@@ -17,8 +17,9 @@ from diagd.bundle import Bundle
 from diagd.cli.main import main
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.runtime.actions import encode, read_actions
+from diagd.runtime.pictures import read_frames
 from diagd.runtime.pixels import PixelCodec
-from diagd.runtime.video import VideoWriter, read_frames
+from diagd.runtime.video import VideoWriter
 from tests.cli.conftest import Workplace
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from diagd.cli.main import main
-from diagd.runtime.video import VideoWriter, read_frames
+from diagd.runtime.pictures import read_frames
+from diagd.runtime.video import VideoWriter
 from tests.cli.conftest import Workplace
 
 

@@ -23,7 +23,7 @@ from diagd.play.opening import GameOptions
 from diagd.play.record import read_record
 from diagd.play.server import Limits
 from diagd.runtime.actions import describe
-from diagd.runtime.video import read_frames
+from diagd.runtime.pictures import read_frames
 from tests.play.conftest import Serve
 
 

@@ -15,7 +15,7 @@ import pytest
 from diagd.errors import DependencyError
 from diagd.profiling.page import page, write_page
 from diagd.profiling.profile import Profile
-from diagd.runtime.video import read_frames
+from diagd.runtime.pictures import read_frames
 from tests.profiling.reports import lognormal, report, run
 
 CHROMIUM = next(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import diagd
-from diagd.runtime.audit import audit, redrawn
+from diagd.runtime.comparison import audit, redrawn
 from diagd.runtime.decoders import JacobiDecoder, RasterDecoder, ScheduledDecoder
 from diagd.runtime.session import Session
 from diagd.schedule import NO_SINK, Schedule

@@ -17,7 +17,8 @@ from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig
 from diagd.runtime.clip import ClipOptions
 from diagd.runtime.generate import Made, generate
 from diagd.runtime.options import GenerateOptions
-from diagd.runtime.video import VideoWriter, read_frames
+from diagd.runtime.pictures import read_frames
+from diagd.runtime.video import VideoWriter
 from diagd.schedule import StreamLayout
 from tests.export.test_families_cosmos import small
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from diagd.bundle.manifest import MediaMark
-from diagd.runtime.stamp import Stamp
-from diagd.runtime.video import VideoWriter, read_frames
+from diagd.runtime.pictures import read_frames
+from diagd.runtime.video import Stamp, VideoWriter
 
 MARK = MediaMark(text="Made by a model", program="Made by a model (of a test)")
 

@@ -13,7 +13,8 @@ import pytest
 
 from diagd.errors import UsageError
 from diagd.runtime import video
-from diagd.runtime.video import VideoWriter, read_frames, read_images
+from diagd.runtime.pictures import read_frames, read_images
+from diagd.runtime.video import VideoWriter
 
 SIZE = (48, 64)
 
@@ -336,7 +337,7 @@ def test_what_is_transparent_is_black_and_said(tmp_path: Path, caplog: pytest.Lo
 
 READ = """
 import resource, sys
-from diagd.runtime.video import read_frames, read_images
+from diagd.runtime.pictures import read_frames, read_images
 read_frames(sys.argv[1], (36, 64), frames=1, resize=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(read_frames(sys.argv[1], (36, 64), resize=True).shape[0])

@@ -11,7 +11,7 @@ import pytest
 
 import diagd
 from diagd.errors import UsageError
-from diagd.runtime.audit import audit
+from diagd.runtime.comparison import audit
 from diagd.runtime.decoders import Decoder, DraftDecoder, JacobiDecoder, RasterDecoder, ScheduledDecoder
 from diagd.runtime.decoders.scoring import Proposal
 from diagd.runtime.session import Session
