@@ -61,12 +61,8 @@ class Row:
 class SwitchedEngine(PrefixEngine):
     """The CPU engine with its optimisations as switches.
 
-    Args:
-        bundle: with a graph in the prefix form.
-        options: slots, tokens, and settings of ONNX Runtime.
-        live_prefix: bind the slots in use; otherwise all of them.
-        in_place: write K/V where they lie; otherwise into another set of buffers, as a cache that goes in
-            and comes out of a graph does.
+    With ``live_prefix`` the slots in use are bound, else all of them. Without ``in_place`` K/V go into
+    another set of buffers, as with a cache that goes in and comes out of a graph.
     """
 
     def __init__(self, bundle: Bundle, options: StepOptions, *, live_prefix: bool, in_place: bool) -> None:

@@ -47,12 +47,8 @@ class WorldEnv(gymnasium.Env[Observation, Any]):
     """One world.
 
     Actions are those of the model: its one choice as a number, or a dictionary of buttons (0 or 1), choices
-    and fields. Models without actions take 0.
-
-    Args:
-        bundle: default: the world that `worlds.ship` made ready.
-        render_mode: ``rgb_array``, or None.
-        options: what it runs on.
+    and fields. Models without actions take 0. Without a bundle it is the world that `worlds.ship` made ready;
+    ``render_mode`` is ``rgb_array`` or None.
 
     Raises:
         DiagdError: the bundle cannot be played.
@@ -119,13 +115,8 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
     """Worlds in lock step: a frame of all of them takes the passes of one.
 
     An environment that is truncated begins anew in the next step, whose action it does not take, or, by
-    ``reset(options={"reset_mask": ...})``, when it is asked to.
-
-    Args:
-        num_envs: how many.
-        bundle: as of `WorldEnv`.
-        max_episode_steps: frames after which an episode is truncated; None: never.
-        options: what it runs on.
+    ``reset(options={"reset_mask": ...})``, when it is asked to. An episode is truncated after
+    ``max_episode_steps`` frames; None: never. The rest is as of `WorldEnv`.
 
     Raises:
         DiagdError: the bundle cannot be played, or not by so many at once.

@@ -39,13 +39,7 @@ class Event(NamedTuple):
 
 
 class PlayActor:
-    """What an actor of Ray is made of.
-
-    Args:
-        bundle: read on its node.
-        options: what its games run on.
-        service: how many, and how fast.
-    """
+    """What an actor of Ray is made of."""
 
     def __init__(self, bundle: Path, options: GameOptions, service: Service) -> None:
         self._given = bundle, options, service

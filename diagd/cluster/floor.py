@@ -201,13 +201,8 @@ class RayFloor:
     """See ``Floor``: engines on the nodes of a cluster, each with as many tables as one of this process.
 
     A world whose engine is lost goes on at a table that is free elsewhere, else where the engine is started
-    anew: from its last snapshot, and the lines of its record since, which are kept here.
-
-    Args:
-        bundle: in the same place on every node.
-        options: what games run on.
-        service: worlds of each engine, and how fast they are.
-        cluster: where, and what each engine takes.
+    anew: from its last snapshot, and the lines of its record since, which are kept here. The bundle is in the
+    same place on every node; ``service`` is that of each engine.
     """
 
     def __init__(

@@ -40,11 +40,8 @@ class _Actor(Worker[Any, Any]):
 class RayWorkers(Workers[Item, Result]):
     """Workers that are actors of a Ray cluster, each with a core; see `Workers`.
 
-    Args:
-        make: gets a worker ready; what it reads has to be in the same place on every node.
-        address: see `connect`.
-        count: of workers; None: one for each core of the cluster, or for each share of a GPU.
-        gpus: of each.
+    What ``make`` reads has to be in the same place on every node. ``count`` None: one for each core of the
+    cluster, or for each share of a GPU.
     """
 
     def __init__(

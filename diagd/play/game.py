@@ -81,13 +81,8 @@ class Shown:
 class Game:
     """One world under the commands of a player; every method is for one thread.
 
-    Args:
-        bundle: that is played.
-        session: over it; closed with the game.
-        view: of its pictures.
-        prompts: token frames int32 [P, rows, columns] that worlds start from.
-        path: of the record; None keeps none.
-        text: embeddings, for models that attend to a text.
+    Worlds start from ``prompts``, token frames int32 [P, rows, columns]. The session is closed with the game;
+    what is played is written to ``path``, where there is one.
 
     Attributes:
         marks: places to go back to, by number.
@@ -255,9 +250,8 @@ class Game:
     def advance(self, act: Act, newer: Act = lambda: None) -> Shown | None:
         """Decode one frame.
 
-        Args:
-            act: asked for an action when a frame begins. None: it has none.
-            newer: asked for another one while the frame is decoded.
+        ``act`` is asked for an action when a frame begins, None being none, and ``newer`` for another one
+        while it is decoded.
         """
         return next(self.session.alone(self.play(act, newer)), None)
 
@@ -402,10 +396,7 @@ class Game:
 def replay(game: Game, lines: Sequence[tuple[int, Line]], strict: bool = True) -> Iterator[Shown]:
     """Do again what a record says, and give every frame that was shown.
 
-    Args:
-        game: over the bundle that the record is of.
-        lines: as `read_record` gives them.
-        strict: a frame with other tokens than those recorded is an error.
+    With ``strict``, a frame with other tokens than those recorded is an error.
 
     Raises:
         QualityError: a frame differs; the message has its number and its line.

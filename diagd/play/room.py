@@ -49,11 +49,8 @@ class Seat(Generic[Somebody]):
 class Room(Generic[Somebody]):
     """Gives seats to the first, then in turn.
 
-    Args:
-        clock: seconds.
-        seats: how many.
-        admits: whether one more player may have this free seat now.
-        cleared: is told of a seat that was taken away.
+    ``admits`` says whether one more player may have a free seat now; ``cleared`` is told of a seat that was
+    taken away.
     """
 
     def __init__(

@@ -144,12 +144,8 @@ class Client:
 class Server:
     """Serves worlds, each with a seat in front of it.
 
-    Args:
-        floor: of the worlds; closed when serving ends.
-        address: where to listen.
-        limits: of connections and seats.
-        rate: frames a second that every player is to get: nobody is seated who would take it from others.
-            None: who plays gets what there is.
+    With a ``rate``, in frames a second, nobody is seated who would take it from others; else who plays gets
+    what there is. The floor is closed when serving ends.
 
     Raises:
         DependencyError: websockets is not installed.
@@ -173,8 +169,7 @@ class Server:
     async def run(self, started: Callable[[str], None]) -> None:
         """Serve until cancelled.
 
-        Args:
-            started: is given the address of the page once it is served.
+        ``started`` is given the address of the page once it is served.
 
         Raises:
             UsageError: nobody can listen there.

@@ -43,12 +43,7 @@ def serve(
 ) -> None:
     """Serve until it is interrupted, and, when it is asked to end, until the players have gone.
 
-    Args:
-        path: bundle that is played.
-        options: what it runs on.
-        service: for how many, and how fast.
-        address: where.
-        started: is given the model's name and the address of the page once it is served.
+    ``started`` is given the model's name and the address of the page once it is served.
 
     Raises:
         DiagdError: the bundle cannot be played, or not by so many, or nobody can listen there.

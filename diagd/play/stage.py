@@ -38,12 +38,8 @@ class Update:
 class Stage:
     """A world that is played: commands to it, and frames when they are due.
 
-    Args:
-        game: used by the conductor's thread alone from its start on.
-        inputs: of the player.
-        show: takes each update, in that thread; what it takes counts to the work of a frame.
-        fail: takes the text of an error that stopped the world.
-        rate: frames a second.
+    The conductor's thread alone uses the game from its start on. ``show`` takes each update there, as part of
+    the work of a frame, and ``fail`` the text of an error that stopped the world.
 
     Attributes:
         mode: see `Mode`.
@@ -130,8 +126,7 @@ class Stage:
 class Conductor(threading.Thread):
     """Plays stages until it is closed; frames that are due at about the same time share passes.
 
-    Args:
-        stages: over the sessions of one group, or one alone.
+    They are over the sessions of one group, or one alone.
 
     Attributes:
         pacer: of what the passes and pictures of all took.

@@ -49,13 +49,8 @@ class Player(Protocol):
 class Table:
     """One world, its player and what stands between them.
 
-    Args:
-        game: played by ``stage`` in the conductor's thread.
-        inputs: of the player.
-        rate: frames a second to begin with.
-        watch: sees every picture too, in that thread.
-        paced: the player may ask for another rate.
-        every: frames between two snapshots.
+    ``watch`` sees every picture too, in the conductor's thread; where it is ``paced`` the player may ask for
+    another rate; ``every`` counts frames between two snapshots.
 
     Attributes:
         player: who plays; None: nobody.

@@ -38,11 +38,6 @@ def measure_backends(
     tried with other numbers of threads. A frame of each is judged beside the plain reference, see
     ``diagd.profiling.verify``.
 
-    Args:
-        bundle: of any precisions.
-        options: frames, window, prompt, budget and threads of the measurement.
-        progress: shows it.
-
     Returns:
         What was measured, and what was not with the reason.
 

@@ -54,9 +54,6 @@ class StepClock:
     Of an engine that runs ahead, stamps around every pass say when it began and ended; they are set on the
     host's clock by one stamp that both wait for. A step's ``host`` is then how long the engine waited for
     the next pass.
-
-    Args:
-        session: whose next steps are timed.
     """
 
     def __init__(self, session: Session) -> None:

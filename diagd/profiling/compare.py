@@ -116,13 +116,7 @@ class Ratio:
 
 
 def median_ratio(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Ratio:
-    """Bootstrap interval of median(after) / median(before) (Efron, 1979), the same for the same seed.
-
-    Args:
-        before: times, at least one.
-        after: likewise.
-        seed: of the resampling.
-    """
+    """Bootstrap interval of median(after) / median(before) (Efron, 1979), the same for the same seed."""
     random = np.random.default_rng(seed)
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
     medians = [

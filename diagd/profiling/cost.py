@@ -99,10 +99,8 @@ def size_of(
 def read_model(path: Path, precision: str | None = None, form: Form | None = None) -> StoredModel:
     """Dimensions of a bundle and bytes of one of its step graphs, from its manifest.
 
-    Args:
-        path: the bundle.
-        precision: of the step graph whose bytes are counted; default: that of the first.
-        form: likewise; forms of one precision differ in what they store and in their cache.
+    It is the first graph where nothing is named; forms of one precision differ in what they store and in
+    their cache.
 
     Raises:
         BundleError: the bundle or its step graph cannot be read.

@@ -121,15 +121,8 @@ def measure(
 ) -> Measured:
     """Decode ``frames`` frames behind a prompt, to pixels and into a video where they are given.
 
-    Args:
-        session: what is measured.
-        decoder: by which.
-        workload: what is fed.
-        frames: to decode.
-        pixels: turns them to pictures.
-        video: takes these.
-        advance: called now and then with how many steps have run since its last call.
-        marks: put an NVTX range around every step of a schedule, where nvtx is installed.
+    ``advance`` is called now and then with how many steps have run since its last call; with ``marks`` every
+    step of a schedule is an NVTX range, where nvtx is installed.
     """
     run = Measured(decoder, began=time.perf_counter())
     with run.timeline.stage("prompt"):

@@ -52,12 +52,7 @@ def split_orders(
 def obstacle(schedule: Schedule, manifest: Manifest, window: int, frames: int, max_width: int) -> str | None:
     """Why a run cannot be decoded in this order, or None.
 
-    Args:
-        schedule: the order.
-        manifest: of the model.
-        window: frames a token may see.
-        frames: of the run, known ones included.
-        max_width: rows of the widest step that the engine takes.
+    The ``frames`` of the run include known ones.
     """
     overlapping = schedule.frames_in_flight
     if manifest.context.kind == "absolute" and schedule.d < schedule.steps_per_frame and frames > window:

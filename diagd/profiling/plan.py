@@ -113,15 +113,8 @@ def make_plan(
 ) -> Plan:
     """Plan a model on a device.
 
-    Args:
-        model: dimensions.
-        device: from the table, or measured.
-        precision: of the weights, one of ``PRECISIONS``.
-        window: frames kept in the cache; default: the model's context.
-        ks: row lags of the ceilings.
-        clip: frames generated at the end of a full context; 1 stands for a window that slides for ever.
-        kv_cache: element type of a quantised K/V cache, one of ``KV_CACHES``; None: that of activations.
-        sessions: in lock step.
+    ``window`` None is the model's context. ``clip`` frames are generated at the end of a full context; 1
+    stands for a window that slides for ever.
     """
     window, table = window or model.context_frames, precisions(kv_cache)
     memory = memory_of(model, table[precision], window, sessions)
@@ -176,12 +169,7 @@ def ceilings_of(
 
 
 def most_sessions(plan: Plan, rate: float) -> int:
-    """Sessions of the planned precision that one engine plays at a rate each, frame by frame; 0: not one.
-
-    Args:
-        plan: of any number of sessions.
-        rate: frames a second of each.
-    """
+    """Sessions of the planned precision that one engine plays at a rate each, frame by frame; 0: not one."""
     precision = precisions(plan.kv_cache)[plan.precision]
 
     def holds(sessions: int) -> bool:
@@ -236,13 +224,9 @@ def drafting(
 ) -> Drafting:
     """What drafting takes against what it saves; scores are not in it.
 
-    Args:
-        target: decodes what is not kept, by Jacobi decoding: the best that is exact.
-        drafter: decodes in its quickest order.
-        device: of both.
-        precision: likewise.
-        guess: chance that a guess of Jacobi decoding comes out right; a pass over L cells then decides
-            (1 - guess^L) / (1 - guess) of them in the mean.
+    The target decodes what is not kept by Jacobi decoding, the best that is exact, the drafter in its
+    quickest order. ``guess`` is the chance that a guess comes out right; a pass over L cells then decides (1
+    - guess^L) / (1 - guess) of them in the mean.
 
     Raises:
         UsageError: their frames differ.

@@ -153,12 +153,6 @@ def profile(
 ) -> Profile:
     """Measure a bundle on this machine.
 
-    Args:
-        bundle: what to measure.
-        options: how.
-        progress: shows it.
-        backend: where; default: what the options name.
-
     Raises:
         UsageError: a window or prompt that cannot be measured.
         ScheduleError: a lag that the model does not allow.

@@ -43,12 +43,7 @@ def compare_tensors(
 ) -> list[TensorVerdict]:
     """Run a step on an engine, and on ONNX Runtime's CPU provider with its optimiser off.
 
-    Args:
-        engine: its name.
-        evaluate: runs it.
-        reference: the step graph, run plainly.
-        feeds: its inputs.
-        bound: of the greatest difference over the greatest value of the reference, for every tensor.
+    ``bound`` is of the greatest difference over the greatest value of the reference, for every tensor.
 
     Returns:
         The outputs in the graph's order.
@@ -116,10 +111,7 @@ class PlainGraph:
 def capture_feeds(session: Session, engine: Executor, pad: Callable[[Int], Int]) -> Tensors:
     """Inputs of the step that decodes most cells of a serial frame behind two known ones.
 
-    Args:
-        session: over ``engine``.
-        engine: of a form of fixed width.
-        pad: widths in which the engine to compare runs so many rows.
+    ``pad`` gives the widths in which the engine to compare runs so many rows.
     """
     layout, workload = session.layout, random_workload(session, min(2, session.window - 1), 1)
     schedule = Schedule.serial(layout, 1, session.manifest.schedule.row_seed)

@@ -93,9 +93,7 @@ class Verdict:
 def open_reference(bundle: Bundle, session: Session) -> Session:
     """A session over the reference that runs the steps of another session.
 
-    Args:
-        bundle: with the FP32 ``prefix`` graph of the same model.
-        session: to compare with it.
+    The bundle has the FP32 ``prefix`` graph of the same model.
 
     Raises:
         BundleError: the bundle has no such graph.
@@ -117,14 +115,7 @@ def verify(
 ) -> Verdict:
     """Decode greedily and compare every cell.
 
-    Args:
-        session: over the engine.
-        reference: see ``open_reference``; it follows step by step.
-        name: of the engine, for the verdict.
-        precision: of its graph; chooses the tolerance.
-        schedule: decoding order.
-        workload: prompt and actions.
-        frames: to decode.
+    The reference follows step by step; the precision of the engine's graph chooses the tolerance.
     """
     greedy = SamplingSettings(0.0)
     check_table(schedule.table(len(workload.prompt), frames, 0, session.engine.max_width), schedule)
@@ -235,11 +226,7 @@ class Candidate:
 def candidates(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions) -> Iterator[Candidate]:
     """Open one engine after the other.
 
-    Args:
-        bundle: of any precisions.
-        name: of a form or a backend; None: every form, on the processor.
-        window: frames a token may see.
-        cpu: threads and cache.
+    ``name`` is of a form or a backend; None: every form, on the processor.
 
     Raises:
         UsageError: there is no such form or backend, or the window does not fit.
@@ -307,16 +294,7 @@ class Exactness:
 def exactness(
     session: Session, name: str, orders: Sequence[Schedule], workload: Workload, frames: int, seed: int = 0
 ) -> Exactness:
-    """Decode by Jacobi and by each order, and audit what was decoded.
-
-    Args:
-        session: over the engine.
-        name: of the engine.
-        orders: beside Jacobi decoding.
-        workload: prompt and actions.
-        frames: to decode by each.
-        seed: of the random numbers.
-    """
+    """Decode by Jacobi and by each order, and audit what was decoded."""
     actions = None if workload.actions is None else workload.actions[:frames]
 
     def start() -> Session:

@@ -40,9 +40,7 @@ MAX_LITERAL = 10_000
 def encode(codec: ActionCodec, action: Mapping[str, object]) -> NDArray[np.int32]:
     """Tokens of one action.
 
-    Args:
-        codec: of the model.
-        action: pressed buttons as true or 1, fields as a list of numbers, choices by name; {} is no action.
+    It has pressed buttons as true or 1, fields as lists of numbers, choices by name; {} is no action.
 
     Returns:
         int32 [n], one token a slot.
@@ -60,10 +58,6 @@ def read_actions(path: str | Path, codec: ActionCodec) -> NDArray[np.int32]:
     ``"repeat": n`` in a line holds its action for n frames. Lines with ``keyboard`` or ``mouse`` are raw
     recordings, converted as the codec says. Lines may be Python literals with
     ``array([...])``, as the released MineWorld clips have them. Empty lines are skipped.
-
-    Args:
-        path: text file in UTF-8.
-        codec: of the model.
 
     Returns:
         int32 [frames, n].

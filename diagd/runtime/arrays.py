@@ -22,9 +22,7 @@ _NUMBERS = "biuf"
 def read_array(path: Path, what: str) -> NDArray[np.generic]:
     """Read an array of numbers.
 
-    Args:
-        path: of the file; its content decides, not its name.
-        what: it should be, for the message.
+    The content decides, not the name; ``what`` it should be is for the message.
 
     Raises:
         UsageError: it is missing, another kind of file, cut off, or no array of numbers.
@@ -41,10 +39,7 @@ def read_array(path: Path, what: str) -> NDArray[np.generic]:
 def read_arrays(path: Path, names: Collection[str], what: str) -> dict[str, NDArray[np.generic]]:
     """Read arrays of numbers or text from a .npz file; those that it lacks are left out.
 
-    Args:
-        path: of the file; its content decides, not its name.
-        names: of the arrays.
-        what: the file should be, for the message.
+    The content decides, not the name; ``what`` it should be is for the message.
 
     Raises:
         UsageError: it is missing, another kind of file, cut off, or an array is not what its header says.

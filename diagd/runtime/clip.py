@@ -116,11 +116,7 @@ def read_clip(
 ) -> Clip:
     """Read a prompt and its actions; where none are known between its frames, no-ops stand, and it is logged.
 
-    Args:
-        options: where they are.
-        manifest: of the model.
-        pixels: its tokenizer; not needed for tokens.
-        window: frames that a token may see, if not the model's context.
+    ``pixels`` are not needed for tokens; ``window`` None is the model's context.
 
     Raises:
         UsageError: a file is missing, damaged or too short, or does not fit the model.
@@ -163,12 +159,7 @@ def read_recording(
 ) -> Clip:
     """The first token frames of a recording, as a prompt: with all that was done between them.
 
-    Args:
-        path: video, with the actions of its name in a .jsonl where the model takes some, or episode.
-        manifest: of the model.
-        pixels: its tokenizer.
-        frames: at most.
-        resize: scale pictures of another size.
+    It is a video, with the actions of its name in a .jsonl where the model takes some, or an episode.
 
     Raises:
         UsageError: a file is damaged, or has no action for a frame.

@@ -32,10 +32,8 @@ class Pair(NamedTuple):
 def lockstep(leader: Steps, follower: Steps, stream: Stream) -> Iterator[Pair]:
     """Both runs, step by step, over the leader's tokens: one difference does not spoil what comes after.
 
-    Args:
-        leader: steps of a session that decodes.
-        follower: the same steps of another, whose predictions are not kept (``ForcedDecoder``).
-        stream: of the follower.
+    The follower runs the same steps, and its predictions are not kept (``ForcedDecoder``); ``stream`` is its
+    own.
     """
     for (step, result), (_, other) in zip(leader, follower, strict=True):
         cells = step.sinks[step.sinks != NO_SINK]

@@ -24,11 +24,8 @@ class Group:
 
     Every session is used as one that stands alone, which then has passes of its own; ``frames`` and ``step``
     run several in the same passes. A session's tokens are those of a run alone with the same seed. One that
-    is started, moved or left between two calls takes part in the next one as it then is.
-
-    Args:
-        engine: closed with the group.
-        sessions: by lane of the engine, with the same passes of it.
+    is started, moved or left between two calls takes part in the next one as it then is. They are by lane of
+    the engine, which is closed with the group.
     """
 
     def __init__(self, engine: Engine, sessions: Sequence[Session]) -> None:
@@ -59,12 +56,7 @@ class Group:
     ) -> Iterator[tuple[int, Frame]]:
         """Decode frames of several sessions, yielding each, with the session's number, when it is complete.
 
-        Args:
-            actions: of each session that takes part; see ``Session.frames``.
-            decoder: of all of them; default: the manifest's.
-            count: most frames of each.
-            sampling: default: the manifest's.
-            seeds: default: the number of the session.
+        See ``Session.frames``; ``seeds`` default to the numbers of the sessions.
 
         Raises:
             UsageError: as ``Session.frames``, or there is no such session.

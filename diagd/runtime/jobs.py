@@ -40,8 +40,7 @@ class Job:
     def check(self, taken: set[Path]) -> None:
         """Refuse to write over what is read, what is no such file, or what another job writes.
 
-        Args:
-            taken: outputs of the jobs before, to which these are added.
+        ``taken`` are outputs of the jobs before, to which these are added.
 
         Raises:
             UsageError: an output is one of them.

@@ -30,11 +30,6 @@ class PixelCodec:
         mark: that pictures must carry where they are written.
         backend: runs the graphs.
 
-    Args:
-        bundle: checked bundle that has a tokenizer.
-        options: for what runs on the processor.
-        backend: runs the graphs; default: the processor.
-
     Raises:
         UsageError: the bundle has no tokenizer.
     """

@@ -127,11 +127,7 @@ class Session:
     def start(self, frames: Ids, actions: Ids | None = None, text: Float | None = None) -> None:
         """Forget everything and take a prompt.
 
-        Args:
-            frames: int32 [P, rows, columns], P at least 1 and below the window.
-            actions: int32 [P, n], ids of the known tokens leading to each prompt frame; row 0 only matters
-                where known tokens precede the first frame. Not needed for models without actions.
-            text: float32 [n, width], embeddings of the text, for models that attend to one.
+        See ``Stream.start``; ``text`` is float32 [n, width], embeddings for models that attend to a text.
 
         Raises:
             UsageError: shape or length does not fit the model, or it needs a text.
@@ -164,10 +160,8 @@ class Session:
     ) -> Iterator[Frame]:
         """Decode frames behind what is known, yielding each when it is complete.
 
-        Args:
-            decoder: strategy; default: the manifest's.
-            actions: of each frame, pulled when it begins; see ``diagd.runtime.stream.Actions``.
-            options: see ``RunOptions``.
+        See ``diagd.runtime.stream.Actions`` and ``RunOptions``; the decoder is the manifest's where none is
+        given.
 
         Raises:
             UsageError: there is no prompt, actions are missing, or the decoder does not fit. On resuming a

@@ -164,12 +164,9 @@ def lock_step(
 ) -> Iterator[tuple[int, T]]:
     """What runs come to, as it comes, with the lane of each; every pass is for all that wait for one.
 
-    Args:
-        passes: of the engine.
-        runs: by lane.
-        in_phase: a run goes on behind a result only when no other one waits for a pass, and those that feed
-            known tokens do so first: runs of one schedule then have steps of the same width. Else a run goes
-            on at once, which is best where they need different numbers of passes.
+    ``in_phase``, a run goes on behind a result only when no other one waits for a pass, and those that feed
+    known tokens do so first: runs of one schedule then have steps of the same width. Else it goes on at once,
+    which is best where runs need different numbers of passes.
     """
     waiting: dict[int, int] = {}
     resting: list[int] = []

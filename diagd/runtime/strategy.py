@@ -52,12 +52,8 @@ class DraftOptions:
 def parse_decoder(spelling: str | None, manifest: Manifest, *, compat: bool = False) -> Decoder:
     """The decoder of a spelling: ``jacobi``, perhaps with ``window=24``, or an order of decoding.
 
-    ``diagonal`` is the bundle's own order.
-
-    Args:
-        spelling: None is the bundle's own.
-        manifest: of the model.
-        compat: released caches keep the rows of seeds.
+    ``diagonal`` is the bundle's own order. None is the bundle's own. Released caches (``compat``) keep the
+    rows of seeds.
 
     Raises:
         ScheduleError: it is no spelling.

@@ -18,14 +18,7 @@ Float = NDArray[np.float32]
 
 
 class TextReader:
-    """Runs a bundle's text graph.
-
-    Args:
-        bundle: checked bundle.
-        spec: its text conditioning.
-        options: for what runs on the processor.
-        backend: runs it; default: the processor.
-    """
+    """Runs a bundle's text graph."""
 
     def __init__(
         self, bundle: Bundle, spec: TextConditioning, options: CpuOptions, backend: Backend | None = None

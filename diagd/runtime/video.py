@@ -56,9 +56,7 @@ _MARGIN = 10
 class Stamp:
     """A line of white letters in the lower right corner.
 
-    Args:
-        text: the line.
-        size: (height, width) of the pictures; letters shrink until the line fits.
+    Letters shrink until the line fits ``size``, (height, width) of the pictures.
     """
 
     def __init__(self, text: str, size: tuple[int, int]) -> None:
@@ -257,13 +255,7 @@ def write_video(
 ) -> float | None:
     """Write pictures uint8 [height, width, 3] as .mp4 or .gif; nothing is left of a failed run.
 
-    Args:
-        path: of the video.
-        pictures: in order.
-        fps: pictures a second.
-        mark: that they must carry.
-        truth: uint8 [T, height, width, 3], what pictures should be.
-        behind: from which picture on.
+    ``truth`` uint8 [T, height, width, 3] is what pictures should be from number ``behind`` on.
 
     Returns:
         PSNR of the pictures to the truth, dB; None without truth.

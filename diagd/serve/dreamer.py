@@ -64,12 +64,8 @@ class Dreamt:
 class Dreamer(threading.Thread):
     """Dreams what is ordered until it is closed; then the session is closed too.
 
-    Args:
-        session: used by this thread alone.
-        pixels: of its bundle, used by this thread for tokens and by others for pictures.
-        most: jobs that may wait.
-        lifespan: seconds that results are kept for.
-        clock: seconds.
+    It alone uses the session, and ``pixels`` for tokens; others use them for pictures. ``most`` jobs may
+    wait, and results are kept for ``lifespan`` seconds.
     """
 
     def __init__(

@@ -30,12 +30,8 @@ _SECONDS: Final = 30.0
 class DreamServer(ThreadingHTTPServer):
     """Serves one dreamer.
 
-    Args:
-        address: host and port to listen on; port 0 is any that is free.
-        wham: reads orders.
-        dreamer: started; closed by whoever made it.
-        manifest: of the bundle.
-        limits: that ``GET /`` tells, by name.
+    Port 0 is any that is free. The dreamer is closed by whoever made it; ``limits`` are what ``GET /`` tells,
+    by name.
 
     Raises:
         UsageError: nobody can listen there.

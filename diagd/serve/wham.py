@@ -81,12 +81,7 @@ class Order(_Said):
 class Wham:
     """Between the wire and a bundle.
 
-    Args:
-        manifest: of a model whose actions are vectors.
-        pixels: its tokenizer.
-        window: frames that a token may see.
-        most_steps: frames of a dream.
-        seed: of the first dream, later ones in order; None: any.
+    ``most_steps`` are frames of a dream; ``seed`` is that of the first one, later ones in order, None: any.
 
     Raises:
         UsageError: the model's actions are no vectors.
@@ -108,9 +103,7 @@ class Wham:
     def jobs(self, kind: str, body: bytes) -> list[Job]:
         """The dreams that a form orders.
 
-        Args:
-            kind: its Content-Type.
-            body: of the request.
+        ``kind`` is its Content-Type.
 
         Raises:
             UsageError: something of it is missing or wrong.

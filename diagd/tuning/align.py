@@ -198,12 +198,7 @@ def descend(
 ) -> None:
     """Take the steps that are left of a training.
 
-    Args:
-        loss: of a step, from 0, by its number alone.
-        state: what is trained.
-        options: how.
-        report: told about every step.
-        value_of: a loss, as a number.
+    ``loss`` is of a step, from 0, by its number alone; ``value_of`` makes a number of one for the report.
     """
     for step in range(state.resumed(), options.steps):
         value = loss(step)

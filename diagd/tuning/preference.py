@@ -146,16 +146,9 @@ def tune(
 ) -> TrainingState:
     """Train low-rank updates in place and merge them; gives the state of the training, to be removed.
 
-    Without rejected windows, a step takes twice as many preferred ones: equal steps are an equal budget.
-
-    Args:
-        model: any family's transformer.
-        lesson: what it is trained on.
-        prompt: known frames of each window.
-        options: schedules and training settings.
-        report: told about every step.
-        text: see ``align``.
-        ranks: those that do it together, each its share of every batch; None: this process alone.
+    Without rejected windows, a step takes twice as many preferred ones: equal steps are an equal budget. The
+    first ``prompt`` frames of each window are known; the text is as in ``align``. ``ranks`` do it together,
+    each its share of every batch; None: this process alone.
     """
     chances, passes = schedule_chances(options), lesson.passes(options, model.config.layout, prompt)
     model.to(options.device).train()

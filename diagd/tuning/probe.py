@@ -79,12 +79,7 @@ class Probe:
     ) -> Probe:
         """Train one on true transitions; deterministic given the arguments.
 
-        Args:
-            seen: with known tokens, one of which varies.
-            vocabulary: ids of cells.
-            steps: optimiser steps, fewer where there is little to learn from.
-            seed: of weights and batches.
-            report: told about every step.
+        One of the known tokens varies. There are fewer ``steps`` where there is little to learn from.
         """
         columns = [np.unique(column) for column in seen.led.T]
         known = {n: ids.astype(np.int64) for n, ids in enumerate(columns) if len(ids) > 1}

@@ -68,14 +68,7 @@ def roll_out(
 ) -> Streams:
     """The windows with every cell behind the ``prompt`` first frames decoded, under their own actions.
 
-    Args:
-        group: of one bundle, whose lanes are used side by side.
-        streams: windows.
-        prompt: frames that stay.
-        decoder: of all of them.
-        sampling: how tokens are drawn.
-        seeds: of each window.
-        text: embeddings that models of text read.
+    The lanes of the group are used side by side; ``seeds`` are of each window.
     """
     layout, lanes = group.sessions[0].layout, len(group.sessions)
     cells, led = parts(streams, layout)
@@ -96,12 +89,7 @@ def roll_out(
 class Roller:
     """A worker: rolls out windows under their own actions on an engine of its own; see `roll_out`.
 
-    Args:
-        path: of the bundle.
-        precision: of the step graph.
-        decoder: as `parse_decoder` reads it.
-        prompt, sampling, text: see `roll_out`.
-        options: ``open_group``'s.
+    The options are ``open_group``'s.
     """
 
     def __init__(

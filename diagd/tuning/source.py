@@ -170,13 +170,7 @@ def read_clips(
 ) -> NDArray[np.int64]:
     """Windows int64 [N, tokens of ``frames`` frames] of all clips of a folder, half a window apart.
 
-    Args:
-        folder: of videos, each with the actions of its name in a .jsonl where the model takes some, or of
-            episodes.
-        manifest: of the bundle that encodes them.
-        pixels: its tokenizer.
-        frames: of a window.
-        resize: scale pictures of another size.
+    They are videos, each with the actions of its name in a .jsonl where the model takes some, or episodes.
 
     Raises:
         UsageError: a clip cannot be read, or none is as long as a window.
@@ -208,10 +202,8 @@ def stream_of(clip: Clip, manifest: Manifest) -> NDArray[np.int64]:
 def read_windows(path: Path, config: TransformerConfig, frames: int) -> NDArray[np.int64]:
     """Windows of a .npy token stream, int64 [N, tokens of ``frames`` frames], half a window apart.
 
-    Args:
-        path: int [T] or [T, frame_length]: the stream of one video, known tokens included.
-        config: whose layout the stream has; it starts at a frame, without the prefix.
-        frames: of each window.
+    The file is int [T] or [T, frame_length]: the stream of one video, known tokens included, from a frame on,
+    without the prefix.
 
     Raises:
         UsageError: the file is no such stream, or is shorter than a window.

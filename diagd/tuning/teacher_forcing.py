@@ -73,11 +73,7 @@ def teacher_forced_pass(
 ) -> TeacherForcedPass:
     """Derive the pass for a video of ``frames`` frames, the first of which are known.
 
-    Args:
-        schedule: decoding order, row seeds and refeeding.
-        frames: frames of the video, more than ``prompt``.
-        score_prompt: also predict the cells of the first frame, in raster order.
-        prompt: frames that are known.
+    With ``score_prompt`` the cells of the first frame are predicted too, in raster order.
 
     Raises:
         ScheduleError: nothing is behind the prompt.
@@ -121,10 +117,8 @@ class ForcedBatch:
 class ForcedPasses:
     """The teacher-forced passes of several schedules over videos of equal length, padded to one size.
 
-    Args:
-        schedules: the decoding orders.
-        frames: frames of a video, the first ``prompt`` of which are known.
-        score_prompt: also predict the cells of the first frame, in raster order.
+    The first ``prompt`` frames of a video are known; with ``score_prompt`` the cells of the first one are
+    predicted too, in raster order.
 
     Attributes:
         names: of the schedules.

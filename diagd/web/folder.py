@@ -70,14 +70,9 @@ def write_page(
 ) -> Page:
     """Write a folder that plays a bundle.
 
-    Args:
-        bundle: with a tokenizer.
-        output: absent, empty, or a page of an earlier run; what a user put there stays.
-        runtime: gives ONNX Runtime Web's files, once all else is known to be well.
-        precision: of the step graph; default: that of `PRECISIONS` where the bundle has it, else its first.
-        window: frames that a token may see; default: the model's context.
-        webgpu: have browsers that can decode on the GPU; others as without.
-        progress: of packing.
+    What a user put at ``output`` stays. ``runtime`` gives ONNX Runtime Web's files, once all else is known to
+    be well. ``precision`` None is that of `PRECISIONS` where the bundle has it, else its first. With
+    ``webgpu``, browsers that can decode on the GPU; others as without.
 
     Raises:
         UsageError: something else is at ``output``, or the bundle cannot be played in a page.

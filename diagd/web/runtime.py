@@ -40,9 +40,7 @@ DIGESTS: Final = WASM | WEBGPU
 def runtime_files(source: Path | None, progress: Progress) -> dict[str, bytes]:
     """The files of `DIGESTS`.
 
-    Args:
-        source: the package's archive, or a folder that holds the files; None: the registry's, once.
-        progress: of the download.
+    ``source`` is the package's archive, or a folder that holds the files; None: the registry's, once.
 
     Raises:
         UsageError: the source is none, or of another version.
