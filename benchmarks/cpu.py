@@ -452,9 +452,8 @@ def canonical_weights(bundle: Bundle) -> dict[str, np.ndarray]:
 
 def calibrated(path: Path, precisions: Iterable[str], frames: Int | None = None) -> Bundle:
     """The bundle with these precisions; a trained model needs ``frames`` int32 [P, rows, columns]."""
-    from diagd.calibration.options import CalibrationOptions
+    from diagd.calibration.options import Budget, CalibrationOptions
     from diagd.calibration.quantise import calibrate
-    from diagd.calibration.report import Budget
 
     anything = Budget(agreement=0, nll=1e9, psnr=0)  # random weights pass
     known = {graph.precision for graph in Bundle.open(path).manifest.graphs}
