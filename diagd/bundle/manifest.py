@@ -262,11 +262,27 @@ class Provenance(Record):
     random_seed: int | None = None
 
 
+class OwnLikelihood(Record):
+    """How likely a model's own frames are to it: mean and deviation, nats, of their worst cells.
+
+    ``precision`` is that of its step graph, ``window`` the frames that a query saw; the frames were drawn
+    with the other three.
+    """
+
+    precision: str
+    window: Count
+    temperature: float
+    top_k: Natural
+    top_p: float
+    mean: float
+    deviation: Annotated[float, Field(ge=0)]
+
+
 class Manifest(Record):
     """The whole of ``manifest.json``; ``transformer`` is all that its module is built from.
 
     ``order``: of decoding where the caller names none, as `Schedule.name` spells it. ``decoder``: whether it
-    is by this order then, or by Jacobi.
+    is by this order then, or by Jacobi. ``likelihoods``: as calibrations measured them.
     """
 
     schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
@@ -285,6 +301,7 @@ class Manifest(Record):
     text: TextConditioning | None = None
     frames_per_second: Annotated[float, Field(gt=0)]
     graphs: Annotated[tuple[StepGraph, ...], Field(min_length=1)]
+    likelihoods: tuple[OwnLikelihood, ...] = ()
     files: dict[str, FileRecord] = Field(default_factory=dict)
     provenance: Provenance
     licence: str

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle
-from diagd.bundle.manifest import StepGraph
+from diagd.bundle.manifest import OwnLikelihood, StepGraph
 from diagd.calibration.options import Budget
 from diagd.calibration.report import Figures, LayerReport, WidthReport
-from diagd.calibration.trajectory import CalibrationSet, Rollouts, Trajectory, open_graphs
+from diagd.calibration.trajectory import CalibrationSet, Rollouts, Trajectory, open_graphs, session_window
 from diagd.engines.engine import Engine, Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.progress import Progress
 from diagd.runtime.comparison import Block, Comparison, likelihood, lockstep, log_softmax
+from diagd.runtime.decoders.scoring import MEASURED
 from diagd.runtime.load import threads_by_size
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.step import Result
@@ -38,6 +39,13 @@ FRAMES = 48
 
 LAYER_STEPS = 32
 """Passes on which each layer is measured by itself, half of them behind another prompt."""
+
+
+OWN_PROMPTS = 4
+"""Prompts behind which a model decodes frames of its own."""
+
+OWN_CELLS = 6144
+"""Most cells of these frames, where they are large."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,23 @@ class Evaluator:
                     predictions += len(cells)
         return total / max(predictions, 1)
 
+    def own_likelihood(self, graphs: Sequence[StepGraph], weight: str) -> OwnLikelihood:
+        """How likely its own frames are to a model by these graphs, in a window as long as they hold."""
+        manifest = self._bundle.manifest
+        window = session_window(manifest, graphs, manifest.context.frames)
+        frames = max(1, min(MEASURED, OWN_CELLS // manifest.layout.cells) // OWN_PROMPTS)
+        with closing(self._open(graphs, weight, window)) as engine:
+            rollouts = Rollouts(self._bundle, engine, replace(self._samples, window=window))
+            with self._progress.task("likelihood of its own frames"):
+                found = rollouts.own_likelihoods(OWN_PROMPTS, frames)
+        return OwnLikelihood(
+            precision=graphs[0].precision,
+            window=window,
+            **asdict(rollouts.session.settings(None)),
+            mean=float(np.mean(found)),
+            deviation=float(np.std(found)),
+        )
+
     def _law(self, result: Result) -> Law:
         """Logarithms of the probabilities of allowed ids, float64 [R, V]."""
         logits = result.logits
@@ -201,10 +226,11 @@ class Evaluator:
     def _rollouts(self, engine: Engine) -> Rollouts:
         return Rollouts(self._bundle, engine, self._samples)
 
-    def _open(self, graphs: Sequence[StepGraph], weight: str) -> Engine:
+    def _open(self, graphs: Sequence[StepGraph], weight: str, window: int | None = None) -> Engine:
         # Products of the GPU forms have signed activations, for which the CPU has no quick kernel.
         fuse = graphs[0].form.traits.host and weight != "fp8"
-        return open_graphs(self._bundle, graphs, self._samples.window, replace(self._cpu, fuse=fuse))
+        frames = window or self._samples.window
+        return open_graphs(self._bundle, graphs, frames, replace(self._cpu, fuse=fuse))
 
 
 ATTEMPTS = 5

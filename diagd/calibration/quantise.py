@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 
 from diagd.bundle import Bundle, Manifest, atomic_bundle, read_manifest, seal
 from diagd.bundle.files import link
-from diagd.bundle.manifest import MANIFEST_NAME, StepGraph
+from diagd.bundle.manifest import MANIFEST_NAME, OwnLikelihood, StepGraph
 from diagd.calibration.evaluate import ATTEMPTS, GATE_SEED, Evaluator, failures, most_harmful, part_of
 from diagd.calibration.graph_writer import GraphWriter, Target, file_names
 from diagd.calibration.observe import InputStatistics, load_statistics, observe, save_statistics
@@ -150,6 +150,7 @@ class _Calibration:
         self._cache: CacheReport | None = None
         self._graphs: tuple[StepGraph, ...] = ()
         self._widths: dict[int, WidthReport] = {}
+        self._likelihoods: list[OwnLikelihood] = []
 
     def run(self) -> PrecisionReport:
         """Statistics, search, graphs, gate, report."""
@@ -173,7 +174,8 @@ class _Calibration:
     def manifest(self) -> Manifest:
         """The manifest with the new graphs."""
         known = self._bundle.manifest
-        return known.model_copy(update={"graphs": (*known.graphs, *self._graphs)})
+        likelihoods = (*known.likelihoods, *self._likelihoods)
+        return known.model_copy(update={"graphs": (*known.graphs, *self._graphs), "likelihoods": likelihoods})
 
     def _target(self) -> Target:
         options = self._options
@@ -237,8 +239,20 @@ class _Calibration:
             attempts.append(AttemptReport(excluded=excluded, figures=found.figures, failures=outside))
             if not outside or len(attempts) == ATTEMPTS or not self._choices:
                 self._widths = evaluator.step_times(written, weight, found.widths)
+                if not outside:
+                    self._measure_likelihoods(evaluator, written)
                 return written, attempts
             self._fall_back()
+
+    def _measure_likelihoods(self, evaluator: Evaluator, written: tuple[StepGraph, ...]) -> None:
+        """Of what is new, and of the reference where no calibration did; a text is its user's to give."""
+        manifest = self._bundle.manifest
+        if manifest.text:
+            return
+        known = {own.precision for own in manifest.likelihoods}
+        for graphs, weight in ((self._reference, "fp32"), (written, self._scheme.weight)):
+            if graphs[0].precision not in known:
+                self._likelihoods.append(evaluator.own_likelihood(graphs, weight))
 
     def _fall_back(self) -> None:
         harmful = set(most_harmful(self._layers))

@@ -24,6 +24,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.runtime.actions import encode
 from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
+from diagd.runtime.decoders.scoring import own_likelihoods
 from diagd.runtime.load import session_over, step_options
 from diagd.runtime.step import Result
 from diagd.schedule import Schedule, Step, slots_needed
@@ -51,13 +52,13 @@ def find_reference(bundle: Bundle, forms: Sequence[Form] = FORMS) -> tuple[StepG
     )
 
 
-def session_window(manifest: Manifest, graphs: Sequence[StepGraph]) -> int:
-    """Frames of the sessions, fewer where the graphs have no slots for so many.
+def session_window(manifest: Manifest, graphs: Sequence[StepGraph], most: int = WINDOW) -> int:
+    """Frames of the sessions, fewer than ``most`` where the graphs have no slots for so many.
 
     Raises:
         UsageError: they do not hold two frames.
     """
-    wanted, graph = min(manifest.context.frames, WINDOW), graphs[0]
+    wanted, graph = min(manifest.context.frames, most), graphs[0]
     if graph.capacity is None:
         return wanted
     layout, widest = manifest.layout, widest_step(graphs) or 0
@@ -267,17 +268,25 @@ class Rollouts:
 
         With ``follow`` predictions are not kept: the caller writes another session's tokens into the stream.
         """
+        actions = self._begin(number, trajectory.prompt, trajectory.frames)
+        decoder = ForcedDecoder(trajectory.schedule) if follow else ScheduledDecoder(trajectory.schedule)
+        steps = self.session.steps(decoder, actions, count=trajectory.frames, seed=self._seed + number)
+        return islice(steps, trajectory.steps)
+
+    def own_likelihoods(self, prompts: int, frames: int) -> list[float]:
+        """Of frames of the model's own, so many behind each of some prompts that fill the window."""
+        return [
+            found
+            for number in range(prompts)
+            for actions in [self._begin(number, self.session.window - 1, frames)]
+            for found in own_likelihoods(self.session, actions, frames, self._seed + number)
+        ]
+
+    def _begin(self, number: int, prompt: int, frames: int) -> Int | None:
+        """Start at the prompt of a number; returns the actions of frames behind it."""
         random = np.random.default_rng((self._seed, number))
-        frames = self._prompts.frames(trajectory.prompt, random)
-        text = None
+        known, text = self._prompts.frames(prompt, random), None
         if self._text_width:
             text = random.standard_normal(self._text_width, dtype=np.float32)
-        self.session.start(frames, self._prompts.actions(trajectory.prompt, random), text)
-        decoder = ForcedDecoder(trajectory.schedule) if follow else ScheduledDecoder(trajectory.schedule)
-        steps = self.session.steps(
-            decoder,
-            self._prompts.actions(trajectory.frames, random),
-            count=trajectory.frames,
-            seed=self._seed + number,
-        )
-        return islice(steps, trajectory.steps)
+        self.session.start(known, self._prompts.actions(prompt, random), text)
+        return self._prompts.actions(frames, random)

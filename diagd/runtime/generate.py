@@ -138,7 +138,7 @@ class _Maker:
         """What drafts, measured on the prompt of the first clip."""
         drafts, session = self.options.drafts, self.session
         pixels = self.pixels if self.manifest.tokenizer else None
-        scorer = open_scorer(drafts.score, session, clip.actions(MEASURED), pixels)
+        scorer = open_scorer(drafts.score, session, clip.actions(MEASURED), pixels, self.settings)
         drafter = drafts.open(self.bundle, session.window, self.options.session.cpu, self._stack)
         return drafts.decoder(drafter, self.options.tau, scorer)
 

@@ -246,7 +246,7 @@ class Session:
         check_seed(seed)
         decoder = decoder or self.decoder
         stream.padded, stream.seed, stream.law = self._padded(), seed, self._law
-        stream.settings = self._settings(sampling)
+        stream.settings = self.settings(sampling)
         self._run += 1
         self._bring_cache()
         stream.horizon = self._context.horizon
@@ -258,7 +258,8 @@ class Session:
     def _padded(self) -> Int:
         return self.engine.padded_widths(np.arange(self.engine.max_width + 1, dtype=np.int32))
 
-    def _settings(self, chosen: SamplingSettings | None) -> SamplingSettings:
+    def settings(self, chosen: SamplingSettings | None) -> SamplingSettings:
+        """What a run draws with: what was chosen, as the model allows it; None: the manifest's."""
         rules = self.manifest.sampling
         settings = chosen or SamplingSettings.of(rules)
         if 0 < settings.temperature < rules.minimum_temperature:

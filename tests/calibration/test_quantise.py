@@ -23,6 +23,9 @@ from diagd.errors import QualityError, UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.export.variants import projections
 from diagd.progress import Progress
+from diagd.runtime.decoders.scoring import LikelihoodScorer
+from diagd.runtime.load import load
+from diagd.runtime.sampling import SamplingSettings
 from tests.calibration.bundles import LAYOUT, PAST, engine_of, frames, load_graph, logits_of, quantise
 from tests.models import export_small
 from tests.oracles.models import CODES, small_model
@@ -75,6 +78,22 @@ def test_logits_are_near_those_of_fp32(quantised: Path, precision: str, bound: f
     near = logits_of(engine_of(quantised, precision), ids, positions, slice(None))
     error = float(np.linalg.norm(near - exact) / np.linalg.norm(exact))
     assert 1e-4 < error < bound
+
+
+def test_a_models_own_likelihood_is_recorded_for_each_precision(quantised: Path) -> None:
+    """And taken by scorers of drafts, which measure nearly the same behind prompts of their own."""
+    likelihoods = Bundle.open(quantised).manifest.likelihoods
+    assert [own.precision for own in likelihoods] == ["fp32", *SCHEMES]
+    for own in (likelihoods[0], likelihoods[2]):
+        with load(quantised, threads=1, precision=own.precision) as session:
+            session.start(frames(3), np.full((3, 1), CODES, np.int32))
+            scorer = LikelihoodScorer.recorded(session)
+            assert scorer is not None
+            assert (scorer.mean, scorer.deviation) == (own.mean, own.deviation)
+            led = list(np.full((8, 1), CODES, np.int32))
+            now = LikelihoodScorer.measured(session, led, 8)
+            assert now.mean == pytest.approx(own.mean, abs=3 * own.deviation)
+            assert LikelihoodScorer.recorded(session, SamplingSettings(0.5)) is None
 
 
 def test_static_int8_does_not_depend_on_the_batch(quantised: Path) -> None:

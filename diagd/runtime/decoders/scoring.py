@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +17,7 @@ from diagd.errors import UsageError, unknown
 from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scheduled import RasterDecoder
 from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.stream import Ids
 from diagd.schedule import NO_SINK
 
@@ -76,31 +77,59 @@ class LikelihoodScorer:
         return _TYPICAL - abs((found - self.mean) / self.deviation - _TYPICAL)
 
     @classmethod
-    def measured(
-        cls, session: Session, actions: Sequence[Ids | None] | None, frames: int = MEASURED, seed: int = 0
-    ) -> LikelihoodScorer:
-        """Measure on frames that a session decodes behind what it knows; its stream is left as it is.
+    def recorded(cls, session: Session, sampling: SamplingSettings | None = None) -> LikelihoodScorer | None:
+        """As a calibration found it for a session's precision, window and sampling; None: for others only."""
+        manifest, chosen = session.manifest, session.settings(sampling)
+        asked = manifest.graphs[0].precision, session.window, chosen.temperature, chosen.top_k, chosen.top_p
+        for own in manifest.likelihoods:
+            if (own.precision, own.window, own.temperature, own.top_k, own.top_p) == asked:
+                return cls(own.mean, own.deviation)
+        return None
 
-        Args:
-            session: of the target, with a prompt.
-            actions: of these frames; None for models without.
-            frames: how many, at most one for each action.
-            seed: of their random numbers.
-        """
-        stream = session.stream
-        given = None if actions is None else list(actions)[:frames]
-        try:
-            session.stream = stream.branch()
-            made = [frame.tokens for frame in session.frames(JacobiDecoder(), given, count=frames, seed=seed)]
-            session.stream = stream.branch()
-            seen, width = [], session.engine.max_width
-            for step, result in session.steps(RasterDecoder(made, width), given, count=frames, seed=seed):
-                seen += list(result.logits.copy()) if (step.sinks != NO_SINK).any() else []
-        finally:
-            session.stream = stream
-        logits = np.array(seen).reshape(len(made), -1, len(seen[0]))
-        own = [worst_likelihood(tokens, rows) for tokens, rows in zip(made, logits, strict=True)]
+    @classmethod
+    def measured(
+        cls,
+        session: Session,
+        actions: Sequence[Ids | None] | None,
+        frames: int = MEASURED,
+        seed: int = 0,
+        sampling: SamplingSettings | None = None,
+    ) -> LikelihoodScorer:
+        """Measure it now; see ``own_likelihoods``."""
+        own = own_likelihoods(session, actions, frames, seed, sampling)
         return cls(float(np.mean(own)), float(np.std(own)))
+
+
+def own_likelihoods(
+    session: Session,
+    actions: Iterable[Ids | None] | None,
+    frames: int = MEASURED,
+    seed: int = 0,
+    sampling: SamplingSettings | None = None,
+) -> list[float]:
+    """Of frames that a session decodes behind what it knows; its stream is left as it is.
+
+    Args:
+        session: of the target, with a prompt.
+        actions: of these frames; None for models without.
+        frames: how many, at most one for each action.
+        seed: of their random numbers.
+        sampling: default: the manifest's.
+    """
+    stream = session.stream
+    given = None if actions is None else list(actions)[:frames]
+    try:
+        session.stream = stream.branch()
+        run = session.frames(JacobiDecoder(), given, count=frames, sampling=sampling, seed=seed)
+        made = [frame.tokens for frame in run]
+        session.stream = stream.branch()
+        seen, width = [], session.engine.max_width
+        for step, result in session.steps(RasterDecoder(made, width), given, count=frames, seed=seed):
+            seen += list(result.logits.copy()) if (step.sinks != NO_SINK).any() else []
+    finally:
+        session.stream = stream
+    logits = np.array(seen).reshape(len(made), -1, len(seen[0]))
+    return [worst_likelihood(tokens, rows) for tokens, rows in zip(made, logits, strict=True)]
 
 
 def worst_likelihood(tokens: Int, logits: Float, share: float = _WORST) -> float:
@@ -152,21 +181,27 @@ class PictureScorer:
 
 
 def open_scorer(
-    name: str, session: Session, actions: Sequence[Ids | None] | None, pixels: PixelCodec | None
+    name: str,
+    session: Session,
+    actions: Sequence[Ids | None] | None,
+    pixels: PixelCodec | None,
+    sampling: SamplingSettings | None = None,
 ) -> Scorer:
     """The scorer of a name: ``likelihood``, ``onnx:PATH``, or one by entry point.
 
     Args:
         name: of it.
         session: of the target, with a prompt.
-        actions: of frames that the target's own likelihood is measured on.
+        actions: of frames that the target's own likelihood is measured on, where none is recorded.
         pixels: of the target, where it has a tokenizer.
+        sampling: of the target; default: the manifest's.
 
     Raises:
         UsageError: there is none, or it needs pictures of a model without a tokenizer.
     """
     if name == "likelihood":
-        return LikelihoodScorer.measured(session, actions)
+        known = LikelihoodScorer.recorded(session, sampling)
+        return known or LikelihoodScorer.measured(session, actions, sampling=sampling)
     if name.startswith("onnx:"):
         if pixels is None:
             raise UsageError(f"{session.manifest.name} has no tokenizer, so {name} has no pictures to score")

@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import diagd
+from diagd.bundle.manifest import OwnLikelihood
 from diagd.errors import UsageError
 from diagd.runtime.decoders.scoring import (
     LikelihoodScorer,
@@ -18,6 +19,7 @@ from diagd.runtime.decoders.scoring import (
     open_scorer,
     worst_likelihood,
 )
+from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from tests.runtime.test_stream import actions, prompt
 
@@ -79,6 +81,38 @@ def test_the_targets_own_frames_are_measured_and_its_stream_left(small_bundle: P
     assert scorer.mean < 0 < scorer.deviation
     again = LikelihoodScorer.measured(session, list(actions(session.layout, 6)), 6)
     assert (again.mean, again.deviation) == (scorer.mean, scorer.deviation)
+
+
+def test_what_a_calibration_recorded_is_taken_where_all_is_as_it_was(small_bundle: Path) -> None:
+    session = diagd.load(small_bundle, threads=1)
+    prompt(session)
+    led, manifest = list(actions(session.layout, 4)), session.manifest
+    own = LikelihoodScorer.measured(session, led)
+    own_of = {
+        "precision": "fp32",
+        "window": session.window,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "mean": -7.0,
+        "deviation": 0.5,
+    }
+    rules = SamplingSettings()
+
+    def found(sampling: SamplingSettings | None = rules, **changed: object) -> tuple[float, float]:
+        record = OwnLikelihood(**{**own_of, **changed})
+        session.manifest = manifest.model_copy(update={"likelihoods": (record,)})
+        scorer = open_scorer("likelihood", session, led, None, sampling)
+        assert isinstance(scorer, LikelihoodScorer)
+        return scorer.mean, scorer.deviation
+
+    measured = found(window=session.window - 1)
+    assert measured == found(precision="int8") == found(top_k=3) == (own.mean, own.deviation)
+    assert found() == (-7.0, 0.5)
+    colder = SamplingSettings(0.5)
+    warm, cold = LikelihoodScorer.measured(session, led), found(colder)
+    assert cold not in ((-7.0, 0.5), (warm.mean, warm.deviation))
+    assert found(colder, temperature=0.5) == (-7.0, 0.5)
 
 
 @pytest.mark.parametrize("channels_first", [True, False])
