@@ -17,7 +17,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.families.world import DESCRIPTION, World, load_world
 from diagd.export.tokenizers.base import loaded
-from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
+from diagd.runtime.decoders import ForcedDecoder, RasterDecoder, ScheduledDecoder
 from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
 from diagd.runtime.pixels import PixelCodec
@@ -126,11 +126,13 @@ class BundleModel:
             raise UsageError(f"{path} is no world bundle: expected one action token before each frame")
 
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
-        """From the logits of steps in which every token is forced."""
-        result = np.full(streams.shape, np.nan, np.float32)
+        """From the logits of steps in which every token is forced; raster order in few wide ones."""
+        result, width = np.full(streams.shape, np.nan, np.float32), self._session.engine.max_width
         for stream, row, frames, actions in zip(streams, result, *parts(streams, self.layout), strict=True):
             self._session.start(frames[:1], actions[:1])
-            for step, seen in self._session.steps(ForcedDecoder(schedule, frames[1:]), actions[1:]):
+            wide, truth = schedule.is_next_token, frames[1:]
+            decoder = RasterDecoder(truth, width) if wide else ForcedDecoder(schedule, truth)
+            for step, seen in self._session.steps(decoder, actions[1:], count=len(truth)):
                 cells, logits = step.sinks[step.sinks != NO_SINK], seen.logits.astype(np.float32)
                 top = logits.max(1, initial=-np.inf)
                 total = np.log(np.exp(logits - top[:, None]).sum(1)) + top

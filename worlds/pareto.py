@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from rich.table import Table
 
 from diagd.bundle import Bundle, Manifest
@@ -35,6 +37,8 @@ EVERYTHING: Final = -1e30
 """A bar that every draft passes, the first of a rollout aside, and that is scored all the same."""
 
 Report = Callable[[str], None]
+Clock = Callable[[], float]
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -83,6 +87,7 @@ def compare(
     options: DraftOptions,
     cpu: CpuOptions,
     report: Report = lambda _: None,
+    clock: Clock = time.perf_counter,
 ) -> list[Point]:
     """Roll out by every decoder, in turns, and judge.
 
@@ -95,6 +100,7 @@ def compare(
         options: of the drafts.
         cpu: threads, and cache.
         report: hears what is done.
+        clock: seconds, that frames take so many of.
 
     Raises:
         UsageError: a decoder or scorer that is none, or a drafter that does not fit.
@@ -103,13 +109,20 @@ def compare(
     with ExitStack() as stack:
         if DRAFT in decoders:
             drafter = options.open(bundle, target.window, cpu, stack)
-            report("draft scores")
-            contestants += _drafts(target, drafter, PixelCodec(bundle, cpu), evaluation, options)
-        for number in range(len(evaluation.truth)):
-            report(f"rollout {number + 1} of {len(evaluation.truth)}")
+            contestants += _drafts(target, drafter, PixelCodec(bundle, cpu), evaluation, options, report)
+        for number in told(range(len(evaluation.truth)), "rollout", report):
             for contestant in contestants:
-                roll_out(target, contestant, evaluation, number)
-    return _marked([_point(contestant, evaluation) for contestant in contestants])
+                roll_out(target, contestant, evaluation, number, clock=clock)
+    return _marked([_point(one, evaluation) for one in told(contestants, "judging decoder", report)])
+
+
+def told(items: Sequence[Item], what: str, report: Report) -> Iterator[Item]:
+    """Iterate, saying which it is, of how many, and how long the rest takes."""
+    began = time.perf_counter()
+    for done, item in enumerate(items):
+        rest = (time.perf_counter() - began) / done * (len(items) - done) if done else math.nan
+        report(f"{what} {done + 1} of {len(items)}" + (f", {rest:.0f} s left" if done else ""))
+        yield item
 
 
 def _plain(name: str, manifest: Manifest) -> Contestant:
@@ -123,6 +136,7 @@ def _drafts(
     pixels: PixelCodec,
     evaluation: Evaluation,
     options: DraftOptions,
+    report: Report,
 ) -> Iterator[Contestant]:
     """Both ends of the knob, nine bars between, and the controls.
 
@@ -133,17 +147,18 @@ def _drafts(
     draft = partial(options.decoder, drafter)
     frames, actions = _known(target.layout, evaluation, 0)
     target.start(frames, actions[: len(frames)])
-    scorer = open_scorer(options.score, target, list(actions[len(frames) :]), pixels)
-    bars = partial(_bars, target, draft, evaluation)
+    ahead, sampling = list(actions[len(frames) :]), evaluation.options.sampling
+    scorer = open_scorer(options.score, target, ahead, pixels, sampling)
+    scores, means = _scores(target, draft, evaluation, (scorer, _mean), report)
     yield Contestant("drafter", "draft", draft(-math.inf, scorer))
-    for share, tau in zip(QUANTILES, bars(scorer, QUANTILES), strict=True):
+    for share, tau in zip(QUANTILES, np.quantile(scores, QUANTILES).tolist(), strict=True):
         yield Contestant(f"tau {tau:.3g}", "draft", draft(tau, scorer))
         chance = np.random.default_rng(round(100 * share))
         yield Contestant(f"{1 - share:.0%} by chance", "chance", draft(share, _by_chance(chance)))
     yield Contestant("target", "draft", draft(math.inf, scorer))
-    for share, tau in zip(CONTROLS, bars(_mean, CONTROLS), strict=True):
+    for share, tau in zip(CONTROLS, np.quantile(means, CONTROLS).tolist(), strict=True):
         yield Contestant(f"{1 - share:.0%} by the mean", "mean", draft(tau, _mean))
-    for share, tau in zip(CONTROLS, bars(scorer, CONTROLS), strict=True):
+    for share, tau in zip(CONTROLS, np.quantile(scores, CONTROLS).tolist(), strict=True):
         free = draft(tau, scorer, target_first=False)
         yield Contestant(f"{1 - share:.0%}, no first frame", "no first frame", free)
 
@@ -157,19 +172,25 @@ def _mean(proposal: Proposal) -> float:
     return worst_likelihood(proposal.tokens, proposal.logits, share=1.0)
 
 
-def _bars(
+def _scores(
     target: Session,
     draft: Callable[[float, Scorer], DraftDecoder],
     evaluation: Evaluation,
-    scorer: Scorer,
-    shares: Sequence[float],
-) -> list[float]:
-    """Quantiles of the scores of drafts in rollouts that keep all of them."""
-    decoder = draft(EVERYTHING, scorer)
-    for number in range(len(evaluation.truth)):
+    scorers: Sequence[Scorer],
+    report: Report,
+) -> NDArray[np.float64]:
+    """Scores [scorers, drafts] of drafts in rollouts that keep all of them."""
+    found: list[list[float]] = []
+
+    def look(proposal: Proposal) -> float:
+        found.append([scorer(proposal) for scorer in scorers])
+        return 0.0
+
+    decoder = draft(EVERYTHING, look)
+    for number in told(range(len(evaluation.truth)), "draft scores, rollout", report):
         roll_out(target, Contestant("", "", decoder), evaluation, number)
-    scores = np.array(decoder.scores)
-    return [float(bar) for bar in np.quantile(scores[np.isfinite(scores)], shares)]
+    scores: NDArray[np.float64] = np.array(found).T
+    return scores[:, np.isfinite(scores).all(axis=0)]
 
 
 def _known(layout: StreamLayout, evaluation: Evaluation, number: int) -> tuple[Any, Any]:
@@ -185,6 +206,7 @@ def roll_out(
     evaluation: Evaluation,
     number: int,
     sampling: SamplingSettings | None = None,
+    clock: Clock = time.perf_counter,
 ) -> None:
     """One rollout; ``sampling`` is the evaluation's unless told otherwise."""
     frames, actions = _known(session.layout, evaluation, number)
@@ -192,7 +214,10 @@ def roll_out(
     options, stream = evaluation.options, evaluation.truth[number].copy()
     rules, seed = sampling or options.sampling, options.seed + number
     session.start(frames, before)
-    made = list(session.frames(contestant.decoder, after, sampling=rules, seed=seed))
+    made, ends = [], []
+    for frame in session.frames(contestant.decoder, after, sampling=rules, seed=seed):
+        made.append(frame)
+        ends.append(clock())
     tokens = np.stack([frame.tokens for frame in made])
     if all(frame.exact for frame in made):
         contestant.exact += [1.0] * len(made)
@@ -201,7 +226,7 @@ def roll_out(
         contestant.exact += audit(session, tokens, after, sampling=rules, seed=seed).tolist()
     stream.reshape(-1, session.layout.frame_length)[len(frames) :, 1:] = tokens.reshape(len(made), -1)
     contestant.rolled.append(stream)
-    contestant.seconds += [frame.seconds for frame in made[1:]]
+    contestant.seconds += np.diff(ends).tolist()
     contestant.passes += [frame.steps for frame in made[1:]]
 
 

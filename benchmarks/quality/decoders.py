@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from diagd.runtime.strategy import DRAFT, DraftOptions
 from diagd.schedule import Schedule
 from worlds.evaluate import Evaluation, Judgement
 from worlds.metrics import Estimate
-from worlds.pareto import Contestant, Point, compare, roll_out
+from worlds.pareto import Contestant, Point, compare, roll_out, told
 
 DECODERS: Final = (
     "next token",
@@ -28,7 +29,7 @@ DECODERS: Final = (
     DRAFT,
 )
 TEMPERATURES: Final = (0.0, 0.7, 1.0, 1.5)
-DRAFTS: Final = DraftOptions(drafter_decoder="k=1 chained")
+DRAFTS: Final = DraftOptions(drafter_decoder="k=1 serial")
 PRECISIONS: Final = ("int8", "int4-weight")
 CPU: Final = CpuOptions(threads=1)
 
@@ -58,8 +59,11 @@ def decoder_figures(
     """Measure a bundle, which gets the precisions that it lacks."""
     bundle = Bundle.open(path)
     with open_session(bundle, cpu=CPU) as session:
-        points = compare(session, bundle, evaluation, decoders, DRAFTS, CPU, report)
-        passes = {f"{heat:g}": jacobi_passes(session, evaluation, heat) for heat in TEMPERATURES}
+        points = compare(session, bundle, evaluation, decoders, DRAFTS, CPU, report, time.process_time)
+        passes = {
+            f"{heat:g}": jacobi_passes(session, evaluation, heat)
+            for heat in told(TEMPERATURES, "Jacobi decoding, temperature", report)
+        }
     layout, judged = bundle.manifest.layout, {}
     known = evaluation.windows.reshape(-1, layout.frame_length)[:, 1:].astype(np.int32)
     bundle = calibrated(path, precisions, known.reshape(-1, layout.rows, layout.columns))

@@ -337,13 +337,16 @@ def _judged(judgement: Judgement) -> list[str]:
 
 
 def _decoder_lines(world: str, figures: DecoderFigures) -> list[str]:
-    rollouts = "rollouts of one seed each, frames behind the first of a rollout, one core"
+    count = figures.points[0].judgement.generated_nll.count
+    rollouts = (
+        f"{count} rollouts of one seed each; CPU time of one core, frames behind the first of a rollout"
+    )
     return [
         f"## Decoders of {world}",
         "",
         *_text(
             "Whatever decodes, the same rollouts, in turns. `kept`: share of frames that are the drafter's, "
-            "which is the model itself by k=1 chained. `exact`: share of cells that next-token prediction "
+            "which is the model itself by k=1 serial. `exact`: share of cells that next-token prediction "
             "draws behind the same tokens, `as NTP`: in rollouts of its own, with the same random numbers. "
             f"Bold: no other is as fast and as likely ({rollouts})."
         ),

@@ -95,7 +95,7 @@ class StudyOptions:
     worlds: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     world_rollouts: int = 24
     world_windows: int = 48
-    decoder_rollouts: int = 24
+    decoder_rollouts: int = 12
     decoders: tuple[str, ...] = DECODERS
     precisions: tuple[str, ...] = PRECISIONS
     parts: tuple[str, ...] = PARTS
