@@ -41,12 +41,11 @@ from diagd.export.families import find
 from diagd.export.families.world import load_description
 from diagd.play.controls import Inputs as Player
 from diagd.play.controls import default_controls, read_controls
-from diagd.play.game import Game, replay
-from diagd.play.keyboard import Held, presses
+from diagd.play.game import Game
 from diagd.play.messages import Choose, Input, parse
 from diagd.play.opening import SHIPPED, GameOptions, open_game
-from diagd.play.record import read_record
-from diagd.play.terminal import Abilities
+from diagd.play.record import read_record, replay
+from diagd.play.terminal import Abilities, Held, presses
 from diagd.profiling.report import read_report
 from diagd.runtime.actions import encode, read_actions
 from diagd.runtime.arrays import read_array, read_arrays

@@ -73,8 +73,8 @@ def _record(options: GenerateOptions) -> Path | None:
 def _replay(options: GenerateOptions, record: Path, progress: Progress) -> None:
     """Write what was seen when a record was played, every frame checked against it."""
     from diagd.bundle.targets import file_target
-    from diagd.play.game import replay
     from diagd.play.opening import GameOptions, open_replay
+    from diagd.play.record import replay
     from diagd.runtime.video import OUTPUTS, write_tokens, write_video
 
     file_target(options.output, OUTPUTS)

@@ -14,15 +14,14 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, unknown
 from diagd.options import FLAG, OPTIONS, POSITIONAL, Numbers
-from diagd.profiling.devices import DEVICES, GB, THIS
+from diagd.profiling.cost import DEVICES, GB, THIS
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
     from diagd.export.families.family import Family
-    from diagd.profiling.cost import ModelSize
-    from diagd.profiling.devices import Device
+    from diagd.profiling.cost import Device, ModelSize
     from diagd.profiling.plan import Plan
 
 EXAMPLES = """examples:

@@ -121,7 +121,7 @@ def _video(stack: ExitStack, options: PlayOptions, game: Game) -> Callable[[Pixe
 def _replay(
     console: Console, game: Game, lines: list[tuple[int, Line]], watch: Callable[[Pixels], None] | None
 ) -> None:
-    from diagd.play.game import replay
+    from diagd.play.record import replay
 
     frames = 0
     with Progress(console).count("replay", len(lines)) as advance:

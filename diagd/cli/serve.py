@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
-from diagd.cluster.options import EngineOptions
+from diagd.cluster.connection import EngineOptions
 from diagd.options import FLAG, OPTIONS, POSITIONAL, File
 from diagd.runtime.options import SessionOptions
 

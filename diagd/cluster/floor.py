@@ -11,9 +11,8 @@ from itertools import chain
 from typing import Any, Final
 
 from diagd.bundle import Bundle
-from diagd.cluster.connection import connect
+from diagd.cluster.connection import EngineOptions, connect
 from diagd.cluster.engine import Event, PlayActor, Saying
-from diagd.cluster.options import EngineOptions
 from diagd.errors import EngineError, UsageError
 from diagd.play.floor import Figures
 from diagd.play.kept import Kept

@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from diagd.cluster.connection import connect
-from diagd.cluster.options import ClusterOptions
+from diagd.cluster.connection import ClusterOptions, connect
 from diagd.runtime.pool import (
     MAX_DEATHS,
     Here,

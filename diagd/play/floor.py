@@ -9,8 +9,7 @@ from typing import Protocol
 
 from diagd.play.kept import Kept
 from diagd.play.messages import Message
-from diagd.play.pacer import Pacer
-from diagd.play.stage import Conductor
+from diagd.play.stage import Conductor, Pacer
 from diagd.play.table import Player, Table
 
 

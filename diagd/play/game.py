@@ -6,8 +6,7 @@ import io
 import json
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,11 +15,11 @@ import numpy as np
 
 from diagd.bundle import Bundle
 from diagd.engines.engine import Float, Int
-from diagd.errors import QualityError, UsageError
+from diagd.errors import UsageError
 from diagd.play import record
 from diagd.play.controls import Taken
 from diagd.play.pictures import Pictures, View
-from diagd.play.record import Ahead, Line, Played, Record, Start
+from diagd.play.record import Ahead, Played, Record, Start
 from diagd.play.settings import PlaySettings
 from diagd.runtime.actions import encode
 from diagd.runtime.clip import check_tokens
@@ -391,74 +390,3 @@ class Game:
     def look(self) -> Pictures:
         """Pictures of the last frame."""
         return self.view.move([past.tokens for past in self._past[-self.view.codec.latents :]])
-
-
-def replay(game: Game, lines: Sequence[tuple[int, Line]], strict: bool = True) -> Iterator[Shown]:
-    """Do again what a record says, and give every frame that was shown.
-
-    With ``strict``, a frame with other tokens than those recorded is an error.
-
-    Raises:
-        QualityError: a frame differs; the message has its number and its line.
-        UsageError: the record does not fit the model.
-    """
-    position = 0
-    while position < len(lines):
-        number, line = lines[position]
-        if isinstance(line, Played):
-            end = position + 1
-            while end < len(lines) and isinstance(lines[end][1], Played):
-                end += 1
-            end += end < len(lines) and isinstance(lines[end][1], Ahead)  # which ends a run
-            yield from _replay_run(game, lines[position:end], strict)
-            if isinstance(lines[end - 1][1], Ahead):
-                game.stop()
-            position = end
-            continue
-        _replay_command(game, number, line)
-        position += 1
-
-
-def _replay_run(game: Game, lines: Sequence[tuple[int, Line]], strict: bool) -> Iterator[Shown]:
-    ids: deque[list[int] | None] = deque()
-    for _, line in lines:
-        ids.extend(
-            line.ahead if isinstance(line, Ahead) else [line.action] if isinstance(line, Played) else []
-        )
-
-    def act() -> Taken | None:
-        if not ids:
-            return None
-        action = ids.popleft()
-        return Taken(None if action is None else np.array(action, np.int32), {})
-
-    for number, line in lines:
-        if not isinstance(line, Played):
-            continue
-        shown = game.advance(act)
-        if shown is None or shown.frame.index != line.frame:
-            raise UsageError(f"line {number}: frame {line.frame} does not follow what is before it")
-        if strict and record.digest(shown.frame.tokens) != line.tokens:
-            raise QualityError(
-                f"line {number}: frame {line.frame} is the first that differs from the record; another "
-                "engine, precision or version rounds differently"
-            )
-        yield shown
-
-
-def _replay_command(game: Game, number: int, line: Line) -> None:
-    if isinstance(line, Start):
-        try:
-            actions = None if line.actions is None else np.array(line.actions, np.int32)
-            prompt = np.array(line.start, np.int32)
-        except ValueError:
-            raise UsageError(f"line {number}: it is no prompt of token frames of one size") from None
-        game.reset(prompt, actions)
-    elif isinstance(line, record.Settings):
-        game.choose(line.settings)
-    elif isinstance(line, record.Rewind):
-        game.rewind(line.rewind)
-    elif isinstance(line, record.Branch):
-        game.branch()
-    elif isinstance(line, record.Visit):
-        game.visit(line.visit)

@@ -16,8 +16,8 @@ from pydantic import BaseModel, Field, ValidationError
 from diagd.bundle.files import atomic_file
 from diagd.bundle.targets import folder_target
 from diagd.errors import UsageError
-from diagd.play.game import Game, replay
-from diagd.play.record import Flying, Line, Start
+from diagd.play.game import Game
+from diagd.play.record import Flying, Line, Start, replay
 
 _LOG = logging.getLogger(__name__)
 

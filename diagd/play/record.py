@@ -1,4 +1,4 @@
-"""What was played, as lines of JSON: enough to play it again to the token.
+"""What was played, as lines of JSON, and how it is played again, to the token.
 
 The first line says which bundle was played. Then, in the order in which they happened: ``start`` (prompt
 tokens and their actions), ``settings``, ``frame`` (its number, its action's ids, a digest of its tokens),
@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any, Final, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -20,9 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from diagd.bundle import Bundle
 from diagd.engines.backend import CPU
 from diagd.engines.engine import Int
-from diagd.errors import UsageError
+from diagd.errors import QualityError, UsageError
+from diagd.play.controls import Taken
 from diagd.play.settings import PlaySettings
 from diagd.runtime.sampling import SAMPLER
+
+if TYPE_CHECKING:
+    from diagd.play.game import Game, Shown
 
 FORMAT: Final = "diagd play 1"
 MAX_BYTES: Final = 256 << 20
@@ -235,3 +240,74 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.reason
         raise UsageError(f"cannot read the record {path}: {reason}") from None
+
+
+def replay(game: Game, lines: Sequence[tuple[int, Line]], strict: bool = True) -> Iterator[Shown]:
+    """Do again what a record says, and give every frame that was shown.
+
+    With ``strict``, a frame with other tokens than those recorded is an error.
+
+    Raises:
+        QualityError: a frame differs; the message has its number and its line.
+        UsageError: the record does not fit the model.
+    """
+    position = 0
+    while position < len(lines):
+        number, line = lines[position]
+        if isinstance(line, Played):
+            end = position + 1
+            while end < len(lines) and isinstance(lines[end][1], Played):
+                end += 1
+            end += end < len(lines) and isinstance(lines[end][1], Ahead)  # which ends a run
+            yield from _replay_run(game, lines[position:end], strict)
+            if isinstance(lines[end - 1][1], Ahead):
+                game.stop()
+            position = end
+            continue
+        _replay_command(game, number, line)
+        position += 1
+
+
+def _replay_run(game: Game, lines: Sequence[tuple[int, Line]], strict: bool) -> Iterator[Shown]:
+    ids: deque[list[int] | None] = deque()
+    for _, line in lines:
+        ids.extend(
+            line.ahead if isinstance(line, Ahead) else [line.action] if isinstance(line, Played) else []
+        )
+
+    def act() -> Taken | None:
+        if not ids:
+            return None
+        action = ids.popleft()
+        return Taken(None if action is None else np.array(action, np.int32), {})
+
+    for number, line in lines:
+        if not isinstance(line, Played):
+            continue
+        shown = game.advance(act)
+        if shown is None or shown.frame.index != line.frame:
+            raise UsageError(f"line {number}: frame {line.frame} does not follow what is before it")
+        if strict and digest(shown.frame.tokens) != line.tokens:
+            raise QualityError(
+                f"line {number}: frame {line.frame} is the first that differs from the record; another "
+                "engine, precision or version rounds differently"
+            )
+        yield shown
+
+
+def _replay_command(game: Game, number: int, line: Line) -> None:
+    if isinstance(line, Start):
+        try:
+            actions = None if line.actions is None else np.array(line.actions, np.int32)
+            prompt = np.array(line.start, np.int32)
+        except ValueError:
+            raise UsageError(f"line {number}: it is no prompt of token frames of one size") from None
+        game.reset(prompt, actions)
+    elif isinstance(line, Settings):
+        game.choose(line.settings)
+    elif isinstance(line, Rewind):
+        game.rewind(line.rewind)
+    elif isinstance(line, Branch):
+        game.branch()
+    elif isinstance(line, Visit):
+        game.visit(line.visit)

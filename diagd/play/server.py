@@ -20,9 +20,9 @@ from diagd.errors import DiagdError, UsageError, require
 from diagd.play import messages
 from diagd.play.floor import Figures, Floor
 from diagd.play.messages import Ack, Hello, without_paths
-from diagd.play.pacer import SHARE
 from diagd.play.room import Room, Seat
 from diagd.play.site import SOCKET, Answer, Site, plain
+from diagd.play.stage import SHARE
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection

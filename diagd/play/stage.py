@@ -1,20 +1,88 @@
-"""Worlds that are played, and the thread that plays them: commands, then frames, with the newest input."""
+"""Worlds that are played, and the thread that plays them: commands, then frames when they are due."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+import numpy as np
+
 from diagd.errors import DiagdError, UsageError
 from diagd.play.controls import Inputs
 from diagd.play.game import Game, Shown
-from diagd.play.pacer import Pacer
 from diagd.play.pictures import Pictures
 from diagd.runtime.step import Run, lock_step
+
+KEPT: Final = 120
+"""Frames that figures are of."""
+
+SHARE: Final = 0.9
+"""Of what the slowest frame in twenty allows: a rate that is kept looks better than one that is not."""
+
+
+class Pacer:
+    """Ticks at the rate that was asked for, or at one that can be kept; what is missed is not made up for.
+
+    Attributes:
+        asked: frames a second.
+        late: ticks that were missed.
+    """
+
+    def __init__(self, asked: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.asked, self.late = asked, 0
+        self._clock = clock
+        self._work: deque[float] = deque(maxlen=KEPT)
+        self._shown: deque[float] = deque(maxlen=KEPT)
+        self._next = clock()
+
+    @property
+    def rate(self) -> float:
+        """Frames a second that are aimed at."""
+        slow = self.percentile(95)
+        return min(self.asked, SHARE / slow) if slow else self.asked
+
+    @property
+    def measured(self) -> int:
+        """Frames that figures are of."""
+        return len(self._work)
+
+    @property
+    def fps(self) -> float:
+        """Frames a second that were shown, of late."""
+        shown = self._shown
+        return (len(shown) - 1) / (shown[-1] - shown[0]) if len(shown) > 1 and shown[-1] > shown[0] else 0.0
+
+    def percentile(self, share: float) -> float:
+        """Seconds of work that ``share`` per cent of the last frames took less than."""
+        return float(np.percentile(self._work, share)) if self._work else 0.0
+
+    def delay(self) -> float:
+        """Seconds until the next frame is due."""
+        return max(0.0, self._next - self._clock())
+
+    def tick(self) -> None:
+        """A frame begins, when it is due or before; the next is due a period later."""
+        now, period = self._clock(), 1 / self.rate
+        if now - self._next > period:
+            self.late += 1
+            self._next = now
+        self._next = min(self._next, now) + period
+
+    def rest(self) -> None:
+        """Nothing was due for a while."""
+        self._next = self._clock()
+        self._shown.clear()
+
+    def add(self, seconds: float) -> None:
+        """A frame was shown that took so much work."""
+        self._work.append(seconds)
+        self._shown.append(self._clock())
+
 
 Mode = Literal["live", "step", "pause"]
 """Frames at the rate, a frame for each key pressed or while it is held, or none."""

@@ -26,7 +26,7 @@ from diagd.engines.host import cores, installed, instruction_sets, memory_bytes
 from diagd.engines.onnxruntime_session import INSTALL, provider_problem
 from diagd.engines.tensorrt import RUNTIMES
 from diagd.errors import BundleError
-from diagd.profiling.devices import GB, THIS, Device
+from diagd.profiling.cost import GB, THIS, Device
 
 OK: Final = "ok"
 PROBLEM: Final = "problem"

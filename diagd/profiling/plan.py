@@ -12,6 +12,8 @@ from diagd.bundle.precision import KV_CACHES, Precision
 from diagd.engines.tensorrt.builder import build_bytes
 from diagd.errors import UsageError
 from diagd.profiling.cost import (
+    GB,
+    Device,
     ModelSize,
     cache_bytes,
     live_tokens,
@@ -20,7 +22,6 @@ from diagd.profiling.cost import (
     step_operations,
     step_seconds,
 )
-from diagd.profiling.devices import GB, Device
 from diagd.profiling.orders import orders_of
 from diagd.runtime.load import MOST_SESSIONS
 from diagd.schedule import default_widths, slots_needed

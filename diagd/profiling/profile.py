@@ -26,9 +26,8 @@ from diagd.engines.host import cores, installed, memory_bytes, peak_memory, proc
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError, unknown
 from diagd.options import FLAG, OPTIONS, Flag, Numbers
-from diagd.profiling.clock import Timeline
 from diagd.profiling.cost import StoredModel, read_model
-from diagd.profiling.measure import Measured, measure, name_of, random_workload
+from diagd.profiling.measure import Measured, Timeline, measure, name_of, random_workload
 from diagd.profiling.orders import decoding_orders, split_orders
 from diagd.profiling.report import Machine, Model, Report, Skipped
 from diagd.profiling.summary import stages, summarise

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.engines.ceilings import Ceilings
-from diagd.profiling.clock import Timeline
 from diagd.profiling.cost import StoredModel, step_operations, step_seconds
-from diagd.profiling.measure import Measured, bucket, name_of
+from diagd.profiling.measure import Measured, Timeline, bucket, name_of
 from diagd.profiling.report import Deadlines, Run, SlowStep, Stage, StepSample, Width, describe
 from diagd.runtime.step import StepTime
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from diagd.cluster.options import ClusterOptions
+from diagd.cluster.connection import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError
 from diagd.options import FLAG, OPTIONS, File

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from diagd.bundle import Bundle
+from diagd.cluster.connection import EngineOptions
 from diagd.cluster.floor import RayFloor
-from diagd.cluster.options import EngineOptions
-from diagd.play.game import replay
 from diagd.play.opening import GameOptions, open_game
-from diagd.play.record import Flying, Line, Played, Start
+from diagd.play.record import Flying, Line, Played, Start, replay
 from diagd.play.server import Address, Server
 from diagd.play.service import Service
 from tests.play.conftest import LOOSE, running

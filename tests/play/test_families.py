@@ -14,9 +14,8 @@ from diagd.bundle.transformer import TransformerConfig, linear_rotary
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import mineworld
 from diagd.export.tokenizers.vqgan import VqganConfig, mineworld_graphs
-from diagd.play.game import replay
 from diagd.play.opening import GameOptions, open_replay
-from diagd.play.record import Played
+from diagd.play.record import Played, replay
 from diagd.runtime.actions import describe
 from diagd.schedule import StreamLayout
 from tests.play.browser import CHROMIUM, Tab

@@ -12,9 +12,9 @@ import pytest
 
 from diagd.errors import DiagdError, QualityError, UsageError
 from diagd.play.controls import Taken
-from diagd.play.game import Game, replay
+from diagd.play.game import Game
 from diagd.play.opening import GameOptions, open_game
-from diagd.play.record import is_record, read_record
+from diagd.play.record import is_record, read_record, replay
 from diagd.runtime.actions import encode
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diagd.play.pacer import Pacer
+from diagd.play.stage import Pacer
 
 
 class Clock:

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 
 from diagd.play.drawing import Blocks, Kitty, Sixel, fitted
-from diagd.play.keyboard import QUIT, Held, Press, presses
-from diagd.play.terminal import Abilities
+from diagd.play.terminal import QUIT, Abilities, Held, Press, presses
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (72, 96, 3), dtype=np.uint8)
 

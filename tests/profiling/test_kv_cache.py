@@ -9,8 +9,7 @@ import pytest
 
 from diagd.bundle.precision import PRECISIONS
 from diagd.cli.main import main
-from diagd.profiling.cost import live_tokens, precisions, step_bytes
-from diagd.profiling.devices import DEVICES
+from diagd.profiling.cost import DEVICES, live_tokens, precisions, step_bytes
 from diagd.profiling.plan import make_plan
 from tests.profiling import models
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle
-from diagd.play.game import replay
 from diagd.play.opening import SHIPPED, GameOptions, open_replay
-from diagd.play.record import Start
+from diagd.play.record import Start, replay
 from diagd.web.folder import write_page
 from tests.play.browser import CHROMIUM, Tab, browser
 from tests.play.test_page import CHANGE, KNOWN, LIVE, PIXELS, TOUCH, click, marked, picture
