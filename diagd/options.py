@@ -1,7 +1,7 @@
 """What a verb can be told: one dataclass is its flags, its ``--set``, its help and the library's argument.
 
-Fields with a `Flag` are flags of the command line; others that have a description stand behind
-``--set name=value``; the rest is for callers in Python. A dataclass inside one is a group:
+A `flag` or a `positional` is one of the command line, a `setting` stands behind ``--set name=value``; fields
+without a description are for callers in Python. A dataclass inside one is a group:
 ``--set group.name=value``.
 """
 
@@ -11,9 +11,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, ConfigDict, Field
+
+FLAG = "flag"
+"""Where a field keeps its `Flag`."""
 
 OPTIONS = ConfigDict(extra="forbid")
 """Of every dataclass of options."""
@@ -38,8 +41,30 @@ class Flag:
     repeated: bool = False
 
 
-FLAG = Flag()
-POSITIONAL = Flag(positional=True)
+def setting(description: str, default: Any = ..., **limits: Any) -> Any:
+    """A field behind ``--set``; without a default it must be given. ``limits`` are ``pydantic.Field``'s."""
+    return Field(default, description=description, **limits)
+
+
+def flag(
+    description: str,
+    default: Any = ...,
+    *,
+    name: str | None = None,
+    count: int | str | None = None,
+    metavar: str | Sequence[str] | None = None,
+    repeated: bool = False,
+    **limits: Any,
+) -> Any:
+    """A field that is a flag; see `Flag` and `setting`."""
+    told = Flag(name, False, count, metavar, repeated)
+    return Field(default, description=description, json_schema_extra={FLAG: told}, **limits)  # type: ignore[dict-item]
+
+
+def positional(description: str, default: Any = ..., *, count: int | str | None = None, **limits: Any) -> Any:
+    """A field that is an argument without a name; see `Flag` and `setting`."""
+    told = Flag(positional=True, count=count)
+    return Field(default, description=description, json_schema_extra={FLAG: told}, **limits)  # type: ignore[dict-item]
 
 
 def _path(value: object) -> object:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cluster import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError, unknown
-from diagd.options import FLAG, NAMES, OPTIONS, POSITIONAL, SIZE, File, Flag
+from diagd.options import NAMES, OPTIONS, SIZE, File, flag, positional, setting
 from diagd.progress import started
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.strategy import DraftOptions
@@ -29,15 +28,12 @@ class CollectOptions:
         move_share: share of decisions that start a walk of 1 to 8 steps in Crafter; the others interact.
     """
 
-    output: Annotated[File, POSITIONAL] = Field(description="folder; episodes already there are kept")
-    game: Annotated[str, FLAG] = Field(default="crafter", description="crafter or doom (default crafter)")
-    episodes: Annotated[int, FLAG] = Field(
-        default=720, description="how many, each a shard and a world, freshly generated where the game does"
-    )
-    steps: Annotated[int, FLAG] = Field(default=200, description="longest episode, in frames")
-    seed: Annotated[int, FLAG] = Field(
-        default=0,
-        description="episode n plays in world seed + n: disjoint sets need seeds that many apart (default 0)",
+    output: File = positional("folder; episodes already there are kept")
+    game: str = flag("crafter or doom (default crafter)", "crafter")
+    episodes: int = flag("how many, each a shard and a world, freshly generated where the game does", 720)
+    steps: int = flag("longest episode, in frames", 200)
+    seed: int = flag(
+        "episode n plays in world seed + n: disjoint sets need seeds that many apart (default 0)", 0
     )
     move_share: float = 0.72
     who: ClusterOptions = ClusterOptions(workers=2)
@@ -55,17 +51,15 @@ class CollectOptions:
 class ImportOptions:
     """What `diagd world import` reads."""
 
-    videos: Annotated[File, FLAG] = Field(
-        description='folder of run.mp4 beside run.jsonl, with a line such as {"action": "left"} for the '
+    videos: File = flag(
+        'folder of run.mp4 beside run.jsonl, with a line such as {"action": "left"} for the '
         "action that led to each frame; the first has no effect"
     )
-    output: Annotated[File, POSITIONAL] = Field(description="folder of the episodes")
-    actions: Annotated[tuple[str, ...], NAMES, FLAG] = Field(
-        description="names in the order of their ids, the first is the default: noop,left,right"
+    output: File = positional("folder of the episodes")
+    actions: Annotated[tuple[str, ...], NAMES] = flag(
+        "names in the order of their ids, the first is the default: noop,left,right"
     )
-    size: Annotated[tuple[int, int], SIZE, FLAG] = Field(
-        description="HEIGHTxWIDTH in pixels that frames are resized to"
-    )
+    size: Annotated[tuple[int, int], SIZE] = flag("HEIGHTxWIDTH in pixels that frames are resized to")
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.actions) <= _MAX_ACTIONS:
@@ -81,36 +75,27 @@ class TrainOptions:
         checkpoint_every: steps between checkpoints.
     """
 
-    data: Annotated[File, FLAG] = Field(description="folder of episodes")
-    output: Annotated[File, POSITIONAL] = Field(
-        description="folder of the trained model, and of the checkpoint that training resumes from"
+    data: File = flag("folder of episodes")
+    output: File = positional("folder of the trained model, and of the checkpoint that training resumes from")
+    size: str = flag("0.7m, 3m or 10m (default 3m)", "3m")
+    mixture: str = flag("ntp, diagonal or mixture (default mixture)", "mixture")
+    frames: int = setting(
+        "of a window; the first half of training sees windows half as long, twice as many", 8
     )
-    size: Annotated[str, FLAG] = Field(default="3m", description="0.7m, 3m or 10m (default 3m)")
-    mixture: Annotated[str, FLAG] = Field(
-        default="mixture", description="ntp, diagonal or mixture (default mixture)"
-    )
-    frames: int = Field(
-        default=8,
-        description="of a window; the first half of training sees windows half as long, twice as many",
-    )
-    batch: Annotated[int, FLAG] = Field(default=10, description="windows of a step, over all processes")
-    steps: Annotated[int, FLAG] = Field(default=1200, description="optimiser steps")
-    tokenizer: Annotated[str, FLAG] = Field(
-        default="auto", description="auto, patches (by k-means if need be) or learned (default auto)"
-    )
-    codes: int = Field(default=512, description="ids of the tokenizer")
-    patch: int = Field(default=8, description="pixels along a side of a cell")
-    tokenizer_steps: int = Field(default=3000, description="optimiser steps of a learned tokenizer")
+    batch: int = flag("windows of a step, over all processes", 10)
+    steps: int = flag("optimiser steps", 1200)
+    tokenizer: str = flag("auto, patches (by k-means if need be) or learned (default auto)", "auto")
+    codes: int = setting("ids of the tokenizer", 512)
+    patch: int = setting("pixels along a side of a cell", 8)
+    tokenizer_steps: int = setting("optimiser steps of a learned tokenizer", 3000)
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
-    seed: Annotated[int, FLAG] = Field(default=0, description="of tokenizer, weights and batches (default 0)")
-    device: Annotated[str, FLAG] = Field(
-        default="cpu", description="cpu, cuda for every GPU, or cuda:1 for one"
-    )
-    processes: int | None = Field(
-        default=None,
-        description="that share each batch (default: two of one thread each on a CPU, one a GPU; under "
+    seed: int = flag("of tokenizer, weights and batches (default 0)", 0)
+    device: str = flag("cpu, cuda for every GPU, or cuda:1 for one", "cpu")
+    processes: int | None = setting(
+        "that share each batch (default: two of one thread each on a CPU, one a GPU; under "
         "torchrun those that it starts)",
+        None,
     )
     checkpoint_every: int = 100
 
@@ -168,13 +153,13 @@ class EvalOptions:
         sampling: temperature, top-k and top-p of the rollouts.
     """
 
-    windows: int = Field(default=64, description="windows of the teacher-forced likelihood")
+    windows: int = setting("windows of the teacher-forced likelihood", 64)
     window_frames: int = 8
-    rollouts: int = Field(default=96, description="continuations that are generated")
-    prompt: int = Field(default=2, description="known frames of a continuation")
-    frames: int = Field(default=4, description="generated frames of a continuation")
+    rollouts: int = setting("continuations that are generated", 96)
+    prompt: int = setting("known frames of a continuation", 2)
+    frames: int = setting("generated frames of a continuation", 4)
     sampling: SamplingSettings = SamplingSettings(1.0, 0, 0.95)
-    seed: int = Field(default=0, description="of windows and random numbers (default 0)")
+    seed: int = setting("of windows and random numbers (default 0)", 0)
 
     def __post_init__(self) -> None:
         if self.windows < 2 or self.rollouts < 2 or self.prompt < 1 or self.frames < 1:
@@ -188,17 +173,13 @@ class EvalOptions:
 class FolderOptions:
     """How two folders of videos are compared."""
 
-    videos: int = Field(default=500, ge=1, description="videos at most")
-    skip: int = Field(default=0, ge=0, description="pictures that a video begins with and that do not count")
-    truth_skip: int | None = Field(
-        default=None, ge=0, description="likewise of a recording (default: those of skip)"
-    )
-    resize: bool = Field(default=False, description="scale recordings to the size of the videos")
-    dynamics: File | None = Field(
-        default=None, description="ONNX network that sees actions in MineWorld's videos"
-    )
-    lines: Literal["led", "followed"] = Field(
-        default="led", description="line t of a recording led to picture t, or was done at it: followed"
+    videos: int = setting("videos at most", 500, ge=1)
+    skip: int = setting("pictures that a video begins with and that do not count", 0, ge=0)
+    truth_skip: int | None = setting("likewise of a recording (default: those of skip)", None, ge=0)
+    resize: bool = setting("scale recordings to the size of the videos", False)
+    dynamics: File | None = setting("ONNX network that sees actions in MineWorld's videos", None)
+    lines: Literal["led", "followed"] = setting(
+        "line t of a recording led to picture t, or was done at it: followed", "led"
     )
 
 
@@ -210,37 +191,30 @@ class EvalRun:
         long_rollouts: how many of the long continuations.
     """
 
-    model: Annotated[File, POSITIONAL] = Field(
-        description="folder of a world model (run in PyTorch), a bundle (run on its engine), or a folder of "
+    model: File = positional(
+        "folder of a world model (run in PyTorch), a bundle (run on its engine), or a folder of "
         "videos that were made"
     )
-    data: Annotated[File, FLAG] = Field(description="recording the model was not trained on")
-    output: Annotated[File, FLAG] = Field(description="folder of eval.json and contact.png")
-    precision: Annotated[str | None, FLAG] = Field(
-        default=None, description="of a bundle's step graph (default: its first)"
+    data: File = flag("recording the model was not trained on")
+    output: File = flag("folder of eval.json and contact.png")
+    precision: str | None = flag("of a bundle's step graph (default: its first)", None)
+    backend: str = setting(f"of a bundle: {CHOICES}", "cpu")
+    order: tuple[str, ...] = flag(
+        "of decoding, beside next-token prediction", ("k=1 chained", "k=1 serial", "k=2 serial"), count="+"
     )
-    backend: str = Field(default="cpu", description=f"of a bundle: {CHOICES}")
-    order: Annotated[tuple[str, ...], Flag(count="+")] = Field(
-        default=("k=1 chained", "k=1 serial", "k=2 serial"),
-        description="of decoding, beside next-token prediction",
-    )
-    decoders: Annotated[tuple[str, ...], Flag(count="+")] = Field(
-        default=(), description="compare these by speed and quality instead: orders, jacobi, draft"
+    decoders: tuple[str, ...] = flag(
+        "compare these by speed and quality instead: orders, jacobi, draft", (), count="+"
     )
     drafts: DraftOptions = DraftOptions()
-    threads: int = Field(default=0, ge=0, description="CPU threads of decoders compared, 0 for one a core")
-    long_frames: int = Field(
-        default=0, description="frames of the long continuations that drift is measured on (default 0: none)"
+    threads: int = setting("CPU threads of decoders compared, 0 for one a core", 0, ge=0)
+    long_frames: int = setting(
+        "frames of the long continuations that drift is measured on (default 0: none)", 0
     )
     long_rollouts: int = 8
-    probe_steps: int = Field(
-        default=600, ge=1, description="optimiser steps of the probe that reads actions off frames"
-    )
-    networks: Annotated[tuple[File, ...], Flag(name="network", repeated=True)] = Field(
-        default=(), description="ONNX file of a metric"
-    )
-    geometry: File | None = Field(
-        default=None, description="recording that the rules of the world are learned from (default: --data)"
+    probe_steps: int = setting("optimiser steps of the probe that reads actions off frames", 600, ge=1)
+    networks: tuple[File, ...] = flag("ONNX file of a metric", (), name="network", repeated=True)
+    geometry: File | None = setting(
+        "recording that the rules of the world are learned from (default: --data)", None
     )
     folders: FolderOptions = FolderOptions()
     options: EvalOptions = EvalOptions()

@@ -6,13 +6,13 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle.manifest import INT8_CACHE
 from diagd.bundle.precision import PRECISIONS
 from diagd.errors import UsageError, unknown
-from diagd.options import FLAG, OPTIONS
+from diagd.options import OPTIONS, flag, setting
 
 E4M3_MAX = 448.0
 
@@ -112,26 +112,18 @@ def _budget(value: object) -> object:
 class CalibrationOptions:
     """How a bundle is calibrated."""
 
-    precision: Annotated[str, FLAG] = Field(description="the scheme, see below")
-    budget: Annotated[Budget | None, BeforeValidator(_budget), FLAG] = Field(
-        default=Budget(),
-        description="what may be lost: agreement=0.97,nll=0.01,psnr=30 (the defaults), or none to judge "
-        "nothing",
+    precision: str = flag("the scheme, see below")
+    budget: Annotated[Budget | None, BeforeValidator(_budget)] = flag(
+        "what may be lost: agreement=0.97,nll=0.01,psnr=30 (the defaults), or none to judge nothing", Budget()
     )
-    steps: int = Field(
-        default=320, description="passes of the calibration run, and of each round of the gate, at least 64"
+    steps: int = setting("passes of the calibration run, and of each round of the gate, at least 64", 320)
+    seed: int = flag("of prompts, actions and sampling (default 0)", 0)
+    floor: float | None = setting("dB below which a product is not quantised (default: the scheme's)", None)
+    threads: int = setting("CPU threads, 0 for one a core", 0, ge=0)
+    floats: Literal["fp16", "fp32"] = setting(
+        "of GPU graphs beside their quantised products: fp16 or fp32", "fp16"
     )
-    seed: Annotated[int, FLAG] = Field(default=0, description="of prompts, actions and sampling (default 0)")
-    floor: float | None = Field(
-        default=None, description="dB below which a product is not quantised (default: the scheme's)"
-    )
-    threads: int = Field(default=0, ge=0, description="CPU threads, 0 for one a core")
-    floats: Literal["fp16", "fp32"] = Field(
-        default="fp16", description="of GPU graphs beside their quantised products: fp16 or fp32"
-    )
-    kv_cache: Annotated[str | None, FLAG] = Field(
-        default=None, description="int8: K/V rows of 8 bits too, in portable graphs"
-    )
+    kv_cache: str | None = flag("int8: K/V rows of 8 bits too, in portable graphs", None)
 
     @property
     def name(self) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import require
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Flag
+from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.progress import Progress
 from diagd.tuning.options import AlignOptions, check_device, mixture
 
@@ -36,32 +34,25 @@ Several orders share the windows; next-token prediction keeps raster of them, wi
 class AlignVerb:
     """What is aligned, to what, on what."""
 
-    source: Annotated[str, POSITIONAL] = Field(
-        description="bundle, or weights: file, folder or hf://org/name[@revision]"
+    source: str = positional("bundle, or weights: file, folder or hf://org/name[@revision]")
+    data: File = flag("recordings, or a .npy token stream")
+    output: File = flag("bundle, folder or .safetensors to write")
+    model: str | None = flag("name of a checkpoint's model; bundles and folders say it", None)
+    order: tuple[str, ...] = flag(
+        "of decoding, one or more: 'k=1 chained', k=2,serial, k=1,d=15", ("k=1 chained",), count="+"
     )
-    data: Annotated[File, FLAG] = Field(description="recordings, or a .npy token stream")
-    output: Annotated[File, FLAG] = Field(description="bundle, folder or .safetensors to write")
-    model: Annotated[str | None, FLAG] = Field(
-        default=None, description="name of a checkpoint's model; bundles and folders say it"
+    raster: float = setting(
+        "share of next-token windows; 1 is training on next tokens alone", 0.4, ge=0, le=1
     )
-    order: Annotated[tuple[str, ...], Flag(count="+")] = Field(
-        default=("k=1 chained",),
-        description="of decoding, one or more: 'k=1 chained', k=2,serial, k=1,d=15",
+    encoder: File | None = setting(
+        "bundle that makes tokens of clips (default: the one that is aligned)", None
     )
-    raster: float = Field(
-        default=0.4, ge=0, le=1, description="share of next-token windows; 1 is training on next tokens alone"
+    resize: bool = setting("resize pictures of clips of another size", False)
+    valid: File | None = setting(
+        "data that is not trained on, whose likelihood is told before and after", None
     )
-    encoder: File | None = Field(
-        default=None, description="bundle that makes tokens of clips (default: the one that is aligned)"
-    )
-    resize: bool = Field(default=False, description="resize pictures of clips of another size")
-    valid: File | None = Field(
-        default=None, description="data that is not trained on, whose likelihood is told before and after"
-    )
-    frames: int = Field(default=4, ge=2, description="frames of a window")
-    text: File | None = Field(
-        default=None, description="text embeddings of --data, for models that read text"
-    )
+    frames: int = setting("frames of a window", 4, ge=2)
+    text: File | None = setting("text embeddings of --data, for models that read text", None)
     training: AlignOptions = AlignOptions()
 
 

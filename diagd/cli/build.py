@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle.targets import is_where_one_works
@@ -15,7 +14,7 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.engines.tensorrt.opening import Request, choose, compile_engine
 from diagd.errors import UsageError
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File
+from diagd.options import OPTIONS, File, flag, positional
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
@@ -38,15 +37,13 @@ does not fit is named on loading.
 class BuildOptions:
     """What to build of a bundle, and by what."""
 
-    bundle: Annotated[File, POSITIONAL] = Field(description="of the step graph; the engine is kept in it")
-    precision: Annotated[str | None, FLAG] = Field(
-        default=None, description="of the step graph, as fp16 (default: the bundle's first)"
+    bundle: File = positional("of the step graph; the engine is kept in it")
+    precision: str | None = flag("of the step graph, as fp16 (default: the bundle's first)", None)
+    runtime: Literal["tensorrt", "tensorrt_rtx"] | None = flag(
+        "tensorrt or tensorrt_rtx (default: the one installed)", None
     )
-    runtime: Annotated[Literal["tensorrt", "tensorrt_rtx"] | None, FLAG] = Field(
-        default=None, description="tensorrt or tensorrt_rtx (default: the one installed)"
-    )
-    force: Annotated[bool, FLAG] = Field(default=False, description="build even if memory seems too small")
-    dry_run: Annotated[bool, FLAG] = Field(default=False, description="print sizes and memory; build nothing")
+    force: bool = flag("build even if memory seems too small", False)
+    dry_run: bool = flag("print sizes and memory; build nothing", False)
     engine: Request = Request()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -13,7 +13,7 @@ from diagd.calibration.options import CalibrationOptions
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, require
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File
+from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
@@ -38,15 +38,11 @@ Bundles of random weights need no --data.
 class CalibrateOptions:
     """What to calibrate, on which frames, and how."""
 
-    bundle: Annotated[File, POSITIONAL] = Field(description="changed in place, and only on success")
+    bundle: File = positional("changed in place, and only on success")
     calibration: CalibrationOptions = Field()
-    data: Annotated[File | None, FLAG] = Field(
-        default=None, description="video, or .npy tokens [P, h, w]: frames of prompts"
-    )
-    frames: int = Field(
-        default=256, ge=1, le=1_000_000, description="frames taken from a video, its last ones"
-    )
-    resize: bool = Field(default=False, description="resize frames of another size")
+    data: File | None = flag("video, or .npy tokens [P, h, w]: frames of prompts", None)
+    frames: int = setting("frames taken from a video, its last ones", 256, ge=1, le=1_000_000)
+    resize: bool = setting("resize frames of another size", False)
 
     def tokens(self, bundle: Bundle) -> Int | None:
         """Frames of prompts, int32 [P, rows, columns].

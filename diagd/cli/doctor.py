@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File
+from diagd.options import OPTIONS, File, flag, positional
 
 EXAMPLES = """examples:
   diagd doctor
@@ -28,9 +26,9 @@ COLOURS = {"ok": "green", "problem": "red", "absent": "yellow"}
 class DoctorOptions:
     """What to check."""
 
-    bundle: Annotated[File | None, POSITIONAL] = Field(default=None, description="also check this bundle")
-    clear_cache: Annotated[bool, FLAG] = Field(default=False, description="empty this machine's cache first")
-    json: Annotated[bool, FLAG] = Field(default=False, description="machine-readable")
+    bundle: File | None = positional("also check this bundle", None)
+    clear_cache: bool = flag("empty this machine's cache first", False)
+    json: bool = flag("machine-readable", False)
 
 
 def run(options: DoctorOptions) -> int:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle.targets import bundle_target
@@ -14,7 +13,7 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, require
 from diagd.export.options import GraphOptions
-from diagd.options import FLAG, OPTIONS, SIZE, File
+from diagd.options import OPTIONS, SIZE, File, flag, setting
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,25 +33,17 @@ EXAMPLES = """examples:
 class ExportOptions:
     """What to export, and where to."""
 
-    model: Annotated[str, FLAG] = Field(description="name of the model; `diagd models` lists them")
-    checkpoint: Annotated[str | None, FLAG] = Field(
-        default=None, description="file, folder or hf://org/name[@revision]"
-    )
-    random_weights: Annotated[bool, FLAG] = Field(
-        default=False, description="no checkpoint: measure latency only"
-    )
-    seed: Annotated[int, FLAG] = Field(default=0, description="of random weights (default 0)")
-    output: Annotated[File | None, FLAG] = Field(
-        default=None, description="bundle to write (default MODEL.diagd)"
-    )
-    dry_run: Annotated[bool, FLAG] = Field(
-        default=False, description="print files, sizes and memory; write nothing"
-    )
-    tokenizer: str | None = Field(default=None, description="checkpoint of the video tokenizer, or 'none'")
-    size: Annotated[tuple[int, int] | None, SIZE] = Field(
-        default=None,
-        description="height and width of the pictures of a Cosmos model that was post-trained at another, "
+    model: str = flag("name of the model; `diagd models` lists them")
+    checkpoint: str | None = flag("file, folder or hf://org/name[@revision]", None)
+    random_weights: bool = flag("no checkpoint: measure latency only", False)
+    seed: int = flag("of random weights (default 0)", 0)
+    output: File | None = flag("bundle to write (default MODEL.diagd)", None)
+    dry_run: bool = flag("print files, sizes and memory; write nothing", False)
+    tokenizer: str | None = setting("checkpoint of the video tokenizer, or 'none'", None)
+    size: Annotated[tuple[int, int] | None, SIZE] = setting(
+        "height and width of the pictures of a Cosmos model that was post-trained at another, "
         "such as 384x640 or 640x848",
+        None,
     )
     graphs: GraphOptions = GraphOptions()
 

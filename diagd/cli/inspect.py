@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File
+from diagd.options import OPTIONS, File, flag, positional
 from diagd.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -44,14 +43,13 @@ SHOWN_COLUMNS = 30
 class InspectOptions:
     """What is shown, of what."""
 
-    path: Annotated[File, POSITIONAL] = Field(description="a bundle or an ONNX file")
-    order: Annotated[str | None, FLAG] = Field(
-        default=None,
-        description="of the schedule shown, such as k=2,chained or 'next token' (default: the bundle's)",
+    path: File = positional("a bundle or an ONNX file")
+    order: str | None = flag(
+        "of the schedule shown, such as k=2,chained or 'next token' (default: the bundle's)", None
     )
-    frames: Annotated[int, FLAG] = Field(default=3, description="of the schedule shown")
-    steps: Annotated[int, FLAG] = Field(default=0, description="print so many steps of the table")
-    json: Annotated[bool, FLAG] = Field(default=False, description="machine-readable")
+    frames: int = flag("of the schedule shown", 3)
+    steps: int = flag("print so many steps of the table", 0)
+    json: bool = flag("machine-readable", False)
 
     def __post_init__(self) -> None:
         if self.frames < 1:

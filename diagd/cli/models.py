@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
-from diagd.options import FLAG, OPTIONS
+from diagd.options import OPTIONS, flag
 
 COLUMNS = ("model", "parameters", "grid", "context")
 
@@ -18,7 +15,7 @@ COLUMNS = ("model", "parameters", "grid", "context")
 class ModelsOptions:
     """How to list them."""
 
-    json: Annotated[bool, FLAG] = Field(default=False, description="machine-readable")
+    json: bool = flag("machine-readable", False)
 
 
 def run(options: ModelsOptions) -> int:

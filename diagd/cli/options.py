@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from diagd.errors import UsageError, unknown
-from diagd.options import Flag
+from diagd.options import FLAG, Flag
 
 Options = TypeVar("Options")
 Path = tuple[str, ...]
@@ -48,7 +48,9 @@ class Entry:
     @property
     def flag(self) -> Flag | None:
         """How it is given on the command line; None: behind ``--set``."""
-        return next((part for part in self.field.metadata if isinstance(part, Flag)), None)
+        extra = self.field.json_schema_extra
+        found = extra.get(FLAG) if isinstance(extra, dict) else None
+        return found if isinstance(found, Flag) else None
 
     @property
     def choices(self) -> tuple[str, ...]:

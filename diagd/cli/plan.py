@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle.precision import KV_CACHES, PRECISIONS
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, unknown
-from diagd.options import FLAG, OPTIONS, POSITIONAL, Numbers
+from diagd.options import OPTIONS, Numbers, flag, positional, setting
 from diagd.profiling.cost import DEVICES, GB, THIS
 
 if TYPE_CHECKING:
@@ -41,40 +40,20 @@ device allow, pixels not included; good engines reach about two thirds of them.
 class PlanOptions:
     """Which model is planned, and for what."""
 
-    model: Annotated[str, POSITIONAL] = Field(description="name of a model, or a bundle")
-    device: Annotated[str, FLAG] = Field(
-        default=THIS, description=f"{', '.join(DEVICES)} or {THIS} (default)"
-    )
-    precision: Annotated[str, FLAG] = Field(
-        default="fp16", description=f"{', '.join(PRECISIONS)} (default fp16)"
-    )
-    kv_cache: Annotated[str | None, FLAG] = Field(
-        default=None, description=f"{', '.join(KV_CACHES)} (default: floating point)"
-    )
-    checkpoint: Annotated[str | None, FLAG] = Field(
-        default=None, description="file or folder; only its header is read"
-    )
-    json: Annotated[bool, FLAG] = Field(default=False, description="machine-readable")
-    window: int | None = Field(
-        default=None, ge=2, description="frames kept in the cache (default: the context)"
-    )
-    sessions: int = Field(
-        default=1, ge=1, description="that share the passes of one engine; frames a second are of each"
-    )
-    fps: float | None = Field(
-        default=None, gt=0, description="frames a second of each session: how many a device plays"
-    )
-    k: Numbers = Field(default=(1, 2), description="row lags, such as 1,2,4")
-    clip: int = Field(
-        default=1, ge=1, description="frames made at the end of one context; 1 for a sliding window"
-    )
+    model: str = positional("name of a model, or a bundle")
+    device: str = flag(f"{', '.join(DEVICES)} or {THIS} (default)", THIS)
+    precision: str = flag(f"{', '.join(PRECISIONS)} (default fp16)", "fp16")
+    kv_cache: str | None = flag(f"{', '.join(KV_CACHES)} (default: floating point)", None)
+    checkpoint: str | None = flag("file or folder; only its header is read", None)
+    json: bool = flag("machine-readable", False)
+    window: int | None = setting("frames kept in the cache (default: the context)", None, ge=2)
+    sessions: int = setting("that share the passes of one engine; frames a second are of each", 1, ge=1)
+    fps: float | None = setting("frames a second of each session: how many a device plays", None, gt=0)
+    k: Numbers = setting("row lags, such as 1,2,4", (1, 2))
+    clip: int = setting("frames made at the end of one context; 1 for a sliding window", 1, ge=1)
 
-    drafter: str | None = Field(
-        default=None, description="name of a model, or a bundle: can drafting with it pay"
-    )
-    guess: float = Field(
-        default=0.93, gt=0, lt=1, description="chance that a guess of Jacobi decoding comes out right"
-    )
+    drafter: str | None = setting("name of a model, or a bundle: can drafting with it pay", None)
+    guess: float = setting("chance that a guess of Jacobi decoding comes out right", 0.93, gt=0, lt=1)
 
     def __post_init__(self) -> None:
         for name, value, known in (

@@ -9,15 +9,14 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.generate import encode_text
 from diagd.cli.options import Verb
-from diagd.options import FLAG, OPTIONS, File, Flag
+from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.progress import Progress
 from diagd.runtime.options import SessionOptions, TextOptions
 
@@ -43,31 +42,19 @@ again and names the first frame that differs. Keys, security and the protocol: d
 class PlayOptions:
     """What is played, and where."""
 
-    bundle: Annotated[File | None, Flag(positional=True, count="?")] = Field(
-        default=None, description="default: crafter-3m, which comes with diagd"
+    bundle: File | None = positional("default: crafter-3m, which comes with diagd", None, count="?")
+    prompt: tuple[File, ...] = flag(
+        "picture, video or .npy tokens to start from (default: those of the bundle)", (), repeated=True
     )
-    prompt: Annotated[tuple[File, ...], Flag(repeated=True)] = Field(
-        default=(), description="picture, video or .npy tokens to start from (default: those of the bundle)"
-    )
-    fps: Annotated[float | None, FLAG] = Field(
-        default=None, ge=0.1, le=240, description="frames a second (default: the model's)"
-    )
-    terminal: Annotated[bool, FLAG] = Field(
-        default=False, description="play in this terminal, not in a browser"
-    )
-    replay: Annotated[File | None, FLAG] = Field(
-        default=None, description="play a record again, and check every frame"
-    )
-    record: Annotated[File | None, FLAG] = Field(
-        default=None, description="where the record goes (default: the user's cache)"
-    )
-    video: Annotated[File | None, FLAG] = Field(default=None, description=".mp4 or .gif of all that is seen")
-    host: Annotated[str, FLAG] = Field(default="127.0.0.1", min_length=1, description="address to listen on")
-    port: Annotated[int, FLAG] = Field(default=8765, ge=0, le=65535, description="0 for any that is free")
-    controls: File | None = Field(
-        default=None, description="what keys do (default: controls.json of the bundle)"
-    )
-    browser: bool = Field(default=True, description="open the page in a browser")
+    fps: float | None = flag("frames a second (default: the model's)", None, ge=0.1, le=240)
+    terminal: bool = flag("play in this terminal, not in a browser", False)
+    replay: File | None = flag("play a record again, and check every frame", None)
+    record: File | None = flag("where the record goes (default: the user's cache)", None)
+    video: File | None = flag(".mp4 or .gif of all that is seen", None)
+    host: str = flag("address to listen on", "127.0.0.1", min_length=1)
+    port: int = flag("0 for any that is free", 8765, ge=0, le=65535)
+    controls: File | None = setting("what keys do (default: controls.json of the bundle)", None)
+    browser: bool = setting("open the page in a browser", True)
     session: SessionOptions = SessionOptions()
     condition: TextOptions = TextOptions()
 

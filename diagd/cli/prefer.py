@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, require
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Flag
+from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.progress import Progress, is_first
 from diagd.tuning.options import PreferOptions, PreferTraining, check_device, mixture
 
@@ -55,24 +54,18 @@ REPORT = b'{\n "decoder"'
 class PreferVerb:
     """What is tuned, on what, and how."""
 
-    bundle: Annotated[File, POSITIONAL] = Field(description="it stays as it is")
-    data: Annotated[File, FLAG] = Field(description="recordings, clips or a .npy token stream")
-    output: Annotated[File, FLAG] = Field(description="bundle to write")
-    decoder: Annotated[str | None, FLAG] = Field(
-        default=None, description="of the rollouts: ntp, jacobi or an order (default: the bundle's own)"
+    bundle: File = positional("it stays as it is")
+    data: File = flag("recordings, clips or a .npy token stream")
+    output: File = flag("bundle to write")
+    decoder: str | None = flag("of the rollouts: ntp, jacobi or an order (default: the bundle's own)", None)
+    order: tuple[str, ...] = flag(
+        "of decoding that is trained for, one or more, as in align", ("k=1 chained",), count="+"
     )
-    order: Annotated[tuple[str, ...], Flag(count="+")] = Field(
-        default=("k=1 chained",), description="of decoding that is trained for, one or more, as in align"
-    )
-    report: Annotated[File | None, FLAG] = Field(default=None, description=".json file of all figures")
-    raster: float = Field(default=0.4, ge=0, le=1, description="share of next-token windows")
-    valid: File | None = Field(
-        default=None, description="data for the gate (default: the last fifth of --data)"
-    )
-    text: File | None = Field(
-        default=None, description="text embeddings of --data, for models that read text"
-    )
-    resize: bool = Field(default=False, description="resize pictures of clips of another size")
+    report: File | None = flag(".json file of all figures", None)
+    raster: float = setting("share of next-token windows", 0.4, ge=0, le=1)
+    valid: File | None = setting("data for the gate (default: the last fifth of --data)", None)
+    text: File | None = setting("text embeddings of --data, for models that read text", None)
+    resize: bool = setting("resize pictures of clips of another size", False)
     preference: PreferOptions = PreferOptions()
     training: PreferTraining = PreferTraining()
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle.targets import file_target, folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import DependencyError, UsageError
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Flag
+from diagd.options import OPTIONS, File, flag, positional
 from diagd.profiling.profile import ProfileOptions
 from diagd.progress import Progress
 
@@ -49,22 +48,14 @@ _MARKS = {True: ("ok", "green"), False: ("failed", "red"), None: ("not judged", 
 class ProfileVerb:
     """What is measured or compared, and what is written of it."""
 
-    bundle: Annotated[File | None, POSITIONAL] = Field(default=None, description="what to measure")
+    bundle: File | None = positional("what to measure", None)
     measure: ProfileOptions = ProfileOptions()
-    budget: Annotated[float, FLAG] = Field(default=180.0, description="seconds to begin orders in, 0: all")
-    output: Annotated[File | None, FLAG] = Field(
-        default=None, description="directory for the report (default: NAME.profile)"
-    )
-    trace: Annotated[File | None, FLAG] = Field(
-        default=None, description="write a Chrome trace; steps become NVTX ranges as well"
-    )
-    compare: Annotated[tuple[File, File] | None, Flag(count=2, metavar=("BEFORE", "AFTER"))] = Field(
-        default=None, description="two report.json"
-    )
-    backends: Annotated[bool, FLAG] = Field(
-        default=False, description="find the fastest backend, precision and threads instead"
-    )
-    json: Annotated[bool, FLAG] = Field(default=False, description="print the report as JSON")
+    budget: float = flag("seconds to begin orders in, 0: all", 180.0)
+    output: File | None = flag("directory for the report (default: NAME.profile)", None)
+    trace: File | None = flag("write a Chrome trace; steps become NVTX ranges as well", None)
+    compare: tuple[File, File] | None = flag("two report.json", None, count=2, metavar=("BEFORE", "AFTER"))
+    backends: bool = flag("find the fastest backend, precision and threads instead", False)
+    json: bool = flag("print the report as JSON", False)
 
     def __post_init__(self) -> None:
         if not self.budget >= 0:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing, suppress
-from typing import Annotated, Final, Literal
+from typing import Final, Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.cluster.connection import EngineOptions
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File
+from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.runtime.options import SessionOptions
 
 EXAMPLES = """examples:
@@ -45,35 +44,22 @@ LOCAL: Final = ("127.0.0.1", "::1", "localhost")
 class ServeOptions:
     """What is served, and where."""
 
-    bundle: Annotated[File, POSITIONAL] = Field(description="made by diagd-export")
-    protocol: Annotated[Literal["play", "wham"], FLAG] = Field(
-        default="play", description="of the clients: play (the page, default) or wham"
-    )
-    sessions: Annotated[int, FLAG] = Field(
-        default=4, ge=1, le=256, description="of play: worlds at once (default 4)"
-    )
-    fps: Annotated[float | None, FLAG] = Field(
-        default=None, ge=0.1, le=240, description="of play: frames a second of each (default: the model's)"
-    )
-    host: Annotated[str, FLAG] = Field(default="127.0.0.1", min_length=1, description="address to listen on")
-    port: Annotated[int, FLAG] = Field(default=5000, ge=0, le=65535, description="0 for any that is free")
-    idle: float = Field(default=300, gt=0, description="of play: seconds a player may press nothing")
-    game: float = Field(default=900, gt=0, description="of play: seconds of a game")
-    state: File | None = Field(
-        default=None, description="of play: folder of worlds that a server after this one goes on with"
-    )
-    every: int = Field(default=60, ge=1, description="of play: frames between two snapshots of a world")
-    drain: float = Field(default=30, ge=0, description="of play: seconds that players have after SIGTERM")
-    max_jobs: int = Field(default=30, ge=1, le=10_000, description="of wham: jobs that may wait")
-    max_steps: int = Field(default=10, ge=1, le=10_000, description="of wham: frames of a job at most")
-    lifespan: int = Field(
-        default=600, ge=1, description="of wham: seconds that results nobody fetches are kept for"
-    )
-    seed: int | None = Field(
-        default=None,
-        ge=0,
-        lt=1 << 53,
-        description="of wham: of the first job, later ones in order (default: any)",
+    bundle: File = positional("made by diagd-export")
+    protocol: Literal["play", "wham"] = flag("of the clients: play (the page, default) or wham", "play")
+    sessions: int = flag("of play: worlds at once (default 4)", 4, ge=1, le=256)
+    fps: float | None = flag("of play: frames a second of each (default: the model's)", None, ge=0.1, le=240)
+    host: str = flag("address to listen on", "127.0.0.1", min_length=1)
+    port: int = flag("0 for any that is free", 5000, ge=0, le=65535)
+    idle: float = setting("of play: seconds a player may press nothing", 300, gt=0)
+    game: float = setting("of play: seconds of a game", 900, gt=0)
+    state: File | None = setting("of play: folder of worlds that a server after this one goes on with", None)
+    every: int = setting("of play: frames between two snapshots of a world", 60, ge=1)
+    drain: float = setting("of play: seconds that players have after SIGTERM", 30, ge=0)
+    max_jobs: int = setting("of wham: jobs that may wait", 30, ge=1, le=10_000)
+    max_steps: int = setting("of wham: frames of a job at most", 10, ge=1, le=10_000)
+    lifespan: int = setting("of wham: seconds that results nobody fetches are kept for", 600, ge=1)
+    seed: int | None = setting(
+        "of wham: of the first job, later ones in order (default: any)", None, ge=0, lt=1 << 53
     )
     session: SessionOptions = SessionOptions()
     nodes: EngineOptions = EngineOptions()

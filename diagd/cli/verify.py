@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Numbers
+from diagd.options import OPTIONS, File, Numbers, flag, positional, setting
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
@@ -53,30 +52,20 @@ there are none, jacobi is exact.
 class VerifyOptions:
     """What is checked, against what, and on what."""
 
-    bundle: Annotated[File, POSITIONAL] = Field(description="what to check")
-    engine: Annotated[str | None, FLAG] = Field(
-        default=None,
-        description="form of the step graph: prefix, modern or portable (default: all), or a backend: "
-        f"{CHOICES}",
+    bundle: File = positional("what to check")
+    engine: str | None = flag(
+        f"form of the step graph: prefix, modern or portable (default: all), or a backend: {CHOICES}", None
     )
-    reference: Annotated[File | None, FLAG] = Field(
-        default=None, description="bundle with the FP32 prefix graph (default: itself)"
-    )
-    prompt: Annotated[File | None, FLAG] = Field(
-        default=None, description="image, video or .npy tokens (default: random tokens)"
-    )
-    k: Annotated[Numbers, FLAG] = Field(default=(1, 2), description="row lags, each serial and chained")
-    frames: Annotated[int, FLAG] = Field(default=5, description="of each order")
-    tensors: Annotated[bool, FLAG] = Field(
-        default=False, description="compare every output of one step as well"
-    )
-    json: Annotated[bool, FLAG] = Field(default=False, description="machine-readable")
-    window: int | None = Field(
-        default=None, ge=2, description="frames that a token may see (default: at most 4)"
-    )
-    prompt_frames: int = Field(default=1, ge=1, description="frames known ahead")
-    seed: int = Field(default=0, description="of the random prompt")
-    threads: int = Field(default=0, ge=0, description="CPU threads of the engine, 0 for one a core")
+    reference: File | None = flag("bundle with the FP32 prefix graph (default: itself)", None)
+    prompt: File | None = flag("image, video or .npy tokens (default: random tokens)", None)
+    k: Numbers = flag("row lags, each serial and chained", (1, 2))
+    frames: int = flag("of each order", 5)
+    tensors: bool = flag("compare every output of one step as well", False)
+    json: bool = flag("machine-readable", False)
+    window: int | None = setting("frames that a token may see (default: at most 4)", None, ge=2)
+    prompt_frames: int = setting("frames known ahead", 1, ge=1)
+    seed: int = setting("of the random prompt", 0)
+    threads: int = setting("CPU threads of the engine, 0 for one a core", 0, ge=0)
 
 
 def run(options: VerifyOptions) -> int:

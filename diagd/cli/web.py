@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cli import terminal
 from diagd.cli.options import Verb
-from diagd.options import FLAG, OPTIONS, File, Flag
+from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.progress import Progress
 
 EXAMPLES = """examples:
@@ -27,25 +25,16 @@ The folder is static: copy it to any host. What hosts should send, and what a br
 class WebOptions:
     """What becomes a page, and where."""
 
-    output: Annotated[File, FLAG] = Field(description="folder of the page: absent, empty or an earlier page")
-    bundle: Annotated[File | None, Flag(positional=True, count="?")] = Field(
-        default=None, description="default: crafter-3m, which comes with diagd"
+    output: File = flag("folder of the page: absent, empty or an earlier page")
+    bundle: File | None = positional("default: crafter-3m, which comes with diagd", None, count="?")
+    precision: str | None = flag(
+        "of the step graph (default: int8-dynamic, or for WebGPU int8-weight, if it is there)", None
     )
-    precision: Annotated[str | None, FLAG] = Field(
-        default=None,
-        description="of the step graph (default: int8-dynamic, or for WebGPU int8-weight, if it is there)",
-    )
-    runtime: Annotated[File | None, FLAG] = Field(
-        default=None, description="archive or folder of onnxruntime-web (default: fetched once from npm)"
-    )
-    webgpu: Annotated[bool, FLAG] = Field(default=False, description="decode on the GPU in browsers that can")
-    serve: Annotated[bool, FLAG] = Field(
-        default=False, description="serve the page to this machine's browsers"
-    )
-    port: Annotated[int, FLAG] = Field(default=8766, ge=0, le=65535, description="of --serve; 0 for any")
-    window: int | None = Field(
-        default=None, description="frames that a token may see (default: the model's context)"
-    )
+    runtime: File | None = flag("archive or folder of onnxruntime-web (default: fetched once from npm)", None)
+    webgpu: bool = flag("decode on the GPU in browsers that can", False)
+    serve: bool = flag("serve the page to this machine's browsers", False)
+    port: int = flag("of --serve; 0 for any", 8766, ge=0, le=65535)
+    window: int | None = setting("frames that a token may see (default: the model's context)", None)
 
 
 def run(options: WebOptions) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.errors import UsageError, require
-from diagd.options import FLAG, OPTIONS
+from diagd.options import OPTIONS, flag, setting
 
 HERE: Final = "local"
 """In place of an address: a cluster of this machine alone, which ends with this process."""
@@ -56,13 +55,11 @@ class ClusterOptions:
         gpus: of each worker on a cluster, or a share of one.
     """
 
-    workers: Annotated[int | None, FLAG] = Field(
-        default=None, ge=1, le=1024, description="processes of one thread; the result is that of any number"
+    workers: int | None = flag(
+        "processes of one thread; the result is that of any number", None, ge=1, le=1024
     )
-    cluster: Annotated[str | None, FLAG] = Field(
-        default=None, description="Ray cluster whose nodes do the work: HOST:PORT, auto, or local"
-    )
-    gpus: float = Field(default=0, ge=0, description="of each worker on a cluster, or a share of one")
+    cluster: str | None = flag("Ray cluster whose nodes do the work: HOST:PORT, auto, or local", None)
+    gpus: float = setting("of each worker on a cluster, or a share of one", 0, ge=0)
 
     @property
     def is_asked(self) -> bool:
@@ -74,14 +71,9 @@ class ClusterOptions:
 class EngineOptions:
     """Where engines are that worlds are played on."""
 
-    cluster: Annotated[str | None, FLAG] = Field(
-        default=None, description="Ray cluster whose nodes play: HOST:PORT, auto, or local"
+    cluster: str | None = flag("Ray cluster whose nodes play: HOST:PORT, auto, or local", None)
+    engines: int | None = setting(
+        "of a cluster, of --sessions worlds each (default: one a node)", None, ge=1, le=1024
     )
-    engines: int | None = Field(
-        default=None,
-        ge=1,
-        le=1024,
-        description="of a cluster, of --sessions worlds each (default: one a node)",
-    )
-    cores: float = Field(default=1, gt=0, description="of each engine on a cluster")
-    gpus: float = Field(default=0, ge=0, description="of each engine on a cluster, or a share of one")
+    cores: float = setting("of each engine on a cluster", 1, gt=0)
+    gpus: float = setting("of each engine on a cluster, or a share of one", 0, ge=0)

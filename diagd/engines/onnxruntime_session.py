@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle import cache
 from diagd.engines.host import cores, installed, processor_features
 from diagd.engines.tensors import ALIGNMENT, Tensor
 from diagd.errors import BundleError, EngineError, UsageError, require
-from diagd.options import OPTIONS
+from diagd.options import OPTIONS, setting
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -57,8 +56,8 @@ class CpuOptions:
     Without ``fuse``, quantised products are computed in floating point: there is no other way for FP8.
     """
 
-    threads: int = Field(default=0, description="CPU threads, 0 for one a core")
-    prepack: bool = Field(default=True, description="cache packed weights on this machine")
+    threads: int = setting("CPU threads, 0 for one a core", 0)
+    prepack: bool = setting("cache packed weights on this machine", True)
     fuse: bool = True
 
     def __post_init__(self) -> None:

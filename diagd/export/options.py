@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Form
 from diagd.errors import UsageError
-from diagd.options import NAMES, OPTIONS, Flag, Numbers
+from diagd.options import NAMES, OPTIONS, Numbers, flag, setting
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -22,29 +21,25 @@ class GraphOptions:
         UsageError: a form that does not run at this precision.
     """
 
-    form: Annotated[tuple[Form, ...] | None, NAMES, Flag()] = Field(
-        default=None,
-        description="prefix (CPU), modern (GPU, TensorRT 10.15 and later), portable (TensorRT 10.3 to "
+    form: Annotated[tuple[Form, ...] | None, NAMES] = flag(
+        "prefix (CPU), modern (GPU, TensorRT 10.15 and later), portable (TensorRT 10.3 to "
         "10.14), or several: prefix,modern (default: prefix for fp32, modern for fp16)",
+        None,
     )
-    precision: Annotated[Literal["fp32", "fp16"], Flag()] = Field(
-        default="fp32", description="of the step graphs"
-    )
-    widths: Numbers | None = Field(
-        default=None,
-        description="step widths of the GPU forms, as 16,64; a step takes the next wider one. Reading the "
+    precision: Literal["fp32", "fp16"] = flag("of the step graphs", "fp32")
+    widths: Numbers | None = setting(
+        "step widths of the GPU forms, as 16,64; a step takes the next wider one. Reading the "
         "weights bounds a step of 16 rows as it does one of 1, and each width costs memory and build time "
         "(default: 16 and what k=1 with chained frames feeds at once, 64 at least)",
+        None,
     )
-    streams: int = Field(
-        default=1,
+    streams: int = setting(
+        "sessions that share a step of the GPU forms; graphs of the prefix form take any number",
+        1,
         ge=1,
         le=64,
-        description="sessions that share a step of the GPU forms; graphs of the prefix form take any number",
     )
-    window: int | None = Field(
-        default=None, description="frames that fixed KV buffers hold (default: the context)"
-    )
+    window: int | None = setting("frames that fixed KV buffers hold (default: the context)", None)
 
     def __post_init__(self) -> None:
         if self.precision != "fp32":

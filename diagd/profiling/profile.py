@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import pydantic.dataclasses
-from pydantic import Field
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.files import atomic_file
@@ -25,7 +24,7 @@ from diagd.engines.ceilings import Ceilings
 from diagd.engines.host import cores, installed, memory_bytes, peak_memory, processor_name
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError, unknown
-from diagd.options import FLAG, OPTIONS, Flag, Numbers
+from diagd.options import OPTIONS, Numbers, flag, setting
 from diagd.profiling.cost import StoredModel, read_model
 from diagd.profiling.measure import Measured, Timeline, measure, name_of, random_workload
 from diagd.profiling.orders import decoding_orders, split_orders
@@ -60,28 +59,16 @@ class ProfileOptions:
         UsageError: too few frames, or no rate.
     """
 
-    ks: Annotated[Numbers, Flag(name="k")] = Field(
-        default=(1, 2), description="row lags, each serial and chained"
-    )
-    frames: Annotated[int, FLAG] = Field(default=4, description="of each order, two or more")
-    fps: float | None = Field(default=None, description="count frames that come later than this rate allows")
-    backend: str = Field(default=CPU, description=CHOICES)
-    engine: str | None = Field(
-        default=None, description="form of the step graph on the CPU (default: the fastest)"
-    )
-    precision: str | None = Field(default=None, description="of the step graph (default: the bundle's first)")
-    window: int | None = Field(
-        default=None, description="frames that a token may see (default: the model's context)"
-    )
-    prompt: int | None = Field(
-        default=None,
-        ge=1,
-        description="frames known ahead (default: a full window)",
-    )
-    jacobi: bool = Field(
-        default=False, description="measure Jacobi decoding too; how many passes it takes is the content's"
-    )
-    pixels: bool = Field(default=True, description="decode and encode pictures, where there is a tokenizer")
+    ks: Numbers = flag("row lags, each serial and chained", (1, 2), name="k")
+    frames: int = flag("of each order, two or more", 4)
+    fps: float | None = setting("count frames that come later than this rate allows", None)
+    backend: str = setting(CHOICES, CPU)
+    engine: str | None = setting("form of the step graph on the CPU (default: the fastest)", None)
+    precision: str | None = setting("of the step graph (default: the bundle's first)", None)
+    window: int | None = setting("frames that a token may see (default: the model's context)", None)
+    prompt: int | None = setting("frames known ahead (default: a full window)", None, ge=1)
+    jacobi: bool = setting("measure Jacobi decoding too; how many passes it takes is the content's", False)
+    pixels: bool = setting("decode and encode pictures, where there is a tokenizer", True)
     budget: float | None = None
     marks: bool = False
     cpu: CpuOptions = CpuOptions()

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Manifest
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
-from diagd.options import FLAG, OPTIONS, File
+from diagd.options import OPTIONS, File, flag, setting
 from diagd.runtime.actions import encode, read_actions
 from diagd.runtime.arrays import read_array
 from diagd.runtime.episodes import EPISODE, read_episode
@@ -40,35 +39,27 @@ Lines = Literal["new", "led", "followed"]
 class ClipOptions:
     """Where a clip is, and which part of it is the prompt."""
 
-    prompt: Annotated[File, FLAG] = Field(
-        description="image, video, folder of images, .npz episode or .npy tokens [P, h, w]"
-    )
-    actions: Annotated[File | None, FLAG] = Field(
-        default=None,
-        description="one action a line: of the clip where it has the prompt's name, else of the "
+    prompt: File = flag("image, video, folder of images, .npz episode or .npy tokens [P, h, w]")
+    actions: File | None = flag(
+        "one action a line: of the clip where it has the prompt's name, else of the "
         "frames to make; or the word model: it decodes them",
+        None,
     )
-    start: Annotated[int | None, FLAG] = Field(
-        default=None,
-        ge=0,
-        le=1_000_000_000,
-        description="first picture of the prompt (default: the model's, first or last ones)",
+    start: int | None = flag(
+        "first picture of the prompt (default: the model's, first or last ones)", None, ge=0, le=1_000_000_000
     )
-    prompt_frames: int | None = Field(
-        default=None,
-        ge=1,
-        le=1_000_000,
-        description="pictures of a video that are the prompt (default: the model's)",
+    prompt_frames: int | None = setting(
+        "pictures of a video that are the prompt (default: the model's)", None, ge=1, le=1_000_000
     )
-    lines: Lines | None = Field(
-        default=None,
-        description="line t of --actions: 'new', of a frame to make; 'led', what led to picture t; "
+    lines: Lines | None = setting(
+        "line t of --actions: 'new', of a frame to make; 'led', what led to picture t; "
         "'followed', what was done at it (default: the model's where the names are alike, else new)",
+        None,
     )
-    further: Literal["model"] | None = Field(
-        default=None, description="'model' decodes the actions behind those that are given"
+    further: Literal["model"] | None = setting(
+        "'model' decodes the actions behind those that are given", None
     )
-    resize: bool = Field(default=False, description="resize pictures of another size")
+    resize: bool = setting("resize pictures of another size", False)
 
     @property
     def acts(self) -> bool:

@@ -17,7 +17,7 @@ from diagd.engines.backend import CHOICES, CPU, find
 from diagd.engines.engine import Float
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File
+from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.runtime.clip import ClipOptions
 from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
@@ -43,12 +43,10 @@ def _count(value: object) -> object:
 class SamplingOptions:
     """How tokens are drawn; what is not said is the bundle's."""
 
-    temperature: float | None = Field(default=None, description="0 is greedy (default: the bundle's)")
-    top_p: float | None = Field(default=None, description="nucleus mass, 1 for all (default: the bundle's)")
-    top_k: int | None = Field(
-        default=None, description="most probable ids, 0 for all (default: the bundle's)"
-    )
-    seed: int = Field(default=0, description="of the random numbers (default 0)")
+    temperature: float | None = setting("0 is greedy (default: the bundle's)", None)
+    top_p: float | None = setting("nucleus mass, 1 for all (default: the bundle's)", None)
+    top_k: int | None = setting("most probable ids, 0 for all (default: the bundle's)", None)
+    seed: int = setting("of the random numbers (default 0)", 0)
 
     def settings(self, rules: SamplingRules) -> SamplingSettings:
         """With the defaults of a bundle.
@@ -64,15 +62,13 @@ class SamplingOptions:
 class SessionOptions:
     """What decodes, and where."""
 
-    precision: str | None = Field(default=None, description="of the step graph (default: the bundle's first)")
-    backend: str | None = Field(
-        default=None, description=f"{CHOICES} (default: cpu; of a world that is played, the fastest measured)"
+    precision: str | None = setting("of the step graph (default: the bundle's first)", None)
+    backend: str | None = setting(
+        f"{CHOICES} (default: cpu; of a world that is played, the fastest measured)", None
     )
-    window: int | None = Field(
-        default=None, description="frames that a token may see (default: the model's context)"
-    )
-    compat: str | None = Field(default=None, description="'mineworld' reproduces the released code's cache")
-    roll: int | None = Field(default=None, description="frames by which learned positions slide at once")
+    window: int | None = setting("frames that a token may see (default: the model's context)", None)
+    compat: str | None = setting("'mineworld' reproduces the released code's cache", None)
+    roll: int | None = setting("frames by which learned positions slide at once", None)
     cpu: CpuOptions = CpuOptions()
 
     def open(self, bundle: Bundle) -> Session:
@@ -98,9 +94,9 @@ class SessionOptions:
 class TextOptions:
     """What models that attend to text are told."""
 
-    text: File | None = Field(default=None, description="text embeddings, .npy or .safetensors [n, width]")
-    words: str | None = Field(default=None, description="text for the encoder t5, in place of embeddings")
-    t5: File | None = Field(default=None, description="folder of a T5 encoder")
+    text: File | None = setting("text embeddings, .npy or .safetensors [n, width]", None)
+    words: str | None = setting("text for the encoder t5, in place of embeddings", None)
+    t5: File | None = setting("folder of a T5 encoder", None)
 
     def embeddings(self, manifest: Manifest, encode_text: TextEncoder | None) -> Float | None:
         """Float32 [n, width], from a file or from words and an encoder.
@@ -119,43 +115,31 @@ class TextOptions:
 class GenerateOptions:
     """What is generated, from what, and how."""
 
-    bundle: Annotated[File, POSITIONAL] = Field(description="made by diagd-export")
+    bundle: File = positional("made by diagd-export")
     clip: ClipOptions = Field()
-    output: Annotated[File, FLAG] = Field(
-        description=".mp4, .gif, .npy for tokens, .npz for an episode, or a folder for many clips"
-    )
-    frames: Annotated[tuple[int, bool] | None, BeforeValidator(_count), FLAG] = Field(
-        default=None,
-        description="pictures to make, or latent frames as 3latents (default: one for each action, or "
+    output: File = flag(".mp4, .gif, .npy for tokens, .npz for an episode, or a folder for many clips")
+    frames: Annotated[tuple[int, bool] | None, BeforeValidator(_count)] = flag(
+        "pictures to make, or latent frames as 3latents (default: one for each action, or "
         "as many as fill a clip of the release)",
+        None,
     )
-    decoder: Annotated[str | None, FLAG] = Field(
-        default=None,
-        description="ntp, diagonal (the bundle's order), an order such as k=1,chained, jacobi or draft "
+    decoder: str | None = flag(
+        "ntp, diagonal (the bundle's order), an order such as k=1,chained, jacobi or draft "
         "(default: the bundle's)",
+        None,
     )
-    audit: Annotated[bool, FLAG] = Field(
-        default=False, description="say how many tokens are next-token prediction's with the same seed"
-    )
-    tau: float = Field(
-        default=-1.0, allow_inf_nan=True, description="least score of a draft that is kept, or inf or -inf"
-    )
+    audit: bool = flag("say how many tokens are next-token prediction's with the same seed", False)
+    tau: float = setting("least score of a draft that is kept, or inf or -inf", -1.0, allow_inf_nan=True)
     drafts: DraftOptions = DraftOptions()
-    branches: Annotated[int, FLAG] = Field(
-        default=1, ge=1, description="futures of each prompt, with seeds in order, in files NAME-0, NAME-1"
-    )
-    kind: Literal[".mp4", ".gif", ".npy", ".npz"] = Field(
-        default=".mp4", description="of the files of many clips"
-    )
-    fps: float | None = Field(default=None, gt=0, description="of the video written (default: the model's)")
-    beyond: Literal["stream", "prompt"] = Field(
-        default="stream",
-        description="what a clip longer than the context goes on from: the sliding window, or its last "
+    branches: int = flag("futures of each prompt, with seeds in order, in files NAME-0, NAME-1", 1, ge=1)
+    kind: Literal[".mp4", ".gif", ".npy", ".npz"] = setting("of the files of many clips", ".mp4")
+    fps: float | None = setting("of the video written (default: the model's)", None, gt=0)
+    beyond: Literal["stream", "prompt"] = setting(
+        "what a clip longer than the context goes on from: the sliding window, or its last "
         "pictures, encoded again",
+        "stream",
     )
-    stamp: bool = Field(
-        default=True, description="mark videos as the model's release does; some licences ask for it"
-    )
+    stamp: bool = setting("mark videos as the model's release does; some licences ask for it", True)
     sampling: SamplingOptions = SamplingOptions()
     session: SessionOptions = SessionOptions()
     condition: TextOptions = TextOptions()

@@ -6,13 +6,12 @@ import re
 from contextlib import ExitStack
 from dataclasses import replace
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Bundle, Manifest
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import ScheduleError
-from diagd.options import OPTIONS, File
+from diagd.options import OPTIONS, File, setting
 from diagd.runtime.decoders import Decoder, DraftDecoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.decoders.scoring import Scorer
 from diagd.runtime.load import open_session
@@ -26,13 +25,12 @@ DRAFT = "draft"
 class DraftOptions:
     """What drafts, and what is kept of it."""
 
-    drafter: File | None = Field(
-        default=None,
-        description="bundle that drafts, with the same layout and tokens (default: the model)",
+    drafter: File | None = setting(
+        "bundle that drafts, with the same layout and tokens (default: the model)", None
     )
-    drafter_precision: str | None = Field(default=None, description="of its step graph (default: its first)")
-    drafter_decoder: str | None = Field(default=None, description="that it decodes by (default: its own)")
-    score: str = Field(default="likelihood", description="of drafts: likelihood, onnx:PATH or a package's")
+    drafter_precision: str | None = setting("of its step graph (default: its first)", None)
+    drafter_decoder: str | None = setting("that it decodes by (default: its own)", None)
+    score: str = setting("of drafts: likelihood, onnx:PATH or a package's", "likelihood")
 
     def open(self, bundle: Bundle, window: int, cpu: CpuOptions, stack: ExitStack) -> Session:
         """The drafter's session beside one over ``bundle``; closed with ``stack``."""

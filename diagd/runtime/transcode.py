@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Annotated
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Bundle
@@ -14,7 +12,7 @@ from diagd.bundle.targets import check_apart, file_target
 from diagd.engines.backend import CHOICES, find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File
+from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.progress import Progress
 from diagd.runtime.clip import read_tokens
 from diagd.runtime.pictures import read_frames
@@ -26,20 +24,15 @@ from diagd.runtime.video import SUFFIXES, psnr, squared_error, write_tokens, wri
 class EncodeOptions:
     """What becomes tokens."""
 
-    bundle: Annotated[File, POSITIONAL] = Field(description="whose tokenizer it is")
-    video: Annotated[File, POSITIONAL] = Field(description="video or image")
-    output: Annotated[File, FLAG] = Field(description=".npy, int32 [frames, rows, columns]")
-    start: Annotated[int, FLAG] = Field(
-        default=0, ge=0, le=1_000_000_000, description="first picture (default 0)"
+    bundle: File = positional("whose tokenizer it is")
+    video: File = positional("video or image")
+    output: File = flag(".npy, int32 [frames, rows, columns]")
+    start: int = flag("first picture (default 0)", 0, ge=0, le=1_000_000_000)
+    frames: int | None = flag(
+        "pictures at most (default: all that make whole token frames)", None, ge=1, le=1_000_000
     )
-    frames: Annotated[int | None, FLAG] = Field(
-        default=None,
-        ge=1,
-        le=1_000_000,
-        description="pictures at most (default: all that make whole token frames)",
-    )
-    resize: bool = Field(default=False, description="resize pictures of another size")
-    backend: str = Field(default="cpu", description=CHOICES)
+    resize: bool = setting("resize pictures of another size", False)
+    backend: str = setting(CHOICES, "cpu")
     cpu: CpuOptions = CpuOptions()
 
 
@@ -47,13 +40,13 @@ class EncodeOptions:
 class DecodeOptions:
     """What becomes a video."""
 
-    bundle: Annotated[File, POSITIONAL] = Field(description="whose tokenizer it is")
-    tokens: Annotated[File, POSITIONAL] = Field(description=".npy, int [frames, rows, columns]")
-    output: Annotated[File, FLAG] = Field(description=".mp4 or .gif")
-    against: Annotated[File | None, FLAG] = Field(default=None, description="video to measure the PSNR to")
-    fps: float | None = Field(default=None, gt=0, description="of the video (default: the model's)")
-    resize: bool = Field(default=False, description="resize the pictures of --against")
-    backend: str = Field(default="cpu", description=CHOICES)
+    bundle: File = positional("whose tokenizer it is")
+    tokens: File = positional(".npy, int [frames, rows, columns]")
+    output: File = flag(".mp4 or .gif")
+    against: File | None = flag("video to measure the PSNR to", None)
+    fps: float | None = setting("of the video (default: the model's)", None, gt=0)
+    resize: bool = setting("resize the pictures of --against", False)
+    backend: str = setting(CHOICES, "cpu")
     cpu: CpuOptions = CpuOptions()
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cluster.connection import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError
-from diagd.options import FLAG, OPTIONS, File
+from diagd.options import OPTIONS, File, flag, setting
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
 
@@ -26,24 +24,19 @@ class AlignOptions:
     """
 
     shares: tuple[tuple[float, Schedule], ...] = ()
-    steps: int = Field(default=200, ge=1, description="optimiser steps")
-    batch: Annotated[int, FLAG] = Field(default=8, ge=1, description="windows of a step")
-    rate: Annotated[float, FLAG] = Field(
-        default=3e-4, description="peak learning rate; it falls linearly to 0 after a warm-up of a twentieth"
+    steps: int = setting("optimiser steps", 200, ge=1)
+    batch: int = flag("windows of a step", 8, ge=1)
+    rate: float = flag("peak learning rate; it falls linearly to 0 after a warm-up of a twentieth", 3e-4)
+    rank: int = setting(
+        "of low-rank updates of every matrix (arXiv 2106.09685); 0 trains all weights", 0, ge=0
     )
-    rank: int = Field(
-        default=0,
-        ge=0,
-        description="of low-rank updates of every matrix (arXiv 2106.09685); 0 trains all weights",
-    )
-    seed: int = Field(default=0, description="of windows, schedules and low-rank factors")
+    seed: int = setting("of windows, schedules and low-rank factors", 0)
     autocast: bool = True
-    device: Annotated[str, FLAG] = Field(default="cpu", description="cpu, cuda or cuda:N")
-    resume: File | None = Field(
-        default=None,
-        description="file that training is kept in as it goes, and goes on from where it was interrupted",
+    device: str = flag("cpu, cuda or cuda:N", "cpu")
+    resume: File | None = setting(
+        "file that training is kept in as it goes, and goes on from where it was interrupted", None
     )
-    keep_every: int = Field(default=100, ge=1, description="steps between two writes of resume")
+    keep_every: int = setting("steps between two writes of resume", 100, ge=1)
 
     def __post_init__(self) -> None:
         if not self.rate >= 0:
@@ -54,11 +47,9 @@ class AlignOptions:
 class PreferTraining(AlignOptions):
     """How low-rank updates are trained on preferences: see ``AlignOptions``."""
 
-    batch: int = Field(default=4, ge=1, description="pairs of a step")
-    rate: float = Field(
-        default=1e-4, description="peak learning rate; it falls linearly to 0 after a warm-up of a twentieth"
-    )
-    rank: int = Field(default=8, ge=1, description="of low-rank updates of every matrix")
+    batch: int = setting("pairs of a step", 4, ge=1)
+    rate: float = setting("peak learning rate; it falls linearly to 0 after a warm-up of a twentieth", 1e-4)
+    rank: int = setting("of low-rank updates of every matrix", 8, ge=1)
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -69,19 +60,15 @@ class PreferOptions:
         sampling: of the rollouts.
     """
 
-    contexts: int = Field(
-        default=256, ge=2, description="prefixes, with the actions behind them, that rollouts share"
-    )
-    rollouts: int = Field(default=8, ge=2, description="of a context; the best is preferred to the worst")
-    prompt: int = Field(default=2, ge=1, description="known frames of a context")
-    frames: int = Field(default=4, ge=1, description="frames that are rolled out behind them")
-    strength: float = Field(default=10.0, gt=0, description="beta of DPO, on mean log-likelihoods of a token")
-    anchor: float = Field(
-        default=0.2, ge=0, description="share of the best rollouts' own likelihood in the loss"
-    )
-    judged: int = Field(default=64, ge=8, description="held-out contexts that the gate looks at")
-    probe_steps: int = Field(default=600, ge=1, description="optimiser steps of each probe of the actions")
-    backend: str = Field(default="cpu", description=f"that rolls out: {CHOICES}")
+    contexts: int = setting("prefixes, with the actions behind them, that rollouts share", 256, ge=2)
+    rollouts: int = setting("of a context; the best is preferred to the worst", 8, ge=2)
+    prompt: int = setting("known frames of a context", 2, ge=1)
+    frames: int = setting("frames that are rolled out behind them", 4, ge=1)
+    strength: float = setting("beta of DPO, on mean log-likelihoods of a token", 10.0, gt=0)
+    anchor: float = setting("share of the best rollouts' own likelihood in the loss", 0.2, ge=0)
+    judged: int = setting("held-out contexts that the gate looks at", 64, ge=8)
+    probe_steps: int = setting("optimiser steps of each probe of the actions", 600, ge=1)
+    backend: str = setting(f"that rolls out: {CHOICES}", "cpu")
     sampling: SamplingSettings = SamplingSettings(1.0, 0, 0.95)
     who: ClusterOptions = ClusterOptions()
 

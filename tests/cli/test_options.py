@@ -6,35 +6,33 @@ import argparse
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
 
 import pytest
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from diagd.cli.main import VERBS, main
 from diagd.cli.options import Verb, add_options, entries, explain_stray, parse_options, read_options
 from diagd.errors import UsageError
-from diagd.options import FLAG, OPTIONS, POSITIONAL, File, Flag, Numbers
+from diagd.options import OPTIONS, File, Numbers, flag, positional, setting
 from diagd.schedule import RowSeed
 
 
 @dataclass(frozen=True, config=OPTIONS)
 class Engine:
-    threads: int = Field(default=0, ge=0, description="CPU threads")
-    frames: int = Field(default=4, description="of the window")
+    threads: int = setting("CPU threads", 0, ge=0)
+    frames: int = setting("of the window", 4)
     hidden: bool = True
 
 
 @dataclass(frozen=True, config=OPTIONS)
 class Options:
-    source: Annotated[File, POSITIONAL] = Field(description="what is read")
-    seed: Annotated[RowSeed, FLAG] = Field(default=RowSeed.PREVIOUS_FRAME, description="of rows")
-    k: Annotated[Numbers, FLAG] = Field(default=(1, 2), description="row lags")
-    order: Annotated[tuple[str, ...], Flag(count="+")] = Field(default=(), description="of decoding")
-    force: Annotated[bool, FLAG] = Field(default=False, description="all the same")
-    frames: int = Field(default=1, ge=1, description="of the clip")
-    share: float | None = Field(default=None, description="of windows")
+    source: File = positional("what is read")
+    seed: RowSeed = flag("of rows", RowSeed.PREVIOUS_FRAME)
+    k: Numbers = flag("row lags", (1, 2))
+    order: tuple[str, ...] = flag("of decoding", (), count="+")
+    force: bool = flag("all the same", False)
+    frames: int = setting("of the clip", 1, ge=1)
+    share: float | None = setting("of windows", None)
     engine: Engine = Engine()
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import pydantic.dataclasses
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator
 
 from diagd.bundle import Bundle, Form, cache
 from diagd.bundle.manifest import StepGraph
@@ -35,7 +35,7 @@ from diagd.engines.tensorrt.builder import (
 )
 from diagd.engines.tensors import Tensor
 from diagd.errors import DiagdError, EngineError
-from diagd.options import FLAG, NAMES, OPTIONS, Flag, Numbers
+from diagd.options import NAMES, OPTIONS, Numbers, flag, setting
 from diagd.progress import Progress
 from diagd.version import __version__
 
@@ -61,17 +61,17 @@ class Request:
     """What to compile of a bundle; ``tokens`` is the size of the token buffer."""
 
     tokens: int = 0
-    form: Annotated[Form | None, FLAG] = Field(
-        default=None, description="of the step graph: modern or portable (default: what suits this TensorRT)"
+    form: Form | None = flag(
+        "of the step graph: modern or portable (default: what suits this TensorRT)", None
     )
-    widths: Annotated[Numbers | None, AfterValidator(_row_counts), FLAG] = Field(
-        default=None, description="rows of a step, as 16,64 (default: the bundle's)"
+    widths: Annotated[Numbers | None, AfterValidator(_row_counts)] = flag(
+        "rows of a step, as 16,64 (default: the bundle's)", None
     )
-    targets: Annotated[
-        tuple[str, ...], NAMES, BeforeValidator(_said), AfterValidator(_gpus), Flag(name="target")
-    ] = Field(default=(), description="build for other GPUs, as sm86,sm89 (TensorRT-RTX only)")
-    optimization_level: int | None = Field(
-        default=None, ge=0, le=5, description="0 builds fast, 5 runs fast (default: TensorRT's own)"
+    targets: Annotated[tuple[str, ...], NAMES, BeforeValidator(_said), AfterValidator(_gpus)] = flag(
+        "build for other GPUs, as sm86,sm89 (TensorRT-RTX only)", (), name="target"
+    )
+    optimization_level: int | None = setting(
+        "0 builds fast, 5 runs fast (default: TensorRT's own)", None, ge=0, le=5
     )
 
     @property
