@@ -38,8 +38,8 @@ Bundles of random weights need no --data.
 class CalibrateOptions:
     """What to calibrate, on which frames, and how."""
 
-    bundle: File = positional("changed in place, and only on success")
     calibration: CalibrationOptions = Field()
+    bundle: File = positional("changed in place, and only on success")
     data: File | None = flag("video, or .npy tokens [P, h, w]: frames of prompts", None)
     frames: int = setting("frames taken from a video, its last ones", 256, ge=1, le=1_000_000)
     resize: bool = setting("resize frames of another size", False)

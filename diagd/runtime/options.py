@@ -115,8 +115,8 @@ class TextOptions:
 class GenerateOptions:
     """What is generated, from what, and how."""
 
-    bundle: File = positional("made by diagd-export")
     clip: ClipOptions = Field()
+    bundle: File = positional("made by diagd-export")
     output: File = flag(".mp4, .gif, .npy for tokens, .npz for an episode, or a folder for many clips")
     frames: Annotated[tuple[int, bool] | None, BeforeValidator(_count)] = flag(
         "pictures to make, or latent frames as 3latents (default: one for each action, or "
