@@ -99,7 +99,9 @@ def _is_at(file: BinaryIO, name: Path) -> bool:
 
 
 def _holder() -> str:
-    verb = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]) if sys.argv else "diagd"
+    program = Path(sys.argv[0] if sys.argv else "diagd")
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    verb = " ".join([name, *sys.argv[1:2]])
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return f"{verb} (process {os.getpid()} on {platform.node()}, since {since})"
 

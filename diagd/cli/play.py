@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -63,6 +64,7 @@ def run(options: PlayOptions) -> int:
     """Play until the player has had enough."""
     from diagd.bundle import read_manifest
     from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open_replay
+    from diagd.play.terminal import check_terminal
 
     _check_video(options)
     place = options.bundle or SHIPPED
@@ -75,19 +77,26 @@ def run(options: PlayOptions) -> int:
             game, lines = open_replay(place, options.replay, game_options)
             _replay(console, stack.enter_context(game), lines, _video(stack, options, game))
         else:
+            if _is_in_terminal(options):
+                check_terminal(os.environ)
             record = options.record or new_record(manifest.name)
-            game = open_game(place, replace(game_options, record=record))
+            game = stack.enter_context(open_game(place, replace(game_options, record=record)))
             _play(console, options, game, _video(stack, options, game))
     return 0
 
 
+def _is_in_terminal(options: PlayOptions) -> bool:
+    return options.terminal or (find_spec("websockets") is None and sys.stdout.isatty())
+
+
 def _check_video(options: PlayOptions) -> None:
     """Refuse a ``--video`` that would take the place of something else, before the game begins."""
-    from diagd.bundle.targets import check_apart, file_target
+    from diagd.bundle.targets import check_apart, check_distinct, file_target
     from diagd.runtime.video import SUFFIXES
 
     if options.video is not None:
         file_target(options.video, SUFFIXES, "--video")
+        check_distinct({"--record": options.record, "--video": options.video})
         read = {"--replay": options.replay, "--record": options.record, "--prompt": None}
         for prompt in (None, *options.prompt):
             check_apart(options.video, read | {"--prompt": prompt}, "--video")
@@ -133,7 +142,7 @@ def _play(
     inputs = Inputs(read_controls(game.bundle.path, codec, options.controls), codec)
     rate = options.fps or game.bundle.manifest.frames_per_second
     with suppress(KeyboardInterrupt, asyncio.CancelledError):  # how a player leaves
-        if options.terminal or (find_spec("websockets") is None and sys.stdout.isatty()):
+        if _is_in_terminal(options):
             in_terminal.play(game, inputs, rate, watch)
         else:
             _serve(console, options, game, inputs, watch)

@@ -100,6 +100,7 @@ def _play(options: ServeOptions) -> int:
 
 def _dream(options: ServeOptions) -> int:
     from diagd.bundle import Bundle
+    from diagd.play.site import in_url
     from diagd.serve.dreamer import Dreamer
     from diagd.serve.server import DreamServer
     from diagd.serve.wham import Wham
@@ -123,7 +124,7 @@ def _dream(options: ServeOptions) -> int:
                     f"warning: whoever reaches {options.host} can order dreams; no password, no TLS"
                 )
             console.print(
-                f"{bundle.manifest.name}: http://{options.host}:{server.server_port}\nCtrl-C ends it."
+                f"{bundle.manifest.name}: http://{in_url(options.host)}:{server.server_port}\nCtrl-C ends it."
             )
             sys.stdout.flush()
             dreamer.start()

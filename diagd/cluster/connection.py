@@ -19,6 +19,11 @@ _SETTINGS: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
 authentication, which it has since 2.52, is off where nothing is said."""
 
 
+_ALONE: Final = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+"""Ray's name for whether nodes are to reach each other. Where they need not, it listens on 127.0.0.1 alone;
+otherwise on all addresses, the machine's own in place of that one (2.60)."""
+
+
 def connect(address: str) -> Any:
     """Join the cluster at HOST:PORT, ``auto`` for the one that runs here, or `HERE`; gives Ray.
 
@@ -28,8 +33,10 @@ def connect(address: str) -> Any:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    if address == HERE and os.environ["RAY_AUTH_MODE"] == "token":
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if address == HERE:
+        os.environ.setdefault(*_ALONE)
+        if os.environ["RAY_AUTH_MODE"] == "token":
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray = require("ray", extra="cluster", purpose="use several machines")
     if ray.is_initialized():
         return ray

@@ -370,15 +370,17 @@ class Game:
         try:
             with np.load(io.BytesIO(snapshot), allow_pickle=False) as file:
                 parts = [bytes(file[f"arr_{number}"]) for number in range(len(file.files))]
-            head, streams = json.loads(parts[0]), parts[1:]
+            head, (first, *_) = json.loads(parts[0]), (streams := parts[1:])
             settings = PlaySettings.model_validate(head["settings"])
             numbers = [(int(number), parent) for number, parent in head["marks"]]
             here, following, chosen = int(head["here"]), int(head["next"]), int(head["chosen"])
+            if here not in dict(numbers) or len(numbers) != len(streams) - 1:
+                raise ValueError("its marks are not those of its streams")
         except Exception as error:  # NumPy, zipfile, json and pydantic raise many types for other bytes
             raise UsageError(f"this is no snapshot of a game ({type(error).__name__})") from error
         own = self.session.stream
         (stream, *_), places = ([own.branch(kept) for _ in streams] for kept in (None, MAX_KEPT))
-        for place, content in zip([stream, *places], [streams[0], *streams], strict=True):
+        for place, content in zip([stream, *places], [first, *streams], strict=True):
             place.restore(content)
         self.session.stream, self._past, self.settings = stream, list(places[0].past), settings
         self.here, self._next_mark, self._chosen = here, following, chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from collections.abc import Iterator
@@ -31,7 +30,14 @@ class _Marked(BaseModel):
     """What the file `MARK` of a folder of worlds holds."""
 
     kind: Literal["diagd worlds"]
-    token: str = Field(min_length=16)
+    token: str = Field(pattern="^[A-Za-z0-9_-]{16,128}$")
+
+
+class _Head(BaseModel):
+    """First line of a world that is kept."""
+
+    bundle: str
+    ticket: str = Field(min_length=1, max_length=128)
 
 
 @dataclass
@@ -82,8 +88,19 @@ class Kept:
             pass
 
 
+def shelf_target(folder: Path) -> Path:
+    """Where worlds can be kept.
+
+    Raises:
+        UsageError: the folder holds something else, or cannot be written.
+    """
+    return folder_target(folder, {MARK: KIND.encode()}, "worlds that diagd serve keeps", "--set state")
+
+
 class Shelf:
     """A folder of kept games, which another server finds when this one died: each with its player's ticket.
+
+    Worlds of other bundles stay as they are.
 
     Args:
         folder: made where it is not there; for this user's eyes, as tickets and token let somebody in.
@@ -98,7 +115,7 @@ class Shelf:
 
     def __init__(self, folder: Path, bundle: str) -> None:
         self._folder, self._bundle, self._writer = folder, bundle, ThreadPoolExecutor(1)
-        folder_target(folder, {MARK: KIND.encode()}, "worlds that diagd serve keeps", "--set state")
+        shelf_target(folder)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.token = self._token(folder / MARK)
@@ -119,7 +136,7 @@ class Shelf:
 
     def put(self, number: int, ticket: str, snapshot: bytes) -> None:
         """Keep the world of a table; the disk is written in a thread of its own."""
-        head = json.dumps({"bundle": self._bundle, "ticket": ticket}).encode()
+        head = _Head(bundle=self._bundle, ticket=ticket).model_dump_json().encode()
         self._writer.submit(self._put, self._path(number), head + b"\n" + snapshot)
 
     def drop(self, number: int) -> None:
@@ -139,16 +156,20 @@ class Shelf:
     def find(self, tables: int) -> Iterator[tuple[int, str, bytes]]:
         """Number, ticket and snapshot of each world of this bundle that is kept."""
         for number in range(tables):
+            path = self._path(number)
             try:
-                head, _, snapshot = self._path(number).read_bytes().partition(b"\n")
-                told = json.loads(head)
-                if told["bundle"] == self._bundle:
-                    yield number, str(told["ticket"]), snapshot
-            except (OSError, ValueError, KeyError, TypeError):
+                head, _, snapshot = path.read_bytes().partition(b"\n")
+                told = _Head.model_validate_json(head)
+            except FileNotFoundError:
                 continue
+            except (OSError, ValidationError):
+                _LOG.warning("%s is damaged: the world is not gone on with", path)
+                continue
+            if told.bundle == self._bundle:
+                yield number, told.ticket, snapshot
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"world-{number}"
+        return self._folder / f"world-{self._bundle[:12]}-{number}"
 
     def _write(self, path: Path, content: bytes) -> None:
         with atomic_file(path) as partial, partial.open("wb") as file:

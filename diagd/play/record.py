@@ -12,6 +12,7 @@ import logging
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from diagd.bundle import Bundle
 from diagd.engines.backend import CPU
 from diagd.engines.engine import Int
-from diagd.errors import QualityError, UsageError
+from diagd.errors import DiagdError, QualityError, UsageError
 from diagd.play.controls import Taken
 from diagd.play.settings import PlaySettings
 from diagd.runtime.sampling import SAMPLER
@@ -140,7 +141,7 @@ class Record:
         self.path = path
         self.heard: Callable[[Line], None] = lambda line: None
         self._file: IO[str] | None = None
-        self._bytes = 0
+        self._bytes = self._told = 0
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -155,6 +156,7 @@ class Record:
         """Write a line."""
         if not isinstance(line, Header):
             self.heard(line)
+            self._told += 1
         if self._file is None:
             return
         text = line.model_dump_json() + "\n"
@@ -183,11 +185,16 @@ class Record:
             raise UsageError(f"the record cannot be read: {error.strerror or error}") from None
 
     def close(self) -> None:
-        """Write no more; the game goes on where what was written does not reach the disk."""
-        if self._file is None:
+        """Write no more; the game goes on where what was written does not reach the disk.
+
+        The record of a game that never began is removed.
+        """
+        if self._file is None or self.path is None:
             return
         try:
             self._file.close()
+            if not self._told:
+                self.path.unlink(missing_ok=True)
         except OSError as error:
             _LOG.warning("the record %s ends early: %s", self.path, error.strerror or error)
         self._file = None
@@ -264,8 +271,18 @@ def replay(game: Game, lines: Sequence[tuple[int, Line]], strict: bool = True) -
                 game.stop()
             position = end
             continue
-        _replay_command(game, number, line)
+        with _at(number):
+            _replay_command(game, line)
         position += 1
+
+
+@contextmanager
+def _at(number: int) -> Iterator[None]:
+    """Have errors say at which line of a record they came."""
+    try:
+        yield
+    except DiagdError as error:
+        raise type(error)(f"line {number}: {error}") from error
 
 
 def _replay_run(game: Game, lines: Sequence[tuple[int, Line]], strict: bool) -> Iterator[Shown]:
@@ -284,9 +301,10 @@ def _replay_run(game: Game, lines: Sequence[tuple[int, Line]], strict: bool) -> 
     for number, line in lines:
         if not isinstance(line, Played):
             continue
-        shown = game.advance(act)
-        if shown is None or shown.frame.index != line.frame:
-            raise UsageError(f"line {number}: frame {line.frame} does not follow what is before it")
+        with _at(number):
+            shown = game.advance(act)
+            if shown is None or shown.frame.index != line.frame:
+                raise UsageError(f"frame {line.frame} does not follow what is before it")
         if strict and digest(shown.frame.tokens) != line.tokens:
             raise QualityError(
                 f"line {number}: frame {line.frame} is the first that differs from the record; another "
@@ -295,13 +313,13 @@ def _replay_run(game: Game, lines: Sequence[tuple[int, Line]], strict: bool) -> 
         yield shown
 
 
-def _replay_command(game: Game, number: int, line: Line) -> None:
+def _replay_command(game: Game, line: Line) -> None:
     if isinstance(line, Start):
         try:
             actions = None if line.actions is None else np.array(line.actions, np.int32)
             prompt = np.array(line.start, np.int32)
         except ValueError:
-            raise UsageError(f"line {number}: it is no prompt of token frames of one size") from None
+            raise UsageError("it is no prompt of token frames of one size") from None
         game.reset(prompt, actions)
     elif isinstance(line, Settings):
         game.choose(line.settings)

@@ -21,7 +21,7 @@ from diagd.play import messages
 from diagd.play.floor import Figures, Floor
 from diagd.play.messages import Ack, Hello, without_paths
 from diagd.play.room import Room, Seat
-from diagd.play.site import SOCKET, Answer, Site, plain
+from diagd.play.site import SOCKET, Answer, Site, cannot_listen, in_url, plain
 from diagd.play.stage import SHARE
 
 if TYPE_CHECKING:
@@ -176,11 +176,8 @@ class Server:
         """
         try:
             await self._run(started)
-        except OSError as error:
-            raise UsageError(
-                f"cannot listen on {self.address.host}, port {self.address.port}: {error.strerror or error}; "
-                "choose another --port or --host"
-            ) from None
+        except (OSError, UnicodeError) as error:
+            raise cannot_listen(self.address.host, self.address.port, error) from None
 
     async def _run(self, started: Callable[[str], None]) -> None:
         from websockets.asyncio.server import serve
@@ -203,10 +200,9 @@ class Server:
         ) as listening:
             port = next(iter(listening.sockets)).getsockname()[1]
             self._site = Site(self.address.host, port)
-            name = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
             self.floor.start(asyncio.get_running_loop())
             self._take_up()
-            started(f"http://{name}:{port}/#{self.address.token}")
+            started(f"http://{in_url(self.address.host)}:{port}/#{self.address.token}")
             try:
                 while self._drains is None or self._playing:
                     await asyncio.sleep(1)

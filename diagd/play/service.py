@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from diagd.bundle import Bundle
+from diagd.bundle.files import turn
 from diagd.play.controls import Inputs, read_controls
 from diagd.play.floor import Desk, Floor, LocalFloor
-from diagd.play.kept import EVERY, Kept, Shelf
+from diagd.play.kept import EVERY, Kept, Shelf, shelf_target
 from diagd.play.opening import GameOptions, open_games
 from diagd.play.server import Address, Limits, Server
 from diagd.play.table import Table
@@ -58,6 +59,7 @@ def serve_floor(
     """Likewise, worlds of a bundle wherever they are played."""
     with ExitStack() as held:
         if service.state is not None:
+            held.enter_context(turn(shelf_target(service.state)))  # a server there ends first
             shelf = held.enter_context(closing(Shelf(service.state, bundle.digest)))
             address = keep_worlds(shelf, floor.tables, address)
         rate = service.rate or bundle.manifest.frames_per_second

@@ -9,8 +9,21 @@ from http import HTTPStatus
 from importlib import resources
 from typing import Final
 
+from diagd.errors import UsageError
+
 KINDS: Final = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 SOCKET: Final = "/socket"
+
+
+def in_url(host: str) -> str:
+    """A host as addresses of pages have it."""
+    return f"[{host}]" if ":" in host else host
+
+
+def cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> UsageError:
+    """What there is to say where nobody can listen."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UsageError(f"cannot listen on {host}, port {port}: {reason}; choose another --port or --host")
 
 
 def page_files() -> dict[str, bytes]:

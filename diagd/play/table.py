@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,9 @@ AUDITED: Final = 16
 
 FILMED: Final = 1200
 """Frames of a video that is asked for; the world stands still until it is written."""
+
+
+_LOG = logging.getLogger(__name__)
 
 
 def packed(header: dict[str, Any], parts: list[bytes]) -> bytes:
@@ -121,6 +125,7 @@ class Table:
             try:
                 kept.restore(self.game)
             except DiagdError as error:
+                _LOG.warning("a world that was kept cannot go on, it begins anew: %s", error)
                 self._fail(f"the world cannot go on, it begins anew: {error}")
                 self._reset(self._prompt)
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
@@ -165,12 +165,23 @@ def _raw(descriptor: int) -> Iterator[None]:
         tty.setcbreak(descriptor)
         yield
     finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # it is gone
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
 def _read(descriptor: int, seconds: float) -> bytes:
+    """What was typed meanwhile.
+
+    Raises:
+        KeyboardInterrupt: the terminal is gone, and with it the player.
+    """
     ready, _, _ = select.select([descriptor], [], [], seconds)
-    return os.read(descriptor, 4096) if ready else b""
+    try:
+        if not ready or (typed := os.read(descriptor, 4096)):
+            return typed if ready else b""
+    except OSError:
+        pass
+    raise KeyboardInterrupt
 
 
 def _ask(source: int, target: int) -> bytes:
@@ -182,12 +193,7 @@ def _ask(source: int, target: int) -> bytes:
 
 
 def play(game: Game, inputs: Inputs, rate: float, watch: Callable[[Pictures], None] | None = None) -> None:
-    """Play until Ctrl-C or Q; closes the game.
-
-    Raises:
-        UsageError: there is no terminal that could show it.
-    """
-    check_terminal(os.environ)
+    """Play until Ctrl-C or Q in a terminal that `check_terminal` found well; closes the game."""
     source, target = sys.stdin.fileno(), sys.stdout.fileno()
     with _raw(source):
         abilities = Abilities.read(_ask(source, target), os.environ)
@@ -195,7 +201,8 @@ def play(game: Game, inputs: Inputs, rate: float, watch: Callable[[Pictures], No
             os.write(target, _ENTER + (_TELL_RELEASES if abilities.releases else b""))
             _Player(game, inputs, rate, watch, abilities, target).run(source)
         finally:
-            os.write(target, (_AS_BEFORE if abilities.releases else b"") + _LEAVE)
+            with suppress(OSError):  # nobody looks any more
+                os.write(target, (_AS_BEFORE if abilities.releases else b"") + _LEAVE)
 
 
 class _Player:
@@ -267,5 +274,6 @@ class _Player:
         return b"\x1b[%d;1H\x1b[0m\x1b[2K" % self._rows + text[:200].encode() + b"\x1b[?2026l"
 
     def _write(self, data: bytes) -> None:
-        while data:
-            data = data[os.write(self._target, data) :]
+        with suppress(OSError):  # nobody looks any more, which reading keys finds too
+            while data:
+                data = data[os.write(self._target, data) :]

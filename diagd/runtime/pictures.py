@@ -236,6 +236,10 @@ def _decode(av: ModuleType, path: Path) -> Iterator[tuple[Any, Fraction]]:
         if not container.streams.video:
             raise UsageError(f"{path} holds no picture; expected a video or an image")
         last, (stream, *_) = None, container.streams.video
+        if stream.codec_context is None:  # FFmpeg knows the container, but no decoder
+            raise UsageError(
+                f"{path} holds pictures of a kind that cannot be decoded; save it as .png or .mp4"
+            )
         stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
         name = container.format.name
         square = name in _IMAGES or name.endswith("_pipe")

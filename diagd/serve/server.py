@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -16,7 +17,7 @@ from typing_extensions import override
 from diagd.bundle import Manifest
 from diagd.errors import DiagdError, UsageError
 from diagd.play.messages import without_paths
-from diagd.play.site import Site
+from diagd.play.site import Site, cannot_listen
 from diagd.serve.dreamer import Dreamer
 from diagd.serve.wham import Wham, packed
 
@@ -48,12 +49,10 @@ class DreamServer(ThreadingHTTPServer):
         limits: Mapping[str, int],
     ) -> None:
         try:
+            self.address_family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
             super().__init__(address, _Handler)
-        except OSError as error:
-            raise UsageError(
-                f"cannot listen on {address[0]}, port {address[1]}: {error.strerror or error}; choose "
-                "another --port or --host"
-            ) from None
+        except (OSError, UnicodeError) as error:
+            raise cannot_listen(*address, error) from None
         self.wham, self.dreamer, self.manifest, self.limits = wham, dreamer, manifest, dict(limits)
         self.site = Site(address[0], self.server_port)
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)

@@ -72,6 +72,7 @@ def test_a_frame_that_differs_is_an_error(
         (["--set", "precision=int8"], "no int8 graph"),
         (["--replay", "nothing.ndjson"], "nothing.ndjson"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1"),
+        (["--host", "long" * 20 + ".org"], "cannot listen on longlong"),
     ],
 )
 def test_wrong_options_end_in_one_line(
@@ -82,6 +83,15 @@ def test_wrong_options_end_in_one_line(
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [["--host", "256.1.1.1"], ["--terminal"]])
+def test_a_game_that_never_began_leaves_no_record(
+    workplace: Workplace, options: list[str], tmp_path: Path
+) -> None:
+    record = tmp_path / "played.ndjson"
+    assert main(["play", str(workplace.bundle), "--record", str(record), *options]) == 2
+    assert not record.exists()
 
 
 @pytest.mark.parametrize("name", ["mine.mp4", "mine.gif", "mine.txt"])

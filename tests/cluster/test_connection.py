@@ -25,3 +25,25 @@ except UsageError as error:
     found = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, check=True)
     assert found.stdout.startswith("0 token cannot join a Ray cluster at 127.0.0.1:1")
     assert "ray start --head" in found.stdout
+
+
+@pytest.mark.slow
+def test_a_cluster_of_this_machine_listens_on_it_alone() -> None:
+    if find_spec("ray") is None:
+        pytest.skip("pip install 'diagd[cluster]'")
+    code = """
+from pathlib import Path
+from diagd.cluster.connection import HERE, connect
+def listening():
+    lines = [*Path("/proc/net/tcp").open(), *Path("/proc/net/tcp6").open()]
+    rows = [line.split() for line in lines]
+    return {row[1] for row in rows if row[3] == "0A"}
+before = listening()
+connect(HERE).put(0)
+print(*listening() - before)
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    found = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, check=True)
+    hosts = {address.partition(":")[0] for address in found.stdout.split()}
+    assert hosts
+    assert all(host.endswith("0100007F") for host in hosts), hosts

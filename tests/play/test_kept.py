@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diagd.bundle.files import turn
 from diagd.errors import QualityError, UsageError
 from diagd.play.game import Game
 from diagd.play.kept import Kept, Shelf
@@ -83,7 +87,7 @@ def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, t
     state = tmp_path / "state"
     with serve(sessions=2, limits=LOOSE, state=state) as (url, server), player(url) as ann:
         ticket = ann.until(type="welcome")["ticket"]
-        while ann.frame()["known"] < 9 or not (state / "world-0").exists():
+        while ann.frame()["known"] < 9 or not (kept := list(state.glob("world-*-0"))):
             pass
         token, seed = parts(url)[1], server.tables[0].game.settings
     with serve(sessions=2, limits=LOOSE, state=state) as (url, server):
@@ -95,20 +99,64 @@ def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, t
             assert ann.frame()["known"] > 5
         server.room.clear(server.room.seats[0])
         for _ in range(100):
-            if not (state / "world-0").exists():
+            if not kept[0].exists():
                 break
             time.sleep(0.05)
-        assert not (state / "world-0").exists()
+        assert not kept[0].exists()
 
 
 def test_worlds_of_another_bundle_are_left_alone(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, "one")
-    shelf.put(0, "ticket", b"world")
-    shelf.close()
-    (tmp_path / "world-1").write_bytes(b"something else")
-    assert list(Shelf(tmp_path, "one").find(3)) == [(0, "ticket", b"world")]
+    kept = {}
+    for bundle in ("one", "two"):
+        shelf = Shelf(tmp_path, bundle)
+        assert not list(shelf.find(3))
+        shelf.put(0, "ticket", bundle.encode())
+        shelf.close()
+        kept[bundle] = tmp_path / f"world-{bundle}-0"
+    for bundle, path in kept.items():
+        assert list(Shelf(tmp_path, bundle).find(3)) == [(0, "ticket", bundle.encode())]
+        assert path.stat().st_mode & 0o777 == 0o600
+    kept["one"].replace(kept["two"])
     assert not list(Shelf(tmp_path, "two").find(3))
-    assert (tmp_path / "world-0").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("content", [b"", b"something else", b"[" * 100_000, b'{"bundle": "one"}\nworld'])
+def test_a_damaged_world_is_told(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    shelf = Shelf(tmp_path, "one")
+    shelf.put(1, "ticket", b"world")
+    shelf.close()
+    (tmp_path / "world-one-0").write_bytes(content)
+    assert list(shelf.find(2)) == [(1, "ticket", b"world")]
+    assert "world-one-0 is damaged" in caplog.text
+
+
+def test_a_damaged_snapshot_is_one_error(game: Game) -> None:
+    whole = game.snapshot()
+    with np.load(io.BytesIO(whole)) as file:
+        head, *streams = (file[name] for name in file.files)
+    marks = np.frombuffer(bytes(head).replace(b'"here": 0', b'"here": 9'), np.uint8)
+    for given in ([], [head], [head, streams[0]], [marks, *streams], [head, *streams[:1], head]):
+        np.savez(damaged := io.BytesIO(), *given)
+        with pytest.raises(UsageError, match="this is no snapshot"):
+            game.restore(damaged.getvalue())
+    with pytest.raises(UsageError, match="this is no snapshot"):
+        game.restore(whole[: len(whole) // 2])
+    game.restore(whole)
+
+
+def test_servers_on_one_folder_take_turns(world: Path, tmp_path: Path) -> None:
+    """The second one waits for the first to end, and says for whom."""
+    command = [sys.executable, "-m", "diagd", "serve", str(world), "--sessions", "1", "--port", "0"]
+    command += ["--set", f"state={tmp_path / 'state'}"]
+    with turn(tmp_path / "state"):
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert second.stdout is not None
+        assert second.stderr is not None
+        assert "waiting for" in second.stderr.readline()
+        assert not (tmp_path / "state" / "token").exists()
+    assert "http://127.0.0.1:" in second.stdout.readline()
+    second.terminate()
+    assert second.wait(60) == 0
 
 
 @pytest.mark.parametrize("name", ["token", "world-0"])

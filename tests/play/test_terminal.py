@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from diagd.play.drawing import Blocks, Kitty, Sixel, fitted
-from diagd.play.terminal import QUIT, Abilities, Held, Press, presses
+from diagd.play.terminal import QUIT, Abilities, Held, Press, _raw, _read, presses
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (72, 96, 3), dtype=np.uint8)
 
@@ -125,6 +125,18 @@ def test_abilities_are_what_the_terminal_says() -> None:
     assert Abilities.read(answer, {"TMUX": "1"}) == Abilities(releases=True)
     assert Abilities.read(b"\x1b[?64;22c", {}) == Abilities()
     assert Abilities.read(b"", {}) == Abilities()
+
+
+def test_whose_terminal_is_gone_has_left() -> None:
+    ours, theirs = pty.openpty()
+    with _raw(theirs):
+        assert _read(theirs, 0) == b""
+        os.write(ours, b"q")
+        assert _read(theirs, 1) == b"q"
+        os.close(ours)
+        with pytest.raises(KeyboardInterrupt):
+            _read(theirs, 1)
+    os.close(theirs)
 
 
 @pytest.mark.parametrize("ending", ["q", "SIGTERM", "SIGINT"])

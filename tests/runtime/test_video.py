@@ -138,6 +138,13 @@ def test_files_that_are_no_video(tmp_path: Path, content: bytes) -> None:
         read_frames(path)
 
 
+def test_pictures_that_nobody_decodes(tmp_path: Path) -> None:
+    path = tmp_path / "drawn.svg"
+    path.write_text("<svg/>")
+    with pytest.raises(UsageError, match=r"drawn.svg holds pictures of a kind that cannot be decoded"):
+        read_frames(path)
+
+
 def test_a_picture_damaged_in_the_middle_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "walk.mp4", tiles(60), 30)
     with av.open(str(path)) as container:

@@ -263,6 +263,15 @@ def test_whoever_comes_by_another_way_is_refused(client: Client) -> None:
         assert client.get("/")[0] == client.order({}, {})[0] == 403
 
 
+def test_any_address_of_this_machine_will_do(small_wham: Bundle) -> None:
+    told: list[Any] = [None, None, small_wham.manifest, LIMITS]
+    with DreamServer(("::1", 0), *told) as server:
+        assert server.server_port
+    for host in ("256.1.1.1", "long" * 20 + ".org"):
+        with pytest.raises(UsageError, match=f"cannot listen on {host}, port 0"):
+            DreamServer((host, 0), *told)
+
+
 def test_other_models_are_not_served(small_wham: Bundle) -> None:
     manifest = small_wham.manifest.model_copy(update={"actions": mineworld_actions(), "name": "mineworld"})
     with pytest.raises(UsageError, match="mineworld is no WHAM"):
