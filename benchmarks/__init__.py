@@ -7,6 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from diagd.bundle.targets import file_target
+from diagd.errors import UsageError
+
 CONSOLE = Console(width=120)
 
 
@@ -18,3 +21,12 @@ def parser(description: str | None, bundle: str | None = None) -> argparse.Argum
     if bundle is not None:
         made.add_argument(bundle, type=Path, **({"required": True} if bundle.startswith("-") else {}))
     return made
+
+
+def check_result(options: argparse.ArgumentParser, path: Path | None, begins: bytes) -> None:
+    """Leave, with the reason, where a file of results would take another one's place or cannot be written."""
+    if path is not None:
+        try:
+            file_target(path, (path.suffix,), "result", begins)
+        except UsageError as error:
+            options.error(str(error))

@@ -31,7 +31,8 @@ import numpy as np
 from websockets import Origin
 from websockets.sync.client import ClientConnection, connect
 
-from benchmarks import parser
+from benchmarks import check_result, parser
+from diagd.bundle.files import atomic_file
 
 KEYS = ("ArrowLeft", "ArrowUp", "ArrowRight", "ArrowDown")
 CHANGE_SECONDS = 0.37
@@ -160,6 +161,7 @@ def main() -> None:
     options.add_argument("--cluster", help="where they are played, as `diagd serve` takes it")
     options.add_argument("--players", type=int, nargs="+", help="how many play at once, as 1 2 4 8")
     args = options.parse_args()
+    check_result(options, args.output, b'[{"frames_per_second"')
     for players in args.players or ():
         many(players, args)
     if args.players:
@@ -257,7 +259,8 @@ def play(page: Page, process: int, args: argparse.Namespace) -> None:
         reports.append(hold_keys(page, 60 if args.soak else args.seconds).report(process))
         print(reports[-1], flush=True)
         if args.output:
-            args.output.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+            with atomic_file(args.output) as partial:
+                partial.write_text(json.dumps([asdict(report) for report in reports]))
     if args.soak:
         print(drift(reports))
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from benchmarks import CONSOLE, parser
+from benchmarks import CONSOLE, check_result, parser
 from benchmarks.cpu import resident_bytes
 from diagd.bundle import Bundle
 from diagd.bundle.files import atomic_file
@@ -45,6 +45,7 @@ def main() -> None:
     options.add_argument("--precision", help="default: the bundle's first")
     options.add_argument("--log", type=Path, default=Path("soak.jsonl"))
     args = options.parse_args()
+    check_result(options, args.log, b'{"frames"')
     ends = time.monotonic() + args.seconds
     with open_session(Bundle.open(args.bundle), precision=args.precision) as session:
         for line in soak(session, args.log, args.frames):

@@ -24,6 +24,7 @@ from diagd.errors import UsageError, unknown
 from diagd.export.families.world import World, WorldDescription, save_world
 from diagd.export.transformer import Transformer
 from diagd.progress import started
+from diagd.runtime.pool import end_with_owner
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.ranks import Ranks, together
 from diagd.tuning.recordings import (
@@ -106,7 +107,7 @@ def _run_together(worker: Callable[[int], None], processes: int) -> None:
         UsageError: the system killed one.
     """
     others = active_children()
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), end_with_owner) as pool:
         try:
             list(pool.map(worker, range(processes)))
         except BaseException as error:

@@ -28,6 +28,7 @@ from benchmarks.quality.page import (
     quality_page,
 )
 from diagd.bundle.files import atomic_file
+from diagd.bundle.targets import file_target
 from diagd.errors import UsageError
 from diagd.export.families.world import SHIPPED, load_tokenizer, load_world
 from diagd.runtime.sampling import SamplingSettings
@@ -397,6 +398,17 @@ def _check_there(options: StudyOptions) -> None:
         )
 
 
+def _check_output(folder: Path) -> None:
+    """Find out before the measurements whether figures and page can be written.
+
+    Raises:
+        UsageError: they cannot, or other files are in their place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file_target(folder / "quality.json", (".json",), begins=b'{\n "options"')
+    file_target(folder / "quality.md", (".md",), begins=b"# Quality of Diagonal Decoding")
+
+
 def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
@@ -425,5 +437,9 @@ def main() -> None:
         worlds=SECOND if args.world is None else _worlds(args.world),
         parts=tuple(args.part or PARTS),
     )
-    _check_there(options)
+    try:
+        _check_there(options)
+        _check_output(options.output)
+    except UsageError as error:
+        parser.error(str(error))
     _say(str(Study(options, _say).run()))

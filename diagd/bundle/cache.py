@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diagd.bundle.files import clear_leftovers, host, is_unfinished, sha256, sync, turn, unfinished_name
+from diagd.errors import DiagdError
 
 ENTRY_NAME = "entry.json"
 DEFAULT_LIMIT = 32 << 30
@@ -122,7 +123,8 @@ def entry(kind: str, key: str, make: Callable[[Path], None], size: int = 0) -> P
     Args:
         kind: what they are, such as ``prepacked``.
         key: digest of everything they depend on.
-        make: writes them into an empty folder. What it raises is told, and nothing is kept.
+        make: writes them into an empty folder. What it raises is told, or, of diagd's own, raised: no cache
+            is to blame for it. Nothing is kept then.
         size: bytes they take, about; they are not made where there is no room.
     """
     if (root := _root()) is None:
@@ -133,6 +135,8 @@ def entry(kind: str, key: str, make: Callable[[Path], None], size: int = 0) -> P
             _make(root, path, make, size)
         if not _is_whole(path):
             return None
+    except DiagdError:
+        raise
     except Exception as error:  # whatever is wrong with a cache, it is not what was asked for
         _warn(root, error)
         return None

@@ -280,6 +280,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def usual_rights(path: Path) -> Iterator[None]:
+    """Give a new file the rights that files get here; libraries of tensors write for their owner alone."""
+    path.touch()
+    rights = path.stat().st_mode
+    yield
+    path.chmod(rights)
+
+
+@contextmanager
 def atomic_directory(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
     """A temporary directory beside ``path`` that takes its place on success and vanishes on failure.
 

@@ -286,7 +286,7 @@ class Manifest(Record):
     """
 
     schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f\x7f]{1,200}$")]  # it becomes part of file names
     family: str
     transformer: TransformerConfig
     sampling: SamplingRules

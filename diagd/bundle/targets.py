@@ -109,6 +109,18 @@ def check_apart(path: Path, read: Mapping[str, Path | None], option: str = "--ou
             raise UsageError(f"{option} {path} is what {reader} reads; give another name")
 
 
+def check_distinct(written: Mapping[str, Path | None]) -> None:
+    """Refuse options that name one file to be written.
+
+    Raises:
+        UsageError: two of them do.
+    """
+    taken: dict[Path, str] = {}
+    for option, path in written.items():
+        if path is not None and (other := taken.setdefault(path.resolve(), option)) != option:
+            raise UsageError(f"{option} {path} is what {other} writes; give another name")
+
+
 def is_where_one_works(path: Path) -> bool:
     """Whether a path is empty, the folder one works in, or one above it."""
     if os.fspath(path) in ("", "."):

@@ -59,14 +59,17 @@ class AlignVerb:
 def run(options: AlignVerb) -> int:
     """Align and write the new weights."""
     require("torch", extra="export", purpose="fine-tune a model")
+    from diagd.bundle.targets import check_distinct
     from diagd.runtime.text import read_text
-    from diagd.tuning.align import Validation
+    from diagd.tuning.align import Validation, check_resume
     from diagd.tuning.source import Source
 
     check_device(options.training.device)
     source = Source.open(options.source, options.model)
     read = {"--data": options.data, "--set text": options.text, "--set valid": options.valid}
     source.check_output(options.output, read)
+    check_resume(options.training.resume)
+    check_distinct({"--output": options.output, "--set resume": options.training.resume})
     shares = mixture(options.order, options.raster, source.config.layout)
     training = replace(options.training, shares=shares)
     text = read_text(options.text) if options.text else None

@@ -192,8 +192,8 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, DiagdError):
         return f"error: {error}", error.exit_code
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
         full = error.errno in FULL
+        where = f"{error.filename}: " if error.filename else "a file cannot be written: " if full else ""
         remedy = "free some space or choose another place" if full else "check the path and its rights"
         return f"error: {where}{error.strerror or error}; {remedy}", UsageError.exit_code
     if isinstance(error, MemoryError):

@@ -74,9 +74,10 @@ def run(options: PreferVerb) -> int:
     """Tune, judge, and write what is better."""
     require("torch", extra="export", purpose="fine-tune a model")
     from diagd.bundle import Bundle
-    from diagd.bundle.targets import file_target
+    from diagd.bundle.targets import check_distinct, file_target
     from diagd.runtime.text import read_text
-    from diagd.tuning.prefer import Material, NotBetterError, prefer, split
+    from diagd.tuning.align import check_resume
+    from diagd.tuning.prefer import TUNED, Material, NotBetterError, prefer, split
     from diagd.tuning.source import Source
 
     check_device(options.training.device)
@@ -87,6 +88,8 @@ def run(options: PreferVerb) -> int:
     source.check_output(options.output, read)
     if options.report is not None:
         file_target(options.report, (".json",), "--report", REPORT)
+    check_resume(options.training.resume, TUNED)
+    check_distinct({"--output": options.output, "--report": options.report})
     shares = mixture(options.order, options.raster, source.config.layout)
     frames = options.preference.prompt + options.preference.frames
     windows, text = source.windows(options.data, frames), read_text(options.text) if options.text else None

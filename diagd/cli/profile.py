@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
 
-from diagd.bundle.targets import file_target, folder_target
+from diagd.bundle.targets import check_distinct, file_target, folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import DependencyError, UsageError
@@ -134,6 +134,9 @@ def _check_trace(trace: Path, output: Path) -> None:
     if trace.absolute().parent == output.absolute():
         output.mkdir(parents=True, exist_ok=True)
     file_target(trace, (), "--trace", begins=b'{"traceEvents"')
+    check_distinct(
+        {"the report": output / "report.json", "its page": output / "report.html", "--trace": trace}
+    )
 
 
 def _compare(before: Path, after: Path, *, as_json: bool) -> int:

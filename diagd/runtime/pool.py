@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
@@ -123,6 +127,24 @@ _own: Worker[Any, Any] | None = None
 def _begin(make: Make[Any, Any]) -> None:
     global _own  # noqa: PLW0603  # all that is left of one call in the next
     _own = Worker(make)
+    end_with_owner()
+
+
+def end_with_owner() -> None:
+    """Have this process of a pool end with whoever waits for its results, where it would wait for ever.
+
+    Ctrl-C, which all of them get, is for the owner to tell of.
+    """
+    owner = parent_process()
+    assert owner is not None
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_outlive, args=(owner,), daemon=True).start()
+
+
+def _outlive(owner: BaseProcess) -> None:
+    owner.join()
+    os._exit(1)
 
 
 def _do(item: Any) -> Any:

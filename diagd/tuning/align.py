@@ -7,10 +7,11 @@ several schedules mixed in each batch, so that one model serves them all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,28 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from diagd.bundle.files import atomic_file
+from diagd.bundle.targets import file_target
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
 from diagd.tuning.options import AlignOptions, check_device
 from diagd.tuning.ranks import together
 from diagd.tuning.teacher_forcing import ForcedPasses, Logits, forced_loss, forced_nll
+
+
+def check_resume(resume: Path | None, names: Iterable[str] = ("",)) -> None:
+    """Find out before any work whether trainings of these names can be kept.
+
+    Raises:
+        UsageError: something else is there, or nothing can be written.
+    """
+    if resume is not None:
+        for name in names:
+            file_target(beside(resume, name), (), "--set resume", begins=b"PK")
+
+
+def beside(path: Path, name: str) -> Path:
+    """The file of one of several trainings."""
+    return path.with_name(f"{path.name}.{name}") if name else path
 
 
 class TrainingState:
@@ -90,8 +108,8 @@ class TrainingState:
             "trained": [parameter.detach().cpu() for parameter in self._trained],
             "optimiser": self.optimiser.state_dict(),
         }
-        with atomic_file(self._path) as partial:
-            torch.save(state, partial)
+        with atomic_file(self._path) as partial, partial.open("wb") as file:
+            torch.save(state, file)  # given a path, it has errors of its own for a full disk
 
     def remove(self) -> None:
         """The training is done."""

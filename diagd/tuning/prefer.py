@@ -28,7 +28,7 @@ from diagd.export.transformer import Transformer
 from diagd.progress import Progress
 from diagd.runtime.strategy import parse_decoder
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.align import TrainingState, filled_text
+from diagd.tuning.align import TrainingState, beside, filled_text
 from diagd.tuning.options import PreferOptions, PreferTraining
 from diagd.tuning.preference import Lesson, tune
 from diagd.tuning.probe import Probe, Transitions
@@ -243,7 +243,7 @@ class _Run:
     def train(self, name: str, lesson: Lesson) -> tuple[Transformer, TrainingState]:
         """A tuned copy of the model, and the state of its training."""
         resume = self.training.resume
-        training = replace(self.training, resume=resume and resume.with_name(f"{resume.name}.{name}"))
+        training = replace(self.training, resume=resume and beside(resume, name))
         model = copy.deepcopy(self.model)
         with self.progress.count(f"training on {name}", training.steps) as advance:
             state = tune(

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Manifest, atomic_bundle, seal
-from diagd.bundle.files import atomic_file
 from diagd.bundle.manifest import Provenance
 from diagd.errors import BundleError, UsageError
 from diagd.export.checkpoints import Checkpoint, check
+from diagd.export.checkpoints.checkpoint import save_tensors
 from diagd.export.families.family import Family
 from diagd.export.transformer import Transformer
 from diagd.tuning.options import AlignOptions
@@ -141,15 +141,13 @@ def _write(graph: onnx.ModelProto, directory: Path, state: dict[str, torch.Tenso
 
 def write_checkpoint(family: Family, model: Transformer, output: Path) -> Path:
     """Write the .safetensors that ``diagd export --checkpoint`` reads: float16, under the released names."""
-    from safetensors.numpy import save_file
-
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     released: dict[str, NDArray[np.generic]] = {}
     for rule in family.rules:
         released |= rule.release(state[rule.target].astype(np.float16))
     prefix = family.prefixes[0]
-    with atomic_file(output) as partial:
-        save_file({prefix + name: np.ascontiguousarray(tensor) for name, tensor in released.items()}, partial)
+    named = {prefix + name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in released.items()}
+    save_tensors(output, named)
     return output
 
 

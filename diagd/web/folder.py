@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from diagd.bundle import Bundle, Form, Manifest
-from diagd.bundle.files import atomic_directory, turn
+from diagd.bundle.files import atomic_directory, turn, usual_rights
 from diagd.bundle.targets import folder_target
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH
@@ -139,10 +139,9 @@ def save_trimmed(graph: Path, target: Path, weights: str) -> None:
         DependencyError: onnx is not installed.
     """
     onnx = require("onnx", extra="web", purpose="trim the weights of a graph")
-    (target.parent / weights).touch()  # a graph may have none
     model = onnx.load(graph)
-    onnx.save(model, target, save_as_external_data=True, location=weights, size_threshold=_INLINE_BYTES)
-    (target.parent / weights).chmod(0o644)  # onnx writes it for its owner alone
+    with usual_rights(target.parent / weights):  # there is none where all tensors are small
+        onnx.save(model, target, save_as_external_data=True, location=weights, size_threshold=_INLINE_BYTES)
 
 
 def _world(bundle: Bundle, window: int) -> dict[str, Any]:

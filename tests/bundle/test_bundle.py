@@ -166,7 +166,11 @@ def test_damaged_manifests_are_refused(bundle: Path) -> None:
     edit(bundle, transformer=transformer | {"layout": {"rows": 0, "columns": 3}})
     with pytest.raises(BundleError, match="at least 1 x 1 cells, got 0 x 3; export the bundle again"):
         Bundle.open(bundle)
-    edit(bundle, transformer=transformer, surprise=1)
+    for name in ("", "../../home/evil", "C:\\evil", "\x1b[2J", "x" * 201):
+        edit(bundle, transformer=transformer, name=name)
+        with pytest.raises(BundleError, match="field 'name'"):
+            Bundle.open(bundle)
+    edit(bundle, transformer=transformer, name="tiny", surprise=1)
     with pytest.raises(BundleError, match="field 'surprise'"):
         Bundle.open(bundle)
     (bundle / "manifest.json").write_text('{"schema_version": 1,')

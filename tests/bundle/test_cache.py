@@ -16,6 +16,7 @@ import pytest
 from diagd.bundle import cache
 from diagd.bundle.cache import cache_directory, clear, digest, entry, read, usage, write
 from diagd.bundle.files import sha256
+from diagd.errors import UsageError
 
 CONTENT = b"packed" * 1000
 
@@ -131,6 +132,16 @@ def test_what_cannot_be_made_is_told_and_not_kept(root: Path, caplog: pytest.Log
         assert entry("packed", "key", fail) is None
     assert "the disk is full" in caplog.text
     assert not list((root / "packed").iterdir())
+
+
+def test_what_no_cache_is_to_blame_for_is_raised(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(folder: Path) -> None:
+        raise UsageError("the episode is damaged")
+
+    with pytest.raises(UsageError, match="the episode is damaged"):
+        entry("tokens", "key", fail)
+    assert not caplog.text
+    assert not list((root / "tokens").iterdir())
 
 
 def test_what_is_too_large_is_not_made(

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,27 @@ FILES = {
     "trace": "profile {bundle} --output {folder}/p --trace {target}",
     "align": "align {world} --data {folder} --output {target}",
 }
-SUFFIXES = {"generate": ".npy", "trace": ".json", "align": ".safetensors"}
+BESIDE = {
+    "report": "prefer {bundle} --data {folder} --output {folder}/none.diagd --report {target}",
+    "training": "align {bundle} --data {folder} --output {folder}/none.diagd --set resume={target}",
+    "trainings": "prefer {bundle} --data {folder} --output {folder}/none.diagd --set resume={folder}/kept",
+}
+"""Files that a verb writes beside its result."""
+SUFFIXES = {
+    "generate": ".npy",
+    "trace": ".json",
+    "align": ".safetensors",
+    "report": ".json",
+    "training": "",
+    "trainings": ".winners",
+}
+ALIKE = {
+    "align": "align {bundle} --data {folder} --output {target} --set resume={target}",
+    "prefer": "prefer {bundle} --data {folder} --output {target} --report {target}",
+    "play": "play {bundle} --record {target} --video {target} --terminal",
+    "profile": "profile {bundle} --output {folder} --trace {folder}/report.json",
+}
+"""Two results of one name."""
 
 
 def command(workplace: Workplace, line: str, target: Path | str) -> list[str]:
@@ -62,16 +83,28 @@ def test_a_file_of_the_user_stays(
     assert target.read_text() == "ten days of work"
 
 
-@pytest.mark.parametrize("verb", FILES)
+@pytest.mark.parametrize("verb", [*FILES, *BESIDE])
 def test_a_file_of_another_kind_stays(
     workplace: Workplace, verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = tmp_path / f"notes{SUFFIXES[verb]}"
+    target = tmp_path / f"kept{SUFFIXES[verb]}"
     target.write_text("ten days of work")
-    assert main(command(workplace, FILES[verb], target)) == 2
+    place = workplace if verb in FILES else replace(workplace, folder=tmp_path)
+    assert main(command(place, (FILES | BESIDE)[verb], target)) == 2
     assert "not replaced" in capsys.readouterr().err
     assert target.read_text() == "ten days of work"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("line", ALIKE.values(), ids=ALIKE)
+def test_two_results_need_two_names(
+    workplace: Workplace, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, target = replace(workplace, folder=tmp_path / "folder"), tmp_path / "both"
+    target = target.with_suffix({"prefer": ".json", "play": ".mp4"}.get(line.split()[0], ""))
+    assert main(command(place, line, target)) == 2
+    assert re.search("is what .* writes; give another name", capsys.readouterr().err)
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("line", [*WRITERS.values(), *FILES.values()], ids=[*WRITERS, *FILES])

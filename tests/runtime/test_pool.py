@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -32,3 +34,17 @@ def test_a_worker_gets_ready_once(tmp_path: Path) -> None:
         for _ in range(3):
             list(workers.map([1, 2]))
     assert len(list(tmp_path.glob("ready-*"))) == 1
+
+
+def test_workers_end_with_whoever_began_them(tmp_path: Path) -> None:
+    """However it ended: a pool whose owner is killed would wait for work for ever."""
+    code = "import time\nwith Processes(partial(squares, Path(sys.argv[1])), 1) as workers:\n"
+    code += "    print(list(workers.map([1])), flush=True)\n    time.sleep(60)\n"
+    begin = "import sys\nfrom functools import partial\nfrom pathlib import Path\n"
+    begin += "from diagd.runtime.pool import Processes\nfrom tests.runtime.pool_work import squares\n"
+    command = [sys.executable, "-c", begin + code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "[(0, 1)]\n"
+        owner.kill()
+        assert owner.stdout.read() == ""  # which the worker has open too, as long as it lives

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from diagd.bundle.files import turn
 from diagd.bundle.targets import folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
@@ -62,10 +64,11 @@ def run_import(options: ImportOptions) -> int:
 
 def run_train(options: TrainOptions) -> int:
     """Train a model."""
-    folder_target(options.output, TRAINED, "a trained world", "OUTPUT")
+    place = folder_target(options.output, TRAINED, "a trained world", "OUTPUT")
     from worlds.train import train
 
-    folder = train(options, print_step)
+    with turn(place) if is_first() else nullcontext():
+        folder = train(options, print_step)
     if not is_first():
         return 0
     frames = json.loads((folder / "config.json").read_text("utf-8"))["training"]["reconstruction"]

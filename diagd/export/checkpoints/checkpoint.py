@@ -12,13 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.errors import CheckpointError, require
+from diagd.bundle.files import atomic_file, usual_rights
+from diagd.errors import CheckpointError, UsageError, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
@@ -286,3 +290,21 @@ def read_safetensors(path: Path) -> Checkpoint:
         for name, part in parts.items()
     }
     return Checkpoint(tensors, source=str(path), metadata=metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors by name as safetensors, and strings by name that are told of them.
+
+    Raises:
+        UsageError: the disk does not take them.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as partial, usual_rights(partial):
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        except SafetensorError as error:
+            raise UsageError(
+                f"{path} cannot be written: {error}; free some space or choose another place"
+            ) from error

@@ -15,6 +15,7 @@ from diagd.bundle.files import atomic_file
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.transformer import Axis, Rotary, RotaryAxis, TransformerConfig, geometric_frequencies
 from diagd.errors import CheckpointError, UsageError, unknown
+from diagd.export.checkpoints.checkpoint import save_tensors
 from diagd.export.families.family import Family, identity_rules
 from diagd.export.tokenizers import compact, patch
 from diagd.export.tokenizers.base import TokenizerGraphs
@@ -142,11 +143,9 @@ class World:
 def save_world(folder: Path, world: World, training: dict[str, Any]) -> None:
     """Write weights (float16), tokenizer and description; ``training`` is kept for the record."""
     import torch
-    from safetensors.torch import save_file
 
-    state = {name: tensor.to(torch.float16).contiguous() for name, tensor in world.model.state_dict().items()}
-    with atomic_file(folder / WEIGHTS) as path:
-        save_file(state, path, metadata={"format": "pt"})
+    state = {name: tensor.to(torch.float16) for name, tensor in world.model.state_dict().items()}
+    save_tensors(folder / WEIGHTS, state, {"format": "pt"})
     save_tokenizer(folder / world.description.tokenizer_file, world.tokenizer)
     with atomic_file(folder / DESCRIPTION) as path:
         path.write_text(
@@ -172,10 +171,7 @@ def load_description(folder: Path) -> WorldDescription:
 
 def save_tokenizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the tensors of both pixel graphs."""
-    from safetensors.torch import save_file
-
-    with atomic_file(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    save_tensors(path, tensors)
 
 
 def load_tokenizer(folder: Path) -> tuple[TokenizerGraphs, Mapping[str, Tensor]]:

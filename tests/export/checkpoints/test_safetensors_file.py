@@ -1,14 +1,17 @@
 """Safetensors files written by the reference library, whole and damaged."""
 
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from diagd.errors import CheckpointError
+from diagd.errors import CheckpointError, UsageError
 from diagd.export.checkpoints import open_checkpoint
+from diagd.export.checkpoints.checkpoint import save_tensors
 
 
 @pytest.mark.parametrize(
@@ -91,3 +94,27 @@ def test_announced_header_is_not_allocated(tmp_path):
     (tmp_path / "w.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
     with pytest.raises(CheckpointError, match="header too large"):
         open_checkpoint(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_is_written_has_the_rights_of_other_files(tmp_path, umask):
+    path, before = tmp_path / "a.safetensors", os.umask(umask)
+    try:
+        save_tensors(path, {"a": torch.eye(3).T}, {"format": "pt"})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.metadata == {"format": "pt"}
+    assert np.array_equal(checkpoint["a"].read(), np.eye(3))
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UsageError, match=r"a.safetensors cannot be written: .*free some space"):
+            save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
