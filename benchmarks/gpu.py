@@ -26,8 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import parser
-from benchmarks.gpu_checks import CHECKS, samplers
-from benchmarks.gpu_measure import FLOAT, FRAMES, PARTS, Bench, make_bundle
+from benchmarks.gpu_measure import CHECKS, FLOAT, FRAMES, PARTS, Bench, make_bundle, samplers
 from benchmarks.gpu_report import Check, Results, around_section, markdown, write_section
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import StepOptions, find

@@ -25,8 +25,8 @@ from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.progress import Progress
 from diagd.runtime.load import open_session
+from diagd.runtime.options import parse_decoder
 from diagd.runtime.session import Session
-from diagd.runtime.strategy import parse_decoder
 from diagd.web.folder import WORLD, write_page
 from diagd.web.runtime import runtime_files
 from diagd.web.server import server

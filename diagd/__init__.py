@@ -27,24 +27,19 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
-    "Block": "diagd.schedule",
-    "Decoder": "diagd.runtime.decoders",
-    "DiagdError": "diagd.errors",
-    "DraftDecoder": "diagd.runtime.decoders",
-    "ForcedDecoder": "diagd.runtime.decoders",
-    "Frame": "diagd.runtime.step",
-    "Group": "diagd.runtime.group",
-    "JacobiDecoder": "diagd.runtime.decoders",
-    "Result": "diagd.runtime.step",
-    "RowSeed": "diagd.schedule",
-    "SamplingSettings": "diagd.runtime.sampling",
-    "Schedule": "diagd.schedule",
-    "ScheduledDecoder": "diagd.runtime.decoders",
-    "Session": "diagd.runtime.session",
-    "Step": "diagd.schedule",
-    "Stream": "diagd.runtime.stream",
-    "load": "diagd.runtime.load",
+    "diagd.errors": ("DiagdError",),
+    "diagd.runtime.decoders": (
+        *("Decoder", "DraftDecoder", "ForcedDecoder", "JacobiDecoder", "ScheduledDecoder"),
+    ),
+    "diagd.runtime.group": ("Group",),
+    "diagd.runtime.load": ("load",),
+    "diagd.runtime.sampling": ("SamplingSettings",),
+    "diagd.runtime.session": ("Session",),
+    "diagd.runtime.step": ("Frame", "Result"),
+    "diagd.runtime.stream": ("Stream",),
+    "diagd.schedule": ("Block", "RowSeed", "Schedule", "Step"),
 }
+"""Where names are that are loaded when they are first asked for."""
 
 __all__ = [
     "Block",
@@ -69,6 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f"module 'diagd' has no attribute '{name}'")

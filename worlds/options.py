@@ -12,8 +12,8 @@ from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError, unknown
 from diagd.options import NAMES, OPTIONS, SIZE, File, flag, positional, setting
 from diagd.progress import started
+from diagd.runtime.options import DraftOptions
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.strategy import DraftOptions
 from diagd.tuning.options import check_device
 
 _MAX_ACTIONS = 256

@@ -23,10 +23,10 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.runtime.comparison import audit
 from diagd.runtime.decoders import Decoder, DraftDecoder, ScheduledDecoder
 from diagd.runtime.decoders.scoring import Proposal, Scorer, open_scorer, worst_likelihood
+from diagd.runtime.options import DRAFT, DraftOptions, parse_decoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.strategy import DRAFT, DraftOptions, parse_decoder
 from diagd.schedule import StreamLayout
 from diagd.tuning.rollouts import Streams
 from worlds.evaluate import Evaluation, Judgement

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from diagd.errors import UsageError
 from diagd.runtime.arrays import read_arrays
-from diagd.runtime.jobs import CLIPS
+from diagd.runtime.clip import CLIPS
 from diagd.runtime.pictures import files_in, read_frames, sized
 from diagd.runtime.video import SUFFIXES
 from worlds.inverse_dynamics import Judge, done_in

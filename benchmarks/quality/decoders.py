@@ -15,8 +15,8 @@ from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import open_session
+from diagd.runtime.options import DRAFT, DraftOptions
 from diagd.runtime.session import Session
-from diagd.runtime.strategy import DRAFT, DraftOptions
 from diagd.schedule import Schedule
 from worlds.evaluate import Evaluation, Judgement
 from worlds.metrics import Estimate

@@ -51,7 +51,7 @@ def run(options: BuildOptions) -> int:
     """Build, or say what would be built."""
     from diagd.bundle import Bundle
     from diagd.engines.tensorrt import import_tensorrt
-    from diagd.runtime.tokens import token_places
+    from diagd.runtime.slots import token_places
 
     if is_where_one_works(options.bundle):
         raise UsageError(

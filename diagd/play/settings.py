@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diagd.bundle import Manifest
 from diagd.runtime.decoders import Decoder
+from diagd.runtime.options import parse_decoder
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.strategy import parse_decoder
 
 
 class PlaySettings(BaseModel):

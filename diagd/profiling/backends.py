@@ -22,8 +22,8 @@ from diagd.profiling.report import Skipped
 from diagd.profiling.verify import open_reference, verify
 from diagd.progress import Progress
 from diagd.runtime.load import check_window, open_session, with_threads
+from diagd.runtime.options import parse_decoder
 from diagd.runtime.session import Session
-from diagd.runtime.strategy import parse_decoder
 
 RAGGED_FRAMES: Final = 16
 """Times as many frames of decoders whose passes are the content's."""

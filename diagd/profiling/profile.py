@@ -28,8 +28,7 @@ from diagd.options import OPTIONS, Numbers, flag, setting
 from diagd.profiling.cost import StoredModel, read_model
 from diagd.profiling.measure import Measured, Timeline, measure, name_of, random_workload
 from diagd.profiling.orders import decoding_orders, split_orders
-from diagd.profiling.report import Machine, Model, Report, Skipped
-from diagd.profiling.summary import stages, summarise
+from diagd.profiling.report import Machine, Model, Report, Skipped, stages, summarise
 from diagd.progress import Progress
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import open_session, with_threads

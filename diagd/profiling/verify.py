@@ -28,7 +28,7 @@ from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, Schedu
 from diagd.runtime.load import check_window, open_session, session_over, step_options
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.tokens import token_places
+from diagd.runtime.slots import token_places
 from diagd.schedule import NO_SINK, Schedule, StreamLayout, Table, slots_needed
 
 

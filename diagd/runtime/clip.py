@@ -24,6 +24,9 @@ from diagd.runtime.pixels import PixelCodec, Pixels
 ACTIONS = "actions.jsonl"
 """Of a folder of images: one action a line."""
 
+CLIPS = (".mp4", EPISODE, ".avi", ".mkv", ".mov", ".webm")
+"""Files of which a folder is many clips, not the pictures of one."""
+
 MODEL = Path("model")
 """In place of a file of actions: the model decodes them."""
 

@@ -18,9 +18,9 @@ from diagd.engines.prefix import MAX_WIDTH
 from diagd.errors import UsageError, unknown
 from diagd.runtime.group import Group
 from diagd.runtime.session import Session
+from diagd.runtime.slots import token_places
 from diagd.runtime.step import Passes
 from diagd.runtime.text import TextReader
-from diagd.runtime.tokens import token_places
 from diagd.schedule import slots_needed
 
 ONE_THREAD_BYTES = 32 << 20

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from diagd.engines.engine import Float, Int, SamplingState
 from diagd.errors import UsageError
 from diagd.runtime.sampling import SAMPLER, ActionLaw, SamplingSettings
-from diagd.runtime.tokens import token_places
+from diagd.runtime.slots import token_places
 from diagd.schedule import Schedule, StreamLayout
 
 Ids = NDArray[np.integer[Any]]

@@ -21,33 +21,39 @@ from diagd.runtime.video import SUFFIXES, psnr, squared_error, write_tokens, wri
 
 
 @dataclass(frozen=True, config=OPTIONS)
-class EncodeOptions:
-    """What becomes tokens."""
+class TranscodeOptions:
+    """By which tokenizer, and where it runs."""
 
     bundle: File = positional("whose tokenizer it is")
+    resize: bool = setting("resize pictures of another size", False)
+    backend: str = setting(CHOICES, "cpu")
+    cpu: CpuOptions = CpuOptions()
+
+    def codec(self) -> PixelCodec:
+        """The tokenizer."""
+        return PixelCodec(Bundle.open(self.bundle), self.cpu, find(self.backend))
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class EncodeOptions(TranscodeOptions):
+    """What becomes tokens."""
+
     video: File = positional("video or image")
     output: File = flag(".npy, int32 [frames, rows, columns]")
     start: int = flag("first picture (default 0)", 0, ge=0, le=1_000_000_000)
     frames: int | None = flag(
         "pictures at most (default: all that make whole token frames)", None, ge=1, le=1_000_000
     )
-    resize: bool = setting("resize pictures of another size", False)
-    backend: str = setting(CHOICES, "cpu")
-    cpu: CpuOptions = CpuOptions()
 
 
 @dataclass(frozen=True, config=OPTIONS)
-class DecodeOptions:
+class DecodeOptions(TranscodeOptions):
     """What becomes a video."""
 
-    bundle: File = positional("whose tokenizer it is")
     tokens: File = positional(".npy, int [frames, rows, columns]")
     output: File = flag(".mp4 or .gif")
     against: File | None = flag("video to measure the PSNR to", None)
     fps: float | None = setting("of the video (default: the model's)", None, gt=0)
-    resize: bool = setting("resize the pictures of --against", False)
-    backend: str = setting(CHOICES, "cpu")
-    cpu: CpuOptions = CpuOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,7 @@ def encode(options: EncodeOptions, progress: Progress | None = None) -> Transcod
     """
     file_target(options.output, (".npy",))
     check_apart(options.output, {"VIDEO": options.video})
-    codec = _codec(options)
+    codec = options.codec()
     pictures = _pictures(codec, options.video, options.start, options.frames, options.resize)
     pictures = pictures[: len(pictures) - (len(pictures) - 1) % codec.spec.temporal_factor]
     with (progress or Progress()).task("encoding"):
@@ -90,7 +96,7 @@ def decode(options: DecodeOptions, progress: Progress | None = None) -> Transcod
     file_target(options.output, SUFFIXES)
     check_apart(options.output, {"TOKENS": options.tokens, "--against": options.against})
     bundle = Bundle.open(options.bundle)
-    codec, layout = _codec(options), bundle.manifest.layout
+    codec, layout = options.codec(), bundle.manifest.layout
     tokens = read_tokens(options.tokens, bundle.manifest)
     if tokens.shape[1:] != (layout.rows, layout.columns):
         raise UsageError(
@@ -113,10 +119,6 @@ def decode(options: DecodeOptions, progress: Progress | None = None) -> Transcod
 
         fps = options.fps or bundle.manifest.frames_per_second
         return Transcoded(len(tokens), count, write_video(options.output, shown(), fps, codec.mark, truth))
-
-
-def _codec(options: EncodeOptions | DecodeOptions) -> PixelCodec:
-    return PixelCodec(Bundle.open(options.bundle), options.cpu, find(options.backend))
 
 
 def _pictures(codec: PixelCodec, path: File, start: int, frames: int | None, resize: bool) -> Pixels:

@@ -26,7 +26,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import QualityError, UsageError
 from diagd.export.transformer import Transformer
 from diagd.progress import Progress
-from diagd.runtime.strategy import parse_decoder
+from diagd.runtime.options import parse_decoder
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import TrainingState, beside, filled_text
 from diagd.tuning.options import PreferOptions, PreferTraining

@@ -15,8 +15,8 @@ from diagd.errors import UsageError
 from diagd.runtime.decoders import Decoder
 from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
+from diagd.runtime.options import parse_decoder
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.strategy import parse_decoder
 from diagd.schedule import StreamLayout
 
 TOGETHER = 16

@@ -23,8 +23,7 @@ from diagd.export.families.world import DESCRIPTION, WEIGHTS, load_tokenizer
 from diagd.progress import is_first
 from diagd.runtime.actions import encode
 from diagd.runtime.arrays import read_array
-from diagd.runtime.clip import Clip, read_recording
-from diagd.runtime.jobs import CLIPS
+from diagd.runtime.clip import CLIPS, Clip, read_recording
 from diagd.runtime.pictures import files_in
 from diagd.runtime.pixels import PixelCodec
 from diagd.schedule import StreamLayout

@@ -14,11 +14,20 @@ import numpy as np
 import onnxruntime
 import pytest
 
-import benchmarks.gpu_checks as gpu_checks
+import benchmarks.gpu_measure as gpu_checks
 import benchmarks.gpu_measure as gpu_measure
 from benchmarks.gpu import MODELS, SAMPLERS, main, missing
-from benchmarks.gpu_checks import CHECKS, samplers
-from benchmarks.gpu_measure import PARTS, Bench, cases, first_steps, make_bundle, stored_weights, widths_of
+from benchmarks.gpu_measure import (
+    CHECKS,
+    PARTS,
+    Bench,
+    cases,
+    first_steps,
+    make_bundle,
+    samplers,
+    stored_weights,
+    widths_of,
+)
 from benchmarks.gpu_report import (
     BEGIN,
     END,

@@ -17,7 +17,7 @@ from diagd.export.families import wham
 from diagd.export.families.family import Family
 from diagd.profiling.cost import read_model
 from diagd.runtime.load import load
-from diagd.runtime.tokens import token_places
+from diagd.runtime.slots import token_places
 
 CODES, FRAMES = 64, 4
 BUDGET = ("--budget", "agreement=0,nll=0.05,psnr=0")

@@ -12,7 +12,7 @@ from diagd.engines.engine import Engine
 from diagd.export.transformer import Transformer
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.tokens import token_places
+from diagd.runtime.slots import token_places
 from diagd.schedule import Schedule
 from tests.models import PREFIX_TOKEN
 from tests.oracles.full_recompute import FullRecompute, lengthened

@@ -25,7 +25,7 @@ from diagd.export.transformer import Transformer
 from diagd.profiling.measure import random_workload
 from diagd.profiling.verify import Verdict, open_reference, verify
 from diagd.runtime.load import session_over
-from diagd.runtime.tokens import token_places
+from diagd.runtime.slots import token_places
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from tests.engines.fidelity import Run, decode
 from tests.engines.host_device import HostDevice, executor_over, host_kernels

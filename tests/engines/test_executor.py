@@ -30,7 +30,7 @@ from diagd.runtime.decoders import JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import load
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.tokens import token_places
+from diagd.runtime.slots import token_places
 from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout
 from tests.engines.fidelity import Run, decode, recompute
 from tests.engines.host_device import HostDevice, executor_over, host_kernels

@@ -16,8 +16,8 @@ from diagd.export.families import cosmos, wham
 from diagd.export.families.family import Family
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
+from diagd.runtime.slots import token_places
 from diagd.runtime.text import TextReader
-from diagd.runtime.tokens import token_places
 from diagd.schedule import Schedule
 from tests.engines.opening import modern, portable, prefix
 from tests.export.test_families_cosmos import CODES, COLUMNS, ROWS, TEXT, small

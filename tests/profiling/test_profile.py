@@ -24,8 +24,7 @@ from diagd.profiling.cost import read_model
 from diagd.profiling.measure import bucket, measure, random_workload
 from diagd.profiling.page import page
 from diagd.profiling.profile import Profile, ProfileOptions, profile
-from diagd.profiling.report import Run
-from diagd.profiling.summary import summarise
+from diagd.profiling.report import Run, summarise
 from diagd.progress import Progress
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.load import session_over, step_options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diagd.profiling.summary import slow_ones
+from diagd.profiling.report import slow_ones
 
 
 def test_a_planted_slow_step_is_found() -> None:

@@ -25,7 +25,7 @@ from diagd.export.families.family import Family
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.tokens import token_places
+from diagd.runtime.slots import token_places
 from diagd.schedule import Schedule, StreamLayout
 from tests.export.released import arrays_of, random_tensors
 from tests.oracles import numpy_forward

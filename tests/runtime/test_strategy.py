@@ -7,7 +7,7 @@ import pytest
 from diagd.bundle import Bundle, Manifest
 from diagd.errors import ScheduleError
 from diagd.runtime.decoders import JacobiDecoder, ScheduledDecoder
-from diagd.runtime.strategy import parse_decoder
+from diagd.runtime.options import parse_decoder
 from diagd.schedule import Schedule, StreamLayout
 from tests.models import export_small
 from tests.oracles.models import small_model

@@ -12,7 +12,7 @@ from diagd.bundle import Bundle
 from diagd.errors import QualityError, UsageError
 from diagd.progress import Progress
 from diagd.runtime.load import open_session
-from diagd.runtime.strategy import parse_decoder
+from diagd.runtime.options import parse_decoder
 from diagd.schedule import Schedule
 from diagd.tuning.align import align
 from diagd.tuning.options import AlignOptions, PreferOptions, PreferTraining

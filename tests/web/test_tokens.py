@@ -21,10 +21,10 @@ from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import find
 from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
 from diagd.play.controls import Inputs, default_controls
+from diagd.runtime.options import parse_decoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.strategy import parse_decoder
 from diagd.schedule import Schedule, StreamLayout
 from diagd.schedule.layout import RowSeed
 from diagd.web.folder import write_page
