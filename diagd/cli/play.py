@@ -157,7 +157,7 @@ def _serve(
     inputs: Inputs,
     watch: Callable[[Pixels], None] | None,
 ) -> None:
-    from diagd.play.floor import LocalFloor
+    from diagd.play.fleet import LocalFleet
     from diagd.play.server import Address, Server
     from diagd.play.table import Table
 
@@ -165,7 +165,7 @@ def _serve(
     address = Address(options.host, options.port)
     if not address.is_local:
         console.print(f"warning: whoever reaches {options.host} and knows the address below can play; no TLS")
-    server = Server(LocalFloor([Table(game, inputs, rate, watch)]), address)
+    server = Server(LocalFleet([Table(game, inputs, rate, watch)]), address)
 
     def started(url: str) -> None:
         console.print(f"{game.bundle.manifest.name}: {url}\nCtrl-C ends it.")

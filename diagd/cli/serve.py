@@ -74,7 +74,7 @@ def _play(options: ServeOptions) -> int:
     from diagd.bundle import Bundle
     from diagd.play.opening import GameOptions
     from diagd.play.server import Address, Limits
-    from diagd.play.service import Service, serve, serve_floor
+    from diagd.play.service import Service, serve, serve_fleet
 
     console, address = terminal.console(), Address(options.host, options.port)
     limits = Limits(idle_seconds=options.idle, game_seconds=options.game, drain_seconds=options.drain)
@@ -91,10 +91,10 @@ def _play(options: ServeOptions) -> int:
     if options.nodes.cluster is None:
         serve(options.bundle, games, service, address, started)
     else:
-        from diagd.cluster.floor import RayFloor
+        from diagd.cluster.fleet import RayFleet
 
         bundle = Bundle.open(options.bundle)
-        serve_floor(bundle, RayFloor(bundle, games, service, options.nodes), service, address, started)
+        serve_fleet(bundle, RayFleet(bundle, games, service, options.nodes), service, address, started)
     return 0
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from diagd.errors import DiagdError
-from diagd.play.floor import Figures, LocalFloor
-from diagd.play.kept import Kept
+from diagd.play.fleet import Figures, LocalFleet
 from diagd.play.messages import Message, without_paths
 from diagd.play.opening import GameOptions
 from diagd.play.record import Line
+from diagd.play.saved import SavedGame
 from diagd.play.service import Service, opened_tables
 from diagd.play.table import Table
 
@@ -50,21 +50,21 @@ class PlayActor:
         """Play; gives the node where."""
         tables = self._held.enter_context(opened_tables(*self._given))
         self._seats = [_Seat(self, number, table) for number, table in enumerate(tables)]
-        self._floor = LocalFloor(tables)
+        self._fleet = LocalFleet(tables)
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
-        self._floor.start(self._loop)
+        self._fleet.start(self._loop)
         return str(import_module("ray").get_runtime_context().get_node_id())
 
     async def do(self, sayings: Sequence[Saying]) -> None:
         """What is said to tables."""
         for saying in sayings:
             if saying.kind == "seat":
-                self._floor.seated()
+                self._fleet.seated()
             try:
                 getattr(self._seats[saying.number], saying.kind)(*saying.values)
             except DiagdError as error:
                 told = {"type": "error", "text": without_paths(str(error))}
-                self.tell(Event(saying.number, "tell", told))
+                self.send(Event(saying.number, "send", told))
 
     async def hear(self) -> tuple[list[Event], Figures]:
         """What happened since the last time, as soon as something did."""
@@ -72,18 +72,18 @@ class PlayActor:
             await asyncio.wait_for(self._changed.wait(), _PATIENCE)
         self._changed.clear()
         news, self._news = self._news, []
-        return news, self._floor.figures()
+        return news, self._fleet.figures()
 
-    def tell(self, event: Event) -> None:
+    def send(self, event: Event) -> None:
         """Add to the news, in the loop; of pictures that nobody fetched the newest are enough."""
         if event.kind == "show":
             self._news = [one for one in self._news if one[:2] != event[:2]]
         self._news.append(event)
         self._changed.set()
 
-    def tell_soon(self, event: Event) -> None:
+    def send_soon(self, event: Event) -> None:
         """Likewise, from any thread."""
-        self._loop.call_soon_threadsafe(self.tell, event)
+        self._loop.call_soon_threadsafe(self.send, event)
 
 
 class _Seat:
@@ -93,20 +93,20 @@ class _Seat:
         self._actor, self._number, self._table = actor, number, table
         table.keep = self._keep
 
-    def tell(self, message: dict[str, Any] | bytes) -> None:
+    def send(self, message: dict[str, Any] | bytes) -> None:
         """See ``Player``."""
-        self._actor.tell(Event(self._number, "tell", message))
+        self._actor.send(Event(self._number, "send", message))
 
     def show(self, number: int, update: bytes) -> None:
         """See ``Player``."""
-        self._actor.tell(Event(self._number, "show", (number, update)))
+        self._actor.send(Event(self._number, "show", (number, update)))
 
     def _hear(self, line: Line) -> None:
-        self._actor.tell_soon(Event(self._number, "line", line))
+        self._actor.send_soon(Event(self._number, "line", line))
 
     def _keep(self, snapshot: bytes | None) -> None:
         if snapshot is not None:
-            self._actor.tell_soon(Event(self._number, "kept", snapshot))
+            self._actor.send_soon(Event(self._number, "saved", snapshot))
 
     def _listen(self) -> None:
         """Tell of its record from what is done next: not of the world that its engine began with."""
@@ -129,7 +129,7 @@ class _Seat:
         """A picture of the player."""
         self._table.upload(self, data)
 
-    def take_up(self, kept: Kept, ticket: str) -> None:
+    def take_up(self, saved: SavedGame, ticket: str) -> None:
         """Go on with a world that was played elsewhere."""
         self._listen()
-        self._table.take_up(kept, ticket)
+        self._table.take_up(saved, ticket)

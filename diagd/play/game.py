@@ -379,7 +379,7 @@ class Game:
         except Exception as error:  # NumPy, zipfile, json and pydantic raise many types for other bytes
             raise UsageError(f"this is no snapshot of a game ({type(error).__name__})") from error
         own = self.session.stream
-        (stream, *_), places = ([own.branch(kept) for _ in streams] for kept in (None, MAX_KEPT))
+        (stream, *_), places = ([own.branch(history) for _ in streams] for history in (None, MAX_KEPT))
         for place, content in zip([stream, *places], [first, *streams], strict=True):
             place.restore(content)
         self.session.stream, self._past, self.settings = stream, list(places[0].past), settings

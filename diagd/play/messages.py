@@ -86,7 +86,7 @@ class Choose(_Message):
     settings: Annotated[PlaySettings, Field(strict=False)]
 
 
-class Pace(_Message):
+class Playback(_Message):
     """Another mode, another rate."""
 
     type: Literal["pace"]
@@ -119,7 +119,7 @@ class Audit(_Message):
     type: Literal["audit"]
 
 
-Command = Reset | Rewind | Branch | Visit | Choose | Pace | Autopilot | Save | Film | Audit
+Command = Reset | Rewind | Branch | Visit | Choose | Playback | Autopilot | Save | Film | Audit
 Message = Hello | Input | Ack | Command
 _MESSAGE: Final[TypeAdapter[Message]] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 

@@ -94,7 +94,7 @@ class Room(Generic[Somebody]):
             seat.player, seat.left = None, self._clock()
         elif guest in self.waiting:
             self.waiting.remove(guest)
-            self._tell()
+            self._announce()
 
     def clear(self, seat: Seat[Somebody]) -> None:
         """Take a seat away from whom it belongs."""
@@ -116,10 +116,10 @@ class Room(Generic[Somebody]):
                 seat.ticket, seat.taken = secrets.token_urlsafe(16), self._clock()
                 seat.player.seated(seat.ticket, is_new=True)
         if moved:
-            self._tell()
+            self._announce()
         elif newcomer is not None:
             newcomer.waits(self.waiting.index(newcomer) + 1)
 
-    def _tell(self) -> None:
+    def _announce(self) -> None:
         for place, guest in enumerate(self.waiting, start=1):
             guest.waits(place)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from diagd.errors import DiagdError, UsageError, require
 from diagd.play import messages
-from diagd.play.floor import Figures, Floor
+from diagd.play.fleet import Figures, Fleet
 from diagd.play.messages import Ack, Hello, without_paths
 from diagd.play.room import Room, Seat
 from diagd.play.site import SOCKET, Answer, Site, cannot_listen, in_url, plain
@@ -86,7 +86,7 @@ class Client:
         self._wake = asyncio.Event()
         self._allowance, self._counted = server.limits.messages_per_second, time.monotonic()
 
-    def tell(self, message: dict[str, Any] | bytes) -> None:
+    def send(self, message: dict[str, Any] | bytes) -> None:
         """Send a message after those before it; the oldest is dropped where too many wait."""
         self._texts.append(message if isinstance(message, bytes) else json.dumps(message))
         self._wake.set()
@@ -108,7 +108,7 @@ class Client:
 
     def waits(self, place: int) -> None:
         """See ``Guest``."""
-        self.tell({"type": "waiting", "place": place})
+        self.send({"type": "waiting", "place": place})
 
     def put_out(self) -> None:
         """See ``Guest``."""
@@ -145,7 +145,7 @@ class Server:
     """Serves worlds, each with a seat in front of it.
 
     With a ``rate``, in frames a second, nobody is seated who would take it from others; else who plays gets
-    what there is. The floor is closed when serving ends.
+    what there is. The fleet is closed when serving ends.
 
     Raises:
         DependencyError: websockets is not installed.
@@ -153,14 +153,14 @@ class Server:
 
     def __init__(
         self,
-        floor: Floor,
+        fleet: Fleet,
         address: Address,
         limits: Limits | None = None,
         rate: float | None = None,
     ) -> None:
         require("websockets", extra="play", purpose="play in a browser")
-        self.address, self.limits, self.floor = address, limits or Limits(), floor
-        self.tables = floor.tables
+        self.address, self.limits, self.fleet = address, limits or Limits(), fleet
+        self.tables = fleet.tables
         self.room: Room[Client] = Room(seats=len(self.tables), admits=self._admits, cleared=self._cleared)
         self._rate, self._refused = rate, 0
         self._closings: set[asyncio.Task[None]] = set()
@@ -200,16 +200,16 @@ class Server:
         ) as listening:
             port = next(iter(listening.sockets)).getsockname()[1]
             self._site = Site(self.address.host, port)
-            self.floor.start(asyncio.get_running_loop())
+            self.fleet.start(asyncio.get_running_loop())
             self._take_up()
             started(f"http://{in_url(self.address.host)}:{port}/#{self.address.token}")
             try:
                 while self._drains is None or self._playing:
                     await asyncio.sleep(1)
-                    self.floor.check()
+                    self.fleet.check()
                     self._look_around(time.monotonic())
             finally:
-                await self.floor.close()
+                await self.fleet.close()
 
     def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
         from websockets.datastructures import Headers
@@ -220,7 +220,7 @@ class Server:
             return connection.respond(403, f"{refusal}\n")
         if request.path == SOCKET:
             return None
-        answer = self._told(request.path) or self._site.answer(request.path, str(host))
+        answer = self._status(request.path) or self._site.answer(request.path, str(host))
         headers = Headers(answer.headers | {"Content-Length": str(len(answer.body)), "Connection": "close"})
         return Response(answer.status.value, answer.status.phrase, headers, answer.body)
 
@@ -267,7 +267,7 @@ class Server:
         """Let a client play."""
         seat = self.room.seat_of(client)
         assert seat is not None
-        self.floor.seated(seat.number)
+        self.fleet.seated(seat.number)
         self.tables[seat.number].seat(client, ticket, is_new)
 
     def _cleared(self, seat: Seat[Client]) -> None:
@@ -289,13 +289,13 @@ class Server:
 
     def _admits(self, seat: Seat[Client]) -> bool:
         """Whether all would still get their frames with one player more, by what passes took of late."""
-        beside = self.floor.beside(seat.number)
+        beside = self.fleet.beside(seat.number)
         if self._drains is not None or not beside:
             return False
         held = sum(bool(self.room.seats[number].ticket) for number in beside)
         if self._rate is None or not held:
             return True
-        figures = self.floor.figures(seat.number)  # of what it takes since somebody was seated
+        figures = self.fleet.figures(seat.number)  # of what it takes since somebody was seated
         if figures.measured < SETTLED:
             return False
         if figures.p95 * (held + 1) / held <= SHARE / self._rate:
@@ -317,7 +317,7 @@ class Server:
                 self.room.clear(seat)
                 self.close_later(client.connection, _OVER, f"{why}; open the address again to play on")
             elif left <= WARNED_SECONDS:
-                client.tell({"type": "ends", "seconds": round(left), "why": why})
+                client.send({"type": "ends", "seconds": round(left), "why": why})
         self.room.turn()
 
     def _left(self, seat: Seat[Client], now: float) -> tuple[float, str]:
@@ -333,13 +333,13 @@ class Server:
         end, why = min(ends)
         return end - now, why
 
-    def _told(self, path: str) -> Answer | None:
+    def _status(self, path: str) -> Answer | None:
         """What those are told who look after a server; None: the page is asked for."""
         if path == "/health":
-            alive = self.floor.is_alive
+            alive = self.fleet.is_alive
             return plain(HTTPStatus.OK if alive else HTTPStatus.SERVICE_UNAVAILABLE, f"alive {alive}\n")
         if path == "/ready":
-            seats = [seat for seat in self.room.seats if not seat.ticket and self.floor.beside(seat.number)]
+            seats = [seat for seat in self.room.seats if not seat.ticket and self.fleet.beside(seat.number)]
             free = bool(seats) and self._drains is None
             return plain(HTTPStatus.OK if free else HTTPStatus.SERVICE_UNAVAILABLE, f"free seat {free}\n")
         return plain(HTTPStatus.OK, self._metrics(), OPEN_METRICS) if path == "/metrics" else None
@@ -347,7 +347,7 @@ class Server:
     def _metrics(self) -> str:
         """Figures as OpenMetrics 1.0 has them."""
         room = self.room
-        engines = [self.floor.figures(number) for number in self._engines()]
+        engines = [self.fleet.figures(number) for number in self._engines()]
         figures: tuple[tuple[str, str, str, float], ...] = (
             ("seats", "gauge", "worlds that can be played", len(room.seats)),
             ("players", "gauge", "who plays", self._playing),
@@ -358,7 +358,7 @@ class Server:
             ("rate", "gauge", "frames a second of each that are held; 0: what there is", self._rate or 0),
             ("frame_p50_seconds", "gauge", "of the passes and pictures of all", _slowest(engines, "p50")),
             ("frame_p95_seconds", "gauge", "of the passes and pictures of all", _slowest(engines, "p95")),
-            *self.floor.told(),
+            *self.fleet.metrics(),
         )
         lines = []
         for name, kind, what, value in figures:
@@ -369,7 +369,7 @@ class Server:
 
     def _engines(self) -> set[int]:
         """A table of each engine."""
-        return {min(beside) for seat in self.room.seats if (beside := self.floor.beside(seat.number))}
+        return {min(beside) for seat in self.room.seats if (beside := self.fleet.beside(seat.number))}
 
     def close_later(self, connection: ServerConnection, code: int, reason: str) -> None:
         """Close a connection from outside of its own task."""
@@ -392,7 +392,7 @@ class Server:
             elif table is not None:
                 table.obey(client, message)
         except DiagdError as error:
-            client.tell({"type": "error", "text": without_paths(str(error))})
+            client.send({"type": "error", "text": without_paths(str(error))})
 
 
 def _slowest(engines: Sequence[Figures], name: str) -> float:

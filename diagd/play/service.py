@@ -13,9 +13,9 @@ from pathlib import Path
 from diagd.bundle import Bundle
 from diagd.bundle.files import turn
 from diagd.play.controls import Inputs, read_controls
-from diagd.play.floor import Desk, Floor, LocalFloor
-from diagd.play.kept import EVERY, Kept, Shelf, shelf_target
+from diagd.play.fleet import Desk, Fleet, LocalFleet
 from diagd.play.opening import GameOptions, open_games
+from diagd.play.saved import EVERY, SavedGame, SavedGames, shelf_target
 from diagd.play.server import Address, Limits, Server
 from diagd.play.table import Table
 
@@ -50,20 +50,20 @@ def serve(
         DiagdError: the bundle cannot be played, or not by so many, or nobody can listen there.
     """
     with opened_tables(path, options, service) as tables:
-        serve_floor(tables[0].game.bundle, LocalFloor(tables), service, address, started)
+        serve_fleet(tables[0].game.bundle, LocalFleet(tables), service, address, started)
 
 
-def serve_floor(
-    bundle: Bundle, floor: Floor, service: Service, address: Address, started: Callable[[str, str], None]
+def serve_fleet(
+    bundle: Bundle, fleet: Fleet, service: Service, address: Address, started: Callable[[str, str], None]
 ) -> None:
     """Likewise, worlds of a bundle wherever they are played."""
     with ExitStack() as held:
         if service.state is not None:
             held.enter_context(turn(shelf_target(service.state)))  # a server there ends first
-            shelf = held.enter_context(closing(Shelf(service.state, bundle.digest)))
-            address = keep_worlds(shelf, floor.tables, address)
+            shelf = held.enter_context(closing(SavedGames(service.state, bundle.digest)))
+            address = keep_worlds(shelf, fleet.tables, address)
         rate = service.rate or bundle.manifest.frames_per_second
-        server = Server(floor, address, service.limits, rate)
+        server = Server(fleet, address, service.limits, rate)
         with suppress(KeyboardInterrupt):
             asyncio.run(_until_drained(server, lambda url: started(bundle.manifest.name, url)))
 
@@ -88,16 +88,16 @@ def opened_tables(path: Path, options: GameOptions, service: Service) -> Iterato
         group.close()
 
 
-def keep_worlds(shelf: Shelf, tables: Sequence[Desk], address: Address) -> Address:
+def keep_worlds(shelf: SavedGames, tables: Sequence[Desk], address: Address) -> Address:
     """Go on with the worlds that a server before kept, at its address, and keep those that are played now."""
     for number, ticket, snapshot in shelf.find(len(tables)):
-        tables[number].take_up(Kept(snapshot), ticket)
+        tables[number].take_up(SavedGame(snapshot), ticket)
     for number, table in enumerate(tables):
         table.keep = partial(_keep, shelf, number, table)
     return replace(address, token=shelf.token)
 
 
-def _keep(shelf: Shelf, number: int, table: Desk, snapshot: bytes | None) -> None:
+def _keep(shelf: SavedGames, number: int, table: Desk, snapshot: bytes | None) -> None:
     if snapshot is None:
         shelf.drop(number)
     elif table.ticket:

@@ -16,9 +16,9 @@ from diagd.errors import DiagdError, UsageError
 from diagd.play import messages
 from diagd.play.controls import Inputs
 from diagd.play.game import Game, Shown
-from diagd.play.kept import EVERY, Kept
 from diagd.play.messages import Ack, Hello, Input, Message, without_paths
 from diagd.play.pictures import PictureEncoder, Pictures
+from diagd.play.saved import EVERY, SavedGame
 from diagd.play.stage import Stage, Update
 from diagd.runtime.actions import describe
 
@@ -41,7 +41,7 @@ def packed(header: dict[str, Any], parts: list[bytes]) -> bytes:
 class Player(Protocol):
     """Somebody in front of a table."""
 
-    def tell(self, message: dict[str, Any] | bytes) -> None:
+    def send(self, message: dict[str, Any] | bytes) -> None:
         """Send a message after those before it."""
         ...
 
@@ -97,9 +97,9 @@ class Table:
         """Let somebody play."""
         self._inputs.release()
         self.player, self.heard, self.ticket = player, time.monotonic(), ticket
-        player.tell(self._welcome(ticket))
+        player.send(self._welcome(ticket))
         if self._gallery is not None:
-            player.tell(self._gallery)
+            player.send(self._gallery)
         self._post(player, lambda: self._reset(self.game.prompts[0]) if is_new else self._look())
         self.stage.is_watched = True
         self.stage.wake()
@@ -117,13 +117,13 @@ class Table:
         if self.keep is not None:
             self.keep(None)
 
-    def take_up(self, kept: Kept, ticket: str) -> None:
+    def take_up(self, saved: SavedGame, ticket: str) -> None:
         """Go on with a world that was played elsewhere, as its player comes back."""
         self.ticket = ticket
 
         def restore() -> None:
             try:
-                kept.restore(self.game)
+                saved.restore(self.game)
             except DiagdError as error:
                 _LOG.warning("a world that was kept cannot go on, it begins anew: %s", error)
                 self._fail(f"the world cannot go on, it begins anew: {error}")
@@ -158,7 +158,7 @@ class Table:
             if flown and not self._inputs.autopilot:
                 self._post(player, lambda: None)
             self.stage.wake()
-        elif isinstance(message, messages.Pace):
+        elif isinstance(message, messages.Playback):
             self.stage.mode = message.mode or self.stage.mode
             if self._paced and message.rate:
                 self.stage.pacer.asked = message.rate
@@ -188,13 +188,13 @@ class Table:
         elif isinstance(message, messages.Choose):
             game.choose(message.settings)
         elif isinstance(message, messages.Film):
-            self._call(self._tell_player, packed({"kind": "film"}, [game.film(FILMED)]))
+            self._call(self._send_player, packed({"kind": "film"}, [game.film(FILMED)]))
         elif isinstance(message, messages.Audit):
             frames, share = game.audit(AUDITED)
-            self._call(self._tell_player, {"type": "audit", "frames": frames, "share": share})
+            self._call(self._send_player, {"type": "audit", "frames": frames, "share": share})
 
     def _send_record(self) -> None:
-        self._call(self._tell_player, packed({"kind": "record"}, [self.game.record.read()]))
+        self._call(self._send_player, packed({"kind": "record"}, [self.game.record.read()]))
 
     def _reset(self, prompt: Any) -> None:
         self._prompt = prompt
@@ -222,13 +222,13 @@ class Table:
             try:
                 command()
             except DiagdError as error:
-                self._call(player.tell, {"type": "error", "text": without_paths(str(error))})
-            self._call(player.tell, self._state())
+                self._call(player.send, {"type": "error", "text": without_paths(str(error))})
+            self._call(player.send, self._state())
 
         try:
             self.stage.post(run)
         except UsageError as error:
-            player.tell({"type": "error", "text": str(error)})
+            player.send({"type": "error", "text": str(error)})
 
     def _state(self) -> dict[str, Any]:
         game, stage = self.game, self.stage
@@ -250,7 +250,7 @@ class Table:
         pictures = [list(codec.decode(iter(prompt)))[-1] for prompt in self.game.prompts]
         kind = self._encode.kind
         self._gallery = packed({"kind": "gallery", "type": kind}, [self._encode(one) for one in pictures])
-        self._call(self._tell_player, self._gallery)
+        self._call(self._send_player, self._gallery)
         if not self.game.known:  # else it was taken up
             self._reset(self._prompt)
 
@@ -296,14 +296,14 @@ class Table:
         if self.player is not None:
             self.player.show(self._number, packed(header | {"id": self._number}, parts))
 
-    def _tell_player(self, message: dict[str, Any] | bytes) -> None:
+    def _send_player(self, message: dict[str, Any] | bytes) -> None:
         if self.player is not None:
-            self.player.tell(message)
+            self.player.send(message)
 
     def _fail(self, text: str) -> None:
         """The world stands still; in the stage's thread."""
-        self._call(self._tell_player, {"type": "error", "text": without_paths(text)})
-        self._call(self._tell_player, self._state())
+        self._call(self._send_player, {"type": "error", "text": without_paths(text)})
+        self._call(self._send_player, self._state())
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run in the loop's thread."""

@@ -14,10 +14,10 @@ import pytest
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
 from diagd.play.controls import Inputs, read_controls
-from diagd.play.floor import LocalFloor
+from diagd.play.fleet import LocalFleet
 from diagd.play.game import Game
-from diagd.play.kept import Shelf
 from diagd.play.opening import GameOptions, open_game, open_games
+from diagd.play.saved import SavedGames
 from diagd.play.server import Address, Limits, Server
 from diagd.play.service import keep_worlds
 from diagd.play.table import Table
@@ -77,9 +77,9 @@ def serve(world: Path) -> Serve:
         tables = [Table(game, Inputs(read_controls(bundle, codec), codec), rate, every=4) for game in games]
         address = replace(Address(), port=0)
         if state is not None:
-            shelf = Shelf(state, games[0].bundle.digest)
+            shelf = SavedGames(state, games[0].bundle.digest)
             address = keep_worlds(shelf, tables, address)
-        server = Server(LocalFloor(tables), address, limits, kept)
+        server = Server(LocalFleet(tables), address, limits, kept)
         try:
             with running(server) as url:
                 yield url, server

@@ -77,7 +77,7 @@ def test_who_presses_nothing_gives_up_the_seat(serve: Serve) -> None:
 
 def test_nobody_is_seated_who_would_take_the_rate_from_others(serve: Serve) -> None:
     with serve(sessions=2, kept=1e5) as (url, server), player(url) as ann:
-        while server.floor.figures(0).measured < SETTLED:
+        while server.fleet.figures(0).measured < SETTLED:
             ann.frame()
         with player(url) as ben:
             assert ben.until(type="waiting")["place"] == 1
@@ -96,9 +96,9 @@ def test_a_server_that_drains_ends_with_its_last_player(serve: Serve) -> None:
             assert ben.until(type="waiting")["place"] == 1
         ann.socket.close()
         end = time.monotonic() + 20
-        while server.floor.is_alive and time.monotonic() < end:
+        while server.fleet.is_alive and time.monotonic() < end:
             time.sleep(0.1)
-        assert not server.floor.is_alive
+        assert not server.fleet.is_alive
 
 
 def test_one_world_that_fails_leaves_the_others_playing(serve: Serve) -> None:

@@ -24,14 +24,14 @@ export class Link extends EventTarget {
       else this.binary(data);
     };
     socket.onclose = ({ code }) => {
-      this.tell("lost", { reason: FINAL[code], again: !FINAL[code] });
+      this.emit("lost", { reason: FINAL[code], again: !FINAL[code] });
       if (!FINAL[code]) setTimeout(() => this.open(), Math.min(4000, 250 * 2 ** this.tries++));
     };
   }
 
   text(message) {
     if (message.type === "welcome") localStorage.ticket = message.ticket;
-    this.tell(message.type, message);
+    this.emit(message.type, message);
   }
 
   binary(data) {
@@ -43,10 +43,10 @@ export class Link extends EventTarget {
       const bytes = new Uint8Array(data, start - size, size);
       return header.type ? new Blob([bytes], { type: header.type }) : bytes;
     });
-    this.tell(header.kind, header);
+    this.emit(header.kind, header);
   }
 
-  tell(name, detail) { this.dispatchEvent(new CustomEvent(name, { detail })); }
+  emit(name, detail) { this.dispatchEvent(new CustomEvent(name, { detail })); }
 
   send(message) {
     if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(message instanceof Uint8Array ? message : JSON.stringify(message));

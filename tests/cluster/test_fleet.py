@@ -12,7 +12,7 @@ import pytest
 
 from diagd.bundle import Bundle
 from diagd.cluster.connection import EngineOptions
-from diagd.cluster.floor import RayFloor
+from diagd.cluster.fleet import RayFleet
 from diagd.play.opening import GameOptions, open_game
 from diagd.play.record import Flying, Line, Played, Start, replay
 from diagd.play.server import Address, Server
@@ -25,17 +25,17 @@ pytestmark = pytest.mark.slow
 
 
 @contextmanager
-def served(world: Path, nodes: Any) -> Iterator[tuple[str, RayFloor]]:
+def served(world: Path, nodes: Any) -> Iterator[tuple[str, RayFleet]]:
     service = Service(sessions=1, rate=20.0, limits=LOOSE, every=5)
     where = EngineOptions(cluster=nodes.address, engines=2, cores=1)
-    floor = RayFloor(Bundle.open(world), GameOptions(), service, where)
-    server = Server(floor, Address(port=0), LOOSE)
+    fleet = RayFleet(Bundle.open(world), GameOptions(), service, where)
+    server = Server(fleet, Address(port=0), LOOSE)
     with running(server) as url:
         end = time.monotonic() + 120
-        while not all(engine.is_alive for engine in floor.engines) and time.monotonic() < end:
+        while not all(engine.is_alive for engine in fleet.engines) and time.monotonic() < end:
             time.sleep(0.1)
-        assert len({engine.node for engine in floor.engines}) == 2
-        yield url, floor
+        assert len({engine.node for engine in fleet.engines}) == 2
+        yield url, fleet
 
 
 def until(ann: Player, **wanted: Any) -> dict[str, Any]:
@@ -60,8 +60,8 @@ def test_a_world_outlives_its_actor_and_its_node(nodes: Any, world: Path) -> Non
     import ray
 
     lines: list[Line] = []
-    with served(world, nodes) as (url, floor), player(url) as ann:
-        table = floor.tables[0]
+    with served(world, nodes) as (url, fleet), player(url) as ann:
+        table = fleet.tables[0]
         hear, add = table.hear, lines.append
 
         def listen(kind: str, value: Any) -> None:

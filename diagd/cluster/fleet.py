@@ -14,10 +14,10 @@ from diagd.bundle import Bundle
 from diagd.cluster.connection import EngineOptions, connect
 from diagd.cluster.engine import Event, PlayActor, Saying
 from diagd.errors import EngineError, UsageError
-from diagd.play.floor import Figures
-from diagd.play.kept import Kept
+from diagd.play.fleet import Figures
 from diagd.play.messages import Message
 from diagd.play.opening import GameOptions
+from diagd.play.saved import SavedGame
 from diagd.play.service import Service
 from diagd.play.table import Player
 
@@ -44,14 +44,14 @@ class RemoteTable:
 
     Attributes:
         home: where; it moves when that engine is lost.
-        kept: what it takes to go on with it.
+        saved: what it takes to go on with it.
         is_away: its home is gone, or not there yet.
     """
 
     def __init__(self, home: Home, size: tuple[int, int]) -> None:
         self.home, self.size = home, size
         self.heard, self.ticket = 0.0, ""
-        self.kept = Kept()
+        self.saved = SavedGame()
         self.keep: Callable[[bytes | None], None] | None = None
         self.is_away = True
         self._player: Player | None = None
@@ -61,9 +61,9 @@ class RemoteTable:
         """See ``Desk``."""
         self._player, self.heard, self.ticket = player, time.monotonic(), ticket
         if is_new:
-            self.kept = Kept()
+            self.saved = SavedGame()
         if self.is_away:
-            player.tell(_MOVES)
+            player.send(_MOVES)
         else:
             self.home.say("seat", ticket, is_new)
 
@@ -76,13 +76,13 @@ class RemoteTable:
     def clear(self) -> None:
         """See ``Desk``."""
         self.leave()
-        self.ticket, self.kept = "", Kept()
+        self.ticket, self.saved = "", SavedGame()
         if self.keep is not None:
             self.keep(None)
 
-    def take_up(self, kept: Kept, ticket: str) -> None:
+    def take_up(self, saved: SavedGame, ticket: str) -> None:
         """Go on with a world that another server kept."""
-        self.kept, self.ticket = kept, ticket
+        self.saved, self.ticket = saved, ticket
 
     def obey(self, player: Player, message: Message) -> None:
         """See ``Desk``."""
@@ -99,26 +99,26 @@ class RemoteTable:
         """The engine is gone."""
         self.is_away = True
         if self._player is not None:
-            self._player.tell(_MOVES)
+            self._player.send(_MOVES)
 
     def settle(self) -> None:
         """Go on at home, which may be another one."""
         self.is_away = False
         if self.ticket:
-            self.home.say("take_up", self.kept, self.ticket)
+            self.home.say("take_up", self.saved, self.ticket)
             if self._player is not None:
                 self.home.say("seat", self.ticket, False)
 
     def hear(self, kind: str, value: Any) -> None:
         """What the engine tells of this world."""
         if kind == "line":
-            self.kept.add(value)
-        elif kind == "kept":
-            self.kept.take(value)
+            self.saved.add(value)
+        elif kind == "saved":
+            self.saved.take(value)
             if self.keep is not None:
                 self.keep(value)
-        elif self._player is not None and kind == "tell":
-            self._player.tell(value)
+        elif self._player is not None and kind == "send":
+            self._player.send(value)
         elif self._player is not None:
             self._number += 1
             self._player.show(*value)
@@ -134,8 +134,8 @@ class RemoteEngine:
         figures: that it told last.
     """
 
-    def __init__(self, floor: RayFloor, count: int) -> None:
-        self._floor, self.is_alive, self.figures = floor, False, Figures()
+    def __init__(self, fleet: RayFleet, count: int) -> None:
+        self._fleet, self.is_alive, self.figures = fleet, False, Figures()
         self.homes = [Home(self, number) for number in range(count)]
         self.actor: Any = None
         self.node = ""
@@ -157,10 +157,10 @@ class RemoteEngine:
 
         while True:
             try:
-                self.actor = self._floor.start_actor()
+                self.actor = self._fleet.start_actor()
                 self.node = await self.actor.begin.remote()
                 self.is_alive = True
-                self._floor.settle()
+                self._fleet.settle()
                 await self._live(self.actor)
             except RayError as error:
                 if isinstance(error, RayTaskError) and not self.is_alive:
@@ -177,7 +177,7 @@ class RemoteEngine:
             while not talking.done():
                 events, self.figures = await actor.hear.remote()
                 for event in events:
-                    self._floor.hear(self, event)
+                    self._fleet.hear(self, event)
             talking.result()
         finally:
             talking.cancel()
@@ -192,12 +192,12 @@ class RemoteEngine:
     def _lose(self) -> None:
         """It is gone, with all that was said to it."""
         self.is_alive, self.figures, self._sayings = False, Figures(), []
-        self._floor.lose(self)
-        self._floor.settle()
+        self._fleet.lose(self)
+        self._fleet.settle()
 
 
-class RayFloor:
-    """See ``Floor``: engines on the nodes of a cluster, each with as many tables as one of this process.
+class RayFleet:
+    """See ``Fleet``: engines on the nodes of a cluster, each with as many tables as one of this process.
 
     A world whose engine is lost goes on at a table that is free elsewhere, else where the engine is started
     anew: from its last snapshot, and the lines of its record since, which are kept here. The bundle is in the
@@ -230,21 +230,21 @@ class RayFloor:
 
     @property
     def is_alive(self) -> bool:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         return any(engine.is_alive for engine in self.engines)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         self._tasks = [loop.create_task(engine.run()) for engine in self.engines]
 
     def check(self) -> None:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         for task in self._tasks:
             if task.done():
                 task.result()
 
     async def close(self) -> None:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -253,23 +253,23 @@ class RayFloor:
                 self._ray.kill(engine.actor)
 
     def beside(self, number: int) -> Sequence[int]:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         table = self.tables[number]
         if table.is_away:
             return ()
         return [n for n, one in enumerate(self.tables) if one.home.engine is table.home.engine]
 
     def figures(self, number: int) -> Figures:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         return self.tables[number].home.engine.figures
 
     def seated(self, number: int) -> None:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         engine = self.tables[number].home.engine
         engine.figures = replace(engine.figures, measured=0)
 
-    def told(self) -> Sequence[tuple[str, str, str, float]]:
-        """See ``Floor``."""
+    def metrics(self) -> Sequence[tuple[str, str, str, float]]:
+        """See ``Fleet``."""
         alive = sum(engine.is_alive for engine in self.engines)
         return (
             ("engines", "gauge", "that answer", alive),

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from diagd.play.kept import Kept
 from diagd.play.messages import Message
+from diagd.play.saved import SavedGame
 from diagd.play.stage import Conductor, Pacer
 from diagd.play.table import Player, Table
 
@@ -57,7 +57,7 @@ class Desk(Protocol):
         """Its world is nobody's any more."""
         ...
 
-    def take_up(self, kept: Kept, ticket: str) -> None:
+    def take_up(self, saved: SavedGame, ticket: str) -> None:
         """Go on with a world that was played elsewhere, as its player comes back."""
         ...
 
@@ -70,7 +70,7 @@ class Desk(Protocol):
         ...
 
 
-class Floor(Protocol):
+class Fleet(Protocol):
     """Tables, wherever they are played."""
 
     @property
@@ -111,13 +111,13 @@ class Floor(Protocol):
         """Somebody was seated: what its engine took before says nothing of what it takes now."""
         ...
 
-    def told(self) -> Sequence[tuple[str, str, str, float]]:
+    def metrics(self) -> Sequence[tuple[str, str, str, float]]:
         """Name, kind, meaning and value of further figures."""
         ...
 
 
-class LocalFloor:
-    """See ``Floor``: tables of this process, over one engine."""
+class LocalFleet:
+    """See ``Fleet``: tables of this process, over one engine."""
 
     def __init__(self, tables: Sequence[Table]) -> None:
         self.tables: Sequence[Table] = tuple(tables)
@@ -125,36 +125,36 @@ class LocalFloor:
 
     @property
     def is_alive(self) -> bool:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         return self.conductor.is_alive()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         for table in self.tables:
             table.open(loop)
         self.conductor.start()
 
     async def close(self) -> None:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         await asyncio.to_thread(self.conductor.close)
 
     def check(self) -> None:
-        """See ``Floor``."""
+        """See ``Fleet``."""
 
     def beside(self, number: int) -> Sequence[int]:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         return range(len(self.tables))
 
     def figures(self, number: int = 0) -> Figures:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         pacer, late = self.conductor.pacer, sum(table.stage.pacer.late for table in self.tables)
         p50, p95 = pacer.percentile(50), pacer.percentile(95)
         return Figures(self.conductor.frames, late, p50, p95, pacer.measured)
 
     def seated(self, number: int = 0) -> None:
-        """See ``Floor``."""
+        """See ``Fleet``."""
         self.conductor.pacer = Pacer(1.0)
 
-    def told(self) -> Sequence[tuple[str, str, str, float]]:
-        """See ``Floor``."""
+    def metrics(self) -> Sequence[tuple[str, str, str, float]]:
+        """See ``Fleet``."""
         return ()

@@ -16,9 +16,9 @@ import pytest
 from diagd.bundle.files import turn
 from diagd.errors import QualityError, UsageError
 from diagd.play.game import Game
-from diagd.play.kept import Kept, Shelf
 from diagd.play.opening import GameOptions, open_game
 from diagd.play.record import Played
+from diagd.play.saved import SavedGame, SavedGames
 from tests.play.conftest import LOOSE, Serve
 from tests.play.test_game import ORDERS, WALK, equal, play, with_order
 from tests.play.test_server import parts, player
@@ -54,7 +54,7 @@ def test_a_game_goes_on_from_a_snapshot(game: Game, order: str) -> None:
 
 @pytest.mark.parametrize("order", ORDERS[:3])
 def test_what_came_since_is_played_again(game: Game, order: str) -> None:
-    kept = Kept()
+    kept = SavedGame()
     game.record.heard = kept.add
     with_order(game, order)
     play(game, *WALK[:3])
@@ -108,21 +108,21 @@ def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, t
 def test_worlds_of_another_bundle_are_left_alone(tmp_path: Path) -> None:
     kept = {}
     for bundle in ("one", "two"):
-        shelf = Shelf(tmp_path, bundle)
+        shelf = SavedGames(tmp_path, bundle)
         assert not list(shelf.find(3))
         shelf.put(0, "ticket", bundle.encode())
         shelf.close()
         kept[bundle] = tmp_path / f"world-{bundle}-0"
     for bundle, path in kept.items():
-        assert list(Shelf(tmp_path, bundle).find(3)) == [(0, "ticket", bundle.encode())]
+        assert list(SavedGames(tmp_path, bundle).find(3)) == [(0, "ticket", bundle.encode())]
         assert path.stat().st_mode & 0o777 == 0o600
     kept["one"].replace(kept["two"])
-    assert not list(Shelf(tmp_path, "two").find(3))
+    assert not list(SavedGames(tmp_path, "two").find(3))
 
 
 @pytest.mark.parametrize("content", [b"", b"something else", b"[" * 100_000, b'{"bundle": "one"}\nworld'])
 def test_a_damaged_world_is_told(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    shelf = Shelf(tmp_path, "one")
+    shelf = SavedGames(tmp_path, "one")
     shelf.put(1, "ticket", b"world")
     shelf.close()
     (tmp_path / "world-one-0").write_bytes(content)
@@ -163,13 +163,13 @@ def test_servers_on_one_folder_take_turns(world: Path, tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(UsageError, match="and not worlds that diagd serve keeps; nothing is replaced"):
-        Shelf(tmp_path, "one")
+        SavedGames(tmp_path, "one")
     assert (tmp_path / name).read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_damaged_token_is_named(tmp_path: Path) -> None:
-    Shelf(tmp_path, "one").close()
+    SavedGames(tmp_path, "one").close()
     (tmp_path / "token").write_text('{"kind":"diagd worlds","token":""}')
     with pytest.raises(UsageError, match="token is damaged; remove it"):
-        Shelf(tmp_path, "one")
+        SavedGames(tmp_path, "one")

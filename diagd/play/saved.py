@@ -41,7 +41,7 @@ class _Head(BaseModel):
 
 
 @dataclass
-class Kept:
+class SavedGame:
     """A snapshot of a game, and what of its record came since.
 
     Attributes:
@@ -97,7 +97,7 @@ def shelf_target(folder: Path) -> Path:
     return folder_target(folder, {MARK: KIND.encode()}, "worlds that diagd serve keeps", "--set state")
 
 
-class Shelf:
+class SavedGames:
     """A folder of kept games, which another server finds when this one died: each with its player's ticket.
 
     Worlds of other bundles stay as they are.
