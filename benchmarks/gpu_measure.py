@@ -114,12 +114,7 @@ def _widths(bundle: Bundle) -> tuple[int | None, ...]:
 class Bench:
     """Measures parts of the comparison.
 
-    Attributes:
-        make_engine: opens what is measured.
-        ceilings: of the device, measured in this process.
-        frames: of a diagonal run.
-        torch_device: where PyTorch runs.
-        config_of: the transformer of a model by its name.
+    ``frames`` are those of a diagonal run; ceilings are measured in this process.
     """
 
     make_engine: MakeEngine

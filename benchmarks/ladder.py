@@ -92,15 +92,7 @@ class SwitchedEngine(PrefixEngine):
 
 @dataclass(frozen=True)
 class Ladder:
-    """What is held fixed while one thing changes.
-
-    Attributes:
-        bundle: with the graphs of every precision.
-        precision: of the steps that are compared; default: that of the first graph.
-        window: frames a token may see.
-        cpu: threads and cache.
-        backend: runs the steps.
-    """
+    """What is held fixed while one thing changes."""
 
     bundle: Bundle
     precision: str | None

@@ -238,11 +238,9 @@ def bounded(codec: ActionCodec, action: Mapping[str, Any]) -> Action:
 class Taken:
     """An action as a frame takes it.
 
-    Attributes:
-        ids: int32 [n]; None for models without actions, and where the model plays.
-        action: what was held.
-        echo: the player's stamp of what changed since the last frame; None if nothing did.
-        waited: seconds since that came.
+    ``ids`` int32 [n] are None for models without actions, and where the model plays. ``echo`` is the player's
+    stamp of what changed since the last frame, None where nothing did, and ``waited`` the seconds since that
+    came.
     """
 
     ids: Int | None

@@ -45,11 +45,8 @@ Act = Callable[[], Taken | None]
 class Mark:
     """A place in a world that can be gone back to.
 
-    Attributes:
-        number: of the mark; 0 is the start.
-        parent: mark that was last passed on the way there; None for the start.
-        known: frames up to there.
-        past: the last of them.
+    ``number`` 0 is the start; ``parent`` is the mark last passed on the way there, and ``past`` the last of
+    the ``known`` frames up to there.
     """
 
     number: int
@@ -62,12 +59,8 @@ class Mark:
 class Shown:
     """A frame as it is shown.
 
-    Attributes:
-        frame: as it was decoded.
-        taken: the action that led to it.
-        pictures: uint8 [n, height, width, 3], more than one where the tokenizer compresses time.
-        decode: seconds until its tokens were known.
-        pixels: seconds from tokens to pictures.
+    ``pictures`` are uint8 [n, height, width, 3], more than one where the tokenizer compresses time. It took
+    ``decode`` seconds until the tokens were known, and ``pixels`` from there to pictures.
     """
 
     frame: Frame

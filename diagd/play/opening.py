@@ -41,11 +41,8 @@ _LOG = logging.getLogger(__name__)
 class GameOptions:
     """What a game runs on.
 
-    Attributes:
-        prompts: files to start from; default: those of the bundle.
-        session: what decodes, and where.
-        text: embeddings float32 [n, width], for models that attend to a text.
-        record: file of the record; None keeps none.
+    Without ``prompts`` worlds start from those of the bundle. ``text`` is float32 [n, width], embeddings for
+    models that attend to one; ``record`` the file of the record, None keeping none.
     """
 
     prompts: tuple[Path, ...] = ()

@@ -24,12 +24,9 @@ from diagd.play.table import Table
 class Service:
     """How worlds are served.
 
-    Attributes:
-        sessions: worlds at once, in the passes of one engine.
-        rate: frames a second that every player is to get; None: the model's.
-        limits: of connections and seats.
-        state: folder that worlds are kept in for a server after this one; None: they end with it.
-        every: frames between two snapshots of a world.
+    ``sessions`` worlds share the passes of one engine, each at a ``rate`` in frames a second, None being the
+    model's. Every so many frames they are saved in the folder ``state`` for a server after this one; None:
+    they end with it.
     """
 
     sessions: int

@@ -21,14 +21,9 @@ GIB: Final = 2**30
 class Device:
     """One device.
 
-    Attributes:
-        name: what users type.
-        title: what it is called.
-        memory: bytes.
-        bandwidth: bytes a second.
-        peak: dense matrix operations a second with half-precision inputs (single precision on a CPU).
-        reserved: bytes that the system, the driver and the desktop keep.
-        source: where the figures are from.
+    Memory and what the system, the driver and the desktop keep of it (``reserved``) are bytes, the bandwidth
+    bytes a second, ``peak`` dense matrix operations a second with half-precision inputs (single precision on
+    a CPU).
     """
 
     name: str
@@ -114,10 +109,7 @@ class ModelSize:
 class StoredModel:
     """A bundle's model with the bytes it is stored in.
 
-    Attributes:
-        size: dimensions.
-        streamed_bytes: what every step reads of the weights.
-        cache_bytes: of one K/V element.
+    ``streamed_bytes`` is what every step reads of the weights, ``cache_bytes`` one K/V element.
     """
 
     size: ModelSize

@@ -188,12 +188,7 @@ def _is_cell(position: int, schedule: Schedule) -> bool:
 class Candidate:
     """An engine over the graphs of one precision.
 
-    Attributes:
-        name: for verdicts.
-        bundle: at the precision of the step graph.
-        session: over the engine.
-        cpu: for what runs on the processor.
-        precision: that the engine computes in.
+    ``precision`` is that in which the engine computes.
     """
 
     name: str
