@@ -293,10 +293,7 @@ def atomic_directory(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
     """A temporary directory beside ``path`` that takes its place on success and vanishes on failure.
 
     Whatever else lies in the old one comes along. A symbolic link stays one: what it points to is replaced.
-
-    Args:
-        path: of the directory.
-        ours: files of the old directory, relative to it, that the new one stands for.
+    ``ours``: files of the old directory, relative to it, that the new one stands for.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,11 +44,8 @@ def bundle_target(path: Path, option: str = "--output") -> Path:
 def folder_target(path: Path, marks: Mapping[str, bytes], what: str, option: str = "--output") -> Path:
     """Where a folder of results can be written: nothing, an empty folder or one of the same kind is there.
 
-    Args:
-        path: of the folder.
-        marks: files of which such a folder has at least one, and what stands near the beginning of each.
-        what: name of the kind, for the message.
-        option: where the path was given.
+    ``marks``: files of which such a folder has at least one, and what stands near the beginning of each.
+    ``what``, the name of the kind, and ``option`` are for the message.
 
     Raises:
         UsageError: something else is there, or nothing can be written.
@@ -69,11 +66,7 @@ def file_target(
 ) -> Path:
     """Where a file can be written: nothing, an empty file or one of the same kind is there.
 
-    Args:
-        path: of the file.
-        suffixes: that it may have; none: any.
-        option: where the path was given.
-        begins: how a file of its kind begins; None: as its suffix says.
+    ``begins``: how a file of its kind begins; None: as its suffix says. No suffixes: any.
 
     Raises:
         UsageError: another suffix, something else is there, or nothing can be written.

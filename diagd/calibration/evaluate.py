@@ -59,12 +59,7 @@ class Evaluation:
 class Evaluator:
     """Compares graphs with the reference of a bundle.
 
-    Args:
-        bundle: the graphs lie in.
-        reference: graphs of one form in floating point.
-        samples: what is decoded.
-        threads: of ONNX Runtime; 0 is what ``load`` takes for the bundle.
-        progress: where to report.
+    ``threads`` 0 is what ``load`` takes for the bundle.
     """
 
     def __init__(
@@ -88,10 +83,7 @@ class Evaluator:
     def compare(self, candidate: Sequence[StepGraph], weight: str, budget: Budget) -> Evaluation:
         """Decode rounds of trajectories with both engines until the verdict stands.
 
-        Args:
-            candidate: graphs of the reference's form.
-            weight: what its weights are, see ``Scheme``.
-            budget: bounds of the verdict.
+        ``candidate``: graphs of the reference's form, whose weights are ``weight``, see ``Scheme``.
         """
         trajectories = self._samples.trajectories
         comparison = Comparison(self._ranges, self._bundle.manifest.layout.prefix)

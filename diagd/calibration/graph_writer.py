@@ -91,10 +91,7 @@ class Target:
 class GraphWriter:
     """Writes graphs beside those they come from.
 
-    Args:
-        bundle: writable copy.
-        target: what they become.
-        progress: where to report.
+    The bundle is a writable copy.
     """
 
     def __init__(self, bundle: Bundle, target: Target, progress: Progress) -> None:

@@ -127,9 +127,7 @@ def ranges(values: Float) -> list[float]:
 class QuantisedMatrix(nn.Module):
     """A module in the place of a matrix [K, N].
 
-    Args:
-        outputs: N.
-        sources: data of its buffers, by their names; to be read in order.
+    ``sources``: data of its buffers, by their names; to be read in order. ``outputs``: N.
     """
 
     q: Tensor
@@ -262,12 +260,7 @@ def quantised_matrix(
 ) -> QuantisedMatrix:
     """What stands for a matrix in graphs of a form.
 
-    Args:
-        name: of the matrix.
-        weight: its elements, migrated.
-        limit: range of static activations.
-        scheme: what to round to.
-        form: of the graph.
+    ``limit``: range of static activations. The weight is migrated.
     """
     if scheme.activation is None and form.traits.host:
         return GroupedMatrix(weight, 4 if scheme.weight == "int4" else 8)

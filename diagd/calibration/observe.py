@@ -39,12 +39,7 @@ def observe(
 ) -> dict[str, InputStatistics]:
     """Decode every trajectory with a bundle's graph; watch the inputs of products and the K/V rows.
 
-    Args:
-        bundle: writable copy; a graph is added beside its files and removed again.
-        graphs: of one form in floating point.
-        samples: what is decoded; its seed is that of the sampled rows as well.
-        progress: where to report.
-        threads: of ONNX Runtime.
+    A graph is added beside the files of the bundle, a writable copy, and removed again.
 
     Raises:
         QualityError: an activation is not finite.
@@ -150,9 +145,7 @@ class InputStatistics:
 class StatisticsCollector:
     """Gathers the statistics of every projection's input.
 
-    Args:
-        channels: width of each input, by the weight's name.
-        seed: of the choice of sample rows.
+    ``channels``: width of each input, by the weight's name. ``seed``: of the choice of sample rows.
     """
 
     def __init__(self, channels: Mapping[str, int], seed: int) -> None:

@@ -50,11 +50,7 @@ def calibrate(
 ) -> PrecisionReport:
     """Add quantised graphs to a bundle, in place and all at once.
 
-    Args:
-        bundle: with graphs in floating point.
-        options: what to do.
-        frames: int32 [P, rows, columns], known frames that prompts are cut from.
-        progress: where to report.
+    Prompts are cut from ``frames``, int32 [P, rows, columns], which follow each other.
 
     Raises:
         UsageError: the bundle has the precision already or no graph that can have it, there are no frames for

@@ -60,12 +60,8 @@ def search(
 ) -> Choice:
     """Try every alpha and range, and keep those whose product is nearest.
 
-    Args:
-        projection: the product.
-        weight: float [K, N].
-        seen: its input while decoding; None where the scheme needs none.
-        scheme: what to round to.
-        grouped: 8-bit weights have groups.
+    ``weight``: float [K, N]. ``seen``: its input while decoding; None where the scheme needs none.
+    ``grouped``: 8-bit weights have groups.
     """
     columns = np.linspace(0, weight.shape[1] - 1, min(COLUMNS, weight.shape[1])).astype(int)
     part = np.asarray(weight[:, columns], np.float32)

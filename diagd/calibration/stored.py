@@ -29,9 +29,6 @@ CHUNK_BYTES = 64 << 20
 class StoredWeights:
     """Tensors of the graphs in floating point, mapped from their file, never read whole.
 
-    Args:
-        bundle: they lie in.
-
     Raises:
         BundleError: the file is not as the export writes it.
     """

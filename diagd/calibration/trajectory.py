@@ -80,12 +80,6 @@ def widest_step(graphs: Sequence[StepGraph]) -> int | None:
 def check_memory(bundle: Bundle, graph: StepGraph, engines: int, available: int | None) -> None:
     """Refuse engines that would be killed for memory; each keeps its weights in float32, as the CPU computes.
 
-    Args:
-        bundle: the graph lies in.
-        graph: in floating point.
-        engines: how many are open at once.
-        available: bytes; None: not known.
-
     Raises:
         UsageError: they need more than is available.
     """
@@ -192,9 +186,7 @@ def _longest(manifest: Manifest, schedule: Schedule, window: int) -> int:
 class Prompts:
     """Prompt frames and actions of trajectories, drawn by seed.
 
-    Args:
-        manifest: of the bundle.
-        frames: int32 [P, rows, columns], known frames; None draws tokens at random.
+    ``frames``: int32 [P, rows, columns], known frames; None draws tokens at random.
     """
 
     def __init__(self, manifest: Manifest, frames: Int | None) -> None:
@@ -247,13 +239,7 @@ class CalibrationSet:
 
 
 class Rollouts:
-    """Decodes trajectories over one engine.
-
-    Args:
-        bundle: that the engine is of.
-        engine: on the processor, of the session's capacity.
-        samples: window, prompts and seed.
-    """
+    """Decodes trajectories over one engine."""
 
     def __init__(self, bundle: Bundle, engine: Engine, samples: CalibrationSet) -> None:
         text = bundle.manifest.text

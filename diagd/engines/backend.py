@@ -107,8 +107,7 @@ class Backend(Protocol):
     def ceilings(self, threads: int = 0) -> Ceilings:
         """The limits of the hardware, measured now; nothing else may run on it.
 
-        Args:
-            threads: of the processor that an engine on it would use; 0 is one for each core.
+        ``threads``: of the processor that an engine on it would use; 0 is one for each core.
 
         Raises:
             EngineError: there is no device, or it refuses the product.

@@ -59,11 +59,7 @@ class Ceilings:
 
 
 def processor_ceilings(threads: int = 0) -> Ceilings:
-    """The limits with the threads an engine would use; the best of a few repeats, about a second.
-
-    Args:
-        threads: 0 is one for each core this process may use.
-    """
+    """The limits with the threads an engine would use; the best of a few repeats, about a second."""
     threads = threads or cores()
     return Ceilings(*memory_bandwidth(threads), matrix_peak(threads), threads)
 
@@ -139,11 +135,7 @@ def device_ceilings(
 ) -> Ceilings:
     """The limits of a device that has nothing else to do, on its stream; the best of a few repeats.
 
-    Args:
-        device: memory is allocated on it until it is closed.
-        make_product: by the library of the backend whose product counts.
-        side: of the square matrices.
-        size: bytes of a copy.
+    Memory is allocated on it until it is closed. The product is that of ``make_product``'s library.
 
     Raises:
         EngineError: the backend refuses the product.

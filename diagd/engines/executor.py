@@ -51,20 +51,9 @@ class Executor(Engine):
     over the tensors that the program reads, the program runs, ``sample`` makes tokens of its logits, and
     tokens and rows go where the next step reads them. Steps between which nobody looks, as those of a frame
     of a schedule, are one graph once their widths have come in the same sequence before. Nothing waits for
-    the device but ``read_tokens``, ``logits`` and ``watched``.
-
-    Args:
-        manifest: of the bundle.
-        form: ``modern`` or ``portable``.
-        capacity: slots of the K/V buffers.
-        widths: widths the program was compiled for.
-        tokens: size of the token buffer.
-        device: where it runs; closed with the engine.
-        make_program: binds the compiled graph to the tensors.
-        graphs: capture each width once and replay it.
-        streams: that share a step.
-        watch: further outputs of the graph, [W, channels], with their channels and element type; None for a
-            tensor that a step has anyway.
+    the device but ``read_tokens``, ``logits`` and ``watched``. ``watch``: further outputs of the graph, [W,
+    channels], with their channels and element type; None for a tensor that a step has anyway. The device is
+    closed with the engine.
     """
 
     def __init__(
@@ -445,13 +434,8 @@ def open_executor(
 ) -> Executor:
     """The executor over the step graphs of one form.
 
-    Args:
-        bundle: that they are of.
-        graphs: narrowest first.
-        options: size of the token buffer, what is watched, and whether graphs of the device are captured.
-        device: where it runs; closed with the engine.
-        bind: binds the compiled graph to the tensors, for some widths.
-        widths: that it is bound for; default: the graphs'.
+    ``graphs``: narrowest first. ``bind`` binds the compiled graph to the tensors, for some widths: those of
+    the graphs, or ``widths``.
     """
     bound = widths or tuple(int(graph.width or 0) for graph in graphs)
     first = graphs[0]

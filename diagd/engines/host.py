@@ -108,12 +108,8 @@ def check_memory(
 ) -> None:
     """Refuse what would be killed half way.
 
-    Args:
-        needed: bytes.
-        available: bytes; None: not known.
-        action: what takes the memory; completes "... takes about".
-        fix: how to need less, or to have more.
-        error: raised.
+    ``action`` completes "... takes about"; ``fix`` says how to need less, or to have more. Bytes; None: not
+    known.
 
     Raises:
         DiagdError: less is available than needed.

@@ -73,12 +73,8 @@ def open_session(graph: Path, digest: str, options: CpuOptions) -> onnxruntime.I
     """Load a step graph on the CPU.
 
     The first load on a machine writes the weights as this ONNX Runtime packs them for this processor; later
-    loads map that file, which is faster and shares its pages between processes.
-
-    Args:
-        graph: the ONNX file.
-        digest: of the graph and its weights, under which they are cached.
-        options: threads and cache use.
+    loads map that file, which is faster and shares its pages between processes. ``digest`` is that of the
+    graph and its weights, under which they are cached.
 
     Raises:
         EngineError: ONNX Runtime refuses the graph.
@@ -101,9 +97,7 @@ def open_plainly(graph: Path) -> onnxruntime.InferenceSession:
 def check_inputs(session: Any, axes: Mapping[str, int]) -> None:
     """Refuse a graph that takes other inputs than an engine of its form gives it.
 
-    Args:
-        session: over the graph.
-        axes: of what the engine gives, by name; it may have more than the graph takes.
+    ``axes``: of what the engine gives, by name; it may have more than the graph takes.
 
     Raises:
         BundleError: the graph takes an input that is not among them, or one with other axes.
@@ -247,10 +241,6 @@ def provider_problem(version: str, providers: list[str]) -> str | None:
 
     ``onnxruntime`` and ``onnxruntime-gpu`` are two packages over one folder: where both are installed, files
     of the one that came last stand there, whatever pip lists.
-
-    Args:
-        version: that the imported module says.
-        providers: that it has.
     """
     host, gpu = (installed(package) for package in ("onnxruntime", "onnxruntime-gpu"))
     if gpu is None:
@@ -269,9 +259,7 @@ def provider_problem(version: str, providers: list[str]) -> str | None:
 def nodes_outside(session: Any, provider: str = CUDA) -> list[str]:
     """Nodes of a session that another provider runs, as ``operator (name)``.
 
-    Args:
-        session: made with ``session.record_ep_graph_assignment_info``.
-        provider: the one that should run all but ``SIZES``.
+    It should run all but ``SIZES``. The session was made with ``session.record_ep_graph_assignment_info``.
 
     Raises:
         EngineError: this ONNX Runtime does not say.

@@ -145,10 +145,8 @@ def _library() -> Any:
 def _compile(model: Path | bytes, threads: int, floats: str) -> Any:
     """A graph compiled for the processor.
 
-    Args:
-        model: the ONNX file, or its content.
-        threads: 0 is one for each core.
-        floats: ``fp32`` or ``bf16``; always said, for OpenVINO's own choice depends on the machine.
+    The model is an ONNX file, or its content. ``floats`` is always said, for OpenVINO's own choice depends
+    on the machine.
 
     Raises:
         DependencyError: OpenVINO is not installed.

@@ -33,13 +33,6 @@ LEAST_WIDTH = 80
 class PrefixState(Engine):
     """What an engine of the ``prefix`` form keeps on the host, and what is done with it between steps.
 
-    Args:
-        manifest: of the bundle.
-        capacity: slots of the buffers.
-        tokens: size of the token buffer of a stream.
-        max_width: widest step.
-        streams: B.
-
     Attributes:
         token_buffer: int32 [B * tokens].
         slot_position: int32 [capacity * B], slot by slot.
@@ -143,9 +136,7 @@ class PlainPrefix(PrefixState):
     def forward(self, feeds: Mapping[str, NDArray[Any]], live: int) -> Float:
         """Run the graph and update the K/V rows; logits [R, V].
 
-        Args:
-            feeds: arrays by input, the K/V rows apart.
-            live: slots in use.
+        ``feeds`` has the inputs but the K/V rows; ``live``: slots in use.
         """
         raise NotImplementedError
 
@@ -182,15 +173,8 @@ class PrefixEngine(PrefixState):
 
     The graph scatters a pass's rows into the bound input; because the output is bound to the same memory,
     ONNX Runtime writes in place and copies nothing. Streams that take part with fewer rows than the widest,
-    or with none, have pad rows, which all go to a slot behind those in use.
-
-    Args:
-        bundle: with a prefix graph.
-        capacity: slots of the buffers.
-        tokens: size of the token buffer of a stream.
-        options: of ONNX Runtime.
-        watch: further outputs of the graph to hand out after every step.
-        streams: B.
+    or with none, have pad rows, which all go to a slot behind those in use. ``watch``: further outputs of
+    the graph to hand out after every step.
 
     Raises:
         UsageError: the graph has no axis for streams.

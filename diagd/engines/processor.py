@@ -71,14 +71,9 @@ def open_fixed(
 class ReferenceEngine(PlainPrefix):
     """FP32 on ONNX Runtime's CPU provider with everything off that could go wrong.
 
-    No graph optimisation, no packed weights, no cache in place, no live prefix, one thread: arrays in, arrays
-    out, the whole capacity every time.
-
-    Args:
-        bundle: with an FP32 graph in the prefix form.
-        capacity: slots.
-        tokens: size of the token buffer.
-        max_width: widest pass; that of another engine where both are to run the same steps.
+    No graph optimisation, no packed weights, no cache in place, no live prefix, one thread: arrays in,
+    arrays out, the whole capacity every time. ``max_width`` is another engine's where both are to run the
+    same steps.
 
     Raises:
         BundleError: the bundle has no such graph.

@@ -315,10 +315,7 @@ def _by_row(row: NDArray[np.intp], values: Float, others: NDArray[Any]) -> tuple
 def _nucleus_floors(logits: Float, weights: Float, p: float) -> Float:
     """Logit [R] of the id at which the cumulated probability crosses p, with as little sorting as may be.
 
-    Args:
-        logits: [R, n].
-        weights: [R, n].
-        p: below 1.
+    Of logits [R, n] and weights [R, n]; p is below 1.
     """
     rows, width = weights.shape
     total = weights.sum(axis=1, dtype=np.float64)
@@ -369,11 +366,7 @@ def _crossing_bin(
 def _crossing(logits: Float, weights: Float, ahead: NDArray[np.float64], share: NDArray[np.float64]) -> Float:
     """Logit [R] of the candidate [R, n], the largest first, at which their sum exceeds its share.
 
-    Args:
-        logits: [R, n].
-        weights: [R, n].
-        ahead: [R], what weighs already.
-        share: [R], less than all of them weigh.
+    ``ahead`` [R] weighs already; ``share`` [R] is less than all of them weigh.
     """
     rows = np.arange(len(logits))
     order = logits.argsort(axis=1)[:, ::-1]

@@ -55,11 +55,6 @@ class WebGpu(Backend):
 class WebGpuEngine(PlainPrefix):
     """K/V rows stay on the GPU, bound by prefix as input and output of each step, and so do weights.
 
-    Args:
-        bundle: with a prefix graph.
-        capacity: slots of the buffers.
-        tokens: size of the token buffer.
-
     Raises:
         DependencyError: the provider is not installed.
         EngineError: there is no GPU, or it refuses the graph.

@@ -60,15 +60,8 @@ def trace_step(
 ) -> ir.Model:
     """Trace one step graph on the meta device, its weights to be linked.
 
-    Backends fix a dynamic width of the forms with a fixed capacity; all widths share one copy of the weights.
-
-    Args:
-        config: the transformer.
-        form: see ``Form``.
-        dtype: of weights and KV buffers.
-        capacity: slots of the KV buffers, where it is fixed.
-        streams: that share a step, likewise.
-        variant: other number formats, further outputs.
+    Backends fix a dynamic width of the forms with a fixed capacity; all widths share one copy of the
+    weights. ``capacity`` and ``streams`` count where they are fixed.
     """
     traits, step = form.traits, Step(_transformer(config, dtype), form)
     watched = _vary(step, dtype, variant)

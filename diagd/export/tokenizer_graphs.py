@@ -37,11 +37,7 @@ def write_tokenizer(
 ) -> Tokenizer:
     """Write both graphs beside one weights file.
 
-    Args:
-        graphs: the tokenizer.
-        source: tensors under the modules' names, checked.
-        directory: of the bundle.
-        progress: called with bytes written.
+    ``source``: tensors under the modules' names, checked. ``progress`` is called with bytes written.
 
     Returns:
         What the manifest records.

@@ -37,13 +37,9 @@ class CacheRows(nn.Module):
 class IntegerRows(CacheRows):
     """Rows as ``round(row / scale)`` in int8, a scale for each channel of each head.
 
-    Scores are products of queries and keys, so that the scales of keys may multiply the queries, and those of
-    values what attention returns: no work of a channel grows with the cache.
-
-    Args:
-        config: of the transformer.
-        shape: of the scales, [G, D] or [G, 1, D] as rows lie; they are buffers named like those of K/V.
-        dtype: of activations.
+    Scores are products of queries and keys, so that the scales of keys may multiply the queries, and those
+    of values what attention returns: no work of a channel grows with the cache. The scales, [G, D] or [G, 1,
+    D] as rows lie, are buffers named like those of K/V.
     """
 
     unit: Tensor

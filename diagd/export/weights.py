@@ -234,9 +234,7 @@ SYNC_BYTES = 256 << 20
 class ResumableWeights:
     """A weights file beside the bundle to be, with a journal of the tensors that are complete.
 
-    Args:
-        output: the bundle's path.
-        key: of what is exported; a file with another key is started anew.
+    One with another ``key``, of what is exported, is started anew.
     """
 
     def __init__(self, output: Path, key: str) -> None:

@@ -90,14 +90,10 @@ class Schedule:
     def parse(cls, spelling: str, layout: StreamLayout, default: Schedule | None = None) -> Schedule:
         """The schedule that a spelling names: words between spaces or commas, as `name` writes them.
 
-        ``next token`` or ``ntp``; or a row lag ``k=2`` and a frame lag, which is ``serial`` (frames one after
-        another), ``chained`` (the next frame follows row by row) or a number of steps, as in ``d=15``.
-        Either may be followed by ``seeds=above`` (a row seed), ``no-refeed`` and ``keep-seeds``.
-
-        Args:
-            spelling: of the schedule.
-            layout: of the model.
-            default: has what is not spelled, but the frame lag where a row lag is; default: k=1, serial.
+        ``next token`` or ``ntp``; or a row lag ``k=2`` and a frame lag, which is ``serial`` (frames one
+        after another), ``chained`` (the next frame follows row by row) or a number of steps, as in ``d=15``.
+        Either may be followed by ``seeds=above`` (a row seed), ``no-refeed`` and ``keep-seeds``. What is not
+        spelled is that of ``default`` (k=1, serial), but for the frame lag where a row lag is.
 
         Raises:
             ScheduleError: it is no spelling, or its lags cannot be decoded.

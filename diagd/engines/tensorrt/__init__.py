@@ -52,8 +52,7 @@ class Capabilities:
 def import_tensorrt(runtime: str | None = None) -> ModuleType:
     """The installed TensorRT module.
 
-    Args:
-        runtime: ``tensorrt`` or ``tensorrt_rtx``; None takes the first that is installed.
+    Of no name: the first that is installed.
 
     Raises:
         DependencyError: none is installed.

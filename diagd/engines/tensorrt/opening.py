@@ -156,12 +156,7 @@ def compile_engine(
 ) -> tuple[StoredEngine, tuple[LogLine, ...]]:
     """Compile a step graph and keep the engine in the bundle.
 
-    Args:
-        bundle: with a graph of the form.
-        request: what to compile.
-        trt: TensorRT module.
-        progress: where to report.
-        force: build even if memory seems too small.
+    With ``force`` even if memory seems too small.
 
     Returns:
         The engine on disk, read back, and what TensorRT warned of.
@@ -188,12 +183,7 @@ def open_tensorrt(
 ) -> Executor:
     """The engine of this machine, ready to run.
 
-    Args:
-        bundle: with a compiled engine.
-        tokens: size of the token buffer, as when it was compiled.
-        device: where it runs.
-        runtime: ``tensorrt`` or ``tensorrt_rtx``; None takes the first installed.
-        graphs: capture and replay CUDA graphs.
+    ``tokens`` as when it was compiled; ``runtime`` None takes the first TensorRT that is installed.
 
     Raises:
         EngineError: no engine fits; the message names what differs and the line that mends it.
@@ -241,12 +231,7 @@ def _described(offered: Capabilities, targets: tuple[str, ...]) -> DeviceDescrip
 class TensorRTProgram:
     """One execution context a width, over one engine and one copy of its weights; see ``Program``.
 
-    Args:
-        trt: the TensorRT module the plan was built with.
-        plan: serialised engine.
-        widths: of its optimization profiles, in their order.
-        tensors: memory by tensor name.
-        stream: CUDA stream handle.
+    ``widths`` are those of the plan's optimization profiles, in their order.
     """
 
     capturable = True

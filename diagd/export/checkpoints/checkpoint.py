@@ -123,10 +123,7 @@ def check(
 ) -> None:
     """Compare names, shapes and dtypes with what a model needs; nothing is read.
 
-    Args:
-        checkpoint: tensors under the model's names (see `select`).
-        expected: shape of every tensor of the model.
-        dtypes: those that can be used.
+    The checkpoint's names are the model's (see `select`).
 
     Raises:
         CheckpointError: any tensor is missing, extra, wrongly shaped or of an unusable dtype. One error

@@ -72,10 +72,7 @@ def build(
 ) -> Family:
     """One of the released models; their dimensions are not read from the checkpoint.
 
-    Args:
-        name: of it.
-        checkpoint: default: the released one.
-        size: height and width of the pictures; the release post-trains at 384 x 640 and 640 x 848 too.
+    The release post-trains at pictures of 384 x 640 and 640 x 848 too.
 
     Raises:
         UsageError: the pictures are not made of whole tokens.

@@ -14,8 +14,7 @@ from diagd.errors import UsageError
 class _Patches(nn.Module):
     """Holds the codes.
 
-    Args:
-        codebook: uint8 [codes, p, p, 3].
+    Uint8 [codes, p, p, 3].
 
     Raises:
         UsageError: it is something else.

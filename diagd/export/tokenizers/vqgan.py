@@ -70,9 +70,7 @@ def taming_name(name: str) -> str | None:
 def diffusers_name(name: str, levels: int) -> str | None:
     """Parameter name of a key of MineWorld's vae.ckpt, or of the copy that its transformers carry.
 
-    Args:
-        name: the key.
-        levels: resolutions of the network; diffusers counts those of a decoder from the coarsest.
+    ``levels``: resolutions of the network; diffusers counts those of a decoder from the coarsest.
     """
 
     def level(match: re.Match[str]) -> str:
@@ -109,9 +107,7 @@ def mineworld_graphs(config: VqganConfig = MINEWORLD) -> TokenizerGraphs:
 def infer_config(shapes: Shapes, size: int = 128) -> VqganConfig:
     """Sizes of a checkpoint; the frame size is its ``ddconfig.resolution`` and not stored in a tensor.
 
-    Args:
-        shapes: tensor shapes by parameter name (see `taming_name`).
-        size: pixel rows and columns.
+    ``shapes`` are by parameter name (see `taming_name`).
 
     Raises:
         CheckpointError: a tensor that the sizes are read from is missing.

@@ -89,11 +89,7 @@ def graphs(config: WhamVitConfig) -> TokenizerGraphs:
 def infer_config(shapes: Shapes, height: int = 180, width: int = 300, head_size: int = 64) -> WhamVitConfig:
     """Sizes of a checkpoint; frame size and head size are stated in its ``model_spec``, not in tensors.
 
-    Args:
-        shapes: tensor shapes by parameter name (see `rename`).
-        height: pixel rows.
-        width: pixel columns.
-        head_size: width of an attention head.
+    ``shapes`` are by parameter name (see `rename`).
 
     Raises:
         CheckpointError: a tensor is missing, or the number of positions does not fit the frame size.
