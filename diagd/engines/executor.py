@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -16,26 +16,15 @@ from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.backend import StepOptions
 from diagd.engines.devices import Array, Device
-from diagd.engines.devices.kernels import (
-    ADVANCE,
-    ADVANCE_POINTERS,
-    APPEND,
-    SAMPLE,
-    AdvanceArguments,
-    AppendArguments,
-    SampleArguments,
-)
+from diagd.engines.devices.kernels import ADVANCE_POINTERS
 from diagd.engines.engine import VOID, Clock, Engine, Float, Int, Steps
-from diagd.engines.records import RecordRing
+from diagd.engines.records import Lane
 from diagd.engines.sampler import cell_ranges, refusal
 from diagd.engines.tensors import WIDTH, MakeProgram, Program, StepTensors, Tensor, rotate_pairs
 from diagd.errors import EngineError
 
 INPUTS = ("token_buffer", *ADVANCE_POINTERS[2:])
 """Inputs of step graphs beside caches and texts: all but what ``advance`` alone reads."""
-
-APPEND_BLOCKS = 64
-CURSOR_BYTES = 8  # where the next step's header begins, and that of the step that runs
 
 TOGETHER = 64
 """Most steps of one graph: a frame of few steps is one launch, and one of many takes little memory."""
@@ -71,7 +60,7 @@ class Executor(Engine):
         streams: int = 1,
     ) -> None:
         self.widths, self.max_width, self.form, self.streams = widths, widths[-1], form, streams
-        self.capacity = capacity if streams == 1 else capacity - self.max_width  # the rest: see ``_Lane``
+        self.capacity = capacity if streams == 1 else capacity - self.max_width  # the rest: see ``Lane``
         known = np.asarray(widths, np.int32)
         self._padding = known[np.searchsorted(known, np.arange(self.max_width + 1))]
         self.device, self.ahead = device, device.ahead
@@ -86,11 +75,16 @@ class Executor(Engine):
         self._staged_until = 0
         self._slots: Int = device.host_array((capacity,), np.int32)
         self._logits: Float = device.host_array((self.max_width, manifest.output_vocabulary), np.float32)
-        self._idle: Int = device.host_array((self.max_width + 3,), np.int32)  # what idle streams are given
-        self._idle[self.max_width :] = VOID, self.capacity, 0
-        self._lanes = [_Lane(device) for _ in range(streams)]
-        self._pointers: dict[tuple[int, int], tuple[int, int]] = {}
-        self._manifest, self._ranges = manifest, self._upload(cell_ranges(manifest))
+        rules = {
+            "ranges": self._upload(cell_ranges(manifest)),
+            "prefix": manifest.layout.prefix,
+            "frame_length": manifest.layout.frame_length,
+            "vocabulary": manifest.output_vocabulary,
+            "keep_crossing": manifest.sampling.keep_crossing,
+        }
+        idle: Int = device.host_array((self.max_width + 3,), np.int32)
+        idle[self.max_width :] = VOID, self.capacity, 0
+        self._lanes = [Lane(device, self.tensors, number, idle, rules) for number in range(streams)]
         self._program = make_program(self.tensors.named)
         self._graphs: dict[tuple[int, ...], int | None] = {}  # of widths, None where they came once
         self._width = 0
@@ -118,13 +112,10 @@ class Executor(Engine):
         own = self._lanes[lane]
         if own.queued != own.sent:  # some of those sent before will never run: forget their records
             self._wait()
-            own.records.restart()
-            self.device.clear(own.cursor, CURSOR_BYTES)
+            own.forget()
         if lane:  # a step graph looks ids up among those of all streams
             steps = replace(steps, sources=steps.sources + np.int32(lane * self._places))
-        own.steps, own.next, own.queued, own.sent = steps, 0, 0, 0
-        own.padded = tuple(self.padded_widths(np.diff(steps.offsets)).tolist())
-        own.parts = iter(range(1, len(steps) + 1) if parts is None else parts)
+        own.take(steps, self.padded_widths(np.diff(steps.offsets)), parts)
 
     @override
     def step(self, lanes: Sequence[int] = (0,)) -> None:
@@ -152,28 +143,32 @@ class Executor(Engine):
         width = 0
         for lane in lanes:
             own = self._lanes[lane]
-            self._send(own)
+            self._upload_records(own)
             width = max(width, own.padded[own.queued])
             own.queued += 1
             own.next += 1
         self._width = width
-        self._wake(lanes, width)
+        for lane, own in enumerate(self._lanes):
+            if lane in lanes:
+                own.wake()
+            else:
+                own.rest(width)
         if len(lanes) == self.streams:
             self._launch((width,))
         else:
             self._forward(width, lanes)
 
-    def _send(self, own: _Lane) -> None:
+    def _upload_records(self, own: Lane) -> None:
         """Have the record of the step that is queued next on the device."""
         if own.queued == own.sent:
             if own.records.is_full:
                 self._wait()
             own.sent = own.records.send(own.steps, own.sent)
 
-    def _queue(self, own: _Lane, end: int) -> None:
+    def _queue(self, own: Lane, end: int) -> None:
         """Queue the steps up to one."""
         while own.queued < end:
-            self._send(own)
+            self._upload_records(own)
             last = min(end, own.sent, own.queued + TOGETHER)
             self._launch(own.padded[own.queued : last])
             own.queued = last
@@ -208,7 +203,7 @@ class Executor(Engine):
     def logits(self, lane: int = 0) -> Float:
         own, width = self._lanes[lane], self._width
         steps, n = own.steps, own.next - 1
-        self.device.download(self._logits[:width], self._part("logits", lane, width))
+        self.device.download(self._logits[:width], own.part("logits", width))
         self._wait()
         return self._logits[steps.decoded[steps.decode_offsets[n] : steps.decode_offsets[n + 1]]]
 
@@ -248,7 +243,7 @@ class Executor(Engine):
         staged = self._staged[self._staged_until : self._staged_until + len(ids)]
         staged[:] = ids
         self._staged_until += len(ids)
-        base = self._part("token_buffer", lane)
+        base = self._lanes[lane].part("token_buffer")
         bounds = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
         for first, last in pairwise(bounds):
             if first < last:
@@ -279,7 +274,7 @@ class Executor(Engine):
         self._slots[: self.capacity] = slot_position
         self._slots[self.capacity :] = VOID
         self._lanes[lane].idle_at = None
-        self.device.upload(self._part("slot_position", lane), self._slots)
+        self.device.upload(self._lanes[lane].part("slot_position"), self._slots)
 
     @override
     def set_text(self, rows: Mapping[str, Array]) -> None:
@@ -294,48 +289,23 @@ class Executor(Engine):
             if not name.startswith("key"):
                 continue
             keys = np.empty(tensor.shape[1:], tensor.dtype)
-            address = self._part(f"past_{name}", lane)
+            address = self._lanes[lane].part(f"past_{name}")
             self.device.download(keys, address)
             self._wait()
             rotate_pairs(keys[:, :live], angles)
             self.device.upload(address, keys)
             self._wait()
 
-    def _part(self, name: str, lane: int, width: int = 1) -> int:
-        """Where a stream's part of a tensor is, in a step of ``width`` rows."""
-        return self.tensors.named[name].part(lane, self.streams, width)
-
-    def _wake(self, lanes: Sequence[int], width: int) -> None:
-        """Hide again what the streams of some lanes saw while they were idle, and have all others be idle.
-
-        Rows of a stream that takes no part stand at position 0, and the first of them is visible there: no
-        row is to see nothing, of which some attention makes what is no number.
-        """
-        zero, void = self._idle[:1], self._idle[self.max_width :][:1]
-        for lane, own in enumerate(self._lanes):
-            visible = self._part("slot_position", lane) + 4 * self.capacity
-            if lane in lanes:
-                if own.idle_at is not None:
-                    self.device.upload(visible, void)
-                own.idle_at = None
-            elif own.idle_at != width:
-                for name in ("sources", "positions"):
-                    self.device.upload(self._part(name, lane, width), self._idle[:width])
-                self.device.upload(self._part("write_index", lane), self._idle[-2:])
-                self.device.upload(visible, zero)
-                own.idle_at = width
-
     def _forward(self, width: int, lanes: Sequence[int]) -> None:
         """Queue everything a step of one width consists of."""
-        device, threads = self.device, self.device.threads
         for lane in lanes:
-            device.launch(ADVANCE, self._advance_arguments(width, lane), 1, threads)
+            self._lanes[lane].advance(width)
         self._program.enqueue(width)
         for lane in lanes:
-            device.launch(SAMPLE, self._sample_arguments(width, lane), width, threads)
+            self._lanes[lane].sample(width)
         if self.tensors.rows:
             for lane in lanes:
-                device.launch(APPEND, self._append_arguments(width, lane), APPEND_BLOCKS, threads)
+                self._lanes[lane].append(width)
 
     def _warm_up(self, capture: bool) -> None:
         """Run every width once on a record without rows, capture it, and forget what that wrote."""
@@ -350,8 +320,7 @@ class Executor(Engine):
                 self._graphs[width,] = self._capture((width,))
         self.tensors.clear()
         for lane, own in enumerate(self._lanes):
-            self.device.clear(own.cursor, CURSOR_BYTES)
-            own.records.restart()
+            own.forget()
             self.write_slots(np.full(self.capacity, VOID, np.int32), lane)
         self._wait()
 
@@ -369,32 +338,6 @@ class Executor(Engine):
         self._wait()
         return results
 
-    def _advance_arguments(self, width: int, lane: int) -> AdvanceArguments:
-        own, named = self._lanes[lane], self.tensors.named
-        addresses = {name: self._part(name, lane, width) for name in ADVANCE_POINTERS if name in named}
-        return AdvanceArguments(
-            records=own.records.address,
-            cursor=own.cursor,
-            **addresses,
-            width=width,
-        )
-
-    def _sample_arguments(self, width: int, lane: int) -> SampleArguments:
-        layout, tensors, own = self._manifest.layout, self.tensors, self._lanes[lane]
-        return SampleArguments(
-            records=own.records.address,
-            cursor=own.cursor,
-            logits=self._part("logits", lane, width),
-            ranges=self._ranges,
-            token_buffer=self._part("token_buffer", lane),
-            refused=tensors.token_buffer.address + 4 * tensors.refusal_place,
-            prefix=layout.prefix,
-            frame_length=layout.frame_length,
-            vocabulary=self._manifest.output_vocabulary,
-            keep_crossing=self._manifest.sampling.keep_crossing,
-            width=width,
-        )
-
     def _upload(self, table: Int) -> int:
         """Address of a copy on the device."""
         address = self.device.allocate(table.nbytes)
@@ -402,25 +345,6 @@ class Executor(Engine):
         staged[:] = table
         self.device.upload(address, staged)
         return address
-
-    def _append_arguments(self, width: int, lane: int) -> AppendArguments:
-        tensors = self.tensors
-        buffer = next(iter(tensors.cache.values()))
-        if (lane, width) not in self._pointers:
-            parts = (tensors.pointers(group, lane, width) for group in (tensors.rows, tensors.cache.values()))
-            self._pointers[lane, width] = (next(parts), next(parts))
-        rows, buffers = self._pointers[lane, width]
-        row_bytes = buffer.shape[3] * buffer.dtype.itemsize
-        return AppendArguments(
-            rows=rows,
-            buffers=buffers,
-            write_index=self._part("write_index", lane),
-            tensors=len(tensors.cache),
-            groups=buffer.shape[1],
-            capacity=buffer.shape[2],
-            width=width,
-            row_chunks=row_bytes // self.device.chunk_bytes,
-        )
 
 
 def open_executor(
@@ -446,19 +370,3 @@ def open_executor(
         watch=options.watch,
         streams=first.streams,
     )
-
-
-class _Lane:
-    """The steps that a stream was sent, and where they are queued.
-
-    ``idle_at``: the width of the last pass, where the stream took no part in it. Its rows then went to the
-    slots behind those that its session knows of.
-    """
-
-    def __init__(self, device: Device) -> None:
-        self.records, self.cursor = RecordRing(device), device.allocate(CURSOR_BYTES)
-        self.next = self.queued = self.sent = 0
-        self.steps: Steps
-        self.padded: tuple[int, ...] = ()
-        self.parts: Iterator[int] = iter(())
-        self.idle_at: int | None = None

@@ -1,15 +1,26 @@
-"""Step records: all that a device must know of the steps to come, in one copy a block."""
+"""Step records: all that a device must know of the steps to come, in one copy a block; and who sends them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Final
 
 import numpy as np
 
 from diagd.engines.devices import Array, Device
-from diagd.engines.devices.kernels import HEADER_WORDS
+from diagd.engines.devices.kernels import (
+    ADVANCE,
+    ADVANCE_POINTERS,
+    APPEND,
+    HEADER_WORDS,
+    SAMPLE,
+    AdvanceArguments,
+    AppendArguments,
+    SampleArguments,
+)
 from diagd.engines.engine import VOID, Int, SamplingState, Steps
+from diagd.engines.tensors import StepTensors
 
 HALF_WORDS: Final = 1 << 17
 """Words of one of the two buffers: 512 KB, a frame of next-token prediction of the largest grid and more."""
@@ -102,3 +113,115 @@ def _sampling_words(sampling: SamplingState) -> Int:
     numbers = np.array([sampling.temperature, sampling.top_p], np.float32).view(np.int32)
     seed = np.array([sampling.seed], np.uint64).view(np.int32)
     return np.array([numbers[0], min(sampling.top_k, VOID), numbers[1], *seed], np.int32)
+
+
+CURSOR_BYTES = 8  # where the next step's header begins, and that of the step that runs
+APPEND_BLOCKS = 64
+
+
+class Lane:
+    """The steps that a stream was sent, where they are queued, and the kernels of its part of a pass.
+
+    Attributes:
+        next, queued, sent: steps that were asked for, that are queued, and whose records are up.
+        padded: widths that they are run at.
+        parts: ends of those that may be queued together.
+        idle_at: width of the last pass, where the stream took no part in it. Its rows then went to the slots
+            behind those that its session knows of.
+    """
+
+    def __init__(
+        self, device: Device, tensors: StepTensors, number: int, idle: Int, rules: Mapping[str, int]
+    ) -> None:
+        self.records, self.cursor = RecordRing(device), device.allocate(CURSOR_BYTES)
+        self._device, self._tensors, self._number = device, tensors, number
+        self._idle, self._rules = idle, rules  # as many zeros as rows, VOID, the first slot behind, and 0
+        self.next = self.queued = self.sent = 0
+        self.steps: Steps
+        self.padded: tuple[int, ...] = ()
+        self.parts: Iterator[int] = iter(())
+        self.idle_at: int | None = None
+        self._pointers: dict[int, tuple[int, int]] = {}
+
+    def take(self, steps: Steps, padded: Int, parts: Sequence[int] | None) -> None:
+        """The steps to run next."""
+        self.steps, self.next, self.queued, self.sent = steps, 0, 0, 0
+        self.padded = tuple(padded.tolist())
+        self.parts = iter(range(1, len(steps) + 1) if parts is None else parts)
+
+    def forget(self) -> None:
+        """No record that was sent is to run; the device waits for none."""
+        self.records.restart()
+        self._device.clear(self.cursor, CURSOR_BYTES)
+
+    def part(self, name: str, width: int = 1) -> int:
+        """Where the stream's part of a tensor is, in a step of ``width`` rows."""
+        return self._tensors.named[name].part(self._number, self._tensors.streams, width)
+
+    def wake(self) -> None:
+        """Hide again what the stream saw while it was idle."""
+        if self.idle_at is not None:
+            self._device.upload(self._behind, self._idle[-3:-2])
+        self.idle_at = None
+
+    def rest(self, width: int) -> None:
+        """Take no part in a pass: rows stand at position 0, and the first of them is visible there.
+
+        No row is to see nothing, of which some attention makes what is no number.
+        """
+        if self.idle_at == width:
+            return
+        for name in ("sources", "positions"):
+            self._device.upload(self.part(name, width), self._idle[:width])
+        self._device.upload(self.part("write_index"), self._idle[-2:])
+        self._device.upload(self._behind, self._idle[:1])
+        self.idle_at = width
+
+    @property
+    def _behind(self) -> int:
+        """Where the position of the first slot is that the session does not know of."""
+        return self.part("slot_position") + 4 * int(self._idle[-2])
+
+    def advance(self, width: int) -> None:
+        """Queue the spreading of a record over the tensors that the program reads."""
+        named = (name for name in ADVANCE_POINTERS if name in self._tensors.named)
+        addresses = {name: self.part(name, width) for name in named}
+        arguments = AdvanceArguments(
+            records=self.records.address, cursor=self.cursor, **addresses, width=width
+        )
+        self._device.launch(ADVANCE, arguments, 1, self._device.threads)
+
+    def sample(self, width: int) -> None:
+        """Queue the making of tokens of logits."""
+        tensors = self._tensors
+        arguments = SampleArguments(
+            records=self.records.address,
+            cursor=self.cursor,
+            logits=self.part("logits", width),
+            token_buffer=self.part("token_buffer"),
+            refused=tensors.token_buffer.address + 4 * tensors.refusal_place,
+            **self._rules,
+            width=width,
+        )
+        self._device.launch(SAMPLE, arguments, width, self._device.threads)
+
+    def append(self, width: int) -> None:
+        """Queue the copy of new K/V rows into the buffers."""
+        tensors = self._tensors
+        if width not in self._pointers:
+            groups = (tensors.rows, tensors.cache.values())
+            rows, buffers = (tensors.pointers(group, self._number, width) for group in groups)
+            self._pointers[width] = rows, buffers
+        rows, buffers = self._pointers[width]
+        buffer = next(iter(tensors.cache.values()))
+        arguments = AppendArguments(
+            rows=rows,
+            buffers=buffers,
+            write_index=self.part("write_index"),
+            tensors=len(tensors.cache),
+            groups=buffer.shape[1],
+            capacity=buffer.shape[2],
+            width=width,
+            row_chunks=buffer.shape[3] * buffer.dtype.itemsize // self._device.chunk_bytes,
+        )
+        self._device.launch(APPEND, arguments, APPEND_BLOCKS, self._device.threads)

@@ -100,6 +100,7 @@ class StepTensors:
     """Allocates once; every width reads and writes the same memory.
 
     Attributes:
+        streams: that share a step.
         named: tensors by their names in step graphs.
         cache: K/V buffers [B, G, S, D] by ``key_0``, ``value_0``, ...
         text: rows of a text by their names in step graphs.
@@ -117,7 +118,7 @@ class StepTensors:
         watch: Mapping[str, tuple[int, DTypeLike] | None],
         streams: int = 1,
     ) -> None:
-        self._device, self._max_width, self._streams = device, max_width, streams
+        self._device, self._max_width, self.streams = device, max_width, streams
         self.named: dict[str, Tensor] = {}
         lead = (streams,) if streams > 1 else ()
         for name in ("sources", "positions"):
@@ -186,7 +187,7 @@ class StepTensors:
         """A device array of where a stream's part of each tensor begins, in a step of ``width`` rows."""
         tensors = list(tensors)
         addresses = self._device.host_array((len(tensors),), np.uint64)
-        addresses[:] = [tensor.part(lane, self._streams, width) for tensor in tensors]
+        addresses[:] = [tensor.part(lane, self.streams, width) for tensor in tensors]
         target = self._device.allocate(addresses.nbytes)
         self._device.upload(target, addresses)
         self._device.synchronise()
