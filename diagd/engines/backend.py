@@ -84,7 +84,7 @@ class Backend(Protocol):
         Raises:
             EngineError: there is none.
         """
-        ...
+        return ""
 
     def computes(self, precision: str) -> str:
         """The precision that a step graph of one is computed in, which says what it must reach."""
@@ -114,6 +114,12 @@ class Backend(Protocol):
             DependencyError: a package is missing.
         """
         ...
+
+
+def as_graph(session: Any) -> Graph:
+    """What a session of ONNX Runtime makes of arrays."""
+    names = [output.name for output in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
 def names() -> tuple[str, ...]:

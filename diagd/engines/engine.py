@@ -147,12 +147,12 @@ class Engine(Protocol):
     clock: Clock
 
     def padded_widths(self, widths: Int) -> Int:
-        """Rows that steps of so many are run as, pad rows included."""
-        ...
+        """Rows that steps of so many are run as, pad rows included; the same where the width is dynamic."""
+        return widths
 
     def written_widths(self, widths: Int) -> Int:
         """Slots that steps of so many rows may write, pad rows included."""
-        ...
+        return self.padded_widths(widths)
 
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
         """Take the steps to run next; those sent before have run.
@@ -176,7 +176,7 @@ class Engine(Protocol):
             EngineError: a row's largest logit is not finite. An engine that runs ahead of the host says so
                 when tokens are read.
         """
-        ...
+        return
 
     def logits(self, lane: int = 0) -> Float:
         """Logits [R, V] of a lane's rows that the last pass decodes, once it has run, until the next one."""
@@ -184,7 +184,7 @@ class Engine(Protocol):
 
     def watched(self) -> Mapping[str, NDArray[Any]]:
         """Further outputs [rows, ...] of the last pass by name, where the engine was opened to watch some."""
-        ...
+        return {}
 
     def write_tokens(self, places: Int, ids: Int, lane: int = 0) -> None:
         """Put ids into a token buffer, for steps run from now on."""
@@ -217,7 +217,7 @@ class Engine(Protocol):
 
     def memory_used(self) -> int:
         """Bytes of its device that are in use, those of other programs included; 0 for the host's memory."""
-        ...
+        return 0
 
     def close(self) -> None:
         """Give the memory back; the engine is dead then."""

@@ -196,10 +196,6 @@ class Executor(Engine):
         return self.device.capture(work)
 
     @override
-    def draw(self) -> None:
-        """The step has drawn."""
-
-    @override
     def logits(self, lane: int = 0) -> Float:
         own, width = self._lanes[lane], self._width
         steps, n = own.steps, own.next - 1

@@ -11,7 +11,7 @@ from typing import TypeVar
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.backend import Backend, Graph, StepOptions, graphs_of
+from diagd.engines.backend import Backend, Graph, StepOptions, as_graph, graphs_of
 from diagd.engines.ceilings import Ceilings, device_ceilings
 from diagd.engines.devices import Device
 from diagd.engines.devices.cuda import CudaDevice, describe_device, open_driver
@@ -47,9 +47,7 @@ class Cuda(Backend):
     def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:
         """Pixels and texts stay on the GPU that decodes their tokens."""
         del digest, options
-        session = open_cuda_session(path)
-        names = [output.name for output in session.get_outputs()]
-        return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        return as_graph(open_cuda_session(path))
 
     @override
     def ceilings(self, threads: int = 0) -> Ceilings:
@@ -76,7 +74,7 @@ class TensorRT(Cuda):
     @override
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
         with closed_on_failure(CudaDevice()) as device:
-            return open_tensorrt(bundle, options.tokens, device, runtime=self.runtime, graphs=options.graphs)
+            return open_tensorrt(bundle, options, device, runtime=self.runtime)
 
     def _product(self, device: Device, model: Path, rows: int, tensors: Mapping[str, Tensor]) -> Program:
         trt = import_tensorrt(self.runtime)

@@ -59,16 +59,6 @@ class PrefixState(Engine):
         self._session: Any = None
 
     @override
-    def padded_widths(self, widths: Int) -> Int:
-        """Widths are dynamic: no pad rows."""
-        return widths
-
-    @override
-    def written_widths(self, widths: Int) -> Int:
-        """Pad rows beside a wider step of another stream are written elsewhere."""
-        return widths
-
-    @override
     def write_tokens(self, places: Int, ids: Int, lane: int = 0) -> None:
         self.token_buffer[places + lane * self._tokens] = ids
 
@@ -95,10 +85,6 @@ class PrefixState(Engine):
     @override
     def evaluate(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         return dict(zip(outputs, self._session.run(list(outputs), dict(feeds)), strict=True))
-
-    @override
-    def memory_used(self) -> int:
-        return 0
 
     @override
     def close(self) -> None:
@@ -149,10 +135,6 @@ class PlainPrefix(PrefixState):
     def logits(self, lane: int = 0) -> Float:
         del lane
         return self._logits
-
-    @override
-    def watched(self) -> Mapping[str, NDArray[Any]]:
-        return {}
 
 
 class _Lane:

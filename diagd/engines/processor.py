@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.backend import Backend, Graph, StepOptions, choose_form, graphs_of
+from diagd.engines.backend import Backend, Graph, StepOptions, as_graph, choose_form, graphs_of
 from diagd.engines.ceilings import Ceilings, processor_ceilings
 from diagd.engines.devices.host import HostDevice
 from diagd.engines.engine import Engine, Float
@@ -30,11 +30,6 @@ class Processor(Backend):
     forms = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
 
     @override
-    def describe(self) -> str:
-        """It needs no name."""
-        return ""
-
-    @override
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
         form = choose_form(bundle, options.form, self.forms)
         if form is Form.PREFIX:
@@ -47,9 +42,7 @@ class Processor(Backend):
 
     @override
     def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:
-        session = open_session(path, digest, options)
-        names = [output.name for output in session.get_outputs()]
-        return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        return as_graph(open_session(path, digest, options))
 
     @override
     def ceilings(self, threads: int = 0) -> Ceilings:

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -69,8 +71,7 @@ class HostSampler:
         if not len(cells):
             return sinks, sinks
         low, high = self._ranges[(cells - self._layout.prefix) % self._layout.frame_length].T
-        ids = _draw(logits, cells, steps.sampling, None, low, high, self._keep_crossing)
-        return sinks, ids
+        return sinks, _drawer()(logits, cells, steps.sampling, None, low, high, self._keep_crossing)
 
 
 def cell_ranges(manifest: Manifest) -> Int:
@@ -121,24 +122,15 @@ def sample(
     low = np.zeros(rows, np.int32) if low is None else low
     high = np.full(rows, ids, np.int32) if high is None else high
     _check_ranges(low, high, ids)
-    return _draw(logits, positions, state, seeds, low, high, keep_crossing)
-
-
-def _draw(
-    logits: Float,
-    positions: NDArray[np.integer[Any]],
-    state: SamplingState,
-    seeds: NDArray[np.uint64] | None,
-    low: Int,
-    high: Int,
-    keep_crossing: bool,
-) -> Int:
-    """See ``sample``; ranges are known to fit."""
-    if not len(logits):
+    if not rows:
         return np.empty(0, np.int32)
-    if (kernels := host_build()) is not None:
-        return draw_compiled(kernels, logits, positions, state, seeds, low, high, keep_crossing)
-    return draw_plain(logits, positions, state, seeds, low, high, keep_crossing)
+    return _drawer()(logits, positions, state, seeds, low, high, keep_crossing)
+
+
+def _drawer() -> Callable[..., Int]:
+    """``sample`` where ranges fit and there is a row at least: compiled, where it was."""
+    kernels = host_build()
+    return draw_plain if kernels is None else partial(draw_compiled, kernels)
 
 
 def draw_compiled(

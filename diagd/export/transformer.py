@@ -17,33 +17,6 @@ from torch.nn import functional
 from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig, grid_sinusoids
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, computed in float32 (ONNX RMSNormalization-23)."""
-
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., width]."""
-        return functional.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
-
-
-class LayerNorm(nn.Module):
-    """Layer norm over the last axis (ONNX LayerNormalization-17); without ``bias`` it only scales."""
-
-    def __init__(self, width: int, epsilon: float, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., width]."""
-        return functional.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.epsilon)
-
-
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) with gate and up fused."""
 
@@ -100,10 +73,10 @@ class AttentionForm(Protocol):
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
-    """A norm of the residual stream."""
+    """A norm of the residual stream (ONNX RMSNormalization-23 or LayerNormalization-17)."""
     if config.norm is NormKind.RMS:
-        return RMSNorm(config.hidden, config.norm_epsilon)
-    return LayerNorm(config.hidden, config.norm_epsilon, config.bias)
+        return nn.RMSNorm(config.hidden, config.norm_epsilon)
+    return nn.LayerNorm(config.hidden, config.norm_epsilon, bias=config.bias)
 
 
 @dataclass(frozen=True)
@@ -131,8 +104,8 @@ class Attention(nn.Module):
         self.qkv_bias = nn.Parameter(torch.zeros(config.qkv_width)) if config.bias else None
         self.out_bias = nn.Parameter(torch.zeros(config.hidden)) if config.bias else None
         if config.qk_norm:
-            self.query_norm = RMSNorm(config.head_size, config.norm_epsilon)
-            self.key_norm = RMSNorm(config.head_size, config.norm_epsilon)
+            self.query_norm = nn.RMSNorm(config.head_size, config.norm_epsilon)
+            self.key_norm = nn.RMSNorm(config.head_size, config.norm_epsilon)
 
     def forward(self, x: Tensor, rows: PositionRows, form: AttentionForm, layer: int) -> Tensor:
         """Attention output for x [..., W, hidden]."""
@@ -160,8 +133,8 @@ class CrossAttention(nn.Module):
         self.query = nn.Parameter(torch.empty(config.hidden, width))
         self.key_value = nn.Parameter(torch.empty(text.width, 2 * config.key_width))
         self.out = nn.Parameter(torch.empty(width, config.hidden))
-        self.query_norm = RMSNorm(config.head_size, config.norm_epsilon)
-        self.key_norm = RMSNorm(config.head_size, config.norm_epsilon)
+        self.query_norm = nn.RMSNorm(config.head_size, config.norm_epsilon)
+        self.key_norm = nn.RMSNorm(config.head_size, config.norm_epsilon)
 
     def text_rows(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [G, length, D] of text vectors [length, width]."""

@@ -21,7 +21,7 @@ from diagd.bundle.transformer import (
     yarn,
 )
 from diagd.export import families
-from diagd.export.transformer import LayerNorm, Transformer, position_tables
+from diagd.export.transformer import Transformer, position_tables
 from diagd.schedule import StreamLayout
 from tests.oracles import numpy_forward
 
@@ -112,7 +112,7 @@ def config_of(**options: object) -> TransformerConfig:
 
 
 def test_a_layer_norm_without_bias_only_scales() -> None:
-    norm, x = LayerNorm(12, 1e-5, bias=False), torch.randn(3, 12, dtype=torch.float64)
+    norm, x = torch.nn.LayerNorm(12, 1e-5, bias=False), torch.randn(3, 12, dtype=torch.float64)
     torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
     expected = numpy_forward.layer_norm(x.numpy(), norm.weight.detach().double().numpy(), 0.0)
     np.testing.assert_allclose(norm.double()(x).detach().numpy(), expected, atol=1e-9)

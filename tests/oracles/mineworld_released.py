@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diagd.bundle.transformer import Axis
-from diagd.export.transformer import Block, RMSNorm, Transformer
+from diagd.export.transformer import Block, Transformer
 from diagd.schedule import StreamLayout
 
 Mode = Literal["naive", "image", "video"]
@@ -79,7 +79,7 @@ class StaticCache:
         return torch.cat([a * cosines - b * sines, b * cosines + a * sines], dim=-1)
 
 
-def normalised(x: Tensor, norm: RMSNorm) -> Tensor:
+def normalised(x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:
     """RMSNorm by its formula."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.epsilon) * norm.weight
 

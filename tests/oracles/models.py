@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from diagd.bundle.transformer import linear_rotary
-from diagd.export.transformer import RMSNorm, Transformer, TransformerConfig
+from diagd.export.transformer import Transformer, TransformerConfig
 from diagd.schedule import StreamLayout
 
 CODES = 24
@@ -44,7 +44,7 @@ def small_model(
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         model.embedding.mul_(50)
-    for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.RMSNorm)):
         torch.nn.init.uniform_(norm.weight, 0.7, 1.6, generator=generator)
     return model
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, ModuleType
+from threading import Event
+from types import ModuleType
 from typing import Any
 
 from diagd.bundle import Bundle
@@ -65,32 +66,25 @@ def check_log(lines: list[LogLine]) -> None:
         )
 
 
-class Cancellation:
-    """Set by Ctrl-C while TensorRT's own code runs, which Python cannot interrupt."""
+@contextmanager
+def interruptible() -> Iterator[Event]:
+    """Set by Ctrl-C while TensorRT's own code runs, which Python cannot interrupt.
 
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextmanager
-    def on_interrupt(self) -> Iterator[None]:
-        """Turn Ctrl-C into a request; outside the main thread, leave signals alone."""
-
-        def request(number: int, frame: FrameType | None) -> None:
-            del number, frame
-            self.requested = True
-
-        try:
-            previous = signal.signal(signal.SIGINT, request)
-        except ValueError:  # not the main thread
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+    Outside the main thread signals are left alone.
+    """
+    requested = Event()
+    try:
+        previous = signal.signal(signal.SIGINT, lambda number, frame: requested.set())
+    except ValueError:  # not the main thread
+        yield requested
+        return
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
-def make_monitor(trt: ModuleType, progress: Progress, cancellation: Cancellation) -> Any:
+def make_monitor(trt: ModuleType, progress: Progress, cancelled: Event) -> Any:
     """A ``trt.IProgressMonitor``: a bar for the outermost phase, and an end to the build when asked for."""
     base: Any = trt.IProgressMonitor
 
@@ -99,7 +93,7 @@ def make_monitor(trt: ModuleType, progress: Progress, cancellation: Cancellation
             base.__init__(self)  # the binding insists on the call
             self._bars = ExitStack()
             self._outer = ""
-            self._advance: Callable[[int], None] = _ignore
+            self._advance: Callable[[int], None] = lambda _: None
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             if parent is None:
@@ -110,17 +104,13 @@ def make_monitor(trt: ModuleType, progress: Progress, cancellation: Cancellation
             del step
             if name == self._outer:
                 self._advance(1)
-            return not cancellation.requested
+            return not cancelled.is_set()
 
         def phase_finish(self, name: str) -> None:
             if name == self._outer:
                 self._bars.close()
 
     return Monitor()
-
-
-def _ignore(steps: int) -> None:
-    del steps
 
 
 LIVE_INPUT = "live"
@@ -197,7 +187,9 @@ class Builder:
         self._configure(builder, network, config, options)
         plan = self._run(builder, network, config, lines, graph)
         check_log(lines)
-        return Build(plan, layers, tuple(lines), self._timing_cache(config, options))
+        measured = options.timing_cache is not None
+        timing_cache = bytes(config.get_timing_cache().serialize()) if measured else None
+        return Build(plan, layers, tuple(lines), timing_cache)
 
     def _prepare_attention(self, network: Any) -> Counter[str]:
         """Attach the live length to every attention layer; count layers by type.
@@ -235,27 +227,20 @@ class Builder:
                     shape = [size if length == DYNAMIC else length for length in tensor.shape]
                     profile.set_shape(tensor.name, shape, shape, shape)
             config.add_optimization_profile(profile)
-        if self.offered.timing_cache and options.timing_cache is not None:
-            known = options.timing_cache
-            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        if options.timing_cache is not None:
+            config.set_timing_cache(config.create_timing_cache(options.timing_cache), ignore_mismatch=False)
 
     def _run(
         self, builder: Any, network: Any, config: Any, lines: Sequence[LogLine], graph: Path
     ) -> memoryview:
-        cancellation = Cancellation()
-        config.progress_monitor = make_monitor(self.trt, self.progress, cancellation)
-        with cancellation.on_interrupt():
+        with interruptible() as cancelled:
+            config.progress_monitor = make_monitor(self.trt, self.progress, cancelled)
             plan = builder.build_serialized_network(network, config)
-        if cancellation.requested:
+        if cancelled.is_set():
             raise KeyboardInterrupt
         if plan is None:
             raise EngineError(f"{self.offered.name} cannot build {graph}: {errors_of(list(lines))}")
         return memoryview(plan)
-
-    def _timing_cache(self, config: Any, options: BuildOptions) -> bytes | None:
-        if not self.offered.timing_cache or options.timing_cache is None:
-            return None
-        return bytes(config.get_timing_cache().serialize())
 
 
 BUILD_BASE_BYTES = 500_000_000

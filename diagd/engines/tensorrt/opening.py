@@ -13,9 +13,9 @@ from pydantic import AfterValidator, BeforeValidator
 
 from diagd.bundle import Bundle, Form, cache
 from diagd.bundle.manifest import StepGraph
-from diagd.engines.backend import graphs_of
+from diagd.engines.backend import StepOptions, graphs_of
 from diagd.engines.devices.cuda import CudaDevice, DeviceDescription, describe_device, open_driver
-from diagd.engines.executor import Executor
+from diagd.engines.executor import Executor, open_executor
 from diagd.engines.fingerprint import ANY, EngineStore, Fingerprint, StoredEngine, graph_digest
 from diagd.engines.host import available_bytes
 from diagd.engines.tensorrt import (
@@ -179,32 +179,28 @@ def compile_engine(
 
 
 def open_tensorrt(
-    bundle: Bundle, tokens: int, device: CudaDevice, *, runtime: str | None = None, graphs: bool = True
+    bundle: Bundle, options: StepOptions, device: CudaDevice, *, runtime: str | None = None
 ) -> Executor:
-    """The engine of this machine, ready to run.
+    """The engine of this machine, ready to run; ``runtime`` None takes the first TensorRT that is installed.
 
-    ``tokens`` as when it was compiled; ``runtime`` None takes the first TensorRT that is installed.
+    The token buffer has the size for which it was compiled.
 
     Raises:
         EngineError: no engine fits; the message names what differs and the line that mends it.
     """
     trt = import_tensorrt(runtime)
-    targets = [
-        resolve(bundle, Request(tokens, form), trt) for form in usable_forms(bundle, capabilities(trt))
-    ]
-    stored = EngineStore(bundle).find(
-        *(target.fingerprint.model_copy(update={"widths": ()}) for target in targets)
-    )
+    targets = {
+        form: resolve(bundle, Request(options.tokens, form), trt)
+        for form in usable_forms(bundle, capabilities(trt))
+    }
+    wanted = (target.fingerprint.model_copy(update={"widths": ()}) for target in targets.values())
+    stored = EngineStore(bundle).find(*wanted)
     built = stored.record.fingerprint
-    target = next(target for target in targets if target.fingerprint.form is built.form)
 
-    def program(tensors: Mapping[str, Tensor]) -> TensorRTProgram:
-        return TensorRTProgram(trt, stored.plan, built.widths, tensors, device.stream)
+    def bind(tensors: Mapping[str, Tensor], widths: tuple[int, ...]) -> TensorRTProgram:
+        return TensorRTProgram(trt, stored.plan, widths, tensors, device.stream)
 
-    capacity = int(target.graph.capacity or 0)
-    return Executor(
-        bundle.manifest, built.form, capacity, built.widths, tokens, device, program, graphs=graphs
-    )
+    return open_executor(bundle, [targets[built.form].graph], options, device, bind, widths=built.widths)
 
 
 def timing_key(fingerprint: Fingerprint) -> str:

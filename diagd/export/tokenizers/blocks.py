@@ -261,6 +261,11 @@ def images_from_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     return pixels.permute(0, 3, 1, 2).to(dtype)
 
 
+def scaled_images(pixels: Tensor, like: Tensor) -> Tensor:
+    """Frames uint8 ``[T, H, W, 3]`` as images ``[T, 3, H, W]`` in -1 .. 1, of the dtype of ``like``."""
+    return images_from_pixels(pixels, like.dtype) / 127.5 - 1
+
+
 def pixels_from_images(images: Tensor) -> Tensor:
     """Images ``[T, 3, H, W]`` with values 0 .. 255, truncated to frames uint8 ``[T, H, W, 3]``."""
     return images.permute(0, 2, 3, 1).to(torch.uint8)

@@ -8,24 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagd.export.tokenizers.blocks import (
-    EPSILON,
-    GROUPS,
-    Layers,
     ResnetBlock,
     codes_of_tokens,
-    images_from_pixels,
     pixels_from_images,
+    scaled_images,
     tokens_of_latents,
 )
 from diagd.export.tokenizers.compact import CompactConfig
-
-LAYERS = Layers(
-    norm=lambda channels: nn.GroupNorm(GROUPS, channels, eps=EPSILON),
-    conv=lambda inputs, outputs: nn.Conv2d(inputs, outputs, 3, padding=1),
-    point=lambda inputs, outputs: nn.Conv2d(inputs, outputs, 1),
-    down=lambda channels, _: nn.Identity(),
-    up=lambda channels, _: nn.Identity(),
-)
+from diagd.export.tokenizers.vqgan_network import LAYERS
 
 
 class Encoder(nn.Module):
@@ -81,8 +71,3 @@ class Decoder(nn.Module):
         """Map tokens int32 ``[T, h, w]`` to pixels uint8 ``[T, H, W, 3]``, rounded."""
         images = self.images(codes_of_tokens(tokens, self.levels, self.conv_in.weight.dtype))
         return pixels_from_images((images.clamp(-1, 1) + 1) * 127.5 + 0.5)
-
-
-def scaled_images(pixels: Tensor, like: Tensor) -> Tensor:
-    """Frames uint8 ``[T, H, W, 3]`` as images ``[T, 3, H, W]`` in -1 .. 1, of the dtype of ``like``."""
-    return images_from_pixels(pixels, like.dtype) / 127.5 - 1

@@ -10,6 +10,8 @@ exactly, so the inverse has coefficients of +1 and -1.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,8 +26,8 @@ from diagd.export.tokenizers.blocks import (
     codes_of_tokens,
     constant,
     double_size,
-    images_from_pixels,
     pixels_from_images,
+    scaled_images,
     spatial_attention,
     tokens_of_latents,
 )
@@ -70,19 +72,6 @@ class TimeConv(nn.Module):
 def factorised(in_channels: int, channels: int) -> nn.Sequential:
     """3x3 within frames, then three frames in time."""
     return nn.Sequential(FrameConv(in_channels, channels, 3, padding=1), TimeConv(channels))
-
-
-class FrameNorm(nn.Module):
-    """Normalisation over all channels and pixels of each frame."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(1, channels, eps=EPSILON)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[T, C, H, W]`` to itself."""
-        normed: Tensor = self.norm(x)
-        return normed
 
 
 def temporal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -130,8 +119,8 @@ class Upsample(nn.Module):
         return larger
 
 
-LAYERS = Layers(
-    norm=FrameNorm,
+LAYERS = Layers(  # norms are over all channels and pixels of each frame
+    norm=lambda channels: nn.Sequential(OrderedDict(norm=nn.GroupNorm(1, channels, eps=EPSILON))),
     conv=factorised,
     point=lambda inputs, outputs: FrameConv(inputs, outputs, 1),
     down=lambda channels, level: Downsample(channels, time=level == 0),
@@ -151,7 +140,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels uint8 ``[1 + 8n, H, W, 3]`` to tokens int32 ``[1 + n, H / 16, W / 16]``."""
-        video = images_from_pixels(pixels, self.quant_conv.conv3d.weight.dtype) / 127.5 - 1
+        video = scaled_images(pixels, self.quant_conv.conv3d.weight)
         latents = self.quant_conv(self.encoder(analyse(video)))
         return tokens_of_latents(latents, self.levels)
 

@@ -12,9 +12,9 @@ from diagd.export.tokenizers.blocks import (
     EncoderNetwork,
     Layers,
     double_size,
-    images_from_pixels,
     nearest_code,
     pixels_from_images,
+    scaled_images,
     spatial_attention,
 )
 from diagd.export.tokenizers.vqgan import VqganConfig
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels uint8 ``[T, H, W, 3]`` to tokens int32 ``[T, h, w]``."""
-        images = images_from_pixels(pixels, self.quant_conv.weight.dtype) / 127.5 - 1
+        images = scaled_images(pixels, self.quant_conv.weight)
         return self.quantize.encode(self.quant_conv(self.encoder(images)))
 
 
