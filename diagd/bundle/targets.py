@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,13 +31,7 @@ def bundle_target(path: Path, option: str = "--output") -> Path:
     Raises:
         UsageError: something else is there, or nothing can be written.
     """
-    place = _folder(path, option, "a bundle")
-    others = _others(place)
-    if others and not _is_bundle(place):
-        raise UsageError(
-            f"{option} {path}: the folder is no bundle and not empty (it holds {_some(others)}); "
-            "nothing is replaced: name one that is not there yet, or remove it yourself"
-        )
+    place = _folder(path, option, "a bundle", _is_bundle)
     _try(place if place.exists() else _first_there(place) / place.name, option)
     return place
 
@@ -50,13 +45,9 @@ def folder_target(path: Path, marks: Mapping[str, bytes], what: str, option: str
     Raises:
         UsageError: something else is there, or nothing can be written.
     """
-    place = _folder(path, option, what)
-    others = _others(place)
-    if others and not any(_holds(place / name, words) for name, words in marks.items()):
-        raise UsageError(
-            f"{option} {path}: the folder is not empty (it holds {_some(others)}) and not {what}; "
-            "nothing is replaced: name one that is not there yet, or remove it yourself"
-        )
+    place = _folder(
+        path, option, what, lambda place: any(_holds(place / name, words) for name, words in marks.items())
+    )
     _try(_first_there(place) / place.name, option)
     return place
 
@@ -143,7 +134,8 @@ def _first_there(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def _folder(path: Path, option: str, what: str) -> Path:
+def _folder(path: Path, option: str, what: str, is_one: Callable[[Path], bool]) -> Path:
+    """A place where nothing, an empty folder or one of a kind is."""
     place = _resolved(path, option)
     there = _first_there(place)
     if not there.is_dir():
@@ -154,6 +146,14 @@ def _folder(path: Path, option: str, what: str) -> Path:
     if os.path.ismount(place):
         raise UsageError(
             f"{option} {path}: it is a mount point, which cannot be replaced; name a folder in it"
+        )
+    names = place.iterdir() if place.is_dir() else ()
+    others = sorted(entry.name for entry in names if not is_unfinished(entry.name))
+    if others and not is_one(place):
+        held = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise UsageError(
+            f"{option} {path}: the folder is no {re.sub('^an? ', '', what)} and not empty (it holds {held}); "
+            "nothing is replaced: name one that is not there yet, or remove it yourself"
         )
     return place
 
@@ -171,17 +171,6 @@ def _try(place: Path, option: str) -> None:
     finally:
         with suppress(OSError):
             trial.unlink(missing_ok=True)
-
-
-def _others(folder: Path) -> list[str]:
-    """Entries that a user would miss."""
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in folder.iterdir() if not is_unfinished(entry.name))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _is_bundle(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -40,20 +40,11 @@ FRAMES = 48
 LAYER_STEPS = 32
 """Passes on which each layer is measured by itself, half of them behind another prompt."""
 
-
 OWN_PROMPTS = 4
 """Prompts behind which a model decodes frames of its own."""
 
 OWN_CELLS = 6144
 """Most cells of these frames, where they are large."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures of the gate (``Comparison.figures`` and ``psnr``), and sums by rows of the step."""
-
-    figures: Figures
-    widths: dict[int, Block]
 
 
 class Evaluator:
@@ -80,10 +71,13 @@ class Evaluator:
         tokenizer = bundle.manifest.tokenizer
         self._pixels = None if tokenizer is None else PixelCodec(bundle, self._cpu)
 
-    def compare(self, candidate: Sequence[StepGraph], weight: str, budget: Budget) -> Evaluation:
+    def compare(
+        self, candidate: Sequence[StepGraph], weight: str, budget: Budget
+    ) -> tuple[Figures, dict[int, Block]]:
         """Decode rounds of trajectories with both engines until the verdict stands.
 
-        ``candidate``: graphs of the reference's form, whose weights are ``weight``, see ``Scheme``.
+        Returns the figures, and sums by rows of the step. ``candidate``: graphs of the reference's form,
+        whose weights are ``weight``, see ``Scheme``.
         """
         trajectories = self._samples.trajectories
         comparison = Comparison(self._ranges, self._bundle.manifest.layout.prefix)
@@ -100,7 +94,7 @@ class Evaluator:
                         advance(trajectory.steps)
         noise = float(np.mean(errors)) if errors else None
         psnr = None if noise is None else 10 * float(np.log10(255**2 / max(noise, 1e-6)))
-        return Evaluation({**comparison.figures(), "psnr": psnr}, comparison.widths)
+        return {**comparison.figures(), "psnr": psnr}, comparison.widths
 
     def _compare(
         self,

@@ -15,10 +15,10 @@ from diagd.bundle.precision import FLOATING
 from diagd.calibration.evaluate import part_of
 from diagd.calibration.matrices import (
     BLOCKED_OPSET,
+    QUANTISED_OPSET,
     EitherMatrix,
     QuantisedMatrix,
     check_form,
-    opset_of,
     quantised_matrix,
 )
 from diagd.calibration.options import Scheme
@@ -73,8 +73,9 @@ class Target:
         return "fp16" if self.half and not graph.form.traits.host else graph.precision
 
     def opset(self, form: Form) -> int:
-        """That graphs declare at least."""
-        return BLOCKED_OPSET if self.row_scales else opset_of(form, self.scheme)
+        """That graphs declare at least: from 18 on operators only gained types and attributes."""
+        blocked = self.row_scales or (self.scheme.weight == "int4" and not form.traits.host)
+        return BLOCKED_OPSET if blocked else QUANTISED_OPSET
 
     def row_sources(self, form: Form, dtype: np.dtype[np.generic]) -> dict[str, WeightSource]:
         """Initializers of rows that are rounded; see ``StepVariant.integer_cache``."""

@@ -250,11 +250,6 @@ def check_form(form: Form, scheme: Scheme) -> bool:
     return form.traits.host or scheme.activation != "row"
 
 
-def opset_of(form: Form, scheme: Scheme) -> int:
-    """What graphs of the scheme declare at least: from 18 on operators only gained types and attributes."""
-    return BLOCKED_OPSET if scheme.weight == "int4" and not form.traits.host else QUANTISED_OPSET
-
-
 def quantised_matrix(
     name: str, weight: Weight, limit: float | None, scheme: Scheme, form: Form
 ) -> QuantisedMatrix:

@@ -89,17 +89,16 @@ def parse_budget(text: str, default: Budget) -> Budget | None:
     """
     if text == "none":
         return None
-    names = [entry.name for entry in dataclasses.fields(Budget)]
-    values = {name: float(getattr(default, name)) for name in names}
+    values = dataclasses.asdict(default)
     for pair in filter(None, text.split(",")):
-        name, equals, value = pair.partition("=")
-        if name not in names:
-            raise unknown("budget", name, names)
+        name, _, number = pair.partition("=")
+        if name not in values:
+            raise unknown("budget", name, values)
         try:
-            values[name] = float(value)
+            values[name] = float(number)
         except ValueError:
-            raise UsageError(f"--budget {pair}: expected NAME=NUMBER") from None
-        if not equals or not math.isfinite(values[name]):
+            values[name] = math.nan
+        if not math.isfinite(values[name]):
             raise UsageError(f"--budget {pair}: expected NAME=NUMBER")
     return Budget(**values)
 

@@ -38,7 +38,7 @@ from diagd.calibration.trajectory import (
 from diagd.engines.engine import Float, Int
 from diagd.engines.host import available_bytes
 from diagd.errors import QualityError, UsageError
-from diagd.export.variants import Projection, projections
+from diagd.export.variants import projections
 from diagd.progress import Progress
 
 DIRECTORY = "calibration"
@@ -152,18 +152,21 @@ class _Calibration:
         """Statistics, search, graphs, gate, report."""
         directory = self._bundle.path / DIRECTORY
         directory.mkdir(exist_ok=True)
-        statistics = self._statistics()
-        self._scale_cache(statistics)
+        statistics, options, manifest = self._statistics(), self._options, self._bundle.manifest
+        if options.kv_cache is not None:
+            self._row_scales = row_scales(statistics, manifest)
+            self._cache = describe_cache(self._row_scales, statistics, manifest, options.kv_cache)
         self._choose(statistics)
-        target = self._target()
+        half = options.floats == "fp16"
+        target = Target(self._scheme, options.name, half, options.kv_cache, self._row_scales)
         writer = GraphWriter(self._bundle, target, self._progress)
         written, attempts = self._judged(writer)
         if not attempts or not attempts[-1].failures:
             graphs = writer.write_others(written, self._choices)
             self._graphs = tuple(graph for graph in graphs if target.refusal(graph.form) is None)
         report = self._report(target, written, attempts)
-        add_report(directory, self._bundle.manifest.name, report)
-        write_plot(self._bundle.manifest.name, report, directory)
+        add_report(directory, manifest.name, report)
+        write_plot(manifest.name, report, directory)
         self._drop_stand_in(target)
         return report
 
@@ -173,11 +176,6 @@ class _Calibration:
         likelihoods = (*known.likelihoods, *self._likelihoods)
         return known.model_copy(update={"graphs": (*known.graphs, *self._graphs), "likelihoods": likelihoods})
 
-    def _target(self) -> Target:
-        options = self._options
-        half = options.floats == "fp16"
-        return Target(self._scheme, options.name, half, options.kv_cache, self._row_scales)
-
     def _statistics(self) -> Mapping[str, InputStatistics]:
         """Gathered now, or by an earlier run where the scheme can do with those, or none."""
         path = self._bundle.path / STATISTICS
@@ -186,13 +184,6 @@ class _Calibration:
         seen = observe(self._bundle, self._reference, self._samples, self._progress, self._options.threads)
         save_statistics(path, seen)
         return seen
-
-    def _scale_cache(self, statistics: Mapping[str, InputStatistics]) -> None:
-        """Find the scales of K/V rows, where they are to be rounded."""
-        kv_cache, manifest = self._options.kv_cache, self._bundle.manifest
-        if kv_cache is not None:
-            self._row_scales = row_scales(statistics, manifest)
-            self._cache = describe_cache(self._row_scales, statistics, manifest, kv_cache)
 
     def _drop_stand_in(self, target: Target) -> None:
         """A judged graph that only stood for others, whose cache it cannot have itself."""
@@ -214,10 +205,18 @@ class _Calibration:
                 self._scheme,
                 grouped=grouped,
             )
-            quantised = choice.signal_to_noise >= floor
-            if quantised:
+            if choice.signal_to_noise >= floor:
                 self._choices[projection.name] = choice
-            self._layers.append(_layer(projection, choice, None if quantised else "floor"))
+            report = LayerReport(
+                name=projection.name,
+                inputs=projection.inputs,
+                outputs=projection.outputs,
+                signal_to_noise=choice.signal_to_noise,
+                alpha=choice.alpha,
+                range=choice.limit,
+                excluded=None if projection.name in self._choices else "floor",
+            )
+            self._layers.append(report)
 
     def _judged(self, writer: GraphWriter) -> tuple[tuple[StepGraph, ...], list[AttemptReport]]:
         """Graphs of the reference's form inside the budget, or as near as giving up products brings them."""
@@ -229,12 +228,12 @@ class _Calibration:
         self._measure_layers(writer, evaluator)
         while True:
             written = writer.write(self._reference, self._choices)
-            found = evaluator.compare(written, weight, budget)
-            outside = tuple(failures(found.figures, budget))
+            figures, widths = evaluator.compare(written, weight, budget)
+            outside = tuple(failures(figures, budget))
             excluded = len(self._layers) - len(self._choices)
-            attempts.append(AttemptReport(excluded=excluded, figures=found.figures, failures=outside))
+            attempts.append(AttemptReport(excluded=excluded, figures=figures, failures=outside))
             if not outside or len(attempts) == ATTEMPTS or not self._choices:
-                self._widths = evaluator.step_times(written, weight, found.widths)
+                self._widths = evaluator.step_times(written, weight, widths)
                 if not outside:
                     self._measure_likelihoods(evaluator, written)
                 return written, attempts
@@ -292,15 +291,3 @@ class _Calibration:
             layers=tuple(self._layers),
             kv_cache=self._cache,
         )
-
-
-def _layer(projection: Projection, choice: Choice, excluded: str | None) -> LayerReport:
-    return LayerReport(
-        name=projection.name,
-        inputs=projection.inputs,
-        outputs=projection.outputs,
-        signal_to_noise=choice.signal_to_noise,
-        alpha=choice.alpha,
-        range=choice.limit,
-        excluded=excluded,
-    )

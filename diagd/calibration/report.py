@@ -67,7 +67,7 @@ class WidthReport(_Record):
 
 
 class AttemptReport(_Record):
-    """One run of the gate: how many products stay in floating point, and the figures (``Evaluation``)."""
+    """One run of the gate: how many products stay in floating point, and the figures (and ``psnr``)."""
 
     excluded: int
     figures: Figures

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from diagd.bundle import Bundle, Form, Manifest
-from diagd.bundle.actions import ActionCodec
 from diagd.bundle.manifest import AbsoluteContext, StepGraph
 from diagd.bundle.precision import FLOATING
 from diagd.engines import host
@@ -211,14 +210,13 @@ class Prompts:
         codec = self._manifest.actions
         if codec is None:
             return np.zeros((count, self._layout.gap), np.int32)
-        return np.stack([_random_action(codec, random) for _ in range(count)])
-
-
-def _random_action(codec: ActionCodec, random: np.random.Generator) -> NDArray[np.int32]:
-    chosen: dict[str, object] = {name: bool(random.random() < 0.2) for name in sorted(codec.buttons)}
-    for name, choices in codec.choices.items():
-        chosen[name] = choices[int(random.integers(len(choices)))]
-    return encode(codec, chosen)
+        found = []
+        for _ in range(count):
+            chosen: dict[str, object] = {name: bool(random.random() < 0.2) for name in sorted(codec.buttons)}
+            for name, choices in codec.choices.items():
+                chosen[name] = choices[int(random.integers(len(choices)))]
+            found.append(encode(codec, chosen))
+        return np.stack(found)
 
 
 @dataclass(frozen=True)

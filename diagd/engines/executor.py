@@ -75,8 +75,12 @@ class Executor(Engine):
         self._staged_until = 0
         self._slots: Int = device.host_array((capacity,), np.int32)
         self._logits: Float = device.host_array((self.max_width, manifest.output_vocabulary), np.float32)
+        table: Int = device.host_array((manifest.layout.frame_length, 2), np.int32)
+        table[:] = cell_ranges(manifest)
+        ranges = device.allocate(table.nbytes)
+        device.upload(ranges, table)
         rules = {
-            "ranges": self._upload(cell_ranges(manifest)),
+            "ranges": ranges,
             "prefix": manifest.layout.prefix,
             "frame_length": manifest.layout.frame_length,
             "vocabulary": manifest.output_vocabulary,
@@ -333,14 +337,6 @@ class Executor(Engine):
             self.device.download(array, named[name].address)
         self._wait()
         return results
-
-    def _upload(self, table: Int) -> int:
-        """Address of a copy on the device."""
-        address = self.device.allocate(table.nbytes)
-        staged = self.device.host_array(table.shape, np.int32)
-        staged[:] = table
-        self.device.upload(address, staged)
-        return address
 
 
 def open_executor(

@@ -190,10 +190,9 @@ class PrefixEngine(PrefixState):
         self._ran: dict[int, tuple[int, int]] = {}
         self._addresses: dict[int, int] = {}
         self._bound = self._bound_width = self._bound_rows = -1  # nothing yet, not even an empty step
-        self._bind("token_buffer", self.token_buffer)
+        for name, buffer in {"token_buffer": self.token_buffer, **self._text}.items():
+            self._bind_rows(name, buffer, buffer.shape)
         self._bind_rows("logits", self._logits, self._logits.shape, output=True)
-        for name, buffer in self._text.items():
-            self._bind(name, buffer)
         self._watch = tuple(watch)
 
     @override
@@ -331,9 +330,6 @@ class PrefixEngine(PrefixState):
             address = self._addresses[id(buffer)] = buffer.ctypes.data
         bind = self._binding.bind_output if output else self._binding.bind_input
         bind(name, "cpu", 0, buffer.dtype, shape, address)
-
-    def _bind(self, name: str, array: NDArray[Any]) -> None:
-        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     @property
     def outputs(self) -> list[onnxruntime.OrtValue]:

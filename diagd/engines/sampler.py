@@ -170,7 +170,9 @@ def draw_plain(
     """``sample`` in NumPy; ranges fit, one row at least."""
     logits, first = _restrict(logits, low, high)
     top = logits.max(axis=1)
-    _check_finite(top)
+    if not math.isfinite(top.sum()):
+        first_bad = int(np.flatnonzero(~np.isfinite(top))[0])
+        raise refusal(first_bad, float(top[first_bad]))
     if state.temperature == 0:
         return _ids(logits.argmax(axis=1), first)
     weights, kept, columns = kept_weights(logits, top, state, keep_crossing)
@@ -263,12 +265,6 @@ def _restrict(logits: Float, low: Int, high: Int) -> tuple[Float, int]:
             allowed[row, : low[row] - first] = -np.inf
             allowed[row, high[row] - first :] = -np.inf
     return allowed, first
-
-
-def _check_finite(top: Float) -> None:
-    if not math.isfinite(top.sum()):
-        row = int(np.flatnonzero(~np.isfinite(top))[0])
-        raise refusal(row, float(top[row]))
 
 
 def refusal(row: int, largest: float) -> EngineError:

@@ -141,6 +141,8 @@ def write(
         done: tensors that the file holds already.
         finished: called with the name and the bytes of each tensor that is written.
     """
+    import onnx_ir as ir
+
     with path.open("r+b" if done else "wb") as file:
         for name, placement in placements.items():
             if name in done:
@@ -148,19 +150,11 @@ def write(
                 continue
             file.seek(placement.offset)
             for chunk in sources[name].chunks():
-                converted = _packed(_converted(name, chunk, placement.dtype))
-                file.write(converted.data.cast("B") if converted.dtype.kind == "f" else converted.tobytes())
-                progress(converted.nbytes)
+                stored = ir.Tensor(_converted(name, chunk, placement.dtype)).tobytes()  # 4 bits packed
+                file.write(stored)
+                progress(len(stored))
             file.flush()
             finished(name, placement.length)
-
-
-def _packed(array: Array) -> Array:
-    """4-bit integers two to a byte, the first in the low half, their number even; others as they are."""
-    if array.dtype != ml_dtypes.int4:
-        return array
-    nibbles = array.astype(np.uint8).ravel() & 0xF
-    return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
 def store(

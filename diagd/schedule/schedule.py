@@ -153,10 +153,6 @@ class Schedule:
         """Steps that decode ``frames`` frames behind a prompt that fits in one pass."""
         return total_steps(frames, self.layout.rows, self.layout.columns, self.k, self.d)
 
-    @property
-    def _frame_start_is_seed(self) -> bool:
-        return self.layout.gap == 0 and self.d < self.steps_per_frame
-
     def table(self, first_frame: int, frames: int, fed: int, max_width: int | None = None) -> Table:
         """Compile the steps that decode ``frames`` frames from ``first_frame`` on.
 
@@ -249,7 +245,7 @@ class Schedule:
         if self.k < layout.columns and layout.rows > 1:
             starts = cell[layout.columns :: layout.columns]
             sources[:, starts] = self._seed_sources(first_frame, frame, starts)
-        if self._frame_start_is_seed:
+        if layout.gap == 0 and self.d < self.steps_per_frame:  # a frame start is seeded like a row's
             sources[1:, 0] = self._seed_sources(first_frame, frame[1:], cell[:1])[:, 0]
         return _rows(steps, sources, sinks - 1, sinks)
 

@@ -197,12 +197,11 @@ class RandomCheckpoint(Checkpoint):
     """
 
     def __init__(self, expected: Mapping[str, Shape], *, seed: int) -> None:
-        tensors = {
-            name: RandomTensor(
-                tuple(shape), "float32", _key(seed, name), *initial_moments(name, tuple(shape))
-            )
-            for name, shape in expected.items()
-        }
+        tensors = {}
+        for name, shape in expected.items():
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
+            moments = initial_moments(name, tuple(shape))
+            tensors[name] = RandomTensor(tuple(shape), "float32", int.from_bytes(digest, "little"), *moments)
         super().__init__(tensors, source=f"random weights, seed {seed}")
 
 
@@ -231,10 +230,6 @@ class RandomTensor(TensorHandle):
         # (integer + 1/2) / 2^15 is uniform on (-1, 1), symmetric, with standard deviation 1 / sqrt(3).
         scale = np.float32(self.deviation * math.sqrt(3.0) / 2**15)
         return (draws.astype(np.float32) + np.float32(0.5)) * scale
-
-
-def _key(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
 
 
 _KINDS = {"F": "float", "I": "int", "U": "uint"}

@@ -154,15 +154,16 @@ def named_rules(config: TransformerConfig, names: Names) -> tuple[TensorRule, ..
             continue
         sources = [name.replace("*", number) for name in ([found] if isinstance(found, str) else found)]
         matrix = len(shape) == 2 and not part.endswith("embedding")  # embeddings are read by row
-        ends = _parts(config, shape[-1], len(sources))
+        # q, k and v, or equal parts
+        fused = len(sources) == 3
+        ends = (
+            [config.query_width, *[config.key_width] * 2]
+            if fused
+            else [shape[-1] // len(sources)] * len(sources)
+        )
         shapes = [(end, shape[0]) for end in ends] if matrix else [shape]
         rules.append(TensorRule(target, tuple(zip(sources, shapes, strict=True)), transpose=matrix))
     return tuple(rules)
-
-
-def _parts(config: TransformerConfig, width: int, count: int) -> list[int]:
-    """Columns of the matrices that one of ``width`` columns is fused of: q, k and v, or equal ones."""
-    return [config.query_width, *[config.key_width] * 2] if count == 3 else [width // count] * count
 
 
 def identity_rules(config: TransformerConfig) -> tuple[TensorRule, ...]:

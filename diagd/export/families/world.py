@@ -17,8 +17,8 @@ from diagd.bundle.transformer import Axis, Rotary, RotaryAxis, TransformerConfig
 from diagd.errors import CheckpointError, UsageError, unknown
 from diagd.export.checkpoints.checkpoint import save_tensors
 from diagd.export.families.family import Family, identity_rules
-from diagd.export.tokenizers import compact, patch
-from diagd.export.tokenizers.base import TokenizerGraphs
+from diagd.export.tokenizers import compact
+from diagd.export.tokenizers.base import TokenizerGraphs, patch_graphs
 from diagd.export.tokenizers.compact import CompactConfig
 from diagd.schedule import StreamLayout
 
@@ -96,7 +96,7 @@ class WorldDescription:
         size = self.rows * self.patch, self.columns * self.patch
         if self.tokenizer is not None:
             return compact.graphs(self.tokenizer, *size)
-        return patch.graphs(*size, self.codes, self.patch)
+        return patch_graphs(*size, self.codes, self.patch)
 
     def transformer_config(self) -> TransformerConfig:
         """Configuration of the transformer: rotary over (frame, row, column), a learned vector per slot.
@@ -239,6 +239,7 @@ def build(name: str, checkpoint: str | None) -> Family:
     folder = weights if weights.is_dir() or not weights.exists() else weights.parent
     description = load_description(folder)
     config = description.transformer_config()
+    actions = ChoiceSlot(field="action", names=description.actions, first=description.codes)
     return Family(
         name=name,
         family="world",
@@ -251,15 +252,9 @@ def build(name: str, checkpoint: str | None) -> Family:
         frames_per_second=10.0,
         licence="yours" if checkpoint else f"Apache-2.0; trained on frames of {_FRAMES_OF[name]}",
         origin="shipped with diagd" if not checkpoint else str(folder),
-        actions=_codec(description),
+        actions=ActionCodec(slots=(actions,)),
         tokenizer=description.pixel_graphs(),
         decoder="order" if checkpoint or name != "crafter-3m" else "jacobi",  # measured: as fast, and exact
         default_checkpoint=str(folder / WEIGHTS if folder is weights else weights),
         default_tokenizer=str(folder / description.tokenizer_file),
-    )
-
-
-def _codec(description: WorldDescription) -> ActionCodec:
-    return ActionCodec(
-        slots=(ChoiceSlot(field="action", names=description.actions, first=description.codes),)
     )

@@ -130,6 +130,25 @@ def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
     return height // factor, width // factor
 
 
+def patch_graphs(height: int, width: int, codes: int, side: int) -> TokenizerGraphs:
+    """Encoder and decoder for ``height`` x ``width`` pixels, cut into patches of ``side`` x ``side``.
+
+    Raises:
+        UsageError: they cannot be.
+    """
+    shape = (codes, side, side, 3)
+    return TokenizerGraphs(
+        height=height,
+        width=width,
+        grid=grid_of(height, width, side),
+        codes=codes,
+        chunk_frames=64,
+        network="diagd.export.tokenizers.patch_network",
+        config=shape,
+        parameters=math.prod(shape),
+    )
+
+
 def loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The module, for evaluation, with those of the tensors that are its own.
 
