@@ -33,11 +33,10 @@ def small_wham(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from diagd.export.checkpoints import open_checkpoint
     from diagd.export.exporter import GraphOptions, Sources, export, random_sources
     from diagd.export.families import wham
-    from diagd.export.tokenizers import wham_vit
     from tests.export.released import random_tensors
 
-    pixels = wham_vit.graphs(
-        wham_vit.WhamVitConfig(
+    pixels = wham.graphs(
+        wham.WhamVitConfig(
             height=18, width=30, patch=6, hidden=16, layers=1, head_size=8, code_width=4, codes=64
         )
     )

@@ -16,10 +16,9 @@ from torch.nn import functional
 
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError, unknown
-from diagd.export.families.world import TOKENIZER, read_tokenizer, save_tokenizer
+from diagd.export.families.world import TOKENIZER, CompactConfig, graphs, read_tokenizer, save_tokenizer
 from diagd.export.tokenizers.base import TokenizerGraphs, loaded
 from diagd.export.tokenizers.blocks import codes_of_latents, scaled_images
-from diagd.export.tokenizers.compact import CompactConfig, graphs
 from diagd.export.tokenizers.compact_network import Decoder, Encoder
 from diagd.runtime.arrays import read_arrays
 from diagd.tuning.recordings import episode_paths, episodes, load_episode

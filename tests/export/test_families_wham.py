@@ -19,7 +19,6 @@ from diagd.export import families
 from diagd.export.exporter import GraphOptions, export, open_sources
 from diagd.export.families import wham
 from diagd.export.families.family import Family
-from diagd.export.tokenizers import wham_vit
 from diagd.export.transformer import Transformer
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
@@ -33,7 +32,7 @@ from tests.oracles.sliding import SlidingOracle
 from tests.runtime.test_fidelity import actions_of, frames_of
 
 HIDDEN, HEADS, FRAMES, LAYERS = 32, 4, 4, 2
-VIT = wham_vit.WhamVitConfig(
+VIT = wham.WhamVitConfig(
     height=28, width=40, patch=10, hidden=16, layers=1, head_size=8, code_width=4, codes=24
 )
 GRID = (3, 4)
@@ -62,7 +61,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> Path:
     """A release: the transformer, its tied head, the image tokenizer with masks and a discriminator."""
     state = {f"predictor.gpt_model.{name}": tensor for name, tensor in tensors.items()}
     state["predictor.gpt_model.lm_head.weight"] = state["predictor.gpt_model.transformer.wte.weight"]
-    images = random_tensors(wham_vit.graphs(VIT).expected_shapes(), seed=1)
+    images = random_tensors(wham.graphs(VIT).expected_shapes(), seed=1)
     images["encoder.vit.0.attn.attn_mask"] = torch.ones(1, 1, 12, 12)
     images["patch_gan.main.0.weight"] = torch.ones(2, 2)
     state |= {f"context_encoders.images.{name}": tensor for name, tensor in images.items()}
@@ -104,7 +103,7 @@ def test_dimensions_are_read_off_the_checkpoint(case: Case) -> None:
     assert (config.context_frames, config.vocabulary, config.layers) == (FRAMES, VIT.codes + 68, LAYERS)
     assert tokenizer is not None
     assert (tokenizer.height, tokenizer.width, tokenizer.grid) == (28, 40, GRID)
-    assert tokenizer.expected_shapes() == wham_vit.graphs(VIT).expected_shapes()
+    assert tokenizer.expected_shapes() == wham.graphs(VIT).expected_shapes()
     actions = case.family.actions
     assert actions is not None
     assert actions.slots[0].none == VIT.codes

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diagd.export.exporter import GraphOptions, export, random_sources
-from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
+from diagd.export.families.cosmos import CosmosDvConfig, graphs
 from diagd.play.controls import Inputs, read_controls
 from diagd.play.fleet import LocalFleet
 from diagd.play.game import Game

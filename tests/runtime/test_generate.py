@@ -13,7 +13,7 @@ from diagd.bundle import Bundle
 from diagd.errors import UsageError
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import cosmos
-from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig
+from diagd.export.families.cosmos import CosmosDvConfig
 from diagd.runtime.clip import ClipOptions
 from diagd.runtime.generate import Made, generate
 from diagd.runtime.options import GenerateOptions

@@ -14,7 +14,7 @@ from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.exporter import GraphOptions, export, random_sources
-from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
+from diagd.export.families.cosmos import CosmosDvConfig, graphs
 from diagd.runtime.pixels import PixelCodec
 from diagd.schedule import StreamLayout
 from tests.models import small_family

@@ -19,7 +19,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.sampler import sample
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import find
-from diagd.export.tokenizers.cosmos_dv import CosmosDvConfig, graphs
+from diagd.export.families.cosmos import CosmosDvConfig, graphs
 from diagd.play.controls import Inputs, default_controls
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.pixels import PixelCodec

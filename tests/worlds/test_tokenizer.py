@@ -14,8 +14,7 @@ from diagd.bundle import Bundle
 from diagd.cli.main import main
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.export.families.world import load_world
-from diagd.export.tokenizers.compact import CompactConfig, graphs
+from diagd.export.families.world import CompactConfig, graphs, load_world
 from diagd.tuning.recordings import (
     Episode,
     FrameEncoder,

@@ -3,18 +3,74 @@
 The video2world models also attend to a T5 text embedding, start the stream with a token of its own (the first
 id behind the visual ones), and add sinusoids of frame, row and column before every layer, so their positions
 are absolute.
+
+The discrete video tokenizer (DV8x16x16) is eight-fold smaller in time after a first frame of its own,
+sixteen-fold in space: a two-level Haar transform, a causal convolutional network, finite scalar
+quantisation. Parameters carry the names of the released TorchScript archives.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from diagd.bundle.manifest import ClipRules, IdRange, SamplingRules
 from diagd.bundle.transformer import TextShape, TransformerConfig, grid_rotary
 from diagd.errors import UsageError
 from diagd.export.families.family import Family, Names, named_rules
-from diagd.export.tokenizers import cosmos_dv
+from diagd.export.tokenizers.base import TokenizerGraphs, VqganSizes
 from diagd.schedule import StreamLayout
+
+TEMPORAL_FACTOR = 8
+HAAR_SIDE = 4
+"""Pixels along each axis that one coefficient of the Haar transform covers."""
+
+PARAMETERS = 110_898_294
+"""Of encoder and decoder with the default sizes."""
+
+
+@dataclass(frozen=True)
+class CosmosDvConfig(VqganSizes):
+    """Sizes of the tokenizer; the defaults are the 720p release as the autoregressive models use it.
+
+    The first level also halves the time. ``levels``: values that each quantised channel can take.
+    """
+
+    height: int = 640
+    width: int = 1024
+    channels: tuple[int, ...] = (256, 512, 512)
+    latent_channels: int = 16
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
+
+    @property
+    def finest(self) -> int:
+        """Pixels of a coefficient of the Haar transform."""
+        return HAAR_SIDE
+
+
+def rename(name: str) -> str | None:
+    """Parameter name of a key of encoder.jit, decoder.jit or autoencoder.jit; derived buffers give None."""
+    weights = name.endswith((".weight", ".bias"))
+    known = name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    return name if weights and known else None
+
+
+def graphs(config: CosmosDvConfig) -> TokenizerGraphs:
+    """Encoder and decoder of ``config`` for the exporter."""
+    return TokenizerGraphs(
+        height=config.height,
+        width=config.width,
+        grid=config.grid,
+        codes=math.prod(config.levels),
+        temporal_factor=TEMPORAL_FACTOR,
+        chunk_frames=33,
+        network="diagd.export.tokenizers.cosmos_dv_network",
+        config=config,
+        parameters=PARAMETERS if config == CosmosDvConfig() else None,
+        rename=rename,
+        cover=True,
+    )
+
 
 ROWS, COLUMNS, FRAMES = 40, 64, 5
 PIXELS = 16
@@ -97,7 +153,7 @@ def build(
         text=TEXT if model.text else None,
     )
     weights = checkpoint or f"hf://{model.repository}/model.pt"
-    return family(name, config, weights, cosmos_dv.CosmosDvConfig(height=height, width=width))
+    return family(name, config, weights, CosmosDvConfig(height=height, width=width))
 
 
 SINGLE = (
@@ -110,7 +166,7 @@ def family(
     name: str,
     config: TransformerConfig,
     checkpoint: str | None = None,
-    tokenizer: cosmos_dv.CosmosDvConfig | None = None,
+    tokenizer: CosmosDvConfig | None = None,
 ) -> Family:
     """A Cosmos model of any dimensions; small ones serve tests."""
     layout = config.layout
@@ -131,7 +187,7 @@ def family(
         licence="code Apache-2.0; weights NVIDIA Open Model License",
         origin=f"{SIZES[name].repository} on the Hugging Face Hub" if name in SIZES else "a checkpoint",
         clips=ClipRules(frames=9, last=True, single=SINGLE),
-        tokenizer=cosmos_dv.graphs(tokenizer or cosmos_dv.CosmosDvConfig()),
+        tokenizer=graphs(tokenizer or CosmosDvConfig()),
         default_checkpoint=checkpoint,
         default_tokenizer=TOKENIZER,
     )

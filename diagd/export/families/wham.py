@@ -2,10 +2,15 @@
 
 A GPT-2 with learned positions. The releases differ in details that are read off the checkpoint: block
 version, biases, image tokenizer.
+
+That is a ViT-VQGAN (Yu et al. 2022), every frame by itself: frames are normalised as for ImageNet, padded on
+the right and at the bottom to whole patches, and encoded by a bidirectional transformer; codes are compared
+by direction. Parameters carry the names of the released checkpoints below ``context_encoders.images.``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -13,14 +18,116 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from diagd.bundle.actions import ActionCodec, Button, EdgesSlot, OnlyPressedSlot
 from diagd.bundle.manifest import ClipRules, IdRange, MediaMark, SamplingRules
 from diagd.bundle.transformer import NormKind, TransformerConfig
-from diagd.errors import CheckpointError
+from diagd.errors import CheckpointError, UsageError
 from diagd.export.families.family import Family, TensorRule, named_rules
-from diagd.export.tokenizers import vqgan, wham_vit
+from diagd.export.tokenizers import vqgan
 from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, count, shape_of
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
     from diagd.export.checkpoints import Checkpoint
+
+
+KEY_PREFIX = "context_encoders.images."
+PARAMETERS = 171_774_796
+"""Of encoder and decoder with the default sizes."""
+
+
+@dataclass(frozen=True)
+class WhamVitConfig:
+    """Sizes of the tokenizer.
+
+    Frame size, patch and codes are those of the releases. Width, depth, head size and code width are stated
+    in each checkpoint only (`infer_config`); their defaults are the base model of the ViT-VQGAN paper.
+
+    Attributes:
+        height, width: pixels of a frame.
+        patch: pixels of a patch along each axis.
+        hidden: width of the transformers.
+        layers: transformer blocks of the encoder, and of the decoder.
+        head_size: width of an attention head.
+        code_width: values per code.
+        codes: rows of the codebook.
+    """
+
+    height: int = 180
+    width: int = 300
+    patch: int = 10
+    hidden: int = 768
+    layers: int = 12
+    head_size: int = 64
+    code_width: int = 32
+    codes: int = 16384
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.head_size:
+            raise UsageError(
+                f"head size {self.head_size} does not divide the tokenizer's width {self.hidden}; "
+                "give the head_size of the checkpoint's model_spec"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches, the last ones perhaps padded."""
+        return -(-self.height // self.patch), -(-self.width // self.patch)
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch."""
+        return 3 * self.patch**2
+
+
+def rename(name: str) -> str | None:
+    """Parameter name of a key of the checkpoint; the discriminators and masks of training give None."""
+    parameter = name.removeprefix(KEY_PREFIX)
+    known = parameter.startswith(("encoder.", "decoder.", "vq_vae._embedding."))
+    return parameter if name != parameter and known and not parameter.endswith(".attn_mask") else None
+
+
+def graphs(config: WhamVitConfig) -> TokenizerGraphs:
+    """Encoder and decoder of ``config`` for the exporter."""
+    return TokenizerGraphs(
+        height=config.height,
+        width=config.width,
+        grid=config.grid,
+        codes=config.codes,
+        chunk_frames=8,
+        network="diagd.export.tokenizers.wham_vit_network",
+        config=config,
+        parameters=PARAMETERS if config == WhamVitConfig() else None,
+        rename=rename,
+    )
+
+
+def infer_config(shapes: Shapes, height: int = 180, width: int = 300, head_size: int = 64) -> WhamVitConfig:
+    """Sizes of a checkpoint; frame size and head size are stated in its ``model_spec``, not in tensors.
+
+    ``shapes`` are by parameter name (see `rename`).
+
+    Raises:
+        CheckpointError: a tensor is missing, or the number of positions does not fit the frame size.
+    """
+    hidden, patch_values = shape_of(shapes, "encoder.proj1.weight", 2)
+    codes, code_width = shape_of(shapes, "vq_vae._embedding.weight", 2)
+    positions = shape_of(shapes, "encoder.pos_embeds.weight", 2)[0]
+    config = WhamVitConfig(
+        height=height,
+        width=width,
+        patch=math.isqrt(patch_values // 3),
+        hidden=hidden,
+        layers=count(shapes, "encoder.vit"),
+        head_size=head_size,
+        code_width=code_width,
+        codes=codes,
+    )
+    if config.patch_values != patch_values or math.prod(config.grid) != positions:
+        raise CheckpointError(
+            f"the tokenizer has {positions} positions and patches of {patch_values} values; frames of height "
+            f"{height} and width {width} give {math.prod(config.grid)} patches of {config.patch_values}; "
+            "give the frame size of the checkpoint's model_spec (image_size_per_y_axis and _x_axis)"
+        )
+    return config
+
 
 ACTION_TOKENS = 16
 ACTION_IDS = 68
@@ -97,7 +204,7 @@ def build(name: str, checkpoint: str | None = None) -> Family:
 
     size = SIZES[name]
     if checkpoint is None:
-        pixels = wham_vit.graphs(wham_vit.WhamVitConfig())
+        pixels = graphs(WhamVitConfig())
         frame = pixels.grid[0] * pixels.grid[1] + ACTION_TOKENS
         config = transformer_config(
             grid=pixels.grid,
@@ -196,7 +303,7 @@ def infer_variant(checkpoint: Checkpoint) -> Variant:
             f"(known widths: {', '.join(map(str, HEADS))})"
         )
     tokenizer = infer_tokenizer(checkpoint)
-    grid = tokenizer.grid if tokenizer else wham_vit.WhamVitConfig().grid
+    grid = tokenizer.grid if tokenizer else WhamVitConfig().grid
     codes = tokenizer.codes if tokenizer else vocabulary - ACTION_IDS
     frame = grid[0] * grid[1] + ACTION_TOKENS
     if positions % frame or vocabulary != codes + ACTION_IDS:
@@ -230,11 +337,11 @@ def infer_tokenizer(checkpoint: Checkpoint) -> TokenizerGraphs | None:
         value = settings.get(name)
         return value if isinstance(value, int) else default
 
-    shapes: Shapes = {name: h.shape for name, h in select(checkpoint, wham_vit.rename).items()}
+    shapes: Shapes = {name: h.shape for name, h in select(checkpoint, rename).items()}
     if "encoder.proj1.weight" in shapes:
         height, width = setting("image_size_per_y_axis", 180), setting("image_size_per_x_axis", 300)
-        vit = wham_vit.infer_config(shapes, height, width, setting("head_size", 64))
-        return wham_vit.graphs(vit)
+        vit = infer_config(shapes, height, width, setting("head_size", 64))
+        return graphs(vit)
     shapes = {name: h.shape for name, h in select(checkpoint, vqgan.taming_name).items()}
     if "quantize.embedding.weight" in shapes:
         return vqgan.graphs(vqgan.infer_config(shapes, setting("resolution", 128)))

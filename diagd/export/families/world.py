@@ -1,8 +1,13 @@
-"""Small world models trained with ``diagd world train``, their folder, and the one that is shipped."""
+"""Small world models trained with ``diagd world train``, their folder, and the one that is shipped.
+
+The compact tokenizer is convolutional with finite scalar quantisation, every frame by itself. Each
+resolution halves the picture at once, so that hardly any work is done on pixels.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,15 +22,76 @@ from diagd.bundle.transformer import Axis, Rotary, RotaryAxis, TransformerConfig
 from diagd.errors import CheckpointError, UsageError, unknown
 from diagd.export.checkpoints.checkpoint import save_tensors
 from diagd.export.families.family import Family, identity_rules
-from diagd.export.tokenizers import compact
-from diagd.export.tokenizers.base import TokenizerGraphs, patch_graphs
-from diagd.export.tokenizers.compact import CompactConfig
+from diagd.export.tokenizers.base import TokenizerGraphs, grid_of, patch_graphs
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from diagd.export.transformer import Transformer
+
+
+LEVELS = {256: (8, 8, 4), 512: (8, 8, 8), 1000: (8, 5, 5, 5)}
+"""Values that each quantised channel takes, by the number of ids (Mentzer et al. 2023, section 4.1)."""
+
+CHANNELS = {4: (32, 64), 8: (32, 64, 96), 16: (32, 64, 96, 128)}
+"""By the pixels along a side of a cell."""
+
+
+@dataclass(frozen=True)
+class CompactConfig:
+    """Sizes of the tokenizer.
+
+    Attributes:
+        levels: values that each quantised channel can take.
+        channels: of each resolution, finest first; the first is half the picture's.
+        res_blocks: residual blocks of the coarsest resolution; in the decoder the others have one each.
+    """
+
+    levels: tuple[int, ...]
+    channels: tuple[int, ...]
+    res_blocks: int = 2
+
+    @classmethod
+    def of_codes(cls, codes: int, patch: int) -> CompactConfig:
+        """The tokenizer of so many ids, each for ``patch`` x ``patch`` pixels.
+
+        Raises:
+            UsageError: no levels are known for that many ids, or no channels for such patches.
+        """
+        if codes not in LEVELS:
+            raise unknown("number of codes", str(codes), [str(known) for known in LEVELS])
+        if patch not in CHANNELS:
+            raise unknown("patch", str(patch), [str(known) for known in CHANNELS])
+        return cls(LEVELS[codes], CHANNELS[patch])
+
+    @property
+    def factor(self) -> int:
+        """Pixels per token along each axis."""
+        return 1 << len(self.channels)
+
+    @property
+    def codes(self) -> int:
+        """Number of ids."""
+        return math.prod(self.levels)
+
+
+def graphs(config: CompactConfig, height: int, width: int) -> TokenizerGraphs:
+    """Encoder and decoder for frames of ``height`` x ``width`` pixels.
+
+    Raises:
+        UsageError: these are no multiples of the pixels of a token.
+    """
+    return TokenizerGraphs(
+        height=height,
+        width=width,
+        grid=grid_of(height, width, config.factor),
+        codes=config.codes,
+        chunk_frames=64,
+        network="diagd.export.tokenizers.compact_network",
+        config=config,
+    )
+
 
 SHIPPED = Path(__file__).parents[2] / "models"
 
@@ -95,7 +161,7 @@ class WorldDescription:
         """Encoder and decoder of the frames."""
         size = self.rows * self.patch, self.columns * self.patch
         if self.tokenizer is not None:
-            return compact.graphs(self.tokenizer, *size)
+            return graphs(self.tokenizer, *size)
         return patch_graphs(*size, self.codes, self.patch)
 
     def transformer_config(self) -> TransformerConfig:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diagd.export.families.world import CompactConfig
 from diagd.export.tokenizers.blocks import (
     ResnetBlock,
     codes_of_tokens,
@@ -14,7 +15,6 @@ from diagd.export.tokenizers.blocks import (
     scaled_images,
     tokens_of_latents,
 )
-from diagd.export.tokenizers.compact import CompactConfig
 from diagd.export.tokenizers.vqgan_network import LAYERS
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diagd.export.families.cosmos import HAAR_SIDE, CosmosDvConfig
 from diagd.export.tokenizers.blocks import (
     EPSILON,
     DecoderNetwork,
@@ -31,7 +32,6 @@ from diagd.export.tokenizers.blocks import (
     spatial_attention,
     tokens_of_latents,
 )
-from diagd.export.tokenizers.cosmos_dv import HAAR_SIDE, CosmosDvConfig
 
 COLOURS = 3
 BANDS = COLOURS * HAAR_SIDE**3

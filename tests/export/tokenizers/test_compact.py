@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from diagd.errors import UsageError
+from diagd.export.families.world import LEVELS, CompactConfig, graphs
 from diagd.export.tokenizers.blocks import codes_of_tokens, tokens_of_latents
-from diagd.export.tokenizers.compact import LEVELS, CompactConfig, graphs
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Weights
 

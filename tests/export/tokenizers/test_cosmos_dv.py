@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.export.tokenizers.cosmos_dv import (
+from diagd.export.families.cosmos import (
     CosmosDvConfig,
     graphs,
     rename,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diagd.export.tokenizers import cosmos_dv, vqgan, wham_vit
+from diagd.export.families import cosmos, wham
+from diagd.export.tokenizers import vqgan
 from diagd.export.tokenizers.base import TokenizerGraphs
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.test_cosmos_dv import SHALLOW
@@ -17,10 +18,10 @@ from tests.export.tokenizers.test_wham_vit import CONFIG as WHAM
 @pytest.mark.parametrize(
     "graphs",
     [
-        cosmos_dv.graphs(SHALLOW),
+        cosmos.graphs(SHALLOW),
         vqgan.mineworld_graphs(MINEWORLD),
         vqgan.graphs(TAMING),
-        wham_vit.graphs(WHAM),
+        wham.graphs(WHAM),
     ],
     ids=["cosmos", "mineworld", "taming", "wham"],
 )

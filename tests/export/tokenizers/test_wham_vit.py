@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diagd.errors import CheckpointError, UsageError
-from diagd.export.tokenizers.wham_vit import WhamVitConfig, graphs, infer_config, rename
+from diagd.export.families.wham import WhamVitConfig, graphs, infer_config, rename
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Array, Weights
 
