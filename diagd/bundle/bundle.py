@@ -6,7 +6,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -188,28 +188,21 @@ def _content(file: Path) -> bytes:
 
 def _export_line(path: Path, content: dict[str, Any]) -> str:
     """The command that made a bundle of an earlier schema, as far as its manifest tells."""
-    try:
-        return _recorded_export_line(path, content)
-    except (AttributeError, TypeError):  # made by hand
-        return f"diagd-export --model NAME --output {shlex.quote(str(path))}"
-
-
-def _recorded_export_line(path: Path, content: dict[str, Any]) -> str:
-    graphs: list[dict[str, Any]] = content.get("graphs") or []
-    graph = graphs[0] if graphs else {}
-    forms = dict.fromkeys(entry.get("form", "") for entry in graphs)
-    provenance = content.get("provenance") or {}
-    seed = provenance.get("random_seed")
-    options = {
-        "--model": content.get("name", "NAME"),
-        "--checkpoint": provenance.get("source", "FILE") if seed is None else None,
-        "--seed": seed,
-        "--form": ",".join(filter(None, forms)) or None,
-        "--precision": graph.get("precision"),
-        "--output": path,
-    }
-    words = ["diagd-export", *(["--random-weights"] if seed is not None else [])]
-    for option, value in options.items():
+    options: dict[str, Any] = {"--model": "NAME"}
+    with suppress(AttributeError, TypeError):  # of one that was made by hand
+        graphs: list[dict[str, Any]] = content.get("graphs") or []
+        forms = dict.fromkeys(entry.get("form", "") for entry in graphs)
+        provenance = content.get("provenance") or {}
+        seed = provenance.get("random_seed")
+        options = {
+            "--model": content.get("name", "NAME"),
+            "--checkpoint": provenance.get("source", "FILE") if seed is None else None,
+            "--seed": seed,
+            "--form": ",".join(filter(None, forms)) or None,
+            "--precision": graphs[0].get("precision") if graphs else None,
+        }
+    words = ["diagd-export"] if options.get("--seed") is None else ["diagd-export", "--random-weights"]
+    for option, value in {**options, "--output": path}.items():
         words += [] if value is None else [option, str(value)]
     return shlex.join(words)
 

@@ -182,34 +182,36 @@ def _longest(manifest: Manifest, schedule: Schedule, window: int) -> int:
     return window - 1 if overlapping and isinstance(manifest.context, AbsoluteContext) else 64
 
 
+@dataclass(frozen=True)
 class Prompts:
     """Prompt frames and actions of trajectories, drawn by seed.
 
-    ``frames``: int32 [P, rows, columns], known frames; None draws tokens at random.
+    ``known``: int32 [P, rows, columns], frames that follow each other; None draws tokens at random.
     """
 
-    def __init__(self, manifest: Manifest, frames: Int | None) -> None:
-        layout = manifest.layout
-        self._manifest, self._layout, self._frames = manifest, layout, frames
+    manifest: Manifest
+    known: Int | None
 
     def frames(self, count: int, random: np.random.Generator) -> Int:
         """Frames int32 [count, rows, columns] that follow each other."""
-        if self._frames is None:
-            table = self._manifest.sampling.range_table(self._layout)[self._layout.before :]
-            low, high = table[: self._layout.cells].T
-            cells = random.integers(low, high, (count, self._layout.cells), dtype=np.int32)
-            return cells.reshape(count, self._layout.rows, self._layout.columns)
-        first = int(random.integers(max(1, len(self._frames) - count + 1)))
-        picked = self._frames[first : first + count]
+        layout = self.manifest.layout
+        if self.known is None:
+            table = self.manifest.sampling.range_table(layout)[layout.before :]
+            low, high = table[: layout.cells].T
+            cells = random.integers(low, high, (count, layout.cells), dtype=np.int32)
+            return cells.reshape(count, layout.rows, layout.columns)
+        first = int(random.integers(max(1, len(self.known) - count + 1)))
+        picked = self.known[first : first + count]
         return np.concatenate([picked, np.repeat(picked[-1:], count - len(picked), axis=0)])
 
     def actions(self, count: int, random: np.random.Generator) -> Int | None:
         """Action tokens int32 [count, n] at random; None for models without."""
-        if not self._layout.gap:
+        layout = self.manifest.layout
+        if not layout.gap:
             return None
-        codec = self._manifest.actions
+        codec = self.manifest.actions
         if codec is None:
-            return np.zeros((count, self._layout.gap), np.int32)
+            return np.zeros((count, layout.gap), np.int32)
         found = []
         for _ in range(count):
             chosen: dict[str, object] = {name: bool(random.random() < 0.2) for name in sorted(codec.buttons)}

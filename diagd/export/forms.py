@@ -288,7 +288,7 @@ class Step(nn.Module):
         states = self.transformer.states(ids, positions.flatten(), attention, text)
         if logit_rows is not None:
             states = states.index_select(0, logit_rows)
-        return self.transformer.logits(states).float(), *attention.cache, *self.watched.outputs()
+        return self.transformer.logits(states).float(), *attention.cache, *self.watched.values()
 
 
 class TextRows(nn.Module):

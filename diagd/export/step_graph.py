@@ -172,11 +172,12 @@ def _vary(step: Step, dtype: torch.dtype, variant: StepVariant) -> list[str]:
     step.replace_matrices(variant.matrices)
     if not variant.watch:
         return []
-    step.watched = Watched(list(watched_values(config, step.form)))
+    names = watched_values(config, step.form)
+    step.watched = Watched(dict.fromkeys(names, torch.empty(0)))  # in the order of the outputs
     step.kv = WatchedRows(step.watched)
     shapes = {p.name: (p.inputs, p.outputs) for p in projections(config)}
     step.replace_matrices({n: WatchedMatrix(n, shape, dtype, step.watched) for n, shape in shapes.items()})
-    return [f"{WATCHED}{name}" for name in step.watched.names]
+    return [f"{WATCHED}{name}" for name in names]
 
 
 def _text_rows(config: TransformerConfig, dtype: torch.dtype) -> list[Tensor]:

@@ -5,7 +5,7 @@ The matrix products whose weight is constant may be stored in fewer bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,20 +67,11 @@ class IntegerRows(CacheRows):
         return x * self.get_buffer(name)
 
 
-class Watched:
-    """Values inside a step that become further outputs of its graph, in the order of ``names``."""
+class Watched(dict[str, Tensor]):
+    """Values inside a step that become further outputs of its graph, in order.
 
-    def __init__(self, names: Sequence[str] = ()) -> None:
-        self.names = tuple(names)
-        self._values: dict[str, Tensor] = {}
-
-    def note(self, name: str, value: Tensor) -> None:
-        """Take a value."""
-        self._values[name] = value
-
-    def outputs(self) -> list[Tensor]:
-        """The values of the step that ran last."""
-        return [self._values[name] for name in self.names]
+    The exporter refuses a module whose tensors change while it is traced, and looks for them in plain dicts.
+    """
 
 
 class WatchedMatrix(nn.Module):
@@ -93,7 +84,7 @@ class WatchedMatrix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., inputs] times the matrix."""
-        self._seen.note(self._name, x)
+        self._seen[self._name] = x
         return x @ self.plain
 
 
@@ -106,7 +97,7 @@ class WatchedRows(CacheRows):
 
     def store(self, name: str, rows: Tensor) -> Tensor:
         """Note the rows."""
-        self._seen.note(name, rows)
+        self._seen[name] = rows
         return rows
 
 

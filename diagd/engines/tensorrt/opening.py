@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -81,23 +80,13 @@ class Request:
         return () if level is None else (f"optimization_level={level}",)
 
 
-@dataclass(frozen=True)
-class Target:
-    """What engines are compiled for, and the step graph to compile."""
-
-    fingerprint: Fingerprint
-    graph: StepGraph
-    offered: Capabilities
-
-
-def resolve(bundle: Bundle, request: Request, trt: ModuleType) -> Target:
-    """Settle every choice a request leaves open.
+def resolve(bundle: Bundle, request: Request, offered: Capabilities) -> tuple[Fingerprint, StepGraph]:
+    """Settle every choice a request leaves open: what an engine is compiled for, and of which step graph.
 
     Raises:
         BundleError: the bundle has no graph of the form.
         EngineError: a target cannot be built for, or there is no GPU and no target is named.
     """
-    offered = capabilities(trt)
     form, graph, widths = choose(bundle, request, offered)
     here = _described(offered, request.targets)
     fingerprint = Fingerprint(
@@ -112,7 +101,7 @@ def resolve(bundle: Bundle, request: Request, trt: ModuleType) -> Target:
         tokens=request.tokens,
         flags=request.flags,
     )
-    return Target(fingerprint, graph, offered)
+    return fingerprint, graph
 
 
 def choose(
@@ -165,13 +154,13 @@ def compile_engine(
         EngineError: TensorRT refuses, memory does not suffice, or what is on disk is not what was built.
         KeyboardInterrupt: cancelled; nothing is left.
     """
-    target = resolve(bundle, request, trt)
-    chosen = target.fingerprint
+    offered = capabilities(trt)
+    chosen, graph = resolve(bundle, request, offered)
     if not force:
-        check_memory(estimate(bundle, target.graph, chosen.widths), available_bytes())
-    known = (cache.read("timing", timing_key(chosen)) or b"") if target.offered.timing_cache else None
+        check_memory(estimate(bundle, graph, chosen.widths), available_bytes())
+    known = (cache.read("timing", timing_key(chosen)) or b"") if offered.timing_cache else None
     options = BuildOptions(chosen.widths, chosen.tokens, request.targets, request.optimization_level, known)
-    build = Builder(trt, progress or Progress()).build(bundle.file(target.graph.file), options)
+    build = Builder(trt, progress or Progress()).build(bundle.file(graph.file), options)
     stored = EngineStore(bundle).write(chosen, build.plan, __version__)
     if build.timing_cache is not None:
         cache.write("timing", timing_key(chosen), build.timing_cache)
@@ -189,18 +178,18 @@ def open_tensorrt(
         EngineError: no engine fits; the message names what differs and the line that mends it.
     """
     trt = import_tensorrt(runtime)
-    targets = {
-        form: resolve(bundle, Request(options.tokens, form), trt)
-        for form in usable_forms(bundle, capabilities(trt))
-    }
-    wanted = (target.fingerprint.model_copy(update={"widths": ()}) for target in targets.values())
+    offered = capabilities(trt)
+    graphs, wanted = dict[Form, StepGraph](), list[Fingerprint]()
+    for form in usable_forms(bundle, offered):
+        fingerprint, graphs[form] = resolve(bundle, Request(options.tokens, form), offered)
+        wanted.append(fingerprint.model_copy(update={"widths": ()}))
     stored = EngineStore(bundle).find(*wanted)
     built = stored.record.fingerprint
 
     def bind(tensors: Mapping[str, Tensor], widths: tuple[int, ...]) -> TensorRTProgram:
         return TensorRTProgram(trt, stored.plan, widths, tensors, device.stream)
 
-    return open_executor(bundle, [targets[built.form].graph], options, device, bind, widths=built.widths)
+    return open_executor(bundle, [graphs[built.form]], options, device, bind, widths=built.widths)
 
 
 def timing_key(fingerprint: Fingerprint) -> str:
