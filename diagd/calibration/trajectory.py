@@ -144,6 +144,22 @@ def trajectories(
     """
     if steps < MINIMUM_STEPS:
         raise UsageError(f"{steps} calibration steps; expected at least {MINIMUM_STEPS}: raise --set steps")
+    named = _schedules(manifest, window, max_width)
+    share = -(-steps // (len(named) + 1))
+    found = [
+        Trajectory(
+            name, schedule, 1, min(-(-share // schedule.d), _longest(manifest, schedule, window)), share
+        )
+        for name, schedule in named.items()
+    ]
+    sliding = next(iter(named.values()))
+    slid = sliding.steps_per_frame + share
+    frames = -(-slid // sliding.d) + 1
+    return [*found, Trajectory("slid window", sliding, window - 1, frames, slid)]
+
+
+def _schedules(manifest: Manifest, window: int, max_width: int | None) -> dict[str, Schedule]:
+    """Orders of decoding by what a report calls them."""
     layout = manifest.layout
     default = manifest.schedule
     lag = min(2 * default.k, layout.columns)
@@ -163,17 +179,7 @@ def trajectories(
                 f"steps feed {narrowest} tokens or more, the graphs of {manifest.name} take {max_width}; "
                 "export it again without --set widths"
             )
-    share = -(-steps // (len(named) + 1))
-    found = [
-        Trajectory(
-            name, schedule, 1, min(-(-share // schedule.d), _longest(manifest, schedule, window)), share
-        )
-        for name, schedule in named.items()
-    ]
-    sliding = next(iter(named.values()))
-    slid = sliding.steps_per_frame + share
-    frames = -(-slid // sliding.d) + 1
-    return [*found, Trajectory("slid window", sliding, window - 1, frames, slid)]
+    return named
 
 
 def _longest(manifest: Manifest, schedule: Schedule, window: int) -> int:

@@ -18,8 +18,8 @@ from diagd.engines.backend import StepOptions
 from diagd.engines.devices import Array, Device
 from diagd.engines.devices.kernels import ADVANCE_POINTERS
 from diagd.engines.engine import VOID, Clock, Engine, Float, Int, Steps
-from diagd.engines.records import Lane
-from diagd.engines.sampler import cell_ranges, refusal
+from diagd.engines.records import Lane, open_lanes
+from diagd.engines.sampler import refusal
 from diagd.engines.tensors import WIDTH, MakeProgram, Program, StepTensors, Tensor, rotate_pairs
 from diagd.errors import EngineError
 
@@ -75,20 +75,7 @@ class Executor(Engine):
         self._staged_until = 0
         self._slots: Int = device.host_array((capacity,), np.int32)
         self._logits: Float = device.host_array((self.max_width, manifest.output_vocabulary), np.float32)
-        table: Int = device.host_array((manifest.layout.frame_length, 2), np.int32)
-        table[:] = cell_ranges(manifest)
-        ranges = device.allocate(table.nbytes)
-        device.upload(ranges, table)
-        rules = {
-            "ranges": ranges,
-            "prefix": manifest.layout.prefix,
-            "frame_length": manifest.layout.frame_length,
-            "vocabulary": manifest.output_vocabulary,
-            "keep_crossing": manifest.sampling.keep_crossing,
-        }
-        idle: Int = device.host_array((self.max_width + 3,), np.int32)
-        idle[self.max_width :] = VOID, self.capacity, 0
-        self._lanes = [Lane(device, self.tensors, number, idle, rules) for number in range(streams)]
+        self._lanes = open_lanes(device, self.tensors, manifest, self.capacity, self.max_width)
         self._program = make_program(self.tensors.named)
         self._graphs: dict[tuple[int, ...], int | None] = {}  # of widths, None where they came once
         self._width = 0

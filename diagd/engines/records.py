@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 
+from diagd.bundle import Manifest
 from diagd.engines.devices import Array, Device
 from diagd.engines.devices.kernels import (
     ADVANCE,
@@ -20,6 +21,7 @@ from diagd.engines.devices.kernels import (
     SampleArguments,
 )
 from diagd.engines.engine import VOID, Int, SamplingState, Steps
+from diagd.engines.sampler import cell_ranges
 from diagd.engines.tensors import StepTensors
 
 HALF_WORDS: Final = 1 << 17
@@ -225,3 +227,23 @@ class Lane:
             row_chunks=buffer.shape[3] * buffer.dtype.itemsize // self._device.chunk_bytes,
         )
         self._device.launch(APPEND, arguments, APPEND_BLOCKS, self._device.threads)
+
+
+def open_lanes(
+    device: Device, tensors: StepTensors, manifest: Manifest, capacity: int, max_width: int
+) -> list[Lane]:
+    """A lane for each stream; slots from ``capacity`` on are those that its session does not know of."""
+    table: Int = device.host_array((manifest.layout.frame_length, 2), np.int32)
+    table[:] = cell_ranges(manifest)
+    ranges = device.allocate(table.nbytes)
+    device.upload(ranges, table)
+    rules = {
+        "ranges": ranges,
+        "prefix": manifest.layout.prefix,
+        "frame_length": manifest.layout.frame_length,
+        "vocabulary": manifest.output_vocabulary,
+        "keep_crossing": manifest.sampling.keep_crossing,
+    }
+    idle: Int = device.host_array((max_width + 3,), np.int32)
+    idle[max_width:] = VOID, capacity, 0
+    return [Lane(device, tensors, number, idle, rules) for number in range(tensors.streams)]
