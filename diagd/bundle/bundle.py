@@ -60,8 +60,8 @@ class Bundle:
                 f"make one with: diagd-calibrate {self.path} --precision {chosen.removesuffix(INT8_CACHE)}"
                 f"{kv_cache}"
             )
-        kept = tuple(graph for graph in graphs if graph.precision == chosen)
-        return replace(self, manifest=self.manifest.model_copy(update={"graphs": kept}))
+        selected = tuple(graph for graph in graphs if graph.precision == chosen)
+        return replace(self, manifest=self.manifest.model_copy(update={"graphs": selected}))
 
     def file(self, name: str) -> Path:
         """Path of a file of the bundle."""

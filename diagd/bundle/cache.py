@@ -288,7 +288,7 @@ def _entries(root: Path, *, unfinished: bool = False) -> Iterator[Path]:
         return
 
 
-def _evict(root: Path, kept: Path | None = None) -> None:
+def _evict(root: Path, newest: Path | None = None) -> None:
     """Remove what was used least recently until the rest is within its limits, and what killed runs left."""
     found, total, small = [], 0, 0
     now = time.time()
@@ -308,7 +308,7 @@ def _evict(root: Path, kept: Path | None = None) -> None:
     for used, size, path in sorted(found, key=lambda item: item[0]):
         if total <= limit and small <= _MOST_SMALL:
             return
-        if path == kept or now - used < _IN_USE_SECONDS:
+        if path == newest or now - used < _IN_USE_SECONDS:
             continue
         if total > limit or size < _SMALL:
             _discard(path)

@@ -112,8 +112,8 @@ def yarn(frequencies: tuple[float, ...], trained: int, scale: float) -> tuple[fl
     """
     frequency = np.asarray(frequencies)
     high, low = 2 * np.pi * 4.0 / trained, 2 * np.pi / trained
-    kept = np.clip((frequency - low) / (high - low), 0, 1)
-    return tuple(float(f) for f in frequency * ((1 - kept) / scale + kept))
+    ramp = np.clip((frequency - low) / (high - low), 0, 1)
+    return tuple(float(f) for f in frequency * ((1 - ramp) / scale + ramp))
 
 
 def grid_sinusoids(layout: StreamLayout, positions: int, width: int) -> NDArray[np.float32]:

@@ -161,7 +161,6 @@ class GraphWriter:
         divisors, dtype = self._divisors(choices), self._dtype(graph)
         return {
             name: quantised_matrix(
-                name,
                 Weight(self._stored, name, dtype, choice.factors, divisors.get(name)),
                 choice.limit,
                 self._target.scheme,

@@ -22,7 +22,6 @@ from diagd.bundle import Form
 from diagd.bundle.precision import GROUP
 from diagd.calibration.options import E4M3_MAX, Scheme
 from diagd.calibration.stored import Array, Float, Weight, row_chunks
-from diagd.errors import UsageError
 from diagd.export.tracing import onnx_operator
 from diagd.export.weights import WeightSource, constant
 
@@ -250,12 +249,10 @@ def check_form(form: Form, scheme: Scheme) -> bool:
     return form.traits.host or scheme.activation != "row"
 
 
-def quantised_matrix(
-    name: str, weight: Weight, limit: float | None, scheme: Scheme, form: Form
-) -> QuantisedMatrix:
+def quantised_matrix(weight: Weight, limit: float | None, scheme: Scheme, form: Form) -> QuantisedMatrix:
     """What stands for a matrix in graphs of a form.
 
-    ``limit``: range of static activations. The weight is migrated.
+    ``limit``: range of static activations, None for schemes without. The weight is migrated.
     """
     if scheme.activation is None and form.traits.host:
         return GroupedMatrix(weight, 4 if scheme.weight == "int4" else 8)
@@ -265,10 +262,8 @@ def quantised_matrix(
     columns = _columns(weight, scheme)
     if scheme.activation == "row":
         return RowScaledMatrix(weight, columns)
-    if scheme.activation is None:
-        return DequantisedMatrix(outputs, columns)
     if limit is None:
-        raise UsageError(f"{name} has no activation range: calibrate first")
+        return DequantisedMatrix(outputs, columns)
     return DequantisedMatrix(outputs, {**columns, **_input_scale(limit, weight.dtype, scheme, form)})
 
 

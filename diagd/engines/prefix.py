@@ -15,7 +15,7 @@ from diagd.engines.fingerprint import graph_digest
 from diagd.engines.onnxruntime_session import CpuOptions, check_inputs, open_session
 from diagd.engines.sampler import HostSampler
 from diagd.engines.tensors import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
-from diagd.errors import BundleError, UsageError
+from diagd.errors import UsageError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -278,10 +278,6 @@ class PrefixEngine(PrefixState):
     def _streams_axis(self, bundle: Bundle) -> tuple[int, ...]:
         """The axis of streams in shapes; graphs of earlier versions of diagd have none."""
         axes = {value.name: len(value.shape) for value in self._session.get_inputs()}
-        if "logit_rows" not in axes:
-            raise BundleError(
-                f"{bundle.path} has no prefix graph where its manifest says so; export it again"
-            )
         if axes.get("slot_position") == 2:
             return (self.streams,)
         if self.streams > 1:
