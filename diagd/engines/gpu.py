@@ -46,13 +46,11 @@ class Cuda(Backend):
     @override
     def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:
         """Pixels and texts stay on the GPU that decodes their tokens."""
-        del digest, options
         return as_graph(open_cuda_session(path))
 
     @override
     def ceilings(self, threads: int = 0) -> Ceilings:
         """The product is that of the backend's own library."""
-        del threads
         with closing(CudaDevice()) as device:
             return device_ceilings(device, partial(self._product, device))
 

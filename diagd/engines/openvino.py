@@ -69,7 +69,6 @@ class OpenVino(Backend):
     @override
     def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:
         """In float32: pictures and their tokens are those of the other backends."""
-        del digest
         compiled = _compile(path, options.threads, "fp32")
         # a compiled output has the names of all values that became one; that of the file ends its node's
         names = [port.node.friendly_name.partition("/sink_port")[0] for port in compiled.outputs]

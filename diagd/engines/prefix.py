@@ -97,12 +97,10 @@ class PlainPrefix(PrefixState):
 
     @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        del parts, lane
         self._steps, self._next = steps, 0
 
     @override
     def step(self, lanes: Sequence[int] = (0,)) -> None:
-        del lanes
         steps, n = self._steps, self._next
         self._next += 1
         rows = slice(steps.offsets[n], steps.offsets[n + 1])
@@ -133,7 +131,6 @@ class PlainPrefix(PrefixState):
 
     @override
     def logits(self, lane: int = 0) -> Float:
-        del lane
         return self._logits
 
 
@@ -197,7 +194,6 @@ class PrefixEngine(PrefixState):
 
     @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        del parts
         self._lanes[lane].send(steps)
 
     @override

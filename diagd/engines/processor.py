@@ -87,7 +87,6 @@ class ReferenceEngine(PlainPrefix):
     @override
     def forward(self, feeds: Mapping[str, NDArray[Any]], live: int) -> Float:
         """The whole capacity, into new buffers."""
-        del live
         past = {f"past_{name}": buffer[:, None] for name, buffer in self.buffers.items()}
         outputs = self.evaluate({**feeds, **past}, ["logits", *(f"present_{name}" for name in self.buffers)])
         logits = outputs.pop("logits")

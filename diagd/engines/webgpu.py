@@ -93,7 +93,6 @@ class WebGpuEngine(PlainPrefix):
     @override
     def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
         """Once per context, so the host does it."""
-        del lane
         for name, value in self._values.items():
             if name.startswith("key"):
                 keys = value.numpy()

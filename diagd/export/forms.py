@@ -112,7 +112,7 @@ class ModernAttention:
     def __init__(
         self, config: TransformerConfig, slots: Slots, past: Sequence[Tensor], rows: CacheRows
     ) -> None:
-        del rows  # TensorScatter takes floating point only
+        # rows stay as they are: TensorScatter takes floating point only
         self._shared = config.heads // config.kv_heads
         visible = torch.cat([slots.visible] * self._shared, dim=-2)
         mask = torch.where(visible, 0.0, self.HIDDEN).to(past[0].dtype)

@@ -311,7 +311,6 @@ class FullAttention:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Scaled dot-product attention over the rows fed."""
-        del layer
         attended = functional.scaled_dot_product_attention(
             queries.transpose(-2, -3),
             keys.transpose(-2, -3),

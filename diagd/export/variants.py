@@ -21,7 +21,6 @@ class CacheRows(nn.Module):
 
     def store(self, name: str, rows: Tensor) -> Tensor:
         """What the buffer ``name``, such as ``key_0``, takes."""
-        del name
         return rows
 
     def load(self, stored: Tensor) -> Tensor:
@@ -30,7 +29,6 @@ class CacheRows(nn.Module):
 
     def scaled(self, name: str, x: Tensor) -> Tensor:
         """``x`` [..., D] times the factors of a buffer's channels."""
-        del name
         return x
 
 

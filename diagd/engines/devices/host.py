@@ -110,7 +110,6 @@ class HostDevice(HostClock, Device):
 
     def run(self, operation: Callable[[], object], *entry: object) -> None:
         """Run an operation, or keep it while a graph is captured; ``entry`` says what it is."""
-        del entry
         if self._capturing is not None:
             self._capturing.append(operation)
         else:

@@ -101,7 +101,6 @@ def make_monitor(trt: ModuleType, progress: Progress, cancelled: Event) -> Any:
                 self._outer, self._advance = name, self._bars.enter_context(progress.count(name, steps))
 
         def step_complete(self, name: str, step: int) -> bool:
-            del step
             if name == self._outer:
                 self._advance(1)
             return not cancelled.is_set()

@@ -71,7 +71,6 @@ SIZES = {
 
 def build(name: str, checkpoint: str | None = None) -> Family:
     """One of the released sizes; their dimensions are not read from the checkpoint."""
-    del checkpoint
     size = SIZES[name]
     config = TransformerConfig(
         layout=LAYOUT,
