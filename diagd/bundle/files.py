@@ -27,6 +27,14 @@ _POLL_SECONDS = 0.1
 _FAR = 1 << 30
 """Windows locks bytes, and keeps others from reading them: one behind the text."""
 
+CHUNK_BYTES = 8 << 20
+
+_LOG = logging.getLogger(__name__)
+
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"
+
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.\d+\.[0-9a-f]{6}\.(partial|retired)(\.[^.]*)?")
+
 
 @contextmanager
 def turn(path: Path, *, wait: bool = True) -> Iterator[bool]:
@@ -142,13 +150,6 @@ else:
 
     def _unlock(file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_UN)
-
-
-CHUNK_BYTES = 8 << 20
-
-_LOG = logging.getLogger(__name__)
-_APPLE_DOUBLE = b"\x00\x05\x16\x07"
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.\d+\.[0-9a-f]{6}\.(partial|retired)(\.[^.]*)?")
 
 
 def sha256(path: Path) -> str:

@@ -16,6 +16,8 @@ from diagd.schedule import StreamLayout
 
 Float = NDArray[np.float64]
 
+Shape = tuple[int, ...]
+
 
 class Axis(str, Enum):
     """Coordinate of a token that an angle is proportional to."""
@@ -134,9 +136,6 @@ def grid_sinusoids(layout: StreamLayout, positions: int, width: int) -> NDArray[
         start += channels
     table[: layout.prefix] = 0
     return table
-
-
-Shape = tuple[int, ...]
 
 
 class NormKind(str, Enum):

@@ -46,6 +46,12 @@ OWN_PROMPTS = 4
 OWN_CELLS = 6144
 """Most cells of these frames, where they are large."""
 
+ATTEMPTS = 5
+"""Runs of the gate; ahead of each but the first, products are given up."""
+
+SETTLED_ERRORS = 2.0
+"""Standard errors between a figure and its bound at which a verdict stands."""
+
 
 class Evaluator:
     """Compares graphs with the reference of a bundle.
@@ -217,13 +223,6 @@ class Evaluator:
         fuse = graphs[0].form.traits.host and weight != "fp8"
         frames = window or self._samples.window
         return open_graphs(self._bundle, graphs, frames, replace(self._cpu, fuse=fuse))
-
-
-ATTEMPTS = 5
-"""Runs of the gate; ahead of each but the first, products are given up."""
-
-SETTLED_ERRORS = 2.0
-"""Standard errors between a figure and its bound at which a verdict stands."""
 
 
 def failures(figures: Mapping[str, float | None], budget: Budget) -> list[str]:

@@ -21,6 +21,8 @@ REPORT_NAME = "report.json"
 
 Figures = dict[str, float | None]
 
+WORST = 8
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -163,9 +165,6 @@ def add_report(directory: Path, model: str, report: PrecisionReport) -> None:
     whole = known.model_copy(update={"precisions": {**known.precisions, report.precision: report}})
     with atomic_file(directory / REPORT_NAME) as partial:
         partial.write_text(whole.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-WORST = 8
 
 
 def layer_table(report: PrecisionReport) -> Table:

@@ -33,6 +33,17 @@ COLUMNS = 512
 
 SYNTHETIC_ROWS = 64
 
+CACHE_FORMS = (Form.PREFIX, Form.PORTABLE)
+"""Forms that quantised rows can be judged by; the prefix form, which is quicker, only rounds them."""
+
+LEVELS = 127
+
+HEADROOM = 1.25
+"""Reach of a scale over the largest magnitude seen: a key cut off costs more than 2 dB of rounding."""
+
+SMALLEST_SCALE = 2.0**-14
+"""Smallest normal number of float16."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -103,18 +114,6 @@ def _rows(seen: InputStatistics | None, channels: int) -> Float:
         return seen.sample
     rows = np.random.default_rng(0).standard_normal((SYNTHETIC_ROWS, channels), dtype=np.float32)
     return rows if seen is None else rows * np.sqrt(seen.mean_square)
-
-
-CACHE_FORMS = (Form.PREFIX, Form.PORTABLE)
-"""Forms that quantised rows can be judged by; the prefix form, which is quicker, only rounds them."""
-
-LEVELS = 127
-
-HEADROOM = 1.25
-"""Reach of a scale over the largest magnitude seen: a key cut off costs more than 2 dB of rounding."""
-
-SMALLEST_SCALE = 2.0**-14
-"""Smallest normal number of float16."""
 
 
 def check_kv_cache(bundle: Bundle, scheme: Scheme, kv_cache: str | None) -> None:

@@ -35,6 +35,8 @@ FORMS = tuple(Form)
 WINDOW = 4
 """Frames of the sessions: enough for overlapping frames, few enough to slide soon."""
 
+MINIMUM_STEPS = 64
+
 
 def find_reference(bundle: Bundle, forms: Sequence[Form] = FORMS) -> tuple[StepGraph, ...]:
     """The graphs of one form in floating point, one for each width; earlier ``forms`` are preferred.
@@ -104,9 +106,6 @@ def open_graphs(
     only = Bundle(bundle.path, bundle.manifest.model_copy(update={"graphs": tuple(graphs)}))
     opening = step_options(bundle.manifest, window, cpu=options, form=graphs[0].form)
     return find("cpu").open_steps(only, replace(opening, watch=watch))
-
-
-MINIMUM_STEPS = 64
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,21 @@ _CPU: Final[dict[str, Any]] = {
 PACKED = "step.onnx"
 """Name of a packed graph; an entry of the cache without it says that the weights cannot be packed."""
 
+CUDA: Final = "CUDAExecutionProvider"
+
+LEAST: Final = (1, 31)
+"""ONNX Runtime from which every node of our graphs has a CUDA kernel (1.27) and a replayed graph no longer
+reads a pinned buffer that was freed after its capture (1.31)."""
+
+INSTALL: Final = (
+    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31' "
+    "(its libraries are of CUDA 13: the driver must be 580 or later)"
+)
+
+SIZES: Final = frozenset({"Shape", "Size", "Squeeze"})
+"""Operators that ONNX Runtime gives to the CPU without a copy or a wait: they read no data, or, as it has a
+kernel of Squeeze on CUDA, only what such an operator gives."""
+
 
 @dataclass(frozen=True, config=OPTIONS)
 class CpuOptions:
@@ -204,22 +219,6 @@ class OnnxRuntimeProgram:
             tensor = tensors[value.name]
             binding.bind_output(value.name, kind, 0, tensor.dtype, tensor.at_width(width), tensor.address)
         return binding
-
-
-CUDA: Final = "CUDAExecutionProvider"
-
-LEAST: Final = (1, 31)
-"""ONNX Runtime from which every node of our graphs has a CUDA kernel (1.27) and a replayed graph no longer
-reads a pinned buffer that was freed after its capture (1.31)."""
-
-INSTALL: Final = (
-    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31' "
-    "(its libraries are of CUDA 13: the driver must be 580 or later)"
-)
-
-SIZES: Final = frozenset({"Shape", "Size", "Squeeze"})
-"""Operators that ONNX Runtime gives to the CPU without a copy or a wait: they read no data, or, as it has a
-kernel of Squeeze on CUDA, only what such an operator gives."""
 
 
 def _load_libraries(runtime: Any) -> str:

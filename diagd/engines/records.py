@@ -27,6 +27,10 @@ from diagd.engines.tensors import StepTensors
 HALF_WORDS: Final = 1 << 17
 """Words of one of the two buffers: 512 KB, a frame of next-token prediction of the largest grid and more."""
 
+CURSOR_BYTES = 8  # where the next step's header begins, and that of the step that runs
+
+APPEND_BLOCKS = 64
+
 
 class RecordRing:
     """Two buffers of words on the host, the same on the device; ``native/step_kernels.h`` has their layout.
@@ -115,10 +119,6 @@ def _sampling_words(sampling: SamplingState) -> Int:
     numbers = np.array([sampling.temperature, sampling.top_p], np.float32).view(np.int32)
     seed = np.array([sampling.seed], np.uint64).view(np.int32)
     return np.array([numbers[0], min(sampling.top_k, VOID), numbers[1], *seed], np.int32)
-
-
-CURSOR_BYTES = 8  # where the next step's header begins, and that of the step that runs
-APPEND_BLOCKS = 64
 
 
 class Lane:

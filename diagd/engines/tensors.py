@@ -16,6 +16,11 @@ from diagd.errors import EngineError
 
 ALIGNMENT = 64
 
+WIDTH = -1
+
+REFUSAL_WORDS = 3
+"""Words behind the token buffer for the sampler's refusal, two at an even place."""
+
 
 def aligned_zeros(
     shape: Sequence[int], dtype: np.dtype[np.generic] | type[np.generic]
@@ -88,12 +93,6 @@ class Program(Protocol):
 
 MakeProgram = Callable[[Mapping[str, Tensor]], Program]
 """Binds a graph to tensors by name; names the graph does not have are ignored."""
-
-
-WIDTH = -1
-
-REFUSAL_WORDS = 3
-"""Words behind the token buffer for the sampler's refusal, two at an even place."""
 
 
 class StepTensors:

@@ -39,6 +39,9 @@ CHUNK_BYTES = 64 << 20
 Array = NDArray[Any]
 _FLOAT32 = np.dtype(np.float32)
 
+SYNC_BYTES = 256 << 20
+"""Tensors count as written once their bytes are on the disk, which is waited for after about so many."""
+
 
 @dataclass(frozen=True)
 class WeightSource:
@@ -219,10 +222,6 @@ def external_tensors(
         )
         for name, p in placements.items()
     }
-
-
-SYNC_BYTES = 256 << 20
-"""Tensors count as written once their bytes are on the disk, which is waited for after about so many."""
 
 
 class ResumableWeights:

@@ -81,7 +81,7 @@ class StaticCache:
 
 def normalised(x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:
     """RMSNorm by its formula."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.epsilon) * norm.weight
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
 
 
 class ReleasedDecoder:

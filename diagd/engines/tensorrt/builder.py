@@ -25,6 +25,23 @@ from diagd.progress import Progress
 HARMLESS = "has Int64 binding"
 """Said of every graph, because ONNX wants the write index as int64; it is bound as that."""
 
+LIVE_INPUT = "live"
+"""Input int32 [1] added to engines of the modern form: slots in use, so that attention reads no others."""
+
+DYNAMIC = -1
+
+BUILD_BASE_BYTES = 500_000_000
+"""TensorRT's builder itself, before any weight."""
+
+BUILD_COPIES = 4
+"""Copies of the weights alive at the peak of a build, for each copy in the plan."""
+
+PLAN_COPIES = 2
+"""Copies of the weights in a plan of several widths: width 1 has matrix-vector kernels and its own layout."""
+
+# All three are measured: mineworld-300m in float16 under TensorRT-RTX 1.7, 0.64 GB of weights, takes 2.9 GB
+# at widths 16 and 64 (plan 0.67 GB) and 4.7 GB at widths 1, 16 and 64 (plan 1.30 GB).
+
 
 @dataclass(frozen=True)
 class LogLine:
@@ -110,12 +127,6 @@ def make_monitor(trt: ModuleType, progress: Progress, cancelled: Event) -> Any:
                 self._bars.close()
 
     return Monitor()
-
-
-LIVE_INPUT = "live"
-"""Input int32 [1] added to engines of the modern form: slots in use, so that attention reads no others."""
-
-DYNAMIC = -1
 
 
 @dataclass(frozen=True)
@@ -240,19 +251,6 @@ class Builder:
         if plan is None:
             raise EngineError(f"{self.offered.name} cannot build {graph}: {errors_of(list(lines))}")
         return memoryview(plan)
-
-
-BUILD_BASE_BYTES = 500_000_000
-"""TensorRT's builder itself, before any weight."""
-
-BUILD_COPIES = 4
-"""Copies of the weights alive at the peak of a build, for each copy in the plan."""
-
-PLAN_COPIES = 2
-"""Copies of the weights in a plan of several widths: width 1 has matrix-vector kernels and its own layout."""
-
-# All three are measured: mineworld-300m in float16 under TensorRT-RTX 1.7, 0.64 GB of weights, takes 2.9 GB
-# at widths 16 and 64 (plan 0.67 GB) and 4.7 GB at widths 1, 16 and 64 (plan 1.30 GB).
 
 
 def build_bytes(weights: float) -> float:

@@ -31,6 +31,14 @@ READABLE = {*WEIGHT_DTYPES, "bool", *(f"{sign}int{bits}" for sign in ("", "u") f
 
 _LINES_PER_KIND = 12
 
+_PER_COUNTER = 16  # 16-bit draws in one 256-bit Philox block
+
+_CHUNK = 1 << 20
+
+_KINDS = {"F": "float", "I": "int", "U": "uint"}
+
+_DTYPES = {f"{code}{bits}": f"{kind}{bits}" for code, kind in _KINDS.items() for bits in (8, 16, 32, 64)}
+
 
 @dataclass(frozen=True)
 class TensorHandle(ABC):
@@ -174,10 +182,6 @@ def _abbreviate(entries: Iterable[tuple[str, str]]) -> list[str]:
     return [*lines[:_LINES_PER_KIND], *([f"... and {rest} more tensors"] if rest else [])]
 
 
-_PER_COUNTER = 16  # 16-bit draws in one 256-bit Philox block
-_CHUNK = 1 << 20
-
-
 def initial_moments(name: str, shape: Shape) -> tuple[float, float]:
     """Mean and standard deviation that keep activations finite and of order one.
 
@@ -232,8 +236,6 @@ class RandomTensor(TensorHandle):
         return (draws.astype(np.float32) + np.float32(0.5)) * scale
 
 
-_KINDS = {"F": "float", "I": "int", "U": "uint"}
-_DTYPES = {f"{code}{bits}": f"{kind}{bits}" for code, kind in _KINDS.items() for bits in (8, 16, 32, 64)}
 _DTYPES |= {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 

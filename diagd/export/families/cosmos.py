@@ -28,6 +28,48 @@ HAAR_SIDE = 4
 PARAMETERS = 110_898_294
 """Of encoder and decoder with the default sizes."""
 
+ROWS, COLUMNS, FRAMES = 40, 64, 5
+
+PIXELS = 16
+"""Of a token, down and across."""
+
+HEAD_SIZE = 128
+
+VISUAL_CODES = 64_000
+
+TEXT = TextShape(length=512, width=1024)
+"""Positions of the T5 encoder's output, those of padding (vectors of zero) included."""
+
+NAMES: Names = {
+    "embedding": "tok_embeddings.weight",
+    "norm.weight": "norm.weight",
+    "head": "output.weight",
+    "layers.*.attention_norm.weight": "layers.*.attention_norm.weight",
+    "layers.*.attention.qkv": tuple(f"layers.*.attention.{name}.weight" for name in ("wq", "wk", "wv")),
+    "layers.*.attention.out": "layers.*.attention.wo.weight",
+    "layers.*.attention.query_norm.weight": "layers.*.attention.q_norm.weight",
+    "layers.*.attention.key_norm.weight": "layers.*.attention.k_norm.weight",
+    "layers.*.cross_attention_norm.weight": "layers.*.cross_attention_norm.weight",
+    "layers.*.cross_attention.query": "layers.*.cross_attention.wq.weight",
+    "layers.*.cross_attention.key_value": tuple(
+        f"layers.*.cross_attention.{name}.weight" for name in ("wk", "wv")
+    ),
+    "layers.*.cross_attention.out": "layers.*.cross_attention.wo.weight",
+    "layers.*.cross_attention.query_norm.weight": "layers.*.cross_attention.q_norm.weight",
+    "layers.*.cross_attention.key_norm.weight": "layers.*.cross_attention.k_norm.weight",
+    "layers.*.feed_forward_norm.weight": "layers.*.ffn_norm.weight",
+    "layers.*.feed_forward.gate_up": tuple(f"layers.*.feed_forward.{name}.weight" for name in ("w1", "w3")),
+    "layers.*.feed_forward.down": "layers.*.feed_forward.w2.weight",
+}
+"""Of the released model.pt, see ``named_rules``."""
+
+TOKENIZER = "hf://nvidia/Cosmos-Tokenize1-DV8x16x16-720p"
+
+SINGLE = (
+    "the release warns that of prompts of one picture some 15 % (4B) and 7 % (5B) of clips fail; give a "
+    "video of 9 pictures or more"
+)
+
 
 @dataclass(frozen=True)
 class CosmosDvConfig(VqganSizes):
@@ -70,40 +112,6 @@ def graphs(config: CosmosDvConfig) -> TokenizerGraphs:
         rename=rename,
         cover=True,
     )
-
-
-ROWS, COLUMNS, FRAMES = 40, 64, 5
-PIXELS = 16
-"""Of a token, down and across."""
-HEAD_SIZE = 128
-VISUAL_CODES = 64_000
-TEXT = TextShape(length=512, width=1024)
-"""Positions of the T5 encoder's output, those of padding (vectors of zero) included."""
-
-NAMES: Names = {
-    "embedding": "tok_embeddings.weight",
-    "norm.weight": "norm.weight",
-    "head": "output.weight",
-    "layers.*.attention_norm.weight": "layers.*.attention_norm.weight",
-    "layers.*.attention.qkv": tuple(f"layers.*.attention.{name}.weight" for name in ("wq", "wk", "wv")),
-    "layers.*.attention.out": "layers.*.attention.wo.weight",
-    "layers.*.attention.query_norm.weight": "layers.*.attention.q_norm.weight",
-    "layers.*.attention.key_norm.weight": "layers.*.attention.k_norm.weight",
-    "layers.*.cross_attention_norm.weight": "layers.*.cross_attention_norm.weight",
-    "layers.*.cross_attention.query": "layers.*.cross_attention.wq.weight",
-    "layers.*.cross_attention.key_value": tuple(
-        f"layers.*.cross_attention.{name}.weight" for name in ("wk", "wv")
-    ),
-    "layers.*.cross_attention.out": "layers.*.cross_attention.wo.weight",
-    "layers.*.cross_attention.query_norm.weight": "layers.*.cross_attention.q_norm.weight",
-    "layers.*.cross_attention.key_norm.weight": "layers.*.cross_attention.k_norm.weight",
-    "layers.*.feed_forward_norm.weight": "layers.*.ffn_norm.weight",
-    "layers.*.feed_forward.gate_up": tuple(f"layers.*.feed_forward.{name}.weight" for name in ("w1", "w3")),
-    "layers.*.feed_forward.down": "layers.*.feed_forward.w2.weight",
-}
-"""Of the released model.pt, see ``named_rules``."""
-
-TOKENIZER = "hf://nvidia/Cosmos-Tokenize1-DV8x16x16-720p"
 
 
 @dataclass(frozen=True)
@@ -154,12 +162,6 @@ def build(
     )
     weights = checkpoint or f"hf://{model.repository}/model.pt"
     return family(name, config, weights, CosmosDvConfig(height=height, width=width))
-
-
-SINGLE = (
-    "the release warns that of prompts of one picture some 15 % (4B) and 7 % (5B) of clips fail; give a "
-    "video of 9 pictures or more"
-)
 
 
 def family(

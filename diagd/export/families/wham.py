@@ -32,6 +32,50 @@ KEY_PREFIX = "context_encoders.images."
 PARAMETERS = 171_774_796
 """Of encoder and decoder with the default sizes."""
 
+ACTION_TOKENS = 16
+
+ACTION_IDS = 68
+
+PREFIX = "predictor.gpt_model."
+
+IGNORED = ("lm_head.weight", ".attn.bias")
+"""The head is the embedding; masks are buffers."""
+
+LAYER_NORMS: dict[str, str | None] = {
+    f"layers.*.{ours}_norm.{part}": f"transformer.h.*.{its}.{part}"
+    for ours, its in (("attention", "ln_1"), ("feed_forward", "ln_2"))
+    for part in ("weight", "bias")
+}
+
+NAMES: dict[str, str | None] = {
+    "embedding": "transformer.wte.weight",
+    "position_embedding": "transformer.wpe.weight",
+    "norm.weight": "transformer.ln_f.weight",
+    "norm.bias": "transformer.ln_f.bias",
+    **LAYER_NORMS,
+    **{
+        f"layers.*.{ours}{suffix}": f"transformer.h.*.{its}.{part}"
+        for ours, its in (
+            ("attention.qkv", "attn.c_attn"),
+            ("attention.out", "attn.c_proj"),
+            ("feed_forward.up", "mlp.c_fc"),
+            ("feed_forward.down", "mlp.c_proj"),
+        )
+        for suffix, part in (("", "weight"), ("_bias", "bias"))
+    },
+}
+
+_BUTTONS: Final = 12
+
+_STICKS: Final = 4
+
+_HALF: Final = (0.05, 0.25, 0.5, 0.75, 0.95, 1.05)
+
+_EDGES: Final = (*(-edge for edge in reversed(_HALF)), *_HALF)
+
+HEADS = {2304: 18, 1024: 16, 1792: 14, 3072: 24}
+"""Attention heads by width, which no tensor tells."""
+
 
 @dataclass(frozen=True)
 class WhamVitConfig:
@@ -127,44 +171,6 @@ def infer_config(shapes: Shapes, height: int = 180, width: int = 300, head_size:
             "give the frame size of the checkpoint's model_spec (image_size_per_y_axis and _x_axis)"
         )
     return config
-
-
-ACTION_TOKENS = 16
-ACTION_IDS = 68
-PREFIX = "predictor.gpt_model."
-IGNORED = ("lm_head.weight", ".attn.bias")
-"""The head is the embedding; masks are buffers."""
-
-LAYER_NORMS: dict[str, str | None] = {
-    f"layers.*.{ours}_norm.{part}": f"transformer.h.*.{its}.{part}"
-    for ours, its in (("attention", "ln_1"), ("feed_forward", "ln_2"))
-    for part in ("weight", "bias")
-}
-NAMES: dict[str, str | None] = {
-    "embedding": "transformer.wte.weight",
-    "position_embedding": "transformer.wpe.weight",
-    "norm.weight": "transformer.ln_f.weight",
-    "norm.bias": "transformer.ln_f.bias",
-    **LAYER_NORMS,
-    **{
-        f"layers.*.{ours}{suffix}": f"transformer.h.*.{its}.{part}"
-        for ours, its in (
-            ("attention.qkv", "attn.c_attn"),
-            ("attention.out", "attn.c_proj"),
-            ("feed_forward.up", "mlp.c_fc"),
-            ("feed_forward.down", "mlp.c_proj"),
-        )
-        for suffix, part in (("", "weight"), ("_bias", "bias"))
-    },
-}
-
-_BUTTONS: Final = 12
-_STICKS: Final = 4
-_HALF: Final = (0.05, 0.25, 0.5, 0.75, 0.95, 1.05)
-_EDGES: Final = (*(-edge for edge in reversed(_HALF)), *_HALF)
-
-HEADS = {2304: 18, 1024: 16, 1792: 14, 3072: 24}
-"""Attention heads by width, which no tensor tells."""
 
 
 class _Size(NamedTuple):

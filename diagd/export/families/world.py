@@ -37,6 +37,17 @@ LEVELS = {256: (8, 8, 4), 512: (8, 8, 8), 1000: (8, 5, 5, 5)}
 CHANNELS = {4: (32, 64), 8: (32, 64, 96), 16: (32, 64, 96, 128)}
 """By the pixels along a side of a cell."""
 
+SHIPPED = Path(__file__).parents[2] / "models"
+
+_FRAMES_OF = {"crafter-3m": "Crafter (MIT)", "doom-3m": "Freedoom (BSD-3-Clause)"}
+"""Where the frames came from that shipped worlds were trained on, and its licence."""
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+
+CODEBOOK, TOKENIZER = "codebook.safetensors", "tokenizer.safetensors"
+
+_FRAME_PAIRS, _FRAME_BASE, _GRID_BASE = 4, 100.0, 50.0
+
 
 @dataclass(frozen=True)
 class CompactConfig:
@@ -91,16 +102,6 @@ def graphs(config: CompactConfig, height: int, width: int) -> TokenizerGraphs:
         network="diagd.export.tokenizers.compact_network",
         config=config,
     )
-
-
-SHIPPED = Path(__file__).parents[2] / "models"
-
-_FRAMES_OF = {"crafter-3m": "Crafter (MIT)", "doom-3m": "Freedoom (BSD-3-Clause)"}
-"""Where the frames came from that shipped worlds were trained on, and its licence."""
-WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
-CODEBOOK, TOKENIZER = "codebook.safetensors", "tokenizer.safetensors"
-
-_FRAME_PAIRS, _FRAME_BASE, _GRID_BASE = 4, 100.0, 50.0
 
 
 @dataclass(frozen=True)

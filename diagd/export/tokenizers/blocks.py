@@ -25,6 +25,12 @@ from diagd.export.tokenizers.base import VqganSizes
 # keeps the outermost levels reachable at finite latents
 STRETCH = 1 + 1e-3
 
+GROUPS = 32
+
+EPSILON = 1e-6
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 def tokens_of_latents(latents: Tensor, levels: Sequence[int]) -> Tensor:
     """Quantise latents ``[T, len(levels), h, w]`` to tokens int32 ``[T, h, w]``; halves round to even."""
@@ -64,12 +70,6 @@ def _place_values(levels: Sequence[int]) -> list[int]:
 
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:
     return constant(values, like).reshape(1, -1, 1, 1)
-
-
-GROUPS = 32
-EPSILON = 1e-6
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Layers(NamedTuple):
