@@ -12,7 +12,7 @@ from diagd.bundle.manifest import MANIFEST_NAME, OwnLikelihood, StepGraph
 from diagd.calibration.evaluate import ATTEMPTS, GATE_SEED, Evaluator, failures, most_harmful, part_of
 from diagd.calibration.graph_writer import GraphWriter, Target, file_names
 from diagd.calibration.observe import InputStatistics, load_statistics, observe, save_statistics
-from diagd.calibration.options import CalibrationOptions, Scheme, find_scheme
+from diagd.calibration.options import CalibrationOptions, find_scheme
 from diagd.calibration.report import (
     AttemptReport,
     CacheReport,
@@ -58,11 +58,10 @@ def calibrate(
         QualityError: an activation is not finite, or the result is outside the budget; the bundle is
             unchanged, and the error carries the report.
     """
-    scheme = find_scheme(options.precision)
-    _check(bundle, scheme, options, frames)
+    _check(bundle, options, frames)
     with _workspace(bundle) as (current, copy):
-        reference = _check(current, scheme, options, frames)
-        work = _Calibration(copy, scheme, options, reference, frames, progress or Progress())
+        reference = _check(current, options, frames)
+        work = _Calibration(copy, options, reference, frames, progress or Progress())
         report = work.run()
         if report.failures:
             raise RejectedError(report)
@@ -98,10 +97,8 @@ class RejectedError(QualityError):
         self.report = report
 
 
-def _check(
-    bundle: Bundle, scheme: Scheme, options: CalibrationOptions, frames: Int | None
-) -> tuple[StepGraph, ...]:
-    manifest = bundle.manifest
+def _check(bundle: Bundle, options: CalibrationOptions, frames: Int | None) -> tuple[StepGraph, ...]:
+    manifest, scheme = bundle.manifest, find_scheme(options.precision)
     check_kv_cache(bundle, scheme, options.kv_cache)
     if any(graph.precision == options.name for graph in manifest.graphs):
         raise UsageError(f"{bundle.path} has {options.name} graphs already; export it again to start afresh")
@@ -129,20 +126,18 @@ class _Calibration:
     def __init__(
         self,
         bundle: Bundle,
-        scheme: Scheme,
         options: CalibrationOptions,
         reference: Sequence[StepGraph],
         frames: Int | None,
         progress: Progress,
     ) -> None:
-        self._bundle, self._scheme, self._options = bundle, scheme, options
+        self._bundle, self._scheme, self._options = bundle, find_scheme(options.precision), options
         self._reference, self._progress = reference, progress
         window = session_window(bundle.manifest, reference)
         decoded = trajectories(bundle.manifest, window, options.steps, widest_step(reference))
         self._samples = CalibrationSet(decoded, window, Prompts(bundle.manifest, frames), options.seed)
         self._choices: dict[str, Choice] = {}
         self._layers: list[LayerReport] = []
-        self._row_scales: dict[str, Float] = {}
         self._cache: CacheReport | None = None
         self._graphs: tuple[StepGraph, ...] = ()
         self._widths: dict[int, WidthReport] = {}
@@ -153,12 +148,13 @@ class _Calibration:
         directory = self._bundle.path / DIRECTORY
         directory.mkdir(exist_ok=True)
         statistics, options, manifest = self._statistics(), self._options, self._bundle.manifest
+        scales: Mapping[str, Float] = {}
         if options.kv_cache is not None:
-            self._row_scales = row_scales(statistics, manifest)
-            self._cache = describe_cache(self._row_scales, statistics, manifest, options.kv_cache)
+            scales = row_scales(statistics, manifest)
+            self._cache = describe_cache(scales, statistics, manifest, options.kv_cache)
         self._choose(statistics)
         half = options.floats == "fp16"
-        target = Target(self._scheme, options.name, half, options.kv_cache, self._row_scales)
+        target = Target(self._scheme, options.name, half, options.kv_cache, scales)
         writer = GraphWriter(self._bundle, target, self._progress)
         written, attempts = self._judged(writer)
         if not attempts or not attempts[-1].failures:
