@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +115,8 @@ class InputStatistics:
     @classmethod
     def empty(cls, channels: int) -> InputStatistics:
         """Nothing seen yet."""
-        return cls(
-            np.zeros(channels, np.float32),
-            np.zeros(channels),
-            0,
-            np.zeros((0, channels), np.float32),
-            np.zeros(0),
-        )
+        sample = np.zeros((0, channels), np.float32)
+        return cls(np.zeros(channels, np.float32), np.zeros(channels), 0, sample, np.zeros(0))
 
     def add(self, rows: Float, keys: NDArray[np.float64]) -> None:
         """Take rows [n, K]; ``keys`` [n] decide which stay, so that batching does not."""
@@ -198,12 +193,11 @@ def load_statistics(path: Path) -> dict[str, InputStatistics]:
     with np.load(path, allow_pickle=False) as arrays:
         names = [name.removesuffix(".absmax") for name in arrays.files if name.endswith(".absmax")]
         return {
-            name: InputStatistics(
-                arrays[f"{name}.absmax"],
-                arrays[f"{name}.power"],
-                int(arrays[f"{name}.rows"]),
-                np.zeros((0, len(arrays[f"{name}.absmax"])), np.float32),
-                np.zeros(0),
+            name: replace(
+                InputStatistics.empty(len(arrays[f"{name}.absmax"])),
+                absmax=arrays[f"{name}.absmax"],
+                power=arrays[f"{name}.power"],
+                rows=int(arrays[f"{name}.rows"]),
             )
             for name in names
         }

@@ -171,16 +171,8 @@ def layer_table(report: PrecisionReport) -> Table:
     """The products that stay in floating point, and the worst of the others."""
     from rich.table import Table
 
-    table = Table(title="Worst products")
-    for heading in (
-        "product",
-        "signal to noise",
-        "divergence of its layer",
-        "migration",
-        "range",
-        "stored as",
-    ):
-        table.add_column(heading)
+    headings = ("product", "signal to noise", "divergence of its layer", "migration", "range", "stored as")
+    table = Table(*headings, title="Worst products")
     ranked = sorted(report.layers, key=lambda layer: (layer.excluded is None, layer.signal_to_noise))
     for layer in ranked[: max(WORST, len(report.excluded))]:
         table.add_row(
