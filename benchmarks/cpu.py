@@ -337,13 +337,13 @@ class IdleProgram:
 
 def idle_session(manifest: Manifest, frames: int) -> Session:
     """A session of a model over an executor with nothing behind it; in a window of so many frames."""
-    graph = manifest.graphs[0].model_copy(update={"form": Form.MODERN})
-    manifest = manifest.model_copy(update={"graphs": (graph,)})
     widths = default_widths(manifest.layout)
     slots = slots_needed(manifest.layout, frames, widths[-1])
+    graph = manifest.graphs[0].model_copy(update={"form": Form.MODERN, "capacity": slots, "streams": 1})
+    manifest = manifest.model_copy(update={"graphs": (graph,)})
     places = token_places(manifest.layout, frames).size
     device = IdleDevice()
-    engine = Executor(manifest, Form.MODERN, slots, widths, places, device, lambda _: IdleProgram())
+    engine = Executor(manifest, graph, widths, StepOptions(0, places), device, lambda _: IdleProgram())
     return Session(manifest, engine, frames)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -159,6 +159,11 @@ def graphs_of(bundle: Bundle, form: Form) -> list[StepGraph]:
             f"{bundle.path} has no {form.value} graph; export it again with --form {form.value}"
         )
     return sorted(graphs, key=lambda graph: graph.width or 0)
+
+
+def widths_of(graphs: Sequence[StepGraph]) -> tuple[int, ...]:
+    """Rows of the steps that graphs of fixed width take."""
+    return tuple(int(graph.width or 0) for graph in graphs)
 
 
 def choose_form(bundle: Bundle, wanted: Form | None, forms: tuple[Form, ...]) -> Form:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from typing_extensions import override
 
-from diagd.bundle import Bundle, Form, Manifest
+from diagd.bundle import Manifest
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.backend import StepOptions
 from diagd.engines.devices import Array, Device
@@ -20,7 +20,7 @@ from diagd.engines.devices.kernels import ADVANCE_POINTERS
 from diagd.engines.engine import VOID, Clock, Engine, Float, Int, Steps
 from diagd.engines.records import Lane, open_lanes
 from diagd.engines.sampler import refusal
-from diagd.engines.tensors import WIDTH, MakeProgram, Program, StepTensors, Tensor, rotate_pairs
+from diagd.engines.tensors import WIDTH, MakeProgram, StepTensors, rotate_pairs
 from diagd.errors import EngineError
 
 INPUTS = ("token_buffer", *ADVANCE_POINTERS[2:])
@@ -40,34 +40,29 @@ class Executor(Engine):
     over the tensors that the program reads, the program runs, ``sample`` makes tokens of its logits, and
     tokens and rows go where the next step reads them. Steps between which nobody looks, as those of a frame
     of a schedule, are one graph once their widths have come in the same sequence before. Nothing waits for
-    the device but ``read_tokens``, ``logits`` and ``watched``. ``watch``: further outputs of the graph, [W,
-    channels], with their channels and element type; None for a tensor that a step has anyway. The device is
-    closed with the engine.
+    the device but ``read_tokens``, ``logits`` and ``watched``. The device is closed with the engine; the
+    program is bound for ``widths``, narrowest first.
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        form: Form,
-        capacity: int,
+        graph: StepGraph,
         widths: tuple[int, ...],
-        tokens: int,
+        options: StepOptions,
         device: Device,
         make_program: MakeProgram,
-        *,
-        graphs: bool = True,
-        watch: Mapping[str, tuple[int, DTypeLike] | None] | None = None,
-        streams: int = 1,
     ) -> None:
-        self.widths, self.max_width, self.form, self.streams = widths, widths[-1], form, streams
+        self.widths, self.max_width, self.form, self.streams = widths, widths[-1], graph.form, graph.streams
+        capacity, streams, tokens = int(graph.capacity or 0), graph.streams, options.tokens
         self.capacity = capacity if streams == 1 else capacity - self.max_width  # the rest: see ``Lane``
         known = np.asarray(widths, np.int32)
         self._padding = known[np.searchsorted(known, np.arange(self.max_width + 1))]
         self.device, self.ahead = device, device.ahead
         self.clock: Clock = device
-        self._watch = dict(watch or {})
+        self._watch = dict(options.watch or {})
         self.tensors = StepTensors(
-            manifest, form, capacity, self.max_width, tokens, device, self._watch, streams
+            manifest, graph.form, capacity, self.max_width, tokens, device, self._watch, streams
         )
         self._places = tokens
         self._tokens: Int = device.host_array((self.tensors.refusal_place + 2,), np.int32)
@@ -80,7 +75,7 @@ class Executor(Engine):
         self._graphs: dict[tuple[int, ...], int | None] = {}  # of widths, None where they came once
         self._width = 0
         self._thread = threading.get_ident()
-        self._warm_up(graphs and self._program.capturable)
+        self._warm_up(options.graphs and self._program.capturable)
 
     @override
     def close(self) -> None:
@@ -324,28 +319,3 @@ class Executor(Engine):
             self.device.download(array, named[name].address)
         self._wait()
         return results
-
-
-def open_executor(
-    bundle: Bundle,
-    graphs: Sequence[StepGraph],
-    options: StepOptions,
-    device: Device,
-    bind: Callable[[Mapping[str, Tensor], tuple[int, ...]], Program],
-    *,
-    widths: tuple[int, ...] | None = None,
-) -> Executor:
-    """The executor over the step graphs of one form.
-
-    ``graphs``: narrowest first. ``bind`` binds the compiled graph to the tensors, for some widths: those of
-    the graphs, or ``widths``.
-    """
-    bound = widths or tuple(int(graph.width or 0) for graph in graphs)
-    first = graphs[0]
-    return Executor(
-        *(bundle.manifest, first.form, int(first.capacity or 0), bound, options.tokens, device),
-        lambda tensors: bind(tensors, bound),
-        graphs=options.graphs,
-        watch=options.watch,
-        streams=first.streams,
-    )

@@ -11,12 +11,12 @@ from typing import TypeVar
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.backend import Backend, Graph, StepOptions, as_graph, graphs_of
+from diagd.engines.backend import Backend, Graph, StepOptions, as_graph, graphs_of, widths_of
 from diagd.engines.ceilings import Ceilings, device_ceilings
 from diagd.engines.devices import Device
 from diagd.engines.devices.cuda import CudaDevice, describe_device, open_driver
 from diagd.engines.engine import Engine
-from diagd.engines.executor import Executor, open_executor
+from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import CpuOptions, OnnxRuntimeProgram, open_cuda_session
 from diagd.engines.tensorrt import import_tensorrt
 from diagd.engines.tensorrt.builder import Builder, BuildOptions
@@ -103,5 +103,6 @@ def open_cuda(bundle: Bundle, device: Device, options: StepOptions) -> Executor:
     session = open_cuda_session(
         bundle.file(steps[0].file), stream=device.stream, graphs=options.graphs, strict=options.strict
     )
-    bind = partial(OnnxRuntimeProgram, session, kind=device.kind)
-    return open_executor(bundle, steps, options, device, bind)
+    widths = widths_of(steps)
+    bind = partial(OnnxRuntimeProgram, session, widths=widths, kind=device.kind)
+    return Executor(bundle.manifest, steps[0], widths, options, device, bind)

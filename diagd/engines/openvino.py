@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +19,7 @@ from diagd.engines.backend import Arrays, Backend, Graph, StepOptions, graphs_of
 from diagd.engines.ceilings import SIDE, Ceilings, matrix_product_model, memory_bandwidth, product_peak
 from diagd.engines.devices.host import HostDevice
 from diagd.engines.engine import Engine
-from diagd.engines.executor import open_executor
+from diagd.engines.executor import Executor
 from diagd.engines.host import cores, instruction_sets
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.tensors import Tensor
@@ -55,16 +54,9 @@ class OpenVino(Backend):
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
         graphs = graphs_of(bundle, Form.PORTABLE)
         compiled = _compile(bundle.file(graphs[0].file), options.cpu.threads, self.floats)
-        return open_executor(
-            *(
-                bundle,
-                graphs,
-                replace(options, graphs=False),
-                HostDevice(),
-                partial(OpenVinoProgram, compiled),
-            ),
-            widths=widths_upto(int(graphs[-1].width or 0)),
-        )
+        widths = widths_upto(int(graphs[-1].width or 0))
+        bind = partial(OpenVinoProgram, compiled, widths=widths)
+        return Executor(bundle.manifest, graphs[0], widths, options, HostDevice(), bind)
 
     @override
     def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:

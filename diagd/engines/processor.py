@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.backend import Backend, Graph, StepOptions, as_graph, choose_form, graphs_of
+from diagd.engines.backend import Backend, Graph, StepOptions, as_graph, choose_form, graphs_of, widths_of
 from diagd.engines.ceilings import Ceilings, processor_ceilings
 from diagd.engines.devices.host import HostDevice
 from diagd.engines.engine import Engine, Float
-from diagd.engines.executor import Executor, open_executor
+from diagd.engines.executor import Executor
 from diagd.engines.fingerprint import graph_digest
 from diagd.engines.onnxruntime_session import CpuOptions, OnnxRuntimeProgram, open_plainly, open_session
 from diagd.engines.prefix import PlainPrefix, PrefixEngine
@@ -49,16 +48,15 @@ class Processor(Backend):
         return processor_ceilings(threads)
 
 
-def open_fixed(
-    bundle: Bundle, form: Form, options: StepOptions, device: HostDevice | None = None
-) -> Executor:
+def open_fixed(bundle: Bundle, form: Form, options: StepOptions) -> Executor:
     """The executor over memory of the host, on one session that runs at every width."""
     graphs = graphs_of(bundle, form)
     cpu = options.cpu.suiting(graphs[0].precision)
     digest = graph_digest(bundle, graphs[0]) if cpu.prepack else ""
     session = open_session(bundle.file(graphs[0].file), digest, cpu)
-    bind = partial(OnnxRuntimeProgram, session, kind="cpu")
-    return open_executor(bundle, graphs, replace(options, graphs=False), device or HostDevice(), bind)
+    widths = widths_of(graphs)
+    bind = partial(OnnxRuntimeProgram, session, widths=widths, kind="cpu")
+    return Executor(bundle.manifest, graphs[0], widths, options, HostDevice(), bind)
 
 
 class ReferenceEngine(PlainPrefix):

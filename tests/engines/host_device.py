@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.backend import graphs_of
+from diagd.engines.backend import StepOptions, graphs_of, widths_of
 from diagd.engines.devices import Array, host
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import OnnxRuntimeProgram
@@ -74,15 +74,14 @@ def executor_over(
 ) -> Executor:
     """The executor over a recording device, its graphs captured."""
     steps = graphs_of(bundle, form)
-    widths = tuple(int(graph.width or 0) for graph in steps)
+    widths = widths_of(steps)
     session = onnxruntime.InferenceSession(str(bundle.file(steps[0].file)))
 
     def program(tensors: Mapping[str, Tensor]) -> CapturableProgram:
         return CapturableProgram(device, OnnxRuntimeProgram(session, tensors, widths, "cpu"))
 
-    return Executor(
-        bundle.manifest, form, steps[0].capacity or 0, widths, tokens, device, program, graphs=graphs
-    )
+    options = StepOptions(0, tokens, graphs=graphs)
+    return Executor(bundle.manifest, steps[0], widths, options, device, program)
 
 
 def view(tensor: Tensor) -> Array:

@@ -12,9 +12,9 @@ from pydantic import AfterValidator, BeforeValidator
 
 from diagd.bundle import Bundle, Form, cache
 from diagd.bundle.manifest import StepGraph
-from diagd.engines.backend import StepOptions, graphs_of
+from diagd.engines.backend import StepOptions, graphs_of, widths_of
 from diagd.engines.devices.cuda import CudaDevice, DeviceDescription, describe_device, open_driver
-from diagd.engines.executor import Executor, open_executor
+from diagd.engines.executor import Executor
 from diagd.engines.fingerprint import ANY, EngineStore, Fingerprint, StoredEngine, graph_digest
 from diagd.engines.host import available_bytes
 from diagd.engines.tensorrt import (
@@ -122,7 +122,7 @@ def choose(
             f"width {request.widths[-1]} is above {widest}, for which {bundle.path} has slots; export it "
             f"again with --set widths={','.join(map(str, request.widths))}"
         )
-    return form, graphs[0], request.widths or tuple(int(graph.width or 0) for graph in graphs)
+    return form, graphs[0], request.widths or widths_of(graphs)
 
 
 def usable_forms(bundle: Bundle, offered: Capabilities) -> tuple[Form, ...]:
@@ -186,10 +186,10 @@ def open_tensorrt(
     stored = EngineStore(bundle).find(*wanted)
     built = stored.record.fingerprint
 
-    def bind(tensors: Mapping[str, Tensor], widths: tuple[int, ...]) -> TensorRTProgram:
-        return TensorRTProgram(trt, stored.plan, widths, tensors, device.stream)
+    def bind(tensors: Mapping[str, Tensor]) -> TensorRTProgram:
+        return TensorRTProgram(trt, stored.plan, built.widths, tensors, device.stream)
 
-    return open_executor(bundle, [graphs[built.form]], options, device, bind, widths=built.widths)
+    return Executor(bundle.manifest, graphs[built.form], built.widths, options, device, bind)
 
 
 def timing_key(fingerprint: Fingerprint) -> str:
