@@ -366,16 +366,16 @@ class Manifest(Record):
         """Ids that can be decoded."""
         return self.transformer.output_vocabulary
 
-    def graph(self, form: Form, width: int | None = None) -> StepGraph:
-        """The step graph of a form.
+    def graph(self, form: Form) -> StepGraph:
+        """The first step graph of a form.
 
         Raises:
             KeyError: the bundle has none.
         """
         for graph in self.graphs:
-            if graph.form is form and (width is None or graph.width == width):
+            if graph.form is form:
                 return graph
-        raise KeyError(f"{form.value} width={width}")
+        raise KeyError(form.value)
 
     def cache_dtype(self, graph: StepGraph) -> np.dtype[np.generic]:
         """Element type of the K/V buffers that a step graph reads."""
