@@ -114,18 +114,22 @@ def _holder() -> str:
     return f"{verb} (process {os.getpid()} on {platform.node()}, since {since})"
 
 
+def _lock(file: BinaryIO) -> bool:
+    try:
+        _ask_lock(file)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        raise
+    return True
+
+
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: BinaryIO) -> bool:
-        try:
-            file.seek(_FAR)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            if error.errno in _HELD:
-                return False
-            raise
-        return True
+    def _ask_lock(file: BinaryIO) -> None:
+        file.seek(_FAR)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
     def _unlock(file: BinaryIO) -> None:
         file.seek(_FAR)
@@ -137,16 +141,10 @@ else:
     except ImportError:  # a system without: its callers go on without locks
         fcntl = None  # type: ignore[assignment]
 
-    def _lock(file: BinaryIO) -> bool:
+    def _ask_lock(file: BinaryIO) -> None:
         if fcntl is None:
             raise OSError(errno.ENOSYS, "this system has no locks")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _HELD:
-                return False
-            raise
-        return True
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _unlock(file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_UN)
