@@ -15,7 +15,7 @@ from diagd.bundle import Bundle
 from diagd.engines.backend import find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.export.families.world import DESCRIPTION, World, load_world
+from diagd.export.families.world import DESCRIPTION
 from diagd.export.tokenizers.base import loaded
 from diagd.runtime.decoders import ForcedDecoder, RasterDecoder, ScheduledDecoder
 from diagd.runtime.group import Group
@@ -27,6 +27,7 @@ from diagd.tuning.recordings import FrameEncoder
 from diagd.tuning.rollouts import Streams, open_lanes, parts
 from diagd.tuning.rollouts import roll_out as roll_out_on_engine
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
+from worlds.folder import World, load_world
 from worlds.rollout import roll_out
 
 

@@ -16,13 +16,14 @@ from torch.nn import functional
 
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError, unknown
-from diagd.export.families.world import TOKENIZER, CompactConfig, graphs, read_tokenizer, save_tokenizer
+from diagd.export.families.world import TOKENIZER, CompactConfig, graphs, read_tokenizer
 from diagd.export.tokenizers.base import TokenizerGraphs, loaded
 from diagd.export.tokenizers.blocks import codes_of_latents, scaled_images
 from diagd.export.tokenizers.compact_network import Decoder, Encoder
 from diagd.runtime.arrays import read_arrays
 from diagd.tuning.recordings import episode_paths, episodes, load_episode
 from worlds.codebook import fit_codebook
+from worlds.folder import save_tokenizer
 from worlds.metrics import psnr, ssim
 from worlds.progress import Progress, Report, learning_rate, log
 

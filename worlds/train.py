@@ -21,7 +21,7 @@ from torch import nn
 
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError, unknown
-from diagd.export.families.world import World, WorldDescription, save_world
+from diagd.export.families.world import WorldDescription
 from diagd.export.transformer import Transformer
 from diagd.progress import started
 from diagd.runtime.pool import end_with_owner
@@ -36,6 +36,7 @@ from diagd.tuning.recordings import (
     recorded_actions,
 )
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss
+from worlds.folder import World, save_world
 from worlds.options import TrainOptions
 from worlds.progress import Progress, Report, learning_rate, log
 from worlds.tokenizer import Tensors, TokenizerOptions, fit_tokenizer, reconstruct

@@ -30,11 +30,12 @@ from benchmarks.quality.page import (
 from diagd.bundle.files import atomic_file
 from diagd.bundle.targets import file_target
 from diagd.errors import UsageError
-from diagd.export.families.world import SHIPPED, load_tokenizer, load_world
+from diagd.export.families.world import SHIPPED, load_tokenizer
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
 from worlds.evaluate import EvalOptions, Evaluation, measure_drift
+from worlds.folder import load_world
 from worlds.geometry import Geometry
 from worlds.metrics import Estimate
 from worlds.model import BundleModel, open_model

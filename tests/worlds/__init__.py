@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diagd.export.families.world import World, WorldDescription, save_world
+from diagd.export.families.world import WorldDescription
 from diagd.export.transformer import Transformer
+from worlds.folder import World, save_world
 
 ACTIONS = ("noop", "left", "right", "up", "down")
 

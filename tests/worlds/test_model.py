@@ -8,10 +8,11 @@ import torch
 
 from diagd.export.exporter import GraphOptions, export, open_sources
 from diagd.export.families import find
-from diagd.export.families.world import World, WorldDescription, load_world, save_world
+from diagd.export.families.world import WorldDescription
 from diagd.export.transformer import Transformer
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout
+from worlds.folder import World, load_world, save_world
 from worlds.model import BundleModel, TorchModel
 
 LAYOUT = StreamLayout(3, 4, before=1)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from diagd.cluster import ClusterOptions
-from diagd.export.families.world import SHIPPED, World, load_world
+from diagd.export.families.world import SHIPPED
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule
 from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
 from worlds.collect import CollectOptions, collect
+from worlds.folder import World, load_world
 from worlds.geometry import Geometry
 from worlds.rollout import roll_out
 

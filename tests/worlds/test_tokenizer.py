@@ -14,7 +14,7 @@ from diagd.bundle import Bundle
 from diagd.cli.main import main
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.export.families.world import CompactConfig, graphs, load_world
+from diagd.export.families.world import CompactConfig, graphs
 from diagd.tuning.recordings import (
     Episode,
     FrameEncoder,
@@ -24,6 +24,7 @@ from diagd.tuning.recordings import (
     shard_path,
 )
 from tests.worlds.recordings import record_stripes
+from worlds.folder import load_world
 from worlds.model import open_model
 from worlds.progress import Progress
 from worlds.tokenizer import (

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from diagd.errors import CheckpointError, UsageError
-from diagd.export.families.world import WorldDescription, load_world, save_world
+from diagd.export.families.world import WorldDescription
 from diagd.export.transformer import Transformer
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss, forced_nll
 from tests.worlds.recordings import ACTIONS, COLUMNS, PATCH, ROWS, record_stripes
+from worlds.folder import load_world, save_world
 from worlds.options import worker_devices
 from worlds.train import (
     MIXTURES,

@@ -6,29 +6,24 @@ resolution halves the picture at once, so that hardly any work is done on pixels
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
 from diagd.bundle.actions import ActionCodec, ChoiceSlot
-from diagd.bundle.files import atomic_file
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.transformer import Axis, Rotary, RotaryAxis, TransformerConfig, geometric_frequencies
 from diagd.errors import CheckpointError, UsageError, unknown
-from diagd.export.checkpoints.checkpoint import save_tensors
 from diagd.export.families.family import Family, identity_rules
 from diagd.export.tokenizers.base import TokenizerGraphs, grid_of, patch_graphs
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from diagd.export.transformer import Transformer
 
 
 LEVELS = {256: (8, 8, 4), 512: (8, 8, 8), 1000: (8, 5, 5, 5)}
@@ -192,34 +187,6 @@ class WorldDescription:
         )
 
 
-@dataclass(frozen=True)
-class World:
-    """A trained world model.
-
-    Attributes:
-        description: its configuration.
-        model: float32 transformer, in evaluation mode.
-        tokenizer: tensors of both pixel graphs, by name.
-    """
-
-    description: WorldDescription
-    model: Transformer
-    tokenizer: Mapping[str, Tensor]
-
-
-def save_world(folder: Path, world: World, training: dict[str, Any]) -> None:
-    """Write weights (float16), tokenizer and description; ``training`` is kept for the record."""
-    import torch
-
-    state = {name: tensor.to(torch.float16) for name, tensor in world.model.state_dict().items()}
-    save_tensors(folder / WEIGHTS, state, {"format": "pt"})
-    save_tokenizer(folder / world.description.tokenizer_file, world.tokenizer)
-    with atomic_file(folder / DESCRIPTION) as path:
-        path.write_text(
-            json.dumps(asdict(world.description) | {"training": training}, indent=2) + "\n", encoding="utf-8"
-        )
-
-
 def load_description(folder: Path) -> WorldDescription:
     """Read the description of a world model.
 
@@ -234,11 +201,6 @@ def load_description(folder: Path) -> WorldDescription:
             f"{folder} holds no readable world model: {reason}; name the folder that "
             f"`diagd world train` wrote, or weights beside its {DESCRIPTION}"
         ) from error
-
-
-def save_tokenizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors of both pixel graphs."""
-    save_tensors(path, tensors)
 
 
 def load_tokenizer(folder: Path) -> tuple[TokenizerGraphs, Mapping[str, Tensor]]:
@@ -268,27 +230,6 @@ def read_tokenizer(path: Path, graphs: TokenizerGraphs) -> Mapping[str, Tensor]:
         wrong = dict(sorted(found.items() ^ expected.items())[:2])
         raise CheckpointError(f"{path} holds another tokenizer than its {DESCRIPTION} says: {wrong}")
     return tensors
-
-
-def load_world(folder: Path) -> World:
-    """Read a world model in float32.
-
-    Raises:
-        CheckpointError: files are missing, or do not fit the description.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from diagd.export.transformer import Transformer
-
-    description = load_description(folder)
-    model = Transformer(description.transformer_config())
-    try:
-        model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS).items()})
-        _, tokenizer = load_tokenizer(folder)
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} holds no readable world model: {error}") from error
-    return World(description, model.eval(), tokenizer)
 
 
 def build(name: str, checkpoint: str | None) -> Family:

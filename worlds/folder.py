@@ -1,0 +1,73 @@
+"""The folder of a trained world: written, and read for training and evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diagd.bundle.files import atomic_file
+from diagd.errors import CheckpointError
+from diagd.export.checkpoints.checkpoint import save_tensors
+from diagd.export.families.world import (
+    DESCRIPTION,
+    WEIGHTS,
+    WorldDescription,
+    load_description,
+    load_tokenizer,
+)
+from diagd.export.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class World:
+    """A trained world model.
+
+    Attributes:
+        description: its configuration.
+        model: float32 transformer, in evaluation mode.
+        tokenizer: tensors of both pixel graphs, by name.
+    """
+
+    description: WorldDescription
+    model: Transformer
+    tokenizer: Mapping[str, Tensor]
+
+
+def save_world(folder: Path, world: World, training: dict[str, Any]) -> None:
+    """Write weights (float16), tokenizer and description; ``training`` is kept for the record."""
+    state = {name: tensor.to(torch.float16) for name, tensor in world.model.state_dict().items()}
+    save_tensors(folder / WEIGHTS, state, {"format": "pt"})
+    save_tokenizer(folder / world.description.tokenizer_file, world.tokenizer)
+    with atomic_file(folder / DESCRIPTION) as path:
+        path.write_text(
+            json.dumps(asdict(world.description) | {"training": training}, indent=2) + "\n", encoding="utf-8"
+        )
+
+
+def save_tokenizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors of both pixel graphs."""
+    save_tensors(path, tensors)
+
+
+def load_world(folder: Path) -> World:
+    """Read a world model in float32.
+
+    Raises:
+        CheckpointError: files are missing, or do not fit the description.
+    """
+    description = load_description(folder)
+    model = Transformer(description.transformer_config())
+    try:
+        model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS).items()})
+        _, tokenizer = load_tokenizer(folder)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} holds no readable world model: {error}") from error
+    return World(description, model.eval(), tokenizer)
