@@ -40,11 +40,9 @@ class Session:
         engine: compiled step graph over KV buffers large enough for ``window``; closed with the session.
         window: frames that a query may see, its own included; older ones are evicted.
         zero_slots: positions that start as visible zero rows (the released MineWorld code's cache).
-        roll: frames by which a full window slides at once, for models that then feed it again; default: the
-            manifest's.
+        roll: frames by which a full window slides at once and is fed again; default: the manifest's.
         text: reads text, for models that attend to it.
-        passes: of the engine, where other sessions share it; whoever made it closes it then.
-        lane: of the engine.
+        passes, lane: of the engine, where other sessions share it; whoever made it closes it then.
 
     Attributes:
         timing: of all passes so far.
@@ -160,8 +158,7 @@ class Session:
     ) -> Iterator[Frame]:
         """Decode frames behind what is known, yielding each when it is complete.
 
-        See ``diagd.runtime.stream.Actions`` and ``RunOptions``; the decoder is the manifest's where none is
-        given.
+        See ``Actions`` and ``RunOptions`` of ``diagd.runtime.stream``; default: the manifest's decoder.
 
         Raises:
             UsageError: there is no prompt, actions are missing, or the decoder does not fit. On resuming a
