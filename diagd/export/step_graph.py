@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from diagd.export.known_graphs import traced_once
 from diagd.export.tracing import trace
 from diagd.export.transformer import Transformer
 from diagd.export.variants import IntegerRows, Watched, WatchedMatrix, WatchedRows, projections
+from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,7 +64,8 @@ def trace_step(
     Backends fix a dynamic width of the forms with a fixed capacity; all widths share one copy of the
     weights. ``capacity`` and ``streams`` count where they are fixed.
     """
-    traits, step = form.traits, Step(_transformer(config, dtype), form)
+    config, traits = _graph_config(config), form.traits
+    step = Step(_transformer(config, dtype), form)
     watched = _vary(step, dtype, variant)
     inputs = _inputs(traits, capacity, streams)
     slots, live = inputs["slot_position"]
@@ -117,6 +119,7 @@ def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) ->
     Raises:
         ValueError: the model reads no text.
     """
+    config = _graph_config(config)
     if config.text is None:
         raise ValueError("the model reads no text")
     rows, text = TextRows(_transformer(config, dtype)), config.text
@@ -156,6 +159,16 @@ def cache_names(layers: int, prefix: str) -> list[str]:
 def text_names(config: TransformerConfig) -> list[str]:
     """Names of the text's keys and values, none for models without text."""
     return cache_names(config.layers, "text") if config.text else []
+
+
+def _graph_config(config: TransformerConfig) -> TransformerConfig:
+    """A model whose graphs are those of ``config`` but for the lengths of its tables, which weights tell.
+
+    Only the learned vector of each place inside a frame has a graph know how long frames are.
+    """
+    if config.slot_embedding:
+        return config
+    return replace(config, layout=StreamLayout(2, 3), context_frames=4)
 
 
 def _transformer(config: TransformerConfig, dtype: torch.dtype) -> Transformer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,9 +13,13 @@ from torch import nn
 from diagd.bundle.manifest import Tokenizer
 from diagd.export import weights
 from diagd.export.checkpoints import Checkpoint
+from diagd.export.known_graphs import traced_once
 from diagd.export.tokenizers.base import TokenizerGraphs
 from diagd.export.tracing import link_weights, save, trace
 from diagd.export.weights import Placement
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 WEIGHTS_NAME = "tokenizer.bin"
 OPSET = 20
@@ -45,18 +50,8 @@ def write_tokenizer(
     places = placements(graphs)
     sources = {name: weights.copied(source[name]) for name in places}
     weights.write(directory / WEIGHTS_NAME, places, sources, progress)
-    pixels = torch.zeros(graphs.frames(3), graphs.height, graphs.width, 3, dtype=torch.uint8, device="meta")
-    tokens = torch.zeros(3, *graphs.grid, dtype=torch.int32, device="meta")
     for role, module in _modules(graphs).items():
-        names = ["pixels", "tokens"] if role == "encoder" else ["tokens", "pixels"]
-        model = trace(
-            module,
-            (pixels if role == "encoder" else tokens,),
-            input_names=names[:1],
-            output_names=names[1:],
-            opset=OPSET,
-            dynamic_shapes=_dynamic_frames(graphs, role),
-        )
+        model = _traced(graphs, role, module)
         link_weights(model, weights.external_tensors(places, WEIGHTS_NAME, directory))
         save(model, directory / FILES[role])
     return Tokenizer(
@@ -68,6 +63,25 @@ def write_tokenizer(
         temporal_factor=graphs.temporal_factor,
         chunk_frames=graphs.chunk_frames,
         cover=graphs.cover,
+    )
+
+
+def _traced(graphs: TokenizerGraphs, role: str, module: nn.Module) -> ir.Model:
+    encodes = role == "encoder"
+    shape = (graphs.frames(3), graphs.height, graphs.width, 3) if encodes else (3, *graphs.grid)
+    source, result = ("pixels", "tokens") if encodes else ("tokens", "pixels")
+    example = torch.zeros(shape, dtype=torch.uint8 if encodes else torch.int32, device="meta")
+    return traced_once(
+        module,
+        [role, shape, graphs.temporal_factor],
+        lambda: trace(
+            module,
+            (example,),
+            input_names=[source],
+            output_names=[result],
+            opset=OPSET,
+            dynamic_shapes=_dynamic_frames(graphs, role),
+        ),
     )
 
 

@@ -106,12 +106,15 @@ def give_data(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.M
 
     Args:
         model: changed in place.
-        tensors: tensor of every parameter and buffer, by name, most of them external. Their types are the
-            graph's, also where PyTorch has none for them.
+        tensors: tensor of every parameter and buffer, by name, most of them external. Their types and shapes
+            are the graph's, also where PyTorch has none for them or the graph serves tables of any length.
     """
+    import onnx_ir as ir
+
     for name, value in model.graph.initializers.items():
         if name in tensors:  # the others are literals of the module's code and hold their data
-            value.const_value, value.dtype = tensors[name], tensors[name].dtype
+            tensor = tensors[name]
+            value.const_value, value.dtype, value.shape = tensor, tensor.dtype, ir.Shape(tensor.shape.numpy())
     return model
 
 

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from diagd.bundle import Form, cache
-from diagd.export import step_graph
+from diagd.export import step_graph, tokenizer_graphs
+from diagd.export.checkpoints import RandomCheckpoint
 from diagd.export.known_graphs import KIND
 from diagd.export.step_graph import StepVariant, trace_step
+from diagd.export.tokenizer_graphs import FILES, write_tokenizer
+from diagd.export.tokenizers.base import patch_graphs
 from diagd.export.tracing import trace
 from diagd.schedule import StreamLayout
 from tests.oracles.models import small_model
@@ -24,6 +27,10 @@ CONFIG = small_model(StreamLayout(2, 3), layers=1).config
 
 class Traced(Exception):
     """The graph is not known."""
+
+
+def tracing(*_: object, **__: object) -> None:
+    raise Traced
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +53,6 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 @pytest.fixture
 def place(first: tuple[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of that cache; nothing more is traced."""
-
-    def tracing(*_: object, **__: object) -> None:
-        raise Traced
 
     monkeypatch.setattr(step_graph, "trace", tracing)
     monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
@@ -92,6 +96,30 @@ def test_whatever_a_graph_depends_on_makes_another(place: Path) -> None:
     ):
         with pytest.raises(Traced):
             trace_step(**{"config": CONFIG, "form": Form.MODERN, "capacity": 64, **change})
+
+
+def test_frames_of_any_size_share_a_graph_that_does_not_know_them(place: Path) -> None:
+    other = small_model(StreamLayout(3, 5, after=2), layers=1, context_frames=3).config
+    assert content(trace_step(other, Form.MODERN, capacity=64)) == content(known())
+    with pytest.raises(Traced):
+        trace_step(replace(other, slot_embedding=True), Form.MODERN, capacity=64)
+
+
+def test_graphs_of_a_tokenizer_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
+
+    def written(height: int, name: str) -> list[bytes]:
+        graphs, folder = patch_graphs(height, 12, codes=16, side=4), tmp_path / name
+        folder.mkdir()
+        source = RandomCheckpoint(graphs.expected_shapes(), seed=0)
+        write_tokenizer(graphs, source, folder, lambda _: None)
+        return [(folder / file).read_bytes() for file in FILES.values()]
+
+    first = written(8, "first")
+    monkeypatch.setattr(tokenizer_graphs, "trace", tracing)
+    assert written(8, "again") == first
+    with pytest.raises(Traced):
+        written(12, "higher")
 
 
 def test_a_damaged_graph_is_traced_again(place: Path) -> None:
