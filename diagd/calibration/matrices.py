@@ -22,7 +22,7 @@ from diagd.bundle import Form
 from diagd.bundle.precision import GROUP
 from diagd.calibration.options import E4M3_MAX, Scheme
 from diagd.calibration.stored import Array, Float, Weight, row_chunks
-from diagd.export.tracing import onnx_operator
+from diagd.export.tracing import cast, onnx_operator
 from diagd.export.weights import WeightSource, constant
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -219,7 +219,7 @@ class RowScaledMatrix(QuantisedMatrix):
         x_q = onnx_operator("QuantizeLinear", (x / x_scale, self.one, self.zero), torch.uint8, x.shape)
         shape = (*x.shape[:-1], self.outputs)
         total = onnx_operator("MatMulInteger", (x_q, self.q, self.zero), torch.int32, shape)
-        return total.to(x.dtype) * (x_scale * self.scale)
+        return cast(total, x.dtype) * (x_scale * self.scale)
 
 
 class EitherMatrix(nn.Module):

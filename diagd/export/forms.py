@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diagd.bundle.manifest import Form
 from diagd.bundle.transformer import TransformerConfig
-from diagd.export.tracing import onnx_operator
+from diagd.export.tracing import cast, moved, onnx_operator
 from diagd.export.transformer import FullAttention, Transformer
 from diagd.export.variants import CacheRows, Watched
 
@@ -85,10 +85,9 @@ class PrefixAttention:
         """Write the new rows, then attend to the whole bound prefix."""
         keys = self._write(2 * layer, f"key_{layer}", keys)
         values = self._write(2 * layer + 1, f"value_{layer}", values)
-        grouped = _grouped(queries.reshape(*self._grid, *queries.shape[1:]), keys.shape[2])
+        grouped = _grouped(queries, self._grid, keys.shape[2])
         weights = torch.softmax(grouped @ keys.permute(1, 2, 3, 0) + self._bias, dim=-1)
-        attended = _ungrouped(weights @ values.permute(1, 2, 0, 3), queries.shape[1] // keys.shape[2])
-        return attended.flatten(0, 1)
+        return _ungrouped(weights @ values.permute(1, 2, 0, 3), self._grid, queries.shape[1])
 
     def _write(self, buffer: int, name: str, rows: Tensor) -> Tensor:
         """The buffers stay in floating point: rows that are to be rounded are rounded on their way in."""
@@ -115,7 +114,7 @@ class ModernAttention:
         # rows stay as they are: TensorScatter takes floating point only
         self._shared = config.heads // config.kv_heads
         visible = torch.cat([slots.visible] * self._shared, dim=-2)
-        mask = torch.where(visible, 0.0, self.HIDDEN).to(past[0].dtype)
+        mask = cast(torch.where(visible, 0.0, self.HIDDEN), past[0].dtype)
         self._mask = mask if slots.positions.dim() == 1 else mask.unsqueeze(1)
         self._write_index, self._past = slots.write_index, past
         self.cache: list[Tensor] = []
@@ -135,11 +134,13 @@ class ModernAttention:
                 onnx_operator("TensorScatter", inputs, buffer.dtype, buffer.shape, axis=2, mode="linear")
             )
         heads, size = queries.shape[-2:]
-        folded = _heads_first(queries, streams).reshape(streams, heads // self._shared, -1, size)
+        folded = _heads_first(queries, streams)
+        if self._shared > 1:
+            folded = folded.reshape(streams, heads // self._shared, -1, size)
         inputs = (folded, *self.cache[-2:], self._mask)
         scale = 1 / math.sqrt(size)
         attended = onnx_operator("Attention", inputs, queries.dtype, folded.shape, scale=scale)
-        return _rows_first(attended.reshape(streams, heads, -1, size))
+        return _rows_first(attended if self._shared == 1 else attended.reshape(streams, heads, -1, size))
 
 
 class PortableAttention(FullAttention):
@@ -169,14 +170,14 @@ class PortableAttention(FullAttention):
         past_keys, past_values = (self._of_stream(self._rows.load(tensor)) for tensor in past)
         new_keys, new_values = self._new(f"key_{layer}", keys), self._new(f"value_{layer}", values)
         groups, slots = past_keys.shape[-3:-1]
-        grouped = self._rows.scaled(f"key_{layer}", _grouped(self._apart(queries), groups))
+        grid = (-1,) if self._streams == 1 else (self._streams, -1)
+        grouped = self._rows.scaled(f"key_{layer}", _grouped(queries, grid, groups))
         seen = grouped @ past_keys.transpose(-1, -2), grouped @ new_keys.transpose(-1, -2)
         scores = torch.where(self._visible, torch.cat(seen, dim=-1), self.HIDDEN)
         weights = torch.softmax(scores, dim=-1)
         attended = weights[..., :slots] @ past_values + weights[..., slots:] @ new_values
         attended = self._rows.scaled(f"value_{layer}", attended)
-        rows = _ungrouped(attended, queries.shape[1] // groups)
-        return rows if self._streams == 1 else rows.flatten(0, 1)
+        return _ungrouped(attended, grid, queries.shape[1])
 
     def _new(self, name: str, rows: Tensor) -> Tensor:
         """Rows [B * W, G, D] leave as the cache stores them; [..., G, W, D] as it gives them back."""
@@ -213,24 +214,28 @@ def _beside_stale(slots: Slots) -> Tensor:
     positions, slot_position, _ = slots
     index, written = torch.arange(slot_position.shape[-1], device=positions.device), slots.written
     first, last = written[..., :1], written[..., -1:]
-    stale = (index >= first) & (index <= last)  # no sum of a size, which the host would do
+    stale = (index >= first).logical_and(index <= last)  # no sum of a size, which the host would do
     is_one = positions.dim() == 1
     own = slot_position.index_select(0, written) if is_one else slot_position.gather(1, written)
     seen = own.unsqueeze(-2) <= positions.unsqueeze(-1)
-    return torch.cat([slots.visible & ~stale.unsqueeze(-2), seen], dim=-1)
+    return torch.cat([slots.visible.logical_and(~stale.unsqueeze(-2)), seen], dim=-1)
 
 
-def _grouped(queries: Tensor, groups: int) -> Tensor:
-    """Scaled queries [..., W, H, D] as [..., G, H / G * W, D]: those of a KV head are rows of one product."""
+def _grouped(queries: Tensor, grid: Sequence[int], groups: int) -> Tensor:
+    """Scaled queries of a grid [..., W], [N, H, D], as [..., G, H / G * W, D].
+
+    Those of a KV head are rows of one product. Sizes that a Reshape can work out are left to it.
+    """
     heads, size = queries.shape[-2:]
-    apart = queries.reshape(*queries.shape[:-2], groups, heads // groups, size) * (1 / math.sqrt(size))
-    return apart.movedim(-4, -2).flatten(-3, -2)
+    apart = queries.reshape(*grid, groups, heads // groups, size) * (1 / math.sqrt(size))
+    return moved(apart, -4, -2).reshape(*grid[:-1], groups, -1, size)
 
 
-def _ungrouped(attended: Tensor, shared: int) -> Tensor:
-    """[..., G, H / G * W, D] as [..., W, H, D], H / G of the heads sharing a KV head."""
-    apart: Tensor = attended.unflatten(-2, (shared, -1))
-    return apart.movedim(-2, -4).flatten(-3, -2)
+def _ungrouped(attended: Tensor, grid: Sequence[int], heads: int) -> Tensor:
+    """The inverse of ``_grouped``, for ``heads`` heads."""
+    groups, _, size = attended.shape[-3:]
+    apart = attended.reshape(*grid[:-1], groups, heads // groups, grid[-1], size)
+    return moved(apart, -2, -4).reshape(-1, heads, size)
 
 
 ATTENTIONS: Final[dict[Form, type[PrefixAttention] | type[ModernAttention] | type[PortableAttention]]] = {
@@ -288,7 +293,8 @@ class Step(nn.Module):
         states = self.transformer.states(ids, positions.flatten(), attention, text)
         if logit_rows is not None:
             states = states.index_select(0, logit_rows)
-        return self.transformer.logits(states).float(), *attention.cache, *self.watched.values()
+        logits = cast(self.transformer.logits(states), torch.float32)
+        return logits, *attention.cache, *self.watched.values()
 
 
 class TextRows(nn.Module):
@@ -300,4 +306,4 @@ class TextRows(nn.Module):
 
     def forward(self, text: Tensor) -> tuple[Tensor, ...]:
         """Text float32 [length, width] -> keys and values [G, length, D], alternating by layer."""
-        return tuple(self.transformer.text_rows(text.to(self.transformer.embedding.dtype)))
+        return tuple(self.transformer.text_rows(cast(text, self.transformer.embedding.dtype)))

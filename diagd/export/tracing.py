@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 Shapes = Any
 """Dynamic shapes as torch.export takes them: nested like the inputs."""
 
+RMS_NORM_OPSET = 23
+"""First opset with RMSNormalization."""
+
 FOLD_LIMIT = 1024
 """Elements up to which constants are folded or merged; anything larger is a weight and stays external."""
 
@@ -36,6 +39,7 @@ def trace(
     output_names: Sequence[str],
     opset: int,
     dynamic_shapes: Shapes = None,
+    decompose: bool = True,
 ) -> ir.Model:
     """Trace a module whose parameters may be on the meta device.
 
@@ -45,7 +49,9 @@ def trace(
         input_names: graph inputs, nested arguments flattened in order.
         output_names: graph outputs.
         opset: ONNX opset.
-        dynamic_shapes: as for ``torch.export.export``; None fixes every size.
+        dynamic_shapes: as for ``torch.export.export``, or names of axes; None fixes every size.
+        decompose: operators that ONNX lacks into those it has, which takes longer than all else; False where
+            the module has none of them (see ``cast`` and ``moved``).
 
     Returns:
         The graph, not optimised, its initializers without data where the module is on the meta device.
@@ -53,7 +59,7 @@ def trace(
     require("onnxscript", extra="export", purpose="write ONNX graphs")
     with _quiet(), _uncollected():
         program = torch.onnx.export(
-            module.eval(),
+            module.eval() if decompose else _captured(module.eval(), inputs, dynamic_shapes),
             inputs,
             dynamo=True,
             opset_version=opset,
@@ -62,6 +68,7 @@ def trace(
             input_names=list(input_names),
             output_names=list(output_names),
             dynamic_shapes=dynamic_shapes,
+            custom_translation_table=_translations(opset),
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
@@ -86,7 +93,57 @@ def onnx_operator(
     """
     attrs: dict[str, Any] = dict(attributes)
     result: Tensor = torch.onnx.ops.symbolic(name, inputs, attrs=attrs, dtype=dtype, shape=shape)
-    return result.to(inputs[0].device)  # the placeholder is made on the CPU; the graph has no devices
+    # the placeholder is made on the CPU; the graph has no devices
+    placed: Tensor = torch.ops.aten._to_copy.default(result, device=inputs[0].device)
+    return placed
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)`` by the operator that ONNX has."""
+    return x if x.dtype == dtype else torch.ops.aten._to_copy.default(x, dtype=dtype)
+
+
+def moved(x: Tensor, source: int, target: int) -> Tensor:
+    """``x.movedim(source, target)``, axes counted from the last, by the operator that ONNX has."""
+    axes = list(range(x.dim()))
+    axes.insert(target % x.dim(), axes.pop(source % x.dim()))
+    return x.permute(axes)
+
+
+def _captured(module: nn.Module, inputs: tuple[Any, ...], shapes: Shapes) -> torch.export.ExportedProgram:
+    """A program that stays as it is where it would be decomposed."""
+    program = torch.export.export(module, inputs, dynamic_shapes=_dimensions(shapes), strict=False)
+    program.run_decompositions = lambda _: program
+    return program
+
+
+def _dimensions(shapes: Shapes) -> Shapes:
+    """Names of axes as ``torch.export.export`` takes them; ``torch.onnx.export`` names them again."""
+    if isinstance(shapes, dict):
+        return {axis: _dimensions(dimension) for axis, dimension in shapes.items()}
+    if isinstance(shapes, list | tuple):
+        return type(shapes)(_dimensions(shape) for shape in shapes)
+    return torch.export.Dim.DYNAMIC if isinstance(shapes, str) else shapes
+
+
+def _translations(opset: int) -> dict[Any, Any]:
+    return {torch.ops.aten.rms_norm.default: _rms_norm} if opset < RMS_NORM_OPSET else {}
+
+
+def _rms_norm(x: Any, shape: Sequence[int], weight: Any, epsilon: float) -> Any:
+    """RMSNormalization-23 in operators of opset 18, over the last axis, in float32."""
+    import onnx_ir as ir
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+
+    dtype, wide = x.dtype, ir.DataType.FLOAT
+    if dtype != wide:
+        x, weight = op.Cast(x, to=wide), op.Cast(weight, to=wide)
+    square = op.ReduceMean(op.Pow(x, op.Constant(value_float=2.0)), op.Constant(value_ints=[-1]))
+    scale = op.Reciprocal(op.Sqrt(op.Add(square, op.Constant(value_float=epsilon))))
+    result = op.Mul(op.Mul(x, scale), weight)
+    return result if dtype == wide else op.Cast(result, to=dtype)
 
 
 def link_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.Model:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig, grid_sinusoids
+from diagd.export.tracing import moved
 
 
 class SwiGLU(nn.Module):
@@ -146,11 +147,12 @@ class CrossAttention(nn.Module):
         """Attention output for x [..., W, hidden]; every text row is seen."""
         groups, size = self.config.kv_heads, self.config.head_size
         shared = self.config.heads // groups
-        queries = product(x, self.query).unflatten(-1, (groups * shared, size))
-        queries = self.query_norm(queries).unflatten(-2, (groups, shared)).movedim(-4, -2) * size**-0.5
-        weights = torch.softmax(queries.flatten(-3, -2) @ keys.transpose(-1, -2), dim=-1)
-        attended = (weights @ values).unflatten(-2, (shared, -1)).movedim(-2, -4)
-        return product(attended.flatten(-3), self.out)
+        batch = x.shape[:-2]  # Reshape works out the rows
+        queries = self.query_norm(product(x, self.query).reshape(*batch, -1, groups * shared, size))
+        queries = moved(queries.reshape(*batch, -1, groups, shared, size) * size**-0.5, -4, -2)
+        weights = torch.softmax(queries.reshape(*batch, groups, -1, size) @ keys.transpose(-1, -2), dim=-1)
+        attended = moved((weights @ values).reshape(*batch, groups, shared, -1, size), -2, -4)
+        return product(attended.reshape(*batch, -1, groups * shared * size), self.out)
 
 
 class Block(nn.Module):
