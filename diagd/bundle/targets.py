@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -152,7 +151,7 @@ def _folder(path: Path, option: str, what: str, is_one: Callable[[Path], bool]) 
     if others and not is_one(place):
         held = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise UsageError(
-            f"{option} {path}: the folder is no {re.sub('^an? ', '', what)} and not empty (it holds {held}); "
+            f"{option} {path}: the folder is not empty (it holds {held}) and not {what}; "
             "nothing is replaced: name one that is not there yet, or remove it yourself"
         )
     return place

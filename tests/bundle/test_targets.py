@@ -34,7 +34,8 @@ def test_absent_and_empty_places_and_bundles_are_taken(tmp_path: Path) -> None:
 )
 def test_a_folder_of_the_user_is_no_bundle(manifest: str, tmp_path: Path) -> None:
     folder = fill(tmp_path / "models", manifest__json=manifest, thesis__txt="years")
-    with pytest.raises(UsageError, match=r"no bundle and not empty \(it holds manifest\.json, thesis\.txt\)"):
+    held = r"not empty \(it holds manifest\.json, thesis\.txt\) and not a bundle"
+    with pytest.raises(UsageError, match=held):
         bundle_target(folder)
 
 
