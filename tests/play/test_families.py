@@ -115,15 +115,11 @@ def test_buttons_and_sticks_of_a_wham(tab: Tab, serve: Serve, small_wham: Bundle
         shown(tab, "sticks 0, 0, -1, 0")
         tab.evaluate("pad.axes[2] = 0.05; pad.buttons[6].pressed = true")
         shown(tab, "button 6")
-        known = tab.evaluate(KNOWN)
         tab.evaluate("window.pad = null")  # unplugged, with a button held
         tab.until("document.querySelector('kbd.held') === null")
-        tab.key("KeyE", down=True)
-        tab.until(f"{KNOWN} > {known + 1}")
+        tab.key("KeyE", down=True)  # frames go on, without the button
+        tab.until("!document.getElementById('hud-action').textContent.includes('button 6')")
         tab.key("KeyE", down=False)
-        tab.until(
-            "!document.getElementById('hud-action').textContent.includes('button 6')"
-        )  # shown now and then
         assert not tab.messages
     actions = played(small_wham, record)
     assert {name for action in actions for name in action if name != "sticks"} >= {
