@@ -189,7 +189,8 @@ def _vary(step: Step, dtype: torch.dtype, variant: StepVariant) -> list[str]:
         return []
     names = watched_values(config, step.form)
     step.watched = Watched(dict.fromkeys(names, torch.empty(0)))  # in the order of the outputs
-    step.kv = WatchedRows(step.watched)
+    if step.form.traits.host:  # other forms give new rows out as they are
+        step.kv = WatchedRows(step.watched)
     shapes = {p.name: (p.inputs, p.outputs) for p in projections(config)}
     step.replace_matrices({n: WatchedMatrix(n, shape, dtype, step.watched) for n, shape in shapes.items()})
     return [f"{WATCHED}{name}" for name in names]
