@@ -40,11 +40,6 @@ UNWANTED: Final = {
 second makes slices one uneven split, whose sizes and addresses the provider copies up: four copies."""
 
 
-_CPU: Final[dict[str, Any]] = {
-    "providers": ["CPUExecutionProvider"],
-    "disabled_optimizers": UNWANTED["cpu"],
-}
-
 PACKED = "step.onnx"
 """Name of a packed graph; an entry of the cache without it says that the weights cannot be packed."""
 
@@ -97,7 +92,7 @@ def open_session(graph: Path, digest: str, options: CpuOptions) -> onnxruntime.I
     runtime = require("onnxruntime", extra="export", purpose="run step graphs on the CPU")
     if options.prepack:
         graph = _prepacked(runtime, graph, digest, options)
-    return load_session(graph, _settings(runtime, options), **_CPU)
+    return _load(runtime, graph, _settings(runtime, options))
 
 
 def open_plainly(graph: Path) -> onnxruntime.InferenceSession:
@@ -106,7 +101,7 @@ def open_plainly(graph: Path) -> onnxruntime.InferenceSession:
     settings = runtime.SessionOptions()
     settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings.intra_op_num_threads, settings.log_severity_level = 1, 3
-    return load_session(graph, settings, providers=_CPU["providers"])
+    return load_session(runtime, graph, settings, providers=["CPUExecutionProvider"])
 
 
 def check_inputs(session: Any, axes: Mapping[str, int]) -> None:
@@ -127,18 +122,25 @@ def check_inputs(session: Any, axes: Mapping[str, int]) -> None:
 
 
 def load_session(
-    graph: Path, settings: onnxruntime.SessionOptions, **arguments: Any
+    runtime: onnxruntime, graph: Path, settings: onnxruntime.SessionOptions, **arguments: Any
 ) -> onnxruntime.InferenceSession:
     """A session over a graph.
 
     Raises:
         EngineError: ONNX Runtime refuses the graph.
     """
-    runtime = require("onnxruntime", extra="export", purpose="run step graphs")
     try:
         return runtime.InferenceSession(str(graph), settings, **arguments)
     except Exception as error:  # ONNX Runtime raises several unrelated types
         raise EngineError(f"ONNX Runtime {runtime.__version__} refuses {graph}: {error}") from error
+
+
+def _load(
+    runtime: onnxruntime, graph: Path, settings: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    return load_session(
+        runtime, graph, settings, providers=["CPUExecutionProvider"], disabled_optimizers=UNWANTED["cpu"]
+    )
 
 
 def _settings(runtime: onnxruntime, options: CpuOptions) -> onnxruntime.SessionOptions:
@@ -162,7 +164,7 @@ def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptio
         settings.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{packed.stem}.bin"
         )
-        load_session(graph, settings, **_CPU)
+        _load(runtime, graph, settings)
         if not _is_aligned(packed):
             for file in list(folder.iterdir()):
                 file.unlink()
@@ -301,7 +303,9 @@ def open_cuda_session(
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     providers = [(CUDA, options), "CPUExecutionProvider"]
-    session = load_session(graph, settings, providers=providers, disabled_optimizers=UNWANTED["cuda"])
+    session = load_session(
+        runtime, graph, settings, providers=providers, disabled_optimizers=UNWANTED["cuda"]
+    )
     if CUDA not in session.get_providers():
         raise EngineError(
             f"ONNX Runtime fell back to the CPU: its CUDA libraries or the driver are missing ({lost}); "

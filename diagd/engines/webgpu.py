@@ -68,7 +68,7 @@ class WebGpuEngine(PlainPrefix):
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         settings.add_provider_for_devices([adapter], {})
-        self._session = load_session(graph, settings)
+        self._session = load_session(runtime, graph, settings)
         self._values = {
             name: runtime.OrtValue.ortvalue_from_numpy(buffer, DEVICE, 0)
             for name, buffer in self.buffers.items()
