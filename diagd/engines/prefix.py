@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -117,12 +118,12 @@ class PlainPrefix(PrefixState):
         }
         self._logits = self.forward(feeds, int(steps.live[n]))
 
+    @abstractmethod
     def forward(self, feeds: Mapping[str, NDArray[Any]], live: int) -> Float:
         """Run the graph and update the K/V rows; logits [R, V].
 
         ``feeds`` has the inputs but the K/V rows; ``live``: slots in use.
         """
-        raise NotImplementedError
 
     @override
     def draw(self) -> None:
