@@ -10,8 +10,6 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from diagd.version import __version__
-
 if TYPE_CHECKING:
     from diagd.errors import DiagdError
     from diagd.runtime.decoders import Decoder, DraftDecoder, ForcedDecoder, JacobiDecoder, ScheduledDecoder
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from diagd.runtime.step import Frame, Result
     from diagd.runtime.stream import Stream
     from diagd.schedule import Block, RowSeed, Schedule, Step
+    from diagd.version import __version__
 
 # ONNX Runtime tells its maker of every session, and keeps an id of the machine, unless this says otherwise.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -38,6 +37,7 @@ _HOMES = {
     "diagd.runtime.step": ("Frame", "Result"),
     "diagd.runtime.stream": ("Stream",),
     "diagd.schedule": ("Block", "RowSeed", "Schedule", "Step"),
+    "diagd.version": ("__version__",),
 }
 """Where names are that are loaded when they are first asked for."""
 

@@ -29,8 +29,6 @@ _FAR = 1 << 30
 
 CHUNK_BYTES = 8 << 20
 
-_LOG = logging.getLogger(__name__)
-
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.\d+\.[0-9a-f]{6}\.(partial|retired)(\.[^.]*)?")

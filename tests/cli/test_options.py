@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from pydantic.dataclasses import dataclass
 
-from diagd.cli.main import VERBS, main
+from diagd.cli.main import main
 from diagd.cli.options import Verb, add_options, entries, explain_stray, parse_options, read_options
+from diagd.cli.verbs import VERBS
 from diagd.errors import UsageError
 from diagd.options import OPTIONS, File, Numbers, flag, positional, setting
 from diagd.schedule import RowSeed

@@ -28,6 +28,18 @@ Session._run_block = stop
 sys.exit(main(sys.argv[2:]))
 """
 
+HURRIED = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, *where):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+from diagd.cli.main import main
+sys.exit(main(["models"]))
+"""
+"""diagd where Ctrl-C comes when a module is imported."""
+
 
 def stop(
     workplace: Workplace, name: str, output: Path, **options: object
@@ -43,6 +55,14 @@ def test_a_signal_leaves_nothing_behind(workplace: Workplace, name: str, output:
     done = stop(workplace, name, tmp_path / output)
     assert (done.returncode, done.stderr) == (128 + getattr(signal, name), "interrupted\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["diagd.cli.verbs", "diagd.cli.models"])
+def test_a_verb_is_interrupted_from_its_first_moment(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HURRIED, module], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "interrupted\n")
 
 
 def test_a_verb_that_outlives_its_terminal_goes_on(workplace: Workplace, tmp_path: Path) -> None:
@@ -86,6 +106,13 @@ def test_any_surroundings_will_do(workplace: Workplace, surroundings: dict[str, 
         env=environment | surroundings,
     )
     assert shown.returncode == 0, shown.stderr
+
+
+def test_figures_do_not_tell_where_their_fonts_are_kept() -> None:
+    code = "from diagd.cli.main import main; main(['models']); import matplotlib; matplotlib.get_cachedir()"
+    environment = os.environ | {"MPLCONFIGDIR": "/proc/none"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_frames_are_generated_without_the_calls_of_linux(workplace: Workplace, tmp_path: Path) -> None:

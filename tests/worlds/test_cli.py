@@ -40,7 +40,7 @@ def test_videos_are_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_a_missing_package_names_the_pip_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("diagd.cli.main.GROUP", "diagd.verbs.of.nobody")
+    monkeypatch.setattr("diagd.cli.verbs.GROUP", "diagd.verbs.of.nobody")
     for verb in ("world", "eval"):
         assert main([verb, "--data", "recordings"]) == 2
         assert "run, in a clone of the repository: pip install ./worlds" in capsys.readouterr().err
