@@ -86,8 +86,9 @@ class PrefixAttention:
         keys = self._write(2 * layer, f"key_{layer}", keys)
         values = self._write(2 * layer + 1, f"value_{layer}", values)
         grouped = _grouped(queries, self._grid, keys.shape[2])
-        weights = torch.softmax(grouped @ keys.permute(1, 2, 3, 0) + self._bias, dim=-1)
-        return _ungrouped(weights @ values.permute(1, 2, 0, 3), self._grid, queries.shape[1])
+        scores = _products(grouped, keys.permute(1, 2, 3, 0)) + self._bias
+        attended = _products(torch.softmax(scores, dim=-1), values.permute(1, 2, 0, 3))
+        return _ungrouped(attended, self._grid, queries.shape[1])
 
     def _write(self, buffer: int, name: str, rows: Tensor) -> Tensor:
         """The buffers stay in floating point: rows that are to be rounded are rounded on their way in."""
@@ -172,10 +173,11 @@ class PortableAttention(FullAttention):
         groups, slots = past_keys.shape[-3:-1]
         grid = (-1,) if self._streams == 1 else (self._streams, -1)
         grouped = self._rows.scaled(f"key_{layer}", _grouped(queries, grid, groups))
-        seen = grouped @ past_keys.transpose(-1, -2), grouped @ new_keys.transpose(-1, -2)
+        seen = [_products(grouped, keys.transpose(-1, -2)) for keys in (past_keys, new_keys)]
         scores = torch.where(self._visible, torch.cat(seen, dim=-1), self.HIDDEN)
         weights = torch.softmax(scores, dim=-1)
-        attended = weights[..., :slots] @ past_values + weights[..., slots:] @ new_values
+        seen_values = _products(weights[..., :slots], past_values)
+        attended = seen_values + _products(weights[..., slots:], new_values)
         attended = self._rows.scaled(f"value_{layer}", attended)
         return _ungrouped(attended, grid, queries.shape[1])
 
@@ -192,6 +194,11 @@ class PortableAttention(FullAttention):
 
     def _of_stream(self, buffer: Tensor) -> Tensor:
         return buffer.squeeze(0) if self._streams == 1 else buffer
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` of equal leading axes: the exporter takes long to find that symbols of sizes are equal."""
+    return onnx_operator("MatMul", (x, y), x.dtype, (*x.shape[:-1], y.shape[-1]))
 
 
 def _heads_first(rows: Tensor, streams: int) -> Tensor:

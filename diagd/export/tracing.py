@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +52,20 @@ def trace(
         output_names: graph outputs.
         opset: ONNX opset.
         dynamic_shapes: as for ``torch.export.export``, or names of axes; None fixes every size.
-        decompose: operators that ONNX lacks into those it has, which takes longer than all else; False where
-            the module has none of them (see ``cast`` and ``moved``).
+        decompose: operators that ONNX lacks into those it has, and make operands one type, which takes longer
+            than all else; False where the module has none of them (see ``cast`` and ``moved``).
 
     Returns:
         The graph, not optimised, its initializers without data where the module is on the meta device.
     """
     require("onnxscript", extra="export", purpose="write ONNX graphs")
-    with _quiet(), _uncollected():
+    traced: Any = module.eval()
+    with _quiet(), _uncollected(), _hastened(decompose=decompose):
+        if not decompose:
+            shapes = _dimensions(dynamic_shapes)
+            traced = torch.export.export(traced, inputs, dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
-            module.eval() if decompose else _captured(module.eval(), inputs, dynamic_shapes),
+            traced,
             inputs,
             dynamo=True,
             opset_version=opset,
@@ -108,13 +114,6 @@ def moved(x: Tensor, source: int, target: int) -> Tensor:
     axes = list(range(x.dim()))
     axes.insert(target % x.dim(), axes.pop(source % x.dim()))
     return x.permute(axes)
-
-
-def _captured(module: nn.Module, inputs: tuple[Any, ...], shapes: Shapes) -> torch.export.ExportedProgram:
-    """A program that stays as it is where it would be decomposed."""
-    program = torch.export.export(module, inputs, dynamic_shapes=_dimensions(shapes), strict=False)
-    program.run_decompositions = lambda _: program
-    return program
 
 
 def _dimensions(shapes: Shapes) -> Shapes:
@@ -224,6 +223,47 @@ def _uncollected() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
+
+
+@contextmanager
+def _hastened(*, decompose: bool) -> Iterator[None]:
+    """Without what the exporter does for every trace: its table of operators is made once, in half a second.
+
+    Nor does it look for what could be decomposed, or made one type, which runs the whole program again.
+    Where another version of PyTorch has other names for these, a trace takes longer.
+    """
+    with ExitStack() as stack:
+        with suppress(ImportError, AttributeError, KeyError):
+            from torch.onnx._internal.exporter import _fx_passes, _registration
+
+            table = _registration.ONNXRegistry
+            stack.enter_context(_replaced(table, "from_torchlib", partial(_operators, table.from_torchlib)))
+            if not decompose:
+                stack.enter_context(_replaced(_fx_passes, "decompose_with_registry", lambda p, _: p))
+                stack.enter_context(_replaced(_fx_passes, "insert_type_promotion_nodes", lambda _: None))
+        yield
+
+
+@contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    kept = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+def _operators(make: Callable[[int], Any], opset_version: int) -> Any:
+    """A copy, to which a trace may add, of the exporter's table of operators."""
+    table = copy(_made_once(make, opset_version))
+    table.functions = {operator: [*known] for operator, known in table.functions.items()}
+    return table
+
+
+@cache
+def _made_once(make: Callable[[int], Any], opset: int) -> Any:
+    return make(opset)
 
 
 @contextmanager
