@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import override
 
 from benchmarks import parser
 from diagd.bundle import Bundle, Form
@@ -72,13 +73,13 @@ class SwitchedEngine(PrefixEngine):
             {} if in_place else {n: aligned_zeros(b.shape, b.dtype) for n, b in self.buffers.items()}
         )
 
+    @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        """See ``Engine.send``."""
         live = steps.live if self._live_prefix else np.full_like(steps.live, self.capacity)
         super().send(replace(steps, live=live), parts, lane)
 
+    @override
     def step(self, lanes: Sequence[int] = (0,)) -> None:
-        """See ``Engine.step``."""
         super().step(lanes)
         if not self._in_place:
             self.buffers, self._others = self._others, self.buffers

@@ -10,6 +10,10 @@ import difflib
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class DiagdError(Exception):
@@ -74,6 +78,13 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         raise DependencyError(
             f"{package} is needed to {purpose} and is not installed; run: pip install 'diagd[{extra}]'"
         ) from error
+
+
+def fault(error: ValidationError) -> str:
+    """The first thing that is wrong with data that a pydantic model was made of, and where."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"'{where}': {first['msg']}"
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:

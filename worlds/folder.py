@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diagd.bundle.files import atomic_file
+from diagd.bundle.files import write_text
 from diagd.errors import CheckpointError
 from diagd.export.checkpoints.checkpoint import save_tensors
 from diagd.export.families.world import (
@@ -46,10 +46,8 @@ def save_world(folder: Path, world: World, training: dict[str, Any]) -> None:
     state = {name: tensor.to(torch.float16) for name, tensor in world.model.state_dict().items()}
     save_tensors(folder / WEIGHTS, state, {"format": "pt"})
     save_tokenizer(folder / world.description.tokenizer_file, world.tokenizer)
-    with atomic_file(folder / DESCRIPTION) as path:
-        path.write_text(
-            json.dumps(asdict(world.description) | {"training": training}, indent=2) + "\n", encoding="utf-8"
-        )
+    description = asdict(world.description) | {"training": training}
+    write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
 
 
 def save_tokenizer(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -41,17 +41,14 @@ class WorldModel(Protocol):
 
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
         """Teacher-forced negative log-likelihood by position [B, N], nats; NaN in the first frame."""
-        ...
 
     def roll_out(
         self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
     ) -> Streams:
         """The streams with every cell behind the ``prompt`` first frames decoded."""
-        ...
 
     def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Frames uint8 [T, H, W, 3] of tokens [T, h, w]."""
-        ...
 
 
 def open_model(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from diagd.bundle import Bundle, Manifest
-from diagd.bundle.files import atomic_file
+from diagd.bundle.files import atomic_file, write_text
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.runtime.comparison import audit
 from diagd.runtime.decoders import Decoder, DraftDecoder, ScheduledDecoder
@@ -277,9 +277,8 @@ def points_table(points: Sequence[Point]) -> Table:
 def write_points(folder: Path, points: Sequence[Point], extra: dict[str, Any]) -> None:
     """Write pareto.json and pareto.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / "pareto.json") as partial_file:
-        found = {"decoders": [asdict(point) for point in points]} | extra
-        partial_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = {"decoders": [asdict(point) for point in points]} | extra
+    write_text(folder / "pareto.json", json.dumps(found, indent=1) + "\n")
     plot_points(folder / "pareto.png", points)
 
 

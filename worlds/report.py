@@ -14,25 +14,21 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
-from diagd.bundle.files import atomic_file
+from diagd.bundle.files import atomic_file, write_text
 from worlds.evaluate import Scores
 from worlds.metrics import Estimate
 
 
 def write_scores(path: Path, scores: Sequence[Scores], extra: dict[str, Any]) -> None:
     """Write the figures as JSON, with ``extra`` entries beside them."""
-    with atomic_file(path) as partial:
-        partial.write_text(
-            json.dumps({"schedules": [asdict(s) for s in scores]} | extra, indent=1) + "\n", encoding="utf-8"
-        )
+    write_text(path, json.dumps({"schedules": [asdict(s) for s in scores]} | extra, indent=1) + "\n")
 
 
 def write_figures(folder: Path, figures: Mapping[str, Estimate], extra: dict[str, Any]) -> None:
     """Write figures by name as eval.json, with ``extra`` entries beside them, and as eval.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {name: asdict(figure) for name, figure in figures.items()}
-    with atomic_file(folder / "eval.json") as partial:
-        partial.write_text(json.dumps({"figures": rows} | extra, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "eval.json", json.dumps({"figures": rows} | extra, indent=1) + "\n")
     with atomic_file(folder / "eval.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, ("figure", "mean", "error", "count"))
         table.writeheader()

@@ -23,10 +23,10 @@ from diagd.tuning.rollouts import Streams
 from worlds.collect import random_policy
 from worlds.evaluate import Evaluation, Scores, measure_drift
 from worlds.geometry import Geometry
-from worlds.hands import Hand, ManyHands
 from worlds.metrics import Estimate, MetricNetwork, frechet_distance
 from worlds.model import WorldModel, open_model
 from worlds.options import EvalRun
+from worlds.parallel import ModelWorker, ParallelModel
 from worlds.pareto import Point, compare, write_points
 from worlds.report import save_contact_sheet, write_scores
 
@@ -82,8 +82,8 @@ def opened(run: EvalRun) -> Iterator[WorldModel]:
     if not run.who.is_asked:
         yield model
         return
-    with open_workers(partial(Hand, run.model, run.precision, run.backend), run.who) as workers:
-        yield ManyHands(model, workers)
+    with open_workers(partial(ModelWorker, run.model, run.precision, run.backend), run.who) as workers:
+        yield ParallelModel(model, workers)
 
 
 def _evaluation(run: EvalRun, model: WorldModel) -> Evaluation:

@@ -13,6 +13,7 @@ from diagd.schedule import RowSeed
 from worlds.evaluate import Drift, EvalOptions, Judgement, Scores
 from worlds.metrics import Estimate
 
+CONTACT = "truth, next-token prediction and diagonal schedules from the same prompt"
 SEEDS = (RowSeed.PREVIOUS_FRAME, RowSeed.ABOVE, RowSeed.DUPLICATE, RowSeed.PROMPT)
 
 
@@ -90,7 +91,7 @@ class Figures:
 
 def quality_page(figures: Figures, shipped_size: str) -> str:
     """The page in Markdown; ``shipped_size`` names the shipped model among the sizes."""
-    sections = ["# Quality of Diagonal Decoding", "", *_how(figures.options), ""]
+    sections = _section("# Quality of Diagonal Decoding", _how(figures.options))
     if figures.shipped:
         speeds = figures.frames_per_second.get(shipped_size, {})
         sections += _shipped_lines(figures.shipped, speeds)
@@ -118,26 +119,23 @@ def _how(evaluation: EvalOptions) -> list[str]:
 
 
 def _shipped_lines(shipped: SizeFigures, speeds: dict[str, float]) -> list[str]:
+    trained = _text(
+        "The model was trained on a mixture of schedules with row seed `previous_frame` and refeeding; "
+        "the other columns show what it costs to decode otherwise than trained."
+    )
     return [
-        "## The shipped model: likelihood gap to next-token prediction, nats per token",
-        "",
-        *_text(
-            "The model was trained on a mixture of schedules with row seed `previous_frame` and refeeding; "
-            "the other columns show what it costs to decode otherwise than trained."
+        *_section(
+            "## The shipped model: likelihood gap to next-token prediction, nats per token",
+            trained,
+            _gap_table(shipped.gaps),
         ),
-        "",
-        *_gap_table(shipped.gaps),
-        "",
-        "## The shipped model: rollouts",
-        "",
-        *_rollout_lines(shipped.schedules, speeds),
-        "",
-        *_noise_lines(shipped.schedules),
-        "",
-        "![speed against quality](quality-speed.png)",
-        "",
-        "![truth, next-token prediction and diagonal schedules from the same prompt](quality-contact.png)",
-        "",
+        *_section(
+            "## The shipped model: rollouts",
+            _rollout_lines(shipped.schedules, speeds),
+            _noise_lines(shipped.schedules),
+            ["![speed against quality](quality-speed.png)"],
+            [f"![{CONTACT}](quality-contact.png)"],
+        ),
     ]
 
 
@@ -214,32 +212,24 @@ def _drift_lines(model: str, drift: Drift | None) -> list[str]:
     }
     known = {name: column for name, column in columns.items() if column}
     rows = ([frame, *(_plain(c[n]) for c in known.values())] for n, frame in enumerate(drift.frames))
-    return [
-        f"## {model}: drift of long rollouts, k=1 chained",
-        "",
-        *_table(("up to frame", *known), rows),
-        "",
-    ]
+    return _section(f"## {model}: drift of long rollouts, k=1 chained", _table(("up to frame", *known), rows))
 
 
 def _world_lines(world: str, figures: SizeFigures) -> list[str]:
     scores = figures.schedules
     count, rolled = scores[0].nll.count, scores[0].generated_nll.count
     return [
-        f"## {world}: likelihood gap to next-token prediction, nats per token",
-        "",
-        *_text(f"Next-token prediction: {_plain(scores[0].nll)}, {count} windows."),
-        "",
-        *_gap_table(figures.gaps),
-        "",
-        f"## {world}: rollouts",
-        "",
-        *_text(f"{rolled} rollouts."),
-        "",
-        *_rollout_lines(scores, {}),
-        "",
-        *_noise_lines(scores),
-        "",
+        *_section(
+            f"## {world}: likelihood gap to next-token prediction, nats per token",
+            _text(f"Next-token prediction: {_plain(scores[0].nll)}, {count} windows."),
+            _gap_table(figures.gaps),
+        ),
+        *_section(
+            f"## {world}: rollouts",
+            _text(f"{rolled} rollouts."),
+            _rollout_lines(scores, {}),
+            _noise_lines(scores),
+        ),
         *_drift_lines(world, figures.drift),
     ]
 
@@ -260,42 +250,43 @@ def _compat_lines(sizes: dict[str, list[CompatRow]]) -> list[str]:
         for size, rows in sizes.items()
         for row in rows
     )
-    return [
+    return _section(
         "## Strict steps against the released code",
-        "",
-        *_text(
+        _text(
             "Gap to next-token prediction on the engine, nats per token, "
             f"{windows} windows. `compat` reproduces the released MineWorld code: rows start "
             "from the newest token of the row above, that stand-in stays in the cache for good, and queries "
             "see slots that nothing was written to as zero rows. The middle column is the same stand-in in a "
             "strict step: it is hidden after its step, and only decoded tokens are seen."
         ),
-        "",
-        *_table(heads, cells),
-        "",
-    ]
+        _table(heads, cells),
+    )
 
 
 def _size_lines(figures: Figures) -> list[str]:
     if not figures.sizes:
         return []
-    lines = ["## Other sizes", ""]
-    lines += _text(
-        "Trained like the shipped model, on the same recordings, for the steps that docs/world.md names. The "
-        "gaps are to NTP of the same model; the rollouts are fewer."
+    lines = _section(
+        "## Other sizes",
+        _text(
+            "Trained like the shipped model, on the same recordings, for the steps that docs/world.md names. "
+            "The gaps are to NTP of the same model; the rollouts are fewer."
+        ),
     )
     for name, size in figures.sizes.items():
         scores = size.schedules
         speeds = figures.frames_per_second.get(name, {})
         count = figures.parameters.get(name)
         title = f"{name}: {count / 1e6:.2f} M parameters" if count else name
-        lines += ["", f"### {title}, {scores[0].generated_nll.count} rollouts", ""]
         gaps = ([s.name, _plain(s.nll, 4), _gap(s.nll_gap)] for s in scores)
-        lines += _table(("schedule", "NLL", "gap"), gaps)
-        seeds = _gap_table(size.gaps) if size.gaps else ["Other row seeds were not measured here."]
-        lines += ["", *seeds]
-        lines += ["", *_rollout_lines(scores, speeds), "", *_noise_lines(scores)]
-    return [*lines, ""]
+        lines += _section(
+            f"### {title}, {scores[0].generated_nll.count} rollouts",
+            _table(("schedule", "NLL", "gap"), gaps),
+            _gap_table(size.gaps) if size.gaps else ["Other row seeds were not measured here."],
+            _rollout_lines(scores, speeds),
+            _noise_lines(scores),
+        )
+    return lines
 
 
 def _training_lines(rows: list[TrainingRow]) -> list[str]:
@@ -303,18 +294,15 @@ def _training_lines(rows: list[TrainingRow]) -> list[str]:
         return []
     schedules = list(rows[0].gaps)
     cells = ([row.name, _plain(row.nll, 4), *(_gap(row.gaps[name]) for name in schedules)] for row in rows)
-    return [
+    return _section(
         "## What training on the diagonal buys",
-        "",
-        *_text(
+        _text(
             "The shipped size, trained in different ways: NLL under NTP, and the gap of each schedule to it, "
             "nats per token. Fine-tuning starts from the first row; its control has as many steps of NTP, so "
             "that the gain is not just more training."
         ),
-        "",
-        *_table(("training", "NLL of NTP", *schedules), cells),
-        "",
-    ]
+        _table(("training", "NLL of NTP", *schedules), cells),
+    )
 
 
 def decoders_plot(world: str) -> str:
@@ -341,17 +329,15 @@ def _decoder_lines(world: str, figures: DecoderFigures) -> list[str]:
     rollouts = (
         f"{count} rollouts of one seed each; CPU time of one core, frames behind the first of a rollout"
     )
-    return [
+    return _section(
         f"## Decoders of {world}",
-        "",
-        *_text(
+        _text(
             "Whatever decodes, the same rollouts, in turns. `kept`: share of frames that are the drafter's, "
             "which is the model itself by k=1 serial. `exact`: share of cells that next-token prediction "
             "draws behind the same tokens, `as NTP`: in rollouts of its own, with the same random numbers. "
             f"Bold: no other is as fast and as likely ({rollouts})."
         ),
-        "",
-        *_table(
+        _table(
             ("decoder", "frames/s", "passes", "kept", "exact", *_JUDGED),
             [
                 (
@@ -365,21 +351,20 @@ def _decoder_lines(world: str, figures: DecoderFigures) -> list[str]:
                 for point in figures.points
             ],
         ),
-        "",
-        f"![speed against likelihood]({decoders_plot(world)})",
-        "",
-        *_text("Passes of a frame by Jacobi decoding in windows of whole frames, exact at any temperature:"),
-        "",
-        *_table(("temperature", *figures.passes), [("passes", *map(_plain, figures.passes.values()))]),
-        "",
-        *_text("Rollouts by next-token prediction in other precisions, judged by the model in float32:"),
-        "",
-        *_table(
+        [f"![speed against likelihood]({decoders_plot(world)})"],
+        _text("Passes of a frame by Jacobi decoding in windows of whole frames, exact at any temperature:"),
+        _table(("temperature", *figures.passes), [("passes", *map(_plain, figures.passes.values()))]),
+        _text("Rollouts by next-token prediction in other precisions, judged by the model in float32:"),
+        _table(
             ("precision", *_JUDGED),
             [(precision, *_judged(judgement)) for precision, judgement in figures.precisions.items()],
         ),
-        "",
-    ]
+    )
+
+
+def _section(title: str, *parts: list[str]) -> list[str]:
+    """A title and what stands below it, an empty line behind each."""
+    return [line for part in ([title], *parts) for line in (*part, "")]
 
 
 def _text(text: str) -> list[str]:

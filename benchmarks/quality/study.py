@@ -27,7 +27,7 @@ from benchmarks.quality.page import (
     decoders_plot,
     quality_page,
 )
-from diagd.bundle.files import atomic_file
+from diagd.bundle.files import atomic_file, write_text
 from diagd.bundle.targets import file_target
 from diagd.errors import UsageError
 from diagd.export.families.world import SHIPPED, load_tokenizer
@@ -128,12 +128,12 @@ class Study:
         with tempfile.TemporaryDirectory() as scratch:
             for part in options.parts:
                 figures = self._measure(part, figures, Path(scratch))
-                _write(options.output / "quality.json", json.dumps(asdict(figures), indent=1) + "\n")
+                write_text(options.output / "quality.json", json.dumps(asdict(figures), indent=1) + "\n")
         _plot(options.output / "quality-speed.png", figures)
         for world, compared in figures.decoders.items():
             plot_points(options.output / decoders_plot(world), compared.points)
         page = options.output / "quality.md"
-        _write(page, quality_page(figures, SHIPPED_SIZE))
+        write_text(page, quality_page(figures, SHIPPED_SIZE))
         return page
 
     def _known(self) -> Figures:
@@ -327,11 +327,6 @@ def export_world(folder: Path, output: Path) -> Path:
 def parameters(folder: Path) -> int:
     """Weights of a trained world."""
     return sum(parameter.numel() for parameter in load_world(folder).model.parameters())
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as partial:
-        partial.write_text(text)
 
 
 def _plot(path: Path, figures: Figures) -> None:

@@ -17,7 +17,7 @@ from diagd.bundle import cache
 from diagd.bundle.files import atomic_directory, instead, sha256, turn
 from diagd.bundle.manifest import INT8_CACHE, MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest
 from diagd.bundle.targets import bundle_target
-from diagd.errors import BundleError, ScheduleError, UsageError
+from diagd.errors import BundleError, ScheduleError, UsageError, fault
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,7 @@ def read_manifest(path: Path) -> Manifest:
     except ScheduleError as error:  # of the layout, or the order
         raise BundleError(f"{file}: {error}; {_MEND}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{file}: field '{where}': {first['msg']}; {_MEND}") from error
+        raise BundleError(f"{file}: field {fault(error)}; {_MEND}") from error
 
 
 @contextmanager

@@ -276,6 +276,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text (UTF-8), whole or not at all."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def usual_rights(path: Path) -> Iterator[None]:
     """Give a new file the rights that files get here; libraries of tensors write for their owner alone."""

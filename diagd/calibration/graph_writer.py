@@ -18,12 +18,14 @@ from diagd.calibration.matrices import (
     QUANTISED_OPSET,
     EitherMatrix,
     QuantisedMatrix,
+    StoredWeights,
+    Weight,
     check_form,
     quantised_matrix,
 )
 from diagd.calibration.options import Scheme
 from diagd.calibration.search import Choice
-from diagd.calibration.stored import Float, StoredWeights, Weight
+from diagd.engines.engine import Float
 from diagd.export.exporter import TORCH_TYPES
 from diagd.export.onnx_file import read_onnx
 from diagd.export.step_graph import PLAIN, StepVariant, trace_step

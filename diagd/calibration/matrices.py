@@ -1,4 +1,4 @@
-"""Matrices in fewer bits: modules that stand for them while a step is traced, and what their buffers hold.
+"""Matrices as the export stored them, and in fewer bits: modules that stand for them while a step is traced.
 
 On the CPU static activations are uint8 with zero point 128, which is the same arithmetic as int8 with zero
 point 0 and the faster product on every x86 with VNNI or AMX; TensorRT takes int8 with zero point 0 only.
@@ -8,9 +8,11 @@ DequantizeLinear ahead of the product for TensorRT.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -18,12 +20,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diagd.bundle import Form
+from diagd.bundle import Bundle, Form
 from diagd.bundle.precision import GROUP
 from diagd.calibration.options import E4M3_MAX, Scheme
-from diagd.calibration.stored import Array, Float, Weight, row_chunks
-from diagd.export.tracing import cast, onnx_operator
-from diagd.export.weights import WeightSource, constant
+from diagd.engines.engine import Float
+from diagd.errors import BundleError
+from diagd.export.exporter import WEIGHTS_NAME, step_shapes
+from diagd.export.tracing import FOLD_LIMIT, cast, onnx_operator
+from diagd.export.weights import WeightSource, constant, external_tensors, plan, total_bytes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Array = NDArray[Any]
+CHUNK_BYTES = 64 << 20
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Shares of a group's largest weight that are tried as its range."""
@@ -46,6 +56,94 @@ PLACEHOLDERS = {INT4: torch.int8, FP8: torch.float8_e4m3fn}
 """Types of buffers while they are traced, where PyTorch or its NumPy has no name for them."""
 
 Sources = Mapping[str, WeightSource]
+
+
+class StoredWeights:
+    """Tensors of the graphs in floating point, mapped from their file, never read whole.
+
+    Raises:
+        BundleError: the file is not as the export writes it.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._path = bundle.file(WEIGHTS_NAME)
+        manifest = bundle.manifest
+        self._places = plan(step_shapes(manifest.transformer, np.dtype(manifest.cache.dtype)))
+        expected, found = total_bytes(self._places), self._path.stat().st_size
+        if found != expected:
+            raise BundleError(
+                f"{self._path} has {found} bytes, the weights of {manifest.name} are {expected}: "
+                "export it again"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __getitem__(self, name: str) -> Array:
+        """A tensor by its name in graphs, a read-only map."""
+        place = self._places[name]
+        return np.memmap(self._path, place.dtype, "r", place.offset, place.shape)
+
+    def tensors(self) -> dict[str, ir.TensorProtocol]:
+        """All of them, for a graph beside the file; those that a graph's simplification reads lie in it.
+
+        The file may be a hard link, which onnx_ir refuses to read.
+        """
+        import onnx_ir as ir
+
+        found: dict[str, ir.TensorProtocol] = {}
+        found |= external_tensors(self._places, WEIGHTS_NAME, self._path.parent)
+        small = [name for name, place in self._places.items() if math.prod(place.shape) <= FOLD_LIMIT]
+        return found | {name: ir.Tensor(np.array(self[name]), name=name) for name in small}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A stored tensor [N] or [K, N] with factors of its rows and columns, read in blocks.
+
+    Attributes:
+        stored: the tensor is one of these.
+        name: of the tensor.
+        dtype: of what is computed with it.
+        rows: float32 [K], multiplied.
+        columns: float32 [N], divided by.
+    """
+
+    stored: StoredWeights
+    name: str
+    dtype: np.dtype[Any]
+    rows: Float | None = None
+    columns: Float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[K, N]; K is 1 for vectors."""
+        shape: tuple[int, int] = np.atleast_2d(self.stored[self.name]).shape
+        return shape
+
+    def block(self, rows: slice, columns: slice = slice(None)) -> Float:
+        """float32 [rows, columns]."""
+        # Mapped anew each time: pages of a map that is kept would add up to the whole file.
+        block = np.asarray(np.atleast_2d(self.stored[self.name])[rows, columns], np.float32)
+        if self.rows is not None:
+            block = block * self.rows[rows, None]
+        return block if self.columns is None else block / self.columns[columns]
+
+    def source(self) -> WeightSource:
+        """The tensor with its factors applied."""
+
+        def chunks() -> Iterator[Array]:
+            for rows in row_chunks(self.shape):
+                yield self.block(rows)
+
+        return WeightSource(self.stored[self.name].shape, chunks, self.dtype)
+
+
+def row_chunks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
+    """Slices of rows of a float32 matrix, about ``CHUNK_BYTES`` each, in multiples of rows."""
+    step = max(1, CHUNK_BYTES // (4 * shape[1] * multiple)) * multiple
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
 
 
 def fp8(values: Array) -> Array:

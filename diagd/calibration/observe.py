@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from diagd.bundle import Bundle
 from diagd.bundle.files import atomic_file
 from diagd.bundle.manifest import StepGraph
-from diagd.calibration.stored import StoredWeights
+from diagd.calibration.matrices import StoredWeights
 from diagd.calibration.trajectory import CalibrationSet, Rollouts, open_graphs
 from diagd.engines.engine import Float
 from diagd.engines.onnxruntime_session import CpuOptions

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diagd.bundle.files import atomic_file
+from diagd.bundle.files import atomic_file, write_text
 from diagd.calibration.options import Budget
-from diagd.errors import BundleError
+from diagd.errors import BundleError, fault
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -154,17 +154,14 @@ def read_calibration(directory: Path) -> CalibrationReport | None:
     try:
         return CalibrationReport.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{file}: field '{where}': {first['msg']}; calibrate a fresh export") from error
+        raise BundleError(f"{file}: field {fault(error)}; calibrate a fresh export") from error
 
 
 def add_report(directory: Path, model: str, report: PrecisionReport) -> None:
     """Write the report of a precision beside those of others."""
     known = read_calibration(directory) or CalibrationReport(model=model)
     whole = known.model_copy(update={"precisions": {**known.precisions, report.precision: report}})
-    with atomic_file(directory / REPORT_NAME) as partial:
-        partial.write_text(whole.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_text(directory / REPORT_NAME, whole.model_dump_json(indent=2) + "\n")
 
 
 def layer_table(report: PrecisionReport) -> Table:

@@ -18,11 +18,11 @@ import numpy as np
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import RotaryContext
 from diagd.bundle.precision import FLOATING, KV_CACHES
-from diagd.calibration.matrices import check_form, ranges, rounded_rows, rounded_weight
+from diagd.calibration.matrices import Array, check_form, ranges, rounded_rows, rounded_weight
 from diagd.calibration.observe import InputStatistics
 from diagd.calibration.options import Scheme
 from diagd.calibration.report import CacheReport
-from diagd.calibration.stored import Array, Float
+from diagd.engines.engine import Float
 from diagd.engines.tensors import cache_tensors
 from diagd.errors import UsageError, unknown
 from diagd.export.variants import Projection

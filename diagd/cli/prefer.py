@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
@@ -110,7 +110,7 @@ def run(options: PreferVerb) -> int:
 
 
 def _print(options: PreferVerb, report: PreferReport) -> None:
-    from diagd.bundle.files import atomic_file
+    from diagd.bundle.files import write_text
 
     console = terminal.console()
     if probe := report.probe:
@@ -125,8 +125,7 @@ def _print(options: PreferVerb, report: PreferReport) -> None:
     )
     console.print(_table(report))
     if options.report is not None and is_first():
-        with atomic_file(options.report) as partial:
-            partial.write_text(json.dumps(report.data(), indent=1) + "\n", encoding="utf-8")
+        write_text(options.report, json.dumps(asdict(report), indent=1) + "\n")
 
 
 def _table(report: PreferReport) -> Table:

@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from typing_extensions import override
+
 from diagd.errors import DiagdError
 from diagd.play.fleet import Figures, LocalFleet
 from diagd.play.messages import Message, without_paths
@@ -16,13 +18,13 @@ from diagd.play.opening import GameOptions
 from diagd.play.record import Line
 from diagd.play.saved import SavedGame
 from diagd.play.service import Service, opened_tables
-from diagd.play.table import Table
+from diagd.play.table import Player, Table
 
 _PATIENCE: Final = 0.5
 """Seconds that somebody who asks waits for news at most."""
 
 
-class Saying(NamedTuple):
+class Call(NamedTuple):
     """Something that a table is to do: ``kind`` is a method of `Seat`."""
 
     number: int
@@ -55,16 +57,16 @@ class PlayActor:
         self._fleet.start(self._loop)
         return str(import_module("ray").get_runtime_context().get_node_id())
 
-    async def do(self, sayings: Sequence[Saying]) -> None:
+    async def do(self, calls: Sequence[Call]) -> None:
         """What is said to tables."""
-        for saying in sayings:
-            if saying.kind == "seat":
+        for call in calls:
+            if call.kind == "seat":
                 self._fleet.seated()
             try:
-                getattr(self._seats[saying.number], saying.kind)(*saying.values)
+                getattr(self._seats[call.number], call.kind)(*call.values)
             except DiagdError as error:
                 told = {"type": "error", "text": without_paths(str(error))}
-                self.send(Event(saying.number, "send", told))
+                self.send(Event(call.number, "send", told))
 
     async def hear(self) -> tuple[list[Event], Figures]:
         """What happened since the last time, as soon as something did."""
@@ -86,19 +88,19 @@ class PlayActor:
         self._loop.call_soon_threadsafe(self.send, event)
 
 
-class _Seat:
+class _Seat(Player):
     """A table's player, in place of the one who is far away."""
 
     def __init__(self, actor: PlayActor, number: int, table: Table) -> None:
         self._actor, self._number, self._table = actor, number, table
         table.keep = self._keep
 
+    @override
     def send(self, message: dict[str, Any] | bytes) -> None:
-        """See ``Player``."""
         self._actor.send(Event(self._number, "send", message))
 
+    @override
     def show(self, number: int, update: bytes) -> None:
-        """See ``Player``."""
         self._actor.send(Event(self._number, "show", (number, update)))
 
     def _hear(self, line: Line) -> None:

@@ -10,11 +10,13 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, Final
 
+from typing_extensions import override
+
 from diagd.bundle import Bundle
 from diagd.cluster.connection import EngineOptions, connect
-from diagd.cluster.engine import Event, PlayActor, Saying
+from diagd.cluster.engine import Call, Event, PlayActor
 from diagd.errors import EngineError, UsageError
-from diagd.play.fleet import Figures
+from diagd.play.fleet import Figures, Fleet, ServedTable
 from diagd.play.messages import Message
 from diagd.play.opening import GameOptions
 from diagd.play.saved import SavedGame
@@ -36,11 +38,11 @@ class Home:
 
     def say(self, kind: str, *values: Any) -> None:
         """Have something done there, after what was said before."""
-        self.engine.say(Saying(self.number, kind, values))
+        self.engine.say(Call(self.number, kind, values))
 
 
-class RemoteTable:
-    """See ``Desk``: what is kept here of a world that is played elsewhere.
+class RemoteTable(ServedTable):
+    """What is kept here of a world that is played elsewhere.
 
     Attributes:
         home: where; it moves when that engine is lost.
@@ -57,8 +59,8 @@ class RemoteTable:
         self._player: Player | None = None
         self._number = 0
 
+    @override
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
-        """See ``Desk``."""
         self._player, self.heard, self.ticket = player, time.monotonic(), ticket
         if is_new:
             self.saved = SavedGame()
@@ -67,31 +69,32 @@ class RemoteTable:
         else:
             self.home.say("seat", ticket, is_new)
 
+    @override
     def leave(self) -> None:
-        """See ``Desk``."""
         self._player = None
         if not self.is_away:
             self.home.say("leave")
 
+    @override
     def clear(self) -> None:
-        """See ``Desk``."""
         self.leave()
         self.ticket, self.saved = "", SavedGame()
         if self.keep is not None:
             self.keep(None)
 
+    @override
     def take_up(self, saved: SavedGame, ticket: str) -> None:
         """Go on with a world that another server kept."""
         self.saved, self.ticket = saved, ticket
 
+    @override
     def obey(self, player: Player, message: Message) -> None:
-        """See ``Desk``."""
         self.heard = time.monotonic()
         if not self.is_away:
             self.home.say("obey", message)
 
+    @override
     def upload(self, player: Player, data: bytes) -> None:
-        """See ``Desk``."""
         if player is self._player and not self.is_away:
             self.home.say("upload", data)
 
@@ -139,12 +142,12 @@ class RemoteEngine:
         self.homes = [Home(self, number) for number in range(count)]
         self.actor: Any = None
         self.node = ""
-        self._sayings: list[Saying] = []
+        self._calls: list[Call] = []
         self._said = asyncio.Event()
 
-    def say(self, saying: Saying) -> None:
+    def say(self, call: Call) -> None:
         """Send something after what was said before."""
-        self._sayings.append(saying)
+        self._calls.append(call)
         self._said.set()
 
     async def run(self) -> None:
@@ -186,23 +189,25 @@ class RemoteEngine:
         while True:
             await self._said.wait()
             self._said.clear()
-            sayings, self._sayings = self._sayings, []
-            await actor.do.remote(sayings)
+            calls, self._calls = self._calls, []
+            await actor.do.remote(calls)
 
     def _lose(self) -> None:
         """It is gone, with all that was said to it."""
-        self.is_alive, self.figures, self._sayings = False, Figures(), []
+        self.is_alive, self.figures, self._calls = False, Figures(), []
         self._fleet.lose(self)
         self._fleet.settle()
 
 
-class RayFleet:
-    """See ``Fleet``: engines on the nodes of a cluster, each with as many tables as one of this process.
+class RayFleet(Fleet):
+    """Engines on the nodes of a cluster, each with as many tables as one of this process.
 
     A world whose engine is lost goes on at a table that is free elsewhere, else where the engine is started
     anew: from its last snapshot, and the lines of its record since, which are kept here. The bundle is in the
     same place on every node; ``service`` is that of each engine.
     """
+
+    tables: Sequence[RemoteTable]
 
     def __init__(
         self, bundle: Bundle, options: GameOptions, service: Service, cluster: EngineOptions
@@ -228,23 +233,23 @@ class RayFleet:
         self.moves = 0
         self._tasks: list[asyncio.Task[None]] = []
 
+    @override
     @property
     def is_alive(self) -> bool:
-        """See ``Fleet``."""
         return any(engine.is_alive for engine in self.engines)
 
+    @override
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """See ``Fleet``."""
         self._tasks = [loop.create_task(engine.run()) for engine in self.engines]
 
+    @override
     def check(self) -> None:
-        """See ``Fleet``."""
         for task in self._tasks:
             if task.done():
                 task.result()
 
+    @override
     async def close(self) -> None:
-        """See ``Fleet``."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -252,24 +257,24 @@ class RayFleet:
             if engine.actor is not None:
                 self._ray.kill(engine.actor)
 
+    @override
     def beside(self, number: int) -> Sequence[int]:
-        """See ``Fleet``."""
         table = self.tables[number]
         if table.is_away:
             return ()
         return [n for n, one in enumerate(self.tables) if one.home.engine is table.home.engine]
 
+    @override
     def figures(self, number: int) -> Figures:
-        """See ``Fleet``."""
         return self.tables[number].home.engine.figures
 
+    @override
     def seated(self, number: int) -> None:
-        """See ``Fleet``."""
         engine = self.tables[number].home.engine
         engine.figures = replace(engine.figures, measured=0)
 
+    @override
     def metrics(self) -> Sequence[tuple[str, str, str, float]]:
-        """See ``Fleet``."""
         alive = sum(engine.is_alive for engine in self.engines)
         return (
             ("engines", "gauge", "that answer", alive),

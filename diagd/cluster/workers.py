@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from diagd.cluster.connection import ClusterOptions, connect
 from diagd.runtime.pool import (
     MAX_DEATHS,
@@ -58,8 +60,9 @@ class RayWorkers(Workers[Item, Result]):
         for _ in range(self._count):
             self._begin()
 
+    @override
     def map(self, items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-        """See ``Workers``. One that is being started elsewhere keeps no item waiting."""
+        """One that is being started elsewhere keeps no item waiting."""
         from ray.exceptions import RayActorError, RayTaskError
 
         waiting, running, deaths = deque(range(len(items))), dict[Any, tuple[Any, int]](), 0
@@ -94,6 +97,7 @@ class RayWorkers(Workers[Item, Result]):
         self._actors.append(actor)
         self._starting[actor.ready.remote()] = actor
 
+    @override
     def close(self) -> None:
         """End the actors; the connection stays."""
         for actor in self._actors:

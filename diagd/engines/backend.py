@@ -98,11 +98,9 @@ class Backend(Protocol):
             EngineError: there is no device, or it refuses the graph.
             DependencyError: a package is missing.
         """
-        ...
 
     def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:
         """A plain graph, as of a pixel tokenizer; ``digest`` is the file's."""
-        ...
 
     def ceilings(self, threads: int = 0) -> Ceilings:
         """The limits of the hardware, measured now; nothing else may run on it.
@@ -113,7 +111,6 @@ class Backend(Protocol):
             EngineError: there is no device, or it refuses the product.
             DependencyError: a package is missing.
         """
-        ...
 
 
 def as_graph(session: Any) -> Graph:

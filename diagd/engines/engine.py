@@ -103,11 +103,9 @@ class Clock(Protocol):
 
     def mark(self, number: int) -> None:
         """Note when everything asked for so far is done; a number used again has the later time."""
-        ...
 
     def seconds(self, first: int, last: int) -> float:
         """From one time stamp to another; waits for both."""
-        ...
 
 
 class HostClock(Clock):
@@ -163,11 +161,9 @@ class Engine(Protocol):
                 engine of one stream may run all of it at the first. None: each step is a part.
             lane: of the stream.
         """
-        ...
 
     def step(self, lanes: Sequence[int] = (0,)) -> None:
         """Run, or queue, the next step of some lanes in one pass; K/V rows are written in place."""
-        ...
 
     def draw(self) -> None:
         """Draw the tokens of the pass just run and write them to its sinks, where ``step`` did not.
@@ -180,7 +176,6 @@ class Engine(Protocol):
 
     def logits(self, lane: int = 0) -> Float:
         """Logits [R, V] of a lane's rows that the last pass decodes, once it has run, until the next one."""
-        ...
 
     def watched(self) -> Mapping[str, NDArray[Any]]:
         """Further outputs [rows, ...] of the last pass by name, where the engine was opened to watch some."""
@@ -188,23 +183,18 @@ class Engine(Protocol):
 
     def write_tokens(self, places: Int, ids: Int, lane: int = 0) -> None:
         """Put ids into a token buffer, for steps run from now on."""
-        ...
 
     def read_tokens(self, places: Int, lane: int = 0) -> Int:
         """Ids in a token buffer once every step so far has run."""
-        ...
 
     def write_slots(self, slot_position: Int, lane: int = 0) -> None:
         """Take the position of every slot, int32 [capacity]."""
-        ...
 
     def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
         """Take the keys and values of a text, by input of the step graph; for models that read text."""
-        ...
 
     def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
         """Turn the keys of slots below ``live`` by ``angles`` (radians, one per channel pair)."""
-        ...
 
     def evaluate(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Run the step graph on given inputs, as by its own contract; what the engine held is lost.
@@ -213,7 +203,6 @@ class Engine(Protocol):
             feeds: arrays by input, as wide as ``padded_widths`` says.
             outputs: to give back.
         """
-        ...
 
     def memory_used(self) -> int:
         """Bytes of its device that are in use, those of other programs included; 0 for the host's memory."""
@@ -221,4 +210,3 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give the memory back; the engine is dead then."""
-        ...

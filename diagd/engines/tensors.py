@@ -88,7 +88,6 @@ class Program(Protocol):
 
     def enqueue(self, width: int) -> None:
         """Queue one step of ``width`` rows."""
-        ...
 
 
 MakeProgram = Callable[[Mapping[str, Tensor]], Program]

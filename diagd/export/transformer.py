@@ -66,11 +66,9 @@ class AttentionForm(Protocol):
 
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """Rotary embedding of x [..., W, heads, D] with tables [..., W, D / 2]."""
-        ...
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Queries [..., W, H, D], new keys and values [..., W, G, D] -> [..., W, H, D]."""
-        ...
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:

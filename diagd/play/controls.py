@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from diagd.bundle.actions import ActionCodec, EdgesSlot, MuLawSlot
 from diagd.engines.engine import Int
-from diagd.errors import UsageError
+from diagd.errors import UsageError, fault
 from diagd.runtime.actions import encode, represented
 
 CONTROLS_NAME: Final = "controls.json"
@@ -136,9 +136,7 @@ def read_controls(bundle: Path, codec: ActionCodec | None, file: Path | None = N
     try:
         controls = Controls.model_validate_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{path}: {where}: {first['msg']}; see docs/play.md for the table") from None
+        raise UsageError(f"{path}: {fault(error)}; see docs/play.md for the table") from None
     except OSError as error:
         raise UsageError(f"cannot read controls from {path}: {error.strerror or error}") from None
     for code in controls.keys:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
-from typing import Final, Protocol
+from abc import ABC, abstractmethod
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from diagd.play.pictures import Pictures
 
@@ -19,12 +21,15 @@ _BAND: Final = 6  # rows of pixels of one sixel
 _CELL: Final = 2.0  # height of a character over its width, about
 
 
-class Drawing(Protocol):
-    """Turns a picture uint8 [height, width, 3] into what draws it at the top left."""
+class Drawing(ABC):
+    """Turns a picture uint8 [height, width, 3] into what draws it at the top left of so many characters."""
 
+    def __init__(self, rows: int, columns: int) -> None:
+        self._space = rows, columns
+
+    @abstractmethod
     def draw(self, picture: Pictures) -> bytes:
         """Bytes for the terminal."""
-        ...
 
 
 def fitted(height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
@@ -33,14 +38,11 @@ def fitted(height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
     return max(1, round(across * height / width / _CELL)), max(1, across)
 
 
-class Kitty:
+class Kitty(Drawing):
     """The graphics protocol of kitty, which scales by itself; the picture before is replaced."""
 
-    def __init__(self, rows: int, columns: int) -> None:
-        self._space = rows, columns
-
+    @override
     def draw(self, picture: Pictures) -> bytes:
-        """See ``Drawing``."""
         height, width = picture.shape[:2]
         rows, columns = fitted(height, width, *self._space)
         data = base64.b64encode(np.ascontiguousarray(picture).tobytes())
@@ -53,14 +55,11 @@ class Kitty:
         return b"".join(parts)
 
 
-class Sixel:
+class Sixel(Drawing):
     """DEC's graphics: colours are rounded to a cube of 216."""
 
-    def __init__(self, rows: int, columns: int) -> None:
-        self._space = rows, columns
-
+    @override
     def draw(self, picture: Pictures) -> bytes:
-        """See ``Drawing``."""
         scale = max(1, min(self._space[1] * 8 // picture.shape[1], self._space[0] * 16 // picture.shape[0]))
         big = picture.repeat(scale, axis=0).repeat(scale, axis=1)
         steps = (big.astype(np.uint16) * (_LEVELS - 1) + 127) // 255
@@ -94,15 +93,13 @@ def _runs(bits: NDArray[np.uint8]) -> bytes:
     )
 
 
-class Blocks:
+class Blocks(Drawing):
     """Two pixels a character; characters that did not change are not drawn again."""
 
-    def __init__(self, rows: int, columns: int) -> None:
-        self._space = rows, columns
-        self._before: NDArray[np.uint8] | None = None
+    _before: NDArray[np.uint8] | None = None
 
+    @override
     def draw(self, picture: Pictures) -> bytes:
-        """See ``Drawing``."""
         height, width = picture.shape[:2]
         rows, columns = fitted(height, width, *self._space)
         down = np.arange(2 * rows) * height // (2 * rows)

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from typing_extensions import override
+
 from diagd.play.messages import Message
 from diagd.play.saved import SavedGame
-from diagd.play.stage import Conductor, Pacer
+from diagd.play.stage import GameLoop, Pacer
 from diagd.play.table import Player, Table
 
 
@@ -30,7 +32,7 @@ class Figures:
     measured: int = 0
 
 
-class Desk(Protocol):
+class ServedTable(Protocol):
     """What a server sees of a table.
 
     Attributes:
@@ -47,49 +49,37 @@ class Desk(Protocol):
 
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
         """Let somebody play."""
-        ...
 
     def leave(self) -> None:
         """Nobody plays any more."""
-        ...
 
     def clear(self) -> None:
         """Its world is nobody's any more."""
-        ...
 
     def take_up(self, saved: SavedGame, ticket: str) -> None:
         """Go on with a world that was played elsewhere, as its player comes back."""
-        ...
 
     def obey(self, player: Player, message: Message) -> None:
         """What the player says."""
-        ...
 
     def upload(self, player: Player, data: bytes) -> None:
         """A picture to begin a world from."""
-        ...
 
 
 class Fleet(Protocol):
-    """Tables, wherever they are played."""
+    """Tables, by number, wherever they are played."""
 
-    @property
-    def tables(self) -> Sequence[Desk]:
-        """All of them, by number."""
-        ...
+    tables: Sequence[ServedTable]
 
     @property
     def is_alive(self) -> bool:
         """Whether anything can be played."""
-        ...
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Play; the players' connections belong to the loop."""
-        ...
 
     async def close(self) -> None:
         """End after the frames that are decoded now."""
-        ...
 
     def check(self) -> None:
         """Go on.
@@ -97,64 +87,56 @@ class Fleet(Protocol):
         Raises:
             DiagdError: nothing can be played any more.
         """
-        ...
+        return
 
     def beside(self, number: int) -> Sequence[int]:
         """Tables on the engine of one, itself included; none where it has no engine now."""
-        ...
 
     def figures(self, number: int) -> Figures:
         """Of the engine of a table."""
-        ...
 
     def seated(self, number: int) -> None:
         """Somebody was seated: what its engine took before says nothing of what it takes now."""
-        ...
 
     def metrics(self) -> Sequence[tuple[str, str, str, float]]:
         """Name, kind, meaning and value of further figures."""
-        ...
+        return ()
 
 
-class LocalFleet:
-    """See ``Fleet``: tables of this process, over one engine."""
+class LocalFleet(Fleet):
+    """Tables of this process, over one engine."""
+
+    tables: Sequence[Table]
 
     def __init__(self, tables: Sequence[Table]) -> None:
-        self.tables: Sequence[Table] = tuple(tables)
-        self.conductor = Conductor([table.stage for table in self.tables])
+        self.tables = tuple(tables)
+        self.game_loop = GameLoop([table.stage for table in self.tables])
 
+    @override
     @property
     def is_alive(self) -> bool:
-        """See ``Fleet``."""
-        return self.conductor.is_alive()
+        return self.game_loop.is_alive()
 
+    @override
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """See ``Fleet``."""
         for table in self.tables:
             table.open(loop)
-        self.conductor.start()
+        self.game_loop.start()
 
+    @override
     async def close(self) -> None:
-        """See ``Fleet``."""
-        await asyncio.to_thread(self.conductor.close)
+        await asyncio.to_thread(self.game_loop.close)
 
-    def check(self) -> None:
-        """See ``Fleet``."""
-
+    @override
     def beside(self, number: int) -> Sequence[int]:
-        """See ``Fleet``."""
         return range(len(self.tables))
 
+    @override
     def figures(self, number: int = 0) -> Figures:
-        """See ``Fleet``."""
-        pacer, late = self.conductor.pacer, sum(table.stage.pacer.late for table in self.tables)
+        pacer, late = self.game_loop.pacer, sum(table.stage.pacer.late for table in self.tables)
         p50, p95 = pacer.percentile(50), pacer.percentile(95)
-        return Figures(self.conductor.frames, late, p50, p95, pacer.measured)
+        return Figures(self.game_loop.frames, late, p50, p95, pacer.measured)
 
+    @override
     def seated(self, number: int = 0) -> None:
-        """See ``Fleet``."""
-        self.conductor.pacer = Pacer(1.0)
-
-    def metrics(self) -> Sequence[tuple[str, str, str, float]]:
-        """See ``Fleet``."""
-        return ()
+        self.game_loop.pacer = Pacer(1.0)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from diagd.bundle import Bundle
 from diagd.engines.backend import CPU
 from diagd.engines.engine import Int
-from diagd.errors import DiagdError, QualityError, UsageError
+from diagd.errors import DiagdError, QualityError, UsageError, fault
 from diagd.play.controls import Taken
 from diagd.play.settings import PlaySettings
 from diagd.runtime.sampling import SAMPLER
@@ -228,8 +228,7 @@ def read_record(path: Path) -> tuple[Header, list[tuple[int, Line]]]:
         except ValidationError as error:
             if number == lines[-1][0] and not text.endswith("\n"):
                 break
-            reason: Any = error.errors()[0]
-            raise UsageError(f"{path}, line {number}: {reason['msg']} ({text.strip()[:60]})") from None
+            raise UsageError(f"{path}, line {number}: {fault(error)} ({text.strip()[:60]})") from None
     if parsed and not isinstance(parsed[0][1], Start):
         raise UsageError(f"{path}, line {parsed[0][0]}: expected a start, which a world begins with")
     if first.sampler != SAMPLER:

@@ -88,7 +88,7 @@ class SavedGame:
             pass
 
 
-def shelf_target(folder: Path) -> Path:
+def saved_games_target(folder: Path) -> Path:
     """Where worlds can be kept.
 
     Raises:
@@ -115,7 +115,7 @@ class SavedGames:
 
     def __init__(self, folder: Path, bundle: str) -> None:
         self._folder, self._bundle, self._writer = folder, bundle, ThreadPoolExecutor(1)
-        shelf_target(folder)
+        saved_games_target(folder)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.token = self._token(folder / MARK)

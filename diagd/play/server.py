@@ -1,4 +1,4 @@
-"""Page and socket from one port: an asyncio loop in front of the conductor's thread."""
+"""Page and socket from one port: an asyncio loop in front of the thread of the game loop."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
+from typing_extensions import override
+
 from diagd.errors import DiagdError, UsageError, require
 from diagd.play import messages
 from diagd.play.fleet import Figures, Fleet
 from diagd.play.messages import Ack, Hello, without_paths
-from diagd.play.room import Room, Seat
+from diagd.play.room import Guest, Room, Seat
 from diagd.play.site import SOCKET, Answer, Site, cannot_listen, in_url, plain
 from diagd.play.stage import SHARE
+from diagd.play.table import Player
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
@@ -75,7 +78,7 @@ class Address:
         return self.host in ("127.0.0.1", "::1", "localhost")
 
 
-class Client:
+class Client(Guest, Player):
     """One connection: what it is told, and what it may say."""
 
     def __init__(self, server: Server, connection: ServerConnection) -> None:
@@ -86,11 +89,13 @@ class Client:
         self._wake = asyncio.Event()
         self._allowance, self._counted = server.limits.messages_per_second, time.monotonic()
 
+    @override
     def send(self, message: dict[str, Any] | bytes) -> None:
         """Send a message after those before it; the oldest is dropped where too many wait."""
         self._texts.append(message if isinstance(message, bytes) else json.dumps(message))
         self._wake.set()
 
+    @override
     def show(self, number: int, update: bytes) -> None:
         """Send an update when the page has kept up, unless a newer one comes before."""
         self._newest = number, update
@@ -102,16 +107,16 @@ class Client:
             self._unseen.popleft()
         self._wake.set()
 
+    @override
     def seated(self, ticket: str, is_new: bool) -> None:
-        """See ``Guest``."""
         self._server.seat(self, ticket, is_new)
 
+    @override
     def waits(self, place: int) -> None:
-        """See ``Guest``."""
         self.send({"type": "waiting", "place": place})
 
+    @override
     def put_out(self) -> None:
-        """See ``Guest``."""
         self._server.close_later(self.connection, _PUT_OUT, "the world was opened elsewhere")
 
     async def send_all(self) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from diagd.bundle import Bundle
 from diagd.bundle.files import turn
 from diagd.play.controls import Inputs, read_controls
-from diagd.play.fleet import Desk, Fleet, LocalFleet
+from diagd.play.fleet import Fleet, LocalFleet, ServedTable
 from diagd.play.opening import GameOptions, open_games
-from diagd.play.saved import EVERY, SavedGame, SavedGames, shelf_target
+from diagd.play.saved import EVERY, SavedGame, SavedGames, saved_games_target
 from diagd.play.server import Address, Limits, Server
 from diagd.play.table import Table
 
@@ -56,9 +56,9 @@ def serve_fleet(
     """Likewise, worlds of a bundle wherever they are played."""
     with ExitStack() as held:
         if service.state is not None:
-            held.enter_context(turn(shelf_target(service.state)))  # a server there ends first
-            shelf = held.enter_context(closing(SavedGames(service.state, bundle.digest)))
-            address = keep_worlds(shelf, fleet.tables, address)
+            held.enter_context(turn(saved_games_target(service.state)))  # a server there ends first
+            saves = held.enter_context(closing(SavedGames(service.state, bundle.digest)))
+            address = keep_worlds(saves, fleet.tables, address)
         rate = service.rate or bundle.manifest.frames_per_second
         server = Server(fleet, address, service.limits, rate)
         with suppress(KeyboardInterrupt):
@@ -85,20 +85,20 @@ def opened_tables(path: Path, options: GameOptions, service: Service) -> Iterato
         group.close()
 
 
-def keep_worlds(shelf: SavedGames, tables: Sequence[Desk], address: Address) -> Address:
+def keep_worlds(saves: SavedGames, tables: Sequence[ServedTable], address: Address) -> Address:
     """Go on with the worlds that a server before kept, at its address, and keep those that are played now."""
-    for number, ticket, snapshot in shelf.find(len(tables)):
+    for number, ticket, snapshot in saves.find(len(tables)):
         tables[number].take_up(SavedGame(snapshot), ticket)
     for number, table in enumerate(tables):
-        table.keep = partial(_keep, shelf, number, table)
-    return replace(address, token=shelf.token)
+        table.keep = partial(_keep, saves, number, table)
+    return replace(address, token=saves.token)
 
 
-def _keep(shelf: SavedGames, number: int, table: Desk, snapshot: bytes | None) -> None:
+def _keep(saves: SavedGames, number: int, table: ServedTable, snapshot: bytes | None) -> None:
     if snapshot is None:
-        shelf.drop(number)
+        saves.drop(number)
     elif table.ticket:
-        shelf.put(number, table.ticket, snapshot)
+        saves.put(number, table.ticket, snapshot)
 
 
 async def _until_drained(server: Server, started: Callable[[str], None]) -> None:

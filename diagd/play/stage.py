@@ -106,7 +106,7 @@ class Update:
 class Stage:
     """A world that is played: commands to it, and frames when they are due.
 
-    The conductor's thread alone uses the game from its start on. ``show`` takes each update there, as part of
+    The game loop's thread alone uses the game from its start on. ``show`` takes each update there, as part of
     the work of a frame, and ``fail`` the text of an error that stopped the world.
 
     Attributes:
@@ -191,7 +191,7 @@ class Stage:
             self._fail(f"internal error: {type(error).__name__}")
 
 
-class Conductor(threading.Thread):
+class GameLoop(threading.Thread):
     """Plays stages until it is closed; frames that are due at about the same time share passes.
 
     They are over the sessions of one group, or one alone.

@@ -43,17 +43,15 @@ class Player(Protocol):
 
     def send(self, message: dict[str, Any] | bytes) -> None:
         """Send a message after those before it."""
-        ...
 
     def show(self, number: int, update: bytes) -> None:
         """Send an update, unless a newer one comes before."""
-        ...
 
 
 class Table:
     """One world, its player and what stands between them.
 
-    ``watch`` sees every picture too, in the conductor's thread; where it is ``paced`` the player may ask for
+    ``watch`` sees every picture too, in the game loop's thread; where it is ``paced`` the player may ask for
     another rate; ``every`` counts frames between two snapshots.
 
     Attributes:

@@ -18,7 +18,7 @@ from diagd.play.controls import Inputs
 from diagd.play.drawing import Blocks, Drawing, Kitty, Sixel
 from diagd.play.game import Game
 from diagd.play.pictures import Pictures
-from diagd.play.stage import Conductor, Stage, Update
+from diagd.play.stage import GameLoop, Stage, Update
 
 HELD_SECONDS: Final = 0.25
 """A key of a terminal that tells no releases is held for so long after it was last repeated."""
@@ -222,13 +222,13 @@ class _Player:
         self._game, self._inputs, self._watch, self._target = game, inputs, watch, target
         self._stage = Stage(game, inputs, self._show, self._say, rate)
         self._stage.is_watched = True
-        self._conductor = Conductor([self._stage])
+        self._game_loop = GameLoop([self._stage])
 
     def run(self, source: int) -> None:
         """Until the player has had enough."""
         held = Held()
         self._stage.post(lambda: self._stage.look(self._game.reset(self._game.prompts[0])))
-        self._conductor.start()
+        self._game_loop.start()
         try:
             while True:
                 now = time.monotonic()
@@ -240,7 +240,7 @@ class _Player:
                 if self._inputs.has_changed:
                     self._stage.wake()
         finally:
-            self._conductor.close()
+            self._game_loop.close()
 
     def _command(self, press: Press) -> bool:
         """Do what keys mean that the world has no use for; True: the player leaves."""

@@ -110,8 +110,7 @@ def _frame_seconds(session: Session, options: ProfileOptions) -> float:
     count = 1 + options.frames * (RAGGED_FRAMES if decoder.ragged else 1)
     prompt = session.window - 1 if options.prompt is None else options.prompt
     workload = random_workload(session, prompt, count)
-    session.start(workload.prompt, workload.prompt_actions, workload.text)
-    frames = session.frames(decoder, workload.actions, count=count)
+    frames = session.frames(decoder, workload.start(session, count), count=count)
     return float(np.median([frame.seconds for frame in frames][1:]))
 
 

@@ -197,6 +197,11 @@ class Workload:
     actions: Int | None
     text: Float | None
 
+    def start(self, session: Session, frames: int) -> Int | None:
+        """Start a session at the prompt; gives the actions of so many frames."""
+        session.start(self.prompt, self.prompt_actions, self.text)
+        return None if self.actions is None else self.actions[:frames]
+
 
 def random_workload(session: Session, prompt: int, frames: int, seed: int = 0) -> Workload:
     """Random visual tokens that the model may see, no-op actions, and an empty text."""
@@ -231,8 +236,7 @@ def measure(
     """
     run = Measured(decoder, began=time.perf_counter())
     with run.timeline.stage("prompt"):
-        session.start(workload.prompt, workload.prompt_actions, workload.text)
-    actions = None if workload.actions is None else workload.actions[:frames]
+        actions = workload.start(session, frames)
     with run.timeline.stage("plan"):
         by_frame = session.frame_steps(decoder, actions, count=frames)
         widths = _widths_by_frame(session, decoder, len(workload.prompt), frames) if marks else []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.bundle.files import atomic_file
+from diagd.bundle.files import write_text
 from diagd.errors import require
 from diagd.profiling.report import Report, Run
 
@@ -31,9 +31,7 @@ def write_page(path: Path, report: Report) -> None:
     Raises:
         DependencyError: jinja2 or matplotlib is not installed.
     """
-    html = page(report)
-    with atomic_file(path) as partial:
-        partial.write_text(html, encoding="utf-8")
+    write_text(path, page(report))
 
 
 def page(report: Report) -> str:

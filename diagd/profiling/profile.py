@@ -18,7 +18,7 @@ import numpy as np
 import pydantic.dataclasses
 
 from diagd.bundle import Bundle, Form
-from diagd.bundle.files import atomic_file
+from diagd.bundle.files import write_text
 from diagd.engines.backend import CHOICES, CPU, Backend, find, forms_of
 from diagd.engines.ceilings import Ceilings
 from diagd.engines.host import cores, installed, memory_bytes, peak_memory, processor_name
@@ -106,9 +106,7 @@ class Profile:
 
     def write_trace(self, path: Path) -> None:
         """Write a file for chrome://tracing or ui.perfetto.dev."""
-        with atomic_file(path) as partial_file:
-            content = {"traceEvents": self.trace_events(), "displayTimeUnit": "ms"}
-            partial_file.write_text(json.dumps(content), encoding="utf-8")
+        write_text(path, json.dumps({"traceEvents": self.trace_events(), "displayTimeUnit": "ms"}))
 
 
 def _events(timeline: Timeline, thread: int, origin: float) -> list[dict[str, Any]]:

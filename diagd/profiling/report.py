@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diagd.bundle.files import atomic_file
+from diagd.bundle.files import write_text
 from diagd.engines.ceilings import Ceilings
-from diagd.errors import UsageError
+from diagd.errors import UsageError, fault
 from diagd.profiling.cost import StoredModel, step_operations, step_seconds
 from diagd.profiling.measure import Measured, Timeline, bucket, name_of
 from diagd.runtime.step import StepTime
@@ -214,8 +214,7 @@ class Report(_Record):
 
     def write(self, path: Path) -> None:
         """Write as JSON."""
-        with atomic_file(path) as partial:
-            partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
 def read_report(path: Path) -> Report:
@@ -240,9 +239,7 @@ def read_report(path: Path) -> Report:
     try:
         return Report.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{path} is no report of diagd-profile: '{where}': {first['msg']}") from error
+        raise UsageError(f"{path} is no report of diagd-profile: {fault(error)}") from error
 
 
 def _current(content: dict[str, Any]) -> dict[str, Any]:

@@ -115,9 +115,8 @@ def capture_feeds(session: Session, engine: Executor, pad: Callable[[Int], Int])
     """
     layout, workload = session.layout, random_workload(session, min(2, session.window - 1), 1)
     schedule = Schedule.serial(layout, 1, session.manifest.schedule.row_seed)
-    session.start(workload.prompt, workload.prompt_actions, workload.text)
     kept, most, rows = Tensors(), 0, 0
-    for step, _ in session.steps(ScheduledDecoder(schedule), workload.actions, count=1):
+    for step, _ in session.steps(ScheduledDecoder(schedule), workload.start(session, 1), count=1):
         if (decoded := int((step.sinks != NO_SINK).sum())) > most:
             kept, most, rows = engine.inputs(), decoded, step.width
     return _padded(kept, rows, int(pad(np.array([rows], np.int32))[0]))

@@ -119,9 +119,7 @@ def verify(
     """
     greedy = SamplingSettings(0.0)
     check_table(schedule.table(len(workload.prompt), frames, 0, session.engine.max_width), schedule)
-    actions = None if workload.actions is None else workload.actions[:frames]
-    for one in (session, reference):
-        one.start(workload.prompt, workload.prompt_actions, workload.text)
+    actions, _ = (workload.start(one, frames) for one in (session, reference))
     steps = session.steps(ScheduledDecoder(schedule), actions, count=frames, sampling=greedy)
     follows = reference.steps(ForcedDecoder(schedule), actions, count=frames, sampling=greedy)
     layout = schedule.layout
@@ -290,22 +288,16 @@ def exactness(
     session: Session, name: str, orders: Sequence[Schedule], workload: Workload, frames: int, seed: int = 0
 ) -> Exactness:
     """Decode by Jacobi and by each order, and audit what was decoded."""
-    actions = None if workload.actions is None else workload.actions[:frames]
-
-    def start() -> Session:
-        session.start(workload.prompt, workload.prompt_actions, workload.text)
-        return session
-
-    def made(decoder: Decoder) -> Int:
-        return np.stack([frame.tokens for frame in start().frames(decoder, actions, count=frames, seed=seed)])
-
     decoders: dict[str, Decoder] = {"jacobi": JacobiDecoder()}
     decoders |= {order.name: ScheduledDecoder(order) for order in orders}
-    tokens = {decoder: made(decoders[decoder]) for decoder in decoders}
-    shares = {
-        decoder: float(audit(start(), cells, actions, seed=seed).mean()) for decoder, cells in tokens.items()
-    }
+    tokens, shares = dict[str, Int](), dict[str, float]()
+    for spelled, decoder in decoders.items():
+        made = session.frames(decoder, workload.start(session, frames), count=frames, seed=seed)
+        tokens[spelled] = np.stack([frame.tokens for frame in made])
+        audited = audit(session, tokens[spelled], workload.start(session, frames), seed=seed)
+        shares[spelled] = float(audited.mean())
     few = tokens["jacobi"][:_FLIP_FRAMES]
-    given = None if actions is None else actions[: len(few)]
-    narrow, wide = (redrawn(start(), few, given, rows=rows, seed=seed) for rows in (1, None))
+    narrow, wide = (
+        redrawn(session, few, workload.start(session, len(few)), rows=rows, seed=seed) for rows in (1, None)
+    )
     return Exactness(name, float((narrow != wide).mean()), shares)

@@ -25,7 +25,7 @@ from diagd.bundle.actions import (
     RawInput,
     Slot,
 )
-from diagd.bundle.files import atomic_file
+from diagd.bundle.files import write_text
 from diagd.errors import UsageError, unknown
 
 MAX_REPEAT = 100_000
@@ -239,8 +239,7 @@ def describe(codec: ActionCodec, ids: NDArray[np.integer[Any]]) -> dict[str, Any
 def write_actions(path: Path, codec: ActionCodec, actions: NDArray[np.integer[Any]]) -> None:
     """Write ids [frames, n] as a file that `read_actions` reads."""
     lines = (json.dumps(describe(codec, ids)) + "\n" for ids in actions)
-    with atomic_file(path) as partial:
-        partial.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
 
 
 def _mu_law_bin(slot: MuLawSlot, number: float) -> int:

@@ -47,15 +47,12 @@ class ContextPolicy(Protocol):
     @property
     def horizon(self) -> int | None:
         """Last frame that overlapping frames may reach; None: any."""
-        ...
 
     def advance(self, frame: int, fed: int) -> Refill | None:
         """Make room for ``frame``, whose first step feeds stream positions from ``fed`` on."""
-        ...
 
     def holds(self, known: int) -> bool:
         """Whether the cache has all that a stream needs which goes on behind its first ``known`` frames."""
-        ...
 
     def replay(self, known: int, kept: int, prompt: int) -> Replay:
         """Forget all rows and say how they come back.
@@ -65,11 +62,9 @@ class ContextPolicy(Protocol):
             kept: first frame whose tokens are still there.
             prompt: frames that were given, not decoded.
         """
-        ...
 
     def resume(self, frame: int) -> None:
         """The prefix has been fed; positions are counted so that ``frame`` can follow it."""
-        ...
 
 
 class SlidingRotary(ContextPolicy):

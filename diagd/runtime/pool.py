@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from diagd.errors import UsageError
 
@@ -72,8 +72,8 @@ class Here(Workers[Item, Result]):
     def __init__(self, make: Make[Item, Result]) -> None:
         self._worker = Worker(make)
 
+    @override
     def map(self, items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-        """See ``Workers``."""
         yield from enumerate(map(self._worker.do, items))
 
     def close(self) -> None:
@@ -90,8 +90,8 @@ class Processes(Workers[Item, Result]):
     def _start(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(self._count, get_context("spawn"), _begin, (self._make,))
 
+    @override
     def map(self, items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-        """See ``Workers``."""
         missing, deaths = dict(enumerate(items)), 0
         while missing:
             try:
@@ -115,8 +115,8 @@ class Processes(Workers[Item, Result]):
             for future in running:
                 future.cancel()
 
+    @override
     def close(self) -> None:
-        """See ``Workers``."""
         self._executor.shutdown(cancel_futures=True)
 
 

@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,6 @@ class PreferReport:
     scores: tuple[float, float, float]
     verdicts: dict[str, Verdict]
     chosen: str | None
-
-    def data(self) -> dict[str, Any]:
-        """As JSON data."""
-        return asdict(self)
 
 
 class NotBetterError(QualityError):

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, cache
-from diagd.bundle.files import atomic_file
+from diagd.bundle.files import atomic_file, write_text
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.tokenizers.base import TokenizerGraphs, loaded
@@ -248,8 +248,7 @@ def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     """
     text, path = json.dumps(recipe, indent=1), folder / RECIPE
     if not path.exists():
-        with atomic_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(path, text)
     elif (before := path.read_bytes()) != text.encode():
         raise UsageError(
             f"{folder} was recorded with {before.decode(errors='backslashreplace')}; use another folder"

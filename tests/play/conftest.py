@@ -77,15 +77,15 @@ def serve(world: Path) -> Serve:
         tables = [Table(game, Inputs(read_controls(bundle, codec), codec), rate, every=4) for game in games]
         address = replace(Address(), port=0)
         if state is not None:
-            shelf = SavedGames(state, games[0].bundle.digest)
-            address = keep_worlds(shelf, tables, address)
+            saves = SavedGames(state, games[0].bundle.digest)
+            address = keep_worlds(saves, tables, address)
         server = Server(LocalFleet(tables), address, limits, kept)
         try:
             with running(server) as url:
                 yield url, server
         finally:
             if state is not None:
-                shelf.close()
+                saves.close()
             if sessions > 1:
                 group.close()
 

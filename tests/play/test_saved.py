@@ -108,10 +108,10 @@ def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, t
 def test_worlds_of_another_bundle_are_left_alone(tmp_path: Path) -> None:
     kept = {}
     for bundle in ("one", "two"):
-        shelf = SavedGames(tmp_path, bundle)
-        assert not list(shelf.find(3))
-        shelf.put(0, "ticket", bundle.encode())
-        shelf.close()
+        saves = SavedGames(tmp_path, bundle)
+        assert not list(saves.find(3))
+        saves.put(0, "ticket", bundle.encode())
+        saves.close()
         kept[bundle] = tmp_path / f"world-{bundle}-0"
     for bundle, path in kept.items():
         assert list(SavedGames(tmp_path, bundle).find(3)) == [(0, "ticket", bundle.encode())]
@@ -122,11 +122,11 @@ def test_worlds_of_another_bundle_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"something else", b"[" * 100_000, b'{"bundle": "one"}\nworld'])
 def test_a_damaged_world_is_told(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    shelf = SavedGames(tmp_path, "one")
-    shelf.put(1, "ticket", b"world")
-    shelf.close()
+    saves = SavedGames(tmp_path, "one")
+    saves.put(1, "ticket", b"world")
+    saves.close()
     (tmp_path / "world-one-0").write_bytes(content)
-    assert list(shelf.find(2)) == [(1, "ticket", b"world")]
+    assert list(saves.find(2)) == [(1, "ticket", b"world")]
     assert "world-one-0 is damaged" in caplog.text
 
 

@@ -27,7 +27,6 @@ class Decoder(Protocol):
         Raises:
             UsageError: it cannot.
         """
-        ...
 
     def blocks(self, stream: Stream) -> Blocks:
         """Yield blocks of steps and receive the result of the last step of each, until a frame is complete.
@@ -37,4 +36,3 @@ class Decoder(Protocol):
         ``stream.complete`` counts a frame as known. A generator that ends without completing a frame ends the
         run.
         """
-        ...

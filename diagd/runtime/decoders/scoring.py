@@ -54,7 +54,6 @@ class Scorer(Protocol):
 
     def __call__(self, proposal: Proposal) -> float:
         """The score."""
-        ...
 
 
 class LikelihoodScorer:
