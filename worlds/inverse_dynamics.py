@@ -16,10 +16,10 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from diagd.bundle.actions import ActionCodec, FirstPressedSlot, MuLawSlot, OnlyPressedSlot
 from diagd.engines.engine import Int
-from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.errors import UsageError
 from diagd.export.families.mineworld import mineworld_actions
 from diagd.runtime.actions import encode, read_actions
+from diagd.runtime.decoders.scoring import as_floats, open_network
 from diagd.runtime.pictures import sized
 from worlds.metrics import Estimate
 from worlds.options import FolderOptions
@@ -39,7 +39,7 @@ GROUPS: Final = (
 """What is told apart in MineWorld's table: which of these is pressed, or none."""
 
 
-class Judge:
+class ActionReader:
     """Collects what a network sees in videos, beside what was done.
 
     Args:
@@ -50,12 +50,7 @@ class Judge:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise UsageError(f"no such network: {path}; give the path of an ONNX file")
-        try:
-            self._session: Any = open_session(path, "", CpuOptions(prepack=False))
-        except Exception as error:  # ONNX Runtime raises several types for files that are no graph
-            raise UsageError(f"{path} cannot be loaded as an ONNX network: {error}") from error
+        self._session = open_network(path, "network")
         inputs, outputs = self._session.get_inputs(), [one.name for one in self._session.get_outputs()]
         shape = list(inputs[0].shape)
         if len(inputs) != 1 or len(shape) != 5 or not {"buttons", "camera"} <= set(outputs):
@@ -73,7 +68,7 @@ class Judge:
         if all(isinstance(side, int) for side in self._size):
             size = (self._size[0], self._size[1])
             pictures = sized(pictures, self._path, size, resize=True, cover=False)
-        feed = pictures.astype(np.float32) / np.float32(255) if self._is_float else pictures
+        feed = as_floats(pictures) if self._is_float else pictures
         buttons, camera = self._session.run(["buttons", "camera"], {self._name: feed[None]})
         seen = [_action(*one) for one in zip(buttons[0], camera[0], strict=True)]
         count = min(len(seen) - 1, len(actions))  # what was done at the last picture is not seen

@@ -23,7 +23,7 @@ from worlds.options import EvalOptions
 from worlds.videos import videos_in
 
 
-class ClipJudge:
+class ClipScorer:
     """A worker: a bundle on its engine, asked how likely the clip in a file is; see `forced_likelihood`."""
 
     def __init__(
@@ -75,7 +75,7 @@ def forced_likelihood(
     named = dict.fromkeys(Schedule.parse(order, bundle.manifest.layout).name for order in orders)
     paths = list(videos_in(folder).values())[: options.windows]
     found = np.zeros((len(paths), 1 + len(named)))
-    judge = partial(ClipJudge, bundle.path, tuple(named), options, running)
+    judge = partial(ClipScorer, bundle.path, tuple(named), options, running)
     with open_workers(judge, who or ClusterOptions()) as workers:
         for number, likelihoods in workers.map(paths):
             report(paths[number].name)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from onnxruntime import InferenceSession
 from scipy import linalg
 from skimage.metrics import structural_similarity
 
 from diagd.errors import UsageError
+from diagd.runtime.decoders.scoring import as_floats, open_network
 
 _SSIM_WINDOW = 11
 _ROUNDING_NOISE = 1 / 12
@@ -119,12 +119,7 @@ class MetricNetwork:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise UsageError(f"no such network: {path}; give the path of an ONNX file")
-        try:
-            self._session = InferenceSession(path, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise UsageError(f"{path} cannot be loaded as an ONNX network: {error}") from error
+        self._session = open_network(path, "network")
         inputs = self._session.get_inputs()
         self._names = [value.name for value in inputs]
         ranks = [len(value.shape) for value in inputs]
@@ -160,5 +155,4 @@ def _flat(clips: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _channels_first(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    scaled: NDArray[np.float32] = np.moveaxis(pictures, -1, 1).astype(np.float32) / np.float32(255)
-    return np.ascontiguousarray(scaled)
+    return np.ascontiguousarray(as_floats(np.moveaxis(pictures, -1, 1)))

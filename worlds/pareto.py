@@ -110,13 +110,13 @@ def compare(
         if DRAFT in decoders:
             drafter = options.open(bundle, target.window, cpu, stack)
             contestants += _drafts(target, drafter, PixelCodec(bundle, cpu), evaluation, options, report)
-        for number in told(range(len(evaluation.truth)), "rollout", report):
+        for number in counted(range(len(evaluation.truth)), "rollout", report):
             for contestant in contestants:
                 roll_out(target, contestant, evaluation, number, clock=clock)
-    return _marked([_point(one, evaluation) for one in told(contestants, "judging decoder", report)])
+    return _marked([_point(one, evaluation) for one in counted(contestants, "judging decoder", report)])
 
 
-def told(items: Sequence[Item], what: str, report: Report) -> Iterator[Item]:
+def counted(items: Sequence[Item], what: str, report: Report) -> Iterator[Item]:
     """Iterate, saying which it is, of how many, and how long the rest takes."""
     began = time.perf_counter()
     for done, item in enumerate(items):
@@ -187,7 +187,7 @@ def _scores(
         return 0.0
 
     decoder = draft(EVERYTHING, look)
-    for number in told(range(len(evaluation.truth)), "draft scores, rollout", report):
+    for number in counted(range(len(evaluation.truth)), "draft scores, rollout", report):
         roll_out(target, Contestant("", "", decoder), evaluation, number)
     scores: NDArray[np.float64] = np.array(found).T
     return scores[:, np.isfinite(scores).all(axis=0)]

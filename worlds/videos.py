@@ -14,7 +14,7 @@ from diagd.runtime.arrays import read_arrays
 from diagd.runtime.clip import CLIPS
 from diagd.runtime.pictures import files_in, read_frames, sized
 from diagd.runtime.video import SUFFIXES
-from worlds.inverse_dynamics import Judge, done_in
+from worlds.inverse_dynamics import ActionReader, done_in
 from worlds.metrics import Estimate, MetricNetwork, frechet_distance, psnr, ssim
 from worlds.options import FolderOptions
 
@@ -85,7 +85,7 @@ def compare_folders(
         By figure: the mean over videos; Frechet distances of features have no error.
     """
     judges = [(path.stem, MetricNetwork(path)) for path in networks]
-    inverse = Judge(options.dynamics) if options.dynamics else None
+    inverse = ActionReader(options.dynamics) if options.dynamics else None
     scores: dict[str, list[float]] = {"psnr": [], "ssim": []}
     features: dict[str, tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]] = {}
     for pair in read_pairs(made, truth, options):

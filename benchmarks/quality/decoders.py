@@ -20,7 +20,7 @@ from diagd.runtime.session import Session
 from diagd.schedule import Schedule
 from worlds.evaluate import Evaluation, Judgement
 from worlds.metrics import Estimate
-from worlds.pareto import Contestant, Point, compare, roll_out, told
+from worlds.pareto import Contestant, Point, compare, counted, roll_out
 
 DECODERS: Final = (
     "next token",
@@ -62,7 +62,7 @@ def decoder_figures(
         points = compare(session, bundle, evaluation, decoders, DRAFTS, CPU, report, time.process_time)
         passes = {
             f"{heat:g}": jacobi_passes(session, evaluation, heat)
-            for heat in told(TEMPERATURES, "Jacobi decoding, temperature", report)
+            for heat in counted(TEMPERATURES, "Jacobi decoding, temperature", report)
         }
     layout, judged = bundle.manifest.layout, {}
     known = evaluation.windows.reshape(-1, layout.frame_length)[:, 1:].astype(np.int32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing, suppress
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -36,8 +36,6 @@ goes on acting in.
 It listens on this machine alone; that protocol knows no password, so --host elsewhere lets in whoever gets
 there. Ctrl-C ends it.
 """
-
-LOCAL: Final = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -100,6 +98,7 @@ def _play(options: ServeOptions) -> int:
 
 def _dream(options: ServeOptions) -> int:
     from diagd.bundle import Bundle
+    from diagd.play.server import Address
     from diagd.play.site import in_url
     from diagd.serve.dreamer import Dreamer
     from diagd.serve.server import DreamServer
@@ -119,7 +118,7 @@ def _dream(options: ServeOptions) -> int:
             DreamServer(address, wham, dreamer, bundle.manifest, limits) as server,
             suppress(KeyboardInterrupt),
         ):
-            if options.host not in LOCAL:
+            if not Address(options.host).is_local:
                 console.print(
                     f"warning: whoever reaches {options.host} can order dreams; no password, no TLS"
                 )

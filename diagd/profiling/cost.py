@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from diagd.bundle import Form, Manifest, read_manifest
-from diagd.bundle.manifest import AbsoluteContext, RotaryContext, StepGraph
+from diagd.bundle import Bundle, Form, read_manifest
+from diagd.bundle.manifest import AbsoluteContext, RotaryContext
 from diagd.bundle.precision import KV_CACHES, PRECISIONS, Precision
 from diagd.bundle.transformer import TransformerConfig
-from diagd.errors import BundleError
 from diagd.schedule import StreamLayout
 
 GB: Final = 1e9
@@ -154,11 +153,11 @@ def read_model(path: Path, precision: str | None = None, form: Form | None = Non
     their cache.
 
     Raises:
-        BundleError: the bundle or its step graph cannot be read.
+        BundleError: the bundle cannot be read.
+        UsageError: it has no graph of that precision.
     """
-    manifest = read_manifest(path)
-    pixels = manifest.tokenizer
-    entry = step_graph(path, manifest, precision, form)
+    manifest = Bundle(path, read_manifest(path)).at_precision(precision).manifest
+    entry, pixels = manifest.graph(form) if form else manifest.graphs[0], manifest.tokenizer
     size = size_of(
         manifest.name,
         manifest.transformer,
@@ -171,11 +170,8 @@ def read_model(path: Path, precision: str | None = None, form: Form | None = Non
 
 def stored_models(path: Path) -> dict[str, StoredModel]:
     """Every step graph of a bundle by form and precision, as ``prefix int8``; see ``read_model``."""
-    graphs = read_manifest(path).graphs
-    return {
-        f"{graph.form.value} {graph.precision}": read_model(path, graph.precision, graph.form)
-        for graph in {(graph.form, graph.precision): graph for graph in graphs}.values()
-    }
+    kinds = dict.fromkeys((graph.form, graph.precision) for graph in read_manifest(path).graphs)
+    return {f"{form.value} {precision}": read_model(path, precision, form) for form, precision in kinds}
 
 
 def refed_tokens(context: RotaryContext | AbsoluteContext, layout: StreamLayout) -> float:
@@ -183,21 +179,6 @@ def refed_tokens(context: RotaryContext | AbsoluteContext, layout: StreamLayout)
     if isinstance(context, RotaryContext):
         return 0.0
     return (context.frames - context.roll) * layout.frame_length / context.roll
-
-
-def step_graph(
-    path: Path, manifest: Manifest, precision: str | None = None, form: Form | None = None
-) -> StepGraph:
-    """A bundle's first step graph of a precision and a form.
-
-    Raises:
-        BundleError: there is none.
-    """
-    for graph in manifest.graphs:
-        if precision in (None, graph.precision) and form in (None, graph.form):
-            return graph
-    wanted = " ".join(filter(None, (precision, form and form.value))) or "step"
-    raise BundleError(f"{path} has no {wanted} graph; export it again")
 
 
 def precisions(kv_cache: str | None = None) -> dict[str, Precision]:

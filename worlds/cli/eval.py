@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diagd.bundle import Bundle
 from diagd.bundle.manifest import MANIFEST_NAME
@@ -19,6 +20,7 @@ from worlds.options import EvalRun
 if TYPE_CHECKING:
     from worlds.metrics import Estimate
 
+Found = TypeVar("Found")
 WORLD = "world"
 """Family of the worlds that `diagd world train` makes, whose recordings are of their own kind."""
 
@@ -71,9 +73,7 @@ def run(options: EvalRun) -> int:
     from worlds.report import scores_table
     from worlds.run_eval import run_eval
 
-    console = terminal.console()
-    with console.status("measuring") as status:
-        scores = run_eval(options, lambda name: status.update(f"measuring {name}"))
+    console, scores = terminal.console(), _measured(partial(run_eval, options))
     console.print(scores_table(scores))
     if any(score.geometry is None for score in scores):
         console.print(
@@ -116,13 +116,17 @@ def _figures(
     from worlds.report import figures_table, write_figures
 
     folder_target(options.output, {"eval.json": b'"figures"'}, "an evaluation")
-    console = terminal.console()
-    with console.status("measuring") as status:
-        figures = measure(lambda name: status.update(f"measuring {name}"))
+    console, figures = terminal.console(), _measured(measure)
     write_figures(options.output, figures, {"model": options.model.name} | extra)
     console.print(figures_table(figures))
     console.print(f"wrote {options.output / 'eval.json'} and {options.output / 'eval.csv'}")
     return 0
+
+
+def _measured(measure: Callable[[Callable[[str], None]], Found]) -> Found:
+    """What is found, while the console says what is measured."""
+    with terminal.console().status("measuring") as status:
+        return measure(lambda name: status.update(f"measuring {name}"))
 
 
 def _compare(options: EvalRun) -> int:
@@ -131,9 +135,7 @@ def _compare(options: EvalRun) -> int:
     from worlds.pareto import points_table
     from worlds.run_eval import run_pareto
 
-    console = terminal.console()
-    with console.status("measuring") as status:
-        points = run_pareto(options, lambda name: status.update(f"measuring {name}"))
+    console, points = terminal.console(), _measured(partial(run_pareto, options))
     console.print(points_table(points))
     console.print(f"wrote {options.output / 'pareto.json'} and {options.output / 'pareto.png'}")
     return 0

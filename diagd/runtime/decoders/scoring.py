@@ -139,6 +139,25 @@ def worst_likelihood(tokens: Int, logits: Float, share: float = _WORST) -> float
     return float(np.sort(found)[:worst].mean())
 
 
+def open_network(path: Path, what: str) -> Any:
+    """A session over an ONNX network of the user's, on the processor.
+
+    Raises:
+        UsageError: there is none, which is ``what``; or it is no network.
+    """
+    if not path.is_file():
+        raise UsageError(f"no such {what}: {path}; give the path of an ONNX file")
+    try:
+        return open_session(path, "", CpuOptions(prepack=False))
+    except Exception as error:  # ONNX Runtime raises several types for files that are no graph
+        raise UsageError(f"{path} cannot be loaded as an ONNX network: {error}") from error
+
+
+def as_floats(pictures: NDArray[np.uint8]) -> Float:
+    """Pictures in 0..1, as networks take them."""
+    return pictures.astype(np.float32) / np.float32(255)
+
+
 class PictureScorer:
     """An ONNX network on the decoded pictures of a frame; the worst of them counts.
 
@@ -152,12 +171,7 @@ class PictureScorer:
     """
 
     def __init__(self, path: Path, pixels: PixelCodec) -> None:
-        if not path.is_file():
-            raise UsageError(f"no such scorer: {path}; give onnx: and the path of an ONNX file")
-        try:
-            self._session: Any = open_session(path, "", CpuOptions(threads=1, prepack=False))
-        except Exception as error:  # ONNX Runtime raises several types for files that are no graph
-            raise UsageError(f"{path} cannot be loaded as an ONNX network: {error}") from error
+        self._session = open_network(path, "scorer")
         inputs = self._session.get_inputs()
         shape = list(inputs[0].shape)
         if len(inputs) != 1 or len(shape) != 4 or 3 not in (shape[1], shape[3]):
@@ -172,7 +186,7 @@ class PictureScorer:
         """The score."""
         pictures: NDArray[Any] = np.stack(list(self._pixels.decode([proposal.tokens])))
         if self._scaled:
-            pictures = pictures.astype(np.float32) / np.float32(255)
+            pictures = as_floats(pictures)
         if self._channels_first:
             pictures = np.ascontiguousarray(np.moveaxis(pictures, -1, 1))
         (scores, *_) = self._session.run(None, {self._name: pictures})
