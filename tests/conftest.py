@@ -24,6 +24,8 @@ def _machine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         shared = tmp_path_factory.getbasetemp().with_name("graphs")
         shared.mkdir(exist_ok=True)
         (folder / KIND).symlink_to(shared)
+    else:
+        (folder / KIND).mkdir()
     os.environ["DIAGD_CACHE"] = str(folder)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 import diagd
 from diagd.bundle.files import host
+from diagd.export.known_graphs import KIND
 from diagd.runtime.video import VideoWriter
 from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
 from tests.worlds import ACTIONS, random_world
@@ -68,6 +69,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for n in range(2):
         frames = np.random.default_rng(n).integers(0, 256, (8, 24, 32, 3), dtype=np.uint8)
         save_episode(shard_path(folder / "recorded", n), Episode(frames, np.arange(8, dtype=np.uint8) % 5))
+    (folder / "cache").mkdir()
+    (folder / "cache" / KIND).symlink_to(Path(os.environ["DIAGD_CACHE"], KIND).resolve())  # traced already
     command = [sys.executable, "-c", MAKE, str(folder)]
     named = [
         "unshare",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
-import sys
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diagd.export import weights
+from diagd.bundle import files
+from diagd.cli.main import main
+from diagd.export import exporter, weights
 from diagd.export.checkpoints import Checkpoint, RandomCheckpoint
+from diagd.export.exporter import GraphOptions, Sources
 from diagd.export.weights import ResumableWeights, WeightSource, export_key
+from diagd.schedule import StreamLayout
+from tests.models import small_family
+from tests.oracles.models import small_model
 
 NAMES = [f"tensor {n}" for n in range(6)]
 SHAPE = (3, 5)
@@ -90,127 +97,117 @@ def test_a_changed_checkpoint_has_another_key(tmp_path: Path) -> None:
     assert export_key(checkpoint, half) != export_key(checkpoint, places)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from diagd.export import weights
-from diagd.export.checkpoints import RandomCheckpoint
-from diagd.export.exporter import GraphOptions, Sources, export
-from tests.models import small_family
-from tests.oracles.models import small_model
-from diagd.schedule import StreamLayout
-weights.SYNC_BYTES = 1
-family = small_family(small_model(StreamLayout(3, 4, after=2)))
-kill_after, read = int(sys.argv[2]), []
-finished = weights.ResumableWeights.finished
-def count(self, name, size):
-    finished(self, name, size)
-    read.append(name)
-    if len(read) == kill_after:
-        os.kill(os.getpid(), signal.SIGKILL)
-weights.ResumableWeights.finished = count
-sources = Sources(RandomCheckpoint(family.expected, seed=0))
-result = export(family, GraphOptions(), sources, Path(sys.argv[1]))
-print(len(read))
-"""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])  # PyTorch is imported once for all processes
+MOMENTS = {
+    "tracing": (exporter, "trace_step"),
+    "swapping": (files, "_swap"),
+    "in place": (ResumableWeights, "discard"),
+}
+
+
+def kill(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exporting(output: Path, told: Path, killed: int | str) -> None:
+    """Export a small model and tell how many tensors were read; killed at such a number, or at a moment."""
+    finished, read = ResumableWeights.finished, list[str]()
+    weights.SYNC_BYTES = 1
+
+    def count(self: ResumableWeights, name: str, size: int) -> None:
+        finished(self, name, size)
+        read.append(name)
+        if len(read) == killed:
+            kill()
+
+    ResumableWeights.finished = count  # type: ignore[method-assign]
+    if isinstance(killed, str):
+        owner, name = MOMENTS[killed]
+        act = getattr(owner, name)
+
+        def kill_in_time(*arguments: object, **named: object) -> object:
+            if killed != "in place" or output.exists():
+                kill()
+            return act(*arguments, **named)
+
+        setattr(owner, name, kill_in_time)
+    family = small_family(small_model(StreamLayout(3, 4, after=2)))
+    exporter.export(family, GraphOptions(), Sources(RandomCheckpoint(family.expected, seed=0)), output)
+    told.write_text(str(len(read)))
+
+
+def export_in_a_process(output: Path, killed: int | str = 0) -> int:
+    """How many tensors an export reads, 0 where it is killed."""
+    told = output.parent.with_suffix(".told")
+    told.unlink(missing_ok=True)
+    output.parent.mkdir(exist_ok=True)
+    process = FORKS.Process(target=exporting, args=(output, told, killed))
+    process.start()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if killed else 0)
+    assert told.exists() == (not killed)
+    return 0 if killed else int(told.read_text())
 
 
 def test_a_killed_process_is_no_loss(tmp_path: Path) -> None:
-    output = tmp_path / "a.diagd"
-    command = [sys.executable, "-c", KILLED, str(output)]
-    killed = subprocess.run([*command, "5"], capture_output=True, text=True, check=False)
-    assert killed.returncode == -9
+    output, whole = tmp_path / "a" / "a.diagd", tmp_path / "b" / "b.diagd"
+    export_in_a_process(output, killed=5)
     assert not output.exists()
-    done = subprocess.run([*command, "0"], capture_output=True, text=True, check=True)
-    whole = tmp_path / "b.diagd"
-    reference = subprocess.run(
-        [sys.executable, "-c", KILLED, str(whole), "0"], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) == int(reference.stdout) - 5
+    assert export_in_a_process(output) == export_in_a_process(whole) - 5
     assert (output / "weights.bin").read_bytes() == (whole / "weights.bin").read_bytes()
 
 
-INTERRUPTED = """
-import sys
-from pathlib import Path
-import diagd.export.exporter as exporter
-from diagd.cli.main import main
-def interrupt(*_, **__):
+def interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
-step, *words = sys.argv[1:]
-if step == "weights":
-    write, count = exporter.ResumableWeights.finished, []
-    def finished(self, *tensor):
-        write(self, *tensor)
-        count.append(tensor)
+
+
+@contextmanager
+def interrupted_at(step: str) -> Iterator[None]:
+    finished, count = ResumableWeights.finished, list[str]()
+
+    def fifth(self: ResumableWeights, name: str, size: int) -> None:
+        finished(self, name, size)
+        count.append(name)
         if len(count) == 5:
             interrupt()
-    exporter.ResumableWeights.finished = finished
-elif step == "before":
-    exporter.Exporter._write_weights = interrupt
-elif step:
-    setattr(exporter, step, interrupt)
-sys.exit(main(words))
-"""
+
+    with pytest.MonkeyPatch.context() as patch:
+        if step == "weights":
+            patch.setattr(ResumableWeights, "finished", fifth)
+        elif step == "before":
+            patch.setattr(exporter.Exporter, "_write_weights", interrupt)
+        else:
+            patch.setattr(exporter, step, interrupt)
+        yield
 
 
 @pytest.mark.parametrize("step", ["before", "weights", "trace_step", "seal"])
-def test_what_an_interrupted_export_promises_is_kept(step: str, tmp_path: Path) -> None:
+def test_what_an_interrupted_export_promises_is_kept(
+    step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """At any moment: the message says that weights are kept where they are, and else says nothing."""
     words = ["export", "--model", "crafter-3m", "--output", str(tmp_path / "a.diagd")]
-    command = [sys.executable, "-c", INTERRUPTED, step, *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 130, done.stderr
+    with interrupted_at(step):
+        assert main(words) == 130
     kept = sorted(file.name for file in tmp_path.iterdir())
-    assert ("goes on where this one stopped" in done.stdout) == (step != "before")
+    assert ("goes on where this one stopped" in capsys.readouterr().out) == (step != "before")
     assert [name for name in kept if name.endswith(".weights.partial")] or step == "before"
     assert not (tmp_path / "a.diagd").exists()
     if step == "seal":
-        command[3] = ""
-        assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
+        assert main(words) == 0
         assert [file.name for file in tmp_path.iterdir()] == ["a.diagd"]
 
 
-KILLED_LATER = """
-import os, signal, sys
-from pathlib import Path
-import diagd.export.exporter as exporter
-from diagd.bundle import files
-from diagd.export.checkpoints import RandomCheckpoint
-from tests.models import small_family
-from tests.oracles.models import small_model
-from diagd.schedule import StreamLayout
-family, read = small_family(small_model(StreamLayout(3, 4, after=2))), []
-finished = exporter.ResumableWeights.finished
-def count(self, name, size):
-    finished(self, name, size)
-    read.append(name)
-exporter.ResumableWeights.finished = count
-def kill(*_, **__):
-    if sys.argv[2] != "in place" or Path(sys.argv[1]).exists():
-        os.kill(os.getpid(), signal.SIGKILL)
-where = {"tracing": (exporter, "trace_step"), "sealing": (exporter, "seal"), "swapping": (files, "_swap"),
-         "in place": (exporter.ResumableWeights, "discard")}
-if len(sys.argv) > 2:
-    setattr(*where[sys.argv[2]], kill)
-sources = exporter.Sources(RandomCheckpoint(family.expected, seed=0))
-exporter.export(family, exporter.GraphOptions(), sources, Path(sys.argv[1]))
-print(len(read))
-"""
-
-
-@pytest.mark.parametrize("moment", ["tracing", "swapping", "in place"])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_converted_weights_outlive_a_kill_at_any_later_moment(moment: str, tmp_path: Path) -> None:
-    output = tmp_path / "a.diagd"
-    command = [sys.executable, "-c", KILLED_LATER, str(output)]
-    killed = subprocess.run([*command, moment], capture_output=True, text=True, check=False)
-    assert killed.returncode == -9, killed.stderr
+    output = tmp_path / "out" / "a.diagd"
+    export_in_a_process(output, moment)
     assert output.exists() == (moment == "in place")
     before = (output / "weights.bin").read_bytes() if output.exists() else None
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (int(done.stdout) == 0) == (moment != "in place")
+    assert (export_in_a_process(output) == 0) == (moment != "in place")
     assert before is None or (output / "weights.bin").read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["a.diagd"]
+    assert [file.name for file in output.parent.iterdir()] == ["a.diagd"]
 
 
 def test_weights_that_were_cut_or_noted_by_another_version_start_anew(
