@@ -5,93 +5,23 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 
 from benchmarks.quality.decoders import DecoderFigures
-from diagd.schedule import RowSeed
+from benchmarks.quality.figures import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow
+from benchmarks.quality.questions import QUESTIONS, World, difference, gap, plain
+from diagd.tuning.prefer import TUNED, PreferReport
+from diagd.tuning.reward import Change
 from worlds.evaluate import Drift, EvalOptions, Judgement, Scores
 from worlds.metrics import Estimate
 
 CONTACT = "truth, next-token prediction and diagonal schedules from the same prompt"
-SEEDS = (RowSeed.PREVIOUS_FRAME, RowSeed.ABOVE, RowSeed.DUPLICATE, RowSeed.PROMPT)
 
 
-@dataclass(frozen=True)
-class GapRow:
-    """Likelihood gap to next-token prediction of one schedule under every row seed, and without refeeding."""
-
-    name: str
-    passes: int
-    gaps: dict[str, Estimate]
-    without_refeed: Estimate
-
-
-@dataclass(frozen=True)
-class SizeFigures:
-    """A model: every row seed, rollouts by schedule, and of one of each world the drift of long rollouts."""
-
-    gaps: list[GapRow]
-    schedules: list[Scores]
-    drift: Drift | None = None
-
-
-@dataclass(frozen=True)
-class CompatRow:
-    """Gap to next-token prediction of one schedule as a strict step and as the released code decodes it.
-
-    Attributes:
-        name: of the schedule.
-        aligned: row seed and refeeding that the model was trained with.
-        strict: row seed and refeeding of the released code; seeds are hidden after their step.
-        released: the same with the seeds kept and unwritten slots seen as zero rows.
-    """
-
-    name: str
-    aligned: Estimate
-    strict: Estimate
-    released: Estimate
-
-
-@dataclass(frozen=True)
-class TrainingRow:
-    """A way of training: NLL under next-token prediction, and the gap of each schedule to it."""
-
-    name: str
-    nll: Estimate
-    gaps: dict[str, Estimate]
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Everything on the page; a part that was not measured is empty.
-
-    Attributes:
-        options: sizes and sampling.
-        shipped: the shipped model.
-        compat: strict steps against the released code, by size.
-        sizes: other sizes, by name.
-        training: the same size trained otherwise.
-        frames_per_second: by size and schedule.
-        parameters: by size.
-        decoders: by world.
-        worlds: others than the shipped one, by name, each with its drift.
-    """
-
-    options: EvalOptions
-    shipped: SizeFigures | None = None
-    compat: dict[str, list[CompatRow]] = field(default_factory=dict)
-    sizes: dict[str, SizeFigures] = field(default_factory=dict)
-    training: list[TrainingRow] = field(default_factory=list)
-    frames_per_second: dict[str, dict[str, float]] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)
-    decoders: dict[str, DecoderFigures] = field(default_factory=dict)
-    worlds: dict[str, SizeFigures] = field(default_factory=dict)
-
-
-def quality_page(figures: Figures, shipped_size: str) -> str:
-    """The page in Markdown; ``shipped_size`` names the shipped model among the sizes."""
+def quality_page(figures: Figures, shipped_size: str, shipped_world: str = "crafter-3m") -> str:
+    """The page in Markdown; the shipped model has a name among the sizes, and one among the worlds."""
     sections = _section("# Quality of Diagonal Decoding", _how(figures.options))
+    sections += _question_lines(World.all(figures, shipped_world))
     if figures.shipped:
         speeds = figures.frames_per_second.get(shipped_size, {})
         sections += _shipped_lines(figures.shipped, speeds)
@@ -102,8 +32,26 @@ def quality_page(figures: Figures, shipped_size: str) -> str:
         sections += _decoder_lines(world, found)
     sections += _compat_lines(figures.compat)
     sections += _size_lines(figures)
-    sections += _training_lines(figures.training)
+    for world, rows in figures.training.items():
+        sections += _training_lines(world, rows)
+    for world, report in figures.preferences.items():
+        sections += _preference_lines(world, report)
     return "\n".join(sections)
+
+
+def _question_lines(worlds: list[World]) -> list[str]:
+    answered = {question: [of(world) for world in worlds] for question, of in QUESTIONS.items()}
+    rows = [[question, *answers] for question, answers in answered.items() if any(answers)]
+    if not rows:
+        return []
+    return _section(
+        "## What is asked, and what each world answers",
+        _text(
+            "Gaps are to next-token prediction, nats per token, with row seed `previous_frame` and refeeding "
+            "where nothing else is said. The sections below have the rest."
+        ),
+        _table(("question", *(world.name for world in worlds)), rows),
+    )
 
 
 def _how(evaluation: EvalOptions) -> list[str]:
@@ -142,13 +90,15 @@ def _shipped_lines(shipped: SizeFigures, speeds: dict[str, float]) -> list[str]:
 def _gap_table(rows: list[GapRow]) -> list[str]:
     heads = ("schedule", "passes", *(f"seed `{seed.value}`" for seed in SEEDS), "no refeed")
     cells = (
-        [row.name, row.passes, *(_gap(row.gaps[seed.value]) for seed in SEEDS), _gap(row.without_refeed)]
+        [row.name, row.passes, *(gap(row.gaps[seed.value]) for seed in SEEDS), gap(row.without_refeed)]
         for row in rows
     )
     return _table(heads, cells)
 
 
-_FIGURES: dict[str, tuple[Callable[[Scores], Estimate | None], int]] = {
+_Figures = dict[str, tuple[Callable[[Scores], Estimate | None], int]]
+
+_FIGURES: _Figures = {
     "NLL under NTP": (lambda score: score.generated_nll, 3),
     "action followed": (lambda score: score.geometry.followed if score.geometry else None, 3),
     "walks followed": (lambda score: score.geometry.walks_followed if score.geometry else None, 3),
@@ -162,10 +112,12 @@ _FIGURES: dict[str, tuple[Callable[[Scores], Estimate | None], int]] = {
 }
 """Figures of rollouts, each with its digits."""
 
+_AGREEING = _FIGURES | {"as NTP": (lambda score: score.ntp_match, 3)}
 
-def _known(scores: Iterable[Scores]) -> dict[str, tuple[list[Estimate], int]]:
+
+def _known(scores: Iterable[Scores], figures: _Figures = _FIGURES) -> dict[str, tuple[list[Estimate], int]]:
     """Those that every schedule has, in the order of the schedules, each with its digits."""
-    found = {label: ([of(score) for score in scores], digits) for label, (of, digits) in _FIGURES.items()}
+    found = {label: ([of(score) for score in scores], digits) for label, (of, digits) in figures.items()}
     return {
         label: ([one for one in row if one is not None], digits)
         for label, (row, digits) in found.items()
@@ -178,7 +130,7 @@ def _rollout_lines(scores: list[Scores], speeds: dict[str, float]) -> list[str]:
     heads = ("schedule", "passes", *known, *(["frames/s"] if speeds else []))
     last = {name: [f"{speed:.1f}"] for name, speed in speeds.items()}
     rows = (
-        [score.name, score.passes, *(_plain(row[n], digits) for row, digits in known.values())]
+        [score.name, score.passes, *(plain(row[n], digits) for row, digits in known.values())]
         for n, score in enumerate(scores)
     )
     return _table(heads, ([*row, *last.get(str(row[0]), [])] for row in rows))
@@ -211,7 +163,7 @@ def _drift_lines(model: str, drift: Drift | None) -> list[str]:
         "dynamics": drift.dynamics,
     }
     known = {name: column for name, column in columns.items() if column}
-    rows = ([frame, *(_plain(c[n]) for c in known.values())] for n, frame in enumerate(drift.frames))
+    rows = ([frame, *(plain(c[n]) for c in known.values())] for n, frame in enumerate(drift.frames))
     return _section(f"## {model}: drift of long rollouts, k=1 chained", _table(("up to frame", *known), rows))
 
 
@@ -221,7 +173,7 @@ def _world_lines(world: str, figures: SizeFigures) -> list[str]:
     return [
         *_section(
             f"## {world}: likelihood gap to next-token prediction, nats per token",
-            _text(f"Next-token prediction: {_plain(scores[0].nll)}, {count} windows."),
+            _text(f"Next-token prediction: {plain(scores[0].nll)}, {count} windows."),
             _gap_table(figures.gaps),
         ),
         *_section(
@@ -246,7 +198,7 @@ def _compat_lines(sizes: dict[str, list[CompatRow]]) -> list[str]:
         '`compat="mineworld"`',
     )
     cells = (
-        [size, row.name, *map(_gap, (row.aligned, row.strict, row.released))]
+        [size, row.name, *map(gap, (row.aligned, row.strict, row.released))]
         for size, rows in sizes.items()
         for row in rows
     )
@@ -278,7 +230,7 @@ def _size_lines(figures: Figures) -> list[str]:
         speeds = figures.frames_per_second.get(name, {})
         count = figures.parameters.get(name)
         title = f"{name}: {count / 1e6:.2f} M parameters" if count else name
-        gaps = ([s.name, _plain(s.nll, 4), _gap(s.nll_gap)] for s in scores)
+        gaps = ([s.name, plain(s.nll, 4), gap(s.nll_gap)] for s in scores)
         lines += _section(
             f"### {title}, {scores[0].generated_nll.count} rollouts",
             _table(("schedule", "NLL", "gap"), gaps),
@@ -289,20 +241,69 @@ def _size_lines(figures: Figures) -> list[str]:
     return lines
 
 
-def _training_lines(rows: list[TrainingRow]) -> list[str]:
-    if not rows:
-        return []
+def _training_lines(world: str, rows: list[TrainingRow]) -> list[str]:
     schedules = list(rows[0].gaps)
-    cells = ([row.name, _plain(row.nll, 4), *(_gap(row.gaps[name]) for name in schedules)] for row in rows)
+    cells = ([row.name, plain(row.nll, 4), *(gap(row.gaps[name]) for name in schedules)] for row in rows)
     return _section(
-        "## What training on the diagonal buys",
+        f"## What training on the diagonal buys: {world}",
         _text(
             "The shipped size, trained in different ways: NLL under NTP, and the gap of each schedule to it, "
             "nats per token. Fine-tuning starts from the first row; its control has as many steps of NTP, so "
             "that the gain is not just more training."
         ),
         _table(("training", "NLL of NTP", *schedules), cells),
+        *_trained_rollouts([(row.name, score) for row in rows for score in row.schedules]),
     )
+
+
+def _trained_rollouts(scores: list[tuple[str, Scores]]) -> list[list[str]]:
+    if not scores:
+        return []
+    known = _known([score for _, score in scores], _AGREEING)
+    rows = (
+        [name, score.name, *(plain(row[n], digits) for row, digits in known.values())]
+        for n, (name, score) in enumerate(scores)
+    )
+    told = _text(
+        f"{scores[0][1].generated_nll.count} rollouts of each; NLL is under the model's own NTP, `as NTP` "
+        "the share of tokens that its own NTP draws too, with the same random numbers."
+    )
+    return [told, _table(("training", "schedule", *known), rows)]
+
+
+def _preference_lines(world: str, report: PreferReport) -> list[str]:
+    verdicts, choice = report.verdicts, report.choice
+    figures = list(next(iter(verdicts.values())).changes)
+    rows = (
+        [TUNED[way], *(_change(name, verdict.changes[name]) for name in figures), _told(verdict.breaches)]
+        for way, verdict in verdicts.items()
+    )
+    chosen = "none is better, and nothing is written" if report.chosen is None else TUNED[report.chosen]
+    return _section(
+        f"## Preferences between rollouts: {world}",
+        _text(
+            f"`diagd prefer`: {report.pairs} pairs of {report.contexts} contexts, rolled out by "
+            f"{report.decoder}; three ways to spend the same steps, judged on contexts that were held out, "
+            "over three seeds: before -> after [95 % interval of the difference]. Chosen: "
+            f"{chosen}. Scores of the rollouts of a context agree with those by the gate's probe to "
+            f"{choice.agreement:.2f} (correlation; 1 is no noise of the probe). What has to rise is "
+            f"{choice.gained.before:.4f} of all rollouts, {choice.gained.after:.4f} of the best of each "
+            f"context ({difference(choice.gained)}), and {choice.truth:.4f} of the true frames that followed."
+        ),
+        _table(("trained on", *(_HEADS.get(name, name) for name in figures), "gate"), rows),
+    )
+
+
+_HEADS = {"truth": "NLL of true frames (interval: of the relative rise)"}
+
+
+def _told(breaches: Sequence[str]) -> str:
+    return "; ".join(breaches) or "passed"
+
+
+def _change(name: str, change: Change) -> str:
+    digits = "+.2%" if name == "truth" else "+.4f"
+    return f"{change.before:.4f} -> {change.after:.4f} [{change.low:{digits}}, {change.high:{digits}}]"
 
 
 def decoders_plot(world: str) -> str:
@@ -321,7 +322,7 @@ _JUDGED: dict[str, Callable[[Judgement], Estimate | None]] = {
 
 def _judged(judgement: Judgement) -> list[str]:
     found = (of(judgement) for of in _JUDGED.values())
-    return ["" if estimate is None else _plain(estimate) for estimate in found]
+    return ["" if estimate is None else plain(estimate) for estimate in found]
 
 
 def _decoder_lines(world: str, figures: DecoderFigures) -> list[str]:
@@ -353,7 +354,7 @@ def _decoder_lines(world: str, figures: DecoderFigures) -> list[str]:
         ),
         [f"![speed against likelihood]({decoders_plot(world)})"],
         _text("Passes of a frame by Jacobi decoding in windows of whole frames, exact at any temperature:"),
-        _table(("temperature", *figures.passes), [("passes", *map(_plain, figures.passes.values()))]),
+        _table(("temperature", *figures.passes), [("passes", *map(plain, figures.passes.values()))]),
         _text("Rollouts by next-token prediction in other precisions, judged by the model in float32:"),
         _table(
             ("precision", *_JUDGED),
@@ -374,12 +375,3 @@ def _text(text: str) -> list[str]:
 def _table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     lines = chain([heads, ["---"] * len(heads)], rows)
     return ["| " + " | ".join(str(cell) for cell in row) + " |" for row in lines]
-
-
-def _plain(estimate: Estimate, digits: int = 3) -> str:
-    return f"{estimate.mean:.{digits}f} +- {estimate.error:.{digits}f}"
-
-
-def _gap(estimate: Estimate) -> str:
-    text = f"{estimate.mean:+.4f} +- {estimate.error:.4f}"
-    return text if abs(estimate.mean) > 2 * estimate.error else f"*{text}*"

@@ -17,33 +17,27 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from benchmarks.quality.decoders import DECODERS, PRECISIONS, decoder_figures
-from benchmarks.quality.page import (
-    SEEDS,
-    CompatRow,
-    Figures,
-    GapRow,
-    SizeFigures,
-    TrainingRow,
-    decoders_plot,
-    quality_page,
-)
+from benchmarks.quality.figures import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow
+from benchmarks.quality.page import decoders_plot, quality_page
 from diagd.bundle.files import atomic_file, write_text
 from diagd.bundle.targets import file_target
 from diagd.errors import UsageError
 from diagd.export.families.world import SHIPPED, load_tokenizer
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout
+from diagd.tuning.prefer import PreferReport
+from diagd.tuning.probe import Probe
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
 from worlds.evaluate import EvalOptions, Evaluation, measure_drift
 from worlds.folder import load_world
 from worlds.geometry import Geometry
 from worlds.metrics import Estimate
-from worlds.model import BundleModel, open_model
+from worlds.model import BundleModel, WorldModel, open_model
 from worlds.pareto import plot_points
 from worlds.report import save_contact_sheet
 from worlds.run_eval import fit_probe, pictures, recorded_walks, walk_actions
 
-PARTS = ("shipped", "compat", "sizes", "training", "speed", "decoders", "worlds")
+PARTS = ("shipped", "compat", "sizes", "training", "speed", "decoders", "worlds", "preferences")
 SHIPPED_SIZE = "3m"
 ROW_LAGS = (1, 2, 4)
 DEFAULTS = {
@@ -75,10 +69,12 @@ class StudyOptions:
         geometry: recording that the rules of the world are learned from.
         output: folder of quality.md, quality.json and the pictures.
         sizes: folders of other sizes trained like the shipped model, by name.
-        training: folders of the same size trained otherwise, by what was done.
+        training: folders of the same size trained otherwise, by what was done; of the world whose tokenizer
+            they have.
         worlds: beside the shipped one: model, data and, where there is one, the recording that its rules and
             probe are learned from, by name.
         world_rollouts, world_windows: of each of them.
+        preferences: reports of `diagd prefer`, by world.
         decoder_rollouts: of each decoder.
         parts: what to measure; the rest is taken from quality.json.
         evaluation: sizes and sampling.
@@ -95,6 +91,7 @@ class StudyOptions:
     sizes: Mapping[str, Path] = field(default_factory=dict)
     training: Mapping[str, Path] = field(default_factory=dict)
     worlds: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    preferences: Mapping[str, Path] = field(default_factory=dict)
     world_rollouts: int = 24
     world_windows: int = 48
     decoder_rollouts: int = 12
@@ -116,6 +113,7 @@ class Study:
     def __init__(self, options: StudyOptions, report: Report = lambda _: None) -> None:
         self._options, self._report = options, report
         self._bundles: dict[Path, Path] = {}
+        self._probes: dict[str, Probe | None] = {}
         encoder = FrameEncoder.of_graphs(*load_tokenizer(options.model))
         self._recording = cached_tokens(options.data, encoder)
         self._geometry = Geometry.learn(cached_tokens(options.geometry, encoder), encoder.codes)
@@ -133,7 +131,7 @@ class Study:
         for world, compared in figures.decoders.items():
             plot_points(options.output / decoders_plot(world), compared.points)
         page = options.output / "quality.md"
-        write_text(page, quality_page(figures, SHIPPED_SIZE))
+        write_text(page, quality_page(figures, SHIPPED_SIZE, options.model.name))
         return page
 
     def _known(self) -> Figures:
@@ -188,9 +186,14 @@ class Study:
             found = {name: self._world(name, *paths) for name, paths in options.worlds.items()}
             return replace(figures, worlds={**figures.worlds, **found})
         if part == "training":
-            rows_of = training_row
-            trained = [rows_of(self._evaluation(f), name, report) for name, f in options.training.items()]
-            return replace(figures, training=trained)
+            trained: dict[str, list[TrainingRow]] = {}
+            for name, folder in options.training.items():
+                world, evaluation = self._evaluation_in_its_world(open_model(folder))
+                trained.setdefault(world, []).append(training_row(evaluation, name, report))
+            return replace(figures, training={**figures.training, **trained})
+        if part == "preferences":
+            told = {name: _preferences(path) for name, path in options.preferences.items()}
+            return replace(figures, preferences={**figures.preferences, **told})
         bundles = {name: self._bundle(folder, scratch) for name, folder in folders.items()}
         rates = speeds(bundles, options.speed_rounds, options.speed_frames, report)
         counts = {name: parameters(folder) for name, folder in folders.items()}
@@ -199,15 +202,36 @@ class Study:
     def _world(self, name: str, folder: Path, data: Path, learned: Path | None = None) -> SizeFigures:
         """Of any world, by what holds for any."""
         options, model, report = self._options, open_model(folder), self._report
-        sized = replace(options.evaluation, windows=options.world_windows, rollouts=options.world_rollouts)
-        probe, _ = fit_probe(model, data, learned, PROBE_STEPS)
-        evaluation = Evaluation(model, cached_tokens(data, model.encoder), None, sized, probe)
+        evaluation = self._evaluation_of_any(model, name, data, learned)
         figures, sheet = size_figures(evaluation, name, report)
         save_contact_sheet(options.output / f"quality-{name}.png", sheet)
         report(f"{name}: {options.long_frames} frames of k=1 chained")
-        actions = recorded_walks(model, data, options.long_rollouts, options.long_frames, sized.seed)
+        seed = options.evaluation.seed
+        actions = recorded_walks(model, data, options.long_rollouts, options.long_frames, seed)
         drift = measure_drift(evaluation, Schedule.chained(model.layout, 1), actions)
         return replace(figures, drift=drift)
+
+    def _evaluation_of_any(
+        self, model: WorldModel, world: str, data: Path, learned: Path | None = None
+    ) -> Evaluation:
+        options = self._options
+        sized = replace(options.evaluation, windows=options.world_windows, rollouts=options.world_rollouts)
+        if world not in self._probes:
+            self._probes[world], _ = fit_probe(model, data, learned, PROBE_STEPS)
+        return Evaluation(model, cached_tokens(data, model.encoder), None, sized, self._probes[world])
+
+    def _evaluation_in_its_world(self, model: WorldModel) -> tuple[str, Evaluation]:
+        """The world whose tokenizer a model has, and its evaluation there."""
+        options, its = self._options, model.encoder.digest
+        if open_model(options.model).encoder.digest == its:
+            return options.model.name, self._evaluated(model)
+        for world, (folder, *recordings) in options.worlds.items():
+            if open_model(folder).encoder.digest == its:
+                return world, self._evaluation_of_any(model, world, *recordings)
+        raise UsageError(
+            f"a world of --training has the tokenizer of none of {options.model.name}, "
+            f"{', '.join(options.worlds)}: train it with --tokenizer of one, or name its --world"
+        )
 
     def _bundle(self, folder: Path, scratch: Path) -> Path:
         if folder not in self._bundles:
@@ -227,8 +251,11 @@ class Study:
         return Evaluation(opened, recording, rules, few)
 
     def _evaluation(self, folder: Path, options: EvalOptions | None = None) -> Evaluation:
+        return self._evaluated(open_model(folder), options)
+
+    def _evaluated(self, model: WorldModel, options: EvalOptions | None = None) -> Evaluation:
         chosen = options or self._options.evaluation
-        return Evaluation(open_model(folder), self._recording, self._geometry, chosen)
+        return Evaluation(model, self._recording, self._geometry, chosen)
 
 
 def diagonal_schedules(layout: StreamLayout) -> list[Schedule]:
@@ -277,11 +304,14 @@ def compat_figures(bundle: Path, evaluation: Evaluation, windows: int, report: R
 
 
 def training_row(evaluation: Evaluation, name: str, report: Report) -> TrainingRow:
-    """Likelihood of one way of training under every schedule."""
-    report(f"likelihood of '{name}'")
-    schedules = diagonal_schedules(evaluation.model.layout)
+    """Likelihood of one way of training under every schedule, and rollouts by the two ends of them."""
+    report(f"'{name}'")
+    layout = evaluation.model.layout
+    ends = [Schedule.next_token(layout), Schedule.chained(layout, 1)]
+    schedules = [*diagonal_schedules(layout), replace(ends[1], refeed=False)]
     gaps = {schedule.name: evaluation.gap(schedule) for schedule in schedules}
-    return TrainingRow(name, Estimate.of(np.nanmean(evaluation.baseline, axis=1)), gaps)
+    rolled = [evaluation.score(schedule.name, schedule)[0] for schedule in ends]
+    return TrainingRow(name, Estimate.of(np.nanmean(evaluation.baseline, axis=1)), gaps, rolled)
 
 
 def speeds(
@@ -327,6 +357,18 @@ def export_world(folder: Path, output: Path) -> Path:
 def parameters(folder: Path) -> int:
     """Weights of a trained world."""
     return sum(parameter.numel() for parameter in load_world(folder).model.parameters())
+
+
+def _preferences(path: Path) -> PreferReport:
+    """What `diagd prefer --report` wrote.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        return TypeAdapter(PreferReport).validate_json(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{path} is no report of diagd prefer: {error}") from error
 
 
 def _plot(path: Path, figures: Figures) -> None:
@@ -387,10 +429,12 @@ def _check_there(options: StudyOptions) -> None:
     folders = [options.model, options.data, options.geometry]
     folders += [*options.sizes.values(), *options.training.values()]
     folders += [path for paths in options.worlds.values() for path in paths]
-    if missing := dict.fromkeys(str(path) for path in folders if not path.is_dir()):
+    missing = [path for path in folders if not path.is_dir()]
+    missing += [path for path in options.preferences.values() if not path.is_file()]
+    if missing := dict.fromkeys(map(str, missing)):
         raise UsageError(
-            f"no folders {', '.join(missing)}: record and train them, or name others; the commands are in "
-            "docs/world.md, under The quality page"
+            f"no folders or reports {', '.join(missing)}: record and train them, or name others; the "
+            "commands are in docs/world.md, under The quality page"
         )
 
 
@@ -421,6 +465,9 @@ def main() -> None:
         action="append",
         help="NAME=MODEL,DATA[,GEOMETRY] of another world (default: doom-3m, on walks/valid)",
     )
+    parser.add_argument(
+        "--prefer", action="append", default=[], help="WORLD=REPORT.json that diagd prefer --report wrote"
+    )
     parser.add_argument("--part", action="append", choices=PARTS, help="measure this again (default: all)")
     args = parser.parse_args()
     options = StudyOptions(
@@ -430,6 +477,7 @@ def main() -> None:
         output=args.output,
         sizes=_folders(args.size),
         training=_folders(args.training),
+        preferences=_folders(args.prefer),
         worlds=SECOND if args.world is None else _worlds(args.world),
         parts=tuple(args.part or PARTS),
     )

@@ -123,6 +123,12 @@ def _print(options: PreferVerb, report: PreferReport) -> None:
         f"{report.contexts} contexts by {report.decoder}: {report.pairs} pairs; scores, best {best:.3f}, "
         f"mean {mean:.3f}, worst {worst:.3f}"
     )
+    choice, gained = report.choice, report.choice.gained
+    console.print(
+        f"scores of a context agree with those by the gate's probe to {choice.agreement:.2f}; what has to "
+        f"rise: rollouts {gained.before:.4f}, the best of each context {gained.after:.4f} "
+        f"[{gained.low:+.4f}, {gained.high:+.4f}], true frames {choice.truth:.4f}"
+    )
     console.print(_table(report))
     if options.report is not None and is_first():
         write_text(options.report, json.dumps(asdict(report), indent=1) + "\n")

@@ -27,19 +27,24 @@ from diagd.errors import QualityError, UsageError
 from diagd.export.transformer import Transformer
 from diagd.progress import Progress
 from diagd.runtime.options import parse_decoder
+from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import TrainingState, beside, filled_text
 from diagd.tuning.options import PreferOptions, PreferTraining
 from diagd.tuning.preference import Lesson, tune
 from diagd.tuning.probe import Probe, Transitions
 from diagd.tuning.ranks import Ranks, together
-from diagd.tuning.reward import Figures, Measures, RewardModel, Verdict, aim_of, measures
+from diagd.tuning.reward import Choice, Figures, Measures, RewardModel, Verdict, aim_of, measures
 from diagd.tuning.rollouts import Roller, Rolling, Streams, parts
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
 from diagd.tuning.weights import read_model, tuned_manifest, write_model
 
 SEEDS = 3
 """Of the random numbers that the gate looks at."""
+
+_UNFILTERED = SamplingSettings(1.0, 0, 1.0)
+"""How what is compared is drawn: from the law whose likelihood is trained. Rollouts that top-p has cut are
+surer than the model, and training on them, whichever are picked, makes it surer and stiller."""
 
 _CHUNK = 8
 """Contexts that are rolled out and kept at a time."""
@@ -74,6 +79,7 @@ class PreferReport:
         probe: of the gate; None where the model takes no actions.
         contexts, pairs: how many, and how many of them made a pair.
         scores: mean score of the best, of all and of the worst rollouts of a context.
+        choice: how much the scores tell, and what choosing the best rollouts is worth to the gate.
         verdicts: of each way to spend the steps.
         chosen: the one that was written; None: none is better than the model.
     """
@@ -83,6 +89,7 @@ class PreferReport:
     contexts: int
     pairs: int
     scores: tuple[float, float, float]
+    choice: Choice
     verdicts: dict[str, Verdict]
     chosen: str | None
 
@@ -93,8 +100,8 @@ class NotBetterError(QualityError):
     def __init__(self, report: PreferReport) -> None:
         reasons = "; ".join(f"{name}: {', '.join(v.breaches)}" for name, v in report.verdicts.items())
         super().__init__(
-            f"no tuned model is better, so none is written ({reasons}); more --contexts make smaller "
-            "differences count, --rate and --set steps= change how far it goes"
+            f"no tuned model is better, so none is written ({reasons}); more --set judged= make smaller "
+            "differences count, --set rate= and steps= change how far it goes"
         )
         self.report = report
 
@@ -143,7 +150,7 @@ def prefer(
 
 
 def _prefer(run: _Run, output: Path) -> PreferReport:
-    lessons, scores, reference = run.collect()
+    lessons, scores, choice, reference = run.collect()
     before = run.measure(run.bundle, run.model, reference)
     verdicts, states = dict[str, Verdict](), list[TrainingState]()
     shared = None if run.options.who.cluster is None else output.resolve().parent  # which other nodes see
@@ -154,7 +161,7 @@ def _prefer(run: _Run, output: Path) -> PreferReport:
             tuned = f"{TUNED[name]}, {run.training.steps} steps"
             made = write_model(run.bundle, model, Path(folder) / name, tuned_manifest(run.bundle, tuned))
             verdicts[name] = Verdict.of(before, run.measure(Bundle.open(made), model, reference))
-        report = _report(run, lessons, scores, verdicts, aim_of(before))
+        report = _report(run, lessons, scores, choice, verdicts, aim_of(before))
         if report.chosen is not None and run.ranks.is_first:
             with atomic_bundle(output) as directory:
                 shutil.copytree(Path(folder) / report.chosen, directory, dirs_exist_ok=True)
@@ -174,7 +181,12 @@ TUNED = {
 
 
 def _report(
-    run: _Run, lessons: dict[str, Lesson], scores: NDArray[np.float64], verdicts: dict[str, Verdict], aim: str
+    run: _Run,
+    lessons: dict[str, Lesson],
+    scores: NDArray[np.float64],
+    choice: Choice,
+    verdicts: dict[str, Verdict],
+    aim: str,
 ) -> PreferReport:
     gains = {
         name: verdict.changes[aim].after - verdict.changes[aim].before
@@ -188,6 +200,7 @@ def _report(
         contexts=len(scores),
         pairs=len(lessons["preferences"].preferred),
         scores=(float(means[0]), float(means[1]), float(means[2])),
+        choice=choice,
         verdicts=verdicts,
         chosen=max(gains, key=lambda name: gains[name]) if gains else None,
     )
@@ -222,19 +235,28 @@ class _Run:
         learned = RewardModel.learn(self.model.config, streams, options.prompt, logits, device=device)
         self.rewards = [replace(learned, probe=probe) for probe in self.probes or (None,)]
 
-    def collect(self) -> tuple[dict[str, Lesson], NDArray[np.float64], Figures]:
-        """What to train on, the scores [M, R] of all rollouts, and the figures that scores refer to."""
+    def collect(self) -> tuple[dict[str, Lesson], NDArray[np.float64], Choice, Figures]:
+        """What to train on, scores [M, R] of all rollouts, what they tell, and figures they refer to."""
         options, count = self.options, self.options.rollouts
-        rolled = self._roll_out(self.bundle, self.contexts, count, "rolling out")
-        figures = self.rewards[0].figures(rolled.reshape(-1, rolled.shape[2]))
-        scores = self.rewards[0].score(figures, figures).reshape(-1, count)
+        rolled = self._roll_out(self.bundle, self.contexts, count, "rolling out", _UNFILTERED)
+        flat = rolled.reshape(-1, rolled.shape[2])
+        figures = self.rewards[0].figures(flat)
+        again = self.rewards[-1].reread(figures, flat)
+        scores, others = (self.rewards[0].score(f, f).reshape(-1, count) for f in (figures, again))
+        aim = again["followed"].mean(1).reshape(-1, count) if "followed" in again else others
         preferences = Lesson.of_scores(rolled, scores, options.strength, options.anchor)
         lessons = {
             "preferences": preferences,
             "winners": Lesson.of_likelihood(preferences.preferred),
             "plain": Lesson.of_likelihood(self.material.train),
         }
-        return lessons, scores, figures
+        return lessons, scores, Choice.of(scores, others, aim, self._aim_of_truth(figures)), figures
+
+    def _aim_of_truth(self, reference: Figures) -> float:
+        """The figure that has to rise, of the true continuations."""
+        judge = self.rewards[-1]
+        true = judge.reread({}, self.contexts) or judge.figures(self.contexts)
+        return float((true["followed"] if "followed" in true else judge.score(true, reference)).mean())
 
     def train(self, name: str, lesson: Lesson) -> tuple[Transformer, TrainingState]:
         """A tuned copy of the model, and the state of its training."""
@@ -255,7 +277,7 @@ class _Run:
 
     def measure(self, bundle: Bundle, model: Transformer, reference: Figures) -> Measures:
         """What the gate compares: by the other probe, on contexts that were held out."""
-        rolled = self._roll_out(bundle, self.judged, SEEDS, "judging")
+        rolled = self._roll_out(bundle, self.judged, SEEDS, "judging", self.options.sampling)
         raster = Schedule.next_token(self.layout)
         passes = ForcedPasses([raster], self._frames, score_prompt=False)
         nll = forced_nll(self._logits(model), passes, self.judged, 0, device=self.training.device)
@@ -299,17 +321,19 @@ class _Run:
             )
         return found
 
-    def _roll_out(self, bundle: Bundle, contexts: Streams, count: int, title: str) -> Streams:
+    def _roll_out(
+        self, bundle: Bundle, contexts: Streams, count: int, title: str, sampling: SamplingSettings
+    ) -> Streams:
         """Rollouts int64 [M, count, N] of contexts, by whoever does them, kept in the cache by and by."""
         items = [self._part(contexts[n : n + _CHUNK], n, count) for n in range(0, len(contexts), _CHUNK)]
-        keys = [self._key(bundle, part) for part in items]
+        keys = [self._key(bundle, part, sampling) for part in items]
         if not self.ranks.is_first:
             self.ranks.wait()  # what the first made is in the cache
         made = {n: read for n, key in enumerate(keys) if (read := cache.read("rollouts", key)) is not None}
         missing = [n for n in range(len(items)) if n not in made]
         with self.progress.count(title, len(items)) as advance:
             advance(len(made))
-            with open_workers(self._roller(bundle), self.options.who) as workers:
+            with open_workers(self._roller(bundle, sampling), self.options.who) as workers:
                 for number, rolled in workers.map([items[n] for n in missing]):
                     made[missing[number]] = rolled.astype("<i8").tobytes()
                     cache.write("rollouts", keys[missing[number]], made[missing[number]])
@@ -324,7 +348,7 @@ class _Run:
         seeds = tuple(int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys)
         return np.repeat(contexts, count, axis=0), seeds
 
-    def _roller(self, bundle: Bundle) -> Callable[[], Roller]:
+    def _roller(self, bundle: Bundle, sampling: SamplingSettings) -> Callable[[], Roller]:
         options = self.options
         return partial(
             Roller,
@@ -332,16 +356,16 @@ class _Run:
             bundle.manifest.graphs[0].precision,
             self.spelled,
             options.prompt,
-            options.sampling,
+            sampling,
             self.material.text,
             backend=options.backend,
             cpu=CpuOptions(1 if options.who.is_asked else 0),
         )
 
-    def _key(self, bundle: Bundle, part: Rolling) -> str:
+    def _key(self, bundle: Bundle, part: Rolling, sampling: SamplingSettings) -> str:
         """Of all that rollouts depend on."""
         options, text, (streams, seeds) = self.options, self.material.text, part
-        told = repr((bundle.digest, self.spelled, options.prompt, options.sampling, options.backend, seeds))
+        told = repr((bundle.digest, self.spelled, options.prompt, sampling, options.backend, seeds))
         digest = hashlib.sha256(told.encode() + streams.tobytes() + (b"" if text is None else text.tobytes()))
         return digest.hexdigest()[:32]
 

@@ -91,8 +91,8 @@ class Lesson:
         kept = rows[scores[rows, best] > scores[rows, worst]]
         if not len(kept):
             raise UsageError(
-                "the rollouts of every context score alike, so none is preferred; give a higher "
-                "--set temperature, or more --rollouts"
+                "the rollouts of every context score alike, so none is preferred; give more --set rollouts= "
+                "or --set frames="
             )
         best, worst = best[kept], worst[kept]
         weights = pair_weights(scores, scores[kept, best], scores[kept, worst])

@@ -99,9 +99,15 @@ class RewardModel:
             "changed": (moved.before != moved.after).mean((1, 2)),
             "expected": np.array([self.changes.get(key, self.changes[()]) for key in keys]),
         }
-        if self.probe is not None:
-            found["followed"] = self.probe.read(moved)[0]
-        return {name: values.reshape(count, -1).astype(np.float64) for name, values in found.items()}
+        figures = {name: values.reshape(count, -1).astype(np.float64) for name, values in found.items()}
+        return self.reread(figures, streams)
+
+    def reread(self, figures: Figures, streams: Streams) -> Figures:
+        """The figures of windows [B, N] with the actions read by this model's own probe."""
+        if self.probe is None:
+            return figures
+        read, _ = self.probe.read(Transitions.of(streams, self.config.layout, self.prompt))
+        return figures | {"followed": read.reshape(len(streams), -1)}
 
     def score(self, figures: Figures, reference: Figures) -> NDArray[np.float64]:
         """Score of each window [B], 0 to 1: the terms' places among those of the reference, weighted."""
@@ -192,6 +198,32 @@ class Change:
             differences = differences / before[picked].mean(1)
         low, high = np.quantile(differences, (0.025, 0.975))
         return cls(float(before.mean()), float(after.mean()), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the scores of rollouts tell of those that share a context.
+
+    Attributes:
+        agreement: correlation within contexts with the scores by another probe; 1 is no noise of the probe.
+        gained: the figure that has to rise, to that probe: a context's rollouts, and the best of them.
+        truth: likewise of the true frames that followed there.
+    """
+
+    agreement: float
+    gained: Change
+    truth: float
+
+    @classmethod
+    def of(
+        cls, scores: NDArray[np.float64], others: NDArray[np.float64], aim: NDArray[np.float64], truth: float
+    ) -> Choice:
+        """From scores by both probes and the figure to the second, each [M, R]."""
+        a, b = (found - found.mean(1, keepdims=True) for found in (scores, others))
+        spread = np.sqrt((a**2).sum() * (b**2).sum())
+        best = aim[np.arange(len(aim)), scores.argmax(1)]
+        agreement = float((a * b).sum() / spread) if spread else 0.0
+        return cls(agreement, Change.of(aim.mean(1), best), truth)
 
 
 def measures(model: RewardModel, rolled: Streams, reference: Figures, truth: NDArray[np.float64]) -> Measures:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
-from benchmarks.quality.page import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow, quality_page
+from benchmarks.quality.figures import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow
+from benchmarks.quality.page import quality_page
 from diagd.schedule import Schedule
+from diagd.tuning.prefer import PreferReport, ProbeReport
+from diagd.tuning.reward import Change, Choice, Verdict
 from tests.worlds.test_evaluate import LAYOUT, OPTIONS, evaluation
 from worlds.evaluate import Drift, Scores, measure_drift
 from worlds.metrics import Estimate
@@ -20,6 +24,7 @@ def table(page: str, heading: str, number: int = 0) -> list[list[str]]:
     return [[c.strip() for c in line.strip("|").split("|")] for line in tables[number].splitlines()]
 
 
+@cache
 def scores(*, is_frozen: bool = False) -> list[Scores]:
     judge = evaluation(is_frozen=False)
     other = evaluation(is_frozen=is_frozen)
@@ -28,6 +33,22 @@ def scores(*, is_frozen: bool = False) -> list[Scores]:
 
 
 GAPS = [GapRow("k=1 chained", 38, {s.value: CERTAIN for s in SEEDS}, NOISE)]
+
+
+UP, SAME = Change(0.6, 0.65, 0.02, 0.08), Change(0.6, 0.6, -0.01, 0.01)
+REPORT = PreferReport(
+    "k=1 chained",
+    ProbeReport(0.8, 0.3, 0.7, 0.1),
+    112,
+    110,
+    (0.6, 0.5, 0.4),
+    Choice(0.59, UP, 0.66),
+    {
+        "preferences": Verdict({"truth": SAME, "followed": UP}, []),
+        "winners": Verdict({"truth": SAME, "followed": SAME}, ["followed is not up", "dynamics are lower"]),
+    },
+    "preferences",
+)
 
 
 def test_the_shipped_model_shows_every_figure() -> None:
@@ -72,7 +93,8 @@ def test_figures_beyond_the_noise_are_named() -> None:
 
 
 def test_sizes_training_and_compat_show_every_figure() -> None:
-    training = [TrainingRow("NTP only", Estimate(0.05, 0.002, 8), {"k=1 chained": NOISE})]
+    row = TrainingRow("NTP only", Estimate(0.05, 0.002, 8), {"k=1 chained": NOISE})
+    training = {"crafter-3m": [row], "doom-3m": [replace(row, schedules=scores())]}
     compat = {"10m": [CompatRow("k=1 serial", NOISE, CERTAIN, CERTAIN)]}
     sizes = {"10m": SizeFigures(GAPS, scores())}
     figures = Figures(
@@ -85,6 +107,46 @@ def test_sizes_training_and_compat_show_every_figure() -> None:
     assert table(page, "Other sizes", 2)[3][-1] == "7.5"
     bare = replace(figures, sizes={"10m": SizeFigures([], scores())})
     assert "Other row seeds were not measured" in quality_page(bare, "3m")
-    assert table(page, "What training")[2] == ["NTP only", "0.0500 +- 0.0020", "*+0.0010 +- 0.0010*"]
+    for world in training:
+        trained = table(page, f"What training on the diagonal buys: {world}")[2]
+        assert trained == ["NTP only", "0.0500 +- 0.0020", "*+0.0010 +- 0.0010*"]
+    heads, _, *rolled = table(page, "What training on the diagonal buys: doom-3m", 1)
+    assert [row[:2] for row in rolled] == [["NTP only", "NTP"], ["NTP only", "k=1 chained"]]
+    assert rolled[0][heads.index("as NTP")] == "1.000 +- 0.000"
     assert table(page, "Strict steps")[2][:2] == ["10m", "k=1 serial"]
     assert table(page, "Strict steps")[2][2:] == ["*+0.0010 +- 0.0010*", *["+0.0200 +- 0.0010"] * 2]
+
+
+def test_what_preferences_did_is_told() -> None:
+    page = quality_page(Figures(OPTIONS, preferences={"doom-3m": REPORT}), "3m")
+    heads, _, tuned, winners = table(page, "Preferences between rollouts: doom-3m")
+    assert tuned[heads.index("followed")] == "0.6000 -> 0.6500 [+0.0200, +0.0800]"
+    assert tuned[1] == "0.6000 -> 0.6000 [-1.00%, +1.00%]"
+    assert (tuned[-1], winners[-1]) == ("passed", "followed is not up; dynamics are lower")
+    assert "to 0.59 (correlation" in page
+    assert "and 0.6600 of the true frames" in page.replace("\n", " ")
+
+
+def test_each_world_answers_what_was_measured_of_it() -> None:
+    named = [
+        replace(score, name=name) for score, name in zip(scores(), ("next token", "k=1 chained"), strict=True)
+    ]
+    training = [TrainingRow("+ control", CERTAIN, {"k=1 chained": CERTAIN})]
+    figures = Figures(
+        OPTIONS,
+        SizeFigures(GAPS, named),
+        training={"doom-3m": training},
+        worlds={"doom-3m": SizeFigures([replace(GAPS[0], without_refeed=CERTAIN)], named)},
+        preferences={"crafter-3m": REPORT},
+    )
+    heads, _, *rows = table(quality_page(figures, "3m"), "What is asked")
+    assert heads == ["question", "crafter-3m", "doom-3m"]
+    answers = {question: told for question, *told in rows}
+    assert answers["What does it cost?"] == ["+0.0200 +- 0.0010"] * 2
+    assert answers["What if true row ends are never fed?"] == ["*+0.0010 +- 0.0010*", "+0.0200 +- 0.0010"]
+    (trained,) = (told for question, told in answers.items() if question.startswith("Does training"))
+    assert trained == ["", "+0.0200 +- 0.0010"]
+    (preferred,) = (told for question, told in answers.items() if question.startswith("Does tuning"))
+    assert preferred[0].startswith("yes; followed: preferences: +0.0500 [+0.0200, +0.0800]; winners: +0.0000")
+    assert not any(question.startswith("How much faster") for question in answers)
+    assert "What is asked" not in quality_page(Figures(OPTIONS), "3m")

@@ -14,6 +14,7 @@ from diagd.cluster import ClusterOptions
 from diagd.errors import UsageError
 from diagd.export.families.world import SHIPPED
 from diagd.schedule import StreamLayout
+from tests.benchmarks.test_quality_page import REPORT
 from worlds.collect import CollectOptions, collect
 from worlds.evaluate import EvalOptions
 
@@ -51,14 +52,16 @@ def test_every_part_is_measured_and_kept(options: StudyOptions) -> None:
     assert first["compat"]["3m"] == first["compat"]["again"]
     assert first["shipped"]["schedules"] == first["sizes"]["again"]["schedules"]
     assert first["shipped"]["gaps"] == first["sizes"]["again"]["gaps"]
-    assert list(first["training"][0]["gaps"]) == NAMES
+    (trained,) = first["training"][FOLDER.name]
+    assert list(trained["gaps"]) == [*NAMES, "k=1 chained no-refeed"]
+    assert [score["name"] for score in trained["schedules"]] == ["next token", "k=1 chained"]
     assert set(first["frames_per_second"]) == {"3m", "again"}
     assert set(first["frames_per_second"]["3m"]) == {"next token", *NAMES}
     for name in ("quality-contact.png", "quality-speed.png"):
         assert (options.output / name).read_bytes().startswith(b"\x89PNG")
     Study(replace(options, parts=("training",), training={"renamed": FOLDER})).run()
     second = json.loads((options.output / "quality.json").read_text())
-    assert [row["name"] for row in second["training"]] == ["renamed"]
+    assert [row["name"] for row in second["training"][FOLDER.name]] == ["renamed"]
     assert second["shipped"] == first["shipped"]
     assert "| renamed |" in page.read_text()
     other = replace(options, parts=("training",), evaluation=EvalOptions(windows=4))
@@ -101,6 +104,19 @@ def test_decoders_of_several_worlds_are_compared(options: StudyOptions) -> None:
             "fp32": 1
         }
     assert "| precision | NLL under NTP | as NTP | match, last frame |" in page
+
+
+def test_a_report_of_preferences_is_read(options: StudyOptions) -> None:
+    report = options.output.with_name("prefer.json")
+    report.write_text(json.dumps(REPORT.data()))
+    alone = replace(options, parts=("preferences",), output=options.output.with_name("preferences"))
+    page = Study(replace(alone, preferences={"another": report})).run().read_text()
+    assert "## Preferences between rollouts: another" in page
+    kept = json.loads((alone.output / "quality.json").read_text())
+    assert kept["preferences"]["another"] == json.loads(report.read_text())
+    report.write_text("{}")
+    with pytest.raises(UsageError, match="no report of diagd prefer"):
+        Study(replace(alone, preferences={"another": report})).run()
 
 
 def test_study_covers_serial_and_chained_frames() -> None:

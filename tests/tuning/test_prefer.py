@@ -60,14 +60,18 @@ def test_what_passes_the_gate_is_written(bundle: Bundle, tmp_path: Path) -> None
 
 
 def test_what_is_not_better_is_not_written(bundle: Bundle, tmp_path: Path) -> None:
-    training = replace(TRAINING, rate=0.0)
+    """What is judged is drawn as asked, here the most probable ids; what is compared, from the whole law."""
+    training, greedy = replace(TRAINING, rate=0.0), replace(OPTIONS, sampling=replace(SAMPLING, top_p=1e-6))
     with pytest.raises(NotBetterError, match="no tuned model is better") as found:
-        prefer(bundle, MATERIAL, OPTIONS, training, None, tmp_path / "made.diagd", Progress())
+        prefer(bundle, MATERIAL, greedy, training, None, tmp_path / "made.diagd", Progress())
     report = found.value.report
+    assert report.pairs == OPTIONS.contexts
+    assert report.verdicts["plain"].changes["distinct"].before == 0
     assert found.value.exit_code == 1
     assert report.chosen is None
     assert report.probe is not None
     assert report.probe.right > 0.9 > report.probe.commonest
+    assert report.choice.truth > report.choice.gained.before
     for verdict in report.verdicts.values():
         assert verdict.breaches == ["followed is not up"]
         assert all(change.before == change.after for change in verdict.changes.values())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diagd.tuning.probe import Probe, Transitions
-from diagd.tuning.reward import RewardModel, Verdict, measures
+from diagd.tuning.reward import Choice, RewardModel, Verdict, measures
 from diagd.tuning.rollouts import parts, with_cells
 from tests.oracles.models import CODES, small_model
 from tests.tuning.walks import LAYOUT, walks
@@ -71,3 +71,17 @@ def test_the_gate_refuses_what_stands_still(reward: RewardModel) -> None:
     after = measures(reward, frozen(true.reshape(40, -1)).reshape(true.shape), reference, truth)
     assert "dynamics are lower" in Verdict.of(before, after).breaches
     assert "followed is not up" in Verdict.of(before, after).breaches
+
+
+def test_choosing_by_scores_that_agree_gains_and_by_noise_does_not() -> None:
+    """Contexts differ far more than the rollouts of one do, which must not count."""
+    random = np.random.default_rng(0)
+    contexts, aim = random.normal(0, 10, (300, 1)), random.normal(0, 1, (300, 4))
+    scores, others = (contexts + aim + random.normal(0, 0.5, (300, 4)) for _ in range(2))
+    told = Choice.of(scores, others, aim, 2.0)
+    assert told.agreement == pytest.approx(1 / 1.25, abs=0.05)  # variance that is shared, of all
+    assert 0.7 < told.gained.low < told.gained.after - told.gained.before < told.gained.high < 1.1
+    noise = Choice.of(random.normal(0, 1, (300, 4)), others, aim, 2.0)
+    assert abs(noise.agreement) < 0.1
+    assert noise.gained.low < 0 < noise.gained.high
+    assert Choice.of(np.ones((3, 2)), np.ones((3, 2)), aim[:3, :2], 2.0).agreement == 0
