@@ -57,9 +57,29 @@ class TruthScores:
     dynamics: Estimate | None = None
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Figures of one schedule; likelihoods in nats per token.
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Figures of rollouts; likelihoods in nats per token.
+
+    Attributes:
+        generated_nll: of generated tokens under next-token prediction.
+        geometry: of the rollouts; None where the world's geometry is not known.
+        truth: of the rollouts.
+        ntp_match: share of generated tokens that next-token prediction draws there too, with the same random
+            numbers. None where reports are older than this figure.
+        recovered: share of generated transitions off which a probe reads their action. None without a probe.
+    """
+
+    generated_nll: Estimate
+    geometry: GeometryScores | None
+    truth: TruthScores
+    ntp_match: Estimate | None = None
+    recovered: Estimate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores(Judgement):
+    """Figures of one schedule, those of its rollouts included.
 
     Attributes:
         name, k, d, row_seed, refeed: the schedule.
@@ -67,12 +87,6 @@ class Scores:
         nll: teacher-forced, all scored frames.
         nll_settled: teacher-forced, frames from `SETTLED` on.
         nll_gap: difference to next-token prediction, paired by window.
-        generated_nll: of generated tokens under next-token prediction.
-        geometry: of the rollouts; None where the world's geometry is not known.
-        truth: of the rollouts.
-        ntp_match: share of generated tokens that next-token prediction draws there too, with the same random
-            numbers. None where reports are older than this figure.
-        recovered: share of generated transitions off which a probe reads their action. None without a probe.
     """
 
     name: str
@@ -84,22 +98,6 @@ class Scores:
     nll: Estimate
     nll_settled: Estimate
     nll_gap: Estimate
-    generated_nll: Estimate
-    geometry: GeometryScores | None
-    truth: TruthScores
-    ntp_match: Estimate | None = None
-    recovered: Estimate | None = None
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Figures of rollouts; see `Scores`."""
-
-    generated_nll: Estimate
-    geometry: GeometryScores | None
-    truth: TruthScores
-    ntp_match: Estimate
-    recovered: Estimate | None = None
 
 
 class Evaluation:
@@ -133,7 +131,6 @@ class Evaluation:
         options, model = self.options, self.model
         nll = model.nll(self.windows, schedule)
         rolled = self._roll_out(schedule)
-        judgement = self.judge(rolled)
         scores = Scores(
             name=name,
             k=schedule.k,
@@ -144,11 +141,7 @@ class Evaluation:
             nll=Estimate.of(_row_means(nll)),
             nll_settled=Estimate.of(_row_means(nll[:, SETTLED * model.layout.frame_length :])),
             nll_gap=Estimate.of(_row_means(nll - self.baseline)),
-            generated_nll=judgement.generated_nll,
-            geometry=judgement.geometry,
-            truth=judgement.truth,
-            ntp_match=judgement.ntp_match,
-            recovered=judgement.recovered,
+            **vars(self.judge(rolled)),
         )
         return scores, rolled
 
@@ -158,11 +151,11 @@ class Evaluation:
         likelihood = self.model.nll(rolled, Schedule.next_token(layout))
         generated = slice(self.options.prompt * layout.frame_length, None)
         return Judgement(
-            Estimate.of(_row_means(likelihood[:, generated])),
-            self.geometry_scores(rolled, self.geometry) if self.geometry else None,
-            self._compare(rolled),
-            Estimate.of(self._match(rolled, self._baseline_rollouts)),
-            self.recovered(rolled),
+            generated_nll=Estimate.of(_row_means(likelihood[:, generated])),
+            geometry=self.geometry_scores(rolled, self.geometry) if self.geometry else None,
+            truth=self._compare(rolled),
+            ntp_match=Estimate.of(self._match(rolled, self._baseline_rollouts)),
+            recovered=self.recovered(rolled),
         )
 
     def recovered(self, rolled: Streams) -> Estimate | None:

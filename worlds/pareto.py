@@ -268,7 +268,7 @@ def points_table(points: Sequence[Point]) -> Table:
             kept,
             f"{point.exact:.0%}",
             f"{nll.mean:.4f} +- {nll.error:.4f}",
-            f"{match.mean:.3f}",
+            f"{match.mean:.3f}" if match else "-",
             "*" if point.best else "",
         )
     return table
