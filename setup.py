@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
-KERNELS = ("step_kernels.cu", "step_kernels.h", "sampling.h")
+KERNELS = ("step_kernels.cu", "step_kernels.h", "sampling.h", "attention.cu", "attention.h")
 
 
 class BuildWithKernels(build_py):
@@ -28,8 +28,8 @@ class BuildWithKernels(build_py):
 
 HOST_BUILD = Extension(
     "diagd.engines.devices.step_kernels_host",
-    ["native/step_kernels_host.cpp"],
-    depends=["native/step_kernels.h", "native/sampling.h", "native/row_sampling.h"],
+    ["native/step_kernels_host.cpp", "native/onnxruntime_ops.cpp"],
+    depends=["native/step_kernels.h", "native/sampling.h", "native/row_sampling.h", "native/attention.h"],
     include_dirs=["native"],
     language="c++",
     # Products are rounded before they are added, as in NumPy; no trap is asked for, which lets loops be wide.

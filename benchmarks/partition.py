@@ -128,7 +128,7 @@ def build_stubs(site: Path, folder: Path) -> Path:
         there = {line.split()[0] for line in defined}
         zeros, script = folder / f"{library}.c", folder / f"{library}.map"
         zeros.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names - there)))
-        exported_names = "; ".join(sorted({*names, "diagd_note"}))
+        exported_names = "; ".join(sorted({*names, "diagd_note", "cuLaunchKernel"}))
         version = library if library != "libcuda.so.1" else ""
         script.write_text(f"{version} {{ global: {exported_names}; local: *; }};\n")
         cudart = [] if library == "libcudart.so.13" else [str(folder / "libcudart.so.13")]

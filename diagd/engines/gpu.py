@@ -11,6 +11,7 @@ from typing import TypeVar
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form
+from diagd.engines.attention import attention_operators
 from diagd.engines.backend import Backend, Graph, StepOptions, as_graph, graphs_of, widths_of
 from diagd.engines.ceilings import Ceilings, device_ceilings
 from diagd.engines.devices import Device
@@ -97,11 +98,15 @@ def closed_on_failure(device: AnyDevice) -> Iterator[AnyDevice]:
         raise
 
 
-def open_cuda(bundle: Bundle, device: Device, options: StepOptions) -> Executor:
+def open_cuda(bundle: Bundle, device: CudaDevice, options: StepOptions) -> Executor:
     """The ``modern`` form on ONNX Runtime's CUDA provider, on a device that is open."""
     steps = graphs_of(bundle, Form.MODERN)
     session = open_cuda_session(
-        bundle.file(steps[0].file), stream=device.stream, graphs=options.graphs, strict=options.strict
+        bundle.file(steps[0].file),
+        stream=device.stream,
+        graphs=options.graphs,
+        strict=options.strict,
+        operators=attention_operators(bundle.manifest, steps[0], device),
     )
     widths = widths_of(steps)
     bind = partial(OnnxRuntimeProgram, session, widths=widths, kind=device.kind)

@@ -45,6 +45,9 @@ PACKED = "step.onnx"
 
 CUDA: Final = "CUDAExecutionProvider"
 
+UNFUSED: Final = 16
+"""The provider's attention by two products and a softmax: they spread over a GPU, its fused one does not."""
+
 LEAST: Final = (1, 31)
 """ONNX Runtime from which every node of our graphs has a CUDA kernel (1.27) and a replayed graph no longer
 reads a pinned buffer that was freed after its capture (1.31)."""
@@ -277,7 +280,12 @@ def nodes_outside(session: Any, provider: str = CUDA) -> list[str]:
 
 
 def open_cuda_session(
-    graph: Path, *, stream: int | None = None, graphs: bool = False, strict: bool = False
+    graph: Path,
+    *,
+    stream: int | None = None,
+    graphs: bool = False,
+    strict: bool = False,
+    operators: Path | None = None,
 ) -> Any:
     """A session of the CUDA provider.
 
@@ -286,6 +294,7 @@ def open_cuda_session(
         stream: handle of the stream it queues on; None: one of its own, which each run waits for.
         graphs: capture and replay CUDA graphs.
         strict: refuse a graph of which nodes are left to the CPU, so that steps would wait for it.
+        operators: library of kernels that stand before the provider's.
 
     Raises:
         DependencyError: ONNX Runtime is not installed.
@@ -296,12 +305,15 @@ def open_cuda_session(
     options = {
         "enable_cuda_graph": str(int(graphs)),
         "use_tf32": "0",  # else products of float32 keep ten bits of each factor
+        "sdpa_kernel": str(UNFUSED),
     }
     if stream is not None:
         options["user_compute_stream"] = str(stream)
     settings = runtime.SessionOptions()
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if operators:
+        settings.register_custom_ops_library(str(operators))
     providers = [(CUDA, options), "CPUExecutionProvider"]
     session = load_session(
         runtime, graph, settings, providers=providers, disabled_optimizers=UNWANTED["cuda"]

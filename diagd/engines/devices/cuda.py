@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -84,13 +84,30 @@ class CudaDevice(Device):
         self._host_memory: list[int] = []
         self._graphs: list[Any] = []
         self._marks: list[Any] = []
-        self._functions = self._load_kernels()
-
-    def _load_kernels(self) -> dict[str, Any]:
+        self._modules: list[Any] = []
         ptx = built_ptx()
-        code = ptx + b"\0" if ptx else compile_kernels(int(self.description.target[2:]))
-        self._module = check(self._cuda.cuModuleLoadData(code))
-        return {name: check(self._cuda.cuModuleGetFunction(self._module, name.encode())) for name in KERNELS}
+        self._functions = self.load(ptx + b"\0" if ptx else compile_kernels(self.architecture), KERNELS)
+
+    @property
+    def architecture(self) -> int:
+        """Compute capability, such as 90."""
+        return int(self.description.target[2:])
+
+    @property
+    def processors(self) -> int:
+        """Streaming multiprocessors."""
+        count = self._cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        return int(check(self._cuda.cuDeviceGetAttribute(count, self._device)))
+
+    def load(self, code: bytes, names: Sequence[str], shared: int = 0) -> dict[str, Any]:
+        """Functions of machine code or PTX by name, which may take ``shared`` bytes of a block's memory."""
+        module = check(self._cuda.cuModuleLoadData(code))
+        self._modules.append(module)
+        found = {name: check(self._cuda.cuModuleGetFunction(module, name.encode())) for name in names}
+        most = self._cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        for function in found.values() if shared else ():
+            check(self._cuda.cuFuncSetAttribute(function, most, shared))
+        return found
 
     @override
     def allocate(self, size: int) -> int:
@@ -183,6 +200,7 @@ class CudaDevice(Device):
             check(self._cuda.cuMemFree(memory))
         for address in self._host_memory:
             check(self._cuda.cuMemFreeHost(address))
-        check(self._cuda.cuModuleUnload(self._module))
+        for module in self._modules:
+            check(self._cuda.cuModuleUnload(module))
         check(self._cuda.cuStreamDestroy(self._stream))
         check(self._cuda.cuDevicePrimaryCtxRelease(self._device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -14,6 +15,7 @@ HEADER_WORDS = 18
 CHUNK_BYTES = 16
 SOURCE_NAME, PTX_NAME = "step_kernels.cu", "step_kernels.ptx"
 HEADER_NAMES = ("step_kernels.h", "sampling.h")
+ATTEND, COMBINE = ATTENTION = "diagd_attend", "diagd_attend_combine"
 HOST_NAME = "step_kernels_host"
 
 ADVANCE_POINTERS = ("records", "cursor", "sources", "positions", "write_index", "live", "slot_position")
@@ -91,23 +93,29 @@ def built_ptx() -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
-def kernel_source() -> tuple[str, dict[str, str]]:
-    """Texts of the kernels and of their headers by name, in the package or in the checkout around it.
+def kernel_source(
+    name: str = SOURCE_NAME, headers: Sequence[str] = HEADER_NAMES
+) -> tuple[str, dict[str, str]]:
+    """Texts of kernels and of their headers by name, in the package or in the checkout around it.
 
     Raises:
         DependencyError: they are in neither.
     """
     here = Path(__file__).parent
     for directory in (here, here.parents[2] / "native"):
-        if (directory / SOURCE_NAME).is_file():
-            source, *headers = (
-                (directory / name).read_text(encoding="utf-8") for name in (SOURCE_NAME, *HEADER_NAMES)
-            )
-            return source, dict(zip(HEADER_NAMES, headers, strict=True))
+        if (directory / name).is_file():
+            source, *texts = ((directory / file).read_text(encoding="utf-8") for file in (name, *headers))
+            return source, dict(zip(headers, texts, strict=True))
     raise DependencyError(
-        f"the device kernels are neither built nor at hand: {here} has no {PTX_NAME} and no {SOURCE_NAME}; "
+        f"the device kernels are neither built nor at hand: {here} has no {PTX_NAME} and no {name}; "
         "in a checkout run: cmake -B build -DDIAGD_INSTALL_KERNELS=ON && cmake --build build"
     )
+
+
+def compile_attention(architecture: int, head_size: int) -> bytes:
+    """Machine code of the attention over heads of a size; see ``compile_kernels``."""
+    source = kernel_source("attention.cu", ("attention.h",))
+    return _compiled(*source, architecture, f"-DHEAD_SIZE={head_size}")
 
 
 def compile_kernels(architecture: int) -> bytes:
@@ -120,11 +128,15 @@ def compile_kernels(architecture: int) -> bytes:
         DependencyError: NVRTC is not installed.
         EngineError: it refuses the source.
     """
+    # The sampler rounds products before it adds them, as NumPy does.
+    return _compiled(*kernel_source(), architecture, "--fmad=false")
+
+
+def _compiled(source: str, headers: Mapping[str, str], architecture: int, option: str) -> bytes:
     from diagd.engines.devices.cuda import check
     from diagd.errors import EngineError, require
 
     nvrtc = require("cuda.bindings.nvrtc", extra="cuda", purpose="compile the device kernels")
-    source, headers = kernel_source()
     names, texts = [name.encode() for name in headers], [text.encode() for text in headers.values()]
     try:
         program = check(
@@ -134,8 +146,7 @@ def compile_kernels(architecture: int) -> bytes:
         raise DependencyError(
             f"NVRTC cannot be loaded: {error}; run: pip install nvidia-cuda-nvrtc"
         ) from error
-    # The sampler rounds products before it adds them, as NumPy does.
-    options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17", b"--fmad=false"]
+    options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17", option.encode()]
     outcome = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(outcome[0]) != 0:
         log = bytes(check(nvrtc.nvrtcGetProgramLogSize(program)))

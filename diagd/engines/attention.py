@@ -1,0 +1,49 @@
+"""Attention of a step on a GPU by ``native/attention.cu``, in place of ONNX Runtime's own.
+
+The provider gives a block to each head and 64 rows. A step has few of either and thousands of slots: most of
+a GPU stood idle, and an H200 spent 80 to 90 % of a step there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from diagd.bundle import Manifest
+from diagd.bundle.manifest import StepGraph
+from diagd.engines.devices.cuda import CudaDevice
+from diagd.engines.devices.kernels import ATTEND, ATTENTION, COMBINE, compile_attention, host_build
+
+HEAD_SIZES: Final = (32, 64, 96, 128)
+"""Others would leave parts of a matrix instruction empty, or not fit the registers."""
+
+LEAST_ARCHITECTURE: Final = 80
+"""Compute capability with asynchronous copies and the instruction that is used."""
+
+
+def attention_operators(manifest: Manifest, graph: StepGraph, device: CudaDevice) -> Path | None:
+    """The library that the next session registers, so that its attention runs on the kernel; None: it cannot.
+
+    It cannot where the cache is not float16, heads have another size, the GPU is older, or nothing was
+    compiled.
+    """
+    library, size = host_build(), manifest.cache.head_size
+    suits = manifest.cache_dtype(graph) == np.float16 and size in HEAD_SIZES
+    if library is None or not suits or device.architecture < LEAST_ARCHITECTURE:
+        return None
+    floats, shared = library.diagd_attend_floats, library.diagd_attend_shared
+    floats.restype = ctypes.c_int64
+    functions = device.load(compile_attention(device.architecture, size), ATTENTION, shared(size))
+    count = floats(device.processors, size)
+    library.diagd_attend_with(
+        ctypes.c_void_p(int(functions[ATTEND])),
+        ctypes.c_void_p(int(functions[COMBINE])),
+        ctypes.c_void_p(device.allocate(4 * count)),
+        ctypes.c_int64(count),
+        device.processors,
+        size,
+    )
+    return Path(library._name)
