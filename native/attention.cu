@@ -12,6 +12,7 @@ constexpr int kSize = HEAD_SIZE;
 constexpr int kStride = kSize + 8;  // elements of a row in shared memory: eight rows fall into different banks
 constexpr int kSteps = kSize / 16;
 constexpr int kChunks = kSize / 8;  // of 16 bytes in a row
+constexpr int kColumns = diagd::kTileSlots / 8;
 constexpr float kLowest = -1e30f;        // below every score
 constexpr float kHidden = -29000.0f;     // added to a score, it makes its weight exactly 0 beside any visible one
 constexpr u32 kHiddenPair = 0xfbfffbff;  // twice the lowest float16
@@ -81,7 +82,7 @@ __device__ __forceinline__ float of_four(float x, bool greatest) {
 
 // Grid: splits x blocks of rows x heads. Each warp has 16 rows; a lane has columns 2 (lane % 4) and the next of
 // rows lane / 4 and lane / 4 + 8.
-extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 1)
+extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 2)
     diagd_attend(const diagd::AttendArguments arguments) {
   extern __shared__ __align__(16) half memory[];
   constexpr int kTile = diagd::kTileSlots * kStride;
@@ -98,6 +99,8 @@ extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 1)
   const half* queries = static_cast<const half*>(arguments.queries) + static_cast<int64_t>(head) * rows * kSize;
   const half* mask = static_cast<const half*>(arguments.mask) + head / arguments.heads_a_stream * arguments.mask_stride;
 
+  const bool has[2] = {first_row + group < rows, first_row + group + 8 < rows};
+
   auto fetch = [&](int tile) {  // into its stage
     if (tile < tiles) {
       half* target = memory + tile % diagd::kStages * 2 * kTile;
@@ -113,8 +116,18 @@ extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 1)
     asm volatile("cp.async.commit_group;");
   };
 
+  u32 added[kColumns][2];  // of the mask, for the tile that comes next
+  auto look = [&](int tile) {
+    for (int n = 0; n < kColumns; ++n) {
+      for (int side = 0; side < 2; ++side) {
+        const half* row = mask + static_cast<int64_t>(first_row + group + 8 * side) * slots;
+        const int slot = (first_tile + tile) * diagd::kTileSlots + 8 * n + pair;
+        added[n][side] = has[side] ? mask_pair(row + slot, slots - slot, slots % 2 == 0) : kHiddenPair;
+      }
+    }
+  };
+
   u32 query[kSteps][4];
-  const bool has[2] = {first_row + group < rows, first_row + group + 8 < rows};
   for (int step = 0; step < kSteps; ++step) {
     for (int part = 0; part < 4; ++part) {
       const int row = first_row + group + part % 2 * 8, column = step * 16 + pair + part / 2 * 8;
@@ -123,6 +136,7 @@ extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 1)
   }
   float out[kSize / 8][4] = {}, greatest[2] = {kLowest, kLowest}, weight[2] = {0.0f, 0.0f};
   for (int tile = 0; tile < diagd::kStages - 1; ++tile) fetch(tile);
+  look(0);
 
   for (int tile = 0; tile < tiles; ++tile) {
     asm volatile("cp.async.wait_group %0;" ::"n"(diagd::kStages - 2));
@@ -130,22 +144,19 @@ extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 1)
     fetch(tile + diagd::kStages - 1);
     const half* tile_keys = memory + tile % diagd::kStages * 2 * kTile;
     const half* tile_values = tile_keys + kTile;
-    const int first_slot = (first_tile + tile) * diagd::kTileSlots;
 
-    float score[diagd::kTileSlots / 8][4];
+    float score[kColumns][4];
     bool visible = false;
-    for (int n = 0; n < diagd::kTileSlots / 8; ++n) {
-      for (int side = 0; side < 2; ++side) {
-        const half* added = mask + static_cast<int64_t>(first_row + group + 8 * side) * slots;
-        const int slot = first_slot + 8 * n + pair;
-        const u32 both = has[side] ? mask_pair(added + slot, slots - slot, slots % 2 == 0) : kHiddenPair;
-        score[n][2 * side] = to_float(both & 0xffff);
-        score[n][2 * side + 1] = to_float(both >> 16);
-        visible |= fmaxf(score[n][2 * side], score[n][2 * side + 1]) > kHidden;
+    for (int n = 0; n < kColumns; ++n) {
+      for (int part = 0; part < 4; ++part) {
+        const u32 both = added[n][part / 2];
+        score[n][part] = to_float(part % 2 ? both >> 16 : both & 0xffff);
+        visible |= score[n][part] > kHidden;
       }
     }
+    look(tile + 1);
     if (!__any_sync(0xffffffffu, visible)) continue;
-    float products[diagd::kTileSlots / 8][4] = {};
+    float products[kColumns][4] = {};
     for (int step = 0; step < kSteps; ++step) {
       for (int n = 0; n < diagd::kTileSlots / 16; ++n) {
         u32 b[4];
@@ -158,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 1)
     float rescale[2];
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
       float most = kLowest;
-      for (int n = 0; n < diagd::kTileSlots / 8; ++n) {
+      for (int n = 0; n < kColumns; ++n) {
         for (int part = 2 * half_tile; part < 2 * half_tile + 2; ++part) {
           score[n][part] = products[n][part] * arguments.scale + score[n][part] * 1.4426950408889634f;
           most = fmaxf(most, score[n][part]);
@@ -168,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 1)
       rescale[half_tile] = exp2_fast(greatest[half_tile] - most);
       greatest[half_tile] = most;
       float sum = 0.0f;
-      for (int n = 0; n < diagd::kTileSlots / 8; ++n) {
+      for (int n = 0; n < kColumns; ++n) {
         for (int part = 2 * half_tile; part < 2 * half_tile + 2; ++part) {
           score[n][part] = exp2_fast(score[n][part] - most);
           sum += score[n][part];
@@ -176,8 +187,10 @@ extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 1)
       }
       weight[half_tile] = weight[half_tile] * rescale[half_tile] + sum;
     }
-    for (int n = 0; n < kSize / 8; ++n) {
-      for (int part = 0; part < 4; ++part) out[n][part] *= rescale[part / 2];
+    if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+      for (int n = 0; n < kSize / 8; ++n) {
+        for (int part = 0; part < 4; ++part) out[n][part] *= rescale[part / 2];
+      }
     }
     for (int step = 0; step < diagd::kTileSlots / 16; ++step) {
       const u32 a[4] = {packed(score[2 * step][0], score[2 * step][1]), packed(score[2 * step][2], score[2 * step][3]),
@@ -214,19 +227,31 @@ extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 1)
   }
 }
 
-// What the splits found, in one. Grid: rows x heads; a thread has two columns.
+// What the splits found, in one. Grid: rows x heads. A thread has two columns of every kBeside-th split.
 extern "C" __global__ void diagd_attend_combine(const diagd::AttendArguments arguments) {
-  const int row = blockIdx.x, head = blockIdx.y, column = 2 * threadIdx.x;
+  __shared__ float found[diagd::kBeside][kSize + 2];
+  const int row = blockIdx.x, head = blockIdx.y, column = 2 * threadIdx.x, first = threadIdx.y;
   const int64_t between = static_cast<int64_t>(arguments.rows) * (kSize + 2);
-  const float* found = arguments.partial + head * arguments.splits * between + static_cast<int64_t>(row) * (kSize + 2);
-  float most = kLowest;
-  for (int split = 0; split < arguments.splits; ++split) most = fmaxf(most, found[split * between + kSize]);
-  float low = 0.0f, high = 0.0f, total = 0.0f;
-  for (int split = 0; split < arguments.splits; ++split) {
-    const float* part = found + split * between;
-    const float share = exp2_fast(part[kSize] - most);
+  const float* partial = arguments.partial + head * arguments.splits * between + static_cast<int64_t>(row) * (kSize + 2);
+  float low = 0.0f, high = 0.0f, total = 0.0f, most = kLowest;
+  for (int split = first; split < arguments.splits; split += diagd::kBeside) {
+    const float* part = partial + split * between;
     const float2 sums = *reinterpret_cast<const float2*>(part + column);
-    low += share * sums.x, high += share * sums.y, total += share * part[kSize + 1];
+    const float2 law = *reinterpret_cast<const float2*>(part + kSize);  // its greatest score and its weight
+    const float greatest = fmaxf(most, law.x), before = exp2_fast(most - greatest), share = exp2_fast(law.x - greatest);
+    low = low * before + share * sums.x, high = high * before + share * sums.y;
+    total = total * before + share * law.y, most = greatest;
+  }
+  found[first][column] = low, found[first][column + 1] = high;
+  if (threadIdx.x == 0) found[first][kSize] = most, found[first][kSize + 1] = total;
+  __syncthreads();
+  if (first != 0) return;
+  for (int other = 1; other < diagd::kBeside; ++other) most = fmaxf(most, found[other][kSize]);
+  low = high = total = 0.0f;
+  for (int other = 0; other < diagd::kBeside; ++other) {
+    const float share = exp2_fast(found[other][kSize] - most);
+    low += share * found[other][column], high += share * found[other][column + 1];
+    total += share * found[other][kSize + 1];
   }
   half* target = static_cast<half*>(arguments.out) + (static_cast<int64_t>(head) * arguments.rows + row) * kSize;
   const float share = total > 0.0f ? 1.0f / total : 0.0f;  // a row that sees nothing gives zeros

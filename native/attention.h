@@ -13,8 +13,10 @@ namespace diagd {
 constexpr int kTileRows = 16;    // of a warp: the rows of one matrix instruction
 constexpr int kTileSlots = 32;   // read at a time by the warps of a block
 constexpr int kStages = 3;       // tiles on their way: a third of a block's memory waits for the bus
-constexpr int kMostWarps = 12;   // 168 registers a thread are left
+constexpr int kLeastWarps = 3;   // of a block: those without rows help to read
+constexpr int kMostWarps = 6;    // two such blocks fit the registers of a processor: one works while the other waits
 constexpr int kMostSplits = 64;
+constexpr int kBeside = 8;       // splits that are put together at a time
 
 // Q and out [heads, rows, D], K and V [heads, slots, D], all float16 and contiguous; the mask [rows, slots],
 // float16, is added to scores and is that of all heads of a stream.
@@ -46,16 +48,17 @@ struct AttendPlan {
 
 inline int32_t divided(int32_t count, int32_t by) { return (count + by - 1) / by; }
 
-// Blocks of one processor: about eight warps.
-inline int32_t blocks_beside(int32_t warps) { return warps >= 8 ? 1 : warps >= 4 ? 2 : 4; }
+// Blocks that run on one processor at a time: its registers are enough for twelve warps.
+inline int32_t blocks_beside(int32_t warps) { return 12 / warps; }
 
-// Enough blocks to fill every processor of the device, as long as each has a tile.
+// As many blocks as run at a time, as long as each has a tile: one more would run alone behind all others.
 inline AttendPlan attend_plan(int32_t heads, int32_t rows, int32_t slots, int32_t processors) {
   const int32_t tiles = divided(rows, kTileRows);
   AttendPlan plan;
   plan.row_blocks = divided(tiles, kMostWarps);
   plan.warps = divided(tiles, plan.row_blocks);
-  const int32_t wanted = divided(processors * blocks_beside(plan.warps), heads * plan.row_blocks);
+  plan.warps = plan.warps < kLeastWarps ? kLeastWarps : plan.warps;
+  const int32_t wanted = processors * blocks_beside(plan.warps) / (heads * plan.row_blocks);
   const int32_t slot_tiles = divided(slots, kTileSlots);
   const int32_t most = wanted < kMostSplits ? wanted : kMostSplits;
   plan.split_tiles = divided(slot_tiles, most < 1 ? 1 : most);
@@ -71,14 +74,14 @@ inline int64_t needed_floats(const AttendPlan& plan, int32_t heads, int32_t rows
 // Bytes of a block's memory: stages of a tile of K and one of V, whose rows are eight float16 longer than a head.
 inline int32_t attend_shared(int32_t size) { return kStages * 2 * kTileSlots * (size + 8) * 2; }
 
-// Floats that splits need at most: there are less than twice as many blocks as ``attend_plan`` wants, or one split.
+// Floats that splits need at most: no more blocks have splits than run at a time.
 inline int64_t attend_floats(int32_t processors, int32_t size) {
   int32_t most = 0;
-  for (int32_t warps = 1; warps <= kMostWarps; ++warps) {
+  for (int32_t warps = kLeastWarps; warps <= kMostWarps; ++warps) {
     const int32_t rows = warps * blocks_beside(warps) * kTileRows;
     most = rows > most ? rows : most;
   }
-  return int64_t{2} * processors * most * (size + 2);
+  return int64_t{processors} * most * (size + 2);
 }
 
 #endif

@@ -143,7 +143,7 @@ Status launch(const Kernel& kernel, const Shaped (&inputs)[4], void* out, void* 
   int code = launcher()(given.attend, plan.splits, plan.row_blocks, heads, 32 * plan.warps, 1, 1,
                         diagd::attend_shared(given.size), stream, pointers, nullptr);
   if (code == 0 && plan.splits > 1)
-    code = launcher()(given.combine, rows, heads, 1, given.size / 2, 1, 1, 0, stream, pointers, nullptr);
+    code = launcher()(given.combine, rows, heads, 1, given.size / 2, diagd::kBeside, 1, 0, stream, pointers, nullptr);
   return code == 0 ? nullptr : failed(kernel.api, "diagd: CUDA refuses the launch of an attention");
 }
 

@@ -312,7 +312,13 @@ def test_every_name_of_the_driver_api_exists() -> None:
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     functions = {node.attr for node in attributes if node.attr.startswith(("cu", "CU"))}
     assert {"cuInit", "cuGraphLaunch", "cuMemcpyHtoDAsync", "cuStreamBeginCapture"} <= functions
-    kinds = ("CUdevice_attribute", "CUstream_flags", "CUevent_flags", "CUstreamCaptureMode")
+    kinds = (
+        "CUdevice_attribute",
+        "CUfunction_attribute",
+        "CUstream_flags",
+        "CUevent_flags",
+        "CUstreamCaptureMode",
+    )
     places = [driver, *(getattr(driver, name) for name in kinds)]
     assert [name for name in functions if not any(hasattr(place, name) for place in places)] == []
 
