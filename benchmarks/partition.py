@@ -20,13 +20,14 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from benchmarks import parser
 from diagd.bundle import Bundle, Form
+from diagd.engines.attention import attention_operators
 from diagd.engines.backend import forms_of, graphs_of
 from diagd.engines.devices.host import HostDevice
 from diagd.engines.onnxruntime_session import OnnxRuntimeProgram, open_cuda_session
@@ -198,13 +199,24 @@ def look(bundles: list[Path]) -> int:
     return int(failed)
 
 
+class StandIn(HostDevice):
+    """The H100 that cuda_stub.c tells of; its kernels are counted, not run."""
+
+    architecture, processors = 90, 132
+
+    def load(self, code: bytes, names: Sequence[str], shared: int = 0) -> dict[str, int]:
+        """A handle for each name."""
+        return {name: number + 1 for number, name in enumerate(names)}
+
+
 def run_widths(bundle: Bundle, form: Form) -> Iterator[Step]:
     """Each width until it is captured, and once more."""
-    graphs, device = graphs_of(bundle, form), HostDevice()
+    graphs, device = graphs_of(bundle, form), StandIn()
     widths = tuple(int(graph.width or 0) for graph in graphs)
     streams, capacity = graphs[0].streams, int(graphs[0].capacity or 0)
     tensors = StepTensors(bundle.manifest, form, capacity, widths[-1], 1024, device, {}, streams)
-    session = open_cuda_session(bundle.file(graphs[0].file), graphs=True, strict=True)
+    operators = attention_operators(bundle.manifest, graphs[0], device) if form is Form.MODERN else None
+    session = open_cuda_session(bundle.file(graphs[0].file), graphs=True, strict=True, operators=operators)
     program = OnnxRuntimeProgram(session, tensors.named, widths, "cuda")
     name = f"{bundle.manifest.name}, {form.value}" + (f", {streams} streams" if streams > 1 else "")
     for width in widths:

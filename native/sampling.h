@@ -20,13 +20,6 @@ typedef unsigned long long uint64_t;
 #define DIAGD_HOST_DEVICE inline
 #endif
 
-// A thread's loads are queued one behind the other, not each behind what is made of the last.
-#if defined(__CUDA_ARCH__)
-#define DIAGD_UNROLL _Pragma("unroll 8")
-#else
-#define DIAGD_UNROLL
-#endif
-
 namespace diagd {
 
 DIAGD_HOST_DEVICE float as_float(uint32_t bits) {
@@ -183,7 +176,6 @@ DIAGD_HOST_DEVICE void find_largest(const Block& block, RowState& state, const R
   });
   block.each([&](int thread) {
     uint64_t best = 0;
-    DIAGD_UNROLL
     for (int32_t id = row.low + thread; id < row.high; id += block.threads) {
       const uint64_t found = static_cast<uint64_t>(order_of(row.logits[id])) << 32 | ~static_cast<uint32_t>(id);
       best = found > best ? found : best;
@@ -252,7 +244,6 @@ DIAGD_HOST_DEVICE uint32_t top_p_floor(
   });
   block.each([&](int thread) {
     uint64_t sum = 0;
-    DIAGD_UNROLL
     for (int32_t id = row.low + thread; id < row.high; id += block.threads) sum += mass(row.logits[id]);
     Block::sum(&state.total, sum);
   });
@@ -261,7 +252,6 @@ DIAGD_HOST_DEVICE uint32_t top_p_floor(
   // Values lighter than (1 - p) of the mean cannot weigh 1 - p of all together: the threshold lies above them.
   const double lightest = 0.99 * (1 - p) * total / (row.high - row.low);
   block.each([&](int thread) {
-    DIAGD_UNROLL
     for (int32_t id = row.low + thread; id < row.high; id += block.threads) {
       if (static_cast<double>(mass(row.logits[id])) < lightest) continue;
       const uint32_t place = Block::next(&state.listed);
@@ -295,7 +285,6 @@ DIAGD_HOST_DEVICE int32_t draw_row(const Block& block, RowState& state, const Ro
   });
   block.each([&](int thread) {
     uint64_t best = 0;
-    DIAGD_UNROLL
     for (int32_t id = row.low + thread; id < row.high; id += block.threads) {
       if (order_of(row.logits[id]) < floor) continue;
       const float weight = power_of_two((row.logits[id] - largest) * scale);

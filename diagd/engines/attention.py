@@ -7,14 +7,14 @@ a GPU stood idle, and an H200 spent 80 to 90 % of a step there.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, SupportsInt
 
 import numpy as np
 
 from diagd.bundle import Manifest
 from diagd.bundle.manifest import StepGraph
-from diagd.engines.devices.cuda import CudaDevice
 from diagd.engines.devices.kernels import ATTEND, ATTENTION, COMBINE, compile_attention, host_build
 
 HEAD_SIZES: Final = (32, 64, 96, 128)
@@ -24,7 +24,29 @@ LEAST_ARCHITECTURE: Final = 80
 """Compute capability with asynchronous copies and the instruction that is used."""
 
 
-def attention_operators(manifest: Manifest, graph: StepGraph, device: CudaDevice) -> Path | None:
+class Loader(Protocol):
+    """What takes kernels: an NVIDIA GPU."""
+
+    @property
+    def architecture(self) -> int:
+        """Compute capability, such as 90."""
+        ...
+
+    @property
+    def processors(self) -> int:
+        """Streaming multiprocessors."""
+        ...
+
+    def allocate(self, size: int) -> int:
+        """Address of so many bytes."""
+        ...
+
+    def load(self, code: bytes, names: Sequence[str], shared: int = 0) -> Mapping[str, SupportsInt]:
+        """Handles of functions by name."""
+        ...
+
+
+def attention_operators(manifest: Manifest, graph: StepGraph, device: Loader) -> Path | None:
     """The library that the next session registers, so that its attention runs on the kernel; None: it cannot.
 
     It cannot where the cache is not float16, heads have another size, the GPU is older, or nothing was

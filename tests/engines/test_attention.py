@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 import diagd.engines.attention as attention
-from diagd.engines.attention import HEAD_SIZES, attention_operators
+from diagd.engines.attention import HEAD_SIZES, Loader, attention_operators
 from diagd.engines.devices.cuda import CudaDevice
 from diagd.engines.devices.kernels import compile_attention
 from diagd.engines.onnxruntime_session import open_cuda_session
@@ -53,9 +53,7 @@ def device() -> Any:
     device.close()
 
 
-def offered(
-    device: CudaDevice, library: ctypes.CDLL, size: int, monkeypatch: pytest.MonkeyPatch
-) -> Path | None:
+def offered(device: Loader, library: ctypes.CDLL, size: int, monkeypatch: pytest.MonkeyPatch) -> Path | None:
     """What a session over float16 heads of a size is offered."""
     monkeypatch.setattr(attention, "host_build", lambda: library)
     cache = SimpleNamespace(head_size=size)
@@ -136,9 +134,9 @@ def test_nvrtc_compiles_the_kernel(size: int) -> None:
 def test_heads_of_other_sizes_are_left_to_the_provider(
     library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_device: Any = SimpleNamespace(architecture=90)
-    assert offered(no_device, library, 48, monkeypatch) is None
-    assert offered(SimpleNamespace(architecture=75), library, 64, monkeypatch) is None  # type: ignore[arg-type]
+    for size, architecture in ((48, 90), (64, 75)):
+        device: Any = SimpleNamespace(architecture=architecture)
+        assert offered(device, library, size, monkeypatch) is None
 
 
 def test_splits_fit_the_memory_that_they_are_given(library: ctypes.CDLL) -> None:
