@@ -291,24 +291,23 @@ def _entries(root: Path, *, unfinished: bool = False) -> Iterator[Path]:
 def _evict(root: Path, newest: Path | None = None) -> None:
     """Remove what was used least recently until the rest is within its limits, and what killed runs left."""
     found, total, small = [], 0, 0
-    now = time.time()
     for path in _entries(root, unfinished=True):
         try:
-            used = (path / ENTRY_NAME if path.is_dir() else path).stat().st_mtime
+            idle = _idle_seconds(path / ENTRY_NAME if path.is_dir() else path)
             size = _size(path)
         except OSError:
             continue
         if path.name.startswith("."):
-            if is_unfinished(path.name) and now - used > _ABANDONED_SECONDS:
+            if is_unfinished(path.name) and idle > _ABANDONED_SECONDS:
                 _discard(path)
             continue
-        found.append((used, size, path))
+        found.append((idle, size, path))
         total, small = total + size, small + (size < _SMALL)
     limit = limit_bytes(root)
-    for used, size, path in sorted(found, key=lambda item: item[0]):
+    for idle, size, path in sorted(found, key=lambda item: -item[0]):
         if total <= limit and small <= _MOST_SMALL:
             return
-        if path == newest or now - used < _IN_USE_SECONDS:
+        if path == newest or idle < _IN_USE_SECONDS:
             continue
         if total > limit or size < _SMALL:
             _discard(path)
@@ -338,10 +337,15 @@ def _discard(path: Path | None) -> None:
 def _touch(path: Path) -> None:
     """Note that an entry was used, if that was not noted lately."""
     try:
-        if time.time() - path.stat().st_mtime > _IN_USE_SECONDS / 2:
+        if _idle_seconds(path) > _IN_USE_SECONDS / 2:
             os.utime(path)
     except OSError:
         pass  # of a cache that can only be read
+
+
+def _idle_seconds(path: Path) -> float:
+    """Since it was used; what was used in times to come was so by a clock that has been put right since."""
+    return abs(time.time() - path.stat().st_mtime)
 
 
 def _stamp(file: Path) -> list[Any]:

@@ -254,7 +254,7 @@ def _is_alive(process: int) -> bool:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that replaces it on success and vanishes on failure.
+    """A temporary name beside ``path`` that replaces it, with its rights, on success and vanishes on failure.
 
     A symbolic link stays one: the file it points to is replaced.
 
@@ -270,6 +270,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     partial = partial.with_name(partial.name + path.suffix)
     try:
         yield partial
+        if path.exists():
+            shutil.copymode(path, partial)
         sync(partial)
         partial.replace(path)
     finally:

@@ -71,6 +71,7 @@ def file_target(
     if not place.parent.is_dir():
         why = "is no directory" if place.parent.exists() else "does not exist; make it first"
         raise UsageError(f"{option} {path}: the directory {place.parent} {why}")
+    _check_open(place, path, option)
     kind = (0, (begins,)) if begins else BEGINNINGS[path.suffix.lower()]
     if place.exists() and not (place.is_file() and _is_of_kind(place, *kind)):
         raise UsageError(
@@ -146,6 +147,7 @@ def _folder(path: Path, option: str, what: str, is_one: Callable[[Path], bool]) 
         raise UsageError(
             f"{option} {path}: it is a mount point, which cannot be replaced; name a folder in it"
         )
+    _check_open(place, path, option)
     names = place.iterdir() if place.is_dir() else ()
     others = sorted(entry.name for entry in names if not is_unfinished(entry.name))
     if others and not is_one(place):
@@ -155,6 +157,12 @@ def _folder(path: Path, option: str, what: str, is_one: Callable[[Path], bool]) 
             "nothing is replaced: name one that is not there yet, or remove it yourself"
         )
     return place
+
+
+def _check_open(place: Path, path: Path, option: str) -> None:
+    """Refuse to replace what nobody may write: a new file takes its name whatever its own rights are."""
+    if place.exists() and not place.stat().st_mode & 0o222:
+        raise UsageError(f"{option} {path}: it is write-protected; give another name, or allow it: chmod u+w")
 
 
 def _try(place: Path, option: str) -> None:

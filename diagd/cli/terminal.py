@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from diagd.progress import is_first
@@ -32,6 +32,9 @@ _PLAIN = {
     0x2192: "->",
 }
 """ASCII for the characters that Rich and licences bring: ellipsis, bullet, dashes, quotes, arrow."""
+
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+"""Ways to write characters that terminals obey."""
 
 _UNDECODED = range(0xDC80, 0xDD00)
 _WIDE = 100_000
@@ -58,6 +61,10 @@ def console(*, stderr: bool = False) -> Console:
                     column.overflow = "fold"
             super().print(*objects, **options)
 
+        def render(self, renderable: Any, options: Any = None) -> Any:
+            for part in super().render(renderable, options):
+                yield part if part.control else part._replace(text=visible(part.text))
+
         def status(self, status: Any, **options: Any) -> Any:
             options.setdefault("spinner", "dots" if self.encoding.startswith("utf") else "line")
             return super().status(Text(status) if isinstance(status, str) else status, **options)
@@ -66,6 +73,11 @@ def console(*, stderr: bool = False) -> Console:
     width = None if stream.isatty() else _WIDE
     quiet = not is_first()
     return Plain(stderr=stderr, quiet=quiet, markup=False, highlight=False, emoji=False, width=width)
+
+
+def visible(text: str) -> str:
+    """Text of others, with the characters written out that a terminal would obey."""
+    return text.translate(_ESCAPES)
 
 
 def print_table(
@@ -156,6 +168,8 @@ def _wrapped(stream: TextIO | None) -> Stream:
         return Stream(open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="plain")
+    with suppress(OSError, ValueError):  # without a descriptor
+        os.set_blocking(stream.fileno(), True)  # what a full pipe does not take is lost otherwise
     return Stream(stream)
 
 

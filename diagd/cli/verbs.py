@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from diagd.cli.options import Verb, add_options, explain_stray, read_options
-from diagd.cli.terminal import streams
+from diagd.cli.terminal import streams, visible
 from diagd.errors import DependencyError, DiagdError, UsageError
 from diagd.version import __version__
 
@@ -175,7 +175,7 @@ def _run(verb: Verb[Any], args: argparse.Namespace) -> int:
         if args.debug:
             traceback.print_exc()
         message, code = _explained(error)
-        sys.stderr.write(" ".join(line.strip() for line in message.split("\n")) + "\n")
+        sys.stderr.write(visible(" ".join(line.strip() for line in message.split("\n"))) + "\n")
         return code
 
 

@@ -240,9 +240,11 @@ def _decode(av: ModuleType, path: Path) -> Iterator[tuple[Any, Fraction]]:
             raise UsageError(
                 f"{path} holds pictures of a kind that cannot be decoded; save it as .png or .mp4"
             )
-        stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
         name = container.format.name
         square = name in _IMAGES or name.endswith("_pipe")
+        # FFmpeg takes half a .jpg for a whole one that is grey from there on.
+        strict = {"err_detect": "explode"} if stream.codec_context.name == "mjpeg" else {}
+        stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS), **strict}
         for number, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:
                 raise UsageError(

@@ -6,12 +6,12 @@ import io
 import json
 import secrets
 import threading
-import zipfile
 from collections.abc import Mapping, Sequence
 from email.parser import BytesParser
 from email.policy import HTTP
 from pathlib import Path
 from typing import Annotated, Any, Final
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -177,13 +177,17 @@ def vector_of(codec: ActionCodec, ids: Int) -> list[float]:
 
 
 def packed(manifest: Manifest, dreamt: Sequence[Dreamt]) -> bytes:
-    """The .zip of some frames: what is said of them, and their pictures."""
+    """The .zip of some frames: what is said of them, and their pictures.
+
+    It tells no time: the format has none for clocks that begin anew in 1970.
+    """
     assert manifest.actions is not None
     target, listed = io.BytesIO(), []
-    with zipfile.ZipFile(target, "w") as archive:
+    with ZipFile(target, "w") as archive:
         for one in dreamt:
             name = f"{one.job}_{one.index}.png"
-            archive.writestr(name, _png(one.picture, manifest.mark.program if manifest.mark else None))
+            program = manifest.mark.program if manifest.mark else None
+            archive.writestr(ZipInfo(name), _png(one.picture, program))
             listed.append(
                 {
                     "job_id": one.job,
@@ -193,7 +197,7 @@ def packed(manifest: Manifest, dreamt: Sequence[Dreamt]) -> bytes:
                     "image_filename": name,
                 }
             )
-        archive.writestr(PREDICTIONS, json.dumps(listed))
+        archive.writestr(ZipInfo(PREDICTIONS), json.dumps(listed))
     return target.getvalue()
 
 

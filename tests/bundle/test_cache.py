@@ -168,6 +168,18 @@ def test_the_least_recently_used_go_first_and_none_in_use(
     assert {path.name for path in (root / "packed").iterdir()} == {"first", "third"}
 
 
+def test_what_was_used_in_times_to_come_is_not_kept_for_ever(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that was ahead, or is behind now."""
+    monkeypatch.setenv("DIAGD_CACHE_LIMIT", str(1.5 * len(CONTENT) / 1e9))
+    path, ahead = entry("packed", "first", make, len(CONTENT)), time.time() + 10_000
+    assert path is not None
+    os.utime(path / cache.ENTRY_NAME, (ahead, ahead))
+    assert entry("packed", "second", make, len(CONTENT)) is not None
+    assert {path.name for path in (root / "packed").iterdir()} == {"second"}
+
+
 @pytest.mark.parametrize("content", [b"", b"short", os.urandom(64)], ids=["empty", "short", "garbage"])
 def test_damaged_notes_are_no_notes(root: Path, content: bytes) -> None:
     write("notes", "key", b"note")

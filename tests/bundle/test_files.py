@@ -137,6 +137,14 @@ def test_a_link_stays_one_and_its_target_is_written(kind: str, tmp_path: Path) -
     assert (target / "file" if kind == "atomic_directory" else target).read_bytes() == b"whole"
 
 
+def test_a_file_keeps_its_rights(tmp_path: Path) -> None:
+    path = tmp_path / "private.npy"
+    path.touch(mode=0o600)
+    with write("atomic_file", path) as partial:
+        partial.write_bytes(b"whole")
+    assert (path.stat().st_mode & 0o777, path.read_bytes()) == (0o600, b"whole")
+
+
 def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diagd.bundle.targets import bundle_target, check_apart, file_target, folder_target
@@ -148,6 +149,20 @@ def test_other_files_are_not(tmp_path: Path) -> None:
         file_target(tmp_path / "a.txt", (".mp4", ".npy"))
     with pytest.raises(UsageError, match="not replaced"):
         file_target(Path("/dev/null"), (), begins=b"{")
+
+
+def test_what_nobody_may_write_is_not_replaced(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(1))
+    bundle = fill(tmp_path / "bundle", manifest__json=MANIFEST)
+    for path, take in (
+        (tmp_path / "a.npy", lambda path: file_target(path, (".npy",))),
+        (bundle, bundle_target),
+    ):
+        assert take(path) == path
+        path.chmod(0o555)
+        with pytest.raises(UsageError, match="write-protected"):
+            take(path)
+        path.chmod(0o755)
 
 
 def test_what_cannot_be_written_is_found_at_once(tmp_path: Path) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
+import select
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from diagd.bundle.manifest import MANIFEST_NAME
+from diagd.cli.main import main
 from tests.cli.conftest import Workplace
 
 DIAGD = [sys.executable, "-m", "diagd"]
@@ -55,6 +59,19 @@ def test_any_encoding_will_do(workplace: Workplace, encoding: str, tmp_path: Pat
         assert source.replace("…", "...") in done.stdout.decode("latin-1")
     for verb in ("doctor", "models"):
         assert run(verb, encoding=encoding).returncode == 0
+
+
+def test_terminals_do_not_obey_bundles_and_names(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, said = tmp_path / "b.diagd", "free\x1b[2J\x9b2J\x1b]0;title[red]"
+    shutil.copytree(workplace.bundle, bundle)
+    manifest = json.loads((bundle / MANIFEST_NAME).read_text())
+    (bundle / MANIFEST_NAME).write_text(json.dumps(manifest | {"licence": said}))
+    assert main(["inspect", str(bundle)]) == 0
+    assert r"free\x1b[2J\x9b2J\x1b]0;title[red]" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / said)]) == 2
+    assert r"free\x1b[2J" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
@@ -118,6 +135,25 @@ def test_a_full_stdout_is_named(workplace: Workplace, tmp_path: Path) -> None:
         listed = run("inspect", workplace.bundle, "--json", stdout=full)
         assert listed.returncode == 2
         assert b"stdout: No space left on device" in listed.stderr
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="needs pipes of a page")
+def test_a_pipe_that_does_not_block_gets_all(workplace: Workplace) -> None:
+    """As event loops make them; one write fills this one."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    command = [*DIAGD, "inspect", str(workplace.bundle), "--json"]
+    with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE) as process:
+        os.close(writer)
+        assert process.stderr is not None
+        assert select.select([reader], [], [], 300)[0]
+        time.sleep(0.2)
+        with os.fdopen(reader, "rb") as file:
+            shown = file.read()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+    assert len(shown) > 4096
+    json.loads(shown)
 
 
 def test_closed_streams_are_no_matter(workplace: Workplace, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from diagd.errors import UsageError
 from diagd.runtime import video
@@ -181,6 +182,16 @@ def test_truncated_video(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UsageError, match=r"walk.mp4.* damaged"):
+        read_frames(path)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_half_a_picture_is_no_picture(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"half{suffix}"
+    Image.fromarray(tiles(1)[0]).save(path)
+    assert read_frames(path).shape == (1, *SIZE, 3)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UsageError, match=r"cannot read .*half.* damaged"):
         read_frames(path)
 
 

@@ -82,6 +82,7 @@ class Client:
                 time.sleep(0.01)
                 continue
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                assert {one.date_time[0] for one in archive.infolist()} == {1980}  # by whatever clock
                 for one in json.loads(archive.read("predictions.json")):
                     with Image.open(io.BytesIO(archive.read(one["image_filename"]))) as image:
                         one["picture"], one["tags"] = np.asarray(image), image.info
