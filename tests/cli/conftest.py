@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from diagd.cli.main import main
 from diagd.runtime.video import VideoWriter
 from tests.worlds import random_world
+
+Refused = Callable[[list[str], str], None]
 
 
 @dataclass
@@ -34,3 +37,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
         video.write(np.random.default_rng(0).integers(0, 256, (36, 48, 3), dtype=np.uint8))
     actions.write_text('{"action": "left", "repeat": 2}\n{"action": "up"}\n{}\n')
     return Workplace(folder, world, bundle, prompt, actions)
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that is to be refused, with a message, before anything is written to ``tmp_path``."""
+
+    def check(command: list[str], message: str) -> None:
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+    return check

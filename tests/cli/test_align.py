@@ -13,7 +13,7 @@ import pytest
 from diagd.bundle import read_manifest
 from diagd.cli.main import main
 from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
-from tests.cli.conftest import Workplace
+from tests.cli.conftest import Refused, Workplace
 from tests.worlds import ACTIONS
 
 
@@ -90,14 +90,7 @@ def test_a_bundle_is_aligned_where_its_checkpoint_is_not(
     ],
 )
 def test_bad_alignments_name_the_fix(
-    workplace: Workplace,
-    recording: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
+    workplace: Workplace, recording: Path, tmp_path: Path, refused: Refused, options: list[str], message: str
 ) -> None:
     source = [str(workplace.world), "--data", str(recording)]
-    assert main(["align", *source, *options, "--output", str(tmp_path / "aligned")]) == 2
-    assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    refused(["align", *source, *options, "--output", str(tmp_path / "aligned")], message)

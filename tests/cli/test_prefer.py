@@ -10,7 +10,7 @@ import pytest
 
 from diagd.cli.main import main
 from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
-from tests.cli.conftest import Workplace
+from tests.cli.conftest import Refused, Workplace
 from tests.worlds import ACTIONS
 
 
@@ -59,24 +59,10 @@ def test_figures_are_told_and_nothing_is_written_that_is_not_better(
     ],
 )
 def test_bad_requests_name_the_fix(
-    workplace: Workplace,
-    recording: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
+    workplace: Workplace, recording: Path, tmp_path: Path, refused: Refused, options: list[str], message: str
 ) -> None:
-    command = [
-        "prefer",
-        str(workplace.bundle),
-        "--data",
-        str(recording),
-        "--output",
-        str(tmp_path / "a.diagd"),
-    ]
-    assert main([*command, *options]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    source = [str(workplace.bundle), "--data", str(recording)]
+    refused(["prefer", *source, "--output", str(tmp_path / "a.diagd"), *options], message)
 
 
 def test_folders_of_worlds_are_exported_first(
