@@ -31,6 +31,7 @@ HOST_BUILD = Extension(
     ["native/step_kernels_host.cpp", "native/onnxruntime_ops.cpp"],
     depends=["native/step_kernels.h", "native/sampling.h", "native/row_sampling.h", "native/attention.h"],
     include_dirs=["native"],
+    libraries=["dl"] if sys.platform == "linux" else [],
     language="c++",
     # Products are rounded before they are added, as in NumPy; no trap is asked for, which lets loops be wide.
     extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fopenmp-simd"],
