@@ -77,7 +77,7 @@ class TrainOptions:
 
     data: File = flag("folder of episodes")
     output: File = positional("folder of the trained model, and of the checkpoint that training resumes from")
-    size: str = flag("0.7m, 3m or 10m (default 3m)", "3m")
+    size: str = flag("0.3m, 0.7m, 3m or 10m (default 3m)", "3m")
     mixture: str = flag("ntp, diagonal or mixture (default mixture)", "mixture")
     frames: int = setting(
         "of a window; the first half of training sees windows half as long, twice as many", 8

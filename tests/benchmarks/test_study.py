@@ -1,4 +1,4 @@
-"""The whole study, as small as it can be, on the shipped model."""
+"""The whole study, as small as it can be, on a world like the shipped one."""
 
 from __future__ import annotations
 
@@ -7,33 +7,45 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib import image
 
 from benchmarks.quality.study import PARTS, Study, StudyOptions, diagonal_schedules, save_plot
 from diagd.cluster import ClusterOptions
 from diagd.errors import UsageError
-from diagd.export.families.world import SHIPPED
+from diagd.export.families.world import SHIPPED, load_description, load_tokenizer
+from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.benchmarks.test_quality_page import REPORT
 from worlds.collect import CollectOptions, collect
 from worlds.evaluate import EvalOptions
+from worlds.folder import World, save_world
 
-FOLDER = SHIPPED / "crafter-3m"
 NAMES = ["k=1 serial", "k=1 chained", "k=2 serial", "k=2 chained", "k=4 serial", "k=4 chained"]
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> StudyOptions:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Frames and tokens of Crafter, and three layers that nobody trained."""
+    folder, shipped = tmp_path_factory.mktemp("model"), SHIPPED / "crafter-3m"
+    description, (_, tokenizer) = replace(load_description(shipped), size="0.3m"), load_tokenizer(shipped)
+    network = Transformer(description.transformer_config()).initialise(torch.Generator().manual_seed(0))
+    save_world(folder, World(description, network, tokenizer), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(model: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyOptions:
     folder = tmp_path_factory.mktemp("study")
     one = ClusterOptions(workers=1)
     list(collect(CollectOptions(folder / "data", episodes=2, steps=12, seed=3_000_000, who=one)))
     return StudyOptions(
-        model=FOLDER,
+        model=model,
         data=folder / "data",
         geometry=folder / "data",
         output=folder / "docs",
-        sizes={"again": FOLDER},
-        training={"on a mixture": FOLDER},
+        sizes={"again": model},
+        training={"on a mixture": model},
         evaluation=EvalOptions(windows=2, window_frames=3, rollouts=2, prompt=1, frames=1),
         size_rollouts=2,
         compat_windows=2,
@@ -52,16 +64,16 @@ def test_every_part_is_measured_and_kept(options: StudyOptions) -> None:
     assert first["compat"]["3m"] == first["compat"]["again"]
     assert first["shipped"]["schedules"] == first["sizes"]["again"]["schedules"]
     assert first["shipped"]["gaps"] == first["sizes"]["again"]["gaps"]
-    (trained,) = first["training"][FOLDER.name]
+    (trained,) = first["training"][options.model.name]
     assert list(trained["gaps"]) == [*NAMES, "k=1 chained no-refeed"]
     assert [score["name"] for score in trained["schedules"]] == ["next token", "k=1 chained"]
     assert set(first["frames_per_second"]) == {"3m", "again"}
     assert set(first["frames_per_second"]["3m"]) == {"next token", *NAMES}
     for name in ("quality-contact.png", "quality-speed.png"):
         assert (options.output / name).read_bytes().startswith(b"\x89PNG")
-    Study(replace(options, parts=("training",), training={"renamed": FOLDER})).run()
+    Study(replace(options, parts=("training",), training={"renamed": options.model})).run()
     second = json.loads((options.output / "quality.json").read_text())
-    assert [row["name"] for row in second["training"][FOLDER.name]] == ["renamed"]
+    assert [row["name"] for row in second["training"][options.model.name]] == ["renamed"]
     assert second["shipped"] == first["shipped"]
     assert "| renamed |" in page.read_text()
     other = replace(options, parts=("training",), evaluation=EvalOptions(windows=4))
@@ -79,7 +91,7 @@ def test_decoders_of_several_worlds_are_compared(options: StudyOptions) -> None:
         world_windows=2,
         decoders=("next token", "k=1 chained", "jacobi"),
         precisions=(),  # what calibrates them is tested where it is
-        worlds={"another": (FOLDER, options.data)},
+        worlds={"another": (options.model, options.data)},
         evaluation=replace(options.evaluation, frames=3),
     )
     page = Study(few).run().read_text()
@@ -90,7 +102,7 @@ def test_decoders_of_several_worlds_are_compared(options: StudyOptions) -> None:
     assert len(other["drift"]["recovered"]) == len(other["drift"]["dynamics"]) == 10
     assert "## another: drift of long rollouts" in page
     found = kept["decoders"]
-    assert list(found) == [FOLDER.name, "another"]
+    assert list(found) == [options.model.name, "another"]
     for world, figures in found.items():
         assert f"## Decoders of {world}" in page
         assert f"(quality-decoders-{world}.png)" in page

@@ -16,6 +16,7 @@ import pytest
 from diagd.bundle import Bundle
 from diagd.cli.main import main
 from tests.cli.conftest import Workplace
+from tests.worlds import random_world
 
 
 def test_the_bundle_says_what_it_is(workplace: Workplace) -> None:
@@ -27,16 +28,18 @@ def test_the_bundle_says_what_it_is(workplace: Workplace) -> None:
     assert {"step.onnx", "weights.bin", "encoder.onnx", "decoder.onnx"} <= set(manifest.files)
 
 
-def test_weights_are_aligned_and_shared(workplace: Workplace) -> None:
+def test_weights_are_aligned_and_shared(tmp_path: Path) -> None:
     import onnx
 
-    graph = onnx.load(workplace.bundle / "step.onnx", load_external_data=False).graph
+    world, bundle = random_world(tmp_path / "trained", size="0.7m"), tmp_path / "a.diagd"
+    assert main(["export", "--model", "world", "--checkpoint", str(world), "--output", str(bundle)]) == 0
+    graph = onnx.load(bundle / "step.onnx", load_external_data=False).graph
     places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in graph.initializer]
     external = [place for place in places if place]
     assert len(external) >= 30
     assert {place["location"] for place in external} == {"weights.bin"}
     assert all(int(place["offset"]) % 4096 == 0 for place in external)
-    onnxruntime.InferenceSession(str(workplace.bundle / "step.onnx"))
+    onnxruntime.InferenceSession(str(bundle / "step.onnx"))
 
 
 def test_a_dry_run_writes_nothing(

@@ -32,7 +32,7 @@ generate made/world.diagd --prompt prompt.gif --actions walk.jsonl --output made
 align made/world.diagd --data recorded --output made/aligned.diagd --batch 2 --set steps=2 --set frames=2
 align trained --data recorded --output made/aligned --batch 2 --set steps=2 --set frames=2
 world import made/imported --videos clips --actions noop,left --size 24x32
-world train made/new --data recorded --size 0.7m --steps 1 --batch 2 --set processes=1
+world train made/new --data recorded --size 0.3m --steps 1 --batch 2 --set processes=1
 eval made/new --data recorded --output made/eval --set rollouts=2 --set windows=2 --set frames=1
 """
 """Every verb that writes; names become paths from the root."""

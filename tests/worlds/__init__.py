@@ -14,10 +14,10 @@ from worlds.folder import World, save_world
 ACTIONS = ("noop", "left", "right", "up", "down")
 
 
-def random_world(folder: Path, rows: int = 9, columns: int = 12) -> Path:
+def random_world(folder: Path, rows: int = 9, columns: int = 12, size: str = "0.3m") -> Path:
     """A world of patches of 4 pixels that nobody trained; its tokens are lively, not sensible."""
     description = WorldDescription(
-        size="0.7m",
+        size=size,
         rows=rows,
         columns=columns,
         patch=4,

@@ -16,7 +16,7 @@ from worlds.folder import World, load_world, save_world
 from worlds.model import BundleModel, TorchModel
 
 LAYOUT = StreamLayout(3, 4, before=1)
-DESCRIPTION = WorldDescription("0.7m", 3, 4, 8, 16, 16, ("stay", "go"), 4)
+DESCRIPTION = WorldDescription("0.3m", 3, 4, 8, 16, 16, ("stay", "go"), 4)
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,7 @@ def test_a_world_with_a_learned_tokenizer_is_trained_exported_and_scored(
         TrainOptions(
             options.data,
             folder,
-            size="0.7m",
+            size="0.3m",
             frames=4,
             batch=2,
             steps=2,

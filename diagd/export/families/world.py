@@ -112,6 +112,7 @@ class ModelSize:
 
 
 SIZES = {
+    "0.3m": ModelSize(hidden=96, feed_forward=256, layers=3, heads=3, kv_heads=1),
     "0.7m": ModelSize(hidden=96, feed_forward=256, layers=6, heads=3, kv_heads=1),
     "3m": ModelSize(hidden=192, feed_forward=512, layers=6, heads=6, kv_heads=2),
     "10m": ModelSize(hidden=384, feed_forward=1024, layers=6, heads=12, kv_heads=4),
