@@ -19,7 +19,7 @@ from diagd.profiling.cost import read_model
 from diagd.runtime.load import load
 from diagd.runtime.slots import token_places
 
-CODES, FRAMES = 64, 4
+CODES, FRAMES, LAYERS = 64, 4, 1
 BUDGET = ("--budget", "agreement=0,nll=0.05,psnr=0")
 """Random weights: logits are too even for the most probable token to mean much."""
 
@@ -33,7 +33,7 @@ class Place:
 
 def small_wham() -> Family:
     config = wham.transformer_config(
-        grid=(3, 5), codes=CODES, frames=FRAMES, hidden=128, layers=2, heads=4, bias=True
+        grid=(3, 5), codes=CODES, frames=FRAMES, hidden=128, layers=LAYERS, heads=4, bias=True
     )
     return wham.family("small-wham", wham.Variant(config, norm_weights=True, tokenizer=None))
 
@@ -74,7 +74,7 @@ def test_the_bundle_says_what_its_cache_is(place: Place) -> None:
     assert report["attempts"][-1]["figures"]["nll"] < 0.05
     assert report["forms"] == {"portable": "step.portable.int4-weight-kv8.onnx"}
     assert report["left_out"] == {"prefix": "attention reads the buffers as they lie, the cache is int8"}
-    token = 2 * 2 * 4 * 32
+    token = 2 * LAYERS * 4 * 32
     assert (report["kv_cache"]["bytes_before"], report["kv_cache"]["bytes_after"]) == (4 * token, token)
     assert min(report["kv_cache"]["signal_to_noise"].values()) > 35
 
@@ -85,7 +85,7 @@ def test_a_step_reads_a_quarter_of_the_cache(place: Place) -> None:
     assert (plain.cache_bytes, small.cache_bytes) == (4, 1)
     live = FRAMES * (3 * 5 + 16)
     saved = (plain.cache_bytes - small.cache_bytes) * plain.size.cache_elements * live
-    assert saved == 3 * 2 * 2 * 128 * live
+    assert saved == 3 * 2 * LAYERS * 128 * live
     assert small.streamed_bytes < 0.4 * plain.streamed_bytes
 
 
@@ -115,8 +115,8 @@ def test_frames_are_generated_past_the_window(
 def test_bytes_are_shown(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(place.bundle)]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "2,048 (float32: " in shown
-    assert "512 (int8: portable int4-weight-kv8)" in shown
+    assert "1,024 (float32: " in shown
+    assert "256 (int8: portable int4-weight-kv8)" in shown
 
 
 def test_a_second_run_writes_the_same_scales(place: Place, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def scales_of(file: Path) -> dict[str, np.ndarray]:
 
     tensors = onnx.load(file, load_external_data=False).graph.initializer
     named = {t.name: t for t in tensors if t.name.startswith(("kv.key_", "kv.value_"))}
-    assert len(named) == 4
+    assert len(named) == 2 * LAYERS
     return {name: onnx.numpy_helper.to_array(tensor) for name, tensor in named.items()}
 
 
