@@ -6,15 +6,16 @@ import hashlib
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 from safetensors.torch import save
 
 import diagd
+from diagd.bundle.files import turn
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.export.checkpoints import open_checkpoint
 from diagd.export.exporter import GraphOptions, Sources, export
@@ -51,28 +52,40 @@ def export_small(model: Transformer, path: Path, options: GraphOptions | None = 
     """
     options = options or GraphOptions()
     weights = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+
+    def make(folder: Path) -> None:
+        file = folder.with_name("small.safetensors")
+        file.write_bytes(weights)
+        export(small_family(model), options, Sources(open_checkpoint(str(file))), folder)
+
     described = repr((model.config, options)).encode()
-    key = hashlib.sha256(b"".join((weights, described, _sources()))).hexdigest()[:32]
+    return copy_kept(weights + described, ("export", "bundle", "schedule"), make, path)
+
+
+def copy_kept(what: bytes, packages: Sequence[str], make: Callable[[Path], None], path: Path) -> Path:
+    """Copy a folder to ``path`` that is made once on a machine, whoever comes first, for equal sources.
+
+    Args:
+        what: all that ``make`` depends on beside packages of diagd.
+        packages: these.
+        make: makes the folder.
+        path: of the copy.
+    """
+    key = hashlib.sha256(what + _sources(*packages)).hexdigest()[:32]
     kept = Path(tempfile.gettempdir()) / f"diagd-tests-{os.getuid()}" / key
-    if not kept.is_dir():
-        kept.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            file = Path(folder) / "small.safetensors"
-            file.write_bytes(weights)
-            made = export(
-                small_family(model), options, Sources(open_checkpoint(str(file))), Path(folder) / "a"
-            )
-            with suppress(OSError):  # another process was as quick
-                made.path.rename(kept)
+    with turn(kept):
+        if not kept.is_dir():
+            with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+                made = Path(folder) / "a"
+                make(made)
+                made.rename(kept)
     return Path(shutil.copytree(kept, path))
 
 
-@lru_cache
-def _sources() -> bytes:
-    """What an export depends on beside the model: the exporter, and who traces and who reads the graph."""
+@cache
+def _sources(*packages: str) -> bytes:
+    """Modules of packages, and who traces and who reads a graph."""
     package = Path(diagd.__file__).parent
-    files = sorted(
-        file for name in ("export", "bundle", "schedule") for file in (package / name).rglob("*.py")
-    )
+    files = sorted(file for name in packages for file in (package / name).rglob("*.py"))
     versions = [version(name) for name in ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")]
     return b"".join([*(file.read_bytes() for file in files), *(text.encode() for text in versions)])

@@ -6,19 +6,27 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 
-from diagd.bundle import Bundle
+from diagd.bundle import Bundle, Form
 from diagd.calibration.options import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
 from diagd.calibration.report import PrecisionReport
 from diagd.engines.engine import VOID, Engine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
+from diagd.export.exporter import GraphOptions
+from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.engines.opening import run_step
-from tests.oracles.models import CODES
+from tests.models import copy_kept, export_small
+from tests.oracles.models import CODES, small_model
 
 LAYOUT = StreamLayout(4, 6, before=1)
+FORMS = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
+SCHEMES = ("int8", "int8-weight", "int4-weight", "fp8")
+"""Those that every form can have."""
+
 ANYTHING = Budget(agreement=0, nll=1e9, psnr=0)
 PAST = 24
 
@@ -32,6 +40,28 @@ def frames(count: int = 12) -> np.ndarray:
 def quantise(bundle: Path, precision: str, **options: object) -> PrecisionReport:
     chosen = {"budget": ANYTHING, "steps": 64, "threads": 1, "floor": -100.0, **options}
     return calibrate(Bundle.open(bundle), CalibrationOptions(precision, **chosen), frames())
+
+
+def outlier_model() -> Transformer:
+    """One layer; a channel of every norm is an outlier, so that factors migrate."""
+    model = small_model(LAYOUT, layers=1, context_frames=6)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter[3] *= 20
+    return model
+
+
+def every_scheme(path: Path) -> Path:
+    """``outlier_model`` in every form, ungated in each of ``SCHEMES``, at ``path``."""
+
+    def make(folder: Path) -> None:
+        export_small(outlier_model(), folder, GraphOptions(FORMS, widths=(32,)))
+        for precision in SCHEMES:
+            quantise(folder, precision, budget=None)
+
+    packages = ("export", "bundle", "schedule", "engines", "runtime", "calibration")
+    return copy_kept(Path(__file__).read_bytes(), packages, make, path)
 
 
 def load_graph(path: Path) -> onnx.ModelProto:

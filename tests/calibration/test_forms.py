@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from diagd.bundle import Bundle, Form
 from diagd.calibration.quantise import CalibrationOptions, calibrate
@@ -17,51 +16,42 @@ from diagd.engines.backend import StepOptions, find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.exporter import GraphOptions
-from diagd.export.transformer import Transformer
 from diagd.runtime.decoders import JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import open_group, open_session
 from diagd.schedule import Schedule
-from tests.calibration.bundles import ANYTHING, LAYOUT, PAST, frames, logits_of, quantise
+from tests.calibration.bundles import (
+    ANYTHING,
+    LAYOUT,
+    PAST,
+    every_scheme,
+    frames,
+    logits_of,
+    outlier_model,
+    quantise,
+)
 from tests.engines.webgpu_driver import nodes_on_the_processor
 from tests.models import export_small
-from tests.oracles.models import CODES, small_model
+from tests.oracles.models import CODES
 
-SCHEMES = {"int8": 0.02, "int8-weight": 0.02, "int4-weight": 0.05, "fp8": 0.05}
+DIFFERENCES = {"int8": 0.02, "int8-weight": 0.02, "int4-weight": 0.05, "fp8": 0.05}
 """Largest relative difference of the logits of two forms; MatMulNBits rounds activations as well."""
 
-WIDTHS = (32,)
+WIDTHS = (1, 32)
 
 INDICES = {"Range", "Add", "Mul", "Mod", "Unsqueeze", "Squeeze", "Reshape", "Concat", "Expand"}
 """Operators of the arithmetic with slots and shapes."""
 
 
 @pytest.fixture(scope="module")
-def model() -> Transformer:
-    """One channel of every norm is an outlier, so that factors migrate."""
-    model = small_model(LAYOUT, layers=1, context_frames=6)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter[3] *= 20
-    return model
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return every_scheme(tmp_path_factory.mktemp("forms") / "small.diagd")
 
 
 @pytest.fixture(scope="module")
-def bundle(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every form, every scheme."""
-    forms = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
-    path = tmp_path_factory.mktemp("forms") / "small.diagd"
-    export_small(model, path, GraphOptions(forms, widths=WIDTHS))
-    for precision in SCHEMES:
-        quantise(path, precision, budget=None)
-    return path
-
-
-@pytest.fixture(scope="module")
-def halved(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def halved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Exported for a GPU alone, in float16."""
     path = tmp_path_factory.mktemp("half") / "small.diagd"
-    return export_small(model, path, GraphOptions((Form.MODERN,), "fp16", widths=(1, *WIDTHS)))
+    return export_small(outlier_model(), path, GraphOptions((Form.MODERN,), "fp16", widths=WIDTHS))
 
 
 def logits(path: Path, form: Form, precision: str) -> np.ndarray:
@@ -104,7 +94,7 @@ def relative(near: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(near - exact) / np.linalg.norm(exact))
 
 
-@pytest.mark.parametrize(("precision", "bound"), SCHEMES.items())
+@pytest.mark.parametrize(("precision", "bound"), DIFFERENCES.items())
 @pytest.mark.parametrize("form", [Form.MODERN, Form.PORTABLE])
 def test_forms_compute_the_same(bundle: Path, form: Form, precision: str, bound: float) -> None:
     exact = logits(bundle, Form.PREFIX, "fp32")
@@ -120,7 +110,7 @@ def test_openvino_computes_the_same(bundle: Path, precision: str) -> None:
     ids = np.random.default_rng(0).integers(0, CODES, 14).astype(np.int32)
     seen = logits_of(engine, ids, PAST + np.arange(14, dtype=np.int32), slice(None))
     reference, exact = logits(bundle, Form.PORTABLE, precision), logits(bundle, Form.PREFIX, "fp32")
-    assert relative(seen, reference) < SCHEMES[precision]
+    assert relative(seen, reference) < DIFFERENCES[precision]
     assert 1e-3 < relative(seen, exact) < 2 * relative(reference, exact) + 0.01
 
 
@@ -131,7 +121,7 @@ def test_products_and_cache_stay_on_a_gpu_behind_webgpu(bundle: Path, precision:
     assert operators <= INDICES
 
 
-@pytest.mark.parametrize("precision", SCHEMES)
+@pytest.mark.parametrize("precision", DIFFERENCES)
 def test_a_bundle_for_a_gpu_alone_is_calibrated_on_the_cpu(halved: Path, precision: str) -> None:
     options = CalibrationOptions(precision, ANYTHING, steps=64, threads=1, floor=-100.0)
     report = calibrate(Bundle.open(halved), options, frames())
@@ -140,7 +130,7 @@ def test_a_bundle_for_a_gpu_alone_is_calibrated_on_the_cpu(halved: Path, precisi
     assert 0 < (report.figures["divergence"] or 0) < 0.5
     assert len({layer.divergence for layer in report.layers}) == 2  # one layer and the head
     graphs = [g for g in Bundle.open(halved).manifest.graphs if g.precision == precision]
-    assert [graph.width for graph in graphs] == [1, *WIDTHS]
+    assert [graph.width for graph in graphs] == [*WIDTHS]
     exact = logits(halved, Form.MODERN, "fp16")
     assert 1e-4 < relative(logits(halved, Form.MODERN, precision), exact) < 0.3
 
@@ -176,6 +166,6 @@ def test_a_scheme_that_no_form_can_have_is_refused(halved: Path, bundle: Path) -
     quantise(bundle, "int8-dynamic", budget=None)
     whole = read_calibration(bundle / "calibration")
     assert whole is not None
-    assert set(whole.precisions) == {*SCHEMES, "int8-dynamic"}
+    assert set(whole.precisions) == {*DIFFERENCES, "int8-dynamic"}
     assert set(whole.precisions["int8-dynamic"].left_out) == {"modern", "portable"}
     assert whole.precisions["int4-weight"].left_out == {}

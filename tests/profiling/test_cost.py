@@ -6,27 +6,19 @@ import onnx
 import pytest
 
 from diagd.bundle import Bundle, Form
-from diagd.export.exporter import GraphOptions
 from diagd.export.onnx_file import read_onnx
 from diagd.profiling.cost import read_model, step_operations
-from tests.calibration.bundles import LAYOUT, quantise
+from tests.calibration.bundles import FORMS, SCHEMES, every_scheme, quantise
 from tests.engines.host_device import buffers
 from tests.engines.opening import modern, portable, prefix
-from tests.models import export_small
-from tests.oracles.models import small_model
 
-FORMS = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
-PRECISIONS = ("int8", "int8-weight", "int4-weight", "fp8", "int8-weight-kv8")
-CASES = [(precision, form) for precision in ("fp32", *PRECISIONS[:4]) for form in FORMS]
+CASES = [(precision, form) for precision in ("fp32", *SCHEMES) for form in FORMS]
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    path = tmp_path_factory.mktemp("quantised") / "small.diagd"
-    export_small(small_model(LAYOUT, layers=1, context_frames=4), path, GraphOptions(FORMS, widths=(4,)))
-    for precision in PRECISIONS:
-        scheme, _, _ = precision.partition("-kv8")
-        quantise(path, scheme, budget=None, kv_cache="int8" if precision != scheme else None)
+    path = every_scheme(tmp_path_factory.mktemp("quantised") / "small.diagd")
+    quantise(path, "int8-weight", budget=None, kv_cache="int8")
     return Bundle.open(path)
 
 
