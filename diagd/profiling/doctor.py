@@ -131,10 +131,13 @@ def check_processor() -> Check:
 
 
 def check_sampler() -> Check:
-    """Whether the host's sampler was compiled when diagd was installed."""
+    """Whether the host's sampler, and a GPU's attention, were compiled when diagd was installed."""
     if host_build() is not None:
         return Check("sampler", OK, "compiled")
-    found = "not compiled, NumPy draws the same ids in up to ten times the time"
+    found = (
+        "not compiled: NumPy draws the same ids in up to ten times the time, and steps on a GPU have ONNX "
+        "Runtime's attention"
+    )
     return Check("sampler", ABSENT, found, "install a C++ compiler, then reinstall diagd from its source")
 
 

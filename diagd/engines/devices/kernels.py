@@ -80,7 +80,7 @@ def fits(kernels: ctypes.CDLL) -> bool:
         APPEND: AppendArguments,
         "diagd_draw": DrawArguments,
     }
-    return all(
+    return hasattr(kernels, "RegisterCustomOps") and all(
         hasattr(kernels, size := f"{name}_arguments_size")
         and getattr(kernels, size)() == ctypes.sizeof(structure)
         for name, structure in arguments.items()
