@@ -247,9 +247,9 @@ def _training_lines(world: str, rows: list[TrainingRow]) -> list[str]:
     return _section(
         f"## What training on the diagonal buys: {world}",
         _text(
-            "The shipped size, trained in different ways: NLL under NTP, and the gap of each schedule to it, "
-            "nats per token. Fine-tuning starts from the first row; its control has as many steps of NTP, so "
-            "that the gain is not just more training."
+            f"The shipped size, trained in different ways: NLL under NTP ({rows[0].nll.count} windows), and "
+            "the gap of each schedule to it, nats per token. Fine-tuning starts from the first row; its "
+            "control has as many steps of NTP, so that the gain is not just more training."
         ),
         _table(("training", "NLL of NTP", *schedules), cells),
         *_trained_rollouts([(row.name, score) for row in rows for score in row.schedules]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -120,7 +120,7 @@ def test_decoders_of_several_worlds_are_compared(options: StudyOptions) -> None:
 
 def test_a_report_of_preferences_is_read(options: StudyOptions) -> None:
     report = options.output.with_name("prefer.json")
-    report.write_text(json.dumps(REPORT.data()))
+    report.write_text(json.dumps(asdict(REPORT)))
     alone = replace(options, parts=("preferences",), output=options.output.with_name("preferences"))
     page = Study(replace(alone, preferences={"another": report})).run().read_text()
     assert "## Preferences between rollouts: another" in page
