@@ -31,7 +31,7 @@ EXAMPLES = """examples:
 Several rollouts are made behind each of many prefixes, all under the actions that were recorded there, by
 --decoder: the one that the model will be used with. Each is scored by what can be counted in its tokens:
  followed   the action can be read off the frames, by a probe that was trained on --data      40 %
- consistent cells come from the frame before, all moved alike                                  20 %
+ consistent as many cells come from the frame before, all moved alike, as in true frames       20 %
  known      ids are where true frames have them                                                15 %
  likelihood neither less nor more likely than true frames are                                  15 %
  dynamics   as many cells change as true frames change under that action                       10 %

@@ -1,8 +1,8 @@
 """What can be verified of a rollout, frame by frame, and a score of it.
 
-Every term is something that can be counted in tokens; none is a matter of taste. Likelihood and dynamics are
-judged on both sides: what is too likely or too still is no better than what is too wild, or the best of many
-rollouts would be the one in which nothing happens.
+Every term is something that can be counted in tokens; none is a matter of taste. Consistency, likelihood and
+dynamics are judged on both sides: what is too likely or too still is no better than what is too wild, or the
+best of many rollouts would be the one in which nothing happens.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class RewardModel:
         probe: reads actions; None where there is none to read.
         seen: bool [rows, vocabulary], ids that true frames have in a row.
         band: of the likelihood, nats a token.
-        changes: share of cells that change under an action, and under any that is not among them as ().
+        usual: share of cells that change under an action, and of those that come from the frame before; under
+            any that is not among them as ().
     """
 
     config: TransformerConfig
@@ -55,7 +56,7 @@ class RewardModel:
     probe: Probe | None
     seen: NDArray[np.bool_]
     band: tuple[float, float]
-    changes: Mapping[tuple[int, ...], float]
+    usual: Mapping[tuple[int, ...], tuple[float, float]]
 
     @classmethod
     def learn(
@@ -73,10 +74,10 @@ class RewardModel:
         for row in range(config.layout.rows):
             seen[row, np.unique(cells[:, :, row])] = True
         every = Transitions.of(streams, config.layout)
-        blind = cls(config, prompt, logits, device, None, seen, (0.0, 0.0), _changes_by_action(every))
+        blind = cls(config, prompt, logits, device, None, seen, (0.0, 0.0), _usual(every))
         nll = blind.figures(streams[:: max(1, len(streams) // 128)])["nll"]
         low, high = np.quantile(nll, BAND)
-        return cls(config, prompt, logits, device, probe, seen, (float(low), float(high)), blind.changes)
+        return cls(config, prompt, logits, device, probe, seen, (float(low), float(high)), blind.usual)
 
     def figures(self, streams: Streams) -> Figures:
         """What is found in windows [B, N].
@@ -85,19 +86,20 @@ class RewardModel:
             ``followed``: probability of the action to the probe, where there is one; ``consistent``: share of
             cells that the frame before shows there or one cell aside, all in one direction; ``known``: share
             of ids that true frames have in that row; ``nll``: under next-token prediction of the reference,
-            nats a token; ``changed``: share of cells that differ from the frame before, and ``expected``: as
-            it is under that action in true frames.
+            nats a token; ``changed``: share of cells that differ from the frame before; ``expected`` and
+            ``agreeing``: what is changed and consistent under that action in true frames.
         """
         layout, count = self.config.layout, len(streams)
         moved = Transitions.of(streams, layout, self.prompt)
         rows = np.arange(layout.rows)[:, None]
-        keys = map(tuple, moved.led.tolist())
+        usual = np.array([self.usual.get(tuple(led), self.usual[()]) for led in moved.led.tolist()])
         found = {
             "consistent": _agreement(moved),
             "known": self.seen[rows, moved.after].mean((1, 2)),
             "nll": self._nll(streams).ravel(),
             "changed": (moved.before != moved.after).mean((1, 2)),
-            "expected": np.array([self.changes.get(key, self.changes[()]) for key in keys]),
+            "expected": usual[:, 0],
+            "agreeing": usual[:, 1],
         }
         figures = {name: values.reshape(count, -1).astype(np.float64) for name, values in found.items()}
         return self.reread(figures, streams)
@@ -122,7 +124,7 @@ class RewardModel:
         low, high = self.band
         nll = figures["nll"]
         terms = {
-            "consistent": figures["consistent"],
+            "consistent": -np.abs(figures["consistent"] - figures["agreeing"]),
             "known": figures["known"],
             "likelihood": -np.maximum(0, np.maximum(low - nll, nll - high)),
             "dynamics": -np.abs(figures["changed"] - figures["expected"]),
@@ -141,12 +143,13 @@ class RewardModel:
         return by_frame
 
 
-def _changes_by_action(seen: Transitions) -> dict[tuple[int, ...], float]:
-    changed = (seen.before != seen.after).mean((1, 2))
+def _usual(seen: Transitions) -> dict[tuple[int, ...], tuple[float, float]]:
+    shares = np.stack([(seen.before != seen.after).mean((1, 2)), _agreement(seen)], axis=1)
     found = defaultdict(list)
-    for action, share in zip(map(tuple, seen.led.tolist()), changed, strict=True):
-        found[action].append(share)
-    return {action: float(np.mean(shares)) for action, shares in found.items()} | {(): float(changed.mean())}
+    for action, pair in zip(map(tuple, seen.led.tolist()), shares, strict=True):
+        found[action].append(pair)
+    found[()] = list(shares)
+    return {action: tuple(np.mean(pairs, axis=0).tolist()) for action, pairs in found.items()}
 
 
 def _agreement(moved: Transitions) -> NDArray[np.float64]:

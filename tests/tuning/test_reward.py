@@ -7,7 +7,7 @@ from diagd.tuning.probe import Probe, Transitions
 from diagd.tuning.reward import Choice, RewardModel, Verdict, measures
 from diagd.tuning.rollouts import parts, with_cells
 from tests.oracles.models import CODES, small_model
-from tests.tuning.walks import LAYOUT, walks
+from tests.tuning.walks import LAYOUT, colours, walks
 
 PROMPT, FRAMES = 2, 5
 
@@ -42,6 +42,16 @@ def test_true_continuations_score_higher_than_still_and_wild_ones(reward: Reward
     right, still, wild = reward.score(figures, figures).reshape(3, 40).mean(1)
     assert right > still + 0.1
     assert right > wild + 0.1
+
+
+def test_what_stands_still_is_no_more_consistent_than_it_should_be() -> None:
+    """Where true frames hardly keep a cell, the most that is kept is not the best."""
+    true, model = colours(60, FRAMES), small_model(LAYOUT)
+    judge = RewardModel.learn(model.config, true, PROMPT, model)
+    figures = judge.figures(np.concatenate([true[:20], frozen(true[:20])]))
+    right, still = judge._terms(figures)["consistent"].reshape(2, 20, -1).mean((1, 2))
+    assert figures["consistent"][20:].min() == 1 > 2 * figures["consistent"][:20].mean()
+    assert right > still + 0.4
 
 
 def test_figures_are_what_can_be_counted(reward: RewardModel) -> None:
