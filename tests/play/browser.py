@@ -120,5 +120,5 @@ def _tab(folder: Path) -> Iterator[Tab]:
         assert time.monotonic() < end, "Chromium has no page"
         with urllib.request.urlopen(f"http://127.0.0.1:{number}/json/list") as answer:
             pages = [page for page in json.load(answer) if page["type"] == "page"]
-    with connect(pages[0]["webSocketDebuggerUrl"], max_size=None) as socket:
+    with connect(pages[0]["webSocketDebuggerUrl"], max_size=None, ping_interval=None) as socket:
         yield Tab(socket)
