@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,14 @@ def small_wham(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     weights = open_checkpoint(str(folder / "wham.ckpt"))
     sources = Sources(weights, random_sources(family, 0).tokenizer)
     return Bundle.open(export(family, GraphOptions(), sources, folder / "wham.diagd").path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals() -> None:
+    """As in a terminal: ``nohup`` and ``&`` have Ctrl-C ignored, and what tests start inherits it."""
+    for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session", autouse=True)

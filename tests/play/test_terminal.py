@@ -140,7 +140,9 @@ def test_whose_terminal_is_gone_has_left() -> None:
 
 
 @pytest.mark.parametrize("ending", ["q", "SIGTERM", "SIGINT"])
-def test_a_world_is_played_and_the_terminal_is_as_before(world: Path, tmp_path: Path, ending: str) -> None:
+def test_a_world_is_played_and_the_terminal_is_as_before(
+    world: Path, tmp_path: Path, ending: str, request: pytest.FixtureRequest
+) -> None:
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)
     command = [sys.executable, "-m", "diagd", "play", str(world), "--terminal"]
@@ -150,6 +152,7 @@ def test_a_world_is_played_and_the_terminal_is_as_before(world: Path, tmp_path: 
     process = subprocess.Popen(
         [*command, *record], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
     )
+    request.addfinalizer(process.kill)
     seen, end, pressed, ended = b"", time.monotonic() + 120, False, False
     while process.poll() is None or select.select([ours], [], [], 0)[0]:
         assert time.monotonic() < end, seen[-500:]
