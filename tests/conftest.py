@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from diagd.bundle import Bundle
 from diagd.cli.main import main
 from diagd.export.known_graphs import KIND
 from diagd.play.pictures import png
 from tests.worlds import random_world
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -105,7 +105,7 @@ def random_steps(random: np.random.Generator, count: int, first: int) -> Steps:
 
 
 @pytest.mark.parametrize("build", ["host build", "NumPy"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), threads=st.sampled_from([1, 3, 256]))
 def test_advance_spreads_the_record_of_each_step(
     kernels: ctypes.CDLL, build: str, data: st.DataObject, threads: int
@@ -154,7 +154,7 @@ def test_a_block_is_sent_without_the_unused_end_of_its_buffer(kernels: ctypes.CD
 
 
 @pytest.mark.parametrize("build", ["host build", "NumPy"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     groups=st.integers(1, 3),
     width=st.integers(1, 5),
@@ -265,7 +265,7 @@ def laws(draw: st.DrawFn, ids: int, most: int) -> Law:
 
 @pytest.mark.parametrize("build", ["host build", "NumPy"])
 @pytest.mark.parametrize(("ids", "most"), [(107, 128), (600, 30), (8192, 8)])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), threads=st.sampled_from([1, 3, 64]))
 def test_sample_draws_what_numpy_draws(
     kernels: ctypes.CDLL, build: str, ids: int, most: int, data: st.DataObject, threads: int
@@ -278,7 +278,7 @@ def test_sample_draws_what_numpy_draws(
 
 
 @pytest.mark.parametrize(("ids", "most"), [(5, 3), (107, 128), (600, 30), (8192, 8)])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_the_processor_draws_what_numpy_draws(
     kernels: ctypes.CDLL, ids: int, most: int, data: st.DataObject

@@ -64,7 +64,7 @@ def test_a_number_depends_on_its_own_position_and_id_only(seed: int, cells: list
     st.lists(st.integers(0, 10_000), min_size=1, max_size=5),
     st.sampled_from([1, 107, KEPT_IDS, KEPT_IDS + 2]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_whole_rows_have_the_same_numbers(seed: int, start: int, offsets: list[int], ids: int) -> None:
     positions = start + np.array(offsets, np.int64)
     rows = noise_rows(seed, positions, ids)

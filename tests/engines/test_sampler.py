@@ -45,7 +45,7 @@ def settings_of(values: st.SearchStrategy[float]) -> st.SearchStrategy[SamplingS
     )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(rows(2, IDS), settings_of(st.floats(0.01, 1.0)), st.booleans())
 def test_kept_set_and_weights_match_the_sorted_reference(
     logits: np.ndarray, chosen: SamplingState, keep_crossing: bool
@@ -63,7 +63,7 @@ def test_kept_set_and_weights_match_the_sorted_reference(
         np.testing.assert_allclose(weight, expected / expected.max(), rtol=1e-5, atol=UNIT / 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows(3, IDS), settings_of(st.floats(0.05, 1.0)), st.booleans(), st.integers(0, 2**40))
 def test_the_draw_is_a_race_of_the_kept_ids(
     logits: np.ndarray, chosen: SamplingState, keep_crossing: bool, position: int

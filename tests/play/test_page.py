@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import av
@@ -113,9 +114,19 @@ def test_a_held_key_moves_the_world_and_time_can_be_gone_back_in(
 def test_settings_are_chosen_and_wrong_ones_explained(tab: Tab, serve: Serve) -> None:
     with serve() as (url, server):
         enter(tab, url)
-        for name, value in (("decoder", "diagonal"), ("d", "chained"), ("seed", "5"), ("temperature", "0.7")):
+        for name, value, known in (
+            ("decoder", "diagonal", "k="),
+            ("d", "chained", "k=1 chained"),
+            ("seed", "5", "5"),
+            ("temperature", "0.7", "0.7"),
+        ):
             tab.evaluate(CHANGE.format(name, value))
-            tab.evaluate("new Promise((done) => setTimeout(done, 300))")
+            field, end = "decoder" if name == "d" else name, time.monotonic() + 60
+            while not str(getattr(server.tables[0].game.settings, field)).startswith(known):
+                assert time.monotonic() < end, server.tables[0].game.settings
+                time.sleep(0.05)
+            frames = tab.evaluate(KNOWN)
+            tab.until(f"{KNOWN} > {frames + 1}")  # which come behind what the page is told of its change
         settings = server.tables[0].game.settings
         assert (settings.decoder, settings.seed, settings.temperature) == ("k=1 chained", 5, 0.7)
         tab.evaluate(CHANGE.format("k", "99"))

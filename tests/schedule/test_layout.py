@@ -73,7 +73,7 @@ def test_fed_tokens_of_the_released_schedules(
         assert (table.widths.max(), table.steps) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases())
 def test_step_counts_equal_enumeration(case: Case) -> None:
     schedule, layout = case.schedule, case.schedule.layout

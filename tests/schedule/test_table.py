@@ -13,7 +13,7 @@ from tests.oracles.rows import rows_of
 from tests.oracles.simulator import split_first_pass
 from tests.schedule.cases import Case, cases, layouts
 
-BUDGET = settings(max_examples=300, deadline=None)
+BUDGET = settings(max_examples=300)
 
 
 @BUDGET

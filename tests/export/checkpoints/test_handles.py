@@ -37,7 +37,7 @@ def views(draw):
     return base, view
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(views(), st.data())
 def test_any_view_of_a_shared_storage_reads_as_in_torch(tmp_path_factory, pair, data):
     base, view = pair

@@ -193,7 +193,7 @@ def test_negative_strides_do_not_lead_out_of_a_storage(tmp_path):
     assert list(open_checkpoint(tmp_path / "w.pt")["w"].read()) == [1, 2]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=60), st.integers(0, 200))
 def test_any_bytes_load_or_raise_checkpoint_error(tmp_path_factory, garbage, cut):
     good = b"\x80\x02}X\x01\x00\x00\x00w" + tensor_bytes(0, (2,), (1,)) + b"s."

@@ -30,7 +30,7 @@ def test_names_shapes_and_scale():
     assert abs(neighbours) < 6e-3
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 400), st.integers(0, 400), st.sampled_from([(1, 1), (7,), (3, 5), (16,)]))
 def test_any_rows_are_those_of_the_whole(first, second, rest):
     start, stop = sorted((first, second))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diagd.export.tokenizers.blocks import constant, images_from_pixels, nearest_code, pixels_from_images
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 6))
 def test_nearest_code_is_exact_on_integers_and_ties_go_to_the_first(
     seed: int, codes: int, width: int

@@ -34,7 +34,7 @@ def test_codes_survive_quantisation() -> None:
     np.testing.assert_array_equal(found[0, 0].numpy(), tokens)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(-20, 20, width=32), min_size=6, max_size=6))
 def test_tokens_follow_the_definition(latent: list[float]) -> None:
     digits, near_half = [], False
