@@ -131,7 +131,8 @@ extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 2)
   for (int step = 0; step < kSteps; ++step) {
     for (int part = 0; part < 4; ++part) {
       const int row = first_row + group + part % 2 * 8, column = step * 16 + pair + part / 2 * 8;
-      query[step][part] = has[part % 2] ? *reinterpret_cast<const u32*>(queries + static_cast<int64_t>(row) * kSize + column) : 0;
+      const half* pairs = queries + static_cast<int64_t>(row) * kSize + column;
+      query[step][part] = has[part % 2] ? *reinterpret_cast<const u32*>(pairs) : 0;
     }
   }
   float out[kSize / 8][4] = {}, greatest[2] = {kLowest, kLowest}, weight[2] = {0.0f, 0.0f};
@@ -167,25 +168,25 @@ extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 2)
       }
     }
     float rescale[2];
-    for (int half_tile = 0; half_tile < 2; ++half_tile) {
+    for (int side = 0; side < 2; ++side) {
       float most = kLowest;
       for (int n = 0; n < kColumns; ++n) {
-        for (int part = 2 * half_tile; part < 2 * half_tile + 2; ++part) {
+        for (int part = 2 * side; part < 2 * side + 2; ++part) {
           score[n][part] = products[n][part] * arguments.scale + score[n][part] * 1.4426950408889634f;
           most = fmaxf(most, score[n][part]);
         }
       }
-      most = fmaxf(greatest[half_tile], of_four(most, true));
-      rescale[half_tile] = exp2_fast(greatest[half_tile] - most);
-      greatest[half_tile] = most;
+      most = fmaxf(greatest[side], of_four(most, true));
+      rescale[side] = exp2_fast(greatest[side] - most);
+      greatest[side] = most;
       float sum = 0.0f;
       for (int n = 0; n < kColumns; ++n) {
-        for (int part = 2 * half_tile; part < 2 * half_tile + 2; ++part) {
+        for (int part = 2 * side; part < 2 * side + 2; ++part) {
           score[n][part] = exp2_fast(score[n][part] - most);
           sum += score[n][part];
         }
       }
-      weight[half_tile] = weight[half_tile] * rescale[half_tile] + sum;
+      weight[side] = weight[side] * rescale[side] + sum;
     }
     if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
       for (int n = 0; n < kSize / 8; ++n) {
@@ -232,13 +233,15 @@ extern "C" __global__ void diagd_attend_combine(const diagd::AttendArguments arg
   __shared__ float found[diagd::kBeside][kSize + 2];
   const int row = blockIdx.x, head = blockIdx.y, column = 2 * threadIdx.x, first = threadIdx.y;
   const int64_t between = static_cast<int64_t>(arguments.rows) * (kSize + 2);
-  const float* partial = arguments.partial + head * arguments.splits * between + static_cast<int64_t>(row) * (kSize + 2);
+  const float* partial = arguments.partial + head * arguments.splits * between +
+                         static_cast<int64_t>(row) * (kSize + 2);
   float low = 0.0f, high = 0.0f, total = 0.0f, most = kLowest;
   for (int split = first; split < arguments.splits; split += diagd::kBeside) {
     const float* part = partial + split * between;
     const float2 sums = *reinterpret_cast<const float2*>(part + column);
     const float2 law = *reinterpret_cast<const float2*>(part + kSize);  // its greatest score and its weight
-    const float greatest = fmaxf(most, law.x), before = exp2_fast(most - greatest), share = exp2_fast(law.x - greatest);
+    const float greatest = fmaxf(most, law.x);
+    const float before = exp2_fast(most - greatest), share = exp2_fast(law.x - greatest);
     low = low * before + share * sums.x, high = high * before + share * sums.y;
     total = total * before + share * law.y, most = greatest;
   }

@@ -93,7 +93,8 @@ struct Kernel {
   float scale;
 };
 
-using Launch = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
+                       void* stream, void**, void**);
 
 Launch launcher() {
   static void* const driver = dlopen("libcuda.so.1", RTLD_NOW);
@@ -158,7 +159,8 @@ Status compute(void* pointer, void* context) {
   }
   void *out = nullptr, *data = nullptr, *stream = nullptr;
   const int64_t* shape = inputs[0].shape;
-  if (Status status = call(kernel.api, kKernelContextGetOutput, context, size_t{0}, shape, size_t{4}, &out)) return status;
+  if (Status status = call(kernel.api, kKernelContextGetOutput, context, size_t{0}, shape, size_t{4}, &out))
+    return status;
   if (Status status = call(kernel.api, kGetTensorMutableData, out, &data)) return status;
   if (Status status = call(kernel.api, kKernelContextGetGpuComputeStream, static_cast<const void*>(context), &stream))
     return status;
