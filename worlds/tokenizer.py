@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from diagd.tuning.recordings import episode_paths, episodes, load_episode
 from worlds.codebook import fit_codebook
 from worlds.folder import save_tokenizer
 from worlds.metrics import psnr, ssim
-from worlds.progress import Progress, Report, learning_rate, log
+from worlds.progress import Checkpoint, Progress, Report, learning_rate, log
 
 RATE, BATCH = 2e-3, 32
 _SSIM_WEIGHT, _EDGE_WEIGHT = 0.2, 1.0
@@ -149,7 +148,10 @@ def train_tokenizer(
         UsageError: no episodes, or a checkpoint of another recipe.
     """
     trainer, frames, started = _Trainer(options, config), training_frames(options.data), time.monotonic()
-    path, first = options.output / "tokenizer.jsonl", trainer.step
+    recipe = {"config": asdict(config), "steps": options.steps, "seed": options.seed}
+    parts = {"networks": trainer.networks, "optimiser": trainer.optimiser}
+    checkpoint = Checkpoint(options.output / "tokenizer.pt", "tokenizer", recipe, parts)
+    path, first = options.output / "tokenizer.jsonl", checkpoint.resumed(options.device)
     for step in range(first, options.steps):
         random = np.random.default_rng((options.seed, step))
         pixels = torch.from_numpy(frames[random.integers(len(frames), size=BATCH)])
@@ -157,23 +159,20 @@ def train_tokenizer(
         seconds = time.monotonic() - started
         log(path, Progress(step + 1, options.steps, loss, seconds, first, "tokenizer"), report)
         if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
-            trainer.save(step + 1)
+            checkpoint.write(step + 1)
     return {name: tensor.detach().cpu().half() for name, tensor in trainer.tensors().items()}
 
 
 class _Trainer:
-    """Networks, optimiser and their checkpoint."""
+    """Networks and their optimiser."""
 
     def __init__(self, options: TokenizerOptions, config: CompactConfig) -> None:
-        self.config, self.step, self.path = config, 0, options.output / "tokenizer.pt"
-        self.device, self.recipe = options.device, _recipe(options, config)
+        self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.networks = nn.ModuleList([self.encoder, self.decoder]).to(options.device)
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-        if self.path.exists():
-            self._resume()
 
     def tensors(self) -> dict[str, Tensor]:
         return self.encoder.state_dict() | self.decoder.state_dict()
@@ -191,32 +190,6 @@ class _Trainer:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return loss.item()
-
-    def save(self, step: int) -> None:
-        """Write the checkpoint."""
-        state = {
-            "step": step,
-            "recipe": self.recipe,
-            "networks": self.networks.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
-        with atomic_file(self.path) as path, path.open("wb") as file:
-            torch.save(state, file)  # given a path, it would write its name
-
-    def _resume(self) -> None:
-        state = torch.load(self.path, weights_only=True, map_location=self.device)
-        if state["recipe"] != self.recipe:
-            raise UsageError(
-                f"{self.path} belongs to another tokenizer: {state['recipe']}; give its options again to "
-                "resume, or another output folder to start anew"
-            )
-        self.networks.load_state_dict(state["networks"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step = state["step"]
-
-
-def _recipe(options: TokenizerOptions, config: CompactConfig) -> str:
-    return json.dumps({"config": asdict(config), "steps": options.steps, "seed": options.seed})
 
 
 def reconstruction_loss(drawn: Tensor, images: Tensor) -> Tensor:

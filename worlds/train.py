@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -19,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError, unknown
 from diagd.export.families.world import WorldDescription
 from diagd.export.transformer import Transformer
@@ -38,7 +36,7 @@ from diagd.tuning.recordings import (
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss
 from worlds.folder import World, save_world
 from worlds.options import TrainOptions
-from worlds.progress import Progress, Report, learning_rate, log
+from worlds.progress import Checkpoint, Progress, Report, learning_rate, log
 from worlds.tokenizer import Tensors, TokenizerOptions, fit_tokenizer, reconstruct
 
 Share = tuple[float, Schedule]
@@ -198,10 +196,10 @@ class _Trainer:
         self.model = Transformer(description.transformer_config())
         self.model.initialise(torch.Generator().manual_seed(options.seed)).to(self.device)
         self.optimiser = Optimiser(self.model, options.matrix_rate, options.other_rate)
-        self.first_step, self.losses = 0, _Losses(options, prepared.tokens(options.data), description)
-        self.checkpoint = options.output / "checkpoint.pt"
-        if self.checkpoint.exists():
-            self._resume()
+        self.losses = _Losses(options, prepared.tokens(options.data), description)
+        parts = {"model": self.model, "optimiser": self.optimiser}
+        self.checkpoint = Checkpoint(options.output / "checkpoint.pt", "recipe", options.recipe(), parts)
+        self.first_step = self.checkpoint.resumed(self.device)
 
     def run(self, report: Report | None) -> None:
         """Train to the last step and write the model."""
@@ -218,7 +216,7 @@ class _Trainer:
                 progress = Progress(step + 1, options.steps, mean, seconds, self.first_step)
                 log(options.output / "log.jsonl", progress, report)
                 if (step + 1) % options.checkpoint_every == 0:
-                    self._save_checkpoint(step + 1)
+                    self.checkpoint.write(step + 1)
         if ranks.is_first:
             self._save_world()
 
@@ -227,29 +225,6 @@ class _Trainer:
         frames = asdict(reconstruct(description.pixel_graphs(), tokenizer, self.options.data))
         world = World(description, self.model.cpu().eval(), tokenizer)
         save_world(self.options.output, world, self.options.recipe() | {"reconstruction": frames})
-
-    def _save_checkpoint(self, step: int) -> None:
-        state = {
-            "step": step,
-            "recipe": json.dumps(self.options.recipe()),
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
-        with atomic_file(self.checkpoint) as path, path.open("wb") as file:
-            torch.save(state, file)  # given a path, it would write its name
-
-    def _resume(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
-        recipe = json.loads(state["recipe"])
-        recipe.pop("processes", None)  # was part of it; any number of them sees the same batches
-        if recipe != json.loads(json.dumps(self.options.recipe())):
-            raise UsageError(
-                f"{self.checkpoint} belongs to another recipe: {state['recipe']}; give its options again to "
-                "resume, or another output folder to start anew"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.first_step = state["step"]
 
 
 class _Losses:
