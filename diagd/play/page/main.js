@@ -12,6 +12,7 @@ const screen = new Screen(at("screen"), link, (update) => figures.drawn(update))
 const keys = new Keys(at("screen"), link);
 const marks = new Map(); // number -> thumbnail
 let state = null, errorTimer = 0;
+let chosen = {};  // of the settings, and not yet part of the state
 
 function status(kind, text, cover = "") {
   at("status").className = kind;
@@ -109,7 +110,10 @@ link.addEventListener("loading", ({ detail }) => {
 link.addEventListener("waiting", ({ detail }) => status("", "waiting", `Others are playing. You are number ${detail.place} in the queue.`));
 link.addEventListener("ends", ({ detail }) => status("live", "ending", `This game ends in ${detail.seconds} s: ${detail.why}.`));
 link.addEventListener("lost", ({ detail }) => status("lost", "disconnected", detail.reason ?? "The connection was lost. Trying again…"));
-link.addEventListener("error", ({ detail }) => complain(detail.text));
+link.addEventListener("error", ({ detail }) => {
+  chosen = {};
+  complain(detail.text);
+});
 link.addEventListener("gallery", ({ detail }) => showGallery(detail));
 link.addEventListener("audit", ({ detail }) => {
   at("hud-audit").firstElementChild.textContent = `${(100 * detail.share).toFixed(1)} % of ${detail.frames} frames`;
@@ -118,6 +122,7 @@ link.addEventListener("record", ({ detail }) => save("play.ndjson", detail.parts
 link.addEventListener("film", ({ detail: { parts: [film] } }) => save(film[0] === 0x47 ? "play.gif" : "play.mp4", film));
 link.addEventListener("state", ({ detail }) => {
   state = detail;
+  chosen = {};
   showSettings(detail);
   requestAnimationFrame(() => requestAnimationFrame(() => showTree(detail)));
 });
@@ -157,7 +162,8 @@ at("settings").onchange = ({ target }) => {
   if (name === "rate") return link.send({ type: "pace", rate: number });
   const lag = /^\d/.test(form.d.value) ? `d=${form.d.value}` : form.d.value;
   const decoder = form.decoder.value === "diagonal" ? `k=${form.k.value} ${lag}` : form.decoder.value;
-  link.send({ type: "choose", settings: { ...state.settings, ...(["decoder", "k", "d"].includes(name) ? { decoder } : { [name]: number }) } });
+  Object.assign(chosen, ["decoder", "k", "d"].includes(name) ? { decoder } : { [name]: number });
+  link.send({ type: "choose", settings: { ...state.settings, ...chosen } });
 };
 at("autopilot").onchange = ({ target }) => { link.send({ type: "autopilot", on: target.checked }); at("screen").focus(); };
 at("lock").onclick = () => { at("screen").focus(); keys.lock(); };
