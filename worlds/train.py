@@ -22,7 +22,7 @@ from diagd.errors import UsageError, unknown
 from diagd.export.families.world import WorldDescription
 from diagd.export.transformer import Transformer
 from diagd.progress import started
-from diagd.runtime.pool import end_with_owner
+from diagd.runtime.pool import end_with_owner, starting
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.ranks import Ranks, together
 from diagd.tuning.recordings import (
@@ -108,7 +108,9 @@ def _run_together(worker: Callable[[int], None], processes: int) -> None:
     others = active_children()
     with ProcessPoolExecutor(processes, get_context("spawn"), end_with_owner) as pool:
         try:
-            list(pool.map(worker, range(processes)))
+            with starting():
+                results = pool.map(worker, range(processes))
+            list(results)
         except BaseException as error:
             for process in active_children():
                 if process not in others:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -26,6 +27,8 @@ Make = Callable[[], Callable[[Item], Result]]
 
 MAX_DEATHS: Final = 3
 """Workers that may be killed one after the other without a result in between."""
+
+_HAS_MASKS: Final = hasattr(signal, "pthread_sigmask")
 
 
 class Workers(ABC, Generic[Item, Result]):
@@ -107,7 +110,8 @@ class Processes(Workers[Item, Result]):
                 self._executor = self._start()
 
     def _map(self, items: dict[int, Item]) -> Iterator[tuple[int, Result]]:
-        running = {self._executor.submit(_do, item): number for number, item in items.items()}
+        with starting():
+            running = {self._executor.submit(_do, item): number for number, item in items.items()}
         try:
             for future in as_completed(running):
                 yield running[future], future.result()
@@ -130,6 +134,17 @@ def _begin(make: Make[Any, Any]) -> None:
     end_with_owner()
 
 
+@contextmanager
+def starting() -> Iterator[None]:
+    """Let Ctrl-C wait while processes of a pool start: they inherit that, until they `end_with_owner`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if _HAS_MASKS else set()
+    try:
+        yield
+    finally:
+        if _HAS_MASKS:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def end_with_owner() -> None:
     """Have this process of a pool end with whoever waits for its results, where it would wait for ever.
 
@@ -139,6 +154,8 @@ def end_with_owner() -> None:
     assert owner is not None
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if _HAS_MASKS:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_outlive, args=(owner,), daemon=True).start()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -34,6 +36,21 @@ def test_a_worker_gets_ready_once(tmp_path: Path) -> None:
         for _ in range(3):
             list(workers.map([1, 2]))
     assert len(list(tmp_path.glob("ready-*"))) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs masks of signals")
+def test_workers_that_are_interrupted_while_they_start_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = "import os, signal, multiprocessing\n\ndef make():\n    return abs\n\n"
+    code += "if multiprocessing.current_process().name != 'MainProcess':\n"
+    code += "    os.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "interrupted.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    make = importlib.import_module("interrupted").make
+    with pytest.raises(UsageError, match="3 workers were killed"), Processes(make, 1) as workers:
+        list(workers.map([1]))
+    assert capfd.readouterr().err == ""
 
 
 def test_workers_end_with_whoever_began_them(tmp_path: Path) -> None:
