@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diagd.bundle.manifest import Form
 from diagd.bundle.transformer import TransformerConfig
-from diagd.export.tracing import cast, moved, onnx_operator
+from diagd.export.tracing import cast, moved_axes, onnx_operator
 from diagd.export.transformer import FullAttention, Transformer
 from diagd.export.variants import CacheRows, Watched
 
@@ -86,8 +86,8 @@ class PrefixAttention:
         keys = self._write(2 * layer, f"key_{layer}", keys)
         values = self._write(2 * layer + 1, f"value_{layer}", values)
         grouped = _grouped(queries, self._grid, keys.shape[2])
-        scores = _products(grouped, keys.permute(1, 2, 3, 0)) + self._bias
-        attended = _products(torch.softmax(scores, dim=-1), values.permute(1, 2, 0, 3))
+        scores = _products(grouped, _transposed(keys, (1, 2, 3, 0))) + self._bias
+        attended = _products(torch.softmax(scores, dim=-1), _transposed(values, (1, 2, 0, 3)))
         return _ungrouped(attended, self._grid, queries.shape[1])
 
     def _write(self, buffer: int, name: str, rows: Tensor) -> Tensor:
@@ -201,6 +201,11 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
     return onnx_operator("MatMul", (x, y), x.dtype, (*x.shape[:-1], y.shape[-1]))
 
 
+def _transposed(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """``x.permute(axes)``, without strides of symbols, which take the exporter as long."""
+    return onnx_operator("Transpose", (x,), x.dtype, [x.shape[axis] for axis in axes], perm=list(axes))
+
+
 def _heads_first(rows: Tensor, streams: int) -> Tensor:
     """Rows [B * W, heads, D] as [B, heads, W, D]."""
     if streams == 1:  # without a Reshape, whose sizes a host would work out
@@ -235,14 +240,14 @@ def _grouped(queries: Tensor, grid: Sequence[int], groups: int) -> Tensor:
     """
     heads, size = queries.shape[-2:]
     apart = queries.reshape(*grid, groups, heads // groups, size) * (1 / math.sqrt(size))
-    return moved(apart, -4, -2).reshape(*grid[:-1], groups, -1, size)
+    return _transposed(apart, moved_axes(apart.dim(), -4, -2)).reshape(*grid[:-1], groups, -1, size)
 
 
 def _ungrouped(attended: Tensor, grid: Sequence[int], heads: int) -> Tensor:
     """The inverse of ``_grouped``, for ``heads`` heads."""
     groups, _, size = attended.shape[-3:]
     apart = attended.reshape(*grid[:-1], groups, heads // groups, grid[-1], size)
-    return moved(apart, -2, -4).reshape(-1, heads, size)
+    return _transposed(apart, moved_axes(apart.dim(), -2, -4)).reshape(-1, heads, size)
 
 
 ATTENTIONS: Final[dict[Form, type[PrefixAttention] | type[ModernAttention] | type[PortableAttention]]] = {

@@ -86,7 +86,7 @@ def onnx_operator(
     inputs: Sequence[Tensor],
     dtype: torch.dtype,
     shape: Sequence[int | torch.SymInt],
-    **attributes: float | str,
+    **attributes: float | str | Sequence[int],
 ) -> Tensor:
     """One operator of ONNX, or of another domain as ``domain::name``, in a module that is traced.
 
@@ -111,9 +111,14 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def moved(x: Tensor, source: int, target: int) -> Tensor:
     """``x.movedim(source, target)``, axes counted from the last, by the operator that ONNX has."""
-    axes = list(range(x.dim()))
-    axes.insert(target % x.dim(), axes.pop(source % x.dim()))
-    return x.permute(axes)
+    return x.permute(moved_axes(x.dim(), source, target))
+
+
+def moved_axes(dimensions: int, source: int, target: int) -> list[int]:
+    """Axes in the order that ``moved`` gives them."""
+    axes = list(range(dimensions))
+    axes.insert(target % dimensions, axes.pop(source % dimensions))
+    return axes
 
 
 def _dimensions(shapes: Shapes) -> Shapes:
