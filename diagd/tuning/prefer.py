@@ -44,7 +44,7 @@ SEEDS = 3
 
 _UNFILTERED = SamplingSettings(1.0, 0, 1.0)
 """How what is compared is drawn: from the law whose likelihood is trained. Rollouts that top-p has cut are
-surer than the model, and training on them, whichever are picked, makes it surer and stiller."""
+surer than the model, and training on them pulls it there, whichever are picked."""
 
 _CHUNK = 8
 """Contexts that are rolled out and kept at a time."""
