@@ -19,7 +19,7 @@ from diagd.profiling.cost import read_model
 from diagd.runtime.load import load
 from diagd.runtime.slots import token_places
 
-CODES, FRAMES, LAYERS = 64, 4, 1
+CODES, FRAMES, LAYERS = 64, 4, 2
 BUDGET = ("--budget", "agreement=0,nll=0.05,psnr=0")
 """Random weights: logits are too even for the most probable token to mean much."""
 
@@ -115,8 +115,8 @@ def test_frames_are_generated_past_the_window(
 def test_bytes_are_shown(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(place.bundle)]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "1,024 (float32: " in shown
-    assert "256 (int8: portable int4-weight-kv8)" in shown
+    assert "2,048 (float32: " in shown
+    assert "512 (int8: portable int4-weight-kv8)" in shown
 
 
 def test_a_second_run_writes_the_same_scales(place: Place, tmp_path: Path) -> None:
