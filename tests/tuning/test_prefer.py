@@ -39,12 +39,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_what_passes_the_gate_is_written(bundle: Bundle, tmp_path: Path) -> None:
     """A model of half the shades of grey learns the others; there are no actions to read."""
     model = read_model(bundle)
-    options = AlignOptions(SHARES, steps=25, batch=8, rate=1e-2, autocast=False)
-    align(model, greys(32, 4, shades=3), options)
+    align(model, greys(32, 4, shades=3), AlignOptions(SHARES, steps=25, batch=8, rate=1e-2, autocast=False))
     dull = Bundle.open(write_model(bundle, model, tmp_path / "dull.diagd", bundle.manifest))
     material, output = Material(greys(60, 4), greys(24, 4, seed=1)), tmp_path / "made.diagd"
-    training = replace(TRAINING, steps=30, batch=4, rate=1e-2)
-    report = prefer(dull, material, OPTIONS, training, "jacobi", output, Progress())
+    training, options = (
+        replace(TRAINING, steps=60, batch=4, rate=3e-3),
+        replace(OPTIONS, contexts=16, rollouts=4),
+    )
+    report = prefer(dull, material, options, training, "jacobi", output, Progress())
     assert set(report.verdicts) == {"preferences", "winners", "plain"}
     assert report.probe is None
     assert report.chosen is not None
@@ -54,7 +56,7 @@ def test_what_passes_the_gate_is_written(bundle: Bundle, tmp_path: Path) -> None
     made = Bundle.open(output)
     assert made.manifest.files["weights.bin"] != dull.manifest.files["weights.bin"]
     assert made.manifest.order == bundle.manifest.order
-    assert "30 steps" in (made.manifest.provenance.tuned or "")
+    assert "60 steps" in (made.manifest.provenance.tuned or "")
     best, mean, worst = report.scores
     assert best > mean > worst
 
