@@ -43,7 +43,7 @@ BACKENDS = ("cuda", "tensorrt", "tensorrt_rtx", DRY)
 MODELS = ("mineworld-300m", "cosmos-4b", "cosmos-4b:int4-weight", "mineworld-700m", "mineworld-1200m")
 SAMPLERS = "samplers"
 BUDGET = 300.0
-"""Seconds after which no stage begins; the longest takes about four minutes."""
+"""Seconds after which no further stage begins; the longest takes about four minutes."""
 
 BOX = 290.0
 """Seconds that a stage may take."""
@@ -74,8 +74,9 @@ def main() -> int:
 def run_stages(args: argparse.Namespace, device: str, file: Path) -> int:
     """Run what has no results, each stage by itself; how many failed."""
     began, failed = time.perf_counter(), 0
-    for model, name in missing(Results.read(file, device), args.model or MODELS, args.backend):
-        if time.perf_counter() - began > args.budget:
+    stages = missing(Results.read(file, device), args.model or MODELS, args.backend)
+    for number, (model, name) in enumerate(stages):
+        if number and time.perf_counter() - began > args.budget:
             print("not everything is measured yet: type the same line again")
             break
         print(f"{model}: {name}", flush=True)
