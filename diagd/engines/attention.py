@@ -16,6 +16,7 @@ import numpy as np
 from diagd.bundle import Manifest
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.devices.kernels import ATTEND, ATTENTION, COMBINE, compile_attention, host_build
+from diagd.errors import DependencyError
 
 HEAD_SIZES: Final = (32, 64, 96, 128)
 """Others would leave parts of a matrix instruction empty, or not fit the registers."""
@@ -49,16 +50,20 @@ class Loader(Protocol):
 def attention_operators(manifest: Manifest, graph: StepGraph, device: Loader) -> Path | None:
     """The library that the next session registers, so that its attention runs on the kernel; None: it cannot.
 
-    It cannot where the cache is not float16, heads have another size, the GPU is older, or nothing was
-    compiled.
+    It cannot where the cache is not float16, heads have another size, the GPU is older, or nothing was or can
+    be compiled.
     """
     library, size = host_build(), manifest.cache.head_size
     suits = manifest.cache_dtype(graph) == np.float16 and size in HEAD_SIZES
     if library is None or not suits or device.architecture < LEAST_ARCHITECTURE:
         return None
-    floats, shared = library.diagd_attend_floats, library.diagd_attend_shared
+    try:
+        code = compile_attention(device.architecture, size)
+    except DependencyError:  # where the other kernels were compiled ahead, NVRTC may be missing
+        return None
+    floats = library.diagd_attend_floats
     floats.restype = ctypes.c_int64
-    functions = device.load(compile_attention(device.architecture, size), ATTENTION, shared(size))
+    functions = device.load(code, ATTENTION, library.diagd_attend_shared(size))
     count = floats(device.processors, size)
     library.diagd_attend_with(
         ctypes.c_void_p(int(functions[ATTEND])),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 import diagd.engines.attention as attention
+import diagd.engines.devices.kernels as kernels
 from diagd.engines.attention import HEAD_SIZES, Loader, attention_operators
 from diagd.engines.devices.cuda import CudaDevice
 from diagd.engines.devices.kernels import compile_attention
@@ -137,6 +138,15 @@ def test_heads_of_other_sizes_are_left_to_the_provider(
     for size, architecture in ((48, 90), (64, 75)):
         device: Any = SimpleNamespace(architecture=architecture)
         assert offered(device, library, size, monkeypatch) is None
+
+
+def test_without_a_compiler_steps_have_the_providers_attention(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the other kernels came compiled: their sources are not in the package."""
+    monkeypatch.setattr(kernels, "__file__", str(ROOT.parent / "a" / "b" / "c" / "kernels.py"))
+    device: Any = SimpleNamespace(architecture=90)
+    assert offered(device, library, 64, monkeypatch) is None
 
 
 def test_splits_fit_the_memory_that_they_are_given(library: ctypes.CDLL) -> None:

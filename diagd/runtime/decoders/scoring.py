@@ -139,8 +139,8 @@ def worst_likelihood(tokens: Int, logits: Float, share: float = _WORST) -> float
     return float(np.sort(found)[:worst].mean())
 
 
-def open_network(path: Path, what: str) -> Any:
-    """A session over an ONNX network of the user's, on the processor.
+def open_network(path: Path, what: str, threads: int = 0) -> Any:
+    """A session over an ONNX network of the user's, on the processor; 0 threads: one for each core.
 
     Raises:
         UsageError: there is none, which is ``what``; or it is no network.
@@ -148,7 +148,7 @@ def open_network(path: Path, what: str) -> Any:
     if not path.is_file():
         raise UsageError(f"no such {what}: {path}; give the path of an ONNX file")
     try:
-        return open_session(path, "", CpuOptions(prepack=False))
+        return open_session(path, "", CpuOptions(threads, prepack=False))
     except Exception as error:  # ONNX Runtime raises several types for files that are no graph
         raise UsageError(f"{path} cannot be loaded as an ONNX network: {error}") from error
 
@@ -171,7 +171,8 @@ class PictureScorer:
     """
 
     def __init__(self, path: Path, pixels: PixelCodec) -> None:
-        self._session = open_network(path, "scorer")
+        # A score decides: it must not depend on how many cores there are, which an engine uses besides.
+        self._session = open_network(path, "scorer", threads=1)
         inputs = self._session.get_inputs()
         shape = list(inputs[0].shape)
         if len(inputs) != 1 or len(shape) != 4 or 3 not in (shape[1], shape[3]):
