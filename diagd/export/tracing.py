@@ -234,13 +234,18 @@ def _uncollected() -> Iterator[None]:
 def _hastened(*, decompose: bool) -> Iterator[None]:
     """Without what the exporter does for every trace: its table of operators is made once, in half a second.
 
-    Nor does it look for what could be decomposed, or made one type, which runs the whole program again.
-    Where another version of PyTorch has other names for these, a trace takes longer.
+    Nor does it look for what could be decomposed, or made one type, which runs the whole program again, keep
+    results of operators of equal shapes, which takes longer than to find them again where shapes are symbols,
+    or note lines of code. Where another version of PyTorch has other names for these, a trace takes longer.
     """
     with ExitStack() as stack:
         with suppress(ImportError, AttributeError, KeyError):
+            from torch._dynamo import config as dynamo
+            from torch.fx import config as fx
             from torch.onnx._internal.exporter import _fx_passes, _registration
 
+            stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
+            stack.enter_context(_replaced(fx, "do_not_emit_stack_traces", True))
             table = _registration.ONNXRegistry
             stack.enter_context(_replaced(table, "from_torchlib", partial(_operators, table.from_torchlib)))
             if not decompose:

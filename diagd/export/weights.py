@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +47,12 @@ SYNC_BYTES = 256 << 20
 class WeightSource:
     """A tensor that is read piece by piece: ``chunks()`` yields blocks of rows, in order.
 
-    ``dtype`` is what a graph reads it as, where whoever lays the file out does not say otherwise.
+    ``dtype`` is what a graph reads it as, where whoever lays the file out does not say otherwise. Its
+    ``repr`` says all that a graph depends on, which is traced once for every data.
     """
 
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[Array]]
+    chunks: Callable[[], Iterator[Array]] = field(repr=False)
     dtype: np.dtype[Any] = _FLOAT32
 
     @property

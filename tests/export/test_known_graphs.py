@@ -6,11 +6,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 
 from diagd.bundle import Form, cache
+from diagd.calibration.matrices import Weight, quantised_matrix
+from diagd.calibration.options import find_scheme
 from diagd.export import step_graph, tokenizer_graphs
 from diagd.export.checkpoints import RandomCheckpoint
 from diagd.export.known_graphs import KIND
@@ -103,6 +106,25 @@ def test_frames_of_any_size_share_a_graph_that_does_not_know_them(place: Path) -
     assert content(trace_step(other, Form.MODERN, capacity=64)) == content(known())
     with pytest.raises(Traced):
         trace_step(replace(other, slot_embedding=True), Form.MODERN, capacity=64)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic", "int4-weight"])
+def test_matrices_of_other_data_share_a_graph(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
+
+    def quantised(seed: int) -> bytes:
+        stored = {MATRIX: np.random.default_rng(seed).standard_normal((32, 32)).astype(np.float32)}
+        weight = Weight(stored, MATRIX, np.dtype(np.float32))
+        matrix = quantised_matrix(weight, 1.0 + seed, find_scheme(precision), Form.PREFIX)
+        return content(trace_step(CONFIG, Form.PREFIX, variant=StepVariant({MATRIX: matrix}, opset=24)))
+
+    first = quantised(0)
+    monkeypatch.setattr(step_graph, "trace", tracing)
+    assert quantised(1) == first
+    with pytest.raises(Traced):
+        trace_step(CONFIG, Form.PREFIX)
 
 
 def test_graphs_of_a_tokenizer_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
