@@ -36,8 +36,8 @@ noise.
 
 --backends measures a few frames of the bundle's decoder by every backend and precision, and says which is the
 fastest of those that pass the gate of `diagd verify`, and with how many threads. Where nothing is named, this
-machine then decodes the bundle with as many threads and plays it on that backend in that precision; doctor
-and plan say so.
+machine then decodes the bundle with as many threads, and play, serve and generate on that backend in that
+precision, saying so; doctor and plan say so too.
 """
 
 REGRESSION = 3

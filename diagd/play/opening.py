@@ -13,10 +13,8 @@ from typing import Final
 import numpy as np
 
 from diagd.bundle import Bundle, cache_directory
-from diagd.engines import measured
-from diagd.engines.backend import CPU, find
 from diagd.engines.engine import Float, Int
-from diagd.errors import DiagdError, UsageError
+from diagd.errors import UsageError
 from diagd.play.game import Game
 from diagd.play.pictures import View
 from diagd.play.record import Line, read_record
@@ -70,7 +68,7 @@ def open_games(path: Path, options: GameOptions, sessions: int) -> tuple[Group, 
         DiagdError: as `open_game`.
     """
     bundle = Bundle.open(path)
-    chosen = _in_time(bundle, options.session, sessions)
+    chosen = options.session.in_time(bundle, sessions)
     bundle = bundle.at_precision(chosen.precision)
     codec = chosen.pixels(bundle)
     prompts = read_prompts(bundle, codec, options.prompts)
@@ -88,26 +86,6 @@ def read_prompts(bundle: Bundle, codec: PixelCodec, files: Sequence[Path] = ()) 
     """
     read = [_read(file, bundle, codec) for file in files or _prompts(bundle)]
     return read or [_blank(bundle)]
-
-
-def _in_time(bundle: Bundle, session: SessionOptions, sessions: int) -> SessionOptions:
-    """With the backend and precision that were fastest when this machine was measured, if none are named."""
-    alone = sessions == 1 and session.compat is None  # other graphs have a fixed number of streams
-    backend = session.backend or (None if alone else CPU)
-    found = measured.read(bundle)
-    best = found and found.fastest(backend, session.precision)
-    if best and not _is_here(best.backend):
-        best = found and found.fastest(CPU, session.precision)
-    return replace(session, backend=best.backend, precision=best.precision) if best else session
-
-
-def _is_here(backend: str) -> bool:
-    """Whether a backend that was measured can still be used."""
-    try:
-        find(backend).describe()
-    except DiagdError:
-        return False
-    return True
 
 
 def open_replay(path: Path, record: Path, options: GameOptions) -> tuple[Game, list[tuple[int, Line]]]:

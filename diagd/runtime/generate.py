@@ -194,6 +194,7 @@ def generate(
     """
     jobs = jobs_of(options)
     bundle = Bundle.open(options.bundle)
+    options = replace(options, session=options.session.in_time(bundle))
     with ExitStack() as stack:
         maker = _Maker(options, bundle, progress or Progress(), encode_text, stack)
         for job in jobs:

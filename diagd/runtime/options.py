@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,10 +15,11 @@ from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Bundle, Manifest
 from diagd.bundle.manifest import SamplingRules
+from diagd.engines import measured
 from diagd.engines.backend import CHOICES, CPU, find
 from diagd.engines.engine import Float
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.errors import ScheduleError, UsageError
+from diagd.errors import DiagdError, ScheduleError, UsageError
 from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.runtime.clip import ClipOptions
 from diagd.runtime.decoders import Decoder, DraftDecoder, JacobiDecoder, ScheduledDecoder
@@ -31,6 +33,7 @@ from diagd.runtime.text import read_text
 from diagd.schedule import Schedule
 
 DRAFT = "draft"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -117,14 +120,34 @@ class SamplingOptions:
 class SessionOptions:
     """What decodes, and where."""
 
-    precision: str | None = setting("of the step graph (default: the bundle's first)", None)
-    backend: str | None = setting(
-        f"{CHOICES} (default: cpu; of a world that is played, the fastest measured)", None
-    )
+    precision: str | None = setting("of the step graph (default: the fastest measured, or the first)", None)
+    backend: str | None = setting(f"{CHOICES} (default: the fastest measured, or cpu)", None)
     window: int | None = setting("frames that a token may see (default: the model's context)", None)
     compat: str | None = setting("'mineworld' reproduces the released code's cache", None)
     roll: int | None = setting("frames by which learned positions slide at once", None)
     cpu: CpuOptions = CpuOptions()
+
+    def in_time(self, bundle: Bundle, sessions: int = 1) -> SessionOptions:
+        """With the backend and precision that were fastest when this machine was measured, if none are named.
+
+        Tokens may differ between them, so a line says what was taken. Released code is reproduced as asked.
+        """
+        found = None if self.compat else measured.read(bundle)
+        backend = self.backend or (None if sessions == 1 else CPU)  # others have a fixed number of streams
+        best = found and found.fastest(backend, self.precision)
+        if best and not _is_here(best.backend):
+            best = found and found.fastest(CPU, self.precision)
+        if not (found and best):
+            return self
+        chosen = replace(self, backend=best.backend, precision=best.precision)
+        usual = (self.backend or CPU, self.precision or bundle.manifest.graphs[0].precision)
+        if (best.backend, best.precision) != usual:
+            _LOG.warning(
+                "decoding by %s, the fastest on this machine (diagd profile --backends, %s); "
+                "--set backend=%s --set precision=%s decodes as if it were not measured",
+                *(best, found.date, *usual),
+            )
+        return chosen
 
     def open(self, bundle: Bundle) -> Session:
         """A session over a bundle; see ``diagd.load``."""
@@ -143,6 +166,15 @@ class SessionOptions:
     def pixels(self, bundle: Bundle) -> PixelCodec:
         """The bundle's tokenizer graphs, on the same backend."""
         return PixelCodec(bundle, self.cpu, find(self.backend or CPU))
+
+
+def _is_here(backend: str) -> bool:
+    """Whether a backend that was measured can still be used."""
+    try:
+        find(backend).describe()
+    except DiagdError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, config=OPTIONS)

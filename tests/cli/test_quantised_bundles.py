@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from diagd.bundle import read_manifest
+from diagd.bundle import Bundle, read_manifest
 from diagd.cli.main import main
+from diagd.engines.measured import Measurement, Measurements, keep
 from tests.cli.conftest import Workplace
 
 PRECISIONS = ("fp8", "int4-weight-kv8")
@@ -86,3 +88,32 @@ def test_a_plan_has_the_bytes_that_are_stored(quantised: Path, capsys: pytest.Ca
         assert stored[f"portable {name}"]["weights"] == pytest.approx(share * whole["weights"], rel=0.3)
     assert main(["plan", str(quantised), "--device", "h200"]) == 0
     assert "portable int4-weight-kv8" in capsys.readouterr().out
+
+
+def test_what_was_fastest_generates_and_says_so(
+    quantised: Path,
+    workplace: Workplace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
+    entry = Measurement(backend="cpu", precision="fp8", computed="fp8", threads=1, seconds=0.1, passed=True)
+
+    def made(name: str, *options: str) -> np.ndarray:
+        given = ["--prompt", str(workplace.prompt), "--actions", str(workplace.actions), "--frames", "2"]
+        output = tmp_path / f"{name}.npy"
+        assert main(["generate", str(quantised), *given, *options, "--output", str(output)]) == 0
+        return np.load(output)
+
+    usual = made("usual")
+    keep(Bundle.open(quantised), Measurements(date="2026-01-01", order="k=1 serial", entries=(entry,)))
+    named = [made(precision, "--set", f"precision={precision}") for precision in ("fp32", "fp8")]
+    assert not caplog.messages
+    fastest = made("fastest")
+    (told,) = caplog.messages
+    assert "decoding by cpu fp8, the fastest on this machine" in told
+    assert "--set backend=cpu --set precision=fp32" in told
+    np.testing.assert_array_equal(usual, named[0])
+    np.testing.assert_array_equal(fastest, named[1])
+    assert (usual != fastest).any()

@@ -13,7 +13,7 @@ import pytest
 from diagd.bundle import Bundle
 from diagd.engines.measured import Measurement, Measurements, keep
 from diagd.errors import UsageError
-from diagd.play.opening import SHIPPED, GameOptions, _in_time, new_record, open_game, open_replay
+from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open_replay
 from diagd.runtime.options import SessionOptions
 
 PLAY = """
@@ -68,7 +68,7 @@ def test_a_world_is_played_by_what_was_fastest(
 ) -> None:
     monkeypatch.setenv("DIAGD_CACHE", str(tmp_path))
     bundle, mine = Bundle.open(world), SessionOptions()
-    assert _in_time(bundle, mine, 1) == mine
+    assert mine.in_time(bundle, 1) == mine
     measured = {"computed": "int8", "threads": 1, "passed": True}
     entries = (
         Measurement(backend="cpu", precision="fp32", seconds=0.2, **measured),
@@ -76,14 +76,15 @@ def test_a_world_is_played_by_what_was_fastest(
         Measurement(backend="openvino", precision="fp8", seconds=0.01, **measured),
     )
     keep(bundle, Measurements(date="2026-01-01", order="k=1 serial", entries=entries))
-    assert _in_time(bundle, replace(mine, backend="cpu"), 1).precision == "int8"
-    assert _in_time(bundle, replace(mine, backend="openvino"), 1).precision == "fp8"
-    assert _in_time(bundle, replace(mine, precision="fp32"), 1).precision == "fp32"
-    fastest, many = _in_time(bundle, mine, 1), _in_time(bundle, mine, 4)
+    assert replace(mine, backend="cpu").in_time(bundle).precision == "int8"
+    assert replace(mine, backend="openvino").in_time(bundle).precision == "fp8"
+    assert replace(mine, precision="fp32").in_time(bundle).precision == "fp32"
+    fastest, many = mine.in_time(bundle, 1), mine.in_time(bundle, 4)
     assert (fastest.backend, fastest.precision) == ("openvino", "fp8")
     assert (many.backend, many.precision) == ("cpu", "int8")  # which takes any number of streams
+    assert replace(mine, compat="mineworld").in_time(bundle).precision is None  # released code as it is
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert _in_time(bundle, mine, 1).precision == "int8"  # it was measured, and is gone
+    assert mine.in_time(bundle, 1).precision == "int8"  # it was measured, and is gone
 
 
 def test_a_record_is_replayed_on_its_backend_whatever_was_measured_since(
