@@ -21,7 +21,7 @@ CONTACT = "truth, next-token prediction and diagonal schedules from the same pro
 def quality_page(figures: Figures, shipped_size: str, shipped_world: str = "crafter-3m") -> str:
     """The page in Markdown; the shipped model has a name among the sizes, and one among the worlds."""
     sections = _section("# Quality of Diagonal Decoding", _how(figures.options))
-    sections += _question_lines(World.all(figures, shipped_world))
+    sections += _question_lines(World.all(figures, shipped_world, shipped_size))
     if figures.shipped:
         speeds = figures.frames_per_second.get(shipped_size, {})
         sections += _shipped_lines(figures.shipped, speeds)
@@ -191,7 +191,7 @@ def _compat_lines(sizes: dict[str, list[CompatRow]]) -> list[str]:
         return []
     windows = max(row.aligned.count for rows in sizes.values() for row in rows)
     heads = (
-        "size",
+        "world or size",
         "schedule",
         "seed `previous_frame`, refeed",
         "seed `duplicate`, no refeed",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.quality.decoders import DecoderFigures
-from benchmarks.quality.figures import Figures, SizeFigures, TrainingRow
+from benchmarks.quality.figures import CompatRow, Figures, SizeFigures, TrainingRow
 from diagd.schedule import RowSeed
 from diagd.tuning.prefer import PreferReport
 from diagd.tuning.reward import Change
@@ -24,10 +24,11 @@ class World:
     decoders: DecoderFigures | None
     training: list[TrainingRow]
     preferences: PreferReport | None
+    compat: list[CompatRow]
 
     @classmethod
-    def all(cls, figures: Figures, shipped: str) -> list[World]:
-        """The shipped one, and the others."""
+    def all(cls, figures: Figures, shipped: str, size: str) -> list[World]:
+        """The shipped one, which has a name among the sizes too, and the others."""
         known = {shipped: figures.shipped, **figures.worlds}
         return [
             cls(
@@ -36,6 +37,7 @@ class World:
                 figures.decoders.get(name),
                 figures.training.get(name, []),
                 figures.preferences.get(name),
+                figures.compat.get(size if name == shipped else name, []),
             )
             for name, its in known.items()
         ]
@@ -79,6 +81,10 @@ def _refeeding(world: World) -> str:
     return gap(rows[0].without_refeed) if rows else ""
 
 
+def _released(world: World) -> str:
+    return next((gap(row.released) for row in world.compat if row.name == FAST), "")
+
+
 def _training(world: World) -> str:
     return _listed({row.name: gap(row.gaps[FAST]) for row in world.training})
 
@@ -110,6 +116,7 @@ QUESTIONS: dict[str, Callable[[World], str]] = {
     "Is it the overlap of frames (d) that costs? Without it": _cost("k=1 serial"),
     "Which token stands in for the one before a row?": _seeds,
     "What if true row ends are never fed?": _refeeding,
+    "And if the cache is that of the released code (`compat`)?": _released,
     "Does training for the order close the gap, beside as many steps without it? k = 1 chained": _training,
     "How many passes a frame does exact decoding (Jacobi) take?": _jacobi,
     "What do fewer bits cost? NLL of rollouts under float32": _precisions,

@@ -155,11 +155,16 @@ class Study:
             drift = measure_drift(evaluation, Schedule.chained(evaluation.model.layout, 1), actions)
             return replace(figures, shipped=replace(shipped, drift=drift))
         if part == "compat":
+            compared = {name: (folder, self._evaluation(folder)) for name, folder in folders.items()}
+            for name, (folder, data, *_) in options.worlds.items():
+                opened = open_model(folder)
+                recording = cached_tokens(data, opened.encoder)
+                compared[name] = (folder, Evaluation(opened, recording, None, options.evaluation))
             rows = {
                 name: compat_figures(
-                    self._bundle(folder, scratch), self._evaluation(folder), options.compat_windows, report
+                    self._bundle(folder, scratch), evaluation, options.compat_windows, report
                 )
-                for name, folder in folders.items()
+                for name, (folder, evaluation) in compared.items()
             }
             return replace(figures, compat={**figures.compat, **rows})
         if part == "sizes":

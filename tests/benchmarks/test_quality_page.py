@@ -138,12 +138,15 @@ def test_each_world_answers_what_was_measured_of_it() -> None:
         training={"doom-3m": training},
         worlds={"doom-3m": SizeFigures([replace(GAPS[0], without_refeed=CERTAIN)], named)},
         preferences={"crafter-3m": REPORT},
+        compat={"3m": [CompatRow("k=1 chained", NOISE, NOISE, CERTAIN)], "doom-3m": []},
     )
     heads, _, *rows = table(quality_page(figures, "3m"), "What is asked")
     assert heads == ["question", "crafter-3m", "doom-3m"]
     answers = {question: told for question, *told in rows}
     assert answers["What does it cost?"] == ["+0.0200 +- 0.0010"] * 2
     assert answers["What if true row ends are never fed?"] == ["*+0.0010 +- 0.0010*", "+0.0200 +- 0.0010"]
+    (released,) = (told for question, told in answers.items() if "released code" in question)
+    assert released == ["+0.0200 +- 0.0010", ""]
     (trained,) = (told for question, told in answers.items() if question.startswith("Does training"))
     assert trained == ["", "+0.0200 +- 0.0010"]
     (preferred,) = (told for question, told in answers.items() if question.startswith("Does tuning"))

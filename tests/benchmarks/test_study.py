@@ -71,10 +71,13 @@ def test_every_part_is_measured_and_kept(options: StudyOptions) -> None:
     assert set(first["frames_per_second"]["3m"]) == {"next token", *NAMES}
     for name in ("quality-contact.png", "quality-speed.png"):
         assert (options.output / name).read_bytes().startswith(b"\x89PNG")
-    Study(replace(options, parts=("training",), training={"renamed": options.model})).run()
+    worlds = {"another": (options.model, options.data)}
+    again = replace(options, parts=("training", "compat"), sizes={}, worlds=worlds)
+    Study(replace(again, training={"renamed": options.model})).run()
     second = json.loads((options.output / "quality.json").read_text())
     assert [row["name"] for row in second["training"][options.model.name]] == ["renamed"]
     assert second["shipped"] == first["shipped"]
+    assert second["compat"] == {**first["compat"], "another": first["compat"]["3m"]}
     assert "| renamed |" in page.read_text()
     other = replace(options, parts=("training",), evaluation=EvalOptions(windows=4))
     with pytest.raises(UsageError, match="measured with other options"):
