@@ -21,6 +21,7 @@ from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import find
 from diagd.export.families.cosmos import CosmosDvConfig, graphs
 from diagd.play.controls import Inputs, default_controls
+from diagd.runtime.decoders.window import WindowPolicy
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
@@ -39,7 +40,8 @@ DECODE = """(async () => {{
   const world = await (globalThis.world ??= World.open(location.href));
   const {{ spec, session }} = world, prompt = spec.prompts[0], ids = {ids}, frames = [];
   session.start(prompt, prompt.map(() => spec.rest));
-  await session.follow((frame) => ids[frame - prompt.length] ?? null, {settings});
+  const [given, newer] = [ids, {newer}].map((led) => (frame) => led[frame - prompt.length] ?? null);
+  await session.follow(given, {settings}, async (frame) => newer(frame));
   const strategy = world.strategy("{decoder}");
   while (frames.length < ids.length) {{
     await strategy(session);
@@ -74,9 +76,11 @@ PICTURES = """(async () => {{
 }})()"""
 INPUTS = """(async () => {{
   const {{ Inputs }} = await import("./inputs.js"), inputs = new Inputs({controls}, {codec});
-  return {moves}.map(([keys, dy, dx, axes]) => {{
+  return {moves}.map(([keys, dy, dx, axes, then]) => {{
     inputs.update({{ keys, dx, dy, axes, t: 0 }});
-    return inputs.take().ids;
+    const {{ ids }} = inputs.take();
+    inputs.update({{ keys: then, dx: 0, dy: 0, axes, t: 0 }});
+    return [ids, inputs.newer()?.ids ?? null];
   }});
 }})()"""
 DRAW = """(async () => {{
@@ -93,6 +97,17 @@ PASSES = """(async () => {{
   const {{ Layout, Schedule }} = await import("./schedule.js");
   const order = (layout, name, base) => Schedule.parse(name, new Layout(layout), base);
   return {cases}.map(([layout, name, base, ...given]) => order(layout, name, base).passes(...given));
+}})()"""
+WINDOWS = """(async () => {{
+  const {{ WindowPolicy }} = await import("./window.js");
+  return {cases}.map(([cells, passes]) => {{
+    const policy = new WindowPolicy(cells);
+    return passes.map(([most, unfed, ...seen]) => {{
+      const chosen = policy.choose(most, unfed);
+      policy.add(...seen);
+      return chosen;
+    }});
+  }});
 }})()"""
 
 
@@ -115,8 +130,13 @@ def session(world: Path) -> Iterator[Session]:
         yield session
 
 
-def compare(tab: Tab, page: Path, session: Session, decoder: str, temperature: float) -> dict[str, Any]:
-    """Decode in the page and here; what the page says of its slots."""
+def compare(
+    tab: Tab, page: Path, session: Session, decoder: str, temperature: float, *, renewed: bool = False
+) -> dict[str, Any]:
+    """Decode in the page and here; what the page says of its slots.
+
+    ``renewed``: two frames in three get another action while they are decoded.
+    """
     manifest, told = session.manifest, json.loads((page / "world.json").read_text())
     prompt = np.array(told["prompts"][0], np.int32).reshape(-1, manifest.layout.rows, manifest.layout.columns)
     rest, random = told["rest"], np.random.default_rng(3)
@@ -125,9 +145,12 @@ def compare(tab: Tab, page: Path, session: Session, decoder: str, temperature: f
     session.start(prompt, np.tile(rest, (len(prompt), 1)) if rest else None)
     settings = {"temperature": temperature, "top_k": 0, "top_p": 0.9, "seed": 11}
     sampling, actions = SamplingSettings(temperature, 0, 0.9), ids if rest else None
-    made = session.frames(parse_decoder(decoder, manifest), actions, count=FRAMES, sampling=sampling, seed=11)
+    newer = [np.roll(ids, 1)[n] if renewed and n % 3 else None for n in range(FRAMES)]
+    run = {"sampling": sampling, "seed": 11, "newer": lambda frame: newer[frame - len(prompt)]}
+    made = session.frames(parse_decoder(decoder, manifest), actions, count=FRAMES, **run)
     expected = [frame.tokens.reshape(-1).tolist() for frame in made]
-    given = {"ids": ids.tolist(), "settings": json.dumps(settings), "decoder": decoder}
+    others = json.dumps([None if led is None else led.tolist() for led in newer])
+    given = {"ids": ids.tolist(), "settings": json.dumps(settings), "newer": others, "decoder": decoder}
     found = tab.evaluate(DECODE.format(**given))
     assert found["frames"] == expected
     assert len({tuple(frame) for frame in expected}) > FRAMES // 2  # of a world that moves
@@ -145,6 +168,10 @@ def test_tokens_are_pythons(
 ) -> None:
     found = compare(scripts, page, session, decoder, temperature)
     assert found["base"] > 0  # keys were turned back
+
+
+def test_an_action_that_comes_between_passes_counts(scripts: Tab, page: Path, session: Session) -> None:
+    compare(scripts, page, session, "jacobi window=3", 1.0, renewed=True)
 
 
 @pytest.mark.parametrize("decoder", ["k=1 chained", "k=2 d=9"])
@@ -241,25 +268,52 @@ def test_tables_are_pythons(scripts: Tab) -> None:
     assert scripts.evaluate(PASSES.format(cases=json.dumps(cases))) == expected
 
 
+def test_windows_are_pythons(scripts: Tab) -> None:
+    """Guesses are right as often as not or nearly always, rows of a pass cost little or much."""
+    random, cases, expected = np.random.default_rng(2), [], []
+    for cells, right, row in ((108, 0.97, 0.01), (108, 0.9, 0.1), (40, 0.6, 1.0), (9, 0.8, 0.03)):
+        policy, passes, chosen, left = WindowPolicy(cells), [], [], cells
+        for _ in range(900):  # beyond the pass at which sums are written anew
+            unfed = 3 if left == cells else 0
+            rows = policy.choose(np.arange(unfed + 1, unfed + left + 1))
+            wrong = np.flatnonzero(random.random(rows - 1) > right)
+            kept, fed = int(wrong[0]) + 1 if wrong.size else rows, unfed + rows
+            seconds = (1 + row * fed) * random.exponential(0.3) + 1
+            policy.add(rows, kept, fed, seconds)
+            passes.append([left, unfed, rows, kept, fed, seconds])
+            chosen.append(rows)
+            left = left - kept or cells
+        assert len(set(chosen)) > 5  # it is asked something
+        cases.append([cells, passes])
+        expected.append(chosen)
+    assert scripts.evaluate(WINDOWS.format(cases=json.dumps(cases))) == expected
+
+
 @pytest.mark.parametrize("model", ["crafter-3m", "mineworld-300m", "wham-200m"])
 def test_actions_are_pythons(scripts: Tab, model: str) -> None:
-    """Keys, sticks and mouse of each kind of model, with what the bins of one frame leave to the next."""
+    """Keys, sticks and mouse of each kind of model, with what the bins of one frame leave to the next.
+
+    And whether a key counts for the frame that began last.
+    """
     codec, random = find(model).actions, np.random.default_rng(5)
     controls, moves, expected = default_controls(codec), [], []
     inputs, codes = Inputs(controls, codec), sorted(default_controls(codec).keys)
     for _ in range(40):
         keys = random.permutation(codes)[: random.integers(0, 5)].tolist()
-        turn = random.normal(0, 30, 2).round(1).tolist() if controls.mouse else [0.0, 0.0]
-        axes = random.uniform(-1, 1, 4).round(2).tolist()
-        moves.append([keys, *turn, axes])
+        turn = random.normal(0, 30, 2).round(1).tolist() if controls.mouse and keys else [0.0, 0.0]
+        axes, then = random.uniform(-1, 1, 4).round(2).tolist(), keys[1:] if keys else codes[:1]
+        moves.append([keys, *turn, axes, then])
         inputs.update(keys, (turn[0], turn[1]), axes)
         taken = inputs.take().ids
         assert taken is not None
-        expected.append(taken.tolist())
+        inputs.update(then, (0.0, 0.0), axes)
+        newer = inputs.newer()
+        expected.append([taken.tolist(), None if newer is None else newer.ids.tolist()])  # type: ignore[union-attr]
     assert codec is not None
     given = {"controls": controls.model_dump_json(), "codec": codec.model_dump_json()}
     assert scripts.evaluate(INPUTS.format(moves=json.dumps(moves), **given)) == expected
-    assert len({tuple(ids) for ids in expected}) > 5
+    assert len({tuple(ids) for ids, _ in expected}) > 5
+    assert 5 < sum(newer is None for _, newer in expected) < 39
 
 
 @pytest.fixture(scope="module")

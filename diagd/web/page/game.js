@@ -100,13 +100,13 @@ export class Game {
     return { frames: count, share: same / (count * session.layout.cells) };
   }
 
-  // Decode one frame; `act()` gives its action when it begins.
-  async advance(act) {
+  // Decode one frame; `act()` gives its action when it begins, `newer()` perhaps another one while it is decoded.
+  async advance(act, newer) {
     const { session } = this, began = performance.now(), known = this.known;
-    this.act = act;
+    Object.assign(this, { act, newer });
     this.strategy ??= this.world.strategy(this.settings.decoder);
     try {
-      if (!this.running) await session.follow((frame) => this.pull(frame), this.settings);
+      if (!this.running) await session.follow((frame) => this.pull(frame), this.settings, (frame) => this.renew(frame));
       this.running = true;
       const passes = await this.strategy(session), decoded = performance.now();
       if (this.known === known) return (this.running = false), null;
@@ -124,6 +124,13 @@ export class Game {
     const taken = this.act();
     if (taken) this.led.set(frame, taken);
     return taken && (taken.ids ?? []);
+  }
+
+  async renew(frame) {
+    const taken = await this.newer();
+    if (!taken?.ids) return null;
+    this.led.set(frame, taken);
+    return taken.ids;
   }
 
   // Give up frames in flight.

@@ -8,7 +8,9 @@ export class Inputs {
     this.release();
   }
 
-  release() { Object.assign(this, { held: [], axes: [], tapped: new Set(), turn: [0, 0], rest: [0, 0], echo: null }); }
+  release() {
+    Object.assign(this, { held: [], axes: [], tapped: new Set(), turn: [0, 0], rest: [0, 0], echo: null, changed: false });
+  }
 
   update({ keys, dx, dy, axes, t }) {
     this.heard = performance.now();
@@ -16,6 +18,7 @@ export class Inputs {
       if (this.echo === null) [this.arrived, this.echo] = [this.heard, t];
       for (const key of keys) if (!this.held.includes(key)) this.tapped.add(key);
     }
+    this.changed ||= keys.join() !== this.held.join();
     Object.assign(this, { held: keys, axes, turn: [this.turn[0] + dy, this.turn[1] + dx] });
   }
 
@@ -26,9 +29,13 @@ export class Inputs {
     return this.held.length > 0 || this.tapped.size > 0 || this.turn.some(Boolean) || this.axes.some(Boolean);
   }
 
+  // Another action for the frame that began last, where keys changed since and it loses nothing by it.
+  newer() { return this.changed && !this.spent ? this.take() : null; }
+
   // The action of the frame that begins now.
   take() {
     this.expire();
+    Object.assign(this, { changed: false, spent: this.tapped.size > 0 || this.turn.some(Boolean) });
     const action = this.action([...this.held, ...[...this.tapped].filter((key) => !this.held.includes(key))]);
     const { echo, codec } = this, waited = echo === null ? 0 : performance.now() - this.arrived;
     this.tapped.clear();

@@ -4,6 +4,8 @@ import { draw } from "./sampler.js";
 import { Layout, feed, range } from "./schedule.js";
 import { SlidingAbsolute, SlidingRotary, SlotRing, VOID } from "./slots.js";
 
+const TICK = 0.1; // ms of a browser's clock: a pass is not measured to take less
+
 export class Session {
   constructor(spec, engine) {
     const layout = new Layout(spec.layout), ring = new SlotRing(spec.capacity, spec.in_sight);
@@ -35,11 +37,12 @@ export class Session {
 
   lastCell(frame) { return this.layout.firstCell(frame) + this.layout.cells - 1; }
 
-  // Begin a run: `act(frame)` gives the ids that lead to a frame when it begins, or null where there are no more.
-  async follow(act, rules) {
+  // Begin a run: `act(frame)` gives the ids that lead to a frame when it begins, or null where there are no more;
+  // `newer(frame)`, asked between passes of a decoder that can begin a frame anew, others for it, or null.
+  async follow(act, rules, newer = async () => null) {
     const { minimum_temperature: least, keep_crossing: keepCrossing } = this.spec;
     const temperature = rules.temperature && Math.max(rules.temperature, least);
-    Object.assign(this, { act, rules: { temperature, topK: rules.top_k, topP: rules.top_p, seed: rules.seed, keepCrossing } });
+    Object.assign(this, { act, newer, renewed: null, rules: { temperature, topK: rules.top_k, topP: rules.top_p, seed: rules.seed, keepCrossing } });
     this.begun = this.prepared = this.known;
     this.frames.length = this.known;
     Object.assign(this, { rejected: null, left: [] });
@@ -49,12 +52,22 @@ export class Session {
   }
 
   begin() {
-    const led = this.act(this.begun), { cells, gap } = this.layout;
+    const led = this.act(this.begun);
     if (led === null) return false;
-    const past = this.forced?.[this.begun];
-    this.frames[this.begun] = this.made(past?.tokens ?? new Int32Array(cells), gap ? led.slice(-gap) : []);
+    this.frames[this.begun] = this.made(this.forced?.[this.begun]?.tokens ?? new Int32Array(this.layout.cells), this.leads(led));
     if (this.begun === this.known) this.origin = this.begun;
     this.begun++;
+    return true;
+  }
+
+  leads(led) { return this.layout.gap ? led.slice(-this.layout.gap) : []; }
+
+  // Whether a newer action is there for the frame that began last, once a frame; its rows are given back then.
+  async renew() {
+    const frame = this.begun - 1, led = this.renewed === frame ? null : await this.newer(frame);
+    if (!led) return false;
+    this.frames[frame].led = Int32Array.from(this.leads(led));
+    [this.renewed, this.rejected] = [frame, this.fed];
     return true;
   }
 
@@ -194,7 +207,7 @@ export const jacobi = (policy, window = null) => async (session) => {
   if (unfed > Math.min(session.width - 1, session.layout.gap)) {
     const known = range(session.fed, start - 1), passes = feed(known, known, session.width);
     await session.run(passes);
-    [unfed, count] = [0, passes.length];
+    [session.fed, unfed, count] = [start - 1 - session.layout.gap, 0, passes.length];
   }
   while (decided < cells) {
     const began = performance.now(), most = Math.min(cells - decided, session.width - unfed);
@@ -202,9 +215,10 @@ export const jacobi = (policy, window = null) => async (session) => {
     const guesses = frame.tokens.slice(decided, decided + rows);
     const drawn = await session.run([range(first - unfed, first + rows).map((p) => [p, p, p < first ? -1 : p + 1])]);
     const wrong = drawn.findIndex((id, n) => id !== guesses[n]), kept = wrong < 0 ? rows : wrong + 1;
-    policy.add(rows, kept, unfed + rows, performance.now() - began);
+    policy.add(rows, kept, unfed + rows, Math.max(TICK, performance.now() - began));
     [decided, unfed, count] = [decided + kept, 0, count + 1];
     if (kept < rows) session.rejected = start + decided - 1;
+    if (decided < cells && (await session.renew())) [decided, unfed] = [0, start - 1 - session.fed];
   }
   session.complete(null);
   return count;

@@ -26,7 +26,7 @@ class Pacer {
   tick() {
     const now = performance.now(), period = 1000 / this.rate;
     if (now - this.next > period) [this.late, this.next] = [this.late + 1, now];
-    this.next += period;
+    this.next = Math.min(this.next, now) + period;
   }
 
   rest() { Object.assign(this, { next: performance.now(), shown: [] }); }
@@ -75,10 +75,16 @@ async function guarded(work) {
   }
 }
 
+// Let keys in that were pressed meanwhile.
+async function newer() {
+  await pause(0);
+  return inputs.newer();
+}
+
 async function play() {
   const began = performance.now();
   pacer.tick();
-  const { taken, passes, pictures, decode, pixels } = await game.advance(() => inputs.take());
+  const { taken, passes, pictures, decode, pixels } = await game.advance(() => inputs.take(), newer);
   const round = (value, digits) => Number(value.toFixed(digits));
   const ms = { wait: round(taken.waited, 2), decode: round(decode, 2), pixels: round(pixels, 2), encode: 0 };
   const figures = { fps: round(pacer.fps, 1), rate: round(pacer.rate, 1), p50: round(pacer.share(0.5), 1), p95: round(pacer.share(0.95), 1) };
@@ -105,7 +111,7 @@ async function run() {
     }
     const moves = mode === "live" || (mode === "step" && inputs.active);
     if (!moves) pacer.rest();
-    const delay = moves && number - seen < MOST_UNSEEN ? pacer.delay() : IDLE; // a page that is not seen stands still
+    const due = inputs.changed ? 0 : pacer.delay(), delay = moves && number - seen < MOST_UNSEEN ? due : IDLE; // unseen, it stands still
     if (!delay) {
       await guarded(play);
       if (mode === "pause") state();
