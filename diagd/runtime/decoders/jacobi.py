@@ -13,18 +13,14 @@ from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.runtime.decoders.acting import begun
 from diagd.runtime.decoders.decoder import Blocks, Decoder
-from diagd.runtime.decoders.window import WindowPolicy, decided_by
+from diagd.runtime.decoders.lookup import TRUST, LookupDraft
+from diagd.runtime.decoders.window import Kinds, WindowPolicy, decided_by
 from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
 from diagd.schedule import NO_SINK, Block, feed, shifted
 
 Draft = Callable[[Stream], Int]
 """Guesses int32 [cells] of the frame that has just begun."""
-
-
-def previous_frame(stream: Stream) -> Int:
-    """The tokens of the frame before."""
-    return stream.frame(stream.known - 1).reshape(-1)
 
 
 class JacobiDecoder(Decoder):
@@ -37,15 +33,15 @@ class JacobiDecoder(Decoder):
     guesses.
 
     Frames are decoded one after another: a new action counts for the frame that it leads to, and one that is
-    newer than a frame under way begins it anew, with what was drawn so far as guesses. One that the model
-    decodes is guessed and verified in the same way, ahead of its frame.
+    newer than a frame under way begins it anew, with what was drawn so far as guesses where none is looked
+    up. One that the model decodes is guessed and verified in the same way, ahead of its frame.
 
     Args:
         window: rows that a pass verifies, its first included; default: chosen as it goes, see
             ``WindowPolicy``. 1 is next-token prediction.
         deadline: seconds after which a frame ends with what is guessed, marked as not exact; one more pass
             feeds the guesses.
-        draft: first guesses of a frame.
+        draft: first guesses of a frame; default: ``LookupDraft``.
 
     Raises:
         UsageError: no such window or deadline.
@@ -54,13 +50,14 @@ class JacobiDecoder(Decoder):
     ragged = True
 
     def __init__(
-        self, window: int | None = None, *, deadline: float | None = None, draft: Draft = previous_frame
+        self, window: int | None = None, *, deadline: float | None = None, draft: Draft | None = None
     ) -> None:
         if window is not None and window < 1:
             raise UsageError(f"a window of {window} rows decides nothing; choose 1 or more, or none for auto")
         if deadline is not None and not deadline > 0:
             raise UsageError(f"a deadline of {deadline} s has passed before a frame begins; choose more")
         self._window, self._deadline, self._draft = window, deadline, draft
+        self._lookup = LookupDraft() if draft is None else None
         self._policy: WindowPolicy | None = None
 
     @override
@@ -68,7 +65,7 @@ class JacobiDecoder(Decoder):
         """Any stream goes; what was learned of windows is kept where frames have as many cells."""
         cells = stream.layout.cells
         if self._window is None and (self._policy is None or self._policy.cells != cells):
-            self._policy = WindowPolicy(cells)
+            self._policy = WindowPolicy(cells, TRUST)
 
     @override
     def blocks(self, stream: Stream) -> Blocks:
@@ -77,15 +74,30 @@ class JacobiDecoder(Decoder):
         if not (yield from begun(stream)):
             return
         start = stream.layout.first_cell(stream.begun - 1)
-        draft: Int = np.array(self._draft(stream), np.int32)
+        draft, trust = self._guess(stream)
         stream.write(start, draft)
-        decided = yield from self.decide(stream, start, draft, began)
+        decided = yield from self.decide(stream, start, draft, began, trust=trust)
         if decided < len(draft):  # in time for the window that they belong to
             yield feed(np.arange(start + decided - 1, start + len(draft) - 1), stream.max_width)
+        elif self._lookup:
+            self._lookup.learn(draft)
         stream.complete(None, exact=decided == len(draft))
 
+    def _guess(self, stream: Stream) -> tuple[Int, Kinds | None]:
+        """First guesses of the frame that began last, and how much each is trusted."""
+        if self._lookup:
+            return self._lookup.guess(stream)
+        assert self._draft
+        return np.array(self._draft(stream), np.int32), None
+
     def decide(
-        self, stream: Stream, start: int, draft: Int, began: float, decided: int = 0
+        self,
+        stream: Stream,
+        start: int,
+        draft: Int,
+        began: float,
+        decided: int = 0,
+        trust: Kinds | None = None,
     ) -> Generator[Block, Result, int]:
         """Decide the cells of a frame; returns how many were in time.
 
@@ -95,13 +107,14 @@ class JacobiDecoder(Decoder):
             draft: [cells], those decided, then guesses; takes what is drawn.
             began: when the frame began (``time.perf_counter``).
             decided: cells that are, and whose rows, but for the last one's, are fed.
+            trust: kinds of guesses [cells], see ``LookupDraft``.
         """
         unfed = 0 if decided else start - 1 - stream.fed
         if unfed > min(stream.max_width - 1, stream.layout.gap):  # a prompt
             yield feed(np.arange(stream.fed, start - 1), stream.max_width)
             stream.fed, unfed = start - 1 - stream.layout.gap, 0
         while decided < len(draft):
-            rows = self._rows(stream, unfed, len(draft) - decided)
+            rows = self._rows(stream, unfed, len(draft) - decided, trust)
             result = yield shifted(_pass(unfed, rows), start + decided - 1 - unfed)
             kept = self._keep(stream, result, draft[decided : decided + rows], unfed)
             decided, unfed = decided + kept, 0
@@ -109,16 +122,21 @@ class JacobiDecoder(Decoder):
                 stream.rejected = start + decided - 1
             if decided < len(draft) and stream.renewed():
                 decided, unfed = 0, start - 1 - stream.fed
+                if self._lookup and trust is not None:
+                    guesses, trust = self._lookup.guess(stream)
+                    draft[:] = np.where(trust > 0, guesses, draft)
+                    stream.write(start, draft)
             if self._deadline is not None and time.perf_counter() - began > self._deadline:
                 break
         return decided
 
-    def _rows(self, stream: Stream, unfed: int, cells: int) -> int:
-        """Rows of the next window behind so many that are only fed."""
+    def _rows(self, stream: Stream, unfed: int, cells: int, trust: Kinds | None) -> int:
+        """Rows of the next window, of the last so many cells, behind so many rows that are only fed."""
         most = min(cells, stream.max_width - unfed)
         if self._policy is None:
             return min(most, self._window or most)
-        return self._policy.choose(stream.padded[unfed + 1 : unfed + most + 1])
+        left = None if trust is None else trust[-cells:]
+        return self._policy.choose(stream.padded[unfed + 1 : unfed + most + 1], left)
 
     def _keep(self, stream: Stream, result: Result, guesses: Int, unfed: int) -> int:
         """Take what a pass drew as the next guesses; returns how many of them are decided."""
