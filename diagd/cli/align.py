@@ -6,11 +6,13 @@ from dataclasses import replace
 
 from pydantic.dataclasses import dataclass
 
+from diagd.bundle.targets import check_distinct
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import require
 from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.progress import Progress
+from diagd.runtime.text import read_text
 from diagd.tuning.options import AlignOptions, check_device, mixture
 
 EXAMPLES = """examples:
@@ -59,8 +61,6 @@ class AlignVerb:
 def run(options: AlignVerb) -> int:
     """Align and write the new weights."""
     require("torch", extra="export", purpose="fine-tune a model")
-    from diagd.bundle.targets import check_distinct
-    from diagd.runtime.text import read_text
     from diagd.tuning.align import Validation, check_resume
     from diagd.tuning.source import Source
 

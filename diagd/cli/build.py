@@ -5,22 +5,23 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic.dataclasses import dataclass
+from rich.console import Console
 
+from diagd.bundle import Bundle
 from diagd.bundle.targets import is_where_one_works
 from diagd.cli import terminal
 from diagd.cli.options import Verb
+from diagd.engines.host import available_bytes
+from diagd.engines.tensorrt import capabilities, import_tensorrt
+from diagd.engines.tensorrt.builder import estimate
 from diagd.engines.tensorrt.opening import Request, choose, compile_engine
 from diagd.errors import UsageError
 from diagd.options import OPTIONS, File, flag, positional
 from diagd.progress import Progress
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from diagd.bundle import Bundle
+from diagd.runtime.slots import token_places
 
 EXAMPLES = """examples:
   diagd-build mineworld.diagd
@@ -49,10 +50,6 @@ class BuildOptions:
 
 def run(options: BuildOptions) -> int:
     """Build, or say what would be built."""
-    from diagd.bundle import Bundle
-    from diagd.engines.tensorrt import import_tensorrt
-    from diagd.runtime.slots import token_places
-
     if is_where_one_works(options.bundle):
         raise UsageError(
             f"bundle {options.bundle}: the folder one works in is not written to; name it from outside"
@@ -77,10 +74,6 @@ def run(options: BuildOptions) -> int:
 
 
 def _print_plan(console: Console, bundle: Bundle, request: Request, trt: ModuleType) -> None:
-    from diagd.engines.host import available_bytes
-    from diagd.engines.tensorrt import capabilities
-    from diagd.engines.tensorrt.builder import estimate
-
     form, graph, widths = choose(bundle, request, capabilities(trt))
     needed = estimate(bundle, graph, widths)
     sizes = {

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from diagd.bundle import Bundle
 from diagd.bundle.targets import bundle_target
 from diagd.calibration.options import CalibrationOptions
 from diagd.cli import terminal
 from diagd.cli.options import Verb
+from diagd.engines.engine import Int
+from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError, require
 from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.progress import Progress
-
-if TYPE_CHECKING:
-    from diagd.bundle import Bundle
-    from diagd.engines.engine import Int
+from diagd.runtime.clip import read_tokens
+from diagd.runtime.pictures import read_frames
+from diagd.runtime.pixels import PixelCodec
 
 EXAMPLES = """examples:
   diagd-calibrate crafter-3m.diagd --precision int8 --data walk.mp4
@@ -50,11 +51,6 @@ class CalibrateOptions:
         Raises:
             UsageError: they are not of the bundle's grid, or cannot be read.
         """
-        from diagd.engines.onnxruntime_session import CpuOptions
-        from diagd.runtime.clip import read_tokens
-        from diagd.runtime.pictures import read_frames
-        from diagd.runtime.pixels import PixelCodec
-
         if self.data is None:
             return None
         if self.data.suffix.lower() == ".npy":
@@ -73,7 +69,6 @@ class CalibrateOptions:
 def run(options: CalibrateOptions) -> int:
     """Quantise and judge; the bundle changes only on success."""
     require("torch", extra="export", purpose="trace quantised graphs")
-    from diagd.bundle import Bundle
     from diagd.calibration.quantise import RejectedError, calibrate
     from diagd.calibration.report import figure_table, layer_table
 

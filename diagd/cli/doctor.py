@@ -6,9 +6,11 @@ from dataclasses import asdict
 
 from pydantic.dataclasses import dataclass
 
+from diagd.bundle.cache import clear
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.options import OPTIONS, File, flag, positional
+from diagd.profiling.doctor import PROBLEM, check_bundle, check_machine
 
 EXAMPLES = """examples:
   diagd doctor
@@ -33,9 +35,6 @@ class DoctorOptions:
 
 def run(options: DoctorOptions) -> int:
     """Print the checks; exit code 1 where one found a problem."""
-    from diagd.bundle.cache import clear
-    from diagd.profiling.doctor import PROBLEM, check_bundle, check_machine
-
     if options.clear_cache:
         clear()
     checks = check_machine()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from diagd.bundle.targets import file_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.engines.engine import Float
 from diagd.errors import require
+from diagd.play.opening import GameOptions, open_replay
+from diagd.play.record import is_record, replay
 from diagd.progress import Progress
 from diagd.runtime.generate import Made, generate
 from diagd.runtime.options import GenerateOptions
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from diagd.runtime.video import OUTPUTS, write_tokens, write_video
 
 EXAMPLES = """examples:
   diagd-generate crafter-3m.diagd --prompt first.png --actions walk.jsonl --output walk.mp4
@@ -54,7 +56,9 @@ played again, and the first frame whose tokens differ is named.
 def run(options: GenerateOptions) -> int:
     """Generate, and say what it took."""
     console = terminal.console()
-    if (record := _record(options)) is not None:
+    files = (options.clip.actions, options.clip.prompt)
+    record = next((file for file in files if file is not None and file.is_file() and is_record(file)), None)
+    if record is not None:
         _replay(options, record, Progress(console))
         return 0
     for made in generate(options, Progress(console), encode_text):
@@ -62,21 +66,8 @@ def run(options: GenerateOptions) -> int:
     return 0
 
 
-def _record(options: GenerateOptions) -> Path | None:
-    """A record of `diagd-play` among the files that are given."""
-    from diagd.play.record import is_record
-
-    files = (options.clip.actions, options.clip.prompt)
-    return next((file for file in files if file is not None and file.is_file() and is_record(file)), None)
-
-
 def _replay(options: GenerateOptions, record: Path, progress: Progress) -> None:
     """Write what was seen when a record was played, every frame checked against it."""
-    from diagd.bundle.targets import file_target
-    from diagd.play.opening import GameOptions, open_replay
-    from diagd.play.record import replay
-    from diagd.runtime.video import OUTPUTS, write_tokens, write_video
-
     file_target(options.output, OUTPUTS)
     game, lines = open_replay(options.bundle, record, GameOptions(session=options.session))
     fps = options.fps or game.bundle.manifest.frames_per_second

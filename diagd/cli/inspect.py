@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from pydantic.dataclasses import dataclass
+from rich.console import Console
+from rich.table import Table
 
+from diagd.bundle import Manifest, read_manifest
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError
+from diagd.export.onnx_file import OnnxFile, read_onnx
 from diagd.options import OPTIONS, File, flag, positional
+from diagd.profiling.orders import Frontier, as_text, frontier, table_lines
 from diagd.schedule import Schedule
-
-if TYPE_CHECKING:
-    import numpy as np
-    from rich.console import Console
-
-    from diagd.bundle import Manifest
-    from diagd.export.onnx_file import OnnxFile
-    from diagd.profiling.orders import Frontier
 
 EXAMPLES = """examples:
   diagd inspect crafter-3m.diagd
@@ -62,9 +60,6 @@ class InspectOptions:
 
 def run(options: InspectOptions) -> int:
     """Print the report; exit code 2 where the path is neither a bundle nor an ONNX file."""
-    from diagd.bundle import read_manifest
-    from diagd.export.onnx_file import read_onnx
-
     if options.path.is_file():
         if given := [name for name in ("order", "steps") if getattr(options, name)]:
             raise UsageError(f"--{given[0]} needs a bundle: an ONNX file has no schedule")
@@ -83,8 +78,6 @@ def run(options: InspectOptions) -> int:
 
 
 def _report(options: InspectOptions, manifest: Manifest, graphs: dict[str, OnnxFile]) -> None:
-    from diagd.profiling.orders import frontier
-
     schedule = manifest.schedule
     if options.order is not None:
         schedule = Schedule.parse(options.order, manifest.layout, schedule)
@@ -113,8 +106,6 @@ def _graphs_content(graphs: dict[str, OnnxFile]) -> dict[str, Any]:
 
 
 def _schedule_content(schedule: Schedule, drawn: Frontier, steps: int) -> dict[str, Any]:
-    from diagd.profiling.orders import table_lines
-
     return {
         "order": schedule.name,
         "k": schedule.k,
@@ -129,8 +120,6 @@ def _schedule_content(schedule: Schedule, drawn: Frontier, steps: int) -> dict[s
 
 
 def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
-    from rich.table import Table
-
     layout, cache = manifest.layout, manifest.cache
     rows = {
         "model": f"{manifest.name} ({manifest.family})",
@@ -184,8 +173,6 @@ def _uses(manifest: Manifest) -> dict[str, str]:
 
 
 def _print_graphs(console: Console, graphs: dict[str, OnnxFile], uses: dict[str, str]) -> None:
-    from rich.table import Table
-
     table = Table("graph", "constants", "operators", title="graphs", show_lines=True)
     for name, graph in graphs.items():
         common = graph.operators.most_common()
@@ -210,8 +197,6 @@ def _print_graphs(console: Console, graphs: dict[str, OnnxFile], uses: dict[str,
 
 
 def _print_schedule(console: Console, schedule: Schedule, drawn: Frontier, steps: int) -> None:
-    from diagd.profiling.orders import as_text, table_lines
-
     layout, frames = schedule.layout, len(drawn.steps)
     passes, widest = drawn.last + 1, int(drawn.widths[1:].max(initial=1))
     lines = (

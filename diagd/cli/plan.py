@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
+from rich.console import Console
+from rich.text import Text
 
+from diagd.bundle import Bundle
+from diagd.bundle.manifest import context_policy
 from diagd.bundle.precision import KV_CACHES, PRECISIONS
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, unknown
+from diagd.export.checkpoints import check, open_checkpoint, select
+from diagd.export.families import find
 from diagd.options import OPTIONS, Numbers, flag, positional, setting
-from diagd.profiling.cost import DEVICES, GB, THIS
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
-
-    from diagd.export.families.family import Family
-    from diagd.profiling.cost import Device, ModelSize
-    from diagd.profiling.plan import Plan
+from diagd.profiling.cost import (
+    DEVICES,
+    GB,
+    THIS,
+    Device,
+    ModelSize,
+    live_tokens,
+    precisions,
+    read_model,
+    size_of,
+    stored_models,
+)
+from diagd.profiling.doctor import check_fastest, this_device
+from diagd.profiling.plan import Plan, drafting, make_plan, most_sessions
 
 EXAMPLES = """examples:
   diagd plan mineworld-300m --device orin-agx
@@ -80,9 +90,6 @@ class PlanOptions:
 
 def run(options: PlanOptions) -> int:
     """Print the plan; exit code 1 where the model does not fit."""
-    from diagd.profiling.cost import precisions
-    from diagd.profiling.plan import drafting, make_plan, most_sessions
-
     device = _device(options.device)
     model = _model(options.model, options.checkpoint)
     options.check(model)
@@ -109,22 +116,23 @@ def run(options: PlanOptions) -> int:
             content |= {"drafting": asdict(drafted) | {"least_kept": drafted.least_kept}}
         terminal.print_json(content)
     else:
-        _print(terminal.console(), plan)
+        console = terminal.console()
+        _print(console, plan)
         if most is not None:
-            terminal.console().print(
+            console.print(
                 f"{most} sessions at {options.fps:g} frames a second each, decoded frame by frame, where the "
                 "engine reaches two thirds of what its device allows"
             )
-        _print_stored(terminal.console(), stored)
+        _print_stored(console, stored)
         if drafted is not None:
-            terminal.console().print(drafted.verdict, highlight=False, soft_wrap=True)
-        _print_fastest(terminal.console(), options)
+            console.print(drafted.verdict, highlight=False, soft_wrap=True)
+        if options.device == THIS and Path(options.model).is_dir():
+            fastest = check_fastest(Bundle.open(options.model))
+            console.print(f"fastest here: {fastest.found} ({fastest.fix})", highlight=False, soft_wrap=True)
     return 0 if plan.fits else 1
 
 
 def _device(name: str) -> Device:
-    from diagd.profiling.doctor import this_device
-
     if name == THIS:
         return this_device()
     if name not in DEVICES:
@@ -133,32 +141,9 @@ def _device(name: str) -> Device:
 
 
 def _model(name: str, checkpoint: str | None) -> ModelSize:
-    from diagd.profiling.cost import read_model
-
+    """Dimensions of a bundle, or of a model by name; a checkpoint's header is checked against them."""
     if Path(name).is_dir():
         return read_model(Path(name)).size
-    return _family_size(name, checkpoint)
-
-
-def _stored(path: Path, clip: int) -> dict[str, dict[str, float]]:
-    """Bytes that a pass reads of every step graph that a bundle has; none for a model by name."""
-    from diagd.profiling.cost import live_tokens, stored_models
-
-    if not path.is_dir():
-        return {}
-    bytes_read = {}
-    for name, model in stored_models(path).items():
-        cache = model.step_bytes(live_tokens(model.size, clip)) - model.streamed_bytes
-        bytes_read[name] = {"weights": float(model.streamed_bytes), "cache": cache}
-    return bytes_read
-
-
-def _family_size(name: str, checkpoint: str | None) -> ModelSize:
-    """Dimensions of a model by name; a checkpoint's header is checked against them."""
-    from diagd.bundle.manifest import context_policy
-    from diagd.export.families import find
-    from diagd.profiling.cost import size_of
-
     if checkpoint is not None and checkpoint.startswith("hf:"):
         raise UsageError(
             f"--checkpoint {checkpoint}: a plan reads files that are here; leave the option out to plan by "
@@ -166,7 +151,7 @@ def _family_size(name: str, checkpoint: str | None) -> ModelSize:
         )
     family = find(name, checkpoint)
     if checkpoint is not None:
-        _check_header(family, checkpoint)
+        check(select(open_checkpoint(checkpoint), family.rename), family.expected)
     config, tokenizer = family.transformer, family.tokenizer
     return size_of(
         name,
@@ -177,11 +162,15 @@ def _family_size(name: str, checkpoint: str | None) -> ModelSize:
     )
 
 
-def _check_header(family: Family, checkpoint: str) -> None:
-    """Refuse a checkpoint whose header is not that of the model."""
-    from diagd.export.checkpoints import check, open_checkpoint, select
-
-    check(select(open_checkpoint(checkpoint), family.rename), family.expected)
+def _stored(path: Path, clip: int) -> dict[str, dict[str, float]]:
+    """Bytes that a pass reads of every step graph that a bundle has; none for a model by name."""
+    if not path.is_dir():
+        return {}
+    bytes_read = {}
+    for name, model in stored_models(path).items():
+        cache = model.step_bytes(live_tokens(model.size, clip)) - model.streamed_bytes
+        bytes_read[name] = {"weights": float(model.streamed_bytes), "cache": cache}
+    return bytes_read
 
 
 def _print(console: Console, plan: Plan) -> None:
@@ -191,7 +180,9 @@ def _print(console: Console, plan: Plan) -> None:
     running = "while it runs", f"{memory.running / 1e6:,.1f}"
     rows.append(tuple(terminal.styled(cell, "bold") for cell in running))
     rows.append(("while its engine is built", f"{memory.build_peak / 1e6:,.1f}"))
-    terminal.print_table(console, ("memory", "MB"), rows, _title(plan))
+    kv_cache = f", K/V in {plan.kv_cache}" if plan.kv_cache else ""
+    title = f"{plan.model.name} {plan.precision}{kv_cache}, {plan.window} frames"
+    terminal.print_table(console, ("memory", "MB"), rows, title)
     _print_ceilings(console, plan)
     verdict = terminal.styled("fits", "green") if plan.fits else terminal.styled("does not fit", "red")
     console.print(
@@ -211,24 +202,9 @@ def _print_stored(console: Console, stored: dict[str, dict[str, float]]) -> None
     terminal.print_table(console, heads, rows, "MB a pass of what this bundle holds")
 
 
-def _print_fastest(console: Console, options: PlanOptions) -> None:
-    """What a bundle is decoded by fastest on this machine, or what would measure it."""
-    from diagd.bundle import Bundle
-    from diagd.profiling.doctor import check_fastest
-
-    if options.device == THIS and Path(options.model).is_dir():
-        check = check_fastest(Bundle.open(options.model))
-        console.print(f"fastest here: {check.found} ({check.fix})", highlight=False, soft_wrap=True)
-
-
 def _short(value: float) -> str:
     """Four digits, without an exponent."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _title(plan: Plan) -> str:
-    kv_cache = f", K/V in {plan.kv_cache}" if plan.kv_cache else ""
-    return f"{plan.model.name} {plan.precision}{kv_cache}, {plan.window} frames"
 
 
 def _print_ceilings(console: Console, plan: Plan) -> None:

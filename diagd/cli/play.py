@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
+from rich.console import Console
 
+from diagd.bundle import read_manifest
+from diagd.bundle.targets import check_apart, check_distinct, file_target
 from diagd.cli import terminal
 from diagd.cli.generate import encode_text
 from diagd.cli.options import Verb
+from diagd.cli.serve import warn
 from diagd.options import OPTIONS, File, flag, positional, setting
+from diagd.play import terminal as in_terminal
+from diagd.play.controls import Inputs, read_controls
+from diagd.play.fleet import LocalFleet
+from diagd.play.game import Game
+from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open_replay
+from diagd.play.record import replay
+from diagd.play.server import Address, Limits
+from diagd.play.service import Service, serve_fleet
+from diagd.play.table import Table
 from diagd.progress import Progress
 from diagd.runtime.options import SessionOptions, TextOptions
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from diagd.play.controls import Inputs
-    from diagd.play.game import Game
-    from diagd.play.record import Line
-    from diagd.runtime.pixels import Pixels
+from diagd.runtime.pixels import Pixels
+from diagd.runtime.video import SUFFIXES, VideoWriter
 
 EXAMPLES = """examples:
   diagd-play crafter-3m.diagd --prompt first.png --fps 20 --video played.mp4
@@ -62,10 +66,6 @@ class PlayOptions:
 
 def run(options: PlayOptions) -> int:
     """Play until the player has had enough."""
-    from diagd.bundle import read_manifest
-    from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open_replay
-    from diagd.play.terminal import check_terminal
-
     _check_video(options)
     place = options.bundle or SHIPPED
     manifest = read_manifest(place)
@@ -75,10 +75,18 @@ def run(options: PlayOptions) -> int:
     with ExitStack() as stack:
         if options.replay:
             game, lines = open_replay(place, options.replay, game_options)
-            _replay(console, stack.enter_context(game), lines, _video(stack, options, game))
+            watch = _video(stack, options, stack.enter_context(game))
+            frames = 0
+            with Progress(console).count("replay", len(lines)) as advance:
+                for shown in replay(game, lines):
+                    advance(1)
+                    frames += 1
+                    if watch:
+                        watch(shown.pictures)
+            console.print(f"{frames} frames, all equal to the record to the token")
         else:
             if _is_in_terminal(options):
-                check_terminal(os.environ)
+                in_terminal.check_terminal(os.environ)
             record = options.record or new_record(manifest.name)
             game = stack.enter_context(open_game(place, replace(game_options, record=record)))
             _play(console, options, game, _video(stack, options, game))
@@ -91,9 +99,6 @@ def _is_in_terminal(options: PlayOptions) -> bool:
 
 def _check_video(options: PlayOptions) -> None:
     """Refuse a ``--video`` that would take the place of something else, before the game begins."""
-    from diagd.bundle.targets import check_apart, check_distinct, file_target
-    from diagd.runtime.video import SUFFIXES
-
     if options.video is not None:
         file_target(options.video, SUFFIXES, "--video")
         check_distinct({"--record": options.record, "--video": options.video})
@@ -104,8 +109,6 @@ def _check_video(options: PlayOptions) -> None:
 
 def _video(stack: ExitStack, options: PlayOptions, game: Game) -> Callable[[Pixels], None] | None:
     """What writes pictures to ``--video``."""
-    from diagd.runtime.video import VideoWriter
-
     if options.video is None:
         return None
     codec = game.view.codec
@@ -114,75 +117,33 @@ def _video(stack: ExitStack, options: PlayOptions, game: Game) -> Callable[[Pixe
     return stack.enter_context(VideoWriter(options.video, rate, size, codec.mark)).write
 
 
-def _replay(
-    console: Console, game: Game, lines: list[tuple[int, Line]], watch: Callable[[Pixels], None] | None
-) -> None:
-    from diagd.play.record import replay
-
-    frames = 0
-    with Progress(console).count("replay", len(lines)) as advance:
-        for shown in replay(game, lines):
-            advance(1)
-            frames += 1
-            if watch:
-                watch(shown.pictures)
-    console.print(f"{frames} frames, all equal to the record to the token")
-
-
-def _play(
-    console: Console,
-    options: PlayOptions,
-    game: Game,
-    watch: Callable[[Pixels], None] | None,
-) -> None:
-    from diagd.play import terminal as in_terminal
-    from diagd.play.controls import Inputs, read_controls
-
+def _play(console: Console, options: PlayOptions, game: Game, watch: Callable[[Pixels], None] | None) -> None:
     codec = game.bundle.manifest.actions
     inputs = Inputs(read_controls(game.bundle.path, codec, options.controls), codec)
     rate = options.fps or game.bundle.manifest.frames_per_second
-    with suppress(KeyboardInterrupt, asyncio.CancelledError):  # how a player leaves
-        if _is_in_terminal(options):
+    if _is_in_terminal(options):
+        with suppress(KeyboardInterrupt):  # how a player leaves
             in_terminal.play(game, inputs, rate, watch)
-        else:
-            _serve(console, options, game, inputs, watch)
+    else:
+        _serve(console, options, Table(game, inputs, rate, watch))
     if game.record.path is not None:
         console.print(f"recorded: {game.record.path}")
 
 
-def _serve(
-    console: Console,
-    options: PlayOptions,
-    game: Game,
-    inputs: Inputs,
-    watch: Callable[[Pixels], None] | None,
-) -> None:
-    from diagd.play.fleet import LocalFleet
-    from diagd.play.server import Address, Server
-    from diagd.play.table import Table
-
-    rate = options.fps or game.bundle.manifest.frames_per_second
+def _serve(console: Console, options: PlayOptions, table: Table) -> None:
     address = Address(options.host, options.port)
-    if not address.is_local:
-        console.print(f"warning: whoever reaches {options.host} and knows the address below can play; no TLS")
-    server = Server(LocalFleet([Table(game, inputs, rate, watch)]), address)
+    warn(console, address)
 
-    def started(url: str) -> None:
-        console.print(f"{game.bundle.manifest.name}: {url}\nCtrl-C ends it.")
+    def started(name: str, url: str) -> None:
+        console.print(f"{name}: {url}\nCtrl-C ends it.")
         sys.stdout.flush()
         if options.browser and sys.stdout.isatty():
             import webbrowser
 
             webbrowser.open(url)
 
-    async def serve() -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        with suppress(NotImplementedError):  # Windows has no such handlers
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        await server.run(started)
-
-    asyncio.run(serve())
+    service = Service(1, options.fps, Limits(drain_seconds=0))
+    serve_fleet(table.game.bundle, LocalFleet([table]), service, address, started)
 
 
 VERB = Verb(PlayOptions, run, EXAMPLES)

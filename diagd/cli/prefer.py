@@ -7,17 +7,20 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
+from rich.table import Table
 
+from diagd.bundle import Bundle
+from diagd.bundle.files import write_text
+from diagd.bundle.targets import check_distinct, file_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, require
 from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.progress import Progress, is_first
+from diagd.runtime.text import read_text
 from diagd.tuning.options import PreferOptions, PreferTraining, check_device, mixture
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from diagd.tuning.prefer import PreferReport
     from diagd.tuning.reward import Change
 
@@ -73,9 +76,6 @@ class PreferVerb:
 def run(options: PreferVerb) -> int:
     """Tune, judge, and write what is better."""
     require("torch", extra="export", purpose="fine-tune a model")
-    from diagd.bundle import Bundle
-    from diagd.bundle.targets import check_distinct, file_target
-    from diagd.runtime.text import read_text
     from diagd.tuning.align import check_resume
     from diagd.tuning.prefer import TUNED, Material, NotBetterError, prefer, split
     from diagd.tuning.source import Source
@@ -110,8 +110,6 @@ def run(options: PreferVerb) -> int:
 
 
 def _print(options: PreferVerb, report: PreferReport) -> None:
-    from diagd.bundle.files import write_text
-
     console = terminal.console()
     if probe := report.probe:
         console.print(
@@ -135,8 +133,6 @@ def _print(options: PreferVerb, report: PreferReport) -> None:
 
 
 def _table(report: PreferReport) -> Table:
-    from rich.table import Table
-
     names = list(next(iter(report.verdicts.values())).changes)
     heads = ("rise of NLL" if name == "truth" else name for name in names)
     table = Table("trained on", *heads, "gate", title="before -> after [95 % interval of the difference]")
@@ -147,11 +143,8 @@ def _table(report: PreferReport) -> Table:
 
 
 def _cell(name: str, change: Change) -> str:
-    interval = f"[{change.low:+.4f}, {change.high:+.4f}]"
-    figure = f"{change.before:.4f} -> {change.after:.4f}"
-    return (
-        f"{figure}\n{interval}" if name != "truth" else f"{figure}\n[{change.low:+.2%}, {change.high:+.2%}]"
-    )
+    digits = "+.2%" if name == "truth" else "+.4f"
+    return f"{change.before:.4f} -> {change.after:.4f}\n[{change.low:{digits}}, {change.high:{digits}}]"
 
 
 VERB = Verb(PreferVerb, run, EXAMPLES)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
+from rich.console import Console
+from rich.text import Text
 
+from diagd.bundle import Bundle
 from diagd.bundle.targets import check_distinct, file_target, folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import DependencyError, UsageError
 from diagd.options import OPTIONS, File, flag, positional
-from diagd.profiling.profile import ProfileOptions
+from diagd.profiling.backends import measure_backends
+from diagd.profiling.compare import Comparison, compare
+from diagd.profiling.page import write_page
+from diagd.profiling.profile import ProfileOptions, profile
+from diagd.profiling.report import Report, Run, read_report
 from diagd.progress import Progress
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
-
-    from diagd.profiling.compare import Comparison
-    from diagd.profiling.report import Report, Run
 
 EXAMPLES = """examples:
   diagd-profile crafter-3m.diagd
@@ -70,9 +69,6 @@ def run(options: ProfileVerb) -> int:
         raise UsageError("name a bundle to measure, or two reports with --compare BEFORE AFTER")
     if options.backends:
         return _backends(options, options.bundle)
-    from diagd.bundle import Bundle
-    from diagd.profiling.profile import profile
-
     output = options.output or Path(f"{options.bundle.resolve().name.removesuffix('.diagd')}.profile")
     folder_target(output, {"report.json": b'"schema_version"'}, "a report of diagd-profile")
     if options.trace:
@@ -93,9 +89,6 @@ def run(options: ProfileVerb) -> int:
 
 
 def _backends(options: ProfileVerb, path: Path) -> int:
-    from diagd.bundle import Bundle
-    from diagd.profiling.backends import measure_backends
-
     console = terminal.console(stderr=options.json)
     how = replace(options.measure, budget=options.budget or None)
     found, skipped = measure_backends(Bundle.open(path), how, Progress(console))
@@ -116,8 +109,6 @@ def _backends(options: ProfileVerb, path: Path) -> int:
 
 def _write_page(path: Path, report: Report) -> str:
     """Write the page; returns its path, or what it takes to have one: the report is there all the same."""
-    from diagd.profiling.page import write_page
-
     try:
         write_page(path, report)
     except DependencyError as error:
@@ -140,9 +131,6 @@ def _check_trace(trace: Path, output: Path) -> None:
 
 
 def _compare(before: Path, after: Path, *, as_json: bool) -> int:
-    from diagd.profiling.compare import compare
-    from diagd.profiling.report import read_report
-
     comparison = compare(read_report(before), read_report(after))
     if as_json:
         terminal.print_json(asdict(comparison))

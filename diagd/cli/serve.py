@@ -7,12 +7,22 @@ from contextlib import closing, suppress
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
+from rich.console import Console
 
+from diagd.bundle import Bundle
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.cluster.connection import EngineOptions
+from diagd.cluster.fleet import RayFleet
 from diagd.options import OPTIONS, File, flag, positional, setting
+from diagd.play.opening import GameOptions
+from diagd.play.server import Address, Limits
+from diagd.play.service import Service, serve, serve_fleet
+from diagd.play.site import in_url
 from diagd.runtime.options import SessionOptions
+from diagd.serve.dreamer import Dreamer
+from diagd.serve.server import DreamServer
+from diagd.serve.wham import Wham
 
 EXAMPLES = """examples:
   diagd serve crafter-3m.diagd --sessions 4 --fps 10
@@ -69,15 +79,9 @@ def run(options: ServeOptions) -> int:
 
 
 def _play(options: ServeOptions) -> int:
-    from diagd.bundle import Bundle
-    from diagd.play.opening import GameOptions
-    from diagd.play.server import Address, Limits
-    from diagd.play.service import Service, serve, serve_fleet
-
     console, address = terminal.console(), Address(options.host, options.port)
     limits = Limits(idle_seconds=options.idle, game_seconds=options.game, drain_seconds=options.drain)
-    if not address.is_local:
-        console.print(f"warning: whoever reaches {options.host} and knows the address below can play; no TLS")
+    warn(console, address)
 
     def started(name: str, url: str) -> None:
         where = "" if options.nodes.cluster is None else " on each engine"
@@ -89,21 +93,18 @@ def _play(options: ServeOptions) -> int:
     if options.nodes.cluster is None:
         serve(options.bundle, games, service, address, started)
     else:
-        from diagd.cluster.fleet import RayFleet
-
         bundle = Bundle.open(options.bundle)
         serve_fleet(bundle, RayFleet(bundle, games, service, options.nodes), service, address, started)
     return 0
 
 
-def _dream(options: ServeOptions) -> int:
-    from diagd.bundle import Bundle
-    from diagd.play.server import Address
-    from diagd.play.site import in_url
-    from diagd.serve.dreamer import Dreamer
-    from diagd.serve.server import DreamServer
-    from diagd.serve.wham import Wham
+def warn(console: Console, address: Address) -> None:
+    """Say what an address that others can reach lets them do."""
+    if not address.is_local:
+        console.print(f"warning: whoever reaches {address.host} and knows the address below can play; no TLS")
 
+
+def _dream(options: ServeOptions) -> int:
     console, bundle = terminal.console(), Bundle.open(options.bundle)
     pixels, session = options.session.pixels(bundle), options.session.open(bundle)
     with closing(Dreamer(session, pixels, options.max_jobs, options.lifespan)) as dreamer:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
+from diagd.bundle import Bundle
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.options import OPTIONS, File, flag, positional, setting
+from diagd.play.opening import SHIPPED
 from diagd.progress import Progress
+from diagd.web.folder import write_page
+from diagd.web.runtime import runtime_files
+from diagd.web.server import server
 
 EXAMPLES = """examples:
   diagd web crafter-3m.diagd --output page --serve
@@ -39,11 +43,6 @@ class WebOptions:
 
 def run(options: WebOptions) -> int:
     """Write the page, and serve it where that is asked for."""
-    from diagd.bundle import Bundle
-    from diagd.play.opening import SHIPPED
-    from diagd.web.folder import write_page
-    from diagd.web.runtime import runtime_files
-
     console = terminal.console()
     bundle = Bundle.open(options.bundle or SHIPPED)
     page = write_page(
@@ -59,17 +58,11 @@ def run(options: WebOptions) -> int:
         f"{bundle.manifest.name} {page.precision}: {page.path}, a browser loads {page.download / 1e6:.2f} MB"
     )
     if options.serve:
-        _serve(options.output, options.port)
+        with server(options.output, options.port) as serving, suppress(KeyboardInterrupt):
+            sys.stdout.write(f"http://127.0.0.1:{serving.server_port}/\nCtrl-C ends it.\n")
+            sys.stdout.flush()
+            serving.serve_forever()
     return 0
-
-
-def _serve(folder: Path, port: int) -> None:
-    from diagd.web.server import server
-
-    with server(folder, port) as serving, suppress(KeyboardInterrupt):
-        sys.stdout.write(f"http://127.0.0.1:{serving.server_port}/\nCtrl-C ends it.\n")
-        sys.stdout.flush()
-        serving.serve_forever()
 
 
 VERB = Verb(WebOptions, run, EXAMPLES)
