@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from typing_extensions import override
 
@@ -16,12 +16,12 @@ from diagd.bundle import Bundle
 from diagd.cluster.connection import EngineOptions, connect
 from diagd.cluster.engine import Call, Event, PlayActor
 from diagd.errors import EngineError, UsageError
-from diagd.play.fleet import Figures, Fleet, ServedTable
+from diagd.play.fleet import Figures, Fleet
 from diagd.play.messages import Message
 from diagd.play.opening import GameOptions
 from diagd.play.saved import SavedGame
 from diagd.play.service import Service
-from diagd.play.table import Player
+from diagd.play.table import Player, ServedTable
 
 _MOVES: Final = {"type": "error", "text": "the machine of this world is gone; it goes on elsewhere"}
 _PAUSE: Final = 0.5
@@ -30,11 +30,11 @@ _PAUSE: Final = 0.5
 _LOG = logging.getLogger(__name__)
 
 
-class Home:
+class Home(NamedTuple):
     """A table of an engine somewhere, by its number there."""
 
-    def __init__(self, engine: RemoteEngine, number: int) -> None:
-        self.engine, self.number = engine, number
+    engine: RemoteEngine
+    number: int
 
     def say(self, kind: str, *values: Any) -> None:
         """Have something done there, after what was said before."""
@@ -51,17 +51,12 @@ class RemoteTable(ServedTable):
     """
 
     def __init__(self, home: Home, size: tuple[int, int]) -> None:
-        self.home, self.size = home, size
-        self.heard, self.ticket = 0.0, ""
-        self.saved = SavedGame()
-        self.keep: Callable[[bytes | None], None] | None = None
-        self.is_away = True
-        self._player: Player | None = None
-        self._number = 0
+        super().__init__(size)
+        self.home, self.saved, self.is_away = home, SavedGame(), True
 
     @override
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
-        self._player, self.heard, self.ticket = player, time.monotonic(), ticket
+        self.player, self.heard, self.ticket = player, time.monotonic(), ticket
         if is_new:
             self.saved = SavedGame()
         if self.is_away:
@@ -71,20 +66,17 @@ class RemoteTable(ServedTable):
 
     @override
     def leave(self) -> None:
-        self._player = None
+        self.player = None
         if not self.is_away:
             self.home.say("leave")
 
     @override
     def clear(self) -> None:
-        self.leave()
-        self.ticket, self.saved = "", SavedGame()
-        if self.keep is not None:
-            self.keep(None)
+        super().clear()
+        self.saved = SavedGame()
 
     @override
     def take_up(self, saved: SavedGame, ticket: str) -> None:
-        """Go on with a world that another server kept."""
         self.saved, self.ticket = saved, ticket
 
     @override
@@ -95,21 +87,21 @@ class RemoteTable(ServedTable):
 
     @override
     def upload(self, player: Player, data: bytes) -> None:
-        if player is self._player and not self.is_away:
+        if player is self.player and not self.is_away:
             self.home.say("upload", data)
 
     def lose(self) -> None:
         """The engine is gone."""
         self.is_away = True
-        if self._player is not None:
-            self._player.send(_MOVES)
+        if self.player is not None:
+            self.player.send(_MOVES)
 
     def settle(self) -> None:
         """Go on at home, which may be another one."""
         self.is_away = False
         if self.ticket:
             self.home.say("take_up", self.saved, self.ticket)
-            if self._player is not None:
+            if self.player is not None:
                 self.home.say("seat", self.ticket, False)
 
     def hear(self, kind: str, value: Any) -> None:
@@ -120,11 +112,10 @@ class RemoteTable(ServedTable):
             self.saved.take(value)
             if self.keep is not None:
                 self.keep(value)
-        elif self._player is not None and kind == "send":
-            self._player.send(value)
-        elif self._player is not None:
-            self._number += 1
-            self._player.show(*value)
+        elif self.player is not None and kind == "send":
+            self.player.send(value)
+        elif self.player is not None:
+            self.player.show(*value)
 
 
 class RemoteEngine:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from typing_extensions import override
 
-from diagd.play.messages import Message
-from diagd.play.saved import SavedGame
 from diagd.play.stage import GameLoop, Pacer
-from diagd.play.table import Player, Table
+from diagd.play.table import ServedTable, Table
 
 
 @dataclass(frozen=True)
@@ -30,40 +28,6 @@ class Figures:
     p50: float = 0.0
     p95: float = 0.0
     measured: int = 0
-
-
-class ServedTable(Protocol):
-    """What a server sees of a table.
-
-    Attributes:
-        size: height and width of its pictures.
-        heard: when its player last held a key or said something (``time.monotonic``).
-        ticket: of whose world it is; "": of nobody's.
-        keep: is given snapshots of its world, and None when it is nobody's.
-    """
-
-    size: tuple[int, int]
-    heard: float
-    ticket: str
-    keep: Callable[[bytes | None], None] | None
-
-    def seat(self, player: Player, ticket: str, is_new: bool) -> None:
-        """Let somebody play."""
-
-    def leave(self) -> None:
-        """Nobody plays any more."""
-
-    def clear(self) -> None:
-        """Its world is nobody's any more."""
-
-    def take_up(self, saved: SavedGame, ticket: str) -> None:
-        """Go on with a world that was played elsewhere, as its player comes back."""
-
-    def obey(self, player: Player, message: Message) -> None:
-        """What the player says."""
-
-    def upload(self, player: Player, data: bytes) -> None:
-        """A picture to begin a world from."""
 
 
 class Fleet(Protocol):

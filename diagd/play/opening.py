@@ -84,8 +84,10 @@ def read_prompts(bundle: Bundle, codec: PixelCodec, files: Sequence[Path] = ()) 
     Raises:
         UsageError: a file is none, or does not fit the model.
     """
-    read = [_read(file, bundle, codec) for file in files or _prompts(bundle)]
-    return read or [_blank(bundle)]
+    folder = bundle.file(PROMPTS_NAME)
+    if not files and folder.is_dir():
+        files = files_in(folder, _PICTURES)[:MAX_PROMPTS]
+    return [_read(file, bundle, codec) for file in files] or [_blank(bundle)]
 
 
 def open_replay(path: Path, record: Path, options: GameOptions) -> tuple[Game, list[tuple[int, Line]]]:
@@ -123,11 +125,6 @@ def new_record(name: str) -> Path | None:
         return None
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
     return played / f"{name}-{stamp}.ndjson"
-
-
-def _prompts(bundle: Bundle) -> list[Path]:
-    folder = bundle.file(PROMPTS_NAME)
-    return files_in(folder, _PICTURES)[:MAX_PROMPTS] if folder.is_dir() else []
 
 
 def _read(file: Path, bundle: Bundle, codec: PixelCodec) -> Int:

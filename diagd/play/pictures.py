@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
+import io
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Final
 
 import numpy as np
@@ -64,7 +62,10 @@ class PictureEncoder:
 
     def __init__(self, height: int, width: int) -> None:
         self.kind = "image/png" if height * width <= SMALL else "image/jpeg"
-        self._jpeg = None if self.kind == "image/png" else _simplejpeg().encode_jpeg
+        self._jpeg = None
+        if self.kind == "image/jpeg":
+            simplejpeg = require("simplejpeg", extra="play", purpose="send large pictures to a browser")
+            self._jpeg = simplejpeg.encode_jpeg
 
     def __call__(self, picture: Pictures) -> bytes:
         """Bytes of a picture uint8 [height, width, 3]."""
@@ -74,22 +75,13 @@ class PictureEncoder:
         return jpeg
 
 
-def _simplejpeg() -> ModuleType:
-    return require("simplejpeg", extra="play", purpose="send large pictures to a browser")
+def png(picture: Pictures, program: str | None = None) -> bytes:
+    """A picture uint8 [height, width, 3] as PNG, which may name the program that made it."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
-
-def png(picture: Pictures) -> bytes:
-    """A picture uint8 [height, width, 3] as PNG (ISO/IEC 15948), its rows unfiltered."""
-    height, width, _ = picture.shape
-    rows = np.zeros((height, 1 + 3 * width), np.uint8)
-    rows[:, 1:] = picture.reshape(height, -1)
-    chunks = (
-        (b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(rows.tobytes(), 1)),
-        (b"IEND", b""),
-    )
-    parts = [
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    target, tags = io.BytesIO(), PngInfo()
+    if program is not None:
+        tags.add_text("Software", program)
+    Image.fromarray(picture).save(target, "PNG", pnginfo=tags, compress_level=1)
+    return target.getvalue()

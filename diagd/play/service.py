@@ -13,11 +13,11 @@ from pathlib import Path
 from diagd.bundle import Bundle
 from diagd.bundle.files import turn
 from diagd.play.controls import Inputs, read_controls
-from diagd.play.fleet import Fleet, LocalFleet, ServedTable
+from diagd.play.fleet import Fleet, LocalFleet
 from diagd.play.opening import GameOptions, open_games
 from diagd.play.saved import EVERY, SavedGame, SavedGames, saved_games_target
 from diagd.play.server import Address, Limits, Server
-from diagd.play.table import Table
+from diagd.play.table import ServedTable, Table
 
 
 @dataclass(frozen=True)

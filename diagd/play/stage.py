@@ -112,7 +112,7 @@ class Stage:
     Attributes:
         mode: see `Mode`.
         is_watched: whether there is a player; without one nothing moves.
-        woken: is called when something changed that may make a frame due.
+        wake: is called when something changed that may make a frame due.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Stage:
         self.game, self.inputs, self.pacer = game, inputs, Pacer(rate)
         self.mode: Mode = "live"
         self.is_watched = False
-        self.woken: Callable[[], None] = lambda: None
+        self.wake: Callable[[], object] = lambda: None
         self._show, self._fail = show, fail
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue(MAX_COMMANDS)
 
@@ -140,11 +140,7 @@ class Stage:
             self._commands.put_nowait(command)
         except queue.Full:
             raise UsageError(f"{MAX_COMMANDS} commands wait already; slow down") from None
-        self.woken()
-
-    def wake(self) -> None:
-        """Something changed that may make a frame due."""
-        self.woken()
+        self.wake()
 
     def look(self, pictures: Pictures) -> None:
         """Show the world as it is after it was moved."""
@@ -207,7 +203,7 @@ class GameLoop(threading.Thread):
         self._wake = threading.Event()
         self._closing = False
         for stage in self.stages:
-            stage.woken = self._wake.set
+            stage.wake = self._wake.set
 
     def close(self) -> None:
         """End after the frames that are decoded now, and close the games."""

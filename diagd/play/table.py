@@ -6,11 +6,13 @@ import asyncio
 import json
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
 import numpy as np
+from typing_extensions import override
 
 from diagd.errors import DiagdError, UsageError
 from diagd.play import messages
@@ -48,18 +50,56 @@ class Player(Protocol):
         """Send an update, unless a newer one comes before."""
 
 
-class Table:
+class ServedTable(ABC):
+    """What a server sees of a table, wherever its world is played.
+
+    Attributes:
+        size: height and width of its pictures.
+        player: who plays; None: nobody.
+        heard: when they last held a key or said something (``time.monotonic``).
+        ticket: of whose world it is; "": of nobody's.
+        keep: is given snapshots of its world, and None when it is nobody's, in any thread; None: nothing is.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+        self.player: Player | None = None
+        self.heard, self.ticket = 0.0, ""
+        self.keep: Callable[[bytes | None], None] | None = None
+
+    @abstractmethod
+    def seat(self, player: Player, ticket: str, is_new: bool) -> None:
+        """Let somebody play."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Nobody plays any more."""
+
+    def clear(self) -> None:
+        """Its world is nobody's any more."""
+        self.leave()
+        self.ticket = ""
+        if self.keep is not None:
+            self.keep(None)
+
+    @abstractmethod
+    def take_up(self, saved: SavedGame, ticket: str) -> None:
+        """Go on with a world that was played elsewhere, as its player comes back."""
+
+    @abstractmethod
+    def obey(self, player: Player, message: Message) -> None:
+        """What the player says."""
+
+    @abstractmethod
+    def upload(self, player: Player, data: bytes) -> None:
+        """A picture of the world's size, as RGBA, to begin a world from."""
+
+
+class Table(ServedTable):
     """One world, its player and what stands between them.
 
     ``watch`` sees every picture too, in the game loop's thread; where it is ``paced`` the player may ask for
-    another rate; ``every`` counts frames between two snapshots.
-
-    Attributes:
-        player: who plays; None: nobody.
-        ticket: of whose world it is; "": of nobody's.
-        keep: is given snapshots of the world, and None when it is nobody's, in any thread; None: nothing is.
-        heard: when they last held a key or said something (``time.monotonic``).
-        loop: of the players' connections.
+    another rate; ``every`` counts frames between two snapshots. ``loop`` is of the players' connections.
     """
 
     def __init__(
@@ -73,17 +113,14 @@ class Table:
         every: int = EVERY,
     ) -> None:
         spec = game.view.codec.spec
+        super().__init__((spec.height, spec.width))
         self.game, self.stage = game, Stage(game, inputs, self._show, self._fail, rate)
-        self.player: Player | None = None
-        self.heard, self.ticket = 0.0, ""
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.size = spec.height, spec.width
         self._inputs, self._watch, self._paced = inputs, watch, paced
-        self._encode = PictureEncoder(spec.height, spec.width)
+        self._encode = PictureEncoder(*self.size)
         self._number = 0
         self._prompt = game.prompts[0]
         self._gallery: bytes | None = None
-        self.keep: Callable[[bytes | None], None] | None = None
         self._every, self._since = every, 0
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -91,8 +128,8 @@ class Table:
         self.loop = loop
         self.stage.post(self._begin)
 
+    @override
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
-        """Let somebody play."""
         self._inputs.release()
         self.player, self.heard, self.ticket = player, time.monotonic(), ticket
         player.send(self._welcome(ticket))
@@ -102,21 +139,14 @@ class Table:
         self.stage.is_watched = True
         self.stage.wake()
 
+    @override
     def leave(self) -> None:
-        """Nobody plays any more."""
         self.player = None
         self._inputs.release()
         self.stage.is_watched = False
 
-    def clear(self) -> None:
-        """Its world is nobody's any more."""
-        self.leave()
-        self.ticket = ""
-        if self.keep is not None:
-            self.keep(None)
-
+    @override
     def take_up(self, saved: SavedGame, ticket: str) -> None:
-        """Go on with a world that was played elsewhere, as its player comes back."""
         self.ticket = ticket
 
         def restore() -> None:
@@ -147,8 +177,8 @@ class Table:
             "fps": manifest.frames_per_second,
         }
 
+    @override
     def obey(self, player: Player, message: Message) -> None:
-        """What the player says."""
         self.heard = time.monotonic()
         if isinstance(message, Input):
             flown = self._inputs.autopilot
@@ -164,8 +194,6 @@ class Table:
         elif isinstance(message, messages.Autopilot):
             self._inputs.autopilot = message.on and self.game.session.acts
             self._post(player, lambda: None)
-        elif isinstance(message, messages.Save):
-            self._post(player, self._send_record)
         elif not isinstance(message, Hello | Ack):
             self._post(player, lambda: self._command(message))
 
@@ -185,14 +213,13 @@ class Table:
             self.stage.look(game.visit(message.number))
         elif isinstance(message, messages.Choose):
             game.choose(message.settings)
+        elif isinstance(message, messages.Save):
+            self._call(self._send_player, packed({"kind": "record"}, [game.record.read()]))
         elif isinstance(message, messages.Film):
             self._call(self._send_player, packed({"kind": "film"}, [game.film(FILMED)]))
         elif isinstance(message, messages.Audit):
             frames, share = game.audit(AUDITED)
             self._call(self._send_player, {"type": "audit", "frames": frames, "share": share})
-
-    def _send_record(self) -> None:
-        self._call(self._send_player, packed({"kind": "record"}, [self.game.record.read()]))
 
     def _reset(self, prompt: Any) -> None:
         self._prompt = prompt
@@ -202,8 +229,8 @@ class Table:
         if self.game.known:
             self.stage.look(self.game.look())
 
+    @override
     def upload(self, player: Player, data: bytes) -> None:
-        """A picture of the world's size, as RGBA, to begin a world from."""
         height, width = self.size
         if player is not self.player:
             return

@@ -20,6 +20,7 @@ from diagd.bundle import Manifest
 from diagd.bundle.actions import ActionCodec, EdgesSlot, FirstPressedSlot, OnlyPressedSlot
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
+from diagd.play.pictures import png
 from diagd.runtime.actions import encode
 from diagd.runtime.pictures import sized
 from diagd.runtime.pixels import PixelCodec, Pixels
@@ -187,7 +188,7 @@ def packed(manifest: Manifest, dreamt: Sequence[Dreamt]) -> bytes:
         for one in dreamt:
             name = f"{one.job}_{one.index}.png"
             program = manifest.mark.program if manifest.mark else None
-            archive.writestr(ZipInfo(name), _png(one.picture, program))
+            archive.writestr(ZipInfo(name), png(one.picture, program))
             listed.append(
                 {
                     "job_id": one.job,
@@ -238,14 +239,3 @@ def _picture(content: bytes, name: str) -> Pixels:
             return np.asarray(Image.alpha_composite(Image.new("RGBA", shown.size, "black"), shown))[..., :3]
     except Exception as error:  # Pillow raises whatever its parsers meet
         raise UsageError(f"{name[:80]} is no picture: {error}") from None
-
-
-def _png(picture: Pixels, program: str | None) -> bytes:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    target, tags = io.BytesIO(), PngInfo()
-    if program is not None:
-        tags.add_text("Software", program)
-    Image.fromarray(picture).save(target, "PNG", pnginfo=tags)
-    return target.getvalue()
