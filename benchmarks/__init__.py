@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +23,12 @@ def parser(description: str | None, bundle: str | None = None) -> argparse.Argum
     if bundle is not None:
         made.add_argument(bundle, type=Path, **({"required": True} if bundle.startswith("-") else {}))
     return made
+
+
+def markdown_table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    lines = chain([heads, ["---"] * len(heads)], rows)
+    return ["| " + " | ".join(map(str, row)) + " |" for row in lines]
 
 
 def check_result(options: argparse.ArgumentParser, path: Path | None, begins: bytes) -> None:

@@ -57,27 +57,14 @@ class Place:
     def command(self, verb: str, work: Path) -> list[str]:
         """The command line of a verb whose results lie in ``work``."""
         bundle, prompt = work / "out.diagd", self.folder / "prompt.gif"
+        fewer = "--precision=int8-weight", "--budget=none", "--set=steps=64"
         words: dict[str, list[str | Path]] = {
             "export": ["--model=world", "--checkpoint", self.folder / "trained", "--output", bundle],
-            "calibrate": [
-                bundle,
-                "--precision=int8-weight",
-                "--budget=none",
-                "--data",
-                prompt,
-                "--set=steps=64",
-            ],
+            "calibrate": [bundle, *fewer, "--data", prompt],
             "build": [bundle, "--target=sm86", "--runtime=tensorrt_rtx", "--widths=16"],
-            "generate": [
-                self.bundle,
-                "--prompt",
-                prompt,
-                "--actions",
-                self.folder / "walk.jsonl",
-                "--output",
-            ],
+            "generate": [self.bundle, "--prompt", prompt, f"--actions={self.folder / 'walk.jsonl'}"],
         }
-        words["generate"].append(work / "out.mp4")
+        words["generate"] += ["--output", work / "out.mp4"]
         return [verb, *map(str, words[verb])]
 
     def prepare(self, verb: str, work: Path) -> None:
@@ -168,13 +155,8 @@ def kill_part(place: Place, verbs: list[str], kills: int) -> Table:
             reset(place, verb, work)
             run(command)
             left = litter(work)
-        cells = (
-            f"{took:.1f}",
-            str(killed),
-            str(finished),
-            "; ".join(damaged[:2]) or "0",
-            str(left or "nothing"),
-        )
+        wrong = "; ".join(damaged[:2]) or "0"
+        cells = f"{took:.1f}", str(killed), str(finished), wrong, str(left or "nothing")
         table.add_row(verb, *cells)
         CONSOLE.print(verb, *cells)
     return table
@@ -193,9 +175,9 @@ def reset(place: Place, verb: str, work: Path) -> None:
 
 
 @contextlib.contextmanager
-def workspace(place: Place, verb: str, folder: Path | None = None) -> Iterator[Path]:
+def workspace(place: Place, verb: str) -> Iterator[Path]:
     """A folder for a verb's results, filled with what it changes."""
-    with tempfile.TemporaryDirectory(dir=folder) as name:
+    with tempfile.TemporaryDirectory() as name:
         place.prepare(verb, Path(name))
         yield Path(name)
 

@@ -72,6 +72,10 @@ class Case:
         """Its steps, all known tokens but the last being cached."""
         return self.schedule.table(self.known, self.frames, self.schedule.layout.first_cell(self.known) - 1)
 
+    def row(self, steps: int, seconds: float) -> dict[str, Any]:
+        """What a row says of a run."""
+        return {"schedule": self.name, "frames": self.frames, "steps": steps, "seconds": seconds}
+
 
 def cases(layout: StreamLayout, frames: int) -> Iterator[Case]:
     """Next-token prediction for one frame in the middle of where the others decode ``frames``, then those."""
@@ -186,7 +190,7 @@ class Bench:
                 form.decode(first_steps(table) if case.name == NEXT_TOKEN else table, widths=widths)
             seconds = repeated(lambda: timed(partial(form.decode, some, widths=widths), wait))  # noqa: B023
             best = min(seconds) * table.steps / some.steps
-            yield case, {"schedule": case.name, **counted(case, table.steps), "seconds": best}
+            yield case, case.row(table.steps, best)
 
 
 def decode_with(session: Session, case: Case, decoder: Decoder) -> dict[str, Any]:
@@ -210,11 +214,7 @@ def decode_with(session: Session, case: Case, decoder: Decoder) -> dict[str, Any
     seconds = repeated(run)
     best = int(np.argmin(seconds))
     steps, host = hosts[best]
-    return {"schedule": case.name, **counted(case, steps), "seconds": seconds[best], "host": host}
-
-
-def counted(case: Case, steps: int) -> dict[str, int]:
-    return {"frames": case.frames, "steps": steps}
+    return case.row(steps, seconds[best]) | {"host": host}
 
 
 def repeated(run: Callable[[], float]) -> list[float]:

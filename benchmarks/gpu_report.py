@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks import markdown_table
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
 from diagd.profiling.cost import step_seconds
@@ -124,33 +124,18 @@ def verdicts(results: Results) -> list[Verdict]:
     """Every target of every model, judged by its worst schedule, each run in the faster way."""
     found = []
     for model, limit in (("cosmos-4b", 1.5), ("mineworld-300m", 2.0)):
-        ours = fastest(results, model, "diagd")
+        floors = {row.schedule: row.times_floor for row in fastest(results, model, "diagd")}
         target = f"step within {limit} x max(bytes / bandwidth, operations / peak)"
-        found.append(_judge(model, target, ours, lambda row: row.times_floor, limit, at_most=True))
+        found.append(_judge(model, target, floors, limit, at_most=True))
     for model in dict.fromkeys(["cosmos-4b", "mineworld-300m", *(row.model for row in results.rows)]):
-        ours = fastest(results, model, "diagd")
-        theirs = fastest(results, model.partition(":")[0], "published")  # in float16
-        token = next((row for row in ours if row.schedule == NEXT_TOKEN), None)
-        gains = [row for row in ours if token and row is not token]
-        found.append(
-            _judge(
-                model,
-                "wall-clock gain at least 0.85 of the step ratio",
-                gains,
-                lambda row: row.gain(token) if token else 0.0,  # noqa: B023
-                0.85,
-            )
-        )
-        rates = {row.schedule: row.rate for row in theirs}
-        found.append(
-            _judge(
-                model,
-                "at least 5 x the published form's frames/s (its faster way to run)",
-                [row for row in ours if row.schedule in rates],
-                lambda row: row.rate / rates[row.schedule],  # noqa: B023
-                5.0,
-            )
-        )
+        ours = {row.schedule: row for row in fastest(results, model, "diagd")}
+        of_float = fastest(results, model.partition(":")[0], "published")  # which there is in float16 alone
+        times = {row.schedule: ours[row.schedule].rate / row.rate for row in of_float if row.schedule in ours}
+        token = ours.pop(NEXT_TOKEN, None)
+        gains = {} if token is None else {name: row.gain(token) for name, row in ours.items()}
+        found.append(_judge(model, "wall-clock gain at least 0.85 of the step ratio", gains, 0.85))
+        target = "at least 5 x the published form's frames/s (its faster way to run)"
+        found.append(_judge(model, target, times, 5.0))
     return found
 
 
@@ -164,15 +149,8 @@ def fastest(results: Results, model: str, runtime: str) -> list[Row]:
 
 
 def _judge(
-    model: str,
-    target: str,
-    rows: Iterable[Row],
-    figure: Callable[[Row], float],
-    limit: float,
-    *,
-    at_most: bool = False,
+    model: str, target: str, figures: dict[str, float], limit: float, *, at_most: bool = False
 ) -> Verdict:
-    figures = {row.schedule: figure(row) for row in rows}
     if not figures:
         return Verdict(model, target, "", None)
     worst = (max if at_most else min)(figures, key=lambda schedule: figures[schedule])
@@ -200,34 +178,36 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def _check_table(results: Results) -> Iterable[str]:
-    if results.checks:
-        yield "| model | check | | seen |"
-        yield "|---|---|---|---|"
-    for check in results.checks:
-        seen = ", ".join(f"{name} {value:.4g}" for name, value in check.figures.items())
-        yield f"| {check.model} | {check.name} | {'passed' if check.passed else '**failed**'} | {seen} |"
+def _check_table(results: Results) -> list[str]:
+    rows = (
+        (
+            check.model,
+            check.name,
+            "passed" if check.passed else "**failed**",
+            ", ".join(f"{name} {value:.4g}" for name, value in check.figures.items()),
+        )
+        for check in results.checks
+    )
+    return markdown_table(("model", "check", "", "seen"), rows) if results.checks else []
 
 
-def _table(results: Results, model: str) -> Iterable[str]:
-    yield "| runtime | schedule | steps/frame | ms/step | GB/s | of ceiling | frames/s | host | gain |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+def _table(results: Results, model: str) -> list[str]:
+    heads = "runtime", "schedule", "steps/frame", "ms/step", "GB/s", "of ceiling", "frames/s", "host", "gain"
+    rows = []
     for row in (row for row in results.rows if row.model == model):
         token = next((r for r in results.of(model, row.runtime) if r.schedule == NEXT_TOKEN), None)
-        gain = "" if token is None else f"{row.gain(token):.2f}"
+        steps, rate = f"{row.steps / row.frames:.0f}", f"{row.bytes_read / row.step / 1e9:,.0f}"
         host = "" if row.host is None else f"{row.host / row.seconds:.0%}"
-        yield (
-            f"| {row.runtime} | {row.schedule} | {row.steps / row.frames:.0f} | {1e3 * row.step:.3f} | "
-            f"{row.bytes_read / row.step / 1e9:,.0f} | {1 / row.times_floor:.0%} | {row.rate:.2f} | {host} | "
-            f"{gain} |"
-        )
+        gain = "" if token is None else f"{row.gain(token):.2f}"
+        share = f"{1 / row.times_floor:.0%}"
+        cells = steps, f"{1e3 * row.step:.3f}", rate, share, f"{row.rate:.2f}", host, gain
+        rows.append((row.runtime, row.schedule, *cells))
+    return markdown_table(heads, rows)
 
 
-def _verdict_table(results: Results) -> Iterable[str]:
-    yield "| model | target | worst measured | verdict |"
-    yield "|---|---|---|---|"
-    for verdict in verdicts(results):
-        yield f"| `{verdict.model}` | {verdict.target} | {verdict.measured} | {verdict.word} |"
+def _verdict_table(results: Results) -> list[str]:
+    rows = ((f"`{one.model}`", one.target, one.measured, one.word) for one in verdicts(results))
+    return markdown_table(("model", "target", "worst measured", "verdict"), rows)
 
 
 def write_section(file: Path, text: str) -> None:

@@ -100,7 +100,10 @@ def compare_steps(
                 seconds, logits[name] = bench.step(width, live, time.process_time)
                 if repeat >= 2:
                     spent.setdefault((name, f"ms, W = {width}"), []).append(1e3 * seconds)
-    distances = {name: _distance(rows, logits["diagd, fp32"]) for name, rows in logits.items()}
+    exact = logits["diagd, fp32"]
+    distances = {
+        name: float(np.linalg.norm(rows - exact) / np.linalg.norm(exact)) for name, rows in logits.items()
+    }
     if distances.get("OpenVINO, fp32", 0.0) > 1e-4:
         raise SystemExit(f"the logits differ: relative errors {distances}")
     show(spent, "diagd, fp32", _title(bundle, live), {n: f"{d:.1e}" for n, d in distances.items()})
@@ -186,10 +189,6 @@ def _benches(bundle: Bundle, chosen: Sequence[str]) -> dict[str, Bench]:
 
 def _title(bundle: Bundle, live: int) -> str:
     return f"{live} live slots, capacity {bundle.manifest.graph(Form.PORTABLE).capacity}, one thread"
-
-
-def _distance(rows: np.ndarray, exact: np.ndarray) -> float:
-    return float(np.linalg.norm(rows - exact) / np.linalg.norm(exact))
 
 
 if __name__ == "__main__":

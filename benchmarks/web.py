@@ -99,9 +99,12 @@ def rows(page: Path, bundle: Bundle, frames: int) -> Iterator[tuple[str, ...]]:
     served = server(page, 0)
     thread = threading.Thread(target=served.serve_forever)
     thread.start()
-    folder = tempfile.TemporaryDirectory()
     try:
-        with open_session(bundle, cpu=CpuOptions(1)) as session, browser(Path(folder.name)) as tab:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            open_session(bundle, cpu=CpuOptions(1)) as session,
+            browser(Path(folder)) as tab,
+        ):
             tab.open(f"http://127.0.0.1:{served.server_port}/style.css")
             tab.until("document.body.textContent.includes('--ground')")
             tab.evaluate(OPEN % SEED)
@@ -109,19 +112,12 @@ def rows(page: Path, bundle: Bundle, frames: int) -> Iterator[tuple[str, ...]]:
                 counts = measure(tab, session, told, decoder, frames)
                 page_rate, rate = (frames / counts[name].seconds for name in ("page", "Python"))
                 same = [a == b for a, b in zip(counts["page"].tokens, counts["Python"].tokens, strict=True)]
-                equal = same.index(False) if False in same else len(same)
-                yield (
-                    decoder,
-                    f"{page_rate:.1f}",
-                    f"{rate:.1f}",
-                    f"{page_rate / rate:.2f}",
-                    f"{equal} of {len(same)}",
-                )
+                equal = f"{same.index(False) if False in same else len(same)} of {len(same)}"
+                yield decoder, f"{page_rate:.1f}", f"{rate:.1f}", f"{page_rate / rate:.2f}", equal
     finally:
         served.shutdown()
         thread.join()
         served.server_close()
-        folder.cleanup()
 
 
 def main() -> None:
@@ -139,13 +135,14 @@ def main() -> None:
             precision=args.precision,
         )
         bundle = bundle.at_precision(made.precision)
-        table = Table(
+        heads = (
             "decoder",
             "page, frames/s",
             "Python, frames/s",
             "page / Python",
             "frames equal, from the first on",
         )
+        table = Table(*heads)
         for row in rows(made.path, bundle, args.frames):
             table.add_row(*row)
         CONSOLE.print(f"{bundle.manifest.name} {made.precision}: {made.download / 1e6:.2f} MB to load", table)

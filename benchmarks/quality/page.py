@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 
+from benchmarks import markdown_table as _table
 from benchmarks.quality.decoders import DecoderFigures
 from benchmarks.quality.figures import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow
 from benchmarks.quality.questions import QUESTIONS, World, difference, gap, plain
@@ -25,7 +25,6 @@ def quality_page(figures: Figures, shipped_size: str, shipped_world: str = "craf
     if figures.shipped:
         speeds = figures.frames_per_second.get(shipped_size, {})
         sections += _shipped_lines(figures.shipped, speeds)
-        sections += _drift_lines("The shipped model", figures.shipped.drift)
     for world, its in figures.worlds.items():
         sections += _world_lines(world, its)
     for world, found in figures.decoders.items():
@@ -67,23 +66,28 @@ def _how(evaluation: EvalOptions) -> list[str]:
 
 
 def _shipped_lines(shipped: SizeFigures, speeds: dict[str, float]) -> list[str]:
-    trained = _text(
+    trained = (
         "The model was trained on a mixture of schedules with row seed `previous_frame` and refeeding; "
         "the other columns show what it costs to decode otherwise than trained."
     )
+    pictures = [["![speed against quality](quality-speed.png)"], [f"![{CONTACT}](quality-contact.png)"]]
+    rollouts = [_rollout_lines(shipped.schedules, speeds), _noise_lines(shipped.schedules), *pictures]
+    return _model_lines("The shipped model", trained, shipped, rollouts)
+
+
+def _world_lines(world: str, figures: SizeFigures) -> list[str]:
+    scores = figures.schedules
+    count = f"Next-token prediction: {plain(scores[0].nll)}, {scores[0].nll.count} windows."
+    rolled = _text(f"{scores[0].generated_nll.count} rollouts.")
+    return _model_lines(world, count, figures, [rolled, _rollout_lines(scores, {}), _noise_lines(scores)])
+
+
+def _model_lines(model: str, told: str, figures: SizeFigures, rollouts: list[list[str]]) -> list[str]:
+    gaps = f"## {model}: likelihood gap to next-token prediction, nats per token"
     return [
-        *_section(
-            "## The shipped model: likelihood gap to next-token prediction, nats per token",
-            trained,
-            _gap_table(shipped.gaps),
-        ),
-        *_section(
-            "## The shipped model: rollouts",
-            _rollout_lines(shipped.schedules, speeds),
-            _noise_lines(shipped.schedules),
-            ["![speed against quality](quality-speed.png)"],
-            [f"![{CONTACT}](quality-contact.png)"],
-        ),
+        *_section(gaps, _text(told), _gap_table(figures.gaps)),
+        *_section(f"## {model}: rollouts", *rollouts),
+        *_drift_lines(model, figures.drift),
     ]
 
 
@@ -165,25 +169,6 @@ def _drift_lines(model: str, drift: Drift | None) -> list[str]:
     known = {name: column for name, column in columns.items() if column}
     rows = ([frame, *(plain(c[n]) for c in known.values())] for n, frame in enumerate(drift.frames))
     return _section(f"## {model}: drift of long rollouts, k=1 chained", _table(("up to frame", *known), rows))
-
-
-def _world_lines(world: str, figures: SizeFigures) -> list[str]:
-    scores = figures.schedules
-    count, rolled = scores[0].nll.count, scores[0].generated_nll.count
-    return [
-        *_section(
-            f"## {world}: likelihood gap to next-token prediction, nats per token",
-            _text(f"Next-token prediction: {plain(scores[0].nll)}, {count} windows."),
-            _gap_table(figures.gaps),
-        ),
-        *_section(
-            f"## {world}: rollouts",
-            _text(f"{rolled} rollouts."),
-            _rollout_lines(scores, {}),
-            _noise_lines(scores),
-        ),
-        *_drift_lines(world, figures.drift),
-    ]
 
 
 def _compat_lines(sizes: dict[str, list[CompatRow]]) -> list[str]:
@@ -370,8 +355,3 @@ def _section(title: str, *parts: list[str]) -> list[str]:
 
 def _text(text: str) -> list[str]:
     return textwrap.wrap(text, 110)
-
-
-def _table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
-    lines = chain([heads, ["---"] * len(heads)], rows)
-    return ["| " + " | ".join(str(cell) for cell in row) + " |" for row in lines]
