@@ -42,19 +42,12 @@ class Statistics(_Record):
 
 def describe(seconds: Sequence[float] | NDArray[np.float64]) -> Statistics:
     """Describe times, in the order in which they happened; none gives zeros."""
-    values = np.asarray(seconds, np.float64)
-    if not len(values):
-        return Statistics(count=0, total=0, mean=0, p50=0, p90=0, p99=0, max=0, jitter=0)
-    p50, p90, p99 = np.percentile(values, (50, 90, 99))
+    values = np.asarray(seconds if len(seconds) else (0.0,), np.float64)
+    p50, p90, p99, most = np.percentile(values, (50, 90, 99, 100)).tolist()
+    mean, total = float(values.mean()), float(values.sum())
+    jitter = float(np.abs(np.diff(values)).mean()) if len(values) > 1 else 0.0
     return Statistics(
-        count=len(values),
-        total=float(values.sum()),
-        mean=float(values.mean()),
-        p50=float(p50),
-        p90=float(p90),
-        p99=float(p99),
-        max=float(values.max()),
-        jitter=float(np.abs(np.diff(values)).mean()) if len(values) > 1 else 0.0,
+        count=len(seconds), total=total, mean=mean, p50=p50, p90=p90, p99=p99, max=most, jitter=jitter
     )
 
 

@@ -25,7 +25,7 @@ from diagd.bundle.targets import file_target
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
 from diagd.tuning.options import AlignOptions, check_device
-from diagd.tuning.ranks import together
+from diagd.tuning.ranks import Ranks, together
 from diagd.tuning.teacher_forcing import ForcedPasses, Logits, forced_loss, forced_nll
 
 
@@ -46,15 +46,10 @@ def beside(path: Path, name: str) -> Path:
 
 
 class TrainingState:
-    """What is trained and its optimiser, kept in the file ``options.resume`` as it goes, if that is named.
+    """What is trained on data and its optimiser, kept in the file ``options.resume`` if that is named.
 
-    What a step draws depends on its number alone, so a training that was resumed gives the same weights.
-
-    Args:
-        options: of the training.
-        data: what it is trained on.
-        trained, optimiser: what changes.
-        writes: whether this process writes the file, of several that read it.
+    What a step draws depends on its number alone, so a training that was resumed gives the same weights. All
+    ``ranks`` read the file, the first one writes it.
     """
 
     def __init__(
@@ -62,11 +57,11 @@ class TrainingState:
         options: AlignOptions,
         data: Sequence[NDArray[np.generic]],
         trained: Sequence[nn.Parameter],
-        optimiser: torch.optim.Optimizer,
-        writes: bool,
+        ranks: Ranks,
     ) -> None:
-        self.optimiser, self._trained, self._writes = optimiser, trained, writes
-        self._path, self._every, self._last = options.resume, options.keep_every, options.steps
+        self._options, self._trained, self._ranks = options, trained, ranks
+        self._path, self._writes = options.resume, ranks.is_first
+        self._optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
         shape = [tuple(parameter.shape) for parameter in trained]
         digest = hashlib.sha256(
             repr((replace(options, device="", resume=None, keep_every=1), shape)).encode()
@@ -75,7 +70,25 @@ class TrainingState:
             digest.update(np.ascontiguousarray(array).tobytes())
         self._identity = digest.hexdigest()
 
-    def resumed(self) -> int:
+    def descend(self, loss: Callable[[int], Tensor], report: Report | None = None) -> None:
+        """Take the steps that are left; ``loss`` is of a step, from 0, by its number alone.
+
+        Raises:
+            UsageError: the file is of another training.
+        """
+        options = self._options
+        for step in range(self._resumed(), options.steps):
+            value, progress = loss(step), (step + 1) / options.steps
+            self._optimiser.zero_grad(set_to_none=True)
+            value.backward()
+            ramp = min(20 * progress, (1 - progress) / 0.95)
+            self._optimiser.param_groups[0]["lr"] = options.rate * ramp
+            self._optimiser.step()
+            self._write(step + 1)
+            if report is not None:
+                report(step + 1, self._ranks.mean(value))
+
+    def _resumed(self) -> int:
         """Be as when the file was written; gives the steps that were done.
 
         Raises:
@@ -95,18 +108,19 @@ class TrainingState:
         with torch.no_grad():
             for parameter, value in zip(self._trained, state["trained"], strict=True):
                 parameter.copy_(value)
-        self.optimiser.load_state_dict(state["optimiser"])
+        self._optimiser.load_state_dict(state["optimiser"])
         return step
 
-    def write(self, step: int) -> None:
+    def _write(self, step: int) -> None:
         """Write the file, once in so many steps and at the last."""
-        if self._path is None or not self._writes or (step % self._every and step != self._last):
+        every, last = self._options.keep_every, self._options.steps
+        if self._path is None or not self._writes or (step % every and step != last):
             return
         state = {
             "identity": self._identity,
             "step": step,
             "trained": [parameter.detach().cpu() for parameter in self._trained],
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
         }
         with atomic_file(self._path) as partial, partial.open("wb") as file:
             torch.save(state, file)  # given a path, it has errors of its own for a full disk
@@ -187,8 +201,7 @@ def align(
         model.to(ranks.device).train()
         trained = add_low_rank(model, options) if options.rank else _all_but(model, frozen)
         filled = filled_text(model, text, ranks.device)
-        optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
-        state = TrainingState(options, [streams], trained, optimiser, ranks.is_first)
+        state = TrainingState(options, [streams], trained, ranks)
         if valid is not None:
             valid.measure(partial(model, text=filled), passes, ranks.device)
         logits = partial(ranks.wrapped(model), text=filled)
@@ -198,35 +211,11 @@ def align(
             batch, weight = ranks.batch(passes, streams[picked], choice)
             return weight * forced_loss(logits, batch, autocast=options.autocast)
 
-        descend(loss, state, options, report, ranks.mean)
+        state.descend(loss, report)
         if valid is not None:
             valid.measure(partial(model, text=filled), passes, ranks.device)
     state.remove()
-    merge_low_rank(model)
-    model.requires_grad_(requires_grad=True)
-    return model.eval()
-
-
-def descend(
-    loss: Callable[[int], Tensor],
-    state: TrainingState,
-    options: AlignOptions,
-    report: Report | None = None,
-    value_of: Callable[[Tensor], float] = Tensor.item,
-) -> None:
-    """Take the steps that are left of a training.
-
-    ``loss`` is of a step, from 0, by its number alone; ``value_of`` makes a number of one for the report.
-    """
-    for step in range(state.resumed(), options.steps):
-        value = loss(step)
-        state.optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        state.optimiser.param_groups[0]["lr"] = options.rate * _ramp((step + 1) / options.steps)
-        state.optimiser.step()
-        state.write(step + 1)
-        if report is not None:
-            report(step + 1, value_of(value))
+    return merged(model)
 
 
 def schedule_chances(options: AlignOptions) -> NDArray[np.float64]:
@@ -286,25 +275,14 @@ def filled_text(model: Transformer, text: NDArray[np.float32] | None, device: st
     return filled.to(device)
 
 
-def _ramp(progress: float) -> float:
-    return min(20 * progress, (1 - progress) / 0.95)
-
-
-def _matrices(model: Transformer) -> list[tuple[nn.Module, str]]:
-    return [
-        (module, name)
-        for module in model.layers.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 2
-    ]
-
-
 def add_low_rank(model: Transformer, options: AlignOptions) -> list[nn.Parameter]:
     """Freeze the model and give every matrix of its blocks a low-rank update; returns what is trained."""
     generator = torch.Generator().manual_seed(options.seed)
     model.requires_grad_(requires_grad=False)
     trained: list[nn.Parameter] = []
-    for module, name in _matrices(model):
+    blocks = [(module, module.named_parameters(recurse=False)) for module in model.layers.modules()]
+    matrices = [(module, name) for module, own in blocks for name, matrix in own if matrix.dim() == 2]
+    for module, name in matrices:
         update = LowRank(getattr(module, name), options.rank, generator)
         parametrize.register_parametrization(module, name, update)
         trained += [update.a, update.b]
@@ -324,9 +302,11 @@ def without_low_rank(model: Transformer) -> Iterator[None]:
             update.enabled = True
 
 
-def merge_low_rank(model: Transformer) -> None:
-    """Make the updates part of the weights."""
+def merged(model: Transformer) -> Transformer:
+    """The model behind its training, its low-rank updates part of the weights."""
     for module in list(model.layers.modules()):
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    model.requires_grad_(requires_grad=True)
+    return model.eval()

@@ -144,9 +144,8 @@ def prefer(
     """
     with together(training.device) as ranks:
         training = replace(training, device=ranks.device)
-        return _prefer(
-            _Run(bundle.at_precision(), material, options, training, decoder, progress, ranks), output
-        )
+        run = _Run(bundle.at_precision(), material, options, training, decoder, progress, ranks)
+        return _prefer(run, output)
 
 
 def _prefer(run: _Run, output: Path) -> PreferReport:

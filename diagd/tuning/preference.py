@@ -23,10 +23,9 @@ from diagd.tuning.align import (
     Report,
     TrainingState,
     add_low_rank,
-    descend,
     draw,
     filled_text,
-    merge_low_rank,
+    merged,
     schedule_chances,
     without_low_rank,
 )
@@ -155,7 +154,6 @@ def tune(
     trained, ranks = add_low_rank(model, options), ranks or Ranks(0, 1, options.device)
     filled = filled_text(model, text, options.device)
     nll, base_nll = (partial(window_nll, partial(one, text=filled)) for one in (ranks.wrapped(model), model))
-    optimiser = torch.optim.AdamW(trained, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
 
     def loss(step: int) -> Tensor:
         picked, choice = draw(len(lesson.preferred), chances, options, step, twice=lesson.rejected is None)
@@ -172,8 +170,7 @@ def tune(
         weights = torch.from_numpy(lesson.weights[picked[mine]]).to(found)
         return share * preference_loss(found, reference, weights, lesson.strength, lesson.anchor)
 
-    state = TrainingState(options, lesson.arrays, trained, optimiser, ranks.is_first)
-    descend(loss, state, options, report, ranks.mean)
-    merge_low_rank(model)
-    model.requires_grad_(requires_grad=True).eval()
+    state = TrainingState(options, lesson.arrays, trained, ranks)
+    state.descend(loss, report)
+    merged(model)
     return state
