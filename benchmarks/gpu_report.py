@@ -10,20 +10,20 @@ from pydantic import BaseModel, ConfigDict
 from benchmarks import markdown_table
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
+from diagd.options import Frozen
 from diagd.profiling.cost import step_seconds
 
 NEXT_TOKEN, JACOBI = "NTP", "jacobi"
 BEGIN, END = "<!-- gpu: begin, written by benchmarks/gpu.py -->", "<!-- gpu: end -->"
 
 
-class Row(BaseModel):
+class Row(Frozen):
     """One schedule of one model under one runtime, its fastest run.
 
     ``host``: seconds of Python outside the engine; None for PyTorch. ``bytes_read``, ``operations``: what a
     step needs at least. ``bandwidth``, ``peak``: of the device, measured in the same process.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     model: str
     runtime: str
     schedule: str
@@ -56,10 +56,9 @@ class Row(BaseModel):
         return self.rate / other.rate / (other.steps / other.frames) * (self.steps / self.frames)
 
 
-class Check(BaseModel):
+class Check(Frozen):
     """Whether something was right, ahead of what was timed, and what was seen of it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     model: str
     name: str
     passed: bool

@@ -13,13 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 FLAG = "flag"
 """Where a field keeps its `Flag`."""
 
 OPTIONS = ConfigDict(extra="forbid")
 """Of every dataclass of options."""
+
+
+class Frozen(BaseModel):
+    """Data that is written and read again: nothing of it changes, and nothing else belongs to it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)

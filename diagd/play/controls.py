@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from diagd.bundle.actions import ActionCodec, EdgesSlot, MuLawSlot
 from diagd.engines.engine import Int
 from diagd.errors import UsageError, fault
+from diagd.options import Frozen
 from diagd.runtime.actions import encode, represented
 
 CONTROLS_NAME: Final = "controls.json"
@@ -73,11 +74,7 @@ def _not_none(scale: float) -> float:
     return scale
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Stick(_Record):
+class Stick(Frozen):
     """An axis of a gamepad that moves a component of a field: by ``scale`` where it is pushed fully."""
 
     axis: int = Field(ge=0, lt=8)
@@ -86,14 +83,14 @@ class Stick(_Record):
     scale: Amount
 
 
-class Mouse(_Record):
+class Mouse(Frozen):
     """A field of (vertical, horizontal) that mouse motion turns, by ``scale`` a pixel."""
 
     field: str
     scale: Annotated[Amount, AfterValidator(_not_none)]
 
 
-class Controls(_Record):
+class Controls(Frozen):
     """Parts of an action by key code, and what moves fields."""
 
     keys: dict[Code, Action] = Field(default_factory=dict)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from diagd.bundle import Bundle
 from diagd.engines.backend import CPU
 from diagd.engines.engine import Int
 from diagd.errors import DiagdError, QualityError, UsageError, fault
+from diagd.options import Frozen
 from diagd.play.controls import Taken
 from diagd.play.settings import PlaySettings
 from diagd.runtime.sampling import SAMPLER
@@ -39,11 +40,7 @@ _LOG = logging.getLogger(__name__)
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Header(_Line):
+class Header(Frozen):
     """First line: ``bundle`` is the digest of its manifest."""
 
     format: Literal["diagd play 1"]
@@ -56,20 +53,20 @@ class Header(_Line):
     diagd: str
 
 
-class Start(_Line):
+class Start(Frozen):
     """A world began with prompt tokens [P, rows, columns] and their action ids [P, n]."""
 
     start: list[list[list[Id]]]
     actions: list[list[Id]] | None
 
 
-class Settings(_Line):
+class Settings(Frozen):
     """Frames from here on are decoded so."""
 
     settings: PlaySettings
 
 
-class Played(_Line):
+class Played(Frozen):
     """A frame, the ids that led to it, and the digest of its tokens."""
 
     frame: int
@@ -77,7 +74,7 @@ class Played(_Line):
     tokens: str
 
 
-class Ahead(_Line):
+class Ahead(Frozen):
     """Actions of frames that had begun, and were given up."""
 
     ahead: list[list[Id] | None]
@@ -87,19 +84,19 @@ class Flying(Ahead):
     """Likewise, of frames that are in flight now; told, but not written."""
 
 
-class Rewind(_Line):
+class Rewind(Frozen):
     """Frames that were taken back."""
 
     rewind: Annotated[int, Field(ge=1)]
 
 
-class Branch(_Line):
+class Branch(Frozen):
     """A place was marked with a number."""
 
     branch: int
 
 
-class Visit(_Line):
+class Visit(Frozen):
     """A marked place was gone back to."""
 
     visit: int

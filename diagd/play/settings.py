@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from diagd.bundle import Manifest
+from diagd.options import Frozen
 from diagd.runtime.decoders import Decoder
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.sampling import SamplingSettings
 
 
-class PlaySettings(BaseModel):
+class PlaySettings(Frozen):
     """Decoder, sampler and seed of the frames to come.
 
     Attributes:
         decoder: as ``parse_decoder`` reads it, such as ``k=1 serial`` or ``jacobi``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     decoder: Annotated[str, Field(max_length=80)]
     temperature: Annotated[float, Field(ge=0, le=100)]
     top_k: Annotated[int, Field(ge=0, le=1 << 24)]

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from diagd.bundle.files import write_text
 from diagd.engines.ceilings import Ceilings
 from diagd.errors import UsageError, fault
+from diagd.options import Frozen
 from diagd.profiling.cost import StoredModel, step_operations, step_seconds
 from diagd.profiling.measure import Measured, Timeline, bucket, name_of
 from diagd.runtime.step import StepTime
@@ -23,11 +24,7 @@ SCHEMA_VERSION: Final = 2
 Seconds = Annotated[float, Field(ge=0)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Statistics(_Record):
+class Statistics(Frozen):
     """Seconds of repeated work; ``jitter`` is the mean change from one to the next."""
 
     count: int
@@ -51,7 +48,7 @@ def describe(seconds: Sequence[float] | NDArray[np.float64]) -> Statistics:
     )
 
 
-class Machine(_Record):
+class Machine(Frozen):
     """Where it ran: processor, threads, memory in bytes, versions; and the measured limits.
 
     ``device`` has steps and limits where it is not ''; ``read`` is 0 there.
@@ -76,7 +73,7 @@ class Machine(_Record):
         return f"memory {bandwidth:.1f} GB/s, {product} matrix product {self.peak / 1e9:.0f} GFLOP/s"
 
 
-class Model(_Record):
+class Model(Frozen):
     """What ran: name, digest of its bundle, weights' precision and engine."""
 
     name: str
@@ -88,14 +85,14 @@ class Model(_Record):
     weight_bytes: int
 
 
-class Stage(_Record):
+class Stage(Frozen):
     """All work of one kind in a run. ``steps w=a-b`` is the engine's time of steps with so many rows."""
 
     name: str
     seconds: Statistics
 
 
-class Width(_Record):
+class Width(Frozen):
     """Steps of a bucket of widths against the machine's limits.
 
     ``bytes`` and ``operations`` are of a mean step, by formula; ``share`` is the least possible time over
@@ -113,7 +110,7 @@ class Width(_Record):
     bound: Literal["memory", "arithmetic"]
 
 
-class Deadlines(_Record):
+class Deadlines(Frozen):
     """Frames that came later than 1/fps after the one before."""
 
     fps: float
@@ -122,7 +119,7 @@ class Deadlines(_Record):
     worst: Seconds
 
 
-class SlowStep(_Record):
+class SlowStep(Frozen):
     """A step that took far longer than others of its width."""
 
     step: int
@@ -131,7 +128,7 @@ class SlowStep(_Record):
     usual: Seconds
 
 
-class StepSample(_Record):
+class StepSample(Frozen):
     """One step: seconds since the run began, rows, and seconds by part."""
 
     at: Seconds
@@ -146,7 +143,7 @@ class StepSample(_Record):
         return self.engine + self.sampling + self.host
 
 
-class Run(_Record):
+class Run(Frozen):
     """One decoding order.
 
     Attributes:
@@ -181,14 +178,14 @@ class Run(_Record):
     samples: tuple[StepSample, ...]
 
 
-class Skipped(_Record):
+class Skipped(Frozen):
     """An order that the model does not allow with this window and prompt, and why."""
 
     order: str
     reason: str
 
 
-class Report(_Record):
+class Report(Frozen):
     """The whole of ``report.json``.
 
     ``peak_memory``: most bytes of this process; ``device_memory``: of the device, in use behind the runs.
