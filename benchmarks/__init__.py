@@ -26,7 +26,6 @@ def parser(description: str | None, bundle: str | None = None) -> argparse.Argum
 
 
 def markdown_table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a table in Markdown."""
     lines = chain([heads, ["---"] * len(heads)], rows)
     return ["| " + " | ".join(map(str, row)) + " |" for row in lines]
 

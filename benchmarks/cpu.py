@@ -275,7 +275,6 @@ def window(bundle: Bundle, wall: bool, repeats: int) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is resident now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

@@ -64,7 +64,6 @@ def orders(layout: StreamLayout) -> dict[str, Decoder]:
 
 
 def decoders(layout: StreamLayout) -> dict[str, Decoder]:
-    """Orders, and Jacobi decoding in windows of each size."""
     found = orders(layout)
     found |= {f"jacobi {rows}": JacobiDecoder(rows) for rows in (*WINDOWS, layout.cells)}
     return found | {"jacobi": JacobiDecoder()}
@@ -216,7 +215,6 @@ def main() -> None:
 
 
 def workload_of(bundle: Bundle, prompt: Path, actions: Path, frames: int) -> Workload:
-    """A picture, and actions repeated as often as needed."""
     codec = bundle.manifest.actions
     assert codec is not None
     given = read_actions(actions, codec)
@@ -229,7 +227,6 @@ def workload_of(bundle: Bundle, prompt: Path, actions: Path, frames: int) -> Wor
 
 
 def compare(bundle: Bundle, workload: Workload, seeds: int) -> None:
-    """Print the table of a bundle, and what share of draws depends on the width of a pass."""
     assert workload.actions is not None
     frames = len(workload.actions)
     shown = Progress(CONSOLE).each(list(range(seeds)), "seeds")

@@ -55,7 +55,6 @@ class Place:
         return self.folder / "base.diagd"
 
     def command(self, verb: str, work: Path) -> list[str]:
-        """The command line of a verb whose results lie in ``work``."""
         bundle, prompt = work / "out.diagd", self.folder / "prompt.gif"
         fewer = "--precision=int8-weight", "--budget=none", "--set=steps=64"
         words: dict[str, list[str | Path]] = {
@@ -116,7 +115,6 @@ def finish(process: int) -> int:
 
 
 def said(process: int) -> str:
-    """What a child wrote to stderr."""
     return _errors(process).read_text(errors="replace").strip()
 
 
@@ -125,13 +123,11 @@ def _errors(process: int) -> Path:
 
 
 def run(words: list[str]) -> None:
-    """A run that must succeed."""
     if code := finish(process := child(words)):
         sys.exit(f"{' '.join(words)}: exit {code}: {said(process)}")
 
 
 def kill_part(place: Place, verbs: list[str], kills: int) -> Table:
-    """Kill each verb so many times."""
     table = Table(
         "verb", "seconds", "killed at work", "finished first", "damaged", "left over", title="kill -9"
     )
@@ -183,7 +179,6 @@ def workspace(place: Place, verb: str) -> Iterator[Path]:
 
 
 def race_part(place: Place, processes: int, rounds: int) -> Table:
-    """Start processes together on an empty cache."""
     table = Table(
         "processes", "rounds", "runs", "failed", "other tokens", "seconds a round", title="cold cache"
     )

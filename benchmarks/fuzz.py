@@ -140,7 +140,6 @@ def damaged(files: Inputs) -> Inputs:
 
 
 def written(content: bytes, folder: Path, name: str) -> Path:
-    """The content as a file."""
     (folder / name).write_bytes(content)
     return folder / name
 
@@ -213,7 +212,6 @@ ARRAYS = damaged(
 
 
 def archive(members: dict[str, bytes], packed: bool) -> bytes:
-    """A zip file."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as target:
         for name, content in members.items():
@@ -233,7 +231,6 @@ ARCHIVES = damaged(
 
 
 def read_tensors(path: Path) -> None:
-    """Every tensor of a checkpoint."""
     for handle in open_checkpoint(path).values():
         with contextlib.suppress(DiagdError):
             handle.read()
@@ -354,7 +351,6 @@ def read_world(content: bytes, folder: Path) -> None:
 
 @cache
 def picture() -> bytes:
-    """A small PNG."""
     import av
 
     file = io.BytesIO()
@@ -424,14 +420,12 @@ HEADER = {
 
 
 def read_played(content: bytes, folder: Path) -> None:
-    """A record, played again."""
     _, lines = read_record(written(content, folder, "a.ndjson"))
     for _ in replay(game(), lines[:4]):
         pass
 
 
 def read_keys(content: bytes, folder: Path) -> None:
-    """What a terminal sends."""
     held = Held()
     for press in presses(content):
         held.take(press, 0.0)

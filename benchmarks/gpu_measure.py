@@ -73,7 +73,6 @@ class Case:
         return self.schedule.table(self.known, self.frames, self.schedule.layout.first_cell(self.known) - 1)
 
     def row(self, steps: int, seconds: float) -> dict[str, Any]:
-        """What a row says of a run."""
         return {"schedule": self.name, "frames": self.frames, "steps": steps, "seconds": seconds}
 
 

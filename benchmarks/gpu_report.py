@@ -43,7 +43,6 @@ class Row(Frozen):
 
     @property
     def rate(self) -> float:
-        """Frames a second."""
         return self.frames / self.seconds
 
     @property
@@ -90,17 +89,14 @@ class Results(BaseModel):
         return results
 
     def write(self, file: Path) -> None:
-        """Keep them."""
         with atomic_file(file) as partial:
             partial.write_text(self.model_dump_json(indent=1) + "\n")
 
     def has(self, model: str, stage: str) -> bool:
-        """Whether a stage has results."""
         checked = any((check.model, check.name) == (model, stage) for check in self.checks)
         return checked or bool(self.of(model, stage))
 
     def of(self, model: str, runtime: str) -> list[Row]:
-        """Rows of one part."""
         return [row for row in self.rows if (row.model, row.runtime) == (model, runtime)]
 
 
@@ -115,7 +111,6 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """For people."""
         return "not measured" if self.met is None else "met" if self.met else "missed"
 
 
@@ -158,7 +153,6 @@ def _judge(
 
 
 def markdown(results: Results) -> str:
-    """The tables and the verdicts."""
     checks = "\n".join(_check_table(results))
     if not results.rows:
         return checks or "**Not measured.**"

@@ -205,7 +205,6 @@ class StandIn(HostDevice):
     architecture, processors = 90, 132
 
     def load(self, code: bytes, names: Sequence[str], shared: int = 0) -> dict[str, int]:
-        """A handle for each name."""
         return {name: number + 1 for number, name in enumerate(names)}
 
 

@@ -224,7 +224,6 @@ def many(players: int, args: argparse.Namespace) -> None:
 
 
 def hold_keys(page: Page, seconds: float) -> Figures:
-    """Hold one key after the other."""
     figures, ended = Figures(), threading.Event()
     typist = threading.Thread(target=_type, args=(page, ended))
     typist.start()

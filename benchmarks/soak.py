@@ -94,7 +94,6 @@ def _action(session: Session, frame: int) -> NDArray[np.int32]:
 
 
 def lines_of(log: Path) -> list[dict[str, Any]]:
-    """The lines of a log."""
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 

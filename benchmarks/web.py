@@ -58,14 +58,11 @@ OPEN = """(async () => {
 
 @dataclass
 class Count:
-    """What one side decoded."""
-
     tokens: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def measure(tab: Tab, session: Session, told: dict, decoder: str, frames: int) -> dict[str, Count]:
-    """Decode so many frames on both sides in turns."""
     manifest, counts = session.manifest, {"page": Count(), "Python": Count()}
     random, (first, *_) = np.random.default_rng(0), told["rest"]
     names = manifest.actions.slots[0].names if manifest.actions else ()
@@ -94,7 +91,6 @@ def measure(tab: Tab, session: Session, told: dict, decoder: str, frames: int) -
 
 
 def rows(page: Path, bundle: Bundle, frames: int) -> Iterator[tuple[str, ...]]:
-    """A row for each decoder."""
     told = json.loads((page / WORLD).read_text())
     served = server(page, 0)
     thread = threading.Thread(target=served.serve_forever)

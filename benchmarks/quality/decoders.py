@@ -86,7 +86,6 @@ def jacobi_passes(session: Session, evaluation: Evaluation, temperature: float) 
 def rolled_out(
     session: Session, evaluation: Evaluation, decoder: Decoder, temperature: float | None = None
 ) -> Contestant:
-    """Every rollout by one decoder."""
     sampling = evaluation.options.sampling
     if temperature is not None:
         sampling = replace(sampling, temperature=temperature)

@@ -264,7 +264,6 @@ class Study:
 
 
 def diagonal_schedules(layout: StreamLayout) -> list[Schedule]:
-    """Serial and chained frames for every row lag of the study."""
     return [named(layout, k) for k in ROW_LAGS for named in (Schedule.serial, Schedule.chained)]
 
 
@@ -351,7 +350,6 @@ def _frames_per_second(model: BundleModel, schedule: Schedule, frames: int) -> f
 
 
 def export_world(folder: Path, output: Path) -> Path:
-    """The bundle of a trained world."""
     from diagd.export.exporter import GraphOptions, export, open_sources
     from diagd.export.families import find
 
@@ -360,7 +358,6 @@ def export_world(folder: Path, output: Path) -> Path:
 
 
 def parameters(folder: Path) -> int:
-    """Weights of a trained world."""
     return sum(parameter.numel() for parameter in load_world(folder).model.parameters())
 
 
@@ -459,7 +456,6 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Run the study from the command line: ``python -m benchmarks.quality``."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, place in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=Path, default=place, help=f"default: {place}")
