@@ -120,7 +120,7 @@ def _schedule_content(schedule: Schedule, drawn: Frontier, steps: int) -> dict[s
 
 
 def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
-    layout, cache = manifest.layout, manifest.cache
+    layout, cache, pixels = manifest.layout, manifest.cache, manifest.tokenizer
     rows = {
         "model": f"{manifest.name} ({manifest.family})",
         "grid": f"{layout.rows} x {layout.columns} cells, {layout.before} known tokens before, "
@@ -129,7 +129,9 @@ def _print_manifest(console: Console, manifest: Manifest, path: Path) -> None:
         "vocabulary": f"{manifest.vocabulary} in, {manifest.output_vocabulary} out",
         "cache": f"{cache.layers} layers, {cache.kv_heads} heads of {cache.head_size}; bytes a token: "
         + ", ".join(_cache_bytes(manifest)),
-        "tokenizer": "none" if manifest.tokenizer is None else _tokenizer(manifest),
+        "tokenizer": f"{pixels.height} x {pixels.width} pixels, {pixels.temporal_factor} frames a latent one"
+        if pixels
+        else "none",
         "weights": ", ".join(filter(None, (manifest.provenance.source, manifest.provenance.tuned))),
         "licence": manifest.licence,
         "files": ", ".join(f"{name} {entry.bytes / 1e6:,.2f} MB" for name, entry in manifest.files.items()),
@@ -151,12 +153,6 @@ def _cache_bytes(manifest: Manifest) -> list[str]:
         f"{elements * kind.itemsize:,} ({kind}: {', '.join(dict.fromkeys(names))})"
         for kind, names in graphs.items()
     ]
-
-
-def _tokenizer(manifest: Manifest) -> str:
-    spec = manifest.tokenizer
-    assert spec is not None
-    return f"{spec.height} x {spec.width} pixels, {spec.temporal_factor} frames a latent one"
 
 
 def _uses(manifest: Manifest) -> dict[str, str]:

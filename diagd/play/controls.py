@@ -157,7 +157,9 @@ def default_controls(codec: ActionCodec | None) -> Controls:
         return Controls()
     keys: dict[str, Action] = {}
     sticks, mouse = _place_fields(codec, keys)
-    parts: list[tuple[str, Action]] = [(name, {name: True}) for name in _button_order(codec)]
+    slots = (slot for slot in codec.slots if slot.kind in ("first_pressed", "only_pressed"))
+    buttons = [button.name for slot in slots for button in getattr(slot, "buttons", ())]
+    parts: list[tuple[str, Action]] = [(name, {name: True}) for name in buttons]
     for choice, names in codec.choices.items():
         parts += [(name, {choice: name}) for name in names if name not in _REST]
     recorded = _recorded(codec)
@@ -169,11 +171,6 @@ def default_controls(codec: ActionCodec | None) -> Controls:
             codes = tuple(pool.pop(0) for pool in (spare, pads) if pool)
         keys |= {code: part for code in codes if code not in keys}
     return Controls(keys=keys, sticks=sticks, mouse=mouse)
-
-
-def _button_order(codec: ActionCodec) -> list[str]:
-    slots = (slot for slot in codec.slots if slot.kind in ("first_pressed", "only_pressed"))
-    return [button.name for slot in slots for button in getattr(slot, "buttons", ())]
 
 
 def _recorded(codec: ActionCodec) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from diagd.errors import DiagdError, UsageError, require
 from diagd.play import messages
-from diagd.play.fleet import Figures, Fleet
+from diagd.play.fleet import Fleet
 from diagd.play.messages import Ack, Hello, without_paths
 from diagd.play.room import Guest, Room, Seat
 from diagd.play.site import SOCKET, Answer, Site, cannot_listen, in_url, plain
@@ -352,7 +352,9 @@ class Server:
     def _metrics(self) -> str:
         """Figures as OpenMetrics 1.0 has them."""
         room = self.room
-        engines = [self.fleet.figures(number) for number in self._engines()]
+        groups = (self.fleet.beside(seat.number) for seat in room.seats)
+        engines = [self.fleet.figures(number) for number in {min(group) for group in groups if group}]
+        p50, p95 = (max((getattr(one, name) for one in engines), default=0.0) for name in ("p50", "p95"))
         figures: tuple[tuple[str, str, str, float], ...] = (
             ("seats", "gauge", "worlds that can be played", len(room.seats)),
             ("players", "gauge", "who plays", self._playing),
@@ -361,8 +363,8 @@ class Server:
             ("refusals", "counter", "times a free seat was not given, to keep the rate", self._refused),
             ("late", "counter", "ticks that were missed", sum(one.late for one in engines)),
             ("rate", "gauge", "frames a second of each that are held; 0: what there is", self._rate or 0),
-            ("frame_p50_seconds", "gauge", "of the passes and pictures of all", _slowest(engines, "p50")),
-            ("frame_p95_seconds", "gauge", "of the passes and pictures of all", _slowest(engines, "p95")),
+            ("frame_p50_seconds", "gauge", "of the passes and pictures of all", p50),
+            ("frame_p95_seconds", "gauge", "of the passes and pictures of all", p95),
             *self.fleet.metrics(),
         )
         lines = []
@@ -371,10 +373,6 @@ class Server:
             lines += [f"# TYPE diagd_{name} {kind}", f"# HELP diagd_{name} {what}"]
             lines.append(f"diagd_{name}{suffix} {value}")
         return "\n".join([*lines, "# EOF", ""])
-
-    def _engines(self) -> set[int]:
-        """A table of each engine."""
-        return {min(beside) for seat in self.room.seats if (beside := self.fleet.beside(seat.number))}
 
     def close_later(self, connection: ServerConnection, code: int, reason: str) -> None:
         """Close a connection from outside of its own task."""
@@ -398,7 +396,3 @@ class Server:
                 table.obey(client, message)
         except DiagdError as error:
             client.send({"type": "error", "text": without_paths(str(error))})
-
-
-def _slowest(engines: Sequence[Figures], name: str) -> float:
-    return max((getattr(one, name) for one in engines), default=0.0)

@@ -110,14 +110,11 @@ def declared_packages() -> dict[str, tuple[str, str]]:
         return {}
     packages: dict[str, tuple[str, str]] = {}
     for requirement in map(Requirement, lines):
-        extras = (extra for extra in EXTRAS if _belongs(requirement, extra))
+        marker = requirement.marker
+        extras = (extra for extra in EXTRAS if marker is None or marker.evaluate({"extra": extra}))
         if (extra := next(extras, None)) is not None:
             packages.setdefault(requirement.name, (str(requirement.specifier), extra))
     return packages
-
-
-def _belongs(requirement: Requirement, extra: str) -> bool:
-    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 def check_processor() -> Check:
@@ -234,8 +231,9 @@ def check_bundle(path: Path) -> list[Check]:
         return [Check(str(path), PROBLEM, str(error), "export the bundle again or copy it afresh")]
     size = sum(record.bytes for record in bundle.manifest.files.values())
     found = f"{bundle.manifest.name}, {len(bundle.manifest.files)} files, {size / 1e6:,.1f} MB, digests agree"
-    engines = sorted(entry.name for entry in (path / "engines").glob("*") if entry.is_dir())
-    compiled = Check("engines", OK, ", ".join(engines)) if engines else _no_engine(bundle)
+    engines = ", ".join(sorted(entry.name for entry in (path / "engines").glob("*") if entry.is_dir()))
+    forms = ", ".join(sorted({graph.form.value for graph in bundle.manifest.graphs}))
+    compiled = Check("engines", OK, engines or f"none compiled; {forms} graphs run on ONNX Runtime")
     return [Check(str(path), OK, found), compiled, check_fastest(bundle)]
 
 
@@ -250,8 +248,3 @@ def check_fastest(bundle: Bundle) -> Check:
         f"{1 / best.seconds:.4g} frames/s with {best.threads} threads, {found.order}, measured {found.date}"
     )
     return Check("fastest", OK, f"{best}: {rate}", best.settings)
-
-
-def _no_engine(bundle: Bundle) -> Check:
-    forms = sorted({graph.form.value for graph in bundle.manifest.graphs})
-    return Check("engines", OK, f"none compiled; {', '.join(forms)} graphs run on ONNX Runtime")

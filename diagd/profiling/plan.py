@@ -253,33 +253,27 @@ def drafting(
 
 def _advice(plan: Plan) -> list[str]:
     """What would make it fit, cheapest first; empty where nothing needs to change."""
-    lines = []
-    usable = plan.device.usable
+    lines, table = list[str](), precisions(plan.kv_cache)
+    own = table[plan.precision]
+
+    def fits(precision: Precision, window: int = plan.window) -> bool:
+        return memory_of(plan.model, precision, window, plan.sessions).running <= plan.device.usable
+
     if not plan.fits:
-        table = precisions(plan.kv_cache)
-        smaller = [
-            name
-            for name, entry in table.items()
-            if entry.weight < table[plan.precision].weight
-            and memory_of(plan.model, entry, plan.window, plan.sessions).running <= usable
-        ]
-        if smaller:
-            lines.append(f"store the weights in {smaller[0]}: --precision {smaller[0]}")
-        for name in KV_CACHES if plan.kv_cache is None else ():
-            entry = precisions(name)[plan.precision]
-            if memory_of(plan.model, entry, plan.window, plan.sessions).running <= usable:
-                lines.append(f"store keys and values in {name}: --kv-cache {name}")
-        if (window := _largest_window(plan)) is not None:
-            lines.append(f"keep {window} frames instead of {plan.window}: --set window={window}")
+        smaller = [name for name, entry in table.items() if entry.weight < own.weight and fits(entry)]
+        lines += [f"store the weights in {name}: --precision {name}" for name in smaller[:1]]
+        caches = [name for name in KV_CACHES if plan.kv_cache is None]
+        caches = [name for name in caches if fits(precisions(name)[plan.precision])]
+        lines += [f"store keys and values in {name}: --kv-cache {name}" for name in caches]
+        if windows := [window for window in range(2, plan.window) if fits(own, window)]:
+            lines.append(f"keep {windows[-1]} frames instead of {plan.window}: --set window={windows[-1]}")
         if not lines:
             need = plan.memory.running / GB
             lines.append(f"no precision or window fits: take a smaller model, or a device with {need:.0f} GB")
     if plan.fits and not plan.builds:
         need = plan.memory.build_peak / GB
         lines.append(f"build the engine on a machine with {need:.0f} GB and the same GPU architecture")
-    if plan.sessions > 1:
-        lines.append(_budget(plan))
-    return lines
+    return [*lines, _budget(plan)] if plan.sessions > 1 else lines
 
 
 def _budget(plan: Plan) -> str:
@@ -291,11 +285,3 @@ def _budget(plan: Plan) -> str:
         f"{plan.sessions} sessions share a pass: about {rows:.0f} rows are read in the time of one, "
         f"{rows / plan.sessions:.0f} for each session, whether of a diagonal step or of a window of guesses"
     )
-
-
-def _largest_window(plan: Plan) -> int | None:
-    precision = precisions(plan.kv_cache)[plan.precision]
-    for window in range(plan.window - 1, 1, -1):
-        if memory_of(plan.model, precision, window, plan.sessions).running <= plan.device.usable:
-            return window
-    return None

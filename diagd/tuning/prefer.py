@@ -64,11 +64,6 @@ class ProbeReport:
     likely: float
     swapped: float
 
-    @property
-    def is_fit(self) -> bool:
-        """Whether it tells right from wrong."""
-        return self.right > self.commonest and self.likely > 1.1 * self.swapped
-
 
 @dataclass(frozen=True)
 class PreferReport:
@@ -312,7 +307,7 @@ class _Run:
         found = ProbeReport(
             float(right.mean()), probe.commonest(true.led), float(likely.mean()), float(swapped.mean())
         )
-        if not found.is_fit:
+        if not (found.right > found.commonest and found.likely > 1.1 * found.swapped):
             raise QualityError(
                 f"a probe reads {found.right:.1%} of the actions of true frames, where the commonest action "
                 f"is {found.commonest:.1%} of them: whether rollouts follow theirs cannot be verified; give "

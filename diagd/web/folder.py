@@ -29,7 +29,7 @@ from diagd.progress import Progress
 from diagd.runtime.actions import encode
 from diagd.runtime.load import check_window
 from diagd.runtime.pixels import PixelCodec
-from diagd.schedule import Schedule, slots_in_sight, slots_needed
+from diagd.schedule import slots_in_sight, slots_needed
 from diagd.web.runtime import WASM, WEBGPU
 
 WORLD: Final = "world.json"
@@ -87,7 +87,8 @@ def write_page(
     with turn(place):
         ours = _written(place / WORLD)
         with atomic_directory(place, ours) as folder:
-            for name, content in (page_files() | _own_files()).items():
+            own = {file.name: file.read_bytes() for file in (resources.files("diagd.web") / "page").iterdir()}
+            for name, content in (page_files() | own).items():  # a link to the worker in place of the socket
                 (folder / name).write_bytes(content)
             _pack(bundle, chosen, folder, progress or Progress())
             sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
@@ -108,12 +109,6 @@ def _written(world: Path) -> set[str]:
         raise UsageError(
             f"{world} is damaged ({error}), so nothing tells the page's files from yours; name another folder"
         ) from None
-
-
-def _own_files() -> dict[str, bytes]:
-    """The worker, the page's link to it in place of the socket, and the runtime's licence."""
-    folder = resources.files("diagd.web") / "page"
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def _pack(bundle: Bundle, runtime: dict[str, bytes], folder: Path, progress: Progress) -> None:
@@ -152,7 +147,7 @@ def _world(bundle: Bundle, window: int) -> dict[str, Any]:
     """
     _check(bundle)
     manifest, pixels = bundle.manifest, PixelCodec(bundle, CpuOptions())
-    layout, codec, tokenizer = manifest.layout, manifest.actions, pixels.spec
+    layout, codec, tokenizer, order = manifest.layout, manifest.actions, pixels.spec, manifest.schedule
     prompts = [prompt.reshape(len(prompt), -1).tolist() for prompt in read_prompts(bundle, pixels)]
     return {
         "format": FORMAT,
@@ -173,7 +168,13 @@ def _world(bundle: Bundle, window: int) -> dict[str, Any]:
         "ranges": _ranges(manifest),
         "keep_crossing": manifest.sampling.keep_crossing,
         "minimum_temperature": manifest.sampling.minimum_temperature,
-        "order": _order(manifest.schedule),
+        "order": {
+            "k": order.k,
+            "d": order.d,
+            "seeds": order.row_seed.value,
+            "refeed": order.refeed,
+            "keepSeeds": order.keep_seeds,
+        },
         "settings": PlaySettings.of(manifest).model_dump(mode="json"),
         "actions": None if codec is None else codec.model_dump(mode="json"),
         "rest": None if codec is None else encode(codec, {}).tolist(),
@@ -200,13 +201,3 @@ def _ranges(manifest: Manifest) -> list[list[int]]:
     layout = manifest.layout
     ranges: list[list[int]] = cell_ranges(manifest)[layout.before :][: layout.cells].tolist()
     return ranges[:1] if all(one == ranges[0] for one in ranges) else ranges
-
-
-def _order(schedule: Schedule) -> dict[str, Any]:
-    return {
-        "k": schedule.k,
-        "d": schedule.d,
-        "seeds": schedule.row_seed.value,
-        "refeed": schedule.refeed,
-        "keepSeeds": schedule.keep_seeds,
-    }
