@@ -418,10 +418,6 @@ def _folders(given: list[str]) -> dict[str, Path]:
     return {name: Path(folder) for name, _, folder in pairs}
 
 
-def _worlds(given: list[str]) -> dict[str, tuple[Path, ...]]:
-    return {name: tuple(map(Path, str(paths).split(","))) for name, paths in _folders(given).items()}
-
-
 def _check_there(options: StudyOptions) -> None:
     """List everything that is read and is not there.
 
@@ -471,6 +467,7 @@ def main() -> None:
     )
     parser.add_argument("--part", action="append", choices=PARTS, help="measure this again (default: all)")
     args = parser.parse_args()
+    others = _folders(args.world or [])
     options = StudyOptions(
         model=args.model,
         data=args.data,
@@ -479,7 +476,7 @@ def main() -> None:
         sizes=_folders(args.size),
         training=_folders(args.training),
         preferences=_folders(args.prefer),
-        worlds=SECOND if args.world is None else _worlds(args.world),
+        worlds={name: tuple(map(Path, str(paths).split(","))) for name, paths in others.items()} or SECOND,
         parts=tuple(args.part or PARTS),
     )
     try:

@@ -124,19 +124,15 @@ class Client(Guest, Player):
         from websockets.exceptions import ConnectionClosed
 
         with suppress(ConnectionClosed):
-            await self._send()
-
-    async def _send(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._texts:
-                await self.connection.send(self._texts.popleft())
-            if self._newest and len(self._unseen) < MAX_UNSEEN:
-                number, update = self._newest
-                self._newest = None
-                self._unseen.append(number)
-                await self.connection.send(update)
+            while await self._wake.wait():
+                self._wake.clear()
+                while self._texts:
+                    await self.connection.send(self._texts.popleft())
+                if self._newest and len(self._unseen) < MAX_UNSEEN:
+                    number, update = self._newest
+                    self._newest = None
+                    self._unseen.append(number)
+                    await self.connection.send(update)
 
     def may_speak(self) -> bool:
         """Count a message; False where there were too many of late."""
@@ -206,7 +202,9 @@ class Server:
             port = next(iter(listening.sockets)).getsockname()[1]
             self._site = Site(self.address.host, port)
             self.fleet.start(asyncio.get_running_loop())
-            self._take_up()
+            for seat, table in zip(self.room.seats, self.tables, strict=True):
+                if table.ticket:  # of a world that a server before this one kept
+                    self.room.hold(seat, table.ticket)
             started(f"http://{in_url(self.address.host)}:{port}/#{self.address.token}")
             try:
                 while self._drains is None or self._playing:
@@ -250,7 +248,9 @@ class Server:
                     self._hear(client, data)
             finally:
                 sender.cancel()
-                self._leave(client)
+                if (seat := self.room.seat_of(client)) is not None:
+                    self.tables[seat.number].leave()
+                self.room.leave(client)
 
     async def _greet(self, connection: ServerConnection) -> Hello | None:
         """The first message, where it is one and has the token."""
@@ -262,11 +262,6 @@ class Server:
         if not isinstance(hello, Hello) or hello.version != messages.VERSION:
             return None
         return hello if hmac.compare_digest(hello.token.encode(), self.address.token.encode()) else None
-
-    def _leave(self, client: Client) -> None:
-        if (seat := self.room.seat_of(client)) is not None:
-            self.tables[seat.number].leave()
-        self.room.leave(client)
 
     def seat(self, client: Client, ticket: str, is_new: bool) -> None:
         """Let a client play."""
@@ -285,12 +280,6 @@ class Server:
     @property
     def _playing(self) -> int:
         return sum(seat.player is not None for seat in self.room.seats)
-
-    def _take_up(self) -> None:
-        """Hold the seats of worlds that a server before this one kept."""
-        for seat, table in zip(self.room.seats, self.tables, strict=True):
-            if table.ticket:
-                self.room.hold(seat, table.ticket)
 
     def _admits(self, seat: Seat[Client]) -> bool:
         """Whether all would still get their frames with one player more, by what passes took of late."""

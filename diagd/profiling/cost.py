@@ -129,6 +129,9 @@ def size_of(
     pixel_frames: int,
 ) -> ModelSize:
     """Dimensions of a transformer with a tokenizer of so many parameters; see ``ModelSize``."""
+    refed = 0.0  # tokens fed again for each frame of an endless run, in the mean
+    if not isinstance(context, RotaryContext):
+        refed = (context.frames - context.roll) * config.layout.frame_length / context.roll
     return ModelSize(
         name=name,
         layout=config.layout,
@@ -142,7 +145,7 @@ def size_of(
         looked_up=config.looked_up_parameters,
         tokenizer=tokenizer,
         pixel_frames=pixel_frames,
-        refed=refed_tokens(context, config.layout),
+        refed=refed,
     )
 
 
@@ -172,13 +175,6 @@ def stored_models(path: Path) -> dict[str, StoredModel]:
     """Every step graph of a bundle by form and precision, as ``prefix int8``; see ``read_model``."""
     kinds = dict.fromkeys((graph.form, graph.precision) for graph in read_manifest(path).graphs)
     return {f"{form.value} {precision}": read_model(path, precision, form) for form, precision in kinds}
-
-
-def refed_tokens(context: RotaryContext | AbsoluteContext, layout: StreamLayout) -> float:
-    """Tokens fed again for each frame of an endless run, in the mean."""
-    if isinstance(context, RotaryContext):
-        return 0.0
-    return (context.frames - context.roll) * layout.frame_length / context.roll
 
 
 def precisions(kv_cache: str | None = None) -> dict[str, Precision]:

@@ -161,25 +161,21 @@ def check_table(table: Table, schedule: Schedule) -> None:
         ScheduleError: it does.
     """
     frames, layout = len(table.frame_starts), schedule.layout
+    first = layout.first_cell(table.first_frame)
     decoded_at: dict[int, int] = {}
     for index in range(table.steps):
         step = table.step(index)
-        for source in step.sources:
-            generated = source >= layout.first_cell(table.first_frame) and _is_cell(int(source), schedule)
-            if generated and decoded_at.get(int(source), index) >= index:
+        for source in step.sources.tolist():
+            place = (source - layout.prefix) % layout.frame_length - layout.before
+            is_generated = source >= first and 0 <= place < layout.cells
+            if is_generated and decoded_at.get(source, index) >= index:
                 raise ScheduleError(f"step {index} of the schedule reads position {source} too early")
-        for sink in step.sinks[step.sinks != NO_SINK]:
-            if int(sink) in decoded_at:
+        for sink in step.sinks[step.sinks != NO_SINK].tolist():
+            if sink in decoded_at:
                 raise ScheduleError(f"step {index} of the schedule decodes position {sink} again")
-            decoded_at[int(sink)] = index
+            decoded_at[sink] = index
     if len(decoded_at) != frames * layout.cells:
         raise ScheduleError(f"the schedule decodes {len(decoded_at)} of {frames * layout.cells} cells")
-
-
-def _is_cell(position: int, schedule: Schedule) -> bool:
-    layout = schedule.layout
-    place = (position - layout.prefix) % layout.frame_length - layout.before
-    return 0 <= place < layout.cells
 
 
 @dataclass(frozen=True)

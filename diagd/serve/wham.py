@@ -9,6 +9,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from email.parser import BytesParser
 from email.policy import HTTP
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any, Final
 from zipfile import ZipFile, ZipInfo
@@ -98,7 +100,8 @@ class Wham:
                 "play it with diagd-play"
             )
         self._manifest, self._codec, self._pixels = manifest, codec, pixels
-        self._window, self._most_steps, self._seed = window, most_steps, seed
+        self._window, self._most_steps = window, most_steps
+        self._seeds = iter(partial(secrets.randbelow, _MAX_SEED), None) if seed is None else count(seed)
         self._encoding = threading.Lock()
 
     def jobs(self, kind: str, body: bytes) -> list[Job]:
@@ -116,13 +119,7 @@ class Wham:
         if order.num_steps_to_predict > self._most_steps:
             raise UsageError(f"num_steps_to_predict too large. Max {self._most_steps}")
         context = self._context(order, fields)
-        return [Job(context, self._next_seed()) for _ in range(order.num_parallel_predictions)]
-
-    def _next_seed(self) -> int:
-        if self._seed is None:
-            return secrets.randbelow(_MAX_SEED)
-        self._seed += 1
-        return self._seed - 1
+        return [Job(context, seed) for seed in islice(self._seeds, order.num_parallel_predictions)]
 
     def _context(self, order: Order, fields: Mapping[str, bytes]) -> Context:
         known = order.steps[: int(order.max_context_length or self._window)]

@@ -219,7 +219,10 @@ class _Run:
         self.spelled = decoder or bundle.manifest.spelling
         parse_decoder(self.spelled, bundle.manifest)  # before any work
         self.model = read_model(bundle)
-        _check_length(self.model, material.train, options)
+        most, frames = self.model.config.context_frames, self._frames
+        if frames > most:
+            asked = f"prompt {options.prompt} and frames {options.frames}"
+            raise UsageError(f"{asked}: the model sees {most} frames; give fewer")
         random = np.random.default_rng(training.seed)
         self.contexts = _balanced(material.train, options.contexts, options.prompt, self.layout, random)
         self.judged = _balanced(material.held, options.judged, options.prompt, self.layout, random)
@@ -362,15 +365,6 @@ class _Run:
         told = repr((bundle.digest, self.spelled, options.prompt, sampling, options.backend, seeds))
         digest = hashlib.sha256(told.encode() + streams.tobytes() + (b"" if text is None else text.tobytes()))
         return digest.hexdigest()[:32]
-
-
-def _check_length(model: Transformer, streams: Streams, options: PreferOptions) -> None:
-    most, frames = model.config.context_frames, options.prompt + options.frames
-    if frames > most:
-        raise UsageError(
-            f"prompt {options.prompt} and frames {options.frames}: the model sees {most} frames; give fewer"
-        )
-    assert streams.shape[1] == model.config.layout.frame_start(frames)
 
 
 def _balanced(
