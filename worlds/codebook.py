@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from sklearn.cluster import MiniBatchKMeans
 
 from diagd.errors import UsageError
-from diagd.tuning.recordings import check_patches
 
 _SAMPLE, _BATCH = 65_536, 4096
 
@@ -47,8 +46,11 @@ def cut_patches(frames: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     Raises:
         UsageError: the frame size is no multiple of ``side``.
     """
-    check_patches(frames, side)
     count, height, width, _ = frames.shape
+    if height % side or width % side:
+        raise UsageError(
+            f"frames of {height}x{width} pixels cannot be cut into {side}x{side} patches; resize them"
+        )
     grid = frames.reshape(count, height // side, side, width // side, side, 3)
     return np.ascontiguousarray(grid.transpose(0, 1, 3, 2, 4, 5)).reshape(-1, side * side * 3)
 

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -68,16 +68,9 @@ class Dreamer(threading.Thread):
     wait, and results are kept for ``lifespan`` seconds.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        pixels: PixelCodec,
-        most: int,
-        lifespan: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, session: Session, pixels: PixelCodec, most: int, lifespan: float) -> None:
         super().__init__(name="dreamer", daemon=True)
-        self._session, self._pixels, self._clock = session, pixels, clock
+        self._session, self._pixels = session, pixels
         self._most, self._lifespan = most, lifespan
         self._jobs: deque[Job] = deque()
         self._cancelled: deque[str] = deque(maxlen=MAX_CANCELLED)
@@ -166,11 +159,11 @@ class Dreamer(threading.Thread):
         with self._change:
             if dreamt.job not in self._cancelled:
                 self._results.setdefault(dreamt.job, []).append(dreamt)
-                self._touched[dreamt.job] = self._clock()
+                self._touched[dreamt.job] = time.monotonic()
 
     def _forget(self) -> None:
         """Drop results that nobody came for."""
-        late = self._clock() - self._lifespan
+        late = time.monotonic() - self._lifespan
         self._touched = {name: at for name, at in self._touched.items() if name in self._results}
         for name in [name for name, at in self._touched.items() if at < late]:
             del self._results[name]

@@ -86,19 +86,6 @@ class FrameEncoder:
         return cls(PixelCodec(bundle, cpu).encode, bundle.manifest.output_vocabulary, bundle.digest)
 
 
-def check_patches(frames: NDArray[np.uint8], side: int) -> None:
-    """Check that frames uint8 [T, H, W, 3] are made of whole patches.
-
-    Raises:
-        UsageError: the frame size is no multiple of ``side``.
-    """
-    height, width = frames.shape[1:3]
-    if height % side or width % side:
-        raise UsageError(
-            f"frames of {height}x{width} pixels cannot be cut into {side}x{side} patches; resize them"
-        )
-
-
 @dataclass(frozen=True)
 class TokenDataset:
     """Tokenised episodes, one after the other, a known action token ahead of the cells of each frame.

@@ -19,6 +19,7 @@ from torch.nn import functional
 from diagd.schedule import NO_SINK, Schedule, Table
 
 NOT_SCORED = -1
+_TOGETHER = 8  # windows that are scored at once
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,6 @@ def forced_nll(
     passes: ForcedPasses,
     streams: NDArray[np.int64],
     choice: int,
-    batch: int = 8,
     device: str = "cpu",
 ) -> NDArray[np.float32]:
     """Negative log-likelihood of every token of ``streams`` int64 [B, N] under schedule ``choice``.
@@ -184,14 +184,14 @@ def forced_nll(
     result = np.full(streams.shape, np.nan, np.float32)
     targets = passes.targets[choice]
     scored = targets != NOT_SCORED
-    for start in range(0, len(streams), batch):
-        windows = streams[start : start + batch]
+    for start in range(0, len(streams), _TOGETHER):
+        windows = streams[start : start + _TOGETHER]
         part = passes.batch(windows, [choice] * len(windows)).to(device)
         logits = _logits(model, part, autocast=False)[:, scored]
         loss = functional.cross_entropy(
             logits.transpose(1, 2).float(), part.targets[:, scored], reduction="none"
         )
-        result[start : start + batch, targets[scored]] = loss.cpu().numpy()
+        result[start : start + _TOGETHER, targets[scored]] = loss.cpu().numpy()
     return result
 
 
