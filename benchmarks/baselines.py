@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diagd.bundle.transformer import NormKind, TransformerConfig
 from diagd.errors import UsageError
-from diagd.schedule import NO_SINK, Table
+from diagd.schedule import NO_SINK, Block
 
 VOID = torch.iinfo(torch.int64).max
 Layer = dict[str, Tensor]
@@ -58,7 +58,7 @@ class TorchForm(ABC):
         self.cosines, self.sines = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
         self.keys, self.values = self._empty_cache()
 
-    def run(self, table: Table, live_slots: int, tokens: Ids | None = None) -> Ids:
+    def run(self, table: Block, live_slots: int, tokens: Ids | None = None) -> Ids:
         """``prefill`` and ``decode``."""
         self.prefill(live_slots)
         return self.decode(table, tokens)
@@ -67,7 +67,7 @@ class TorchForm(ABC):
     def prefill(self, live_slots: int) -> None:
         """Empty the cache and fill positions 0..live_slots-1 with random rows, the same for every form."""
 
-    def decode(self, table: Table, tokens: Ids | None = None, widths: Sequence[int] = ()) -> Ids:
+    def decode(self, table: Block, tokens: Ids | None = None, widths: Sequence[int] = ()) -> Ids:
         """Every step of ``table``.
 
         Args:
@@ -90,7 +90,7 @@ class TorchForm(ABC):
                 stream[sinks] = logits[rows].argmax(dim=-1)
         return stream.cpu().numpy()
 
-    def _steps(self, table: Table, widths: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
+    def _steps(self, table: Block, widths: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
         """Sources, positions and seeds of the fed rows; decoded rows and their sinks; uploaded at once."""
         steps = [step_arrays(table, step, widths) for step in range(table.steps)]
         kinds = zip(*steps, strict=True)
@@ -281,7 +281,7 @@ class OptimisedForm(TorchForm):
         return gate, up
 
 
-def step_arrays(table: Table, step: int, widths: Sequence[int]) -> tuple[NDArray[Any], ...]:
+def step_arrays(table: Block, step: int, widths: Sequence[int]) -> tuple[NDArray[Any], ...]:
     """What ``TorchForm`` needs of one step: sources, positions, seeds, and decoded rows with their sinks."""
     part = slice(int(table.offsets[step]), int(table.offsets[step + 1]))
     count = part.stop - part.start

@@ -145,9 +145,8 @@ def frame(bundle: Bundle, wall: bool, repeats: int) -> None:
             seconds["NTP"].append(ntp * layout.cells / ntp_steps)
             for k in (4, 2, 1):
                 seconds[f"k={k}"].append(bench.frame(Schedule.serial(layout, k), live, now))
-        table = Table(
-            "decoding", "steps", "s a frame", "gain", "step ratio", "share of it", title=_title(live, wall)
-        )
+        title = f"{live} live slots, {'wall time, all cores' if wall else 'CPU time, one thread'}"
+        table = Table("decoding", "steps", "s a frame", "gain", "step ratio", "share of it", title=title)
         ntp = float(np.median(seconds["NTP"]))
         for name, values in seconds.items():
             schedule = Schedule.serial(layout, int(name[2:])) if "=" in name else Schedule.next_token(layout)
@@ -464,19 +463,7 @@ def calibrated(path: Path, precisions: Iterable[str], frames: Int | None = None)
     return Bundle.open(path)
 
 
-def _title(live: int, wall: bool) -> str:
-    return f"{live} live slots, {'wall time, all cores' if wall else 'CPU time, one thread'}"
-
-
-PARTS = {
-    "frame": frame,
-    "ceiling": ceiling,
-    "capacity": capacity,
-    "window": window,
-    "host": host,
-    "sampling": sampling,
-    "streams": streams,
-}
+PARTS = {part.__name__: part for part in (frame, ceiling, capacity, window, host, sampling, streams)}
 
 if __name__ == "__main__":
     main()

@@ -33,7 +33,7 @@ from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.slots import token_places
-from diagd.schedule import Schedule, StreamLayout, Table
+from diagd.schedule import Block, Schedule, StreamLayout, Table
 
 FLOAT = "fp16"
 """Precision of what is measured, where none is named."""
@@ -232,16 +232,9 @@ def timed(work: Callable[[], object], wait: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def first_steps(table: Table, steps: int = 16) -> Table:
+def first_steps(table: Table, steps: int = 16) -> Block:
     """The beginning of a table, to warm up."""
-    rows = slice(0, int(table.offsets[min(steps, table.steps)]))
-    return replace(
-        table,
-        offsets=table.offsets[: steps + 1],
-        sources=table.sources[rows],
-        positions=table.positions[rows],
-        sinks=table.sinks[rows],
-    )
+    return table.block(0, min(steps, table.steps))
 
 
 def captured(form: Any) -> Callable[..., Any]:
