@@ -66,12 +66,6 @@ class Rewind(_Message):
     frames: Annotated[int, Field(ge=1, le=100_000)]
 
 
-class Branch(_Message):
-    """Mark this place."""
-
-    type: Literal["branch"]
-
-
 class Visit(_Message):
     """Go back to a mark."""
 
@@ -101,25 +95,13 @@ class Autopilot(_Message):
     on: bool
 
 
-class Save(_Message):
-    """Send the record."""
+class Plain(_Message):
+    """Mark this place, send the record or the last frames, or compare these with next-token prediction."""
 
-    type: Literal["save"]
-
-
-class Film(_Message):
-    """Send the last frames as a video."""
-
-    type: Literal["film"]
+    type: Literal["branch", "save", "film", "audit"]
 
 
-class Audit(_Message):
-    """Compare the last frames with next-token prediction."""
-
-    type: Literal["audit"]
-
-
-Command = Reset | Rewind | Branch | Visit | Choose | Playback | Autopilot | Save | Film | Audit
+Command = Reset | Rewind | Visit | Choose | Playback | Autopilot | Plain
 Message = Hello | Input | Ack | Command
 _MESSAGE: Final[TypeAdapter[Message]] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 

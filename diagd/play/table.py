@@ -207,17 +207,17 @@ class Table(ServedTable):
             self._reset(self._prompt if number is None else game.prompts[number])
         elif isinstance(message, messages.Rewind):
             self.stage.look(game.rewind(message.frames))
-        elif isinstance(message, messages.Branch):
-            game.branch()
         elif isinstance(message, messages.Visit):
             self.stage.look(game.visit(message.number))
         elif isinstance(message, messages.Choose):
             game.choose(message.settings)
-        elif isinstance(message, messages.Save):
+        elif message.type == "branch":
+            game.branch()
+        elif message.type == "save":
             self._call(self._send_player, packed({"kind": "record"}, [game.record.read()]))
-        elif isinstance(message, messages.Film):
+        elif message.type == "film":
             self._call(self._send_player, packed({"kind": "film"}, [game.film(FILMED)]))
-        elif isinstance(message, messages.Audit):
+        elif message.type == "audit":
             frames, share = game.audit(AUDITED)
             self._call(self._send_player, {"type": "audit", "frames": frames, "share": share})
 
