@@ -63,17 +63,9 @@ class TrainingRow:
 class Figures:
     """Everything on the page; a part that was not measured is empty.
 
-    Attributes:
-        options: sizes and sampling.
-        shipped: the shipped model.
-        compat: strict steps against the released code, by size.
-        sizes: other sizes, by name.
-        training: the same size trained otherwise, by world.
-        frames_per_second: by size and schedule.
-        parameters: by size.
-        decoders: by world.
-        worlds: others than the shipped one, by name, each with its drift.
-        preferences: what `diagd prefer` reported, by world.
+    Of sizes are ``compat`` (strict steps against the released code), ``sizes``, ``frames_per_second`` and
+    ``parameters``; of worlds ``training`` (the same size trained otherwise), ``decoders``, ``worlds`` and
+    ``preferences`` (what `diagd prefer` reported).
     """
 
     options: EvalOptions

@@ -64,7 +64,6 @@ class StudyOptions:
     """What the study covers.
 
     Attributes:
-        model: folder of the shipped world model.
         data: recording that no model was trained on.
         geometry: recording that the rules of the world are learned from.
         output: folder of quality.md, quality.json and the pictures.
@@ -75,11 +74,7 @@ class StudyOptions:
             probe are learned from, by name.
         world_rollouts, world_windows: of each of them.
         preferences: reports of `diagd prefer`, by world.
-        decoder_rollouts: of each decoder.
         parts: what to measure; the rest is taken from quality.json.
-        evaluation: sizes and sampling.
-        size_rollouts: rollouts of each other size.
-        compat_windows: windows of the comparison with the released code.
         speed_rounds, speed_frames: of the measurement of frames per second; the median round counts.
         long_frames, long_rollouts: of the drift measurement.
     """

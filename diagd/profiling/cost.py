@@ -71,8 +71,6 @@ class ModelSize:
     """What a model reads and keeps, whatever the device.
 
     Attributes:
-        name: for reports.
-        layout: token stream.
         context_frames: frames of a full window.
         layers, kv_heads, head_size: of the K/V cache.
         query_width: query heads times head size.

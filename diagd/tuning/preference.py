@@ -75,13 +75,7 @@ class Lesson:
     def of_scores(
         cls, rolled: Streams, scores: NDArray[np.float64], strength: float, anchor: float
     ) -> Lesson:
-        """Best against worst of each context.
-
-        Args:
-            rolled: int64 [M, R, N], rollouts of M contexts.
-            scores: [M, R], 0 to 1.
-            strength: of the preference.
-            anchor: of the likelihood.
+        """Best against worst of each context, by ``scores`` [M, R], 0 to 1, of rollouts int64 [M, R, N].
 
         Raises:
             UsageError: the rollouts of every context score alike.
@@ -119,14 +113,9 @@ def pair_weights(
 def preference_loss(
     model: Tensor, reference: Tensor, weights: Tensor, strength: float, anchor: float
 ) -> Tensor:
-    """The loss of pairs, a scalar.
+    """The loss of pairs, a scalar, with ``weights`` [M]; see ``Lesson``.
 
-    Args:
-        model: [2, M], mean negative log-likelihoods of the preferred and of the rejected.
-        reference: likewise.
-        weights: [M].
-        strength: see ``Lesson``.
-        anchor: likewise.
+    By ``model`` and ``reference`` are mean negative log-likelihoods [2, M], preferred and rejected.
     """
     gained = reference - model
     margin = strength * (gained[0] - gained[1])
