@@ -177,7 +177,6 @@ class _Ready:
 
 
 def _backend(options: ProfileOptions) -> Backend:
-    """The backend that the options name."""
     if options.engine is not None and options.backend != CPU:
         raise UsageError(
             f"engine={options.engine} is a form on the CPU; backend={options.backend} takes the one that "

@@ -70,7 +70,6 @@ def compare_tensors(
 
 
 def _runner(name: str, evaluate: Evaluate, feeds: Tensors, names: list[str]) -> Any:
-    """A runner of Polygraphy."""
     base = require("polygraphy.backend.base", extra="compare", purpose="compare engines by tensor")
     common = require("polygraphy.common", extra="compare", purpose="compare engines by tensor")
 

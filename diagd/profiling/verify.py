@@ -256,7 +256,6 @@ def of_backend(bundle: Bundle, backend: Backend, window: int, cpu: CpuOptions) -
 
 
 def _precisions(bundle: Bundle) -> list[Bundle]:
-    """The bundle at each of its precisions."""
     precisions = dict.fromkeys(graph.precision for graph in bundle.manifest.graphs)
     return [bundle.at_precision(precision) for precision in precisions]
 
