@@ -32,6 +32,7 @@ from diagd.engines.openvino import array_at
 from diagd.engines.prefix import PrefixEngine
 from diagd.engines.sampler import draw_compiled, draw_plain, kept_weights
 from diagd.profiling.measure import random_workload
+from diagd.progress import Progress
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
@@ -44,6 +45,7 @@ from diagd.schedule.table import Table as StepTable
 
 GREEDY = SamplingSettings(0.0)
 STREAMS = (1, 2, 4, 8)
+STREAM_SECONDS = 200.0
 HOST_BUDGET = 30
 """Microseconds that a step of a static decoder may take on the host, engine and sampler apart."""
 
@@ -52,11 +54,12 @@ Clock = Callable[[], float]
 
 def main() -> None:
     options = parser(__doc__, "--bundle")
+    options.add_argument("--precision", help="of the step graph (default: the bundle's first)")
     options.add_argument("--part", choices=tuple(PARTS), action="append")
     options.add_argument("--wall", action="store_true", help="wall time with all cores")
     options.add_argument("--repeats", type=int, default=3)
     args = options.parse_args()
-    bundle = Bundle.open(args.bundle)
+    bundle = Bundle.open(args.bundle).at_precision(args.precision)
     for name in args.part or PARTS:
         PARTS[name](bundle, args.wall, args.repeats)
 
@@ -350,6 +353,7 @@ def streams(bundle: Bundle, wall: bool, repeats: int) -> None:
 
     Of k=1 the passes of a frame are timed, of next-token prediction 48 of them. Beside them a pass of one
     stream with as many rows, of the mean step: what the products of the machine allow, without further K/V.
+    Turns that would not end within `STREAM_SECONDS` are left out, but for the first.
     """
     cpu, layout, now = CpuOptions(0 if wall else 1), bundle.manifest.layout, clock(wall)
     orders = {"k=1 serial": Schedule.serial(layout, 1), "NTP": Schedule.next_token(layout)}
@@ -358,15 +362,19 @@ def streams(bundle: Bundle, wall: bool, repeats: int) -> None:
     bench, live = Bench(bundle, 1024, wall), 2 * layout.frame_length
     with ExitStack() as stack:
         groups = {count: stack.enter_context(open_group(bundle, count, 2, cpu)) for count in STREAMS}
-        for turn in range(repeats + 1):
-            for name, count in spent:
-                seconds = _lock_step(groups[count], orders[name], now)
+        began = time.monotonic()
+        for turn in range(repeats):
+            if turn and (time.monotonic() - began) * (turn + 1) / turn > STREAM_SECONDS:
+                break
+            for name, count in Progress(CONSOLE).each(list(spent), f"turn {turn + 1} of {repeats} at most"):
+                spent[name, count].append(_lock_step(groups[count], orders[name], now) / count)
                 rows = count * round(layout.cells / orders[name].steps_per_frame)
-                bound = float(np.median([bench.step(rows, live, now)[0] for _ in range(8)]))
-                if turn:  # the first one has memory to take
-                    spent[name, count].append(seconds / count)
-                    least[name, count].append(bound / count)
-    table = Table("decoding", *(f"{count} sessions" for count in STREAMS), title="ms a pass and session")
+                bounds = [bench.step(rows, live, now)[0] for _ in range(5)]
+                least[name, count].append(float(np.median(bounds[1:])) / count)
+    turns = f"{len(spent['NTP', 1])} turns"
+    table = Table(
+        "decoding", *(f"{count} sessions" for count in STREAMS), title=f"ms a pass and session, {turns}"
+    )
     for name in orders:
         for title, times in ((name, spent), ("its rows, of one stream", least)):
             each = {count: float(np.median(times[name, count])) for count in STREAMS}
@@ -376,16 +384,17 @@ def streams(bundle: Bundle, wall: bool, repeats: int) -> None:
 
 
 def _lock_step(group: Group, order: Schedule, now: Clock) -> float:
-    """Seconds of one of the passes that all sessions share."""
+    """Seconds of one of the passes that all sessions share, behind a first one."""
     decoder, lanes = ScheduledDecoder(order), range(len(group.sessions))
     runs = [_prompted(session).run(decoder, _actions(session, 1)) for session in group.sessions]
     while not all(tuple(map(next, runs))):  # the prompt, of all of them
         group.passes.run(lanes)
-    count, began = min(48, order.steps_per_frame - 1), now()
+    group.passes.run(lanes)
+    count, began = min(48, order.steps_per_frame - 2), now()
     for _ in range(count):
-        group.passes.run(lanes)
         for run in runs:
             next(run)
+        group.passes.run(lanes)
     return (now() - began) / count
 
 
