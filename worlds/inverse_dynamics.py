@@ -40,7 +40,7 @@ GROUPS: Final = (
 
 
 class ActionReader:
-    """Collects what a network sees in videos, beside what was done.
+    """Sees by a network what was done in videos.
 
     Args:
         path: of the network.
@@ -49,8 +49,8 @@ class ActionReader:
         UsageError: it is no such network.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._session = open_network(path, "network")
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        self._session = open_network(path, "network", threads)
         inputs, outputs = self._session.get_inputs(), [one.name for one in self._session.get_outputs()]
         shape = list(inputs[0].shape)
         if len(inputs) != 1 or len(shape) != 5 or not {"buttons", "camera"} <= set(outputs):
@@ -60,11 +60,12 @@ class ActionReader:
             )
         self._path, self._name, self._codec = path, inputs[0].name, mineworld_actions()
         self._is_float, self._size = "float" in inputs[0].type, shape[2:4]
-        self._seen: list[Int] = []
-        self._done: list[Int] = []
 
-    def add(self, pictures: NDArray[np.uint8], actions: Int) -> None:
-        """Look at a video uint8 [T, H, W, 3]; ``actions`` [n, 11] were done at its first n pictures."""
+    def read(self, pictures: NDArray[np.uint8], actions: Int) -> tuple[Int, Int]:
+        """Ids [m, 11] that it sees in a video uint8 [T, H, W, 3], and those that were done there.
+
+        ``actions`` [n, 11] were done at its first n pictures; m is at most n.
+        """
         if all(isinstance(side, int) for side in self._size):
             size = (self._size[0], self._size[1])
             pictures = sized(pictures, self._path, size, resize=True, cover=False)
@@ -72,18 +73,18 @@ class ActionReader:
         buttons, camera = self._session.run(["buttons", "camera"], {self._name: feed[None]})
         seen = [_action(*one) for one in zip(buttons[0], camera[0], strict=True)]
         count = min(len(seen) - 1, len(actions))  # what was done at the last picture is not seen
-        self._seen += [encode(self._codec, action) for action in seen[:count]]
-        self._done += list(actions[:count])
+        found = [encode(self._codec, action) for action in seen[:count]]
+        return np.array(found, np.int32).reshape(count, -1), actions[:count]
 
-    def table(self) -> dict[str, Estimate]:
-        """Precision, recall and F1 by group, micro and macro, and of the bins of the camera."""
-        seen, done = np.array(self._seen), np.array(self._done)
-        figures: dict[str, Estimate] = {}
-        for group in GROUPS:
-            name = "/".join(group)
-            figures |= _scores(name, _pressed(self._codec, group, seen), _pressed(self._codec, group, done))
-        turned = [n for n, slot in enumerate(self._codec.slots) if isinstance(slot, MuLawSlot)]
-        return figures | _scores("camera", seen[:, turned].ravel(), done[:, turned].ravel())
+
+def action_figures(seen: Int, done: Int) -> dict[str, Estimate]:
+    """Precision, recall and F1 by group, micro and macro, and of the bins of the camera; ids [n, 11]."""
+    codec = mineworld_actions()
+    figures: dict[str, Estimate] = {}
+    for group in GROUPS:
+        figures |= _scores("/".join(group), _pressed(codec, group, seen), _pressed(codec, group, done))
+    turned = [n for n, slot in enumerate(codec.slots) if isinstance(slot, MuLawSlot)]
+    return figures | _scores("camera", seen[:, turned].ravel(), done[:, turned].ravel())
 
 
 def done_in(recording: Path, pictures: int, options: FolderOptions) -> Int:

@@ -118,8 +118,8 @@ class MetricNetwork:
         UsageError: the file cannot be loaded, or its inputs are of another kind.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._session = open_network(path, "network")
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        self._session = open_network(path, "network", threads)
         inputs = self._session.get_inputs()
         self._names = [value.name for value in inputs]
         ranks = [len(value.shape) for value in inputs]

@@ -206,7 +206,7 @@ class EvalRun:
         "compare these by speed and quality instead: orders, jacobi, draft", (), count="+"
     )
     drafts: DraftOptions = DraftOptions()
-    threads: int = setting("CPU threads of decoders compared, 0 for one a core", 0, ge=0)
+    threads: int = setting("CPU threads of one process without workers, 0 for one a core", 0, ge=0)
     long_frames: int = setting(
         "frames of the long continuations that drift is measured on (default 0: none)", 0
     )

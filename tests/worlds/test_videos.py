@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper
 from sklearn.metrics import f1_score
 
 from diagd.cli.main import main
+from diagd.cluster import ClusterOptions
 from diagd.errors import UsageError
 from diagd.runtime.video import VideoWriter
 from worlds.inverse_dynamics import BUTTONS
@@ -107,6 +109,22 @@ def test_folders_without_a_common_name_are_refused(folders: tuple[Path, Path], t
         compare_folders(folders[0], tmp_path / "none", FolderOptions(), [], silent)
     with pytest.raises(UsageError, match="too short"):
         compare_folders(*folders, FolderOptions(skip=7), [], silent)
+
+
+def test_any_number_of_workers_finds_the_same(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """To the bit, though one is killed when the first has been judged."""
+    pair = network(tmp_path / "pair.onnx", {"a": ["n", 3, "h", "w"], "b": ["n", 3, "h", "w"]}, [1, 2, 3])
+    killed: list[str] = []
+
+    def kill(name: str) -> None:
+        if not killed:
+            multiprocessing.active_children()[0].kill()
+        killed.append(name)
+
+    given = *folders, FolderOptions(truth_skip=3), [pair]
+    one = compare_folders(*given, silent, ClusterOptions(workers=1), 1)
+    assert compare_folders(*given, kill, ClusterOptions(workers=2), 1) == one
+    assert sorted(killed) == [f"clip{n}" for n in range(VIDEOS)]
 
 
 def inverse_network(path: Path) -> Path:

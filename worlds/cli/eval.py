@@ -13,7 +13,6 @@ from diagd.bundle.targets import folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.errors import UsageError
 from diagd.runtime.options import SessionOptions
 from worlds.options import EvalRun
 
@@ -45,8 +44,9 @@ of inverse dynamics sees them. --set skip=N leaves out the prompt. Of the bundle
 is a folder of clips, videos with .jsonl or episodes: the likelihood of their tokens by order of decoding.
 Both write eval.json and eval.csv.
 
---workers N has that many processes do the passes, of one thread each, and --cluster ADDRESS the nodes of a
-Ray cluster (model and data in the same place on each): the result is the same for any number of them.
+--workers N has that many processes do the passes, or judge the videos, of one thread each, and --cluster
+ADDRESS the nodes of a Ray cluster (model and data in the same place on each): the result is the same for any
+number of them.
 
 --decoders compares speed and quality instead: orders, jacobi, and draft, which stands for the drafter alone,
 the target alone, nine bars between and its controls. Writes pareto.json and pareto.png.
@@ -85,12 +85,13 @@ def run(options: EvalRun) -> int:
 
 
 def _judge_videos(options: EvalRun) -> int:
-    if options.who.is_asked:
-        raise UsageError("folders of videos are compared by this process: leave out --workers and --cluster")
     from worlds.videos import compare_folders
 
     def measure(report: Callable[[str], None]) -> dict[str, Estimate]:
-        return compare_folders(options.model, options.data, options.folders, options.networks, report)
+        return compare_folders(
+            *(options.model, options.data, options.folders, options.networks),
+            *(report, options.who, _threads(options)),
+        )
 
     return _figures(options, measure, {"networks": [path.name for path in options.networks]})
 
@@ -98,8 +99,7 @@ def _judge_videos(options: EvalRun) -> int:
 def _judge_clips(options: EvalRun, bundle: Bundle) -> int:
     from worlds.likelihood import forced_likelihood
 
-    threads = 1 if options.who.is_asked else options.threads
-    running = SessionOptions(options.precision, options.backend, cpu=CpuOptions(threads))
+    running = SessionOptions(options.precision, options.backend, cpu=CpuOptions(_threads(options)))
 
     def measure(report: Callable[[str], None]) -> dict[str, Estimate]:
         return forced_likelihood(
@@ -107,6 +107,11 @@ def _judge_clips(options: EvalRun, bundle: Bundle) -> int:
         )
 
     return _figures(options, measure, {"options": asdict(options.options)})
+
+
+def _threads(options: EvalRun) -> int:
+    """Of each worker: one, so that sums have the same order wherever they are taken."""
+    return 1 if options.who.is_asked else options.threads
 
 
 def _figures(
