@@ -19,11 +19,15 @@ from pydantic import TypeAdapter
 from benchmarks.quality.decoders import DECODERS, PRECISIONS, decoder_figures
 from benchmarks.quality.figures import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow
 from benchmarks.quality.page import decoders_plot, quality_page
+from diagd.bundle import Bundle
 from diagd.bundle.files import atomic_file, write_text
 from diagd.bundle.targets import file_target
 from diagd.errors import UsageError
 from diagd.export.families.world import SHIPPED, load_tokenizer
+from diagd.runtime.decoders import ScheduledDecoder
+from diagd.runtime.load import open_session
 from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.session import Session
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from diagd.tuning.prefer import PreferReport
 from diagd.tuning.probe import Probe
@@ -321,13 +325,13 @@ def speeds(
     The bundles take turns, and the median of the rounds counts.
     """
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in bundles}
-    models = {name: BundleModel(str(path)) for name, path in bundles.items()}
+    sessions = {name: open_session(Bundle.open(path)) for name, path in bundles.items()}
     for turn in range(rounds + 1):  # the first one warms up
-        for name, model in models.items():
+        for name, session in sessions.items():
             report(f"speed of {name}, round {turn} of {rounds}")
-            schedules = [Schedule.next_token(model.layout), *diagonal_schedules(model.layout)]
+            schedules = [Schedule.next_token(session.layout), *diagonal_schedules(session.layout)]
             for schedule in schedules:
-                rate = _frames_per_second(model, schedule, frames)
+                rate = _frames_per_second(session, schedule, frames)
                 samples[name].setdefault(schedule.name, []).append(rate)
     return {
         name: {schedule: float(np.median(rates[1:])) for schedule, rates in found.items()}
@@ -335,12 +339,13 @@ def speeds(
     }
 
 
-def _frames_per_second(model: BundleModel, schedule: Schedule, frames: int) -> float:
-    layout = model.layout
-    stream = np.zeros((1, (1 + frames) * layout.frame_length), np.int64)
-    stream[:, :: layout.frame_length] = model.codes
+def _frames_per_second(session: Session, schedule: Schedule, frames: int) -> float:
+    layout = session.layout
+    still = np.full((frames, 1), session.manifest.output_vocabulary, np.int32)
+    session.start(np.zeros((1, layout.rows, layout.columns), np.int32), still[:1])
     began = time.perf_counter()
-    model.roll_out(stream, 1, schedule, SamplingSettings(1.0, 0, 0.95), 0)
+    for _ in session.frames(ScheduledDecoder(schedule), still, sampling=SamplingSettings(1.0, 0, 0.95)):
+        pass
     return frames / (time.perf_counter() - began)
 
 
