@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,11 @@ MAX_WIDTH = 256
 
 LEAST_WIDTH = 80
 """Rows that a step may have however many streams share the pass: enough for every schedule of a family."""
+
+IDLE_PASSES = 64
+"""Passes without a stream after which its rows are set aside: they would be computed with all the same."""
+
+_POSITIONS: Final = "slot_position"
 
 
 class PrefixState(Engine):
@@ -69,7 +74,7 @@ class PrefixState(Engine):
 
     @override
     def write_slots(self, slot_position: Int, lane: int = 0) -> None:
-        self.slot_position[lane :: self.streams][: self.capacity] = slot_position
+        self.slot_position[: self.capacity] = slot_position
 
     @override
     def set_text(self, rows: Mapping[str, NDArray[np.generic]]) -> None:
@@ -78,10 +83,9 @@ class PrefixState(Engine):
 
     @override
     def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
-        own = slice(lane * self._groups, (lane + 1) * self._groups)
         for name, buffer in self.buffers.items():
             if name.startswith("key"):
-                rotate_pairs(buffer[:live, own], angles)
+                rotate_pairs(buffer[:live], angles)
 
     @override
     def evaluate(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -153,8 +157,9 @@ class PrefixEngine(PrefixState):
 
     The graph scatters a pass's rows into the bound input; because the output is bound to the same memory,
     ONNX Runtime writes in place and copies nothing. Streams that take part with fewer rows than the widest,
-    or with none, have pad rows, which all go to a slot behind those in use. ``watch``: further outputs of
-    the graph to hand out after every step.
+    or with none, have pad rows, which all go to a slot behind those in use. B are those that took part of
+    late: the others' rows are set aside until they do, so that they cost nothing. ``watch``: further outputs
+    of the graph to hand out after every step.
 
     Raises:
         UsageError: the graph has no axis for streams.
@@ -177,7 +182,11 @@ class PrefixEngine(PrefixState):
         digest = graph_digest(bundle, graph) if options.prepack else ""
         options = options.suiting(graph.precision)
         self._session = open_session(bundle.file(graph.file), digest, options)
-        self._axis = self._streams_axis(bundle)
+        self._has_axis = self._find_axis(bundle)
+        self._order: list[int] = [0] if streams == 1 else []  # lanes in the buffers
+        self._aside: dict[tuple[str, int], NDArray[Any]] = {}
+        self._bound_most = self._count = 0
+        self._used = [0] * streams
         check_inputs(self._session, self._input_axes())
         self._binding = self._session.io_binding()
         rows = streams * widest
@@ -199,17 +208,19 @@ class PrefixEngine(PrefixState):
 
     @override
     def step(self, lanes: Sequence[int] = (0,)) -> None:
+        if self.streams > 1:
+            self._take_in(lanes)
         width = self._begin(lanes)
         count, fed, ran = 0, self._fed, self._ran
         ran.clear()
         for number in lanes:
-            lane = self._lanes[number]
+            lane, column = self._lanes[number], self._order.index(number)
             steps, n = lane.steps, lane.next
             lane.next = n + 1
             first, last = lane.offsets[n], lane.offsets[n + 1]
             drawn, draws = lane.draws[n], lane.draws[n + 1]
             changed = slice(lane.updates[n], lane.updates[n + 1])
-            at, rows = number * width, last - first
+            at, rows = column * width, last - first
             fed["sources"][at : at + rows] = steps.sources[first:last]
             fed["positions"][at : at + rows] = steps.positions[first:last]
             self._slots[at : at + rows] = np.arange(lane.starts[n], lane.starts[n] + rows)
@@ -219,7 +230,7 @@ class PrefixEngine(PrefixState):
             if self.streams > 1:
                 fed["sources"][at : at + rows] += number * self._tokens
                 fed["logit_rows"][count : count + draws - drawn] += at
-                slots = slots * self.streams + number
+                slots = slots * len(self._order) + column
             self.slot_position[slots] = steps.update_positions[changed]
             count += draws - drawn
         self._bind_frontier(width, count)
@@ -232,12 +243,12 @@ class PrefixEngine(PrefixState):
             lane = self._lanes[number]
             lane.live = lane.lives[lane.next]
             width = max(width, lane.offsets[lane.next + 1] - lane.offsets[lane.next])
-        live = max(lane.live for lane in self._lanes)
+        live = max(self._lanes[number].live for number in self._order)
         if self.streams == 1:
             self._bind_prefix(-(-live // GRANULE) * GRANULE)
             return width
         self._bind_prefix((live // GRANULE + 1) * GRANULE)
-        rows = self.streams * width
+        rows = len(self._order) * width
         self._fed["sources"][:rows] = self._fed["positions"][:rows] = 0
         self._slots[:rows] = self._bound - 1
         return width
@@ -256,9 +267,68 @@ class PrefixEngine(PrefixState):
 
     @override
     def write_slots(self, slot_position: Int, lane: int = 0) -> None:
-        super().write_slots(slot_position, lane)
         used = np.flatnonzero(slot_position != VOID)
-        self._lanes[lane].live = int(used[-1]) + 1 if used.size else 0
+        self._lanes[lane].live = live = int(used[-1]) + 1 if used.size else 0
+        if lane in self._order:
+            self._column(_POSITIONS, lane)[: self.capacity, 0] = slot_position
+        else:
+            self._aside[_POSITIONS, lane] = slot_position[:live, None].copy()
+
+    @override
+    def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
+        for name in self.buffers:
+            if name.startswith("key"):
+                rotate_pairs(self.rows(name, lane)[:live], angles)
+
+    def rows(self, name: str, lane: int) -> NDArray[Any]:
+        """A stream's rows [slots, G, D] of a buffer, of all slots in use at least, where they are now."""
+        found = self._column(name, lane) if lane in self._order else self._aside[name, lane]
+        return found.reshape(len(found), self._groups, -1)
+
+    @override
+    def gather(self, lanes: Sequence[int]) -> None:
+        for lane in lanes:
+            self._used[lane] = self._count
+        self._lay_out(sorted(lanes))
+
+    def _take_in(self, lanes: Sequence[int]) -> None:
+        """Have the rows of some lanes in the buffers, and none of lanes that are idle for long."""
+        self._count += 1
+        for lane in lanes:
+            self._used[lane] = self._count
+        if len(lanes) != len(self._order) or any(lane not in self._order for lane in lanes):
+            recent = {lane for lane in self._order if self._count - self._used[lane] < IDLE_PASSES}
+            self._lay_out(sorted(recent.union(lanes)))
+
+    def _lay_out(self, order: list[int]) -> None:
+        """Have the rows of these lanes in the buffers, side by side, and the others' aside."""
+        before = self._order
+        if order == before:
+            return
+        live = max(self._lanes[lane].live for lane in {*before, *order})
+        for name in (*self.buffers, _POSITIONS):
+            nothing = VOID if name == _POSITIONS else 0
+            for lane in before:
+                self._aside[name, lane] = self._column(name, lane)[:live].copy()
+            self._interleaved(name, len(before))[: max(live, self._bound_most)] = nothing
+            interleaved = self._interleaved(name, len(order))
+            for column, lane in enumerate(order):
+                kept = self._aside.pop((name, lane), None)
+                if kept is not None:
+                    interleaved[: len(kept), column] = kept
+        self._order, self._bound_most = order, live
+        self._bound = self._bound_width = self._bound_rows = -1
+
+    def _interleaved(self, name: str, lanes: int) -> NDArray[Any]:
+        """A buffer, or the positions of slots, as [S, lanes, ...]."""
+        buffer = self.slot_position if name == _POSITIONS else self.buffers[name]
+        slots = len(self.buffers["key_0"])
+        values = buffer.size // (slots * self.streams)
+        return buffer.reshape(-1)[: slots * lanes * values].reshape(slots, lanes, values)
+
+    def _column(self, name: str, lane: int) -> NDArray[Any]:
+        """A stream's part [S, ...] of it."""
+        return self._interleaved(name, len(self._order))[:, self._order.index(lane)]
 
     @override
     def watched(self) -> Mapping[str, NDArray[Any]]:
@@ -272,20 +342,25 @@ class PrefixEngine(PrefixState):
         self._binding = None
         self._addresses.clear()
 
-    def _streams_axis(self, bundle: Bundle) -> tuple[int, ...]:
-        """The axis of streams in shapes; graphs of earlier versions of diagd have none."""
+    def _find_axis(self, bundle: Bundle) -> bool:
+        """Whether the graph has an axis of streams; those of earlier versions of diagd have none."""
         axes = {value.name: len(value.shape) for value in self._session.get_inputs()}
         if axes.get("slot_position") == 2:
-            return (self.streams,)
+            return True
         if self.streams > 1:
             raise UsageError(
                 f"{bundle.path} was exported by a version of diagd without an axis for streams; export it "
                 f"again to decode {self.streams} sessions at once"
             )
-        return ()
+        return False
+
+    @property
+    def _axis(self) -> tuple[int, ...]:
+        """The axis of streams in shapes."""
+        return (len(self._order),) if self._has_axis else ()
 
     def _input_axes(self) -> dict[str, int]:
-        streams = len(self._axis)
+        streams = int(self._has_axis)
         rows = dict.fromkeys(("sources", "positions", "slot_position", "write_index"), streams + 1)
         cached = {f"past_{name}": streams + 3 for name in self.buffers}
         text = {name: buffer.ndim for name, buffer in self._text.items()}
@@ -300,7 +375,7 @@ class PrefixEngine(PrefixState):
             self._bind_rows(f"past_{name}", buffer, rows)
             self._bind_rows(f"present_{name}", buffer, rows, output=True)
         self._bind_rows("slot_position", self.slot_position, shape)
-        self._bound = length
+        self._bound, self._bound_most = length, max(self._bound_most, length)
 
     def _bind_frontier(self, width: int, rows: int) -> None:
         if width != self._bound_width:

@@ -69,6 +69,7 @@ class Group:
             )
             for lane, one in _each(actions)
         }
+        self.engine.gather(list(runs))
         return self.together(runs, in_phase=not decoder.ragged)
 
     def step(

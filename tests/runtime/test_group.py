@@ -10,7 +10,7 @@ import pytest
 import diagd
 from diagd.bundle import Bundle, Form
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.prefix import PrefixEngine
+from diagd.engines.prefix import IDLE_PASSES, PrefixEngine
 from diagd.errors import UsageError
 from diagd.export.options import GraphOptions
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
@@ -151,11 +151,28 @@ def test_rows_of_nobody_go_where_nothing_is_seen(group: Group) -> None:
     assert isinstance(engine, PrefixEngine)
     for n, session in enumerate(group.sessions):
         start(session, n)
-    kept = engine.buffers["key_0"].copy()
+    list(group.frames([ACTIONS[n][1 + n :][:1] for n in range(SESSIONS)], DECODERS["serial"]))
     live = engine._lanes[1].live
-    list(group.sessions[0].frames(DECODERS["serial"], ACTIONS[0][:2]))
-    own = slice(2, 4)  # K/V heads of the second session
-    np.testing.assert_array_equal(engine.buffers["key_0"][:live, own], kept[:live, own])
+    kept = engine.rows("key_0", 1)[:live].copy()
+    assert kept.any()
+    list(group.sessions[0].frames(DECODERS["serial"], ACTIONS[0][2:3]))
+    np.testing.assert_array_equal(engine.rows("key_0", 1)[:live], kept)
+
+
+def test_sessions_that_take_part_in_no_pass_cost_nothing(group: Group, alone: Session) -> None:
+    """A pass binds those of late alone; who comes back goes on as alone."""
+    engine, decoder = group.engine, DECODERS["next token"]
+    assert isinstance(engine, PrefixEngine)
+    expected = [by_itself(alone, n, decoder, n) for n in range(2)]
+    led = [start(session, n) for n, session in enumerate(group.sessions[:2])]
+    list(group.frames([actions[:2] for actions in led], decoder))
+    passes = group.sessions[0].timing.steps
+    for _ in group.sessions[0].frames(decoder, led[0][2:], seed=0):
+        rows = engine.outputs[1].shape()[1]
+        assert rows == (1 if group.sessions[0].timing.steps - passes > IDLE_PASSES else 2)
+    assert group.sessions[0].timing.steps - passes > 2 * IDLE_PASSES
+    back = group.sessions[1].frames(decoder, led[1][2:], seed=1)
+    assert [frame.tokens.tolist() for frame in back] == expected[1][2:]
 
 
 def test_what_cannot_be_shared_is_refused(bundle: Bundle, group: Group) -> None:
