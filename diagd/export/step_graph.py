@@ -87,7 +87,6 @@ def trace_step(
             output_names=["logits", *cache, *watched],
             opset=opset,
             dynamic_shapes=(*(axes for _, axes in inputs.values()), [live] * len(past), [None] * len(text)),
-            decompose=False,
         ),
     )
 
@@ -133,7 +132,6 @@ def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) ->
             input_names=["text"],
             output_names=text_names(config),
             opset=Form.PREFIX.traits.opset,
-            decompose=False,
         ),
     )
 

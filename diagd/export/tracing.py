@@ -41,9 +41,11 @@ def trace(
     output_names: Sequence[str],
     opset: int,
     dynamic_shapes: Shapes = None,
-    decompose: bool = True,
 ) -> ir.Model:
     """Trace a module whose parameters may be on the meta device.
+
+    Its operators are those that ONNX has, see ``cast`` and ``moved``, and have operands of one type: to leave
+    either to PyTorch takes longer than all else.
 
     Args:
         module: in evaluation mode; its parameters and buffers become initializers under their own names.
@@ -52,18 +54,15 @@ def trace(
         output_names: graph outputs.
         opset: ONNX opset.
         dynamic_shapes: as for ``torch.export.export``, or names of axes; None fixes every size.
-        decompose: operators that ONNX lacks into those it has, and make operands one type, which takes longer
-            than all else; False where the module has none of them (see ``cast`` and ``moved``).
 
     Returns:
         The graph, not optimised, its initializers without data where the module is on the meta device.
     """
     require("onnxscript", extra="export", purpose="write ONNX graphs")
     traced: Any = module.eval()
-    with _quiet(), _uncollected(), _hastened(decompose=decompose):
-        if not decompose:
-            shapes = _dimensions(dynamic_shapes)
-            traced = torch.export.export(traced, inputs, dynamic_shapes=shapes, strict=False)
+    with _quiet(), _uncollected(), _hastened():
+        shapes = _dimensions(dynamic_shapes)
+        traced = torch.export.export(traced, inputs, dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
             traced,
             inputs,
@@ -131,7 +130,8 @@ def _dimensions(shapes: Shapes) -> Shapes:
 
 
 def _translations(opset: int) -> dict[Any, Any]:
-    return {torch.ops.aten.rms_norm.default: _rms_norm} if opset < RMS_NORM_OPSET else {}
+    found = {torch.ops.aten.detach_.default: lambda x: x}  # of literals of the code
+    return found | ({torch.ops.aten.rms_norm.default: _rms_norm} if opset < RMS_NORM_OPSET else {})
 
 
 def _rms_norm(x: Any, shape: Sequence[int], weight: Any, epsilon: float) -> Any:
@@ -231,7 +231,7 @@ def _uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def _hastened(*, decompose: bool) -> Iterator[None]:
+def _hastened() -> Iterator[None]:
     """Without what the exporter does for every trace: its table of operators is made once, in half a second.
 
     Nor does it look for what could be decomposed, or made one type, which runs the whole program again, keep
@@ -248,9 +248,8 @@ def _hastened(*, decompose: bool) -> Iterator[None]:
             stack.enter_context(_replaced(fx, "do_not_emit_stack_traces", True))
             table = _registration.ONNXRegistry
             stack.enter_context(_replaced(table, "from_torchlib", partial(_operators, table.from_torchlib)))
-            if not decompose:
-                stack.enter_context(_replaced(_fx_passes, "decompose_with_registry", lambda p, _: p))
-                stack.enter_context(_replaced(_fx_passes, "insert_type_promotion_nodes", lambda _: None))
+            stack.enter_context(_replaced(_fx_passes, "decompose_with_registry", lambda p, _: p))
+            stack.enter_context(_replaced(_fx_passes, "insert_type_promotion_nodes", lambda _: None))
         yield
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagd.export.tokenizers.base import VqganSizes
+from diagd.export.tracing import cast
 
 # keeps the outermost levels reachable at finite latents
 STRETCH = 1 + 1e-3
@@ -34,25 +35,25 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def tokens_of_latents(latents: Tensor, levels: Sequence[int]) -> Tensor:
     """Quantise latents ``[T, len(levels), h, w]`` to tokens int32 ``[T, h, w]``; halves round to even."""
-    bounded = _bounded(latents.float(), levels)
+    bounded = _bounded(cast(latents, torch.float32), levels)
     digits = bounded.round() + _channels([level // 2 for level in levels], bounded)
-    return (digits * _channels(_place_values(levels), bounded)).sum(1).to(torch.int32)
+    return cast((digits * _channels(_place_values(levels), bounded)).sum(1), torch.int32)
 
 
 def codes_of_latents(latents: Tensor, levels: Sequence[int]) -> Tensor:
     """The codes of `tokens_of_latents`, float32, with the gradient of the latents they were rounded from."""
-    bounded = _bounded(latents.float(), levels)
+    bounded = _bounded(cast(latents, torch.float32), levels)
     rounded = bounded + (bounded.round() - bounded).detach()
     return rounded / _channels([level // 2 for level in levels], bounded)
 
 
 def codes_of_tokens(tokens: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Quantised latents ``[T, len(levels), h, w]`` in [-1, 1] of tokens int32 ``[T, h, w]``."""
-    z = tokens.unsqueeze(1).float()
+    z = cast(tokens.unsqueeze(1), torch.float32)
     radix, middle = _channels(levels, z), _channels([level // 2 for level in levels], z)
     quotient = (z / _channels(_place_values(levels), z)).floor()
     digits = quotient - (quotient / radix).floor() * radix
-    return ((digits - middle) / middle).to(dtype)
+    return cast((digits - middle) / middle, dtype)
 
 
 def _bounded(z: Tensor, levels: Sequence[int]) -> Tensor:
@@ -250,15 +251,15 @@ def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
     Returns:
         int32 ``[...]``.
     """
-    rows = codebook.float()
+    rows = cast(codebook, torch.float32)
     # |z|^2 is the same for every code and would only cost precision
-    distances = rows.square().sum(1) - 2 * latents.float() @ rows.T
-    return distances.argmin(-1).to(torch.int32)
+    distances = (rows * rows).sum(1) - 2 * cast(latents, torch.float32) @ rows.transpose(0, 1)
+    return cast(distances.argmin(-1), torch.int32)
 
 
 def images_from_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """Frames uint8 ``[T, H, W, 3]`` as images ``[T, 3, H, W]`` with values 0 .. 255."""
-    return pixels.permute(0, 3, 1, 2).to(dtype)
+    return cast(pixels.permute(0, 3, 1, 2), dtype)
 
 
 def scaled_images(pixels: Tensor, like: Tensor) -> Tensor:
@@ -268,7 +269,7 @@ def scaled_images(pixels: Tensor, like: Tensor) -> Tensor:
 
 def pixels_from_images(images: Tensor) -> Tensor:
     """Images ``[T, 3, H, W]`` with values 0 .. 255, truncated to frames uint8 ``[T, H, W, 3]``."""
-    return images.permute(0, 2, 3, 1).to(torch.uint8)
+    return cast(images.permute(0, 2, 3, 1), torch.uint8)
 
 
 def constant(values: Sequence[float] | NDArray[np.float64], like: Tensor) -> Tensor:
@@ -277,4 +278,6 @@ def constant(values: Sequence[float] | NDArray[np.float64], like: Tensor) -> Ten
     Made from host memory at the time of the call, so that a module built or traced on the meta device still
     exports its values.
     """
-    return torch.tensor(np.asarray(values).tolist(), dtype=like.dtype, device="cpu").to(like.device)
+    literal = torch.tensor(np.asarray(values).tolist(), dtype=like.dtype, device="cpu")
+    placed: Tensor = torch.ops.aten._to_copy.default(literal, device=like.device)
+    return placed

@@ -188,5 +188,8 @@ def synthesise(bands: Tensor) -> Tensor:
     """The inverse: ``[t, 192, h, w]`` to ``[4t - 3, 3, 4h, 4w]``."""
     kernel = constant(haar_basis(), bands)
     bias = constant(np.zeros(COLOURS), bands)
-    video = functional.conv_transpose3d(bands.transpose(0, 1).unsqueeze(0), kernel, bias, stride=HAAR_SIDE)
+    x, none = bands.transpose(0, 1).unsqueeze(0), (0,) * 3
+    video: Tensor = torch.ops.aten.convolution.default(
+        x, kernel, bias, (HAAR_SIDE,) * 3, none, (1,) * 3, True, none, 1
+    )
     return video.squeeze(0).transpose(0, 1)[HAAR_SIDE - 1 :]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diagd.errors import UsageError
+from diagd.export.tracing import cast
 
 
 class _Patches(nn.Module):
@@ -49,9 +50,10 @@ class PatchEncoder(_Patches):
         frames, height, width, _ = pixels.shape
         rows, columns = height // side, width // side
         patches = pixels.reshape(frames, rows, side, columns, side, 3).permute(0, 1, 3, 2, 4, 5)
-        codes = self.codebook.flatten(1).float()
-        scores = (codes * codes).sum(1) - 2 * patches.reshape(frames, rows, columns, -1).float() @ codes.T
-        return scores.argmin(-1).int()
+        codes = cast(self.codebook.flatten(1), torch.float32)
+        flat = cast(patches.reshape(frames, rows, columns, -1), torch.float32)
+        scores = (codes * codes).sum(1) - 2 * flat @ codes.transpose(0, 1)
+        return cast(scores.argmin(-1), torch.int32)
 
 
 class PatchDecoder(_Patches):
@@ -61,7 +63,7 @@ class PatchDecoder(_Patches):
         """Map tokens int32 [T, h, w] to pixels uint8 [T, h*p, w*p, 3]."""
         side = self.codebook.shape[1]
         frames, rows, columns = tokens.shape
-        patches = self.codebook[tokens.long()].permute(0, 1, 3, 2, 4, 5)
+        patches = self.codebook[cast(tokens, torch.int64)].permute(0, 1, 3, 2, 4, 5)
         return patches.reshape(frames, rows * side, columns * side, 3)
 
 
