@@ -129,16 +129,22 @@ class BundleModel:
 
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
         """From the logits of steps in which every token is forced; raster order in few wide ones."""
-        result, width = np.full(streams.shape, np.nan, np.float32), self._session.engine.max_width
-        for stream, row, frames, actions in zip(streams, result, *parts(streams, self.layout), strict=True):
-            self._session.start(frames[:1], actions[:1])
-            wide, truth = schedule.is_next_token, frames[1:]
-            decoder = RasterDecoder(truth, width) if wide else ForcedDecoder(schedule, truth)
-            for step, seen in self._session.steps(decoder, actions[1:], count=len(truth)):
-                cells, logits = step.sinks[step.sinks != NO_SINK], seen.logits.astype(np.float32)
+        result, group = np.full(streams.shape, np.nan, np.float32), self._group
+        lanes, width = len(group.sessions), group.engine.max_width
+        for first in range(0, len(streams), lanes):
+            runs, known = {}, zip(*parts(streams[first : first + lanes], self.layout), strict=True)
+            for lane, (frames, actions) in enumerate(known):
+                session, truth = group.sessions[lane], frames[1:]
+                session.start(frames[:1], actions[:1])
+                wide = schedule.is_next_token
+                decoder = RasterDecoder(truth, width) if wide else ForcedDecoder(schedule, truth)
+                runs[lane] = session.watch(decoder, actions[1:], count=len(truth))
+            for lane, (step, seen) in group.together(runs):
+                cells, row = step.sinks[step.sinks != NO_SINK], first + lane
+                logits = seen.logits.astype(np.float32)
                 top = logits.max(1, initial=-np.inf)
                 total = np.log(np.exp(logits - top[:, None]).sum(1)) + top
-                row[cells] = total - logits[np.arange(len(cells)), stream[cells]]
+                result[row, cells] = total - logits[np.arange(len(cells)), streams[row, cells]]
         return result
 
     def roll_out(

@@ -69,7 +69,6 @@ class Group:
             )
             for lane, one in _each(actions)
         }
-        self.engine.gather(list(runs))
         return self.together(runs, in_phase=not decoder.ragged)
 
     def step(
@@ -85,7 +84,8 @@ class Group:
         return dict(self.frames(led, decoder, count=1, sampling=sampling, seeds=seeds))
 
     def together(self, runs: Mapping[int, Run[T]], *, in_phase: bool = True) -> Iterator[tuple[int, T]]:
-        """Run what ``Session.run`` gave, by number of the session; see ``lock_step``."""
+        """Run what ``Session.run`` or ``watch`` gave, by number of the session; see ``lock_step``."""
+        self.engine.gather(list(runs))
         return lock_step(self.passes, runs, in_phase=in_phase)
 
     def _session(self, lane: int) -> Session:

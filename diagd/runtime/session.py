@@ -176,13 +176,20 @@ class Session:
         self, decoder: Decoder | None = None, actions: Actions = None, **options: Unpack[RunOptions]
     ) -> Iterator[Seen]:
         """The same run step by step: each with what it gave, which is valid until the next one."""
-        return chain.from_iterable(self.frame_steps(decoder, actions, **options))
+        return self.alone(self.watch(decoder, actions, **options))
+
+    def watch(
+        self, decoder: Decoder | None = None, actions: Actions = None, **options: Unpack[RunOptions]
+    ) -> Run[Seen]:
+        """Likewise for whoever has its passes run; what a step gave is valid until the next pass."""
+        decoder, run = self._start_run(decoder, actions, **options)
+        return chain.from_iterable(self._by_frame(decoder, run))
 
     def frame_steps(
         self, decoder: Decoder | None = None, actions: Actions = None, **options: Unpack[RunOptions]
     ) -> Iterator[Iterator[Seen]]:
         """Likewise, the steps up to each completion of a frame by themselves: known when they are run out."""
-        return self._frame_steps(*self._start_run(decoder, actions, **options))
+        return map(self.alone, self._by_frame(*self._start_run(decoder, actions, **options)))
 
     def step(
         self,
@@ -263,11 +270,11 @@ class Session:
             return replace(settings, temperature=rules.minimum_temperature)
         return settings
 
-    def _frame_steps(self, decoder: Decoder, run: int) -> Iterator[Iterator[Seen]]:
+    def _by_frame(self, decoder: Decoder, run: int) -> Iterator[Run[Seen]]:
         known = -1
         while known < self._stream.known:
             known = self._stream.known
-            yield self.alone(self._decode(decoder, run, self.timing, watched=True))
+            yield self._decode(decoder, run, self.timing, watched=True)
 
     def _frames(self, decoder: Decoder, run: int) -> Run[Frame]:
         stream, timing = self._stream, self.timing
