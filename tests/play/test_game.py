@@ -118,10 +118,10 @@ def test_jacobi_is_next_token_prediction_when_audited(game: Game) -> None:
     assert 0 < share < 1
 
 
-@pytest.fixture
-def recorded(world: Path, tmp_path: Path) -> tuple[Path, list[np.ndarray]]:
+@pytest.fixture(scope="module")
+def recorded(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
     """A record of everything that can be done, and the tokens of its frames."""
-    path = tmp_path / "played.ndjson"
+    path = tmp_path_factory.mktemp("recorded") / "played.ndjson"
     game = open_game(world, GameOptions(record=path))
     game.reset(game.prompts[1])
     frames = play(game, *WALK)

@@ -28,9 +28,10 @@ QUICK = ProfileOptions(frames=2, prompt=1, window=3)
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """In the two forms of a processor, on a machine where nothing was measured."""
-    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
     options = GraphOptions((Form.PREFIX, Form.MODERN, Form.PORTABLE), "fp32", (1, 8, 64))
-    return Bundle.open(export_small(small_model(LAYOUT, context_frames=4), tmp_path / "a.diagd", options))
+    path = export_small(small_model(LAYOUT, context_frames=4), tmp_path / "a.diagd", options)
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
+    return Bundle.open(path)
 
 
 def entry(backend: str, precision: str, threads: int, seconds: float, passed: bool | None) -> Measurement:
