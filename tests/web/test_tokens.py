@@ -21,11 +21,14 @@ from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import find
 from diagd.export.families.cosmos import CosmosDvConfig, graphs
 from diagd.play.controls import Inputs, default_controls
+from diagd.runtime.decoders import lookup
+from diagd.runtime.decoders.lookup import LookupDraft
 from diagd.runtime.decoders.window import WindowPolicy
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
+from diagd.runtime.stream import Stream
 from diagd.schedule import Schedule, StreamLayout
 from diagd.schedule.layout import RowSeed
 from diagd.web.folder import write_page
@@ -100,13 +103,23 @@ PASSES = """(async () => {{
 }})()"""
 WINDOWS = """(async () => {{
   const {{ WindowPolicy }} = await import("./window.js");
-  return {cases}.map(([cells, passes]) => {{
-    const policy = new WindowPolicy(cells);
-    return passes.map(([most, unfed, ...seen]) => {{
-      const chosen = policy.choose(most, unfed);
+  return {cases}.map(([kinds, passes]) => {{
+    const policy = new WindowPolicy(kinds);
+    return passes.map(([most, unfed, trust, ...seen]) => {{
+      const chosen = policy.choose(most, unfed, trust);
       policy.add(...seen);
       return chosen;
     }});
+  }});
+}})()"""
+
+
+LOOKUPS = """(async () => {{
+  const {{ LookupDraft }} = await import("./lookup.js"), lookup = new LookupDraft({{ rows: 3, columns: 4 }});
+  return {frames}.map(([before, led, came]) => {{
+    const {{ tokens, trust }} = lookup.guess(before, led);
+    lookup.learn(came);
+    return [[...tokens], trust];
   }});
 }})()"""
 
@@ -272,21 +285,43 @@ def test_windows_are_pythons(scripts: Tab) -> None:
     """Guesses are right as often as not or nearly always, rows of a pass cost little or much."""
     random, cases, expected = np.random.default_rng(2), [], []
     for cells, right, row in ((108, 0.97, 0.01), (108, 0.9, 0.1), (40, 0.6, 1.0), (9, 0.8, 0.03)):
-        policy, passes, chosen, left = WindowPolicy(cells), [], [], cells
-        for _ in range(900):  # beyond the pass at which sums are written anew
+        policy, passes, chosen, left = WindowPolicy(cells, 3), [], [], cells
+        trust = random.integers(0, 3, cells)
+        for _ in range(900):
             unfed = 3 if left == cells else 0
-            rows = policy.choose(np.arange(unfed + 1, unfed + left + 1))
-            wrong = np.flatnonzero(random.random(rows - 1) > right)
+            rows = policy.choose(np.arange(unfed + 1, unfed + left + 1), trust[-left:])
+            certain = right ** (trust[-left:][: rows - 1] + 1)
+            wrong = np.flatnonzero(random.random(rows - 1) > certain)
             kept, fed = int(wrong[0]) + 1 if wrong.size else rows, unfed + rows
             seconds = (1 + row * fed) * random.exponential(0.3) + 1
             policy.add(rows, kept, fed, seconds)
-            passes.append([left, unfed, rows, kept, fed, seconds])
+            passes.append([left, unfed, trust[-left:].tolist(), rows, kept, fed, seconds])
             chosen.append(rows)
             left = left - kept or cells
         assert len(set(chosen)) > 5  # it is asked something
-        cases.append([cells, passes])
+        cases.append([3, passes])
         expected.append(chosen)
     assert scripts.evaluate(WINDOWS.format(cases=json.dumps(cases))) == expected
+
+
+def test_guesses_are_pythons(scripts: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "_PLACES", 1 << 22)  # so that none is shared, as none is there
+    random, layout, draft = np.random.default_rng(4), StreamLayout(3, 4, before=2), LookupDraft()
+    stream = Stream(layout, np.zeros(0, np.int32), 3, np.arange(30), 8)
+    stream.start(random.integers(0, 2, (1, 3, 4)), np.zeros((1, 2), np.int32))
+    stream.follow(random.integers(0, 2, (150, 2)).astype(np.int32))
+    given, expected = [], []
+    while stream.begin():
+        before, led = stream.frame(stream.known - 1).reshape(-1), stream.led(stream.known)
+        assert led is not None
+        tokens, trust = draft.guess(stream)
+        came = np.where(random.random(12) < 0.9, before, random.integers(0, 2, 12)).astype(np.int32)
+        draft.learn(came)
+        given.append([before.tolist(), led.tolist(), came.tolist()])
+        expected.append([tokens.tolist(), trust.tolist()])
+        stream.write(layout.first_cell(stream.known), came)
+        stream.complete(None)
+    assert scripts.evaluate(LOOKUPS.format(frames=json.dumps(given))) == expected
 
 
 @pytest.mark.parametrize("model", ["crafter-3m", "mineworld-300m", "wham-200m"])

@@ -198,10 +198,12 @@ export const scheduled = (schedule) => async (session) => {
 };
 
 // Next-token prediction in few passes: guesses are verified in a window, and kept up to the first that came out wrong.
-export const jacobi = (policy, window = null) => async (session) => {
+export const jacobi = (policy, lookup, window = null) => async (session) => {
   if (!session.begin()) return 0;
   const frame = session.frames[session.begun - 1], { cells } = session.layout, start = session.layout.firstCell(session.begun - 1);
-  frame.tokens.set(session.frames[session.known - 1].tokens);
+  const before = session.frames[session.known - 1].tokens;
+  let { tokens, trust } = lookup.guess(before, frame.led);
+  frame.tokens.set(tokens);
   session.keepSeeds = false;
   let unfed = start - 1 - session.fed, decided = 0, count = 0;
   if (unfed > Math.min(session.width - 1, session.layout.gap)) {
@@ -211,15 +213,20 @@ export const jacobi = (policy, window = null) => async (session) => {
   }
   while (decided < cells) {
     const began = performance.now(), most = Math.min(cells - decided, session.width - unfed);
-    const rows = window ? Math.min(most, window) : policy.choose(most, unfed), first = start + decided - 1;
+    const rows = window ? Math.min(most, window) : policy.choose(most, unfed, trust.slice(decided)), first = start + decided - 1;
     const guesses = frame.tokens.slice(decided, decided + rows);
     const drawn = await session.run([range(first - unfed, first + rows).map((p) => [p, p, p < first ? -1 : p + 1])]);
     const wrong = drawn.findIndex((id, n) => id !== guesses[n]), kept = wrong < 0 ? rows : wrong + 1;
     policy.add(rows, kept, unfed + rows, Math.max(TICK, performance.now() - began));
     [decided, unfed, count] = [decided + kept, 0, count + 1];
     if (kept < rows) session.rejected = start + decided - 1;
-    if (decided < cells && (await session.renew())) [decided, unfed] = [0, start - 1 - session.fed];
+    if (decided < cells && (await session.renew())) {
+      [decided, unfed] = [0, start - 1 - session.fed];
+      ({ tokens, trust } = lookup.guess(before, frame.led));
+      trust.forEach((level, cell) => level && (frame.tokens[cell] = tokens[cell]));
+    }
   }
+  lookup.learn(frame.tokens);
   session.complete(null);
   return count;
 };

@@ -4,6 +4,7 @@ import { PixelGraph, Runtime } from "./engine.js";
 import { GpuRuntime } from "./gpu.js";
 import { Session, jacobi, scheduled } from "./session.js";
 import { Schedule } from "./schedule.js";
+import { LookupDraft, TRUST } from "./lookup.js";
 import { WindowPolicy } from "./window.js";
 
 // A file of the folder, compressed so that any host sends it small; `advance` is told of bytes that came.
@@ -33,7 +34,7 @@ export class World {
     const opening = gpu ? GpuRuntime.open(address("ort.jspi.min.mjs"), code) : Runtime.open(address("ort-wasm-simd-threaded.mjs"), code, threads);
     const runtime = await opening, engine = await runtime.steps(step, "step.bin", weights, spec);
     const world = new World();
-    Object.assign(world, { base, spec, runtime, session: new Session(spec, engine), policy: new WindowPolicy(spec.layout.rows * spec.layout.columns) });
+    Object.assign(world, { base, spec, runtime, session: new Session(spec, engine), policy: new WindowPolicy(TRUST), lookup: new LookupDraft(spec.layout) });
     world.decoder = world.pixels(await runtime.graph(decoder, "decoder.bin", codebook));
     return world;
   }
@@ -46,7 +47,7 @@ export class World {
   // What decodes, by its spelling.
   strategy(spelling) {
     const { order } = this.spec, window = spelling.trim().match(/^jacobi(?:[ ,]+window=([0-9]+))?$/);
-    if (window) return jacobi(this.policy, window[1] ? Number(window[1]) : null);
+    if (window) return jacobi(this.policy, this.lookup, window[1] ? Number(window[1]) : null);
     return scheduled(Schedule.parse(spelling === "diagonal" ? "" : spelling, this.session.layout, order));
   }
 
