@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -19,6 +20,11 @@ from tests.worlds import random_world
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: no collection of garbage looks through them again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,7 +19,7 @@ from diagd.profiling.cost import read_model
 from diagd.runtime.load import load
 from diagd.runtime.slots import token_places
 
-CODES, FRAMES, LAYERS = 64, 4, 2
+CODES, FRAMES, LAYERS = 64, 4, 1
 BUDGET = ("--budget", "agreement=0,nll=0.05,psnr=0")
 """Random weights: logits are too even for the most probable token to mean much."""
 
