@@ -254,7 +254,8 @@ def captured(form: Any) -> Callable[..., Any]:
 
 def stored_weights(bundle: Bundle, family: Family) -> Mapping[str, Any]:
     """The transformer's weights, mapped from their file: a graph would lack norms whose gains are equal."""
-    from diagd.export.exporter import WEIGHTS_NAME, Exporter, GraphOptions
+    from diagd.export.exporter import Exporter, GraphOptions
+    from diagd.export.weights import WEIGHTS_NAME
 
     placements = Exporter(family, GraphOptions((Form.MODERN,), "fp16"), pixels=False)._placements
     return {

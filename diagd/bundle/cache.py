@@ -18,7 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diagd.bundle.files import clear_leftovers, host, is_unfinished, sha256, sync, turn, unfinished_name
+from diagd.bundle.files import (
+    clear_leftovers,
+    host,
+    is_unfinished,
+    remove,
+    sha256,
+    sync,
+    turn,
+    unfinished_name,
+)
 from diagd.errors import DiagdError
 
 ENTRY_NAME = "entry.json"
@@ -326,10 +335,7 @@ def _discard(path: Path | None) -> None:
     if path is None:
         return
     try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
     except OSError as error:
         _LOG.debug("cannot remove %s: %s", path, error)
 

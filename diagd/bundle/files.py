@@ -225,16 +225,17 @@ def clear_leftovers(path: Path) -> None:
     unfinished = {run for _, run, kind in left if kind == "partial"}
     for entry, run, kind in sorted(left, key=lambda one: one[2], reverse=True):
         if kind == "retired" and (run in unfinished or not path.exists()):
-            _remove(path)  # what is there, if anything, is the rest of it
+            remove(path)  # what is there, if anything, is the rest of it
             entry.replace(path)
             _LOG.warning("put back %s, which a run that was killed had moved away", path)
             continue
-        _remove(entry)
+        remove(entry)
         _LOG.warning("removed %s, left by a run that was killed", entry)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """Remove a file or link, or a folder with all that can be removed, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

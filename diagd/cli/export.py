@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -87,13 +88,14 @@ def run(options: ExportOptions) -> int:
         _print_plan(console, Exporter(family, options.graphs, options.pixels), output)
         return 0
     try:
-        result = export(family, options.graphs, options.sources(family), output, Progress(console))
+        began = time.perf_counter()
+        made = export(family, options.graphs, options.sources(family), output, Progress(console))
     except KeyboardInterrupt:
         if is_resumable(output):
             console.print("the weights so far are kept: the same command goes on where this one stopped")
         raise
-    size = result.bytes / 1e6
-    console.print(f"exported {options.model} in {result.seconds:.1f} s: {size:,.1f} MB at {result.path}")
+    seconds = time.perf_counter() - began
+    console.print(f"exported {options.model} in {seconds:.1f} s: {made.size / 1e6:,.1f} MB at {made.path}")
     return 0
 
 

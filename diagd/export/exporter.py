@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from diagd.bundle import atomic_bundle, seal
+from diagd.bundle import Bundle, atomic_bundle, seal
 from diagd.bundle.manifest import (
     CacheShape,
     GraphWeights,
@@ -42,15 +42,21 @@ from diagd.export.options import GraphOptions
 from diagd.export.step_graph import step_tensors, trace_step, trace_text
 from diagd.export.tracing import link_weights, save
 from diagd.export.transformer import position_tables
-from diagd.export.weights import ResumableWeights, WeightSource, export_key, shown_source, source_digest
+from diagd.export.weights import (
+    WEIGHTS_NAME,
+    ResumableWeights,
+    WeightSource,
+    export_key,
+    shown_source,
+    source_digest,
+)
 from diagd.progress import Progress
-from diagd.schedule import StreamLayout, default_widths, slots_needed
+from diagd.schedule import default_widths, slots_needed
 from diagd.version import __version__
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-WEIGHTS_NAME = "weights.bin"
 TEXT_GRAPH = "text.onnx"
 
 TRACING_BYTES = 700_000_000
@@ -86,13 +92,7 @@ class ExportPlan:
 
 
 class Exporter:
-    """Writes bundles of one model.
-
-    Args:
-        family: the model.
-        options: which graphs.
-        pixels: write the tokenizer's graphs, where the family has one.
-    """
+    """Writes bundles of one model, with the tokenizer's graphs where ``pixels`` are wanted and it has one."""
 
     def __init__(self, family: Family, options: GraphOptions, pixels: bool = True) -> None:
         self.family, self.options = family, options
@@ -116,15 +116,10 @@ class Exporter:
         return ExportPlan(files, TRACING_BYTES + int(largest) * BYTES_PER_ELEMENT)
 
     def run(self, sources: Sources, output: Path, progress: Progress) -> Manifest:
-        """Write the bundle at ``output``; nothing is left of a failed attempt.
+        """Write the bundle at ``output``; one that is there is replaced when everything is written.
 
-        An attempt that is interrupted leaves its weights beside the bundle, hidden: the same export goes on
-        with them.
-
-        Args:
-            sources: tensors of the model.
-            output: directory to make; a bundle there is replaced when everything is written.
-            progress: where to report.
+        Nothing is left of a failed attempt. One that is interrupted leaves its weights beside the bundle,
+        hidden: the same export goes on with them.
 
         Raises:
             CheckpointError: the checkpoint does not fit.
@@ -135,21 +130,24 @@ class Exporter:
         if self._tokenizer and sources.tokenizer is not None:
             check(sources.tokenizer, self._tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
         self._check_disk(output)
-        ResumableWeights.recover(place, WEIGHTS_NAME)
-        with atomic_bundle(place) as directory:
-            partial = self._write_weights(place, sources.transformer, progress)
-            with partial.placed_at(directory / WEIGHTS_NAME):
-                manifest = self._write_rest(directory, sources, progress)
-        partial.discard()
-        return manifest
+        with ExitStack() as until_in_place, atomic_bundle(place) as directory:
+            partial = ResumableWeights(place, export_key(sources.transformer, self._placements))
+            until_in_place.enter_context(partial)
+            self._write_weights(partial, sources.transformer, progress)
+            return self._write_rest(directory, partial, sources, progress)
 
-    def _write_rest(self, directory: Path, sources: Sources, progress: Progress) -> Manifest:
-        """Graphs, tokenizer and manifest beside the weights."""
+    def _write_rest(
+        self, directory: Path, partial: ResumableWeights, sources: Sources, progress: Progress
+    ) -> Manifest:
+        """Graphs, tokenizer, the weights and the manifest."""
+        tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, partial.path.parent)
         files = {graph.file: graph for graph in self._graphs}  # one file serves every width
         for graph in progress.each(list(files.values()), "tracing step graphs"):
-            self._write_graph(directory / graph.file, graph)
+            save(link_weights(self._trace(graph), tensors), directory / graph.file)
         read = {file: read_onnx(directory / file).weights for file in files}
-        text = self._write_text(directory / TEXT_GRAPH)
+        if self.family.transformer.text:
+            traced = trace_text(self.family.transformer, TORCH_TYPES[self.options.precision])
+            save(link_weights(traced, tensors), directory / TEXT_GRAPH)
         tokenizer = None
         if self._tokenizer and sources.tokenizer is not None:
             total = sum(p.length for p in tokenizer_graphs.placements(self._tokenizer).values())
@@ -157,20 +155,18 @@ class Exporter:
                 tokenizer = tokenizer_graphs.write_tokenizer(
                     self._tokenizer, sources.tokenizer, directory, advance
                 )
+        partial.place(directory / WEIGHTS_NAME)
         with progress.task("hashing"):
-            return seal(directory, self._manifest(sources, read, tokenizer, text))
-
-    @property
-    def _layout(self) -> StreamLayout:
-        return self.family.transformer.layout
+            return seal(directory, self._manifest(sources, read, tokenizer))
 
     def _step_graphs(self) -> list[StepGraph]:
         """Records of the graphs to be, whose weights are not known yet."""
+        layout = self.family.transformer.layout
         window = self.options.window or self.family.transformer.context_frames
-        widths = sorted(self.options.widths or default_widths(self._layout))
+        widths = sorted(self.options.widths or default_widths(layout))
         streams = self.options.streams
         # lanes that take no part in a pass write behind the slots of their streams
-        slots = slots_needed(self._layout, window, widths[-1] * (2 if streams > 1 else 1))
+        slots = slots_needed(layout, window, widths[-1] * (2 if streams > 1 else 1))
         capacity = -(-slots // 64) * 64
         unknown = GraphWeights(files=(), streamed=0, looked_up=0)
         return [
@@ -197,55 +193,28 @@ class Exporter:
                 "free some space or give another --output"
             )
 
-    def _write_weights(self, output: Path, source: Checkpoint, progress: Progress) -> ResumableWeights:
+    def _write_weights(self, partial: ResumableWeights, source: Checkpoint, progress: Progress) -> None:
         sources: dict[str, WeightSource] = {
             f"transformer.{name}": weight for name, weight in self.family.weights(source).items()
         }
         for name, table in position_tables(self.family.transformer).items():
             sources[f"transformer.{name}"] = weights.constant(table.numpy())
         total = sum(p.length for p in self._placements.values())
-        partial = ResumableWeights(output, export_key(source, self._placements))
-        try:
-            with progress.bytes("weights", total) as advance:
-                weights.write(
-                    partial.path, self._placements, sources, advance, partial.done, partial.finished
-                )
-        except Exception:
-            partial.discard()
-            raise
-        except BaseException:  # interrupted: the same export goes on with what is finished
-            partial.sync()
-            raise
-        return partial
+        with progress.bytes("weights", total) as advance:
+            weights.write(partial.path, self._placements, sources, advance, partial.done, partial.finished)
+        partial.sync()
 
-    def _write_graph(self, file: Path, graph: StepGraph) -> None:
-        model = trace_step(
+    def _trace(self, graph: StepGraph) -> ir.Model:
+        return trace_step(
             self.family.transformer,
             graph.form,
             dtype=TORCH_TYPES[self.options.precision],
             capacity=graph.capacity or 0,
             streams=graph.streams,
         )
-        self._save(model, file)
-
-    def _write_text(self, file: Path) -> TextConditioning | None:
-        if (text := self.family.transformer.text) is None:
-            return None
-        self._save(trace_text(self.family.transformer, TORCH_TYPES[self.options.precision]), file)
-        return TextConditioning(
-            graph=file.name, weight_files=(WEIGHTS_NAME,), length=text.length, width=text.width
-        )
-
-    def _save(self, model: ir.Model, file: Path) -> None:
-        tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, file.parent)
-        save(link_weights(model, tensors), file)
 
     def _manifest(
-        self,
-        sources: Sources,
-        read: Mapping[str, GraphWeights],
-        tokenizer: Tokenizer | None,
-        text: TextConditioning | None,
+        self, sources: Sources, read: Mapping[str, GraphWeights], tokenizer: Tokenizer | None
     ) -> Manifest:
         family, config, source = self.family, self.family.transformer, sources.transformer.source
         return Manifest(
@@ -266,7 +235,14 @@ class Exporter:
             ),
             actions=family.actions,
             tokenizer=tokenizer,
-            text=text,
+            text=TextConditioning(
+                graph=TEXT_GRAPH,
+                weight_files=(WEIGHTS_NAME,),
+                length=config.text.length,
+                width=config.text.width,
+            )
+            if config.text
+            else None,
             frames_per_second=family.frames_per_second,
             graphs=tuple(g.model_copy(update={"weights": read[g.file]}) for g in self._graphs),
             provenance=Provenance(
@@ -301,11 +277,8 @@ def open_sources(
 ) -> Sources:
     """Tensors of a released or trained model.
 
-    Args:
-        family: the model.
-        checkpoint: file, folder or ``hf://`` address; None: the family's own.
-        tokenizer: likewise for the tokenizer; None: the family's own, else the checkpoint itself.
-        pixels: whether the tokenizer is wanted; where it is not, it is not looked for.
+    ``checkpoint`` is a file, folder or ``hf://`` address; None: the family's own. ``tokenizer`` likewise;
+    None: the family's own, else the checkpoint itself. Without ``pixels`` none is looked for.
 
     Raises:
         UsageError: the family ships no weights and none are given.
@@ -325,21 +298,9 @@ def open_sources(
     return Sources(select(opened, family.rename), images)
 
 
-@dataclass(frozen=True)
-class ExportResult:
-    """A finished export."""
-
-    path: Path
-    bytes: int
-    seconds: float
-
-
 def export(
     family: Family, options: GraphOptions, sources: Sources, output: Path, progress: Progress | None = None
-) -> ExportResult:
+) -> Bundle:
     """Export a model to ``output``; see ``Exporter.run``."""
-    began = time.perf_counter()
     exporter = Exporter(family, options, pixels=sources.tokenizer is not None)
-    manifest = exporter.run(sources, output, progress or Progress())
-    written = sum(record.bytes for record in manifest.files.values())
-    return ExportResult(output, written, time.perf_counter() - began)
+    return Bundle(output, exporter.run(sources, output, progress or Progress()))

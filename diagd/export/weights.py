@@ -10,7 +10,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import cache
-from diagd.bundle.files import leftovers, turn
+from diagd.bundle.files import remove
 from diagd.errors import CheckpointError
 from diagd.export.checkpoints import Checkpoint, TensorHandle
 from diagd.export.tracing import FOLD_LIMIT
@@ -29,6 +28,7 @@ from diagd.version import __version__
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+WEIGHTS_NAME = "weights.bin"
 
 ALIGNMENT = 4096
 """Bytes; a page, so that each tensor can be mapped on its own."""
@@ -137,13 +137,9 @@ def write(
 ) -> None:
     """Stream every tensor to its place; memory stays at a few chunks whatever the model's size.
 
-    Args:
-        path: file to create, or to go on with.
-        placements: from ``plan``.
-        sources: a source for each placement, converted to the placement's dtype.
-        progress: called with the bytes written by each chunk.
-        done: tensors that the file holds already.
-        finished: called with the name and the bytes of each tensor that is written.
+    Sources are converted to the dtypes of their placements. ``progress`` is called with the bytes of each
+    chunk, ``finished`` with the name and the bytes of each tensor; those that are ``done`` lie in the file
+    already.
     """
     import onnx_ir as ir
 
@@ -166,10 +162,7 @@ def store(
 ) -> dict[str, ir.TensorProtocol]:
     """Write tensors for the graphs of a directory: small ones lie in the graph, the others in the file.
 
-    Args:
-        path: file to make, where there is anything to write.
-        sources: by name; read in order, the small ones last.
-        progress: called with the bytes written by each chunk.
+    They are read in order, the small ones last; there is no file where all are small.
     """
     import onnx_ir as ir
 
@@ -226,106 +219,81 @@ def external_tensors(
 
 
 class ResumableWeights:
-    """A weights file beside the bundle to be, with a journal of the tensors that are complete.
+    """A weights file in a hidden folder beside the bundle to be, with a journal of its complete tensors.
 
-    One with another ``key``, of what is exported, is started anew.
+    One with another ``key``, of what is exported, is started anew. As a context it is gone at the end, or
+    stays for the same export where that is interrupted.
     """
 
     def __init__(self, output: Path, key: str) -> None:
         self.path = self.path_of(output)
         self._journal = self.path.with_suffix(".journal")
-        self._key = key
         self._pending: list[str] = []
         self._pending_bytes = 0
-        self.done = self._read()
+        self.done = self._read(key)
 
     @staticmethod
     def path_of(output: Path) -> Path:
         """Where the weights of a bundle at ``output`` are until it is whole."""
-        return output.with_name(f".{output.name}.weights.partial")
+        return output.with_name(f".{output.name}.weights.partial") / WEIGHTS_NAME
 
     def finished(self, name: str, size: int) -> None:
         """Note that a tensor was written."""
         self._pending.append(name)
         self._pending_bytes += size
         if self._pending_bytes >= SYNC_BYTES:
-            self._sync()
+            self.sync()
 
     def sync(self) -> None:
         """Have all that is finished on the disk, and noted."""
-        if self._pending:
-            self._sync()
-
-    @contextmanager
-    def placed_at(self, path: Path) -> Iterator[None]:
-        """Put the complete file in its place; it comes back if the block is interrupted.
-
-        Until ``discard`` the journal tells which file it is: ``recover`` finds it if the run is killed.
-        """
-        self.sync()
-        self._note({"placed": _stamp(self.path)})
-        self.path.replace(path)
-        try:
-            yield
-        except Exception:
-            self.discard()
-            raise
-        except BaseException:
-            path.replace(self.path)
-            raise
-
-    @classmethod
-    def recover(cls, output: Path, name: str) -> None:
-        """Take back the file ``name`` that a killed run had placed in the bundle it was making."""
-        home = cls.path_of(output)
-        with turn(output):
-            notes = _notes(home.with_suffix(".journal"))[1]
-            for entry, _, _ in leftovers(output) if notes else ():
-                file = entry / name
-                if file.is_file() and notes[-1].get("placed") == _stamp(file):
-                    file.replace(home)
-
-    def discard(self) -> None:
-        """Forget everything."""
-        self.path.unlink(missing_ok=True)
-        self._journal.unlink(missing_ok=True)
-
-    def _read(self) -> set[str]:
-        key, notes = _notes(self._journal)
-        sizes = [note["bytes"] for note in notes if "bytes" in note]
-        if key == self._key and sizes and self.path.is_file() and self.path.stat().st_size >= sizes[-1]:
-            return {name for note in notes for name in note.get("tensors", ())}
-        self.discard()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
-        self._journal.write_text(self._key + "\n", encoding="utf-8")
-        return set()
-
-    def _sync(self) -> None:
+        if not self._pending:
+            return
         with self.path.open("r+b") as file:
             os.fsync(file.fileno())
             size = os.fstat(file.fileno()).st_size
-        self._note({"tensors": self._pending, "bytes": size})
+        with self._journal.open("a", encoding="utf-8") as journal:
+            journal.write(json.dumps([size, self._pending]) + "\n")
         self._pending, self._pending_bytes = [], 0
 
-    def _note(self, note: dict[str, Any]) -> None:
-        with self._journal.open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(note) + "\n")
+    def place(self, path: Path) -> None:
+        """Give the complete file a second name."""
+        try:
+            os.link(self.path, path)
+        except OSError:  # no hard links here: an export that is stopped from now on is done again
+            self.path.replace(path)
+
+    def discard(self) -> None:
+        """Forget everything."""
+        remove(self.path.parent)
+
+    def __enter__(self) -> ResumableWeights:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self.discard()
+        else:
+            self.sync()
+
+    def _read(self, key: str) -> set[str]:
+        known, notes = _notes(self._journal)
+        if known == key and notes and self.path.is_file():
+            status = self.path.stat()
+            if status.st_size >= notes[-1][0] and status.st_nlink == 1:  # else it lies in a whole bundle
+                return {name for _, names in notes for name in names}
+        self.discard()
+        self.path.parent.mkdir(parents=True)
+        self._journal.write_text(key + "\n", encoding="utf-8")
+        return set()
 
 
-def _notes(journal: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The key of a journal and its notes; none where it is not as it was written."""
+def _notes(journal: Path) -> tuple[str, list[tuple[int, list[str]]]]:
+    """The key of a journal, and its sizes of the file with the tensors since; none where it is damaged."""
     try:
         key, *lines = journal.read_text(encoding="utf-8").splitlines()
-        return key, [dict(json.loads(line)) for line in lines]
+        return key, [(int(size), list(names)) for size, names in map(json.loads, lines)]
     except (OSError, ValueError, TypeError, RecursionError):
         return "", []
-
-
-def _stamp(file: Path) -> list[int]:
-    """What tells a file from others whatever its name."""
-    status = file.stat()
-    return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def is_resumable(output: Path) -> bool:

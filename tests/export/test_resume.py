@@ -49,12 +49,10 @@ def write(output: Path, checkpoint: Checkpoint, stop_at: str | None, error: Base
 
         return WeightSource(SHAPE, chunks)
 
-    partial = ResumableWeights(output, export_key(checkpoint, places))
     sources = {name: source(name) for name in places}
-    weights.write(partial.path, places, sources, done=partial.done, finished=partial.finished)
-    with partial.placed_at(output):
-        pass
-    partial.discard()
+    with ResumableWeights(output, export_key(checkpoint, places)) as partial:
+        weights.write(partial.path, places, sources, done=partial.done, finished=partial.finished)
+        partial.place(output)
     return read
 
 
