@@ -48,10 +48,8 @@ def small_wham(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from diagd.export.families import wham
     from tests.export.released import random_tensors
 
-    pixels = wham.graphs(
-        wham.WhamVitConfig(
-            height=18, width=30, patch=6, hidden=16, layers=1, head_size=8, code_width=4, codes=64
-        )
+    pixels = wham.WhamVitConfig(
+        height=18, width=30, patch=6, hidden=16, layers=1, head_size=8, code_width=4, codes=64
     )
     config = wham.transformer_config(grid=(3, 5), codes=64, frames=4, hidden=32, layers=1, heads=2, bias=True)
     family = wham.family("small-wham", wham.Variant(config, norm_weights=True, tokenizer=pixels))

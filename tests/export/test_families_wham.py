@@ -61,7 +61,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> Path:
     """A release: the transformer, its tied head, the image tokenizer with masks and a discriminator."""
     state = {f"predictor.gpt_model.{name}": tensor for name, tensor in tensors.items()}
     state["predictor.gpt_model.lm_head.weight"] = state["predictor.gpt_model.transformer.wte.weight"]
-    images = random_tensors(wham.graphs(VIT).expected_shapes(), seed=1)
+    images = random_tensors(VIT.expected_shapes(), seed=1)
     images["encoder.vit.0.attn.attn_mask"] = torch.ones(1, 1, 12, 12)
     images["patch_gan.main.0.weight"] = torch.ones(2, 2)
     state |= {f"context_encoders.images.{name}": tensor for name, tensor in images.items()}
@@ -103,7 +103,7 @@ def test_dimensions_are_read_off_the_checkpoint(case: Case) -> None:
     assert (config.context_frames, config.vocabulary, config.layers) == (FRAMES, VIT.codes + 68, LAYERS)
     assert tokenizer is not None
     assert (tokenizer.height, tokenizer.width, tokenizer.grid) == (28, 40, GRID)
-    assert tokenizer.expected_shapes() == wham.graphs(VIT).expected_shapes()
+    assert tokenizer.expected_shapes() == VIT.expected_shapes()
     actions = case.family.actions
     assert actions is not None
     assert actions.slots[0].none == VIT.codes

@@ -19,7 +19,7 @@ from diagd.export.checkpoints import RandomCheckpoint
 from diagd.export.known_graphs import KIND
 from diagd.export.step_graph import StepVariant, trace_step
 from diagd.export.tokenizer_graphs import FILES, write_tokenizer
-from diagd.export.tokenizers.base import patch_graphs
+from diagd.export.tokenizers.base import PatchGraphs
 from diagd.export.tracing import trace
 from diagd.schedule import StreamLayout
 from tests.oracles.models import small_model
@@ -131,7 +131,7 @@ def test_graphs_of_a_tokenizer_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
 
     def written(height: int, name: str) -> list[bytes]:
-        graphs, folder = patch_graphs(height, 12, codes=16, side=4), tmp_path / name
+        graphs, folder = PatchGraphs(height, 12, codes=16, side=4), tmp_path / name
         folder.mkdir()
         source = RandomCheckpoint(graphs.expected_shapes(), seed=0)
         write_tokenizer(graphs, source, folder, lambda _: None)

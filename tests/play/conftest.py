@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diagd.export.exporter import GraphOptions, export, random_sources
-from diagd.export.families.cosmos import CosmosDvConfig, graphs
+from diagd.export.families.cosmos import CosmosDvConfig
 from diagd.play.controls import Inputs, read_controls
 from diagd.play.fleet import LocalFleet
 from diagd.play.game import Game
@@ -36,7 +36,7 @@ def temporal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = CosmosDvConfig(
         height=16, width=32, stem_channels=4, channels=(4, 8), res_blocks=1, latent_channels=4
     )
-    family = replace(small_family(small_model(StreamLayout(2, 4), layers=1)), tokenizer=graphs(sizes))
+    family = replace(small_family(small_model(StreamLayout(2, 4), layers=1)), tokenizer=sizes)
     path = tmp_path_factory.mktemp("temporal") / "temporal.diagd"
     return export(family, GraphOptions(), random_sources(family, 0), path).path
 

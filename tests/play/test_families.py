@@ -13,7 +13,7 @@ from diagd.bundle import Bundle
 from diagd.bundle.transformer import TransformerConfig, linear_rotary
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import mineworld
-from diagd.export.tokenizers.vqgan import VqganConfig, mineworld_graphs
+from diagd.export.tokenizers.vqgan import VqganConfig
 from diagd.play.opening import GameOptions, open_replay
 from diagd.play.record import Played, replay
 from diagd.runtime.actions import describe
@@ -59,8 +59,9 @@ def small_mineworld(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         latent_channels=8,
         code_width=8,
         codes=mineworld.VISUAL_CODES,
+        diffusers=True,
     )
-    family = replace(mineworld.family("small-mineworld", config), tokenizer=mineworld_graphs(pixels))
+    family = replace(mineworld.family("small-mineworld", config), tokenizer=pixels)
     path = tmp_path_factory.mktemp("mineworld") / "mineworld.diagd"
     return Bundle.open(export(family, GraphOptions(), random_sources(family, 0), path).path)
 

@@ -14,14 +14,14 @@ from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.exporter import GraphOptions, export, random_sources
-from diagd.export.families.cosmos import CosmosDvConfig, graphs
+from diagd.export.families.cosmos import CosmosDvConfig
 from diagd.runtime.pixels import PixelCodec
 from diagd.schedule import StreamLayout
 from tests.models import small_family
 from tests.oracles.models import small_model
 
-TOKENIZER = graphs(
-    CosmosDvConfig(height=16, width=32, stem_channels=4, channels=(4, 8), res_blocks=1, latent_channels=4)
+TOKENIZER = CosmosDvConfig(
+    height=16, width=32, stem_channels=4, channels=(4, 8), res_blocks=1, latent_channels=4
 )
 
 

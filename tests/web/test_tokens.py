@@ -19,7 +19,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.sampler import sample
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import find
-from diagd.export.families.cosmos import CosmosDvConfig, graphs
+from diagd.export.families.cosmos import CosmosDvConfig
 from diagd.play.controls import Inputs, default_controls
 from diagd.runtime.decoders import lookup
 from diagd.runtime.decoders.lookup import LookupDraft
@@ -358,7 +358,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         height=16, width=32, stem_channels=4, channels=(4, 8), res_blocks=1, latent_channels=4
     )
     model = small_model(StreamLayout(2, 4, prefix=1), layers=1, context_frames=4, rotary=False)
-    family = replace(small_family(model), tokenizer=graphs(sizes))
+    family = replace(small_family(model), tokenizer=sizes)
     path = tmp_path_factory.mktemp("learned") / "learned.diagd"
     return export(family, GraphOptions(), random_sources(family, 0), path).path
 

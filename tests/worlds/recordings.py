@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diagd.export.tokenizers.base import patch_graphs
+from diagd.export.tokenizers.base import PatchGraphs
 from diagd.tuning.recordings import Episode, FrameEncoder, check_recipe, save_episode, shard_path
 
 ROWS, COLUMNS, PATCH = 3, 4, 4
@@ -37,5 +37,5 @@ def record_stripes(folder: Path, episodes: int, frames: int) -> Path:
 def patch_encoder(codebook: np.ndarray, rows: int = ROWS, columns: int = COLUMNS) -> FrameEncoder:
     """The nearest entry of a codebook uint8 [codes, p, p, 3] for each of rows x columns patches."""
     side = codebook.shape[1]
-    graphs = patch_graphs(rows * side, columns * side, len(codebook), side)
+    graphs = PatchGraphs(rows * side, columns * side, len(codebook), side)
     return FrameEncoder.of_graphs(graphs, {"codebook": torch.from_numpy(codebook)})

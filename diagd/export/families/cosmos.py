@@ -18,7 +18,7 @@ from diagd.bundle.manifest import ClipRules, IdRange, SamplingRules
 from diagd.bundle.transformer import TextShape, TransformerConfig, grid_rotary
 from diagd.errors import UsageError
 from diagd.export.families.family import Family, Names, named_rules
-from diagd.export.tokenizers.base import TokenizerGraphs, VqganSizes
+from diagd.export.tokenizers.base import VqganSizes
 from diagd.schedule import StreamLayout
 
 TEMPORAL_FACTOR = 8
@@ -84,34 +84,27 @@ class CosmosDvConfig(VqganSizes):
     latent_channels: int = 16
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
 
+    network = "diagd.export.tokenizers.cosmos_dv_network"
+    temporal_factor = TEMPORAL_FACTOR
+    chunk_frames = 33
+    cover = True
+    finest = HAAR_SIDE
+
     @property
-    def finest(self) -> int:
-        """Pixels of a coefficient of the Haar transform."""
-        return HAAR_SIDE
+    def codes(self) -> int:
+        """All combinations of levels."""
+        return math.prod(self.levels)
 
+    @property
+    def parameters(self) -> int | None:
+        """Known of the default sizes."""
+        return PARAMETERS if self == CosmosDvConfig() else None
 
-def rename(name: str) -> str | None:
-    """Parameter name of a key of encoder.jit, decoder.jit or autoencoder.jit; derived buffers give None."""
-    weights = name.endswith((".weight", ".bias"))
-    known = name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
-    return name if weights and known else None
-
-
-def graphs(config: CosmosDvConfig) -> TokenizerGraphs:
-    """Encoder and decoder of ``config`` for the exporter."""
-    return TokenizerGraphs(
-        height=config.height,
-        width=config.width,
-        grid=config.grid,
-        codes=math.prod(config.levels),
-        temporal_factor=TEMPORAL_FACTOR,
-        chunk_frames=33,
-        network="diagd.export.tokenizers.cosmos_dv_network",
-        config=config,
-        parameters=PARAMETERS if config == CosmosDvConfig() else None,
-        rename=rename,
-        cover=True,
-    )
+    def rename(self, name: str) -> str | None:
+        """Parameter name of a key of encoder.jit, decoder.jit or autoencoder.jit; None for buffers."""
+        weights = name.endswith((".weight", ".bias"))
+        known = name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+        return name if weights and known else None
 
 
 @dataclass(frozen=True)
@@ -189,7 +182,7 @@ def family(
         licence="code Apache-2.0; weights NVIDIA Open Model License",
         origin=f"{SIZES[name].repository} on the Hugging Face Hub" if name in SIZES else "a checkpoint",
         clips=ClipRules(frames=9, last=True, single=SINGLE),
-        tokenizer=graphs(tokenizer or CosmosDvConfig()),
+        tokenizer=tokenizer or CosmosDvConfig(),
         default_checkpoint=checkpoint,
         default_tokenizer=TOKENIZER,
     )

@@ -65,15 +65,11 @@ class Family:
     """One exportable model.
 
     Attributes:
-        name: what users type, such as ``mineworld-300m``.
-        family: the group it belongs to.
-        title: one line for listings.
-        transformer: dimensions and options.
+        name, family: what users type, such as ``mineworld-300m``, and the group it belongs to.
         rules: how its weights are found in a released checkpoint.
         prefixes: stripped from checkpoint names, first match; other names are not the transformer's.
         ignored: endings of names that are left out.
-        sampling, order, decoder, actions, clips, mark, frames_per_second: what the manifest says.
-        licence: of the weights.
+        sampling, order, decoder, actions, clips, mark, frames_per_second, licence: what the manifest says.
         origin: where the weights come from, and whether they can still be had.
         tokenizer: pixel graphs, and how their tensors are found in a checkpoint.
         default_checkpoint, default_tokenizer: used where the caller names none.
@@ -154,13 +150,9 @@ def named_rules(config: TransformerConfig, names: Names) -> tuple[TensorRule, ..
             continue
         sources = [name.replace("*", number) for name in ([found] if isinstance(found, str) else found)]
         matrix = len(shape) == 2 and not part.endswith("embedding")  # embeddings are read by row
-        # q, k and v, or equal parts
-        fused = len(sources) == 3
-        ends = (
-            [config.query_width, *[config.key_width] * 2]
-            if fused
-            else [shape[-1] // len(sources)] * len(sources)
-        )
+        ends = [shape[-1] // len(sources)] * len(sources)
+        if len(sources) == 3:  # q, k and v; others are equal parts
+            ends = [config.query_width, config.key_width, config.key_width]
         shapes = [(end, shape[0]) for end in ends] if matrix else [shape]
         rules.append(TensorRule(target, tuple(zip(sources, shapes, strict=True)), transpose=matrix))
     return tuple(rules)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Final
 
 from diagd.bundle.actions import (
@@ -52,40 +52,34 @@ _KEYS: Final = {
 } | {name.removeprefix("hotbar."): name for name in _HOTBAR}
 
 
-@dataclass(frozen=True)
-class _Size:
-    hidden: int
-    feed_forward: int
-    heads: int
-    frames: int
+_300M: Final = TransformerConfig(
+    layout=LAYOUT,
+    context_frames=16,
+    vocabulary=VOCABULARY,
+    output_vocabulary=VOCABULARY,
+    hidden=1024,
+    feed_forward=4096,
+    layers=20,
+    heads=16,
+    kv_heads=4,
+    head_size=HEAD_SIZE,
+    rotary=linear_rotary(HEAD_SIZE, 10_000.0),
+)
+_700M: Final = replace(_300M, hidden=2048, heads=32)
+_1200M: Final = replace(_700M, feed_forward=8192)
 
-
-SIZES = {
-    "mineworld-300m": _Size(1024, 4096, 16, 16),
-    "mineworld-700m": _Size(2048, 4096, 32, 16),
-    "mineworld-700m-32f": _Size(2048, 4096, 32, 32),
-    "mineworld-1200m": _Size(2048, 8192, 32, 16),
-    "mineworld-1200m-32f": _Size(2048, 8192, 32, 32),
+SIZES: Final = {
+    "mineworld-300m": _300M,
+    "mineworld-700m": _700M,
+    "mineworld-700m-32f": replace(_700M, context_frames=32),
+    "mineworld-1200m": _1200M,
+    "mineworld-1200m-32f": replace(_1200M, context_frames=32),
 }
 
 
 def build(name: str, checkpoint: str | None = None) -> Family:
     """One of the released sizes; their dimensions are not read from the checkpoint."""
-    size = SIZES[name]
-    config = TransformerConfig(
-        layout=LAYOUT,
-        context_frames=size.frames,
-        vocabulary=VOCABULARY,
-        output_vocabulary=VOCABULARY,
-        hidden=size.hidden,
-        feed_forward=size.feed_forward,
-        layers=20,
-        heads=size.heads,
-        kv_heads=4,
-        head_size=HEAD_SIZE,
-        rotary=linear_rotary(HEAD_SIZE, 10_000.0),
-    )
-    return family(name, config)
+    return family(name, SIZES[name])
 
 
 def family(name: str, config: TransformerConfig) -> Family:
@@ -103,7 +97,7 @@ def family(name: str, config: TransformerConfig) -> Family:
         licence="code MIT; the weights' licence was never stated",
         origin="microsoft/mineworld on the Hugging Face Hub, withdrawn in May 2025: bring your own file",
         actions=mineworld_actions(),
-        tokenizer=vqgan.mineworld_graphs(),
+        tokenizer=vqgan.MINEWORLD,
     )
 
 

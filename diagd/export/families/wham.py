@@ -78,20 +78,14 @@ HEADS = {2304: 18, 1024: 16, 1792: 14, 3072: 24}
 
 
 @dataclass(frozen=True)
-class WhamVitConfig:
+class WhamVitConfig(TokenizerGraphs):
     """Sizes of the tokenizer.
 
     Frame size, patch and codes are those of the releases. Width, depth, head size and code width are stated
     in each checkpoint only (`infer_config`); their defaults are the base model of the ViT-VQGAN paper.
 
-    Attributes:
-        height, width: pixels of a frame.
-        patch: pixels of a patch along each axis.
-        hidden: width of the transformers.
-        layers: transformer blocks of the encoder, and of the decoder.
-        head_size: width of an attention head.
-        code_width: values per code.
-        codes: rows of the codebook.
+    ``patch``: pixels of a patch along each axis. ``layers``: of the encoder, and of the decoder.
+    ``code_width``: values per code.
     """
 
     height: int = 180
@@ -102,6 +96,8 @@ class WhamVitConfig:
     head_size: int = 64
     code_width: int = 32
     codes: int = 16384
+
+    network = "diagd.export.tokenizers.wham_vit_network"
 
     def __post_init__(self) -> None:
         if self.hidden % self.head_size:
@@ -116,37 +112,26 @@ class WhamVitConfig:
         return -(-self.height // self.patch), -(-self.width // self.patch)
 
     @property
+    def parameters(self) -> int | None:
+        """Known of the default sizes."""
+        return PARAMETERS if self == WhamVitConfig() else None
+
+    @property
     def patch_values(self) -> int:
         """Numbers in a patch."""
         return 3 * self.patch**2
 
-
-def rename(name: str) -> str | None:
-    """Parameter name of a key of the checkpoint; the discriminators and masks of training give None."""
-    parameter = name.removeprefix(KEY_PREFIX)
-    known = parameter.startswith(("encoder.", "decoder.", "vq_vae._embedding."))
-    return parameter if name != parameter and known and not parameter.endswith(".attn_mask") else None
-
-
-def graphs(config: WhamVitConfig) -> TokenizerGraphs:
-    """Encoder and decoder of ``config`` for the exporter."""
-    return TokenizerGraphs(
-        height=config.height,
-        width=config.width,
-        grid=config.grid,
-        codes=config.codes,
-        chunk_frames=8,
-        network="diagd.export.tokenizers.wham_vit_network",
-        config=config,
-        parameters=PARAMETERS if config == WhamVitConfig() else None,
-        rename=rename,
-    )
+    def rename(self, name: str) -> str | None:
+        """Parameter name of a key of the checkpoint; the discriminators and masks of training give None."""
+        parameter = name.removeprefix(KEY_PREFIX)
+        known = parameter.startswith(("encoder.", "decoder.", "vq_vae._embedding."))
+        return parameter if name != parameter and known and not parameter.endswith(".attn_mask") else None
 
 
 def infer_config(shapes: Shapes, height: int = 180, width: int = 300, head_size: int = 64) -> WhamVitConfig:
     """Sizes of a checkpoint; frame size and head size are stated in its ``model_spec``, not in tensors.
 
-    ``shapes`` are by parameter name (see `rename`).
+    ``shapes`` are by parameter name (see `WhamVitConfig.rename`).
 
     Raises:
         CheckpointError: a tensor is missing, or the number of positions does not fit the frame size.
@@ -187,13 +172,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """What a checkpoint decides.
-
-    Attributes:
-        config: dimensions.
-        norm_weights: norms inside the layers have parameters (block version 1).
-        tokenizer: of images; None if the checkpoint holds none.
-    """
+    """What a checkpoint decides; with ``norm_weights`` norms inside the layers have any (block version 1)."""
 
     config: TransformerConfig
     norm_weights: bool
@@ -210,7 +189,7 @@ def build(name: str, checkpoint: str | None = None) -> Family:
 
     size = SIZES[name]
     if checkpoint is None:
-        pixels = graphs(WhamVitConfig())
+        pixels = WhamVitConfig()
         frame = pixels.grid[0] * pixels.grid[1] + ACTION_TOKENS
         config = transformer_config(
             grid=pixels.grid,
@@ -268,7 +247,7 @@ def family(name: str, variant: Variant, checkpoint: str | None = None) -> Family
 def transformer_config(
     *, grid: tuple[int, int], codes: int, frames: int, hidden: int, layers: int, heads: int, bias: bool
 ) -> TransformerConfig:
-    """The dimensions that the others follow from."""
+    """All dimensions, from those that the others follow from."""
     return TransformerConfig(
         layout=StreamLayout(*grid, after=ACTION_TOKENS),
         context_frames=frames,
@@ -343,14 +322,13 @@ def infer_tokenizer(checkpoint: Checkpoint) -> TokenizerGraphs | None:
         value = settings.get(name)
         return value if isinstance(value, int) else default
 
-    shapes: Shapes = {name: h.shape for name, h in select(checkpoint, rename).items()}
+    shapes: Shapes = {name: h.shape for name, h in select(checkpoint, WhamVitConfig().rename).items()}
     if "encoder.proj1.weight" in shapes:
         height, width = setting("image_size_per_y_axis", 180), setting("image_size_per_x_axis", 300)
-        vit = infer_config(shapes, height, width, setting("head_size", 64))
-        return graphs(vit)
+        return infer_config(shapes, height, width, setting("head_size", 64))
     shapes = {name: h.shape for name, h in select(checkpoint, vqgan.taming_name).items()}
     if "quantize.embedding.weight" in shapes:
-        return vqgan.graphs(vqgan.infer_config(shapes, setting("resolution", 128)))
+        return vqgan.infer_config(shapes, setting("resolution", 128))
     return None
 
 

@@ -19,7 +19,7 @@ from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.transformer import Axis, Rotary, RotaryAxis, TransformerConfig, geometric_frequencies
 from diagd.errors import CheckpointError, UsageError, unknown
 from diagd.export.families.family import Family, identity_rules
-from diagd.export.tokenizers.base import TokenizerGraphs, grid_of, patch_graphs
+from diagd.export.tokenizers.base import PatchGraphs, TokenizerGraphs, grid_of
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
@@ -82,21 +82,24 @@ class CompactConfig:
         return math.prod(self.levels)
 
 
-def graphs(config: CompactConfig, height: int, width: int) -> TokenizerGraphs:
-    """Encoder and decoder for frames of ``height`` x ``width`` pixels.
+@dataclass(frozen=True)
+class CompactGraphs(TokenizerGraphs):
+    """The tokenizer at one frame size."""
 
-    Raises:
-        UsageError: these are no multiples of the pixels of a token.
-    """
-    return TokenizerGraphs(
-        height=height,
-        width=width,
-        grid=grid_of(height, width, config.factor),
-        codes=config.codes,
-        chunk_frames=64,
-        network="diagd.export.tokenizers.compact_network",
-        config=config,
-    )
+    sizes: CompactConfig
+
+    network = "diagd.export.tokenizers.compact_network"
+    chunk_frames = 64
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return grid_of(self.height, self.width, self.sizes.factor)
+
+    @property
+    def codes(self) -> int:
+        """Number of ids."""
+        return self.sizes.codes
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,8 @@ class WorldDescription:
         """Encoder and decoder of the frames."""
         size = self.rows * self.patch, self.columns * self.patch
         if self.tokenizer is not None:
-            return graphs(self.tokenizer, *size)
-        return patch_graphs(*size, self.codes, self.patch)
+            return CompactGraphs(*size, self.tokenizer)
+        return PatchGraphs(*size, self.codes, self.patch)
 
     def transformer_config(self) -> TransformerConfig:
         """Configuration of the transformer: rotary over (frame, row, column), a learned vector per slot.

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diagd.errors import CheckpointError, UsageError
 
@@ -24,40 +24,55 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class TokenizerGraphs:
-    """Encoder and decoder of one tokenizer at one frame size.
+    """Encoder and decoder of a tokenizer at one frame size; subclasses have what else they are made from.
 
     Attributes:
         height, width: pixels of a frame.
-        grid: rows and columns of tokens of one latent frame.
-        codes: size of the codebook; tokens are 0 .. codes - 1.
+        network: module of ``Encoder`` and ``Decoder``, imported when one is built, for it needs torch.
         temporal_factor: pixel frames per latent frame. Where it is more than 1 the first frame of every call
             is a latent frame by itself.
         chunk_frames: most pixel frames of one call; longer videos are cut into independent calls of that
             many, which bounds memory.
-        network: module of ``Encoder`` and ``Decoder``, imported when one is built, for it needs torch.
-        config: what they are made from.
-        rename: key of a released checkpoint to parameter name, or None for a tensor that is not used;
-            default: they are the same.
         cover: the released code scales pictures of another size evenly and keeps their centre; else it
             stretches them.
-        parameters: of both, where they are known without building them.
+
+    Raises:
+        UsageError: the frame is not made of whole tokens.
     """
 
     height: int
     width: int
-    grid: tuple[int, int]
-    codes: int
-    chunk_frames: int
-    network: str
-    config: object
-    rename: Callable[[str], str | None] = str
-    temporal_factor: int = 1
-    cover: bool = False
-    parameters: int | None = None
+
+    network: ClassVar[str]
+    temporal_factor: ClassVar[int] = 1
+    chunk_frames: ClassVar[int] = 8
+    cover: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _ = self.grid  # refuses frames that are not made of whole tokens
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of one latent frame."""
+        raise NotImplementedError
+
+    @property
+    def codes(self) -> int:
+        """Size of the codebook; tokens are 0 .. codes - 1."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> int | None:
+        """Of both networks, where they are known without building them."""
+        return None
+
+    def rename(self, name: str) -> str | None:
+        """Parameter name of a key of a released checkpoint; None for a tensor that is not used."""
+        return name
 
     def build(self, name: Literal["Encoder", "Decoder"]) -> nn.Module:
         """One of the two networks; it honours ``torch.device("meta")``."""
-        made: nn.Module = getattr(importlib.import_module(self.network), name)(self.config)
+        made: nn.Module = getattr(importlib.import_module(self.network), name)(self)
         return made
 
     def frames(self, latents: int) -> int:
@@ -80,43 +95,52 @@ class TokenizerGraphs:
 
 
 @dataclass(frozen=True)
-class VqganSizes:
-    """Frames of a tokenizer, and the VQGAN that maps them to latents and back.
+class VqganSizes(TokenizerGraphs):
+    """The VQGAN that maps frames to latents and back.
 
     Attributes:
-        height, width: pixels of a frame.
         stem_channels: channels of the first convolution (``ch``).
         channels: channels of each resolution level, finest first (``ch * ch_mult``); all but the last halve
             the size.
         res_blocks: residual blocks of an encoder level; a decoder level has one more.
         attention_levels: levels whose blocks are each followed by attention.
         latent_channels: channels between the network and the quantiser's convolution (``z_channels``).
+        finest: pixels along each side of a cell of the finest level.
     """
 
-    height: int
-    width: int
     stem_channels: int = 128
     channels: tuple[int, ...] = (128, 128, 256, 256, 512)
     res_blocks: int = 2
     attention_levels: tuple[int, ...] = ()
     latent_channels: int = 256
 
-    def __post_init__(self) -> None:
-        _ = self.grid  # refuses frames that are not made of whole tokens
-
-    @property
-    def finest(self) -> int:
-        """Pixels along each side of a cell of the finest level."""
-        return 1
+    finest: ClassVar[int] = 1
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens.
-
-        Raises:
-            UsageError: the frame is not made of whole ones.
-        """
+        """Rows and columns of tokens."""
         return grid_of(self.height, self.width, self.finest << (len(self.channels) - 1))
+
+
+@dataclass(frozen=True)
+class PatchGraphs(TokenizerGraphs):
+    """A codebook of patches of ``side`` x ``side`` pixels."""
+
+    codes: int = 512
+    side: int = 8
+
+    network = "diagd.export.tokenizers.patch_network"
+    chunk_frames = 64
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return grid_of(self.height, self.width, self.side)
+
+    @property
+    def parameters(self) -> int:
+        """All numbers of the codebook."""
+        return self.codes * self.side**2 * 3
 
 
 def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
@@ -128,25 +152,6 @@ def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
     if height % factor or width % factor:
         raise UsageError(f"frame height {height}, width {width}; both must be multiples of {factor}")
     return height // factor, width // factor
-
-
-def patch_graphs(height: int, width: int, codes: int, side: int) -> TokenizerGraphs:
-    """Encoder and decoder for ``height`` x ``width`` pixels, cut into patches of ``side`` x ``side``.
-
-    Raises:
-        UsageError: they cannot be.
-    """
-    shape = (codes, side, side, 3)
-    return TokenizerGraphs(
-        height=height,
-        width=width,
-        grid=grid_of(height, width, side),
-        codes=codes,
-        chunk_frames=64,
-        network="diagd.export.tokenizers.patch_network",
-        config=shape,
-        parameters=math.prod(shape),
-    )
 
 
 def loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -10,6 +10,7 @@ mixed-radix number whose first digit is the first channel. All arithmetic is flo
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -128,20 +129,16 @@ class Attention(nn.Module):
         return x + mixed
 
 
-class Middle(nn.Module):
+def middle(layers: Layers, channels: int, attends: Sequence[Attend]) -> nn.Module:
     """The coarsest level: block, attentions, block."""
-
-    def __init__(self, layers: Layers, channels: int, attends: Sequence[Attend]) -> None:
-        super().__init__()
-        attentions = [Attention(layers, channels, attend) for attend in attends]
-        self.block_1 = ResnetBlock(layers, channels, channels)
-        self.attn_1 = attentions[0] if len(attentions) == 1 else nn.Sequential(*attentions)
-        self.block_2 = ResnetBlock(layers, channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[T, C, H, W]`` to itself."""
-        mixed: Tensor = self.block_2(self.attn_1(self.block_1(x)))
-        return mixed
+    attentions = [Attention(layers, channels, attend) for attend in attends]
+    return nn.Sequential(
+        OrderedDict(
+            block_1=ResnetBlock(layers, channels, channels),
+            attn_1=attentions[0] if len(attentions) == 1 else nn.Sequential(*attentions),
+            block_2=ResnetBlock(layers, channels, channels),
+        )
+    )
 
 
 class Level(nn.Module):
@@ -169,69 +166,57 @@ class Level(nn.Module):
         return x
 
 
-class EncoderNetwork(nn.Module):
-    """From images to latents, through finer levels first; ``middle``: how those at the coarsest attend."""
+def encoder_network(layers: Layers, sizes: VqganSizes, inputs: int, attends: Sequence[Attend]) -> nn.Module:
+    """From images ``[T, inputs, H, W]`` to latents ``[T', latent, h, w]``, through finer levels first.
 
-    def __init__(self, layers: Layers, sizes: VqganSizes, inputs: int, middle: Sequence[Attend]) -> None:
-        super().__init__()
-        levels, last = sizes.channels, len(sizes.channels) - 1
-        before = (sizes.stem_channels, *levels)
-        self.conv_in = layers.conv(inputs, sizes.stem_channels)
-        self.down = nn.ModuleList(
-            Level(
-                layers,
-                [before[level]] + [width] * sizes.res_blocks,
-                attention=level in sizes.attention_levels,
-                **({"downsample": layers.down(width, level)} if level < last else {}),
-            )
-            for level, width in enumerate(levels)
+    ``attends``: how cells of the coarsest level attend.
+    """
+    levels, last = sizes.channels, len(sizes.channels) - 1
+    before = (sizes.stem_channels, *levels)
+    down = (
+        Level(
+            layers,
+            [before[level]] + [width] * sizes.res_blocks,
+            attention=level in sizes.attention_levels,
+            **({"downsample": layers.down(width, level)} if level < last else {}),
         )
-        self.mid = Middle(layers, levels[-1], middle)
-        self.norm_out = layers.norm(levels[-1])
-        self.conv_out = layers.conv(levels[-1], sizes.latent_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images ``[T, inputs, H, W]`` to latents ``[T', latent, h, w]``."""
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        latents: Tensor = self.conv_out(functional.silu(self.norm_out(self.mid(x))))
-        return latents
-
-
-class DecoderNetwork(nn.Module):
-    """From latents to images, through coarser levels first."""
-
-    def __init__(self, layers: Layers, sizes: VqganSizes, outputs: int, middle: Sequence[Attend]) -> None:
-        super().__init__()
-        levels = sizes.channels
-        before = (*levels[1:], levels[-1])
-        self.conv_in = layers.conv(sizes.latent_channels, levels[-1])
-        self.mid = Middle(layers, levels[-1], middle)
-        self.up = nn.ModuleList(
-            Level(
-                layers,
-                [before[level]] + [width] * (sizes.res_blocks + 1),
-                attention=level in sizes.attention_levels,
-                **({"upsample": layers.up(width, level - 1)} if level > 0 else {}),
-            )
-            for level, width in enumerate(levels)
+        for level, width in enumerate(levels)
+    )
+    return nn.Sequential(
+        OrderedDict(
+            conv_in=layers.conv(inputs, sizes.stem_channels),
+            down=nn.Sequential(*down),
+            mid=middle(layers, levels[-1], attends),
+            norm_out=layers.norm(levels[-1]),
+            silu=nn.SiLU(),
+            conv_out=layers.conv(levels[-1], sizes.latent_channels),
         )
-        self.norm_out = layers.norm(levels[0])
-        self.conv_out = layers.conv(levels[0], outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map latents ``[T', latent, h, w]`` to images ``[T, outputs, H, W]``."""
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        images: Tensor = self.conv_out(functional.silu(self.norm_out(x)))
-        return images
+    )
 
 
-def double_size(x: Tensor) -> Tensor:
-    """Nearest-neighbour enlargement ``[T, C, H, W]`` to ``[T, C, 2H, 2W]``."""
-    return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+def decoder_network(layers: Layers, sizes: VqganSizes, outputs: int, attends: Sequence[Attend]) -> nn.Module:
+    """From latents ``[T', latent, h, w]`` to images ``[T, outputs, H, W]``, through coarser levels first."""
+    levels = sizes.channels
+    before = (*levels[1:], levels[-1])
+    up = {
+        str(level): Level(
+            layers,
+            [before[level]] + [width] * (sizes.res_blocks + 1),
+            attention=level in sizes.attention_levels,
+            **({"upsample": layers.up(width, level - 1)} if level > 0 else {}),
+        )
+        for level, width in reversed([*enumerate(levels)])
+    }
+    return nn.Sequential(
+        OrderedDict(
+            conv_in=layers.conv(sizes.latent_channels, levels[-1]),
+            mid=middle(layers, levels[-1], attends),
+            up=nn.Sequential(OrderedDict(up)),
+            norm_out=layers.norm(levels[0]),
+            silu=nn.SiLU(),
+            conv_out=layers.conv(levels[0], outputs),
+        )
+    )
 
 
 def spatial_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -242,14 +227,9 @@ def spatial_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook row nearest to each vector by Euclidean distance, in float32; ties to the first.
+    """Index int32 ``[...]`` of the row of ``[codes, D]`` nearest to each of ``[..., D]``; ties to the first.
 
-    Args:
-        latents: ``[..., D]``.
-        codebook: ``[codes, D]``.
-
-    Returns:
-        int32 ``[...]``.
+    By Euclidean distance, in float32.
     """
     rows = cast(codebook, torch.float32)
     # |z|^2 is the same for every code and would only cost precision

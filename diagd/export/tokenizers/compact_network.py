@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diagd.export.families.world import CompactConfig
+from diagd.export.families.world import CompactGraphs
 from diagd.export.tokenizers.blocks import (
     ResnetBlock,
     codes_of_tokens,
@@ -21,8 +21,9 @@ from diagd.export.tokenizers.vqgan_network import LAYERS
 class Encoder(nn.Module):
     """Pixels to tokens."""
 
-    def __init__(self, config: CompactConfig) -> None:
+    def __init__(self, graphs: CompactGraphs) -> None:
         super().__init__()
+        config = graphs.sizes
         self.levels, last = config.levels, config.channels[-1]
         halves = (nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise((3, *config.channels)))
         self.smaller = nn.ModuleList(halves)
@@ -48,8 +49,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Tokens to pixels."""
 
-    def __init__(self, config: CompactConfig) -> None:
+    def __init__(self, graphs: CompactGraphs) -> None:
         super().__init__()
+        config = graphs.sizes
         self.levels, widths = config.levels, config.channels[::-1]
         self.conv_in = nn.Conv2d(len(config.levels), widths[0], 3, padding=1)
         blocks = (*widths[:1] * config.res_blocks, *widths[1:])

@@ -21,12 +21,11 @@ from torch.nn import functional
 from diagd.export.families.cosmos import HAAR_SIDE, CosmosDvConfig
 from diagd.export.tokenizers.blocks import (
     EPSILON,
-    DecoderNetwork,
-    EncoderNetwork,
     Layers,
     codes_of_tokens,
     constant,
-    double_size,
+    decoder_network,
+    encoder_network,
     pixels_from_images,
     scaled_images,
     spatial_attention,
@@ -114,7 +113,7 @@ class Upsample(nn.Module):
         if self.conv1 is not None:
             x = torch.stack([x, x], 1).flatten(0, 1)[1:]
             x = self.conv1(x) + x
-        x = double_size(x)
+        x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
         larger: Tensor = self.conv3(self.conv2(x) + x)
         return larger
 
@@ -135,7 +134,7 @@ class Encoder(nn.Module):
     def __init__(self, config: CosmosDvConfig) -> None:
         super().__init__()
         self.levels = config.levels
-        self.encoder = EncoderNetwork(LAYERS, config, BANDS, MIDDLE)
+        self.encoder = encoder_network(LAYERS, config, BANDS, MIDDLE)
         self.quant_conv = FrameConv(config.latent_channels, len(config.levels), 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -152,7 +151,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.levels = config.levels
         self.post_quant_conv = FrameConv(len(config.levels), config.latent_channels, 1)
-        self.decoder = DecoderNetwork(LAYERS, config, BANDS, MIDDLE)
+        self.decoder = decoder_network(LAYERS, config, BANDS, MIDDLE)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens int32 ``[1 + n, h, w]`` to pixels uint8 ``[1 + 8n, 16h, 16w, 3]``."""

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from diagd.errors import UsageError
+from diagd.export.tokenizers.base import PatchGraphs
 from diagd.export.tracing import cast
 
 
 class _Patches(nn.Module):
-    """Holds the codes.
-
-    Uint8 [codes, p, p, 3].
+    """Holds the codes, uint8 [codes, p, p, 3].
 
     Raises:
-        UsageError: it is something else.
+        UsageError: they are something else.
     """
 
     codebook: Tensor
@@ -32,9 +31,9 @@ class _Patches(nn.Module):
         self.register_buffer("codebook", codebook)
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...]) -> _Patches:
+    def empty(cls, graphs: PatchGraphs) -> _Patches:
         """The module before its codes are known."""
-        return cls(torch.zeros(shape, dtype=torch.uint8))
+        return cls(torch.zeros((graphs.codes, graphs.side, graphs.side, 3), dtype=torch.uint8))
 
 
 class PatchEncoder(_Patches):
@@ -68,4 +67,4 @@ class PatchDecoder(_Patches):
 
 
 Encoder, Decoder = PatchEncoder.empty, PatchDecoder.empty
-"""As they are built where the codes are not known: of the codebook's shape."""
+"""As they are built where the codes are not known."""

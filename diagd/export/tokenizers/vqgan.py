@@ -6,14 +6,10 @@ Every frame by itself. WHAM's checkpoints have taming's names, MineWorld's those
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, VqganSizes, count, shape_of
+from diagd.export.tokenizers.base import Shapes, VqganSizes, count, shape_of
 
-NETWORK = "diagd.export.tokenizers.vqgan_network"
-CHUNK_FRAMES = 8
 MINEWORLD_PARAMETERS = 146_244_675
 """Of encoder and decoder as released."""
 
@@ -34,10 +30,8 @@ _OF_DIFFUSERS = {
 class VqganConfig(VqganSizes):
     """Sizes of the tokenizer; the defaults are the published f16 model on WHAM's square frames.
 
-    Attributes:
-        middle_attention: attention between the two blocks in the middle.
-        code_width: values per code.
-        codes: rows of the codebook.
+    ``code_width``: values per code. ``middle_attention``: between the two blocks in the middle.
+    ``diffusers``: its checkpoint has diffusers' names, else taming's.
     """
 
     height: int = 128
@@ -46,6 +40,18 @@ class VqganConfig(VqganSizes):
     middle_attention: bool = True
     code_width: int = 256
     codes: int = 16384
+    diffusers: bool = False
+
+    network = "diagd.export.tokenizers.vqgan_network"
+
+    @property
+    def parameters(self) -> int | None:
+        """Known of MineWorld's as released."""
+        return MINEWORLD_PARAMETERS if self == MINEWORLD else None
+
+    def rename(self, name: str) -> str | None:
+        """See `diffusers_name` and `taming_name`."""
+        return diffusers_name(name, len(self.channels)) if self.diffusers else taming_name(name)
 
 
 MINEWORLD = VqganConfig(
@@ -57,6 +63,7 @@ MINEWORLD = VqganConfig(
     latent_channels=64,
     code_width=64,
     codes=8192,
+    diffusers=True,
 )
 """The release."""
 
@@ -82,26 +89,6 @@ def diffusers_name(name: str, levels: int) -> str | None:
     for its, ours in _OF_DIFFUSERS.items():
         parameter = parameter.replace(its, ours)
     return parameter if parameter.startswith(_KNOWN) else None
-
-
-def graphs(config: VqganConfig, rename: Callable[[str], str | None] = taming_name) -> TokenizerGraphs:
-    """Encoder and decoder of ``config`` for the exporter; ``rename`` is for the keys of its checkpoint."""
-    return TokenizerGraphs(
-        height=config.height,
-        width=config.width,
-        grid=config.grid,
-        codes=config.codes,
-        chunk_frames=CHUNK_FRAMES,
-        network=NETWORK,
-        config=config,
-        parameters=MINEWORLD_PARAMETERS if config == MINEWORLD else None,
-        rename=rename,
-    )
-
-
-def mineworld_graphs(config: VqganConfig = MINEWORLD) -> TokenizerGraphs:
-    """Encoder and decoder of MineWorld's tokenizer."""
-    return graphs(config, partial(diffusers_name, levels=len(config.channels)))
 
 
 def infer_config(shapes: Shapes, size: int = 128) -> VqganConfig:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from torch import Tensor, nn
-from torch.nn import functional
 
 from diagd.export.tokenizers.blocks import (
     EPSILON,
     GROUPS,
-    DecoderNetwork,
-    EncoderNetwork,
     Layers,
-    double_size,
+    decoder_network,
+    encoder_network,
     nearest_code,
     pixels_from_images,
     scaled_images,
@@ -20,30 +20,16 @@ from diagd.export.tokenizers.blocks import (
 from diagd.export.tokenizers.vqgan import VqganConfig
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Module:
     """Half the size by a strided 3x3 convolution, padded on the right and at the bottom only."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[T, C, H, W]`` to ``[T, C, H / 2, W / 2]``."""
-        smaller: Tensor = self.conv(functional.pad(x, (0, 1, 0, 1)))
-        return smaller
+    conv = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Module:
     """Twice the size by repetition, then a 3x3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[T, C, H, W]`` to ``[T, C, 2H, 2W]``."""
-        larger: Tensor = self.conv(double_size(x))
-        return larger
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(larger=nn.Upsample(scale_factor=2.0), conv=conv))
 
 
 class Codebook(nn.Module):
@@ -67,8 +53,8 @@ LAYERS = Layers(
     norm=lambda channels: nn.GroupNorm(GROUPS, channels, eps=EPSILON),
     conv=lambda inputs, outputs: nn.Conv2d(inputs, outputs, 3, padding=1),
     point=lambda inputs, outputs: nn.Conv2d(inputs, outputs, 1),
-    down=lambda channels, _: Downsample(channels),
-    up=lambda channels, _: Upsample(channels),
+    down=lambda channels, _: downsample(channels),
+    up=lambda channels, _: upsample(channels),
 )
 
 
@@ -77,7 +63,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
-        self.encoder = EncoderNetwork(LAYERS, config, 3, (spatial_attention,) * config.middle_attention)
+        self.encoder = encoder_network(LAYERS, config, 3, (spatial_attention,) * config.middle_attention)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_width, 1)
         self.quantize = Codebook(config.codes, config.code_width)
 
@@ -94,7 +80,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.quantize = Codebook(config.codes, config.code_width)
         self.post_quant_conv = nn.Conv2d(config.code_width, config.latent_channels, 1)
-        self.decoder = DecoderNetwork(LAYERS, config, 3, (spatial_attention,) * config.middle_attention)
+        self.decoder = decoder_network(LAYERS, config, 3, (spatial_attention,) * config.middle_attention)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens int32 ``[T, h, w]`` to pixels uint8 ``[T, H, W, 3]``."""

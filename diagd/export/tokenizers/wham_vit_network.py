@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,24 +31,14 @@ class _Attention(nn.Module):
         return projected
 
 
-class _FeedForward(nn.Module):
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(hidden, 4 * hidden, bias=False)
-        self.c_proj = nn.Linear(4 * hidden, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.c_proj(functional.gelu(self.c_fc(x), approximate="tanh"))
-        return projected
-
-
 class _Block(nn.Module):
     def __init__(self, hidden: int, head_size: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(hidden, bias=False)
         self.attn = _Attention(hidden, head_size)
         self.ln_2 = nn.LayerNorm(hidden, bias=False)
-        self.mlp = _FeedForward(hidden)
+        fc, proj = nn.Linear(hidden, 4 * hidden, bias=False), nn.Linear(4 * hidden, hidden, bias=False)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=fc, gelu=nn.GELU("tanh"), c_proj=proj))
 
     def forward(self, x: Tensor) -> Tensor:
         mixed: Tensor = x + self.attn(self.ln_1(x))

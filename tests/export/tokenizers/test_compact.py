@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from diagd.errors import UsageError
-from diagd.export.families.world import LEVELS, CompactConfig, graphs
+from diagd.export.families.world import LEVELS, CompactConfig, CompactGraphs
 from diagd.export.tokenizers.blocks import codes_of_tokens, tokens_of_latents
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Weights
 
 CONFIG = CompactConfig((8, 4), (32, 64), res_blocks=1)
-GRAPHS = graphs(CONFIG, 16, 24)
+GRAPHS = CompactGraphs(16, 24, CONFIG)
 TENSORS = oracle.random_tensors(GRAPHS.expected_shapes(), seed=7)
 PIXELS = support.frames(3, 16, 24)
 
@@ -69,7 +69,7 @@ def test_graphs_equal_the_modules(tmp_path: Path) -> None:
 
 def test_the_shipped_sizes_fit_beside_a_transformer() -> None:
     """8 MB in float16 hold them and the 2.6 M parameters of the size 3m."""
-    assert graphs(CompactConfig.of_codes(512, 8), 72, 96).parameter_count() < 1_300_000
+    assert CompactGraphs(72, 96, CompactConfig.of_codes(512, 8)).parameter_count() < 1_300_000
 
 
 @pytest.mark.parametrize("codes", LEVELS)
@@ -84,4 +84,4 @@ def test_sizes_that_cannot_be_are_refused() -> None:
     with pytest.raises(UsageError, match="unknown patch '6'"):
         CompactConfig.of_codes(512, 6)
     with pytest.raises(UsageError, match="must be multiples of 4"):
-        graphs(CONFIG, 16, 26)
+        CompactGraphs(16, 26, CONFIG)

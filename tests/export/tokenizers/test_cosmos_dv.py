@@ -11,8 +11,6 @@ import pytest
 from diagd.errors import UsageError
 from diagd.export.families.cosmos import (
     CosmosDvConfig,
-    graphs,
-    rename,
 )
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Array, Weights
@@ -21,7 +19,7 @@ from tests.export.tokenizers.test_cosmos_dv_network import level as haar_level
 CONFIG = CosmosDvConfig(
     height=32, width=48, stem_channels=8, channels=(8, 12, 12), res_blocks=1, latent_channels=4
 )
-TENSORS = oracle.random_tensors(graphs(CONFIG).expected_shapes(), seed=5)
+TENSORS = oracle.random_tensors(CONFIG.expected_shapes(), seed=5)
 PIXELS = support.frames(17, 32, 48)
 SHALLOW = CosmosDvConfig(
     height=16, width=24, stem_channels=4, channels=(4, 8), res_blocks=1, latent_channels=4
@@ -145,7 +143,7 @@ def reference_pixels(tokens: np.ndarray) -> np.ndarray:
 
 
 def test_modules_equal_the_reference() -> None:
-    encoder, decoder = support.modules(graphs(CONFIG), TENSORS)
+    encoder, decoder = support.modules(CONFIG, TENSORS)
     tokens = support.run(encoder, PIXELS)
     assert tokens.shape == (3, 2, 3)
     np.testing.assert_array_equal(tokens, reference_tokens(PIXELS))
@@ -157,14 +155,14 @@ def test_modules_equal_the_reference() -> None:
 
 def test_graphs_equal_the_modules(tmp_path: Path) -> None:
     """Two levels hold every kind of layer; a graph takes any number of latents, one included."""
-    tensors = oracle.random_tensors(graphs(SHALLOW).expected_shapes(), seed=6)
-    encoder, decoder = support.modules(graphs(SHALLOW), tensors)
+    tensors = oracle.random_tensors(SHALLOW.expected_shapes(), seed=6)
+    encoder, decoder = support.modules(SHALLOW, tensors)
     pixels = support.frames(17, 16, 24)
     tokens = support.run(encoder, pixels)
     to_tokens = support.session(encoder, pixels, tmp_path / "encoder.onnx", opset=18)
     to_pixels = support.session(decoder, tokens, tmp_path / "decoder.onnx", opset=23)
     for latents in (1, 2, 3):
-        frames = graphs(SHALLOW).frames(latents)
+        frames = SHALLOW.frames(latents)
         (found,) = to_tokens.run(None, {"pixels": pixels[:frames]})
         assert support.worst(found, tokens[:latents]) == 0
         (decoded,) = to_pixels.run(None, {"tokens": tokens[:latents]})
@@ -172,7 +170,7 @@ def test_graphs_equal_the_modules(tmp_path: Path) -> None:
 
 
 def test_no_latent_depends_on_later_frames() -> None:
-    encoder, decoder = support.modules(graphs(CONFIG), TENSORS)
+    encoder, decoder = support.modules(CONFIG, TENSORS)
     tokens = support.run(encoder, PIXELS)
     other = PIXELS.copy()
     other[9:] = 255 - other[9:]
@@ -185,33 +183,33 @@ def test_no_latent_depends_on_later_frames() -> None:
 
 def test_a_short_prompt_needs_no_padding() -> None:
     """Encoding 9 frames alone gives the latents of 9 frames filled up with copies of the last one."""
-    encoder, _ = support.modules(graphs(CONFIG), TENSORS)
+    encoder, _ = support.modules(CONFIG, TENSORS)
     padded = np.concatenate([PIXELS[:9]] + [PIXELS[8:9]] * 8)
     np.testing.assert_array_equal(support.run(encoder, PIXELS[:9]), support.run(encoder, padded)[:2])
 
 
 def test_the_release_has_the_known_size() -> None:
-    shapes = graphs(CosmosDvConfig()).expected_shapes()
+    shapes = CosmosDvConfig().expected_shapes()
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     encoder = sum(sizes[name] for name in sizes if name.startswith(("encoder.", "quant_conv.")))
     assert len(shapes) == 318
     assert round(encoder / 1e6, 1) == 45.5
     assert round((sum(sizes.values()) - encoder) / 1e6, 1) == 65.4
     assert shapes["quant_conv.conv3d.weight"] == (6, 16, 1, 1, 1)
-    released = graphs(CosmosDvConfig())
+    released = CosmosDvConfig()
     assert (released.grid, released.codes, released.frames(5)) == ((40, 64), 64000, 33)
 
 
 def test_frame_counts() -> None:
-    assert [graphs(CosmosDvConfig()).frames(latents) for latents in (1, 2, 5)] == [1, 9, 33]
+    assert [CosmosDvConfig().frames(latents) for latents in (1, 2, 5)] == [1, 9, 33]
 
 
 def test_derived_buffers_are_skipped() -> None:
     for name in ("encoder.patcher3d.wavelets", "quantizer._levels", "inv_quant.quantizer.implicit_codebook"):
-        assert rename(name) is None
-    assert all(rename(name) == name for name in graphs(CONFIG).expected_shapes())
+        assert CONFIG.rename(name) is None
+    assert all(CONFIG.rename(name) == name for name in CONFIG.expected_shapes())
 
 
 def test_a_frame_that_is_no_multiple_is_refused() -> None:
     with pytest.raises(UsageError, match=r"630.*multiples of 16"):
-        graphs(CosmosDvConfig(height=630))
+        CosmosDvConfig(height=630)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diagd.export.families import cosmos, wham
-from diagd.export.tokenizers import vqgan
 from diagd.export.tokenizers.base import TokenizerGraphs
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.test_cosmos_dv import SHALLOW
@@ -18,10 +16,10 @@ from tests.export.tokenizers.test_wham_vit import CONFIG as WHAM
 @pytest.mark.parametrize(
     "graphs",
     [
-        cosmos.graphs(SHALLOW),
-        vqgan.mineworld_graphs(MINEWORLD),
-        vqgan.graphs(TAMING),
-        wham.graphs(WHAM),
+        SHALLOW,
+        MINEWORLD,
+        TAMING,
+        WHAM,
     ],
     ids=["cosmos", "mineworld", "taming", "wham"],
 )

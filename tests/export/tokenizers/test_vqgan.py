@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diagd.errors import CheckpointError, UsageError
-from diagd.export.tokenizers.vqgan import VqganConfig, graphs, infer_config
+from diagd.export.tokenizers.vqgan import VqganConfig, infer_config
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Weights
 
@@ -23,7 +23,7 @@ CONFIG = VqganConfig(
     code_width=8,
     codes=80,
 )
-TENSORS = oracle.random_tensors(graphs(CONFIG).expected_shapes(), seed=11)
+TENSORS = oracle.random_tensors(CONFIG.expected_shapes(), seed=11)
 PIXELS = support.frames(3, 16, 16)
 
 
@@ -68,32 +68,32 @@ def reference_pixels(tokens: np.ndarray) -> np.ndarray:
 
 
 def test_modules_equal_the_reference() -> None:
-    support.check_modules(graphs(CONFIG), TENSORS, PIXELS, reference_tokens, reference_pixels)
+    support.check_modules(CONFIG, TENSORS, PIXELS, reference_tokens, reference_pixels)
 
 
 def test_graphs_equal_the_modules(tmp_path: Path) -> None:
-    support.check_graphs(graphs(CONFIG), TENSORS, PIXELS, tmp_path, opsets=(23, 18))
+    support.check_graphs(CONFIG, TENSORS, PIXELS, tmp_path, opsets=(23, 18))
 
 
 def test_sizes_are_read_off_a_checkpoint() -> None:
-    assert infer_config(graphs(CONFIG).expected_shapes(), 16) == CONFIG
-    assert infer_config(graphs(VqganConfig()).expected_shapes()) == VqganConfig()
+    assert infer_config(CONFIG.expected_shapes(), 16) == CONFIG
+    assert infer_config(VqganConfig().expected_shapes()) == VqganConfig()
     with pytest.raises(CheckpointError, match=r"quantize\.embedding\.weight"):
         infer_config({})
 
 
 def test_the_published_model_has_its_published_names() -> None:
-    shapes = graphs(VqganConfig()).expected_shapes()
+    shapes = VqganConfig().expected_shapes()
     assert shapes["encoder.mid.attn_1.q.weight"] == (512, 512, 1, 1)
     assert shapes["decoder.up.4.upsample.conv.weight"] == (512, 512, 3, 3)
     assert "decoder.up.3.attn.2.proj_out.weight" in shapes
-    assert graphs(VqganConfig()).grid == (8, 8)
+    assert VqganConfig().grid == (8, 8)
 
 
 def test_keys_below_the_prefix_are_kept() -> None:
     prefix = "context_encoders.images.vq_model."
-    rename = graphs(CONFIG).rename
-    assert all(rename(prefix + name) == name for name in graphs(CONFIG).expected_shapes())
+    rename = CONFIG.rename
+    assert all(rename(prefix + name) == name for name in CONFIG.expected_shapes())
     assert rename(prefix + "colorize") is None
     assert rename("encoder.conv_in.weight") is None
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.export.tokenizers.vqgan import MINEWORLD, VqganConfig, mineworld_graphs
+from diagd.export.tokenizers.vqgan import MINEWORLD, VqganConfig
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Weights
 
@@ -24,8 +24,8 @@ CONFIG = VqganConfig(
     latent_channels=8,
     code_width=8,
     codes=96,
+    diffusers=True,
 )
-GRAPHS = mineworld_graphs(CONFIG)
 
 
 def released_name(name: str, levels: int) -> str:
@@ -39,9 +39,9 @@ def released_name(name: str, levels: int) -> str:
     return name.replace(".norm_out.", ".conv_norm_out.").replace(".nin_shortcut.", ".conv_shortcut.")
 
 
-RELEASED = {released_name(name, 3): shape for name, shape in GRAPHS.expected_shapes().items()}
+RELEASED = {released_name(name, 3): shape for name, shape in CONFIG.expected_shapes().items()}
 TENSORS = oracle.random_tensors(RELEASED, seed=3)
-PARAMETERS = {GRAPHS.rename(f"model.{name}") or "": tensor for name, tensor in TENSORS.items()}
+PARAMETERS = {CONFIG.rename(f"model.{name}") or "": tensor for name, tensor in TENSORS.items()}
 PIXELS = support.frames(3, 16, 24)
 
 
@@ -84,33 +84,33 @@ def reference_tokens(frame: np.ndarray) -> np.ndarray:
 
 
 def test_modules_equal_the_reference() -> None:
-    support.check_modules(GRAPHS, PARAMETERS, PIXELS, reference_tokens, reference_pixels)
+    support.check_modules(CONFIG, PARAMETERS, PIXELS, reference_tokens, reference_pixels)
 
 
 def test_graphs_equal_the_modules(tmp_path: Path) -> None:
-    support.check_graphs(GRAPHS, PARAMETERS, PIXELS, tmp_path, opsets=(18, 23))
+    support.check_graphs(CONFIG, PARAMETERS, PIXELS, tmp_path, opsets=(18, 23))
 
 
 def test_the_release_has_the_known_size() -> None:
-    shapes = mineworld_graphs().expected_shapes()
+    shapes = MINEWORLD.expected_shapes()
     assert len(shapes) == 277
-    assert sum(map(math.prod, shapes.values())) == 146_244_675 == mineworld_graphs().parameter_count()
-    assert mineworld_graphs().grid == (14, 24)
+    assert sum(map(math.prod, shapes.values())) == 146_244_675 == MINEWORLD.parameter_count()
+    assert MINEWORLD.grid == (14, 24)
 
 
 def test_keys_of_both_released_files() -> None:
-    assert set(PARAMETERS) == set(GRAPHS.expected_shapes())
+    assert set(PARAMETERS) == set(CONFIG.expected_shapes())
     name = "decoder.up_blocks.0.upsamplers.0.conv.weight"
     assert name in RELEASED
     for prefix in ("model.", "tokenizer.model.", ""):
-        assert GRAPHS.rename(prefix + name) == "decoder.up.2.upsample.conv.weight"
-    assert GRAPHS.rename("model.encoder.mid_block.resnets.1.norm2.bias") == "encoder.mid.block_2.norm2.bias"
-    assert GRAPHS.rename("model.encoder.down_blocks.1.resnets.0.conv_shortcut.weight") == (
+        assert CONFIG.rename(prefix + name) == "decoder.up.2.upsample.conv.weight"
+    assert CONFIG.rename("model.encoder.mid_block.resnets.1.norm2.bias") == "encoder.mid.block_2.norm2.bias"
+    assert CONFIG.rename("model.encoder.down_blocks.1.resnets.0.conv_shortcut.weight") == (
         "encoder.down.1.block.0.nin_shortcut.weight"
     )
-    assert GRAPHS.rename("transformer.model.norm.weight") is None
-    first = mineworld_graphs(MINEWORLD)
-    assert first.rename("model.decoder.up_blocks.0.resnets.0.norm1.bias") == "decoder.up.4.block.0.norm1.bias"
+    assert CONFIG.rename("transformer.model.norm.weight") is None
+    first = MINEWORLD.rename("model.decoder.up_blocks.0.resnets.0.norm1.bias")
+    assert first == "decoder.up.4.block.0.norm1.bias"
 
 
 def test_a_frame_that_is_no_multiple_is_refused() -> None:

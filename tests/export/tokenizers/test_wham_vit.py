@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from diagd.errors import CheckpointError, UsageError
-from diagd.export.families.wham import WhamVitConfig, graphs, infer_config, rename
+from diagd.export.families.wham import WhamVitConfig, infer_config
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Array, Weights
 
 CONFIG = WhamVitConfig(height=17, width=22, patch=5, hidden=24, layers=2, head_size=8, code_width=6, codes=50)
-TENSORS = oracle.random_tensors(graphs(CONFIG).expected_shapes(), seed=7)
+TENSORS = oracle.random_tensors(CONFIG.expected_shapes(), seed=7)
 PIXELS = support.frames(3, 17, 22)
 ROWS, COLUMNS = 4, 5
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -75,22 +75,22 @@ def reference_pixels(tokens: np.ndarray) -> np.ndarray:
 
 
 def test_modules_equal_the_reference_on_a_padded_size() -> None:
-    support.check_modules(graphs(CONFIG), TENSORS, PIXELS, reference_tokens, reference_pixels)
+    support.check_modules(CONFIG, TENSORS, PIXELS, reference_tokens, reference_pixels)
 
 
 def test_graphs_equal_the_modules(tmp_path: Path) -> None:
-    support.check_graphs(graphs(CONFIG), TENSORS, PIXELS, tmp_path, opsets=(18, 23))
+    support.check_graphs(CONFIG, TENSORS, PIXELS, tmp_path, opsets=(18, 23))
 
 
 def test_the_release_has_the_known_grid() -> None:
-    assert graphs(WhamVitConfig()).grid == (18, 30)
-    assert graphs(WhamVitConfig()).expected_shapes()["encoder.pos_embeds.weight"][0] == 540
+    assert WhamVitConfig().grid == (18, 30)
+    assert WhamVitConfig().expected_shapes()["encoder.pos_embeds.weight"][0] == 540
 
 
 def test_sizes_are_read_off_a_checkpoint() -> None:
-    shapes = graphs(CONFIG).expected_shapes()
+    shapes = CONFIG.expected_shapes()
     assert infer_config(shapes, 17, 22, head_size=8) == CONFIG
-    assert infer_config(graphs(WhamVitConfig()).expected_shapes()) == WhamVitConfig()
+    assert infer_config(WhamVitConfig().expected_shapes()) == WhamVitConfig()
     with pytest.raises(CheckpointError, match=r"20 positions.*height 180 and width 300 give 2160 patches"):
         infer_config(shapes, head_size=8)
     with pytest.raises(UsageError, match=r"head size 7 does not divide.*24"):
@@ -101,10 +101,10 @@ def test_sizes_are_read_off_a_checkpoint() -> None:
 
 def test_only_inference_tensors_are_kept() -> None:
     prefix = "context_encoders.images."
-    assert all(rename(prefix + name) == name for name in graphs(CONFIG).expected_shapes())
+    assert all(CONFIG.rename(prefix + name) == name for name in CONFIG.expected_shapes())
     for name in ("encoder.vit.0.attn.attn_mask", "patch_gan.last.weight", "target_patchgan.last.weight"):
-        assert rename(prefix + name) is None
-    assert rename("predictor.gpt_model.lm_head.weight") is None
+        assert CONFIG.rename(prefix + name) is None
+    assert CONFIG.rename("predictor.gpt_model.lm_head.weight") is None
 
 
 def test_whole_patches_need_no_padding() -> None:
