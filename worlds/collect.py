@@ -61,16 +61,12 @@ def collect(options: CollectOptions) -> Iterator[Path]:
 def _play_crafter(options: CollectOptions, index: int) -> Iterator[Played]:
     simulator = Simulator(options.seed + index)
     policy = random_policy(np.random.default_rng((options.seed, index)), options.move_share)
-    yield simulator.reset().frame, 0
+    yield simulator.reset(), 0
     for action in islice(policy, options.steps - 1):
-        observation = simulator.step(action)
-        yield observation.frame, action
-        if observation.over:
+        frame, over = simulator.step(action)
+        yield frame, action
+        if over:
             return
-
-
-def _play_doom(options: CollectOptions, index: int) -> Iterator[Played]:
-    return doom.play(options.seed + index, options.steps)
 
 
 def random_policy(random: np.random.Generator, move_share: float) -> Iterator[int]:
@@ -100,7 +96,10 @@ class Game(NamedTuple):
     play: Callable[[CollectOptions, int], Iterator[Played]]
 
 
-GAMES = {"crafter": Game(ACTIONS, _play_crafter), "doom": Game(doom.ACTIONS, _play_doom)}
+GAMES = {
+    "crafter": Game(ACTIONS, _play_crafter),
+    "doom": Game(doom.ACTIONS, lambda options, index: doom.play(options.seed + index, options.steps)),
+}
 """By name."""
 
 

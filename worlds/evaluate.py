@@ -103,12 +103,8 @@ class Scores(Judgement):
 class Evaluation:
     """True windows, their geometry and the likelihood of next-token prediction, shared by all schedules.
 
-    Args:
-        model: the model.
-        recording: true episodes that the model was not trained on.
-        geometry: regularities of the world, learned from as many true frames as there are; None if unknown.
-        options: sizes and sampling.
-        probe: reads actions; None leaves that out.
+    ``recording``: true episodes that the model was not trained on. What the ``geometry`` of the world and a
+    ``probe`` that reads actions would say is left out where there are none.
     """
 
     def __init__(
@@ -152,7 +148,7 @@ class Evaluation:
         generated = slice(self.options.prompt * layout.frame_length, None)
         return Judgement(
             generated_nll=Estimate.of(_row_means(likelihood[:, generated])),
-            geometry=self.geometry_scores(rolled, self.geometry) if self.geometry else None,
+            geometry=self.geometry_scores(rolled),
             truth=self._compare(rolled),
             ntp_match=Estimate.of(self._match(rolled, self._baseline_rollouts)),
             recovered=self.recovered(rolled),
@@ -166,15 +162,16 @@ class Evaluation:
         return Estimate.of(right.reshape(len(rolled), -1).mean(1))
 
     def _roll_out(self, schedule: Schedule) -> Streams:
-        if schedule == Schedule.next_token(self.model.layout):
-            return self._baseline_rollouts
+        is_baseline = schedule == Schedule.next_token(self.model.layout)
+        return self._baseline_rollouts if is_baseline else self._decoded(schedule)
+
+    def _decoded(self, schedule: Schedule) -> Streams:
         options = self.options
         return self.model.roll_out(self.truth, options.prompt, schedule, options.sampling, options.seed)
 
     @cached_property
     def _baseline_rollouts(self) -> Streams:
-        schedule, options = Schedule.next_token(self.model.layout), self.options
-        return self.model.roll_out(self.truth, options.prompt, schedule, options.sampling, options.seed)
+        return self._decoded(Schedule.next_token(self.model.layout))
 
     def gap(self, schedule: Schedule) -> Estimate:
         """Teacher-forced likelihood gap to next-token prediction, paired by window, nats per token."""
@@ -196,17 +193,19 @@ class Evaluation:
         cells = streams.reshape(-1, layout.frame_length)[:, layout.before :]
         return cells.reshape(-1, layout.rows, layout.columns)
 
-    def geometry_scores(self, rolled: Streams, geometry: Geometry) -> GeometryScores:
-        """Scores of rollouts [B, N] by the geometry of their world."""
+    def geometry_scores(self, rolled: Streams) -> GeometryScores | None:
+        """Scores of rollouts [B, N] by the geometry of their world, where that is known."""
+        if self.geometry is None:
+            return None
         layout, prompt, count = self.model.layout, self.options.prompt, len(rolled)
         cells = self._cells(rolled).reshape(count, -1, layout.rows, layout.columns)
         actions = rolled.reshape(count, -1, layout.frame_length)[:, prompt:, 0] - self.model.codes
         before, after = cells[:, prompt - 1 : -1], cells[:, prompt:]
         shape = (-1, layout.rows, layout.columns)
-        verdict = geometry.follows(before.reshape(shape), after.reshape(shape), actions.ravel())
+        verdict = self.geometry.follows(before.reshape(shape), after.reshape(shape), actions.ravel())
         followed = np.where(verdict.counts, verdict.followed, np.nan)
         walks = np.where(verdict.walks, followed, np.nan)
-        invalid = geometry.invalid(after).mean((-2, -1))
+        invalid = self.geometry.invalid(after).mean((-2, -1))
         samples = (followed, walks, verdict.agreement, invalid)
         return GeometryScores(*(Estimate.of(_row_means(values.reshape(count, -1))) for values in samples))
 
@@ -287,8 +286,8 @@ def measure_drift(
         span = slice((start - prompt) * layout.frame_length, end * layout.frame_length)
         part = rolled[:, span]
         drift.frames.append(end)
-        if evaluation.geometry is not None:
-            drift.scores.append(evaluation.geometry_scores(part, evaluation.geometry))
+        if (scores := evaluation.geometry_scores(part)) is not None:
+            drift.scores.append(scores)
         if (recovered := evaluation.recovered(part)) is not None:
             drift.recovered.append(recovered)
         drift.dynamics.append(Estimate.of(evaluation.changes(part) / liveliness))

@@ -28,13 +28,7 @@ from diagd.export.transformer import Transformer
 
 @dataclass(frozen=True)
 class World:
-    """A trained world model.
-
-    Attributes:
-        description: its configuration.
-        model: float32 transformer, in evaluation mode.
-        tokenizer: tensors of both pixel graphs, by name.
-    """
+    """A trained world model, float32 and in evaluation mode, with the tensors of both pixel graphs."""
 
     description: WorldDescription
     model: Transformer
@@ -45,14 +39,9 @@ def save_world(folder: Path, world: World, training: dict[str, Any]) -> None:
     """Write weights (float16), tokenizer and description; ``training`` is kept for the record."""
     state = {name: tensor.to(torch.float16) for name, tensor in world.model.state_dict().items()}
     save_tensors(folder / WEIGHTS, state, {"format": "pt"})
-    save_tokenizer(folder / world.description.tokenizer_file, world.tokenizer)
+    save_tensors(folder / world.description.tokenizer_file, world.tokenizer)
     description = asdict(world.description) | {"training": training}
     write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
-
-
-def save_tokenizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors of both pixel graphs."""
-    save_tensors(path, tensors)
 
 
 def load_world(folder: Path) -> World:

@@ -60,14 +60,8 @@ def forced_likelihood(
 ) -> dict[str, Estimate]:
     """Mean negative log-likelihood of a cell's token, nats, unfiltered and at temperature 1, over clips.
 
-    Args:
-        bundle: of the model.
-        folder: videos, each with the actions of its name where the model takes some, or episodes.
-        orders: of decoding, beside next-token prediction, to which each is compared clip by clip.
-        options: the known frames of each clip, how many are judged, and how many clips at most.
-        running: precision and backend.
-        report: hears the name of each clip that was judged.
-        who: does it.
+    ``folder`` has videos, each with the actions of its name where the model takes some, or episodes. Each of
+    the ``orders`` of decoding is compared to next-token prediction clip by clip.
 
     Raises:
         UsageError: a clip cannot be read or is too short, or an order does not fit.

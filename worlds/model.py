@@ -1,15 +1,17 @@
-"""A world model under evaluation: in PyTorch, many rollouts at once, or as a bundle on its users' engine."""
+"""A world model under evaluation: in PyTorch, as a bundle on its users' engine, or by workers of either."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from diagd.bundle import Bundle
 from diagd.engines.backend import find
@@ -21,10 +23,11 @@ from diagd.runtime.decoders import ForcedDecoder, JacobiDecoder, RasterDecoder, 
 from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
 from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.pool import Workers
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import NO_SINK, Schedule, StreamLayout
 from diagd.tuning.recordings import FrameEncoder
-from diagd.tuning.rollouts import Streams, open_lanes, parts
+from diagd.tuning.rollouts import TOGETHER, Streams, open_lanes, parts
 from diagd.tuning.rollouts import roll_out as roll_out_on_engine
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
 from worlds.folder import World, load_world
@@ -163,3 +166,63 @@ class BundleModel:
     def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
         """By the bundle's decoder."""
         return np.stack(list(self._codec.decode(tokens.astype(np.int32))))
+
+
+class Passes(NamedTuple):
+    """An item of work: streams under an order of decoding.
+
+    ``sampling`` is that of rollouts behind the ``prompt`` first frames; None asks for the likelihood.
+    """
+
+    streams: Streams
+    order: str
+    sampling: SamplingSettings | None = None
+    prompt: int = 0
+    seed: int = 0
+
+
+class ModelWorker:
+    """A worker: a model on one thread, so that sums have the same order wherever they are taken."""
+
+    def __init__(self, path: Path, precision: str | None, backend: str) -> None:
+        torch.set_num_threads(1)
+        self._model = open_model(path, precision, backend, threads=1)
+
+    def __call__(self, passes: Passes) -> NDArray[Any]:
+        """float32 [B, N] of likelihoods, or int64 [B, N] of streams."""
+        streams, order, sampling, prompt, seed = passes
+        schedule = Schedule.parse(order, self._model.layout)
+        if sampling is None:
+            return self._model.nll(streams, schedule)
+        return self._model.roll_out(streams, prompt, schedule, sampling, seed)
+
+
+class ParallelModel(WorldModel):
+    """Streams go out `TOGETHER` at a time, however many workers there are."""
+
+    def __init__(self, model: WorldModel, workers: Workers[Passes, NDArray[Any]]) -> None:
+        self.layout, self.codes, self.context_frames = model.layout, model.codes, model.context_frames
+        self.encoder, self._model, self._workers = model.encoder, model, workers
+
+    @override
+    def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
+        return self._do(Passes(streams, schedule.name))
+
+    @override
+    def roll_out(
+        self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
+    ) -> Streams:
+        return self._do(Passes(streams, schedule.name, sampling, prompt, seed))
+
+    @override
+    def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return self._model.pixels(tokens)
+
+    def _do(self, passes: Passes) -> NDArray[Any]:
+        """In parts, whose streams draw with the seeds that they have in the whole."""
+        streams, seed = passes.streams, passes.seed
+        items = [
+            passes._replace(streams=streams[first : first + TOGETHER], seed=seed + first)
+            for first in range(0, len(streams), TOGETHER)
+        ]
+        return np.concatenate([result for _, result in sorted(self._workers.map(items), key=itemgetter(0))])

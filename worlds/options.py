@@ -18,6 +18,8 @@ from diagd.tuning.options import check_device
 
 _MAX_ACTIONS = 256
 GAMES = ("crafter", "doom")
+TOKENIZERS = ("auto", "patches", "learned")
+"""Patches if they can be enumerated; patches, by k-means if need be; a trained network."""
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -100,6 +102,8 @@ class TrainOptions:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
+        if self.tokenizer not in TOKENIZERS:
+            raise unknown("tokenizer", self.tokenizer, TOKENIZERS)
         processes = len(self.devices)
         if self.frames < 2 or self.steps < 1 or self.batch % processes:
             raise UsageError(

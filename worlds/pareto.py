@@ -59,13 +59,11 @@ class Point:
     """One decoder.
 
     Attributes:
-        name: of it.
         curve: it belongs to, such as all values of tau.
         frames_per_second: median, and between the tenth and ninetieth of a hundred frames.
         passes: of the target, a frame.
         kept: share of frames that are the drafter's; None without one.
         exact: share of cells that next-token prediction draws behind the same tokens ahead of them.
-        judgement: of its rollouts.
         best: no other is as fast and as likely under next-token prediction, and better in one of the two.
     """
 
@@ -91,16 +89,8 @@ def compare(
 ) -> list[Point]:
     """Roll out by every decoder, in turns, and judge.
 
-    Args:
-        target: over the bundle.
-        bundle: of the model.
-        evaluation: has the rollouts, and judges.
-        decoders: ``k=1 chained`` or another order, ``jacobi``, or ``draft``: the drafter, the target, and all
-            between.
-        options: of the drafts.
-        cpu: threads, and cache.
-        report: hears what is done.
-        clock: seconds, that frames take so many of.
+    ``target`` is a session over the bundle. Decoders are ``k=1 chained`` or another order, ``jacobi``, or
+    ``draft``: the drafter, the target, and all between.
 
     Raises:
         UsageError: a decoder or scorer that is none, or a drafter that does not fit.

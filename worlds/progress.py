@@ -25,7 +25,6 @@ class Progress:
         loss: of the step; of the transformer in nats per token. None where nothing is learned.
         seconds: since this run began.
         first: steps that earlier runs did.
-        part: what is done.
     """
 
     step: int
@@ -54,13 +53,9 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 class Checkpoint:
-    """A training in a file, from which it goes on where it was stopped.
+    """A training in a file, from which it goes on where it was stopped: modules and optimisers by name.
 
-    Args:
-        path: of the file.
-        kind: what is trained, for messages.
-        recipe: all that decides the result, as JSON data.
-        parts: modules and optimisers, by name.
+    ``recipe``: all that decides the result, as JSON data. ``kind``: what is trained, for messages.
     """
 
     def __init__(self, path: Path, kind: str, recipe: dict[str, Any], parts: Mapping[str, Any]) -> None:

@@ -32,14 +32,10 @@ def roll_out(
 ) -> NDArray[np.int64]:
     """Decode all frames but the first ``prompt``.
 
-    Args:
-        model: the world model.
-        streams: int64 [B, F * frame_length]; the actions of all frames and the cells of the prompt are read.
-        prompt: known frames, 1 or more and fewer than ``window``.
-        schedule: decoding order.
-        sampling: temperature, top-k and top-p.
-        seed: rollout b draws with seed ``seed + b``; the same numbers under every schedule.
-        window: frames the cache holds; older ones are forgotten half a window at a time.
+    ``streams`` are int64 [B, F * frame_length], of which the actions of all frames and the cells of the
+    ``prompt``, fewer frames than ``window``, are read. Rollout b draws with seed ``seed + b``: the same
+    numbers under every schedule. The cache holds ``window`` frames; older ones are forgotten half a window at
+    a time.
 
     Returns:
         int64 [B, F * frame_length], the streams with every cell behind the prompt decoded.

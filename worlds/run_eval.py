@@ -24,9 +24,8 @@ from worlds.collect import random_policy
 from worlds.evaluate import Evaluation, Scores, measure_drift
 from worlds.geometry import Geometry
 from worlds.metrics import Estimate, MetricNetwork, frechet_distance
-from worlds.model import WorldModel, open_model
+from worlds.model import ModelWorker, ParallelModel, WorldModel, open_model
 from worlds.options import EvalRun
-from worlds.parallel import ModelWorker, ParallelModel
 from worlds.pareto import Point, compare, write_points
 from worlds.report import save_contact_sheet, write_scores
 

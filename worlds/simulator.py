@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -27,19 +26,6 @@ _CRAFTER_NAMES = {name: f"move_{name}" for name in ("left", "right", "up", "down
 _AREA = (64, 64)
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What one step of the world shows.
-
-    Attributes:
-        frame: uint8 [72, 96, 3] RGB.
-        over: the episode ended with this frame.
-    """
-
-    frame: NDArray[np.uint8]
-    over: bool
-
-
 class Simulator:
     """One Crafter world in permanent daylight, a function of its seed and the actions alone."""
 
@@ -52,12 +38,12 @@ class Simulator:
         )
         _make_reproducible(self._env)
 
-    def reset(self) -> Observation:
-        """Generate the next world of this seed and show its first frame."""
-        return Observation(np.ascontiguousarray(self._env.reset()), over=False)
+    def reset(self) -> NDArray[np.uint8]:
+        """Generate the next world of this seed and show its first frame, uint8 [72, 96, 3] RGB."""
+        return np.ascontiguousarray(self._env.reset())
 
-    def step(self, action: int) -> Observation:
-        """Apply one action and show the frame it causes.
+    def step(self, action: int) -> tuple[NDArray[np.uint8], bool]:
+        """Apply one action; returns the frame it causes, and whether the episode ends with it.
 
         Raises:
             UsageError: an action id outside `ACTIONS`.
@@ -65,7 +51,7 @@ class Simulator:
         if not 0 <= action < len(ACTIONS):
             raise UsageError(f"action {action} is not one of 0..{len(ACTIONS) - 1} ({', '.join(ACTIONS)})")
         frame, _, over, _ = self._env.step(self._ids[action])
-        return Observation(np.ascontiguousarray(frame), over=bool(over))
+        return np.ascontiguousarray(frame), bool(over)
 
 
 def _action_ids(crafter: ModuleType) -> list[int]:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diagd.bundle.files import atomic_file
-from diagd.errors import UsageError, unknown
-from diagd.export.families.world import TOKENIZER, CompactConfig, graphs, read_tokenizer
+from diagd.errors import UsageError
+from diagd.export.checkpoints.checkpoint import save_tensors
+from diagd.export.families.world import TOKENIZER, CompactConfig, CompactGraphs, read_tokenizer
 from diagd.export.tokenizers.base import TokenizerGraphs, loaded
 from diagd.export.tokenizers.blocks import codes_of_latents, scaled_images
 from diagd.export.tokenizers.compact_network import Decoder, Encoder
 from diagd.runtime.arrays import read_arrays
 from diagd.tuning.recordings import episode_paths, episodes, load_episode
-from worlds.codebook import fit_codebook
-from worlds.folder import save_tokenizer
 from worlds.metrics import psnr, ssim
+from worlds.options import TrainOptions
 from worlds.progress import Checkpoint, Progress, Report, learning_rate, log
 
 RATE, BATCH = 2e-3, 32
@@ -35,53 +37,18 @@ _MEMORY = 400 << 20
 _JUDGED = 64
 
 
-KINDS = ("auto", "patches", "learned")
-"""Patches if they can be enumerated; patches, by k-means if need be; a trained network."""
+_SAMPLE, _PATCH_BATCH = 65_536, 4096
 
 Tensors = Mapping[str, Tensor]
 """Of both pixel graphs, by name."""
 
-
-@dataclass(frozen=True)
-class TokenizerOptions:
-    """How a tokenizer is fitted.
-
-    Attributes:
-        data: folder of episodes.
-        output: folder of the tokenizer, of its checkpoint and log.
-        kind: name in `KINDS`.
-        codes: number of ids.
-        patch: pixels along a side of a cell.
-        steps: optimiser steps of a network.
-        seed: of initial weights and batches.
-        device: of PyTorch.
-        checkpoint_every: steps between checkpoints.
-    """
-
-    data: Path
-    output: Path
-    kind: str = "auto"
-    codes: int = 512
-    patch: int = 8
-    steps: int = 3000
-    seed: int = 0
-    device: str = "cpu"
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise unknown("tokenizer", self.kind, KINDS)
+Patches = Counter[bytes]
+"""How often each distinct patch occurs, uint8 [p, p, 3] as bytes."""
 
 
 @dataclass(frozen=True)
 class FittedTokenizer:
-    """A tokenizer.
-
-    Attributes:
-        config: sizes of the network; None for patches.
-        tensors: of both pixel graphs.
-        used: ids that frames may have, from 0 on.
-    """
+    """A tokenizer; ``config`` is None for patches, frames may have ids 0 to ``used`` - 1."""
 
     config: CompactConfig | None
     tensors: Tensors
@@ -90,12 +57,7 @@ class FittedTokenizer:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Frames that were encoded and decoded, against themselves.
-
-    Attributes:
-        psnr, ssim: means over frames; dB and at most 1.
-        used, codes: ids that occur, of how many.
-    """
+    """Frames that were encoded and decoded, against themselves: PSNR (dB), SSIM, ids in use of how many."""
 
     psnr: float
     ssim: float
@@ -103,27 +65,28 @@ class Reconstruction:
     codes: int
 
 
-def fit_tokenizer(options: TokenizerOptions, report: Report | None = None) -> FittedTokenizer:
+def fit_tokenizer(options: TrainOptions, report: Report | None = None) -> FittedTokenizer:
     """The tokenizer in ``options.output``, fitted if it is not there; goes on where a training was stopped.
 
     Raises:
         UsageError: no episodes, frames of another size than whole cells, or a checkpoint of another recipe.
     """
-    if options.kind != "learned" and (fitted := _fit_patches(options)) is not None:
+    if options.tokenizer != "learned" and (fitted := _fit_patches(options)) is not None:
         return fitted
     config, path = CompactConfig.of_codes(options.codes, options.patch), options.output / TOKENIZER
-    if not path.exists():
-        save_tokenizer(path, train_tokenizer(options, config, report))
     height, width = next(episodes(options.data)).frames.shape[1:3]
-    return FittedTokenizer(config, read_tokenizer(path, graphs(config, height, width)), options.codes)
+    pixels = CompactGraphs(height, width, config)
+    if not path.exists():
+        save_tensors(path, train_tokenizer(options, pixels, report))
+    return FittedTokenizer(config, read_tokenizer(path, pixels), options.codes)
 
 
-def _fit_patches(options: TokenizerOptions) -> FittedTokenizer | None:
+def _fit_patches(options: TrainOptions) -> FittedTokenizer | None:
     """The codebook of patches; None if there are too many and these may not be clustered."""
     path = options.output / "codebook.npz"
     if not path.exists():
         videos = (episode.frames for episode in episodes(options.data))
-        exact = options.kind == "auto"
+        exact = options.tokenizer == "auto"
         fitted = fit_codebook(videos, codes=options.codes, side=options.patch, seed=options.seed, exact=exact)
         if fitted is None:
             return None
@@ -138,7 +101,7 @@ def _fit_patches(options: TokenizerOptions) -> FittedTokenizer | None:
 
 
 def train_tokenizer(
-    options: TokenizerOptions, config: CompactConfig, report: Report | None = None
+    options: TrainOptions, graphs: CompactGraphs, report: Report | None = None
 ) -> dict[str, Tensor]:
     """Train, resuming from ``tokenizer.pt``; returns the tensors of both graphs in float16, by name.
 
@@ -147,18 +110,18 @@ def train_tokenizer(
     Raises:
         UsageError: no episodes, or a checkpoint of another recipe.
     """
-    trainer, frames, started = _Trainer(options, config), training_frames(options.data), time.monotonic()
-    recipe = {"config": asdict(config), "steps": options.steps, "seed": options.seed}
+    trainer, frames, started = _Trainer(options, graphs), training_frames(options.data), time.monotonic()
+    recipe = {"config": asdict(graphs.sizes), "steps": options.tokenizer_steps, "seed": options.seed}
     parts = {"networks": trainer.networks, "optimiser": trainer.optimiser}
     checkpoint = Checkpoint(options.output / "tokenizer.pt", "tokenizer", recipe, parts)
-    path, first = options.output / "tokenizer.jsonl", checkpoint.resumed(options.device)
-    for step in range(first, options.steps):
+    path, first = options.output / "tokenizer.jsonl", checkpoint.resumed(options.devices[0])
+    for step in range(first, options.tokenizer_steps):
         random = np.random.default_rng((options.seed, step))
         pixels = torch.from_numpy(frames[random.integers(len(frames), size=BATCH)])
-        loss = trainer.train(pixels.to(options.device), learning_rate(step + 1, options.steps))
+        loss = trainer.train(pixels.to(options.devices[0]), learning_rate(step + 1, options.tokenizer_steps))
         seconds = time.monotonic() - started
-        log(path, Progress(step + 1, options.steps, loss, seconds, first, "tokenizer"), report)
-        if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
+        log(path, Progress(step + 1, options.tokenizer_steps, loss, seconds, first, "tokenizer"), report)
+        if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.tokenizer_steps:
             checkpoint.write(step + 1)
     return {name: tensor.detach().cpu().half() for name, tensor in trainer.tensors().items()}
 
@@ -166,12 +129,12 @@ def train_tokenizer(
 class _Trainer:
     """Networks and their optimiser."""
 
-    def __init__(self, options: TokenizerOptions, config: CompactConfig) -> None:
-        self.config = config
+    def __init__(self, options: TrainOptions, graphs: CompactGraphs) -> None:
+        self.levels = graphs.sizes.levels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.networks = nn.ModuleList([self.encoder, self.decoder]).to(options.device)
+            self.encoder, self.decoder = Encoder(graphs), Decoder(graphs)
+        self.networks = nn.ModuleList([self.encoder, self.decoder]).to(options.devices[0])
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -181,7 +144,7 @@ class _Trainer:
         """One step on frames uint8 [B, H, W, 3]; returns the loss."""
         images = scaled_images(pixels, torch.zeros(()))
         with torch.autocast(images.device.type, torch.bfloat16):
-            codes = codes_of_latents(self.encoder.latents(images), self.config.levels)
+            codes = codes_of_latents(self.encoder.latents(images), self.levels)
             drawn = self.decoder.images(codes)
         loss = reconstruction_loss(drawn.float(), images)
         loss.backward()
@@ -242,3 +205,71 @@ def reconstruct(pixel_graphs: TokenizerGraphs, tensors: Tensors, data: Path) -> 
         used=len(tokens.unique()),
         codes=pixel_graphs.codes,
     )
+
+
+def fit_codebook(
+    videos: Iterable[NDArray[np.uint8]], *, codes: int, side: int, seed: int = 0, exact: bool = False
+) -> tuple[NDArray[np.uint8], int] | None:
+    """Choose the codes for patches of ``videos``, each uint8 [T, H, W, 3].
+
+    Returns:
+        uint8 [codes, side, side, 3], most frequent first, and how many of them are in use; the rest repeat
+        the first code, which as the lowest id always wins against them. None if they had to be ``exact`` and
+        there are more patches than codes.
+
+    Raises:
+        UsageError: no frame at all, or frames that are not made of whole patches.
+    """
+    patches = _count(videos, side, np.random.default_rng(seed), codes if exact else None)
+    if patches is None:
+        return None
+    if len(patches) > codes:
+        patches = _cluster(patches, codes, seed)
+    used = sorted(patches, key=lambda patch: (-patches[patch], patch))
+    flat = np.frombuffer(b"".join(used + used[:1] * (codes - len(used))), np.uint8)
+    return flat.reshape(codes, side, side, 3).copy(), len(used)
+
+
+def cut_patches(frames: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Cut uint8 [T, H, W, 3] into uint8 [T * H/side * W/side, side * side * 3], in raster order.
+
+    Raises:
+        UsageError: the frame size is no multiple of ``side``.
+    """
+    count, height, width, _ = frames.shape
+    if height % side or width % side:
+        raise UsageError(
+            f"frames of {height}x{width} pixels cannot be cut into {side}x{side} patches; resize them"
+        )
+    grid = frames.reshape(count, height // side, side, width // side, side, 3)
+    return np.ascontiguousarray(grid.transpose(0, 1, 3, 2, 4, 5)).reshape(-1, side * side * 3)
+
+
+def _count(
+    videos: Iterable[NDArray[np.uint8]], side: int, random: np.random.Generator, most: int | None
+) -> Patches | None:
+    """Distinct patches; None beyond ``most`` of them, a random sample beyond ``_SAMPLE``."""
+    patches: Patches = Counter()
+    for frames in videos:
+        patches.update(patch.tobytes() for patch in cut_patches(frames, side))
+        if most is not None and len(patches) > most:
+            return None
+        if len(patches) > _SAMPLE:
+            known = list(patches.items())
+            patches = Counter(dict(known[n] for n in random.choice(len(known), _SAMPLE, replace=False)))
+    if not patches:
+        raise UsageError("no frames to fit a codebook to; the folder holds no episode")
+    return patches
+
+
+def _cluster(patches: Patches, codes: int, seed: int) -> Patches:
+    """The centres of k-means, rounded to pixels, with the number of patches that each one stands for."""
+    points = np.frombuffer(b"".join(patches), np.uint8).reshape(len(patches), -1).astype(np.float32)
+    weights = np.fromiter(patches.values(), np.float64)
+    fitted = MiniBatchKMeans(codes, random_state=seed, batch_size=_PATCH_BATCH, n_init=1)
+    nearest = fitted.fit_predict(points, sample_weight=weights)
+    centres = np.rint(fitted.cluster_centers_).clip(0, 255).astype(np.uint8)
+    found: Patches = Counter()
+    for centre, count in zip(centres, np.bincount(nearest, weights, codes).astype(int).tolist(), strict=True):
+        found[centre.tobytes()] += count
+    return +found  # without the centres that nothing is near to

@@ -37,7 +37,7 @@ from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss
 from worlds.folder import World, save_world
 from worlds.options import TrainOptions
 from worlds.progress import Checkpoint, Progress, Report, learning_rate, log
-from worlds.tokenizer import Tensors, TokenizerOptions, fit_tokenizer, reconstruct
+from worlds.tokenizer import Tensors, fit_tokenizer, reconstruct
 
 Share = tuple[float, Schedule]
 """Share of the training windows, and the schedule they are decoded by."""
@@ -134,12 +134,7 @@ def _worker(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What the transformer is trained on.
-
-    Attributes:
-        description: of the world to be.
-        tokenizer: its tensors, by name.
-    """
+    """What the transformer is trained on: the world to be, and the tensors of its tokenizer."""
 
     description: WorldDescription
     tokenizer: Tensors
@@ -158,20 +153,7 @@ class _Prepared:
 
 def _prepare(options: TrainOptions, report: Report | None) -> _Prepared:
     """Fit the tokenizer, or read the one that was fitted."""
-    fitted = fit_tokenizer(
-        TokenizerOptions(
-            data=options.data,
-            output=options.output,
-            kind=options.tokenizer,
-            codes=options.codes,
-            patch=options.patch,
-            steps=options.tokenizer_steps,
-            seed=options.seed,
-            device=options.devices[0],
-            checkpoint_every=options.checkpoint_every,
-        ),
-        report,
-    )
+    fitted = fit_tokenizer(options, report)
     height, width = next(episodes(options.data)).frames.shape[1:3]
     description = WorldDescription(
         size=options.size,

@@ -8,7 +8,7 @@ import pytest
 from diagd.errors import UsageError
 from diagd.tuning.recordings import cached_tokens, episode_paths, episodes
 from tests.worlds.recordings import COLUMNS, PATCH, ROWS, patch_encoder, record_stripes, striped_episode
-from worlds.codebook import fit_codebook
+from worlds.tokenizer import fit_codebook
 
 
 def test_tokens_reproduce_frames_and_actions(tmp_path: Path) -> None:

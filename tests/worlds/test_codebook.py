@@ -5,7 +5,7 @@ import pytest
 
 from diagd.errors import UsageError
 from tests.worlds.recordings import patch_encoder
-from worlds.codebook import cut_patches, fit_codebook
+from worlds.tokenizer import cut_patches, fit_codebook
 
 
 def tiled(tiles: np.ndarray, shape: tuple[int, int, int], seed: int) -> np.ndarray:

@@ -63,8 +63,8 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
 def test_daylight_never_fades() -> None:
     """Crafter's own day is darkest at step 210."""
     simulator = Simulator(3)
-    first = simulator.reset().frame
-    last = [simulator.step(0).frame for _ in range(210)][-1]
+    first = simulator.reset()
+    last = [simulator.step(0)[0] for _ in range(210)][-1]
     assert abs(float(last[:56].mean()) - float(first[:56].mean())) < 10
 
 

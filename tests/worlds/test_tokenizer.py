@@ -14,7 +14,7 @@ from diagd.bundle import Bundle
 from diagd.cli.main import main
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.export.families.world import CompactConfig, graphs
+from diagd.export.families.world import CompactConfig, CompactGraphs
 from diagd.tuning.recordings import (
     Episode,
     FrameEncoder,
@@ -26,10 +26,10 @@ from diagd.tuning.recordings import (
 from tests.worlds.recordings import record_stripes
 from worlds.folder import load_world
 from worlds.model import open_model
+from worlds.options import TrainOptions
 from worlds.progress import Progress
 from worlds.tokenizer import (
     FittedTokenizer,
-    TokenizerOptions,
     fit_tokenizer,
     reconstruct,
     reconstruction_loss,
@@ -63,26 +63,27 @@ def shades(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def options(shades: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenizerOptions:
-    return TokenizerOptions(
-        shades, tmp_path_factory.mktemp("fitted"), codes=256, steps=60, checkpoint_every=25
+def options(shades: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainOptions:
+    return TrainOptions(
+        shades, tmp_path_factory.mktemp("fitted"), codes=256, tokenizer_steps=60, checkpoint_every=25
     )
 
 
 @pytest.fixture(scope="module")
-def fitted(options: TokenizerOptions) -> FittedTokenizer:
+def fitted(options: TrainOptions) -> FittedTokenizer:
     torch.set_num_threads(1)
     return fit_tokenizer(options)
 
 
 def test_pictures_of_many_patches_get_a_trained_tokenizer(
-    options: TokenizerOptions, fitted: FittedTokenizer, shades: Path, tmp_path: Path
+    options: TrainOptions, fitted: FittedTokenizer, shades: Path, tmp_path: Path
 ) -> None:
     """It redraws an episode that it did not see better than at first; its log says how it went."""
     assert fitted.config is not None
-    learned = reconstruct(graphs(fitted.config, HEIGHT, WIDTH), fitted.tensors, shades)
-    untrained = train_tokenizer(replace(options, output=tmp_path, steps=1), fitted.config)
-    before = reconstruct(graphs(fitted.config, HEIGHT, WIDTH), untrained, shades)
+    pixels = CompactGraphs(HEIGHT, WIDTH, fitted.config)
+    learned = reconstruct(pixels, fitted.tensors, shades)
+    untrained = train_tokenizer(replace(options, output=tmp_path, tokenizer_steps=1), pixels)
+    before = reconstruct(pixels, untrained, shades)
     assert learned.psnr > before.psnr + 4
     assert learned.ssim > before.ssim
     assert 10 < learned.used <= learned.codes == 256
@@ -94,20 +95,20 @@ def test_pictures_of_many_patches_get_a_trained_tokenizer(
 def test_pictures_of_few_patches_keep_them(tmp_path: Path) -> None:
     data = record_stripes(tmp_path / "data", episodes=3, frames=12)
     (tmp_path / "out").mkdir()
-    found = fit_tokenizer(TokenizerOptions(data, tmp_path / "out", codes=16, patch=4))
+    found = fit_tokenizer(TrainOptions(data, tmp_path / "out", codes=16, patch=4))
     assert found.config is None
     assert found.used == 8
 
 
 def test_the_kind_can_be_chosen(shades: Path, tmp_path: Path) -> None:
-    patches = fit_tokenizer(TokenizerOptions(shades, tmp_path, kind="patches", codes=32))
+    patches = fit_tokenizer(TrainOptions(shades, tmp_path, tokenizer="patches", codes=32))
     assert patches.config is None
     assert patches.tensors["codebook"].shape == (32, 8, 8, 3)
     with pytest.raises(UsageError, match="did you mean 'learned'"):
-        TokenizerOptions(shades, tmp_path, kind="learnt")
+        TrainOptions(shades, tmp_path, tokenizer="learnt")
 
 
-def test_training_is_deterministic_and_resumes_exactly(options: TokenizerOptions, tmp_path: Path) -> None:
+def test_training_is_deterministic_and_resumes_exactly(options: TrainOptions, tmp_path: Path) -> None:
     class Interrupted(Exception):
         pass
 
@@ -116,7 +117,8 @@ def test_training_is_deterministic_and_resumes_exactly(options: TokenizerOptions
             raise Interrupted
 
     whole, parts = (
-        replace(options, output=tmp_path / name, steps=10, checkpoint_every=5) for name in ("whole", "parts")
+        replace(options, output=tmp_path / name, tokenizer_steps=10, checkpoint_every=5)
+        for name in ("whole", "parts")
     )
     for run in (whole, parts):
         run.output.mkdir()
@@ -129,7 +131,7 @@ def test_training_is_deterministic_and_resumes_exactly(options: TokenizerOptions
     assert [line["step"] for line in lines] == [*range(1, 9), *range(6, 11)]
     (parts.output / "tokenizer.safetensors").unlink()
     with pytest.raises(UsageError, match="belongs to another tokenizer"):
-        fit_tokenizer(replace(parts, steps=12))
+        fit_tokenizer(replace(parts, tokenizer_steps=12))
 
 
 def test_the_last_episode_is_kept_for_the_figures(shades: Path) -> None:
@@ -151,10 +153,10 @@ def test_the_loss_prefers_what_keeps_edges() -> None:
 
 
 def test_a_world_with_a_learned_tokenizer_is_trained_exported_and_scored(
-    options: TokenizerOptions, fitted: FittedTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: TrainOptions, fitted: FittedTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The bundle's encoder graph gives the tokens that the transformer was trained on."""
-    from worlds.train import TrainOptions, train
+    from worlds.train import train
 
     folder, bundle = tmp_path / "world", tmp_path / "world.diagd"
     train(
