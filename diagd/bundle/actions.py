@@ -153,10 +153,8 @@ class RawInput(Record):
 class ActionCodec(Record):
     """The tokens of one action.
 
-    Attributes:
-        slots: one for each token, in order.
-        ignored: buttons that a record may hold and no token tells.
-        raw: how to read keyboard and mouse events; None if the model cannot.
+    ``ignored``: buttons that a record may hold and no token tells. ``raw``: how to read keyboard and mouse
+    events; None if the model cannot.
     """
 
     slots: Annotated[tuple[Slot, ...], Field(min_length=1)]

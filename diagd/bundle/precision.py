@@ -11,8 +11,6 @@ class Precision:
     """How a step graph stores its matrices and its K/V rows.
 
     Attributes:
-        name: as users type it.
-        summary: for help and documentation.
         kind: element type of the matrices.
         weight: bytes of a weight, its share of the scales included.
         cache: bytes of a K/V element.

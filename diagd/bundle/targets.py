@@ -45,7 +45,7 @@ def folder_target(path: Path, marks: Mapping[str, bytes], what: str, option: str
         UsageError: something else is there, or nothing can be written.
     """
     place = _folder(
-        path, option, what, lambda place: any(_holds(place / name, words) for name, words in marks.items())
+        path, option, what, lambda place: any(words in _head(place / name) for name, words in marks.items())
     )
     _try(_first_there(place) / place.name, option)
     return place
@@ -192,13 +192,13 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _is_of_kind(file: Path, start: int, beginnings: tuple[bytes, ...]) -> bool:
-    with file.open("rb") as opened:
-        head = opened.read(64)
+    head = _head(file)
     return not head or head[start:].startswith(beginnings)
 
 
-def _holds(file: Path, words: bytes) -> bool:
+def _head(file: Path) -> bytes:
+    """How a file begins; nothing where none is."""
     if not file.is_file():
-        return False
+        return b""
     with file.open("rb") as opened:
-        return words in opened.read(4096)
+        return opened.read(4096)

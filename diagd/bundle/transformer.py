@@ -85,13 +85,9 @@ def grid_rotary(
 ) -> Rotary:
     """Three-dimensional rotary of Cosmos: pairs of frame, row and column, in this order.
 
-    Rows and columns get ``2 (head_size // 6)`` channels each, frames the rest.
-
-    Args:
-        head_size: channels of a head.
-        theta: base of the frequencies.
-        yarn_scale: see ``yarn``; 1 leaves the frequencies alone.
-        trained: frames, and cells along either spatial axis, that the model was first trained on.
+    Rows and columns get ``2 (head_size // 6)`` channels each, frames the rest. ``theta``: base of the
+    frequencies. ``trained``: frames, and cells along either spatial axis, that the model was first trained
+    on, see ``yarn``.
     """
     across = 2 * (head_size // 6)
     frames, cells = trained
@@ -160,22 +156,17 @@ class TransformerConfig:
     Attributes:
         layout: token stream; gives rotary coordinates and slot embeddings their period.
         context_frames: frames that training let a query see, its own included.
-        vocabulary: ids of the embedding.
-        output_vocabulary: ids of the head; the first ones of the vocabulary.
-        hidden: width of the residual stream.
-        feed_forward: inner width of the feed-forward layer.
-        layers, heads, kv_heads, head_size: attention dimensions.
-        rotary: rotary embedding of queries and keys; None without.
+        vocabulary, output_vocabulary: ids of the embedding, and of the head: the first ones of those.
+        hidden, feed_forward: width of the residual stream, and inside feed-forward layers.
         slot_embedding: add a learned vector for the place inside the frame.
         position_embedding: add a learned vector for the position inside the context.
         layer_embedding: add sinusoids of frame, row and column before every layer.
-        norm: of the residual stream.
-        norm_epsilon: of every norm.
+        norm: of the residual stream; ``norm_epsilon`` is every norm's.
         qk_norm: RMSNorm over each head's queries and keys, ahead of the rotary embedding.
         bias: projections, feed-forward layers and layer norms have one.
         gated: feed-forward layers are SwiGLU; otherwise GELU in its tanh form.
         tied_head: the head is the embedding.
-        text: every layer also attends to text; None without.
+        text: that every layer attends to as well.
     """
 
     layout: StreamLayout

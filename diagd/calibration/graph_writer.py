@@ -48,7 +48,6 @@ class Target:
     """What graphs become.
 
     Attributes:
-        scheme: of their products.
         name: precision of the graphs.
         half: GPU forms compute in float16 what stays in floating point.
         kv_cache: element type of the K/V buffers of portable graphs; None: floating point.
@@ -108,7 +107,7 @@ class GraphWriter:
         model = self._trace(graphs[0], matrices)
         sources = self._rounded(graphs[0], matrices) | self._floats(model, graphs[0], choices)
         with self._progress.bytes(f"writing {name}", sum(s.bytes for s in sources.values())) as advance:
-            give_data(model, self._plain() | store(self._bundle.file(weights), sources, advance))
+            give_data(model, self._stored.tensors() | store(self._bundle.file(weights), sources, advance))
             save(_simplify(model), self._bundle.file(name))
         return tuple(self._described(graph, name) for graph in graphs)
 
@@ -125,7 +124,8 @@ class GraphWriter:
         either = {name: EitherMatrix(matrix, inputs[name], dtype) for name, matrix in rounded.items()}
         traced = self._trace(graphs[0], either)
         sources = {f"{name}.rounded": matrix for name, matrix in rounded.items()}
-        tensors = self._plain() | store(self._bundle.file(SINGLE[2]), self._rounded(graphs[0], sources))
+        rounded_file = self._bundle.file(SINGLE[2])
+        tensors = self._stored.tensors() | store(rounded_file, self._rounded(graphs[0], sources))
         floats = self._part_floats(traced, graphs[0], choices, choices)
         give_data(traced, tensors | store(self._bundle.file(SINGLE[1]), floats))
         _simplify(traced, floats)
@@ -181,11 +181,6 @@ class GraphWriter:
             streams=graph.streams,
             variant=StepVariant(matrices, bool(target.row_scales), opset=target.opset(graph.form)),
         )
-
-    def _plain(self) -> dict[str, ir.TensorProtocol]:
-        """Tensors as they are stored, by their names in the graphs."""
-        stored = self._stored.tensors()
-        return {**stored, **{name + PLAIN: tensor for name, tensor in stored.items()}}
 
     def _dtype(self, graph: StepGraph) -> np.dtype[np.generic]:
         return np.dtype(np.float16 if self._target.precision(graph) == "fp16" else np.float32)

@@ -25,9 +25,10 @@ from diagd.bundle.precision import GROUP
 from diagd.calibration.options import E4M3_MAX, Scheme
 from diagd.engines.engine import Float
 from diagd.errors import BundleError
-from diagd.export.exporter import WEIGHTS_NAME, step_shapes
+from diagd.export.exporter import step_shapes
+from diagd.export.step_graph import PLAIN
 from diagd.export.tracing import FOLD_LIMIT, cast, onnx_operator
-from diagd.export.weights import WeightSource, constant, external_tensors, plan, total_bytes
+from diagd.export.weights import WEIGHTS_NAME, WeightSource, constant, external_tensors, plan, total_bytes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -85,28 +86,26 @@ class StoredWeights:
         return np.memmap(self._path, place.dtype, "r", place.offset, place.shape)
 
     def tensors(self) -> dict[str, ir.TensorProtocol]:
-        """All of them, for a graph beside the file; those that a graph's simplification reads lie in it.
+        """All of them, as ``NAME`` and ``NAME.plain``, for a graph beside the file.
 
-        The file may be a hard link, which onnx_ir refuses to read.
+        Those that its simplification reads lie in it: the file may be a hard link, which onnx_ir refuses to
+        read.
         """
         import onnx_ir as ir
 
         found: dict[str, ir.TensorProtocol] = {}
         found |= external_tensors(self._places, WEIGHTS_NAME, self._path.parent)
         small = [name for name, place in self._places.items() if math.prod(place.shape) <= FOLD_LIMIT]
-        return found | {name: ir.Tensor(np.array(self[name]), name=name) for name in small}
+        found |= {name: ir.Tensor(np.array(self[name]), name=name) for name in small}
+        return found | {name + PLAIN: tensor for name, tensor in found.items()}
 
 
 @dataclass(frozen=True)
 class Weight:
     """A stored tensor [N] or [K, N] with factors of its rows and columns, read in blocks.
 
-    Attributes:
-        stored: the tensor is one of these.
-        name: of the tensor.
-        dtype: of what is computed with it.
-        rows: float32 [K], multiplied.
-        columns: float32 [N], divided by.
+    ``rows``: float32 [K], multiplied. ``columns``: float32 [N], divided by. ``dtype``: of what is computed
+    with it.
     """
 
     stored: StoredWeights
@@ -270,11 +269,8 @@ class GroupedMatrix(QuantisedMatrix):
 class DequantisedMatrix(QuantisedMatrix):
     """DequantizeLinear of the weight ahead of the product, and of a rounded input where ``x_scale`` is given.
 
-    Args:
-        outputs: N.
-        sources: ``q``, ``scale``; ``x_scale`` and ``x_zero`` where the input is rounded.
-        axis: of the scales.
-        group: rows that share one, 0 where a scale is a column's.
+    Its ``x_zero`` is then given too. ``axis``: of the scales. ``group``: rows that share one, 0 where a scale
+    is a column's.
     """
 
     x_scale: Tensor

@@ -20,7 +20,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.tensors import cache_tensors
 from diagd.errors import EngineError, QualityError
 from diagd.export.exporter import TORCH_TYPES
-from diagd.export.step_graph import PLAIN, WATCHED, StepVariant, trace_step, watched_values
+from diagd.export.step_graph import WATCHED, StepVariant, trace_step, watched_values
 from diagd.export.tracing import link_weights, save
 from diagd.progress import Progress
 
@@ -91,8 +91,7 @@ def _save_watched(bundle: Bundle, graph: StepGraph, path: Path) -> None:
         capacity=graph.capacity or 0,
         variant=StepVariant(watch=True),
     )
-    tensors = StoredWeights(bundle).tensors()
-    save(link_weights(model, tensors | {name + PLAIN: tensors[name] for name in tensors}), path)
+    save(link_weights(model, StoredWeights(bundle).tensors()), path)
 
 
 @dataclass

@@ -28,7 +28,6 @@ from diagd.calibration.search import CACHE_FORMS, Choice, check_kv_cache, descri
 from diagd.calibration.trajectory import (
     FORMS,
     CalibrationSet,
-    Prompts,
     check_memory,
     find_reference,
     session_window,
@@ -135,7 +134,7 @@ class _Calibration:
         self._reference, self._progress = reference, progress
         window = session_window(bundle.manifest, reference)
         decoded = trajectories(bundle.manifest, window, options.steps, widest_step(reference))
-        self._samples = CalibrationSet(decoded, window, Prompts(bundle.manifest, frames), options.seed)
+        self._samples = CalibrationSet(decoded, window, options.seed, bundle.manifest, frames)
         self._choices: dict[str, Choice] = {}
         self._layers: list[LayerReport] = []
         self._cache: CacheReport | None = None

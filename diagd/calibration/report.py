@@ -90,16 +90,13 @@ class PrecisionReport(_Record):
 
     Attributes:
         precision, reference: of the graphs that were made, and of those they are compared with.
-        seed: of the calibration run; the same seed gives the same scales.
-        gate_seed: of the comparison.
-        trajectories: what was decoded.
+        seed, gate_seed: of the run that finds ranges, and of the comparison.
         budget: None where nothing was judged.
         attempts: runs of the gate; each but the first left more products in floating point.
         bytes_before, bytes_after: of the weights that a step reads.
         widths: by rows of the step.
         forms: form to the files of its graphs.
         left_out: form to why it has no graph.
-        layers: each product.
         kv_cache: None where it stays in floating point.
     """
 

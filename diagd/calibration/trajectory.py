@@ -31,7 +31,6 @@ from diagd.schedule import Schedule, Step, slots_needed
 FORMS = tuple(Form)
 """The prefix form first: it is the quickest on the CPU, and the only one in float32 throughout."""
 
-
 WINDOW = 4
 """Frames of the sessions: enough for overlapping frames, few enough to slide soon."""
 
@@ -110,15 +109,7 @@ def open_graphs(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One piece of decoding.
-
-    Attributes:
-        name: for the report.
-        schedule: decoding order.
-        prompt: frames known at the start.
-        frames: frames to decode, of which ``steps`` passes are run.
-        steps: passes.
-    """
+    """A piece of decoding: the first ``steps`` passes for ``frames`` frames behind ``prompt`` known ones."""
 
     name: str
     schedule: Schedule
@@ -132,11 +123,8 @@ def trajectories(
 ) -> list[Trajectory]:
     """The default schedule, twice its row lag, next-token prediction, chained frames and a slid window.
 
-    Args:
-        manifest: of the bundle.
-        window: frames of the session.
-        steps: passes in all, shared evenly.
-        max_width: rows that the graphs take; schedules with wider steps are left out. None: any number.
+    They share ``steps`` passes evenly, in sessions of ``window`` frames. Schedules with steps of more rows
+    than ``max_width`` are left out.
 
     Raises:
         UsageError: fewer than ``MINIMUM_STEPS``, or every schedule has wider steps.
@@ -188,12 +176,21 @@ def _longest(manifest: Manifest, schedule: Schedule, window: int) -> int:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Prompt frames and actions of trajectories, drawn by seed.
+class CalibrationSet:
+    """What is decoded, to find ranges or to judge.
 
-    ``known``: int32 [P, rows, columns], frames that follow each other; None draws tokens at random.
+    Attributes:
+        trajectories: their passes are those of one round.
+        window: frames of the session.
+        seed: of prompts, actions and sampling.
+        manifest: of the model.
+        known: int32 [P, rows, columns], frames that follow each other, which prompts are cut from; None draws
+            tokens at random.
     """
 
+    trajectories: Sequence[Trajectory]
+    window: int
+    seed: int
     manifest: Manifest
     known: Int | None
 
@@ -226,23 +223,6 @@ class Prompts:
         return np.stack(found)
 
 
-@dataclass(frozen=True)
-class CalibrationSet:
-    """What is decoded, to find ranges or to judge.
-
-    Attributes:
-        trajectories: their passes are those of one round.
-        window: frames of the session.
-        prompts: where prompts and actions come from.
-        seed: of prompts, actions and sampling.
-    """
-
-    trajectories: Sequence[Trajectory]
-    window: int
-    prompts: Prompts
-    seed: int
-
-
 class Rollouts:
     """Decodes trajectories over one engine."""
 
@@ -250,7 +230,7 @@ class Rollouts:
         text = bundle.manifest.text
         self._text_width = (text.length, text.width) if text else None
         self.session = session_over(bundle, engine, samples.window, CpuOptions(prepack=False))
-        self._prompts, self._seed = samples.prompts, samples.seed
+        self._samples = samples
 
     def steps(
         self, trajectory: Trajectory, number: int, *, follow: bool = False
@@ -261,7 +241,9 @@ class Rollouts:
         """
         actions = self._begin(number, trajectory.prompt, trajectory.frames)
         decoder = ForcedDecoder(trajectory.schedule) if follow else ScheduledDecoder(trajectory.schedule)
-        steps = self.session.steps(decoder, actions, count=trajectory.frames, seed=self._seed + number)
+        steps = self.session.steps(
+            decoder, actions, count=trajectory.frames, seed=self._samples.seed + number
+        )
         return islice(steps, trajectory.steps)
 
     def own_likelihoods(self, prompts: int, frames: int) -> list[float]:
@@ -270,14 +252,14 @@ class Rollouts:
             found
             for number in range(prompts)
             for actions in [self._begin(number, self.session.window - 1, frames)]
-            for found in own_likelihoods(self.session, actions, frames, self._seed + number)
+            for found in own_likelihoods(self.session, actions, frames, self._samples.seed + number)
         ]
 
     def _begin(self, number: int, prompt: int, frames: int) -> Int | None:
         """Start at the prompt of a number; returns the actions of frames behind it."""
-        random = np.random.default_rng((self._seed, number))
-        known, text = self._prompts.frames(prompt, random), None
+        random = np.random.default_rng((self._samples.seed, number))
+        known, text = self._samples.frames(prompt, random), None
         if self._text_width:
             text = random.standard_normal(self._text_width, dtype=np.float32)
-        self.session.start(known, self._prompts.actions(prompt, random), text)
-        return self._prompts.actions(frames, random)
+        self.session.start(known, self._samples.actions(prompt, random), text)
+        return self._samples.actions(frames, random)

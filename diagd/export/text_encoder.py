@@ -14,13 +14,10 @@ from diagd.errors import UsageError, require
 def encode_text(words: str, encoder: Path, length: int) -> NDArray[np.float32]:
     """Last hidden states of a T5 encoder, as Cosmos takes them from google-t5/t5-11b.
 
-    Args:
-        words: the prompt.
-        encoder: folder in the layout of Hugging Face, with the tokenizer.
-        length: most tokens; longer texts are cut off.
+    ``encoder`` is a folder in the layout of Hugging Face, with the tokenizer.
 
     Returns:
-        float32 [n, width], one row a token, the end token included.
+        float32 [n, width], one row a token, the end token included, at most ``length``.
 
     Raises:
         UsageError: the folder holds no T5 encoder.

@@ -5,13 +5,13 @@ The matrix products whose weight is constant may be stored in fewer bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from diagd.bundle.transformer import NormKind, TransformerConfig
+from diagd.bundle.transformer import Shape, TransformerConfig, parameter_shapes
 from diagd.engines.tensors import cache_tensors
 from diagd.export.tracing import onnx_operator
 
@@ -113,12 +113,9 @@ class Fold:
 
 @dataclass(frozen=True)
 class Projection:
-    """One product x @ weight.
+    """One product x @ weight; ``name`` is that of the weight [inputs, outputs] in the graph.
 
-    Attributes:
-        name: of the weight [inputs, outputs] in the graph.
-        inputs, outputs: its size.
-        fold: what absorbs a factor of x's channels; None where nothing does.
+    ``fold``: what absorbs a factor of x's channels; None where nothing does.
     """
 
     name: str
@@ -127,34 +124,32 @@ class Projection:
     fold: Fold | None = None
 
 
+NORMS = {
+    "attention.qkv": "attention_norm",
+    "cross_attention.query": "cross_attention_norm",
+    "feed_forward.gate_up": "feed_forward_norm",
+    "feed_forward.up": "feed_forward_norm",
+    "head": "norm",
+}
+"""The norm ahead of a product, in its layer."""
+
+
 def projections(config: TransformerConfig) -> list[Projection]:
     """Products of the step graphs of a transformer, in the order of the graph."""
-    found: list[Projection] = []
-    for layer in range(config.layers):
-        found += _layer(config, f"transformer.layers.{layer}.")
-    if not config.tied_head:
-        fold = _norm(config, "transformer.norm")
-        found.append(Projection("transformer.head", config.hidden, config.output_vocabulary, fold))
-    return found
+    shapes = parameter_shapes(config)
+    read_by_row_or_once = ("embedding", "key_value")
+    names = [n for n, shape in shapes.items() if len(shape) == 2 and not n.endswith(read_by_row_or_once)]
+    names.sort(key="head".__eq__)
+    return [
+        Projection(f"transformer.{n}", shapes[n][0], shapes[n][1], _fold(config, shapes, n)) for n in names
+    ]
 
 
-def _layer(config: TransformerConfig, at: str) -> Iterator[Projection]:
-    hidden, inner, width = config.hidden, config.feed_forward, config.heads * config.head_size
-    yield Projection(f"{at}attention.qkv", hidden, config.qkv_width, _norm(config, f"{at}attention_norm"))
-    yield Projection(f"{at}attention.out", width, hidden)
-    if config.text:
-        fold = _norm(config, f"{at}cross_attention_norm")
-        yield Projection(f"{at}cross_attention.query", hidden, width, fold)
-        yield Projection(f"{at}cross_attention.out", width, hidden)
-    fold = _norm(config, f"{at}feed_forward_norm")
-    if config.gated:  # silu(gate) * up: what divides a column of up divides what goes into down
-        yield Projection(f"{at}feed_forward.gate_up", hidden, 2 * inner, fold)
-        yield Projection(f"{at}feed_forward.down", inner, hidden, Fold((f"{at}feed_forward.gate_up",), inner))
-    else:
-        yield Projection(f"{at}feed_forward.up", hidden, inner, fold)
-        yield Projection(f"{at}feed_forward.down", inner, hidden)
-
-
-def _norm(config: TransformerConfig, name: str) -> Fold:
-    shifted = config.norm is NormKind.LAYER and config.bias
-    return Fold((f"{name}.weight", f"{name}.bias") if shifted else (f"{name}.weight",))
+def _fold(config: TransformerConfig, shapes: Mapping[str, Shape], name: str) -> Fold | None:
+    *layer, part = name.split(".", 2) if name.startswith("layers.") else [name]
+    at = "".join(f"{word}." for word in layer)
+    if part == "feed_forward.down" and config.gated:
+        # silu(gate) * up: what divides a column of up divides what goes into down
+        return Fold((f"transformer.{at}feed_forward.gate_up",), config.feed_forward)
+    tensors = [f"{at}{NORMS[part]}.{end}" for end in ("weight", "bias")] if part in NORMS else []
+    return Fold(tuple(f"transformer.{tensor}" for tensor in tensors if tensor in shapes)) if tensors else None

@@ -35,9 +35,10 @@ _PER_COUNTER = 16  # 16-bit draws in one 256-bit Philox block
 
 _CHUNK = 1 << 20
 
-_KINDS = {"F": "float", "I": "int", "U": "uint"}
-
-_DTYPES = {f"{code}{bits}": f"{kind}{bits}" for code, kind in _KINDS.items() for bits in (8, 16, 32, 64)}
+_DTYPES = {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+for _code, _kind in {"F": "float", "I": "int", "U": "uint"}.items():
+    _DTYPES |= {f"{_code}{bits}": f"{_kind}{bits}" for bits in (8, 16, 32, 64)}
+"""NumPy's names of the types of safetensors."""
 
 
 @dataclass(frozen=True)
@@ -234,9 +235,6 @@ class RandomTensor(TensorHandle):
         # (integer + 1/2) / 2^15 is uniform on (-1, 1), symmetric, with standard deviation 1 / sqrt(3).
         scale = np.float32(self.deviation * math.sqrt(3.0) / 2**15)
         return (draws.astype(np.float32) + np.float32(0.5)) * scale
-
-
-_DTYPES |= {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 @dataclass(frozen=True)

@@ -124,13 +124,7 @@ def _some(names: Collection[str]) -> str:
 
 
 class HubAddress(NamedTuple):
-    """What an ``hf://`` address names.
-
-    Attributes:
-        repo: ``org/name``.
-        revision: branch, tag or commit, or None for the default branch.
-        subpath: file or folder within the repository, "" for its top.
-    """
+    """What an ``hf://`` address names; revision None is the default branch, subpath "" the top."""
 
     repo: str
     revision: str | None

@@ -44,10 +44,8 @@ _RUNNERS = re.compile(
 class MappedTensor(TensorHandle):
     """A tensor inside a file; each read maps only its own pages, which go when the array goes.
 
-    Attributes:
-        file: file that holds the tensor.
-        offset: byte of the first element.
-        strides: elements between neighbours along each axis, not negative.
+    ``offset``: byte of the first element. ``strides``: elements between neighbours along each axis, not
+    negative.
     """
 
     file: Path
@@ -304,7 +302,7 @@ def _metadata(root: object) -> dict[str, object]:
     }
 
 
-def plain(value: object) -> object:
+def plain(value: object, budget: Iterator[int] | None = None, depth: int = _METADATA_DEPTH) -> object:
     """Copy a value into dicts with string keys, lists, strings, numbers, booleans and None.
 
     A foreign object becomes its attributes and items, with its class under ``__class__`` and, where there
@@ -312,20 +310,17 @@ def plain(value: object) -> object:
     itself becomes its dotted name, a tensor its dtype and shape. What lies deeper than 32 levels (cycles) or
     beyond 100,000 values becomes ``"..."``.
     """
-    return _plain(value, iter(range(_METADATA_LIMIT)), _METADATA_DEPTH)
-
-
-def _plain(value: object, budget: Iterator[int], depth: int) -> object:
+    budget = iter(range(_METADATA_LIMIT)) if budget is None else budget
     if next(budget, None) is None or depth == 0:
         return "..."
     if isinstance(value, dict):
         kind = {"__class__": type(value).__name__} if isinstance(value, Foreign) else {}
         return kind | {
-            key if isinstance(key, str) else str(_plain(key, budget, 1)): _plain(item, budget, depth - 1)
+            key if isinstance(key, str) else str(plain(key, budget, 1)): plain(item, budget, depth - 1)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item, budget, depth - 1) for item in value]
+        return [plain(item, budget, depth - 1) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
