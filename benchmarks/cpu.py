@@ -163,7 +163,7 @@ def frame(bundle: Bundle, wall: bool, repeats: int) -> None:
 
 def ceiling(bundle: Bundle, wall: bool, repeats: int) -> None:
     """The gain that this machine allows: the bare matrix products of every step, nothing else."""
-    session, inputs = _bare_products(bundle, wall)
+    session, inputs = bare_products(bundle, wall)
     now, layout = clock(wall), bundle.manifest.layout
     seconds: dict[int, float] = {}
     for width in range(1, 17):
@@ -184,7 +184,7 @@ def ceiling(bundle: Bundle, wall: bool, repeats: int) -> None:
     CONSOLE.print(table)
 
 
-def _bare_products(bundle: Bundle, wall: bool) -> tuple[onnxruntime.InferenceSession, dict[str, int]]:
+def bare_products(bundle: Bundle, wall: bool) -> tuple[onnxruntime.InferenceSession, dict[str, int]]:
     """Every constant-weight product of the step graph on inputs of ones, in a chain of its own."""
     import onnx
     from onnx import TensorProto, helper
