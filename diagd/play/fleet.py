@@ -60,7 +60,7 @@ class Fleet(Protocol):
         """Of the engine of a table."""
 
     def seated(self, number: int) -> None:
-        """Somebody was seated: what its engine took before says nothing of what it takes now."""
+        """Another number plays: what its engine took before says nothing of what it takes now."""
 
     def metrics(self) -> Sequence[tuple[str, str, str, float]]:
         """Name, kind, meaning and value of further figures."""

@@ -101,6 +101,14 @@ class Room(Generic[Somebody]):
         seat.player, seat.ticket = None, ""
         self._cleared(seat)
 
+    def put_back(self, seat: Seat[Somebody]) -> None:
+        """Take a seat from its player, who is the next to get one."""
+        guest = seat.player
+        assert guest is not None
+        self.clear(seat)
+        self.waiting.insert(0, guest)
+        self._announce()
+
     def hold(self, seat: Seat[Somebody], ticket: str) -> None:
         """A seat is somebody's who is not there, as one who went away."""
         seat.ticket, seat.taken, seat.left = ticket, self._clock(), self._clock()

@@ -40,6 +40,12 @@ WARNED_SECONDS: Final = 30.0
 SETTLED: Final = 10
 """Frames that show what one more player takes, ahead of the next one."""
 
+PROVEN: Final = 40
+"""Frames that show that a rate cannot be kept with so many."""
+
+TRIAL_SECONDS: Final = 60.0
+"""That the last player is on trial, and that nobody is tried behind one who was too many."""
+
 OPEN_METRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 _REFUSED, _PUT_OUT, _TOO_MANY, _OVER = 4003, 4001, 4029, 4008
@@ -145,8 +151,8 @@ class Client(Guest, Player):
 class Server:
     """Serves worlds, each with a seat in front of it.
 
-    With a ``rate``, in frames a second, nobody is seated who would take it from others; else who plays gets
-    what there is. The fleet is closed when serving ends.
+    With a ``rate``, in frames a second, nobody is seated who would take it from others, and who is found to
+    in the first minute waits again; else who plays gets what there is. The fleet is closed when serving ends.
 
     Raises:
         DependencyError: websockets is not installed.
@@ -163,7 +169,8 @@ class Server:
         self.address, self.limits, self.fleet = address, limits or Limits(), fleet
         self.tables = fleet.tables
         self.room: Room[Client] = Room(seats=len(self.tables), admits=self._admits, cleared=self._cleared)
-        self._rate, self._refused = rate, 0
+        self._rate, self._refused, self._put_back = rate, 0, 0
+        self._full: dict[int, float] = {}  # until when nobody is tried, by an engine's first table
         self._closings: set[asyncio.Task[None]] = set()
         self._drains: float | None = None  # when the last player has to go
 
@@ -292,10 +299,27 @@ class Server:
         figures = self.fleet.figures(seat.number)  # of what it takes since somebody was seated
         if figures.measured < SETTLED:
             return False
-        if figures.p95 * (held + 1) / held <= SHARE / self._rate:
+        is_full = time.monotonic() < self._full.get(min(beside), 0)
+        if not is_full and figures.p95 * (held + 1) / held <= SHARE / self._rate:
             return True
         self._refused += 1
         return False
+
+    def _shed(self, rate: float, now: float) -> None:
+        """Put back who came last to an engine whose frames take too long with them."""
+        for number in self._engines():
+            figures = self.fleet.figures(number)
+            seats = [self.room.seats[beside] for beside in self.fleet.beside(number)]
+            played = (seat for seat in seats if seat.player is not None)
+            last = max(played, key=lambda seat: seat.taken, default=None)
+            alone = sum(bool(seat.ticket) for seat in seats) < 2
+            kept = figures.measured < PROVEN or figures.p95 * rate <= 1
+            if last is None or alone or kept or now - last.taken > TRIAL_SECONDS:
+                continue
+            self.room.put_back(last)
+            self.fleet.seated(number)
+            self._put_back += 1
+            self._full[number] = now + TRIAL_SECONDS
 
     def drain(self) -> None:
         """Seat nobody any more, and end when all have left, or their time is over."""
@@ -312,6 +336,8 @@ class Server:
                 self.close_later(client.connection, _OVER, f"{why}; open the address again to play on")
             elif left <= WARNED_SECONDS:
                 client.send({"type": "ends", "seconds": round(left), "why": why})
+        if self._rate is not None and self._drains is None:
+            self._shed(self._rate, now)
         self.room.turn()
 
     def _left(self, seat: Seat[Client], now: float) -> tuple[float, str]:
@@ -338,11 +364,15 @@ class Server:
             return plain(HTTPStatus.OK if free else HTTPStatus.SERVICE_UNAVAILABLE, f"free seat {free}\n")
         return plain(HTTPStatus.OK, self._metrics(), OPEN_METRICS) if path == "/metrics" else None
 
+    def _engines(self) -> set[int]:
+        """The first table of each engine."""
+        groups = (self.fleet.beside(seat.number) for seat in self.room.seats)
+        return {min(group) for group in groups if group}
+
     def _metrics(self) -> str:
         """Figures as OpenMetrics 1.0 has them."""
         room = self.room
-        groups = (self.fleet.beside(seat.number) for seat in room.seats)
-        engines = [self.fleet.figures(number) for number in {min(group) for group in groups if group}]
+        engines = [self.fleet.figures(number) for number in self._engines()]
         p50, p95 = (max((getattr(one, name) for one in engines), default=0.0) for name in ("p50", "p95"))
         figures: tuple[tuple[str, str, str, float], ...] = (
             ("seats", "gauge", "worlds that can be played", len(room.seats)),
@@ -350,6 +380,7 @@ class Server:
             ("waiting", "gauge", "who waits", len(room.waiting)),
             ("frames", "counter", "decoded", sum(one.frames for one in engines)),
             ("refusals", "counter", "times a free seat was not given, to keep the rate", self._refused),
+            ("put_back", "counter", "players on trial who were one too many", self._put_back),
             ("late", "counter", "ticks that were missed", sum(one.late for one in engines)),
             ("rate", "gauge", "frames a second of each that are held; 0: what there is", self._rate or 0),
             ("frame_p50_seconds", "gauge", "of the passes and pictures of all", p50),
