@@ -115,8 +115,9 @@ def test_frames_are_generated_past_the_window(
 def test_bytes_are_shown(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(place.bundle)]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "2,048 (float32: " in shown
-    assert "512 (int8: portable int4-weight-kv8)" in shown
+    token = 2 * LAYERS * 4 * 32
+    assert f"{4 * token:,} (float32: " in shown
+    assert f"{token} (int8: portable int4-weight-kv8)" in shown
 
 
 def test_a_second_run_writes_the_same_scales(place: Place, tmp_path: Path) -> None:
