@@ -27,9 +27,8 @@ from diagd.progress import Progress
 from diagd.runtime.load import open_session
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.session import Session
-from diagd.web.folder import WORLD, write_page
+from diagd.web.folder import WORLD, server, write_page
 from diagd.web.runtime import runtime_files
-from diagd.web.server import server
 from tests.play.browser import Tab, browser
 
 DECODERS = ("next token", "k=1 serial", "k=1 chained", "jacobi")

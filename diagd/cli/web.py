@@ -13,9 +13,8 @@ from diagd.cli.options import Verb
 from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.play.opening import SHIPPED
 from diagd.progress import Progress
-from diagd.web.folder import write_page
+from diagd.web.folder import server, write_page
 from diagd.web.runtime import runtime_files
-from diagd.web.server import server
 
 EXAMPLES = """examples:
   diagd web crafter-3m.diagd --output page --serve

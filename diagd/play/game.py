@@ -19,8 +19,7 @@ from diagd.errors import UsageError
 from diagd.play import record
 from diagd.play.controls import Taken
 from diagd.play.pictures import Pictures, View
-from diagd.play.record import Ahead, Played, Record, Start
-from diagd.play.settings import PlaySettings
+from diagd.play.record import Ahead, Played, PlaySettings, Record, Start
 from diagd.runtime.actions import encode
 from diagd.runtime.clip import check_tokens
 from diagd.runtime.comparison import audit

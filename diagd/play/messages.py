@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from diagd.errors import UsageError
 from diagd.play.controls import Code
-from diagd.play.settings import PlaySettings
+from diagd.play.record import PlaySettings
 from diagd.play.stage import Mode
 
 VERSION: Final = 1

@@ -19,14 +19,15 @@ from typing import IO, TYPE_CHECKING, Annotated, Final, Literal
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from diagd.bundle import Bundle
+from diagd.bundle import Bundle, Manifest
 from diagd.engines.backend import CPU
 from diagd.engines.engine import Int
 from diagd.errors import DiagdError, QualityError, UsageError, fault
 from diagd.options import Frozen
 from diagd.play.controls import Taken
-from diagd.play.settings import PlaySettings
-from diagd.runtime.sampling import SAMPLER
+from diagd.runtime.decoders import Decoder
+from diagd.runtime.options import parse_decoder
+from diagd.runtime.sampling import SAMPLER, SamplingSettings
 
 if TYPE_CHECKING:
     from diagd.play.game import Game, Shown
@@ -38,6 +39,48 @@ MAX_BYTES: Final = 256 << 20
 _LOG = logging.getLogger(__name__)
 
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class PlaySettings(Frozen):
+    """Decoder, sampler and seed of the frames to come, which a player can change while a world runs.
+
+    Attributes:
+        decoder: as ``parse_decoder`` reads it, such as ``k=1 serial`` or ``jacobi``.
+    """
+
+    decoder: Annotated[str, Field(max_length=80)]
+    temperature: Annotated[float, Field(ge=0, le=100)]
+    top_k: Annotated[int, Field(ge=0, le=1 << 24)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    seed: Annotated[int, Field(ge=0, lt=1 << 53)] = 0
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> PlaySettings:
+        """A bundle's own."""
+        rules = manifest.sampling
+        return cls(
+            decoder=manifest.spelling,
+            temperature=rules.temperature,
+            top_k=rules.top_k,
+            top_p=rules.top_p,
+        )
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How tokens are drawn.
+
+        Raises:
+            UsageError: a value cannot be drawn with.
+        """
+        return SamplingSettings(self.temperature, self.top_k, self.top_p)
+
+    def open(self, manifest: Manifest) -> Decoder:
+        """The decoder, new.
+
+        Raises:
+            ScheduleError: it is no decoder, or its lags cannot be decoded.
+        """
+        return parse_decoder(self.decoder, manifest)
 
 
 class Header(Frozen):

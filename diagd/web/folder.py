@@ -1,4 +1,4 @@
-"""From a bundle to a folder that plays it in a browser."""
+"""From a bundle to a folder that plays it in a browser, and a server of it for those of this machine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from typing_extensions import override
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.files import atomic_directory, turn, usual_rights
@@ -23,7 +26,7 @@ from diagd.errors import UsageError, require
 from diagd.play import record
 from diagd.play.controls import read_controls
 from diagd.play.opening import read_prompts
-from diagd.play.settings import PlaySettings
+from diagd.play.record import PlaySettings
 from diagd.play.site import page_files
 from diagd.progress import Progress
 from diagd.runtime.actions import encode
@@ -201,3 +204,44 @@ def _ranges(manifest: Manifest) -> list[list[int]]:
     layout = manifest.layout
     ranges: list[list[int]] = cell_ranges(manifest)[layout.before :][: layout.cells].tolist()
     return ranges[:1] if all(one == ranges[0] for one in ranges) else ranges
+
+
+HOST: Final = "127.0.0.1"
+HEADERS: Final = {
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+"""What any host has to send for more than one thread; the last one spares a reload after a new build."""
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    extensions_map = SimpleHTTPRequestHandler.extensions_map | {
+        ".js": "text/javascript",
+        ".mjs": "text/javascript",
+    }
+
+    @override
+    def end_headers(self) -> None:
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    @override
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+def server(folder: Path, port: int) -> ThreadingHTTPServer:
+    """A server that is bound; ``serve_forever()`` it, and close it.
+
+    Raises:
+        UsageError: nobody can listen there.
+    """
+    try:
+        return ThreadingHTTPServer((HOST, port), partial(_Handler, directory=str(folder)))
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {HOST}, port {port}: {error.strerror or error}; choose another --port"
+        ) from None
