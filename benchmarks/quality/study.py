@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from benchmarks.quality.decoders import DECODERS, PRECISIONS, decoder_figures
+from benchmarks.quality.decoders import DECODERS, PRECISIONS, DecoderFigures, decoder_figures
 from benchmarks.quality.figures import SEEDS, CompatRow, Figures, GapRow, SizeFigures, TrainingRow
 from benchmarks.quality.page import decoders_plot, quality_page
 from diagd.bundle import Bundle
@@ -123,8 +124,9 @@ class Study:
         options.output.mkdir(parents=True, exist_ok=True)
         figures = self._known()
         with tempfile.TemporaryDirectory() as scratch:
+            self._scratch = Path(scratch)
             for part in options.parts:
-                figures = self._measure(part, figures, Path(scratch))
+                figures = self._measure(part, figures)
                 write_text(options.output / "quality.json", json.dumps(asdict(figures), indent=1) + "\n")
         _plot(options.output / "quality-speed.png", figures)
         for world, compared in figures.decoders.items():
@@ -142,78 +144,102 @@ class Study:
             raise UsageError(f"{file} was measured with other options; measure every part again")
         return figures
 
-    def _measure(self, part: str, figures: Figures, scratch: Path) -> Figures:
-        options, report = self._options, self._report
-        folders = {SHIPPED_SIZE: options.model, **options.sizes}
-        if part == "shipped":
-            evaluation = self._evaluation(options.model)
-            shipped, sheet = size_figures(evaluation, SHIPPED_SIZE, report)
-            save_contact_sheet(options.output / "quality-contact.png", sheet)
-            report(f"{options.long_frames} frames of k=1 chained")
-            actions = walk_actions(options.long_rollouts, options.long_frames, options.evaluation.seed)
-            drift = measure_drift(evaluation, Schedule.chained(evaluation.model.layout, 1), actions)
-            return replace(figures, shipped=replace(shipped, drift=drift))
-        if part == "compat":
-            compared = {name: (folder, self._evaluation(folder)) for name, folder in folders.items()}
-            for name, (folder, data, *_) in options.worlds.items():
-                opened = open_model(folder)
-                recording = cached_tokens(data, opened.encoder)
-                compared[name] = (folder, Evaluation(opened, recording, None, options.evaluation))
-            rows = {
-                name: compat_figures(
-                    self._bundle(folder, scratch), evaluation, options.compat_windows, report
-                )
-                for name, (folder, evaluation) in compared.items()
-            }
-            return replace(figures, compat={**figures.compat, **rows})
-        if part == "sizes":
-            smaller = replace(options.evaluation, rollouts=options.size_rollouts)
-            found = {
-                name: size_figures(self._evaluation(folder, smaller), name, report)[0]
-                for name, folder in options.sizes.items()
-            }
-            return replace(figures, sizes={**figures.sizes, **found})
-        if part == "decoders":
-            shipped_world = {options.model.name: (options.model, options.data, options.geometry)}
-            compared = {
-                name: decoder_figures(
-                    self._bundle(folders[0], scratch),
-                    self._evaluation_of(self._bundle(folders[0], scratch), *folders[1:]),
-                    report,
-                    options.decoders,
-                    options.precisions,
-                )
-                for name, folders in {**shipped_world, **options.worlds}.items()
-            }
-            return replace(figures, decoders={**figures.decoders, **compared})
-        if part == "worlds":
-            found = {name: self._world(name, *paths) for name, paths in options.worlds.items()}
-            return replace(figures, worlds={**figures.worlds, **found})
-        if part == "training":
-            trained: dict[str, list[TrainingRow]] = {}
-            for name, folder in options.training.items():
-                world, evaluation = self._evaluation_in_its_world(open_model(folder))
-                trained.setdefault(world, []).append(training_row(evaluation, name, report))
-            return replace(figures, training={**figures.training, **trained})
-        if part == "preferences":
-            told = {name: _preferences(path) for name, path in options.preferences.items()}
-            return replace(figures, preferences={**figures.preferences, **told})
-        bundles = {name: self._bundle(folder, scratch) for name, folder in folders.items()}
-        rates = speeds(bundles, options.speed_rounds, options.speed_frames, report)
-        counts = {name: parameters(folder) for name, folder in folders.items()}
-        return replace(figures, frames_per_second=rates, parameters=counts)
+    def _measure(self, part: str, figures: Figures) -> Figures:
+        """The figures with those of a part: of more models beside those of others."""
+        found = getattr(self, f"_{part}")()
+        if part == "speed":
+            return replace(figures, **found)
+        if isinstance(found, dict):
+            found = {**getattr(figures, part), **found}
+        return replace(figures, **{part: found})
 
-    def _world(self, name: str, folder: Path, data: Path, learned: Path | None = None) -> SizeFigures:
+    def _shipped(self) -> SizeFigures:
+        options, evaluation = self._options, self._evaluation(open_model(self._options.model))
+        actions = walk_actions(options.long_rollouts, options.long_frames, options.evaluation.seed)
+        return self._model_figures(SHIPPED_SIZE, evaluation, "quality-contact.png", actions)
+
+    def _worlds(self) -> dict[str, SizeFigures]:
         """Of any world, by what holds for any."""
-        options, model, report = self._options, open_model(folder), self._report
-        evaluation = self._evaluation_of_any(model, name, data, learned)
-        figures, sheet = size_figures(evaluation, name, report)
-        save_contact_sheet(options.output / f"quality-{name}.png", sheet)
-        report(f"{name}: {options.long_frames} frames of k=1 chained")
-        seed = options.evaluation.seed
-        actions = recorded_walks(model, data, options.long_rollouts, options.long_frames, seed)
-        drift = measure_drift(evaluation, Schedule.chained(model.layout, 1), actions)
+        options, found = self._options, {}
+        long = options.long_rollouts, options.long_frames, options.evaluation.seed
+        for name, (folder, data, *learned) in options.worlds.items():
+            model = open_model(folder)
+            evaluation = self._evaluation_of_any(model, name, data, *learned)
+            actions = recorded_walks(model, data, *long)
+            found[name] = self._model_figures(name, evaluation, f"quality-{name}.png", actions)
+        return found
+
+    def _model_figures(
+        self, name: str, evaluation: Evaluation, picture: str, actions: NDArray[np.int64]
+    ) -> SizeFigures:
+        figures, sheet = size_figures(evaluation, name, self._report)
+        save_contact_sheet(self._options.output / picture, sheet)
+        self._report(f"{name}: {self._options.long_frames} frames of k=1 chained")
+        drift = measure_drift(evaluation, Schedule.chained(evaluation.model.layout, 1), actions)
         return replace(figures, drift=drift)
+
+    def _compat(self) -> dict[str, list[CompatRow]]:
+        options = self._options
+        compared = {name: (at, self._evaluation(open_model(at))) for name, at in self._folders.items()}
+        for name, (folder, data, *_) in options.worlds.items():
+            model = open_model(folder)
+            recording = cached_tokens(data, model.encoder)
+            compared[name] = (folder, Evaluation(model, recording, None, options.evaluation))
+        return {
+            name: compat_figures(self._bundle(folder), evaluation, options.compat_windows, self._report)
+            for name, (folder, evaluation) in compared.items()
+        }
+
+    def _sizes(self) -> dict[str, SizeFigures]:
+        found = {}
+        for name, folder in self._options.sizes.items():
+            evaluation = self._evaluation(open_model(folder), rollouts=self._options.size_rollouts)
+            found[name], _ = size_figures(evaluation, name, self._report)
+        return found
+
+    def _decoders(self) -> dict[str, DecoderFigures]:
+        """Of every world on its users' engine; few windows, as no likelihood of true frames is asked for."""
+        options, found = self._options, {}
+        few = replace(options.evaluation, windows=2, rollouts=options.decoder_rollouts)
+        worlds = {options.model.name: (options.model, options.data, options.geometry), **options.worlds}
+        for name, (folder, data, *geometry) in worlds.items():
+            bundle = self._bundle(folder)
+            model, rules = open_model(bundle), None
+            if geometry:
+                rules = Geometry.learn(cached_tokens(geometry[0], model.encoder), model.codes)
+            evaluation = Evaluation(model, cached_tokens(data, model.encoder), rules, few)
+            chosen = options.decoders, options.precisions
+            found[name] = decoder_figures(bundle, evaluation, self._report, *chosen)
+        return found
+
+    def _training(self) -> dict[str, list[TrainingRow]]:
+        trained: dict[str, list[TrainingRow]] = {}
+        for name, folder in self._options.training.items():
+            world, evaluation = self._evaluation_in_its_world(open_model(folder))
+            trained.setdefault(world, []).append(training_row(evaluation, name, self._report))
+        return trained
+
+    def _preferences(self) -> dict[str, PreferReport]:
+        return {name: read_preferences(path) for name, path in self._options.preferences.items()}
+
+    def _speed(self) -> dict[str, Any]:
+        options, folders = self._options, self._folders
+        bundles = {name: self._bundle(folder) for name, folder in folders.items()}
+        rates = speeds(bundles, options.speed_rounds, options.speed_frames, self._report)
+        return {
+            "frames_per_second": rates,
+            "parameters": {name: parameters(at) for name, at in folders.items()},
+        }
+
+    @property
+    def _folders(self) -> dict[str, Path]:
+        """Of the shipped model and of other sizes."""
+        return {SHIPPED_SIZE: self._options.model, **self._options.sizes}
+
+    def _evaluation(self, model: WorldModel, **sizes: int) -> Evaluation:
+        """In the shipped world."""
+        chosen = replace(self._options.evaluation, **sizes)
+        return Evaluation(model, self._recording, self._geometry, chosen)
 
     def _evaluation_of_any(
         self, model: WorldModel, world: str, data: Path, learned: Path | None = None
@@ -228,7 +254,7 @@ class Study:
         """The world whose tokenizer a model has, and its evaluation there."""
         options, its = self._options, model.encoder.digest
         if open_model(options.model).encoder.digest == its:
-            return options.model.name, self._evaluated(model)
+            return options.model.name, self._evaluation(model)
         for world, (folder, *recordings) in options.worlds.items():
             if open_model(folder).encoder.digest == its:
                 return world, self._evaluation_of_any(model, world, *recordings)
@@ -237,29 +263,11 @@ class Study:
             f"{', '.join(options.worlds)}: train it with --tokenizer of one, or name its --world"
         )
 
-    def _bundle(self, folder: Path, scratch: Path) -> Path:
+    def _bundle(self, folder: Path) -> Path:
         if folder not in self._bundles:
             self._report(f"exporting {folder.name}")
-            output = scratch / f"{len(self._bundles)}.diagd"
-            self._bundles[folder] = export_world(folder, output)
+            self._bundles[folder] = export_world(folder, self._scratch / f"{len(self._bundles)}.diagd")
         return self._bundles[folder]
-
-    def _evaluation_of(self, model: Path, data: Path, geometry: Path | None = None) -> Evaluation:
-        """Of any world, on its users' engine; few windows, as no likelihood of true frames is asked for."""
-        opened = open_model(model)
-        recording = cached_tokens(data, opened.encoder)
-        rules = None
-        if geometry is not None:
-            rules = Geometry.learn(cached_tokens(geometry, opened.encoder), opened.codes)
-        few = replace(self._options.evaluation, windows=2, rollouts=self._options.decoder_rollouts)
-        return Evaluation(opened, recording, rules, few)
-
-    def _evaluation(self, folder: Path, options: EvalOptions | None = None) -> Evaluation:
-        return self._evaluated(open_model(folder), options)
-
-    def _evaluated(self, model: WorldModel, options: EvalOptions | None = None) -> Evaluation:
-        chosen = options or self._options.evaluation
-        return Evaluation(model, self._recording, self._geometry, chosen)
 
 
 def diagonal_schedules(layout: StreamLayout) -> list[Schedule]:
@@ -361,7 +369,7 @@ def parameters(folder: Path) -> int:
     return sum(parameter.numel() for parameter in load_world(folder).model.parameters())
 
 
-def _preferences(path: Path) -> PreferReport:
+def read_preferences(path: Path) -> PreferReport:
     """What `diagd prefer --report` wrote.
 
     Raises:
