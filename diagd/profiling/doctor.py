@@ -63,6 +63,11 @@ class Check:
     found: str
     fix: str = ""
 
+    @classmethod
+    def of(cls, name: str, is_fine: bool, found: str, fix: str) -> Check:
+        """What is fine, or a problem."""
+        return cls(name, OK, found) if is_fine else cls(name, PROBLEM, found, fix)
+
 
 def check_machine() -> list[Check]:
     """Python, packages, processor, memory, disk and GPU."""
@@ -82,9 +87,7 @@ def check_machine() -> list[Check]:
 def check_python() -> Check:
     """Version of the interpreter."""
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if sys.version_info < OLDEST_PYTHON:
-        return Check("Python", PROBLEM, found, "install Python 3.10 or later")
-    return Check("Python", OK, found)
+    return Check.of("Python", sys.version_info >= OLDEST_PYTHON, found, "install Python 3.10 or later")
 
 
 def check_packages() -> list[Check]:
@@ -95,10 +98,9 @@ def check_packages() -> list[Check]:
         fix = f"pip install 'diagd[{extra}]'" if extra else f"pip install '{name}{specifier}'"
         if version is None:
             checks.append(Check(name, ABSENT if extra else PROBLEM, "not installed", fix))
-        elif not SpecifierSet(specifier).contains(version, prereleases=True):
-            checks.append(Check(name, PROBLEM, f"{version}, {specifier} is needed", fix))
         else:
-            checks.append(Check(name, OK, version))
+            fits = SpecifierSet(specifier).contains(version, prereleases=True)
+            checks.append(Check.of(name, fits, version if fits else f"{version}, {specifier} is needed", fix))
     return checks
 
 
@@ -122,9 +124,8 @@ def check_processor() -> Check:
     flags = instruction_sets()
     units = [title for flag, title in INTEGER_UNITS.items() if flag in flags]
     found = f"{cores()} cores, {', '.join(units) or 'no integer units known'}"
-    if not flags & {"avx2", "asimddp", "i8mm"}:
-        return Check("processor", PROBLEM, found, "int8 will be slower than fp32 here: export fp32")
-    return Check("processor", OK, found)
+    is_fast = bool(flags & {"avx2", "asimddp", "i8mm"})
+    return Check.of("processor", is_fast, found, "int8 will be slower than fp32 here: export fp32")
 
 
 def check_sampler() -> Check:
@@ -141,10 +142,8 @@ def check_sampler() -> Check:
 def check_memory() -> Check:
     """Memory this process may use."""
     total = memory_bytes()
-    found = f"{total / GB:.1f} GB"
-    if total < LEAST_MEMORY:
-        return Check("memory", PROBLEM, found, "take a machine or container with 2 GB or more")
-    return Check("memory", OK, found)
+    fix = "take a machine or container with 2 GB or more"
+    return Check.of("memory", total >= LEAST_MEMORY, f"{total / GB:.1f} GB", fix)
 
 
 def this_device(threads: int = 0) -> Device:
@@ -176,9 +175,7 @@ def check_disk() -> Check:
         f"{place}: {kinds}; {held.total_bytes / GB:.2f} of at most {cache.limit_bytes(place) / GB:.1f} GB, "
         f"{free / GB:.1f} GB free"
     )
-    if free < LEAST_DISK:
-        return Check("cache", PROBLEM, found, "free some space, or set DIAGD_CACHE to another disk")
-    return Check("cache", OK, found)
+    return Check.of("cache", free >= LEAST_DISK, found, "free some space, or set DIAGD_CACHE to another disk")
 
 
 def check_gpu() -> Check:
@@ -204,9 +201,7 @@ def check_provider() -> list[Check]:
     import onnxruntime
 
     problem = provider_problem(onnxruntime.__version__, onnxruntime.get_available_providers())
-    if problem:
-        return [Check("CUDA provider", PROBLEM, problem, INSTALL)]
-    return [Check("CUDA provider", OK, f"ONNX Runtime {version}")]
+    return [Check.of("CUDA provider", not problem, problem or f"ONNX Runtime {version}", INSTALL)]
 
 
 def check_tensorrt() -> list[Check]:
