@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.table import Table
-from worlds.parallel import ModelWorker, ParallelModel
 
 from benchmarks import CONSOLE, parser
 from benchmarks.cpu import bare_products
@@ -28,7 +27,7 @@ from diagd.schedule import Schedule
 from diagd.tuning.recordings import cached_tokens
 from diagd.tuning.rollouts import TOGETHER, Streams
 from worlds.folder import load_world
-from worlds.model import BundleModel, TorchModel, WorldModel
+from worlds.model import BundleModel, ModelWorker, ParallelModel, TorchModel, WorldModel
 from worlds.options import EvalOptions
 
 ORDERS = ("next token", "k=1 chained", "k=1 serial", "k=2 serial")
