@@ -29,7 +29,7 @@ from diagd.engines.engine import VOID, Engine, Float, Int, SamplingState, Steps
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.openvino import array_at
-from diagd.engines.prefix import PrefixEngine
+from diagd.engines.prefix import GRANULE, PrefixEngine
 from diagd.engines.sampler import draw_compiled, draw_plain, kept_weights
 from diagd.profiling.measure import random_workload
 from diagd.progress import Progress
@@ -351,15 +351,15 @@ def idle_session(manifest: Manifest, frames: int) -> Session:
 def streams(bundle: Bundle, wall: bool, repeats: int) -> None:
     """Frames of all sessions in lock step against those of one alone, behind a prompt of one frame.
 
-    Of k=1 the passes of a frame are timed, of next-token prediction 48 of them. Beside them a pass of one
-    stream with as many rows, of the mean step: what the products of the machine allow, without further K/V.
+    Of k=1 the passes of a frame are timed, of next-token prediction 48 of them. Below them what the machine
+    allows: a pass of one stream with as many rows, of the mean step, and K/V rows of each as of one alone.
     Turns that would not end within `STREAM_SECONDS` are left out, but for the first.
     """
     cpu, layout, now = CpuOptions(0 if wall else 1), bundle.manifest.layout, clock(wall)
     orders = {"k=1 serial": Schedule.serial(layout, 1), "NTP": Schedule.next_token(layout)}
     spent: dict[tuple[str, int], list[float]] = {(name, count): [] for name in orders for count in STREAMS}
     least: dict[tuple[str, int], list[float]] = {key: [] for key in spent}
-    bench, live = Bench(bundle, 1024, wall), 2 * layout.frame_length
+    bench = Bench(bundle, 1024, wall)
     with ExitStack() as stack:
         groups = {count: stack.enter_context(open_group(bundle, count, 2, cpu)) for count in STREAMS}
         began = time.monotonic()
@@ -368,19 +368,28 @@ def streams(bundle: Bundle, wall: bool, repeats: int) -> None:
                 break
             for name, count in Progress(CONSOLE).each(list(spent), f"turn {turn + 1} of {repeats} at most"):
                 spent[name, count].append(_lock_step(groups[count], orders[name], now) / count)
-                rows = count * round(layout.cells / orders[name].steps_per_frame)
-                bounds = [bench.step(rows, live, now)[0] for _ in range(5)]
-                least[name, count].append(float(np.median(bounds[1:])) / count)
+                least[name, count].append(_least(bench, orders[name], count, now) / count)
     turns = f"{len(spent['NTP', 1])} turns"
     table = Table(
         "decoding", *(f"{count} sessions" for count in STREAMS), title=f"ms a pass and session, {turns}"
     )
     for name in orders:
-        for title, times in ((name, spent), ("its rows, of one stream", least)):
+        for title, times in ((name, spent), ("products, and K/V rows of each", least)):
             each = {count: float(np.median(times[name, count])) for count in STREAMS}
             gains = (f"{1e3 * seconds:.2f} ({each[1] / seconds:.2f}x)" for seconds in each.values())
             table.add_row(title, *gains)
     CONSOLE.print(table)
+
+
+def _least(bench: Bench, order: Schedule, count: int, now: Clock) -> float:
+    """Seconds of a pass of so many streams whose K/V rows take what they take one stream alone."""
+    width = round(bench.layout.cells / order.steps_per_frame)
+    live = bench.layout.frame_length + width * min(48, order.steps_per_frame) // 2
+
+    def median(rows: int, live: int) -> float:
+        return float(np.median([bench.step(rows, live, now)[0] for _ in range(6)][1:]))
+
+    return median(count * width, GRANULE) + count * (median(width, live) - median(width, GRANULE))
 
 
 def _lock_step(group: Group, order: Schedule, now: Clock) -> float:

@@ -37,14 +37,14 @@ def main() -> None:
     options = parser(__doc__, "bundle")
     options.add_argument("--world", type=Path, required=True, help="folder that the bundle was exported from")
     options.add_argument("--data", type=Path, required=True, help="recording")
-    options.add_argument("--rollouts", type=int, default=TOGETHER)
+    options.add_argument("--rollouts", type=int, help=f"default: {TOGETHER} for each worker")
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--workers", type=int, help="processes that roll out (default: this one)")
     args = options.parse_args()
     torch.set_num_threads(args.workers or 1)
     ours: WorldModel = BundleModel(str(args.bundle), 1)
     with ExitStack() as stack:
-        streams = _streams(ours, args.data, args.rollouts)
+        streams = _streams(ours, args.data, args.rollouts or TOGETHER * (args.workers or 1))
         if args.workers:
             make = partial(ModelWorker, args.bundle, None, "cpu")
             ours = ParallelModel(ours, stack.enter_context(Processes(make, args.workers)))
