@@ -141,13 +141,14 @@ class Exporter:
     ) -> Manifest:
         """Graphs, tokenizer, the weights and the manifest."""
         tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, partial.path.parent)
+        kept = [f"transformer.{rule.target}" for rule in self.family.rules]  # who tunes the bundle reads them
         files = {graph.file: graph for graph in self._graphs}  # one file serves every width
         for graph in progress.each(list(files.values()), "tracing step graphs"):
-            save(link_weights(self._trace(graph), tensors), directory / graph.file)
+            save(link_weights(self._trace(graph), tensors, kept), directory / graph.file)
         read = {file: read_onnx(directory / file).weights for file in files}
         if self.family.transformer.text:
             traced = trace_text(self.family.transformer, TORCH_TYPES[self.options.precision])
-            save(link_weights(traced, tensors), directory / TEXT_GRAPH)
+            save(link_weights(traced, tensors, kept), directory / TEXT_GRAPH)
         tokenizer = None
         if self._tokenizer and sources.tokenizer is not None:
             total = sum(p.length for p in tokenizer_graphs.placements(self._tokenizer).values())

@@ -150,7 +150,9 @@ def _rms_norm(x: Any, shape: Sequence[int], weight: Any, epsilon: float) -> Any:
     return result if dtype == wide else op.Cast(result, to=dtype)
 
 
-def link_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.Model:
+def link_weights(
+    model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], kept: Collection[str] = ()
+) -> ir.Model:
     """Give the initializers of a traced graph their data, then simplify the graph.
 
     Simplification comes second because constant folding reads small initializers, which have no data before.
@@ -158,8 +160,10 @@ def link_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> i
     Args:
         model: from ``trace``; changed in place.
         tensors: see ``give_data``.
+        kept: those that are found in the graph by name later, whatever they hold.
     """
-    return simplify(give_data(model, tensors))
+    changing = [name for name in kept if name in model.graph.initializers]
+    return give_data(simplify(give_data(model, tensors), changing), tensors)
 
 
 def give_data(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.Model:

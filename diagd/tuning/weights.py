@@ -46,8 +46,8 @@ def read_model(bundle: Bundle) -> Transformer:
     for name, shape in wanted.items():
         if _PREFIX + name not in found:
             raise UsageError(
-                f"{bundle.path}: its graphs have no weight '{name}' of their own (small weights that were "
-                "equal when it was exported are merged); align the checkpoint instead"
+                f"{bundle.path}: its graphs have no weight '{name}' of their own: they were exported before "
+                "weights that are equal were kept apart; export the bundle again"
             )
         if found[_PREFIX + name].shape != shape:
             raise BundleError(

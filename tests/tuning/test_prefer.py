@@ -9,18 +9,24 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle
+from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.errors import QualityError, UsageError
+from diagd.export.checkpoints import RandomCheckpoint
+from diagd.export.exporter import Sources, export
+from diagd.export.options import GraphOptions
 from diagd.progress import Progress
 from diagd.runtime.load import open_session
 from diagd.runtime.options import parse_decoder
-from diagd.schedule import Schedule
+from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import align
 from diagd.tuning.options import AlignOptions, PreferOptions, PreferTraining
 from diagd.tuning.prefer import Material, NotBetterError, prefer, split
 from diagd.tuning.rollouts import Roller, open_lanes, parts, roll_out, with_cells
 from diagd.tuning.weights import read_model, write_model
+from tests.export.test_families_cosmos import TEXT
 from tests.models import export_small
 from tests.oracles.models import small_model
+from tests.tuning.test_weights import of_every_family
 from tests.tuning.walks import LAYOUT, colours, greys
 
 OPTIONS = PreferOptions(contexts=12, rollouts=3, prompt=2, frames=2, judged=24, probe_steps=60)
@@ -140,3 +146,48 @@ def test_frames_beyond_the_context_are_refused(bundle: Bundle, tmp_path: Path) -
     options = replace(OPTIONS, frames=3)
     with pytest.raises(UsageError, match="the model sees 4 frames"):
         prefer(bundle, MATERIAL, options, TRAINING, None, tmp_path / "made.diagd", Progress())
+
+
+def acted(layout: StreamLayout, count: int, frames: int, seed: int = 0) -> np.ndarray:
+    """Windows int64 [count, N] of any layout: each frame has shades of the action that led to it."""
+    random = np.random.default_rng(seed)
+    actions = random.integers(0, 3, (count, frames + 1, 1))
+    cells = random.integers(0, 8, (count, frames, layout.cells)) + 8 * actions[:, :-1] * (layout.gap > 0)
+    before, after = (
+        np.repeat(led, times, axis=2)
+        for led, times in ((actions[:, :-1], layout.before), (actions[:, 1:], layout.after))
+    )
+    rows = np.concatenate([before, cells, after], axis=2).reshape(count, -1)
+    prefix = np.tile(np.array(layout.prefix_tokens, np.int64), (count, 1))
+    return np.concatenate([prefix, rows], axis=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "decoder"),
+    [
+        ("world", "next token"),
+        ("wham", "k=1 chained"),
+        ("wham with biases", "jacobi"),
+        ("cosmos", "k=2 d=7"),
+        ("cosmos with text", "jacobi"),
+    ],
+)
+def test_every_family_is_rolled_out_trained_and_judged(name: str, decoder: str, tmp_path: Path) -> None:
+    rules = SamplingRules(ranges=(IdRange(low=0, high=24),))
+    family = replace(of_every_family(name), sampling=rules, actions=None)
+    source, layout = Sources(RandomCheckpoint(family.expected, seed=0)), family.transformer.layout
+    bundle = Bundle.open(export(family, GraphOptions(), source, tmp_path / "small.diagd").path)
+    text = np.random.default_rng(1).normal(size=(4, TEXT.width)).astype(np.float32)
+    material = Material(
+        acted(layout, 60, 4), acted(layout, 24, 4, seed=1), text if family.transformer.text else None
+    )
+    shares = ((0.4, Schedule.next_token(layout)), (0.6, Schedule.chained(layout, 1)))
+    training, output = replace(TRAINING, shares=shares, rate=0.0), tmp_path / "made.diagd"
+    with pytest.raises(NotBetterError) as found:
+        prefer(bundle, material, OPTIONS, training, decoder, output, Progress())
+    report = found.value.report
+    assert (report.probe is None) == (layout.gap == 0)
+    assert report.pairs > OPTIONS.contexts // 2
+    aim = "followed" if layout.gap else "score"
+    assert [verdict.breaches for verdict in report.verdicts.values()] == 3 * [[f"{aim} is not up"]]
