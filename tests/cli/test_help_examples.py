@@ -55,6 +55,7 @@ def test_an_example_runs(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("DIAGD_CACHE", str(folder / "cache"))  # which was fastest is not for other tests
     program, *arguments = shlex.split(command)
     words = [*program.split("-")[1:], *arguments]
     code = main(words)
