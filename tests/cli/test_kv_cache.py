@@ -174,7 +174,8 @@ def test_a_bundle_without_the_form_is_refused(
 
 def test_a_breach_of_the_budget_leaves_the_bundle(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted((file.name, file.stat().st_size) for file in place.bundle.rglob("*"))
-    assert calibrate(place, "--precision", "int8", "--kv-cache", "int8", "--budget", "nll=1e-9") == 1
+    rows = ("--kv-cache", "int8", "--set", "floor=1000")  # and no product
+    assert calibrate(place, "--precision", "int8", *rows, "--budget", "nll=1e-9") == 1
     assert "int8-kv8 is outside its budget" in " ".join(capsys.readouterr().err.split())
     assert sorted((file.name, file.stat().st_size) for file in place.bundle.rglob("*")) == before
 
