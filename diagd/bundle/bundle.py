@@ -95,12 +95,7 @@ class Bundle:
                 or "\0" in name
             ):
                 raise BundleError(f"{self.path}: '{name}' is no name of a file in a bundle; {_MEND}")
-        named = [name for graph in manifest.graphs for name in (graph.file, *graph.weights.files)]
-        for part in (manifest.tokenizer, manifest.text):
-            named += part.weight_files if part else ()
-        named += [manifest.tokenizer.encoder, manifest.tokenizer.decoder] if manifest.tokenizer else []
-        named += [manifest.text.graph] if manifest.text else []
-        for name in named:
+        for name in manifest.named_files:
             if name not in manifest.files:
                 raise BundleError(f"{self.path}: its manifest needs '{name}' and does not list it; {_MEND}")
 

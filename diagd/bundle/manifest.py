@@ -347,6 +347,16 @@ class Manifest(Record):
         return Schedule.parse(self.order, self.layout)
 
     @property
+    def named_files(self) -> list[str]:
+        """Every file that a part of it names, once."""
+        names = [name for graph in self.graphs for name in (graph.file, *graph.weights.files)]
+        if self.tokenizer:
+            names += [self.tokenizer.encoder, self.tokenizer.decoder, *self.tokenizer.weight_files]
+        if self.text:
+            names += [self.text.graph, *self.text.weight_files]
+        return list(dict.fromkeys(names))
+
+    @property
     def spelling(self) -> str:
         """What decodes where the caller names nothing, as ``parse_decoder`` reads it."""
         return self.order if self.decoder == "order" else self.decoder

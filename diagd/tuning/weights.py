@@ -63,7 +63,7 @@ def write_model(bundle: Bundle, model: Transformer, output: Path, manifest: Mani
     """Write the bundle anew with the weights of ``model`` and ``manifest``; returns ``output``."""
     state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     with atomic_bundle(output) as directory:
-        for name in _kept_files(bundle):
+        for name in bundle.manifest.named_files:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.file(name), directory / name)
         for graph in _graphs(bundle):
@@ -91,22 +91,9 @@ def aligned_manifest(bundle: Bundle, options: AlignOptions) -> Manifest:
 def _graphs(bundle: Bundle) -> list[onnx.ModelProto]:
     import onnx
 
-    return [onnx.load(bundle.file(name), load_external_data=False) for name in _step_and_text(bundle)]
-
-
-def _step_and_text(bundle: Bundle) -> list[str]:
-    names = list(dict.fromkeys(graph.file for graph in bundle.manifest.graphs))
-    return [*names, bundle.manifest.text.graph] if bundle.manifest.text else names
-
-
-def _kept_files(bundle: Bundle) -> list[str]:
-    manifest, tokenizer = bundle.manifest, bundle.manifest.tokenizer
-    files = {*_step_and_text(bundle), *(name for graph in manifest.graphs for name in graph.weights.files)}
-    if manifest.text:
-        files.update(manifest.text.weight_files)
-    if tokenizer:
-        files.update((tokenizer.encoder, tokenizer.decoder, *tokenizer.weight_files))
-    return sorted(files)
+    names = [graph.file for graph in bundle.manifest.graphs]
+    names += [bundle.manifest.text.graph] if bundle.manifest.text else []
+    return [onnx.load(bundle.file(name), load_external_data=False) for name in dict.fromkeys(names)]
 
 
 def _values(tensor: onnx.TensorProto, bundle: Bundle) -> NDArray[np.generic]:
