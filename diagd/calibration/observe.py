@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,43 +45,38 @@ def observe(
     Raises:
         QualityError: an activation is not finite.
     """
-    cache, form = bundle.manifest.cache, graphs[0].form
-    sizes = dict(watched_values(bundle.manifest.transformer, form))
-    outputs = {name: f"{WATCHED}{name}" for name in sizes}
-    cached = cache_tensors(cache.layers) if form.traits.rows_out else []
-    sizes |= dict.fromkeys(cached, cache.kv_heads * cache.head_size)
-    collector, path = StatisticsCollector(sizes, samples.seed), bundle.file(GRAPH_NAME)
-    _save_watched(bundle, graphs[0], path)
-    alone = [graph.model_copy(update={"file": GRAPH_NAME, "streams": 1}) for graph in graphs]
-    manifest = bundle.manifest.model_copy(update={"graphs": tuple(alone)})
-    watched, engine = Bundle(bundle.path, manifest), None
-    dtype = np.float16 if graphs[0].precision == "fp16" else np.float32
+    manifest, graph, path = bundle.manifest, graphs[0], bundle.file(GRAPH_NAME)
+    values = watched_values(manifest.transformer, graph.form)
+    cached = cache_tensors(manifest.cache.layers) if graph.form.traits.rows_out else []
+    rows = dict.fromkeys(cached, manifest.cache.kv_heads * manifest.cache.head_size)
+    collector = StatisticsCollector(values | rows, samples.seed)
+    dtype = np.float16 if graph.precision == "fp16" else np.float32
     watch: dict[str, tuple[int, DTypeLike] | None] = {f"new_{name}": None for name in cached}
-    watch |= {output: (sizes[name], dtype) for name, output in outputs.items()}
+    watch |= {f"{WATCHED}{name}": (size, dtype) for name, size in values.items()}
+    watched = [graph.model_copy(update={"file": GRAPH_NAME, "streams": 1}) for graph in graphs]
+    options = CpuOptions(threads, prepack=False)
+    _save_watched(bundle, graph, path)
     try:
-        options = CpuOptions(threads, prepack=False)
-        engine = open_graphs(watched, manifest.graphs, samples.window, options, watch)
-        rollouts = Rollouts(watched, engine, samples)
-        with progress.count("calibration", len(samples.trajectories)) as advance:
-            for number, trajectory in enumerate(samples.trajectories):
-                for _, result in rollouts.steps(trajectory, number):
-                    collector.add(_by_name(result.watched, outputs, cached))
-                advance(1)
+        with closing(open_graphs(bundle, watched, samples.window, options, watch)) as engine:
+            rollouts = Rollouts(bundle, engine, samples)
+            with progress.count("calibration", len(samples.trajectories)) as advance:
+                for number, trajectory in enumerate(samples.trajectories):
+                    for _, result in rollouts.steps(trajectory, number):
+                        collector.add(dict(map(_named, result.watched.items())))
+                    advance(1)
     except EngineError as error:  # of the sampler, ahead of whoever watches
         raise QualityError(f"activations are no finite numbers: {error}") from error
     finally:
         path.unlink(missing_ok=True)
-        if engine is not None:
-            engine.close()
     return collector.inputs
 
 
-def _by_name(
-    values: Mapping[str, NDArray[Any]], outputs: Mapping[str, str], cached: Sequence[str]
-) -> dict[str, Float]:
-    """What was watched in a step, float32 [rows, ...] by what it is called in statistics."""
-    found = {name: values[output].astype(np.float32) for name, output in outputs.items()}
-    return found | {name: values[f"new_{name}"][0].swapaxes(0, 1).astype(np.float32) for name in cached}
+def _named(watched: tuple[str, NDArray[Any]]) -> tuple[str, Float]:
+    """What was watched in a step, float32 [rows, ...], and what it is called in statistics."""
+    output, values = watched
+    if output.startswith(WATCHED):
+        return output.removeprefix(WATCHED), values.astype(np.float32)
+    return output.removeprefix("new_"), values[0].swapaxes(0, 1).astype(np.float32)
 
 
 def _save_watched(bundle: Bundle, graph: StepGraph, path: Path) -> None:
