@@ -257,7 +257,7 @@ def stored_weights(bundle: Bundle, family: Family) -> Mapping[str, Any]:
     from diagd.export.exporter import Exporter, GraphOptions
     from diagd.export.weights import WEIGHTS_NAME
 
-    placements = Exporter(family, GraphOptions((Form.MODERN,), "fp16"), pixels=False)._placements
+    placements = Exporter(family, GraphOptions((Form.MODERN,), "fp16"))._placements
     return {
         name.removeprefix("transformer."): np.memmap(
             bundle.file(WEIGHTS_NAME), place.dtype, "r", place.offset, place.shape

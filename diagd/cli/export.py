@@ -58,19 +58,13 @@ class ExportOptions:
                 f"--checkpoint {self.checkpoint} and --random-weights: weights come from one of them"
             )
 
-    @property
-    def pixels(self) -> bool:
-        """Whether the bundle gets pixel graphs."""
-        return self.tokenizer != "none"
-
     def sources(self, family: Family) -> Sources:
         """Where the weights come from."""
         from diagd.export.exporter import open_sources, random_sources
 
-        if not self.random_weights:
-            return open_sources(family, self.checkpoint, self.tokenizer, pixels=self.pixels)
-        sources = random_sources(family, self.seed)
-        return sources if self.pixels else replace(sources, tokenizer=None)
+        if self.random_weights:
+            return random_sources(family, self.seed)
+        return open_sources(family, self.checkpoint, self.tokenizer)
 
 
 def run(options: ExportOptions) -> int:
@@ -84,8 +78,10 @@ def run(options: ExportOptions) -> int:
 
     console = terminal.console()
     family = find(options.model, options.checkpoint, options.size)
+    if options.tokenizer == "none":
+        family = replace(family, tokenizer=None)
     if options.dry_run:
-        _print_plan(console, Exporter(family, options.graphs, options.pixels), output)
+        _print_plan(console, Exporter(family, options.graphs), output)
         return 0
     try:
         began = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,11 +92,10 @@ class ExportPlan:
 
 
 class Exporter:
-    """Writes bundles of one model, with the tokenizer's graphs where ``pixels`` are wanted and it has one."""
+    """Writes bundles of one model, with graphs of pixels where the family has a tokenizer."""
 
-    def __init__(self, family: Family, options: GraphOptions, pixels: bool = True) -> None:
+    def __init__(self, family: Family, options: GraphOptions) -> None:
         self.family, self.options = family, options
-        self._tokenizer = family.tokenizer if pixels else None
         self._dtype: np.dtype[np.generic] = np.dtype(PRECISIONS[options.precision].kind)
         self._graphs = self._step_graphs()
         self._placements = weights.plan(step_shapes(family.transformer, self._dtype))
@@ -108,8 +107,8 @@ class Exporter:
         files |= {graph.file: graph_bytes for graph in self._graphs}
         if self.family.transformer.text:
             files[TEXT_GRAPH] = graph_bytes
-        if self._tokenizer:
-            places = tokenizer_graphs.placements(self._tokenizer)
+        if self.family.tokenizer:
+            places = tokenizer_graphs.placements(self.family.tokenizer)
             files[tokenizer_graphs.WEIGHTS_NAME] = weights.total_bytes(places)
             files |= dict.fromkeys(tokenizer_graphs.FILES.values(), 20_000)
         largest = max(np.prod(p.shape, dtype=np.int64) for p in self._placements.values())
@@ -127,8 +126,8 @@ class Exporter:
         """
         place = bundle_target(output)
         check(sources.transformer, self.family.expected)
-        if self._tokenizer and sources.tokenizer is not None:
-            check(sources.tokenizer, self._tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
+        if self.family.tokenizer and sources.tokenizer is not None:
+            check(sources.tokenizer, self.family.tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
         self._check_disk(output)
         with ExitStack() as until_in_place, atomic_bundle(place) as directory:
             partial = ResumableWeights(place, export_key(sources.transformer, self._placements))
@@ -150,11 +149,11 @@ class Exporter:
             traced = trace_text(self.family.transformer, TORCH_TYPES[self.options.precision])
             save(link_weights(traced, tensors, kept), directory / TEXT_GRAPH)
         tokenizer = None
-        if self._tokenizer and sources.tokenizer is not None:
-            total = sum(p.length for p in tokenizer_graphs.placements(self._tokenizer).values())
+        if self.family.tokenizer and sources.tokenizer is not None:
+            total = sum(p.length for p in tokenizer_graphs.placements(self.family.tokenizer).values())
             with progress.bytes("tokenizer", total) as advance:
                 tokenizer = tokenizer_graphs.write_tokenizer(
-                    self._tokenizer, sources.tokenizer, directory, advance
+                    self.family.tokenizer, sources.tokenizer, directory, advance
                 )
         partial.place(directory / WEIGHTS_NAME)
         with progress.task("hashing"):
@@ -273,13 +272,11 @@ def random_sources(family: Family, seed: int) -> Sources:
     )
 
 
-def open_sources(
-    family: Family, checkpoint: str | None, tokenizer: str | None, *, pixels: bool = True
-) -> Sources:
+def open_sources(family: Family, checkpoint: str | None, tokenizer: str | None) -> Sources:
     """Tensors of a released or trained model.
 
     ``checkpoint`` is a file, folder or ``hf://`` address; None: the family's own. ``tokenizer`` likewise;
-    None: the family's own, else the checkpoint itself. Without ``pixels`` none is looked for.
+    None: the family's own, else the checkpoint itself.
 
     Raises:
         UsageError: the family ships no weights and none are given.
@@ -293,7 +290,7 @@ def open_sources(
         )
     opened = open_checkpoint(chosen)
     images = None
-    if family.tokenizer and pixels:
+    if family.tokenizer:
         other = family.default_tokenizer if tokenizer is None else tokenizer
         images = select(open_checkpoint(other) if other is not None else opened, family.tokenizer.rename)
     return Sources(select(opened, family.rename), images)
@@ -303,5 +300,5 @@ def export(
     family: Family, options: GraphOptions, sources: Sources, output: Path, progress: Progress | None = None
 ) -> Bundle:
     """Export a model to ``output``; see ``Exporter.run``."""
-    exporter = Exporter(family, options, pixels=sources.tokenizer is not None)
-    return Bundle(output, exporter.run(sources, output, progress or Progress()))
+    written = family if sources.tokenizer is not None else replace(family, tokenizer=None)
+    return Bundle(output, Exporter(written, options).run(sources, output, progress or Progress()))

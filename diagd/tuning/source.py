@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +144,8 @@ class Source:
             what = what.at_precision()
             model = read_model(what)
         else:
-            model = load_transformer(what, open_sources(what, self.path, None, pixels=False).transformer)
+            alone = replace(what, tokenizer=None)
+            model = load_transformer(what, open_sources(alone, self.path, None).transformer)
             given = made_up(what)
         align(model, streams, options, report, text=text, frozen=given, valid=valid)
         if not is_first():
