@@ -11,8 +11,12 @@ class Precision:
     """How a step graph stores its matrices and its K/V rows.
 
     Attributes:
-        kind: element type of the matrices.
+        kind: element type of the matrices; ``int8`` and ``fp8`` have a scale for each column, ``int4`` one for
+            each group and column.
         weight: bytes of a weight, its share of the scales included.
+        floor: signal to noise of a product, dB, below which calibration leaves it in floating point.
+        scaling: of rounded activations: ``static`` has one scale found by calibration, ``row`` one for each
+            row found in the graph; None: they stay in floating point.
         cache: bytes of a K/V element.
     """
 
@@ -20,6 +24,8 @@ class Precision:
     summary: str
     kind: str
     weight: float
+    floor: float = 0.0
+    scaling: str | None = None
     cache: float = 2.0
 
     @property
@@ -34,13 +40,15 @@ GROUP: Final = 128
 PRECISIONS: Final = {
     precision.name: precision
     for precision in (
-        Precision("fp32", "32-bit floating point", "float32", 4.0, 4.0),
+        Precision("fp32", "32-bit floating point", "float32", 4.0, cache=4.0),
         Precision("fp16", "16-bit floating point", "float16", 2.0),
-        Precision("int8", "8-bit weights and activations, scales from calibration", "int8", 1.0),
-        Precision("int8-dynamic", "8-bit weights, activations scaled row by row", "int8", 1.0),
-        Precision("int8-weight", "8-bit weights", "int8", 1.0),
-        Precision("int4-weight", f"4-bit weights in groups of {GROUP}", "int4", 0.53),
-        Precision("fp8", "E4M3 weights and activations, for GPUs from sm_89", "fp8", 1.0),
+        Precision(
+            "int8", "8-bit weights and activations, scales from calibration", "int8", 1.0, 20, "static"
+        ),
+        Precision("int8-dynamic", "8-bit weights, activations scaled row by row", "int8", 1.0, 20, "row"),
+        Precision("int8-weight", "8-bit weights", "int8", 1.0, 30),
+        Precision("int4-weight", f"4-bit weights in groups of {GROUP}", "int4", 0.53, 12),
+        Precision("fp8", "E4M3 weights and activations, for GPUs from sm_89", "fp8", 1.0, 20, "static"),
     )
 }
 

@@ -83,7 +83,7 @@ class Evaluator:
         """Decode rounds of trajectories with both engines until the verdict stands.
 
         Returns the figures, and sums by rows of the step. ``candidate``: graphs of the reference's form,
-        whose weights are ``weight``, see ``Scheme``.
+        whose weights are ``weight``, see ``Precision.kind``.
         """
         trajectories = self._samples.trajectories
         comparison = Comparison(self._ranges, self._bundle.manifest.layout.prefix)

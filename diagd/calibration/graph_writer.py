@@ -11,7 +11,7 @@ from torch import nn
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
-from diagd.bundle.precision import FLOATING
+from diagd.bundle.precision import FLOATING, Precision
 from diagd.calibration.evaluate import part_of
 from diagd.calibration.matrices import (
     BLOCKED_OPSET,
@@ -23,7 +23,6 @@ from diagd.calibration.matrices import (
     check_form,
     quantised_matrix,
 )
-from diagd.calibration.options import Scheme
 from diagd.calibration.search import Choice
 from diagd.engines.engine import Float
 from diagd.export.exporter import TORCH_TYPES
@@ -54,7 +53,7 @@ class Target:
         row_scales: of K/V rows, where they are rounded.
     """
 
-    scheme: Scheme
+    scheme: Precision
     name: str
     half: bool
     kv_cache: str | None = None
@@ -75,7 +74,7 @@ class Target:
 
     def opset(self, form: Form) -> int:
         """That graphs declare at least: from 18 on operators only gained types and attributes."""
-        blocked = self.row_scales or (self.scheme.weight == "int4" and not form.traits.host)
+        blocked = self.row_scales or (self.scheme.kind == "int4" and not form.traits.host)
         return BLOCKED_OPSET if blocked else QUANTISED_OPSET
 
     def row_sources(self, form: Form, dtype: np.dtype[np.generic]) -> dict[str, WeightSource]:

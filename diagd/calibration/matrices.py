@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diagd.bundle import Bundle, Form
-from diagd.bundle.precision import GROUP
-from diagd.calibration.options import E4M3_MAX, Scheme
+from diagd.bundle.precision import GROUP, Precision
 from diagd.engines.engine import Float
 from diagd.errors import BundleError
 from diagd.export.exporter import step_shapes
@@ -43,6 +42,7 @@ PERCENTILES = (99.9, 99.99, 99.999, 100.0)
 """Of the magnitudes of activations, that are tried as their range."""
 
 SMALLEST = np.float32(1e-12)
+E4M3_MAX = 448.0
 
 INTEGER_ACCURACY = 4
 """MatMulNBits rounds activations to 8 bits by group; without it the product is 5 to 33 times slower."""
@@ -188,27 +188,27 @@ def pad_groups(weight: Array) -> Array:
     return np.pad(weight, ((0, -len(weight) % GROUP), (0, 0)))
 
 
-def rounded_weight(weight: Float, scheme: Scheme, grouped: bool) -> Float:
+def rounded_weight(weight: Float, scheme: Precision, grouped: bool) -> Float:
     """The weight [K, N] as a graph of the scheme sees it; ``grouped`` for 8 bits in groups."""
-    if scheme.weight == "int4" or grouped:
-        bits = 4 if scheme.weight == "int4" else 8
+    if scheme.kind == "int4" or grouped:
+        bits = 4 if scheme.kind == "int4" else 8
         integers, scales = encode_groups(pad_groups(weight), bits)
         return (integers * scales[:, None]).reshape(-1, weight.shape[1])[: len(weight)]
-    scale = np.maximum(np.abs(weight).max(axis=0), SMALLEST) / np.float32(column_limit(scheme.weight))
-    rounded: Float = encode_columns(weight, scale, scheme.weight).astype(np.float32) * scale
+    scale = np.maximum(np.abs(weight).max(axis=0), SMALLEST) / np.float32(column_limit(scheme.kind))
+    rounded: Float = encode_columns(weight, scale, scheme.kind).astype(np.float32) * scale
     return rounded
 
 
-def rounded_rows(rows: Float, limit: float | None, scheme: Scheme) -> Float:
+def rounded_rows(rows: Float, limit: float | None, scheme: Precision) -> Float:
     """Activations [n, K] as a graph of the scheme sees them; ``limit`` is the static range."""
-    if scheme.activation is None:
+    if scheme.scaling is None:
         return rows
-    if scheme.activation == "row":
+    if scheme.scaling == "row":
         scale: Any = np.maximum(np.abs(rows).max(axis=1, keepdims=True), SMALLEST) / np.float32(127)
     else:
-        scale = np.float32((limit or 0.0) / column_limit(scheme.weight))
+        scale = np.float32((limit or 0.0) / column_limit(scheme.kind))
     rounded: Float
-    if scheme.weight == "fp8":
+    if scheme.kind == "fp8":
         rounded = fp8(rows / scale).astype(np.float32) * scale
     else:
         rounded = (np.clip(np.rint(rows / scale), -128, 127) * scale).astype(np.float32)
@@ -338,30 +338,30 @@ class EitherMatrix(nn.Module):
         return rounded + (x * self.off) @ self.plain
 
 
-def check_form(form: Form, scheme: Scheme) -> bool:
+def check_form(form: Form, scheme: Precision) -> bool:
     """Whether a graph of this form can have the scheme."""
-    return form.traits.host or scheme.activation != "row"
+    return form.traits.host or scheme.scaling != "row"
 
 
-def quantised_matrix(weight: Weight, limit: float | None, scheme: Scheme, form: Form) -> QuantisedMatrix:
+def quantised_matrix(weight: Weight, limit: float | None, scheme: Precision, form: Form) -> QuantisedMatrix:
     """What stands for a matrix in graphs of a form.
 
     ``limit``: range of static activations, None for schemes without. The weight is migrated.
     """
-    if scheme.activation is None and form.traits.host:
-        return GroupedMatrix(weight, 4 if scheme.weight == "int4" else 8)
+    if scheme.scaling is None and form.traits.host:
+        return GroupedMatrix(weight, 4 if scheme.kind == "int4" else 8)
     outputs = weight.shape[1]
-    if scheme.weight == "int4":
+    if scheme.kind == "int4":
         return DequantisedMatrix(outputs, _blocks(weight), axis=0, group=GROUP)
     columns = _columns(weight, scheme)
-    if scheme.activation == "row":
+    if scheme.scaling == "row":
         return RowScaledMatrix(weight, columns)
     if limit is None:
         return DequantisedMatrix(outputs, columns)
     return DequantisedMatrix(outputs, {**columns, **_input_scale(limit, weight.dtype, scheme, form)})
 
 
-def _columns(weight: Weight, scheme: Scheme) -> Sources:
+def _columns(weight: Weight, scheme: Precision) -> Sources:
     """int8 or E4M3 [K, N] and a scale for each column [N]."""
 
     @cache
@@ -369,15 +369,15 @@ def _columns(weight: Weight, scheme: Scheme) -> Sources:
         reach = np.zeros(weight.shape[1], np.float32)
         for rows in row_chunks(weight.shape):
             reach = np.maximum(reach, np.abs(weight.block(rows)).max(axis=0))
-        found = np.maximum(reach, SMALLEST) / np.float32(column_limit(scheme.weight))
+        found = np.maximum(reach, SMALLEST) / np.float32(column_limit(scheme.kind))
         smallest = np.finfo(weight.dtype).tiny
         return np.asarray(np.maximum(found.astype(weight.dtype), smallest))
 
     def encoded() -> Iterator[Array]:
         for rows in row_chunks(weight.shape):
-            yield encode_columns(weight.block(rows), scale().astype(np.float32), scheme.weight)
+            yield encode_columns(weight.block(rows), scale().astype(np.float32), scheme.kind)
 
-    dtype = FP8 if scheme.weight == "fp8" else np.dtype(np.int8)
+    dtype = FP8 if scheme.kind == "fp8" else np.dtype(np.int8)
     return {
         "q": WeightSource(weight.shape, encoded, dtype),
         "scale": WeightSource(weight.shape[1:], lambda: iter([scale()]), weight.dtype),
@@ -402,9 +402,9 @@ def _blocks(weight: Weight) -> Sources:
     }
 
 
-def _input_scale(limit: float, dtype: np.dtype[Any], scheme: Scheme, form: Form) -> Sources:
-    scale = max(limit / column_limit(scheme.weight), float(np.finfo(dtype).tiny))
-    if scheme.weight == "fp8":
+def _input_scale(limit: float, dtype: np.dtype[Any], scheme: Precision, form: Form) -> Sources:
+    scale = max(limit / column_limit(scheme.kind), float(np.finfo(dtype).tiny))
+    if scheme.kind == "fp8":
         zero: NDArray[Any] = np.zeros((), FP8)
     else:
         zero = np.asarray(128, np.uint8) if form.traits.host else np.asarray(0, np.int8)

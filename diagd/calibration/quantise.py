@@ -108,7 +108,7 @@ def _check(bundle: Bundle, options: CalibrationOptions, frames: Int | None) -> t
         raise UsageError(
             f"{bundle.path} has no prefix graph: {refusal}; export it again with --form prefix too"
         )
-    watches = scheme.needs_statistics or options.kv_cache is not None
+    watches = scheme.scaling == "static" or options.kv_cache is not None
     engines = 2 if options.budget else int(watches)
     check_memory(bundle, reference[0], engines, available_bytes())
     if engines and frames is None and manifest.provenance.random_seed is None:
@@ -174,7 +174,7 @@ class _Calibration:
     def _statistics(self) -> Mapping[str, InputStatistics]:
         """Gathered now, or by an earlier run where the scheme can do with those, or none."""
         path = self._bundle.path / STATISTICS
-        if not self._scheme.needs_statistics and self._options.kv_cache is None:
+        if self._scheme.scaling != "static" and self._options.kv_cache is None:
             return load_statistics(path) if path.is_file() else {}
         seen = observe(self._bundle, self._reference, self._samples, self._progress, self._options.threads)
         save_statistics(path, seen)
@@ -191,7 +191,7 @@ class _Calibration:
         """What becomes of each product; those below the floor are left out."""
         stored, found = StoredWeights(self._bundle), projections(self._bundle.manifest.transformer)
         floor = self._scheme.floor if self._options.floor is None else self._options.floor
-        grouped = self._scheme.activation is None and self._reference[0].form.traits.host
+        grouped = self._scheme.scaling is None and self._reference[0].form.traits.host
         for projection in self._progress.each(found, "searching"):
             choice = search(
                 projection,
@@ -218,7 +218,7 @@ class _Calibration:
         budget, attempts = self._options.budget, list[AttemptReport]()
         if budget is None:
             return writer.write(self._reference, self._choices), attempts
-        threads, weight = self._options.threads, self._scheme.weight
+        threads, weight = self._options.threads, self._scheme.kind
         evaluator = Evaluator(self._bundle, self._reference, self._samples, threads, self._progress)
         self._measure_layers(writer, evaluator)
         while True:
@@ -240,7 +240,7 @@ class _Calibration:
         if manifest.text:
             return
         known = {own.precision for own in manifest.likelihoods}
-        for graphs, weight in ((self._reference, "fp32"), (written, self._scheme.weight)):
+        for graphs, weight in ((self._reference, "fp32"), (written, self._scheme.kind)):
             if graphs[0].precision not in known:
                 self._likelihoods.append(evaluator.own_likelihood(graphs, weight))
 
@@ -257,7 +257,7 @@ class _Calibration:
         parts = writer.parts(self._reference, self._choices)
         count = len(set(map(part_of, self._choices)))
         with closing(parts):
-            found = evaluator.layers(parts, count, self._scheme.weight)
+            found = evaluator.layers(parts, count, self._scheme.kind)
         self._layers = [
             layer.model_copy(update={"divergence": found.get(part_of(layer.name))}) for layer in self._layers
         ]

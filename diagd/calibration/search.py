@@ -17,10 +17,9 @@ import numpy as np
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import RotaryContext
-from diagd.bundle.precision import FLOATING, KV_CACHES
+from diagd.bundle.precision import FLOATING, KV_CACHES, Precision
 from diagd.calibration.matrices import Array, check_form, ranges, rounded_rows, rounded_weight
 from diagd.calibration.observe import InputStatistics
-from diagd.calibration.options import Scheme
 from diagd.calibration.report import CacheReport
 from diagd.engines.engine import Float
 from diagd.engines.tensors import cache_tensors
@@ -66,7 +65,7 @@ def search(
     projection: Projection,
     weight: Array,
     seen: InputStatistics | None,
-    scheme: Scheme,
+    scheme: Precision,
     grouped: bool,
 ) -> Choice:
     """Try every alpha and range, and keep those whose product is nearest.
@@ -83,7 +82,7 @@ def search(
         factors = None if alpha is None or seen is None else migration(seen.absmax, weight, alpha)
         moved, scaled = (rows, part) if factors is None else (rows / factors, part * factors[:, None])
         rounded = rounded_weight(scaled, scheme, grouped)
-        for limit in ranges(moved.ravel()) if scheme.activation == "static" else [None]:
+        for limit in ranges(moved.ravel()) if scheme.scaling == "static" else [None]:
             product = rounded_rows(moved, limit, scheme) @ rounded
             tried.append(Choice(alpha, factors, limit, decibels(exact, product)))
     return max(tried, key=lambda choice: choice.signal_to_noise)
@@ -116,7 +115,7 @@ def _rows(seen: InputStatistics | None, channels: int) -> Float:
     return rows if seen is None else rows * np.sqrt(seen.mean_square)
 
 
-def check_kv_cache(bundle: Bundle, scheme: Scheme, kv_cache: str | None) -> None:
+def check_kv_cache(bundle: Bundle, scheme: Precision, kv_cache: str | None) -> None:
     """Refuse a cache that no graph of the bundle can hold.
 
     Raises:
