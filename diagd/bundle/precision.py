@@ -11,8 +11,8 @@ class Precision:
     """How a step graph stores its matrices and its K/V rows.
 
     Attributes:
-        kind: element type of the matrices; ``int8`` and ``fp8`` have a scale for each column, ``int4`` one for
-            each group and column.
+        kind: element type of the matrices; ``int8`` and ``fp8`` have a scale for each column, ``int4`` has
+            one for each group and column.
         weight: bytes of a weight, its share of the scales included.
         floor: signal to noise of a product, dB, below which calibration leaves it in floating point.
         scaling: of rounded activations: ``static`` has one scale found by calibration, ``row`` one for each

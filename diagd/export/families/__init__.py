@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from inspect import signature
 
 from diagd.errors import UsageError, unknown
@@ -63,7 +62,7 @@ def listing() -> list[dict[str, object]]:
         rows.append(
             {
                 "model": name,
-                "parameters": sum(math.prod(shape) for shape in model.expected.values()),
+                "parameters": config.parameters,
                 "grid": f"{layout.rows} x {layout.columns}",
                 "context": f"{config.context_frames} frames",
                 "licence": model.licence,
