@@ -9,10 +9,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from diagd.engines.engine import Int
 from diagd.schedule import Schedule
 from diagd.tuning.probe import Probe, Transitions
 from diagd.tuning.recordings import TokenDataset
-from diagd.tuning.rollouts import Streams
+from diagd.tuning.rollouts import Streams, parts
 from worlds.geometry import Geometry
 from worlds.metrics import Estimate, frechet_distance, principal_axes, psnr, ssim, tile_features
 from worlds.model import WorldModel
@@ -120,7 +121,7 @@ class Evaluation:
         self.windows = _pick(recording, options.windows, options.window_frames, random)
         self.truth = _pick(recording, options.rollouts, options.prompt + options.frames, random)
         self.baseline = model.nll(self.windows, Schedule.next_token(model.layout))
-        self._axes = principal_axes(self._cells(recording.streams.astype(np.int64)), model.codes)
+        self._axes = principal_axes(parts(recording.streams.astype(np.int64), model.layout)[0], model.codes)
 
     def score(self, name: str, schedule: Schedule) -> tuple[Scores, Streams]:
         """Measure one schedule; also returns the rollouts, int64 [B, N]."""
@@ -185,20 +186,14 @@ class Evaluation:
 
     def changes(self, streams: Streams) -> NDArray[np.float64]:
         """Likewise of each of some streams, [B]."""
-        layout = self.model.layout
-        return _changes(self._cells(streams).reshape(len(streams), -1, layout.rows, layout.columns))
-
-    def _cells(self, streams: Streams) -> NDArray[np.int64]:
-        layout = self.model.layout
-        cells = streams.reshape(-1, layout.frame_length)[:, layout.before :]
-        return cells.reshape(-1, layout.rows, layout.columns)
+        return _changes(parts(streams, self.model.layout)[0])
 
     def geometry_scores(self, rolled: Streams) -> GeometryScores | None:
         """Scores of rollouts [B, N] by the geometry of their world, where that is known."""
         if self.geometry is None:
             return None
         layout, prompt, count = self.model.layout, self.options.prompt, len(rolled)
-        cells = self._cells(rolled).reshape(count, -1, layout.rows, layout.columns)
+        cells, _ = parts(rolled, layout)
         actions = rolled.reshape(count, -1, layout.frame_length)[:, prompt:, 0] - self.model.codes
         before, after = cells[:, prompt - 1 : -1], cells[:, prompt:]
         shape = (-1, layout.rows, layout.columns)
@@ -212,17 +207,13 @@ class Evaluation:
     def _match(self, rolled: Streams, other: Streams) -> NDArray[np.float64]:
         """Share of generated cells that two sets of rollouts have in common, [B]."""
         layout, frames = self.model.layout, self.options.frames
-        cells = (
-            streams.reshape(len(rolled), -1, layout.frame_length)[:, -frames:, 1:]
-            for streams in (rolled, other)
-        )
-        shares: NDArray[np.float64] = np.equal(*cells).mean((1, 2))
+        cells = (parts(streams, layout)[0][:, -frames:] for streams in (rolled, other))
+        shares: NDArray[np.float64] = np.equal(*cells).mean((1, 2, 3))
         return shares
 
     def _compare(self, rolled: Streams) -> TruthScores:
         layout, frames = self.model.layout, self.options.frames
-        shape = (len(rolled), -1, layout.rows, layout.columns)
-        clips = [self._cells(streams).reshape(shape)[:, -frames - 1 :] for streams in (rolled, self.truth)]
+        clips = [parts(streams, layout)[0][:, -frames - 1 :] for streams in (rolled, self.truth)]
         got, true = (clip[:, 1:] for clip in clips)
         match, ratio, similarity = [], [], []
         for n in range(frames):
@@ -234,7 +225,7 @@ class Evaluation:
             match, ratio, similarity, self._frechet(got, true), Estimate.ratio(*map(_changes, clips))
         )
 
-    def _frechet(self, got: NDArray[np.int64], true: NDArray[np.int64], resamples: int = 20) -> Estimate:
+    def _frechet(self, got: Int, true: Int, resamples: int = 20) -> Estimate:
         """Distance, with a bootstrap over rollouts for its standard error."""
         sets = [
             tile_features(cells.reshape(-1, *cells.shape[2:]), self.model.codes, self._axes)
@@ -294,7 +285,7 @@ def measure_drift(
     return drift
 
 
-def _changes(clips: NDArray[np.int64]) -> NDArray[np.float64]:
+def _changes(clips: Int) -> NDArray[np.float64]:
     """Share of cells of clips [B, T, h, w] that differ from the frame before, [B]."""
     shares: NDArray[np.float64] = (clips[:, 1:] != clips[:, :-1]).mean((1, 2, 3))
     return shares

@@ -54,7 +54,7 @@ class WorldModel(Protocol):
     ) -> Streams:
         """The streams with every cell behind the ``prompt`` first frames decoded."""
 
-    def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         """Frames uint8 [T, H, W, 3] of tokens [T, h, w]."""
 
 
@@ -96,7 +96,7 @@ class TorchModel:
         window = self.context_frames
         return roll_out(self._model, streams, prompt, schedule, sampling, seed=seed, window=window)
 
-    def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         """By the world's decoder."""
         with torch.inference_mode():
             pixels: NDArray[np.uint8] = self._decoder(torch.from_numpy(tokens).int()).numpy()
@@ -163,7 +163,7 @@ class BundleModel:
     def _group(self) -> Group:
         return self._open_lanes()
 
-    def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         """By the bundle's decoder."""
         return np.stack(list(self._codec.decode(tokens.astype(np.int32))))
 
@@ -215,7 +215,7 @@ class ParallelModel(WorldModel):
         return self._do(Passes(streams, schedule.name, sampling, prompt, seed))
 
     @override
-    def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         return self._model.pixels(tokens)
 
     def _do(self, passes: Passes) -> NDArray[Any]:

@@ -28,7 +28,7 @@ from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.schedule import StreamLayout
-from diagd.tuning.rollouts import Streams
+from diagd.tuning.rollouts import Streams, parts
 from worlds.evaluate import Evaluation, Judgement
 
 QUANTILES: Final = tuple(n / 10 for n in range(1, 10))
@@ -185,9 +185,8 @@ def _scores(
 
 def _known(layout: StreamLayout, evaluation: Evaluation, number: int) -> tuple[Any, Any]:
     """Prompt frames int32 [P, rows, columns] of a rollout, and the actions [F, 1] of all its frames."""
-    rows = evaluation.truth[number].reshape(-1, layout.frame_length).astype(np.int32)
-    prompt = evaluation.options.prompt
-    return rows[:prompt, 1:].reshape(prompt, layout.rows, layout.columns), rows[:, :1]
+    cells, actions = parts(evaluation.truth[number : number + 1], layout)
+    return cells[0, : evaluation.options.prompt], actions[0]
 
 
 def roll_out(

@@ -19,7 +19,7 @@ from diagd.runtime.load import open_session
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.probe import Probe, Transitions
 from diagd.tuning.recordings import TokenDataset, cached_tokens, recorded_actions
-from diagd.tuning.rollouts import Streams
+from diagd.tuning.rollouts import Streams, parts
 from worlds.collect import random_policy
 from worlds.evaluate import Evaluation, Scores, measure_drift
 from worlds.geometry import Geometry
@@ -163,10 +163,7 @@ def recorded_walks(model: WorldModel, data: Path, rollouts: int, frames: int, se
 
 def pictures(model: WorldModel, streams: Streams) -> NDArray[np.uint8]:
     """Frames uint8 [B, F, H, W, 3] of streams int64 [B, N]."""
-    layout = model.layout
-    cells = streams.reshape(len(streams), -1, layout.frame_length)[:, :, layout.before :]
-    clips = cells.reshape(len(streams), -1, layout.rows, layout.columns)
-    return np.stack([model.pixels(clip) for clip in clips])
+    return np.stack([model.pixels(clip) for clip in parts(streams, model.layout)[0]])
 
 
 def _network_scores(network: MetricNetwork, evaluation: Evaluation, rolled: Streams) -> dict[str, Any]:
