@@ -27,13 +27,20 @@ from diagd.errors import BundleError
 from diagd.export.exporter import step_shapes
 from diagd.export.step_graph import PLAIN
 from diagd.export.tracing import FOLD_LIMIT, cast, onnx_operator
-from diagd.export.weights import WEIGHTS_NAME, WeightSource, constant, external_tensors, plan, total_bytes
+from diagd.export.weights import (
+    WEIGHTS_NAME,
+    WeightSource,
+    constant,
+    external_tensors,
+    plan,
+    row_chunks,
+    total_bytes,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 Array = NDArray[Any]
-CHUNK_BYTES = 64 << 20
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Shares of a group's largest weight that are tried as its range."""
@@ -136,13 +143,6 @@ class Weight:
                 yield self.block(rows)
 
         return WeightSource(self.stored[self.name].shape, chunks, self.dtype)
-
-
-def row_chunks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
-    """Slices of rows of a float32 matrix, about ``CHUNK_BYTES`` each, in multiples of rows."""
-    step = max(1, CHUNK_BYTES // (4 * shape[1] * multiple)) * multiple
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
 
 
 def fp8(values: Array) -> Array:

@@ -73,9 +73,8 @@ def copied(handle: TensorHandle) -> WeightSource:
         if not handle.shape:
             yield handle.read()
             return
-        step = _rows_in_chunk(handle.shape)
-        for start in range(0, handle.shape[0], step):
-            yield handle.read_rows(start, min(start + step, handle.shape[0]))
+        for rows in row_chunks(handle.shape):
+            yield handle.read_rows(rows.start, rows.stop)
 
     return WeightSource(handle.shape, chunks)
 
@@ -86,15 +85,17 @@ def transposed(handles: Sequence[TensorHandle]) -> WeightSource:
 
     def chunks() -> Iterator[Array]:
         matrices = [handle.read() for handle in handles]
-        step = _rows_in_chunk(shape)
-        for start in range(0, shape[0], step):
-            yield np.concatenate([matrix[:, start : start + step].T for matrix in matrices], axis=1)
+        for rows in row_chunks(shape):
+            yield np.concatenate([matrix[:, rows].T for matrix in matrices], axis=1)
 
     return WeightSource(shape, chunks)
 
 
-def _rows_in_chunk(shape: tuple[int, ...]) -> int:
-    return max(1, CHUNK_BYTES // max(1, 4 * math.prod(shape[1:])))
+def row_chunks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
+    """Slices of rows of a float32 tensor, about ``CHUNK_BYTES`` each, in multiples of rows."""
+    step = max(1, CHUNK_BYTES // max(1, 4 * multiple * math.prod(shape[1:]))) * multiple
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
 
 
 @dataclass(frozen=True)

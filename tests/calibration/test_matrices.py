@@ -15,10 +15,10 @@ from diagd.calibration.matrices import (
     ranges,
     rounded_rows,
     rounded_weight,
-    row_chunks,
 )
 from diagd.calibration.options import SCHEMES, find_scheme
 from diagd.errors import UsageError
+from diagd.export.weights import row_chunks
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> np.ndarray:
