@@ -11,7 +11,16 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
-KERNELS = ("step_kernels.cu", "step_kernels.h", "sampling.h", "attention.cu", "attention.h")
+KERNELS = (
+    "step_kernels.cu",
+    "step_kernels.h",
+    "sampling.h",
+    "half.h",
+    "attention.cu",
+    "attention.h",
+    "layer.cu",
+    "layer.h",
+)
 
 
 class BuildWithKernels(build_py):
@@ -29,7 +38,7 @@ class BuildWithKernels(build_py):
 HOST_BUILD = Extension(
     "diagd.engines.devices.step_kernels_host",
     ["native/step_kernels_host.cpp", "native/onnxruntime_ops.cpp"],
-    depends=["native/step_kernels.h", "native/sampling.h", "native/row_sampling.h", "native/attention.h"],
+    depends=[str(header) for header in Path("native").glob("*.h")],
     include_dirs=["native"],
     libraries=["dl"] if sys.platform == "linux" else [],
     language="c++",

@@ -27,10 +27,10 @@ from pathlib import Path
 
 from benchmarks import parser
 from diagd.bundle import Bundle, Form
-from diagd.engines.attention import attention_operators
 from diagd.engines.backend import forms_of, graphs_of
 from diagd.engines.devices.host import HostDevice
 from diagd.engines.onnxruntime_session import OnnxRuntimeProgram, open_cuda_session
+from diagd.engines.operators import step_operators
 from diagd.engines.tensors import StepTensors
 from diagd.errors import DiagdError
 from diagd.export.exporter import GraphOptions, export, random_sources
@@ -214,7 +214,7 @@ def run_widths(bundle: Bundle, form: Form) -> Iterator[Step]:
     widths = tuple(int(graph.width or 0) for graph in graphs)
     streams, capacity = graphs[0].streams, int(graphs[0].capacity or 0)
     tensors = StepTensors(bundle.manifest, form, capacity, widths[-1], 1024, device, {}, streams)
-    operators = attention_operators(bundle.manifest, graphs[0], device) if form is Form.MODERN else None
+    operators = step_operators(bundle.manifest, graphs[0], device) if form is Form.MODERN else None
     session = open_cuda_session(bundle.file(graphs[0].file), graphs=True, strict=True, operators=operators)
     program = OnnxRuntimeProgram(session, tensors.named, widths, "cuda")
     name = f"{bundle.manifest.name}, {form.value}" + (f", {streams} streams" if streams > 1 else "")

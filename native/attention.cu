@@ -6,7 +6,6 @@
 #include "attention.h"
 
 using u32 = unsigned int;
-using half = unsigned short;  // its bits
 
 constexpr int kSize = HEAD_SIZE;
 constexpr int kStride = kSize + 8;  // elements of a row in shared memory: eight rows fall into different banks
@@ -20,12 +19,6 @@ constexpr u32 kHiddenPair = 0xfbfffbff;  // twice the lowest float16
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float to_float(half x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
   return y;
 }
 
@@ -213,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(32 * diagd::kMostWarps, 2)
     const int row = first_row + group + 8 * side;
     if (!has[side]) continue;
     if (arguments.splits == 1) {
-      half* target = static_cast<half*>(arguments.out) + (static_cast<int64_t>(head) * rows + row) * kSize + pair;
+      half* target = static_cast<half*>(arguments.out) + diagd::place_of(arguments, head, row) * kSize + pair;
       for (int n = 0; n < kSize / 8; ++n) {
         *reinterpret_cast<u32*>(target + 8 * n) = packed(out[n][2 * side] * share, out[n][2 * side + 1] * share);
       }
@@ -256,7 +249,7 @@ extern "C" __global__ void diagd_attend_combine(const diagd::AttendArguments arg
     low += share * found[other][column], high += share * found[other][column + 1];
     total += share * found[other][kSize + 1];
   }
-  half* target = static_cast<half*>(arguments.out) + (static_cast<int64_t>(head) * arguments.rows + row) * kSize;
+  half* target = static_cast<half*>(arguments.out) + diagd::place_of(arguments, head, row) * kSize;
   const float share = total > 0.0f ? 1.0f / total : 0.0f;  // a row that sees nothing gives zeros
   *reinterpret_cast<u32*>(target + column) = packed(low * share, high * share);
 }

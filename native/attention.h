@@ -1,12 +1,7 @@
 // Attention of a step's rows over a ring of cached slots: what a launch is given, and how it is divided.
 #pragma once
 
-#if !defined(__CUDACC_RTC__)
-#include <cstdint>
-#else
-using int32_t = int;
-using int64_t = long long;
-#endif
+#include "half.h"
 
 namespace diagd {
 
@@ -18,8 +13,9 @@ constexpr int kMostWarps = 6;    // two such blocks fit the registers of a proce
 constexpr int kMostSplits = 64;
 constexpr int kBeside = 8;       // splits that are put together at a time
 
-// Q and out [heads, rows, D], K and V [heads, slots, D], all float16 and contiguous; the mask [rows, slots],
-// float16, is added to scores and is that of all heads of a stream.
+// Q [heads, rows, D], K and V [heads, slots, D], all float16 and contiguous; the mask [rows, slots], float16, is
+// added to scores and is that of all heads of a stream. Rows are those of `shared` query heads, one head's after
+// the other's; out is [streams, rows of a query head, query heads, D].
 struct AttendArguments {
   const void* queries;
   const void* keys;
@@ -31,10 +27,18 @@ struct AttendArguments {
   int32_t rows;
   int32_t slots;
   int32_t heads_a_stream;
+  int32_t shared;
   int32_t splits;
   int32_t split_tiles;
   float scale;          // of scores, times log2(e)
 };
+
+// Where the values of a row begin in out, in heads.
+DIAGD_BOTH int64_t place_of(const AttendArguments& a, int32_t head, int32_t row) {
+  const int32_t stream = head / a.heads_a_stream, group = head % a.heads_a_stream, width = a.rows / a.shared;
+  const int64_t place = static_cast<int64_t>(stream) * width + row % width;
+  return (place * a.heads_a_stream + group) * a.shared + row / width;
+}
 
 #if !defined(__CUDACC_RTC__)  // which takes no functions of the host
 

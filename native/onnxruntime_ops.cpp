@@ -1,6 +1,7 @@
-// ONNX's Attention on a GPU for ONNX Runtime's CUDA provider, by diagd_attend in place of the provider's own.
+// What stands between a step's products, for ONNX Runtime's CUDA provider: one launch where it has many.
 //
-// A custom operator of ONNX's domain stands before the provider's. Declared here is what is used of ONNX Runtime's C
+// Functions of our graphs (diagd/export/tracing.py) have these names; a provider that has an operator of the name
+// runs that, others put the function's nodes in its place. Declared here is what is used of ONNX Runtime's C
 // interface, whose structures only grow at their ends (include/onnxruntime/core/session/onnxruntime_c_api.h).
 #if !defined(_WIN32)
 
@@ -8,14 +9,38 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <initializer_list>
 #include <new>
 
 #include "attention.h"
+#include "layer.h"
+
+namespace diagd {
+
+enum Function { kNormRow, kArrangeHeads, kSwiGLU, kGELU, kMakeMask, kEmbedRow, kAttend, kCombine, kFunctions };
+
+using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
+                       void* stream, void**, void**);
+
+// What sessions are given, from Python: functions of loaded modules, memory for what splits of attention find.
+struct Operators {
+  void* functions[kFunctions];
+  float* partial;
+  int64_t partial_floats;
+  Launch launch;         // null: cuLaunchKernel
+  const char* provider;  // null: CUDA's
+  int32_t processors;
+  int32_t size;
+};
+
+}  // namespace diagd
 
 namespace {
 
 constexpr uint32_t kApiVersion = 17;  // ONNX Runtime 1.17: the first with all that is used
-constexpr int kFloat16 = 10, kRequired = 0, kDeviceMemory = 0;
+constexpr int kFloat16 = 10, kInt32 = 6, kInt64 = 7, kRequired = 0, kOptional = 1, kDeviceMemory = 0;
+constexpr size_t kMostInputs = 9;
 
 using Status = void*;  // null: all is well
 
@@ -30,6 +55,8 @@ enum Place : size_t {
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
   kKernelInfoGetAttributeFloat = 85,
+  kKernelInfoGetAttributeInteger = 86,
+  kKernelContextGetInputCount = 88,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
   kReleaseTensorTypeAndShapeInfo = 99,
@@ -73,116 +100,362 @@ struct CustomOp {
   void* later[4];  // of aliases, none
 };
 
-// What sessions are given, from Python: functions of a loaded module, memory for what splits find.
-struct Attention {
-  void* attend;
-  void* combine;
-  float* partial;
-  int64_t partial_floats;
-  int32_t processors;
-  int32_t size;
-};
+struct Call;
 
-struct AttentionOp : CustomOp {
-  Attention given;
+// An operator: its inputs are of float16, but for the first `integers` and, where it has a place to write, the last.
+struct Operator : CustomOp {
+  char label[32];
+  size_t least, most;  // inputs
+  size_t results;
+  size_t integers;
+  bool writes;
+  const char* real;  // attributes, null where it has none
+  const char* wholes[2];
+  Status (*run)(Call&);
+  diagd::Operators given;
+
+  bool has(const char* part) const { return std::strstr(label, part) != nullptr; }
+  int type(size_t input) const {
+    if (writes && input + 1 == most) return kInt64;
+    return input < integers ? kInt32 : kFloat16;
+  }
 };
 
 struct Kernel {
-  const AttentionOp* op;
+  const Operator* op;
   const void* const* api;
-  float scale;
+  float real;
+  int64_t wholes[2];
 };
 
-using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
-                       void* stream, void**, void**);
-
-Launch launcher() {
+diagd::Launch launcher() {
   static void* const driver = dlopen("libcuda.so.1", RTLD_NOW);
-  static const auto launch = driver ? reinterpret_cast<Launch>(dlsym(driver, "cuLaunchKernel")) : nullptr;
+  static const auto launch = driver ? reinterpret_cast<diagd::Launch>(dlsym(driver, "cuLaunchKernel")) : nullptr;
   return launch;
 }
 
 struct Shaped {
   void* data = nullptr;
+  size_t axes = 0;
   int64_t shape[4] = {1, 1, 1, 1};  // aligned at the end
-  Status status = nullptr;
+
+  const half* halves() const { return static_cast<const half*>(data); }
+  int64_t columns() const { return shape[3]; }
+  int64_t rows() const { return shape[0] * shape[1] * shape[2]; }
 };
 
-Shaped described(const void* const* api, const void* value) {
-  Shaped found;
-  void* info = nullptr;
+// One run of an operator.
+struct Call {
+  const Kernel& kernel;
+  void* context;
+  void* stream = nullptr;
   size_t count = 0;
-  int64_t shape[4];
-  if ((found.status = call(api, kGetTensorTypeAndShape, value, &info))) return found;
-  if (!(found.status = call(api, kGetDimensionsCount, info, &count))) {
-    if (count > 4) found.status = failed(api, "diagd: a tensor of an attention has more than four axes");
-    else if (!(found.status = call(api, kGetDimensions, info, shape + 0, count))) {
-      for (size_t axis = 0; axis < count; ++axis) found.shape[4 - count + axis] = shape[axis];
-      found.status = call(api, kGetTensorMutableData, value, &found.data);
-    }
+  Shaped inputs[kMostInputs] = {};
+
+  Status fail(const char* what) const { return failed(kernel.api, what); }
+
+  template <typename... Arguments>
+  Status ask(Place place, Arguments... arguments) const {
+    return call(kernel.api, place, arguments...);
   }
-  reinterpret_cast<void (*)(void*)>(const_cast<void*>(api[kReleaseTensorTypeAndShapeInfo]))(info);
-  return found;
+
+  Status described(const void* value, Shaped& found) const {
+    void* info = nullptr;
+    Status status = ask(kGetTensorTypeAndShape, value, &info);
+    if (status) return status;
+    status = ask(kGetDimensionsCount, static_cast<const void*>(info), &found.axes);
+    if (!status && found.axes > 4) status = fail("diagd: a tensor has more than four axes");
+    if (!status) status = ask(kGetDimensions, static_cast<const void*>(info), found.shape + 4 - found.axes, found.axes);
+    if (!status) status = ask(kGetTensorMutableData, value, &found.data);
+    reinterpret_cast<void (*)(void*)>(const_cast<void*>(kernel.api[kReleaseTensorTypeAndShapeInfo]))(info);
+    return status;
+  }
+
+  Status read() {
+    if (Status status = ask(kKernelContextGetInputCount, static_cast<const void*>(context), &count)) return status;
+    if (count > kMostInputs) return fail("diagd: an operator of too many inputs");
+    for (size_t number = 0; number < count; ++number) {
+      const void* value = nullptr;
+      if (Status status = ask(kKernelContextGetInput, static_cast<const void*>(context), number, &value)) return status;
+      if (!value) return count = number, nullptr;  // left out
+      if (Status status = described(value, inputs[number])) return status;
+    }
+    return ask(kKernelContextGetGpuComputeStream, static_cast<const void*>(context), &stream);
+  }
+
+  Status output(size_t number, const int64_t* shape, size_t axes, half*& data) const {
+    void *value = nullptr, *found = nullptr;
+    if (Status status = ask(kKernelContextGetOutput, context, number, shape, axes, &value)) return status;
+    if (Status status = ask(kGetTensorMutableData, static_cast<const void*>(value), &found)) return status;
+    data = static_cast<half*>(found);
+    return nullptr;
+  }
+
+  Status output(size_t number, std::initializer_list<int64_t> shape, half*& data) const {
+    return output(number, shape.begin(), shape.size(), data);
+  }
+
+  // As an input, with so many columns.
+  Status output(size_t number, const Shaped& like, int64_t columns, half*& data) const {
+    int64_t shape[4];
+    std::memcpy(shape, like.shape, sizeof shape);
+    shape[3] = columns;
+    return output(number, shape + 4 - like.axes, like.axes, data);
+  }
+
+  template <typename Arguments>
+  Status launch(diagd::Function function, Arguments& arguments, int64_t across, int64_t down, int64_t deep,
+                int64_t threads, int64_t beside = 1, int64_t shared = 0) const {
+    const diagd::Operators& given = kernel.op->given;
+    const diagd::Launch launch = given.launch ? given.launch : launcher();
+    if (!launch) return fail("diagd: libcuda.so.1 has no cuLaunchKernel");
+    void* pointers[] = {&arguments};
+    const auto size = [](int64_t number) { return static_cast<unsigned>(number); };
+    const int code = launch(given.functions[function], size(across), size(down), size(deep), size(threads),
+                            size(beside), 1, size(shared), stream, pointers, nullptr);
+    return code == 0 ? nullptr : fail("diagd: CUDA refuses a launch");
+  }
+};
+
+int64_t divided(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
+// x, what is added to it, the norm's weight and its shift -> their sum, and that normalised.
+Status run_norm(Call& call) {
+  const Shaped& x = call.inputs[0];
+  const bool centred = call.kernel.op->label[0] == 'L';
+  const size_t most = call.kernel.op->most, weight = centred ? most - 2 : most - 1;
+  diagd::NormArguments a = {};
+  a.x = x.halves(), a.weight = call.inputs[weight].halves(), a.hidden = static_cast<int32_t>(x.columns());
+  a.centred = centred, a.epsilon = call.kernel.real;
+  if (centred && call.count == most) a.shift = call.inputs[most - 1].halves();
+  for (size_t number = 1; number < weight; ++number) {
+    a.added[number - 1] = call.inputs[number].halves();
+    a.steps[number - 1] = call.inputs[number].axes == 1 ? 0 : x.columns();
+  }
+  if (a.hidden % diagd::kVector || a.hidden > diagd::kMostHidden) return call.fail("diagd: a norm of another width");
+  if (Status status = call.output(0, x, x.columns(), a.sum)) return status;
+  if (Status status = call.output(1, x, x.columns(), a.out)) return status;
+  return call.launch(diagd::kNormRow, a, x.rows(), 1, 1, divided(a.hidden, 32 * diagd::kVector) * 32);
 }
 
-Status launch(const Kernel& kernel, const Shaped (&inputs)[4], void* out, void* stream) {
-  const Attention& given = kernel.op->given;
-  const auto& queries = inputs[0].shape;
-  const int32_t heads = static_cast<int32_t>(queries[0] * queries[1]), rows = static_cast<int32_t>(queries[2]);
-  const int32_t slots = static_cast<int32_t>(inputs[1].shape[2]);
-  if (queries[3] != given.size || inputs[1].shape[1] != queries[1])
-    return failed(kernel.api, "diagd: an attention of another head size, or of more query heads than KV heads");
+// Inputs of diagd.export.transformer.Heads, K, V, the first slot -> folded queries, K, V.
+Status run_heads(Call& call) {
+  const Shaped *next = call.inputs, *past = call.inputs + call.count - 3;
+  const Operator& op = *call.kernel.op;
+  const int64_t streams = past->shape[0], groups = past->shape[1], size = past->shape[3];
+  diagd::HeadsArguments a = {};
+  const int64_t rows = next->rows(), heads = next->columns() / size - 2 * groups;
+  a.fused = next++->halves();
+  if (op.has("Bias")) a.bias = next++->halves();
+  if (op.has("Norm")) a.query_norm = next++->halves(), a.key_norm = next++->halves();
+  if (op.has("Rotary")) a.cosines = next++->halves(), a.sines = next++->halves();
+  a.write_index = static_cast<const int64_t*>(past[2].data);
+  a.streams = static_cast<int32_t>(streams), a.width = static_cast<int32_t>(rows / streams);
+  a.heads = static_cast<int32_t>(heads), a.groups = static_cast<int32_t>(groups);
+  a.slots = static_cast<int32_t>(past->shape[2]), a.epsilon = call.kernel.real;
+  if (size != op.given.size) return call.fail("diagd: heads of another size");
+  if (Status status = call.output(0, {streams, groups, heads / groups * a.width, size}, a.queries)) return status;
+  if (Status status = call.output(1, past[0], size, a.keys)) return status;
+  if (Status status = call.output(2, past[1], size, a.values)) return status;
+  if (a.keys != past[0].data || a.values != past[1].data)
+    return call.fail("diagd: K and V are not bound to the same memory as inputs and as outputs");
+  return call.launch(diagd::kArrangeHeads, a, rows, divided(heads + 2 * groups, 4), 1, 128);
+}
+
+// Folded queries, K, V, the mask -> [streams * width, heads * D].
+Status run_attention(Call& call) {
+  const diagd::Operators& given = call.kernel.op->given;
+  const Shaped &queries = call.inputs[0], &mask = call.inputs[3];
+  const int32_t groups = static_cast<int32_t>(queries.shape[1]), rows = static_cast<int32_t>(queries.shape[2]);
+  const int32_t heads = static_cast<int32_t>(queries.shape[0]) * groups;
+  const int32_t slots = static_cast<int32_t>(call.inputs[1].shape[2]);
+  const int32_t shared = static_cast<int32_t>(call.kernel.wholes[0]);
+  if (queries.columns() != given.size) return call.fail("diagd: an attention of another head size");
   const diagd::AttendPlan plan = diagd::attend_plan(heads, rows, slots, given.processors);
   if (diagd::needed_floats(plan, heads, rows, given.size) > given.partial_floats)
-    return failed(kernel.api, "diagd: an attention needs more memory than it was given");
-  diagd::AttendArguments arguments = {
-      inputs[0].data, inputs[1].data, inputs[2].data, inputs[3].data, out, given.partial,
-      inputs[3].shape[0] > 1 ? int64_t{rows} * slots : 0, rows, slots, static_cast<int32_t>(queries[1]),
-      plan.splits, plan.split_tiles, kernel.scale * 1.4426950408889634f};
-  void* pointers[] = {&arguments};
-  if (!launcher()) return failed(kernel.api, "diagd: libcuda.so.1 has no cuLaunchKernel");
-  int code = launcher()(given.attend, plan.splits, plan.row_blocks, heads, 32 * plan.warps, 1, 1,
-                        diagd::attend_shared(given.size), stream, pointers, nullptr);
-  if (code == 0 && plan.splits > 1)
-    code = launcher()(given.combine, rows, heads, 1, given.size / 2, diagd::kBeside, 1, 0, stream, pointers, nullptr);
-  return code == 0 ? nullptr : failed(kernel.api, "diagd: CUDA refuses the launch of an attention");
+    return call.fail("diagd: an attention needs more memory than it was given");
+  half* out = nullptr;
+  const int64_t all_rows = queries.shape[0] * (rows / shared), columns = groups * shared * queries.columns();
+  if (Status status = call.output(0, {all_rows, columns}, out)) return status;
+  diagd::AttendArguments a = {
+      queries.data, call.inputs[1].data, call.inputs[2].data, mask.data, out, given.partial,
+      mask.shape[0] > 1 ? int64_t{rows} * slots : 0, rows, slots, groups, shared, plan.splits, plan.split_tiles,
+      1.4426950408889634f / std::sqrt(static_cast<float>(given.size))};
+  if (Status status = call.launch(diagd::kAttend, a, plan.splits, plan.row_blocks, heads, 32 * plan.warps, 1,
+                                  diagd::attend_shared(given.size)))
+    return status;
+  return plan.splits > 1 ? call.launch(diagd::kCombine, a, rows, heads, 1, given.size / 2, diagd::kBeside) : nullptr;
+}
+
+// Gate and up in one, or x and its bias -> the activation.
+Status run_activation(Call& call) {
+  const Shaped& x = call.inputs[0];
+  const bool gated = call.kernel.op->label[0] == 'S';
+  diagd::ActivationArguments a = {};
+  a.x = x.halves(), a.bias = call.count > 1 ? call.inputs[1].halves() : nullptr;
+  a.inner = static_cast<int32_t>(gated ? x.columns() / 2 : x.columns());
+  if (a.inner % diagd::kVector) return call.fail("diagd: an activation of another width");
+  if (Status status = call.output(0, x, a.inner, a.out)) return status;
+  const diagd::Function function = gated ? diagd::kSwiGLU : diagd::kGELU;
+  return call.launch(function, a, divided(a.inner, 128 * diagd::kVector), x.rows(), 1, 128);
+}
+
+// Positions of rows and of slots -> what is added to scores.
+Status run_mask(Call& call) {
+  const Shaped &rows = call.inputs[0], &slots = call.inputs[1];
+  diagd::MaskArguments a = {};
+  a.positions = static_cast<const int32_t*>(rows.data), a.slot_position = static_cast<const int32_t*>(slots.data);
+  a.streams = static_cast<int32_t>(rows.shape[2]), a.width = static_cast<int32_t>(rows.columns());
+  a.slots = static_cast<int32_t>(slots.columns()), a.shared = static_cast<int32_t>(call.kernel.wholes[0]);
+  const int64_t folded = int64_t{a.shared} * a.width;
+  const int64_t shape[4] = {a.streams, 1, folded, a.slots};
+  const size_t axes = rows.axes == 1 ? 2 : 4;
+  if (Status status = call.output(0, shape + 4 - axes, axes, a.mask)) return status;
+  return call.launch(diagd::kMakeMask, a, divided(a.slots, 256), a.streams * folded, 1, 256);
+}
+
+// Ids, positions and tables -> the first layer's input, and rows of the tables that layers read.
+Status run_embed(Call& call) {
+  const Operator& op = *call.kernel.op;
+  const Shaped &ids = call.inputs[0], *next = call.inputs + 3;
+  const int64_t hidden = call.inputs[2].columns();
+  size_t results = 1;
+  diagd::EmbedArguments a = {};
+  a.ids = static_cast<const int32_t*>(ids.data), a.positions = static_cast<const int32_t*>(call.inputs[1].data);
+  a.embedding = call.inputs[2].halves(), a.hidden = static_cast<int32_t>(hidden);
+  a.prefix = static_cast<int32_t>(call.kernel.wholes[0]), a.frame_length = static_cast<int32_t>(call.kernel.wholes[1]);
+  if (Status status = call.output(0, {ids.columns(), hidden}, a.x)) return status;
+  if (op.has("Slot")) a.slots = next++->halves();
+  if (op.has("Position")) a.places = next++->halves();
+  if (op.has("Rotary")) {
+    a.pairs = static_cast<int32_t>(next->columns()), a.cosines = next++->halves(), a.sines = next++->halves();
+    if (Status status = call.output(results++, {ids.columns(), a.pairs}, a.cosine_rows)) return status;
+    if (Status status = call.output(results++, {ids.columns(), a.pairs}, a.sine_rows)) return status;
+  }
+  if (op.has("Added")) {
+    a.added = next->halves();
+    if (Status status = call.output(results, {ids.columns(), hidden}, a.added_rows)) return status;
+  }
+  if (hidden % diagd::kVector || a.pairs % diagd::kVector || ids.axes != 1)
+    return call.fail("diagd: rows of tables of another width");
+  const int64_t widest = hidden > a.pairs ? hidden : a.pairs;
+  return call.launch(diagd::kEmbedRow, a, divided(widest, 128 * diagd::kVector), ids.columns(), 1, 128);
 }
 
 Status compute(void* pointer, void* context) {
-  const Kernel& kernel = *static_cast<Kernel*>(pointer);
-  Shaped inputs[4];
-  for (size_t number = 0; number < 4; ++number) {
-    const void* value = nullptr;
-    if (Status status = call(kernel.api, kKernelContextGetInput, context, number, &value)) return status;
-    inputs[number] = described(kernel.api, value);
-    if (inputs[number].status) return inputs[number].status;
+  Call call = {*static_cast<Kernel*>(pointer), context};
+  const Status status = call.read();
+  return status ? status : call.kernel.op->run(call);
+}
+
+Status create(const CustomOp* base, const void* const* api, const void* info, void** made) {
+  const auto* op = static_cast<const Operator*>(base);
+  Kernel kernel = {op, api, 0.0f, {}};
+  if (op->real) {
+    if (Status status = call(api, kKernelInfoGetAttributeFloat, info, op->real, &kernel.real)) return status;
   }
-  void *out = nullptr, *data = nullptr, *stream = nullptr;
-  const int64_t* shape = inputs[0].shape;
-  if (Status status = call(kernel.api, kKernelContextGetOutput, context, size_t{0}, shape, size_t{4}, &out))
-    return status;
-  if (Status status = call(kernel.api, kGetTensorMutableData, out, &data)) return status;
-  if (Status status = call(kernel.api, kKernelContextGetGpuComputeStream, static_cast<const void*>(context), &stream))
-    return status;
-  return launch(kernel, inputs, data, stream);
+  for (size_t number = 0; number < 2 && op->wholes[number]; ++number) {
+    int64_t* whole = &kernel.wholes[number];
+    if (Status status = call(api, kKernelInfoGetAttributeInteger, info, op->wholes[number], whole)) return status;
+  }
+  *made = new (std::nothrow) Kernel(kernel);
+  return *made ? nullptr : failed(api, "diagd: no memory");
 }
 
-Status create(const CustomOp* op, const void* const* api, const void* info, void** kernel) {
-  float scale = 0.0f;
-  if (Status status = call(api, kKernelInfoGetAttributeFloat, info, "scale", &scale)) return status;
-  *kernel = new (std::nothrow) Kernel{static_cast<const AttentionOp*>(op), api, scale};
-  return *kernel ? nullptr : failed(api, "diagd: no memory");
+const Operator* of(const CustomOp* op) { return static_cast<const Operator*>(op); }
+
+Operator described(size_t least, size_t most, size_t results, Status (*run)(Call&), const char* label = "") {
+  Operator op = {};
+  op.version = kApiVersion;
+  op.name = [](const CustomOp* op) { return static_cast<const char*>(of(op)->label); };
+  op.provider = [](const CustomOp* op) {
+    return of(op)->given.provider ? of(op)->given.provider : "CUDAExecutionProvider";
+  };
+  op.inputs = [](const CustomOp* op) { return of(op)->most; };
+  op.outputs = [](const CustomOp* op) { return of(op)->results; };
+  op.input_type = [](const CustomOp* op, size_t input) { return of(op)->type(input); };
+  op.output_type = [](const CustomOp*, size_t) { return kFloat16; };
+  op.input_kind = [](const CustomOp* op, size_t input) { return input < of(op)->least ? kRequired : kOptional; };
+  op.output_kind = [](const CustomOp*, size_t) { return kRequired; };
+  op.input_memory = [](const CustomOp*, size_t) { return kDeviceMemory; };
+  op.create_checked = create;
+  op.compute_checked = compute;
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.first_version = [](const CustomOp*) { return 1; };
+  op.last_version = [](const CustomOp*) { return 0x7fffffff; };
+  op.least = least, op.most = most, op.results = results, op.run = run;
+  std::strcpy(op.label, label);
+  return op;
 }
 
-Attention next_given = {};
+diagd::Operators next_given = {};
+
+Status add(const void* const* api, void* domain, Operator op) {
+  op.given = next_given;  // and lives as long as the process: a session may outlive its options
+  return call(api, kCustomOpDomainAdd, domain, static_cast<const CustomOp*>(new Operator(op)));
+}
+
+// Names say what is added, and whether it is the bias of what is ahead.
+Status add_norms(const void* const* api, void* domain) {
+  for (const char* added : {"Add", "AddAdd", "AddBias", "AddBiasAdd"}) {
+    size_t inputs = 2;
+    for (const char* at = added; *at; ++at) inputs += *at == 'A' || *at == 'B';
+    for (const char* norm : {"RMSNorm", "LayerNorm"}) {
+      const bool centred = norm[0] == 'L';  // with a shift, or without
+      Operator op = described(inputs, inputs + centred, 2, run_norm, norm);
+      op.real = "epsilon";
+      std::strcat(op.label, added);
+      if (Status status = add(api, domain, op)) return status;
+    }
+  }
+  return nullptr;
+}
+
+// Names say what there is among the inputs, in this order.
+Status add_heads(const void* const* api, void* domain) {
+  for (size_t parts = 0; parts < 8; ++parts) {
+    const bool bias = parts & 1, norm = parts & 2, rotary = parts & 4;
+    const size_t inputs = size_t{4} + bias + 2 * norm + 2 * rotary;
+    Operator op = described(inputs, inputs, 3, run_heads, "Heads");
+    op.real = "epsilon", op.writes = true;
+    for (const char* part : {bias ? "Bias" : "", norm ? "Norm" : "", rotary ? "Rotary" : ""})
+      std::strcat(op.label, part);
+    if (Status status = add(api, domain, op)) return status;
+  }
+  return nullptr;
+}
+
+Status add_embeddings(const void* const* api, void* domain) {
+  for (size_t parts = 0; parts < 16; ++parts) {
+    const bool slot = parts & 1, position = parts & 2, rotary = parts & 4, added = parts & 8;
+    const size_t inputs = size_t{3} + slot + position + 2 * rotary + added;
+    Operator op = described(inputs, inputs, size_t{1} + 2 * rotary + added, run_embed, "Embed");
+    op.wholes[0] = "prefix", op.wholes[1] = "frame_length", op.integers = 2;
+    for (const char* part :
+         {slot ? "Slot" : "", position ? "Position" : "", rotary ? "Rotary" : "", added ? "Added" : ""})
+      std::strcat(op.label, part);
+    if (Status status = add(api, domain, op)) return status;
+  }
+  return nullptr;
+}
+
+Status add_others(const void* const* api, void* domain) {
+  Operator attend = described(4, 4, 1, run_attention, "Attend"), mask = described(2, 2, 1, run_mask, "Mask");
+  attend.wholes[0] = mask.wholes[0] = "shared", mask.integers = 2;
+  for (const Operator& op : {attend, mask, described(1, 1, 1, run_activation, "SwiGLU"),
+                             described(1, 1, 1, run_activation, "GELU"),
+                             described(2, 2, 1, run_activation, "BiasGELU")}) {
+    if (Status status = add(api, domain, op)) return status;
+  }
+  return nullptr;
+}
 
 }  // namespace
 
 // What the next session that registers this library is given.
-extern "C" void diagd_attend_with(void* attend, void* combine, float* partial, int64_t partial_floats,
-                                  int32_t processors, int32_t size) {
-  next_given = {attend, combine, partial, partial_floats, processors, size};
-}
+extern "C" void diagd_operators_with(const diagd::Operators* given) { next_given = *given; }
+
+extern "C" int32_t diagd_operators_arguments_size() { return sizeof(diagd::Operators); }
 
 // Bytes of a block's memory that a launch takes.
 extern "C" int32_t diagd_attend_shared(int32_t size) { return diagd::attend_shared(size); }
@@ -197,28 +470,15 @@ extern "C" int64_t diagd_attend_needs(int32_t heads, int32_t rows, int32_t slots
   return diagd::needed_floats(diagd::attend_plan(heads, rows, slots, processors), heads, rows, size);
 }
 
-// Called by ONNX Runtime. The operator lives as long as the process: a session may outlive its options.
+// Called by ONNX Runtime.
 extern "C" Status RegisterCustomOps(void* options, const ApiBase* base) {
   const void* const* api = base->get(kApiVersion);
   if (!api) return nullptr;
-  auto* op = new AttentionOp{};
-  op->version = kApiVersion;
-  op->name = [](const CustomOp*) { return "Attention"; };
-  op->provider = [](const CustomOp*) { return "CUDAExecutionProvider"; };
-  op->inputs = [](const CustomOp*) { return size_t{4}; };
-  op->outputs = [](const CustomOp*) { return size_t{1}; };
-  op->input_type = op->output_type = [](const CustomOp*, size_t) { return kFloat16; };
-  op->input_kind = op->output_kind = [](const CustomOp*, size_t) { return kRequired; };
-  op->input_memory = [](const CustomOp*, size_t) { return kDeviceMemory; };
-  op->create_checked = create;
-  op->compute_checked = compute;
-  op->destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op->first_version = [](const CustomOp*) { return 1; };
-  op->last_version = [](const CustomOp*) { return 0x7fffffff; };
-  op->given = next_given;
   void* domain = nullptr;
-  if (Status status = call(api, kCreateCustomOpDomain, "", &domain)) return status;
-  if (Status status = call(api, kCustomOpDomainAdd, domain, static_cast<const CustomOp*>(op))) return status;
+  if (Status status = call(api, kCreateCustomOpDomain, "diagd", &domain)) return status;
+  for (auto add_some : {add_norms, add_heads, add_embeddings, add_others}) {
+    if (Status status = add_some(api, domain)) return status;
+  }
   return call(api, kAddCustomOpDomain, options, domain);
 }
 

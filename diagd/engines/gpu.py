@@ -11,7 +11,6 @@ from typing import TypeVar
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form
-from diagd.engines.attention import attention_operators
 from diagd.engines.backend import Backend, Graph, StepOptions, as_graph, graphs_of, widths_of
 from diagd.engines.ceilings import Ceilings, device_ceilings
 from diagd.engines.devices import Device
@@ -19,6 +18,7 @@ from diagd.engines.devices.cuda import CudaDevice, describe_device, open_driver
 from diagd.engines.engine import Engine
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import CpuOptions, OnnxRuntimeProgram, open_cuda_session
+from diagd.engines.operators import step_operators
 from diagd.engines.tensorrt import import_tensorrt
 from diagd.engines.tensorrt.builder import Builder, BuildOptions
 from diagd.engines.tensorrt.opening import TensorRTProgram, open_tensorrt
@@ -106,7 +106,7 @@ def open_cuda(bundle: Bundle, device: CudaDevice, options: StepOptions) -> Execu
         stream=device.stream,
         graphs=options.graphs,
         strict=options.strict,
-        operators=attention_operators(bundle.manifest, steps[0], device),
+        operators=step_operators(bundle.manifest, steps[0], device),
     )
     widths = widths_of(steps)
     bind = partial(OnnxRuntimeProgram, session, widths=widths, kind=device.kind)

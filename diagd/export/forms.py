@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diagd.bundle.manifest import Form
 from diagd.bundle.transformer import TransformerConfig
-from diagd.export.tracing import cast, moved_axes, onnx_operator
-from diagd.export.transformer import FullAttention, Transformer
+from diagd.export.tracing import Functions, cast, moved_axes, onnx_operator
+from diagd.export.transformer import AttentionForm, FullAttention, Heads, Part, Transformer
 from diagd.export.variants import CacheRows, Watched
 
 
@@ -48,7 +50,7 @@ class Slots(NamedTuple):
         return self.slot_position.unsqueeze(-2) <= self.positions.unsqueeze(-1)
 
 
-class PrefixAttention:
+class PrefixAttention(AttentionForm):
     """Attention over the bound prefix of buffers [T, B, G, D], a slot of all streams after the other.
 
     The query heads of a KV head are rows of one matrix product, so no KV head is repeated, and K and V are
@@ -60,7 +62,12 @@ class PrefixAttention:
     """Added to the score of an invisible key: its weight is exactly 0, and a row is never NaN."""
 
     def __init__(
-        self, config: TransformerConfig, slots: Slots, past: Sequence[Tensor], rows: CacheRows
+        self,
+        config: TransformerConfig,
+        slots: Slots,
+        past: Sequence[Tensor],
+        rows: CacheRows,
+        functions: Functions,
     ) -> None:
         positions, slot_position, written = slots
         self._grid = streams, width = positions.shape
@@ -98,50 +105,100 @@ class PrefixAttention:
         return self.cache[-1]
 
 
-class ModernAttention:
+class ModernAttention(AttentionForm):
     """TensorScatter-24 into head-major buffers [B, G, S, D], then Attention-24 with a mask.
 
     TensorRT maps the pair to its in-place KV cache update and fused attention. The query heads of a KV head
     are rows of one head: ONNX Runtime's CUDA provider would copy K and V to every query head, over the whole
     capacity. The mask is added, and made once: of one that is boolean the provider makes that in each layer.
+    What stands between two products is a function of the graph, which ``native/layer.h`` has kernels for.
     """
 
     HIDDEN: Final = -30_000.0
     """As in ``PortableAttention``."""
 
     def __init__(
-        self, config: TransformerConfig, slots: Slots, past: Sequence[Tensor], rows: CacheRows
+        self,
+        config: TransformerConfig,
+        slots: Slots,
+        past: Sequence[Tensor],
+        rows: CacheRows,
+        functions: Functions,
     ) -> None:
         # rows stay as they are: TensorScatter takes floating point only
-        self._shared = config.heads // config.kv_heads
-        visible = torch.cat([slots.visible] * self._shared, dim=-2)
-        mask = cast(torch.where(visible, 0.0, self.HIDDEN), past[0].dtype)
-        self._mask = mask if slots.positions.dim() == 1 else mask.unsqueeze(1)
-        self._write_index, self._past = slots.write_index, past
+        self._past, self._write_index, self._functions = past, slots.write_index, functions
+        self._streams, self._shared = len(slots.write_index), config.heads // config.kv_heads
+        self._dtype, self._rows = past[0].dtype, self._shared * slots.positions.shape[-1]
+        lead = () if slots.positions.dim() == 1 else (self._streams, 1)
+        shape = (*lead, self._rows, slots.slot_position.shape[-1])
+        inputs = slots.positions, slots.slot_position
+        (self._mask,) = functions.call(
+            "Mask", self._masked, inputs, [(self._dtype, shape)], shared=self._shared
+        )
         self.cache: list[Tensor] = []
 
+    @override
+    def part(
+        self,
+        name: str,
+        body: Part,
+        inputs: Sequence[Tensor],
+        shapes: Sequence[Sequence[int | torch.SymInt]],
+        **attributes: float,
+    ) -> tuple[Tensor, ...]:
+        outputs = [(self._dtype, shape) for shape in shapes]
+        return self._functions.call(name, body, inputs, outputs, **attributes)
+
+    @override
+    def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
+        """Update the cache, then attend to every visible slot."""
+        past = self._past[2 * layer : 2 * layer + 2]
+        streams, groups, _, size = past[0].shape
+        folded = (streams, groups, self._rows, size)
+
+        def body(*inputs: Tensor) -> tuple[Tensor, ...]:
+            *fed, keys, values, index = inputs
+            queries, *new = heads(self.rotate, *fed)
+            return self._folded(queries), *map(partial(_scattered, index), (keys, values), new)
+
+        shapes = (folded, past[0].shape, past[1].shape)
+        epsilon = heads.config.norm_epsilon
+        queries, *cache = self.part(
+            heads.name, body, (*inputs, *past, self._write_index), shapes, epsilon=epsilon
+        )
+        self.cache += cache
+        shape = (inputs[0].shape[0], heads.config.query_width)
+        inputs = (queries, *cache, self._mask)
+        (attended,) = self.part("Attend", self._attended, inputs, (shape,), shared=self._shared)
+        return attended
+
+    @override
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """Rotate [W, heads, D] with one RotaryEmbedding-23."""
         heads_first = x.transpose(0, 1).unsqueeze(0)
         rotated = torch.onnx.ops.rotary_embedding(heads_first, cosines.unsqueeze(0), sines.unsqueeze(0))
         return rotated.squeeze(0).transpose(0, 1)
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Update the cache, then attend to every visible slot."""
-        streams = len(self._write_index)
-        for buffer, rows in zip(self._past[2 * layer : 2 * layer + 2], (keys, values), strict=True):
-            inputs: tuple[Tensor, ...] = (buffer, _heads_first(rows, streams), self._write_index)
-            self.cache.append(
-                onnx_operator("TensorScatter", inputs, buffer.dtype, buffer.shape, axis=2, mode="linear")
-            )
-        heads, size = queries.shape[-2:]
-        folded = _heads_first(queries, streams)
+    def _masked(self, positions: Tensor, slot_position: Tensor) -> tuple[Tensor]:
+        visible = slot_position.unsqueeze(-2) <= positions.unsqueeze(-1)
+        visible = torch.cat([visible] * self._shared, dim=-2)
+        mask = cast(torch.where(visible, 0.0, self.HIDDEN), self._dtype)
+        return (mask if positions.dim() == 1 else mask.unsqueeze(1),)
+
+    def _folded(self, queries: Tensor) -> Tensor:
+        heads_first = _heads_first(queries, self._streams)
+        if self._shared == 1:
+            return heads_first
+        groups, size = heads_first.shape[1] // self._shared, queries.shape[-1]
+        return heads_first.reshape(self._streams, groups, -1, size)
+
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor]:
+        streams, groups, _, size = queries.shape
+        inputs, scale = (queries, keys, values, mask), 1 / math.sqrt(size)
+        attended = onnx_operator("Attention", inputs, queries.dtype, queries.shape, scale=scale)
         if self._shared > 1:
-            folded = folded.reshape(streams, heads // self._shared, -1, size)
-        inputs = (folded, *self.cache[-2:], self._mask)
-        scale = 1 / math.sqrt(size)
-        attended = onnx_operator("Attention", inputs, queries.dtype, folded.shape, scale=scale)
-        return _rows_first(attended if self._shared == 1 else attended.reshape(streams, heads, -1, size))
+            attended = attended.reshape(streams, groups * self._shared, -1, size)
+        return (_rows_first(attended).flatten(-2),)
 
 
 class PortableAttention(FullAttention):
@@ -156,7 +213,12 @@ class PortableAttention(FullAttention):
     """Score of an invisible key: finite in float16, and its weight is exactly 0 beside any visible key."""
 
     def __init__(
-        self, config: TransformerConfig, slots: Slots, past: Sequence[Tensor], rows: CacheRows
+        self,
+        config: TransformerConfig,
+        slots: Slots,
+        past: Sequence[Tensor],
+        rows: CacheRows,
+        functions: Functions,
     ) -> None:
         shared, self._streams = config.heads // config.kv_heads, len(slots.write_index)
         visible = torch.cat([_beside_stale(slots)] * shared, dim=-2)  # CUDA has no Tile of booleans
@@ -204,6 +266,12 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 def _transposed(x: Tensor, axes: Sequence[int]) -> Tensor:
     """``x.permute(axes)``, without strides of symbols, which take the exporter as long."""
     return onnx_operator("Transpose", (x,), x.dtype, [x.shape[axis] for axis in axes], perm=list(axes))
+
+
+def _scattered(index: Tensor, buffer: Tensor, rows: Tensor) -> Tensor:
+    """A buffer [B, G, S, D] with rows [B * W, G, D] from the slots ``index`` [B] on."""
+    inputs = (buffer, _heads_first(rows, len(index)), index)
+    return onnx_operator("TensorScatter", inputs, buffer.dtype, buffer.shape, axis=2, mode="linear")
 
 
 def _heads_first(rows: Tensor, streams: int) -> Tensor:
@@ -272,12 +340,13 @@ class Step(nn.Module):
         transformer: the model; matrices of it may be replaced.
         kv: what K/V rows become in the cache.
         watched: values that become further outputs, behind the others.
+        functions: of its graph, once it is traced.
     """
 
     def __init__(self, transformer: Transformer, form: Form) -> None:
         super().__init__()
         self.transformer, self.form = transformer, form
-        self.kv, self.watched = CacheRows(), Watched()
+        self.kv, self.watched, self.functions = CacheRows(), Watched(), Functions()
 
     def replace_matrices(self, matrices: Mapping[str, nn.Module]) -> None:
         """Put modules in the place of matrices, by name in the graph."""
@@ -300,7 +369,7 @@ class Step(nn.Module):
     ) -> tuple[Tensor, ...]:
         """One step; ``past`` and ``text`` alternate keys and values, layer by layer."""
         slots = Slots(positions, slot_position, write_index)
-        attention = ATTENTIONS[self.form](self.transformer.config, slots, past, self.kv)
+        attention = ATTENTIONS[self.form](self.transformer.config, slots, past, self.kv, self.functions)
         ids = token_buffer.index_select(0, sources.flatten())
         states = self.transformer.states(ids, positions.flatten(), attention, text)
         if logit_rows is not None:

@@ -89,7 +89,9 @@ def read_onnx(path: Path) -> OnnxFile:
 
 def _summary(model: ir.Model) -> OnnxFile:
     import onnx_ir as ir
+    from onnx_ir.passes.common import InlinePass
 
+    InlinePass()(model)
     graph = model.graph
     tensors = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
     by_row, whole = set[str | None](), set[str | None]()

@@ -87,6 +87,7 @@ def trace_step(
             output_names=["logits", *cache, *watched],
             opset=opset,
             dynamic_shapes=(*(axes for _, axes in inputs.values()), [live] * len(past), [None] * len(text)),
+            functions=step.functions,
         ),
     )
 

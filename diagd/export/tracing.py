@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 Shapes = Any
 """Dynamic shapes as torch.export takes them: nested like the inputs."""
 
+DOMAIN = "diagd"
+"""Of functions."""
+
 RMS_NORM_OPSET = 23
 """First opset with RMSNormalization."""
 
@@ -41,6 +44,7 @@ def trace(
     output_names: Sequence[str],
     opset: int,
     dynamic_shapes: Shapes = None,
+    functions: Functions | None = None,
 ) -> ir.Model:
     """Trace a module whose parameters may be on the meta device.
 
@@ -54,6 +58,7 @@ def trace(
         output_names: graph outputs.
         opset: ONNX opset.
         dynamic_shapes: as for ``torch.export.export``, or names of axes; None fixes every size.
+        functions: that the module calls.
 
     Returns:
         The graph, not optimised, its initializers without data where the module is on the meta device.
@@ -77,7 +82,7 @@ def trace(
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    return program.model
+    return functions.define(program.model, opset) if functions else program.model
 
 
 def onnx_operator(
@@ -98,9 +103,98 @@ def onnx_operator(
     """
     attrs: dict[str, Any] = dict(attributes)
     result: Tensor = torch.onnx.ops.symbolic(name, inputs, attrs=attrs, dtype=dtype, shape=shape)
-    # the placeholder is made on the CPU; the graph has no devices
+    return _placed(result, inputs)
+
+
+def _placed(result: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """Placeholders are made on the CPU; the graph has no devices."""
     placed: Tensor = torch.ops.aten._to_copy.default(result, device=inputs[0].device)
     return placed
+
+
+class Functions:
+    """Parts of a module that become functions of its graph, in operators that every runtime has.
+
+    A runtime that has a kernel of a function's name runs that; others put its operators in its place.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, _Part] = {}
+
+    def call(
+        self,
+        name: str,
+        body: Callable[..., tuple[Tensor, ...]],
+        inputs: Sequence[Tensor],
+        outputs: Sequence[tuple[torch.dtype, Sequence[int | torch.SymInt]]],
+        **attributes: float,
+    ) -> tuple[Tensor, ...]:
+        """What ``body`` gives of the inputs: tensors of these types and shapes.
+
+        Equal names are one function. Attributes are told to kernels alone.
+        """
+        self._parts.setdefault(name, _Part(body, inputs, len(outputs), attributes))
+        dtypes, shapes = zip(*outputs, strict=True)
+        results = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{name}", inputs, attrs={**attributes}, dtypes=dtypes, shapes=shapes, version=1
+        )
+        return tuple(_placed(result, inputs) for result in results)
+
+    def define(self, model: ir.Model, opset: int) -> ir.Model:
+        """Give a traced graph, changed in place, the functions that it calls."""
+        for name, part in self._parts.items():
+            function = part.function(name, opset)
+            model.functions[function.identifier()] = function
+        return model
+
+
+class _Part(nn.Module):
+    """What a function is made of; of its inputs only types and sizes are kept."""
+
+    def __init__(
+        self,
+        body: Callable[..., tuple[Tensor, ...]],
+        inputs: Sequence[Tensor],
+        outputs: int,
+        attributes: Collection[str],
+    ) -> None:
+        super().__init__()
+        self._body, self._outputs, self._attributes = body, outputs, [*attributes]
+        self._types = [tensor.dtype for tensor in inputs]
+        shapes: list[list[Any]] = [[*tensor.shape] for tensor in inputs]
+        self._sizes = [[size if isinstance(size, int) else size.node.hint for size in s] for s in shapes]
+        self._axes = tuple(
+            {axis: f"axis_{axis}" for axis, size in enumerate(shape) if not isinstance(size, int)}
+            for shape in shapes
+        )
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self._body(*inputs)
+
+    def function(self, name: str, opset: int) -> ir.Function:
+        import onnx_ir as ir
+
+        examples = [
+            torch.zeros(s, dtype=t, device="meta") for s, t in zip(self._sizes, self._types, strict=True)
+        ]
+        model = trace(
+            self,
+            tuple(examples),
+            input_names=[f"input_{number}" for number in range(len(examples))],
+            output_names=[f"output_{number}" for number in range(self._outputs)],
+            opset=opset,
+            dynamic_shapes=(self._axes,),
+        )
+        graph = simplify(model).graph
+        for value in graph.initializers.values():  # a function has none
+            assert value.const_value is not None
+            constant = ir.AttrTensor("value", value.const_value)
+            graph.insert_before(graph[0], ir.Node("", "Constant", (), [constant], outputs=[value]))
+        graph.initializers.clear()
+        for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+            value.type = value.shape = None  # those of the caller
+        attributes = [ir.Attr(key, ir.AttributeType.UNDEFINED, None) for key in self._attributes]
+        return ir.Function(DOMAIN, name, graph=graph, attributes=attributes)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,6 +285,7 @@ def simplify(model: ir.Model, changing: Collection[str] = ()) -> ir.Model:
         changing: initializers that are given other data later: nothing is made of what they hold now.
     """
     import onnx_ir as ir
+    from onnx_ir.passes.common import InlinePass
     from onnxscript import optimizer
 
     random = np.random.default_rng(0)  # equal ones would be merged
@@ -198,8 +293,10 @@ def simplify(model: ir.Model, changing: Collection[str] = ()) -> ir.Model:
         value = model.graph.initializers[name]
         if (data := value.const_value) is not None and data.size <= FOLD_LIMIT:
             value.const_value = ir.tensor(random.normal(size=data.shape.numpy()).astype(data.dtype.numpy()))
+    InlinePass(lambda function: function.domain != DOMAIN)(model)
     optimizer.optimize_ir(
         model,
+        inline=False,
         input_size_limit=FOLD_LIMIT,
         output_size_limit=FOLD_LIMIT,
         should_fold=lambda node: False if any(v and v.name in changing for v in node.inputs) else None,

@@ -6,9 +6,8 @@ keys is left to a form, which is how one block serves training, full recomputati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,17 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(hidden, 2 * inner))
         self.down = nn.Parameter(torch.empty(inner, hidden))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Feed-forward output for x [..., hidden]."""
-        gate, up = product(x, self.gate_up).chunk(2, dim=-1)
-        return product(functional.silu(gate) * up, self.down)
+    def forward(self, x: Tensor, form: AttentionForm) -> Addends:
+        """What the layer adds for x [..., hidden]."""
+        fused = product(x, self.gate_up)
+        shape = (*fused.shape[:-1], fused.shape[-1] // 2)
+        (inner,) = form.part("SwiGLU", self._gated, (fused,), (shape,))
+        return (product(inner, self.down),)
+
+    @staticmethod
+    def _gated(fused: Tensor) -> tuple[Tensor]:
+        gate, up = fused.chunk(2, dim=-1)
+        return (functional.silu(gate) * up,)
 
 
 class GeluFeedForward(nn.Module):
@@ -42,10 +48,16 @@ class GeluFeedForward(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(inner)) if bias else None
         self.down_bias = nn.Parameter(torch.zeros(hidden)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Feed-forward output for x [..., hidden]."""
-        inner = functional.gelu(biased(product(x, self.up), self.up_bias), approximate="tanh")
-        return biased(product(inner, self.down), self.down_bias)
+    def forward(self, x: Tensor, form: AttentionForm) -> Addends:
+        """What the layer adds for x [..., hidden]."""
+        inner = product(x, self.up)
+        name, inputs = ("GELU", (inner,)) if self.up_bias is None else ("BiasGELU", (inner, self.up_bias))
+        (inner,) = form.part(name, self._activated, inputs, (inner.shape,))
+        return given(product(inner, self.down), self.down_bias)
+
+    @staticmethod
+    def _activated(inner: Tensor, *bias: Tensor) -> tuple[Tensor]:
+        return (functional.gelu(sum(bias, start=inner), approximate="tanh"),)
 
 
 def product(x: Tensor, matrix: Tensor | nn.Module) -> Tensor:
@@ -56,22 +68,75 @@ def product(x: Tensor, matrix: Tensor | nn.Module) -> Tensor:
     return x @ matrix
 
 
-def biased(x: Tensor, bias: Tensor | None) -> Tensor:
-    """``x + bias`` where there is one."""
-    return x if bias is None else x + bias
+def given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Those that there are."""
+    return tuple(tensor for tensor in tensors if tensor is not None)
 
 
-class AttentionForm(Protocol):
-    """How one layer's queries meet keys: over the fed tokens alone, or over a KV cache."""
+Addends = tuple[Tensor, ...]
+"""Results of products, each with its bias behind it, that the residual stream has not been given yet."""
+
+Part = Callable[..., tuple[Tensor, ...]]
+
+Norm = nn.RMSNorm | nn.LayerNorm
+
+
+class AttentionForm:
+    """What stands between a layer's products, and how queries meet keys: over fed tokens or a KV cache."""
+
+    def part(
+        self,
+        name: str,
+        body: Part,
+        inputs: Sequence[Tensor],
+        shapes: Sequence[Sequence[int | torch.SymInt]],
+        **attributes: float,
+    ) -> tuple[Tensor, ...]:
+        """What ``body`` gives of the inputs, tensors of their type and of these shapes.
+
+        A form may make one operator ``name`` of it, whose kernel reads the attributes.
+        """
+        return body(*inputs)
+
+    def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
+        """Attended values [..., W, H * D] of what ``heads`` takes."""
+        return self.attend(layer, *heads(self.rotate, *inputs)).flatten(-2)
 
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """Rotary embedding of x [..., W, heads, D] with tables [..., W, D / 2]."""
+        raise NotImplementedError
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Queries [..., W, H, D], new keys and values [..., W, G, D] -> [..., W, H, D]."""
+        raise NotImplementedError
 
 
-def make_norm(config: TransformerConfig) -> nn.Module:
+def added(form: AttentionForm, x: Tensor, addends: Addends, norm: Norm) -> tuple[Tensor, ...]:
+    """The residual stream x [..., W, hidden] with what it is given, and that normalised."""
+    if not addends:
+        return x, norm(x)
+
+    def body(x: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        terms: list[Tensor] = []
+        for term in inputs[: len(addends)]:
+            terms = [*terms[:-1], terms[-1] + term] if term.dim() == 1 else [*terms, term]
+        total = sum(terms, start=x)
+        return total, normalised(norm, total, *inputs[len(addends) :])
+
+    name = type(norm).__name__ + "".join("Bias" if addend.dim() == 1 else "Add" for addend in addends)
+    inputs = (x, *addends, *norm.parameters())
+    return form.part(name, body, inputs, (x.shape, x.shape), epsilon=norm.eps or 0.0)
+
+
+def normalised(norm: Norm, x: Tensor, weight: Tensor, shift: Tensor | None = None) -> Tensor:
+    """What a norm makes of ``x`` with other weights than its own."""
+    shape = list(norm.normalized_shape)
+    if isinstance(norm, nn.RMSNorm):
+        return functional.rms_norm(x, shape, weight, norm.eps)
+    return functional.layer_norm(x, shape, weight, shift, norm.eps)
+
+
+def make_norm(config: TransformerConfig) -> Norm:
     """A norm of the residual stream (ONNX RMSNormalization-23 or LayerNormalization-17)."""
     if config.norm is NormKind.RMS:
         return nn.RMSNorm(config.hidden, config.norm_epsilon)
@@ -91,6 +156,41 @@ class PositionRows:
     additive: Tensor | None
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Queries, keys and values [..., W, heads, D] of what one product gives, [..., W, (H + 2 G) D].
+
+    It takes that product, then what the model has of: its bias, the norms' weights of queries and of keys,
+    the rotary embedding's cosines and sines.
+    """
+
+    config: TransformerConfig
+
+    @property
+    def name(self) -> str:
+        """Tells what it takes."""
+        config = self.config
+        return f"Heads{'Bias' * config.bias}{'Norm' * config.qk_norm}{'Rotary' * bool(config.rotary)}"
+
+    def __call__(
+        self, rotate: Callable[[Tensor, Tensor, Tensor], Tensor], fused: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of rows; ``rotate`` is that of a form."""
+        config, further = self.config, iter(inputs)
+        fused = fused + next(further) if config.bias else fused
+        heads = fused.reshape(*fused.shape[:-1], config.heads + 2 * config.kv_heads, config.head_size)
+        # slices, since an uneven split has ONNX Runtime's CUDA provider copy its sizes up, four times
+        turned, values = heads[..., : -config.kv_heads, :], heads[..., -config.kv_heads :, :]
+        if config.qk_norm:
+            parts = turned[..., : config.heads, :], turned[..., config.heads :, :]
+            shape, epsilon = (config.head_size,), config.norm_epsilon
+            normed = [functional.rms_norm(part, shape, next(further), epsilon) for part in parts]
+            turned = torch.cat(normed, dim=-2)
+        if config.rotary:
+            turned = rotate(turned, *further)
+        return turned[..., : config.heads, :], turned[..., config.heads :, :], values
+
+
 class Attention(nn.Module):
     """Projections around an attention that the caller supplies."""
 
@@ -106,20 +206,13 @@ class Attention(nn.Module):
             self.query_norm = nn.RMSNorm(config.head_size, config.norm_epsilon)
             self.key_norm = nn.RMSNorm(config.head_size, config.norm_epsilon)
 
-    def forward(self, x: Tensor, rows: PositionRows, form: AttentionForm, layer: int) -> Tensor:
-        """Attention output for x [..., W, hidden]."""
-        config, fused = self.config, biased(product(x, self.qkv), self.qkv_bias)
-        heads = fused.reshape(*fused.shape[:-1], config.heads + 2 * config.kv_heads, config.head_size)
-        # slices, since an uneven split has ONNX Runtime's CUDA provider copy its sizes up, four times
-        turned, values = heads[..., : -config.kv_heads, :], heads[..., -config.kv_heads :, :]
-        if config.qk_norm:
-            queries, keys = turned[..., : config.heads, :], turned[..., config.heads :, :]
-            turned = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=-2)
-        if rows.rotary is not None:
-            turned = form.rotate(turned, *rows.rotary)
-        queries, keys = turned[..., : config.heads, :], turned[..., config.heads :, :]
-        attended = form.attend(layer, queries, keys, values).flatten(-2)
-        return biased(product(attended, self.out), self.out_bias)
+    def forward(self, x: Tensor, rows: PositionRows, form: AttentionForm, layer: int) -> Addends:
+        """What attention adds for x [..., W, hidden]."""
+        norms = (self.query_norm.weight, self.key_norm.weight) if self.config.qk_norm else ()
+        fused = product(x, self.qkv)
+        inputs = given(fused, self.qkv_bias, *norms, *(rows.rotary or ()))
+        attended = form.attention(layer, Heads(self.config), inputs)
+        return given(product(attended, self.out), self.out_bias)
 
 
 class CrossAttention(nn.Module):
@@ -171,16 +264,25 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rows: PositionRows, form: AttentionForm, layer: int, text: Sequence[Tensor]
-    ) -> Tensor:
-        """The layer's output for x [..., W, hidden]; ``text`` is empty or the layer's keys and values."""
-        if rows.additive is not None:
-            x = x + rows.additive
-        x = x + self.attention(self.attention_norm(x), rows, form, layer)
+        self,
+        x: Tensor,
+        addends: Addends,
+        rows: PositionRows,
+        form: AttentionForm,
+        layer: int,
+        text: Sequence[Tensor],
+    ) -> tuple[Tensor, Addends]:
+        """The residual stream and what it is still to be given, from those ahead of the layer.
+
+        ``text`` is empty or the layer's keys and values.
+        """
+        x, states = added(form, x, (*addends, *given(rows.additive)), self.attention_norm)
+        addends = self.attention(states, rows, form, layer)
         if text:
-            x = x + self.cross_attention(self.cross_attention_norm(x), *text)
-        output: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
-        return output
+            x, states = added(form, x, addends, self.cross_attention_norm)
+            addends = (self.cross_attention(states, *text),)
+        x, states = added(form, x, addends, self.feed_forward_norm)
+        return x, self.feed_forward(states, form)
 
 
 class Transformer(nn.Module):
@@ -210,16 +312,39 @@ class Transformer(nn.Module):
             nn.init.normal_(parameter, std=deviation, generator=generator)
         return self
 
-    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Input of the first layer, [..., W, hidden], for ids and positions [..., W]."""
-        x = functional.embedding(ids, self.embedding)
-        if self.config.slot_embedding:
-            layout = self.config.layout
-            slot = (positions - layout.prefix) % layout.frame_length
-            x = x + functional.embedding(slot, self.slot_embedding)
-        if self.config.position_embedding:
-            x = x + functional.embedding(positions, self.position_embedding)
-        return x
+    def embed(self, ids: Tensor, positions: Tensor, form: AttentionForm) -> tuple[Tensor, PositionRows]:
+        """Input of the first layer, [..., W, hidden], for ids and positions [..., W], and rows of tables."""
+        config, layout = self.config, self.config.layout
+        kinds = {
+            "Slot": ["slot_embedding"] * config.slot_embedding,
+            "Position": ["position_embedding"] * config.position_embedding,
+            "Rotary": ["cosines", "sines"] * bool(config.rotary),
+            "Added": ["layer_embedding"] * config.layer_embedding,
+        }
+
+        def body(ids: Tensor, positions: Tensor, embedding: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+            x, others = functional.embedding(ids, embedding), iter(tables)
+            if config.slot_embedding:
+                slots = (positions - layout.prefix) % layout.frame_length
+                x = x + functional.embedding(slots, next(others))
+            if config.position_embedding:
+                x = x + functional.embedding(positions, next(others))
+            return x, *(functional.embedding(positions, table) for table in others)
+
+        names = ["embedding", *(name for named in kinds.values() for name in named)]
+        tables = [getattr(self, name) for name in names]
+        rows = [0, *(n for n, name in enumerate(names) if name in ("cosines", "sines", "layer_embedding"))]
+        shapes = [(*ids.shape, tables[number].shape[-1]) for number in rows]
+        x, *found = form.part(
+            "Embed" + "".join(kind for kind, named in kinds.items() if named),
+            body,
+            (ids, positions, *tables),
+            shapes,
+            prefix=layout.prefix,
+            frame_length=layout.frame_length,
+        )
+        rotary = (found[0], found[1]) if config.rotary else None
+        return x, PositionRows(rotary, found[-1] if config.layer_embedding else None)
 
     def text_rows(self, text: Tensor) -> list[Tensor]:
         """Keys and values [kv_heads, length, head_size] of text [length, width], alternating by layer."""
@@ -230,27 +355,17 @@ class Transformer(nn.Module):
         self, ids: Tensor, positions: Tensor, form: AttentionForm, text: Sequence[Tensor] = ()
     ) -> Tensor:
         """Normalised hidden states [..., W, hidden] of the fed tokens; ``text`` is from ``text_rows``."""
-        rows = self._position_rows(positions)
-        x = self.embed(ids, positions)
+        x, rows = self.embed(ids, positions, form)
+        addends = Addends()
         for layer, block in enumerate(self.layers):
-            x = block(x, rows, form, layer, text[2 * layer : 2 * layer + 2])
-        output: Tensor = self.norm(x)
-        return output
+            x, addends = block(x, addends, rows, form, layer, text[2 * layer : 2 * layer + 2])
+        return added(form, x, addends, self.norm)[1]
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [..., output_vocabulary] of normalised states."""
         if self.config.tied_head:
             return functional.linear(states, self.embedding)
         return product(states, self.head)
-
-    def _position_rows(self, positions: Tensor) -> PositionRows:
-        def rows(name: str) -> Tensor | None:
-            table = getattr(self, name, None)
-            return None if table is None else functional.embedding(positions, table)
-
-        cosines, sines = rows("cosines"), rows("sines")
-        rotary = None if cosines is None or sines is None else (cosines, sines)
-        return PositionRows(rotary, rows("layer_embedding"))
 
     def forward(
         self, ids: Tensor, positions: Tensor, visible: Tensor | None = None, text: Tensor | None = None
@@ -293,7 +408,7 @@ def position_tables(config: TransformerConfig, device: torch.device | str = "cpu
     return {name: table.to(device) for name, table in tables.items()}
 
 
-class FullAttention:
+class FullAttention(AttentionForm):
     """Attention among the fed tokens themselves, with grouped KV heads.
 
     Args:

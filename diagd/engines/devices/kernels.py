@@ -15,7 +15,9 @@ HEADER_WORDS = 18
 CHUNK_BYTES = 16
 SOURCE_NAME, PTX_NAME = "step_kernels.cu", "step_kernels.ptx"
 HEADER_NAMES = ("step_kernels.h", "sampling.h")
-ATTEND, COMBINE = ATTENTION = "diagd_attend", "diagd_attend_combine"
+ATTENTION = ("diagd_attend", "diagd_attend_combine")
+LAYER = ("diagd_norm", "diagd_heads", "diagd_swiglu", "diagd_gelu", "diagd_mask", "diagd_embed")
+OPERATORS = "diagd_operators"
 HOST_NAME = "step_kernels_host"
 
 ADVANCE_POINTERS = ("records", "cursor", "sources", "positions", "write_index", "live", "slot_position")
@@ -61,6 +63,19 @@ class DrawArguments(ctypes.Structure):
     )
 
 
+class OperatorArguments(ctypes.Structure):
+    """What stands between a step's products: kernels, and memory for what splits of attention find."""
+
+    _fields_ = (
+        ("functions", ctypes.c_void_p * (len(LAYER) + len(ATTENTION))),
+        ("partial", ctypes.c_void_p),
+        ("partial_floats", ctypes.c_int64),
+        ("launch", ctypes.c_void_p),
+        ("provider", ctypes.c_char_p),
+        *((name, ctypes.c_int32) for name in ("processors", "size")),
+    )
+
+
 @cache
 def host_build() -> ctypes.CDLL | None:
     """The host build in the package, put there by an installation with a C++ compiler; None without one."""
@@ -79,6 +94,7 @@ def fits(kernels: ctypes.CDLL) -> bool:
         SAMPLE: SampleArguments,
         APPEND: AppendArguments,
         "diagd_draw": DrawArguments,
+        OPERATORS: OperatorArguments,
     }
     return hasattr(kernels, "RegisterCustomOps") and all(
         hasattr(kernels, size := f"{name}_arguments_size")
@@ -114,7 +130,13 @@ def kernel_source(
 
 def compile_attention(architecture: int, head_size: int) -> bytes:
     """Machine code of the attention over heads of a size; see ``compile_kernels``."""
-    source = kernel_source("attention.cu", ("attention.h",))
+    source = kernel_source("attention.cu", ("attention.h", "half.h"))
+    return _compiled(*source, architecture, f"-DHEAD_SIZE={head_size}")
+
+
+def compile_layer(architecture: int, head_size: int) -> bytes:
+    """Machine code of what stands between the products of a layer; see ``compile_kernels``."""
+    source = kernel_source("layer.cu", ("layer.h", "half.h"))
     return _compiled(*source, architecture, f"-DHEAD_SIZE={head_size}")
 
 

@@ -22,8 +22,9 @@ from diagd.engines.tensorrt import Capabilities, capabilities
 from diagd.errors import EngineError
 from diagd.progress import Progress
 
-HARMLESS = "has Int64 binding"
-"""Said of every graph, because ONNX wants the write index as int64; it is bound as that."""
+HARMLESS = ("has Int64 binding", "will not be queryable")
+"""Said of every graph: ONNX wants the write index as int64, and it is bound as that; and a function's nodes
+have the same names wherever it is called."""
 
 LIVE_INPUT = "live"
 """Input int32 [1] added to engines of the modern form: slots in use, so that attention reads no others."""
@@ -57,7 +58,7 @@ def make_logger(trt: ModuleType, lines: list[LogLine]) -> Any:
 
     class Logger(base):  # type: ignore[misc]
         def log(self, severity: Any, text: str) -> None:
-            if severity in (trt.ILogger.INFO, trt.ILogger.VERBOSE) or HARMLESS in text:
+            if severity in (trt.ILogger.INFO, trt.ILogger.VERBOSE) or any(part in text for part in HARMLESS):
                 return
             lines.append(LogLine(str(severity).rpartition(".")[2], text))
 

@@ -1,0 +1,426 @@
+"""What stands between a step's products by its own kernels, through ONNX Runtime, beside NumPy in float64.
+
+The same code runs on the host, but for the attention, which has a stand-in there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+import diagd.engines.devices.kernels as kernels
+import diagd.engines.operators as operators
+from diagd.bundle import Bundle, Form
+from diagd.bundle.transformer import NormKind, TransformerConfig, linear_rotary
+from diagd.engines.devices.cuda import CudaDevice
+from diagd.engines.devices.kernels import (
+    ATTENTION,
+    LAYER,
+    OperatorArguments,
+    compile_attention,
+    compile_layer,
+)
+from diagd.engines.onnxruntime_session import open_cuda_session
+from diagd.engines.operators import HEAD_SIZES, Loader, step_operators
+from diagd.errors import EngineError
+from diagd.export.exporter import GraphOptions
+from diagd.export.transformer import Transformer
+from diagd.schedule import StreamLayout
+from tests.engines.host_device import ROOT
+from tests.models import export_small
+
+HIDDEN = -30_000.0
+SHAPES = {  # streams, KV heads, rows, query heads a KV head, slots
+    "one row": (1, 4, 1, 1, 700),
+    "rows of a frontier": (1, 4, 40, 2, 1037),
+    "more rows than a block has": (1, 2, 100, 3, 512),
+    "streams": (3, 2, 10, 2, 160),
+    "fewer slots than a tile": (1, 1, 5, 1, 20),
+    "one split": (2, 80, 33, 1, 64),
+}
+Array = NDArray[Any]
+Floats = NDArray[np.float64]
+Run = Callable[..., list[Array]]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    file = tmp_path_factory.mktemp("operators") / "operators.so"
+    names = ("step_kernels_host.cpp", "onnxruntime_ops.cpp", "layer_host.cpp")
+    sources = [str(ROOT / "native" / name) for name in names]
+    compile_line = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", *sources, "-o", str(file), "-ldl"]
+    subprocess.run(compile_line, check=True)
+    return ctypes.CDLL(str(file))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where operators run: on a GPU, or, without a device, on the host."""
+
+    library: ctypes.CDLL
+    device: CudaDevice | None
+
+    @property
+    def name(self) -> str:
+        return "cuda" if self.device else "cpu"
+
+    def open(self, path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+        if self.device:
+            found = offered(self.device, self.library, size, monkeypatch)
+            return open_cuda_session(path, strict=True, operators=found)
+        given = OperatorArguments()
+        given.functions[:] = [number | size << 8 for number in range(1, len(given.functions) + 1)]
+        given.launch = ctypes.cast(self.library.diagd_launch_on_host, ctypes.c_void_p).value
+        given.provider, given.processors, given.size = b"CPUExecutionProvider", 1, size
+        given.partial_floats = 1 << 40
+        self.library.diagd_operators_with(ctypes.byref(given))
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        settings.register_custom_ops_library(self.library._name)
+        return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(params=["host", "GPU"])
+def place(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Iterator[Place]:
+    if request.param == "host":
+        yield Place(library, None)
+        return
+    pytest.importorskip("cuda.bindings.driver")
+    try:
+        device = CudaDevice()
+    except EngineError as error:
+        pytest.skip(f"skipped: {error}" if "no CUDA device" in str(error) else str(error))
+    yield Place(library, device)
+    device.close()
+
+
+@pytest.fixture
+def run(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs one operator over arrays; outputs that an input's name begins are that input, in place."""
+
+    def run(name: str, size: int, feeds: Mapping[str, Array], outputs: Mapping[str, int], **more: Any) -> Any:
+        path = one_node(tmp_path / "operator.onnx", name, feeds, outputs, more)
+        return bound(place.open(path, size, monkeypatch), place.name, feeds)
+
+    return run
+
+
+def one_node(
+    path: Path,
+    name: str,
+    feeds: Mapping[str, Array],
+    outputs: Mapping[str, int],
+    attributes: Mapping[str, Any],
+) -> Path:
+    """A model of one operator; ``outputs`` have so many axes."""
+    inputs = [
+        helper.make_tensor_value_info(key, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for key, value in feeds.items()
+    ]
+    results = [
+        helper.make_tensor_value_info(key, TensorProto.FLOAT16, [f"{key}_{axis}" for axis in range(axes)])
+        for key, axes in outputs.items()
+    ]
+    node = helper.make_node(name, [*feeds], [*outputs], domain="diagd", **attributes)
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("diagd", 1)]
+    model = helper.make_model(helper.make_graph([node], name, inputs, results), opset_imports=opsets)
+    model.ir_version = 11
+    onnx.save(model, path)
+    return path
+
+
+def bound(session: Any, kind: str, feeds: Mapping[str, Array]) -> list[Array]:
+    """Outputs of a session; present_X is past_X, in place."""
+    binding, values = session.io_binding(), {}
+    for value in session.get_inputs():
+        values[value.name] = onnxruntime.OrtValue.ortvalue_from_numpy(feeds[value.name].copy(), kind, 0)
+        binding.bind_ortvalue_input(value.name, values[value.name])
+    for value in session.get_outputs():
+        past = value.name.replace("present", "past")
+        if past in values:
+            binding.bind_ortvalue_output(value.name, values[past])
+        else:
+            binding.bind_output(value.name, kind)
+    session.run_with_iobinding(binding)
+    return [value.numpy().copy() for value in binding.get_outputs()]
+
+
+def offered(device: Loader, library: ctypes.CDLL, size: int, monkeypatch: pytest.MonkeyPatch) -> Path | None:
+    """What a session over float16 heads of a size is offered."""
+    monkeypatch.setattr(operators, "host_build", lambda: library)
+    config = SimpleNamespace(head_size=size, hidden=64, feed_forward=64)
+    manifest: Any = SimpleNamespace(transformer=config, cache_dtype=lambda graph: np.dtype(np.float16))
+    return step_operators(manifest, manifest, device)
+
+
+def halves(random: np.random.Generator, *shape: int) -> Array:
+    return random.standard_normal(shape).astype(np.float16)
+
+
+def wide(*arrays: Array) -> list[Floats]:
+    return [array.astype(np.float64) for array in arrays]
+
+
+def assert_rounded(found: Array, wanted: Floats) -> None:
+    """Equal but for a float16's rounding, of the result and of what went into it."""
+    np.testing.assert_allclose(found.astype(np.float64), wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("hidden", [8, 192, 1000, 4096])
+@pytest.mark.parametrize("name", ["RMSNormAdd", "RMSNormAddAdd", "LayerNormAddBias", "LayerNormAddBiasAdd"])
+def test_norms_take_what_is_added(run: Run, name: str, hidden: int) -> None:
+    random = np.random.default_rng(hidden)
+    x, first, last = halves(random, 3, 5, hidden)
+    bias, weight, shift = halves(random, 3, hidden)
+    added = [first, *([bias] if "Bias" in name else []), *([last] if name.count("Add") == 2 else [])]
+    weights = [weight, shift] if name.startswith("Layer") else [weight]
+    feeds = {f"input_{number}": array for number, array in enumerate([x, *added, *weights])}
+    total, out = run(name, 64, feeds, {"sum": 2, "out": 2}, epsilon=1e-5)
+    wanted = sum(wide(*added), start=wide(x)[0])
+    assert_rounded(total, wanted)
+    centred = wanted - wanted.mean(-1, keepdims=True) if len(weights) == 2 else wanted
+    normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    scaled = normal * wide(weight)[0] + (wide(shift)[0] if len(weights) == 2 else 0)
+    np.testing.assert_allclose(out, scaled, rtol=4e-3, atol=6e-3)
+
+
+@pytest.mark.parametrize("parts", ["", "Slot", "Rotary", "PositionAdded", "SlotPositionRotaryAdded"])
+def test_rows_of_tables(run: Run, parts: str) -> None:
+    random = np.random.default_rng(0)
+    positions, ids = np.array([0, 2, 3, 9, 11], np.int32), np.array([4, 0, 6, 6, 1], np.int32)
+    places, prefix, length = positions.astype(np.int64), 2, 5
+    tables = {"embedding": (halves(random, 7, 1200), ids)}
+    if "Slot" in parts:
+        tables["slot"] = halves(random, length, 1200), (places - prefix) % length
+    if "Position" in parts:
+        tables["position"] = halves(random, 12, 1200), places
+    rows = {}
+    if "Rotary" in parts:
+        rows |= {"cosines": halves(random, 12, 48), "sines": halves(random, 12, 48)}
+    if "Added" in parts:
+        rows["added"] = halves(random, 12, 1200)
+    feeds = {
+        "ids": ids,
+        "positions": positions,
+        **{name: table for name, (table, _) in tables.items()},
+        **rows,
+    }
+    outputs = dict.fromkeys(["x", *(f"{name}_rows" for name in rows)], 2)
+    x, *found = run("Embed" + parts, 64, feeds, outputs, prefix=prefix, frame_length=length)
+    assert_rounded(x, sum(table.astype(np.float64)[at] for table, at in tables.values()))
+    for made, table in zip(found, rows.values(), strict=True):
+        np.testing.assert_array_equal(made, table[places])
+
+
+@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("parts", ["", "Bias", "Norm", "Rotary", "BiasNormRotary"])
+def test_heads_are_arranged_and_written_into_the_cache(run: Run, parts: str, size: int) -> None:
+    random = np.random.default_rng(size)
+    streams, width, heads, groups, slots = 2, 3, 4, 2, 11
+    fused = halves(random, streams * width, (heads + 2 * groups) * size)
+    past_key, past_value = halves(random, 2, streams, groups, slots, size)
+    index = np.array([8, 2])
+    further: dict[str, Array] = {}
+    if "Bias" in parts:
+        further["bias"] = halves(random, fused.shape[1])
+    if "Norm" in parts:
+        further["query_norm"], further["key_norm"] = halves(random, 2, size)
+    if "Rotary" in parts:
+        angles = random.random((len(fused), size // 2))
+        further |= {"cosines": np.cos(angles).astype(np.float16), "sines": np.sin(angles).astype(np.float16)}
+    feeds = {"fused": fused, **further, "past_key": past_key, "past_value": past_value, "index": index}
+    outputs = {"queries": 4, "present_key": 4, "present_value": 4}
+    found = run("Heads" + parts, size, feeds, outputs, epsilon=1e-5)
+
+    rows = wide(fused + further.get("bias", np.zeros(1)))[0].reshape(streams, width, -1, size)
+    turned = []
+    for name, start, end in (("query_norm", 0, heads), ("key_norm", heads, heads + groups)):
+        part = rows[:, :, start:end]
+        if "Norm" in parts:
+            part = part / np.sqrt((part**2).mean(-1, keepdims=True) + 1e-5) * further[name].astype(np.float64)
+        if "Rotary" in parts:
+            low, high = np.split(part, 2, axis=-1)
+            tables = (further[key].astype(np.float64) for key in ("cosines", "sines"))
+            cosine, sine = (table.reshape(streams, width, 1, -1) for table in tables)
+            part = np.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=-1)
+        turned.append(part.swapaxes(1, 2))
+    shared = heads // groups
+    assert_rounded(found[0], turned[0].reshape(streams, groups, shared * width, size))
+    values = rows[:, :, heads + groups :].swapaxes(1, 2)
+    for past, present, new in ((past_key, found[1], turned[1]), (past_value, found[2], values)):
+        wanted = past.astype(np.float64)
+        for stream, first in enumerate(index):
+            wanted[stream, :, first : first + width] = new[stream]
+        assert_rounded(present, wanted)
+
+
+def test_activations(run: Run) -> None:
+    random = np.random.default_rng(0)
+    fused, bias = halves(random, 7, 80) * 4, halves(random, 80)
+    (found,) = run("SwiGLU", 64, {"x": fused}, {"y": 2})
+    gate, up = np.split(fused.astype(np.float64), 2, axis=-1)
+    assert_rounded(found, gate / (1 + np.exp(-gate)) * up)
+    for name, feeds in (("GELU", {"x": fused}), ("BiasGELU", {"x": fused, "bias": bias})):
+        (found,) = run(name, 64, feeds, {"y": 2})
+        x = sum(wide(*feeds.values()))
+        assert_rounded(found, 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_the_mask_hides_what_comes_later(run: Run, streams: int) -> None:
+    random = np.random.default_rng(streams)
+    positions = random.integers(0, 50, (streams, 5)).astype(np.int32)
+    slots = random.integers(0, 50, (streams, 33)).astype(np.int32)
+    seen = slots[:, None, None] <= positions[:, None, :, None]
+    wanted = np.where(np.concatenate([seen] * 2, axis=2), 0, HIDDEN)
+    if streams == 1:
+        positions, slots, wanted = positions[0], slots[0], wanted[0, 0]
+    feeds = {"positions": positions, "slots": slots}
+    (found,) = run("Mask", 64, feeds, {"mask": wanted.ndim}, shared=2)
+    np.testing.assert_array_equal(found, wanted.astype(np.float16))
+
+
+@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_attention_is_that_of_numpy(run: Run, place: Place, shape: tuple[int, ...], size: int) -> None:
+    streams, groups, width, shared, slots = shape
+    if not place.device and size > 32:
+        pytest.skip("the host has a stand-in, of one way for every size")
+    rows = width * shared
+    random = np.random.default_rng(size + slots)
+    queries = (random.standard_normal((streams, groups, rows, size)) * 2).astype(np.float16)
+    keys, values = halves(random, 2, streams, groups, slots, size)
+    visible = random.random((streams, 1, rows, slots)) < random.random((streams, 1, rows, 1))
+    visible[..., slots // 3 : slots // 2] = False  # whole tiles that none sees
+    visible[..., random.integers(slots // 3)] = True
+    mask = np.where(visible, 0, HIDDEN).astype(np.float16)
+    mask = mask[0, 0] if streams == 1 else mask
+    feeds = {"queries": queries, "keys": keys, "values": values, "mask": mask}
+    (found,) = run("Attend", size, feeds, {"y": 2}, shared=shared)
+    q, k, v, added = wide(*feeds.values())
+    scores = q @ k.swapaxes(-1, -2) * size**-0.5 + added
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    attended = weights / weights.sum(-1, keepdims=True) @ v
+    heads_first = attended.reshape(streams, groups * shared, width, size)
+    wanted = heads_first.swapaxes(1, 2).reshape(streams * width, -1)
+    assert np.linalg.norm(found - wanted) < 2e-3 * np.linalg.norm(wanted)
+    assert np.abs(found - wanted).max() < 2e-2
+
+
+def test_rows_that_see_nothing_are_finite_and_another_size_is_refused(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ones = np.ones((1, 1, 20, 64), np.float16)
+    mask = np.full((20, 20), HIDDEN, np.float16)
+    mask[1] = 0  # rows from 16 on belong to a warp that sees nothing at all
+    feeds = {"queries": ones, "keys": ones, "values": ones, "mask": mask}
+    path = one_node(tmp_path / "attention.onnx", "Attend", feeds, {"y": 2}, {"shared": 1})
+    (found,) = bound(place.open(path, 64, monkeypatch), place.name, feeds)
+    unseen = 0 if place.device else 1  # by the stand-in, which does not look away
+    np.testing.assert_array_equal(found[:, 0], [1] * 16 + [unseen] * 4)
+    with pytest.raises(Exception, match="another head size"):  # ONNX Runtime's own type
+        bound(place.open(path, 128, monkeypatch), place.name, feeds)
+
+
+SMALL = TransformerConfig(
+    layout=StreamLayout(2, 3, after=1),
+    context_frames=4,
+    vocabulary=30,
+    output_vocabulary=30,
+    hidden=64,
+    feed_forward=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=32,
+    rotary=linear_rotary(32, 1e4),
+)
+MODELS = {
+    "mineworld": SMALL,
+    "wham": replace(
+        SMALL, kv_heads=4, norm=NormKind.LAYER, bias=True, gated=False, rotary=None, position_embedding=True
+    ),
+    "cosmos": replace(SMALL, qk_norm=True, layer_embedding=True),
+}
+HEADS = {"mineworld": "Rotary", "wham": "Bias", "cosmos": "NormRotary"}
+
+
+@pytest.mark.parametrize(("model", "streams"), [("mineworld", 2), ("wham", 1), ("cosmos", 1)])
+def test_a_step_is_that_of_its_operators_in_onnx(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, streams: int
+) -> None:
+    """The same graph, its functions whole and in the operators that they are made of."""
+    transformer = Transformer(MODELS[model]).initialise(torch.Generator().manual_seed(0)).eval()
+    options = GraphOptions((Form.MODERN,), "fp16", widths=(4,), streams=streams)
+    bundle = Bundle.open(export_small(transformer, tmp_path / "small.diagd", options))
+    graph = bundle.file(bundle.manifest.graphs[0].file)
+    plain = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(0)
+    feeds = {value.name: example(value, random) for value in plain.get_inputs()}
+    session = place.open(graph, 32, monkeypatch)
+    names = Counter(
+        node.op_type for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
+    )
+    assert names["Attend"] == names[f"Heads{HEADS[model]}"] == MODELS[model].layers
+    assert not {"Add", "Softmax", "Transpose", "TensorScatter"} & {*names}
+    whole = bound(session, place.name, feeds)
+    for found, wanted in zip(whole, bound(plain, "cpu", feeds), strict=True):
+        assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)
+
+
+def example(value: Any, random: np.random.Generator) -> Array:
+    shape = [axis if isinstance(axis, int) else {"W": 4}.get(axis, 40) for axis in value.shape]
+    if value.type == "tensor(float16)":
+        return halves(random, *shape)
+    dtype = np.int64 if value.type == "tensor(int64)" else np.int32
+    return random.integers(3, 20, shape).astype(dtype)
+
+
+@pytest.mark.parametrize(("architecture", "size"), list(zip((80, 90, 80, 90), HEAD_SIZES, strict=True)))
+def test_nvrtc_compiles_the_kernels(architecture: int, size: int) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    codes = {compile_attention(architecture, size): ATTENTION, compile_layer(architecture, size): LAYER}
+    for code, names in codes.items():
+        assert code[:4] == b"\x7fELF" and all(name.encode() in code for name in names)
+
+
+def test_heads_of_other_sizes_are_left_to_the_provider(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size, architecture in ((48, 90), (64, 75)):
+        device: Any = SimpleNamespace(architecture=architecture)
+        assert offered(device, library, size, monkeypatch) is None
+
+
+def test_without_a_compiler_steps_have_the_providers_operators(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the other kernels came compiled: their sources are not in the package."""
+    monkeypatch.setattr(kernels, "__file__", str(ROOT.parent / "a" / "b" / "c" / "kernels.py"))
+    device: Any = SimpleNamespace(architecture=90)
+    assert offered(device, library, 64, monkeypatch) is None
+
+
+def test_splits_fit_the_memory_that_they_are_given(library: ctypes.CDLL) -> None:
+    library.diagd_attend_floats.restype = library.diagd_attend_needs.restype = ctypes.c_int64
+    given = {size: library.diagd_attend_floats(132, size) for size in HEAD_SIZES}
+    for heads in (1, 2, 5, 8, 33, 200):
+        for rows in (1, 15, 16, 17, 64, 112, 160, 193, 288, 1000):
+            for slots in (1, 32, 33, 500, 2560, 12_800, 131_072):
+                needed = library.diagd_attend_needs(heads, rows, slots, 132, 128)
+                assert 0 <= needed <= given[128]
