@@ -169,6 +169,20 @@ struct Block {
 };
 #endif
 
+constexpr int kTogetherLoaded = 8;
+
+// Each of the values, with its place: a thread asks for several before it waits for the first.
+template <typename Work>
+DIAGD_HOST_DEVICE void for_each(const Block& block, int thread, const float* values, int32_t count, Work work) {
+  int32_t at = thread;
+  for (; at + (kTogetherLoaded - 1) * block.threads < count; at += kTogetherLoaded * block.threads) {
+    float loaded[kTogetherLoaded];
+    for (int n = 0; n < kTogetherLoaded; ++n) loaded[n] = values[at + n * block.threads];
+    for (int n = 0; n < kTogetherLoaded; ++n) work(loaded[n], at + n * block.threads);
+  }
+  for (; at < count; at += block.threads) work(values[at], at);
+}
+
 // Largest value of a row, its order above and the complement of its lowest id below.
 DIAGD_HOST_DEVICE void find_largest(const Block& block, RowState& state, const Row& row) {
   block.each([&](int thread) {
@@ -176,10 +190,10 @@ DIAGD_HOST_DEVICE void find_largest(const Block& block, RowState& state, const R
   });
   block.each([&](int thread) {
     uint64_t best = 0;
-    for (int32_t id = row.low + thread; id < row.high; id += block.threads) {
-      const uint64_t found = static_cast<uint64_t>(order_of(row.logits[id])) << 32 | ~static_cast<uint32_t>(id);
+    for_each(block, thread, row.logits + row.low, row.high - row.low, [&](float value, int32_t place) {
+      const uint64_t found = static_cast<uint64_t>(order_of(value)) << 32 | ~static_cast<uint32_t>(row.low + place);
       best = found > best ? found : best;
-    }
+    });
     Block::maximum(&state.best, best);
   });
 }
@@ -195,21 +209,23 @@ DIAGD_HOST_DEVICE void narrow(
     });
     const uint64_t low = state.low, width = state.high - low;
     if (width == 1) return;
+    uint32_t pivots[kPivots];
+    for (int pivot = 0; pivot < kPivots; ++pivot) {
+      pivots[pivot] = static_cast<uint32_t>(low + width * (pivot + 1) / (kPivots + 1));
+    }
     block.each([&](int thread) {
       uint64_t sums[kPivots] = {};
-      for (int32_t index = thread; index < count; index += block.threads) {
-        const uint64_t order = order_of(values[index]);
-        const uint64_t weight = mass(values[index]);
-        for (int pivot = 0; pivot < kPivots; ++pivot) {
-          sums[pivot] += order >= low + width * (pivot + 1) / (kPivots + 1) ? weight : 0;
-        }
-      }
+      for_each(block, thread, values, count, [&](float value, int32_t) {
+        const uint32_t order = order_of(value);
+        const uint64_t weight = mass(value);
+        for (int pivot = 0; pivot < kPivots; ++pivot) sums[pivot] += order >= pivots[pivot] ? weight : 0;
+      });
       for (int pivot = 0; pivot < kPivots; ++pivot) Block::sum(&state.sums[pivot], sums[pivot]);
     });
     block.each([&](int thread) {
       if (thread != 0) return;
       for (int pivot = 0; pivot < kPivots; ++pivot) {
-        const uint64_t at = low + width * (pivot + 1) / (kPivots + 1);
+        const uint64_t at = pivots[pivot];
         if (static_cast<double>(state.sums[pivot]) > allowed) {
           if (at > state.low) state.low = at;
         } else if (at < state.high) {
@@ -244,7 +260,8 @@ DIAGD_HOST_DEVICE uint32_t top_p_floor(
   });
   block.each([&](int thread) {
     uint64_t sum = 0;
-    for (int32_t id = row.low + thread; id < row.high; id += block.threads) sum += mass(row.logits[id]);
+    for_each(block, thread, row.logits + row.low, row.high - row.low,
+             [&](float value, int32_t) { sum += mass(value); });
     Block::sum(&state.total, sum);
   });
   const double total = static_cast<double>(block.read(state.total)), p = static_cast<double>(row.top_p);
@@ -252,11 +269,11 @@ DIAGD_HOST_DEVICE uint32_t top_p_floor(
   // Values lighter than (1 - p) of the mean cannot weigh 1 - p of all together: the threshold lies above them.
   const double lightest = 0.99 * (1 - p) * total / (row.high - row.low);
   block.each([&](int thread) {
-    for (int32_t id = row.low + thread; id < row.high; id += block.threads) {
-      if (static_cast<double>(mass(row.logits[id])) < lightest) continue;
+    for_each(block, thread, row.logits + row.low, row.high - row.low, [&](float value, int32_t) {
+      if (static_cast<double>(mass(value)) < lightest) return;
       const uint32_t place = Block::next(&state.listed);
-      if (place < kListed) state.list[place] = row.logits[id];
-    }
+      if (place < kListed) state.list[place] = value;
+    });
   });
   const uint32_t listed = block.read(state.listed);
   if (listed <= kListed) {
@@ -285,13 +302,14 @@ DIAGD_HOST_DEVICE int32_t draw_row(const Block& block, RowState& state, const Ro
   });
   block.each([&](int thread) {
     uint64_t best = 0;
-    for (int32_t id = row.low + thread; id < row.high; id += block.threads) {
-      if (order_of(row.logits[id]) < floor) continue;
-      const float weight = power_of_two((row.logits[id] - largest) * scale);
+    for_each(block, thread, row.logits + row.low, row.high - row.low, [&](float value, int32_t place) {
+      if (order_of(value) < floor) return;
+      const uint32_t id = static_cast<uint32_t>(row.low + place);
+      const float weight = power_of_two((value - largest) * scale);
       const float noise = exponential(random_word(row.seed_low, row.seed_high, row.position, id));
-      const uint64_t score = static_cast<uint64_t>(as_bits(weight / noise)) << 32 | ~static_cast<uint32_t>(id);
+      const uint64_t score = static_cast<uint64_t>(as_bits(weight / noise)) << 32 | ~id;
       best = score > best ? score : best;
-    }
+    });
     Block::maximum(&state.best, best);
   });
   return static_cast<int32_t>(~static_cast<uint32_t>(state.best));
