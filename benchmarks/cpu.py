@@ -369,10 +369,8 @@ def streams(bundle: Bundle, wall: bool, repeats: int) -> None:
             for name, count in Progress(CONSOLE).each(list(spent), f"turn {turn + 1} of {repeats} at most"):
                 spent[name, count].append(_lock_step(groups[count], orders[name], now) / count)
                 least[name, count].append(_least(bench, orders[name], count, now) / count)
-    turns = f"{len(spent['NTP', 1])} turns"
-    table = Table(
-        "decoding", *(f"{count} sessions" for count in STREAMS), title=f"ms a pass and session, {turns}"
-    )
+    title = f"ms a pass and session, turns: {len(spent['NTP', 1])}"
+    table = Table("decoding", *(f"{count} sessions" for count in STREAMS), title=title)
     for name in orders:
         for title, times in ((name, spent), ("products, and K/V rows of each", least)):
             each = {count: float(np.median(times[name, count])) for count in STREAMS}
@@ -387,7 +385,7 @@ def _least(bench: Bench, order: Schedule, count: int, now: Clock) -> float:
     live = bench.layout.frame_length + width * min(48, order.steps_per_frame) // 2
 
     def median(rows: int, live: int) -> float:
-        return float(np.median([bench.step(rows, live, now)[0] for _ in range(6)][1:]))
+        return float(np.median([bench.step(rows, live, now)[0] for _ in range(5)][1:]))
 
     return median(count * width, GRANULE) + count * (median(width, live) - median(width, GRANULE))
 
