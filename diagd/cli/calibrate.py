@@ -62,8 +62,9 @@ class CalibrateOptions:
                 )
             return tokens
         pixels = PixelCodec(bundle, CpuOptions(self.calibration.threads))
-        size = (pixels.spec.height, pixels.spec.width)
-        return pixels.encode(read_frames(self.data, size, frames=self.frames, resize=self.resize))
+        size, cover = (pixels.spec.height, pixels.spec.width), pixels.spec.cover
+        pictures = read_frames(self.data, size, frames=self.frames, resize=self.resize, cover=cover)
+        return pixels.encode(pictures)
 
 
 def run(options: CalibrateOptions) -> int:

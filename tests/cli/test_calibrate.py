@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from diagd.bundle import Bundle
+from diagd.calibration.options import CalibrationOptions
+from diagd.cli.calibrate import CalibrateOptions
 from diagd.cli.main import main
+from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.runtime.pictures import read_frames
+from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.video import VideoWriter
 from tests.cli.conftest import Workplace
 from tests.cli.test_generate import generate
 
@@ -53,6 +60,26 @@ def test_a_quantised_graph_is_added_and_runs(
         tokens[precision] = np.load(output)
     assert tokens["int8"].shape == tokens["fp32"].shape
     assert not np.array_equal(tokens["int8"], tokens["fp32"])
+
+
+def test_frames_of_another_shape_are_cut_where_the_tokenizer_cuts_them(
+    workplace: Workplace, tmp_path: Path
+) -> None:
+    bundle, video = Bundle.open(workplace.bundle), tmp_path / "wide.gif"
+    with VideoWriter(video, 10, (36, 96)) as writer:
+        writer.write(np.random.default_rng(0).integers(0, 256, (36, 96, 3), dtype=np.uint8))
+    options = CalibrateOptions(CalibrationOptions("int8"), workplace.bundle, data=video, resize=True)
+    tokenizer = bundle.manifest.tokenizer
+    assert tokenizer is not None
+    found = []
+    for cover in (False, True):
+        spec = tokenizer.model_copy(update={"cover": cover})
+        cutting = replace(bundle, manifest=bundle.manifest.model_copy(update={"tokenizer": spec}))
+        tokens = options.tokens(cutting)
+        pictures = read_frames(video, (36, 48), resize=True, cover=cover)
+        np.testing.assert_array_equal(tokens, PixelCodec(cutting, CpuOptions(1)).encode(pictures))
+        found.append(tokens)
+    assert not np.array_equal(*found)
 
 
 def test_a_breach_prints_the_figures_and_exits_with_one(
