@@ -78,7 +78,7 @@ def _one_thread() -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of 4 x 6 tokens, 16 x 24 pixels, with three pictures to start from."""
     folder = tmp_path_factory.mktemp("play")
-    trained, bundle = random_world(folder / "trained", rows=4, columns=6), folder / "world.diagd"
+    trained, bundle = random_world(folder / "trained", rows=4, columns=6, size="0.7m"), folder / "world.diagd"
     assert main(["export", "--model", "world", "--checkpoint", str(trained), "--output", str(bundle)]) == 0
     (bundle / "prompts").mkdir()
     random = np.random.default_rng(0)
