@@ -21,7 +21,6 @@ from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import find
 from diagd.export.families.cosmos import CosmosDvConfig
 from diagd.play.controls import Inputs, default_controls
-from diagd.runtime.decoders import lookup
 from diagd.runtime.decoders.lookup import LookupDraft
 from diagd.runtime.decoders.window import WindowPolicy
 from diagd.runtime.options import parse_decoder
@@ -35,6 +34,7 @@ from diagd.web.folder import write_page
 from tests.models import small_family
 from tests.oracles.models import small_model
 from tests.play.browser import Tab
+from tests.runtime.decoders.test_lookup import spread
 from tests.web.conftest import Serve
 
 FRAMES = 48
@@ -105,9 +105,9 @@ WINDOWS = """(async () => {{
   const {{ WindowPolicy }} = await import("./window.js");
   return {cases}.map(([kinds, passes]) => {{
     const policy = new WindowPolicy(kinds);
-    return passes.map(([most, unfed, trust, ...seen]) => {{
-      const chosen = policy.choose(most, unfed, trust);
-      policy.add(...seen);
+    return passes.map(([most, unfed, guesses, ...seen]) => {{
+      const chosen = policy.choose(most, unfed, guesses);
+      policy.add(guesses.slice(0, chosen), ...seen);
       return chosen;
     }});
   }});
@@ -117,9 +117,9 @@ WINDOWS = """(async () => {{
 LOOKUPS = """(async () => {{
   const {{ LookupDraft }} = await import("./lookup.js"), lookup = new LookupDraft({{ rows: 3, columns: 4 }});
   return {frames}.map(([before, led, came]) => {{
-    const {{ tokens, trust }} = lookup.guess(before, led);
-    lookup.learn(came);
-    return [[...tokens], trust];
+    const found = lookup.find(before, led);
+    lookup.learn(found, came);
+    return [found.tokens, found.trust];
   }});
 }})()"""
 
@@ -286,17 +286,19 @@ def test_windows_are_pythons(scripts: Tab) -> None:
     random, cases, expected = np.random.default_rng(2), [], []
     for cells, right, row in ((108, 0.97, 0.01), (108, 0.9, 0.1), (40, 0.6, 1.0), (9, 0.8, 0.03)):
         policy, passes, chosen, left = WindowPolicy(cells, 3), [], [], cells
-        trust = random.integers(0, 3, cells)
         for _ in range(900):
-            unfed = 3 if left == cells else 0
-            rows = policy.choose(np.arange(unfed + 1, unfed + left + 1), trust[-left:])
-            certain = right ** (trust[-left:][: rows - 1] + 1)
+            if left == cells:
+                kinds = random.integers(0, 3, cells)
+            unfed, guesses = 3 if left == cells else 0, kinds[-left:]
+            rows = policy.choose(np.arange(unfed + 1, unfed + left + 1), guesses)
+            certain = right ** (guesses[: rows - 1] + 1)
             wrong = np.flatnonzero(random.random(rows - 1) > certain)
             kept, fed = int(wrong[0]) + 1 if wrong.size else rows, unfed + rows
             seconds = (1 + row * fed) * random.exponential(0.3) + 1
-            policy.add(rows, kept, fed, seconds)
-            passes.append([left, unfed, trust[-left:].tolist(), rows, kept, fed, seconds])
+            policy.add(guesses[:rows], kept, fed, seconds)
+            passes.append([left, unfed, guesses.tolist(), kept, fed, seconds])
             chosen.append(rows)
+            guesses[:rows] = guesses[:rows] % 3 + 3
             left = left - kept or cells
         assert len(set(chosen)) > 5  # it is asked something
         cases.append([3, passes])
@@ -305,7 +307,7 @@ def test_windows_are_pythons(scripts: Tab) -> None:
 
 
 def test_guesses_are_pythons(scripts: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "_PLACES", 1 << 22)  # so that none is shared, as none is there
+    spread(monkeypatch)  # as none share a place there
     random, layout, draft = np.random.default_rng(4), StreamLayout(3, 4, before=2), LookupDraft()
     stream = Stream(layout, np.zeros(0, np.int32), 3, np.arange(30), 8)
     stream.start(random.integers(0, 2, (1, 3, 4)), np.zeros((1, 2), np.int32))
@@ -314,11 +316,11 @@ def test_guesses_are_pythons(scripts: Tab, monkeypatch: pytest.MonkeyPatch) -> N
     while stream.begin():
         before, led = stream.frame(stream.known - 1).reshape(-1), stream.led(stream.known)
         assert led is not None
-        tokens, trust = draft.guess(stream)
+        found = draft.find(stream)
         came = np.where(random.random(12) < 0.9, before, random.integers(0, 2, 12)).astype(np.int32)
-        draft.learn(came)
+        draft.learn(found, came)
         given.append([before.tolist(), led.tolist(), came.tolist()])
-        expected.append([tokens.tolist(), trust.tolist()])
+        expected.append([found.tokens.tolist(), found.trust.tolist()])
         stream.write(layout.first_cell(stream.known), came)
         stream.complete(None)
     assert scripts.evaluate(LOOKUPS.format(frames=json.dumps(given))) == expected

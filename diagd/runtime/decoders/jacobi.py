@@ -13,7 +13,7 @@ from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.runtime.decoders.acting import begun
 from diagd.runtime.decoders.decoder import Blocks, Decoder
-from diagd.runtime.decoders.lookup import TRUST, LookupDraft
+from diagd.runtime.decoders.lookup import TRUST, Lookup, LookupDraft
 from diagd.runtime.decoders.window import Kinds, WindowPolicy, decided_by
 from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
@@ -57,7 +57,7 @@ class JacobiDecoder(Decoder):
         if deadline is not None and not deadline > 0:
             raise UsageError(f"a deadline of {deadline} s has passed before a frame begins; choose more")
         self._window, self._deadline, self._draft = window, deadline, draft
-        self._lookup = LookupDraft() if draft is None else None
+        self._lookup = LookupDraft()
         self._policy: WindowPolicy | None = None
 
     @override
@@ -74,21 +74,16 @@ class JacobiDecoder(Decoder):
         if not (yield from begun(stream)):
             return
         start = stream.layout.first_cell(stream.begun - 1)
-        draft, trust = self._guess(stream)
+        if self._draft:
+            found, draft = None, np.array(self._draft(stream), np.int32)
+        else:
+            found = self._lookup.find(stream)
+            draft = found.tokens.copy()
         stream.write(start, draft)
-        decided = yield from self.decide(stream, start, draft, began, trust=trust)
+        decided = yield from self.decide(stream, start, draft, began, found=found)
         if decided < len(draft):  # in time for the window that they belong to
             yield feed(np.arange(start + decided - 1, start + len(draft) - 1), stream.max_width)
-        elif self._lookup:
-            self._lookup.learn(draft)
         stream.complete(None, exact=decided == len(draft))
-
-    def _guess(self, stream: Stream) -> tuple[Int, Kinds | None]:
-        """First guesses of the frame that began last, and how much each is trusted."""
-        if self._lookup:
-            return self._lookup.guess(stream)
-        assert self._draft
-        return np.array(self._draft(stream), np.int32), None
 
     def decide(
         self,
@@ -97,7 +92,7 @@ class JacobiDecoder(Decoder):
         draft: Int,
         began: float,
         decided: int = 0,
-        trust: Kinds | None = None,
+        found: Lookup | None = None,
     ) -> Generator[Block, Result, int]:
         """Decide the cells of a frame; returns how many were in time.
 
@@ -107,48 +102,50 @@ class JacobiDecoder(Decoder):
             draft: [cells], those decided, then guesses; takes what is drawn.
             began: when the frame began (``time.perf_counter``).
             decided: cells that are, and whose rows, but for the last one's, are fed.
-            trust: kinds of guesses [cells], see ``LookupDraft``.
+            found: where the guesses were looked up.
         """
+        kinds: Kinds = found.trust.copy() if found else np.zeros(len(draft), np.int64)
         unfed = 0 if decided else start - 1 - stream.fed
         if unfed > min(stream.max_width - 1, stream.layout.gap):  # a prompt
             yield feed(np.arange(stream.fed, start - 1), stream.max_width)
             stream.fed, unfed = start - 1 - stream.layout.gap, 0
         while decided < len(draft):
-            rows = self._rows(stream, unfed, len(draft) - decided, trust)
+            rows = self._rows(stream, unfed, kinds[decided:])
+            window = slice(decided, decided + rows)
             result = yield shifted(_pass(unfed, rows), start + decided - 1 - unfed)
-            kept = self._keep(stream, result, draft[decided : decided + rows], unfed)
+            began_keeping = time.perf_counter()
+            kept = self._keep(draft[window], result.tokens)
+            if self._policy:
+                seconds = result.time.seconds + time.perf_counter() - began_keeping
+                self._policy.add(kinds[window], kept, int(stream.padded[unfed + rows]), seconds)
+                kinds[window] = kinds[window] % TRUST + TRUST
             decided, unfed = decided + kept, 0
             if kept < rows:
                 stream.rejected = start + decided - 1
             if decided < len(draft) and stream.renewed():
                 decided, unfed = 0, start - 1 - stream.fed
-                if self._lookup and trust is not None:
-                    guesses, trust = self._lookup.guess(stream)
-                    draft[:] = np.where(trust > 0, guesses, draft)
+                if found:
+                    found = self._lookup.find(stream)
+                    draft[:] = np.where(found.trust > 0, found.tokens, draft)
+                    kinds = np.where(found.trust > 0, found.trust, kinds)
                     stream.write(start, draft)
             if self._deadline is not None and time.perf_counter() - began > self._deadline:
                 break
+        if found and decided == len(draft):
+            self._lookup.learn(found, draft)
         return decided
 
-    def _rows(self, stream: Stream, unfed: int, cells: int, trust: Kinds | None) -> int:
-        """Rows of the next window, of the last so many cells, behind so many rows that are only fed."""
-        most = min(cells, stream.max_width - unfed)
+    def _rows(self, stream: Stream, unfed: int, kinds: Kinds) -> int:
+        """Rows of the next window, over cells with guesses of these kinds, behind rows that are only fed."""
+        most = min(len(kinds), stream.max_width - unfed)
         if self._policy is None:
             return min(most, self._window or most)
-        left = None if trust is None else trust[-cells:]
-        return self._policy.choose(stream.padded[unfed + 1 : unfed + most + 1], left)
+        return self._policy.choose(stream.padded[unfed + 1 : unfed + most + 1], kinds)
 
-    def _keep(self, stream: Stream, result: Result, guesses: Int, unfed: int) -> int:
+    def _keep(self, guesses: Int, drawn: Int) -> int:
         """Take what a pass drew as the next guesses; returns how many of them are decided."""
-        began, rows = time.perf_counter(), len(guesses)
-        drawn = result.tokens
         kept = decided_by(guesses, drawn)
         guesses[:] = drawn
-        if self._policy is not None:
-            spent = result.time
-            waited = time.perf_counter() - began
-            seconds = spent.host + spent.engine + spent.sampling + waited
-            self._policy.add(rows, kept, int(stream.padded[unfed + rows]), seconds)
         return kept
 
 

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.engines.engine import Int
+from diagd.runtime.decoders.window import Kinds
 from diagd.runtime.stream import Stream
 
 TRUST: Final = 8
 """Levels of trust: 0 where nothing is remembered, else 1 and how often in a row that came true, to 7."""
 
 _PLACES: Final = 1 << 16  # a megabyte; what is remembered last at a place stays there
+_LAST: Final = np.uint64(_PLACES - 1)
 _CROSS: Final = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 _SEED, _FACTOR, _SHIFT = 0x9E3779B97F4A7C15, np.uint64(0xBF58476D1CE4E5B9), np.uint64(29)  # of SplitMix64
+
+
+class Lookup(NamedTuple):
+    """What was found of a frame.
+
+    Attributes:
+        tokens: int32 [cells], guesses.
+        trust: level of each, below ``TRUST``.
+        hashes: of the cells' neighbourhoods.
+    """
+
+    tokens: Int
+    trust: Kinds
+    hashes: NDArray[np.uint64]
 
 
 class LookupDraft:
@@ -24,30 +40,31 @@ class LookupDraft:
     As prompt lookup decoding finds the words behind an n-gram, in space and time: the n-gram is a cell of the
     previous frame, its four neighbours, and the tokens of the action. The rules of a world are local and the
     same everywhere, so most cells are found after some dozen frames. One that is not found stays as it is.
+    Streams that share it learn from one another.
     """
 
     def __init__(self) -> None:
-        self._keys: NDArray[np.uint64] = np.zeros(_PLACES, np.uint64)
+        self._hashes: NDArray[np.uint64] = np.zeros(_PLACES, np.uint64)
         self._tokens: Int = np.zeros(_PLACES, np.int32)
-        self._trust: NDArray[np.int64] = np.zeros(_PLACES, np.int64)
+        self._trust: Kinds = np.zeros(_PLACES, np.int64)
 
-    def guess(self, stream: Stream) -> tuple[Int, NDArray[np.int64]]:
-        """Tokens int32 [cells] of the frame that began last, and the level of trust in each."""
+    def find(self, stream: Stream) -> Lookup:
+        """Guesses of the frame that began last."""
         frame = stream.begun - 1
         before = stream.frame(frame - 1)
-        self._asked = _hashes(before, stream.led(frame))
-        self._at = self._asked & np.uint64(_PLACES - 1)
-        known = self._keys[self._at] == self._asked
-        tokens: Int = np.where(known, self._tokens[self._at], before.reshape(-1))
-        self._guessed, self._trusted = tokens.copy(), np.where(known, self._trust[self._at], 0)
-        return tokens, self._trusted
+        hashes = _hashes(before, stream.led(frame))
+        places = hashes & _LAST
+        known = self._hashes[places] == hashes
+        tokens: Int = np.where(known, self._tokens[places], before.reshape(-1))
+        return Lookup(tokens, np.where(known, self._trust[places], 0), hashes)
 
-    def learn(self, tokens: Int) -> None:
-        """Take what the frame became that was guessed last."""
-        came_true = (tokens == self._guessed) & (self._trusted > 0)
-        self._keys[self._at] = self._asked
-        self._tokens[self._at] = tokens
-        self._trust[self._at] = np.where(came_true, np.minimum(self._trusted + 1, TRUST - 1), 1)
+    def learn(self, found: Lookup, tokens: Int) -> None:
+        """Take what a frame became."""
+        came_true = (tokens == found.tokens) & (found.trust > 0)
+        places = found.hashes & _LAST
+        self._hashes[places] = found.hashes
+        self._tokens[places] = tokens
+        self._trust[places] = np.where(came_true, np.minimum(found.trust + 1, TRUST - 1), 1)
 
 
 def _hashes(frame: Int, led: Int | None) -> NDArray[np.uint64]:

@@ -27,10 +27,11 @@ class WindowPolicy:
     A pass costs a part that does not depend on its rows and one for each; both are fitted to the quickest
     passes of each width, since what else runs on a machine only ever adds to one. A cell is decided if all
     guesses ahead of it in the window come out right. How often they do is counted by kind: how much a first
-    guess was trusted, and whether a pass has drawn it again. A cell that is not decided is worth something
-    where no pass has drawn it before: as much less often as guesses that were drawn once are wrong, a pass is
-    saved. All figures fade, so that a world that changes, or a window that became short, is tried again. A
-    window of one row is next-token prediction: where drafts do not pay, that is what is left.
+    guess is trusted, below ``kinds``, and as many kinds of guesses that a pass has drawn. A cell that is not
+    decided is worth something where no pass has drawn it before: as much less often as guesses that were
+    drawn once are wrong, a pass is saved. All figures fade, so that a world that changes, or a window that
+    became short, is tried again. A window of one row is next-token prediction: where drafts do not pay, that
+    is what is left.
 
     Args:
         cells: most rows that are of use.
@@ -38,41 +39,36 @@ class WindowPolicy:
     """
 
     def __init__(self, cells: int, kinds: int = 1) -> None:
-        self.cells, self._kinds = cells, kinds
-        self._window: Kinds = np.zeros(cells, np.int64)  # kinds of its guesses; those drawn again come second
-        self._drawn = 0  # cells of the next window that the last one drew
+        self.cells, self.kinds = cells, kinds
         self._wrong, self._guesses = np.zeros(2 * kinds), np.zeros(2 * kinds)
         self._decided, self._count = 0.0, 0
         self._passes: Float64 = np.zeros(0)  # by the rows that they are run as
         self._quickest: Float64 = np.zeros(0)  # seconds
 
-    def choose(self, padded: Int, trust: Kinds | None = None) -> int:
+    def choose(self, padded: Int, kinds: Kinds) -> int:
         """Rows of the next window, at most ``len(padded)``, of which n are run as ``padded[n - 1]``.
 
-        ``trust``: kinds of the first guesses of its cells, from its first one on.
+        ``kinds``: of the guesses of its cells.
         """
-        most = len(padded)
-        self._window = np.zeros(most, np.int64) if trust is None else trust[:most].copy()
-        self._window[: self._drawn] += self._kinds
+        kinds = kinds[: len(padded)]
         if not self._count:
-            return min(_FIRST, most)
+            return min(_FIRST, len(padded))
         if self._count <= _OFTEN or self._count % _OFTEN == 0:
             self._cost, self._row = self._costs()
             self._hazard, self._ahead = self._hazards()
-        reached = np.ones(most)
-        np.cumprod(1 - self._hazard[self._window[:-1]], out=reached[1:])
-        worth = (reached + (1 - reached) * self._ahead[self._window]).cumsum()
+        reached = np.ones(len(padded))
+        np.cumprod(1 - self._hazard[kinds[:-1]], out=reached[1:])
+        worth = (reached + (1 - reached) * self._ahead[kinds]).cumsum()
         return int((worth / (self._cost + self._row * padded)).argmax()) + 1
 
-    def add(self, rows: int, kept: int, padded: int, seconds: float) -> None:
-        """Learn of a pass over ``rows``, run as ``padded``, that decided the first ``kept`` cells."""
+    def add(self, kinds: Kinds, kept: int, padded: int, seconds: float) -> None:
+        """Learn of a pass over guesses of these kinds, run as ``padded``, that decided the first ``kept``."""
         self._count += 1
-        tested = self._window[: min(kept, rows - 1)]
-        self._guesses = self._guesses * _KEPT + np.bincount(tested, minlength=2 * self._kinds)
+        tested = kinds[: min(kept, len(kinds) - 1)]
+        self._guesses = self._guesses * _KEPT + np.bincount(tested, minlength=2 * self.kinds)
         self._wrong *= _KEPT
-        if kept < rows:
+        if kept < len(kinds):
             self._wrong[tested[-1]] += 1
-        self._drawn = rows - kept
         if padded >= len(self._passes):
             wider = padded + 1 - len(self._passes)
             self._passes = np.pad(self._passes, (0, wider))
@@ -92,7 +88,7 @@ class WindowPolicy:
         fresh, drawn = hazard.reshape(2, -1)
         error = np.sqrt(usual * (1 - usual) * (1 / (self._guesses + 1)).reshape(2, -1).sum(axis=0))
         saved = np.maximum(fresh - drawn - error, 0.0) * _AHEAD * self._decided / self._passes.sum()
-        return hazard, np.append(saved, np.zeros(self._kinds))
+        return hazard, np.append(saved, np.zeros(self.kinds))
 
     def _costs(self) -> tuple[float, float]:
         """Seconds of a pass without rows, and of a row."""

@@ -1,5 +1,6 @@
 // A stream of frames over an engine, decoded pass by pass: diagd/runtime/session.py and stream.py in one.
 
+import { TRUST } from "./lookup.js";
 import { draw } from "./sampler.js";
 import { Layout, feed, range } from "./schedule.js";
 import { SlidingAbsolute, SlidingRotary, SlotRing, VOID } from "./slots.js";
@@ -202,8 +203,8 @@ export const jacobi = (policy, lookup, window = null) => async (session) => {
   if (!session.begin()) return 0;
   const frame = session.frames[session.begun - 1], { cells } = session.layout, start = session.layout.firstCell(session.begun - 1);
   const before = session.frames[session.known - 1].tokens;
-  let { tokens, trust } = lookup.guess(before, frame.led);
-  frame.tokens.set(tokens);
+  let found = lookup.find(before, frame.led), kinds = [...found.trust];
+  frame.tokens.set(found.tokens);
   session.keepSeeds = false;
   let unfed = start - 1 - session.fed, decided = 0, count = 0;
   if (unfed > Math.min(session.width - 1, session.layout.gap)) {
@@ -213,20 +214,21 @@ export const jacobi = (policy, lookup, window = null) => async (session) => {
   }
   while (decided < cells) {
     const began = performance.now(), most = Math.min(cells - decided, session.width - unfed);
-    const rows = window ? Math.min(most, window) : policy.choose(most, unfed, trust.slice(decided)), first = start + decided - 1;
+    const rows = window ? Math.min(most, window) : policy.choose(most, unfed, kinds.slice(decided)), first = start + decided - 1;
     const guesses = frame.tokens.slice(decided, decided + rows);
     const drawn = await session.run([range(first - unfed, first + rows).map((p) => [p, p, p < first ? -1 : p + 1])]);
     const wrong = drawn.findIndex((id, n) => id !== guesses[n]), kept = wrong < 0 ? rows : wrong + 1;
-    policy.add(rows, kept, unfed + rows, Math.max(TICK, performance.now() - began));
+    policy.add(kinds.slice(decided, decided + rows), kept, unfed + rows, Math.max(TICK, performance.now() - began));
+    for (let cell = decided; cell < decided + rows; cell++) kinds[cell] = (kinds[cell] % TRUST) + TRUST;
     [decided, unfed, count] = [decided + kept, 0, count + 1];
     if (kept < rows) session.rejected = start + decided - 1;
     if (decided < cells && (await session.renew())) {
       [decided, unfed] = [0, start - 1 - session.fed];
-      ({ tokens, trust } = lookup.guess(before, frame.led));
-      trust.forEach((level, cell) => level && (frame.tokens[cell] = tokens[cell]));
+      found = lookup.find(before, frame.led);
+      found.trust.forEach((level, cell) => level && ([frame.tokens[cell], kinds[cell]] = [found.tokens[cell], level]));
     }
   }
-  lookup.learn(frame.tokens);
+  lookup.learn(found, frame.tokens);
   session.complete(null);
   return count;
 };

@@ -7,34 +7,32 @@ const total = (values) => values.reduce((sum, value) => sum + value, 0);
 
 export class WindowPolicy {
   constructor(kinds = 1) {
-    Object.assign(this, { kinds, count: 0, drawn: 0, decided: 0, window: [], passes: [], quickest: [] });
+    Object.assign(this, { kinds, count: 0, decided: 0, passes: [], quickest: [] });
     [this.wrong, this.guesses] = [new Array(2 * kinds).fill(0), new Array(2 * kinds).fill(0)];
   }
 
-  // Rows of the next window, at most so many, behind those that are only fed; `trust`: kinds of its first guesses.
-  choose(most, unfed, trust = null) {
-    this.window = Array.from({ length: most }, (_, n) => (trust ? trust[n] : 0) + (n < this.drawn ? this.kinds : 0));
+  // Rows of the next window, at most so many, behind those that are only fed, over guesses of these kinds.
+  choose(most, unfed, kinds) {
     if (!this.count) return Math.min(FIRST, most);
     if (this.count <= OFTEN || this.count % OFTEN === 0) this.fitted = { ...this.costs(), ...this.hazards() };
     const { cost, row, hazard, ahead } = this.fitted;
     let best = 1, rate = 0, reached = 1, worth = 0;
     for (let n = 0; n < most; n++) {
-      worth += reached + (1 - reached) * ahead[this.window[n]];
+      worth += reached + (1 - reached) * ahead[kinds[n]];
       const each = worth / (cost + row * (unfed + n + 1));
       if (each > rate) [best, rate] = [n + 1, each];
-      reached *= 1 - hazard[this.window[n]];
+      reached *= 1 - hazard[kinds[n]];
     }
     return best;
   }
 
-  // Learn of a pass over `rows`, and `fed` in all, that decided the first `kept` cells.
-  add(rows, kept, fed, time) {
+  // Learn of a pass over guesses of these kinds, `fed` rows in all, that decided the first `kept`.
+  add(kinds, kept, fed, time) {
     this.count++;
     for (const sums of [this.guesses, this.wrong, this.passes]) sums.forEach((sum, n) => (sums[n] = sum * KEPT));
-    const tested = this.window.slice(0, Math.min(kept, rows - 1));
+    const tested = kinds.slice(0, Math.min(kept, kinds.length - 1));
     for (const kind of tested) this.guesses[kind]++;
-    if (kept < rows) this.wrong[tested.at(-1)]++;
-    this.drawn = rows - kept;
+    if (kept < kinds.length) this.wrong[tested.at(-1)]++;
     while (this.passes.length <= fed) this.quickest.push(Infinity) && this.passes.push(0);
     this.passes[fed]++;
     this.decided = this.decided * KEPT + kept;

@@ -168,20 +168,19 @@ def test_tokens_and_law_are_those_of_next_token_prediction(seed: int) -> None:
 class OneTooMany(JacobiDecoder):
     """Wrong: keeps what was drawn behind the first wrong guess as well."""
 
-    def _keep(self, *given: object) -> int:
-        guesses: np.ndarray = given[2]  # type: ignore[assignment]
-        return min(super()._keep(*given) + 1, len(guesses))  # type: ignore[arg-type]
+    def _keep(self, guesses: np.ndarray, drawn: np.ndarray) -> int:
+        return min(super()._keep(guesses, drawn) + 1, len(guesses))
 
 
 class OlderRound(JacobiDecoder):
     """Wrong: compares what was drawn with the guesses of the round before, not with what was fed."""
 
-    def _keep(self, stream: Stream, result: Result, guesses: np.ndarray, unfed: int) -> int:
+    def _keep(self, guesses: np.ndarray, drawn: np.ndarray) -> int:
         fed = guesses.copy()
         older = getattr(self, "older", {})
-        end = stream.layout.first_cell(1) + stream.layout.cells - len(guesses)
+        end = CELLS - len(guesses)
         guesses[:] = [older.get(end + n, token) for n, token in enumerate(fed.tolist())]
-        kept = super()._keep(stream, result, guesses, unfed)
+        kept = super()._keep(guesses, drawn)
         self.older = {end + n: token for n, token in enumerate(fed.tolist())}
         return kept
 

@@ -24,15 +24,21 @@ def play(
     stream.start(random.integers(0, 2, (1, 4, 5)), np.zeros((1, 2), np.int32))
     stream.follow(random.integers(0, 2, (frames, 2)).astype(np.int32))
     while stream.begin():
-        tokens, trust = draft.guess(stream)
+        found = draft.find(stream)
         action = stream.led(stream.begun - 1)
         assert action is not None
         came = rule(stream.frame(stream.known - 1), action).astype(np.int32)
-        seen.append((tokens, trust, came.reshape(-1)))
-        draft.learn(came.reshape(-1))
+        seen.append((found.tokens, found.trust, came.reshape(-1)))
+        draft.learn(found, came.reshape(-1))
         stream.write(stream.layout.first_cell(stream.known), came.reshape(-1))
         stream.complete(None)
     return seen
+
+
+def spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So much place that no two neighbourhoods share one."""
+    monkeypatch.setattr(lookup, "_PLACES", 1 << 22)
+    monkeypatch.setattr(lookup, "_LAST", np.uint64((1 << 22) - 1))
 
 
 def neighbourhoods(frame: np.ndarray, action: np.ndarray) -> list[tuple[int, ...]]:
@@ -45,7 +51,7 @@ def neighbourhoods(frame: np.ndarray, action: np.ndarray) -> list[tuple[int, ...
 
 
 def test_guesses_are_what_a_dictionary_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "_PLACES", 1 << 22)  # so that no two neighbourhoods share one
+    spread(monkeypatch)
     random = np.random.default_rng(1)
     asked: list[tuple[list[tuple[int, ...]], np.ndarray]] = []
 

@@ -10,6 +10,7 @@ import pytest
 from diagd.runtime.decoders.window import WindowPolicy
 
 CELLS = 108
+ANY = np.zeros(CELLS, np.int64)
 
 
 def run(
@@ -18,11 +19,11 @@ def run(
     """Windows chosen over many frames where each guess is right with one chance."""
     policy, random, chosen, left = WindowPolicy(CELLS), np.random.default_rng(seed), [], CELLS
     for _ in range(passes):
-        rows = policy.choose(padded[:left])
+        rows = policy.choose(padded[:left], ANY)
         wrong = np.flatnonzero(random.random(rows - 1) > right)
         kept = int(wrong[0]) + 1 if wrong.size else rows
         width = int(padded[rows - 1])
-        policy.add(rows, kept, width, seconds(width) * random.uniform(0.9, 1.1))
+        policy.add(ANY[:rows], kept, width, seconds(width) * random.uniform(0.9, 1.1))
         if left == CELLS:
             chosen.append(rows)
         left = left - kept or CELLS
@@ -57,23 +58,23 @@ def test_where_no_guess_is_right_it_is_next_token_prediction() -> None:
 def test_it_looks_further_again_when_guesses_come_right() -> None:
     policy = WindowPolicy(CELLS)
     for _ in range(300):
-        policy.add(policy.choose(NARROW), 1, 1, 2e-3)
-    narrow = policy.choose(NARROW)
+        policy.add(ANY[: policy.choose(NARROW, ANY)], 1, 1, 2e-3)
+    narrow = policy.choose(NARROW, ANY)
     for _ in range(300):
-        rows = policy.choose(NARROW)
-        policy.add(rows, rows, rows, 1e-3 * (1 + 0.01 * rows))
+        rows = policy.choose(NARROW, ANY)
+        policy.add(ANY[:rows], rows, rows, 1e-3 * (1 + 0.01 * rows))
     assert narrow <= 2
-    assert policy.choose(NARROW) > 60
+    assert policy.choose(NARROW, ANY) > 60
 
 
 def test_a_pass_that_something_held_up_does_not_decide() -> None:
     policy = WindowPolicy(CELLS)
     for _ in range(100):
-        policy.add(40, 20, 40, 2e-3)
-        policy.add(20, 15, 20, 1.5e-3)
-    before = policy.choose(NARROW)
-    policy.add(40, 20, 40, 10.0)
-    assert abs(policy.choose(NARROW) - before) < 15
+        policy.add(ANY[:40], 20, 40, 2e-3)
+        policy.add(ANY[:20], 15, 20, 1.5e-3)
+    before = policy.choose(NARROW, ANY)
+    policy.add(ANY[:40], 20, 40, 10.0)
+    assert abs(policy.choose(NARROW, ANY) - before) < 15
 
 
 @pytest.mark.parametrize("right", [0.9, 0.97])
