@@ -12,6 +12,7 @@ from torch import nn
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
 from diagd.bundle.precision import FLOATING, Precision
+from diagd.bundle.transformer import parameter_shapes
 from diagd.calibration.evaluate import part_of
 from diagd.calibration.matrices import (
     BLOCKED_OPSET,
@@ -106,8 +107,11 @@ class GraphWriter:
         model = self._trace(graphs[0], matrices)
         sources = self._rounded(graphs[0], matrices) | self._floats(model, graphs[0], choices)
         with self._progress.bytes(f"writing {name}", sum(s.bytes for s in sources.values())) as advance:
-            give_data(model, self._stored.tensors() | store(self._bundle.file(weights), sources, advance))
-            save(_simplify(model), self._bundle.file(name))
+            tensors = self._stored.tensors() | store(self._bundle.file(weights), sources, advance)
+            parameters = {f"transformer.{part}" for part in parameter_shapes(self._config)}
+            kept = parameters.intersection(model.graph.initializers)  # as exports keep them
+            _simplify(give_data(model, tensors), kept)
+            save(give_data(model, tensors), self._bundle.file(name))
         return tuple(self._described(graph, name) for graph in graphs)
 
     def parts(
