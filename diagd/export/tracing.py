@@ -193,6 +193,8 @@ class _Part(nn.Module):
         graph.initializers.clear()
         for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
             value.type = value.shape = None  # those of the caller
+        for node in graph:  # layers of TensorRT have names of their own, and callers number alike
+            node.name = f"{name}/{node.name}"
         attributes = [ir.Attr(key, ir.AttributeType.UNDEFINED, None) for key in self._attributes]
         return ir.Function(DOMAIN, name, graph=graph, attributes=attributes)
 
