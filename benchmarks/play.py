@@ -194,7 +194,8 @@ def server(verb: str, args: argparse.Namespace, *further: str) -> Iterator[tuple
 def many(players: int, args: argparse.Namespace) -> None:
     """So many scripted players of `diagd serve` at once: frames a second of all, and what the slowest had.
 
-    They come one after the other, each when those before play; who is not let in, to keep the rate, waits.
+    They come one after the other, each when those before play; who is not let in, to keep the rate, waits, as
+    who is and has to give the seat back.
     """
     further = ["--sessions", str(players)] + (["--cluster", args.cluster] if args.cluster else [])
     with ExitStack() as stack:
@@ -206,8 +207,11 @@ def many(players: int, args: argparse.Namespace) -> None:
             if not page.is_seated(SETTLING_SECONDS if pages else 60.0):
                 break
             pages.append(page)
-            list(pool.map(lambda page: hold_keys(page, SETTLING_SECONDS), pages))
-        found = list(pool.map(lambda page: hold_keys(page, args.seconds), pages))
+            held = list(pool.map(lambda page: held_keys(page, SETTLING_SECONDS), pages))
+            pages = [page for page, figures in zip(pages, held, strict=True) if figures]
+        found = [
+            figures for figures in pool.map(lambda page: held_keys(page, args.seconds), pages) if figures
+        ]
         told = urlopen(url.partition("/#")[0] + "/metrics").read().decode()
     rates = [figures.frames / args.seconds for figures in found]
     keys, work = (
@@ -216,20 +220,28 @@ def many(players: int, args: argparse.Namespace) -> None:
     )
     server_p95 = float(re.findall(r"^diagd_frame_p95_seconds (\S+)", told, re.MULTILINE)[0])
     print(
-        f"{players} players, {len(pages)} let in: {sum(rates):6.1f} frames/s in all, {min(rates):5.1f} at "
+        f"{players} players, {len(found)} let in: {sum(rates):6.1f} frames/s in all, {min(rates):5.1f} at "
         f"least; p95 of the slowest: key to picture {keys:6.1f} ms, frame {work:6.1f} ms; "
         f"of all passes {1e3 * server_p95:6.1f} of {1e3 / args.fps:.1f} ms",
         flush=True,
     )
 
 
-def hold_keys(page: Page, seconds: float) -> Figures:
+def held_keys(page: Page, seconds: float) -> Figures | None:
+    """What was measured; None where the seat was taken back meanwhile."""
+    try:
+        return hold_keys(page, seconds, SETTLING_SECONDS)
+    except TimeoutError:
+        return None
+
+
+def hold_keys(page: Page, seconds: float, patience: float = 60.0) -> Figures:
     figures, ended = Figures(), threading.Event()
     typist = threading.Thread(target=_type, args=(page, ended))
     typist.start()
     try:
         while time.perf_counter() - figures.began < seconds:
-            header = page.hear()
+            header = page.hear(patience)
             if "ms" in header:
                 figures.add(header, 1e3 * time.perf_counter())
     finally:
