@@ -15,7 +15,6 @@ from diagd.bundle.precision import KV_CACHES, PRECISIONS
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, unknown
-from diagd.export.checkpoints import check, open_checkpoint, select
 from diagd.export.families import find
 from diagd.options import OPTIONS, Numbers, flag, positional, setting
 from diagd.profiling.cost import (
@@ -151,6 +150,8 @@ def _model(name: str, checkpoint: str | None) -> ModelSize:
         )
     family = find(name, checkpoint)
     if checkpoint is not None:
+        from diagd.export.checkpoints import check, open_checkpoint, select
+
         check(select(open_checkpoint(checkpoint), family.rename), family.expected)
     config, tokenizer = family.transformer, family.tokenizer
     return size_of(

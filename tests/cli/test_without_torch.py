@@ -19,6 +19,13 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+EXTRAS = (
+    "torch", "onnx", "onnx_ir", "ml_dtypes", "onnxscript", "safetensors", "huggingface_hub", "openvino",
+    "websockets", "simplejpeg", "gymnasium", "ray", "transformers", "jinja2", "matplotlib", "polygraphy",
+    "scipy", "skimage",
+)  # fmt: skip
+
+
 def run(*arguments: str, absent: tuple[str, ...] = ("torch",)) -> str:
     command = [sys.executable, "-c", BLOCKED.replace("ABSENT", repr(absent)), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -38,8 +45,17 @@ def test_models_are_planned(name: str) -> None:
     assert plan["model"]["tokenizer"] > 0
 
 
+def test_verbs_explain_themselves_without_extras() -> None:
+    head, _, _ = BLOCKED.replace("ABSENT", repr(EXTRAS)).partition("from diagd")
+    each = "[importlib.import_module('diagd.cli.' + verb).VERB for verb in VERBS]"
+    script = f"{head}\nimport importlib\nfrom diagd.cli.verbs import VERBS\n{each}"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_a_bundle_is_planned_and_inspected(workplace: Workplace) -> None:
-    assert json.loads(run("plan", str(workplace.bundle), "--device", "orin-agx", "--json"))["stored"]
+    for absent in (("torch",), EXTRAS):
+        planned = run("plan", str(workplace.bundle), "--device", "orin-agx", "--json", absent=absent)
+        assert json.loads(planned)["stored"]
     shown = run("inspect", str(workplace.bundle))
     assert "schedule k=" in shown
     assert "MatMul" in shown
