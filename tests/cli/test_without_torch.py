@@ -34,8 +34,9 @@ def run(*arguments: str, absent: tuple[str, ...] = ("torch",)) -> str:
 
 
 def test_models_are_listed() -> None:
-    names = {row["model"] for row in json.loads(run("models", "--json"))}
-    assert names == MODULES.keys() - {"world"}
+    for absent in (("torch",), EXTRAS):
+        names = {row["model"] for row in json.loads(run("models", "--json", absent=absent))}
+        assert names == MODULES.keys() - {"world"}
 
 
 @pytest.mark.parametrize("name", ["crafter-3m", "cosmos-5b-video2world", "mineworld-300m", "wham-200m"])
@@ -71,16 +72,17 @@ def test_a_bundle_is_inspected_without_the_onnx_package(workplace: Workplace) ->
     assert content["manifest"]["graphs"][0]["weights"]["streamed"] > 0
 
 
-def test_what_needs_it_says_so(workplace: Workplace) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        BLOCKED.replace("ABSENT", repr(("torch",))),
-        "calibrate",
-        str(workplace.bundle),
-        "--precision",
-        "int8",
-    ]
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["calibrate", "BUNDLE", "--precision", "int8"],
+        ["plan", "wham-200m", "--device", "orin-agx", "--checkpoint", "f.pt"],
+    ],
+    ids=["calibrate", "plan"],
+)
+def test_what_needs_it_says_so(workplace: Workplace, verb: list[str]) -> None:
+    given = [str(workplace.bundle) if word == "BUNDLE" else word for word in verb]
+    command = [sys.executable, "-c", BLOCKED.replace("ABSENT", repr(("torch", "ml_dtypes"))), *given]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "pip install" in result.stderr

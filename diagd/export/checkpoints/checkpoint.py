@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +22,8 @@ from diagd.errors import CheckpointError, UsageError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+require("ml_dtypes", extra="export", purpose="read checkpoints")  # teaches NumPy the name bfloat16
 
 Shape = tuple[int, ...]
 

@@ -185,8 +185,6 @@ def build(name: str, checkpoint: str | None = None) -> Family:
     Raises:
         CheckpointError: the checkpoint is of another size or its tensors contradict each other.
     """
-    from diagd.export.checkpoints import open_checkpoint
-
     size = SIZES[name]
     if checkpoint is None:
         pixels = WhamVitConfig()
@@ -201,6 +199,8 @@ def build(name: str, checkpoint: str | None = None) -> Family:
             bias=True,
         )
         return family(name, Variant(config, norm_weights=True, tokenizer=pixels))
+    from diagd.export.checkpoints import open_checkpoint
+
     variant = infer_variant(open_checkpoint(checkpoint))
     if variant.config.hidden != size.hidden:
         raise CheckpointError(
