@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import cache
-from diagd.bundle.files import remove
 from diagd.errors import CheckpointError
 from diagd.export.checkpoints import Checkpoint, TensorHandle
 from diagd.export.tracing import FOLD_LIMIT
@@ -264,8 +264,15 @@ class ResumableWeights:
             self.path.replace(path)
 
     def discard(self) -> None:
-        """Forget everything."""
-        remove(self.path.parent)
+        """Forget everything; what else somebody put into the folder stays."""
+        home = self.path.parent
+        if home.is_symlink() or not home.is_dir():  # earlier versions had a file of that name
+            home.unlink(missing_ok=True)
+            return
+        self.path.unlink(missing_ok=True)
+        self._journal.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not empty
+            home.rmdir()
 
     def __enter__(self) -> ResumableWeights:
         return self
@@ -283,7 +290,7 @@ class ResumableWeights:
             if status.st_size >= notes[-1][0] and status.st_nlink == 1:  # else it lies in a whole bundle
                 return {name for _, names in notes for name in names}
         self.discard()
-        self.path.parent.mkdir(parents=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._journal.write_text(key + "\n", encoding="utf-8")
         return set()
 

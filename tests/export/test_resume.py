@@ -74,6 +74,35 @@ def test_the_same_export_goes_on(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_what_somebody_put_beside_the_weights_stays(tmp_path: Path) -> None:
+    checkpoint, output = random_checkpoint(), tmp_path / "weights.bin"
+    note = ResumableWeights.path_of(output).with_name("NOTES.txt")
+    note.parent.mkdir()
+    note.write_text("mine")
+    for error in (KeyboardInterrupt(), OSError()):
+        with pytest.raises(type(error)):
+            write(output, checkpoint, NAMES[2], error)
+        assert note.read_text() == "mine"
+    assert write(output, checkpoint, None, KeyboardInterrupt()) == NAMES
+    assert sorted(note.parent.iterdir()) == [note]
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_what_has_the_name_of_the_folder_is_no_obstacle(what: str, tmp_path: Path) -> None:
+    """Earlier versions kept weights in a file of that name; what a link leads to stays."""
+    output, other = tmp_path / "weights.bin", tmp_path / "other"
+    home = ResumableWeights.path_of(output).parent
+    other.mkdir()
+    (other / "weights.bin").write_text("mine")
+    if what == "file":
+        home.write_bytes(b"half")
+    else:
+        home.symlink_to(other)
+    assert write(output, random_checkpoint(), None, KeyboardInterrupt()) == NAMES
+    assert (other / "weights.bin").read_text() == "mine"
+    assert not home.exists()
+
+
 def test_another_export_starts_anew(tmp_path: Path) -> None:
     output = tmp_path / "weights.bin"
     with pytest.raises(KeyboardInterrupt):
