@@ -18,7 +18,7 @@ from typing_extensions import override
 from diagd.bundle.manifest import Form
 from diagd.bundle.transformer import TransformerConfig
 from diagd.export.tracing import Functions, cast, moved_axes, onnx_operator
-from diagd.export.transformer import AttentionForm, FullAttention, Heads, Part, Transformer
+from diagd.export.transformer import AttentionForm, FullAttention, Heads, Part, PlainAttention, Transformer
 from diagd.export.variants import CacheRows, Watched
 
 
@@ -50,7 +50,7 @@ class Slots(NamedTuple):
         return self.slot_position.unsqueeze(-2) <= self.positions.unsqueeze(-1)
 
 
-class PrefixAttention(AttentionForm):
+class PrefixAttention(PlainAttention):
     """Attention over the bound prefix of buffers [T, B, G, D], a slot of all streams after the other.
 
     The query heads of a KV head are rows of one matrix product, so no KV head is repeated, and K and V are

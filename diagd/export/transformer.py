@@ -6,12 +6,14 @@ keys is left to a form, which is how one block serves training, full recomputati
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig, grid_sinusoids
 from diagd.export.tracing import moved
@@ -81,7 +83,7 @@ Part = Callable[..., tuple[Tensor, ...]]
 Norm = nn.RMSNorm | nn.LayerNorm
 
 
-class AttentionForm:
+class AttentionForm(ABC):
     """What stands between a layer's products, and how queries meet keys: over fed tokens or a KV cache."""
 
     def part(
@@ -98,17 +100,25 @@ class AttentionForm:
         """
         return body(*inputs)
 
+    @abstractmethod
     def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
         """Attended values [..., W, H * D] of what ``heads`` takes."""
-        return self.attend(layer, *heads(self.rotate, *inputs)).flatten(-2)
 
+    @abstractmethod
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """Rotary embedding of x [..., W, heads, D] with tables [..., W, D / 2]."""
-        raise NotImplementedError
 
+
+class PlainAttention(AttentionForm):
+    """Attention by operators of its own, between rows of each head."""
+
+    @override
+    def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
+        return self.attend(layer, *heads(self.rotate, *inputs)).flatten(-2)
+
+    @abstractmethod
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Queries [..., W, H, D], new keys and values [..., W, G, D] -> [..., W, H, D]."""
-        raise NotImplementedError
 
 
 def added(form: AttentionForm, x: Tensor, addends: Addends, norm: Norm) -> tuple[Tensor, ...]:
@@ -408,7 +418,7 @@ def position_tables(config: TransformerConfig, device: torch.device | str = "cpu
     return {name: table.to(device) for name, table in tables.items()}
 
 
-class FullAttention(AttentionForm):
+class FullAttention(PlainAttention):
     """Attention among the fed tokens themselves, with grouped KV heads.
 
     Args:

@@ -182,8 +182,7 @@ class Session:
         self, decoder: Decoder | None = None, actions: Actions = None, **options: Unpack[RunOptions]
     ) -> Run[Seen]:
         """Likewise for whoever has its passes run; what a step gave is valid until the next pass."""
-        decoder, run = self._start_run(decoder, actions, **options)
-        return chain.from_iterable(self._by_frame(decoder, run))
+        return chain.from_iterable(self._by_frame(*self._start_run(decoder, actions, **options)))
 
     def frame_steps(
         self, decoder: Decoder | None = None, actions: Actions = None, **options: Unpack[RunOptions]
@@ -352,12 +351,10 @@ class Session:
                 self._send_tokens()
             first, last = bounds[n], bounds[n + 1]
             yield last - first
-            if run != self._run:
-                self._check_run(run)
+            self._check_run(run)
             entered, left, sampled = passes.entered, passes.left, passes.sampled
             size = width, last - first, live[n]
-            spent = StepTime(began, *size, left - entered, sampled - left, entered - began)
-            timing.add(spent)
+            timing.add(spent := StepTime(began, *size, left - entered, sampled - left, entered - began))
             self._result = Result(engine, steps.sinks[first:last], spent, self.lane)
             if watched:
                 yield block.step(n), self._result
@@ -403,8 +400,7 @@ class Session:
         self._stream.refills += 1
         block = replace(feed(refill.positions, self.engine.max_width), sources=refill.sources)
         yield from self._run_block(block, self._run, timing, False)  # type: ignore[misc]
-        self.timing.refill_steps += timing.steps
-        self.timing.refill_seconds += time.perf_counter() - began
+        self.timing.add_refill(timing.steps, time.perf_counter() - began)
 
     def _bring_cache(self) -> None:
         """Make the engine's rows those of the stream, up to what it says is fed."""
@@ -416,11 +412,10 @@ class Session:
             self._cached = stream, stream.beginnings
             if self._text is not None and stream.text is not None:
                 self.engine.set_text(self._text.rows(stream.text))
-            self._rebuild()
-        elif not self._context.holds(stream.known):
-            self._rebuild()
-        else:
+        elif self._context.holds(stream.known):
             self._slots.rewind(stream.fed)
+            return
+        self._rebuild()
 
     def _rebuild(self) -> None:
         """Decode again what is known, its tokens given, as far back as rows in the window depend on it."""
@@ -440,8 +435,7 @@ class Session:
         self._prepared = plan.behind
         for (order, _), frames in groupby(past[plan.behind - kept :], lambda one: (one.order, one.origin)):
             self._replay(order, list(frames), timing)
-        self.timing.refill_steps += timing.steps
-        self.timing.refill_seconds += time.perf_counter() - began
+        self.timing.add_refill(timing.steps, time.perf_counter() - began)
 
     def _replay(self, order: Schedule | None, frames: list[Past], timing: Timing) -> None:
         truth, stream = [past.tokens for past in frames], self._stream

@@ -60,6 +60,11 @@ class Timing:
         self.host += step.host + step.sampling
         self.recent.append(step)
 
+    def add_refill(self, steps: int, seconds: float) -> None:
+        """Count passes that fed a context again."""
+        self.refill_steps += steps
+        self.refill_seconds += seconds
+
     def since(self, before: Timing) -> Timing:
         """What came to it since it was as ``before``; no steps one by one."""
         return Timing(

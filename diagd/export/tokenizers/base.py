@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -23,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class TokenizerGraphs:
+class TokenizerGraphs(ABC):
     """Encoder and decoder of a tokenizer at one frame size; subclasses have what else they are made from.
 
     Attributes:
@@ -52,14 +53,14 @@ class TokenizerGraphs:
         _ = self.grid  # refuses frames that are not made of whole tokens
 
     @property
+    @abstractmethod
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens of one latent frame."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def codes(self) -> int:
         """Size of the codebook; tokens are 0 .. codes - 1."""
-        raise NotImplementedError
 
     @property
     def parameters(self) -> int | None:
