@@ -16,8 +16,7 @@ from diagd.engines.engine import Engine, Float, Int, Steps
 from diagd.engines.noise import check_seed
 from diagd.errors import UsageError
 from diagd.runtime.context import Refill, context_policy
-from diagd.runtime.decoders.acting import ActingDecoder
-from diagd.runtime.decoders.decoder import Decoder
+from diagd.runtime.decoders.decoder import ActingDecoder, Decoder
 from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scheduled import ForcedDecoder, RasterDecoder, ScheduledDecoder
 from diagd.runtime.sampling import ActionLaw, SamplingSettings

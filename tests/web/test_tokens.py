@@ -21,8 +21,7 @@ from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import find
 from diagd.export.families.cosmos import CosmosDvConfig
 from diagd.play.controls import Inputs, default_controls
-from diagd.runtime.decoders.lookup import LookupDraft
-from diagd.runtime.decoders.window import WindowPolicy
+from diagd.runtime.decoders.jacobi import LookupDraft, WindowPolicy
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings

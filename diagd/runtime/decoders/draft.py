@@ -12,12 +12,10 @@ from typing_extensions import override
 
 from diagd.engines.engine import Float, Int
 from diagd.errors import UsageError
-from diagd.runtime.decoders.acting import begun
-from diagd.runtime.decoders.decoder import Blocks, Decoder
+from diagd.runtime.decoders.decoder import Blocks, Decoder, begun, decided_by
 from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scheduled import RasterDecoder, raster_passes
 from diagd.runtime.decoders.scoring import Proposal, Scorer
-from diagd.runtime.decoders.window import decided_by
 from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
 from diagd.schedule import Block

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.errors import UsageError
-from diagd.runtime.decoders.acting import begun
-from diagd.runtime.decoders.decoder import Blocks, Decoder
+from diagd.runtime.decoders.decoder import Blocks, Decoder, begun
 from diagd.runtime.stream import Stream
 from diagd.schedule import NO_SINK, Block, Schedule, feed
 
@@ -141,10 +140,6 @@ class RasterDecoder(Decoder):
 
     def __init__(self, truth: Frames, rows: int | None = None) -> None:
         self._truth, self._rows = iter(truth), rows
-
-    @override
-    def check(self, stream: Stream) -> None:
-        """Anything goes."""
 
     @override
     def blocks(self, stream: Stream) -> Blocks:

@@ -1,4 +1,4 @@
-// First guesses of a frame, looked up in what was decoded before; see diagd/runtime/decoders/lookup.py.
+// First guesses of a frame, looked up in what was decoded before; see diagd/runtime/decoders/jacobi.py.
 
 export const TRUST = 8;
 const PLACES = 1 << 16;

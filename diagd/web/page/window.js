@@ -1,5 +1,5 @@
 // How many rows a pass verifies, by what passes cost and by how often guesses come out right, as
-// diagd/runtime/decoders/window.py chooses it, which says why.
+// diagd/runtime/decoders/jacobi.py chooses it, which says why.
 
 const KEPT = 0.99, FIRST = 32, SPREAD = 8, REJECTED = 0.05, AHEAD = 0.7, OFTEN = 8, SLOWER = 1.1;
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from diagd.runtime.decoders import lookup
-from diagd.runtime.decoders.lookup import TRUST, LookupDraft
+from diagd.runtime.decoders import jacobi
+from diagd.runtime.decoders.jacobi import TRUST, LookupDraft
 from diagd.runtime.stream import Stream
 from diagd.schedule import StreamLayout
 
@@ -37,8 +37,8 @@ def play(
 
 def spread(monkeypatch: pytest.MonkeyPatch) -> None:
     """So much place that no two neighbourhoods share one."""
-    monkeypatch.setattr(lookup, "_PLACES", 1 << 22)
-    monkeypatch.setattr(lookup, "_LAST", np.uint64((1 << 22) - 1))
+    monkeypatch.setattr(jacobi, "_PLACES", 1 << 22)
+    monkeypatch.setattr(jacobi, "_LAST", np.uint64((1 << 22) - 1))
 
 
 def neighbourhoods(frame: np.ndarray, action: np.ndarray) -> list[tuple[int, ...]]:

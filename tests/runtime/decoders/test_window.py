@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from diagd.runtime.decoders.window import WindowPolicy
+from diagd.runtime.decoders.jacobi import WindowPolicy
 
 CELLS = 108
 ANY = np.zeros(CELLS, np.int64)
