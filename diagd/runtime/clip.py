@@ -1,4 +1,7 @@
-"""Clips: frames that are known, the actions between them, and those that follow."""
+"""Clips: frames that are known, the actions between them, and those that follow.
+
+Episodes are those that the release of WHAM takes and writes: ``.npz`` of ``images`` and ``actions``.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,19 @@ from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Manifest
+from diagd.bundle.actions import ActionCodec, EdgesSlot, FirstPressedSlot, OnlyPressedSlot
+from diagd.bundle.files import atomic_file
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.options import OPTIONS, File, flag, setting
 from diagd.runtime.actions import encode, read_actions
-from diagd.runtime.arrays import read_array
-from diagd.runtime.episodes import EPISODE, read_episode
+from diagd.runtime.arrays import read_array, read_arrays
 from diagd.runtime.pictures import read_frames, read_images, sized
 from diagd.runtime.pixels import PixelCodec, Pixels
+
+EPISODE = ".npz"
+DREAM = ("raw_context", "dreamt_images", "all_actions")
+"""Pictures and actions of an episode that was dreamt, under the names of the release."""
 
 ACTIONS = "actions.jsonl"
 """Of a folder of images: one action a line."""
@@ -115,37 +123,35 @@ def read_clip(
     Raises:
         UsageError: a file is missing, damaged or too short, or does not fit the model.
     """
-    source = _open(options, manifest, pixels, (window or manifest.context.frames) - 1)
-    start, tokens = source.start, source.tokens
+    start, clip = _open(options, manifest, pixels, (window or manifest.context.frames) - 1)
     if manifest.actions is None:
         if options.actions is not None or options.acts:
             given = f"--actions {options.actions}" if options.actions else f"--set further={options.further}"
             raise UsageError(f"{given}: {manifest.name} takes no actions; leave them out")
-        return Clip(tokens, pictures=source.pictures, truth=source.truth)
+        return clip
     noop = encode(manifest.actions, {})
     file, acts = options.lines_file, options.acts
-    lines = source.actions if file is None else read_actions(file, manifest.actions)
-    led = np.tile(noop, (len(tokens), 1))
-    kind = options.lines or _kind(file, options.prompt, manifest, source)
+    lines = clip.made if file is None else read_actions(file, manifest.actions)
+    frames = len(clip.tokens)
+    led = np.tile(noop, (frames, 1))
+    kind = options.lines or _kind(file, options.prompt, manifest, clip)
     if lines is None or kind == "new":
-        if len(tokens) > 1:
-            _LOG.warning(
-                "no actions are known between the %d frames of the prompt: no-ops are fed", len(tokens)
-            )
+        if frames > 1:
+            _LOG.warning("no actions are known between the %d frames of the prompt: no-ops are fed", frames)
         if options.actions == MODEL or (lines is None and acts):
             lines = led[:0]
-        return Clip(tokens, led, lines, acts, source.pictures, source.truth)
+        return dataclasses.replace(clip, led=led, made=lines, acts=acts)
     shift = int(kind == "followed")  # line t leads to picture t + shift
-    behind = start + len(tokens) - shift
+    behind = start + frames - shift
     if len(lines) < behind:
         raise UsageError(
-            f"{file or options.prompt} has {len(lines)} actions; the prompt's {len(tokens)} "
+            f"{file or options.prompt} has {len(lines)} actions; the prompt's {frames} "
             f"frames from {start} on take {behind}: lower prompt_frames or --start, or --set lines=new"
         )
     known = lines[max(0, start - shift) : behind]
-    led[len(tokens) - len(known) :] = known
+    led[frames - len(known) :] = known
     made = lines[behind : behind + shift] if options.actions == MODEL else lines[behind:]
-    return Clip(tokens, led, made, acts, source.pictures, source.truth)
+    return dataclasses.replace(clip, led=led, made=made, acts=acts)
 
 
 def read_recording(
@@ -164,40 +170,31 @@ def read_recording(
     return read_clip(where, manifest.model_copy(update={"clips": rules}), pixels, frames + 1)
 
 
-def _kind(file: Path | None, prompt: Path, manifest: Manifest, source: _Source) -> Lines:
+def _kind(file: Path | None, prompt: Path, manifest: Manifest, clip: Clip) -> Lines:
     """What the lines are where nobody says it: of the clip where they come with it or have its name."""
-    own = source.actions is not None and file is None
+    own = clip.made is not None and file is None
     alike = file is not None and file.stem == prompt.stem
     if not (own or alike):
         return "new"
     return "followed" if manifest.clips.followed else "led"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """A prompt as it was read: its tokens, where in the clip it starts, and what the clip has beside it."""
-
-    tokens: Int
-    start: int = 0
-    actions: Int | None = None
-    pictures: Pixels | None = None
-    truth: Pixels | None = None
-
-
-def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, most: int) -> _Source:
+def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, most: int) -> tuple[int, Clip]:
+    """Where a prompt starts in its file, and what the file has of it; all of its actions are ``made``."""
     path, start, count = options.prompt, options.start or 0, options.prompt_frames
     if path.suffix.lower() == ".npy" or pixels is None:
         tokens = read_tokens(path, manifest)[start:]
-        return _Source(tokens[:count], start)
+        return start, Clip(tokens[:count])
     size, cover = (pixels.spec.height, pixels.spec.width), pixels.spec.cover
     wanted = count or min(manifest.clips.frames, pixels.pictures_of(most))
     actions: Int | None = None
     truth: Pixels | None = None
     if path.suffix.lower() == EPISODE:
-        episode = read_episode(path, manifest.actions, manifest.name)
-        actions, images = episode.actions, episode.frames[start:]
-        seen = sized(images[:wanted], path, size, resize=options.resize, cover=cover)
-        truth = sized(images[wanted:], path, size, resize=options.resize, cover=cover)
+        images, actions = read_episode(path, manifest.actions, manifest.name)
+        seen, truth = (
+            sized(part, path, size, resize=options.resize, cover=cover)
+            for part in np.split(images[start:], [wanted])
+        )
     elif path.is_dir():
         seen = read_images(path, size, start=start, frames=wanted, resize=options.resize, cover=cover)
         lines = path / ACTIONS
@@ -214,7 +211,7 @@ def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, m
         _LOG.warning("%s: %s", path, manifest.clips.single)
     surplus = 0 if count else (len(seen) - 1) % pixels.spec.temporal_factor  # of a video that is short
     seen = seen[surplus:] if manifest.clips.last else seen[: len(seen) - surplus]
-    return _Source(pixels.encode(seen), start, actions, seen, truth)
+    return start, Clip(pixels.encode(seen), made=actions, pictures=seen, truth=truth)
 
 
 def read_prompt(path: Path, pixels: PixelCodec, frames: int, resize: bool) -> Int:
@@ -253,3 +250,129 @@ def check_tokens(tokens: NDArray[np.generic], manifest: Manifest, source: str) -
     if not tokens.size or tokens.min() < 0 or tokens.max() >= high:
         span = f"{tokens.min()}..{tokens.max()}" if tokens.size else "none"
         raise UsageError(f"{source} holds tokens {span}; {manifest.name} has visual tokens 0..{high - 1}")
+
+
+def read_episode(path: Path, codec: ActionCodec | None, name: str) -> tuple[Pixels, Int]:
+    """Pictures uint8 [T, height, width, 3] of an episode, and ids int32 [T, n] of what was done at each.
+
+    Args:
+        path: .npz with ``images`` uint8 [T, 3, height, width] and ``actions`` [T, n], one number a slot of
+            the codec: buttons as 0 or 1, sticks as bins or as positions in [-1, 1]. Or what was dreamt, see
+            ``Dream``.
+        codec: of the model's actions.
+        name: of the model, for messages.
+
+    Raises:
+        UsageError: the file is none, or its actions are not of this model.
+    """
+    found = read_arrays(path, ("images", "actions", *DREAM), "episode")
+    if all(name in found for name in DREAM):
+        context, dreamt, found["actions"] = (found[name] for name in DREAM)
+        if context.shape[1:] == dreamt.shape[1:]:
+            found["images"] = np.concatenate([context, dreamt])
+    if not {"images", "actions"} <= found.keys():
+        raise UsageError(f"{path} is no episode: expected images uint8 [T, 3, height, width] and actions")
+    images, numbers = found["images"], found["actions"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise UsageError(
+            f"{path}: images are {images.dtype} {list(images.shape)}; expected uint8 [T, 3, height, width]"
+        )
+    codec = vector_codec(path, codec, name)
+    if numbers.shape != (len(images), len(codec.slots)) or numbers.dtype.kind not in "iufb":
+        raise UsageError(
+            f"{path}: actions are {numbers.dtype} {list(numbers.shape)}; expected numbers "
+            f"[{len(images)}, {len(codec.slots)}], one row a picture"
+        )
+    try:
+        actions = encode_vectors(codec, numbers)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), actions
+
+
+def vector_codec(path: Path, codec: ActionCodec | None, name: str) -> ActionCodec:
+    """The codec of a model whose actions are vectors, one number a slot.
+
+    Raises:
+        UsageError: they are not, so ``path`` is no episode of it.
+    """
+    if codec is None or not any(isinstance(slot, EdgesSlot) for slot in codec.slots):
+        raise UsageError(f"{path} is an episode of another model; {name} takes no vectors of actions")
+    return codec
+
+
+@dataclasses.dataclass(frozen=True)
+class Dream:
+    """What is made from an episode, as the release of WHAM writes it.
+
+    Attributes:
+        context: uint8 [P, height, width, 3], pictures of the prompt.
+        dreamt: uint8 [F, height, width, 3], those that were made.
+        actions: int32 [P + F, n], ids of what was done at each.
+        reconstructed: uint8 [T, height, width, 3], the pictures of the recording, the prompt's first, through
+            the tokenizer and back.
+    """
+
+    context: Pixels
+    dreamt: Pixels
+    actions: Int
+    reconstructed: Pixels
+
+    def write(self, path: Path, codec: ActionCodec) -> None:
+        """Write it under the names of the release; actions as numbers, sticks as bins."""
+        with atomic_file(path) as partial, partial.open("wb") as file:
+            np.savez(
+                file,
+                context_length=len(self.context),
+                steps_to_dream=len(self.dreamt),
+                raw_context=self.context.transpose(0, 3, 1, 2),
+                dreamt_images=self.dreamt.transpose(0, 3, 1, 2),
+                all_actions=decode_vectors(codec, self.actions),
+                encoded_decoded_ground_truth_images=self.reconstructed.transpose(0, 3, 1, 2),
+            )
+
+
+def decode_vectors(codec: ActionCodec, ids: Int) -> NDArray[np.float32]:
+    """Actions float32 [T, n] of ids, one number a slot: buttons as 0 or 1, sticks as bins."""
+    columns = [
+        ids[:, column] - slot.first if isinstance(slot, EdgesSlot) else ids[:, column] == slot.ids[0]
+        for column, slot in enumerate(codec.slots)
+    ]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def encode_vectors(codec: ActionCodec, numbers: NDArray[np.generic]) -> Int:
+    """Ids int32 [T, n] of actions [T, n], one number a slot.
+
+    Numbers of binned slots are bins where all of them are whole, none is negative and one is above 1; else
+    they are the positions themselves: a stick at rest is bin 5, so an episode of bins has some above 1.
+
+    Raises:
+        UsageError: a button is neither 0 nor 1, or a stick is out of range.
+    """
+    values = numbers.astype(np.float64)
+    binned = np.array([isinstance(slot, EdgesSlot) for slot in codec.slots])
+    sticks, ids = values[:, binned], np.empty(values.shape, np.int32)
+    are_bins = bool(
+        (sticks == np.floor(sticks)).all() and sticks.min(initial=0) >= 0 and sticks.max(initial=0) > 1
+    )
+    for column, slot in enumerate(codec.slots):
+        given = values[:, column]
+        if isinstance(slot, EdgesSlot):
+            edges = np.asarray(slot.edges)
+            bins = given if are_bins else np.digitize(given, edges) - 1
+            wrong = ~((bins >= 0) & (bins < len(edges) - 1))
+            ids[:, column] = slot.first + np.where(wrong, 0, bins)
+            expected = f"a bin 0..{len(edges) - 2}" if are_bins else "a position from -1 to 1"
+        elif isinstance(slot, FirstPressedSlot | OnlyPressedSlot) and len(slot.buttons) == 1:
+            wrong = (given != 0) & (given != 1)
+            ids[:, column] = np.where(given == 1, slot.buttons[0].token, slot.none)
+            expected = "0 or 1"
+        else:
+            raise UsageError(
+                f"slot {column} of the model's actions is no number; give --actions as JSON lines"
+            )
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise UsageError(f"number {column} of action {row} is {given[row]:g}; expected {expected}")
+    return ids

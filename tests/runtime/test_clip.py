@@ -14,8 +14,7 @@ from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.runtime.actions import encode, read_actions
-from diagd.runtime.clip import MODEL, Clip, ClipOptions, read_clip
-from diagd.runtime.episodes import encode_vectors
+from diagd.runtime.clip import MODEL, Clip, ClipOptions, encode_vectors, read_clip
 from diagd.runtime.generate import Made, generate
 from diagd.runtime.options import GenerateOptions, SessionOptions
 from diagd.runtime.pixels import PixelCodec

@@ -11,7 +11,7 @@ from diagd.errors import UsageError
 from diagd.export.families.mineworld import mineworld_actions
 from diagd.export.families.wham import wham_actions
 from diagd.runtime.actions import encode
-from diagd.runtime.episodes import encode_vectors, read_episode
+from diagd.runtime.clip import encode_vectors, read_episode
 
 CODEC = wham_actions(64)
 EDGES = [-1.05, -0.95, -0.75, -0.5, -0.25, -0.05, 0.05, 0.25, 0.5, 0.75, 0.95, 1.05]
@@ -53,10 +53,10 @@ def test_whole_positions_are_positions() -> None:
 def test_an_episode_is_read(tmp_path: Path) -> None:
     images = np.random.default_rng(1).integers(0, 256, (5, 3, 18, 30), dtype=np.uint8)
     actions = np.concatenate(vectors(), axis=1)
-    episode = read_episode(write(tmp_path / "e.npz", images=images, actions=actions), CODEC, "wham")
-    np.testing.assert_array_equal(episode.frames, np.moveaxis(images, 1, -1))
-    assert episode.actions.shape == (5, 16)
-    assert episode.actions.dtype == np.int32
+    frames, ids = read_episode(write(tmp_path / "e.npz", images=images, actions=actions), CODEC, "wham")
+    np.testing.assert_array_equal(frames, np.moveaxis(images, 1, -1))
+    assert ids.shape == (5, 16)
+    assert ids.dtype == np.int32
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from diagd.bundle import Bundle
 from diagd.cli.main import main
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.runtime.episodes import encode_vectors
+from diagd.runtime.clip import encode_vectors
 from diagd.runtime.pixels import PixelCodec
 from diagd.tuning.source import read_clips
 
