@@ -28,8 +28,8 @@ from diagd.engines.devices.kernels import host_build
 from diagd.engines.engine import VOID, Engine, Float, Int, SamplingState, Steps
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
-from diagd.engines.openvino import array_at
 from diagd.engines.prefix import GRANULE, PrefixEngine
+from diagd.engines.processor import array_at
 from diagd.engines.sampler import draw_compiled, draw_plain, kept_weights
 from diagd.profiling.measure import random_workload
 from diagd.progress import Progress

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from diagd.bundle import cache
 from diagd.bundle.files import atomic_directory, instead, sha256, turn
-from diagd.bundle.manifest import INT8_CACHE, MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest
+from diagd.bundle.manifest import INT8_CACHE, MANIFEST_NAME, SCHEMA_VERSION, FileRecord, Manifest, StepGraph
 from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, ScheduleError, UsageError, fault
 
@@ -81,6 +81,10 @@ class Bundle:
         """Hex digest of some files, as the manifest has them: of a graph and its weights, say."""
         parts = [self.manifest.files[name].sha256 for name in names]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def graph_digest(self, graph: StepGraph) -> str:
+        """Digest of a step graph and the files its weights lie in."""
+        return self.digest_of(graph.file, *graph.weights.files)
 
     def _check_names(self) -> None:
         """Every file is inside the bundle, and every file that is referred to is listed."""

@@ -27,9 +27,9 @@ GROUP: Final = "diagd.backends"
 
 _MODULES: Final = {
     "cpu": "diagd.engines.processor:Processor",
-    "openvino": "diagd.engines.openvino:OpenVino",
-    "openvino_fp32": "diagd.engines.openvino:OpenVinoFloat32",
-    "webgpu": "diagd.engines.webgpu:WebGpu",
+    "openvino": "diagd.engines.processor:OpenVino",
+    "openvino_fp32": "diagd.engines.processor:OpenVinoFloat32",
+    "webgpu": "diagd.engines.gpu:WebGpu",
     "cuda": "diagd.engines.gpu:Cuda",
     "tensorrt": "diagd.engines.gpu:TensorRT",
     "tensorrt_rtx": "diagd.engines.gpu:TensorRTRTX",

@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Steps
-from diagd.engines.fingerprint import graph_digest
 from diagd.engines.onnxruntime_session import CpuOptions, check_inputs, open_session
 from diagd.engines.sampler import HostSampler
 from diagd.engines.tensors import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
@@ -179,7 +178,7 @@ class PrefixEngine(PrefixState):
         graph = manifest.graph(Form.PREFIX)
         widest = max(MAX_WIDTH // streams, LEAST_WIDTH)
         super().__init__(manifest, -(-capacity // GRANULE) * GRANULE, tokens, widest, streams)
-        digest = graph_digest(bundle, graph) if options.prepack else ""
+        digest = bundle.graph_digest(graph) if options.prepack else ""
         options = options.suiting(graph.precision)
         self._session = open_session(bundle.file(graph.file), digest, options)
         self._has_axis = self._find_axis(bundle)

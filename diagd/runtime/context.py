@@ -93,11 +93,6 @@ class SlidingRotary(ContextPolicy):
         self.history = self._reach + window + 2
 
     @override
-    @property
-    def horizon(self) -> None:
-        """Any schedule can slide."""
-
-    @override
     def advance(self, frame: int, fed: int) -> None:
         """Nothing is ever fed again."""
         del fed
@@ -175,10 +170,6 @@ class SlidingAbsolute(ContextPolicy):
         base = self._base_of(known - 1)
         self._slots.restart(base * self._layout.frame_length)
         return Replay(max(base, kept), min(known, base - self._roll + self._window if base else prompt))
-
-    @override
-    def resume(self, frame: int) -> None:
-        """Positions are counted from the window's start already."""
 
     def _base_of(self, frame: int) -> int:
         """First frame of the window once ``frame`` has begun: a function of the frame alone."""

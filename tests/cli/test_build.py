@@ -14,7 +14,7 @@ from diagd.bundle import Bundle, Form
 from diagd.bundle.transformer import linear_rotary
 from diagd.cli.main import main
 from diagd.engines.devices.cuda import open_driver
-from diagd.engines.fingerprint import ANY, EngineStore
+from diagd.engines.tensorrt.opening import ANY, EngineStore
 from diagd.errors import DiagdError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer

@@ -21,7 +21,7 @@ from diagd.bundle.manifest import (
     StepGraph,
 )
 from diagd.bundle.transformer import TransformerConfig
-from diagd.engines.fingerprint import ANY, RECORD_NAME, EngineStore, Fingerprint, graph_digest
+from diagd.engines.tensorrt.opening import ANY, RECORD_NAME, EngineStore, Fingerprint
 from diagd.errors import EngineError
 from diagd.export.onnx_file import read_onnx
 from diagd.schedule import StreamLayout
@@ -92,7 +92,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 def test_an_engine_is_found_again(bundle: Bundle) -> None:
     store = EngineStore(bundle)
-    stored = store.write(BUILT, b"plan", "0.1")
+    stored = store.write(BUILT, b"plan")
     assert stored.plan.read_bytes() == b"plan"
     assert store.find(BUILT) == stored
     assert [path.name for path in store.root.iterdir()] == [BUILT.key]
@@ -117,7 +117,7 @@ def test_what_differs_is_named_with_the_line_that_mends_it(
     bundle: Bundle, part: str, value: object, text: str
 ) -> None:
     store = EngineStore(bundle)
-    store.write(BUILT, b"plan", "0.1")
+    store.write(BUILT, b"plan")
     here = BUILT.model_copy(update={part: value})
     assert here.key != BUILT.key
     with pytest.raises(EngineError) as failure:
@@ -131,7 +131,7 @@ def test_what_differs_is_named_with_the_line_that_mends_it(
 def test_an_engine_of_another_form_that_would_do_is_found(bundle: Bundle) -> None:
     store = EngineStore(bundle)
     portable = BUILT.model_copy(update={"form": Form.PORTABLE, "graph": "c" * 64})
-    stored = store.write(portable, b"plan", "0.1")
+    stored = store.write(portable, b"plan")
     assert store.find(BUILT, portable) == stored
     with pytest.raises(EngineError, match="form: built for portable, here modern"):
         store.find(BUILT)
@@ -140,7 +140,7 @@ def test_an_engine_of_another_form_that_would_do_is_found(bundle: Bundle) -> Non
 def test_a_cross_built_engine_fits_its_targets_on_any_device(bundle: Bundle) -> None:
     family = BUILT.model_copy(update={"device": ANY, "driver": ANY, "targets": ("sm86", "sm89")})
     store = EngineStore(bundle)
-    store.write(family, b"plan", "0.1")
+    store.write(family, b"plan")
     assert store.find(BUILT.model_copy(update={"targets": ("sm89",)})).record.fingerprint == family
     with pytest.raises(EngineError, match="targets: built for sm86,sm89, here sm90"):
         store.find(BUILT)
@@ -148,14 +148,14 @@ def test_a_cross_built_engine_fits_its_targets_on_any_device(bundle: Bundle) -> 
 
 def test_a_machine_that_names_no_widths_takes_those_built(bundle: Bundle) -> None:
     store = EngineStore(bundle)
-    stored = store.write(BUILT.model_copy(update={"flags": ("optimization_level=5",)}), b"plan", "0.1")
+    stored = store.write(BUILT.model_copy(update={"flags": ("optimization_level=5",)}), b"plan")
     assert store.find(BUILT.model_copy(update={"widths": ()})) == stored
 
 
 def test_the_nearest_of_several_is_named(bundle: Bundle) -> None:
     store = EngineStore(bundle)
-    store.write(BUILT.model_copy(update={"driver": "1.0", "tokens": 3}), b"far", "0.1")
-    store.write(BUILT.model_copy(update={"driver": "12.0"}), b"near", "0.1")
+    store.write(BUILT.model_copy(update={"driver": "1.0", "tokens": 3}), b"far")
+    store.write(BUILT.model_copy(update={"driver": "12.0"}), b"near")
     with pytest.raises(EngineError, match=r"differs in driver: built for 12\.0, here 13\.0"):
         store.find(BUILT)
 
@@ -167,7 +167,7 @@ def test_none_at_all_is_said(bundle: Bundle) -> None:
 
 def test_a_damaged_plan_and_a_foreign_record_are_not_used(bundle: Bundle) -> None:
     store = EngineStore(bundle)
-    stored = store.write(BUILT, b"plan", "0.1")
+    stored = store.write(BUILT, b"plan")
     stored.plan.write_bytes(b"plaN")
     with pytest.raises(EngineError, match=r"is damaged: 4 bytes.*run diagd-build again"):
         store.find(BUILT)
@@ -177,10 +177,10 @@ def test_a_damaged_plan_and_a_foreign_record_are_not_used(bundle: Bundle) -> Non
 
 @pytest.mark.parametrize("name", ["step.onnx", "weights.bin", "tokenizer.bin"])
 def test_the_digest_covers_the_graph_and_its_own_weights(bundle: Bundle, name: str) -> None:
-    digest = graph_digest(bundle, STEP)
+    digest = bundle.graph_digest(STEP)
     files = bundle.manifest.files | {name: FileRecord(bytes=1, sha256="f" * 64)}
     other = Bundle(bundle.path, bundle.manifest.model_copy(update={"files": files}))
-    assert (graph_digest(other, STEP) == digest) == (name == "tokenizer.bin")
+    assert (other.graph_digest(STEP) == digest) == (name == "tokenizer.bin")
 
 
 def test_the_recorded_weights_are_those_of_the_file(bundle: Bundle) -> None:

@@ -12,7 +12,7 @@ import pytest
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import StepOptions, find
 from diagd.engines.host import instruction_sets
-from diagd.engines.openvino import BFLOAT16_UNITS, OpenVino, widths_upto
+from diagd.engines.processor import BFLOAT16_UNITS, OpenVino, widths_upto
 from diagd.errors import DependencyError, EngineError
 from diagd.export.exporter import GraphOptions
 from diagd.play.opening import SHIPPED

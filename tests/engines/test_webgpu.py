@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diagd.engines.webgpu import WebGpu, _load_provider
+from diagd.engines.gpu import WebGpu, _load_provider
 from diagd.errors import DependencyError, EngineError
 from tests.engines.webgpu_driver import decoded
 from tests.models import export_small

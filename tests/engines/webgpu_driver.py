@@ -66,7 +66,7 @@ OPEN = """
 import json, sys
 from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import nodes_outside
-from diagd.engines.webgpu import PROVIDER, WebGpuEngine
+from diagd.engines.gpu import PROVIDER, WebGpuEngine
 
 engine = WebGpuEngine(Bundle.open(sys.argv[1]).at_precision(sys.argv[2]), 96, 64)
 print(json.dumps(nodes_outside(engine._session, PROVIDER)))

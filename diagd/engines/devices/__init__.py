@@ -30,48 +30,36 @@ class Device(Clock, Protocol):
 
     def allocate(self, size: int) -> int:
         """Address of ``size`` zeroed bytes that live as long as the device."""
-        ...
 
     def host_array(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
         """A zeroed array that copies read and write without the host waiting."""
-        ...
 
     def upload(self, address: int, array: Array) -> None:
         """Queue a copy to the device; the array may not change until the copy is done."""
-        ...
 
     def download(self, array: Array, address: int) -> None:
         """Queue a copy from the device."""
-        ...
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Queue a copy within the device."""
-        ...
 
     def clear(self, address: int, size: int) -> None:
         """Queue zeroing."""
-        ...
 
     def launch(self, kernel: str, arguments: ctypes.Structure, blocks: int, threads: int) -> None:
         """Queue a kernel of ``native/``; the arguments are copied."""
-        ...
 
     def capture(self, work: Callable[[], None]) -> int:
         """Record what ``work`` queues instead of running it; returns the graph's handle."""
-        ...
 
     def replay(self, graph: int) -> None:
         """Queue a captured graph."""
-        ...
 
     def synchronise(self) -> None:
         """Wait for everything queued."""
-        ...
 
     def memory_used(self) -> int:
         """Bytes of the device that are in use, those of other programs included."""
-        ...
 
     def close(self) -> None:
         """Wait, then free everything; arrays and addresses handed out are dead afterwards."""
-        ...

@@ -116,10 +116,6 @@ class HostDevice(HostClock, Device):
             operation()
 
     @override
-    def synchronise(self) -> None:
-        """Nothing is ever left to wait for."""
-
-    @override
     def memory_used(self) -> int:
         return sum(memory.nbytes for memory in self._memory.values())
 
