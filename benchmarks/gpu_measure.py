@@ -26,7 +26,7 @@ from diagd.engines.devices.kernels import SAMPLE, SampleArguments
 from diagd.engines.engine import VOID, Engine, SamplingState, Steps
 from diagd.engines.records import RecordRing
 from diagd.engines.sampler import draw_plain
-from diagd.export.families.family import Family
+from diagd.export.families import Family
 from diagd.profiling.cost import StoredModel, read_model, step_operations
 from diagd.profiling.measure import random_workload
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder

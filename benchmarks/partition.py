@@ -34,8 +34,7 @@ from diagd.engines.operators import step_operators
 from diagd.engines.tensors import StepTensors
 from diagd.errors import DiagdError
 from diagd.export.exporter import GraphOptions, export, random_sources
-from diagd.export.families import cosmos, find, mineworld, wham
-from diagd.export.families.family import Family
+from diagd.export.families import Family, cosmos, find, mineworld, wham
 
 PACKAGES = ("onnxruntime-gpu==1.31.1", "nvidia-cuda-runtime>=13,<14", "nvidia-cuda-crt>=13,<14")
 PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"

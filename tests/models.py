@@ -19,7 +19,7 @@ from diagd.bundle.files import turn
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.export.checkpoints import open_checkpoint
 from diagd.export.exporter import GraphOptions, Sources, export
-from diagd.export.families.family import Family, identity_rules
+from diagd.export.families import Family, identity_rules
 from diagd.export.transformer import Transformer
 from tests.oracles.models import CODES
 

@@ -20,8 +20,8 @@ from diagd.errors import UsageError
 from diagd.export.checkpoints.checkpoint import save_tensors
 from diagd.export.families.world import TOKENIZER, CompactConfig, CompactGraphs, read_tokenizer
 from diagd.export.tokenizers.base import TokenizerGraphs, loaded
-from diagd.export.tokenizers.blocks import codes_of_latents, scaled_images
 from diagd.export.tokenizers.compact_network import Decoder, Encoder
+from diagd.export.tokenizers.vqgan_network import codes_of_latents, scaled_images
 from diagd.runtime.arrays import read_arrays
 from diagd.tuning.recordings import episode_paths, episodes, load_episode
 from worlds.metrics import psnr, ssim

@@ -24,8 +24,7 @@ from diagd.bundle import Bundle, Form
 from diagd.bundle.precision import GROUP, Precision
 from diagd.engines.engine import Float
 from diagd.errors import BundleError
-from diagd.export.exporter import step_shapes
-from diagd.export.step_graph import PLAIN
+from diagd.export.step_graph import PLAIN, step_tensors
 from diagd.export.tracing import FOLD_LIMIT, cast, onnx_operator
 from diagd.export.weights import (
     WEIGHTS_NAME,
@@ -76,7 +75,7 @@ class StoredWeights:
     def __init__(self, bundle: Bundle) -> None:
         self._path = bundle.file(WEIGHTS_NAME)
         manifest = bundle.manifest
-        self._places = plan(step_shapes(manifest.transformer, np.dtype(manifest.cache.dtype)))
+        self._places = plan(step_tensors(manifest.transformer, np.dtype(manifest.cache.dtype)))
         expected, found = total_bytes(self._places), self._path.stat().st_size
         if found != expected:
             raise BundleError(

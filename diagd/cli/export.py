@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from diagd.export.exporter import Exporter, Sources
-    from diagd.export.families.family import Family
+    from diagd.export.families import Family
 
 EXAMPLES = """examples:
   diagd-export --model crafter-3m

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from diagd.bundle import Bundle, atomic_bundle, seal
 from diagd.bundle.manifest import (
@@ -25,9 +26,8 @@ from diagd.bundle.manifest import (
 )
 from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.bundle.targets import bundle_target
-from diagd.bundle.transformer import TransformerConfig
 from diagd.errors import UsageError
-from diagd.export import tokenizer_graphs, weights
+from diagd.export import weights
 from diagd.export.checkpoints import (
     WEIGHT_DTYPES,
     Checkpoint,
@@ -36,14 +36,17 @@ from diagd.export.checkpoints import (
     open_checkpoint,
     select,
 )
-from diagd.export.families.family import Family
+from diagd.export.families import Family
+from diagd.export.known_graphs import traced_once
 from diagd.export.onnx_file import read_onnx
 from diagd.export.options import GraphOptions
 from diagd.export.step_graph import step_tensors, trace_step, trace_text
-from diagd.export.tracing import link_weights, save
+from diagd.export.tokenizers.base import TokenizerGraphs
+from diagd.export.tracing import link_weights, save, trace
 from diagd.export.transformer import position_tables
 from diagd.export.weights import (
     WEIGHTS_NAME,
+    Placement,
     ResumableWeights,
     WeightSource,
     export_key,
@@ -58,6 +61,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 TEXT_GRAPH = "text.onnx"
+
+TOKENIZER_WEIGHTS, TOKENIZER_OPSET = "tokenizer.bin", 20
+TOKENIZER_FILES = {"encoder": "encoder.onnx", "decoder": "decoder.onnx"}
 
 TRACING_BYTES = 700_000_000
 """Memory of PyTorch, the exporter and a traced graph, whatever the model (measured)."""
@@ -98,7 +104,7 @@ class Exporter:
         self.family, self.options = family, options
         self._dtype: np.dtype[np.generic] = np.dtype(PRECISIONS[options.precision].kind)
         self._graphs = self._step_graphs()
-        self._placements = weights.plan(step_shapes(family.transformer, self._dtype))
+        self._placements = weights.plan(step_tensors(family.transformer, self._dtype))
 
     def plan(self) -> ExportPlan:
         """Sizes and memory, from dimensions alone."""
@@ -108,9 +114,9 @@ class Exporter:
         if self.family.transformer.text:
             files[TEXT_GRAPH] = graph_bytes
         if self.family.tokenizer:
-            places = tokenizer_graphs.placements(self.family.tokenizer)
-            files[tokenizer_graphs.WEIGHTS_NAME] = weights.total_bytes(places)
-            files |= dict.fromkeys(tokenizer_graphs.FILES.values(), 20_000)
+            places = _tokenizer_placements(self.family.tokenizer)
+            files[TOKENIZER_WEIGHTS] = weights.total_bytes(places)
+            files |= dict.fromkeys(TOKENIZER_FILES.values(), 20_000)
         largest = max(np.prod(p.shape, dtype=np.int64) for p in self._placements.values())
         return ExportPlan(files, TRACING_BYTES + int(largest) * BYTES_PER_ELEMENT)
 
@@ -150,11 +156,7 @@ class Exporter:
             save(link_weights(traced, tensors, kept), directory / TEXT_GRAPH)
         tokenizer = None
         if self.family.tokenizer and sources.tokenizer is not None:
-            total = sum(p.length for p in tokenizer_graphs.placements(self.family.tokenizer).values())
-            with progress.bytes("tokenizer", total) as advance:
-                tokenizer = tokenizer_graphs.write_tokenizer(
-                    self.family.tokenizer, sources.tokenizer, directory, advance
-                )
+            tokenizer = write_tokenizer(self.family.tokenizer, sources.tokenizer, directory, progress)
         partial.place(directory / WEIGHTS_NAME)
         with progress.task("hashing"):
             return seal(directory, self._manifest(sources, read, tokenizer))
@@ -255,11 +257,67 @@ class Exporter:
         )
 
 
-def step_shapes(
-    config: TransformerConfig, dtype: np.dtype[np.generic]
-) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
-    """Shape and type of each tensor of the weights file of step graphs, in its order."""
-    return {name: (shape, dtype) for name, shape in step_tensors(config).items()}
+def _tokenizer_placements(graphs: TokenizerGraphs) -> dict[str, Placement]:
+    """Where each tensor of both modules lies in the tokenizer's weights file."""
+    return weights.plan(
+        {
+            name: (tuple(tensor.shape), np.dtype(str(tensor.dtype).removeprefix("torch.")))
+            for module in graphs.modules().values()
+            for name, tensor in module.state_dict().items()
+        }
+    )
+
+
+def write_tokenizer(
+    graphs: TokenizerGraphs, source: Checkpoint, directory: Path, progress: Progress
+) -> Tokenizer:
+    """Write the encoder and decoder graphs of a tokenizer beside one weights file.
+
+    ``source``: tensors under the modules' names, checked.
+
+    Returns:
+        What the manifest records.
+    """
+    places = _tokenizer_placements(graphs)
+    sources = {name: weights.copied(source[name]) for name in places}
+    with progress.bytes("tokenizer", sum(p.length for p in places.values())) as advance:
+        weights.write(directory / TOKENIZER_WEIGHTS, places, sources, advance)
+    for role, module in graphs.modules().items():
+        model = _traced_tokenizer(graphs, role, module)
+        link_weights(model, weights.external_tensors(places, TOKENIZER_WEIGHTS, directory))
+        save(model, directory / TOKENIZER_FILES[role])
+    return Tokenizer(
+        **TOKENIZER_FILES,
+        weight_files=(TOKENIZER_WEIGHTS,),
+        parameters=graphs.parameter_count(),
+        height=graphs.height,
+        width=graphs.width,
+        temporal_factor=graphs.temporal_factor,
+        chunk_frames=graphs.chunk_frames,
+        cover=graphs.cover,
+    )
+
+
+def _traced_tokenizer(graphs: TokenizerGraphs, role: str, module: nn.Module) -> ir.Model:
+    encodes = role == "encoder"
+    shape = (graphs.frames(3), graphs.height, graphs.width, 3) if encodes else (3, *graphs.grid)
+    source, result = ("pixels", "tokens") if encodes else ("tokens", "pixels")
+    example = torch.zeros(shape, dtype=torch.uint8 if encodes else torch.int32, device="meta")
+    frames: object = torch.export.Dim("frames", min=1)
+    if encodes and graphs.temporal_factor > 1:
+        frames = graphs.temporal_factor * torch.export.Dim("latents", min=1) + 1
+    return traced_once(
+        module,
+        [role, shape, graphs.temporal_factor],
+        lambda: trace(
+            module,
+            (example,),
+            input_names=[source],
+            output_names=[result],
+            opset=TOKENIZER_OPSET,
+            dynamic_shapes=({0: frames},),
+        ),
+    )
 
 
 def random_sources(family: Family, seed: int) -> Sources:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -137,11 +138,13 @@ def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) ->
     )
 
 
-def step_tensors(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the transformer's initializers in its graphs, by name, in the order of the weights file."""
+def step_tensors(
+    config: TransformerConfig, dtype: np.dtype[np.generic]
+) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
+    """Shape and type of each tensor of the weights file of step graphs, by name, in its order."""
     transformer = _transformer(config, torch.float32)
     tensors = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
-    return {f"transformer.{name}": tuple(tensor.shape) for name, tensor in tensors.items()}
+    return {f"transformer.{name}": (tuple(tensor.shape), dtype) for name, tensor in tensors.items()}
 
 
 def watched_values(config: TransformerConfig, form: Form) -> dict[str, int]:

@@ -17,8 +17,7 @@ from diagd.bundle.transformer import TransformerConfig
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.exporter import open_sources
-from diagd.export.families import find
-from diagd.export.families.family import Family
+from diagd.export.families import Family, find
 from diagd.export.families.world import DESCRIPTION, WEIGHTS, load_tokenizer
 from diagd.progress import is_first
 from diagd.runtime.actions import encode

@@ -17,7 +17,7 @@ from diagd.bundle.manifest import Provenance
 from diagd.errors import BundleError, UsageError
 from diagd.export.checkpoints import Checkpoint, check
 from diagd.export.checkpoints.checkpoint import save_tensors
-from diagd.export.families.family import Family
+from diagd.export.families import Family
 from diagd.export.transformer import Transformer
 from diagd.tuning.options import AlignOptions
 from diagd.version import __version__

@@ -49,8 +49,7 @@ from diagd.engines.host import processor_name
 from diagd.engines.onnxruntime_session import nodes_outside
 from diagd.errors import DiagdError, UsageError
 from diagd.export.exporter import random_sources
-from diagd.export.families import find
-from diagd.export.families.family import Family
+from diagd.export.families import Family, find
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.engines.host_device import HostDevice, executor_over, host_kernels

@@ -13,8 +13,7 @@ import pytest
 from diagd.bundle import Bundle, Form
 from diagd.cli.main import main
 from diagd.export.exporter import GraphOptions, export, random_sources
-from diagd.export.families import wham
-from diagd.export.families.family import Family
+from diagd.export.families import Family, wham
 from diagd.profiling.cost import read_model
 from diagd.runtime.load import load
 from diagd.runtime.slots import token_places

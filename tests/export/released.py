@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diagd.export.checkpoints import check, open_checkpoint, select
-from diagd.export.families.family import Family
+from diagd.export.families import Family
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.oracles.numpy_forward import Array, Weights

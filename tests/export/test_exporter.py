@@ -29,7 +29,7 @@ import resource, sys
 from pathlib import Path
 from diagd.export.checkpoints import RandomCheckpoint
 from diagd.export.exporter import GraphOptions, Sources, export
-from diagd.export.families.family import identity_rules
+from diagd.export.families import identity_rules
 from tests.models import small_family
 from tests.oracles.models import small_model
 from tests.export.test_exporter import LAYOUT

@@ -14,8 +14,7 @@ import diagd
 from diagd.bundle.transformer import grid_rotary
 from diagd.errors import CheckpointError, UsageError
 from diagd.export.exporter import GraphOptions, Sources, export, open_sources
-from diagd.export.families import cosmos
-from diagd.export.families.family import Family
+from diagd.export.families import Family, cosmos
 from diagd.export.transformer import TextShape, Transformer, TransformerConfig
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout

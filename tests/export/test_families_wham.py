@@ -17,8 +17,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import CheckpointError, UsageError
 from diagd.export import families
 from diagd.export.exporter import GraphOptions, export, open_sources
-from diagd.export.families import wham
-from diagd.export.families.family import Family
+from diagd.export.families import Family, wham
 from diagd.export.transformer import Transformer
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings

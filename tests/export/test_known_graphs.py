@@ -14,13 +14,14 @@ import torch
 from diagd.bundle import Form, cache
 from diagd.calibration.matrices import Weight, quantised_matrix
 from diagd.calibration.options import find_scheme
-from diagd.export import step_graph, tokenizer_graphs
+from diagd.export import exporter, step_graph
 from diagd.export.checkpoints import RandomCheckpoint
+from diagd.export.exporter import TOKENIZER_FILES, write_tokenizer
 from diagd.export.known_graphs import KIND
 from diagd.export.step_graph import StepVariant, trace_step
-from diagd.export.tokenizer_graphs import FILES, write_tokenizer
 from diagd.export.tokenizers.base import PatchGraphs
 from diagd.export.tracing import trace
+from diagd.progress import Progress
 from diagd.schedule import StreamLayout
 from tests.oracles.models import small_model
 
@@ -134,11 +135,11 @@ def test_graphs_of_a_tokenizer_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
         graphs, folder = PatchGraphs(height, 12, codes=16, side=4), tmp_path / name
         folder.mkdir()
         source = RandomCheckpoint(graphs.expected_shapes(), seed=0)
-        write_tokenizer(graphs, source, folder, lambda _: None)
-        return [(folder / file).read_bytes() for file in FILES.values()]
+        write_tokenizer(graphs, source, folder, Progress())
+        return [(folder / file).read_bytes() for file in TOKENIZER_FILES.values()]
 
     first = written(8, "first")
-    monkeypatch.setattr(tokenizer_graphs, "trace", tracing)
+    monkeypatch.setattr(exporter, "trace", tracing)
     assert written(8, "again") == first
     with pytest.raises(Traced):
         written(12, "higher")

@@ -20,8 +20,7 @@ from diagd.engines.processor import open_fixed
 from diagd.errors import UsageError
 from diagd.export.checkpoints import open_checkpoint
 from diagd.export.exporter import GraphOptions, Sources, export
-from diagd.export.families import mineworld, wham
-from diagd.export.families.family import Family
+from diagd.export.families import Family, mineworld, wham
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from diagd.bundle.manifest import ClipRules, IdRange, SamplingRules
 from diagd.bundle.transformer import TextShape, TransformerConfig, grid_rotary
 from diagd.errors import UsageError
-from diagd.export.families.family import Family, Names, named_rules
+from diagd.export.families import Family, Names, named_rules
 from diagd.export.tokenizers.base import VqganSizes
 from diagd.schedule import StreamLayout
 

@@ -17,7 +17,7 @@ from diagd.bundle.actions import (
 )
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.transformer import TransformerConfig, linear_rotary
-from diagd.export.families.family import LLAMA, Family, named_rules
+from diagd.export.families import LLAMA, Family, named_rules
 from diagd.export.tokenizers import vqgan
 from diagd.schedule import StreamLayout
 

@@ -19,7 +19,7 @@ from diagd.bundle.actions import ActionCodec, Button, EdgesSlot, OnlyPressedSlot
 from diagd.bundle.manifest import ClipRules, IdRange, MediaMark, SamplingRules
 from diagd.bundle.transformer import NormKind, TransformerConfig
 from diagd.errors import CheckpointError, UsageError
-from diagd.export.families.family import Family, TensorRule, named_rules
+from diagd.export.families import Family, TensorRule, named_rules
 from diagd.export.tokenizers import vqgan
 from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, count, shape_of
 from diagd.schedule import StreamLayout

@@ -18,7 +18,7 @@ from diagd.bundle.actions import ActionCodec, ChoiceSlot
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.transformer import Axis, Rotary, RotaryAxis, TransformerConfig, geometric_frequencies
 from diagd.errors import CheckpointError, UsageError, unknown
-from diagd.export.families.family import Family, identity_rules
+from diagd.export.families import Family, identity_rules
 from diagd.export.tokenizers.base import PatchGraphs, TokenizerGraphs, grid_of
 from diagd.schedule import StreamLayout
 

@@ -76,17 +76,21 @@ class TokenizerGraphs(ABC):
         made: nn.Module = getattr(importlib.import_module(self.network), name)(self)
         return made
 
+    def modules(self) -> dict[str, nn.Module]:
+        """Both networks as ``encoder`` and ``decoder``, without data."""
+        import torch
+
+        with torch.device("meta"):
+            return {"encoder": self.build("Encoder").to("meta"), "decoder": self.build("Decoder").to("meta")}
+
     def frames(self, latents: int) -> int:
         """Pixel frames that one call decodes from ``latents`` latent frames."""
         return 1 + (latents - 1) * self.temporal_factor
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter of encoder and decoder, by released name; allocates nothing."""
-        import torch
-
-        with torch.device("meta"):
-            modules = (self.build("Encoder"), self.build("Decoder"))
-        return {name: tuple(p.shape) for module in modules for name, p in module.state_dict().items()}
+        states = [module.state_dict() for module in self.modules().values()]
+        return {name: tuple(tensor.shape) for state in states for name, tensor in state.items()}
 
     def parameter_count(self) -> int:
         """Parameters of encoder and decoder together; builds them where the number is not known."""

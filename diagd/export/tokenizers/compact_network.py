@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagd.export.families.world import CompactGraphs
-from diagd.export.tokenizers.blocks import (
+from diagd.export.tokenizers.vqgan_network import (
+    LAYERS,
     ResnetBlock,
     codes_of_tokens,
     pixels_from_images,
     scaled_images,
     tokens_of_latents,
 )
-from diagd.export.tokenizers.vqgan_network import LAYERS
 
 
 class Encoder(nn.Module):

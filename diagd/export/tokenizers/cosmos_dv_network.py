@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagd.export.families.cosmos import HAAR_SIDE, CosmosDvConfig
-from diagd.export.tokenizers.blocks import (
+from diagd.export.tokenizers.vqgan_network import (
     EPSILON,
     Layers,
     codes_of_tokens,

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagd.export.families.wham import WhamVitConfig
-from diagd.export.tokenizers.blocks import constant, images_from_pixels, nearest_code, pixels_from_images
+from diagd.export.tokenizers.vqgan_network import (
+    constant,
+    images_from_pixels,
+    nearest_code,
+    pixels_from_images,
+)
 
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)

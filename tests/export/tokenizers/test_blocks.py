@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagd.export.tokenizers.blocks import constant, images_from_pixels, nearest_code, pixels_from_images
+from diagd.export.tokenizers.vqgan_network import (
+    constant,
+    images_from_pixels,
+    nearest_code,
+    pixels_from_images,
+)
 
 
 @settings(max_examples=100)

@@ -10,7 +10,7 @@ import torch
 
 from diagd.errors import UsageError
 from diagd.export.families.world import LEVELS, CompactConfig, CompactGraphs
-from diagd.export.tokenizers.blocks import codes_of_tokens, tokens_of_latents
+from diagd.export.tokenizers.vqgan_network import codes_of_tokens, tokens_of_latents
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Weights
 

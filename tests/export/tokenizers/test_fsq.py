@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagd.export.tokenizers.blocks import codes_of_latents, codes_of_tokens, tokens_of_latents
+from diagd.export.tokenizers.vqgan_network import codes_of_latents, codes_of_tokens, tokens_of_latents
 
 LEVELS = (8, 8, 8, 5, 5, 5)
 
