@@ -12,7 +12,6 @@ from diagd.bundle.manifest import MANIFEST_NAME, OwnLikelihood, StepGraph
 from diagd.calibration.evaluate import ATTEMPTS, GATE_SEED, Evaluator, failures, most_harmful, part_of
 from diagd.calibration.graph_writer import GraphWriter, Target, file_names
 from diagd.calibration.matrices import StoredWeights
-from diagd.calibration.observe import InputStatistics, load_statistics, observe, save_statistics
 from diagd.calibration.options import CalibrationOptions, find_scheme
 from diagd.calibration.report import (
     AttemptReport,
@@ -24,7 +23,18 @@ from diagd.calibration.report import (
     add_report,
     write_plot,
 )
-from diagd.calibration.search import CACHE_FORMS, Choice, check_kv_cache, describe_cache, row_scales, search
+from diagd.calibration.search import (
+    CACHE_FORMS,
+    Choice,
+    InputStatistics,
+    check_kv_cache,
+    describe_cache,
+    load_statistics,
+    observe,
+    row_scales,
+    save_statistics,
+    search,
+)
 from diagd.calibration.trajectory import (
     FORMS,
     CalibrationSet,

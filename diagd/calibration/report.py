@@ -6,11 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from diagd.bundle.files import atomic_file, write_text
 from diagd.calibration.options import Budget
 from diagd.errors import BundleError, fault
+from diagd.options import Frozen
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,11 +25,7 @@ Figures = dict[str, float | None]
 WORST = 8
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LayerReport(_Record):
+class LayerReport(Frozen):
     """One product with a constant weight.
 
     Attributes:
@@ -50,7 +47,7 @@ class LayerReport(_Record):
     excluded: str | None = None
 
 
-class TrajectoryReport(_Record):
+class TrajectoryReport(Frozen):
     """What was decoded: passes of the run that finds ranges, and of one round of the gate."""
 
     name: str
@@ -59,7 +56,7 @@ class TrajectoryReport(_Record):
     steps: int
 
 
-class WidthReport(_Record):
+class WidthReport(Frozen):
     """Steps of one width: share of equal predictions, and median milliseconds of each engine alone."""
 
     predictions: int
@@ -68,7 +65,7 @@ class WidthReport(_Record):
     milliseconds_after: float
 
 
-class AttemptReport(_Record):
+class AttemptReport(Frozen):
     """One run of the gate: how many products stay in floating point, and the figures (and ``psnr``)."""
 
     excluded: int
@@ -76,7 +73,7 @@ class AttemptReport(_Record):
     failures: tuple[str, ...]
 
 
-class CacheReport(_Record):
+class CacheReport(Frozen):
     """K/V rows of 8 bits: bytes a token before and after, and signal to noise of each buffer's rows, dB."""
 
     dtype: str
@@ -85,7 +82,7 @@ class CacheReport(_Record):
     signal_to_noise: dict[str, float]
 
 
-class PrecisionReport(_Record):
+class PrecisionReport(Frozen):
     """One calibration.
 
     Attributes:
@@ -131,7 +128,7 @@ class PrecisionReport(_Record):
         return [layer.name for layer in self.layers if layer.excluded]
 
 
-class CalibrationReport(_Record):
+class CalibrationReport(Frozen):
     """The whole of ``report.json``: an entry for each precision."""
 
     schema_version: Annotated[int, Field(ge=1, le=REPORT_VERSION)] = REPORT_VERSION

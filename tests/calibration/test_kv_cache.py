@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import AbsoluteContext, RotaryContext
-from diagd.calibration.observe import InputStatistics
-from diagd.calibration.search import HEADROOM, describe_cache, row_scales
+from diagd.calibration.search import HEADROOM, InputStatistics, describe_cache, row_scales
 from diagd.engines.executor import Executor
 from diagd.engines.tensors import cache_tensors, rotate_pairs
 from diagd.export.transformer import Transformer

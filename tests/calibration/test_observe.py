@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagd.calibration.observe import (
+from diagd.calibration.search import (
     SAMPLE_ROWS,
     StatisticsCollector,
     load_statistics,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diagd.calibration.observe import StatisticsCollector
 from diagd.calibration.options import SCHEMES
-from diagd.calibration.search import migration, search
+from diagd.calibration.search import StatisticsCollector, migration, search
 from diagd.export.variants import Fold, Projection
 
 CHANNELS, COLUMNS = 256, 96
