@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from diagd.bundle import Bundle, cache_directory
+from diagd.bundle import Bundle
+from diagd.bundle.cache import cache_directory
 from diagd.engines.engine import Float, Int
 from diagd.errors import UsageError
 from diagd.play.game import Game

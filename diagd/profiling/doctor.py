@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from diagd.bundle import Bundle, cache, cache_directory
+from diagd.bundle import Bundle, cache
 from diagd.engines import measured
 from diagd.engines.ceilings import processor_ceilings
 from diagd.engines.devices.kernels import host_build
@@ -163,7 +163,7 @@ def this_device(threads: int = 0) -> Device:
 def check_disk() -> Check:
     """Room for packed weights and compiled engines, and the right to write them."""
     fix = "set DIAGD_CACHE to a directory of yours"
-    place = cache_directory()
+    place = cache.cache_directory()
     if place is None:
         return Check("cache", ABSENT, "no place for one: HOME and XDG_CACHE_HOME are not set", fix)
     parent = next(path for path in (place, *place.parents) if path.exists())
