@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diagd.bundle.files import write_text
 from diagd.errors import CheckpointError
-from diagd.export.checkpoints.checkpoint import save_tensors
+from diagd.export.checkpoints import save_tensors
 from diagd.export.families.world import (
     DESCRIPTION,
     WEIGHTS,

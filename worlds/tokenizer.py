@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from diagd.bundle.files import atomic_file
 from diagd.errors import UsageError
-from diagd.export.checkpoints.checkpoint import save_tensors
+from diagd.export.checkpoints import save_tensors
 from diagd.export.families.world import TOKENIZER, CompactConfig, CompactGraphs, read_tokenizer
 from diagd.export.tokenizers.base import TokenizerGraphs, loaded
 from diagd.export.tokenizers.compact_network import Decoder, Encoder

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from diagd.bundle import Bundle, Manifest, atomic_bundle, seal
 from diagd.bundle.manifest import Provenance
 from diagd.errors import BundleError, UsageError
-from diagd.export.checkpoints import Checkpoint, check
-from diagd.export.checkpoints.checkpoint import save_tensors
+from diagd.export.checkpoints import Checkpoint, check, save_tensors
 from diagd.export.families import Family
 from diagd.export.transformer import Transformer
 from diagd.tuning.options import AlignOptions

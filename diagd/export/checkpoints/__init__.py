@@ -1,38 +1,49 @@
 """Checkpoints: named tensors in released file formats, read tensor by tensor and never executed.
 
-A checkpoint of any format is told by its content: a file, a sharded set, a folder, a repository.
+A checkpoint of any format is told by its content: a file, a sharded set, a folder, a repository. Its tensors
+have not been read yet: shape and dtype at once, values row by row when asked. They are those of a safetensors
+file, or random ones for latency work; ``torch_file`` has those of PyTorch.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from diagd.bundle.files import instead
-from diagd.errors import CheckpointError, require
-from diagd.export.checkpoints.checkpoint import (
-    WEIGHT_DTYPES,
-    Checkpoint,
-    RandomCheckpoint,
-    TensorHandle,
-    check,
-    initial_moments,
-    read_safetensors,
-    select,
-)
+import numpy as np
+from numpy.typing import NDArray
+
+from diagd.bundle.files import atomic_file, instead, usual_rights
+from diagd.errors import CheckpointError, UsageError, require
 from diagd.export.checkpoints.location import fetch, is_index, local_file, shard_names
 
-__all__ = [
-    "WEIGHT_DTYPES",
-    "Checkpoint",
-    "RandomCheckpoint",
-    "TensorHandle",
-    "check",
-    "initial_moments",
-    "open_checkpoint",
-    "select",
-]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+require("ml_dtypes", extra="export", purpose="read checkpoints")  # teaches NumPy the name bfloat16
+
+Shape = tuple[int, ...]
+
+WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+READABLE = {*WEIGHT_DTYPES, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
+
+_LINES_PER_KIND = 12
+
+_PER_COUNTER = 16  # 16-bit draws in one 256-bit Philox block
+
+_CHUNK = 1 << 20
+
+_DTYPES = {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+for _code, _kind in {"F": "float", "I": "int", "U": "uint"}.items():
+    _DTYPES |= {f"{_code}{bits}": f"{_kind}{bits}" for bits in (8, 16, 32, 64)}
+"""NumPy's names of the types of safetensors."""
 
 _PICKLE_STARTS = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -122,3 +133,264 @@ def _old_format(path: Path, start: bytes) -> str | None:
             f"weights_only=True), '{path.with_suffix('')}-zip{path.suffix}')\""
         )
     return None
+
+
+@dataclass(frozen=True)
+class TensorHandle(ABC):
+    """A tensor of a checkpoint; ``dtype`` is a name such as ``float32``, ``float16`` or ``bfloat16``."""
+
+    shape: Shape
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def read(self) -> NDArray[Any]:
+        """The whole tensor, C-contiguous and possibly read-only; bfloat16 as `ml_dtypes.bfloat16`.
+
+        Raises:
+            CheckpointError: the dtype has no array form, or the file changed since it was opened.
+        """
+        return self._readable(0, self.shape[0] if self.shape else 1).reshape(self.shape)
+
+    def read_rows(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows ``start <= row < stop`` of axis 0, as `read` would give them; no others are read.
+
+        Raises:
+            IndexError: the rows are not within the tensor.
+            CheckpointError: as in `read`.
+        """
+        if not self.shape or not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"rows {start}:{stop} of a tensor of shape {self.shape}")
+        return self._readable(start, stop)
+
+    def _readable(self, start: int, stop: int) -> NDArray[Any]:
+        if self.dtype not in READABLE:
+            raise CheckpointError(
+                f"a tensor of dtype {self.dtype} cannot be read; use a checkpoint in bfloat16, float16 or "
+                "float32"
+            )
+        return self._rows(start, stop)
+
+    @abstractmethod
+    def _rows(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows of a readable tensor; a scalar is one row."""
+
+
+class Checkpoint(dict[str, TensorHandle]):
+    """Tensor handles by name.
+
+    Attributes:
+        source: path or ``hf://`` address.
+        metadata: what the file says besides tensors, as plain data.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorHandle],
+        *,
+        source: str,
+        metadata: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(tensors)
+        self.source, self.metadata = source, dict(metadata or {})
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint of {len(self)} tensors from {self.source}>"
+
+
+def select(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Checkpoint:
+    """A view of a checkpoint under other names, None for tensors to leave out; nothing is read.
+
+    Raises:
+        CheckpointError: two tensors get the same name.
+    """
+    origin: dict[str, str] = {}
+    for name in checkpoint:
+        if (new := rename(name)) is None:
+            continue
+        if new in origin:
+            raise CheckpointError(
+                f"{checkpoint.source} holds '{origin[new]}' and '{name}', which both mean '{new}'; "
+                "use a checkpoint of a single model"
+            )
+        origin[new] = name
+    tensors = {new: checkpoint[name] for new, name in origin.items()}
+    return Checkpoint(tensors, source=checkpoint.source, metadata=checkpoint.metadata)
+
+
+def check(
+    checkpoint: Checkpoint, expected: Mapping[str, Shape], dtypes: Sequence[str] = WEIGHT_DTYPES
+) -> None:
+    """Compare names, shapes and dtypes with what a model needs; nothing is read.
+
+    The checkpoint's names are the model's (see `select`).
+
+    Raises:
+        CheckpointError: any tensor is missing, extra, wrongly shaped or of an unusable dtype. One error
+            lists them all; tensors that differ only in their numbers (layers) share a line with a count.
+    """
+    held = {name: (checkpoint[name], shape) for name, shape in expected.items() if name in checkpoint}
+    found = {
+        "missing": [(name, f"{list(shape)}") for name, shape in expected.items() if name not in held],
+        "extra": [(name, f"{list(tensor.shape)}") for name, tensor in checkpoint.items() if name not in held],
+        "wrong shape": [
+            (name, f"expected {list(shape)}, found {list(tensor.shape)}")
+            for name, (tensor, shape) in held.items()
+            if tensor.shape != tuple(shape)
+        ],
+        "unusable dtype": [
+            (name, f"expected one of {', '.join(dtypes)}, found {tensor.dtype}")
+            for name, (tensor, _) in held.items()
+            if tensor.dtype not in dtypes
+        ],
+    }
+    problems = {kind: entries for kind, entries in found.items() if entries}
+    if problems:
+        counts = ", ".join(f"{len(entries)} {kind}" for kind, entries in problems.items())
+        lines = [f"{checkpoint.source} does not fit the model: {counts}"]
+        for kind, entries in problems.items():
+            lines += [f"  {kind}: {line}" for line in _abbreviate(entries)]
+        raise CheckpointError("\n".join([*lines, _remedy(set(problems), nothing_fits=not held)]))
+
+
+def _remedy(problems: set[str], *, nothing_fits: bool) -> str:
+    if nothing_fits:
+        return "No expected name is there: this is another model family or another part of the model."
+    if problems == {"unusable dtype"}:
+        return "Use the original checkpoint, or convert these tensors to bfloat16, float16 or float32."
+    return "Check that the model name and size are those of the checkpoint."
+
+
+def _abbreviate(entries: Iterable[tuple[str, str]]) -> list[str]:
+    """One line for all names that differ only in their numbers, at most `_LINES_PER_KIND` lines."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, detail in entries:
+        groups.setdefault((re.sub(r"\d+", "*", name), detail), []).append(name)
+    lines = [
+        f"{names[0]} {detail}" if len(names) == 1 else f"{pattern} {detail} ({len(names)} tensors)"
+        for (pattern, detail), names in groups.items()
+    ]
+    rest = sum(map(len, list(groups.values())[_LINES_PER_KIND:]))
+    return [*lines[:_LINES_PER_KIND], *([f"... and {rest} more tensors"] if rest else [])]
+
+
+def initial_moments(name: str, shape: Shape) -> tuple[float, float]:
+    """Mean and standard deviation that keep activations finite and of order one.
+
+    Matrices and convolutions have mean 0 and standard deviation ``1 / sqrt(fan_in)``, vectors named
+    ``bias`` are 0, other vectors and scalars are gains of 1.
+    """
+    if len(shape) >= 2:
+        return 0.0, 1.0 / math.sqrt(max(1, math.prod(shape[1:])))
+    return 0.0 if name.endswith("bias") else 1.0, 0.0
+
+
+class RandomCheckpoint(Checkpoint):
+    """A checkpoint whose float32 tensors are a function of (seed, name, element index) alone.
+
+    Order of reading, chunk sizes and the NumPy version make no difference: elements are uniform 16-bit
+    draws of the counter-based generator Philox4x64-10 (Salmon et al., 2011), scaled to `initial_moments`.
+    """
+
+    def __init__(self, expected: Mapping[str, Shape], *, seed: int) -> None:
+        tensors = {}
+        for name, shape in expected.items():
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
+            moments = initial_moments(name, tuple(shape))
+            tensors[name] = RandomTensor(tuple(shape), "float32", int.from_bytes(digest, "little"), *moments)
+        super().__init__(tensors, source=f"random weights, seed {seed}")
+
+
+@dataclass(frozen=True)
+class RandomTensor(TensorHandle):
+    """A tensor generated on reading from a 128-bit Philox key; memory is that of the rows read."""
+
+    key: int
+    mean: float
+    deviation: float
+
+    def _rows(self, start: int, stop: int) -> NDArray[Any]:
+        row = math.prod(self.shape[1:])
+        values = np.full((stop - start) * row, self.mean, np.float32)
+        if self.deviation:
+            for first in range(start * row, stop * row, _CHUNK):
+                last = min(first + _CHUNK, stop * row)
+                values[first - start * row : last - start * row] += self._deviations(first, last)
+        return values.reshape(stop - start, *self.shape[1:])
+
+    def _deviations(self, start: int, stop: int) -> NDArray[np.float32]:
+        counter, skipped = divmod(start, _PER_COUNTER)
+        words = math.ceil((stop - start + skipped) / 4)
+        raw = np.random.Philox(key=self.key, counter=counter).random_raw(words)
+        draws = raw.astype("<u8", copy=False).view("<i2")[skipped : skipped + stop - start]
+        # (integer + 1/2) / 2^15 is uniform on (-1, 1), symmetric, with standard deviation 1 / sqrt(3).
+        scale = np.float32(self.deviation * math.sqrt(3.0) / 2**15)
+        return (draws.astype(np.float32) + np.float32(0.5)) * scale
+
+
+@dataclass(frozen=True)
+class SafeTensor(TensorHandle):
+    """A tensor of a file, which is mapped for the time of a read, so that its pages go again."""
+
+    file: Path
+    name: str
+
+    def _rows(self, start: int, stop: int) -> NDArray[Any]:
+        if not self.size:
+            return np.empty((stop - start, *self.shape[1:]), self.dtype)
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.file, framework="np") as tensors:
+                whole = stop - start == (self.shape or (1,))[0]
+                rows = tensors.get_tensor(self.name) if whole else tensors.get_slice(self.name)[start:stop]
+                return np.asarray(rows)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.file} changed since it was opened: '{self.name}' cannot be read ({error}); run again "
+                "once the file is complete"
+            ) from error
+
+
+def read_safetensors(path: Path) -> Checkpoint:
+    """Open one safetensors file by its header; ``metadata`` is its ``__metadata__``, strings by name.
+
+    Raises:
+        CheckpointError: the file is cut short, or its header is malformed or lies.
+    """
+    safetensors = require("safetensors", extra="export", purpose="read safetensors checkpoints")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            parts = {name: file.get_slice(name) for name in sorted(file.keys())}
+            metadata = file.metadata()
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is cut short or is not a safetensors file: its {path.stat().st_size} bytes do not fit "
+            f"its header ({error}); download it again"
+        ) from error
+    tensors = {
+        name: SafeTensor(tuple(part.get_shape()), _DTYPES.get(code := part.get_dtype(), code), path, name)
+        for name, part in parts.items()
+    }
+    return Checkpoint(tensors, source=str(path), metadata=metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors by name as safetensors, and strings by name that are told of them.
+
+    Raises:
+        UsageError: the disk does not take them.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as partial, usual_rights(partial):
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        except SafetensorError as error:
+            raise UsageError(
+                f"{path} cannot be written: {error}; free some space or choose another place"
+            ) from error

@@ -25,7 +25,7 @@ from torch._weights_only_unpickler import Unpickler, get_globals_in_pkl
 from torch.serialization import safe_globals
 
 from diagd.errors import CheckpointError
-from diagd.export.checkpoints.checkpoint import Checkpoint, Shape, TensorHandle
+from diagd.export.checkpoints import Checkpoint, Shape, TensorHandle
 
 _STATE_KEYS = ("state_dict", "model")  # Lightning (MineWorld, WHAM); Cosmos
 _ADVICE = "run torch.save(model.state_dict(), 'model.pt')"

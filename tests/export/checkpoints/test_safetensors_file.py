@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from diagd.errors import CheckpointError, UsageError
-from diagd.export.checkpoints import open_checkpoint
-from diagd.export.checkpoints.checkpoint import save_tensors
+from diagd.export.checkpoints import open_checkpoint, save_tensors
 
 
 @pytest.mark.parametrize(
