@@ -47,6 +47,7 @@ class ContextPolicy(Protocol):
     @property
     def horizon(self) -> int | None:
         """Last frame that overlapping frames may reach; None: any."""
+        return None
 
     def advance(self, frame: int, fed: int) -> Refill | None:
         """Make room for ``frame``, whose first step feeds stream positions from ``fed`` on."""
@@ -65,6 +66,7 @@ class ContextPolicy(Protocol):
 
     def resume(self, frame: int) -> None:
         """The prefix has been fed; positions are counted so that ``frame`` can follow it."""
+        return
 
 
 class SlidingRotary(ContextPolicy):

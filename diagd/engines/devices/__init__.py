@@ -57,6 +57,7 @@ class Device(Clock, Protocol):
 
     def synchronise(self) -> None:
         """Wait for everything queued."""
+        return
 
     def memory_used(self) -> int:
         """Bytes of the device that are in use, those of other programs included."""

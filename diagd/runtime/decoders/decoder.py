@@ -33,6 +33,7 @@ class Decoder(Protocol):
         Raises:
             UsageError: it cannot.
         """
+        return
 
     def blocks(self, stream: Stream) -> Blocks:
         """Yield blocks of steps and receive the result of the last step of each, until a frame is complete.
