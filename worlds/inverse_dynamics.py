@@ -19,7 +19,7 @@ from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.export.families.mineworld import mineworld_actions
 from diagd.runtime.actions import encode, read_actions
-from diagd.runtime.decoders.scoring import as_floats, open_network
+from diagd.runtime.decoders.draft import as_floats, open_network
 from diagd.runtime.pictures import sized
 from worlds.metrics import Estimate
 from worlds.options import FolderOptions

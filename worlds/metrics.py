@@ -16,7 +16,7 @@ from scipy import linalg
 from skimage.metrics import structural_similarity
 
 from diagd.errors import UsageError
-from diagd.runtime.decoders.scoring import as_floats, open_network
+from diagd.runtime.decoders.draft import as_floats, open_network
 
 _SSIM_WINDOW = 11
 _ROUNDING_NOISE = 1 / 12

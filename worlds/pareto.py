@@ -22,7 +22,7 @@ from diagd.bundle.files import atomic_file, write_text
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.runtime.comparison import audit
 from diagd.runtime.decoders import Decoder, DraftDecoder, ScheduledDecoder
-from diagd.runtime.decoders.scoring import Proposal, Scorer, open_scorer, worst_likelihood
+from diagd.runtime.decoders.draft import Proposal, Scorer, open_scorer, worst_likelihood
 from diagd.runtime.options import DRAFT, DraftOptions, parse_decoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings

@@ -20,7 +20,7 @@ from diagd.engines.engine import Engine, Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.progress import Progress
 from diagd.runtime.comparison import Block, Comparison, likelihood, lockstep, log_softmax
-from diagd.runtime.decoders.scoring import MEASURED
+from diagd.runtime.decoders.draft import MEASURED
 from diagd.runtime.load import threads_by_size
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.step import Result

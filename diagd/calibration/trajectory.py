@@ -23,7 +23,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.runtime.actions import encode
 from diagd.runtime.decoders import ForcedDecoder, ScheduledDecoder
-from diagd.runtime.decoders.scoring import own_likelihoods
+from diagd.runtime.decoders.draft import own_likelihoods
 from diagd.runtime.load import session_over, step_options
 from diagd.runtime.step import Result
 from diagd.schedule import Schedule, Step, slots_needed

@@ -16,8 +16,8 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.engines.host import available_bytes
 from diagd.engines.tensorrt import capabilities, import_tensorrt
-from diagd.engines.tensorrt.builder import estimate
-from diagd.engines.tensorrt.opening import Request, choose, compile_engine
+from diagd.engines.tensorrt.builder import Request, estimate
+from diagd.engines.tensorrt.opening import choose, compile_engine
 from diagd.errors import UsageError
 from diagd.options import OPTIONS, File, flag, positional
 from diagd.progress import Progress

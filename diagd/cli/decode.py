@@ -5,7 +5,7 @@ from __future__ import annotations
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.progress import Progress
-from diagd.runtime.transcode import DecodeOptions, decode
+from diagd.runtime.video import DecodeOptions, decode
 
 EXAMPLES = """examples:
   diagd decode crafter-3m.diagd walk.npy --output walk.mp4

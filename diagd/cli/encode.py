@@ -5,7 +5,7 @@ from __future__ import annotations
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.progress import Progress
-from diagd.runtime.transcode import EncodeOptions, encode
+from diagd.runtime.video import EncodeOptions, encode
 
 EXAMPLES = """examples:
   diagd encode crafter-3m.diagd walk.mp4 --output walk.npy

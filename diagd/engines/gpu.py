@@ -27,7 +27,7 @@ from diagd.engines.operators import step_operators
 from diagd.engines.prefix import GRANULE, MAX_WIDTH, PlainPrefix
 from diagd.engines.processor import Processor
 from diagd.engines.tensorrt import import_tensorrt
-from diagd.engines.tensorrt.builder import Builder, BuildOptions
+from diagd.engines.tensorrt.builder import Builder, Request
 from diagd.engines.tensorrt.opening import TensorRTProgram, open_tensorrt
 from diagd.engines.tensors import Program, Tensor, rotate_pairs
 from diagd.errors import EngineError, require
@@ -89,7 +89,7 @@ class TensorRT(Cuda):
     def _product(self, device: Device, model: Path, rows: int, tensors: Mapping[str, Tensor]) -> Program:
         trt = import_tensorrt(self.runtime)
         plan = model.with_suffix(".plan")
-        plan.write_bytes(Builder(trt).build(model, BuildOptions((rows,), tokens=0)).plan)
+        plan.write_bytes(Builder(trt).build(model, Request(widths=(rows,))).plan)
         return TensorRTProgram(trt, plan, (rows,), tensors, device.stream)
 
 

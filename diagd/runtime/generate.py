@@ -24,7 +24,7 @@ from diagd.runtime.actions import write_actions
 from diagd.runtime.clip import CLIPS, EPISODE, Clip, ClipOptions, Dream, read_clip, vector_codec
 from diagd.runtime.comparison import audit
 from diagd.runtime.decoders import Decoder
-from diagd.runtime.decoders.scoring import MEASURED, open_scorer
+from diagd.runtime.decoders.draft import MEASURED, open_scorer
 from diagd.runtime.options import DRAFT, GenerateOptions, TextEncoder, TextOptions, parse_decoder
 from diagd.runtime.pictures import files_in
 from diagd.runtime.pixels import PixelCodec, Pixels

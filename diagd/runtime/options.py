@@ -23,7 +23,7 @@ from diagd.errors import DiagdError, ScheduleError, UsageError
 from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.runtime.clip import ClipOptions
 from diagd.runtime.decoders import Decoder, DraftDecoder, JacobiDecoder, ScheduledDecoder
-from diagd.runtime.decoders.scoring import Scorer
+from diagd.runtime.decoders.draft import Scorer
 from diagd.runtime.group import Group
 from diagd.runtime.load import open_group, open_session
 from diagd.runtime.pixels import PixelCodec

@@ -13,7 +13,7 @@ import torch
 
 from diagd.bundle import Bundle, Form, seal
 from diagd.bundle.transformer import linear_rotary
-from diagd.engines.tensorrt.builder import Build, Builder, BuildOptions
+from diagd.engines.tensorrt.builder import Build, Builder, Request
 from diagd.errors import EngineError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
@@ -47,7 +47,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def compile_graph(bundle: Bundle, precision: str, form: Form, target: str) -> Build:
     file = bundle.at_precision(precision).manifest.graph(form).file
-    return Builder(rtx).build(bundle.file(file), BuildOptions(WIDTHS, 120, (target,)))
+    return Builder(rtx).build(bundle.file(file), Request(120, None, WIDTHS, (target,)))
 
 
 @pytest.mark.parametrize("precision", TARGETS)
@@ -68,7 +68,7 @@ class PlainBuilder(Builder):
 
 
 def test_attention_has_a_kernel_only_in_float16(bundle: Bundle, tmp_path: Path) -> None:
-    options = BuildOptions(WIDTHS, 120, ("sm86",))
+    options = Request(120, None, WIDTHS, ("sm86",))
     halved = bundle.at_precision("int8").manifest.graph(Form.MODERN).file
     assert PlainBuilder(rtx).build(bundle.file(halved), options).plan.nbytes > 0
     target = shutil.copytree(bundle.path, tmp_path / "single.diagd")

@@ -24,7 +24,7 @@ from diagd.errors import QualityError, UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.export.variants import projections
 from diagd.progress import Progress
-from diagd.runtime.decoders.scoring import LikelihoodScorer
+from diagd.runtime.decoders.draft import LikelihoodScorer
 from diagd.runtime.load import load
 from diagd.runtime.sampling import SamplingSettings
 from tests.calibration.bundles import LAYOUT, PAST, engine_of, frames, load_graph, logits_of, quantise

@@ -21,7 +21,7 @@ from diagd.engines.ceilings import (
     memory_bandwidth,
 )
 from diagd.engines.onnxruntime_session import OnnxRuntimeProgram
-from diagd.engines.tensorrt.builder import Builder, BuildOptions
+from diagd.engines.tensorrt.builder import Builder, Request
 from diagd.engines.tensors import Tensor
 from diagd.errors import DiagdError
 from tests.engines.host_device import HostDevice, host_kernels
@@ -61,7 +61,7 @@ def test_tensorrt_takes_the_product(tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     model = tmp_path / "product.onnx"
     model.write_bytes(matrix_product_model("rows", SIDE, SIDE, FLOAT16))
-    build = Builder(trt).build(model, BuildOptions((SIDE,), tokens=0, targets=("sm89",)))
+    build = Builder(trt).build(model, Request(widths=(SIDE,), targets=("sm89",)))
     assert build.layers == {"MATRIX_MULTIPLY": 1}
     assert len(build.plan) > 0
 

@@ -80,10 +80,10 @@ def test_every_tensorrt_takes_the_form_that_there_is(bundle: Bundle) -> None:
 
 def compiles(bundle: Bundle) -> bool:
     rtx = pytest.importorskip("tensorrt_rtx")
-    from diagd.engines.tensorrt.builder import Builder, BuildOptions
+    from diagd.engines.tensorrt.builder import Builder, Request
 
     graph = bundle.file(bundle.manifest.graph(Form.PORTABLE).file)
-    build = Builder(rtx).build(graph, BuildOptions(WIDTHS, 40, ("sm89",)))
+    build = Builder(rtx).build(graph, Request(40, None, WIDTHS, ("sm89",)))
     tensors = 2 * bundle.manifest.cache.layers
     assert build.log == ()
     return build.layers["QUANTIZE"] == tensors and build.layers["DEQUANTIZE"] == 2 * tensors

@@ -26,15 +26,15 @@ from diagd.engines.tensorrt.builder import (
     LIVE_INPUT,
     Build,
     Builder,
-    BuildOptions,
     LogLine,
     MemoryEstimate,
+    Request,
     check_log,
     check_memory,
     errors_of,
     estimate,
 )
-from diagd.engines.tensorrt.opening import Request, compile_engine
+from diagd.engines.tensorrt.opening import compile_engine
 from diagd.errors import DependencyError, EngineError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
@@ -62,7 +62,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def compile_graph(graph: Path, target: str = "sm89") -> Build:
-    return Builder(rtx).build(graph, BuildOptions(WIDTHS, 40, (target,)))
+    return Builder(rtx).build(graph, Request(40, None, WIDTHS, (target,)))
 
 
 def test_the_modern_form_keeps_its_fused_layers(bundle: Bundle) -> None:
@@ -127,7 +127,7 @@ class PlainBuilder(Builder):
 def test_float32_attention_is_compiled_only_because_it_may_be_split(tmp_path: Path) -> None:
     graph = attention_graph(tmp_path / "attention.onnx", TensorProto.FLOAT)
     with pytest.raises(EngineError, match="not supported by a dedicated kernel"):
-        PlainBuilder(rtx).build(graph, BuildOptions(WIDTHS, 40, ("sm89",)))
+        PlainBuilder(rtx).build(graph, Request(40, None, WIDTHS, ("sm89",)))
     assert compile_graph(graph).layers["ATTENTION_INPUT"] == 1
 
 
@@ -217,7 +217,7 @@ class Recording(Builder):
 
 def test_attention_reads_live_slots_only(bundle: Bundle) -> None:
     builder = Recording(rtx)
-    builder.build(bundle.file("step.modern.onnx"), BuildOptions(WIDTHS, 40, ("sm89",)))
+    builder.build(bundle.file("step.modern.onnx"), Request(40, None, WIDTHS, ("sm89",)))
     assert builder.lengths == [LIVE_INPUT] * LAYERS
     assert builder.inputs.count(LIVE_INPUT) == 1
 

@@ -13,13 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
-from diagd.bundle import Bundle
+import pydantic.dataclasses
+from pydantic import AfterValidator, BeforeValidator
+
+from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
 from diagd.engines import host
 from diagd.engines.tensorrt import Capabilities, capabilities
 from diagd.errors import EngineError
+from diagd.options import NAMES, OPTIONS, Numbers, flag, setting
 from diagd.progress import Progress
 
 HARMLESS = ("has Int64 binding", "will not be queryable")
@@ -130,23 +134,48 @@ def make_monitor(trt: ModuleType, progress: Progress, cancelled: Event) -> Any:
     return Monitor()
 
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """How to compile one step graph.
+def _row_counts(widths: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if widths and min(widths) < 1:
+        raise ValueError("a step has at least one row")
+    return widths and tuple(sorted(set(widths)))
 
-    Attributes:
-        widths: one optimization profile each; they share one copy of the weights.
-        tokens: size of the token buffer.
-        targets: GPUs to build for where TensorRT can cross-build, as ``sm89``; none: the GPU at hand.
-        optimization_level: 0 (fast build) to 5 (fast engine); None leaves TensorRT's default.
-        timing_cache: kernels measured before, none yet where empty; None where TensorRT takes none.
+
+def _said(targets: object) -> object:
+    if isinstance(targets, str) and not targets.strip(" ,"):
+        raise ValueError("expected GPUs such as sm86,sm89")
+    return targets
+
+
+def _gpus(targets: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted({name.lower() for name in targets}, key=lambda name: (len(name), name)))
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=OPTIONS)
+class Request:
+    """What to compile; ``tokens`` is the size of the token buffer.
+
+    Each width is an optimization profile; they share one copy of the weights.
     """
 
-    widths: tuple[int, ...]
-    tokens: int
-    targets: tuple[str, ...] = ()
-    optimization_level: int | None = None
-    timing_cache: bytes | None = None
+    tokens: int = 0
+    form: Form | None = flag(
+        "of the step graph: modern or portable (default: what suits this TensorRT)", None
+    )
+    widths: Annotated[Numbers | None, AfterValidator(_row_counts)] = flag(
+        "rows of a step, as 16,64 (default: the bundle's)", None
+    )
+    targets: Annotated[tuple[str, ...], NAMES, BeforeValidator(_said), AfterValidator(_gpus)] = flag(
+        "build for other GPUs, as sm86,sm89 (TensorRT-RTX only)", (), name="target"
+    )
+    optimization_level: int | None = setting(
+        "0 builds fast, 5 runs fast (default: TensorRT's own)", None, ge=0, le=5
+    )
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Options that change the engine."""
+        level = self.optimization_level
+        return () if level is None else (f"optimization_level={level}",)
 
 
 @dataclass(frozen=True)
@@ -176,8 +205,10 @@ class Builder:
     def __post_init__(self) -> None:
         self.offered: Capabilities = capabilities(self.trt)
 
-    def build(self, graph: Path, options: BuildOptions) -> Build:
-        """Compile a step graph with its weights beside it.
+    def build(self, graph: Path, request: Request, timing_cache: bytes | None = None) -> Build:
+        """Compile a step graph with its weights beside it, at the widths that are named.
+
+        ``timing_cache``: kernels measured before, none yet where empty; None where TensorRT takes none.
 
         Raises:
             EngineError: TensorRT refuses the graph, drops part of it, or fails to build.
@@ -195,12 +226,13 @@ class Builder:
         check_log(lines)
         layers = self._prepare_attention(network)
         config = builder.create_builder_config()
-        self._configure(builder, network, config, options)
+        self._configure(builder, network, config, request)
+        if timing_cache is not None:
+            config.set_timing_cache(config.create_timing_cache(timing_cache), ignore_mismatch=False)
         plan = self._run(builder, network, config, lines, graph)
         check_log(lines)
-        measured = options.timing_cache is not None
-        timing_cache = bytes(config.get_timing_cache().serialize()) if measured else None
-        return Build(plan, layers, tuple(lines), timing_cache)
+        measured = None if timing_cache is None else bytes(config.get_timing_cache().serialize())
+        return Build(plan, layers, tuple(lines), measured)
 
     def _prepare_attention(self, network: Any) -> Counter[str]:
         """Attach the live length to every attention layer; count layers by type.
@@ -222,24 +254,22 @@ class Builder:
                     layer.attention.key_value_lengths = live
         return counts
 
-    def _configure(self, builder: Any, network: Any, config: Any, options: BuildOptions) -> None:
-        for index, target in enumerate(options.targets):
+    def _configure(self, builder: Any, network: Any, config: Any, request: Request) -> None:
+        for index, target in enumerate(request.targets):
             if index == 0:
-                config.num_compute_capabilities = len(options.targets)
+                config.num_compute_capabilities = len(request.targets)
             config.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), index)
-        if options.optimization_level is not None:
-            config.builder_optimization_level = options.optimization_level
-        for width in options.widths:
+        if request.optimization_level is not None:
+            config.builder_optimization_level = request.optimization_level
+        for width in request.widths or ():
             profile = builder.create_optimization_profile()
             for index in range(network.num_inputs):
                 tensor = network.get_input(index)
                 if DYNAMIC in tensor.shape:
-                    size = options.tokens if tensor.name == "token_buffer" else width
+                    size = request.tokens if tensor.name == "token_buffer" else width
                     shape = [size if length == DYNAMIC else length for length in tensor.shape]
                     profile.set_shape(tensor.name, shape, shape, shape)
             config.add_optimization_profile(profile)
-        if options.timing_cache is not None:
-            config.set_timing_cache(config.create_timing_cache(options.timing_cache), ignore_mismatch=False)
 
     def _run(
         self, builder: Any, network: Any, config: Any, lines: Sequence[LogLine], graph: Path

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
-import pydantic.dataclasses
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from diagd.bundle import Bundle, Form, cache
 from diagd.bundle.actions import Record
@@ -29,8 +28,8 @@ from diagd.engines.tensorrt import (
 )
 from diagd.engines.tensorrt.builder import (
     Builder,
-    BuildOptions,
     LogLine,
+    Request,
     check_memory,
     errors_of,
     estimate,
@@ -38,7 +37,6 @@ from diagd.engines.tensorrt.builder import (
 )
 from diagd.engines.tensors import Tensor
 from diagd.errors import DiagdError, EngineError
-from diagd.options import NAMES, OPTIONS, Numbers, flag, setting
 from diagd.progress import Progress
 from diagd.version import __version__
 
@@ -105,7 +103,7 @@ class EngineRecord(Record):
     diagd_version: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class StoredEngine:
     """A compiled engine on disk."""
 
@@ -208,47 +206,6 @@ def _text(value: object) -> str:
     return text[:12] if len(text) == hashlib.sha256().digest_size * 2 else text
 
 
-def _row_counts(widths: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if widths and min(widths) < 1:
-        raise ValueError("a step has at least one row")
-    return widths and tuple(sorted(set(widths)))
-
-
-def _said(targets: object) -> object:
-    if isinstance(targets, str) and not targets.strip(" ,"):
-        raise ValueError("expected GPUs such as sm86,sm89")
-    return targets
-
-
-def _gpus(targets: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(sorted({name.lower() for name in targets}, key=lambda name: (len(name), name)))
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=OPTIONS)
-class Request:
-    """What to compile of a bundle; ``tokens`` is the size of the token buffer."""
-
-    tokens: int = 0
-    form: Form | None = flag(
-        "of the step graph: modern or portable (default: what suits this TensorRT)", None
-    )
-    widths: Annotated[Numbers | None, AfterValidator(_row_counts)] = flag(
-        "rows of a step, as 16,64 (default: the bundle's)", None
-    )
-    targets: Annotated[tuple[str, ...], NAMES, BeforeValidator(_said), AfterValidator(_gpus)] = flag(
-        "build for other GPUs, as sm86,sm89 (TensorRT-RTX only)", (), name="target"
-    )
-    optimization_level: int | None = setting(
-        "0 builds fast, 5 runs fast (default: TensorRT's own)", None, ge=0, le=5
-    )
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Options that change the engine."""
-        level = self.optimization_level
-        return () if level is None else (f"optimization_level={level}",)
-
-
 def resolve(bundle: Bundle, request: Request, offered: Capabilities) -> tuple[Fingerprint, StepGraph]:
     """Settle every choice a request leaves open: what an engine is compiled for, and of which step graph.
 
@@ -328,8 +285,8 @@ def compile_engine(
     if not force:
         check_memory(estimate(bundle, graph, chosen.widths), available_bytes())
     known = (cache.read("timing", timing_key(chosen)) or b"") if offered.timing_cache else None
-    options = BuildOptions(chosen.widths, chosen.tokens, request.targets, request.optimization_level, known)
-    build = Builder(trt, progress or Progress()).build(bundle.file(graph.file), options)
+    asked = replace(request, widths=chosen.widths)
+    build = Builder(trt, progress or Progress()).build(bundle.file(graph.file), asked, known)
     stored = EngineStore(bundle).write(chosen, build.plan)
     if build.timing_cache is not None:
         cache.write("timing", timing_key(chosen), build.timing_cache)

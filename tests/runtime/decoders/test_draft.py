@@ -13,7 +13,7 @@ import diagd
 from diagd.errors import UsageError
 from diagd.runtime.comparison import audit
 from diagd.runtime.decoders import Decoder, DraftDecoder, JacobiDecoder, RasterDecoder, ScheduledDecoder
-from diagd.runtime.decoders.scoring import Proposal
+from diagd.runtime.decoders.draft import Proposal
 from diagd.runtime.session import Session
 from diagd.runtime.step import Frame
 from diagd.schedule import Schedule, StreamLayout

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 import diagd
 from diagd.bundle.manifest import OwnLikelihood
 from diagd.errors import UsageError
-from diagd.runtime.decoders.scoring import (
+from diagd.runtime.decoders.draft import (
     LikelihoodScorer,
     PictureScorer,
     Proposal,
