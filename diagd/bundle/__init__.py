@@ -55,11 +55,7 @@ class Bundle:
         return bundle
 
     def at_precision(self, precision: str | None = None) -> Bundle:
-        """The bundle with the step graphs of one precision only; None is that of its first graph.
-
-        Raises:
-            UsageError: it has no graph of that precision.
-        """
+        """The bundle with graphs of one precision only, by default its first's; UsageError if it has none."""
         graphs = self.manifest.graphs
         known = list(dict.fromkeys(graph.precision for graph in graphs))
         chosen = known[0] if precision is None else precision

@@ -109,11 +109,7 @@ def write(kind: str, key: str, body: bytes) -> None:
 
 
 def digest(file: Path) -> str:
-    """Sha256 of a file; taken once for as long as its size, times and inode stay.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Sha256 of a file (OSError: unreadable); taken once for as long as its size, times and inode stay."""
     stamp = _stamp(file)
     if (newest := max(stamp[-2:]) / 1e9 + _TICK_SECONDS - time.time()) > 0:
         time.sleep(min(newest, _TICK_SECONDS))

@@ -377,11 +377,7 @@ class Manifest(Record):
         return self.transformer.output_vocabulary
 
     def graph(self, form: Form) -> StepGraph:
-        """The first step graph of a form.
-
-        Raises:
-            KeyError: the bundle has none.
-        """
+        """The first step graph of a form; KeyError where the bundle has none."""
         for graph in self.graphs:
             if graph.form is form:
                 return graph

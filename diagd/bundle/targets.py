@@ -83,22 +83,14 @@ def file_target(
 
 
 def check_apart(path: Path, read: Mapping[str, Path | None], option: str = "--output") -> None:
-    """Refuse an output that is one of the files that are read, which are given by their options.
-
-    Raises:
-        UsageError: it is.
-    """
+    """Refuse (UsageError) an output that is one of the files that are read, given by their options."""
     for reader, source in read.items():
         if source is not None and source.exists() and path.exists() and path.samefile(source):
             raise UsageError(f"{option} {path} is what {reader} reads; give another name")
 
 
 def check_distinct(written: Mapping[str, Path | None]) -> None:
-    """Refuse options that name one file to be written.
-
-    Raises:
-        UsageError: two of them do.
-    """
+    """Refuse (UsageError) options that name one file to be written."""
     taken: dict[Path, str] = {}
     for option, path in written.items():
         if path is not None and (other := taken.setdefault(path.resolve(), option)) != option:

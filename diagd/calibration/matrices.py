@@ -66,11 +66,7 @@ Sources = Mapping[str, WeightSource]
 
 
 class StoredWeights:
-    """Tensors of the graphs in floating point, mapped from their file, never read whole.
-
-    Raises:
-        BundleError: the file is not as the export writes it.
-    """
+    """Tensors of graphs in floating point, mapped from their file; BundleError where it has another size."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._path = bundle.file(WEIGHTS_NAME)

@@ -19,11 +19,7 @@ SCHEMES = {name: precision for name, precision in PRECISIONS.items() if name not
 
 
 def find_scheme(name: str) -> Precision:
-    """The scheme of a name.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The scheme of a name; UsageError where there is none."""
     if name not in SCHEMES:
         raise unknown("precision", name, SCHEMES)
     return SCHEMES[name]
@@ -45,11 +41,7 @@ class Budget:
 
 
 def parse_budget(text: str, default: Budget) -> Budget | None:
-    """``agreement=0.97,nll=0.01,psnr=30``, any of them; ``none`` is None.
-
-    Raises:
-        UsageError: a name or number is wrong.
-    """
+    """``agreement=0.97,nll=0.01,psnr=30``, any of them; ``none`` is None, anything else a UsageError."""
     if text == "none":
         return None
     values = dataclasses.asdict(default)

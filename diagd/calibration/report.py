@@ -137,11 +137,7 @@ class CalibrationReport(Frozen):
 
 
 def read_calibration(directory: Path) -> CalibrationReport | None:
-    """The report of a bundle's ``calibration`` directory; None where there is none.
-
-    Raises:
-        BundleError: it is damaged or of a later version.
-    """
+    """What a ``calibration`` directory reports, if anything; BundleError: damaged, or of a later version."""
     file = directory / REPORT_NAME
     if not file.is_file():
         return None

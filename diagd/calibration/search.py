@@ -77,10 +77,8 @@ def observe(
 ) -> dict[str, InputStatistics]:
     """Decode every trajectory with a bundle's graph; watch the inputs of products and the K/V rows.
 
-    A graph is added beside the files of the bundle, a writable copy, and removed again.
-
-    Raises:
-        QualityError: an activation is not finite.
+    A graph is added beside the files of the bundle, a writable copy, and removed again; QualityError where an
+    activation is not finite.
     """
     manifest, graph, path = bundle.manifest, graphs[0], bundle.file(GRAPH_NAME)
     values = watched_values(manifest.transformer, graph.form)
@@ -181,11 +179,7 @@ class StatisticsCollector:
         self.steps = 0
 
     def add(self, activations: Mapping[str, Float]) -> None:
-        """Take the inputs of one step, [rows, ...]; all but the first axis are channels.
-
-        Raises:
-            QualityError: one is not finite.
-        """
+        """Take the inputs of one step, [rows, channels...]; QualityError where one is not finite."""
         self.steps += 1
         for name, values in activations.items():
             if not len(values):

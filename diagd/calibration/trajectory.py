@@ -38,11 +38,7 @@ MINIMUM_STEPS = 64
 
 
 def find_reference(bundle: Bundle, forms: Sequence[Form] = FORMS) -> tuple[StepGraph, ...]:
-    """The graphs of one form in floating point, one for each width; earlier ``forms`` are preferred.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The graphs of a form in floating point, earlier ``forms`` preferred; UsageError where there is none."""
     for form in forms:
         found = tuple(g for g in bundle.manifest.graphs if g.form is form and g.precision in FLOATING)
         if found:
@@ -53,11 +49,7 @@ def find_reference(bundle: Bundle, forms: Sequence[Form] = FORMS) -> tuple[StepG
 
 
 def session_window(manifest: Manifest, graphs: Sequence[StepGraph], most: int = WINDOW) -> int:
-    """Frames of the sessions, fewer than ``most`` where the graphs have no slots for so many.
-
-    Raises:
-        UsageError: they do not hold two frames.
-    """
+    """Frames of the sessions: ``most``, or as many as graphs have slots for; UsageError: not two."""
     wanted, graph = min(manifest.context.frames, most), graphs[0]
     if graph.capacity is None:
         return wanted
@@ -78,11 +70,7 @@ def widest_step(graphs: Sequence[StepGraph]) -> int | None:
 
 
 def check_memory(bundle: Bundle, graph: StepGraph, engines: int, available: int | None) -> None:
-    """Refuse engines that would be killed for memory; each keeps its weights in float32, as the CPU computes.
-
-    Raises:
-        UsageError: they need more than is available.
-    """
+    """Refuse (UsageError) engines without memory: each has its weights in float32, as the CPU computes."""
     itemsize = 2 if graph.precision == "fp16" else 4
     needed = engines * graph.weights.bytes * 4 // itemsize
     host.check_memory(

@@ -79,11 +79,7 @@ class Backend(Protocol):
     forms: tuple[Form, ...]
 
     def describe(self) -> str:
-        """The device and its driver, '' for the processor.
-
-        Raises:
-            EngineError: there is none.
-        """
+        """The device and its driver, '' for the processor; EngineError where there is none."""
         return ""
 
     def computes(self, precision: str) -> str:
@@ -125,11 +121,7 @@ def names() -> tuple[str, ...]:
 
 
 def find(name: str) -> Backend:
-    """The backend of a name.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The backend of a name; UsageError where there is none."""
     if name in _MODULES:
         module, _, attribute = _MODULES[name].partition(":")
         return cast(Backend, getattr(import_module(module), attribute)())
@@ -145,11 +137,7 @@ def forms_of(bundle: Bundle) -> list[Form]:
 
 
 def graphs_of(bundle: Bundle, form: Form) -> list[StepGraph]:
-    """The bundle's graphs of a form, narrowest first.
-
-    Raises:
-        BundleError: it has none.
-    """
+    """The bundle's graphs of a form, narrowest first; BundleError where it has none."""
     graphs = [graph for graph in bundle.manifest.graphs if graph.form is form]
     if not graphs:
         raise BundleError(

@@ -233,11 +233,7 @@ class Executor(Engine):
 
     @override
     def read_tokens(self, places: Int, lane: int = 0) -> Int:
-        """Ids once every step queued has run.
-
-        Raises:
-            EngineError: a row's largest logit was not finite.
-        """
+        """Ids once every step queued has run; EngineError where a row's largest logit was not finite."""
         address, place = self.tensors.token_buffer.address, self.tensors.refusal_place
         places = places + lane * self._places if lane else places
         first, last = (int(places.min()), int(places.max()) + 1) if len(places) else (0, 1)

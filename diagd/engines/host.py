@@ -106,13 +106,9 @@ def _windows_memory() -> int | None:
 def check_memory(
     needed: float, available: int | None, action: str, fix: str, error: type[DiagdError] = UsageError
 ) -> None:
-    """Refuse what would be killed half way.
+    """Refuse (DiagdError) what would be killed half way; bytes, None: not known.
 
-    ``action`` completes "... takes about"; ``fix`` says how to need less, or to have more. Bytes; None: not
-    known.
-
-    Raises:
-        DiagdError: less is available than needed.
+    ``action`` completes "... takes about"; ``fix`` says how to need less, or to have more.
     """
     if available is not None and needed > available:
         raise error(

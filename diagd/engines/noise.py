@@ -37,11 +37,7 @@ _LN_2: Final = np.float32(0.6931471805599453)
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what is no key.
-
-    Raises:
-        UsageError: the seed is out of range.
-    """
+    """Refuse (UsageError) what is no key."""
     if not 0 <= seed < 1 << 64:
         raise UsageError(f"seed is {seed}; expected an integer from 0 to 2**64 - 1; choose another seed")
 

@@ -108,12 +108,9 @@ def open_plainly(graph: Path) -> onnxruntime.InferenceSession:
 
 
 def check_inputs(session: Any, axes: Mapping[str, int]) -> None:
-    """Refuse a graph that takes other inputs than an engine of its form gives it.
+    """Refuse (BundleError) a graph that takes inputs, or axes of them, that its form does not give.
 
     ``axes``: of what the engine gives, by name; it may have more than the graph takes.
-
-    Raises:
-        BundleError: the graph takes an input that is not among them, or one with other axes.
     """
     for value in session.get_inputs():
         if axes.get(value.name) != len(value.shape):
@@ -127,11 +124,7 @@ def check_inputs(session: Any, axes: Mapping[str, int]) -> None:
 def load_session(
     runtime: onnxruntime, graph: Path, settings: onnxruntime.SessionOptions, **arguments: Any
 ) -> onnxruntime.InferenceSession:
-    """A session over a graph.
-
-    Raises:
-        EngineError: ONNX Runtime refuses the graph.
-    """
+    """A session over a graph; EngineError where ONNX Runtime refuses it."""
     try:
         return runtime.InferenceSession(str(graph), settings, **arguments)
     except Exception as error:  # ONNX Runtime raises several unrelated types
@@ -261,12 +254,9 @@ def provider_problem(version: str, providers: list[str]) -> str | None:
 
 
 def nodes_outside(session: Any, provider: str = CUDA) -> list[str]:
-    """Nodes of a session that another provider runs, as ``operator (name)``.
+    """Nodes of a session that another provider runs, but for ``SIZES``, as ``operator (name)``.
 
-    It should run all but ``SIZES``. The session was made with ``session.record_ep_graph_assignment_info``.
-
-    Raises:
-        EngineError: this ONNX Runtime does not say.
+    The session was made with ``session.record_ep_graph_assignment_info``; EngineError where it does not say.
     """
     if not hasattr(session, "get_provider_graph_assignment_info"):
         raise EngineError(f"this ONNX Runtime does not say where its nodes run; run: {INSTALL}")

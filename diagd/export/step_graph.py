@@ -114,12 +114,9 @@ def _inputs(traits: FormTraits, capacity: int, streams: int) -> dict[str, tuple[
 
 
 def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) -> ir.Model:
-    """Trace the graph from text float32 [length, width] to what the step graphs read of it.
+    """Trace the graph from text float32 [length, width] to what step graphs read of it; ValueError: none.
 
     Its outputs are ``text_key_l`` and ``text_value_l`` [kv_heads, length, head_size], in ``dtype``.
-
-    Raises:
-        ValueError: the model reads no text.
     """
     config = _graph_config(config)
     if config.text is None:

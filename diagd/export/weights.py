@@ -180,11 +180,7 @@ def store(
 
 
 def _converted(name: str, chunk: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-    """A chunk in another type, every finite number of which stays finite.
-
-    Raises:
-        CheckpointError: one is too large for the type.
-    """
+    """A chunk in another type; CheckpointError where a finite number would not stay finite."""
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(chunk, dtype=dtype)
     if converted.dtype == np.float16 and chunk.dtype != np.float16 and np.isinf(converted).any():

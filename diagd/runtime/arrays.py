@@ -20,12 +20,10 @@ _NUMBERS = "biuf"
 
 
 def read_array(path: Path, what: str) -> NDArray[np.generic]:
-    """Read an array of numbers.
-
-    The content decides, not the name; ``what`` it should be is for the message.
+    """Read an array of numbers; the content decides, not the name.
 
     Raises:
-        UsageError: it is missing, another kind of file, cut off, or no array of numbers.
+        UsageError: it is missing, another kind of file than ``what``, cut off, or no array of numbers.
     """
     try:
         with path.open("rb") as file:
@@ -37,12 +35,10 @@ def read_array(path: Path, what: str) -> NDArray[np.generic]:
 
 
 def read_arrays(path: Path, names: Collection[str], what: str) -> dict[str, NDArray[np.generic]]:
-    """Read arrays of numbers or text from a .npz file; those that it lacks are left out.
-
-    The content decides, not the name; ``what`` it should be is for the message.
+    """Read arrays of numbers or text from a .npz file, whatever its name; those that it lacks are left out.
 
     Raises:
-        UsageError: it is missing, another kind of file, cut off, or an array is not what its header says.
+        UsageError: it is missing, no ``what``, cut off, or an array is not what its header says.
     """
     try:
         with ZipFile(path) as archive:

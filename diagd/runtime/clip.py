@@ -241,11 +241,7 @@ def read_tokens(path: Path, manifest: Manifest) -> Int:
 
 
 def check_tokens(tokens: NDArray[np.generic], manifest: Manifest, source: str) -> None:
-    """Refuse ids that are no visual tokens of the model, which its tokenizer cannot show.
-
-    Raises:
-        UsageError: there is one; the message begins with ``source``.
-    """
+    """Refuse (UsageError, of ``source``) ids that are no visual tokens of the model: it cannot show them."""
     high = max(rule.high for rule in manifest.sampling.ranges)
     if not tokens.size or tokens.min() < 0 or tokens.max() >= high:
         span = f"{tokens.min()}..{tokens.max()}" if tokens.size else "none"
@@ -291,11 +287,7 @@ def read_episode(path: Path, codec: ActionCodec | None, name: str) -> tuple[Pixe
 
 
 def vector_codec(path: Path, codec: ActionCodec | None, name: str) -> ActionCodec:
-    """The codec of a model whose actions are vectors, one number a slot.
-
-    Raises:
-        UsageError: they are not, so ``path`` is no episode of it.
-    """
+    """The codec of a model whose actions are numbers, one a slot; UsageError of ``path`` for others."""
     if codec is None or not any(isinstance(slot, EdgesSlot) for slot in codec.slots):
         raise UsageError(f"{path} is an episode of another model; {name} takes no vectors of actions")
     return codec

@@ -53,12 +53,9 @@ class Job:
         return [(n, path) for n, path in enumerate(self.outputs) if not (self.skips and path.exists())]
 
     def check(self, taken: set[Path]) -> None:
-        """Refuse to write over what is read, what is no such file, or what another job writes.
+        """Refuse (UsageError) to write over what is read, what is no such file, or what another job writes.
 
         ``taken`` are outputs of the jobs before, to which these are added.
-
-        Raises:
-            UsageError: an output is one of them.
         """
         clip, text = self.clip, self.condition.text
         for output in self.outputs:
@@ -181,12 +178,9 @@ class Made:
 def generate(
     options: GenerateOptions, progress: Progress | None = None, encode_text: TextEncoder | None = None
 ) -> Iterator[Made]:
-    """Generate and write files, over one session; a file that fails leaves nothing.
+    """Generate and write files over one session; yields what each took as soon as it is written.
 
-    Of many clips, those whose file is there already are left out.
-
-    Yields:
-        What each file took, as soon as it is written.
+    A file that fails leaves nothing. Of many clips, those whose file is there already are left out.
 
     Raises:
         DiagdError: an input or option is wrong, or the engine refuses.

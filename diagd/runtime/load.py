@@ -197,11 +197,7 @@ def step_options(
 
 
 def check_window(manifest: Manifest, window: int | None) -> int:
-    """Frames that a token may see; the model's context where None is given.
-
-    Raises:
-        UsageError: it does not fit the model.
-    """
+    """Frames that a token may see, None: the model's context; UsageError where it does not fit the model."""
     frames = manifest.context.frames
     if window is not None and not 2 <= window <= frames:
         raise UsageError(f"window {window} is outside 2..{frames}, the context of {manifest.name}")
@@ -209,11 +205,7 @@ def check_window(manifest: Manifest, window: int | None) -> int:
 
 
 def check_slots(manifest: Manifest, engine: Engine, window: int, zero_rows: int) -> None:
-    """Refuse zero slots that a graph of fixed capacity has no place for.
-
-    Raises:
-        UsageError: it has none.
-    """
+    """Refuse (UsageError) zero slots that a graph of fixed capacity has no place for."""
     needed = slots_needed(manifest.layout, window, engine.max_width) + zero_rows
     if zero_rows and engine.capacity < needed:
         raise UsageError(

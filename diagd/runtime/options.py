@@ -65,8 +65,7 @@ class DraftOptions:
 def parse_decoder(spelling: str | None, manifest: Manifest, *, compat: bool = False) -> Decoder:
     """The decoder of a spelling: ``jacobi``, perhaps with ``window=24``, or an order of decoding.
 
-    ``diagonal`` is the bundle's own order. None is the bundle's own. Released caches (``compat``) keep the
-    rows of seeds.
+    None is the bundle's own, ``diagonal`` its own order. Released caches (``compat``) keep the rows of seeds.
 
     Raises:
         ScheduleError: it is no spelling.
@@ -107,11 +106,7 @@ class SamplingOptions:
     seed: int = setting("of the random numbers (default 0)", 0)
 
     def settings(self, rules: SamplingRules) -> SamplingSettings:
-        """With the defaults of a bundle.
-
-        Raises:
-            UsageError: a value is out of range.
-        """
+        """With the defaults of a bundle; UsageError where a value is out of range."""
         told = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
         return replace(SamplingSettings.of(rules), **{n: v for n, v in told.items() if v is not None})
 

@@ -47,11 +47,7 @@ class PixelCodec:
         self._graphs: dict[str, Graph] = {}
 
     def encode(self, pixels: Pixels) -> Int:
-        """Tokens int32 [t, rows, columns] of frames uint8 [T, height, width, 3].
-
-        Raises:
-            UsageError: frame size or count does not fit the tokenizer.
-        """
+        """Tokens int32 [t, rows, columns] of frames uint8 [T, height, width, 3]; UsageError for others."""
         expected = (self.spec.height, self.spec.width, 3)
         if pixels.ndim != 4 or pixels.shape[1:] != expected:
             raise UsageError(f"frames of shape {pixels.shape[1:]}; this tokenizer takes {expected}")

@@ -39,11 +39,7 @@ class TextReader:
 
 
 def check_text(reader: TextReader | None, text: Float | None, name: str) -> None:
-    """Refuse embeddings float32 [n, width] that do not fit a model, which attends to none without a reader.
-
-    Raises:
-        UsageError: they do not, or are missing.
-    """
+    """Refuse (UsageError) embeddings float32 [n, width] that do not fit a model: without a reader, any."""
     if reader is None:
         if text is not None:
             raise UsageError(f"{name} attends to no text; leave it out")

@@ -50,13 +50,7 @@ class Capabilities:
 
 
 def import_tensorrt(runtime: str | None = None) -> ModuleType:
-    """The installed TensorRT module.
-
-    Of no name: the first that is installed.
-
-    Raises:
-        DependencyError: none is installed.
-    """
+    """The installed TensorRT module, of no name the first that is; DependencyError where none is."""
     if runtime is None:
         runtime = next((name for name in RUNTIMES if importlib.util.find_spec(name)), None)
     if runtime is None:
@@ -84,11 +78,7 @@ def capabilities(trt: ModuleType) -> Capabilities:
 
 
 def check_targets(offered: Capabilities, targets: tuple[str, ...]) -> None:
-    """Refuse to build for GPUs that this TensorRT cannot build for from here.
-
-    Raises:
-        EngineError: a target is not offered.
-    """
+    """Refuse (EngineError) to build for GPUs that this TensorRT cannot build for from here."""
     wrong = [target for target in targets if target not in offered.cross_targets]
     if not wrong:
         return

@@ -76,11 +76,7 @@ def errors_of(lines: list[LogLine]) -> str:
 
 
 def check_log(lines: list[LogLine]) -> None:
-    """Refuse what TensorRT only warns of: an input of an operator that it drops changes the result.
-
-    Raises:
-        EngineError: the parser dropped an input.
-    """
+    """Refuse (EngineError) what TensorRT only warns of: a parser that drops an operator's input."""
     dropped = [line.text.strip() for line in lines if "unused input" in line.text.lower()]
     if dropped:
         raise EngineError(
@@ -325,11 +321,7 @@ def estimate(bundle: Bundle, graph: StepGraph, widths: tuple[int, ...]) -> Memor
 
 
 def check_memory(needed: MemoryEstimate, available: int | None) -> None:
-    """Refuse a build that would be killed half way.
-
-    Raises:
-        EngineError: less is available than the estimate.
-    """
+    """Refuse (EngineError) a build that would be killed half way: less is available than the estimate."""
     host.check_memory(
         needed.build,
         available,

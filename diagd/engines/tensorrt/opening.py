@@ -123,11 +123,7 @@ class EngineStore:
         self.bundle, self.root = bundle, bundle.path / "engines"
 
     def write(self, fingerprint: Fingerprint, plan: bytes | memoryview) -> StoredEngine:
-        """Keep an engine, whole or not at all, and read it back.
-
-        Raises:
-            EngineError: what is on disk is not what was built.
-        """
+        """Keep an engine, whole or not at all; EngineError where what is on disk is not what was built."""
         digest = hashlib.sha256(plan).hexdigest()
         record = EngineRecord(
             fingerprint=fingerprint, bytes=len(plan), sha256=digest, diagd_version=__version__
@@ -183,11 +179,7 @@ class EngineStore:
 
 
 def check_plan(engine: StoredEngine) -> None:
-    """Compare a plan with its record.
-
-    Raises:
-        EngineError: it is truncated or altered.
-    """
+    """Compare a plan with its record; EngineError where it is truncated or altered."""
     record, plan = engine.record, engine.plan
     size = plan.stat().st_size if plan.is_file() else 0
     if size != record.bytes or sha256(plan) != record.sha256:

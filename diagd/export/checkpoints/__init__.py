@@ -202,11 +202,7 @@ class Checkpoint(dict[str, TensorHandle]):
 
 
 def select(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Checkpoint:
-    """A view of a checkpoint under other names, None for tensors to leave out; nothing is read.
-
-    Raises:
-        CheckpointError: two tensors get the same name.
-    """
+    """A view under other names, None for tensors to leave out; CheckpointError: two get the same name."""
     origin: dict[str, str] = {}
     for name in checkpoint:
         if (new := rename(name)) is None:
@@ -379,11 +375,7 @@ def read_safetensors(path: Path) -> Checkpoint:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors by name as safetensors, and strings by name that are told of them.
-
-    Raises:
-        UsageError: the disk does not take them.
-    """
+    """Write tensors as safetensors, and strings that are told of them; UsageError: the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

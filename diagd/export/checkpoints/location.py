@@ -43,10 +43,7 @@ def _is_checkpoint_name(name: str) -> bool:
 def choose_file(names: Collection[str], source: str) -> str:
     """The file to open among the names of a folder (not of its subfolders; hidden ones do not count).
 
-    An index or a file of a usual name wins; otherwise there must be a single candidate.
-
-    Raises:
-        CheckpointError: there is no candidate, or more than one.
+    An index or a file of a usual name wins; CheckpointError where there is no single candidate else.
     """
     shown = sorted(name for name in names if not name.startswith("."))
     usual = [name for preferred in _PREFERRED for name in shown if name.lower() == preferred]
@@ -136,11 +133,7 @@ class HubAddress(NamedTuple):
 
 
 def parse_address(spec: str) -> HubAddress:
-    """Take ``hf://org/name[@revision][/subpath]`` apart; a slash within a revision is written ``%2F``.
-
-    Raises:
-        CheckpointError: the address has another form.
-    """
+    """Take ``hf://org/name[@revision][/subpath]``, ``%2F`` for a slash, apart; or CheckpointError."""
     match = _FORM.fullmatch(spec)
     if match is None:
         raise CheckpointError(

@@ -185,11 +185,7 @@ class _Reader(Unpickler):
             super()._check_set_item_target(opcode)
 
     def handle(self, name: str, tensor: Tensor) -> MappedTensor:
-        """Handle of a tensor.
-
-        Raises:
-            CheckpointError: it does not lie within its storage.
-        """
+        """Handle of a tensor; CheckpointError where it does not lie within its storage."""
         start, width = tensor.untyped_storage()._checkpoint_offset or 0, tensor.itemsize
         first = int(tensor.storage_offset()) * width
         end, size = first + _span(tensor.shape, tensor.stride()) * width, self._bytes[start]

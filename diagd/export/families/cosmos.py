@@ -129,10 +129,7 @@ def build(
 ) -> Family:
     """One of the released models; their dimensions are not read from the checkpoint.
 
-    The release post-trains at pictures of 384 x 640 and 640 x 848 too.
-
-    Raises:
-        UsageError: the pictures are not made of whole tokens.
+    The release post-trains at pictures of 384 x 640 and 640 x 848 too; UsageError where they are not whole.
     """
     model, (height, width) = SIZES[name], size
     if height % PIXELS or width % PIXELS or min(size) < PIXELS:

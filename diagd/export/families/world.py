@@ -60,11 +60,7 @@ class CompactConfig:
 
     @classmethod
     def of_codes(cls, codes: int, patch: int) -> CompactConfig:
-        """The tokenizer of so many ids, each for ``patch`` x ``patch`` pixels.
-
-        Raises:
-            UsageError: no levels are known for that many ids, or no channels for such patches.
-        """
+        """The tokenizer of so many ids, each for ``patch`` x ``patch`` pixels; UsageError: none is known."""
         if codes not in LEVELS:
             raise unknown("number of codes", str(codes), [str(known) for known in LEVELS])
         if patch not in CHANNELS:
@@ -165,11 +161,7 @@ class WorldDescription:
         return PatchGraphs(*size, self.codes, self.patch)
 
     def transformer_config(self) -> TransformerConfig:
-        """Configuration of the transformer: rotary over (frame, row, column), a learned vector per slot.
-
-        Raises:
-            UsageError: no such size.
-        """
+        """Rotary over (frame, row, column), a learned vector per slot; UsageError: no size is so called."""
         if self.size not in SIZES:
             raise unknown("size", self.size, SIZES)
         size = asdict(SIZES[self.size])
@@ -192,11 +184,7 @@ class WorldDescription:
 
 
 def load_description(folder: Path) -> WorldDescription:
-    """Read the description of a world model.
-
-    Raises:
-        CheckpointError: the folder holds none, or one this version cannot read.
-    """
+    """Read what a folder says of a world; CheckpointError: nothing that this version can read."""
     try:
         return TypeAdapter(WorldDescription).validate_json((folder / DESCRIPTION).read_bytes())
     except (OSError, ValueError) as error:
@@ -208,11 +196,7 @@ def load_description(folder: Path) -> WorldDescription:
 
 
 def load_tokenizer(folder: Path) -> tuple[TokenizerGraphs, Mapping[str, Tensor]]:
-    """The pixel graphs of a world and their tensors.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or of another tokenizer.
-    """
+    """The pixel graphs of a world and their tensors; CheckpointError: missing, damaged or of another one."""
     description = load_description(folder)
     graphs = description.pixel_graphs()
     return graphs, read_tokenizer(folder / description.tokenizer_file, graphs)
@@ -237,11 +221,7 @@ def read_tokenizer(path: Path, graphs: TokenizerGraphs) -> Mapping[str, Tensor]:
 
 
 def build(name: str, checkpoint: str | None) -> Family:
-    """A trained world from its folder; those that are shipped have one of their own.
-
-    Raises:
-        UsageError: no folder is known.
-    """
+    """A trained world from its folder, or a shipped one; UsageError where no folder is known."""
     shipped = SHIPPED / name
     if checkpoint is None and not shipped.is_dir():
         raise UsageError(

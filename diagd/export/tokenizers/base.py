@@ -149,32 +149,20 @@ class PatchGraphs(TokenizerGraphs):
 
 
 def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Rows and columns of tokens of a frame, each of ``factor`` x ``factor`` pixels.
-
-    Raises:
-        UsageError: the frame is not made of whole ones.
-    """
+    """Rows and columns of tokens of ``factor`` x ``factor`` pixels; UsageError where they are not whole."""
     if height % factor or width % factor:
         raise UsageError(f"frame height {height}, width {width}; both must be multiples of {factor}")
     return height // factor, width // factor
 
 
 def loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The module, for evaluation, with those of the tensors that are its own.
-
-    Raises:
-        KeyError, RuntimeError: one is missing, or of another shape.
-    """
+    """The module, for evaluation, with its own of the tensors; KeyError, RuntimeError: one does not fit."""
     module.load_state_dict({name: tensors[name] for name in module.state_dict()})
     return module.eval()
 
 
 def shape_of(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
-    """Shape of one tensor, from which an architecture is read.
-
-    Raises:
-        CheckpointError: the tensor is absent or has another number of dimensions.
-    """
+    """Shape of a tensor that an architecture is read from; CheckpointError: absent, or of another rank."""
     found = shapes.get(name)
     if found is None:
         raise CheckpointError(

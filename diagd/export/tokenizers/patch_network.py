@@ -14,11 +14,7 @@ from diagd.export.tracing import cast
 
 
 class _Patches(nn.Module):
-    """Holds the codes, uint8 [codes, p, p, 3].
-
-    Raises:
-        UsageError: they are something else.
-    """
+    """Holds the codes, uint8 [codes, p, p, 3]; UsageError where they are something else."""
 
     codebook: Tensor
 

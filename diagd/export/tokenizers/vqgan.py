@@ -92,12 +92,9 @@ def diffusers_name(name: str, levels: int) -> str | None:
 
 
 def infer_config(shapes: Shapes, size: int = 128) -> VqganConfig:
-    """Sizes of a checkpoint; the frame size is its ``ddconfig.resolution`` and not stored in a tensor.
+    """Sizes of a checkpoint from shapes by parameter name (`taming_name`); CheckpointError: one is missing.
 
-    ``shapes`` are by parameter name (see `taming_name`).
-
-    Raises:
-        CheckpointError: a tensor that the sizes are read from is missing.
+    The frame size is its ``ddconfig.resolution`` and not stored in a tensor.
     """
     levels = range(count(shapes, "encoder.down"))
     codes, code_width = shape_of(shapes, "quantize.embedding.weight", 2)

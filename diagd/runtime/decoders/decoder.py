@@ -28,11 +28,7 @@ class Decoder(Protocol):
     ragged: bool = False
 
     def check(self, stream: Stream) -> None:
-        """Refuse what cannot be decoded in the stream's window, or by its engine, before anything runs.
-
-        Raises:
-            UsageError: it cannot.
-        """
+        """Refuse (UsageError) what the stream's window or its engine cannot decode, before anything runs."""
         return
 
     def blocks(self, stream: Stream) -> Blocks:
