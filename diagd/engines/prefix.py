@@ -29,9 +29,6 @@ MAX_WIDTH = 256
 LEAST_WIDTH = 80
 """Rows that a step may have however many streams share the pass: enough for every schedule of a family."""
 
-IDLE_PASSES = 64
-"""Passes without a stream after which its rows are set aside: they would be computed with all the same."""
-
 _POSITIONS: Final = "slot_position"
 
 
@@ -130,8 +127,8 @@ class PlainPrefix(PrefixState):
 
     @override
     def draw(self) -> None:
-        places, ids = self._sampler.draw(self._logits, self._steps, self._next - 1)
-        self.token_buffer[places] = ids
+        for places, ids in self._sampler.draw(self._logits, [(self._steps, self._next - 1)]):
+            self.token_buffer[places] = ids
 
     @override
     def logits(self, lane: int = 0) -> Float:
@@ -157,8 +154,9 @@ class PrefixEngine(PrefixState):
     The graph scatters a pass's rows into the bound input; because the output is bound to the same memory,
     ONNX Runtime writes in place and copies nothing. Streams that take part with fewer rows than the widest,
     or with none, have pad rows, which all go to a slot behind those in use. B are those that took part of
-    late: the others' rows are set aside until they do, so that they cost nothing. ``watch``: further outputs
-    of the graph to hand out after every step.
+    late: the others' rows are set aside until they do, so that they cost nothing. That takes as long as a
+    pass, and is done once a pass's worth was computed for nobody. ``watch``: further outputs of the graph to
+    hand out after every step.
 
     Raises:
         UsageError: the graph has no axis for streams.
@@ -184,8 +182,7 @@ class PrefixEngine(PrefixState):
         self._has_axis = self._find_axis(bundle)
         self._order: list[int] = [0] if streams == 1 else []  # lanes in the buffers
         self._aside: dict[tuple[str, int], NDArray[Any]] = {}
-        self._bound_most = self._count = 0
-        self._used = [0] * streams
+        self._bound_most = self._idle = 0
         check_inputs(self._session, self._input_axes())
         self._binding = self._session.io_binding()
         rows = streams * widest
@@ -254,9 +251,9 @@ class PrefixEngine(PrefixState):
 
     @override
     def draw(self) -> None:
-        for number in self._ran:
-            lane = self._lanes[number]
-            places, ids = self._sampler.draw(self.logits(number), lane.steps, lane.next - 1)
+        lanes = [self._lanes[number] for number in self._ran]
+        drawn = self._sampler.draw(self._logits, [(lane.steps, lane.next - 1) for lane in lanes])
+        for number, (places, ids) in zip(self._ran, drawn, strict=True):
             self.write_tokens(places, ids, number)
 
     @override
@@ -286,22 +283,20 @@ class PrefixEngine(PrefixState):
 
     @override
     def gather(self, lanes: Sequence[int]) -> None:
-        for lane in lanes:
-            self._used[lane] = self._count
         self._lay_out(sorted(lanes))
 
     def _take_in(self, lanes: Sequence[int]) -> None:
-        """Have the rows of some lanes in the buffers, and none of lanes that are idle for long."""
-        self._count += 1
-        for lane in lanes:
-            self._used[lane] = self._count
-        if len(lanes) != len(self._order) or any(lane not in self._order for lane in lanes):
-            recent = {lane for lane in self._order if self._count - self._used[lane] < IDLE_PASSES}
-            self._lay_out(sorted(recent.union(lanes)))
+        """Have the rows of some lanes in the buffers, and not for long those of others."""
+        there = set(self._order)
+        if not there.issuperset(lanes):
+            self._lay_out(sorted(there.union(lanes)))
+        self._idle += len(self._order) - len(lanes)
+        if self._idle >= len(self._order):
+            self._lay_out(sorted(lanes))
 
     def _lay_out(self, order: list[int]) -> None:
         """Have the rows of these lanes in the buffers, side by side, and the others' aside."""
-        before = self._order
+        before, self._idle = self._order, 0
         if order == before:
             return
         live = max(self._lanes[lane].live for lane in {*before, *order})

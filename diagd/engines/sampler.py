@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from typing import Any, Final
 
 import numpy as np
@@ -64,14 +66,34 @@ class HostSampler:
         self._layout, self._keep_crossing = manifest.layout, manifest.sampling.keep_crossing
         self._ranges = cell_ranges(manifest)
 
-    def draw(self, logits: Float, steps: Steps, number: int) -> tuple[Int, Int]:
-        """Places and ids int32 [D] of the cells that a step decodes, from the logits [D, V] of their rows."""
-        drawn = slice(steps.decode_offsets[number], steps.decode_offsets[number + 1])
-        cells, sinks = steps.cells[drawn], steps.sinks[drawn]
+    def draw(self, logits: Float, ran: Sequence[tuple[Steps, int]]) -> Iterator[tuple[Int, Int]]:
+        """Places and ids int32 [D] of the cells that steps decode, from the logits of all their rows.
+
+        ``ran``: steps of streams, the number of the one that has run with each. Neighbours whose settings are
+        alike but for the seed are drawn at once.
+        """
+        drawn = [(steps, slice(*steps.decode_offsets[number : number + 2])) for steps, number in ran]
+        first = 0
+        for _, alike in groupby(drawn, lambda part: replace(part[0].sampling, seed=0)):
+            parts = list(alike)
+            cells = np.concatenate([steps.cells[part] for steps, part in parts])
+            ids = self._ids(logits[first : first + len(cells)], cells, parts)
+            first, start = first + len(cells), 0
+            for steps, part in parts:
+                sinks = steps.sinks[part]
+                yield sinks, ids[start : start + len(sinks)]
+                start += len(sinks)
+
+    def _ids(self, logits: Float, cells: NDArray[np.int64], parts: Sequence[tuple[Steps, slice]]) -> Int:
         if not len(cells):
-            return sinks, sinks
+            return np.empty(0, np.int32)
         low, high = self._ranges[(cells - self._layout.prefix) % self._layout.frame_length].T
-        return sinks, _drawer()(logits, cells, steps.sampling, None, low, high, self._keep_crossing)
+        seeds = None
+        if len(parts) > 1:
+            counts = [part.stop - part.start for _, part in parts]
+            seeds = np.repeat(np.array([steps.sampling.seed for steps, _ in parts], np.uint64), counts)
+        state = parts[0][0].sampling
+        return _drawer()(logits, cells, state, seeds, low, high, self._keep_crossing)
 
 
 def cell_ranges(manifest: Manifest) -> Int:

@@ -10,12 +10,13 @@ import pytest
 import diagd
 from diagd.bundle import Bundle, Form
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.prefix import IDLE_PASSES, PrefixEngine
+from diagd.engines.prefix import PrefixEngine
 from diagd.errors import UsageError
 from diagd.export.options import GraphOptions
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
+from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.schedule import Schedule
 from tests.models import export_small
@@ -84,6 +85,22 @@ def test_tokens_are_those_of_a_session_alone(any_group: Group, alone: Session, n
         found[number].append(frame.tokens.tolist())
     assert found == expected
     assert expected[0] != expected[1]
+
+
+def test_each_session_draws_by_its_own_rules(group: Group, alone: Session) -> None:
+    rules = SamplingSettings(1.0, 5), SamplingSettings(1.0, 5), SamplingSettings(0.7, 0, 0.9)
+    decoder, expected = DECODERS["serial"], []
+    for n, sampling in enumerate(rules):
+        led = start(alone, n)[:2]
+        expected.append([f.tokens.tolist() for f in alone.frames(decoder, led, sampling=sampling, seed=n)])
+    runs = {
+        n: session.run(decoder, start(session, n)[:2], sampling=rules[n], seed=n)
+        for n, session in enumerate(group.sessions)
+    }
+    found: list[list[list[list[int]]]] = [[] for _ in runs]
+    for number, frame in group.together(runs):
+        found[number].append(frame.tokens.tolist())
+    assert found == expected
 
 
 def test_passes_are_shared(group: Group) -> None:
@@ -160,17 +177,16 @@ def test_rows_of_nobody_go_where_nothing_is_seen(group: Group) -> None:
 
 
 def test_sessions_that_take_part_in_no_pass_cost_nothing(group: Group, alone: Session) -> None:
-    """A pass binds those of late alone; who comes back goes on as alone."""
+    """Once a pass's worth was computed for nobody; who comes back goes on as alone."""
     engine, decoder = group.engine, DECODERS["next token"]
     assert isinstance(engine, PrefixEngine)
     expected = [by_itself(alone, n, decoder, n) for n in range(2)]
     led = [start(session, n) for n, session in enumerate(group.sessions[:2])]
     list(group.frames([actions[:2] for actions in led], decoder))
-    passes = group.sessions[0].timing.steps
-    for _ in group.sessions[0].frames(decoder, led[0][2:], seed=0):
-        rows = engine.outputs[1].shape()[1]
-        assert rows == (1 if group.sessions[0].timing.steps - passes > IDLE_PASSES else 2)
-    assert group.sessions[0].timing.steps - passes > 2 * IDLE_PASSES
+    run = group.sessions[0].steps(decoder, led[0][2:], seed=0)
+    bound = [engine.outputs[1].shape()[1] for _ in run]
+    assert bound == [2] + [1] * (len(bound) - 1)
+    assert len(bound) >= (FRAMES - 2) * LAYOUT.cells
     back = group.sessions[1].frames(decoder, led[1][2:], seed=1)
     assert [frame.tokens.tolist() for frame in back] == expected[1][2:]
 
