@@ -27,8 +27,7 @@ from diagd.progress import Progress
 from diagd.runtime.load import open_session
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.session import Session
-from diagd.web.folder import WORLD, server, write_page
-from diagd.web.runtime import runtime_files
+from diagd.web.folder import WORLD, runtime_files, server, write_page
 from tests.play.browser import Tab, browser
 
 DECODERS = ("next token", "k=1 serial", "k=1 chained", "jacobi")

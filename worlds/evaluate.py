@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from diagd.engines.engine import Int
 from diagd.schedule import Schedule
-from diagd.tuning.probe import Probe, Transitions
 from diagd.tuning.recordings import TokenDataset
+from diagd.tuning.reward import Probe, Transitions
 from diagd.tuning.rollouts import Streams, parts
 from worlds.geometry import Geometry
 from worlds.metrics import Estimate, frechet_distance, principal_axes, psnr, ssim, tile_features

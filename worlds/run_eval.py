@@ -17,8 +17,8 @@ from diagd.cluster import open_workers
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.runtime.load import open_session
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.probe import Probe, Transitions
 from diagd.tuning.recordings import TokenDataset, cached_tokens, recorded_actions
+from diagd.tuning.reward import Probe, Transitions
 from diagd.tuning.rollouts import Streams, parts
 from worlds.collect import random_policy
 from worlds.evaluate import Evaluation, Scores, measure_drift

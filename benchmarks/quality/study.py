@@ -31,8 +31,8 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from diagd.tuning.prefer import PreferReport
-from diagd.tuning.probe import Probe
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
+from diagd.tuning.reward import Probe
 from worlds.evaluate import EvalOptions, Evaluation, measure_drift
 from worlds.folder import load_world
 from worlds.geometry import Geometry

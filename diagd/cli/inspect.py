@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
@@ -17,8 +18,7 @@ from diagd.cli.options import Verb
 from diagd.errors import UsageError
 from diagd.export.onnx_file import OnnxFile, read_onnx
 from diagd.options import OPTIONS, File, flag, positional
-from diagd.profiling.orders import Frontier, as_text, frontier, table_lines
-from diagd.schedule import Schedule
+from diagd.schedule import NO_SINK, Block, Schedule, StreamLayout
 
 EXAMPLES = """examples:
   diagd inspect crafter-3m.diagd
@@ -50,10 +50,8 @@ class InspectOptions:
     json: bool = flag("machine-readable", False)
 
     def __post_init__(self) -> None:
-        if self.frames < 1:
-            raise UsageError(f"--frames {self.frames}: show at least one frame")
-        if self.frames > MOST_FRAMES:
-            raise UsageError(f"--frames {self.frames}: show at most {MOST_FRAMES:,}")
+        if not 1 <= self.frames <= MOST_FRAMES:
+            raise UsageError(f"--frames {self.frames}: show at least one frame, and at most {MOST_FRAMES:,}")
         if self.steps < 0:
             raise UsageError(f"--steps {self.steps}: expected 0 or more")
 
@@ -81,15 +79,28 @@ def _report(options: InspectOptions, manifest: Manifest, graphs: dict[str, OnnxF
     schedule = manifest.schedule
     if options.order is not None:
         schedule = Schedule.parse(options.order, manifest.layout, schedule)
-    drawn = frontier(schedule, options.frames)
+    table = schedule.table(1, options.frames, 0)
+    cells, lines = steps_of_cells(table, schedule.layout), table_lines(table, options.steps)
     if options.json:
         content = {"manifest": manifest.model_dump(mode="json"), "graphs": _graphs_content(graphs)}
-        terminal.print_json(content | {"schedule": _schedule_content(schedule, drawn, options.steps)})
-    else:
-        console = terminal.console()
-        _print_manifest(console, manifest, options.path)
-        _print_graphs(console, graphs, _uses(manifest))
-        _print_schedule(console, schedule, drawn, options.steps)
+        told = {"order": schedule.name, "k": schedule.k, "d": schedule.d, "row_seed": schedule.row_seed.value}
+        told |= {"steps_per_frame": schedule.steps_per_frame, "steps": 1 + int(cells.max())}
+        told |= {"widths": table.widths.tolist(), "step_of_cell": cells.tolist(), "table": lines}
+        terminal.print_json(content | {"schedule": told})
+        return
+    console = terminal.console()
+    _print_manifest(console, manifest, options.path)
+    _print_graphs(console, graphs, _uses(manifest))
+    passes, widest = 1 + int(cells.max()), int(table.widths[1:].max(initial=1))
+    console.print(
+        f"schedule {schedule.name}: k={schedule.k} d={schedule.d} seeds={schedule.row_seed.value}\n"
+        f"{passes} passes for {options.frames} frames: {cells.size / passes:.2f} times fewer than tokens\n"
+        f"{schedule.steps_per_frame} from a frame's first cell to its last, up to {widest} rows a pass"
+    )
+    if schedule.layout.columns <= SHOWN_COLUMNS:
+        console.print(f"the pass that decodes each cell of the first frame:\n{as_text(cells[0])}")
+    for line in lines:
+        console.print(line)
 
 
 def _graphs_content(graphs: dict[str, OnnxFile]) -> dict[str, Any]:
@@ -102,20 +113,6 @@ def _graphs_content(graphs: dict[str, OnnxFile]) -> dict[str, Any]:
             "bytes": graph.bytes_by_dtype(),
         }
         for name, graph in graphs.items()
-    }
-
-
-def _schedule_content(schedule: Schedule, drawn: Frontier, steps: int) -> dict[str, Any]:
-    return {
-        "order": schedule.name,
-        "k": schedule.k,
-        "d": schedule.d,
-        "row_seed": schedule.row_seed.value,
-        "steps_per_frame": schedule.steps_per_frame,
-        "steps": drawn.last + 1,
-        "widths": drawn.widths.tolist(),
-        "step_of_cell": drawn.steps.tolist(),
-        "table": list(table_lines(schedule.table(1, len(drawn.steps), 0), 0, steps)),
     }
 
 
@@ -192,21 +189,35 @@ def _print_graphs(console: Console, graphs: dict[str, OnnxFile], uses: dict[str,
             console.print(f"{name} {kind}: {', '.join(shown[:8])}{more}")
 
 
-def _print_schedule(console: Console, schedule: Schedule, drawn: Frontier, steps: int) -> None:
-    layout, frames = schedule.layout, len(drawn.steps)
-    passes, widest = drawn.last + 1, int(drawn.widths[1:].max(initial=1))
-    lines = (
-        f"schedule {schedule.name}: k={schedule.k} d={schedule.d} seeds={schedule.row_seed.value}",
-        f"{passes} passes for {frames} frames: {frames * layout.cells / passes:.2f} times fewer than tokens",
-        f"{schedule.steps_per_frame} from a frame's first cell to its last, up to {widest} rows a pass",
-    )
-    for line in lines:
-        console.print(line)
-    if layout.columns <= SHOWN_COLUMNS:
-        console.print("the pass that decodes each cell of the first frame:")
-        console.print(as_text(drawn.steps[0]))
-    for line in table_lines(schedule.table(1, frames, 0), 0, steps):
-        console.print(line)
+def steps_of_cells(table: Block, layout: StreamLayout) -> NDArray[np.int64]:
+    """The step of every cell [frames, rows, columns] that a table behind one known frame decodes."""
+    step_of_row = np.repeat(np.arange(table.steps), table.widths)
+    decoded = table.sinks != NO_SINK
+    frame, cell = np.divmod(table.sinks[decoded] - layout.first_cell(1), layout.frame_length)
+    steps = np.full((1 + frame.max(), layout.cells), -1)
+    steps[frame, cell] = step_of_row[decoded]
+    return steps.reshape(-1, layout.rows, layout.columns)
+
+
+def as_text(steps: NDArray[np.int64]) -> str:
+    """The step of each cell of a frame [rows, columns], a line for each row."""
+    size = len(str(steps.max()))
+    return "\n".join(" ".join(f"{step:{size}d}" for step in row) for row in steps)
+
+
+def table_lines(table: Block, count: int) -> list[str]:
+    """The first steps of a table in words: width, cells decoded, seeds, and positions that are only fed."""
+    lines = []
+    for index in range(min(count, table.steps)):
+        step = table.step(index)
+        decoded, seeds = (step.sinks != NO_SINK).sum(), (step.sources != step.positions).sum()
+        rows = ", ".join(
+            f"{source}" + (f"@{position}" if source != position else "") + (f">{sink}" if sink >= 0 else "")
+            for source, position, sink in zip(step.sources, step.positions, step.sinks, strict=True)
+        )
+        shown = rows if len(rows) <= 200 else f"{rows[:197]}..."
+        lines.append(f"step {index}: {step.width} rows, {decoded} cells, {seeds} seeds: {shown}")
+    return lines
 
 
 VERB = Verb(InspectOptions, run, EXAMPLES, prints=True)

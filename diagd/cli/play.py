@@ -21,13 +21,12 @@ from diagd.cli.serve import warn
 from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.play import terminal as in_terminal
 from diagd.play.controls import Inputs, read_controls
-from diagd.play.fleet import LocalFleet
 from diagd.play.game import Game
 from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open_replay
 from diagd.play.record import replay
 from diagd.play.server import Address, Limits
 from diagd.play.service import Service, serve_fleet
-from diagd.play.table import Table
+from diagd.play.table import LocalFleet, Table
 from diagd.progress import Progress
 from diagd.runtime.options import SessionOptions, TextOptions
 from diagd.runtime.pixels import Pixels

@@ -15,11 +15,9 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import DependencyError, UsageError
 from diagd.options import OPTIONS, File, flag, positional
-from diagd.profiling.backends import measure_backends
-from diagd.profiling.compare import Comparison, compare
 from diagd.profiling.page import write_page
-from diagd.profiling.profile import ProfileOptions, profile
-from diagd.profiling.report import Report, Run, read_report
+from diagd.profiling.profile import ProfileOptions, measure_backends, profile
+from diagd.profiling.report import Comparison, Report, Run, compare, read_report
 from diagd.progress import Progress
 
 EXAMPLES = """examples:
@@ -49,16 +47,11 @@ class ProfileVerb:
 
     bundle: File | None = positional("what to measure", None)
     measure: ProfileOptions = ProfileOptions()
-    budget: float = flag("seconds to begin orders in, 0: all", 180.0)
     output: File | None = flag("directory for the report (default: NAME.profile)", None)
     trace: File | None = flag("write a Chrome trace; steps become NVTX ranges as well", None)
     compare: tuple[File, File] | None = flag("two report.json", None, count=2, metavar=("BEFORE", "AFTER"))
     backends: bool = flag("find the fastest backend, precision and threads instead", False)
     json: bool = flag("print the report as JSON", False)
-
-    def __post_init__(self) -> None:
-        if not self.budget >= 0:
-            raise UsageError(f"--budget {self.budget}: expected seconds, or 0 for no limit")
 
 
 def run(options: ProfileVerb) -> int:
@@ -74,7 +67,7 @@ def run(options: ProfileVerb) -> int:
     if options.trace:
         _check_trace(options.trace, output)
     console = terminal.console(stderr=options.json)
-    how = replace(options.measure, budget=options.budget or None, marks=options.trace is not None)
+    how = replace(options.measure, marks=options.trace is not None)
     measured = profile(Bundle.open(options.bundle), how, Progress(console))
     measured.report.write(output / "report.json")
     page = _write_page(output / "report.html", measured.report)
@@ -90,8 +83,7 @@ def run(options: ProfileVerb) -> int:
 
 def _backends(options: ProfileVerb, path: Path) -> int:
     console = terminal.console(stderr=options.json)
-    how = replace(options.measure, budget=options.budget or None)
-    found, skipped = measure_backends(Bundle.open(path), how, Progress(console))
+    found, skipped = measure_backends(Bundle.open(path), options.measure, Progress(console))
     if options.json:
         print(found.model_dump_json(indent=1))  # noqa: T201
     rows = []

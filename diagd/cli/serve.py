@@ -12,8 +12,8 @@ from rich.console import Console
 from diagd.bundle import Bundle
 from diagd.cli import terminal
 from diagd.cli.options import Verb
-from diagd.cluster.connection import EngineOptions
 from diagd.cluster.fleet import RayFleet
+from diagd.cluster.workers import EngineOptions
 from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.play.opening import GameOptions
 from diagd.play.server import Address, Limits
@@ -21,8 +21,7 @@ from diagd.play.service import Service, serve, serve_fleet
 from diagd.play.site import in_url
 from diagd.runtime.options import SessionOptions
 from diagd.serve.dreamer import Dreamer
-from diagd.serve.server import DreamServer
-from diagd.serve.wham import Wham
+from diagd.serve.wham import DreamServer, Wham
 
 EXAMPLES = """examples:
   diagd serve crafter-3m.diagd --sessions 4 --fps 10
@@ -109,14 +108,8 @@ def _dream(options: ServeOptions) -> int:
     pixels, session = options.session.pixels(bundle), options.session.open(bundle)
     with closing(Dreamer(session, pixels, options.max_jobs, options.lifespan)) as dreamer:
         wham = Wham(bundle.manifest, pixels, session.window, options.max_steps, options.seed)
-        limits = {
-            "max_concurrent_jobs": options.max_jobs,
-            "max_dream_steps_per_job": options.max_steps,
-            "max_job_lifespan": options.lifespan,
-        }
-        address = options.host, options.port
         with (
-            DreamServer(address, wham, dreamer, bundle.manifest, limits) as server,
+            DreamServer((options.host, options.port), wham, dreamer) as server,
             suppress(KeyboardInterrupt),
         ):
             if not Address(options.host).is_local:

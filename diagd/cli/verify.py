@@ -17,12 +17,12 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.options import OPTIONS, File, Numbers, flag, positional, setting
 from diagd.profiling.measure import Workload, random_workload
-from diagd.profiling.orders import decoding_orders, split_orders
+from diagd.profiling.plan import decoding_orders, split_orders
 from diagd.profiling.report import Skipped
-from diagd.profiling.tensors import TensorVerdict
 from diagd.profiling.verify import (
     Candidate,
     Exactness,
+    TensorVerdict,
     Verdict,
     candidates,
     exactness,

@@ -13,8 +13,7 @@ from diagd.cli.options import Verb
 from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.play.opening import SHIPPED
 from diagd.progress import Progress
-from diagd.web.folder import server, write_page
-from diagd.web.runtime import runtime_files
+from diagd.web.folder import runtime_files, server, write_page
 
 EXAMPLES = """examples:
   diagd web crafter-3m.diagd --output page --serve

@@ -7,7 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +19,7 @@ from diagd.errors import UsageError
 from diagd.play import record
 from diagd.play.controls import Taken
 from diagd.play.pictures import Pictures, View
-from diagd.play.record import Ahead, Played, PlaySettings, Record, Start
+from diagd.play.record import Ahead, Flying, Line, Played, PlaySettings, Record, Start, replay
 from diagd.runtime.actions import encode
 from diagd.runtime.clip import check_tokens
 from diagd.runtime.comparison import audit
@@ -384,3 +384,51 @@ class Game:
     def look(self) -> Pictures:
         """Pictures of the last frame."""
         return self.view.move([past.tokens for past in self._past[-self.view.codec.latents :]])
+
+
+@dataclass
+class SavedGame:
+    """A snapshot of a game, and what of its record came since.
+
+    Attributes:
+        snapshot: None: the lines begin with the game.
+        flying: what was in flight behind the last frame, which orders that overlap frames decode it among.
+    """
+
+    snapshot: bytes | None = None
+    lines: list[Line] = field(default_factory=list)
+    flying: Flying | None = None
+
+    def add(self, line: Line) -> None:
+        """One more; a world that began anew needs nothing of what was before."""
+        if isinstance(line, Flying):
+            self.flying = line
+            return
+        if isinstance(line, Start):
+            self.snapshot, self.lines = None, []
+        self.flying = None
+        self.lines.append(line)
+
+    def take(self, snapshot: bytes) -> None:
+        """The game as it is now."""
+        self.snapshot, self.lines, self.flying = snapshot, [], None
+
+    def restore(self, game: Game) -> None:
+        """Have a game go on from there, to the token.
+
+        Raises:
+            QualityError: its engine draws other tokens.
+            UsageError: it is a game of another model.
+        """
+        heard, game.record.heard = game.record.heard, lambda line: None  # it was told when it happened
+        try:
+            self._restore(game)
+        finally:
+            game.record.heard = heard
+
+    def _restore(self, game: Game) -> None:
+        if self.snapshot is not None:
+            game.restore(self.snapshot)
+        lines = [*self.lines, *([self.flying] if self.flying else [])]
+        for _ in replay(game, list(enumerate(lines, start=1))):
+            pass

@@ -57,13 +57,8 @@ class PlaySettings(Frozen):
     @classmethod
     def of(cls, manifest: Manifest) -> PlaySettings:
         """A bundle's own."""
-        rules = manifest.sampling
-        return cls(
-            decoder=manifest.spelling,
-            temperature=rules.temperature,
-            top_k=rules.top_k,
-            top_p=rules.top_p,
-        )
+        rules = manifest.sampling.model_dump(include={"temperature", "top_k", "top_p"})
+        return cls(decoder=manifest.spelling, **rules)
 
     @property
     def sampling(self) -> SamplingSettings:

@@ -20,12 +20,11 @@ from typing_extensions import override
 
 from diagd.errors import DiagdError, UsageError, require
 from diagd.play import messages
-from diagd.play.fleet import Fleet
 from diagd.play.messages import Ack, Hello, without_paths
 from diagd.play.room import Guest, Room, Seat
 from diagd.play.site import SOCKET, Answer, Site, cannot_listen, in_url, plain
 from diagd.play.stage import SHARE
-from diagd.play.table import Player
+from diagd.play.table import Fleet, Player
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection

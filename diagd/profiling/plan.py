@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
+from diagd.bundle import Manifest
 from diagd.bundle.precision import KV_CACHES, Precision
 from diagd.engines.tensorrt.builder import build_bytes
 from diagd.errors import UsageError
@@ -22,9 +24,10 @@ from diagd.profiling.cost import (
     step_operations,
     step_seconds,
 )
-from diagd.profiling.orders import orders_of
+from diagd.profiling.report import Skipped
 from diagd.runtime.load import MOST_SESSIONS
-from diagd.schedule import default_widths, slots_needed
+from diagd.runtime.session import Session
+from diagd.schedule import RowSeed, Schedule, StreamLayout, check_lags, default_widths, slots_needed
 
 RUNTIME_BYTES: Final = 0.5 * GB
 """Of a GPU context with TensorRT, whatever the model; published figures are 0.3 to 1 GB."""
@@ -285,3 +288,57 @@ def _budget(plan: Plan) -> str:
         f"{plan.sessions} sessions share a pass: about {rows:.0f} rows are read in the time of one, "
         f"{rows / plan.sessions:.0f} for each session, whether of a diagonal step or of a window of guesses"
     )
+
+
+def decoding_orders(manifest: Manifest, ks: tuple[int, ...]) -> list[Schedule]:
+    """Next-token prediction, then serial and chained frames for each row lag, each order once.
+
+    Raises:
+        ScheduleError: a lag cannot be decoded.
+    """
+    return orders_of(manifest.layout, ks, manifest.schedule.row_seed)
+
+
+def orders_of(
+    layout: StreamLayout, ks: tuple[int, ...], seed: RowSeed = RowSeed.PREVIOUS_FRAME
+) -> list[Schedule]:
+    """The orders of a layout; see ``decoding_orders``."""
+    for k in ks:
+        check_lags(layout.rows, layout.columns, k, max(1, k) * layout.rows)
+    orders = [Schedule.next_token(layout)]
+    for k in ks:
+        orders += [make(layout, k, seed) for make in (Schedule.serial, Schedule.chained)]
+    return list({(order.k, order.d): order for order in orders}.values())
+
+
+def split_orders(
+    orders: Sequence[Schedule], session: Session, frames: int
+) -> tuple[list[Schedule], list[Skipped]]:
+    """Orders in which a session can decode a run of so many frames, and the others with the reason."""
+    possible, skipped = [], []
+    for order in orders:
+        reason = obstacle(order, session.manifest, session.window, frames, session.engine.max_width)
+        if reason is None:
+            possible.append(order)
+        else:
+            skipped.append(Skipped(order=order.name, reason=reason))
+    return possible, skipped
+
+
+def obstacle(schedule: Schedule, manifest: Manifest, window: int, frames: int, max_width: int) -> str | None:
+    """Why a run cannot be decoded in this order, or None.
+
+    The ``frames`` of the run include known ones.
+    """
+    overlapping = schedule.frames_in_flight
+    if manifest.context.kind == "absolute" and schedule.d < schedule.steps_per_frame and frames > window:
+        return f"{frames} frames slide a window of {window}, which this model does between frames only"
+    if window < overlapping:
+        return f"it has {overlapping} frames under way at once, the window holds {window}"
+    widest = schedule.widest_step
+    if widest > max_width:
+        return (
+            f"its steps feed up to {widest} tokens, graphs of this bundle take {max_width}; "
+            f"export with --set widths={widest}"
+        )
+    return None

@@ -1,4 +1,4 @@
-"""From a bundle to a report: next-token prediction, serial and chained frames, measured alike."""
+"""From a bundle to a report of decoding orders that are measured alike, or to the fastest backend here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,19 +19,22 @@ import pydantic.dataclasses
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.files import write_text
-from diagd.engines.backend import CHOICES, CPU, Backend, find, forms_of
+from diagd.engines.backend import CHOICES, CPU, Backend, find, forms_of, names
 from diagd.engines.ceilings import Ceilings
 from diagd.engines.host import cores, installed, memory_bytes, peak_memory, processor_name
+from diagd.engines.measured import Measurement, Measurements, keep
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.errors import UsageError, unknown
+from diagd.errors import DiagdError, UsageError, unknown
 from diagd.options import OPTIONS, Numbers, flag, setting
 from diagd.profiling.cost import StoredModel, read_model
 from diagd.profiling.measure import Measured, Timeline, measure, name_of, random_workload
-from diagd.profiling.orders import decoding_orders, split_orders
+from diagd.profiling.plan import decoding_orders, split_orders
 from diagd.profiling.report import Machine, Model, Report, Skipped, stages, summarise
+from diagd.profiling.verify import open_reference, verify
 from diagd.progress import Progress
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
-from diagd.runtime.load import open_session, with_threads
+from diagd.runtime.load import check_window, open_session, with_threads
+from diagd.runtime.options import parse_decoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session
 from diagd.schedule import Schedule
@@ -51,7 +54,7 @@ class ProfileOptions:
     """What to measure.
 
     Attributes:
-        budget: seconds after which no further order begins; the quickest are first. None: no limit.
+        budget: seconds after which no further order begins; the quickest are first.
         marks: put NVTX ranges around the steps, where nvtx is installed.
 
     Raises:
@@ -68,7 +71,7 @@ class ProfileOptions:
     prompt: int | None = setting("frames known ahead (default: a full window)", None, ge=1)
     jacobi: bool = setting("measure Jacobi decoding too; how many passes it takes is the content's", False)
     pixels: bool = setting("decode and encode pictures, where there is a tokenizer", True)
-    budget: float | None = None
+    budget: float = flag("seconds to begin orders in, 0: all", 180.0)
     marks: bool = False
     cpu: CpuOptions = CpuOptions()
 
@@ -77,6 +80,14 @@ class ProfileOptions:
             raise UsageError(f"--frames {self.frames}: steady frames need two or more")
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise UsageError(f"--set fps={self.fps}: expected a rate above 0")
+        if not self.budget >= 0:
+            raise UsageError(f"--budget {self.budget}: expected seconds, or 0 for no limit")
+
+    def left_out(self, name: str, began: float) -> Skipped | None:
+        """What is not begun any more; ``began`` is the start of all (``time.perf_counter``)."""
+        if not self.budget or time.perf_counter() - began <= self.budget:
+            return None
+        return Skipped(order=name, reason=f"the {self.budget:g} s of the budget were spent")
 
     def frames_of(self, decoder: Decoder) -> int:
         """Frames measured of one decoder."""
@@ -249,18 +260,17 @@ def _run_each(
 
     The quickest come first, so that a large model on a slow machine is measured in some order at least.
     """
-    runs: dict[Decoder, tuple[float, Measured]] = {}
+    runs, late = dict[Decoder, tuple[float, Measured]](), dict[Decoder, Skipped]()
     quickest = sorted(decoders, key=lambda decoder: _steps(ready.session, decoder, options))
     for number, decoder in enumerate(quickest, start=1):
-        if runs and options.budget is not None and time.perf_counter() - began > options.budget:
-            break
+        if runs and (skipped := options.left_out(name_of(decoder), began)):
+            late[decoder] = skipped
+            continue
         frames = options.frames_of(decoder)
         title = f"{name_of(decoder)}, 1 + {frames} frames, {number} of {len(decoders)} orders"
         with progress.count(title, _steps(ready.session, decoder, options)) as advance:
             runs[decoder] = _run(ready, decoder, options, advance)
-    reason = f"the {options.budget:g} s of the budget were spent" if options.budget is not None else ""
-    late = [Skipped(order=name_of(decoder), reason=reason) for decoder in decoders if decoder not in runs]
-    return [runs[decoder] for decoder in decoders if decoder in runs], late
+    return [runs[one] for one in decoders if one in runs], [late[one] for one in decoders if one in late]
 
 
 def _steps(session: Session, decoder: Decoder, options: ProfileOptions) -> int:
@@ -311,3 +321,115 @@ def _model(bundle: Bundle, ready: _Ready) -> Model:
         parameters=size.streamed + size.looked_up,
         weight_bytes=ready.model.streamed_bytes,
     )
+
+
+RAGGED_FRAMES: Final = 16
+"""Times as many frames of decoders whose passes are the content's."""
+
+
+def measure_backends(
+    bundle: Bundle, options: ProfileOptions, progress: Progress | None = None
+) -> tuple[Measurements, list[Skipped]]:
+    """Decode a few frames by the bundle's decoder by every backend and precision, and keep the times.
+
+    One engine is open at a time, for idle threads of two would take each other's cores. The fastest is then
+    tried with other numbers of threads. A frame of each is judged beside the plain reference, see
+    ``diagd.profiling.verify``.
+
+    Returns:
+        What was measured, and what was not with the reason.
+
+    Raises:
+        UsageError: nothing runs here, or passes; the window or prompt does not fit.
+    """
+    began, progress = time.perf_counter(), progress or Progress()
+    window = check_window(bundle.manifest, options.window)
+    options = replace(options, window=window)
+    entries, skipped = list[Measurement](), list[Skipped]()
+    for backend, one in _ways(bundle, options.precision):
+        name = f"{backend.name} {one.manifest.graphs[0].precision}"
+        if entries and (late := options.left_out(name, began)):
+            skipped.append(late)
+            continue
+        try:
+            with progress.task(name):
+                entries.append(_measured(backend, one, bundle, options))
+        except DiagdError as error:
+            skipped.append(Skipped(order=name, reason=str(error)))
+    found = Measurements(
+        date=datetime.date.today().isoformat(), order=bundle.manifest.spelling, entries=tuple(entries)
+    )
+    if (best := found.fastest()) is None:
+        reasons = "; ".join(f"{left.order}: {left.reason}" for left in skipped)
+        raise UsageError(f"no backend decodes {bundle.path} here inside its gate; {reasons}")
+    if not options.cpu.threads:
+        entries += _by_threads(best, bundle, options, progress)
+        found = found.model_copy(update={"entries": tuple(entries)})
+    keep(bundle, found)
+    return found, skipped
+
+
+def _ways(bundle: Bundle, precision: str | None) -> Iterator[tuple[Backend, Bundle]]:
+    """Every backend beside the bundle at every precision, or at one."""
+    stored = dict.fromkeys(graph.precision for graph in bundle.manifest.graphs)
+    for name in names():
+        for one in (precision,) if precision else stored:
+            yield find(name), bundle.at_precision(one)
+
+
+def _measured(backend: Backend, one: Bundle, bundle: Bundle, options: ProfileOptions) -> Measurement:
+    """Seconds of a frame behind a full window, and whether it passes.
+
+    Raises:
+        DiagdError: the backend does not run it here.
+    """
+    backend.describe()
+    if not set(backend.forms) & set(forms_of(one)):
+        raise UsageError(f"it runs {' or '.join(form.value for form in backend.forms)} graphs: export one")
+    stored = one.manifest.graphs[0].precision
+    cpu = with_threads(options.cpu, one, backend.name)
+    with open_session(one, window=options.window, cpu=cpu, backend=backend) as session:
+        seconds = _frame_seconds(session, options)
+        passed = _passes(session, bundle, backend.computes(stored))
+    return Measurement(
+        backend=backend.name,
+        precision=stored,
+        computed=backend.computes(stored),
+        threads=cpu.threads or cores(),
+        seconds=seconds,
+        passed=passed,
+    )
+
+
+def _frame_seconds(session: Session, options: ProfileOptions) -> float:
+    """Median over frames behind a first one; over more where their passes are the content's."""
+    decoder = parse_decoder(None, session.manifest)
+    count = 1 + options.frames * (RAGGED_FRAMES if decoder.ragged else 1)
+    workload = random_workload(session, _prompt(session, options), count)
+    frames = session.frames(decoder, workload.start(session, count), count=count)
+    return float(np.median([frame.seconds for frame in frames][1:]))
+
+
+def _passes(session: Session, bundle: Bundle, precision: str) -> bool | None:
+    """Whether a frame behind a first one is inside the gate of a precision; None: there is no reference."""
+    if not any(graph.form is Form.PREFIX and graph.precision == "fp32" for graph in bundle.manifest.graphs):
+        return None
+    workload = random_workload(session, 1, 1)
+    with open_reference(bundle, session) as plain:
+        return verify(session, plain, "", precision, session.manifest.schedule, workload, 1).passed
+
+
+def _by_threads(
+    best: Measurement, bundle: Bundle, options: ProfileOptions, progress: Progress
+) -> Iterator[Measurement]:
+    """The fastest with one thread, half of the cores and all of them, where it ran with others."""
+    one = bundle.at_precision(best.precision)
+    for threads in sorted({1, max(1, cores() // 2), cores()} - {best.threads}):
+        with (
+            progress.task(f"{best}, {threads} threads"),
+            open_session(
+                one, window=options.window, cpu=CpuOptions(threads), backend=best.backend
+            ) as session,
+        ):
+            seconds = _frame_seconds(session, options)
+        yield best.model_copy(update={"threads": threads, "seconds": seconds})

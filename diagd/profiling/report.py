@@ -1,11 +1,14 @@
-"""What a profile says, as data: the schema of ``report.json``, and a run's times as numbers of it."""
+"""What a profile says, as data: the schema of ``report.json``, how runs become it, and how two compare."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from statistics import median
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -215,21 +218,15 @@ def read_report(path: Path) -> Report:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no report of diagd-profile: {error}") from error
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if not isinstance(version, int):
-        raise UsageError(f"{path} is no report of diagd-profile: it has no schema version")
-    if version > SCHEMA_VERSION:
-        raise UsageError(f"{path} has schema version {version}; this diagd reads up to {SCHEMA_VERSION}")
-    try:
-        content = _current(content) if version == 1 else content
-    except (TypeError, AttributeError, ValueError) as error:  # one that was made by hand
-        raise UsageError(f"{path} is no report of diagd-profile: {error}") from error
-    try:
-        return Report.model_validate(content)
-    except ValidationError as error:
-        raise UsageError(f"{path} is no report of diagd-profile: {fault(error)}") from error
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if not isinstance(version, int):
+            raise ValueError("it has no schema version")
+        if version > SCHEMA_VERSION:
+            raise UsageError(f"{path} has schema version {version}; this diagd reads up to {SCHEMA_VERSION}")
+        return Report.model_validate(_current(content) if version == 1 else content)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # or was made by hand
+        reason = fault(error) if isinstance(error, ValidationError) else error
+        raise UsageError(f"{path} is no report of diagd-profile: {reason}") from error
 
 
 def _current(content: dict[str, Any]) -> dict[str, Any]:
@@ -252,6 +249,7 @@ def summarise(run: Measured, first: float, model: StoredModel, ceilings: Ceiling
     taken = np.asarray([run.taken(frame) for frame in range(run.frames)])
     steady = float(shown[-1] - shown[0])
     shown_frames = model.size.pixel_frames * (run.frames - 1)
+    slow = slow_ones([step.seconds for step in run.steps], [step.rows for step in run.steps])
     return Run(
         order=name_of(run.decoder),
         k=None if schedule is None else schedule.k,
@@ -268,8 +266,20 @@ def summarise(run: Measured, first: float, model: StoredModel, ceilings: Ceiling
         deadlines=_deadlines(intervals, fps),
         stages=stages(run.timeline),
         widths=tuple(_widths(run, model, ceilings)),
-        slow_steps=tuple(_slow_steps(run.steps)),
-        samples=tuple(_sample(step, run.began) for step in run.steps[:SAMPLES]),
+        slow_steps=tuple(
+            SlowStep(step=index, rows=run.steps[index].rows, seconds=run.steps[index].seconds, usual=usual)
+            for index, usual in islice(slow.items(), SLOW_STEPS)
+        ),
+        samples=tuple(
+            StepSample(
+                at=step.began - run.began,
+                rows=step.rows,
+                engine=step.engine,
+                sampling=step.sampling,
+                host=step.host,
+            )
+            for step in run.steps[:SAMPLES]
+        ),
     )
 
 
@@ -317,22 +327,120 @@ def slow_ones(seconds: Sequence[float], groups: Sequence[int]) -> dict[int, floa
 
     Times below 0.1 ms above the median are noise of the clock and the scheduler, and are not reported.
     """
-    values, keys = np.asarray(seconds, np.float64), np.asarray(groups)
-    expected = np.zeros_like(values)
-    for key in np.unique(keys):
-        expected[keys == key] = np.median(values[keys == key])
-    slow = np.flatnonzero((values > 3.0 * expected) & (values > expected + 1e-4))
-    return {int(index): float(expected[index]) for index in slow[np.argsort(-values[slow])]}
-
-
-def _slow_steps(steps: Sequence[StepTime]) -> list[SlowStep]:
-    found = slow_ones([step.seconds for step in steps], [step.rows for step in steps])
-    return [
-        SlowStep(step=index, rows=steps[index].rows, seconds=steps[index].seconds, usual=usual)
-        for index, usual in list(found.items())[:SLOW_STEPS]
+    values, keys = np.asarray(seconds), np.asarray(groups)
+    usual = {key: float(np.median(values[keys == key])) for key in np.unique(keys).tolist()}
+    slow = [
+        n for n in np.argsort(-values).tolist() if values[n] > max(3 * usual[keys[n]], usual[keys[n]] + 1e-4)
     ]
+    return {n: usual[keys[n]] for n in slow}
 
 
-def _sample(step: StepTime, began: float) -> StepSample:
-    parts = {"engine": step.engine, "sampling": step.sampling, "host": step.host}
-    return StepSample(at=step.began - began, rows=step.rows, **parts)
+TOLERANCE: Final = 0.03
+"""Changes up to this share are not called a regression, however sure they are."""
+
+LEAST_SAMPLES: Final = 8
+RESAMPLES: Final = 1000
+CONFIDENCE: Final = 0.99
+
+
+@dataclass(frozen=True)
+class Change:
+    """Steps of one width bucket of one order: medians, their ratio with its interval, and the verdict.
+
+    ``verdict`` is ``slower``, ``faster``, ``same``, or ``too few`` where there are not enough samples.
+    """
+
+    order: str
+    width: str
+    before: float
+    after: float
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All changes, and why the two reports may not be comparable."""
+
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def regressions(self) -> list[Change]:
+        """Changes for the worse, beyond noise and tolerance."""
+        return [change for change in self.changes if change.verdict == "slower"]
+
+
+def compare(before: Report, after: Report) -> Comparison:
+    """Compare the steps of every order that both reports measured.
+
+    Raises:
+        UsageError: they have no order in common.
+    """
+    later = {run.order: run for run in after.runs}
+    pairs = [(run, later[run.order]) for run in before.runs if run.order in later]
+    changes = [change for first, second in pairs for change in _changes(first, second)]
+    if not changes:
+        raise UsageError("the reports have no decoding order in common; profile both with the same --k")
+    return Comparison(tuple(changes), tuple(_notes(before, after)))
+
+
+def _changes(before: Run, after: Run) -> list[Change]:
+    first, second = _by_width(before), _by_width(after)
+    return [_change(before.order, width, first[width], second[width]) for width in first if width in second]
+
+
+def _change(order: str, width: str, before: Sequence[float], after: Sequence[float]) -> Change:
+    ratio = median_ratio(before, after)
+    verdict = "same"
+    if min(len(before), len(after)) < LEAST_SAMPLES:
+        verdict = "too few"
+    elif ratio.low > 1 and ratio.value > 1 + TOLERANCE:
+        verdict = "slower"
+    elif ratio.high < 1 and ratio.value < 1 - TOLERANCE:
+        verdict = "faster"
+    return Change(order, width, median(before), median(after), *ratio, verdict)
+
+
+def _by_width(run: Run) -> dict[str, list[float]]:
+    """Seconds of whole steps by width bucket; one of no seconds was not measured."""
+    steps: dict[str, list[float]] = {}
+    for sample in sorted(run.samples, key=lambda sample: sample.rows):
+        if sample.seconds > 0:
+            steps.setdefault(bucket(sample.rows), []).append(sample.seconds)
+    return steps
+
+
+def _notes(before: Report, after: Report) -> list[str]:
+    pairs = {
+        "model": (before.model.name, after.model.name),
+        "precision": (before.model.precision, after.model.precision),
+        "engine": (before.model.engine, after.model.engine),
+        "window": (before.model.window, after.model.window),
+        "processor": (before.machine.processor, after.machine.processor),
+        "device": (before.machine.device or "none", after.machine.device or "none"),
+        "threads": (before.machine.threads, after.machine.threads),
+    }
+    return [f"{name} differs: {a} and {b}" for name, (a, b) in pairs.items() if a != b]
+
+
+class Ratio(NamedTuple):
+    """Ratio of two medians and the interval that holds it with ``CONFIDENCE``."""
+
+    value: float
+    low: float
+    high: float
+
+
+def median_ratio(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Ratio:
+    """Bootstrap interval of median(after) / median(before) (Efron, 1979), the same for the same seed."""
+    random = np.random.default_rng(seed)
+    first, second = (
+        np.median(np.asarray(values)[random.integers(0, len(values), (RESAMPLES, len(values)))], axis=1)
+        for values in (before, after)
+    )
+    edges = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
+    low, high = np.percentile(second / first, edges).tolist()
+    return Ratio(median(after) / median(before), low, high)

@@ -8,28 +8,30 @@ if they agree at every cell.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import Backend, find, forms_of, graphs_of, names
 from diagd.engines.engine import Int
-from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.engines.executor import Executor
+from diagd.engines.onnxruntime_session import CpuOptions, open_plainly
 from diagd.engines.processor import ReferenceEngine, open_fixed
-from diagd.errors import ScheduleError, UsageError, unknown
-from diagd.profiling.measure import Workload
-from diagd.profiling.tensors import PlainGraph, Tensors, TensorVerdict, capture_feeds, compare_tensors
-from diagd.runtime.comparison import Cell, Comparison, audit, lockstep, redrawn
+from diagd.errors import ScheduleError, UsageError, require, unknown
+from diagd.profiling.measure import Workload, random_workload
+from diagd.runtime.comparison import Comparison, audit, lockstep, redrawn
 from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import check_window, open_session, session_over, step_options
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.slots import token_places
-from diagd.schedule import NO_SINK, Schedule, StreamLayout, Table, slots_needed
+from diagd.schedule import NO_SINK, Schedule, Table, slots_needed
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,13 @@ def verify(
 def _verdict(
     name: str, schedule: Schedule, known: int, tolerance: Tolerance, comparison: Comparison
 ) -> Verdict:
+    layout, difference = schedule.layout, None
     first = next((cell for cell in comparison.cells if cell.token != cell.expected), None)
+    if first is not None:  # its frame is counted from the first that was decoded
+        frame, place = divmod(first.position - layout.first_cell(known), layout.frame_length)
+        difference = Difference(
+            *(frame, *divmod(place, layout.columns)), first.token, first.expected, first.margin
+        )
     agreement, error = comparison.agreement(tolerance.tie), comparison.error
     return Verdict(
         engine=name,
@@ -142,16 +150,9 @@ def _verdict(
         agreement=agreement,
         error=error,
         worst=comparison.worst,
-        first_difference=None if first is None else _difference(schedule.layout, known, first),
+        first_difference=difference,
         passed=agreement >= tolerance.agreement and error <= tolerance.error,
     )
-
-
-def _difference(layout: StreamLayout, known: int, cell: Cell) -> Difference:
-    """Where a cell is, its frame counted from the first that was decoded."""
-    frame, place = divmod(cell.position - layout.first_cell(known), layout.frame_length)
-    row, column = divmod(place, layout.columns)
-    return Difference(frame, row, column, cell.token, cell.expected, cell.margin)
 
 
 def check_table(table: Table, schedule: Schedule) -> None:
@@ -160,22 +161,21 @@ def check_table(table: Table, schedule: Schedule) -> None:
     Raises:
         ScheduleError: it does.
     """
-    frames, layout = len(table.frame_starts), schedule.layout
-    first = layout.first_cell(table.first_frame)
-    decoded_at: dict[int, int] = {}
-    for index in range(table.steps):
-        step = table.step(index)
-        for source in step.sources.tolist():
-            place = (source - layout.prefix) % layout.frame_length - layout.before
-            is_generated = source >= first and 0 <= place < layout.cells
-            if is_generated and decoded_at.get(source, index) >= index:
-                raise ScheduleError(f"step {index} of the schedule reads position {source} too early")
-        for sink in step.sinks[step.sinks != NO_SINK].tolist():
-            if sink in decoded_at:
-                raise ScheduleError(f"step {index} of the schedule decodes position {sink} again")
-            decoded_at[sink] = index
-    if len(decoded_at) != frames * layout.cells:
-        raise ScheduleError(f"the schedule decodes {len(decoded_at)} of {frames * layout.cells} cells")
+    wanted, step = (
+        len(table.frame_starts) * schedule.layout.cells,
+        np.repeat(np.arange(table.steps), table.widths),
+    )
+    is_sink = table.sinks != NO_SINK
+    cells, first, counts = np.unique(table.sinks[is_sink], return_index=True, return_counts=True)
+    if (counts > 1).any():
+        raise ScheduleError(f"the schedule decodes position {cells[counts > 1][0]} again")
+    if len(cells) != wanted:
+        raise ScheduleError(f"the schedule decodes {len(cells)} of {wanted} cells")
+    places = np.searchsorted(cells, table.sources).clip(max=wanted - 1)
+    early = (cells[places] == table.sources) & (step[is_sink][first][places] >= step)
+    if early.any():
+        row = early.argmax()
+        raise ScheduleError(f"step {step[row]} of the schedule reads position {table.sources[row]} too early")
 
 
 @dataclass(frozen=True)
@@ -296,3 +296,90 @@ def exactness(
         redrawn(session, few, workload.start(session, len(few)), rows=rows, seed=seed) for rows in (1, None)
     )
     return Exactness(name, float((narrow != wide).mean()), shares)
+
+
+Tensors = dict[str, NDArray[Any]]
+Evaluate = Callable[[Tensors], Mapping[str, NDArray[Any]]]
+"""Outputs of a step graph by name, from its inputs by name."""
+
+
+@dataclass(frozen=True)
+class TensorVerdict:
+    """One output of a step: the greatest difference over the greatest value of the reference."""
+
+    engine: str
+    tensor: str
+    error: float
+    passed: bool
+
+
+def compare_tensors(
+    engine: str, evaluate: Evaluate, reference: PlainGraph, feeds: Tensors, bound: float
+) -> list[TensorVerdict]:
+    """Run a step on an engine, and on ONNX Runtime's CPU provider with its optimiser off.
+
+    ``bound`` is of the greatest difference over the greatest value of the reference, for every tensor.
+
+    Returns:
+        The outputs in the graph's order.
+
+    Raises:
+        DependencyError: Polygraphy is not installed.
+    """
+    comparator = require("polygraphy.comparator", extra="compare", purpose="compare engines by tensor")
+    logger = require("polygraphy.logger", extra="compare", purpose="compare engines by tensor").G_LOGGER
+    names, results = reference.outputs, comparator.RunResults()
+    for name, run in (("reference", reference), (engine, evaluate)):
+        outputs = run(feeds)
+        results.add([{tensor: outputs[tensor].astype(np.float32) for tensor in names}], runner_name=name)
+    scales = {name: max(float(np.abs(results[0][1][0][name]).max()), 1e-30) for name in names}
+    rule = comparator.SimpleCompareFunc(
+        rtol=0.0, atol={name: bound * scale for name, scale in scales.items()}, check_error_stat="max"
+    )
+    with logger.verbosity(logger.CRITICAL):
+        ((compared,),) = comparator.Comparator.compare_accuracy(results, compare_func=rule)[0].values()
+    return [
+        TensorVerdict(engine, name, float(compared[name].max_absdiff) / scales[name], bool(compared[name]))
+        for name in names
+    ]
+
+
+class PlainGraph:
+    """A step graph on one thread of ONNX Runtime's CPU provider with its optimiser off.
+
+    Attributes:
+        outputs: names, in the graph's order.
+    """
+
+    def __init__(self, graph: Path) -> None:
+        self._session = open_plainly(graph)
+        self._inputs = {value.name for value in self._session.get_inputs()}
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def __call__(self, feeds: Tensors) -> Tensors:
+        """All outputs; arrays that the graph does not take are left out."""
+        arrays = {name: array for name, array in feeds.items() if name in self._inputs}
+        return dict(zip(self.outputs, self._session.run(self.outputs, arrays), strict=True))
+
+
+def capture_feeds(session: Session, engine: Executor, pad: Callable[[Int], Int]) -> Tensors:
+    """Inputs of the step that decodes most cells of a serial frame behind two known ones.
+
+    ``pad`` gives the widths in which the engine to compare runs so many rows.
+    """
+    layout, workload = session.layout, random_workload(session, min(2, session.window - 1), 1)
+    schedule = Schedule.serial(layout, 1, session.manifest.schedule.row_seed)
+    kept, most, rows = Tensors(), 0, 0
+    for step, _ in session.steps(ScheduledDecoder(schedule), workload.start(session, 1), count=1):
+        if (decoded := int((step.sinks != NO_SINK).sum())) > most:
+            kept, most, rows = engine.inputs(), decoded, step.width
+    return _padded(kept, rows, int(pad(np.array([rows], np.int32))[0]))
+
+
+def _padded(feeds: Tensors, rows: int, width: int) -> Tensors:
+    """The same step at another width; pad rows are as ``advance`` of the kernels makes them."""
+    pads = {"sources": 0, "positions": feeds["positions"][rows - 1]}
+    return feeds | {
+        name: np.append(feeds[name][:rows], np.full(width - rows, pad, feeds[name].dtype))
+        for name, pad in pads.items()
+    }

@@ -71,11 +71,10 @@ class Dreamer(threading.Thread):
     def __init__(self, session: Session, pixels: PixelCodec, most: int, lifespan: float) -> None:
         super().__init__(name="dreamer", daemon=True)
         self._session, self._pixels = session, pixels
-        self._most, self._lifespan = most, lifespan
+        self.most, self.lifespan = most, lifespan
         self._jobs: deque[Job] = deque()
         self._cancelled: deque[str] = deque(maxlen=MAX_CANCELLED)
-        self._results: dict[str, list[Dreamt]] = {}
-        self._touched: dict[str, float] = {}
+        self._results: dict[str, tuple[float, list[Dreamt]]] = {}  # by job: since when, and what
         self._change = threading.Condition()
         self._closing = False
         self._behind: Context | None = None
@@ -88,8 +87,8 @@ class Dreamer(threading.Thread):
         """
         with self._change:
             self._forget()
-            if len(self._jobs) + len(jobs) > self._most:
-                raise UsageError(f"{len(self._jobs)} jobs wait already, of at most {self._most}; try later")
+            if len(self._jobs) + len(jobs) > self.most:
+                raise UsageError(f"{len(self._jobs)} jobs wait already, of at most {self.most}; try later")
             self._jobs.extend(jobs)
             self._change.notify()
             return len(self._jobs)
@@ -98,7 +97,7 @@ class Dreamer(threading.Thread):
         """What is new of some jobs; it is handed out once."""
         with self._change:
             self._forget()
-            return [one for name in dict.fromkeys(names) for one in self._results.pop(name, [])]
+            return [one for name in dict.fromkeys(names) for one in self._results.pop(name, (0, []))[1]]
 
     def cancel(self, name: str) -> None:
         """Dream a job no further, and drop what there is of it."""
@@ -158,12 +157,10 @@ class Dreamer(threading.Thread):
     def _add(self, dreamt: Dreamt) -> None:
         with self._change:
             if dreamt.job not in self._cancelled:
-                self._results.setdefault(dreamt.job, []).append(dreamt)
-                self._touched[dreamt.job] = time.monotonic()
+                before = self._results.get(dreamt.job, (0, []))[1]
+                self._results[dreamt.job] = time.monotonic(), [*before, dreamt]
 
     def _forget(self) -> None:
         """Drop results that nobody came for."""
-        late = time.monotonic() - self._lifespan
-        self._touched = {name: at for name, at in self._touched.items() if name in self._results}
-        for name in [name for name, at in self._touched.items() if at < late]:
-            del self._results[name]
+        late = time.monotonic() - self.lifespan
+        self._results = {name: kept for name, kept in self._results.items() if kept[0] >= late}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic.dataclasses import dataclass
 
-from diagd.cluster.connection import ClusterOptions
+from diagd.cluster.workers import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError
 from diagd.options import OPTIONS, File, flag, setting

@@ -32,12 +32,21 @@ from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import TrainingState, beside, filled_text
 from diagd.tuning.options import PreferOptions, PreferTraining
 from diagd.tuning.preference import Lesson, tune
-from diagd.tuning.probe import Probe, Transitions
 from diagd.tuning.ranks import Ranks, together
-from diagd.tuning.reward import Choice, Figures, Measures, RewardModel, Verdict, aim_of, measures
+from diagd.tuning.reward import (
+    Choice,
+    Figures,
+    Measures,
+    Probe,
+    RewardModel,
+    Transitions,
+    Verdict,
+    aim_of,
+    measures,
+)
 from diagd.tuning.rollouts import Roller, Rolling, Streams, parts
+from diagd.tuning.source import read_model, tuned_manifest, write_model
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
-from diagd.tuning.weights import read_model, tuned_manifest, write_model
 
 SEEDS = 3
 """Of the random numbers that the gate looks at."""

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from diagd.bundle import Bundle
-from diagd.cluster.connection import EngineOptions
 from diagd.cluster.fleet import RayFleet
+from diagd.cluster.workers import EngineOptions
 from diagd.play.opening import GameOptions, open_game
 from diagd.play.record import Flying, Line, Played, Start, replay
 from diagd.play.server import Address, Server

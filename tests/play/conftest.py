@@ -14,13 +14,11 @@ import pytest
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families.cosmos import CosmosDvConfig
 from diagd.play.controls import Inputs, read_controls
-from diagd.play.fleet import LocalFleet
 from diagd.play.game import Game
 from diagd.play.opening import GameOptions, open_game, open_games
-from diagd.play.saved import SavedGames
 from diagd.play.server import Address, Limits, Server
-from diagd.play.service import keep_worlds
-from diagd.play.table import Table
+from diagd.play.service import SavedGames, keep_worlds
+from diagd.play.table import LocalFleet, Table
 from diagd.schedule import StreamLayout
 from tests.models import small_family
 from tests.oracles.models import small_model

@@ -15,10 +15,10 @@ import pytest
 
 from diagd.bundle.files import turn
 from diagd.errors import QualityError, UsageError
-from diagd.play.game import Game
+from diagd.play.game import Game, SavedGame
 from diagd.play.opening import GameOptions, open_game
 from diagd.play.record import Played
-from diagd.play.saved import SavedGame, SavedGames
+from diagd.play.service import SavedGames
 from tests.play.conftest import LOOSE, Serve
 from tests.play.test_game import ORDERS, WALK, equal, play, with_order
 from tests.play.test_server import parts, player

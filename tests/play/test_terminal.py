@@ -17,8 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diagd.play.drawing import Blocks, Kitty, Sixel, fitted
-from diagd.play.terminal import QUIT, Abilities, Held, Press, _raw, _read, presses
+from diagd.play.terminal import (
+    QUIT,
+    Abilities,
+    Blocks,
+    Held,
+    Kitty,
+    Press,
+    Sixel,
+    _raw,
+    _read,
+    fitted,
+    presses,
+)
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (72, 96, 3), dtype=np.uint8)
 

@@ -14,9 +14,8 @@ from diagd.engines.host import cores
 from diagd.engines.measured import Measurement, Measurements
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.export.exporter import GraphOptions
-from diagd.profiling.backends import _passes, measure_backends
 from diagd.profiling.doctor import ABSENT, OK, check_fastest
-from diagd.profiling.profile import ProfileOptions
+from diagd.profiling.profile import ProfileOptions, _passes, measure_backends
 from diagd.runtime.load import open_session, with_threads
 from tests.models import export_small
 from tests.oracles.models import small_model
@@ -70,7 +69,7 @@ def test_another_model_fails_the_gate(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_the_budget_leaves_out_what_it_has_no_time_for(bundle: Bundle) -> None:
-    options = ProfileOptions(frames=2, prompt=1, window=3, budget=0.0, cpu=CpuOptions(threads=1))
+    options = ProfileOptions(frames=2, prompt=1, window=3, budget=1e-9, cpu=CpuOptions(threads=1))
     found, skipped = measure_backends(bundle, options)
     assert [str(one) for one in found.entries] == ["cpu fp32"]
     assert all("of the budget were spent" in left.reason for left in skipped)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.profiling.compare import compare, median_ratio
+from diagd.profiling.report import compare, median_ratio
 from tests.profiling.reports import lognormal, report, run
 
 

@@ -18,11 +18,11 @@ from diagd.engines.backend import find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import DiagdError, UsageError
 from diagd.export.exporter import GraphOptions
-from diagd.profiling.compare import compare
 from diagd.profiling.measure import measure, random_workload
-from diagd.profiling.orders import decoding_orders
 from diagd.profiling.page import page
+from diagd.profiling.plan import decoding_orders
 from diagd.profiling.profile import Profile, ProfileOptions, profile
+from diagd.profiling.report import compare
 from diagd.profiling.verify import of_backend, open_reference, verify
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.load import open_session

@@ -13,7 +13,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.export.exporter import GraphOptions
 from diagd.profiling.measure import random_workload
-from diagd.profiling.orders import decoding_orders
+from diagd.profiling.plan import decoding_orders
 from diagd.profiling.verify import Exactness, exactness
 from diagd.runtime.load import open_session, step_options
 from diagd.runtime.session import Session

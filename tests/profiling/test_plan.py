@@ -13,8 +13,7 @@ from diagd.calibration.options import SCHEMES
 from diagd.errors import UsageError
 from diagd.export.exporter import TORCH_TYPES
 from diagd.profiling.cost import DEVICES, ModelSize, cache_bytes, live_tokens, step_bytes, step_operations
-from diagd.profiling.orders import orders_of
-from diagd.profiling.plan import ceilings_of, drafting, make_plan, memory_of
+from diagd.profiling.plan import ceilings_of, drafting, make_plan, memory_of, orders_of
 from diagd.schedule import StreamLayout
 from tests.profiling import models
 

@@ -15,9 +15,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.processor import open_fixed
 from diagd.errors import DependencyError
 from diagd.export.exporter import GraphOptions
-from diagd.profiling import tensors
-from diagd.profiling.tensors import Evaluate, PlainGraph, Tensors, capture_feeds, compare_tensors
-from diagd.profiling.verify import tolerance_of
+from diagd.profiling.verify import Evaluate, PlainGraph, Tensors, capture_feeds, compare_tensors, tolerance_of
 from diagd.runtime.load import session_over, step_options
 from tests.engines.host_device import HostDevice, executor_over, host_kernels
 from tests.models import export_small
@@ -139,4 +137,4 @@ def test_a_missing_polygraphy_is_named(bundle: Bundle, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "polygraphy.comparator", None)
     graph = PlainGraph(graph_of(bundle, Form.MODERN))
     with pytest.raises(DependencyError, match=r"pip install 'diagd\[compare\]'"):
-        tensors.compare_tensors("x", graph, graph, {}, BOUND)
+        compare_tensors("x", graph, graph, {}, BOUND)

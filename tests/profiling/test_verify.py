@@ -18,7 +18,7 @@ from diagd.errors import BundleError, ScheduleError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.profiling.measure import random_workload
-from diagd.profiling.orders import decoding_orders, obstacle
+from diagd.profiling.plan import decoding_orders, obstacle
 from diagd.profiling.profile import ProfileOptions, profile
 from diagd.profiling.verify import Verdict, check_table, open_reference, verify
 from diagd.runtime.load import check_window, open_session, step_options

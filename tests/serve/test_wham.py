@@ -28,8 +28,7 @@ from diagd.runtime.options import SessionOptions
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.serve.dreamer import Dreamer
-from diagd.serve.server import DreamServer
-from diagd.serve.wham import Wham, _picture, vector_of
+from diagd.serve.wham import DreamServer, Wham, _picture, vector_of
 
 RUNNING = SessionOptions(cpu=CpuOptions(1, prepack=False))
 LIMITS = {"max_concurrent_jobs": 6, "max_dream_steps_per_job": 4, "max_job_lifespan": 60}
@@ -98,7 +97,7 @@ def client(small_wham: Bundle) -> Iterator[Client]:
     session, pixels = RUNNING.open(small_wham), RUNNING.pixels(small_wham)
     dreamer = Dreamer(session, pixels, LIMITS["max_concurrent_jobs"], LIMITS["max_job_lifespan"])
     wham = Wham(small_wham.manifest, pixels, session.window, LIMITS["max_dream_steps_per_job"], seed=11)
-    with DreamServer(("127.0.0.1", 0), wham, dreamer, small_wham.manifest, LIMITS) as server:
+    with DreamServer(("127.0.0.1", 0), wham, dreamer) as server:
         dreamer.start()
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -199,9 +198,9 @@ def test_jobs_can_be_cancelled_and_are_forgotten(client: Client) -> None:
     client.results(told["job_ids"][:2], 8)
     assert client.get(f"/get_job_results?job_ids={last}&job_ids=unknown")[0] == 204
     _, told = client.order(job | {"num_parallel_predictions": 1}, {})
-    while len(client.dreamer._results.get(told["job_ids"][0], [])) < 4:
+    while len(client.dreamer._results.get(told["job_ids"][0], (0, []))[1]) < 4:
         time.sleep(0.01)
-    client.dreamer._lifespan = -1
+    client.dreamer.lifespan = -1
     assert client.get(f"/get_job_results?job_ids={told['job_ids'][0]}")[0] == 204
 
 
@@ -264,8 +263,8 @@ def test_whoever_comes_by_another_way_is_refused(client: Client) -> None:
         assert client.get("/")[0] == client.order({}, {})[0] == 403
 
 
-def test_any_address_of_this_machine_will_do(small_wham: Bundle) -> None:
-    told: list[Any] = [None, None, small_wham.manifest, LIMITS]
+def test_any_address_of_this_machine_will_do() -> None:
+    told: list[Any] = [None, None]
     with DreamServer(("::1", 0), *told) as server:
         assert server.server_port
     for host in ("256.1.1.1", "long" * 20 + ".org"):

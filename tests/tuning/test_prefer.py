@@ -22,7 +22,7 @@ from diagd.tuning.align import align
 from diagd.tuning.options import AlignOptions, PreferOptions, PreferTraining
 from diagd.tuning.prefer import Material, NotBetterError, prefer, split
 from diagd.tuning.rollouts import Roller, open_lanes, parts, roll_out, with_cells
-from diagd.tuning.weights import read_model, write_model
+from diagd.tuning.source import read_model, write_model
 from tests.export.test_families_cosmos import TEXT
 from tests.models import export_small
 from tests.oracles.models import small_model

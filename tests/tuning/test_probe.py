@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diagd.tuning.probe import Probe, Transitions
+from diagd.tuning.reward import Probe, Transitions
 from tests.oracles.models import CODES
 from tests.tuning.walks import LAYOUT, STAY, walks
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diagd.tuning.probe import Probe, Transitions
-from diagd.tuning.reward import Choice, RewardModel, Verdict, measures
+from diagd.tuning.reward import Choice, Probe, RewardModel, Transitions, Verdict, measures
 from diagd.tuning.rollouts import parts, with_cells
 from tests.oracles.models import CODES, small_model
 from tests.tuning.walks import LAYOUT, colours, walks

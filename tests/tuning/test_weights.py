@@ -19,9 +19,8 @@ from diagd.export.transformer import TransformerConfig
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import Report, align
 from diagd.tuning.options import AlignOptions
-from diagd.tuning.source import made_up, read_windows
+from diagd.tuning.source import load_transformer, made_up, read_windows, write_checkpoint
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
-from diagd.tuning.weights import load_transformer, write_checkpoint
 from tests.export.test_families_cosmos import TEXT
 from tests.export.test_families_cosmos import small as small_cosmos
 from tests.oracles.models import small_model

@@ -12,8 +12,7 @@ import pytest
 from diagd.bundle import Bundle
 from diagd.errors import DependencyError
 from diagd.progress import Progress
-from diagd.web.folder import server, write_page
-from diagd.web.runtime import runtime_files
+from diagd.web.folder import runtime_files, server, write_page
 from tests.play.browser import CHROMIUM, Tab, browser
 
 Serve = Callable[[Path], AbstractContextManager[str]]

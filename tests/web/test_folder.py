@@ -17,8 +17,7 @@ from diagd.bundle.manifest import Manifest
 from diagd.cli.main import main
 from diagd.errors import UsageError
 from diagd.progress import Progress
-from diagd.web.folder import write_page
-from diagd.web.runtime import DIGESTS, VERSION, runtime_files
+from diagd.web.folder import DIGESTS, VERSION, runtime_files, write_page
 from tests.web.conftest import Serve
 
 
