@@ -135,7 +135,7 @@ class Bench:
             EngineError: the engine cannot be opened.
             UsageError: the published form is not written for the model.
         """
-        stored = read_model(bundle.path, bundle.manifest.graphs[0].precision, Form.MODERN)
+        stored = read_model(bundle.at_precision(), Form.MODERN)
         published = "published" in part
         taken = self._published(bundle, family, part) if published else self._engine(bundle, part)
         return [

@@ -59,12 +59,7 @@ class QualityError(DiagdError):
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import an optional package, or raise the `pip` line that installs it.
-
-    Args:
-        module: dotted name to import.
-        extra: extra of diagd that brings it.
-        purpose: what it is needed for; completes "... is needed to".
+    """Import an optional module of an ``extra``, or raise the `pip` line; it "is needed to ``purpose``".
 
     Raises:
         DependencyError: the package is absent.

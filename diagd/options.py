@@ -30,14 +30,9 @@ class Frozen(BaseModel):
 
 @dataclass(frozen=True)
 class Flag:
-    """Makes a field a flag.
+    """Makes a field a flag, of another ``name`` or of none where it is ``positional``.
 
-    Attributes:
-        name: on the command line; default: the field's.
-        positional: it has no name there.
-        count: of its values, as argparse counts them: a number, or ``+`` for one or more.
-        metavar: what stands for its value in the help.
-        repeated: it can be given several times.
+    ``count`` is of its values, as argparse counts them: a number, or ``+`` for one or more.
     """
 
     name: str | None = None
@@ -63,14 +58,14 @@ def flag(
     **limits: Any,
 ) -> Any:
     """A field that is a flag; see `Flag` and `setting`."""
-    told = Flag(name, False, count, metavar, repeated)
-    return Field(default, description=description, json_schema_extra={FLAG: told}, **limits)  # type: ignore[dict-item]
+    told: Any = {FLAG: Flag(name, False, count, metavar, repeated)}
+    return Field(default, description=description, json_schema_extra=told, **limits)
 
 
-def positional(description: str, default: Any = ..., *, count: int | str | None = None, **limits: Any) -> Any:
+def positional(description: str, default: Any = ..., **limits: Any) -> Any:
     """A field that is an argument without a name; see `Flag` and `setting`."""
-    told = Flag(positional=True, count=count)
-    return Field(default, description=description, json_schema_extra={FLAG: told}, **limits)  # type: ignore[dict-item]
+    told: Any = {FLAG: Flag(positional=True)}
+    return Field(default, description=description, json_schema_extra=told, **limits)
 
 
 def _path(value: object) -> object:

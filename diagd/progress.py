@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -24,40 +24,18 @@ def is_first() -> bool:
 
 
 class Progress:
-    """Bars on a console, or nothing.
-
-    Args:
-        console: rich console for the bars; None keeps quiet.
-    """
+    """Bars on a console of rich; without one nothing is shown."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
 
-    @contextmanager
-    def bytes(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    def bytes(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """A bar in bytes with its rate; yields the function that advances it."""
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        return self._bar(title, total, "DownloadColumn", "TransferSpeedColumn", "TimeRemainingColumn")
 
-        columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        name = TextColumn("{task.description}", markup=False)
-        with self._bar(title, total, name, BarColumn(), *columns) as advance:
-            yield advance
-
-    @contextmanager
-    def count(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    def count(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """A bar in items."""
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-
-        columns = (MofNCompleteColumn(), TimeElapsedColumn())
-        name = TextColumn("{task.description}", markup=False)
-        with self._bar(title, total, name, BarColumn(), *columns) as advance:
-            yield advance
+        return self._bar(title, total, "MofNCompleteColumn", "TimeElapsedColumn")
 
     def each(self, items: Sequence[Item], title: str) -> Iterable[Item]:
         """Iterate with a bar."""
@@ -66,21 +44,19 @@ class Progress:
                 yield item
                 advance(1)
 
-    @contextmanager
-    def task(self, title: str) -> Iterator[None]:
+    def task(self, title: str) -> AbstractContextManager[object]:
         """A spinner for work whose length is not known."""
-        from contextlib import nullcontext
-
-        with self._console.status(title) if self._console else nullcontext():
-            yield
+        return self._console.status(title) if self._console else nullcontext()
 
     @contextmanager
-    def _bar(self, title: str, total: int, *columns: object) -> Iterator[Callable[[int], None]]:
+    def _bar(self, title: str, total: int, *columns: str) -> Iterator[Callable[[int], None]]:
         if self._console is None or not self._console.is_terminal:  # bars would leave blank lines in a file
             yield lambda _: None
             return
-        from rich.progress import Progress as Bars
+        from rich import progress
 
-        with Bars(*columns, console=self._console, transient=True) as bars:  # type: ignore[arg-type]
+        shown = progress.TextColumn("{task.description}", markup=False), progress.BarColumn()
+        kinds = [getattr(progress, name)() for name in columns]
+        with progress.Progress(*shown, *kinds, console=self._console, transient=True) as bars:
             task = bars.add_task(title, total=total)
             yield lambda amount: bars.advance(task, amount)

@@ -19,9 +19,10 @@ from diagd.cluster import open_workers
 from diagd.errors import UsageError
 from diagd.runtime.actions import read_actions
 from diagd.runtime.pictures import read_frames
-from diagd.tuning.recordings import Episode, check_recipe, episode_sources, save_episode, shard_path
+from diagd.tuning.recordings import Episode
 from worlds import doom
 from worlds.options import CollectOptions, ImportOptions
+from worlds.recordings import check_recipe, episode_sources, save_episode, shard_path
 from worlds.simulator import ACTIONS, Simulator
 
 _MOVES, _INTERACTIONS = (1, 2, 3, 4), (5, 0, 6, 7)

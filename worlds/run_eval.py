@@ -17,7 +17,7 @@ from diagd.cluster import open_workers
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.runtime.load import open_session
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.recordings import TokenDataset, cached_tokens, recorded_actions
+from diagd.tuning.recordings import TokenDataset, cached_tokens
 from diagd.tuning.reward import Probe, Transitions
 from diagd.tuning.rollouts import Streams, parts
 from worlds.collect import random_policy
@@ -27,6 +27,7 @@ from worlds.metrics import Estimate, MetricNetwork, frechet_distance
 from worlds.model import ModelWorker, ParallelModel, WorldModel, open_model
 from worlds.options import EvalRun
 from worlds.pareto import Point, compare, write_points
+from worlds.recordings import recorded_actions
 from worlds.report import save_contact_sheet, write_scores
 
 Report = Callable[[str], None]

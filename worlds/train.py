@@ -25,18 +25,12 @@ from diagd.progress import started
 from diagd.runtime.pool import end_with_owner, starting
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.ranks import Ranks, together
-from diagd.tuning.recordings import (
-    FrameEncoder,
-    TokenDataset,
-    cached_tokens,
-    episode_paths,
-    episodes,
-    recorded_actions,
-)
+from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens, episode_paths, episodes
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss
 from worlds.folder import World, save_world
 from worlds.options import TrainOptions
 from worlds.progress import Checkpoint, Progress, Report, learning_rate, log
+from worlds.recordings import recorded_actions
 from worlds.tokenizer import Tensors, fit_tokenizer, reconstruct
 
 Share = tuple[float, Schedule]

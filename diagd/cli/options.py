@@ -21,14 +21,9 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Verb(Generic[Options]):
-    """What the command line runs.
+    """What the command line runs: what it can be told, what does it and gives the exit code, and examples.
 
-    Attributes:
-        options: all that it can be told.
-        run: does it, and returns the exit code.
-        examples: how it is used, and further help.
-        summary: what it does, on a line, where it is a task of a verb.
-        prints: its result is what it prints.
+    A task of a verb has a ``summary``; what a verb with ``prints`` prints is its result.
     """
 
     options: type[Options]

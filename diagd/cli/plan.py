@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-from diagd.bundle import Bundle
+from diagd.bundle import Bundle, read_manifest
 from diagd.bundle.manifest import context_policy
 from diagd.bundle.precision import KV_CACHES, PRECISIONS
 from diagd.cli import terminal
@@ -102,7 +102,7 @@ def run(options: PlanOptions) -> int:
         kv_cache=options.kv_cache,
         sessions=options.sessions,
     )
-    stored = _stored(Path(options.model), options.clip)
+    stored = _stored(options.model, options.clip)
     drafted = None
     if options.drafter is not None:
         precision = precisions(options.kv_cache)[options.precision]
@@ -142,7 +142,7 @@ def _device(name: str) -> Device:
 def _model(name: str, checkpoint: str | None) -> ModelSize:
     """Dimensions of a bundle, or of a model by name; a checkpoint's header is checked against them."""
     if Path(name).is_dir():
-        return read_model(Path(name)).size
+        return read_model(_bundle(name)).size
     if checkpoint is not None and checkpoint.startswith("hf:"):
         raise UsageError(
             f"--checkpoint {checkpoint}: a plan reads files that are here; leave the option out to plan by "
@@ -163,12 +163,15 @@ def _model(name: str, checkpoint: str | None) -> ModelSize:
     )
 
 
-def _stored(path: Path, clip: int) -> dict[str, dict[str, float]]:
+def _bundle(path: str) -> Bundle:
+    """A bundle whose files are not looked at."""
+    return Bundle(Path(path), read_manifest(Path(path)))
+
+
+def _stored(path: str, clip: int) -> dict[str, dict[str, float]]:
     """Bytes that a pass reads of every step graph that a bundle has; none for a model by name."""
-    if not path.is_dir():
-        return {}
     bytes_read = {}
-    for name, model in stored_models(path).items():
+    for name, model in stored_models(_bundle(path)).items() if Path(path).is_dir() else ():
         cache = model.step_bytes(live_tokens(model.size, clip)) - model.streamed_bytes
         bytes_read[name] = {"weights": float(model.streamed_bytes), "cache": cache}
     return bytes_read

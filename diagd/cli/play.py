@@ -46,7 +46,7 @@ again and names the first frame that differs. Keys, security and the protocol: d
 class PlayOptions:
     """What is played, and where."""
 
-    bundle: File | None = positional("default: crafter-3m, which comes with diagd", None, count="?")
+    bundle: File | None = positional("default: crafter-3m, which comes with diagd", None)
     prompt: tuple[File, ...] = flag(
         "picture, video or .npy tokens to start from (default: those of the bundle)", (), repeated=True
     )

@@ -28,7 +28,7 @@ class WebOptions:
     """What becomes a page, and where."""
 
     output: File = flag("folder of the page: absent, empty or an earlier page")
-    bundle: File | None = positional("default: crafter-3m, which comes with diagd", None, count="?")
+    bundle: File | None = positional("default: crafter-3m, which comes with diagd", None)
     precision: str | None = flag(
         "of the step graph (default: int8-dynamic, or for WebGPU int8-weight, if it is there)", None
     )

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -149,29 +148,21 @@ _PAUSE: Final = 0.5
 _LOG = logging.getLogger(__name__)
 
 
-class Home(NamedTuple):
-    """A table of an engine somewhere, by its number there."""
-
-    engine: RemoteEngine
-    number: int
-
-    def say(self, kind: str, *values: Any) -> None:
-        """Have something done there, after what was said before."""
-        self.engine.say(Call(self.number, kind, values))
-
-
 class RemoteTable(ServedTable):
     """What is kept here of a world that is played elsewhere.
 
-    Attributes:
-        home: where; it moves when that engine is lost.
-        saved: what it takes to go on with it.
-        is_away: its home is gone, or not there yet.
+    ``engine`` and ``number`` say where; they change when that engine is lost, and it ``is_away`` meanwhile.
+    ``saved`` is what it takes to go on with it.
     """
 
-    def __init__(self, home: Home, size: tuple[int, int]) -> None:
+    def __init__(self, engine: RemoteEngine, number: int, size: tuple[int, int]) -> None:
         super().__init__(size)
-        self.home, self.saved, self.is_away = home, SavedGame(), True
+        self.engine, self.number = engine, number
+        self.saved, self.is_away = SavedGame(), True
+
+    def _say(self, kind: str, *values: Any) -> None:
+        """Have something done there, after what was said before."""
+        self.engine.say(Call(self.number, kind, values))
 
     @override
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
@@ -181,13 +172,13 @@ class RemoteTable(ServedTable):
         if self.is_away:
             player.send(_MOVES)
         else:
-            self.home.say("seat", ticket, is_new)
+            self._say("seat", ticket, is_new)
 
     @override
     def leave(self) -> None:
         self.player = None
         if not self.is_away:
-            self.home.say("leave")
+            self._say("leave")
 
     @override
     def clear(self) -> None:
@@ -202,12 +193,12 @@ class RemoteTable(ServedTable):
     def obey(self, player: Player, message: Message) -> None:
         self.heard = time.monotonic()
         if not self.is_away:
-            self.home.say("obey", message)
+            self._say("obey", message)
 
     @override
     def upload(self, player: Player, data: bytes) -> None:
         if player is self.player and not self.is_away:
-            self.home.say("upload", data)
+            self._say("upload", data)
 
     def lose(self) -> None:
         """The engine is gone."""
@@ -216,12 +207,12 @@ class RemoteTable(ServedTable):
             self.player.send(_MOVES)
 
     def settle(self) -> None:
-        """Go on at home, which may be another one."""
+        """Go on where it is now."""
         self.is_away = False
         if self.ticket:
-            self.home.say("take_up", self.saved, self.ticket)
+            self._say("take_up", self.saved, self.ticket)
             if self.player is not None:
-                self.home.say("seat", self.ticket, False)
+                self._say("seat", self.ticket, False)
 
     def hear(self, kind: str, value: Any) -> None:
         """What the engine tells of this world."""
@@ -240,16 +231,11 @@ class RemoteTable(ServedTable):
 class RemoteEngine:
     """An engine on some node, which is started anew, there or elsewhere, when it is lost.
 
-    Attributes:
-        homes: its tables.
-        node: where it was started last, as Ray names it.
-        is_alive: whether it answers.
-        figures: that it told last.
+    ``node`` is where it was started last, as Ray names it; ``figures`` are those that it told last.
     """
 
-    def __init__(self, fleet: RayFleet, count: int) -> None:
+    def __init__(self, fleet: RayFleet) -> None:
         self._fleet, self.is_alive, self.figures = fleet, False, Figures()
-        self.homes = [Home(self, number) for number in range(count)]
         self.actor: Any = None
         self.node = ""
         self._calls: list[Call] = []
@@ -333,13 +319,13 @@ class RayFleet(Fleet):
             num_cpus=cluster.cores, num_gpus=cluster.gpus, scheduling_strategy="SPREAD", max_restarts=0
         )(PlayActor)
         self.start_actor: Callable[[], Any] = lambda: kind.remote(bundle.path.resolve(), options, service)
-        self.engines = [RemoteEngine(self, service.sessions) for _ in range(count)]
+        self.engines = [RemoteEngine(self) for _ in range(count)]
         tokenizer = bundle.manifest.tokenizer
         if tokenizer is None:
             raise UsageError(f"{bundle.path} has no tokenizer, so nothing of it can be shown")
         size = tokenizer.height, tokenizer.width
-        homes = chain.from_iterable(zip(*(engine.homes for engine in self.engines), strict=True))
-        self.tables = [RemoteTable(home, size) for home in homes]
+        numbers = range(service.sessions)
+        self.tables = [RemoteTable(engine, number, size) for number in numbers for engine in self.engines]
         self.moves = 0
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -372,15 +358,15 @@ class RayFleet(Fleet):
         table = self.tables[number]
         if table.is_away:
             return ()
-        return [n for n, one in enumerate(self.tables) if one.home.engine is table.home.engine]
+        return [n for n, one in enumerate(self.tables) if one.engine is table.engine]
 
     @override
     def figures(self, number: int) -> Figures:
-        return self.tables[number].home.engine.figures
+        return self.tables[number].engine.figures
 
     @override
     def seated(self, number: int) -> None:
-        engine = self.tables[number].home.engine
+        engine = self.tables[number].engine
         engine.figures = replace(engine.figures, measured=0)
 
     @override
@@ -393,24 +379,24 @@ class RayFleet(Fleet):
 
     def hear(self, engine: RemoteEngine, event: Event) -> None:
         """News of a table of an engine."""
-        home = engine.homes[event.number]
-        table = next(table for table in self.tables if table.home is home)
-        table.hear(event.kind, event.value)
+        place = engine, event.number
+        next(one for one in self.tables if (one.engine, one.number) == place).hear(event.kind, event.value)
 
     def lose(self, engine: RemoteEngine) -> None:
         """An engine is gone."""
         for table in self.tables:
-            if table.home.engine is engine and not table.is_away:
+            if table.engine is engine and not table.is_away:
                 table.lose()
 
     def settle(self) -> None:
-        """Have worlds go on that are away: at home, or at a table that is nobody's."""
+        """Have worlds go on that are away: where they were, or at a table that is nobody's."""
         for table in self.tables:
-            if table.is_away and table.home.engine.is_alive:
+            if table.is_away and table.engine.is_alive:
                 table.settle()
         spare = [table for table in self.tables if not table.is_away and not table.ticket]
         away = [table for table in self.tables if table.is_away and table.ticket]
         for table, other in zip(away, spare, strict=False):
-            table.home, other.home, other.is_away = other.home, table.home, True
+            table.engine, other.engine = other.engine, table.engine
+            table.number, other.number, other.is_away = other.number, table.number, True
             table.settle()
             self.moves += 1

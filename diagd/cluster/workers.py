@@ -70,11 +70,7 @@ def connect(address: str) -> Any:
 
 @dataclass(frozen=True, config=OPTIONS)
 class ClusterOptions:
-    """Who does the work.
-
-    Attributes:
-        gpus: of each worker on a cluster, or a share of one.
-    """
+    """Who does the work."""
 
     workers: int | None = flag(
         "processes of one thread; the result is that of any number", None, ge=1, le=1024

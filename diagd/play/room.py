@@ -31,14 +31,7 @@ Somebody = TypeVar("Somebody", bound=Guest)
 
 
 class Seat(Generic[Somebody]):
-    """One seat.
-
-    Attributes:
-        number: from 0.
-        player: who has it; None: nobody is there.
-        ticket: what brings the player back; "": it is nobody's.
-        taken: when it was given to whom it belongs.
-    """
+    """One seat, its ``player``, when it was ``taken``, and the ``ticket`` to it; "": it is nobody's."""
 
     def __init__(self, number: int) -> None:
         self.number, self.ticket = number, ""
@@ -63,11 +56,6 @@ class Room(Generic[Somebody]):
         self._clock, self._admits, self._cleared = clock, admits, cleared
         self.seats: tuple[Seat[Somebody], ...] = tuple(Seat(number) for number in range(seats))
         self.waiting: list[Somebody] = []
-
-    @property
-    def player(self) -> Somebody | None:
-        """Who has the first seat."""
-        return self.seats[0].player
 
     def seat_of(self, guest: Somebody) -> Seat[Somebody] | None:
         """The seat that somebody has."""

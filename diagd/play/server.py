@@ -55,10 +55,8 @@ _LOG = logging.getLogger("diagd.play")
 class Limits:
     """Bounds of what one connection may do, and how long a seat is anybody's.
 
-    Attributes:
-        idle_seconds: a player keeps a seat without a word; None: for ever.
-        game_seconds: a seat is somebody's at most.
-        drain_seconds: players have to end once the server is being closed.
+    A seat is lost after ``idle_seconds`` without a word and after ``game_seconds``, None being never;
+    ``drain_seconds`` are what players have once the server is being closed.
     """
 
     hello_seconds: float = 5.0

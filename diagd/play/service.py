@@ -145,14 +145,9 @@ def saved_games_target(folder: Path) -> Path:
 class SavedGames:
     """A folder of kept games, which another server finds when this one died: each with its player's ticket.
 
-    Worlds of other bundles stay as they are.
-
-    Args:
-        folder: made where it is not there; for this user's eyes, as tickets and token let somebody in.
-        bundle: digest of what is played.
-
-    Attributes:
-        token: that of the server before, so that the address of its page still holds; else a fresh one.
+    It is made where it is not there, for this user's eyes, as tickets and token let somebody in; ``token`` is
+    that of the server before, so that the address of its page still holds. Worlds of other bundles than the
+    one with the digest ``bundle`` stay as they are.
 
     Raises:
         UsageError: the folder holds something else, or cannot be written.

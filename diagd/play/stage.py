@@ -26,11 +26,9 @@ SHARE: Final = 0.9
 
 
 class Pacer:
-    """Ticks at the rate that was asked for, or at one that can be kept; what is missed is not made up for.
+    """Ticks at the rate that was ``asked`` for, in frames a second, or at one that can be kept.
 
-    Attributes:
-        asked: frames a second.
-        late: ticks that were missed.
+    What is missed is not made up for; ``late`` counts it.
     """
 
     def __init__(self, asked: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -100,7 +98,6 @@ class Update:
     known: int
     pictures: Pictures
     shown: Shown | None = None
-    began: float = 0.0
 
 
 class Stage:
@@ -109,10 +106,7 @@ class Stage:
     The game loop's thread alone uses the game from its start on. ``show`` takes each update there, as part of
     the work of a frame, and ``fail`` the text of an error that stopped the world.
 
-    Attributes:
-        mode: see `Mode`.
-        is_watched: whether there is a player; without one nothing moves.
-        wake: is called when something changed that may make a frame due.
+    Nothing moves unless it ``is_watched``; ``wake`` is called when something may have made a frame due.
     """
 
     def __init__(
@@ -172,9 +166,9 @@ class Stage:
         except Exception as error:
             yield error
 
-    def show(self, shown: Shown, began: float) -> None:
+    def show(self, shown: Shown) -> None:
         """Show a frame."""
-        self._show(Update(self.game.known, shown.pictures, shown, began))
+        self._show(Update(self.game.known, shown.pictures, shown))
 
     def stop(self, error: Exception) -> None:
         """Stand still and say why."""
@@ -190,11 +184,8 @@ class Stage:
 class GameLoop(threading.Thread):
     """Plays stages until it is closed; frames that are due at about the same time share passes.
 
-    They are over the sessions of one group, or one alone.
-
-    Attributes:
-        pacer: of what the passes and pictures of all took.
-        frames: so far, of all.
+    They are over the sessions of one group, or one alone. ``pacer`` is of what the passes and pictures of all
+    took, ``frames`` counts those of all so far.
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
@@ -246,7 +237,7 @@ class GameLoop(threading.Thread):
             stage.stop(event)
             return
         try:
-            stage.show(event, began)
+            stage.show(event)
         except Exception as error:
             stage.stop(error)
         self.frames += 1

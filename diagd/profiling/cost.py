@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final
 
-from diagd.bundle import Bundle, Form, read_manifest
+from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import AbsoluteContext, RotaryContext
 from diagd.bundle.precision import KV_CACHES, PRECISIONS, Precision
 from diagd.bundle.transformer import TransformerConfig
@@ -147,18 +146,10 @@ def size_of(
     )
 
 
-def read_model(path: Path, precision: str | None = None, form: Form | None = None) -> StoredModel:
-    """Dimensions of a bundle and bytes of one of its step graphs, from its manifest.
-
-    It is the first graph where nothing is named; forms of one precision differ in what they store and in
-    their cache.
-
-    Raises:
-        BundleError: the bundle cannot be read.
-        UsageError: it has no graph of that precision.
-    """
-    manifest = Bundle(path, read_manifest(path)).at_precision(precision).manifest
-    entry, pixels = manifest.graph(form) if form else manifest.graphs[0], manifest.tokenizer
+def read_model(bundle: Bundle, form: Form | None = None) -> StoredModel:
+    """Dimensions of a bundle and bytes of its first step graph, or of its first one of a form."""
+    manifest, pixels = bundle.manifest, bundle.manifest.tokenizer
+    entry = manifest.graph(form) if form else manifest.graphs[0]
     size = size_of(
         manifest.name,
         manifest.transformer,
@@ -169,10 +160,10 @@ def read_model(path: Path, precision: str | None = None, form: Form | None = Non
     return StoredModel(size, entry.weights.streamed, manifest.cache_dtype(entry).itemsize)
 
 
-def stored_models(path: Path) -> dict[str, StoredModel]:
+def stored_models(bundle: Bundle) -> dict[str, StoredModel]:
     """Every step graph of a bundle by form and precision, as ``prefix int8``; see ``read_model``."""
-    kinds = dict.fromkeys((graph.form, graph.precision) for graph in read_manifest(path).graphs)
-    return {f"{form.value} {precision}": read_model(path, precision, form) for form, precision in kinds}
+    kinds = dict.fromkeys((graph.form, graph.precision) for graph in bundle.manifest.graphs)
+    return {f"{form.value} {name}": read_model(bundle.at_precision(name), form) for form, name in kinds}
 
 
 def precisions(kv_cache: str | None = None) -> dict[str, Precision]:

@@ -143,13 +143,9 @@ class Measured:
     """One run. Times are of one clock (``time.perf_counter``).
 
     Attributes:
-        decoder: what decoded.
-        timeline: stages, without overlap.
-        began, ended: of the whole run.
         steps: every step; the first ``chunks`` and the one behind them feed the prompt.
         first_steps: number of the first step of each frame.
-        decoded: when each frame's last token was there.
-        shown: when its picture was.
+        decoded, shown: when each frame's last token was there, and when its picture was.
     """
 
     decoder: Decoder

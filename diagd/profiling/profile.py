@@ -51,11 +51,7 @@ NEXT_TOKEN_FRAMES: Final = 2
 
 @pydantic.dataclasses.dataclass(frozen=True, config=OPTIONS)
 class ProfileOptions:
-    """What to measure.
-
-    Attributes:
-        budget: seconds after which no further order begins; the quickest are first.
-        marks: put NVTX ranges around the steps, where nvtx is installed.
+    """What to measure; with ``marks``, NVTX ranges are put around the steps, where nvtx is installed.
 
     Raises:
         UsageError: too few frames, or no rate.
@@ -213,7 +209,7 @@ def _load(bundle: Bundle, options: ProfileOptions, backend: Backend, progress: P
         with start.stage("load"):
             session = open_session(bundle, window=options.window, cpu=options.cpu, backend=backend, form=form)
         pixels = _pixels(bundle, options, backend, start)
-    model = read_model(bundle.path, options.precision, session.engine.form)
+    model = read_model(bundle, session.engine.form)
     return _Ready(session, pixels, model, ceilings, start)
 
 

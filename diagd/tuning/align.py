@@ -181,14 +181,9 @@ def align(
 ) -> Transformer:
     """Fine-tune ``model`` in place and return it; processes of torchrun share every batch, and all return it.
 
-    Args:
-        model: any family's transformer.
-        streams: int64 [N, frames * frame_length (+ prefix)], windows of known videos.
-        options: schedules and training settings.
-        report: told about every step.
-        text: float32 [n, width], of models that read text; filled up with zeros as at inference.
-        frozen: names of parameters that stay as they are.
-        valid: is measured before and after.
+    ``streams`` int64 [N, frames * frame_length (+ prefix)] are windows of known videos, ``text`` float32 [n,
+    width] is filled up with zeros as at inference. ``report`` is told about every step, ``valid`` measured
+    before and after; parameters named in ``frozen`` stay as they are.
 
     Raises:
         UsageError: the windows are no whole number of at least 2 frames that the model can hold, the

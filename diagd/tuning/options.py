@@ -16,12 +16,7 @@ from diagd.schedule import Schedule, StreamLayout
 
 @dataclass(frozen=True, config=OPTIONS)
 class AlignOptions:
-    """How a model is aligned.
-
-    Attributes:
-        shares: schedules, each with its share of the windows; the shares need not add up to 1.
-        autocast: compute in bfloat16.
-    """
+    """How a model is aligned, to which shares of schedules; they need not add up to 1."""
 
     shares: tuple[tuple[float, Schedule], ...] = ()
     steps: int = setting("optimiser steps", 200, ge=1)
@@ -54,11 +49,7 @@ class PreferTraining(AlignOptions):
 
 @dataclass(frozen=True, config=OPTIONS)
 class PreferOptions:
-    """What is rolled out and compared, and what is asked of the result.
-
-    Attributes:
-        sampling: of the rollouts.
-    """
+    """What is rolled out and compared, and what is asked of the result."""
 
     contexts: int = setting("prefixes, with the actions behind them, that rollouts share", 256, ge=2)
     rollouts: int = setting("of a context; the best is preferred to the worst", 8, ge=2)

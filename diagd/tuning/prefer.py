@@ -63,9 +63,8 @@ _CHUNK = 8
 class ProbeReport:
     """How well a probe reads the actions of true frames that it was not trained on.
 
-    Attributes:
-        right: share that it finds most probable; ``commonest``: share that naming always the same one finds.
-        likely, swapped: mean probability that it gives to the action, and to that of another transition.
+    ``right`` is the share that it finds most probable, ``commonest`` what naming always the same one finds;
+    ``likely`` and ``swapped`` are its mean probabilities of the action, and of that of another transition.
     """
 
     right: float
@@ -78,14 +77,9 @@ class ProbeReport:
 class PreferReport:
     """What was found.
 
-    Attributes:
-        decoder: that made the rollouts.
-        probe: of the gate; None where the model takes no actions.
-        contexts, pairs: how many, and how many of them made a pair.
-        scores: mean score of the best, of all and of the worst rollouts of a context.
-        choice: how much the scores tell, and what choosing the best rollouts is worth to the gate.
-        verdicts: of each way to spend the steps.
-        chosen: the one that was written; None: none is better than the model.
+    Of ``contexts`` rolled out by ``decoder`` so many made ``pairs``; ``scores`` are means of the best, of all
+    and of the worst rollouts of a context. ``probe`` is the gate's, None where the model takes no actions,
+    and ``chosen`` what was written; None: none of the ways to spend the steps is better than the model.
     """
 
     decoder: str
@@ -149,28 +143,29 @@ def prefer(
     with together(training.device) as ranks:
         training = replace(training, device=ranks.device)
         run = _Run(bundle.at_precision(), material, options, training, decoder, progress, ranks)
-        return _prefer(run, output)
-
-
-def _prefer(run: _Run, output: Path) -> PreferReport:
-    lessons, scores, choice, reference = run.collect()
-    before = run.measure(run.bundle, run.model, reference)
-    verdicts, states = dict[str, Verdict](), list[TrainingState]()
-    shared = None if run.options.who.cluster is None else output.resolve().parent  # which other nodes see
-    with tempfile.TemporaryDirectory(dir=shared) as folder:
-        for name, lesson in lessons.items():
-            model, state = run.train(name, lesson)
-            states.append(state)
-            tuned = f"{TUNED[name]}, {run.training.steps} steps"
-            made = write_model(run.bundle, model, Path(folder) / name, tuned_manifest(run.bundle, tuned))
-            verdicts[name] = Verdict.of(before, run.measure(Bundle.open(made), model, reference))
-        report = _report(run, lessons, scores, choice, verdicts, aim_of(before))
-        if report.chosen is not None and run.ranks.is_first:
-            with atomic_bundle(output) as directory:
-                shutil.copytree(Path(folder) / report.chosen, directory, dirs_exist_ok=True)
+        lessons, scores, choice, reference = run.collect()
+        before = run.measure(run.bundle, run.model, reference)
+        verdicts, states = dict[str, Verdict](), list[TrainingState]()
+        shared = None if options.who.cluster is None else output.resolve().parent  # which other nodes see
+        with tempfile.TemporaryDirectory(dir=shared) as folder:
+            for name, lesson in lessons.items():
+                model, state = run.train(name, lesson)
+                states.append(state)
+                tuned = f"{TUNED[name]}, {training.steps} steps"
+                made = write_model(run.bundle, model, Path(folder) / name, tuned_manifest(run.bundle, tuned))
+                verdicts[name] = Verdict.of(before, run.measure(Bundle.open(made), model, reference))
+            chosen = _best(verdicts, aim_of(before))
+            if chosen is not None and ranks.is_first:
+                with atomic_bundle(output) as directory:
+                    shutil.copytree(Path(folder) / chosen, directory, dirs_exist_ok=True)
     for state in states:
         state.remove()
-    if report.chosen is None:
+    best, mean, worst = (float(part.mean()) for part in (scores.max(1), scores, scores.min(1)))
+    report = PreferReport(
+        *(run.spelled, run.probe_report, len(scores), len(lessons["preferences"].preferred)),
+        *((best, mean, worst), choice, verdicts, chosen),
+    )
+    if chosen is None:
         raise NotBetterError(report)
     return report
 
@@ -183,30 +178,10 @@ TUNED = {
 """Ways to spend the steps, and what is said of the result."""
 
 
-def _report(
-    run: _Run,
-    lessons: dict[str, Lesson],
-    scores: NDArray[np.float64],
-    choice: Choice,
-    verdicts: dict[str, Verdict],
-    aim: str,
-) -> PreferReport:
-    gains = {
-        name: verdict.changes[aim].after - verdict.changes[aim].before
-        for name, verdict in verdicts.items()
-        if not verdict.breaches
-    }
-    means = scores.max(1).mean(), scores.mean(), scores.min(1).mean()
-    return PreferReport(
-        decoder=run.spelled,
-        probe=run.probe_report,
-        contexts=len(scores),
-        pairs=len(lessons["preferences"].preferred),
-        scores=(float(means[0]), float(means[1]), float(means[2])),
-        choice=choice,
-        verdicts=verdicts,
-        chosen=max(gains, key=lambda name: gains[name]) if gains else None,
-    )
+def _best(verdicts: dict[str, Verdict], aim: str) -> str | None:
+    """What passed the gate and gains most."""
+    changes = {name: verdict.changes[aim] for name, verdict in verdicts.items() if not verdict.breaches}
+    return max(changes, key=lambda name: changes[name].after - changes[name].before, default=None)
 
 
 class _Run:

@@ -27,10 +27,7 @@ _PATIENCE: Final = timedelta(days=1)
 class Ranks:
     """Which of several processes this one is; they see the same batches that one alone would.
 
-    Attributes:
-        rank: from 0; the first one writes what comes of it.
-        size: how many there are.
-        device: of this one.
+    ``rank`` counts from 0 up to ``size``; ``device`` is that of this one.
     """
 
     rank: int

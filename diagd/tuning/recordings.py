@@ -1,27 +1,23 @@
-"""Recorded episodes of a world: their files, their tokens, and windows of them to train on."""
+"""Recorded episodes of a world: their files as they are read, their tokens, and windows to train on."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, cache
-from diagd.bundle.files import atomic_file, write_text
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.tokenizers.base import TokenizerGraphs, loaded
 from diagd.runtime.arrays import read_arrays
 from diagd.runtime.pixels import PixelCodec
 
-RECIPE = "recording.json"
 TOKENS = "tokens.npz"
 SHARD = "episode of a recording"
 
@@ -177,11 +173,6 @@ def cached_tokens(
         return TokenDataset(kept["streams"], kept["starts"])
 
 
-def shard_path(folder: Path, index: int) -> Path:
-    """Where episode `index` lies in `folder`."""
-    return folder / f"episode-{index:06d}.npz"
-
-
 def load_episode(path: Path) -> Episode:
     """Read one shard.
 
@@ -210,50 +201,3 @@ def _ids(array: NDArray[np.generic]) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim != 1:
         raise ValueError(f"actions are {array.dtype} {list(array.shape)}; expected uint8 [T]")
     return array.astype(np.uint8, copy=False)
-
-
-def episode_sources(folder: Path) -> set[str]:
-    """What the episodes of a folder were made of; see ``Episode``."""
-    found = (read_arrays(path, ("source",), SHARD) for path in folder.glob("episode-*.npz"))
-    sources = {str(arrays["source"]) for arrays in found if "source" in arrays}
-    return sources - {""}
-
-
-def save_episode(path: Path, episode: Episode) -> None:
-    """Write one shard."""
-    with atomic_file(path) as partial:
-        np.savez_compressed(
-            partial, frames=episode.frames, actions=episode.actions, source=np.array(episode.source)
-        )
-
-
-def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
-    """Note how a folder's episodes are made, names of the actions included.
-
-    Raises:
-        UsageError: it holds episodes made otherwise.
-    """
-    text, path = json.dumps(recipe, indent=1), folder / RECIPE
-    if not path.exists():
-        write_text(path, text)
-    elif (before := path.read_bytes()) != text.encode():
-        raise UsageError(
-            f"{folder} was recorded with {before.decode(errors='backslashreplace')}; use another folder"
-        )
-
-
-def recorded_actions(folder: Path) -> tuple[str, ...]:
-    """Names of the actions of a folder of episodes.
-
-    Raises:
-        UsageError: the folder says nothing of them.
-    """
-    try:
-        names = json.loads((folder / RECIPE).read_bytes())["actions"]
-        if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("its actions are no list of names")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(
-            f"{folder} has no readable {RECIPE}: {error}; record episodes with: diagd world collect {folder}"
-        ) from error
-    return tuple(names)

@@ -173,10 +173,8 @@ def load_transformer(family: Family, source: Checkpoint) -> Transformer:
 class Source:
     """What is aligned: a bundle, or the checkpoint of a family.
 
-    Attributes:
-        path: what was named.
-        encoder: bundle that makes tokens of clips; default: the one that is aligned.
-        resize: pictures of another size are scaled.
+    The bundle ``encoder`` makes tokens of clips, by default the one that is aligned; with ``resize`` pictures
+    of another size are scaled.
     """
 
     path: str

@@ -79,8 +79,9 @@ def test_the_bundle_says_what_its_cache_is(place: Place) -> None:
 
 
 def test_a_step_reads_a_quarter_of_the_cache(place: Place) -> None:
-    plain = read_model(place.bundle, "fp32")
-    small = read_model(place.bundle, "int4-weight-kv8")
+    bundle = Bundle.open(place.bundle)
+    plain = read_model(bundle.at_precision("fp32"))
+    small = read_model(bundle.at_precision("int4-weight-kv8"))
     assert (plain.cache_bytes, small.cache_bytes) == (4, 1)
     live = FRAMES * (3 * 5 + 16)
     saved = (plain.cache_bytes - small.cache_bytes) * plain.size.cache_elements * live

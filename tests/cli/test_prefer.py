@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from diagd.cli.main import main
-from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
+from diagd.tuning.recordings import Episode
 from tests.cli.conftest import Refused, Workplace
 from tests.worlds import ACTIONS
+from worlds.recordings import check_recipe, save_episode, shard_path
 
 
 @pytest.fixture(scope="module")

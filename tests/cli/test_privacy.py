@@ -17,8 +17,9 @@ import diagd
 from diagd.bundle.files import host
 from diagd.export.known_graphs import KIND
 from diagd.runtime.video import VideoWriter
-from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
+from diagd.tuning.recordings import Episode
 from tests.worlds import ACTIONS, random_world
+from worlds.recordings import check_recipe, save_episode, shard_path
 
 USER, MACHINE = "zaphod-the-user", "zaphods-machine"
 

@@ -13,9 +13,10 @@ import pytest
 from diagd.cli.main import main
 from diagd.cluster.workers import RayWorkers
 from diagd.errors import UsageError
-from diagd.tuning.recordings import Episode, check_recipe, load_episode, save_episode, shard_path
+from diagd.tuning.recordings import Episode, load_episode
 from tests.runtime.pool_work import squares
 from tests.worlds import ACTIONS, random_world
+from worlds.recordings import check_recipe, save_episode, shard_path
 
 pytestmark = pytest.mark.slow
 

@@ -44,7 +44,7 @@ def test_the_seat_goes_on_in_turn_and_is_held_for_a_minute() -> None:
     room.leave(again)
     clock.now = 59 + 60
     room.turn()
-    assert room.player is ben
+    assert room.seats[0].player is ben
     assert ben.told[-1][1] is True  # type: ignore[index]
     assert ben.told[-1][0] != ticket  # type: ignore[index]
     assert cid.told == [2, 1]
@@ -61,9 +61,9 @@ def test_a_ticket_used_twice_puts_the_first_out() -> None:
     room.enter(ann, "")
     room.enter(again, ann.told[0][0])  # type: ignore[index]
     assert ann.told[-1] == "out"
-    assert room.player is again
+    assert room.seats[0].player is again
     room.leave(ann)
-    assert room.player is again
+    assert room.seats[0].player is again
 
 
 def test_the_queue_is_bounded() -> None:

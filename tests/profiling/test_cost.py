@@ -34,10 +34,10 @@ def test_bytes_and_operations_of_a_step(bundle: Bundle, precision: str, form: Fo
     assert set(entry.weights.files) == {place["location"] for place in places if place}
     assert all(name in bundle.manifest.files for name in entry.weights.files)
     assert sum(tensor.bytes for tensor in constants) == pytest.approx(stored, abs=64)
-    model = read_model(bundle.path, precision, form)
+    model = read_model(bundle.at_precision(precision), form)
     assert model.streamed_bytes == sum(tensor.bytes for tensor in constants if not tensor.looked_up)
     assert model.step_bytes(0) == model.streamed_bytes
-    whole = read_model(bundle.path, "fp32", form)
+    whole = read_model(bundle.at_precision("fp32"), form)
     assert model.size.looked_up == whole.size.looked_up
     assert model.size.streamed == pytest.approx(whole.size.streamed, rel=0.06)
     assert step_operations(model.size, 4, 9) == pytest.approx(step_operations(whole.size, 4, 9), rel=0.06)
@@ -56,7 +56,8 @@ def test_bytes_of_an_int8_cache(bundle: Bundle) -> None:
 
 def check_cache(bundle: Bundle, precision: str, form: Form) -> int:
     """Bytes of one element, where a step over a full cache reads as many as the buffers have."""
-    chosen, model = bundle.at_precision(precision), read_model(bundle.path, precision, form)
+    chosen = bundle.at_precision(precision)
+    model = read_model(chosen, form)
     opener = {Form.PREFIX: prefix, Form.MODERN: modern, Form.PORTABLE: portable}[form]
     engine = opener(chosen, 80)
     arrays = engine.buffers if form is Form.PREFIX else buffers(engine)

@@ -103,7 +103,7 @@ def slowed(bundle: Bundle, step: int, fps: float) -> Run:
     measure(session, ScheduledDecoder(schedule), workload, 1)
     engine.left = step
     run = measure(session, ScheduledDecoder(schedule), workload, frames)
-    return summarise(run, 0.0, read_model(bundle.path), CEILINGS, fps)
+    return summarise(run, 0.0, read_model(bundle), CEILINGS, fps)
 
 
 def test_a_planted_slow_step_is_found(bundle: Bundle) -> None:
@@ -118,7 +118,7 @@ def test_a_planted_slow_step_is_found(bundle: Bundle) -> None:
 
 
 def test_bytes_and_operations_are_the_formula(bundle: Bundle, profiled: Profile) -> None:
-    model, run, measured = read_model(bundle.path), profiled.report.runs[0], profiled.runs[0]
+    model, run, measured = read_model(bundle), profiled.report.runs[0], profiled.runs[0]
     ones = [step for step in measured.steps[measured.chunks + 1 :] if step.rows == 1]
     width = run.widths[0]
     assert (width.name, width.steps) == ("w=1", len(ones))

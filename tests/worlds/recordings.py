@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from diagd.export.tokenizers.base import PatchGraphs
-from diagd.tuning.recordings import Episode, FrameEncoder, check_recipe, save_episode, shard_path
+from diagd.tuning.recordings import Episode, FrameEncoder
+from worlds.recordings import check_recipe, save_episode, shard_path
 
 ROWS, COLUMNS, PATCH = 3, 4, 4
 ACTIONS = ("stay", "left", "right")

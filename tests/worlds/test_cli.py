@@ -11,8 +11,9 @@ import pytest
 
 from diagd.cli.main import main
 from diagd.runtime.video import VideoWriter
-from diagd.tuning.recordings import Episode, check_recipe, save_episode, shard_path
+from diagd.tuning.recordings import Episode
 from tests.worlds import ACTIONS, random_world
+from worlds.recordings import check_recipe, save_episode, shard_path
 
 
 def test_evaluations_name_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

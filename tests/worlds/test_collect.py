@@ -8,8 +8,9 @@ import pytest
 
 from diagd.cluster import ClusterOptions
 from diagd.errors import UsageError
-from diagd.tuning.recordings import load_episode, shard_path
+from diagd.tuning.recordings import load_episode
 from worlds.collect import CollectOptions, collect, play_episode
+from worlds.recordings import shard_path
 from worlds.simulator import ACTIONS, Simulator
 
 

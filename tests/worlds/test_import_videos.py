@@ -8,9 +8,10 @@ import pytest
 
 from diagd.errors import UsageError
 from diagd.runtime.video import VideoWriter
-from diagd.tuning.recordings import load_episode, recorded_actions
+from diagd.tuning.recordings import load_episode
 from tests.worlds.recordings import ACTIONS, striped_episode
 from worlds.collect import ImportOptions, import_videos
+from worlds.recordings import recorded_actions
 
 
 def record(folder: Path, name: str, frames: int, lines: int | None = None) -> None:

@@ -15,19 +15,13 @@ from diagd.cli.main import main
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.families.world import CompactConfig, CompactGraphs
-from diagd.tuning.recordings import (
-    Episode,
-    FrameEncoder,
-    check_recipe,
-    load_episode,
-    save_episode,
-    shard_path,
-)
+from diagd.tuning.recordings import Episode, FrameEncoder, load_episode
 from tests.worlds.recordings import record_stripes
 from worlds.folder import load_world
 from worlds.model import open_model
 from worlds.options import TrainOptions
 from worlds.progress import Progress
+from worlds.recordings import check_recipe, save_episode, shard_path
 from worlds.tokenizer import (
     FittedTokenizer,
     fit_tokenizer,
