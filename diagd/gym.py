@@ -209,10 +209,9 @@ def encoded(codec: ActionCodec | None, action: Any) -> Int | None:
     """Ids of an action of the space; None for models without actions."""
     if codec is None:
         return None
-    choices, named = codec.choices, action
+    choices = codec.choices
     if not isinstance(action, Mapping):
-        ((field, names),) = choices.items()
-        return encode(codec, bounded(codec, {field: names[int(action)]}))
+        action = dict.fromkeys(choices, action)
     named = {
         name: choices[name][int(value)] if name in choices else np.asarray(value).tolist()
         for name, value in action.items()

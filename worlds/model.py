@@ -86,7 +86,7 @@ class TorchModel:
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
         """One pass over all windows."""
         frames = streams.shape[1] // self.layout.frame_length
-        passes = ForcedPasses([schedule], frames, score_prompt=False)
+        passes = ForcedPasses([schedule], frames)
         return forced_nll(self._model, passes, streams, 0)
 
     def roll_out(

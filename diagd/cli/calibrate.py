@@ -14,7 +14,7 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.engines.engine import Int
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.errors import UsageError, require
+from diagd.errors import require
 from diagd.options import OPTIONS, File, flag, positional, setting
 from diagd.progress import Progress
 from diagd.runtime.clip import read_tokens
@@ -54,13 +54,7 @@ class CalibrateOptions:
         if self.data is None:
             return None
         if self.data.suffix.lower() == ".npy":
-            tokens, layout = read_tokens(self.data, bundle.manifest), bundle.manifest.layout
-            grid = (layout.rows, layout.columns)
-            if tokens.ndim != 3 or tokens.shape[1:] != grid:
-                raise UsageError(
-                    f"{self.data} has shape {tokens.shape}; expected [frames, {grid[0]}, {grid[1]}]"
-                )
-            return tokens
+            return read_tokens(self.data, bundle.manifest)
         pixels = PixelCodec(bundle, CpuOptions(self.calibration.threads))
         size, cover = (pixels.spec.height, pixels.spec.width), pixels.spec.cover
         pictures = read_frames(self.data, size, frames=self.frames, resize=self.resize, cover=cover)

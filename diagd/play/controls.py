@@ -51,7 +51,7 @@ _SPARE: Final = (
     *(f"Digit{n}" for n in range(1, 10)),
     *("KeyQ", "KeyE", "KeyR", "KeyF", "KeyZ", "KeyX", "KeyC", "KeyV", "KeyG", "KeyT"),
 )
-_SPARE_PAD: Final = tuple(f"Pad{n}" for n in (*range(12), *range(12, 16)))
+_SPARE_PAD: Final = tuple(f"Pad{n}" for n in range(16))
 _PAIRS: Final = (
     (("KeyA", "KeyD"), ("KeyW", "KeyS")),
     (("ArrowLeft", "ArrowRight"), ("ArrowUp", "ArrowDown")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -50,29 +50,17 @@ class View:
         return pictures
 
 
-class PictureEncoder:
-    """PNG for small pictures, JPEG for others.
-
-    Attributes:
-        kind: MIME type.
+def picture_encoder(height: int, width: int) -> tuple[str, Callable[[Pictures], bytes]]:
+    """MIME type, and what encodes a picture uint8 [height, width, 3]: PNG for small ones, JPEG for others.
 
     Raises:
         DependencyError: pictures are large and simplejpeg is not installed.
     """
-
-    def __init__(self, height: int, width: int) -> None:
-        self.kind = "image/png" if height * width <= SMALL else "image/jpeg"
-        self._jpeg = None
-        if self.kind == "image/jpeg":
-            simplejpeg = require("simplejpeg", extra="play", purpose="send large pictures to a browser")
-            self._jpeg = simplejpeg.encode_jpeg
-
-    def __call__(self, picture: Pictures) -> bytes:
-        """Bytes of a picture uint8 [height, width, 3]."""
-        if self._jpeg is None:
-            return png(picture)
-        jpeg: bytes = self._jpeg(np.ascontiguousarray(picture), quality=_QUALITY, colorsubsampling="420")
-        return jpeg
+    if height * width <= SMALL:
+        return "image/png", png
+    simplejpeg = require("simplejpeg", extra="play", purpose="send large pictures to a browser")
+    options = {"quality": _QUALITY, "colorsubsampling": "420"}
+    return "image/jpeg", lambda picture: simplejpeg.encode_jpeg(np.ascontiguousarray(picture), **options)
 
 
 def png(picture: Pictures, program: str | None = None) -> bytes:

@@ -20,7 +20,7 @@ from diagd.play import messages
 from diagd.play.controls import Inputs
 from diagd.play.game import Game, SavedGame, Shown
 from diagd.play.messages import Ack, Hello, Input, Message, without_paths
-from diagd.play.pictures import PictureEncoder, Pictures
+from diagd.play.pictures import Pictures, picture_encoder
 from diagd.play.stage import GameLoop, Pacer, Stage, Update
 from diagd.runtime.actions import describe
 
@@ -120,7 +120,7 @@ class Table(ServedTable):
         self.game, self.stage = game, Stage(game, inputs, self._show, self._fail, rate)
         self.loop: asyncio.AbstractEventLoop | None = None
         self._inputs, self._watch, self._paced = inputs, watch, paced
-        self._encode = PictureEncoder(*self.size)
+        self._kind, self._encode = picture_encoder(*self.size)
         self._number = 0
         self._prompt = game.prompts[0]
         self._gallery: bytes | None = None
@@ -276,8 +276,7 @@ class Table(ServedTable):
         """First of all in the stage's thread: pictures of the prompts, and a world."""
         codec = self.game.view.codec
         pictures = [list(codec.decode(iter(prompt)))[-1] for prompt in self.game.prompts]
-        kind = self._encode.kind
-        self._gallery = packed({"kind": "gallery", "type": kind}, [self._encode(one) for one in pictures])
+        self._gallery = packed({"kind": "gallery", "type": self._kind}, list(map(self._encode, pictures)))
         self._call(self._send_player, self._gallery)
         if not self.game.known:  # else it was taken up
             self._reset(self._prompt)
@@ -288,7 +287,7 @@ class Table(ServedTable):
             self._watch(update.pictures)
         began = time.perf_counter()
         parts = [self._encode(picture) for picture in update.pictures]
-        header: dict[str, Any] = {"kind": "frame", "type": self._encode.kind, "known": update.known}
+        header: dict[str, Any] = {"kind": "frame", "type": self._kind, "known": update.known}
         if update.shown is not None:
             header |= self._figures(update.shown, time.perf_counter() - began)
             self._since += 1

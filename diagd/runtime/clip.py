@@ -231,11 +231,13 @@ def read_tokens(path: Path, manifest: Manifest) -> Int:
     """Tokens int32 [P, rows, columns] from a .npy file.
 
     Raises:
-        UsageError: the file cannot be read, or holds ids that are no visual tokens of the model.
+        UsageError: the file cannot be read, or holds no frames of visual tokens of the model.
     """
-    tokens = read_array(path, "tokens")
+    tokens, rows, columns = read_array(path, "tokens"), manifest.layout.rows, manifest.layout.columns
     if tokens.dtype.kind not in "iu":
         raise UsageError(f"{path} holds {tokens.dtype}; expected whole numbers, tokens [P, rows, columns]")
+    if tokens.shape[1:] != (rows, columns):
+        raise UsageError(f"{path} has shape {list(tokens.shape)}; expected [frames, {rows}, {columns}]")
     check_tokens(tokens, manifest, str(path))
     return np.ascontiguousarray(tokens, dtype=np.int32)
 

@@ -363,13 +363,7 @@ def decode(options: DecodeOptions, progress: Progress | None = None) -> Transcod
     file_target(options.output, SUFFIXES)
     check_apart(options.output, {"TOKENS": options.tokens, "--against": options.against})
     bundle = Bundle.open(options.bundle)
-    codec, layout = options.codec(), bundle.manifest.layout
-    tokens = read_tokens(options.tokens, bundle.manifest)
-    if tokens.shape[1:] != (layout.rows, layout.columns):
-        raise UsageError(
-            f"{options.tokens} has shape {list(tokens.shape)}; expected [frames, {layout.rows}, "
-            f"{layout.columns}]"
-        )
+    codec, tokens = options.codec(), read_tokens(options.tokens, bundle.manifest)
     count, truth = codec.pictures_of(len(tokens)), None
     if options.against is not None:
         truth = _pictures(codec, options.against, 0, count, options.resize)

@@ -191,7 +191,7 @@ def align(
     """
     chances = schedule_chances(options)
     check_device(options.device)
-    passes = ForcedPasses([s for _, s in options.shares], _frames(model, streams), score_prompt=False)
+    passes = ForcedPasses([s for _, s in options.shares], frames_of(model, streams))
     with together(options.device) as ranks:
         model.to(ranks.device).train()
         trained = add_low_rank(model, options) if options.rank else _all_but(model, frozen)
@@ -235,7 +235,12 @@ def draw(
     return picked, random.choice(len(chances), size, p=chances)
 
 
-def _frames(model: Transformer, streams: NDArray[np.int64]) -> int:
+def frames_of(model: Transformer, streams: NDArray[np.int64]) -> int:
+    """Frames of windows int64 [N, tokens] that the model can hold.
+
+    Raises:
+        UsageError: they are no whole number from 2 on, or too many.
+    """
     layout, most = model.config.layout, model.config.context_frames
     frames, rest = divmod(streams.shape[1] - layout.prefix, layout.frame_length)
     if rest or not 2 <= frames <= most:

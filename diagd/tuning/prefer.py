@@ -260,7 +260,7 @@ class _Run:
         """What the gate compares: by the other probe, on contexts that were held out."""
         rolled = self._roll_out(bundle, self.judged, SEEDS, "judging", self.options.sampling)
         raster = Schedule.next_token(self.layout)
-        passes = ForcedPasses([raster], self._frames, score_prompt=False)
+        passes = ForcedPasses([raster], self._frames)
         nll = forced_nll(self._logits(model), passes, self.judged, 0, device=self.training.device)
         return measures(self.rewards[-1], rolled, reference, np.nanmean(nll, axis=1, dtype=np.float64))
 

@@ -18,13 +18,13 @@ from torch.nn import functional
 
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
-from diagd.schedule import StreamLayout
 from diagd.tuning.align import (
     Report,
     TrainingState,
     add_low_rank,
     draw,
     filled_text,
+    frames_of,
     merged,
     schedule_chances,
     without_low_rank,
@@ -55,11 +55,6 @@ class Lesson:
     weights: NDArray[np.float32]
     strength: float
     anchor: float
-
-    def passes(self, options: PreferTraining, layout: StreamLayout, prompt: int) -> ForcedPasses:
-        """The passes of all schedules over windows, ``prompt`` of whose frames are known."""
-        frames = (self.preferred.shape[1] - layout.prefix) // layout.frame_length
-        return ForcedPasses([each for _, each in options.shares], frames, score_prompt=False, prompt=prompt)
 
     def windows(self, picked: NDArray[np.int64]) -> list[Streams]:
         """The picked windows: preferred, and rejected where there are."""
@@ -138,7 +133,8 @@ def tune(
     first ``prompt`` frames of each window are known; the text is as in ``align``. ``ranks`` do it together,
     each its share of every batch; None: this process alone.
     """
-    chances, passes = schedule_chances(options), lesson.passes(options, model.config.layout, prompt)
+    schedules, frames = [each for _, each in options.shares], frames_of(model, lesson.preferred)
+    chances, passes = schedule_chances(options), ForcedPasses(schedules, frames, prompt=prompt)
     model.to(options.device).train()
     trained, ranks = add_low_rank(model, options), ranks or Ranks(0, 1, options.device)
     filled = filled_text(model, text, options.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -211,19 +211,18 @@ class RewardModel:
         streams: Streams,
         prompt: int,
         logits: Logits,
-        probe: Probe | None = None,
         device: str = "cpu",
     ) -> RewardModel:
-        """Learn what true frames are like."""
+        """Learn what true frames are like; no actions are read."""
         cells, _ = parts(streams, config.layout)
         seen = np.zeros((config.layout.rows, config.vocabulary), bool)
         for row in range(config.layout.rows):
             seen[row, np.unique(cells[:, :, row])] = True
-        every = Transitions.of(streams, config.layout)
-        blind = cls(config, prompt, logits, device, None, seen, (0.0, 0.0), _usual(every))
+        usual = _usual(Transitions.of(streams, config.layout))
+        blind = cls(config, prompt, logits, device, None, seen, (0.0, 0.0), usual)
         nll = blind.figures(streams[:: max(1, len(streams) // 128)])["nll"]
         low, high = np.quantile(nll, BAND)
-        return cls(config, prompt, logits, device, probe, seen, (float(low), float(high)), blind.usual)
+        return replace(blind, band=(float(low), float(high)))
 
     def figures(self, streams: Streams) -> Figures:
         """What is found in windows [B, N].
@@ -281,7 +280,7 @@ class RewardModel:
         layout = self.config.layout
         frames = (streams.shape[1] - layout.prefix) // layout.frame_length
         raster = Schedule.next_token(layout)
-        passes = ForcedPasses([raster], frames, score_prompt=False, prompt=self.prompt)
+        passes = ForcedPasses([raster], frames, prompt=self.prompt)
         nll = forced_nll(self.logits, passes, streams, 0, device=self.device)[:, layout.prefix :]
         by_frame: NDArray[np.float64] = np.nanmean(
             nll.reshape(len(streams), frames, -1)[:, self.prompt :], axis=2, dtype=np.float64

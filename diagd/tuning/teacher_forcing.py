@@ -127,7 +127,7 @@ class ForcedPasses:
     """
 
     def __init__(
-        self, schedules: Sequence[Schedule], frames: int, *, score_prompt: bool, prompt: int = 1
+        self, schedules: Sequence[Schedule], frames: int, *, score_prompt: bool = False, prompt: int = 1
     ) -> None:
         passes = [teacher_forced_pass(s, frames, score_prompt=score_prompt, prompt=prompt) for s in schedules]
         self.names = [schedule.name for schedule in schedules]

@@ -29,7 +29,7 @@ def streams(count: int) -> np.ndarray:
 
 
 def gap(model: torch.nn.Module, data: np.ndarray) -> float:
-    return float(np.nanmean(forced_nll(model, ForcedPasses([CHAINED], 3, score_prompt=False), data, 0)))
+    return float(np.nanmean(forced_nll(model, ForcedPasses([CHAINED], 3), data, 0)))
 
 
 @pytest.mark.parametrize("rank", [0, 4])

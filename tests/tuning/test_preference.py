@@ -34,7 +34,7 @@ def lesson(count: int = 6, *, anchor: float = 0.2, strength: float = 10.0) -> Le
 
 def margin(model: Transformer, taught: Lesson) -> float:
     """How much more likely the preferred are than the rejected, nats a token, by next-token prediction."""
-    passes = ForcedPasses([SHARES[0][1]], FRAMES, score_prompt=False, prompt=PROMPT)
+    passes = ForcedPasses([SHARES[0][1]], FRAMES, prompt=PROMPT)
     assert taught.rejected is not None
     nll = [np.nanmean(forced_nll(model, passes, s, 0)) for s in (taught.preferred, taught.rejected)]
     return float(nll[1] - nll[0])

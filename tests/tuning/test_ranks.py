@@ -45,6 +45,6 @@ def test_two_processes_go_on_to_what_one_comes_to(tmp_path: Path) -> None:
 
 
 def test_more_processes_than_windows_are_refused() -> None:
-    passes = ForcedPasses([CHAINED], 3, score_prompt=False)
+    passes = ForcedPasses([CHAINED], 3)
     with pytest.raises(UsageError, match="raise --batch"):
         Ranks(0, 3, "cpu").batch(passes, streams(2), np.zeros(2, np.int64))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ PROMPT, FRAMES = 2, 5
 def reward() -> RewardModel:
     true, model = walks(120, FRAMES), small_model(LAYOUT)
     probe = Probe.fit(Transitions.of(true, LAYOUT), model.config.vocabulary, steps=150, seed=0)
-    return RewardModel.learn(model.config, true, PROMPT, model, probe)
+    return replace(RewardModel.learn(model.config, true, PROMPT, model), probe=probe)
 
 
 def frozen(streams: np.ndarray) -> np.ndarray:

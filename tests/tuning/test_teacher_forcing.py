@@ -90,7 +90,7 @@ def test_likelihood_equals_step_by_step_decoding(schedule: Schedule) -> None:
     stream = random_stream(layout, frames=3, known=1)
     oracle = FullRecompute(model, keep_seeds=schedule.keep_seeds)
     logits = oracle.run(rows_of(schedule.table(1, 2, 0)), stream)
-    nll = forced_nll(model, ForcedPasses([schedule], 3, score_prompt=False), stream[None], 0)[0]
+    nll = forced_nll(model, ForcedPasses([schedule], 3), stream[None], 0)[0]
     for position, row in logits.items():
         expected = -torch.log_softmax(row, -1)[stream[position]]
         assert nll[position] == pytest.approx(expected.item(), abs=2e-4)

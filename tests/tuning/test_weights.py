@@ -74,7 +74,7 @@ def test_aligned_checkpoints_are_read_like_released_ones(small: Family, tmp_path
     assert sum(losses[-5:]) < sum(losses[:5])
     released = select(open_checkpoint(str(output)), small.rename)
     assert {name: handle.shape for name, handle in released.items()} == dict(small.expected)
-    passes = ForcedPasses([schedule], 3, score_prompt=False)
+    passes = ForcedPasses([schedule], 3)
     before = forced_nll(load_transformer(small, source), passes, windows, 0)
     after = forced_nll(load_transformer(small, released), passes, windows, 0)
     assert np.nanmean(after) < np.nanmean(before)

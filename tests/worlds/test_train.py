@@ -65,7 +65,7 @@ def test_training_learns_every_schedule(data: Path, tmp_path: Path) -> None:
     encoder = FrameEncoder.of_graphs(world.description.pixel_graphs(), world.tokenizer)
     streams = cached_tokens(data, encoder).windows(np.array([0, 15, 30]), 4)
     shares = mixture_shares("mixture", world.description.layout)
-    passes = ForcedPasses([schedule for _, schedule in shares], 4, score_prompt=False)
+    passes = ForcedPasses([schedule for _, schedule in shares], 4)
     for choice in range(len(shares)):
         assert np.nanmean(forced_nll(world.model, passes, streams, choice)) < 0.5 * np.log(8)
     found = losses(tmp_path)
