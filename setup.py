@@ -18,6 +18,7 @@ KERNELS = (
     "half.h",
     "attention.cu",
     "attention.h",
+    "warp.h",
     "layer.cu",
     "layer.h",
 )

@@ -201,7 +201,7 @@ def look(bundles: list[Path]) -> int:
 class StandIn(HostDevice):
     """The H100 that cuda_stub.c tells of; its kernels are counted, not run."""
 
-    architecture, processors = 90, 132
+    architecture, processors, block_bytes = 90, 132, 227 << 10
 
     def load(self, code: bytes, names: Sequence[str], shared: int = 0) -> dict[str, int]:
         return {name: number + 1 for number, name in enumerate(names)}

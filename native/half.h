@@ -18,6 +18,20 @@ typedef long long int64_t;
 
 using half = unsigned short;
 
+namespace diagd {
+
+constexpr int kVector = 8;  // elements that a thread has at a time
+
+struct alignas(16) Vector {
+  half values[kVector];
+};
+
+DIAGD_BOTH Vector vector_at(const half* place) { return *reinterpret_cast<const Vector*>(place); }
+
+DIAGD_BOTH void put_vector(half* place, const Vector& vector) { *reinterpret_cast<Vector*>(place) = vector; }
+
+}  // namespace diagd
+
 DIAGD_BOTH float to_float(half x) {
 #if defined(__CUDA_ARCH__)
   float y;

@@ -1,8 +1,7 @@
-// Device build: see layer.h. Compiled by NVRTC for one HEAD_SIZE.
+// Device build: see layer.h. Compiled by NVRTC.
 #include "layer.h"
 
 struct Warp {
-  static constexpr int kLanes = 32;
   int lane;
   __device__ float sum(float x) const {
     for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
@@ -32,13 +31,6 @@ extern "C" __global__ void __launch_bounds__(1024) diagd_norm(const diagd::NormA
   diagd::norm_row<diagd::kVector>(BlockOfWarps{static_cast<int>(threadIdx.x), shared}, arguments, blockIdx.x);
 }
 
-// Rows x heads; a warp a head.
-extern "C" __global__ void diagd_heads(const diagd::HeadsArguments arguments) {
-  const int head = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
-  if (head < arguments.heads + 2 * arguments.groups)
-    diagd::arrange_head<HEAD_SIZE>(Warp{static_cast<int>(threadIdx.x % 32)}, arguments, blockIdx.x, head);
-}
-
 // Vectors of a row x rows.
 extern "C" __global__ void diagd_embed(const diagd::EmbedArguments arguments) {
   diagd::embed_vector(arguments, blockIdx.y, thread_number() * diagd::kVector);
@@ -50,9 +42,4 @@ extern "C" __global__ void diagd_swiglu(const diagd::ActivationArguments argumen
 
 extern "C" __global__ void diagd_gelu(const diagd::ActivationArguments arguments) {
   diagd::gelu_vector(arguments, blockIdx.y, thread_number() * diagd::kVector);
-}
-
-// Slots x rows.
-extern "C" __global__ void diagd_mask(const diagd::MaskArguments arguments) {
-  diagd::mask_slot(arguments, blockIdx.y, thread_number());
 }

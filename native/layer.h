@@ -1,8 +1,8 @@
-// What stands between the products of a layer, in float16: norms of the residual stream with what is added to it,
-// queries, keys and values with their way into the cache, activations; and the mask of all layers.
+// What stands between the products of a layer, in float16, but for attention: norms of the residual stream with what
+// is added to it, and activations; and what is read ahead of all layers.
 //
 // Values are float inside and rounded where they are stored. The device and the host build run the same code: a
-// norm is one block's work and a head one warp's, on the host one thread's with the values of all.
+// norm is one block's work, on the host one thread's with the values of all.
 #pragma once
 
 #include "half.h"
@@ -10,8 +10,6 @@
 namespace diagd {
 
 constexpr int kMostAdded = 3, kMostHidden = 8192;
-constexpr int kVector = 8;           // elements that a thread has at a time
-constexpr float kHiddenScore = -30000.0f;  // as diagd/export/forms.py has it
 
 // Rows of x, of what is added and of what is made are `hidden` elements, contiguous.
 struct NormArguments {
@@ -47,45 +45,11 @@ struct EmbedArguments {
   int32_t frame_length;
 };
 
-// Rows of several streams, one stream's after the other's.
-struct HeadsArguments {
-  const half* fused;  // [streams * width, (heads + 2 groups) size]
-  const half* bias;   // these are null where a model has none
-  const half* query_norm;
-  const half* key_norm;
-  const half* cosines;  // [streams * width, size / 2]
-  const half* sines;
-  const int64_t* write_index;  // [streams], slot of the first row
-  half* queries;               // [streams, heads, width, size]
-  half* keys;                  // [streams, groups, slots, size]
-  half* values;
-  int32_t streams;
-  int32_t width;
-  int32_t heads;
-  int32_t groups;
-  int32_t slots;
-  float epsilon;
-};
-
 struct ActivationArguments {
   const half* x;     // [rows, inner], or [rows, 2 inner] where it is gated
   const half* bias;  // [inner]
   half* out;         // [rows, inner]
   int32_t inner;
-};
-
-struct MaskArguments {
-  const int32_t* positions;      // [streams, width]
-  const int32_t* slot_position;  // [streams, slots]
-  half* mask;                    // [streams, shared * width, slots]
-  int32_t streams;
-  int32_t width;
-  int32_t shared;
-  int32_t slots;
-};
-
-struct alignas(16) Vector {
-  half values[kVector];
 };
 
 DIAGD_BOTH float exponential_of(float x) {
@@ -106,13 +70,12 @@ DIAGD_BOTH float root_of(float x) {
 
 // The one thread of the host.
 struct Alone {
-  static constexpr int kLanes = 1;
   int lane = 0;
   DIAGD_BOTH float sum(float x) const { return x; }
 };
 
 DIAGD_BOTH void copy_vector(half* target, const half* source, int64_t from, int64_t to) {
-  *reinterpret_cast<Vector*>(target + to) = *reinterpret_cast<const Vector*>(source + from);
+  put_vector(target + to, vector_at(source + from));
 }
 
 // One vector of a row of each table.
@@ -126,11 +89,11 @@ DIAGD_BOTH void embed_vector(const EmbedArguments& a, int64_t row, int32_t colum
     Vector out;
     for (int number = 0; number < 3; ++number) {
       if (!tables[number]) continue;
-      const Vector found = *reinterpret_cast<const Vector*>(tables[number] + int64_t{rows[number]} * a.hidden + column);
+      const Vector found = vector_at(tables[number] + int64_t{rows[number]} * a.hidden + column);
       for (int n = 0; n < kVector; ++n) sum[n] += to_float(found.values[n]);
     }
     for (int n = 0; n < kVector; ++n) out.values[n] = to_half(sum[n]);
-    *reinterpret_cast<Vector*>(a.x + row * a.hidden + column) = out;
+    put_vector(a.x + row * a.hidden + column, out);
     if (a.added) copy_vector(a.added_rows, a.added, int64_t{position} * a.hidden + column, row * a.hidden + column);
   }
   if (a.cosines && column < a.pairs) {
@@ -149,11 +112,11 @@ DIAGD_BOTH void norm_row(const Team& team, const NormArguments& a, int64_t row) 
     const int first = team.lane * kHeld + held;
     for (int n = 0; n < kVector; ++n) values[held + n] = 0.0f;
     if (first >= a.hidden) continue;
-    const Vector x = *reinterpret_cast<const Vector*>(a.x + row * a.hidden + first);
+    const Vector x = vector_at(a.x + row * a.hidden + first);
     Vector sum, added[kMostAdded] = {};  // all are asked for before the first is waited for
     for (int number = 0; number < kMostAdded; ++number) {
       if (!a.added[number]) continue;
-      added[number] = *reinterpret_cast<const Vector*>(a.added[number] + row * a.steps[number] + first);
+      added[number] = vector_at(a.added[number] + row * a.steps[number] + first);
     }
     for (int n = 0; n < kVector; ++n) values[held + n] = to_float(x.values[n]);
     for (int number = 0; number < kMostAdded; ++number) {
@@ -164,7 +127,7 @@ DIAGD_BOTH void norm_row(const Team& team, const NormArguments& a, int64_t row) 
       values[held + n] = to_float(sum.values[n]);
       total += a.centred ? values[held + n] : values[held + n] * values[held + n];
     }
-    *reinterpret_cast<Vector*>(a.sum + row * a.hidden + first) = sum;
+    put_vector(a.sum + row * a.hidden + first, sum);
   }
   float mean = 0.0f, square = team.sum(total) / static_cast<float>(a.hidden);
   if (a.centred) {
@@ -180,92 +143,42 @@ DIAGD_BOTH void norm_row(const Team& team, const NormArguments& a, int64_t row) 
   for (int held = 0; held < kHeld; held += kVector) {
     const int first = team.lane * kHeld + held;
     if (first >= a.hidden) continue;
-    const Vector weight = *reinterpret_cast<const Vector*>(a.weight + first);
+    const Vector weight = vector_at(a.weight + first);
     Vector out, shift = {};
-    if (a.shift) shift = *reinterpret_cast<const Vector*>(a.shift + first);
+    if (a.shift) shift = vector_at(a.shift + first);
     for (int n = 0; n < kVector; ++n) {
       const float normal = (values[held + n] - mean) * scale * to_float(weight.values[n]);
       out.values[n] = to_half(normal + to_float(shift.values[n]));
     }
-    *reinterpret_cast<Vector*>(a.out + row * a.hidden + first) = out;
-  }
-}
-
-// One head of one row: of queries, then keys, then values.
-template <int kSize, typename Team>
-DIAGD_BOTH void arrange_head(const Team& team, const HeadsArguments& a, int32_t row, int32_t head) {
-  constexpr int kPairs = kSize / 2, kHeld = (kPairs + Team::kLanes - 1) / Team::kLanes;
-  const int all = a.heads + 2 * a.groups;
-  const half* source = a.fused + (int64_t{row} * all + head) * kSize;
-  float low[kHeld], high[kHeld], total = 0.0f;
-  for (int held = 0; held < kHeld; ++held) {
-    const int pair = team.lane + held * Team::kLanes;
-    low[held] = high[held] = 0.0f;
-    if (pair >= kPairs) continue;
-    low[held] = to_float(source[pair]), high[held] = to_float(source[pair + kPairs]);
-    if (a.bias) {
-      low[held] += to_float(a.bias[head * kSize + pair]);
-      high[held] += to_float(a.bias[head * kSize + pair + kPairs]);
-    }
-    total += low[held] * low[held] + high[held] * high[held];
-  }
-  const bool is_query = head < a.heads, is_value = head >= a.heads + a.groups;
-  const half* norm = is_query ? a.query_norm : a.key_norm;
-  const float scale = norm && !is_value ? 1.0f / root_of(team.sum(total) / kSize + a.epsilon) : 1.0f;
-  const int32_t stream = row / a.width, place = row % a.width;
-  const int64_t slot = is_query ? 0 : a.write_index[stream] + place;
-  if (slot >= a.slots) return;
-  const int32_t group = stream * a.groups + (head - a.heads) % a.groups;
-  half* target = is_query ? a.queries + (int64_t{stream * a.heads + head} * a.width + place) * kSize
-                          : (is_value ? a.values : a.keys) + (int64_t{group} * a.slots + slot) * kSize;
-  for (int held = 0; held < kHeld; ++held) {
-    const int pair = team.lane + held * Team::kLanes;
-    if (pair >= kPairs) continue;
-    float first = low[held] * scale, second = high[held] * scale;
-    if (norm && !is_value) first *= to_float(norm[pair]), second *= to_float(norm[pair + kPairs]);
-    if (a.cosines && !is_value) {
-      const int64_t at = int64_t{row} * kPairs + pair;
-      const float cosine = to_float(a.cosines[at]), sine = to_float(a.sines[at]);
-      const float turned = first * cosine - second * sine;
-      second = second * cosine + first * sine, first = turned;
-    }
-    target[pair] = to_half(first), target[pair + kPairs] = to_half(second);
+    put_vector(a.out + row * a.hidden + first, out);
   }
 }
 
 // One vector of a row: silu(gate) * up.
 DIAGD_BOTH void swiglu_vector(const ActivationArguments& a, int64_t row, int32_t column) {
   if (column >= a.inner) return;
-  const Vector gate = *reinterpret_cast<const Vector*>(a.x + row * 2 * a.inner + column);
-  const Vector up = *reinterpret_cast<const Vector*>(a.x + (row * 2 + 1) * a.inner + column);
+  const Vector gate = vector_at(a.x + row * 2 * a.inner + column);
+  const Vector up = vector_at(a.x + (row * 2 + 1) * a.inner + column);
   Vector out;
   for (int n = 0; n < kVector; ++n) {
     const float x = to_float(gate.values[n]);
     out.values[n] = to_half(x / (1.0f + exponential_of(-x)) * to_float(up.values[n]));
   }
-  *reinterpret_cast<Vector*>(a.out + row * a.inner + column) = out;
+  put_vector(a.out + row * a.inner + column, out);
 }
 
 // One vector of a row: GELU in its tanh form, which is x / (1 + exp(-2 u)).
 DIAGD_BOTH void gelu_vector(const ActivationArguments& a, int64_t row, int32_t column) {
   if (column >= a.inner) return;
-  const Vector found = *reinterpret_cast<const Vector*>(a.x + row * a.inner + column);
+  const Vector found = vector_at(a.x + row * a.inner + column);
   Vector out, bias = {};
-  if (a.bias) bias = *reinterpret_cast<const Vector*>(a.bias + column);
+  if (a.bias) bias = vector_at(a.bias + column);
   for (int n = 0; n < kVector; ++n) {
     const float x = to_float(found.values[n]) + to_float(bias.values[n]);
     const float twice = 1.5957691216057308f * (x + 0.044715f * x * x * x);
     out.values[n] = to_half(x / (1.0f + exponential_of(-twice)));
   }
-  *reinterpret_cast<Vector*>(a.out + row * a.inner + column) = out;
-}
-
-// What is added to the score of one slot, for a row among those of all streams.
-DIAGD_BOTH void mask_slot(const MaskArguments& a, int32_t row, int32_t slot) {
-  if (slot >= a.slots) return;
-  const int32_t rows = a.shared * a.width, stream = row / rows, place = row % rows % a.width;
-  const bool seen = a.slot_position[int64_t{stream} * a.slots + slot] <= a.positions[stream * a.width + place];
-  a.mask[int64_t{row} * a.slots + slot] = to_half(seen ? 0.0f : kHiddenScore);
+  put_vector(a.out + row * a.inner + column, out);
 }
 
 }  // namespace diagd

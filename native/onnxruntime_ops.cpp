@@ -1,7 +1,8 @@
 // What stands between a step's products, for ONNX Runtime's CUDA provider: one launch where it has many.
 //
 // Functions of our graphs (diagd/export/tracing.py) have these names; a provider that has an operator of the name
-// runs that, others put the function's nodes in its place. Declared here is what is used of ONNX Runtime's C
+// runs that, others put the function's nodes in its place. A name stays what it was: older graphs had "Heads..",
+// "Attend" and "Mask" with other inputs, which none may have again. Declared here is what is used of ONNX Runtime's C
 // interface, whose structures only grow at their ends (include/onnxruntime/core/session/onnxruntime_c_api.h).
 #if !defined(_WIN32)
 
@@ -18,19 +19,18 @@
 
 namespace diagd {
 
-enum Function { kNormRow, kArrangeHeads, kSwiGLU, kGELU, kMakeMask, kEmbedRow, kAttend, kCombine, kFunctions };
+enum Function { kNormRow, kSwiGLU, kGELU, kEmbedRow, kAttend, kFunctions };
 
 using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
                        void* stream, void**, void**);
 
-// What sessions are given, from Python: functions of loaded modules, memory for what splits of attention find.
+// What sessions are given, from Python: functions of loaded modules, zeroed memory between blocks of attention.
 struct Operators {
   void* functions[kFunctions];
-  float* partial;
-  int64_t partial_floats;
+  char* between;         // of bytes_between()
   Launch launch;         // null: cuLaunchKernel
   const char* provider;  // null: CUDA's
-  int32_t processors;
+  Processors gpu;
   int32_t size;
 };
 
@@ -40,7 +40,7 @@ namespace {
 
 constexpr uint32_t kApiVersion = 17;  // ONNX Runtime 1.17: the first with all that is used
 constexpr int kFloat16 = 10, kInt32 = 6, kInt64 = 7, kRequired = 0, kOptional = 1, kDeviceMemory = 0;
-constexpr size_t kMostInputs = 9;
+constexpr size_t kMostInputs = 12;
 
 using Status = void*;  // null: all is well
 
@@ -217,8 +217,6 @@ struct Call {
   }
 };
 
-int64_t divided(int64_t count, int64_t by) { return (count + by - 1) / by; }
-
 // x, what is added to it, the norm's weight and its shift -> their sum, and that normalised.
 Status run_norm(Call& call) {
   const Shaped& x = call.inputs[0];
@@ -235,56 +233,48 @@ Status run_norm(Call& call) {
   if (a.hidden % diagd::kVector || a.hidden > diagd::kMostHidden) return call.fail("diagd: a norm of another width");
   if (Status status = call.output(0, x, x.columns(), a.sum)) return status;
   if (Status status = call.output(1, x, x.columns(), a.out)) return status;
-  return call.launch(diagd::kNormRow, a, x.rows(), 1, 1, divided(a.hidden, 32 * diagd::kVector) * 32);
+  return call.launch(diagd::kNormRow, a, x.rows(), 1, 1, diagd::divided(a.hidden, 32 * diagd::kVector) * 32);
 }
 
-// Inputs of diagd.export.transformer.Heads, K, V, the first slot -> folded queries, K, V.
-Status run_heads(Call& call) {
-  const Shaped *next = call.inputs, *past = call.inputs + call.count - 3;
+Status launch_attention(const Call& call, diagd::AttendArguments& a, int32_t heads) {
+  const diagd::Operators& given = call.kernel.op->given;
+  const int32_t rows = a.width * a.shared;
+  const diagd::AttendPlan plan = diagd::attend_plan(heads, rows, a.slots, given.size, given.gpu);
+  const int64_t between = diagd::rows_between(plan, heads, rows);
+  a.splits = plan.splits, a.split_tiles = plan.split_tiles;
+  a.scale = 1.4426950408889634f / std::sqrt(static_cast<float>(given.size));
+  a.arrived = reinterpret_cast<unsigned*>(given.between);
+  a.found = reinterpret_cast<half*>(given.between + 4 * diagd::most_counters(given.gpu.count));
+  a.laws = reinterpret_cast<float*>(a.found + between * given.size);
+  return call.launch(diagd::kAttend, a, plan.splits, plan.row_blocks, heads, 32 * plan.warps, plan.teams,
+                     plan.teams * diagd::team_bytes(given.size));
+}
+
+// Positions of rows and of slots, inputs of diagd.export.transformer.Heads, K, V, a mask that is not made, the first
+// slot -> [streams * width, heads * D], K, V.
+Status run_attention(Call& call) {
   const Operator& op = *call.kernel.op;
-  const int64_t streams = past->shape[0], groups = past->shape[1], size = past->shape[3];
-  diagd::HeadsArguments a = {};
-  const int64_t rows = next->rows(), heads = next->columns() / size - 2 * groups;
-  a.fused = next++->halves();
+  const Shaped *next = call.inputs + 2, *past = call.inputs + call.count - 4;
+  const int32_t size = op.given.size, heads = static_cast<int32_t>(past->shape[0] * past->shape[1]);
+  diagd::AttendArguments a = {};
+  const int64_t rows = next->rows();
+  a.across = static_cast<int32_t>(next->columns() / size), a.fused = next++->halves();
   if (op.has("Bias")) a.bias = next++->halves();
   if (op.has("Norm")) a.query_norm = next++->halves(), a.key_norm = next++->halves();
   if (op.has("Rotary")) a.cosines = next++->halves(), a.sines = next++->halves();
-  a.write_index = static_cast<const int64_t*>(past[2].data);
-  a.streams = static_cast<int32_t>(streams), a.width = static_cast<int32_t>(rows / streams);
-  a.heads = static_cast<int32_t>(heads), a.groups = static_cast<int32_t>(groups);
-  a.slots = static_cast<int32_t>(past->shape[2]), a.epsilon = call.kernel.real;
-  if (size != op.given.size) return call.fail("diagd: heads of another size");
-  if (Status status = call.output(0, {streams, groups, heads / groups * a.width, size}, a.queries)) return status;
+  a.positions = static_cast<const int32_t*>(call.inputs[0].data);
+  a.slot_position = static_cast<const int32_t*>(call.inputs[1].data);
+  a.write_index = static_cast<const int64_t*>(past[3].data);
+  a.width = static_cast<int32_t>(rows / past->shape[0]), a.groups = static_cast<int32_t>(past->shape[1]);
+  a.shared = a.across / a.groups - 2, a.slots = static_cast<int32_t>(past->shape[2]);
+  a.epsilon = call.kernel.real;
+  if (past->columns() != size) return call.fail("diagd: an attention of another head size");
+  if (Status status = call.output(0, {rows, int64_t{a.groups} * a.shared * size}, a.out)) return status;
   if (Status status = call.output(1, past[0], size, a.keys)) return status;
   if (Status status = call.output(2, past[1], size, a.values)) return status;
   if (a.keys != past[0].data || a.values != past[1].data)
     return call.fail("diagd: K and V are not bound to the same memory as inputs and as outputs");
-  return call.launch(diagd::kArrangeHeads, a, rows, divided(heads + 2 * groups, 4), 1, 128);
-}
-
-// Folded queries, K, V, the mask -> [streams * width, heads * D].
-Status run_attention(Call& call) {
-  const diagd::Operators& given = call.kernel.op->given;
-  const Shaped &queries = call.inputs[0], &mask = call.inputs[3];
-  const int32_t groups = static_cast<int32_t>(queries.shape[1]), rows = static_cast<int32_t>(queries.shape[2]);
-  const int32_t heads = static_cast<int32_t>(queries.shape[0]) * groups;
-  const int32_t slots = static_cast<int32_t>(call.inputs[1].shape[2]);
-  const int32_t shared = static_cast<int32_t>(call.kernel.wholes[0]);
-  if (queries.columns() != given.size) return call.fail("diagd: an attention of another head size");
-  const diagd::AttendPlan plan = diagd::attend_plan(heads, rows, slots, given.processors);
-  if (diagd::needed_floats(plan, heads, rows, given.size) > given.partial_floats)
-    return call.fail("diagd: an attention needs more memory than it was given");
-  half* out = nullptr;
-  const int64_t all_rows = queries.shape[0] * (rows / shared), columns = groups * shared * queries.columns();
-  if (Status status = call.output(0, {all_rows, columns}, out)) return status;
-  diagd::AttendArguments a = {
-      queries.data, call.inputs[1].data, call.inputs[2].data, mask.data, out, given.partial,
-      mask.shape[0] > 1 ? int64_t{rows} * slots : 0, rows, slots, groups, shared, plan.splits, plan.split_tiles,
-      1.4426950408889634f / std::sqrt(static_cast<float>(given.size))};
-  if (Status status = call.launch(diagd::kAttend, a, plan.splits, plan.row_blocks, heads, 32 * plan.warps, 1,
-                                  diagd::attend_shared(given.size)))
-    return status;
-  return plan.splits > 1 ? call.launch(diagd::kCombine, a, rows, heads, 1, given.size / 2, diagd::kBeside) : nullptr;
+  return launch_attention(call, a, heads);
 }
 
 // Gate and up in one, or x and its bias -> the activation.
@@ -297,21 +287,13 @@ Status run_activation(Call& call) {
   if (a.inner % diagd::kVector) return call.fail("diagd: an activation of another width");
   if (Status status = call.output(0, x, a.inner, a.out)) return status;
   const diagd::Function function = gated ? diagd::kSwiGLU : diagd::kGELU;
-  return call.launch(function, a, divided(a.inner, 128 * diagd::kVector), x.rows(), 1, 128);
+  return call.launch(function, a, diagd::divided(a.inner, 128 * diagd::kVector), x.rows(), 1, 128);
 }
 
-// Positions of rows and of slots -> what is added to scores.
+// Attention reads positions itself: what its function has of a mask is not made.
 Status run_mask(Call& call) {
-  const Shaped &rows = call.inputs[0], &slots = call.inputs[1];
-  diagd::MaskArguments a = {};
-  a.positions = static_cast<const int32_t*>(rows.data), a.slot_position = static_cast<const int32_t*>(slots.data);
-  a.streams = static_cast<int32_t>(rows.shape[2]), a.width = static_cast<int32_t>(rows.columns());
-  a.slots = static_cast<int32_t>(slots.columns()), a.shared = static_cast<int32_t>(call.kernel.wholes[0]);
-  const int64_t folded = int64_t{a.shared} * a.width;
-  const int64_t shape[4] = {a.streams, 1, folded, a.slots};
-  const size_t axes = rows.axes == 1 ? 2 : 4;
-  if (Status status = call.output(0, shape + 4 - axes, axes, a.mask)) return status;
-  return call.launch(diagd::kMakeMask, a, divided(a.slots, 256), a.streams * folded, 1, 256);
+  half* none = nullptr;
+  return call.output(0, {1}, none);
 }
 
 // Ids, positions and tables -> the first layer's input, and rows of the tables that layers read.
@@ -338,8 +320,8 @@ Status run_embed(Call& call) {
   }
   if (hidden % diagd::kVector || a.pairs % diagd::kVector || ids.axes != 1)
     return call.fail("diagd: rows of tables of another width");
-  const int64_t widest = hidden > a.pairs ? hidden : a.pairs;
-  return call.launch(diagd::kEmbedRow, a, divided(widest, 128 * diagd::kVector), ids.columns(), 1, 128);
+  const int32_t widest = a.hidden > a.pairs ? a.hidden : a.pairs;
+  return call.launch(diagd::kEmbedRow, a, diagd::divided(widest, 128 * diagd::kVector), ids.columns(), 1, 128);
 }
 
 Status compute(void* pointer, void* context) {
@@ -412,12 +394,12 @@ Status add_norms(const void* const* api, void* domain) {
 }
 
 // Names say what there is among the inputs, in this order.
-Status add_heads(const void* const* api, void* domain) {
+Status add_attentions(const void* const* api, void* domain) {
   for (size_t parts = 0; parts < 8; ++parts) {
     const bool bias = parts & 1, norm = parts & 2, rotary = parts & 4;
-    const size_t inputs = size_t{4} + bias + 2 * norm + 2 * rotary;
-    Operator op = described(inputs, inputs, 3, run_heads, "Heads");
-    op.real = "epsilon", op.writes = true;
+    const size_t inputs = size_t{7} + bias + 2 * norm + 2 * rotary;
+    Operator op = described(inputs, inputs, 3, run_attention, "CachedAttention");
+    op.real = "epsilon", op.writes = true, op.integers = 2;
     for (const char* part : {bias ? "Bias" : "", norm ? "Norm" : "", rotary ? "Rotary" : ""})
       std::strcat(op.label, part);
     if (Status status = add(api, domain, op)) return status;
@@ -440,9 +422,9 @@ Status add_embeddings(const void* const* api, void* domain) {
 }
 
 Status add_others(const void* const* api, void* domain) {
-  Operator attend = described(4, 4, 1, run_attention, "Attend"), mask = described(2, 2, 1, run_mask, "Mask");
-  attend.wholes[0] = mask.wholes[0] = "shared", mask.integers = 2;
-  for (const Operator& op : {attend, mask, described(1, 1, 1, run_activation, "SwiGLU"),
+  Operator mask = described(2, 2, 1, run_mask, "CachedMask");
+  mask.integers = 2;
+  for (const Operator& op : {mask, described(1, 1, 1, run_activation, "SwiGLU"),
                              described(1, 1, 1, run_activation, "GELU"),
                              described(2, 2, 1, run_activation, "BiasGELU")}) {
     if (Status status = add(api, domain, op)) return status;
@@ -457,17 +439,21 @@ extern "C" void diagd_operators_with(const diagd::Operators* given) { next_given
 
 extern "C" int32_t diagd_operators_arguments_size() { return sizeof(diagd::Operators); }
 
-// Bytes of a block's memory that a launch takes.
-extern "C" int32_t diagd_attend_shared(int32_t size) { return diagd::attend_shared(size); }
-
-// Floats of ``partial``, for a device of so many processors.
-extern "C" int64_t diagd_attend_floats(int32_t processors, int32_t size) {
-  return diagd::attend_floats(processors, size);
+// Bytes of a block's memory that a launch takes at most, of those that a block may have.
+extern "C" int32_t diagd_attend_shared(int32_t size, int32_t bytes) {
+  return diagd::teams_beside(diagd::kLeastWarps, size, bytes) * diagd::team_bytes(size);
 }
 
-// Floats of it that one launch takes.
-extern "C" int64_t diagd_attend_needs(int32_t heads, int32_t rows, int32_t slots, int32_t processors, int32_t size) {
-  return diagd::needed_floats(diagd::attend_plan(heads, rows, slots, processors), heads, rows, size);
+// Bytes of ``between``, for a device of so many processors.
+extern "C" int64_t diagd_attend_bytes(int32_t processors, int32_t size) {
+  return diagd::bytes_between(processors, size);
+}
+
+// How attention is divided: warps of a team, teams of a block, blocks of rows, splits, tiles of one.
+extern "C" void diagd_attend_plan(int32_t heads, int32_t rows, int32_t slots, int32_t size, int32_t processors,
+                                  int32_t bytes, int32_t* plan) {
+  const diagd::AttendPlan found = diagd::attend_plan(heads, rows, slots, size, {processors, bytes});
+  std::memcpy(plan, &found, sizeof found);
 }
 
 // Called by ONNX Runtime.
@@ -476,7 +462,7 @@ extern "C" Status RegisterCustomOps(void* options, const ApiBase* base) {
   if (!api) return nullptr;
   void* domain = nullptr;
   if (Status status = call(api, kCreateCustomOpDomain, "diagd", &domain)) return status;
-  for (auto add_some : {add_norms, add_heads, add_embeddings, add_others}) {
+  for (auto add_some : {add_norms, add_attentions, add_embeddings, add_others}) {
     if (Status status = add_some(api, domain)) return status;
   }
   return call(api, kAddCustomOpDomain, options, domain);

@@ -1,8 +1,8 @@
 """What stands between a step's products on a GPU, by kernels of ``native/`` in place of ONNX Runtime's own.
 
-The provider has 19 launches between the products of a layer, these are six (``layer.cu``). Its attention has
-a block to each head and 64 rows: a step has few of either and thousands of slots, so that most of a GPU stood
-idle, and an H200 spent 80 to 90 % of a step there (``attention.cu``).
+The provider has 19 launches between the products of a layer, these are four, one between two products
+(``layer.cu``). Its attention has a block to each head and 64 rows: a step has few of either and thousands of
+slots, so that most of a GPU stood idle, and an H200 spent 80 to 90 % of a step there (``attention.cu``).
 """
 
 from __future__ import annotations
@@ -46,8 +46,13 @@ class Loader(Protocol):
         """Streaming multiprocessors."""
         ...
 
+    @property
+    def block_bytes(self) -> int:
+        """Memory that a block may ask for."""
+        ...
+
     def allocate(self, size: int) -> int:
-        """Address of so many bytes."""
+        """Address of so many bytes, which its stream zeroes."""
         ...
 
     def load(self, code: bytes, names: Sequence[str], shared: int = 0) -> Mapping[str, SupportsInt]:
@@ -57,6 +62,9 @@ class Loader(Protocol):
 
 VECTOR: Final = 8
 """Elements that a thread reads at a time: rows are whole numbers of them."""
+
+KEPT_BYTES: Final = 1024
+"""Of a block's memory, for what a kernel has there by itself and what the driver keeps."""
 
 MOST_HIDDEN: Final = 8192
 """A block has a row, and a thread eight elements of it."""
@@ -72,18 +80,17 @@ def step_operators(manifest: Manifest, graph: StepGraph, device: Loader) -> Path
     if library is None or not suits(manifest, graph) or device.architecture < LEAST_ARCHITECTURE:
         return None
     try:
-        code = compile_attention(device.architecture, size), compile_layer(device.architecture, size)
+        code = compile_attention(device.architecture, size), compile_layer(device.architecture)
     except DependencyError:  # where the other kernels were compiled ahead, NVRTC may be missing
         return None
-    floats = library.diagd_attend_floats
-    floats.restype = ctypes.c_int64
-    functions = device.load(code[0], ATTENTION, library.diagd_attend_shared(size))
+    block_bytes = device.block_bytes - KEPT_BYTES
+    functions = device.load(code[0], ATTENTION, library.diagd_attend_shared(size, block_bytes))
     functions = {**device.load(code[1], LAYER), **functions}
     arguments = OperatorArguments()
     arguments.functions[:] = [int(functions[name]) for name in (*LAYER, *ATTENTION)]
-    arguments.partial_floats = floats(device.processors, size)
-    arguments.partial = device.allocate(4 * arguments.partial_floats)
-    arguments.processors, arguments.size = device.processors, size
+    library.diagd_attend_bytes.restype = ctypes.c_int64
+    arguments.between = device.allocate(library.diagd_attend_bytes(device.processors, size))
+    arguments.processors, arguments.block_bytes, arguments.size = device.processors, block_bytes, size
     library.diagd_operators_with(ctypes.byref(arguments))
     return Path(library._name)
 

@@ -111,7 +111,8 @@ class ModernAttention(AttentionForm):
     TensorRT maps the pair to its in-place KV cache update and fused attention. The query heads of a KV head
     are rows of one head: ONNX Runtime's CUDA provider would copy K and V to every query head, over the whole
     capacity. The mask is added, and made once: of one that is boolean the provider makes that in each layer.
-    What stands between two products is a function of the graph, which ``native/layer.h`` has kernels for.
+    What stands between two products is a function of the graph, which ``native`` has kernels for; that of
+    attention reads positions, from which the mask is made.
     """
 
     HIDDEN: Final = -30_000.0
@@ -132,9 +133,8 @@ class ModernAttention(AttentionForm):
         lead = () if slots.positions.dim() == 1 else (self._streams, 1)
         shape = (*lead, self._rows, slots.slot_position.shape[-1])
         inputs = slots.positions, slots.slot_position
-        (self._mask,) = functions.call(
-            "Mask", self._masked, inputs, [(self._dtype, shape)], shared=self._shared
-        )
+        (self._mask,) = functions.call("CachedMask", self._masked, inputs, [(self._dtype, shape)])
+        self._positions = inputs
         self.cache: list[Tensor] = []
 
     @override
@@ -153,23 +153,18 @@ class ModernAttention(AttentionForm):
     def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
         """Update the cache, then attend to every visible slot."""
         past = self._past[2 * layer : 2 * layer + 2]
-        streams, groups, _, size = past[0].shape
-        folded = (streams, groups, self._rows, size)
 
         def body(*inputs: Tensor) -> tuple[Tensor, ...]:
-            *fed, keys, values, index = inputs
+            _, _, *fed, keys, values, mask, index = inputs
             queries, *new = heads(self.rotate, *fed)
-            return self._folded(queries), *map(partial(_scattered, index), (keys, values), new)
+            keys, values = map(partial(_scattered, index), (keys, values), new)
+            return self._attended(self._folded(queries), keys, values, mask), keys, values
 
-        shapes = (folded, past[0].shape, past[1].shape)
-        epsilon = heads.config.norm_epsilon
-        queries, *cache = self.part(
-            heads.name, body, (*inputs, *past, self._write_index), shapes, epsilon=epsilon
-        )
-        self.cache += cache
         shape = (inputs[0].shape[0], heads.config.query_width)
-        inputs = (queries, *cache, self._mask)
-        (attended,) = self.part("Attend", self._attended, inputs, (shape,), shared=self._shared)
+        inputs = (*self._positions, *inputs, *past, self._mask, self._write_index)
+        shapes, epsilon = (shape, past[0].shape, past[1].shape), heads.config.norm_epsilon
+        attended, *cache = self.part(f"Cached{heads.name}", body, inputs, shapes, epsilon=epsilon)
+        self.cache += cache
         return attended
 
     @override
@@ -192,13 +187,13 @@ class ModernAttention(AttentionForm):
         groups, size = heads_first.shape[1] // self._shared, queries.shape[-1]
         return heads_first.reshape(self._streams, groups, -1, size)
 
-    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor]:
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         streams, groups, _, size = queries.shape
         inputs, scale = (queries, keys, values, mask), 1 / math.sqrt(size)
         attended = onnx_operator("Attention", inputs, queries.dtype, queries.shape, scale=scale)
         if self._shared > 1:
             attended = attended.reshape(streams, groups * self._shared, -1, size)
-        return (_rows_first(attended).flatten(-2),)
+        return _rows_first(attended).flatten(-2)
 
 
 class PortableAttention(FullAttention):

@@ -180,7 +180,7 @@ class Heads:
     def name(self) -> str:
         """Tells what it takes."""
         config = self.config
-        return f"Heads{'Bias' * config.bias}{'Norm' * config.qk_norm}{'Rotary' * bool(config.rotary)}"
+        return f"Attention{'Bias' * config.bias}{'Norm' * config.qk_norm}{'Rotary' * bool(config.rotary)}"
 
     def __call__(
         self, rotate: Callable[[Tensor, Tensor, Tensor], Tensor], fused: Tensor, *inputs: Tensor

@@ -1,6 +1,6 @@
 """What stands between a step's products by its own kernels, through ONNX Runtime, beside NumPy in float64.
 
-The same code runs on the host, but for the attention, which has a stand-in there.
+The same code runs on the host, attention thread by thread and its blocks in any order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -43,8 +43,13 @@ from diagd.schedule import StreamLayout
 from tests.engines.host_device import ROOT
 from tests.models import export_small
 
-HIDDEN = -30_000.0
-SHAPES = {  # streams, KV heads, rows, query heads a KV head, slots
+HOST = (40, 227 << 10)
+"""Processors that a launch on the host is divided for, and the bytes of a block."""
+
+Shape = tuple[int, int, int, int, int]
+"""Streams, KV heads, rows, query heads a KV head, slots."""
+
+SHAPES: dict[str, Shape] = {
     "one row": (1, 4, 1, 1, 700),
     "rows of a frontier": (1, 4, 40, 2, 1037),
     "more rows than a block has": (1, 2, 100, 3, 512),
@@ -52,6 +57,7 @@ SHAPES = {  # streams, KV heads, rows, query heads a KV head, slots
     "fewer slots than a tile": (1, 1, 5, 1, 20),
     "one split": (2, 80, 33, 1, 64),
 }
+SMALLEST: Shape = (2, 2, 3, 2, 11)
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 Run = Callable[..., list[Array]]
@@ -73,6 +79,7 @@ class Place:
 
     library: ctypes.CDLL
     device: CudaDevice | None
+    kept: list[Array]
 
     @property
     def name(self) -> str:
@@ -81,12 +88,16 @@ class Place:
     def open(self, path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> Any:
         if self.device:
             found = offered(self.device, self.library, size, monkeypatch)
+            self.device.synchronise()  # its memory is zero before a session with a stream of its own begins
             return open_cuda_session(path, strict=True, operators=found)
         given = OperatorArguments()
         given.functions[:] = [number | size << 8 for number in range(1, len(given.functions) + 1)]
         given.launch = ctypes.cast(self.library.diagd_launch_on_host, ctypes.c_void_p).value
-        given.provider, given.processors, given.size = b"CPUExecutionProvider", 1, size
-        given.partial_floats = 1 << 40
+        given.provider, given.size = b"CPUExecutionProvider", size
+        given.processors, given.block_bytes = HOST
+        between = np.zeros(memory_of(self.library, HOST[0], size), np.uint8)
+        self.kept.append(between)
+        given.between = between.ctypes.data
         self.library.diagd_operators_with(ctypes.byref(given))
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
@@ -98,14 +109,14 @@ class Place:
 @pytest.fixture(params=["host", "GPU"])
 def place(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Iterator[Place]:
     if request.param == "host":
-        yield Place(library, None)
+        yield Place(library, None, [])
         return
     pytest.importorskip("cuda.bindings.driver")
     try:
         device = CudaDevice()
     except EngineError as error:
         pytest.skip(f"skipped: {error}" if "no CUDA device" in str(error) else str(error))
-    yield Place(library, device)
+    yield Place(library, device, [])
     device.close()
 
 
@@ -168,6 +179,28 @@ def offered(device: Loader, library: ctypes.CDLL, size: int, monkeypatch: pytest
     return step_operators(manifest, manifest, device)
 
 
+def memory_of(library: ctypes.CDLL, processors: int, size: int) -> int:
+    """Bytes between the blocks of an attention."""
+    library.diagd_attend_bytes.restype = ctypes.c_int64
+    return int(library.diagd_attend_bytes(processors, size))
+
+
+class Plan(NamedTuple):
+    """How an attention is divided."""
+
+    warps: int
+    teams: int
+    row_blocks: int
+    splits: int
+    split_tiles: int
+
+
+def plan_of(library: ctypes.CDLL, heads: int, rows: int, slots: int, size: int, *gpu: int) -> Plan:
+    found = (ctypes.c_int32 * 5)()
+    library.diagd_attend_plan(heads, rows, slots, size, *gpu, found)
+    return Plan(*found)
+
+
 def halves(random: np.random.Generator, *shape: int) -> Array:
     return random.standard_normal(shape).astype(np.float16)
 
@@ -227,14 +260,19 @@ def test_rows_of_tables(run: Run, parts: str) -> None:
         np.testing.assert_array_equal(made, table[places])
 
 
-@pytest.mark.parametrize("size", HEAD_SIZES)
-@pytest.mark.parametrize("parts", ["", "Bias", "Norm", "Rotary", "BiasNormRotary"])
-def test_heads_are_arranged_and_written_into_the_cache(run: Run, parts: str, size: int) -> None:
-    random = np.random.default_rng(size)
-    streams, width, heads, groups, slots = 2, 3, 4, 2, 11
-    fused = halves(random, streams * width, (heads + 2 * groups) * size)
+def example_attention(shape: Shape, parts: str, size: int) -> dict[str, Array]:
+    """Inputs of an attention; in the cache, what is written is not a number before."""
+    streams, groups, width, shared, slots = shape
+    random = np.random.default_rng(size + slots)
+    positions = random.integers(10, 100, (streams, width)).astype(np.int32)
+    slot_position = random.integers(10, 110, (streams, slots)).astype(np.int32)
+    slot_position[:, slots // 3 : slots // 2] = 2**31 - 1  # whole tiles that none sees
+    index = random.integers(slots - width + 1, size=streams)
+    fused = halves(random, streams * width, (shared + 2) * groups * size)
     past_key, past_value = halves(random, 2, streams, groups, slots, size)
-    index = np.array([8, 2])
+    for stream, first in enumerate(index):
+        slot_position[stream, first : first + width] = positions[stream]
+        past_key[stream, :, first : first + width] = past_value[stream, :, first : first + width] = np.nan
     further: dict[str, Array] = {}
     if "Bias" in parts:
         further["bias"] = halves(random, fused.shape[1])
@@ -243,30 +281,95 @@ def test_heads_are_arranged_and_written_into_the_cache(run: Run, parts: str, siz
     if "Rotary" in parts:
         angles = random.random((len(fused), size // 2))
         further |= {"cosines": np.cos(angles).astype(np.float16), "sines": np.sin(angles).astype(np.float16)}
-    feeds = {"fused": fused, **further, "past_key": past_key, "past_value": past_value, "index": index}
-    outputs = {"queries": 4, "present_key": 4, "present_value": 4}
-    found = run("Heads" + parts, size, feeds, outputs, epsilon=1e-5)
+    if streams == 1:
+        positions, slot_position = positions[0], slot_position[0]
+    seen = {"positions": positions, "slot_position": slot_position, "fused": fused}
+    past = {"past_key": past_key, "past_value": past_value, "mask": np.zeros(1, np.float16)}
+    return {**seen, **further, **past, "index": index}
 
-    rows = wide(fused + further.get("bias", np.zeros(1)))[0].reshape(streams, width, -1, size)
+
+def cached_attention(feeds: Mapping[str, Array], shared: int) -> list[Floats]:
+    """Attended rows, K and V."""
+    streams, groups, _, size = feeds["past_key"].shape
+    heads = groups * shared
+    (fused,) = wide(feeds["fused"] + feeds.get("bias", np.zeros(1)))
+    rows = fused.reshape(streams, -1, heads + 2 * groups, size)
     turned = []
     for name, start, end in (("query_norm", 0, heads), ("key_norm", heads, heads + groups)):
         part = rows[:, :, start:end]
-        if "Norm" in parts:
-            part = part / np.sqrt((part**2).mean(-1, keepdims=True) + 1e-5) * further[name].astype(np.float64)
-        if "Rotary" in parts:
+        if name in feeds:
+            part = part / np.sqrt((part**2).mean(-1, keepdims=True) + 1e-5) * feeds[name].astype(np.float64)
+        if "sines" in feeds:
             low, high = np.split(part, 2, axis=-1)
-            tables = (further[key].astype(np.float64) for key in ("cosines", "sines"))
-            cosine, sine = (table.reshape(streams, width, 1, -1) for table in tables)
+            tables = (feeds[key].astype(np.float64) for key in ("cosines", "sines"))
+            cosine, sine = (table.reshape(streams, -1, 1, size // 2) for table in tables)
             part = np.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=-1)
         turned.append(part.swapaxes(1, 2))
-    shared = heads // groups
-    assert_rounded(found[0], turned[0].reshape(streams, groups, shared * width, size))
-    values = rows[:, :, heads + groups :].swapaxes(1, 2)
-    for past, present, new in ((past_key, found[1], turned[1]), (past_value, found[2], values)):
-        wanted = past.astype(np.float64)
-        for stream, first in enumerate(index):
-            wanted[stream, :, first : first + width] = new[stream]
-        assert_rounded(present, wanted)
+    queries, new_keys = turned
+    keys, values = wide(feeds["past_key"], feeds["past_value"])
+    for past, new in ((keys, new_keys), (values, rows[:, :, heads + groups :].swapaxes(1, 2))):
+        for stream, first in enumerate(feeds["index"]):
+            past[stream, :, first : first + new.shape[2]] = new[stream]
+    positions = feeds["positions"].reshape(streams, 1, -1, 1)
+    hidden = feeds["slot_position"].reshape(streams, 1, 1, -1) > positions
+    scores = queries @ np.repeat(keys, shared, axis=1).swapaxes(-1, -2) * size**-0.5
+    scores = np.where(hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    attended = weights @ np.repeat(values, shared, axis=1) / weights.sum(-1, keepdims=True)
+    return [attended.swapaxes(1, 2).reshape(len(fused), -1), keys, values]
+
+
+ATTENDED = {"attended": 2, "present_key": 4, "present_value": 4}
+
+
+def assert_attends(found: list[Array], wanted: list[Floats]) -> None:
+    assert np.linalg.norm(found[0] - wanted[0]) < 2e-3 * np.linalg.norm(wanted[0])
+    assert np.abs(found[0] - wanted[0]).max() < 2e-2
+    assert_rounded(found[1], wanted[1])
+    assert_rounded(found[2], wanted[2])
+
+
+@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("parts", ["", "Bias", "Norm", "Rotary", "BiasNormRotary"])
+def test_heads_are_arranged_and_written_into_the_cache(run: Run, parts: str, size: int) -> None:
+    feeds = example_attention(SMALLEST, parts, size)
+    found = run("CachedAttention" + parts, size, feeds, ATTENDED, epsilon=1e-5)
+    assert_attends(found, cached_attention(feeds, 2))
+
+
+@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_attention_is_that_of_numpy(run: Run, place: Place, shape: Shape, size: int) -> None:
+    if not place.device and size > 32 and shape != SHAPES["streams"]:
+        pytest.skip("the host takes long")
+    feeds = example_attention(shape, "Rotary", size)
+    found = run("CachedAttentionRotary", size, feeds, ATTENDED, epsilon=1e-5)
+    assert_attends(found, cached_attention(feeds, shape[3]))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 40, 3, 300), (2, 1, 3, 5, 290)])
+def test_any_block_may_come_last(
+    library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: Shape
+) -> None:
+    """Whichever puts the others' results together, and writes into the cache ahead of them or behind them."""
+    streams, groups, width, shared, slots = shape
+    plan = plan_of(library, streams * groups, width * shared, slots, 64, *HOST)
+    assert plan.splits > 2 and plan.teams > 1 and (plan.row_blocks > 1 or streams > 1)
+    feeds = example_attention(shape, "BiasNormRotary", 64)
+    path = one_node(tmp_path / "a.onnx", "CachedAttentionBiasNormRotary", feeds, ATTENDED, {"epsilon": 1e-5})
+    place = Place(library, None, [])
+    session = place.open(path, 64, monkeypatch)
+    counters, others = np.split(place.kept[0], [16 * HOST[0]])
+    found = []
+    for order in (3, 1, 0, 2):
+        others[:] = 255  # not a number, where a block reads what is not there yet
+        library.diagd_order_on_host(order)
+        found.append(bound(session, "cpu", feeds))
+        assert not counters.any()
+    library.diagd_order_on_host(0)
+    assert_attends(found[0], cached_attention(feeds, shared))
+    for other in found[1:]:
+        assert all(np.array_equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
 def test_activations(run: Run) -> None:
@@ -281,58 +384,16 @@ def test_activations(run: Run) -> None:
         assert_rounded(found, 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
 
 
-@pytest.mark.parametrize("streams", [1, 3])
-def test_the_mask_hides_what_comes_later(run: Run, streams: int) -> None:
-    random = np.random.default_rng(streams)
-    positions = random.integers(0, 50, (streams, 5)).astype(np.int32)
-    slots = random.integers(0, 50, (streams, 33)).astype(np.int32)
-    seen = slots[:, None, None] <= positions[:, None, :, None]
-    wanted = np.where(np.concatenate([seen] * 2, axis=2), 0, HIDDEN)
-    if streams == 1:
-        positions, slots, wanted = positions[0], slots[0], wanted[0, 0]
-    feeds = {"positions": positions, "slots": slots}
-    (found,) = run("Mask", 64, feeds, {"mask": wanted.ndim}, shared=2)
-    np.testing.assert_array_equal(found, wanted.astype(np.float16))
-
-
-@pytest.mark.parametrize("size", HEAD_SIZES)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_attention_is_that_of_numpy(run: Run, place: Place, shape: tuple[int, ...], size: int) -> None:
-    streams, groups, width, shared, slots = shape
-    if not place.device and size > 32:
-        pytest.skip("the host has a stand-in, of one way for every size")
-    rows = width * shared
-    random = np.random.default_rng(size + slots)
-    queries = (random.standard_normal((streams, groups, rows, size)) * 2).astype(np.float16)
-    keys, values = halves(random, 2, streams, groups, slots, size)
-    visible = random.random((streams, 1, rows, slots)) < random.random((streams, 1, rows, 1))
-    visible[..., slots // 3 : slots // 2] = False  # whole tiles that none sees
-    visible[..., random.integers(slots // 3)] = True
-    mask = np.where(visible, 0, HIDDEN).astype(np.float16)
-    mask = mask[0, 0] if streams == 1 else mask
-    feeds = {"queries": queries, "keys": keys, "values": values, "mask": mask}
-    (found,) = run("Attend", size, feeds, {"y": 2}, shared=shared)
-    q, k, v, added = wide(*feeds.values())
-    scores = q @ k.swapaxes(-1, -2) * size**-0.5 + added
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    attended = weights / weights.sum(-1, keepdims=True) @ v
-    heads_first = attended.reshape(streams, groups * shared, width, size)
-    wanted = heads_first.swapaxes(1, 2).reshape(streams * width, -1)
-    assert np.linalg.norm(found - wanted) < 2e-3 * np.linalg.norm(wanted)
-    assert np.abs(found - wanted).max() < 2e-2
-
-
-def test_rows_that_see_nothing_are_finite_and_another_size_is_refused(
+def test_rows_that_see_nothing_are_zero_and_another_size_is_refused(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ones = np.ones((1, 1, 20, 64), np.float16)
-    mask = np.full((20, 20), HIDDEN, np.float16)
-    mask[1] = 0  # rows from 16 on belong to a warp that sees nothing at all
-    feeds = {"queries": ones, "keys": ones, "values": ones, "mask": mask}
-    path = one_node(tmp_path / "attention.onnx", "Attend", feeds, {"y": 2}, {"shared": 1})
-    (found,) = bound(place.open(path, 64, monkeypatch), place.name, feeds)
-    unseen = 0 if place.device else 1  # by the stand-in, which does not look away
-    np.testing.assert_array_equal(found[:, 0], [1] * 16 + [unseen] * 4)
+    feeds = example_attention((1, 1, 20, 1, 20), "", 64)
+    feeds["fused"][:] = 1
+    feeds["positions"][:] = 9
+    feeds["positions"][1] = 200  # rows from 16 on belong to a warp that sees nothing at all
+    path = one_node(tmp_path / "attention.onnx", "CachedAttention", feeds, ATTENDED, {"epsilon": 1e-5})
+    found, *_ = bound(place.open(path, 64, monkeypatch), place.name, feeds)
+    np.testing.assert_array_equal(found[:, 0], [0, 1] + [0] * 18)
     with pytest.raises(Exception, match="another head size"):  # ONNX Runtime's own type
         bound(place.open(path, 128, monkeypatch), place.name, feeds)
 
@@ -357,7 +418,7 @@ MODELS = {
     ),
     "cosmos": replace(SMALL, qk_norm=True, layer_embedding=True),
 }
-HEADS = {"mineworld": "Rotary", "wham": "Bias", "cosmos": "NormRotary"}
+PARTS = {"mineworld": "Rotary", "wham": "Bias", "cosmos": "NormRotary"}
 
 
 @pytest.mark.parametrize(("model", "streams"), [("mineworld", 2), ("wham", 1), ("cosmos", 1)])
@@ -376,7 +437,7 @@ def test_a_step_is_that_of_its_operators_in_onnx(
     names = Counter(
         node.op_type for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
     )
-    assert names["Attend"] == names[f"Heads{HEADS[model]}"] == MODELS[model].layers
+    assert names[f"CachedAttention{PARTS[model]}"] == MODELS[model].layers and names["CachedMask"] == 1
     assert not {"Add", "Softmax", "Transpose", "TensorScatter"} & {*names}
     whole = bound(session, place.name, feeds)
     for found, wanted in zip(whole, bound(plain, "cpu", feeds), strict=True):
@@ -394,7 +455,7 @@ def example(value: Any, random: np.random.Generator) -> Array:
 @pytest.mark.parametrize(("architecture", "size"), list(zip((80, 90, 80, 90), HEAD_SIZES, strict=True)))
 def test_nvrtc_compiles_the_kernels(architecture: int, size: int) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    codes = {compile_attention(architecture, size): ATTENTION, compile_layer(architecture, size): LAYER}
+    codes = {compile_attention(architecture, size): ATTENTION, compile_layer(architecture): LAYER}
     for code, names in codes.items():
         assert code[:4] == b"\x7fELF" and all(name.encode() in code for name in names)
 
@@ -416,11 +477,20 @@ def test_without_a_compiler_steps_have_the_providers_operators(
     assert offered(device, library, 64, monkeypatch) is None
 
 
-def test_splits_fit_the_memory_that_they_are_given(library: ctypes.CDLL) -> None:
-    library.diagd_attend_floats.restype = library.diagd_attend_needs.restype = ctypes.c_int64
-    given = {size: library.diagd_attend_floats(132, size) for size in HEAD_SIZES}
-    for heads in (1, 2, 5, 8, 33, 200):
-        for rows in (1, 15, 16, 17, 64, 112, 160, 193, 288, 1000):
-            for slots in (1, 32, 33, 500, 2560, 12_800, 131_072):
-                needed = library.diagd_attend_needs(heads, rows, slots, 132, 128)
-                assert 0 <= needed <= given[128]
+def test_blocks_fit_a_processor_and_the_memory_between_them(library: ctypes.CDLL) -> None:
+    for processors, block_bytes, size in ((132, 226 << 10, 128), (108, 162 << 10, 96), (20, 98 << 10, 64)):
+        given = memory_of(library, processors, size)
+        for heads in (1, 2, 5, 8, 33, 200):
+            for rows in (1, 15, 16, 17, 64, 112, 160, 193, 288, 1000):
+                for slots in (1, 32, 33, 500, 2560, 12_800, 131_072):
+                    plan = plan_of(library, heads, rows, slots, size, processors, block_bytes)
+                    tiles = -(-slots // 32)
+                    assert plan.splits == -(-tiles // plan.split_tiles)
+                    assert (plan.row_blocks - 1) * plan.warps * 16 < rows <= plan.row_blocks * plan.warps * 16
+                    assert plan.teams * plan.warps <= 12
+                    assert library.diagd_attend_shared(size, block_bytes) <= block_bytes
+                    counters = heads * plan.row_blocks
+                    if plan.splits > 1:
+                        assert plan.splits * counters <= processors * (12 // plan.warps)
+                        assert counters <= 4 * processors
+                        assert 16 * processors + heads * plan.splits * rows * (2 * size + 8) <= given

@@ -96,8 +96,16 @@ class CudaDevice(Device):
     @property
     def processors(self) -> int:
         """Streaming multiprocessors."""
-        count = self._cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-        return int(check(self._cuda.cuDeviceGetAttribute(count, self._device)))
+        return self._attribute("MULTIPROCESSOR_COUNT")
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory that a block may ask for."""
+        return self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+
+    def _attribute(self, name: str) -> int:
+        attribute = getattr(self._cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(check(self._cuda.cuDeviceGetAttribute(attribute, self._device)))
 
     def load(self, code: bytes, names: Sequence[str], shared: int = 0) -> dict[str, Any]:
         """Functions of machine code or PTX by name, which may take ``shared`` bytes of a block's memory."""

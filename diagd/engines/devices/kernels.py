@@ -15,8 +15,8 @@ HEADER_WORDS = 18
 CHUNK_BYTES = 16
 SOURCE_NAME, PTX_NAME = "step_kernels.cu", "step_kernels.ptx"
 HEADER_NAMES = ("step_kernels.h", "sampling.h")
-ATTENTION = ("diagd_attend", "diagd_attend_combine")
-LAYER = ("diagd_norm", "diagd_heads", "diagd_swiglu", "diagd_gelu", "diagd_mask", "diagd_embed")
+ATTENTION = ("diagd_attend",)
+LAYER = ("diagd_norm", "diagd_swiglu", "diagd_gelu", "diagd_embed")
 OPERATORS = "diagd_operators"
 HOST_NAME = "step_kernels_host"
 
@@ -64,15 +64,14 @@ class DrawArguments(ctypes.Structure):
 
 
 class OperatorArguments(ctypes.Structure):
-    """What stands between a step's products: kernels, and memory for what splits of attention find."""
+    """What stands between a step's products: kernels, and memory between blocks of attention."""
 
     _fields_ = (
         ("functions", ctypes.c_void_p * (len(LAYER) + len(ATTENTION))),
-        ("partial", ctypes.c_void_p),
-        ("partial_floats", ctypes.c_int64),
+        ("between", ctypes.c_void_p),
         ("launch", ctypes.c_void_p),
         ("provider", ctypes.c_char_p),
-        *((name, ctypes.c_int32) for name in ("processors", "size")),
+        *((name, ctypes.c_int32) for name in ("processors", "block_bytes", "size")),
     )
 
 
@@ -130,14 +129,13 @@ def kernel_source(
 
 def compile_attention(architecture: int, head_size: int) -> bytes:
     """Machine code of the attention over heads of a size; see ``compile_kernels``."""
-    source = kernel_source("attention.cu", ("attention.h", "half.h"))
+    source = kernel_source("attention.cu", ("attention.h", "warp.h", "half.h"))
     return _compiled(*source, architecture, f"-DHEAD_SIZE={head_size}")
 
 
-def compile_layer(architecture: int, head_size: int) -> bytes:
-    """Machine code of what stands between the products of a layer; see ``compile_kernels``."""
-    source = kernel_source("layer.cu", ("layer.h", "half.h"))
-    return _compiled(*source, architecture, f"-DHEAD_SIZE={head_size}")
+def compile_layer(architecture: int) -> bytes:
+    """Machine code of what else stands between the products of a layer; see ``compile_kernels``."""
+    return _compiled(*kernel_source("layer.cu", ("layer.h", "half.h")), architecture)
 
 
 def compile_kernels(architecture: int) -> bytes:
@@ -154,7 +152,7 @@ def compile_kernels(architecture: int) -> bytes:
     return _compiled(*kernel_source(), architecture, "--fmad=false")
 
 
-def _compiled(source: str, headers: Mapping[str, str], architecture: int, option: str) -> bytes:
+def _compiled(source: str, headers: Mapping[str, str], architecture: int, *further: str) -> bytes:
     from diagd.engines.devices.cuda import check
     from diagd.errors import EngineError, require
 
@@ -168,7 +166,8 @@ def _compiled(source: str, headers: Mapping[str, str], architecture: int, option
         raise DependencyError(
             f"NVRTC cannot be loaded: {error}; run: pip install nvidia-cuda-nvrtc"
         ) from error
-    options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17", option.encode()]
+    options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17"]
+    options += [option.encode() for option in further]
     outcome = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(outcome[0]) != 0:
         log = bytes(check(nvrtc.nvrtcGetProgramLogSize(program)))
