@@ -295,14 +295,15 @@ def simplify(model: ir.Model, changing: Collection[str] = ()) -> ir.Model:
         value = model.graph.initializers[name]
         if (data := value.const_value) is not None and data.size <= FOLD_LIMIT:
             value.const_value = ir.tensor(random.normal(size=data.shape.numpy()).astype(data.dtype.numpy()))
-    InlinePass(lambda function: function.domain != DOMAIN)(model)
-    optimizer.optimize_ir(
-        model,
-        inline=False,
-        input_size_limit=FOLD_LIMIT,
-        output_size_limit=FOLD_LIMIT,
-        should_fold=lambda node: False if any(v and v.name in changing for v in node.inputs) else None,
-    )
+    with _uncollected(), _hastened():
+        InlinePass(lambda function: function.domain != DOMAIN)(model)
+        optimizer.optimize_ir(
+            model,
+            inline=False,
+            input_size_limit=FOLD_LIMIT,
+            output_size_limit=FOLD_LIMIT,
+            should_fold=lambda node: False if any(v and v.name in changing for v in node.inputs) else None,
+        )
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
@@ -344,6 +345,7 @@ def _hastened() -> Iterator[None]:
     """
     with ExitStack() as stack:
         with suppress(ImportError, AttributeError, KeyError):
+            from onnxscript.rewriter import _matcher
             from torch._dynamo import config as dynamo
             from torch.fx import config as fx
             from torch.fx.experimental import proxy_tensor
@@ -356,6 +358,8 @@ def _hastened() -> Iterator[None]:
             stack.enter_context(_replaced(table, "from_torchlib", partial(_operators, table.from_torchlib)))
             stack.enter_context(_replaced(_fx_passes, "decompose_with_registry", lambda p, _: p))
             stack.enter_context(_replaced(_fx_passes, "insert_type_promotion_nodes", lambda _: None))
+            matcher = _matcher.SimplePatternMatcher
+            stack.enter_context(_replaced(matcher, "match", _of_its_kind(matcher.match)))
         yield
 
 
@@ -367,6 +371,16 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, kept)
+
+
+def _of_its_kind(match: Callable[..., Any]) -> Callable[..., Any]:
+    """``match`` of a pattern, at nodes of the kind of its last: some look through the graph first."""
+
+    def matched(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        kind = self.pattern.output_nodes[0].op_identifier()
+        return match(self, model, graph, node, **options) if kind in (None, node.op_identifier()) else None
+
+    return matched
 
 
 def _operators(make: Callable[[int], Any], opset_version: int) -> Any:
