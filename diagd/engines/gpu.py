@@ -46,7 +46,6 @@ class Cuda(Backend):
 
     @override
     def describe(self) -> str:
-        """The GPU, its driver and the backend."""
         described = describe_device(open_driver())
         return f"{described.name}, driver {described.driver}, {self.name}"
 
@@ -132,7 +131,6 @@ class WebGpu(Backend):
 
     @override
     def describe(self) -> str:
-        """The adapter."""
         return f"{_adapter().device.vendor} GPU, {self.name}"
 
     @override

@@ -128,7 +128,6 @@ class OpenVino(Backend):
 
     @override
     def describe(self) -> str:
-        """It needs no name."""
         _library()
         return ""
 

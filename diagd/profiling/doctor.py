@@ -19,7 +19,6 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from diagd.bundle import Bundle, cache
-from diagd.engines import measured
 from diagd.engines.ceilings import processor_ceilings
 from diagd.engines.devices.kernels import host_build
 from diagd.engines.host import cores, installed, instruction_sets, memory_bytes
@@ -27,6 +26,7 @@ from diagd.engines.onnxruntime_session import INSTALL, provider_problem
 from diagd.engines.tensorrt import RUNTIMES
 from diagd.errors import BundleError
 from diagd.profiling.cost import GB, THIS, Device
+from diagd.runtime.load import measured
 
 OK: Final = "ok"
 PROBLEM: Final = "problem"
@@ -234,7 +234,7 @@ def check_bundle(path: Path) -> list[Check]:
 
 def check_fastest(bundle: Bundle) -> Check:
     """The fastest way to decode a bundle here, as it was last measured."""
-    found = measured.read(bundle)
+    found = measured(bundle)
     best = found.fastest() if found else None
     if found is None or best is None:
         line = f"diagd profile {shlex.quote(str(bundle.path))} --backends"

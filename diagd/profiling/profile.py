@@ -22,7 +22,6 @@ from diagd.bundle.files import write_text
 from diagd.engines.backend import CHOICES, CPU, Backend, find, forms_of, names
 from diagd.engines.ceilings import Ceilings
 from diagd.engines.host import cores, installed, memory_bytes, peak_memory, processor_name
-from diagd.engines.measured import Measurement, Measurements, keep
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import DiagdError, UsageError, unknown
 from diagd.options import OPTIONS, Numbers, flag, setting
@@ -33,7 +32,14 @@ from diagd.profiling.report import Machine, Model, Report, Skipped, stages, summ
 from diagd.profiling.verify import open_reference, verify
 from diagd.progress import Progress
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
-from diagd.runtime.load import check_window, open_session, with_threads
+from diagd.runtime.load import (
+    Measurement,
+    Measurements,
+    check_window,
+    keep_measured,
+    open_session,
+    with_threads,
+)
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session
@@ -361,7 +367,7 @@ def measure_backends(
     if not options.cpu.threads:
         entries += _by_threads(best, bundle, options, progress)
         found = found.model_copy(update={"entries": tuple(entries)})
-    keep(bundle, found)
+    keep_measured(bundle, found)
     return found, skipped
 
 

@@ -1,18 +1,20 @@
-"""From a bundle to a session."""
+"""From a bundle to a session; and how fast this machine decoded it by each backend, as was last measured."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, overload
 
+from pydantic import ValidationError
 from typing_extensions import Unpack
 
-from diagd.bundle import Bundle, Form, Manifest
-from diagd.engines import measured
+from diagd.bundle import Bundle, Form, Manifest, cache
+from diagd.bundle.actions import Record
 from diagd.engines.backend import Backend, StepOptions, find
 from diagd.engines.engine import Engine
-from diagd.engines.host import cores
+from diagd.engines.host import cores, processor_features
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH
 from diagd.errors import UsageError, unknown
@@ -29,6 +31,8 @@ some dozens of rows, as windows of Jacobi decoding are, keep two at work."""
 
 MOST_SESSIONS = 256
 """Of one engine: beyond, nothing is gained by more rows in a pass."""
+
+_MEASURED = "backends"
 
 COMPAT = ("mineworld",)
 """Released implementations whose cache can be reproduced."""
@@ -223,7 +227,7 @@ def with_threads(cpu: CpuOptions, bundle: Bundle, backend: str = "cpu") -> CpuOp
     """
     if cpu.threads:
         return cpu
-    found = measured.read(bundle)
+    found = measured(bundle)
     if found and (fastest := found.fastest(backend, bundle.manifest.graphs[0].precision)):
         return replace(cpu, threads=fastest.threads)
     return threads_by_size(cpu, bundle.size, 2 if bundle.manifest.decoder.startswith("jacobi") else 1)
@@ -234,3 +238,68 @@ def threads_by_size(cpu: CpuOptions, size: int, most: int = 1) -> CpuOptions:
     if size >= ONE_THREAD_BYTES or cpu.threads:
         return cpu
     return replace(cpu, threads=min(most, cores()))
+
+
+class Measurement(Record):
+    """A way to decode a bundle, and what it took.
+
+    Attributes:
+        backend: its name.
+        precision: of the step graph.
+        computed: precision that the backend computes it in.
+        threads: of the processor.
+        seconds: of a frame.
+        passed: tokens and logits are inside the gate of ``computed``; None: there was no FP32 graph to tell.
+    """
+
+    backend: str
+    precision: str
+    computed: str
+    threads: int
+    seconds: float
+    passed: bool | None
+
+    def __str__(self) -> str:
+        computed = "" if self.computed == self.precision else f" in {self.computed}"
+        return f"{self.backend} {self.precision}{computed}"
+
+    @property
+    def settings(self) -> str:
+        """What chooses it on the command line."""
+        return f"--set backend={self.backend} --set precision={self.precision} --set threads={self.threads}"
+
+
+class Measurements(Record):
+    """All ways that were measured on a day, in one order of decoding."""
+
+    date: str
+    order: str
+    entries: tuple[Measurement, ...]
+
+    def fastest(self, backend: str | None = None, precision: str | None = None) -> Measurement | None:
+        """The fastest that did not fail; of one backend or precision, where they are named."""
+        fit = [entry for entry in self.entries if entry.passed is not False]
+        fit = [entry for entry in fit if backend in (None, entry.backend)]
+        fit = [entry for entry in fit if precision in (None, entry.precision)]
+        return min(fit, key=lambda entry: entry.seconds, default=None)
+
+
+def measured(bundle: Bundle) -> Measurements | None:
+    """What was measured of a bundle on this machine, or None."""
+    if (content := cache.read(_MEASURED, _measured_key(bundle))) is None:
+        return None
+    try:
+        return Measurements.model_validate_json(content)
+    except ValidationError:  # of another diagd: as good as absent
+        return None
+
+
+def keep_measured(bundle: Bundle, found: Measurements) -> None:
+    """Keep what was measured for ``measured``."""
+    cache.write(_MEASURED, _measured_key(bundle), found.model_dump_json().encode())
+
+
+def _measured_key(bundle: Bundle) -> str:
+    """Of what the times depend on."""
+    described = f"{bundle.digest} {cores()} {processor_features()}"
+    return hashlib.sha256(described.encode()).hexdigest()[:32]

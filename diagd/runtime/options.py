@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Bundle, Manifest
 from diagd.bundle.manifest import SamplingRules
-from diagd.engines import measured
 from diagd.engines.backend import CHOICES, CPU, find
 from diagd.engines.engine import Float
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -25,7 +24,7 @@ from diagd.runtime.clip import ClipOptions
 from diagd.runtime.decoders import Decoder, DraftDecoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.decoders.draft import Scorer
 from diagd.runtime.group import Group
-from diagd.runtime.load import open_group, open_session
+from diagd.runtime.load import measured, open_group, open_session
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
@@ -127,7 +126,7 @@ class SessionOptions:
 
         Tokens may differ between them, so a line says what was taken. Released code is reproduced as asked.
         """
-        found = None if self.compat else measured.read(bundle)
+        found = None if self.compat else measured(bundle)
         backend = self.backend or (None if sessions == 1 else CPU)  # others have a fixed number of streams
         best = found and found.fastest(backend, self.precision)
         if best and not _is_here(best.backend):

@@ -10,7 +10,7 @@ import pytest
 
 from diagd.bundle import Bundle, read_manifest
 from diagd.cli.main import main
-from diagd.engines.measured import Measurement, Measurements, keep
+from diagd.runtime.load import Measurement, Measurements, keep_measured
 from tests.cli.conftest import Workplace
 
 PRECISIONS = ("fp8", "int4-weight-kv8")
@@ -107,7 +107,9 @@ def test_what_was_fastest_generates_and_says_so(
         return np.load(output)
 
     usual = made("usual")
-    keep(Bundle.open(quantised), Measurements(date="2026-01-01", order="k=1 serial", entries=(entry,)))
+    keep_measured(
+        Bundle.open(quantised), Measurements(date="2026-01-01", order="k=1 serial", entries=(entry,))
+    )
     named = [made(precision, "--set", f"precision={precision}") for precision in ("fp32", "fp8")]
     assert not caplog.messages
     fastest = made("fastest")

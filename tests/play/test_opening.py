@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from diagd.bundle import Bundle
-from diagd.engines.measured import Measurement, Measurements, keep
 from diagd.errors import UsageError
 from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open_replay
+from diagd.runtime.load import Measurement, Measurements, keep_measured
 from diagd.runtime.options import SessionOptions
 
 PLAY = """
@@ -75,7 +75,7 @@ def test_a_world_is_played_by_what_was_fastest(
         Measurement(backend="cpu", precision="int8", seconds=0.1, **measured),
         Measurement(backend="openvino", precision="fp8", seconds=0.01, **measured),
     )
-    keep(bundle, Measurements(date="2026-01-01", order="k=1 serial", entries=entries))
+    keep_measured(bundle, Measurements(date="2026-01-01", order="k=1 serial", entries=entries))
     assert replace(mine, backend="cpu").in_time(bundle).precision == "int8"
     assert replace(mine, backend="openvino").in_time(bundle).precision == "fp8"
     assert replace(mine, precision="fp32").in_time(bundle).precision == "fp32"
@@ -96,7 +96,7 @@ def test_a_record_is_replayed_on_its_backend_whatever_was_measured_since(
         game.reset(game.prompts[0])
     fastest = {"backend": "openvino", "precision": "fp32", "computed": "bf16", "threads": 1}
     entry = Measurement(**fastest, seconds=0.1, passed=True)
-    keep(Bundle.open(world), Measurements(date="2026-01-01", order="k=1 serial", entries=(entry,)))
+    keep_measured(Bundle.open(world), Measurements(date="2026-01-01", order="k=1 serial", entries=(entry,)))
     game, _ = open_replay(world, record, GameOptions())
     with game:
         assert game.view.codec.backend.name == "cpu"

@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 
 from diagd.bundle import Bundle, Form
-from diagd.engines import measured
 from diagd.engines.host import cores
-from diagd.engines.measured import Measurement, Measurements
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.export.exporter import GraphOptions
 from diagd.profiling.doctor import ABSENT, OK, check_fastest
 from diagd.profiling.profile import ProfileOptions, _passes, measure_backends
-from diagd.runtime.load import open_session, with_threads
+from diagd.runtime.load import Measurement, Measurements, keep_measured, measured, open_session, with_threads
 from tests.models import export_small
 from tests.oracles.models import small_model
 from tests.profiling.conftest import LAYOUT
@@ -41,7 +39,7 @@ def entry(backend: str, precision: str, threads: int, seconds: float, passed: bo
 
 
 def test_every_backend_that_runs_here_is_measured_and_kept(bundle: Bundle) -> None:
-    assert measured.read(bundle) is None
+    assert measured(bundle) is None
     assert check_fastest(bundle).status == ABSENT
     assert check_fastest(bundle).fix == f"diagd profile {bundle.path} --backends"
     found, skipped = measure_backends(bundle, QUICK)
@@ -52,7 +50,7 @@ def test_every_backend_that_runs_here_is_measured_and_kept(bundle: Bundle) -> No
     assert best is not None
     threads = {one.threads for one in found.entries if (one.backend, one.precision) == (best.backend, "fp32")}
     assert {1, cores()} <= threads
-    assert measured.read(bundle) == found
+    assert measured(bundle) == found
     check = check_fastest(bundle)
     assert (check.status, check.fix) == (OK, best.settings)
     assert str(best) in check.found
@@ -81,7 +79,7 @@ def test_threads_are_those_that_were_fastest(bundle: Bundle) -> None:
     assert with_threads(CpuOptions(), jacobi).threads == min(2, cores())  # a window has some dozens of rows
     entries = (entry("cpu", "fp32", 1, 0.2, True), entry("cpu", "fp32", 3, 0.1, True))
     entries += (entry("cpu", "fp32", 4, 0.05, False), entry("openvino", "fp32", 2, 0.01, None))
-    measured.keep(bundle, Measurements(date="2026-01-01", order="k=1 serial", entries=entries))
+    keep_measured(bundle, Measurements(date="2026-01-01", order="k=1 serial", entries=entries))
     assert with_threads(CpuOptions(), bundle).threads == 3
     assert with_threads(CpuOptions(), bundle, "openvino").threads == 2
     assert with_threads(CpuOptions(), bundle, "cuda").threads == 1
@@ -90,12 +88,12 @@ def test_threads_are_those_that_were_fastest(bundle: Bundle) -> None:
 
 def test_another_bundle_and_a_damaged_record_are_as_good_as_none(bundle: Bundle, tmp_path: Path) -> None:
     found = Measurements(date="2026-01-01", order="k=1 serial", entries=(entry("cpu", "fp32", 1, 1.0, True),))
-    measured.keep(bundle, found)
+    keep_measured(bundle, found)
     other = Path(shutil.copytree(bundle.path, tmp_path / "other.diagd"))
-    assert measured.read(Bundle.open(other)) == found  # the same model elsewhere
+    assert measured(Bundle.open(other)) == found  # the same model elsewhere
     manifest = other / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"name": "small"', '"name": "other"'))
-    assert measured.read(Bundle.open(other)) is None
+    assert measured(Bundle.open(other)) is None
     (kept,) = (tmp_path / "cache" / "backends").iterdir()
     kept.write_bytes(b"{}")
-    assert measured.read(bundle) is None
+    assert measured(bundle) is None

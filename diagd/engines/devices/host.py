@@ -81,7 +81,6 @@ class HostDevice(HostClock, Device):
 
     @override
     def launch(self, kernel: str, arguments: ctypes.Structure, blocks: int, threads: int) -> None:
-        """Run a kernel of ``native/``, or its twin in NumPy."""
         if self._kernels is not None:
             function = getattr(self._kernels, kernel)
             work: Callable[[], object] = partial(function, ctypes.byref(arguments), threads)
@@ -96,7 +95,6 @@ class HostDevice(HostClock, Device):
 
     @override
     def capture(self, work: Callable[[], None]) -> int:
-        """Keep what ``work`` queues instead of running it."""
         self._capturing = []
         work()
         self._graphs.append(self._capturing)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
@@ -98,24 +98,15 @@ class CompactGraphs(TokenizerGraphs):
         return self.sizes.codes
 
 
-@dataclass(frozen=True)
-class ModelSize:
-    """Dimensions of the transformer."""
+HEAD_SIZE = 32
 
-    hidden: int
-    feed_forward: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int = 32
-
-
-SIZES = {
-    "0.3m": ModelSize(hidden=96, feed_forward=256, layers=3, heads=3, kv_heads=1),
-    "0.7m": ModelSize(hidden=96, feed_forward=256, layers=6, heads=3, kv_heads=1),
-    "3m": ModelSize(hidden=192, feed_forward=512, layers=6, heads=6, kv_heads=2),
-    "10m": ModelSize(hidden=384, feed_forward=1024, layers=6, heads=12, kv_heads=4),
+SIZES: dict[str, dict[str, Any]] = {
+    "0.3m": {"hidden": 96, "feed_forward": 256, "layers": 3, "heads": 3, "kv_heads": 1},
+    "0.7m": {"hidden": 96, "feed_forward": 256, "layers": 6, "heads": 3, "kv_heads": 1},
+    "3m": {"hidden": 192, "feed_forward": 512, "layers": 6, "heads": 6, "kv_heads": 2},
+    "10m": {"hidden": 384, "feed_forward": 1024, "layers": 6, "heads": 12, "kv_heads": 4},
 }
+"""Dimensions of the transformer."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +155,8 @@ class WorldDescription:
         """Rotary over (frame, row, column), a learned vector per slot; UsageError: no size is so called."""
         if self.size not in SIZES:
             raise unknown("size", self.size, SIZES)
-        size = asdict(SIZES[self.size])
         frames = geometric_frequencies(2 * _FRAME_PAIRS, _FRAME_BASE)
-        grid = geometric_frequencies((size["head_size"] - 2 * _FRAME_PAIRS) // 2, _GRID_BASE)
+        grid = geometric_frequencies((HEAD_SIZE - 2 * _FRAME_PAIRS) // 2, _GRID_BASE)
         axes = (
             RotaryAxis(Axis.FRAME, frames),
             RotaryAxis(Axis.ROW, grid),
@@ -179,7 +169,8 @@ class WorldDescription:
             output_vocabulary=self.codes,
             rotary=Rotary(axes),
             slot_embedding=True,
-            **size,
+            head_size=HEAD_SIZE,
+            **SIZES[self.size],
         )
 
 
