@@ -94,11 +94,8 @@ def product_peak(product: Callable[[], object], side: int = SIDE) -> float:
 def matrix_product_model(rows: int | str, inner: int, columns: int, element: int = FLOAT) -> bytes:
     """An ONNX model C[rows, columns] = A[rows, inner] @ B[inner, columns].
 
-    Args:
-        rows: a number, or the name of an axis whose length is given later.
-        inner: length of the products.
-        columns: of the second factor.
-        element: type of all three, a ``TensorProto.DataType``.
+    ``rows``: a number, or the name of an axis whose length is given later. ``element``: type of all three, a
+    ``TensorProto.DataType``.
     """
     shapes = {"A": (rows, inner), "B": (inner, columns), "C": (rows, columns)}
     values = {name: _tensor(name, element, shape) for name, shape in shapes.items()}

@@ -203,9 +203,7 @@ class Engine(Protocol):
     def evaluate(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Run the step graph on given inputs, as by its own contract; what the engine held is lost.
 
-        Args:
-            feeds: arrays by input, as wide as ``padded_widths`` says.
-            outputs: to give back.
+        ``feeds``: arrays by input, as wide as ``padded_widths`` says. ``outputs``: to give back.
         """
 
     def memory_used(self) -> int:

@@ -45,12 +45,8 @@ def check_seed(seed: int) -> None:
 def philox(counter: Words, key: int | Words) -> Words:
     """Philox4x32-10, the block function of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3".
 
-    Args:
-        counter: [4, ...] 32-bit words, held in uint64.
-        key: of 64 bits; or uint64 [n], one for each counter [4, n].
-
-    Returns:
-        [4, ...] random 32-bit words, held in uint64.
+    ``counter`` [4, ...] and the result hold 32-bit words in uint64. ``key``: of 64 bits; or uint64 [n],
+    one for each counter [4, n].
     """
     rank = counter.ndim - 1
     multipliers = _MULTIPLIERS.reshape(2, *(1,) * rank)

@@ -30,10 +30,8 @@ KIND = "graphs"
 def traced_once(module: nn.Module, settings: object, make: Callable[[], ir.Model]) -> ir.Model:
     """The graph of a module, traced where this machine does not know it.
 
-    Args:
-        module: what ``make`` traces.
-        settings: whatever else the graph depends on, as JSON can express it.
-        make: traces it; initializers that are parameters and buffers of the module have no data.
+    ``settings``: whatever else the graph depends on, as JSON can express it. ``make`` traces it; initializers
+    that are parameters and buffers of the module have no data.
     """
     require("onnxscript", extra="export", purpose="write ONNX graphs")
     key = hashlib.sha256(json.dumps([_code(), settings, _described(module)]).encode()).hexdigest()[:32]

@@ -253,12 +253,8 @@ def check_tokens(tokens: NDArray[np.generic], manifest: Manifest, source: str) -
 def read_episode(path: Path, codec: ActionCodec | None, name: str) -> tuple[Pixels, Int]:
     """Pictures uint8 [T, height, width, 3] of an episode, and ids int32 [T, n] of what was done at each.
 
-    Args:
-        path: .npz with ``images`` uint8 [T, 3, height, width] and ``actions`` [T, n], one number a slot of
-            the codec: buttons as 0 or 1, sticks as bins or as positions in [-1, 1]. Or what was dreamt, see
-            ``Dream``.
-        codec: of the model's actions.
-        name: of the model, for messages.
+    ``path``: .npz with ``images`` uint8 [T, 3, height, width] and ``actions`` [T, n], one number a slot of
+    the model's ``codec``: buttons as 0 or 1, sticks as bins or as positions in [-1, 1]. Or a ``Dream``.
 
     Raises:
         UsageError: the file is none, or its actions are not of this model.

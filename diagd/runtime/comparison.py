@@ -89,14 +89,9 @@ class Comparison:
     def add(
         self, width: int, cells: Int, reference: Float, candidate: Float, tokens: Int | None = None
     ) -> None:
-        """Count a step.
+        """Count a step of so many rows that decodes ``cells``, positions [R], by the logits [R, V] of both.
 
-        Args:
-            width: rows of the step.
-            cells: positions [R] that it decodes.
-            reference: logits [R, V].
-            candidate: likewise.
-            tokens: ids [R] that the candidate chose; None: its most probable ones.
+        ``tokens``: ids [R] that the candidate chose; None: its most probable ones.
         """
         self._add_logits(reference, candidate)
         ranges = self._ranges[(cells - self._first) % len(self._ranges)]
@@ -192,16 +187,8 @@ def redrawn(
 ) -> Int:
     """What next-token prediction draws at each cell of given frames, behind the given tokens ahead of it.
 
-    Args:
-        session: started at the prompt of the frames.
-        frames: int32 [F, rows, columns].
-        actions: [F, n], ids of the known tokens that lead to each.
-        rows: of the widest pass; default: as many as the engine takes.
-        sampling: default: the manifest's.
-        seed: of the random numbers.
-
-    Returns:
-        int32 [F, rows, columns].
+    ``session`` was started at the prompt of the frames, int32 [F, rows, columns] like what is returned; known
+    tokens ``actions`` [F, n] lead to each. ``rows``: of the widest pass; default: all the engine takes.
     """
     decoder = RasterDecoder(frames, rows or session.engine.max_width)
     steps = session.steps(decoder, actions, count=len(frames), sampling=sampling, seed=seed)

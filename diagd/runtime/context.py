@@ -56,12 +56,9 @@ class ContextPolicy(Protocol):
         """Whether the cache has all that a stream needs which goes on behind its first ``known`` frames."""
 
     def replay(self, known: int, kept: int, prompt: int) -> Replay:
-        """Forget all rows and say how they come back.
+        """Forget all rows and say how they come back, of ``known`` frames.
 
-        Args:
-            known: frames of the stream.
-            kept: first frame whose tokens are still there.
-            prompt: frames that were given, not decoded.
+        The first ``prompt`` of them were given; tokens are still there from frame ``kept`` on.
         """
 
     def resume(self, frame: int) -> None:

@@ -82,13 +82,9 @@ class ActionLaw:
         return cls(slots, manifest.sampling.keep_crossing)
 
     def draw(self, logits: Float, place: int, positions: NDArray[np.int64], state: SamplingState) -> Int:
-        """Ids int32 [R] of neighbouring tokens of an action.
+        """Ids int32 [R] of neighbouring tokens of an action, by logits float32 [R, V] of the rows ahead.
 
-        Args:
-            logits: float32 [R, V] of the rows ahead of them.
-            place: of the first one in the action.
-            positions: int [R], where they stand in the stream: those of their noise.
-            state: of the sampler.
+        ``place``: of the first one in the action. ``positions``: int [R] in the stream, those of their noise.
         """
         allowed = np.full_like(logits, -np.inf)
         for row, ids in enumerate(self.slots[place : place + len(logits)]):

@@ -44,9 +44,8 @@ class Decoder(Protocol):
 def begun(stream: Stream, rows: int | None = None) -> Generator[Block, Result, bool]:
     """Begin the next frame, its action decoded where none is given; False where the run has no more.
 
-    Args:
-        stream: with no frame in flight.
-        rows: tokens of the action that a pass verifies; 1 is next-token prediction. None: all of them.
+    No frame is in flight. ``rows``: tokens of the action that a pass verifies; 1 is next-token prediction.
+    None: all of them.
     """
     if stream.ask() and stream.action is None and stream.layout.gap:
         stream.action = yield from act(stream, rows)

@@ -111,14 +111,9 @@ def own_likelihoods(
     seed: int = 0,
     sampling: SamplingSettings | None = None,
 ) -> list[float]:
-    """Of frames that a session decodes behind what it knows; its stream is left as it is.
+    """Of frames that a session of the target decodes behind what it knows; its stream is left as it is.
 
-    Args:
-        session: of the target, with a prompt.
-        actions: of these frames; None for models without.
-        frames: how many, at most one for each action.
-        seed: of their random numbers.
-        sampling: default: the manifest's.
+    ``actions``: of these frames, at most one for each; None for models without.
     """
     stream = session.stream
     given = None if actions is None else list(actions)[:frames]
@@ -208,12 +203,8 @@ def open_scorer(
 ) -> Scorer:
     """The scorer of a name: ``likelihood``, ``onnx:PATH``, or one by entry point.
 
-    Args:
-        name: of it.
-        session: of the target, with a prompt.
-        actions: of frames that the target's own likelihood is measured on, where none is recorded.
-        pixels: of the target, where it has a tokenizer.
-        sampling: of the target; default: the manifest's.
+    ``session`` is the target's, with a prompt; ``actions`` are of frames that its own likelihood is measured
+    on where none is recorded for ``sampling``; ``pixels`` None: it has no tokenizer.
 
     Raises:
         UsageError: there is none, or it needs pictures of a model without a tokenizer.

@@ -115,11 +115,7 @@ class ForcedDecoder(Decoder):
 def raster_passes(fed: int, start: int, cells: int, rows: int) -> Iterator[Block]:
     """Passes over known tokens up to a frame's last cell; rows from the one ahead of its first on predict.
 
-    Args:
-        fed: first position that is fed.
-        start: position of the frame's first cell.
-        cells: of the frame.
-        rows: of the widest pass.
+    From position ``fed`` on, the frame's first cell standing at ``start``, in passes of at most ``rows``.
     """
     last = start + cells - 1
     for first in range(fed, last, rows):
