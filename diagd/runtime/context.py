@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from diagd.bundle.manifest import AbsoluteContext, CacheShape, RotaryContext
+from diagd.bundle import Manifest
+from diagd.bundle.manifest import AbsoluteContext, RotaryContext
 from diagd.errors import UsageError
 from diagd.runtime.slots import SlotRing
 from diagd.schedule import StreamLayout
@@ -75,20 +76,14 @@ class SlidingRotary(ContextPolicy):
     slides_first = True
 
     def __init__(
-        self,
-        context: RotaryContext,
-        layout: StreamLayout,
-        window: int,
-        cache: CacheShape,
-        slots: SlotRing,
-        rotate: Rotate,
+        self, manifest: Manifest, context: RotaryContext, window: int, slots: SlotRing, rotate: Rotate
     ) -> None:
-        self._context, self._layout, self._window = context, layout, window
+        self._context, self._layout, self._window = context, manifest.layout, window
         self._slots, self._rotate = slots, rotate
         self._oldest = 0
         # A row of layer l was computed from rows of layer l - 1 up to a window before it: beyond so many
         # frames nothing reaches the rows that are still seen. One more is fed as a stand-in for a prompt.
-        self._reach = cache.layers * (window - 1)
+        self._reach = manifest.cache.layers * (window - 1)
         self.history = self._reach + window + 2
 
     @override
@@ -180,22 +175,17 @@ class SlidingAbsolute(ContextPolicy):
 
 
 def context_policy(
-    context: RotaryContext | AbsoluteContext,
-    layout: StreamLayout,
-    window: int,
-    cache: CacheShape,
-    slots: SlotRing,
-    rotate: Rotate,
-    roll: int | None,
+    manifest: Manifest, window: int, slots: SlotRing, rotate: Rotate, roll: int | None
 ) -> ContextPolicy:
     """The policy of a model; ``roll`` None is the manifest's, as far as the window allows.
 
     Raises:
         UsageError: the model slides without rolling, or ``roll`` does not fit the window.
     """
+    context = manifest.context
     if isinstance(context, AbsoluteContext):
         chosen = min(context.roll, window - 1) if roll is None else roll
-        return SlidingAbsolute(layout, window, chosen, slots)
+        return SlidingAbsolute(manifest.layout, window, chosen, slots)
     if roll is not None:
         raise UsageError("roll is for models with absolute positions; this one slides at no cost")
-    return SlidingRotary(context, layout, window, cache, slots, rotate)
+    return SlidingRotary(manifest, context, window, slots, rotate)

@@ -69,13 +69,7 @@ class Session:
         zero_rows = (self.layout.frame_start(0), self.layout.frame_start(window)) if zero_slots else (0, 0)
         self._slots = SlotRing(engine.capacity, zero_rows, slots_in_sight(self.layout, window))
         self._context = context_policy(
-            manifest.context,
-            self.layout,
-            window,
-            manifest.cache,
-            self._slots,
-            lambda angles, live: engine.rotate_keys(angles, live, lane),
-            roll,
+            manifest, window, self._slots, lambda angles, live: engine.rotate_keys(angles, live, lane), roll
         )
         prefix = np.asarray(self.layout.prefix_tokens, np.int32)
         self._stream = Stream(
