@@ -211,8 +211,8 @@ def run_widths(bundle: Bundle, form: Form) -> Iterator[Step]:
     """Each width until it is captured, and once more."""
     graphs, device = graphs_of(bundle, form), StandIn()
     widths = tuple(int(graph.width or 0) for graph in graphs)
-    streams, capacity = graphs[0].streams, int(graphs[0].capacity or 0)
-    tensors = StepTensors(bundle.manifest, form, capacity, widths[-1], 1024, device, {}, streams)
+    streams = graphs[0].streams
+    tensors = StepTensors(bundle.manifest, graphs[0], widths[-1], 1024, device, {})
     operators = step_operators(bundle.manifest, graphs[0], device) if form is Form.MODERN else None
     session = open_cuda_session(bundle.file(graphs[0].file), graphs=True, strict=True, operators=operators)
     program = OnnxRuntimeProgram(session, tensors.named, widths, "cuda")

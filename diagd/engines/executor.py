@@ -61,9 +61,7 @@ class Executor(Engine):
         self.device, self.ahead = device, device.ahead
         self.clock: Clock = device
         self._watch = dict(options.watch or {})
-        self.tensors = StepTensors(
-            manifest, graph.form, capacity, self.max_width, tokens, device, self._watch, streams
-        )
+        self.tensors = StepTensors(manifest, graph, self.max_width, tokens, device, self._watch)
         self._places = tokens
         self._tokens: Int = device.host_array((self.tensors.refusal_place + 2,), np.int32)
         self._staged: Int = device.host_array((tokens,), np.int32)

@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from diagd.bundle import Form, Manifest
+from diagd.bundle import Manifest
+from diagd.bundle.manifest import StepGraph
 from diagd.engines.devices import Device
 from diagd.errors import EngineError
 
@@ -108,14 +109,13 @@ class StepTensors:
     def __init__(
         self,
         manifest: Manifest,
-        form: Form,
-        capacity: int,
+        graph: StepGraph,
         max_width: int,
         tokens: int,
         device: Device,
         watch: Mapping[str, tuple[int, DTypeLike] | None],
-        streams: int = 1,
     ) -> None:
+        streams, capacity = graph.streams, int(graph.capacity or 0)
         self._device, self._max_width, self.streams = device, max_width, streams
         self.named: dict[str, Tensor] = {}
         lead = (streams,) if streams > 1 else ()
@@ -130,14 +130,14 @@ class StepTensors:
             if described is not None:
                 self._add(name, (WIDTH, described[0]), np.dtype(described[1]))
         shape = (streams, manifest.cache.kv_heads, capacity, manifest.cache.head_size)
-        dtype = manifest.cache_dtype(manifest.graph(form))
+        dtype = manifest.cache_dtype(graph)
         names = cache_tensors(manifest.cache.layers)
         self.cache = {name: self._add(f"past_{name}", shape, dtype) for name in names}
         self.text = {
             name: self._add(name, array.shape, array.dtype) for name, array in text_buffers(manifest).items()
         }
         self.rows: list[Tensor] = []
-        if form is Form.PORTABLE:
+        if graph.form.traits.rows_out:
             self._add_rows(shape, dtype)
         else:
             self.named |= {f"present_{name}": tensor for name, tensor in self.cache.items()}
