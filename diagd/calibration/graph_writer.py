@@ -28,9 +28,8 @@ from diagd.calibration.search import Choice
 from diagd.engines.engine import Float
 from diagd.export.exporter import TORCH_TYPES
 from diagd.export.onnx_file import read_onnx
-from diagd.export.step_graph import PLAIN, StepVariant, trace_step
+from diagd.export.step_graph import PLAIN, StepVariant, projections, trace_step
 from diagd.export.tracing import give_data, save, simplify
-from diagd.export.variants import projections
 from diagd.export.weights import WeightSource, constant, store
 from diagd.progress import Progress
 

@@ -47,7 +47,7 @@ from diagd.calibration.trajectory import (
 from diagd.engines.engine import Float, Int
 from diagd.engines.host import available_bytes
 from diagd.errors import QualityError, UsageError
-from diagd.export.variants import projections
+from diagd.export.step_graph import projections
 from diagd.progress import Progress
 
 DIRECTORY = "calibration"

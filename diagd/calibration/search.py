@@ -40,9 +40,8 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.tensors import cache_tensors
 from diagd.errors import EngineError, QualityError, UsageError, unknown
 from diagd.export.exporter import TORCH_TYPES
-from diagd.export.step_graph import WATCHED, StepVariant, trace_step, watched_values
+from diagd.export.step_graph import WATCHED, Projection, StepVariant, trace_step, watched_values
 from diagd.export.tracing import link_weights, save
-from diagd.export.variants import Projection
 from diagd.progress import Progress
 
 GRAPH_NAME = "observed.onnx"

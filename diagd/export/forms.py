@@ -1,13 +1,9 @@
-"""The frontier-step graph: one forward pass over a KV cache, in the forms that backends want.
-
-Prefill, next-token prediction, diagonal steps and verification are this one graph. A form says how attention
-meets the cache; everything else is the transformer itself.
-"""
+"""How attention meets the KV cache in a step, in the forms that backends want."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -15,27 +11,54 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from diagd.bundle.manifest import Form
 from diagd.bundle.transformer import TransformerConfig
 from diagd.export.tracing import Functions, cast, moved_axes, onnx_operator
-from diagd.export.transformer import AttentionForm, FullAttention, Heads, Part, PlainAttention, Transformer
-from diagd.export.variants import CacheRows, Watched
+from diagd.export.transformer import AttentionForm, FullAttention, Heads, Part, PlainAttention
 
 
-class Slots(NamedTuple):
-    """Where the rows of a step stand: their positions int32 [W] and those of all slots, int32 [S].
+class CacheRows(nn.Module):
+    """What K/V rows become on their way into the cache and out of it: themselves."""
 
-    In graphs of several streams these are [B, W] and [B, S], or [T, B] in the prefix form.
+    def store(self, name: str, rows: Tensor) -> Tensor:
+        """What the buffer ``name``, such as ``key_0``, takes."""
+        return rows
+
+    def load(self, stored: Tensor) -> Tensor:
+        """What attention reads of a buffer; the factors that ``scaled`` multiplies are left out."""
+        return stored
+
+    def scaled(self, name: str, x: Tensor) -> Tensor:
+        """``x`` [..., D] times the factors of a buffer's channels."""
+        return x
+
+
+class Bound(NamedTuple):
+    """What the attention of a step is bound to.
+
+    In graphs of several streams [W] is [B, W] and [S] is [B, S], or [T, B] in the prefix form.
 
     Attributes:
-        positions: of the step's rows.
-        slot_position: of the slots, those of the step included.
+        config: of the model.
+        positions: int32 [W], of the step's rows.
+        slot_position: int32 [S], of the slots, those of the step included.
         write_index: int64 [B], slot of the first row; in the prefix form [B, W], of every row.
+        past: buffers of keys and values, alternating by layer.
+        rows: what K/V rows become in them.
+        functions: of the graph.
     """
 
+    config: TransformerConfig
     positions: Tensor
     slot_position: Tensor
     write_index: Tensor
+    past: Sequence[Tensor]
+    rows: CacheRows
+    functions: Functions
+
+    @property
+    def shared(self) -> int:
+        """Query heads of a KV head."""
+        return self.config.heads // self.config.kv_heads
 
     @property
     def written(self) -> Tensor:
@@ -61,22 +84,15 @@ class PrefixAttention(PlainAttention):
     HIDDEN: Final = -1e30
     """Added to the score of an invisible key: its weight is exactly 0, and a row is never NaN."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        slots: Slots,
-        past: Sequence[Tensor],
-        rows: CacheRows,
-        functions: Functions,
-    ) -> None:
-        positions, slot_position, written = slots
+    def __init__(self, bound: Bound) -> None:
+        positions, slot_position, written = bound.positions, bound.slot_position, bound.write_index
         self._grid = streams, width = positions.shape
         visible = slot_position.t().unsqueeze(1) <= positions.unsqueeze(2)
-        bias = torch.where(visible, 0.0, self.HIDDEN).repeat(1, config.heads // config.kv_heads, 1)
+        bias = torch.where(visible, 0.0, self.HIDDEN).repeat(1, bound.shared, 1)
         self._bias = bias.unsqueeze(1)
         stream = torch.arange(streams, device=positions.device).unsqueeze(1).expand(streams, width)
         self._places = torch.stack([written, stream], dim=-1).flatten(0, 1)
-        self._past, self._rows = past, rows
+        self._past, self._rows = bound.past, bound.rows
         self.cache: list[Tensor] = []
 
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -118,22 +134,15 @@ class ModernAttention(AttentionForm):
     HIDDEN: Final = -30_000.0
     """As in ``PortableAttention``."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        slots: Slots,
-        past: Sequence[Tensor],
-        rows: CacheRows,
-        functions: Functions,
-    ) -> None:
+    def __init__(self, bound: Bound) -> None:
         # rows stay as they are: TensorScatter takes floating point only
-        self._past, self._write_index, self._functions = past, slots.write_index, functions
-        self._streams, self._shared = len(slots.write_index), config.heads // config.kv_heads
-        self._dtype, self._rows = past[0].dtype, self._shared * slots.positions.shape[-1]
-        lead = () if slots.positions.dim() == 1 else (self._streams, 1)
-        shape = (*lead, self._rows, slots.slot_position.shape[-1])
-        inputs = slots.positions, slots.slot_position
-        (self._mask,) = functions.call("CachedMask", self._masked, inputs, [(self._dtype, shape)])
+        self._past, self._write_index, self._functions = bound.past, bound.write_index, bound.functions
+        self._streams, self._shared = len(bound.write_index), bound.shared
+        self._dtype, self._rows = bound.past[0].dtype, self._shared * bound.positions.shape[-1]
+        lead = () if bound.positions.dim() == 1 else (self._streams, 1)
+        shape = (*lead, self._rows, bound.slot_position.shape[-1])
+        inputs = bound.positions, bound.slot_position
+        (self._mask,) = bound.functions.call("CachedMask", self._masked, inputs, [(self._dtype, shape)])
         self._positions = inputs
         self.cache: list[Tensor] = []
 
@@ -207,19 +216,12 @@ class PortableAttention(FullAttention):
     HIDDEN: Final = -30_000.0
     """Score of an invisible key: finite in float16, and its weight is exactly 0 beside any visible key."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        slots: Slots,
-        past: Sequence[Tensor],
-        rows: CacheRows,
-        functions: Functions,
-    ) -> None:
-        shared, self._streams = config.heads // config.kv_heads, len(slots.write_index)
-        visible = torch.cat([_beside_stale(slots)] * shared, dim=-2)  # CUDA has no Tile of booleans
+    def __init__(self, bound: Bound) -> None:
+        self._streams = len(bound.write_index)
+        visible = torch.cat([_beside_stale(bound)] * bound.shared, dim=-2)  # CUDA has no Tile of booleans
         super().__init__(visible)
         self._visible = visible if visible.dim() == 2 else visible.unsqueeze(1)
-        self._past, self._rows = past, rows
+        self._past, self._rows = bound.past, bound.rows
         self.cache: list[Tensor] = []
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -284,16 +286,16 @@ def _rows_first(attended: Tensor) -> Tensor:
     return attended.transpose(1, 2).flatten(0, 1)
 
 
-def _beside_stale(slots: Slots) -> Tensor:
+def _beside_stale(bound: Bound) -> Tensor:
     """Bool [..., W, S + W]: slots about to be written hold stale rows, the step's own rows stand for them."""
-    positions, slot_position, _ = slots
-    index, written = torch.arange(slot_position.shape[-1], device=positions.device), slots.written
+    positions, slot_position = bound.positions, bound.slot_position
+    index, written = torch.arange(slot_position.shape[-1], device=positions.device), bound.written
     first, last = written[..., :1], written[..., -1:]
     stale = (index >= first).logical_and(index <= last)  # no sum of a size, which the host would do
     is_one = positions.dim() == 1
     own = slot_position.index_select(0, written) if is_one else slot_position.gather(1, written)
     seen = own.unsqueeze(-2) <= positions.unsqueeze(-1)
-    return torch.cat([slots.visible.logical_and(~stale.unsqueeze(-2)), seen], dim=-1)
+    return torch.cat([bound.visible.logical_and(~stale.unsqueeze(-2)), seen], dim=-1)
 
 
 def _grouped(queries: Tensor, grid: Sequence[int], groups: int) -> Tensor:
@@ -311,75 +313,3 @@ def _ungrouped(attended: Tensor, grid: Sequence[int], heads: int) -> Tensor:
     groups, _, size = attended.shape[-3:]
     apart = attended.reshape(*grid[:-1], groups, heads // groups, grid[-1], size)
     return _transposed(apart, moved_axes(apart.dim(), -2, -4)).reshape(-1, heads, size)
-
-
-ATTENTIONS: Final[dict[Form, type[PrefixAttention] | type[ModernAttention] | type[PortableAttention]]] = {
-    Form.PREFIX: PrefixAttention,
-    Form.MODERN: ModernAttention,
-    Form.PORTABLE: PortableAttention,
-}
-
-
-class Step(nn.Module):
-    """One step in a form.
-
-    Inputs: token_buffer int32 [N], sources and positions int32 [W], slot_position int32 [S], write_index
-    int64 [1], past_key_l and past_value_l. Outputs: logits float32 [W, V]; then present_key_l and
-    present_value_l, or new_key_l and new_value_l [1, G, W, D], which belong at ``write_index + arange(W)``.
-    Of several streams: sources and positions [B, W], slot_position [B, S], write_index [B], logits
-    [B * W, V], caches and rows [B, ...]; the token buffer holds the tokens of all. Where the width is
-    dynamic, so is their number: slot_position is [T, B] then, write_index [B, W] has the slot of every row,
-    and logits are those of logit_rows int32 [R] of the B * W rows.
-
-    Attributes:
-        transformer: the model; matrices of it may be replaced.
-        kv: what K/V rows become in the cache.
-        watched: values that become further outputs, behind the others.
-        functions: of its graph, once it is traced.
-    """
-
-    def __init__(self, transformer: Transformer, form: Form) -> None:
-        super().__init__()
-        self.transformer, self.form = transformer, form
-        self.kv, self.watched, self.functions = CacheRows(), Watched(), Functions()
-
-    def replace_matrices(self, matrices: Mapping[str, nn.Module]) -> None:
-        """Put modules in the place of matrices, by name in the graph."""
-        for name, module in matrices.items():
-            parent, _, leaf = name.rpartition(".")
-            owner = self.get_submodule(parent)
-            delattr(owner, leaf)
-            setattr(owner, leaf, module)
-
-    def forward(
-        self,
-        token_buffer: Tensor,
-        sources: Tensor,
-        positions: Tensor,
-        slot_position: Tensor,
-        write_index: Tensor,
-        logit_rows: Tensor | None,
-        past: Sequence[Tensor],
-        text: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, ...]:
-        """One step; ``past`` and ``text`` alternate keys and values, layer by layer."""
-        slots = Slots(positions, slot_position, write_index)
-        attention = ATTENTIONS[self.form](self.transformer.config, slots, past, self.kv, self.functions)
-        ids = token_buffer.index_select(0, sources.flatten())
-        states = self.transformer.states(ids, positions.flatten(), attention, text)
-        if logit_rows is not None:
-            states = states.index_select(0, logit_rows)
-        logits = cast(self.transformer.logits(states), torch.float32)
-        return logits, *attention.cache, *self.watched.values()
-
-
-class TextRows(nn.Module):
-    """The text's keys and values of every layer, worked out once for a text."""
-
-    def __init__(self, transformer: Transformer) -> None:
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(self, text: Tensor) -> tuple[Tensor, ...]:
-        """Text float32 [length, width] -> keys and values [G, length, D], alternating by layer."""
-        return tuple(self.transformer.text_rows(cast(text, self.transformer.embedding.dtype)))

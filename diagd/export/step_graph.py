@@ -1,23 +1,27 @@
-"""Traces the step of a transformer in a form."""
+"""The frontier-step graph: one forward pass over a KV cache, traced in the form that a backend wants.
+
+Prefill, next-token prediction, diagonal steps and verification are this one graph. A form says how attention
+meets the cache; everything else is the transformer itself. Variants of it have other number formats, as the
+matrix products whose weight is constant may be stored in fewer bits, and values that become outputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diagd.bundle.manifest import Form, FormTraits
-from diagd.bundle.transformer import TransformerConfig
+from diagd.bundle.transformer import Shape, TransformerConfig, parameter_shapes
 from diagd.engines.tensors import cache_tensors
-from diagd.export.forms import Step, TextRows
+from diagd.export.forms import Bound, CacheRows, ModernAttention, PortableAttention, PrefixAttention
 from diagd.export.known_graphs import traced_once
-from diagd.export.tracing import trace
+from diagd.export.tracing import Functions, cast, onnx_operator, trace
 from diagd.export.transformer import Transformer
-from diagd.export.variants import IntegerRows, Watched, WatchedMatrix, WatchedRows, projections
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
@@ -28,6 +32,200 @@ WATCHED = "watched."
 
 PLAIN = ".plain"
 """Ending of a matrix's name where the module in its place has the matrix as well."""
+
+NORMS = {
+    "attention.qkv": "attention_norm",
+    "cross_attention.query": "cross_attention_norm",
+    "feed_forward.gate_up": "feed_forward_norm",
+    "feed_forward.up": "feed_forward_norm",
+    "head": "norm",
+}
+"""The norm ahead of a product, in its layer."""
+
+ATTENTIONS: Final[dict[Form, type[PrefixAttention] | type[ModernAttention] | type[PortableAttention]]] = {
+    Form.PREFIX: PrefixAttention,
+    Form.MODERN: ModernAttention,
+    Form.PORTABLE: PortableAttention,
+}
+
+
+class IntegerRows(CacheRows):
+    """Rows as ``round(row / scale)`` in int8, a scale for each channel of each head.
+
+    Scores are products of queries and keys, so that the scales of keys may multiply the queries, and those
+    of values what attention returns: no work of a channel grows with the cache. The scales, [G, D] or [G, 1,
+    D] as rows lie, are buffers named like those of K/V.
+    """
+
+    unit: Tensor
+    zero: Tensor
+
+    def __init__(self, config: TransformerConfig, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        for name in cache_tensors(config.layers):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+        self.register_buffer("unit", torch.empty((), dtype=dtype, device="meta"))
+        self.register_buffer("zero", torch.empty((), dtype=torch.int8, device="meta"))
+
+    def store(self, name: str, rows: Tensor) -> Tensor:
+        """Integers."""
+        scaled = rows / self.get_buffer(name)
+        return onnx_operator("QuantizeLinear", (scaled, self.unit, self.zero), torch.int8, rows.shape)
+
+    def load(self, stored: Tensor) -> Tensor:
+        """Floating point again."""
+        # No zero point is named: ONNX Runtime 1.31 gives nodes that it moves one of another type.
+        return onnx_operator("DequantizeLinear", (stored, self.unit), self.unit.dtype, stored.shape)
+
+    def scaled(self, name: str, x: Tensor) -> Tensor:
+        """Times the buffer's scales."""
+        return x * self.get_buffer(name)
+
+
+class Watched(dict[str, Tensor]):
+    """Values inside a step that become further outputs of its graph, in order.
+
+    The exporter refuses a module whose tensors change while it is traced, and looks for them in plain dicts.
+    """
+
+
+class WatchedMatrix(nn.Module):
+    """A matrix [inputs, outputs], as ``plain``, whose input is noted in ``seen`` under its name."""
+
+    def __init__(self, name: str, shape: tuple[int, int], dtype: torch.dtype, seen: Watched) -> None:
+        super().__init__()
+        self.plain = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+        self._name, self._seen = name, seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., inputs] times the matrix."""
+        self._seen[self._name] = x
+        return x @ self.plain
+
+
+class WatchedRows(CacheRows):
+    """Rows as they are, noted in ``seen`` by name of their buffer."""
+
+    def __init__(self, seen: Watched) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def store(self, name: str, rows: Tensor) -> Tensor:
+        """Note the rows."""
+        self._seen[name] = rows
+        return rows
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What absorbs a factor of a product's input channels exactly.
+
+    The factor divides entries ``start``... of the last axis of ``tensors``, which are the gain and shift of
+    the norm ahead, or columns of the matrix ahead.
+    """
+
+    tensors: tuple[str, ...]
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One product x @ weight; ``name`` is that of the weight [inputs, outputs] in the graph.
+
+    ``fold``: what absorbs a factor of x's channels; None where nothing does.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    fold: Fold | None = None
+
+
+def projections(config: TransformerConfig) -> list[Projection]:
+    """Products of the step graphs of a transformer, in the order of the graph."""
+    shapes = parameter_shapes(config)
+    read_by_row_or_once = ("embedding", "key_value")
+    names = [n for n, shape in shapes.items() if len(shape) == 2 and not n.endswith(read_by_row_or_once)]
+    names.sort(key="head".__eq__)
+    return [
+        Projection(f"transformer.{n}", shapes[n][0], shapes[n][1], _fold(config, shapes, n)) for n in names
+    ]
+
+
+def _fold(config: TransformerConfig, shapes: Mapping[str, Shape], name: str) -> Fold | None:
+    *layer, part = name.split(".", 2) if name.startswith("layers.") else [name]
+    at = "".join(f"{word}." for word in layer)
+    if part == "feed_forward.down" and config.gated:
+        # silu(gate) * up: what divides a column of up divides what goes into down
+        return Fold((f"transformer.{at}feed_forward.gate_up",), config.feed_forward)
+    tensors = [f"{at}{NORMS[part]}.{end}" for end in ("weight", "bias")] if part in NORMS else []
+    return Fold(tuple(f"transformer.{tensor}" for tensor in tensors if tensor in shapes)) if tensors else None
+
+
+class Step(nn.Module):
+    """One step in a form.
+
+    Inputs: token_buffer int32 [N], sources and positions int32 [W], slot_position int32 [S], write_index
+    int64 [1], past_key_l and past_value_l. Outputs: logits float32 [W, V]; then present_key_l and
+    present_value_l, or new_key_l and new_value_l [1, G, W, D], which belong at ``write_index + arange(W)``.
+    Of several streams: sources and positions [B, W], slot_position [B, S], write_index [B], logits
+    [B * W, V], caches and rows [B, ...]; the token buffer holds the tokens of all. Where the width is
+    dynamic, so is their number: slot_position is [T, B] then, write_index [B, W] has the slot of every row,
+    and logits are those of logit_rows int32 [R] of the B * W rows.
+
+    Attributes:
+        transformer: the model; matrices of it may be replaced.
+        kv: what K/V rows become in the cache.
+        watched: values that become further outputs, behind the others.
+        functions: of its graph, once it is traced.
+    """
+
+    def __init__(self, transformer: Transformer, form: Form) -> None:
+        super().__init__()
+        self.transformer, self.form = transformer, form
+        self.kv, self.watched, self.functions = CacheRows(), Watched(), Functions()
+
+    def replace_matrices(self, matrices: Mapping[str, nn.Module]) -> None:
+        """Put modules in the place of matrices, by name in the graph."""
+        for name, module in matrices.items():
+            parent, _, leaf = name.rpartition(".")
+            owner = self.get_submodule(parent)
+            delattr(owner, leaf)
+            setattr(owner, leaf, module)
+
+    def forward(
+        self,
+        token_buffer: Tensor,
+        sources: Tensor,
+        positions: Tensor,
+        slot_position: Tensor,
+        write_index: Tensor,
+        logit_rows: Tensor | None,
+        past: Sequence[Tensor],
+        text: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
+        """One step; ``past`` and ``text`` alternate keys and values, layer by layer."""
+        config = self.transformer.config
+        bound = Bound(config, positions, slot_position, write_index, past, self.kv, self.functions)
+        attention = ATTENTIONS[self.form](bound)
+        ids = token_buffer.index_select(0, sources.flatten())
+        states = self.transformer.states(ids, positions.flatten(), attention, text)
+        if logit_rows is not None:
+            states = states.index_select(0, logit_rows)
+        logits = cast(self.transformer.logits(states), torch.float32)
+        return logits, *attention.cache, *self.watched.values()
+
+
+class TextRows(nn.Module):
+    """The text's keys and values of every layer, worked out once for a text."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, text: Tensor) -> tuple[Tensor, ...]:
+        """Text float32 [length, width] -> keys and values [G, length, D], alternating by layer."""
+        return tuple(self.transformer.text_rows(cast(text, self.transformer.embedding.dtype)))
 
 
 @dataclass(frozen=True)

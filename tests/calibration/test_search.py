@@ -7,7 +7,7 @@ import pytest
 
 from diagd.calibration.options import SCHEMES
 from diagd.calibration.search import StatisticsCollector, migration, search
-from diagd.export.variants import Fold, Projection
+from diagd.export.step_graph import Fold, Projection
 
 CHANNELS, COLUMNS = 256, 96
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig
+from diagd.export.step_graph import Fold, projections
 from diagd.export.transformer import Transformer
-from diagd.export.variants import Fold, projections
 from diagd.schedule import StreamLayout
 from tests.oracles.models import small_model
 
