@@ -183,7 +183,7 @@ class Step(nn.Module):
     def __init__(self, transformer: Transformer, form: Form) -> None:
         super().__init__()
         self.transformer, self.form = transformer, form
-        self.kv, self.watched, self.functions = CacheRows(), Watched(), Functions()
+        self.kv, self.watched, self.functions = CacheRows(), Watched(), Functions(transformer.config)
 
     def replace_matrices(self, matrices: Mapping[str, nn.Module]) -> None:
         """Put modules in the place of matrices, by name in the graph."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ DOMAIN = "diagd"
 
 RMS_NORM_OPSET = 23
 """First opset with RMSNormalization."""
+
+_SIGNATURES: Final[dict[Hashable, Any]] = {}
 
 FOLD_LIMIT = 1024
 """Elements up to which constants are folded or merged; anything larger is a weight and stays external."""
@@ -65,7 +67,7 @@ def trace(
     """
     require("onnxscript", extra="export", purpose="write ONNX graphs")
     traced: Any = module.eval()
-    with _quiet(), _uncollected(), _hastened():
+    with _quiet(), _uncollected(), _hastened(), torch.no_grad():
         shapes = _dimensions(dynamic_shapes)
         traced = torch.export.export(traced, inputs, dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
@@ -115,11 +117,14 @@ def _placed(result: Tensor, inputs: Sequence[Tensor]) -> Tensor:
 class Functions:
     """Parts of a module that become functions of its graph, in operators that every runtime has.
 
-    A runtime that has a kernel of a function's name runs that; others put its operators in its place.
+    A runtime that has a kernel of a function's name runs that; others put its operators in its place. A
+    process traces each once: ``settings`` are all that bodies depend on beside inputs and attributes.
     """
 
-    def __init__(self) -> None:
-        self._parts: dict[str, _Part] = {}
+    _known: Final[dict[Hashable, ir.Function]] = {}
+
+    def __init__(self, settings: Hashable) -> None:
+        self._settings, self._parts = settings, dict[str, _Part]()
 
     def call(
         self,
@@ -133,8 +138,8 @@ class Functions:
 
         Equal names are one function. Attributes are told to kernels alone.
         """
-        self._parts.setdefault(name, _Part(body, inputs, len(outputs), attributes))
         dtypes, shapes = zip(*outputs, strict=True)
+        self._parts.setdefault(name, _Part(body, inputs, dtypes, attributes))
         results = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{name}", inputs, attrs={**attributes}, dtypes=dtypes, shapes=shapes, version=1
         )
@@ -143,8 +148,10 @@ class Functions:
     def define(self, model: ir.Model, opset: int) -> ir.Model:
         """Give a traced graph, changed in place, the functions that it calls."""
         for name, part in self._parts.items():
-            function = part.function(name, opset)
-            model.functions[function.identifier()] = function
+            key = (self._settings, name, opset, part.interface)
+            if key not in self._known:
+                self._known[key] = part.function(name, opset)
+            model.functions[self._known[key].identifier()] = self._known[key]
         return model
 
 
@@ -155,11 +162,11 @@ class _Part(nn.Module):
         self,
         body: Callable[..., tuple[Tensor, ...]],
         inputs: Sequence[Tensor],
-        outputs: int,
-        attributes: Collection[str],
+        outputs: Sequence[torch.dtype],
+        attributes: Mapping[str, float],
     ) -> None:
         super().__init__()
-        self._body, self._outputs, self._attributes = body, outputs, [*attributes]
+        self._body, self._outputs, self._attributes = body, outputs, attributes
         self._types = [tensor.dtype for tensor in inputs]
         shapes: list[list[Any]] = [[*tensor.shape] for tensor in inputs]
         self._sizes = [[size if isinstance(size, int) else size.node.hint for size in s] for s in shapes]
@@ -171,6 +178,11 @@ class _Part(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return self._body(*inputs)
 
+    @property
+    def interface(self) -> str:
+        """All that is known of it but the body."""
+        return repr((self._types, self._sizes, self._axes, self._outputs, self._attributes))
+
     def function(self, name: str, opset: int) -> ir.Function:
         import onnx_ir as ir
 
@@ -181,7 +193,7 @@ class _Part(nn.Module):
             self,
             tuple(examples),
             input_names=[f"input_{number}" for number in range(len(examples))],
-            output_names=[f"output_{number}" for number in range(self._outputs)],
+            output_names=[f"output_{number}" for number in range(len(self._outputs))],
             opset=opset,
             dynamic_shapes=(self._axes,),
         )
@@ -345,6 +357,7 @@ def _hastened() -> Iterator[None]:
     """
     with ExitStack() as stack:
         with suppress(ImportError, AttributeError, KeyError):
+            from onnx_ir.schemas import OpSignature
             from onnxscript.rewriter import _matcher
             from torch._dynamo import config as dynamo
             from torch.fx import config as fx
@@ -358,6 +371,8 @@ def _hastened() -> Iterator[None]:
             stack.enter_context(_replaced(table, "from_torchlib", partial(_operators, table.from_torchlib)))
             stack.enter_context(_replaced(_fx_passes, "decompose_with_registry", lambda p, _: p))
             stack.enter_context(_replaced(_fx_passes, "insert_type_promotion_nodes", lambda _: None))
+            read = staticmethod(partial(_signature, OpSignature.from_op_schema))
+            stack.enter_context(_replaced(OpSignature, "from_op_schema", read))
             matcher = _matcher.SimplePatternMatcher
             stack.enter_context(_replaced(matcher, "match", _of_its_kind(matcher.match)))
         yield
@@ -393,6 +408,14 @@ def _operators(make: Callable[[int], Any], opset_version: int) -> Any:
 @cache
 def _made_once(make: Callable[[int], Any], opset: int) -> Any:
     return make(opset)
+
+
+def _signature(read: Callable[[Any], Any], schema: Any) -> Any:
+    """That of an operator, which the exporter reads again for every node."""
+    key = (schema.domain, schema.name, schema.since_version)
+    if key not in _SIGNATURES:
+        _SIGNATURES[key] = read(schema)
+    return _SIGNATURES[key]
 
 
 @contextmanager
