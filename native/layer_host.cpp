@@ -30,11 +30,16 @@ namespace {
 
 unsigned order = 0;
 
-void attend(const diagd::AttendArguments& a, int size) {
-  if (size == 32) size_32::diagd_attend(a);
-  if (size == 64) size_64::diagd_attend(a);
-  if (size == 96) size_96::diagd_attend(a);
-  if (size == 128) size_128::diagd_attend(a);
+template <void (*kKernel)(diagd::AttendArguments)>
+void attend(const void* arguments) {
+  kKernel(*static_cast<const diagd::AttendArguments*>(arguments));
+}
+
+auto attention_of(size_t size) {
+  return size == 32   ? attend<size_32::diagd_attend>
+         : size == 64 ? attend<size_64::diagd_attend>
+         : size == 96 ? attend<size_96::diagd_attend>
+                      : attend<size_128::diagd_attend>;
 }
 
 // As a grid of one thread a column.
@@ -72,9 +77,7 @@ extern "C" int diagd_launch_on_host(void* function, unsigned across, unsigned do
       each(*static_cast<const diagd::EmbedArguments*>(a), columns, down, diagd::kVector, diagd::embed_vector);
       return 0;
     case 5:
-      host::run_grid({across, down, deep}, {threads, beside, 1}, bytes, order, [a, code] {
-        attend(*static_cast<const diagd::AttendArguments*>(a), static_cast<int>(code >> 8));
-      });
+      host::run_grid({across, down, deep}, {threads, beside, 1}, bytes, order, attention_of(code >> 8), a);
       return 0;
     default:
       return 1;

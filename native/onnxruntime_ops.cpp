@@ -277,6 +277,21 @@ Status run_attention(Call& call) {
   return launch_attention(call, a, heads);
 }
 
+// Queries [rows, heads * D], their norm's weight, K and V of a text -> as queries.
+Status run_text_attention(Call& call) {
+  const Shaped &queries = call.inputs[0], &keys = call.inputs[2];
+  const int32_t size = call.kernel.op->given.size;
+  diagd::AttendArguments a = {};
+  a.fused = queries.halves(), a.query_norm = call.inputs[1].halves(), a.epsilon = call.kernel.real;
+  a.keys = static_cast<half*>(keys.data), a.values = static_cast<half*>(call.inputs[3].data);
+  a.width = static_cast<int32_t>(queries.rows()), a.across = static_cast<int32_t>(queries.columns() / size);
+  a.groups = static_cast<int32_t>(keys.shape[1]), a.slots = static_cast<int32_t>(keys.shape[2]);
+  a.shared = a.across / a.groups;
+  if (keys.columns() != size) return call.fail("diagd: an attention of another head size");
+  if (Status status = call.output(0, queries, queries.columns(), a.out)) return status;
+  return launch_attention(call, a, a.groups);
+}
+
 // Gate and up in one, or x and its bias -> the activation.
 Status run_activation(Call& call) {
   const Shaped& x = call.inputs[0];
@@ -423,8 +438,9 @@ Status add_embeddings(const void* const* api, void* domain) {
 
 Status add_others(const void* const* api, void* domain) {
   Operator mask = described(2, 2, 1, run_mask, "CachedMask");
-  mask.integers = 2;
-  for (const Operator& op : {mask, described(1, 1, 1, run_activation, "SwiGLU"),
+  Operator text = described(4, 4, 1, run_text_attention, "TextAttention");
+  mask.integers = 2, text.real = "epsilon";
+  for (const Operator& op : {mask, text, described(1, 1, 1, run_activation, "SwiGLU"),
                              described(1, 1, 1, run_activation, "GELU"),
                              described(2, 2, 1, run_activation, "BiasGELU")}) {
     if (Status status = add(api, domain, op)) return status;

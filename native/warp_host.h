@@ -13,9 +13,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
-#include <functional>
-#include <numeric>
-#include <random>
 #include <vector>
 
 #include "half.h"
@@ -84,7 +81,8 @@ struct Block {
   std::vector<half> memory;
   size_t fruitless;  // turns since threads last met
   bool backwards;
-  std::function<void()> work;
+  void (*work)(const void* arguments);
+  const void* arguments;
   ucontext_t outside;
 };
 
@@ -128,7 +126,7 @@ inline void meet(Meeting& meeting, unsigned count) {
 }
 
 inline void begin_thread() {
-  block.work();
+  block.work(block.arguments);
   now->done = true, block.fruitless = 0;
   leave();
 }
@@ -165,15 +163,15 @@ inline void run_block() {
   swapcontext(&block.outside, &now->context);
 }
 
-// Order 0 is that of their numbers, 1 the other way round, of warps too, others are by chance.
-inline void run_grid(Place grid, Place size, size_t bytes, unsigned order, const std::function<void()>& work) {
-  block.grid = grid, block.size = size, block.work = work, block.backwards = order % 2;
+// Order 0 is that of their numbers, 1 the other way round, of warps too; a prime: so many further each time.
+inline void run_grid(Place grid, Place size, size_t bytes, unsigned order, void (*work)(const void*),
+                     const void* arguments) {
+  block.grid = grid, block.size = size, block.backwards = order % 2;
+  block.work = work, block.arguments = arguments;
   block.memory.resize(bytes / sizeof(half));
-  std::vector<unsigned> numbers(grid.x * grid.y * grid.z);
-  std::iota(numbers.begin(), numbers.end(), 0u);
-  if (order == 1) std::reverse(numbers.begin(), numbers.end());
-  if (order > 1) std::shuffle(numbers.begin(), numbers.end(), std::mt19937(order));
-  for (unsigned number : numbers) {
+  const size_t count = size_t{grid.x} * grid.y * grid.z, step = order < 2 ? 1 : order;
+  for (size_t turn = 0; turn < count; ++turn) {
+    const auto number = static_cast<unsigned>((order == 1 ? count - 1 - turn : turn) * step % count);
     block.index = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
     run_block();
   }

@@ -244,16 +244,25 @@ class CrossAttention(nn.Module):
         keys, values = (text @ self.key_value).unflatten(-1, (2 * self.config.kv_heads, size)).chunk(2, -2)
         return self.key_norm(keys).transpose(0, 1), values.transpose(0, 1)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, form: AttentionForm) -> Tensor:
         """Attention output for x [..., W, hidden]; every text row is seen."""
+        queries, norm = product(x, self.query), self.query_norm
+        inputs = (queries, norm.weight, keys, values)
+        (attended,) = form.part(
+            "TextAttention", self._attended, inputs, (queries.shape,), epsilon=norm.eps or 0.0
+        )
+        return product(attended, self.out)
+
+    def _attended(self, queries: Tensor, weight: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor]:
         groups, size = self.config.kv_heads, self.config.head_size
         shared = self.config.heads // groups
-        batch = x.shape[:-2]  # Reshape works out the rows
-        queries = self.query_norm(product(x, self.query).reshape(*batch, -1, groups * shared, size))
+        batch = queries.shape[:-2]  # Reshape works out the rows
+        queries = queries.reshape(*batch, -1, groups * shared, size)
+        queries = normalised(self.query_norm, queries, weight)
         queries = moved(queries.reshape(*batch, -1, groups, shared, size) * size**-0.5, -4, -2)
         weights = torch.softmax(queries.reshape(*batch, groups, -1, size) @ keys.transpose(-1, -2), dim=-1)
         attended = moved((weights @ values).reshape(*batch, groups, shared, -1, size), -2, -4)
-        return product(attended.reshape(*batch, -1, groups * shared * size), self.out)
+        return (attended.reshape(*batch, -1, groups * shared * size),)
 
 
 class Block(nn.Module):
@@ -290,7 +299,7 @@ class Block(nn.Module):
         addends = self.attention(states, rows, form, layer)
         if text:
             x, states = added(form, x, addends, self.cross_attention_norm)
-            addends = (self.cross_attention(states, *text),)
+            addends = (self.cross_attention(states, text[0], text[1], form),)
         x, states = added(form, x, addends, self.feed_forward_norm)
         return x, self.feed_forward(states, form)
 
