@@ -104,9 +104,10 @@ WINDOWS = """(async () => {{
   const {{ WindowPolicy }} = await import("./window.js");
   return {cases}.map(([kinds, passes]) => {{
     const policy = new WindowPolicy(kinds);
-    return passes.map(([most, unfed, guesses, ...seen]) => {{
+    return passes.map(([most, unfed, guesses, ends, ...seen]) => {{
       const chosen = policy.choose(most, unfed, guesses);
       policy.add(guesses.slice(0, chosen), ...seen);
+      if (ends) policy.end();
       return chosen;
     }});
   }});
@@ -295,9 +296,11 @@ def test_windows_are_pythons(scripts: Tab) -> None:
             kept, fed = int(wrong[0]) + 1 if wrong.size else rows, unfed + rows
             seconds = (1 + row * fed) * random.exponential(0.3) + 1
             policy.add(guesses[:rows], kept, fed, seconds)
-            passes.append([left, unfed, guesses.tolist(), kept, fed, seconds])
+            passes.append([left, unfed, guesses.tolist(), left == kept, kept, fed, seconds])
             chosen.append(rows)
             guesses[:rows] = guesses[:rows] % 3 + 3
+            if left == kept:
+                policy.end()
             left = left - kept or cells
         assert len(set(chosen)) > 5  # it is asked something
         cases.append([3, passes])

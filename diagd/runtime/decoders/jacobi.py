@@ -37,6 +37,10 @@ _REJECTED: Final = 0.05  # share of guesses, while nothing is known
 _AHEAD: Final = 0.7  # of what it is worth to draw a cell ahead of its turn: further passes would do so too
 _OFTEN: Final = 8  # passes after which all is fitted anew
 _SLOWER: Final = 1.1  # times what the quickest pass of a width took: what the next one counts as at most
+_STEADY: Final = 16  # rows of windows that are not chosen
+_BETWEEN: Final = 3  # frames between two that are tried the other way
+_SHARE: Final = 0.01  # of the time that trials may cost
+_BETTER: Final = 0.93  # of a frame's usual time: what the other way has to take
 
 Float64: TypeAlias = NDArray[np.float64]
 Kinds: TypeAlias = NDArray[np.int64]
@@ -153,8 +157,11 @@ class JacobiDecoder(Decoder):
                     stream.write(start, draft)
             if self._deadline is not None and time.perf_counter() - began > self._deadline:
                 break
-        if found and decided == len(draft):
-            self._lookup.learn(found, draft)
+        if decided == len(draft):
+            if self._policy:
+                self._policy.end()
+            if found:
+                self._lookup.learn(found, draft)
         return decided
 
     def _rows(self, stream: Stream, unfed: int, kinds: Kinds) -> int:
@@ -254,6 +261,10 @@ class WindowPolicy:
     became short, is tried again. A window of one row is next-token prediction: where drafts do not pay, that
     is what is left.
 
+    Guesses are taken for independent of one another, which they are not: a cell that wide windows draw again
+    and again comes right sooner than the draws of narrow ones let hope for. So now and then a frame is tried
+    in steady windows, and they stay for as long as its frames take less.
+
     Args:
         cells: most rows that are of use.
         kinds: of first guesses.
@@ -265,18 +276,24 @@ class WindowPolicy:
         self._decided, self._count = 0.0, 0
         self._passes: Float64 = np.zeros(0)  # by the rows that they are run as
         self._quickest: Float64 = np.zeros(0)  # seconds
+        self._steady = self._tries = False  # which way frames go, and whether this one goes the other
+        self._cost = self._row = 0.0  # seconds of a pass without rows, and of a row, as fitted
+        self._spent, self._usual, self._total = 0.0, 0.0, 0.0  # by these: this frame, a usual one, all
+        self._ratio, self._debt, self._since = 1.0, 0.0, 0  # of trials to usual frames; seconds; frames
 
     def choose(self, padded: Int, kinds: Kinds) -> int:
         """Rows of the next window, at most ``len(padded)``, of which n are run as ``padded[n - 1]``.
 
         ``kinds``: of the guesses of its cells.
         """
-        kinds = kinds[: len(padded)]
         if not self._count:
             return min(_FIRST, len(padded))
         if self._count <= _OFTEN or self._count % _OFTEN == 0:
             self._cost, self._row = self._costs()
             self._hazard, self._ahead = self._hazards()
+        if self._steady != self._tries:
+            return min(_STEADY, len(padded))
+        kinds = kinds[: len(padded)]
         reached = np.ones(len(padded))
         np.cumprod(1 - self._hazard[kinds[:-1]], out=reached[1:])
         worth = (reached + (1 - reached) * self._ahead[kinds]).cumsum()
@@ -285,11 +302,13 @@ class WindowPolicy:
     def add(self, kinds: Kinds, kept: int, padded: int, seconds: float) -> None:
         """Learn of a pass over guesses of these kinds, run as ``padded``, that decided the first ``kept``."""
         self._count += 1
-        tested = kinds[: min(kept, len(kinds) - 1)]
-        self._guesses = self._guesses * _KEPT + np.bincount(tested, minlength=2 * self.kinds)
-        self._wrong *= _KEPT
-        if kept < len(kinds):
-            self._wrong[tested[-1]] += 1
+        self._spent += self._cost + self._row * padded
+        if self._steady == self._tries:
+            tested = kinds[: min(kept, len(kinds) - 1)]
+            self._guesses = self._guesses * _KEPT + np.bincount(tested, minlength=2 * self.kinds)
+            self._wrong *= _KEPT
+            if kept < len(kinds):
+                self._wrong[tested[-1]] += 1
         if padded >= len(self._passes):
             wider = padded + 1 - len(self._passes)
             self._passes = np.pad(self._passes, (0, wider))
@@ -298,6 +317,21 @@ class WindowPolicy:
         self._passes[padded] += 1
         self._decided = self._decided * _KEPT + kept
         self._quickest[padded] = min(seconds, _SLOWER * self._quickest[padded])
+
+    def end(self) -> None:
+        """A frame is decided; say how the next one is."""
+        spent, self._spent = self._spent, 0.0
+        self._total += spent
+        usual = self._usual or spent
+        if not self._tries:
+            self._usual, self._since = usual + (spent - usual) / 5, self._since + 1
+        else:
+            self._ratio += (spent / usual - self._ratio) / 10
+            self._debt, self._since = self._debt + max(spent - usual, 0.0), 0
+            if self._ratio < _BETTER:
+                self._steady, self._usual = not self._steady, usual * self._ratio
+                self._ratio, self._debt = 1 / self._ratio, 0.0
+        self._tries = self._since >= _BETWEEN and self._debt <= _SHARE * self._total
 
     def _hazards(self) -> tuple[Float64, Float64]:
         """Chance that a guess is wrong, and what it is worth, in decided cells, to draw it; by kind.

@@ -218,7 +218,7 @@ export const jacobi = (policy, lookup, window = null) => async (session) => {
     const guesses = frame.tokens.slice(decided, decided + rows);
     const drawn = await session.run([range(first - unfed, first + rows).map((p) => [p, p, p < first ? -1 : p + 1])]);
     const wrong = drawn.findIndex((id, n) => id !== guesses[n]), kept = wrong < 0 ? rows : wrong + 1;
-    policy.add(kinds.slice(decided, decided + rows), kept, unfed + rows, Math.max(TICK, performance.now() - began));
+    if (!window) policy.add(kinds.slice(decided, decided + rows), kept, unfed + rows, Math.max(TICK, performance.now() - began));
     for (let cell = decided; cell < decided + rows; cell++) kinds[cell] = (kinds[cell] % TRUST) + TRUST;
     [decided, unfed, count] = [decided + kept, 0, count + 1];
     if (kept < rows) session.rejected = start + decided - 1;
@@ -228,6 +228,7 @@ export const jacobi = (policy, lookup, window = null) => async (session) => {
       found.trust.forEach((level, cell) => level && ([frame.tokens[cell], kinds[cell]] = [found.tokens[cell], level]));
     }
   }
+  if (!window) policy.end();
   lookup.learn(found, frame.tokens);
   session.complete(null);
   return count;

@@ -2,12 +2,14 @@
 // diagd/runtime/decoders/jacobi.py chooses it, which says why.
 
 const KEPT = 0.99, FIRST = 32, SPREAD = 8, REJECTED = 0.05, AHEAD = 0.7, OFTEN = 8, SLOWER = 1.1;
+const STEADY = 16, BETWEEN = 3, SHARE = 0.01, BETTER = 0.93;
 
 const total = (values) => values.reduce((sum, value) => sum + value, 0);
 
 export class WindowPolicy {
   constructor(kinds = 1) {
     Object.assign(this, { kinds, count: 0, decided: 0, passes: [], quickest: [] });
+    Object.assign(this, { steady: false, tries: false, spent: 0, usual: 0, total: 0, ratio: 1, debt: 0, since: 0, fitted: { cost: 0, row: 0 } });
     [this.wrong, this.guesses] = [new Array(2 * kinds).fill(0), new Array(2 * kinds).fill(0)];
   }
 
@@ -15,6 +17,7 @@ export class WindowPolicy {
   choose(most, unfed, kinds) {
     if (!this.count) return Math.min(FIRST, most);
     if (this.count <= OFTEN || this.count % OFTEN === 0) this.fitted = { ...this.costs(), ...this.hazards() };
+    if (this.steady !== this.tries) return Math.min(STEADY, most);
     const { cost, row, hazard, ahead } = this.fitted;
     let best = 1, rate = 0, reached = 1, worth = 0;
     for (let n = 0; n < most; n++) {
@@ -29,6 +32,7 @@ export class WindowPolicy {
   // Learn of a pass over guesses of these kinds, `fed` rows in all, that decided the first `kept`.
   add(kinds, kept, fed, time) {
     this.count++;
+    this.spent += this.fitted.cost + this.fitted.row * fed;
     for (const sums of [this.guesses, this.wrong, this.passes]) sums.forEach((sum, n) => (sums[n] = sum * KEPT));
     const tested = kinds.slice(0, Math.min(kept, kinds.length - 1));
     for (const kind of tested) this.guesses[kind]++;
@@ -37,6 +41,20 @@ export class WindowPolicy {
     this.passes[fed]++;
     this.decided = this.decided * KEPT + kept;
     this.quickest[fed] = Math.min(time, SLOWER * this.quickest[fed]);
+  }
+
+  // A frame is decided; says whether the next one is tried the other way.
+  end() {
+    const spent = this.spent, usual = this.usual || spent;
+    this.spent = 0;
+    this.total += spent;
+    if (this.tries) {
+      this.ratio += (spent / usual - this.ratio) / 10;
+      this.debt += Math.max(spent - usual, 0);
+      this.since = 0;
+      if (this.ratio < BETTER) Object.assign(this, { steady: !this.steady, usual: usual * this.ratio, ratio: 1 / this.ratio, debt: 0 });
+    } else Object.assign(this, { usual: usual + (spent - usual) / 5, since: this.since + 1 });
+    this.tries = this.since >= BETWEEN && this.debt <= SHARE * this.total;
   }
 
   // Chance that a guess is wrong, and what it is worth to draw it, by kind.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from typing_extensions import override
 
 from diagd.runtime.decoders.jacobi import WindowPolicy
 
@@ -26,6 +27,8 @@ def run(
         policy.add(ANY[:rows], kept, width, seconds(width) * random.uniform(0.9, 1.1))
         if left == CELLS:
             chosen.append(rows)
+        if left == kept:
+            policy.end()
         left = left - kept or CELLS
     return chosen[len(chosen) // 2 :]
 
@@ -90,3 +93,48 @@ def test_windows_are_near_the_best_on_a_machine_at_work(right: float) -> None:
     chosen = np.array(run(beside_others, right, NARROW))
     best = rate(NARROW, alone, right, NARROW).max()
     assert rate(chosen, alone, right, NARROW).mean() > 0.9 * best
+
+
+def frames(policy: WindowPolicy | None, at_random: float, count: int = 300) -> np.ndarray:
+    """Seconds of frames where a draw behind a right cell nearly always is right, and behind others seldom.
+
+    What a pass draws ahead of a wrong guess heals from its islands of right cells. None: steady windows.
+    """
+    random, taken = np.random.default_rng(0), np.zeros(count)
+    for frame in range(count):
+        right, kinds, decided = random.random(CELLS) < 0.25, ANY.copy(), 0
+        while decided < CELLS:
+            rows = policy.choose(NARROW[: CELLS - decided], kinds[decided:]) if policy else 16
+            window = slice(decided, decided + rows)
+            wrong = np.flatnonzero(~right[window][:-1])
+            kept = int(wrong[0]) + 1 if wrong.size else len(right[window])
+            seconds = 1e-3 * (0.9 + 0.12 * rows)
+            taken[frame] += seconds
+            if policy:
+                policy.add(kinds[window], kept, rows, seconds * random.uniform(0.9, 1.2))
+            behind = np.append(True, right[window][:-1])
+            drawn = random.random(len(behind)) < np.where(behind, 0.95, at_random)
+            right[window] = drawn | (right[window] & behind)
+            right[decided : decided + kept] = True
+            kinds[window], decided = 1, decided + kept
+        if policy:
+            policy.end()
+    return taken
+
+
+class NeverSteady(WindowPolicy):
+    @override
+    def end(self) -> None:
+        """Windows are chosen for every frame."""
+
+
+def test_steady_windows_stay_where_they_take_less() -> None:
+    policies = WindowPolicy(CELLS), NeverSteady(CELLS), None
+    chosen, trapped, steady = (frames(policy, at_random=0.5)[150:].sum() for policy in policies)
+    assert chosen < steady < trapped
+
+
+@pytest.mark.parametrize("at_random", [0.1, 0.3])
+def test_trials_of_steady_windows_cost_little(at_random: float) -> None:
+    chosen, never = (frames(policy, at_random).sum() for policy in (WindowPolicy(CELLS), NeverSteady(CELLS)))
+    assert chosen < 1.03 * never < frames(None, at_random).sum()
