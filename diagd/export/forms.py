@@ -60,18 +60,6 @@ class Bound(NamedTuple):
         """Query heads of a KV head."""
         return self.config.heads // self.config.kv_heads
 
-    @property
-    def written(self) -> Tensor:
-        """Slots of the step's rows, [W] or [B, W]."""
-        steps = torch.arange(self.positions.shape[-1], device=self.positions.device)
-        first = self.write_index if self.positions.dim() == 1 else self.write_index.unsqueeze(1)
-        return first + steps
-
-    @property
-    def visible(self) -> Tensor:
-        """Bool [W, S] or [B, W, S]: which slots each row attends to."""
-        return self.slot_position.unsqueeze(-2) <= self.positions.unsqueeze(-1)
-
 
 class PrefixAttention(PlainAttention):
     """Attention over the bound prefix of buffers [T, B, G, D], a slot of all streams after the other.
@@ -288,14 +276,14 @@ def _rows_first(attended: Tensor) -> Tensor:
 
 def _beside_stale(bound: Bound) -> Tensor:
     """Bool [..., W, S + W]: slots about to be written hold stale rows, the step's own rows stand for them."""
-    positions, slot_position = bound.positions, bound.slot_position
-    index, written = torch.arange(slot_position.shape[-1], device=positions.device), bound.written
+    positions, slot_position, is_one = bound.positions, bound.slot_position, bound.positions.dim() == 1
+    rows, index = (torch.arange(x.shape[-1], device=x.device) for x in (positions, slot_position))
+    written = (bound.write_index if is_one else bound.write_index.unsqueeze(1)) + rows
     first, last = written[..., :1], written[..., -1:]
     stale = (index >= first).logical_and(index <= last)  # no sum of a size, which the host would do
-    is_one = positions.dim() == 1
     own = slot_position.index_select(0, written) if is_one else slot_position.gather(1, written)
-    seen = own.unsqueeze(-2) <= positions.unsqueeze(-1)
-    return torch.cat([bound.visible.logical_and(~stale.unsqueeze(-2)), seen], dim=-1)
+    cached, seen = (x.unsqueeze(-2) <= positions.unsqueeze(-1) for x in (slot_position, own))
+    return torch.cat([cached.logical_and(~stale.unsqueeze(-2)), seen], dim=-1)
 
 
 def _grouped(queries: Tensor, grid: Sequence[int], groups: int) -> Tensor:
