@@ -96,12 +96,7 @@ def onnx_operator(
 ) -> Tensor:
     """One operator of ONNX, or of another domain as ``domain::name``, in a module that is traced.
 
-    Args:
-        name: operator; its version is that of the graph.
-        inputs: in order.
-        dtype: of the result.
-        shape: of the result.
-        attributes: of the node.
+    Its version is that of the graph. ``dtype`` and ``shape`` are the result's.
     """
     attrs: dict[str, Any] = dict(attributes)
     result: Tensor = torch.onnx.ops.symbolic(name, inputs, attrs=attrs, dtype=dtype, shape=shape)
@@ -261,26 +256,20 @@ def _rms_norm(x: Any, shape: Sequence[int], weight: Any, epsilon: float) -> Any:
 def link_weights(
     model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], kept: Collection[str] = ()
 ) -> ir.Model:
-    """Give the initializers of a traced graph their data, then simplify the graph.
+    """Give the initializers of a traced graph their data, then simplify it, in place.
 
     Simplification comes second because constant folding reads small initializers, which have no data before.
-
-    Args:
-        model: from ``trace``; changed in place.
-        tensors: see ``give_data``.
-        kept: those that are found in the graph by name later, whatever they hold.
+    ``tensors``: see ``give_data``. ``kept``: those that are found by name later, whatever they hold.
     """
     changing = [name for name in kept if name in model.graph.initializers]
     return give_data(simplify(give_data(model, tensors), changing), tensors)
 
 
 def give_data(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.Model:
-    """Refer initializers to their data.
+    """Refer initializers to their data, in place.
 
-    Args:
-        model: changed in place.
-        tensors: tensor of every parameter and buffer, by name, most of them external. Their types and shapes
-            are the graph's, also where PyTorch has none for them or the graph serves tables of any length.
+    ``tensors``: of every parameter and buffer, by name, most of them external. Their types and shapes are the
+    graph's, also where PyTorch has none for them or the graph serves tables of any length.
     """
     import onnx_ir as ir
 
@@ -292,11 +281,9 @@ def give_data(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.M
 
 
 def simplify(model: ir.Model, changing: Collection[str] = ()) -> ir.Model:
-    """Optimise a traced graph in place, and leave out what only says how it was made.
+    """Optimise a traced graph with data, in place, and leave out what only says how it was made.
 
-    Args:
-        model: its initializers have data.
-        changing: initializers that are given other data later: nothing is made of what they hold now.
+    ``changing``: initializers that are given other data later: nothing is made of what they hold now.
     """
     import onnx_ir as ir
     from onnx_ir.passes.common import InlinePass

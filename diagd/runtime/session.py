@@ -204,10 +204,8 @@ class Session:
     def act(self, *, sampling: SamplingSettings | None = None, seed: int | None = None) -> Int:
         """The action int32 [n] that the model takes at the last frame; the stream stays as it is.
 
-        It is the one that leads to the next frame where the model's actions are not replaced.
-
-        Raises:
-            UsageError: there is no prompt, or the model decodes no actions.
+        It is the one that leads to the next frame where the model's actions are not replaced; UsageError
+        without a prompt, or where the model decodes no actions.
         """
         seed = self._stream.seed if seed is None else seed
         decoder, run = self._start_run(ActingDecoder(), [None], count=1, sampling=sampling, seed=seed)

@@ -258,9 +258,7 @@ class Stream:
     def complete(self, order: Schedule | None, *, exact: bool = True) -> None:
         """Count the oldest frame in flight as known; its tokens have been committed or written.
 
-        Args:
-            order: schedule that its rows were fed by; None: each saw all that precedes it in raster order.
-            exact: see ``exact``.
+        ``order``: schedule that its rows were fed by; None: each saw all that precedes it in raster order.
         """
         frame, layout = self.known, self.layout
         self.known = frame + 1
@@ -290,11 +288,7 @@ class Stream:
         self.unsent.append((places, values))
 
     def rewind(self, frames: int) -> None:
-        """Go back by some frames, as if they had not been decoded; what is in flight is given up.
-
-        Raises:
-            UsageError: so many are not kept.
-        """
+        """Go back by some frames, giving up what is in flight; UsageError where so many are not kept."""
         if not 0 <= frames < len(self.past):
             raise UsageError(
                 f"cannot go back by {frames} frames: {len(self.past)} of {self.known} are kept, and one of "
@@ -363,11 +357,7 @@ class Stream:
         return target.getvalue()
 
     def restore(self, snapshot: bytes) -> None:
-        """Become the stream that a snapshot was taken of.
-
-        Raises:
-            UsageError: it is none, or of a model with another layout.
-        """
+        """Become the stream of a snapshot; UsageError where it is none, or of a model with another layout."""
         head, arrays, past = _read(snapshot, self.layout)
         self._forget()
         self.past.extend(past)

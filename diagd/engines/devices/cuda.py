@@ -27,11 +27,7 @@ class DeviceDescription:
 
 
 def check(outcome: tuple[Any, ...]) -> Any:
-    """The results of a driver or NVRTC call.
-
-    Raises:
-        EngineError: the call failed.
-    """
+    """The results of a driver or NVRTC call; EngineError where it failed."""
     status, *results = outcome
     if int(status) != 0:
         raise EngineError(f"CUDA failed with {status.name} ({int(status)}); `diagd doctor` checks the driver")

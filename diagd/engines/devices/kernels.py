@@ -113,8 +113,7 @@ def kernel_source(
 ) -> tuple[str, dict[str, str]]:
     """Texts of kernels and of their headers by name, in the package or in the checkout around it.
 
-    Raises:
-        DependencyError: they are in neither.
+    DependencyError where they are in neither.
     """
     here = Path(__file__).parent
     for directory in (here, here.parents[2] / "native"):
