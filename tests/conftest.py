@@ -16,6 +16,7 @@ from diagd.bundle import Bundle
 from diagd.cli.main import main
 from diagd.export.known_graphs import KIND
 from diagd.play.pictures import png
+from tests.models import KEPT
 from tests.worlds import random_world
 
 settings.register_profile("any machine", deadline=None)
@@ -30,14 +31,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _machine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Workers share graphs alone: none is told that another one fills an entry."""
+    """Workers, and runs of the same sources, share graphs alone: none is told that another fills an entry."""
     folder = tmp_path_factory.mktemp("cache")
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = tmp_path_factory.getbasetemp().with_name("graphs")
-        shared.mkdir(exist_ok=True)
-        (folder / KIND).symlink_to(shared)
-    else:
-        (folder / KIND).mkdir()
+    (KEPT / KIND).mkdir(parents=True, exist_ok=True)
+    (folder / KIND).symlink_to(KEPT / KIND)
     os.environ["DIAGD_CACHE"] = str(folder)
 
 

@@ -25,6 +25,9 @@ from tests.oracles.models import CODES
 
 PREFIX_TOKEN = CODES + 1
 
+KEPT = Path(tempfile.gettempdir()) / f"diagd-tests-{os.getuid()}"
+"""What runs of the tests on this machine share."""
+
 
 def small_family(model: Transformer) -> Family:
     """A family of one small model, under the transformer's own tensor names."""
@@ -72,7 +75,7 @@ def copy_kept(what: bytes, packages: Sequence[str], make: Callable[[Path], None]
         path: of the copy.
     """
     key = hashlib.sha256(what + _sources(*packages)).hexdigest()[:32]
-    kept = Path(tempfile.gettempdir()) / f"diagd-tests-{os.getuid()}" / key
+    kept = KEPT / key
     with turn(kept):
         if not kept.is_dir():
             with tempfile.TemporaryDirectory(dir=kept.parent) as folder:

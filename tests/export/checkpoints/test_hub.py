@@ -1,8 +1,8 @@
 """The real Hub client against a local server that speaks the Hub's protocol, and its cache offline."""
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from diagd.errors import CheckpointError
+from diagd.export.checkpoints import open_checkpoint
 from diagd.export.checkpoints.location import HubAddress, parse_address
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -87,18 +88,23 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-PROGRAM = """
-import json, sys
-from diagd.errors import CheckpointError
-from diagd.export.checkpoints import open_checkpoint
-for spec in sys.argv[1:]:
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "diagd.export.checkpoints"])  # the Hub's client is not of these
+
+
+def open_all(environment, specs):
+    os.environ.clear()
+    os.environ.update(environment)
+    assert "huggingface_hub" not in sys.modules  # it reads the environment once
+    return [opened(spec) for spec in specs]
+
+
+def opened(spec):
     try:
         checkpoint = open_checkpoint(spec)
-        answer = [checkpoint.source, {name: float(h.read().sum()) for name, h in checkpoint.items()}]
+        return [checkpoint.source, {name: float(h.read().sum()) for name, h in checkpoint.items()}]
     except CheckpointError as error:
-        answer = str(error)
-    print(json.dumps(answer))
-"""
+        return str(error)
 
 
 def open_in_new_process(home, endpoint, *specs, offline=False):
@@ -107,10 +113,8 @@ def open_in_new_process(home, endpoint, *specs, offline=False):
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
-    program = [sys.executable, "-c", PROGRAM, *specs]
-    result = subprocess.run(program, check=False, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    with PROCESSES.Pool(1) as pool:
+        return pool.apply(open_all, (environment, specs))
 
 
 @pytest.fixture(scope="module")
