@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diagd.errors import UsageError
 from diagd.export.tokenizers.base import PatchGraphs
+from diagd.export.tokenizers.vqgan_network import nearest_code
 from diagd.export.tracing import cast
 
 
@@ -45,10 +46,7 @@ class PatchEncoder(_Patches):
         frames, height, width, _ = pixels.shape
         rows, columns = height // side, width // side
         patches = pixels.reshape(frames, rows, side, columns, side, 3).permute(0, 1, 3, 2, 4, 5)
-        codes = cast(self.codebook.flatten(1), torch.float32)
-        flat = cast(patches.reshape(frames, rows, columns, -1), torch.float32)
-        scores = (codes * codes).sum(1) - 2 * flat @ codes.transpose(0, 1)
-        return cast(scores.argmin(-1), torch.int32)
+        return nearest_code(patches.reshape(frames, rows, columns, -1), self.codebook.flatten(1))
 
 
 class PatchDecoder(_Patches):
