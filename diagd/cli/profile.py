@@ -70,7 +70,11 @@ def run(options: ProfileVerb) -> int:
     how = replace(options.measure, marks=options.trace is not None)
     measured = profile(Bundle.open(options.bundle), how, Progress(console))
     measured.report.write(output / "report.json")
-    page = _write_page(output / "report.html", measured.report)
+    page = str(output / "report.html")
+    try:
+        write_page(Path(page), measured.report)
+    except DependencyError as error:  # the report is there all the same
+        page = str(error)
     if options.trace:
         measured.write_trace(options.trace)
     if options.json:
@@ -97,15 +101,6 @@ def _backends(options: ProfileVerb, path: Path) -> int:
     if best := found.fastest():
         console.print(f"fastest on this machine: {best.settings}", highlight=False)
     return 0
-
-
-def _write_page(path: Path, report: Report) -> str:
-    """Write the page; returns its path, or what it takes to have one: the report is there all the same."""
-    try:
-        write_page(path, report)
-    except DependencyError as error:
-        return str(error)
-    return str(path)
 
 
 def _check_trace(trace: Path, output: Path) -> None:

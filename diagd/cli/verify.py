@@ -17,7 +17,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.options import OPTIONS, File, Numbers, flag, positional, setting
 from diagd.profiling.measure import Workload, random_workload
-from diagd.profiling.plan import decoding_orders, split_orders
+from diagd.profiling.plan import orders_of, split_orders
 from diagd.profiling.report import Skipped
 from diagd.profiling.verify import (
     Candidate,
@@ -88,7 +88,9 @@ def run(options: VerifyOptions) -> int:
         raise UsageError(f"--frames {options.frames}: decode at least one")
     bundle, console, found = Bundle.open(options.bundle), terminal.console(stderr=options.json), _Found()
     reference = Bundle.open(options.reference) if options.reference else bundle
-    _check_same(bundle, reference)
+    for name in ("layout", "vocabulary", "output_vocabulary", "context"):
+        if getattr(bundle.manifest, name) != getattr(reference.manifest, name):
+            raise UsageError(f"--reference {reference.path}: its {name} differs; give the same model in FP32")
     window = options.window or min(bundle.manifest.context.frames, 4)
     for candidate in candidates(bundle, options.engine, window, CpuOptions(options.threads)):
         with closing(candidate):
@@ -109,7 +111,7 @@ def _examine(
 ) -> None:
     """Add what there is to say of an engine, and of the orders that it cannot decode."""
     session, name, workload = candidate.session, candidate.name, _workload(options, candidate)
-    wanted = decoding_orders(session.manifest, options.k)
+    wanted = orders_of(session.layout, options.k, session.manifest.schedule.row_seed)
     orders, late = split_orders(wanted, session, options.prompt_frames + options.frames)
     found.skipped += [entry.model_copy(update={"order": f"{name}, {entry.order}"}) for entry in late]
     with open_reference(reference, session) as plain:
@@ -132,14 +134,6 @@ def _workload(options: VerifyOptions, candidate: Candidate) -> Workload:
         pixels = PixelCodec(candidate.bundle, CpuOptions(options.threads))
         tokens = read_prompt(path, pixels, options.prompt_frames, resize=True)
     return replace(workload, prompt=tokens)
-
-
-def _check_same(bundle: Bundle, reference: Bundle) -> None:
-    """Refuse a reference that is another model."""
-    for name in ("layout", "vocabulary", "output_vocabulary", "context"):
-        mine, other = (getattr(b.manifest, name) for b in (bundle, reference))
-        if mine != other:
-            raise UsageError(f"--reference {reference.path}: its {name} differs; give the same model in FP32")
 
 
 def _print(console: Console, found: _Found) -> None:

@@ -422,13 +422,10 @@ class SavedGame:
         """
         heard, game.record.heard = game.record.heard, lambda line: None  # it was told when it happened
         try:
-            self._restore(game)
+            if self.snapshot is not None:
+                game.restore(self.snapshot)
+            lines = [*self.lines, *([self.flying] if self.flying else [])]
+            for _ in replay(game, list(enumerate(lines, start=1))):
+                pass
         finally:
             game.record.heard = heard
-
-    def _restore(self, game: Game) -> None:
-        if self.snapshot is not None:
-            game.restore(self.snapshot)
-        lines = [*self.lines, *([self.flying] if self.flying else [])]
-        for _ in replay(game, list(enumerate(lines, start=1))):
-            pass

@@ -88,7 +88,11 @@ def read_prompts(bundle: Bundle, codec: PixelCodec, files: Sequence[Path] = ()) 
     folder = bundle.file(PROMPTS_NAME)
     if not files and folder.is_dir():
         files = files_in(folder, _PICTURES)[:MAX_PROMPTS]
-    return [_read(file, bundle, codec) for file in files] or [_blank(bundle)]
+    if files:
+        return [_read(file, bundle, codec) for file in files]
+    layout = bundle.manifest.layout  # the lowest legal token everywhere
+    cells = bundle.manifest.sampling.range_table(layout)[layout.before :, 0][: layout.cells]
+    return [np.ascontiguousarray(cells.reshape(1, layout.rows, layout.columns), np.int32)]
 
 
 def open_replay(path: Path, record: Path, options: GameOptions) -> tuple[Game, list[tuple[int, Line]]]:
@@ -134,10 +138,3 @@ def _read(file: Path, bundle: Bundle, codec: PixelCodec) -> Int:
     if not file.is_file():
         raise UsageError(f"no such prompt: {file}; give a picture, a video or .npy tokens")
     return read_prompt(file, codec, frames=1, resize=True)
-
-
-def _blank(bundle: Bundle) -> Int:
-    """The lowest legal token everywhere, for bundles that bring no picture."""
-    layout = bundle.manifest.layout
-    ranges = bundle.manifest.sampling.range_table(layout)[layout.before :][: layout.cells]
-    return np.ascontiguousarray(ranges[:, 0].reshape(1, layout.rows, layout.columns), np.int32)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Final, Literal
 
@@ -292,22 +292,24 @@ def replay(game: Game, lines: Sequence[tuple[int, Line]], strict: bool = True) -
         QualityError: a frame differs; the message has its number and its line.
         UsageError: the record does not fit the model.
     """
-    position = 0
-    while position < len(lines):
-        number, line = lines[position]
-        if isinstance(line, Played):
-            end = position + 1
-            while end < len(lines) and isinstance(lines[end][1], Played):
-                end += 1
-            end += end < len(lines) and isinstance(lines[end][1], Ahead)  # which ends a run
-            yield from _replay_run(game, lines[position:end], strict)
-            if isinstance(lines[end - 1][1], Ahead):
-                game.stop()
-            position = end
+    ids: Iterator[Taken] | None = None  # of the run that is under way
+    for index, (number, line) in enumerate(lines):
+        if not isinstance(line, Played):
+            ids = None
+            with _at(number):
+                _replay_command(game, line)
             continue
+        ids = ids or _led(lines[index:])
         with _at(number):
-            _replay_command(game, line)
-        position += 1
+            shown = game.advance(partial(next, ids, None))
+            if shown is None or shown.frame.index != line.frame:
+                raise UsageError(f"frame {line.frame} does not follow what is before it")
+        if strict and digest(shown.frame.tokens) != line.tokens:
+            raise QualityError(
+                f"line {number}: frame {line.frame} is the first that differs from the record; another "
+                "engine, precision or version rounds differently"
+            )
+        yield shown
 
 
 @contextmanager
@@ -319,32 +321,15 @@ def _at(number: int) -> Iterator[None]:
         raise type(error)(f"line {number}: {error}") from error
 
 
-def _replay_run(game: Game, lines: Sequence[tuple[int, Line]], strict: bool) -> Iterator[Shown]:
-    ids: deque[list[int] | None] = deque()
+def _led(lines: Iterable[tuple[int, Line]]) -> Iterator[Taken]:
+    """Actions of the frames that begin until a run ends."""
     for _, line in lines:
-        ids.extend(
-            line.ahead if isinstance(line, Ahead) else [line.action] if isinstance(line, Played) else []
-        )
-
-    def act() -> Taken | None:
-        if not ids:
-            return None
-        action = ids.popleft()
-        return Taken(None if action is None else np.array(action, np.int32), {})
-
-    for number, line in lines:
-        if not isinstance(line, Played):
-            continue
-        with _at(number):
-            shown = game.advance(act)
-            if shown is None or shown.frame.index != line.frame:
-                raise UsageError(f"frame {line.frame} does not follow what is before it")
-        if strict and digest(shown.frame.tokens) != line.tokens:
-            raise QualityError(
-                f"line {number}: frame {line.frame} is the first that differs from the record; another "
-                "engine, precision or version rounds differently"
-            )
-        yield shown
+        if not isinstance(line, Played | Ahead):
+            return
+        for action in line.ahead if isinstance(line, Ahead) else [line.action]:
+            yield Taken(None if action is None else np.array(action, np.int32), {})
+        if isinstance(line, Ahead):
+            return
 
 
 def _replay_command(game: Game, line: Line) -> None:
@@ -357,6 +342,8 @@ def _replay_command(game: Game, line: Line) -> None:
         game.reset(prompt, actions)
     elif isinstance(line, Settings):
         game.choose(line.settings)
+    elif isinstance(line, Ahead):  # which ends a run
+        game.stop()
     elif isinstance(line, Rewind):
         game.rewind(line.rewind)
     elif isinstance(line, Branch):

@@ -297,11 +297,14 @@ class Table(ServedTable):
         self._call(self._show_player, header, parts)
 
     def _figures(self, shown: Shown, encode: float) -> dict[str, Any]:
-        pacer, taken = self.stage.pacer, shown.taken
+        pacer, taken, codec = self.stage.pacer, shown.taken, self.game.bundle.manifest.actions
+        action: dict[str, Any] = taken.action
+        if taken.ids is None and codec is not None:  # the model played
+            action = describe(codec, shown.frame.action)
         spent = {"wait": taken.waited, "decode": shown.decode, "pixels": shown.pixels, "encode": encode}
         return {
             "echo": taken.echo,
-            "action": self._done(shown),
+            "action": action,
             "ms": {name: round(1e3 * seconds, 2) for name, seconds in spent.items()},
             "passes": shown.frame.steps,
             "fps": round(pacer.fps, 1),
@@ -310,13 +313,6 @@ class Table(ServedTable):
             "rate": round(pacer.rate, 1),
             "late": pacer.late,
         }
-
-    def _done(self, shown: Shown) -> dict[str, Any]:
-        """The action that led to a frame, the player's or the model's."""
-        codec = self.game.bundle.manifest.actions
-        if shown.taken.ids is not None or codec is None:
-            return shown.taken.action
-        return describe(codec, shown.frame.action)
 
     def _show_player(self, header: dict[str, Any], parts: list[bytes]) -> None:
         self._number += 1

@@ -290,19 +290,14 @@ def _budget(plan: Plan) -> str:
     )
 
 
-def decoding_orders(manifest: Manifest, ks: tuple[int, ...]) -> list[Schedule]:
+def orders_of(
+    layout: StreamLayout, ks: tuple[int, ...], seed: RowSeed = RowSeed.PREVIOUS_FRAME
+) -> list[Schedule]:
     """Next-token prediction, then serial and chained frames for each row lag, each order once.
 
     Raises:
         ScheduleError: a lag cannot be decoded.
     """
-    return orders_of(manifest.layout, ks, manifest.schedule.row_seed)
-
-
-def orders_of(
-    layout: StreamLayout, ks: tuple[int, ...], seed: RowSeed = RowSeed.PREVIOUS_FRAME
-) -> list[Schedule]:
-    """The orders of a layout; see ``decoding_orders``."""
     for k in ks:
         check_lags(layout.rows, layout.columns, k, max(1, k) * layout.rows)
     orders = [Schedule.next_token(layout)]

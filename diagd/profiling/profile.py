@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -26,8 +27,8 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import DiagdError, UsageError, unknown
 from diagd.options import OPTIONS, Numbers, flag, setting
 from diagd.profiling.cost import StoredModel, read_model
-from diagd.profiling.measure import Measured, Timeline, measure, name_of, random_workload
-from diagd.profiling.plan import decoding_orders, split_orders
+from diagd.profiling.measure import Event, Measured, Timeline, measure, name_of, random_workload
+from diagd.profiling.plan import orders_of, split_orders
 from diagd.profiling.report import Machine, Model, Report, Skipped, stages, summarise
 from diagd.profiling.verify import open_reference, verify
 from diagd.progress import Progress
@@ -107,38 +108,22 @@ class Profile:
 
     def trace_events(self) -> list[dict[str, Any]]:
         """Complete events ("ph": "X") of the Chrome trace format, microseconds, one thread for each run."""
-        origin = min(event.began for event in self.start.events)
-        events = [_thread_name(0, "start"), *_events(self.start, 0, origin)]
-        for thread, run in enumerate(self.runs, start=1):
-            name = name_of(run.decoder)
-            whole = Timeline()
-            whole.add(name, run.began, run.ended - run.began)
-            events.append(_thread_name(thread, name))
-            events += _events(whole, thread, origin) + _events(run.timeline, thread, origin)
+        origin, events = min(event.began for event in self.start.events), list[dict[str, Any]]()
+        threads = [("start", self.start.events)]
+        for run in self.runs:
+            whole = Event(name_of(run.decoder), run.began, run.ended - run.began, {})
+            threads.append((whole.stage, [whole, *run.timeline.events]))
+        for thread, (name, timed) in enumerate(threads):
+            at = {"pid": 1, "tid": thread}
+            events.append(at | {"name": "thread_name", "ph": "M", "args": {"name": name}})
+            for stage, began, seconds, details in timed:
+                times = {"ts": 1e6 * (began - origin), "dur": 1e6 * seconds}
+                events.append(at | times | {"name": stage, "ph": "X", "args": details})
         return events
 
     def write_trace(self, path: Path) -> None:
         """Write a file for chrome://tracing or ui.perfetto.dev."""
         write_text(path, json.dumps({"traceEvents": self.trace_events(), "displayTimeUnit": "ms"}))
-
-
-def _events(timeline: Timeline, thread: int, origin: float) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": event.stage,
-            "ph": "X",
-            "pid": 1,
-            "tid": thread,
-            "ts": 1e6 * (event.began - origin),
-            "dur": 1e6 * event.seconds,
-            "args": event.details,
-        }
-        for event in timeline.events
-    ]
-
-
-def _thread_name(thread: int, name: str) -> dict[str, Any]:
-    return {"name": "thread_name", "ph": "M", "pid": 1, "tid": thread, "args": {"name": name}}
 
 
 def profile(
@@ -156,7 +141,7 @@ def profile(
     """
     began, progress = time.perf_counter(), progress or Progress()
     backend, bundle = backend or _backend(options), bundle.at_precision(options.precision)
-    orders = decoding_orders(bundle.manifest, options.ks)
+    orders = orders_of(bundle.manifest.layout, options.ks, bundle.manifest.schedule.row_seed)
     options = replace(options, cpu=with_threads(options.cpu, bundle, backend.name))
     device = backend.describe()
     ready = _load(bundle, options, backend, progress)
@@ -348,7 +333,9 @@ def measure_backends(
     window = check_window(bundle.manifest, options.window)
     options = replace(options, window=window)
     entries, skipped = list[Measurement](), list[Skipped]()
-    for backend, one in _ways(bundle, options.precision):
+    stored = dict.fromkeys(graph.precision for graph in bundle.manifest.graphs)
+    precisions = [options.precision] if options.precision else stored
+    for backend, one in product(map(find, names()), map(bundle.at_precision, precisions)):
         name = f"{backend.name} {one.manifest.graphs[0].precision}"
         if entries and (late := options.left_out(name, began)):
             skipped.append(late)
@@ -369,14 +356,6 @@ def measure_backends(
         found = found.model_copy(update={"entries": tuple(entries)})
     keep_measured(bundle, found)
     return found, skipped
-
-
-def _ways(bundle: Bundle, precision: str | None) -> Iterator[tuple[Backend, Bundle]]:
-    """Every backend beside the bundle at every precision, or at one."""
-    stored = dict.fromkeys(graph.precision for graph in bundle.manifest.graphs)
-    for name in names():
-        for one in (precision,) if precision else stored:
-            yield find(name), bundle.at_precision(one)
 
 
 def _measured(backend: Backend, one: Bundle, bundle: Bundle, options: ProfileOptions) -> Measurement:

@@ -20,7 +20,7 @@ from diagd.errors import DiagdError, UsageError
 from diagd.export.exporter import GraphOptions
 from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.page import page
-from diagd.profiling.plan import decoding_orders
+from diagd.profiling.plan import orders_of
 from diagd.profiling.profile import Profile, ProfileOptions, profile
 from diagd.profiling.report import compare
 from diagd.profiling.verify import of_backend, open_reference, verify
@@ -126,7 +126,7 @@ def test_cells_and_tensors_of_a_device_are_verified(
     (candidate,) = of_backend(bundle, workshop, 3, CPU)
     with closing(candidate), open_reference(plain, candidate.session) as reference:
         workload = random_workload(candidate.session, 1, 5)
-        for order in decoding_orders(bundle.manifest, (1,)):
+        for order in orders_of(bundle.manifest.layout, (1,)):
             verdict = verify(
                 candidate.session, reference, candidate.name, candidate.precision, order, workload, 5
             )

@@ -13,7 +13,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.export.exporter import GraphOptions
 from diagd.profiling.measure import random_workload
-from diagd.profiling.plan import decoding_orders
+from diagd.profiling.plan import orders_of
 from diagd.profiling.verify import Exactness, exactness
 from diagd.runtime.load import open_session, step_options
 from diagd.runtime.session import Session
@@ -32,7 +32,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def found(session: Session) -> Exactness:
-    orders = decoding_orders(session.manifest, (1,))
+    orders = orders_of(session.manifest.layout, (1,))
     return exactness(session, "it", orders, random_workload(session, 1, FRAMES), FRAMES)
 
 

@@ -18,7 +18,7 @@ from diagd.errors import BundleError, ScheduleError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.profiling.measure import random_workload
-from diagd.profiling.plan import decoding_orders, obstacle
+from diagd.profiling.plan import obstacle, orders_of
 from diagd.profiling.profile import ProfileOptions, profile
 from diagd.profiling.verify import Verdict, check_table, open_reference, verify
 from diagd.runtime.load import check_window, open_session, step_options
@@ -44,7 +44,7 @@ def verdicts(
     bundle: Bundle, form: Form, reference: Bundle | None = None, session: Session | None = None
 ) -> list[Verdict]:
     session = session or open_session(bundle, window=3, cpu=CPU, form=form)
-    orders, workload = decoding_orders(bundle.manifest, (1, 2)), random_workload(session, 1, 5)
+    orders, workload = orders_of(bundle.manifest.layout, (1, 2)), random_workload(session, 1, 5)
     with session, open_reference(reference or bundle, session) as plain:
         return [verify(session, plain, form.value, "fp32", order, workload, 5) for order in orders]
 
@@ -84,7 +84,7 @@ def test_a_context_that_is_fed_again_is_verified_and_profiled(tmp_path: Path) ->
     config = replace(rotary.config, rotary=None, position_embedding=True)
     model = Transformer(config).initialise(torch.Generator().manual_seed(0)).eval()
     bundle = Bundle.open(export_small(model, tmp_path / "absolute.diagd"))
-    orders = decoding_orders(bundle.manifest, (1,))
+    orders = orders_of(bundle.manifest.layout, (1,))
     blocked = [obstacle(order, bundle.manifest, 3, 6, 64) is not None for order in orders]
     assert blocked == [False, False, True]
     assert obstacle(orders[2], bundle.manifest, 3, 3, 64) is None
