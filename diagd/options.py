@@ -11,15 +11,23 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 
+import pydantic.dataclasses
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from typing_extensions import dataclass_transform
 
 FLAG = "flag"
 """Where a field keeps its `Flag`."""
 
-OPTIONS = ConfigDict(extra="forbid")
-"""Of every dataclass of options."""
+Class = TypeVar("Class")
+
+
+@dataclass_transform(frozen_default=True)
+def checked(options: type[Class]) -> type[Class]:
+    """Make a class a dataclass of options, whose values pydantic checks, and which takes no others."""
+    made = pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+    return cast(type[Class], made(options))
 
 
 class Frozen(BaseModel):

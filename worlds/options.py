@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic.dataclasses import dataclass
-
 from diagd.cluster import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError, unknown
-from diagd.options import NAMES, OPTIONS, SIZE, File, flag, positional, setting
+from diagd.options import NAMES, SIZE, File, checked, flag, positional, setting
 from diagd.progress import started
 from diagd.runtime.options import DraftOptions
 from diagd.runtime.sampling import SamplingSettings
@@ -22,7 +20,7 @@ TOKENIZERS = ("auto", "patches", "learned")
 """Patches if they can be enumerated; patches, by k-means if need be; a trained network."""
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class CollectOptions:
     """What `diagd world collect` records.
 
@@ -49,7 +47,7 @@ class CollectOptions:
             )
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class ImportOptions:
     """What `diagd world import` reads."""
 
@@ -68,7 +66,7 @@ class ImportOptions:
             raise UsageError(f"{len(self.actions)} actions; expected 1 to {_MAX_ACTIONS} names")
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class TrainOptions:
     """What `diagd world train` does.
 
@@ -148,7 +146,7 @@ def worker_devices(device: str, processes: int | None, gpus: int) -> list[str]:
     return [f"cuda:{n}" for n in range(count)] if device == "cuda" else [device] * count
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class EvalOptions:
     """What is measured.
 
@@ -173,7 +171,7 @@ class EvalOptions:
             )
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class FolderOptions:
     """How two folders of videos are compared."""
 
@@ -187,7 +185,7 @@ class FolderOptions:
     )
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class EvalRun:
     """What `diagd eval` is asked for.
 

@@ -7,12 +7,11 @@ import math
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
-from pydantic.dataclasses import dataclass
 
 from diagd.bundle.manifest import INT8_CACHE
 from diagd.bundle.precision import FLOATING, PRECISIONS, Precision
 from diagd.errors import UsageError, unknown
-from diagd.options import OPTIONS, flag, setting
+from diagd.options import checked, flag, setting
 
 SCHEMES = {name: precision for name, precision in PRECISIONS.items() if name not in FLOATING}
 """How weights and activations can be stored."""
@@ -62,7 +61,7 @@ def _budget(value: object) -> object:
     return parse_budget(value, Budget()) if isinstance(value, str) else value
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class CalibrationOptions:
     """How a bundle is calibrated."""
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pydantic.dataclasses import dataclass
-
 from diagd.bundle.targets import check_distinct
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import require
-from diagd.options import OPTIONS, File, flag, positional, setting
+from diagd.options import File, checked, flag, positional, setting
 from diagd.progress import Progress
 from diagd.runtime.text import read_text
 from diagd.tuning.options import AlignOptions, check_device, mixture
@@ -32,7 +30,7 @@ Several orders share the windows; next-token prediction keeps raster of them, wi
 """
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class AlignVerb:
     """What is aligned, to what, on what."""
 

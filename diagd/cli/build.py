@@ -7,7 +7,6 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Literal
 
-from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from diagd.bundle import Bundle
@@ -19,7 +18,7 @@ from diagd.engines.tensorrt import capabilities, import_tensorrt
 from diagd.engines.tensorrt.builder import Request, estimate
 from diagd.engines.tensorrt.opening import choose, compile_engine
 from diagd.errors import UsageError
-from diagd.options import OPTIONS, File, flag, positional
+from diagd.options import File, checked, flag, positional
 from diagd.progress import Progress
 from diagd.runtime.slots import token_places
 
@@ -34,7 +33,7 @@ does not fit is named on loading.
 """
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class BuildOptions:
     """What to build of a bundle, and by what."""
 

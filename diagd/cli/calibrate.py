@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Bundle
 from diagd.bundle.targets import bundle_target
@@ -15,7 +14,7 @@ from diagd.cli.options import Verb
 from diagd.engines.engine import Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import require
-from diagd.options import OPTIONS, File, flag, positional, setting
+from diagd.options import File, checked, flag, positional, setting
 from diagd.progress import Progress
 from diagd.runtime.clip import read_tokens
 from diagd.runtime.pictures import read_frames
@@ -35,7 +34,7 @@ Bundles of random weights need no --data.
 """
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class CalibrateOptions:
     """What to calibrate, on which frames, and how."""
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from pydantic.dataclasses import dataclass
-
 from diagd.bundle.cache import clear
 from diagd.cli import terminal
 from diagd.cli.options import Verb
-from diagd.options import OPTIONS, File, flag, positional
+from diagd.options import File, checked, flag, positional
 from diagd.profiling.doctor import PROBLEM, check_bundle, check_machine
 
 EXAMPLES = """examples:
@@ -24,7 +22,7 @@ Exit code 1 where something is wrong; what is only absent costs the features tha
 COLOURS = {"ok": "green", "problem": "red", "absent": "yellow"}
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class DoctorOptions:
     """What to check."""
 

@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic.dataclasses import dataclass
-
 from diagd.bundle.targets import bundle_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, require
 from diagd.export.options import GraphOptions
-from diagd.options import OPTIONS, SIZE, File, flag, setting
+from diagd.options import SIZE, File, checked, flag, setting
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ EXAMPLES = """examples:
 """
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class ExportOptions:
     """What to export, and where to."""
 

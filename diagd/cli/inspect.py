@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +16,7 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError
 from diagd.export.onnx_file import OnnxFile, read_onnx
-from diagd.options import OPTIONS, File, flag, positional
+from diagd.options import File, checked, flag, positional
 from diagd.schedule import NO_SINK, Block, Schedule, StreamLayout
 
 EXAMPLES = """examples:
@@ -37,7 +36,7 @@ SHOWN_COLUMNS = 30
 """Grids up to so many columns are printed."""
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class InspectOptions:
     """What is shown, of what."""
 

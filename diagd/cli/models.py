@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic.dataclasses import dataclass
-
 from diagd.cli import terminal
 from diagd.cli.options import Verb
-from diagd.options import OPTIONS, flag
+from diagd.options import checked, flag
 
 COLUMNS = ("model", "parameters", "grid", "context")
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class ModelsOptions:
     """How to list them."""
 

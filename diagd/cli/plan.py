@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
@@ -16,7 +15,7 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, unknown
 from diagd.export.families import find
-from diagd.options import OPTIONS, Numbers, flag, positional, setting
+from diagd.options import Numbers, checked, flag, positional, setting
 from diagd.profiling.cost import (
     DEVICES,
     GB,
@@ -45,7 +44,7 @@ device allow, pixels not included; good engines reach about two thirds of them.
 """
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class PlanOptions:
     """Which model is planned, and for what."""
 

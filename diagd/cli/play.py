@@ -9,7 +9,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 
-from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from diagd.bundle import read_manifest
@@ -18,7 +17,7 @@ from diagd.cli import terminal
 from diagd.cli.generate import encode_text
 from diagd.cli.options import Verb
 from diagd.cli.serve import warn
-from diagd.options import OPTIONS, File, flag, positional, setting
+from diagd.options import File, checked, flag, positional, setting
 from diagd.play import terminal as in_terminal
 from diagd.play.controls import Inputs, read_controls
 from diagd.play.game import Game
@@ -42,7 +41,7 @@ again and names the first frame that differs. Keys, security and the protocol: d
 """
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class PlayOptions:
     """What is played, and where."""
 

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from pydantic.dataclasses import dataclass
 from rich.table import Table
 
 from diagd.bundle import Bundle
@@ -15,7 +14,7 @@ from diagd.bundle.targets import check_distinct, file_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, require
-from diagd.options import OPTIONS, File, flag, positional, setting
+from diagd.options import File, checked, flag, positional, setting
 from diagd.progress import Progress, is_first
 from diagd.runtime.text import read_text
 from diagd.tuning.options import PreferOptions, PreferTraining, check_device, mixture
@@ -53,7 +52,7 @@ REPORT = b'{\n "decoder"'
 """How a report begins."""
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class PreferVerb:
     """What is tuned, on what, and how."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
@@ -14,7 +13,7 @@ from diagd.bundle.targets import check_distinct, file_target, folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import DependencyError, UsageError
-from diagd.options import OPTIONS, File, flag, positional
+from diagd.options import File, checked, flag, positional
 from diagd.profiling.page import write_page
 from diagd.profiling.profile import ProfileOptions, measure_backends, profile
 from diagd.profiling.report import Comparison, Report, Run, compare, read_report
@@ -41,7 +40,7 @@ REGRESSION = 3
 _MARKS = {True: ("ok", "green"), False: ("failed", "red"), None: ("not judged", "yellow")}
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class ProfileVerb:
     """What is measured or compared, and what is written of it."""
 

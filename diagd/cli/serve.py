@@ -6,7 +6,6 @@ import sys
 from contextlib import closing, suppress
 from typing import Literal
 
-from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from diagd.bundle import Bundle
@@ -14,7 +13,7 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.cluster.fleet import RayFleet
 from diagd.cluster.workers import EngineOptions
-from diagd.options import OPTIONS, File, flag, positional, setting
+from diagd.options import File, checked, flag, positional, setting
 from diagd.play.opening import GameOptions
 from diagd.play.server import Address, Limits
 from diagd.play.service import Service, serve, serve_fleet
@@ -47,7 +46,7 @@ there. Ctrl-C ends it.
 """
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class ServeOptions:
     """What is served, and where."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 
-import pydantic.dataclasses
 from rich.console import Console
 from rich.text import Text
 
@@ -15,7 +14,7 @@ from diagd.cli.options import Verb
 from diagd.engines.backend import CHOICES
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.options import OPTIONS, File, Numbers, flag, positional, setting
+from diagd.options import File, Numbers, checked, flag, positional, setting
 from diagd.profiling.measure import Workload, random_workload
 from diagd.profiling.plan import orders_of, split_orders
 from diagd.profiling.report import Skipped
@@ -52,7 +51,7 @@ there are none, jacobi is exact.
 """
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=OPTIONS)
+@checked
 class VerifyOptions:
     """What is checked, against what, and on what."""
 

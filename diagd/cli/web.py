@@ -5,12 +5,10 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 
-from pydantic.dataclasses import dataclass
-
 from diagd.bundle import Bundle
 from diagd.cli import terminal
 from diagd.cli.options import Verb
-from diagd.options import OPTIONS, File, flag, positional, setting
+from diagd.options import File, checked, flag, positional, setting
 from diagd.play.opening import SHIPPED
 from diagd.progress import Progress
 from diagd.web.folder import runtime_files, server, write_page
@@ -23,7 +21,7 @@ The folder is static: copy it to any host. What hosts should send, and what a br
 """
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class WebOptions:
     """What becomes a page, and where."""
 

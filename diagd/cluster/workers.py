@@ -8,11 +8,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from pydantic.dataclasses import dataclass
 from typing_extensions import override
 
 from diagd.errors import UsageError, require
-from diagd.options import OPTIONS, flag, setting
+from diagd.options import checked, flag, setting
 from diagd.runtime.pool import (
     MAX_DEATHS,
     Here,
@@ -68,7 +67,7 @@ def connect(address: str) -> Any:
     return ray
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class ClusterOptions:
     """Who does the work."""
 
@@ -84,7 +83,7 @@ class ClusterOptions:
         return self.workers is not None or self.cluster is not None
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class EngineOptions:
     """Where engines are that worlds are played on."""
 

@@ -14,13 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic.dataclasses import dataclass
-
 from diagd.bundle import cache
 from diagd.engines.host import cores, installed, processor_features
 from diagd.engines.tensors import ALIGNMENT, Tensor
 from diagd.errors import BundleError, EngineError, UsageError, require
-from diagd.options import OPTIONS, setting
+from diagd.options import checked, setting
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -62,7 +60,7 @@ SIZES: Final = frozenset({"Shape", "Size", "Squeeze"})
 kernel of Squeeze on CUDA, only what such an operator gives."""
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class CpuOptions:
     """What runs on the processor, and how.
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic.dataclasses import dataclass
-
 from diagd.bundle import Form
 from diagd.errors import UsageError
-from diagd.options import NAMES, OPTIONS, Numbers, flag, setting
+from diagd.options import NAMES, Numbers, checked, flag, setting
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class GraphOptions:
     """Which graphs a bundle gets; ``widths`` and ``window`` are for the forms with a fixed capacity.
 

@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
-import pydantic.dataclasses
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.files import write_text
@@ -25,7 +24,7 @@ from diagd.engines.ceilings import Ceilings
 from diagd.engines.host import cores, installed, memory_bytes, peak_memory, processor_name
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import DiagdError, UsageError, unknown
-from diagd.options import OPTIONS, Numbers, flag, setting
+from diagd.options import Numbers, checked, flag, setting
 from diagd.profiling.cost import StoredModel, read_model
 from diagd.profiling.measure import Event, Measured, Timeline, measure, name_of, random_workload
 from diagd.profiling.plan import orders_of, split_orders
@@ -56,7 +55,7 @@ NEXT_TOKEN_FRAMES: Final = 2
 """Frames measured of next-token prediction: each has as many steps as cells."""
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=OPTIONS)
+@checked
 class ProfileOptions:
     """What to measure; with ``marks``, NVTX ranges are put around the steps, where nvtx is installed.
 

@@ -12,14 +12,13 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Manifest
 from diagd.bundle.actions import ActionCodec, EdgesSlot, FirstPressedSlot, OnlyPressedSlot
 from diagd.bundle.files import atomic_file
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
-from diagd.options import OPTIONS, File, flag, setting
+from diagd.options import File, checked, flag, setting
 from diagd.runtime.actions import encode, read_actions
 from diagd.runtime.arrays import read_array, read_arrays
 from diagd.runtime.pictures import read_frames, read_images, sized
@@ -46,7 +45,7 @@ _LOG = logging.getLogger(__name__)
 Lines = Literal["new", "led", "followed"]
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class ClipOptions:
     """Where a clip is, and which part of it is the prompt."""
 

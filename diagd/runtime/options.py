@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Bundle, Manifest
 from diagd.bundle.manifest import SamplingRules
@@ -19,7 +18,7 @@ from diagd.engines.backend import CHOICES, CPU, find
 from diagd.engines.engine import Float
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import DiagdError, ScheduleError, UsageError
-from diagd.options import OPTIONS, File, flag, positional, setting
+from diagd.options import File, checked, flag, positional, setting
 from diagd.runtime.clip import ClipOptions
 from diagd.runtime.decoders import Decoder, DraftDecoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.decoders.draft import Scorer
@@ -35,7 +34,7 @@ DRAFT = "draft"
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class DraftOptions:
     """What drafts, and what is kept of it."""
 
@@ -95,7 +94,7 @@ def _count(value: object) -> object:
     raise ValueError("expected a number of pictures, such as 24, or of latent frames, such as 3latents")
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class SamplingOptions:
     """How tokens are drawn; what is not said is the bundle's."""
 
@@ -110,7 +109,7 @@ class SamplingOptions:
         return replace(SamplingSettings.of(rules), **{n: v for n, v in told.items() if v is not None})
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class SessionOptions:
     """What decodes, and where."""
 
@@ -171,7 +170,7 @@ def _is_here(backend: str) -> bool:
     return True
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class TextOptions:
     """What models that attend to text are told."""
 
@@ -192,7 +191,7 @@ class TextOptions:
         return encode_text(self.words, self.t5, manifest.text.length)
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class GenerateOptions:
     """What is generated, from what, and how."""
 

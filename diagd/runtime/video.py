@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
 
 from diagd.bundle import Bundle
 from diagd.bundle.files import atomic_file
@@ -24,7 +23,7 @@ from diagd.engines.backend import CHOICES, find
 from diagd.engines.engine import Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.options import OPTIONS, File, flag, positional, setting
+from diagd.options import File, checked, flag, positional, setting
 from diagd.progress import Progress
 from diagd.runtime.clip import read_tokens
 from diagd.runtime.pictures import load_av, read_frames, reporting, shown_size
@@ -287,7 +286,7 @@ def psnr(errors: list[float]) -> float | None:
     return math.inf if mean == 0 else 10 * math.log10(255**2 / mean)
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class TranscodeOptions:
     """By which tokenizer, and where it runs."""
 
@@ -301,7 +300,7 @@ class TranscodeOptions:
         return PixelCodec(Bundle.open(self.bundle), self.cpu, find(self.backend))
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class EncodeOptions(TranscodeOptions):
     """What becomes tokens."""
 
@@ -313,7 +312,7 @@ class EncodeOptions(TranscodeOptions):
     )
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class DecodeOptions(TranscodeOptions):
     """What becomes a video."""
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic.dataclasses import dataclass
-
 from diagd.cluster.workers import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError
-from diagd.options import OPTIONS, File, flag, setting
+from diagd.options import File, checked, flag, setting
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class AlignOptions:
     """How a model is aligned, to which shares of schedules; they need not add up to 1."""
 
@@ -38,7 +36,7 @@ class AlignOptions:
             raise UsageError(f"learning rate {self.rate}: expected 0 or more, such as 3e-4")
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class PreferTraining(AlignOptions):
     """How low-rank updates are trained on preferences: see ``AlignOptions``."""
 
@@ -47,7 +45,7 @@ class PreferTraining(AlignOptions):
     rank: int = setting("of low-rank updates of every matrix", 8, ge=1)
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class PreferOptions:
     """What is rolled out and compared, and what is asked of the result."""
 

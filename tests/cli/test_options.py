@@ -8,24 +8,23 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from pydantic.dataclasses import dataclass
 
 from diagd.cli.main import main
 from diagd.cli.options import Verb, add_options, entries, explain_stray, parse_options, read_options
 from diagd.cli.verbs import VERBS
 from diagd.errors import UsageError
-from diagd.options import OPTIONS, File, Numbers, flag, positional, setting
+from diagd.options import File, Numbers, checked, flag, positional, setting
 from diagd.schedule import RowSeed
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class Engine:
     threads: int = setting("CPU threads", 0, ge=0)
     frames: int = setting("of the window", 4)
     hidden: bool = True
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@checked
 class Options:
     source: File = positional("what is read")
     seed: RowSeed = flag("of rows", RowSeed.PREVIOUS_FRAME)

@@ -15,7 +15,6 @@ from threading import Event
 from types import ModuleType
 from typing import Annotated, Any
 
-import pydantic.dataclasses
 from pydantic import AfterValidator, BeforeValidator
 
 from diagd.bundle import Bundle, Form
@@ -23,7 +22,7 @@ from diagd.bundle.manifest import StepGraph
 from diagd.engines import host
 from diagd.engines.tensorrt import Capabilities, capabilities
 from diagd.errors import EngineError
-from diagd.options import NAMES, OPTIONS, Numbers, flag, setting
+from diagd.options import NAMES, Numbers, checked, flag, setting
 from diagd.progress import Progress
 
 HARMLESS = ("has Int64 binding", "will not be queryable")
@@ -146,7 +145,7 @@ def _gpus(targets: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted({name.lower() for name in targets}, key=lambda name: (len(name), name)))
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=OPTIONS)
+@checked
 class Request:
     """What to compile; ``tokens`` is the size of the token buffer.
 
