@@ -141,11 +141,6 @@ class Abilities:
             releases=re.search(rb"\x1b\[\?[0-9]+u", answer) is not None,
         )
 
-    def drawing(self, rows: int, columns: int) -> Drawing:
-        """The best way to draw."""
-        kind = Kitty if self.kitty else Sixel if self.sixel else Blocks
-        return kind(rows, columns)
-
 
 def check_terminal(environment: Mapping[str, str]) -> None:
     """Refuse where nothing could be seen.
@@ -223,7 +218,8 @@ class _Player:
         target: int,
     ) -> None:
         columns, rows = shutil.get_terminal_size()
-        self._drawing, self._rows = abilities.drawing(rows - 1, columns), rows
+        kind = Kitty if abilities.kitty else Sixel if abilities.sixel else Blocks
+        self._drawing, self._rows = kind(rows - 1, columns), rows
         self._game, self._inputs, self._watch, self._target = game, inputs, watch, target
         self._stage = Stage(game, inputs, self._show, self._say, rate)
         self._stage.is_watched = True

@@ -239,13 +239,21 @@ def measure(
     marked = map(nvtx_ranges, by_frame, chain(widths, repeat([])))
     latents = 1 if pixels is None else pixels.latents
     pending: list[Int] = []
-    with step_clock(session) as clock, _writer(pixels, video, run.timeline) as writer:
+    with step_clock(session) as clock, ExitStack() as opened:
+        writer = None
+        if pixels is not None and video is not None:  # its opening and closing count as encoding
+            with run.timeline.stage(ENCODE):
+                size = (pixels.spec.height, pixels.spec.width)
+                writer = opened.enter_context(VideoWriter(video, 10.0, size, pixels.mark))
         for tokens in _frames(session, _counted(marked, advance), run, clock):
             pending.append(tokens)
             if len(pending) == latents or len(run.decoded) == frames:
                 _show(run, pixels, writer, pending)
                 run.shown += [time.perf_counter()] * len(pending)
                 pending = []
+        if writer is not None:
+            with run.timeline.stage(ENCODE):
+                opened.close()
     run.ended = time.perf_counter()
     _add_steps(run)
     return run
@@ -328,23 +336,6 @@ def _show(run: Measured, pixels: PixelCodec | None, writer: VideoWriter | None, 
         with run.timeline.stage(ENCODE):
             for image in images:
                 writer.write(image)
-
-
-@contextmanager
-def _writer(
-    pixels: PixelCodec | None, video: Path | None, timeline: Timeline
-) -> Iterator[VideoWriter | None]:
-    """A video whose opening and closing count as encoding."""
-    if pixels is None or video is None:
-        yield None
-        return
-    with ExitStack() as opened:
-        with timeline.stage(ENCODE):
-            size = (pixels.spec.height, pixels.spec.width)
-            writer = opened.enter_context(VideoWriter(video, 10.0, size, pixels.mark))
-        yield writer
-        with timeline.stage(ENCODE):
-            opened.close()
 
 
 def _add_steps(run: Measured) -> None:

@@ -231,13 +231,10 @@ class _Run:
             "winners": Lesson.of_likelihood(preferences.preferred),
             "plain": Lesson.of_likelihood(self.material.train),
         }
-        return lessons, scores, Choice.of(scores, others, aim, self._aim_of_truth(figures)), figures
-
-    def _aim_of_truth(self, reference: Figures) -> float:
-        """The figure that has to rise, of the true continuations."""
         judge = self.rewards[-1]
         true = judge.reread({}, self.contexts) or judge.figures(self.contexts)
-        return float((true["followed"] if "followed" in true else judge.score(true, reference)).mean())
+        truth = true["followed"] if "followed" in true else judge.score(true, figures)
+        return lessons, scores, Choice.of(scores, others, aim, float(truth.mean())), figures
 
     def train(self, name: str, lesson: Lesson) -> tuple[Transformer, TrainingState]:
         """A tuned copy of the model, and the state of its training."""
