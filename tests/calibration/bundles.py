@@ -43,8 +43,11 @@ def quantise(bundle: Path, precision: str, **options: object) -> PrecisionReport
 
 
 def outlier_model() -> Transformer:
-    """One layer; a channel of every norm is an outlier, so that factors migrate."""
-    model = small_model(LAYOUT, layers=1, context_frames=6)
+    """One layer; a channel of every norm is an outlier, so that factors migrate.
+
+    Heads have 32 channels: the fewest that fused attention takes.
+    """
+    model = small_model(LAYOUT, layers=1, context_frames=6, head_size=32, seed=3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
-import torch
 
 from diagd.bundle import Bundle, Form, seal
-from diagd.bundle.transformer import linear_rotary
 from diagd.engines.tensorrt.builder import Build, Builder, Request
 from diagd.errors import EngineError
-from diagd.export.exporter import GraphOptions
-from diagd.export.transformer import Transformer
-from diagd.schedule import StreamLayout
-from tests.calibration.bundles import load_graph, quantise
-from tests.models import export_small
-from tests.oracles.models import small_model
+from tests.calibration.bundles import every_scheme, load_graph, quantise
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
-LAYOUT = StreamLayout(4, 6, before=1)
 LAYERS, WIDTHS = 1, (1, 8)
 TARGETS = {"int8": "sm86", "int8-weight": "sm86", "int4-weight": "sm89", "fp8": "sm89"}
 OPSETS = {"int8": 19, "int8-weight": 19, "int4-weight": 21, "fp8": 19}
@@ -33,16 +24,7 @@ OPSETS = {"int8": 19, "int8-weight": 19, "int4-weight": 21, "fp8": 19}
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Heads of 32 channels: the smallest that fused attention takes; exported in float32."""
-    small = small_model(LAYOUT, layers=LAYERS, context_frames=4).config
-    config = replace(small, hidden=128, head_size=32, feed_forward=128, rotary=linear_rotary(32, 1e4))
-    model = Transformer(config).initialise(torch.Generator().manual_seed(0)).eval()
-    path = tmp_path_factory.mktemp("builds") / "small.diagd"
-    forms = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
-    export_small(model, path, GraphOptions(forms, widths=WIDTHS))
-    for precision in TARGETS:
-        quantise(path, precision, budget=None)
-    return Bundle.open(path)
+    return Bundle.open(every_scheme(tmp_path_factory.mktemp("builds") / "small.diagd"))
 
 
 def compile_graph(bundle: Bundle, precision: str, form: Form, target: str) -> Build:

@@ -21,6 +21,7 @@ def small_model(
     context_frames: int = 8,
     seed: int = 0,
     rotary: bool = True,
+    head_size: int = 8,
 ) -> Transformer:
     """A float32 model with grouped KV heads, random weights and logits spread over all ids.
 
@@ -36,8 +37,8 @@ def small_model(
         layers=layers,
         heads=4,
         kv_heads=2,
-        head_size=8,
-        rotary=linear_rotary(8, 1e4) if rotary else None,
+        head_size=head_size,
+        rotary=linear_rotary(head_size, 1e4) if rotary else None,
         position_embedding=not rotary,
     )
     model = Transformer(config).initialise(torch.Generator().manual_seed(seed)).eval()
