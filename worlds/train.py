@@ -24,7 +24,7 @@ from diagd.export.transformer import Transformer
 from diagd.progress import started
 from diagd.runtime.pool import end_with_owner, starting
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.ranks import Ranks, together
+from diagd.tuning.align import Ranks, together
 from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens, episode_paths, episodes
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss
 from worlds.folder import World, save_world

@@ -29,10 +29,9 @@ from diagd.progress import Progress
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.align import TrainingState, beside, filled_text
+from diagd.tuning.align import Ranks, TrainingState, beside, filled_text, together
 from diagd.tuning.options import PreferOptions, PreferTraining
 from diagd.tuning.preference import Lesson, tune
-from diagd.tuning.ranks import Ranks, together
 from diagd.tuning.reward import (
     Choice,
     Figures,

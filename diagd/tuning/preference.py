@@ -19,6 +19,7 @@ from torch.nn import functional
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
 from diagd.tuning.align import (
+    Ranks,
     Report,
     TrainingState,
     add_low_rank,
@@ -30,7 +31,6 @@ from diagd.tuning.align import (
     without_low_rank,
 )
 from diagd.tuning.options import PreferTraining
-from diagd.tuning.ranks import Ranks
 from diagd.tuning.rollouts import Streams
 from diagd.tuning.teacher_forcing import ForcedPasses, window_nll
 

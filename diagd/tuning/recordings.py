@@ -181,23 +181,14 @@ def load_episode(path: Path) -> Episode:
     """
     found = read_arrays(path, ("frames", "actions"), SHARD)
     try:
-        episode = Episode(_pixels(found["frames"]), _ids(found["actions"]))
+        frames, actions = found["frames"], found["actions"]
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+            seen = f"{frames.dtype} {list(frames.shape)}"
+            raise ValueError(f"frames are {seen}; expected uint8 [T, height, width, 3]")
+        if actions.dtype != np.uint8 or actions.ndim != 1:
+            raise ValueError(f"actions are {actions.dtype} {list(actions.shape)}; expected uint8 [T]")
     except (KeyError, ValueError) as error:
         raise UsageError(f"{path} is no {SHARD}: {error}; delete it and record again") from error
-    if len(episode.frames) != len(episode.actions):
-        raise UsageError(f"{path}: {len(episode.frames)} frames but {len(episode.actions)} actions")
-    return episode
-
-
-def _pixels(array: NDArray[np.generic]) -> NDArray[np.uint8]:
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not array.size:
-        raise ValueError(
-            f"frames are {array.dtype} {list(array.shape)}; expected uint8 [T, height, width, 3]"
-        )
-    return array.astype(np.uint8, copy=False)
-
-
-def _ids(array: NDArray[np.generic]) -> NDArray[np.uint8]:
-    if array.dtype != np.uint8 or array.ndim != 1:
-        raise ValueError(f"actions are {array.dtype} {list(array.shape)}; expected uint8 [T]")
-    return array.astype(np.uint8, copy=False)
+    if len(frames) != len(actions):
+        raise UsageError(f"{path}: {len(frames)} frames but {len(actions)} actions")
+    return Episode(frames.astype(np.uint8, copy=False), actions.astype(np.uint8, copy=False))

@@ -11,10 +11,9 @@ import torch
 
 from diagd.progress import is_first
 from diagd.schedule import Schedule
-from diagd.tuning.align import Report, align
+from diagd.tuning.align import Report, align, together
 from diagd.tuning.options import AlignOptions, PreferTraining
 from diagd.tuning.preference import Lesson, tune
-from diagd.tuning.ranks import together
 from tests.oracles.models import CODES, small_model
 from tests.tuning.test_align import CHAINED, LAYOUT, streams
 

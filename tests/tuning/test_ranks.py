@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diagd.errors import UsageError
-from diagd.tuning.ranks import Ranks
+from diagd.tuning.align import Ranks
 from diagd.tuning.teacher_forcing import ForcedPasses
 from tests.tuning.ranked import aligned, preferred
 from tests.tuning.test_align import CHAINED, streams
