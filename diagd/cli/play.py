@@ -24,7 +24,7 @@ from diagd.play.game import Game
 from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open_replay
 from diagd.play.record import replay
 from diagd.play.server import Address, Limits
-from diagd.play.service import Service, serve_fleet
+from diagd.play.service import Service, serve
 from diagd.play.table import LocalFleet, Table
 from diagd.progress import Progress
 from diagd.runtime.options import SessionOptions, TextOptions
@@ -141,7 +141,7 @@ def _serve(console: Console, options: PlayOptions, table: Table) -> None:
             webbrowser.open(url)
 
     service = Service(1, options.fps, Limits(drain_seconds=0))
-    serve_fleet(table.game.bundle, LocalFleet([table]), service, address, started)
+    serve(table.game.bundle, LocalFleet([table]), service, address, started)
 
 
 VERB = Verb(PlayOptions, run, EXAMPLES)

@@ -16,8 +16,9 @@ from diagd.cluster.workers import EngineOptions
 from diagd.options import File, checked, flag, positional, setting
 from diagd.play.opening import GameOptions
 from diagd.play.server import Address, Limits
-from diagd.play.service import Service, serve, serve_fleet
+from diagd.play.service import Service, opened_tables, serve
 from diagd.play.site import in_url
+from diagd.play.table import LocalFleet
 from diagd.runtime.options import SessionOptions
 from diagd.serve.dreamer import Dreamer
 from diagd.serve.wham import DreamServer, Wham
@@ -89,10 +90,11 @@ def _play(options: ServeOptions) -> int:
     service = Service(options.sessions, options.fps, limits, options.state, options.every)
     games = GameOptions(session=options.session)
     if options.nodes.cluster is None:
-        serve(options.bundle, games, service, address, started)
+        with opened_tables(options.bundle, games, service) as tables:
+            serve(tables[0].game.bundle, LocalFleet(tables), service, address, started)
     else:
         bundle = Bundle.open(options.bundle)
-        serve_fleet(bundle, RayFleet(bundle, games, service, options.nodes), service, address, started)
+        serve(bundle, RayFleet(bundle, games, service, options.nodes), service, address, started)
     return 0
 
 

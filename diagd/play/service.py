@@ -24,7 +24,7 @@ from diagd.play.controls import Inputs, read_controls
 from diagd.play.game import SavedGame
 from diagd.play.opening import GameOptions, open_games
 from diagd.play.server import Address, Limits, Server
-from diagd.play.table import EVERY, Fleet, LocalFleet, ServedTable, Table
+from diagd.play.table import EVERY, Fleet, ServedTable, Table
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,23 +49,15 @@ class Service:
 
 
 def serve(
-    path: Path, options: GameOptions, service: Service, address: Address, started: Callable[[str, str], None]
+    bundle: Bundle, fleet: Fleet, service: Service, address: Address, started: Callable[[str, str], None]
 ) -> None:
-    """Serve until it is interrupted, and, when it is asked to end, until the players have gone.
+    """Serve worlds of a bundle until interrupted, and, when it is asked to end, until the players have gone.
 
     ``started`` is given the model's name and the address of the page once it is served.
 
     Raises:
-        DiagdError: the bundle cannot be played, or not by so many, or nobody can listen there.
+        DiagdError: nobody can listen there, or worlds cannot be kept or played any more.
     """
-    with opened_tables(path, options, service) as tables:
-        serve_fleet(tables[0].game.bundle, LocalFleet(tables), service, address, started)
-
-
-def serve_fleet(
-    bundle: Bundle, fleet: Fleet, service: Service, address: Address, started: Callable[[str, str], None]
-) -> None:
-    """Likewise, worlds of a bundle wherever they are played."""
     with ExitStack() as held:
         if service.state is not None:
             held.enter_context(turn(saved_games_target(service.state)))  # a server there ends first
@@ -82,7 +74,7 @@ def opened_tables(path: Path, options: GameOptions, service: Service) -> Iterato
     """A table for each world, over one engine.
 
     Raises:
-        DiagdError: as `serve`.
+        DiagdError: the bundle cannot be played, or not by so many.
     """
     group, games = open_games(path, options, service.sessions)
     manifest = games[0].bundle.manifest
