@@ -3,25 +3,33 @@
     python -m benchmarks.rollouts crafter-3m.diagd --world diagd/models/crafter-3m --data recordings
 
 All take turns in one process: CPU time of one thread; with --workers wall time of so many processes of one
-thread against PyTorch with as many threads. Beside them the bare products of the same passes, nothing else:
-what is left is K/V rows, sampling and the host.
+thread against PyTorch with as many threads. Beside them what the machine takes for the same passes of the
+bundle at least, in one thread: the bare products with weights, then with the products and the softmax of
+attention besides. What is left is masks, what stands between the products, sampling and the host.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import onnxruntime
 import torch
 from rich.table import Table
 
 from benchmarks import CONSOLE, parser
 from benchmarks.cpu import bare_products
 from diagd.bundle import Bundle
+from diagd.bundle.transformer import TransformerConfig
+from diagd.engines.prefix import PrefixEngine
 from diagd.progress import Progress
+from diagd.runtime.group import Group
 from diagd.runtime.pool import Processes
 from diagd.schedule import Schedule
 from diagd.tuning.recordings import cached_tokens
@@ -42,14 +50,16 @@ def main() -> None:
     options.add_argument("--workers", type=int, help="processes that roll out (default: this one)")
     args = options.parse_args()
     torch.set_num_threads(args.workers or 1)
-    ours: WorldModel = BundleModel(str(args.bundle), 1)
+    alone = BundleModel(str(args.bundle), 1)
+    ours: WorldModel = alone
     with ExitStack() as stack:
         streams = _streams(ours, args.data, args.rollouts or TOGETHER * (args.workers or 1))
         if args.workers:
             make = partial(ModelWorker, args.bundle, None, "cpu")
             ours = ParallelModel(ours, stack.enter_context(Processes(make, args.workers)))
         models = {"PyTorch": TorchModel(load_world(args.world)), "bundle": ours}
-        compare(models, streams, args.repeats, Bundle.open(args.bundle), wall=bool(args.workers))
+        least = {order: least_seconds(alone, Bundle.open(args.bundle), streams, order) for order in ORDERS}
+        compare(models, streams, args.repeats, least, wall=bool(args.workers))
 
 
 def _streams(model: WorldModel, data: Path, count: int) -> Streams:
@@ -61,9 +71,14 @@ def _streams(model: WorldModel, data: Path, count: int) -> Streams:
 
 
 def compare(
-    models: dict[str, WorldModel], streams: Streams, repeats: int, bundle: Bundle, *, wall: bool
+    models: dict[str, WorldModel],
+    streams: Streams,
+    repeats: int,
+    least: dict[str, tuple[float, float]],
+    *,
+    wall: bool,
 ) -> None:
-    """Print what rollouts of every order take."""
+    """Print what rollouts of every order take, beside what ``least_seconds`` says."""
     now, options = time.perf_counter if wall else time.process_time, EvalOptions()
     spent: dict[tuple[str, str], list[float]] = {(order, name): [] for order in ORDERS for name in models}
     made: dict[tuple[str, str], Streams] = {}
@@ -71,34 +86,106 @@ def compare(
         schedule, began = Schedule.parse(order, models[name].layout), now()
         made[order, name] = models[name].roll_out(streams, options.prompt, schedule, options.sampling, 0)
         spent[order, name].append(now() - began)
-    table = Table("order", *(f"{name}, s" for name in models), "gain", "equal tokens", "products, s")
+    names = (f"{name}, s" for name in models)
+    table = Table("order", *names, "gain", "equal tokens", "products, s", "and attention, s")
     for order in ORDERS:
         theirs, ours = (float(np.median(spent[order, name][1:])) for name in models)
         equal = np.equal(*(made[order, name] for name in models)).mean()
-        bound = products(bundle, Schedule.parse(order, bundle.manifest.layout), len(streams))
-        table.add_row(
-            order, f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}x", f"{equal:.1%}", f"{bound:.2f}"
-        )
+        products, attention = least[order]
+        bounds = (f"{bound:.2f} ({theirs / bound:.2f}x)" for bound in (products, products + attention))
+        table.add_row(order, f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}x", f"{equal:.1%}", *bounds)
     CONSOLE.print(table)
 
 
-def products(bundle: Bundle, schedule: Schedule, rollouts: int) -> float:
-    """Seconds of one thread for the products of an order's passes, those of prompts included."""
-    options, layout = EvalOptions(), bundle.manifest.layout
-    session, inputs = bare_products(bundle, wall=False)
-    table = schedule.table(options.prompt, options.frames, layout.first_cell(options.prompt) - 1)
-    known = layout.frame_start(options.prompt)
-    widths = [TOGETHER * int(width) for width in table.widths] + [TOGETHER * known]
-    seconds = 0.0
-    for width in dict.fromkeys(widths):
-        rows = {name: np.ones((width, size), np.float32) for name, size in inputs.items()}
-        times = []
-        for _ in range(4):
-            began = time.process_time()
-            session.run(["y"], rows)
-            times.append(time.process_time() - began)
-        seconds += float(np.median(times[1:])) * widths.count(width)
-    return seconds * rollouts / TOGETHER
+class Shape(NamedTuple):
+    """Of a pass: streams in it, rows of each, slots that are bound."""
+
+    streams: int
+    rows: int
+    slots: int
+
+
+def least_seconds(model: BundleModel, bundle: Bundle, streams: Streams, order: str) -> tuple[float, float]:
+    """CPU seconds of one thread for the products with weights of an order's rollouts, and for attention."""
+    options, schedule = EvalOptions(), Schedule.parse(order, model.layout)
+    shapes = shapes_of(
+        model._group,
+        lambda: model.roll_out(streams[:TOGETHER], options.prompt, schedule, options.sampling, 0),
+    )
+    config = bundle.manifest.transformer
+    with_weights, inputs = bare_products(bundle, wall=False)
+    attention, random = bare_attention(config), np.random.default_rng(0)
+    most = max(shape.slots * shape.streams for shape in shapes)
+    buffers = random.random((2 * config.layers, most, config.kv_heads, config.head_size), np.float32)
+    totals = np.zeros(2)
+    for shape, count in shapes.items():
+        rows = shape.streams * shape.rows
+        fed = {name: np.ones((rows, size), np.float32) for name, size in inputs.items()}
+        queries = (shape.streams, config.kv_heads, config.heads // config.kv_heads * shape.rows)
+        given = {"queries": np.ones((*queries, config.head_size), np.float32)}
+        for number, buffer in enumerate(buffers):
+            bound = buffer[: shape.slots * shape.streams]
+            given[f"rows_{number}"] = bound.reshape(shape.slots, shape.streams, *bound.shape[1:])
+        runs = partial(with_weights.run, ["y"], fed), partial(attention.run, None, given)
+        totals += [count * _seconds(run) for run in runs]
+    products, attended = totals * len(streams) / min(len(streams), TOGETHER)
+    return float(products), float(attended)
+
+
+def shapes_of(group: Group, work: Callable[[], object]) -> Counter[Shape]:
+    """What passes of a group are run while it works."""
+    engine, run, shapes = group.engine, group.passes.run, Counter[Shape]()
+    assert isinstance(engine, PrefixEngine)
+
+    def watched(lanes: Sequence[int]) -> None:
+        run(lanes)
+        slots, streams = engine.outputs[1].shape()[:2]
+        shapes[Shape(streams, engine._bound_width, slots)] += 1
+
+    group.passes.run = watched  # type: ignore[method-assign]
+    try:
+        work()
+    finally:
+        group.passes.run = run  # type: ignore[method-assign]
+    return shapes
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(4):
+        began = time.process_time()
+        run()
+        times.append(time.process_time() - began)
+    return float(np.median(times[1:]))
+
+
+def bare_attention(config: TransformerConfig) -> onnxruntime.InferenceSession:
+    """The products of attention and the softmax between them, layer by layer, over K/V rows as they lie."""
+    from onnx import TensorProto, helper
+
+    nodes, names = [], ["queries"]
+    for layer in range(config.layers):
+        keys, values = f"rows_{2 * layer}", f"rows_{2 * layer + 1}"
+        chain = (
+            ("Transpose", [keys], f"k{layer}", {"perm": [1, 2, 3, 0]}),
+            ("MatMul", ["queries", f"k{layer}"], f"s{layer}", {}),
+            ("Softmax", [f"s{layer}"], f"p{layer}", {"axis": -1}),
+            ("Transpose", [values], f"v{layer}", {"perm": [1, 2, 0, 3]}),
+            ("MatMul", [f"p{layer}", f"v{layer}"], f"y{layer}", {}),
+        )
+        nodes += [helper.make_node(kind, fed, [out], **given) for kind, fed, out, given in chain]
+        names += [keys, values]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 4) for name in tensors]
+        for tensors in (names, [f"y{layer}" for layer in range(config.layers)])
+    )
+    graph = helper.make_graph(nodes, "attention", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 if __name__ == "__main__":
