@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -127,8 +128,10 @@ class PlainPrefix(PrefixState):
 
     @override
     def draw(self) -> None:
-        for places, ids in self._sampler.draw(self._logits, [(self._steps, self._next - 1)]):
-            self.token_buffer[places] = ids
+        steps = self._steps
+        drawn = slice(*steps.decode_offsets[self._next - 1 : self._next + 1])
+        ids = self._sampler.draw(self._logits, steps.cells[drawn], steps.sampling)
+        self.token_buffer[steps.sinks[drawn]] = ids
 
     @override
     def logits(self, lane: int = 0) -> Float:
@@ -140,6 +143,7 @@ class _Lane:
 
     def __init__(self) -> None:
         self.live = self.next = 0
+        self.drawn = slice(0)
 
     def send(self, steps: Steps) -> None:
         self.steps, self.next = steps, 0
@@ -215,6 +219,7 @@ class PrefixEngine(PrefixState):
             lane.next = n + 1
             first, last = lane.offsets[n], lane.offsets[n + 1]
             drawn, draws = lane.draws[n], lane.draws[n + 1]
+            lane.drawn = slice(drawn, draws)
             changed = slice(lane.updates[n], lane.updates[n + 1])
             at, rows = column * width, last - first
             fed["sources"][at : at + rows] = steps.sources[first:last]
@@ -251,10 +256,22 @@ class PrefixEngine(PrefixState):
 
     @override
     def draw(self) -> None:
-        lanes = [self._lanes[number] for number in self._ran]
-        drawn = self._sampler.draw(self._logits, [(lane.steps, lane.next - 1) for lane in lanes])
-        for number, (places, ids) in zip(self._ran, drawn, strict=True):
-            self.write_tokens(places, ids, number)
+        for _, alike in groupby(self._ran, lambda number: self._lanes[number].steps.sampling.rules):
+            self._draw(list(alike))
+
+    def _draw(self, numbers: Sequence[int]) -> None:
+        """Draw for lanes whose rows are neighbours, and their settings alike but for the seed."""
+        lanes = [self._lanes[number] for number in numbers]
+        cells = np.concatenate([lane.steps.cells[lane.drawn] for lane in lanes])
+        seeds, (first, _) = None, self._ran[numbers[0]]
+        if len(lanes) > 1:
+            counts = [lane.drawn.stop - lane.drawn.start for lane in lanes]
+            seeds = np.repeat(np.array([lane.steps.sampling.seed for lane in lanes], np.uint64), counts)
+        logits = self._logits[first : first + len(cells)]
+        ids = self._sampler.draw(logits, cells, lanes[0].steps.sampling, seeds)
+        for number, lane in zip(numbers, lanes, strict=True):
+            start, end = self._ran[number]
+            self.write_tokens(lane.steps.sinks[lane.drawn], ids[start - first : end - first], number)
 
     @override
     def logits(self, lane: int = 0) -> Float:

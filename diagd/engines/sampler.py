@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from typing import Any, Final
 
 import numpy as np
@@ -31,7 +29,7 @@ from numpy.typing import NDArray
 
 from diagd.bundle import Manifest
 from diagd.engines.devices.kernels import DrawArguments, host_build
-from diagd.engines.engine import VOID, Float, Int, SamplingState, Steps
+from diagd.engines.engine import VOID, Float, Int, SamplingState
 from diagd.engines.noise import KEPT_IDS, noise, noise_rows
 from diagd.errors import EngineError, UsageError
 
@@ -66,33 +64,17 @@ class HostSampler:
         self._layout, self._keep_crossing = manifest.layout, manifest.sampling.keep_crossing
         self._ranges = cell_ranges(manifest)
 
-    def draw(self, logits: Float, ran: Sequence[tuple[Steps, int]]) -> Iterator[tuple[Int, Int]]:
-        """Places and ids int32 [D] of the cells that steps decode, from the logits of all their rows.
-
-        ``ran``: steps of streams, the number of the one that has run with each. Neighbours whose settings are
-        alike but for the seed are drawn at once.
-        """
-        drawn = [(steps, slice(*steps.decode_offsets[number : number + 2])) for steps, number in ran]
-        first = 0
-        for _, alike in groupby(drawn, lambda part: replace(part[0].sampling, seed=0)):
-            parts = list(alike)
-            cells = np.concatenate([steps.cells[part] for steps, part in parts])
-            ids = self._ids(logits[first : first + len(cells)], cells, parts)
-            first, start = first + len(cells), 0
-            for steps, part in parts:
-                sinks = steps.sinks[part]
-                yield sinks, ids[start : start + len(sinks)]
-                start += len(sinks)
-
-    def _ids(self, logits: Float, cells: NDArray[np.int64], parts: Sequence[tuple[Steps, slice]]) -> Int:
+    def draw(
+        self,
+        logits: Float,
+        cells: NDArray[np.int64],
+        state: SamplingState,
+        seeds: NDArray[np.uint64] | None = None,
+    ) -> Int:
+        """Ids int32 [D] of cells [D] from the logits [D, V] of their rows; ``seeds`` as in ``sample``."""
         if not len(cells):
             return np.empty(0, np.int32)
         low, high = self._ranges[(cells - self._layout.prefix) % self._layout.frame_length].T
-        seeds = None
-        if len(parts) > 1:
-            counts = [part.stop - part.start for _, part in parts]
-            seeds = np.repeat(np.array([steps.sampling.seed for steps, _ in parts], np.uint64), counts)
-        state = parts[0][0].sampling
         return _drawer()(logits, cells, state, seeds, low, high, self._keep_crossing)
 
 
