@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.text import Text
 
 from diagd.bundle import Bundle
+from diagd.bundle.files import write_text
 from diagd.bundle.targets import check_distinct, file_target, folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import DependencyError, UsageError
 from diagd.options import File, checked, flag, positional
-from diagd.profiling.page import write_page
+from diagd.profiling.page import page
 from diagd.profiling.profile import ProfileOptions, measure_backends, profile
 from diagd.profiling.report import Comparison, Report, Run, compare, read_report
 from diagd.progress import Progress
@@ -69,18 +70,18 @@ def run(options: ProfileVerb) -> int:
     how = replace(options.measure, marks=options.trace is not None)
     measured = profile(Bundle.open(options.bundle), how, Progress(console))
     measured.report.write(output / "report.json")
-    page = str(output / "report.html")
+    told = str(output / "report.html")
     try:
-        write_page(Path(page), measured.report)
+        write_text(output / "report.html", page(measured.report))
     except DependencyError as error:  # the report is there all the same
-        page = str(error)
+        told = str(error)
     if options.trace:
         measured.write_trace(options.trace)
     if options.json:
         print(measured.report.model_dump_json(indent=1))  # noqa: T201
     else:
         _print(console, measured.report)
-        console.print(page)
+        console.print(told)
     return 0
 
 

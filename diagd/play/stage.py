@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -91,29 +90,23 @@ _SLACK: Final = 0.5
 """Of a period: a frame that is due so soon is decoded with one that is due."""
 
 
-@dataclass(frozen=True)
-class Update:
-    """What there is to see: pictures, and the frame they are of unless the world was moved."""
-
-    known: int
-    pictures: Pictures
-    shown: Shown | None = None
+Show = Callable[[Pictures, Shown | None], None]
+"""Takes the pictures there are to see, and the frame they are of unless the world was moved."""
 
 
 class Stage:
     """A world that is played: commands to it, and frames when they are due.
 
-    The game loop's thread alone uses the game from its start on. ``show`` takes each update there, as part of
-    the work of a frame, and ``fail`` the text of an error that stopped the world.
-
-    Nothing moves unless it ``is_watched``; ``wake`` is called when something may have made a frame due.
+    The game loop's thread alone uses the game from its start on. ``show`` is called there, as part of the
+    work of a frame, and ``fail`` with the text of an error that stopped the world. Nothing moves unless it
+    ``is_watched``; ``wake`` is called when something may have made a frame due.
     """
 
     def __init__(
         self,
         game: Game,
         inputs: Inputs,
-        show: Callable[[Update], None],
+        show: Show,
         fail: Callable[[str], None],
         rate: float,
     ) -> None:
@@ -138,7 +131,7 @@ class Stage:
 
     def look(self, pictures: Pictures) -> None:
         """Show the world as it is after it was moved."""
-        self._show(Update(self.game.known, pictures))
+        self._show(pictures, None)
         self.pacer.rest()
 
     def obey(self) -> None:
@@ -168,7 +161,7 @@ class Stage:
 
     def show(self, shown: Shown) -> None:
         """Show a frame."""
-        self._show(Update(self.game.known, shown.pictures, shown))
+        self._show(shown.pictures, shown)
 
     def stop(self, error: Exception) -> None:
         """Stand still and say why."""

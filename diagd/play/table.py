@@ -21,7 +21,7 @@ from diagd.play.controls import Inputs
 from diagd.play.game import Game, SavedGame, Shown
 from diagd.play.messages import Ack, Hello, Input, Message, without_paths
 from diagd.play.pictures import Pictures, picture_encoder
-from diagd.play.stage import GameLoop, Pacer, Stage, Update
+from diagd.play.stage import GameLoop, Pacer, Stage
 from diagd.runtime.actions import describe
 
 EVERY: Final = 60
@@ -281,15 +281,15 @@ class Table(ServedTable):
         if not self.game.known:  # else it was taken up
             self._reset(self._prompt)
 
-    def _show(self, update: Update) -> None:
-        """Encode an update and leave it for the player; in the stage's thread."""
+    def _show(self, pictures: Pictures, shown: Shown | None) -> None:
+        """Encode pictures and leave them for the player; in the stage's thread."""
         if self._watch is not None:
-            self._watch(update.pictures)
+            self._watch(pictures)
         began = time.perf_counter()
-        parts = [self._encode(picture) for picture in update.pictures]
-        header: dict[str, Any] = {"kind": "frame", "type": self._kind, "known": update.known}
-        if update.shown is not None:
-            header |= self._figures(update.shown, time.perf_counter() - began)
+        parts = list(map(self._encode, pictures))
+        header: dict[str, Any] = {"kind": "frame", "type": self._kind, "known": self.game.known}
+        if shown is not None:
+            header |= self._figures(shown, time.perf_counter() - began)
             self._since += 1
             if self.keep is not None and self._since >= self._every:
                 self._since = 0

@@ -21,9 +21,9 @@ from typing_extensions import override
 
 from diagd.errors import UsageError
 from diagd.play.controls import Inputs
-from diagd.play.game import Game
+from diagd.play.game import Game, Shown
 from diagd.play.pictures import Pictures
-from diagd.play.stage import GameLoop, Stage, Update
+from diagd.play.stage import GameLoop, Stage
 
 HELD_SECONDS: Final = 0.25
 """A key of a terminal that tells no releases is held for so long after it was last repeated."""
@@ -257,13 +257,13 @@ class _Player:
             stage.post(lambda: stage.look(game.reset(game.prompts[0])))
         return press.code in (QUIT, "KeyQ")
 
-    def _show(self, update: Update) -> None:
+    def _show(self, pictures: Pictures, _: Shown | None) -> None:
         """Draw at once, so that nothing is seen half."""
         if self._watch is not None:
-            self._watch(update.pictures)
+            self._watch(pictures)
         pacer = self._stage.pacer
-        line = f"frame {update.known}  {pacer.fps:.1f} frames/s  {1e3 * pacer.percentile(95):.0f} ms p95"
-        drawn = self._drawing.draw(update.pictures[-1])
+        line = f"frame {self._game.known}  {pacer.fps:.1f} frames/s  {1e3 * pacer.percentile(95):.0f} ms p95"
+        drawn = self._drawing.draw(pictures[-1])
         self._write(
             b"\x1b[?2026h" + drawn + self._status(f"{line}  P pause  Backspace back  R reset  Q quit")
         )

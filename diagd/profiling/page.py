@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.bundle.files import write_text
 from diagd.errors import require
 from diagd.profiling.report import Report, Run
 
@@ -25,17 +24,12 @@ POINTS: Final = 600
 """Drawn of a run at most."""
 
 
-def write_page(path: Path, report: Report) -> None:
-    """Write the page.
+def page(report: Report) -> str:
+    """The whole page.
 
     Raises:
         DependencyError: jinja2 or matplotlib is not installed.
     """
-    write_text(path, page(report))
-
-
-def page(report: Report) -> str:
-    """The whole page."""
     jinja2 = require("jinja2", extra="report", purpose="write report.html")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"time": _time, "digits": "{:.3g}".format}

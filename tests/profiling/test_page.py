@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diagd.bundle.files import write_text
 from diagd.errors import DependencyError
-from diagd.profiling.page import page, write_page
+from diagd.profiling.page import page
 from diagd.profiling.profile import Profile
 from diagd.runtime.pictures import read_frames
 from tests.profiling.reports import lognormal, report, run
@@ -70,7 +71,7 @@ def test_names_are_escaped() -> None:
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_without_sideways_scrolling(profiled: Profile, tmp_path: Path, width: int) -> None:
     """A frame of a phone's width holds the page; its screenshot has the colours of the plots."""
-    write_page(tmp_path / "report.html", profiled.report)
+    write_text(tmp_path / "report.html", page(profiled.report))
     probe = (
         f"<body style='margin:0'><iframe id=f src='report.html' style='width:{width}px;height:2400px'>"
         "</iframe><script>onload=()=>{const d=document.getElementById('f').contentDocument.documentElement;"
@@ -103,5 +104,5 @@ def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch: p
     for name in (package, f"{package}.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DependencyError, match=r"pip install 'diagd\[report\]'"):
-        write_page(tmp_path / "report.html", report(run("a", lognormal(1e-3, 0))))
+        write_text(tmp_path / "report.html", page(report(run("a", lognormal(1e-3, 0)))))
     assert not list(tmp_path.iterdir())
