@@ -1,4 +1,4 @@
-"""Workers that are actors of a Ray cluster."""
+"""Joining a Ray cluster, with its token and without its statistics, and workers that are its actors."""
 
 from __future__ import annotations
 

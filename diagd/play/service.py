@@ -1,4 +1,4 @@
-"""Worlds for many players at once, behind one address."""
+"""Worlds for many players at once, behind one address, and the folder they are kept in."""
 
 from __future__ import annotations
 

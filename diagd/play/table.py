@@ -1,4 +1,4 @@
-"""One world and who plays it: what a player says, and what they are shown."""
+"""One world and who plays it, what they say and are shown; and all worlds, wherever they are played."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model fits a device, and how fast it can be there at best."""
+"""Whether a model fits a device, how fast it can be there at best, and in which orders it can be decoded."""
 
 from __future__ import annotations
 

@@ -318,7 +318,8 @@ def compare_tensors(
 ) -> list[TensorVerdict]:
     """Run a step on an engine, and on ONNX Runtime's CPU provider with its optimiser off.
 
-    ``bound`` is of the greatest difference over the greatest value of the reference, for every tensor.
+    Where an engine fails its gate, its cells say so; these tensors say in which layer it begins. ``bound`` is
+    of the greatest difference over the greatest value of the reference, for every tensor.
 
     Returns:
         The outputs in the graph's order.

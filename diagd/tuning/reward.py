@@ -63,10 +63,10 @@ class Transitions:
 
 
 class Probe:
-    """Reads actions off transitions; see ``fit``.
+    """Reads actions off transitions: a small network of inverse dynamics.
 
-    Attributes:
-        known: ids that each of the known tokens takes, by its index; only those that vary are read.
+    It compares each cell with those around it one frame before, for what an action does is mostly that things
+    move. ``known`` are ids that each of the known tokens takes, by its index; only those that vary are read.
     """
 
     def __init__(self, known: dict[int, NDArray[np.int64]], network: nn.Module) -> None:

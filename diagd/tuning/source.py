@@ -1,4 +1,4 @@
-"""What is aligned: a bundle, the folder of a world, or a checkpoint."""
+"""What is aligned, its weights and its windows: of a bundle, the folder of a world, or a checkpoint."""
 
 from __future__ import annotations
 
