@@ -294,7 +294,7 @@ def simplify(model: ir.Model, changing: Collection[str] = ()) -> ir.Model:
         value = model.graph.initializers[name]
         if (data := value.const_value) is not None and data.size <= FOLD_LIMIT:
             value.const_value = ir.tensor(random.normal(size=data.shape.numpy()).astype(data.dtype.numpy()))
-    with _uncollected(), _hastened():
+    with _uncollected(), _matched_by_kind():
         InlinePass(lambda function: function.domain != DOMAIN)(model)
         optimizer.optimize_ir(
             model,
@@ -345,7 +345,6 @@ def _hastened() -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(ImportError, AttributeError, KeyError):
             from onnx_ir.schemas import OpSignature
-            from onnxscript.rewriter import _matcher
             from torch._dynamo import config as dynamo
             from torch.fx import config as fx
             from torch.fx.experimental import proxy_tensor
@@ -360,8 +359,6 @@ def _hastened() -> Iterator[None]:
             stack.enter_context(_replaced(_fx_passes, "insert_type_promotion_nodes", lambda _: None))
             read = staticmethod(partial(_signature, OpSignature.from_op_schema))
             stack.enter_context(_replaced(OpSignature, "from_op_schema", read))
-            matcher = _matcher.SimplePatternMatcher
-            stack.enter_context(_replaced(matcher, "match", _of_its_kind(matcher.match)))
         yield
 
 
@@ -375,14 +372,22 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, kept)
 
 
-def _of_its_kind(match: Callable[..., Any]) -> Callable[..., Any]:
-    """``match`` of a pattern, at nodes of the kind of its last: some look through the graph first."""
+@contextmanager
+def _matched_by_kind() -> Iterator[None]:
+    """Patterns are looked for at nodes of the kind of their last alone; some look through the graph first."""
+    with ExitStack() as stack:
+        with suppress(ImportError, AttributeError, KeyError):
+            from onnxscript.rewriter._matcher import SimplePatternMatcher
 
-    def matched(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
-        kind = self.pattern.output_nodes[0].op_identifier()
-        return match(self, model, graph, node, **options) if kind in (None, node.op_identifier()) else None
+            match = SimplePatternMatcher.match
 
-    return matched
+            def matched(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+                kind = self.pattern.output_nodes[0].op_identifier()
+                of_kind = kind in (None, node.op_identifier())
+                return match(self, model, graph, node, **options) if of_kind else None
+
+            stack.enter_context(_replaced(SimplePatternMatcher, "match", matched))
+        yield
 
 
 def _operators(make: Callable[[int], Any], opset_version: int) -> Any:
