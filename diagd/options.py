@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Final, TypeVar, cast
 
 import pydantic.dataclasses
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -48,6 +48,10 @@ class Flag:
     count: int | str | None = None
     metavar: str | Sequence[str] | None = None
     repeated: bool = False
+
+
+SEED: Final[dict[str, Any]] = {"ge": 0, "lt": 1 << 63}
+"""Limits of a seed: NumPy takes none below 0, PyTorch none above."""
 
 
 def setting(description: str, default: Any = ..., **limits: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from diagd.cluster import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError, unknown
-from diagd.options import NAMES, SIZE, File, checked, flag, positional, setting
+from diagd.options import NAMES, SEED, SIZE, File, checked, flag, positional, setting
 from diagd.progress import started
 from diagd.runtime.options import DraftOptions
 from diagd.runtime.sampling import SamplingSettings
@@ -90,7 +90,7 @@ class TrainOptions:
     tokenizer_steps: int = setting("optimiser steps of a learned tokenizer", 3000)
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
-    seed: int = flag("of tokenizer, weights and batches (default 0)", 0)
+    seed: int = flag("of tokenizer, weights and batches (default 0)", 0, **SEED)
     device: str = flag("cpu, cuda for every GPU, or cuda:1 for one", "cpu")
     processes: int | None = setting(
         "that share each batch (default: two of one thread each on a CPU, one a GPU; under "
@@ -161,7 +161,7 @@ class EvalOptions:
     prompt: int = setting("known frames of a continuation", 2)
     frames: int = setting("generated frames of a continuation", 4)
     sampling: SamplingSettings = SamplingSettings(1.0, 0, 0.95)
-    seed: int = setting("of windows and random numbers (default 0)", 0)
+    seed: int = setting("of windows and random numbers (default 0)", 0, **SEED)
 
     def __post_init__(self) -> None:
         if self.windows < 2 or self.rollouts < 2 or self.prompt < 1 or self.frames < 1:

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 from diagd.bundle.manifest import INT8_CACHE
 from diagd.bundle.precision import FLOATING, PRECISIONS, Precision
 from diagd.errors import UsageError, unknown
-from diagd.options import checked, flag, setting
+from diagd.options import SEED, checked, flag, setting
 
 SCHEMES = {name: precision for name, precision in PRECISIONS.items() if name not in FLOATING}
 """How weights and activations can be stored."""
@@ -70,7 +70,7 @@ class CalibrationOptions:
         "what may be lost: agreement=0.97,nll=0.01,psnr=30 (the defaults), or none to judge nothing", Budget()
     )
     steps: int = setting("passes of the calibration run, and of each round of the gate, at least 64", 320)
-    seed: int = flag("of prompts, actions and sampling (default 0)", 0)
+    seed: int = flag("of prompts, actions and sampling (default 0)", 0, **SEED)
     floor: float | None = setting("dB below which a product is not quantised (default: the scheme's)", None)
     threads: int = setting("CPU threads, 0 for one a core", 0, ge=0)
     floats: Literal["fp16", "fp32"] = setting(

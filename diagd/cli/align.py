@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   diagd align crafter-3m.diagd --data recordings --order k=1,chained k=2,serial --output aligned.diagd
   diagd align trained --data recordings --output aligned
   diagd align 300M_16f.ckpt --model mineworld-300m --data tokens.npy --output aligned.safetensors
-  diagd align WHAM_200M.ckpt --model wham-200m --data episodes/ --set encoder=wham.diagd --set valid=held/ \
+  diagd align WHAM_200M.ckpt --model wham-200m --data episodes/ --set encoder=wham.diagd --set valid=held/ \\
     --device cuda --rate 1e-5 --set resume=wham.resume --output aligned.safetensors
   torchrun --nproc-per-node 4 -m diagd align trained --data recordings --device cuda --output aligned
 

@@ -14,7 +14,7 @@ from diagd.cli.options import Verb
 from diagd.engines.backend import CHOICES
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.options import File, Numbers, checked, flag, positional, setting
+from diagd.options import SEED, File, Numbers, checked, flag, positional, setting
 from diagd.profiling.measure import Workload, random_workload
 from diagd.profiling.plan import orders_of, split_orders
 from diagd.profiling.report import Skipped
@@ -67,7 +67,7 @@ class VerifyOptions:
     json: bool = flag("machine-readable", False)
     window: int | None = setting("frames that a token may see (default: at most 4)", None, ge=2)
     prompt_frames: int = setting("frames known ahead", 1, ge=1)
-    seed: int = setting("of the random prompt", 0)
+    seed: int = setting("of the random prompt", 0, **SEED)
     threads: int = setting("CPU threads of the engine, 0 for one a core", 0, ge=0)
 
 

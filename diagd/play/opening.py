@@ -55,7 +55,7 @@ def open_game(path: Path, options: GameOptions) -> Game:
 
     Raises:
         BundleError: it is missing, damaged or altered.
-        UsageError: it has no tokenizer, or an option does not fit it.
+        UsageError: it has no tokenizer, or an option or a prompt does not fit it.
     """
     return open_games(path, options, 1)[1][0]
 
@@ -74,6 +74,12 @@ def open_games(path: Path, options: GameOptions, sessions: int) -> tuple[Group, 
     codec = chosen.pixels(bundle)
     prompts = read_prompts(bundle, codec, options.prompts)
     group = chosen.open_group(bundle, sessions)
+    try:
+        for prompt in prompts:
+            group.sessions[0].stream.check_prompt(prompt)
+    except UsageError:
+        group.close()
+        raise
     record = options.record if sessions == 1 else None
     games = [Game(bundle, one, View(codec), prompts, record, options.text) for one in group.sessions]
     return group, games

@@ -34,6 +34,18 @@ def read_array(path: Path, what: str) -> NDArray[np.generic]:
         raise UsageError(f"{path} is no .npy array of {what}: {_reason(path, error)}") from error
 
 
+def read_ids(path: Path) -> NDArray[np.integer]:
+    """Read an array of tokens.
+
+    Raises:
+        UsageError: as `read_array`, or its numbers are not whole.
+    """
+    tokens = read_array(path, "tokens")
+    if tokens.dtype.kind not in "iu":
+        raise UsageError(f"{path} holds {tokens.dtype}; expected tokens, which are whole numbers (int32)")
+    return tokens  # type: ignore[return-value]
+
+
 def read_arrays(path: Path, names: Collection[str], what: str) -> dict[str, NDArray[np.generic]]:
     """Read arrays of numbers or text from a .npz file, whatever its name; those that it lacks are left out.
 

@@ -20,7 +20,7 @@ from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.options import File, checked, flag, setting
 from diagd.runtime.actions import encode, read_actions
-from diagd.runtime.arrays import read_array, read_arrays
+from diagd.runtime.arrays import read_arrays, read_ids
 from diagd.runtime.pictures import read_frames, read_images, sized
 from diagd.runtime.pixels import PixelCodec, Pixels
 
@@ -232,9 +232,7 @@ def read_tokens(path: Path, manifest: Manifest) -> Int:
     Raises:
         UsageError: the file cannot be read, or holds no frames of visual tokens of the model.
     """
-    tokens, rows, columns = read_array(path, "tokens"), manifest.layout.rows, manifest.layout.columns
-    if tokens.dtype.kind not in "iu":
-        raise UsageError(f"{path} holds {tokens.dtype}; expected whole numbers, tokens [P, rows, columns]")
+    tokens, rows, columns = read_ids(path), manifest.layout.rows, manifest.layout.columns
     if tokens.shape[1:] != (rows, columns):
         raise UsageError(f"{path} has shape {list(tokens.shape)}; expected [frames, {rows}, {columns}]")
     check_tokens(tokens, manifest, str(path))

@@ -139,17 +139,7 @@ class Stream:
         Raises:
             UsageError: shape, length or an id does not fit the model.
         """
-        grid = (self.layout.rows, self.layout.columns)
-        if np.ndim(frames) != 3 or np.shape(frames)[1:] != grid or not len(frames):
-            raise UsageError(
-                f"the prompt has shape {np.shape(frames)}, this model takes [frames, {grid[0]}, {grid[1]}]"
-            )
-        if len(frames) >= self.window:
-            raise UsageError(
-                f"the prompt has {len(frames)} frames but the window holds {self.window} with the one to "
-                f"decode; give at most {self.window - 1} frames or load with a larger window"
-            )
-        self._check("the prompt", frames)
+        self.check_prompt(frames)
         if actions is not None and len(actions) < len(frames):
             raise UsageError(
                 f"the prompt has {len(frames)} frames and {len(actions)} actions; give one a frame"
@@ -162,6 +152,20 @@ class Stream:
             self.begun += 1
             self.complete(None)
         self.prompt, self.fed = len(frames), 0
+
+    def check_prompt(self, frames: Ids) -> None:
+        """Refuse (UsageError) token frames that the stream cannot start from."""
+        grid = (self.layout.rows, self.layout.columns)
+        if np.ndim(frames) != 3 or np.shape(frames)[1:] != grid or not len(frames):
+            raise UsageError(
+                f"the prompt has shape {np.shape(frames)}, this model takes [frames, {grid[0]}, {grid[1]}]"
+            )
+        if len(frames) >= self.window:
+            raise UsageError(
+                f"the prompt has {len(frames)} frames but the window holds {self.window} with the one to "
+                f"decode; give at most {self.window - 1} frames or load with a larger window"
+            )
+        self._check("the prompt", frames)
 
     def _forget(self) -> None:
         self.beginnings += 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from diagd.cluster.workers import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError
-from diagd.options import File, checked, flag, setting
+from diagd.options import SEED, File, checked, flag, setting
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
 
@@ -23,7 +23,7 @@ class AlignOptions:
     rank: int = setting(
         "of low-rank updates of every matrix (arXiv 2106.09685); 0 trains all weights", 0, ge=0
     )
-    seed: int = setting("of windows, schedules and low-rank factors", 0)
+    seed: int = setting("of windows, schedules and low-rank factors", 0, **SEED)
     autocast: bool = True
     device: str = flag("cpu, cuda or cuda:N", "cpu")
     resume: File | None = setting(
@@ -32,8 +32,8 @@ class AlignOptions:
     keep_every: int = setting("steps between two writes of resume", 100, ge=1)
 
     def __post_init__(self) -> None:
-        if not self.rate >= 0:
-            raise UsageError(f"learning rate {self.rate}: expected 0 or more, such as 3e-4")
+        if not 0 <= self.rate < float("inf"):
+            raise UsageError(f"learning rate {self.rate}: expected 0 or more, finite, such as 3e-4")
 
 
 @checked

@@ -27,7 +27,7 @@ from diagd.export.families.world import DESCRIPTION, WEIGHTS, load_tokenizer
 from diagd.export.transformer import Transformer
 from diagd.progress import is_first
 from diagd.runtime.actions import encode
-from diagd.runtime.arrays import read_array
+from diagd.runtime.arrays import read_ids
 from diagd.runtime.clip import CLIPS, Clip, read_recording
 from diagd.runtime.pictures import files_in
 from diagd.runtime.pixels import PixelCodec
@@ -343,7 +343,7 @@ def read_windows(path: Path, config: TransformerConfig, frames: int) -> NDArray[
         UsageError: the file is no such stream, or is shorter than a window.
     """
     layout = config.layout
-    stream = read_array(path, "tokens").reshape(-1).astype(np.int64)
+    stream = read_ids(path).reshape(-1).astype(np.int64)
     length = frames * layout.frame_length
     if len(stream) < length or stream.min() < 0 or stream.max() >= config.vocabulary:
         raise UsageError(

@@ -87,6 +87,8 @@ def test_a_bundle_is_aligned_where_its_checkpoint_is_not(
         (["--device", "cuda:99"], "GPUs here; train on cpu"),
         (["--batch", "0"], "batch 0"),
         (["--rate", "-1"], "learning rate -1.0: expected 0 or more"),
+        (["--rate", "inf"], "learning rate inf: expected 0 or more"),
+        (["--set", "seed=-1"], "--set seed=-1: Input should be greater than or equal to 0"),
         (["--model", "mineworld"], "did you mean"),
     ],
 )

@@ -92,6 +92,7 @@ def test_tensors_of_one_step(
         (["--k", "x"], "--k x: expected whole numbers such as"),
         (["--frames", "0"], "at least one"),
         (["--set", "window=1"], "window"),
+        (["--set", "seed=-1"], "--set seed=-1: Input should be greater than or equal to 0"),
         (["--reference", "absent.diagd"], "no bundle"),
         (["--prompt", "absent.npy"], "no .npy array"),
     ],

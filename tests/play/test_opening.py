@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diagd.bundle import Bundle
@@ -61,6 +62,16 @@ def test_a_record_is_not_written_over(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is there already"):
         open_game(world, GameOptions(record=mine))
     assert mine.read_text() == "mine"
+
+
+def test_a_prompt_longer_than_the_window_is_refused_at_once(world: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(world)
+    layout, window = bundle.manifest.layout, bundle.manifest.context.frames
+    np.save(tmp_path / "long.npy", np.zeros((window, layout.rows, layout.columns), np.int32))
+    options = GameOptions(prompts=(tmp_path / "long.npy",), record=tmp_path / "record")
+    with pytest.raises(UsageError, match=f"has {window} frames but the window holds {window}"):
+        open_game(world, options)
+    assert not (tmp_path / "record").exists()
 
 
 def test_a_world_is_played_by_what_was_fastest(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.runtime.arrays import read_array, read_arrays
+from diagd.runtime.arrays import read_array, read_arrays, read_ids
 
 
 def test_arrays_of_any_kind_of_number(tmp_path: Path) -> None:
@@ -118,3 +118,9 @@ def test_a_damaged_archive_is_one_line(place: int, tmp_path: Path) -> None:
             read_arrays(tmp_path / "a.npz", ("frames",), "recording")
         except UsageError as error:
             assert "is no recording" in str(error)
+
+
+def test_tokens_are_whole_numbers(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full(3, np.nan))
+    with pytest.raises(UsageError, match="holds float64; expected tokens, which are whole numbers"):
+        read_ids(tmp_path / "a.npy")

@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   diagd world collect recordings --episodes 40 --seed 100000
   diagd eval crafter-3m.diagd --data recordings --output quality
   diagd eval crafter-3m.diagd --precision int8 --data recordings --output quality
-  diagd eval big.diagd --data recordings --output speed --decoders "next token" "k=1 chained" jacobi draft \
+  diagd eval big.diagd --data recordings --output speed --decoders "next token" "k=1 chained" jacobi draft \\
     --set drafter=small.diagd --set frames=8
   diagd eval made/ --data clips/ --output quality --network lpips.onnx --network fvd.onnx --set skip=9
   diagd eval made/ --data clips/ --output quality --set dynamics=idm.onnx
