@@ -24,6 +24,7 @@ from diagd.bundle.manifest import (
     Manifest,
     StepGraph,
 )
+from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, ScheduleError, UsageError, fault
 
@@ -60,14 +61,21 @@ class Bundle:
         known = list(dict.fromkeys(graph.precision for graph in graphs))
         chosen = known[0] if precision is None else precision
         if chosen not in known:
-            kv_cache = " --kv-cache int8" if chosen.endswith(INT8_CACHE) else ""
             raise UsageError(
-                f"{self.path} has no {chosen} graph (it has {', '.join(known)}); "
-                f"make one with: diagd-calibrate {self.path} --precision {chosen.removesuffix(INT8_CACHE)}"
-                f"{kv_cache}"
+                f"{self.path} has no {chosen} graph (it has {', '.join(known)}); {self._way_to(chosen)}"
             )
         selected = tuple(graph for graph in graphs if graph.precision == chosen)
         return replace(self, manifest=self.manifest.model_copy(update={"graphs": selected}))
+
+    def _way_to(self, precision: str) -> str:
+        """What gives the bundle graphs of a precision."""
+        scheme = precision.removesuffix(INT8_CACHE)
+        if scheme not in PRECISIONS:
+            return f"precisions are {', '.join(PRECISIONS)}"
+        if scheme in FLOATING:
+            return f"export it again with --precision {scheme}"
+        kv_cache = " --kv-cache int8" if scheme != precision else ""
+        return f"make one with: diagd-calibrate {self.path} --precision {scheme}{kv_cache}"
 
     def file(self, name: str) -> Path:
         """Path of a file of the bundle."""

@@ -10,9 +10,9 @@ from diagd.bundle.targets import file_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.engines.engine import Float
-from diagd.errors import require
+from diagd.errors import UsageError, require
 from diagd.play.opening import GameOptions, open_replay
-from diagd.play.record import is_record, replay
+from diagd.play.record import Played, is_record, replay
 from diagd.progress import Progress
 from diagd.runtime.generate import Made, generate
 from diagd.runtime.options import GenerateOptions
@@ -70,6 +70,9 @@ def _replay(options: GenerateOptions, record: Path, progress: Progress) -> None:
     """Write what was seen when a record was played, every frame checked against it."""
     file_target(options.output, OUTPUTS)
     game, lines = open_replay(options.bundle, record, GameOptions(session=options.session))
+    if not any(isinstance(line, Played) for _, line in lines):
+        game.close()
+        raise UsageError(f"{record} has no frame: nothing was played; give one of a longer game")
     fps = options.fps or game.bundle.manifest.frames_per_second
     with game, progress.count(record.name, len(lines)) as advance:
         shown = (advance(1) or one for one in replay(game, lines))

@@ -164,7 +164,10 @@ class Exporter:
     def _step_graphs(self) -> list[StepGraph]:
         """Records of the graphs to be, whose weights are not known yet."""
         layout = self.family.transformer.layout
-        window = self.options.window or self.family.transformer.context_frames
+        frames = self.family.transformer.context_frames
+        window = frames if self.options.window is None else self.options.window
+        if window != frames and not 2 <= window <= frames:
+            raise UsageError(f"window {window} is outside 2..{frames}, the context of {self.family.name}")
         widths = sorted(self.options.widths or default_widths(layout))
         streams = self.options.streams
         # lanes that take no part in a pass write behind the slots of their streams

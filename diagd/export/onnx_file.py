@@ -83,6 +83,10 @@ def read_onnx(path: Path) -> OnnxFile:
         if not model.HasField("graph"):
             raise BundleError("it holds no graph")
         return _summary(serde.deserialize_model(model))
+    except OSError as error:
+        raise BundleError(
+            f"{path} cannot be read: {error.strerror}; check the path, or copy its bundle afresh"
+        ) from error
     except Exception as error:  # the class that protobuf raises for damage depends on its build
         raise BundleError(f"{path} cannot be read as ONNX: {instead(path) or error}") from error
 

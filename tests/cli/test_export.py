@@ -77,6 +77,8 @@ def test_a_dry_run_predicts_the_size(workplace: Workplace, capsys: pytest.Captur
         (["--model", "mineworld-300m"], "withdrawn in May 2025"),
         (["--model", "mineworld-300m", "--checkpoint", "no.ckpt"], "no.ckpt"),
         (["--model", "world"], "--checkpoint FOLDER"),
+        (["--model", "crafter-3m", "--form", "portable", "--set", "window=1"], "window 1 is outside 2..8"),
+        (["--model", "crafter-3m", "--form", "portable", "--set", "window=9"], "window 9 is outside 2..8"),
         (["--model", "crafter-3m", "--checkpoint", ""], "empty"),
         (["--model", "mineworld-300m", "--checkpoint", " "], "empty"),
         (["--model", "cosmos-4b", "--checkpoint", "nvidia/C"], "did you mean 'hf://nvidia/C'?"),

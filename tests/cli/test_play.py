@@ -63,6 +63,17 @@ def test_a_frame_that_differs_is_an_error(
     assert f"line {len(lines)}: frame 3 is the first that differs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("output", ["a.npy", "a.mp4"])
+def test_a_record_of_a_game_that_never_began_has_no_video(
+    workplace: Workplace, record: Path, output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record.write_text(record.read_text().splitlines(keepends=True)[0])
+    words = ["--prompt", str(record), "--output", str(tmp_path / output)]
+    assert main(["generate", str(workplace.bundle), *words]) == 2
+    assert "played.ndjson has no frame: nothing was played" in capsys.readouterr().err
+    assert not (tmp_path / output).exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -70,6 +81,9 @@ def test_a_frame_that_differs_is_an_error(
         (["--prompt", "nothing.png"], "nothing.png"),
         (["--set", "controls=nothing.json"], "nothing.json"),
         (["--set", "precision=int8"], "no int8 graph"),
+        (["--set", "precision=int8"], "--precision int8"),
+        (["--set", "precision=fp16"], "export it again with --precision fp16"),
+        (["--set", "precision=int9"], "precisions are fp32, fp16, int8"),
         (["--replay", "nothing.ndjson"], "nothing.ndjson"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1"),
         (["--host", "long" * 20 + ".org"], "cannot listen on longlong"),

@@ -81,7 +81,7 @@ def test_damage_is_told(model: onnx.ModelProto, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(BundleError):
             read_onnx(tmp_path / name)
-    with pytest.raises(BundleError):
+    with pytest.raises(BundleError, match="No such file or directory; check the path"):
         read_onnx(tmp_path / "absent")
 
 
