@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from diagd.export.known_graphs import KIND
 from diagd.play.pictures import png
 from tests.models import KEPT
 from tests.worlds import random_world
+
+DAY = 86_400.0
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
@@ -34,6 +38,10 @@ def _machine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Workers, and runs of the same sources, share graphs alone: none is told that another fills an entry."""
     folder = tmp_path_factory.mktemp("cache")
     (KEPT / KIND).mkdir(parents=True, exist_ok=True)
+    for graph in (KEPT / KIND).iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the other worker was first
+            if time.time() - graph.stat().st_mtime > DAY:  # of sources that are no more
+                graph.unlink()
     (folder / KIND).symlink_to(KEPT / KIND)
     os.environ["DIAGD_CACHE"] = str(folder)
 
