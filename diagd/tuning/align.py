@@ -190,7 +190,8 @@ class TrainingState:
             state: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
             identity, step = state["identity"], int(state["step"])
         except Exception as error:  # PyTorch raises many types for bytes that are something else
-            raise UsageError(f"{self._path} is no training that was kept: {error}; remove it") from error
+            reason = str(error) or "it is empty"  # EOFError says nothing
+            raise UsageError(f"{self._path} is no training that was kept: {reason}; remove it") from error
         if identity != self._identity:
             raise UsageError(
                 f"{self._path} is of a training with other options or data; repeat its command, or remove it"

@@ -84,9 +84,10 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_weights(rank: int, 
     assert steps == [3, 4, 5]  # the third was done, but not kept
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "kept").write_bytes(b"something else")
-    with pytest.raises(UsageError, match="no training that was kept"):
-        align(small_model(LAYOUT), streams(8), kept)
+    for content, reason in {b"something else": "", b"": "it is empty; remove it"}.items():
+        (tmp_path / "kept").write_bytes(content)
+        with pytest.raises(UsageError, match=f"no training that was kept: {reason}"):
+            align(small_model(LAYOUT), streams(8), kept)
 
 
 def test_what_is_held_out_is_measured_before_and_after() -> None:
