@@ -45,7 +45,8 @@ def quantise(bundle: Path, precision: str, **options: object) -> PrecisionReport
 def outlier_model() -> Transformer:
     """One layer; a channel of every norm is an outlier, so that factors migrate.
 
-    Heads have 32 channels: the fewest that fused attention takes.
+    Heads have 32 channels: the fewest that fused attention takes. Of eight seeds five have int4 within the
+    0.3 of float16 that is asked of it (three of eight where heads have eight): so small a model decides it.
     """
     model = small_model(LAYOUT, layers=1, context_frames=6, head_size=32, seed=3)
     with torch.no_grad():

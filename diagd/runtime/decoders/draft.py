@@ -26,7 +26,7 @@ from diagd.runtime.decoders.scheduled import RasterDecoder, raster_passes
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.step import Result
-from diagd.runtime.stream import Ids, Stream
+from diagd.runtime.stream import Ids, Past, Stream
 from diagd.schedule import NO_SINK, Block
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ class DraftDecoder(Decoder):
         self._drafter, self._tau, self._score = drafter, tau, score
         self._decoder, self._target = decoder, JacobiDecoder(window)
         self._target_first = target_first and tau > -math.inf
-        self._followed: tuple[Stream, int, int] | None = None
+        self._followed: Past | None = None  # the target's last frame, where the drafter stands
         self.kept: list[bool] = []
         self.scores: list[float] = []
 
@@ -303,7 +303,7 @@ class DraftDecoder(Decoder):
             self._replace(stream, frame, draft)
         self.kept.append(keep)
         stream.complete(None, exact=exact)
-        self._followed = stream, stream.beginnings, stream.known
+        self._followed = stream.past[-1]
 
     def _keeps(self, first: bool, proposal: Proposal) -> bool:
         """Whether a proposal is good enough."""
@@ -313,7 +313,7 @@ class DraftDecoder(Decoder):
 
     def _follow(self, stream: Stream) -> bool:
         """Have the drafter's stream stand where the target's stands; whether it was moved there."""
-        if self._followed == (stream, stream.beginnings, stream.known):
+        if self._followed is stream.past[-1]:  # not its number: others may have decoded up to there
             return False
         self._drafter.stream.restore(stream.snapshot())
         return True

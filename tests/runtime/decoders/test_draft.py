@@ -130,7 +130,14 @@ def test_the_first_frame_is_the_targets_after_every_start_and_move(pair: tuple[S
     target, drafter = pair
     decoder, given = DraftDecoder(drafter, 0.0, lambda _: 1.0), actions(target.layout, 2)
     rolls = target.manifest.context.kind == "absolute"
-    for move in (lambda: prompt(target, 1), lambda: target.stream.rewind(1), lambda: prompt(target, 1)):
+
+    def goes_elsewhere() -> None:
+        """To a stream of as many frames, two of them of another decoder."""
+        target.stream.rewind(2)
+        list(target.frames(JacobiDecoder(), given, count=2, sampling=SETTINGS, seed=SEED + 1))
+
+    begins, moves_back = lambda: prompt(target, 1), lambda: target.stream.rewind(1)
+    for move in (begins, moves_back, begins, goes_elsewhere):
         move()
         decoder.kept.clear()
         list(target.frames(decoder, given, count=2, sampling=SETTINGS, seed=SEED))
