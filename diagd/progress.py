@@ -1,14 +1,18 @@
-"""Progress of long work on the terminal; silent elsewhere, and unless a console is given."""
+"""Progress of long work: bars on a terminal, a line now and then elsewhere, nothing without a console."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+EVERY: Final = 30.0
+"""Seconds between two lines of work that writes to a file."""
 
 Item = TypeVar("Item")
 
@@ -50,8 +54,11 @@ class Progress:
 
     @contextmanager
     def _bar(self, title: str, total: int, *columns: str) -> Iterator[Callable[[int], None]]:
-        if self._console is None or not self._console.is_terminal:  # bars would leave blank lines in a file
+        if self._console is None:
             yield lambda _: None
+            return
+        if not self._console.is_terminal:  # bars would leave blank lines in a file
+            yield self._lines(self._console, title, total)
             return
         from rich import progress
 
@@ -60,3 +67,15 @@ class Progress:
         with progress.Progress(*shown, *kinds, console=self._console, transient=True) as bars:
             task = bars.add_task(title, total=total)
             yield lambda amount: bars.advance(task, amount)
+
+    def _lines(self, console: Console, title: str, total: int) -> Callable[[int], None]:
+        done, told = 0, time.monotonic()
+
+        def advance(amount: int) -> None:
+            nonlocal done, told
+            done += amount
+            if time.monotonic() - told >= EVERY:
+                told = time.monotonic()
+                console.print(f"{title}: {done / total:.0%}")
+
+        return advance
