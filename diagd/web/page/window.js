@@ -33,10 +33,14 @@ export class WindowPolicy {
   add(kinds, kept, fed, time) {
     this.count++;
     this.spent += this.fitted.cost + this.fitted.row * fed;
-    for (const sums of [this.guesses, this.wrong, this.passes]) sums.forEach((sum, n) => (sums[n] = sum * KEPT));
-    const tested = kinds.slice(0, Math.min(kept, kinds.length - 1));
-    for (const kind of tested) this.guesses[kind]++;
-    if (kept < kinds.length) this.wrong[tested.at(-1)]++;
+    const fade = (sums) => sums.forEach((sum, n) => (sums[n] = sum * KEPT));
+    fade(this.passes);
+    if (this.steady === this.tries) {
+      const tested = kinds.slice(0, Math.min(kept, kinds.length - 1));
+      [this.guesses, this.wrong].forEach(fade);
+      for (const kind of tested) this.guesses[kind]++;
+      if (kept < kinds.length) this.wrong[tested.at(-1)]++;
+    }
     while (this.passes.length <= fed) this.quickest.push(Infinity) && this.passes.push(0);
     this.passes[fed]++;
     this.decided = this.decided * KEPT + kept;
