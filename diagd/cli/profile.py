@@ -61,6 +61,8 @@ def run(options: ProfileVerb) -> int:
     if options.bundle is None:
         raise UsageError("name a bundle to measure, or two reports with --compare BEFORE AFTER")
     if options.backends:
+        if options.output or options.trace:
+            raise UsageError("--backends writes no report and no trace; leave --output and --trace out")
         return _backends(options, options.bundle)
     output = options.output or Path(f"{options.bundle.resolve().name.removesuffix('.diagd')}.profile")
     folder_target(output, {"report.json": b'"schema_version"'}, "a report of diagd-profile")

@@ -77,6 +77,9 @@ class ClusterOptions:
     cluster: str | None = flag("Ray cluster whose nodes do the work: HOST:PORT, auto, or local", None)
     gpus: float = setting("of each worker on a cluster, or a share of one", 0, ge=0)
 
+    def __post_init__(self) -> None:
+        _need_cluster(self.cluster, gpus=self.gpus)
+
     @property
     def is_asked(self) -> bool:
         """Whether anything is said of who does the work."""
@@ -93,6 +96,17 @@ class EngineOptions:
     )
     cores: float = setting("of each engine on a cluster", 1, gt=0)
     gpus: float = setting("of each engine on a cluster, or a share of one", 0, ge=0)
+
+    def __post_init__(self) -> None:
+        _need_cluster(self.cluster, gpus=self.gpus, engines=self.engines, cores=self.cores != 1)
+
+
+def _need_cluster(cluster: str | None, **told: float | None) -> None:
+    """Refuse (UsageError) what would have no effect on this machine alone."""
+    if cluster is None and (names := [name for name, value in told.items() if value]):
+        raise UsageError(
+            f"--set {names[0]}= is of a cluster; give its address with --cluster, or leave it out"
+        )
 
 
 def open_workers(make: Make[Item, Result], options: ClusterOptions) -> Workers[Item, Result]:

@@ -118,6 +118,7 @@ def test_a_regression_ends_with_code_3(
         (["{bundle}", "--budget", "-1"], "no limit"),
         (["{bundle}", "--frames", "1"], "two or more"),
         (["{bundle}", "--set", "window=99"], "window 99"),
+        (["{bundle}", "--backends", "--output", "report"], "writes no report"),
     ],
 )
 def test_mistakes_are_told(
