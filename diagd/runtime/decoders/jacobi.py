@@ -40,7 +40,7 @@ _SLOWER: Final = 1.1  # times what the quickest pass of a width took: what the n
 _STEADY: Final = 16  # rows of windows that are not chosen
 _BETWEEN: Final = 3  # frames between two that are tried the other way
 _SHARE: Final = 0.01  # of the time that trials may cost
-_BETTER: Final = 0.93  # of a frame's usual time: what the other way has to take
+_BETTER: Final = 0.93  # of the time with chosen windows: what steady ones have to take
 
 Float64: TypeAlias = NDArray[np.float64]
 Kinds: TypeAlias = NDArray[np.int64]
@@ -328,7 +328,7 @@ class WindowPolicy:
         else:
             self._ratio += (spent / usual - self._ratio) / 10
             self._debt, self._since = self._debt + max(spent - usual, 0.0), 0
-            if self._ratio < _BETTER:
+            if self._ratio < (1.0 if self._steady else _BETTER):
                 self._steady, self._usual = not self._steady, usual * self._ratio
                 self._ratio, self._debt = 1 / self._ratio, 0.0
         self._tries = self._since >= _BETWEEN and self._debt <= _SHARE * self._total

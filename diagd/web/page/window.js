@@ -56,7 +56,7 @@ export class WindowPolicy {
       this.ratio += (spent / usual - this.ratio) / 10;
       this.debt += Math.max(spent - usual, 0);
       this.since = 0;
-      if (this.ratio < BETTER) Object.assign(this, { steady: !this.steady, usual: usual * this.ratio, ratio: 1 / this.ratio, debt: 0 });
+      if (this.ratio < (this.steady ? 1 : BETTER)) Object.assign(this, { steady: !this.steady, usual: usual * this.ratio, ratio: 1 / this.ratio, debt: 0 });
     } else Object.assign(this, { usual: usual + (spent - usual) / 5, since: this.since + 1 });
     this.tries = this.since >= BETWEEN && this.debt <= SHARE * this.total;
   }
