@@ -158,11 +158,15 @@ class JacobiDecoder(Decoder):
             if self._deadline is not None and time.perf_counter() - began > self._deadline:
                 break
         if decided == len(draft):
-            if self._policy:
-                self._policy.end()
-            if found:
-                self._lookup.learn(found, draft)
+            self._learn(found, draft)
         return decided
+
+    def _learn(self, found: Lookup | None, tokens: Int) -> None:
+        """Take what a frame became."""
+        if self._policy:
+            self._policy.end()
+        if found:
+            self._lookup.learn(found, tokens)
 
     def _rows(self, stream: Stream, unfed: int, kinds: Kinds) -> int:
         """Rows of the next window, over cells with guesses of these kinds, behind rows that are only fed."""
