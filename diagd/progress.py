@@ -76,6 +76,6 @@ class Progress:
             done += amount
             if time.monotonic() - told >= EVERY:
                 told = time.monotonic()
-                console.print(f"{title}: {done / total:.0%}")
+                console.print(f"{title}: {min(done / total, 1.0):.0%}")  # a gate may take more than it says
 
         return advance

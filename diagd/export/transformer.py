@@ -411,28 +411,22 @@ def position_tables(config: TransformerConfig, device: torch.device | str = "cpu
     rounded to bfloat16 as released. On the meta device they have no data.
     """
     tables: dict[str, Tensor] = {}
+    has_data = torch.device(device).type != "meta"
     if config.rotary:
-        shape = (config.rotary_positions, config.rotary.pairs)
-        tables |= {name: torch.empty(shape, device="meta") for name in ("cosines", "sines")}
-    if config.layer_embedding:
-        tables["layer_embedding"] = torch.empty(config.context_length, config.hidden, device="meta")
-    if torch.device(device).type == "meta":
-        return tables
-    if config.rotary:
-        angles = torch.from_numpy(config.rotary.angles(config.layout, config.rotary_positions))
+        angles = torch.empty(config.rotary_positions, config.rotary.pairs, device="meta")
+        if has_data:
+            angles = torch.from_numpy(config.rotary.angles(config.layout, config.rotary_positions))
         tables |= {"cosines": angles.cos().float(), "sines": angles.sin().float()}
     if config.layer_embedding:
-        sinusoids = grid_sinusoids(config.layout, config.context_length, config.hidden)
-        tables["layer_embedding"] = torch.from_numpy(sinusoids).bfloat16().float()
+        sinusoids = torch.empty(config.context_length, config.hidden, device="meta")
+        if has_data:
+            sinusoids = torch.from_numpy(grid_sinusoids(config.layout, *sinusoids.shape))
+        tables["layer_embedding"] = sinusoids.bfloat16().float()
     return {name: table.to(device) for name, table in tables.items()}
 
 
 class FullAttention(PlainAttention):
-    """Attention among the fed tokens themselves, with grouped KV heads.
-
-    Args:
-        visible: bool [R, R] or [batch, R, R]; row r may attend to column c. None: causal in row order.
-    """
+    """Attention among the fed tokens, with grouped KV heads; ``visible`` is ``Transformer.forward``'s."""
 
     def __init__(self, visible: Tensor | None) -> None:
         self._mask = visible if visible is None or visible.dim() == 2 else visible.unsqueeze(-3)
