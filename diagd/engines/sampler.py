@@ -40,15 +40,11 @@ An id less than half of it as probable as the most probable one is never drawn."
 
 _ROUND: Final = np.float32(2.0**-13)  # float32 next to it are multiples of the unit
 _INTEGERS: Final = np.float32(1.5 * 2**23)  # float32 next to it are whole numbers
-_TINY: Final = np.float32(1e-30)
 _LIGHTEST: Final = np.float32(-100)  # logarithm of a weight that is far below the unit
 _POWERS: Final = (1.33335581e-3, 9.61812911e-3, 5.55041087e-2, 2.40226507e-1, 6.93147181e-1)  # ln(2)^n / n!
 
 _LN_2: Final = 0.6931471805599453
-_SAMPLE: Final = 256  # ids, at least, that tell where the top-p threshold lies
-_FEW: Final = 512  # candidates a row, on average, that are sorted as they are
-_BINS: Final = 512  # of the histogram that brackets the threshold where there are more
-_ROW_BINS: Final = _BINS + 2  # with an empty one ahead, and one behind for the smallest
+_BINS: Final = 16  # for each halving of the weight: the top-p threshold is looked for in one of them
 _SPARSE: Final = 8  # noise is made for all ids of a row where no fewer than an eighth are kept
 _GROUP: Final = 16  # ids whose largest stands for them while the top-k threshold is bracketed
 
@@ -179,20 +175,18 @@ def draw_plain(
         raise refusal(first_bad, float(top[first_bad]))
     if state.temperature == 0:
         return _ids(logits.argmax(axis=1), first)
-    weights, kept, columns = kept_weights(logits, top, state, keep_crossing)
+    weights, kept = kept_weights(logits, top, state, keep_crossing)
     last, rows = first + logits.shape[1], np.arange(len(logits))
-    dense = last <= KEPT_IDS or np.count_nonzero(kept) > kept.size // _SPARSE
-    if dense and columns is None and seeds is None:
+    if seeds is None and (last <= KEPT_IDS or np.count_nonzero(kept) > kept.size // _SPARSE):
         weights *= kept
         weights /= noise_rows(state.seed, positions, last)[:, first:]
         return _ids(weights.argmax(axis=1), first)
     row, column = np.divmod(np.flatnonzero(kept), kept.shape[1])
-    ids = column if columns is None else columns[row, column]
     keys = state.seed if seeds is None else seeds[row]
-    scores = weights[row, column] / noise(keys, positions[row], ids + first)
+    scores = weights[row, column] / noise(keys, positions[row], column + first)
     best = np.maximum.reduceat(scores, row.searchsorted(rows))
     winners = np.flatnonzero(scores == best[row])
-    return _ids(ids[winners[row[winners].searchsorted(rows)]], first)
+    return _ids(column[winners[row[winners].searchsorted(rows)]], first)
 
 
 def _ids(columns: NDArray[np.intp], first: int) -> Int:
@@ -203,33 +197,54 @@ def _ids(columns: NDArray[np.intp], first: int) -> Int:
 
 def kept_weights(
     logits: Float, top: Float, state: SamplingState, keep_crossing: bool
-) -> tuple[Float, NDArray[np.bool_], NDArray[np.intp] | None]:
-    """Unnormalised probabilities after temperature, and what top-k and top-p keep.
+) -> tuple[Float, NDArray[np.bool_]]:
+    """Unnormalised probabilities [R, V] after temperature, and what top-k and top-p keep.
 
     Args:
         logits: float32 [R, V]; -inf forbids an id.
         top: float32 [R], the largest of each row, finite; its weight is 1.
         state: the temperature is not 0.
         keep_crossing: see ``sample``.
-
-    Returns:
-        float32 [R, n], which of them are kept, and their columns; None: n is V.
     """
-    columns, k, ids = None, state.top_k, logits.shape[1]
-    if 0 < k < ids <= KEPT_IDS:
-        logits = np.where(logits >= np.partition(logits, -k, axis=1)[:, -k, None], logits, -np.inf)
-    elif 0 < k < ids:
-        columns, logits = _top_k(logits, k)
-    weights = logits - top[:, None]
-    weights *= np.float32(1 / (_LN_2 * float(np.float32(state.temperature))))
-    np.maximum(weights, _LIGHTEST, out=weights)
-    weights = _powers_of_two(weights)
-    if (p := float(np.float32(state.top_p))) == 1:
-        return weights, logits > -np.inf, columns
-    floors = _nucleus_floors(logits, weights, p)
-    if not keep_crossing:
-        floors = np.minimum(np.nextafter(floors, np.float32(np.inf)), top)
-    return weights, logits >= floors[:, None], columns
+    k, p = state.top_k, float(np.float32(state.top_p))
+    logs = logits - top[:, None]
+    logs *= np.float32(1 / (_LN_2 * float(np.float32(state.temperature))))
+    np.maximum(logs, _LIGHTEST, out=logs)
+    weights, kept = _powers_of_two(logs), logits > -np.inf
+    if 0 < k < logits.shape[1]:
+        large = logits.shape[1] > KEPT_IDS
+        least = [_largest(row, k) for row in logits] if large else np.partition(logits, -k, axis=1)[:, -k]
+        kept = logits >= np.reshape(least, (-1, 1))
+        weights *= kept
+    if p < 1:
+        floors = np.array([_nucleus_floor(*row, p) for row in zip(logits, logs, weights, strict=True)])
+        if not keep_crossing:
+            floors = np.minimum(np.nextafter(floors, np.float32(np.inf)), top)
+        kept &= logits >= floors[:, None]
+    return weights, kept
+
+
+def _largest(logits: Float, k: int) -> np.float32:
+    """The k-th largest logit [V], which that of the maxima of disjoint groups bounds from below."""
+    group = max(1, min(_GROUP, len(logits) // k))
+    maxima = logits[: len(logits) // group * group].reshape(group, -1).max(axis=0)
+    candidates = logits[logits >= np.partition(maxima, -k)[-k]]
+    found: np.float32 = np.partition(candidates, -k)[-k]
+    return found
+
+
+def _nucleus_floor(logits: Float, logs: Float, weights: Float, p: float) -> np.float32:
+    """Logit at which the weights [V], cumulated from the largest on, cross the share p: first by bins."""
+    bins = (logs * np.float32(-_BINS)).astype(np.intp)
+    mass = np.bincount(bins, weights).cumsum()
+    share = p * mass[-1]
+    crossing = int(mass.searchsorted(share, side="right"))
+    inside = np.flatnonzero(bins == crossing)
+    inside = inside[logits[inside].argsort()[::-1]]
+    ahead = mass[crossing - 1] if crossing else 0.0
+    place = (ahead + weights[inside].cumsum(dtype=np.float64)).searchsorted(share, side="right")
+    floor: np.float32 = logits[inside[place]]
+    return floor
 
 
 def _powers_of_two(logs: Float) -> Float:
@@ -277,92 +292,3 @@ def refusal(row: int, largest: float) -> EngineError:
         f"the largest logit of row {row} is {largest}; expected a finite number; the weights or the"
         " precision of this bundle are broken: try --set precision=fp32, or verify the bundle"
     )
-
-
-def _top_k(logits: Float, k: int) -> tuple[NDArray[np.intp], Float]:
-    """Columns [R, n] that top-k keeps, ascending, and their logits; -inf behind those of each row.
-
-    The k-th largest of the maxima of disjoint groups bounds the k-th largest logit from below.
-    """
-    rows, ids = logits.shape
-    group = max(1, min(_GROUP, ids // k))
-    maxima = logits[:, : ids // group * group].reshape(rows, group, -1).max(axis=1)
-    bound = np.partition(maxima, -k, axis=1)[:, -k, None]
-    row, column = np.divmod(np.flatnonzero(logits >= bound), ids)
-    values, columns = _by_row(row, logits[row, column], column)
-    values[values < np.partition(values, -k, axis=1)[:, -k, None]] = -np.inf
-    return columns, values
-
-
-def _by_row(row: NDArray[np.intp], values: Float, others: NDArray[Any]) -> tuple[Float, NDArray[Any]]:
-    """Two arrays [n] over ascending rows, none without, as tables; -inf and 0 behind those of each row."""
-    counts = np.bincount(row)
-    place = np.arange(row.size) - (counts.cumsum() - counts)[row]
-    table = np.full((len(counts), counts.max()), -np.inf, np.float32)
-    other = np.zeros(table.shape, others.dtype)
-    table[row, place], other[row, place] = values, others
-    return table, other
-
-
-def _nucleus_floors(logits: Float, weights: Float, p: float) -> Float:
-    """Logit [R] of the id at which the cumulated probability crosses p, with as little sorting as may be.
-
-    Of logits [R, n] and weights [R, n]; p is below 1.
-    """
-    rows, width = weights.shape
-    total = weights.sum(axis=1, dtype=np.float64)
-    share = total * p
-    if width <= KEPT_IDS:
-        return _crossing(logits, weights, np.zeros(rows), share)
-    low, ahead = _guess(logits, weights, total - share), np.zeros(rows)
-    places = np.flatnonzero(logits >= low[:, None])
-    many = places.size > _FEW * rows
-    if many or (np.bincount(places // width, weights.reshape(-1)[places], rows) <= share).any():
-        ahead, places = _crossing_bin(logits, weights, low, share)
-    row, column = np.divmod(places, width)
-    return _crossing(*_by_row(row, logits[row, column], weights[row, column]), ahead, share)
-
-
-def _guess(logits: Float, weights: Float, rest: NDArray[np.float64]) -> Float:
-    """A logit [R] below which, to judge by a sample of the ids, half of what top-p drops lies."""
-    step = max(1, logits.shape[1] // _SAMPLE)
-    sample, masses = logits[:, ::step], weights[:, ::step]
-    rows = np.arange(len(logits))
-    order = sample.argsort(axis=1)
-    below = masses[rows[:, None], order].cumsum(axis=1, dtype=np.float64) * step
-    low: Float = sample[rows, order[rows, np.maximum((below <= rest[:, None] / 2).sum(axis=1) - 1, 0)]]
-    return low
-
-
-def _crossing_bin(
-    logits: Float, weights: Float, low: Float, share: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Where the sum over a row, from its largest logit on, exceeds its share, by a histogram down to ``low``.
-
-    Returns:
-        The weight [R] ahead of each row's bin, and the flat places of the ids in these bins.
-    """
-    top, first_bin = logits.max(axis=1), np.arange(len(logits)) * _ROW_BINS
-    scale = np.maximum(np.float32(_BINS) / np.maximum(top - low, _TINY), _TINY)
-    steps = top[:, None] - logits
-    steps *= scale[:, None]
-    np.minimum(steps, np.float32(_BINS), out=steps)
-    bins = steps.astype(np.intp)
-    bins += first_bin[:, None] + 1
-    sums = np.bincount(bins.reshape(-1), weights.reshape(-1), len(logits) * _ROW_BINS)
-    mass = sums.reshape(-1, _ROW_BINS).cumsum(axis=1)
-    crossing = first_bin + (mass <= share[:, None]).sum(axis=1)
-    return mass.reshape(-1)[crossing - 1], np.flatnonzero(bins == crossing[:, None])
-
-
-def _crossing(logits: Float, weights: Float, ahead: NDArray[np.float64], share: NDArray[np.float64]) -> Float:
-    """Logit [R] of the candidate [R, n], the largest first, at which their sum exceeds its share.
-
-    ``ahead`` [R] weighs already; ``share`` [R] is less than all of them weigh.
-    """
-    rows = np.arange(len(logits))
-    order = logits.argsort(axis=1)[:, ::-1]
-    mass = weights[rows[:, None], order].cumsum(axis=1, dtype=np.float64)
-    mass += ahead[:, None]
-    floors: Float = logits[rows, order[rows, (mass <= share[:, None]).sum(axis=1)]]
-    return floors

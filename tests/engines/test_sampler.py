@@ -22,14 +22,8 @@ def kept_ids(
     logits: np.ndarray, chosen: SamplingState, *, keep_crossing: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights of all ids, and which of them are kept; the weights of others are 0."""
-    weights, kept, columns = sampler.kept_weights(logits, logits.max(axis=1), chosen, keep_crossing)
-    if columns is None:
-        return weights * kept, kept
-    dense, all_kept = np.zeros_like(logits), np.zeros(logits.shape, np.bool_)
-    row, column = np.nonzero(kept)
-    at = row, columns[row, column]
-    dense[at], all_kept[at] = weights[row, column], True
-    return dense, all_kept
+    weights, kept = sampler.kept_weights(logits, logits.max(axis=1), chosen, keep_crossing)
+    return weights * kept, kept
 
 
 def kept_weights(logits: np.ndarray, chosen: SamplingState, *, keep_crossing: bool) -> np.ndarray:
