@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -22,14 +22,15 @@ from diagd.play.messages import Message, without_paths
 from diagd.play.opening import GameOptions
 from diagd.play.record import Line
 from diagd.play.service import Service, opened_tables
-from diagd.play.table import Figures, Fleet, LocalFleet, Player, ServedTable, Table
+from diagd.play.stage import Figures
+from diagd.play.table import Fleet, LocalFleet, Player, ServedTable
 
 _PATIENCE: Final = 0.5
 """Seconds that somebody who asks waits for news at most."""
 
 
 class Call(NamedTuple):
-    """Something that a table is to do: ``kind`` is a method of `Seat`."""
+    """Something that a table is to do: ``kind`` is a method of `Table`."""
 
     number: int
     kind: str
@@ -54,23 +55,28 @@ class PlayActor:
 
     async def begin(self) -> str:
         """Play; gives the node where."""
-        tables = self._held.enter_context(opened_tables(*self._given))
-        self._seats = [_Seat(self, number, table) for number, table in enumerate(tables)]
-        self._fleet = LocalFleet(tables)
+        self._tables = self._held.enter_context(opened_tables(*self._given))
+        self._players = [_Player(self, number) for number in range(len(self._tables))]
+        self._fleet = LocalFleet(self._tables)
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._fleet.start(self._loop)
+        for table, player in zip(self._tables, self._players, strict=True):
+            table.keep = player.keep
+            # from what is done next: not of the world that its engine began with
+            table.stage.post(partial(setattr, table.game.record, "heard", player.hear))
         return str(import_module("ray").get_runtime_context().get_node_id())
 
     async def do(self, calls: Sequence[Call]) -> None:
         """What is said to tables."""
-        for call in calls:
-            if call.kind == "seat":
-                self._fleet.seated()
+        for number, kind, values in calls:
+            table = self._tables[number]
             try:
-                getattr(self._seats[call.number], call.kind)(*call.values)
+                if kind == "seat":
+                    table.seat(self._players[number], *values)
+                else:
+                    getattr(table, kind)(*values)
             except DiagdError as error:
-                told = {"type": "error", "text": without_paths(str(error))}
-                self.send(Event(call.number, "send", told))
+                self._players[number].send({"type": "error", "text": without_paths(str(error))})
 
     async def hear(self) -> tuple[list[Event], Figures]:
         """What happened since the last time, as soon as something did."""
@@ -78,7 +84,7 @@ class PlayActor:
             await asyncio.wait_for(self._changed.wait(), _PATIENCE)
         self._changed.clear()
         news, self._news = self._news, []
-        return news, self._fleet.figures()
+        return news, self._fleet.engine.figures
 
     def send(self, event: Event) -> None:
         """Add to the news, in the loop; of pictures that nobody fetched the newest are enough."""
@@ -92,12 +98,11 @@ class PlayActor:
         self._loop.call_soon_threadsafe(self.send, event)
 
 
-class _Seat(Player):
+class _Player(Player):
     """A table's player, in place of the one who is far away."""
 
-    def __init__(self, actor: PlayActor, number: int, table: Table) -> None:
-        self._actor, self._number, self._table = actor, number, table
-        table.keep = self._keep
+    def __init__(self, actor: PlayActor, number: int) -> None:
+        self._actor, self._number = actor, number
 
     @override
     def send(self, message: dict[str, Any] | bytes) -> None:
@@ -107,38 +112,14 @@ class _Seat(Player):
     def show(self, number: int, update: bytes) -> None:
         self._actor.send(Event(self._number, "show", (number, update)))
 
-    def _hear(self, line: Line) -> None:
+    def hear(self, line: Line) -> None:
+        """A line of the record."""
         self._actor.send_soon(Event(self._number, "line", line))
 
-    def _keep(self, snapshot: bytes | None) -> None:
+    def keep(self, snapshot: bytes | None) -> None:
+        """The world as it is now."""
         if snapshot is not None:
             self._actor.send_soon(Event(self._number, "saved", snapshot))
-
-    def _listen(self) -> None:
-        """Tell of its record from what is done next: not of the world that its engine began with."""
-        self._table.stage.post(lambda: setattr(self._table.game.record, "heard", self._hear))
-
-    def seat(self, ticket: str, is_new: bool) -> None:
-        """Play."""
-        self._listen()
-        self._table.seat(self, ticket, is_new)
-
-    def leave(self) -> None:
-        """Nobody plays."""
-        self._table.leave()
-
-    def obey(self, message: Message) -> None:
-        """What the player says."""
-        self._table.obey(self, message)
-
-    def upload(self, data: bytes) -> None:
-        """A picture of the player."""
-        self._table.upload(self, data)
-
-    def take_up(self, saved: SavedGame, ticket: str) -> None:
-        """Go on with a world that was played elsewhere."""
-        self._listen()
-        self._table.take_up(saved, ticket)
 
 
 _MOVES: Final = {"type": "error", "text": "the machine of this world is gone; it goes on elsewhere"}
@@ -151,34 +132,32 @@ _LOG = logging.getLogger(__name__)
 class RemoteTable(ServedTable):
     """What is kept here of a world that is played elsewhere.
 
-    ``engine`` and ``number`` say where; they change when that engine is lost, and it ``is_away`` meanwhile.
+    ``home`` and ``number`` say where; they change when that engine is lost, and it has none meanwhile.
     ``saved`` is what it takes to go on with it.
     """
 
-    def __init__(self, engine: RemoteEngine, number: int, size: tuple[int, int]) -> None:
+    def __init__(self, home: RemoteEngine, number: int, size: tuple[int, int]) -> None:
         super().__init__(size)
-        self.engine, self.number = engine, number
-        self.saved, self.is_away = SavedGame(), True
+        self.home, self.number, self.saved = home, number, SavedGame()
 
     def _say(self, kind: str, *values: Any) -> None:
-        """Have something done there, after what was said before."""
-        self.engine.say(Call(self.number, kind, values))
+        """Have something done there, after what was said before; nothing while it is away."""
+        if self.engine is not None:
+            self.home.say(Call(self.number, kind, values))
 
     @override
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
-        self.player, self.heard, self.ticket = player, time.monotonic(), ticket
+        super().seat(player, ticket, is_new)
         if is_new:
             self.saved = SavedGame()
-        if self.is_away:
+        if self.engine is None:
             player.send(_MOVES)
-        else:
-            self._say("seat", ticket, is_new)
+        self._say("seat", ticket, is_new)
 
     @override
     def leave(self) -> None:
-        self.player = None
-        if not self.is_away:
-            self._say("leave")
+        super().leave()
+        self._say("leave")
 
     @override
     def clear(self) -> None:
@@ -187,28 +166,27 @@ class RemoteTable(ServedTable):
 
     @override
     def take_up(self, saved: SavedGame, ticket: str) -> None:
-        self.saved, self.ticket = saved, ticket
+        super().take_up(saved, ticket)
+        self.saved = saved
 
     @override
-    def obey(self, player: Player, message: Message) -> None:
-        self.heard = time.monotonic()
-        if not self.is_away:
-            self._say("obey", message)
+    def obey(self, message: Message) -> None:
+        super().obey(message)
+        self._say("obey", message)
 
     @override
-    def upload(self, player: Player, data: bytes) -> None:
-        if player is self.player and not self.is_away:
-            self._say("upload", data)
+    def upload(self, data: bytes) -> None:
+        self._say("upload", data)
 
     def lose(self) -> None:
         """The engine is gone."""
-        self.is_away = True
+        self.engine = None
         if self.player is not None:
             self.player.send(_MOVES)
 
     def settle(self) -> None:
         """Go on where it is now."""
-        self.is_away = False
+        self.engine = self.home
         if self.ticket:
             self._say("take_up", self.saved, self.ticket)
             if self.player is not None:
@@ -240,6 +218,10 @@ class RemoteEngine:
         self.node = ""
         self._calls: list[Call] = []
         self._said = asyncio.Event()
+
+    def forget(self) -> None:
+        """Another number plays: what it took before says nothing of what it takes now."""
+        self.figures = replace(self.figures, measured=0)
 
     def say(self, call: Call) -> None:
         """Send something after what was said before."""
@@ -354,22 +336,6 @@ class RayFleet(Fleet):
                 self._ray.kill(engine.actor)
 
     @override
-    def beside(self, number: int) -> Sequence[int]:
-        table = self.tables[number]
-        if table.is_away:
-            return ()
-        return [n for n, one in enumerate(self.tables) if one.engine is table.engine]
-
-    @override
-    def figures(self, number: int) -> Figures:
-        return self.tables[number].engine.figures
-
-    @override
-    def seated(self, number: int) -> None:
-        engine = self.tables[number].engine
-        engine.figures = replace(engine.figures, measured=0)
-
-    @override
     def metrics(self) -> Sequence[tuple[str, str, str, float]]:
         alive = sum(engine.is_alive for engine in self.engines)
         return (
@@ -380,23 +346,23 @@ class RayFleet(Fleet):
     def hear(self, engine: RemoteEngine, event: Event) -> None:
         """News of a table of an engine."""
         place = engine, event.number
-        next(one for one in self.tables if (one.engine, one.number) == place).hear(event.kind, event.value)
+        next(one for one in self.tables if (one.home, one.number) == place).hear(event.kind, event.value)
 
     def lose(self, engine: RemoteEngine) -> None:
         """An engine is gone."""
         for table in self.tables:
-            if table.engine is engine and not table.is_away:
+            if table.engine is engine:
                 table.lose()
 
     def settle(self) -> None:
         """Have worlds go on that are away: where they were, or at a table that is nobody's."""
         for table in self.tables:
-            if table.is_away and table.engine.is_alive:
+            if table.engine is None and table.home.is_alive:
                 table.settle()
-        spare = [table for table in self.tables if not table.is_away and not table.ticket]
-        away = [table for table in self.tables if table.is_away and table.ticket]
+        spare = [table for table in self.tables if table.engine is not None and not table.ticket]
+        away = [table for table in self.tables if table.engine is None and table.ticket]
         for table, other in zip(away, spare, strict=False):
-            table.engine, other.engine = other.engine, table.engine
-            table.number, other.number, other.is_away = other.number, table.number, True
+            table.home, other.home = other.home, table.home
+            table.number, other.number, other.engine = other.number, table.number, None
             table.settle()
             self.moves += 1

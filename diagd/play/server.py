@@ -21,10 +21,10 @@ from typing_extensions import override
 from diagd.errors import DiagdError, UsageError, require
 from diagd.play import messages
 from diagd.play.messages import Ack, Hello, without_paths
-from diagd.play.room import Guest, Room, Seat
+from diagd.play.room import Room
 from diagd.play.site import SOCKET, Answer, Site, cannot_listen, in_url, plain
 from diagd.play.stage import SHARE
-from diagd.play.table import Fleet, Player
+from diagd.play.table import Engine, Fleet, Player, ServedTable
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
@@ -47,7 +47,7 @@ TRIAL_SECONDS: Final = 60.0
 
 OPEN_METRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
-_REFUSED, _PUT_OUT, _TOO_MANY, _OVER = 4003, 4001, 4029, 4008
+_REFUSED, _TOO_MANY, _OVER = 4003, 4029, 4008
 _LOG = logging.getLogger("diagd.play")
 
 
@@ -81,16 +81,17 @@ class Address:
         return self.host in ("127.0.0.1", "::1", "localhost")
 
 
-class Client(Guest, Player):
+class Client(Player):
     """One connection: what it is told, and what it may say."""
 
-    def __init__(self, server: Server, connection: ServerConnection) -> None:
-        self._server, self.connection = server, connection
-        self._texts: deque[str | bytes] = deque(maxlen=server.limits.texts)
+    def __init__(self, limits: Limits, connection: ServerConnection) -> None:
+        self._most, self._connection = limits.messages_per_second, connection
+        self._texts: deque[str | bytes] = deque(maxlen=limits.texts)
         self._newest: tuple[int, bytes] | None = None
         self._unseen: deque[int] = deque()
         self._wake = asyncio.Event()
-        self._allowance, self._counted = server.limits.messages_per_second, time.monotonic()
+        self._allowance, self._counted = self._most, time.monotonic()
+        self._closing: asyncio.Future[None] | None = None
 
     @override
     def send(self, message: dict[str, Any] | bytes) -> None:
@@ -111,16 +112,9 @@ class Client(Guest, Player):
         self._wake.set()
 
     @override
-    def seated(self, ticket: str, is_new: bool) -> None:
-        self._server.seat(self, ticket, is_new)
-
-    @override
-    def waits(self, place: int) -> None:
-        self.send({"type": "waiting", "place": place})
-
-    @override
-    def put_out(self) -> None:
-        self._server.close_later(self.connection, _PUT_OUT, "the world was opened elsewhere")
+    def close(self, code: int, reason: str) -> None:
+        """End the connection, from outside of its own task."""
+        self._closing = asyncio.ensure_future(self._connection.close(code, reason))
 
     async def send_all(self) -> None:
         """Send until the connection ends."""
@@ -130,23 +124,23 @@ class Client(Guest, Player):
             while await self._wake.wait():
                 self._wake.clear()
                 while self._texts:
-                    await self.connection.send(self._texts.popleft())
+                    await self._connection.send(self._texts.popleft())
                 if self._newest and len(self._unseen) < MAX_UNSEEN:
                     number, update = self._newest
                     self._newest = None
                     self._unseen.append(number)
-                    await self.connection.send(update)
+                    await self._connection.send(update)
 
     def may_speak(self) -> bool:
         """Count a message; False where there were too many of late."""
-        most, now = self._server.limits.messages_per_second, time.monotonic()
-        self._allowance = min(most, self._allowance + (now - self._counted) * most) - 1
+        now = time.monotonic()
+        self._allowance = min(self._most, self._allowance + (now - self._counted) * self._most) - 1
         self._counted = now
         return self._allowance >= 0
 
 
 class Server:
-    """Serves worlds, each with a seat in front of it.
+    """Serves worlds, each to one player.
 
     With a ``rate``, in frames a second, nobody is seated who would take it from others, and who is found to
     in the first minute waits again; else who plays gets what there is. The fleet is closed when serving ends.
@@ -165,10 +159,9 @@ class Server:
         require("websockets", extra="play", purpose="play in a browser")
         self.address, self.limits, self.fleet = address, limits or Limits(), fleet
         self.tables = fleet.tables
-        self.room: Room[Client] = Room(seats=len(self.tables), admits=self._admits, cleared=self._cleared)
+        self.room = Room(fleet.tables, self._admits)
         self._rate, self._refused, self._put_back = rate, 0, 0
-        self._full: dict[int, float] = {}  # until when nobody is tried, by an engine's first table
-        self._closings: set[asyncio.Task[None]] = set()
+        self._full: dict[Engine, float] = {}  # until when nobody is tried
         self._drains: float | None = None  # when the last player has to go
 
     async def run(self, started: Callable[[str], None]) -> None:
@@ -206,9 +199,6 @@ class Server:
             port = next(iter(listening.sockets)).getsockname()[1]
             self._site = Site(self.address.host, port)
             self.fleet.start(asyncio.get_running_loop())
-            for seat, table in zip(self.room.seats, self.tables, strict=True):
-                if table.ticket:  # of a world that a server before this one kept
-                    self.room.hold(seat, table.ticket)
             started(f"http://{in_url(self.address.host)}:{port}/#{self.address.token}")
             try:
                 while self._drains is None or self._playing:
@@ -234,7 +224,7 @@ class Server:
     async def _serve(self, connection: ServerConnection) -> None:
         from websockets.exceptions import ConnectionClosed
 
-        client = Client(self, connection)
+        client = Client(self.limits, connection)
         with suppress(ConnectionClosed):
             hello = await self._greet(connection)
             if hello is None:
@@ -252,8 +242,6 @@ class Server:
                     self._hear(client, data)
             finally:
                 sender.cancel()
-                if (seat := self.room.seat_of(client)) is not None:
-                    self.tables[seat.number].leave()
                 self.room.leave(client)
 
     async def _greet(self, connection: ServerConnection) -> Hello | None:
@@ -267,36 +255,21 @@ class Server:
             return None
         return hello if hmac.compare_digest(hello.token.encode(), self.address.token.encode()) else None
 
-    def seat(self, client: Client, ticket: str, is_new: bool) -> None:
-        """Let a client play."""
-        seat = self.room.seat_of(client)
-        assert seat is not None
-        self.fleet.seated(seat.number)
-        self.tables[seat.number].seat(client, ticket, is_new)
-
-    def _cleared(self, seat: Seat[Client]) -> None:
-        table = self.tables[seat.number]
-        if self._drains is None:
-            table.clear()
-        else:  # what is kept of its world is for the next server
-            table.leave()
-
     @property
     def _playing(self) -> int:
-        return sum(seat.player is not None for seat in self.room.seats)
+        return sum(table.player is not None for table in self.tables)
 
-    def _admits(self, seat: Seat[Client]) -> bool:
+    def _admits(self, table: ServedTable) -> bool:
         """Whether all would still get their frames with one player more, by what passes took of late."""
-        beside = self.fleet.beside(seat.number)
-        if self._drains is not None or not beside:
+        if (engine := table.engine) is None:
             return False
-        held = sum(bool(self.room.seats[number].ticket) for number in beside)
+        held = sum(bool(other.ticket) for other in self.tables if other.engine is engine)
         if self._rate is None or not held:
             return True
-        figures = self.fleet.figures(seat.number)  # of what it takes since somebody was seated
+        figures = engine.figures  # of what it takes since somebody was seated
         if figures.measured < SETTLED:
             return False
-        is_full = time.monotonic() < self._full.get(min(beside), 0)
+        is_full = time.monotonic() < self._full.get(engine, 0)
         if not is_full and figures.p95 * (held + 1) / held <= SHARE / self._rate:
             return True
         self._refused += 1
@@ -304,47 +277,45 @@ class Server:
 
     def _shed(self, rate: float, now: float) -> None:
         """Put back who came last to an engine whose frames take too long with them."""
-        for number in self._engines():
-            figures = self.fleet.figures(number)
-            seats = [self.room.seats[beside] for beside in self.fleet.beside(number)]
-            played = (seat for seat in seats if seat.player is not None)
-            last = max(played, key=lambda seat: seat.taken, default=None)
-            alone = sum(bool(seat.ticket) for seat in seats) < 2
+        for engine in self._engines():
+            figures, tables = engine.figures, [table for table in self.tables if table.engine is engine]
+            played = (table for table in tables if table.player is not None)
+            last = max(played, key=lambda table: table.taken, default=None)
+            alone = sum(bool(table.ticket) for table in tables) < 2
             kept = figures.measured < PROVEN or figures.p95 * rate <= 1
             if last is None or alone or kept or now - last.taken > TRIAL_SECONDS:
                 continue
             self.room.put_back(last)
-            self.fleet.seated(number)
             self._put_back += 1
-            self._full[number] = now + TRIAL_SECONDS
+            self._full[engine] = now + TRIAL_SECONDS
 
     def drain(self) -> None:
         """Seat nobody any more, and end when all have left, or their time is over."""
         self._drains = time.monotonic() + self.limits.drain_seconds
+        self.room.is_closing = True
 
     def _look_around(self, now: float) -> None:
         """Once a second: whose time is over, and who is next."""
-        for seat in self.room.seats:
-            if (client := seat.player) is None:
+        for table in self.tables:
+            if (player := table.player) is None:
                 continue
-            left, why = self._left(seat, now)
+            left, why = self._left(table, now)
             if left <= 0:
-                self.room.clear(seat)
-                self.close_later(client.connection, _OVER, f"{why}; open the address again to play on")
+                self.room.clear(table)
+                player.close(_OVER, f"{why}; open the address again to play on")
             elif left <= WARNED_SECONDS:
-                client.send({"type": "ends", "seconds": round(left), "why": why})
+                player.send({"type": "ends", "seconds": round(left), "why": why})
         if self._rate is not None and self._drains is None:
             self._shed(self._rate, now)
         self.room.turn()
 
-    def _left(self, seat: Seat[Client], now: float) -> tuple[float, str]:
+    def _left(self, table: ServedTable, now: float) -> tuple[float, str]:
         """Seconds that a player has, and what ends them."""
-        heard, limits = self.tables[seat.number].heard, self.limits
-        ends = [(math.inf, "")]
+        limits, ends = self.limits, [(math.inf, "")]
         if limits.idle_seconds is not None:
-            ends.append((heard + limits.idle_seconds, "nothing was pressed for long"))
+            ends.append((table.heard + limits.idle_seconds, "nothing was pressed for long"))
         if limits.game_seconds is not None:
-            ends.append((seat.taken + limits.game_seconds, "the game was as long as games are here"))
+            ends.append((table.taken + limits.game_seconds, "the game was as long as games are here"))
         if self._drains is not None:
             ends.append((self._drains, "the server is being closed"))
         end, why = min(ends)
@@ -356,25 +327,22 @@ class Server:
             alive = self.fleet.is_alive
             return plain(HTTPStatus.OK if alive else HTTPStatus.SERVICE_UNAVAILABLE, f"alive {alive}\n")
         if path == "/ready":
-            seats = [seat for seat in self.room.seats if not seat.ticket and self.fleet.beside(seat.number)]
-            free = bool(seats) and self._drains is None
+            free = any(table.engine is not None and not table.ticket for table in self.tables)
+            free = free and self._drains is None
             return plain(HTTPStatus.OK if free else HTTPStatus.SERVICE_UNAVAILABLE, f"free seat {free}\n")
         return plain(HTTPStatus.OK, self._metrics(), OPEN_METRICS) if path == "/metrics" else None
 
-    def _engines(self) -> set[int]:
-        """The first table of each engine."""
-        groups = (self.fleet.beside(seat.number) for seat in self.room.seats)
-        return {min(group) for group in groups if group}
+    def _engines(self) -> set[Engine]:
+        return {table.engine for table in self.tables if table.engine is not None}
 
     def _metrics(self) -> str:
         """Figures as OpenMetrics 1.0 has them."""
-        room = self.room
-        engines = [self.fleet.figures(number) for number in self._engines()]
+        engines = [engine.figures for engine in self._engines()]
         p50, p95 = (max((getattr(one, name) for one in engines), default=0.0) for name in ("p50", "p95"))
         figures: tuple[tuple[str, str, str, float], ...] = (
-            ("seats", "gauge", "worlds that can be played", len(room.seats)),
+            ("seats", "gauge", "worlds that can be played", len(self.tables)),
             ("players", "gauge", "who plays", self._playing),
-            ("waiting", "gauge", "who waits", len(room.waiting)),
+            ("waiting", "gauge", "who waits", len(self.room.waiting)),
             ("frames", "counter", "decoded", sum(one.frames for one in engines)),
             ("refusals", "counter", "times a free seat was not given, to keep the rate", self._refused),
             ("put_back", "counter", "players on trial who were one too many", self._put_back),
@@ -391,25 +359,18 @@ class Server:
             lines.append(f"diagd_{name}{suffix} {value}")
         return "\n".join([*lines, "# EOF", ""])
 
-    def close_later(self, connection: ServerConnection, code: int, reason: str) -> None:
-        """Close a connection from outside of its own task."""
-        task = asyncio.ensure_future(connection.close(code, reason))
-        self._closings.add(task)
-        task.add_done_callback(self._closings.discard)
-
     def _hear(self, client: Client, data: str | bytes) -> None:
         """A message of a client; whatever it is, the server goes on."""
         try:
-            seat = self.room.seat_of(client)
-            table = None if seat is None else self.tables[seat.number]
+            table = self.room.table_of(client)
             if isinstance(data, bytes):
                 if table is not None:
-                    table.upload(client, data)
+                    table.upload(data)
                 return
             message = messages.parse(data)
             if isinstance(message, Ack):
                 client.seen(message.id)
             elif table is not None:
-                table.obey(client, message)
+                table.obey(message)
         except DiagdError as error:
             client.send({"type": "error", "text": without_paths(str(error))})

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -174,20 +175,47 @@ class Stage:
             self._fail(f"internal error: {type(error).__name__}")
 
 
+@dataclass(frozen=True)
+class Figures:
+    """Of one engine.
+
+    Attributes:
+        frames, late: decoded, and ticks that were missed, so far.
+        p50, p95: seconds of the passes and pictures of all, of late.
+        measured: frames that these are of, since somebody was seated.
+    """
+
+    frames: int = 0
+    late: int = 0
+    p50: float = 0.0
+    p95: float = 0.0
+    measured: int = 0
+
+
 class GameLoop(threading.Thread):
     """Plays stages until it is closed; frames that are due at about the same time share passes.
 
-    They are over the sessions of one group, or one alone. ``pacer`` is of what the passes and pictures of all
-    took, ``frames`` counts those of all so far.
+    They are over the sessions of one group, or one alone.
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         super().__init__(name="stage", daemon=True)
-        self.stages, self.pacer, self.frames = tuple(stages), Pacer(1.0), 0
+        self.stages, self._frames = tuple(stages), 0
+        self._pacer = Pacer(1.0)  # of what the passes and pictures of all take
         self._wake = threading.Event()
         self._closing = False
         for stage in self.stages:
             stage.wake = self._wake.set
+
+    @property
+    def figures(self) -> Figures:
+        """What it does and takes."""
+        pacer, late = self._pacer, sum(stage.pacer.late for stage in self.stages)
+        return Figures(self._frames, late, pacer.percentile(50), pacer.percentile(95), pacer.measured)
+
+    def forget(self) -> None:
+        """Another number plays: what it took before says nothing of what it takes now."""
+        self._pacer = Pacer(1.0)
 
     def close(self) -> None:
         """End after the frames that are decoded now, and close the games."""
@@ -222,7 +250,7 @@ class GameLoop(threading.Thread):
         except Exception as error:  # of the engine, which all share
             for stage in stages:
                 stage.stop(error)
-        self.pacer.add(time.perf_counter() - began)
+        self._pacer.add(time.perf_counter() - began)
 
     def _take(self, stage: Stage, event: Shown | Exception, began: float) -> None:
         """Show a frame, or stand still."""
@@ -233,5 +261,5 @@ class GameLoop(threading.Thread):
             stage.show(event)
         except Exception as error:
             stage.stop(error)
-        self.frames += 1
+        self._frames += 1
         stage.pacer.add(time.perf_counter() - began)

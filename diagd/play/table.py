@@ -9,7 +9,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -21,7 +20,7 @@ from diagd.play.controls import Inputs
 from diagd.play.game import Game, SavedGame, Shown
 from diagd.play.messages import Ack, Hello, Input, Message, without_paths
 from diagd.play.pictures import Pictures, picture_encoder
-from diagd.play.stage import GameLoop, Pacer, Stage
+from diagd.play.stage import Figures, GameLoop, Stage
 from diagd.runtime.actions import describe
 
 EVERY: Final = 60
@@ -52,31 +51,51 @@ class Player(Protocol):
     def show(self, number: int, update: bytes) -> None:
         """Send an update, unless a newer one comes before."""
 
+    def close(self, code: int, reason: str) -> None:
+        """End the connection; one that is far away is ended there."""
+        return
+
+
+class Engine(Protocol):
+    """What decodes the worlds of some tables in the same passes."""
+
+    @property
+    def figures(self) -> Figures:
+        """What it does and takes."""
+
+    def forget(self) -> None:
+        """Another number plays: what it took before says nothing of what it takes now."""
+
 
 class ServedTable(ABC):
     """What a server sees of a table, wherever its world is played.
 
     Attributes:
         size: height and width of its pictures.
+        engine: None while it has none.
         player: who plays; None: nobody.
-        heard: when they last held a key or said something (``time.monotonic``).
         ticket: of whose world it is; "": of nobody's.
+        taken, left: when it became theirs, and when they went away last (``time.monotonic``).
+        heard: when they last held a key or said something.
         keep: is given snapshots of its world, and None when it is nobody's, in any thread; None: nothing is.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
+        self.engine: Engine | None = None
         self.player: Player | None = None
-        self.heard, self.ticket = 0.0, ""
+        self.ticket, self.taken, self.left, self.heard = "", 0.0, 0.0, 0.0
         self.keep: Callable[[bytes | None], None] | None = None
 
-    @abstractmethod
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
-        """Let somebody play."""
+        """Let somebody play; ``is_new``: the world is to begin anew."""
+        self.player, self.heard, self.ticket = player, time.monotonic(), ticket
+        if self.engine is not None:
+            self.engine.forget()
 
-    @abstractmethod
     def leave(self) -> None:
         """Nobody plays any more."""
+        self.player = None
 
     def clear(self) -> None:
         """Its world is nobody's any more."""
@@ -85,16 +104,17 @@ class ServedTable(ABC):
         if self.keep is not None:
             self.keep(None)
 
-    @abstractmethod
     def take_up(self, saved: SavedGame, ticket: str) -> None:
         """Go on with a world that was played elsewhere, as its player comes back."""
+        self.ticket, self.taken = ticket, time.monotonic()
+        self.left = self.taken
 
-    @abstractmethod
-    def obey(self, player: Player, message: Message) -> None:
+    def obey(self, message: Message) -> None:
         """What the player says."""
+        self.heard = time.monotonic()
 
     @abstractmethod
-    def upload(self, player: Player, data: bytes) -> None:
+    def upload(self, data: bytes) -> None:
         """A picture of the world's size, as RGBA, to begin a world from."""
 
 
@@ -133,24 +153,24 @@ class Table(ServedTable):
 
     @override
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
+        super().seat(player, ticket, is_new)
         self._inputs.release()
-        self.player, self.heard, self.ticket = player, time.monotonic(), ticket
-        player.send(self._welcome(ticket))
+        player.send(self._welcome())
         if self._gallery is not None:
             player.send(self._gallery)
-        self._post(player, lambda: self._reset(self.game.prompts[0]) if is_new else self._look())
+        self._post(lambda: self._reset(self.game.prompts[0]) if is_new else self._look())
         self.stage.is_watched = True
         self.stage.wake()
 
     @override
     def leave(self) -> None:
-        self.player = None
+        super().leave()
         self._inputs.release()
         self.stage.is_watched = False
 
     @override
     def take_up(self, saved: SavedGame, ticket: str) -> None:
-        self.ticket = ticket
+        super().take_up(saved, ticket)
 
         def restore() -> None:
             try:
@@ -162,12 +182,12 @@ class Table(ServedTable):
 
         self.stage.post(restore)
 
-    def _welcome(self, ticket: str) -> dict[str, Any]:
+    def _welcome(self) -> dict[str, Any]:
         manifest, layout = self.game.bundle.manifest, self.game.session.layout
         return {
             "type": "welcome",
             "version": messages.VERSION,
-            "ticket": ticket,
+            "ticket": self.ticket,
             "name": manifest.name,
             "licence": manifest.licence,
             "size": self.size,
@@ -181,24 +201,24 @@ class Table(ServedTable):
         }
 
     @override
-    def obey(self, player: Player, message: Message) -> None:
-        self.heard = time.monotonic()
+    def obey(self, message: Message) -> None:
+        super().obey(message)
         if isinstance(message, Input):
             flown = self._inputs.autopilot
             self._inputs.update(message.keys, (message.dy, message.dx), message.axes, message.t)
             if flown and not self._inputs.autopilot:
-                self._post(player, lambda: None)
+                self._post(lambda: None)
             self.stage.wake()
         elif isinstance(message, messages.Playback):
             self.stage.mode = message.mode or self.stage.mode
             if self._paced and message.rate:
                 self.stage.pacer.asked = message.rate
-            self._post(player, lambda: None)
+            self._post(lambda: None)
         elif isinstance(message, messages.Autopilot):
             self._inputs.autopilot = message.on and self.game.session.acts
-            self._post(player, lambda: None)
+            self._post(lambda: None)
         elif not isinstance(message, Hello | Ack):
-            self._post(player, lambda: self._command(message))
+            self._post(lambda: self._command(message))
 
     def _command(self, message: messages.Command) -> None:
         """Move the world, in the stage's thread."""
@@ -233,30 +253,29 @@ class Table(ServedTable):
             self.stage.look(self.game.look())
 
     @override
-    def upload(self, player: Player, data: bytes) -> None:
+    def upload(self, data: bytes) -> None:
         height, width = self.size
-        if player is not self.player:
-            return
         if len(data) != height * width * 4:
             raise UsageError(f"a picture has {len(data)} bytes; expected RGBA of {width} x {height} pixels")
         pixels = np.frombuffer(data, np.uint8).reshape(1, height, width, 4)[..., :3]
         codec = self.game.view.codec
-        self._post(player, lambda: self._reset(codec.encode(np.ascontiguousarray(pixels))))
+        self._post(lambda: self._reset(codec.encode(np.ascontiguousarray(pixels))))
 
-    def _post(self, player: Player, command: Callable[[], object]) -> None:
-        """Run a command between two frames; its error goes to the client, and then how things stand."""
+    def _post(self, command: Callable[[], object]) -> None:
+        """Run a command between two frames; its error goes to the player, and then how things stand."""
 
         def run() -> None:
             try:
                 command()
             except DiagdError as error:
-                self._call(player.send, {"type": "error", "text": without_paths(str(error))})
-            self._call(player.send, self._state())
+                self._fail(str(error))
+            else:
+                self._call(self._send_player, self._state())
 
         try:
             self.stage.post(run)
         except UsageError as error:
-            player.send({"type": "error", "text": str(error)})
+            self._send_player({"type": "error", "text": str(error)})
 
     def _state(self) -> dict[str, Any]:
         game, stage = self.game, self.stage
@@ -335,25 +354,8 @@ class Table(ServedTable):
             self.loop.call_soon_threadsafe(function, *arguments)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Of one engine.
-
-    Attributes:
-        frames, late: decoded, and ticks that were missed, so far.
-        p50, p95: seconds of the passes and pictures of all, of late.
-        measured: frames that these are of, since somebody was seated.
-    """
-
-    frames: int = 0
-    late: int = 0
-    p50: float = 0.0
-    p95: float = 0.0
-    measured: int = 0
-
-
 class Fleet(Protocol):
-    """Tables, by number, wherever they are played."""
+    """Tables, wherever they are played."""
 
     tables: Sequence[ServedTable]
 
@@ -375,15 +377,6 @@ class Fleet(Protocol):
         """
         return
 
-    def beside(self, number: int) -> Sequence[int]:
-        """Tables on the engine of one, itself included; none where it has no engine now."""
-
-    def figures(self, number: int) -> Figures:
-        """Of the engine of a table."""
-
-    def seated(self, number: int) -> None:
-        """Another number plays: what its engine took before says nothing of what it takes now."""
-
     def metrics(self) -> Sequence[tuple[str, str, str, float]]:
         """Name, kind, meaning and value of further figures."""
         return ()
@@ -396,33 +389,21 @@ class LocalFleet(Fleet):
 
     def __init__(self, tables: Sequence[Table]) -> None:
         self.tables = tuple(tables)
-        self.game_loop = GameLoop([table.stage for table in self.tables])
+        self.engine = GameLoop([table.stage for table in self.tables])
+        for table in self.tables:
+            table.engine = self.engine
 
     @override
     @property
     def is_alive(self) -> bool:
-        return self.game_loop.is_alive()
+        return self.engine.is_alive()
 
     @override
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         for table in self.tables:
             table.open(loop)
-        self.game_loop.start()
+        self.engine.start()
 
     @override
     async def close(self) -> None:
-        await asyncio.to_thread(self.game_loop.close)
-
-    @override
-    def beside(self, number: int) -> Sequence[int]:
-        return range(len(self.tables))
-
-    @override
-    def figures(self, number: int = 0) -> Figures:
-        pacer, late = self.game_loop.pacer, sum(table.stage.pacer.late for table in self.tables)
-        p50, p95 = pacer.percentile(50), pacer.percentile(95)
-        return Figures(self.game_loop.frames, late, p50, p95, pacer.measured)
-
-    @override
-    def seated(self, number: int = 0) -> None:
-        self.game_loop.pacer = Pacer(1.0)
+        await asyncio.to_thread(self.engine.close)

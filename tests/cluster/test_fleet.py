@@ -74,7 +74,7 @@ def test_a_world_outlives_its_actor_and_its_node(nodes: Any, world: Path) -> Non
         known = plays(ann, "ArrowLeft", 13)
         worker = next(node for node in nodes.list_all_nodes() if node is not nodes.head_node)
         for key in ("ArrowUp", "ArrowDown"):
-            engine = table.engine
+            engine = table.home
             if engine.node == worker.node_id:
                 nodes.remove_node(worker, allow_graceful=False)
             else:

@@ -175,7 +175,7 @@ def test_a_slow_browser_gets_fresh_frames(tab: Tab, serve: Serve) -> None:
                 tab.evaluate(BUSY)
                 shown = tab.evaluate(KNOWN)
                 assert shown > 0
-                client = server.room.seats[0].player
+                client = server.tables[0].player
                 assert client is not None
                 assert len(client._unseen) <= 2
                 assert not client._texts

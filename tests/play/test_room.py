@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from typing_extensions import override
+
 from diagd.play.room import MAX_WAITING, Room
+from diagd.play.table import Player, ServedTable
 
 
 class Clock:
@@ -12,23 +17,37 @@ class Clock:
         return self.now
 
 
-class Somebody:
+class Place(ServedTable):
+    @override
+    def seat(self, player: Player, ticket: str, is_new: bool) -> None:
+        super().seat(player, ticket, is_new)
+        player.send({"seated": (ticket, is_new)})
+
+    @override
+    def upload(self, data: bytes) -> None: ...
+
+
+class Somebody(Player):
     def __init__(self) -> None:
         self.told: list[object] = []
 
-    def seated(self, ticket: str, is_new: bool) -> None:
-        self.told.append((ticket, is_new))
+    @override
+    def send(self, message: dict[str, Any] | bytes) -> None:
+        assert isinstance(message, dict)
+        self.told.append(message.get("seated") or message["place"])
 
-    def waits(self, place: int) -> None:
-        self.told.append(place)
+    @override
+    def show(self, number: int, update: bytes) -> None: ...
 
-    def put_out(self) -> None:
+    @override
+    def close(self, code: int, reason: str) -> None:
         self.told.append("out")
 
 
 def test_the_seat_goes_on_in_turn_and_is_held_for_a_minute() -> None:
     clock = Clock()
-    room: Room[Somebody] = Room(clock)
+    table = Place((1, 1))
+    room = Room([table], clock=clock)
     ann, ben, cid = Somebody(), Somebody(), Somebody()
     for guest in (ann, ben, cid):
         assert room.enter(guest, "")
@@ -44,7 +63,7 @@ def test_the_seat_goes_on_in_turn_and_is_held_for_a_minute() -> None:
     room.leave(again)
     clock.now = 59 + 60
     room.turn()
-    assert room.seats[0].player is ben
+    assert table.player is ben
     assert ben.told[-1][1] is True  # type: ignore[index]
     assert ben.told[-1][0] != ticket  # type: ignore[index]
     assert cid.told == [2, 1]
@@ -56,17 +75,18 @@ def test_the_seat_goes_on_in_turn_and_is_held_for_a_minute() -> None:
 
 
 def test_a_ticket_used_twice_puts_the_first_out() -> None:
-    room: Room[Somebody] = Room(Clock())
+    table = Place((1, 1))
+    room = Room([table], clock=Clock())
     ann, again = Somebody(), Somebody()
     room.enter(ann, "")
     room.enter(again, ann.told[0][0])  # type: ignore[index]
     assert ann.told[-1] == "out"
-    assert room.seats[0].player is again
+    assert table.player is again
     room.leave(ann)
-    assert room.seats[0].player is again
+    assert table.player is again
 
 
 def test_the_queue_is_bounded() -> None:
-    room: Room[Somebody] = Room(Clock())
+    room = Room([Place((1, 1))], clock=Clock())
     assert all(room.enter(Somebody(), "") for _ in range(MAX_WAITING + 1))
     assert not room.enter(Somebody(), "")

@@ -97,7 +97,7 @@ def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, t
         with player(url, ticket) as ann:
             assert ann.until(type="state")["settings"] == seed.model_dump(mode="json")
             assert ann.frame()["known"] > 5
-        server.room.clear(server.room.seats[0])
+        server.room.clear(server.tables[0])
         for _ in range(100):
             if not kept[0].exists():
                 break

@@ -77,30 +77,30 @@ def test_who_presses_nothing_gives_up_the_seat(serve: Serve) -> None:
 
 def test_nobody_is_seated_who_would_take_the_rate_from_others(serve: Serve) -> None:
     with serve(sessions=2, kept=1e5) as (url, server), player(url) as ann:
-        while server.fleet.figures(0).measured < SETTLED:
+        while server.tables[0].engine.figures.measured < SETTLED:
             ann.frame()
         with player(url) as ben:
             assert ben.until(type="waiting")["place"] == 1
-            assert server.room.seats[1].player is None
+            assert server.tables[1].player is None
             assert "diagd_refusals_total 0" not in told(url, "/metrics")[1]
             ann.frame()
 
 
 def test_who_came_last_waits_again_where_the_rate_is_lost(serve: Serve) -> None:
     with serve(sessions=2, kept=0.5) as (url, server), player(url) as ann:
-        while server.fleet.figures(0).measured < SETTLED:
+        while server.tables[0].engine.figures.measured < SETTLED:
             ann.frame()
         with player(url) as ben:
             ben.frame()
             server._rate = 1e5
-            while server.room.seats[1].player is not None:
+            while server.tables[1].player is not None:
                 ann.frame()
             assert ben.until(type="waiting")["place"] == 1
             assert "diagd_put_back_total 1" in told(url, "/metrics")[1]
             server._rate = 0.5  # that could be kept
             for _ in range(2 * SETTLED):
                 ann.frame()
-            assert server.room.seats[1].player is None
+            assert server.tables[1].player is None
 
 
 def test_a_server_that_drains_ends_with_its_last_player(serve: Serve) -> None:
