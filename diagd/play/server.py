@@ -23,8 +23,8 @@ from diagd.play import messages
 from diagd.play.messages import Ack, Hello, without_paths
 from diagd.play.room import Room
 from diagd.play.site import SOCKET, Answer, Site, cannot_listen, in_url, plain
-from diagd.play.stage import SHARE
-from diagd.play.table import Engine, Fleet, Player, ServedTable
+from diagd.play.stage import SHARE, Engine
+from diagd.play.table import Fleet, Player, ServedTable
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection

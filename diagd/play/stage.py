@@ -6,11 +6,12 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
+from typing_extensions import override
 
 from diagd.errors import DiagdError, UsageError
 from diagd.play.controls import Inputs
@@ -100,7 +101,7 @@ class Stage:
 
     The game loop's thread alone uses the game from its start on. ``show`` is called there, as part of the
     work of a frame, and ``fail`` with the text of an error that stopped the world. Nothing moves unless it
-    ``is_watched``; ``wake`` is called when something may have made a frame due.
+    ``is_watched``; ``wake`` is called when something may have made a frame due; ``frames`` counts them.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Stage:
     ) -> None:
         self.game, self.inputs, self.pacer = game, inputs, Pacer(rate)
         self.mode: Mode = "live"
-        self.is_watched = False
+        self.is_watched, self.frames = False, 0
         self.wake: Callable[[], object] = lambda: None
         self._show, self._fail = show, fail
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue(MAX_COMMANDS)
@@ -152,17 +153,20 @@ class Stage:
             return None
         return 0.0 if self.inputs.has_changed else self.pacer.delay()
 
-    def run(self) -> Run[Shown | Exception]:
-        """The next frame; an error is what it comes to as well."""
+    def run(self) -> Run[None]:
+        """Passes of the next frame, which is shown; an error stops the world."""
+        began = time.perf_counter()
         self.pacer.tick()
         try:
-            yield from self.game.play(self.inputs.take, self.inputs.newer)
+            for event in self.game.play(self.inputs.take, self.inputs.newer):
+                if isinstance(event, int):
+                    yield event
+                else:
+                    self.frames += 1
+                    self._show(event.pictures, event)
+                    self.pacer.add(time.perf_counter() - began)
         except Exception as error:
-            yield error
-
-    def show(self, shown: Shown) -> None:
-        """Show a frame."""
-        self._show(shown.pictures, shown)
+            self.stop(error)
 
     def stop(self, error: Exception) -> None:
         """Stand still and say why."""
@@ -192,7 +196,18 @@ class Figures:
     measured: int = 0
 
 
-class GameLoop(threading.Thread):
+class Engine(Protocol):
+    """What decodes worlds in the same passes."""
+
+    @property
+    def figures(self) -> Figures:
+        """What it does and takes."""
+
+    def forget(self) -> None:
+        """Another number plays: what it took before says nothing of what it takes now."""
+
+
+class GameLoop(threading.Thread, Engine):
     """Plays stages until it is closed; frames that are due at about the same time share passes.
 
     They are over the sessions of one group, or one alone.
@@ -200,21 +215,22 @@ class GameLoop(threading.Thread):
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         super().__init__(name="stage", daemon=True)
-        self.stages, self._frames = tuple(stages), 0
+        self.stages = tuple(stages)
         self._pacer = Pacer(1.0)  # of what the passes and pictures of all take
         self._wake = threading.Event()
         self._closing = False
         for stage in self.stages:
             stage.wake = self._wake.set
 
+    @override
     @property
     def figures(self) -> Figures:
-        """What it does and takes."""
+        frames = sum(stage.frames for stage in self.stages)
         pacer, late = self._pacer, sum(stage.pacer.late for stage in self.stages)
-        return Figures(self._frames, late, pacer.percentile(50), pacer.percentile(95), pacer.measured)
+        return Figures(frames, late, pacer.percentile(50), pacer.percentile(95), pacer.measured)
 
+    @override
     def forget(self) -> None:
-        """Another number plays: what it took before says nothing of what it takes now."""
         self._pacer = Pacer(1.0)
 
     def close(self) -> None:
@@ -241,25 +257,11 @@ class GameLoop(threading.Thread):
 
     def _play(self, stages: Sequence[Stage]) -> None:
         began, passes = time.perf_counter(), stages[0].game.session.passes
-        lanes = {stage.game.session.lane: stage for stage in stages}
-        runs = {lane: stage.run() for lane, stage in lanes.items()}
-        found: Iterator[tuple[int, Shown | Exception]] = lock_step(passes, runs, in_phase=False)
+        runs = {stage.game.session.lane: stage.run() for stage in stages}
         try:
-            for lane, event in found:  # not in phase: each has a decoder of its own
-                self._take(lanes[lane], event, began)
+            for _ in lock_step(passes, runs, in_phase=False):  # each has a decoder of its own
+                pass
         except Exception as error:  # of the engine, which all share
             for stage in stages:
                 stage.stop(error)
         self._pacer.add(time.perf_counter() - began)
-
-    def _take(self, stage: Stage, event: Shown | Exception, began: float) -> None:
-        """Show a frame, or stand still."""
-        if isinstance(event, Exception):
-            stage.stop(event)
-            return
-        try:
-            stage.show(event)
-        except Exception as error:
-            stage.stop(error)
-        self._frames += 1
-        stage.pacer.add(time.perf_counter() - began)

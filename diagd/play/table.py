@@ -20,7 +20,7 @@ from diagd.play.controls import Inputs
 from diagd.play.game import Game, SavedGame, Shown
 from diagd.play.messages import Ack, Hello, Input, Message, without_paths
 from diagd.play.pictures import Pictures, picture_encoder
-from diagd.play.stage import Figures, GameLoop, Stage
+from diagd.play.stage import Engine, GameLoop, Stage
 from diagd.runtime.actions import describe
 
 EVERY: Final = 60
@@ -54,17 +54,6 @@ class Player(Protocol):
     def close(self, code: int, reason: str) -> None:
         """End the connection; one that is far away is ended there."""
         return
-
-
-class Engine(Protocol):
-    """What decodes the worlds of some tables in the same passes."""
-
-    @property
-    def figures(self) -> Figures:
-        """What it does and takes."""
-
-    def forget(self) -> None:
-        """Another number plays: what it took before says nothing of what it takes now."""
 
 
 class ServedTable(ABC):

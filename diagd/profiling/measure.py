@@ -245,7 +245,7 @@ def measure(
             with run.timeline.stage(ENCODE):
                 size = (pixels.spec.height, pixels.spec.width)
                 writer = opened.enter_context(VideoWriter(video, 10.0, size, pixels.mark))
-        for tokens in _frames(session, _counted(marked, advance), run, clock):
+        for tokens in _frames(session, marked, run, clock, advance):
             pending.append(tokens)
             if len(pending) == latents or len(run.decoded) == frames:
                 _show(run, pixels, writer, pending)
@@ -280,32 +280,27 @@ def nvtx_ranges(steps: Steps, widths: Iterable[int]) -> Steps:
     yield from steps
 
 
-def _counted(by_frame: Iterator[Steps], advance: Callable[[int], object]) -> Iterator[Steps]:
-    """The same steps, reported now and then: a call for every one would be part of the run's time."""
-    reported, count = time.perf_counter(), 0
+def _frames(
+    session: Session,
+    by_frame: Iterator[Steps],
+    run: Measured,
+    clock: StepClock,
+    advance: Callable[[int], object],
+) -> Iterator[Int]:
+    """Tokens [rows, columns] of each frame as soon as they are there, and what it took beside its steps.
 
-    def counted(steps: Steps) -> Steps:
-        nonlocal reported, count
-        for step, result in steps:
-            yield step, result
-            count += 1
-            if result.time.began > reported + SECONDS:
-                advance(count)
-                reported, count = result.time.began, 0
-
-    yield from map(counted, by_frame)
-    advance(count)
-
-
-def _frames(session: Session, by_frame: Iterator[Steps], run: Measured, clock: StepClock) -> Iterator[Int]:
-    """Tokens [rows, columns] of each frame as soon as they are there, and what it took beside its steps."""
+    Steps are reported now and then: a call for every one would be part of the run's time.
+    """
     stream, asked = session.stream, time.perf_counter()
-    known, begun, count = stream.known, stream.begun, 0
+    known, begun, count, reported, told = stream.known, stream.begun, 0, asked, 0
     for steps in by_frame:
         for _, result in steps:
             run.first_steps += [count] * (stream.begun - begun)
             begun, count = stream.begun, count + 1
             clock.add(result.time)
+            if result.time.began > reported + SECONDS:
+                advance(count - told)
+                reported, told = result.time.began, count
         for frame in range(known, stream.known):
             decoded = time.perf_counter()
             run.decoded.append(decoded)
@@ -313,6 +308,7 @@ def _frames(session: Session, by_frame: Iterator[Steps], run: Measured, clock: S
             yield stream.frame(frame)
             asked = time.perf_counter()
         known = stream.known
+    advance(count - told)
 
 
 def _add_frame(run: Measured, clock: StepClock, asked: float, decoded: float) -> None:
