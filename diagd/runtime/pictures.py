@@ -199,13 +199,18 @@ class _Reader:
 
 
 def _turn(frame: Any, exif: int) -> tuple[int, bool]:
-    """Quarter turns against the clock that a decoded frame is shown after, and whether it is mirrored then.
-
-    FFmpeg tells the angle of videos; of images it tells no mirroring, which the ``exif`` orientation does.
-    """
+    """Quarter turns against the clock that a decoded frame is shown after; whether it is mirrored then."""
     if exif in _TURNS:
         return _TURNS[exif]
-    return round(getattr(frame, "rotation", 0) / 90) % 4, False
+    quarters = round(getattr(frame, "rotation", 0) / 90) % 4
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV names no EXIF data, which were read already
+        matrix = None
+    across, down, _, over, along = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
+    if float(across) * along >= float(down) * over:
+        return quarters, False
+    return (2 - quarters) % 4, True  # the angle is that of the first column, which the mirror turned as well
 
 
 def _orientation(path: Path) -> int:
@@ -232,10 +237,11 @@ def _across(size: tuple[int, int], quarters: int) -> tuple[int, int]:
 
 def _decode(av: ModuleType, path: Path) -> Iterator[tuple[Any, Fraction]]:
     """Decoded frames, and how many times as wide as high their pixels are."""
-    with av.open(f"file:{path}") as container:
-        if not container.streams.video:
+    # of an image, FFmpeg would take '%d' in the name for the numbers of others
+    with av.open(f"file:{path}", options={"pattern_type": "none"}) as container:
+        last, stream = None, container.streams.best("video")
+        if stream is None:
             raise UsageError(f"{path} holds no picture; expected a video or an image")
-        last, (stream, *_) = None, container.streams.video
         if stream.codec_context is None:  # FFmpeg knows the container, but no decoder
             raise UsageError(
                 f"{path} holds pictures of a kind that cannot be decoded; save it as .png or .mp4"
@@ -275,10 +281,10 @@ def load_av() -> ModuleType:
 
 @contextmanager
 def reporting(av: ModuleType, failure: str, remedy: str) -> Iterator[None]:
-    """Turn an error of FFmpeg into one line."""
+    """Turn an error of FFmpeg, or of a disk, into one line."""
     try:
         yield
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:
         raise UsageError(f"{failure}: {error.strerror or error}; {remedy}") from error
 
 

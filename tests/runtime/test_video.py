@@ -104,6 +104,29 @@ def test_images_of_a_folder_come_by_number_and_what_is_none_is_left_out(tmp_path
     assert np.array_equal(read_images(tmp_path, SIZE, frames=9), pictures)
 
 
+@pytest.mark.parametrize("name", ["shot%03d.png", "a%d.png", "shot[0-9]*.png"])
+def test_a_name_is_no_pattern(name: str, tmp_path: Path) -> None:
+    one, other = tiles(2)
+    for number in ("shot000.png", "a1.png"):
+        write_image(tmp_path / number, other)
+    path = write_image(tmp_path / "one.png", one).rename(tmp_path / name)
+    np.testing.assert_array_equal(read_frames(path), [one])
+
+
+def test_of_several_videos_the_one_that_players_show(tmp_path: Path) -> None:
+    frames = tiles(3)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        streams = [container.add_stream("ffv1", rate=10) for _ in range(2)]
+        for stream in streams:
+            stream.height, stream.width, stream.pix_fmt = *SIZE, "bgr0"
+        streams[1].disposition = av.stream.Disposition.default
+        for stream, shown in zip(streams, (255 - frames, frames), strict=True):
+            for picture in shown:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    np.testing.assert_array_equal(read_frames(tmp_path / "a.mkv", SIZE), frames)
+
+
 def test_only_the_last_frames(tmp_path: Path) -> None:
     path = write(tmp_path / "walk.gif", tiles(9))
     whole = read_frames(path)
@@ -298,23 +321,6 @@ def test_colours_are_right_as_a_player_decodes_them(height: int, tmp_path: Path)
     assert np.abs(read_frames(path)[1, height // 2, 32::64].astype(int) - SATURATED).max() <= 3
 
 
-def test_a_turned_video_is_read_as_it_is_shown(tmp_path: Path) -> None:
-    picture = np.zeros((2, 72, 96, 3), np.uint8)
-    picture[:, :36] = 255
-    data = bytearray(write(tmp_path / "a.mp4", picture).read_bytes())
-    at = data.find(b"tkhd") + 44
-    one = 1 << 16
-    for matrix, size in (
-        ((-one, 0, 0, 0, -one, 0, 96 * one, 72 * one), (72, 96)),
-        ((0, one, 0, -one, 0, 0, 72 * one, 0), (96, 72)),
-    ):
-        data[at : at + 36] = struct.pack(">9i", *matrix, 1 << 30)
-        (tmp_path / "turned.mp4").write_bytes(data)
-        seen = read_frames(tmp_path / "turned.mp4", size)[0].astype(int)
-        shown = np.rot90(picture[0], 2 if size == (72, 96) else -1)
-        assert np.abs(seen - shown).mean() < 5
-
-
 TURNED = {
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
@@ -325,6 +331,32 @@ TURNED = {
     7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
     8: np.rot90,
 }
+
+
+MATRICES = {
+    1: (1, 0, 0, 1),
+    2: (-1, 0, 0, 1),
+    3: (-1, 0, 0, -1),
+    4: (1, 0, 0, -1),
+    5: (0, 1, 1, 0),
+    6: (0, 1, -1, 0),
+    7: (0, -1, -1, 0),
+    8: (0, -1, 1, 0),
+}
+"""Where a container of each orientation says that a step to the right goes, and a step down: across, down."""
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_a_turned_video_is_read_as_it_is_shown(orientation: int, tmp_path: Path) -> None:
+    picture = np.zeros((2, 72, 96, 3), np.uint8)
+    picture[:, :36, :80] = 255
+    data = bytearray(write(tmp_path / "a.mp4", picture).read_bytes())
+    at, (a, b, c, d) = data.find(b"tkhd") + 44, (number << 16 for number in MATRICES[orientation])
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(data)
+    shown = TURNED[orientation](picture[0])
+    seen = read_frames(tmp_path / "turned.mp4", shown.shape[:2])[0].astype(int)
+    assert np.abs(seen - shown).mean() < 5
 
 
 @pytest.mark.parametrize("orientation", TURNED)
