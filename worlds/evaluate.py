@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -120,6 +120,7 @@ class Evaluation:
         random = np.random.default_rng(options.seed)
         self.windows = _pick(recording, options.windows, options.window_frames, random)
         self.truth = _pick(recording, options.rollouts, options.prompt + options.frames, random)
+        self._rolled: dict[Schedule, Streams] = {}
         self.baseline = model.nll(self.windows, Schedule.next_token(model.layout))
         self._axes = principal_axes(parts(recording.streams.astype(np.int64), model.layout)[0], model.codes)
 
@@ -127,7 +128,7 @@ class Evaluation:
         """Measure one schedule; also returns the rollouts, int64 [B, N]."""
         options, model = self.options, self.model
         nll = model.nll(self.windows, schedule)
-        rolled = self._roll_out(schedule)
+        rolled = self.rollouts([schedule])[0]
         scores = Scores(
             name=name,
             k=schedule.k,
@@ -151,7 +152,7 @@ class Evaluation:
             generated_nll=Estimate.of(_row_means(likelihood[:, generated])),
             geometry=self.geometry_scores(rolled),
             truth=self._compare(rolled),
-            ntp_match=Estimate.of(self._match(rolled, self._baseline_rollouts)),
+            ntp_match=Estimate.of(self._match(rolled, self.rollouts([Schedule.next_token(layout)])[0])),
             recovered=self.recovered(rolled),
         )
 
@@ -162,17 +163,13 @@ class Evaluation:
         _, right = self.probe.read(Transitions.of(rolled, self.model.layout, self.options.prompt))
         return Estimate.of(right.reshape(len(rolled), -1).mean(1))
 
-    def _roll_out(self, schedule: Schedule) -> Streams:
-        is_baseline = schedule == Schedule.next_token(self.model.layout)
-        return self._baseline_rollouts if is_baseline else self._decoded(schedule)
-
-    def _decoded(self, schedule: Schedule) -> Streams:
-        options = self.options
-        return self.model.roll_out(self.truth, options.prompt, schedule, options.sampling, options.seed)
-
-    @cached_property
-    def _baseline_rollouts(self) -> Streams:
-        return self._decoded(Schedule.next_token(self.model.layout))
+    def rollouts(self, schedules: Sequence[Schedule]) -> list[Streams]:
+        """Rollouts [B, N] by some orders, each made once; those that are asked for together share prompts."""
+        options, new = self.options, [order for order in schedules if order not in self._rolled]
+        if new:
+            made = self.model.roll_out(self.truth, options.prompt, new, options.sampling, options.seed)
+            self._rolled |= zip(new, made, strict=True)
+        return [self._rolled[order] for order in schedules]
 
     def gap(self, schedule: Schedule) -> Estimate:
         """Teacher-forced likelihood gap to next-token prediction, paired by window, nats per token."""
@@ -270,7 +267,8 @@ def measure_drift(
     known = evaluation.truth[:count].reshape(count, -1, layout.frame_length)
     streams[:, :prompt] = known[:, :prompt]
     streams[:, prompt:, 0] = model.codes + actions
-    rolled = model.roll_out(streams.reshape(count, -1), prompt, schedule, options.sampling, options.seed)
+    streams = streams.reshape(count, -1)
+    rolled = model.roll_out(streams, prompt, [schedule], options.sampling, options.seed)[0]
     drift, liveliness = Drift([], []), evaluation.liveliness
     ends = np.linspace(prompt, prompt + frames, stretches + 1).astype(int)
     for start, end in pairwise(ends.tolist()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from operator import itemgetter
 from pathlib import Path
@@ -50,9 +50,14 @@ class WorldModel(Protocol):
         """Teacher-forced negative log-likelihood by position [B, N], nats; NaN in the first frame."""
 
     def roll_out(
-        self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
-    ) -> Streams:
-        """The streams with every cell behind the ``prompt`` first frames decoded."""
+        self,
+        streams: Streams,
+        prompt: int,
+        schedules: Sequence[Schedule],
+        sampling: SamplingSettings,
+        seed: int,
+    ) -> list[Streams]:
+        """The streams with every cell behind the ``prompt`` first frames decoded, by each of some orders."""
 
     def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         """Frames uint8 [T, H, W, 3] of tokens [T, h, w]."""
@@ -90,11 +95,16 @@ class TorchModel:
         return forced_nll(self._model, passes, streams, 0)
 
     def roll_out(
-        self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
-    ) -> Streams:
+        self,
+        streams: Streams,
+        prompt: int,
+        schedules: Sequence[Schedule],
+        sampling: SamplingSettings,
+        seed: int,
+    ) -> list[Streams]:
         """All streams at once."""
-        window = self.context_frames
-        return roll_out(self._model, streams, prompt, schedule, sampling, seed=seed, window=window)
+        once = partial(roll_out, self._model, streams, prompt, seed=seed, window=self.context_frames)
+        return [once(schedule, sampling) for schedule in schedules]
 
     def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         """By the world's decoder."""
@@ -151,13 +161,27 @@ class BundleModel:
         return result
 
     def roll_out(
-        self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
-    ) -> Streams:
-        """Several streams at once, where the engine has as many; the tokens of raster order in few passes."""
-        seeds = range(seed, seed + len(streams))
-        in_order = schedule == Schedule.next_token(self.layout)
-        decoder = JacobiDecoder(VERIFIED) if in_order else ScheduledDecoder(schedule)
-        return roll_out_on_engine(self._group, streams, prompt, decoder, sampling, seeds)
+        self,
+        streams: Streams,
+        prompt: int,
+        schedules: Sequence[Schedule],
+        sampling: SamplingSettings,
+        seed: int,
+    ) -> list[Streams]:
+        """Several streams at once, where the engine has as many, by all orders: their prompts are fed once.
+
+        The tokens of raster order take few passes.
+        """
+        made, lanes = [streams.copy() for _ in schedules], len(self._group.sessions)
+        raster = Schedule.next_token(self.layout)
+        for first in range(0, len(streams), lanes):
+            part, seeds = slice(first, first + lanes), range(seed + first, seed + len(streams))
+            for schedule, rolled in zip(schedules, made, strict=True):
+                decoder = JacobiDecoder(VERIFIED) if schedule == raster else ScheduledDecoder(schedule)
+                rolled[part] = roll_out_on_engine(
+                    self._group, streams[part], prompt, decoder, sampling, seeds
+                )
+        return made
 
     @cached_property
     def _group(self) -> Group:
@@ -194,7 +218,7 @@ class ModelWorker:
         schedule = Schedule.parse(order, self._model.layout)
         if sampling is None:
             return self._model.nll(streams, schedule)
-        return self._model.roll_out(streams, prompt, schedule, sampling, seed)
+        return self._model.roll_out(streams, prompt, [schedule], sampling, seed)[0]
 
 
 class ParallelModel(WorldModel):
@@ -206,23 +230,29 @@ class ParallelModel(WorldModel):
 
     @override
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
-        return self._do(Passes(streams, schedule.name))
+        return self._do([Passes(streams, schedule.name)])[0]
 
     @override
     def roll_out(
-        self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
-    ) -> Streams:
-        return self._do(Passes(streams, schedule.name, sampling, prompt, seed))
+        self,
+        streams: Streams,
+        prompt: int,
+        schedules: Sequence[Schedule],
+        sampling: SamplingSettings,
+        seed: int,
+    ) -> list[Streams]:
+        return self._do([Passes(streams, order.name, sampling, prompt, seed) for order in schedules])
 
     @override
     def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         return self._model.pixels(tokens)
 
-    def _do(self, passes: Passes) -> NDArray[Any]:
-        """In parts, whose streams draw with the seeds that they have in the whole."""
-        streams, seed = passes.streams, passes.seed
+    def _do(self, orders: Sequence[Passes]) -> list[NDArray[Any]]:
+        """In parts, whose streams draw with the seeds that they have in the whole; a part by all orders."""
         items = [
-            passes._replace(streams=streams[first : first + TOGETHER], seed=seed + first)
-            for first in range(0, len(streams), TOGETHER)
+            passes._replace(streams=passes.streams[first : first + TOGETHER], seed=passes.seed + first)
+            for first in range(0, len(orders[0].streams), TOGETHER)
+            for passes in orders
         ]
-        return np.concatenate([result for _, result in sorted(self._workers.map(items), key=itemgetter(0))])
+        results = [result for _, result in sorted(self._workers.map(items), key=itemgetter(0))]
+        return [np.concatenate(results[number :: len(orders)]) for number in range(len(orders))]

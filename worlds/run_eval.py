@@ -54,6 +54,8 @@ def _score(run: EvalRun, model: WorldModel, report: Report) -> list[Scores]:
     evaluation = _evaluation(run, model)
     report("a probe of the actions")
     evaluation.probe, probed = fit_probe(model, run.data, run.geometry, run.probe_steps, run.options.seed)
+    report("rollouts")
+    evaluation.rollouts(orders)
     scores, rollouts, drift, learned = [], {"truth": evaluation.truth}, {}, {}
     for schedule in orders:
         name = schedule.name

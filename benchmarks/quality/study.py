@@ -287,8 +287,11 @@ def size_figures(evaluation: Evaluation, name: str, report: Report) -> tuple[Siz
     layout = evaluation.model.layout
     gaps = [_gap_row(evaluation, schedule, report) for schedule in diagonal_schedules(layout)]
     scores, sheet = [], {"truth": pictures(evaluation.model, evaluation.truth[:1])[0]}
-    for schedule in [Schedule.next_token(layout), *diagonal_schedules(layout)]:
-        report(f"{name}: rollouts of {schedule.name}")
+    schedules = [Schedule.next_token(layout), *diagonal_schedules(layout)]
+    report(f"{name}: rollouts")
+    evaluation.rollouts(schedules)
+    for schedule in schedules:
+        report(f"{name}: {schedule.name}")
         score, rolled = evaluation.score(schedule.name, schedule)
         scores.append(score)
         sheet[score.name] = pictures(evaluation.model, rolled[:1])[0]

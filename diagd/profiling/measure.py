@@ -194,7 +194,8 @@ class Workload:
     text: Float | None
 
     def start(self, session: Session, frames: int) -> Int | None:
-        """Start a session at the prompt; gives the actions of so many frames."""
+        """Start a session at the prompt, to be fed; gives the actions of so many frames."""
+        session.stream.forget()
         session.start(self.prompt, self.prompt_actions, self.text)
         return None if self.actions is None else self.actions[:frames]
 

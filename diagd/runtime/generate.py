@@ -17,7 +17,7 @@ import numpy as np
 from diagd.bundle import Bundle, Manifest
 from diagd.bundle.manifest import MediaMark
 from diagd.bundle.targets import check_apart, file_target
-from diagd.engines.engine import Float, Int
+from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.progress import Progress
 from diagd.runtime.actions import write_actions
@@ -239,11 +239,9 @@ class _Maker:
         clip = read_clip(job.clip, self.manifest, pixels, self.options.session.window)
         count = _frames(self.options, self.manifest, job.clip, clip)
         text = job.condition.embeddings(self.manifest, self._encode_text)
-        self.session.start(clip.tokens, clip.led, text)
-        if self.decoder is None:
-            self.decoder = self._draft(clip)
         for n, path in todo:
-            self._return(clip, text)
+            self.session.start(clip.tokens, clip.led, text)
+            self.decoder = self.decoder or self._draft(clip)
             yield _Future(self, clip, count, self.options.sampling.seed + n, path).make()
 
     def _draft(self, clip: Clip) -> Decoder:
@@ -253,15 +251,6 @@ class _Maker:
         scorer = open_scorer(drafts.score, session, clip.actions(MEASURED), pixels, self.settings)
         drafter = drafts.open(self.bundle, session.window, self.options.session.cpu, self._stack)
         return drafts.decoder(drafter, self.options.tau, scorer)
-
-    def _return(self, clip: Clip, text: Float | None) -> None:
-        """Go back to the prompt, whose rows are in the cache as long as the window has not slid."""
-        stream = self.session.stream
-        made = stream.known - len(clip.tokens)
-        if self.options.beyond == "stream" and made < len(stream.past):
-            stream.rewind(made)
-        else:
-            self.session.start(clip.tokens, clip.led, text)
 
 
 def _mark(options: GenerateOptions, manifest: Manifest) -> MediaMark | None:

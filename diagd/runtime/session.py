@@ -116,7 +116,7 @@ class Session:
         self._stream = stream
 
     def start(self, frames: Ids, actions: Ids | None = None, text: Float | None = None) -> None:
-        """Forget everything and take a prompt.
+        """Take a prompt and forget all else; rows that are there of it are not built again.
 
         See ``Stream.start``; ``text`` is float32 [n, width], embeddings for models that attend to a text.
 
@@ -125,6 +125,8 @@ class Session:
         """
         check_text(self._text, text, self.manifest.name)
         self._run += 1
+        if not np.array_equal(np.asarray(text), np.asarray(self._stream.text)):
+            self._stream.forget()
         self._stream.start(frames, actions)
         self._stream.text = text
 

@@ -7,6 +7,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat, takewhile
 from typing import Any, Final, TypedDict
 
 import numpy as np
@@ -60,6 +61,13 @@ class Past:
     order: Schedule | None
     origin: int
 
+    def is_given(self, tokens: Ids, led: Ids | tuple[()]) -> bool:
+        """Whether its rows are those of a frame of a prompt, with these tokens and ids leading to it."""
+        ids = np.reshape(led, -1)
+        ids = ids[len(ids) - len(self.actions) :]
+        same = np.array_equal(self.tokens, tokens) and np.array_equal(self.actions, ids)
+        return self.order is None and same
+
 
 class Stream:
     """What decoders see of a world, and all that is kept of it; K/V rows are the session's.
@@ -75,7 +83,7 @@ class Stream:
     Attributes:
         tokens: int32, by place of ``places``.
         prompt: frames that were given; later ones are decoded.
-        beginnings: how often the stream was started or restored.
+        beginnings: how often the stream forgot all.
         known: frames that are complete.
         begun: frames that have begun; those between ``known`` and ``begun`` are in flight.
         origin: first frame of the flight: the last one that began with none under way.
@@ -129,7 +137,7 @@ class Stream:
         self._asked: int | None = None  # the frame that ``action`` leads to
 
     def start(self, frames: Ids, actions: Ids | None = None) -> None:
-        """Forget everything and take a prompt.
+        """Take a prompt and forget all else; it goes back to what it began with of it, whose rows stay.
 
         Args:
             frames: int32 [P, rows, columns], P at least 1 and below the window.
@@ -144,14 +152,26 @@ class Stream:
             raise UsageError(
                 f"the prompt has {len(frames)} frames and {len(actions)} actions; give one a frame"
             )
-        self._forget()
+        if alike := self._alike(frames, actions):
+            self.return_to(alike, list(self.past)[:alike])
+        else:
+            self.forget()
+        fed, self.origin = self.fed, 0
         self.write(0, self._prefix)
-        for index, frame in enumerate(frames):
+        for index in range(alike, len(frames)):
             self._lead(index, None if actions is None else actions[index])
-            self.write(self.layout.first_cell(index), np.reshape(frame, -1))
+            self.write(self.layout.first_cell(index), np.reshape(frames[index], -1))
             self.begun += 1
             self.complete(None)
-        self.prompt, self.fed = len(frames), 0
+            self.fed = fed
+        self.prompt = len(frames)
+
+    def _alike(self, frames: Ids, actions: Ids | None) -> int:
+        """How many frames of a prompt it began with, their rows those of raster order."""
+        if self.known > len(self.past):
+            return 0
+        given = zip(self.past, frames, repeat(()) if actions is None else actions, strict=False)
+        return sum(1 for _ in takewhile(lambda frame: frame[0].is_given(*frame[1:]), given))
 
     def check_prompt(self, frames: Ids) -> None:
         """Refuse (UsageError) token frames that the stream cannot start from."""
@@ -167,7 +187,8 @@ class Stream:
             )
         self._check("the prompt", frames)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Be as when it was new: a prompt that it had before is fed again."""
         self.beginnings += 1
         self.known = self.begun = self.origin = self.fed = 0
         self.tokens[:] = 0
@@ -363,7 +384,7 @@ class Stream:
     def restore(self, snapshot: bytes) -> None:
         """Become the stream of a snapshot; UsageError where it is none, or of a model with another layout."""
         head, arrays, past = _read(snapshot, self.layout)
-        self._forget()
+        self.forget()
         self.past.extend(past)
         self.known, self.prompt = int(head["known"]), int(head["prompt"])
         self.begun = self.known

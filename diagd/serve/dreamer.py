@@ -77,7 +77,6 @@ class Dreamer(threading.Thread):
         self._results: dict[str, tuple[float, list[Dreamt]]] = {}  # by job: since when, and what
         self._change = threading.Condition()
         self._closing = False
-        self._behind: Context | None = None
 
     def order(self, jobs: Sequence[Job]) -> int:
         """Queue jobs; returns how many wait then.
@@ -126,12 +125,11 @@ class Dreamer(threading.Thread):
             try:
                 self._dream(job)
             except DiagdError as error:
-                self._behind = None
                 _LOG.warning("a dream was given up: %s", error)
 
     def _dream(self, job: Job) -> None:
         context, session = job.context, self._session
-        self._begin(context)
+        session.start(context.tokens, context.led)
         action = context.done[0]
         for index in range(context.steps):
             if self._closing or job.name in self._cancelled:
@@ -143,16 +141,6 @@ class Dreamer(threading.Thread):
                 action = session.act(sampling=context.settings, seed=job.seed)
             (picture,) = self._pixels.decode([frame.tokens])
             self._add(Dreamt(job.name, index, picture, frame.tokens, action))
-
-    def _begin(self, context: Context) -> None:
-        """Stand behind a context, whose rows are there as long as the window has not slid."""
-        stream = self._session.stream
-        made = stream.known - len(context.tokens)
-        if context is self._behind and made < len(stream.past):
-            stream.rewind(made)
-        else:
-            self._session.start(context.tokens, context.led)
-        self._behind = context
 
     def _add(self, dreamt: Dreamt) -> None:
         with self._change:

@@ -71,12 +71,13 @@ def test_tokens_equal_the_released_code(
         [stream[LAYOUT.first_cell(f) : LAYOUT.first_cell(f) + LAYOUT.cells] for f in range(prompt)]
     )
     leading = np.stack([np.zeros(LAYOUT.after, np.int64), *blocks]).astype(np.int32)
-    session.start(prompts.reshape(-1, LAYOUT.rows, LAYOUT.columns).astype(np.int32), leading[:prompt])
-    decoded = session.generate(
-        FRAMES, leading[prompt:], schedule=released_schedule(mode, k, SEEDS[policy]), sampling=GREEDY
-    )
-    np.testing.assert_array_equal(np.stack([frame.tokens for frame in decoded]), released.tokens)
-    assert session.timing.steps == released.calls
+    for turn in (1, 2):  # the second one goes back to the prompt's rows
+        session.start(prompts.reshape(-1, LAYOUT.rows, LAYOUT.columns).astype(np.int32), leading[:prompt])
+        decoded = session.generate(
+            FRAMES, leading[prompt:], schedule=released_schedule(mode, k, SEEDS[policy]), sampling=GREEDY
+        )
+        np.testing.assert_array_equal(np.stack([frame.tokens for frame in decoded]), released.tokens)
+        assert session.timing.steps == turn * released.calls
 
 
 def test_strict_decoding_differs(bundle: Path) -> None:

@@ -271,6 +271,30 @@ def test_a_stream_that_was_moved_goes_on_to_the_token(
     np.testing.assert_array_equal(decode(moved, order, given[before:]), expected)
 
 
+@pytest.mark.parametrize("name", [*orders(StreamLayout(3, 4)), "jacobi"])
+def test_a_known_prompt_is_not_fed_again(bundle: Path, name: str) -> None:
+    """Nor what it has in common with the one before, but for rows that have left the window."""
+    session, fresh = (diagd.load(bundle, threads=1) for _ in range(2))
+    layout = session.layout
+    jacobi = JacobiDecoder(5, draft=lambda stream: stream.frame(stream.begun - 2).reshape(-1))
+    decoder = jacobi if name == "jacobi" else ScheduledDecoder(orders(layout)[name])
+    most = 5 if decoder is jacobi or can_slide(session, orders(layout)[name]) else 1
+    for turn, (known, frames, shared) in enumerate(
+        [(2, 1, 0), (2, 1, 2), (1, 1, 1), (3, 1, 1), (3, most, 3), (3, 1, 0 if most > 1 else 3)]
+    ):
+        made, rows = [], []
+        for one in (session, fresh):
+            one.timing.recent.clear()
+            fresh.stream.forget()
+            prompt(one, known)
+            led = actions(layout, frames, turn)
+            run = one.frames(decoder, led, count=frames, sampling=SETTINGS, seed=turn)
+            made.append([frame.tokens.tolist() for frame in run])
+            rows.append(sum(step.rows for step in one.timing.recent))
+        assert made[0] == made[1]
+        assert rows[1] - rows[0] == (layout.first_cell(shared - 1) + layout.cells - 1 if shared else 0)
+
+
 def test_a_stream_is_restored_in_another_process(bundle: Path, tmp_path: Path) -> None:
     session = diagd.load(bundle, threads=1)
     order = Schedule.serial(session.layout, 1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,16 @@ class Known:
         return nll
 
     def roll_out(
-        self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
-    ) -> Streams:
+        self,
+        streams: Streams,
+        prompt: int,
+        schedules: Sequence[Schedule],
+        sampling: SamplingSettings,
+        seed: int,
+    ) -> list[Streams]:
+        return [self.rolled(streams, prompt, schedule) for schedule in schedules]
+
+    def rolled(self, streams: Streams, prompt: int, schedule: Schedule) -> Streams:
         rolled = streams.copy()
         if self.is_frozen:
             frames = rolled.reshape(len(rolled), -1, LAYOUT.frame_length)
@@ -88,11 +97,9 @@ def test_rollouts_are_compared_with_those_of_next_token_prediction() -> None:
     class Mixed(Known):
         """Freezes under every schedule but next-token prediction, which plays the truth."""
 
-        def roll_out(
-            self, streams: Streams, prompt: int, schedule: Schedule, sampling: SamplingSettings, seed: int
-        ) -> Streams:
+        def rolled(self, streams: Streams, prompt: int, schedule: Schedule) -> Streams:
             self.is_frozen = schedule.k != COLUMNS
-            return super().roll_out(streams, prompt, schedule, sampling, seed)
+            return super().rolled(streams, prompt, schedule)
 
     geometry = Geometry.learn(recording(6, 100), CODES)
     judge = Evaluation(Mixed(is_frozen=False), recording(6, 100), geometry, OPTIONS)
