@@ -5,6 +5,7 @@ The last is experimental.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import cache, partial
@@ -15,27 +16,50 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from diagd.bundle import Bundle, Form
+from diagd.bundle import Bundle, Form, Manifest
+from diagd.bundle.manifest import StepGraph
 from diagd.engines.backend import Backend, Graph, StepOptions, as_graph, graphs_of, widths_of
 from diagd.engines.ceilings import Ceilings, device_ceilings
 from diagd.engines.devices import Device
 from diagd.engines.devices.cuda import CudaDevice, describe_device, open_driver
+from diagd.engines.devices.kernels import (
+    ATTENTION,
+    LAYER,
+    OperatorArguments,
+    compile_attention,
+    compile_layer,
+    host_build,
+)
 from diagd.engines.engine import Engine, Float
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import CpuOptions, OnnxRuntimeProgram, load_session, open_cuda_session
-from diagd.engines.operators import step_operators
 from diagd.engines.prefix import GRANULE, MAX_WIDTH, PlainPrefix
 from diagd.engines.processor import Processor
 from diagd.engines.tensorrt import import_tensorrt
 from diagd.engines.tensorrt.builder import Builder, Request
 from diagd.engines.tensorrt.opening import TensorRTProgram, open_tensorrt
 from diagd.engines.tensors import Program, Tensor, rotate_pairs
-from diagd.errors import EngineError, require
+from diagd.errors import DependencyError, EngineError, require
 
 AnyDevice = TypeVar("AnyDevice", bound=Device)
 
 PROVIDER: Final = "WebGpuExecutionProvider"
 DEVICE: Final = "webgpu"
+
+HEAD_SIZES: Final = (32, 64, 96, 128)
+"""Of our attention; others would leave parts of a matrix instruction empty, or not fit the registers."""
+
+LEAST_ARCHITECTURE: Final = 80
+"""Compute capability with asynchronous copies and the instruction that the kernels use."""
+
+VECTOR: Final = 8
+"""Elements that a thread reads at a time: rows are whole numbers of them."""
+
+KEPT_BYTES: Final = 1024
+"""Of a block's memory, for what a kernel has there by itself and what the driver keeps."""
+
+MOST_HIDDEN: Final = 8192
+"""A block has a row, and a thread eight elements of it."""
 
 
 class Cuda(Backend):
@@ -121,6 +145,47 @@ def open_cuda(bundle: Bundle, device: CudaDevice, options: StepOptions) -> Execu
     widths = widths_of(steps)
     bind = partial(OnnxRuntimeProgram, session, widths=widths, kind=device.kind)
     return Executor(bundle.manifest, steps[0], widths, options, device, bind)
+
+
+def step_operators(manifest: Manifest, graph: StepGraph, device: CudaDevice) -> Path | None:
+    """The library that the next session registers, to run functions of a step on kernels; None: it cannot.
+
+    ONNX Runtime's own are 19 launches between the products of a layer, these four, one between two products
+    (``layer.cu``). Its attention has a block to each head and 64 rows: a step has few of either and thousands
+    of slots, so that most of a GPU stood idle, and an H200 spent 80 to 90 % of a step there
+    (``attention.cu``).
+
+    It cannot where the cache is not float16, heads or rows have another size, the GPU is older, or nothing
+    was or can be compiled: ONNX Runtime then puts the operators of a function in its place.
+    """
+    library, size = host_build(), manifest.transformer.head_size
+    if library is None or not suits(manifest, graph) or device.architecture < LEAST_ARCHITECTURE:
+        return None
+    try:
+        code = compile_attention(device.architecture, size), compile_layer(device.architecture)
+    except DependencyError:  # where the other kernels were compiled ahead, NVRTC may be missing
+        return None
+    block_bytes = device.block_bytes - KEPT_BYTES
+    functions = device.load(code[0], ATTENTION, library.diagd_attend_shared(size, block_bytes))
+    functions = {**device.load(code[1], LAYER), **functions}
+    arguments = OperatorArguments()
+    arguments.functions[:] = [int(functions[name]) for name in (*LAYER, *ATTENTION)]
+    library.diagd_attend_bytes.restype = ctypes.c_int64
+    arguments.between = device.allocate(library.diagd_attend_bytes(device.processors, size))
+    arguments.processors, arguments.block_bytes, arguments.size = device.processors, block_bytes, size
+    library.diagd_operators_with(ctypes.byref(arguments))
+    return Path(library._name)
+
+
+def suits(manifest: Manifest, graph: StepGraph) -> bool:
+    """Whether kernels take a graph's types and sizes."""
+    config = manifest.transformer
+    return (
+        manifest.cache_dtype(graph) == np.float16
+        and config.head_size in HEAD_SIZES
+        and config.hidden % VECTOR == config.feed_forward % VECTOR == 0
+        and config.hidden <= MOST_HIDDEN
+    )
 
 
 class WebGpu(Backend):

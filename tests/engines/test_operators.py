@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 import diagd.engines.devices.kernels as kernels
-import diagd.engines.operators as operators
+import diagd.engines.gpu as gpu
 from diagd.bundle import Bundle, Form
 from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig, linear_rotary
 from diagd.engines.devices.cuda import CudaDevice
@@ -34,8 +34,8 @@ from diagd.engines.devices.kernels import (
     compile_attention,
     compile_layer,
 )
+from diagd.engines.gpu import HEAD_SIZES, step_operators
 from diagd.engines.onnxruntime_session import open_cuda_session
-from diagd.engines.operators import HEAD_SIZES, Loader, step_operators
 from diagd.errors import EngineError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
@@ -171,9 +171,9 @@ def bound(session: Any, kind: str, feeds: Mapping[str, Array]) -> list[Array]:
     return [value.numpy().copy() for value in binding.get_outputs()]
 
 
-def offered(device: Loader, library: ctypes.CDLL, size: int, monkeypatch: pytest.MonkeyPatch) -> Path | None:
+def offered(device: Any, library: ctypes.CDLL, size: int, monkeypatch: pytest.MonkeyPatch) -> Path | None:
     """What a session over float16 heads of a size is offered."""
-    monkeypatch.setattr(operators, "host_build", lambda: library)
+    monkeypatch.setattr(gpu, "host_build", lambda: library)
     config = SimpleNamespace(head_size=size, hidden=64, feed_forward=64)
     manifest: Any = SimpleNamespace(transformer=config, cache_dtype=lambda graph: np.dtype(np.float16))
     return step_operators(manifest, manifest, device)
