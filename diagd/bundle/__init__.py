@@ -51,8 +51,7 @@ class Bundle:
         path = Path(path)
         bundle = cls(path, read_manifest(path))
         bundle._check_names()
-        bundle._check_sizes()
-        bundle._check_digests()
+        bundle._check_files()
         return bundle
 
     def at_precision(self, precision: str | None = None) -> Bundle:
@@ -104,20 +103,15 @@ class Bundle:
         """Every file is inside the bundle, and every file that is referred to is listed."""
         manifest = self.manifest
         for name in manifest.files:
-            parts = PurePosixPath(name).parts
-            if (
-                not parts
-                or ".." in parts
-                or PurePosixPath(name).is_absolute()
-                or "\\" in name
-                or "\0" in name
-            ):
+            path = PurePosixPath(name)
+            if not path.parts or path.is_absolute() or ".." in path.parts or set("\\\0") & set(name):
                 raise BundleError(f"{self.path}: '{name}' is no name of a file in a bundle; {_MEND}")
         for name in manifest.named_files:
             if name not in manifest.files:
                 raise BundleError(f"{self.path}: its manifest needs '{name}' and does not list it; {_MEND}")
 
-    def _check_sizes(self) -> None:
+    def _check_files(self) -> None:
+        """Sizes of all of them are those listed, and then their digests."""
         for name, record in self.manifest.files.items():
             file = self.path / name
             if not file.is_file():
@@ -128,8 +122,6 @@ class Bundle:
                     f"{self.path}: '{name}' has {file.stat().st_size} bytes, its manifest says "
                     f"{record.bytes}: it {wrong}"
                 )
-
-    def _check_digests(self) -> None:
         for name, record in self.manifest.files.items():
             if cache.digest(self.path / name) != record.sha256:
                 raise BundleError(f"{self.path}: '{name}' was altered (its sha256 differs); {_MEND}")

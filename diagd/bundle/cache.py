@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,13 +165,11 @@ class Usage:
 
 def usage() -> Usage:
     """Measure the cache."""
-    entries: dict[str, int] = {}
-    sizes: dict[str, int] = {}
+    entries, sizes = Counter[str](), Counter[str]()
     root = cache_directory()
     for path in _entries(root) if root else ():
-        kind = path.parent.name
-        entries[kind] = entries.get(kind, 0) + 1
-        sizes[kind] = sizes.get(kind, 0) + _size(path)
+        entries[path.parent.name] += 1
+        sizes[path.parent.name] += _size(path)
     return Usage(entries, sizes)
 
 

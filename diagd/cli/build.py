@@ -73,7 +73,7 @@ def run(options: BuildOptions) -> int:
 
 
 def _print_plan(console: Console, bundle: Bundle, request: Request, trt: ModuleType) -> None:
-    form, graph, widths = choose(bundle, request, capabilities(trt))
+    graph, widths = choose(bundle, request, capabilities(trt))
     needed = estimate(bundle, graph, widths)
     sizes = {
         "weights": needed.weights,
@@ -82,7 +82,7 @@ def _print_plan(console: Console, bundle: Bundle, request: Request, trt: ModuleT
         "device memory while running, about": needed.run,
     }
     rows = ((name, f"{size / 1e9:.2f}") for name, size in sizes.items())
-    title = f"{bundle.path}: {form.value} form, nothing was built"
+    title = f"{bundle.path}: {graph.form.value} form, nothing was built"
     terminal.print_table(console, ("what", "GB"), rows, title)
 
 

@@ -9,17 +9,7 @@ from typing import Final
 import numpy as np
 
 from diagd.bundle import Manifest
-from diagd.engines.devices import Array, Device
-from diagd.engines.devices.kernels import (
-    ADVANCE,
-    ADVANCE_POINTERS,
-    APPEND,
-    HEADER_WORDS,
-    SAMPLE,
-    AdvanceArguments,
-    AppendArguments,
-    SampleArguments,
-)
+from diagd.engines.devices import Array, Device, kernels
 from diagd.engines.engine import VOID, Int, SamplingState, Steps
 from diagd.engines.sampler import cell_ranges
 from diagd.engines.tensors import StepTensors
@@ -71,11 +61,11 @@ class RecordRing:
 
 def _fitting(steps: Steps, first: int) -> int:
     """One past the last step that fits one buffer with those from ``first`` on."""
-    words = len(steps) * HEADER_WORDS + 2 * len(steps.sources) + 4 * len(steps.sinks)
+    words = len(steps) * kernels.HEADER_WORDS + 2 * len(steps.sources) + 4 * len(steps.sinks)
     words += 2 * len(steps.update_slots)
     if words <= HALF_WORDS:
         return len(steps)
-    ends = np.arange(1, len(steps) - first + 1, dtype=np.int64) * HEADER_WORDS
+    ends = np.arange(1, len(steps) - first + 1, dtype=np.int64) * kernels.HEADER_WORDS
     ends += 2 * (steps.offsets[first + 1 :] - steps.offsets[first])
     ends += 4 * (steps.decode_offsets[first + 1 :] - steps.decode_offsets[first])
     ends += 2 * (steps.update_offsets[first + 1 :] - steps.update_offsets[first])
@@ -96,14 +86,14 @@ def _pack(half: Array, base: int, steps: Steps, first: int, last: int) -> int:
         *(steps.sources[rows], steps.positions[rows], steps.decoded[drawn], steps.sinks[drawn]),
         *(steps.cells[drawn].view(np.int32), steps.update_slots[updates], steps.update_positions[updates]),
     )
-    starts = np.cumsum([count * HEADER_WORDS, *map(len, columns)])
+    starts = np.cumsum([count * kernels.HEADER_WORDS, *map(len, columns)])
     np.concatenate(columns, out=half[starts[0] : starts[-1]])
-    headers = half[: starts[0]].reshape(count, HEADER_WORDS)
+    headers = half[: starts[0]].reshape(count, kernels.HEADER_WORDS)
     for word, part in ((0, offsets), (3, changes), (4, draws)):
         np.subtract(part[1:], part[:-1], out=headers[:, word])
     headers[:, 1], headers[:, 2] = steps.write_index[first:last], steps.live[first:last]
     headers[:, 5:10] = _sampling_words(steps.sampling)
-    headers[:, 10] = np.arange(base + HEADER_WORDS, base + starts[0] + 1, HEADER_WORDS)
+    headers[:, 10] = np.arange(base + kernels.HEADER_WORDS, base + starts[0] + 1, kernels.HEADER_WORDS)
     headers[-1, 10] = HALF_WORDS - base  # the other buffer
     at = base + starts
     headers[:, 11:13] = offsets[:-1, None] + (at[0:2] - rows.start)
@@ -186,17 +176,17 @@ class Lane:
 
     def advance(self, width: int) -> None:
         """Queue the spreading of a record over the tensors that the program reads."""
-        named = (name for name in ADVANCE_POINTERS if name in self._tensors.named)
+        named = (name for name in kernels.ADVANCE_POINTERS if name in self._tensors.named)
         addresses = {name: self.part(name, width) for name in named}
-        arguments = AdvanceArguments(
+        arguments = kernels.AdvanceArguments(
             records=self.records.address, cursor=self.cursor, **addresses, width=width
         )
-        self._device.launch(ADVANCE, arguments, 1, self._device.threads)
+        self._device.launch(kernels.ADVANCE, arguments, 1, self._device.threads)
 
     def sample(self, width: int) -> None:
         """Queue the making of tokens of logits."""
         tensors = self._tensors
-        arguments = SampleArguments(
+        arguments = kernels.SampleArguments(
             records=self.records.address,
             cursor=self.cursor,
             logits=self.part("logits", width),
@@ -205,7 +195,7 @@ class Lane:
             **self._rules,
             width=width,
         )
-        self._device.launch(SAMPLE, arguments, width, self._device.threads)
+        self._device.launch(kernels.SAMPLE, arguments, width, self._device.threads)
 
     def append(self, width: int) -> None:
         """Queue the copy of new K/V rows into the buffers."""
@@ -216,7 +206,7 @@ class Lane:
             self._pointers[width] = rows, buffers
         rows, buffers = self._pointers[width]
         buffer = next(iter(tensors.cache.values()))
-        arguments = AppendArguments(
+        arguments = kernels.AppendArguments(
             rows=rows,
             buffers=buffers,
             write_index=self.part("write_index"),
@@ -226,7 +216,7 @@ class Lane:
             width=width,
             row_chunks=buffer.shape[3] * buffer.dtype.itemsize // self._device.chunk_bytes,
         )
-        self._device.launch(APPEND, arguments, APPEND_BLOCKS, self._device.threads)
+        self._device.launch(kernels.APPEND, arguments, APPEND_BLOCKS, self._device.threads)
 
 
 def open_lanes(

@@ -38,16 +38,22 @@ COMPAT = ("mineworld",)
 """Released implementations whose cache can be reproduced."""
 
 
-class LoadOptions(TypedDict, total=False):
-    """All that ``load`` can be told beside how many sessions there are."""
+class OpenOptions(TypedDict, total=False):
+    """What sessions are opened with; see ``load``. ``form`` None is the backend's best."""
 
     window: int | None
-    threads: int
     compat: str | None
-    prepack: bool
     roll: int | None
     precision: str | None
-    backend: str
+    backend: str | Backend
+    form: Form | None
+
+
+class LoadOptions(OpenOptions, total=False):
+    """All that ``load`` can be told beside how many sessions there are."""
+
+    threads: int
+    prepack: bool
 
 
 @overload
@@ -62,13 +68,9 @@ def load(
     path: str | Path,
     *,
     sessions: int | None = None,
-    window: int | None = None,
     threads: int = 0,
-    compat: str | None = None,
     prepack: bool = True,
-    roll: int | None = None,
-    precision: str | None = None,
-    backend: str = "cpu",
+    **options: Unpack[OpenOptions],
 ) -> Session | Group:
     """Open a bundle and make its engine ready.
 
@@ -85,7 +87,7 @@ def load(
             feed the window again. Default: the manifest's.
         precision: of the step graph, one of those in the bundle; default: that of its first graph.
         backend: ``cpu``, ``openvino``, ``cuda`` (ONNX Runtime), ``tensorrt`` or ``tensorrt_rtx`` (an engine
-            made by diagd-build), or another of ``diagd.engines.backend.names``.
+            made by diagd-build), another of ``diagd.engines.backend.names``, or a ``Backend``.
 
     Returns:
         A session, or a group; ``close()`` it, or use it in a ``with`` statement, to give its memory back.
@@ -96,34 +98,13 @@ def load(
         UsageError: the window, ``roll``, ``compat`` or ``precision`` is not possible.
     """
     bundle, cpu = Bundle.open(path), CpuOptions(threads, prepack)
-    group = open_group(
-        bundle,
-        1 if sessions is None else sessions,
-        window,
-        cpu,
-        compat=compat,
-        roll=roll,
-        precision=precision,
-        backend=backend,
-    )
+    group = open_group(bundle, 1 if sessions is None else sessions, cpu=cpu, **options)
     return group.sessions[0] if sessions is None else group
 
 
-def open_session(
-    bundle: Bundle,
-    *,
-    window: int | None = None,
-    cpu: CpuOptions | None = None,
-    precision: str | None = None,
-    backend: str | Backend = "cpu",
-    form: Form | None = None,
-) -> Session:
-    """A session over a bundle that is open, on a backend by name or value; see ``load``.
-
-    ``form`` None is the backend's best.
-    """
-    group = open_group(bundle, 1, window, cpu, precision=precision, backend=backend, form=form)
-    return group.sessions[0]
+def open_session(bundle: Bundle, *, cpu: CpuOptions | None = None, **options: Unpack[OpenOptions]) -> Session:
+    """A session over a bundle that is open; see ``load``."""
+    return open_group(bundle, 1, cpu=cpu, **options).sessions[0]
 
 
 def open_group(

@@ -205,7 +205,7 @@ def resolve(bundle: Bundle, request: Request, offered: Capabilities) -> tuple[Fi
         BundleError: the bundle has no graph of the form.
         EngineError: a target cannot be built for, or there is no GPU and no target is named.
     """
-    form, graph, widths = choose(bundle, request, offered)
+    graph, widths = choose(bundle, request, offered)
     here = _described(offered, request.targets)
     fingerprint = Fingerprint(
         graph=bundle.graph_digest(graph),
@@ -213,7 +213,7 @@ def resolve(bundle: Bundle, request: Request, offered: Capabilities) -> tuple[Fi
         device=here.name,
         targets=request.targets or (here.target,),
         driver=here.driver,
-        form=form,
+        form=graph.form,
         precision=graph.precision,
         widths=widths,
         tokens=request.tokens,
@@ -222,25 +222,22 @@ def resolve(bundle: Bundle, request: Request, offered: Capabilities) -> tuple[Fi
     return fingerprint, graph
 
 
-def choose(
-    bundle: Bundle, request: Request, offered: Capabilities
-) -> tuple[Form, StepGraph, tuple[int, ...]]:
-    """Form, step graph and widths of a request, where no GPU is needed to tell.
+def choose(bundle: Bundle, request: Request, offered: Capabilities) -> tuple[StepGraph, tuple[int, ...]]:
+    """Step graph and widths of a request, where no GPU is needed to tell.
 
     Raises:
         BundleError: the bundle has no graph of the form.
         EngineError: a target cannot be built for, or a width is beyond the graph's.
     """
     check_targets(offered, request.targets)
-    form = request.form or usable_forms(bundle, offered)[0]
-    graphs = graphs_of(bundle, form)
+    graphs = graphs_of(bundle, request.form or usable_forms(bundle, offered)[0])
     widest = int(graphs[-1].width or 0)
     if request.widths and request.widths[-1] > widest:
         raise EngineError(
             f"width {request.widths[-1]} is above {widest}, for which {bundle.path} has slots; export it "
             f"again with --set widths={','.join(map(str, request.widths))}"
         )
-    return form, graphs[0], request.widths or widths_of(graphs)
+    return graphs[0], request.widths or widths_of(graphs)
 
 
 def usable_forms(bundle: Bundle, offered: Capabilities) -> tuple[Form, ...]:
