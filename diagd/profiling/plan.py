@@ -27,7 +27,7 @@ from diagd.profiling.cost import (
 from diagd.profiling.report import Skipped
 from diagd.runtime.load import MOST_SESSIONS
 from diagd.runtime.session import Session
-from diagd.schedule import RowSeed, Schedule, StreamLayout, check_lags, default_widths, slots_needed
+from diagd.schedule import RowSeed, Schedule, StreamLayout, default_widths, slots_needed
 
 RUNTIME_BYTES: Final = 0.5 * GB
 """Of a GPU context with TensorRT, whatever the model; published figures are 0.3 to 1 GB."""
@@ -298,8 +298,6 @@ def orders_of(
     Raises:
         ScheduleError: a lag cannot be decoded.
     """
-    for k in ks:
-        check_lags(layout.rows, layout.columns, k, max(1, k) * layout.rows)
     orders = [Schedule.next_token(layout)]
     for k in ks:
         orders += [make(layout, k, seed) for make in (Schedule.serial, Schedule.chained)]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.errors import ScheduleError
-from diagd.schedule.layout import RowSeed, StreamLayout, chained_lag, check_lags, steps_per_frame, total_steps
+from diagd.schedule.layout import RowSeed, StreamLayout
 from diagd.schedule.table import NO_SINK, Block, Table, shifted
 
 Rows = NDArray[np.int64]
@@ -64,7 +64,22 @@ class Schedule:
     keep_seeds: bool = False
 
     def __post_init__(self) -> None:
-        check_lags(self.layout.rows, self.layout.columns, self.k, self.d)
+        columns, low, high = self.layout.columns, self.layout.chained_lag(self.k), self.steps_per_frame
+        if not 1 <= self.k <= columns:
+            raise ScheduleError(
+                f"row lag k={self.k} is outside 1..{columns}: a row needs at least one cell of the row "
+                f"above, and has them all at k={columns} (next-token prediction); choose k in 1..{columns}"
+            )
+        if self.d < low:
+            raise ScheduleError(
+                f"frame lag d={self.d} is below k*rows = {low}: the next frame would overtake the last row "
+                f"of this one; choose d in {low} (chained) .. {high} (serial)"
+            )
+        if self.d > high:
+            raise ScheduleError(
+                f"frame lag d={self.d} is above the {high} steps of a frame at k={self.k}: the surplus steps "
+                f"would decode nothing; choose d in {low} (chained) .. {high} (serial)"
+            )
         if self.refeed and self.keep_seeds:
             raise ScheduleError(
                 "refeed feeds the true token at the position of a seed, so the seed cannot be kept; "
@@ -79,12 +94,12 @@ class Schedule:
     @classmethod
     def serial(cls, layout: StreamLayout, k: int, row_seed: RowSeed = RowSeed.PREVIOUS_FRAME) -> Schedule:
         """Diagonal inside a frame, frames strictly one after another."""
-        return cls(layout, k, steps_per_frame(layout.rows, layout.columns, k), row_seed)
+        return cls(layout, k, layout.steps_per_frame(k), row_seed)
 
     @classmethod
     def chained(cls, layout: StreamLayout, k: int, row_seed: RowSeed = RowSeed.PREVIOUS_FRAME) -> Schedule:
         """Diagonal across frames: the first row of a frame follows the last row of the frame before."""
-        return cls(layout, k, chained_lag(layout.rows, k), row_seed)
+        return cls(layout, k, layout.chained_lag(k), row_seed)
 
     @classmethod
     def parse(cls, spelling: str, layout: StreamLayout, default: Schedule | None = None) -> Schedule:
@@ -100,12 +115,8 @@ class Schedule:
         """
         words, base = _words(spelling, layout.columns), default or cls.serial(layout, 1)
         k = int(words.get("k", base.k))
-        check_lags(layout.rows, layout.columns, k, max(1, k) * layout.rows)
         d = words.get("d", "serial" if "k" in words else str(base.d))
-        lags = {
-            "serial": steps_per_frame(layout.rows, layout.columns, k),
-            "chained": chained_lag(layout.rows, k),
-        }
+        lags = {"serial": layout.steps_per_frame(k), "chained": layout.chained_lag(k)}
         return cls(
             layout,
             k,
@@ -118,8 +129,7 @@ class Schedule:
     @property
     def name(self) -> str:
         """What people call it, and the only spelling of an order: ``k=1 chained``, ``next token``."""
-        layout = self.layout
-        kinds = {self.steps_per_frame: "serial", chained_lag(layout.rows, self.k): "chained"}
+        kinds = {self.steps_per_frame: "serial", self.layout.chained_lag(self.k): "chained"}
         lags = f"k={self.k} {kinds.get(self.d, f'd={self.d}')}"
         words = {
             _NEXT if self.is_next_token else lags: True,
@@ -137,7 +147,7 @@ class Schedule:
     @property
     def steps_per_frame(self) -> int:
         """Steps from the first to the last cell of one frame."""
-        return steps_per_frame(self.layout.rows, self.layout.columns, self.k)
+        return self.layout.steps_per_frame(self.k)
 
     @property
     def frames_in_flight(self) -> int:
@@ -150,8 +160,8 @@ class Schedule:
         return _widest(self)
 
     def total_steps(self, frames: int) -> int:
-        """Steps that decode ``frames`` frames behind a prompt that fits in one pass."""
-        return total_steps(frames, self.layout.rows, self.layout.columns, self.k, self.d)
+        """Steps that decode ``frames`` frames behind a prompt that fits in one pass; 0 for no frame."""
+        return self.steps_per_frame + (frames - 1) * self.d if frames else 0
 
     def table(self, first_frame: int, frames: int, fed: int, max_width: int | None = None) -> Table:
         """Compile the steps that decode ``frames`` frames from ``first_frame`` on.
@@ -190,15 +200,7 @@ class Schedule:
         sources, positions, sinks = (np.ascontiguousarray(rows[:, c], dtype=np.int32) for c in (1, 2, 3))
         starts = chunks + np.arange(frames, dtype=np.int32) * np.int32(self.d)
         guesses = np.zeros(len(rows), np.bool_) if self.keep_seeds else sources != positions
-        return Table(
-            offsets,
-            sources,
-            positions,
-            sinks,
-            guesses,
-            frame_starts=starts,
-            first_frame=first_frame,
-        )
+        return Table(offsets, sources, positions, sinks, guesses, frame_starts=starts)
 
     def block(
         self, origin: int, begun: int, steps: tuple[int, int], pause: int, unfed: int, max_width: int

@@ -154,11 +154,9 @@ class Table(Block):
 
     Attributes:
         frame_starts: int32 [frames], step that decodes cell (0, 0) of each frame.
-        first_frame: index in the stream of the first of these frames.
     """
 
     frame_starts: Int = None  # type: ignore[assignment]
-    first_frame: int = 0
 
     def block(self, first: int, last: int) -> Block:
         """Steps [first, last), which may run without a look at their results."""

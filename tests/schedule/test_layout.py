@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from diagd.errors import ScheduleError
-from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout, chained_lag, steps_per_frame, total_steps
+from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout
 from tests.schedule.cases import Case, cases
 
 COSMOS = StreamLayout(40, 64)
@@ -84,7 +84,6 @@ def test_step_counts_equal_enumeration(case: Case) -> None:
         for j in range(layout.columns)
     )
     assert case.table().steps == schedule.total_steps(case.frames) == last + 1
-    assert total_steps(case.frames, layout.rows, layout.columns, schedule.k, schedule.d) == last + 1
     assert schedule.total_steps(0) == 0
     assert schedule.total_steps(1) == schedule.steps_per_frame
     assert len(queries(schedule, case.frames)) == last + 1
@@ -93,8 +92,8 @@ def test_step_counts_equal_enumeration(case: Case) -> None:
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_named_schedules(k: int) -> None:
     layout = StreamLayout(3, 5, after=1)
-    assert Schedule.serial(layout, k).d == steps_per_frame(3, 5, k) == 5 + 2 * k
-    assert Schedule.chained(layout, k).d == chained_lag(3, k) == 3 * k
+    assert Schedule.serial(layout, k).d == layout.steps_per_frame(k) == 5 + 2 * k
+    assert Schedule.chained(layout, k).d == layout.chained_lag(k) == 3 * k
     ntp = Schedule.next_token(layout)
     assert (ntp.k, ntp.d) == (5, 15) == (Schedule.chained(layout, 5).k, Schedule.serial(layout, 5).d)
 

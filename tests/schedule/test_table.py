@@ -170,7 +170,6 @@ def test_arrays_are_contiguous_int32() -> None:
     for array in (table.offsets, table.sources, table.positions, table.sinks, table.frame_starts):
         assert array.dtype == np.int32
         assert array.flags.c_contiguous
-    assert table.first_frame == 1
     assert table.step(2).width == table.widths[2]
 
 
