@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -28,7 +27,6 @@ from diagd.play.service import Service, serve
 from diagd.play.table import LocalFleet, Table
 from diagd.progress import Progress
 from diagd.runtime.options import SessionOptions, TextOptions
-from diagd.runtime.pixels import Pixels
 from diagd.runtime.video import SUFFIXES, VideoWriter
 
 EXAMPLES = """examples:
@@ -73,21 +71,21 @@ def run(options: PlayOptions) -> int:
     with ExitStack() as stack:
         if options.replay:
             game, lines = open_replay(place, options.replay, game_options)
-            watch = _video(stack, options, stack.enter_context(game))
+            _video(stack, options, stack.enter_context(game))
             frames = 0
             with Progress(console).count("replay", len(lines)) as advance:
                 for shown in replay(game, lines):
                     advance(1)
                     frames += 1
-                    if watch:
-                        watch(shown.pictures)
+                    game.watch(shown.pictures)
             console.print(f"{frames} frames, all equal to the record to the token")
         else:
             if _is_in_terminal(options):
                 in_terminal.check_terminal(os.environ)
             record = options.record or new_record(manifest.name)
             game = stack.enter_context(open_game(place, replace(game_options, record=record)))
-            _play(console, options, game, _video(stack, options, game))
+            _video(stack, options, game)
+            _play(console, options, game)
     return 0
 
 
@@ -105,25 +103,23 @@ def _check_video(options: PlayOptions) -> None:
             check_apart(options.video, read | {"--prompt": prompt}, "--video")
 
 
-def _video(stack: ExitStack, options: PlayOptions, game: Game) -> Callable[[Pixels], None] | None:
-    """What writes pictures to ``--video``."""
-    if options.video is None:
-        return None
-    codec = game.view.codec
-    rate = options.fps or game.bundle.manifest.frames_per_second
-    size = (codec.spec.height, codec.spec.width)
-    return stack.enter_context(VideoWriter(options.video, rate, size, codec.mark)).write
+def _video(stack: ExitStack, options: PlayOptions, game: Game) -> None:
+    """Have pictures written to ``--video``."""
+    if options.video is not None:
+        codec, rate = game.view.codec, options.fps or game.bundle.manifest.frames_per_second
+        size = (codec.spec.height, codec.spec.width)
+        game.watch = stack.enter_context(VideoWriter(options.video, rate, size, codec.mark)).write
 
 
-def _play(console: Console, options: PlayOptions, game: Game, watch: Callable[[Pixels], None] | None) -> None:
+def _play(console: Console, options: PlayOptions, game: Game) -> None:
     codec = game.bundle.manifest.actions
     inputs = Inputs(read_controls(game.bundle.path, codec, options.controls), codec)
     rate = options.fps or game.bundle.manifest.frames_per_second
     if _is_in_terminal(options):
         with suppress(KeyboardInterrupt):  # how a player leaves
-            in_terminal.play(game, inputs, rate, watch)
+            in_terminal.play(game, inputs, rate)
     else:
-        _serve(console, options, Table(game, inputs, rate, watch))
+        _serve(console, options, Table(game, inputs, rate))
     if game.record.path is not None:
         console.print(f"recorded: {game.record.path}")
 

@@ -78,6 +78,7 @@ class Game:
     Attributes:
         marks: places to go back to, by number.
         here: number of the mark last passed.
+        watch: is given all pictures that a player is shown, in the thread that shows them.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Game:
         self.settings = PlaySettings.of(bundle.manifest)
         self.marks: dict[int, Mark] = {}
         self.here = 0
+        self.watch: Callable[[Pictures], None] = lambda pictures: None
         precision = bundle.at_precision().manifest.graphs[0].precision
         backend = view.codec.backend.name
         self.record = Record(path, record.header(bundle, precision, session.window, backend))

@@ -22,7 +22,7 @@ from diagd.errors import DiagdError, UsageError, require
 from diagd.play import messages
 from diagd.play.messages import Ack, Hello, without_paths
 from diagd.play.room import Room
-from diagd.play.site import SOCKET, Answer, Site, cannot_listen, in_url, plain
+from diagd.play.site import SOCKET, Answer, Site, cannot_listen, in_url
 from diagd.play.stage import SHARE, Engine
 from diagd.play.table import Fleet, Player, ServedTable
 
@@ -209,17 +209,17 @@ class Server:
                 await self.fleet.close()
 
     def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
-        from websockets.datastructures import Headers
-        from websockets.http11 import Response
-
         host, origin = request.headers.get("Host"), request.headers.get("Origin")
         if refusal := self._site.refusal(request.path, host, origin):
             return connection.respond(403, f"{refusal}\n")
         if request.path == SOCKET:
             return None
-        answer = self._status(request.path) or self._site.answer(request.path, str(host))
-        headers = Headers(answer.headers | {"Content-Length": str(len(answer.body)), "Connection": "close"})
-        return Response(answer.status.value, answer.status.phrase, headers, answer.body)
+        status, headers, text = self._status(request.path) or self._site.answer(request.path, str(host))
+        response = connection.respond(status, text)
+        for name, value in headers.items():
+            response.headers.pop(name, None)  # else there would be two
+            response.headers[name] = value
+        return response
 
     async def _serve(self, connection: ServerConnection) -> None:
         from websockets.exceptions import ConnectionClosed
@@ -323,14 +323,18 @@ class Server:
 
     def _status(self, path: str) -> Answer | None:
         """What those are told who look after a server; None: the page is asked for."""
-        if path == "/health":
-            alive = self.fleet.is_alive
-            return plain(HTTPStatus.OK if alive else HTTPStatus.SERVICE_UNAVAILABLE, f"alive {alive}\n")
-        if path == "/ready":
-            free = any(table.engine is not None and not table.ticket for table in self.tables)
-            free = free and self._drains is None
-            return plain(HTTPStatus.OK if free else HTTPStatus.SERVICE_UNAVAILABLE, f"free seat {free}\n")
-        return plain(HTTPStatus.OK, self._metrics(), OPEN_METRICS) if path == "/metrics" else None
+        if path == "/metrics":
+            return HTTPStatus.OK, {"Content-Type": OPEN_METRICS, "Cache-Control": "no-store"}, self._metrics()
+        free = any(table.engine is not None and not table.ticket for table in self.tables)
+        told = {
+            "/health": ("alive", self.fleet.is_alive),
+            "/ready": ("free seat", free and self._drains is None),
+        }
+        if path not in told:
+            return None
+        what, holds = told[path]
+        status = HTTPStatus.OK if holds else HTTPStatus.SERVICE_UNAVAILABLE
+        return status, {"Cache-Control": "no-store"}, f"{what} {holds}\n"
 
     def _engines(self) -> set[Engine]:
         return {table.engine for table in self.tables if table.engine is not None}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from dataclasses import dataclass
 from http import HTTPStatus
 from importlib import resources
 from typing import Final
@@ -33,18 +32,8 @@ def page_files() -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a request gets."""
-
-    status: HTTPStatus
-    headers: dict[str, str]
-    body: bytes
-
-
-def plain(status: HTTPStatus, text: str, kind: str = "text/plain; charset=utf-8") -> Answer:
-    """An answer of a few words."""
-    return Answer(status, {"Content-Type": kind, "Cache-Control": "no-store"}, text.encode())
+Answer = tuple[HTTPStatus, dict[str, str], str]
+"""Status, headers and text that a request gets."""
 
 
 class Site:
@@ -58,7 +47,7 @@ class Site:
         self._port = port
         self._names = {"localhost", host.lower(), socket.gethostname().lower()}
         self._files = {
-            f"/{name}": (KINDS[name.rpartition(".")[2]], body) for name, body in page_files().items()
+            f"/{name}": (KINDS[name.rpartition(".")[2]], body.decode()) for name, body in page_files().items()
         }
         self._files["/"] = self._files["/index.html"]
 
@@ -88,7 +77,7 @@ class Site:
             f"default-src 'self'; connect-src 'self' ws://{host}; frame-ancestors 'none'; base-uri 'none'; "
             "form-action 'none'; object-src 'none'"
         )
-        kind, body = self._files.get(path.partition("?")[0], ("", b""))
+        kind, text = self._files.get(path.partition("?")[0], ("", "there is nothing here\n"))
         status = HTTPStatus.OK if kind else HTTPStatus.NOT_FOUND
         headers = {
             "Content-Type": f"{kind or 'text/plain'}; charset=utf-8",
@@ -98,4 +87,4 @@ class Site:
             "Cross-Origin-Resource-Policy": "same-origin",
             "Cache-Control": "no-store",
         }
-        return Answer(status, headers, body or b"there is nothing here\n")
+        return status, headers, text

@@ -133,6 +133,7 @@ class Stage:
 
     def look(self, pictures: Pictures) -> None:
         """Show the world as it is after it was moved."""
+        self.game.watch(pictures)
         self._show(pictures, None)
         self.pacer.rest()
 
@@ -163,6 +164,7 @@ class Stage:
                     yield event
                 else:
                     self.frames += 1
+                    self.game.watch(event.pictures)
                     self._show(event.pictures, event)
                     self.pacer.add(time.perf_counter() - began)
         except Exception as error:

@@ -110,8 +110,8 @@ class ServedTable(ABC):
 class Table(ServedTable):
     """One world, its player and what stands between them.
 
-    ``watch`` sees every picture too, in the game loop's thread; where it is ``paced`` the player may ask for
-    another rate; ``every`` counts frames between two snapshots. ``loop`` is of the players' connections.
+    Where it is ``paced`` the player may ask for another rate; ``every`` counts frames between two snapshots.
+    ``loop`` is of the players' connections.
     """
 
     def __init__(
@@ -119,7 +119,6 @@ class Table(ServedTable):
         game: Game,
         inputs: Inputs,
         rate: float,
-        watch: Callable[[Pictures], None] | None = None,
         *,
         paced: bool = True,
         every: int = EVERY,
@@ -128,7 +127,7 @@ class Table(ServedTable):
         super().__init__((spec.height, spec.width))
         self.game, self.stage = game, Stage(game, inputs, self._show, self._fail, rate)
         self.loop: asyncio.AbstractEventLoop | None = None
-        self._inputs, self._watch, self._paced = inputs, watch, paced
+        self._inputs, self._paced = inputs, paced
         self._kind, self._encode = picture_encoder(*self.size)
         self._number = 0
         self._prompt = game.prompts[0]
@@ -291,8 +290,6 @@ class Table(ServedTable):
 
     def _show(self, pictures: Pictures, shown: Shown | None) -> None:
         """Encode pictures and leave them for the player; in the stage's thread."""
-        if self._watch is not None:
-            self._watch(pictures)
         began = time.perf_counter()
         parts = list(map(self._encode, pictures))
         header: dict[str, Any] = {"kind": "frame", "type": self._kind, "known": self.game.known}

@@ -9,7 +9,6 @@ import select
 import shutil
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import override
 
 from diagd.errors import UsageError
 from diagd.play.controls import Inputs
@@ -192,14 +190,14 @@ def _ask(source: int, target: int) -> bytes:
     return answer
 
 
-def play(game: Game, inputs: Inputs, rate: float, watch: Callable[[Pictures], None] | None = None) -> None:
+def play(game: Game, inputs: Inputs, rate: float) -> None:
     """Play until Ctrl-C or Q in a terminal that `check_terminal` found well; closes the game."""
     source, target = sys.stdin.fileno(), sys.stdout.fileno()
     with _raw(source):
         abilities = Abilities.read(_ask(source, target), os.environ)
         try:
             os.write(target, _ENTER + (_TELL_RELEASES if abilities.releases else b""))
-            _Player(game, inputs, rate, watch, abilities, target).run(source)
+            _Player(game, inputs, rate, abilities, target).run(source)
         finally:
             with suppress(OSError):  # nobody looks any more
                 os.write(target, (_AS_BEFORE if abilities.releases else b"") + _LEAVE)
@@ -208,19 +206,11 @@ def play(game: Game, inputs: Inputs, rate: float, watch: Callable[[Pictures], No
 class _Player:
     """Keys to inputs and commands, updates to the screen."""
 
-    def __init__(
-        self,
-        game: Game,
-        inputs: Inputs,
-        rate: float,
-        watch: Callable[[Pictures], None] | None,
-        abilities: Abilities,
-        target: int,
-    ) -> None:
-        columns, rows = shutil.get_terminal_size()
-        kind = Kitty if abilities.kitty else Sixel if abilities.sixel else Blocks
-        self._drawing, self._rows = kind(rows - 1, columns), rows
-        self._game, self._inputs, self._watch, self._target = game, inputs, watch, target
+    def __init__(self, game: Game, inputs: Inputs, rate: float, abilities: Abilities, target: int) -> None:
+        columns, self._rows = shutil.get_terminal_size()
+        self._space = self._rows - 1, columns
+        self._draw: Draw = kitty if abilities.kitty else sixel if abilities.sixel else Blocks()
+        self._game, self._inputs, self._target = game, inputs, target
         self._stage = Stage(game, inputs, self._show, self._say, rate)
         self._stage.is_watched = True
         self._game_loop = GameLoop([self._stage])
@@ -259,11 +249,9 @@ class _Player:
 
     def _show(self, pictures: Pictures, _: Shown | None) -> None:
         """Draw at once, so that nothing is seen half."""
-        if self._watch is not None:
-            self._watch(pictures)
         pacer = self._stage.pacer
         line = f"frame {self._game.known}  {pacer.fps:.1f} frames/s  {1e3 * pacer.percentile(95):.0f} ms p95"
-        drawn = self._drawing.draw(pictures[-1])
+        drawn = self._draw(pictures[-1], *self._space)
         self._write(
             b"\x1b[?2026h" + drawn + self._status(f"{line}  P pause  Backspace back  R reset  Q quit")
         )
@@ -289,15 +277,8 @@ _BAND: Final = 6  # rows of pixels of one sixel
 _CELL: Final = 2.0  # height of a character over its width, about
 
 
-class Drawing(ABC):
-    """Turns a picture uint8 [height, width, 3] into what draws it at the top left of so many characters."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        self._space = rows, columns
-
-    @abstractmethod
-    def draw(self, picture: Pictures) -> bytes:
-        """Bytes for the terminal."""
+Draw = Callable[[Pictures, int, int], bytes]
+"""Gives what draws a picture uint8 [height, width, 3] at the top left of so many rows and columns."""
 
 
 def fitted(height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
@@ -306,48 +287,40 @@ def fitted(height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
     return max(1, round(across * height / width / _CELL)), max(1, across)
 
 
-class Kitty(Drawing):
+def kitty(picture: Pictures, rows: int, columns: int) -> bytes:
     """The graphics protocol of kitty, which scales by itself; the picture before is replaced."""
-
-    @override
-    def draw(self, picture: Pictures) -> bytes:
-        height, width = picture.shape[:2]
-        rows, columns = fitted(height, width, *self._space)
-        data = base64.b64encode(np.ascontiguousarray(picture).tobytes())
-        pieces = [data[at : at + _CHUNK] for at in range(0, len(data), _CHUNK)]
-        head = b"a=T,f=24,s=%d,v=%d,i=1,p=1,q=2,C=1,c=%d,r=%d," % (width, height, columns, rows)
-        parts = [ESC + b"[H"]
-        for number, piece in enumerate(pieces):
-            more = b"m=%d;" % (number + 1 < len(pieces))
-            parts.append(ESC + b"_G" + (head if not number else b"") + more + piece + END)
-        return b"".join(parts)
+    height, width = picture.shape[:2]
+    rows, columns = fitted(height, width, rows, columns)
+    data = base64.b64encode(np.ascontiguousarray(picture).tobytes())
+    pieces = [data[at : at + _CHUNK] for at in range(0, len(data), _CHUNK)]
+    head = b"a=T,f=24,s=%d,v=%d,i=1,p=1,q=2,C=1,c=%d,r=%d," % (width, height, columns, rows)
+    parts = [ESC + b"[H"]
+    for number, piece in enumerate(pieces):
+        more = b"m=%d;" % (number + 1 < len(pieces))
+        parts.append(ESC + b"_G" + (head if not number else b"") + more + piece + END)
+    return b"".join(parts)
 
 
-class Sixel(Drawing):
+def sixel(picture: Pictures, rows: int, columns: int) -> bytes:
     """DEC's graphics: colours are rounded to a cube of 216."""
-
-    @override
-    def draw(self, picture: Pictures) -> bytes:
-        scale = max(1, min(self._space[1] * 8 // picture.shape[1], self._space[0] * 16 // picture.shape[0]))
-        big = picture.repeat(scale, axis=0).repeat(scale, axis=1)
-        steps = (big.astype(np.uint16) * (_LEVELS - 1) + 127) // 255
-        ids = (steps[..., 0] * _LEVELS + steps[..., 1]) * _LEVELS + steps[..., 2]
-        height, width = ids.shape
-        used = np.unique(ids)
-        parts = [ESC + b"[H" + ESC + b'Pq"1;1;%d;%d' % (width, height)]
-        for color in used.tolist():
-            red, green, blue = (
-                100 * (color // _LEVELS**place % _LEVELS) // (_LEVELS - 1) for place in (2, 1, 0)
-            )
-            parts.append(b"#%d;2;%d;%d;%d" % (color, red, green, blue))
-        weights = 1 << np.arange(_BAND, dtype=np.uint8)
-        for top in range(0, height, _BAND):
-            band = ids[top : top + _BAND]
-            for color in np.unique(band).tolist():
-                bits = ((band == color) * weights[: len(band), None]).sum(0, dtype=np.uint8)
-                parts.append(b"#%d" % color + _runs(bits) + b"$")
-            parts.append(b"-")
-        return b"".join([*parts, END])
+    scale = max(1, min(columns * 8 // picture.shape[1], rows * 16 // picture.shape[0]))
+    big = picture.repeat(scale, axis=0).repeat(scale, axis=1)
+    steps = (big.astype(np.uint16) * (_LEVELS - 1) + 127) // 255
+    ids = (steps[..., 0] * _LEVELS + steps[..., 1]) * _LEVELS + steps[..., 2]
+    height, width = ids.shape
+    used = np.unique(ids)
+    parts = [ESC + b"[H" + ESC + b'Pq"1;1;%d;%d' % (width, height)]
+    for color in used.tolist():
+        red, green, blue = (100 * (color // _LEVELS**place % _LEVELS) // (_LEVELS - 1) for place in (2, 1, 0))
+        parts.append(b"#%d;2;%d;%d;%d" % (color, red, green, blue))
+    weights = 1 << np.arange(_BAND, dtype=np.uint8)
+    for top in range(0, height, _BAND):
+        band = ids[top : top + _BAND]
+        for color in np.unique(band).tolist():
+            bits = ((band == color) * weights[: len(band), None]).sum(0, dtype=np.uint8)
+            parts.append(b"#%d" % color + _runs(bits) + b"$")
+        parts.append(b"-")
+    return b"".join([*parts, END])
 
 
 def _runs(bits: NDArray[np.uint8]) -> bytes:
@@ -361,15 +334,15 @@ def _runs(bits: NDArray[np.uint8]) -> bytes:
     )
 
 
-class Blocks(Drawing):
-    """Two pixels a character; characters that did not change are not drawn again."""
+class Blocks:
+    """Draws two pixels a character; characters that did not change are not drawn again."""
 
     _before: NDArray[np.uint8] | None = None
 
-    @override
-    def draw(self, picture: Pictures) -> bytes:
+    def __call__(self, picture: Pictures, rows: int, columns: int) -> bytes:
+        """See `Draw`."""
         height, width = picture.shape[:2]
-        rows, columns = fitted(height, width, *self._space)
+        rows, columns = fitted(height, width, rows, columns)
         down = np.arange(2 * rows) * height // (2 * rows)
         across = np.arange(columns) * width // columns
         cells = picture[down][:, across].reshape(rows, 2, columns, 3).swapaxes(1, 2).reshape(rows, columns, 6)

@@ -22,20 +22,20 @@ from diagd.play.terminal import (
     Abilities,
     Blocks,
     Held,
-    Kitty,
     Press,
-    Sixel,
     _raw,
     _read,
     fitted,
+    kitty,
     presses,
+    sixel,
 )
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (72, 96, 3), dtype=np.uint8)
 
 
 def test_kitty_gets_the_pixels_in_pieces() -> None:
-    drawn = Kitty(24, 80).draw(PICTURE)
+    drawn = kitty(PICTURE, 24, 80)
     pieces = re.findall(rb"\x1b_G([^;]*);([^\x1b]*)\x1b\\", drawn)
     assert base64.b64decode(b"".join(data for _, data in pieces)) == PICTURE.tobytes()
     assert all(len(data) <= 4096 for _, data in pieces)
@@ -70,23 +70,23 @@ def painted(data: bytes) -> np.ndarray:
 @pytest.mark.parametrize("size", [(72, 96), (7, 5), (13, 200)])
 def test_sixel_shows_every_pixel_in_a_near_colour(size: tuple[int, int]) -> None:
     picture = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
-    shown = painted(Sixel(40, 100).draw(picture))
+    shown = painted(sixel(picture, 40, 100))
     scale = shown.shape[0] // size[0]
     assert np.array_equal(shown[::scale, ::scale].repeat(scale, 0).repeat(scale, 1), shown)
     assert np.abs(shown[::scale, ::scale] * 2.55 - picture).max() <= 28
 
 
 def test_half_blocks_draw_what_changed() -> None:
-    blocks = Blocks(36, 96)
-    first = blocks.draw(PICTURE)
+    blocks = Blocks()
+    first = blocks(PICTURE, 36, 96)
     assert first.count("\u2580".encode()) == 36 * 96
     assert b"38;2;%d;%d;%d;48;2;%d;%d;%dm" % (*PICTURE[0, 0], *PICTURE[1, 0]) in first
     changed = PICTURE.copy()
     changed[5, 7] = 255 - changed[5, 7]
-    again = blocks.draw(changed)
+    again = blocks(changed, 36, 96)
     assert again.count("\u2580".encode()) == 1
     assert b"\x1b[3;8H" in again
-    assert blocks.draw(changed) == b"\x1b[0m"
+    assert blocks(changed, 36, 96) == b"\x1b[0m"
 
 
 def test_pictures_keep_their_proportions() -> None:
