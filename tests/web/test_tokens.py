@@ -101,7 +101,7 @@ PASSES = """(async () => {{
   return {cases}.map(([layout, name, base, ...given]) => order(layout, name, base).passes(...given));
 }})()"""
 WINDOWS = """(async () => {{
-  const {{ WindowPolicy }} = await import("./window.js");
+  const {{ WindowPolicy }} = await import("./jacobi.js");
   return {cases}.map(([kinds, passes]) => {{
     const policy = new WindowPolicy(kinds);
     return passes.map(([most, unfed, guesses, ends, ...seen]) => {{
@@ -115,7 +115,7 @@ WINDOWS = """(async () => {{
 
 
 LOOKUPS = """(async () => {{
-  const {{ LookupDraft }} = await import("./lookup.js"), lookup = new LookupDraft({{ rows: 3, columns: 4 }});
+  const {{ LookupDraft }} = await import("./jacobi.js"), lookup = new LookupDraft({{ rows: 3, columns: 4 }});
   return {frames}.map(([before, led, came]) => {{
     const found = lookup.find(before, led);
     lookup.learn(found, came);

@@ -1,11 +1,8 @@
 // A stream of frames over an engine, decoded pass by pass: diagd/runtime/session.py and stream.py in one.
 
-import { TRUST } from "./lookup.js";
 import { draw } from "./sampler.js";
 import { Layout, feed, range } from "./schedule.js";
 import { SlidingAbsolute, SlidingRotary, SlotRing, VOID } from "./slots.js";
-
-const TICK = 0.1; // ms of a browser's clock: a pass is not measured to take less
 
 export class Session {
   constructor(spec, engine) {
@@ -195,41 +192,5 @@ export const scheduled = (schedule) => async (session) => {
     [first, count] = [end, count + pause];
   }
   session.complete(schedule);
-  return count;
-};
-
-// Next-token prediction in few passes: guesses are verified in a window, and kept up to the first that came out wrong.
-export const jacobi = (policy, lookup, window = null) => async (session) => {
-  if (!session.begin()) return 0;
-  const frame = session.frames[session.begun - 1], { cells } = session.layout, start = session.layout.firstCell(session.begun - 1);
-  const before = session.frames[session.known - 1].tokens;
-  let found = lookup.find(before, frame.led), kinds = [...found.trust];
-  frame.tokens.set(found.tokens);
-  session.keepSeeds = false;
-  let unfed = start - 1 - session.fed, decided = 0, count = 0;
-  if (unfed > Math.min(session.width - 1, session.layout.gap)) {
-    const known = range(session.fed, start - 1), passes = feed(known, known, session.width);
-    await session.run(passes);
-    [session.fed, unfed, count] = [start - 1 - session.layout.gap, 0, passes.length];
-  }
-  while (decided < cells) {
-    const began = performance.now(), most = Math.min(cells - decided, session.width - unfed);
-    const rows = window ? Math.min(most, window) : policy.choose(most, unfed, kinds.slice(decided)), first = start + decided - 1;
-    const guesses = frame.tokens.slice(decided, decided + rows);
-    const drawn = await session.run([range(first - unfed, first + rows).map((p) => [p, p, p < first ? -1 : p + 1])]);
-    const wrong = drawn.findIndex((id, n) => id !== guesses[n]), kept = wrong < 0 ? rows : wrong + 1;
-    if (!window) policy.add(kinds.slice(decided, decided + rows), kept, unfed + rows, Math.max(TICK, performance.now() - began));
-    for (let cell = decided; cell < decided + rows; cell++) kinds[cell] = (kinds[cell] % TRUST) + TRUST;
-    [decided, unfed, count] = [decided + kept, 0, count + 1];
-    if (kept < rows) session.rejected = start + decided - 1;
-    if (decided < cells && (await session.renew())) {
-      [decided, unfed] = [0, start - 1 - session.fed];
-      found = lookup.find(before, frame.led);
-      found.trust.forEach((level, cell) => level && ([frame.tokens[cell], kinds[cell]] = [found.tokens[cell], level]));
-    }
-  }
-  if (!window) policy.end();
-  lookup.learn(found, frame.tokens);
-  session.complete(null);
   return count;
 };

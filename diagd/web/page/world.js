@@ -2,10 +2,9 @@
 
 import { PixelGraph, Runtime } from "./engine.js";
 import { GpuRuntime } from "./gpu.js";
-import { Session, jacobi, scheduled } from "./session.js";
+import { LookupDraft, TRUST, WindowPolicy, jacobi } from "./jacobi.js";
 import { Schedule } from "./schedule.js";
-import { LookupDraft, TRUST } from "./lookup.js";
-import { WindowPolicy } from "./window.js";
+import { Session, scheduled } from "./session.js";
 
 // A file of the folder, compressed so that any host sends it small; `advance` is told of bytes that came.
 async function unpacked(base, name, advance) {

@@ -1,11 +1,42 @@
-// How many rows a pass verifies, by what passes cost and by how often guesses come out right, as
-// diagd/runtime/decoders/jacobi.py chooses it, which says why.
+// Next-token prediction in few passes, as diagd/runtime/decoders/jacobi.py does it, which says why: first guesses of a
+// frame, how many of them a pass verifies, and the decoder.
 
+import { feed, range } from "./schedule.js";
+
+export const TRUST = 8;
+const PLACES = 1 << 16;
 const KEPT = 0.99, FIRST = 32, SPREAD = 8, REJECTED = 0.05, AHEAD = 0.7, OFTEN = 8, SLOWER = 1.1;
 const STEADY = 16, BETWEEN = 3, SHARE = 0.01, BETTER = 0.93;
+const TICK = 0.1; // ms of a browser's clock: a pass is not measured to take less
 
 const total = (values) => values.reduce((sum, value) => sum + value, 0);
 
+// Guesses looked up in what was decoded before.
+export class LookupDraft {
+  constructor({ rows, columns }) {
+    Object.assign(this, { rows, columns, known: new Map() });
+  }
+
+  // Of the frame behind `before` to which the ids of an action lead: guesses and the level of trust in each.
+  find(before, led) {
+    const { rows, columns } = this, action = led.join(), id = (y, x) => (y < 0 || x < 0 || y >= rows || x >= columns ? -1 : before[y * columns + x]);
+    const around = (y, x) => [id(y, x), id(y - 1, x), id(y + 1, x), id(y, x - 1), id(y, x + 1), action].join();
+    const keys = Array.from(before, (_, cell) => around(Math.floor(cell / columns), cell % columns));
+    const found = keys.map((key, cell) => this.known.get(key) ?? [before[cell], 0]);
+    return { keys, tokens: found.map(([token]) => token), trust: found.map(([, trust]) => trust) };
+  }
+
+  // Take what a frame became.
+  learn({ keys, tokens, trust }, became) {
+    if (this.known.size > PLACES) this.known.clear();
+    keys.forEach((key, cell) => {
+      const came = trust[cell] && tokens[cell] === became[cell];
+      this.known.set(key, [became[cell], came ? Math.min(trust[cell] + 1, TRUST - 1) : 1]);
+    });
+  }
+}
+
+// How many rows a pass verifies, by what passes cost and by how often guesses come out right.
 export class WindowPolicy {
   constructor(kinds = 1) {
     Object.assign(this, { kinds, count: 0, decided: 0, passes: [], quickest: [] });
@@ -85,3 +116,39 @@ export class WindowPolicy {
     return { cost: time - row * middle, row };
   }
 }
+
+// Guesses are verified in a window, and kept up to the first that came out wrong.
+export const jacobi = (policy, lookup, window = null) => async (session) => {
+  if (!session.begin()) return 0;
+  const frame = session.frames[session.begun - 1], { cells } = session.layout, start = session.layout.firstCell(session.begun - 1);
+  const before = session.frames[session.known - 1].tokens;
+  let found = lookup.find(before, frame.led), kinds = [...found.trust];
+  frame.tokens.set(found.tokens);
+  session.keepSeeds = false;
+  let unfed = start - 1 - session.fed, decided = 0, count = 0;
+  if (unfed > Math.min(session.width - 1, session.layout.gap)) {
+    const known = range(session.fed, start - 1), passes = feed(known, known, session.width);
+    await session.run(passes);
+    [session.fed, unfed, count] = [start - 1 - session.layout.gap, 0, passes.length];
+  }
+  while (decided < cells) {
+    const began = performance.now(), most = Math.min(cells - decided, session.width - unfed);
+    const rows = window ? Math.min(most, window) : policy.choose(most, unfed, kinds.slice(decided)), first = start + decided - 1;
+    const guesses = frame.tokens.slice(decided, decided + rows);
+    const drawn = await session.run([range(first - unfed, first + rows).map((p) => [p, p, p < first ? -1 : p + 1])]);
+    const wrong = drawn.findIndex((id, n) => id !== guesses[n]), kept = wrong < 0 ? rows : wrong + 1;
+    if (!window) policy.add(kinds.slice(decided, decided + rows), kept, unfed + rows, Math.max(TICK, performance.now() - began));
+    for (let cell = decided; cell < decided + rows; cell++) kinds[cell] = (kinds[cell] % TRUST) + TRUST;
+    [decided, unfed, count] = [decided + kept, 0, count + 1];
+    if (kept < rows) session.rejected = start + decided - 1;
+    if (decided < cells && (await session.renew())) {
+      [decided, unfed] = [0, start - 1 - session.fed];
+      found = lookup.find(before, frame.led);
+      found.trust.forEach((level, cell) => level && ([frame.tokens[cell], kinds[cell]] = [found.tokens[cell], level]));
+    }
+  }
+  if (!window) policy.end();
+  lookup.learn(found, frame.tokens);
+  session.complete(null);
+  return count;
+};
