@@ -174,9 +174,7 @@ def _print_graphs(console: Console, graphs: dict[str, OnnxFile], uses: dict[str,
         shown = [f"{dtype} {size / 1e6:,.3f} MB" for dtype, size in sizes if size >= 500]
         title = f"{name}\n{uses[name]}" if name in uses else name
         table.add_row(
-            f"{title}\nopset {graph.opset}",
-            "\n".join(shown),
-            f"{graph.operators.total()}: {operators}{more}",
+            f"{title}\nopset {graph.opset}", "\n".join(shown), f"{graph.operators.total()}: {operators}{more}"
         )
     for name in uses.keys() - graphs.keys():
         table.add_row(f"{name}\n{uses[name]}", "", "pip install 'diagd[export]' to see them")

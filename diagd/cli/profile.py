@@ -153,7 +153,7 @@ def _print(console: Console, report: Report) -> None:
     slow = sum(len(run.slow_steps) for run in report.runs)
     console.print(
         f"limits measured here: {machine.limits}; peak memory {report.peak_memory / 1e9:.2f} GB; "
-        f"{slow} slow steps",
+        f"{slow} slow steps"
     )
 
 

@@ -109,10 +109,7 @@ def _dream(options: ServeOptions) -> int:
     pixels, session = options.session.pixels(bundle), options.session.open(bundle)
     with closing(Dreamer(session, pixels, options.max_jobs, options.lifespan)) as dreamer:
         wham = Wham(bundle.manifest, pixels, session.window, options.max_steps, options.seed)
-        with (
-            DreamServer((options.host, options.port), wham, dreamer) as server,
-            suppress(KeyboardInterrupt),
-        ):
+        with DreamServer((options.host, options.port), wham, dreamer) as server, suppress(KeyboardInterrupt):
             if not Address(options.host).is_local:
                 console.print(
                     f"warning: whoever reaches {options.host} can order dreams; no password, no TLS"

@@ -150,11 +150,7 @@ class Server:
     """
 
     def __init__(
-        self,
-        fleet: Fleet,
-        address: Address,
-        limits: Limits | None = None,
-        rate: float | None = None,
+        self, fleet: Fleet, address: Address, limits: Limits | None = None, rate: float | None = None
     ) -> None:
         require("websockets", extra="play", purpose="play in a browser")
         self.address, self.limits, self.fleet = address, limits or Limits(), fleet

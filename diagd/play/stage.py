@@ -105,12 +105,7 @@ class Stage:
     """
 
     def __init__(
-        self,
-        game: Game,
-        inputs: Inputs,
-        show: Show,
-        fail: Callable[[str], None],
-        rate: float,
+        self, game: Game, inputs: Inputs, show: Show, fail: Callable[[str], None], rate: float
     ) -> None:
         self.game, self.inputs, self.pacer = game, inputs, Pacer(rate)
         self.mode: Mode = "live"

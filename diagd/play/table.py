@@ -115,13 +115,7 @@ class Table(ServedTable):
     """
 
     def __init__(
-        self,
-        game: Game,
-        inputs: Inputs,
-        rate: float,
-        *,
-        paced: bool = True,
-        every: int = EVERY,
+        self, game: Game, inputs: Inputs, rate: float, *, paced: bool = True, every: int = EVERY
     ) -> None:
         spec = game.view.codec.spec
         super().__init__((spec.height, spec.width))

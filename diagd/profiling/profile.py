@@ -126,10 +126,7 @@ class Profile:
 
 
 def profile(
-    bundle: Bundle,
-    options: ProfileOptions,
-    progress: Progress | None = None,
-    backend: Backend | None = None,
+    bundle: Bundle, options: ProfileOptions, progress: Progress | None = None, backend: Backend | None = None
 ) -> Profile:
     """Measure a bundle on this machine.
 
