@@ -19,7 +19,6 @@ from diagd.calibration.matrices import (
     QUANTISED_OPSET,
     EitherMatrix,
     QuantisedMatrix,
-    StoredWeights,
     Weight,
     check_form,
     quantised_matrix,
@@ -30,7 +29,7 @@ from diagd.export.exporter import TORCH_TYPES
 from diagd.export.onnx_file import read_onnx
 from diagd.export.step_graph import PLAIN, StepVariant, projections, trace_step
 from diagd.export.tracing import give_data, save, simplify
-from diagd.export.weights import WeightSource, constant, store
+from diagd.export.weights import StoredWeights, WeightSource, constant, store
 from diagd.progress import Progress
 
 if TYPE_CHECKING:

@@ -8,11 +8,10 @@ DequantizeLinear ahead of the product for TensorRT.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,24 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diagd.bundle import Bundle, Form
+from diagd.bundle import Form
 from diagd.bundle.precision import GROUP, Precision
 from diagd.engines.engine import Float
-from diagd.errors import BundleError
-from diagd.export.step_graph import PLAIN, step_tensors
-from diagd.export.tracing import FOLD_LIMIT, cast, onnx_operator
-from diagd.export.weights import (
-    WEIGHTS_NAME,
-    WeightSource,
-    constant,
-    external_tensors,
-    plan,
-    row_chunks,
-    total_bytes,
-)
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
+from diagd.export.tracing import cast, onnx_operator
+from diagd.export.weights import StoredWeights, WeightSource, constant, row_chunks
 
 Array = NDArray[Any]
 
@@ -63,43 +49,6 @@ PLACEHOLDERS = {INT4: torch.int8, FP8: torch.float8_e4m3fn}
 """Types of buffers while they are traced, where PyTorch or its NumPy has no name for them."""
 
 Sources = Mapping[str, WeightSource]
-
-
-class StoredWeights:
-    """Tensors of graphs in floating point, mapped from their file; BundleError where it has another size."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._path = bundle.file(WEIGHTS_NAME)
-        manifest = bundle.manifest
-        self._places = plan(step_tensors(manifest.transformer, np.dtype(manifest.cache.dtype)))
-        expected, found = total_bytes(self._places), self._path.stat().st_size
-        if found != expected:
-            raise BundleError(
-                f"{self._path} has {found} bytes, the weights of {manifest.name} are {expected}: "
-                "export it again"
-            )
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-    def __getitem__(self, name: str) -> Array:
-        """A tensor by its name in graphs, a read-only map."""
-        place = self._places[name]
-        return np.memmap(self._path, place.dtype, "r", place.offset, place.shape)
-
-    def tensors(self) -> dict[str, ir.TensorProtocol]:
-        """All of them, as ``NAME`` and ``NAME.plain``, for a graph beside the file.
-
-        Those that its simplification reads lie in it: the file may be a hard link, which onnx_ir refuses to
-        read.
-        """
-        import onnx_ir as ir
-
-        found: dict[str, ir.TensorProtocol] = {}
-        found |= external_tensors(self._places, WEIGHTS_NAME, self._path.parent)
-        small = [name for name, place in self._places.items() if math.prod(place.shape) <= FOLD_LIMIT]
-        found |= {name: ir.Tensor(np.array(self[name]), name=name) for name in small}
-        return found | {name + PLAIN: tensor for name, tensor in found.items()}
 
 
 @dataclass(frozen=True)

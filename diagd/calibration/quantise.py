@@ -11,7 +11,6 @@ from diagd.bundle.files import link
 from diagd.bundle.manifest import MANIFEST_NAME, OwnLikelihood, StepGraph
 from diagd.calibration.evaluate import ATTEMPTS, GATE_SEED, Evaluator, failures, most_harmful, part_of
 from diagd.calibration.graph_writer import GraphWriter, Target, file_names
-from diagd.calibration.matrices import StoredWeights
 from diagd.calibration.options import CalibrationOptions, find_scheme
 from diagd.calibration.report import (
     AttemptReport,
@@ -48,6 +47,7 @@ from diagd.engines.engine import Float, Int
 from diagd.engines.host import available_bytes
 from diagd.errors import QualityError, UsageError
 from diagd.export.step_graph import projections
+from diagd.export.weights import StoredWeights
 from diagd.progress import Progress
 
 DIRECTORY = "calibration"

@@ -27,7 +27,6 @@ from diagd.bundle.manifest import RotaryContext, StepGraph
 from diagd.bundle.precision import FLOATING, KV_CACHES, Precision
 from diagd.calibration.matrices import (
     Array,
-    StoredWeights,
     check_form,
     ranges,
     rounded_rows,
@@ -42,6 +41,7 @@ from diagd.errors import EngineError, QualityError, UsageError, unknown
 from diagd.export.exporter import TORCH_TYPES
 from diagd.export.step_graph import WATCHED, Projection, StepVariant, trace_step, watched_values
 from diagd.export.tracing import link_weights, save
+from diagd.export.weights import StoredWeights
 from diagd.progress import Progress
 
 GRAPH_NAME = "observed.onnx"

@@ -19,9 +19,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.bundle import cache
-from diagd.errors import CheckpointError
+from diagd.bundle import Bundle, cache
+from diagd.errors import BundleError, CheckpointError
 from diagd.export.checkpoints import Checkpoint, TensorHandle
+from diagd.export.step_graph import PLAIN, step_tensors
 from diagd.export.tracing import FOLD_LIMIT
 from diagd.version import __version__
 
@@ -213,6 +214,48 @@ def external_tensors(
         )
         for name, p in placements.items()
     }
+
+
+class StoredWeights:
+    """Tensors of graphs in floating point, mapped from their file; BundleError where it has another size."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._path = bundle.file(WEIGHTS_NAME)
+        manifest = bundle.manifest
+        self._places = plan(step_tensors(manifest.transformer, np.dtype(manifest.cache.dtype)))
+        expected, found = total_bytes(self._places), self._path.stat().st_size
+        if found != expected:
+            raise BundleError(
+                f"{self._path} has {found} bytes, the weights of {manifest.name} are {expected}: "
+                "export it again"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __getitem__(self, name: str) -> Array:
+        """A tensor by its name in graphs, a read-only map."""
+        place = self._places[name]
+        return np.memmap(self._path, place.dtype, "r", place.offset, place.shape)
+
+    def replace(self, name: str, values: Array) -> None:
+        """Put other values into the file, in its own type."""
+        place = self._places[name]
+        np.memmap(self._path, place.dtype, "r+", place.offset, place.shape)[...] = values
+
+    def tensors(self) -> dict[str, ir.TensorProtocol]:
+        """All of them, as ``NAME`` and ``NAME.plain``, for a graph beside the file.
+
+        Those that its simplification reads lie in it: the file may be a hard link, which onnx_ir refuses to
+        read.
+        """
+        import onnx_ir as ir
+
+        found: dict[str, ir.TensorProtocol] = {}
+        found |= external_tensors(self._places, WEIGHTS_NAME, self._path.parent)
+        small = [name for name, place in self._places.items() if math.prod(place.shape) <= FOLD_LIMIT]
+        found |= {name: ir.Tensor(np.array(self[name]), name=name) for name in small}
+        return found | {name + PLAIN: tensor for name, tensor in found.items()}
 
 
 class ResumableWeights:

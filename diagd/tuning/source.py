@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +17,14 @@ from diagd.bundle.manifest import MANIFEST_NAME, Provenance
 from diagd.bundle.targets import bundle_target, check_apart, file_target, folder_target
 from diagd.bundle.transformer import TransformerConfig
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.errors import BundleError, UsageError
+from diagd.errors import UsageError
 from diagd.export.checkpoints import Checkpoint, check, save_tensors
 from diagd.export.exporter import open_sources
 from diagd.export.families import Family, find
 from diagd.export.families.world import DESCRIPTION, WEIGHTS, load_tokenizer
+from diagd.export.onnx_file import read_onnx
 from diagd.export.transformer import Transformer
+from diagd.export.weights import StoredWeights
 from diagd.progress import is_first
 from diagd.runtime.actions import encode
 from diagd.runtime.arrays import read_ids
@@ -37,10 +37,6 @@ from diagd.tuning.options import AlignOptions
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
 from diagd.version import __version__
 
-if TYPE_CHECKING:
-    import onnx
-
-
 _PREFIX = "transformer."
 
 
@@ -48,41 +44,31 @@ def read_model(bundle: Bundle) -> Transformer:
     """The transformer of a bundle in float32.
 
     Raises:
-        BundleError, UsageError: its graphs are not of the transformer that its manifest describes.
+        BundleError, UsageError: its weights are not of the transformer that its manifest describes.
     """
-    found = {
-        tensor.name: _values(tensor, bundle)
-        for graph in _graphs(bundle)
-        for tensor in graph.graph.initializer
-        if tensor.name.startswith(_PREFIX)
-    }
-    model = Transformer(bundle.manifest.transformer)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in wanted.items():
-        if _PREFIX + name not in found:
+    stored, model, manifest = StoredWeights(bundle), Transformer(bundle.manifest.transformer), bundle.manifest
+    files = {graph.file for graph in manifest.graphs} | ({manifest.text.graph} if manifest.text else set())
+    named = {tensor.name for file in files for tensor in read_onnx(bundle.file(file)).initializers}
+    for name in model.state_dict():
+        if _PREFIX + name not in named:
             raise UsageError(
                 f"{bundle.path}: its graphs have no weight '{name}' of their own: they were exported before "
                 "weights that are equal were kept apart; export the bundle again"
             )
-        if found[_PREFIX + name].shape != shape:
-            raise BundleError(
-                f"{bundle.path}: weight '{name}' is {found[_PREFIX + name].shape}, its manifest describes "
-                f"{shape}; export the bundle again"
-            )
-    arrays = {name: np.array(found[_PREFIX + name], np.float32) for name in wanted}
+    arrays = {name: np.array(stored[_PREFIX + name], np.float32) for name in model.state_dict()}
     model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     return model
 
 
 def write_model(bundle: Bundle, model: Transformer, output: Path, manifest: Manifest) -> Path:
     """Write the bundle anew with the weights of ``model`` and ``manifest``; returns ``output``."""
-    state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     with atomic_bundle(output) as directory:
         for name in bundle.manifest.named_files:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.file(name), directory / name)
-        for graph in _graphs(bundle):
-            _write(graph, directory, state)
+        stored = StoredWeights(Bundle(directory, bundle.manifest))
+        for name, tensor in model.state_dict().items():
+            stored.replace(_PREFIX + name, tensor.detach().cpu().numpy())
         seal(directory, manifest)
     return output
 
@@ -101,44 +87,6 @@ def aligned_manifest(bundle: Bundle, options: AlignOptions) -> Manifest:
     shares = ", ".join(f"{each.name} {share:.2g}" for share, each in options.shares)
     tuned = f"aligned for {options.steps} steps to {shares}"
     return tuned_manifest(bundle, tuned, order=schedule.name, decoder="order")
-
-
-def _graphs(bundle: Bundle) -> list[onnx.ModelProto]:
-    import onnx
-
-    names = [graph.file for graph in bundle.manifest.graphs]
-    names += [bundle.manifest.text.graph] if bundle.manifest.text else []
-    return [onnx.load(bundle.file(name), load_external_data=False) for name in dict.fromkeys(names)]
-
-
-def _values(tensor: onnx.TensorProto, bundle: Bundle) -> NDArray[np.generic]:
-    """A weight of a graph; its file may have other names, which onnx refuses to read."""
-    from onnx import helper
-    from onnx.numpy_helper import to_array
-
-    if not tensor.external_data:
-        return to_array(tensor)
-    where = {entry.key: entry.value for entry in tensor.external_data}
-    if where["location"] not in bundle.manifest.files:
-        raise BundleError(f"{bundle.path}: '{where['location']}' is no file of the bundle; export it again")
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    size, start = math.prod(tensor.dims) * dtype.itemsize, int(where.get("offset", 0))
-    stored = np.fromfile(bundle.file(where["location"]), np.uint8, size, offset=start)
-    return stored.view(dtype).reshape(tensor.dims)
-
-
-def _write(graph: onnx.ModelProto, directory: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write the weights of a graph over those in its weights file."""
-    from onnx import helper
-
-    for tensor in graph.graph.initializer:
-        if tensor.name not in state:
-            continue
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        values = state[tensor.name].numpy().astype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        with (directory / where["location"]).open("r+b") as file:
-            file.seek(int(where["offset"]))
-            file.write(values.tobytes())
 
 
 def write_checkpoint(family: Family, model: Transformer, output: Path) -> Path:
