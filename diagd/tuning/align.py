@@ -77,7 +77,7 @@ class Ranks:
         """
         mine, scored = self.share(len(windows)), passes.scored[choice]
         weight = self.size * float(scored[mine].sum() / scored.sum())
-        return passes.batch(windows[mine], choice[mine].tolist()).to(self.device), weight
+        return passes.batch(windows[mine], choice[mine].tolist(), self.device), weight
 
     def mean(self, loss: Tensor) -> float:
         """The mean of a value over all."""

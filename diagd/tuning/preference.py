@@ -145,8 +145,8 @@ def tune(
         mine = ranks.share(len(picked))
         share = ranks.size * len(picked[mine]) / len(picked)  # all that is summed is a mean over windows
         windows = lesson.windows(picked[mine])
-        fed = np.concatenate(windows), choice[mine].tolist() * len(windows)
-        batch = passes.batch(*fed).to(options.device)
+        choices = choice[mine].tolist() * len(windows)
+        batch = passes.batch(np.concatenate(windows), choices, options.device)
         found = nll(batch, autocast=options.autocast).view(len(windows), -1)
         if lesson.rejected is None:
             return share * found.mean()

@@ -8,7 +8,7 @@ position, seeing exactly what inference would see. Training on it aligns a model
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,44 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from diagd.schedule import NO_SINK, Schedule, Table
+from diagd.schedule import NO_SINK, Schedule, StreamLayout, Table
 
 NOT_SCORED = -1
 _TOGETHER = 8  # windows that are scored at once
-
-
-@dataclass(frozen=True)
-class TeacherForcedPass:
-    """Inputs of the parallel forward; R rows in the order of the schedule.
-
-    Attributes:
-        sources: int64 [R], position in the video's stream of the token that is fed.
-        positions: int64 [R], raster position at which it is fed.
-        targets: int64 [R], position of the token to predict, or ``NOT_SCORED``.
-        visible: bool [R, R], row r attends to column c.
-    """
-
-    sources: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    visible: NDArray[np.bool_]
-
-    @property
-    def rows(self) -> int:
-        """Length of the sequence."""
-        return len(self.sources)
-
-    def padded(self, rows: int) -> TeacherForcedPass:
-        """The same pass with unscored rows at the end, each seeing itself only."""
-        extra = rows - self.rows
-        visible = np.eye(rows, dtype=bool)
-        visible[: self.rows, : self.rows] = self.visible
-        return TeacherForcedPass(
-            np.pad(self.sources, (0, extra)),
-            np.pad(self.positions, (0, extra)),
-            np.pad(self.targets, (0, extra), constant_values=NOT_SCORED),
-            visible,
-        )
 
 
 def visible_rows(table: Table, *, keep_seeds: bool) -> NDArray[np.bool_]:
@@ -69,34 +35,11 @@ def visible_rows(table: Table, *, keep_seeds: bool) -> NDArray[np.bool_]:
     return visible
 
 
-def teacher_forced_pass(
-    schedule: Schedule, frames: int, *, score_prompt: bool = False, prompt: int = 1
-) -> TeacherForcedPass:
-    """Derive the pass for a video of ``frames`` frames, the first of which are known.
-
-    With ``score_prompt`` the cells of the first frame are predicted too, in raster order.
-
-    Raises:
-        ScheduleError: nothing is behind the prompt.
-    """
-    table = schedule.table(first_frame=prompt, frames=frames - prompt, fed=0)
-    sources, positions, sinks = (a.astype(np.int64) for a in (table.sources, table.positions, table.sinks))
-    visible = visible_rows(table, keep_seeds=schedule.keep_seeds)
-    targets = np.where(sinks == NO_SINK, NOT_SCORED, sinks)
-    if score_prompt:
-        first, end = schedule.layout.first_cell(0), schedule.layout.first_cell(0) + schedule.layout.cells
-        following = positions + 1
-        in_prompt = (following >= first) & (following < end) & (sinks == NO_SINK)
-        targets = np.where(in_prompt, following, targets)
-    return TeacherForcedPass(sources, positions, targets, visible)
-
-
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A model: ids and positions [B, R] and an additive mask [B, R, R] to logits [B, R, V]."""
 
 
-@dataclass(frozen=True)
-class ForcedBatch:
+class ForcedBatch(NamedTuple):
     """Inputs and targets of one parallel forward.
 
     Attributes:
@@ -110,45 +53,63 @@ class ForcedBatch:
     targets: Tensor
     visible: Tensor
 
-    def to(self, device: str) -> ForcedBatch:
-        """The same batch on a device."""
-        return ForcedBatch(*(t.to(device) for t in (self.ids, self.positions, self.targets, self.visible)))
-
 
 class ForcedPasses:
-    """The teacher-forced passes of several schedules over videos of equal length, padded to one size.
+    """The teacher-forced passes of several schedules over videos of equal length; R rows in their order.
 
-    The first ``prompt`` frames of a video are known; with ``score_prompt`` the cells of the first one are
-    predicted too, in raster order.
+    The first ``prompt`` of ``frames`` frames are known; with ``score_prompt`` the cells of the first one are
+    predicted too, in raster order. Passes of fewer rows end in unscored ones, each seeing itself only.
 
     Attributes:
         names: of the schedules.
+        sources: int64 [schedules, R], position in the video's stream of the token that is fed.
+        positions: int64 [schedules, R], raster position at which it is fed.
+        targets: int64 [schedules, R], position of the token to predict, or ``NOT_SCORED``.
+        visible: bool [schedules, R, R], row r attends to column c.
         scored: int64 [schedules], tokens of a video that each one scores.
+
+    Raises:
+        ScheduleError: nothing is behind the prompt.
     """
 
     def __init__(
         self, schedules: Sequence[Schedule], frames: int, *, score_prompt: bool = False, prompt: int = 1
     ) -> None:
-        passes = [teacher_forced_pass(s, frames, score_prompt=score_prompt, prompt=prompt) for s in schedules]
+        tables = [schedule.table(first_frame=prompt, frames=frames - prompt, fed=0) for schedule in schedules]
+        rows = max(len(table.sources) for table in tables)
         self.names = [schedule.name for schedule in schedules]
-        padded = [p.padded(max(p.rows for p in passes)) for p in passes]
-        self.sources = np.stack([p.sources for p in padded])
-        self.positions = torch.from_numpy(np.stack([p.positions for p in padded]))
-        self.targets = np.stack([p.targets for p in padded])
-        self.visible = torch.from_numpy(np.stack([p.visible for p in padded]))
+        self.sources = np.zeros((len(tables), rows), np.int64)
+        positions, self.targets = np.zeros_like(self.sources), np.full_like(self.sources, NOT_SCORED)
+        visible = np.tile(np.eye(rows, dtype=bool), (len(tables), 1, 1))
+        for n, (schedule, table) in enumerate(zip(schedules, tables, strict=True)):
+            part = slice(len(table.sources))
+            self.sources[n, part], positions[n, part] = table.sources, table.positions
+            self.targets[n, part] = _targets(table, schedule.layout, score_prompt=score_prompt)
+            visible[n, part, part] = visible_rows(table, keep_seeds=schedule.keep_seeds)
+        self.positions, self.visible = torch.from_numpy(positions), torch.from_numpy(visible)
         self.scored: NDArray[np.int64] = (self.targets != NOT_SCORED).sum(1)
 
-    def batch(self, streams: NDArray[np.int64], choice: Sequence[int]) -> ForcedBatch:
+    def batch(self, streams: NDArray[np.int64], choice: Sequence[int], device: str = "cpu") -> ForcedBatch:
         """Feed stream b of int64 [B, N] through the pass of schedule ``choice[b]``."""
         picked = np.asarray(choice)
         sources, targets = self.sources[picked], self.targets[picked]
         answers = np.take_along_axis(streams, np.maximum(targets, 0), axis=1)
-        return ForcedBatch(
+        batch = (
             torch.from_numpy(np.take_along_axis(streams, sources, axis=1)),
             self.positions[picked],
             torch.from_numpy(np.where(targets == NOT_SCORED, NOT_SCORED, answers)),
             self.visible[picked],
         )
+        return ForcedBatch(*(tensor.to(device) for tensor in batch))
+
+
+def _targets(table: Table, layout: StreamLayout, *, score_prompt: bool) -> NDArray[np.int64]:
+    targets = np.where(table.sinks == NO_SINK, NOT_SCORED, table.sinks).astype(np.int64)
+    if score_prompt:
+        first, following = layout.first_cell(0), table.positions + 1
+        in_prompt = (following >= first) & (following < first + layout.cells) & (targets == NOT_SCORED)
+        targets = np.where(in_prompt, following, targets)
+    return targets
 
 
 def forced_loss(model: Logits, batch: ForcedBatch, *, autocast: bool = True) -> Tensor:
@@ -186,7 +147,7 @@ def forced_nll(
     scored = targets != NOT_SCORED
     for start in range(0, len(streams), _TOGETHER):
         windows = streams[start : start + _TOGETHER]
-        part = passes.batch(windows, [choice] * len(windows)).to(device)
+        part = passes.batch(windows, [choice] * len(windows), device)
         logits = _logits(model, part, autocast=False)[:, scored]
         loss = functional.cross_entropy(
             logits.transpose(1, 2).float(), part.targets[:, scored], reduction="none"

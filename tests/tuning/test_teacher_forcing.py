@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diagd.schedule import RowSeed, Schedule, StreamLayout
-from diagd.tuning.teacher_forcing import NOT_SCORED, ForcedPasses, forced_nll, teacher_forced_pass
+from diagd.tuning.teacher_forcing import NOT_SCORED, ForcedPasses, forced_nll
 from tests.oracles.full_recompute import FullRecompute
 from tests.oracles.models import random_stream, small_model
 from tests.oracles.rows import rows_of
@@ -30,9 +30,9 @@ CASES = [(layout, schedule) for layout in LAYOUTS for schedule in schedules(layo
 @pytest.mark.parametrize(("layout", "schedule"), CASES)
 def test_visibility_equals_brute_force(layout: StreamLayout, schedule: Schedule) -> None:
     """Replays the cache: what is in it, and not void, when each row runs."""
-    forced = teacher_forced_pass(schedule, frames=3)
+    visible = ForcedPasses([schedule], frames=3).visible[0].numpy()
     cache: list[tuple[int, int]] = []
-    expected = np.zeros_like(forced.visible)
+    expected = np.zeros_like(visible)
     row = 0
     for step in rows_of(schedule.table(1, 2, 0)):
         numbers = list(range(row, row + len(step)))
@@ -44,12 +44,12 @@ def test_visibility_equals_brute_force(layout: StreamLayout, schedule: Schedule)
             guesses = {n for n, r in zip(numbers, step, strict=True) if r.source != r.position}
             cache = [entry for entry in cache if entry[0] not in guesses]
         row += len(step)
-    np.testing.assert_array_equal(forced.visible, expected)
+    np.testing.assert_array_equal(visible, expected)
 
 
 @pytest.mark.parametrize(("layout", "schedule"), CASES)
 def test_every_cell_behind_the_prompt_is_scored_once(layout: StreamLayout, schedule: Schedule) -> None:
-    targets = teacher_forced_pass(schedule, frames=3).targets
+    targets = ForcedPasses([schedule], frames=3).targets[0]
     cells = [layout.first_cell(t) + c for t in (1, 2) for c in range(layout.cells)]
     assert sorted(targets[targets != NOT_SCORED].tolist()) == cells
 
@@ -69,17 +69,19 @@ def test_nothing_is_fed_before_it_is_decoded(layout: StreamLayout, schedule: Sch
 
 def test_prompt_is_scored_on_request() -> None:
     layout = LAYOUTS[0]
-    targets = teacher_forced_pass(Schedule.chained(layout, 1), frames=2, score_prompt=True).targets
+    targets = ForcedPasses([Schedule.chained(layout, 1)], frames=2, score_prompt=True).targets[0]
     scored = sorted(targets[targets != NOT_SCORED].tolist())
     assert scored == [layout.first_cell(t) + c for t in (0, 1) for c in range(layout.cells)]
 
 
 def test_padding_changes_nothing_else() -> None:
-    forced = teacher_forced_pass(Schedule.chained(LAYOUTS[0], 1), frames=2)
-    padded = forced.padded(forced.rows + 5)
-    np.testing.assert_array_equal(padded.visible[: forced.rows, : forced.rows], forced.visible)
-    assert not padded.visible[: forced.rows, forced.rows :].any()
-    assert (padded.targets[forced.rows :] == NOT_SCORED).all()
+    short, long = Schedule.next_token(LAYOUTS[0]), Schedule.chained(LAYOUTS[0], 1)
+    alone, padded = ForcedPasses([short], frames=2), ForcedPasses([short, long], frames=2)
+    rows = alone.targets.shape[1]
+    assert rows < padded.targets.shape[1]
+    np.testing.assert_array_equal(padded.visible[0, :rows, :rows], alone.visible[0])
+    assert not padded.visible[0, :rows, rows:].any()
+    assert (padded.targets[0, rows:] == NOT_SCORED).all()
 
 
 @pytest.mark.parametrize("schedule", schedules(LAYOUTS[1]))
