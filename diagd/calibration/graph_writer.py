@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import nn
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
-from diagd.bundle.precision import FLOATING, Precision
+from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.bundle.transformer import parameter_shapes
 from diagd.calibration.evaluate import part_of
 from diagd.calibration.matrices import (
@@ -20,9 +19,9 @@ from diagd.calibration.matrices import (
     EitherMatrix,
     QuantisedMatrix,
     Weight,
-    check_form,
     quantised_matrix,
 )
+from diagd.calibration.options import CalibrationOptions
 from diagd.calibration.search import Choice
 from diagd.engines.engine import Float
 from diagd.export.exporter import TORCH_TYPES
@@ -41,66 +40,26 @@ SINGLE = ("single.onnx", "single.bin", "rounded.bin")
 Choices = Mapping[str, Choice]
 
 
-@dataclass(frozen=True)
-class Target:
-    """What graphs become.
-
-    Attributes:
-        name: precision of the graphs.
-        half: GPU forms compute in float16 what stays in floating point.
-        kv_cache: element type of the K/V buffers of portable graphs; None: floating point.
-        row_scales: of K/V rows, where they are rounded.
-    """
-
-    scheme: Precision
-    name: str
-    half: bool
-    kv_cache: str | None = None
-    row_scales: Mapping[str, Float] = field(default_factory=dict)
-
-    def refusal(self, form: Form) -> str | None:
-        """Why graphs of a form cannot have it; None where they can."""
-        if not check_form(form, self.scheme):
-            return (
-                f"TensorRT has no product whose activations are scaled row by row, as {self.scheme.name} is"
-            )
-        float_cache = form.traits.float_cache if self.kv_cache else None
-        return float_cache and f"{float_cache}, the cache is {self.kv_cache}"
-
-    def precision(self, graph: StepGraph) -> str:
-        """What is computed in beside the quantised products of a graph."""
-        return "fp16" if self.half and not graph.form.traits.host else graph.precision
-
-    def opset(self, form: Form) -> int:
-        """That graphs declare at least: from 18 on operators only gained types and attributes."""
-        blocked = self.row_scales or (self.scheme.kind == "int4" and not form.traits.host)
-        return BLOCKED_OPSET if blocked else QUANTISED_OPSET
-
-    def row_sources(self, form: Form, dtype: np.dtype[np.generic]) -> dict[str, WeightSource]:
-        """Initializers of rows that are rounded; see ``StepVariant.integer_cache``."""
-        if not self.row_scales:
-            return {}
-        scales = {
-            f"kv.{name}": scale[:, None] if form.traits.fixed else scale
-            for name, scale in self.row_scales.items()
-        }
-        found = {name: constant(scale.astype(dtype)) for name, scale in scales.items()}
-        return found | {"kv.unit": constant(np.ones((), dtype)), "kv.zero": constant(np.zeros((), np.int8))}
-
-
 class GraphWriter:
-    """Writes graphs beside those they come from.
+    """Writes graphs beside those they come from, in a bundle that is a writable copy.
 
-    The bundle is a writable copy.
+    ``row_scales`` are of K/V rows, none where those are not rounded.
     """
 
-    def __init__(self, bundle: Bundle, target: Target, progress: Progress) -> None:
-        self._bundle, self._target, self._progress = bundle, target, progress
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: CalibrationOptions,
+        row_scales: Mapping[str, Float],
+        progress: Progress,
+    ) -> None:
+        self._bundle, self._options, self._row_scales = bundle, options, row_scales
+        self._scheme, self._progress = options.scheme, progress
         self._config, self._stored = bundle.manifest.transformer, StoredWeights(bundle)
 
     def write(self, graphs: Sequence[StepGraph], choices: Choices) -> tuple[StepGraph, ...]:
         """Quantise one file and say what its graphs are now."""
-        name, weights = file_names(graphs[0].file, self._target.name)
+        name, weights = file_names(graphs[0].file, self._options.name)
         matrices = self._matrices(graphs[0], choices)
         model = self._trace(graphs[0], matrices)
         sources = self._rounded(graphs[0], matrices) | self._floats(model, graphs[0], choices)
@@ -121,7 +80,7 @@ class GraphWriter:
         """
         rounded = self._matrices(graphs[0], choices)
         inputs = {projection.name: projection.inputs for projection in projections(self._config)}
-        dtype = TORCH_TYPES[self._target.precision(graphs[0])]
+        dtype = TORCH_TYPES[self._precision(graphs[0])]
         either = {name: EitherMatrix(matrix, inputs[name], dtype) for name, matrix in rounded.items()}
         traced = self._trace(graphs[0], either)
         sources = {f"{name}.rounded": matrix for name, matrix in rounded.items()}
@@ -147,17 +106,17 @@ class GraphWriter:
         found, done = list(written), {graph.form for graph in written}
         for form in Form:
             graphs = [g for g in self._bundle.manifest.graphs if g.form is form and g.precision in FLOATING]
-            if graphs and form not in done and self._target.refusal(form) is None:
+            if graphs and form not in done and self._options.refusal(form) is None:
                 found += self.write(graphs, choices)
         return tuple(found)
 
     def _described(self, graph: StepGraph, file: str) -> StepGraph:
         weights = read_onnx(self._bundle.file(file)).weights
-        changes: dict[str, object] = {"file": file, "precision": self._target.name, "weights": weights}
-        if self._target.precision(graph) != graph.precision:
+        changes: dict[str, object] = {"file": file, "precision": self._options.name, "weights": weights}
+        if self._precision(graph) != graph.precision:
             changes["cache_dtype"] = "float16"
-        if self._target.kv_cache and graph.form.traits.float_cache is None:
-            changes["cache_dtype"] = self._target.kv_cache
+        if self._options.kv_cache and graph.form.traits.float_cache is None:
+            changes["cache_dtype"] = self._options.kv_cache
         return graph.model_copy(update=changes)
 
     def _matrices(self, graph: StepGraph, choices: Choices) -> dict[str, QuantisedMatrix]:
@@ -166,29 +125,42 @@ class GraphWriter:
             name: quantised_matrix(
                 Weight(self._stored, name, dtype, choice.factors, divisors.get(name)),
                 choice.limit,
-                self._target.scheme,
+                self._scheme,
                 graph.form,
             )
             for name, choice in choices.items()
         }
 
     def _trace(self, graph: StepGraph, matrices: Mapping[str, nn.Module]) -> ir.Model:
-        target = self._target
+        # from opset 18 on operators only gained types and attributes
+        blocked = self._row_scales or (self._scheme.kind == "int4" and not graph.form.traits.host)
+        opset = BLOCKED_OPSET if blocked else QUANTISED_OPSET
         return trace_step(
             self._config,
             graph.form,
-            dtype=TORCH_TYPES[target.precision(graph)],
+            dtype=TORCH_TYPES[self._precision(graph)],
             capacity=graph.capacity or 0,
             streams=graph.streams,
-            variant=StepVariant(matrices, bool(target.row_scales), opset=target.opset(graph.form)),
+            variant=StepVariant(matrices, bool(self._row_scales), opset=opset),
         )
 
+    def _precision(self, graph: StepGraph) -> str:
+        """What is computed in beside the quantised products of a graph."""
+        half = self._options.floats == "fp16" and not graph.form.traits.host
+        return "fp16" if half else graph.precision
+
     def _dtype(self, graph: StepGraph) -> np.dtype[np.generic]:
-        return np.dtype(np.float16 if self._target.precision(graph) == "fp16" else np.float32)
+        return np.dtype(PRECISIONS[self._precision(graph)].kind)
 
     def _rounded(self, graph: StepGraph, matrices: Mapping[str, QuantisedMatrix]) -> dict[str, WeightSource]:
-        """Buffers of the modules, by name in the graph."""
-        found = self._target.row_sources(graph.form, self._dtype(graph))
+        """Buffers of the modules, and of rows that are rounded (``StepVariant``), by name in the graph."""
+        found, dtype = dict[str, WeightSource](), self._dtype(graph)
+        for name, scale in self._row_scales.items():
+            found[f"kv.{name}"] = constant(
+                (scale[:, None] if graph.form.traits.fixed else scale).astype(dtype)
+            )
+        if found:
+            found |= {"kv.unit": constant(np.ones((), dtype)), "kv.zero": constant(np.zeros((), np.int8))}
         for name, matrix in matrices.items():
             found |= {f"{name}.{key}": source for key, source in matrix.sources.items()}
         return found

@@ -282,11 +282,6 @@ class EitherMatrix(nn.Module):
         return rounded + (x * self.off) @ self.plain
 
 
-def check_form(form: Form, scheme: Precision) -> bool:
-    """Whether a graph of this form can have the scheme."""
-    return form.traits.host or scheme.scaling != "row"
-
-
 def quantised_matrix(weight: Weight, limit: float | None, scheme: Precision, form: Form) -> QuantisedMatrix:
     """What stands for a matrix in graphs of a form.
 

@@ -8,20 +8,13 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from diagd.bundle.manifest import INT8_CACHE
+from diagd.bundle.manifest import INT8_CACHE, Form
 from diagd.bundle.precision import FLOATING, PRECISIONS, Precision
 from diagd.errors import UsageError, unknown
 from diagd.options import SEED, checked, flag, setting
 
 SCHEMES = {name: precision for name, precision in PRECISIONS.items() if name not in FLOATING}
 """How weights and activations can be stored."""
-
-
-def find_scheme(name: str) -> Precision:
-    """The scheme of a name; UsageError where there is none."""
-    if name not in SCHEMES:
-        raise unknown("precision", name, SCHEMES)
-    return SCHEMES[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +32,11 @@ class Budget:
     psnr: float = 30.0
 
 
-def parse_budget(text: str, default: Budget) -> Budget | None:
-    """``agreement=0.97,nll=0.01,psnr=30``, any of them; ``none`` is None, anything else a UsageError."""
-    if text == "none":
-        return None
-    values = dataclasses.asdict(default)
+def parse_budget(text: object) -> object:
+    """``agreement=0.97,nll=0.01,psnr=30``, any of them; ``none`` is None, other text a UsageError."""
+    if not isinstance(text, str) or text == "none":
+        return None if text == "none" else text
+    values = dataclasses.asdict(Budget())
     for pair in filter(None, text.split(",")):
         name, _, number = pair.partition("=")
         if name not in values:
@@ -57,16 +50,12 @@ def parse_budget(text: str, default: Budget) -> Budget | None:
     return Budget(**values)
 
 
-def _budget(value: object) -> object:
-    return parse_budget(value, Budget()) if isinstance(value, str) else value
-
-
 @checked
 class CalibrationOptions:
     """How a bundle is calibrated."""
 
     precision: str = flag("the scheme, see below")
-    budget: Annotated[Budget | None, BeforeValidator(_budget)] = flag(
+    budget: Annotated[Budget | None, BeforeValidator(parse_budget)] = flag(
         "what may be lost: agreement=0.97,nll=0.01,psnr=30 (the defaults), or none to judge nothing", Budget()
     )
     steps: int = setting("passes of the calibration run, and of each round of the gate, at least 64", 320)
@@ -82,3 +71,17 @@ class CalibrationOptions:
     def name(self) -> str:
         """Precision of the graphs that are written: ``int4-weight``, ``int4-weight-kv8``."""
         return self.precision + (INT8_CACHE if self.kv_cache else "")
+
+    @property
+    def scheme(self) -> Precision:
+        """How weights and activations are stored; UsageError where the name is none."""
+        if self.precision not in SCHEMES:
+            raise unknown("precision", self.precision, SCHEMES)
+        return SCHEMES[self.precision]
+
+    def refusal(self, form: Form) -> str | None:
+        """Why graphs of a form cannot have it; None where they can."""
+        if self.scheme.scaling == "row" and not form.traits.host:
+            return f"TensorRT has no product whose activations are scaled row by row, as {self.precision} is"
+        float_cache = form.traits.float_cache if self.kv_cache else None
+        return float_cache and f"{float_cache}, the cache is {self.kv_cache}"

@@ -10,8 +10,8 @@ from diagd.bundle import Bundle, Manifest, atomic_bundle, read_manifest, seal
 from diagd.bundle.files import link
 from diagd.bundle.manifest import MANIFEST_NAME, OwnLikelihood, StepGraph
 from diagd.calibration.evaluate import ATTEMPTS, GATE_SEED, Evaluator, failures, most_harmful, part_of
-from diagd.calibration.graph_writer import GraphWriter, Target, file_names
-from diagd.calibration.options import CalibrationOptions, find_scheme
+from diagd.calibration.graph_writer import GraphWriter, file_names
+from diagd.calibration.options import CalibrationOptions
 from diagd.calibration.report import (
     AttemptReport,
     CacheReport,
@@ -107,14 +107,14 @@ class RejectedError(QualityError):
 
 
 def _check(bundle: Bundle, options: CalibrationOptions, frames: Int | None) -> tuple[StepGraph, ...]:
-    manifest, scheme = bundle.manifest, find_scheme(options.precision)
-    check_kv_cache(bundle, scheme, options.kv_cache)
+    manifest, scheme = bundle.manifest, options.scheme
+    check_kv_cache(bundle, options)
     if any(graph.precision == options.name for graph in manifest.graphs):
         raise UsageError(f"{bundle.path} has {options.name} graphs already; export it again to start afresh")
     reference = find_reference(bundle, FORMS if options.kv_cache is None else CACHE_FORMS)
     trajectories(manifest, session_window(manifest, reference), options.steps, widest_step(reference))
-    refusal = Target(scheme, options.name, half=False).refusal(reference[0].form)
-    if refusal:
+    refusal = options.refusal(reference[0].form)
+    if refusal and options.kv_cache is None:
         raise UsageError(
             f"{bundle.path} has no prefix graph: {refusal}; export it again with --form prefix too"
         )
@@ -140,7 +140,7 @@ class _Calibration:
         frames: Int | None,
         progress: Progress,
     ) -> None:
-        self._bundle, self._scheme, self._options = bundle, find_scheme(options.precision), options
+        self._bundle, self._scheme, self._options = bundle, options.scheme, options
         self._reference, self._progress = reference, progress
         window = session_window(bundle.manifest, reference)
         decoded = trajectories(bundle.manifest, window, options.steps, widest_step(reference))
@@ -162,17 +162,15 @@ class _Calibration:
             scales = row_scales(statistics, manifest)
             self._cache = describe_cache(scales, statistics, manifest, options.kv_cache)
         self._choose(statistics)
-        half = options.floats == "fp16"
-        target = Target(self._scheme, options.name, half, options.kv_cache, scales)
-        writer = GraphWriter(self._bundle, target, self._progress)
+        writer = GraphWriter(self._bundle, options, scales, self._progress)
         written, attempts = self._judged(writer)
         if not attempts or not attempts[-1].failures:
             graphs = writer.write_others(written, self._choices)
-            self._graphs = tuple(graph for graph in graphs if target.refusal(graph.form) is None)
-        report = self._report(target, written, attempts)
+            self._graphs = tuple(graph for graph in graphs if options.refusal(graph.form) is None)
+        report = self._report(written, attempts)
         add_report(directory, manifest.name, report)
         write_plot(manifest.name, report, directory)
-        self._drop_stand_in(target)
+        self._drop_stand_in()
         return report
 
     def manifest(self) -> Manifest:
@@ -190,11 +188,11 @@ class _Calibration:
         save_statistics(path, seen)
         return seen
 
-    def _drop_stand_in(self, target: Target) -> None:
+    def _drop_stand_in(self) -> None:
         """A judged graph that only stood for others, whose cache it cannot have itself."""
         reference = self._reference[0]
-        if target.refusal(reference.form):
-            for name in file_names(reference.file, target.name):
+        if self._options.refusal(reference.form):
+            for name in file_names(reference.file, self._options.name):
                 self._bundle.file(name).unlink(missing_ok=True)
 
     def _choose(self, statistics: Mapping[str, InputStatistics]) -> None:
@@ -272,11 +270,9 @@ class _Calibration:
             layer.model_copy(update={"divergence": found.get(part_of(layer.name))}) for layer in self._layers
         ]
 
-    def _report(
-        self, target: Target, written: Sequence[StepGraph], attempts: Sequence[AttemptReport]
-    ) -> PrecisionReport:
+    def _report(self, written: Sequence[StepGraph], attempts: Sequence[AttemptReport]) -> PrecisionReport:
         options, forms = self._options, {g.form for g in self._bundle.manifest.graphs}
-        refusals = {form.value: target.refusal(form) for form in sorted(forms)}
+        refusals = {form.value: options.refusal(form) for form in sorted(forms)}
         return PrecisionReport(
             precision=options.name,
             reference=self._reference[0].precision,

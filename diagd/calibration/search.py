@@ -25,13 +25,8 @@ from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.files import atomic_file
 from diagd.bundle.manifest import RotaryContext, StepGraph
 from diagd.bundle.precision import FLOATING, KV_CACHES, Precision
-from diagd.calibration.matrices import (
-    Array,
-    check_form,
-    ranges,
-    rounded_rows,
-    rounded_weight,
-)
+from diagd.calibration.matrices import Array, ranges, rounded_rows, rounded_weight
+from diagd.calibration.options import CalibrationOptions
 from diagd.calibration.report import CacheReport
 from diagd.calibration.trajectory import CalibrationSet, Rollouts, open_graphs
 from diagd.engines.engine import Float
@@ -83,7 +78,7 @@ def observe(
     values = watched_values(manifest.transformer, graph.form)
     cached = cache_tensors(manifest.cache.layers) if graph.form.traits.rows_out else []
     rows = dict.fromkeys(cached, manifest.cache.kv_heads * manifest.cache.head_size)
-    collector = StatisticsCollector(values | rows, samples.seed)
+    seen = {name: InputStatistics.empty(width) for name, width in (values | rows).items()}
     dtype = np.float16 if graph.precision == "fp16" else np.float32
     watch: dict[str, tuple[int, DTypeLike] | None] = {f"new_{name}": None for name in cached}
     watch |= {f"{WATCHED}{name}": (size, dtype) for name, size in values.items()}
@@ -93,16 +88,15 @@ def observe(
     try:
         with closing(open_graphs(bundle, watched, samples.window, options, watch)) as engine:
             rollouts = Rollouts(bundle, engine, samples)
-            with progress.count("calibration", len(samples.trajectories)) as advance:
-                for number, trajectory in enumerate(samples.trajectories):
-                    for _, result in rollouts.steps(trajectory, number):
-                        collector.add(dict(map(_named, result.watched.items())))
-                    advance(1)
+            for number, trajectory in enumerate(progress.each(samples.trajectories, "calibration")):
+                for _, result in rollouts.steps(trajectory, number):
+                    for name, found in map(_named, result.watched.items()):
+                        seen[name].add(name, found, samples.seed)
     except EngineError as error:  # of the sampler, ahead of whoever watches
         raise QualityError(f"activations are no finite numbers: {error}") from error
     finally:
         path.unlink(missing_ok=True)
-    return collector.inputs
+    return seen
 
 
 def _named(watched: tuple[str, NDArray[Any]]) -> tuple[str, Float]:
@@ -140,6 +134,7 @@ class InputStatistics:
     rows: int
     sample: Float
     keys: NDArray[np.float64]
+    steps: int = 0
 
     @classmethod
     def empty(cls, channels: int) -> InputStatistics:
@@ -147,8 +142,22 @@ class InputStatistics:
         sample = np.zeros((0, channels), np.float32)
         return cls(np.zeros(channels, np.float32), np.zeros(channels), 0, sample, np.zeros(0))
 
-    def add(self, rows: Float, keys: NDArray[np.float64]) -> None:
-        """Take rows [n, K]; ``keys`` [n] decide which stay, so that batching does not."""
+    def add(self, name: str, values: Float, seed: int) -> None:
+        """Take [n, channels...] of a step; what stays depends on ``seed``, not on how rows are batched.
+
+        Raises:
+            QualityError: a value is not finite; it tells the ``name``.
+        """
+        self.steps += 1
+        if not len(values):
+            return
+        rows = values.reshape(len(values), -1)
+        if not np.isfinite(rows).all():
+            raise QualityError(
+                f"the input of {name} has values that are no finite numbers in step {self.steps}; "
+                "expected finite activations: check the checkpoint, then export it again"
+            )
+        keys = row_keys(seed, self.rows, len(rows))
         self.absmax = np.maximum(self.absmax, np.abs(rows).max(axis=0))
         self.power += np.square(rows, dtype=np.float64).sum(axis=0)
         self.rows += len(rows)
@@ -164,33 +173,6 @@ class InputStatistics:
     def mean_square(self) -> Float:
         """float32 [K], mean square of each channel."""
         return (self.power / max(self.rows, 1)).astype(np.float32)
-
-
-class StatisticsCollector:
-    """Gathers the statistics of every projection's input.
-
-    ``channels``: width of each input, by the weight's name. ``seed``: of the choice of sample rows.
-    """
-
-    def __init__(self, channels: Mapping[str, int], seed: int) -> None:
-        self.inputs = {name: InputStatistics.empty(width) for name, width in channels.items()}
-        self._seed = seed
-        self.steps = 0
-
-    def add(self, activations: Mapping[str, Float]) -> None:
-        """Take the inputs of one step, [rows, channels...]; QualityError where one is not finite."""
-        self.steps += 1
-        for name, values in activations.items():
-            if not len(values):
-                continue
-            rows = values.reshape(len(values), -1)
-            if not np.isfinite(rows).all():
-                raise QualityError(
-                    f"the input of {name} has values that are no finite numbers in step {self.steps}; "
-                    "expected finite activations: check the checkpoint, then export it again"
-                )
-            seen = self.inputs[name]
-            seen.add(rows, row_keys(self._seed, seen.rows, len(rows)))
 
 
 def row_keys(seed: int, first: int, count: int) -> NDArray[np.float64]:
@@ -299,13 +281,9 @@ def _rows(seen: InputStatistics | None, channels: int) -> Float:
     return rows if seen is None else rows * np.sqrt(seen.mean_square)
 
 
-def check_kv_cache(bundle: Bundle, scheme: Precision, kv_cache: str | None) -> None:
-    """Refuse a cache that no graph of the bundle can hold.
-
-    Raises:
-        UsageError: it is unknown, or the bundle has no portable graph that can have the scheme.
-    """
-    if kv_cache is None:
+def check_kv_cache(bundle: Bundle, options: CalibrationOptions) -> None:
+    """Refuse a cache that is unknown, or that no portable graph of the bundle can have with the scheme."""
+    if (kv_cache := options.kv_cache) is None:
         return
     if kv_cache not in KV_CACHES:
         raise unknown("K/V cache", kv_cache, KV_CACHES)
@@ -315,9 +293,9 @@ def check_kv_cache(bundle: Bundle, scheme: Precision, kv_cache: str | None) -> N
             "form's TensorScatter takes floating point only, and the prefix form attends to its buffers as "
             "they lie; export it again with --form prefix,portable"
         )
-    if not check_form(Form.PORTABLE, scheme):
+    if options.refusal(Form.PORTABLE):
         raise UsageError(
-            f"{scheme.name} is for the prefix form, a cache of {kv_cache} for the portable form: "
+            f"{options.precision} is for the prefix form, a cache of {kv_cache} for the portable form: "
             "choose another --precision, such as int8"
         )
 

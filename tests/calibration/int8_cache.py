@@ -13,8 +13,8 @@ from torch import Tensor
 from diagd.bundle import Bundle, Form, seal
 from diagd.bundle.manifest import StepGraph
 from diagd.bundle.transformer import linear_rotary
-from diagd.calibration.graph_writer import GraphWriter, Target
-from diagd.calibration.options import find_scheme
+from diagd.calibration.graph_writer import GraphWriter
+from diagd.calibration.options import CalibrationOptions
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import FullAttention, Transformer
 from diagd.progress import Progress
@@ -60,11 +60,12 @@ def export_rounded(model: Transformer, path: Path, scales: Scales, precision: st
     """Export and give the graphs a cache with these scales, in place: prefix rounds, portable stores."""
     forms = (Form.PREFIX, Form.PORTABLE) if precision == "fp32" else (Form.PORTABLE,)
     bundle = Bundle.open(export_small(model, path, GraphOptions(forms, precision, widths=WIDTHS)))
-    target = Target(find_scheme("int8"), precision, half=False, kv_cache="int8", row_scales=scales)
-    writer, graphs = GraphWriter(bundle, target, Progress()), list[StepGraph]()
+    options = CalibrationOptions("int8", floats="fp32", kv_cache="int8")
+    writer, graphs = GraphWriter(bundle, options, scales, Progress()), list[StepGraph]()
     for form in forms:
         graphs += writer.write([graph for graph in bundle.manifest.graphs if graph.form is form], {})
-    seal(path, bundle.manifest.model_copy(update={"graphs": tuple(graphs)}))
+    told = tuple(graph.model_copy(update={"precision": precision}) for graph in graphs)
+    seal(path, bundle.manifest.model_copy(update={"graphs": told}))
     return Bundle.open(path)
 
 

@@ -20,14 +20,14 @@ def test_every_breach_is_named() -> None:
 
 
 def test_budgets_are_read_by_name() -> None:
-    assert parse_budget("nll=0.5,psnr=1", Budget()) == Budget(0.97, 0.5, 1.0)
-    assert parse_budget("", Budget()) == Budget()
-    assert parse_budget("none", Budget()) is None
+    assert parse_budget("nll=0.5,psnr=1") == Budget(0.97, 0.5, 1.0)
+    assert parse_budget("") == Budget()
+    assert parse_budget("none") is None
     with pytest.raises(UsageError, match="did you mean 'psnr'"):
-        parse_budget("pnsr=3", Budget())
+        parse_budget("pnsr=3")
     for wrong in ("nll=much", "nll", "nll=nan"):
         with pytest.raises(UsageError, match="NAME=NUMBER"):
-            parse_budget(wrong, Budget())
+            parse_budget(wrong)
 
 
 def test_a_verdict_needs_a_standard_error_of_room_and_stands_with_two() -> None:

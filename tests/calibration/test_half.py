@@ -14,8 +14,8 @@ import torch
 
 from diagd.bundle import Bundle, Form
 from diagd.bundle.transformer import linear_rotary
-from diagd.calibration.graph_writer import GraphWriter, Target
-from diagd.calibration.options import find_scheme
+from diagd.calibration.graph_writer import GraphWriter
+from diagd.calibration.options import CalibrationOptions
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.progress import Progress
@@ -58,9 +58,8 @@ def form(request: pytest.FixtureRequest) -> Form:
 def converted(bundles: dict[str, Bundle], form: Form) -> Path:
     """The graph of a form with no product quantised."""
     bundle = bundles["fp32"]
-    target = Target(find_scheme("int8"), "half", half=True)
     graphs = [graph for graph in bundle.manifest.graphs if graph.form is form]
-    written = GraphWriter(bundle, target, Progress()).write(graphs, {})
+    written = GraphWriter(bundle, CalibrationOptions("int8"), {}, Progress()).write(graphs, {})
     assert {bundle.manifest.cache_dtype(graph) for graph in written} == {np.dtype(np.float16)}
     return bundle.file(written[0].file)
 

@@ -128,7 +128,7 @@ def test_graphs_are_valid_and_read_integers(bundle: Bundle) -> None:
 
 def statistics(absmax: np.ndarray) -> InputStatistics:
     seen = InputStatistics.empty(absmax.size)
-    seen.add(absmax.reshape(1, -1), np.zeros(1))
+    seen.add("rows", absmax.reshape(1, -1), seed=0)
     return seen
 
 
@@ -163,9 +163,8 @@ def test_the_report_counts_bytes_and_noise(bundle: Bundle) -> None:
     seen = {}
     for name in cache_rows_of(bundle):
         seen[name] = InputStatistics.empty(width)
-        seen[name].add(
-            np.random.default_rng(0).normal(size=(200, width)).astype(np.float32), np.arange(200.0)
-        )
+        rows = np.random.default_rng(0).normal(size=(200, width)).astype(np.float32)
+        seen[name].add(name, rows, seed=0)
     described = describe_cache(row_scales(seen, manifest), seen, manifest, "int8")
     assert described.bytes_before == 4 * described.bytes_after == 4 * 4 * width
     assert all(34 < ratio < 46 for ratio in described.signal_to_noise.values())

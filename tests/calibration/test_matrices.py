@@ -16,7 +16,7 @@ from diagd.calibration.matrices import (
     rounded_rows,
     rounded_weight,
 )
-from diagd.calibration.options import SCHEMES, find_scheme
+from diagd.calibration.options import SCHEMES, CalibrationOptions
 from diagd.errors import UsageError
 from diagd.export.weights import row_chunks
 
@@ -103,4 +103,4 @@ def test_ranges_give_up_a_lone_outlier_or_keep_it() -> None:
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="did you mean 'int4-weight'"):
-        find_scheme("int4-weights")
+        _ = CalibrationOptions("int4-weights").scheme

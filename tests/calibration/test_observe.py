@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from diagd.calibration.search import (
     SAMPLE_ROWS,
-    StatisticsCollector,
+    InputStatistics,
     load_statistics,
     row_keys,
     save_statistics,
@@ -21,16 +21,16 @@ from diagd.errors import QualityError
 ROWS = np.random.default_rng(0).standard_normal((600, 5)).astype(np.float32)
 
 
-def collected(cuts: list[int]) -> StatisticsCollector:
-    collector = StatisticsCollector({"w": 5}, seed=3)
+def collected(cuts: list[int]) -> InputStatistics:
+    seen = InputStatistics.empty(5)
     for part in np.split(ROWS, sorted(cuts)):
-        collector.add({"w": part})
-    return collector
+        seen.add("w", part, seed=3)
+    return seen
 
 
 @given(st.lists(st.integers(0, 600), max_size=8))
 def test_batching_changes_nothing(cuts: list[int]) -> None:
-    whole, parts = collected([]).inputs["w"], collected(cuts).inputs["w"]
+    whole, parts = collected([]), collected(cuts)
     assert parts.rows == 600
     assert np.array_equal(whole.absmax, np.abs(ROWS).max(0))
     assert np.array_equal(parts.absmax, whole.absmax)
@@ -39,7 +39,7 @@ def test_batching_changes_nothing(cuts: list[int]) -> None:
 
 
 def test_the_sample_is_spread_over_all_rows() -> None:
-    sample = collected([]).inputs["w"].sample
+    sample = collected([]).sample
     assert len(sample) == SAMPLE_ROWS
     places = [int(np.flatnonzero((row == ROWS).all(1))[0]) for row in sample]
     assert len(set(places)) == SAMPLE_ROWS
@@ -55,11 +55,11 @@ def test_numbers_that_are_not_finite_are_refused_by_name() -> None:
     broken = ROWS.copy()
     broken[5, 2] = np.nan
     with pytest.raises(QualityError, match=r"layers.3.*step 1"):
-        StatisticsCollector({"layers.3": 5}, seed=0).add({"layers.3": broken})
+        InputStatistics.empty(5).add("layers.3", broken, seed=0)
 
 
 def test_what_is_stored_is_what_was_seen(tmp_path: Path) -> None:
-    seen = collected([]).inputs
+    seen = {"w": collected([])}
     save_statistics(tmp_path / "statistics.npz", seen)
     read = load_statistics(tmp_path / "statistics.npz")["w"]
     assert np.array_equal(read.absmax, seen["w"].absmax)

@@ -13,9 +13,9 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from diagd.bundle import Bundle, Form
-from diagd.calibration.graph_writer import GraphWriter, Target
-from diagd.calibration.options import Budget, find_scheme
-from diagd.calibration.quantise import CalibrationOptions, RejectedError, calibrate
+from diagd.calibration.graph_writer import GraphWriter
+from diagd.calibration.options import Budget, CalibrationOptions
+from diagd.calibration.quantise import RejectedError, calibrate
 from diagd.calibration.report import read_calibration
 from diagd.calibration.search import Choice
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -179,14 +179,13 @@ def test_factors_cancel_exactly(plain: Path, tmp_path: Path, kept: str) -> None:
         for p in projections(base.manifest.transformer)
         if p.fold is not None and not (kept and kept in p.name)
     }
-    wild = Target(find_scheme("int8-weight"), "wild", half=False)
-    writer = GraphWriter(base, wild, Progress())
+    writer = GraphWriter(base, CalibrationOptions("int8-weight", floats="fp32"), {}, Progress())
     written = writer.write([base.manifest.graph(Form.PREFIX)], choices)
     tensors = {tensor.name: tensor for tensor in load_graph(target / written[0].file).graph.initializer}
     name = "transformer.layers.0.feed_forward.gate_up"
     assert (name in tensors) == bool(kept)
     if kept:  # its columns took the factors of what comes behind: it is no longer the bundle's own
-        assert tensors[name].external_data[0].value == "weights.wild.bin"
+        assert tensors[name].external_data[0].value == "weights.int8-weight.bin"
     bundle = Bundle(target, base.manifest.model_copy(update={"graphs": written}))
     ids, positions = rows()
     near = logits_of(PrefixEngine(bundle, 96, 64, CpuOptions(1, prepack=False)), ids, positions, slice(None))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diagd.calibration.options import SCHEMES
-from diagd.calibration.search import StatisticsCollector, migration, search
+from diagd.calibration.search import InputStatistics, migration, search
 from diagd.export.step_graph import Fold, Projection
 
 CHANNELS, COLUMNS = 256, 96
@@ -23,10 +23,10 @@ def planted(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def relative_error(rows: np.ndarray, weight: np.ndarray, scheme: str, *, fold: bool) -> float:
-    collector = StatisticsCollector({"w": CHANNELS}, seed=0)
-    collector.add({"w": rows})
+    seen = InputStatistics.empty(CHANNELS)
+    seen.add("w", rows, seed=0)
     projection = Projection("w", CHANNELS, COLUMNS, Fold(("norm",)) if fold else None)
-    choice = search(projection, weight, collector.inputs["w"], SCHEMES[scheme], grouped=False)
+    choice = search(projection, weight, seen, SCHEMES[scheme], grouped=False)
     assert (choice.factors is not None) == fold
     return 10 ** (-choice.signal_to_noise / 20)
 

@@ -13,7 +13,7 @@ import torch
 
 from diagd.bundle import Form, cache
 from diagd.calibration.matrices import Weight, quantised_matrix
-from diagd.calibration.options import find_scheme
+from diagd.calibration.options import SCHEMES
 from diagd.export import exporter, step_graph
 from diagd.export.checkpoints import RandomCheckpoint
 from diagd.export.exporter import TOKENIZER_FILES, write_tokenizer
@@ -118,7 +118,7 @@ def test_matrices_of_other_data_share_a_graph(
     def quantised(seed: int) -> bytes:
         stored = {MATRIX: np.random.default_rng(seed).standard_normal((32, 32)).astype(np.float32)}
         weight = Weight(stored, MATRIX, np.dtype(np.float32))
-        matrix = quantised_matrix(weight, 1.0 + seed, find_scheme(precision), Form.PREFIX)
+        matrix = quantised_matrix(weight, 1.0 + seed, SCHEMES[precision], Form.PREFIX)
         return content(trace_step(CONFIG, Form.PREFIX, variant=StepVariant({MATRIX: matrix}, opset=24)))
 
     first = quantised(0)
