@@ -116,9 +116,9 @@ def _report(console: Console, made: Made) -> None:
 def encode_text(words: str, encoder: Path, length: int) -> Float:
     """Embeddings float32 [n, width] of words, by an encoder in a folder."""
     require("torch", extra="text", purpose="encode text with T5")
-    from diagd.export import text_encoder
+    from diagd.export.families import cosmos
 
-    return text_encoder.encode_text(words, encoder, length)
+    return cosmos.encode_text(words, encoder, length)
 
 
 VERB = Verb(GenerateOptions, run, EXAMPLES)

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from diagd.bundle.manifest import ClipRules, IdRange, SamplingRules
 from diagd.bundle.transformer import TextShape, TransformerConfig, grid_rotary
-from diagd.errors import UsageError
+from diagd.engines.engine import Float
+from diagd.errors import UsageError, require
 from diagd.export.families import Family, Names, named_rules
 from diagd.export.tokenizers.base import VqganSizes
 from diagd.schedule import StreamLayout
@@ -183,3 +185,32 @@ def family(
         default_checkpoint=checkpoint,
         default_tokenizer=TOKENIZER,
     )
+
+
+def encode_text(words: str, encoder: Path, length: int) -> Float:
+    """Last hidden states of a T5 encoder on this machine, as the models take them from google-t5/t5-11b.
+
+    ``encoder`` is a folder in the layout of Hugging Face, with the tokenizer.
+
+    Returns:
+        float32 [n, width], one row a token, the end token included, at most ``length``.
+
+    Raises:
+        UsageError: the folder holds no T5 encoder.
+        DependencyError: transformers is not installed.
+    """
+    import torch
+
+    transformers = require("transformers", extra="text", purpose="encode text with T5")
+    if not (encoder / "config.json").is_file():
+        raise UsageError(f"{encoder} holds no T5 encoder: expected a folder with config.json and a tokenizer")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, local_files_only=True)
+        model = transformers.T5EncoderModel.from_pretrained(encoder, local_files_only=True, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{encoder} holds no T5 encoder: {error}") from error
+    tokens = tokenizer(words, truncation=True, max_length=length, return_tensors="pt")
+    with torch.inference_mode():
+        states = model.eval()(tokens["input_ids"]).last_hidden_state[0]
+    embeddings: Float = states.float().numpy()
+    return embeddings

@@ -18,7 +18,7 @@ from diagd.bundle.actions import (
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.transformer import TransformerConfig, linear_rotary
 from diagd.export.families import LLAMA, Family, named_rules
-from diagd.export.tokenizers import vqgan
+from diagd.export.tokenizers.base import MINEWORLD
 from diagd.schedule import StreamLayout
 
 LAYOUT = StreamLayout(rows=14, columns=24, after=11)
@@ -97,7 +97,7 @@ def family(name: str, config: TransformerConfig) -> Family:
         licence="code MIT; the weights' licence was never stated",
         origin="microsoft/mineworld on the Hugging Face Hub, withdrawn in May 2025: bring your own file",
         actions=mineworld_actions(),
-        tokenizer=vqgan.MINEWORLD,
+        tokenizer=MINEWORLD,
     )
 
 

@@ -20,8 +20,14 @@ from diagd.bundle.manifest import ClipRules, IdRange, MediaMark, SamplingRules
 from diagd.bundle.transformer import NormKind, TransformerConfig
 from diagd.errors import CheckpointError, UsageError
 from diagd.export.families import Family, TensorRule, named_rules
-from diagd.export.tokenizers import vqgan
-from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, count, shape_of
+from diagd.export.tokenizers.base import (
+    Shapes,
+    TokenizerGraphs,
+    count,
+    infer_vqgan,
+    shape_of,
+    taming_name,
+)
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
@@ -326,9 +332,9 @@ def infer_tokenizer(checkpoint: Checkpoint) -> TokenizerGraphs | None:
     if "encoder.proj1.weight" in shapes:
         height, width = setting("image_size_per_y_axis", 180), setting("image_size_per_x_axis", 300)
         return infer_config(shapes, height, width, setting("head_size", 64))
-    shapes = {name: h.shape for name, h in select(checkpoint, vqgan.taming_name).items()}
+    shapes = {name: h.shape for name, h in select(checkpoint, taming_name).items()}
     if "quantize.embedding.weight" in shapes:
-        return vqgan.infer_config(shapes, setting("resolution", 128))
+        return infer_vqgan(shapes, setting("resolution", 128))
     return None
 
 

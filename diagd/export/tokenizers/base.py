@@ -22,6 +22,28 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 """Of a checkpoint's tensors, by name."""
 
+MINEWORLD_PARAMETERS = 146_244_675
+"""Of encoder and decoder as released."""
+
+WHAM_PREFIX = "context_encoders.images.vq_model."
+_KNOWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.embedding.")
+_OF_DIFFUSERS = {
+    ".resnets.": ".block.",
+    ".downsamplers.0.": ".downsample.",
+    ".upsamplers.0.": ".upsample.",
+    ".mid_block.block.0.": ".mid.block_1.",
+    ".mid_block.block.1.": ".mid.block_2.",
+    ".conv_norm_out.": ".norm_out.",
+    ".conv_shortcut.": ".nin_shortcut.",
+}
+
+
+def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
+    """Rows and columns of tokens of ``factor`` x ``factor`` pixels; UsageError where they are not whole."""
+    if height % factor or width % factor:
+        raise UsageError(f"frame height {height}, width {width}; both must be multiples of {factor}")
+    return height // factor, width // factor
+
 
 @dataclass(frozen=True)
 class TokenizerGraphs(ABC):
@@ -128,6 +150,50 @@ class VqganSizes(TokenizerGraphs):
 
 
 @dataclass(frozen=True)
+class VqganConfig(VqganSizes):
+    """The VQGAN of taming-transformers (Esser et al. 2021): MineWorld's tokenizer, and WHAM's other one.
+
+    Every frame by itself. The defaults are the published f16 model on WHAM's square frames.
+
+    ``code_width``: values per code. ``middle_attention``: between the two blocks in the middle.
+    ``diffusers``: its checkpoint has diffusers' names, else taming's.
+    """
+
+    height: int = 128
+    width: int = 128
+    attention_levels: tuple[int, ...] = (3,)
+    middle_attention: bool = True
+    code_width: int = 256
+    codes: int = 16384
+    diffusers: bool = False
+
+    network = "diagd.export.tokenizers.vqgan_network"
+
+    @property
+    def parameters(self) -> int | None:
+        """Known of MineWorld's as released."""
+        return MINEWORLD_PARAMETERS if self == MINEWORLD else None
+
+    def rename(self, name: str) -> str | None:
+        """See `diffusers_name` and `taming_name`."""
+        return diffusers_name(name, len(self.channels)) if self.diffusers else taming_name(name)
+
+
+MINEWORLD = VqganConfig(
+    height=224,
+    width=384,
+    channels=(128, 256, 256, 512, 768),
+    attention_levels=(),
+    middle_attention=False,
+    latent_channels=64,
+    code_width=64,
+    codes=8192,
+    diffusers=True,
+)
+"""The release."""
+
+
+@dataclass(frozen=True)
 class PatchGraphs(TokenizerGraphs):
     """A codebook of patches of ``side`` x ``side`` pixels."""
 
@@ -146,13 +212,6 @@ class PatchGraphs(TokenizerGraphs):
     def parameters(self) -> int:
         """All numbers of the codebook."""
         return self.codes * self.side**2 * 3
-
-
-def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Rows and columns of tokens of ``factor`` x ``factor`` pixels; UsageError where they are not whole."""
-    if height % factor or width % factor:
-        raise UsageError(f"frame height {height}, width {width}; both must be multiples of {factor}")
-    return height // factor, width // factor
 
 
 def loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -178,3 +237,46 @@ def count(shapes: Shapes, prefix: str) -> int:
     """Number of consecutive indices N = 0, 1, ... for which tensors ``prefix.N.*`` exist."""
     found = {int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))}
     return next(index for index in range(len(found) + 1) if index not in found)
+
+
+def taming_name(name: str) -> str | None:
+    """Parameter name of a key of WHAM's checkpoints; tensors of anything else give None."""
+    parameter = name.removeprefix(WHAM_PREFIX)
+    return parameter if name != parameter and parameter.startswith(_KNOWN) else None
+
+
+def diffusers_name(name: str, levels: int) -> str | None:
+    """Parameter name of a key of MineWorld's vae.ckpt, or of the copy that its transformers carry.
+
+    ``levels``: resolutions of the network; diffusers counts those of a decoder from the coarsest.
+    """
+
+    def level(match: re.Match[str]) -> str:
+        number = int(match[2])
+        return f".{match[1]}.{levels - 1 - number if match[1] == 'up' else number}."
+
+    parameter = name.removeprefix("tokenizer.").removeprefix("model.")
+    parameter = re.sub(r"\.(down|up)_blocks\.(\d+)\.", level, parameter)
+    for its, ours in _OF_DIFFUSERS.items():
+        parameter = parameter.replace(its, ours)
+    return parameter if parameter.startswith(_KNOWN) else None
+
+
+def infer_vqgan(shapes: Shapes, size: int = 128) -> VqganConfig:
+    """Sizes of a checkpoint from shapes by parameter name (`taming_name`); CheckpointError: one is missing.
+
+    The frame size is its ``ddconfig.resolution`` and not stored in a tensor.
+    """
+    levels = range(count(shapes, "encoder.down"))
+    codes, code_width = shape_of(shapes, "quantize.embedding.weight", 2)
+    return VqganConfig(
+        height=size,
+        width=size,
+        stem_channels=shape_of(shapes, "encoder.conv_in.weight", 4)[0],
+        channels=tuple(shape_of(shapes, f"encoder.down.{n}.block.0.conv1.weight", 4)[0] for n in levels),
+        res_blocks=count(shapes, "encoder.down.0.block"),
+        attention_levels=tuple(n for n in levels if f"encoder.down.{n}.attn.0.q.weight" in shapes),
+        latent_channels=shape_of(shapes, "quant_conv.weight", 4)[1],
+        code_width=code_width,
+        codes=codes,
+    )

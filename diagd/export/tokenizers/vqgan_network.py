@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diagd.export.tokenizers.base import VqganSizes
-from diagd.export.tokenizers.vqgan import VqganConfig
+from diagd.export.tokenizers.base import VqganConfig, VqganSizes
 from diagd.export.tracing import cast
 
 # keeps the outermost levels reachable at finite latents

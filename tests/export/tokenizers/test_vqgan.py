@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diagd.errors import CheckpointError, UsageError
-from diagd.export.tokenizers.vqgan import VqganConfig, infer_config
+from diagd.export.tokenizers.base import VqganConfig, infer_vqgan
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Weights
 
@@ -76,10 +76,10 @@ def test_graphs_equal_the_modules(tmp_path: Path) -> None:
 
 
 def test_sizes_are_read_off_a_checkpoint() -> None:
-    assert infer_config(CONFIG.expected_shapes(), 16) == CONFIG
-    assert infer_config(VqganConfig().expected_shapes()) == VqganConfig()
+    assert infer_vqgan(CONFIG.expected_shapes(), 16) == CONFIG
+    assert infer_vqgan(VqganConfig().expected_shapes()) == VqganConfig()
     with pytest.raises(CheckpointError, match=r"quantize\.embedding\.weight"):
-        infer_config({})
+        infer_vqgan({})
 
 
 def test_the_published_model_has_its_published_names() -> None:

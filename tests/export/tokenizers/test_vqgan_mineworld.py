@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.export.tokenizers.vqgan import MINEWORLD, VqganConfig
+from diagd.export.tokenizers.base import MINEWORLD, VqganConfig
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Weights
 

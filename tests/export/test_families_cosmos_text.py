@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diagd.errors import UsageError
-from diagd.export.text_encoder import encode_text
+from diagd.export.families.cosmos import encode_text
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
