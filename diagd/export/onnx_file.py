@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from diagd.bundle.files import instead
 from diagd.bundle.manifest import GraphWeights
@@ -21,24 +21,17 @@ _NAMES: Final = {"float": "float32", "double": "float64"}
 """NumPy names of the element types that ONNX calls otherwise."""
 
 
-@dataclass(frozen=True)
-class Value:
-    """A graph input or output; an axis is a number or the name of a dynamic one."""
+class Value(NamedTuple):
+    """An input, an output or a constant of a graph; an axis is a number or the name of a dynamic one.
+
+    ``bytes``: of a constant, as stored. ``looked_up``: it is only read by row, never as a whole.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class Initializer:
-    """A constant of the graph and its bytes as stored; ``looked_up``: only read by row, never as a whole."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-    looked_up: bool
+    bytes: int = 0
+    looked_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class OnnxFile:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     operators: Counter[str]
-    initializers: tuple[Initializer, ...]
+    initializers: tuple[Value, ...]
     weight_files: tuple[str, ...]
 
     @property
@@ -109,24 +102,14 @@ def _summary(model: ir.Model) -> OnnxFile:
         outputs=tuple(map(_value, graph.outputs)),
         operators=Counter(".".join(filter(None, (node.domain, node.op_type))) for node in graph),
         initializers=tuple(
-            Initializer(
-                str(tensor.name),
-                _dtype(tensor.dtype),
-                tuple(tensor.shape.numpy()),
-                tensor.nbytes,
-                tensor.name in by_row - whole,
-            )
+            _value(tensor)._replace(bytes=tensor.nbytes, looked_up=tensor.name in by_row - whole)
             for tensor in tensors
         ),
         weight_files=tuple(sorted({str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)})),
     )
 
 
-def _value(value: ir.Value) -> Value:
+def _value(value: ir.Value | ir.TensorProtocol) -> Value:
     axes = [axis if isinstance(axis, int) else axis.value or "?" for axis in value.shape or ()]
-    return Value(str(value.name), _dtype(value.dtype), tuple(axes))
-
-
-def _dtype(kind: ir.DataType | None) -> str:
-    name = kind.name.lower() if kind else "undefined"
-    return _NAMES.get(name, name)
+    kind = value.dtype.name.lower() if value.dtype else "undefined"
+    return Value(str(value.name), _NAMES.get(kind, kind), tuple(axes))
