@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,20 +134,20 @@ def write(
     placements: Mapping[str, Placement],
     sources: Mapping[str, WeightSource],
     progress: Callable[[int], None] = lambda _: None,
-    done: Collection[str] = (),
-    finished: Callable[[str, int], None] = lambda *_: None,
+    done: int = 0,
+    finished: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Stream every tensor to its place; memory stays at a few chunks whatever the model's size.
 
     Sources are converted to the dtypes of their placements. ``progress`` is called with the bytes of each
-    chunk, ``finished`` with the name and the bytes of each tensor; those that are ``done`` lie in the file
-    already.
+    chunk, ``finished`` with the byte at which a tensor ends; those up to ``done`` lie in the file already.
     """
     import onnx_ir as ir
 
     with path.open("r+b" if done else "wb") as file:
         for name, placement in placements.items():
-            if name in done:
+            end = placement.offset + placement.length
+            if end <= done:
                 progress(placement.length)
                 continue
             file.seek(placement.offset)
@@ -156,7 +156,7 @@ def write(
                 file.write(stored)
                 progress(len(stored))
             file.flush()
-            finished(name, placement.length)
+            finished(end)
 
 
 def store(
@@ -259,7 +259,7 @@ class StoredWeights:
 
 
 class ResumableWeights:
-    """A weights file in a hidden folder beside the bundle to be, with a journal of its complete tensors.
+    """A weights file in a hidden folder beside the bundle to be, with a journal of what is on the disk.
 
     One with another ``key``, of what is exported, is started anew. As a context it is gone at the end, or
     stays for the same export where that is interrupted.
@@ -268,32 +268,28 @@ class ResumableWeights:
     def __init__(self, output: Path, key: str) -> None:
         self.path = self.path_of(output)
         self._journal = self.path.with_suffix(".journal")
-        self._pending: list[str] = []
-        self._pending_bytes = 0
-        self.done = self._read(key)
+        self.done = self._finished = self._noted = self._read(key)
 
     @staticmethod
     def path_of(output: Path) -> Path:
         """Where the weights of a bundle at ``output`` are until it is whole."""
         return output.with_name(f".{output.name}.weights.partial") / WEIGHTS_NAME
 
-    def finished(self, name: str, size: int) -> None:
-        """Note that a tensor was written."""
-        self._pending.append(name)
-        self._pending_bytes += size
-        if self._pending_bytes >= SYNC_BYTES:
+    def finished(self, end: int) -> None:
+        """Note that tensors up to a byte were written."""
+        self._finished = end
+        if end - self._noted >= SYNC_BYTES:
             self.sync()
 
     def sync(self) -> None:
         """Have all that is finished on the disk, and noted."""
-        if not self._pending:
+        if self._finished == self._noted:
             return
         with self.path.open("r+b") as file:
             os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
         with self._journal.open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps([size, self._pending]) + "\n")
-        self._pending, self._pending_bytes = [], 0
+            journal.write(f"{self._finished}\n")
+        self._noted = self._finished
 
     def place(self, path: Path) -> None:
         """Give the complete file a second name."""
@@ -322,31 +318,31 @@ class ResumableWeights:
         else:
             self.sync()
 
-    def _read(self, key: str) -> set[str]:
-        known, notes = _notes(self._journal)
-        if known == key and notes and self.path.is_file():
+    def _read(self, key: str) -> int:
+        known, *ends = _notes(self._journal) or ("",)
+        if known == key and ends and self.path.is_file():
             status = self.path.stat()
-            if status.st_size >= notes[-1][0] and status.st_nlink == 1:  # else it lies in a whole bundle
-                return {name for _, names in notes for name in names}
+            if status.st_size >= int(ends[-1]) and status.st_nlink == 1:  # else it lies in a whole bundle
+                return int(ends[-1])
         self.discard()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._journal.write_text(key + "\n", encoding="utf-8")
-        return set()
+        return 0
 
 
-def _notes(journal: Path) -> tuple[str, list[tuple[int, list[str]]]]:
-    """The key of a journal, and its sizes of the file with the tensors since; none where it is damaged."""
+def _notes(journal: Path) -> list[str]:
+    """The key of a journal, and the bytes it says are on the disk; nothing where it is damaged."""
     try:
-        key, *lines = journal.read_text(encoding="utf-8").splitlines()
-        return key, [(int(size), list(names)) for size, names in map(json.loads, lines)]
-    except (OSError, ValueError, TypeError, RecursionError):
-        return "", []
+        key, *ends = journal.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    return [key, *ends] if all(map(str.isdecimal, ends)) else []
 
 
 def is_resumable(output: Path) -> bool:
     """Whether an export to ``output`` would find finished tensors."""
     weights = ResumableWeights.path_of(output.resolve())
-    return weights.is_file() and bool(_notes(weights.with_suffix(".journal"))[1])
+    return weights.is_file() and len(_notes(weights.with_suffix(".journal"))) > 1
 
 
 def shown_source(source: str) -> str:

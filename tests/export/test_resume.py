@@ -139,12 +139,12 @@ def kill(*_: object, **__: object) -> None:
 
 def exporting(output: Path, told: Path, killed: int | str) -> None:
     """Export a small model and tell how many tensors were read; killed at such a number, or at a moment."""
-    finished, read = ResumableWeights.finished, list[str]()
+    finished, read = ResumableWeights.finished, list[int]()
     weights.SYNC_BYTES = 1
 
-    def count(self: ResumableWeights, name: str, size: int) -> None:
-        finished(self, name, size)
-        read.append(name)
+    def count(self: ResumableWeights, end: int) -> None:
+        finished(self, end)
+        read.append(end)
         if len(read) == killed:
             kill()
 
@@ -191,11 +191,11 @@ def interrupt(*_: object, **__: object) -> None:
 
 @contextmanager
 def interrupted_at(step: str) -> Iterator[None]:
-    finished, count = ResumableWeights.finished, list[str]()
+    finished, count = ResumableWeights.finished, list[int]()
 
-    def fifth(self: ResumableWeights, name: str, size: int) -> None:
-        finished(self, name, size)
-        count.append(name)
+    def fifth(self: ResumableWeights, end: int) -> None:
+        finished(self, end)
+        count.append(end)
         if len(count) == 5:
             interrupt()
 
