@@ -36,7 +36,7 @@ from diagd.export.checkpoints import (
     open_checkpoint,
     select,
 )
-from diagd.export.families import Family
+from diagd.export.families import TOLD, Family
 from diagd.export.known_graphs import traced_once
 from diagd.export.onnx_file import read_onnx
 from diagd.export.options import GraphOptions
@@ -44,15 +44,7 @@ from diagd.export.step_graph import step_tensors, trace_step, trace_text
 from diagd.export.tokenizers.base import TokenizerGraphs
 from diagd.export.tracing import link_weights, save, trace
 from diagd.export.transformer import position_tables
-from diagd.export.weights import (
-    WEIGHTS_NAME,
-    Placement,
-    ResumableWeights,
-    WeightSource,
-    export_key,
-    shown_source,
-    source_digest,
-)
+from diagd.export.weights import WEIGHTS_NAME, Placement, ResumableWeights, WeightSource
 from diagd.progress import Progress
 from diagd.schedule import default_widths, slots_needed
 from diagd.version import __version__
@@ -136,7 +128,7 @@ class Exporter:
             check(sources.tokenizer, self.family.tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
         self._check_disk(output)
         with ExitStack() as until_in_place, atomic_bundle(place) as directory:
-            partial = ResumableWeights(place, export_key(sources.transformer, self._placements))
+            partial = ResumableWeights(place, weights.export_key(sources.transformer, self._placements))
             until_in_place.enter_context(partial)
             self._write_weights(partial, sources.transformer, progress)
             return self._write_rest(directory, partial, sources, progress)
@@ -145,14 +137,17 @@ class Exporter:
         self, directory: Path, partial: ResumableWeights, sources: Sources, progress: Progress
     ) -> Manifest:
         """Graphs, tokenizer, the weights and the manifest."""
+        config, dtype = self.family.transformer, TORCH_TYPES[self.options.precision]
         tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, partial.path.parent)
         kept = [f"transformer.{rule.target}" for rule in self.family.rules]  # who tunes the bundle reads them
         files = {graph.file: graph for graph in self._graphs}  # one file serves every width
         for graph in progress.each(list(files.values()), "tracing step graphs"):
-            save(link_weights(self._trace(graph), tensors, kept), directory / graph.file)
+            capacity, streams = graph.capacity or 0, graph.streams
+            traced = trace_step(config, graph.form, dtype=dtype, capacity=capacity, streams=streams)
+            save(link_weights(traced, tensors, kept), directory / graph.file)
         read = {file: read_onnx(directory / file).weights for file in files}
-        if self.family.transformer.text:
-            traced = trace_text(self.family.transformer, TORCH_TYPES[self.options.precision])
+        if config.text:
+            traced = trace_text(config, dtype)
             save(link_weights(traced, tensors, kept), directory / TEXT_GRAPH)
         tokenizer = None
         if self.family.tokenizer and sources.tokenizer is not None:
@@ -209,36 +204,19 @@ class Exporter:
             weights.write(partial.path, self._placements, sources, advance, partial.done, partial.finished)
         partial.sync()
 
-    def _trace(self, graph: StepGraph) -> ir.Model:
-        return trace_step(
-            self.family.transformer,
-            graph.form,
-            dtype=TORCH_TYPES[self.options.precision],
-            capacity=graph.capacity or 0,
-            streams=graph.streams,
-        )
-
     def _manifest(
         self, sources: Sources, read: Mapping[str, GraphWeights], tokenizer: Tokenizer | None
     ) -> Manifest:
         family, config, source = self.family, self.family.transformer, sources.transformer.source
         return Manifest(
-            name=family.name,
-            family=family.family,
-            transformer=config,
-            sampling=family.sampling,
+            **{name: getattr(family, name) for name in TOLD},
             context=context_policy(config),
-            order=family.order,
-            decoder=family.decoder,
-            clips=family.clips,
-            mark=family.mark,
             cache=CacheShape(
                 layers=config.layers,
                 kv_heads=config.kv_heads,
                 head_size=config.head_size,
                 dtype=self._dtype.name,
             ),
-            actions=family.actions,
             tokenizer=tokenizer,
             text=TextConditioning(
                 graph=TEXT_GRAPH,
@@ -248,15 +226,13 @@ class Exporter:
             )
             if config.text
             else None,
-            frames_per_second=family.frames_per_second,
             graphs=tuple(g.model_copy(update={"weights": read[g.file]}) for g in self._graphs),
             provenance=Provenance(
-                source=shown_source(source),
-                digest=source_digest(source),
+                source=weights.shown_source(source),
+                digest=weights.source_digest(source),
                 diagd_version=__version__,
                 random_seed=sources.random_seed,
             ),
-            licence=family.licence,
         )
 
 

@@ -43,6 +43,12 @@ MODULES = {
 }
 """Module of this package that holds each model, as ``build(name, checkpoint)``."""
 
+TOLD = (
+    *("name", "family", "transformer", "sampling", "order", "decoder"),
+    *("actions", "clips", "mark", "frames_per_second", "licence"),
+)
+"""What the manifest of a bundle says of a family."""
+
 Names = Mapping[str, "str | tuple[str, ...] | None"]
 
 
@@ -88,11 +94,11 @@ class Family:
     """One exportable model.
 
     Attributes:
-        name, family: what users type, such as ``mineworld-300m``, and the group it belongs to.
+        name, family: what users type, such as ``mineworld-300m``, and the group it belongs to; they and the
+            other fields of ``TOLD`` are what the manifest says.
         rules: how its weights are found in a released checkpoint.
         prefixes: stripped from checkpoint names, first match; other names are not the transformer's.
         ignored: endings of names that are left out.
-        sampling, order, decoder, actions, clips, mark, frames_per_second, licence: what the manifest says.
         origin: where the weights come from, and whether they can still be had.
         tokenizer: pixel graphs, and how their tensors are found in a checkpoint.
         default_checkpoint, default_tokenizer: used where the caller names none.
