@@ -69,8 +69,8 @@ def calibrate(
     """
     _check(bundle, options, frames)
     with _workspace(bundle) as (current, copy):
-        reference = _check(current, options, frames)
-        work = _Calibration(copy, options, reference, frames, progress or Progress())
+        reference, samples = _check(current, options, frames)
+        work = _Calibration(copy, options, reference, samples, progress or Progress())
         report = work.run()
         if report.failures:
             raise RejectedError(report)
@@ -106,13 +106,17 @@ class RejectedError(QualityError):
         self.report = report
 
 
-def _check(bundle: Bundle, options: CalibrationOptions, frames: Int | None) -> tuple[StepGraph, ...]:
+def _check(
+    bundle: Bundle, options: CalibrationOptions, frames: Int | None
+) -> tuple[tuple[StepGraph, ...], CalibrationSet]:
+    """The graphs that others are compared with, and what is decoded."""
     manifest, scheme = bundle.manifest, options.scheme
     check_kv_cache(bundle, options)
     if any(graph.precision == options.name for graph in manifest.graphs):
         raise UsageError(f"{bundle.path} has {options.name} graphs already; export it again to start afresh")
     reference = find_reference(bundle, FORMS if options.kv_cache is None else CACHE_FORMS)
-    trajectories(manifest, session_window(manifest, reference), options.steps, widest_step(reference))
+    window = session_window(manifest, reference)
+    decoded = trajectories(manifest, window, options.steps, widest_step(reference))
     refusal = options.refusal(reference[0].form)
     if refusal and options.kv_cache is None:
         raise UsageError(
@@ -126,7 +130,7 @@ def _check(bundle: Bundle, options: CalibrationOptions, frames: Int | None) -> t
             f"{manifest.name} is a trained model: its ranges and its quality need real frames; "
             "give --data VIDEO or --data TOKENS.npy"
         )
-    return reference
+    return reference, CalibrationSet(decoded, window, options.seed, frames)
 
 
 class _Calibration:
@@ -137,14 +141,11 @@ class _Calibration:
         bundle: Bundle,
         options: CalibrationOptions,
         reference: Sequence[StepGraph],
-        frames: Int | None,
+        samples: CalibrationSet,
         progress: Progress,
     ) -> None:
         self._bundle, self._scheme, self._options = bundle, options.scheme, options
-        self._reference, self._progress = reference, progress
-        window = session_window(bundle.manifest, reference)
-        decoded = trajectories(bundle.manifest, window, options.steps, widest_step(reference))
-        self._samples = CalibrationSet(decoded, window, options.seed, bundle.manifest, frames)
+        self._reference, self._samples, self._progress = reference, samples, progress
         self._choices: dict[str, Choice] = {}
         self._layers: list[LayerReport] = []
         self._cache: CacheReport | None = None

@@ -171,7 +171,6 @@ class CalibrationSet:
         trajectories: their passes are those of one round.
         window: frames of the session.
         seed: of prompts, actions and sampling.
-        manifest: of the model.
         known: int32 [P, rows, columns], frames that follow each other, which prompts are cut from; None draws
             tokens at random.
     """
@@ -179,46 +178,15 @@ class CalibrationSet:
     trajectories: Sequence[Trajectory]
     window: int
     seed: int
-    manifest: Manifest
     known: Int | None
-
-    def frames(self, count: int, random: np.random.Generator) -> Int:
-        """Frames int32 [count, rows, columns] that follow each other."""
-        layout = self.manifest.layout
-        if self.known is None:
-            table = self.manifest.sampling.range_table(layout)[layout.before :]
-            low, high = table[: layout.cells].T
-            cells = random.integers(low, high, (count, layout.cells), dtype=np.int32)
-            return cells.reshape(count, layout.rows, layout.columns)
-        first = int(random.integers(max(1, len(self.known) - count + 1)))
-        picked = self.known[first : first + count]
-        return np.concatenate([picked, np.repeat(picked[-1:], count - len(picked), axis=0)])
-
-    def actions(self, count: int, random: np.random.Generator) -> Int | None:
-        """Action tokens int32 [count, n] at random; None for models without."""
-        layout = self.manifest.layout
-        if not layout.gap:
-            return None
-        codec = self.manifest.actions
-        if codec is None:
-            return np.zeros((count, layout.gap), np.int32)
-        found = []
-        for _ in range(count):
-            chosen: dict[str, object] = {name: bool(random.random() < 0.2) for name in sorted(codec.buttons)}
-            for name, choices in codec.choices.items():
-                chosen[name] = choices[int(random.integers(len(choices)))]
-            found.append(encode(codec, chosen))
-        return np.stack(found)
 
 
 class Rollouts:
     """Decodes trajectories over one engine."""
 
     def __init__(self, bundle: Bundle, engine: Engine, samples: CalibrationSet) -> None:
-        text = bundle.manifest.text
-        self._text_width = (text.length, text.width) if text else None
         self.session = session_over(bundle, engine, samples.window, CpuOptions(prepack=False))
-        self._samples = samples
+        self._manifest, self._samples = bundle.manifest, samples
 
     def steps(
         self, trajectory: Trajectory, number: int, *, follow: bool = False
@@ -246,8 +214,36 @@ class Rollouts:
     def _begin(self, number: int, prompt: int, frames: int) -> Int | None:
         """Start at the prompt of a number; returns the actions of frames behind it."""
         random = np.random.default_rng((self._samples.seed, number))
-        known, text = self._samples.frames(prompt, random), None
-        if self._text_width:
-            text = random.standard_normal(self._text_width, dtype=np.float32)
-        self.session.start(known, self._samples.actions(prompt, random), text)
-        return self._samples.actions(frames, random)
+        known, shape, text = self._frames(prompt, random), self._manifest.text, None
+        if shape:
+            text = random.standard_normal((shape.length, shape.width), dtype=np.float32)
+        self.session.start(known, self._actions(prompt, random), text)
+        return self._actions(frames, random)
+
+    def _frames(self, count: int, random: np.random.Generator) -> Int:
+        """Frames int32 [count, rows, columns] that follow each other."""
+        layout, known = self._manifest.layout, self._samples.known
+        if known is None:
+            table = self._manifest.sampling.range_table(layout)[layout.before :]
+            low, high = table[: layout.cells].T
+            cells = random.integers(low, high, (count, layout.cells), dtype=np.int32)
+            return cells.reshape(count, layout.rows, layout.columns)
+        first = int(random.integers(max(1, len(known) - count + 1)))
+        picked = known[first : first + count]
+        return np.concatenate([picked, np.repeat(picked[-1:], count - len(picked), axis=0)])
+
+    def _actions(self, count: int, random: np.random.Generator) -> Int | None:
+        """Action tokens int32 [count, n] at random; None for models without."""
+        layout = self._manifest.layout
+        if not layout.gap:
+            return None
+        codec = self._manifest.actions
+        if codec is None:
+            return np.zeros((count, layout.gap), np.int32)
+        found = []
+        for _ in range(count):
+            chosen: dict[str, object] = {name: bool(random.random() < 0.2) for name in sorted(codec.buttons)}
+            for name, choices in codec.choices.items():
+                chosen[name] = choices[int(random.integers(len(choices)))]
+            found.append(encode(codec, chosen))
+        return np.stack(found)
