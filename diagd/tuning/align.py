@@ -277,69 +277,64 @@ def align(
     before and after; parameters named in ``frozen`` stay as they are.
 
     Raises:
-        UsageError: the windows are no whole number of at least 2 frames that the model can hold, the
-            text does not fit the model, there is no such device, or no schedule.
+        UsageError: the text does not fit the model, or there is no such device; see also ``Mixture``.
     """
-    chances = schedule_chances(options)
+    mixture = Mixture(model, streams, options)
     check_device(options.device)
-    passes = ForcedPasses([s for _, s in options.shares], frames_of(model, streams))
     with together(options.device) as ranks:
         model.to(ranks.device).train()
         trained = add_low_rank(model, options) if options.rank else _all_but(model, frozen)
         filled = filled_text(model, text, ranks.device)
         state = TrainingState(options, [streams], trained, ranks)
         if valid is not None:
-            valid.measure(partial(model, text=filled), passes, ranks.device)
+            valid.measure(partial(model, text=filled), mixture.passes, ranks.device)
         logits = partial(ranks.wrapped(model), text=filled)
 
         def loss(step: int) -> Tensor:
-            picked, choice = draw(len(streams), chances, options, step)
-            batch, weight = ranks.batch(passes, streams[picked], choice)
+            picked, choice = mixture.draw(step)
+            batch, weight = ranks.batch(mixture.passes, streams[picked], choice)
             return weight * forced_loss(logits, batch, autocast=options.autocast)
 
         state.descend(loss, report)
         if valid is not None:
-            valid.measure(partial(model, text=filled), passes, ranks.device)
+            valid.measure(partial(model, text=filled), mixture.passes, ranks.device)
     state.remove()
     return merged(model)
 
 
-def schedule_chances(options: AlignOptions) -> NDArray[np.float64]:
-    """Probability of each schedule."""
-    if not options.shares or min(share for share, _ in options.shares) <= 0:
-        raise UsageError("alignment needs at least one schedule, each with a share above 0")
-    shares = np.array([share for share, _ in options.shares])
-    chances: NDArray[np.float64] = shares / shares.sum()
-    return chances
-
-
-def draw(
-    count: int, chances: NDArray[np.float64], options: AlignOptions, step: int, *, twice: bool = False
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which of ``count`` windows a step takes, or twice as many, and the schedule of each.
-
-    By its number alone, so that a run can be resumed.
-    """
-    size = options.batch * (1 + twice)
-    random = np.random.default_rng((options.seed, step))
-    picked = random.integers(count, size=size)
-    return picked, random.choice(len(chances), size, p=chances)
-
-
-def frames_of(model: Transformer, streams: NDArray[np.int64]) -> int:
-    """Frames of windows int64 [N, tokens] that the model can hold.
+class Mixture:
+    """Windows int64 [N, tokens], and the shares of schedules that they are trained by; see ``ForcedPasses``.
 
     Raises:
-        UsageError: they are no whole number from 2 on, or too many.
+        UsageError: there is no schedule, or the windows are no whole number of at least 2 frames that the
+            model can hold.
     """
-    layout, most = model.config.layout, model.config.context_frames
-    frames, rest = divmod(streams.shape[1] - layout.prefix, layout.frame_length)
-    if rest or not 2 <= frames <= most:
-        raise UsageError(
-            f"windows of {streams.shape[1]} tokens; expected {layout.prefix} + n * {layout.frame_length} "
-            f"with n from 2 to {most}, the frames of the model's context"
-        )
-    return int(frames)
+
+    def __init__(
+        self, model: Transformer, streams: NDArray[np.int64], options: AlignOptions, prompt: int = 1
+    ) -> None:
+        if not options.shares or min(share for share, _ in options.shares) <= 0:
+            raise UsageError("alignment needs at least one schedule, each with a share above 0")
+        layout, most = model.config.layout, model.config.context_frames
+        frames, rest = divmod(streams.shape[1] - layout.prefix, layout.frame_length)
+        if rest or not 2 <= frames <= most:
+            raise UsageError(
+                f"windows of {streams.shape[1]} tokens; expected {layout.prefix} + n * {layout.frame_length} "
+                f"with n from 2 to {most}, the frames of the model's context"
+            )
+        shares = np.array([share for share, _ in options.shares])
+        self.passes = ForcedPasses([each for _, each in options.shares], int(frames), prompt=prompt)
+        self._chances, self._count, self._options = shares / shares.sum(), len(streams), options
+
+    def draw(self, step: int, *, twice: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which windows a step takes, or twice as many, and the schedule of each.
+
+        By its number alone, so that a run can be resumed.
+        """
+        size = self._options.batch * (1 + twice)
+        random = np.random.default_rng((self._options.seed, step))
+        picked = random.integers(self._count, size=size)
+        return picked, random.choice(len(self._chances), size, p=self._chances)
 
 
 def _all_but(model: Transformer, frozen: Collection[str]) -> list[nn.Parameter]:

@@ -19,20 +19,18 @@ from torch.nn import functional
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
 from diagd.tuning.align import (
+    Mixture,
     Ranks,
     Report,
     TrainingState,
     add_low_rank,
-    draw,
     filled_text,
-    frames_of,
     merged,
-    schedule_chances,
     without_low_rank,
 )
 from diagd.tuning.options import PreferTraining
 from diagd.tuning.rollouts import Streams
-from diagd.tuning.teacher_forcing import ForcedPasses, window_nll
+from diagd.tuning.teacher_forcing import window_nll
 
 _BIN = 0.01
 _CLIP = (0.2, 5.0)
@@ -133,20 +131,19 @@ def tune(
     first ``prompt`` frames of each window are known; the text is as in ``align``. ``ranks`` do it together,
     each its share of every batch; None: this process alone.
     """
-    schedules, frames = [each for _, each in options.shares], frames_of(model, lesson.preferred)
-    chances, passes = schedule_chances(options), ForcedPasses(schedules, frames, prompt=prompt)
+    mixture = Mixture(model, lesson.preferred, options, prompt)
     model.to(options.device).train()
     trained, ranks = add_low_rank(model, options), ranks or Ranks(0, 1, options.device)
     filled = filled_text(model, text, options.device)
     nll, base_nll = (partial(window_nll, partial(one, text=filled)) for one in (ranks.wrapped(model), model))
 
     def loss(step: int) -> Tensor:
-        picked, choice = draw(len(lesson.preferred), chances, options, step, twice=lesson.rejected is None)
+        picked, choice = mixture.draw(step, twice=lesson.rejected is None)
         mine = ranks.share(len(picked))
         share = ranks.size * len(picked[mine]) / len(picked)  # all that is summed is a mean over windows
         windows = lesson.windows(picked[mine])
         choices = choice[mine].tolist() * len(windows)
-        batch = passes.batch(np.concatenate(windows), choices, options.device)
+        batch = mixture.passes.batch(np.concatenate(windows), choices, options.device)
         found = nll(batch, autocast=options.autocast).view(len(windows), -1)
         if lesson.rejected is None:
             return share * found.mean()
