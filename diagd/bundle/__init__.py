@@ -48,10 +48,19 @@ class Bundle:
         Raises:
             BundleError: the bundle is missing, truncated, altered, damaged or too new.
         """
+        bundle = cls.seen(path)
+        for name, record in bundle.manifest.files.items():
+            if cache.digest(bundle.path / name) != record.sha256:
+                raise BundleError(f"{bundle.path}: '{name}' was altered (its sha256 differs); {_MEND}")
+        return bundle
+
+    @classmethod
+    def seen(cls, path: str | Path) -> Bundle:
+        """A bundle whose files are there, of the sizes that its manifest says; none is read. See `open`."""
         path = Path(path)
         bundle = cls(path, read_manifest(path))
         bundle._check_names()
-        bundle._check_files()
+        bundle._check_sizes()
         return bundle
 
     def at_precision(self, precision: str | None = None) -> Bundle:
@@ -110,8 +119,7 @@ class Bundle:
             if name not in manifest.files:
                 raise BundleError(f"{self.path}: its manifest needs '{name}' and does not list it; {_MEND}")
 
-    def _check_files(self) -> None:
-        """Sizes of all of them are those listed, and then their digests."""
+    def _check_sizes(self) -> None:
         for name, record in self.manifest.files.items():
             file = self.path / name
             if not file.is_file():
@@ -122,9 +130,6 @@ class Bundle:
                     f"{self.path}: '{name}' has {file.stat().st_size} bytes, its manifest says "
                     f"{record.bytes}: it {wrong}"
                 )
-        for name, record in self.manifest.files.items():
-            if cache.digest(self.path / name) != record.sha256:
-                raise BundleError(f"{self.path}: '{name}' was altered (its sha256 differs); {_MEND}")
 
 
 _MEND = "export the bundle again or copy it afresh"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from diagd.bundle import Manifest, read_manifest
+from diagd.bundle import Bundle, Manifest
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError
@@ -66,7 +66,7 @@ def run(options: InspectOptions) -> int:
         else:
             _print_graphs(terminal.console(), graphs, {})
         return 0
-    manifest = read_manifest(options.path)
+    manifest = Bundle.seen(options.path).manifest
     files = [graph.file for graph in manifest.graphs]
     if manifest.tokenizer:
         files += [manifest.tokenizer.encoder, manifest.tokenizer.decoder]

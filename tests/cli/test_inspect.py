@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def test_a_truncated_graph_is_told(
     cut.write_bytes((workplace.bundle / "step.onnx").read_bytes()[:5000])
     assert main(["inspect", str(cut)]) == 2
     assert "cut.onnx cannot be read as ONNX" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "tokenizer.bin"])
+def test_files_of_weights_are_looked_for(
+    workplace: Workplace, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = shutil.copytree(workplace.bundle, tmp_path / "a.diagd")
+    (bundle / name).unlink()
+    assert main(["inspect", str(bundle)]) == 2
+    assert f"file '{name}' is missing" in capsys.readouterr().err
 
 
 def test_steps_are_in_the_json_too(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
