@@ -127,6 +127,11 @@ def episode_paths(folder: Path) -> list[Path]:
         UsageError: there is none.
     """
     paths = sorted(folder.glob("episode-*.npz"))
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder} is no folder of recordings, clips or episodes, nor a .npy token stream; "
+            "record a world with: diagd world collect recordings"
+        )
     if not paths:
         raise UsageError(f"{folder} holds no episode-*.npz; record some with: diagd world collect {folder}")
     return paths

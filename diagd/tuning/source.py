@@ -177,7 +177,7 @@ class Source:
         Raises:
             UsageError: the data cannot be read, or is no token stream and nothing encodes it.
         """
-        if data.suffix == ".npy":
+        if data.suffix.lower() == ".npy":
             return read_windows(data, self.config, frames)
         encoder = self._encoder()
         if encoder is None:

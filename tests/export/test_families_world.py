@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from diagd.errors import CheckpointError, DiagdError
+from diagd.errors import CheckpointError, DiagdError, UsageError
 from diagd.export.exporter import open_sources
 from diagd.export.families import find
 from diagd.export.families.world import DESCRIPTION, SHIPPED, WEIGHTS, load_description
@@ -32,6 +32,11 @@ def test_descriptions_that_cannot_be_are_refused(tmp_path: Path, change: dict[st
     (tmp_path / DESCRIPTION).write_text(json.dumps(fields | change))
     with pytest.raises(DiagdError):
         find("world", str(tmp_path))
+
+
+def test_a_checkpoint_that_is_not_there_is_told() -> None:
+    with pytest.raises(UsageError, match="there is no nothing; .*out: crafter-3m is shipped"):
+        find("crafter-3m", "nothing")
 
 
 def test_the_weights_that_are_named_are_read(tmp_path: Path) -> None:

@@ -54,3 +54,5 @@ def test_cache_follows_shards_and_codebook(tmp_path: Path) -> None:
 def test_an_empty_folder_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="diagd world collect"):
         episode_paths(tmp_path)
+    with pytest.raises(UsageError, match="is no folder of recordings"):
+        episode_paths(tmp_path / "nothing.mp4")

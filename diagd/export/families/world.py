@@ -212,14 +212,17 @@ def read_tokenizer(path: Path, graphs: TokenizerGraphs) -> Mapping[str, Tensor]:
 
 
 def build(name: str, checkpoint: str | None) -> Family:
-    """A trained world from its folder, or a shipped one; UsageError where no folder is known."""
+    """A trained world from its folder, or a shipped one; UsageError where none is there."""
     shipped = SHIPPED / name
     if checkpoint is None and not shipped.is_dir():
         raise UsageError(
             f"model '{name}' needs --checkpoint FOLDER, the folder that `diagd world train` wrote"
         )
     weights = Path(checkpoint).expanduser() if checkpoint else shipped
-    folder = weights if weights.is_dir() or not weights.exists() else weights.parent
+    if not weights.exists():
+        here = f", or leave --checkpoint out: {name} is shipped with diagd" if shipped.is_dir() else ""
+        raise UsageError(f"there is no {weights}; give the folder that `diagd world train` wrote{here}")
+    folder = weights if weights.is_dir() else weights.parent
     description = load_description(folder)
     config = description.transformer_config()
     actions = ChoiceSlot(field="action", names=description.actions, first=description.codes)
