@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -23,11 +24,16 @@ from diagd.errors import UsageError
 
 _LOG = logging.getLogger(__name__)
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+"""Errors of a disk, or a share of it, that holds no more."""
 _POLL_SECONDS = 0.1
 _FAR = 1 << 30
 """Windows locks bytes, and keeps others from reading them: one behind the text."""
 
 CHUNK_BYTES = 8 << 20
+
+_MOST_TEXT = 1 << 29
+_PATIENCE_SECONDS = 2.0
 
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 
@@ -157,10 +163,38 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_text(path: Path) -> str:
+    """A text that somebody wrote (UTF-8), also out of a pipe; lines end in a line feed, whatever they did.
+
+    Raises:
+        OSError: it cannot be read, is no such text, or has no end.
+    """
+    waiting = threading.Timer(_PATIENCE_SECONDS, _LOG.warning, ("still reading %s: has it an end?", path))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_TEXT + 1)
+        if len(content) > _MOST_TEXT:
+            raise OSError(errno.EOVERFLOW, f"it has more than {_MOST_TEXT:,} bytes; split it", str(path))
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise OSError(errno.EILSEQ, f"it is not UTF-8 text ({error.reason})", str(path)) from error
+    finally:
+        waiting.cancel()
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file that is read here and there; OSError: it is none, or a pipe or device, which has no size."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.ESPIPE, "it is a pipe or device, not a file", str(path))
+    return path.open("rb")
+
+
 def instead(path: Path) -> str | None:
     """What a file is that stands where another was meant, by how it begins; None: nothing that is known."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(512)
     except OSError:
         return None
@@ -275,8 +309,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
             shutil.copymode(path, partial)
         sync(partial)
         partial.replace(path)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _name(error: OSError, path: Path) -> None:
+    """Say where a disk is full: an error of a write alone does not."""
+    if error.errno in FULL and error.filename is None:
+        error.filename = str(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -322,6 +365,9 @@ def atomic_directory(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
             if old.exists():
                 _carry_over(old, path, ours, late=True)
                 shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -76,7 +76,7 @@ def _replay(options: GenerateOptions, record: Path, progress: Progress) -> None:
     fps = options.fps or game.bundle.manifest.frames_per_second
     with game, progress.count(record.name, len(lines)) as advance:
         shown = (advance(1) or one for one in replay(game, lines))
-        if options.output.suffix == ".npy":
+        if options.output.suffix.lower() == ".npy":
             write_tokens(options.output, (one.frame.tokens for one in shown))
         else:
             pictures = (picture for one in shown for picture in one.pictures)

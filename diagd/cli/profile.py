@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from diagd.bundle import Bundle
-from diagd.bundle.files import write_text
+from diagd.bundle.files import atomic_directory, write_text
 from diagd.bundle.targets import check_distinct, file_target, folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
@@ -38,6 +38,7 @@ precision, saying so; doctor and plan say so too.
 """
 
 REGRESSION = 3
+REPORT, PAGE = "report.json", "report.html"
 _MARKS = {True: ("ok", "green"), False: ("failed", "red"), None: ("not judged", "yellow")}
 
 
@@ -65,18 +66,19 @@ def run(options: ProfileVerb) -> int:
             raise UsageError("--backends writes no report and no trace; leave --output and --trace out")
         return _backends(options, options.bundle)
     output = options.output or Path(f"{options.bundle.resolve().name.removesuffix('.diagd')}.profile")
-    folder_target(output, {"report.json": b'"schema_version"'}, "a report of diagd-profile")
+    folder_target(output, {REPORT: b'"schema_version"'}, "a report of diagd-profile")
     if options.trace:
         _check_trace(options.trace, output)
     console = terminal.console(stderr=options.json)
     how = replace(options.measure, marks=options.trace is not None)
     measured = profile(Bundle.open(options.bundle), how, Progress(console))
-    measured.report.write(output / "report.json")
-    told = str(output / "report.html")
-    try:
-        write_text(output / "report.html", page(measured.report))
-    except DependencyError as error:  # the report is there all the same
-        told = str(error)
+    told = str(output / PAGE)
+    with atomic_directory(output, (REPORT, PAGE)) as folder:
+        measured.report.write(folder / REPORT)
+        try:
+            write_text(folder / PAGE, page(measured.report))
+        except DependencyError as error:  # the report is there all the same
+            told = str(error)
     if options.trace:
         measured.write_trace(options.trace)
     if options.json:
@@ -114,9 +116,7 @@ def _check_trace(trace: Path, output: Path) -> None:
     if trace.absolute().parent == output.absolute():
         output.mkdir(parents=True, exist_ok=True)
     file_target(trace, (), "--trace", begins=b'{"traceEvents"')
-    check_distinct(
-        {"the report": output / "report.json", "its page": output / "report.html", "--trace": trace}
-    )
+    check_distinct({"the report": output / REPORT, "its page": output / PAGE, "--trace": trace})
 
 
 def _compare(before: Path, after: Path, *, as_json: bool) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import logging
 import signal
@@ -16,6 +15,7 @@ from importlib.metadata import entry_points
 from types import FrameType
 from typing import Any
 
+from diagd.bundle.files import FULL
 from diagd.cli.options import Verb, add_options, explain_stray, read_options
 from diagd.cli.terminal import streams, visible
 from diagd.errors import DependencyError, DiagdError, UsageError
@@ -49,8 +49,6 @@ WORLD_VERBS = {
 """Verbs of the package beside this one; any package may add some as entry points of `GROUP`."""
 
 GROUP = "diagd.verbs"
-
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 Verbs = Mapping[str, Verb[Any]]
 """Tasks of a verb that has several."""

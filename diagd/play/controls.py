@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, ValidationError
 
 from diagd.bundle.actions import ActionCodec, EdgesSlot, MuLawSlot
+from diagd.bundle.files import read_text
 from diagd.engines.engine import Int
 from diagd.errors import UsageError, fault
 from diagd.options import Frozen
@@ -131,7 +132,7 @@ def read_controls(bundle: Path, codec: ActionCodec | None, file: Path | None = N
     if codec is None or (file is None and not path.is_file()):
         return default_controls(codec)
     try:
-        controls = Controls.model_validate_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        controls = Controls.model_validate_json(read_text(path))
     except ValidationError as error:
         raise UsageError(f"{path}: {fault(error)}; see docs/play.md for the table") from None
     except OSError as error:

@@ -7,6 +7,7 @@ tokens and their actions), ``settings``, ``frame`` (its number, its action's ids
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import zlib
@@ -20,6 +21,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from diagd.bundle import Bundle, Manifest
+from diagd.bundle.files import read_text
 from diagd.engines.backend import CPU
 from diagd.engines.engine import Int
 from diagd.errors import DiagdError, QualityError, UsageError, fault
@@ -178,12 +180,15 @@ class Record:
         self._file: IO[str] | None = None
         self._bytes = self._told = 0
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._file = path.open("x", encoding="utf-8")
             except FileExistsError:
                 raise UsageError(
                     f"{path} is there already and records are not written over; give --record another name"
+                ) from None
+            except FileNotFoundError:
+                raise UsageError(
+                    f"--record {path}: the directory {path.parent} does not exist; make it first"
                 ) from None
             self.add(first)
 
@@ -276,11 +281,9 @@ def read_record(path: Path) -> tuple[Header, list[tuple[int, Line]]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from enumerate(file, start=1)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.reason
-        raise UsageError(f"cannot read the record {path}: {reason}") from None
+        yield from enumerate(io.StringIO(read_text(path)), start=1)
+    except OSError as error:
+        raise UsageError(f"cannot read the record {path}: {error.strerror or error}") from None
 
 
 def replay(game: Game, lines: Sequence[tuple[int, Line]], strict: bool = True) -> Iterator[Shown]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from diagd.bundle.files import write_text
+from diagd.bundle.files import read_text, write_text
 from diagd.engines.ceilings import Ceilings
 from diagd.errors import UsageError, fault
 from diagd.options import Frozen
@@ -217,7 +217,7 @@ def read_report(path: Path) -> Report:
         UsageError: it cannot be read, is no report, or is of a later version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         version = content.get("schema_version") if isinstance(content, dict) else None
         if not isinstance(version, int):
             raise ValueError("it has no schema version")

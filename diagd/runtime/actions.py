@@ -25,7 +25,7 @@ from diagd.bundle.actions import (
     RawInput,
     Slot,
 )
-from diagd.bundle.files import write_text
+from diagd.bundle.files import read_text, write_text
 from diagd.errors import UsageError, unknown
 
 MAX_REPEAT = 100_000
@@ -88,11 +88,7 @@ def read_actions(path: str | Path, codec: ActionCodec) -> NDArray[np.int32]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 text ({error.reason}); expected one JSON object a line"
-        ) from None
+        return read_text(path).split("\n")
     except OSError as error:
         raise UsageError(f"cannot read actions from {path}: {error.strerror or error}") from None
 

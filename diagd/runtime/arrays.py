@@ -11,7 +11,7 @@ from zipfile import ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.bundle.files import instead
+from diagd.bundle.files import instead, open_file
 from diagd.engines.host import available_bytes
 from diagd.errors import UsageError
 
@@ -26,7 +26,7 @@ def read_array(path: Path, what: str) -> NDArray[np.generic]:
         UsageError: it is missing, another kind of file than ``what``, cut off, or no array of numbers.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             _check(file.read(len(_MAGIC)))
             file.seek(0)
             return _read(file, path.stat().st_size, _NUMBERS)
@@ -53,7 +53,7 @@ def read_arrays(path: Path, names: Collection[str], what: str) -> dict[str, NDAr
         UsageError: it is missing, no ``what``, cut off, or an array is not what its header says.
     """
     try:
-        with ZipFile(path) as archive:
+        with open_file(path) as opened, ZipFile(opened) as archive:
             held = {info.filename: info for info in archive.infolist()}
             found = {}
             for name in names:

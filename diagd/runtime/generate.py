@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from diagd.bundle import Bundle, Manifest
+from diagd.bundle.files import read_text
 from diagd.bundle.manifest import MediaMark
 from diagd.bundle.targets import check_apart, file_target
 from diagd.engines.engine import Int
@@ -118,9 +119,9 @@ def _listed(options: GenerateOptions) -> list[tuple[str, ClipOptions, TextOption
     """Clips of a file of lines ``{"visual_input": file, "prompt": words, "actions": file}``, by name."""
     listing, found = options.clip.prompt, []
     try:
-        lines = listing.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read clips from {listing}: {error}") from error
+        lines = read_text(listing).split("\n")
+    except OSError as error:
+        raise UsageError(f"cannot read clips from {listing}: {error.strerror or error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from diagd.bundle.files import atomic_directory, atomic_file, clear_leftovers, host
+from diagd.bundle.files import (
+    atomic_directory,
+    atomic_file,
+    clear_leftovers,
+    host,
+    open_file,
+    read_text,
+)
 from diagd.errors import UsageError
 
+Writer = Callable[[Path], AbstractContextManager[Path]]
 WRITER = """
 import sys, time
 from pathlib import Path
@@ -143,6 +155,40 @@ def test_a_file_keeps_its_rights(tmp_path: Path) -> None:
     with write("atomic_file", path) as partial:
         partial.write_bytes(b"whole")
     assert (path.stat().st_mode & 0o777, path.read_bytes()) == (0o600, b"whole")
+
+
+@pytest.mark.parametrize("kind", [atomic_file, atomic_directory])
+def test_a_full_disk_is_named(kind: Writer, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="report") as caught, kind(tmp_path / "report"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(tmp_path / "report")
+
+
+def test_what_is_read_has_an_end(tmp_path: Path) -> None:
+    for device in ("/dev/zero", "/dev/full"):
+        with pytest.raises(OSError, match="bytes; split it"):
+            read_text(Path(device))
+        with pytest.raises(OSError, match="pipe or device"):
+            open_file(Path(device))
+
+
+def test_a_text_may_come_out_of_a_pipe_and_who_waits_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diagd.bundle.files._PATIENCE_SECONDS", 0.0)
+    pipe, told = tmp_path / "pipe", threading.Event()
+    os.mkfifo(pipe)
+    monkeypatch.setattr("diagd.bundle.files._LOG.warning", lambda *said: told.set())
+
+    def write() -> None:
+        told.wait(60)
+        pipe.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert read_text(pipe) == "one\ntwo\nthree\n"
+    assert told.is_set()
+    writer.join()
 
 
 def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_a_record_of_a_game_that_never_began_has_no_video(
         (["--set", "precision=fp16"], "export it again with --precision fp16"),
         (["--set", "precision=int9"], "precisions are fp32, fp16, int8"),
         (["--replay", "nothing.ndjson"], "nothing.ndjson"),
+        (["--record", "nothing/played.ndjson"], "the directory nothing does not exist; make it first"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1"),
         (["--host", "long" * 20 + ".org"], "cannot listen on longlong"),
     ],

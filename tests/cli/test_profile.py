@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from diagd.bundle import read_manifest
 from diagd.cli.main import main
-from diagd.profiling.report import read_report
+from diagd.profiling.report import Report, read_report
 from tests.cli.conftest import Workplace
 
 QUICK = ["--frames", "2", "--set", "threads=1"]
@@ -102,6 +104,19 @@ def test_a_regression_ends_with_code_3(
     assert "slower" in verdicts
     assert "faster" not in verdicts
     assert main(["profile", "--compare", *reversed(reports)]) == 0
+
+
+def test_a_full_disk_is_named_and_leaves_no_folder(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def page(report: Report) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("diagd.cli.profile.page", page)
+    output = tmp_path / "report"
+    assert main(["profile", str(workplace.bundle), "--k", "1", "--output", str(output), *QUICK]) == 2
+    assert f"error: {output}: No space left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_descriptions_that_cannot_be_are_refused(tmp_path: Path, change: dict[st
 
 
 def test_a_checkpoint_that_is_not_there_is_told() -> None:
-    with pytest.raises(UsageError, match="there is no nothing; .*out: crafter-3m is shipped"):
+    with pytest.raises(UsageError, match=r"there is no nothing; .*out: crafter-3m is shipped"):
         find("crafter-3m", "nothing")
 
 
