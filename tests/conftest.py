@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from diagd.cli.main import main
 from diagd.export.known_graphs import KIND
 from diagd.play.pictures import png
 from tests.models import KEPT
+from tests.play.browser import CHROMIUM, Tab, browser
 from tests.worlds import random_world
 
 DAY = 86_400.0
@@ -77,6 +79,21 @@ def _signals() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with browser(tmp_path_factory.mktemp("browser")) as tab:
+        yield tab
+
+
+@pytest.fixture(scope="module")
+def tab(chromium: Tab) -> Iterator[Tab]:
+    """A browser's tab, whose page goes when the module's tests are done: one that plays keeps a core busy."""
+    yield chromium
+    chromium.open("about:blank")
 
 
 @pytest.fixture(scope="session")

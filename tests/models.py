@@ -66,13 +66,17 @@ def export_small(model: Transformer, path: Path, options: GraphOptions | None = 
 
 
 def copy_kept(what: bytes, packages: Sequence[str], make: Callable[[Path], None], path: Path) -> Path:
-    """Copy a folder to ``path`` that is made once on a machine, whoever comes first, for equal sources.
+    """Copy a folder to ``path`` that is made once on a machine, see ``made_once``."""
+    return Path(shutil.copytree(made_once(what, packages, make), path))
+
+
+def made_once(what: bytes, packages: Sequence[str], make: Callable[[Path], None]) -> Path:
+    """A folder that is made once on a machine, whoever comes first, for equal sources; nobody writes to it.
 
     Args:
         what: all that ``make`` depends on beside packages of diagd.
         packages: these.
         make: makes the folder.
-        path: of the copy.
     """
     key = hashlib.sha256(what + _sources(*packages)).hexdigest()[:32]
     kept = KEPT / key
@@ -82,7 +86,7 @@ def copy_kept(what: bytes, packages: Sequence[str], make: Callable[[Path], None]
                 made = Path(folder) / "a"
                 make(made)
                 made.rename(kept)
-    return Path(shutil.copytree(kept, path))
+    return kept
 
 
 @cache

@@ -113,14 +113,14 @@ def test_every_step_fits_the_graphs(model: str, widths: tuple[int, ...]) -> None
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_is_measured(
-    family: Family, bundle: Bundle, part: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, bundle: Bundle, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_measure, "REPEATS", 1)
     monkeypatch.setattr(gpu_measure, "captured", lambda form: form._forward)  # the compiler takes minutes
     devices = []
 
     def make(bundle: Bundle, tokens: int, graphs: bool) -> Executor:
-        devices.append(HostDevice(host_kernels(str(folder / "native"))))
+        devices.append(HostDevice(host_kernels()))
         return executor_over(bundle, Form.MODERN, tokens, devices[-1], graphs=graphs)
 
     rows = Bench(make, CEILINGS, 3, torch_device="cpu").measure(bundle, family, part)
@@ -139,11 +139,9 @@ def test_every_part_is_measured(
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
-def test_what_is_to_be_timed_is_checked(
-    bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_to_be_timed_is_checked(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "REPLAYS", 60)
-    kernels = host_kernels(str(folder / "native"))
+    kernels = host_kernels()
     broken: list[HostDevice] = []
 
     class Forgetful(HostDevice):
@@ -168,12 +166,12 @@ def test_what_is_to_be_timed_is_checked(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_samplers_are_checked(compiled: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samplers_are_checked(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiled and shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")
     monkeypatch.setattr(gpu_checks, "VOCABULARIES", (107, 600))
     monkeypatch.setattr(gpu_checks, "LAUNCHES", 2)
-    passed, figures = samplers(HostDevice(host_kernels(str(folder / "native")) if compiled else None))
+    passed, figures = samplers(HostDevice(host_kernels() if compiled else None))
     assert passed and len(figures) == 6 and all(value > 0 for value in figures.values())
 
 

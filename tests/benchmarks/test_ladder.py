@@ -34,8 +34,8 @@ needs_kernels = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake 
 
 
 @pytest.fixture
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(host_kernels(str(tmp_path_factory.getbasetemp() / "native")))
+def workshop() -> Workshop:
+    return Workshop(host_kernels())
 
 
 def climb(bundle: Bundle) -> dict[str, Row]:

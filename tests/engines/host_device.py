@@ -17,16 +17,22 @@ from diagd.engines.devices import Array, host
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import OnnxRuntimeProgram
 from diagd.engines.tensors import Tensor
+from tests.models import made_once
 
 ROOT = Path(__file__).parents[2]
 
 
 @lru_cache
-def host_kernels(build: str) -> ctypes.CDLL:
-    """The host build of the kernels, made by CMake in a directory."""
-    for command in (["cmake", "-S", str(ROOT), "-B", build], ["cmake", "--build", build]):
-        subprocess.run(command, check=True, capture_output=True)
-    return ctypes.CDLL(str(Path(build) / "libdiagd_step_kernels.so"))
+def host_kernels() -> ctypes.CDLL:
+    """The host build of the kernels, made by CMake once on a machine."""
+
+    def make(build: Path) -> None:
+        for command in (["cmake", "-S", str(ROOT), "-B", str(build)], ["cmake", "--build", str(build)]):
+            subprocess.run(command, check=True, capture_output=True)
+
+    sources = (ROOT / "CMakeLists.txt", *sorted((ROOT / "native").iterdir()))
+    built = made_once(b"".join(file.read_bytes() for file in sources), (), make)
+    return ctypes.CDLL(str(built / "libdiagd_step_kernels.so"))
 
 
 class HostDevice(host.HostDevice):

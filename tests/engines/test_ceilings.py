@@ -30,8 +30,8 @@ SIDE, SIZE = 64, 1 << 20
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
-def test_copies_and_a_product_are_timed_on_the_stream(tmp_path: Path) -> None:
-    device, products = HostDevice(host_kernels(str(tmp_path))), []
+def test_copies_and_a_product_are_timed_on_the_stream() -> None:
+    device, products = HostDevice(host_kernels()), []
 
     class Watched(OnnxRuntimeProgram):
         def enqueue(self, width: int) -> None:

@@ -77,11 +77,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(params=["host memory", "GPU"])
-def open_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenEngine:
+def open_engine(request: pytest.FixtureRequest) -> OpenEngine:
     if request.param == "host memory":
         if shutil.which("cmake") is None:
             pytest.skip("cmake is not installed")
-        return over_host_memory(tmp_path_factory.getbasetemp() / "native")
+        return over_host_memory
     try:
         CudaDevice().close()
     except DiagdError as error:
@@ -89,12 +89,8 @@ def open_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return on_gpu
 
 
-def over_host_memory(kernels: Path) -> OpenEngine:
-    def opened(bundle: Bundle, tokens: int, graphs: bool) -> Executor:
-        device = HostDevice(host_kernels(str(kernels)))
-        return executor_over(bundle, Form.MODERN, tokens, device, graphs=graphs)
-
-    return opened
+def over_host_memory(bundle: Bundle, tokens: int, graphs: bool) -> Executor:
+    return executor_over(bundle, Form.MODERN, tokens, HostDevice(host_kernels()), graphs=graphs)
 
 
 def on_gpu(bundle: Bundle, tokens: int, graphs: bool) -> Executor:
@@ -151,5 +147,5 @@ def test_a_wrong_engine_is_found(case: Case, tmp_path: Path) -> None:
     options = GraphOptions((Form.MODERN,), "fp32", widths=WIDTHS)
     wrong = Bundle.open(export_small(other, tmp_path / "wrong.diagd", options))
     mixed = Case(case.prefix, {"fp32": wrong})
-    found = verdicts(mixed, over_host_memory(tmp_path / "native"), "fp32", True)
+    found = verdicts(mixed, over_host_memory, "fp32", True)
     assert not any(verdict.passed for verdict in found)

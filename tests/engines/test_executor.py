@@ -61,7 +61,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     model = small_model(LAYOUT, layers=1, context_frames=4)
     path = tmp_path_factory.mktemp("bundle") / "small.diagd"
     options = GraphOptions((Form.MODERN, Form.PORTABLE), widths=WIDTHS)
-    kernels = host_kernels(str(tmp_path_factory.mktemp("native")))
+    kernels = host_kernels()
     return Case(model, Bundle.open(export_small(model, path, options)), kernels)
 
 

@@ -32,10 +32,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def kernels() -> ctypes.CDLL:
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")
-    return host_kernels(str(tmp_path_factory.mktemp("native")))
+    return host_kernels()
 
 
 def device_engine(bundle: Bundle, tokens: int, device: HostDevice) -> Executor:

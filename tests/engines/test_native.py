@@ -41,8 +41,8 @@ MAX_WIDTH, UPDATES, PLACES, CAPACITY, PREFIX = 6, 8, 50, 32, 3
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return host_kernels(str(tmp_path_factory.mktemp("native")))
+def kernels() -> ctypes.CDLL:
+    return host_kernels()
 
 
 def test_arguments_have_the_layout_of_the_kernels(kernels: ctypes.CDLL) -> None:

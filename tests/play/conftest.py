@@ -22,7 +22,6 @@ from diagd.play.table import LocalFleet, Table
 from diagd.schedule import StreamLayout
 from tests.models import small_family
 from tests.oracles.models import small_model
-from tests.play.browser import Tab, browser
 
 LOOSE = Limits(messages_per_second=1e6)
 """For tests that say much in little time."""
@@ -37,12 +36,6 @@ def temporal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = replace(small_family(small_model(StreamLayout(2, 4), layers=1)), tokenizer=sizes)
     path = tmp_path_factory.mktemp("temporal") / "temporal.diagd"
     return export(family, GraphOptions(), random_sources(family, 0), path).path
-
-
-@pytest.fixture(scope="session")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    with browser(tmp_path_factory.mktemp("browser")) as tab:
-        yield tab
 
 
 @pytest.fixture

@@ -47,8 +47,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(host_kernels(str(tmp_path_factory.getbasetemp() / "native")))
+def workshop() -> Workshop:
+    return Workshop(host_kernels())
 
 
 @needs_kernels

@@ -119,12 +119,11 @@ def test_what_is_no_number_fails(bundle: Bundle) -> None:
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 @pytest.mark.parametrize("form", FORMS)
-def test_an_engine_on_a_device(bundle: Bundle, form: Form, tmp_path: Path) -> None:
+def test_an_engine_on_a_device(bundle: Bundle, form: Form) -> None:
     """Its program over its own tensors, where caches are written in place."""
     pytest.importorskip("polygraphy")
-    kernels = host_kernels(str(tmp_path))
     feeds = feeds_of(bundle, form)
-    engine = executor_over(bundle, form, len(feeds["token_buffer"]), HostDevice(kernels))
+    engine = executor_over(bundle, form, len(feeds["token_buffer"]), HostDevice(host_kernels()))
     graph = PlainGraph(graph_of(bundle, form))
     found = compare_tensors("device", evaluation(engine, graph), graph, feeds, BOUND)
     assert len(found) == 5

@@ -13,7 +13,6 @@ from diagd.bundle import Bundle
 from diagd.errors import DependencyError
 from diagd.progress import Progress
 from diagd.web.folder import runtime_files, server, write_page
-from tests.play.browser import CHROMIUM, Tab, browser
 
 Serve = Callable[[Path], AbstractContextManager[str]]
 
@@ -30,14 +29,6 @@ def runtime() -> dict[str, bytes]:
 def page(world: Path, runtime: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of the small world, which has fp32 alone."""
     return write_page(Bundle.open(world), tmp_path_factory.mktemp("web") / "page", lambda: runtime).path
-
-
-@pytest.fixture(scope="session")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    with browser(tmp_path_factory.mktemp("browser")) as tab:
-        yield tab
 
 
 @pytest.fixture(scope="session")
