@@ -165,10 +165,9 @@ class StepTensors:
         spare: int = 0,
     ) -> Tensor:
         kind = np.dtype(dtype)
-        tensor = Tensor(0, shape, kind)
-        size = math.prod(tensor.at_width(self._max_width)) * kind.itemsize
-        self.named[name] = tensor = Tensor(self._device.allocate(size + spare), shape, kind)
-        return tensor
+        size = math.prod(Tensor(0, shape, kind).at_width(self._max_width)) * kind.itemsize
+        self.named[name] = Tensor(self._device.allocate(size + spare), shape, kind)
+        return self.named[name]
 
     def _add_rows(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
         chunk = self._device.chunk_bytes

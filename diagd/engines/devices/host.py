@@ -58,18 +58,13 @@ class HostDevice(HostClock, Device):
 
     @override
     def upload(self, address: int, array: Array) -> None:
-        self.run(
-            partial(ctypes.memmove, address, array.ctypes.data, array.nbytes), "upload", address, array.nbytes
-        )
+        size = array.nbytes
+        self.run(partial(ctypes.memmove, address, array.ctypes.data, size), "upload", address, size)
 
     @override
     def download(self, array: Array, address: int) -> None:
-        self.run(
-            partial(ctypes.memmove, array.ctypes.data, address, array.nbytes),
-            "download",
-            address,
-            array.nbytes,
-        )
+        size = array.nbytes
+        self.run(partial(ctypes.memmove, array.ctypes.data, address, size), "download", address, size)
 
     @override
     def copy(self, target: int, source: int, size: int) -> None:

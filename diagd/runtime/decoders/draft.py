@@ -238,7 +238,6 @@ class DraftDecoder(Decoder):
             drafter alone, from the first frame on.
         score: of a proposal; see `open_scorer`.
         decoder: of the drafter; default: its bundle's.
-        window: of the target's own decoding; see ``JacobiDecoder``.
         target_first: the first frame is the target's.
 
     Attributes:
@@ -255,13 +254,12 @@ class DraftDecoder(Decoder):
         score: Scorer,
         *,
         decoder: Decoder | None = None,
-        window: int | None = None,
         target_first: bool = True,
     ) -> None:
         if math.isnan(tau):
             raise UsageError("tau is not a number; give the least score of a frame that is kept, inf or -inf")
         self._drafter, self._tau, self._score = drafter, tau, score
-        self._decoder, self._target = decoder, JacobiDecoder(window)
+        self._decoder, self._target = decoder, JacobiDecoder()
         self._target_first = target_first and tau > -math.inf
         self._followed: Past | None = None  # the target's last frame, where the drafter stands
         self.kept: list[bool] = []
