@@ -11,7 +11,6 @@ import numpy as np
 from diagd.bundle import Manifest
 from diagd.engines.devices import Array, Device, kernels
 from diagd.engines.engine import VOID, Int, SamplingState, Steps
-from diagd.engines.sampler import cell_ranges
 from diagd.engines.tensors import StepTensors
 
 HALF_WORDS: Final = 1 << 17
@@ -224,7 +223,7 @@ def open_lanes(
 ) -> list[Lane]:
     """A lane for each stream; slots from ``capacity`` on are those that its session does not know of."""
     table: Int = device.host_array((manifest.layout.frame_length, 2), np.int32)
-    table[:] = cell_ranges(manifest)
+    table[:] = manifest.sampling.range_table(manifest.layout)
     ranges = device.allocate(table.nbytes)
     device.upload(ranges, table)
     rules = {

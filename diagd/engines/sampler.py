@@ -50,15 +50,11 @@ _GROUP: Final = 16  # ids whose largest stands for them while the top-k threshol
 
 
 class HostSampler:
-    """Draws the tokens of steps by the rules of a bundle.
-
-    Raises:
-        UsageError: the bundle lets ids be drawn that it does not have.
-    """
+    """Draws the tokens of steps by the rules of a bundle."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._layout, self._keep_crossing = manifest.layout, manifest.sampling.keep_crossing
-        self._ranges = cell_ranges(manifest)
+        self._ranges = manifest.sampling.range_table(manifest.layout)
 
     def draw(
         self,
@@ -72,22 +68,6 @@ class HostSampler:
             return np.empty(0, np.int32)
         low, high = self._ranges[(cells - self._layout.prefix) % self._layout.frame_length].T
         return _drawer()(logits, cells, state, seeds, low, high, self._keep_crossing)
-
-
-def cell_ranges(manifest: Manifest) -> Int:
-    """Ids [low, high) that may be drawn at each place of a frame, int32 [frame_length, 2].
-
-    Known tokens are never drawn; they have the range of the first cell.
-
-    Raises:
-        UsageError: the bundle does not have these ids.
-    """
-    layout = manifest.layout
-    table: Int = manifest.sampling.range_table(layout)
-    cells = table[layout.before : layout.before + layout.cells]
-    _check_ranges(cells[:, 0], cells[:, 1], manifest.output_vocabulary)
-    table[: layout.before] = table[layout.before + layout.cells :] = cells[0]
-    return table
 
 
 def sample(
@@ -121,7 +101,11 @@ def sample(
     rows, ids = logits.shape
     low = np.zeros(rows, np.int32) if low is None else low
     high = np.full(rows, ids, np.int32) if high is None else high
-    _check_ranges(low, high, ids)
+    if np.any(low < 0) or np.any(low >= high) or np.any(high > ids):
+        raise UsageError(
+            f"token ranges {list(zip(low.tolist(), high.tolist(), strict=True))} do not all fit a vocabulary"
+            f" of {ids}; expected 0 <= low < high <= {ids}"
+        )
     if not rows:
         return np.empty(0, np.int32)
     return _drawer()(logits, positions, state, seeds, low, high, keep_crossing)
@@ -263,14 +247,6 @@ def _powers_of_two(logs: Float) -> Float:
     result += _ROUND
     result -= _ROUND
     return result
-
-
-def _check_ranges(low: Int, high: Int, ids: int) -> None:
-    if np.any(low < 0) or np.any(low >= high) or np.any(high > ids):
-        raise UsageError(
-            f"token ranges {list(zip(low.tolist(), high.tolist(), strict=True))} do not all fit a vocabulary"
-            f" of {ids}; expected 0 <= low < high <= {ids}"
-        )
 
 
 def _restrict(logits: Float, low: Int, high: Int) -> tuple[Float, int]:

@@ -27,7 +27,6 @@ from diagd.bundle.files import atomic_directory, turn, usual_rights
 from diagd.bundle.targets import folder_target
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH
-from diagd.engines.sampler import cell_ranges
 from diagd.errors import DependencyError, UsageError, require
 from diagd.play import record
 from diagd.play.controls import read_controls
@@ -207,7 +206,7 @@ def _check(bundle: Bundle) -> None:
 def _ranges(manifest: Manifest) -> list[list[int]]:
     """Ids [low, high) that may be drawn at each cell; one pair where they are all alike."""
     layout = manifest.layout
-    ranges: list[list[int]] = cell_ranges(manifest)[layout.before :][: layout.cells].tolist()
+    ranges: list[list[int]] = manifest.sampling.range_table(layout)[layout.before :][: layout.cells].tolist()
     return ranges[:1] if all(one == ranges[0] for one in ranges) else ranges
 
 
