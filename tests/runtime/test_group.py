@@ -156,6 +156,18 @@ def test_joins_leaves_and_resets_change_nothing_for_the_others(any_group: Group,
     assert found == [frames[:8] for frames in expected]
 
 
+def test_a_session_that_never_ran_goes_on_from_a_snapshot(bundle: Bundle, alone: Session) -> None:
+    led = start(alone, 0)
+    frames = [frame.tokens for frame in alone.frames(DECODERS["serial"], led[:-1], seed=0)]
+    snapshot = alone.stream.snapshot()
+    expected = next(alone.frames(DECODERS["serial"], led[-1:], seed=0)).tokens
+    assert len(frames) > 7  # rows that are seen depend on no more: positions are counted from a later frame
+    with diagd.load(bundle.path, threads=1, sessions=SESSIONS) as fresh:
+        fresh.sessions[1].stream.restore(snapshot)
+        ((_, frame),) = fresh.frames({1: led[-1:]}, DECODERS["serial"], seeds={1: 0})
+    assert np.array_equal(frame.tokens, expected)
+
+
 def test_a_session_of_a_group_may_be_run_alone(any_group: Group, alone: Session) -> None:
     group = any_group
     decoder = DECODERS["chained"]
