@@ -29,8 +29,8 @@ from benchmarks import parser
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import forms_of, graphs_of
 from diagd.engines.devices.host import HostDevice
+from diagd.engines.gpu import step_operators
 from diagd.engines.onnxruntime_session import OnnxRuntimeProgram, open_cuda_session
-from diagd.engines.operators import step_operators
 from diagd.engines.tensors import StepTensors
 from diagd.errors import DiagdError
 from diagd.export.exporter import GraphOptions, export, random_sources
