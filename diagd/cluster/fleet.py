@@ -170,13 +170,9 @@ class RemoteTable(ServedTable):
         self.saved = saved
 
     @override
-    def obey(self, message: Message) -> None:
+    def obey(self, message: Message | bytes) -> None:
         super().obey(message)
         self._say("obey", message)
-
-    @override
-    def upload(self, data: bytes) -> None:
-        self._say("upload", data)
 
     def lose(self) -> None:
         """The engine is gone."""

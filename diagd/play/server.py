@@ -362,15 +362,10 @@ class Server:
     def _hear(self, client: Client, data: str | bytes) -> None:
         """A message of a client; whatever it is, the server goes on."""
         try:
-            table = self.room.table_of(client)
-            if isinstance(data, bytes):
-                if table is not None:
-                    table.upload(data)
-                return
-            message = messages.parse(data)
+            message = data if isinstance(data, bytes) else messages.parse(data)
             if isinstance(message, Ack):
                 client.seen(message.id)
-            elif table is not None:
+            elif (table := self.room.table_of(client)) is not None:
                 table.obey(message)
         except DiagdError as error:
             client.send({"type": "error", "text": without_paths(str(error))})

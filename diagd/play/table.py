@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final, Protocol
@@ -56,7 +55,7 @@ class Player(Protocol):
         return
 
 
-class ServedTable(ABC):
+class ServedTable:
     """What a server sees of a table, wherever its world is played.
 
     Attributes:
@@ -98,13 +97,9 @@ class ServedTable(ABC):
         self.ticket, self.taken = ticket, time.monotonic()
         self.left = self.taken
 
-    def obey(self, message: Message) -> None:
-        """What the player says."""
+    def obey(self, message: Message | bytes) -> None:
+        """What the player says, or a picture of the world's size, as RGBA, to begin a world from."""
         self.heard = time.monotonic()
-
-    @abstractmethod
-    def upload(self, data: bytes) -> None:
-        """A picture of the world's size, as RGBA, to begin a world from."""
 
 
 class Table(ServedTable):
@@ -183,9 +178,11 @@ class Table(ServedTable):
         }
 
     @override
-    def obey(self, message: Message) -> None:
+    def obey(self, message: Message | bytes) -> None:
         super().obey(message)
-        if isinstance(message, Input):
+        if isinstance(message, bytes):
+            self._upload(message)
+        elif isinstance(message, Input):
             flown = self._inputs.autopilot
             self._inputs.update(message.keys, (message.dy, message.dx), message.axes, message.t)
             if flown and not self._inputs.autopilot:
@@ -234,8 +231,7 @@ class Table(ServedTable):
         if self.game.known:
             self.stage.look(self.game.look())
 
-    @override
-    def upload(self, data: bytes) -> None:
+    def _upload(self, data: bytes) -> None:
         height, width = self.size
         if len(data) != height * width * 4:
             raise UsageError(f"a picture has {len(data)} bytes; expected RGBA of {width} x {height} pixels")

@@ -23,9 +23,6 @@ class Place(ServedTable):
         super().seat(player, ticket, is_new)
         player.send({"seated": (ticket, is_new)})
 
-    @override
-    def upload(self, data: bytes) -> None: ...
-
 
 class Somebody(Player):
     def __init__(self) -> None:
