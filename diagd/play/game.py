@@ -126,8 +126,8 @@ class Game:
 
     @property
     def tokens(self) -> Int:
-        """Tokens int32 [rows, columns] of the last frame."""
-        return self._past[-1].tokens
+        """Tokens int32 [rows, columns] of the last frame, the caller's own."""
+        return self._past[-1].tokens.copy()
 
     def reset(self, prompt: Int, actions: Int | None = None) -> Pictures:
         """Begin a world anew from token frames; gives the pictures of the last one.
