@@ -259,9 +259,10 @@ class Server:
         """Whether all would still get their frames with one player more, by what passes took of late."""
         if (engine := table.engine) is None:
             return False
-        held = sum(bool(other.ticket) for other in self.tables if other.engine is engine)
-        if self._rate is None or not held:
+        beside = [other for other in self.tables if other.engine is engine]
+        if self._rate is None or not any(other.player for other in beside):
             return True
+        held = sum(bool(other.ticket) for other in beside)
         figures = engine.figures  # of what it takes since somebody was seated
         if figures.measured < SETTLED:
             return False

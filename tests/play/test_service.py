@@ -86,6 +86,15 @@ def test_nobody_is_seated_who_would_take_the_rate_from_others(serve: Serve) -> N
             ann.frame()
 
 
+def test_a_seat_that_is_held_for_somebody_who_left_keeps_nobody_from_another(serve: Serve) -> None:
+    with serve(sessions=2, kept=1e5) as (url, server):
+        with player(url) as ann:
+            ann.frame()
+        with player(url) as ben:
+            ben.frame()
+        assert all(table.ticket for table in server.tables)
+
+
 def test_who_came_last_waits_again_where_the_rate_is_lost(serve: Serve) -> None:
     with serve(sessions=2, kept=0.5) as (url, server), player(url) as ann:
         while server.tables[0].engine.figures.measured < SETTLED:
