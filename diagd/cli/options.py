@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -56,6 +57,11 @@ class Entry:
             if get_origin(kind) is Literal:
                 return tuple(map(str, get_args(kind)))
         return ()
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it is one, which says itself what is wrong with it."""
+        return pathlib.Path in _kinds(self.field.annotation)
 
     @property
     def help(self) -> str:
@@ -115,6 +121,9 @@ def parse_options(
     """
     known, settable, values = {e.path: e for e in entries(options)}, _settable(options), dict(flags or {})
     said = {path: f"{known[path].name} {_shown(value)}" for path, value in values.items()}
+    for path, value in values.items():
+        if isinstance(value, str) and not value.strip() and not known[path].is_path:
+            raise UsageError(f"{said[path]}: the value is empty (a variable that is not set?); give one")
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:

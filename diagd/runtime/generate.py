@@ -26,6 +26,7 @@ from diagd.runtime.clip import CLIPS, EPISODE, Clip, ClipOptions, Dream, read_cl
 from diagd.runtime.comparison import audit
 from diagd.runtime.decoders import Decoder
 from diagd.runtime.decoders.draft import MEASURED, open_scorer
+from diagd.runtime.load import check_window
 from diagd.runtime.options import DRAFT, GenerateOptions, TextEncoder, TextOptions, parse_decoder
 from diagd.runtime.pictures import files_in
 from diagd.runtime.pixels import PixelCodec, Pixels
@@ -208,6 +209,7 @@ class _Maker:
     ) -> None:
         self.options, self.bundle, self.manifest = options, bundle, bundle.manifest
         self.decoder: Decoder | None = None
+        check_window(self.manifest, options.session.window)
         if options.decoder != DRAFT:
             compat = options.session.compat is not None
             self.decoder = parse_decoder(options.decoder, self.manifest, compat=compat)

@@ -211,7 +211,9 @@ class GenerateOptions:
     audit: bool = flag("say how many tokens are next-token prediction's with the same seed", False)
     tau: float = setting("least score of a draft that is kept, or inf or -inf", -1.0, allow_inf_nan=True)
     drafts: DraftOptions = DraftOptions()
-    branches: int = flag("futures of each prompt, with seeds in order, in files NAME-0, NAME-1", 1, ge=1)
+    branches: int = flag(
+        "futures of each prompt, with seeds in order, in files NAME-0, NAME-1", 1, ge=1, le=10_000
+    )
     kind: Literal[".mp4", ".gif", ".npy", ".npz"] = setting("of the files of many clips", ".mp4")
     fps: float | None = setting("of the video written (default: the model's)", None, gt=0)
     beyond: Literal["stream", "prompt"] = setting(

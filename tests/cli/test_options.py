@@ -106,6 +106,7 @@ def test_help_shows_values_as_they_are_given(capsys: pytest.CaptureFixture[str])
         (("a", "--set", "seed=above"), "unknown option of --set 'seed'"),
         (("a", "--set", "hidden=0"), "unknown option of --set 'hidden'"),
         (("a", "--set", "threads"), "--set takes NAME=VALUE, got 'threads'"),
+        (("a", "--k", " "), "--k  : the value is empty"),
         (("a", "--set", "threads= "), "--set threads: the value is empty"),
     ],
 )
