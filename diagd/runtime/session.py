@@ -420,12 +420,12 @@ class Session:
             return
         began, timing = time.perf_counter(), Timing()
         prefix = np.arange(self.layout.prefix)
-        if plan.first and len(prefix):
-            self._finish(self._refill(Refill(prefix, prefix + self._slots.base)))
-        self._context.resume(plan.first)
         stream.return_to(plan.behind, past[: plan.behind - kept])
         stream.fed = self.layout.frame_start(plan.first) if plan.first else 0
         self._prepared = plan.behind
+        if plan.first and len(prefix):
+            self._finish(self._refill(Refill(prefix, prefix + self._slots.base)))
+        self._context.resume(plan.first)
         for (order, _), frames in groupby(past[plan.behind - kept :], lambda one: (one.order, one.origin)):
             self._replay(order, list(frames), timing)
         self.timing.add_refill(timing.steps, time.perf_counter() - began)

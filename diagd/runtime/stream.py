@@ -326,6 +326,7 @@ class Stream:
         self.past.clear()
         self.past.extend(past)
         self.known = self.begun = known
+        self.rejected, self.acting = None, False
         self.prompt = min(self.prompt, known)
         last = self.layout.first_cell(known - 1) + self.layout.cells - 1
         self.fed = min(self.fed, last)

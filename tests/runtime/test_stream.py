@@ -30,7 +30,7 @@ SETTINGS = SamplingSettings(temperature=1.0, top_p=0.9)
 LAYOUTS = {
     "rotary, actions after": StreamLayout(4, 6, after=3),
     "rotary, a prefix": StreamLayout(3, 4, prefix=1),
-    "absolute, actions before": StreamLayout(3, 4, before=1),
+    "absolute, a prefix, actions before": StreamLayout(3, 4, prefix=1, before=1),
 }
 
 
