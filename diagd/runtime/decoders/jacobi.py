@@ -132,10 +132,10 @@ class JacobiDecoder(Decoder):
         """
         kinds: Kinds = found.trust.copy() if found else np.zeros(len(draft), np.int64)
         unfed = 0 if decided else start - 1 - stream.fed
-        if unfed > min(stream.max_width - 1, stream.layout.gap):  # a prompt
-            yield feed(np.arange(stream.fed, start - 1), stream.max_width)
-            stream.fed, unfed = start - 1 - stream.layout.gap, 0
         while decided < len(draft):
+            if unfed > min(stream.max_width - 1, stream.layout.gap):  # no room for a window
+                yield feed(np.arange(stream.fed, start - 1), stream.max_width)
+                stream.fed, unfed = start - 1 - stream.layout.gap, 0
             rows = self._rows(stream, unfed, kinds[decided:])
             window = slice(decided, decided + rows)
             result = yield shifted(_pass(unfed, rows), start + decided - 1 - unfed)

@@ -301,9 +301,10 @@ def test_one_decoder_serves_streams_of_any_grid(tmp_path: Path) -> None:
         assert session.step(np.array([CODES]), decoder, seed=1).exact
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_newer_action_begins_a_frame_anew(session: Session, after: int) -> None:
-    """Its tokens are those of a frame that began with it, wherever in the frame it came."""
+@pytest.mark.parametrize(("after", "widest"), [(1, 256), (2, 256), (3, 256), (2, 2)])
+def test_a_newer_action_begins_a_frame_anew(session: Session, after: int, widest: int) -> None:
+    """Its tokens are those of a frame that began with it, wherever it came, however narrow a pass is."""
+    session.engine.max_width = widest
     settings, layout = SETTINGS["T=1, top-p"], session.layout
     given, other = actions(layout, FRAMES), actions(layout, FRAMES, seed=8)
     passes = {"asked": 0, "frame": -1}
@@ -316,6 +317,7 @@ def test_a_newer_action_begins_a_frame_anew(session: Session, after: int) -> Non
     run = session.frames(JacobiDecoder(2), given, count=FRAMES, sampling=settings, seed=SEED, newer=newer)
     seen = [frame.tokens for frame in run]
     np.testing.assert_array_equal(session.stream.past[-1].actions, other[-1])
+    session.engine.max_width = 256
     prompt(session)
     run = session.frames(next_token(layout), other, count=FRAMES, sampling=settings, seed=SEED)
     np.testing.assert_array_equal(seen, [frame.tokens for frame in run])
