@@ -19,7 +19,6 @@ in 64-bit integers, in whatever order they are taken.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -154,8 +153,8 @@ def draw_plain(
     """``sample`` in NumPy; ranges fit, one row at least."""
     logits, first = _restrict(logits, low, high)
     top = logits.max(axis=1)
-    if not math.isfinite(top.sum()):
-        first_bad = int(np.flatnonzero(~np.isfinite(top))[0])
+    if not (finite := np.isfinite(top)).all():
+        first_bad = int(finite.argmin())
         raise refusal(first_bad, float(top[first_bad]))
     if state.temperature == 0:
         return _ids(logits.argmax(axis=1), first)

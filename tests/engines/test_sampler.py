@@ -239,6 +239,10 @@ def test_broken_logits_are_refused(poison: float, temperature: float) -> None:
     logits[1, 3] = poison
     with pytest.raises(EngineError, match="row 1"):
         sample(logits, np.arange(2), SamplingState(temperature))
+    logits[:, 3] = 3e38  # whose sum is not finite
+    bounds = np.zeros(2, np.int32), np.full(2, 5, np.int32)
+    found = sampler.draw_plain(logits, np.arange(2), SamplingState(temperature), None, *bounds, True)
+    np.testing.assert_array_equal(found, 3)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1, 3), (2, 2), (0, 6)])

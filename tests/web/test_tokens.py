@@ -90,7 +90,14 @@ DRAW = """(async () => {{
   const all = Array.from({{ length: 40 }}, (_, id) => id);
   const noise = (seed, at) => all.map((id) => exponential(words(seed, at, id >> 2)[id & 3]));
   const floats = (row) => Float32Array.from(row.map((logit) => logit ?? lowest));
+  let refused;
+  try {{
+    draw(Float32Array.of(0, NaN, 1), [0, 3], 0, {{ temperature: 1, topK: 0, topP: 0.5, seed: 0 }});
+  }} catch (error) {{
+    refused = error.message;
+  }}
   return {{
+    refused,
     noise: {places}.map(([seed, at]) => noise(seed, at)),
     ids: {cases}.map(([row, range, at, rules]) => draw(floats(row), range, at, rules)),
   }};
@@ -237,6 +244,7 @@ def test_noise_and_draws_are_pythons_to_the_bit(scripts: Tab) -> None:
         cases.append([finite, [low, high], at, rules])
     found = scripts.evaluate(DRAW.format(places=json.dumps(places), cases=json.dumps(cases)))
     assert found["ids"] == expected
+    assert "the largest logit is NaN" in found["refused"]
     assert found["noise"] == [noise_rows(seed, np.array([at]), 40)[0].tolist() for seed, at in places]
 
 

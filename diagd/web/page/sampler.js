@@ -97,9 +97,8 @@ function floorOf(logits, weights, { topK, topP, keepCrossing }, top) {
 // One id in [low, high) of a row of logits, for the cell at a position of the stream.
 export function draw(row, [low, high], position, rules) {
   const logits = row.subarray(low, high);
-  let best = 0;
-  for (let n = 1; n < logits.length; n++) if (logits[n] > logits[best]) best = n;
-  const top = logits[best];
+  const top = logits.reduce((one, other) => Math.max(one, other)); // NaN where one of them is
+  let best = logits.indexOf(top);
   if (!Number.isFinite(top)) throw new Error(`the largest logit is ${top}; the weights or the precision of this world are broken`);
   if (rules.temperature === 0) return low + best;
   const scale = f(1 / (Math.LN2 * f(rules.temperature)));
