@@ -46,11 +46,6 @@ class Pacer:
         return min(self.asked, SHARE / slow) if slow else self.asked
 
     @property
-    def measured(self) -> int:
-        """Frames that figures are of."""
-        return len(self._work)
-
-    @property
     def fps(self) -> float:
         """Frames a second that were shown, of late."""
         shown = self._shown
@@ -213,7 +208,7 @@ class GameLoop(threading.Thread, Engine):
     def __init__(self, stages: Sequence[Stage]) -> None:
         super().__init__(name="stage", daemon=True)
         self.stages = tuple(stages)
-        self._pacer = Pacer(1.0)  # of what the passes and pictures of all take
+        self._spent: deque[float] = deque(maxlen=KEPT)  # by the passes and pictures of all
         self._wake = threading.Event()
         self._closing = False
         for stage in self.stages:
@@ -223,12 +218,13 @@ class GameLoop(threading.Thread, Engine):
     @property
     def figures(self) -> Figures:
         frames = sum(stage.frames for stage in self.stages)
-        pacer, late = self._pacer, sum(stage.pacer.late for stage in self.stages)
-        return Figures(frames, late, pacer.percentile(50), pacer.percentile(95), pacer.measured)
+        late = sum(stage.pacer.late for stage in self.stages)
+        p50, p95 = np.percentile(self._spent or (0.0,), (50, 95)).tolist()
+        return Figures(frames, late, p50, p95, len(self._spent))
 
     @override
     def forget(self) -> None:
-        self._pacer = Pacer(1.0)
+        self._spent.clear()
 
     def close(self) -> None:
         """End after the frames that are decoded now, and close the games."""
@@ -261,4 +257,4 @@ class GameLoop(threading.Thread, Engine):
         except Exception as error:  # of the engine, which all share
             for stage in stages:
                 stage.stop(error)
-        self._pacer.add(time.perf_counter() - began)
+        self._spent.append(time.perf_counter() - began)
