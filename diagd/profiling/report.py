@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from diagd.runtime.step import StepTime
 SCHEMA_VERSION: Final = 2
 
 Seconds = Annotated[float, Field(ge=0)]
+Timed = TypeVar("Timed", StepTime, "StepSample")
 
 
 class Statistics(Frozen):
@@ -247,7 +248,7 @@ def summarise(run: Measured, first: float, model: StoredModel, ceilings: Ceiling
     schedule, shown = run.schedule, np.asarray(run.shown)
     intervals = np.diff(shown)
     taken = np.asarray([run.taken(frame) for frame in range(run.frames)])
-    steady = float(shown[-1] - shown[0])
+    steady, behind = float(shown[-1] - shown[0]), _by_width(run.steps[run.chunks + 1 :])
     shown_frames = model.size.pixel_frames * (run.frames - 1)
     slow = slow_ones([step.seconds for step in run.steps], [step.rows for step in run.steps])
     return Run(
@@ -265,7 +266,7 @@ def summarise(run: Measured, first: float, model: StoredModel, ceilings: Ceiling
         action_latency_worst=describe(shown[1:] - taken[:-1]),
         deadlines=_deadlines(intervals, fps),
         stages=stages(run.timeline),
-        widths=tuple(_widths(run, model, ceilings)),
+        widths=tuple(_width(name, steps, model, ceilings) for name, steps in behind.items()),
         slow_steps=tuple(
             SlowStep(step=index, rows=run.steps[index].rows, seconds=run.steps[index].seconds, usual=usual)
             for index, usual in islice(slow.items(), SLOW_STEPS)
@@ -296,12 +297,12 @@ def _deadlines(intervals: NDArray[np.float64], fps: float | None) -> Deadlines |
     return Deadlines(fps=fps, frames=len(late), missed=int((late > 0).sum()), worst=worst)
 
 
-def _widths(run: Measured, model: StoredModel, ceilings: Ceilings) -> list[Width]:
-    """Buckets of widths behind the prompt, narrow ones first."""
-    buckets: dict[str, list[StepTime]] = {}
-    for step in sorted(run.steps[run.chunks + 1 :], key=lambda step: step.rows):
+def _by_width(steps: Iterable[Timed]) -> dict[str, list[Timed]]:
+    """Steps by bucket of their widths, narrow ones first."""
+    buckets: dict[str, list[Timed]] = {}
+    for step in sorted(steps, key=lambda step: step.rows):
         buckets.setdefault(bucket(step.rows), []).append(step)
-    return [_width(name, steps, model, ceilings) for name, steps in buckets.items()]
+    return buckets
 
 
 def _width(name: str, steps: list[StepTime], model: StoredModel, ceilings: Ceilings) -> Width:
@@ -388,11 +389,13 @@ def compare(before: Report, after: Report) -> Comparison:
 
 
 def _changes(before: Run, after: Run) -> list[Change]:
-    first, second = _by_width(before), _by_width(after)
+    measured = ((step for step in run.samples if step.seconds > 0) for run in (before, after))
+    first, second = map(_by_width, measured)
     return [_change(before.order, width, first[width], second[width]) for width in first if width in second]
 
 
-def _change(order: str, width: str, before: Sequence[float], after: Sequence[float]) -> Change:
+def _change(order: str, width: str, *steps: list[StepSample]) -> Change:
+    before, after = ([step.seconds for step in one] for one in steps)
     ratio = median_ratio(before, after)
     verdict = "same"
     if min(len(before), len(after)) < LEAST_SAMPLES:
@@ -402,15 +405,6 @@ def _change(order: str, width: str, before: Sequence[float], after: Sequence[flo
     elif ratio.high < 1 and ratio.value < 1 - TOLERANCE:
         verdict = "faster"
     return Change(order, width, median(before), median(after), *ratio, verdict)
-
-
-def _by_width(run: Run) -> dict[str, list[float]]:
-    """Seconds of whole steps by width bucket; one of no seconds was not measured."""
-    steps: dict[str, list[float]] = {}
-    for sample in sorted(run.samples, key=lambda sample: sample.rows):
-        if sample.seconds > 0:
-            steps.setdefault(bucket(sample.rows), []).append(sample.seconds)
-    return steps
 
 
 def _notes(before: Report, after: Report) -> list[str]:
