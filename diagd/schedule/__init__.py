@@ -2,7 +2,7 @@
 
 from diagd.schedule.layout import RowSeed, StreamLayout, slots_in_sight, slots_needed
 from diagd.schedule.schedule import Schedule, default_widths
-from diagd.schedule.table import NO_SINK, Block, Shape, Step, Table, feed, shifted
+from diagd.schedule.table import NO_SINK, Block, Shape, Step, Table, feed, predicting, shifted
 
 __all__ = [
     "NO_SINK",
@@ -15,6 +15,7 @@ __all__ = [
     "Table",
     "default_widths",
     "feed",
+    "predicting",
     "shifted",
     "slots_in_sight",
     "slots_needed",

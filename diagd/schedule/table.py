@@ -175,6 +175,14 @@ def feed(positions: Int, width: int) -> Block:
     return Block(offsets, positions, positions, no_sinks, np.zeros(len(positions), np.bool_))
 
 
+def predicting(first: int, last: int, start: int, *, commit: bool = True) -> Block:
+    """One pass of rows [first, last) in raster order; each from ``start`` on predicts the token behind it."""
+    positions = np.arange(first, last)
+    sinks = np.where(positions < start, NO_SINK, positions + 1)
+    offsets, transient = np.array([0, len(positions)]), np.zeros(len(positions), np.bool_)
+    return Block(offsets, positions, positions, sinks, transient, commit=commit)
+
+
 def shifted(block: Block, by: int) -> Block:
     """The same steps ``by`` positions further on in the stream; pinned sources stay where they are."""
     numbers, moves = block.places

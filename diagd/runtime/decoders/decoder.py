@@ -6,14 +6,13 @@ from collections.abc import Generator
 from typing import Protocol, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
-from diagd.schedule import Block, feed
+from diagd.schedule import Block, feed, predicting
 
 Blocks: TypeAlias = Generator[Block, Result, None]
 
@@ -75,8 +74,9 @@ def act(stream: Stream, rows: int | None = None) -> Generator[Block, Result, Int
     stream.write(start, ids)
     widest = min(rows or len(ids), stream.max_width)
     while decided < len(ids):
-        sinks = np.arange(start + decided, start + min(decided + widest, len(ids)), dtype=np.int64)
-        result = yield _pass(sinks)
+        first, last = start + decided, start + min(decided + widest, len(ids))
+        result = yield predicting(first - 1, last - 1, first - 1, commit=False)
+        sinks = np.arange(first, last)
         drawn = stream.law.draw(result.logits, decided, sinks, stream.sampling)
         guesses = ids[decided : decided + len(drawn)]
         kept = decided_by(guesses, drawn)
@@ -86,12 +86,6 @@ def act(stream: Stream, rows: int | None = None) -> Generator[Block, Result, Int
         stream.rejected = start + decided - 1
     stream.rejected, stream.acting = stream.fed, False
     return ids
-
-
-def _pass(sinks: NDArray[np.int64]) -> Block:
-    """One pass that predicts neighbouring tokens, to be looked at."""
-    rows = len(sinks)
-    return Block(np.array([0, rows]), sinks - 1, sinks - 1, sinks, np.zeros(rows, np.bool_), commit=False)
 
 
 class ActingDecoder(Decoder):

@@ -20,7 +20,7 @@ from diagd.errors import UsageError
 from diagd.runtime.decoders.decoder import Blocks, Decoder, begun, decided_by
 from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
-from diagd.schedule import NO_SINK, Block, feed, shifted
+from diagd.schedule import Block, feed, predicting, shifted
 
 TRUST: Final = 8
 """Levels of trust: 0 where nothing is remembered, else 1 and how often in a row that came true, to 7."""
@@ -138,7 +138,7 @@ class JacobiDecoder(Decoder):
                 stream.fed, unfed = start - 1 - stream.layout.gap, 0
             rows = self._rows(stream, unfed, kinds[decided:])
             window = slice(decided, decided + rows)
-            result = yield shifted(_pass(unfed, rows), start + decided - 1 - unfed)
+            result = yield shifted(_window(0, unfed + rows, unfed), start + decided - 1 - unfed)
             began_keeping = time.perf_counter()
             kept = self._keep(draft[window], result.tokens)
             if self._policy:
@@ -182,14 +182,7 @@ class JacobiDecoder(Decoder):
         return kept
 
 
-@lru_cache(maxsize=512)
-def _pass(unfed: int, rows: int) -> Block:
-    """A pass that feeds known tokens at positions from 0 on, and behind them a window."""
-    positions = np.arange(unfed + rows)
-    sinks = np.where(positions < unfed, NO_SINK, positions + 1)
-    return Block(
-        np.array([0, len(positions)]), positions, positions, sinks, np.zeros(len(positions), np.bool_)
-    )
+_window = lru_cache(maxsize=512)(predicting)
 
 
 class Lookup(NamedTuple):

@@ -16,7 +16,7 @@ from typing_extensions import override
 from diagd.errors import UsageError
 from diagd.runtime.decoders.decoder import Blocks, Decoder, begun
 from diagd.runtime.stream import Stream
-from diagd.schedule import NO_SINK, Block, Schedule, feed
+from diagd.schedule import Block, Schedule, feed, predicting
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,7 @@ def raster_passes(fed: int, start: int, cells: int, rows: int) -> Iterator[Block
     """
     last = start + cells - 1
     for first in range(fed, last, rows):
-        positions = np.arange(first, min(first + rows, last))
-        sinks = np.where(positions < start - 1, NO_SINK, positions + 1)
-        offsets, transient = np.array([0, len(positions)]), np.zeros(len(positions), np.bool_)
-        yield Block(offsets, positions, positions, sinks, transient, commit=False)
+        yield predicting(first, min(first + rows, last), start - 1, commit=False)
 
 
 class RasterDecoder(Decoder):
