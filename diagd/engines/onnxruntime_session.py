@@ -30,10 +30,7 @@ SPIN_MICROSECONDS = 50
 MOST_THREADS = 1024
 """More than any machine has cores: they would only take memory and time to start."""
 
-UNWANTED: Final = {
-    "cpu": ["MatMulAddFusion"],
-    "cuda": ["GatherSliceToSplitFusion"],
-}
+UNWANTED: Final = {"cpu": ["MatMulAddFusion"], "cuda": ["GatherSliceToSplitFusion"]}
 """The first makes a product and its residual one Gemm, which hides the product from the fusion with Q/DQ; the
 second makes slices one uneven split, whose sizes and addresses the provider copies up: four copies."""
 

@@ -20,12 +20,7 @@ from diagd.engines.backend import StepOptions, graphs_of, widths_of
 from diagd.engines.devices.cuda import CudaDevice, DeviceDescription, describe_device, open_driver
 from diagd.engines.executor import Executor
 from diagd.engines.host import available_bytes
-from diagd.engines.tensorrt import (
-    Capabilities,
-    capabilities,
-    check_targets,
-    import_tensorrt,
-)
+from diagd.engines.tensorrt import Capabilities, capabilities, check_targets, import_tensorrt
 from diagd.engines.tensorrt.builder import (
     Builder,
     LogLine,
@@ -337,12 +332,7 @@ class TensorRTProgram:
     capturable = True
 
     def __init__(
-        self,
-        trt: ModuleType,
-        plan: Path,
-        widths: tuple[int, ...],
-        tensors: Mapping[str, Tensor],
-        stream: int,
+        self, trt: ModuleType, plan: Path, widths: tuple[int, ...], tensors: Mapping[str, Tensor], stream: int
     ) -> None:
         self._lines: list[LogLine] = []
         self._logger = make_logger(trt, self._lines)
