@@ -39,7 +39,7 @@ from diagd.runtime.load import open_group
 from diagd.runtime.load import open_session as open_stream
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 from diagd.schedule import Schedule, StreamLayout, default_widths, slots_needed
 from diagd.schedule.table import Table as StepTable
 
@@ -73,7 +73,7 @@ class Bench:
 
     def __init__(self, bundle: Bundle, slots: int, wall: bool, backend: str = "cpu") -> None:
         self.layout: StreamLayout = bundle.manifest.layout
-        self._places = token_places(self.layout, bundle.manifest.context.frames).size
+        self._places = TokenPlaces(self.layout, bundle.manifest.context.frames).size
         options = StepOptions(slots, self._places, CpuOptions(0 if wall else 1))
         self.engine = find(backend).open_steps(bundle, options)
         self._ids = max(rule.high for rule in bundle.manifest.sampling.ranges)  # 8,192 of MineWorld
@@ -342,7 +342,7 @@ def idle_session(manifest: Manifest, frames: int) -> Session:
     slots = slots_needed(manifest.layout, frames, widths[-1])
     graph = manifest.graphs[0].model_copy(update={"form": Form.MODERN, "capacity": slots, "streams": 1})
     manifest = manifest.model_copy(update={"graphs": (graph,)})
-    places = token_places(manifest.layout, frames).size
+    places = TokenPlaces(manifest.layout, frames).size
     device = IdleDevice()
     engine = Executor(manifest, graph, widths, StepOptions(0, places), device, lambda _: IdleProgram())
     return Session(manifest, engine, frames)

@@ -32,7 +32,7 @@ from diagd.profiling.measure import random_workload
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 from diagd.schedule import Block, Schedule, StreamLayout, Table
 
 FLOAT = "fp16"
@@ -157,7 +157,7 @@ class Bench:
     def _engine(self, bundle: Bundle, part: str) -> Timed:
         manifest = bundle.manifest
         layout, window = manifest.layout, manifest.context.frames
-        places = token_places(layout, window).size
+        places = TokenPlaces(layout, window).size
         with closing(self.make_engine(bundle, places, part.endswith("graphs"))) as engine:
             session = Session(manifest, engine, window)
             for case in cases(layout, self.frames):
@@ -389,7 +389,7 @@ def run_steps(engine: Engine, bundle: Bundle, widths: list[int]) -> NDArray[np.i
 
 
 def _places(bundle: Bundle) -> int:
-    return token_places(bundle.manifest.layout, bundle.manifest.context.frames).size
+    return TokenPlaces(bundle.manifest.layout, bundle.manifest.context.frames).size
 
 
 CHECKS: Final[dict[str, Callable[[Bundle, MakeEngine], tuple[bool, Figures]]]] = {

@@ -20,7 +20,7 @@ from diagd.engines.tensorrt.opening import choose, compile_engine
 from diagd.errors import UsageError
 from diagd.options import File, checked, flag, positional
 from diagd.progress import Progress
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 
 EXAMPLES = """examples:
   diagd-build mineworld.diagd
@@ -55,7 +55,7 @@ def run(options: BuildOptions) -> int:
         )
     console, bundle = terminal.console(), Bundle.open(options.bundle).at_precision(options.precision)
     trt, manifest = import_tensorrt(options.runtime), bundle.manifest
-    request = replace(options.engine, tokens=token_places(manifest.layout, manifest.context.frames).size)
+    request = replace(options.engine, tokens=TokenPlaces(manifest.layout, manifest.context.frames).size)
     if options.dry_run:
         _print_plan(console, bundle, request, trt)
         return 0

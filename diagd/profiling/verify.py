@@ -30,7 +30,7 @@ from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, Schedu
 from diagd.runtime.load import check_window, open_session, session_over, step_options
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 from diagd.schedule import NO_SINK, Schedule, Table, slots_needed
 
 
@@ -101,7 +101,7 @@ def open_reference(bundle: Bundle, session: Session) -> Session:
         BundleError: the bundle has no such graph.
     """
     layout, width = session.layout, session.engine.max_width
-    places = token_places(layout, bundle.manifest.context.frames).size
+    places = TokenPlaces(layout, bundle.manifest.context.frames).size
     engine = ReferenceEngine(bundle, slots_needed(layout, session.window, width), places, width)
     return session_over(bundle, engine, session.window, CpuOptions(threads=1, prepack=False))
 

@@ -20,7 +20,7 @@ from diagd.engines.prefix import MAX_WIDTH
 from diagd.errors import UsageError, unknown
 from diagd.runtime.group import Group
 from diagd.runtime.session import Session
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 from diagd.runtime.step import Passes
 from diagd.runtime.text import TextReader
 from diagd.schedule import slots_needed
@@ -177,7 +177,7 @@ def step_options(
 ) -> StepOptions:
     """What a backend needs to open the step graphs of a model for a window of so many frames."""
     slots = slots_needed(manifest.layout, window, MAX_WIDTH) + zero_rows
-    places = token_places(manifest.layout, manifest.context.frames).size
+    places = TokenPlaces(manifest.layout, manifest.context.frames).size
     return StepOptions(slots, places, cpu, form, streams=streams)
 
 

@@ -98,12 +98,14 @@ class SlotRing:
         """First slot of each step, and the slot of each row."""
         places = [self.write_index, self.live]
         if self._evicted and self.write_index >= self._turn:
-            places.insert(0, self._first_void())
+            ring = self.slot_position[self._ring_start :]  # begins behind what never leaves, such as a prefix
+            places.insert(0, self._ring_start + int(ring.argmax()))  # no position is larger than a void one's
         self._evicted = False
         ends = shape.offsets[:-1] + padded
         last = int(ends.max())
         for first in places:
-            if self._is_void(first, first + last):
+            held = self.slot_position[first : first + last]
+            if len(held) == last and held.min(initial=VOID) == VOID:
                 starts = shape.offsets[:-1] + np.int32(first)
                 return starts, np.arange(first, first + shape.offsets[-1], dtype=np.int32)
         return self._scatter(shape, padded)
@@ -130,15 +132,6 @@ class SlotRing:
         taken = np.asarray(starts, np.int32)
         slots = np.arange(shape.offsets[-1], dtype=np.int32)
         return taken, slots + np.repeat(taken - shape.offsets[:-1], shape.widths)
-
-    def _first_void(self) -> int:
-        """Of the ring, behind what never leaves, such as a prefix."""
-        return self._ring_start + int(
-            self.slot_position[self._ring_start :].argmax()
-        )  # no position is larger
-
-    def _is_void(self, first: int, last: int) -> bool:
-        return last <= len(self.slot_position) and self.slot_position[first:last].min(initial=VOID) == VOID
 
     def _updates(self, shape: Shape, slots: Int, positions: Int) -> tuple[Int, Int, Int]:
         """Slot changes ahead of each step: what was hidden before it, then its own rows.
@@ -180,8 +173,9 @@ class SlotRing:
 
     def _forget(self, first: int, last: int) -> None:
         held = self.slot_position[self._ring_start : self.live]
-        gone = np.flatnonzero((held >= first - self.base) & (held < last - self.base)).astype(np.int32)
-        self._hide(gone + np.int32(self._ring_start))
+        gone = np.flatnonzero((held >= first - self.base) & (held < last - self.base)) + self._ring_start
+        self.slot_position[gone] = VOID
+        self._hidden = np.concatenate([self._hidden, gone.astype(np.int32)])
         if self.live and self.slot_position[self.live - 1] == VOID:
             left = np.flatnonzero(self.slot_position[: self.live] != VOID)
             self.live = max(self._ring_start, int(left[-1]) + 1) if left.size else self._ring_start
@@ -202,10 +196,6 @@ class SlotRing:
         behind = (self.write_index - start - 1 - held) % ring
         self.write_index = start + int(held[behind.argmin()]) + 1
 
-    def _hide(self, slots: Int) -> None:
-        self.slot_position[slots] = VOID
-        self._hidden = np.concatenate([self._hidden, slots])
-
     def rebase(self, shift: int) -> None:
         """Count positions from ``shift`` further on; prefix tokens then stand at negative ones."""
         held = self.slot_position[: self.live]
@@ -224,10 +214,17 @@ class TokenPlaces:
     Row seeds reach back a few frames, and the ``prompt`` seed to the first one; nothing else is read again.
     """
 
-    def __init__(self, layout: StreamLayout, frames: int) -> None:
-        self.frames, self._layout = frames, layout
+    def __init__(self, layout: StreamLayout, window: int) -> None:
+        """For a window and the frames that seeds and chained frames reach beyond it.
+
+        Beyond the frames that a query sees, chained frames are begun ahead of the one that is completed, and
+        seeds reach back by one frame more than are in flight; a window holds the frames in flight, so four
+        more suffice for every legal schedule: the one begun next, the seed's, and both ends of a frame that
+        is cut by the ring.
+        """
+        self.frames, self._layout = window + 4, layout
         self._pinned = layout.frame_start(1)
-        self._ring = frames * layout.frame_length
+        self._ring = self.frames * layout.frame_length
         self.scratch = self._pinned + self._ring
         self.size = self.scratch + SCRATCH
 
@@ -239,31 +236,8 @@ class TokenPlaces:
             np.copyto(round_trip, positions, where=ahead < 0, casting="unsafe")
         return round_trip
 
-    def of_neighbours(self, position: int, count: int) -> NDArray[np.int32]:
-        """Places int32 [n] of so many positions from one on."""
-        last = position + count - 1
-        back = self._back(position)
-        if back != self._back(last):
-            return self.of(np.arange(position, last + 1))
-        return np.arange(position - back, last + 1 - back, dtype=np.int32)
-
-    def _back(self, position: int) -> int:
-        """How far a place lies behind its position."""
-        return max(0, (position - self._pinned) // self._ring) * self._ring
-
     def cells(self, frame: int) -> slice:
         """Places of a frame's cells: neighbours, for the ring holds whole frames."""
         ahead = max(0, (frame - 1) // self.frames) * self._ring
         first = self._layout.first_cell(frame) - ahead
         return slice(first, first + self._layout.cells)
-
-
-def token_places(layout: StreamLayout, window: int) -> TokenPlaces:
-    """Places for the window and the frames that seeds and chained frames reach beyond it.
-
-    Beyond the frames that a query sees, chained frames are begun ahead of the one that is completed, and
-    seeds reach back by one frame more than are in flight; a window holds the frames in flight, so four more
-    suffice for every legal schedule: the one begun next, the seed's, and both ends of a frame that is cut by
-    the ring.
-    """
-    return TokenPlaces(layout, window + 4)

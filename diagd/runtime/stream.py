@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from diagd.engines.engine import Float, Int, SamplingState
 from diagd.errors import UsageError
 from diagd.runtime.sampling import SAMPLER, ActionLaw, SamplingSettings
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 from diagd.schedule import Schedule, StreamLayout
 
 Ids = NDArray[np.integer[Any]]
@@ -113,7 +113,7 @@ class Stream:
         vocabulary: int = 1 << 31,
     ) -> None:
         self.layout, self.window, self.padded, self.vocabulary = layout, window, padded, vocabulary
-        self.places = token_places(layout, window)
+        self.places = TokenPlaces(layout, window)
         self.tokens: Int = np.zeros(self.places.size, np.int32)
         self.past: deque[Past] = deque(maxlen=history)
         self.prompt = self.beginnings = 0
@@ -131,7 +131,7 @@ class Stream:
         self.text: Float | None = None
         self.unsent: list[tuple[Int, Int]] = []
         self._prefix = np.asarray(prefix, np.int32)
-        self._actions: Iterator[Ids | None] | Callable[[int], Ids | None] | None = None
+        self._actions: Iterator[Ids | None] | Callable[[int], Ids | None] = iter(())
         self._led: dict[int, Int] = {}
         self._limit: int | None = None
         self._asked: int | None = None  # the frame that ``action`` leads to
@@ -204,7 +204,7 @@ class Stream:
         count = len(actions) if isinstance(actions, np.ndarray) else None
         lengths = [length for length in (frames, count) if length is not None]
         self._limit = self.known + min(lengths) if lengths else None
-        self._actions = actions if callable(actions) or actions is None else iter(actions)
+        self._actions = actions if callable(actions) else repeat(None) if actions is None else iter(actions)
 
     @property
     def max_width(self) -> int:
@@ -229,17 +229,12 @@ class Stream:
             return False
         if self._asked != frame:
             try:
-                ids = self._next_action(frame)
+                ids = self._actions(frame) if callable(self._actions) else next(self._actions)
             except StopIteration:
                 self._limit = frame
                 return False
             self._asked, self.action = frame, None if ids is None else np.asarray(ids, np.int32)
         return True
-
-    def _next_action(self, frame: int) -> Ids | None:
-        if self._actions is None:
-            return None
-        return self._actions(frame) if callable(self._actions) else next(self._actions)
 
     def begin(self) -> bool:
         """Begin the next frame under its action, and have it in flight; False where the run has no more.
@@ -305,10 +300,9 @@ class Stream:
     def write(self, position: int | Ids, ids: Ids) -> None:
         """Set tokens, neighbours from a position on or at given ones; steps run from now on read them."""
         values: Int = np.asarray(ids, np.int32)
-        if isinstance(position, np.ndarray):
-            places = self.places.of(position)
-        else:
-            places = self.places.of_neighbours(position, len(values))
+        if not isinstance(position, np.ndarray):
+            position = np.arange(position, position + len(values))
+        places = self.places.of(position)
         self.tokens[places] = values
         self.unsent.append((places, values))
 

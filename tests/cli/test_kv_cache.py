@@ -16,7 +16,7 @@ from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import Family, wham
 from diagd.profiling.cost import read_model
 from diagd.runtime.load import load
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 
 CODES, FRAMES, LAYERS = 64, 4, 2
 BUDGET = ("--budget", "agreement=0,nll=0.05,psnr=0")
@@ -106,7 +106,7 @@ def test_frames_are_generated_past_the_window(
     exact = generated(place, tmp_path / "b.npy")
     assert 0.1 < (frames == exact).mean() < 1  # other weights, other tokens
     session = load(place.bundle, precision="int4-weight-kv8", threads=1)
-    places = token_places(session.layout, FRAMES).size
+    places = TokenPlaces(session.layout, FRAMES).size
     tensors = session.engine.tensors
     assert {tensor.dtype for tensor in tensors.cache.values()} == {np.dtype(np.int8)}
     assert tensors.token_buffer.shape == (places,)

@@ -12,7 +12,7 @@ from diagd.engines.engine import Engine
 from diagd.export.transformer import Transformer
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 from diagd.schedule import Schedule
 from tests.models import PREFIX_TOKEN
 from tests.oracles.full_recompute import FullRecompute, lengthened
@@ -46,7 +46,7 @@ def stream_of(run: Run) -> np.ndarray:
 def decode(bundle: Bundle, make_engine: MakeEngine, run: Run) -> np.ndarray:
     """Frames int32 [frames, rows, columns] of a session over the engine."""
     layout, stream = run.schedule.layout, stream_of(run)
-    engine = make_engine(bundle, token_places(layout, run.window).size)
+    engine = make_engine(bundle, TokenPlaces(layout, run.window).size)
     session = Session(bundle.manifest, engine, run.window)
     session.start(frames_of(stream, layout, 0, run.prompt), actions_of(stream, layout, 0, run.prompt))
     actions = actions_of(stream, layout, run.prompt, run.frames)

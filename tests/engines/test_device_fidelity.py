@@ -25,7 +25,7 @@ from diagd.export.transformer import Transformer
 from diagd.profiling.measure import random_workload
 from diagd.profiling.verify import Verdict, open_reference, verify
 from diagd.runtime.load import session_over
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from tests.engines.fidelity import Run, decode
 from tests.engines.host_device import HostDevice, executor_over, host_kernels
@@ -129,7 +129,7 @@ def test_logits_are_near_those_of_the_cpu(
 
 def verdicts(case: Case, open_engine: OpenEngine, precision: str, graphs: bool) -> list[Verdict]:
     bundle = case.modern[precision]
-    tokens = token_places(LAYOUT, bundle.manifest.context.frames).size
+    tokens = TokenPlaces(LAYOUT, bundle.manifest.context.frames).size
     with session_over(bundle, open_engine(bundle, tokens, graphs), 4, CPU) as session:
         reference = open_reference(case.prefix, session)
         workload = random_workload(session, 1, 3)

@@ -30,7 +30,7 @@ from diagd.runtime.decoders import JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import load
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout
 from tests.engines.fidelity import Run, decode, recompute
 from tests.engines.host_device import HostDevice, executor_over, host_kernels
@@ -166,7 +166,7 @@ HOST_CALLS = 10
 )
 def test_a_frame_of_a_schedule_takes_few_calls(case: Case, schedule: Schedule) -> None:
     device, frames = HostDevice(case.kernels), 9
-    engine = make_engine(case, Form.MODERN, token_places(LAYOUT, 4).size, device)
+    engine = make_engine(case, Form.MODERN, TokenPlaces(LAYOUT, 4).size, device)
     session = Session(case.bundle.manifest, engine, 4)
     session.start(np.zeros((1, 3, 5), np.int32), np.full((1, 2), 25, np.int32))
     device.log.clear()
@@ -187,7 +187,7 @@ def test_a_frame_of_a_schedule_takes_few_calls(case: Case, schedule: Schedule) -
 
 def test_a_pass_of_jacobi_decoding_takes_few_calls_and_copies_its_ids(case: Case) -> None:
     device = HostDevice(case.kernels)
-    engine = make_engine(case, Form.MODERN, token_places(LAYOUT, 4).size, device)
+    engine = make_engine(case, Form.MODERN, TokenPlaces(LAYOUT, 4).size, device)
     session = Session(case.bundle.manifest, engine, 4)
     session.start(np.zeros((1, 3, 5), np.int32), np.full((1, 2), 25, np.int32))
     device.log.clear()

@@ -15,7 +15,7 @@ from diagd.export.exporter import GraphOptions, Sources, export, random_sources
 from diagd.export.families import Family, cosmos, wham
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 from diagd.runtime.text import TextReader
 from diagd.schedule import Schedule
 from tests.engines.opening import modern, portable, prefix
@@ -50,7 +50,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def decode(case: Case, make_engine: Callable[[Bundle, int], Engine], frames: int) -> np.ndarray:
     random, layout = np.random.default_rng(0), case.family.transformer.layout
-    engine = make_engine(case.bundle, token_places(layout, WINDOW).size)
+    engine = make_engine(case.bundle, TokenPlaces(layout, WINDOW).size)
     spec = case.bundle.manifest.text
     text = random.normal(size=(TEXT.length, TEXT.width)).astype(np.float32)
     session = Session(

@@ -24,7 +24,7 @@ from diagd.export.families import Family, mineworld, wham
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.slots import token_places
+from diagd.runtime.slots import TokenPlaces
 from diagd.schedule import Schedule, StreamLayout
 from tests.export.released import arrays_of, random_tensors
 from tests.oracles import numpy_forward
@@ -175,7 +175,7 @@ def test_jacobi_decodes_the_same_actions_and_frames_in_fewer_passes(case: Case, 
 def test_an_engine_of_fixed_shape_gives_the_same_actions(case: Case) -> None:
     """Its device draws cells only; the rows of an action are asked for."""
     manifest = case.bundle.manifest
-    tokens = token_places(manifest.layout, WINDOW).size
+    tokens = TokenPlaces(manifest.layout, WINDOW).size
     options = StepOptions(0, tokens, CpuOptions(1, prepack=False))
     with Session(manifest, open_fixed(case.bundle, Form.MODERN, options), WINDOW) as session:
         for decoder in (ScheduledDecoder(Schedule.next_token(manifest.layout)), JacobiDecoder(), None):
