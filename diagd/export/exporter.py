@@ -42,7 +42,7 @@ from diagd.export.onnx_file import read_onnx
 from diagd.export.options import GraphOptions
 from diagd.export.step_graph import step_tensors, trace_step, trace_text
 from diagd.export.tokenizers.base import TokenizerGraphs
-from diagd.export.tracing import link_weights, save, trace
+from diagd.export.tracing import link_weights, save
 from diagd.export.transformer import position_tables
 from diagd.export.weights import WEIGHTS_NAME, Placement, ResumableWeights, WeightSource
 from diagd.progress import Progress
@@ -287,15 +287,11 @@ def _traced_tokenizer(graphs: TokenizerGraphs, role: str, module: nn.Module) -> 
         frames = graphs.temporal_factor * torch.export.Dim("latents", min=1) + 1
     return traced_once(
         module,
-        [role, shape, graphs.temporal_factor],
-        lambda: trace(
-            module,
-            (example,),
-            input_names=[source],
-            output_names=[result],
-            opset=TOKENIZER_OPSET,
-            dynamic_shapes=({0: frames},),
-        ),
+        (example,),
+        input_names=[source],
+        output_names=[result],
+        opset=TOKENIZER_OPSET,
+        dynamic_shapes=({0: frames},),
     )
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import diagd
 from diagd.bundle import cache
 from diagd.errors import require
+from diagd.export.tracing import Functions, trace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,48 +27,36 @@ KIND = "graphs"
 """Of the cache's entries."""
 
 
-def traced_once(module: nn.Module, settings: object, make: Callable[[], ir.Model]) -> ir.Model:
-    """The graph of a module, traced where this machine does not know it.
+def traced_once(
+    module: nn.Module, inputs: tuple[Any, ...], *, functions: Functions | None = None, **how: Any
+) -> ir.Model:
+    """What ``trace`` makes of the same arguments, traced where this machine does not know it.
 
-    ``settings``: whatever else the graph depends on, as JSON can express it. ``make`` traces it; initializers
-    that are parameters and buffers of the module have no data.
+    Initializers that are parameters and buffers of the module have no data.
     """
     require("onnxscript", extra="export", purpose="write ONNX graphs")
-    key = hashlib.sha256(json.dumps([_code(), settings, _described(module)]).encode()).hexdigest()[:32]
+    parts = [[name, _kind(type(part)), vars(part)] for name, part in module.named_modules()]
+    told = json.dumps([_code(), parts, inputs, how], default=_told, skipkeys=True)
+    key = hashlib.sha256(told.encode()).hexdigest()[:32]
     if (known := cache.read(KIND, key)) is None:
-        known = _written(make(), module)
+        known = _written(trace(module, inputs, functions=functions, **how), module)
         cache.write(KIND, key, known)
     return _read(known)  # a graph that was just traced would get other names from passes over it
 
 
-def _described(module: nn.Module) -> list[object]:
-    """Class, tensors and attributes of a module and of all within it."""
-    return [
-        [
-            name,
-            f"{type(part).__module__}.{type(part).__qualname__}",
-            [
-                [key, [*tensor.shape], str(tensor.dtype)]
-                for key, tensor in _tensors(part, recurse=False).items()
-            ],
-            json.dumps(vars(part), default=_told, skipkeys=True),
-        ]
-        for name, part in module.named_modules()
-    ]
-
-
-def _tensors(module: nn.Module, *, recurse: bool) -> dict[str, Tensor]:
-    named = (module.named_parameters, module.named_buffers)
-    return {name: tensor for each in named for name, tensor in each(recurse=recurse)}
-
-
 def _told(value: object) -> object:
-    """An attribute that JSON does not know: settings by all that they hold, others by their kind."""
+    """What JSON does not know: settings by all that they hold, tensors by type and shape, others by kind."""
+    if isinstance(value, Tensor):
+        return [str(value.dtype), *value.shape]
     if isinstance(value, torch.dtype) or (is_dataclass(value) and not isinstance(value, type)):
         return repr(value)
     if isinstance(value, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    return _kind(value if hasattr(value, "__qualname__") else type(value))
+
+
+def _kind(what: Any) -> str:
+    return f"{what.__module__}.{what.__qualname__}"
 
 
 @lru_cache
@@ -84,7 +72,7 @@ def _written(model: ir.Model, module: nn.Module) -> bytes:
     """A graph whose weights say type and shape only."""
     import onnx_ir as ir
 
-    for name in _tensors(module, recurse=True):
+    for name, _ in (*module.named_parameters(), *module.named_buffers()):
         value = model.graph.initializers.get(name)
         if value is not None and value.dtype is not None and value.shape is not None:
             value.const_value = ir.ExternalTensor("-", 0, 0, value.dtype, shape=value.shape, name=name)

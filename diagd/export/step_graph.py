@@ -20,7 +20,7 @@ from diagd.bundle.transformer import Shape, TransformerConfig, parameter_shapes
 from diagd.engines.tensors import cache_tensors
 from diagd.export.forms import Bound, CacheRows, ModernAttention, PortableAttention, PrefixAttention
 from diagd.export.known_graphs import traced_once
-from diagd.export.tracing import Functions, cast, onnx_operator, trace
+from diagd.export.tracing import Functions, cast, onnx_operator
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 
@@ -274,20 +274,14 @@ def trace_step(
     text = _text_rows(config, dtype)
     named = [name for name, (tensor, _) in inputs.items() if tensor is not None]
     cache = cache_names(config.layers, "new" if traits.rows_out else "present")
-    opset = max(traits.opset, variant.opset)
-    settings = [repr(config), capacity, streams, variant.integer_cache, watched, opset]
     return traced_once(
         step,
-        settings,
-        lambda: trace(
-            step,
-            (*(tensor for tensor, _ in inputs.values()), past, text),
-            input_names=[*named, *cache_names(config.layers, "past"), *text_names(config)],
-            output_names=["logits", *cache, *watched],
-            opset=opset,
-            dynamic_shapes=(*(axes for _, axes in inputs.values()), [live] * len(past), [None] * len(text)),
-            functions=step.functions,
-        ),
+        (*(tensor for tensor, _ in inputs.values()), past, text),
+        input_names=[*named, *cache_names(config.layers, "past"), *text_names(config)],
+        output_names=["logits", *cache, *watched],
+        opset=max(traits.opset, variant.opset),
+        dynamic_shapes=(*(axes for _, axes in inputs.values()), [live] * len(past), [None] * len(text)),
+        functions=step.functions,
     )
 
 
@@ -322,14 +316,10 @@ def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) ->
     rows, text = TextRows(_transformer(config, dtype)), config.text
     return traced_once(
         rows,
-        repr(config),
-        lambda: trace(
-            rows,
-            (_empty(text.length, text.width, dtype=torch.float32),),
-            input_names=["text"],
-            output_names=text_names(config),
-            opset=Form.PREFIX.traits.opset,
-        ),
+        (_empty(text.length, text.width, dtype=torch.float32),),
+        input_names=["text"],
+        output_names=text_names(config),
+        opset=Form.PREFIX.traits.opset,
     )
 
 

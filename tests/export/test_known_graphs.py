@@ -14,7 +14,7 @@ import torch
 from diagd.bundle import Form, cache
 from diagd.calibration.matrices import Weight, quantised_matrix
 from diagd.calibration.options import SCHEMES
-from diagd.export import exporter, step_graph
+from diagd.export import known_graphs
 from diagd.export.checkpoints import RandomCheckpoint
 from diagd.export.exporter import TOKENIZER_FILES, write_tokenizer
 from diagd.export.known_graphs import KIND
@@ -48,7 +48,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_graph, "trace", noted)
+        patch.setattr(known_graphs, "trace", noted)
         patch.setenv("DIAGD_CACHE", str(folder))
         assert content(known()) == made[0]
     return folder, made[0]
@@ -58,7 +58,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 def place(first: tuple[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of that cache; nothing more is traced."""
 
-    monkeypatch.setattr(step_graph, "trace", tracing)
+    monkeypatch.setattr(known_graphs, "trace", tracing)
     monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
     return shutil.copytree(first[0], tmp_path / "cache")
 
@@ -122,7 +122,7 @@ def test_matrices_of_other_data_share_a_graph(
         return content(trace_step(CONFIG, Form.PREFIX, variant=StepVariant({MATRIX: matrix}, opset=24)))
 
     first = quantised(0)
-    monkeypatch.setattr(step_graph, "trace", tracing)
+    monkeypatch.setattr(known_graphs, "trace", tracing)
     assert quantised(1) == first
     with pytest.raises(Traced):
         trace_step(CONFIG, Form.PREFIX)
@@ -139,7 +139,7 @@ def test_graphs_of_a_tokenizer_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
         return [(folder / file).read_bytes() for file in TOKENIZER_FILES.values()]
 
     first = written(8, "first")
-    monkeypatch.setattr(exporter, "trace", tracing)
+    monkeypatch.setattr(known_graphs, "trace", tracing)
     assert written(8, "again") == first
     with pytest.raises(Traced):
         written(12, "higher")
