@@ -47,11 +47,7 @@ class GraphWriter:
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        options: CalibrationOptions,
-        row_scales: Mapping[str, Float],
-        progress: Progress,
+        self, bundle: Bundle, options: CalibrationOptions, row_scales: Mapping[str, Float], progress: Progress
     ) -> None:
         self._bundle, self._options, self._row_scales = bundle, options, row_scales
         self._scheme, self._progress = options.scheme, progress

@@ -171,7 +171,9 @@ class _Calibration:
         report = self._report(written, attempts)
         add_report(directory, manifest.name, report)
         write_plot(manifest.name, report, directory)
-        self._drop_stand_in()
+        if options.refusal(self._reference[0].form):  # it only stood for others, whose cache it cannot have
+            for name in file_names(self._reference[0].file, options.name):
+                self._bundle.file(name).unlink(missing_ok=True)
         return report
 
     def manifest(self) -> Manifest:
@@ -188,13 +190,6 @@ class _Calibration:
         seen = observe(self._bundle, self._reference, self._samples, self._progress, self._options.threads)
         save_statistics(path, seen)
         return seen
-
-    def _drop_stand_in(self) -> None:
-        """A judged graph that only stood for others, whose cache it cannot have itself."""
-        reference = self._reference[0]
-        if self._options.refusal(reference.form):
-            for name in file_names(reference.file, self._options.name):
-                self._bundle.file(name).unlink(missing_ok=True)
 
     def _choose(self, statistics: Mapping[str, InputStatistics]) -> None:
         """What becomes of each product; those below the floor are left out."""

@@ -63,11 +63,7 @@ SMALLEST_SCALE = 2.0**-14
 
 
 def observe(
-    bundle: Bundle,
-    graphs: Sequence[StepGraph],
-    samples: CalibrationSet,
-    progress: Progress,
-    threads: int = 0,
+    bundle: Bundle, graphs: Sequence[StepGraph], samples: CalibrationSet, progress: Progress, threads: int = 0
 ) -> dict[str, InputStatistics]:
     """Decode every trajectory with a bundle's graph; watch the inputs of products and the K/V rows.
 
@@ -84,7 +80,14 @@ def observe(
     watch |= {f"{WATCHED}{name}": (size, dtype) for name, size in values.items()}
     watched = [graph.model_copy(update={"file": GRAPH_NAME, "streams": 1}) for graph in graphs]
     options = CpuOptions(threads, prepack=False)
-    _save_watched(bundle, graph, path)
+    traced = trace_step(
+        manifest.transformer,
+        graph.form,
+        dtype=TORCH_TYPES[graph.precision],
+        capacity=graph.capacity or 0,
+        variant=StepVariant(watch=True),
+    )
+    save(link_weights(traced, StoredWeights(bundle).tensors()), path)
     try:
         with closing(open_graphs(bundle, watched, samples.window, options, watch)) as engine:
             rollouts = Rollouts(bundle, engine, samples)
@@ -105,17 +108,6 @@ def _named(watched: tuple[str, NDArray[Any]]) -> tuple[str, Float]:
     if output.startswith(WATCHED):
         return output.removeprefix(WATCHED), values.astype(np.float32)
     return output.removeprefix("new_"), values[0].swapaxes(0, 1).astype(np.float32)
-
-
-def _save_watched(bundle: Bundle, graph: StepGraph, path: Path) -> None:
-    model = trace_step(
-        bundle.manifest.transformer,
-        graph.form,
-        dtype=TORCH_TYPES[graph.precision],
-        capacity=graph.capacity or 0,
-        variant=StepVariant(watch=True),
-    )
-    save(link_weights(model, StoredWeights(bundle).tensors()), path)
 
 
 @dataclass
@@ -228,11 +220,7 @@ class Choice:
 
 
 def search(
-    projection: Projection,
-    weight: Array,
-    seen: InputStatistics | None,
-    scheme: Precision,
-    grouped: bool,
+    projection: Projection, weight: Array, seen: InputStatistics | None, scheme: Precision, grouped: bool
 ) -> Choice:
     """Try every alpha and range, and keep those whose product is nearest.
 

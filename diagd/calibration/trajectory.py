@@ -121,12 +121,12 @@ def trajectories(
         raise UsageError(f"{steps} calibration steps; expected at least {MINIMUM_STEPS}: raise --set steps")
     named = _schedules(manifest, window, max_width)
     share = -(-steps // (len(named) + 1))
-    found = [
-        Trajectory(
-            name, schedule, 1, min(-(-share // schedule.d), _longest(manifest, schedule, window)), share
-        )
-        for name, schedule in named.items()
-    ]
+    found = []
+    for name, schedule in named.items():
+        # an absolute context does not slide while frames overlap
+        whole = schedule.d >= schedule.steps_per_frame or not isinstance(manifest.context, AbsoluteContext)
+        frames = min(-(-share // schedule.d), 64 if whole else window - 1)
+        found.append(Trajectory(name, schedule, 1, frames, share))
     sliding = next(iter(named.values()))
     slid = sliding.steps_per_frame + share
     frames = -(-slid // sliding.d) + 1
@@ -155,12 +155,6 @@ def _schedules(manifest: Manifest, window: int, max_width: int | None) -> dict[s
                 "export it again without --set widths"
             )
     return named
-
-
-def _longest(manifest: Manifest, schedule: Schedule, window: int) -> int:
-    """Most frames behind one prompt frame: an absolute context does not slide while frames overlap."""
-    overlapping = schedule.d < schedule.steps_per_frame
-    return window - 1 if overlapping and isinstance(manifest.context, AbsoluteContext) else 64
 
 
 @dataclass(frozen=True)

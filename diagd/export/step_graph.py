@@ -271,7 +271,8 @@ def trace_step(
     sizes = (streams, config.kv_heads, capacity) if traits.fixed else (*slots.shape, config.kv_heads)
     stored = torch.int8 if variant.integer_cache and traits.float_cache is None else dtype
     past = [_empty(*sizes, config.head_size, dtype=stored) for _ in range(2 * config.layers)]
-    text = _text_rows(config, dtype)
+    shape = (config.kv_heads, config.text.length, config.head_size) if config.text else ()
+    text = [_empty(*shape, dtype=dtype) for _ in text_names(config)]
     named = [name for name, (tensor, _) in inputs.items() if tensor is not None]
     cache = cache_names(config.layers, "new" if traits.rows_out else "present")
     return traced_once(
@@ -381,13 +382,6 @@ def _vary(step: Step, dtype: torch.dtype, variant: StepVariant) -> list[str]:
     shapes = {p.name: (p.inputs, p.outputs) for p in projections(config)}
     step.replace_matrices({n: WatchedMatrix(n, shape, dtype, step.watched) for n, shape in shapes.items()})
     return [f"{WATCHED}{name}" for name in names]
-
-
-def _text_rows(config: TransformerConfig, dtype: torch.dtype) -> list[Tensor]:
-    if config.text is None:
-        return []
-    shape = (config.kv_heads, config.text.length, config.head_size)
-    return [_empty(*shape, dtype=dtype) for _ in range(2 * config.layers)]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -206,12 +206,7 @@ class RewardModel:
 
     @classmethod
     def learn(
-        cls,
-        config: TransformerConfig,
-        streams: Streams,
-        prompt: int,
-        logits: Logits,
-        device: str = "cpu",
+        cls, config: TransformerConfig, streams: Streams, prompt: int, logits: Logits, device: str = "cpu"
     ) -> RewardModel:
         """Learn what true frames are like; no actions are read."""
         cells, _ = parts(streams, config.layout)

@@ -131,11 +131,7 @@ def window_nll(model: Logits, batch: ForcedBatch, *, autocast: bool = True) -> T
 
 @torch.inference_mode()
 def forced_nll(
-    model: Logits,
-    passes: ForcedPasses,
-    streams: NDArray[np.int64],
-    choice: int,
-    device: str = "cpu",
+    model: Logits, passes: ForcedPasses, streams: NDArray[np.int64], choice: int, device: str = "cpu"
 ) -> NDArray[np.float32]:
     """Negative log-likelihood of every token of ``streams`` int64 [B, N] under schedule ``choice``.
 

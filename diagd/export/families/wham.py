@@ -20,14 +20,7 @@ from diagd.bundle.manifest import ClipRules, IdRange, MediaMark, SamplingRules
 from diagd.bundle.transformer import NormKind, TransformerConfig
 from diagd.errors import CheckpointError, UsageError
 from diagd.export.families import Family, TensorRule, named_rules
-from diagd.export.tokenizers.base import (
-    Shapes,
-    TokenizerGraphs,
-    count,
-    infer_vqgan,
-    shape_of,
-    taming_name,
-)
+from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, count, infer_vqgan, shape_of, taming_name
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:

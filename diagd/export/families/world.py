@@ -157,11 +157,7 @@ class WorldDescription:
             raise unknown("size", self.size, SIZES)
         frames = geometric_frequencies(2 * _FRAME_PAIRS, _FRAME_BASE)
         grid = geometric_frequencies((HEAD_SIZE - 2 * _FRAME_PAIRS) // 2, _GRID_BASE)
-        axes = (
-            RotaryAxis(Axis.FRAME, frames),
-            RotaryAxis(Axis.ROW, grid),
-            RotaryAxis(Axis.COLUMN, grid),
-        )
+        axes = (RotaryAxis(Axis.FRAME, frames), RotaryAxis(Axis.ROW, grid), RotaryAxis(Axis.COLUMN, grid))
         return TransformerConfig(
             layout=self.layout,
             context_frames=self.context_frames,
