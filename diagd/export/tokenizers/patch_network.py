@@ -8,32 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diagd.errors import UsageError
 from diagd.export.tokenizers.base import PatchGraphs
 from diagd.export.tokenizers.vqgan_network import nearest_code
 from diagd.export.tracing import cast
 
 
 class _Patches(nn.Module):
-    """Holds the codes, uint8 [codes, p, p, 3]; UsageError where they are something else."""
+    """Holds the codes, uint8 [codes, p, p, 3]."""
 
     codebook: Tensor
 
-    def __init__(self, codebook: Tensor) -> None:
+    def __init__(self, graphs: PatchGraphs) -> None:
         super().__init__()
-        if codebook.ndim != 4 or codebook.shape[1] != codebook.shape[2] or codebook.shape[3] != 3:
-            raise UsageError(f"codebook of shape {list(codebook.shape)}; expected [codes, p, p, 3]")
-        if codebook.dtype != torch.uint8:
-            raise UsageError(f"codebook of type {codebook.dtype}; expected torch.uint8 pixels")
-        self.register_buffer("codebook", codebook)
-
-    @classmethod
-    def empty(cls, graphs: PatchGraphs) -> _Patches:
-        """The module before its codes are known."""
-        return cls(torch.zeros((graphs.codes, graphs.side, graphs.side, 3), dtype=torch.uint8))
+        shape = graphs.codes, graphs.side, graphs.side, 3
+        self.register_buffer("codebook", torch.zeros(shape, dtype=torch.uint8))
 
 
-class PatchEncoder(_Patches):
+class Encoder(_Patches):
     """Pixels to the ids of the nearest codes.
 
     Distances are exact: with 8-bit pixels and patches of up to 8 x 8 x 3 every term is an integer that
@@ -49,7 +40,7 @@ class PatchEncoder(_Patches):
         return nearest_code(patches.reshape(frames, rows, columns, -1), self.codebook.flatten(1))
 
 
-class PatchDecoder(_Patches):
+class Decoder(_Patches):
     """Ids to pixels."""
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -58,7 +49,3 @@ class PatchDecoder(_Patches):
         frames, rows, columns = tokens.shape
         patches = self.codebook[cast(tokens, torch.int64)].permute(0, 1, 3, 2, 4, 5)
         return patches.reshape(frames, rows * side, columns * side, 3)
-
-
-Encoder, Decoder = PatchEncoder.empty, PatchDecoder.empty
-"""As they are built where the codes are not known."""
