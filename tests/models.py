@@ -36,7 +36,6 @@ def small_family(model: Transformer) -> Family:
     return Family(
         name="small",
         family="small",
-        title="a small model of the tests",
         transformer=config,
         rules=identity_rules(model.config),
         prefixes=("",),

@@ -106,7 +106,6 @@ class Family:
 
     name: str
     family: str
-    title: str
     transformer: TransformerConfig
     rules: tuple[TensorRule, ...]
     prefixes: tuple[str, ...]

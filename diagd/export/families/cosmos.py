@@ -163,12 +163,9 @@ def family(
     tokenizer: CosmosDvConfig | None = None,
 ) -> Family:
     """A Cosmos model of any dimensions; small ones serve tests."""
-    layout = config.layout
     return Family(
         name=name,
         family="cosmos",
-        title=f"{config.context_frames} latent frames of {layout.rows} x {layout.columns} tokens, 8 pixel "
-        "frames each; " + ("video and text to video" if config.text else "video continuation"),
         transformer=config,
         rules=named_rules(config, NAMES),
         prefixes=("model.", ""),

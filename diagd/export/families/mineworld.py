@@ -87,7 +87,6 @@ def family(name: str, config: TransformerConfig) -> Family:
     return Family(
         name=name,
         family="mineworld",
-        title=f"Minecraft, {config.context_frames} frames of 14 x 24 tokens, 224 x 384 pixels",
         transformer=config,
         rules=named_rules(config, LLAMA),
         prefixes=("transformer.",),

@@ -217,8 +217,6 @@ def family(name: str, variant: Variant, checkpoint: str | None = None) -> Family
     return Family(
         name=name,
         family="wham",
-        title=f"Bleeding Edge, {config.context_frames} frames of {config.layout.rows} x "
-        f"{config.layout.columns} tokens at 10 Hz",
         transformer=config,
         rules=wham_rules(config, norm_weights=variant.norm_weights),
         prefixes=(PREFIX,),

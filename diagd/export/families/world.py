@@ -225,7 +225,6 @@ def build(name: str, checkpoint: str | None) -> Family:
     return Family(
         name=name,
         family="world",
-        title=f"{name}: {description.context_frames} frames of {description.rows} x {description.columns}",
         transformer=config,
         rules=identity_rules(config),
         prefixes=("",),
