@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from diagd.bundle.transformer import TransformerConfig
 from diagd.export.tracing import Functions, cast, moved_axes, onnx_operator
 from diagd.export.transformer import AttentionForm, FullAttention, Heads, Part, PlainAttention
 
@@ -38,7 +37,7 @@ class Bound(NamedTuple):
     In graphs of several streams [W] is [B, W] and [S] is [B, S], or [T, B] in the prefix form.
 
     Attributes:
-        config: of the model.
+        shared: query heads of a KV head.
         positions: int32 [W], of the step's rows.
         slot_position: int32 [S], of the slots, those of the step included.
         write_index: int64 [B], slot of the first row; in the prefix form [B, W], of every row.
@@ -47,18 +46,13 @@ class Bound(NamedTuple):
         functions: of the graph.
     """
 
-    config: TransformerConfig
+    shared: int
     positions: Tensor
     slot_position: Tensor
     write_index: Tensor
     past: Sequence[Tensor]
     rows: CacheRows
     functions: Functions
-
-    @property
-    def shared(self) -> int:
-        """Query heads of a KV head."""
-        return self.config.heads // self.config.kv_heads
 
 
 class PrefixAttention(PlainAttention):
@@ -215,7 +209,8 @@ class PortableAttention(FullAttention):
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attend to both parts; the new rows [B, G, W, D] go out."""
         past = self._past[2 * layer : 2 * layer + 2]
-        past_keys, past_values = (self._of_stream(self._rows.load(tensor)) for tensor in past)
+        loaded = [self._rows.load(tensor) for tensor in past]
+        past_keys, past_values = [tensor.squeeze(0) for tensor in loaded] if self._streams == 1 else loaded
         new_keys, new_values = self._new(f"key_{layer}", keys), self._new(f"value_{layer}", values)
         groups, slots = past_keys.shape[-3:-1]
         grid = (-1,) if self._streams == 1 else (self._streams, -1)
@@ -230,17 +225,10 @@ class PortableAttention(FullAttention):
 
     def _new(self, name: str, rows: Tensor) -> Tensor:
         """Rows [B * W, G, D] leave as the cache stores them; [..., G, W, D] as it gives them back."""
-        stored = self._rows.store(name, self._apart(rows).transpose(-2, -3))
+        apart: Tensor = rows if self._streams == 1 else rows.unflatten(0, (self._streams, -1))
+        stored = self._rows.store(name, apart.transpose(-2, -3))
         self.cache.append(stored if stored.dim() == 4 else stored.unsqueeze(0))
         return self._rows.load(stored)
-
-    def _apart(self, rows: Tensor) -> Tensor:
-        """Rows [B * W, heads, D] as [B, W, heads, D]; those of one stream as they are."""
-        apart: Tensor = rows if self._streams == 1 else rows.unflatten(0, (self._streams, -1))
-        return apart
-
-    def _of_stream(self, buffer: Tensor) -> Tensor:
-        return buffer.squeeze(0) if self._streams == 1 else buffer
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:

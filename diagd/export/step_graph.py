@@ -205,8 +205,8 @@ class Step(nn.Module):
         text: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
         """One step; ``past`` and ``text`` alternate keys and values, layer by layer."""
-        config = self.transformer.config
-        bound = Bound(config, positions, slot_position, write_index, past, self.kv, self.functions)
+        shared = self.transformer.config.heads // self.transformer.config.kv_heads
+        bound = Bound(shared, positions, slot_position, write_index, past, self.kv, self.functions)
         attention = ATTENTIONS[self.form](bound)
         ids = token_buffer.index_select(0, sources.flatten())
         states = self.transformer.states(ids, positions.flatten(), attention, text)

@@ -179,11 +179,7 @@ class TrainingState:
                 report(step + 1, self._ranks.mean(value))
 
     def _resumed(self) -> int:
-        """Be as when the file was written; gives the steps that were done.
-
-        Raises:
-            UsageError: it is no such file, or of another training.
-        """
+        """Be as when the file was written; gives the steps that were done."""
         if self._path is None or not self._path.exists():
             return 0
         try:

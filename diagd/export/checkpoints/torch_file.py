@@ -143,11 +143,7 @@ class _Reader(Unpickler):
         return self._root + name in self._archive.NameToInfo
 
     def load(self) -> object:
-        """The pickled object: its tensors on the meta device, foreign objects inert.
-
-        Raises:
-            CheckpointError: the pickle is damaged, or names something that only runs code.
-        """
+        """The pickled object: its tensors on the meta device, foreign objects inert."""
         try:
             names = sorted(get_globals_in_pkl(io.BytesIO(self._content("data.pkl"))))
             for name in filter(_RUNNERS.fullmatch, names):
