@@ -206,11 +206,12 @@ class Rollouts:
         ]
 
     def _begin(self, number: int, prompt: int, frames: int) -> Int | None:
-        """Start at the prompt of a number; returns the actions of frames behind it."""
+        """Start afresh at the prompt of a number; returns the actions of frames behind it."""
         random = np.random.default_rng((self._samples.seed, number))
         known, shape, text = self._frames(prompt, random), self._manifest.text, None
         if shape:
             text = random.standard_normal((shape.length, shape.width), dtype=np.float32)
+        self.session.stream.forget()
         self.session.start(known, self._actions(prompt, random), text)
         return self._actions(frames, random)
 
