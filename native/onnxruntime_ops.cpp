@@ -385,7 +385,7 @@ Operator described(size_t least, size_t most, size_t results, Status (*run)(Call
   return op;
 }
 
-diagd::Operators next_given = {};
+thread_local diagd::Operators next_given = {};
 
 Status add(const void* const* api, void* domain, Operator op) {
   op.given = next_given;  // and lives as long as the process: a session may outlive its options
@@ -450,7 +450,7 @@ Status add_others(const void* const* api, void* domain) {
 
 }  // namespace
 
-// What the next session that registers this library is given.
+// What the next session is given that registers this library on this thread.
 extern "C" void diagd_operators_with(const diagd::Operators* given) { next_given = *given; }
 
 extern "C" int32_t diagd_operators_arguments_size() { return sizeof(diagd::Operators); }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,6 +112,25 @@ def test_tokens_in_fp32_are_those_of_the_cpu(
     frames = decode(case.modern["fp32"], make, RUNS[name])
     engines[0].close()
     np.testing.assert_array_equal(frames, case.tokens(name))
+
+
+def test_threads_open_and_run_engines_at_once(case: Case, open_engine: OpenEngine) -> None:
+    """Where one captures its graphs, others go on."""
+    engines = [open_engine(case.modern["fp32"], 1, False)]  # kernels are built
+
+    def run(_: int) -> np.ndarray:
+        def make(bundle: Bundle, tokens: int) -> Engine:
+            engines.append(engine := open_engine(bundle, tokens, True))
+            return engine
+
+        return decode(case.modern["fp32"], make, RUNS["k=1 serial"])
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, range(8)))
+    for engine in engines:
+        engine.close()
+    for frames in found:
+        np.testing.assert_array_equal(frames, case.tokens("k=1 serial"))
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -396,6 +397,25 @@ def test_rows_that_see_nothing_are_zero_and_another_size_is_refused(
     np.testing.assert_array_equal(found[:, 0], [0, 1] + [0] * 18)
     with pytest.raises(Exception, match="another head size"):  # ONNX Runtime's own type
         bound(place.open(path, 128, monkeypatch), place.name, feeds)
+
+
+def test_a_session_is_given_what_its_own_thread_offered(
+    library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one, opened at the same time, has heads of another size, and its own memory between blocks."""
+    make, place = onnxruntime.SessionOptions, Place(library, None, [])
+
+    def overtaken() -> Any:
+        other = OperatorArguments()
+        thread = threading.Thread(target=library.diagd_operators_with, args=(ctypes.byref(other),))
+        thread.start()
+        thread.join()
+        return make()
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", overtaken)
+    feeds = example_attention(SMALLEST, "", 64)
+    path = one_node(tmp_path / "a.onnx", "CachedAttention", feeds, ATTENDED, {"epsilon": 1e-5})
+    assert_attends(bound(place.open(path, 64, monkeypatch), "cpu", feeds), cached_attention(feeds, 2))
 
 
 SMALL = TransformerConfig(

@@ -73,6 +73,9 @@ class CudaDevice(Device):
         self.description = describe_device(self._cuda)
         self._device = check(self._cuda.cuDeviceGet(0))
         check(self._cuda.cuCtxSetCurrent(check(self._cuda.cuDevicePrimaryCtxRetain(self._device))))
+        # ONNX Runtime captures in global mode, which would forbid this thread's calls while others capture.
+        own = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        check(self._cuda.cuThreadExchangeStreamCaptureMode(own))
         # Blocking flags would tie the stream to the legacy default stream, which cannot be captured.
         self._stream = check(self._cuda.cuStreamCreate(self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self.stream = int(self._stream)
