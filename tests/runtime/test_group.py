@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.schedule import Schedule
+from diagd.schedule import Schedule, StreamLayout
 from tests.models import export_small
 from tests.oracles.models import CODES, small_model
 from tests.runtime.conftest import LAYOUT
@@ -201,6 +202,23 @@ def test_sessions_that_take_part_in_no_pass_cost_nothing(group: Group, alone: Se
     assert len(bound) >= (FRAMES - 2) * LAYOUT.cells
     back = group.sessions[1].frames(decoder, led[1][2:], seed=1)
     assert [frame.tokens.tolist() for frame in back] == expected[1][2:]
+
+
+def test_passes_much_wider_than_frames_find_room(tmp_path: Path) -> None:
+    """Of usual widths, over a grid so small that pad rows are most of what a pass writes."""
+    options = GraphOptions((Form.PREFIX, Form.MODERN), streams=2)
+    model = small_model(StreamLayout(2, 3, after=1), layers=1, context_frames=4)
+    bundle = Bundle.open(export_small(model, tmp_path / "tiny.diagd", options))
+    random = np.random.default_rng(0)
+    cells, led = random.integers(0, CODES, (1, 2, 3)), random.integers(CODES, CODES + 6, (40, 1))
+    found = []
+    for form in options.forms:
+        with open_group(bundle, 2, cpu=CpuOptions(1), form=form) as group:
+            for session in group.sessions:
+                session.start(cells, led[:1])
+            frames = group.frames([led, led], DECODERS["jacobi"], sampling=SamplingSettings(0.0))
+            found.append(sorted((n, frame.index, frame.tokens.tolist()) for n, frame in frames))
+    assert found[0] == found[1] and len(found[0]) == 80
 
 
 def test_what_cannot_be_shared_is_refused(bundle: Bundle, group: Group) -> None:
