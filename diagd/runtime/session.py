@@ -389,6 +389,8 @@ class Session:
 
     def _refill(self, refill: Refill) -> Run[Never]:
         """Feed known tokens again, in passes as wide as the engine takes."""
+        if not len(refill.positions):
+            return
         began, timing = time.perf_counter(), Timing()
         self._stream.refills += 1
         block = replace(feed(refill.positions, self.engine.max_width), sources=refill.sources)
@@ -423,7 +425,7 @@ class Session:
         stream.return_to(plan.behind, past[: plan.behind - kept])
         stream.fed = self.layout.frame_start(plan.first) if plan.first else 0
         self._prepared = plan.behind
-        if plan.first and len(prefix):
+        if plan.first:
             self._finish(self._refill(Refill(prefix, prefix + self._slots.base)))
         self._context.resume(plan.first)
         for (order, _), frames in groupby(past[plan.behind - kept :], lambda one: (one.order, one.origin)):

@@ -392,6 +392,20 @@ def test_sessions_give_their_memory_back(bundle: Path) -> None:
         next(run)
 
 
+def test_a_window_of_one_token_slides(tmp_path: Path) -> None:
+    """Nothing is left to be fed again; each frame is what follows the one before."""
+    model = small_model(StreamLayout(1, 1), layers=1, context_frames=2, rotary=False)
+    session = diagd.load(export_small(model, tmp_path / "one.diagd"), threads=1)
+    token, expected = np.zeros((1, 1, 1), np.int32), []
+    for _ in range(4):
+        session.start(token)
+        token = session.step(sampling=SamplingSettings(0.0)).tokens[None]
+        expected.append(token.item())
+    session.start(np.zeros((1, 1, 1), np.int32))
+    frames = session.frames(count=4, sampling=SamplingSettings(0.0))
+    assert [frame.tokens.item() for frame in frames] == expected
+
+
 def test_released_caches_are_refused_where_they_have_no_room(tmp_path: Path) -> None:
     layout = StreamLayout(3, 4, after=1)
     options = GraphOptions((Form.PORTABLE,), widths=(1, 16))
