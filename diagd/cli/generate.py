@@ -59,28 +59,29 @@ def run(options: GenerateOptions) -> int:
     files = (options.clip.actions, options.clip.prompt)
     record = next((file for file in files if file is not None and file.is_file() and is_record(file)), None)
     if record is not None:
-        _replay(options, record, Progress(console))
+        _replay(options, record, console)
         return 0
     for made in generate(options, Progress(console), encode_text):
         _report(console, made)
     return 0
 
 
-def _replay(options: GenerateOptions, record: Path, progress: Progress) -> None:
+def _replay(options: GenerateOptions, record: Path, console: Console) -> None:
     """Write what was seen when a record was played, every frame checked against it."""
     file_target(options.output, OUTPUTS)
     game, lines = open_replay(options.bundle, record, GameOptions(session=options.session))
-    if not any(isinstance(line, Played) for _, line in lines):
+    if not (frames := sum(isinstance(line, Played) for _, line in lines)):
         game.close()
         raise UsageError(f"{record} has no frame: nothing was played; give one of a longer game")
     fps = options.fps or game.bundle.manifest.frames_per_second
-    with game, progress.count(record.name, len(lines)) as advance:
+    with game, Progress(console).count(record.name, frames) as advance:
         shown = (advance(1) or one for one in replay(game, lines))
         if options.output.suffix.lower() == ".npy":
             write_tokens(options.output, (one.frame.tokens for one in shown))
         else:
             pictures = (picture for one in shown for picture in one.pictures)
             write_video(options.output, pictures, fps, game.bundle.manifest.mark)
+    console.print(f"{frames} frames, all equal to the record to the token: {options.output}")
 
 
 def _report(console: Console, made: Made) -> None:

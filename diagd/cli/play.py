@@ -21,7 +21,7 @@ from diagd.play import terminal as in_terminal
 from diagd.play.controls import Inputs, read_controls
 from diagd.play.game import Game
 from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open_replay
-from diagd.play.record import replay
+from diagd.play.record import Played, replay
 from diagd.play.server import Address, Limits
 from diagd.play.service import Service, serve
 from diagd.play.table import LocalFleet, Table
@@ -72,11 +72,10 @@ def run(options: PlayOptions) -> int:
         if options.replay:
             game, lines = open_replay(place, options.replay, game_options)
             _video(stack, options, stack.enter_context(game))
-            frames = 0
-            with Progress(console).count("replay", len(lines)) as advance:
+            frames = sum(isinstance(line, Played) for _, line in lines)
+            with Progress(console).count("replay", frames) as advance:
                 for shown in replay(game, lines):
                     advance(1)
-                    frames += 1
                     game.watch(shown.pictures)
             console.print(f"{frames} frames, all equal to the record to the token")
         else:
@@ -86,6 +85,8 @@ def run(options: PlayOptions) -> int:
             game = stack.enter_context(open_game(place, replace(game_options, record=record)))
             _video(stack, options, game)
             _play(console, options, game)
+    if options.video is not None:
+        console.print(f"video: {options.video}")
     return 0
 
 

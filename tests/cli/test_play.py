@@ -34,16 +34,21 @@ def test_a_record_is_played_again_and_seen(
 ) -> None:
     video = tmp_path / "played.gif"
     assert main(["play", str(workplace.bundle), "--replay", str(record), "--video", str(video)]) == 0
-    assert "3 frames, all equal to the record" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 frames, all equal to the record" in said and f"video: {video}" in said
     assert video.stat().st_size > 100
 
 
 @pytest.mark.parametrize("option", ["--prompt", "--actions"])
-def test_generate_reads_records(workplace: Workplace, record: Path, tmp_path: Path, option: str) -> None:
+def test_generate_reads_records(
+    workplace: Workplace, record: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompt = record if option == "--prompt" else workplace.prompt
     given = [str(workplace.bundle), "--prompt", str(prompt), "--actions", str(record)]
     for name in ("a.npy", "a.gif"):
         assert main(["generate", *given, "--output", str(tmp_path / name)]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"3 frames, all equal to the record to the token: {tmp_path / name}" in said
     tokens = np.load(tmp_path / "a.npy")
     played = [line for _, line in read_record(record)[1] if isinstance(line, Played)]
     assert [digest(frame) for frame in tokens] == [line.tokens for line in played]
