@@ -118,6 +118,8 @@ _ENTER: Final = b"\x1b[?1049h\x1b[?25l\x1b[2J"
 _LEAVE: Final = b"\x1b[0m\x1b[?25h\x1b[?1049l"
 _TELL_RELEASES, _AS_BEFORE = b"\x1b[>11u", b"\x1b[<u"
 _BACK: Final = 10
+_LINES: Final = 2
+"""Of text, below the picture."""
 
 
 @dataclass(frozen=True)
@@ -207,9 +209,8 @@ class _Player:
     """Keys to inputs and commands, updates to the screen."""
 
     def __init__(self, game: Game, inputs: Inputs, rate: float, abilities: Abilities, target: int) -> None:
-        columns, self._rows = shutil.get_terminal_size()
-        self._space = self._rows - 1, columns
-        self._draw: Draw = kitty if abilities.kitty else sixel if abilities.sixel else Blocks()
+        self._abilities = abilities
+        self._fit()
         self._game, self._inputs, self._target = game, inputs, target
         self._stage = Stage(game, inputs, self._show, self._say, rate)
         self._stage.is_watched = True
@@ -240,7 +241,7 @@ class _Player:
         stage, game = self._stage, self._game
         if press.code == "KeyP":
             stage.mode = "live" if stage.mode == "pause" else "pause"
-            stage.wake()
+            stage.post(lambda: self._say(self._figures()))
         elif press.code == "Backspace":
             stage.post(lambda: stage.look(game.rewind(_BACK)))
         elif press.code == "KeyR":
@@ -249,18 +250,39 @@ class _Player:
 
     def _show(self, pictures: Pictures, _: Shown | None) -> None:
         """Draw at once, so that nothing is seen half."""
-        pacer = self._stage.pacer
-        line = f"frame {self._game.known}  {pacer.fps:.1f} frames/s  {1e3 * pacer.percentile(95):.0f} ms p95"
-        drawn = self._draw(pictures[-1], *self._space)
-        self._write(
-            b"\x1b[?2026h" + drawn + self._status(f"{line}  P pause  Backspace back  R reset  Q quit")
-        )
+        began, (columns, rows) = b"\x1b[?2026h", self._size
+        if shutil.get_terminal_size() != self._size:
+            columns, rows = self._fit()
+            began += b"\x1b[2J"
+        drawn = self._draw(pictures[-1], max(1, rows - _LINES), columns)
+        lines = self._line(rows - 1, self._keys()) + self._line(rows, self._figures())
+        self._write(began + drawn + lines + b"\x1b[?2026l")
+
+    def _fit(self) -> os.terminal_size:
+        """Draw for the terminal as large as it is now."""
+        able, self._size = self._abilities, shutil.get_terminal_size()
+        self._draw: Draw = kitty if able.kitty else sixel if able.sixel else Blocks()
+        return self._size
 
     def _say(self, text: str) -> None:
-        self._write(self._status(text))
+        self._write(self._line(self._size.lines, text))
 
-    def _status(self, text: str) -> bytes:
-        return b"\x1b[%d;1H\x1b[0m\x1b[2K" % self._rows + text[:200].encode() + b"\x1b[?2026l"
+    def _keys(self) -> str:
+        """What keys do in this world."""
+        named: dict[str, list[str]] = {}
+        for code, part in self._inputs.controls.keys.items():
+            if not code.startswith(("Pad", "Axis", "Mouse")):
+                done = " + ".join(value if isinstance(value, str) else name for name, value in part.items())
+                named.setdefault(done, []).append(re.sub("^(Key|Digit|Arrow)", "", code))
+        return "  ".join(f"{'/'.join(names)} {done}" for done, names in named.items())
+
+    def _figures(self) -> str:
+        pacer, moves = self._stage.pacer, self._stage.mode == "live"
+        rate = f"{pacer.fps:.1f} frames/s  {1e3 * pacer.percentile(95):.0f} ms p95" if moves else "paused"
+        return f"frame {self._game.known}  {rate}  P pause  Backspace back  R reset  Q quit"
+
+    def _line(self, row: int, text: str) -> bytes:
+        return b"\x1b[%d;1H\x1b[0m\x1b[2K" % row + text[: self._size.columns].encode()
 
     def _write(self, data: bytes) -> None:
         with suppress(OSError):  # nobody looks any more, which reading keys finds too

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -150,15 +152,21 @@ def test_whose_terminal_is_gone_has_left() -> None:
     os.close(theirs)
 
 
+def _resize(terminal: int, rows: int, columns: int) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+
+
 @pytest.mark.parametrize("ending", ["q", "SIGTERM", "SIGINT"])
 def test_a_world_is_played_and_the_terminal_is_as_before(
     world: Path, tmp_path: Path, ending: str, request: pytest.FixtureRequest
 ) -> None:
     ours, theirs = pty.openpty()
+    _resize(theirs, 24, 60)
     before = termios.tcgetattr(theirs)
     command = [sys.executable, "-m", "diagd", "play", str(world), "--terminal"]
     environment = {**os.environ, "TERM": "xterm-256color"}
-    environment.pop("NO_COLOR", None)
+    for name in ("NO_COLOR", "COLUMNS", "LINES"):
+        environment.pop(name, None)
     record = ["--record", str(tmp_path / "played.ndjson"), "--fps", "30"]
     process = subprocess.Popen(
         [*command, *record], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
@@ -173,8 +181,11 @@ def test_a_world_is_played_and_the_terminal_is_as_before(
             os.write(ours, b"\x1b[?64;22c")
         elif b"frame 5 " in seen and not pressed:
             os.write(ours, b"\x1b[A")
+            _resize(theirs, 20, 50)
             pressed = True
-        elif b"frame 9 " in seen and not ended:
+        elif b"frame 9 " in seen and b"paused" not in seen:
+            os.write(ours, b"p")
+        elif b"paused" in seen and not ended:
             ended = True
             if ending == "q":
                 os.write(ours, b"q")
@@ -184,6 +195,8 @@ def test_a_world_is_played_and_the_terminal_is_as_before(
     assert termios.tcgetattr(theirs) == before
     assert seen.rindex(b"\x1b[?1049l") > seen.rindex(b"\x1b[?1049h")
     assert "\u2580".encode() in seen
+    assert b"\x1b[23;1H\x1b[0m\x1b[2KLeft/A left  Right/D right  Up/W up" in seen
+    assert seen.count(b"\x1b[2J") > 1 and b"\x1b[20;1H" in seen.split(b"paused")[0]
     assert '"action":[35]' in (tmp_path / "played.ndjson").read_text()  # 32 codes, then noop, left, right, up
     os.close(ours)
     os.close(theirs)
