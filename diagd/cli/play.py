@@ -7,6 +7,7 @@ import sys
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.util import find_spec
+from math import inf
 
 from rich.console import Console
 
@@ -137,7 +138,7 @@ def _serve(console: Console, options: PlayOptions, table: Table) -> None:
 
             webbrowser.open(url)
 
-    service = Service(1, options.fps, Limits(drain_seconds=0))
+    service = Service(1, options.fps, limits=Limits(inf, inf, drain=0))
     serve(table.game.bundle, LocalFleet([table]), service, address, started)
 
 

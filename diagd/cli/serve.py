@@ -15,7 +15,7 @@ from diagd.cluster.fleet import RayFleet
 from diagd.cluster.workers import EngineOptions
 from diagd.options import File, checked, flag, positional, setting
 from diagd.play.opening import GameOptions
-from diagd.play.server import Address, Limits
+from diagd.play.server import Address
 from diagd.play.service import Service, opened_tables, serve
 from diagd.play.site import in_url
 from diagd.play.table import LocalFleet
@@ -53,15 +53,9 @@ class ServeOptions:
 
     bundle: File = positional("made by diagd-export")
     protocol: Literal["play", "wham"] = flag("of the clients: play (the page, default) or wham", "play")
-    sessions: int = flag("of play: worlds at once (default 4)", 4, ge=1, le=256)
-    fps: float | None = flag("of play: frames a second of each (default: the model's)", None, ge=0.1, le=240)
+    service: Service = Service()
     host: str = flag("address to listen on", "127.0.0.1", min_length=1)
     port: int = flag("0 for any that is free", 5000, ge=0, le=65535)
-    idle: float = setting("of play: seconds a player may press nothing", 300, gt=0)
-    game: float = setting("of play: seconds of a game", 900, gt=0)
-    state: File | None = setting("of play: folder of worlds that a server after this one goes on with", None)
-    every: int = setting("of play: frames between two snapshots of a world", 60, ge=1)
-    drain: float = setting("of play: seconds that players have after SIGTERM", 30, ge=0)
     max_jobs: int = setting("of wham: jobs that may wait", 30, ge=1, le=10_000)
     max_steps: int = setting("of wham: frames of a job at most", 10, ge=1, le=10_000)
     lifespan: int = setting("of wham: seconds that results nobody fetches are kept for", 600, ge=1)
@@ -78,16 +72,14 @@ def run(options: ServeOptions) -> int:
 
 
 def _play(options: ServeOptions) -> int:
-    console, address = terminal.console(), Address(options.host, options.port)
-    limits = Limits(idle_seconds=options.idle, game_seconds=options.game, drain_seconds=options.drain)
+    console, address, service = terminal.console(), Address(options.host, options.port), options.service
     warn(console, address)
 
     def started(name: str, url: str) -> None:
         where = "" if options.nodes.cluster is None else " on each engine"
-        console.print(f"{name}, {options.sessions} worlds{where}: {url}\nCtrl-C ends it.", soft_wrap=True)
+        console.print(f"{name}, {service.sessions} worlds{where}: {url}\nCtrl-C ends it.", soft_wrap=True)
         sys.stdout.flush()
 
-    service = Service(options.sessions, options.fps, limits, options.state, options.every)
     games = GameOptions(session=options.session)
     if options.nodes.cluster is None:
         with opened_tables(options.bundle, games, service) as tables:

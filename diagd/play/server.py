@@ -6,7 +6,6 @@ import asyncio
 import hmac
 import json
 import logging
-import math
 import secrets
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from typing_extensions import override
 
 from diagd.errors import DiagdError, UsageError, require
+from diagd.options import checked, setting
 from diagd.play import messages
 from diagd.play.messages import Ack, Hello, without_paths
 from diagd.play.room import Room
@@ -51,20 +51,16 @@ _REFUSED, _TOO_MANY, _OVER = 4003, 4029, 4008
 _LOG = logging.getLogger("diagd.play")
 
 
-@dataclass(frozen=True)
+@checked
 class Limits:
-    """Bounds of what one connection may do, and how long a seat is anybody's.
+    """Bounds of what one connection may do, and how long a seat is anybody's."""
 
-    A seat is lost after ``idle_seconds`` without a word and after ``game_seconds``, None being never;
-    ``drain_seconds`` are what players have once the server is being closed.
-    """
-
+    idle: float = setting("of play: seconds a player may press nothing", 300, gt=0)
+    game: float = setting("of play: seconds of a game", 900, gt=0)
+    drain: float = setting("of play: seconds that players have after SIGTERM", 30, ge=0)
     hello_seconds: float = 5.0
     messages_per_second: float = 240.0
     texts: int = 64
-    idle_seconds: float | None = None
-    game_seconds: float | None = None
-    drain_seconds: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -149,11 +145,9 @@ class Server:
         DependencyError: websockets is not installed.
     """
 
-    def __init__(
-        self, fleet: Fleet, address: Address, limits: Limits | None = None, rate: float | None = None
-    ) -> None:
+    def __init__(self, fleet: Fleet, address: Address, limits: Limits, rate: float | None = None) -> None:
         require("websockets", extra="play", purpose="play in a browser")
-        self.address, self.limits, self.fleet = address, limits or Limits(), fleet
+        self.address, self.limits, self.fleet = address, limits, fleet
         self.tables = fleet.tables
         self.room = Room(fleet.tables, self._admits)
         self._rate, self._refused, self._put_back = rate, 0, 0
@@ -288,7 +282,7 @@ class Server:
 
     def drain(self) -> None:
         """Seat nobody any more, and end when all have left, or their time is over."""
-        self._drains = time.monotonic() + self.limits.drain_seconds
+        self._drains = time.monotonic() + self.limits.drain
         self.room.is_closing = True
 
     def _look_around(self, now: float) -> None:
@@ -308,11 +302,10 @@ class Server:
 
     def _left(self, table: ServedTable, now: float) -> tuple[float, str]:
         """Seconds that a player has, and what ends them."""
-        limits, ends = self.limits, [(math.inf, "")]
-        if limits.idle_seconds is not None:
-            ends.append((table.heard + limits.idle_seconds, "nothing was pressed for long"))
-        if limits.game_seconds is not None:
-            ends.append((table.taken + limits.game_seconds, "the game was as long as games are here"))
+        ends = [
+            (table.heard + self.limits.idle, "nothing was pressed for long"),
+            (table.taken + self.limits.game, "the game was as long as games are here"),
+        ]
         if self._drains is not None:
             ends.append((self._drains, "the server is being closed"))
         end, why = min(ends)

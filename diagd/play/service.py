@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
@@ -20,6 +20,7 @@ from diagd.bundle import Bundle
 from diagd.bundle.files import atomic_file, turn
 from diagd.bundle.targets import folder_target
 from diagd.errors import UsageError
+from diagd.options import File, checked, flag, setting
 from diagd.play.controls import Inputs, read_controls
 from diagd.play.game import SavedGame
 from diagd.play.opening import GameOptions, open_games
@@ -32,20 +33,15 @@ MARK: Final = "token"
 KIND: Final = "diagd worlds"
 
 
-@dataclass(frozen=True)
+@checked
 class Service:
-    """How worlds are served.
+    """How worlds are served; those of ``sessions`` share the passes of one engine."""
 
-    ``sessions`` worlds share the passes of one engine, each at a ``rate`` in frames a second, None being the
-    model's. Every so many frames they are saved in the folder ``state`` for a server after this one; None:
-    they end with it.
-    """
-
-    sessions: int
-    rate: float | None
-    limits: Limits
-    state: Path | None = None
-    every: int = EVERY
+    sessions: int = flag("of play: worlds at once (default 4)", 4, ge=1, le=256)
+    fps: float | None = flag("of play: frames a second of each (default: the model's)", None, ge=0.1, le=240)
+    state: File | None = setting("of play: folder of worlds that a server after this one goes on with", None)
+    every: int = setting("of play: frames between two snapshots of a world", EVERY, ge=1)
+    limits: Limits = Limits()
 
 
 def serve(
@@ -63,7 +59,7 @@ def serve(
             held.enter_context(turn(saved_games_target(service.state)))  # a server there ends first
             saves = held.enter_context(closing(SavedGames(service.state, bundle.digest)))
             address = keep_worlds(saves, fleet.tables, address)
-        rate = service.rate or bundle.manifest.frames_per_second
+        rate = service.fps or bundle.manifest.frames_per_second
         server = Server(fleet, address, service.limits, rate)
         with suppress(KeyboardInterrupt):
             asyncio.run(_until_drained(server, lambda url: started(bundle.manifest.name, url)))
@@ -78,7 +74,7 @@ def opened_tables(path: Path, options: GameOptions, service: Service) -> Iterato
     """
     group, games = open_games(path, options, service.sessions)
     manifest = games[0].bundle.manifest
-    rate = service.rate or manifest.frames_per_second
+    rate = service.fps or manifest.frames_per_second
     tables = []
     for game in games:
         inputs = Inputs(read_controls(game.bundle.path, manifest.actions), manifest.actions)

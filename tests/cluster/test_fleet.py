@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def served(world: Path, nodes: Any) -> Iterator[tuple[str, RayFleet]]:
-    service = Service(sessions=1, rate=20.0, limits=LOOSE, every=5)
+    service = Service(sessions=1, fps=20.0, limits=LOOSE, every=5)
     where = EngineOptions(cluster=nodes.address, engines=2, cores=1)
     fleet = RayFleet(Bundle.open(world), GameOptions(), service, where)
     server = Server(fleet, Address(port=0), LOOSE)

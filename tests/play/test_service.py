@@ -50,7 +50,7 @@ def test_players_have_worlds_of_their_own_in_the_same_passes(serve: Serve) -> No
 
 
 def test_a_game_ends_and_the_next_in_turn_plays(serve: Serve) -> None:
-    limits = Limits(messages_per_second=1e6, game_seconds=3.0)
+    limits = Limits(messages_per_second=1e6, game=3.0)
     with serve(limits=limits) as (url, _), player(url) as ann, player(url) as ben:
         assert ben.until(type="waiting")["place"] == 1
         warned = ann.until(type="ends")
@@ -65,7 +65,7 @@ def test_a_game_ends_and_the_next_in_turn_plays(serve: Serve) -> None:
 
 
 def test_who_presses_nothing_gives_up_the_seat(serve: Serve) -> None:
-    limits = Limits(messages_per_second=1e6, idle_seconds=4.0)
+    limits = Limits(messages_per_second=1e6, idle=4.0)
     with serve(limits=limits, sessions=2) as (url, _), player(url) as ann, player(url) as ben:
         began = time.monotonic()
         with pytest.raises(ConnectionClosed):
