@@ -78,11 +78,8 @@ def act(stream: Stream, rows: int | None = None) -> Generator[Block, Result, Int
         result = yield predicting(first - 1, last - 1, first - 1, commit=False)
         sinks = np.arange(first, last)
         drawn = stream.law.draw(result.logits, decided, sinks, stream.sampling)
-        guesses = ids[decided : decided + len(drawn)]
-        kept = decided_by(guesses, drawn)
-        guesses[:] = drawn
+        decided += keep(ids[decided : decided + len(drawn)], drawn)
         stream.write(sinks, drawn)
-        decided += kept
         stream.rejected = start + decided - 1
     stream.rejected, stream.acting = stream.fed, False
     return ids
@@ -96,7 +93,11 @@ class ActingDecoder(Decoder):
         stream.action = yield from act(stream)
 
 
-def decided_by(guesses: Int, drawn: Int) -> int:
-    """Tokens [n] that what was drawn behind guesses decides: up to the first that was guessed wrong."""
+def keep(guesses: Int, drawn: Int) -> int:
+    """Take what was drawn [n] behind guesses as the next ones.
+
+    Returns how many of them are decided: up to the first that was guessed wrong.
+    """
     wrong = drawn[:-1] != guesses[:-1]
+    guesses[:] = drawn
     return int(wrong.argmax()) + 1 if wrong.any() else len(guesses)

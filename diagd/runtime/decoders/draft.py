@@ -20,7 +20,7 @@ from typing_extensions import override
 from diagd.engines.engine import Float, Int
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.errors import UsageError, unknown
-from diagd.runtime.decoders.decoder import Blocks, Decoder, begun, decided_by
+from diagd.runtime.decoders.decoder import Blocks, Decoder, begun, keep
 from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scheduled import RasterDecoder, raster_passes
 from diagd.runtime.pixels import PixelCodec
@@ -289,17 +289,16 @@ class DraftDecoder(Decoder):
         stream.write(start, draft)
         drawn, logits = yield from self._verify(stream, start)
         first = self._target_first and (moved or stream.refills != refills)
-        if keep := self._keeps(first, Proposal(draft.reshape(stream.layout.rows, -1), drawn, logits)):
+        if kept := self._keeps(first, Proposal(draft.reshape(stream.layout.rows, -1), drawn, logits)):
             exact = bool((draft == drawn).all())
         else:
-            exact, decided = True, decided_by(draft, drawn)
-            draft[:] = drawn
+            exact, decided = True, keep(draft, drawn)
             stream.write(start, draft)
             if decided < len(draft):
                 stream.rejected = start + decided - 1
                 yield from self._target.decide(stream, start, draft, began, decided)
             self._replace(stream, frame, draft)
-        self.kept.append(keep)
+        self.kept.append(kept)
         stream.complete(None, exact=exact)
         self._followed = stream.past[-1]
 

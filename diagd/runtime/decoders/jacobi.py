@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from diagd.engines.engine import Int
 from diagd.errors import UsageError
-from diagd.runtime.decoders.decoder import Blocks, Decoder, begun, decided_by
+from diagd.runtime.decoders.decoder import Blocks, Decoder, begun, keep
 from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
 from diagd.schedule import Block, feed, predicting, shifted
@@ -74,6 +74,7 @@ class JacobiDecoder(Decoder):
     """
 
     ragged = True
+    _keep = staticmethod(keep)
 
     def __init__(
         self, window: int | None = None, *, deadline: float | None = None, draft: Draft | None = None
@@ -174,12 +175,6 @@ class JacobiDecoder(Decoder):
         if self._policy is None:
             return min(most, self._window or most)
         return self._policy.choose(stream.padded[unfed + 1 : unfed + most + 1], kinds)
-
-    def _keep(self, guesses: Int, drawn: Int) -> int:
-        """Take what a pass drew as the next guesses; returns how many of them are decided."""
-        kept = decided_by(guesses, drawn)
-        guesses[:] = drawn
-        return kept
 
 
 _window = lru_cache(maxsize=512)(predicting)

@@ -75,7 +75,7 @@ class ScheduledDecoder(Decoder):
 Frames = Iterable[NDArray[np.integer[Any]]]
 
 
-class ForcedDecoder(Decoder):
+class ForcedDecoder(ScheduledDecoder):
     """Teacher forcing: a schedule's steps over given tokens.
 
     Args:
@@ -85,16 +85,12 @@ class ForcedDecoder(Decoder):
     """
 
     def __init__(self, schedule: Schedule, truth: Frames | None = None) -> None:
-        self._scheduled = ScheduledDecoder(schedule)
+        super().__init__(schedule)
         self._truth: Iterator[NDArray[np.integer[Any]]] | None = None if truth is None else iter(truth)
 
     @override
-    def check(self, stream: Stream) -> None:
-        self._scheduled.check(stream)
-
-    @override
     def blocks(self, stream: Stream) -> Blocks:
-        blocks, written = self._scheduled.blocks(stream), stream.begun
+        blocks, written = super().blocks(stream), stream.begun
         block = next(blocks, None)
         while block is not None:
             written = self._write(stream, written)
