@@ -71,10 +71,7 @@ class Session:
         self._context = context_policy(
             manifest, window, self._slots, lambda angles, live: engine.rotate_keys(angles, live, lane), roll
         )
-        prefix = np.asarray(self.layout.prefix_tokens, np.int32)
-        self._stream = Stream(
-            self.layout, prefix, window, self._padded(), self._context.history, manifest.vocabulary
-        )
+        self._stream = Stream(self.layout, window, self._padded(), self._context.history, manifest.vocabulary)
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text, self._law = text, ActionLaw.of(manifest)
         self._run = self._prepared = 0

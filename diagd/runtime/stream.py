@@ -74,7 +74,6 @@ class Stream:
 
     Args:
         layout: of the token stream.
-        prefix: ids ahead of the first frame.
         window: frames a query may see.
         padded: int32 [widest step + 1], the rows that a step of so many is run as.
         history: known frames that are kept, to go back to and to build K/V rows from.
@@ -104,13 +103,7 @@ class Stream:
     """
 
     def __init__(
-        self,
-        layout: StreamLayout,
-        prefix: Ids,
-        window: int,
-        padded: Int,
-        history: int,
-        vocabulary: int = 1 << 31,
+        self, layout: StreamLayout, window: int, padded: Int, history: int, vocabulary: int = 1 << 31
     ) -> None:
         self.layout, self.window, self.padded, self.vocabulary = layout, window, padded, vocabulary
         self.places = TokenPlaces(layout, window)
@@ -130,7 +123,6 @@ class Stream:
         self.refills = 0
         self.text: Float | None = None
         self.unsent: list[tuple[Int, Int]] = []
-        self._prefix = np.asarray(prefix, np.int32)
         self._actions: Iterator[Ids | None] | Callable[[int], Ids | None] = iter(())
         self._led: dict[int, Int] = {}
         self._limit: int | None = None
@@ -157,7 +149,7 @@ class Stream:
         else:
             self.forget()
         fed, self.origin = self.fed, 0
-        self.write(0, self._prefix)
+        self.write(0, np.asarray(self.layout.prefix_tokens))
         for index in range(alike, len(frames)):
             self._lead(index, None if actions is None else actions[index])
             self.write(self.layout.first_cell(index), np.reshape(frames[index], -1))
@@ -338,7 +330,7 @@ class Stream:
     def branch(self, history: int | None = None) -> Stream:
         """A copy that goes its own way; give it to a session to decode it. ``history``: that it keeps."""
         history = history or self.past.maxlen or 0
-        other = Stream(self.layout, self._prefix, self.window, self.padded, history, self.vocabulary)
+        other = Stream(self.layout, self.window, self.padded, history, self.vocabulary)
         other.restore(self.snapshot())
         return other
 

@@ -164,7 +164,7 @@ def test_overlapping_frames_find_slots_however_often_they_begin_anew(
     schedule = Schedule.chained(layout, 1)
     widths = np.arange(33, dtype=np.int32)
     padded_widths = (-(-widths // 8) * 8 if padded else widths).astype(np.int32)
-    stream = Stream(layout, np.zeros(0, np.int32), window, padded_widths, history=99)
+    stream = Stream(layout, window, padded_widths, history=99)
     ring = SlotRing(slots_needed(layout, window, 32), in_sight=slots_in_sight(layout, window))
     stream.start(np.zeros((1, 5, 4), np.int32), np.zeros((1, 1), np.int32))
     engine, prepared = ring.slot_position.copy(), 1

@@ -319,7 +319,7 @@ def test_windows_are_pythons(scripts: Tab) -> None:
 def test_guesses_are_pythons(scripts: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
     spread(monkeypatch)  # as none share a place there
     random, layout, draft = np.random.default_rng(4), StreamLayout(3, 4, before=2), LookupDraft()
-    stream = Stream(layout, np.zeros(0, np.int32), 3, np.arange(30), 8)
+    stream = Stream(layout, 3, np.arange(30), 8)
     stream.start(random.integers(0, 2, (1, 3, 4)), np.zeros((1, 2), np.int32))
     stream.follow(random.integers(0, 2, (150, 2)).astype(np.int32))
     given, expected = [], []

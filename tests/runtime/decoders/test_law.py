@@ -98,7 +98,7 @@ class Written:
 
 def play(world: World, decoder: JacobiDecoder, noise: tuple[Fraction, ...]) -> tuple[int, ...]:
     """Decode one frame behind a prompt of one; the tokens."""
-    stream = Stream(LAYOUT, np.zeros(0, np.int32), 2, np.arange(9, dtype=np.int32), 2)
+    stream = Stream(LAYOUT, 2, np.arange(9, dtype=np.int32), 2)
     stream.start(np.array([[[2, 0, 1]]]))
     stream.follow(None, 1)
     decoder.check(stream)

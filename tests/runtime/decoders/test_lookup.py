@@ -20,7 +20,7 @@ def play(
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Guesses, trust and what came, for every frame of a world."""
     random, seen = np.random.default_rng(0), []
-    stream = Stream(LAYOUT, np.zeros(0, np.int32), 3, np.arange(30), 8)
+    stream = Stream(LAYOUT, 3, np.arange(30), 8)
     stream.start(random.integers(0, 2, (1, 4, 5)), np.zeros((1, 2), np.int32))
     stream.follow(random.integers(0, 2, (frames, 2)).astype(np.int32))
     while stream.begin():
