@@ -16,6 +16,8 @@ from diagd.tuning.options import check_device
 
 _MAX_ACTIONS = 256
 GAMES = ("crafter", "doom")
+MIXTURES = ("ntp", "diagonal", "mixture")
+"""Next-token prediction alone; the chained k = 1 diagonal alone; both with k = 2 and serial frames."""
 TOKENIZERS = ("auto", "patches", "learned")
 """Patches if they can be enumerated; patches, by k-means if need be; a trained network."""
 
@@ -85,9 +87,9 @@ class TrainOptions:
     batch: int = flag("windows of a step, over all processes", 10)
     steps: int = flag("optimiser steps", 1200)
     tokenizer: str = flag("auto, patches (by k-means if need be) or learned (default auto)", "auto")
-    codes: int = setting("ids of the tokenizer", 512)
-    patch: int = setting("pixels along a side of a cell", 8)
-    tokenizer_steps: int = setting("optimiser steps of a learned tokenizer", 3000)
+    codes: int = setting("ids of the tokenizer", 512, ge=1)
+    patch: int = setting("pixels along a side of a cell", 8, ge=1)
+    tokenizer_steps: int = setting("optimiser steps of a learned tokenizer", 3000, ge=1)
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
     seed: int = flag("of tokenizer, weights and batches (default 0)", 0, **SEED)
@@ -96,14 +98,18 @@ class TrainOptions:
         "that share each batch (default: two of one thread each on a CPU, one a GPU; under "
         "torchrun those that it starts)",
         None,
+        le=1024,
     )
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        if self.tokenizer not in TOKENIZERS:
-            raise unknown("tokenizer", self.tokenizer, TOKENIZERS)
+        from diagd.export.families.world import SIZES
+
+        for name, known in (("tokenizer", TOKENIZERS), ("size", SIZES), ("mixture", MIXTURES)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
         processes = len(self.devices)
-        if self.frames < 2 or self.steps < 1 or self.batch % processes:
+        if self.frames < 2 or self.steps < 1 or self.batch < 1 or self.batch % processes:
             raise UsageError(
                 f"frames {self.frames}, steps {self.steps}, batch {self.batch}, processes {processes}: "
                 "expected at least 2 frames, 1 step, and a batch that the processes share evenly"

@@ -28,16 +28,13 @@ from diagd.tuning.align import Ranks, together
 from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens, episode_paths, episodes
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss
 from worlds.folder import World, save_world
-from worlds.options import TrainOptions
+from worlds.options import MIXTURES, TrainOptions
 from worlds.progress import Checkpoint, Progress, Report, learning_rate, log
 from worlds.recordings import recorded_actions
 from worlds.tokenizer import Tensors, fit_tokenizer, reconstruct
 
 Share = tuple[float, Schedule]
 """Share of the training windows, and the schedule they are decoded by."""
-
-MIXTURES = ("ntp", "diagonal", "mixture")
-"""Next-token prediction alone; the chained k = 1 diagonal alone; both with k = 2 and serial frames."""
 
 
 def mixture_shares(name: str, layout: StreamLayout) -> list[Share]:

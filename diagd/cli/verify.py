@@ -62,11 +62,11 @@ class VerifyOptions:
     reference: File | None = flag("bundle with the FP32 prefix graph (default: itself)", None)
     prompt: File | None = flag("image, video or .npy tokens (default: random tokens)", None)
     k: Numbers = flag("row lags, each serial and chained", (1, 2))
-    frames: int = flag("of each order", 5)
+    frames: int = flag("of each order", 5, le=1_000_000)
     tensors: bool = flag("compare every output of one step as well", False)
     json: bool = flag("machine-readable", False)
     window: int | None = setting("frames that a token may see (default: at most 4)", None, ge=2)
-    prompt_frames: int = setting("frames known ahead", 1, ge=1)
+    prompt_frames: int = setting("frames known ahead", 1, ge=1, le=1_000_000)
     seed: int = setting("of the random prompt", 0, **SEED)
     threads: int = setting("CPU threads of the engine, 0 for one a core", 0, ge=0)
 

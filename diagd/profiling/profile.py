@@ -64,13 +64,13 @@ class ProfileOptions:
     """
 
     ks: Numbers = flag("row lags, each serial and chained", (1, 2), name="k")
-    frames: int = flag("of each order, two or more", 4)
+    frames: int = flag("of each order, two or more", 4, le=1_000_000)
     fps: float | None = setting("count frames that come later than this rate allows", None)
     backend: str = setting(CHOICES, CPU)
     engine: str | None = setting("form of the step graph on the CPU (default: the fastest)", None)
     precision: str | None = setting("of the step graph (default: the bundle's first)", None)
     window: int | None = setting("frames that a token may see (default: the model's context)", None)
-    prompt: int | None = setting("frames known ahead (default: a full window)", None, ge=1)
+    prompt: int | None = setting("frames known ahead (default: a full window)", None, ge=1, le=1_000_000)
     jacobi: bool = setting("measure Jacobi decoding too; how many passes it takes is the content's", False)
     pixels: bool = setting("decode and encode pictures, where there is a tokenizer", True)
     budget: float = flag("seconds to begin orders in, 0: all", 180.0)

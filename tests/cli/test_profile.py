@@ -132,6 +132,8 @@ def test_a_full_disk_is_named_and_leaves_no_folder(
         (["{bundle}", "--set", "backend=cude"], "did you mean 'cuda'"),
         (["{bundle}", "--budget", "-1"], "no limit"),
         (["{bundle}", "--frames", "1"], "two or more"),
+        (["{bundle}", "--frames", "1" + "0" * 20], "less than or equal to 1000000"),
+        (["{bundle}", "--set", "prompt=1" + "0" * 20], "less than or equal to 1000000"),
         (["{bundle}", "--set", "window=99"], "window 99"),
         (["{bundle}", "--backends", "--output", "report"], "writes no report"),
     ],

@@ -91,6 +91,8 @@ def test_tensors_of_one_step(
         (["--engine", "prefx"], "did you mean 'prefix'"),
         (["--k", "x"], "--k x: expected whole numbers such as"),
         (["--frames", "0"], "at least one"),
+        (["--frames", "1" + "0" * 20], "less than or equal to 1000000"),
+        (["--set", "prompt_frames=1" + "0" * 20], "less than or equal to 1000000"),
         (["--set", "window=1"], "window"),
         (["--set", "seed=-1"], "--set seed=-1: Input should be greater than or equal to 0"),
         (["--reference", "absent.diagd"], "no bundle"),

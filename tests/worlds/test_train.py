@@ -17,9 +17,8 @@ from diagd.tuning.recordings import FrameEncoder, cached_tokens
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss, forced_nll
 from tests.worlds.recordings import ACTIONS, COLUMNS, PATCH, ROWS, record_stripes
 from worlds.folder import load_world, save_world
-from worlds.options import worker_devices
+from worlds.options import MIXTURES, worker_devices
 from worlds.train import (
-    MIXTURES,
     Optimiser,
     Progress,
     TrainOptions,
@@ -173,6 +172,18 @@ def test_learning_rate_rises_holds_and_falls() -> None:
 def test_mixture_shares_are_whole(name: str) -> None:
     description = WorldDescription("3m", 9, 12, 8, 512, 100, ACTIONS, 8)
     assert sum(share for share, _ in mixture_shares(name, description.layout)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"mixture": "mixtures"}, "did you mean 'mixture'"), ({"size": "4m"}, "10m"), ({"batch": 0}, "batch 0")],
+)
+def test_what_cannot_be_trained_makes_no_folder(
+    change: dict[str, object], message: str, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(options(data, tmp_path / "out", **change))
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_names_are_answered_with_the_known_ones(data: Path, tmp_path: Path) -> None:
