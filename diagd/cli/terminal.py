@@ -53,7 +53,12 @@ def console(*, stderr: bool = False) -> Console:
         def print(self, *objects: Any, **options: Any) -> None:
             if all(isinstance(part, str | Text) for part in objects):
                 options.setdefault("soft_wrap", True)
-            for table in (part for part in objects if isinstance(part, Table)):
+            tables = [part for part in objects if isinstance(part, Table)]
+            if tables and len(objects) > 1:  # each below its title
+                for part in objects:
+                    self.print(part, **options)
+                return
+            for table in tables:
                 if table.title:  # in the table it would be broken where the table is narrow
                     super().print(table.title, style="italic", soft_wrap=True)
                     table.title = None

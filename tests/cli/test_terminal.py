@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import subprocess
@@ -16,8 +17,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from diagd.bundle.manifest import MANIFEST_NAME
+from diagd.cli import terminal
 from diagd.cli.main import main
 from tests.cli.conftest import Workplace
 
@@ -109,6 +112,12 @@ def test_nothing_is_cut_or_broken_behind_a_pipe(workplace: Workplace, tmp_path: 
         assert str(bundle) in run(verb, bundle).stdout.decode(), verb
     output = tmp_path / ("y" * 150 + ".npy")
     assert str(output) in run(*generate(workplace, str(output))).stdout.decode()
+
+
+def test_every_table_stands_below_its_title(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (Table(name, title=f"the {name}") for name in ("first", "second"))
+    terminal.console().print(first, second)
+    assert re.findall("first|second", capsys.readouterr().out) == ["first", "first", "second", "second"]
 
 
 @pytest.mark.parametrize("verb", ["inspect", "generate", "help"])
