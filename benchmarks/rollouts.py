@@ -3,9 +3,13 @@
     python -m benchmarks.rollouts crafter-3m.diagd --world diagd/models/crafter-3m --data recordings
 
 All take turns in one process: CPU time of one thread; with --workers wall time of so many processes of one
-thread against PyTorch with as many threads. Beside them what the machine takes for the same passes of the
-bundle at least, in one thread: the bare products with weights, then with the products and the softmax of
-attention besides. What is left is masks, what stands between the products, sampling and the host.
+thread against PyTorch with as many threads. Each order is rolled out alone, behind prompts that are fed for
+it, and then all of them in one call, as an evaluation does it: the bundle feeds a prompt once, and guesses
+for next token what another order drew; PyTorch's loop takes one order after the other, each with its prompts.
+
+Beside them what the machine takes for the bundle's own passes at least, in one thread: the bare products
+with weights, then with the products and the softmax of attention besides. What is left is masks, what stands
+between the products, sampling and the host.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from worlds.model import BundleModel, ModelWorker, ParallelModel, TorchModel, Wo
 from worlds.options import EvalOptions
 
 ORDERS = ("next token", "k=1 chained", "k=1 serial", "k=2 serial")
+TASKS = {order: [order] for order in ORDERS} | {"all, as an evaluation": list(ORDERS)}
 
 
 def main() -> None:
@@ -58,7 +63,8 @@ def main() -> None:
             make = partial(ModelWorker, args.bundle, None, "cpu")
             ours = ParallelModel(ours, stack.enter_context(Processes(make, args.workers)))
         models = {"PyTorch": TorchModel(load_world(args.world)), "bundle": ours}
-        least = {order: least_seconds(alone, Bundle.open(args.bundle), streams, order) for order in ORDERS}
+        bundle = Bundle.open(args.bundle)
+        least = {task: least_seconds(alone, bundle, streams, orders) for task, orders in TASKS.items()}
         compare(models, streams, args.repeats, least, wall=bool(args.workers))
 
 
@@ -78,22 +84,23 @@ def compare(
     *,
     wall: bool,
 ) -> None:
-    """Print what rollouts of every order take, beside what ``least_seconds`` says."""
+    """Print what rollouts of every task take, beside what ``least_seconds`` says."""
     now, options = time.perf_counter if wall else time.process_time, EvalOptions()
-    spent: dict[tuple[str, str], list[float]] = {(order, name): [] for order in ORDERS for name in models}
-    made: dict[tuple[str, str], Streams] = {}
-    for order, name in Progress(CONSOLE).each(list(spent) * (repeats + 1), "rolling out"):
-        schedule, began = Schedule.parse(order, models[name].layout), now()
-        made[order, name] = models[name].roll_out(streams, options.prompt, schedule, options.sampling, 0)
-        spent[order, name].append(now() - began)
+    spent: dict[tuple[str, str], list[float]] = {(task, name): [] for task in TASKS for name in models}
+    made: dict[tuple[str, str], list[Streams]] = {}
+    for task in Progress(CONSOLE).each(list(TASKS) * (repeats + 1), "rolling out"):
+        for name, model in models.items():
+            schedules, began = [Schedule.parse(order, model.layout) for order in TASKS[task]], now()
+            made[task, name] = model.roll_out(streams, options.prompt, schedules, options.sampling, 0)
+            spent[task, name].append(now() - began)
     names = (f"{name}, s" for name in models)
     table = Table("order", *names, "gain", "equal tokens", "products, s", "and attention, s")
-    for order in ORDERS:
-        theirs, ours = (float(np.median(spent[order, name][1:])) for name in models)
-        equal = np.equal(*(made[order, name] for name in models)).mean()
-        products, attention = least[order]
+    for task in TASKS:
+        theirs, ours = (float(np.median(spent[task, name][1:])) for name in models)
+        equal = np.equal(*(made[task, name] for name in models)).mean()
+        products, attention = least[task]
         bounds = (f"{bound:.2f} ({theirs / bound:.2f}x)" for bound in (products, products + attention))
-        table.add_row(order, f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}x", f"{equal:.1%}", *bounds)
+        table.add_row(task, f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}x", f"{equal:.1%}", *bounds)
     CONSOLE.print(table)
 
 
@@ -105,12 +112,14 @@ class Shape(NamedTuple):
     slots: int
 
 
-def least_seconds(model: BundleModel, bundle: Bundle, streams: Streams, order: str) -> tuple[float, float]:
-    """CPU seconds of one thread for the products with weights of an order's rollouts, and for attention."""
-    options, schedule = EvalOptions(), Schedule.parse(order, model.layout)
+def least_seconds(
+    model: BundleModel, bundle: Bundle, streams: Streams, orders: Sequence[str]
+) -> tuple[float, float]:
+    """CPU seconds of one thread for products with weights of rollouts by some orders, and for attention."""
+    options, schedules = EvalOptions(), [Schedule.parse(order, model.layout) for order in orders]
     shapes = shapes_of(
         model._group,
-        lambda: model.roll_out(streams[:TOGETHER], options.prompt, schedule, options.sampling, 0),
+        lambda: model.roll_out(streams[:TOGETHER], options.prompt, schedules, options.sampling, 0),
     )
     config = bundle.manifest.transformer
     with_weights, inputs = bare_products(bundle, wall=False)

@@ -19,7 +19,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.families.world import DESCRIPTION
 from diagd.export.tokenizers.base import loaded
-from diagd.runtime.decoders import ForcedDecoder, JacobiDecoder, RasterDecoder, ScheduledDecoder
+from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, RasterDecoder, ScheduledDecoder
 from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
 from diagd.runtime.pixels import PixelCodec
@@ -34,8 +34,9 @@ from worlds.folder import World, load_world
 from worlds.rollout import roll_out
 
 VERIFIED = 16
-"""Rows of each stream that a pass verifies. Always as many: windows chosen by what passes take would differ
-from run to run, and with them how sums are rounded."""
+"""Rows of each stream that a pass verifies of guesses that are looked up; of those of another order, a third
+of a frame. Always as many: windows chosen by what passes take would differ from run to run, and with them how
+sums are rounded."""
 
 
 class WorldModel(Protocol):
@@ -144,6 +145,7 @@ class BundleModel:
         """From the logits of steps in which every token is forced; raster order in few wide ones."""
         result, group = np.full(streams.shape, np.nan, np.float32), self._group
         lanes, width = len(group.sessions), group.engine.max_width
+        group.forget()
         for first in range(0, len(streams), lanes):
             runs, known = {}, zip(*parts(streams[first : first + lanes], self.layout), strict=True)
             for lane, (frames, actions) in enumerate(known):
@@ -170,18 +172,31 @@ class BundleModel:
     ) -> list[Streams]:
         """Several streams at once, where the engine has as many, by all orders: their prompts are fed once.
 
-        The tokens of raster order take few passes.
+        The tokens of raster order take few passes: they are guessed, by what another order made of them, as
+        it mostly draws the same.
         """
         made, lanes = [streams.copy() for _ in schedules], len(self._group.sessions)
-        raster = Schedule.next_token(self.layout)
+        quickest = sorted(range(len(schedules)), key=lambda number: schedules[number].steps_per_frame)
+        self._group.forget()
         for first in range(0, len(streams), lanes):
-            part, seeds = slice(first, first + lanes), range(seed + first, seed + len(streams))
-            for schedule, rolled in zip(schedules, made, strict=True):
-                decoder = JacobiDecoder(VERIFIED) if schedule == raster else ScheduledDecoder(schedule)
-                rolled[part] = roll_out_on_engine(
-                    self._group, streams[part], prompt, decoder, sampling, seeds
-                )
+            part, guesses = slice(first, first + lanes), None
+            seeds = range(seed + first, seed + len(streams))
+            for number in quickest:
+                decoder = self._decoder(schedules[number], guesses)
+                guesses = roll_out_on_engine(self._group, streams[part], prompt, decoder, sampling, seeds)
+                made[number][part] = guesses
         return made
+
+    def _decoder(self, schedule: Schedule, guesses: Streams | None) -> Decoder:
+        """Draws what an order draws; ``guesses`` are of the streams of the lanes."""
+        if schedule != Schedule.next_token(self.layout):
+            return ScheduledDecoder(schedule)
+        if guesses is None:
+            return JacobiDecoder(VERIFIED)
+        frames = parts(guesses, self.layout)[0].reshape(len(guesses), -1, self.layout.cells)
+        lanes = {session.stream: lane for lane, session in enumerate(self._group.sessions)}
+        third = -(-self.layout.cells // 3)
+        return JacobiDecoder(third, draft=lambda stream: frames[lanes[stream], stream.begun - 1])
 
     @cached_property
     def _group(self) -> Group:
@@ -193,13 +208,13 @@ class BundleModel:
 
 
 class Passes(NamedTuple):
-    """An item of work: streams under an order of decoding.
+    """An item of work: streams under orders of decoding.
 
     ``sampling`` is that of rollouts behind the ``prompt`` first frames; None asks for the likelihood.
     """
 
     streams: Streams
-    order: str
+    orders: tuple[str, ...]
     sampling: SamplingSettings | None = None
     prompt: int = 0
     seed: int = 0
@@ -212,25 +227,25 @@ class ModelWorker:
         torch.set_num_threads(1)
         self._model = open_model(path, precision, backend, threads=1)
 
-    def __call__(self, passes: Passes) -> NDArray[Any]:
-        """float32 [B, N] of likelihoods, or int64 [B, N] of streams."""
-        streams, order, sampling, prompt, seed = passes
-        schedule = Schedule.parse(order, self._model.layout)
+    def __call__(self, passes: Passes) -> Sequence[NDArray[Any]]:
+        """float32 [B, N] of likelihoods, or int64 [B, N] of streams, by each order."""
+        streams, orders, sampling, prompt, seed = passes
+        schedules = [Schedule.parse(order, self._model.layout) for order in orders]
         if sampling is None:
-            return self._model.nll(streams, schedule)
-        return self._model.roll_out(streams, prompt, [schedule], sampling, seed)[0]
+            return [self._model.nll(streams, schedule) for schedule in schedules]
+        return self._model.roll_out(streams, prompt, schedules, sampling, seed)
 
 
 class ParallelModel(WorldModel):
     """Streams go out `TOGETHER` at a time, however many workers there are."""
 
-    def __init__(self, model: WorldModel, workers: Workers[Passes, NDArray[Any]]) -> None:
+    def __init__(self, model: WorldModel, workers: Workers[Passes, Sequence[NDArray[Any]]]) -> None:
         self.layout, self.codes, self.context_frames = model.layout, model.codes, model.context_frames
         self.encoder, self._model, self._workers = model.encoder, model, workers
 
     @override
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
-        return self._do([Passes(streams, schedule.name)])[0]
+        return self._do(Passes(streams, (schedule.name,)))[0]
 
     @override
     def roll_out(
@@ -241,18 +256,18 @@ class ParallelModel(WorldModel):
         sampling: SamplingSettings,
         seed: int,
     ) -> list[Streams]:
-        return self._do([Passes(streams, order.name, sampling, prompt, seed) for order in schedules])
+        return self._do(Passes(streams, tuple(one.name for one in schedules), sampling, prompt, seed))
 
     @override
     def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         return self._model.pixels(tokens)
 
-    def _do(self, orders: Sequence[Passes]) -> list[NDArray[Any]]:
-        """In parts, whose streams draw with the seeds that they have in the whole; a part by all orders."""
+    def _do(self, passes: Passes) -> list[NDArray[Any]]:
+        """In parts, whose streams draw with the seeds that they have in the whole."""
+        streams, seed = passes.streams, passes.seed
         items = [
-            passes._replace(streams=passes.streams[first : first + TOGETHER], seed=passes.seed + first)
-            for first in range(0, len(orders[0].streams), TOGETHER)
-            for passes in orders
+            passes._replace(streams=streams[first : first + TOGETHER], seed=seed + first)
+            for first in range(0, len(streams), TOGETHER)
         ]
-        results = [result for _, result in sorted(self._workers.map(items), key=itemgetter(0))]
-        return [np.concatenate(results[number :: len(orders)]) for number in range(len(orders))]
+        results = (result for _, result in sorted(self._workers.map(items), key=itemgetter(0)))
+        return [np.concatenate(order) for order in zip(*results, strict=True)]

@@ -45,6 +45,11 @@ class Group:
         if len(self.sessions) > 1:
             self.engine.close()
 
+    def forget(self) -> None:
+        """Have prompts fed that sessions hold the rows of: what they come to is then that of new ones."""
+        for session in self.sessions:
+            session.stream.forget()
+
     def frames(
         self,
         actions: Each[Actions],

@@ -312,7 +312,8 @@ class _Run:
             advance(len(made))
             with open_workers(self._roller(bundle, sampling), self.options.who) as workers:
                 for number, rolled in workers.map([items[n] for n in missing]):
-                    made[missing[number]] = rolled.astype("<i8").tobytes()
+                    by_context = rolled.reshape(count, -1, rolled.shape[1]).swapaxes(0, 1)
+                    made[missing[number]] = by_context.astype("<i8").tobytes()
                     cache.write("rollouts", keys[missing[number]], made[missing[number]])
                     advance(1)
         if self.ranks.is_first:
@@ -321,9 +322,10 @@ class _Run:
         return whole.reshape(len(contexts), count, -1)
 
     def _part(self, contexts: Streams, first: int, count: int) -> Rolling:
-        keys = [(self.training.seed, first + n, i) for n in range(len(contexts)) for i in range(count)]
+        """Rollouts of one context apart, so that sessions side by side go back to the prompts they hold."""
+        keys = [(self.training.seed, first + n, i) for i in range(count) for n in range(len(contexts))]
         seeds = tuple(int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys)
-        return np.repeat(contexts, count, axis=0), seeds
+        return np.tile(contexts, (count, 1)), seeds
 
     def _roller(self, bundle: Bundle, sampling: SamplingSettings) -> Callable[[], Roller]:
         options = self.options

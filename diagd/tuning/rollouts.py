@@ -110,4 +110,5 @@ class Roller:
     def __call__(self, rolling: Rolling) -> Streams:
         """The windows as they went on."""
         streams, seeds = rolling
+        self._group.forget()
         return roll_out(self._group, streams, self._prompt, self._decoder, self._sampling, seeds, self._text)

@@ -70,6 +70,27 @@ def test_rollouts_agree(
     assert len({row.tobytes() for row in frames[:, 2:, 1:]}) == 3
 
 
+def test_orders_that_are_rolled_out_together_give_what_each_gives_alone(
+    models: tuple[TorchModel, BundleModel],
+) -> None:
+    """To the token, next-token prediction guessed by others included; a prompt is fed once."""
+    _, model = models
+    given, sampling = streams(20, 4), SamplingSettings(1.0, 0, 0.9)
+    sessions, rows = model._group.sessions, []
+
+    def roll_out(schedules: list[Schedule]) -> list[np.ndarray]:
+        for session in sessions:
+            session.timing.recent.clear()
+        made = model.roll_out(given, 2, schedules, sampling, seed=5)
+        rows.append(sum(step.rows for session in sessions for step in session.timing.recent))
+        return made
+
+    alone = [roll_out([schedule])[0] for schedule in SCHEDULES]
+    np.testing.assert_array_equal(roll_out(SCHEDULES), alone)
+    roll_out(SCHEDULES[1:])
+    assert rows[1] + rows[2] - rows[-1] == 20 * (LAYOUT.first_cell(1) + LAYOUT.cells - 1)
+
+
 def test_pixels_agree(models: tuple[TorchModel, BundleModel]) -> None:
     tokens = np.random.default_rng(2).integers(0, 16, (3, 3, 4))
     first, second = (model.pixels(tokens) for model in models)
