@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from diagd.play.stage import SHARE, Engine
 from diagd.play.table import Player, ServedTable
 
 HELD_SECONDS: Final = 60.0
@@ -17,23 +18,36 @@ MAX_WAITING: Final = 16
 PUT_OUT: Final = 4001
 """Code of a connection that is closed because somebody came with its ticket."""
 
+SETTLED: Final = 10
+"""Frames that show what one more player takes, ahead of the next one."""
+
+PROVEN: Final = 40
+"""Frames that show that a rate cannot be kept with so many."""
+
+TRIAL_SECONDS: Final = 60.0
+"""That the last player is on trial, and that nobody is tried behind one who was too many."""
+
 
 class Room:
     """Gives tables to the first, then in turn.
 
-    ``admits`` says whether one more player may have a free table now.
+    With a ``rate``, in frames a second, nobody is seated who would take it from others, and who is found
+    to in the first minute waits again; else who plays gets what there is.
 
     Attributes:
+        refused, returned: times that a free table was not given, and that one was taken back, for the rate.
         is_closing: nobody gets a table any more, and what is kept of worlds is for the next server.
     """
 
     def __init__(
         self,
         tables: Sequence[ServedTable],
-        admits: Callable[[ServedTable], bool] = lambda table: True,
+        rate: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._tables, self._admits, self._clock = tables, admits, clock
+        self._tables, self.rate, self._clock = tables, rate, clock
+        self.refused = self.returned = 0
+        self._full: dict[Engine, float] = {}  # until when nobody is tried
         self.waiting: list[Player] = []
         self.is_closing = False
 
@@ -64,6 +78,11 @@ class Room:
             self.waiting.remove(guest)
             self._announce()
 
+    @property
+    def engines(self) -> set[Engine]:
+        """All that decode something."""
+        return {table.engine for table in self._tables if table.engine is not None}
+
     def clear(self, table: ServedTable) -> None:
         """Take a table away from whom it belongs."""
         if self.is_closing:
@@ -71,14 +90,26 @@ class Room:
         else:
             table.clear()
 
-    def put_back(self, table: ServedTable) -> None:
-        """Take a table from its player, who is the next to get one."""
-        assert table.player is not None
-        self.waiting.insert(0, table.player)
-        self.clear(table)
-        if table.engine is not None:
-            table.engine.forget()
-        self._announce()
+    def shed(self) -> None:
+        """Put back who came last to an engine whose frames take too long with them: they are the next."""
+        if self.rate is None or self.is_closing:
+            return
+        for engine in self.engines:
+            figures, tables = engine.figures, [table for table in self._tables if table.engine is engine]
+            last = max(
+                (table for table in tables if table.player), key=lambda table: table.taken, default=None
+            )
+            alone = sum(bool(table.ticket) for table in tables) < 2
+            kept = figures.measured < PROVEN or figures.p95 * self.rate <= 1
+            if last is None or alone or kept or self._clock() - last.taken > TRIAL_SECONDS:
+                continue
+            assert last.player is not None
+            self.waiting.insert(0, last.player)
+            self.clear(last)
+            engine.forget()
+            self.returned += 1
+            self._full[engine] = self._clock() + TRIAL_SECONDS
+            self._announce()
 
     def turn(self, newcomer: Player | None = None) -> None:
         """Give tables on where they are free, and tell the others; else tell the newcomer alone."""
@@ -93,6 +124,23 @@ class Room:
             self._announce()
         elif newcomer is not None:
             self._tell(newcomer)
+
+    def _admits(self, table: ServedTable) -> bool:
+        """Whether all would still get their frames with one player more, by what passes took of late."""
+        if (engine := table.engine) is None:
+            return False
+        beside = [other for other in self._tables if other.engine is engine]
+        if self.rate is None or not any(other.player for other in beside):
+            return True
+        held = sum(bool(other.ticket) for other in beside)
+        figures = engine.figures  # of what it takes since somebody was seated
+        if figures.measured < SETTLED:
+            return False
+        is_full = self._clock() < self._full.get(engine, 0)
+        if not is_full and figures.p95 * (held + 1) / held <= SHARE / self.rate:
+            return True
+        self.refused += 1
+        return False
 
     def _announce(self) -> None:
         for guest in self.waiting:

@@ -23,7 +23,6 @@ from diagd.play import messages
 from diagd.play.messages import Ack, Hello, without_paths
 from diagd.play.room import Room
 from diagd.play.site import SOCKET, Answer, Site, cannot_listen, in_url
-from diagd.play.stage import SHARE, Engine
 from diagd.play.table import Fleet, Player, ServedTable
 
 if TYPE_CHECKING:
@@ -35,15 +34,6 @@ MAX_UNSEEN: Final = 2
 
 WARNED_SECONDS: Final = 30.0
 """Before the end of a game that players are told."""
-
-SETTLED: Final = 10
-"""Frames that show what one more player takes, ahead of the next one."""
-
-PROVEN: Final = 40
-"""Frames that show that a rate cannot be kept with so many."""
-
-TRIAL_SECONDS: Final = 60.0
-"""That the last player is on trial, and that nobody is tried behind one who was too many."""
 
 OPEN_METRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
@@ -138,8 +128,7 @@ class Client(Player):
 class Server:
     """Serves worlds, each to one player.
 
-    With a ``rate``, in frames a second, nobody is seated who would take it from others, and who is found to
-    in the first minute waits again; else who plays gets what there is. The fleet is closed when serving ends.
+    ``rate`` is of the `Room`. The fleet is closed when serving ends.
 
     Raises:
         DependencyError: websockets is not installed.
@@ -149,9 +138,7 @@ class Server:
         require("websockets", extra="play", purpose="play in a browser")
         self.address, self.limits, self.fleet = address, limits, fleet
         self.tables = fleet.tables
-        self.room = Room(fleet.tables, self._admits)
-        self._rate, self._refused, self._put_back = rate, 0, 0
-        self._full: dict[Engine, float] = {}  # until when nobody is tried
+        self.room = Room(fleet.tables, rate)
         self._drains: float | None = None  # when the last player has to go
 
     async def run(self, started: Callable[[str], None]) -> None:
@@ -249,37 +236,6 @@ class Server:
     def _playing(self) -> int:
         return sum(table.player is not None for table in self.tables)
 
-    def _admits(self, table: ServedTable) -> bool:
-        """Whether all would still get their frames with one player more, by what passes took of late."""
-        if (engine := table.engine) is None:
-            return False
-        beside = [other for other in self.tables if other.engine is engine]
-        if self._rate is None or not any(other.player for other in beside):
-            return True
-        held = sum(bool(other.ticket) for other in beside)
-        figures = engine.figures  # of what it takes since somebody was seated
-        if figures.measured < SETTLED:
-            return False
-        is_full = time.monotonic() < self._full.get(engine, 0)
-        if not is_full and figures.p95 * (held + 1) / held <= SHARE / self._rate:
-            return True
-        self._refused += 1
-        return False
-
-    def _shed(self, rate: float, now: float) -> None:
-        """Put back who came last to an engine whose frames take too long with them."""
-        for engine in self._engines():
-            figures, tables = engine.figures, [table for table in self.tables if table.engine is engine]
-            played = (table for table in tables if table.player is not None)
-            last = max(played, key=lambda table: table.taken, default=None)
-            alone = sum(bool(table.ticket) for table in tables) < 2
-            kept = figures.measured < PROVEN or figures.p95 * rate <= 1
-            if last is None or alone or kept or now - last.taken > TRIAL_SECONDS:
-                continue
-            self.room.put_back(last)
-            self._put_back += 1
-            self._full[engine] = now + TRIAL_SECONDS
-
     def drain(self) -> None:
         """Seat nobody any more, and end when all have left, or their time is over."""
         self._drains = time.monotonic() + self.limits.drain
@@ -296,8 +252,7 @@ class Server:
                 player.close(_OVER, f"{why}; open the address again to play on")
             elif left <= WARNED_SECONDS:
                 player.send({"type": "ends", "seconds": round(left), "why": why})
-        if self._rate is not None and self._drains is None:
-            self._shed(self._rate, now)
+        self.room.shed()
         self.room.turn()
 
     def _left(self, table: ServedTable, now: float) -> tuple[float, str]:
@@ -326,22 +281,19 @@ class Server:
         status = HTTPStatus.OK if holds else HTTPStatus.SERVICE_UNAVAILABLE
         return status, {"Cache-Control": "no-store"}, f"{what} {holds}\n"
 
-    def _engines(self) -> set[Engine]:
-        return {table.engine for table in self.tables if table.engine is not None}
-
     def _metrics(self) -> str:
         """Figures as OpenMetrics 1.0 has them."""
-        engines = [engine.figures for engine in self._engines()]
+        engines = [engine.figures for engine in self.room.engines]
         p50, p95 = (max((getattr(one, name) for one in engines), default=0.0) for name in ("p50", "p95"))
         figures: tuple[tuple[str, str, str, float], ...] = (
             ("seats", "gauge", "worlds that can be played", len(self.tables)),
             ("players", "gauge", "who plays", self._playing),
             ("waiting", "gauge", "who waits", len(self.room.waiting)),
             ("frames", "counter", "decoded", sum(one.frames for one in engines)),
-            ("refusals", "counter", "times a free seat was not given, to keep the rate", self._refused),
-            ("put_back", "counter", "players on trial who were one too many", self._put_back),
+            ("refusals", "counter", "times a free seat was not given, to keep the rate", self.room.refused),
+            ("put_back", "counter", "players on trial who were one too many", self.room.returned),
             ("late", "counter", "ticks that were missed", sum(one.late for one in engines)),
-            ("rate", "gauge", "frames a second of each that are held; 0: what there is", self._rate or 0),
+            ("rate", "gauge", "frames a second of each that are held; 0: what there is", self.room.rate or 0),
             ("frame_p50_seconds", "gauge", "of the passes and pictures of all", p50),
             ("frame_p95_seconds", "gauge", "of the passes and pictures of all", p95),
             *self.fleet.metrics(),

@@ -7,6 +7,7 @@ from typing import Any
 from typing_extensions import override
 
 from diagd.play.room import MAX_WAITING, Room
+from diagd.play.stage import GameLoop
 from diagd.play.table import Player, ServedTable
 
 
@@ -18,6 +19,10 @@ class Clock:
 
 
 class Place(ServedTable):
+    def __init__(self) -> None:
+        super().__init__((1, 1))
+        self.engine = GameLoop([])
+
     @override
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
         super().seat(player, ticket, is_new)
@@ -43,7 +48,7 @@ class Somebody(Player):
 
 def test_the_seat_goes_on_in_turn_and_is_held_for_a_minute() -> None:
     clock = Clock()
-    table = Place((1, 1))
+    table = Place()
     room = Room([table], clock=clock)
     ann, ben, cid = Somebody(), Somebody(), Somebody()
     for guest in (ann, ben, cid):
@@ -72,7 +77,7 @@ def test_the_seat_goes_on_in_turn_and_is_held_for_a_minute() -> None:
 
 
 def test_a_ticket_used_twice_puts_the_first_out() -> None:
-    table = Place((1, 1))
+    table = Place()
     room = Room([table], clock=Clock())
     ann, again = Somebody(), Somebody()
     room.enter(ann, "")
@@ -84,6 +89,6 @@ def test_a_ticket_used_twice_puts_the_first_out() -> None:
 
 
 def test_the_queue_is_bounded() -> None:
-    room = Room([Place((1, 1))], clock=Clock())
+    room = Room([Place()], clock=Clock())
     assert all(room.enter(Somebody(), "") for _ in range(MAX_WAITING + 1))
     assert not room.enter(Somebody(), "")

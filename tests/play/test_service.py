@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from diagd.play.server import SETTLED, Limits
+from diagd.play.room import SETTLED
+from diagd.play.server import Limits
 from tests.play.conftest import LOOSE, Serve
 from tests.play.test_server import player
 
@@ -101,12 +102,12 @@ def test_who_came_last_waits_again_where_the_rate_is_lost(serve: Serve) -> None:
             ann.frame()
         with player(url) as ben:
             ben.frame()
-            server._rate = 1e5
+            server.room.rate = 1e5
             while server.tables[1].player is not None:
                 ann.frame()
             assert ben.until(type="waiting")["place"] == 1
             assert "diagd_put_back_total 1" in told(url, "/metrics")[1]
-            server._rate = 0.5  # that could be kept
+            server.room.rate = 0.5  # that could be kept
             for _ in range(2 * SETTLED):
                 ann.frame()
             assert server.tables[1].player is None
