@@ -13,7 +13,6 @@ from diagd.bundle import Bundle
 from diagd.bundle.transformer import TransformerConfig, linear_rotary
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import mineworld
-from diagd.export.tokenizers.base import VqganConfig
 from diagd.play.opening import GameOptions, open_replay
 from diagd.play.record import Played, replay
 from diagd.runtime.actions import describe
@@ -49,17 +48,14 @@ def small_mineworld(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         head_size=8,
         rotary=linear_rotary(8, 10_000.0),
     )
-    pixels = VqganConfig(
+    pixels = mineworld.MineworldVqgan(
         height=16,
         width=24,
         stem_channels=32,
         channels=(32, 32, 64),
-        attention_levels=(),
-        middle_attention=False,
         latent_channels=8,
         code_width=8,
         codes=mineworld.VISUAL_CODES,
-        diffusers=True,
     )
     family = replace(mineworld.family("small-mineworld", config), tokenizer=pixels)
     path = tmp_path_factory.mktemp("mineworld") / "mineworld.diagd"

@@ -27,9 +27,6 @@ TEMPORAL_FACTOR = 8
 HAAR_SIDE = 4
 """Pixels along each axis that one coefficient of the Haar transform covers."""
 
-PARAMETERS = 110_898_294
-"""Of encoder and decoder with the default sizes."""
-
 ROWS, COLUMNS, FRAMES = 40, 64, 5
 
 PIXELS = 16
@@ -91,16 +88,12 @@ class CosmosDvConfig(VqganSizes):
     chunk_frames = 33
     cover = True
     finest = HAAR_SIDE
+    released = 110_898_294
 
     @property
     def codes(self) -> int:
         """All combinations of levels."""
         return math.prod(self.levels)
-
-    @property
-    def parameters(self) -> int | None:
-        """Known of the default sizes."""
-        return PARAMETERS if self == CosmosDvConfig() else None
 
     def rename(self, name: str) -> str | None:
         """Parameter name of a key of encoder.jit, decoder.jit or autoencoder.jit; None for buffers."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from typing import Final
 
 from diagd.bundle.actions import (
@@ -18,7 +19,7 @@ from diagd.bundle.actions import (
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.transformer import TransformerConfig, linear_rotary
 from diagd.export.families import LLAMA, Family, named_rules
-from diagd.export.tokenizers.base import MINEWORLD
+from diagd.export.tokenizers.base import VQGAN_PARTS, VqganConfig
 from diagd.schedule import StreamLayout
 
 LAYOUT = StreamLayout(rows=14, columns=24, after=11)
@@ -50,6 +51,46 @@ _KEYS: Final = {
     "e": "inventory",
     "escape": "ESC",
 } | {name.removeprefix("hotbar."): name for name in _HOTBAR}
+
+
+_OF_DIFFUSERS: Final = {
+    ".resnets.": ".block.",
+    ".downsamplers.0.": ".downsample.",
+    ".upsamplers.0.": ".upsample.",
+    ".mid_block.block.0.": ".mid.block_1.",
+    ".mid_block.block.1.": ".mid.block_2.",
+    ".conv_norm_out.": ".norm_out.",
+    ".conv_shortcut.": ".nin_shortcut.",
+}
+
+
+@dataclass(frozen=True)
+class MineworldVqgan(VqganConfig):
+    """The image tokenizer, whose checkpoints have the names of diffusers' ``VQModel``."""
+
+    height: int = 224
+    width: int = 384
+    channels: tuple[int, ...] = (128, 256, 256, 512, 768)
+    attention_levels: tuple[int, ...] = ()
+    middle_attention: bool = False
+    latent_channels: int = 64
+    code_width: int = 64
+    codes: int = 8192
+
+    released = 146_244_675
+
+    def rename(self, name: str) -> str | None:
+        """Parameter name of a key of vae.ckpt, or of the copy that MineWorld's transformers carry."""
+
+        def level(match: re.Match[str]) -> str:
+            number = int(match[2])  # diffusers counts levels of a decoder from the coarsest
+            return f".{match[1]}.{len(self.channels) - 1 - number if match[1] == 'up' else number}."
+
+        parameter = name.removeprefix("tokenizer.").removeprefix("model.")
+        parameter = re.sub(r"\.(down|up)_blocks\.(\d+)\.", level, parameter)
+        for its, ours in _OF_DIFFUSERS.items():
+            parameter = parameter.replace(its, ours)
+        return parameter if parameter.startswith(VQGAN_PARTS) else None
 
 
 _300M: Final = TransformerConfig(
@@ -96,7 +137,7 @@ def family(name: str, config: TransformerConfig) -> Family:
         licence="code MIT; the weights' licence was never stated",
         origin="microsoft/mineworld on the Hugging Face Hub, withdrawn in May 2025: bring your own file",
         actions=mineworld_actions(),
-        tokenizer=MINEWORLD,
+        tokenizer=MineworldVqgan(),
     )
 
 

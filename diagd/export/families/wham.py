@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 
 KEY_PREFIX = "context_encoders.images."
-PARAMETERS = 171_774_796
-"""Of encoder and decoder with the default sizes."""
 
 ACTION_TOKENS = 16
 
@@ -97,6 +95,7 @@ class WhamVitConfig(TokenizerGraphs):
     codes: int = 16384
 
     network = "diagd.export.tokenizers.wham_vit_network"
+    released = 171_774_796
 
     def __post_init__(self) -> None:
         if self.hidden % self.head_size:
@@ -109,11 +108,6 @@ class WhamVitConfig(TokenizerGraphs):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches, the last ones perhaps padded."""
         return -(-self.height // self.patch), -(-self.width // self.patch)
-
-    @property
-    def parameters(self) -> int | None:
-        """Known of the default sizes."""
-        return PARAMETERS if self == WhamVitConfig() else None
 
     @property
     def patch_values(self) -> int:

@@ -11,7 +11,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diagd.errors import CheckpointError, UsageError
@@ -22,20 +22,8 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 """Of a checkpoint's tensors, by name."""
 
-MINEWORLD_PARAMETERS = 146_244_675
-"""Of encoder and decoder as released."""
-
 WHAM_PREFIX = "context_encoders.images.vq_model."
-_KNOWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.embedding.")
-_OF_DIFFUSERS = {
-    ".resnets.": ".block.",
-    ".downsamplers.0.": ".downsample.",
-    ".upsamplers.0.": ".upsample.",
-    ".mid_block.block.0.": ".mid.block_1.",
-    ".mid_block.block.1.": ".mid.block_2.",
-    ".conv_norm_out.": ".norm_out.",
-    ".conv_shortcut.": ".nin_shortcut.",
-}
+VQGAN_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.embedding.")
 
 
 def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
@@ -58,6 +46,7 @@ class TokenizerGraphs(ABC):
             many, which bounds memory.
         cover: the released code scales pictures of another size evenly and keeps their centre; else it
             stretches them.
+        released: parameters of both networks, of the sizes that are the defaults, where these are known.
 
     Raises:
         UsageError: the frame is not made of whole tokens.
@@ -70,6 +59,7 @@ class TokenizerGraphs(ABC):
     temporal_factor: ClassVar[int] = 1
     chunk_frames: ClassVar[int] = 8
     cover: ClassVar[bool] = False
+    released: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         _ = self.grid  # refuses frames that are not made of whole tokens
@@ -83,11 +73,6 @@ class TokenizerGraphs(ABC):
     @abstractmethod
     def codes(self) -> int:
         """Size of the codebook; tokens are 0 .. codes - 1."""
-
-    @property
-    def parameters(self) -> int | None:
-        """Of both networks, where they are known without building them."""
-        return None
 
     def rename(self, name: str) -> str | None:
         """Parameter name of a key of a released checkpoint; None for a tensor that is not used."""
@@ -116,8 +101,8 @@ class TokenizerGraphs(ABC):
 
     def parameter_count(self) -> int:
         """Parameters of encoder and decoder together; builds them where the number is not known."""
-        if self.parameters is not None:
-            return self.parameters
+        if self.released and all(getattr(self, field.name) == field.default for field in fields(self)):
+            return self.released
         return sum(math.prod(shape) for shape in self.expected_shapes().values())
 
 
@@ -156,7 +141,6 @@ class VqganConfig(VqganSizes):
     Every frame by itself. The defaults are the published f16 model on WHAM's square frames.
 
     ``code_width``: values per code. ``middle_attention``: between the two blocks in the middle.
-    ``diffusers``: its checkpoint has diffusers' names, else taming's.
     """
 
     height: int = 128
@@ -165,32 +149,12 @@ class VqganConfig(VqganSizes):
     middle_attention: bool = True
     code_width: int = 256
     codes: int = 16384
-    diffusers: bool = False
 
     network = "diagd.export.tokenizers.vqgan_network"
 
-    @property
-    def parameters(self) -> int | None:
-        """Known of MineWorld's as released."""
-        return MINEWORLD_PARAMETERS if self == MINEWORLD else None
-
     def rename(self, name: str) -> str | None:
-        """See `diffusers_name` and `taming_name`."""
-        return diffusers_name(name, len(self.channels)) if self.diffusers else taming_name(name)
-
-
-MINEWORLD = VqganConfig(
-    height=224,
-    width=384,
-    channels=(128, 256, 256, 512, 768),
-    attention_levels=(),
-    middle_attention=False,
-    latent_channels=64,
-    code_width=64,
-    codes=8192,
-    diffusers=True,
-)
-"""The release."""
+        """See `taming_name`."""
+        return taming_name(name)
 
 
 @dataclass(frozen=True)
@@ -208,8 +172,7 @@ class PatchGraphs(TokenizerGraphs):
         """Rows and columns of patches."""
         return grid_of(self.height, self.width, self.side)
 
-    @property
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """All numbers of the codebook."""
         return self.codes * self.side**2 * 3
 
@@ -242,24 +205,7 @@ def count(shapes: Shapes, prefix: str) -> int:
 def taming_name(name: str) -> str | None:
     """Parameter name of a key of WHAM's checkpoints; tensors of anything else give None."""
     parameter = name.removeprefix(WHAM_PREFIX)
-    return parameter if name != parameter and parameter.startswith(_KNOWN) else None
-
-
-def diffusers_name(name: str, levels: int) -> str | None:
-    """Parameter name of a key of MineWorld's vae.ckpt, or of the copy that its transformers carry.
-
-    ``levels``: resolutions of the network; diffusers counts those of a decoder from the coarsest.
-    """
-
-    def level(match: re.Match[str]) -> str:
-        number = int(match[2])
-        return f".{match[1]}.{levels - 1 - number if match[1] == 'up' else number}."
-
-    parameter = name.removeprefix("tokenizer.").removeprefix("model.")
-    parameter = re.sub(r"\.(down|up)_blocks\.(\d+)\.", level, parameter)
-    for its, ours in _OF_DIFFUSERS.items():
-        parameter = parameter.replace(its, ours)
-    return parameter if parameter.startswith(_KNOWN) else None
+    return parameter if name != parameter and parameter.startswith(VQGAN_PARTS) else None
 
 
 def infer_vqgan(shapes: Shapes, size: int = 128) -> VqganConfig:

@@ -10,21 +10,18 @@ import numpy as np
 import pytest
 
 from diagd.errors import UsageError
-from diagd.export.tokenizers.base import MINEWORLD, VqganConfig
+from diagd.export.families.mineworld import MineworldVqgan
 from tests.export.tokenizers import oracle, support
 from tests.export.tokenizers.oracle import Weights
 
-CONFIG = VqganConfig(
+CONFIG = MineworldVqgan(
     height=16,
     width=24,
     stem_channels=32,
     channels=(32, 32, 64),
-    attention_levels=(),
-    middle_attention=False,
     latent_channels=8,
     code_width=8,
     codes=96,
-    diffusers=True,
 )
 
 
@@ -43,6 +40,7 @@ RELEASED = {released_name(name, 3): shape for name, shape in CONFIG.expected_sha
 TENSORS = oracle.random_tensors(RELEASED, seed=3)
 PARAMETERS = {CONFIG.rename(f"model.{name}") or "": tensor for name, tensor in TENSORS.items()}
 PIXELS = support.frames(3, 16, 24)
+MINEWORLD = MineworldVqgan()
 
 
 def reference_latents(frame: np.ndarray) -> np.ndarray:
@@ -115,4 +113,4 @@ def test_keys_of_both_released_files() -> None:
 
 def test_a_frame_that_is_no_multiple_is_refused() -> None:
     with pytest.raises(UsageError, match=r"225.*multiples of 16"):
-        VqganConfig(height=225)
+        MineworldVqgan(height=225)
