@@ -20,8 +20,8 @@ from diagd.errors import UsageError
 from diagd.export.checkpoints import save_tensors
 from diagd.export.families.world import TOKENIZER, CompactConfig, CompactGraphs, read_tokenizer
 from diagd.export.tokenizers.base import TokenizerGraphs, loaded
-from diagd.export.tokenizers.compact_network import Decoder, Encoder
 from diagd.export.tokenizers.vqgan_network import codes_of_latents, scaled_images
+from diagd.export.tokenizers.world_network import CompactDecoder, CompactEncoder
 from diagd.runtime.arrays import read_arrays
 from diagd.tuning.recordings import episode_paths, episodes, load_episode
 from worlds.metrics import psnr, ssim
@@ -133,7 +133,7 @@ class _Trainer:
         self.levels = graphs.sizes.levels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            self.encoder, self.decoder = Encoder(graphs), Decoder(graphs)
+            self.encoder, self.decoder = CompactEncoder(graphs), CompactDecoder(graphs)
         self.networks = nn.ModuleList([self.encoder, self.decoder]).to(options.devices[0])
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
 

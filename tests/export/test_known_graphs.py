@@ -17,9 +17,9 @@ from diagd.calibration.options import SCHEMES
 from diagd.export import known_graphs
 from diagd.export.checkpoints import RandomCheckpoint
 from diagd.export.exporter import TOKENIZER_FILES, write_tokenizer
+from diagd.export.families.world import PatchGraphs
 from diagd.export.known_graphs import KIND
 from diagd.export.step_graph import StepVariant, trace_step
-from diagd.export.tokenizers.base import PatchGraphs
 from diagd.export.tracing import trace
 from diagd.progress import Progress
 from diagd.schedule import StreamLayout

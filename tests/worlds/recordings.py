@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diagd.export.tokenizers.base import PatchGraphs
+from diagd.export.families.world import PatchGraphs
 from diagd.tuning.recordings import Episode, FrameEncoder
 from worlds.recordings import check_recipe, save_episode, shard_path
 

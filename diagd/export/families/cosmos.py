@@ -83,7 +83,7 @@ class CosmosDvConfig(VqganSizes):
     latent_channels: int = 16
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
 
-    network = "diagd.export.tokenizers.cosmos_dv_network"
+    network = "cosmos_dv_network"
     temporal_factor = TEMPORAL_FACTOR
     chunk_frames = 33
     cover = True

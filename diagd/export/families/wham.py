@@ -94,7 +94,7 @@ class WhamVitConfig(TokenizerGraphs):
     code_width: int = 32
     codes: int = 16384
 
-    network = "diagd.export.tokenizers.wham_vit_network"
+    network = "wham_vit_network"
     released = 171_774_796
 
     def __post_init__(self) -> None:

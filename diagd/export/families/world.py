@@ -19,7 +19,7 @@ from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.transformer import Axis, Rotary, RotaryAxis, TransformerConfig, geometric_frequencies
 from diagd.errors import CheckpointError, UsageError, unknown
 from diagd.export.families import Family, identity_rules
-from diagd.export.tokenizers.base import PatchGraphs, TokenizerGraphs, grid_of
+from diagd.export.tokenizers.base import TokenizerGraphs, grid_of
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class CompactGraphs(TokenizerGraphs):
 
     sizes: CompactConfig
 
-    network = "diagd.export.tokenizers.compact_network"
+    network = "world_network:Compact"
     chunk_frames = 64
 
     @property
@@ -96,6 +96,26 @@ class CompactGraphs(TokenizerGraphs):
     def codes(self) -> int:
         """Number of ids."""
         return self.sizes.codes
+
+
+@dataclass(frozen=True)
+class PatchGraphs(TokenizerGraphs):
+    """A codebook of patches of ``side`` x ``side`` pixels."""
+
+    codes: int = 512
+    side: int = 8
+
+    network = "world_network:Patch"
+    chunk_frames = 64
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return grid_of(self.height, self.width, self.side)
+
+    def parameter_count(self) -> int:
+        """All numbers of the codebook."""
+        return self.codes * self.side**2 * 3
 
 
 HEAD_SIZE = 32

@@ -39,7 +39,8 @@ class TokenizerGraphs(ABC):
 
     Attributes:
         height, width: pixels of a frame.
-        network: module of ``Encoder`` and ``Decoder``, imported when one is built, for it needs torch.
+        network: module of the networks, imported when one is built, for it needs torch; behind a colon is how
+            their names begin, which end in ``Encoder`` and ``Decoder``.
         temporal_factor: pixel frames per latent frame. Where it is more than 1 the first frame of every call
             is a latent frame by itself.
         chunk_frames: most pixel frames of one call; longer videos are cut into independent calls of that
@@ -80,7 +81,8 @@ class TokenizerGraphs(ABC):
 
     def build(self, name: Literal["Encoder", "Decoder"]) -> nn.Module:
         """One of the two networks; it honours ``torch.device("meta")``."""
-        made: nn.Module = getattr(importlib.import_module(self.network), name)(self)
+        module, _, kind = self.network.partition(":")
+        made: nn.Module = getattr(importlib.import_module(f"{__package__}.{module}"), kind + name)(self)
         return made
 
     def modules(self) -> dict[str, nn.Module]:
@@ -150,31 +152,11 @@ class VqganConfig(VqganSizes):
     code_width: int = 256
     codes: int = 16384
 
-    network = "diagd.export.tokenizers.vqgan_network"
+    network = "vqgan_network"
 
     def rename(self, name: str) -> str | None:
         """See `taming_name`."""
         return taming_name(name)
-
-
-@dataclass(frozen=True)
-class PatchGraphs(TokenizerGraphs):
-    """A codebook of patches of ``side`` x ``side`` pixels."""
-
-    codes: int = 512
-    side: int = 8
-
-    network = "diagd.export.tokenizers.patch_network"
-    chunk_frames = 64
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return grid_of(self.height, self.width, self.side)
-
-    def parameter_count(self) -> int:
-        """All numbers of the codebook."""
-        return self.codes * self.side**2 * 3
 
 
 def loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

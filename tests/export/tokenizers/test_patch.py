@@ -6,7 +6,8 @@ import numpy as np
 import onnxruntime
 import torch
 
-from diagd.export.tokenizers.base import PatchGraphs, loaded
+from diagd.export.families.world import PatchGraphs
+from diagd.export.tokenizers.base import loaded
 
 
 def codebook(codes: int, seed: int = 0) -> torch.Tensor:

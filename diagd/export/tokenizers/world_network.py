@@ -1,24 +1,31 @@
-"""The network of the compact tokenizer."""
+"""The networks of small worlds: the compact tokenizer, and a codebook of pixel patches without a network.
+
+Patches are quantised as vectors (LBG; VQ-VAE section 3.1). A world drawn from tiles has few distinct ones,
+and the codebook then holds them all: no loss.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diagd.export.families.world import CompactGraphs
+from diagd.export.families.world import CompactGraphs, PatchGraphs
 from diagd.export.tokenizers.vqgan_network import (
     LAYERS,
     ResnetBlock,
     codes_of_tokens,
+    nearest_code,
     pixels_from_images,
     scaled_images,
     tokens_of_latents,
 )
+from diagd.export.tracing import cast
 
 
-class Encoder(nn.Module):
+class CompactEncoder(nn.Module):
     """Pixels to tokens."""
 
     def __init__(self, graphs: CompactGraphs) -> None:
@@ -46,7 +53,7 @@ class Encoder(nn.Module):
         return tokens_of_latents(self.latents(scaled_images(pixels, self.conv_out.weight)), self.levels)
 
 
-class Decoder(nn.Module):
+class CompactDecoder(nn.Module):
     """Tokens to pixels."""
 
     def __init__(self, graphs: CompactGraphs) -> None:
@@ -73,3 +80,41 @@ class Decoder(nn.Module):
         """Map tokens int32 ``[T, h, w]`` to pixels uint8 ``[T, H, W, 3]``, rounded."""
         images = self.images(codes_of_tokens(tokens, self.levels, self.conv_in.weight.dtype))
         return pixels_from_images((images.clamp(-1, 1) + 1) * 127.5 + 0.5)
+
+
+class _Patches(nn.Module):
+    """Holds the codes, uint8 [codes, p, p, 3]."""
+
+    codebook: Tensor
+
+    def __init__(self, graphs: PatchGraphs) -> None:
+        super().__init__()
+        shape = graphs.codes, graphs.side, graphs.side, 3
+        self.register_buffer("codebook", torch.zeros(shape, dtype=torch.uint8))
+
+
+class PatchEncoder(_Patches):
+    """Pixels to the ids of the nearest codes.
+
+    Distances are exact: with 8-bit pixels and patches of up to 8 x 8 x 3 every term is an integer that
+    float32 holds.
+    """
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map pixels uint8 [T, h*p, w*p, 3] to tokens int32 [T, h, w]; ties go to the lowest id."""
+        side = self.codebook.shape[1]
+        frames, height, width, _ = pixels.shape
+        rows, columns = height // side, width // side
+        patches = pixels.reshape(frames, rows, side, columns, side, 3).permute(0, 1, 3, 2, 4, 5)
+        return nearest_code(patches.reshape(frames, rows, columns, -1), self.codebook.flatten(1))
+
+
+class PatchDecoder(_Patches):
+    """Ids to pixels."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens int32 [T, h, w] to pixels uint8 [T, h*p, w*p, 3]."""
+        side = self.codebook.shape[1]
+        frames, rows, columns = tokens.shape
+        patches = self.codebook[cast(tokens, torch.int64)].permute(0, 1, 3, 2, 4, 5)
+        return patches.reshape(frames, rows * side, columns * side, 3)
