@@ -209,8 +209,8 @@ class PortableAttention(FullAttention):
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attend to both parts; the new rows [B, G, W, D] go out."""
         past = self._past[2 * layer : 2 * layer + 2]
-        loaded = [self._rows.load(tensor) for tensor in past]
-        past_keys, past_values = [tensor.squeeze(0) for tensor in loaded] if self._streams == 1 else loaded
+        is_one, loaded = self._streams == 1, map(self._rows.load, past)
+        past_keys, past_values = (rows.squeeze(0) if is_one else rows for rows in loaded)
         new_keys, new_values = self._new(f"key_{layer}", keys), self._new(f"value_{layer}", values)
         groups, slots = past_keys.shape[-3:-1]
         grid = (-1,) if self._streams == 1 else (self._streams, -1)
