@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -197,23 +198,15 @@ def figure_table(model: str, report: PrecisionReport) -> Table:
         table.add_row("K/V bytes a token", f"{cache.bytes_before:,}", f"{cache.bytes_after:,}", "-")
         worst = min(cache.signal_to_noise.values())
         table.add_row("signal to noise of the worst K/V rows, dB", "-", _number(worst, 1), "-")
-    for width, seen in _common_widths(report):
-        times = (f"{ms:.2f}" for ms in (seen.milliseconds_before, seen.milliseconds_after))
-        table.add_row(f"step of {width} rows, ms", *times, "-")
+    if widths := report.widths:
+        common = max(widths, key=lambda width: widths[width].predictions)
+        for width in sorted({min(widths), common, max(widths)}):
+            times = widths[width].milliseconds_before, widths[width].milliseconds_after
+            table.add_row(f"step of {width} rows, ms", *(f"{ms:.2f}" for ms in times), "-")
     table.add_row("products in floating point", str(len(report.layers)), str(len(report.excluded)), "-")
     for form, reason in report.left_out.items():
         table.add_row(f"{form} graph", "-", "left out", reason)
     return table
-
-
-def _common_widths(report: PrecisionReport) -> list[tuple[int, WidthReport]]:
-    """The narrowest, the most common and the widest width."""
-    if not report.widths:
-        return []
-    common = max(report.widths, key=lambda width: report.widths[width].predictions)
-    return [
-        (width, report.widths[width]) for width in sorted({min(report.widths), common, max(report.widths)})
-    ]
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -224,25 +217,17 @@ def write_plot(model: str, report: PrecisionReport, directory: Path) -> None:
     """Write ``PRECISION.png`` where matplotlib is installed."""
     if find_spec("matplotlib") is None:
         return  # the table says the same
-    with atomic_file(directory / f"{report.precision}.png") as partial:
-        _draw(model, report, partial)
-
-
-def _draw(model: str, report: PrecisionReport, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    kinds = sorted({_kind(layer.name) for layer in report.layers})
-    for kind in kinds:
-        values = [layer.signal_to_noise for layer in report.layers if _kind(layer.name) == kind]
+    axes, kinds = figure.subplots(), defaultdict[str, list[float]](list)
+    for layer in report.layers:
+        kinds[".".join(layer.name.split(".")[-2:])].append(layer.signal_to_noise)
+    for kind, values in sorted(kinds.items()):
         axes.plot(range(len(values)), values, marker="o", label=kind)
     axes.set_xlabel("layer")
     axes.set_ylabel("signal to noise of the product, dB")
     axes.set_title(f"{model}, {report.precision}")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120, format="png")
-
-
-def _kind(name: str) -> str:
-    return ".".join(name.split(".")[-2:])
+    with atomic_file(directory / f"{report.precision}.png") as partial:
+        figure.savefig(partial, dpi=120, format="png")

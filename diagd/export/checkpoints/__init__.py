@@ -249,15 +249,12 @@ def check(
         lines = [f"{checkpoint.source} does not fit the model: {counts}"]
         for kind, entries in problems.items():
             lines += [f"  {kind}: {line}" for line in _abbreviate(entries)]
-        raise CheckpointError("\n".join([*lines, _remedy(set(problems), nothing_fits=not held)]))
-
-
-def _remedy(problems: set[str], *, nothing_fits: bool) -> str:
-    if nothing_fits:
-        return "No expected name is there: this is another model family or another part of the model."
-    if problems == {"unusable dtype"}:
-        return "Use the original checkpoint, or convert these tensors to bfloat16, float16 or float32."
-    return "Check that the model name and size are those of the checkpoint."
+        remedy = "Check that the model name and size are those of the checkpoint."
+        if not held:
+            remedy = "No expected name is there: this is another model family or another part of the model."
+        elif problems.keys() == {"unusable dtype"}:
+            remedy = "Use the original checkpoint, or convert these tensors to bfloat16, float16 or float32."
+        raise CheckpointError("\n".join([*lines, remedy]))
 
 
 def _abbreviate(entries: Iterable[tuple[str, str]]) -> list[str]:
