@@ -427,6 +427,8 @@ class Session:
         self._context.resume(plan.first)
         for (order, _), frames in groupby(past[plan.behind - kept :], lambda one: (one.order, one.origin)):
             self._replay(order, list(frames), timing)
+        stream.past.clear()
+        stream.past.extend(past)  # with the flights that frames were decoded in, whose beginnings may be gone
         self.timing.add_refill(timing.steps, time.perf_counter() - began)
 
     def _replay(self, order: Schedule | None, frames: list[Past], timing: Timing) -> None:

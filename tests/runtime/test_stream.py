@@ -295,6 +295,29 @@ def test_a_known_prompt_is_not_fed_again(bundle: Path, name: str) -> None:
         assert rows[1] - rows[0] == (layout.first_cell(shared - 1) + layout.cells - 1 if shared else 0)
 
 
+def test_a_flight_stays_one_where_rows_are_built_again_from_its_middle(bundle: Path) -> None:
+    """And later from ahead of it."""
+    straight, moved = (diagd.load(bundle, threads=1) for _ in range(2))
+    orders_of, given = orders(straight.layout), actions(straight.layout, 8)
+    chained, serial = orders_of["k=1 chained"], orders_of["k=1 serial"]
+    if not can_slide(straight, chained):
+        pytest.skip("flights end with the window")
+    for session in (straight, moved):
+        prompt(session)
+        decode(session, chained, given[:3])
+        decode(session, serial, given[3:4])
+    decode(moved, serial, given[4:7])
+    restored(moved)
+    decode(moved, serial, given[7:])
+    moved.stream.rewind(4)
+    seen, expected = (
+        [result.logits.copy() for _, result in one.steps(ScheduledDecoder(serial), given[4:5], seed=6)]
+        for one in (moved, straight)
+    )
+    for ours, theirs in zip(seen, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
 def test_a_stream_is_restored_in_another_process(bundle: Path, tmp_path: Path) -> None:
     session = diagd.load(bundle, threads=1)
     order = Schedule.serial(session.layout, 1)
