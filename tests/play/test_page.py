@@ -58,6 +58,7 @@ CONTRAST = """(() => {
     all.filter((one) => one.matches(plain)).map((one) => [one.outerHTML, edge(one)]),
   ];
 })()"""
+THUMBNAILS = "document.querySelectorAll('#tree canvas')"
 COVER = "document.getElementById('cover').hidden"
 
 
@@ -87,6 +88,7 @@ def test_a_held_key_moves_the_world_and_time_can_be_gone_back_in(
     with serve(GameOptions(record=record)) as (url, _):
         enter(tab, url, "step")
         tab.until("document.activeElement.id === 'screen'")
+        began = tab.until(f"{THUMBNAILS}[0].dataset.seen && {THUMBNAILS}[0].toDataURL()")
         before, known = tab.evaluate(PIXELS), tab.evaluate(KNOWN)
         tab.key("ArrowLeft", down=True)
         tab.until(f"{KNOWN} > {known + 3}")
@@ -98,6 +100,7 @@ def test_a_held_key_moves_the_world_and_time_can_be_gone_back_in(
         tab.key("KeyB", down=True)
         back = marked(tab, 1)
         here, known = tab.evaluate(PIXELS), tab.evaluate(KNOWN)
+        tab.until(f"{THUMBNAILS}[1].dataset.seen === '{known}'")
         click(tab, "[data-frames='1']")
         tab.until(f"{KNOWN} === {known - 1}")
         assert tab.evaluate(PIXELS) != here
@@ -106,6 +109,7 @@ def test_a_held_key_moves_the_world_and_time_can_be_gone_back_in(
         click(tab, "#gallery button:nth-child(2)")
         tab.until(f"{KNOWN} === 1 && {PIXELS} !== {here!r}")
         assert tab.evaluate("document.querySelectorAll('#tree button').length") == 1
+        tab.until(f"{THUMBNAILS}[0].toDataURL() !== {began!r}")
         assert not tab.messages
     kinds = {type(line).__name__ for _, line in read_record(record)[1]}
     assert kinds == {"Start", "Settings", "Played", "Branch", "Rewind", "Visit"}

@@ -8,9 +8,12 @@ import { Screen } from "./screen.js";
 
 const at = (id) => document.getElementById(id);
 const link = new Link(), figures = new Figures();
-const screen = new Screen(at("screen"), link, (update) => figures.drawn(update));
+const screen = new Screen(at("screen"), link, (update) => {
+  figures.drawn(update);
+  remember(update.known);
+});
 const keys = new Keys(at("screen"), link);
-const marks = new Map(); // number -> thumbnail
+const marks = new Map(); // number -> thumbnail, empty until the place was seen
 let state = null, errorTimer = 0;
 let chosen = {};  // of the settings, and not yet part of the state
 
@@ -63,7 +66,7 @@ function showTree({ marks: listed, here }) {
   const build = (parent) => {
     const list = document.createElement("ul");
     for (const mark of listed.filter((one) => one.parent === parent)) {
-      if (!marks.has(mark.number)) marks.set(mark.number, screen.thumbnail());
+      if (!marks.has(mark.number)) marks.set(mark.number, document.createElement("canvas"));
       const button = document.createElement("button"), item = document.createElement("li");
       button.append(marks.get(mark.number), mark.number ? `Branch ${mark.number} · frame ${mark.known}` : "Start");
       if (mark.number === here) button.setAttribute("aria-current", "true");
@@ -74,6 +77,16 @@ function showTree({ marks: listed, here }) {
     return list.childElementCount ? list : "";
   };
   at("tree").replaceChildren(build(null));
+}
+
+// What is on the screen, of so many frames, is the picture of a mark: of the start whenever it is seen, as worlds begin
+// anew from other pictures; of a place when it is marked, or of the next frame where the browser left its own out.
+function remember(known, exactly = false) {
+  for (const mark of state?.marks ?? []) {
+    const thumbnail = marks.get(mark.number), fresh = mark.number === state.here && !thumbnail.dataset.seen;
+    const same = known === mark.known && (fresh || !mark.number);
+    if (same || (fresh && !exactly && known > mark.known)) screen.copy(thumbnail);
+  }
 }
 
 function showSettings({ settings, rate, mode, autopilot }) {
@@ -124,7 +137,8 @@ link.addEventListener("state", ({ detail }) => {
   state = detail;
   chosen = {};
   showSettings(detail);
-  requestAnimationFrame(() => requestAnimationFrame(() => showTree(detail)));
+  showTree(detail);
+  remember(screen.known, true);
 });
 
 keys.addEventListener("change", () => {

@@ -2,7 +2,7 @@
 
 export class Screen {
   constructor(canvas, link, drawn) {
-    Object.assign(this, { canvas, link, drawn, pen: canvas.getContext("2d", { alpha: false }), queue: [], last: 0 });
+    Object.assign(this, { canvas, link, drawn, pen: canvas.getContext("2d", { alpha: false }), queue: [], last: 0, known: 0 });
     link.addEventListener("frame", ({ detail }) => this.take(detail));
     new ResizeObserver(() => this.fit()).observe(canvas.parentElement);
   }
@@ -43,6 +43,7 @@ export class Screen {
       this.pen.drawImage(picture, 0, 0);
       picture.close();
       if (update) {
+        this.known = update.known;
         this.link.send({ type: "ack", id: update.id });
         this.drawn(update);
       }
@@ -50,12 +51,11 @@ export class Screen {
     if (this.queue.length) this.request();
   }
 
-  thumbnail(height = 39) {
-    const small = document.createElement("canvas");
+  copy(small, height = 39) {
     Object.assign(small, { height, width: Math.round((height * this.canvas.width) / this.canvas.height) });
+    small.dataset.seen = this.known;
     const pen = small.getContext("2d");
     pen.imageSmoothingEnabled = false;
     pen.drawImage(this.canvas, 0, 0, small.width, small.height);
-    return small;
   }
 }
