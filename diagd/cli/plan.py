@@ -10,12 +10,11 @@ from rich.text import Text
 
 from diagd.bundle import Bundle, read_manifest
 from diagd.bundle.manifest import context_policy
-from diagd.bundle.precision import KV_CACHES, PRECISIONS
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, unknown
 from diagd.export.families import find
-from diagd.options import Numbers, checked, flag, positional, setting
+from diagd.options import checked, flag, positional, setting
 from diagd.profiling.cost import (
     DEVICES,
     GB,
@@ -29,7 +28,7 @@ from diagd.profiling.cost import (
     stored_models,
 )
 from diagd.profiling.doctor import check_fastest, this_device
-from diagd.profiling.plan import Plan, drafting, make_plan, most_sessions
+from diagd.profiling.plan import Plan, Planned, drafting, make_plan, most_sessions
 
 EXAMPLES = """examples:
   diagd plan mineworld-300m --device orin-agx
@@ -50,61 +49,23 @@ class PlanOptions:
 
     model: str = positional("name of a model, or a bundle")
     device: str = flag(f"{', '.join(DEVICES)} or {THIS} (default)", THIS)
-    precision: str = flag(f"{', '.join(PRECISIONS)} (default fp16)", "fp16")
-    kv_cache: str | None = flag(f"{', '.join(KV_CACHES)} (default: floating point)", None)
+    how: Planned = Planned()
     checkpoint: str | None = flag("file or folder; only its header is read", None)
     json: bool = flag("machine-readable", False)
-    window: int | None = setting("frames kept in the cache (default: the context)", None, ge=2)
-    sessions: int = setting("that share the passes of one engine; frames a second are of each", 1, ge=1)
     fps: float | None = setting("frames a second of each session: how many a device plays", None, gt=0)
-    k: Numbers = setting("row lags, such as 1,2,4", (1, 2))
-    clip: int = setting("frames made at the end of one context; 1 for a sliding window", 1, ge=1)
-
     drafter: str | None = setting("name of a model, or a bundle: can drafting with it pay", None)
     guess: float = setting("chance that a guess of Jacobi decoding comes out right", 0.93, gt=0, lt=1)
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("precision", self.precision, PRECISIONS),
-            ("K/V cache", self.kv_cache, KV_CACHES),
-        ):
-            if value is not None and value not in known:
-                raise unknown(name, value, known)
-
-    def check(self, model: ModelSize) -> None:
-        """Refuse what the model has not.
-
-        Raises:
-            UsageError: a row lag, a window or a clip that does not fit it.
-        """
-        columns, frames = model.layout.columns, model.context_frames
-        if wrong := [k for k in self.k if not 1 <= k <= columns]:
-            raise UsageError(f"--set k={wrong[0]}: {model.name} takes row lags 1..{columns}")
-        if self.window is not None and self.window > frames:
-            raise UsageError(f"--set window={self.window}: {model.name} sees at most {frames} frames")
-        if self.clip >= frames:
-            raise UsageError(f"--set clip={self.clip}: a context has {frames} frames with those given")
 
 
 def run(options: PlanOptions) -> int:
     """Print the plan; exit code 1 where the model does not fit."""
     device = _device(options.device)
     model = _model(options.model, options.checkpoint)
-    options.check(model)
-    plan = make_plan(
-        model,
-        device,
-        precision=options.precision,
-        window=options.window,
-        ks=options.k,
-        clip=options.clip,
-        kv_cache=options.kv_cache,
-        sessions=options.sessions,
-    )
-    stored = _stored(options.model, options.clip)
+    plan = make_plan(model, device, options.how)
+    stored = _stored(options.model, options.how.clip)
     drafted = None
     if options.drafter is not None:
-        precision = precisions(options.kv_cache)[options.precision]
+        precision = precisions(plan.kv_cache)[plan.precision]
         drafted = drafting(model, _model(options.drafter, None), device, precision, options.guess)
     most = None if options.fps is None else most_sessions(plan, options.fps)
     if options.json:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Final
 
 import numpy as np
 
 from diagd.bundle import Manifest
-from diagd.bundle.precision import KV_CACHES, Precision
+from diagd.bundle.precision import KV_CACHES, PRECISIONS, Precision
 from diagd.engines.tensorrt.builder import build_bytes
-from diagd.errors import UsageError
+from diagd.errors import UsageError, unknown
+from diagd.options import Numbers, checked, flag, setting
 from diagd.profiling.cost import (
     GB,
     Device,
@@ -104,31 +106,60 @@ class Plan:
         return self.memory.build_peak <= self.device.usable
 
 
-def make_plan(
-    model: ModelSize,
-    device: Device,
-    *,
-    precision: str = "fp16",
-    window: int | None = None,
-    ks: tuple[int, ...] = (1, 2),
-    clip: int = 1,
-    kv_cache: str | None = None,
-    sessions: int = 1,
-) -> Plan:
+@checked
+class Planned:
+    """What a model is planned for, in frames and sessions.
+
+    Raises:
+        UsageError: there is no such precision or K/V cache.
+    """
+
+    precision: str = flag(f"{', '.join(PRECISIONS)} (default fp16)", "fp16")
+    kv_cache: str | None = flag(f"{', '.join(KV_CACHES)} (default: floating point)", None)
+    window: int | None = setting("frames kept in the cache (default: the context)", None, ge=2)
+    sessions: int = setting("that share the passes of one engine; frames a second are of each", 1, ge=1)
+    k: Numbers = setting("row lags, such as 1,2,4", (1, 2))
+    clip: int = setting("frames made at the end of one context; 1 for a sliding window", 1, ge=1)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("K/V cache", self.kv_cache, KV_CACHES),
+        ):
+            if value is not None and value not in known:
+                raise unknown(name, value, known)
+
+    def check(self, model: ModelSize) -> None:
+        """Refuse what the model has not.
+
+        Raises:
+            UsageError: a row lag, a window or a clip that does not fit it.
+        """
+        columns, frames = model.layout.columns, model.context_frames
+        if wrong := [k for k in self.k if not 1 <= k <= columns]:
+            raise UsageError(f"--set k={wrong[0]}: {model.name} takes row lags 1..{columns}")
+        if self.window is not None and self.window > frames:
+            raise UsageError(f"--set window={self.window}: {model.name} sees at most {frames} frames")
+        if self.clip >= frames:
+            raise UsageError(f"--set clip={self.clip}: a context has {frames} frames with those given")
+
+
+def make_plan(model: ModelSize, device: Device, how: Planned | None = None) -> Plan:
     """Plan a model on a device.
 
-    ``window`` None is the model's context. ``clip`` frames are generated at the end of a full context; 1
-    stands for a window that slides for ever.
+    Raises:
+        UsageError: it is planned for what the model has not.
     """
-    window, table = window or model.context_frames, precisions(kv_cache)
-    memory = memory_of(model, table[precision], window, sessions)
+    how = how or Planned()
+    how.check(model)
+    window, table, precision = how.window or model.context_frames, precisions(how.kv_cache), how.precision
+    memory = memory_of(model, table[precision], window, how.sessions)
     # Of precisions that store as many bytes one is shown: the planned one, else the first.
     by_bytes = {entry.weight: entry for entry in (*reversed(table.values()), table[precision])}
     shown = [entry for entry in table.values() if entry in by_bytes.values()]
-    ceilings = tuple(
-        ceiling for entry in shown for ceiling in ceilings_of(model, device, entry, ks, clip, sessions)
-    )
-    plan = Plan(model, device, precision, window, memory, ceilings, (), kv_cache, sessions)
+    rows = (ceilings_of(model, device, entry, how.k, how.clip, how.sessions) for entry in shown)
+    ceilings = tuple(chain.from_iterable(rows))
+    plan = Plan(model, device, precision, window, memory, ceilings, (), how.kv_cache, how.sessions)
     return replace(plan, advice=tuple(_advice(plan)))
 
 

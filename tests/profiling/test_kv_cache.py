@@ -10,7 +10,7 @@ import pytest
 from diagd.bundle.precision import PRECISIONS
 from diagd.cli.main import main
 from diagd.profiling.cost import DEVICES, live_tokens, precisions, step_bytes
-from diagd.profiling.plan import make_plan
+from diagd.profiling.plan import Planned, make_plan
 from tests.profiling import models
 
 WHAM = models.WHAM_1600M
@@ -27,7 +27,7 @@ def test_a_step_of_int4_weights_reads_three_tenths_less() -> None:
 
 def test_the_cache_is_halved_and_nothing_else() -> None:
     plans = [
-        make_plan(WHAM, DEVICES["orin-nano"], precision="int4-weight", kv_cache=kind)
+        make_plan(WHAM, DEVICES["orin-nano"], Planned(precision="int4-weight", kv_cache=kind))
         for kind in (None, "int8")
     ]
     assert plans[0].memory.cache == 2 * plans[1].memory.cache
@@ -46,7 +46,7 @@ def test_a_cache_that_does_not_fit_is_advised_to_shrink() -> None:
     plan = make_plan(WHAM, small)
     assert not plan.fits
     assert "store keys and values in int8: --kv-cache int8" in plan.advice
-    assert make_plan(WHAM, small, kv_cache="int8").fits
+    assert make_plan(WHAM, small, Planned(kv_cache="int8")).fits
 
 
 def test_the_command_takes_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from diagd.calibration.options import SCHEMES
 from diagd.errors import UsageError
 from diagd.export.exporter import TORCH_TYPES
 from diagd.profiling.cost import DEVICES, ModelSize, cache_bytes, live_tokens, step_bytes, step_operations
-from diagd.profiling.plan import ceilings_of, drafting, make_plan, memory_of, orders_of
+from diagd.profiling.plan import Planned, ceilings_of, drafting, make_plan, memory_of, orders_of
 from diagd.schedule import StreamLayout
 from tests.profiling import models
 
@@ -108,13 +108,13 @@ def test_next_token_prediction_on_an_h200() -> None:
     ],
 )
 def test_what_fits_where(model: ModelSize, precision: str, device: str, fits: bool) -> None:
-    plan = make_plan(model, DEVICES[device], precision=precision)
+    plan = make_plan(model, DEVICES[device], Planned(precision=precision))
     assert plan.fits is fits
     assert fits or plan.advice
 
 
 def test_engines_of_large_models_are_not_built_on_small_devices() -> None:
-    plan = make_plan(models.COSMOS_4B, DEVICES["orin-nano"], precision="int4-weight")
+    plan = make_plan(models.COSMOS_4B, DEVICES["orin-nano"], Planned(precision="int4-weight"))
     assert plan.fits
     assert not plan.builds
     assert 22e9 < make_plan(models.COSMOS_4B, DEVICES["h200"]).memory.build_peak < 34e9
@@ -125,19 +125,19 @@ def test_advice_is_right() -> None:
     """What it says to change makes it fit."""
     plan = make_plan(models.COSMOS_4B, DEVICES["orin-nano"])
     assert plan.advice[0] == "store the weights in int8: --precision int8"
-    assert make_plan(models.COSMOS_4B, DEVICES["orin-nano"], precision="int8").fits
+    assert make_plan(models.COSMOS_4B, DEVICES["orin-nano"], Planned(precision="int8")).fits
     tight = replace(DEVICES["orin-nano"], memory=plan.memory.running + 1.5e9 - 50e6)
     advice = make_plan(models.COSMOS_4B, tight).advice
     window = int(next(line for line in advice if "window=" in line).rpartition("=")[2])
-    assert make_plan(models.COSMOS_4B, tight, window=window).fits
-    assert not make_plan(models.COSMOS_4B, tight, window=window + 1).fits
+    assert make_plan(models.COSMOS_4B, tight, Planned(window=window)).fits
+    assert not make_plan(models.COSMOS_4B, tight, Planned(window=window + 1)).fits
     nowhere = replace(tight, memory=2e9)
     assert "smaller model" in make_plan(models.COSMOS_4B, nowhere).advice[0]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_that_is_advised_can_be_made(precision: str) -> None:
-    plan = make_plan(models.COSMOS_4B, DEVICES["orin-nano"], precision=precision)
+    plan = make_plan(models.COSMOS_4B, DEVICES["orin-nano"], Planned(precision=precision))
     advised = {line.rpartition(" ")[2] for line in plan.advice if "--precision" in line}
     assert advised <= SCHEMES.keys() | TORCH_TYPES.keys() == PRECISIONS.keys()
     assert precision in {row.precision for row in plan.ceilings}
@@ -195,7 +195,7 @@ def test_cache_memory_follows_the_window() -> None:
 def test_sessions_share_the_weights_of_a_pass_and_nothing_else() -> None:
     """Next-token prediction of four is bound by memory: weights once, and four caches."""
     device, fp16 = DEVICES["h200"], PRECISIONS["fp16"]
-    alone, shared = (make_plan(models.MINEWORLD_300M, device, sessions=n) for n in (1, 4))
+    alone, shared = (make_plan(models.MINEWORLD_300M, device, Planned(sessions=n)) for n in (1, 4))
     assert shared.memory.cache == 4 * alone.memory.cache
     assert shared.memory.weights == alone.memory.weights
     first, second = (ceilings_of(models.MINEWORLD_300M, device, fp16, (1,), 1, n)[0] for n in (1, 4))
