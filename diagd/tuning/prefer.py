@@ -10,7 +10,6 @@ import copy
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ from diagd.tuning.reward import (
     aim_of,
     measures,
 )
-from diagd.tuning.rollouts import Roller, Rolling, Streams, parts
+from diagd.tuning.rollouts import Rolling, Streams, open_roller, parts
 from diagd.tuning.source import read_model, tuned_manifest, write_model
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
 
@@ -308,9 +307,13 @@ class _Run:
             self.ranks.wait()  # what the first made is in the cache
         made = {n: read for n, key in enumerate(keys) if (read := cache.read("rollouts", key)) is not None}
         missing = [n for n in range(len(items)) if n not in made]
+        who, precision = self.options.who, bundle.manifest.graphs[0].precision
+        backend, cpu = self.options.backend, CpuOptions(1 if who.is_asked else 0)
+        how = self.spelled, self.options.prompt, sampling, self.material.text
+        make = partial(open_roller, bundle.path.resolve(), precision, *how, backend=backend, cpu=cpu)
         with self.progress.count(title, len(items)) as advance:
             advance(len(made))
-            with open_workers(self._roller(bundle, sampling), self.options.who) as workers:
+            with open_workers(make, who) as workers:
                 for number, rolled in workers.map([items[n] for n in missing]):
                     by_context = rolled.reshape(count, -1, rolled.shape[1]).swapaxes(0, 1)
                     made[missing[number]] = by_context.astype("<i8").tobytes()
@@ -326,20 +329,6 @@ class _Run:
         keys = [(self.training.seed, first + n, i) for i in range(count) for n in range(len(contexts))]
         seeds = tuple(int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys)
         return np.tile(contexts, (count, 1)), seeds
-
-    def _roller(self, bundle: Bundle, sampling: SamplingSettings) -> Callable[[], Roller]:
-        options = self.options
-        return partial(
-            Roller,
-            bundle.path.resolve(),
-            bundle.manifest.graphs[0].precision,
-            self.spelled,
-            options.prompt,
-            sampling,
-            self.material.text,
-            backend=options.backend,
-            cpu=CpuOptions(1 if options.who.is_asked else 0),
-        )
 
     def _key(self, bundle: Bundle, part: Rolling, sampling: SamplingSettings) -> str:
         """Of all that rollouts depend on."""

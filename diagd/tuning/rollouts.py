@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -86,29 +86,25 @@ def roll_out(
     return with_cells(streams, layout, made)
 
 
-class Roller:
+def open_roller(
+    path: Path,
+    precision: str,
+    decoder: str,
+    prompt: int,
+    sampling: SamplingSettings,
+    text: Float | None,
+    **options: Any,
+) -> Callable[[Rolling], Streams]:
     """A worker: rolls out windows under their own actions on an engine of its own; see `roll_out`.
 
     The options are ``open_group``'s.
     """
+    bundle = Bundle.open(path).at_precision(precision)
+    group, strategy = open_lanes(bundle, **options), parse_decoder(decoder, bundle.manifest)
 
-    def __init__(
-        self,
-        path: Path,
-        precision: str,
-        decoder: str,
-        prompt: int,
-        sampling: SamplingSettings,
-        text: Float | None,
-        **options: Any,
-    ) -> None:
-        bundle = Bundle.open(path).at_precision(precision)
-        self._group = open_lanes(bundle, **options)
-        self._decoder = parse_decoder(decoder, bundle.manifest)
-        self._prompt, self._sampling, self._text = prompt, sampling, text
-
-    def __call__(self, rolling: Rolling) -> Streams:
-        """The windows as they went on."""
+    def roll(rolling: Rolling) -> Streams:
         streams, seeds = rolling
-        self._group.forget()
-        return roll_out(self._group, streams, self._prompt, self._decoder, self._sampling, seeds, self._text)
+        group.forget()
+        return roll_out(group, streams, prompt, strategy, sampling, seeds, text)
+
+    return roll

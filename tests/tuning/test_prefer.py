@@ -21,7 +21,7 @@ from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import align
 from diagd.tuning.options import AlignOptions, PreferOptions, PreferTraining
 from diagd.tuning.prefer import Material, NotBetterError, prefer, split
-from diagd.tuning.rollouts import Roller, open_lanes, parts, roll_out, with_cells
+from diagd.tuning.rollouts import open_lanes, open_roller, parts, roll_out, with_cells
 from diagd.tuning.source import read_model, write_model
 from tests.export.test_families_cosmos import TEXT
 from tests.models import export_small
@@ -113,7 +113,7 @@ def test_rollouts_keep_prompt_and_actions_and_follow_their_seeds(bundle: Bundle,
         made = roll_out(group, streams, 2, strategy, SAMPLING, [5, 6, 5])
         again = roll_out(group, streams[1:], 2, strategy, SAMPLING, [6, 5])
     np.testing.assert_array_equal(made[1:], again)
-    roller = Roller(bundle.path, "fp32", decoder, 2, SAMPLING, None)
+    roller = open_roller(bundle.path, "fp32", decoder, 2, SAMPLING, None)
     np.testing.assert_array_equal(made[:2], roller((streams[:2], (5, 6))))
     (cells, led), (old, actions) = parts(made, LAYOUT), parts(streams, LAYOUT)
     np.testing.assert_array_equal(led, actions)
