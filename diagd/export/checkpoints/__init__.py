@@ -33,13 +33,9 @@ Shape = tuple[int, ...]
 
 WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 READABLE = {*WEIGHT_DTYPES, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
-
 _LINES_PER_KIND = 12
-
 _PER_COUNTER = 16  # 16-bit draws in one 256-bit Philox block
-
 _CHUNK = 1 << 20
-
 _DTYPES = {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 for _code, _kind in {"F": "float", "I": "int", "U": "uint"}.items():
     _DTYPES |= {f"{_code}{bits}": f"{_kind}{bits}" for bits in (8, 16, 32, 64)}

@@ -23,21 +23,14 @@ from diagd.export.families import Family, Names, named_rules
 from diagd.export.tokenizers.base import VqganSizes
 from diagd.schedule import StreamLayout
 
-TEMPORAL_FACTOR = 8
 HAAR_SIDE = 4
 """Pixels along each axis that one coefficient of the Haar transform covers."""
-
-ROWS, COLUMNS, FRAMES = 40, 64, 5
 
 PIXELS = 16
 """Of a token, down and across."""
 
 HEAD_SIZE = 128
-
 VISUAL_CODES = 64_000
-
-TEXT = TextShape(length=512, width=1024)
-"""Positions of the T5 encoder's output, those of padding (vectors of zero) included."""
 
 NAMES: Names = {
     "embedding": "tok_embeddings.weight",
@@ -62,8 +55,6 @@ NAMES: Names = {
 }
 """Of the released model.pt, see ``named_rules``."""
 
-TOKENIZER = "hf://nvidia/Cosmos-Tokenize1-DV8x16x16-720p"
-
 SINGLE = (
     "the release warns that of prompts of one picture some 15 % (4B) and 7 % (5B) of clips fail; give a "
     "video of 9 pictures or more"
@@ -84,7 +75,7 @@ class CosmosDvConfig(VqganSizes):
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
 
     network = "cosmos_dv_network"
-    temporal_factor = TEMPORAL_FACTOR
+    temporal_factor = 8
     chunk_frames = 33
     cover = True
     finest = HAAR_SIDE
@@ -119,9 +110,7 @@ SIZES = {
 }
 
 
-def build(
-    name: str, checkpoint: str | None = None, size: tuple[int, int] = (PIXELS * ROWS, PIXELS * COLUMNS)
-) -> Family:
+def build(name: str, checkpoint: str | None = None, size: tuple[int, int] = (640, 1024)) -> Family:
     """One of the released models; their dimensions are not read from the checkpoint.
 
     The release post-trains at pictures of 384 x 640 and 640 x 848 too; UsageError where they are not whole.
@@ -131,7 +120,7 @@ def build(
         raise UsageError(f"pictures of {height}x{width}: expected multiples of {PIXELS}, a token's pixels")
     config = TransformerConfig(
         layout=StreamLayout(height // PIXELS, width // PIXELS, prefix_tokens=(VISUAL_CODES,) * model.text),
-        context_frames=FRAMES,
+        context_frames=5,
         vocabulary=VISUAL_CODES + 64 * model.text,
         output_vocabulary=VISUAL_CODES,
         hidden=model.hidden,
@@ -143,7 +132,8 @@ def build(
         rotary=grid_rotary(HEAD_SIZE, 500_000.0, yarn_scale=model.yarn_scale, trained=(3, 40)),
         layer_embedding=model.text,
         qk_norm=True,
-        text=TEXT if model.text else None,
+        # positions of the T5 encoder's output, those of padding (vectors of zero) included
+        text=TextShape(length=512, width=1024) if model.text else None,
     )
     weights = checkpoint or f"hf://{model.repository}/model.pt"
     return family(name, config, weights, CosmosDvConfig(height=height, width=width))
@@ -173,7 +163,7 @@ def family(
         clips=ClipRules(frames=9, last=True, single=SINGLE),
         tokenizer=tokenizer or CosmosDvConfig(),
         default_checkpoint=checkpoint,
-        default_tokenizer=TOKENIZER,
+        default_tokenizer="hf://nvidia/Cosmos-Tokenize1-DV8x16x16-720p",
     )
 
 

@@ -22,7 +22,6 @@ from diagd.export.families import LLAMA, Family, named_rules
 from diagd.export.tokenizers.base import VQGAN_PARTS, VqganConfig
 from diagd.schedule import StreamLayout
 
-LAYOUT = StreamLayout(rows=14, columns=24, after=11)
 VISUAL_CODES = 8192
 VOCABULARY = 8262
 HEAD_SIZE = 64
@@ -94,7 +93,7 @@ class MineworldVqgan(VqganConfig):
 
 
 _300M: Final = TransformerConfig(
-    layout=LAYOUT,
+    layout=StreamLayout(rows=14, columns=24, after=11),
     context_frames=16,
     vocabulary=VOCABULARY,
     output_vocabulary=VOCABULARY,

@@ -28,15 +28,9 @@ if TYPE_CHECKING:
 
 
 KEY_PREFIX = "context_encoders.images."
-
 ACTION_TOKENS = 16
-
 ACTION_IDS = 68
-
 PREFIX = "predictor.gpt_model."
-
-IGNORED = ("lm_head.weight", ".attn.bias")
-"""The head is the embedding; masks are buffers."""
 
 LAYER_NORMS: dict[str, str | None] = {
     f"layers.*.{ours}_norm.{part}": f"transformer.h.*.{its}.{part}"
@@ -63,11 +57,8 @@ NAMES: dict[str, str | None] = {
 }
 
 _BUTTONS: Final = 12
-
 _STICKS: Final = 4
-
 _HALF: Final = (0.05, 0.25, 0.5, 0.75, 0.95, 1.05)
-
 _EDGES: Final = (*(-edge for edge in reversed(_HALF)), *_HALF)
 
 HEADS = {2304: 18, 1024: 16, 1792: 14, 3072: 24}
@@ -214,7 +205,7 @@ def family(name: str, variant: Variant, checkpoint: str | None = None) -> Family
         transformer=config,
         rules=wham_rules(config, norm_weights=variant.norm_weights),
         prefixes=(PREFIX,),
-        ignored=IGNORED,
+        ignored=("lm_head.weight", ".attn.bias"),  # the head is the embedding; masks are buffers
         sampling=SamplingRules(
             ranges=(IdRange(low=0, high=codes), IdRange(cell=0, low=1, high=codes)),
             keep_crossing=False,

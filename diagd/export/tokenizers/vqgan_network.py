@@ -26,9 +26,7 @@ from diagd.export.tracing import cast
 
 # keeps the outermost levels reachable at finite latents
 STRETCH = 1 + 1e-3
-
 GROUPS = 32
-
 EPSILON = 1e-6
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
