@@ -280,8 +280,7 @@ def write_tokenizer(
 
 def _traced_tokenizer(graphs: TokenizerGraphs, role: str, module: nn.Module) -> ir.Model:
     encodes = role == "encoder"
-    seen = 1 + 2 * graphs.temporal_factor, graphs.height, graphs.width, 3  # of three latent frames
-    shape = seen if encodes else (3, *graphs.grid)
+    shape = (graphs.frames(3), graphs.height, graphs.width, 3) if encodes else (3, *graphs.grid)
     source, result = ("pixels", "tokens") if encodes else ("tokens", "pixels")
     example = torch.zeros(shape, dtype=torch.uint8 if encodes else torch.int32, device="meta")
     frames: object = torch.export.Dim("frames", min=1)

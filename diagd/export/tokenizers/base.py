@@ -92,6 +92,10 @@ class TokenizerGraphs(ABC):
         with torch.device("meta"):
             return {"encoder": self.build("Encoder").to("meta"), "decoder": self.build("Decoder").to("meta")}
 
+    def frames(self, latents: int) -> int:
+        """Pixel frames that one call decodes from ``latents`` latent frames."""
+        return 1 + (latents - 1) * self.temporal_factor
+
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter of encoder and decoder, by released name; allocates nothing."""
         states = [module.state_dict() for module in self.modules().values()]
