@@ -57,14 +57,14 @@ GIVEN_UP = """(async () => {{
   const world = await (globalThis.world ??= World.open(location.href));
   const {{ spec, session }} = world, prompt = spec.prompts[0], seen = [];
   session.start(prompt, prompt.map(() => spec.rest));
-  for (const frames of [9, 6, 20]) {{
+  for (const [decoder, frames, back] of {moves}) {{
     await session.follow(() => spec.rest, {settings});
-    const strategy = world.strategy("{decoder}"), end = session.known + frames;
+    const strategy = world.strategy(decoder), end = session.known + frames;
     while (session.known < end) await strategy(session);
     const {{ positions, base }} = session.ring, slots = [...positions.entries()];
     const held = slots.filter(([slot, position]) => position < session.fed - base);
-    seen.push([[...session.frames[session.known - 1].tokens], held]);
-    session.rewind(session.known - 3);
+    seen.push([[...session.frames[session.known - 1].tokens], held, [...session.engine.logits(0)]]);
+    session.rewind(session.known - back);
   }}
   return seen;
 }})()"""
@@ -199,21 +199,42 @@ def test_a_flight_that_is_given_up_leaves_the_slots_that_python_leaves(
     scripts: Tab, page: Path, session: Session, decoder: str
 ) -> None:
     """A frame is complete while later ones are under way, whose slots are taken already."""
+    compare_moves(scripts, page, session, [(decoder, frames, 3) for frames in (9, 6, 20)])
+
+
+def test_a_flight_is_built_again_as_it_was_where_its_middle_was_before(
+    scripts: Tab, page: Path, session: Session
+) -> None:
+    reach, window = session.manifest.cache.layers * (session.window - 1), session.window
+    serial = [
+        ("k=1 serial", reach + 5 - window, 2),
+        ("k=1 serial", 1, reach + 3 - window),
+        ("k=1 serial", 3, 0),
+    ]
+    compare_moves(scripts, page, session, [("k=1 chained", window - 1, 0), *serial])
+
+
+def compare_moves(tab: Tab, page: Path, session: Session, moves: list[tuple[str, int, int]]) -> None:
+    """Frames by an order, then as many back, here and in the page."""
     told, manifest = json.loads((page / "world.json").read_text()), session.manifest
     prompt = np.array(told["prompts"][0], np.int32).reshape(-1, manifest.layout.rows, manifest.layout.columns)
-    rest, expected = np.array(told["rest"], np.int32), []
+    rest, expected, logits = np.array(told["rest"], np.int32), [], []
     session.start(prompt, np.tile(rest, (len(prompt), 1)))
-    for frames in (9, 6, 20):
+    for decoder, frames, back in moves:
         made = session.frames(parse_decoder(decoder, manifest), lambda _: rest, seed=11)
         tokens = [next(made).tokens for _ in range(frames)][-1]
         slots, stream = session._slots, session.stream
         held = np.flatnonzero(slots.slot_position < stream.fed - slots.base)
         rows = np.stack([held, slots.slot_position[held]], 1).tolist()
         expected.append([tokens.reshape(-1).tolist(), rows])
-        session.stream.rewind(3)
+        logits.append(session.engine.logits()[0].copy())
+        session.stream.rewind(back)
     rules = manifest.sampling
     settings = {"temperature": rules.temperature, "top_k": rules.top_k, "top_p": rules.top_p, "seed": 11}
-    assert scripts.evaluate(GIVEN_UP.format(decoder=decoder, settings=json.dumps(settings))) == expected
+    given = {"moves": json.dumps(moves), "settings": json.dumps(settings)}
+    found = tab.evaluate(GIVEN_UP.format(**given))
+    assert [seen[:2] for seen in found] == expected
+    np.testing.assert_allclose([seen[2] for seen in found], logits, atol=2e-3)
 
 
 def test_noise_and_draws_are_pythons_to_the_bit(scripts: Tab) -> None:

@@ -158,6 +158,7 @@ export class Session {
         this.act = (frame) => (frame < end ? past[frame].led : null);
         while (this.known < end) await (order ? scheduled(order) : raster)(this);
       }
+      this.frames = past; // with the flights that they were decoded in, whose beginnings may be gone
     } finally {
       Object.assign(this, { act, forced: null, draws: true });
     }
