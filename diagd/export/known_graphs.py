@@ -35,13 +35,18 @@ def traced_once(
     Initializers that are parameters and buffers of the module have no data.
     """
     require("onnxscript", extra="export", purpose="write ONNX graphs")
-    parts = [[name, _kind(type(part)), vars(part)] for name, part in module.named_modules()]
-    told = json.dumps([_code(), parts, inputs, how], default=_told, skipkeys=True)
+    told = json.dumps([_code(), described(module), inputs, how], default=_told, skipkeys=True)
     key = hashlib.sha256(told.encode()).hexdigest()[:32]
     if (known := cache.read(KIND, key)) is None:
         known = _written(trace(module, inputs, functions=functions, **how), module)
         cache.write(KIND, key, known)
     return _read(known)  # a graph that was just traced would get other names from passes over it
+
+
+def described(module: nn.Module) -> str:
+    """All that a graph depends on of a module and of those within it."""
+    parts = [[name, _kind(type(part)), vars(part)] for name, part in module.named_modules()]
+    return json.dumps(parts, default=_told, skipkeys=True)
 
 
 def _told(value: object) -> object:

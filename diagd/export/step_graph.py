@@ -20,6 +20,7 @@ from diagd.bundle.transformer import Shape, TransformerConfig, parameter_shapes
 from diagd.engines.tensors import cache_tensors
 from diagd.export.forms import Bound, CacheRows, ModernAttention, PortableAttention, PrefixAttention
 from diagd.export.known_graphs import traced_once
+from diagd.export.layers import mark_ends, models, number_in, numbered, repeat
 from diagd.export.tracing import Functions, cast, onnx_operator
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
@@ -264,26 +265,45 @@ def trace_step(
     weights. ``capacity`` and ``streams`` count where they are fixed.
     """
     config, traits = _graph_config(config), form.traits
-    step = Step(_transformer(config, dtype), form)
-    watched = _vary(step, dtype, variant)
-    inputs = _inputs(traits, capacity, streams)
+    alike = models(config.layers, variant.matrices)
+    traced = sorted(set(alike))
+    some = replace(config, layers=len(traced))
+    matrices = {
+        name if layer is None else numbered(name, traced.index(layer)): matrix
+        for name, matrix in variant.matrices.items()
+        if (layer := number_in(name)) is None or layer in traced
+    }
+    step = Step(_transformer(some, dtype), form)
+    _vary(step, dtype, replace(variant, matrices=matrices))
+    inputs, names = _inputs(traits, capacity, streams), _names(some, form, variant)
     slots, live = inputs["slot_position"]
     sizes = (streams, config.kv_heads, capacity) if traits.fixed else (*slots.shape, config.kv_heads)
     stored = torch.int8 if variant.integer_cache and traits.float_cache is None else dtype
-    past = [_empty(*sizes, config.head_size, dtype=stored) for _ in range(2 * config.layers)]
+    past = [_empty(*sizes, config.head_size, dtype=stored) for _ in range(2 * some.layers)]
     shape = (config.kv_heads, config.text.length, config.head_size) if config.text else ()
-    text = [_empty(*shape, dtype=dtype) for _ in text_names(config)]
-    named = [name for name, (tensor, _) in inputs.items() if tensor is not None]
-    cache = cache_names(config.layers, "new" if traits.rows_out else "present")
-    return traced_once(
+    text = [_empty(*shape, dtype=dtype) for _ in text_names(some)]
+    if some != config:
+        mark_ends(step.transformer.layers)
+    model = traced_once(
         step,
         (*(tensor for tensor, _ in inputs.values()), past, text),
-        input_names=[*named, *cache_names(config.layers, "past"), *text_names(config)],
-        output_names=["logits", *cache, *watched],
+        input_names=names[0],
+        output_names=names[1],
         opset=max(traits.opset, variant.opset),
         dynamic_shapes=(*(axes for _, axes in inputs.values()), [live] * len(past), [None] * len(text)),
         functions=step.functions,
     )
+    if some == config:
+        return model
+    return repeat(model, [traced.index(layer) for layer in alike], *_names(config, form, variant))
+
+
+def _names(config: TransformerConfig, form: Form, variant: StepVariant) -> tuple[list[str], list[str]]:
+    """Inputs and outputs of a graph."""
+    inputs = [name for name, (tensor, _) in _inputs(form.traits, 0, 1).items() if tensor is not None]
+    cache = cache_names(config.layers, "new" if form.traits.rows_out else "present")
+    watched = [f"{WATCHED}{name}" for name in watched_values(config, form)] if variant.watch else []
+    return [*inputs, *cache_names(config.layers, "past"), *text_names(config)], ["logits", *cache, *watched]
 
 
 def _inputs(traits: FormTraits, capacity: int, streams: int) -> dict[str, tuple[Any, Any]]:
@@ -366,22 +386,21 @@ def _transformer(config: TransformerConfig, dtype: torch.dtype) -> Transformer:
         return Transformer(config).to("meta", dtype)
 
 
-def _vary(step: Step, dtype: torch.dtype, variant: StepVariant) -> list[str]:
-    """Change a step into a variant of it; returns the names of its further outputs."""
+def _vary(step: Step, dtype: torch.dtype, variant: StepVariant) -> None:
+    """Change a step into a variant of it."""
     config = step.transformer.config
     if variant.integer_cache:
         middle = (1,) if step.form.traits.fixed else ()
         step.kv = IntegerRows(config, (config.kv_heads, *middle, config.head_size), dtype)
     step.replace_matrices(variant.matrices)
     if not variant.watch:
-        return []
+        return
     names = watched_values(config, step.form)
     step.watched = Watched(dict.fromkeys(names, torch.empty(0)))  # in the order of the outputs
     if step.form.traits.host:  # other forms give new rows out as they are
         step.kv = WatchedRows(step.watched)
     shapes = {p.name: (p.inputs, p.outputs) for p in projections(config)}
     step.replace_matrices({n: WatchedMatrix(n, shape, dtype, step.watched) for n, shape in shapes.items()})
-    return [f"{WATCHED}{name}" for name in names]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

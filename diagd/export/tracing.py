@@ -100,10 +100,10 @@ def onnx_operator(
     """
     attrs: dict[str, Any] = dict(attributes)
     result: Tensor = torch.onnx.ops.symbolic(name, inputs, attrs=attrs, dtype=dtype, shape=shape)
-    return _placed(result, inputs)
+    return placed(result, inputs)
 
 
-def _placed(result: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def placed(result: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """Placeholders are made on the CPU; the graph has no devices."""
     placed: Tensor = torch.ops.aten._to_copy.default(result, device=inputs[0].device)
     return placed
@@ -138,7 +138,7 @@ class Functions:
         results = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{name}", inputs, attrs={**attributes}, dtypes=dtypes, shapes=shapes, version=1
         )
-        return tuple(_placed(result, inputs) for result in results)
+        return tuple(placed(result, inputs) for result in results)
 
     def define(self, model: ir.Model, opset: int) -> ir.Model:
         """Give a traced graph, changed in place, the functions that it calls."""
