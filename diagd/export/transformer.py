@@ -412,11 +412,12 @@ def position_tables(config: TransformerConfig, device: torch.device | str = "cpu
     """
     tables: dict[str, Tensor] = {}
     has_data = torch.device(device).type != "meta"
-    if config.rotary:
-        angles = torch.empty(config.rotary_positions, config.rotary.pairs, device="meta")
-        if has_data:
-            angles = torch.from_numpy(config.rotary.angles(config.layout, config.rotary_positions))
+    if config.rotary and has_data:
+        angles = torch.from_numpy(config.rotary.angles(config.layout, config.rotary_positions))
         tables |= {"cosines": angles.cos().float(), "sines": angles.sin().float()}
+    elif config.rotary:  # the cosine of what has no data takes a second: PyTorch imports its compiler for it
+        shape = config.rotary_positions, config.rotary.pairs
+        tables |= {name: torch.empty(shape, device="meta") for name in ("cosines", "sines")}
     if config.layer_embedding:
         sinusoids = torch.empty(config.context_length, config.hidden, device="meta")
         if has_data:
