@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle
+from diagd.calibration import quantise
 from diagd.calibration.options import CalibrationOptions
 from diagd.cli.calibrate import CalibrateOptions
 from diagd.cli.main import main
@@ -83,8 +84,9 @@ def test_frames_of_another_shape_are_cut_where_the_tokenizer_cuts_them(
 
 
 def test_a_breach_prints_the_figures_and_exits_with_one(
-    place: Workplace, capsys: pytest.CaptureFixture[str]
+    place: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(quantise, "ATTEMPTS", 1)  # what more there are is tested where they are
     before = (place.bundle / "manifest.json").read_bytes()
     budget = "agreement=1.5,nll=1000,psnr=0"
     assert calibrate(place, "--precision", "int4-weight", "--budget", budget, "--set", "steps=64") == 1

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle, Form
+from diagd.calibration import quantise
 from diagd.cli.main import main
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import Family, wham
@@ -171,7 +172,10 @@ def test_a_bundle_without_the_form_is_refused(
     assert "--form prefix,portable" in error
 
 
-def test_a_breach_of_the_budget_leaves_the_bundle(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_breach_of_the_budget_leaves_the_bundle(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantise, "ATTEMPTS", 1)  # what more there are is tested where they are
     before = sorted((file.name, file.stat().st_size) for file in place.bundle.rglob("*"))
     assert calibrate(place, "--precision", "int8", "--kv-cache", "int8", "--budget", "nll=1e-9") == 1
     assert "int8-kv8 is outside its budget" in " ".join(capsys.readouterr().err.split())

@@ -125,7 +125,7 @@ def test_a_changed_checkpoint_has_another_key(tmp_path: Path) -> None:
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])  # PyTorch is imported once for all processes
+FORKS.set_forkserver_preload([__name__, "onnxscript.optimizer"])  # imported once for all processes
 MOMENTS = {
     "tracing": (exporter, "trace_step"),
     "swapping": (files, "_swap"),
