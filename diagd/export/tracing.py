@@ -378,15 +378,20 @@ def _matched_by_kind() -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(ImportError, AttributeError, KeyError):
             from onnxscript.rewriter._matcher import SimplePatternMatcher
+            from onnxscript.rewriter._rewrite_rule import RewriteRule
 
-            match = SimplePatternMatcher.match
+            rewrite = RewriteRule.try_rewrite
 
-            def matched(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
-                kind = self.pattern.output_nodes[0].op_identifier()
-                of_kind = kind in (None, node.op_identifier())
-                return match(self, model, graph, node, **options) if of_kind else None
+            @cache
+            def kind(rule: Any) -> Any:
+                simple = isinstance(rule._matcher, SimplePatternMatcher)
+                return rule._target_pattern.output_nodes[0].op_identifier() if simple else None
 
-            stack.enter_context(_replaced(SimplePatternMatcher, "match", matched))
+            def tried(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+                of_kind = kind(self) in (None, node.op_identifier())
+                return rewrite(self, model, graph, node, **options) if of_kind else None
+
+            stack.enter_context(_replaced(RewriteRule, "try_rewrite", tried))
         yield
 
 
