@@ -200,7 +200,6 @@ class WebGpu(Backend):
 
     @override
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
-        graphs_of(bundle, Form.PREFIX)
         return WebGpuEngine(bundle, options.slots, options.tokens)
 
     @override
@@ -225,7 +224,7 @@ class WebGpuEngine(PlainPrefix):
     def __init__(self, bundle: Bundle, capacity: int, tokens: int) -> None:
         runtime, adapter = _runtime(), _adapter()
         super().__init__(bundle.manifest, -(-capacity // GRANULE) * GRANULE, tokens, MAX_WIDTH)
-        graph = bundle.file(bundle.manifest.graph(Form.PREFIX).file)
+        graph = bundle.file(graphs_of(bundle, Form.PREFIX)[0].file)
         settings = runtime.SessionOptions()
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

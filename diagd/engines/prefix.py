@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form, Manifest
+from diagd.engines.backend import graphs_of
 from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Steps
 from diagd.engines.onnxruntime_session import CpuOptions, check_inputs, open_session
 from diagd.engines.sampler import HostSampler
@@ -177,7 +178,7 @@ class PrefixEngine(PrefixState):
         streams: int = 1,
     ) -> None:
         manifest = bundle.manifest
-        graph = manifest.graph(Form.PREFIX)
+        graph = graphs_of(bundle, Form.PREFIX)[0]
         widest = max(MAX_WIDTH // streams, LEAST_WIDTH)
         super().__init__(manifest, -(-capacity // GRANULE) * GRANULE, tokens, widest, streams)
         digest = bundle.graph_digest(graph) if options.prepack else ""

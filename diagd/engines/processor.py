@@ -56,7 +56,6 @@ class Processor(Backend):
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
         form = choose_form(bundle, options.form, self.forms)
         if form is Form.PREFIX:
-            graphs_of(bundle, form)
             watch, streams = tuple(options.watch or ()), options.streams
             return PrefixEngine(
                 bundle, options.slots, options.tokens, options.cpu, watch=watch, streams=streams

@@ -99,20 +99,15 @@ def _parse(line: str) -> dict[str, Any]:
     except RecursionError:
         raise UsageError(f"not an action (nested too deep): {line.strip()[:60]}") from None
     except ValueError as error:
-        record = _literal(line, error)
+        if not line.lstrip().startswith("{'"):
+            raise UsageError(f"not JSON ({error}): {line.strip()[:60]}") from None
+        try:  # as the released MineWorld clips have it
+            record = parse_literal(line)
+        except ValueError as reason:
+            raise UsageError(f"not an action ({reason}): {line.strip()[:60]}") from None
     if not isinstance(record, dict):
         raise UsageError(f"expected one JSON object a line, got {line.strip()[:60]}")
     return record
-
-
-def _literal(line: str, error: ValueError) -> object:
-    """A line as the released MineWorld clips have it."""
-    if not line.lstrip().startswith("{'"):
-        raise UsageError(f"not JSON ({error}): {line.strip()[:60]}") from None
-    try:
-        return parse_literal(line)
-    except ValueError as reason:
-        raise UsageError(f"not an action ({reason}): {line.strip()[:60]}") from None
 
 
 def _no_constant(name: str) -> None:

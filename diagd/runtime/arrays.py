@@ -27,7 +27,11 @@ def read_array(path: Path, what: str) -> NDArray[np.generic]:
     """
     try:
         with open_file(path) as file:
-            _check(file.read(len(_MAGIC)))
+            begin = file.read(len(_MAGIC))
+            if begin.startswith(b"PK"):
+                raise ValueError("it is a .npz of several arrays; save the one that is meant with numpy.save")
+            if begin != _MAGIC:
+                raise ValueError("it does not begin as one")
             file.seek(0)
             return _read(file, path.stat().st_size, _NUMBERS)
     except Exception as error:  # NumPy raises whatever its parsers meet
@@ -90,11 +94,3 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
-
-
-def _check(begin: bytes) -> None:
-    if begin == _MAGIC:
-        return
-    if begin.startswith(b"PK"):
-        raise ValueError("it is a .npz of several arrays; save the one that is meant with numpy.save")
-    raise ValueError("it does not begin as one")

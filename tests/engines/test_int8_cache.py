@@ -73,7 +73,7 @@ def test_memory_is_counted_in_bytes_of_the_cache(bundle: Bundle) -> None:
 
 
 def test_every_tensorrt_takes_the_form_that_there_is(bundle: Bundle) -> None:
-    later = Capabilities("tensorrt", "11.4.0", True, True, True, True, (), True)
+    later = Capabilities("tensorrt", "11.4.0", True, True, True, (), True)
     assert later.form is Form.MODERN
     assert usable_forms(bundle, later) == (Form.PORTABLE,)
 

@@ -231,7 +231,7 @@ def test_capabilities_are_those_of_the_module() -> None:
 
 
 def test_an_older_tensorrt_takes_the_portable_form() -> None:
-    jetpack6 = Capabilities("tensorrt", "10.3.0", False, False, False, False, (), True)
+    jetpack6 = Capabilities("tensorrt", "10.3.0", False, False, False, (), True)
     assert jetpack6.form is Form.PORTABLE
     with pytest.raises(EngineError, match="builds only for the GPU of the machine it runs on"):
         check_targets(jetpack6, ("sm89",))

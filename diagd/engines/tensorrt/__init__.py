@@ -20,7 +20,6 @@ class Capabilities:
     Attributes:
         runtime: module name.
         version: of the module.
-        fused_attention: has the Attention layer (10.14).
         in_place_cache: has the KV cache update layer (10.15).
         live_lengths: attention can be told how many slots are in use (11.0).
         reports_aliases: an engine says which output shares memory with which input (10.15).
@@ -31,7 +30,6 @@ class Capabilities:
 
     runtime: str
     version: str
-    fused_attention: bool
     in_place_cache: bool
     live_lengths: bool
     reports_aliases: bool
@@ -41,7 +39,7 @@ class Capabilities:
     @property
     def form(self) -> Form:
         """The form of step graph that suits it best."""
-        return Form.MODERN if self.fused_attention and self.in_place_cache else Form.PORTABLE
+        return Form.MODERN if self.in_place_cache else Form.PORTABLE
 
     @property
     def name(self) -> str:
@@ -68,7 +66,6 @@ def capabilities(trt: ModuleType) -> Capabilities:
     return Capabilities(
         runtime=trt.__name__,
         version=str(getattr(trt, "__version__", "unknown")),
-        fused_attention=attention is not None,
         in_place_cache=hasattr(trt, "IKVCacheUpdateLayer"),
         live_lengths=hasattr(attention, "key_value_lengths"),
         reports_aliases=hasattr(trt.ICudaEngine, "get_aliased_input_tensor"),
