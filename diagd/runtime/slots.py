@@ -230,11 +230,9 @@ class TokenPlaces:
 
     def of(self, positions: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         """Places int32 [n] of stream positions."""
-        ahead = positions - self._pinned
-        round_trip: NDArray[np.int32] = (ahead % self._ring + self._pinned).astype(np.int32)
-        if ahead.size and ahead.min() < 0:
-            np.copyto(round_trip, positions, where=ahead < 0, casting="unsafe")
-        return round_trip
+        back = np.maximum(positions - self._pinned, 0) // self._ring * self._ring
+        places: NDArray[np.int32] = np.subtract(positions, back, dtype=np.int32, casting="unsafe")
+        return places
 
     def cells(self, frame: int) -> slice:
         """Places of a frame's cells: neighbours, for the ring holds whole frames."""
