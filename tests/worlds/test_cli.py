@@ -13,6 +13,8 @@ from diagd.cli.main import main
 from diagd.runtime.video import VideoWriter
 from diagd.tuning.recordings import Episode
 from tests.worlds import ACTIONS, random_world
+from worlds.cli.world import print_step
+from worlds.progress import Progress
 from worlds.recordings import check_recipe, save_episode, shard_path
 
 
@@ -23,6 +25,16 @@ def test_evaluations_name_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     assert "order 'one': expected 'next token', or k=N" in capsys.readouterr().err
     assert main(command) == 2
     assert "episode-*.npz" in capsys.readouterr().err
+
+
+def test_a_training_tells_a_file_now_and_then_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for step in range(1, 81):
+        print_step(Progress(step, 80, 0.5, float(step)))
+    assert capsys.readouterr().out.splitlines() == [
+        "transformer 30/80  loss 0.5000  about 50 s left",
+        "transformer 60/80  loss 0.5000  about 20 s left",
+        "transformer 80/80  loss 0.5000",
+    ]
 
 
 def test_videos_are_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

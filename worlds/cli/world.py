@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,8 @@ from diagd.bundle.files import turn
 from diagd.bundle.targets import folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
+from diagd.progress import EVERY, is_first
 from diagd.progress import Progress as Bars
-from diagd.progress import is_first
 from worlds.options import CollectOptions, ImportOptions, TrainOptions
 
 if TYPE_CHECKING:
@@ -81,14 +82,21 @@ def run_train(options: TrainOptions) -> int:
 
 
 def print_step(progress: Progress) -> None:
-    """Report a training step on one line that is written over; runs in the first worker process."""
+    """Report a training step; runs in the first worker process.
+
+    A terminal has one line that is written over, a file one now and then.
+    """
     rate = progress.seconds / max(1, progress.step - progress.first)
-    left = (progress.steps - progress.step) * rate / 60
+    ends, shown = progress.step == progress.steps, sys.stdout.isatty()
+    if not (ends or shown or progress.seconds // EVERY > (progress.seconds - rate) // EVERY):
+        return
     loss = "" if progress.loss is None else f"  loss {progress.loss:.4f}"
-    end = "\n" if progress.step == progress.steps else "\r"
-    line = f"{progress.part} {progress.step}/{progress.steps}{loss}  about {left:.0f} min left  "
+    seconds = (progress.steps - progress.step) * rate
+    time = f"{seconds / 60:.0f} min" if seconds > 60 else f"{seconds:.0f} s"
+    left = "" if ends else f"  about {time} left"
+    line = f"{progress.part} {progress.step}/{progress.steps}{loss}{left}"
     with terminal.streams() as (out, _):
-        out.write(line + end)
+        out.write((line.ljust(70) if shown else line) + ("\r" if shown and not ends else "\n"))
 
 
 VERB = {
