@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from diagd.bundle import Bundle, Form, Manifest, atomic_bundle, seal
+from diagd.bundle import PROMPTS_NAME, Bundle, Form, Manifest, atomic_bundle, seal
 from diagd.calibration.options import CalibrationOptions
 from diagd.calibration.quantise import calibrate
 from diagd.cluster import ClusterOptions
@@ -24,7 +24,6 @@ from diagd.export.exporter import export, open_sources
 from diagd.export.families import find
 from diagd.export.families.world import SHIPPED
 from diagd.export.options import GraphOptions
-from diagd.play.opening import PROMPTS_NAME
 from diagd.play.pictures import png
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.tuning.recordings import load_episode

@@ -28,7 +28,10 @@ from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, ScheduleError, UsageError, fault
 
-__all__ = ["Bundle", "Form", "Manifest", "atomic_bundle", "read_manifest", "seal"]
+__all__ = ["PROMPTS_NAME", "Bundle", "Form", "Manifest", "atomic_bundle", "read_manifest", "seal"]
+
+PROMPTS_NAME = "prompts"
+"""Folder of a bundle with pictures or tokens that worlds start from."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diagd.bundle import Bundle, atomic_bundle, seal
+from diagd.bundle import PROMPTS_NAME, Bundle, atomic_bundle, seal
 from diagd.bundle.manifest import (
     CacheShape,
     GraphWeights,
@@ -131,7 +131,17 @@ class Exporter:
             partial = ResumableWeights(place, weights.export_key(sources.transformer, self._placements))
             until_in_place.enter_context(partial)
             self._write_weights(partial, sources.transformer, progress)
-            return self._write_rest(directory, partial, sources, progress)
+            manifest = self._write_rest(directory, partial, sources, progress)
+            self._write_prompts(directory, place)
+            return manifest
+
+    def _write_prompts(self, directory: Path, place: Path) -> None:
+        """Pictures that worlds start from, which are the user's from then on."""
+        if self.family.prompts is None or (place / PROMPTS_NAME).exists():
+            return
+        (directory / PROMPTS_NAME).mkdir()
+        for picture in self.family.prompts.iterdir():
+            shutil.copyfile(picture, directory / PROMPTS_NAME / picture.name)
 
     def _write_rest(
         self, directory: Path, partial: ResumableWeights, sources: Sources, progress: Progress

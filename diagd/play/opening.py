@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from diagd.bundle import Bundle
+from diagd.bundle import PROMPTS_NAME, Bundle
 from diagd.bundle.cache import cache_directory
 from diagd.engines.engine import Float, Int
 from diagd.errors import UsageError
@@ -27,9 +27,6 @@ from diagd.runtime.pixels import PixelCodec
 
 SHIPPED: Final = Path(__file__).parents[1] / "models" / "crafter-3m" / "ready"
 """The world that is played without a bundle; `worlds.ship` makes it."""
-
-PROMPTS_NAME: Final = "prompts"
-"""Folder of a bundle with pictures or tokens that worlds start from."""
 
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".npy")
 MAX_PROMPTS: Final = 24

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,20 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "large.diagd")
     assert large - small > 470 << 20
     assert large_peak - small_peak < 320 << 20  # two matrices of 160 MB are transposed, the third is read
+
+
+def test_a_bundle_has_pictures_to_start_from_and_keeps_those_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "00.png").write_bytes(b"given")
+    family = replace(small_family(small_model(LAYOUT, layers=1)), prompts=tmp_path / "given")
+    sources = Sources(RandomCheckpoint(family.expected, seed=0))
+    bundle = export(family, GraphOptions(), sources, tmp_path / "a.diagd").path
+    picture = bundle / "prompts" / "00.png"
+    assert picture.read_bytes() == b"given"
+    picture.write_bytes(b"mine")
+    Bundle.open(bundle)
+    export(family, GraphOptions(), sources, bundle)
+    assert picture.read_bytes() == b"mine"
 
 
 @pytest.fixture(scope="module")

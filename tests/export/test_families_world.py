@@ -39,6 +39,13 @@ def test_a_checkpoint_that_is_not_there_is_told() -> None:
         find("crafter-3m", "nothing")
 
 
+@pytest.mark.parametrize("name", ["crafter-3m", "doom-3m"])
+def test_shipped_worlds_have_pictures_to_start_from(name: str) -> None:
+    prompts = find(name, None).prompts
+    assert prompts is not None and {file.suffix for file in prompts.iterdir()} == {".png"}
+    assert find("world", str(SHIPPED / name)).prompts is None
+
+
 def test_the_weights_that_are_named_are_read(tmp_path: Path) -> None:
     """Those of a fine-tuning, say, that lie beside the world's own."""
     folder = Path(shutil.copytree(SHIPPED / "crafter-3m", tmp_path / "world"))

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -102,6 +103,7 @@ class Family:
         origin: where the weights come from, and whether they can still be had.
         tokenizer: pixel graphs, and how their tensors are found in a checkpoint.
         default_checkpoint, default_tokenizer: used where the caller names none.
+        prompts: folder of pictures that worlds start from.
     """
 
     name: str
@@ -121,6 +123,7 @@ class Family:
     decoder: Literal["order", "jacobi"] = "order"
     default_checkpoint: str | None = None
     default_tokenizer: str | None = None
+    prompts: Path | None = None
     ignored: tuple[str, ...] = ()
 
     @property

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from diagd.bundle import PROMPTS_NAME
 from diagd.bundle.actions import ActionCodec, ChoiceSlot
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.transformer import Axis, Rotary, RotaryAxis, TransformerConfig, geometric_frequencies
@@ -258,4 +259,5 @@ def build(name: str, checkpoint: str | None) -> Family:
         decoder="order" if checkpoint or name != "crafter-3m" else "jacobi",  # measured: as fast, and exact
         default_checkpoint=str(folder / WEIGHTS if folder is weights else weights),
         default_tokenizer=str(folder / description.tokenizer_file),
+        prompts=None if checkpoint else shipped / "ready" / PROMPTS_NAME,
     )
