@@ -414,9 +414,6 @@ class Session:
         stream, past = self._stream, list(self._stream.past)
         known, kept = stream.known, stream.known - len(past)
         plan = self._context.replay(known, kept, stream.prompt)
-        if known == stream.prompt:
-            stream.fed, self._prepared = 0, known
-            return
         began, timing = time.perf_counter(), Timing()
         prefix = np.arange(self.layout.prefix)
         stream.return_to(plan.behind, past[: plan.behind - kept])

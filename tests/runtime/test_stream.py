@@ -249,7 +249,17 @@ def restored(session: Session) -> Session:
     return session
 
 
-@pytest.mark.parametrize("move", [rewound, branched, restored])
+def put_aside(session: Session) -> Session:
+    stream, given = session.stream, actions(session.layout, 2, 77)
+    next(session.steps(ScheduledDecoder(Schedule.serial(session.layout, 2)), given))
+    session.stream = stream.branch()
+    prompt(session, 1)
+    decode(session, Schedule.serial(session.layout, 2), given, seed=77)
+    session.stream = stream
+    return session
+
+
+@pytest.mark.parametrize("move", [rewound, branched, restored, put_aside])
 @pytest.mark.parametrize("before", [0, 2, 13])
 @pytest.mark.parametrize("name", orders(StreamLayout(3, 4)))
 def test_a_stream_that_was_moved_goes_on_to_the_token(
