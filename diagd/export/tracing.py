@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -404,7 +405,14 @@ def _operators(make: Callable[[int], Any], opset_version: int) -> Any:
 
 @cache
 def _made_once(make: Callable[[int], Any], opset: int) -> Any:
-    return make(opset)
+    """The exporter's table, which parses the source of five hundred functions to ask for their domain."""
+    with ExitStack() as stack:
+        with suppress(ImportError, AttributeError, KeyError):
+            from onnxscript._internal.values import TracedOnnxFunction
+
+            known = property(lambda function: SimpleNamespace(domain=function.opset.domain))
+            stack.enter_context(_replaced(TracedOnnxFunction, "function_ir", known))
+        return make(opset)
 
 
 def _signature(read: Callable[[Any], Any], schema: Any) -> Any:
