@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,12 +15,14 @@ from diagd.errors import DependencyError
 from diagd.profiling.page import page
 from diagd.profiling.profile import Profile
 from diagd.runtime.pictures import read_frames
+from tests.play.browser import Tab
 from tests.profiling.reports import lognormal, report, run
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
-    None,
-)
+SIZES = """(() => {
+  const root = document.documentElement, plots = [...document.querySelectorAll("svg")];
+  const narrowest = Math.min(...plots.map((plot) => plot.getBoundingClientRect().width));
+  return [root.scrollWidth, root.clientWidth, plots.length, narrowest];
+})()"""
 
 
 class Outline(HTMLParser):
@@ -67,33 +67,21 @@ def test_names_are_escaped() -> None:
     assert "m &lt;b&gt;" in html
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_it_without_sideways_scrolling(profiled: Profile, tmp_path: Path, width: int) -> None:
-    """A frame of a phone's width holds the page; its screenshot has the colours of the plots."""
+def test_a_browser_shows_it_without_sideways_scrolling(
+    profiled: Profile, tmp_path: Path, tab: Tab, width: int
+) -> None:
+    """Of a phone's width, too; its screenshot has the colours of the plots."""
     write_text(tmp_path / "report.html", page(profiled.report))
-    probe = (
-        f"<body style='margin:0'><iframe id=f src='report.html' style='width:{width}px;height:2400px'>"
-        "</iframe><script>onload=()=>{const d=document.getElementById('f').contentDocument.documentElement;"
-        "document.title=d.scrollWidth+' '+d.clientWidth+' '+d.querySelectorAll('svg').length+' '+"
-        "Math.min(...[...d.querySelectorAll('svg')].map(s=>s.getBoundingClientRect().width))}</script>"
-    )
-    (tmp_path / "probe.html").write_text(probe)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    flags += [f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={max(width, 500)},2400"]
-    command = [str(CHROMIUM), *flags, "--dump-dom", (tmp_path / "probe.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    scroll, client, plots, narrowest = (float(n) for n in re.findall(r"<title>(.*?)</title>", dom)[0].split())
-    assert scroll <= client
+    tab.resize(width, 2400)
+    tab.open((tmp_path / "report.html").as_uri())
+    tab.until("document.readyState === 'complete'")
+    scroll, client, plots, narrowest = tab.evaluate(SIZES)
+    assert scroll <= client <= width
     assert plots == 4
     assert narrowest > 0.6 * min(width, 480)
     shot = tmp_path / "shot.png"
-    subprocess.run(
-        [str(CHROMIUM), *flags, f"--screenshot={shot}", (tmp_path / "report.html").as_uri()],
-        capture_output=True,
-        timeout=120,
-        check=True,
-    )
+    tab.screenshot(shot)
     colours = read_frames(shot)[0].reshape(-1, 3)
     for colour in ((0x3B, 0x82, 0xC4), (0xE0, 0x89, 0x2B), (0x3F, 0x9D, 0x63)):
         assert (np.abs(colours.astype(int) - colour).max(axis=1) < 8).sum() > 300
