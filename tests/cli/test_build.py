@@ -86,6 +86,10 @@ def test_a_path_is_printed_as_it_is(bundle: Path, tmp_path: Path, capsys: pytest
             ["--form", "portable", "--target", "sm89"],
             "no portable graph; export it again with --form portable",
         ),
+        (
+            ["--form", "prefix", "--target", "sm89"],
+            "--form prefix: TensorRT compiles modern and portable graphs",
+        ),
         (["--target", "sm89", "--widths", "64"], "width 64 is above 8"),
         (["--widths", "a,b"], "--widths a,b: expected whole numbers such as"),
         (["--widths", "0"], "at least one row"),

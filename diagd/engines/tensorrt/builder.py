@@ -135,6 +135,12 @@ def _row_counts(widths: tuple[int, ...] | None) -> tuple[int, ...] | None:
     return widths and tuple(sorted(set(widths)))
 
 
+def _compiled(form: Form | None) -> Form | None:
+    if form is Form.PREFIX:
+        raise ValueError("TensorRT compiles modern and portable graphs, the CPU runs prefix ones")
+    return form
+
+
 def _said(targets: object) -> object:
     if isinstance(targets, str) and not targets.strip(" ,"):
         raise ValueError("expected GPUs such as sm86,sm89")
@@ -153,8 +159,8 @@ class Request:
     """
 
     tokens: int = 0
-    form: Form | None = flag(
-        "of the step graph: modern or portable (default: what suits this TensorRT)", None
+    form: Annotated[Form | None, AfterValidator(_compiled)] = flag(
+        "of the step graph: modern or portable, not prefix (default: what suits this TensorRT)", None
     )
     widths: Annotated[Numbers | None, AfterValidator(_row_counts)] = flag(
         "rows of a step, as 16,64 (default: the bundle's)", None
