@@ -202,7 +202,7 @@ def figure_table(model: str, report: PrecisionReport) -> Table:
         common = max(widths, key=lambda width: widths[width].predictions)
         for width in sorted({min(widths), common, max(widths)}):
             times = widths[width].milliseconds_before, widths[width].milliseconds_after
-            table.add_row(f"step of {width} rows, ms", *(f"{ms:.2f}" for ms in times), "-")
+            table.add_row(f"step of {width} row{'s' * (width > 1)}, ms", *(f"{ms:.2f}" for ms in times), "-")
     table.add_row("products in floating point", str(len(report.layers)), str(len(report.excluded)), "-")
     for form, reason in report.left_out.items():
         table.add_row(f"{form} graph", "-", "left out", reason)
