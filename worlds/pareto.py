@@ -255,7 +255,7 @@ def points_table(points: Sequence[Point]) -> Table:
             f"{point.frames_per_second[0]:.1f}",
             f"{point.passes:.1f}",
             kept,
-            f"{point.exact:.0%}",
+            f"{point.exact:.2%}",
             f"{nll.mean:.4f} +- {nll.error:.4f}",
             f"{match.mean:.3f}" if match else "-",
             "*" if point.best else "",
