@@ -83,7 +83,7 @@ def test_a_dry_run_predicts_the_size(workplace: Workplace, capsys: pytest.Captur
         (["--model", "mineworld-300m", "--checkpoint", " "], "empty"),
         (["--model", "cosmos-4b", "--checkpoint", "nvidia/C"], "did you mean 'hf://nvidia/C'?"),
         (["--model", "wham-200m", "--checkpoint", "https://hf.co/a/b"], "did you mean 'hf://a/b'?"),
-        (["--model", "world", "--checkpoint", "nvidia/C"], "no readable world model"),
+        (["--model", "world", "--checkpoint", "nvidia/C"], "there is no nvidia/C; give the folder"),
         (
             ["--model", "mineworld-300m", "--random-weights", "--form", "fast"],
             "unknown form 'fast' (known: modern, portable, prefix)",
