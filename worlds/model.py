@@ -34,9 +34,8 @@ from worlds.folder import World, load_world
 from worlds.rollout import roll_out
 
 VERIFIED = 16
-"""Rows of each stream that a pass verifies of guesses that are looked up; of those of another order, a third
-of a frame. Always as many: windows chosen by what passes take would differ from run to run, and with them how
-sums are rounded."""
+"""Rows of each stream that a pass verifies. Always as many: windows chosen by what passes take would differ
+from run to run, and with them how sums are rounded."""
 
 
 class WorldModel(Protocol):
@@ -195,8 +194,7 @@ class BundleModel:
             return JacobiDecoder(VERIFIED)
         frames = parts(guesses, self.layout)[0].reshape(len(guesses), -1, self.layout.cells)
         lanes = {session.stream: lane for lane, session in enumerate(self._group.sessions)}
-        third = -(-self.layout.cells // 3)
-        return JacobiDecoder(third, draft=lambda stream: frames[lanes[stream], stream.begun - 1])
+        return JacobiDecoder(VERIFIED, draft=lambda stream: frames[lanes[stream], stream.begun - 1])
 
     @cached_property
     def _group(self) -> Group:
