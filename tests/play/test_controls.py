@@ -56,6 +56,15 @@ def test_mineworld_has_the_keys_of_its_recordings() -> None:
     assert controls.mouse.scale == pytest.approx(0.15)
 
 
+def test_a_world_that_is_walked_through_has_arrows_and_a_key_for_doors() -> None:
+    names = ("stay", "forward", "back", "left", "right", "use")
+    keys = default_controls(ActionCodec(slots=(ChoiceSlot(field="action", names=names, first=8),))).keys
+    for code, name in zip(
+        ("ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "KeyE"), names[1:], strict=True
+    ):
+        assert keys[code] == {"action": name}
+
+
 def test_wham_has_twelve_buttons_and_four_sticks() -> None:
     controls = default_controls(wham_actions())
     assert {stick.axis for stick in controls.sticks} == {0, 1, 2, 3}
