@@ -8,6 +8,7 @@ without a description are for callers in Python. A dataclass inside one is a gro
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def _size(value: object) -> object:
     if not isinstance(value, str):
         return value
     height, _, width = value.partition("x")
-    if not all(side.isascii() and side.isdigit() for side in (height, width)):
+    if not all(re.fullmatch("[1-9][0-9]{0,4}", side) for side in (height, width)):
         raise ValueError("expected HEIGHTxWIDTH, such as 72x96")
     return int(height), int(width)
 

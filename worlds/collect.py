@@ -18,7 +18,7 @@ from diagd.bundle.actions import ActionCodec, ChoiceSlot
 from diagd.cluster import open_workers
 from diagd.errors import UsageError
 from diagd.runtime.actions import read_actions
-from diagd.runtime.pictures import read_frames
+from diagd.runtime.pictures import files_in, read_frames
 from diagd.tuning.recordings import Episode
 from worlds import doom
 from worlds.options import CollectOptions, ImportOptions
@@ -112,10 +112,11 @@ def import_videos(options: ImportOptions) -> Iterator[Path]:
     Raises:
         UsageError: no video with actions, a broken one, or as many lines as frames are not there.
     """
-    lines = sorted(path for path in options.videos.glob("*.jsonl") if not path.name.startswith("."))
+    lines = files_in(options.videos, (".jsonl",))
     if not lines:
         raise UsageError(f"{options.videos} holds no .jsonl of actions beside a video; see docs/world.md")
-    check_recipe(options.output, {"size": list(options.size), "actions": list(options.actions)})
+    recipe = {"size": list(options.size), "actions": list(options.actions)}
+    check_recipe(options.output, recipe, note=False)
     known, index = episode_sources(options.output), 0
     for path in lines:
         video = _video_of(path)
@@ -123,6 +124,7 @@ def import_videos(options: ImportOptions) -> Iterator[Path]:
         if source in known:
             continue
         episode = replace(_read_video(path, video, options), source=source)
+        check_recipe(options.output, recipe)
         while (shard := shard_path(options.output, index)).exists():
             index += 1
         save_episode(shard, episode)

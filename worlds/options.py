@@ -66,6 +66,8 @@ class ImportOptions:
     def __post_init__(self) -> None:
         if not 1 <= len(self.actions) <= _MAX_ACTIONS:
             raise UsageError(f"{len(self.actions)} actions; expected 1 to {_MAX_ACTIONS} names")
+        if len({*self.actions}) < len(self.actions):
+            raise UsageError(f"--actions {','.join(self.actions)}: a name is given twice; give it once")
 
 
 @checked

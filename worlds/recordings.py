@@ -36,15 +36,16 @@ def save_episode(path: Path, episode: Episode) -> None:
         )
 
 
-def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
-    """Note how a folder's episodes are made, names of the actions included.
+def check_recipe(folder: Path, recipe: dict[str, Any], *, note: bool = True) -> None:
+    """Note how a folder's episodes are made, names of the actions included; or only look.
 
     Raises:
         UsageError: it holds episodes made otherwise.
     """
     text, path = json.dumps(recipe, indent=1), folder / RECIPE
     if not path.exists():
-        write_text(path, text)
+        if note:
+            write_text(path, text)
     elif (before := path.read_bytes()) != text.encode():
         raise UsageError(
             f"{folder} was recorded with {before.decode(errors='backslashreplace')}; use another folder"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,24 @@ def test_missing_lines_and_videos_are_named(tmp_path: Path) -> None:
     record(tmp_path, "short", 6, lines=5)
     with pytest.raises(UsageError, match="5 actions but its video 6 frames"):
         list(import_videos(options))
-    (tmp_path / "short.mp4").unlink()
+    (tmp_path / "short.mp4").rename(tmp_path / "short.MP4")
+    (tmp_path / "short.jsonl").rename(tmp_path / "short.JSONL")
+    with pytest.raises(UsageError, match="5 actions but its video 6 frames"):
+        list(import_videos(options))
+    with pytest.raises(UsageError, match="a name is given twice"):
+        replace(options, actions=("noop", "noop"))
+    (tmp_path / "short.MP4").unlink()
     with pytest.raises(UsageError, match="exactly one video"):
+        list(import_videos(options))
+
+
+def test_a_folder_without_an_episode_is_recorded_as_is_said(tmp_path: Path) -> None:
+    record(tmp_path, "one", 6)
+    options = ImportOptions(tmp_path, tmp_path / "episodes", ("noop",), (12, 16))
+    with pytest.raises(UsageError, match="unknown action"):
+        list(import_videos(options))
+    assert len(list(import_videos(replace(options, actions=ACTIONS)))) == 1
+    with pytest.raises(UsageError, match="use another folder"):
         list(import_videos(options))
 
 
