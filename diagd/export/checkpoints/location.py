@@ -98,6 +98,10 @@ def local_file(path: Path, spec: str) -> Path:
     wrong = f"no checkpoint at '{path}'"
     if address := _guess_address(spec):
         raise CheckpointError(f"{wrong}: no such file or folder; did you mean '{address}'?")
+    if "://" in spec:
+        raise CheckpointError(
+            f"'{spec}' is no address that is read, only hf://org/name is; download the file and give its path"
+        )
     if path.is_symlink():
         raise CheckpointError(f"{wrong}: it is a link to '{path.readlink()}', which does not exist")
     home = next(parent for parent in path.absolute().parents if parent.is_dir())
@@ -168,7 +172,7 @@ def fetch(spec: str) -> tuple[Path, str]:
     """
     address = parse_address(spec)
     require("huggingface_hub", extra="export", purpose="read hf:// checkpoints")
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, errors
 
     try:
         info = HfApi().model_info(address.repo, revision=address.revision)
@@ -176,6 +180,8 @@ def fetch(spec: str) -> tuple[Path, str]:
         snapshot = _download(address, main)
     except CheckpointError:
         raise
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"'{spec}' names no repository of the Hugging Face Hub: {error}") from error
     except Exception as error:
         # Which class a failed connection raises depends on the HTTP library of the installed version.
         cached = _cached(address)

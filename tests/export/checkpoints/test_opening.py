@@ -113,6 +113,16 @@ def test_repository_of_the_hub_without_its_scheme(tmp_path, monkeypatch, spec, m
     assert f"did you mean '{meant}'?" in refused(spec)
 
 
+@pytest.mark.parametrize("spec", ["s3://a/b.pt", "https://a.org/b.ckpt", "file:///b.pt", "HF://org/name"])
+def test_other_addresses_are_not_taken_for_paths(spec):
+    assert f"'{spec}' is no address that is read, only hf://org/name is" in refused(spec)
+
+
+@pytest.mark.parametrize("spec", ["hf://../..", "hf://org/a--b", "hf://-org/name"])
+def test_names_that_the_hub_does_not_give(spec):
+    assert f"'{spec}' names no repository" in refused(spec)
+
+
 @pytest.mark.parametrize("spec", ["checkpoints/model.pt", "here/name", "./org/name", "/org/name", "a b/c"])
 def test_paths_are_not_taken_for_repositories(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
