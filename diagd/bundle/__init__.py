@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -60,6 +61,8 @@ class Bundle:
     @classmethod
     def seen(cls, path: str | Path) -> Bundle:
         """A bundle whose files are there, of the sizes that its manifest says; none is read. See `open`."""
+        if not os.fspath(path):
+            raise UsageError("the path of the bundle is empty (a variable that is not set?); give it")
         path = Path(path)
         bundle = cls(path, read_manifest(path))
         bundle._check_names()

@@ -75,6 +75,7 @@ class Session:
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text, self._law = text, ActionLaw.of(manifest)
         self._run = self._prepared = 0
+        self._closed = False
         self._left: Run[Seen | None] | None = None  # steps that were sent but have not run
         self._result: Result
         self.decoder: Decoder = ScheduledDecoder(manifest.schedule)
@@ -91,6 +92,7 @@ class Session:
         """Give the engine's memory back, or the place in it; the session is dead then."""
         self._run += 1
         if self._owns:
+            self._closed = True
             self.engine.close()
             return
         self._slots.restart(0)
@@ -232,6 +234,8 @@ class Session:
         newer: Callable[[int], Ids | None] | None = None,
     ) -> tuple[Decoder, int]:
         stream = self._stream
+        if self._closed:
+            raise UsageError("the session is closed; open another one with diagd.load")
         if not stream.known:
             raise UsageError("a session needs a prompt; call start(frames, actions) first")
         if self.layout.gap and actions is None:

@@ -28,6 +28,23 @@ callable raises StopIteration. None for models without actions."""
 SNAPSHOT: Final = "diagd stream 2"
 
 
+def whole(ids: Ids) -> Int:
+    """Ids int32; UsageError where they are no whole numbers, or so large that they would become others."""
+    given = np.asarray(ids)
+    if given.dtype == np.int32:
+        return given
+    try:
+        with np.errstate(invalid="ignore"):
+            kept = given.astype(np.int32)
+    except (ValueError, TypeError, OverflowError):
+        kept = None
+    if kept is None or not np.array_equal(kept, given):
+        raise UsageError(
+            f"ids are {given.dtype} {given.reshape(-1)[:8].tolist()}; expected whole numbers, int32"
+        )
+    return kept
+
+
 class RunOptions(TypedDict, total=False):
     """How a run goes.
 
@@ -225,7 +242,7 @@ class Stream:
             except StopIteration:
                 self._limit = frame
                 return False
-            self._asked, self.action = frame, None if ids is None else np.asarray(ids, np.int32)
+            self._asked, self.action = frame, None if ids is None else whole(ids)
         return True
 
     def begin(self) -> bool:
@@ -258,7 +275,7 @@ class Stream:
             return False
         if (ids := self.newer(frame)) is None:
             return False
-        self._renewed, self.action = frame, np.asarray(ids, np.int32)
+        self._renewed, self.action = frame, whole(ids)
         self._lead(frame, self.action)
         self.rejected = self.fed
         return True
@@ -291,7 +308,7 @@ class Stream:
 
     def write(self, position: int | Ids, ids: Ids) -> None:
         """Set tokens, neighbours from a position on or at given ones; steps run from now on read them."""
-        values: Int = np.asarray(ids, np.int32)
+        values = whole(ids)
         if not isinstance(position, np.ndarray):
             position = np.arange(position, position + len(values))
         places = self.places.of(position)
@@ -390,7 +407,7 @@ class Stream:
                 f"frame {frame} needs {count} action tokens, got {0 if ids is None else np.size(ids)}"
             )
         self._check(f"the action of frame {frame}", ids)
-        self._led[frame] = np.asarray(ids, np.int32).reshape(-1)[-count:].copy()
+        self._led[frame] = whole(ids).reshape(-1)[-count:].copy()
         self._put_actions(frame, self._led[frame])
 
     def _check(self, what: str, ids: Ids) -> None:

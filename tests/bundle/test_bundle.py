@@ -21,7 +21,7 @@ from diagd.bundle.manifest import (
     StepGraph,
 )
 from diagd.bundle.transformer import NormKind, TextShape, TransformerConfig, linear_rotary
-from diagd.errors import BundleError
+from diagd.errors import BundleError, UsageError
 from diagd.schedule import StreamLayout
 
 WEIGHTS = GraphWeights(files=("weights.bin",), streamed=4000, looked_up=1000)
@@ -84,6 +84,8 @@ def test_the_layout_is_stored_as_plain_fields(bundle: Path) -> None:
 
 
 def test_missing_bundles_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="path of the bundle is empty"):
+        Bundle.open("")
     with pytest.raises(BundleError, match="no bundle at"):
         Bundle.open(tmp_path / "none.diagd")
     with pytest.raises(BundleError, match=r"has no manifest\.json"):

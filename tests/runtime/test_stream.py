@@ -223,6 +223,11 @@ def test_ids_that_the_model_does_not_know_are_refused(bundle: Path) -> None:
         if layout.gap:
             with pytest.raises(UsageError, match=r"action of frame \d+ has ids"):
                 next(session.frames(actions=np.full((1, layout.gap), known, np.int32)))
+            for given in (1 << 32, 0.5, np.nan, "left"):
+                with pytest.raises(UsageError, match="expected whole numbers"):
+                    session.step(np.full(layout.gap, given))
+    with pytest.raises(UsageError, match="the session is closed"):
+        session.step(actions(layout, 1)[0])
 
 
 Move = Callable[[Session], Session]
