@@ -213,10 +213,17 @@ def encoded(codec: ActionCodec | None, action: Any) -> Int | None:
     if not isinstance(action, Mapping):
         action = dict.fromkeys(choices, action)
     named = {
-        name: choices[name][int(value)] if name in choices else np.asarray(value).tolist()
+        name: _choice(name, choices[name], value) if name in choices else np.asarray(value).tolist()
         for name, value in action.items()
     }
     return encode(codec, bounded(codec, named))
+
+
+def _choice(name: str, names: Sequence[str], value: Any) -> str:
+    number = np.asarray(value)
+    if number.dtype.kind not in "biu" or number.size != 1 or not 0 <= number.item() < len(names):
+        raise UsageError(f"{name} is {value!r}; expected one of 0..{len(names) - 1}: {', '.join(names)}")
+    return names[number.item()]
 
 
 def action_space(codec: ActionCodec | None) -> spaces.Space[Any]:

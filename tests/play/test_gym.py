@@ -41,6 +41,9 @@ def test_a_seed_gives_the_same_episode_and_a_prompt_can_be_chosen(world: Path) -
     assert not np.array_equal(env.reset(options={"prompt": 0})[0], episodes[0][0])
     with pytest.raises(UsageError, match="9"):
         env.reset(options={"prompt": 9})
+    for action in (-1, 99, 1.5, "left", None, [1, 2]):
+        with pytest.raises(UsageError, match=r"expected one of 0\.\."):
+            env.unwrapped.step(action)
     env.close()
 
 
