@@ -93,14 +93,20 @@ def jobs_of(options: GenerateOptions) -> list[Job]:
         return [job]
     if output.suffix.lower() in KINDS or (output.exists() and not output.is_dir()):
         raise UsageError(f"--output {output}: {len(many)} clips go to a folder; name one")
+    is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     jobs = [
         Job(clip, condition, _futures(output / f"{name}{options.kind}", options.branches), skips=True)
         for name, clip, condition in many
     ]
     taken: set[Path] = set()
-    for job in jobs:
-        job.check(taken)
+    try:
+        for job in jobs:
+            job.check(taken)
+    except UsageError:
+        if is_new:
+            output.rmdir()
+        raise
     return jobs
 
 
