@@ -223,7 +223,7 @@ def _choice(name: str, names: Sequence[str], value: Any) -> str:
     number = np.asarray(value)
     if number.dtype.kind not in "biu" or number.size != 1 or not 0 <= number.item() < len(names):
         raise UsageError(f"{name} is {value!r}; expected one of 0..{len(names) - 1}: {', '.join(names)}")
-    return names[number.item()]
+    return names[int(number.item())]
 
 
 def action_space(codec: ActionCodec | None) -> spaces.Space[Any]:

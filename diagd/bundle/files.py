@@ -26,6 +26,8 @@ _LOG = logging.getLogger(__name__)
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 """Errors of a disk, or a share of it, that holds no more."""
+_UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+"""Errors of file systems that flush nothing, as some of other machines and in user space."""
 _POLL_SECONDS = 0.1
 _FAR = 1 << 30
 """Windows locks bytes, and keeps others from reading them: one behind the text."""
@@ -216,6 +218,9 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNABLE:
+            raise
     finally:
         os.close(handle)
 

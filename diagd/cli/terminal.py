@@ -173,7 +173,7 @@ def _wrapped(stream: TextIO | None) -> Stream:
         return Stream(open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="plain")
-    with suppress(OSError, ValueError):  # without a descriptor
+    with suppress(OSError, ValueError, AttributeError):  # no descriptor, or Windows with Python 3.11
         os.set_blocking(stream.fileno(), True)  # what a full pipe does not take is lost otherwise
     return Stream(stream)
 

@@ -189,6 +189,8 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         message = "error: there is not enough memory; close other programs, or ask for less at once"
         return message, UsageError.exit_code
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return "error: no more threads may be started here; raise the limit (ulimit -u, or of pids)", 2
     if _is_of_runtime(error):
         message = f"error: ONNX Runtime cannot run a graph as the manifest describes it ({error})"
         return f"{message}; they are of different versions: export the bundle again", UsageError.exit_code

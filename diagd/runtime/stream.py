@@ -32,7 +32,7 @@ def whole(ids: Ids) -> Int:
     """Ids int32; UsageError where they are no whole numbers, or so large that they would become others."""
     given = np.asarray(ids)
     if given.dtype == np.int32:
-        return given
+        return np.asarray(given, np.int32)
     try:
         with np.errstate(invalid="ignore"):
             kept = given.astype(np.int32)

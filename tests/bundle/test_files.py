@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from diagd.bundle.files import (
     host,
     open_file,
     read_text,
+    write_text,
 )
 from diagd.errors import UsageError
 
@@ -162,6 +163,19 @@ def test_a_full_disk_is_named(kind: Writer, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="report") as caught, kind(tmp_path / "report"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.filename == str(tmp_path / "report")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_disk_that_flushes_nothing_is_written_all_the_same(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if number == errno.EINVAL else pytest.raises(OSError, match="error"):
+        write_text(tmp_path / "a", "text")
+    assert (tmp_path / "a").exists() == (number == errno.EINVAL)
 
 
 def test_what_is_read_has_an_end(tmp_path: Path) -> None:

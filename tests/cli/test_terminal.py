@@ -165,6 +165,28 @@ def test_a_pipe_that_does_not_block_gets_all(workplace: Workplace) -> None:
     json.loads(shown)
 
 
+@pytest.mark.parametrize(
+    ("lacks", "code", "said"),
+    [
+        ("del os.set_blocking", 0, "crafter-3m"),  # as Windows does with Python 3.11
+        (
+            'def start(*given): raise RuntimeError("can\'t start new thread")\nThread.start = start',
+            2,
+            "ulimit",
+        ),
+    ],
+)
+def test_what_a_system_lacks_is_no_internal_error(
+    lacks: str, code: int, said: str, workplace: Workplace
+) -> None:
+    verb = ["models"] if code == 0 else ["play", str(workplace.bundle)]
+    begin = f"import os, sys\nfrom threading import Thread\n{lacks}\n"
+    text = f"{begin}from diagd.cli.main import main\nsys.exit(main({verb}))"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+
+
 def test_closed_streams_are_no_matter(workplace: Workplace, tmp_path: Path) -> None:
     words = " ".join(map(str, [*DIAGD, *generate(workplace, str(tmp_path / "a.npy"))]))
     assert subprocess.run(f"{words} >&- 2>&-", shell=True, check=False).returncode == 0
