@@ -141,9 +141,21 @@ def save_trimmed(graph: Path, target: Path, weights: str) -> None:
         DependencyError: onnx is not installed.
     """
     onnx = require("onnx", extra="web", purpose="trim the weights of a graph")
-    model = onnx.load(graph)
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in filter(onnx.external_data_helper.uses_external_data, model.graph.initializer):
+        _read_data(tensor, graph.parent)
     with usual_rights(target.parent / weights):  # there is none where all tensors are small
         onnx.save(model, target, save_as_external_data=True, location=weights, size_threshold=_INLINE_BYTES)
+
+
+def _read_data(tensor: Any, folder: Path) -> None:
+    """Take the data of a tensor from its file beside the graph; onnx reads none that is or has a link."""
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    with (folder / Path(where["location"]).name).open("rb") as file:
+        file.seek(int(where.get("offset", 0)))
+        tensor.raw_data = file.read(int(where.get("length", -1)))
+    del tensor.external_data[:]
+    tensor.data_location = 0
 
 
 def _world(bundle: Bundle, window: int) -> dict[str, Any]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shutil
 import tarfile
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +54,21 @@ def test_a_folder_of_something_else_is_refused_and_a_users_file_stays(world: Pat
         with pytest.raises(UsageError, match="is damaged"):
             write_page(Bundle.open(world), page, some)
     assert (page / "CNAME").read_text() == "play.example"
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_bundle_of_links_is_packed_as_any(
+    link: Callable[[Path, Path], None], world: Path, tmp_path: Path
+) -> None:
+    linked = Path(shutil.copytree(world, tmp_path / "linked.diagd", copy_function=link))
+    plain, other = (
+        {
+            part.name: part.read_bytes()
+            for part in write_page(Bundle.open(bundle), bundle.parent / name, some).path.iterdir()
+        }
+        for bundle, name in ((linked, "page"), (Path(shutil.copytree(world, tmp_path / "a.diagd")), "other"))
+    )
+    assert plain == other
 
 
 def test_a_page_has_the_window_and_precision_asked_for(page: Path, world: Path, tmp_path: Path) -> None:
