@@ -226,7 +226,7 @@ def _nucleus_floor(logits: Float, logs: Float, weights: Float, p: float) -> np.f
     inside = inside[logits[inside].argsort()[::-1]]
     ahead = mass[crossing - 1] if crossing else 0.0
     place = (ahead + weights[inside].cumsum(dtype=np.float64)).searchsorted(share, side="right")
-    floor: np.float32 = logits[inside[place]]
+    floor: np.float32 = logits[inside[min(int(place), inside.size - 1)]]  # another order rounds otherwise
     return floor
 
 
