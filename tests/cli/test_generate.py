@@ -327,7 +327,6 @@ def test_clips_of_one_name_are_told_apart_by_the_user(
     assert main([*command, "--output", str(tmp_path / "made")]) == 2
     assert "a.mp4 and another clip would both be" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
-    assert not list((tmp_path / "made").iterdir())
 
 
 def test_a_folder_of_clips_is_made_over_one_session(
