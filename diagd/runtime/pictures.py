@@ -159,10 +159,14 @@ class _Reader:
     ) -> None:
         self.path, self.size, self.resize, self.cover, self.exif = path, size, resize, cover, exif
         self.transparent = False
+        self._turns = dict[int, tuple[int, bool]]()  # by angle: whose side data is read is kept in memory
 
     def picture(self, frame: Any, aspect: Fraction) -> NDArray[np.uint8]:
         """A decoded frame, whose pixels are ``aspect`` times as wide as high, as uint8 [height, width, 3]."""
-        turn = _turn(frame, self.exif)
+        angle = getattr(frame, "rotation", 0)
+        if angle not in self._turns:
+            self._turns[angle] = _turn(frame, angle, self.exif)
+        turn = self._turns[angle]
         stored = _across((frame.height, frame.width), turn[0])
         shown = _across((frame.height, max(1, round(frame.width * aspect))), turn[0])
         seen = stored if stored == self.size else shown
@@ -198,11 +202,11 @@ class _Reader:
         return ((pixels[:, :, :3] * alpha + 127) // 255).astype(np.uint8)
 
 
-def _turn(frame: Any, exif: int) -> tuple[int, bool]:
+def _turn(frame: Any, angle: int, exif: int) -> tuple[int, bool]:
     """Quarter turns against the clock that a decoded frame is shown after; whether it is mirrored then."""
     if exif in _TURNS:
         return _TURNS[exif]
-    quarters = round(getattr(frame, "rotation", 0) / 90) % 4
+    quarters = round(angle / 90) % 4
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV names no EXIF data, which were read already

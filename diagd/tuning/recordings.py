@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, cache
@@ -17,6 +17,9 @@ from diagd.errors import UsageError
 from diagd.export.tokenizers.base import TokenizerGraphs, loaded
 from diagd.runtime.arrays import read_arrays
 from diagd.runtime.pixels import PixelCodec
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENS = "tokens.npz"
 SHARD = "episode of a recording"
@@ -57,6 +60,8 @@ class FrameEncoder:
     @classmethod
     def of_graphs(cls, graphs: TokenizerGraphs, tensors: Mapping[str, torch.Tensor]) -> FrameEncoder:
         """The encoder of a tokenizer with its tensors, by name."""
+        import torch
+
         encoder = loaded(graphs.build("Encoder"), tensors)
 
         def encode(frames: NDArray[np.uint8]) -> NDArray[np.integer]:
