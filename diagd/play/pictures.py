@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagd.engines.engine import Int
-from diagd.errors import require
 from diagd.runtime.pixels import PixelCodec
 
 Pictures = NDArray[np.uint8]
 
 SMALL: Final = 200 * 200
 """Pixels up to which a picture is sent without loss: it is small then, and often made of tiles."""
-
-_QUALITY: Final = 85  # of 100
 
 
 class View:
@@ -51,25 +48,27 @@ class View:
 
 
 def picture_encoder(height: int, width: int) -> tuple[str, Callable[[Pictures], bytes]]:
-    """MIME type, and what encodes a picture uint8 [height, width, 3]: PNG for small ones, JPEG for others.
-
-    Raises:
-        DependencyError: pictures are large and simplejpeg is not installed.
-    """
-    if height * width <= SMALL:
-        return "image/png", png
-    simplejpeg = require("simplejpeg", extra="play", purpose="send large pictures to a browser")
-    options = {"quality": _QUALITY, "colorsubsampling": "420"}
-    return "image/jpeg", lambda picture: simplejpeg.encode_jpeg(np.ascontiguousarray(picture), **options)
+    """MIME type, and what encodes a picture uint8 [height, width, 3]: PNG for small ones, JPEG for others."""
+    return ("image/png", png) if height * width <= SMALL else ("image/jpeg", _jpeg)
 
 
 def png(picture: Pictures, program: str | None = None) -> bytes:
     """A picture uint8 [height, width, 3] as PNG, which may name the program that made it."""
-    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    target, tags = io.BytesIO(), PngInfo()
+    tags = PngInfo()
     if program is not None:
         tags.add_text("Software", program)
-    Image.fromarray(picture).save(target, "PNG", pnginfo=tags, compress_level=1)
+    return _saved(picture, format="PNG", pnginfo=tags, compress_level=1)
+
+
+def _jpeg(picture: Pictures) -> bytes:
+    return _saved(picture, format="JPEG", quality=85, subsampling="4:2:0")
+
+
+def _saved(picture: Pictures, **options: Any) -> bytes:
+    from PIL import Image
+
+    target = io.BytesIO()
+    Image.fromarray(picture).save(target, **options)
     return target.getvalue()

@@ -80,7 +80,6 @@ def test_a_prompt_from_a_file(
 def test_tensors_of_one_step(
     workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("polygraphy")
     assert main(["verify", str(workplace.bundle), *QUICK, "--k", "1", "--tensors"]) == 0
     assert "nothing to compare by tensor" in capsys.readouterr().out
 

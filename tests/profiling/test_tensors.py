@@ -13,7 +13,6 @@ from diagd.engines.backend import graphs_of
 from diagd.engines.engine import Engine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.processor import open_fixed
-from diagd.errors import DependencyError
 from diagd.export.exporter import GraphOptions
 from diagd.profiling.verify import Evaluate, PlainGraph, Tensors, capture_feeds, compare_tensors, tolerance_of
 from diagd.runtime.load import session_over, step_options
@@ -80,7 +79,6 @@ def test_a_captured_step_is_a_real_one(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_onnxruntime_against_itself(bundle: Bundle, form: Form, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("polygraphy")
     graph = PlainGraph(graph_of(bundle, form))
     engine = open_fixed(bundle, form, step_options(bundle.manifest, 4, cpu=CPU))
     found = compare_tensors("optimised", evaluation(engine, graph), graph, feeds_of(bundle, form), BOUND)
@@ -93,7 +91,6 @@ def test_onnxruntime_against_itself(bundle: Bundle, form: Form, capsys: pytest.C
 
 
 def test_a_planted_difference_is_found_where_it_begins(bundle: Bundle, altered: Bundle) -> None:
-    pytest.importorskip("polygraphy")
     graph, wrong = (PlainGraph(graph_of(one, Form.MODERN)) for one in (bundle, altered))
     found = compare_tensors("altered", wrong, graph, feeds_of(bundle, Form.MODERN), BOUND)
     verdicts = {verdict.tensor: verdict for verdict in found}
@@ -105,7 +102,6 @@ def test_a_planted_difference_is_found_where_it_begins(bundle: Bundle, altered: 
 
 
 def test_what_is_no_number_fails(bundle: Bundle) -> None:
-    pytest.importorskip("polygraphy")
     right = PlainGraph(graph_of(bundle, Form.MODERN))
 
     def broken(feeds: Tensors) -> Tensors:
@@ -121,19 +117,9 @@ def test_what_is_no_number_fails(bundle: Bundle) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_an_engine_on_a_device(bundle: Bundle, form: Form) -> None:
     """Its program over its own tensors, where caches are written in place."""
-    pytest.importorskip("polygraphy")
     feeds = feeds_of(bundle, form)
     engine = executor_over(bundle, form, len(feeds["token_buffer"]), HostDevice(host_kernels()))
     graph = PlainGraph(graph_of(bundle, form))
     found = compare_tensors("device", evaluation(engine, graph), graph, feeds, BOUND)
     assert len(found) == 5
     assert all(verdict.passed and verdict.error < 1e-5 for verdict in found)
-
-
-def test_a_missing_polygraphy_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "polygraphy.comparator", None)
-    graph = PlainGraph(graph_of(bundle, Form.MODERN))
-    with pytest.raises(DependencyError, match=r"pip install 'diagd\[compare\]'"):
-        compare_tensors("x", graph, graph, {}, BOUND)
