@@ -50,30 +50,18 @@ def philox(counter: Words, key: int | Words) -> Words:
     """
     rank = counter.ndim - 1
     multipliers = _MULTIPLIERS.reshape(2, *(1,) * rank)
-    round_keys = _kept_keys(key, rank) if isinstance(key, int) else _round_keys(key)
+    seeds = np.asarray(key, np.uint64)
+    words = np.stack([seeds & _LOW_WORD, seeds >> _WORD_BITS]).reshape(2, *(seeds.shape or (1,) * rank))
     even, odd = counter[0::2].copy(), counter[1::2].copy()  # words 0 and 2, 1 and 3
     product = np.empty_like(even)
     swapped = product[::-1]
-    for keys in round_keys:
+    for keys in words + _KEY_STEPS.reshape(-1, *multipliers.shape) & _LOW_WORD:
         np.multiply(even, multipliers, out=product)
         np.right_shift(swapped, _WORD_BITS, out=even)
         even ^= odd
         even ^= keys
         np.bitwise_and(swapped, _LOW_WORD, out=odd)
     return np.stack([even[0], odd[0], even[1], odd[1]])
-
-
-@lru_cache(maxsize=64)
-def _kept_keys(seed: int, rank: int) -> Words:
-    """Keys [rounds, 2, 1, ...] for counters of ``rank`` axes behind the first."""
-    return _round_keys(np.full((1,) * rank, seed, np.uint64))
-
-
-def _round_keys(seeds: Words) -> Words:
-    """Keys [rounds, 2, ...] of seeds [...]."""
-    words = np.stack([seeds & _LOW_WORD, seeds >> _WORD_BITS])
-    keys: Words = words + _KEY_STEPS.reshape(*_KEY_STEPS.shape, *(1,) * seeds.ndim)
-    return keys & _LOW_WORD
 
 
 def noise(seed: int | Words, positions: NDArray[np.integer[Any]], ids: NDArray[np.integer[Any]]) -> Float:
@@ -91,48 +79,40 @@ def noise(seed: int | Words, positions: NDArray[np.integer[Any]], ids: NDArray[n
     for start in range(0, len(ids), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         keys = seed if isinstance(seed, int) else seed[part]
-        result[part] = _exponential(_words_of(keys, positions[part], ids[part]))
+        result[part] = _exponential(_words(keys, positions[part], ids[part]))
     return result
 
 
-def _words_of(seed: int | Words, positions: NDArray[np.integer[Any]], ids: NDArray[np.integer[Any]]) -> Words:
+def _words(seed: int | Words, positions: NDArray[np.integer[Any]], ids: NDArray[np.integer[Any]]) -> Words:
+    """Random words [n] of ids; those of neighbours in a block of four are made once."""
     block = ids >> 2
     first = np.ones(len(ids), np.bool_)
     first[1:] = (block[1:] != block[:-1]) | (positions[1:] != positions[:-1])
     if not isinstance(seed, int):
         first[1:] |= seed[1:] != seed[:-1]
         seed = seed[first]
-    words: Words = _words(seed, positions[first], block[first])[ids & 3, first.cumsum() - 1]
+    position = positions[first].astype(np.uint64)
+    counter = np.empty((4, len(position)), np.uint64)
+    counter[0], counter[1], counter[2], counter[3] = (
+        position & _LOW_WORD,
+        position >> _WORD_BITS,
+        block[first],
+        _TAG,
+    )
+    words: Words = philox(counter, seed)[ids & 3, first.cumsum() - 1]
     return words
 
 
 def noise_rows(seed: int, positions: NDArray[np.integer[Any]], ids: int) -> Float:
-    """Numbers [R, ids] of all ids at positions [R]; those of few ids are made in chunks, and kept."""
-    if ids > KEPT_IDS:
-        return np.concatenate([_rows(seed, position, ids) for position in positions[:, None]])
-    rows = [
-        _chunk(seed, position >> _CHUNK_BITS, ids)[position & (1 << _CHUNK_BITS) - 1]
-        for position in positions.tolist()
-    ]
-    return np.concatenate(rows).reshape(len(rows), -1)
+    """Numbers of all of a few ids at positions [R], float32 [R, ids]; those of neighbours are kept."""
+    low = (1 << _CHUNK_BITS) - 1
+    return np.stack([_chunk(seed, at >> _CHUNK_BITS, ids)[at & low] for at in positions.tolist()])
 
 
 @lru_cache(maxsize=64)
 def _chunk(seed: int, number: int, ids: int) -> Float:
-    return _rows(seed, np.arange(number << _CHUNK_BITS, number + 1 << _CHUNK_BITS), ids)
-
-
-def _rows(seed: int, positions: NDArray[np.integer[Any]], ids: int) -> Float:
-    words = _words(seed, positions[:, None], np.arange(-(-ids // 4)))
-    return _exponential(words.transpose(1, 2, 0).reshape(len(positions), -1)[:, :ids])
-
-
-def _words(seed: int | Words, positions: NDArray[np.integer[Any]], blocks: NDArray[np.integer[Any]]) -> Words:
-    """Random words [4, ...] of blocks of four ids; positions and blocks are broadcast."""
-    position, block = np.broadcast_arrays(positions.astype(np.uint64), blocks.astype(np.uint64))
-    counter = np.empty((4, *block.shape), np.uint64)
-    counter[0], counter[1], counter[2], counter[3] = position & _LOW_WORD, position >> _WORD_BITS, block, _TAG
-    return philox(counter, seed)
+    places, each = np.divmod(np.arange(ids << _CHUNK_BITS), ids)
+    return noise(seed, places + (number << _CHUNK_BITS), each).reshape(-1, ids)
 
 
 def _exponential(words: Words) -> Float:

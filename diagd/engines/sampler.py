@@ -44,8 +44,6 @@ _POWERS: Final = (1.33335581e-3, 9.61812911e-3, 5.55041087e-2, 2.40226507e-1, 6.
 
 _LN_2: Final = 0.6931471805599453
 _BINS: Final = 16  # for each halving of the weight: the top-p threshold is looked for in one of them
-_SPARSE: Final = 8  # noise is made for all ids of a row where no fewer than an eighth are kept
-_GROUP: Final = 16  # ids whose largest stands for them while the top-k threshold is bracketed
 
 
 class HostSampler:
@@ -160,7 +158,7 @@ def draw_plain(
         return _ids(logits.argmax(axis=1), first)
     weights, kept = kept_weights(logits, top, state, keep_crossing)
     last, rows = first + logits.shape[1], np.arange(len(logits))
-    if seeds is None and (last <= KEPT_IDS or np.count_nonzero(kept) > kept.size // _SPARSE):
+    if seeds is None and last <= KEPT_IDS:
         weights *= kept
         weights /= noise_rows(state.seed, positions, last)[:, first:]
         return _ids(weights.argmax(axis=1), first)
@@ -195,9 +193,7 @@ def kept_weights(
     np.maximum(logs, _LIGHTEST, out=logs)
     weights, kept = _powers_of_two(logs), logits > -np.inf
     if 0 < k < logits.shape[1]:
-        large = logits.shape[1] > KEPT_IDS
-        least = [_largest(row, k) for row in logits] if large else np.partition(logits, -k, axis=1)[:, -k]
-        kept = logits >= np.reshape(least, (-1, 1))
+        kept = logits >= np.partition(logits, -k, axis=1)[:, -k, None]
         weights *= kept
     if p < 1:
         floors = np.array([_nucleus_floor(*row, p) for row in zip(logits, logs, weights, strict=True)])
@@ -205,15 +201,6 @@ def kept_weights(
             floors = np.minimum(np.nextafter(floors, np.float32(np.inf)), top)
         kept &= logits >= floors[:, None]
     return weights, kept
-
-
-def _largest(logits: Float, k: int) -> np.float32:
-    """The k-th largest logit [V], which that of the maxima of disjoint groups bounds from below."""
-    group = max(1, min(_GROUP, len(logits) // k))
-    maxima = logits[: len(logits) // group * group].reshape(group, -1).max(axis=0)
-    candidates = logits[logits >= np.partition(maxima, -k)[-k]]
-    found: np.float32 = np.partition(candidates, -k)[-k]
-    return found
 
 
 def _nucleus_floor(logits: Float, logs: Float, weights: Float, p: float) -> np.float32:
