@@ -98,6 +98,12 @@ class Steps:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def parts(self, n: int) -> tuple[slice, slice, slice]:
+        """Where step ``n`` has its rows, its rows that decode and its slots that change."""
+        bounds = self.offsets, self.decode_offsets, self.update_offsets
+        rows, drawn, changed = (slice(*ends[n : n + 2].tolist()) for ends in bounds)
+        return rows, drawn, changed
+
 
 def _whole(count: int) -> Int:
     return np.array([0, count], np.int32)

@@ -182,18 +182,18 @@ class Executor(Engine):
     @override
     def logits(self, lane: int = 0) -> Float:
         own, width = self._lanes[lane], self._width
-        steps, n = own.steps, own.next - 1
+        _, drawn, _ = own.steps.parts(own.next - 1)
         self.device.download(self._logits[:width], own.part("logits", width))
         self._wait()
-        return self._logits[steps.decoded[steps.decode_offsets[n] : steps.decode_offsets[n + 1]]]
+        return self._logits[own.steps.decoded[drawn]]
 
     @override
     def watched(self) -> Mapping[str, Array]:
         (own,) = self._lanes  # none of a group is watched
-        rows = int(own.steps.offsets[own.next] - own.steps.offsets[own.next - 1])
+        rows, _, _ = own.steps.parts(own.next - 1)
         named = self.tensors.named
         return {
-            name: array.take(range(rows), axis=named[name].shape.index(WIDTH))
+            name: array.take(range(rows.stop - rows.start), axis=named[name].shape.index(WIDTH))
             for name, array in self._download(self._watch, self._width).items()
         }
 

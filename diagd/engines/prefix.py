@@ -17,7 +17,6 @@ from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Ste
 from diagd.engines.onnxruntime_session import CpuOptions, check_inputs, open_session
 from diagd.engines.sampler import HostSampler
 from diagd.engines.tensors import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
-from diagd.errors import UsageError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -106,8 +105,7 @@ class PlainPrefix(PrefixState):
     def step(self, lanes: Sequence[int] = (0,)) -> None:
         steps, n = self._steps, self._next
         self._next += 1
-        rows = slice(steps.offsets[n], steps.offsets[n + 1])
-        changed = slice(steps.update_offsets[n], steps.update_offsets[n + 1])
+        rows, self._drawn, changed = steps.parts(n)
         self.slot_position[steps.update_slots[changed]] = steps.update_positions[changed]
         feeds: dict[str, NDArray[Any]] = {
             "token_buffer": self.token_buffer,
@@ -115,7 +113,7 @@ class PlainPrefix(PrefixState):
             "positions": steps.positions[None, rows],
             "slot_position": self.slot_position[:, None],
             "write_index": steps.write_index[n] + np.arange(rows.stop - rows.start, dtype=np.int64)[None],
-            "logit_rows": steps.decoded[steps.decode_offsets[n] : steps.decode_offsets[n + 1]],
+            "logit_rows": steps.decoded[self._drawn],
             **self._text,
         }
         self._logits = self.forward(feeds, int(steps.live[n]))
@@ -129,8 +127,7 @@ class PlainPrefix(PrefixState):
 
     @override
     def draw(self) -> None:
-        steps = self._steps
-        drawn = slice(*steps.decode_offsets[self._next - 1 : self._next + 1])
+        steps, drawn = self._steps, self._drawn
         ids = self._sampler.draw(self._logits, steps.cells[drawn], steps.sampling)
         self.token_buffer[steps.sinks[drawn]] = ids
 
@@ -140,17 +137,12 @@ class PlainPrefix(PrefixState):
 
 
 class _Lane:
-    """The steps that a stream was sent, as plain numbers where they are read one by one."""
+    """The steps that a stream was sent, the next of them, and of the last its slots in use and its draws."""
 
     def __init__(self) -> None:
+        self.steps: Steps
         self.live = self.next = 0
         self.drawn = slice(0)
-
-    def send(self, steps: Steps) -> None:
-        self.steps, self.next = steps, 0
-        self.offsets, self.draws = steps.offsets.tolist(), steps.decode_offsets.tolist()
-        self.updates = steps.update_offsets.tolist()
-        self.starts, self.lives = steps.write_index.tolist(), steps.live.tolist()
 
 
 class PrefixEngine(PrefixState):
@@ -162,9 +154,6 @@ class PrefixEngine(PrefixState):
     late: the others' rows are set aside until they do, so that they cost nothing. That takes as long as a
     pass, and is done once a pass's worth was computed for nobody. ``watch``: further outputs of the graph to
     hand out after every step.
-
-    Raises:
-        UsageError: the graph has no axis for streams.
     """
 
     def __init__(
@@ -184,7 +173,6 @@ class PrefixEngine(PrefixState):
         digest = bundle.graph_digest(graph) if options.prepack else ""
         options = options.suiting(graph.precision)
         self._session = open_session(bundle.file(graph.file), digest, options)
-        self._has_axis = self._find_axis(bundle)
         self._order: list[int] = [0] if streams == 1 else []  # lanes in the buffers
         self._aside: dict[tuple[str, int], NDArray[Any]] = {}
         self._bound_most = self._idle = 0
@@ -196,7 +184,6 @@ class PrefixEngine(PrefixState):
         self._slots = np.zeros(rows, np.int64)
         self._lanes = [_Lane() for _ in range(streams)]
         self._ran: dict[int, tuple[int, int]] = {}
-        self._addresses: dict[int, int] = {}
         self._bound = self._bound_width = self._bound_rows = -1  # nothing yet, not even an empty step
         for name, buffer in {"token_buffer": self.token_buffer, **self._text}.items():
             self._bind_rows(name, buffer, buffer.shape)
@@ -205,36 +192,28 @@ class PrefixEngine(PrefixState):
 
     @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        self._lanes[lane].send(steps)
+        self._lanes[lane].steps, self._lanes[lane].next = steps, 0
 
     @override
     def step(self, lanes: Sequence[int] = (0,)) -> None:
         if self.streams > 1:
             self._take_in(lanes)
-        width = self._begin(lanes)
-        count, fed, ran = 0, self._fed, self._ran
-        ran.clear()
+        width, count, fed = self._begin(lanes), 0, self._fed
+        self._ran.clear()
         for number in lanes:
             lane, column = self._lanes[number], self._order.index(number)
-            steps, n = lane.steps, lane.next
+            steps, n, at = lane.steps, lane.next, column * width
             lane.next = n + 1
-            first, last = lane.offsets[n], lane.offsets[n + 1]
-            drawn, draws = lane.draws[n], lane.draws[n + 1]
-            lane.drawn = slice(drawn, draws)
-            changed = slice(lane.updates[n], lane.updates[n + 1])
-            at, rows = column * width, last - first
-            fed["sources"][at : at + rows] = steps.sources[first:last]
-            fed["positions"][at : at + rows] = steps.positions[first:last]
-            self._slots[at : at + rows] = np.arange(lane.starts[n], lane.starts[n] + rows)
-            ran[number] = count, count + draws - drawn
-            fed["logit_rows"][count : count + draws - drawn] = steps.decoded[drawn:draws]
-            slots = steps.update_slots[changed]
-            if self.streams > 1:
-                fed["sources"][at : at + rows] += number * self._tokens
-                fed["logit_rows"][count : count + draws - drawn] += at
-                slots = slots * len(self._order) + column
+            rows, lane.drawn, changed = steps.parts(n)
+            here = slice(at, at + rows.stop - rows.start)
+            fed["sources"][here] = steps.sources[rows] + np.int32(number * self._tokens)
+            fed["positions"][here] = steps.positions[rows]
+            self._slots[here] = np.arange(here.stop - at) + steps.write_index[n]
+            first, count = count, count + lane.drawn.stop - lane.drawn.start
+            fed["logit_rows"][first:count] = steps.decoded[lane.drawn] + np.int32(at)
+            self._ran[number] = first, count
+            slots = steps.update_slots[changed] * len(self._order) + column
             self.slot_position[slots] = steps.update_positions[changed]
-            count += draws - drawn
         self._bind_frontier(width, count)
         self._session.run_with_iobinding(self._binding)
 
@@ -243,8 +222,8 @@ class PrefixEngine(PrefixState):
         width = 0
         for number in lanes:
             lane = self._lanes[number]
-            lane.live = lane.lives[lane.next]
-            width = max(width, lane.offsets[lane.next + 1] - lane.offsets[lane.next])
+            first, last = lane.steps.offsets[lane.next : lane.next + 2].tolist()
+            lane.live, width = int(lane.steps.live[lane.next]), max(width, last - first)
         live = max(self._lanes[number].live for number in self._order)
         if self.streams == 1:
             self._bind_prefix(-(-live // GRANULE) * GRANULE)
@@ -352,36 +331,17 @@ class PrefixEngine(PrefixState):
     def close(self) -> None:
         super().close()
         self._binding = None
-        self._addresses.clear()
-
-    def _find_axis(self, bundle: Bundle) -> bool:
-        """Whether the graph has an axis of streams; those of earlier versions of diagd have none."""
-        axes = {value.name: len(value.shape) for value in self._session.get_inputs()}
-        if axes.get("slot_position") == 2:
-            return True
-        if self.streams > 1:
-            raise UsageError(
-                f"{bundle.path} was exported by a version of diagd without an axis for streams; export it "
-                f"again to decode {self.streams} sessions at once"
-            )
-        return False
-
-    @property
-    def _axis(self) -> tuple[int, ...]:
-        """The axis of streams in shapes."""
-        return (len(self._order),) if self._has_axis else ()
 
     def _input_axes(self) -> dict[str, int]:
-        streams = int(self._has_axis)
-        rows = dict.fromkeys(("sources", "positions", "slot_position", "write_index"), streams + 1)
-        cached = {f"past_{name}": streams + 3 for name in self.buffers}
+        rows = dict.fromkeys(("sources", "positions", _POSITIONS, "write_index"), 2)
+        cached = {f"past_{name}": 4 for name in self.buffers}
         text = {name: buffer.ndim for name, buffer in self._text.items()}
         return {"token_buffer": 1, "logit_rows": 1, **rows, **cached, **text}
 
     def _bind_prefix(self, length: int) -> None:
         if length == self._bound:
             return
-        shape = (length, *self._axis)
+        shape = (length, len(self._order))
         for name, buffer in self.buffers.items():
             rows = (*shape, self._groups, buffer.shape[2])
             self._bind_rows(f"past_{name}", buffer, rows)
@@ -391,10 +351,10 @@ class PrefixEngine(PrefixState):
 
     def _bind_frontier(self, width: int, rows: int) -> None:
         if width != self._bound_width:
-            shape = (*self._axis, width)
+            shape = (len(self._order), width)
             self._bind_rows("sources", self._fed["sources"], shape)
             self._bind_rows("positions", self._fed["positions"], shape)
-            self._bind_rows("write_index", self._slots, shape if self._axis else (1,))
+            self._bind_rows("write_index", self._slots, shape)
         if rows != self._bound_rows:
             self._bind_rows("logit_rows", self._fed["logit_rows"], (rows,))
             self._bind_rows("logits", self._logits, (rows, self._logits.shape[1]), output=True)
@@ -405,11 +365,9 @@ class PrefixEngine(PrefixState):
     def _bind_rows(
         self, name: str, buffer: NDArray[Any], shape: tuple[int, ...], *, output: bool = False
     ) -> None:
-        """Bind the start of a buffer that lives as long as the engine; its address is looked up once."""
-        if (address := self._addresses.get(id(buffer))) is None:
-            address = self._addresses[id(buffer)] = buffer.ctypes.data
+        """Bind the start of a buffer that lives as long as the engine."""
         bind = self._binding.bind_output if output else self._binding.bind_input
-        bind(name, "cpu", 0, buffer.dtype, shape, address)
+        bind(name, "cpu", 0, buffer.dtype, shape, buffer.ctypes.data)
 
     @property
     def outputs(self) -> list[onnxruntime.OrtValue]:
