@@ -111,7 +111,7 @@ def _examine(
     """Add what there is to say of an engine, and of the orders that it cannot decode."""
     session, name, workload = candidate.session, candidate.name, _workload(options, candidate)
     wanted = orders_of(session.layout, options.k, session.manifest.schedule.row_seed)
-    orders, late = split_orders(wanted, session, options.prompt_frames + options.frames)
+    orders, late = split_orders(wanted, session, workload, options.frames)
     found.skipped += [entry.model_copy(update={"order": f"{name}, {entry.order}"}) for entry in late]
     with open_reference(reference, session) as plain:
         found.verdicts += [

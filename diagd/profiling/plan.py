@@ -10,7 +10,6 @@ from typing import Final
 
 import numpy as np
 
-from diagd.bundle import Manifest
 from diagd.bundle.precision import KV_CACHES, PRECISIONS, Precision
 from diagd.engines.tensorrt.builder import build_bytes
 from diagd.errors import UsageError, unknown
@@ -26,7 +25,9 @@ from diagd.profiling.cost import (
     step_operations,
     step_seconds,
 )
+from diagd.profiling.measure import Workload
 from diagd.profiling.report import Skipped
+from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.load import MOST_SESSIONS
 from diagd.runtime.session import Session
 from diagd.schedule import RowSeed, Schedule, StreamLayout, default_widths, slots_needed
@@ -336,33 +337,16 @@ def orders_of(
 
 
 def split_orders(
-    orders: Sequence[Schedule], session: Session, frames: int
+    orders: Sequence[Schedule], session: Session, workload: Workload, frames: int
 ) -> tuple[list[Schedule], list[Skipped]]:
-    """Orders in which a session can decode a run of so many frames, and the others with the reason."""
+    """Orders in which a session can decode so many frames of a workload, and the others with the reason."""
     possible, skipped = [], []
     for order in orders:
-        reason = obstacle(order, session.manifest, session.window, frames, session.engine.max_width)
-        if reason is None:
-            possible.append(order)
+        actions = workload.start(session, frames)
+        try:
+            session.run(ScheduledDecoder(order), actions, count=frames)
+        except UsageError as error:
+            skipped.append(Skipped(order=order.name, reason=str(error)))
         else:
-            skipped.append(Skipped(order=order.name, reason=reason))
+            possible.append(order)
     return possible, skipped
-
-
-def obstacle(schedule: Schedule, manifest: Manifest, window: int, frames: int, max_width: int) -> str | None:
-    """Why a run cannot be decoded in this order, or None.
-
-    The ``frames`` of the run include known ones.
-    """
-    overlapping = schedule.frames_in_flight
-    if manifest.context.kind == "absolute" and schedule.d < schedule.steps_per_frame and frames > window:
-        return f"{frames} frames slide a window of {window}, which this model does between frames only"
-    if window < overlapping:
-        return f"it has {overlapping} frames under way at once, the window holds {window}"
-    widest = schedule.widest_step
-    if widest > max_width:
-        return (
-            f"its steps feed up to {widest} tokens, graphs of this bundle take {max_width}; "
-            f"export with --set widths={widest}"
-        )
-    return None

@@ -228,8 +228,8 @@ def _split(
     Raises:
         UsageError: it allows none.
     """
-    frames = _prompt(session, options) + options.frames
-    possible, skipped = split_orders(orders, session, frames)
+    workload = random_workload(session, _prompt(session, options), options.frames)
+    possible, skipped = split_orders(orders, session, workload, options.frames)
     if not possible:
         raise UsageError(f"no decoding order can be measured; {skipped[0].order}: {skipped[0].reason}")
     jacobi = [JacobiDecoder()] if options.jacobi else []

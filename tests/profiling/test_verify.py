@@ -18,7 +18,7 @@ from diagd.errors import BundleError, ScheduleError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.profiling.measure import random_workload
-from diagd.profiling.plan import obstacle, orders_of
+from diagd.profiling.plan import orders_of, split_orders
 from diagd.profiling.profile import ProfileOptions, profile
 from diagd.profiling.verify import Verdict, check_table, open_reference, verify
 from diagd.runtime.load import check_window, open_session, step_options
@@ -85,10 +85,11 @@ def test_a_context_that_is_fed_again_is_verified_and_profiled(tmp_path: Path) ->
     model = Transformer(config).initialise(torch.Generator().manual_seed(0)).eval()
     bundle = Bundle.open(export_small(model, tmp_path / "absolute.diagd"))
     orders = orders_of(bundle.manifest.layout, (1,))
-    blocked = [obstacle(order, bundle.manifest, 3, 6, 64) is not None for order in orders]
-    assert blocked == [False, False, True]
-    assert obstacle(orders[2], bundle.manifest, 3, 3, 64) is None
     session = open_session(bundle, window=3, cpu=CPU)
+    possible, blocked = split_orders(orders, session, random_workload(session, 1, 5), 5)
+    assert possible == orders[:2]
+    assert [one.order for one in blocked] == [orders[2].name]
+    assert split_orders(orders, session, random_workload(session, 1, 2), 2) == (orders, [])
     with session, open_reference(bundle, session) as plain:
         verdict = verify(session, plain, "prefix", "fp32", orders[1], random_workload(session, 1, 5), 5)
     assert verdict.passed
