@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -39,7 +39,11 @@ _PATIENCE_SECONDS = 2.0
 
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.\d+\.[0-9a-f]{6}\.(partial|retired)(\.[^.]*)?")
+_UNFINISHED = re.compile(
+    r"\.(?P<of>.+)\.(?P<host>[0-9a-f]{8})\.(?P<run>(?P<process>\d+)\.[0-9a-f]{6})"
+    r"\.(?P<kind>partial|retired)(\.[^.]*)?"
+)
+"""Names of partial results, as `unfinished_name` makes them."""
 
 
 @contextmanager
@@ -53,14 +57,13 @@ def turn(path: Path, *, wait: bool = True) -> Iterator[bool]:
     goes on at once. The file says who holds it, which is logged by those who wait.
     """
     name = path.with_name(f".{path.name}.lock")
-    taken = True
+    file, taken = None, True
     try:
         name.parent.mkdir(parents=True, exist_ok=True)
         file = _acquire(name, path, wait)
         taken = file is not None
     except OSError as error:
         _LOG.debug("no lock on %s: %s", path, error)
-        file = None
     try:
         yield taken
     finally:
@@ -71,38 +74,31 @@ def turn(path: Path, *, wait: bool = True) -> Iterator[bool]:
 def _acquire(name: Path, path: Path, wait: bool) -> BinaryIO | None:
     warned = False
     while True:
-        file = name.open("a+b", buffering=0)
-        try:
+        with ExitStack() as opened:
+            file = opened.enter_context(name.open("a+b", buffering=0))
             if _lock(file):
                 if _is_at(file, name):
                     file.truncate(0)
                     file.write(_holder().encode(errors="replace"))
+                    opened.pop_all()
                     return file
             elif not wait:
-                file.close()
                 return None
             elif not warned:
                 warned = True
                 file.seek(0)
                 holder = file.read(500).decode(errors="replace") or "another diagd"
                 _LOG.warning("waiting for %s, which writes %s", holder, path)
-        except BaseException:
-            file.close()
-            raise
-        file.close()
         time.sleep(_POLL_SECONDS)
 
 
 def _release(file: BinaryIO, name: Path) -> None:
     """Remove the file while it is locked: whoever opened it before sees that it is gone."""
-    try:
+    with suppress(OSError):  # Windows removes no open file; it stays, and is used again
         if _is_at(file, name):
             name.unlink(missing_ok=True)
-    except OSError:
-        pass  # Windows removes no open file; it stays, and is used again
-    finally:
-        _unlock(file)
-        file.close()
+    _unlock(file)
+    file.close()
 
 
 def _is_at(file: BinaryIO, name: Path) -> bool:
@@ -246,23 +242,19 @@ def is_unfinished(name: str) -> bool:
     return _UNFINISHED.fullmatch(name) is not None
 
 
-def leftovers(path: Path) -> list[tuple[Path, str, str]]:
-    """What killed runs left beside ``path``: the entry, the run (a name) and ``partial`` or ``retired``.
-
-    Names of processes that are alive, and of other machines and containers, are left out.
-    """
-    pattern = re.compile(
-        rf"\.{re.escape(path.name)}\.{host()}\.((\d+)\.[0-9a-f]{{6}})\.(partial|retired)(\.[^.]*)?"
-    )
-    found = [(entry, match) for entry in path.parent.iterdir() if (match := pattern.fullmatch(entry.name))]
-    return [(entry, match[1], match[3]) for entry, match in found if not _is_alive(int(match[2]))]
-
-
 def clear_leftovers(path: Path) -> None:
-    """Remove what killed runs left beside ``path``; what one of them had moved away comes back."""
-    left = leftovers(path)
-    unfinished = {run for _, run, kind in left if kind == "partial"}
-    for entry, run, kind in sorted(left, key=lambda one: one[2], reverse=True):
+    """Remove what killed runs left beside ``path``; what one of them had moved away comes back.
+
+    What belongs to processes that are alive, and to other machines and containers, stays.
+    """
+    names = filter(None, (_UNFINISHED.fullmatch(entry.name) for entry in path.parent.iterdir()))
+    left = [
+        (name["kind"], name["run"], path.with_name(name[0]))
+        for name in names
+        if name["of"] == path.name and name["host"] == host() and not _is_alive(int(name["process"]))
+    ]
+    unfinished = {run for kind, run, _ in left if kind == "partial"}
+    for kind, run, entry in sorted(left, reverse=True):
         if kind == "retired" and (run in unfinished or not path.exists()):
             remove(path)  # what is there, if anything, is the rest of it
             entry.replace(path)
@@ -285,10 +277,8 @@ def _is_alive(process: int) -> bool:
         return True  # there, signal 0 is Ctrl-C
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
+    except (OSError, OverflowError) as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
