@@ -11,18 +11,6 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
-KERNELS = (
-    "step_kernels.cu",
-    "step_kernels.h",
-    "sampling.h",
-    "half.h",
-    "attention.cu",
-    "attention.h",
-    "warp.h",
-    "layer.cu",
-    "layer.h",
-)
-
 
 class BuildWithKernels(build_py):
     """Copies the sources into ``diagd/engines/devices`` of a wheel; a checkout reads them in place."""
@@ -32,8 +20,8 @@ class BuildWithKernels(build_py):
         super().run()
         if not self.editable_mode:
             target = Path(self.build_lib) / "diagd" / "engines" / "devices"
-            for name in KERNELS:
-                shutil.copy(Path("native") / name, target / name)
+            for source in (*Path("native").glob("*.cu"), *Path("native").glob("*.h")):
+                shutil.copy(source, target)
 
 
 HOST_BUILD = Extension(

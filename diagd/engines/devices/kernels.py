@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -14,7 +13,6 @@ ADVANCE, SAMPLE, APPEND = KERNELS = "diagd_advance", "diagd_sample", "diagd_appe
 HEADER_WORDS = 18
 CHUNK_BYTES = 16
 SOURCE_NAME, PTX_NAME = "step_kernels.cu", "step_kernels.ptx"
-HEADER_NAMES = ("step_kernels.h", "sampling.h")
 ATTENTION = ("diagd_attend",)
 LAYER = ("diagd_norm", "diagd_swiglu", "diagd_gelu", "diagd_embed")
 OPERATORS = "diagd_operators"
@@ -108,18 +106,16 @@ def built_ptx() -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
-def kernel_source(
-    name: str = SOURCE_NAME, headers: Sequence[str] = HEADER_NAMES
-) -> tuple[str, dict[str, str]]:
-    """Texts of kernels and of their headers by name, in the package or in the checkout around it.
+def kernel_source(name: str = SOURCE_NAME) -> tuple[str, dict[str, str]]:
+    """Text of kernels and of all headers by name, in the package or in the checkout around it.
 
     DependencyError where they are in neither.
     """
     here = Path(__file__).parent
     for directory in (here, here.parents[2] / "native"):
         if (directory / name).is_file():
-            source, *texts = ((directory / file).read_text(encoding="utf-8") for file in (name, *headers))
-            return source, dict(zip(headers, texts, strict=True))
+            texts = {file.name: file.read_text(encoding="utf-8") for file in directory.glob("*.h")}
+            return (directory / name).read_text(encoding="utf-8"), texts
     raise DependencyError(
         f"the device kernels are neither built nor at hand: {here} has no {PTX_NAME} and no {name}; "
         "in a checkout run: cmake -B build -DDIAGD_INSTALL_KERNELS=ON && cmake --build build"
@@ -128,13 +124,12 @@ def kernel_source(
 
 def compile_attention(architecture: int, head_size: int) -> bytes:
     """Machine code of the attention over heads of a size; see ``compile_kernels``."""
-    source = kernel_source("attention.cu", ("attention.h", "warp.h", "half.h"))
-    return _compiled(*source, architecture, f"-DHEAD_SIZE={head_size}")
+    return _compiled("attention.cu", architecture, f"-DHEAD_SIZE={head_size}")
 
 
 def compile_layer(architecture: int) -> bytes:
     """Machine code of what else stands between the products of a layer; see ``compile_kernels``."""
-    return _compiled(*kernel_source("layer.cu", ("layer.h", "half.h")), architecture)
+    return _compiled("layer.cu", architecture)
 
 
 def compile_kernels(architecture: int) -> bytes:
@@ -148,15 +143,16 @@ def compile_kernels(architecture: int) -> bytes:
         EngineError: it refuses the source.
     """
     # The sampler rounds products before it adds them, as NumPy does.
-    return _compiled(*kernel_source(), architecture, "--fmad=false")
+    return _compiled(SOURCE_NAME, architecture, "--fmad=false")
 
 
-def _compiled(source: str, headers: Mapping[str, str], architecture: int, *further: str) -> bytes:
+def _compiled(name: str, architecture: int, *further: str) -> bytes:
     from diagd.engines.devices.cuda import check
     from diagd.errors import EngineError, require
 
     nvrtc = require("cuda.bindings.nvrtc", extra="cuda", purpose="compile the device kernels")
-    names, texts = [name.encode() for name in headers], [text.encode() for text in headers.values()]
+    source, headers = kernel_source(name)
+    names, texts = [file.encode() for file in headers], [text.encode() for text in headers.values()]
     try:
         program = check(
             nvrtc.nvrtcCreateProgram(source.encode(), SOURCE_NAME.encode(), len(names), texts, names)
