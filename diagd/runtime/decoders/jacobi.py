@@ -34,7 +34,6 @@ _KEPT: Final = 0.99  # of what was seen, a pass later: some dozen frames are rem
 _FIRST: Final = 32  # rows, while nothing is known; also how many rows cost as much as a pass without any
 _SPREAD: Final = 8.0  # rows^2 over which widths must have spread to say what a row costs
 _REJECTED: Final = 0.05  # share of guesses, while nothing is known
-_AHEAD: Final = 0.7  # of what it is worth to draw a cell ahead of its turn: further passes would do so too
 _OFTEN: Final = 8  # passes after which all is fitted anew
 _SLOWER: Final = 1.1  # times what the quickest pass of a width took: what the next one counts as at most
 _STEADY: Final = 16  # rows of windows that are not chosen
@@ -247,11 +246,9 @@ class WindowPolicy:
     A pass costs a part that does not depend on its rows and one for each; both are fitted to the quickest
     passes of each width, since what else runs on a machine only ever adds to one. A cell is decided if all
     guesses ahead of it in the window come out right. How often they do is counted by kind: how much a first
-    guess is trusted, below ``kinds``, and as many kinds of guesses that a pass has drawn. A cell that is not
-    decided is worth something where no pass has drawn it before: as much less often as guesses that were
-    drawn once are wrong, a pass is saved. All figures fade, so that a world that changes, or a window that
-    became short, is tried again. A window of one row is next-token prediction: where drafts do not pay, that
-    is what is left.
+    guess is trusted, below ``kinds``, and as many kinds of guesses that a pass has drawn. All figures fade,
+    so that a world that changes, or a window that became short, is tried again. A window of one row is
+    next-token prediction: where drafts do not pay, that is what is left.
 
     Guesses are taken for independent of one another, which they are not: a cell that wide windows draw again
     and again comes right sooner than the draws of narrow ones let hope for. So now and then a frame is tried
@@ -265,7 +262,7 @@ class WindowPolicy:
     def __init__(self, cells: int, kinds: int = 1) -> None:
         self.cells, self.kinds = cells, kinds
         self._wrong, self._guesses = np.zeros(2 * kinds), np.zeros(2 * kinds)
-        self._decided, self._count = 0.0, 0
+        self._count = 0
         self._passes: Float64 = np.zeros(0)  # by the rows that they are run as
         self._quickest: Float64 = np.zeros(0)  # seconds
         self._steady = self._tries = False  # which way frames go, and whether this one goes the other
@@ -282,14 +279,13 @@ class WindowPolicy:
             return min(_FIRST, len(padded))
         if self._count <= _OFTEN or self._count % _OFTEN == 0:
             self._cost, self._row = self._costs()
-            self._hazard, self._ahead = self._hazards()
+            usual = (self._wrong.sum() + _REJECTED) / (self._guesses.sum() + 1)
+            self._hazard = (self._wrong + usual) / (self._guesses + 1)
         if self._steady != self._tries:
             return min(_STEADY, len(padded))
-        kinds = kinds[: len(padded)]
         reached = np.ones(len(padded))
-        np.cumprod(1 - self._hazard[kinds[:-1]], out=reached[1:])
-        worth = (reached + (1 - reached) * self._ahead[kinds]).cumsum()
-        return int((worth / (self._cost + self._row * padded)).argmax()) + 1
+        np.cumprod(1 - self._hazard[kinds[: len(padded) - 1]], out=reached[1:])
+        return int((reached.cumsum() / (self._cost + self._row * padded)).argmax()) + 1
 
     def add(self, kinds: Kinds, kept: int, padded: int, seconds: float) -> None:
         """Learn of a pass over guesses of these kinds, run as ``padded``, that decided the first ``kept``."""
@@ -307,7 +303,6 @@ class WindowPolicy:
             self._quickest = np.pad(self._quickest, (0, wider), constant_values=np.inf)
         self._passes *= _KEPT
         self._passes[padded] += 1
-        self._decided = self._decided * _KEPT + kept
         self._quickest[padded] = min(seconds, _SLOWER * self._quickest[padded])
 
     def end(self) -> None:
@@ -324,18 +319,6 @@ class WindowPolicy:
                 self._steady, self._usual = not self._steady, usual * self._ratio
                 self._ratio, self._debt = 1 / self._ratio, 0.0
         self._tries = self._since >= _BETWEEN and self._debt <= _SHARE * self._total
-
-    def _hazards(self) -> tuple[Float64, Float64]:
-        """Chance that a guess is wrong, and what it is worth, in decided cells, to draw it; by kind.
-
-        The second as far as it is known: a standard error is taken off.
-        """
-        usual = (self._wrong.sum() + _REJECTED) / (self._guesses.sum() + 1)
-        hazard = (self._wrong + usual) / (self._guesses + 1)
-        fresh, drawn = hazard.reshape(2, -1)
-        error = np.sqrt(usual * (1 - usual) * (1 / (self._guesses + 1)).reshape(2, -1).sum(axis=0))
-        saved = np.maximum(fresh - drawn - error, 0.0) * _AHEAD * self._decided / self._passes.sum()
-        return hazard, np.append(saved, np.zeros(self.kinds))
 
     def _costs(self) -> tuple[float, float]:
         """Seconds of a pass without rows, and of a row."""

@@ -5,7 +5,7 @@ import { feed, range } from "./schedule.js";
 
 export const TRUST = 8;
 const PLACES = 1 << 16;
-const KEPT = 0.99, FIRST = 32, SPREAD = 8, REJECTED = 0.05, AHEAD = 0.7, OFTEN = 8, SLOWER = 1.1;
+const KEPT = 0.99, FIRST = 32, SPREAD = 8, REJECTED = 0.05, OFTEN = 8, SLOWER = 1.1;
 const STEADY = 16, BETWEEN = 3, SHARE = 0.01, BETTER = 0.93;
 const TICK = 0.1; // ms of a browser's clock: a pass is not measured to take less
 
@@ -39,7 +39,7 @@ export class LookupDraft {
 // How many rows a pass verifies, by what passes cost and by how often guesses come out right.
 export class WindowPolicy {
   constructor(kinds = 1) {
-    Object.assign(this, { kinds, count: 0, decided: 0, passes: [], quickest: [] });
+    Object.assign(this, { kinds, count: 0, passes: [], quickest: [] });
     Object.assign(this, { steady: false, tries: false, spent: 0, usual: 0, total: 0, ratio: 1, debt: 0, since: 0, fitted: { cost: 0, row: 0 } });
     [this.wrong, this.guesses] = [new Array(2 * kinds).fill(0), new Array(2 * kinds).fill(0)];
   }
@@ -47,13 +47,13 @@ export class WindowPolicy {
   // Rows of the next window, at most so many, behind those that are only fed, over guesses of these kinds.
   choose(most, unfed, kinds) {
     if (!this.count) return Math.min(FIRST, most);
-    if (this.count <= OFTEN || this.count % OFTEN === 0) this.fitted = { ...this.costs(), ...this.hazards() };
+    if (this.count <= OFTEN || this.count % OFTEN === 0) this.fitted = { ...this.costs(), hazard: this.hazards() };
     if (this.steady !== this.tries) return Math.min(STEADY, most);
-    const { cost, row, hazard, ahead } = this.fitted;
-    let best = 1, rate = 0, reached = 1, worth = 0;
+    const { cost, row, hazard } = this.fitted;
+    let best = 1, rate = 0, reached = 1, decided = 0;
     for (let n = 0; n < most; n++) {
-      worth += reached + (1 - reached) * ahead[kinds[n]];
-      const each = worth / (cost + row * (unfed + n + 1));
+      decided += reached;
+      const each = decided / (cost + row * (unfed + n + 1));
       if (each > rate) [best, rate] = [n + 1, each];
       reached *= 1 - hazard[kinds[n]];
     }
@@ -74,7 +74,6 @@ export class WindowPolicy {
     }
     while (this.passes.length <= fed) this.quickest.push(Infinity) && this.passes.push(0);
     this.passes[fed]++;
-    this.decided = this.decided * KEPT + kept;
     this.quickest[fed] = Math.min(time, SLOWER * this.quickest[fed]);
   }
 
@@ -92,16 +91,10 @@ export class WindowPolicy {
     this.tries = this.since >= BETWEEN && this.debt <= SHARE * this.total;
   }
 
-  // Chance that a guess is wrong, and what it is worth to draw it, by kind.
+  // Chance that a guess is wrong, by kind.
   hazards() {
-    const { wrong, guesses, kinds } = this, usual = (total(wrong) + REJECTED) / (total(guesses) + 1);
-    const hazard = wrong.map((count, kind) => (count + usual) / (guesses[kind] + 1));
-    const saved = hazard.slice(0, kinds).map((fresh, kind) => {
-      const doubt = 1 / (guesses[kind] + 1) + 1 / (guesses[kinds + kind] + 1);
-      const less = fresh - hazard[kinds + kind] - Math.sqrt(usual * (1 - usual) * doubt);
-      return (Math.max(less, 0) * AHEAD * this.decided) / total(this.passes);
-    });
-    return { hazard, ahead: [...saved, ...saved.map(() => 0)] };
+    const { wrong, guesses } = this, usual = (total(wrong) + REJECTED) / (total(guesses) + 1);
+    return wrong.map((count, kind) => (count + usual) / (guesses[kind] + 1));
   }
 
   costs() {
