@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import override
 
 from diagd.bundle import Manifest
 from diagd.bundle.manifest import AbsoluteContext, RotaryContext
@@ -34,45 +33,18 @@ class Replay(NamedTuple):
     behind: int
 
 
-class ContextPolicy(Protocol):
-    """Keeps the cache to the window as frames begin.
-
-    Attributes:
-        history: frames that ``replay`` may reach back.
-        slides_first: the model acts in the window of the frame to come, else in that of the frame before.
-    """
-
-    history: int
-    slides_first: bool
-
-    @property
-    def horizon(self) -> int | None:
-        """Last frame that overlapping frames may reach; None: any."""
-        return None
-
-    def advance(self, frame: int, fed: int) -> Refill | None:
-        """Make room for ``frame``, whose first step feeds stream positions from ``fed`` on."""
-
-    def holds(self, known: int) -> bool:
-        """Whether the cache has all that a stream needs which goes on behind its first ``known`` frames."""
-
-    def replay(self, known: int, kept: int, prompt: int) -> Replay:
-        """Forget all rows and say how they come back, of ``known`` frames.
-
-        The first ``prompt`` of them were given; tokens are still there from frame ``kept`` on.
-        """
-
-    def resume(self, frame: int) -> None:
-        """The prefix has been fed; positions are counted so that ``frame`` can follow it."""
-        return
-
-
-class SlidingRotary(ContextPolicy):
+class SlidingRotary:
     """Voids what leaves the window; turns cached keys back when the rotary table ends.
 
     A frame that was voided does not come back where the stream does, so an action may not depend on it.
+
+    Attributes:
+        history: frames that ``replay`` may reach back.
+        horizon: last frame that overlapping frames may reach; None: any.
+        slides_first: the model acts in the window of the frame to come, else in that of the frame before.
     """
 
+    horizon = None
     slides_first = True
 
     def __init__(
@@ -86,32 +58,32 @@ class SlidingRotary(ContextPolicy):
         self._reach = manifest.cache.layers * (window - 1)
         self.history = self._reach + window + 2
 
-    @override
-    def advance(self, frame: int, fed: int) -> None:
-        """Nothing is ever fed again."""
+    def advance(self, frame: int, fed: int) -> Refill | None:
+        """Make room for ``frame``, whose first step feeds positions from ``fed`` on; nothing is fed again."""
         del fed
         self._oldest = max(0, frame - self._window + 1)
         if self._oldest:
             self._slots.evict(self._layout.prefix, self._layout.frame_start(self._oldest))
         if self._layout.frame_start(frame + 2) - self._slots.base > self._context.positions:
             self._rebase(self._oldest)
+        return None
 
-    @override
     def holds(self, known: int) -> bool:
-        """Whether no frame was evicted that is needed again."""
+        """Whether the cache has all that a stream needs which goes on behind its first ``known`` frames."""
         return self._oldest <= max(0, known - self._window + 1)
 
-    @override
     def replay(self, known: int, kept: int, prompt: int) -> Replay:
-        """Far enough back that the rows still seen do not depend on what came before."""
+        """Forget all rows and say how they come back, of ``known`` frames: the first ``prompt`` were given.
+
+        From so far back, of those that are there from ``kept`` on, that what is seen depends on no other.
+        """
         self._oldest = 0
         self._slots.restart(0)
         first = max(kept, known - self._reach - 1)
         return Replay(first, min(known, prompt if first == 0 else first + 1))
 
-    @override
     def resume(self, frame: int) -> None:
-        """Turn the keys of the prefix back, so that it keeps its distance to the frame."""
+        """The prefix has been fed: have its keys turned back, to keep their distance to the frame."""
         if frame:
             self._rebase(frame)
 
@@ -122,10 +94,10 @@ class SlidingRotary(ContextPolicy):
         self._slots.rebase(frames * self._layout.frame_length)
 
 
-class SlidingAbsolute(ContextPolicy):
+class SlidingAbsolute:
     """Drops ``roll`` frames at once and has the rest fed again at their new positions.
 
-    As in the release of WHAM, the model acts in the whole window, ahead of that.
+    As in the release of WHAM, the model acts in the whole window, ahead of that. See ``SlidingRotary``.
     """
 
     slides_first = False
@@ -136,13 +108,11 @@ class SlidingAbsolute(ContextPolicy):
         self._layout, self._window, self._roll, self._slots = layout, window, roll, slots
         self.history = 2 * window
 
-    @override
     @property
     def horizon(self) -> int:
         """Overlapping frames cannot be fed again: the window must not slide under them."""
         return self._base_frame + self._window - 1
 
-    @override
     def advance(self, frame: int, fed: int) -> Refill | None:
         """A prefix keeps its positions at the start of the window."""
         surplus = frame - self._base_frame - self._window + 1
@@ -154,17 +124,18 @@ class SlidingAbsolute(ContextPolicy):
         prefix, rest = np.arange(layout.prefix), np.arange(layout.prefix + base, fed)
         return Refill(np.concatenate([prefix, rest]), np.concatenate([prefix + base, rest]))
 
-    @override
     def holds(self, known: int) -> bool:
         """Whether the window had slid as far when the last frame was decoded."""
         return self._base_frame == self._base_of(known - 1)
 
-    @override
     def replay(self, known: int, kept: int, prompt: int) -> Replay:
         """From the frame on at which the window stands, as it was fed when it slid there."""
         base = self._base_of(known - 1)
         self._slots.restart(base * self._layout.frame_length)
         return Replay(max(base, kept), min(known, base - self._roll + self._window if base else prompt))
+
+    def resume(self, frame: int) -> None:
+        """Positions are counted so that the frame can follow the prefix."""
 
     def _base_of(self, frame: int) -> int:
         """First frame of the window once ``frame`` has begun: a function of the frame alone."""
@@ -173,6 +144,10 @@ class SlidingAbsolute(ContextPolicy):
     @property
     def _base_frame(self) -> int:
         return self._slots.base // self._layout.frame_length
+
+
+ContextPolicy: TypeAlias = SlidingRotary | SlidingAbsolute
+"""Keeps the cache to the window as frames begin."""
 
 
 def context_policy(
