@@ -39,7 +39,7 @@ from diagd.schedule import Schedule
 from diagd.tuning.recordings import cached_tokens
 from diagd.tuning.rollouts import TOGETHER, Streams
 from worlds.folder import load_world
-from worlds.model import BundleModel, ModelWorker, ParallelModel, TorchModel, WorldModel
+from worlds.model import BundleModel, ModelWorker, ParallelModel, Rollouts, TorchModel, WorldModel
 from worlds.options import EvalOptions
 
 ORDERS = ("next token", "k=1 chained", "k=1 serial", "k=2 serial")
@@ -91,7 +91,9 @@ def compare(
     for task in Progress(CONSOLE).each(list(TASKS) * (repeats + 1), "rolling out"):
         for name, model in models.items():
             schedules, began = [Schedule.parse(order, model.layout) for order in TASKS[task]], now()
-            made[task, name] = model.roll_out(streams, options.prompt, schedules, options.sampling, 0)
+            made[task, name] = model.roll_out(
+                Rollouts(streams, options.prompt, schedules, options.sampling, 0)
+            )
             spent[task, name].append(now() - began)
     names = (f"{name}, s" for name in models)
     table = Table("order", *names, "gain", "equal tokens", "products, s", "and attention, s")
@@ -119,7 +121,7 @@ def least_seconds(
     options, schedules = EvalOptions(), [Schedule.parse(order, model.layout) for order in orders]
     shapes = shapes_of(
         model._group,
-        lambda: model.roll_out(streams[:TOGETHER], options.prompt, schedules, options.sampling, 0),
+        lambda: model.roll_out(Rollouts(streams[:TOGETHER], options.prompt, schedules, options.sampling, 0)),
     )
     config = bundle.manifest.transformer
     with_weights, inputs = bare_products(bundle, wall=False)

@@ -16,7 +16,7 @@ from diagd.tuning.reward import Probe, Transitions
 from diagd.tuning.rollouts import Streams, parts
 from worlds.geometry import Geometry
 from worlds.metrics import Estimate, frechet_distance, principal_axes, psnr, ssim, tile_features
-from worlds.model import WorldModel
+from worlds.model import Rollouts, WorldModel
 from worlds.options import EvalOptions
 
 SETTLED = 3
@@ -167,7 +167,8 @@ class Evaluation:
         """Rollouts [B, N] by some orders, each made once; those that are asked for together share prompts."""
         options, new = self.options, [order for order in schedules if order not in self._rolled]
         if new:
-            made = self.model.roll_out(self.truth, options.prompt, new, options.sampling, options.seed)
+            asked = Rollouts(self.truth, options.prompt, new, options.sampling, options.seed)
+            made = self.model.roll_out(asked)
             self._rolled |= zip(new, made, strict=True)
         return [self._rolled[order] for order in schedules]
 
@@ -268,7 +269,7 @@ def measure_drift(
     streams[:, :prompt] = known[:, :prompt]
     streams[:, prompt:, 0] = model.codes + actions
     streams = streams.reshape(count, -1)
-    rolled = model.roll_out(streams, prompt, [schedule], options.sampling, options.seed)[0]
+    (rolled,) = model.roll_out(Rollouts(streams, prompt, [schedule], options.sampling, options.seed))
     drift, liveliness = Drift([], []), evaluation.liveliness
     ends = np.linspace(prompt, prompt + frames, stretches + 1).astype(int)
     for start, end in pairwise(ends.tolist()):

@@ -38,6 +38,19 @@ VERIFIED = 16
 from run to run, and with them how sums are rounded."""
 
 
+class Rollouts(NamedTuple):
+    """Streams [B, N] whose cells behind the ``prompt`` first frames are decoded, by each of some orders.
+
+    Stream b draws with seed ``seed + b``.
+    """
+
+    streams: Streams
+    prompt: int
+    orders: Sequence[Schedule]
+    sampling: SamplingSettings
+    seed: int
+
+
 class WorldModel(Protocol):
     """What an evaluation needs of a model, however it is run."""
 
@@ -49,15 +62,8 @@ class WorldModel(Protocol):
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
         """Teacher-forced negative log-likelihood by position [B, N], nats; NaN in the first frame."""
 
-    def roll_out(
-        self,
-        streams: Streams,
-        prompt: int,
-        schedules: Sequence[Schedule],
-        sampling: SamplingSettings,
-        seed: int,
-    ) -> list[Streams]:
-        """The streams with every cell behind the ``prompt`` first frames decoded, by each of some orders."""
+    def roll_out(self, asked: Rollouts) -> list[Streams]:
+        """The streams [B, N] as each order decodes them."""
 
     def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         """Frames uint8 [T, H, W, 3] of tokens [T, h, w]."""
@@ -94,17 +100,11 @@ class TorchModel:
         passes = ForcedPasses([schedule], frames)
         return forced_nll(self._model, passes, streams, 0)
 
-    def roll_out(
-        self,
-        streams: Streams,
-        prompt: int,
-        schedules: Sequence[Schedule],
-        sampling: SamplingSettings,
-        seed: int,
-    ) -> list[Streams]:
+    def roll_out(self, asked: Rollouts) -> list[Streams]:
         """All streams at once."""
+        streams, prompt, orders, sampling, seed = asked
         once = partial(roll_out, self._model, streams, prompt, seed=seed, window=self.context_frames)
-        return [once(schedule, sampling) for schedule in schedules]
+        return [once(order, sampling) for order in orders]
 
     def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         """By the world's decoder."""
@@ -161,27 +161,21 @@ class BundleModel:
                 result[row, cells] = total - logits[np.arange(len(cells)), streams[row, cells]]
         return result
 
-    def roll_out(
-        self,
-        streams: Streams,
-        prompt: int,
-        schedules: Sequence[Schedule],
-        sampling: SamplingSettings,
-        seed: int,
-    ) -> list[Streams]:
+    def roll_out(self, asked: Rollouts) -> list[Streams]:
         """Several streams at once, where the engine has as many, by all orders: their prompts are fed once.
 
         The tokens of raster order take few passes: they are guessed, by what another order made of them, as
         it mostly draws the same.
         """
-        made, lanes = [streams.copy() for _ in schedules], len(self._group.sessions)
-        quickest = sorted(range(len(schedules)), key=lambda number: schedules[number].steps_per_frame)
+        streams, prompt, orders, sampling, seed = asked
+        made, lanes = [streams.copy() for _ in orders], len(self._group.sessions)
+        quickest = sorted(range(len(orders)), key=lambda number: orders[number].steps_per_frame)
         self._group.forget()
         for first in range(0, len(streams), lanes):
             part, guesses = slice(first, first + lanes), None
             seeds = range(seed + first, seed + len(streams))
             for number in quickest:
-                decoder = self._decoder(schedules[number], guesses)
+                decoder = self._decoder(orders[number], guesses)
                 guesses = roll_out_on_engine(self._group, streams[part], prompt, decoder, sampling, seeds)
                 made[number][part] = guesses
         return made
@@ -205,17 +199,8 @@ class BundleModel:
         return np.stack(list(self._codec.decode(tokens.astype(np.int32))))
 
 
-class Passes(NamedTuple):
-    """An item of work: streams under orders of decoding.
-
-    ``sampling`` is that of rollouts behind the ``prompt`` first frames; None asks for the likelihood.
-    """
-
-    streams: Streams
-    orders: tuple[str, ...]
-    sampling: SamplingSettings | None = None
-    prompt: int = 0
-    seed: int = 0
+Likelihoods = tuple[Streams, Schedule]
+"""Streams [B, N] whose likelihood is asked for, under an order."""
 
 
 class ModelWorker:
@@ -225,47 +210,37 @@ class ModelWorker:
         torch.set_num_threads(1)
         self._model = open_model(path, precision, backend, threads=1)
 
-    def __call__(self, passes: Passes) -> Sequence[NDArray[Any]]:
-        """float32 [B, N] of likelihoods, or int64 [B, N] of streams, by each order."""
-        streams, orders, sampling, prompt, seed = passes
-        schedules = [Schedule.parse(order, self._model.layout) for order in orders]
-        if sampling is None:
-            return [self._model.nll(streams, schedule) for schedule in schedules]
-        return self._model.roll_out(streams, prompt, schedules, sampling, seed)
+    def __call__(self, asked: Rollouts | Likelihoods) -> Any:
+        """As the model answers."""
+        return self._model.roll_out(asked) if isinstance(asked, Rollouts) else self._model.nll(*asked)
 
 
 class ParallelModel(WorldModel):
-    """Streams go out `TOGETHER` at a time, however many workers there are."""
+    """Streams go out `TOGETHER` at a time, however many workers there are.
 
-    def __init__(self, model: WorldModel, workers: Workers[Passes, Sequence[NDArray[Any]]]) -> None:
+    Those of a part draw with the seeds that they have in the whole.
+    """
+
+    def __init__(self, model: WorldModel, workers: Workers[Rollouts | Likelihoods, Any]) -> None:
         self.layout, self.codes, self.context_frames = model.layout, model.codes, model.context_frames
         self.encoder, self._model, self._workers = model.encoder, model, workers
 
     @override
     def nll(self, streams: Streams, schedule: Schedule) -> NDArray[np.float32]:
-        return self._do(Passes(streams, (schedule.name,)))[0]
+        starts = range(0, len(streams), TOGETHER)
+        return np.concatenate(self._do([(streams[first : first + TOGETHER], schedule) for first in starts]))
 
     @override
-    def roll_out(
-        self,
-        streams: Streams,
-        prompt: int,
-        schedules: Sequence[Schedule],
-        sampling: SamplingSettings,
-        seed: int,
-    ) -> list[Streams]:
-        return self._do(Passes(streams, tuple(one.name for one in schedules), sampling, prompt, seed))
+    def roll_out(self, asked: Rollouts) -> list[Streams]:
+        items = [
+            asked._replace(streams=asked.streams[first : first + TOGETHER], seed=asked.seed + first)
+            for first in range(0, len(asked.streams), TOGETHER)
+        ]
+        return [np.concatenate(order) for order in zip(*self._do(items), strict=True)]
 
     @override
     def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         return self._model.pixels(tokens)
 
-    def _do(self, passes: Passes) -> list[NDArray[Any]]:
-        """In parts, whose streams draw with the seeds that they have in the whole."""
-        streams, seed = passes.streams, passes.seed
-        items = [
-            passes._replace(streams=streams[first : first + TOGETHER], seed=seed + first)
-            for first in range(0, len(streams), TOGETHER)
-        ]
-        results = (result for _, result in sorted(self._workers.map(items), key=itemgetter(0)))
-        return [np.concatenate(order) for order in zip(*results, strict=True)]
+    def _do(self, items: Sequence[Rollouts | Likelihoods]) -> list[Any]:
+        return [result for _, result in sorted(self._workers.map(items), key=itemgetter(0))]

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.rollouts import Streams
 from tests.worlds.walks import CODES, recording
 from worlds.evaluate import EvalOptions, Evaluation, measure_drift
 from worlds.geometry import Geometry
+from worlds.model import Rollouts
 from worlds.report import scores_table, write_scores
 from worlds.run_eval import walk_actions
 from worlds.simulator import COLUMNS, ROWS
@@ -35,15 +34,8 @@ class Known:
         nll[:, : LAYOUT.frame_length] = np.nan
         return nll
 
-    def roll_out(
-        self,
-        streams: Streams,
-        prompt: int,
-        schedules: Sequence[Schedule],
-        sampling: SamplingSettings,
-        seed: int,
-    ) -> list[Streams]:
-        return [self.rolled(streams, prompt, schedule) for schedule in schedules]
+    def roll_out(self, asked: Rollouts) -> list[Streams]:
+        return [self.rolled(asked.streams, asked.prompt, schedule) for schedule in asked.orders]
 
     def rolled(self, streams: Streams, prompt: int, schedule: Schedule) -> Streams:
         rolled = streams.copy()

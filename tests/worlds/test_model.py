@@ -13,7 +13,7 @@ from diagd.export.transformer import Transformer
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from worlds.folder import World, load_world, save_world
-from worlds.model import BundleModel, TorchModel
+from worlds.model import BundleModel, Rollouts, TorchModel
 
 LAYOUT = StreamLayout(3, 4, before=1)
 DESCRIPTION = WorldDescription("0.3m", 3, 4, 8, 16, 16, ("stay", "go"), 4)
@@ -62,7 +62,9 @@ def test_rollouts_agree(
     models: tuple[TorchModel, BundleModel], schedule: Schedule, sampling: SamplingSettings
 ) -> None:
     given = streams(3, 4)
-    torch_tokens, bundle_tokens = (s.roll_out(given, 2, [schedule], sampling, seed=5)[0] for s in models)
+    torch_tokens, bundle_tokens = (
+        s.roll_out(Rollouts(given, 2, [schedule], sampling, seed=5))[0] for s in models
+    )
     np.testing.assert_array_equal(torch_tokens, bundle_tokens)
     frames = torch_tokens.reshape(3, 4, -1)
     np.testing.assert_array_equal(frames[:, :2], given.reshape(3, 4, -1)[:, :2])
@@ -81,7 +83,7 @@ def test_orders_that_are_rolled_out_together_give_what_each_gives_alone(
     def roll_out(schedules: list[Schedule]) -> list[np.ndarray]:
         for session in sessions:
             session.timing.recent.clear()
-        made = model.roll_out(given, 2, schedules, sampling, seed=5)
+        made = model.roll_out(Rollouts(given, 2, schedules, sampling, seed=5))
         rows.append(sum(step.rows for session in sessions for step in session.timing.recent))
         return made
 

@@ -15,7 +15,7 @@ from diagd.tuning.recordings import TokenDataset, cached_tokens
 from diagd.tuning.rollouts import parts
 from worlds.collect import CollectOptions, collect
 from worlds.doom import LEFT, RIGHT
-from worlds.model import TorchModel, open_model
+from worlds.model import Rollouts, TorchModel, open_model
 
 FOLDER = SHIPPED / "doom-3m"
 LIMIT = 8_000_000
@@ -56,7 +56,7 @@ def turned(model: TorchModel, recording: TokenDataset) -> float:
     for key, sign in ((LEFT, 1), (RIGHT, -1)):
         led = streams.copy()
         led[:, 2 * model.layout.frame_length] = model.codes + key
-        cells, _ = parts(model.roll_out(led, 2, [chained], greedy, 0)[0], model.layout)
+        cells, _ = parts(model.roll_out(Rollouts(led, 2, [chained], greedy, 0))[0], model.layout)
         before, after = (np.stack([model.pixels(c[None])[0] for c in cells[:, n]]) for n in (1, 2))
         for old, new in zip(*(p[:, 24:48].mean((1, 3)) for p in (before, after)), strict=True):
             errors = [np.abs(new[20 + s : 76 + s] - old[20:76]).mean() for s in range(-20, 21)]
