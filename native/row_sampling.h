@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -33,7 +35,7 @@ struct DrawArguments {
   int32_t keep_crossing;
 };
 
-constexpr int kSampled = 32, kMargin = 3, kTogether = 64;
+constexpr int kTogether = 64;
 
 // Ids of one row that are still in question, and what is worked out of them; reused from row to row.
 struct Scratch {
@@ -72,94 +74,60 @@ DIAGD_WIDE inline void drop_below(const float* values, int n, float floor, float
   for (int at = 0; at < n; ++at) weights[at] = values[at] >= floor ? weights[at] : 0;
 }
 
-// What weighs above `high`, and from `low` to it.
-DIAGD_WIDE inline std::pair<double, double> split_masses(
-    const float* values, const float* masses, int n, float low, float high) {
-  double above = 0, from = 0;
-#pragma omp simd reduction(+ : above, from)
-  for (int at = 0; at < n; ++at) {
-    above += values[at] > high ? masses[at] : 0;
-    from += values[at] >= low ? masses[at] : 0;
-  }
-  return {above, from - above};
+// What the values from `floor` on weigh: exact, in whatever order.
+DIAGD_WIDE inline double mass_from(const float* values, const float* masses, int n, float floor) {
+  double mass = 0;
+#pragma omp simd reduction(+ : mass)
+  for (int at = 0; at < n; ++at) mass += values[at] >= floor ? masses[at] : 0;
+  return mass;
 }
 
-struct Values {
-  const float *values, *masses;
-  int count;
-};
-
-// What lies from `low` to `high`, into arrays that may be its own.
-inline Values keep(const Values& from, float low, float high, Scratch& scratch) {
-  float *values = scratch.values.data(), *masses = scratch.masses.data();
+// Moves what lies from `floor` on, or below it, to the front; how many these are.
+inline int keep(float* values, float* masses, int n, float floor, bool from) {
   int count = 0;
-  for (int at = 0; at < from.count; ++at) {
-    const float value = from.values[at], mass = from.masses[at];
-    values[count] = value;
-    masses[count] = mass;
-    count += (value >= low) & (value <= high);
+  for (int at = 0; at < n; ++at) {
+    const float value = values[at], mass = masses[at];
+    values[count] = value, masses[count] = mass;
+    count += (value >= floor) == from;
   }
-  return {values, masses, count};
-}
-
-// Every `step`th value with its mass, the largest first.
-inline int sorted_sample(const Values& from, int step, std::pair<float, float>* sorted) {
-  const int count = from.count / step;
-  for (int at = 0; at < count; ++at) sorted[at] = {from.values[at * step], from.masses[at * step]};
-  std::sort(sorted, sorted + count, [](auto a, auto b) { return a.first > b.first; });
   return count;
 }
 
-// The first of sorted values at which their mass, each counted `times`, exceeds `share`; else the last.
-inline int crossed(const std::pair<float, float>* sorted, int count, int times, double share) {
-  int at = 0;
-  for (double sum = 0; at < count - 1 && (sum += static_cast<double>(sorted[at].second) * times) <= share;) ++at;
-  return at;
-}
-
-// The value at which the mass from the largest on exceeds `share`; it is known to be `least` or more.
-inline float crossing(Values left, double share, float least, Scratch& scratch) {
-  while (left.count > kSampled) {
-    std::pair<float, float> sorted[2 * kSampled];
-    const int step = left.count / kSampled, count = sorted_sample(left, step, sorted);
-    const int guess = crossed(sorted, count, step, share);
-    const float high = guess < kMargin ? INFINITY : sorted[guess - kMargin].first;
-    const float low = guess + kMargin >= count ? -INFINITY : sorted[guess + kMargin].first;
-    const int before = left.count;
-    if (high < least) {
-      left = keep(left, least, INFINITY, scratch);
+// The value at which the mass from the largest on exceeds `share`, or else the least from `low` on.
+inline float crossing(float* values, float* masses, int n, double share, float low, float high) {
+  n = keep(values, masses, n, low, true);
+  while (low < high) {
+    float middle = low / 2 + high / 2;
+    if (middle <= low || middle > high) middle = high;
+    const double above = mass_from(values, masses, n, middle);
+    const bool inside = above > share;
+    if (inside) {
+      low = middle;
     } else {
-      const auto [above, between] = split_masses(left.values, left.masses, left.count, low, high);
-      if (above > share) {
-        left = keep(left, std::nextafter(high, INFINITY), INFINITY, scratch);
-      } else if (above + between > share) {
-        left = keep(left, low, high, scratch);
-        share -= above;
-      } else {
-        left = keep(left, -INFINITY, std::nextafter(low, -INFINITY), scratch);
-        share -= above + between;
-      }
+      high = std::nextafter(middle, low), share -= above;
     }
-    if (left.count == before) break;  // many are equal
+    n = keep(values, masses, n, middle, inside);
   }
-  std::vector<std::pair<float, float>> all(left.count);
-  return all[crossed(all.data(), sorted_sample(left, 1, all.data()), 1, share)].first;
+  return low;
 }
 
 // The smallest value that top-k keeps.
 inline float top_k_floor(const float* values, int n, int top_k, Scratch& scratch) {
   if (top_k <= 0 || top_k >= n) return -INFINITY;
-  std::fill_n(scratch.weights.begin(), n, 1.0f);
-  return crossing({values, scratch.weights.data(), n}, top_k - 1, -INFINITY, scratch);
+  const auto first = scratch.weights.begin(), last = std::copy_n(values, n, first);
+  std::nth_element(first, first + top_k - 1, last, std::greater<float>());
+  return first[top_k - 1];
 }
 
 // The smallest value that top-p keeps of those from `floor` on, which weigh `total`.
-inline float top_p_floor(const Values& row, float largest, float scale, float floor, double total, double p,
-                         bool keep_crossing, Scratch& scratch) {
+inline float top_p_floor(const float* values, const float* weights, int n, float largest, float scale, float floor,
+                         double total, double p, bool keep_crossing, Scratch& scratch) {
   // What is lighter than (1 - p) of the mean cannot weigh 1 - p of all together: the threshold lies above it.
-  const double lightest = std::log2(0.9 * (1 - p) * total / row.count) / scale;
-  const float least = std::max(floor, static_cast<float>(largest + lightest));
-  const float crossed = crossing(row, total * p, least, scratch);
+  const double lightest = std::log2(0.9 * (1 - p) * total / n) / scale;
+  const float least = std::max({floor, static_cast<float>(largest + lightest), std::numeric_limits<float>::lowest()});
+  float *some = scratch.values.data(), *masses = scratch.masses.data();
+  std::copy_n(values, n, some), std::copy_n(weights, n, masses);
+  const float crossed = crossing(some, masses, n, total * p, least, largest);
   return keep_crossing ? crossed : std::min(std::nextafter(crossed, INFINITY), largest);
 }
 
@@ -255,7 +223,7 @@ inline int32_t draw(const DrawArguments& a, int row, Scratch& scratch) {
   float floor = top_k_floor(values, n, a.top_k, scratch);
   const double total = weigh(values, n, largest, scale, floor, weights);
   if (a.top_p < 1) {
-    floor = top_p_floor({values, weights, n}, largest, scale, floor, total, a.top_p, a.keep_crossing != 0, scratch);
+    floor = top_p_floor(values, weights, n, largest, scale, floor, total, a.top_p, a.keep_crossing != 0, scratch);
     drop_below(values, n, floor, weights);
   }
   std::fill_n(weights - before, before, 0.0f);
