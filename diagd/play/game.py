@@ -167,7 +167,7 @@ class Game:
 
     def rewind(self, frames: int) -> Pictures:
         """Take back up to so many frames; gives the pictures of the one that is the last then."""
-        frames = min(frames, len(self._past) - 1)
+        frames = min(frames, self.session.stream.spare(len(self._past)))
         self.stop()
         if frames > 0:
             self._chosen = min(self._chosen, self.known - frames)

@@ -39,7 +39,7 @@ class SlidingRotary:
     A frame that was voided does not come back where the stream does, so an action may not depend on it.
 
     Attributes:
-        history: frames that ``replay`` may reach back.
+        needed: frames that ``replay`` reaches back at most.
         horizon: last frame that overlapping frames may reach; None: any.
         slides_first: the model acts in the window of the frame to come, else in that of the frame before.
     """
@@ -55,8 +55,7 @@ class SlidingRotary:
         self._oldest = 0
         # A row of layer l was computed from rows of layer l - 1 up to a window before it: beyond so many
         # frames nothing reaches the rows that are still seen. One more is fed as a stand-in for a prompt.
-        self._reach = manifest.cache.layers * (window - 1)
-        self.history = self._reach + window + 2
+        self.needed = manifest.cache.layers * (window - 1) + 1
 
     def advance(self, frame: int, fed: int) -> Refill | None:
         """Make room for ``frame``, whose first step feeds positions from ``fed`` on; nothing is fed again."""
@@ -68,9 +67,13 @@ class SlidingRotary:
             self._rebase(self._oldest)
         return None
 
-    def holds(self, known: int) -> bool:
-        """Whether the cache has all that a stream needs which goes on behind its first ``known`` frames."""
-        return self._oldest <= max(0, known - self._window + 1)
+    def holds(self, known: int, overlapped: bool) -> bool:
+        """Whether the cache has all that a stream needs which goes on behind its first ``known`` frames.
+
+        And nothing else: where the last is ``overlapped``, it may have been decoded beside one that is given
+        up, and not have seen what that evicted.
+        """
+        return self._oldest <= max(0, known - self._window + (not overlapped))
 
     def replay(self, known: int, kept: int, prompt: int) -> Replay:
         """Forget all rows and say how they come back, of ``known`` frames: the first ``prompt`` were given.
@@ -79,7 +82,7 @@ class SlidingRotary:
         """
         self._oldest = 0
         self._slots.restart(0)
-        first = max(kept, known - self._reach - 1)
+        first = max(kept, known - self.needed)
         return Replay(first, min(known, prompt if first == 0 else first + 1))
 
     def resume(self, frame: int) -> None:
@@ -106,7 +109,7 @@ class SlidingAbsolute:
         if not 1 <= roll < window:
             raise UsageError(f"roll={roll} frames at once is outside 1..{window - 1}, the window less one")
         self._layout, self._window, self._roll, self._slots = layout, window, roll, slots
-        self.history = 2 * window
+        self.needed = window
 
     @property
     def horizon(self) -> int:
@@ -124,7 +127,7 @@ class SlidingAbsolute:
         prefix, rest = np.arange(layout.prefix), np.arange(layout.prefix + base, fed)
         return Refill(np.concatenate([prefix, rest]), np.concatenate([prefix + base, rest]))
 
-    def holds(self, known: int) -> bool:
+    def holds(self, known: int, overlapped: bool) -> bool:
         """Whether the window had slid as far when the last frame was decoded."""
         return self._base_frame == self._base_of(known - 1)
 
@@ -132,7 +135,9 @@ class SlidingAbsolute:
         """From the frame on at which the window stands, as it was fed when it slid there."""
         base = self._base_of(known - 1)
         self._slots.restart(base * self._layout.frame_length)
-        return Replay(max(base, kept), min(known, base - self._roll + self._window if base else prompt))
+        first = max(base, kept)
+        fed = base - self._roll + self._window if base else prompt
+        return Replay(first, min(known, max(fed, first + 1)))
 
     def resume(self, frame: int) -> None:
         """Positions are counted so that the frame can follow the prefix."""

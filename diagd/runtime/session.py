@@ -71,7 +71,9 @@ class Session:
         self._context = context_policy(
             manifest, window, self._slots, lambda angles, live: engine.rotate_keys(angles, live, lane), roll
         )
-        self._stream = Stream(self.layout, window, self._padded(), self._context.history, manifest.vocabulary)
+        needed, padded = self._context.needed, self._padded()
+        history = needed + window + 1
+        self._stream = Stream(self.layout, window, padded, history, needed, manifest.vocabulary)
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text, self._law = text, ActionLaw.of(manifest)
         self._run = self._prepared = 0
@@ -408,7 +410,7 @@ class Session:
             self._cached = stream, stream.beginnings
             if self._text is not None and stream.text is not None:
                 self.engine.set_text(self._text.rows(stream.text))
-        elif self._context.holds(stream.known):
+        elif self._context.holds(stream.known, stream.past[-1].overlapped):
             self._slots.rewind(stream.fed)
             return
         self._rebuild()

@@ -78,6 +78,11 @@ class Past:
     order: Schedule | None
     origin: int
 
+    @property
+    def overlapped(self) -> bool:
+        """Whether a later frame may have begun before it was complete."""
+        return self.order is not None and self.order.d < self.order.steps_per_frame
+
     def is_given(self, tokens: Ids, led: Ids | tuple[()]) -> bool:
         """Whether its rows are those of a frame of a prompt, with these tokens and ids leading to it."""
         ids = np.reshape(led, -1)
@@ -94,6 +99,7 @@ class Stream:
         window: frames a query may see.
         padded: int32 [widest step + 1], the rows that a step of so many is run as.
         history: known frames that are kept, to go back to and to build K/V rows from.
+        needed: frames that K/V rows are built from at most.
         vocabulary: ids that can be fed.
 
     Attributes:
@@ -120,9 +126,16 @@ class Stream:
     """
 
     def __init__(
-        self, layout: StreamLayout, window: int, padded: Int, history: int, vocabulary: int = 1 << 31
+        self,
+        layout: StreamLayout,
+        window: int,
+        padded: Int,
+        history: int,
+        needed: int = 1,
+        vocabulary: int = 1 << 31,
     ) -> None:
-        self.layout, self.window, self.padded, self.vocabulary = layout, window, padded, vocabulary
+        self.layout, self.window, self.padded = layout, window, padded
+        self.needed, self.vocabulary = needed, vocabulary
         self.places = TokenPlaces(layout, window)
         self.tokens: Int = np.zeros(self.places.size, np.int32)
         self.past: deque[Past] = deque(maxlen=history)
@@ -316,13 +329,17 @@ class Stream:
         self.unsent.append((places, values))
 
     def rewind(self, frames: int) -> None:
-        """Go back by some frames, giving up what is in flight; UsageError where so many are not kept."""
-        if not 0 <= frames < len(self.past):
+        """Go back by some frames, giving up what is in flight; UsageError where too few are kept for it."""
+        if not 0 <= frames <= (most := self.spare(len(self.past))):
             raise UsageError(
-                f"cannot go back by {frames} frames: {len(self.past)} of {self.known} are kept, and one of "
-                f"them must stay; expected 0..{len(self.past) - 1}"
+                f"cannot go back by {frames} frames: {len(self.past)} of {self.known} are kept, and K/V rows "
+                f"are built again from {len(self.past) - most} of them; expected 0..{most}"
             )
         self.return_to(self.known - frames, list(self.past)[: len(self.past) - frames])
+
+    def spare(self, kept: int) -> int:
+        """How many of the last ``kept`` frames may go, so that the world goes on from there to the token."""
+        return max(0, kept - (1 if kept == self.known else self.needed))
 
     def return_to(self, known: int, past: list[Past]) -> None:
         """Be as when so many frames were known, the last of them ``past``."""
@@ -347,7 +364,7 @@ class Stream:
     def branch(self, history: int | None = None) -> Stream:
         """A copy that goes its own way; give it to a session to decode it. ``history``: that it keeps."""
         history = history or self.past.maxlen or 0
-        other = Stream(self.layout, self.window, self.padded, history, self.vocabulary)
+        other = Stream(self.layout, self.window, self.padded, history, self.needed, self.vocabulary)
         other.restore(self.snapshot())
         return other
 

@@ -41,6 +41,7 @@ def orders(layout: StreamLayout) -> dict[str, Schedule]:
         "k=1 serial": Schedule.serial(layout, 1),
         "k=1 chained": Schedule.chained(layout, 1),
         "k=2 between": Schedule(layout, 2, (k2.d + 2 * layout.rows) // 2, RowSeed.ABOVE),
+        "k=1, one ahead": Schedule(layout, 1, layout.rows + layout.columns - 2),
         "k=1 chained, prompt seeds": Schedule.chained(layout, 1, RowSeed.PROMPT),
         "k=2, seeds kept": Schedule(layout, 2, k2.d, RowSeed.DUPLICATE, refeed=False, keep_seeds=True),
     }
@@ -212,6 +213,27 @@ def test_an_abandoned_run_leaves_no_guess_in_sight(bundle: Path, name: str, befo
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("back", [0, 1])
+@pytest.mark.parametrize("name", ["k=1 chained", "k=1, one ahead"])
+def test_a_full_window_goes_on_alike_here_and_elsewhere_behind_frames_that_others_overlapped(
+    bundle: Path, name: str, back: int
+) -> None:
+    """Rows know nothing of the frames ahead, which evicted some, wherever those are given up."""
+    session, elsewhere = (diagd.load(bundle, threads=1) for _ in range(2))
+    order, given = orders(session.layout)[name], actions(session.layout, 9)
+    if not can_slide(session, order):
+        pytest.skip("flights end with the window")
+    prompt(session)
+    run = session.frames(
+        ScheduledDecoder(order), lambda _: given[0], sampling=SETTINGS, count=8 if back else None
+    )
+    assert [next(run).index for _ in range(8)][-1] == 9
+    session.stream.rewind(back)
+    elsewhere.stream.restore(session.stream.snapshot())
+    tokens, expected = (decode(one, orders(one.layout)["k=1 serial"], given) for one in (session, elsewhere))
+    np.testing.assert_array_equal(tokens, expected)
+
+
 def test_ids_that_the_model_does_not_know_are_refused(bundle: Path) -> None:
     with diagd.load(bundle, threads=1) as session:
         prompt(session)
@@ -308,6 +330,26 @@ def test_a_known_prompt_is_not_fed_again(bundle: Path, name: str) -> None:
             rows.append(sum(step.rows for step in one.timing.recent))
         assert made[0] == made[1]
         assert rows[1] - rows[0] == (layout.first_cell(shared - 1) + layout.cells - 1 if shared else 0)
+
+
+def test_frames_are_taken_back_as_far_as_rows_can_be_built_of_those_that_stay(bundle: Path) -> None:
+    """And go on to the token; one more would not."""
+    session, straight = (diagd.load(bundle, threads=1) for _ in range(2))
+    order, given = Schedule.serial(session.layout, 1), actions(session.layout, 30)
+    prompt(session)
+    prompt(straight)
+    decode(session, order, given)
+    most = session.stream.spare(len(session.stream.past))
+    assert most >= session.window
+    with pytest.raises(UsageError, match=rf"back by {most + 1} frames: .* expected 0\.\.{most}"):
+        session.stream.rewind(most + 1)
+    session.stream.rewind(most)
+    decode(straight, order, given[:-most])
+    again, expected = (decode(one, order, given[-most:][:2]) for one in (session, straight))
+    np.testing.assert_array_equal(again, expected)
+    left = session.stream.past
+    session.stream.return_to(session.stream.known, [left[-1]])  # less than that: no tokens are promised
+    decode(session, order, given[:2])
 
 
 def test_a_flight_stays_one_where_rows_are_built_again_from_its_middle(bundle: Path) -> None:

@@ -335,7 +335,8 @@ class DraftDecoder(Decoder):
     def _replace(self, stream: Stream, frame: int, tokens: Int) -> None:
         """Have the drafter go on from the target's frame."""
         ids = stream.led(frame)
-        self._drafter.stream.rewind(1)
+        drafted = self._drafter.stream  # whose past may be as short as a shallower target's
+        drafted.return_to(drafted.known - 1, list(drafted.past)[:-1])
         grid = tokens.reshape(stream.layout.rows, stream.layout.columns)
         forced = RasterDecoder([grid])
         for _ in self._drafter.frames(forced, None if ids is None else [ids], count=1):

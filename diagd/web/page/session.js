@@ -44,7 +44,8 @@ export class Session {
     this.begun = this.prepared = this.known;
     this.frames.length = this.known;
     Object.assign(this, { rejected: null, left: [] });
-    if (this.moved || !this.context.holds(this.known)) await this.rebuild();
+    const { order } = this.frames[this.known - 1];
+    if (this.moved || !this.context.holds(this.known, order && order.d < order.steps)) await this.rebuild();
     else this.ring.rewind(this.fed);
     this.moved = false;
   }

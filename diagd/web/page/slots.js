@@ -104,7 +104,7 @@ export class SlidingRotary {
     return null;
   }
 
-  holds(known) { return this.oldest <= Math.max(0, known - this.window + 1); }
+  holds(known, overlapped) { return this.oldest <= Math.max(0, known - this.window + (overlapped ? 0 : 1)); }
 
   replay(known, prompt) {
     this.oldest = 0;
