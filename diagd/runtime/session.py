@@ -363,9 +363,6 @@ class Session:
     def _pack(self, block: Block) -> Steps:
         """The steps of a block as the engine takes them."""
         stream, engine, slots = self._stream, self.engine, self._slots
-        if block.drafts is not None:
-            drafted = np.flatnonzero(block.drafts >= 0)
-            stream.write(block.sources[drafted], block.drafts[drafted])
         self._send_tokens()
         if slots.stale:
             engine.write_slots(slots.slot_position, self.lane)

@@ -56,6 +56,7 @@ class SlotRing:
         self.slot_position: Int = np.full(capacity, VOID, np.int32)
         self._voids = self.slot_position.copy()
         self._zero_first, self._zero_last = zero_rows
+        self._ring_start = zero_rows[1] - zero_rows[0]
         self._turn = capacity if in_sight is None else self._ring_start + in_sight
         self.restart(0)
 
@@ -72,10 +73,6 @@ class SlotRing:
         """The engine has the positions of all slots."""
         self.stale = False
         self._hidden: Int = np.zeros(0, np.int32)
-
-    @property
-    def _ring_start(self) -> int:
-        return self._zero_last - self._zero_first
 
     def append(self, positions: Int, shape: Shape, padded: Int) -> SlotUpdates:
         """Take the next slots for a block of steps, those of a step all neighbours.

@@ -120,6 +120,7 @@ class Stream:
             model's turn.
         newer: asked between the passes of a frame, by its index, for another action than it began with; None
             is given where there is none.
+        limit: frames of the stream at which the run ends; None: it is not known to end.
         horizon: last frame that overlapping frames may reach; None: any.
         refills: how often its context was fed again.
         text: embeddings float32 [n, width] that the model attends to.
@@ -155,7 +156,7 @@ class Stream:
         self.unsent: list[tuple[Int, Int]] = []
         self._actions: Iterator[Ids | None] | Callable[[int], Ids | None] = iter(())
         self._led: dict[int, Int] = {}
-        self._limit: int | None = None
+        self.limit: int | None = None
         self._asked: int | None = None  # the frame that ``action`` leads to
 
     def start(self, frames: Ids, actions: Ids | None = None) -> None:
@@ -225,18 +226,13 @@ class Stream:
         self._led = {frame: ids for frame, ids in self._led.items() if frame < self.known}
         count = len(actions) if isinstance(actions, np.ndarray) else None
         lengths = [length for length in (frames, count) if length is not None]
-        self._limit = self.known + min(lengths) if lengths else None
+        self.limit = self.known + min(lengths) if lengths else None
         self._actions = actions if callable(actions) else repeat(None) if actions is None else iter(actions)
 
     @property
     def max_width(self) -> int:
         """Rows of the widest step."""
         return len(self.padded) - 1
-
-    @property
-    def limit(self) -> int | None:
-        """Frames of the stream at which the run ends; None: it is not known to end."""
-        return self._limit
 
     @property
     def sampling(self) -> SamplingState:
@@ -247,13 +243,13 @@ class Stream:
     def ask(self) -> bool:
         """Ask for the next frame's ``action``, once; False where the run has no more frames."""
         frame = self.begun
-        if self._limit is not None and frame >= self._limit:
+        if self.limit is not None and frame >= self.limit:
             return False
         if self._asked != frame:
             try:
                 ids = self._actions(frame) if callable(self._actions) else next(self._actions)
             except StopIteration:
-                self._limit = frame
+                self.limit = frame
                 return False
             self._asked, self.action = frame, None if ids is None else whole(ids)
         return True

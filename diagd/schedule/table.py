@@ -23,14 +23,12 @@ class Step(NamedTuple):
         positions: [W], raster position at which it is fed.
         sinks: [W], position of the cell its prediction fills, or ``NO_SINK``.
         transient: bool [W], rows hidden from every later query once the step has run: guesses.
-        drafts: int32 [W], ids fed in place of the stream's, -1 where the stream's own is fed; None: nowhere.
     """
 
     sources: Int
     positions: Int
     sinks: Int
     transient: NDArray[np.bool_]
-    drafts: NDArray[np.int32] | None = None
 
     @property
     def width(self) -> int:
@@ -100,7 +98,7 @@ class Block:
 
     Attributes:
         offsets: int [steps + 1].
-        sources, positions, sinks, transient, drafts: of all steps, one after another; see ``Step``.
+        sources, positions, sinks, transient: of all steps, one after another; see ``Step``.
         commit: predictions become the stream's tokens. Else the decoder looks at them and decides.
         pause: steps after which the decoder is asked again, as where a frame is complete; those that are left
             run once there is more to do. 0: all.
@@ -112,7 +110,6 @@ class Block:
     positions: Int
     sinks: Int
     transient: NDArray[np.bool_]
-    drafts: NDArray[np.int32] | None = None
     commit: bool = True
     pause: int = 0
     pinned: NDArray[np.bool_] | None = None
@@ -144,8 +141,7 @@ class Block:
     def step(self, index: int) -> Step:
         """Views of one step."""
         rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        drafts = None if self.drafts is None else self.drafts[rows]
-        return Step(self.sources[rows], self.positions[rows], self.sinks[rows], self.transient[rows], drafts)
+        return Step(self.sources[rows], self.positions[rows], self.sinks[rows], self.transient[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +183,6 @@ def shifted(block: Block, by: int) -> Block:
     """The same steps ``by`` positions further on in the stream; pinned sources stay where they are."""
     numbers, moves = block.places
     moved = numbers + moves * by
-    other = Block(
-        *(block.offsets, *moved, block.transient, block.drafts, block.commit, block.pause, block.pinned)
-    )
+    other = Block(*(block.offsets, *moved, block.transient, block.commit, block.pause, block.pinned))
     other.__dict__["shape"] = block.shape  # the cached property
     return other
