@@ -51,10 +51,10 @@ class ExportOptions:
             raise UsageError(
                 "--checkpoint is empty (a variable that is not set?); give a file, folder or hf://"
             )
-        if self.checkpoint is not None and self.random_weights:
-            raise UsageError(
-                f"--checkpoint {self.checkpoint} and --random-weights: weights come from one of them"
-            )
+        tokenizer = None if self.tokenizer == "none" else self.tokenizer
+        for told, given in (("--checkpoint ", self.checkpoint), ("--set tokenizer=", tokenizer)):
+            if given is not None and self.random_weights:
+                raise UsageError(f"{told}{given} and --random-weights: weights come from one of them")
 
     def sources(self, family: Family) -> Sources:
         """Where the weights come from."""
@@ -79,7 +79,9 @@ def run(options: ExportOptions) -> int:
     if options.tokenizer == "none":
         family = replace(family, tokenizer=None)
     if options.dry_run:
-        _print_plan(console, Exporter(family, options.graphs), output)
+        exporter = Exporter(family, options.graphs)
+        _check_local(exporter, options)
+        _print_plan(console, exporter, output)
         return 0
     try:
         began = time.perf_counter()
@@ -91,6 +93,17 @@ def run(options: ExportOptions) -> int:
     seconds = time.perf_counter() - began
     console.print(f"exported {options.model} in {seconds:.1f} s: {made.size / 1e6:,.1f} MB at {made.path}")
     return 0
+
+
+def _check_local(exporter: Exporter, options: ExportOptions) -> None:
+    """Raise CheckpointError where files that were given do not fit; nothing is downloaded."""
+    from diagd.export.exporter import open_sources
+
+    family, checkpoint = exporter.family, options.checkpoint
+    if (options.tokenizer or family.default_tokenizer or "").startswith("hf:"):
+        family = replace(family, tokenizer=None)
+    if checkpoint is not None and not checkpoint.startswith("hf:"):
+        exporter.check(open_sources(family, checkpoint, options.tokenizer))
 
 
 def _print_plan(console: Console, exporter: Exporter, output: Path) -> None:

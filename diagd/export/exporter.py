@@ -26,7 +26,7 @@ from diagd.bundle.manifest import (
 )
 from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.bundle.targets import bundle_target
-from diagd.errors import UsageError
+from diagd.errors import CheckpointError, UsageError
 from diagd.export import weights
 from diagd.export.checkpoints import (
     WEIGHT_DTYPES,
@@ -123,9 +123,7 @@ class Exporter:
             UsageError: the disk has not enough room, or something other than a bundle is there.
         """
         place = bundle_target(output)
-        check(sources.transformer, self.family.expected)
-        if self.family.tokenizer and sources.tokenizer is not None:
-            check(sources.tokenizer, self.family.tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
+        self.check(sources)
         self._check_disk(output)
         with ExitStack() as until_in_place, atomic_bundle(place) as directory:
             partial = ResumableWeights(place, weights.export_key(sources.transformer, self._placements))
@@ -134,6 +132,17 @@ class Exporter:
             manifest = self._write_rest(directory, partial, sources, progress)
             self._write_prompts(directory, place)
             return manifest
+
+    def check(self, sources: Sources) -> None:
+        """Raise CheckpointError where tensors do not fit; none is read."""
+        check(sources.transformer, self.family.expected)
+        if self.family.tokenizer and sources.tokenizer is not None:
+            if not sources.tokenizer:
+                raise CheckpointError(
+                    f"{sources.tokenizer.source} holds no tokenizer of {self.family.name}; give --set "
+                    "tokenizer=FILE, or --set tokenizer=none to leave the pixel graphs out"
+                )
+            check(sources.tokenizer, self.family.tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
 
     def _write_prompts(self, directory: Path, place: Path) -> None:
         """Pictures that worlds start from, which are the user's from then on."""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from diagd.bundle import Bundle, cache
 from diagd.errors import BundleError, CheckpointError
 from diagd.export.checkpoints import Checkpoint, TensorHandle
+from diagd.export.checkpoints.location import is_index, shard_names
 from diagd.export.step_graph import PLAIN, step_tensors
 from diagd.export.tracing import FOLD_LIMIT
 from diagd.version import __version__
@@ -181,9 +182,14 @@ def store(
 
 
 def _converted(name: str, chunk: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-    """A chunk in another type; CheckpointError where a finite number would not stay finite."""
+    """A chunk in another type; CheckpointError where it is no number, or would not stay finite."""
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(chunk, dtype=dtype)
+    if converted.dtype.kind == "f" and np.isnan(converted).any():
+        raise CheckpointError(
+            f"tensor '{name.removeprefix('transformer.')}' holds nan, expected numbers: its training "
+            "diverged or the file is damaged; use another checkpoint"
+        )
     if converted.dtype == np.float16 and chunk.dtype != np.float16 and np.isinf(converted).any():
         wide = np.asarray(chunk, np.float64)
         lost = np.isinf(converted) & np.isfinite(wide)
@@ -352,24 +358,26 @@ def shown_source(source: str) -> str:
 
 
 def source_digest(source: str) -> str | None:
-    """Digest of a local checkpoint: of the file, or of the digests and names of those in its folder."""
+    """Digest of a local checkpoint: of the file, or of digests and names of its shards or its folder's."""
     path = Path(source)
-    if path.is_file():
+    files = _files(path)
+    if files == [path]:
         return cache.digest(path)
-    parts = [f"{cache.digest(file)} {file.relative_to(path).as_posix()}" for file in _files(path)]
+    home = path if path.is_dir() else path.parent
+    parts = [f"{cache.digest(file)} {file.relative_to(home).as_posix()}" for file in files]
     return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest() if parts else None
 
 
 def _files(path: Path) -> list[Path]:
+    """Of a local checkpoint: itself, with its shards where it is an index, or all in a folder."""
+    if path.is_file():
+        shards = sorted(set(shard_names(path).values())) if is_index(path.name) else []
+        return [path, *(path.with_name(shard) for shard in shards)]
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
 
 
 def export_key(source: Checkpoint, placements: Mapping[str, Placement]) -> str:
     """Digest of what a weights file is made from: the layout, and the source's name, sizes and times."""
-    stamps = []
-    path = Path(source.source)
-    if path.exists():
-        files = _files(path) or [path]
-        stamps = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    stamps = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in _files(Path(source.source))]
     layout = [[name, p.offset, p.length, p.dtype.name] for name, p in placements.items()]
     return hashlib.sha256(json.dumps([__version__, source.source, stamps, layout]).encode()).hexdigest()

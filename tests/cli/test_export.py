@@ -76,6 +76,12 @@ def test_a_dry_run_predicts_the_size(workplace: Workplace, capsys: pytest.Captur
         (["--model", "mineworld-30m"], "did you mean 'mineworld-300m'"),
         (["--model", "mineworld-300m"], "withdrawn in May 2025"),
         (["--model", "mineworld-300m", "--checkpoint", "no.ckpt"], "no.ckpt"),
+        (["--model", "mineworld-300m", "--checkpoint", "no.ckpt", "--dry-run"], "no checkpoint at 'no.ckpt'"),
+        (["--model", "cosmos-4b", "--checkpoint", "no.pt", "--dry-run"], "no checkpoint at 'no.pt'"),
+        (
+            ["--model", "mineworld-300m", "--random-weights", "--set", "tokenizer=vae.ckpt"],
+            "--set tokenizer=vae.ckpt and --random-weights: weights come from one of them",
+        ),
         (["--model", "world"], "--checkpoint FOLDER"),
         (["--model", "crafter-3m", "--form", "portable", "--set", "window=1"], "window 1 is outside 2..8"),
         (["--model", "crafter-3m", "--form", "portable", "--set", "window=9"], "window 9 is outside 2..8"),

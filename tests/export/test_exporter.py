@@ -153,6 +153,15 @@ def test_seeds_decide_random_bytes(tmp_path: Path) -> None:
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_a_transformer_without_its_tokenizer_says_so() -> None:
+    family = build("mineworld-300m")
+    transformer = RandomCheckpoint(family.expected, seed=1)
+    with pytest.raises(
+        CheckpointError, match="holds no tokenizer of mineworld-300m; give --set tokenizer=FILE"
+    ):
+        Exporter(family, GraphOptions()).check(Sources(transformer, RandomCheckpoint({}, seed=1)))
+
+
 def test_models_without_weights_say_so() -> None:
     with pytest.raises(UsageError, match="--random-weights"):
         open_sources(build("mineworld-300m"), None, None)

@@ -59,7 +59,8 @@ def tensors_of(bias: bool, norm_weights: bool) -> dict[str, Tensor]:
 def write(path: Path, tensors: dict[str, Tensor]) -> Path:
     """A release: the transformer, its tied head, the image tokenizer with masks and a discriminator."""
     state = {f"predictor.gpt_model.{name}": tensor for name, tensor in tensors.items()}
-    state["predictor.gpt_model.lm_head.weight"] = state["predictor.gpt_model.transformer.wte.weight"]
+    embedding = state["predictor.gpt_model.transformer.wte.weight"]
+    state.setdefault("predictor.gpt_model.lm_head.weight", embedding)
     images = random_tensors(VIT.expected_shapes(), seed=1)
     images["encoder.vit.0.attn.attn_mask"] = torch.ones(1, 1, 12, 12)
     images["patch_gan.main.0.weight"] = torch.ones(2, 2)
@@ -224,6 +225,7 @@ def test_the_sampling_rules_are_those_of_the_release(exported: Exported) -> None
         ({"transformer.wpe.weight": torch.zeros(29, HIDDEN)}, "expected a multiple of 28 positions"),
         ({"transformer.wte.weight": torch.zeros(93, HIDDEN)}, "92 ids"),
         ({"transformer.wte.weight": torch.zeros(92, 20)}, "20 wide, for which the number of attention heads"),
+        ({"lm_head.weight": torch.ones(92, HIDDEN)}, "other than its embedding"),
     ],
 )
 def test_contradicting_checkpoints_are_refused(
@@ -232,6 +234,20 @@ def test_contradicting_checkpoints_are_refused(
     path = write(tmp_path / "bad.ckpt", tensors_of(bias=True, norm_weights=True) | change)
     with pytest.raises(CheckpointError, match=message):
         families.find("wham-200m", str(path))
+
+
+def test_a_head_that_equals_the_embedding_is_tied(tmp_path: Path) -> None:
+    tensors = tensors_of(bias=True, norm_weights=True)
+    path = write(
+        tmp_path / "copied.ckpt", tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
+    )
+    assert families.find("wham-200m", str(path)).transformer.tied_head
+
+
+def test_a_file_of_another_model_is_not_taken_for_a_tokenizer(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"transformer.head": torch.ones(1)}}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match=r"'transformer\.wte\.weight'.* is it a file of this model"):
+        families.find("wham-200m", str(tmp_path / "other.ckpt"))
 
 
 def test_the_other_size_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from diagd.cli.main import main
 from diagd.export import exporter, weights
 from diagd.export.checkpoints import Checkpoint, RandomCheckpoint
 from diagd.export.exporter import GraphOptions, Sources
-from diagd.export.weights import ResumableWeights, WeightSource, export_key
+from diagd.export.weights import ResumableWeights, WeightSource, export_key, source_digest
 from diagd.schedule import StreamLayout
 from tests.models import small_family
 from tests.oracles.models import small_model
@@ -122,6 +122,19 @@ def test_a_changed_checkpoint_has_another_key(tmp_path: Path) -> None:
     assert export_key(checkpoint, places) != before
     half = {name: replace(place, dtype=np.dtype(np.float16)) for name, place in places.items()}
     assert export_key(checkpoint, half) != export_key(checkpoint, places)
+
+
+def test_a_changed_shard_has_another_key_and_digest(tmp_path: Path) -> None:
+    index, shard = tmp_path / "model.safetensors.index.json", tmp_path / "a.safetensors"
+    index.write_text('{"weight_map": {"w": "a.safetensors"}}')
+    checkpoint = random_checkpoint()
+    checkpoint.source = str(index)
+    found = set()
+    for content in (b"one", b"two"):
+        shard.write_bytes(content)
+        os.utime(shard, ns=(1, content[0]))
+        found |= {export_key(checkpoint, placements(checkpoint)), source_digest(str(index))}
+    assert len(found) == 4
 
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -80,3 +80,11 @@ def test_what_is_infinite_already_is_no_overflow(tmp_path: Path) -> None:
     places = weights.plan({"mask": ((2,), np.dtype(np.float16))})
     weights.write(tmp_path / "weights.bin", places, {"mask": weights.constant(np.float32([-np.inf, 1]))})
     assert np.fromfile(tmp_path / "weights.bin", np.float16).tolist() == [-np.inf, 1]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_what_is_no_number_is_named(tmp_path: Path, dtype: type) -> None:
+    places = weights.plan({"transformer.norm.weight": ((2,), np.dtype(np.float32))})
+    broken = {"transformer.norm.weight": weights.constant(np.array([1, np.nan], dtype))}
+    with pytest.raises(CheckpointError, match=r"'norm\.weight' holds nan"):
+        weights.write(tmp_path / "weights.bin", places, broken)

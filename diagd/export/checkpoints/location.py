@@ -23,6 +23,7 @@ _PREFERRED = (
     "pytorch_model.bin",
     "autoencoder.jit",  # holds what encoder.jit and decoder.jit hold
 )
+_SHARD = re.compile(r"-[0-9]+-of-[0-9]+\.")
 _FORM = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<subpath>.*?))?/?")
 _PAGE = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
@@ -54,9 +55,13 @@ def choose_file(names: Collection[str], source: str) -> str:
             f"{', '.join(_SUFFIXES)}"
         )
     if len(found) > 1:
-        raise CheckpointError(
-            f"{source} holds {len(found)} checkpoints ({_some(found)}); name the one you want"
+        alone = all(_SHARD.search(name) for name in found)
+        advice = (
+            "shards without their index, NAME.index.json: download it too"
+            if alone
+            else "name the one you want"
         )
+        raise CheckpointError(f"{source} holds {len(found)} checkpoints ({_some(found)}); {advice}")
     return found[0]
 
 

@@ -130,6 +130,7 @@ def family(name: str, config: TransformerConfig) -> Family:
         transformer=config,
         rules=named_rules(config, LLAMA),
         prefixes=("transformer.",),
+        ignored=(".rotary_emb.inv_freq",),  # a buffer, which earlier versions of the library saved
         sampling=SamplingRules(ranges=(IdRange(low=0, high=VISUAL_CODES),), top_p=0.8),
         order="k=1 serial",
         frames_per_second=6.0,

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import numpy as np
+
 from diagd.bundle.actions import ActionCodec, Button, EdgesSlot, OnlyPressedSlot
 from diagd.bundle.manifest import ClipRules, IdRange, MediaMark, SamplingRules
 from diagd.bundle.transformer import NormKind, TransformerConfig
@@ -269,6 +271,7 @@ def infer_variant(checkpoint: Checkpoint) -> Variant:
             f"{checkpoint.source} is {hidden} wide, for which the number of attention heads is not known "
             f"(known widths: {', '.join(map(str, HEADS))})"
         )
+    _check_head(checkpoint)
     tokenizer = infer_tokenizer(checkpoint)
     grid = tokenizer.grid if tokenizer else WhamVitConfig().grid
     codes = tokenizer.codes if tokenizer else vocabulary - ACTION_IDS
@@ -289,6 +292,18 @@ def infer_variant(checkpoint: Checkpoint) -> Variant:
         bias="transformer.h.0.attn.c_attn.bias" in shapes,
     )
     return Variant(config, "transformer.h.0.ln_1.weight" in shapes, tokenizer)
+
+
+def _check_head(checkpoint: Checkpoint) -> None:
+    """CheckpointError where the head is not the embedding, in whose place nobody reads it."""
+    head, embedding = (checkpoint.get(PREFIX + name) for name in ("lm_head.weight", "transformer.wte.weight"))
+    if head is None or embedding is None or head == embedding:
+        return
+    if not np.array_equal(head.read(), embedding.read()):
+        raise CheckpointError(
+            f"{checkpoint.source} has a head (lm_head.weight) other than its embedding (wte.weight), "
+            "expected one matrix for both; use a checkpoint that ties them, as the releases do"
+        )
 
 
 def infer_tokenizer(checkpoint: Checkpoint) -> TokenizerGraphs | None:

@@ -166,12 +166,12 @@ def loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def shape_of(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
-    """Shape of a tensor that an architecture is read from; CheckpointError: absent, or of another rank."""
+    """Shape of a tensor that sizes are read from; CheckpointError: absent, or of another rank."""
     found = shapes.get(name)
     if found is None:
         raise CheckpointError(
-            f"the checkpoint has no tensor '{name}', from which the tokenizer is sized; "
-            f"it holds {len(shapes)} others; is it a file of this tokenizer?"
+            f"the checkpoint has no tensor '{name}', from which sizes are read, and {len(shapes)} others "
+            "of the same part; is it a file of this model?"
         )
     if len(found) != rank:
         raise CheckpointError(f"tensor '{name}' has shape {list(found)}; expected {rank} dimensions")

@@ -97,6 +97,8 @@ def test_choice_that_is_the_users():
         choose_file(["WHAM_200M.ckpt", "WHAM_1.6B_v1.ckpt"], "folder")
     with pytest.raises(CheckpointError, match=r"no checkpoint: found README.md, expected .*\.safetensors"):
         choose_file(["README.md"], "folder")
+    with pytest.raises(CheckpointError, match="shards without their index"):
+        choose_file(["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "folder")
 
 
 def test_folder_without_checkpoint(tmp_path):
