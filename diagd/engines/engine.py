@@ -173,10 +173,6 @@ class Engine(Protocol):
             lane: of the stream.
         """
 
-    def gather(self, lanes: Sequence[int]) -> None:
-        """Only these lanes take part in the passes to come, until others do."""
-        return
-
     def step(self, lanes: Sequence[int] = (0,)) -> None:
         """Run, or queue, the next step of some lanes in one pass; K/V rows are written in place."""
 

@@ -80,9 +80,13 @@ class PrefixState(Engine):
 
     @override
     def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
-        for name, buffer in self.buffers.items():
+        for name in self.buffers:
             if name.startswith("key"):
-                rotate_pairs(buffer[:live], angles)
+                rotate_pairs(self.rows(name, lane)[:live], angles)
+
+    def rows(self, name: str, lane: int) -> NDArray[Any]:
+        """A stream's rows [slots, G, D] of a buffer, of all slots in use at least, where they are now."""
+        return self.buffers[name]
 
     @override
     def evaluate(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -268,19 +272,9 @@ class PrefixEngine(PrefixState):
             self._aside[_POSITIONS, lane] = slot_position[:live, None].copy()
 
     @override
-    def rotate_keys(self, angles: NDArray[np.float64], live: int, lane: int = 0) -> None:
-        for name in self.buffers:
-            if name.startswith("key"):
-                rotate_pairs(self.rows(name, lane)[:live], angles)
-
     def rows(self, name: str, lane: int) -> NDArray[Any]:
-        """A stream's rows [slots, G, D] of a buffer, of all slots in use at least, where they are now."""
         found = self._column(name, lane) if lane in self._order else self._aside[name, lane]
         return found.reshape(len(found), self._groups, -1)
-
-    @override
-    def gather(self, lanes: Sequence[int]) -> None:
-        self._lay_out(sorted(lanes))
 
     def _take_in(self, lanes: Sequence[int]) -> None:
         """Have the rows of some lanes in the buffers, and not for long those of others."""

@@ -90,7 +90,6 @@ class Group:
 
     def together(self, runs: Mapping[int, Run[T]], *, in_phase: bool = True) -> Iterator[tuple[int, T]]:
         """Run what ``Session.run`` or ``watch`` gave, by number of the session; see ``lock_step``."""
-        self.engine.gather(list(runs))
         return lock_step(self.passes, runs, in_phase=in_phase)
 
     def _session(self, lane: int) -> Session:
