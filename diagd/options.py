@@ -60,25 +60,15 @@ def setting(description: str, default: Any = ..., **limits: Any) -> Any:
     return Field(default, description=description, **limits)
 
 
-def flag(
-    description: str,
-    default: Any = ...,
-    *,
-    name: str | None = None,
-    count: int | str | None = None,
-    metavar: str | Sequence[str] | None = None,
-    repeated: bool = False,
-    **limits: Any,
-) -> Any:
+def flag(description: str, default: Any = ..., how: Flag | None = None, **limits: Any) -> Any:
     """A field that is a flag; see `Flag` and `setting`."""
-    told: Any = {FLAG: Flag(name, False, count, metavar, repeated)}
+    told: Any = {FLAG: how or Flag()}
     return Field(default, description=description, json_schema_extra=told, **limits)
 
 
 def positional(description: str, default: Any = ..., **limits: Any) -> Any:
-    """A field that is an argument without a name; see `Flag` and `setting`."""
-    told: Any = {FLAG: Flag(positional=True)}
-    return Field(default, description=description, json_schema_extra=told, **limits)
+    """A field that is an argument without a name; see `setting`."""
+    return flag(description, default, Flag(positional=True), **limits)
 
 
 def _path(value: object) -> object:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from diagd.cluster import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError, unknown
-from diagd.options import NAMES, SEED, SIZE, File, checked, flag, positional, setting
+from diagd.options import NAMES, SEED, SIZE, File, Flag, checked, flag, positional, setting
 from diagd.progress import started
 from diagd.runtime.options import DraftOptions
 from diagd.runtime.sampling import SamplingSettings
@@ -210,10 +210,12 @@ class EvalRun:
     precision: str | None = flag("of a bundle's step graph (default: its first)", None)
     backend: str = setting(f"of a bundle: {CHOICES}", "cpu")
     order: tuple[str, ...] = flag(
-        "of decoding, beside next-token prediction", ("k=1 chained", "k=1 serial", "k=2 serial"), count="+"
+        "of decoding, beside next-token prediction",
+        ("k=1 chained", "k=1 serial", "k=2 serial"),
+        Flag(count="+"),
     )
     decoders: tuple[str, ...] = flag(
-        "compare these by speed and quality instead: orders, jacobi, draft", (), count="+"
+        "compare these by speed and quality instead: orders, jacobi, draft", (), Flag(count="+")
     )
     drafts: DraftOptions = DraftOptions()
     threads: int = setting("CPU threads of one process without workers, 0 for one a core", 0, ge=0)
@@ -222,7 +224,7 @@ class EvalRun:
     )
     long_rollouts: int = 8
     probe_steps: int = setting("optimiser steps of the probe that reads actions off frames", 600, ge=1)
-    networks: tuple[File, ...] = flag("ONNX file of a metric", (), name="network", repeated=True)
+    networks: tuple[File, ...] = flag("ONNX file of a metric", (), Flag("network", repeated=True))
     geometry: File | None = setting(
         "recording that the rules of the world are learned from (default: --data)", None
     )

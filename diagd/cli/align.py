@@ -8,7 +8,7 @@ from diagd.bundle.targets import check_distinct
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import require
-from diagd.options import File, checked, flag, positional, setting
+from diagd.options import File, Flag, checked, flag, positional, setting
 from diagd.progress import Progress
 from diagd.runtime.text import read_text
 from diagd.tuning.options import AlignOptions, check_device, mixture
@@ -39,7 +39,7 @@ class AlignVerb:
     output: File = flag("bundle, folder or .safetensors to write")
     model: str | None = flag("name of a checkpoint's model; bundles and folders say it", None)
     order: tuple[str, ...] = flag(
-        "of decoding, one or more: 'k=1 chained', k=2,serial, k=1,d=15", ("k=1 chained",), count="+"
+        "of decoding, one or more: 'k=1 chained', k=2,serial, k=1,d=15", ("k=1 chained",), Flag(count="+")
     )
     raster: float = setting(
         "share of next-token windows; 1 is training on next tokens alone", 0.4, ge=0, le=1

@@ -30,8 +30,6 @@ row seed, > the cell its prediction fills.
 
 SHOWN_OPERATORS = 4
 
-MOST_FRAMES = 10_000
-
 SHOWN_COLUMNS = 30
 """Grids up to so many columns are printed."""
 
@@ -44,15 +42,9 @@ class InspectOptions:
     order: str | None = flag(
         "of the schedule shown, such as k=2,chained or 'next token' (default: the bundle's)", None
     )
-    frames: int = flag("of the schedule shown", 3)
-    steps: int = flag("print so many steps of the table", 0)
+    frames: int = flag("of the schedule shown", 3, ge=1, le=10_000)
+    steps: int = flag("print so many steps of the table", 0, ge=0)
     json: bool = flag("machine-readable", False)
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.frames <= MOST_FRAMES:
-            raise UsageError(f"--frames {self.frames}: show at least one frame, and at most {MOST_FRAMES:,}")
-        if self.steps < 0:
-            raise UsageError(f"--steps {self.steps}: expected 0 or more")
 
 
 def run(options: InspectOptions) -> int:

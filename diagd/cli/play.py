@@ -17,7 +17,7 @@ from diagd.cli import terminal
 from diagd.cli.generate import encode_text
 from diagd.cli.options import Verb
 from diagd.cli.serve import warn
-from diagd.options import File, checked, flag, positional, setting
+from diagd.options import File, Flag, checked, flag, positional, setting
 from diagd.play import terminal as in_terminal
 from diagd.play.controls import Inputs, read_controls
 from diagd.play.game import Game
@@ -46,7 +46,7 @@ class PlayOptions:
 
     bundle: File | None = positional("default: crafter-3m, which comes with diagd", None)
     prompt: tuple[File, ...] = flag(
-        "picture, video or .npy tokens to start from (default: those of the bundle)", (), repeated=True
+        "picture, video or .npy tokens to start from (default: those of the bundle)", (), Flag(repeated=True)
     )
     fps: float | None = flag("frames a second (default: the model's)", None, ge=0.1, le=240)
     terminal: bool = flag("play in this terminal, not in a browser", False)

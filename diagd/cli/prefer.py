@@ -14,7 +14,7 @@ from diagd.bundle.targets import check_distinct, file_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, require
-from diagd.options import File, checked, flag, positional, setting
+from diagd.options import File, Flag, checked, flag, positional, setting
 from diagd.progress import Progress, is_first
 from diagd.runtime.text import read_text
 from diagd.tuning.options import PreferOptions, PreferTraining, check_device, mixture
@@ -61,7 +61,7 @@ class PreferVerb:
     output: File = flag("bundle to write")
     decoder: str | None = flag("of the rollouts: ntp, jacobi or an order (default: the bundle's own)", None)
     order: tuple[str, ...] = flag(
-        "of decoding that is trained for, one or more, as in align", ("k=1 chained",), count="+"
+        "of decoding that is trained for, one or more, as in align", ("k=1 chained",), Flag(count="+")
     )
     report: File | None = flag(".json file of all figures", None)
     raster: float = setting("share of next-token windows", 0.4, ge=0, le=1)

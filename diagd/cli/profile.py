@@ -14,7 +14,7 @@ from diagd.bundle.targets import check_distinct, file_target, folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import DependencyError, UsageError
-from diagd.options import File, checked, flag, positional
+from diagd.options import File, Flag, checked, flag, positional
 from diagd.profiling.page import page
 from diagd.profiling.profile import ProfileOptions, measure_backends, profile
 from diagd.profiling.report import Comparison, Report, Run, compare, read_report
@@ -50,7 +50,9 @@ class ProfileVerb:
     measure: ProfileOptions = ProfileOptions()
     output: File | None = flag("directory for the report (default: NAME.profile)", None)
     trace: File | None = flag("write a Chrome trace; steps become NVTX ranges as well", None)
-    compare: tuple[File, File] | None = flag("two report.json", None, count=2, metavar=("BEFORE", "AFTER"))
+    compare: tuple[File, File] | None = flag(
+        "two report.json", None, Flag(count=2, metavar=("BEFORE", "AFTER"))
+    )
     backends: bool = flag("find the fastest backend, precision and threads instead", False)
     json: bool = flag("print the report as JSON", False)
 

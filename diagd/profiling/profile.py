@@ -24,7 +24,7 @@ from diagd.engines.ceilings import Ceilings
 from diagd.engines.host import cores, installed, memory_bytes, peak_memory, processor_name
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import DiagdError, UsageError, unknown
-from diagd.options import Numbers, checked, flag, setting
+from diagd.options import Flag, Numbers, checked, flag, setting
 from diagd.profiling.cost import StoredModel, read_model
 from diagd.profiling.measure import Event, Measured, Timeline, measure, name_of, random_workload
 from diagd.profiling.plan import orders_of, split_orders
@@ -63,7 +63,7 @@ class ProfileOptions:
         UsageError: too few frames, or no rate.
     """
 
-    ks: Numbers = flag("row lags, each serial and chained", (1, 2), name="k")
+    ks: Numbers = flag("row lags, each serial and chained", (1, 2), Flag("k"))
     frames: int = flag("of each order, two or more", 4, le=1_000_000)
     fps: float | None = setting("count frames that come later than this rate allows", None)
     backend: str = setting(CHOICES, CPU)

@@ -50,8 +50,8 @@ def test_json_counts_what_onnx_counts(workplace: Workplace, capsys: pytest.Captu
         (["{bundle}/manifest.json"], "ONNX"),
         (["{bundle}/step.onnx", "--steps", "2"], "has no schedule"),
         (["{bundle}/step.onnx", "--order", "k=1"], "has no schedule"),
-        (["{bundle}", "--frames", "0"], "at least one frame"),
-        (["{bundle}", "--steps", "-1"], "expected 0 or more"),
+        (["{bundle}", "--frames", "0"], "--frames 0: Input should be greater than or equal to 1"),
+        (["{bundle}", "--steps", "-1"], "--steps -1: Input should be greater than or equal to 0"),
     ],
 )
 def test_mistakes_are_told(

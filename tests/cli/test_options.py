@@ -13,7 +13,7 @@ from diagd.cli.main import main
 from diagd.cli.options import Verb, add_options, entries, explain_stray, parse_options, read_options
 from diagd.cli.verbs import VERBS
 from diagd.errors import UsageError
-from diagd.options import File, Numbers, checked, flag, positional, setting
+from diagd.options import File, Flag, Numbers, checked, flag, positional, setting
 from diagd.schedule import RowSeed
 
 
@@ -29,7 +29,7 @@ class Options:
     source: File = positional("what is read")
     seed: RowSeed = flag("of rows", RowSeed.PREVIOUS_FRAME)
     k: Numbers = flag("row lags", (1, 2))
-    order: tuple[str, ...] = flag("of decoding", (), count="+")
+    order: tuple[str, ...] = flag("of decoding", (), Flag(count="+"))
     force: bool = flag("all the same", False)
     frames: int = setting("of the clip", 1, ge=1)
     share: float | None = setting("of windows", None)

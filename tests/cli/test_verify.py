@@ -89,7 +89,7 @@ def test_tensors_of_one_step(
     [
         (["--engine", "prefx"], "did you mean 'prefix'"),
         (["--k", "x"], "--k x: expected whole numbers such as"),
-        (["--frames", "0"], "at least one"),
+        (["--frames", "0"], "--frames 0: Input should be greater than or equal to 1"),
         (["--frames", "1" + "0" * 20], "less than or equal to 1000000"),
         (["--set", "prompt_frames=1" + "0" * 20], "less than or equal to 1000000"),
         (["--set", "window=1"], "window"),
