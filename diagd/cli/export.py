@@ -47,10 +47,6 @@ class ExportOptions:
     graphs: GraphOptions = GraphOptions()
 
     def __post_init__(self) -> None:
-        if self.checkpoint is not None and not self.checkpoint.strip():
-            raise UsageError(
-                "--checkpoint is empty (a variable that is not set?); give a file, folder or hf://"
-            )
         tokenizer = None if self.tokenizer == "none" else self.tokenizer
         for told, given in (("--checkpoint ", self.checkpoint), ("--set tokenizer=", tokenizer)):
             if given is not None and self.random_weights:
