@@ -82,6 +82,7 @@ def test_padding_changes_nothing_else() -> None:
     np.testing.assert_array_equal(padded.visible[0, :rows, :rows], alone.visible[0])
     assert not padded.visible[0, :rows, rows:].any()
     assert (padded.targets[0, rows:] == NOT_SCORED).all()
+    assert padded.visible[0].diagonal().all()  # a row that sees nothing would be NaN
 
 
 @pytest.mark.parametrize("schedule", schedules(LAYOUTS[1]))
