@@ -67,7 +67,7 @@ class SwitchedEngine(PrefixEngine):
     """
 
     def __init__(self, bundle: Bundle, options: StepOptions, *, live_prefix: bool, in_place: bool) -> None:
-        super().__init__(bundle, options.slots, options.tokens, options.cpu)
+        super().__init__(bundle, options)
         self._live_prefix, self._in_place = live_prefix, in_place
         self._others = (
             {} if in_place else {n: aligned_zeros(b.shape, b.dtype) for n, b in self.buffers.items()}

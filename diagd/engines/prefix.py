@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form, Manifest
-from diagd.engines.backend import graphs_of
+from diagd.engines.backend import StepOptions, graphs_of
 from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Steps
-from diagd.engines.onnxruntime_session import CpuOptions, check_inputs, open_session
+from diagd.engines.onnxruntime_session import check_inputs, open_session
 from diagd.engines.sampler import HostSampler
 from diagd.engines.tensors import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
 
@@ -156,27 +156,17 @@ class PrefixEngine(PrefixState):
     ONNX Runtime writes in place and copies nothing. Streams that take part with fewer rows than the widest,
     or with none, have pad rows, which all go to a slot behind those in use. B are those that took part of
     late: the others' rows are set aside until they do, so that they cost nothing. That takes as long as a
-    pass, and is done once a pass's worth was computed for nobody. ``watch``: further outputs of the graph to
-    hand out after every step.
+    pass, and is done once a pass's worth was computed for nobody.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        capacity: int,
-        tokens: int,
-        options: CpuOptions,
-        *,
-        watch: Sequence[str] = (),
-        streams: int = 1,
-    ) -> None:
-        manifest = bundle.manifest
+    def __init__(self, bundle: Bundle, options: StepOptions) -> None:
+        manifest, streams = bundle.manifest, options.streams
         graph = graphs_of(bundle, Form.PREFIX)[0]
         widest = max(MAX_WIDTH // streams, LEAST_WIDTH)
-        super().__init__(manifest, -(-capacity // GRANULE) * GRANULE, tokens, widest, streams)
-        digest = bundle.graph_digest(graph) if options.prepack else ""
-        options = options.suiting(graph.precision)
-        self._session = open_session(bundle.file(graph.file), digest, options)
+        slots = -(-options.slots // GRANULE) * GRANULE
+        super().__init__(manifest, slots, options.tokens, widest, streams)
+        digest = bundle.graph_digest(graph) if options.cpu.prepack else ""
+        self._session = open_session(bundle.file(graph.file), digest, options.cpu.suiting(graph.precision))
         self._order: list[int] = [0] if streams == 1 else []  # lanes in the buffers
         self._aside: dict[tuple[str, int], NDArray[Any]] = {}
         self._bound_most = self._idle = 0
@@ -192,7 +182,7 @@ class PrefixEngine(PrefixState):
         for name, buffer in {"token_buffer": self.token_buffer, **self._text}.items():
             self._bind_rows(name, buffer, buffer.shape)
         self._bind_rows("logits", self._logits, self._logits.shape, output=True)
-        self._watch = tuple(watch)
+        self._watch = tuple(options.watch or ())
 
     @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:

@@ -56,10 +56,7 @@ class Processor(Backend):
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
         form = choose_form(bundle, options.form, self.forms)
         if form is Form.PREFIX:
-            watch, streams = tuple(options.watch or ()), options.streams
-            return PrefixEngine(
-                bundle, options.slots, options.tokens, options.cpu, watch=watch, streams=streams
-            )
+            return PrefixEngine(bundle, options)
         return open_fixed(bundle, form, options)
 
     @override

@@ -12,6 +12,7 @@ from diagd.bundle import Bundle, Form
 from diagd.calibration.options import Budget
 from diagd.calibration.quantise import CalibrationOptions, calibrate
 from diagd.calibration.report import PrecisionReport
+from diagd.engines.backend import StepOptions
 from diagd.engines.engine import VOID, Engine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
@@ -75,7 +76,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 def engine_of(bundle: Path, precision: str) -> PrefixEngine:
     options = CpuOptions(1, prepack=False, fuse=precision != "fp8")
-    return PrefixEngine(Bundle.open(bundle).at_precision(precision), 96, 64, options)
+    return PrefixEngine(Bundle.open(bundle).at_precision(precision), StepOptions(96, 64, options))
 
 
 def logits_of(engine: Engine, ids: np.ndarray, positions: np.ndarray, seen: slice) -> np.ndarray:

@@ -18,6 +18,7 @@ from diagd.calibration.options import Budget, CalibrationOptions
 from diagd.calibration.quantise import RejectedError, calibrate
 from diagd.calibration.report import read_calibration
 from diagd.calibration.search import Choice
+from diagd.engines.backend import StepOptions
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.errors import QualityError, UsageError
@@ -188,7 +189,8 @@ def test_factors_cancel_exactly(plain: Path, tmp_path: Path, kept: str) -> None:
         assert tensors[name].external_data[0].value == "weights.int8-weight.bin"
     bundle = Bundle(target, base.manifest.model_copy(update={"graphs": written}))
     ids, positions = rows()
-    near = logits_of(PrefixEngine(bundle, 96, 64, CpuOptions(1, prepack=False)), ids, positions, slice(None))
+    engine = PrefixEngine(bundle, StepOptions(96, 64, CpuOptions(1, prepack=False)))
+    near = logits_of(engine, ids, positions, slice(None))
     exact = logits_of(engine_of(plain, "fp32"), ids, positions, slice(None))
     assert np.linalg.norm(near - exact) < 0.05 * np.linalg.norm(exact)
 

@@ -37,7 +37,7 @@ def openvino(bundle: Bundle, tokens: int) -> Executor:
 
 
 def prefix_engine(bundle: Bundle, slots: int, tokens: int, cpu: CpuOptions = CPU) -> PrefixEngine:
-    return PrefixEngine(bundle, slots, tokens, cpu)
+    return PrefixEngine(bundle, StepOptions(slots, tokens, cpu))
 
 
 def run_step(

@@ -96,7 +96,7 @@ class Slowed(PrefixEngine):
 
 def slowed(bundle: Bundle, step: int, fps: float) -> Run:
     options, frames = step_options(bundle.manifest, 4, cpu=CPU), 4
-    engine = Slowed(bundle, options.slots, options.tokens, CPU)
+    engine = Slowed(bundle, options)
     session = session_over(bundle, engine, 4, CPU)
     workload = random_workload(session, 2, frames)
     schedule = Schedule.serial(LAYOUT, 1)
