@@ -23,7 +23,7 @@ from diagd.engines.engine import Int
 from diagd.engines.executor import Executor
 from diagd.engines.onnxruntime_session import CpuOptions, open_plainly
 from diagd.engines.processor import ReferenceEngine, open_fixed
-from diagd.errors import ScheduleError, UsageError, unknown
+from diagd.errors import UsageError, unknown
 from diagd.profiling.measure import Workload, random_workload
 from diagd.runtime.comparison import Comparison, audit, lockstep, redrawn
 from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, ScheduledDecoder
@@ -31,7 +31,7 @@ from diagd.runtime.load import check_window, open_session, session_over, step_op
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.slots import TokenPlaces
-from diagd.schedule import NO_SINK, Schedule, Table, slots_needed
+from diagd.schedule import NO_SINK, Schedule, slots_needed
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,6 @@ def verify(
     The reference follows step by step; the precision of the engine's graph chooses the tolerance.
     """
     greedy = SamplingSettings(0.0)
-    check_table(schedule.table(len(workload.prompt), frames, 0, session.engine.max_width), schedule)
     actions, _ = (workload.start(one, frames) for one in (session, reference))
     steps = session.steps(ScheduledDecoder(schedule), actions, count=frames, sampling=greedy)
     follows = reference.steps(ForcedDecoder(schedule), actions, count=frames, sampling=greedy)
@@ -153,29 +152,6 @@ def _verdict(
         first_difference=difference,
         passed=agreement >= tolerance.agreement and error <= tolerance.error,
     )
-
-
-def check_table(table: Table, schedule: Schedule) -> None:
-    """Refuse a schedule that decodes a cell twice or never, or reads one before it is decoded.
-
-    Raises:
-        ScheduleError: it does.
-    """
-    wanted, step = (
-        len(table.frame_starts) * schedule.layout.cells,
-        np.repeat(np.arange(table.steps), table.widths),
-    )
-    is_sink = table.sinks != NO_SINK
-    cells, first, counts = np.unique(table.sinks[is_sink], return_index=True, return_counts=True)
-    if (counts > 1).any():
-        raise ScheduleError(f"the schedule decodes position {cells[counts > 1][0]} again")
-    if len(cells) != wanted:
-        raise ScheduleError(f"the schedule decodes {len(cells)} of {wanted} cells")
-    places = np.searchsorted(cells, table.sources).clip(max=wanted - 1)
-    early = (cells[places] == table.sources) & (step[is_sink][first][places] >= step)
-    if early.any():
-        row = early.argmax()
-        raise ScheduleError(f"step {step[row]} of the schedule reads position {table.sources[row]} too early")
 
 
 @dataclass(frozen=True)

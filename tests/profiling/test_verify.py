@@ -14,17 +14,17 @@ import torch
 from diagd.bundle import Bundle, Form
 from diagd.engines.backend import find
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.errors import BundleError, ScheduleError
+from diagd.errors import BundleError
 from diagd.export.exporter import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.profiling.measure import random_workload
 from diagd.profiling.plan import orders_of, split_orders
 from diagd.profiling.profile import ProfileOptions, profile
-from diagd.profiling.verify import Verdict, check_table, open_reference, verify
+from diagd.profiling.verify import Verdict, open_reference, verify
 from diagd.runtime.load import check_window, open_session, step_options
 from diagd.runtime.session import Session
 from diagd.runtime.step import Result
-from diagd.schedule import NO_SINK, Schedule, Step
+from diagd.schedule import NO_SINK, Step
 from tests.models import export_small
 from tests.oracles.models import small_model
 from tests.profiling.conftest import LAYOUT
@@ -148,22 +148,3 @@ def test_a_reference_needs_the_prefix_form(all_forms: Bundle) -> None:
     without = replace(all_forms, manifest=all_forms.manifest.model_copy(update={"graphs": graphs}))
     with pytest.raises(BundleError, match="--reference"):
         open_reference(without, open_session(all_forms, cpu=CPU, form=Form.MODERN))
-
-
-def test_tables_with_faults_are_refused() -> None:
-    schedule = Schedule.chained(LAYOUT, 1)
-    table = schedule.table(1, 2, 0)
-    check_table(table, schedule)
-    decoding = np.flatnonzero(table.sinks >= 0)
-    twice = table.sinks.copy()
-    twice[decoding[5]] = twice[decoding[4]]
-    with pytest.raises(ScheduleError, match="again"):
-        check_table(replace(table, sinks=twice), schedule)
-    missing = table.sinks.copy()
-    missing[decoding[-1]] = -1
-    with pytest.raises(ScheduleError, match=f"{2 * LAYOUT.cells - 1} of {2 * LAYOUT.cells}"):
-        check_table(replace(table, sinks=missing), schedule)
-    early = table.sources.copy()
-    early[decoding[1]] = table.sinks[decoding[-1]]
-    with pytest.raises(ScheduleError, match="too early"):
-        check_table(replace(table, sources=early), schedule)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from diagd.errors import ScheduleError
 from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout, shifted
 from tests.oracles.rows import rows_of
 from tests.oracles.simulator import split_first_pass
+from tests.oracles.tables import check_table
 from tests.schedule.cases import Case, cases, layouts
 
 BUDGET = settings(max_examples=300)
@@ -20,6 +23,27 @@ BUDGET = settings(max_examples=300)
 @given(cases())
 def test_table_equals_brute_force(case: Case) -> None:
     assert rows_of(case.table()) == list(case.simulator().steps())
+    check_table(case.table(), case.schedule)
+
+
+def test_tables_with_faults_are_refused() -> None:
+    layout = StreamLayout(4, 6, after=1)
+    schedule = Schedule.chained(layout, 1)
+    table = schedule.table(1, 2, 0)
+    check_table(table, schedule)
+    decoding = np.flatnonzero(table.sinks >= 0)
+    twice = table.sinks.copy()
+    twice[decoding[5]] = twice[decoding[4]]
+    with pytest.raises(ScheduleError, match="again"):
+        check_table(replace(table, sinks=twice), schedule)
+    missing = table.sinks.copy()
+    missing[decoding[-1]] = -1
+    with pytest.raises(ScheduleError, match=f"{2 * layout.cells - 1} of {2 * layout.cells}"):
+        check_table(replace(table, sinks=missing), schedule)
+    early = table.sources.copy()
+    early[decoding[1]] = table.sinks[decoding[-1]]
+    with pytest.raises(ScheduleError, match="too early"):
+        check_table(replace(table, sources=early), schedule)
 
 
 @BUDGET
@@ -27,6 +51,7 @@ def test_table_equals_brute_force(case: Case) -> None:
 def test_long_prompts_are_fed_in_chunks(case: Case, max_width: int) -> None:
     table = case.table(max_width)
     assert rows_of(table) == split_first_pass(list(case.simulator().steps()), max_width)
+    check_table(table, case.schedule)
     chunks = table.steps - case.table().steps
     assert (table.widths[: chunks + 1] <= max_width).all()
     assert (table.frame_starts == case.table().frame_starts + chunks).all()
