@@ -22,8 +22,8 @@ from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
 from diagd.schedule import Block, feed, predicting, shifted
 
-TRUST: Final = 8
-"""Levels of trust: 0 where nothing is remembered, else 1 and how often in a row that came true, to 7."""
+TRUST: Final = 2
+"""Kinds of first guesses: 0 where nothing is remembered, else 1."""
 
 _PLACES: Final = 1 << 16  # a megabyte; what is remembered last at a place stays there
 _LAST: Final = np.uint64(_PLACES - 1)
@@ -184,7 +184,7 @@ class Lookup(NamedTuple):
 
     Attributes:
         tokens: int32 [cells], guesses.
-        trust: level of each, below ``TRUST``.
+        trust: int64 [cells], 1 where a guess is remembered, 0 where the cell is to stay as it is.
         hashes: of the cells' neighbourhoods.
     """
 
@@ -205,7 +205,6 @@ class LookupDraft:
     def __init__(self) -> None:
         self._hashes: NDArray[np.uint64] = np.zeros(_PLACES, np.uint64)
         self._tokens: Int = np.zeros(_PLACES, np.int32)
-        self._trust: Kinds = np.zeros(_PLACES, np.int64)
 
     def find(self, stream: Stream) -> Lookup:
         """Guesses of the frame that began last."""
@@ -215,15 +214,13 @@ class LookupDraft:
         places = hashes & _LAST
         known = self._hashes[places] == hashes
         tokens: Int = np.where(known, self._tokens[places], before.reshape(-1))
-        return Lookup(tokens, np.where(known, self._trust[places], 0), hashes)
+        return Lookup(tokens, known.astype(np.int64), hashes)
 
     def learn(self, found: Lookup, tokens: Int) -> None:
         """Take what a frame became."""
-        came_true = (tokens == found.tokens) & (found.trust > 0)
         places = found.hashes & _LAST
         self._hashes[places] = found.hashes
         self._tokens[places] = tokens
-        self._trust[places] = np.where(came_true, np.minimum(found.trust + 1, TRUST - 1), 1)
 
 
 def _hashes(frame: Int, led: Int | None) -> NDArray[np.uint64]:
@@ -245,10 +242,10 @@ class WindowPolicy:
 
     A pass costs a part that does not depend on its rows and one for each; both are fitted to the quickest
     passes of each width, since what else runs on a machine only ever adds to one. A cell is decided if all
-    guesses ahead of it in the window come out right. How often they do is counted by kind: how much a first
-    guess is trusted, below ``kinds``, and as many kinds of guesses that a pass has drawn. All figures fade,
-    so that a world that changes, or a window that became short, is tried again. A window of one row is
-    next-token prediction: where drafts do not pay, that is what is left.
+    guesses ahead of it in the window come out right. How often they do is counted by kind: of a first
+    guess, below ``kinds``, and as many kinds of guesses that a pass has drawn. All figures fade, so that a
+    world that changes, or a window that became short, is tried again. A window of one row is next-token
+    prediction: where drafts do not pay, that is what is left.
 
     Guesses are taken for independent of one another, which they are not: a cell that wide windows draw again
     and again comes right sooner than the draws of narrow ones let hope for. So now and then a frame is tried

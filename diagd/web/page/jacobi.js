@@ -3,7 +3,7 @@
 
 import { feed, range } from "./schedule.js";
 
-export const TRUST = 8;
+export const TRUST = 2;
 const PLACES = 1 << 16;
 const KEPT = 0.99, FIRST = 32, SPREAD = 8, REJECTED = 0.05, OFTEN = 8, SLOWER = 1.1;
 const STEADY = 16, BETWEEN = 3, SHARE = 0.01, BETTER = 0.93;
@@ -22,17 +22,14 @@ export class LookupDraft {
     const { rows, columns } = this, action = led.join(), id = (y, x) => (y < 0 || x < 0 || y >= rows || x >= columns ? -1 : before[y * columns + x]);
     const around = (y, x) => [id(y, x), id(y - 1, x), id(y + 1, x), id(y, x - 1), id(y, x + 1), action].join();
     const keys = Array.from(before, (_, cell) => around(Math.floor(cell / columns), cell % columns));
-    const found = keys.map((key, cell) => this.known.get(key) ?? [before[cell], 0]);
-    return { keys, tokens: found.map(([token]) => token), trust: found.map(([, trust]) => trust) };
+    const found = keys.map((key) => this.known.get(key));
+    return { keys, tokens: found.map((token, cell) => token ?? before[cell]), trust: found.map((token) => Number(token !== undefined)) };
   }
 
   // Take what a frame became.
-  learn({ keys, tokens, trust }, became) {
+  learn({ keys }, became) {
     if (this.known.size > PLACES) this.known.clear();
-    keys.forEach((key, cell) => {
-      const came = trust[cell] && tokens[cell] === became[cell];
-      this.known.set(key, [became[cell], came ? Math.min(trust[cell] + 1, TRUST - 1) : 1]);
-    });
+    keys.forEach((key, cell) => this.known.set(key, became[cell]));
   }
 }
 
