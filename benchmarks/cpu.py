@@ -438,7 +438,7 @@ def sampling(bundle: Bundle, wall: bool, repeats: int) -> None:
     for spread in (8.0, 4.0, 2.0, 1.0, 0.5, 0.05):
         logits = (random.standard_normal((rows, ids)) * spread).astype(np.float32)
         _, kept = kept_weights(logits, logits.max(axis=1), state, True)
-        given = logits, np.arange(rows), state, None, low, high, True
+        given = logits, np.arange(rows), state, low, high, True
         ways = [partial(draw_plain, *given)]
         if kernels is not None:
             ways.append(partial(draw_compiled, kernels, *given))

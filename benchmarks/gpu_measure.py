@@ -327,7 +327,7 @@ def samplers(device: Device) -> tuple[bool, Figures]:
             logits = (random.standard_normal((14, ids)) * spread).astype(np.float32)
             tokens, seconds = sampled(device, logits, SamplingState(1.0, 0, 0.8, 5))
             low, high = np.zeros(14, np.int32), np.full(14, ids, np.int32)
-            wanted = draw_plain(logits, np.arange(14), SamplingState(1.0, 0, 0.8, 5), None, low, high, True)
+            wanted = draw_plain(logits, np.arange(14), SamplingState(1.0, 0, 0.8, 5), low, high, True)
             equal &= bool((tokens == wanted).all())
             figures[f"us, 14 x {ids} ids, deviation {spread:g}"] = 1e6 * seconds
     return equal, figures

@@ -92,16 +92,16 @@ def _decode(
     cache = _CachedRows(model, batch, len(table.positions))
     cache.visible = torch.from_numpy(visible_rows(table, keep_seeds=schedule.keep_seeds))
     decoded = streams.copy()
-    state = SamplingState(sampling.temperature, sampling.top_k, sampling.top_p)
-    seeds = np.array([seed + b for b in range(batch)], np.uint64)
+    laws = [
+        SamplingState(sampling.temperature, sampling.top_k, sampling.top_p, seed + b) for b in range(batch)
+    ]
     for n in range(table.steps):
         step = table.step(n)
         cache.step = slice(int(table.offsets[n]), int(table.offsets[n + 1]))
         positions = torch.from_numpy(step.positions).long().expand(batch, -1)
         states = model.states(torch.from_numpy(decoded[:, step.sources]), positions, cache)
         rows = np.flatnonzero(step.sinks != NO_SINK)
-        logits = (states[:, rows] @ model.head).float().flatten(0, 1).numpy()
-        sinks = step.sinks[rows]
-        cells, keys = np.tile(sinks + offset, batch), np.repeat(seeds, len(sinks))
-        decoded[:, sinks] = sample(logits, cells, state, seeds=keys).reshape(batch, -1)
+        logits, sinks = (states[:, rows] @ model.head).float().numpy(), step.sinks[rows]
+        for stream, law, own in zip(decoded, laws, logits, strict=True):
+            stream[sinks] = sample(own, sinks + offset, law)
     return decoded

@@ -33,11 +33,6 @@ class SamplingState:
     top_p: float = 1.0
     seed: int = 0
 
-    @property
-    def rules(self) -> tuple[float, int, float]:
-        """All but the seed."""
-        return self.temperature, self.top_k, self.top_p
-
 
 @dataclass(frozen=True, eq=False)
 class Steps:

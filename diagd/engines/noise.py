@@ -42,16 +42,13 @@ def check_seed(seed: int) -> None:
         raise UsageError(f"seed is {seed}; expected an integer from 0 to 2**64 - 1; choose another seed")
 
 
-def philox(counter: Words, key: int | Words) -> Words:
+def philox(counter: Words, key: int) -> Words:
     """Philox4x32-10, the block function of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3".
 
-    ``counter`` [4, ...] and the result hold 32-bit words in uint64. ``key``: of 64 bits; or uint64 [n],
-    one for each counter [4, n].
+    ``counter`` [4, ...] and the result hold 32-bit words in uint64. ``key``: of 64 bits.
     """
-    rank = counter.ndim - 1
-    multipliers = _MULTIPLIERS.reshape(2, *(1,) * rank)
-    seeds = np.asarray(key, np.uint64)
-    words = np.stack([seeds & _LOW_WORD, seeds >> _WORD_BITS]).reshape(2, *(seeds.shape or (1,) * rank))
+    multipliers = _MULTIPLIERS.reshape(2, *(1,) * (counter.ndim - 1))
+    words = np.array([key & 0xFFFFFFFF, key >> 32], np.uint64).reshape(multipliers.shape)
     even, odd = counter[0::2].copy(), counter[1::2].copy()  # words 0 and 2, 1 and 3
     product = np.empty_like(even)
     swapped = product[::-1]
@@ -64,11 +61,11 @@ def philox(counter: Words, key: int | Words) -> Words:
     return np.stack([even[0], odd[0], even[1], odd[1]])
 
 
-def noise(seed: int | Words, positions: NDArray[np.integer[Any]], ids: NDArray[np.integer[Any]]) -> Float:
+def noise(seed: int, positions: NDArray[np.integer[Any]], ids: NDArray[np.integer[Any]]) -> Float:
     """Numbers of some ids at some positions.
 
     Args:
-        seed: 0 <= seed < 2**64; the Philox key. Or those of each number, uint64 [n].
+        seed: 0 <= seed < 2**64; the Philox key.
         positions: int [n], counted from the start of the stream and never rolled back with the window.
         ids: int [n]; a block of the generator serves four, so that neighbours are made together.
 
@@ -78,27 +75,17 @@ def noise(seed: int | Words, positions: NDArray[np.integer[Any]], ids: NDArray[n
     result = np.empty(len(ids), np.float32)
     for start in range(0, len(ids), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
-        keys = seed if isinstance(seed, int) else seed[part]
-        result[part] = _exponential(_words(keys, positions[part], ids[part]))
+        result[part] = _exponential(_words(seed, positions[part], ids[part]))
     return result
 
 
-def _words(seed: int | Words, positions: NDArray[np.integer[Any]], ids: NDArray[np.integer[Any]]) -> Words:
+def _words(seed: int, positions: NDArray[np.integer[Any]], ids: NDArray[np.integer[Any]]) -> Words:
     """Random words [n] of ids; those of neighbours in a block of four are made once."""
     block = ids >> 2
     first = np.ones(len(ids), np.bool_)
     first[1:] = (block[1:] != block[:-1]) | (positions[1:] != positions[:-1])
-    if not isinstance(seed, int):
-        first[1:] |= seed[1:] != seed[:-1]
-        seed = seed[first]
-    position = positions[first].astype(np.uint64)
-    counter = np.empty((4, len(position)), np.uint64)
-    counter[0], counter[1], counter[2], counter[3] = (
-        position & _LOW_WORD,
-        position >> _WORD_BITS,
-        block[first],
-        _TAG,
-    )
+    position, four = positions[first].astype(np.uint64), block[first].astype(np.uint64)
+    counter = np.stack([position & _LOW_WORD, position >> _WORD_BITS, four, np.full_like(four, _TAG)])
     words: Words = philox(counter, seed)[ids & 3, first.cumsum() - 1]
     return words
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -230,22 +229,10 @@ class PrefixEngine(PrefixState):
 
     @override
     def draw(self) -> None:
-        for _, alike in groupby(self._ran, lambda number: self._lanes[number].steps.sampling.rules):
-            self._draw(list(alike))
-
-    def _draw(self, numbers: Sequence[int]) -> None:
-        """Draw for lanes whose rows are neighbours, and their settings alike but for the seed."""
-        lanes = [self._lanes[number] for number in numbers]
-        cells = np.concatenate([lane.steps.cells[lane.drawn] for lane in lanes])
-        seeds, (first, _) = None, self._ran[numbers[0]]
-        if len(lanes) > 1:
-            counts = [lane.drawn.stop - lane.drawn.start for lane in lanes]
-            seeds = np.repeat(np.array([lane.steps.sampling.seed for lane in lanes], np.uint64), counts)
-        logits = self._logits[first : first + len(cells)]
-        ids = self._sampler.draw(logits, cells, lanes[0].steps.sampling, seeds)
-        for number, lane in zip(numbers, lanes, strict=True):
-            start, end = self._ran[number]
-            self.write_tokens(lane.steps.sinks[lane.drawn], ids[start - first : end - first], number)
+        for number, (first, last) in self._ran.items():
+            lane, steps = self._lanes[number], self._lanes[number].steps
+            ids = self._sampler.draw(self._logits[first:last], steps.cells[lane.drawn], steps.sampling)
+            self.write_tokens(steps.sinks[lane.drawn], ids, number)
 
     @override
     def logits(self, lane: int = 0) -> Float:

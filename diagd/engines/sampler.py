@@ -53,18 +53,12 @@ class HostSampler:
         self._layout, self._keep_crossing = manifest.layout, manifest.sampling.keep_crossing
         self._ranges = manifest.sampling.range_table(manifest.layout)
 
-    def draw(
-        self,
-        logits: Float,
-        cells: NDArray[np.int64],
-        state: SamplingState,
-        seeds: NDArray[np.uint64] | None = None,
-    ) -> Int:
-        """Ids int32 [D] of cells [D] from the logits [D, V] of their rows; ``seeds`` as in ``sample``."""
+    def draw(self, logits: Float, cells: NDArray[np.int64], state: SamplingState) -> Int:
+        """Ids int32 [D] of cells [D] from the logits [D, V] of their rows."""
         if not len(cells):
             return np.empty(0, np.int32)
         low, high = self._ranges[(cells - self._layout.prefix) % self._layout.frame_length].T
-        return _drawer()(logits, cells, state, seeds, low, high, self._keep_crossing)
+        return _drawer()(logits, cells, state, low, high, self._keep_crossing)
 
 
 def sample(
@@ -72,7 +66,6 @@ def sample(
     positions: NDArray[np.integer[Any]],
     state: SamplingState,
     *,
-    seeds: NDArray[np.uint64] | None = None,
     low: Int | None = None,
     high: Int | None = None,
     keep_crossing: bool = True,
@@ -83,7 +76,6 @@ def sample(
         logits: float32 [R, V]; -inf forbids an id.
         positions: int [R] of the cells to be drawn, counted from the start of the stream.
         state: temperature, top-k, top-p and seed.
-        seeds: uint64 [R], in place of the one seed.
         low: int32 [R], first id each row may take; 0 without.
         high: int32 [R], one past the last id each row may take; V without.
         keep_crossing: top-p keeps the id at which the cumulated probability crosses p.
@@ -105,7 +97,7 @@ def sample(
         )
     if not rows:
         return np.empty(0, np.int32)
-    return _drawer()(logits, positions, state, seeds, low, high, keep_crossing)
+    return _drawer()(logits, positions, state, low, high, keep_crossing)
 
 
 def _drawer() -> Callable[..., Int]:
@@ -119,14 +111,13 @@ def draw_compiled(
     logits: Float,
     positions: NDArray[np.integer[Any]],
     state: SamplingState,
-    seeds: NDArray[np.uint64] | None,
     low: Int,
     high: Int,
     keep_crossing: bool,
 ) -> Int:
     """``sample`` by the host build of the kernels; ranges fit, one row at least."""
     rows = len(logits)
-    keys = np.full(rows, state.seed, np.uint64) if seeds is None else seeds
+    keys = np.full(rows, state.seed, np.uint64)
     tokens = np.empty(rows, np.int32)
     read = (logits, np.float32), (low, np.int32), (high, np.int32), (positions, np.int64), (keys, np.uint64)
     arrays = [np.ascontiguousarray(array, dtype) for array, dtype in read]
@@ -143,7 +134,6 @@ def draw_plain(
     logits: Float,
     positions: NDArray[np.integer[Any]],
     state: SamplingState,
-    seeds: NDArray[np.uint64] | None,
     low: Int,
     high: Int,
     keep_crossing: bool,
@@ -158,13 +148,12 @@ def draw_plain(
         return _ids(logits.argmax(axis=1), first)
     weights, kept = kept_weights(logits, top, state, keep_crossing)
     last, rows = first + logits.shape[1], np.arange(len(logits))
-    if seeds is None and last <= KEPT_IDS:
+    if last <= KEPT_IDS:
         weights *= kept
         weights /= noise_rows(state.seed, positions, last)[:, first:]
         return _ids(weights.argmax(axis=1), first)
     row, column = np.divmod(np.flatnonzero(kept), kept.shape[1])
-    keys = state.seed if seeds is None else seeds[row]
-    scores = weights[row, column] / noise(keys, positions[row], column + first)
+    scores = weights[row, column] / noise(state.seed, positions[row], column + first)
     best = np.maximum.reduceat(scores, row.searchsorted(rows))
     winners = np.flatnonzero(scores == best[row])
     return _ids(column[winners[row[winners].searchsorted(rows)]], first)

@@ -189,16 +189,6 @@ def test_laws_that_differ_a_little_mostly_draw_the_same_token() -> None:
     assert (sample(logits, places, chosen) == sample(other, places, chosen)).mean() > 0.75
 
 
-def test_rows_of_other_seeds_are_drawn_together() -> None:
-    logits = np.random.default_rng(8).standard_normal((4, 100)).astype(np.float32)
-    seeds, places = np.array([5, 6, 5, (1 << 64) - 1], np.uint64), np.array([3, 3, 4, 3])
-    state = SamplingState(1.0, 0, 0.9)
-    together = sample(logits, places, state, seeds=seeds)
-    for row, seed in enumerate(seeds.tolist()):
-        alone = sample(logits[row : row + 1], places[row : row + 1], SamplingState(1.0, 0, 0.9, seed))
-        assert together[row] == alone[0]
-
-
 def test_full_rows_and_few_ids_meet_the_same_noise() -> None:
     """Many ids: noise of all or of the kept ones; few ids: noise made for many positions at once."""
     random = np.random.default_rng(6)
@@ -241,7 +231,7 @@ def test_broken_logits_are_refused(poison: float, temperature: float) -> None:
         sample(logits, np.arange(2), SamplingState(temperature))
     logits[:, 3] = 3e38  # whose sum is not finite
     bounds = np.zeros(2, np.int32), np.full(2, 5, np.int32)
-    found = sampler.draw_plain(logits, np.arange(2), SamplingState(temperature), None, *bounds, True)
+    found = sampler.draw_plain(logits, np.arange(2), SamplingState(temperature), *bounds, True)
     np.testing.assert_array_equal(found, 3)
 
 
