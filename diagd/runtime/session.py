@@ -404,6 +404,7 @@ class Session:
         if self._left is not None:  # what they were to hide is not hidden
             self._left, self._slots.stale = None, True
         if self._cached != (stream, stream.beginnings):
+            check_text(self._text, stream.text, self.manifest.name)
             self._cached = stream, stream.beginnings
             if self._text is not None and stream.text is not None:
                 self.engine.set_text(self._text.rows(stream.text))

@@ -399,8 +399,10 @@ class Stream:
         return target.getvalue()
 
     def restore(self, snapshot: bytes) -> None:
-        """Become the stream of a snapshot; UsageError where it is none, or of a model with another layout."""
+        """Become the stream of a snapshot; UsageError where it is none, or of a model with other tokens."""
         head, arrays, past = _read(snapshot, self.layout)
+        for name in ("first", "tokens", "actions"):
+            self._check("the snapshot", arrays[name])
         self.forget()
         self.past.extend(past)
         self.known, self.prompt = int(head["known"]), int(head["prompt"])
@@ -449,6 +451,10 @@ def _read(snapshot: bytes, own: StreamLayout) -> tuple[dict[str, Any], dict[str,
             raise ValueError(f"its sampler is {head['sampler']!r}, this one's is {SAMPLER!r}")
         layout = StreamLayout(*head["layout"])
         orders = [None if order is None else Schedule.parse(order, own) for order in head["orders"]]
+        known, kept = int(head["known"]), len(arrays["tokens"])
+        if not min(1, known) <= kept <= known:
+            raise ValueError(f"it has {kept} of {known} frames")
+        arrays["tokens"] = whole(arrays["tokens"]).reshape(-1, layout.rows, layout.columns)
         columns = (arrays[name] for name in ("tokens", "actions", "counts", "order", "origin"))
         past = [
             Past(tokens, actions[len(actions) - count :], orders[order], int(origin))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import io
+import json
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -399,6 +402,19 @@ np.save(f"{folder}/frames.npy", np.stack([frame.tokens for frame in frames]))
     np.testing.assert_array_equal(np.load(tmp_path / "frames.npy"), expected)
 
 
+def changed(snapshot: bytes, **changes: Any) -> bytes:
+    """A snapshot with another head or text, or ids that are larger."""
+    arrays, target = dict(np.load(io.BytesIO(snapshot))), io.BytesIO()
+    for name, value in changes.items():
+        if name == "known":
+            head = json.loads(bytes(arrays["head"])) | changes
+            arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
+        else:
+            arrays[name] = value if name == "text" else arrays[name] + value
+    np.savez(target, **arrays)
+    return target.getvalue()
+
+
 def test_snapshots_of_something_else_are_refused(bundle: Path, tmp_path: Path) -> None:
     session = diagd.load(bundle, threads=1)
     for content in (b"", b"PK nothing", session.manifest.model_dump_json().encode()):
@@ -412,6 +428,16 @@ def test_snapshots_of_something_else_are_refused(bundle: Path, tmp_path: Path) -
     with pytest.raises(UsageError, match="the stream has a window of"):
         session.stream = other.stream
     prompt(session)
+    for changes, said in (
+        ({"tokens": CODES}, r"snapshot has ids .*the model knows"),
+        ({"known": 1}, "it has 2 of 1 frames"),
+        ({"known": "two"}, "no snapshot of a stream"),
+        ({"text": np.ones((1, 4), np.float32)}, "attends to no text"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            session.stream.restore(changed(session.stream.snapshot(), **changes))
+            session.step(actions(session.layout, 1)[0])
+        prompt(session)
     with pytest.raises(UsageError, match=r"cannot go back by 2 frames"):
         session.stream.rewind(2)
 
