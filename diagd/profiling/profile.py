@@ -26,7 +26,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import DiagdError, UsageError, unknown
 from diagd.options import Flag, Numbers, checked, flag, setting
 from diagd.profiling.cost import StoredModel, read_model
-from diagd.profiling.measure import Event, Measured, Timeline, measure, name_of, random_workload
+from diagd.profiling.measure import Event, Measured, Timeline, Workload, measure, name_of, random_workload
 from diagd.profiling.plan import orders_of, split_orders
 from diagd.profiling.report import Machine, Model, Report, Skipped, stages, summarise
 from diagd.profiling.verify import open_reference, verify
@@ -142,7 +142,7 @@ def profile(
     device = backend.describe()
     ready = _load(bundle, options, backend, progress)
     with ready.session as session:
-        chosen, skipped = _split(orders, session, options)
+        chosen, skipped = _split(orders, ready, options)
         pairs, late = _run_each(ready, chosen, options, progress, began)
         device_memory = session.engine.memory_used() if device else 0
     report = Report(
@@ -161,9 +161,10 @@ def profile(
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is measured, loaded, the limits that hold for it, and what loading took."""
+    """What is measured, loaded, what it is fed, the limits that hold for it, and what loading took."""
 
     session: Session
+    workload: Workload
     pixels: PixelCodec | None
     model: StoredModel
     ceilings: Ceilings
@@ -196,8 +197,8 @@ def _load(bundle: Bundle, options: ProfileOptions, backend: Backend, progress: P
         with start.stage("load"):
             session = open_session(bundle, window=options.window, cpu=options.cpu, backend=backend, form=form)
         pixels = _pixels(bundle, options, backend, start)
-    model = read_model(bundle, session.engine.form)
-    return _Ready(session, pixels, model, ceilings, start)
+    workload = random_workload(session, options.prompt or session.window - 1, options.frames)
+    return _Ready(session, workload, pixels, read_model(bundle, session.engine.form), ceilings, start)
 
 
 def _pixels(bundle: Bundle, options: ProfileOptions, backend: Backend, start: Timeline) -> PixelCodec | None:
@@ -216,20 +217,15 @@ def _pixels(bundle: Bundle, options: ProfileOptions, backend: Backend, start: Ti
     return pixels
 
 
-def _prompt(session: Session, options: ProfileOptions) -> int:
-    return session.window - 1 if options.prompt is None else options.prompt
-
-
 def _split(
-    orders: Sequence[Schedule], session: Session, options: ProfileOptions
+    orders: Sequence[Schedule], ready: _Ready, options: ProfileOptions
 ) -> tuple[list[Decoder], list[Skipped]]:
     """Decoders of the orders that the model allows, and the other orders with the reason.
 
     Raises:
         UsageError: it allows none.
     """
-    workload = random_workload(session, _prompt(session, options), options.frames)
-    possible, skipped = split_orders(orders, session, workload, options.frames)
+    possible, skipped = split_orders(orders, ready.session, ready.workload, options.frames)
     if not possible:
         raise UsageError(f"no decoding order can be measured; {skipped[0].order}: {skipped[0].reason}")
     jacobi = [JacobiDecoder()] if options.jacobi else []
@@ -244,25 +240,24 @@ def _run_each(
     The quickest come first, so that a large model on a slow machine is measured in some order at least.
     """
     runs, late = dict[Decoder, tuple[float, Measured]](), dict[Decoder, Skipped]()
-    quickest = sorted(decoders, key=lambda decoder: _steps(ready.session, decoder, options))
+    quickest = sorted(decoders, key=lambda decoder: _steps(ready, decoder, options))
     for number, decoder in enumerate(quickest, start=1):
         if runs and (skipped := options.left_out(name_of(decoder), began)):
             late[decoder] = skipped
             continue
         frames = options.frames_of(decoder)
         title = f"{name_of(decoder)}, 1 + {frames} frames, {number} of {len(decoders)} orders"
-        with progress.count(title, _steps(ready.session, decoder, options)) as advance:
+        with progress.count(title, _steps(ready, decoder, options)) as advance:
             runs[decoder] = _run(ready, decoder, options, advance)
     return [runs[one] for one in decoders if one in runs], [late[one] for one in decoders if one in late]
 
 
-def _steps(session: Session, decoder: Decoder, options: ProfileOptions) -> int:
+def _steps(ready: _Ready, decoder: Decoder, options: ProfileOptions) -> int:
     """Steps of both runs of a decoder; without a schedule, what they may come to."""
-    prompt, widest = _prompt(session, options), session.engine.max_width
-    counts = 1, options.frames_of(decoder)
+    known, session, counts = len(ready.workload.prompt), ready.session, (1, options.frames_of(decoder))
     if not isinstance(decoder, ScheduledDecoder):
         return sum(counts) * session.layout.rows
-    return sum(decoder.schedule.table(prompt, n, 0, widest).steps for n in counts)
+    return sum(decoder.schedule.table(known, n, 0, session.engine.max_width).steps for n in counts)
 
 
 def _run(
@@ -270,8 +265,7 @@ def _run(
 ) -> tuple[float, Measured]:
     """Seconds of one frame as the first run of a decoder, then the measured frames."""
     frames = options.frames_of(decoder)
-    workload = random_workload(ready.session, _prompt(ready.session, options), frames)
-    run = partial(measure, ready.session, decoder, workload, advance=advance, marks=options.marks)
+    run = partial(measure, ready.session, decoder, ready.workload, advance=advance, marks=options.marks)
     cold = run(1, ready.pixels)
     with TemporaryDirectory() as folder:
         return cold.ended - cold.began, run(frames, ready.pixels, Path(folder) / "frames.gif")
@@ -382,7 +376,7 @@ def _frame_seconds(session: Session, options: ProfileOptions) -> float:
     """Median over frames behind a first one; over more where their passes are the content's."""
     decoder = parse_decoder(None, session.manifest)
     count = 1 + options.frames * (RAGGED_FRAMES if decoder.ragged else 1)
-    workload = random_workload(session, _prompt(session, options), count)
+    workload = random_workload(session, options.prompt or session.window - 1, count)
     frames = session.frames(decoder, workload.start(session, count), count=count)
     return float(np.median([frame.seconds for frame in frames][1:]))
 
