@@ -44,6 +44,11 @@ class Input(_Message):
     dy: Number = 0.0
     axes: Annotated[tuple[Annotated[float, Field(ge=-1, le=1)], ...], Field(max_length=8, strict=False)] = ()
 
+    @property
+    def is_still(self) -> bool:
+        """Whether nothing is held and nothing moved: what a page says whose player is away."""
+        return not (self.keys or self.dx or self.dy or any(self.axes))
+
 
 class Ack(_Message):
     """An update was drawn, and all before it."""

@@ -91,17 +91,17 @@ class Room:
             table.clear()
 
     def shed(self) -> None:
-        """Put back who came last to an engine whose frames take too long with them: they are the next."""
+        """Put back who came last, or chose settings, where frames take too long since: they are the next."""
         if self.rate is None or self.is_closing:
             return
         for engine in self.engines:
             figures, tables = engine.figures, [table for table in self._tables if table.engine is engine]
             last = max(
-                (table for table in tables if table.player), key=lambda table: table.taken, default=None
+                (table for table in tables if table.player), key=lambda table: table.tried, default=None
             )
             alone = sum(bool(table.ticket) for table in tables) < 2
             kept = figures.measured < PROVEN or figures.p95 * self.rate <= 1
-            if last is None or alone or kept or self._clock() - last.taken > TRIAL_SECONDS:
+            if last is None or alone or kept or self._clock() - last.tried > TRIAL_SECONDS:
                 continue
             assert last.player is not None
             self.waiting.insert(0, last.player)
@@ -118,7 +118,8 @@ class Room:
             if table.player is None and table.ticket and self._clock() - table.left >= HELD_SECONDS:
                 self.clear(table)
             if not table.ticket and self.waiting and self._admits(table):
-                moved, table.taken = True, self._clock()
+                moved = True
+                table.taken = table.tried = self._clock()
                 table.seat(self.waiting.pop(0), secrets.token_urlsafe(16), is_new=True)
         if moved:
             self._announce()

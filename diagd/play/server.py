@@ -237,8 +237,8 @@ class Server:
         return sum(table.player is not None for table in self.tables)
 
     def drain(self) -> None:
-        """Seat nobody any more, and end when all have left, or their time is over."""
-        self._drains = time.monotonic() + self.limits.drain
+        """Seat nobody any more, and end when all have left, or their time is over; asked again, no later."""
+        self._drains = self._drains or time.monotonic() + self.limits.drain
         self.room.is_closing = True
 
     def _look_around(self, now: float) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 from typing_extensions import override
@@ -19,6 +20,7 @@ from diagd.play.controls import Inputs
 from diagd.play.game import Game, SavedGame, Shown
 from diagd.play.messages import Ack, Hello, Input, Message, without_paths
 from diagd.play.pictures import Pictures, picture_encoder
+from diagd.play.record import PlaySettings
 from diagd.play.stage import Engine, GameLoop, Stage
 from diagd.runtime.actions import describe
 
@@ -31,6 +33,11 @@ AUDITED: Final = 16
 FILMED: Final = 1200
 """Frames of a video that is asked for; the world stands still until it is written."""
 
+
+REST: Final = 20
+"""As rates are held for the slowest frame in twenty."""
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,6 +72,7 @@ class ServedTable:
         ticket: of whose world it is; "": of nobody's.
         taken, left: when it became theirs, and when they went away last (``time.monotonic``).
         heard: when they last held a key or said something.
+        tried: when it last began to take what it takes of its engine, by a new player or other settings.
         keep: is given snapshots of its world, and None when it is nobody's, in any thread; None: nothing is.
     """
 
@@ -72,7 +80,7 @@ class ServedTable:
         self.size = size
         self.engine: Engine | None = None
         self.player: Player | None = None
-        self.ticket, self.taken, self.left, self.heard = "", 0.0, 0.0, 0.0
+        self.ticket, self.taken, self.left, self.heard, self.tried = "", 0.0, 0.0, 0.0, 0.0
         self.keep: Callable[[bytes | None], None] | None = None
 
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
@@ -99,7 +107,11 @@ class ServedTable:
 
     def obey(self, message: Message | bytes) -> None:
         """What the player says, or a picture of the world's size, as RGBA, to begin a world from."""
-        self.heard = time.monotonic()
+        now = time.monotonic()
+        if not (isinstance(message, Input) and message.is_still):
+            self.heard = now
+        if isinstance(message, messages.Choose):
+            self.tried = now
 
 
 class Table(ServedTable):
@@ -116,12 +128,12 @@ class Table(ServedTable):
         super().__init__((spec.height, spec.width))
         self.game, self.stage = game, Stage(game, inputs, self._show, self._fail, rate)
         self.loop: asyncio.AbstractEventLoop | None = None
-        self._inputs, self._paced = inputs, paced
+        self._inputs, self._paced, self._rate = inputs, paced, rate
         self._kind, self._encode = picture_encoder(*self.size)
         self._number = 0
         self._prompt = game.prompts[0]
         self._gallery: bytes | None = None
-        self._every, self._since = every, 0
+        self._every, self._since, self._rested = every, 0, 0.0
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Make ready for players, whose connections belong to a loop."""
@@ -135,7 +147,9 @@ class Table(ServedTable):
         player.send(self._welcome())
         if self._gallery is not None:
             player.send(self._gallery)
-        self._post(lambda: self._reset(self.game.prompts[0]) if is_new else self._look())
+        if is_new:
+            self.stage.mode, self.stage.pacer.asked = "live", self._rate
+        self._post(self._renew if is_new else self._look)
         self.stage.is_watched = True
         self.stage.wake()
 
@@ -218,14 +232,31 @@ class Table(ServedTable):
         elif message.type == "save":
             self._call(self._send_player, packed({"kind": "record"}, [game.record.read()]))
         elif message.type == "film":
-            self._call(self._send_player, packed({"kind": "film"}, [game.film(FILMED)]))
+            film = self._rarely(lambda: game.film(FILMED))
+            self._call(self._send_player, packed({"kind": "film"}, [film]))
         elif message.type == "audit":
-            frames, share = game.audit(AUDITED)
+            frames, share = self._rarely(lambda: game.audit(AUDITED))
             self._call(self._send_player, {"type": "audit", "frames": frames, "share": share})
+
+    def _rarely(self, work: Callable[[], T]) -> T:
+        """Have done what takes long, by those who share an engine once in ``REST`` times what it takes."""
+        began = time.monotonic()
+        if began < self._rested:
+            seconds = math.ceil(self._rested - began)
+            raise UsageError(f"all worlds here stand still for this; ask again in {seconds} seconds")
+        result = work()
+        if not self._paced:
+            self._rested = time.monotonic() + REST * (time.monotonic() - began)
+        return result
 
     def _reset(self, prompt: Any) -> None:
         self._prompt = prompt
         self.stage.look(self.game.reset(prompt))
+
+    def _renew(self) -> None:
+        """Begin as if nobody had played before."""
+        self.game.choose(PlaySettings.of(self.game.bundle.manifest))
+        self._reset(self.game.prompts[0])
 
     def _look(self) -> None:
         if self.game.known:
@@ -383,3 +414,6 @@ class LocalFleet(Fleet):
     @override
     async def close(self) -> None:
         await asyncio.to_thread(self.engine.close)
+        for table in self.tables:
+            if table.keep is not None and table.ticket:
+                table.keep(table.game.snapshot())

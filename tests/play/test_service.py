@@ -54,6 +54,9 @@ def test_a_game_ends_and_the_next_in_turn_plays(serve: Serve) -> None:
     limits = Limits(messages_per_second=1e6, game=3.0)
     with serve(limits=limits) as (url, _), player(url) as ann, player(url) as ben:
         assert ben.until(type="waiting")["place"] == 1
+        own = ann.until(type="state")
+        ann.say(type="choose", settings={**own["settings"], "seed": 7, "decoder": "k=1 serial"})
+        ann.say(type="pace", mode="pause")
         warned = ann.until(type="ends")
         assert warned["seconds"] <= 3
         assert "as long as games are here" in warned["why"]
@@ -62,6 +65,8 @@ def test_a_game_ends_and_the_next_in_turn_plays(serve: Serve) -> None:
         assert ended.value.rcvd is not None
         assert ended.value.rcvd.code == 4008
         ben.until(type="welcome")
+        begun = ben.until(type="state")
+        assert all(begun[name] == own[name] for name in ("settings", "mode", "rate"))
         ben.frame()
 
 
@@ -72,6 +77,7 @@ def test_who_presses_nothing_gives_up_the_seat(serve: Serve) -> None:
         with pytest.raises(ConnectionClosed):
             while time.monotonic() - began < 20:
                 ben.say(type="input", t=1.0, keys=["ArrowLeft"])
+                ann.say(type="input", t=1.0, keys=[])
                 ann.hear(5)
         ben.frame()
 
@@ -113,11 +119,40 @@ def test_who_came_last_waits_again_where_the_rate_is_lost(serve: Serve) -> None:
             assert server.tables[1].player is None
 
 
+def test_who_chose_settings_last_waits_again_where_the_rate_is_lost(serve: Serve) -> None:
+    with serve(sessions=2, kept=0.5) as (url, server), player(url) as ann:
+        while server.tables[0].engine.figures.measured < SETTLED:
+            ann.frame()
+        with player(url) as ben:
+            ben.frame()
+            own = server.tables[0].game.settings.model_dump(mode="json")
+            ann.say(type="choose", settings={**own, "seed": 3})
+            assert ann.until(type="state")["settings"]["seed"] == 3
+            server.room.rate = 1e5
+            assert ann.until(type="waiting")["place"] == 1
+            ben.frame()
+
+
+def test_what_takes_long_is_done_for_one_player_once_in_a_while(serve: Serve) -> None:
+    with serve(sessions=2) as (url, server), player(url) as ann:
+        server.tables[0]._paced = False
+        for _ in range(3):
+            ann.frame()
+        for _ in range(2):
+            ann.say(type="audit")
+        assert ann.until(type="audit")["frames"] > 0
+        assert "ask again in" in ann.until(type="error")["text"]
+        ann.frame()
+
+
 def test_a_server_that_drains_ends_with_its_last_player(serve: Serve) -> None:
     with serve(sessions=2, limits=LOOSE) as (url, server), player(url) as ann:
         ann.frame()
         server.drain()
         assert ann.until(type="ends")["why"] == "the server is being closed"
+        ends = server._drains
+        server.drain()
+        assert server._drains == ends
         assert told(url, "/ready")[0] == 503
         with player(url) as ben:
             assert ben.until(type="waiting")["place"] == 1
