@@ -20,7 +20,6 @@ from diagd.errors import DiagdError, EngineError, UsageError
 from diagd.play.game import SavedGame
 from diagd.play.messages import Message, without_paths
 from diagd.play.opening import GameOptions
-from diagd.play.record import Line
 from diagd.play.service import Service, opened_tables
 from diagd.play.stage import Figures
 from diagd.play.table import Fleet, LocalFleet, Player, ServedTable
@@ -60,10 +59,12 @@ class PlayActor:
         self._fleet = LocalFleet(self._tables)
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._fleet.start(self._loop)
-        for table, player in zip(self._tables, self._players, strict=True):
-            table.keep = player.keep
+        for number, table in enumerate(self._tables):
+            table.keep = partial(self.tell_soon, number, "saved")
             # from what is done next: not of the world that its engine began with
-            table.stage.post(partial(setattr, table.game.record, "heard", player.hear))
+            table.stage.post(
+                partial(setattr, table.game.record, "heard", partial(self.tell_soon, number, "line"))
+            )
         return str(import_module("ray").get_runtime_context().get_node_id())
 
     async def do(self, calls: Sequence[Call]) -> None:
@@ -86,16 +87,16 @@ class PlayActor:
         news, self._news = self._news, []
         return news, self._fleet.engine.figures
 
-    def send(self, event: Event) -> None:
+    def tell(self, number: int, kind: str, value: Any) -> None:
         """Add to the news, in the loop; of pictures that nobody fetched the newest are enough."""
-        if event.kind == "show":
-            self._news = [one for one in self._news if one[:2] != event[:2]]
-        self._news.append(event)
+        if kind == "show":
+            self._news = [one for one in self._news if one[:2] != (number, kind)]
+        self._news.append(Event(number, kind, value))
         self._changed.set()
 
-    def send_soon(self, event: Event) -> None:
+    def tell_soon(self, number: int, kind: str, value: Any) -> None:
         """Likewise, from any thread."""
-        self._loop.call_soon_threadsafe(self.send, event)
+        self._loop.call_soon_threadsafe(self.tell, number, kind, value)
 
 
 class _Player(Player):
@@ -106,20 +107,11 @@ class _Player(Player):
 
     @override
     def send(self, message: dict[str, Any] | bytes) -> None:
-        self._actor.send(Event(self._number, "send", message))
+        self._actor.tell(self._number, "send", message)
 
     @override
     def show(self, number: int, update: bytes) -> None:
-        self._actor.send(Event(self._number, "show", (number, update)))
-
-    def hear(self, line: Line) -> None:
-        """A line of the record."""
-        self._actor.send_soon(Event(self._number, "line", line))
-
-    def keep(self, snapshot: bytes | None) -> None:
-        """The world as it is now."""
-        if snapshot is not None:
-            self._actor.send_soon(Event(self._number, "saved", snapshot))
+        self._actor.tell(self._number, "show", (number, update))
 
 
 _MOVES: Final = {"type": "error", "text": "the machine of this world is gone; it goes on elsewhere"}
@@ -244,7 +236,9 @@ class RemoteEngine:
                     raise EngineError(f"an engine cannot play: {error.cause}") from error
                 reason = str(error).strip().splitlines()[-1]
                 _LOG.warning("an engine was lost, another one is started: %s", reason)
-                self._lose()
+                self.is_alive, self.figures, self._calls = False, Figures(), []
+                self._fleet.lose(self)
+                self._fleet.settle()
                 await asyncio.sleep(_PAUSE)
 
     async def _live(self, actor: Any) -> None:
@@ -265,12 +259,6 @@ class RemoteEngine:
             self._said.clear()
             calls, self._calls = self._calls, []
             await actor.do.remote(calls)
-
-    def _lose(self) -> None:
-        """It is gone, with all that was said to it."""
-        self.is_alive, self.figures, self._calls = False, Figures(), []
-        self._fleet.lose(self)
-        self._fleet.settle()
 
 
 class RayFleet(Fleet):
