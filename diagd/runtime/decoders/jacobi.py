@@ -22,9 +22,6 @@ from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
 from diagd.schedule import Block, feed, predicting, shifted
 
-TRUST: Final = 2
-"""Kinds of first guesses: 0 where nothing is remembered, else 1."""
-
 _PLACES: Final = 1 << 16  # a megabyte; what is remembered last at a place stays there
 _LAST: Final = np.uint64(_PLACES - 1)
 _CROSS: Final = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
@@ -91,7 +88,7 @@ class JacobiDecoder(Decoder):
         """Any stream goes; what was learned of windows is kept where frames have as many cells."""
         cells = stream.layout.cells
         if self._window is None and (self._policy is None or self._policy.cells != cells):
-            self._policy = WindowPolicy(cells, TRUST)
+            self._policy = WindowPolicy(cells)
 
     @override
     def blocks(self, stream: Stream) -> Blocks:
@@ -130,7 +127,7 @@ class JacobiDecoder(Decoder):
             decided: cells that are, and whose rows, but for the last one's, are fed.
             found: where the guesses were looked up.
         """
-        kinds: Kinds = found.trust.copy() if found else np.zeros(len(draft), np.int64)
+        kinds: Kinds = found.kinds if found else np.zeros(len(draft), np.int64)
         unfed = 0 if decided else start - 1 - stream.fed
         while decided < len(draft):
             if unfed > min(stream.max_width - 1, stream.layout.gap):  # no room for a window
@@ -144,7 +141,6 @@ class JacobiDecoder(Decoder):
             if self._policy:
                 seconds = result.time.seconds + time.perf_counter() - began_keeping
                 self._policy.add(kinds[window], kept, int(stream.padded[unfed + rows]), seconds)
-                kinds[window] = kinds[window] % TRUST + TRUST
             decided, unfed = decided + kept, 0
             if kept < rows:
                 stream.rejected = start + decided - 1
@@ -152,8 +148,8 @@ class JacobiDecoder(Decoder):
                 decided, unfed = 0, start - 1 - stream.fed
                 if found:
                     found = self._lookup.find(stream)
-                    draft[:] = np.where(found.trust > 0, found.tokens, draft)
-                    kinds = np.where(found.trust > 0, found.trust, kinds)
+                    kinds = found.kinds
+                    draft[:] = np.where(kinds > 0, found.tokens, draft)
                     stream.write(start, draft)
             if self._deadline is not None and time.perf_counter() - began > self._deadline:
                 break
@@ -184,12 +180,12 @@ class Lookup(NamedTuple):
 
     Attributes:
         tokens: int32 [cells], guesses.
-        trust: int64 [cells], 1 where a guess is remembered, 0 where the cell is to stay as it is.
+        kinds: int64 [cells], 1 where a guess is remembered, 0 where the cell is to stay as it is.
         hashes: of the cells' neighbourhoods.
     """
 
     tokens: Int
-    trust: Kinds
+    kinds: Kinds
     hashes: NDArray[np.uint64]
 
 
@@ -242,10 +238,9 @@ class WindowPolicy:
 
     A pass costs a part that does not depend on its rows and one for each; both are fitted to the quickest
     passes of each width, since what else runs on a machine only ever adds to one. A cell is decided if all
-    guesses ahead of it in the window come out right. How often they do is counted by kind: of a first
-    guess, below ``kinds``, and as many kinds of guesses that a pass has drawn. All figures fade, so that a
-    world that changes, or a window that became short, is tried again. A window of one row is next-token
-    prediction: where drafts do not pay, that is what is left.
+    guesses ahead of it in the window come out right. How often they do is counted by kind: whether one
+    was looked up. All figures fade, so that a world that changes, or a window that became short, is tried
+    again. A window of one row is next-token prediction: where drafts do not pay, that is what is left.
 
     Guesses are taken for independent of one another, which they are not: a cell that wide windows draw again
     and again comes right sooner than the draws of narrow ones let hope for. So now and then a frame is tried
@@ -253,12 +248,11 @@ class WindowPolicy:
 
     Args:
         cells: most rows that are of use.
-        kinds: of first guesses.
     """
 
-    def __init__(self, cells: int, kinds: int = 1) -> None:
-        self.cells, self.kinds = cells, kinds
-        self._wrong, self._guesses = np.zeros(2 * kinds), np.zeros(2 * kinds)
+    def __init__(self, cells: int) -> None:
+        self.cells = cells
+        self._wrong, self._guesses = np.zeros(2), np.zeros(2)  # by kind
         self._count = 0
         self._passes: Float64 = np.zeros(0)  # by the rows that they are run as
         self._quickest: Float64 = np.zeros(0)  # seconds
@@ -270,7 +264,7 @@ class WindowPolicy:
     def choose(self, padded: Int, kinds: Kinds) -> int:
         """Rows of the next window, at most ``len(padded)``, of which n are run as ``padded[n - 1]``.
 
-        ``kinds``: of the guesses of its cells.
+        ``kinds``: of the guesses of its cells, see ``Lookup``.
         """
         if not self._count:
             return min(_FIRST, len(padded))
@@ -290,7 +284,7 @@ class WindowPolicy:
         self._spent += self._cost + self._row * padded
         if self._steady == self._tries:
             tested = kinds[: min(kept, len(kinds) - 1)]
-            self._guesses = self._guesses * _KEPT + np.bincount(tested, minlength=2 * self.kinds)
+            self._guesses = self._guesses * _KEPT + np.bincount(tested, minlength=2)
             self._wrong *= _KEPT
             if kept < len(kinds):
                 self._wrong[tested[-1]] += 1

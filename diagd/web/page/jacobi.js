@@ -3,7 +3,6 @@
 
 import { feed, range } from "./schedule.js";
 
-export const TRUST = 2;
 const PLACES = 1 << 16;
 const KEPT = 0.99, FIRST = 32, SPREAD = 8, REJECTED = 0.05, OFTEN = 8, SLOWER = 1.1;
 const STEADY = 16, BETWEEN = 3, SHARE = 0.01, BETTER = 0.93;
@@ -17,13 +16,13 @@ export class LookupDraft {
     Object.assign(this, { rows, columns, known: new Map() });
   }
 
-  // Of the frame behind `before` to which the ids of an action lead: guesses and the level of trust in each.
+  // Of the frame behind `before` to which the ids of an action lead: guesses, and 1 for each that is remembered.
   find(before, led) {
     const { rows, columns } = this, action = led.join(), id = (y, x) => (y < 0 || x < 0 || y >= rows || x >= columns ? -1 : before[y * columns + x]);
     const around = (y, x) => [id(y, x), id(y - 1, x), id(y + 1, x), id(y, x - 1), id(y, x + 1), action].join();
     const keys = Array.from(before, (_, cell) => around(Math.floor(cell / columns), cell % columns));
     const found = keys.map((key) => this.known.get(key));
-    return { keys, tokens: found.map((token, cell) => token ?? before[cell]), trust: found.map((token) => Number(token !== undefined)) };
+    return { keys, tokens: found.map((token, cell) => token ?? before[cell]), kinds: found.map((token) => Number(token !== undefined)) };
   }
 
   // Take what a frame became.
@@ -35,10 +34,10 @@ export class LookupDraft {
 
 // How many rows a pass verifies, by what passes cost and by how often guesses come out right.
 export class WindowPolicy {
-  constructor(kinds = 1) {
-    Object.assign(this, { kinds, count: 0, passes: [], quickest: [] });
+  constructor() {
+    Object.assign(this, { count: 0, passes: [], quickest: [] });
     Object.assign(this, { steady: false, tries: false, spent: 0, usual: 0, total: 0, ratio: 1, debt: 0, since: 0, fitted: { cost: 0, row: 0 } });
-    [this.wrong, this.guesses] = [new Array(2 * kinds).fill(0), new Array(2 * kinds).fill(0)];
+    [this.wrong, this.guesses] = [[0, 0], [0, 0]];
   }
 
   // Rows of the next window, at most so many, behind those that are only fed, over guesses of these kinds.
@@ -112,7 +111,7 @@ export const jacobi = (policy, lookup, window = null) => async (session) => {
   if (!session.begin()) return 0;
   const frame = session.frames[session.begun - 1], { cells } = session.layout, start = session.layout.firstCell(session.begun - 1);
   const before = session.frames[session.known - 1].tokens;
-  let found = lookup.find(before, frame.led), kinds = [...found.trust];
+  let found = lookup.find(before, frame.led);
   frame.tokens.set(found.tokens);
   session.keepSeeds = false;
   let unfed = start - 1 - session.fed, decided = 0, count = 0;
@@ -123,18 +122,17 @@ export const jacobi = (policy, lookup, window = null) => async (session) => {
   }
   while (decided < cells) {
     const began = performance.now(), most = Math.min(cells - decided, session.width - unfed);
-    const rows = window ? Math.min(most, window) : policy.choose(most, unfed, kinds.slice(decided)), first = start + decided - 1;
+    const rows = window ? Math.min(most, window) : policy.choose(most, unfed, found.kinds.slice(decided)), first = start + decided - 1;
     const guesses = frame.tokens.slice(decided, decided + rows);
     const drawn = await session.run([range(first - unfed, first + rows).map((p) => [p, p, p < first ? -1 : p + 1])]);
     const wrong = drawn.findIndex((id, n) => id !== guesses[n]), kept = wrong < 0 ? rows : wrong + 1;
-    if (!window) policy.add(kinds.slice(decided, decided + rows), kept, unfed + rows, Math.max(TICK, performance.now() - began));
-    for (let cell = decided; cell < decided + rows; cell++) kinds[cell] = (kinds[cell] % TRUST) + TRUST;
+    if (!window) policy.add(found.kinds.slice(decided, decided + rows), kept, unfed + rows, Math.max(TICK, performance.now() - began));
     [decided, unfed, count] = [decided + kept, 0, count + 1];
     if (kept < rows) session.rejected = start + decided - 1;
     if (decided < cells && (await session.renew())) {
       [decided, unfed] = [0, start - 1 - session.fed];
       found = lookup.find(before, frame.led);
-      found.trust.forEach((level, cell) => level && ([frame.tokens[cell], kinds[cell]] = [found.tokens[cell], level]));
+      found.kinds.forEach((kind, cell) => kind && (frame.tokens[cell] = found.tokens[cell]));
     }
   }
   if (!window) policy.end();

@@ -2,7 +2,7 @@
 
 import { PixelGraph, Runtime } from "./engine.js";
 import { GpuRuntime } from "./gpu.js";
-import { LookupDraft, TRUST, WindowPolicy, jacobi } from "./jacobi.js";
+import { LookupDraft, WindowPolicy, jacobi } from "./jacobi.js";
 import { Schedule } from "./schedule.js";
 import { Session, scheduled } from "./session.js";
 
@@ -33,7 +33,7 @@ export class World {
     const opening = gpu ? GpuRuntime.open(address("ort.jspi.min.mjs"), code) : Runtime.open(address("ort-wasm-simd-threaded.mjs"), code, threads);
     const runtime = await opening, engine = await runtime.steps(step, "step.bin", weights, spec);
     const world = new World();
-    Object.assign(world, { base, spec, runtime, session: new Session(spec, engine), policy: new WindowPolicy(TRUST), lookup: new LookupDraft(spec.layout) });
+    Object.assign(world, { base, spec, runtime, session: new Session(spec, engine), policy: new WindowPolicy(), lookup: new LookupDraft(spec.layout) });
     world.decoder = world.pixels(await runtime.graph(decoder, "decoder.bin", codebook));
     return world;
   }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diagd.runtime.decoders import jacobi
-from diagd.runtime.decoders.jacobi import TRUST, LookupDraft
+from diagd.runtime.decoders.jacobi import LookupDraft
 from diagd.runtime.stream import Stream
 from diagd.schedule import StreamLayout
 
@@ -18,7 +18,7 @@ LAYOUT = StreamLayout(4, 5, before=2)
 def play(
     draft: LookupDraft, rule: Callable[[np.ndarray, np.ndarray], np.ndarray], frames: int
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Guesses, trust and what came, for every frame of a world."""
+    """Guesses, their kinds and what came, for every frame of a world."""
     random, seen = np.random.default_rng(0), []
     stream = Stream(LAYOUT, 3, np.arange(30), 8)
     stream.start(random.integers(0, 2, (1, 4, 5)), np.zeros((1, 2), np.int32))
@@ -28,7 +28,7 @@ def play(
         action = stream.led(stream.begun - 1)
         assert action is not None
         came = rule(stream.frame(stream.known - 1), action).astype(np.int32)
-        seen.append((found.tokens, found.trust, came.reshape(-1)))
+        seen.append((found.tokens, found.kinds, came.reshape(-1)))
         draft.learn(found, came.reshape(-1))
         stream.write(stream.layout.first_cell(stream.known), came.reshape(-1))
         stream.complete(None)
@@ -61,12 +61,12 @@ def test_guesses_are_what_a_dictionary_holds(monkeypatch: pytest.MonkeyPatch) ->
 
     known: dict[tuple[int, ...], int] = {}
     found = set()
-    for (tokens, trust, came), (keys, before) in zip(play(LookupDraft(), rule, 400), asked, strict=True):
+    for (tokens, kinds, came), (keys, before) in zip(play(LookupDraft(), rule, 400), asked, strict=True):
         expected = [(known.get(key, int(before[cell])), int(key in known)) for cell, key in enumerate(keys)]
-        assert list(zip(tokens.tolist(), trust.tolist(), strict=True)) == expected
-        found |= set(trust.tolist())
+        assert list(zip(tokens.tolist(), kinds.tolist(), strict=True)) == expected
+        found |= set(kinds.tolist())
         known |= zip(keys, came.tolist(), strict=True)
-    assert found == set(range(TRUST))
+    assert found == {0, 1}
 
 
 def test_rules_of_a_world_are_found_out() -> None:
@@ -85,5 +85,5 @@ def test_rules_of_a_world_are_found_out() -> None:
 
 def test_what_an_action_did_is_not_guessed_of_another() -> None:
     seen = play(LookupDraft(), lambda frame, action: np.full_like(frame, action[0] * 2 + action[1]), 60)
-    assert all((tokens == came).all() for tokens, trust, came in seen if (trust > 0).all())
-    assert any((trust > 0).all() for _, trust, _ in seen)
+    assert all((tokens == came).all() for tokens, kinds, came in seen if (kinds > 0).all())
+    assert any((kinds > 0).all() for _, kinds, _ in seen)
