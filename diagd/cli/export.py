@@ -71,8 +71,9 @@ def run(options: ExportOptions) -> int:
     from diagd.export.weights import is_resumable
 
     console = terminal.console()
-    family = find(options.model, options.checkpoint, options.size)
-    if options.tokenizer == "none":
+    pixels = options.tokenizer != "none"
+    family = find(options.model, options.checkpoint, options.size, options.tokenizer if pixels else None)
+    if not pixels:
         family = replace(family, tokenizer=None)
     if options.dry_run:
         exporter = Exporter(family, options.graphs)

@@ -132,7 +132,14 @@ def _by_number(path: Path) -> list[tuple[int, str]]:
 
 
 def files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """Files of a folder with one of the suffixes, by name; hidden ones (macOS makes some) are left out."""
+    """Files of a folder with one of the suffixes, by name; hidden ones (macOS makes some) are left out.
+
+    Raises:
+        UsageError: it is no folder.
+    """
+    if not folder.is_dir():
+        kinds = ", ".join(sorted(suffixes))
+        raise UsageError(f"{folder} is no folder; expected one with files that end in {kinds}")
     return sorted(
         path
         for path in folder.iterdir()

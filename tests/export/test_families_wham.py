@@ -16,7 +16,7 @@ from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import CheckpointError, UsageError
 from diagd.export import families
-from diagd.export.exporter import GraphOptions, export, open_sources
+from diagd.export.exporter import Exporter, GraphOptions, export, open_sources
 from diagd.export.families import Family, wham
 from diagd.export.transformer import Transformer
 from diagd.runtime.pixels import PixelCodec
@@ -248,6 +248,24 @@ def test_a_file_of_another_model_is_not_taken_for_a_tokenizer(tmp_path: Path) ->
     torch.save({"state_dict": {"transformer.head": torch.ones(1)}}, tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match=r"'transformer\.wte\.weight'.* is it a file of this model"):
         families.find("wham-200m", str(tmp_path / "other.ckpt"))
+
+
+def test_a_tokenizer_may_lie_in_another_file(tmp_path: Path) -> None:
+    tensors = tensors_of(bias=True, norm_weights=True)
+    whole, alone = write(tmp_path / "whole.ckpt", tensors), tmp_path / "alone.pt"
+    torch.save({wham.PREFIX + name: tensor for name, tensor in tensors.items()}, alone)
+    family = families.find("wham-200m", str(alone), tokenizer=str(whole))
+    assert family.tokenizer == families.find("wham-200m", str(whole)).tokenizer == VIT
+    Exporter(family, GraphOptions()).check(open_sources(family, None, str(whole)))
+
+
+def test_a_tokenizer_that_lies_nowhere_is_missed(tmp_path: Path) -> None:
+    tensors = tensors_of(bias=True, norm_weights=True)
+    tensors["transformer.wpe.weight"] = torch.zeros(2 * 556, HIDDEN)  # frames as released
+    torch.save({wham.PREFIX + name: tensor for name, tensor in tensors.items()}, tmp_path / "alone.pt")
+    family = families.find("wham-200m", str(tmp_path / "alone.pt"))
+    with pytest.raises(CheckpointError, match=r"alone\.pt holds no tokenizer of wham-200m; give --set"):
+        Exporter(family, GraphOptions()).check(open_sources(family, None, None))
 
 
 def test_the_other_size_is_refused(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def test_windows_have_each_action_behind_the_picture_it_was_done_at(
         np.testing.assert_array_equal(frames[:-1, layout.cells :], actions[first : first + 3])
     with pytest.raises(UsageError, match="no clip of 7 frames"):
         read_clips(episodes, small_wham.manifest, codec, 7)
+    with pytest.raises(UsageError, match=r"a\.npz is no folder; expected one with files that end in .*\.mp4"):
+        read_clips(episodes / "a.npz", small_wham.manifest, codec, 4)
 
 
 def test_a_bundle_is_tuned_on_episodes(

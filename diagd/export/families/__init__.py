@@ -194,13 +194,19 @@ def identity_rules(config: TransformerConfig) -> tuple[TensorRule, ...]:
     return tuple(TensorRule(name, ((name, shape),)) for name, shape in parameter_shapes(config).items())
 
 
-def find(name: str, checkpoint: str | None = None, size: tuple[int, int] | None = None) -> Family:
+def find(
+    name: str,
+    checkpoint: str | None = None,
+    size: tuple[int, int] | None = None,
+    tokenizer: str | None = None,
+) -> Family:
     """The model called ``name``.
 
     Args:
         name: as users type it.
         checkpoint: where its weights are, for families whose dimensions are read from there.
         size: height and width of its pictures, for families that were post-trained at several.
+        tokenizer: where its tokenizer is, if not there, for families whose sizes are read from it.
 
     Raises:
         UsageError: there is none; the nearest name and all names are listed. Or the checkpoint is empty.
@@ -210,10 +216,12 @@ def find(name: str, checkpoint: str | None = None, size: tuple[int, int] | None 
     if checkpoint is not None and not checkpoint.strip():
         raise UsageError(f"the checkpoint of {name} is an empty path; is a variable of the shell not set?")
     module = importlib.import_module(f"diagd.export.families.{MODULES[name]}")
-    if size is not None and "size" not in signature(module.build).parameters:
+    read = signature(module.build).parameters
+    if size is not None and "size" not in read:
         raise UsageError(f"size {size[0]}x{size[1]}: {name} has pictures of one size; leave it out")
-    sized = {} if size is None else {"size": size}
-    family: Family = module.build(name, checkpoint, **sized)
+    told = {"size": size, "tokenizer": tokenizer}
+    given = {key: value for key, value in told.items() if value is not None and key in read}
+    family: Family = module.build(name, checkpoint, **given)
     return family
 
 

@@ -162,10 +162,10 @@ class Variant:
 
     config: TransformerConfig
     norm_weights: bool
-    tokenizer: TokenizerGraphs | None
+    tokenizer: TokenizerGraphs
 
 
-def build(name: str, checkpoint: str | None = None) -> Family:
+def build(name: str, checkpoint: str | None = None, tokenizer: str | None = None) -> Family:
     """One of the releases; without a checkpoint, with block version 1, biases and the ViT tokenizer.
 
     Raises:
@@ -187,7 +187,8 @@ def build(name: str, checkpoint: str | None = None) -> Family:
         return family(name, Variant(config, norm_weights=True, tokenizer=pixels))
     from diagd.export.checkpoints import open_checkpoint
 
-    variant = infer_variant(open_checkpoint(checkpoint))
+    opened = open_checkpoint(checkpoint)
+    variant = infer_variant(opened, open_checkpoint(tokenizer) if tokenizer else opened)
     if variant.config.hidden != size.hidden:
         raise CheckpointError(
             f"{checkpoint} is {variant.config.hidden} wide, {name} is {size.hidden}; "
@@ -252,8 +253,8 @@ def transformer_config(
     )
 
 
-def infer_variant(checkpoint: Checkpoint) -> Variant:
-    """Read a checkpoint's dimensions off its tensor shapes.
+def infer_variant(checkpoint: Checkpoint, images: Checkpoint) -> Variant:
+    """Read a checkpoint's dimensions off its tensor shapes, and those of the tokenizer off ``images``.
 
     Raises:
         CheckpointError: a tensor is missing, the width is unknown, or vocabulary or positions do not fit the
@@ -272,9 +273,8 @@ def infer_variant(checkpoint: Checkpoint) -> Variant:
             f"(known widths: {', '.join(map(str, HEADS))})"
         )
     _check_head(checkpoint)
-    tokenizer = infer_tokenizer(checkpoint)
-    grid = tokenizer.grid if tokenizer else WhamVitConfig().grid
-    codes = tokenizer.codes if tokenizer else vocabulary - ACTION_IDS
+    tokenizer = infer_tokenizer(images) or WhamVitConfig(codes=vocabulary - ACTION_IDS)
+    grid, codes = tokenizer.grid, tokenizer.codes
     frame = grid[0] * grid[1] + ACTION_TOKENS
     if positions % frame or vocabulary != codes + ACTION_IDS:
         raise CheckpointError(
