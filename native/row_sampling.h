@@ -96,6 +96,7 @@ inline int keep(float* values, float* masses, int n, float floor, bool from) {
 // The value at which the mass from the largest on exceeds `share`, or else the least from `low` on.
 inline float crossing(float* values, float* masses, int n, double share, float low, float high) {
   n = keep(values, masses, n, low, true);
+  low = *std::min_element(values, values + n);
   while (low < high) {
     float middle = low / 2 + high / 2;
     if (middle <= low || middle > high) middle = high;
