@@ -32,6 +32,15 @@ LEAST_WIDTH = 80
 _POSITIONS: Final = "slot_position"
 
 
+class _Lane:
+    """The steps that a stream was sent, the next of them, and of the last its slots in use and its draws."""
+
+    def __init__(self) -> None:
+        self.steps: Steps
+        self.live = self.next = 0
+        self.drawn = slice(0)
+
+
 class PrefixState(Engine):
     """What an engine of the ``prefix`` form keeps on the host, and what is done with it between steps.
 
@@ -59,6 +68,25 @@ class PrefixState(Engine):
         self._sampler = HostSampler(manifest)
         self._text = text_buffers(manifest)
         self._session: Any = None
+        self._lanes = [_Lane() for _ in range(streams)]
+        self._ran: dict[int, tuple[int, int]] = {}  # rows of the logits of those in the last pass
+        self._logits: Float
+
+    @override
+    def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
+        self._lanes[lane].steps, self._lanes[lane].next = steps, 0
+
+    @override
+    def draw(self) -> None:
+        for number, (first, last) in self._ran.items():
+            lane, steps = self._lanes[number], self._lanes[number].steps
+            ids = self._sampler.draw(self._logits[first:last], steps.cells[lane.drawn], steps.sampling)
+            self.write_tokens(steps.sinks[lane.drawn], ids, number)
+
+    @override
+    def logits(self, lane: int = 0) -> Float:
+        first, last = self._ran[lane]
+        return self._logits[first:last]
 
     @override
     def write_tokens(self, places: Int, ids: Int, lane: int = 0) -> None:
@@ -101,14 +129,11 @@ class PlainPrefix(PrefixState):
     """Steps of one stream as arrays that are fed anew each time, nothing of them bound; see ``Engine``."""
 
     @override
-    def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        self._steps, self._next = steps, 0
-
-    @override
     def step(self, lanes: Sequence[int] = (0,)) -> None:
-        steps, n = self._steps, self._next
-        self._next += 1
-        rows, self._drawn, changed = steps.parts(n)
+        (lane,) = self._lanes
+        steps, n = lane.steps, lane.next
+        lane.next += 1
+        rows, lane.drawn, changed = steps.parts(n)
         self.slot_position[steps.update_slots[changed]] = steps.update_positions[changed]
         feeds: dict[str, NDArray[Any]] = {
             "token_buffer": self.token_buffer,
@@ -116,10 +141,11 @@ class PlainPrefix(PrefixState):
             "positions": steps.positions[None, rows],
             "slot_position": self.slot_position[:, None],
             "write_index": steps.write_index[n] + np.arange(rows.stop - rows.start, dtype=np.int64)[None],
-            "logit_rows": steps.decoded[self._drawn],
+            "logit_rows": steps.decoded[lane.drawn],
             **self._text,
         }
         self._logits = self.forward(feeds, int(steps.live[n]))
+        self._ran[0] = 0, len(self._logits)
 
     @abstractmethod
     def forward(self, feeds: Mapping[str, NDArray[Any]], live: int) -> Float:
@@ -127,25 +153,6 @@ class PlainPrefix(PrefixState):
 
         ``feeds`` has the inputs but the K/V rows; ``live``: slots in use.
         """
-
-    @override
-    def draw(self) -> None:
-        steps, drawn = self._steps, self._drawn
-        ids = self._sampler.draw(self._logits, steps.cells[drawn], steps.sampling)
-        self.token_buffer[steps.sinks[drawn]] = ids
-
-    @override
-    def logits(self, lane: int = 0) -> Float:
-        return self._logits
-
-
-class _Lane:
-    """The steps that a stream was sent, the next of them, and of the last its slots in use and its draws."""
-
-    def __init__(self) -> None:
-        self.steps: Steps
-        self.live = self.next = 0
-        self.drawn = slice(0)
 
 
 class PrefixEngine(PrefixState):
@@ -175,17 +182,11 @@ class PrefixEngine(PrefixState):
         self._logits = np.zeros((rows, manifest.output_vocabulary), np.float32)
         self._fed = {name: np.zeros(rows, np.int32) for name in ("sources", "positions", "logit_rows")}
         self._slots = np.zeros(rows, np.int64)
-        self._lanes = [_Lane() for _ in range(streams)]
-        self._ran: dict[int, tuple[int, int]] = {}
         self._bound = self._bound_width = self._bound_rows = -1  # nothing yet, not even an empty step
         for name, buffer in {"token_buffer": self.token_buffer, **self._text}.items():
             self._bind_rows(name, buffer, buffer.shape)
         self._bind_rows("logits", self._logits, self._logits.shape, output=True)
         self._watch = tuple(options.watch or ())
-
-    @override
-    def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        self._lanes[lane].steps, self._lanes[lane].next = steps, 0
 
     @override
     def step(self, lanes: Sequence[int] = (0,)) -> None:
@@ -226,18 +227,6 @@ class PrefixEngine(PrefixState):
         self._fed["sources"][:rows] = self._fed["positions"][:rows] = 0
         self._slots[:rows] = self._bound - 1
         return width
-
-    @override
-    def draw(self) -> None:
-        for number, (first, last) in self._ran.items():
-            lane, steps = self._lanes[number], self._lanes[number].steps
-            ids = self._sampler.draw(self._logits[first:last], steps.cells[lane.drawn], steps.sampling)
-            self.write_tokens(steps.sinks[lane.drawn], ids, number)
-
-    @override
-    def logits(self, lane: int = 0) -> Float:
-        first, last = self._ran[lane]
-        return self._logits[first:last]
 
     @override
     def write_slots(self, slot_position: Int, lane: int = 0) -> None:
