@@ -144,13 +144,18 @@ def test_settings_are_chosen_and_wrong_ones_explained(tab: Tab, serve: Serve) ->
 def test_it_comes_back_to_its_seat(tab: Tab, serve: Serve) -> None:
     with serve() as (url, server):
         enter(tab, url)
-        tab.until(f"{KNOWN} > 5")
+        tab.until(f"{KNOWN} > 6")
         click(tab, "[value=pause]")
         tab.key("KeyB", down=True)
         marked(tab, 1)
+        seen = tab.until(f"{THUMBNAILS}[1].dataset.seen && {THUMBNAILS}[1].toDataURL()")
+        known = tab.evaluate(KNOWN)
+        click(tab, "[data-frames='1']")
+        tab.until(f"{KNOWN} < {known}")
         tab.open(url)
         tab.until(LIVE)
         tab.until("document.querySelectorAll('#tree button').length === 2")
+        tab.until(f"{THUMBNAILS}[1].toDataURL() === {seen!r}", 20)
         assert server.tables[0].game.known > 5
         tab.call("Network.enable")
         tab.call(

@@ -61,12 +61,30 @@ async function showGallery({ parts }) {
   }));
 }
 
+// A world that is gone on with after a reload has the pictures of its places again, in the tab that saw them.
+function thumbnail({ number, known }) {
+  const canvas = document.createElement("canvas"), { ticket } = localStorage, place = `${ticket} ${number} ${known}`;
+  if (ticket) canvas.dataset.place = place;
+  const kept = ticket && sessionStorage[place];
+  if (kept) {
+    canvas.dataset.seen = known;
+    const bytes = Uint8Array.from(atob(kept.split(",")[1]), (one) => one.charCodeAt(0));
+    createImageBitmap(new Blob([bytes])).then((picture) => {
+      Object.assign(canvas, { width: picture.width, height: picture.height });
+      canvas.getContext("2d").drawImage(picture, 0, 0);
+    });
+  }
+  return canvas;
+}
+
 function showTree({ marks: listed, here }) {
-  for (const number of [...marks.keys()]) if (!listed.some((mark) => mark.number === number)) marks.delete(number);
+  for (const [number, { dataset }] of [...marks]) {
+    if (!listed.some((mark) => mark.number === number)) marks.delete(number) && sessionStorage.removeItem(dataset.place);
+  }
   const build = (parent) => {
     const list = document.createElement("ul");
     for (const mark of listed.filter((one) => one.parent === parent)) {
-      if (!marks.has(mark.number)) marks.set(mark.number, document.createElement("canvas"));
+      if (!marks.has(mark.number)) marks.set(mark.number, thumbnail(mark));
       const button = document.createElement("button"), item = document.createElement("li");
       button.append(marks.get(mark.number), mark.number ? `Branch ${mark.number} · frame ${mark.known}` : "Start");
       if (mark.number === here) button.setAttribute("aria-current", "true");
@@ -83,9 +101,11 @@ function showTree({ marks: listed, here }) {
 // anew from other pictures; of a place when it is marked, or of the next frame where the browser left its own out.
 function remember(known, exactly = false) {
   for (const mark of state?.marks ?? []) {
-    const thumbnail = marks.get(mark.number), fresh = mark.number === state.here && !thumbnail.dataset.seen;
+    const canvas = marks.get(mark.number), fresh = mark.number === state.here && !canvas.dataset.seen;
     const same = known === mark.known && (fresh || !mark.number);
-    if (same || (fresh && !exactly && known > mark.known)) screen.copy(thumbnail);
+    if (!same && !(fresh && !exactly && known > mark.known)) continue;
+    screen.copy(canvas);
+    if (canvas.dataset.place) sessionStorage[canvas.dataset.place] = canvas.toDataURL();
   }
 }
 
