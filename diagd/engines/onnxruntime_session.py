@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -102,18 +102,33 @@ def open_plainly(graph: Path) -> onnxruntime.InferenceSession:
     return load_session(runtime, graph, settings, providers=["CPUExecutionProvider"])
 
 
-def check_inputs(session: Any, axes: Mapping[str, int]) -> None:
-    """Refuse (BundleError) a graph that takes inputs, or axes of them, that its form does not give.
+def check_values(session: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse (BundleError) a graph whose inputs and outputs are not those of its form and its manifest.
 
-    ``axes``: of what the engine gives, by name; it may have more than the graph takes.
+    ``shapes``: of what the engine binds, by name; a length below 0 is any. It may have more than the graph,
+    but for K/V rows.
     """
-    for value in session.get_inputs():
-        if axes.get(value.name) != len(value.shape):
-            has = f"{axes[value.name]} axes" if value.name in axes else "no such input"
+    there = {value.name: list(value.shape) for value in (*session.get_inputs(), *session.get_outputs())}
+    rows = [name for name in shapes if name.startswith("past_")]
+    for name in (*rows, *(value.name for value in session.get_inputs()), "logits"):
+        shape, told = there.get(name, []), list(shapes.get(name, []))
+        known = [length if isinstance(length, int) else -1 for length in shape]
+        if len(shape) != len(told) or any(a != b for a, b in zip(known, told, strict=True) if min(a, b) >= 0):
             raise BundleError(
-                f"the step graph takes '{value.name}' with {len(value.shape)} axes, its form has {has}: the "
+                f"'{name}' has the shape {shape} in the step graph, by its form and the manifest {told}: the "
                 "bundle is of another version of diagd, or its manifest was changed; export it again"
             )
+
+
+def run_bound(session: Any, binding: Any, options: Any = None) -> None:
+    """Run what is bound; BundleError where ONNX Runtime refuses, as ids and positions beyond a table."""
+    try:
+        session.run_with_iobinding(binding, options)
+    except RuntimeError as error:
+        raise BundleError(
+            f"ONNX Runtime cannot run a step: {error}; a manifest that was changed may say more than its "
+            "graph can do, export the bundle again"
+        ) from error
 
 
 def load_session(
@@ -191,7 +206,7 @@ class OnnxRuntimeProgram:
     ) -> None:
         runtime = require("onnxruntime", extra="cuda", purpose="run step graphs")
         self._session = session
-        check_inputs(session, {name: len(tensor.shape) for name, tensor in tensors.items()})
+        check_values(session, {name: tensor.shape for name, tensor in tensors.items()})
         self._bindings = {width: self._bind(tensors, width, kind) for width in widths}
         self._options = {width: runtime.RunOptions() for width in widths}
         for width, options in self._options.items():
@@ -201,7 +216,7 @@ class OnnxRuntimeProgram:
 
     def enqueue(self, width: int) -> None:
         """Queue one step of ``width`` rows."""
-        self._session.run_with_iobinding(self._bindings[width], self._options[width])
+        run_bound(self._session, self._bindings[width], self._options[width])
 
     def _bind(self, tensors: Mapping[str, Tensor], width: int, kind: str) -> Any:
         binding = self._session.io_binding()

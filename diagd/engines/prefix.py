@@ -13,7 +13,7 @@ from typing_extensions import override
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.backend import StepOptions, graphs_of
 from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Steps
-from diagd.engines.onnxruntime_session import check_inputs, open_session
+from diagd.engines.onnxruntime_session import check_values, open_session, run_bound
 from diagd.engines.sampler import HostSampler
 from diagd.engines.tensors import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
 
@@ -176,7 +176,7 @@ class PrefixEngine(PrefixState):
         self._order: list[int] = [0] if streams == 1 else []  # lanes in the buffers
         self._aside: dict[tuple[str, int], NDArray[Any]] = {}
         self._bound_most = self._idle = 0
-        check_inputs(self._session, self._input_axes())
+        check_values(self._session, self._shapes(manifest.output_vocabulary))
         self._binding = self._session.io_binding()
         rows = streams * widest
         self._logits = np.zeros((rows, manifest.output_vocabulary), np.float32)
@@ -209,7 +209,7 @@ class PrefixEngine(PrefixState):
             slots = steps.update_slots[changed] * len(self._order) + column
             self.slot_position[slots] = steps.update_positions[changed]
         self._bind_frontier(width, count)
-        self._session.run_with_iobinding(self._binding)
+        run_bound(self._session, self._binding)
 
     def _begin(self, lanes: Sequence[int]) -> int:
         """Bind the prefix of the longest stream, and have every row be a pad; the width of the pass."""
@@ -292,11 +292,21 @@ class PrefixEngine(PrefixState):
         super().close()
         self._binding = None
 
-    def _input_axes(self) -> dict[str, int]:
-        rows = dict.fromkeys(("sources", "positions", _POSITIONS, "write_index"), 2)
-        cached = {f"past_{name}": 4 for name in self.buffers}
-        text = {name: buffer.ndim for name, buffer in self._text.items()}
-        return {"token_buffer": 1, "logit_rows": 1, **rows, **cached, **text}
+    def _shapes(self, vocabulary: int) -> dict[str, tuple[int, ...]]:
+        """Of what a step binds, -1 where it depends on the step."""
+        rows = dict.fromkeys(("sources", "positions", _POSITIONS, "write_index"), (-1, -1))
+        cached = {
+            f"past_{name}": (-1, -1, self._groups, buffer.shape[2]) for name, buffer in self.buffers.items()
+        }
+        text = {name: buffer.shape for name, buffer in self._text.items()}
+        return {
+            "token_buffer": (-1,),
+            "logit_rows": (-1,),
+            "logits": (-1, vocabulary),
+            **rows,
+            **cached,
+            **text,
+        }
 
     def _bind_prefix(self, length: int) -> None:
         if length == self._bound:

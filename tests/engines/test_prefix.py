@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import diagd
 from diagd.bundle import Bundle, Form
+from diagd.bundle.manifest import MANIFEST_NAME
 from diagd.engines.onnxruntime_session import CpuOptions, open_session
 from diagd.engines.prefix import GRANULE, PrefixEngine
 from diagd.engines.tensors import aligned_zeros, rotate_pairs
@@ -106,6 +108,29 @@ def test_graphs_of_another_form_than_the_manifest_says_are_refused(form: Form, t
     bundle = Bundle(path, manifest.model_copy(update={"graphs": tuple(swapped)}))
     with pytest.raises(BundleError, match="export it again"):
         load.open_session(bundle, cpu=CpuOptions(1, prepack=False), form=form)
+
+
+@pytest.mark.parametrize("form", [Form.PREFIX, Form.MODERN])
+@pytest.mark.parametrize(
+    "part", ["cache.kv_heads", "cache.head_size", "cache.layers", "transformer.vocabulary"]
+)
+def test_manifests_with_other_sizes_than_their_graphs_are_refused(
+    part: str, form: Form, tmp_path: Path
+) -> None:
+    options = GraphOptions((Form.PREFIX, Form.MODERN), widths=(16,))
+    path = export_small(small_model(LAYOUT, context_frames=6), tmp_path / "a.diagd", options)
+    file, (group, name) = path / MANIFEST_NAME, part.split(".")
+    tree = json.loads(file.read_text())
+    tree[group][name] *= 2
+    file.write_text(json.dumps(tree))
+    unknown = np.full((1, 4, 6), CODES + 6)  # ids that the graph has no row for
+    said = "cannot run a step" if group == "transformer" else "export it again"
+    with (
+        pytest.raises(BundleError, match=said),
+        load.open_session(Bundle.open(path), cpu=CpuOptions(1, prepack=False), form=form) as session,
+    ):
+        session.start(unknown, np.full((1, 1), CODES))
+        session.step(np.full(1, CODES))
 
 
 def test_buffers_start_on_a_cache_line_and_hold_zeros() -> None:
