@@ -62,6 +62,7 @@ class Room:
                 if table.player is not None:
                     table.player.close(PUT_OUT, "the world was opened elsewhere")
                 table.seat(guest, table.ticket, is_new=False)
+                table.left = self._clock()
                 return True
         if len(self.waiting) >= MAX_WAITING:
             return False
@@ -106,7 +107,6 @@ class Room:
             assert last.player is not None
             self.waiting.insert(0, last.player)
             self.clear(last)
-            engine.forget()
             self.returned += 1
             self._full[engine] = self._clock() + TRIAL_SECONDS
             self._announce()
@@ -135,9 +135,10 @@ class Room:
             return True
         held = sum(bool(other.ticket) for other in beside)
         figures = engine.figures  # of what it takes since somebody was seated
-        if figures.measured < SETTLED:
-            return False
-        is_full = self._clock() < self._full.get(engine, 0)
+        now, changed = self._clock(), max(max(other.tried, other.left) for other in beside)
+        if figures.measured < SETTLED and now - changed < 2 * SETTLED / self.rate:
+            return False  # later, those who play stand still
+        is_full = now < self._full.get(engine, 0)
         if not is_full and figures.p95 * (held + 1) / held <= SHARE / self.rate:
             return True
         self.refused += 1

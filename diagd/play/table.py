@@ -70,7 +70,7 @@ class ServedTable:
         engine: None while it has none.
         player: who plays; None: nobody.
         ticket: of whose world it is; "": of nobody's.
-        taken, left: when it became theirs, and when they went away last (``time.monotonic``).
+        taken, left: when it became theirs, and when they went away or came back last (``time.monotonic``).
         heard: when they last held a key or said something.
         tried: when it last began to take what it takes of its engine, by a new player or other settings.
         keep: is given snapshots of its world, and None when it is nobody's, in any thread; None: nothing is.
@@ -86,12 +86,16 @@ class ServedTable:
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
         """Let somebody play; ``is_new``: the world is to begin anew."""
         self.player, self.heard, self.ticket = player, time.monotonic(), ticket
-        if self.engine is not None:
-            self.engine.forget()
+        self._forget()
 
     def leave(self) -> None:
         """Nobody plays any more."""
         self.player = None
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.engine is not None:
+            self.engine.forget()
 
     def clear(self) -> None:
         """Its world is nobody's any more."""

@@ -92,3 +92,28 @@ def test_the_queue_is_bounded() -> None:
     room = Room([Place()], clock=Clock())
     assert all(room.enter(Somebody(), "") for _ in range(MAX_WAITING + 1))
     assert not room.enter(Somebody(), "")
+
+
+def test_who_stands_still_keeps_nobody_from_a_free_seat() -> None:
+    clock = Clock()
+    places = [Place(), Place(), Place()]
+    for place in places[1:]:
+        place.engine = places[0].engine
+    engine = places[0].engine
+    assert isinstance(engine, GameLoop)
+    room = Room(places, 10.0, clock)
+    ann, ben, cid = Somebody(), Somebody(), Somebody()
+    room.enter(ann, "")
+    room.enter(ben, "")
+    clock.now = 1.9
+    room.turn()
+    assert ben.told == [1]
+    clock.now = 2.0
+    room.turn()
+    assert places[1].player is ben
+    engine._spent.extend([0.2] * 9)  # as those of a slow engine that began
+    clock.now = 5.0
+    room.enter(cid, "")
+    assert cid.told == [1]
+    room.leave(ben)
+    assert engine.figures.measured == 0
