@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from diagd.bundle.files import instead
 from diagd.bundle.manifest import GraphWeights
 from diagd.errors import BundleError, require
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 _LOOKUPS: Final = ("Gather", "GatherND", "GatherElements")
 """Operators that read their first input by row."""
@@ -70,12 +69,11 @@ def read_onnx(path: Path) -> OnnxFile:
         DependencyError: onnx is not installed.
     """
     onnx = require("onnx", extra="export", purpose="read an ONNX file")
-    serde = require("onnx_ir", extra="export", purpose="read an ONNX file").serde
     try:
         model = onnx.load(path, load_external_data=False)
         if not model.HasField("graph"):
             raise BundleError("it holds no graph")
-        return _summary(serde.deserialize_model(model))
+        return _summary(model)
     except OSError as error:
         raise BundleError(
             f"{path} cannot be read: {error.strerror}; check the path, or copy its bundle afresh"
@@ -84,32 +82,43 @@ def read_onnx(path: Path) -> OnnxFile:
         raise BundleError(f"{path} cannot be read as ONNX: {instead(path) or error}") from error
 
 
-def _summary(model: ir.Model) -> OnnxFile:
-    import onnx_ir as ir
-    from onnx_ir.passes.common import InlinePass
+def _summary(model: Any) -> OnnxFile:
+    # of onnx alone: onnx_ir imports SymPy, which takes half of the time in which a bundle is shown
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+    from onnx.inliner import inline_local_functions
 
-    InlinePass()(model)
-    graph = model.graph
-    tensors = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
-    by_row, whole = set[str | None](), set[str | None]()
-    for node in graph:
-        rows, inputs = node.op_type in _LOOKUPS, [value.name if value else None for value in node.inputs]
-        by_row.update(inputs[:rows])
-        whole.update(inputs[rows:])
+    graph = (inline_local_functions(model) if model.functions else model).graph
+    by_row, whole = set[str](), set[str]()
+    for node in graph.node:
+        rows = node.op_type in _LOOKUPS
+        by_row.update(node.input[:rows])
+        whole.update(node.input[rows:])
+    external = filter(uses_external_data, graph.initializer)
     return OnnxFile(
-        opset=model.opset_imports.get("", 0),
-        inputs=tuple(map(_value, graph.inputs)),
-        outputs=tuple(map(_value, graph.outputs)),
-        operators=Counter(".".join(filter(None, (node.domain, node.op_type))) for node in graph),
-        initializers=tuple(
-            _value(tensor)._replace(bytes=tensor.nbytes, looked_up=tensor.name in by_row - whole)
-            for tensor in tensors
-        ),
-        weight_files=tuple(sorted({str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)})),
+        opset=next((opset.version for opset in model.opset_import if not opset.domain), 0),
+        inputs=tuple(map(_value, graph.input)),
+        outputs=tuple(map(_value, graph.output)),
+        operators=Counter(".".join(filter(None, (node.domain, node.op_type))) for node in graph.node),
+        initializers=tuple(_constant(tensor, by_row - whole) for tensor in graph.initializer),
+        weight_files=tuple(sorted({str(ExternalDataInfo(tensor).location) for tensor in external})),
     )
 
 
-def _value(value: ir.Value | ir.TensorProtocol) -> Value:
-    axes = [axis if isinstance(axis, int) else axis.value or "?" for axis in value.shape or ()]
-    kind = value.dtype.name.lower() if value.dtype else "undefined"
-    return Value(str(value.name), _NAMES.get(kind, kind), tuple(axes))
+def _value(value: Any) -> Value:
+    kind = value.type.tensor_type
+    axes = (a.dim_value if a.HasField("dim_value") else a.dim_param or "?" for a in kind.shape.dim)
+    return Value(value.name, _dtype(kind.elem_type), tuple(axes))
+
+
+def _constant(tensor: Any, by_row: set[str]) -> Value:
+    dtype, shape = _dtype(tensor.data_type), tuple(tensor.dims)
+    bits = re.search(r"\d+", dtype)
+    size = math.ceil(math.prod(shape) * int(bits[0] if bits else 8) / 8)  # of BOOL, a byte
+    return Value(tensor.name, dtype, shape, size, tensor.name in by_row)
+
+
+def _dtype(number: int) -> str:
+    from onnx import TensorProto
+
+    kind: str = TensorProto.DataType.Name(number).lower()
+    return _NAMES.get(kind, kind)
