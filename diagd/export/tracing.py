@@ -340,17 +340,19 @@ def _hastened() -> Iterator[None]:
 
     Nor does it look for what could be decomposed, or made one type, which runs the whole program again, keep
     results of operators of equal shapes, which takes longer than to find them again where shapes are symbols,
-    or note lines of code and layouts of memory. Where another version of PyTorch has other names for these, a
-    trace takes longer.
+    or note lines of code and layouts of memory, or write code of graphs that nothing runs. Where another
+    version of PyTorch has other names for these, a trace takes longer.
     """
     with ExitStack() as stack:
         with suppress(ImportError, AttributeError, KeyError):
             from onnx_ir.schemas import OpSignature
             from torch._dynamo import config as dynamo
             from torch.fx import config as fx
+            from torch.fx._lazy_graph_module import _use_lazy_graph_module
             from torch.fx.experimental import proxy_tensor
             from torch.onnx._internal.exporter import _fx_passes, _registration
 
+            stack.enter_context(_use_lazy_graph_module(True))
             stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
             stack.enter_context(_replaced(fx, "do_not_emit_stack_traces", True))
             stack.enter_context(_replaced(proxy_tensor, "_extract_tensor_metadata", lambda _: None))
