@@ -39,12 +39,18 @@ def generate(workplace: Workplace, output: str) -> list[str | Path]:
 
 
 @pytest.mark.parametrize("name", ["walk[final].npy", "a[/b].npy", "[red]x.npy", ":smile:.npy", "{0}.npy"])
-def test_brackets_in_paths_are_text(workplace: Workplace, name: str, tmp_path: Path) -> None:
+def test_brackets_in_paths_are_text(
+    workplace: Workplace,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     if "/" in name:
         (tmp_path / "a[").mkdir()
-    done = run(*generate(workplace, name), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert name in done.stdout.decode()
+    assert main([*map(str, generate(workplace, name))]) == 0
+    assert name in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
