@@ -257,7 +257,7 @@ def test_what_cannot_be_calibrated_is_refused(plain: Path, quantised: Path) -> N
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     model = small_model(LAYOUT, layers=1, context_frames=6)
     with torch.no_grad():
-        model.layers[0].attention_norm.weight[0] = float("nan")
+        model.layers[0].attention_norm.weight[0] = float("inf")
     bundle = export_small(model, tmp_path / "broken.diagd")
     with pytest.raises(QualityError, match="no finite numbers"):
         quantise(bundle, "int8")
