@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from typing_extensions import override
 
 from diagd.bundle import Bundle
-from diagd.cluster.workers import EngineOptions, connect
+from diagd.cluster.workers import EngineOptions, check_place, connect
 from diagd.errors import DiagdError, EngineError, UsageError
 from diagd.play.game import SavedGame
 from diagd.play.messages import Message, without_paths
@@ -276,6 +276,7 @@ class RayFleet(Fleet):
     ) -> None:
         assert cluster.cluster is not None
         self._ray = ray = connect(cluster.cluster)
+        check_place(ray, cluster.cores, cluster.gpus)
         count = cluster.engines or sum(bool(node["Alive"]) for node in ray.nodes())
         cpu = options.session.cpu
         if not cpu.threads:

@@ -107,6 +107,17 @@ def _need_cluster(cluster: str | None, **told: float | None) -> None:
         raise UsageError(
             f"--set {names[0]}= is of a cluster; give its address with --cluster, or leave it out"
         )
+    if (gpus := told["gpus"]) and gpus > 1 and gpus % 1:
+        raise UsageError(f"--set gpus={gpus:g} is no share of one and no whole number")
+
+
+def check_place(ray: Any, cores: float, gpus: float) -> None:
+    """Refuse (UsageError) to wait for what no node has."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(one.get("CPU", 0) >= cores and one.get("GPU", 0) >= gpus for one in nodes):
+        raise UsageError(
+            f"no node of the cluster has {cores:g} cores and {gpus:g} GPUs; ask for less by --set, or add one"
+        )
 
 
 def open_workers(make: Make[Item, Result], options: ClusterOptions) -> Workers[Item, Result]:
@@ -136,6 +147,7 @@ class RayWorkers(Workers[Item, Result]):
         self, make: Make[Item, Result], address: str, count: int | None = None, gpus: float = 0
     ) -> None:
         self._ray = ray = connect(address)
+        check_place(ray, 1, gpus)
         has = ray.cluster_resources()
         self._count = count or max(1, int(has.get("GPU", 0) / gpus if gpus else has.get("CPU", 1)))
         kind = ray.remote(num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD")(_Actor)

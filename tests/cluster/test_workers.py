@@ -29,6 +29,8 @@ def test_a_killed_actor_is_replaced(nodes: Any, tmp_path: Path) -> None:
             list(workers.map([-1]))
         with pytest.raises(UsageError, match="workers were killed"):
             list(workers.map([13]))
+    with pytest.raises(UsageError, match="no node of the cluster has 1 cores and 1 GPUs"):
+        RayWorkers(partial(squares, tmp_path), nodes.address, 2, gpus=1)
 
 
 def test_evaluations_do_not_depend_on_who_does_them(nodes: Any, tmp_path: Path) -> None:
