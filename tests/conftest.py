@@ -1,4 +1,7 @@
-"""Every run has a machine cache of its own, and small models run on one thread, which is fastest."""
+"""Every run has a machine cache of its own, and small models run on one thread, which is fastest.
+
+What fixtures need is imported by them: the process that only hands tests to others starts these sooner.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,14 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 
-from diagd.bundle import Bundle
-from diagd.cli.main import main
-from diagd.export.known_graphs import KIND
-from diagd.play.pictures import png
-from tests.models import KEPT
-from tests.play.browser import CHROMIUM, Tab, browser
-from tests.worlds import random_world
+if TYPE_CHECKING:
+    from diagd.bundle import Bundle
+    from tests.play.browser import Tab
 
 DAY = 86_400.0
 
@@ -38,6 +36,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _machine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Workers, and runs of the same sources, share graphs alone: none is told that another fills an entry."""
+    from diagd.export.known_graphs import KIND
+    from tests.models import KEPT
+
     folder = tmp_path_factory.mktemp("cache")
     (KEPT / KIND).mkdir(parents=True, exist_ok=True)
     for graph in (KEPT / KIND).iterdir():
@@ -51,6 +52,9 @@ def _machine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def small_wham(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A WHAM of pictures of 18 x 30 pixels, 3 x 5 tokens, that sees 4 frames."""
+    import torch
+
+    from diagd.bundle import Bundle
     from diagd.export.checkpoints import open_checkpoint
     from diagd.export.exporter import GraphOptions, Sources, export, random_sources
     from diagd.export.families import wham
@@ -78,11 +82,15 @@ def _signals() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    from tests.play.browser import CHROMIUM, browser
+
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with browser(tmp_path_factory.mktemp("browser")) as tab:
@@ -99,6 +107,12 @@ def tab(chromium: Tab) -> Iterator[Tab]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of 4 x 6 tokens, 16 x 24 pixels, with three pictures to start from."""
+    import numpy as np
+
+    from diagd.cli.main import main
+    from diagd.play.pictures import png
+    from tests.worlds import random_world
+
     folder = tmp_path_factory.mktemp("play")
     trained, bundle = random_world(folder / "trained", rows=4, columns=6, size="0.7m"), folder / "world.diagd"
     assert main(["export", "--model", "world", "--checkpoint", str(trained), "--output", str(bundle)]) == 0
