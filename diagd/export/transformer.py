@@ -207,9 +207,8 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.query_width
         self.qkv = nn.Parameter(torch.empty(config.hidden, config.qkv_width))
-        self.out = nn.Parameter(torch.empty(width, config.hidden))
+        self.out = nn.Parameter(torch.empty(config.query_width, config.hidden))
         self.qkv_bias = nn.Parameter(torch.zeros(config.qkv_width)) if config.bias else None
         self.out_bias = nn.Parameter(torch.zeros(config.hidden)) if config.bias else None
         if config.qk_norm:
@@ -231,10 +230,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: TransformerConfig, text: TextShape) -> None:
         super().__init__()
         self.config = config
-        width = config.query_width
-        self.query = nn.Parameter(torch.empty(config.hidden, width))
+        self.query = nn.Parameter(torch.empty(config.hidden, config.query_width))
         self.key_value = nn.Parameter(torch.empty(text.width, 2 * config.key_width))
-        self.out = nn.Parameter(torch.empty(width, config.hidden))
+        self.out = nn.Parameter(torch.empty(config.query_width, config.hidden))
         self.query_norm = nn.RMSNorm(config.head_size, config.norm_epsilon)
         self.key_norm = nn.RMSNorm(config.head_size, config.norm_epsilon)
 
