@@ -1,6 +1,8 @@
 """Layers that are alike but for their weights: one of them is traced, the others of a graph are copies of it.
 
-Tracing takes a quarter of a second a layer, and copying next to nothing.
+Tracing takes a quarter of a second a layer, and copying next to nothing: a traced step that calls layers as
+functions takes 22 ms a call (of twenty tensors). What is ahead of layers, a layer, and what is behind, traced
+each by itself and chained for onnx_ir to inline, takes 63 lines more than copies do.
 """
 
 from __future__ import annotations
