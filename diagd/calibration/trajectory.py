@@ -121,16 +121,17 @@ def trajectories(
         raise UsageError(f"{steps} calibration steps; expected at least {MINIMUM_STEPS}: raise --set steps")
     named = _schedules(manifest, window, max_width)
     share = -(-steps // (len(named) + 1))
-    found = []
+    found, sliding = [], []
     for name, schedule in named.items():
         # an absolute context does not slide while frames overlap
         whole = schedule.d >= schedule.steps_per_frame or not isinstance(manifest.context, AbsoluteContext)
+        sliding += [schedule] * whole
         frames = min(-(-share // schedule.d), 64 if whole else window - 1)
         found.append(Trajectory(name, schedule, 1, frames, share))
-    sliding = next(iter(named.values()))
-    slid = sliding.steps_per_frame + share
-    frames = -(-slid // sliding.d) + 1
-    return [*found, Trajectory("slid window", sliding, window - 1, frames, slid)]
+    first = sliding[0]
+    slid = first.steps_per_frame + share
+    frames = -(-slid // first.d) + 1
+    return [*found, Trajectory("slid window", first, window - 1, frames, slid)]
 
 
 def _schedules(manifest: Manifest, window: int, max_width: int | None) -> dict[str, Schedule]:

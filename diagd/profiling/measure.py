@@ -17,7 +17,7 @@ import numpy as np
 from diagd.engines.engine import Float, Int
 from diagd.runtime.actions import encode
 from diagd.runtime.decoders import Decoder, ScheduledDecoder
-from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.runtime.session import Session
 from diagd.runtime.step import Result, StepTime
 from diagd.runtime.video import VideoWriter
@@ -238,8 +238,8 @@ def measure(
         by_frame = session.frame_steps(decoder, actions, count=frames)
         widths = _widths_by_frame(session, decoder, len(workload.prompt), frames) if marks else []
     marked = map(nvtx_ranges, by_frame, chain(widths, repeat([])))
-    latents = 1 if pixels is None else pixels.latents
-    pending: list[Int] = []
+    latest: list[Int] = []
+    pictures = None if pixels is None else pixels.stream(latest[0] for _ in repeat(None))
     with step_clock(session) as clock, ExitStack() as opened:
         writer = None
         if pixels is not None and video is not None:  # its opening and closing count as encoding
@@ -247,11 +247,9 @@ def measure(
                 size = (pixels.spec.height, pixels.spec.width)
                 writer = opened.enter_context(VideoWriter(video, 10.0, size, pixels.mark))
         for tokens in _frames(session, marked, run, clock, advance):
-            pending.append(tokens)
-            if len(pending) == latents or len(run.decoded) == frames:
-                _show(run, pixels, writer, pending)
-                run.shown += [time.perf_counter()] * len(pending)
-                pending = []
+            latest[:] = [tokens]
+            _show(run, pictures, writer)
+            run.shown.append(time.perf_counter())
         if writer is not None:
             with run.timeline.stage(ENCODE):
                 opened.close()
@@ -324,11 +322,11 @@ def _add_frame(run: Measured, clock: StepClock, asked: float, decoded: float) ->
     run.timeline.add(HANDLING, decoded - rest, rest)
 
 
-def _show(run: Measured, pixels: PixelCodec | None, writer: VideoWriter | None, tokens: list[Int]) -> None:
-    if pixels is None:
+def _show(run: Measured, pictures: Iterator[Pixels] | None, writer: VideoWriter | None) -> None:
+    if pictures is None:
         return
     with run.timeline.stage("pixel decode"):
-        images = list(pixels.decode(tokens))
+        images = next(pictures)
     if writer is not None:
         with run.timeline.stage(ENCODE):
             for image in images:

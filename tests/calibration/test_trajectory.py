@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from diagd.bundle import Bundle, Form
+from diagd.bundle.manifest import AbsoluteContext
 from diagd.calibration.trajectory import trajectories
 from diagd.errors import UsageError
 from diagd.export.exporter import GraphOptions
@@ -47,3 +48,13 @@ def test_graphs_too_narrow_for_every_schedule_are_refused_at_once(narrow: Path) 
     manifest = Bundle.open(narrow).manifest
     with pytest.raises(UsageError, match="steps feed 2 tokens or more, the graphs of small take 1; export"):
         trajectories(manifest, 4, 64, max_width=1)
+
+
+def test_no_window_slides_under_frames_that_overlap(narrow: Path) -> None:
+    """As Cosmos' models of a text have it: positions of the window, and chained frames by default."""
+    told = {"context": AbsoluteContext(frames=6), "order": CHAINED}
+    manifest = Bundle.open(narrow).manifest.model_copy(update=told)
+    chained, *_, slid = trajectories(manifest, 4, 64)
+    assert chained.schedule == manifest.schedule and chained.schedule.d < chained.schedule.steps_per_frame
+    assert chained.prompt + chained.frames <= 4 < slid.prompt + slid.frames
+    assert slid.schedule.d >= slid.schedule.steps_per_frame

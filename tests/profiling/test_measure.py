@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,17 @@ import pytest
 
 from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.page import page
 from diagd.profiling.profile import ProfileOptions, profile
 from diagd.runtime.decoders import JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import open_session
-from diagd.schedule import Schedule
+from diagd.schedule import Schedule, StreamLayout
+from tests.models import small_family
+from tests.oracles.models import small_model
 from tests.profiling.conftest import LAYOUT
+from tests.runtime.test_pixels import TOKENIZER
 
 
 def test_nvtx_marks_steps_where_it_is_installed(
@@ -66,3 +71,14 @@ def test_jacobi_is_a_row_of_a_profile(bundle: Bundle) -> None:
     assert names == ["next token", "k=1 serial", "k=1 chained", "jacobi"]
     assert (found.runs[-1].k, found.runs[-1].frames) == (None, 2)
     assert "jacobi" in page(found)
+
+
+def test_pictures_of_a_tokenizer_of_time_are_shown_with_their_frames(tmp_path: Path) -> None:
+    """Not with the last frame of a clip that one call decodes: no time would lie between them."""
+    family = replace(small_family(small_model(StreamLayout(2, 4), layers=1)), tokenizer=TOKENIZER)
+    bundle = export(family, GraphOptions(), random_sources(family, 0), tmp_path / "a.diagd")
+    measured = profile(bundle, ProfileOptions(frames=3, cpu=CpuOptions(threads=1)))
+    for run in measured.report.runs:
+        assert run.intervals.count == run.frames - 1
+        assert run.frames_per_second > 0
+    assert "frames/s" in page(measured.report)
