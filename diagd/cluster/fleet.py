@@ -197,11 +197,13 @@ class RemoteTable(ServedTable):
 class RemoteEngine:
     """An engine on some node, which is started anew, there or elsewhere, when it is lost.
 
-    ``node`` is where it was started last, as Ray names it; ``figures`` are those that it told last.
+    ``node`` is where it was started last, as Ray names it; ``figures`` are those that it told last, with the
+    frames of those before it.
     """
 
     def __init__(self, fleet: RayFleet) -> None:
         self._fleet, self.is_alive, self.figures = fleet, False, Figures()
+        self._before = self.figures
         self.actor: Any = None
         self.node = ""
         self._calls: list[Call] = []
@@ -236,7 +238,8 @@ class RemoteEngine:
                     raise EngineError(f"an engine cannot play: {error.cause}") from error
                 reason = str(error).strip().splitlines()[-1]
                 _LOG.warning("an engine was lost, another one is started: %s", reason)
-                self.is_alive, self.figures, self._calls = False, Figures(), []
+                self.is_alive, self._calls = False, []
+                self._before = self.figures = Figures(self.figures.frames, self.figures.late)
                 self._fleet.lose(self)
                 self._fleet.settle()
                 await asyncio.sleep(_PAUSE)
@@ -246,7 +249,9 @@ class RemoteEngine:
         talking = asyncio.create_task(self._talk(actor))
         try:
             while not talking.done():
-                events, self.figures = await actor.hear.remote()
+                events, told = await actor.hear.remote()
+                frames, late = told.frames + self._before.frames, told.late + self._before.late
+                self.figures = replace(told, frames=frames, late=late)
                 for event in events:
                     self._fleet.hear(self, event)
             talking.result()
@@ -270,6 +275,7 @@ class RayFleet(Fleet):
     """
 
     tables: Sequence[RemoteTable]
+    engines: Sequence[RemoteEngine]
 
     def __init__(
         self, bundle: Bundle, options: GameOptions, service: Service, cluster: EngineOptions

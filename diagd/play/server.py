@@ -283,7 +283,7 @@ class Server:
 
     def _metrics(self) -> str:
         """Figures as OpenMetrics 1.0 has them."""
-        engines = [engine.figures for engine in self.room.engines]
+        engines = [engine.figures for engine in self.fleet.engines]
         p50, p95 = (max((getattr(one, name) for one in engines), default=0.0) for name in ("p50", "p95"))
         figures: tuple[tuple[str, str, str, float], ...] = (
             ("seats", "gauge", "worlds that can be played", len(self.tables)),

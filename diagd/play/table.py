@@ -259,7 +259,7 @@ class Table(ServedTable):
 
     def _renew(self) -> None:
         """Begin as if nobody had played before."""
-        self.game.choose(PlaySettings.of(self.game.bundle.manifest))
+        self.game.settings = PlaySettings.of(self.game.bundle.manifest)
         self._reset(self.game.prompts[0])
 
     def _look(self) -> None:
@@ -366,9 +366,10 @@ class Table(ServedTable):
 
 
 class Fleet(Protocol):
-    """Tables, wherever they are played."""
+    """Tables, wherever they are played, and all that ever decoded for them."""
 
     tables: Sequence[ServedTable]
+    engines: Sequence[Engine]
 
     @property
     def is_alive(self) -> bool:
@@ -401,6 +402,7 @@ class LocalFleet(Fleet):
     def __init__(self, tables: Sequence[Table]) -> None:
         self.tables = tuple(tables)
         self.engine = GameLoop([table.stage for table in self.tables])
+        self.engines = [self.engine]
         for table in self.tables:
             table.engine = self.engine
 

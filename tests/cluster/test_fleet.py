@@ -87,6 +87,9 @@ def test_a_world_outlives_its_actor_and_its_node(nodes: Any, world: Path) -> Non
         status, figures = told(url, "/metrics")
         assert status == 200
         assert "diagd_moves_total 0" not in figures
+        values = dict(line.split() for line in figures.splitlines() if not line.startswith("#"))
+        played = sum(isinstance(line, Played) for line in lines)
+        assert int(values["diagd_frames_total"]) >= played - 2  # which may come ahead of being counted
     # alone, on one engine that nobody killed: every frame has the tokens that the player saw
     assert isinstance(lines[0], Start)
     assert sum(isinstance(line, Played) for line in lines) > 30
