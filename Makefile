@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/diagd-export --model crafter-3m --output out/crafter-3m.diagd
@@ -19,9 +19,6 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-benchmark: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.cpu
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,1 +1,1 @@
-"""Cli of diagd."""
+"""The command line: one module a verb."""

@@ -25,7 +25,7 @@ from diagd.runtime.slots import TokenPlaces
 EXAMPLES = """examples:
   diagd-build mineworld.diagd
   diagd-build mineworld.diagd --widths 16,64 --force
-  diagd-build mineworld.diagd --target sm86,sm89    (TensorRT-RTX, on a machine without a GPU)
+  diagd-build mineworld.diagd --targets sm86,sm89    (TensorRT-RTX, on a machine without a GPU)
 
 Precision is the graph's own: export with --precision fp16 --form modern (or portable), or quantise with
 diagd-calibrate, first. Engines are kept in BUNDLE/engines and fit one graph, TensorRT, GPU and driver; what

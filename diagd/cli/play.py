@@ -35,8 +35,8 @@ EXAMPLES = """examples:
   diagd-play crafter-3m.diagd --terminal
   diagd-play crafter-3m.diagd --replay played.ndjson
 
-What you do is recorded; --replay plays a record
-again and names the first frame that differs. Keys, security and the protocol: docs/play.md.
+What you do is recorded; --replay plays a record again and names the first frame that differs. Keys, security
+and the protocol: docs/play.md.
 """
 
 

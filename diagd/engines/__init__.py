@@ -1,1 +1,1 @@
-"""Engines of diagd."""
+"""What runs a step: backends, their memory and the sampler behind them."""

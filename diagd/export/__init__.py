@@ -1,1 +1,1 @@
-"""Export of diagd."""
+"""From checkpoint to bundle: families of models, their weights, and ONNX graphs of a step."""

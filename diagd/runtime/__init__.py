@@ -1,1 +1,1 @@
-"""Runtime of diagd."""
+"""What decodes a stream: sessions, decoders, the cache, and files in and out."""

@@ -1,1 +1,1 @@
-"""Tokenizers of diagd."""
+"""Networks that turn pixels into tokens and back, as the releases have them."""
