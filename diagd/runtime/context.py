@@ -52,7 +52,7 @@ class SlidingRotary:
     ) -> None:
         self._context, self._layout, self._window = context, manifest.layout, window
         self._slots, self._rotate = slots, rotate
-        self._oldest = 0
+        self._oldest = self._built = 0
         # A row of layer l was computed from rows of layer l - 1 up to a window before it: beyond so many
         # frames nothing reaches the rows that are still seen. One more is fed as a stand-in for a prompt.
         self.needed = manifest.cache.layers * (window - 1) + 1
@@ -73,7 +73,7 @@ class SlidingRotary:
         And nothing else: where the last is ``overlapped``, it may have been decoded beside one that is given
         up, and not have seen what that evicted.
         """
-        return self._oldest <= max(0, known - self._window + (not overlapped))
+        return known >= self._built and self._oldest <= max(0, known - self._window + (not overlapped))
 
     def replay(self, known: int, kept: int, prompt: int) -> Replay:
         """Forget all rows and say how they come back, of ``known`` frames: the first ``prompt`` were given.
@@ -83,6 +83,7 @@ class SlidingRotary:
         self._oldest = 0
         self._slots.restart(0)
         first = max(kept, known - self.needed)
+        self._built = known if first else 0  # what goes on from further back sees rows that depend on others
         return Replay(first, min(known, prompt if first == 0 else first + 1))
 
     def resume(self, frame: int) -> None:

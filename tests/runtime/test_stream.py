@@ -237,6 +237,23 @@ def test_a_full_window_goes_on_alike_here_and_elsewhere_behind_frames_that_other
     np.testing.assert_array_equal(tokens, expected)
 
 
+def test_a_frame_is_taken_back_of_a_stream_whose_rows_were_built_and_that_did_not_go_on(bundle: Path) -> None:
+    session, elsewhere = (diagd.load(bundle, threads=1) for _ in range(2))
+    order, given = orders(session.layout)["k=2, seeds kept"], actions(session.layout, 16)
+    prompt(session)
+    decode(session, order, given[:-2])
+    restored(session)
+    session.frames(ScheduledDecoder(order), given[-2:])  # which nobody asks for a frame
+    session.stream.rewind(1)
+    elsewhere.stream.restore(session.stream.snapshot())
+    seen, expected = (
+        [result.logits.copy() for _, result in one.steps(ScheduledDecoder(order), given[:1], seed=6)]
+        for one in (session, elsewhere)
+    )
+    for ours, theirs in zip(seen, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
 def test_ids_that_the_model_does_not_know_are_refused(bundle: Path) -> None:
     with diagd.load(bundle, threads=1) as session:
         prompt(session)

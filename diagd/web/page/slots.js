@@ -92,7 +92,7 @@ export class SlotRing {
 // Voids what leaves the window; turns cached keys back when the rotary table ends.
 export class SlidingRotary {
   constructor(spec, layout, ring, engine) {
-    Object.assign(this, { layout, ring, engine, window: spec.window, context: spec.context, oldest: 0 });
+    Object.assign(this, { layout, ring, engine, window: spec.window, context: spec.context, oldest: 0, built: 0 });
     this.reach = spec.cache.layers * (spec.window - 1); // frames beyond which nothing reaches the rows still seen
   }
 
@@ -104,12 +104,13 @@ export class SlidingRotary {
     return null;
   }
 
-  holds(known, overlapped) { return this.oldest <= Math.max(0, known - this.window + (overlapped ? 0 : 1)); }
+  holds(known, overlapped) { return known >= this.built && this.oldest <= Math.max(0, known - this.window + (overlapped ? 0 : 1)); }
 
   replay(known, prompt) {
     this.oldest = 0;
     this.ring.restart(0);
     const first = Math.max(0, known - this.reach - 1);
+    this.built = first ? known : 0; // what goes on from further back sees rows that depend on others
     return { first, behind: Math.min(known, first ? first + 1 : prompt) };
   }
 
