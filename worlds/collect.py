@@ -41,18 +41,17 @@ def collect(options: CollectOptions) -> Iterator[Path]:
     Raises:
         UsageError: the folder holds shards recorded with other options.
     """
-    check_recipe(
-        options.output,
-        {
-            "seed": options.seed,
-            "steps": options.steps,
-            "move_share": options.move_share,
-            "actions": list(GAMES[options.game].actions),
-        },
-    )
+    recipe = {
+        "seed": options.seed,
+        "steps": options.steps,
+        "move_share": options.move_share,
+        "actions": list(GAMES[options.game].actions),
+    }
+    check_recipe(options.output, recipe, note=False)
     missing = [n for n in range(options.episodes) if not shard_path(options.output, n).exists()]
     make = partial(partial, play_episode, options)
     with open_workers(make, options.who) as workers:
+        check_recipe(options.output, recipe)
         for number, episode in workers.map(missing):
             path = shard_path(options.output, missing[number])
             save_episode(path, episode)

@@ -60,3 +60,6 @@ def test_episodes_do_not_depend_on_who_plays_them(nodes: Any, tmp_path: Path) ->
         here, there = (load_episode(shard_path(tmp_path / name, n)) for name in ("here", "there"))
         np.testing.assert_array_equal(here.frames, there.frames)
         np.testing.assert_array_equal(here.actions, there.actions)
+    nobody = ["--cluster", nodes.address, "--set", "gpus=1"]
+    assert main([*command, str(tmp_path / "nowhere"), *nobody]) == 2
+    assert not (tmp_path / "nowhere").exists()
