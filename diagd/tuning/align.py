@@ -351,7 +351,7 @@ def filled_text(model: Transformer, text: NDArray[np.float32] | None, device: st
     if shape is None or text is None or text.shape[1:] != (shape.width,) or len(text) > shape.length:
         wanted = f"[n, {shape.width}] with n up to {shape.length}" if shape else "no text"
         seen = "none" if text is None else list(text.shape)
-        raise UsageError(f"text embeddings: {seen}; this model takes {wanted}; see --text")
+        raise UsageError(f"text embeddings: {seen}; this model takes {wanted}; give --set text=FILE")
     filled = torch.zeros(shape.length, shape.width)
     filled[: len(text)] = torch.from_numpy(text)
     return filled.to(device)

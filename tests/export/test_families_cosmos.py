@@ -174,7 +174,7 @@ def test_texts_that_do_not_fit_are_refused_and_short_ones_filled_up_with_zeros(
         with pytest.raises(UsageError, match="attends to no text"):
             session.start(prompt, text=np.zeros((1, TEXT.width), np.float32))
         return
-    with pytest.raises(UsageError, match=r"needs text embeddings \[n, 10\], n up to 6"):
+    with pytest.raises(UsageError, match=r"needs text embeddings \[n, 10\], n up to 6: --set text=FILE"):
         session.start(prompt)
     for shape in ((7, TEXT.width), (1, 9), (TEXT.width,)):
         with pytest.raises(UsageError, match="text embeddings have shape"):
