@@ -199,7 +199,7 @@ def test_graphs_that_are_not_what_a_manifest_says(
     ]
     output = tmp_path / "made"
     output.mkdir()
-    refused(capsys, output, main([*command, "--output", str(output / "a.npy")]), "export the bundle again")
+    refused(capsys, output, main([*command, "--output", str(output / "a.npy")]), "export it again")
 
 
 @pytest.fixture(scope="module")

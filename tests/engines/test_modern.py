@@ -107,10 +107,10 @@ def test_all_forms_and_widths_draw_the_same_tokens(
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A model of one weight that is no number."""
+    """A model with weights that are infinite, whose logits are no numbers."""
     model = small_model(LAYOUT, layers=1, context_frames=4)
     with torch.no_grad():
-        next(model.parameters()).view(-1)[:] = torch.nan
+        next(model.parameters()).view(-1)[:] = torch.inf
     forms = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
     path = tmp_path_factory.mktemp("broken") / "broken.diagd"
     return Bundle.open(export_small(model, path, GraphOptions(forms, widths=(1, 16))))
