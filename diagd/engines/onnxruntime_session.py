@@ -126,8 +126,8 @@ def run_bound(session: Any, binding: Any, options: Any = None) -> None:
         session.run_with_iobinding(binding, options)
     except RuntimeError as error:
         raise BundleError(
-            f"ONNX Runtime cannot run a step: {error}; a manifest that was changed may say more than its "
-            "graph can do, export the bundle again"
+            f"ONNX Runtime cannot run a step: {error}; if memory is short, use a shorter window or fewer "
+            "sessions; if ids or positions are beyond a table, a manifest was changed: export it again"
         ) from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -48,6 +48,23 @@ def read_ids(path: Path) -> NDArray[np.integer]:
     if tokens.dtype.kind not in "iu":
         raise UsageError(f"{path} holds {tokens.dtype}; expected tokens, which are whole numbers (int32)")
     return tokens  # type: ignore[return-value]
+
+
+def whole(ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    """Ids int32; UsageError where they are no whole numbers, or so large that they would become others."""
+    given = np.asarray(ids)
+    if given.dtype == np.int32:
+        return np.asarray(given, np.int32)
+    try:
+        with np.errstate(invalid="ignore"):
+            kept = given.astype(np.int32)
+    except (ValueError, TypeError, OverflowError):
+        kept = None
+    if kept is None or not np.array_equal(kept, given):
+        raise UsageError(
+            f"ids are {given.dtype} {given.reshape(-1)[:8].tolist()}; expected whole numbers, int32"
+        )
+    return kept
 
 
 def read_arrays(path: Path, names: Collection[str], what: str) -> dict[str, NDArray[np.generic]]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from diagd.engines.engine import Float, Int, SamplingState
 from diagd.errors import UsageError
+from diagd.runtime.arrays import whole
 from diagd.runtime.sampling import SAMPLER, ActionLaw, SamplingSettings
 from diagd.runtime.slots import TokenPlaces
 from diagd.schedule import Schedule, StreamLayout
@@ -26,23 +27,6 @@ index of the frame. The model decodes those that are None. A run ends with what 
 callable raises StopIteration. None for models without actions."""
 
 SNAPSHOT: Final = "diagd stream 2"
-
-
-def whole(ids: Ids) -> Int:
-    """Ids int32; UsageError where they are no whole numbers, or so large that they would become others."""
-    given = np.asarray(ids)
-    if given.dtype == np.int32:
-        return np.asarray(given, np.int32)
-    try:
-        with np.errstate(invalid="ignore"):
-            kept = given.astype(np.int32)
-    except (ValueError, TypeError, OverflowError):
-        kept = None
-    if kept is None or not np.array_equal(kept, given):
-        raise UsageError(
-            f"ids are {given.dtype} {given.reshape(-1)[:8].tolist()}; expected whole numbers, int32"
-        )
-    return kept
 
 
 class RunOptions(TypedDict, total=False):
@@ -378,20 +362,15 @@ class Stream:
             "settings": [self.settings.temperature, self.settings.top_k, self.settings.top_p],
             "orders": [None if order is None else order.name for order in orders],
         }
-        gap = self.layout.gap
-        actions = np.zeros((len(self.past), gap), np.int32)
-        counts = np.zeros(len(self.past), np.int32)
-        for row, past in enumerate(self.past):
-            counts[row] = len(past.actions)
-            actions[row, gap - len(past.actions) :] = past.actions
-        target = io.BytesIO()
+        gap, target = self.layout.gap, io.BytesIO()
+        actions = [np.pad(past.actions, (gap - len(past.actions), 0)) for past in self.past]
         np.savez_compressed(
             target,
             head=np.frombuffer(json.dumps(head).encode(), np.uint8),
             first=self.tokens[self.places.of(np.arange(self.layout.frame_start(1)))],
             tokens=np.array([past.tokens for past in self.past], np.int32),
-            actions=actions,
-            counts=counts,
+            actions=np.array(actions, np.int32).reshape(len(actions), gap),
+            counts=np.array([len(past.actions) for past in self.past], np.int32),
             order=np.array([names[past.order] for past in self.past], np.int32),
             origin=np.array([past.origin for past in self.past], np.int64),
             text=np.zeros((0, 0), np.float32) if self.text is None else self.text,
