@@ -20,7 +20,7 @@ from diagd.bundle.actions import ActionCodec, EdgesSlot, MuLawSlot
 from diagd.engines.engine import Int
 from diagd.errors import UsageError, require
 from diagd.play.controls import Taken, bounded, default_controls
-from diagd.play.game import Game
+from diagd.play.game import Game, Shown
 from diagd.play.opening import SHIPPED, GameOptions, open_game, open_games
 from diagd.runtime.actions import encode
 
@@ -83,8 +83,7 @@ class WorldEnv(gymnasium.Env[Observation, Any]):
         ids = encoded(self._codec, action)
         shown = self._game.advance(lambda: Taken(ids, {}))
         assert shown is not None
-        info = {"tokens": shown.frame.tokens, "passes": shown.frame.steps}
-        return self._see(shown.pictures), 0.0, False, False, info
+        return self._see(shown.pictures), 0.0, False, False, _told(self._game, shown)
 
     def render(self) -> Observation | None:
         """The picture last seen."""
@@ -173,8 +172,7 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         runs = {number: self._games[number].play(partial(taken.__getitem__, number)) for number in live}
         for number, shown in self._group.together(runs):
             self._pictures[number] = shown.pictures[-1]
-            info = {"tokens": shown.frame.tokens, "passes": shown.frame.steps}
-            infos = self._add_info(infos, info, number)
+            infos = self._add_info(infos, _told(self._games[number], shown), number)
         self._steps[live] += 1
         if self._horizon is not None:
             self._over = self._steps >= self._horizon
@@ -203,6 +201,13 @@ def _begin(game: Game, random: np.random.Generator, prompt: int | None) -> tuple
         raise UsageError(f"no prompt has the number {chosen}; there are {len(game.prompts)}")
     game.settings = game.settings.model_copy(update={"seed": int(random.integers(1 << 32))})
     return game.reset(game.prompts[chosen]), chosen
+
+
+def _told(game: Game, shown: Shown) -> dict[str, Any]:
+    """Of a frame: its tokens, and its passes where these follow from seed and actions alone."""
+    told: dict[str, Any] = {"tokens": shown.frame.tokens}
+    ragged = game.settings.open(game.bundle.manifest).ragged
+    return told if ragged else told | {"passes": shown.frame.steps}
 
 
 def encoded(codec: ActionCodec | None, action: Any) -> Int | None:
