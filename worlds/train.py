@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from diagd.errors import UsageError, unknown
-from diagd.export.families.world import WorldDescription
+from diagd.export.families.world import DESCRIPTION, WorldDescription
 from diagd.export.transformer import Transformer
 from diagd.progress import started
 from diagd.runtime.pool import end_with_owner, starting
@@ -32,6 +32,9 @@ from worlds.options import MIXTURES, TrainOptions
 from worlds.progress import Checkpoint, Progress, Report, learning_rate, log
 from worlds.recordings import recorded_actions
 from worlds.tokenizer import Tensors, fit_tokenizer, reconstruct
+
+CHECKPOINT = "checkpoint.pt"
+"""What a training goes on from; it is there until somebody removes it."""
 
 Share = tuple[float, Schedule]
 """Share of the training windows, and the schedule they are decoded by."""
@@ -61,9 +64,14 @@ def train(options: TrainOptions, report: Report | None = None) -> Path:
     ``tokenizer.jsonl``; with several processes ``report`` must be picklable, as it runs in the first of them.
 
     Raises:
-        UsageError: no episodes, episodes too short, or a checkpoint of another recipe.
+        UsageError: no episodes, episodes too short, a checkpoint of another recipe, or a model without one.
     """
     episode_paths(options.data)  # before a folder is made
+    if (options.output / DESCRIPTION).exists() and not (options.output / CHECKPOINT).exists():
+        raise UsageError(
+            f"{options.output} holds a finished model and no {CHECKPOINT} of its training, so it is not "
+            "replaced; give another folder, or remove it yourself"
+        )
     options.output.mkdir(parents=True, exist_ok=True)
     if started() > 1:
         _train_together(options, report)
@@ -173,7 +181,7 @@ class _Trainer:
         self.optimiser = Optimiser(self.model, options.matrix_rate, options.other_rate)
         self.losses = _Losses(options, prepared.tokens(options.data), description)
         parts = {"model": self.model, "optimiser": self.optimiser}
-        self.checkpoint = Checkpoint(options.output / "checkpoint.pt", "recipe", options.recipe(), parts)
+        self.checkpoint = Checkpoint(options.output / CHECKPOINT, "recipe", options.recipe(), parts)
         self.first_step = self.checkpoint.resumed(self.device)
 
     def run(self, report: Report | None) -> None:
@@ -190,7 +198,7 @@ class _Trainer:
                 seconds = time.monotonic() - began
                 progress = Progress(step + 1, options.steps, mean, seconds, self.first_step)
                 log(options.output / "log.jsonl", progress, report)
-                if (step + 1) % options.checkpoint_every == 0:
+                if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
                     self.checkpoint.write(step + 1)
         if ranks.is_first:
             self._save_world()

@@ -141,6 +141,20 @@ def test_a_checkpoint_of_another_recipe_is_refused(data: Path, tmp_path: Path) -
         train(options(data, tmp_path, steps=3, checkpoint_every=1))
 
 
+def test_a_finished_model_is_not_replaced(data: Path, tmp_path: Path) -> None:
+    """Not by another training; its own finds nothing to do, but cannot tell where its checkpoint is gone."""
+    train(options(data, tmp_path, steps=2))
+    model, log = (tmp_path / "model.safetensors").read_bytes(), losses(tmp_path)
+    with pytest.raises(UsageError, match="another recipe"):
+        train(options(data, tmp_path, steps=2, seed=1))
+    train(options(data, tmp_path, steps=2))
+    assert losses(tmp_path) == log
+    (tmp_path / "checkpoint.pt").unlink()
+    with pytest.raises(UsageError, match="holds a finished model"):
+        train(options(data, tmp_path, steps=2, seed=1))
+    assert (tmp_path / "model.safetensors").read_bytes() == model
+
+
 def test_a_fixed_batch_is_learned(data: Path) -> None:
     description = WorldDescription("0.7m", ROWS, COLUMNS, PATCH, 8, 8, ACTIONS, 4)
     model = Transformer(description.transformer_config()).initialise(torch.Generator().manual_seed(1))
