@@ -22,7 +22,7 @@ from diagd.play.messages import Message, without_paths
 from diagd.play.opening import GameOptions
 from diagd.play.service import Service, opened_tables
 from diagd.play.stage import Figures
-from diagd.play.table import Fleet, LocalFleet, Player, ServedTable
+from diagd.play.table import Fleet, LocalFleet, Player, ServedTable, Table
 
 _PATIENCE: Final = 0.5
 """Seconds that somebody who asks waits for news at most."""
@@ -61,11 +61,31 @@ class PlayActor:
         self._fleet.start(self._loop)
         for number, table in enumerate(self._tables):
             table.keep = partial(self.tell_soon, number, "saved")
-            # from what is done next: not of the world that its engine began with
-            table.stage.post(
-                partial(setattr, table.game.record, "heard", partial(self.tell_soon, number, "line"))
-            )
+            await self._begun(number, table)
         return str(import_module("ray").get_runtime_context().get_node_id())
+
+    async def _begun(self, number: int, table: Table) -> None:
+        """Its engine's first world is there, for nobody to see; what is done from here on is told."""
+        begun = asyncio.Event()
+
+        def listen() -> None:
+            table.game.record.heard = partial(self.tell_soon, number, "line")
+            self._loop.call_soon_threadsafe(begun.set)
+
+        table.stage.post(listen)
+        await begun.wait()
+
+    async def end(self) -> list[Event]:
+        """Play no more; gives snapshots of the worlds that are somebody's."""
+        kept: list[Event] = []
+
+        def keep(number: int, snapshot: bytes | None) -> None:
+            kept.append(Event(number, "saved", snapshot))
+
+        for number, table in enumerate(self._tables):
+            table.keep = partial(keep, number)
+        await self._fleet.close()
+        return kept
 
     async def do(self, calls: Sequence[Call]) -> None:
         """What is said to tables."""
@@ -117,6 +137,9 @@ class _Player(Player):
 _MOVES: Final = {"type": "error", "text": "the machine of this world is gone; it goes on elsewhere"}
 _PAUSE: Final = 0.5
 """Seconds until the next try."""
+
+_FAREWELL: Final = 10.0
+"""Seconds that an engine has to give its worlds as they are when the server ends."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -244,6 +267,17 @@ class RemoteEngine:
                 self._fleet.settle()
                 await asyncio.sleep(_PAUSE)
 
+    async def end(self) -> None:
+        """Have its worlds kept as they are, and end it."""
+        from ray.exceptions import RayError
+
+        if self.is_alive:
+            with suppress(RayError, TimeoutError, asyncio.TimeoutError):
+                for event in await asyncio.wait_for(self.actor.end.remote(), _FAREWELL):
+                    self._fleet.hear(self, event)
+        if self.actor is not None:
+            self._fleet.kill(self.actor)
+
     async def _live(self, actor: Any) -> None:
         """Talk and listen until either fails."""
         talking = asyncio.create_task(self._talk(actor))
@@ -281,7 +315,7 @@ class RayFleet(Fleet):
         self, bundle: Bundle, options: GameOptions, service: Service, cluster: EngineOptions
     ) -> None:
         assert cluster.cluster is not None
-        self._ray = ray = connect(cluster.cluster)
+        ray = connect(cluster.cluster)
         check_place(ray, cluster.cores, cluster.gpus)
         count = cluster.engines or sum(bool(node["Alive"]) for node in ray.nodes())
         cpu = options.session.cpu
@@ -292,6 +326,7 @@ class RayFleet(Fleet):
             num_cpus=cluster.cores, num_gpus=cluster.gpus, scheduling_strategy="SPREAD", max_restarts=0
         )(PlayActor)
         self.start_actor: Callable[[], Any] = lambda: kind.remote(bundle.path.resolve(), options, service)
+        self.kill: Callable[[Any], None] = ray.kill
         self.engines = [RemoteEngine(self) for _ in range(count)]
         tokenizer = bundle.manifest.tokenizer
         if tokenizer is None:
@@ -322,9 +357,7 @@ class RayFleet(Fleet):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for engine in self.engines:
-            if engine.actor is not None:
-                self._ray.kill(engine.actor)
+        await asyncio.gather(*(engine.end() for engine in self.engines))
 
     @override
     def metrics(self) -> Sequence[tuple[str, str, str, float]]:

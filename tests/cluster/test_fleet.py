@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from diagd.cluster.workers import EngineOptions
 from diagd.play.opening import GameOptions, open_game
 from diagd.play.record import Flying, Line, Played, Start, replay
 from diagd.play.server import Address, Server
-from diagd.play.service import Service
+from diagd.play.service import SavedGames, Service, keep_worlds
 from tests.play.conftest import LOOSE, running
 from tests.play.test_server import Player, player
 from tests.play.test_service import told
@@ -25,17 +25,26 @@ pytestmark = pytest.mark.slow
 
 
 @contextmanager
-def served(world: Path, nodes: Any) -> Iterator[tuple[str, RayFleet]]:
-    service = Service(sessions=1, fps=20.0, limits=LOOSE, every=5)
+def served(
+    world: Path, nodes: Any, every: int = 5, state: Path | None = None
+) -> Iterator[tuple[str, RayFleet]]:
+    """Two engines, which may have to be started yet."""
+    service = Service(sessions=1, fps=20.0, limits=LOOSE, every=every)
     where = EngineOptions(cluster=nodes.address, engines=2, cores=1)
-    fleet = RayFleet(Bundle.open(world), GameOptions(), service, where)
-    server = Server(fleet, Address(port=0), LOOSE)
-    with running(server) as url:
-        end = time.monotonic() + 120
-        while not all(engine.is_alive for engine in fleet.engines) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert len({engine.node for engine in fleet.engines}) == 2
-        yield url, fleet
+    fleet = RayFleet(bundle := Bundle.open(world), GameOptions(), service, where)
+    with ExitStack() as held:
+        address = Address(port=0)
+        if state is not None:
+            saves = held.enter_context(closing(SavedGames(state, bundle.digest)))
+            address = keep_worlds(saves, fleet.tables, address)
+        yield held.enter_context(running(Server(fleet, address, LOOSE))), fleet
+
+
+def wait_for_both(fleet: RayFleet) -> None:
+    end = time.monotonic() + 120
+    while not all(engine.is_alive for engine in fleet.engines) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert len({engine.node for engine in fleet.engines}) == 2
 
 
 def until(ann: Player, **wanted: Any) -> dict[str, Any]:
@@ -56,11 +65,24 @@ def plays(ann: Player, key: str, frames: int) -> int:
     return known
 
 
+def test_another_server_goes_on_with_worlds_as_they_were_when_the_one_before_ended(
+    nodes: Any, world: Path, tmp_path: Path
+) -> None:
+    with served(world, nodes, every=1 << 30, state=tmp_path / "state") as (url, fleet):
+        wait_for_both(fleet)
+        with player(url) as ann:
+            ticket = ann.until(type="welcome")["ticket"]
+            known = plays(ann, "ArrowLeft", 9)
+    with served(world, nodes, state=tmp_path / "state") as (url, _), player(url, ticket) as ann:
+        assert until(ann, kind="frame")["known"] >= known  # the world, and no other before it
+
+
 def test_a_world_outlives_its_actor_and_its_node(nodes: Any, world: Path) -> None:
     import ray
 
     lines: list[Line] = []
     with served(world, nodes) as (url, fleet), player(url) as ann:
+        wait_for_both(fleet)
         table = fleet.tables[0]
         hear, add = table.hear, lines.append
 
