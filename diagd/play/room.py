@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hmac
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from diagd.play.stage import SHARE, Engine
 from diagd.play.table import Player, ServedTable
 
 HELD_SECONDS: Final = 60.0
-"""How long a table is held for a player who went away."""
+"""How long a table, or a place in the queue, is held for somebody who went away."""
 
 MAX_WAITING: Final = 16
 PUT_OUT: Final = 4001
@@ -26,6 +29,15 @@ PROVEN: Final = 40
 
 TRIAL_SECONDS: Final = 60.0
 """That the last player is on trial, and that nobody is tried behind one who was too many."""
+
+
+@dataclass(eq=False)
+class Waiter:
+    """Somebody in the queue, with the ticket of the table they will have; ``left``: when they went away."""
+
+    guest: Player
+    ticket: str = field(default_factory=partial(secrets.token_urlsafe, 16))
+    left: float = math.inf
 
 
 class Room:
@@ -48,8 +60,13 @@ class Room:
         self._tables, self.rate, self._clock = tables, rate, clock
         self.refused = self.returned = 0
         self._full: dict[Engine, float] = {}  # until when nobody is tried
-        self.waiting: list[Player] = []
+        self._queue: list[Waiter] = []
         self.is_closing = False
+
+    @property
+    def waiting(self) -> list[Waiter]:
+        """Who is there of the queue, in turn."""
+        return [one for one in self._queue if one.left == math.inf]
 
     def table_of(self, guest: Player) -> ServedTable | None:
         """The table that somebody plays at."""
@@ -64,20 +81,31 @@ class Room:
                 table.seat(guest, table.ticket, is_new=False)
                 table.left = self._clock()
                 return True
-        if len(self.waiting) >= MAX_WAITING:
-            return False
-        self.waiting.append(guest)
+        for one in self._queue:
+            if hmac.compare_digest(ticket.encode(), one.ticket.encode()):
+                if one.left == math.inf:
+                    one.guest.close(PUT_OUT, "the world was opened elsewhere")
+                one.guest, one.left = guest, math.inf
+                self._announce()
+                return True
+        if len(self._queue) >= MAX_WAITING:
+            gone = min(self._queue, key=lambda one: one.left)
+            if gone.left == math.inf:
+                return False
+            self._queue.remove(gone)
+        self._queue.append(Waiter(guest))
         self.turn(guest)
         return True
 
     def leave(self, guest: Player) -> None:
-        """Somebody went away; a player's table is held a while."""
+        """Somebody went away; their table or place is held a while."""
         if (table := self.table_of(guest)) is not None:
             table.left = self._clock()
             table.leave()
-        elif guest in self.waiting:
-            self.waiting.remove(guest)
-            self._announce()
+        for one in self.waiting:
+            if one.guest is guest:
+                one.left = self._clock()
+                self._announce()
 
     @property
     def engines(self) -> set[Engine]:
@@ -105,7 +133,7 @@ class Room:
             if last is None or alone or kept or self._clock() - last.tried > TRIAL_SECONDS:
                 continue
             assert last.player is not None
-            self.waiting.insert(0, last.player)
+            self._queue.insert(0, Waiter(last.player))
             self.clear(last)
             self.returned += 1
             self._full[engine] = self._clock() + TRIAL_SECONDS
@@ -113,18 +141,18 @@ class Room:
 
     def turn(self, newcomer: Player | None = None) -> None:
         """Give tables on where they are free, and tell the others; else tell the newcomer alone."""
-        moved = False
+        now, moved = self._clock(), False
+        self._queue = [one for one in self._queue if now - one.left < HELD_SECONDS]
         for table in () if self.is_closing else self._tables:
-            if table.player is None and table.ticket and self._clock() - table.left >= HELD_SECONDS:
+            if table.player is None and table.ticket and now - table.left >= HELD_SECONDS:
                 self.clear(table)
             if not table.ticket and self.waiting and self._admits(table):
                 moved = True
-                table.taken = table.tried = self._clock()
-                table.seat(self.waiting.pop(0), secrets.token_urlsafe(16), is_new=True)
-        if moved:
-            self._announce()
-        elif newcomer is not None:
-            self._tell(newcomer)
+                table.taken = table.tried = now
+                self._queue.remove(first := self.waiting[0])
+                table.seat(first.guest, first.ticket, is_new=True)
+        if moved or newcomer is not None:
+            self._announce(None if moved else newcomer)
 
     def _admits(self, table: ServedTable) -> bool:
         """Whether all would still get their frames with one player more, by what passes took of late."""
@@ -144,10 +172,8 @@ class Room:
         self.refused += 1
         return False
 
-    def _announce(self) -> None:
-        for guest in self.waiting:
-            self._tell(guest)
-
-    def _tell(self, guest: Player) -> None:
-        """How many wait before somebody, themselves included."""
-        guest.send({"type": "waiting", "place": self.waiting.index(guest) + 1})
+    def _announce(self, guest: Player | None = None) -> None:
+        """Tell all who wait how many there are before them, themselves included; or one alone."""
+        for place, one in enumerate(self.waiting, start=1):
+            if guest in (None, one.guest):
+                one.guest.send({"type": "waiting", "place": place, "ticket": one.ticket})

@@ -94,6 +94,41 @@ def test_the_queue_is_bounded() -> None:
     assert not room.enter(Somebody(), "")
 
 
+def test_a_place_in_the_queue_is_held_for_a_minute() -> None:
+    clock = Clock()
+    table = Place()
+    room = Room([table], clock=clock)
+    ann, ben, cid, dan = (Somebody() for _ in range(4))
+    for guest in (ann, ben, cid, dan):
+        room.enter(guest, "")
+    ticket = room.waiting[0].ticket
+    room.leave(ben)
+    assert (cid.told, dan.told) == ([2, 1], [3, 2])
+    clock.now = 59
+    room.turn()
+    again, other, late = Somebody(), Somebody(), Somebody()
+    assert room.enter(again, ticket)
+    assert (again.told, cid.told, dan.told) == ([1], [2, 1, 2], [3, 2, 3])
+    assert room.enter(other, ticket)  # in another tab
+    room.leave(again)
+    assert (again.told, other.told) == ([1, "out"], [1])
+    room.clear(table)
+    room.turn()
+    assert other.told == [1, (ticket, True)]
+    ticket = room.waiting[0].ticket
+    room.leave(cid)
+    clock.now = 120
+    room.turn()
+    room.enter(late, ticket)
+    assert late.told == [2]
+    for _ in range(MAX_WAITING - 2):
+        assert room.enter(Somebody(), "")
+    assert not room.enter(Somebody(), "")
+    room.leave(late)
+    assert room.enter(Somebody(), "")  # places that are held keep nobody out
+    assert not room.enter(Somebody(), "")
+
+
 def test_who_stands_still_keeps_nobody_from_a_free_seat() -> None:
     clock = Clock()
     places = [Place(), Place(), Place()]

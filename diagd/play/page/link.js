@@ -30,7 +30,7 @@ export class Link extends EventTarget {
   }
 
   text(message) {
-    if (message.type === "welcome") localStorage.ticket = message.ticket;
+    if (message.ticket) localStorage.ticket = message.ticket;
     this.emit(message.type, message);
   }
 
