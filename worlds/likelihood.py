@@ -10,7 +10,7 @@ import numpy as np
 
 from diagd.bundle import Bundle
 from diagd.cluster import ClusterOptions, open_workers
-from diagd.engines.engine import Int
+from diagd.engines.engine import Float, Int
 from diagd.errors import UsageError
 from diagd.runtime.clip import Clip, read_recording
 from diagd.runtime.comparison import log_softmax
@@ -27,9 +27,14 @@ class ClipScorer:
     """A worker: a bundle on its engine, asked how likely the clip in a file is; see `forced_likelihood`."""
 
     def __init__(
-        self, path: Path, orders: Sequence[str], options: EvalOptions, running: SessionOptions
+        self,
+        path: Path,
+        orders: Sequence[str],
+        options: EvalOptions,
+        running: SessionOptions,
+        text: Float | None = None,
     ) -> None:
-        bundle = Bundle.open(path)
+        bundle, self._text = Bundle.open(path), text
         self._options, self._pixels, self._session = options, running.pixels(bundle), running.open(bundle)
         self._schedules = [Schedule.parse(order, self._session.layout) for order in orders]
 
@@ -46,7 +51,7 @@ class ClipScorer:
         truth = clip.tokens[options.prompt :]
         decoders: list[Decoder] = [RasterDecoder(truth, session.engine.max_width)]
         decoders += [ForcedDecoder(schedule, truth) for schedule in self._schedules]
-        return [clip_likelihood(session, clip, options.prompt, decoder) for decoder in decoders]
+        return [clip_likelihood(session, clip, options.prompt, decoder, self._text) for decoder in decoders]
 
 
 def forced_likelihood(
@@ -57,11 +62,13 @@ def forced_likelihood(
     running: SessionOptions,
     report: Callable[[str], None],
     who: ClusterOptions | None = None,
+    text: Float | None = None,
 ) -> dict[str, Estimate]:
     """Mean negative log-likelihood of a cell's token, nats, unfiltered and at temperature 1, over clips.
 
     ``folder`` has videos, each with the actions of its name where the model takes some, or episodes. Each of
-    the ``orders`` of decoding is compared to next-token prediction clip by clip.
+    the ``orders`` of decoding is compared to next-token prediction clip by clip. ``text``: float32
+    [n, width], embeddings that all clips are decoded under, for models that attend to text.
 
     Raises:
         UsageError: a clip cannot be read or is too short, or an order does not fit.
@@ -69,7 +76,7 @@ def forced_likelihood(
     named = dict.fromkeys(Schedule.parse(order, bundle.manifest.layout).name for order in orders)
     paths = list(videos_in(folder).values())[: options.windows]
     found = np.zeros((len(paths), 1 + len(named)))
-    judge = partial(ClipScorer, bundle.path, tuple(named), options, running)
+    judge = partial(ClipScorer, bundle.path, tuple(named), options, running, text)
     with open_workers(judge, who or ClusterOptions()) as workers:
         for number, likelihoods in workers.map(paths):
             report(paths[number].name)
@@ -81,12 +88,14 @@ def forced_likelihood(
     return figures
 
 
-def clip_likelihood(session: Session, clip: Clip, known: int, decoder: Decoder) -> float:
+def clip_likelihood(
+    session: Session, clip: Clip, known: int, decoder: Decoder, text: Float | None = None
+) -> float:
     """Nats a cell, the mean over all behind the first ``known`` frames of a clip."""
     layout, ranges = session.layout, session.manifest.sampling.range_table(session.layout)
     truth: Int = clip.tokens[known:].reshape(len(clip.tokens) - known, -1)
     led = None if clip.led is None else clip.led[known:]
-    session.start(clip.tokens[:known], None if clip.led is None else clip.led[:known])
+    session.start(clip.tokens[:known], None if clip.led is None else clip.led[:known], text)
     total = 0.0
     for step, result in session.steps(decoder, led, count=len(truth)):
         sinks = step.sinks[step.sinks != NO_SINK]

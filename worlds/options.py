@@ -10,7 +10,7 @@ from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError, unknown
 from diagd.options import NAMES, SEED, SIZE, File, Flag, checked, flag, positional, setting
 from diagd.progress import started
-from diagd.runtime.options import DraftOptions
+from diagd.runtime.options import DraftOptions, TextOptions
 from diagd.runtime.sampling import SamplingSettings
 from diagd.tuning.options import check_device
 
@@ -229,5 +229,6 @@ class EvalRun:
         "recording that the rules of the world are learned from (default: --data)", None
     )
     folders: FolderOptions = FolderOptions()
+    condition: TextOptions = TextOptions()
     options: EvalOptions = EvalOptions()
     who: ClusterOptions = ClusterOptions()

@@ -80,7 +80,7 @@ def _score(run: EvalRun, model: WorldModel, report: Report) -> list[Scores]:
 @contextmanager
 def opened(run: EvalRun) -> Iterator[WorldModel]:
     """The model that is asked for; workers do its passes where there are some."""
-    model = open_model(run.model, run.precision, run.backend)
+    model = open_model(run.model, run.precision, run.backend, run.threads)
     if not run.who.is_asked:
         yield model
         return

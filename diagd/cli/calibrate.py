@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 from pydantic import Field
 
 from diagd.bundle import Bundle
@@ -16,7 +17,7 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import require
 from diagd.options import File, checked, flag, positional, setting
 from diagd.progress import Progress
-from diagd.runtime.clip import read_tokens
+from diagd.runtime.clip import EPISODE, read_recording, read_tokens
 from diagd.runtime.pictures import read_frames
 from diagd.runtime.pixels import PixelCodec
 
@@ -40,8 +41,11 @@ class CalibrateOptions:
 
     calibration: CalibrationOptions = Field()
     bundle: File = positional("changed in place, and only on success")
-    data: File | None = flag("video, or .npy tokens [P, h, w]: frames of prompts", None)
-    frames: int = setting("frames taken from a video, its last ones", 256, ge=1, le=1_000_000)
+    data: File | None = flag(
+        "frames of prompts: video, episode, .npy tokens [P, h, w], or a folder of clips or of recordings",
+        None,
+    )
+    frames: int = setting("frames taken from a file, a video's last ones", 256, ge=1, le=1_000_000)
     resize: bool = setting("resize frames of another size", False)
 
     def tokens(self, bundle: Bundle) -> Int | None:
@@ -54,7 +58,16 @@ class CalibrateOptions:
             return None
         if self.data.suffix.lower() == ".npy":
             return read_tokens(self.data, bundle.manifest)
+        if self.data.is_dir():
+            from diagd.tuning.source import Source
+
+            layout = bundle.manifest.layout
+            streams = Source(str(bundle.path), bundle, resize=self.resize).windows(self.data, 1)
+            cells = streams[:, layout.first_cell(0) :][:, : layout.cells]
+            return cells.reshape(-1, layout.rows, layout.columns).astype(np.int32)
         pixels = PixelCodec(bundle, CpuOptions(self.calibration.threads))
+        if self.data.suffix.lower() == EPISODE:
+            return read_recording(self.data, bundle.manifest, pixels, self.frames, resize=self.resize).tokens
         size, cover = (pixels.spec.height, pixels.spec.width), pixels.spec.cover
         pictures = read_frames(self.data, size, frames=self.frames, resize=self.resize, cover=cover)
         return pixels.encode(pictures)

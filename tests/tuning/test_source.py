@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle
+from diagd.calibration.options import CalibrationOptions
+from diagd.cli.calibrate import CalibrateOptions
 from diagd.cli.main import main
+from diagd.engines.engine import Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.runtime.clip import encode_vectors
 from diagd.runtime.pixels import PixelCodec
+from diagd.tuning.recordings import Episode
 from diagd.tuning.source import read_clips
+from worlds.recordings import save_episode, shard_path
 
 
 @pytest.fixture
@@ -47,6 +52,24 @@ def test_windows_have_each_action_behind_the_picture_it_was_done_at(
         read_clips(episodes, small_wham.manifest, codec, 7)
     with pytest.raises(UsageError, match=r"a\.npz is no folder; expected one with files that end in .*\.mp4"):
         read_clips(episodes / "a.npz", small_wham.manifest, codec, 4)
+
+
+def test_a_bundle_is_calibrated_on_an_episode_or_on_all_of_a_folder(
+    small_wham: Bundle, episodes: Path, world: Path, tmp_path: Path
+) -> None:
+    def tokens(bundle: Bundle, data: Path) -> Int:
+        return CalibrateOptions(CalibrationOptions("int8", threads=1), bundle.path, data=data).tokens(bundle)
+
+    codec, found = PixelCodec(small_wham, CpuOptions(1, prepack=False)), []
+    for name in ("a", "b", "short"):
+        with np.load(episodes / f"{name}.npz") as file:
+            found.append(codec.encode(np.moveaxis(file["images"], 1, -1)))
+    np.testing.assert_array_equal(tokens(small_wham, episodes / "a.npz"), found[0])
+    np.testing.assert_array_equal(tokens(small_wham, episodes), np.concatenate(found))
+    bundle, frames = Bundle.open(world), np.random.default_rng(0).integers(0, 256, (5, 16, 24, 3), np.uint8)
+    save_episode(shard_path(tmp_path, 0), Episode(frames, np.zeros(5, np.uint8)))
+    expected = PixelCodec(bundle, CpuOptions(1, prepack=False)).encode(frames)
+    np.testing.assert_array_equal(tokens(bundle, tmp_path), expected)
 
 
 def test_a_bundle_is_tuned_on_episodes(

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import diagd
+from diagd.cli.main import main
+from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.families import cosmos
+from diagd.export.families.cosmos import CosmosDvConfig
 from diagd.runtime.clip import Clip
 from diagd.runtime.decoders import ForcedDecoder, RasterDecoder
-from diagd.schedule import Schedule
+from diagd.runtime.video import VideoWriter
+from diagd.schedule import Schedule, StreamLayout
+from tests.export.test_families_cosmos import CODES, TEXT, small
 from tests.runtime.test_acting import GRID, WINDOW, wham_case
 from worlds.likelihood import clip_likelihood
 
@@ -41,3 +49,35 @@ def test_likelihood_is_that_of_the_network(tmp_path: Path) -> None:
     assert found == pytest.approx(np.mean(expected), rel=1e-4)
     assert one == pytest.approx(found, rel=1e-4)
     assert abs(diagonal - found) > 1e-3
+
+
+def test_models_that_attend_to_text_are_told_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = CosmosDvConfig(
+        height=16,
+        width=32,
+        stem_channels=4,
+        channels=(4, 8),
+        res_blocks=1,
+        latent_channels=4,
+        levels=(8, 5),
+    )
+    config = replace(small(text=True, yarn=False), layout=StreamLayout(2, 4, prefix_tokens=(CODES,)))
+    family, clips = replace(cosmos.family("small", config), tokenizer=sizes), tmp_path / "clips"
+    bundle = export(family, GraphOptions(), random_sources(family, 0), tmp_path / "small.diagd").path
+    clips.mkdir()
+    with VideoWriter(clips / "one.gif", 10, (16, 32)) as video:
+        video.write(np.random.default_rng(0).integers(0, 256, (17, 16, 32, 3), dtype=np.uint8))
+    command = ["eval", str(bundle), "--data", str(clips), "--set", "frames=1", "--order", "k=1,serial"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    assert "--set text=FILE" in capsys.readouterr().err
+    found = []
+    for seed in (0, 1):
+        np.save(tmp_path / "text.npy", np.random.default_rng(seed).normal(size=(TEXT.length, TEXT.width)))
+        told = ["--output", str(tmp_path / f"{seed}"), "--set", f"text={tmp_path / 'text.npy'}"]
+        assert main([*command, *told]) == 0
+        found.append(json.loads((tmp_path / f"{seed}" / "eval.json").read_text())["figures"])
+    assert found[0]["NLL next token"]["mean"] != found[1]["NLL next token"]["mean"]
+    assert main([*command, *told, "--decoders", "jacobi"]) == 2
+    assert "'decoders' has no effect" in capsys.readouterr().err
+    assert main([*command, *told, "--set", "skip=2"]) == 2
+    assert "'skip' has no effect" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,8 +11,10 @@ from diagd.bundle import Bundle
 from diagd.bundle.manifest import MANIFEST_NAME
 from diagd.bundle.targets import folder_target
 from diagd.cli import terminal
+from diagd.cli.generate import encode_text
 from diagd.cli.options import Verb
 from diagd.engines.onnxruntime_session import CpuOptions
+from diagd.errors import UsageError
 from diagd.runtime.options import SessionOptions
 from worlds.options import EvalRun
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 Found = TypeVar("Found")
 WORLD = "world"
 """Family of the worlds that `diagd world train` makes, whose recordings are of their own kind."""
+
+_ENGINE = "precision backend threads who"
 
 EXAMPLES = """examples:
   diagd world collect recordings --episodes 40 --seed 100000
@@ -41,7 +45,8 @@ its standard error.
 MODEL may also be a folder of videos, each judged against the recording of its name in --data: PSNR, SSIM,
 what your networks say (two pictures: LPIPS; clips: FVD; pictures: FID), and MineWorld's actions as a network
 of inverse dynamics sees them. --set skip=N leaves out the prompt. Of the bundle of a released model, --data
-is a folder of clips, videos with .jsonl or episodes: the likelihood of their tokens by order of decoding.
+is a folder of clips, videos with .jsonl or episodes: the likelihood of their tokens by order of decoding,
+under --set text=FILE where it attends to one.
 Both write eval.json and eval.csv.
 
 --workers N has that many processes do the passes, or judge the videos, of one thread each, and --cluster
@@ -67,6 +72,7 @@ def run(options: EvalRun) -> int:
             return _judge_clips(options, bundle)
     if options.decoders:
         return _compare(options)
+    _check_used(options, "order long_frames long_rollouts probe_steps networks geometry options", _ENGINE)
     folder_target(options.output, {"eval.json": b'"schedules"'}, "an evaluation")
 
     from worlds.geometry import UNKNOWN_GEOMETRY
@@ -87,6 +93,8 @@ def run(options: EvalRun) -> int:
 def _judge_videos(options: EvalRun) -> int:
     from worlds.videos import compare_folders
 
+    _check_used(options, "folders networks threads who")
+
     def measure(report: Callable[[str], None]) -> dict[str, Estimate]:
         return compare_folders(
             *(options.model, options.data, options.folders, options.networks),
@@ -99,14 +107,30 @@ def _judge_videos(options: EvalRun) -> int:
 def _judge_clips(options: EvalRun, bundle: Bundle) -> int:
     from worlds.likelihood import forced_likelihood
 
+    _check_used(options, "order options condition", _ENGINE)
+    text = options.condition.embeddings(bundle.manifest, encode_text)
     running = SessionOptions(options.precision, options.backend, cpu=CpuOptions(_threads(options)))
 
     def measure(report: Callable[[str], None]) -> dict[str, Estimate]:
         return forced_likelihood(
-            bundle, options.data, options.order, options.options, running, report, options.who
+            *(bundle, options.data, options.order, options.options, running, report, options.who, text)
         )
 
     return _figures(options, measure, {"options": asdict(options.options)})
+
+
+def _check_used(options: EvalRun, *used: str) -> None:
+    """Refuse (UsageError) what is told but not asked for by what is evaluated."""
+    told, usual = options, EvalRun(options.model, options.data, options.output)
+    names = {"model", "data", "output", *" ".join(used).split()}
+    for field in fields(EvalRun):
+        given, default = getattr(told, field.name), getattr(usual, field.name)
+        if field.name in names or given == default:
+            continue
+        name = field.name
+        if is_dataclass(given):
+            name = next(f.name for f in fields(given) if getattr(given, f.name) != getattr(default, f.name))
+        raise UsageError(f"'{name}' has no effect on what is evaluated here; leave it out")
 
 
 def _threads(options: EvalRun) -> int:
@@ -135,6 +159,7 @@ def _measured(measure: Callable[[Callable[[str], None]], Found]) -> Found:
 
 
 def _compare(options: EvalRun) -> int:
+    _check_used(options, "decoders drafts geometry options", _ENGINE)
     folder_target(options.output, {"pareto.json": b'"decoders"'}, "a comparison of decoders")
 
     from worlds.pareto import points_table
