@@ -27,7 +27,7 @@ from diagd.engines.devices.host import HostDevice
 from diagd.engines.devices.kernels import host_build
 from diagd.engines.engine import VOID, Engine, Float, Int, SamplingState, Steps
 from diagd.engines.executor import Executor
-from diagd.engines.onnxruntime_session import CpuOptions, open_session
+from diagd.engines.onnxruntime_session import CpuOptions, open_cpu_session
 from diagd.engines.prefix import GRANULE, PrefixEngine
 from diagd.engines.processor import array_at
 from diagd.engines.sampler import draw_compiled, draw_plain, kept_weights
@@ -35,8 +35,7 @@ from diagd.profiling.measure import random_workload
 from diagd.progress import Progress
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.group import Group
-from diagd.runtime.load import open_group
-from diagd.runtime.load import open_session as open_stream
+from diagd.runtime.load import open_group, open_session
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.slots import TokenPlaces
@@ -213,7 +212,7 @@ def bare_products(bundle: Bundle, wall: bool) -> tuple[onnxruntime.InferenceSess
     path = bundle.path / "bare-products.onnx"
     path.write_bytes(model.SerializeToString())
     try:
-        return open_session(path, "", CpuOptions(0 if wall else 1, prepack=False)), inputs
+        return open_cpu_session(path, "", CpuOptions(0 if wall else 1, prepack=False)), inputs
     finally:
         path.unlink()
 
@@ -243,7 +242,7 @@ def capacity(bundle: Bundle, wall: bool, repeats: int) -> None:
 
 
 def _session(bundle: Bundle, window_frames: int, wall: bool) -> Session:
-    return _prompted(open_stream(bundle, window=window_frames, cpu=CpuOptions(0 if wall else 1)))
+    return _prompted(open_session(bundle, window=window_frames, cpu=CpuOptions(0 if wall else 1)))
 
 
 def _prompted(session: Session) -> Session:

@@ -130,7 +130,7 @@ class AbsoluteContext(Record):
     roll: Count = 1
 
 
-def context_policy(config: TransformerConfig) -> RotaryContext | AbsoluteContext:
+def sliding_context(config: TransformerConfig) -> RotaryContext | AbsoluteContext:
     """How the context of a model slides."""
     if config.rotary is None or config.absolute:
         return AbsoluteContext(frames=config.context_frames)

@@ -19,7 +19,7 @@ from diagd.calibration.trajectory import CalibrationSet, Rollouts, Trajectory, o
 from diagd.engines.engine import Engine, Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.progress import Progress
-from diagd.runtime.comparison import Block, Comparison, likelihood, lockstep, log_softmax
+from diagd.runtime.comparison import Comparison, Sums, likelihood, lockstep, log_softmax
 from diagd.runtime.decoders.draft import MEASURED
 from diagd.runtime.load import threads_by_size
 from diagd.runtime.pixels import PixelCodec
@@ -79,7 +79,7 @@ class Evaluator:
 
     def compare(
         self, candidate: Sequence[StepGraph], weight: str, budget: Budget
-    ) -> tuple[Figures, dict[int, Block]]:
+    ) -> tuple[Figures, dict[int, Sums]]:
         """Decode rounds of trajectories with both engines until the verdict stands.
 
         Returns the figures, and sums by rows of the step. ``candidate``: graphs of the reference's form,
@@ -129,7 +129,7 @@ class Evaluator:
                 errors.append(float(np.square(shown[0].astype(np.float64) - shown[1]).mean()))
 
     def step_times(
-        self, candidate: Sequence[StepGraph], weight: str, widths: dict[int, Block]
+        self, candidate: Sequence[StepGraph], weight: str, widths: dict[int, Sums]
     ) -> dict[int, WidthReport]:
         """Median time of a step of each width, of both engines, with what a comparison gave.
 

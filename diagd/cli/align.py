@@ -10,7 +10,7 @@ from diagd.cli.options import Verb
 from diagd.errors import require
 from diagd.options import File, Flag, checked, flag, positional, setting
 from diagd.progress import Progress
-from diagd.runtime.text import read_text
+from diagd.runtime.text import read_embeddings
 from diagd.tuning.options import AlignOptions, check_device, mixture
 
 EXAMPLES = """examples:
@@ -70,7 +70,7 @@ def run(options: AlignVerb) -> int:
     check_distinct({"--output": options.output, "--set resume": options.training.resume})
     shares = mixture(options.order, options.raster, source.config.layout)
     training = replace(options.training, shares=shares)
-    text = read_text(options.text) if options.text else None
+    text = read_embeddings(options.text) if options.text else None
     losses: list[float] = []
     with Progress(terminal.console()).count("aligning", training.steps) as advance:
 

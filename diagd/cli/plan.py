@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from diagd.bundle import Bundle, read_manifest
-from diagd.bundle.manifest import context_policy
+from diagd.bundle.manifest import sliding_context
 from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, unknown
@@ -117,7 +117,7 @@ def _model(name: str, checkpoint: str | None) -> ModelSize:
     return size_of(
         name,
         config,
-        context_policy(config),
+        sliding_context(config),
         tokenizer=tokenizer.parameter_count() if tokenizer else 0,
         pixel_frames=tokenizer.temporal_factor if tokenizer else 1,
     )

@@ -16,7 +16,7 @@ from diagd.cli.options import Verb
 from diagd.errors import UsageError, require
 from diagd.options import File, Flag, checked, flag, positional, setting
 from diagd.progress import Progress, is_first
-from diagd.runtime.text import read_text
+from diagd.runtime.text import read_embeddings
 from diagd.tuning.options import PreferOptions, PreferTraining, check_device, mixture
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def run(options: PreferVerb) -> int:
     check_distinct({"--output": options.output, "--report": options.report})
     shares = mixture(options.order, options.raster, source.config.layout)
     frames = options.preference.prompt + options.preference.frames
-    windows, text = source.windows(options.data, frames), read_text(options.text) if options.text else None
+    windows = source.windows(options.data, frames)
+    text = read_embeddings(options.text) if options.text else None
     held = source.windows(options.valid, frames) if options.valid else None
     material = Material(windows, held, text) if held is not None else Material(*split(windows), text)
     training = replace(options.training, shares=shares)

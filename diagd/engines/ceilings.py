@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from diagd.engines.devices import Device
+from diagd.engines.engine import Clock, HostClock
 from diagd.engines.host import cores
 from diagd.engines.tensors import Program, Tensor
 from diagd.errors import require
@@ -31,8 +30,8 @@ SIDE: Final = 1024
 DEVICE_SIDE: Final = 8192
 
 _REPEATS: Final = 5
-_CALLS: Final = 4
-"""Queued between two time stamps, so that starting the first one does not count."""
+_QUEUED: Final = 4
+"""Calls between two time stamps of a device, so that starting the first one does not count."""
 
 MakeProduct = Callable[[Path, int, Mapping[str, Tensor]], Program]
 """Binds the model in a file, its rows and its tensors A, B and C."""
@@ -68,8 +67,8 @@ def memory_bandwidth(threads: int, size: int = COPY_BYTES) -> tuple[float, float
     """Bytes a second of copies (read and written) and of sums, of ``size`` bytes on every thread at once."""
     pairs = [(np.ones(size // 4, np.float32), np.zeros(size // 4, np.float32)) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
-        copies = _best(lambda: list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs)))
-        sums = _best(lambda: list(pool.map(lambda pair: np.dot(pair[0], pair[0]), pairs)))
+        copies = _quickest(lambda: list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs)))
+        sums = _quickest(lambda: list(pool.map(lambda pair: np.dot(pair[0], pair[0]), pairs)))
     return 2.0 * size * threads / copies, size * threads / sums
 
 
@@ -86,9 +85,8 @@ def matrix_peak(threads: int, side: int = SIDE) -> float:
 
 
 def product_peak(product: Callable[[], object], side: int = SIDE) -> float:
-    """Operations a second of a product of two square matrices; the first does not count."""
-    product()
-    return 2.0 * side**3 / _best(product)
+    """Operations a second of a product of two square matrices."""
+    return 2.0 * side**3 / _quickest(product)
 
 
 def matrix_product_model(rows: int | str, inner: int, columns: int, element: int = FLOAT) -> bytes:
@@ -138,7 +136,7 @@ def device_ceilings(
         EngineError: the backend refuses the product.
     """
     source, target = device.allocate(size), device.allocate(size)
-    copy = _best_call(device, lambda: device.copy(target, source, size))
+    copy = _quickest(lambda: device.copy(target, source, size), device, _QUEUED)
     half = np.dtype(np.float16)
     tensors = {
         name: Tensor(device.allocate(side * side * half.itemsize), (rows, side), half)
@@ -149,7 +147,7 @@ def device_ceilings(
         model = Path(folder) / "product.onnx"
         model.write_bytes(matrix_product_model("rows", side, side, FLOAT16))
         program = make_product(model, side, tensors)
-        product = _best_call(device, lambda: program.enqueue(side))
+        product = _quickest(lambda: program.enqueue(side), device, _QUEUED)
     return Ceilings(2.0 * size / copy, 0.0, 2.0 * side**3 / product, threads=0)
 
 
@@ -162,24 +160,13 @@ def _fill(device: Device, addresses: Iterable[int], side: int) -> None:
     device.synchronise()
 
 
-def _best(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few repeats."""
-    best = math.inf
-    for _ in range(_REPEATS):
-        began = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - began)
-    return best
-
-
-def _best_call(device: Device, work: Callable[[], None]) -> float:
-    """Seconds of one call, by time stamps around a few of them; the first ones do not count."""
-    best = math.inf
-    for repeat in range(_REPEATS + 1):
-        device.mark(0)
-        for _ in range(_CALLS):
+def _quickest(work: Callable[[], object], clock: Clock | None = None, calls: int = 1) -> float:
+    """Seconds of a call, the best of a few repeats of so many; the first repeat does not count."""
+    clock, times = clock or HostClock(), []
+    for _ in range(_REPEATS + 1):
+        clock.mark(0)
+        for _ in range(calls):
             work()
-        device.mark(1)
-        if repeat:
-            best = min(best, device.seconds(0, 1) / _CALLS)
-    return best
+        clock.mark(1)
+        times.append(clock.seconds(0, 1) / calls)
+    return min(times[1:])

@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from diagd.bundle import cache
+from diagd.bundle import Bundle, cache
+from diagd.bundle.manifest import StepGraph
 from diagd.engines.host import cores, installed, processor_features
 from diagd.engines.tensors import ALIGNMENT, Tensor
 from diagd.errors import BundleError, EngineError, UsageError, require
@@ -72,13 +73,16 @@ class CpuOptions:
         if not 0 <= self.threads <= MOST_THREADS:
             raise UsageError(f"{self.threads} threads; expected 1 to {MOST_THREADS}, or 0 for one a core")
 
-    def suiting(self, precision: str) -> CpuOptions:
-        """These options for a step graph of a precision: products of FP8 cannot be fused."""
-        return replace(self, fuse=False) if precision.startswith("fp8") else self
+
+def open_step_session(bundle: Bundle, graph: StepGraph, options: CpuOptions) -> onnxruntime.InferenceSession:
+    """Load a step graph on the CPU; products of FP8 cannot be fused."""
+    digest = bundle.graph_digest(graph) if options.prepack else ""
+    fuse = options.fuse and not graph.precision.startswith("fp8")
+    return open_cpu_session(bundle.file(graph.file), digest, replace(options, fuse=fuse))
 
 
-def open_session(graph: Path, digest: str, options: CpuOptions) -> onnxruntime.InferenceSession:
-    """Load a step graph on the CPU.
+def open_cpu_session(graph: Path, digest: str, options: CpuOptions) -> onnxruntime.InferenceSession:
+    """Load a graph on the CPU.
 
     The first load on a machine writes the weights as this ONNX Runtime packs them for this processor; later
     loads map that file, which is faster and shares its pages between processes. ``digest`` is that of the

@@ -13,7 +13,7 @@ from typing_extensions import override
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.backend import StepOptions, graphs_of
 from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Steps
-from diagd.engines.onnxruntime_session import check_values, open_session, run_bound
+from diagd.engines.onnxruntime_session import check_values, open_step_session, run_bound
 from diagd.engines.sampler import HostSampler
 from diagd.engines.tensors import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
 
@@ -171,8 +171,7 @@ class PrefixEngine(PrefixState):
         widest = max(MAX_WIDTH // streams, LEAST_WIDTH)
         slots = -(-options.slots // GRANULE) * GRANULE
         super().__init__(manifest, slots, options.tokens, widest, streams)
-        digest = bundle.graph_digest(graph) if options.cpu.prepack else ""
-        self._session = open_session(bundle.file(graph.file), digest, options.cpu.suiting(graph.precision))
+        self._session = open_step_session(bundle, graph, options.cpu)
         self._order: list[int] = [0] if streams == 1 else []  # lanes in the buffers
         self._aside: dict[tuple[str, int], NDArray[Any]] = {}
         self._bound_most = self._idle = 0

@@ -37,7 +37,13 @@ from diagd.engines.devices.host import HostDevice
 from diagd.engines.engine import Engine, Float
 from diagd.engines.executor import Executor
 from diagd.engines.host import cores, instruction_sets
-from diagd.engines.onnxruntime_session import CpuOptions, OnnxRuntimeProgram, open_plainly, open_session
+from diagd.engines.onnxruntime_session import (
+    CpuOptions,
+    OnnxRuntimeProgram,
+    open_cpu_session,
+    open_plainly,
+    open_step_session,
+)
 from diagd.engines.prefix import PlainPrefix, PrefixEngine
 from diagd.engines.tensors import Tensor
 from diagd.errors import BundleError, EngineError, require
@@ -61,7 +67,7 @@ class Processor(Backend):
 
     @override
     def open_graph(self, path: Path, digest: str, options: CpuOptions) -> Graph:
-        return as_graph(open_session(path, digest, options))
+        return as_graph(open_cpu_session(path, digest, options))
 
     @override
     def ceilings(self, threads: int = 0) -> Ceilings:
@@ -71,10 +77,7 @@ class Processor(Backend):
 def open_fixed(bundle: Bundle, form: Form, options: StepOptions) -> Executor:
     """The executor over memory of the host, on one session that runs at every width."""
     graphs = graphs_of(bundle, form)
-    cpu = options.cpu.suiting(graphs[0].precision)
-    digest = bundle.graph_digest(graphs[0]) if cpu.prepack else ""
-    session = open_session(bundle.file(graphs[0].file), digest, cpu)
-    widths = widths_of(graphs)
+    session, widths = open_step_session(bundle, graphs[0], options.cpu), widths_of(graphs)
     bind = partial(OnnxRuntimeProgram, session, widths=widths, kind="cpu")
     return Executor(bundle.manifest, graphs[0], widths, options, HostDevice(), bind)
 

@@ -22,7 +22,7 @@ from diagd.bundle.manifest import (
     StepGraph,
     TextConditioning,
     Tokenizer,
-    context_policy,
+    sliding_context,
 )
 from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.bundle.targets import bundle_target
@@ -230,7 +230,7 @@ class Exporter:
         family, config, source = self.family, self.family.transformer, sources.transformer.source
         return Manifest(
             **{name: getattr(family, name) for name in TOLD},
-            context=context_policy(config),
+            context=sliding_context(config),
             cache=CacheShape(
                 layers=config.layers,
                 kv_heads=config.kv_heads,

@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from diagd.engines.engine import Float, Int
 from diagd.runtime.decoders import RasterDecoder
 from diagd.runtime.sampling import SamplingSettings
-from diagd.runtime.session import Session
+from diagd.runtime.session import Seen, Session
 from diagd.runtime.step import Result
 from diagd.runtime.stream import Ids, Stream
 from diagd.schedule import NO_SINK, Step
-
-Steps = Iterator[tuple[Step, Result]]
 
 
 class Pair(NamedTuple):
@@ -29,7 +27,7 @@ class Pair(NamedTuple):
     follower: Result
 
 
-def lockstep(leader: Steps, follower: Steps, stream: Stream) -> Iterator[Pair]:
+def lockstep(leader: Iterator[Seen], follower: Iterator[Seen], stream: Stream) -> Iterator[Pair]:
     """Both runs, step by step, over the leader's tokens: one difference does not spoil what comes after.
 
     The follower runs the same steps, and its predictions are not kept (``ForcedDecoder``); ``stream`` is its
@@ -42,7 +40,7 @@ def lockstep(leader: Steps, follower: Steps, stream: Stream) -> Iterator[Pair]:
 
 
 @dataclass
-class Block:
+class Sums:
     """Sums over predictions behind one prompt; blocks are independent, so their spread is known."""
 
     predictions: int = 0
@@ -76,15 +74,15 @@ class Comparison:
     def __init__(self, ranges: Int, first: int = 0) -> None:
         self._ranges, self._first = ranges, first
         self.cells: list[Cell] = []
-        self.blocks = [Block()]
-        self.widths: dict[int, Block] = {}
+        self.blocks = [Sums()]
+        self.widths: dict[int, Sums] = {}
         self._noise = self._signal = 0.0
         self._difference = self._greatest = 0.0
 
     def begin(self) -> None:
         """What follows is behind another prompt."""
         if self.blocks[-1].predictions:
-            self.blocks.append(Block())
+            self.blocks.append(Sums())
 
     def add(
         self, width: int, cells: Int, reference: Float, candidate: Float, tokens: Int | None = None
@@ -105,7 +103,7 @@ class Comparison:
             self.cells += map(Cell, *(column.tolist() for column in columns))
             nll, divergence = likelihood(log_softmax(expected), log_softmax(seen))
             agreed = int((chosen == best).sum())
-            for sums in (self.blocks[-1], self.widths.setdefault(width, Block())):
+            for sums in (self.blocks[-1], self.widths.setdefault(width, Sums())):
                 sums.predictions += len(rows)
                 sums.agreed += agreed
                 sums.nll += nll

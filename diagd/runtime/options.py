@@ -27,7 +27,7 @@ from diagd.runtime.load import measured, open_group, open_session
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
-from diagd.runtime.text import read_text
+from diagd.runtime.text import read_embeddings
 from diagd.schedule import Schedule
 
 DRAFT = "draft"
@@ -185,7 +185,7 @@ class TextOptions:
             UsageError: the file is none, or words come without an encoder or for a model without text.
         """
         if self.words is None:
-            return read_text(self.text) if self.text else None
+            return read_embeddings(self.text) if self.text else None
         if manifest.text is None or self.t5 is None or self.text or encode_text is None:
             raise UsageError("words need a model that attends to text, --set t5=FOLDER, and no --set text")
         return encode_text(self.words, self.t5, manifest.text.length)

@@ -54,7 +54,7 @@ def check_text(reader: TextReader | None, text: Float | None, name: str) -> None
         )
 
 
-def read_text(path: Path) -> Float:
+def read_embeddings(path: Path) -> Float:
     """Embeddings float32 [n, width] from a .npy file, or the one tensor of a .safetensors file.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int: TypeAlias = NDArray[np.integer[Any]]
-Rows: TypeAlias = NDArray[np.int32]
+Int32: TypeAlias = NDArray[np.int32]
 
 NO_SINK = -1
 
@@ -53,23 +53,23 @@ class Shape:
         last_guesses: those of the last step, to be hidden ahead of the next block.
     """
 
-    offsets: Rows
-    widths: Rows
-    decoding: Rows
-    decoded: Rows
-    draws: Rows
-    changed: Rows
-    hides: Rows
-    changes: Rows
-    guesses: Rows
-    last_guesses: Rows
+    offsets: Int32
+    widths: Int32
+    decoding: Int32
+    decoded: Int32
+    draws: Int32
+    changed: Int32
+    hides: Int32
+    changes: Int32
+    guesses: Int32
+    last_guesses: Int32
 
     @classmethod
     def of(cls, offsets: Int, decodes: NDArray[np.bool_], transient: NDArray[np.bool_]) -> Shape:
         """Of steps with rows at ``offsets``; bool [rows] say which of them decode a cell and which guess."""
-        starts, widths = _rows(offsets), _rows(np.diff(offsets))
+        starts, widths = _int32(offsets), _int32(np.diff(offsets))
         rows, step = np.arange(starts[-1], dtype=np.int32), np.repeat(np.arange(len(widths)), widths)
-        decoding, guesses = _rows(np.flatnonzero(decodes)), _rows(np.flatnonzero(transient))
+        decoding, guesses = _int32(np.flatnonzero(decodes)), _int32(np.flatnonzero(transient))
         last = step[guesses] == len(widths) - 1
         hidden = guesses[~last]
         when = np.concatenate([step[hidden] + 1, step])
@@ -79,16 +79,16 @@ class Shape:
             widths,
             decoding,
             decoding - starts[step[decoding]],
-            _rows(np.searchsorted(decoding, starts)),
+            _int32(np.searchsorted(decoding, starts)),
             np.concatenate([hidden, rows])[order],
-            _rows(np.flatnonzero(order < len(hidden))),
-            _rows(np.searchsorted(when[order], np.arange(len(starts)))),
+            _int32(np.flatnonzero(order < len(hidden))),
+            _int32(np.searchsorted(when[order], np.arange(len(starts)))),
             guesses,
             guesses[last],
         )
 
 
-def _rows(numbers: Int) -> Rows:
+def _int32(numbers: Int) -> Int32:
     return numbers.astype(np.int32)
 
 
@@ -152,7 +152,7 @@ class Table(Block):
         frame_starts: int32 [frames], step that decodes cell (0, 0) of each frame.
     """
 
-    frame_starts: Int = None  # type: ignore[assignment]
+    frame_starts: Int = field(kw_only=True)
 
     def block(self, first: int, last: int) -> Block:
         """Steps [first, last), which may run without a look at their results."""

@@ -11,7 +11,7 @@ import pytest
 import diagd
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import MANIFEST_NAME
-from diagd.engines.onnxruntime_session import CpuOptions, open_session
+from diagd.engines.onnxruntime_session import CpuOptions, open_cpu_session
 from diagd.engines.prefix import GRANULE, PrefixEngine
 from diagd.engines.tensors import aligned_zeros, rotate_pairs
 from diagd.errors import BundleError, EngineError
@@ -95,7 +95,7 @@ def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     graph = tmp_path / "step.onnx"
     graph.write_bytes(b"no graph")
     with pytest.raises(EngineError, match=r"refuses .*step\.onnx"):
-        open_session(graph, "digest", CpuOptions(1, prepack=False))
+        open_cpu_session(graph, "digest", CpuOptions(1, prepack=False))
 
 
 @pytest.mark.parametrize("form", [Form.PREFIX, Form.MODERN])

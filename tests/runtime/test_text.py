@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from diagd.errors import UsageError
-from diagd.runtime.text import read_text
+from diagd.runtime.text import read_embeddings
 
 TEXT = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
 
@@ -17,14 +17,14 @@ TEXT = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_arrays_of_any_float_are_read(tmp_path: Path, dtype: type[np.floating]) -> None:
     np.save(tmp_path / "text.npy", TEXT.astype(dtype))
-    read = read_text(tmp_path / "text.npy")
+    read = read_embeddings(tmp_path / "text.npy")
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, TEXT.astype(dtype).astype(np.float32))
 
 
 def test_a_batch_of_one_and_safetensors_are_read(tmp_path: Path) -> None:
     save_file({"embeddings": TEXT[None]}, tmp_path / "text.safetensors")
-    np.testing.assert_array_equal(read_text(tmp_path / "text.safetensors"), TEXT)
+    np.testing.assert_array_equal(read_embeddings(tmp_path / "text.safetensors"), TEXT)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_batch_of_one_and_safetensors_are_read(tmp_path: Path) -> None:
 def test_other_contents_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     save_file(arrays, tmp_path / "text.safetensors")
     with pytest.raises(UsageError, match=message):
-        read_text(tmp_path / "text.safetensors")
+        read_embeddings(tmp_path / "text.safetensors")
 
 
 @pytest.mark.parametrize("name", ["text.npy", "text.safetensors"])
@@ -47,4 +47,4 @@ def test_damaged_and_missing_files_are_refused(tmp_path: Path, name: str, conten
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match="holds no text embeddings"):
-        read_text(tmp_path / name)
+        read_embeddings(tmp_path / name)

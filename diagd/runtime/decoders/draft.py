@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.engines.engine import Float, Int
-from diagd.engines.onnxruntime_session import CpuOptions, open_session
+from diagd.engines.onnxruntime_session import CpuOptions, open_cpu_session
 from diagd.errors import UsageError, unknown
 from diagd.runtime.decoders.decoder import Blocks, Decoder, begun, keep
 from diagd.runtime.decoders.jacobi import JacobiDecoder
@@ -148,7 +148,7 @@ def open_network(path: Path, what: str, threads: int = 0) -> Any:
     if not path.is_file():
         raise UsageError(f"no such {what}: {path}; give the path of an ONNX file")
     try:
-        return open_session(path, "", CpuOptions(threads, prepack=False))
+        return open_cpu_session(path, "", CpuOptions(threads, prepack=False))
     except Exception as error:  # ONNX Runtime raises several types for files that are no graph
         raise UsageError(f"{path} cannot be loaded as an ONNX network: {error}") from error
 
