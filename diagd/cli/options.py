@@ -132,6 +132,8 @@ def parse_options(
             raise UsageError(f"--set {name}: the value is empty (a variable that is not set?); give one")
         entry = settable.get(name) or next((e for e in settable.values() if ".".join(e.path) == name), None)
         if entry is None:
+            if named := [e.name for e in known.values() if e.flag and e.path[-1] == name]:
+                raise UsageError(f"unknown option of --set '{name}': it is no setting, give {named[0]}")
             raise unknown("option of --set", name, settable)
         values[entry.path], said[entry.path] = value, f"--set {pair}"
     try:

@@ -18,7 +18,7 @@ from typing import Any
 from diagd.bundle.files import FULL
 from diagd.cli.options import Verb, add_options, explain_stray, read_options
 from diagd.cli.terminal import streams, visible
-from diagd.errors import DependencyError, DiagdError, UsageError
+from diagd.errors import DependencyError, DiagdError, UsageError, unknown
 from diagd.version import __version__
 
 VERBS = {
@@ -121,6 +121,8 @@ def _parse(given: list[str]) -> tuple[Verb[Any], argparse.Namespace]:
     parsers = {name: _add(verbs, name, summary) for name, summary in (added | VERBS | WORLD_VERBS).items()}
     chosen = next((word for word in given if not word.startswith("-")), None)
     if chosen not in parsers:
+        if chosen is not None:
+            parser.error(str(unknown("verb", chosen, parsers)))
         parser.parse_args(given)  # explains, and leaves
     found = _find(str(chosen))  # the options of the others are not needed, and may import
     own = parsers[str(chosen)]

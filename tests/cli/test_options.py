@@ -60,11 +60,14 @@ def test_what_is_no_option_is_told_what_is(word: str, told: str) -> None:
 
 
 def test_the_verb_tells_of_its_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["play", "--seed", "1"], ["world", "train", "out", "--data", "in", "--processes", "1"]):
+    tasks = ["world", "train", "out", "--data", "in", "--processes", "1"]
+    for words in (["generat"], tasks, ["play", "--seed", "1"]):
         with pytest.raises(SystemExit) as left:
             main(words)
         assert left.value.code == 2
-    assert "diagd play: error: unknown option '--seed'" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "diagd: error: unknown verb 'generat'; did you mean 'generate'?" in told
+    assert "diagd play: error: unknown option '--seed'" in told
 
 
 def test_flags_and_settings_are_typed() -> None:
@@ -103,7 +106,7 @@ def test_help_shows_values_as_they_are_given(capsys: pytest.CaptureFixture[str])
         (("a", "--set", "threads=-1"), "--set threads=-1: Input should be greater than or equal to 0"),
         (("a", "--set", "engine.frames=x"), "--set engine.frames=x: Input should be a valid integer"),
         (("a", "--set", "thread=1"), "did you mean 'threads'?"),
-        (("a", "--set", "seed=above"), "unknown option of --set 'seed'"),
+        (("a", "--set", "seed=above"), "unknown option of --set 'seed': it is no setting, give --seed"),
         (("a", "--set", "hidden=0"), "unknown option of --set 'hidden'"),
         (("a", "--set", "threads"), "--set takes NAME=VALUE, got 'threads'"),
         (("a", "--k", " "), "--k  : the value is empty"),
