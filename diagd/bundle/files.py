@@ -161,11 +161,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, what: str) -> str:
     """A text that somebody wrote (UTF-8), also out of a pipe; lines end in a line feed, whatever they did.
 
     Raises:
-        OSError: it cannot be read, is no such text, or has no end.
+        UsageError: ``what`` cannot be read from it, as it is absent, is no such text, or has no end.
     """
     waiting = threading.Timer(_PATIENCE_SECONDS, _LOG.warning, ("still reading %s: has it an end?", path))
     waiting.daemon = True
@@ -177,7 +177,9 @@ def read_text(path: Path) -> str:
             raise OSError(errno.EOVERFLOW, f"it has more than {_MOST_TEXT:,} bytes; split it", str(path))
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise OSError(errno.EILSEQ, f"it is not UTF-8 text ({error.reason})", str(path)) from error
+        raise UsageError(f"cannot read {what} {path}: it is not UTF-8 text ({error.reason})") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {what} {path}: {error.strerror or error}") from error
     finally:
         waiting.cancel()
 

@@ -132,11 +132,9 @@ def read_controls(bundle: Path, codec: ActionCodec | None, file: Path | None = N
     if codec is None or (file is None and not path.is_file()):
         return default_controls(codec)
     try:
-        controls = Controls.model_validate_json(read_text(path))
+        controls = Controls.model_validate_json(read_text(path, "controls from"))
     except ValidationError as error:
         raise UsageError(f"{path}: {fault(error)}; see docs/play.md for the table") from None
-    except OSError as error:
-        raise UsageError(f"cannot read controls from {path}: {error.strerror or error}") from None
     for code in controls.keys:
         try:
             encode(codec, bounded(codec, controls.action([code], (), (0, 0))))

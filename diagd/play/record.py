@@ -256,7 +256,7 @@ def read_record(path: Path) -> tuple[Header, list[tuple[int, Line]]]:
     Raises:
         UsageError: it is no record, or a line is damaged.
     """
-    lines = list(_lines(path))
+    lines = list(enumerate(io.StringIO(read_text(path, "the record")), start=1))
     try:
         first = Header.model_validate_json(lines[0][1])
     except (IndexError, ValidationError):
@@ -277,13 +277,6 @@ def read_record(path: Path) -> tuple[Header, list[tuple[int, Line]]]:
             f"tokens; play it with diagd {first.diagd}"
         )
     return first, parsed
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        yield from enumerate(io.StringIO(read_text(path)), start=1)
-    except OSError as error:
-        raise UsageError(f"cannot read the record {path}: {error.strerror or error}") from None
 
 
 def replay(game: Game, lines: Sequence[tuple[int, Line]], strict: bool = True) -> Iterator[Shown]:

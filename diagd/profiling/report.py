@@ -218,14 +218,14 @@ def read_report(path: Path) -> Report:
         UsageError: it cannot be read, is no report, or is of a later version.
     """
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_text(path, "the report"))
         version = content.get("schema_version") if isinstance(content, dict) else None
         if not isinstance(version, int):
             raise ValueError("it has no schema version")
         if version > SCHEMA_VERSION:
             raise UsageError(f"{path} has schema version {version}; this diagd reads up to {SCHEMA_VERSION}")
         return Report.model_validate(_current(content) if version == 1 else content)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # or was made by hand
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # or was made by hand
         reason = fault(error) if isinstance(error, ValidationError) else error
         raise UsageError(f"{path} is no report of diagd-profile: {reason}") from error
 

@@ -67,7 +67,7 @@ def read_actions(path: str | Path, codec: ActionCodec) -> NDArray[np.int32]:
     """
     rows: list[NDArray[np.int32]] = []
     total = 0
-    for number, line in enumerate(_lines(Path(path)), start=1):
+    for number, line in enumerate(read_text(Path(path), "actions from").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -84,13 +84,6 @@ def read_actions(path: str | Path, codec: ActionCodec) -> NDArray[np.int32]:
     if not rows:
         raise UsageError(f"{path} holds no action; write one JSON object a line, {{}} for no action")
     return np.concatenate(rows)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return read_text(path).split("\n")
-    except OSError as error:
-        raise UsageError(f"cannot read actions from {path}: {error.strerror or error}") from None
 
 
 def _parse(line: str) -> dict[str, Any]:

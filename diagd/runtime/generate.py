@@ -125,11 +125,7 @@ def _beside(clip: ClipOptions, path: Path) -> ClipOptions:
 def _listed(options: GenerateOptions) -> list[tuple[str, ClipOptions, TextOptions]]:
     """Clips of a file of lines ``{"visual_input": file, "prompt": words, "actions": file}``, by name."""
     listing, found = options.clip.prompt, []
-    try:
-        lines = read_text(listing).split("\n")
-    except OSError as error:
-        raise UsageError(f"cannot read clips from {listing}: {error.strerror or error}") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(listing, "clips from").split("\n"), start=1):
         if not line.strip():
             continue
         try:

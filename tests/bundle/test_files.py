@@ -180,8 +180,8 @@ def test_a_disk_that_flushes_nothing_is_written_all_the_same(
 
 def test_what_is_read_has_an_end(tmp_path: Path) -> None:
     for device in ("/dev/zero", "/dev/full"):
-        with pytest.raises(OSError, match="bytes; split it"):
-            read_text(Path(device))
+        with pytest.raises(UsageError, match=f"cannot read text from {device}: .* bytes; split it"):
+            read_text(Path(device), "text from")
         with pytest.raises(OSError, match="pipe or device"):
             open_file(Path(device))
 
@@ -200,7 +200,7 @@ def test_a_text_may_come_out_of_a_pipe_and_who_waits_is_told(
 
     writer = threading.Thread(target=write)
     writer.start()
-    assert read_text(pipe) == "one\ntwo\nthree\n"
+    assert read_text(pipe, "text from") == "one\ntwo\nthree\n"
     assert told.is_set()
     writer.join()
 
