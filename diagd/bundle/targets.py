@@ -25,10 +25,9 @@ BEGINNINGS: Mapping[str, tuple[int, tuple[bytes, ...]]] = {
 
 
 def bundle_target(path: Path, option: str = "--output") -> Path:
-    """Where a bundle can be written: nothing, an empty folder or a bundle is there. Links are followed.
+    """Where a bundle can be written: nothing, an empty folder or a bundle is there; UsageError for all else.
 
-    Raises:
-        UsageError: something else is there, or nothing can be written.
+    Links are followed.
     """
     place = _folder(path, option, "a bundle", _is_bundle)
     _try(place if place.exists() else _first_there(place) / place.name, option)
@@ -36,13 +35,10 @@ def bundle_target(path: Path, option: str = "--output") -> Path:
 
 
 def folder_target(path: Path, marks: Mapping[str, bytes], what: str, option: str = "--output") -> Path:
-    """Where a folder of results can be written: nothing, an empty folder or one of the same kind is there.
+    """Where a folder of results can be written; UsageError but for nothing, an empty one or one of its kind.
 
     ``marks``: files of which such a folder has at least one, and what stands near the beginning of each.
     ``what``, the name of the kind, and ``option`` are for the message.
-
-    Raises:
-        UsageError: something else is there, or nothing can be written.
     """
     place = _folder(
         path, option, what, lambda place: any(words in _head(place / name) for name, words in marks.items())

@@ -271,12 +271,7 @@ def _runtime() -> Any:
 
 
 def _adapter() -> Any:
-    """The first GPU.
-
-    Raises:
-        DependencyError: the provider is not installed.
-        EngineError: it cannot be loaded, or finds no GPU.
-    """
+    """The first GPU; DependencyError where the provider is absent, EngineError where it finds none."""
     _load_provider()
     found = [device for device in _runtime().get_ep_devices() if device.ep_name == PROVIDER]
     if not found:

@@ -62,15 +62,12 @@ def philox(counter: Words, key: int) -> Words:
 
 
 def noise(seed: int, positions: NDArray[np.integer[Any]], ids: NDArray[np.integer[Any]]) -> Float:
-    """Numbers of some ids at some positions.
+    """Numbers float32 [n], exponentially distributed with mean 1, above 0, of some ids at some positions.
 
     Args:
         seed: 0 <= seed < 2**64; the Philox key.
         positions: int [n], counted from the start of the stream and never rolled back with the window.
         ids: int [n]; a block of the generator serves four, so that neighbours are made together.
-
-    Returns:
-        float32 [n], exponentially distributed with mean 1, above 0.
     """
     result = np.empty(len(ids), np.float32)
     for start in range(0, len(ids), _AT_ONCE):

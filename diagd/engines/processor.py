@@ -219,14 +219,10 @@ def _library() -> Any:
 
 
 def _compile(model: Path | bytes, threads: int, floats: str) -> Any:
-    """A graph compiled for the processor.
+    """A graph, in an ONNX file or as its content, compiled for the processor.
 
-    The model is an ONNX file, or its content. ``floats`` is always said, for OpenVINO's own choice depends
-    on the machine.
-
-    Raises:
-        DependencyError: OpenVINO is not installed.
-        EngineError: it refuses the graph.
+    ``floats`` is always said, for OpenVINO's own choice depends on the machine. DependencyError where it is
+    not installed, EngineError where it refuses the graph.
     """
     library = _library()
     settings = {

@@ -70,7 +70,7 @@ def sample(
     high: Int | None = None,
     keep_crossing: bool = True,
 ) -> Int:
-    """Draw one token a row.
+    """Draw one token a row, int32 [R].
 
     Args:
         logits: float32 [R, V]; -inf forbids an id.
@@ -79,9 +79,6 @@ def sample(
         low: int32 [R], first id each row may take; 0 without.
         high: int32 [R], one past the last id each row may take; V without.
         keep_crossing: top-p keeps the id at which the cumulated probability crosses p.
-
-    Returns:
-        int32 [R] ids.
 
     Raises:
         UsageError: a range is empty or outside the vocabulary.

@@ -38,15 +38,9 @@ MAX_LITERAL = 10_000
 
 
 def encode(codec: ActionCodec, action: Mapping[str, object]) -> NDArray[np.int32]:
-    """Tokens of one action.
+    """Tokens int32 [n] of one action, one a slot; UsageError where a name or a value is not the codec's.
 
     It has pressed buttons as true or 1, fields as lists of numbers, choices by name; {} is no action.
-
-    Returns:
-        int32 [n], one token a slot.
-
-    Raises:
-        UsageError: an unknown name, or a value of the wrong kind or range.
     """
     inputs = {name: _value(codec, name, value) for name, value in action.items()}
     return np.array([_token(slot, inputs) for slot in codec.slots], dtype=np.int32)

@@ -39,11 +39,7 @@ def read_array(path: Path, what: str) -> NDArray[np.generic]:
 
 
 def read_ids(path: Path) -> NDArray[np.integer]:
-    """Read an array of tokens.
-
-    Raises:
-        UsageError: as `read_array`, or its numbers are not whole.
-    """
+    """Read an array of tokens; UsageError as `read_array`, and where its numbers are not whole."""
     tokens = read_array(path, "tokens")
     if tokens.dtype.kind not in "iu":
         raise UsageError(f"{path} holds {tokens.dtype}; expected tokens, which are whole numbers (int32)")

@@ -227,11 +227,7 @@ def read_prompt(path: Path, pixels: PixelCodec, frames: int, resize: bool) -> In
 
 
 def read_tokens(path: Path, manifest: Manifest) -> Int:
-    """Tokens int32 [P, rows, columns] from a .npy file.
-
-    Raises:
-        UsageError: the file cannot be read, or holds no frames of visual tokens of the model.
-    """
+    """Tokens int32 [P, rows, columns] from a .npy file; UsageError where it holds none of the model's."""
     tokens, rows, columns = read_ids(path), manifest.layout.rows, manifest.layout.columns
     if tokens.shape[1:] != (rows, columns):
         raise UsageError(f"{path} has shape {list(tokens.shape)}; expected [frames, {rows}, {columns}]")

@@ -222,15 +222,10 @@ def threads_by_size(cpu: CpuOptions, size: int, most: int = 1) -> CpuOptions:
 
 
 class Measurement(Record):
-    """A way to decode a bundle, and what it took.
+    """A way to decode a bundle, and the ``seconds`` that a frame took.
 
-    Attributes:
-        backend: its name.
-        precision: of the step graph.
-        computed: precision that the backend computes it in.
-        threads: of the processor.
-        seconds: of a frame.
-        passed: tokens and logits are inside the gate of ``computed``; None: there was no FP32 graph to tell.
+    ``precision`` is that of the step graph, ``computed`` what the backend computes it in. ``passed``: tokens
+    and logits are inside the gate of ``computed``; None: there was no FP32 graph to tell.
     """
 
     backend: str

@@ -136,11 +136,8 @@ def compile_kernels(architecture: int) -> bytes:
     """Machine code of the kernels by NVRTC, for a compute capability such as 90; needs no GPU.
 
     Not PTX: a driver refuses the PTX of an NVRTC newer than itself, but runs machine code of its CUDA's major
-    version (CUDA Compatibility, "Minor Version Compatibility").
-
-    Raises:
-        DependencyError: NVRTC is not installed.
-        EngineError: it refuses the source.
+    version (CUDA Compatibility, "Minor Version Compatibility"). DependencyError where NVRTC is not installed,
+    EngineError where it refuses the source.
     """
     # The sampler rounds products before it adds them, as NumPy does.
     return _compiled(SOURCE_NAME, architecture, "--fmad=false")

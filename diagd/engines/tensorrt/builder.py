@@ -292,13 +292,7 @@ def build_bytes(weights: float) -> float:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes.
-
-    Attributes:
-        weights: of one copy of the step graph's weights.
-        cache: K/V buffers.
-        plan_copies: copies of the weights in the plan.
-    """
+    """Bytes of one copy of a step graph's weights and of the K/V buffers, and weights' copies in the plan."""
 
     weights: int
     cache: int

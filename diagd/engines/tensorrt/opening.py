@@ -253,16 +253,12 @@ def compile_engine(
     progress: Progress | None = None,
     force: bool = False,
 ) -> tuple[StoredEngine, tuple[LogLine, ...]]:
-    """Compile a step graph and keep the engine in the bundle.
+    """Compile a step graph and keep the engine in the bundle; with ``force`` even if memory seems too small.
 
-    With ``force`` even if memory seems too small.
-
-    Returns:
-        The engine on disk, read back, and what TensorRT warned of.
+    Gives the engine on disk, read back, and what TensorRT warned of. Ctrl-C leaves nothing behind.
 
     Raises:
         EngineError: TensorRT refuses, memory does not suffice, or what is on disk is not what was built.
-        KeyboardInterrupt: cancelled; nothing is left.
     """
     offered = capabilities(trt)
     chosen, graph = resolve(bundle, request, offered)
