@@ -66,7 +66,7 @@ DIAGD_HOST_DEVICE float power_of_two(float logarithm) {
   return (power + 1.220703125e-4f) - 1.220703125e-4f;
 }
 
-// -ln(1 - (word + 1/2) / 2^32); see diagd/engines/noise.py.
+// -ln(1 - (word + 1/2) / 2^32); see diagd/engines/sampler.py.
 DIAGD_HOST_DEVICE float exponential(uint32_t word) {
   float v = static_cast<float>(word) * 2.3283064365386963e-10f;
   v = v + 1.1641532182693481e-10f;

@@ -13,7 +13,7 @@ from typing_extensions import Never, Unpack
 
 from diagd.bundle import Manifest
 from diagd.engines.engine import Engine, Float, Int, Steps
-from diagd.engines.noise import check_seed
+from diagd.engines.sampler import check_seed
 from diagd.errors import UsageError
 from diagd.runtime.context import Refill, context_policy
 from diagd.runtime.decoders.decoder import ActingDecoder, Decoder

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diagd
-from diagd.engines.noise import noise
+from diagd.engines.sampler import noise
 from diagd.errors import UsageError
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session

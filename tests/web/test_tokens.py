@@ -14,9 +14,8 @@ import pytest
 import diagd
 from diagd.bundle import Bundle
 from diagd.engines.engine import SamplingState
-from diagd.engines.noise import noise_rows
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.engines.sampler import sample
+from diagd.engines.sampler import noise_rows, sample
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families import find
 from diagd.export.families.cosmos import CosmosDvConfig

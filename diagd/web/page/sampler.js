@@ -1,4 +1,4 @@
-// From logits to ids as diagd/engines/sampler.py and noise.py do it: the same rules, the same noise, to the bit.
+// From logits to ids as diagd/engines/sampler.py does it: the same rules, the same noise, to the bit.
 // Every sum, product and quotient is one of float32, rounded by itself (Math.fround), exponentials and logarithms are
 // polynomials of our own, and weights are multiples of 2**-36, whose sums in float64 are exact: nothing here depends
 // on how a machine rounds its library functions.
@@ -32,7 +32,7 @@ export function words(seed, position, block) {
   return [a, b, c, d];
 }
 
-// -ln(1 - v) of v = (word + 1/2) / 2**32; see noise.py.
+// -ln(1 - v) of v = (word + 1/2) / 2**32; see sampler.py.
 export function exponential(word) {
   const v = Math.min(f(f(f(word) * 2 ** -32) + 2 ** -33), 1 - 2 ** -24);
   floats[0] = 1 - v;
