@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -239,6 +238,8 @@ class _Maker:
         for path in job.outputs:
             if path.suffix.lower() == EPISODE:
                 vector_codec(path, self.manifest.actions, self.manifest.name)
+            if path.suffix.lower() == TOKENS and self.options.beyond == "prompt":
+                raise UsageError(f"{path}: beyond=prompt goes on from pictures; give .mp4 or .gif")
         tokens_only = {path.suffix.lower() for path in (job.clip.prompt, *job.outputs)} == {".npy"}
         pixels = None if tokens_only else self.pixels
         clip = read_clip(job.clip, self.manifest, pixels, self.options.session.window)
@@ -319,7 +320,7 @@ class _Future:
         self._session, self._manifest, self._options = maker.session, maker.manifest, maker.options
         self._kind = path.suffix.lower()
         self._decoding = 0.0
-        self._tokens, self._actions = list[Int](), list[Int]()
+        self._turns, self._actions = list[tuple[Int, int, list[Int]]](), list[Int]()  # prompt, seed, frames
 
     def make(self) -> Made:
         """Decode and write it."""
@@ -338,7 +339,7 @@ class _Future:
         title = f"{self._path.name} by {self._options.decoder or manifest.spelling}"
         with maker.progress.count(title, self._count) as self._advance:
             if self._kind == TOKENS:
-                write_tokens(self._path, self._decode(self._count))
+                write_tokens(self._path, self._decode(self._count, clip.tokens))
                 return None
             if self._kind == EPISODE:
                 self._write_episode(np.stack(list(self._pictures())))
@@ -346,15 +347,17 @@ class _Future:
             truth, known = None if clip.acts else clip.truth, maker.pixels.pictures_of(len(clip.tokens))
             return write_video(self._path, self._pictures(), maker.fps, maker.mark, truth, known)
 
-    def _decode(self, frames: int, turn: int = 0) -> Iterator[Int]:
-        """Tokens of so many frames behind the prompt, in a turn with a seed of its own."""
-        maker, seed = self._maker, self._seed + turn * self._options.branches
+    def _decode(self, frames: int, prompt: Int) -> Iterator[Int]:
+        """Tokens of so many frames behind a prompt, in a turn with a seed of its own."""
+        maker, seed = self._maker, self._seed + len(self._turns) * self._options.branches
+        tokens: list[Int] = []
+        self._turns.append((prompt, seed, tokens))
         actions = self._clip.actions(frames)
         made = self._session.frames(maker.decoder, actions, count=frames, sampling=maker.settings, seed=seed)
         for frame in made:
             self._advance(1)
             self._decoding += frame.seconds
-            self._tokens.append(frame.tokens)
+            tokens.append(frame.tokens)
             self._actions.append(frame.action)
             yield frame.tokens
 
@@ -362,12 +365,12 @@ class _Future:
         """Pictures of the prompt and of what is made behind it."""
         pixels, tokens, count = self._maker.pixels, self._clip.tokens, self._count
         if self._options.beyond == "stream":
-            yield from pixels.decode(chain(tokens, self._decode(count)))
+            yield from pixels.decode(chain(tokens, self._decode(count, tokens)))
             return
         shown, text = 0, self._session.stream.text
-        for turn in itertools.count():
+        while True:
             piece = min(count, self._manifest.context.frames - len(tokens))
-            pictures = np.stack(list(pixels.decode([*tokens, *self._decode(piece, turn)])))
+            pictures = np.stack(list(pixels.decode([*tokens, *self._decode(piece, tokens)])))
             yield from pictures[shown:]
             count -= piece
             if not count:
@@ -403,8 +406,10 @@ class _Future:
 
     def _audit(self) -> tuple[float, float]:
         """Share of all tokens that are next-token prediction's, and of the worst frame's."""
-        clip, settings = self._clip, self._maker.settings
-        self._session.start(clip.tokens, clip.led, self._session.stream.text)
-        led = np.stack(self._actions) if self._manifest.actions else None
-        shares = audit(self._session, np.stack(self._tokens), led, sampling=settings, seed=self._seed)
-        return float(shares.mean()), float(shares.min())
+        session, settings, text = self._session, self._maker.settings, self._session.stream.text
+        led, shares = np.stack(self._actions) if self._manifest.actions else None, []
+        for prompt, seed, tokens in self._turns:
+            session.start(prompt, self._clip.led, text)
+            shares.append(audit(session, np.stack(tokens), led, sampling=settings, seed=seed))
+        frames = np.concatenate(shares)
+        return float(frames.mean()), float(frames.min())

@@ -86,6 +86,14 @@ def test_long_clips_begin_as_short_ones(bundle: Path, clip: Path, tmp_path: Path
     np.testing.assert_array_equal(short, again[:33])
     assert len(long) == len(again) == 49
     assert (long[33:] != again[33:]).any()
+    with pytest.raises(UsageError, match=r"beyond=prompt.*give \.mp4 or \.gif"):  # of which a stream is none
+        make(bundle, clip, tmp_path / "d.npy", frames="40", beyond="prompt")
+
+
+@pytest.mark.parametrize("beyond", ["stream", "prompt"])
+def test_next_tokens_of_long_clips_are_exact(bundle: Path, clip: Path, tmp_path: Path, beyond: str) -> None:
+    made = make(bundle, clip, tmp_path / "a.gif", frames="64", beyond=beyond, decoder="ntp", audit=True)
+    assert made.exact == (1, 1)
 
 
 @pytest.mark.parametrize(
