@@ -95,7 +95,7 @@ class SlidingRotary:
         frames = oldest - self._slots.base // self._layout.frame_length
         if self._slots.live:  # an engine that has run nothing for this stream may have no rows of it
             self._rotate(-frames * np.asarray(self._context.frame_angles), self._slots.live)
-        self._slots.rebase(frames * self._layout.frame_length)
+        self._slots.rebase(frames * self._layout.frame_length, self._layout.prefix)
 
 
 class SlidingAbsolute:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,7 +49,7 @@ class SamplingSettings:
             raise UsageError(
                 f"temperature is {self.temperature}; expected 0 (greedy) or a number from {low:g} to {high:g}"
             )
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        if not 0 <= self.top_k < math.inf or self.top_k != int(self.top_k):
             raise UsageError(f"top-k is {self.top_k}; expected a whole number of ids, or 0 to keep all")
         if not 0 < self.top_p <= 1:
             raise UsageError(

@@ -368,7 +368,7 @@ class Session:
             engine.write_slots(slots.slot_position, self.lane)
             slots.whole_sent()
         shape = block.shape
-        positions = np.subtract(block.positions, slots.base, dtype=np.int32, casting="unsafe")
+        positions = np.subtract(block.positions, np.int64(slots.base), dtype=np.int32, casting="unsafe")
         taken = slots.append(positions, shape, engine.written_widths(shape.widths))
         cells = block.sinks[shape.decoding]
         places = stream.places.of(np.concatenate([block.sources, cells]))

@@ -164,13 +164,13 @@ class SlotRing:
         return offsets, np.insert(changed, at, zeros), np.insert(values, at, void)
 
     def evict(self, first: int, last: int) -> None:
-        """Hide the rows at stream positions [first, last)."""
-        self._forget(first, last)
+        """Hide the rows up to stream position ``last``, those of a prefix of ``first`` tokens apart."""
+        self._forget(first, last - self.base)
         self._evicted = True
 
     def _forget(self, first: int, last: int) -> None:
         held = self.slot_position[self._ring_start : self.live]
-        gone = np.flatnonzero((held >= first - self.base) & (held < last - self.base)) + self._ring_start
+        gone = np.flatnonzero((held >= first) & (held < last)) + self._ring_start
         self.slot_position[gone] = VOID
         self._hidden = np.concatenate([self._hidden, gone.astype(np.int32)])
         if self.live and self.slot_position[self.live - 1] == VOID:
@@ -179,7 +179,7 @@ class SlotRing:
 
     def rewind(self, first: int) -> None:
         """Hide the rows at stream positions from ``first`` on, and write over those written last."""
-        self._forget(first, VOID + self.base)
+        self._forget(first - self.base, VOID)
         if self._ring_start:
             zeros = np.arange(self._zero_first, self._zero_last, dtype=np.int32)
             again = zeros >= first - self.base
@@ -193,10 +193,10 @@ class SlotRing:
         behind = (self.write_index - start - 1 - held) % ring
         self.write_index = start + int(held[behind.argmin()]) + 1
 
-    def rebase(self, shift: int) -> None:
-        """Count positions from ``shift`` further on; prefix tokens then stand at negative ones."""
+    def rebase(self, shift: int, prefix: int = 0) -> None:
+        """Count positions from ``shift`` further on; those of the ``prefix``, seen by all, stay."""
         held = self.slot_position[: self.live]
-        held[held != VOID] -= shift
+        held[(held >= prefix) & (held != VOID)] -= np.int64(shift)
         self.base += shift
         self.stale = True
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat, takewhile
-from typing import Any, Final, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 from diagd.engines.engine import Float, Int, SamplingState
 from diagd.errors import UsageError
 from diagd.runtime.arrays import whole
-from diagd.runtime.sampling import SAMPLER, ActionLaw, SamplingSettings
+from diagd.runtime.sampling import ActionLaw, SamplingSettings
 from diagd.runtime.slots import TokenPlaces
+from diagd.runtime.snapshot import Head, read, shape
 from diagd.schedule import Schedule, StreamLayout
 
 Ids = NDArray[np.integer[Any]]
@@ -25,8 +25,6 @@ Actions = Ids | Iterable[Ids | None] | Callable[[int], Ids | None] | None
 """Ids of the known tokens that lead to each frame: [frames, n], one frame at a time, or asked for by the
 index of the frame. The model decodes those that are None. A run ends with what is iterated over, or where a
 callable raises StopIteration. None for models without actions."""
-
-SNAPSHOT: Final = "diagd stream 2"
 
 
 class RunOptions(TypedDict, total=False):
@@ -352,21 +350,19 @@ class Stream:
         """All that is needed to go on elsewhere, in kilobytes; K/V rows are built again from the tokens."""
         orders = {past.order for past in self.past}
         names = {order: index for index, order in enumerate(orders)}
-        head = {
-            "format": SNAPSHOT,
-            "layout": _shape(self.layout),
-            "known": self.known,
-            "prompt": self.prompt,
-            "sampler": SAMPLER,
-            "seed": self.seed,
-            "settings": [self.settings.temperature, self.settings.top_k, self.settings.top_p],
-            "orders": [None if order is None else order.name for order in orders],
-        }
+        head = Head(
+            layout=shape(self.layout),
+            known=self.known,
+            prompt=self.prompt,
+            seed=self.seed,
+            settings=(self.settings.temperature, self.settings.top_k, self.settings.top_p),
+            orders=[None if order is None else order.name for order in orders],
+        )
         gap, target = self.layout.gap, io.BytesIO()
         actions = [np.pad(past.actions, (gap - len(past.actions), 0)) for past in self.past]
         np.savez_compressed(
             target,
-            head=np.frombuffer(json.dumps(head).encode(), np.uint8),
+            head=np.frombuffer(head.model_dump_json().encode(), np.uint8),
             first=self.tokens[self.places.of(np.arange(self.layout.frame_start(1)))],
             tokens=np.array([past.tokens for past in self.past], np.int32),
             actions=np.array(actions, np.int32).reshape(len(actions), gap),
@@ -379,14 +375,18 @@ class Stream:
 
     def restore(self, snapshot: bytes) -> None:
         """Become the stream of a snapshot; UsageError where it is none, or of a model with other tokens."""
-        head, arrays, past = _read(snapshot, self.layout)
+        head, arrays = read(snapshot, self.layout)
         for name in ("first", "tokens", "actions"):
             self._check("the snapshot", arrays[name])
+        orders = [None if order is None else Schedule.parse(order, self.layout) for order in head.orders]
+        settings = SamplingSettings(*head.settings)
         self.forget()
-        self.past.extend(past)
-        self.known, self.prompt = int(head["known"]), int(head["prompt"])
-        self.begun = self.known
-        self.seed, self.settings = int(head["seed"]), SamplingSettings(*head["settings"])
+        columns = (arrays[name] for name in ("tokens", "actions", "counts", "order", "origin"))
+        for tokens, actions, count, order, origin in zip(*columns, strict=True):
+            led = whole(actions[len(actions) - count :])
+            self.past.append(Past(whole(tokens), led, orders[order], int(origin)))
+        self.known, self.prompt, self.begun = head.known, head.prompt, head.known
+        self.seed, self.settings = head.seed, settings
         self.text = arrays["text"] if arrays["text"].size else None
         self.write(0, arrays["first"])
         self._write_past()
@@ -412,37 +412,3 @@ class Stream:
     def _put_actions(self, frame: int, ids: Int) -> None:
         if len(ids):
             self.write(self.layout.first_cell(frame) - len(ids), ids)
-
-
-def _shape(layout: StreamLayout) -> list[int]:
-    return [layout.rows, layout.columns, layout.prefix, layout.before, layout.after]
-
-
-def _read(snapshot: bytes, own: StreamLayout) -> tuple[dict[str, Any], dict[str, NDArray[Any]], list[Past]]:
-    """The head of a snapshot, its arrays, and its frames; ``own`` is the layout that it must have."""
-    try:
-        with np.load(io.BytesIO(snapshot), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        head = json.loads(bytes(arrays["head"]))
-        if head["format"] != SNAPSHOT:
-            raise ValueError(f"its format is {head['format']!r}")
-        if head["sampler"] != SAMPLER:
-            raise ValueError(f"its sampler is {head['sampler']!r}, this one's is {SAMPLER!r}")
-        layout = StreamLayout(*head["layout"])
-        orders = [None if order is None else Schedule.parse(order, own) for order in head["orders"]]
-        known, kept = int(head["known"]), len(arrays["tokens"])
-        if not min(1, known) <= kept <= known:
-            raise ValueError(f"it has {kept} of {known} frames")
-        arrays["tokens"] = whole(arrays["tokens"]).reshape(-1, layout.rows, layout.columns)
-        columns = (arrays[name] for name in ("tokens", "actions", "counts", "order", "origin"))
-        past = [
-            Past(tokens, actions[len(actions) - count :], orders[order], int(origin))
-            for tokens, actions, count, order, origin in zip(*columns, strict=True)
-        ]
-    except Exception as error:  # NumPy, json and zipfile raise many types for bytes that are something else
-        raise UsageError(
-            f"this is no snapshot of a stream ({error}); take one with stream.snapshot()"
-        ) from error
-    if _shape(own) != head["layout"]:
-        raise UsageError(f"the snapshot is of a stream of {layout}, this model's is {own}")
-    return head, arrays, past

@@ -47,7 +47,7 @@ def check_text(reader: TextReader | None, text: Float | None, name: str) -> None
     length, width = reader.spec.length, reader.spec.width
     if text is None:
         raise UsageError(f"{name} needs text embeddings [n, {width}], n up to {length}: --set text=FILE")
-    if text.ndim != 2 or text.shape[1] != width or not 1 <= len(text) <= length:
+    if np.shape(text)[1:] != (width,) or not 1 <= len(text) <= length:
         raise UsageError(
             f"text embeddings have shape {list(text.shape)}; this model takes [n, {width}] with n from 1 "
             f"to {length}"

@@ -225,7 +225,7 @@ class Schedule:
         begun, first, last = begun - skipped, first - skipped * self.d, last - skipped * self.d
         start = self.layout.first_cell(1)
         unfed = unfed if first < 0 else 1  # later blocks do not depend on it
-        frame = 1 if unfed <= start else origin
+        frame = 1 + max(0, -(-(unfed - start) // self.layout.frame_length))
         pause -= skipped * self.d
         block = _compiled(self, frame, begun, unfed, max_width, (first, last), last - pause)
         shift = (origin + skipped - frame) * self.layout.frame_length

@@ -56,6 +56,7 @@ def test_every_order_meets_the_noise_of_the_place_in_the_stream(session: Session
         ({"temperature": 1e-9}, "temperature is 1e-09"),
         ({"top_k": -3}, "top-k is -3"),
         ({"top_k": 1.5}, "top-k is 1.5"),
+        ({"top_k": float("nan")}, "top-k is nan"),
         ({"top_p": 0.0}, "top-p is 0.0"),
         ({"top_p": 1.2}, "at most 1"),
     ],

@@ -155,6 +155,17 @@ def test_positions_are_counted_from_the_base() -> None:
     assert ring.slot_position[:2].tolist() == [VOID, 1]
 
 
+def test_a_prefix_stays_ahead_of_all_however_far_the_base_is() -> None:
+    ring = SlotRing(6)
+    append(ring, [0, 1])
+    ring.rebase(1 << 40, prefix=2)
+    append(ring, [2, 3])
+    ring.evict(2, (1 << 40) + 3)
+    assert ring.slot_position[:4].tolist() == [0, 1, VOID, 3]
+    ring.rewind((1 << 40) + 3)
+    assert ring.slot_position[:4].tolist() == [0, 1, VOID, VOID]
+
+
 @given(st.lists(st.integers(1, 9), min_size=3, max_size=12), st.integers(3, 5), st.booleans())
 def test_overlapping_frames_find_slots_however_often_they_begin_anew(
     runs: list[int], window: int, padded: bool

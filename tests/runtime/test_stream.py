@@ -422,12 +422,13 @@ np.save(f"{folder}/frames.npy", np.stack([frame.tokens for frame in frames]))
 def changed(snapshot: bytes, **changes: Any) -> bytes:
     """A snapshot with another head or text, or ids that are larger."""
     arrays, target = dict(np.load(io.BytesIO(snapshot))), io.BytesIO()
+    head = json.loads(bytes(arrays["head"]))
     for name, value in changes.items():
-        if name == "known":
-            head = json.loads(bytes(arrays["head"])) | changes
-            arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
-        else:
+        if name in arrays:
             arrays[name] = value if name == "text" else arrays[name] + value
+        else:
+            head[name] = value
+    arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
     np.savez(target, **arrays)
     return target.getvalue()
 
@@ -449,6 +450,16 @@ def test_snapshots_of_something_else_are_refused(bundle: Path, tmp_path: Path) -
         ({"tokens": CODES}, r"snapshot has ids .*the model knows"),
         ({"known": 1}, "it has 2 of 1 frames"),
         ({"known": "two"}, "no snapshot of a stream"),
+        ({"known": 1 << 60}, "it has 2 of 1152921504606846976 frames"),
+        ({"prompt": None}, "no snapshot of a stream"),
+        ({"seed": True}, "no snapshot of a stream"),
+        ({"settings": [1.0, 0]}, "no snapshot of a stream"),
+        ({"settings": [1e9, 0, 1.0]}, "temperature is 1000000000.0"),
+        ({"first": 0.5}, "its first are float64, expected whole numbers"),
+        ({"origin": 1j}, "its origin are complex128, expected whole numbers"),
+        ({"order": 9}, r"its order are \[9, 9\], expected 0..0"),
+        ({"counts": -9}, "its counts are .* expected 0.."),
+        ({"text": np.full((1, 4), "a")}, "no snapshot of a stream"),
         ({"text": np.ones((1, 4), np.float32)}, "attends to no text"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -457,6 +468,24 @@ def test_snapshots_of_something_else_are_refused(bundle: Path, tmp_path: Path) -
         prompt(session)
     with pytest.raises(UsageError, match=r"cannot go back by 2 frames"):
         session.stream.rewind(2)
+
+
+@pytest.mark.parametrize("name", ["k=1 serial", "k=1 chained"])
+def test_a_stream_goes_on_where_int32_ends(bundle: Path, name: str) -> None:
+    session = diagd.load(bundle, threads=1)
+    layout, order, tokens = session.layout, orders(session.layout)[name], []
+    if not can_slide(session, order):
+        pytest.skip("flights end with the window")
+    prompt(session)
+    decode(session, order, actions(layout, 18))
+    near, far = session.stream.snapshot(), ((1 << 31) // layout.frame_length - 20) // 12 * 12
+    for snapshot in (near, changed(near, known=20 + far, origin=far)):
+        session.stream.restore(snapshot)
+        run = session.frames(ScheduledDecoder(order), actions(layout, 16), sampling=SamplingSettings(0.0))
+        tokens.append([frame.tokens.tolist() for frame in run])
+    assert session.stream.fed > 1 << 31
+    if not layout.prefix or session.manifest.context.kind == "absolute":  # else it moves away from the prefix
+        assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize("name", ["next token", "k=1 serial", "k=1 chained"])
