@@ -151,6 +151,8 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         options = options or {}
         mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs)), np.bool_)
         seeds = [seed + n for n in range(self.num_envs)] if isinstance(seed, int) else seed
+        if seeds is not None:
+            self._check_count(len(seeds), "seeds")
         for number, given in enumerate(seeds or ()):
             if given is not None and mask[number]:
                 self._randoms[number] = np.random.default_rng(given)
@@ -165,6 +167,7 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         """Decode one frame of each environment but those that begin anew."""
         infos: dict[str, Any] = {}
         taken = [Taken(encoded(self._codec, one), {}) for one in iterate(self.action_space, actions)]
+        self._check_count(len(taken), "actions")
         over, self._over = self._over, np.zeros(self.num_envs, np.bool_)
         for number in np.flatnonzero(over).tolist():
             infos = self._add_info(infos, self._reset(number, None), number)
@@ -185,6 +188,10 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         for game in self._games:
             game.close()
         self._group.close()
+
+    def _check_count(self, count: int, what: str) -> None:
+        if count != self.num_envs:
+            raise UsageError(f"{count} {what}; expected {self.num_envs}, one an environment")
 
     def _reset(self, number: int, prompt: int | None) -> dict[str, Any]:
         game, self._steps[number], self._over[number] = self._games[number], 0, False

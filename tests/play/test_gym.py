@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -100,6 +101,9 @@ def test_many_worlds_at_once_are_each_as_one_alone(world: Path) -> None:
     seen, _ = many.reset(seed=[8, 8, 8], options={"reset_mask": np.array([False, True, False])})
     np.testing.assert_array_equal(seen[1], alone[1].reset(seed=8)[0])
     np.testing.assert_array_equal(seen[::2], kept[::2])
+    for wrong in (partial(many.step, np.zeros(2, np.int64)), partial(many.reset, seed=[1, 2, 3, 4])):
+        with pytest.raises(UsageError, match="expected 3, one an environment"):
+            wrong()
     for env in (*alone, many):
         env.close()
 
