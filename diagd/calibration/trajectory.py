@@ -124,7 +124,7 @@ def trajectories(
     found, sliding = [], []
     for name, schedule in named.items():
         # an absolute context does not slide while frames overlap
-        whole = schedule.d >= schedule.steps_per_frame or not isinstance(manifest.context, AbsoluteContext)
+        whole = not schedule.overlaps or not isinstance(manifest.context, AbsoluteContext)
         sliding += [schedule] * whole
         frames = min(-(-share // schedule.d), 64 if whole else window - 1)
         found.append(Trajectory(name, schedule, 1, frames, share))

@@ -1,4 +1,4 @@
-"""What a step gives back, and what it took."""
+"""What a step gives back and what it took; and who runs passes, for one run or for several in lock step."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Past:
     @property
     def overlapped(self) -> bool:
         """Whether a later frame may have begun before it was complete."""
-        return self.order is not None and self.order.d < self.order.steps_per_frame
+        return self.order is not None and self.order.overlaps
 
     def is_given(self, tokens: Ids, led: Ids | tuple[()]) -> bool:
         """Whether its rows are those of a frame of a prompt, with these tokens and ids leading to it."""

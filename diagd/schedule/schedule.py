@@ -150,6 +150,11 @@ class Schedule:
         return self.layout.steps_per_frame(self.k)
 
     @property
+    def overlaps(self) -> bool:
+        """Whether a frame begins before the one ahead of it is complete."""
+        return self.d < self.steps_per_frame
+
+    @property
     def frames_in_flight(self) -> int:
         """Most frames under way at once."""
         return self.steps_per_frame // self.d + 1
@@ -247,7 +252,7 @@ class Schedule:
         if self.k < layout.columns and layout.rows > 1:
             starts = cell[layout.columns :: layout.columns]
             sources[:, starts] = self._seed_sources(first_frame, frame, starts)
-        if layout.gap == 0 and self.d < self.steps_per_frame:  # a frame start is seeded like a row's
+        if layout.gap == 0 and self.overlaps:  # a frame start is seeded like a row's
             sources[1:, 0] = self._seed_sources(first_frame, frame[1:], cell[:1])[:, 0]
         return _rows(steps, sources, sinks - 1, sinks)
 
@@ -290,9 +295,8 @@ class Schedule:
         layout = self.layout
         row = np.arange(layout.rows)
         is_last = row == layout.rows - 1
-        serial = self.d == self.steps_per_frame
         inner = np.full(layout.rows, self.refeed and self.k < layout.columns)
-        fed = np.where(is_last, layout.gap > 0 if serial else self.refeed, inner)
+        fed = np.where(is_last, self.refeed if self.overlaps else layout.gap > 0, inner)
         frame, row = np.arange(frames)[:, None], row[fed.astype(bool)]
         start = layout.first_cell(first_frame) + frame * layout.frame_length
         positions = start + (row + 1) * layout.columns - 1

@@ -1,4 +1,4 @@
-"""Step graphs on a device: fixed addresses, no wait for the host inside a frame, one CUDA graph a width."""
+"""What the executor runs on: memory at fixed addresses, kernels and graphs that nobody waits for."""
 
 from __future__ import annotations
 

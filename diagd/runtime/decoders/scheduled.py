@@ -41,7 +41,7 @@ class ScheduledDecoder(Decoder):
                 f"up to {stream.max_width}; use a larger k or d, or export with --set widths={widest}"
             )
         last = None if stream.limit is None else stream.limit - 1
-        if stream.horizon is None or schedule.d == schedule.steps_per_frame:
+        if stream.horizon is None or not schedule.overlaps:
             return
         if last is None or last > stream.horizon:
             raise UsageError(
