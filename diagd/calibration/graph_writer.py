@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,6 @@ from torch import nn
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import StepGraph
 from diagd.bundle.precision import FLOATING, PRECISIONS
-from diagd.bundle.transformer import parameter_shapes
 from diagd.calibration.evaluate import part_of
 from diagd.calibration.matrices import (
     BLOCKED_OPSET,
@@ -27,7 +26,7 @@ from diagd.engines.engine import Float
 from diagd.export.exporter import TORCH_TYPES
 from diagd.export.onnx_file import read_onnx
 from diagd.export.step_graph import PLAIN, StepVariant, projections, trace_step
-from diagd.export.tracing import give_data, save, simplify
+from diagd.export.tracing import link_weights, save
 from diagd.export.weights import StoredWeights, WeightSource, constant, store
 from diagd.progress import Progress
 
@@ -61,10 +60,7 @@ class GraphWriter:
         sources = self._rounded(graphs[0], matrices) | self._floats(model, graphs[0], choices)
         with self._progress.bytes(f"writing {name}", sum(s.bytes for s in sources.values())) as advance:
             tensors = self._stored.tensors() | store(self._bundle.file(weights), sources, advance)
-            parameters = {f"transformer.{part}" for part in parameter_shapes(self._config)}
-            kept = parameters.intersection(model.graph.initializers)  # as exports keep them
-            _simplify(give_data(model, tensors), kept)
-            save(give_data(model, tensors), self._bundle.file(name))
+            save(link_weights(_without_shapes(model), tensors), self._bundle.file(name))
         return tuple(self._described(graph, name) for graph in graphs)
 
     def parts(
@@ -78,19 +74,16 @@ class GraphWriter:
         inputs = {projection.name: projection.inputs for projection in projections(self._config)}
         dtype = TORCH_TYPES[self._precision(graphs[0])]
         either = {name: EitherMatrix(matrix, inputs[name], dtype) for name, matrix in rounded.items()}
-        traced = self._trace(graphs[0], either)
+        traced = _without_shapes(self._trace(graphs[0], either))
         sources = {f"{name}.rounded": matrix for name, matrix in rounded.items()}
         rounded_file = self._bundle.file(SINGLE[2])
         tensors = self._stored.tensors() | store(rounded_file, self._rounded(graphs[0], sources))
-        floats = self._part_floats(traced, graphs[0], choices, choices)
-        give_data(traced, tensors | store(self._bundle.file(SINGLE[1]), floats))
-        _simplify(traced, floats)
         try:
             for part in dict.fromkeys(map(part_of, choices)):
                 chosen = {name: choice for name, choice in choices.items() if part_of(name) == part}
                 self._bundle.file(SINGLE[1]).unlink(missing_ok=True)  # there may be no floats
                 floats = self._part_floats(traced, graphs[0], choices, chosen)
-                give_data(traced, tensors | store(self._bundle.file(SINGLE[1]), floats))
+                link_weights(traced, tensors | store(self._bundle.file(SINGLE[1]), floats))
                 save(traced, self._bundle.file(SINGLE[0]))
                 yield part, tuple(self._described(graph, SINGLE[0]) for graph in graphs)
         finally:
@@ -196,13 +189,13 @@ class GraphWriter:
         return divisors
 
 
-def _simplify(model: ir.Model, changing: Collection[str] = ()) -> ir.Model:
+def _without_shapes(model: ir.Model) -> ir.Model:
     """A graph whose quantised products ONNX Runtime finds.
 
     Where it knows shapes, it makes a product and its residual one Gemm, which then hides the product from the
     fusion with DequantizeLinear.
     """
-    for node in simplify(model, changing).graph:
+    for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = value.type = None

@@ -252,7 +252,8 @@ class RowScaledMatrix(QuantisedMatrix):
         """``x`` [W, K] times the matrix."""
         largest = x.abs().amax(-1, keepdim=True)
         # ONNX Runtime 1.31 keeps the reduced axis of an array without rows at its full size.
-        reach = largest.index_select(-1, self.first).clamp(min=float(SMALLEST))
+        reach = onnx_operator("Gather", (largest, self.first), x.dtype, largest.shape, axis=-1)
+        reach = reach.clamp(min=float(SMALLEST))
         x_scale = reach * (1 / 127)
         x_q = onnx_operator("QuantizeLinear", (x / x_scale, self.one, self.zero), torch.uint8, x.shape)
         shape = (*x.shape[:-1], self.outputs)

@@ -158,16 +158,15 @@ class Exporter:
         """Graphs, tokenizer, the weights and the manifest."""
         config, dtype = self.family.transformer, TORCH_TYPES[self.options.precision]
         tensors = weights.external_tensors(self._placements, WEIGHTS_NAME, partial.path.parent)
-        kept = [f"transformer.{rule.target}" for rule in self.family.rules]  # who tunes the bundle reads them
         files = {graph.file: graph for graph in self._graphs}  # one file serves every width
         for graph in progress.each(list(files.values()), "tracing step graphs"):
             capacity, streams = graph.capacity or 0, graph.streams
             traced = trace_step(config, graph.form, dtype=dtype, capacity=capacity, streams=streams)
-            save(link_weights(traced, tensors, kept), directory / graph.file)
+            save(link_weights(traced, tensors), directory / graph.file)
         read = {file: read_onnx(directory / file).weights for file in files}
         if config.text:
             traced = trace_text(config, dtype)
-            save(link_weights(traced, tensors, kept), directory / TEXT_GRAPH)
+            save(link_weights(traced, tensors), directory / TEXT_GRAPH)
         tokenizer = None
         if self.family.tokenizer and sources.tokenizer is not None:
             tokenizer = write_tokenizer(self.family.tokenizer, sources.tokenizer, directory, progress)

@@ -38,7 +38,7 @@ def traced_once(
     told = json.dumps([_code(), described(module), inputs, how], default=_told, skipkeys=True)
     key = hashlib.sha256(told.encode()).hexdigest()[:32]
     if (known := cache.read(KIND, key)) is None:
-        known = _written(trace(module, inputs, functions=functions, **how), module)
+        known = _written(trace(module, inputs, functions=functions, **how))
         cache.write(KIND, key, known)
     return _read(known)  # a graph that was just traced would get other names from passes over it
 
@@ -73,13 +73,12 @@ def _code() -> list[str]:
     return [sources.hexdigest(), platform.python_version(), *map(version, packages)]
 
 
-def _written(model: ir.Model, module: nn.Module) -> bytes:
+def _written(model: ir.Model) -> bytes:
     """A graph whose weights say type and shape only."""
     import onnx_ir as ir
 
-    for name, _ in (*module.named_parameters(), *module.named_buffers()):
-        value = model.graph.initializers.get(name)
-        if value is not None and value.dtype is not None and value.shape is not None:
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None and value.dtype is not None and value.shape is not None:
             value.const_value = ir.ExternalTensor("-", 0, 0, value.dtype, shape=value.shape, name=name)
     content: bytes = ir.to_proto(model).SerializeToString()
     return content

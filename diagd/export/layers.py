@@ -8,7 +8,7 @@ each by itself and chained for onnx_ir to inline, takes 63 lines more than copie
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,10 +148,10 @@ class _Graph:
         return [copied[value] if value in copied else self._of_layer(value, layer) for value in node.inputs]
 
     def _of_layer(self, value: ir.Value | None, layer: int) -> ir.Value | None:
-        """What stands in a layer for an input or an initializer of another; other values stay."""
+        """What stands in a layer for an input or a weight of another; other values stay."""
         import onnx_ir as ir
 
-        if value is None or value.producer() is not None or number_in(value.name or "") is None:
+        if value is None or value.producer() is not None or value.const_value is not None:
             return value
         name = numbered(value.name or "", layer)
         if name not in self.named:
@@ -162,25 +162,14 @@ class _Graph:
 
     def drop_traced(self) -> None:
         """Leave out the layers that were copied, and what tells of ends."""
+        from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+
         _replace(self.ends[0].outputs, self.ends[0].inputs)
-        traced = [node for layer in self._layers[1:-1] for node in layer]
-        _drop_unused(self._graph, [*traced, *self.ends])
-        initializers = self._graph.initializers
-        for name in [n for n, value in initializers.items() if number_in(n) is not None and not value.uses()]:
-            del initializers[name]
-        if not any(node.domain == DOMAIN for node in self._graph):
-            self._model.opset_imports.pop(DOMAIN, None)
+        RemoveUnusedNodesPass()(self._model)
+        RemoveUnusedOpsetsPass()(self._model)
 
 
 def _replace(values: Sequence[ir.Value], others: Sequence[ir.Value | None]) -> None:
     for value, other in zip(values, others, strict=True):
         assert other is not None
         value.replace_all_uses_with(other)
-
-
-def _drop_unused(graph: ir.Graph, nodes: Collection[ir.Node]) -> None:
-    """Remove those of some nodes that give nothing to any other, the last of the graph first."""
-    chosen = set(nodes)
-    for node in reversed([node for node in graph if node in chosen]):
-        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-            graph.remove(node, safe=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from functools import cache, partial
@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +35,7 @@ RMS_NORM_OPSET = 23
 _SIGNATURES: Final[dict[Hashable, Any]] = {}
 
 FOLD_LIMIT = 1024
-"""Elements up to which constants are folded or merged; anything larger is a weight and stays external."""
+"""Elements up to which literals are folded, and tensors in the place of weights lie in a graph."""
 
 
 def trace(
@@ -64,7 +63,7 @@ def trace(
         functions: that the module calls.
 
     Returns:
-        The graph, not optimised, its initializers without data where the module is on the meta device.
+        The graph, optimised, its initializers without data where the module is on the meta device.
     """
     require("onnxscript", extra="export", purpose="write ONNX graphs")
     traced: Any = module.eval()
@@ -83,9 +82,13 @@ def trace(
             dynamic_shapes=dynamic_shapes,
             custom_translation_table=_translations(opset),
         )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned no program")
-    return functions.define(program.model, opset) if functions else program.model
+        if program is None:
+            raise RuntimeError("torch.onnx.export returned no program")
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_meta and (value := program.model.graph.initializers.get(name)):
+                value.const_value = None
+        model = _simplify(program.model)
+    return functions.define(model, opset) if functions else model
 
 
 def onnx_operator(
@@ -193,7 +196,7 @@ class _Part(nn.Module):
             opset=opset,
             dynamic_shapes=(self._axes,),
         )
-        graph = simplify(model).graph
+        graph = model.graph
         for value in graph.initializers.values():  # a function has none
             assert value.const_value is not None
             constant = ir.AttrTensor("value", value.const_value)
@@ -254,20 +257,8 @@ def _rms_norm(x: Any, shape: Sequence[int], weight: Any, epsilon: float) -> Any:
     return result if dtype == wide else op.Cast(result, to=dtype)
 
 
-def link_weights(
-    model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], kept: Collection[str] = ()
-) -> ir.Model:
-    """Give the initializers of a traced graph their data, then simplify it, in place.
-
-    Simplification comes second because constant folding reads small initializers, which have no data before.
-    ``tensors``: see ``give_data``. ``kept``: those that are found by name later, whatever they hold.
-    """
-    changing = [name for name in kept if name in model.graph.initializers]
-    return give_data(simplify(give_data(model, tensors), changing), tensors)
-
-
-def give_data(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.Model:
-    """Refer initializers to their data, in place.
+def link_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.Model:
+    """Refer the initializers of a traced graph to their data, in place.
 
     ``tensors``: of every parameter and buffer, by name, most of them external. Their types and shapes are the
     graph's, also where PyTorch has none for them or the graph serves tables of any length.
@@ -281,29 +272,16 @@ def give_data(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.M
     return model
 
 
-def simplify(model: ir.Model, changing: Collection[str] = ()) -> ir.Model:
-    """Optimise a traced graph with data, in place, and leave out what only says how it was made.
+def _simplify(model: ir.Model) -> ir.Model:
+    """Optimise a traced graph, in place, and leave out what only says how it was made.
 
-    ``changing``: initializers that are given other data later: nothing is made of what they hold now.
+    Nothing is made of parameters and buffers, which have no data yet.
     """
-    import onnx_ir as ir
     from onnx_ir.passes.common import InlinePass
     from onnxscript import optimizer
 
-    random = np.random.default_rng(0)  # equal ones would be merged
-    for name in changing:
-        value = model.graph.initializers[name]
-        if (data := value.const_value) is not None and data.size <= FOLD_LIMIT:
-            value.const_value = ir.tensor(random.normal(size=data.shape.numpy()).astype(data.dtype.numpy()))
-    with _uncollected(), _matched_by_kind():
-        InlinePass(lambda function: function.domain != DOMAIN)(model)
-        optimizer.optimize_ir(
-            model,
-            inline=False,
-            input_size_limit=FOLD_LIMIT,
-            output_size_limit=FOLD_LIMIT,
-            should_fold=lambda node: False if any(v and v.name in changing for v in node.inputs) else None,
-        )
+    InlinePass(lambda function: function.domain != DOMAIN)(model)
+    optimizer.optimize_ir(model, inline=False, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
@@ -373,29 +351,6 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, kept)
-
-
-@contextmanager
-def _matched_by_kind() -> Iterator[None]:
-    """Patterns are looked for at nodes of the kind of their last alone; some look through the graph first."""
-    with ExitStack() as stack:
-        with suppress(ImportError, AttributeError, KeyError):
-            from onnxscript.rewriter._matcher import SimplePatternMatcher
-            from onnxscript.rewriter._rewrite_rule import RewriteRule
-
-            rewrite = RewriteRule.try_rewrite
-
-            @cache
-            def kind(rule: Any) -> Any:
-                simple = isinstance(rule._matcher, SimplePatternMatcher)
-                return rule._target_pattern.output_nodes[0].op_identifier() if simple else None
-
-            def tried(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
-                of_kind = kind(self) in (None, node.op_identifier())
-                return rewrite(self, model, graph, node, **options) if of_kind else None
-
-            stack.enter_context(_replaced(RewriteRule, "try_rewrite", tried))
-        yield
 
 
 def _operators(make: Callable[[int], Any], opset_version: int) -> Any:

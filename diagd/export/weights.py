@@ -250,18 +250,9 @@ class StoredWeights:
         np.memmap(self._path, place.dtype, "r+", place.offset, place.shape)[...] = values
 
     def tensors(self) -> dict[str, ir.TensorProtocol]:
-        """All of them, as ``NAME`` and ``NAME.plain``, for a graph beside the file.
-
-        Those that its simplification reads lie in it: the file may be a hard link, which onnx_ir refuses to
-        read.
-        """
-        import onnx_ir as ir
-
-        found: dict[str, ir.TensorProtocol] = {}
-        found |= external_tensors(self._places, WEIGHTS_NAME, self._path.parent)
-        small = [name for name, place in self._places.items() if math.prod(place.shape) <= FOLD_LIMIT]
-        found |= {name: ir.Tensor(np.array(self[name]), name=name) for name in small}
-        return found | {name + PLAIN: tensor for name, tensor in found.items()}
+        """All of them, as ``NAME`` and ``NAME.plain``, for a graph beside the file."""
+        found = external_tensors(self._places, WEIGHTS_NAME, self._path.parent)
+        return {**found, **{name + PLAIN: tensor for name, tensor in found.items()}}
 
 
 class ResumableWeights:

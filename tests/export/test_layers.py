@@ -80,7 +80,8 @@ def meaning(model: ir.Model) -> list[object]:
             of(value)
     shapes = [(v.name, re.sub(r"s\d+", "s", str(v.shape)), str(v.dtype)) for v in model.graph.outputs]
     operators = sorted(node.op_type for node in model.graph if node.op_type != "Identity")
-    weights = sorted(model.graph.initializers)
+    held = [(name, v.const_value) for name, v in model.graph.initializers.items()]
+    weights = sorted(name if data is None else f"{data.dtype} {data.numpy().tolist()}" for name, data in held)
     inputs = [value.name for value in model.graph.inputs]
     return [shapes, [of(v) for v in model.graph.outputs], operators, weights, inputs, model.opset_imports]
 
