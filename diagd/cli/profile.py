@@ -110,11 +110,7 @@ def _backends(options: ProfileVerb, path: Path) -> int:
 
 
 def _check_trace(trace: Path, output: Path) -> None:
-    """Find out before the measurement, not behind it.
-
-    Raises:
-        UsageError: the trace cannot be written there.
-    """
+    """Find out before the measurement, not behind it; UsageError: the trace cannot be written there."""
     if trace.absolute().parent == output.absolute():
         output.mkdir(parents=True, exist_ok=True)
     file_target(trace, (), "--trace", begins=b'{"traceEvents"')

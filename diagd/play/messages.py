@@ -114,11 +114,7 @@ _PATH: Final = re.compile(r"(?:\b[A-Za-z]:)?(?:[\\/][^\s\\/:;,'\"()]+){2,}")
 
 
 def parse(text: str) -> Message:
-    """A message.
-
-    Raises:
-        UsageError: it is none; says which part is wrong, and nothing of its content.
-    """
+    """A message; UsageError, which says where it is wrong and nothing of its content, where it is none."""
     if len(text) > MAX_TEXT or len(text.encode(errors="replace")) > MAX_TEXT:
         raise UsageError(f"a message has more than {MAX_TEXT} bytes")
     try:

@@ -64,19 +64,11 @@ class PlaySettings(Frozen):
 
     @property
     def sampling(self) -> SamplingSettings:
-        """How tokens are drawn.
-
-        Raises:
-            UsageError: a value cannot be drawn with.
-        """
+        """How tokens are drawn; UsageError: a value cannot be drawn with."""
         return SamplingSettings(self.temperature, self.top_k, self.top_p)
 
     def open(self, manifest: Manifest) -> Decoder:
-        """The decoder, new.
-
-        Raises:
-            ScheduleError: it is no decoder, or its lags cannot be decoded.
-        """
+        """The decoder, new; ScheduleError: it is no decoder, or its lags cannot be decoded."""
         return parse_decoder(self.decoder, manifest)
 
 
@@ -212,11 +204,7 @@ class Record:
             self.close()
 
     def read(self) -> bytes:
-        """All that was written so far.
-
-        Raises:
-            UsageError: the file is gone.
-        """
+        """All that was written so far; UsageError: the file is gone."""
         try:
             if self._file is not None:
                 self._file.flush()

@@ -67,11 +67,7 @@ def serve(
 
 @contextmanager
 def opened_tables(path: Path, options: GameOptions, service: Service) -> Iterator[list[Table]]:
-    """A table for each world, over one engine.
-
-    Raises:
-        DiagdError: the bundle cannot be played, or not by so many.
-    """
+    """A table for each world, over one engine; DiagdError: the bundle cannot be played, or not by so many."""
     group, games = open_games(path, options, service.sessions)
     manifest = games[0].bundle.manifest
     rate = service.fps or manifest.frames_per_second
@@ -122,11 +118,7 @@ class _Head(BaseModel):
 
 
 def saved_games_target(folder: Path) -> Path:
-    """Where worlds can be kept.
-
-    Raises:
-        UsageError: the folder holds something else, or cannot be written.
-    """
+    """Where worlds can be kept; UsageError: the folder holds something else, or cannot be written."""
     return folder_target(folder, {MARK: KIND.encode()}, "worlds that diagd serve keeps", "--set state")
 
 

@@ -382,11 +382,7 @@ class Fleet(Protocol):
         """End after the frames that are decoded now."""
 
     def check(self) -> None:
-        """Go on.
-
-        Raises:
-            DiagdError: nothing can be played any more.
-        """
+        """Go on; DiagdError: nothing can be played any more."""
         return
 
     def metrics(self) -> Sequence[tuple[str, str, str, float]]:

@@ -143,11 +143,7 @@ class Abilities:
 
 
 def check_terminal(environment: Mapping[str, str]) -> None:
-    """Refuse where nothing could be seen.
-
-    Raises:
-        UsageError: there is no terminal, or it shows no colours.
-    """
+    """Refuse where nothing could be seen; UsageError: there is no terminal, or it shows no colours."""
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         raise UsageError("--terminal needs a terminal for both input and output; play in the browser instead")
     if environment.get("TERM") in (None, "", "dumb") or environment.get("NO_COLOR"):
@@ -170,11 +166,7 @@ def _raw(descriptor: int) -> Iterator[None]:
 
 
 def _read(descriptor: int, seconds: float) -> bytes:
-    """What was typed meanwhile.
-
-    Raises:
-        KeyboardInterrupt: the terminal is gone, and with it the player.
-    """
+    """What was typed meanwhile; KeyboardInterrupt: the terminal is gone, and with it the player."""
     ready, _, _ = select.select([descriptor], [], [], seconds)
     try:
         if not ready or (typed := os.read(descriptor, 4096)):

@@ -25,11 +25,7 @@ POINTS: Final = 600
 
 
 def page(report: Report) -> str:
-    """The whole page.
-
-    Raises:
-        DependencyError: jinja2 or matplotlib is not installed.
-    """
+    """The whole page; DependencyError: jinja2 or matplotlib is not installed."""
     jinja2 = require("jinja2", extra="report", purpose="write report.html")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"time": _time, "digits": "{:.3g}".format}

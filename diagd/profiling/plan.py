@@ -131,11 +131,7 @@ class Planned:
                 raise unknown(name, value, known)
 
     def check(self, model: ModelSize) -> None:
-        """Refuse what the model has not.
-
-        Raises:
-            UsageError: a row lag, a window or a clip that does not fit it.
-        """
+        """Refuse what the model has not; UsageError: a row lag, a window or a clip that does not fit it."""
         columns, frames = model.layout.columns, model.context_frames
         if wrong := [k for k in self.k if not 1 <= k <= columns]:
             raise UsageError(f"--set k={wrong[0]}: {model.name} takes row lags 1..{columns}")
@@ -146,11 +142,7 @@ class Planned:
 
 
 def make_plan(model: ModelSize, device: Device, how: Planned | None = None) -> Plan:
-    """Plan a model on a device.
-
-    Raises:
-        UsageError: it is planned for what the model has not.
-    """
+    """Plan a model on a device; UsageError: it is planned for what the model has not."""
     how = how or Planned()
     how.check(model)
     window, table, precision = how.window or model.context_frames, precisions(how.kv_cache), how.precision

@@ -212,11 +212,7 @@ class Report(Frozen):
 
 
 def read_report(path: Path) -> Report:
-    """Read a report.
-
-    Raises:
-        UsageError: it cannot be read, is no report, or is of a later version.
-    """
+    """Read a report; UsageError: it cannot be read, is no report, or is of a later version."""
     try:
         content = json.loads(read_text(path, "the report"))
         version = content.get("schema_version") if isinstance(content, dict) else None

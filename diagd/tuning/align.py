@@ -56,11 +56,7 @@ class Ranks:
         return model if self.size == 1 else DistributedDataParallel(model)
 
     def share(self, windows: int) -> slice:
-        """Its part of the windows of a step.
-
-        Raises:
-            UsageError: there are fewer windows than ranks.
-        """
+        """Its part of the windows of a step; UsageError: there are fewer windows than ranks."""
         if windows < self.size:
             raise UsageError(f"{windows} windows of a step for {self.size} processes; raise --batch")
         return slice(self.rank, None, self.size)

@@ -79,11 +79,7 @@ class FrameEncoder:
 
     @classmethod
     def of_bundle(cls, bundle: Bundle, cpu: CpuOptions) -> FrameEncoder:
-        """The bundle's own encoder graph.
-
-        Raises:
-            UsageError: it has none.
-        """
+        """The bundle's own encoder graph; UsageError: it has none."""
         return cls(PixelCodec(bundle, cpu).encode, bundle.manifest.output_vocabulary, bundle.digest)
 
 
@@ -126,11 +122,7 @@ class TokenDataset:
 
 
 def episode_paths(folder: Path) -> list[Path]:
-    """Shards of a folder in order.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Shards of a folder in order; UsageError: there is none."""
     paths = sorted(folder.glob("episode-*.npz"))
     if not folder.is_dir():
         raise UsageError(
@@ -184,11 +176,7 @@ def cached_tokens(
 
 
 def load_episode(path: Path) -> Episode:
-    """Read one shard.
-
-    Raises:
-        UsageError: not a shard, or its frames and actions differ in number.
-    """
+    """Read one shard; UsageError: not a shard, or its frames and actions differ in number."""
     found = read_arrays(path, ("frames", "actions"), SHARD)
     try:
         frames, actions = found["frames"], found["actions"]

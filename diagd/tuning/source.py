@@ -132,11 +132,7 @@ class Source:
 
     @classmethod
     def open(cls, path: str, model: str | None) -> Source:
-        """Find out what a path is.
-
-        Raises:
-            UsageError: it is neither a bundle nor a world, and no model is named.
-        """
+        """Find out what a path is; UsageError: it is neither a bundle nor a world, and no model is named."""
         if (Path(path) / MANIFEST_NAME).exists():
             if model:
                 raise UsageError(f"--model {model}: a bundle says itself what it holds; leave --model out")

@@ -105,11 +105,7 @@ def write_page(
 
 
 def _written(world: Path) -> set[str]:
-    """What an earlier run wrote, by its own word.
-
-    Raises:
-        UsageError: somebody changed it.
-    """
+    """What an earlier run wrote, by its own word; UsageError where somebody changed it."""
     try:
         return {WORLD, *map(str, json.loads(world.read_bytes())["files"])} if world.is_file() else set()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -159,11 +155,7 @@ def _read_data(tensor: Any, folder: Path) -> None:
 
 
 def _world(bundle: Bundle, window: int) -> dict[str, Any]:
-    """All that the worker has to know, as JSON.
-
-    Raises:
-        UsageError: the bundle cannot be played in a page.
-    """
+    """All that the worker has to know, as JSON; UsageError: the bundle cannot be played in a page."""
     _check(bundle)
     manifest, pixels = bundle.manifest, PixelCodec(bundle, CpuOptions())
     layout, codec, tokenizer, order = manifest.layout, manifest.actions, pixels.spec, manifest.schedule
