@@ -31,10 +31,10 @@ from benchmarks import CONSOLE, parser
 from benchmarks.cpu import bare_products
 from diagd.bundle import Bundle
 from diagd.bundle.transformer import TransformerConfig
+from diagd.cluster.workers import Processes
 from diagd.engines.prefix import PrefixEngine
 from diagd.progress import Progress
 from diagd.runtime.group import Group
-from diagd.runtime.pool import Processes
 from diagd.schedule import Schedule
 from diagd.tuning.recordings import cached_tokens
 from diagd.tuning.rollouts import TOGETHER, Streams

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.bundle import Bundle
+from diagd.cluster.workers import Workers
 from diagd.engines.backend import find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
@@ -23,7 +24,6 @@ from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, Raster
 from diagd.runtime.group import Group
 from diagd.runtime.load import open_group
 from diagd.runtime.pixels import PixelCodec
-from diagd.runtime.pool import Workers
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import NO_SINK, Schedule, StreamLayout
 from diagd.tuning.recordings import FrameEncoder

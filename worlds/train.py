@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from diagd.cluster.workers import end_with_owner, starting
 from diagd.errors import UsageError, unknown
 from diagd.export.families.world import DESCRIPTION, WorldDescription
 from diagd.export.transformer import Transformer
 from diagd.progress import started
-from diagd.runtime.pool import end_with_owner, starting
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import Ranks, together
 from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens, episode_paths, episodes

@@ -1,4 +1,4 @@
-"""More than one machine, by Ray."""
+"""More than one process: of this machine, or of several, by Ray."""
 
 from diagd.cluster.workers import ClusterOptions, open_workers
 

@@ -14,7 +14,7 @@ from diagd.cli.main import main
 from diagd.cluster.workers import RayWorkers
 from diagd.errors import UsageError
 from diagd.tuning.recordings import Episode, load_episode
-from tests.runtime.pool_work import squares
+from tests.cluster.pool_work import squares
 from tests.worlds import ACTIONS, random_world
 from worlds.recordings import check_recipe, save_episode, shard_path
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from diagd.cluster.workers import Here, Processes
 from diagd.errors import UsageError
-from diagd.runtime.pool import Here, Processes
-from tests.runtime.pool_work import squares
+from tests.cluster.pool_work import squares
 
 
 def test_workers_give_what_one_gives_though_one_is_killed(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_workers_end_with_whoever_began_them(tmp_path: Path) -> None:
     code = "import time\nwith Processes(partial(squares, Path(sys.argv[1])), 1) as workers:\n"
     code += "    print(list(workers.map([1])), flush=True)\n    time.sleep(60)\n"
     begin = "import sys\nfrom functools import partial\nfrom pathlib import Path\n"
-    begin += "from diagd.runtime.pool import Processes\nfrom tests.runtime.pool_work import squares\n"
+    begin += "from diagd.cluster.workers import Processes\nfrom tests.cluster.pool_work import squares\n"
     command = [sys.executable, "-c", begin + code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
