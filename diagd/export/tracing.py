@@ -108,9 +108,9 @@ def onnx_operator(
 
 
 def placed(result: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """Placeholders are made on the CPU; the graph has no devices."""
-    placed: Tensor = torch.ops.aten._to_copy.default(result, device=inputs[0].device)
-    return placed
+    """Placeholders are made on the CPU, see ``_hastened``; the graph has no devices."""
+    device = inputs[0].device
+    return result if result.device == device else torch.ops.aten._to_copy.default(result, device=device)
 
 
 class Functions:
@@ -318,22 +318,32 @@ def _hastened() -> Iterator[None]:
 
     Nor does it look for what could be decomposed, or made one type, which runs the whole program again, keep
     results of operators of equal shapes, which takes longer than to find them again where shapes are symbols,
-    or note lines of code and layouts of memory, or write code of graphs that nothing runs. Where another
-    version of PyTorch has other names for these, a trace takes longer.
+    or note lines of code and layouts of memory, or write code of graphs that nothing runs, or prove of sizes
+    what holds where an axis stays dynamic, which it looks at by itself, or work norms out for their shape, or
+    have placeholders moved. Where another version of PyTorch has other names for these, a trace takes longer.
     """
     with ExitStack() as stack:
         with suppress(ImportError, AttributeError, KeyError):
             from onnx_ir.schemas import OpSignature
+            from torch._decomp import decomposition_table
             from torch._dynamo import config as dynamo
+            from torch.export import _trace
             from torch.fx import config as fx
             from torch.fx._lazy_graph_module import _use_lazy_graph_module
             from torch.fx.experimental import proxy_tensor
             from torch.onnx._internal.exporter import _fx_passes, _registration
+            from torch.onnx.ops import _symbolic_impl
 
             stack.enter_context(_use_lazy_graph_module(True))
             stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
+            stack.enter_context(_replaced(_trace, "produce_guards_and_solve_constraints", lambda **_: None))
             stack.enter_context(_replaced(fx, "do_not_emit_stack_traces", True))
             stack.enter_context(_replaced(proxy_tensor, "_extract_tensor_metadata", lambda _: None))
+            where = SimpleNamespace(**vars(torch) | {"zeros": partial(torch.zeros, device="meta")})
+            stack.enter_context(_replaced(_symbolic_impl, "torch", where))
+            norm = torch.ops.aten._fused_rms_norm.default
+            stack.callback(decomposition_table.__setitem__, norm, decomposition_table[norm])
+            decomposition_table[norm] = lambda x, *_: (torch.empty_like(x), torch.empty_like(x))
             table = _registration.ONNXRegistry
             stack.enter_context(_replaced(table, "from_torchlib", partial(_operators, table.from_torchlib)))
             stack.enter_context(_replaced(_fx_passes, "decompose_with_registry", lambda p, _: p))

@@ -85,6 +85,17 @@ def test_a_known_graph_is_the_traced_one(first: tuple[Path, bytes], place: Path)
     assert len(weights) > 5
 
 
+class _Fixed(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.shape[0] == 5 else x
+
+
+def test_an_axis_that_code_fixes_is_no_dynamic_one() -> None:
+    names = {"input_names": ["x"], "output_names": ["y"], "opset": 20}
+    with pytest.raises(ValueError, match=r"static shape of 5 for dimension inputs\['x'\]\.shape\[0\]"):
+        trace(_Fixed(), (torch.zeros(5, device="meta"),), dynamic_shapes=({0: "W"},), **names)
+
+
 def test_whatever_a_graph_depends_on_makes_another(place: Path) -> None:
     known()
     for change in (
