@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import precision_recall_fscore_support
 
 from diagd.bundle.actions import ActionCodec, FirstPressedSlot, MuLawSlot, OnlyPressedSlot
 from diagd.engines.engine import Int
@@ -118,6 +117,8 @@ def _pressed(codec: ActionCodec, group: tuple[str, ...], actions: Int) -> NDArra
 
 
 def _scores(name: str, seen: NDArray[np.integer], done: NDArray[np.integer]) -> dict[str, Estimate]:
+    from sklearn.metrics import precision_recall_fscore_support
+
     figures = {}
     for average in ("micro", "macro"):
         scores = precision_recall_fscore_support(done, seen, average=average, zero_division=0)

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg
-from skimage.metrics import structural_similarity
 
 from diagd.errors import UsageError
 from diagd.runtime.decoders.draft import as_floats, open_network
@@ -67,6 +65,8 @@ def ssim(frames: NDArray[np.uint8], truth: NDArray[np.uint8]) -> NDArray[np.floa
 
     Wang et al. 2004: Gaussian window of 11 pixels, standard deviation 1.5; NaN for frames smaller than that.
     """
+    from skimage.metrics import structural_similarity
+
     height, width, _ = frames.shape[-3:]
     if min(height, width) < _SSIM_WINDOW:
         return np.full(frames.shape[:-3], np.nan)
@@ -91,7 +91,7 @@ def frechet_distance(first: NDArray[np.floating], second: NDArray[np.floating]) 
     a, b = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (first, second))
     shift = first.mean(0) - second.mean(0)
     # The trace of the root of a @ b, whose eigenvalues are real and not negative but for rounding.
-    root = np.sqrt(linalg.eigvals(a @ b).real.clip(0)).sum()
+    root = np.sqrt(np.linalg.eigvals(a @ b).real.clip(0)).sum()
     return float(shift @ shift + np.trace(a) + np.trace(b) - 2 * root)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
@@ -273,6 +272,8 @@ def write_points(folder: Path, points: Sequence[Point], extra: dict[str, Any]) -
 
 def plot_points(path: Path, points: Sequence[Point]) -> None:
     """Write a PNG of speed against likelihood, with what nothing else beats circled."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
     axes = figure.subplots()
     for curve in dict.fromkeys(point.curve for point in points):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
@@ -65,6 +64,8 @@ def _cell(estimate: Estimate | None) -> str:
 
 def save_contact_sheet(path: Path, rows: Mapping[str, NDArray[np.uint8]]) -> None:
     """Write a PNG with one row of frames uint8 [T, H, W, 3] for each label; all rows are equally long."""
+    from matplotlib.figure import Figure
+
     count = max(len(frames) for frames in rows.values())
     size = (1.6 * count + 1.2, 1.25 * len(rows) + 0.3)
     figure = Figure(figsize=size, dpi=110, layout="constrained")

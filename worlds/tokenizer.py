@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -264,6 +263,8 @@ def _count(
 
 def _cluster(patches: Patches, codes: int, seed: int) -> Patches:
     """The centres of k-means, rounded to pixels, with the number of patches that each one stands for."""
+    from sklearn.cluster import MiniBatchKMeans
+
     points = np.frombuffer(b"".join(patches), np.uint8).reshape(len(patches), -1).astype(np.float32)
     weights = np.fromiter(patches.values(), np.float64)
     fitted = MiniBatchKMeans(codes, random_state=seed, batch_size=_PATCH_BATCH, n_init=1)

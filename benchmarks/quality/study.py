@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
@@ -405,6 +404,8 @@ def save_plot(
     path: Path, series: Mapping[str, Sequence[tuple[str, float, float, float]]], across: str, up: str
 ) -> None:
     """Write a PNG with points (label, x, y, standard error of y) of each series; x is logarithmic."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.6), dpi=120, layout="constrained")
     axis = figure.subplots()
     for name, points in series.items():
