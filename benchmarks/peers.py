@@ -166,10 +166,10 @@ def keep_freed_memory() -> None:
 
 
 def show(spent: Times, base: str, title: str, further: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Medians, and how many times as fast as ``base``."""
+    """Medians, and how many times as fast as ``base``: any number of times where a clock has not moved."""
     columns = list(dict.fromkeys(column for _, column in spent))
     table = Table("runtime", *columns, *(["error of the logits"] if further else []), title=title)
-    median = {key: float(np.median(values)) for key, values in spent.items()}
+    median = {key: np.median(values) for key, values in spent.items()}
     for name in dict.fromkeys(name for name, _ in spent):
         gains = (median[base, column] / median[name, column] for column in columns)
         cells = (f"{median[name, c]:.3g} ({gain:.2f}x)" for c, gain in zip(columns, gains, strict=True))

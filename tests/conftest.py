@@ -30,7 +30,7 @@ settings.load_profile("any machine")
 def pytest_collection_finish() -> None:
     """Modules and tests stay: no collection of garbage looks through them again; and fewer do."""
     gc.freeze()
-    gc.set_threshold(10_000)
+    gc.set_threshold(100_000)
 
 
 @pytest.fixture(scope="session", autouse=True)

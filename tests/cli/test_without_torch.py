@@ -21,8 +21,7 @@ sys.exit(main(sys.argv[1:]))
 
 EXTRAS = (
     "torch", "onnx", "onnx_ir", "ml_dtypes", "onnxscript", "safetensors", "huggingface_hub", "openvino",
-    "websockets", "simplejpeg", "gymnasium", "ray", "transformers", "jinja2", "matplotlib", "polygraphy",
-    "scipy", "skimage",
+    "websockets", "gymnasium", "ray", "transformers", "jinja2", "matplotlib", "scipy", "skimage",
 )  # fmt: skip
 
 
