@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from diagd.bundle import Bundle, cache
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.host import cores, installed, processor_features
-from diagd.engines.tensors import ALIGNMENT, Tensor
+from diagd.engines.tensors import ALIGNMENT, Tensor, check_shapes
 from diagd.errors import BundleError, EngineError, UsageError, require
 from diagd.options import checked, setting
 
@@ -107,21 +107,10 @@ def open_plainly(graph: Path) -> onnxruntime.InferenceSession:
 
 
 def check_values(session: Any, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse (BundleError) a graph whose inputs and outputs are not those of its form and its manifest.
-
-    ``shapes``: of what the engine binds, by name; a length below 0 is any. It may have more than the graph,
-    but for K/V rows.
-    """
-    there = {value.name: list(value.shape) for value in (*session.get_inputs(), *session.get_outputs())}
-    rows = [name for name in shapes if name.startswith("past_")]
-    for name in (*rows, *(value.name for value in session.get_inputs()), "logits"):
-        shape, told = there.get(name, []), list(shapes.get(name, []))
-        known = [length if isinstance(length, int) else -1 for length in shape]
-        if len(shape) != len(told) or any(a != b for a, b in zip(known, told, strict=True) if min(a, b) >= 0):
-            raise BundleError(
-                f"'{name}' has the shape {shape} in the step graph, by its form and the manifest {told}: the "
-                "bundle is of another version of diagd, or its manifest was changed; export it again"
-            )
+    """``check_shapes`` of a session; ``shapes``: of what the engine binds."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    there = {value.name: value.shape for value in (*inputs, *outputs)}
+    check_shapes(there, [value.name for value in inputs], shapes)
 
 
 def run_bound(session: Any, binding: Any, options: Any = None) -> None:

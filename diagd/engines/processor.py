@@ -45,7 +45,7 @@ from diagd.engines.onnxruntime_session import (
     open_step_session,
 )
 from diagd.engines.prefix import PlainPrefix, PrefixEngine
-from diagd.engines.tensors import Tensor
+from diagd.engines.tensors import Tensor, check_shapes
 from diagd.errors import BundleError, EngineError, require
 
 BFLOAT16_UNITS: Final = frozenset({"amx_bf16", "avx512_bf16"})
@@ -190,6 +190,12 @@ class OpenVinoProgram:
     capturable = False
 
     def __init__(self, compiled: Any, tensors: Mapping[str, Tensor], widths: tuple[int, ...]) -> None:
+        there = {
+            _name(port, tensors): [size.get_length() if size.is_static else -1 for size in port.partial_shape]
+            for port in (*compiled.inputs, *compiled.outputs)
+        }
+        inputs = [_name(port, tensors) for port in compiled.inputs]
+        check_shapes(there, inputs, {name: tensor.shape for name, tensor in tensors.items()})
         self._requests = {width: _bound(compiled, tensors, width) for width in widths}
 
     def enqueue(self, width: int) -> None:
@@ -201,10 +207,16 @@ def _bound(compiled: Any, tensors: Mapping[str, Tensor], width: int) -> Any:
     """A request that reads and writes the tensors where they are."""
     library, request = _library(), compiled.create_infer_request()
     for port in (*compiled.inputs, *compiled.outputs):
-        tensor = next(tensors[name] for name in port.names if name in tensors)  # it may have several
+        tensor = tensors[_name(port, tensors)]
         array = array_at(tensor, tensor.at_width(width))
         request.set_tensor(port, library.Tensor(array, shared_memory=True))
     return request
+
+
+def _name(port: Any, tensors: Mapping[str, Tensor]) -> str:
+    """Of the names of a port, which may be several, that of a tensor; any where it is none's."""
+    names: set[str] = port.names
+    return min(names, key=lambda name: name not in tensors)
 
 
 def array_at(tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:

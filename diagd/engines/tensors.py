@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from diagd.bundle import Manifest
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.devices import Device
-from diagd.errors import EngineError
+from diagd.errors import BundleError, EngineError
 
 ALIGNMENT = 64
 
@@ -93,6 +93,25 @@ class Program(Protocol):
 
 MakeProgram = Callable[[Mapping[str, Tensor]], Program]
 """Binds a graph to tensors by name; names the graph does not have are ignored."""
+
+
+def check_shapes(
+    there: Mapping[str, Iterable[object]], inputs: Iterable[str], bound: Mapping[str, Sequence[int]]
+) -> None:
+    """Refuse (BundleError) a graph whose inputs and outputs are not those of its form and its manifest.
+
+    A length that is no number, or below 0, is any. ``there``: of the graph, by name. ``bound``: of what the
+    engine binds; it may have more, but for K/V rows.
+    """
+    rows = [name for name in bound if name.startswith("past_")]
+    for name in (*rows, *inputs, "logits"):
+        shape, told = list(there.get(name, [])), list(bound.get(name, []))
+        known = [length if isinstance(length, int) else -1 for length in shape]
+        if len(shape) != len(told) or any(a != b for a, b in zip(known, told, strict=True) if min(a, b) >= 0):
+            raise BundleError(
+                f"'{name}' has the shape {shape} in the step graph, by its form and the manifest {told}: the "
+                "bundle is of another version of diagd, or its manifest was changed; export it again"
+            )
 
 
 class StepTensors:

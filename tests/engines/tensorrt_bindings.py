@@ -45,7 +45,9 @@ METHODS = {
     "IOptimizationProfile": "set_shape",
     "IProgressMonitor": "phase_start step_complete phase_finish",
     "Runtime": "deserialize_cuda_engine",
-    "ICudaEngine": "create_execution_context num_io_tensors get_tensor_name get_tensor_mode",
+    "ICudaEngine": (
+        "create_execution_context num_io_tensors get_tensor_name get_tensor_mode get_tensor_shape"
+    ),
     "IExecutionContext": (
         "set_optimization_profile_async set_input_shape set_tensor_address execute_async_v3"
     ),

@@ -110,14 +110,20 @@ def test_graphs_of_another_form_than_the_manifest_says_are_refused(form: Form, t
         load.open_session(bundle, cpu=CpuOptions(1, prepack=False), form=form)
 
 
-@pytest.mark.parametrize("form", [Form.PREFIX, Form.MODERN])
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [("cpu", Form.PREFIX), ("cpu", Form.MODERN), ("openvino", Form.PORTABLE)],
+    ids=["prefix", "modern", "openvino"],
+)
 @pytest.mark.parametrize(
     "part", ["cache.kv_heads", "cache.head_size", "cache.layers", "transformer.vocabulary"]
 )
 def test_manifests_with_other_sizes_than_their_graphs_are_refused(
-    part: str, form: Form, tmp_path: Path
+    part: str, backend: str, form: Form, tmp_path: Path
 ) -> None:
-    options = GraphOptions((Form.PREFIX, Form.MODERN), widths=(16,))
+    if backend == "openvino" and part == "transformer.vocabulary":
+        pytest.skip("OpenVINO takes ids beyond the table")
+    options = GraphOptions((Form.PREFIX, Form.MODERN, Form.PORTABLE), widths=(16,))
     path = export_small(small_model(LAYOUT, context_frames=6), tmp_path / "a.diagd", options)
     file, (group, name) = path / MANIFEST_NAME, part.split(".")
     tree = json.loads(file.read_text())
@@ -127,7 +133,9 @@ def test_manifests_with_other_sizes_than_their_graphs_are_refused(
     said = "cannot run a step" if group == "transformer" else "export it again"
     with (
         pytest.raises(BundleError, match=said),
-        load.open_session(Bundle.open(path), cpu=CpuOptions(1, prepack=False), form=form) as session,
+        load.open_session(
+            Bundle.open(path), cpu=CpuOptions(1, prepack=False), form=form, backend=backend
+        ) as session,
     ):
         session.start(unknown, np.full((1, 1), CODES))
         session.step(np.full(1, CODES))

@@ -30,7 +30,7 @@ from diagd.engines.tensorrt.builder import (
     estimate,
     make_logger,
 )
-from diagd.engines.tensors import Tensor
+from diagd.engines.tensors import Tensor, check_shapes
 from diagd.errors import DiagdError, EngineError
 from diagd.progress import Progress
 from diagd.version import __version__
@@ -338,6 +338,10 @@ class TensorRTProgram:
             raise EngineError(f"{plan} cannot be loaded: {errors_of(self._lines)}; run diagd-build again")
         self._trt, self._stream = trt, stream
         self._check_aliases(tensors)
+        there = {name: tuple(self._engine.get_tensor_shape(name)) for name in self._names()}
+        check_shapes(
+            there, filter(self._is_input, there), {name: tensor.shape for name, tensor in tensors.items()}
+        )
         self._contexts = {
             width: self._context(profile, width, tensors) for profile, width in enumerate(widths)
         }
@@ -355,10 +359,13 @@ class TensorRTProgram:
         for name in self._names():
             if name not in tensors:
                 raise EngineError(f"the engine has a tensor '{name}' that diagd does not know; rebuild it")
-            if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT:
+            if self._is_input(name):
                 context.set_input_shape(name, tensors[name].at_width(width))
             context.set_tensor_address(name, tensors[name].address)
         return context
+
+    def _is_input(self, name: str) -> bool:
+        return bool(self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT)
 
     def _names(self) -> list[str]:
         return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
