@@ -13,7 +13,6 @@ import numpy as np
 
 from diagd.engines.devices import Device
 from diagd.engines.engine import Clock, HostClock
-from diagd.engines.host import cores
 from diagd.engines.tensors import Program, Tensor
 from diagd.errors import require
 
@@ -55,12 +54,6 @@ class Ceilings:
     def bandwidth(self) -> float:
         """The limit of a step, which mostly reads."""
         return max(self.copied, self.read)
-
-
-def processor_ceilings(threads: int = 0) -> Ceilings:
-    """The limits with the threads an engine would use; the best of a few repeats, about a second."""
-    threads = threads or cores()
-    return Ceilings(*memory_bandwidth(threads), matrix_peak(threads), threads)
 
 
 def memory_bandwidth(threads: int, size: int = COPY_BYTES) -> tuple[float, float]:

@@ -28,9 +28,9 @@ from diagd.engines.backend import (
 from diagd.engines.ceilings import (
     SIDE,
     Ceilings,
+    matrix_peak,
     matrix_product_model,
     memory_bandwidth,
-    processor_ceilings,
     product_peak,
 )
 from diagd.engines.devices.host import HostDevice
@@ -71,7 +71,8 @@ class Processor(Backend):
 
     @override
     def ceilings(self, threads: int = 0) -> Ceilings:
-        return processor_ceilings(threads)
+        threads = threads or cores()
+        return Ceilings(*memory_bandwidth(threads), matrix_peak(threads), threads)
 
 
 def open_fixed(bundle: Bundle, form: Form, options: StepOptions) -> Executor:

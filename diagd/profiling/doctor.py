@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from diagd.bundle import Bundle, cache
-from diagd.engines.ceilings import processor_ceilings
+from diagd.engines.backend import CPU, find
 from diagd.engines.devices.kernels import host_build
 from diagd.engines.host import cores, installed, instruction_sets, memory_bytes
 from diagd.engines.onnxruntime_session import INSTALL, provider_problem
@@ -146,7 +146,7 @@ def check_memory() -> Check:
 
 def this_device(threads: int = 0) -> Device:
     """The processor of this machine as a device, measured."""
-    ceilings = processor_ceilings(threads)
+    ceilings = find(CPU).ceilings(threads)
     return Device(
         THIS,
         f"this machine's CPU, {ceilings.threads} threads",

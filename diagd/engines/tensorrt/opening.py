@@ -372,7 +372,7 @@ class TensorRTProgram:
 
     def _check_aliases(self, tensors: Mapping[str, Tensor]) -> None:
         """Every output that an engine writes in place must lie where its input lies."""
-        if not hasattr(self._engine, "get_aliased_input_tensor"):
+        if not capabilities(self._trt).reports_aliases:
             return
         for name in self._names():
             source = self._engine.get_aliased_input_tensor(name)
