@@ -18,7 +18,7 @@ from diagd.bundle import Bundle
 from diagd.cluster.workers import EngineOptions, check_place, connect
 from diagd.errors import DiagdError, EngineError, UsageError
 from diagd.play.game import SavedGame
-from diagd.play.messages import Message, without_paths
+from diagd.play.messages import Message, Playback, without_paths
 from diagd.play.opening import GameOptions
 from diagd.play.service import Service, opened_tables
 from diagd.play.stage import Figures
@@ -138,6 +138,9 @@ _MOVES: Final = {"type": "error", "text": "the machine of this world is gone; it
 _PAUSE: Final = 0.5
 """Seconds until the next try."""
 
+_SLOW: Final = 30.0
+"""Seconds until somebody is told that an engine has not begun."""
+
 _FAREWELL: Final = 10.0
 """Seconds that an engine has to give its worlds as they are when the server ends."""
 
@@ -148,12 +151,13 @@ class RemoteTable(ServedTable):
     """What is kept here of a world that is played elsewhere.
 
     ``home`` and ``number`` say where; they change when that engine is lost, and it has none meanwhile.
-    ``saved`` is what it takes to go on with it.
+    ``saved`` is what it takes to go on with it, beside the mode that its player chose.
     """
 
     def __init__(self, home: RemoteEngine, number: int, size: tuple[int, int]) -> None:
         super().__init__(size)
         self.home, self.number, self.saved = home, number, SavedGame()
+        self._mode: Playback | None = None
 
     def _say(self, kind: str, *values: Any) -> None:
         """Have something done there, after what was said before; nothing while it is away."""
@@ -164,7 +168,7 @@ class RemoteTable(ServedTable):
     def seat(self, player: Player, ticket: str, is_new: bool) -> None:
         super().seat(player, ticket, is_new)
         if is_new:
-            self.saved = SavedGame()
+            self.saved, self._mode = SavedGame(), None
         if self.engine is None:
             player.send(_MOVES)
         self._say("seat", ticket, is_new)
@@ -187,11 +191,14 @@ class RemoteTable(ServedTable):
     @override
     def obey(self, message: Message | bytes) -> None:
         super().obey(message)
+        if isinstance(message, Playback) and message.mode:
+            self._mode = message
         self._say("obey", message)
 
     def lose(self) -> None:
         """The engine is gone."""
         self.engine = None
+        self.saved.stop()
         if self.player is not None:
             self.player.send(_MOVES)
 
@@ -200,6 +207,8 @@ class RemoteTable(ServedTable):
         self.engine = self.home
         if self.ticket:
             self._say("take_up", self.saved, self.ticket)
+            if self._mode is not None:
+                self._say("obey", self._mode)
             if self.player is not None:
                 self._say("seat", self.ticket, False)
 
@@ -245,19 +254,19 @@ class RemoteEngine:
         """Play until cancelled.
 
         Raises:
-            EngineError: it cannot play what it is given.
+            EngineError: it cannot play what it is given, and never could.
         """
         from ray.exceptions import RayError, RayTaskError
 
         while True:
             try:
                 self.actor = self._fleet.start_actor()
-                self.node = await self.actor.begin.remote()
+                self.node = await self._begun(self.actor)
                 self.is_alive = True
                 self._fleet.settle()
                 await self._live(self.actor)
             except RayError as error:
-                if isinstance(error, RayTaskError) and not self.is_alive:
+                if isinstance(error, RayTaskError) and not self.node:
                     raise EngineError(f"an engine cannot play: {error.cause}") from error
                 reason = str(error).strip().splitlines()[-1]
                 _LOG.warning("an engine was lost, another one is started: %s", reason)
@@ -266,6 +275,15 @@ class RemoteEngine:
                 self._fleet.lose(self)
                 self._fleet.settle()
                 await asyncio.sleep(_PAUSE)
+
+    async def _begun(self, actor: Any) -> str:
+        """The node where it plays, as soon as one has room for it."""
+        waits = "an engine has not begun after %g seconds: it waits until a node has cores and GPUs to spare"
+        told = asyncio.get_running_loop().call_later(_SLOW, _LOG.warning, waits, _SLOW)
+        try:
+            return str(await actor.begin.remote())
+        finally:
+            told.cancel()
 
     async def end(self) -> None:
         """Have its worlds kept as they are, and end it."""

@@ -129,6 +129,11 @@ class Game:
         """Tokens int32 [rows, columns] of the last frame, the caller's own."""
         return self._past[-1].tokens.copy()
 
+    @property
+    def start(self) -> Int:
+        """Tokens int32 [P, rows, columns] that this world began with, or the next one begins with."""
+        return np.stack([past.tokens for past in self.marks[0].past]) if self.marks else self.prompts[0]
+
     def reset(self, prompt: Int, actions: Int | None = None) -> Pictures:
         """Begin a world anew from token frames; gives the pictures of the last one.
 
@@ -401,6 +406,11 @@ class SavedGame:
     lines: list[Line] = field(default_factory=list)
     flying: Flying | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the game never began."""
+        return self.snapshot is None and not self.lines
+
     def add(self, line: Line) -> None:
         """One more; a world that began anew needs nothing of what was before."""
         if isinstance(line, Flying):
@@ -415,6 +425,12 @@ class SavedGame:
         """The game as it is now."""
         self.snapshot, self.lines, self.flying = snapshot, [], None
 
+    def stop(self) -> None:
+        """What was in flight is given up for good, as where the game goes on."""
+        if self.flying is not None:
+            self.lines.append(self.flying)
+            self.flying = None
+
     def restore(self, game: Game) -> None:
         """Have a game go on from there, to the token.
 
@@ -422,12 +438,12 @@ class SavedGame:
             QualityError: its engine draws other tokens.
             UsageError: it is a game of another model.
         """
+        self.stop()
         heard, game.record.heard = game.record.heard, lambda line: None  # it was told when it happened
         try:
             if self.snapshot is not None:
                 game.restore(self.snapshot)
-            lines = [*self.lines, *([self.flying] if self.flying else [])]
-            for _ in replay(game, list(enumerate(lines, start=1))):
+            for _ in replay(game, list(enumerate(self.lines, start=1))):
                 pass
         finally:
             game.record.heard = heard

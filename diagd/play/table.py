@@ -135,7 +135,6 @@ class Table(ServedTable):
         self._inputs, self._paced, self._rate = inputs, paced, rate
         self._kind, self._encode = picture_encoder(*self.size)
         self._number = 0
-        self._prompt = game.prompts[0]
         self._gallery: bytes | None = None
         self._every, self._since, self._rested = every, 0, 0.0
 
@@ -166,14 +165,18 @@ class Table(ServedTable):
     @override
     def take_up(self, saved: SavedGame, ticket: str) -> None:
         super().take_up(saved, ticket)
+        self.stage.mode = "live"
 
         def restore() -> None:
+            if saved.is_empty:
+                self._renew()
+                return
             try:
                 saved.restore(self.game)
             except DiagdError as error:
                 _LOG.warning("a world that was kept cannot go on, it begins anew: %s", error)
                 self._fail(f"the world cannot go on, it begins anew: {error}")
-                self._reset(self._prompt)
+                self._renew()
 
         self.stage.post(restore)
 
@@ -224,7 +227,7 @@ class Table(ServedTable):
             number = message.prompt
             if number is not None and number >= len(game.prompts):
                 raise UsageError(f"no prompt has the number {number}; there are {len(game.prompts)}")
-            self._reset(self._prompt if number is None else game.prompts[number])
+            self._reset(game.start if number is None else game.prompts[number])
         elif isinstance(message, messages.Rewind):
             self.stage.look(game.rewind(message.frames))
         elif isinstance(message, messages.Visit):
@@ -254,7 +257,6 @@ class Table(ServedTable):
         return result
 
     def _reset(self, prompt: Any) -> None:
-        self._prompt = prompt
         self.stage.look(self.game.reset(prompt))
 
     def _renew(self) -> None:
@@ -311,7 +313,7 @@ class Table(ServedTable):
         self._gallery = packed({"kind": "gallery", "type": self._kind}, list(map(self._encode, pictures)))
         self._call(self._send_player, self._gallery)
         if not self.game.known:  # else it was taken up
-            self._reset(self._prompt)
+            self._reset(self.game.start)
 
     def _show(self, pictures: Pictures, shown: Shown | None) -> None:
         """Encode pictures and leave them for the player; in the stage's thread."""

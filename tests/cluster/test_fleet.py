@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -26,11 +27,11 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def served(
-    world: Path, nodes: Any, every: int = 5, state: Path | None = None
+    world: Path, nodes: Any, every: int = 5, state: Path | None = None, cores: int = 1
 ) -> Iterator[tuple[str, RayFleet]]:
     """Two engines, which may have to be started yet."""
     service = Service(sessions=1, fps=20.0, limits=LOOSE, every=every)
-    where = EngineOptions(cluster=nodes.address, engines=2, cores=1)
+    where = EngineOptions(cluster=nodes.address, engines=2, cores=cores)
     fleet = RayFleet(bundle := Bundle.open(world), GameOptions(), service, where)
     with ExitStack() as held:
         address = Address(port=0)
@@ -77,6 +78,49 @@ def test_another_server_goes_on_with_worlds_as_they_were_when_the_one_before_end
         assert until(ann, kind="frame")["known"] >= known  # the world, and no other before it
 
 
+def test_two_servers_share_a_cluster_as_far_as_it_goes(
+    nodes: Any, world: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diagd.cluster.fleet._SLOW", 2.0)
+    with ExitStack() as first, ExitStack() as second:
+        one, fleet = first.enter_context(served(world, nodes))
+        wait_for_both(fleet)
+        caplog.clear()
+        two, other = second.enter_context(served(world, nodes, cores=2))
+        with player(one) as ann, player(two) as ben:
+            assert until(ben, type="waiting")["place"] == 1
+            while "waits until a node has cores" not in caplog.text:
+                plays(ann, "ArrowUp", 3)
+            assert told(two, "/health")[0] == 503
+            first.close()
+            until(ben, type="welcome")
+            wait_for_both(other)
+            plays(ben, "ArrowUp", 3)
+
+
+def test_an_engine_that_cannot_be_started_anew_ends_nobody_elses_game(
+    nodes: Any, world: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    bundle = shutil.copytree(world, tmp_path / "world.diagd")
+    with served(bundle, nodes) as (url, fleet), player(url) as ann:
+        ann.until(type="welcome")
+        wait_for_both(fleet)
+        known = plays(ann, "ArrowLeft", 3)
+        other = next(engine for engine in fleet.engines if engine is not fleet.tables[0].engine)
+        bundle.rename(tmp_path / "away")
+        actor = other.actor
+        ray.kill(actor)
+        while other.actor is actor or other.is_alive:
+            assert plays(ann, "ArrowUp", 3) > known
+        plays(ann, "ArrowUp", 40)  # it was tried in vain
+        assert not other.is_alive
+        (tmp_path / "away").rename(bundle)
+        wait_for_both(fleet)
+        plays(ann, "ArrowUp", 3)
+
+
 def test_a_world_outlives_its_actor_and_its_node(nodes: Any, world: Path) -> None:
     import ray
 
@@ -93,6 +137,7 @@ def test_a_world_outlives_its_actor_and_its_node(nodes: Any, world: Path) -> Non
 
         table.hear = listen  # type: ignore[method-assign]
         ticket = ann.until(type="welcome")["ticket"]
+        ann.say(type="pace", mode="step")
         known = plays(ann, "ArrowLeft", 13)
         worker = next(node for node in nodes.list_all_nodes() if node is not nodes.head_node)
         for key in ("ArrowUp", "ArrowDown"):
@@ -103,6 +148,7 @@ def test_a_world_outlives_its_actor_and_its_node(nodes: Any, world: Path) -> Non
                 ray.kill(engine.actor)
             assert "goes on elsewhere" in until(ann, type="error")["text"]
             assert until(ann, type="welcome")["ticket"] == ticket
+            assert until(ann, type="state")["mode"] == "step"
             later = plays(ann, key, 9)
             assert later > known
             known = later

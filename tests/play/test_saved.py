@@ -83,10 +83,27 @@ def test_what_came_since_is_played_again(game: Game, order: str) -> None:
         kept.restore(other)
 
 
+@pytest.mark.parametrize("order", ORDERS[:3])
+def test_a_game_goes_on_elsewhere_twice(game: Game, order: str) -> None:
+    kept = SavedGame()
+    game.record.heard = kept.add
+    game.reset(game.prompts[0])
+    with_order(game, order, seed=3)
+    play(game, *WALK[:3])
+    with elsewhere(game) as other, elsewhere(game) as third:
+        kept.restore(other)
+        other.record.heard = kept.add
+        play(other, *WALK[3:6])
+        kept.restore(third)
+        other.stop()
+        assert equal(play(third, *WALK[6:]), play(other, *WALK[6:]))
+
+
 def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with serve(sessions=2, limits=LOOSE, state=state) as (url, server), player(url) as ann:
         ticket = ann.until(type="welcome")["ticket"]
+        ann.say(type="reset", prompt=2)
         while ann.frame()["known"] < 9 or not (kept := list(state.glob("world-*-0"))):
             pass
         for table in server.tables:
@@ -101,12 +118,33 @@ def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, t
         with player(url, ticket) as ann:
             assert ann.until(type="state")["settings"] == seed.model_dump(mode="json")
             assert ann.frame()["known"] > max(last, 5)
+            ann.say(type="reset")
+            ann.until(kind="frame", known=1)
+            game = server.tables[0].game
+            assert np.array_equal(game.marks[0].past[0].tokens, game.prompts[2][0])
         server.room.clear(server.tables[0])
         for _ in range(100):
             if not kept[0].exists():
                 break
             time.sleep(0.05)
         assert not kept[0].exists()
+
+
+def test_a_world_that_was_lost_before_it_began_is_nobody_elses(serve: Serve) -> None:
+    with serve() as (url, server):
+        with player(url) as ann:
+            own = ann.until(type="state")
+            ann.say(type="choose", settings={**own["settings"], "seed": 7})
+            while ann.frame()["known"] < 9:
+                pass
+            ann.say(type="pace", mode="pause")
+            ann.until(type="state", mode="pause")
+        server.room.clear(server.tables[0])
+        server.tables[0].take_up(SavedGame(), "ticket")
+        with player(url, "ticket") as ben:
+            begun = ben.until(type="state")
+            assert all(begun[name] == own[name] for name in ("settings", "mode"))
+            assert begun["known"] == 1
 
 
 def test_worlds_of_another_bundle_are_left_alone(tmp_path: Path) -> None:
