@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib import image
 
 from benchmarks.quality.study import PARTS, Study, StudyOptions, diagonal_schedules, save_plot
 from diagd.cluster import ClusterOptions
@@ -140,6 +139,8 @@ def test_study_covers_serial_and_chained_frames() -> None:
 
 
 def test_plot_is_written(tmp_path: Path) -> None:
+    from matplotlib import image
+
     save_plot(
         tmp_path / "plot.png", {"3m": [("a", 1.0, 0.5, 0.1), ("b", 10.0, 0.6, 0.1)]}, "frames/s", "nats"
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.image import imsave
 
 from diagd.cli.main import main
 from diagd.engines.backend import find
@@ -29,6 +28,8 @@ def examples(verb: str) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the examples name, made of one small world."""
+    from matplotlib.image import imsave
+
     folder = tmp_path_factory.mktemp("examples")
     for name in ("crafter-3m", "small-fp32", "mineworld-300m"):
         shutil.copytree(workplace.bundle, folder / f"{name}.diagd")

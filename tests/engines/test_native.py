@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from diagd.engines.devices.kernels import (
     ADVANCE,
@@ -318,7 +318,7 @@ def test_the_kernel_follows_the_exact_law(kernels: ctypes.CDLL) -> None:
     observed, kept = np.bincount(tokens, minlength=64), expected > 0
     assert not observed[~kept].any()
     assert (expected[kept] * count).min() > 5
-    assert stats.chisquare(observed[kept], expected[kept] * count).pvalue > 1e-3
+    assert scipy.stats.chisquare(observed[kept], expected[kept] * count).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from diagd.engines import sampler
 from diagd.engines.engine import SamplingState
@@ -234,7 +234,7 @@ def test_twenty_thousand_draws_follow_the_exact_distribution(chosen: SamplingSta
     counts = np.concatenate([observed[likely], rest[0]])
     means = np.concatenate([expected[likely] * tokens.size, rest[1]])
     full = means > 0
-    assert stats.chisquare(counts[full], means[full]).pvalue > 1e-3
+    assert scipy.stats.chisquare(counts[full], means[full]).pvalue > 1e-3
 
 
 def test_no_rows() -> None:
@@ -331,7 +331,7 @@ def test_numbers_are_exponential_and_independent() -> None:
     made = noise(7, positions, ids).astype(np.float64)
     assert made.min() > 0
     assert np.isfinite(made).all()
-    assert stats.kstest(made, "expon").pvalue > 1e-3
+    assert scipy.stats.kstest(made, "expon").pvalue > 1e-3
     shares = np.exp(-made)
     assert abs(np.corrcoef(shares[:-1], shares[1:])[0, 1]) < 0.01
     assert abs(np.corrcoef(shares[:-500], shares[500:])[0, 1]) < 0.01

@@ -11,14 +11,13 @@ import torch
 from diagd.errors import UsageError
 from diagd.export.families.cosmos import encode_text
 
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
-
 LENGTH = 8
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("t5")
     words = {word: n for n, word in enumerate(["<pad>", "</s>", "<unk>", "a", "robot", "walks", "away"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
@@ -39,6 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_are_those_of_the_padded_and_masked_text(folder: Path) -> None:
     """The released pipeline pads to the full length, masks the padding and keeps the rows of the text."""
+    import transformers
+
     ids = torch.tensor([[3, 4, 5, 1] + [0] * (LENGTH - 4)])
     model = transformers.T5EncoderModel.from_pretrained(folder).eval()
     with torch.no_grad():

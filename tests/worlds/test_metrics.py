@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import linalg, ndimage
+import scipy
 
 from diagd.errors import UsageError
 from worlds.metrics import Estimate, frechet_distance, principal_axes, psnr, ssim, tile_features
@@ -41,7 +41,7 @@ def test_ssim_against_an_independent_filter() -> None:
     frame = np.clip(truth + random.normal(0, 25, truth.shape), 0, 255).astype(np.uint8)
 
     def blur(image: np.ndarray) -> np.ndarray:
-        smooth = ndimage.gaussian_filter(image, (1.5, 1.5, 0), radius=(5, 5, 0))
+        smooth = scipy.ndimage.gaussian_filter(image, (1.5, 1.5, 0), radius=(5, 5, 0))
         return smooth[5:-5, 5:-5]
 
     x, y = frame.astype(float), truth.astype(float)
@@ -59,7 +59,7 @@ def test_frechet_distance_against_a_matrix_square_root() -> None:
     second = random.normal(size=(150, 5)) @ random.normal(size=(5, 5)) + 1
     a, b = np.cov(first.T), np.cov(second.T)
     shift = first.mean(0) - second.mean(0)
-    expected = shift @ shift + np.trace(a + b - 2 * linalg.sqrtm(a @ b).real)
+    expected = shift @ shift + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-8)
     moved = first + np.array([3.0, 0, 0, 0, 0])

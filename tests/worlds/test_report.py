@@ -3,12 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from matplotlib import image
 
 from worlds.report import save_contact_sheet
 
 
 def test_sheet_shows_every_frame(tmp_path: Path) -> None:
+    from matplotlib import image
+
     colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
     rows = {name: np.broadcast_to(colours[:, None, None], (3, 12, 16, 3)) for name in ("ntp", "k=1")}
     save_contact_sheet(tmp_path / "sheet.png", rows)

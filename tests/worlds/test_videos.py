@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from sklearn.metrics import f1_score
 
 from diagd.cli.main import main
 from diagd.cluster import ClusterOptions
@@ -162,6 +161,8 @@ def test_actions_are_read_off_videos(
     tmp_path: Path, lines: str, shift: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Through the command line: seen are the actions of the lines, every other attack apart."""
+    from sklearn.metrics import f1_score
+
     made, truth = tmp_path / "made", tmp_path / "truth"
     for folder in (made, truth):
         folder.mkdir()
