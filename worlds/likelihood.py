@@ -33,8 +33,9 @@ class ClipScorer:
         options: EvalOptions,
         running: SessionOptions,
         text: Float | None = None,
+        resize: bool = False,
     ) -> None:
-        bundle, self._text = Bundle.open(path), text
+        bundle, self._text, self._resize = Bundle.open(path), text, resize
         self._options, self._pixels, self._session = options, running.pixels(bundle), running.open(bundle)
         self._schedules = [Schedule.parse(order, self._session.layout) for order in orders]
 
@@ -42,7 +43,7 @@ class ClipScorer:
         """By next-token prediction, then by each order."""
         options, session = self._options, self._session
         frames = options.prompt + options.frames
-        clip = read_recording(path, session.manifest, self._pixels, frames)
+        clip = read_recording(path, session.manifest, self._pixels, frames, resize=self._resize)
         if len(clip.tokens) < frames:
             raise UsageError(
                 f"{path} has {len(clip.tokens)} token frames; {options.prompt} known ones and "
@@ -63,12 +64,14 @@ def forced_likelihood(
     report: Callable[[str], None],
     who: ClusterOptions | None = None,
     text: Float | None = None,
+    resize: bool = False,
 ) -> dict[str, Estimate]:
     """Mean negative log-likelihood of a cell's token, nats, unfiltered and at temperature 1, over clips.
 
     ``folder`` has videos, each with the actions of its name where the model takes some, or episodes. Each of
     the ``orders`` of decoding is compared to next-token prediction clip by clip. ``text``: float32
-    [n, width], embeddings that all clips are decoded under, for models that attend to text.
+    [n, width], embeddings that all clips are decoded under, for models that attend to text. With ``resize``
+    pictures of another size are scaled.
 
     Raises:
         UsageError: a clip cannot be read or is too short, or an order does not fit.
@@ -76,7 +79,7 @@ def forced_likelihood(
     named = dict.fromkeys(Schedule.parse(order, bundle.manifest.layout).name for order in orders)
     paths = list(videos_in(folder).values())[: options.windows]
     found = np.zeros((len(paths), 1 + len(named)))
-    judge = partial(ClipScorer, bundle.path, tuple(named), options, running, text)
+    judge = partial(ClipScorer, bundle.path, tuple(named), options, running, text, resize)
     with open_workers(judge, who or ClusterOptions()) as workers:
         for number, likelihoods in workers.map(paths):
             report(paths[number].name)

@@ -186,7 +186,7 @@ class FolderOptions:
     videos: int = setting("videos at most", 500, ge=1)
     skip: int = setting("pictures that a video begins with and that do not count", 0, ge=0)
     truth_skip: int | None = setting("likewise of a recording (default: those of skip)", None, ge=0)
-    resize: bool = setting("scale recordings to the size of the videos", False)
+    resize: bool = setting("scale recordings to the size of the videos, or of the bundle's pictures", False)
     dynamics: File | None = setting("ONNX network that sees actions in MineWorld's videos", None)
     lines: Literal["led", "followed"] = setting(
         "line t of a recording led to picture t, or was done at it: followed", "led"
@@ -205,7 +205,9 @@ class EvalRun:
         "folder of a world model (run in PyTorch), a bundle (run on its engine), or a folder of "
         "videos that were made"
     )
-    data: File = flag("recording the model was not trained on")
+    data: File = flag(
+        "what the model was not trained on: recording, or folder of clips; or what videos should show"
+    )
     output: File = flag("folder of eval.json and contact.png")
     precision: str | None = flag("of a bundle's step graph (default: its first)", None)
     backend: str = setting(f"of a bundle: {CHOICES}", "cpu")

@@ -65,9 +65,12 @@ def test_models_that_attend_to_text_are_told_one(tmp_path: Path, capsys: pytest.
     family, clips = replace(cosmos.family("small", config), tokenizer=sizes), tmp_path / "clips"
     bundle = export(family, GraphOptions(), random_sources(family, 0), tmp_path / "small.diagd").path
     clips.mkdir()
-    with VideoWriter(clips / "one.gif", 10, (16, 32)) as video:
-        video.write(np.random.default_rng(0).integers(0, 256, (17, 16, 32, 3), dtype=np.uint8))
+    with VideoWriter(clips / "one.gif", 10, (32, 64)) as video:
+        video.write(np.random.default_rng(0).integers(0, 256, (17, 32, 64, 3), dtype=np.uint8))
     command = ["eval", str(bundle), "--data", str(clips), "--set", "frames=1", "--order", "k=1,serial"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    assert "--set resize=true" in capsys.readouterr().err
+    command += ["--set", "resize=true"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
     assert "--set text=FILE" in capsys.readouterr().err
     found = []

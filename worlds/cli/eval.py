@@ -107,13 +107,14 @@ def _judge_videos(options: EvalRun) -> int:
 def _judge_clips(options: EvalRun, bundle: Bundle) -> int:
     from worlds.likelihood import forced_likelihood
 
-    _check_used(options, "order options condition", _ENGINE)
+    _check_used(options, "order options condition resize", _ENGINE)
     text = options.condition.embeddings(bundle.manifest, encode_text)
     running = SessionOptions(options.precision, options.backend, cpu=CpuOptions(_threads(options)))
 
     def measure(report: Callable[[str], None]) -> dict[str, Estimate]:
         return forced_likelihood(
-            *(bundle, options.data, options.order, options.options, running, report, options.who, text)
+            *(bundle, options.data, options.order, options.options, running, report, options.who, text),
+            resize=options.folders.resize,
         )
 
     return _figures(options, measure, {"options": asdict(options.options)})
@@ -125,12 +126,11 @@ def _check_used(options: EvalRun, *used: str) -> None:
     names = {"model", "data", "output", *" ".join(used).split()}
     for field in fields(EvalRun):
         given, default = getattr(told, field.name), getattr(usual, field.name)
-        if field.name in names or given == default:
-            continue
-        name = field.name
-        if is_dataclass(given):
-            name = next(f.name for f in fields(given) if getattr(given, f.name) != getattr(default, f.name))
-        raise UsageError(f"'{name}' has no effect on what is evaluated here; leave it out")
+        parts = [part.name for part in fields(given)] if is_dataclass(given) else []
+        changed = [name for name in parts if getattr(given, name) != getattr(default, name)]
+        for name in changed or [field.name] * (given != default):
+            if not names & {field.name, name}:
+                raise UsageError(f"'{name}' has no effect on what is evaluated here; leave it out")
 
 
 def _threads(options: EvalRun) -> int:
