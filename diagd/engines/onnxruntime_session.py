@@ -18,7 +18,7 @@ from diagd.bundle import Bundle, cache
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.host import cores, installed, processor_features
 from diagd.engines.tensors import ALIGNMENT, Tensor, check_shapes
-from diagd.errors import BundleError, EngineError, UsageError, require
+from diagd.errors import BundleError, DiagdError, EngineError, UsageError, require
 from diagd.options import checked, setting
 
 if TYPE_CHECKING:
@@ -127,11 +127,21 @@ def run_bound(session: Any, binding: Any, options: Any = None) -> None:
 def load_session(
     runtime: onnxruntime, graph: Path, settings: onnxruntime.SessionOptions, **arguments: Any
 ) -> onnxruntime.InferenceSession:
-    """A session over a graph; EngineError where ONNX Runtime refuses it."""
+    """A session over a graph; `refused` where ONNX Runtime refuses it."""
     try:
         return runtime.InferenceSession(str(graph), settings, **arguments)
     except Exception as error:  # ONNX Runtime raises several unrelated types
-        raise EngineError(f"ONNX Runtime {runtime.__version__} refuses {graph}: {error}") from error
+        raise refused(f"ONNX Runtime {runtime.__version__}", graph, error) from error
+
+
+def refused(library: str, graph: Path, error: Exception) -> DiagdError:
+    """That a library refuses a graph; BundleError where it may be for links, which it does not follow far."""
+    if any(file.is_symlink() for file in graph.parent.iterdir()):
+        return BundleError(
+            f"{library} refuses {graph}, where files of {graph.parent} are links, which lead out of it: copy "
+            f"the bundle with what they lead to (cp -rL), or link it as a whole ({error})"
+        )
+    return EngineError(f"{library} refuses {graph}: {error}")
 
 
 def _load(

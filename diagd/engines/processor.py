@@ -43,6 +43,7 @@ from diagd.engines.onnxruntime_session import (
     open_cpu_session,
     open_plainly,
     open_step_session,
+    refused,
 )
 from diagd.engines.prefix import PlainPrefix, PrefixEngine
 from diagd.engines.tensors import Tensor, check_shapes
@@ -249,5 +250,7 @@ def _compile(model: Path | bytes, threads: int, floats: str) -> Any:
             core.read_model(str(model) if isinstance(model, Path) else model), "CPU", settings
         )
     except RuntimeError as error:
-        named = model if isinstance(model, Path) else "a matrix product"
-        raise EngineError(f"OpenVINO {library.__version__} refuses {named}: {error}") from error
+        named = f"OpenVINO {library.__version__}"
+        if isinstance(model, Path):
+            raise refused(named, model, error) from error
+        raise EngineError(f"{named} refuses a matrix product: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +14,7 @@ from diagd.bundle import Bundle, Form
 from diagd.engines.backend import StepOptions, find
 from diagd.engines.host import instruction_sets
 from diagd.engines.processor import BFLOAT16_UNITS, OpenVino, widths_upto
-from diagd.errors import DependencyError, EngineError
+from diagd.errors import BundleError, DependencyError, EngineError
 from diagd.export.exporter import GraphOptions
 from diagd.play.opening import SHIPPED
 from diagd.profiling.measure import random_workload
@@ -93,6 +94,15 @@ def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     graph.write_bytes(b"no graph")
     with pytest.raises(EngineError, match=r"OpenVINO .* refuses .*step\.onnx"):
         OpenVino().open_graph(graph, "", CPU)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "openvino"])
+def test_weights_that_are_elsewhere_are_told(bundle: Bundle, tmp_path: Path, backend: str) -> None:
+    linked = Path(shutil.copytree(bundle.path, tmp_path / "linked.diagd"))
+    (linked / "weights.bin").rename(tmp_path / "moved.bin")
+    (linked / "weights.bin").symlink_to(tmp_path / "moved.bin")
+    with pytest.raises(BundleError, match=r"files of .*linked\.diagd are links.*cp -rL"):
+        find(backend).open_steps(Bundle.open(linked), StepOptions(0, 80, CPU))
 
 
 def test_without_the_package_the_line_that_installs_it_is_told(
