@@ -469,7 +469,7 @@ def calibrated(path: Path, precisions: Iterable[str], frames: Int | None = None)
     from diagd.calibration.quantise import calibrate
 
     anything = Budget(agreement=0, nll=1e9, psnr=0)  # random weights pass
-    known = {graph.precision for graph in Bundle.open(path).manifest.graphs}
+    known = Bundle.open(path).manifest.precisions
     for precision in precisions:
         if precision not in known:
             options = CalibrationOptions(precision, anything, steps=64, floor=-100.0, floats="fp32")

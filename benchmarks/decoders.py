@@ -231,7 +231,7 @@ def compare(bundle: Bundle, workload: Workload, seeds: int) -> None:
     frames = len(workload.actions)
     shown = Progress(CONSOLE).each(list(range(seeds)), "seeds")
     runs = [measure(bundle, workload, frames, seed, pixels=True) for seed in shown]
-    title = f"{bundle.manifest.name} {bundle.manifest.graphs[0].precision}"
+    title = f"{bundle.manifest.name} {bundle.manifest.precisions[0]}"
     CONSOLE.print(table(runs, f"{title}, {frames} frames x {seeds} seeds"))
     found = [flips(bundle, workload, run["next token"].tokens, seed) for seed, run in enumerate(runs)]
     flipped, drawn = (sum(counts) for counts in zip(*found, strict=True))

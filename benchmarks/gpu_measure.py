@@ -107,7 +107,7 @@ def make_bundle(family: Family, folder: Path, frames: int, precision: str = FLOA
         sources = replace(random_sources(family, seed=0), tokenizer=None)
         export(family, GraphOptions((Form.MODERN,), FLOAT, widths), sources, path, progress)
     bundle = Bundle.open(path)
-    if precision not in {graph.precision for graph in bundle.manifest.graphs}:
+    if precision not in bundle.manifest.precisions:
         calibrate(bundle, CalibrationOptions(precision, None), progress=progress)
     return Bundle.open(path).at_precision(precision)
 
@@ -297,7 +297,7 @@ def one_step(bundle: Bundle, make_engine: MakeEngine) -> tuple[bool, Figures]:
             found.append(engine.logits().astype(np.float64))
     error = float(np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[1]))
     agree = float((found[0].argmax(axis=1) == found[1].argmax(axis=1)).mean())
-    near = NEAR if bundle.manifest.graphs[0].precision == FLOAT else NEAR_ROUNDED
+    near = NEAR if bundle.manifest.precisions[0] == FLOAT else NEAR_ROUNDED
     return error < near, {"relative error of logits": error, "rows of equal argmax": agree}
 
 
@@ -371,7 +371,7 @@ def run_steps(engine: Engine, bundle: Bundle, widths: list[int]) -> NDArray[np.i
     """Steps one after another over random tokens; ids [N, widest] that their rows draw, -1 behind those."""
     manifest, places = bundle.manifest, _places(bundle)
     known = min(engine.capacity, manifest.context.frames * manifest.layout.frame_length)
-    low, high = manifest.sampling.range_table(manifest.layout)[manifest.layout.before]
+    low, high = manifest.cell_ranges[0, 0]
     ids = np.random.default_rng(0).integers(low, high, places, dtype=np.int32)
     engine.write_slots(np.full(engine.capacity, VOID, np.int32))
     engine.write_tokens(np.arange(places, dtype=np.int32), ids)

@@ -133,7 +133,7 @@ class Ladder:
 
     @property
     def _name(self) -> str:
-        return self.chosen.manifest.graphs[0].precision
+        return self.chosen.manifest.precisions[0]
 
     def _options(self, bundle: Bundle, form: Form | None = None) -> StepOptions:
         return step_options(bundle.manifest, self.window, cpu=self.cpu, form=form)

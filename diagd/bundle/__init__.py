@@ -71,8 +71,7 @@ class Bundle:
 
     def at_precision(self, precision: str | None = None) -> Bundle:
         """The bundle with graphs of one precision only, by default its first's; UsageError if it has none."""
-        graphs = self.manifest.graphs
-        known = list(dict.fromkeys(graph.precision for graph in graphs))
+        graphs, known = self.manifest.graphs, self.manifest.precisions
         chosen = known[0] if precision is None else precision
         if chosen not in known:
             raise UsageError(

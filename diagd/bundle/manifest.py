@@ -347,6 +347,18 @@ class Manifest(Record):
         return Schedule.parse(self.order, self.layout)
 
     @property
+    def cell_ranges(self) -> NDArray[np.int32]:
+        """Ids from the first to below the second that each cell may have, int32 [rows, columns, 2]."""
+        layout = self.layout
+        table = self.sampling.range_table(layout)[layout.before : layout.before + layout.cells]
+        return table.reshape(layout.rows, layout.columns, 2)
+
+    @property
+    def precisions(self) -> list[str]:
+        """Of the step graphs, each once; the first is that of whoever names none."""
+        return list(dict.fromkeys(graph.precision for graph in self.graphs))
+
+    @property
     def named_files(self) -> list[str]:
         """Every file that a part of it names, once."""
         names = [name for graph in self.graphs for name in (graph.file, *graph.weights.files)]

@@ -218,12 +218,9 @@ class Rollouts:
 
     def _frames(self, count: int, random: np.random.Generator) -> Int:
         """Frames int32 [count, rows, columns] that follow each other."""
-        layout, known = self._manifest.layout, self._samples.known
-        if known is None:
-            table = self._manifest.sampling.range_table(layout)[layout.before :]
-            low, high = table[: layout.cells].T
-            cells = random.integers(low, high, (count, layout.cells), dtype=np.int32)
-            return cells.reshape(count, layout.rows, layout.columns)
+        if (known := self._samples.known) is None:
+            low, high = np.moveaxis(self._manifest.cell_ranges, -1, 0)
+            return random.integers(low, high, (count, *low.shape), dtype=np.int32)
         first = int(random.integers(max(1, len(known) - count + 1)))
         picked = known[first : first + count]
         return np.concatenate([picked, np.repeat(picked[-1:], count - len(picked), axis=0)])

@@ -95,7 +95,7 @@ class Game:
         self.marks: dict[int, Mark] = {}
         self.here = 0
         self.watch: Callable[[Pictures], None] = lambda pictures: None
-        precision = bundle.at_precision().manifest.graphs[0].precision
+        precision = bundle.manifest.precisions[0]
         backend = view.codec.backend.name
         self.record = Record(path, record.header(bundle, precision, session.window, backend))
         self._text = text

@@ -10,8 +10,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from diagd.bundle import PROMPTS_NAME, Bundle
 from diagd.bundle.cache import cache_directory
 from diagd.engines.engine import Float, Int
@@ -93,9 +91,7 @@ def read_prompts(bundle: Bundle, codec: PixelCodec, files: Sequence[Path] = ()) 
         files = files_in(folder, _PICTURES)[:MAX_PROMPTS]
     if files:
         return [_read(file, bundle, codec) for file in files]
-    layout = bundle.manifest.layout  # the lowest legal token everywhere
-    cells = bundle.manifest.sampling.range_table(layout)[layout.before :, 0][: layout.cells]
-    return [np.ascontiguousarray(cells.reshape(1, layout.rows, layout.columns), np.int32)]
+    return [bundle.manifest.cell_ranges[None, ..., 0].copy()]  # the lowest legal token everywhere
 
 
 def open_replay(path: Path, record: Path, options: GameOptions) -> tuple[Game, list[tuple[int, Line]]]:

@@ -202,11 +202,9 @@ class Workload:
 
 def random_workload(session: Session, prompt: int, frames: int, seed: int = 0) -> Workload:
     """Random visual tokens that the model may see, no-op actions, and an empty text."""
-    layout, manifest = session.layout, session.manifest
-    ranges = manifest.sampling.range_table(layout)[layout.before : layout.before + layout.cells]
-    random = np.random.default_rng(seed)
-    cells = random.integers(ranges[:, 0], ranges[:, 1], (prompt, layout.cells), dtype=np.int32)
-    tokens = cells.reshape(prompt, layout.rows, layout.columns)
+    layout, manifest, random = session.layout, session.manifest, np.random.default_rng(seed)
+    low, high = np.moveaxis(manifest.cell_ranges, -1, 0)
+    tokens = random.integers(low, high, (prompt, *low.shape), dtype=np.int32)
     text = None if manifest.text is None else np.zeros((1, manifest.text.width), np.float32)
     if not layout.gap:
         return Workload(tokens, None, None, text)

@@ -289,7 +289,7 @@ def _model(bundle: Bundle, ready: _Ready) -> Model:
     return Model(
         name=bundle.manifest.name,
         digest=bundle.digest,
-        precision=bundle.manifest.graphs[0].precision,
+        precision=bundle.manifest.precisions[0],
         engine=ready.session.engine.form.value,
         window=ready.session.window,
         parameters=size.streamed + size.looked_up,
@@ -320,10 +320,9 @@ def measure_backends(
     window = check_window(bundle.manifest, options.window)
     options = replace(options, window=window)
     entries, skipped = list[Measurement](), list[Skipped]()
-    stored = dict.fromkeys(graph.precision for graph in bundle.manifest.graphs)
-    precisions = [options.precision] if options.precision else stored
+    precisions = [options.precision] if options.precision else bundle.manifest.precisions
     for backend, one in product(map(find, names()), map(bundle.at_precision, precisions)):
-        name = f"{backend.name} {one.manifest.graphs[0].precision}"
+        name = f"{backend.name} {one.manifest.precisions[0]}"
         if entries and (late := options.left_out(name, began)):
             skipped.append(late)
             continue
@@ -354,7 +353,7 @@ def _measured(backend: Backend, one: Bundle, bundle: Bundle, options: ProfileOpt
     backend.describe()
     if not set(backend.forms) & set(forms_of(one)):
         raise UsageError(f"it runs {' or '.join(form.value for form in backend.forms)} graphs: export one")
-    stored = one.manifest.graphs[0].precision
+    stored = one.manifest.precisions[0]
     cpu = with_threads(options.cpu, one, backend.name)
     with open_session(one, window=options.window, cpu=cpu, backend=backend) as session:
         seconds = _frame_seconds(session, options)

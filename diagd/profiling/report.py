@@ -183,7 +183,7 @@ class Run(Frozen):
 
 
 class Skipped(Frozen):
-    """An order that the model does not allow with this window and prompt, and why."""
+    """An order, or a backend in a precision, that was not measured, and why."""
 
     order: str
     reason: str

@@ -209,31 +209,27 @@ def candidates(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions) -
 
 
 def _of_each_form(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions) -> Iterator[Candidate]:
-    for one in _precisions(bundle):
+    for one in map(bundle.at_precision, bundle.manifest.precisions):
         for form in forms_of(one):
             if name in (None, form.value):
                 session = open_session(one, window=window, cpu=cpu, form=form)
-                precision = one.manifest.graphs[0].precision
+                precision = one.manifest.precisions[0]
                 yield Candidate(f"{form.value} {precision}", one, session, cpu, precision)
 
 
 def of_backend(bundle: Bundle, backend: Backend, window: int, cpu: CpuOptions) -> Iterator[Candidate]:
     """Engines of a backend over every precision that has a graph for it."""
-    usable = [one for one in _precisions(bundle) if set(backend.forms) & set(forms_of(one))]
+    each = map(bundle.at_precision, bundle.manifest.precisions)
+    usable = [one for one in each if set(backend.forms) & set(forms_of(one))]
     if not usable:
         forms = " or ".join(form.value for form in backend.forms)
         raise UsageError(f"{bundle.path} has no graph for {backend.name}; export it with --form {forms}")
     for one in usable:
         session = open_session(one, window=window, cpu=cpu, backend=backend)
-        stored = one.manifest.graphs[0].precision
+        stored = one.manifest.precisions[0]
         computed = backend.computes(stored)
         shown = stored if computed == stored else f"{stored} in {computed}"
         yield Candidate(f"{backend.name} {shown}", one, session, cpu, computed)
-
-
-def _precisions(bundle: Bundle) -> list[Bundle]:
-    precisions = dict.fromkeys(graph.precision for graph in bundle.manifest.graphs)
-    return [bundle.at_precision(precision) for precision in precisions]
 
 
 _FLIP_FRAMES: Final = 2  # a pass for every cell of these

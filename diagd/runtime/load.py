@@ -209,7 +209,7 @@ def with_threads(cpu: CpuOptions, bundle: Bundle, backend: str = "cpu") -> CpuOp
     if cpu.threads:
         return cpu
     found = measured(bundle)
-    if found and (fastest := found.fastest(backend, bundle.manifest.graphs[0].precision)):
+    if found and (fastest := found.fastest(backend, bundle.manifest.precisions[0])):
         return replace(cpu, threads=fastest.threads)
     return threads_by_size(cpu, bundle.size, 2 if bundle.manifest.decoder.startswith("jacobi") else 1)
 

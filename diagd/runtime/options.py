@@ -133,7 +133,7 @@ class SessionOptions:
         if not (found and best):
             return self
         chosen = replace(self, backend=best.backend, precision=best.precision)
-        usual = (self.backend or CPU, self.precision or bundle.manifest.graphs[0].precision)
+        usual = (self.backend or CPU, self.precision or bundle.manifest.precisions[0])
         if (best.backend, best.precision) != usual:
             _LOG.warning(
                 "decoding by %s, the fastest on this machine (diagd profile --backends, %s); "

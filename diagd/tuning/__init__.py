@@ -1,1 +1,1 @@
-"""Fine-tuning a model to the decoding orders it will be run with."""
+"""Fine-tuning a model to the orders it is decoded in, and to the better of its own rollouts."""

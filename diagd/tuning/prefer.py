@@ -307,7 +307,7 @@ class _Run:
             self.ranks.wait()  # what the first made is in the cache
         made = {n: read for n, key in enumerate(keys) if (read := cache.read("rollouts", key)) is not None}
         missing = [n for n in range(len(items)) if n not in made]
-        who, precision = self.options.who, bundle.manifest.graphs[0].precision
+        who, precision = self.options.who, bundle.manifest.precisions[0]
         backend, cpu = self.options.backend, CpuOptions(1 if who.is_asked else 0)
         how = self.spelled, self.options.prompt, sampling, self.material.text
         make = partial(open_roller, bundle.path.resolve(), precision, *how, backend=backend, cpu=cpu)

@@ -85,9 +85,8 @@ def write_page(
         UsageError: something else is at ``output``, or the bundle cannot be played in a page.
     """
     place = folder_target(output, {WORLD: FORMAT.encode()}, "a page that diagd web wrote")
-    known = {graph.precision for graph in bundle.manifest.graphs}
     best = PRECISIONS[webgpu]
-    bundle = bundle.at_precision(precision or (best if best in known else None))
+    bundle = bundle.at_precision(precision or (best if best in bundle.manifest.precisions else None))
     world = _world(bundle, check_window(bundle.manifest, window)) | {"gpu": webgpu}
     given = runtime()
     chosen = {name: given[name] for name in (*WASM, *(WEBGPU if webgpu else ()))}
@@ -190,7 +189,7 @@ def _world(bundle: Bundle, window: int) -> dict[str, Any]:
         "actions": None if codec is None else codec.model_dump(mode="json"),
         "rest": None if codec is None else encode(codec, {}).tolist(),
         "controls": read_controls(bundle.path, codec).model_dump(mode="json"),
-        "record": record.header(bundle, manifest.graphs[0].precision, window).model_dump(mode="json"),
+        "record": record.header(bundle, manifest.precisions[0], window).model_dump(mode="json"),
         "prompts": prompts,
     }
 
@@ -198,7 +197,7 @@ def _world(bundle: Bundle, window: int) -> dict[str, Any]:
 def _check(bundle: Bundle) -> None:
     manifest = bundle.manifest
     form = next((graph for graph in manifest.graphs if graph.form is Form.PREFIX), None)
-    precisions = f"{bundle.path} at precision {manifest.graphs[0].precision}"
+    precisions = f"{bundle.path} at precision {manifest.precisions[0]}"
     if form is None:
         raise UsageError(f"{precisions} has no prefix graph; export it with --form prefix")
     if manifest.text is not None:
@@ -209,8 +208,7 @@ def _check(bundle: Bundle) -> None:
 
 def _ranges(manifest: Manifest) -> list[list[int]]:
     """Ids [low, high) that may be drawn at each cell; one pair where they are all alike."""
-    layout = manifest.layout
-    ranges: list[list[int]] = manifest.sampling.range_table(layout)[layout.before :][: layout.cells].tolist()
+    ranges: list[list[int]] = manifest.cell_ranges.reshape(-1, 2).tolist()
     return ranges[:1] if all(one == ranges[0] for one in ranges) else ranges
 
 

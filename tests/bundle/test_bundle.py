@@ -183,6 +183,7 @@ def test_damaged_manifests_are_refused(bundle: Path) -> None:
 def test_ranges_by_cell_override_the_default() -> None:
     table = manifest().sampling.range_table(StreamLayout(2, 3, before=1))
     assert table.tolist() == [[0, 8], [1, 8], [0, 8], [0, 8], [0, 8], [0, 8], [0, 8]]
+    assert manifest().cell_ranges.tolist() == [[[1, 8], [0, 8], [0, 8]], [[0, 8], [0, 8], [0, 8]]]
 
 
 def test_failed_writes_leave_what_was_there(bundle: Path) -> None:
