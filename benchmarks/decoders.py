@@ -110,7 +110,7 @@ def _run(
 @contextmanager
 def _shown(codec: PixelCodec) -> Iterator[Callable[[Int], None]]:
     """What decodes a frame and writes its pictures."""
-    size = codec.spec.height, codec.spec.width
+    size = codec.spec.size
     with TemporaryDirectory() as folder, VideoWriter(Path(folder) / "frames.mp4", 10.0, size) as writer:
 
         def show(tokens: Int) -> None:

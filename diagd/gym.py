@@ -66,9 +66,9 @@ class WorldEnv(gymnasium.Env[Observation, Any]):
         manifest, spec = self._game.bundle.manifest, self._game.view.codec.spec
         self._codec, self.render_mode = manifest.actions, render_mode
         self.metadata = self.metadata | {"render_fps": manifest.frames_per_second}
-        self.observation_space = spaces.Box(0, 255, (spec.height, spec.width, 3), np.uint8)
+        self.observation_space = spaces.Box(0, 255, (*spec.size, 3), np.uint8)
         self.action_space = action_space(self._codec)
-        self._picture: Observation = np.zeros((spec.height, spec.width, 3), np.uint8)
+        self._picture: Observation = np.zeros((*spec.size, 3), np.uint8)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -135,12 +135,12 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         manifest, spec = self._games[0].bundle.manifest, self._games[0].view.codec.spec
         self._codec, self._horizon, self.num_envs = manifest.actions, max_episode_steps, num_envs
         self.metadata = self.metadata | {"render_fps": manifest.frames_per_second}
-        self.single_observation_space = spaces.Box(0, 255, (spec.height, spec.width, 3), np.uint8)
+        self.single_observation_space = spaces.Box(0, 255, (*spec.size, 3), np.uint8)
         self.single_action_space = action_space(self._codec)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._randoms: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
-        self._pictures: Observation = np.zeros((num_envs, spec.height, spec.width, 3), np.uint8)
+        self._pictures: Observation = np.zeros((num_envs, *spec.size, 3), np.uint8)
         self._steps: NDArray[np.int64] = np.zeros(num_envs, np.int64)
         self._over: NDArray[np.bool_] = np.zeros(num_envs, np.bool_)
 

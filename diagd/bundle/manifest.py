@@ -241,6 +241,11 @@ class Tokenizer(Record):
     chunk_frames: Count = 8
     cover: bool = False
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a picture."""
+        return self.height, self.width
+
 
 class FileRecord(Record):
     """Size and digest of a file of the bundle."""

@@ -18,7 +18,6 @@ from diagd.errors import require
 from diagd.options import File, checked, flag, positional, setting
 from diagd.progress import Progress
 from diagd.runtime.clip import EPISODE, read_recording, read_tokens
-from diagd.runtime.pictures import read_frames
 from diagd.runtime.pixels import PixelCodec
 
 EXAMPLES = """examples:
@@ -68,9 +67,7 @@ class CalibrateOptions:
         pixels = PixelCodec(bundle, CpuOptions(self.calibration.threads))
         if self.data.suffix.lower() == EPISODE:
             return read_recording(self.data, bundle.manifest, pixels, self.frames, resize=self.resize).tokens
-        size, cover = (pixels.spec.height, pixels.spec.width), pixels.spec.cover
-        pictures = read_frames(self.data, size, frames=self.frames, resize=self.resize, cover=cover)
-        return pixels.encode(pictures)
+        return pixels.encode(pixels.read(self.data, frames=self.frames, resize=self.resize))
 
 
 def run(options: CalibrateOptions) -> int:

@@ -109,8 +109,8 @@ def _video(stack: ExitStack, options: PlayOptions, game: Game) -> None:
     """Have pictures written to ``--video``."""
     if options.video is not None:
         codec, rate = game.view.codec, options.fps or game.bundle.manifest.frames_per_second
-        size = (codec.spec.height, codec.spec.width)
-        game.watch = stack.enter_context(VideoWriter(options.video, rate, size, codec.mark)).write
+        writer = VideoWriter(options.video, rate, codec.spec.size, codec.mark)
+        game.watch = stack.enter_context(writer).write
 
 
 def _play(console: Console, options: PlayOptions, game: Game) -> None:

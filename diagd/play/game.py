@@ -331,8 +331,8 @@ class Game:
         spec, codec = self.view.codec.spec, self.view.codec
         suffix = ".gif" if spec.height % 2 or spec.width % 2 else ".mp4"
         with tempfile.TemporaryDirectory() as folder:
-            path, size = Path(folder) / f"play{suffix}", (spec.height, spec.width)
-            with VideoWriter(path, self.bundle.manifest.frames_per_second, size, codec.mark) as video:
+            path = Path(folder) / f"play{suffix}"
+            with VideoWriter(path, self.bundle.manifest.frames_per_second, spec.size, codec.mark) as video:
                 for pictures in codec.stream(past.tokens for past in self._past[-frames:]):
                     video.write(pictures)
             return path.read_bytes()

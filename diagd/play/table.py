@@ -128,8 +128,7 @@ class Table(ServedTable):
     def __init__(
         self, game: Game, inputs: Inputs, rate: float, *, paced: bool = True, every: int = EVERY
     ) -> None:
-        spec = game.view.codec.spec
-        super().__init__((spec.height, spec.width))
+        super().__init__(game.view.codec.spec.size)
         self.game, self.stage = game, Stage(game, inputs, self._show, self._fail, rate)
         self.loop: asyncio.AbstractEventLoop | None = None
         self._inputs, self._paced, self._rate = inputs, paced, rate

@@ -242,8 +242,7 @@ def measure(
         writer = None
         if pixels is not None and video is not None:  # its opening and closing count as encoding
             with run.timeline.stage(ENCODE):
-                size = (pixels.spec.height, pixels.spec.width)
-                writer = opened.enter_context(VideoWriter(video, 10.0, size, pixels.mark))
+                writer = opened.enter_context(VideoWriter(video, 10.0, pixels.spec.size, pixels.mark))
         for tokens in _frames(session, marked, run, clock, advance):
             latest[:] = [tokens]
             _show(run, pictures, writer)

@@ -203,8 +203,7 @@ def _pixels(bundle: Bundle, options: ProfileOptions, backend: Backend, start: Ti
     if bundle.manifest.tokenizer is None or not options.pixels:
         return None
     pixels = PixelCodec(bundle, options.cpu, backend)
-    spec = pixels.spec
-    picture = np.random.default_rng(0).integers(0, 256, (1, spec.height, spec.width, 3), dtype=np.uint8)
+    picture = np.random.default_rng(0).integers(0, 256, (1, *pixels.spec.size, 3), dtype=np.uint8)
     with start.stage("load tokenizer"):
         tokens = pixels.encode(picture)
         list(pixels.decode(iter(tokens)))

@@ -21,7 +21,7 @@ from diagd.errors import UsageError
 from diagd.options import File, checked, flag, setting
 from diagd.runtime.actions import encode, read_actions
 from diagd.runtime.arrays import read_arrays, read_ids
-from diagd.runtime.pictures import read_frames, read_images, sized
+from diagd.runtime.pictures import read_images, sized
 from diagd.runtime.pixels import PixelCodec, Pixels
 
 EPISODE = ".npz"
@@ -184,7 +184,7 @@ def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, m
     if path.suffix.lower() == ".npy" or pixels is None:
         tokens = read_tokens(path, manifest)[start:]
         return start, Clip(tokens[:count])
-    size, cover = (pixels.spec.height, pixels.spec.width), pixels.spec.cover
+    size, cover = pixels.spec.size, pixels.spec.cover
     wanted = count or min(manifest.clips.frames, pixels.pictures_of(most))
     actions: Int | None = None
     truth: Pixels | None = None
@@ -201,7 +201,7 @@ def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, m
             actions = read_actions(lines, manifest.actions)
     else:
         at = None if options.start is None and manifest.clips.last else start
-        seen = read_frames(path, size, start=at, frames=wanted, resize=options.resize, cover=cover)
+        seen = pixels.read(path, start=at, frames=wanted, resize=options.resize)
     if not len(seen):
         raise UsageError(f"{path} has no frame {start}; choose an earlier --start")
     if count is not None and len(seen) < count:
@@ -219,8 +219,7 @@ def read_prompt(path: Path, pixels: PixelCodec, frames: int, resize: bool) -> In
     Raises:
         UsageError: the file cannot be read, is of another size or too short.
     """
-    size = (pixels.spec.height, pixels.spec.width)
-    seen = read_frames(path, size, frames=frames, resize=resize, cover=pixels.spec.cover)
+    seen = pixels.read(path, frames=frames, resize=resize)
     if len(seen) < frames:
         raise UsageError(f"{path} has {len(seen)} frames, {frames} are asked for; lower prompt_frames")
     return pixels.encode(seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from diagd.engines.backend import CPU, Backend, Graph, find
 from diagd.engines.engine import Int
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
+from diagd.runtime.pictures import read_frames
 
 Pixels = NDArray[np.uint8]
 
@@ -46,9 +48,16 @@ class PixelCodec:
         self._bundle, self._options = bundle, options
         self._graphs: dict[str, Graph] = {}
 
+    def read(
+        self, path: Path, *, start: int | None = None, frames: int | None = None, resize: bool = False
+    ) -> Pixels:
+        """Pictures uint8 [T, height, width, 3] of a video or image, as `read_frames` gives them."""
+        spec = self.spec
+        return read_frames(path, spec.size, start=start, frames=frames, resize=resize, cover=spec.cover)
+
     def encode(self, pixels: Pixels) -> Int:
         """Tokens int32 [t, rows, columns] of frames uint8 [T, height, width, 3]; UsageError for others."""
-        expected = (self.spec.height, self.spec.width, 3)
+        expected = (*self.spec.size, 3)
         if pixels.ndim != 4 or pixels.shape[1:] != expected:
             raise UsageError(f"frames of shape {pixels.shape[1:]}; this tokenizer takes {expected}")
         most, factor = self.spec.chunk_frames, self.spec.temporal_factor

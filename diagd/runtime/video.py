@@ -26,7 +26,7 @@ from diagd.errors import UsageError
 from diagd.options import File, checked, flag, positional, setting
 from diagd.progress import Progress
 from diagd.runtime.clip import read_tokens
-from diagd.runtime.pictures import load_av, read_frames, reporting, shown_size
+from diagd.runtime.pictures import load_av, reporting, shown_size
 from diagd.runtime.pixels import PixelCodec, Pixels
 
 SUFFIXES: Final = (".mp4", ".gif")
@@ -340,7 +340,7 @@ def encode(options: EncodeOptions, progress: Progress | None = None) -> Transcod
     file_target(options.output, (".npy",))
     check_apart(options.output, {"VIDEO": options.video})
     codec = options.codec()
-    pictures = _pictures(codec, options.video, options.start, options.frames, options.resize)
+    pictures = codec.read(options.video, start=options.start, frames=options.frames, resize=options.resize)
     pictures = pictures[: len(pictures) - (len(pictures) - 1) % codec.spec.temporal_factor]
     with (progress or Progress()).task("encoding"):
         tokens = codec.encode(pictures)
@@ -365,7 +365,7 @@ def decode(options: DecodeOptions, progress: Progress | None = None) -> Transcod
     codec, tokens = options.codec(), read_tokens(options.tokens, bundle.manifest)
     count, truth = codec.pictures_of(len(tokens)), None
     if options.against is not None:
-        truth = _pictures(codec, options.against, 0, count, options.resize)
+        truth = codec.read(options.against, start=0, frames=count, resize=options.resize)
         if len(truth) < count:
             raise UsageError(
                 f"--against {options.against} has {len(truth)} pictures, the tokens have {count}"
@@ -379,10 +379,3 @@ def decode(options: DecodeOptions, progress: Progress | None = None) -> Transcod
 
         fps = options.fps or bundle.manifest.frames_per_second
         return Transcoded(len(tokens), count, write_video(options.output, shown(), fps, codec.mark, truth))
-
-
-def _pictures(codec: PixelCodec, path: File, start: int, frames: int | None, resize: bool) -> Pixels:
-    spec = codec.spec
-    return read_frames(
-        path, (spec.height, spec.width), frames=frames, start=start, resize=resize, cover=spec.cover
-    )

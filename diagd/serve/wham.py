@@ -152,8 +152,8 @@ class Wham:
         if step.image_name not in fields:
             raise UsageError(f"no file has the image_name {step.image_name[:80]!r}")
         picture = _picture(fields[step.image_name], step.image_name)
-        size = (self._pixels.spec.height, self._pixels.spec.width)
-        picture = sized(picture[None], Path(step.image_name), size, resize=True, cover=False)
+        name, size = Path(step.image_name), self._pixels.spec.size
+        picture = sized(picture[None], name, size, resize=True, cover=False)
         with self._encoding:
             encoded: Int = self._pixels.encode(picture)[0]
         return encoded

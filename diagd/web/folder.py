@@ -164,7 +164,7 @@ def _world(bundle: Bundle, window: int) -> dict[str, Any]:
         "name": manifest.name,
         "licence": manifest.licence,
         "fps": manifest.frames_per_second,
-        "size": [tokenizer.height, tokenizer.width],
+        "size": tokenizer.size,
         "cover": tokenizer.cover,
         "tokenizer": {"latents": pixels.latents, "factor": tokenizer.temporal_factor},
         "layout": asdict(layout),
