@@ -182,8 +182,9 @@ def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, m
     """Where a prompt starts in its file, and what the file has of it; all of its actions are ``made``."""
     path, start, count = options.prompt, options.start or 0, options.prompt_frames
     if path.suffix.lower() == ".npy" or pixels is None:
-        tokens = read_tokens(path, manifest)[start:]
-        return start, Clip(tokens[:count])
+        tokens = read_tokens(path, manifest)[start:][:count]
+        _check_length(len(tokens), path, start, count)
+        return start, Clip(tokens)
     size, cover = pixels.spec.size, pixels.spec.cover
     wanted = count or min(manifest.clips.frames, pixels.pictures_of(most))
     actions: Int | None = None
@@ -202,15 +203,20 @@ def _open(options: ClipOptions, manifest: Manifest, pixels: PixelCodec | None, m
     else:
         at = None if options.start is None and manifest.clips.last else start
         seen = pixels.read(path, start=at, frames=wanted, resize=options.resize)
-    if not len(seen):
-        raise UsageError(f"{path} has no frame {start}; choose an earlier --start")
-    if count is not None and len(seen) < count:
-        raise UsageError(f"{path} has {len(seen)} frames, {count} are asked for; lower --set prompt_frames")
+    _check_length(len(seen), path, start, count)
     if len(seen) == 1 and manifest.clips.single:
         _LOG.warning("%s: %s", path, manifest.clips.single)
     surplus = 0 if count else (len(seen) - 1) % pixels.spec.temporal_factor  # of a video that is short
     seen = seen[surplus:] if manifest.clips.last else seen[: len(seen) - surplus]
     return start, Clip(pixels.encode(seen), made=actions, pictures=seen, truth=truth)
+
+
+def _check_length(found: int, path: Path, start: int, count: int | None) -> None:
+    """Refuse (UsageError) a prompt that its file does not have."""
+    if not found:
+        raise UsageError(f"{path} has no frame {start}; choose an earlier --start")
+    if count is not None and found < count:
+        raise UsageError(f"{path} has {found} frames, {count} are asked for; lower --set prompt_frames")
 
 
 def read_prompt(path: Path, pixels: PixelCodec, frames: int, resize: bool) -> Int:

@@ -150,9 +150,14 @@ def test_clips_that_are_too_short(
     if "actions" in options:
         options = options | {"actions": tmp_path / "short.jsonl"}
         (tmp_path / "short.jsonl").write_text("{}\n{}\n")
-    for prompt in ("clip.gif", "episode.npz"):
+    np.save(tmp_path / "tokens.npy", np.ones((7, 3, 5), np.int32))
+    for prompt in (folder / "clip.gif", folder / "episode.npz"):
         with pytest.raises(UsageError, match=message):
-            read(bundle, codec, folder / prompt, **options)
+            read(bundle, codec, prompt, **options)
+    if "actions" in options:
+        options = options | {"prompt_frames": 3}  # all of a .npy are the prompt
+    with pytest.raises(UsageError, match=message):
+        read(bundle, codec, tmp_path / "tokens.npy", **options)
 
 
 def test_models_without_actions_take_none(bundle: Bundle, codec: PixelCodec, folder: Path) -> None:
