@@ -36,6 +36,10 @@ CHANGE = (
     "form[name].dispatchEvent(new Event('change', {{bubbles: true}})); }})"
     "(document.getElementById('settings').elements, {!r}, {!r})"
 )
+FULL = """(() => {
+  for (let size = 1 << 22; size; size >>= 1)
+    try { for (;;) sessionStorage[Math.random()] = "x".repeat(size); } catch {}
+})()"""
 CONTRAST = """(() => {
   const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
   const part = (value) => (value /= 255) <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
@@ -157,6 +161,11 @@ def test_it_comes_back_to_its_seat(tab: Tab, serve: Serve) -> None:
         tab.until("document.querySelectorAll('#tree button').length === 2")
         tab.until(f"{THUMBNAILS}[1].toDataURL() === {seen!r}", 20)
         assert server.tables[0].game.known > 5
+        tab.evaluate(FULL)
+        tab.key("KeyB", down=True)
+        marked(tab, 2)
+        tab.until(f"{THUMBNAILS}[2].dataset.seen")
+        assert not tab.messages
         tab.call("Network.enable")
         tab.call(
             "Network.emulateNetworkConditions",

@@ -105,7 +105,9 @@ function remember(known, exactly = false) {
     const same = known === mark.known && (fresh || !mark.number);
     if (!same && !(fresh && !exactly && known > mark.known)) continue;
     screen.copy(canvas);
-    if (canvas.dataset.place) sessionStorage[canvas.dataset.place] = canvas.toDataURL();
+    try {
+      if (canvas.dataset.place) sessionStorage[canvas.dataset.place] = canvas.toDataURL();
+    } catch { /* there is no place for more: after a reload the picture is missing */ }
   }
 }
 
