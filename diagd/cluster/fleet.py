@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from typing_extensions import override
 
 from diagd.bundle import Bundle
-from diagd.cluster.workers import EngineOptions, check_place, connect
+from diagd.cluster.workers import EngineOptions, cannot_begin, check_place, connect
 from diagd.errors import DiagdError, EngineError, UsageError
 from diagd.play.game import SavedGame
 from diagd.play.messages import Message, Playback, without_paths
@@ -256,7 +256,7 @@ class RemoteEngine:
         Raises:
             EngineError: it cannot play what it is given, and never could.
         """
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import RayActorError, RayError, RayTaskError
 
         while True:
             try:
@@ -266,6 +266,8 @@ class RemoteEngine:
                 self._fleet.settle()
                 await self._live(self.actor)
             except RayError as error:
+                if isinstance(error, RayActorError) and error.actor_init_failed and not self.node:
+                    raise EngineError(cannot_begin(error)) from error
                 if isinstance(error, RayTaskError) and not self.node:
                     raise EngineError(f"an engine cannot play: {error.cause}") from error
                 reason = str(error).strip().splitlines()[-1]

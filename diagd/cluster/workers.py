@@ -286,6 +286,12 @@ def open_workers(make: Make[Item, Result], options: ClusterOptions) -> Workers[I
     return Processes(make, options.workers)
 
 
+def cannot_begin(error: Exception) -> str:
+    """What is said of an actor that a node could not make."""
+    reason = str(error).strip().splitlines()[-1]
+    return f"a node cannot start what works there ({reason}); each needs the same Python, Ray and diagd"
+
+
 class _Actor(Worker[Any, Any]):
     """What an actor of Ray is made of."""
 
@@ -330,6 +336,8 @@ class RayWorkers(Workers[Item, Result]):
             try:
                 result = self._ray.get(done)
             except RayActorError as error:
+                if error.actor_init_failed:
+                    raise UsageError(cannot_begin(error)) from error
                 deaths += 1
                 if deaths == MAX_DEATHS * self._count:
                     raise too_many_deaths(self._count) from error

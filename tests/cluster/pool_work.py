@@ -26,3 +26,17 @@ def square(folder: Path, number: int) -> int:
         first.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return number * number
+
+
+class Absent:
+    """What is there where it is sent from alone, as a module that a node lacks."""
+
+    def __call__(self) -> Callable[[int], int]:
+        return abs
+
+    def __reduce__(self) -> tuple[Callable[[], Absent], tuple[()]]:
+        return _absent, ()
+
+
+def _absent() -> Absent:
+    raise ModuleNotFoundError("No module named 'absent'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 
 from diagd.bundle import Bundle
-from diagd.cluster.fleet import RayFleet
+from diagd.cluster.fleet import PlayActor, RayFleet
 from diagd.cluster.workers import EngineOptions
+from diagd.errors import EngineError
 from diagd.play.opening import GameOptions, open_game
 from diagd.play.record import Flying, Line, Played, Start, replay
 from diagd.play.server import Address, Server
 from diagd.play.service import SavedGames, Service, keep_worlds
+from tests.cluster.pool_work import Absent
 from tests.play.conftest import LOOSE, running
 from tests.play.test_server import Player, player
 from tests.play.test_service import told
@@ -96,6 +99,15 @@ def test_two_servers_share_a_cluster_as_far_as_it_goes(
             until(ben, type="welcome")
             wait_for_both(other)
             plays(ben, "ArrowUp", 3)
+
+
+def test_a_node_that_lacks_what_plays_is_told(nodes: Any, world: Path) -> None:
+    import ray
+
+    fleet = RayFleet(Bundle.open(world), GameOptions(), Service(), EngineOptions(cluster=nodes.address))
+    fleet.start_actor = lambda: ray.remote(PlayActor).remote(world, GameOptions(), Absent())
+    with pytest.raises(EngineError, match=r"No module named 'absent'.*each needs the same Python"):
+        asyncio.run(asyncio.wait_for(fleet.engines[0].run(), 60))
 
 
 def test_an_engine_that_cannot_be_started_anew_ends_nobody_elses_game(

@@ -14,7 +14,7 @@ from diagd.cli.main import main
 from diagd.cluster.workers import RayWorkers
 from diagd.errors import UsageError
 from diagd.tuning.recordings import Episode, load_episode
-from tests.cluster.pool_work import squares
+from tests.cluster.pool_work import Absent, squares
 from tests.worlds import ACTIONS, random_world
 from worlds.recordings import check_recipe, save_episode, shard_path
 
@@ -29,6 +29,9 @@ def test_a_killed_actor_is_replaced(nodes: Any, tmp_path: Path) -> None:
             list(workers.map([-1]))
         with pytest.raises(UsageError, match="workers were killed"):
             list(workers.map([13]))
+    told = r"No module named 'absent'.*each needs the same Python, Ray and diagd"
+    with RayWorkers(Absent(), nodes.address, 2) as workers, pytest.raises(UsageError, match=told):
+        list(workers.map(range(2)))
     with pytest.raises(UsageError, match="no node of the cluster has 1 cores and 1 GPUs"):
         RayWorkers(partial(squares, tmp_path), nodes.address, 2, gpus=1)
 
