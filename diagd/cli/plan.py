@@ -102,6 +102,8 @@ def _device(name: str) -> Device:
 def _model(name: str, checkpoint: str | None) -> ModelSize:
     """Dimensions of a bundle, or of a model by name; a checkpoint's header is checked against them."""
     if Path(name).is_dir():
+        if checkpoint is not None:
+            raise UsageError(f"--checkpoint {checkpoint}: a bundle says itself what it holds; leave it out")
         return read_model(_bundle(name)).size
     if checkpoint is not None and checkpoint.startswith("hf:"):
         raise UsageError(

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from diagd.bundle import Bundle
 from diagd.cli import terminal
+from diagd.cli.generate import encode_text
 from diagd.cli.options import Verb
 from diagd.cluster.fleet import RayFleet
 from diagd.cluster.workers import EngineOptions
@@ -19,7 +20,7 @@ from diagd.play.server import Address
 from diagd.play.service import Service, opened_tables, serve
 from diagd.play.site import in_url
 from diagd.play.table import LocalFleet
-from diagd.runtime.options import SessionOptions
+from diagd.runtime.options import SessionOptions, TextOptions
 from diagd.serve.dreamer import Dreamer
 from diagd.serve.wham import DreamServer, Wham
 
@@ -63,6 +64,7 @@ class ServeOptions:
         "of wham: of the first job, later ones in order (default: any)", None, ge=0, lt=1 << 53
     )
     session: SessionOptions = SessionOptions()
+    condition: TextOptions = TextOptions()
     nodes: EngineOptions = EngineOptions()
 
 
@@ -80,7 +82,8 @@ def _play(options: ServeOptions) -> int:
         console.print(f"{name}, {service.sessions} worlds{where}: {url}\nCtrl-C ends it.", soft_wrap=True)
         sys.stdout.flush()
 
-    games = GameOptions(session=options.session)
+    text = options.condition.embeddings(Bundle.open(options.bundle).manifest, encode_text)
+    games = GameOptions(session=options.session, text=text)
     if options.nodes.cluster is None:
         with opened_tables(options.bundle, games, service) as tables:
             serve(tables[0].game.bundle, LocalFleet(tables), service, address, started)

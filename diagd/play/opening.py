@@ -22,6 +22,7 @@ from diagd.runtime.group import Group
 from diagd.runtime.options import SessionOptions
 from diagd.runtime.pictures import files_in
 from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.text import check_text
 
 SHIPPED: Final = Path(__file__).parents[1] / "models" / "crafter-3m" / "ready"
 """The world that is played without a bundle; `worlds.ship` makes it."""
@@ -64,6 +65,7 @@ def open_games(path: Path, options: GameOptions, sessions: int) -> tuple[Group, 
         DiagdError: as `open_game`.
     """
     bundle = Bundle.open(path)
+    check_text(bundle.manifest, options.text)
     chosen = options.session.in_time(bundle, sessions)
     bundle = bundle.at_precision(chosen.precision)
     codec = chosen.pixels(bundle)

@@ -124,7 +124,7 @@ class Session:
         Raises:
             UsageError: shape or length does not fit the model, or it needs a text.
         """
-        check_text(self._text, text, self.manifest.name)
+        check_text(self.manifest, text)
         self._run += 1
         if not np.array_equal(np.asarray(text), np.asarray(self._stream.text)):
             self._stream.forget()
@@ -404,7 +404,7 @@ class Session:
         if self._left is not None:  # what they were to hide is not hidden
             self._left, self._slots.stale = None, True
         if self._cached != (stream, stream.beginnings):
-            check_text(self._text, stream.text, self.manifest.name)
+            check_text(self.manifest, stream.text)
             self._cached = stream, stream.beginnings
             if self._text is not None and stream.text is not None:
                 self.engine.set_text(self._text.rows(stream.text))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.bundle import Bundle
+from diagd.bundle import Bundle, Manifest
 from diagd.bundle.manifest import TextConditioning
 from diagd.engines.backend import Backend, find
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -38,13 +38,14 @@ class TextReader:
         return self._backend.open_graph(self._path, self._digest, self._options)({"text": filled})
 
 
-def check_text(reader: TextReader | None, text: Float | None, name: str) -> None:
-    """Refuse (UsageError) embeddings float32 [n, width] that do not fit a model: without a reader, any."""
-    if reader is None:
+def check_text(manifest: Manifest, text: Float | None) -> None:
+    """Refuse (UsageError) embeddings float32 [n, width] that do not fit a model: any where it has no text."""
+    spec, name = manifest.text, manifest.name
+    if spec is None:
         if text is not None:
             raise UsageError(f"{name} attends to no text; leave it out")
         return
-    length, width = reader.spec.length, reader.spec.width
+    length, width = spec.length, spec.width
     if text is None:
         raise UsageError(f"{name} needs text embeddings [n, {width}], n up to {length}: --set text=FILE")
     if np.shape(text)[1:] != (width,) or not 1 <= len(text) <= length:

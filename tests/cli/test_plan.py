@@ -61,6 +61,11 @@ def test_a_drafter_is_judged_beforehand(capsys: pytest.CaptureFixture[str]) -> N
     assert found["least_kept"] > 1
 
 
+def test_a_bundle_takes_no_checkpoint(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(workplace.bundle), "--checkpoint", "other.ckpt"]) == 2
+    assert "a bundle says itself what it holds" in capsys.readouterr().err
+
+
 def test_a_bundle_on_this_machine(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     """The second example: dimensions from headers, limits measured here."""
     assert main(["plan", str(workplace.bundle), "--device", "this", "--json"]) == 0

@@ -74,6 +74,11 @@ def test_a_prompt_longer_than_the_window_is_refused_at_once(world: Path, tmp_pat
     assert not (tmp_path / "record").exists()
 
 
+def test_a_text_that_is_not_needed_is_told_at_once(world: Path) -> None:
+    with pytest.raises(UsageError, match="attends to no text"):
+        open_game(world, GameOptions(text=np.zeros((2, 10), np.float32)))
+
+
 def test_a_world_is_played_by_what_was_fastest(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,8 @@ def test_models_that_attend_to_text_are_told_one(tmp_path: Path, capsys: pytest.
     command += ["--set", "resize=true"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
     assert "--set text=FILE" in capsys.readouterr().err
+    assert main(["serve", str(bundle), "--sessions", "1", "--port", "0"]) == 2  # and nothing is served
+    assert "--set text=FILE" in capsys.readouterr().err
     found = []
     for seed in (0, 1):
         np.save(tmp_path / "text.npy", np.random.default_rng(seed).normal(size=(TEXT.length, TEXT.width)))
