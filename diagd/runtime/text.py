@@ -50,9 +50,11 @@ def check_text(manifest: Manifest, text: Float | None) -> None:
         raise UsageError(f"{name} needs text embeddings [n, {width}], n up to {length}: --set text=FILE")
     if np.shape(text)[1:] != (width,) or not 1 <= len(text) <= length:
         raise UsageError(
-            f"text embeddings have shape {list(text.shape)}; this model takes [n, {width}] with n from 1 "
+            f"text embeddings have shape {list(np.shape(text))}; this model takes [n, {width}] with n from 1 "
             f"to {length}"
         )
+    if not np.isfinite(text).all():
+        raise UsageError("text embeddings hold nan or infinity; expected finite numbers")
 
 
 def read_embeddings(path: Path) -> Float:

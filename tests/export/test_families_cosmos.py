@@ -179,6 +179,8 @@ def test_texts_that_do_not_fit_are_refused_and_short_ones_filled_up_with_zeros(
     for shape in ((7, TEXT.width), (1, 9), (TEXT.width,)):
         with pytest.raises(UsageError, match="text embeddings have shape"):
             session.start(prompt, text=np.zeros(shape, np.float32))
+    with pytest.raises(UsageError, match="text embeddings hold nan"):
+        session.start(prompt, text=np.full((1, TEXT.width), np.nan, np.float32))
     reader = session._text
     short = case.text[:2].astype(np.float32)
     filled = np.concatenate([short, np.zeros((TEXT.length - 2, TEXT.width), np.float32)])
