@@ -26,7 +26,7 @@ class BuildWithKernels(build_py):
 
 HOST_BUILD = Extension(
     "diagd.engines.devices.step_kernels_host",
-    ["native/step_kernels_host.cpp", "native/onnxruntime_ops.cpp"],
+    [f"native/{name}.cpp" for name in ("step_kernels_host", "onnxruntime_ops", "prefix_attention")],
     depends=[str(header) for header in Path("native").glob("*.h")],
     include_dirs=["native"],
     libraries=["dl"] if sys.platform == "linux" else [],

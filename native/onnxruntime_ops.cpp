@@ -1,4 +1,5 @@
-// What stands between a step's products, for ONNX Runtime's CUDA provider: one launch where it has many.
+// What stands between a step's products, for ONNX Runtime: one launch where its CUDA provider has many, and attention
+// of the prefix form, on the host.
 //
 // Functions of our graphs (diagd/export/tracing.py) have these names; a provider that has an operator of the name
 // runs that, others put the function's nodes in its place. A name stays what it was: older graphs had "Heads..",
@@ -16,6 +17,7 @@
 
 #include "attention.h"
 #include "layer.h"
+#include "prefix_attention.h"
 
 namespace diagd {
 
@@ -24,9 +26,10 @@ enum Function { kNormRow, kSwiGLU, kGELU, kEmbedRow, kAttend, kFunctions };
 using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
                        void* stream, void**, void**);
 
-// What sessions are given, from Python: functions of loaded modules, zeroed memory between blocks of attention.
+// What sessions are given, from Python: functions of loaded modules, zeroed memory between blocks of attention. On the
+// host there are neither, and processors are threads.
 struct Operators {
-  void* functions[kFunctions];
+  void* functions[kFunctions];  // null: none
   char* between;         // of bytes_between()
   Launch launch;         // null: cuLaunchKernel
   const char* provider;  // null: CUDA's
@@ -39,7 +42,7 @@ struct Operators {
 namespace {
 
 constexpr uint32_t kApiVersion = 17;  // ONNX Runtime 1.17: the first with all that is used
-constexpr int kFloat16 = 10, kInt32 = 6, kInt64 = 7, kRequired = 0, kOptional = 1, kDeviceMemory = 0;
+constexpr int kFloat32 = 1, kFloat16 = 10, kInt32 = 6, kInt64 = 7, kRequired = 0, kOptional = 1, kDeviceMemory = 0;
 constexpr size_t kMostInputs = 12;
 
 using Status = void*;  // null: all is well
@@ -61,6 +64,7 @@ enum Place : size_t {
   kKernelContextGetOutput = 91,
   kReleaseTensorTypeAndShapeInfo = 99,
   kKernelContextGetGpuComputeStream = 193,
+  kKernelContextParallelFor = 274,
 };
 
 struct ApiBase {
@@ -102,13 +106,15 @@ struct CustomOp {
 
 struct Call;
 
-// An operator: its inputs are of float16, but for the first `integers` and, where it has a place to write, the last.
+// An operator: its inputs are `floating`, but for the first `integers` and, where it has a place to write, the last.
 struct Operator : CustomOp {
   char label[32];
   size_t least, most;  // inputs
   size_t results;
   size_t integers;
   bool writes;
+  int floating;
+  const char* provider_name;
   const char* real;  // attributes, null where it has none
   const char* wholes[2];
   Status (*run)(Call&);
@@ -117,7 +123,7 @@ struct Operator : CustomOp {
   bool has(const char* part) const { return std::strstr(label, part) != nullptr; }
   int type(size_t input) const {
     if (writes && input + 1 == most) return kInt64;
-    return input < integers ? kInt32 : kFloat16;
+    return input < integers ? kInt32 : floating;
   }
 };
 
@@ -140,6 +146,7 @@ struct Shaped {
   int64_t shape[4] = {1, 1, 1, 1};  // aligned at the end
 
   const half* halves() const { return static_cast<const half*>(data); }
+  float* floats() const { return static_cast<float*>(data); }
   int64_t columns() const { return shape[3]; }
   int64_t rows() const { return shape[0] * shape[1] * shape[2]; }
 };
@@ -183,11 +190,12 @@ struct Call {
     return ask(kKernelContextGetGpuComputeStream, static_cast<const void*>(context), &stream);
   }
 
-  Status output(size_t number, const int64_t* shape, size_t axes, half*& data) const {
+  template <typename Element>
+  Status output(size_t number, const int64_t* shape, size_t axes, Element*& data) const {
     void *value = nullptr, *found = nullptr;
     if (Status status = ask(kKernelContextGetOutput, context, number, shape, axes, &value)) return status;
     if (Status status = ask(kGetTensorMutableData, static_cast<const void*>(value), &found)) return status;
-    data = static_cast<half*>(found);
+    data = static_cast<Element*>(found);
     return nullptr;
   }
 
@@ -196,7 +204,8 @@ struct Call {
   }
 
   // As an input, with so many columns.
-  Status output(size_t number, const Shaped& like, int64_t columns, half*& data) const {
+  template <typename Element>
+  Status output(size_t number, const Shaped& like, int64_t columns, Element*& data) const {
     int64_t shape[4];
     std::memcpy(shape, like.shape, sizeof shape);
     shape[3] = columns;
@@ -275,6 +284,44 @@ Status run_attention(Call& call) {
   if (a.keys != past[0].data || a.values != past[1].data)
     return call.fail("diagd: K and V are not bound to the same memory as inputs and as outputs");
   return launch_attention(call, a, heads);
+}
+
+// K or V with the step's rows; ONNX Runtime is mostly given the same memory as input and as output.
+Status write_rows(const Call& call, const Shaped& rows, size_t output, const float*& written) {
+  const Shaped &past = call.inputs[4 + output], &index = call.inputs[7];
+  float* present = nullptr;
+  if (Status status = call.output(output, past, past.columns(), present)) return status;
+  const int64_t streams = past.shape[1], slot = past.shape[2] * past.columns(), width = index.columns();
+  if (present != past.data) std::memcpy(present, past.data, sizeof(float) * past.rows() * past.columns());
+  const int64_t* slots = static_cast<const int64_t*>(index.data);
+  for (int64_t row = 0; row < streams * width; ++row) {
+    if (slots[row] < 0 || slots[row] >= past.shape[0]) return call.fail("diagd: a slot that is not bound");
+    float* to = present + (slots[row] * streams + row / width) * slot;
+    std::memcpy(to, rows.floats() + row * slot, sizeof(float) * slot);
+  }
+  written = present;
+  return nullptr;
+}
+
+// Positions of rows [B, W] and of slots [T, B], queries [B * W, H, D], keys and values [B * W, G, D], K and V [T, B, G,
+// D], slots of the rows [B, W] -> attended values as queries, K, V.
+Status run_prefix_attention(Call& call) {
+  const Shaped &queries = call.inputs[2], &past = call.inputs[5];
+  diagd::PrefixArguments a = {};
+  a.queries = queries.floats(), a.slots = past.shape[0], a.width = static_cast<int32_t>(call.inputs[0].columns());
+  a.positions = static_cast<const int32_t*>(call.inputs[0].data);
+  a.slot_position = static_cast<const int32_t*>(call.inputs[1].data);
+  a.streams = static_cast<int32_t>(past.shape[1]), a.groups = static_cast<int32_t>(past.shape[2]);
+  a.size = static_cast<int32_t>(past.columns()), a.shared = static_cast<int32_t>(queries.shape[2]) / a.groups;
+  a.scale = 1.44269504f / std::sqrt(static_cast<float>(a.size));
+  if (Status status = call.output(0, queries, queries.columns(), a.out)) return status;
+  if (Status status = write_rows(call, call.inputs[3], 1, a.keys)) return status;
+  if (Status status = write_rows(call, call.inputs[4], 2, a.values)) return status;
+  diagd::PrefixTasks tasks(a, call.kernel.op->given.gpu.count);
+  const auto run = [](void* tasks, size_t task) { static_cast<diagd::PrefixTasks*>(tasks)->run(task); };
+  return call.ask(kKernelContextParallelFor, static_cast<const void*>(call.context),
+                  static_cast<void (*)(void*, size_t)>(run), static_cast<size_t>(tasks.count()), size_t{0},
+                  static_cast<void*>(&tasks));
 }
 
 // Queries [rows, heads * D], their norm's weight, K and V of a text -> as queries.
@@ -366,12 +413,12 @@ Operator described(size_t least, size_t most, size_t results, Status (*run)(Call
   op.version = kApiVersion;
   op.name = [](const CustomOp* op) { return static_cast<const char*>(of(op)->label); };
   op.provider = [](const CustomOp* op) {
-    return of(op)->given.provider ? of(op)->given.provider : "CUDAExecutionProvider";
+    return of(op)->given.provider ? of(op)->given.provider : of(op)->provider_name;
   };
   op.inputs = [](const CustomOp* op) { return of(op)->most; };
   op.outputs = [](const CustomOp* op) { return of(op)->results; };
   op.input_type = [](const CustomOp* op, size_t input) { return of(op)->type(input); };
-  op.output_type = [](const CustomOp*, size_t) { return kFloat16; };
+  op.output_type = [](const CustomOp* op, size_t) { return of(op)->floating; };
   op.input_kind = [](const CustomOp* op, size_t input) { return input < of(op)->least ? kRequired : kOptional; };
   op.output_kind = [](const CustomOp*, size_t) { return kRequired; };
   op.input_memory = [](const CustomOp*, size_t) { return kDeviceMemory; };
@@ -381,6 +428,7 @@ Operator described(size_t least, size_t most, size_t results, Status (*run)(Call
   op.first_version = [](const CustomOp*) { return 1; };
   op.last_version = [](const CustomOp*) { return 0x7fffffff; };
   op.least = least, op.most = most, op.results = results, op.run = run;
+  op.floating = kFloat16, op.provider_name = "CUDAExecutionProvider";
   std::strcpy(op.label, label);
   return op;
 }
@@ -448,6 +496,12 @@ Status add_others(const void* const* api, void* domain) {
   return nullptr;
 }
 
+Status add_host(const void* const* api, void* domain) {
+  Operator op = described(8, 8, 3, run_prefix_attention, "PrefixAttention");
+  op.writes = true, op.integers = 2, op.floating = kFloat32, op.provider_name = "CPUExecutionProvider";
+  return add(api, domain, op);
+}
+
 }  // namespace
 
 // What the next session is given that registers this library on this thread.
@@ -478,9 +532,11 @@ extern "C" Status RegisterCustomOps(void* options, const ApiBase* base) {
   if (!api) return nullptr;
   void* domain = nullptr;
   if (Status status = call(api, kCreateCustomOpDomain, "diagd", &domain)) return status;
-  for (auto add_some : {add_norms, add_attentions, add_embeddings, add_others}) {
-    if (Status status = add_some(api, domain)) return status;
+  const bool has_functions = next_given.functions[0];
+  for (auto add_some : {add_host, add_norms, add_attentions, add_embeddings, add_others}) {
+    if (Status status = has_functions || add_some == add_host ? add_some(api, domain) : nullptr) return status;
   }
+  next_given = {};
   return call(api, kAddCustomOpDomain, options, domain);
 }
 

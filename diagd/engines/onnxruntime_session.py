@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from diagd.bundle import Bundle, cache
 from diagd.bundle.manifest import StepGraph
+from diagd.engines.devices.kernels import host_build, register_host
 from diagd.engines.host import cores, installed, processor_features
 from diagd.engines.tensors import ALIGNMENT, Tensor, check_shapes
 from diagd.errors import BundleError, DiagdError, EngineError, UsageError, require
@@ -160,6 +161,7 @@ def _settings(runtime: onnxruntime, options: CpuOptions) -> onnxruntime.SessionO
     if not options.fuse:
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
     settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
+    register_host(settings, settings.intra_op_num_threads)
     return settings
 
 
@@ -178,7 +180,8 @@ def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptio
             for file in list(folder.iterdir()):
                 file.unlink()
 
-    parts = [digest, runtime.__version__, processor_features(), str(options.fuse), *UNWANTED["cpu"]]
+    own = str(host_build() is not None)  # which functions of the graph stay one node
+    parts = [digest, runtime.__version__, processor_features(), str(options.fuse), own, *UNWANTED["cpu"]]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     size = sum(file.stat().st_size for file in graph.parent.glob("*.bin"))  # at most, for others use them too
     found = cache.entry("prepacked", key, pack, size)

@@ -67,14 +67,8 @@ class PrefixAttention(PlainAttention):
     """Added to the score of an invisible key: its weight is exactly 0, and a row is never NaN."""
 
     def __init__(self, bound: Bound) -> None:
-        positions, slot_position, written = bound.positions, bound.slot_position, bound.write_index
-        self._grid = streams, width = positions.shape
-        visible = slot_position.t().unsqueeze(1) <= positions.unsqueeze(2)
-        bias = torch.where(visible, 0.0, self.HIDDEN).repeat(1, bound.shared, 1)
-        self._bias = bias.unsqueeze(1)
-        stream = torch.arange(streams, device=positions.device).unsqueeze(1).expand(streams, width)
-        self._places = torch.stack([written, stream], dim=-1).flatten(0, 1)
-        self._past, self._rows = bound.past, bound.rows
+        self._inputs, self._written = (bound.positions, bound.slot_position), bound.write_index
+        self._past, self._rows, self._functions = bound.past, bound.rows, bound.functions
         self.cache: list[Tensor] = []
 
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -88,19 +82,17 @@ class PrefixAttention(PlainAttention):
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Write the new rows, then attend to the whole bound prefix."""
-        keys = self._write(2 * layer, f"key_{layer}", keys)
-        values = self._write(2 * layer + 1, f"value_{layer}", values)
-        grouped = _grouped(queries, self._grid, keys.shape[2])
-        scores = _products(grouped, _transposed(keys, (1, 2, 3, 0))) + self._bias
-        attended = _products(torch.softmax(scores, dim=-1), _transposed(values, (1, 2, 0, 3)))
-        return _ungrouped(attended, self._grid, queries.shape[1])
+        past = self._past[2 * layer : 2 * layer + 2]
+        rows = map(self._rounded, (f"key_{layer}", f"value_{layer}"), (keys, values))
+        inputs = (*self._inputs, queries, *rows, *past, self._written)
+        outputs = [(tensor.dtype, tensor.shape) for tensor in (queries, *past)]
+        attended, *cache = self._functions.call("PrefixAttention", _prefix_attention, inputs, outputs)
+        self.cache += cache
+        return attended
 
-    def _write(self, buffer: int, name: str, rows: Tensor) -> Tensor:
+    def _rounded(self, name: str, rows: Tensor) -> Tensor:
         """The buffers stay in floating point: rows that are to be rounded are rounded on their way in."""
-        rounded = self._rows.scaled(name, self._rows.load(self._rows.store(name, rows)))
-        past = self._past[buffer]
-        self.cache.append(onnx_operator("ScatterND", (past, self._places, rounded), past.dtype, past.shape))
-        return self.cache[-1]
+        return self._rows.scaled(name, self._rows.load(self._rows.store(name, rows)))
 
 
 class ModernAttention(AttentionForm):
@@ -229,6 +221,32 @@ class PortableAttention(FullAttention):
         stored = self._rows.store(name, apart.transpose(-2, -3))
         self.cache.append(stored if stored.dim() == 4 else stored.unsqueeze(0))
         return self._rows.load(stored)
+
+
+def _prefix_attention(
+    positions: Tensor,
+    slot_position: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past_keys: Tensor,
+    past_values: Tensor,
+    written: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What queries [B * W, H, D] find, and buffers [T, B, G, D] with the rows [B * W, G, D] in them."""
+    grid = streams, width = positions.shape
+    heads, groups = queries.shape[1], past_keys.shape[2]
+    visible = slot_position.t().unsqueeze(1) <= positions.unsqueeze(2)
+    bias = torch.where(visible, 0.0, PrefixAttention.HIDDEN).repeat(1, heads // groups, 1).unsqueeze(1)
+    stream = torch.arange(streams, device=positions.device).unsqueeze(1).expand(streams, width)
+    places = torch.stack([written, stream], dim=-1).flatten(0, 1)
+    keys, values = (
+        onnx_operator("ScatterND", (past, places, rows), past.dtype, past.shape)
+        for past, rows in ((past_keys, keys), (past_values, values))
+    )
+    scores = _products(_grouped(queries, grid, groups), _transposed(keys, (1, 2, 3, 0))) + bias
+    attended = _products(torch.softmax(scores, dim=-1), _transposed(values, (1, 2, 0, 3)))
+    return _ungrouped(attended, grid, heads), keys, values
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:

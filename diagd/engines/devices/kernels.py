@@ -6,6 +6,7 @@ import ctypes
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 from diagd.errors import DependencyError
 
@@ -98,6 +99,13 @@ def fits(kernels: ctypes.CDLL) -> bool:
         and getattr(kernels, size)() == ctypes.sizeof(structure)
         for name, structure in arguments.items()
     )
+
+
+def register_host(settings: Any, threads: int) -> None:
+    """Have a session on the processor run functions of a graph by the host build, where there is one."""
+    if library := host_build():
+        library.diagd_operators_with(ctypes.byref(OperatorArguments(processors=threads)))
+        settings.register_custom_ops_library(library._name)
 
 
 def built_ptx() -> bytes | None:

@@ -1,0 +1,156 @@
+// Attention of a step in the prefix form, with the vector instructions that the processor has.
+#include "prefix_attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+// Unlike the sampler's, products need not be rounded before they are added.
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+namespace diagd {
+namespace {
+
+constexpr int kTile = 64;  // slots: their scores stay in the fastest cache
+constexpr size_t kCached = 1 << 19;  // bytes of a tile's keys and values and of the next one's
+constexpr float kLowest = -1.0e30f, kUnseen = -3.0e38f;  // a row that sees nothing of a tile weighs it with 0
+
+// Rows `first`.. of those that share a head of K and V, of a stream.
+struct PrefixPart {
+  int32_t stream, group, first, rows;
+
+  // Queries of a step's row that share a head are neighbours.
+  int64_t step_row(const PrefixArguments& a, int row) const {
+    return int64_t{stream} * a.width + (first + row) / a.shared;
+  }
+  int64_t place(const PrefixArguments& a, int row) const {
+    return ((step_row(a, row) * a.groups + group) * a.shared + (first + row) % a.shared) * a.size;
+  }
+};
+
+// Has the rows of the next tile fetched, a few at a time.
+class Ahead {
+ public:
+  Ahead(const float* keys, const float* values, int64_t length, int64_t step)
+      : keys(keys), values(values), length(length), step(step) {}
+
+  void begin(int64_t slot, int64_t slots) {
+    at = slot * step, end = std::min(slot + kTile, slots) * step, column = 0;
+  }
+
+  void fetch(int floats) {
+    for (; floats > 0 && at < end; floats -= kLine) {
+      __builtin_prefetch(keys + at + column, 0, 2), __builtin_prefetch(values + at + column, 0, 2);
+      column += kLine;
+      if (column >= length) column = 0, at += step;
+    }
+  }
+
+ private:
+  static constexpr int kLine = 16;
+  const float *keys, *values;
+  int64_t length, step, at = 0, end = 0, column = 0;
+};
+
+namespace plain {
+#define LONGEST 4
+#define REGISTERS 16
+#include "prefix_attention_lanes.h"
+#undef LONGEST
+#undef REGISTERS
+}  // namespace plain
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+#define LONGEST 8
+#define REGISTERS 16
+#include "prefix_attention_lanes.h"
+#undef LONGEST
+#undef REGISTERS
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512vl,avx512dq")
+#endif
+namespace avx512 {
+#define LONGEST 16
+#define REGISTERS 32
+#include "prefix_attention_lanes.h"
+#undef LONGEST
+#undef REGISTERS
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+struct Kernel {
+  void (*attend)(const PrefixArguments&, const std::vector<PrefixPart>&, int32_t rows, std::vector<float>&);
+  int32_t longest;  // vector, in floats
+};
+
+Kernel fastest() {
+#if defined(__x86_64__)
+  const bool has_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_fma && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return {avx512::attend_rows, 16};
+  if (has_fma) return {avx2::attend_rows, 8};
+#endif
+  return {plain::attend_rows, 4};
+}
+
+const Kernel& kernel() {
+  static const Kernel found = fastest();
+  return found;
+}
+
+int32_t divided(int64_t number, int64_t by) { return static_cast<int32_t>((number + by - 1) / by); }
+
+}  // namespace
+
+// Parts as few as hold three vectors each, tasks as many as there are threads.
+PrefixTasks::PrefixTasks(const PrefixArguments& arguments, int32_t threads) : a(arguments) {
+  const int64_t all = int64_t{a.width} * a.shared, longest = kernel().longest, heads = int64_t{a.streams} * a.groups;
+  const int32_t wanted = divided(std::max(threads, 1), heads), least = divided(all, 3 * longest);
+  const int32_t most = divided(all, longest), vectors = divided(most, std::min(std::max(least, wanted), most));
+  rows = static_cast<int32_t>(std::min(all, vectors * longest)), parts = divided(all, rows);
+  const int32_t cached = std::max<int32_t>(1, kCached / (4 * kTile * sizeof(float) * a.size));
+  each = std::min(divided(heads * parts, std::max(threads, 1)), cached);
+}
+
+void PrefixTasks::run(int64_t task) const {
+  thread_local std::vector<float> memory;
+  thread_local std::vector<PrefixPart> some;
+  some.clear();
+  const int64_t all = int64_t{a.streams} * a.groups * parts;
+  for (int64_t number = task * each; number < std::min(all, (task + 1) * each); ++number) {
+    PrefixPart part = {};
+    part.stream = static_cast<int32_t>(number / (int64_t{a.groups} * parts));
+    part.group = static_cast<int32_t>(number / parts % a.groups);
+    part.first = static_cast<int32_t>(number % parts) * rows;
+    part.rows = std::min(a.width * a.shared - part.first, rows);
+    some.push_back(part);
+  }
+  kernel().attend(a, some, rows, memory);
+}
+
+}  // namespace diagd
+
+extern "C" void diagd_prefix_attention(const diagd::PrefixArguments* arguments, int32_t threads) {
+  const diagd::PrefixTasks tasks(*arguments, threads);
+  for (int64_t task = 0; task < tasks.count(); ++task) tasks.run(task);
+}

@@ -1,0 +1,193 @@
+// Attention of a step in the prefix form, on the host: a query row is a lane, keys and values are read as they lie.
+//
+// Included once for each set of vector instructions, in a namespace of its own, with REGISTERS of them. A lane never
+// meets another: what a row gets has one order of sums, whatever rows are computed beside it, in vectors of whatever
+// length, and whatever is bound behind what it sees. The softmax is the online one of FlashAttention (arXiv 2205.14135).
+
+template <int LANES>
+struct Lanes {
+  typedef float Floats __attribute__((vector_size(4 * LANES)));
+  typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+};
+
+template <int LANES>
+using Floats = typename Lanes<LANES>::Floats;
+template <int LANES>
+using Integers = typename Lanes<LANES>::Integers;
+
+template <typename Vector>
+inline Vector load(const void* at) {
+  Vector found;
+  std::memcpy(&found, at, sizeof found);
+  return found;
+}
+
+template <typename Vector>
+inline void store(void* at, Vector value) {
+  std::memcpy(at, &value, sizeof value);
+}
+
+// 2^x of numbers up to 0, to two units in the last place, exactly 1 of 0, and 0 below -126.
+template <int LANES>
+inline Floats<LANES> power_of_two(Floats<LANES> x) {
+  const Integers<LANES> there = ~(x < -126.0f);  // NaN too
+  const Floats<LANES> shifted = x + 12582912.0f;  // its last bits are the nearest whole number
+  const Floats<LANES> r = x - (shifted - 12582912.0f);
+  Floats<LANES> p = r * 1.54614447e-4f + 1.34004282e-3f;
+  p = p * r + 9.61805668e-3f, p = p * r + 5.55032723e-2f, p = p * r + 2.40226509e-1f;
+  p = p * r + 6.93147207e-1f, p = p * r + 1.0f;
+  const Integers<LANES> bits = load<Integers<LANES>>(&p) + (load<Integers<LANES>>(&shifted) << 23);
+  const Integers<LANES> chosen = bits & there;
+  return load<Floats<LANES>>(&chosen);
+}
+
+// Rows that share a head of K and V, side by side, and what was found for them so far.
+template <int LANES, int VECTORS>
+struct Rows {
+  static constexpr int kRows = LANES * VECTORS;
+  static constexpr int kBeside = REGISTERS == 32 || VECTORS == 1 ? 8 : 4;  // slots, channels: sums stay in registers
+  using Floating = Floats<LANES>;
+
+  const PrefixArguments& a;
+  const float *keys, *values;
+  int64_t step;  // floats between two slots
+  float *scores, *queries, *mixed;  // [kTile][kRows], [size][kRows] twice
+  float weight[kRows] = {}, most[kRows] = {};
+  int32_t position[kRows] = {};
+
+  // Scores of COUNT slots, those that a row does not see below all others.
+  template <int COUNT>
+  void score(const float* key, const int32_t* at, float* out) {
+    Floating sums[COUNT][VECTORS] = {};
+    for (int channel = 0; channel < a.size; ++channel) {
+      for (int vector = 0; vector < VECTORS; ++vector) {
+        const Floating query = load<Floating>(queries + channel * kRows + vector * LANES);
+        for (int slot = 0; slot < COUNT; ++slot) sums[slot][vector] += key[slot * step + channel] * query;
+      }
+    }
+    for (int vector = 0; vector < VECTORS; ++vector) {
+      const auto seen_from = load<Integers<LANES>>(position + vector * LANES);
+      Floating highest = load<Floating>(most + vector * LANES);
+      for (int slot = 0; slot < COUNT; ++slot) {
+        const Floating found = at[slot] <= seen_from ? sums[slot][vector] : Floating{} + kUnseen;
+        highest = found > highest ? found : highest;
+        store(out + slot * kRows + vector * LANES, found);
+      }
+      store(most + vector * LANES, highest);
+    }
+  }
+
+  // Scores of a tile to weights; what was mixed of tiles ahead is weighed anew.
+  void weigh(const float* before, int slots) {
+    for (int lane = 0; lane < kRows; lane += LANES) {
+      const Floating highest = load<Floating>(most + lane);
+      const Floating rescale = power_of_two<LANES>(load<Floating>(before + lane) - highest);
+      Floating sum = load<Floating>(weight + lane) * rescale;
+      for (int slot = 0; slot < slots; ++slot) {
+        float* score = scores + slot * kRows + lane;
+        const Floating found = power_of_two<LANES>(load<Floating>(score) - highest);
+        sum += found;
+        store(score, found);
+      }
+      store(weight + lane, sum);
+      for (int channel = 0; channel < a.size; ++channel) {
+        float* sums = mixed + channel * kRows + lane;
+        store(sums, load<Floating>(sums) * rescale);
+      }
+    }
+  }
+
+  // Adds COUNT channels of a tile's values.
+  template <int COUNT>
+  void mix(const float* value, int slots, float* out) const {
+    Floating sums[COUNT][VECTORS];
+    for (int channel = 0; channel < COUNT; ++channel) {
+      for (int vector = 0; vector < VECTORS; ++vector)
+        sums[channel][vector] = load<Floating>(out + channel * kRows + vector * LANES);
+    }
+    for (int slot = 0; slot < slots; ++slot) {
+      for (int vector = 0; vector < VECTORS; ++vector) {
+        const Floating weighed = load<Floating>(scores + slot * kRows + vector * LANES);
+        for (int channel = 0; channel < COUNT; ++channel)
+          sums[channel][vector] += value[slot * step + channel] * weighed;
+      }
+    }
+    for (int channel = 0; channel < COUNT; ++channel) {
+      for (int vector = 0; vector < VECTORS; ++vector)
+        store(out + channel * kRows + vector * LANES, sums[channel][vector]);
+    }
+  }
+
+  void tile(int64_t first, const int32_t* at, int slots, Ahead& ahead) {
+    const float *key = keys + first * step, *value = values + first * step;
+    float before[kRows];
+    std::memcpy(before, most, sizeof before);
+    int slot = 0, channel = 0;
+    for (; slot + kBeside <= slots; slot += kBeside) {
+      ahead.fetch(kBeside * a.size);
+      score<kBeside>(key + slot * step, at + slot, scores + slot * kRows);
+    }
+    for (; slot < slots; ++slot) score<1>(key + slot * step, at + slot, scores + slot * kRows);
+    weigh(before, slots);
+    for (; channel + kBeside <= a.size; channel += kBeside) mix<kBeside>(value + channel, slots, mixed + channel * kRows);
+    for (; channel < a.size; ++channel) mix<1>(value + channel, slots, mixed + channel * kRows);
+  }
+
+  void take(const PrefixPart& part) {
+    const int64_t head = (int64_t{part.stream} * a.groups + part.group) * a.size;
+    keys = a.keys + head, values = a.values + head;
+    for (int row = 0; row < kRows; ++row) {
+      const float* query = row < part.rows ? a.queries + part.place(a, row) : nullptr;
+      position[row] = query ? a.positions[part.step_row(a, row)] : INT32_MIN;
+      weight[row] = 0.0f, most[row] = kLowest;
+      for (int channel = 0; channel < a.size; ++channel) {
+        queries[channel * kRows + row] = query ? query[channel] * a.scale : 0.0f;
+        mixed[channel * kRows + row] = 0.0f;
+      }
+    }
+  }
+
+  void give(const PrefixPart& part) const {
+    for (int row = 0; row < part.rows; ++row) {
+      const float sum = weight[row] > 0.0f ? weight[row] : 1.0f;  // a row that sees nothing is a pad
+      float* out = a.out + part.place(a, row);
+      for (int channel = 0; channel < a.size; ++channel) out[channel] = mixed[channel * kRows + row] / sum;
+    }
+  }
+};
+
+// Parts that lie side by side, tile by tile.
+template <int LANES, int VECTORS>
+void attend(const PrefixArguments& a, const std::vector<PrefixPart>& parts, std::vector<float>& memory) {
+  using Part = Rows<LANES, VECTORS>;
+  const size_t each = size_t{Part::kRows} * a.size;
+  memory.resize(kTile * Part::kRows + 2 * each * parts.size());
+  const int64_t step = int64_t{a.streams} * a.groups * a.size;
+  std::vector<Part> rows;
+  for (const PrefixPart& part : parts) {
+    float* own = memory.data() + kTile * Part::kRows + 2 * each * rows.size();
+    rows.push_back(Part{a, nullptr, nullptr, step, memory.data(), own, own + each});
+    rows.back().take(part);
+  }
+  for (int64_t first = 0; first < a.slots; first += kTile) {
+    Ahead ahead(rows.front().keys, rows.front().values, rows.back().keys - rows.front().keys + a.size, step);
+    ahead.begin(first + kTile, a.slots);
+    const int slots = static_cast<int>(std::min<int64_t>(kTile, a.slots - first));
+    for (size_t part = 0; part < parts.size(); ++part) {
+      int32_t at[kTile];
+      for (int slot = 0; slot < slots; ++slot) at[slot] = a.slot_position[(first + slot) * a.streams + parts[part].stream];
+      rows[part].tile(first, at, slots, ahead);
+    }
+  }
+  for (size_t part = 0; part < parts.size(); ++part) rows[part].give(parts[part]);
+}
+
+// In the shortest vectors that hold the rows of a part, of which some may have fewer.
+void attend_rows(const PrefixArguments& a, const std::vector<PrefixPart>& parts, int32_t rows,
+                 std::vector<float>& memory) {
+  if (rows > 2 * LONGEST) return attend<LONGEST, 3>(a, parts, memory);
+  if (rows > LONGEST) return attend<LONGEST, 2>(a, parts, memory);
+  if (rows > LONGEST / 2) return attend<LONGEST, 1>(a, parts, memory);
+  if (rows > 4) return attend<std::max(4, LONGEST / 2), 1>(a, parts, memory);
+  attend<4, 1>(a, parts, memory);
+}
