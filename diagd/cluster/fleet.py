@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -69,7 +70,7 @@ class PlayActor:
         begun = asyncio.Event()
 
         def listen() -> None:
-            table.game.record.heard = partial(self.tell_soon, number, "line")
+            table.game.record.heard = lambda *lines: self.tell_soon(number, "lines", lines)
             self._loop.call_soon_threadsafe(begun.set)
 
         table.stage.post(listen)
@@ -214,8 +215,8 @@ class RemoteTable(ServedTable):
 
     def hear(self, kind: str, value: Any) -> None:
         """What the engine tells of this world."""
-        if kind == "line":
-            self.saved.add(value)
+        if kind == "lines":
+            self.saved.add(*value)
         elif kind == "saved":
             self.saved.take(value)
             if self.keep is not None:
@@ -229,15 +230,15 @@ class RemoteTable(ServedTable):
 class RemoteEngine:
     """An engine on some node, which is started anew, there or elsewhere, when it is lost.
 
-    ``node`` is where it was started last, as Ray names it; ``figures`` are those that it told last, with the
-    frames of those before it.
+    ``place`` is the node that it is to be started on, ``node`` where it was started last, as Ray names them;
+    ``figures`` are those that it told last, with the frames of those before it.
     """
 
     def __init__(self, fleet: RayFleet) -> None:
         self._fleet, self.is_alive, self.figures = fleet, False, Figures()
         self._before = self.figures
         self.actor: Any = None
-        self.node = ""
+        self.place = self.node = ""
         self._calls: list[Call] = []
         self._said = asyncio.Event()
 
@@ -260,7 +261,8 @@ class RemoteEngine:
 
         while True:
             try:
-                self.actor = self._fleet.start_actor()
+                self.place = self._fleet.free_node(self)
+                self.actor = self._fleet.start_actor(self.place)
                 self.node = await self._begun(self.actor)
                 self.is_alive = True
                 self._fleet.settle()
@@ -342,10 +344,15 @@ class RayFleet(Fleet):
         if not cpu.threads:
             cpu = replace(cpu, threads=max(1, int(cluster.cores)))
         options = replace(options, session=replace(options.session, cpu=cpu))
-        kind = ray.remote(
-            num_cpus=cluster.cores, num_gpus=cluster.gpus, scheduling_strategy="SPREAD", max_restarts=0
-        )(PlayActor)
-        self.start_actor: Callable[[], Any] = lambda: kind.remote(bundle.path.resolve(), options, service)
+        kind = ray.remote(num_cpus=cluster.cores, num_gpus=cluster.gpus, max_restarts=0)(PlayActor)
+        near = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+
+        def start_actor(node: str) -> Any:
+            there = near(node, soft=True, _spill_on_unavailable=True)
+            return kind.options(scheduling_strategy=there).remote(bundle.path.resolve(), options, service)
+
+        self.start_actor: Callable[[str], Any] = start_actor
+        self._nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
         self.kill: Callable[[Any], None] = ray.kill
         self.engines = [RemoteEngine(self) for _ in range(count)]
         tokenizer = bundle.manifest.tokenizer
@@ -356,6 +363,12 @@ class RayFleet(Fleet):
         self.tables = [RemoteTable(engine, number, size) for number in numbers for engine in self.engines]
         self.moves = 0
         self._tasks: list[asyncio.Task[None]] = []
+
+    def free_node(self, engine: RemoteEngine) -> str:
+        """Where the fewest others are: nodes that are asked to spread them do not know of one another's."""
+        held = Counter(one.place for one in self.engines if one is not engine)
+        nodes = (str(node["NodeID"]) for node in self._nodes() if node["Alive"])
+        return min(nodes, key=lambda node: held[node])
 
     @override
     @property

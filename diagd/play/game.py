@@ -287,9 +287,8 @@ class Game:
         self._past.append(self.session.stream.past[-1])
         del self._past[:-MAX_PAST]
         action = None if self.bundle.manifest.actions is None else frame.action.tolist()
-        self.record.add(Played(frame=frame.index, action=action, tokens=record.digest(frame.tokens)))
-        if self._led:
-            self.record.heard(record.Flying(ahead=self._in_flight()))
+        behind = [Flying(ahead=self._in_flight())] if self._led else []
+        self.record.add(Played(frame=frame.index, action=action, tokens=record.digest(frame.tokens)), *behind)
         return Shown(frame, taken, pictures, decode, time.perf_counter() - decoded)
 
     def _pull(self, frame: int) -> Int | None:
@@ -411,15 +410,12 @@ class SavedGame:
         """Whether the game never began."""
         return self.snapshot is None and not self.lines
 
-    def add(self, line: Line) -> None:
+    def add(self, line: Line, *behind: Flying) -> None:
         """One more; a world that began anew needs nothing of what was before."""
-        if isinstance(line, Flying):
-            self.flying = line
-            return
         if isinstance(line, Start):
             self.snapshot, self.lines = None, []
-        self.flying = None
         self.lines.append(line)
+        self.flying = behind[0] if behind else None
 
     def take(self, snapshot: bytes) -> None:
         """The game as it is now."""
@@ -439,7 +435,7 @@ class SavedGame:
             UsageError: it is a game of another model.
         """
         self.stop()
-        heard, game.record.heard = game.record.heard, lambda line: None  # it was told when it happened
+        heard, game.record.heard = game.record.heard, lambda *lines: None  # it was told when it happened
         try:
             if self.snapshot is not None:
                 game.restore(self.snapshot)

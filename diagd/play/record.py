@@ -163,12 +163,12 @@ class Record:
     """Writes lines as they happen, to a file or, without one, nowhere; in ``path`` while it is written.
 
     Attributes:
-        heard: is given each line too, and what is in flight behind a frame.
+        heard: is given each line too, and with a frame what is in flight behind it.
     """
 
     def __init__(self, path: Path | None, first: Header) -> None:
         self.path = path
-        self.heard: Callable[[Line], None] = lambda line: None
+        self.heard: Callable[..., None] = lambda *lines: None
         self._file: IO[str] | None = None
         self._bytes = self._told = 0
         if path is not None:
@@ -184,10 +184,10 @@ class Record:
                 ) from None
             self.add(first)
 
-    def add(self, line: Line | Header) -> None:
-        """Write a line."""
+    def add(self, line: Line | Header, *behind: Flying) -> None:
+        """Write a line; what is in flight behind it is told with it, not written."""
         if not isinstance(line, Header):
-            self.heard(line)
+            self.heard(line, *behind)
             self._told += 1
         if self._file is None:
             return

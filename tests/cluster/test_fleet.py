@@ -17,7 +17,7 @@ from diagd.cluster.fleet import PlayActor, RayFleet
 from diagd.cluster.workers import EngineOptions
 from diagd.errors import EngineError
 from diagd.play.opening import GameOptions, open_game
-from diagd.play.record import Flying, Line, Played, Start, replay
+from diagd.play.record import Line, Played, Start, replay
 from diagd.play.server import Address, Server
 from diagd.play.service import SavedGames, Service, keep_worlds
 from tests.cluster.pool_work import Absent
@@ -105,7 +105,7 @@ def test_a_node_that_lacks_what_plays_is_told(nodes: Any, world: Path) -> None:
     import ray
 
     fleet = RayFleet(Bundle.open(world), GameOptions(), Service(), EngineOptions(cluster=nodes.address))
-    fleet.start_actor = lambda: ray.remote(PlayActor).remote(world, GameOptions(), Absent())
+    fleet.start_actor = lambda node: ray.remote(PlayActor).remote(world, GameOptions(), Absent())
     with pytest.raises(EngineError, match=r"No module named 'absent'.*each needs the same Python"):
         asyncio.run(asyncio.wait_for(fleet.engines[0].run(), 60))
 
@@ -138,16 +138,16 @@ def test_a_world_outlives_its_actor_and_its_node(nodes: Any, world: Path) -> Non
 
     lines: list[Line] = []
     with served(world, nodes) as (url, fleet), player(url) as ann:
-        wait_for_both(fleet)
         table = fleet.tables[0]
         hear, add = table.hear, lines.append
 
         def listen(kind: str, value: Any) -> None:
-            if kind == "line" and not isinstance(value, Flying):
-                add(value)
+            if kind == "lines":
+                add(value[0])
             hear(kind, value)
 
         table.hear = listen  # type: ignore[method-assign]
+        wait_for_both(fleet)
         ticket = ann.until(type="welcome")["ticket"]
         ann.say(type="pace", mode="step")
         known = plays(ann, "ArrowLeft", 13)
