@@ -7,9 +7,9 @@ thread against PyTorch with as many threads. Each order is rolled out alone, beh
 it, and then all of them in one call, as an evaluation does it: the bundle feeds a prompt once, and guesses
 for next token what another order drew; PyTorch's loop takes one order after the other, each with its prompts.
 
-Beside them what the machine takes for the bundle's own passes at least, in one thread: the bare products
-with weights, then with the products and the softmax of attention besides. What is left is masks, what stands
-between the products, sampling and the host.
+Beside them what the machine takes for the bundle's own passes, in one thread: the bare products with weights,
+then with the products and the softmax of attention besides, as ONNX Runtime computes them. What is left is
+what stands between the products, sampling and the host, less what our own attention gains.
 """
 
 from __future__ import annotations

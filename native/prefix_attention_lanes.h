@@ -5,7 +5,7 @@
 // length, and whatever is bound behind what it sees. The softmax is the online one of FlashAttention (arXiv 2205.14135).
 
 template <int LANES>
-struct Lanes {
+struct Lanes {  // an alias template would lose the attribute (GCC)
   typedef float Floats __attribute__((vector_size(4 * LANES)));
   typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 };
