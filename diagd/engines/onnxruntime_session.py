@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from diagd.bundle import Bundle, cache
+from diagd.bundle.files import sha256
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.devices.kernels import host_build, register_host
 from diagd.engines.host import cores, installed, processor_features
@@ -180,7 +181,8 @@ def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptio
             for file in list(folder.iterdir()):
                 file.unlink()
 
-    own = str(host_build() is not None)  # which functions of the graph stay one node
+    library = host_build()
+    own = sha256(Path(library._name)) if library else ""  # a packed graph has its operators
     parts = [digest, runtime.__version__, processor_features(), str(options.fuse), own, *UNWANTED["cpu"]]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     size = sum(file.stat().st_size for file in graph.parent.glob("*.bin"))  # at most, for others use them too

@@ -66,10 +66,9 @@ def trace(
         The graph, optimised, its initializers without data where the module is on the meta device.
     """
     require("onnxscript", extra="export", purpose="write ONNX graphs")
-    traced: Any = module.eval()
+    shapes = _dimensions(dynamic_shapes)
     with _quiet(), _uncollected(), _hastened(), torch.no_grad():
-        shapes = _dimensions(dynamic_shapes)
-        traced = torch.export.export(traced, inputs, dynamic_shapes=shapes, strict=False)
+        traced = torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
             traced,
             inputs,

@@ -91,6 +91,17 @@ def test_packed_weights_are_kept_and_change_nothing(
         np.testing.assert_array_equal(plain, other)
 
 
+def test_packed_weights_are_those_of_the_library_that_runs_the_graph(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path))
+    frames = run(diagd.load(bundle, threads=1), 2)
+    for module in ("devices.kernels", "onnxruntime_session"):
+        monkeypatch.setattr(f"diagd.engines.{module}.host_build", lambda: None)
+    np.testing.assert_array_equal(run(diagd.load(bundle, threads=1), 2), frames)
+    assert len(list(tmp_path.glob("prepacked/*/step.onnx"))) == 2
+
+
 def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     graph = tmp_path / "step.onnx"
     graph.write_bytes(b"no graph")

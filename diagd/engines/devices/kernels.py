@@ -94,7 +94,8 @@ def fits(kernels: ctypes.CDLL) -> bool:
         "diagd_draw": DrawArguments,
         OPERATORS: OperatorArguments,
     }
-    return hasattr(kernels, "RegisterCustomOps") and all(
+    runs = hasattr(kernels, "RegisterCustomOps") and hasattr(kernels, "diagd_prefix_attention")
+    return runs and all(
         hasattr(kernels, size := f"{name}_arguments_size")
         and getattr(kernels, size)() == ctypes.sizeof(structure)
         for name, structure in arguments.items()
