@@ -111,6 +111,8 @@ def together(device: str, meeting: str | None = None) -> Iterator[Ranks]:
     )
     try:
         yield Ranks(rank, started(), device)
+        # Gloo's threads let go of a step's tensors a little later, which aborts a process that ends meanwhile
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
 
