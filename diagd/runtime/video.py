@@ -27,6 +27,7 @@ from diagd.options import File, checked, flag, positional, setting
 from diagd.progress import Progress
 from diagd.runtime.clip import read_tokens
 from diagd.runtime.pictures import load_av, reporting, shown_size
+from diagd.runtime.pictures import read_frames as read_frames  # noqa: PLC0414  # looked for beside `VideoWriter`
 from diagd.runtime.pixels import PixelCodec, Pixels
 
 SUFFIXES: Final = (".mp4", ".gif")

@@ -14,8 +14,8 @@ from PIL import Image
 
 from diagd.errors import UsageError
 from diagd.runtime import video
-from diagd.runtime.pictures import read_frames, read_images
-from diagd.runtime.video import VideoWriter
+from diagd.runtime.pictures import read_images
+from diagd.runtime.video import VideoWriter, read_frames
 
 SIZE = (48, 64)
 
