@@ -25,6 +25,7 @@ from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open
 from diagd.play.record import Played, replay
 from diagd.play.server import Address, Limits
 from diagd.play.service import Service, serve
+from diagd.play.site import Public
 from diagd.play.table import LocalFleet, Table
 from diagd.progress import Progress
 from diagd.runtime.options import SessionOptions, TextOptions
@@ -57,6 +58,7 @@ class PlayOptions:
     port: int = flag("0 for any that is free", 8765, ge=0, le=65535)
     controls: File | None = setting("what keys do (default: controls.json of the bundle)", None)
     browser: bool = setting("open the page in a browser", True)
+    public: Public = setting("addresses of a proxy, tunnel or container that lead here; prints the first", ())
     session: SessionOptions = SessionOptions()
     condition: TextOptions = TextOptions()
 
@@ -127,7 +129,7 @@ def _play(console: Console, options: PlayOptions, game: Game) -> None:
 
 
 def _serve(console: Console, options: PlayOptions, table: Table) -> None:
-    address = Address(options.host, options.port)
+    address = Address(options.host, options.port, options.public)
     warn(console, address)
 
     def started(name: str, url: str) -> None:

@@ -18,7 +18,7 @@ from diagd.options import File, checked, flag, positional, setting
 from diagd.play.opening import GameOptions
 from diagd.play.server import Address
 from diagd.play.service import Service, opened_tables, serve
-from diagd.play.site import in_url
+from diagd.play.site import Public, page_address
 from diagd.play.table import LocalFleet
 from diagd.runtime.options import SessionOptions, TextOptions
 from diagd.serve.dreamer import Dreamer
@@ -63,6 +63,7 @@ class ServeOptions:
     seed: int | None = setting(
         "of wham: of the first job, later ones in order (default: any)", None, ge=0, lt=1 << 53
     )
+    public: Public = setting("addresses of a proxy, tunnel or container that lead here; prints the first", ())
     session: SessionOptions = SessionOptions()
     condition: TextOptions = TextOptions()
     nodes: EngineOptions = EngineOptions()
@@ -74,7 +75,8 @@ def run(options: ServeOptions) -> int:
 
 
 def _play(options: ServeOptions) -> int:
-    console, address, service = terminal.console(), Address(options.host, options.port), options.service
+    console, service = terminal.console(), options.service
+    address = Address(options.host, options.port, options.public)
     warn(console, address)
 
     def started(name: str, url: str) -> None:
@@ -104,14 +106,14 @@ def _dream(options: ServeOptions) -> int:
     pixels, session = options.session.pixels(bundle), options.session.open(bundle)
     with closing(Dreamer(session, pixels, options.max_jobs, options.lifespan)) as dreamer:
         wham = Wham(bundle.manifest, pixels, session.window, options.max_steps, options.seed)
-        with DreamServer((options.host, options.port), wham, dreamer) as server, suppress(KeyboardInterrupt):
+        place = options.host, options.port
+        with DreamServer(place, wham, dreamer, options.public) as server, suppress(KeyboardInterrupt):
             if not Address(options.host).is_local:
                 console.print(
                     f"warning: whoever reaches {options.host} can order dreams; no password, no TLS"
                 )
-            console.print(
-                f"{bundle.manifest.name}: http://{in_url(options.host)}:{server.server_port}\nCtrl-C ends it."
-            )
+            url = page_address(options.host, server.server_port, options.public)
+            console.print(f"{bundle.manifest.name}: {url}\nCtrl-C ends it.", soft_wrap=True)
             sys.stdout.flush()
             dreamer.start()
             server.serve_forever()

@@ -22,7 +22,7 @@ from diagd.options import checked, setting
 from diagd.play import messages
 from diagd.play.messages import Ack, Hello, without_paths
 from diagd.play.room import Room
-from diagd.play.site import SOCKET, Answer, Site, cannot_listen, in_url
+from diagd.play.site import SOCKET, Answer, Site, cannot_listen, page_address
 from diagd.play.table import Fleet, Player, ServedTable
 
 if TYPE_CHECKING:
@@ -55,10 +55,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server listens; the token is what lets somebody in."""
+    """Where the server listens, also led to by ``public`` ones; the token is what lets somebody in."""
 
     host: str = "127.0.0.1"
     port: int = 8765
+    public: tuple[str, ...] = ()
     token: str = field(default_factory=lambda: secrets.token_urlsafe(16))
 
     @property
@@ -174,9 +175,9 @@ class Server:
             logger=quiet,
         ) as listening:
             port = next(iter(listening.sockets)).getsockname()[1]
-            self._site = Site(self.address.host, port)
+            self._site = Site(self.address.host, port, self.address.public)
             self.fleet.start(asyncio.get_running_loop())
-            started(f"http://{in_url(self.address.host)}:{port}/#{self.address.token}")
+            started(f"{page_address(self.address.host, port, self.address.public)}/#{self.address.token}")
             try:
                 while self._drains is None or self._playing:
                     await asyncio.sleep(1)

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
+from collections.abc import Sequence
 from http import HTTPStatus
 from importlib import resources
-from typing import Final
+from typing import Annotated, Final
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator
 
 from diagd.errors import UsageError
+from diagd.options import NAMES
 
 KINDS: Final = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 SOCKET: Final = "/socket"
 
 
+def _public(address: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", address):
+        raise ValueError(f"expected addresses such as https://play.example.com/worlds, got '{address}'")
+    return address.rstrip("/")
+
+
+Public = Annotated[tuple[Annotated[str, AfterValidator(_public)], ...], NAMES]
+"""Addresses by which a proxy, a tunnel or a container leads to a server."""
+
+
 def in_url(host: str) -> str:
     """A host as addresses of pages have it."""
     return f"[{host}]" if ":" in host else host
+
+
+def page_address(host: str, port: int, public: Sequence[str]) -> str:
+    """Where a page is found."""
+    return public[0] if public else f"http://{in_url(host)}:{port}"
 
 
 def cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> UsageError:
@@ -40,11 +61,13 @@ class Site:
     """Serves the page's files from the package to those who came by its own address.
 
     A page of another site can open a socket to this machine, and a name of another site can be made to lead
-    here: the first is told by ``Origin``, the second by ``Host``.
+    here: the first is told by ``Origin``, the second by ``Host``. Both may also be of one of ``public``.
     """
 
-    def __init__(self, host: str, port: int) -> None:
-        self._port = port
+    def __init__(self, host: str, port: int, public: Sequence[str] = ()) -> None:
+        urls = [urlsplit(address.lower()) for address in public]
+        self._port, self._hosts = port, {url.netloc for url in urls}
+        self._origins = {f"{url.scheme}://{url.netloc}" for url in urls}
         self._names = {"localhost", host.lower(), socket.gethostname().lower()}
         self._files = {
             f"/{name}": (KINDS[name.rpartition(".")[2]], body.decode()) for name, body in page_files().items()
@@ -53,9 +76,9 @@ class Site:
 
     def refusal(self, path: str, host: str | None, origin: str | None) -> str | None:
         """Why a request is not answered; None: it is."""
-        if not self._is_ours(host):
-            return "the Host of the request is not this server's"
-        if origin is not None and origin != f"http://{host}":
+        if not self._is_ours(host) and host not in self._hosts:
+            return "the Host of the request is not this server's; --set public=ADDRESS tells it of a proxy"
+        if origin not in {None, f"http://{host}", *self._origins}:
             return "the Origin of the request is another site"
         if path == SOCKET and origin is None:
             return "the request has no Origin"
@@ -73,8 +96,9 @@ class Site:
 
     def answer(self, path: str, host: str) -> Answer:
         """A file of the page, or what there is instead."""
+        sockets = " ".join(f"ws{origin[4:]}" for origin in (f"http://{host}", *sorted(self._origins)))
         policy = (
-            f"default-src 'self'; connect-src 'self' ws://{host}; frame-ancestors 'none'; base-uri 'none'; "
+            f"default-src 'self'; connect-src 'self' {sockets}; frame-ancestors 'none'; base-uri 'none'; "
             "form-action 'none'; object-src 'none'"
         )
         kind, text = self._files.get(path.partition("?")[0], ("", "there is nothing here\n"))

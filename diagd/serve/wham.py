@@ -256,7 +256,7 @@ _SECONDS: Final = 30.0
 class DreamServer(ThreadingHTTPServer):
     """Serves one dreamer.
 
-    Port 0 is any that is free. The dreamer is closed by whoever made it.
+    Port 0 is any that is free; ``public`` is of the `Site`. The dreamer is closed by whoever made it.
 
     Raises:
         UsageError: nobody can listen there.
@@ -264,14 +264,16 @@ class DreamServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], wham: Wham, dreamer: Dreamer) -> None:
+    def __init__(
+        self, address: tuple[str, int], wham: Wham, dreamer: Dreamer, public: Sequence[str] = ()
+    ) -> None:
         try:
             self.address_family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
             super().__init__(address, _Handler)
         except (OSError, UnicodeError) as error:
             raise cannot_listen(*address, error) from None
         self.wham, self.dreamer = wham, dreamer
-        self.site = Site(address[0], self.server_port)
+        self.site = Site(address[0], self.server_port, public)
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
 
     @override

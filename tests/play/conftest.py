@@ -62,11 +62,12 @@ def serve(world: Path) -> Serve:
         sessions: int = 1,
         kept: float | None = None,
         state: Path | None = None,
+        address: Address | None = None,
     ) -> Iterator[tuple[str, Server]]:
         group, games = open_games(bundle, options or GameOptions(), sessions)
         codec = games[0].bundle.manifest.actions
         tables = [Table(game, Inputs(read_controls(bundle, codec), codec), rate, every=4) for game in games]
-        address = replace(Address(), port=0)
+        address = address or Address(port=0)
         if state is not None:
             saves = SavedGames(state, games[0].bundle.digest)
             address = keep_worlds(saves, tables, address)

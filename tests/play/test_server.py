@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from diagd.cli.main import main
 from diagd.play.messages import without_paths
 from diagd.play.opening import GameOptions
 from diagd.play.record import read_record
-from diagd.play.server import Limits
+from diagd.play.server import Address, Limits
 from diagd.runtime.actions import describe
 from diagd.runtime.pictures import read_frames
 from tests.play.conftest import Serve
@@ -112,6 +113,43 @@ def test_pages_go_to_those_who_came_by_our_own_address(serve: Serve) -> None:
             assert fetch(address + "/", Host=wrong)[0] in (400, 403), wrong
         assert fetch(address + "/", Host=f"localhost:{port}")[0] == 200
         assert fetch(address + "/", Origin="http://evil.example")[0] == 403
+
+
+def test_a_proxy_a_tunnel_or_a_container_leads_here(serve: Serve) -> None:
+    """With the Host that a browser sends, or with the server's own; other addresses stay refused."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = Address(port=port, public=("https://Play.example/worlds", "http://localhost:9000"))
+    with serve(address=address) as (url, server):
+        assert url == f"https://Play.example/worlds/#{server.address.token}"
+        here, hello = f"127.0.0.1:{port}", {"type": "hello", "version": 1, "token": server.address.token}
+        for host, origin in (
+            ("play.example", "https://play.example"),
+            ("localhost:9000", "http://localhost:9000"),
+            (here, "https://play.example"),
+        ):
+            status, _, headers = fetch(f"http://{here}/", Host=host)
+            assert status == 200
+            assert "wss://play.example" in headers["Content-Security-Policy"].split(";")[1].split()
+            with (
+                socket.create_connection(("127.0.0.1", port)) as plain,
+                connect(f"ws://{host}/socket", sock=plain, origin=origin) as one,  # type: ignore[arg-type]
+            ):
+                one.send(json.dumps(hello | {"ticket": ""}))
+                assert json.loads(one.recv())["ticket"]
+        for host, origin in (
+            ("play.example", "http://evil.example"),
+            ("evil.example", "https://play.example"),
+        ):
+            assert fetch(f"http://{here}/", Host=host, Origin=origin)[0] == 403
+
+
+@pytest.mark.parametrize("address", ["play.example", "ftp://a", "https://a@b", "https://", "https://a/?x"])
+def test_what_is_no_address_of_a_page_is_refused(
+    world: Path, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(world), "--set", f"public={address}"]) == 2
+    assert "expected addresses such as https://play.example.com/worlds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("origin", [None, "http://evil.example", "null", "https://127.0.0.1"])

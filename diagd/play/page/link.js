@@ -12,7 +12,7 @@ export class Link extends EventTarget {
   }
 
   open() {
-    const socket = new WebSocket(`ws://${location.host}/socket`);
+    const socket = new WebSocket(new URL("./socket", location.href.replace(/^http/, "ws")));
     this.socket = socket;
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
