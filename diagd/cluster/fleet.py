@@ -261,9 +261,7 @@ class RemoteEngine:
 
         while True:
             try:
-                self.place = self._fleet.free_node(self)
-                self.actor = self._fleet.start_actor(self.place)
-                self.node = await self._begun(self.actor)
+                self.node = await self._begun()
                 self.is_alive = True
                 self._fleet.settle()
                 await self._live(self.actor)
@@ -280,12 +278,14 @@ class RemoteEngine:
                 self._fleet.settle()
                 await asyncio.sleep(_PAUSE)
 
-    async def _begun(self, actor: Any) -> str:
+    async def _begun(self) -> str:
         """The node where it plays, as soon as one has room for it."""
         waits = "an engine has not begun after %g seconds: it waits until a node has cores and GPUs to spare"
         told = asyncio.get_running_loop().call_later(_SLOW, _LOG.warning, waits, _SLOW)
         try:
-            return str(await actor.begin.remote())
+            self.place = await self._fleet.free_node(self)
+            self.actor = self._fleet.start_actor(self.place)
+            return str(await self.actor.begin.remote())
         finally:
             told.cancel()
 
@@ -364,10 +364,14 @@ class RayFleet(Fleet):
         self.moves = 0
         self._tasks: list[asyncio.Task[None]] = []
 
-    def free_node(self, engine: RemoteEngine) -> str:
-        """Where the fewest others are: nodes that are asked to spread them do not know of one another's."""
+    async def free_node(self, engine: RemoteEngine) -> str:
+        """Where the fewest others are, as soon as there is a node at all.
+
+        Nodes that are asked to spread engines do not know of one another's.
+        """
+        while not (nodes := [str(node["NodeID"]) for node in self._nodes() if node["Alive"]]):
+            await asyncio.sleep(_PAUSE)
         held = Counter(one.place for one in self.engines if one is not engine)
-        nodes = (str(node["NodeID"]) for node in self._nodes() if node["Alive"])
         return min(nodes, key=lambda node: held[node])
 
     @override

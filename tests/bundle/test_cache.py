@@ -15,7 +15,7 @@ import pytest
 
 from diagd.bundle import cache
 from diagd.bundle.cache import cache_directory, clear, digest, entry, read, usage, write
-from diagd.bundle.files import sha256
+from diagd.bundle.files import sha256, turn
 from diagd.errors import UsageError
 
 CONTENT = b"packed" * 1000
@@ -257,6 +257,15 @@ def test_processes_that_start_together_on_a_cold_cache(root: Path) -> None:
     assert [run.communicate()[0].strip() for run in runs] == ["True"] * 6
     assert json.loads((root / "packed" / "key" / cache.ENTRY_NAME).read_text()).keys() == {"a.bin"}
     assert [file.name for file in (root / "packed").iterdir()] == ["key"]
+
+
+def test_an_entry_that_another_process_fills_is_done_without_unsaid(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with turn(root / "packed" / "key"):
+        assert entry("packed", "key", make) is None
+    assert not caplog.text
+    assert entry("packed", "key", make) is not None
 
 
 def test_an_entry_in_use_is_never_taken_away(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,15 @@ def test_a_node_that_lacks_what_plays_is_told(nodes: Any, world: Path) -> None:
         asyncio.run(asyncio.wait_for(fleet.engines[0].run(), 60))
 
 
+def test_an_engine_waits_for_a_node_where_all_are_gone(nodes: Any, world: Path) -> None:
+    fleet = RayFleet(Bundle.open(world), GameOptions(), Service(), EngineOptions(cluster=nodes.address))
+    there = fleet._nodes()
+    seen = iter([[], [{**there[0], "Alive": False}], there])
+    fleet._nodes = lambda: next(seen)
+    place = asyncio.run(fleet.free_node(fleet.engines[0]))
+    assert place in {node["NodeID"] for node in there}
+
+
 def test_an_engine_that_cannot_be_started_anew_ends_nobody_elses_game(
     nodes: Any, world: Path, tmp_path: Path
 ) -> None:
