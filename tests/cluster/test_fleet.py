@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -17,7 +19,7 @@ from diagd.cluster.fleet import PlayActor, RayFleet
 from diagd.cluster.workers import EngineOptions
 from diagd.errors import EngineError
 from diagd.play.opening import GameOptions, open_game
-from diagd.play.record import Line, Played, Start, replay
+from diagd.play.record import Ahead, Line, Played, Start, replay
 from diagd.play.server import Address, Server
 from diagd.play.service import SavedGames, Service, keep_worlds
 from tests.cluster.pool_work import Absent
@@ -119,6 +121,33 @@ def test_an_engine_waits_for_a_node_where_all_are_gone(nodes: Any, world: Path) 
     assert place in {node["NodeID"] for node in there}
 
 
+def test_a_world_that_no_snapshot_was_taken_of_goes_on_to_the_token(nodes: Any, world: Path) -> None:
+    """Frames that had begun when its engine was killed are part of how it went."""
+    import ray
+
+    with served(world, nodes, every=1 << 30) as (url, fleet):
+        wait_for_both(fleet)
+        with player(url) as ann:
+            settings = until(ann, type="state")["settings"]
+            ann.say(type="choose", settings=settings | {"decoder": "k=1 chained"})
+            for key, frames in (("ArrowLeft", 2), ("ArrowUp", 5), ("ArrowDown", 9)):
+                known = plays(ann, key, frames)
+                actor = fleet.tables[0].home.actor
+                os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+                assert "goes on elsewhere" in until(ann, type="error")["text"]
+                assert until(ann, kind="frame")["known"] >= known
+            plays(ann, "ArrowRight", 3)
+            ann.say(type="pace", mode="pause")
+            until(ann, type="state", mode="pause")
+            saved = fleet.tables[0].saved
+            saved.stop()
+            lines = list(saved.lines)
+    assert [len(line.ahead) for line in lines if isinstance(line, Ahead)] == [2, 2, 2, 2]
+    with open_game(world, GameOptions()) as game:
+        shown = list(replay(game, list(enumerate(lines, start=1))))
+    assert [one.frame.index for one in shown] == list(range(1, len(shown) + 1))
+
+
 def test_an_engine_that_cannot_be_started_anew_ends_nobody_elses_game(
     nodes: Any, world: Path, tmp_path: Path
 ) -> None:
@@ -146,7 +175,9 @@ def test_a_world_outlives_its_actor_and_its_node(nodes: Any, world: Path) -> Non
     import ray
 
     lines: list[Line] = []
-    with served(world, nodes) as (url, fleet), player(url) as ann:
+    with ExitStack() as held:
+        url, fleet = held.enter_context(served(world, nodes))
+        wait_for_both(fleet)
         table = fleet.tables[0]
         hear, add = table.hear, lines.append
 
@@ -156,7 +187,7 @@ def test_a_world_outlives_its_actor_and_its_node(nodes: Any, world: Path) -> Non
             hear(kind, value)
 
         table.hear = listen  # type: ignore[method-assign]
-        wait_for_both(fleet)
+        ann = held.enter_context(player(url))
         ticket = ann.until(type="welcome")["ticket"]
         ann.say(type="pace", mode="step")
         known = plays(ann, "ArrowLeft", 13)
