@@ -319,11 +319,13 @@ def _hastened() -> Iterator[None]:
     results of operators of equal shapes, which takes longer than to find them again where shapes are symbols,
     or note lines of code and layouts of memory, or write code of graphs that nothing runs, or prove of sizes
     what holds where an axis stays dynamic, which it looks at by itself, or work norms out for their shape, or
-    have placeholders moved. Where another version of PyTorch has other names for these, a trace takes longer.
+    have placeholders moved, or keep a record of all this, or try every rule on every node. Where another
+    version of PyTorch has other names for these, a trace takes longer.
     """
     with ExitStack() as stack:
         with suppress(ImportError, AttributeError, KeyError):
             from onnx_ir.schemas import OpSignature
+            from onnxscript.rewriter import RewriteRule
             from torch._decomp import decomposition_table
             from torch._dynamo import config as dynamo
             from torch.export import _trace
@@ -349,6 +351,8 @@ def _hastened() -> Iterator[None]:
             stack.enter_context(_replaced(_fx_passes, "insert_type_promotion_nodes", lambda _: None))
             read = staticmethod(partial(_signature, OpSignature.from_op_schema))
             stack.enter_context(_replaced(OpSignature, "from_op_schema", read))
+            stack.enter_context(_replaced(logging.getLogger("torch.__trace"), "handlers", []))
+            stack.enter_context(_replaced(RewriteRule, "try_rewrite", _tried(RewriteRule.try_rewrite)))
         yield
 
 
@@ -360,6 +364,25 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, kept)
+
+
+def _tried(rewrite: Callable[..., Any]) -> Callable[..., Any]:
+    """Rules are tried on nodes of their operator alone, others say no themselves, after much ado."""
+
+    def tried(rule: Any, model: ir.Model, graph: ir.Graph, node: ir.Node, **how: Any) -> Any:
+        wanted = _root(rule)
+        return rewrite(rule, model, graph, node, **how) if wanted in (None, node.op_type) else None
+
+    return tried
+
+
+@cache
+def _root(rule: Any) -> str | None:
+    """The operator that a rule is about; None where it may be several."""
+    with suppress(AttributeError):
+        operator = rule._target_pattern.output_nodes[0].op_identifier()
+        return operator and str(operator[1])
+    return None
 
 
 def _operators(make: Callable[[int], Any], opset_version: int) -> Any:
