@@ -121,7 +121,7 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         DiagdError: the bundle cannot be played, or not by so many at once.
     """
 
-    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+    metadata: dict[str, Any] = WorldEnv.metadata | {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
     def __init__(
         self,
@@ -129,11 +129,13 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         bundle: str | Path | None = None,
         max_episode_steps: int | None = None,
         options: GameOptions | None = None,
+        render_mode: str | None = None,
     ) -> None:
         path = Path(bundle) if bundle else SHIPPED
         self._group, self._games = open_games(path, options or GameOptions(), num_envs)
         manifest, spec = self._games[0].bundle.manifest, self._games[0].view.codec.spec
         self._codec, self._horizon, self.num_envs = manifest.actions, max_episode_steps, num_envs
+        self.render_mode = render_mode
         self.metadata = self.metadata | {"render_fps": manifest.frames_per_second}
         self.single_observation_space = spaces.Box(0, 255, (*spec.size, 3), np.uint8)
         self.single_action_space = action_space(self._codec)
@@ -150,7 +152,7 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         """Begin anew, all or those of ``options["reset_mask"]``; environment n has seed ``seed + n``."""
         options = options or {}
         mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs)), np.bool_)
-        seeds = [seed + n for n in range(self.num_envs)] if isinstance(seed, int) else seed
+        seeds = [seed + n for n in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
         if seeds is not None:
             self._check_count(len(seeds), "seeds")
         for number, given in enumerate(seeds or ()):
@@ -181,6 +183,10 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
             self._over = self._steps >= self._horizon
         nothing = np.zeros(self.num_envs)
         return self._pictures.copy(), nothing, nothing > 0, self._over.copy(), infos
+
+    def render(self) -> tuple[Observation, ...] | None:
+        """The pictures last seen, by environment."""
+        return tuple(self._pictures.copy()) if self.render_mode == "rgb_array" else None
 
     def close_extras(self, **kwargs: Any) -> None:
         """Give the engine's memory back."""

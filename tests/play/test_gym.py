@@ -78,8 +78,11 @@ def test_without_actions_zero_goes_on(temporal: Path) -> None:
 
 def test_many_worlds_at_once_are_each_as_one_alone(world: Path) -> None:
     """Same seeds, same actions: the same pictures, also where one begins anew, alone or at its horizon."""
-    many = gymnasium.make_vec("diagd/World-v0", num_envs=3, bundle=world, max_episode_steps=3)
-    seen, info = many.reset(seed=5)
+    many = gymnasium.make_vec(
+        "diagd/World-v0", num_envs=3, bundle=world, max_episode_steps=3, render_mode="rgb_array"
+    )
+    seen, info = many.reset(seed=np.int64(5))
+    assert many.metadata["render_modes"] == ["rgb_array"]
     alone = [make(world, max_episode_steps=3) for _ in range(3)]
     for n, env in enumerate(alone):
         first, told = env.reset(seed=5 + n)
@@ -94,6 +97,7 @@ def test_many_worlds_at_once_are_each_as_one_alone(world: Path) -> None:
             assert told["passes"] == info["passes"][n]
         assert not rewards.any() and not terminated.any()
     assert truncated.all()
+    np.testing.assert_array_equal(many.render(), seen)
     first = many.step(np.zeros(3, np.int64))[0]  # all begin anew
     for n, env in enumerate(alone):
         np.testing.assert_array_equal(env.reset()[0], first[n])
