@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import pytest
 
 from diagd.bundle import Bundle
 from diagd.bundle.manifest import IdRange, SamplingRules
+from diagd.cluster.workers import ClusterOptions
 from diagd.errors import QualityError, UsageError
 from diagd.export.checkpoints import RandomCheckpoint
 from diagd.export.exporter import Sources, export
@@ -20,7 +26,7 @@ from diagd.runtime.options import parse_decoder
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import align
 from diagd.tuning.options import AlignOptions, PreferOptions, PreferTraining
-from diagd.tuning.prefer import Material, NotBetterError, prefer, split
+from diagd.tuning.prefer import Material, NotBetterError, PreferReport, prefer, split
 from diagd.tuning.rollouts import open_lanes, open_roller, parts, roll_out, with_cells
 from diagd.tuning.source import read_model, write_model
 from tests.export.test_families_cosmos import TEXT
@@ -42,17 +48,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.open(export_small(model, tmp_path_factory.mktemp("prefer") / "small.diagd"))
 
 
-def test_what_passes_the_gate_is_written(bundle: Bundle, tmp_path: Path) -> None:
-    """A model of half the shades of grey learns the others; there are no actions to read."""
-    model = read_model(bundle)
+@pytest.fixture(scope="module")
+def dull(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A model of half the shades of grey, which learns the others; there are no actions to read."""
+    model, path = read_model(bundle), tmp_path_factory.mktemp("dull") / "dull.diagd"
     align(model, greys(32, 4, shades=3), AlignOptions(SHARES, steps=25, batch=8, rate=1e-2, autocast=False))
-    dull = Bundle.open(write_model(bundle, model, tmp_path / "dull.diagd", bundle.manifest))
-    material, output = Material(greys(60, 4), greys(24, 4, seed=1)), tmp_path / "made.diagd"
-    training, options = (
-        replace(TRAINING, steps=60, batch=4, rate=3e-3),
-        replace(OPTIONS, contexts=16, rollouts=4),
-    )
-    report = prefer(dull, material, options, training, "jacobi", output, Progress())
+    return Bundle.open(write_model(bundle, model, path, bundle.manifest))
+
+
+GREYS = Material(greys(60, 4), greys(24, 4, seed=1))
+LONGER = replace(TRAINING, steps=60, batch=4, rate=3e-3)
+
+
+def test_what_passes_the_gate_is_written(bundle: Bundle, dull: Bundle, tmp_path: Path) -> None:
+    output, options = tmp_path / "made.diagd", replace(OPTIONS, contexts=16, rollouts=4)
+    report = prefer(dull, GREYS, options, LONGER, "jacobi", output, Progress())
     assert set(report.verdicts) == {"preferences", "winners", "plain"}
     assert report.probe is None
     assert report.chosen is not None
@@ -65,6 +75,41 @@ def test_what_passes_the_gate_is_written(bundle: Bundle, tmp_path: Path) -> None
     assert "60 steps" in (made.manifest.provenance.tuned or "")
     best, mean, worst = report.scores
     assert best > mean > worst
+
+
+@pytest.mark.slow
+def test_reports_rollouts_and_bundles_are_those_of_any_number_of_workers(
+    dull: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether one of them is killed or not."""
+
+    def made(workers: int) -> tuple[PreferReport, dict[str, bytes]]:
+        options = replace(OPTIONS, contexts=40, rollouts=4, who=ClusterOptions(workers))
+        own = tmp_path / f"{workers}"
+        place, kept = own / "made.diagd", own / "cache"
+        monkeypatch.setenv("DIAGD_CACHE", str(kept))
+        report = prefer(dull, GREYS, options, LONGER, "jacobi", place, Progress())
+        files = [
+            file for folder in (place, kept / "rollouts") for file in folder.rglob("*") if file.is_file()
+        ]
+        return report, {str(file.relative_to(own)): file.read_bytes() for file in files}
+
+    alone = made(1)
+    assert alone[0].chosen is not None
+    assert sum("rollouts" in name for name in alone[1]) == 17
+    killer = threading.Thread(target=kill_a_worker, daemon=True)
+    killer.start()
+    assert made(3) == alone
+    assert not killer.is_alive()
+    assert made(2) == alone
+
+
+def kill_a_worker() -> None:
+    """As soon as there is one."""
+    while not (workers := multiprocessing.active_children()):
+        time.sleep(0.01)
+    assert workers[0].pid is not None
+    os.kill(workers[0].pid, signal.SIGKILL)
 
 
 def test_what_is_not_better_is_not_written(bundle: Bundle, tmp_path: Path) -> None:
