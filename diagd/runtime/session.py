@@ -126,10 +126,7 @@ class Session:
         """
         check_text(self.manifest, text)
         self._run += 1
-        if not np.array_equal(np.asarray(text), np.asarray(self._stream.text)):
-            self._stream.forget()
-        self._stream.start(frames, actions)
-        self._stream.text = text
+        self._stream.start(frames, actions, text)
 
     def generate(
         self,
@@ -405,9 +402,9 @@ class Session:
             self._left, self._slots.stale = None, True
         if self._cached != (stream, stream.beginnings):
             check_text(self.manifest, stream.text)
-            self._cached = stream, stream.beginnings
             if self._text is not None and stream.text is not None:
                 self.engine.set_text(self._text.rows(stream.text))
+            self._cached = stream, stream.beginnings
         elif self._context.holds(stream.known, stream.past[-1].overlapped):
             self._slots.rewind(stream.fed)
             return

@@ -141,13 +141,16 @@ class Stream:
         self.limit: int | None = None
         self._asked: int | None = None  # the frame that ``action`` leads to
 
-    def start(self, frames: Ids, actions: Ids | None = None) -> None:
+    def start(self, frames: Ids, actions: Ids | None = None, text: Float | None = None) -> None:
         """Take a prompt and forget all else; it goes back to what it began with of it, whose rows stay.
+
+        What is refused changes nothing.
 
         Args:
             frames: int32 [P, rows, columns], P at least 1 and below the window.
             actions: int32 [P, n], ids of the known tokens leading to each prompt frame; row 0 only matters
                 where known tokens precede the first frame. Not needed for models without actions.
+            text: embeddings [n, width] for models that attend to one.
 
         Raises:
             UsageError: shape, length or an id does not fit the model.
@@ -157,14 +160,18 @@ class Stream:
             raise UsageError(
                 f"the prompt has {len(frames)} frames and {len(actions)} actions; give one a frame"
             )
-        if alike := self._alike(frames, actions):
+        frames = whole(frames)
+        led = [self._leading(n, None if actions is None else actions[n]) for n in range(len(frames))]
+        is_read = np.array_equal(np.asarray(text), np.asarray(self.text))
+        if alike := self._alike(frames, actions) if is_read else 0:
             self.return_to(alike, list(self.past)[:alike])
         else:
             self.forget()
+        self.text = None if text is None else np.array(text, np.float32)
         fed, self.origin = self.fed, 0
         self.write(0, np.asarray(self.layout.prefix_tokens))
         for index in range(alike, len(frames)):
-            self._lead(index, None if actions is None else actions[index])
+            self._lead(index, led[index])
             self.write(self.layout.first_cell(index), np.reshape(frames[index], -1))
             self.begun += 1
             self.complete(None)
@@ -250,7 +257,7 @@ class Stream:
                 f"frame {frame} has no action, and this order of decoding begins it before the frame that "
                 "the model would act at is complete; give its action, or decode frames serially"
             )
-        self._lead(frame, self.action)
+        self._lead(frame, self._leading(frame, self.action))
         if frame == self.known:
             self.origin = frame
         self.begun += 1
@@ -267,7 +274,7 @@ class Stream:
         if (ids := self.newer(frame)) is None:
             return False
         self._renewed, self.action = frame, whole(ids)
-        self._lead(frame, self.action)
+        self._lead(frame, self._leading(frame, self.action))
         self.rejected = self.fed
         return True
 
@@ -391,18 +398,23 @@ class Stream:
         self.write(0, arrays["first"])
         self._write_past()
 
-    def _lead(self, frame: int, ids: Ids | None) -> None:
-        """Put the known tokens that stand between a frame's cells and those of the frame before."""
+    def _leading(self, frame: int, ids: Ids | None) -> Int:
+        """Those of ids that stand between a frame's cells and those of the frame before, known to be such."""
         count = self.layout.before if frame == 0 else self.layout.gap
         if not count:
-            return
+            return np.zeros(0, np.int32)
         if ids is None or np.size(ids) < count:
             raise UsageError(
                 f"frame {frame} needs {count} action tokens, got {0 if ids is None else np.size(ids)}"
             )
         self._check(f"the action of frame {frame}", ids)
-        self._led[frame] = whole(ids).reshape(-1)[-count:].copy()
-        self._put_actions(frame, self._led[frame])
+        return whole(ids).reshape(-1)[-count:].copy()
+
+    def _lead(self, frame: int, ids: Int) -> None:
+        """Put the known tokens that lead to a frame, where there are any."""
+        if ids.size:
+            self._led[frame] = ids
+            self._put_actions(frame, ids)
 
     def _check(self, what: str, ids: Ids) -> None:
         if np.size(ids) and not 0 <= np.min(ids) <= np.max(ids) < self.vocabulary:

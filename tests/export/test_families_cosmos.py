@@ -144,6 +144,35 @@ def test_the_graph_decodes_what_recomputation_decodes(
     )
 
 
+def test_what_is_refused_and_what_is_changed_later_leave_a_world_as_it_was(
+    case: Case, session: diagd.runtime.session.Session
+) -> None:
+    text = None if case.text is None else case.text.astype(np.float32)
+    prompt = np.random.default_rng(3).integers(0, CODES, (1, ROWS, COLUMNS))
+    words = [None, None] if text is None else [text, -text]
+
+    def decoded(frames: int = 2) -> list[list[list[int]]]:
+        order = Schedule.serial(session.layout, 1)
+        return [frame.tokens.tolist() for frame in session.generate(frames, schedule=order)]
+
+    expected = []
+    for other in words:
+        session.start(prompt, text=other)
+        expected.append(decoded())
+    assert (expected[0] == expected[1]) == (text is None)
+    given = None if text is None else text.copy()
+    session.start(prompt, text=given)
+    assert decoded(1) == expected[0][:1]
+    for wrong in (prompt + 1000, prompt[0], prompt / 3):
+        with pytest.raises(UsageError):
+            session.start(wrong, text=words[1])
+    assert decoded(1) == expected[0][1:]
+    if given is not None:
+        given *= -1
+    session.start(prompt, text=given)
+    assert decoded() == expected[1]
+
+
 def test_a_full_window_slides(case: Case, session: diagd.runtime.session.Session) -> None:
     """Base models void the oldest frame; with sinusoids, the begin token and the frames that stay move."""
     layout, frames = case.family.transformer.layout, 4

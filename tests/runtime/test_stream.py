@@ -263,6 +263,10 @@ def test_ids_that_the_model_does_not_know_are_refused(bundle: Path) -> None:
             with pytest.raises(UsageError, match=f"the model knows 0..{known - 1}"):
                 session.start(ids, actions(layout, 1))
         if layout.gap:
+            before, two = session.stream.snapshot(), np.repeat(wrong - known, 2, axis=0)
+            with pytest.raises(UsageError, match=r"action of frame \d+ has ids"):
+                session.start(two, np.full((2, layout.gap), known, np.int32))
+            assert session.stream.snapshot() == before
             with pytest.raises(UsageError, match=r"action of frame \d+ has ids"):
                 next(session.frames(actions=np.full((1, layout.gap), known, np.int32)))
             for given in (1 << 32, 0.5, np.nan, "left"):
