@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from diagd.bundle import Bundle, Manifest
-from diagd.bundle.files import atomic_file, write_text
+from diagd.bundle.files import atomic_file
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.runtime.comparison import audit
 from diagd.runtime.decoders import Decoder, DraftDecoder, ScheduledDecoder
@@ -29,6 +28,7 @@ from diagd.runtime.session import Session
 from diagd.schedule import StreamLayout
 from diagd.tuning.rollouts import Streams, parts
 from worlds.evaluate import Evaluation, Judgement
+from worlds.report import write_json
 
 QUANTILES: Final = tuple(n / 10 for n in range(1, 10))
 CONTROLS: Final = (0.25, 0.5, 0.75)
@@ -265,8 +265,7 @@ def points_table(points: Sequence[Point]) -> Table:
 def write_points(folder: Path, points: Sequence[Point], extra: dict[str, Any]) -> None:
     """Write pareto.json and pareto.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"decoders": [asdict(point) for point in points]} | extra
-    write_text(folder / "pareto.json", json.dumps(found, indent=1) + "\n")
+    write_json(folder / "pareto.json", {"decoders": list(points)} | extra)
     plot_points(folder / "pareto.png", points)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import to_json
 from rich.table import Table
 
 from diagd.bundle.files import atomic_file, write_text
@@ -18,16 +18,21 @@ from worlds.evaluate import Scores
 from worlds.metrics import Estimate
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON that every program reads: null where a figure is none, which JSON has no NaN for."""
+    write_text(path, to_json(content, indent=1, inf_nan_mode="null").decode() + "\n")
+
+
 def write_scores(path: Path, scores: Sequence[Scores], extra: dict[str, Any]) -> None:
     """Write the figures as JSON, with ``extra`` entries beside them."""
-    write_text(path, json.dumps({"schedules": [asdict(s) for s in scores]} | extra, indent=1) + "\n")
+    write_json(path, {"schedules": list(scores)} | extra)
 
 
 def write_figures(folder: Path, figures: Mapping[str, Estimate], extra: dict[str, Any]) -> None:
     """Write figures by name as eval.json, with ``extra`` entries beside them, and as eval.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {name: asdict(figure) for name, figure in figures.items()}
-    write_text(folder / "eval.json", json.dumps({"figures": rows} | extra, indent=1) + "\n")
+    write_json(folder / "eval.json", {"figures": rows} | extra)
     with atomic_file(folder / "eval.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, ("figure", "mean", "error", "count"))
         table.writeheader()

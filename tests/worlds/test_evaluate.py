@@ -12,8 +12,9 @@ from diagd.tuning.rollouts import Streams
 from tests.worlds.walks import CODES, recording
 from worlds.evaluate import EvalOptions, Evaluation, measure_drift
 from worlds.geometry import Geometry
+from worlds.metrics import Estimate
 from worlds.model import Rollouts
-from worlds.report import scores_table, write_scores
+from worlds.report import scores_table, write_figures, write_scores
 from worlds.run_eval import walk_actions
 from worlds.simulator import COLUMNS, ROWS
 
@@ -116,6 +117,8 @@ def test_figures_are_written_and_shown(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "eval.json").read_text())
     assert kept["schedules"][0]["geometry"]["followed"] == {"mean": 1.0, "error": 0.0, "count": 24}
     assert scores_table([scores]).row_count == 1
+    write_figures(tmp_path, {"of one": Estimate.of(np.ones(1))}, {})
+    assert '"error": null' in (tmp_path / "eval.json").read_text()  # NaN is no JSON
 
 
 def test_walks_are_seeded_actions() -> None:
