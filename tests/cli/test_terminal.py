@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,12 @@ from tests.cli.conftest import Workplace
 DIAGD = [sys.executable, "-m", "diagd"]
 
 
-def run(*words: str | Path, encoding: str = "utf-8", **options: object) -> subprocess.CompletedProcess[bytes]:
+def run(
+    *words: str | Path, encoding: str = "utf-8", program: Sequence[str] = DIAGD, **options: object
+) -> subprocess.CompletedProcess[bytes]:
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[2])}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.run([*DIAGD, *map(str, words)], check=False, env=environment, **streams)  # type: ignore[call-overload]
+    return subprocess.run([*program, *map(str, words)], check=False, env=environment, **streams)  # type: ignore[call-overload]
 
 
 def generate(workplace: Workplace, output: str) -> list[str | Path]:
@@ -60,14 +63,15 @@ def test_any_encoding_will_do(workplace: Workplace, encoding: str, tmp_path: Pat
     manifest = json.loads((bundle / MANIFEST_NAME).read_text())
     manifest["licence"] = source
     (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
-    done = run("inspect", bundle, encoding=encoding)
+    words = [["inspect", str(bundle)], ["doctor"], ["models"]]
+    each = f"[main(verb) for verb in {words}] != [0, 0, 0]"
+    code = f"import sys; from diagd.cli.main import main; sys.exit({each})"
+    done = run("-c", code, encoding=encoding, program=[sys.executable])
     assert done.returncode == 0, done.stderr
     if encoding == "utf-8":
         assert source in done.stdout.decode()
     if encoding == "latin-1":
         assert source.replace("…", "...") in done.stdout.decode("latin-1")
-    for verb in ("doctor", "models"):
-        assert run(verb, encoding=encoding).returncode == 0
 
 
 def test_terminals_do_not_obey_bundles_and_names(
