@@ -9,6 +9,7 @@ from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import AbsoluteContext, RotaryContext
 from diagd.bundle.precision import KV_CACHES, PRECISIONS, Precision
 from diagd.bundle.transformer import TransformerConfig
+from diagd.runtime.load import MOST_SESSIONS
 from diagd.schedule import StreamLayout
 
 GB: Final = 1e9
@@ -79,6 +80,7 @@ class ModelSize:
         tokenizer: parameters of the pixel graphs.
         pixel_frames: frames shown for one frame of tokens.
         refed: tokens fed again for each frame, where a sliding context is recomputed.
+        reads_text: it attends to a text, of which an engine holds one.
     """
 
     name: str
@@ -94,6 +96,12 @@ class ModelSize:
     tokenizer: int = 0
     pixel_frames: int = 1
     refed: float = 0.0
+    reads_text: bool = False
+
+    @property
+    def most_sessions(self) -> int:
+        """That one engine of it decodes."""
+        return 1 if self.reads_text else MOST_SESSIONS
 
     @property
     def cache_elements(self) -> int:
@@ -143,6 +151,7 @@ def size_of(
         tokenizer=tokenizer,
         pixel_frames=pixel_frames,
         refed=refed,
+        reads_text=config.text is not None,
     )
 
 

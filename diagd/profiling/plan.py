@@ -28,7 +28,6 @@ from diagd.profiling.cost import (
 from diagd.profiling.measure import Workload
 from diagd.profiling.report import Skipped
 from diagd.runtime.decoders import ScheduledDecoder
-from diagd.runtime.load import MOST_SESSIONS
 from diagd.runtime.session import Session
 from diagd.schedule import RowSeed, Schedule, StreamLayout, default_widths, slots_needed
 
@@ -131,12 +130,18 @@ class Planned:
                 raise unknown(name, value, known)
 
     def check(self, model: ModelSize) -> None:
-        """Refuse what the model has not; UsageError: a row lag, a window or a clip that does not fit it."""
+        """Refuse what the model has not; UsageError: a row lag, a window, sessions or a clip beyond it."""
         columns, frames = model.layout.columns, model.context_frames
         if wrong := [k for k in self.k if not 1 <= k <= columns]:
             raise UsageError(f"--set k={wrong[0]}: {model.name} takes row lags 1..{columns}")
         if self.window is not None and self.window > frames:
             raise UsageError(f"--set window={self.window}: {model.name} sees at most {frames} frames")
+        if self.sessions > model.most_sessions:
+            why = ", for an engine holds one text" if model.reads_text else ""
+            raise UsageError(
+                f"--set sessions={self.sessions}: one engine of {model.name} decodes at most "
+                f"{model.most_sessions}{why}"
+            )
         if self.clip >= frames:
             raise UsageError(f"--set clip={self.clip}: a context has {frames} frames with those given")
 
@@ -207,7 +212,7 @@ def most_sessions(plan: Plan, rate: float) -> int:
         quickest = max(row.frames_per_second for row in rows if "chained" not in row.order)
         return REACHED * quickest >= rate
 
-    return bisect_left(range(1, MOST_SESSIONS + 1), True, key=lambda sessions: not holds(sessions))
+    return bisect_left(range(1, plan.model.most_sessions + 1), True, key=lambda sessions: not holds(sessions))
 
 
 def _refeeding(model: ModelSize, device: Device, read: float) -> float:

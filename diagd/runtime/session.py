@@ -125,8 +125,8 @@ class Session:
             UsageError: shape or length does not fit the model, or it needs a text.
         """
         check_text(self.manifest, text)
-        self._run += 1
         self._stream.start(frames, actions, text)
+        self._run += 1
 
     def generate(
         self,

@@ -49,6 +49,9 @@ def test_sessions_are_counted_at_a_rate(capsys: pytest.CaptureFixture[str]) -> N
     assert 2 / 3 * rates[0] >= 20 > 2 / 3 * rates[1]
     assert main([*command, "fps=100000"]) == 0
     assert printed(capsys)["most_sessions"] == 0
+    command[1] = "cosmos-5b-video2world"  # whose engine holds one text
+    assert main([*command, "fps=0.1"]) == 0
+    assert printed(capsys)["most_sessions"] == 1
 
 
 def test_a_drafter_is_judged_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +134,8 @@ def test_what_does_not_fit_ends_with_code_1(capsys: pytest.CaptureFixture[str]) 
         (["mineworld-300", "--device", "h200"], "did you mean 'mineworld-300m'"),
         (["mineworld-300m", "--device", "h200", "--set", "k=25"], "row lags 1..24"),
         (["mineworld-300m", "--device", "h200", "--set", "window=17"], "at most 16 frames"),
+        (["mineworld-300m", "--device", "h200", "--set", "sessions=257"], "decodes at most 256"),
+        (["cosmos-5b-video2world", "--device", "h200", "--set", "sessions=2"], "an engine holds one text"),
         (["mineworld-300m", "--device", "h200", "--set", "clip=16"], "16 frames"),
     ],
 )
