@@ -187,6 +187,8 @@ def _explained(error: Exception) -> tuple[str, int]:
         full = error.errno in FULL
         where = f"{error.filename}: " if error.filename else "a file cannot be written: " if full else ""
         remedy = "free some space or choose another place" if full else "check the path and its rights"
+        if "temporary directory" in str(error):
+            remedy = "set TMPDIR to a folder that can be written"
         return f"error: {where}{error.strerror or error}; {remedy}", UsageError.exit_code
     if isinstance(error, MemoryError):
         message = "error: there is not enough memory; close other programs, or ask for less at once"

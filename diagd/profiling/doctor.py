@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import importlib.metadata
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -68,7 +69,7 @@ class Check:
 
 
 def check_machine() -> list[Check]:
-    """Python, packages, processor, memory, disk and GPU."""
+    """Python, packages, processor, memory, disk, temporary files and GPU."""
     return [
         check_python(),
         *check_packages(),
@@ -76,6 +77,7 @@ def check_machine() -> list[Check]:
         check_sampler(),
         check_memory(),
         check_disk(),
+        check_temporary(),
         check_gpu(),
         *check_provider(),
         *check_tensorrt(),
@@ -176,19 +178,35 @@ def check_disk() -> Check:
     return Check.of("cache", free >= LEAST_DISK, found, "free some space, or set DIAGD_CACHE to another disk")
 
 
+def check_temporary() -> Check:
+    """Where files go that are gone again when a verb has ended."""
+    try:
+        return Check("temporary files", OK, f"in {tempfile.gettempdir()}")
+    except OSError:
+        fix = "set TMPDIR to a folder that can be written; in a container: --tmpfs /tmp"
+        return Check("temporary files", PROBLEM, "there is no place for them", fix)
+
+
 def check_gpu() -> Check:
     """NVIDIA driver and devices, as ``nvidia-smi`` tells them."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        if ctypes.util.find_library("cuda"):
+        if _is_loadable("libcuda.so.1"):
             fix = "check the driver: nvidia-smi should list the device"
             return Check("GPU", PROBLEM, "libcuda without a working nvidia-smi", fix)
         return Check(
             "GPU", ABSENT, "no NVIDIA driver", "bundles run on the CPU; for a GPU install its driver"
         )
     return Check("GPU", OK, "; ".join(answer.strip().splitlines()))
+
+
+def _is_loadable(library: str) -> bool:
+    try:
+        return bool(ctypes.CDLL(library))
+    except OSError:
+        return False
 
 
 def check_provider() -> list[Check]:

@@ -31,6 +31,21 @@ def test_json_has_a_line_for_each_check(workplace: Workplace, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
+    ("verb", "code"), [(["doctor"], 1), (["profile", "{}", "--frames", "2", "--k", "1"], 2)]
+)
+def test_a_machine_without_a_place_for_temporary_files(
+    verb: list[str], code: int, workplace: Workplace, tmp_path: Path
+) -> None:
+    """As a container whose root nobody may write."""
+    words = [word.format(workplace.bundle) for word in verb]
+    begin = "import sys, tempfile; tempfile._candidate_tempdir_list = list\nfrom diagd.cli.main import main\n"
+    command = [sys.executable, "-c", f"{begin}sys.exit(main({words}))"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "set TMPDIR" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["doctor", "{}"],
