@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise, product
 
 import numpy as np
@@ -50,6 +51,15 @@ def draw_at_the_edge(law: Law, noise: Fraction) -> int:
     return len(law) - 1
 
 
+@cache
+def leaking(seed: int, leak: Fraction, seen: Seen) -> Law:
+    """A world's law by what a query sees, and where it leaks to every id."""
+    bounds = sorted(random.Random(f"{seed} {seen}").choices(range(GRID + 1), k=IDS - 1))
+    edges = [0, *bounds, GRID]
+    law = tuple(Fraction(high - low, GRID) + leak for low, high in pairwise(edges))
+    return tuple(p / sum(law) for p in law)
+
+
 @dataclass(frozen=True)
 class World:
     """Laws by what a query sees, multiples of 1 / GRID, some ids of probability 0; and a rule to draw by."""
@@ -62,9 +72,7 @@ class World:
     rows_stay: bool = False
 
     def law(self, seen: Seen) -> Law:
-        bounds = sorted(random.Random(f"{self.seed} {seen}").choices(range(GRID + 1), k=IDS - 1))
-        edges = [0, *bounds, GRID]
-        return tuple(Fraction(high - low, GRID) for low, high in pairwise(edges))
+        return leaking(self.seed, Fraction(0), seen)
 
     def tokens(self, block: object, cache: list[tuple[int, int]], noise: tuple[Fraction, ...]) -> np.ndarray:
         """What the rows of a pass draw."""
@@ -75,9 +83,7 @@ class World:
             (position, sink) for position, sink in zip(step.positions, step.sinks, strict=True) if sink >= 0
         ]
         for offset, (position, sink) in enumerate(sinks):
-            law = self.law(tuple(sorted(row for row in cache if row[0] <= position)))
-            law = tuple(p + self.leak for p in law)
-            law = tuple(p / sum(law) for p in law)
+            law = leaking(self.seed, self.leak, tuple(sorted(row for row in cache if row[0] <= position)))
             if self.filtered_again and offset:
                 kept = [p if p == max(law) else Fraction(0) for p in law]
                 law = tuple(p / sum(kept) for p in kept)
