@@ -192,7 +192,9 @@ class Server:
             return connection.respond(403, f"{refusal}\n")
         if request.path == SOCKET:
             return None
-        status, headers, text = self._status(request.path) or self._site.answer(request.path, str(host))
+        status, headers, text = self._status(request.path.partition("?")[0]) or self._site.answer(
+            request.path, str(host)
+        )
         response = connection.respond(status, text)
         for name, value in headers.items():
             response.headers.pop(name, None)  # else there would be two

@@ -68,7 +68,8 @@ class Site:
         urls = [urlsplit(address.lower()) for address in public]
         self._port, self._hosts = port, {url.netloc for url in urls}
         self._origins = {f"{url.scheme}://{url.netloc}" for url in urls}
-        self._names = {"localhost", host.lower(), socket.gethostname().lower()}
+        name = socket.gethostname().lower()
+        self._names = {"localhost", host.lower(), name, f"{name}.local"}  # as multicast DNS has it
         self._files = {
             f"/{name}": (KINDS[name.rpartition(".")[2]], body.decode()) for name, body in page_files().items()
         }

@@ -111,7 +111,8 @@ def test_pages_go_to_those_who_came_by_our_own_address(serve: Serve) -> None:
             "",
         ):
             assert fetch(address + "/", Host=wrong)[0] in (400, 403), wrong
-        assert fetch(address + "/", Host=f"localhost:{port}")[0] == 200
+        for own in ("localhost", socket.gethostname(), f"{socket.gethostname()}.local"):
+            assert fetch(address + "/", Host=f"{own}:{port}")[0] == 200
         assert fetch(address + "/", Origin="http://evil.example")[0] == 403
 
 

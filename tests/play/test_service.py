@@ -40,6 +40,7 @@ def test_players_have_worlds_of_their_own_in_the_same_passes(serve: Serve) -> No
             assert cid.until(type="waiting")["place"] == 1
             assert told(url, "/ready")[0] == 503
             assert told(url, "/health")[0] == 200
+            assert told(url, "/health?from=probe")[0] == 200
             status, figures = told(url, "/metrics")
         assert status == 200
         values = dict(line.split() for line in figures.splitlines() if not line.startswith("#"))
