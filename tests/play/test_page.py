@@ -278,6 +278,21 @@ def test_a_thumb_slides_over_the_pad(tab: Tab, serve: Serve) -> None:
         tab.until(f"{held} === ''")
 
 
+def test_a_browser_that_lets_nothing_be_kept_plays(tab: Tab, serve: Serve) -> None:
+    """As browsers do that block the data of sites: storage cannot even be asked for."""
+    deny = "{ get() { throw new DOMException('denied', 'SecurityError'); } }"
+    source = f"for (const s of ['localStorage', 'sessionStorage']) Object.defineProperty(window, s, {deny})"
+    script = tab.call("Page.addScriptToEvaluateOnNewDocument", source=source)["identifier"]
+    try:
+        with serve() as (url, _):
+            enter(tab, url, "step")
+            click(tab, "[data-do=branch]")
+            tab.until(f"{THUMBNAILS}.length === 2")
+        assert not [message for message in tab.messages if "SecurityError" in message]
+    finally:
+        tab.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+
+
 def test_a_wrong_token_is_explained(tab: Tab, serve: Serve) -> None:
     with serve() as (url, _):
         tab.open(url.partition("#")[0] + "#wrong")

@@ -4,6 +4,8 @@ const VERSION = 1;
 const FINAL = { 4008: "This game is over. Load the page again to play another one.", 4001: "This world was opened in another tab.", 4003: "The address has no valid token. Open the one that diagd-play printed.",
   4029: "The server is busy. Try again later." };
 
+const kept = (() => { try { return localStorage; } catch { return {}; } })(); // a browser may forbid to keep anything
+
 export class Link extends EventTarget {
   constructor() {
     super();
@@ -11,13 +13,15 @@ export class Link extends EventTarget {
     this.tries = 0;
   }
 
+  get ticket() { return kept.ticket; }
+
   open() {
     const socket = new WebSocket(new URL("./socket", location.href.replace(/^http/, "ws")));
     this.socket = socket;
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       this.tries = 0;
-      this.send({ type: "hello", version: VERSION, token: this.token, ticket: localStorage.ticket ?? "" });
+      this.send({ type: "hello", version: VERSION, token: this.token, ticket: this.ticket ?? "" });
     };
     socket.onmessage = ({ data }) => {
       if (typeof data === "string") this.text(JSON.parse(data));
@@ -30,7 +34,7 @@ export class Link extends EventTarget {
   }
 
   text(message) {
-    if (message.ticket) localStorage.ticket = message.ticket;
+    if (message.ticket) kept.ticket = message.ticket;
     this.emit(message.type, message);
   }
 

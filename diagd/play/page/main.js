@@ -13,6 +13,7 @@ const screen = new Screen(at("screen"), link, (update) => {
   remember(update.known);
 });
 const keys = new Keys(at("screen"), link);
+const pictures = (() => { try { return sessionStorage; } catch { return {}; } })(); // of marks, over a reload
 const marks = new Map(); // number -> thumbnail, empty until the place was seen
 let state = null, errorTimer = 0;
 let chosen = {};  // of the settings, and not yet part of the state
@@ -63,15 +64,15 @@ async function showGallery({ parts }) {
 
 // A world that is gone on with after a reload has the pictures of its places again, in the tab that saw them.
 function thumbnail({ number, known }) {
-  const canvas = document.createElement("canvas"), { ticket } = localStorage, place = `${ticket} ${number} ${known}`;
+  const canvas = document.createElement("canvas"), { ticket } = link, place = `${ticket} ${number} ${known}`;
   if (ticket) canvas.dataset.place = place;
-  const kept = ticket && sessionStorage[place];
-  if (kept) {
+  const picture = ticket && pictures[place];
+  if (picture) {
     canvas.dataset.seen = known;
-    const bytes = Uint8Array.from(atob(kept.split(",")[1]), (one) => one.charCodeAt(0));
-    createImageBitmap(new Blob([bytes])).then((picture) => {
-      Object.assign(canvas, { width: picture.width, height: picture.height });
-      canvas.getContext("2d").drawImage(picture, 0, 0);
+    const bytes = Uint8Array.from(atob(picture.split(",")[1]), (one) => one.charCodeAt(0));
+    createImageBitmap(new Blob([bytes])).then((seen) => {
+      Object.assign(canvas, { width: seen.width, height: seen.height });
+      canvas.getContext("2d").drawImage(seen, 0, 0);
     });
   }
   return canvas;
@@ -79,7 +80,7 @@ function thumbnail({ number, known }) {
 
 function showTree({ marks: listed, here }) {
   for (const [number, { dataset }] of [...marks]) {
-    if (!listed.some((mark) => mark.number === number)) marks.delete(number) && sessionStorage.removeItem(dataset.place);
+    if (!listed.some((mark) => mark.number === number)) marks.delete(number) && delete pictures[dataset.place];
   }
   const build = (parent) => {
     const list = document.createElement("ul");
@@ -106,7 +107,7 @@ function remember(known, exactly = false) {
     if (!same && !(fresh && !exactly && known > mark.known)) continue;
     screen.copy(canvas);
     try {
-      if (canvas.dataset.place) sessionStorage[canvas.dataset.place] = canvas.toDataURL();
+      if (canvas.dataset.place) pictures[canvas.dataset.place] = canvas.toDataURL();
     } catch { /* there is no place for more: after a reload the picture is missing */ }
   }
 }
