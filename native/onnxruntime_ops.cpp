@@ -286,38 +286,39 @@ Status run_attention(Call& call) {
   return launch_attention(call, a, heads);
 }
 
-// K or V with the step's rows; ONNX Runtime is mostly given the same memory as input and as output.
-Status write_rows(const Call& call, const Shaped& rows, size_t output, const float*& written) {
-  const Shaped &past = call.inputs[4 + output], &index = call.inputs[7];
-  float* present = nullptr;
+// K or V, which ONNX Runtime is mostly given the same memory of as input and as output.
+Status buffer(const Call& call, const Shaped& past, size_t output, float*& present) {
   if (Status status = call.output(output, past, past.columns(), present)) return status;
-  const int64_t streams = past.shape[1], slot = past.shape[2] * past.columns(), width = index.columns();
   if (present != past.data) std::memcpy(present, past.data, sizeof(float) * past.rows() * past.columns());
-  const int64_t* slots = static_cast<const int64_t*>(index.data);
-  for (int64_t row = 0; row < streams * width; ++row) {
-    if (slots[row] < 0 || slots[row] >= past.shape[0]) return call.fail("diagd: a slot that is not bound");
-    float* to = present + (slots[row] * streams + row / width) * slot;
-    std::memcpy(to, rows.floats() + row * slot, sizeof(float) * slot);
-  }
-  written = present;
   return nullptr;
 }
 
-// Positions of rows [B, W] and of slots [T, B], queries [B * W, H, D], keys and values [B * W, G, D], K and V [T, B, G,
-// D], slots of the rows [B, W] -> attended values as queries, K, V.
+// Positions of rows [B, W] and of slots [T, B], inputs of diagd.export.transformer.Heads, K and V [T, B, G, D], slots
+// of the rows [B, W] -> [B * W, H * D], K, V.
 Status run_prefix_attention(Call& call) {
-  const Shaped &queries = call.inputs[2], &past = call.inputs[5];
+  const Operator& op = *call.kernel.op;
+  const Shaped *next = call.inputs + 2, *past = call.inputs + call.count - 3;
   diagd::PrefixArguments a = {};
-  a.queries = queries.floats(), a.slots = past.shape[0], a.width = static_cast<int32_t>(call.inputs[0].columns());
+  const int64_t rows = next->rows(), across = next->columns();
+  a.fused = next++->floats();
+  if (op.has("Bias")) a.bias = next++->floats();
+  if (op.has("Norm")) a.query_norm = next++->floats(), a.key_norm = next++->floats();
+  if (op.has("Rotary")) a.cosines = next++->floats(), a.sines = next++->floats();
   a.positions = static_cast<const int32_t*>(call.inputs[0].data);
   a.slot_position = static_cast<const int32_t*>(call.inputs[1].data);
-  a.streams = static_cast<int32_t>(past.shape[1]), a.groups = static_cast<int32_t>(past.shape[2]);
-  a.size = static_cast<int32_t>(past.columns()), a.shared = static_cast<int32_t>(queries.shape[2]) / a.groups;
-  a.scale = 1.44269504f / std::sqrt(static_cast<float>(a.size));
-  if (Status status = call.output(0, queries, queries.columns(), a.out)) return status;
-  if (Status status = write_rows(call, call.inputs[3], 1, a.keys)) return status;
-  if (Status status = write_rows(call, call.inputs[4], 2, a.values)) return status;
-  diagd::PrefixTasks tasks(a, call.kernel.op->given.gpu.count);
+  a.written = static_cast<const int64_t*>(past[2].data);
+  a.slots = past->shape[0], a.width = static_cast<int32_t>(call.inputs[0].columns());
+  a.streams = static_cast<int32_t>(past->shape[1]), a.groups = static_cast<int32_t>(past->shape[2]);
+  a.size = static_cast<int32_t>(past->columns()), a.shared = static_cast<int32_t>(across / a.size) / a.groups - 2;
+  a.epsilon = call.kernel.real;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (a.written[row] < 0 || a.written[row] >= a.slots) return call.fail("diagd: a slot that is not bound");
+  }
+  if (Status status = call.output(0, call.inputs[2], int64_t{a.groups} * a.shared * a.size, a.out)) return status;
+  if (Status status = buffer(call, past[0], 1, a.keys)) return status;
+  if (Status status = buffer(call, past[1], 2, a.values)) return status;
+  diagd::PrefixTasks tasks(a, op.given.gpu.count);
+  tasks.write();
   const auto run = [](void* tasks, size_t task) { static_cast<diagd::PrefixTasks*>(tasks)->run(task); };
   return call.ask(kKernelContextParallelFor, static_cast<const void*>(call.context),
                   static_cast<void (*)(void*, size_t)>(run), static_cast<size_t>(tasks.count()), size_t{0},
@@ -457,17 +458,21 @@ Status add_norms(const void* const* api, void* domain) {
 }
 
 // Names say what there is among the inputs, in this order.
-Status add_attentions(const void* const* api, void* domain) {
+Status add_attentions(const void* const* api, void* domain, const Operator& kind) {
   for (size_t parts = 0; parts < 8; ++parts) {
     const bool bias = parts & 1, norm = parts & 2, rotary = parts & 4;
-    const size_t inputs = size_t{7} + bias + 2 * norm + 2 * rotary;
-    Operator op = described(inputs, inputs, 3, run_attention, "CachedAttention");
+    Operator op = kind;
+    op.least = op.most = kind.most + bias + 2 * norm + 2 * rotary;
     op.real = "epsilon", op.writes = true, op.integers = 2;
     for (const char* part : {bias ? "Bias" : "", norm ? "Norm" : "", rotary ? "Rotary" : ""})
       std::strcat(op.label, part);
     if (Status status = add(api, domain, op)) return status;
   }
   return nullptr;
+}
+
+Status add_cached_attentions(const void* const* api, void* domain) {
+  return add_attentions(api, domain, described(7, 7, 3, run_attention, "CachedAttention"));
 }
 
 Status add_embeddings(const void* const* api, void* domain) {
@@ -497,9 +502,9 @@ Status add_others(const void* const* api, void* domain) {
 }
 
 Status add_host(const void* const* api, void* domain) {
-  Operator op = described(8, 8, 3, run_prefix_attention, "PrefixAttention");
-  op.writes = true, op.integers = 2, op.floating = kFloat32, op.provider_name = "CPUExecutionProvider";
-  return add(api, domain, op);
+  Operator op = described(6, 6, 3, run_prefix_attention, "BoundAttention");
+  op.floating = kFloat32, op.provider_name = "CPUExecutionProvider";
+  return add_attentions(api, domain, op);
 }
 
 }  // namespace
@@ -533,7 +538,7 @@ extern "C" Status RegisterCustomOps(void* options, const ApiBase* base) {
   void* domain = nullptr;
   if (Status status = call(api, kCreateCustomOpDomain, "diagd", &domain)) return status;
   const bool has_functions = next_given.functions[0];
-  for (auto add_some : {add_host, add_norms, add_attentions, add_embeddings, add_others}) {
+  for (auto add_some : {add_host, add_norms, add_cached_attentions, add_embeddings, add_others}) {
     if (Status status = has_functions || add_some == add_host ? add_some(api, domain) : nullptr) return status;
   }
   next_given = {};

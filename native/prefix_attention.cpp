@@ -2,6 +2,7 @@
 #include "prefix_attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -19,6 +20,8 @@ constexpr int kTile = 64;  // slots: their scores stay in the fastest cache
 constexpr size_t kCached = 1 << 19;  // bytes of a tile's keys and values and of the next one's
 constexpr float kLowest = -1.0e30f, kUnseen = -3.0e38f;  // a row that sees nothing of a tile weighs it with 0
 
+int32_t divided(int64_t number, int64_t by) { return static_cast<int32_t>((number + by - 1) / by); }
+
 // Rows `first`.. of those that share a head of K and V, of a stream.
 struct PrefixPart {
   int32_t stream, group, first, rows;
@@ -27,9 +30,7 @@ struct PrefixPart {
   int64_t step_row(const PrefixArguments& a, int row) const {
     return int64_t{stream} * a.width + (first + row) / a.shared;
   }
-  int64_t place(const PrefixArguments& a, int row) const {
-    return ((step_row(a, row) * a.groups + group) * a.shared + (first + row) % a.shared) * a.size;
-  }
+  int32_t head(const PrefixArguments& a, int row) const { return group * a.shared + (first + row) % a.shared; }
 };
 
 // Has the rows of the next tile fetched, a few at a time.
@@ -99,6 +100,7 @@ namespace avx512 {
 #endif
 
 struct Kernel {
+  void (*write)(const PrefixArguments&);
   void (*attend)(const PrefixArguments&, const std::vector<PrefixPart>&, int32_t rows, std::vector<float>&);
   int32_t longest;  // vector, in floats
 };
@@ -107,18 +109,16 @@ Kernel fastest() {
 #if defined(__x86_64__)
   const bool has_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_fma && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return {avx512::attend_rows, 16};
-  if (has_fma) return {avx2::attend_rows, 8};
+    return {avx512::write_rows, avx512::attend_rows, 16};
+  if (has_fma) return {avx2::write_rows, avx2::attend_rows, 8};
 #endif
-  return {plain::attend_rows, 4};
+  return {plain::write_rows, plain::attend_rows, 4};
 }
 
 const Kernel& kernel() {
   static const Kernel found = fastest();
   return found;
 }
-
-int32_t divided(int64_t number, int64_t by) { return static_cast<int32_t>((number + by - 1) / by); }
 
 }  // namespace
 
@@ -131,6 +131,8 @@ PrefixTasks::PrefixTasks(const PrefixArguments& arguments, int32_t threads) : a(
   const int32_t cached = std::max<int32_t>(1, kCached / (4 * kTile * sizeof(float) * a.size));
   each = std::min(divided(heads * parts, std::max(threads, 1)), cached);
 }
+
+void PrefixTasks::write() const { kernel().write(a); }
 
 void PrefixTasks::run(int64_t task) const {
   thread_local std::vector<float> memory;
@@ -150,7 +152,8 @@ void PrefixTasks::run(int64_t task) const {
 
 }  // namespace diagd
 
-extern "C" void diagd_prefix_attention(const diagd::PrefixArguments* arguments, int32_t threads) {
+extern "C" void diagd_bound_attention(const diagd::PrefixArguments* arguments, int32_t threads) {
   const diagd::PrefixTasks tasks(*arguments, threads);
+  tasks.write();
   for (int64_t task = 0; task < tasks.count(); ++task) tasks.run(task);
 }

@@ -5,20 +5,28 @@
 
 namespace diagd {
 
-// Of the `prefix` form: rows [slots, streams, groups, size] of K and V, those of the step among them.
+// Of the `prefix` form: what one product gave of a step's rows, and what becomes of it on the way to attention.
 struct PrefixArguments {
-  const float *queries, *keys, *values;          // queries [streams * width, groups * shared, size]
-  const int32_t *positions, *slot_position;      // [streams, width], [slots, streams]
-  float* out;                                    // as queries
+  const float* fused;                      // [streams * width, groups * (shared + 2) * size]: queries, keys, values
+  const float* bias;                       // of a row of it; null without
+  const float *query_norm, *key_norm;      // [size], null without
+  const float *cosines, *sines;            // [streams * width, size / 2], null without
+  const int32_t *positions, *slot_position;  // [streams, width], [slots, streams]
+  const int64_t* written;                  // [streams, width], slots of the rows
+  float *keys, *values;                    // [slots, streams, groups, size]
+  float* out;                              // [streams * width, groups * shared * size]
   int64_t slots;
   int32_t streams, width, groups, shared, size;  // query heads that share one of K and V
-  float scale;  // of scores, whose powers of two are taken
+  float epsilon;
+
+  int64_t across() const { return int64_t{groups} * (shared + 2) * size; }
 };
 
 // Parts of a step, none of which depends on another; at least as many as threads, where there is so much to do.
 class PrefixTasks {
  public:
   PrefixTasks(const PrefixArguments& arguments, int32_t threads);
+  void write() const;  // the keys and values of the step's rows, ahead of all tasks
   int64_t count() const { return (int64_t{a.streams} * a.groups * parts + each - 1) / each; }
   void run(int64_t task) const;
 

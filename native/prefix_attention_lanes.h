@@ -41,11 +41,47 @@ inline Floats<LANES> power_of_two(Floats<LANES> x) {
   return load<Floats<LANES>>(&chosen);
 }
 
+// A head of a step's row: with its bias, normalised and turned, where the model does so.
+inline void prepare(const PrefixArguments& a, int64_t row, int head, const float* norm, bool turns, float* to) {
+  const float* from = a.fused + row * a.across() + int64_t{head} * a.size;
+  std::memcpy(to, from, sizeof(float) * a.size);
+  if (a.bias) {
+    const float* bias = a.bias + int64_t{head} * a.size;
+    for (int channel = 0; channel < a.size; ++channel) to[channel] += bias[channel];
+  }
+  if (norm) {
+    float squares = 0.0f;
+    for (int channel = 0; channel < a.size; ++channel) squares += to[channel] * to[channel];
+    const float scale = 1.0f / std::sqrt(squares / static_cast<float>(a.size) + a.epsilon);
+    for (int channel = 0; channel < a.size; ++channel) to[channel] *= scale * norm[channel];
+  }
+  if (!turns || !a.cosines) return;
+  const int half = a.size / 2;
+  const float *cosines = a.cosines + row * half, *sines = a.sines + row * half;
+  for (int pair = 0; pair < half; ++pair) {
+    const float first = to[pair], second = to[half + pair];
+    to[pair] = first * cosines[pair] - second * sines[pair];
+    to[half + pair] = second * cosines[pair] + first * sines[pair];
+  }
+}
+
+void write_rows(const PrefixArguments& a) {
+  const int heads = a.groups * a.shared;
+  for (int64_t row = 0; row < int64_t{a.streams} * a.width; ++row) {
+    const int64_t place = (a.written[row] * a.streams + row / a.width) * a.groups * a.size;
+    for (int group = 0; group < a.groups; ++group) {
+      prepare(a, row, heads + group, a.key_norm, true, a.keys + place + group * a.size);
+      prepare(a, row, heads + a.groups + group, nullptr, false, a.values + place + group * a.size);
+    }
+  }
+}
+
 // Rows that share a head of K and V, side by side, and what was found for them so far.
 template <int LANES, int VECTORS>
 struct Rows {
   static constexpr int kRows = LANES * VECTORS;
   static constexpr int kBeside = REGISTERS == 32 || VECTORS == 1 ? 8 : 4;  // slots, channels: sums stay in registers
+  static constexpr int kMixed = REGISTERS == 32 && VECTORS == 1 ? 16 : kBeside;
   using Floating = Floats<LANES>;
 
   const PrefixArguments& a;
@@ -53,7 +89,7 @@ struct Rows {
   int64_t step;  // floats between two slots
   float *scores, *queries, *mixed;  // [kTile][kRows], [size][kRows] twice
   float weight[kRows] = {}, most[kRows] = {};
-  int32_t position[kRows] = {};
+  int32_t position[kRows] = {}, last = 0;  // of all
 
   // Scores of COUNT slots, those that a row does not see below all others.
   template <int COUNT>
@@ -119,6 +155,10 @@ struct Rows {
   }
 
   void tile(int64_t first, const int32_t* at, int slots, Ahead& ahead) {
+    const int bound = slots;
+    while (slots > 0 && at[slots - 1] > last) --slots;  // of longer streams, and not yet written
+    if (slots == 0) return;
+    slots = std::min(bound, divided(slots, kBeside) * kBeside);
     const float *key = keys + first * step, *value = values + first * step;
     float before[kRows];
     std::memcpy(before, most, sizeof before);
@@ -129,28 +169,28 @@ struct Rows {
     }
     for (; slot < slots; ++slot) score<1>(key + slot * step, at + slot, scores + slot * kRows);
     weigh(before, slots);
-    for (; channel + kBeside <= a.size; channel += kBeside) mix<kBeside>(value + channel, slots, mixed + channel * kRows);
+    for (; channel + kMixed <= a.size; channel += kMixed) mix<kMixed>(value + channel, slots, mixed + channel * kRows);
     for (; channel < a.size; ++channel) mix<1>(value + channel, slots, mixed + channel * kRows);
   }
 
   void take(const PrefixPart& part) {
     const int64_t head = (int64_t{part.stream} * a.groups + part.group) * a.size;
-    keys = a.keys + head, values = a.values + head;
+    const float scale = 1.44269504f / std::sqrt(static_cast<float>(a.size));  // weights are powers of two
+    keys = a.keys + head, values = a.values + head, last = INT32_MIN;
+    std::memset(queries, 0, sizeof(float) * kRows * a.size), std::memset(mixed, 0, sizeof(float) * kRows * a.size);
     for (int row = 0; row < kRows; ++row) {
-      const float* query = row < part.rows ? a.queries + part.place(a, row) : nullptr;
-      position[row] = query ? a.positions[part.step_row(a, row)] : INT32_MIN;
-      weight[row] = 0.0f, most[row] = kLowest;
-      for (int channel = 0; channel < a.size; ++channel) {
-        queries[channel * kRows + row] = query ? query[channel] * a.scale : 0.0f;
-        mixed[channel * kRows + row] = 0.0f;
-      }
+      position[row] = INT32_MIN, weight[row] = 0.0f, most[row] = kLowest;
+      if (row >= part.rows) continue;
+      position[row] = a.positions[part.step_row(a, row)], last = std::max(last, position[row]);
+      prepare(a, part.step_row(a, row), part.head(a, row), a.query_norm, true, scores);
+      for (int channel = 0; channel < a.size; ++channel) queries[channel * kRows + row] = scores[channel] * scale;
     }
   }
 
   void give(const PrefixPart& part) const {
     for (int row = 0; row < part.rows; ++row) {
       const float sum = weight[row] > 0.0f ? weight[row] : 1.0f;  // a row that sees nothing is a pad
-      float* out = a.out + part.place(a, row);
+      float* out = a.out + (part.step_row(a, row) * a.groups * a.shared + part.head(a, row)) * a.size;
       for (int channel = 0; channel < a.size; ++channel) out[channel] = mixed[channel * kRows + row] / sum;
     }
   }
@@ -160,12 +200,12 @@ struct Rows {
 template <int LANES, int VECTORS>
 void attend(const PrefixArguments& a, const std::vector<PrefixPart>& parts, std::vector<float>& memory) {
   using Part = Rows<LANES, VECTORS>;
-  const size_t each = size_t{Part::kRows} * a.size;
-  memory.resize(kTile * Part::kRows + 2 * each * parts.size());
+  const size_t each = size_t{Part::kRows} * a.size, scores = std::max(kTile * Part::kRows, a.size);
+  memory.resize(scores + 2 * each * parts.size());
   const int64_t step = int64_t{a.streams} * a.groups * a.size;
   std::vector<Part> rows;
   for (const PrefixPart& part : parts) {
-    float* own = memory.data() + kTile * Part::kRows + 2 * each * rows.size();
+    float* own = memory.data() + scores + 2 * each * rows.size();
     rows.push_back(Part{a, nullptr, nullptr, step, memory.data(), own, own + each});
     rows.back().take(part);
   }
@@ -188,6 +228,5 @@ void attend_rows(const PrefixArguments& a, const std::vector<PrefixPart>& parts,
   if (rows > 2 * LONGEST) return attend<LONGEST, 3>(a, parts, memory);
   if (rows > LONGEST) return attend<LONGEST, 2>(a, parts, memory);
   if (rows > LONGEST / 2) return attend<LONGEST, 1>(a, parts, memory);
-  if (rows > 4) return attend<std::max(4, LONGEST / 2), 1>(a, parts, memory);
-  attend<4, 1>(a, parts, memory);
+  attend<std::max(4, LONGEST / 2), 1>(a, parts, memory);
 }

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from diagd.export.tracing import Functions, cast, moved_axes, onnx_operator
-from diagd.export.transformer import AttentionForm, FullAttention, Heads, Part, PlainAttention
+from diagd.export.transformer import AttentionForm, FullAttention, Heads, Part
 
 
 class CacheRows(nn.Module):
     """What K/V rows become on their way into the cache and out of it: themselves."""
+
+    change = False
+    """Whether anything is made of them, or noted."""
 
     def store(self, name: str, rows: Tensor) -> Tensor:
         """What the buffer ``name``, such as ``key_0``, takes."""
@@ -55,12 +58,13 @@ class Bound(NamedTuple):
     functions: Functions
 
 
-class PrefixAttention(PlainAttention):
+class PrefixAttention(AttentionForm):
     """Attention over the bound prefix of buffers [T, B, G, D], a slot of all streams after the other.
 
     The query heads of a KV head are rows of one matrix product, so no KV head is repeated, and K and V are
     read as they lie (ONNX Runtime fuses the transpositions into the products). The cost follows the bound
-    length T, that of the longest stream, not the capacity.
+    length T, that of the longest stream, not the capacity. All of it from a layer's first product to its next
+    one is a function of the graph, which ``native`` has a kernel for.
     """
 
     HIDDEN: Final = -1e30
@@ -71,6 +75,7 @@ class PrefixAttention(PlainAttention):
         self._past, self._rows, self._functions = bound.past, bound.rows, bound.functions
         self.cache: list[Tensor] = []
 
+    @override
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """Rotate [B * W, heads, D] with one RotaryEmbedding-23."""
         count, heads, size = x.shape
@@ -80,13 +85,28 @@ class PrefixAttention(PlainAttention):
         )
         return rotated.reshape(count, heads, size)
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    @override
+    def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
         """Write the new rows, then attend to the whole bound prefix."""
+        if self._rows.change:
+            queries, *new = heads(self.rotate, *inputs)
+            rounded = map(self._rounded, (f"key_{layer}", f"value_{layer}"), new)
+            heads, inputs = heads.bare, [torch.cat([queries, *rounded], dim=-2).flatten(-2)]
         past = self._past[2 * layer : 2 * layer + 2]
-        rows = map(self._rounded, (f"key_{layer}", f"value_{layer}"), (keys, values))
-        inputs = (*self._inputs, queries, *rows, *past, self._written)
-        outputs = [(tensor.dtype, tensor.shape) for tensor in (queries, *past)]
-        attended, *cache = self._functions.call("PrefixAttention", _prefix_attention, inputs, outputs)
+
+        def body(positions: Tensor, slot_position: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            *fed, keys, values, written = inputs
+            rows = heads(self.rotate, *fed)
+            return _prefix_attention(positions, slot_position, *rows, keys, values, written)
+
+        outputs = [(inputs[0].shape[0], heads.config.query_width), *(buffer.shape for buffer in past)]
+        attended, *cache = self._functions.call(
+            f"Bound{heads.name}",
+            body,
+            (*self._inputs, *inputs, *past, self._written),
+            [(past[0].dtype, shape) for shape in outputs],
+            epsilon=heads.config.norm_epsilon,
+        )
         self.cache += cache
         return attended
 
@@ -233,7 +253,7 @@ def _prefix_attention(
     past_values: Tensor,
     written: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What queries [B * W, H, D] find, and buffers [T, B, G, D] with the rows [B * W, G, D] in them."""
+    """What queries [B * W, H, D] find, [B * W, H * D], and buffers [T, B, G, D] with the rows [B * W, G, D] in them."""
     grid = streams, width = positions.shape
     heads, groups = queries.shape[1], past_keys.shape[2]
     visible = slot_position.t().unsqueeze(1) <= positions.unsqueeze(2)
@@ -246,7 +266,7 @@ def _prefix_attention(
     )
     scores = _products(_grouped(queries, grid, groups), _transposed(keys, (1, 2, 3, 0))) + bias
     attended = _products(torch.softmax(scores, dim=-1), _transposed(values, (1, 2, 0, 3)))
-    return _ungrouped(attended, grid, heads), keys, values
+    return _ungrouped(attended, grid, heads).flatten(-2), keys, values
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:

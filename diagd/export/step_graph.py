@@ -58,6 +58,7 @@ class IntegerRows(CacheRows):
     D] as rows lie, are buffers named like those of K/V.
     """
 
+    change = True
     unit: Tensor
     zero: Tensor
 
@@ -106,6 +107,8 @@ class WatchedMatrix(nn.Module):
 
 class WatchedRows(CacheRows):
     """Rows as they are, noted in ``seen`` by name of their buffer."""
+
+    change = True
 
     def __init__(self, seen: Watched) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -109,18 +109,6 @@ class AttentionForm(ABC):
         """Rotary embedding of x [..., W, heads, D] with tables [..., W, D / 2]."""
 
 
-class PlainAttention(AttentionForm):
-    """Attention by operators of its own, between rows of each head."""
-
-    @override
-    def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
-        return self.attend(layer, *heads(self.rotate, *inputs)).flatten(-2)
-
-    @abstractmethod
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Queries [..., W, H, D], new keys and values [..., W, G, D] -> [..., W, H, D]."""
-
-
 def added(form: AttentionForm, x: Tensor, addends: Addends, norm: Norm) -> tuple[Tensor, ...]:
     """The residual stream x [..., W, hidden] with what it is given, and that normalised."""
     if not addends:
@@ -181,6 +169,11 @@ class Heads:
         """Tells what it takes."""
         config = self.config
         return f"Attention{'Bias' * config.bias}{'Norm' * config.qk_norm}{'Rotary' * bool(config.rotary)}"
+
+    @property
+    def bare(self) -> Heads:
+        """Those of heads that are all there is."""
+        return Heads(replace(self.config, bias=False, qk_norm=False, rotary=None))
 
     def __call__(
         self, rotate: Callable[[Tensor, Tensor, Tensor], Tensor], fused: Tensor, *inputs: Tensor
@@ -424,12 +417,17 @@ def position_tables(config: TransformerConfig, device: torch.device | str = "cpu
     return {name: table.to(device) for name, table in tables.items()}
 
 
-class FullAttention(PlainAttention):
+class FullAttention(AttentionForm):
     """Attention among the fed tokens, with grouped KV heads; ``visible`` is ``Transformer.forward``'s."""
 
     def __init__(self, visible: Tensor | None) -> None:
         self._mask = visible if visible is None or visible.dim() == 2 else visible.unsqueeze(-3)
 
+    @override
+    def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
+        return self.attend(layer, *heads(self.rotate, *inputs)).flatten(-2)
+
+    @override
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """Rotate in rotate-half layout (ONNX RotaryEmbedding-23, interleaved = 0)."""
         cosines, sines = cosines.unsqueeze(-2), sines.unsqueeze(-2)
@@ -437,7 +435,7 @@ class FullAttention(PlainAttention):
         return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Scaled dot-product attention over the rows fed."""
+        """Queries [..., W, H, D], new keys and values [..., W, G, D] -> [..., W, H, D]."""
         attended = functional.scaled_dot_product_attention(
             queries.transpose(-2, -3),
             keys.transpose(-2, -3),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -15,37 +15,79 @@ from diagd.engines.engine import VOID
 Array = NDArray[np.float32]
 
 
+POINTERS = (
+    *("fused", "bias", "query_norm", "key_norm", "cosines", "sines"),
+    *("positions", "slot_position", "written", "keys", "values", "out"),
+)
+EPSILON = 1e-6
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("slots", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("streams", "width", "groups", "shared", "size")),
+        ("epsilon", ctypes.c_float),
+    )
+
+
 @dataclass
 class Case:
-    """Rows of a step [B, W, G, shared, D]; of slots [T, B, G, D] each sees those up to its position."""
+    """Rows of a step, and slots, of which each row sees those up to its position.
 
-    queries: Array
+    Attributes:
+        fused: [B, W, G * shared + 2 G, D], queries, keys and values of rows.
+        keys, values: [T, B, G, D] of slots; those of the step's rows are written.
+        written: [B, W], slots of the rows.
+        further: of bias, query_norm, key_norm, cosines and sines those that the model has.
+    """
+
+    fused: Array
     keys: Array
     values: Array
     positions: NDArray[np.int32]
     slot_position: NDArray[np.int32]
+    written: NDArray[np.int64]
+    further: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> int:
+        return self.keys.shape[2]
 
     def attended(self, threads: int = 1) -> Array:
-        class Arguments(ctypes.Structure):
-            _fields_ = (
-                *((name, ctypes.c_void_p) for name in (*vars(self), "out")),
-                ("slots", ctypes.c_int64),
-                *((name, ctypes.c_int32) for name in ("streams", "width", "groups", "shared", "size")),
-                ("scale", ctypes.c_float),
-            )
-
         kernels = host_build()
         assert kernels is not None, "no C++ compiler built the package"
-        out = np.full_like(self.queries, np.nan)
-        scale = np.log2(np.e) / np.sqrt(self.queries.shape[-1])
-        pointers = (array.ctypes.data for array in (*vars(self).values(), out))
-        arguments = Arguments(*pointers, len(self.keys), *self.queries.shape, scale)
-        kernels.diagd_prefix_attention(ctypes.byref(arguments), threads)
+        streams, width, heads, size = self.fused.shape
+        queries = heads - 2 * self.groups
+        out = np.full((streams, width, self.groups, queries // self.groups, size), np.nan, np.float32)
+        arrays = vars(self) | self.further | {"out": out}
+        pointers = (arrays[name].ctypes.data if name in arrays else None for name in POINTERS)
+        arguments = Arguments(*pointers, len(self.keys), *out.shape, EPSILON)
+        kernels.diagd_bound_attention(ctypes.byref(arguments), threads)
         return out
 
+    def prepared(self) -> list[NDArray[np.float64]]:
+        """Queries [B, W, G, shared, D], keys and values [B, W, G, D] as attention takes them."""
+        heads = self.fused.astype(np.float64)
+        heads += self.further.get("bias", np.zeros(heads.shape[2:]))
+        queries, keys, values = np.split(heads, [heads.shape[2] - 2 * self.groups, -self.groups], axis=2)
+        turned = []
+        for name, part in (("query_norm", queries), ("key_norm", keys)):
+            if name in self.further:
+                part = part / np.sqrt((part**2).mean(-1, keepdims=True) + EPSILON) * self.further[name]
+            if "cosines" in self.further:
+                cosines, sines = (self.further[name][:, :, None] for name in ("cosines", "sines"))
+                first, second = np.split(part, 2, axis=-1)
+                part = np.concatenate(
+                    [first * cosines - second * sines, second * cosines + first * sines], axis=-1
+                )
+            turned.append(part)
+        return [turned[0].reshape(*heads.shape[:2], self.groups, -1, heads.shape[3]), turned[1], values]
+
     def expected(self) -> NDArray[np.float64]:
-        size = self.queries.shape[-1]
-        scores = np.einsum("bwghd,tbgd->bwght", self.queries.astype(np.float64), self.keys) / np.sqrt(size)
+        """Attended values [B, W, G, shared, D]; the case's keys and values have the rows in them."""
+        queries, *_ = self.prepared()
+        scores = np.einsum("bwghd,tbgd->bwght", queries, self.keys) / np.sqrt(queries.shape[-1])
         seen = self.slot_position.T[:, None] <= self.positions[:, :, None]
         scores = np.where(seen[:, :, None, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -55,23 +97,41 @@ class Case:
 
 def random_case(random: np.random.Generator) -> Case:
     streams, groups, shared = (int(random.integers(1, most)) for most in (6, 4, 6))
-    width, slots = int(random.integers(1, 34)), int(random.integers(1, 300))
+    width = int(random.integers(1, 34))
+    slots = width + int(random.integers(300))
     size = int(random.choice([2, 6, 8, 20, 32, 64, 72]))
     slot_position = random.integers(0, 50, (slots, streams)).astype(np.int32)
     slot_position[random.random(slot_position.shape) < 0.2] = VOID
     slot_position[random.integers(slots)] = 0
     keys, values = (random.standard_normal((slots, streams, groups, size), np.float32) for _ in range(2))
-    queries = random.standard_normal((streams, width, groups, shared, size), np.float32)
-    scale = np.float32(10.0 ** random.integers(-2, 2))
-    return Case(
-        queries * scale, keys, values, random.integers(0, 60, (streams, width), np.int32), slot_position
-    )
+    fused = random.standard_normal((streams, width, groups * (shared + 2), size), np.float32)
+    fused[:, :, : groups * shared] *= np.float32(10.0 ** random.integers(-2, 2))
+    written = np.stack([random.permutation(slots)[:width] for _ in range(streams)])
+    angles = random.uniform(0, 9, (streams, width, size // 2))
+    tables = {"cosines": np.cos(angles), "sines": np.sin(angles)}
+    norms = {name: random.uniform(0.5, 2, size) for name in ("query_norm", "key_norm")}
+    parts = {"bias": random.standard_normal(fused.shape[2:])}, norms, tables
+    further = {
+        name: array.astype(np.float32)
+        for part in parts
+        if random.random() < 0.5
+        for name, array in part.items()
+    }
+    positions = random.integers(0, 60, (streams, width), np.int32)
+    return Case(fused, keys, values, positions, slot_position, written, further)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_rows_are_what_they_see_weighed_by_its_softmax(seed: int) -> None:
     case = random_case(np.random.default_rng(seed))
-    np.testing.assert_allclose(case.attended(), case.expected(), rtol=0, atol=3e-5)
+    before = case.keys.copy(), case.values.copy()
+    attended = case.attended()
+    stream = np.arange(len(case.written))[:, None]
+    for rows, slots, kept in zip(case.prepared()[1:], (case.keys, case.values), before, strict=True):
+        np.testing.assert_allclose(slots[case.written, stream], rows, rtol=0, atol=3e-6)
+        kept[case.written, stream] = slots[case.written, stream]
+        np.testing.assert_array_equal(slots, kept)  # all others are as they were
+    np.testing.assert_allclose(attended, case.expected(), rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -86,11 +146,14 @@ def test_a_row_does_not_depend_on_rows_streams_slots_and_threads_beside_it(seed:
         mine = np.s_[:, stream : stream + 1]
         hidden = np.full((int(random.integers(200)), 1), VOID, np.int32)  # bound behind, for longer streams
         behind = random.standard_normal((len(hidden), 1, *case.keys.shape[2:]), np.float32)
+        one = np.s_[stream : stream + 1, row : row + 1]
         alone = Case(
-            case.queries[stream : stream + 1, row : row + 1].copy(),
+            case.fused[one].copy(),
             *(np.concatenate([array[mine], behind]) for array in (case.keys, case.values)),
-            case.positions[stream : stream + 1, row : row + 1].copy(),
+            case.positions[one].copy(),
             np.concatenate([case.slot_position[mine], hidden]),
+            case.written[one].copy(),
+            {name: array[one].copy() if array.ndim == 3 else array for name, array in case.further.items()},
         )
         np.testing.assert_array_equal(alone.attended()[0, 0], every[stream, row])
 
@@ -98,4 +161,5 @@ def test_a_row_does_not_depend_on_rows_streams_slots_and_threads_beside_it(seed:
 def test_what_is_not_a_number_is_not_hidden() -> None:
     case = random_case(np.random.default_rng(7))
     case.slot_position[0], case.keys[0] = 0, np.nan
+    case.written += case.written == 0  # is not written over
     assert np.isnan(case.attended()).all()
