@@ -9,6 +9,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -212,6 +213,14 @@ struct Call {
     return output(number, shape + 4 - like.axes, like.axes, data);
   }
 
+  // Work in so many parts, on ONNX Runtime's threads.
+  template <typename Work>
+  Status in_parts(int64_t parts, const Work& work) const {
+    const auto run = [](void* work, size_t part) { (*static_cast<const Work*>(work))(static_cast<int64_t>(part)); };
+    return ask(kKernelContextParallelFor, static_cast<const void*>(context), static_cast<void (*)(void*, size_t)>(run),
+               static_cast<size_t>(parts), size_t{0}, const_cast<void*>(static_cast<const void*>(&work)));
+  }
+
   template <typename Arguments>
   Status launch(diagd::Function function, Arguments& arguments, int64_t across, int64_t down, int64_t deep,
                 int64_t threads, int64_t beside = 1, int64_t shared = 0) const {
@@ -319,10 +328,24 @@ Status run_prefix_attention(Call& call) {
   if (Status status = buffer(call, past[1], 2, a.values)) return status;
   diagd::PrefixTasks tasks(a, op.given.gpu.count);
   tasks.write();
-  const auto run = [](void* tasks, size_t task) { static_cast<diagd::PrefixTasks*>(tasks)->run(task); };
-  return call.ask(kKernelContextParallelFor, static_cast<const void*>(call.context),
-                  static_cast<void (*)(void*, size_t)>(run), static_cast<size_t>(tasks.count()), size_t{0},
-                  static_cast<void*>(&tasks));
+  const auto run = [&](int64_t task) { tasks.run(task); };
+  return call.in_parts(tasks.count(), run);
+}
+
+// Gate and up [rows, 2 * inner] -> [rows, inner].
+Status run_gate(Call& call) {
+  const Shaped& x = call.inputs[0];
+  const int64_t rows = x.rows(), inner = x.columns() / 2;
+  const int64_t parts = std::min<int64_t>(rows, call.kernel.op->given.gpu.count);
+  float* out = nullptr;
+  if (Status status = call.output(0, x, inner, out)) return status;
+  const auto run = [&](int64_t part) {
+    for (int64_t row = part * rows / parts; row < (part + 1) * rows / parts; ++row) {
+      const float* gate = x.floats() + row * 2 * inner;
+      diagd::gate(gate, gate + inner, inner, out + row * inner);
+    }
+  };
+  return call.in_parts(parts, run);
 }
 
 // Queries [rows, heads * D], their norm's weight, K and V of a text -> as queries.
@@ -502,9 +525,11 @@ Status add_others(const void* const* api, void* domain) {
 }
 
 Status add_host(const void* const* api, void* domain) {
-  Operator op = described(6, 6, 3, run_prefix_attention, "BoundAttention");
-  op.floating = kFloat32, op.provider_name = "CPUExecutionProvider";
-  return add_attentions(api, domain, op);
+  Operator attention = described(6, 6, 3, run_prefix_attention, "BoundAttention");
+  Operator gate = described(1, 1, 1, run_gate, "BoundSwiGLU");
+  for (Operator* op : {&attention, &gate}) op->floating = kFloat32, op->provider_name = "CPUExecutionProvider";
+  if (Status status = add_attentions(api, domain, attention)) return status;
+  return add(api, domain, gate);
 }
 
 }  // namespace

@@ -16,8 +16,8 @@
 namespace diagd {
 namespace {
 
-constexpr int kTile = 64;  // slots: their scores stay in the fastest cache
-constexpr size_t kCached = 1 << 19;  // bytes of a tile's keys and values and of the next one's
+constexpr int kTile = 32;  // slots: those of sixteen streams are a page apart, and go to few sets of a cache
+constexpr int kLine = 16;  // floats
 constexpr float kLowest = -1.0e30f, kUnseen = -3.0e38f;  // a row that sees nothing of a tile weighs it with 0
 
 int32_t divided(int64_t number, int64_t by) { return static_cast<int32_t>((number + by - 1) / by); }
@@ -31,30 +31,6 @@ struct PrefixPart {
     return int64_t{stream} * a.width + (first + row) / a.shared;
   }
   int32_t head(const PrefixArguments& a, int row) const { return group * a.shared + (first + row) % a.shared; }
-};
-
-// Has the rows of the next tile fetched, a few at a time.
-class Ahead {
- public:
-  Ahead(const float* keys, const float* values, int64_t length, int64_t step)
-      : keys(keys), values(values), length(length), step(step) {}
-
-  void begin(int64_t slot, int64_t slots) {
-    at = slot * step, end = std::min(slot + kTile, slots) * step, column = 0;
-  }
-
-  void fetch(int floats) {
-    for (; floats > 0 && at < end; floats -= kLine) {
-      __builtin_prefetch(keys + at + column, 0, 2), __builtin_prefetch(values + at + column, 0, 2);
-      column += kLine;
-      if (column >= length) column = 0, at += step;
-    }
-  }
-
- private:
-  static constexpr int kLine = 16;
-  const float *keys, *values;
-  int64_t length, step, at = 0, end = 0, column = 0;
 };
 
 namespace plain {
@@ -101,7 +77,8 @@ namespace avx512 {
 
 struct Kernel {
   void (*write)(const PrefixArguments&);
-  void (*attend)(const PrefixArguments&, const std::vector<PrefixPart>&, int32_t rows, std::vector<float>&);
+  void (*attend)(const PrefixArguments&, const PrefixPart&, int32_t rows, std::vector<float>&);
+  void (*gate)(const float*, const float*, int64_t, float*);
   int32_t longest;  // vector, in floats
 };
 
@@ -109,10 +86,10 @@ Kernel fastest() {
 #if defined(__x86_64__)
   const bool has_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_fma && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return {avx512::write_rows, avx512::attend_rows, 16};
-  if (has_fma) return {avx2::write_rows, avx2::attend_rows, 8};
+    return {avx512::write_rows, avx512::attend_rows, avx512::gate_columns, 16};
+  if (has_fma) return {avx2::write_rows, avx2::attend_rows, avx2::gate_columns, 8};
 #endif
-  return {plain::write_rows, plain::attend_rows, 4};
+  return {plain::write_rows, plain::attend_rows, plain::gate_columns, 4};
 }
 
 const Kernel& kernel() {
@@ -128,16 +105,15 @@ PrefixTasks::PrefixTasks(const PrefixArguments& arguments, int32_t threads) : a(
   const int32_t wanted = divided(std::max(threads, 1), heads), least = divided(all, 3 * longest);
   const int32_t most = divided(all, longest), vectors = divided(most, std::min(std::max(least, wanted), most));
   rows = static_cast<int32_t>(std::min(all, vectors * longest)), parts = divided(all, rows);
-  const int32_t cached = std::max<int32_t>(1, kCached / (4 * kTile * sizeof(float) * a.size));
-  each = std::min(divided(heads * parts, std::max(threads, 1)), cached);
+  each = divided(heads * parts, std::max(threads, 1));
 }
+
+void gate(const float* gate, const float* up, int64_t columns, float* out) { kernel().gate(gate, up, columns, out); }
 
 void PrefixTasks::write() const { kernel().write(a); }
 
 void PrefixTasks::run(int64_t task) const {
   thread_local std::vector<float> memory;
-  thread_local std::vector<PrefixPart> some;
-  some.clear();
   const int64_t all = int64_t{a.streams} * a.groups * parts;
   for (int64_t number = task * each; number < std::min(all, (task + 1) * each); ++number) {
     PrefixPart part = {};
@@ -145,9 +121,8 @@ void PrefixTasks::run(int64_t task) const {
     part.group = static_cast<int32_t>(number / parts % a.groups);
     part.first = static_cast<int32_t>(number % parts) * rows;
     part.rows = std::min(a.width * a.shared - part.first, rows);
-    some.push_back(part);
+    kernel().attend(a, part, rows, memory);
   }
-  kernel().attend(a, some, rows, memory);
 }
 
 }  // namespace diagd
@@ -156,4 +131,8 @@ extern "C" void diagd_bound_attention(const diagd::PrefixArguments* arguments, i
   const diagd::PrefixTasks tasks(*arguments, threads);
   tasks.write();
   for (int64_t task = 0; task < tasks.count(); ++task) tasks.run(task);
+}
+
+extern "C" void diagd_gate(const float* gate, const float* up, int64_t columns, float* out) {
+  diagd::gate(gate, up, columns, out);
 }

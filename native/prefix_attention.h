@@ -36,4 +36,7 @@ class PrefixTasks {
   int32_t each;  // parts of a task
 };
 
+// silu(gate) * up of columns of a row.
+void gate(const float* gate, const float* up, int64_t columns, float* out);
+
 }  // namespace diagd

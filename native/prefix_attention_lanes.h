@@ -41,6 +41,25 @@ inline Floats<LANES> power_of_two(Floats<LANES> x) {
   return load<Floats<LANES>>(&chosen);
 }
 
+inline Floats<LONGEST> gated(Floats<LONGEST> x, Floats<LONGEST> by) {
+  const Floats<LONGEST> power = power_of_two<LONGEST>((x < 0.0f ? x : -x) * 1.44269504f);
+  return x * by * (x < 0.0f ? power : Floats<LONGEST>{} + 1.0f) / (power + 1.0f);
+}
+
+// silu(gate) * up of some columns; an element has the same bits in every vector.
+inline void gate_columns(const float* gate, const float* up, int64_t columns, float* out) {
+  using Floating = Floats<LONGEST>;
+  int64_t column = 0;
+  for (; column + LONGEST <= columns; column += LONGEST)
+    store(out + column, gated(load<Floating>(gate + column), load<Floating>(up + column)));
+  if (column == columns) return;
+  Floating x = {}, by = {};
+  const size_t bytes = sizeof(float) * (columns - column);
+  std::memcpy(&x, gate + column, bytes), std::memcpy(&by, up + column, bytes);
+  const Floating found = gated(x, by);
+  std::memcpy(out + column, &found, bytes);
+}
+
 // A head of a step's row: with its bias, normalised and turned, where the model does so.
 inline void prepare(const PrefixArguments& a, int64_t row, int head, const float* norm, bool turns, float* to) {
   const float* from = a.fused + row * a.across() + int64_t{head} * a.size;
@@ -154,7 +173,7 @@ struct Rows {
     }
   }
 
-  void tile(int64_t first, const int32_t* at, int slots, Ahead& ahead) {
+  void tile(int64_t first, const int32_t* at, int slots) {
     const int bound = slots;
     while (slots > 0 && at[slots - 1] > last) --slots;  // of longer streams, and not yet written
     if (slots == 0) return;
@@ -164,13 +183,22 @@ struct Rows {
     std::memcpy(before, most, sizeof before);
     int slot = 0, channel = 0;
     for (; slot + kBeside <= slots; slot += kBeside) {
-      ahead.fetch(kBeside * a.size);
+      fetch(first + kTile + slot);
       score<kBeside>(key + slot * step, at + slot, scores + slot * kRows);
     }
     for (; slot < slots; ++slot) score<1>(key + slot * step, at + slot, scores + slot * kRows);
     weigh(before, slots);
     for (; channel + kMixed <= a.size; channel += kMixed) mix<kMixed>(value + channel, slots, mixed + channel * kRows);
     for (; channel < a.size; ++channel) mix<1>(value + channel, slots, mixed + channel * kRows);
+  }
+
+  // Has slots of the next tile on their way. A call of what only does so would be optimised away.
+  __attribute__((always_inline)) void fetch(int64_t slot) const {
+    for (const int64_t end = std::min(slot + kBeside, a.slots); slot < end; ++slot) {
+      for (int channel = 0; channel < a.size; channel += kLine) {
+        __builtin_prefetch(keys + slot * step + channel, 0, 2), __builtin_prefetch(values + slot * step + channel, 0, 2);
+      }
+    }
   }
 
   void take(const PrefixPart& part) {
@@ -196,37 +224,27 @@ struct Rows {
   }
 };
 
-// Parts that lie side by side, tile by tile.
 template <int LANES, int VECTORS>
-void attend(const PrefixArguments& a, const std::vector<PrefixPart>& parts, std::vector<float>& memory) {
+void attend(const PrefixArguments& a, const PrefixPart& part, std::vector<float>& memory) {
   using Part = Rows<LANES, VECTORS>;
   const size_t each = size_t{Part::kRows} * a.size, scores = std::max(kTile * Part::kRows, a.size);
-  memory.resize(scores + 2 * each * parts.size());
-  const int64_t step = int64_t{a.streams} * a.groups * a.size;
-  std::vector<Part> rows;
-  for (const PrefixPart& part : parts) {
-    float* own = memory.data() + scores + 2 * each * rows.size();
-    rows.push_back(Part{a, nullptr, nullptr, step, memory.data(), own, own + each});
-    rows.back().take(part);
-  }
+  memory.resize(scores + 2 * each);
+  float* own = memory.data() + scores;
+  Part rows{a, nullptr, nullptr, int64_t{a.streams} * a.groups * a.size, memory.data(), own, own + each};
+  rows.take(part);
   for (int64_t first = 0; first < a.slots; first += kTile) {
-    Ahead ahead(rows.front().keys, rows.front().values, rows.back().keys - rows.front().keys + a.size, step);
-    ahead.begin(first + kTile, a.slots);
+    int32_t at[kTile];
     const int slots = static_cast<int>(std::min<int64_t>(kTile, a.slots - first));
-    for (size_t part = 0; part < parts.size(); ++part) {
-      int32_t at[kTile];
-      for (int slot = 0; slot < slots; ++slot) at[slot] = a.slot_position[(first + slot) * a.streams + parts[part].stream];
-      rows[part].tile(first, at, slots, ahead);
-    }
+    for (int slot = 0; slot < slots; ++slot) at[slot] = a.slot_position[(first + slot) * a.streams + part.stream];
+    rows.tile(first, at, slots);
   }
-  for (size_t part = 0; part < parts.size(); ++part) rows[part].give(parts[part]);
+  rows.give(part);
 }
 
 // In the shortest vectors that hold the rows of a part, of which some may have fewer.
-void attend_rows(const PrefixArguments& a, const std::vector<PrefixPart>& parts, int32_t rows,
-                 std::vector<float>& memory) {
-  if (rows > 2 * LONGEST) return attend<LONGEST, 3>(a, parts, memory);
-  if (rows > LONGEST) return attend<LONGEST, 2>(a, parts, memory);
-  if (rows > LONGEST / 2) return attend<LONGEST, 1>(a, parts, memory);
-  attend<std::max(4, LONGEST / 2), 1>(a, parts, memory);
+void attend_rows(const PrefixArguments& a, const PrefixPart& part, int32_t rows, std::vector<float>& memory) {
+  if (rows > 2 * LONGEST) return attend<LONGEST, 3>(a, part, memory);
+  if (rows > LONGEST) return attend<LONGEST, 2>(a, part, memory);
+  if (rows > LONGEST / 2) return attend<LONGEST, 1>(a, part, memory);
+  attend<std::max(4, LONGEST / 2), 1>(a, part, memory);
 }

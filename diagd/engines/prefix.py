@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -12,7 +14,7 @@ from typing_extensions import override
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.backend import StepOptions, graphs_of
-from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Steps
+from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, SamplingState, Steps
 from diagd.engines.onnxruntime_session import check_values, open_step_session, run_bound
 from diagd.engines.sampler import HostSampler
 from diagd.engines.tensors import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
@@ -78,10 +80,19 @@ class PrefixState(Engine):
 
     @override
     def draw(self) -> None:
-        for number, (first, last) in self._ran.items():
-            lane, steps = self._lanes[number], self._lanes[number].steps
-            ids = self._sampler.draw(self._logits[first:last], steps.cells[lane.drawn], steps.sampling)
-            self.write_tokens(steps.sinks[lane.drawn], ids, number)
+        for rules, group in groupby(self._ran, self._rules):  # streams by the same rules draw together
+            numbers = list(group)
+            drawn = [(self._lanes[number].steps, self._lanes[number].drawn) for number in numbers]
+            counts = [rows.stop - rows.start for _, rows in drawn]
+            first = self._ran[numbers[0]][0]
+            cells = np.concatenate([steps.cells[rows] for steps, rows in drawn])
+            seeds = np.repeat(np.array([steps.sampling.seed for steps, _ in drawn], np.uint64), counts)
+            ids = self._sampler.draw(self._logits[first : first + len(cells)], cells, rules, seeds)
+            places = np.concatenate([steps.sinks[rows] for steps, rows in drawn])
+            self.token_buffer[places + np.repeat(np.array(numbers) * self._tokens, counts)] = ids
+
+    def _rules(self, lane: int) -> SamplingState:
+        return replace(self._lanes[lane].steps.sampling, seed=0)
 
     @override
     def logits(self, lane: int = 0) -> Float:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Final
 
@@ -74,12 +75,12 @@ class HostSampler:
         self._layout, self._keep_crossing = manifest.layout, manifest.sampling.keep_crossing
         self._ranges = manifest.sampling.range_table(manifest.layout)
 
-    def draw(self, logits: Float, cells: NDArray[np.int64], state: SamplingState) -> Int:
-        """Ids int32 [D] of cells [D] from the logits [D, V] of their rows."""
+    def draw(self, logits: Float, cells: NDArray[np.int64], state: SamplingState, seeds: Words) -> Int:
+        """Ids int32 [D] of cells [D] from the logits [D, V] of their rows, each with its seed, uint64 [D]."""
         if not len(cells):
             return np.empty(0, np.int32)
         low, high = self._ranges[(cells - self._layout.prefix) % self._layout.frame_length].T
-        return _drawer()(logits, cells, state, low, high, self._keep_crossing)
+        return _drawer()(logits, cells, state, low, high, self._keep_crossing, seeds)
 
 
 def sample(
@@ -132,10 +133,14 @@ def draw_compiled(
     low: Int,
     high: Int,
     keep_crossing: bool,
+    seeds: Words | None = None,
 ) -> Int:
-    """``sample`` by the host build of the kernels; ranges fit, one row at least."""
+    """``sample`` by the host build of the kernels; ranges fit, one row at least.
+
+    ``seeds`` are of the rows, uint64 [R]; by default those of ``state``.
+    """
     rows = len(logits)
-    keys = np.full(rows, state.seed, np.uint64)
+    keys = np.full(rows, state.seed, np.uint64) if seeds is None else seeds
     tokens = np.empty(rows, np.int32)
     read = (logits, np.float32), (low, np.int32), (high, np.int32), (positions, np.int64), (keys, np.uint64)
     arrays = [np.ascontiguousarray(array, dtype) for array, dtype in read]
@@ -155,8 +160,11 @@ def draw_plain(
     low: Int,
     high: Int,
     keep_crossing: bool,
+    seeds: Words | None = None,
 ) -> Int:
-    """``sample`` in NumPy; ranges fit, one row at least."""
+    """As ``draw_compiled``, in NumPy."""
+    if seeds is not None:
+        return _by_seed(logits, positions, state, low, high, keep_crossing, seeds)
     logits, first = _restrict(logits, low, high)
     top = logits.max(axis=1)
     if not (finite := np.isfinite(top)).all():
@@ -175,6 +183,23 @@ def draw_plain(
     best = np.maximum.reduceat(scores, row.searchsorted(rows))
     winners = np.flatnonzero(scores == best[row])
     return _ids(column[winners[row[winners].searchsorted(rows)]], first)
+
+
+def _by_seed(
+    logits: Float,
+    positions: NDArray[np.integer[Any]],
+    state: SamplingState,
+    low: Int,
+    high: Int,
+    keep_crossing: bool,
+    seeds: Words,
+) -> Int:
+    ids = np.empty(len(logits), np.int32)
+    for seed in np.unique(seeds):
+        rows = seeds == seed
+        own = replace(state, seed=int(seed))
+        ids[rows] = draw_plain(logits[rows], positions[rows], own, low[rows], high[rows], keep_crossing)
+    return ids
 
 
 def _ids(columns: NDArray[np.intp], first: int) -> Int:

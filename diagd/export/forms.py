@@ -70,6 +70,9 @@ class PrefixAttention(AttentionForm):
     HIDDEN: Final = -1e30
     """Added to the score of an invisible key: its weight is exactly 0, and a row is never NaN."""
 
+    KERNELS: Final = frozenset({"SwiGLU"})
+    """Parts, beside attention, that the processor has a kernel for."""
+
     def __init__(self, bound: Bound) -> None:
         self._inputs, self._written = (bound.positions, bound.slot_position), bound.write_index
         self._past, self._rows, self._functions = bound.past, bound.rows, bound.functions
@@ -84,6 +87,20 @@ class PrefixAttention(AttentionForm):
             rows, cosines.unsqueeze(0), sines.unsqueeze(0), num_heads=heads
         )
         return rotated.reshape(count, heads, size)
+
+    @override
+    def part(
+        self,
+        name: str,
+        body: Part,
+        inputs: Sequence[Tensor],
+        shapes: Sequence[Sequence[int | torch.SymInt]],
+        **attributes: float,
+    ) -> tuple[Tensor, ...]:
+        if name not in self.KERNELS:
+            return body(*inputs)
+        outputs = [(self._past[0].dtype, shape) for shape in shapes]
+        return self._functions.call(f"Bound{name}", body, inputs, outputs, **attributes)
 
     @override
     def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
@@ -253,7 +270,7 @@ def _prefix_attention(
     past_values: Tensor,
     written: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What queries [B * W, H, D] find, [B * W, H * D], and buffers [T, B, G, D] with the rows [B * W, G, D] in them."""
+    """What queries [B * W, H, D] find, [B * W, H * D], and buffers [T, B, G, D] with rows [B * W, G, D]."""
     grid = streams, width = positions.shape
     heads, groups = queries.shape[1], past_keys.shape[2]
     visible = slot_position.t().unsqueeze(1) <= positions.unsqueeze(2)

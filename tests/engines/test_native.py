@@ -295,6 +295,22 @@ def test_the_processor_draws_by_the_seed(kernels: ctypes.CDLL) -> None:
     assert len(set(tokens.tolist())) > 10
 
 
+def test_rows_with_seeds_of_their_own_are_drawn_as_each_alone(kernels: ctypes.CDLL) -> None:
+    random, rules, most = np.random.default_rng(3), SamplingState(0.9, 20, 0.9), 2**64 - 1
+    logits, cells = random.standard_normal((9, 99)).astype(np.float32), random.integers(0, 1 << 40, 9)
+    low, high = random.integers(0, 9, 9).astype(np.int32), random.integers(50, 99, 9).astype(np.int32)
+    seeds = np.array([5, 5, most, 5, 0, most, 6, 6, 1 << 32], np.uint64)
+    given = logits, cells, rules, low, high, True, seeds
+    alone = [
+        draw_plain(
+            logits[row, None], cells[row, None], replace(rules, seed=int(seed)), low[[row]], high[[row]], True
+        )[0]
+        for row, seed in enumerate(seeds)
+    ]
+    np.testing.assert_array_equal(draw_compiled(kernels, *given), alone)
+    np.testing.assert_array_equal(draw_plain(*given), alone)
+
+
 @pytest.mark.parametrize("keep_crossing", [True, False])
 @pytest.mark.parametrize("spread", [0.05, 0.6, 2.5, 8.0])
 def test_a_vocabulary_of_64000_ids(kernels: ctypes.CDLL, spread: float, keep_crossing: bool) -> None:

@@ -71,18 +71,17 @@ class Case:
         heads = self.fused.astype(np.float64)
         heads += self.further.get("bias", np.zeros(heads.shape[2:]))
         queries, keys, values = np.split(heads, [heads.shape[2] - 2 * self.groups, -self.groups], axis=2)
-        turned = []
-        for name, part in (("query_norm", queries), ("key_norm", keys)):
-            if name in self.further:
-                part = part / np.sqrt((part**2).mean(-1, keepdims=True) + EPSILON) * self.further[name]
-            if "cosines" in self.further:
-                cosines, sines = (self.further[name][:, :, None] for name in ("cosines", "sines"))
-                first, second = np.split(part, 2, axis=-1)
-                part = np.concatenate(
-                    [first * cosines - second * sines, second * cosines + first * sines], axis=-1
-                )
-            turned.append(part)
-        return [turned[0].reshape(*heads.shape[:2], self.groups, -1, heads.shape[3]), turned[1], values]
+        queries, keys = self.turned(queries, "query_norm"), self.turned(keys, "key_norm")
+        return [queries.reshape(*heads.shape[:2], self.groups, -1, heads.shape[3]), keys, values]
+
+    def turned(self, part: NDArray[np.float64], norm: str) -> NDArray[np.float64]:
+        if norm in self.further:
+            part = part / np.sqrt((part**2).mean(-1, keepdims=True) + EPSILON) * self.further[norm]
+        if "cosines" not in self.further:
+            return part
+        cosines, sines = (self.further[name][:, :, None] for name in ("cosines", "sines"))
+        first, second = np.split(part, 2, axis=-1)
+        return np.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
 
     def expected(self) -> NDArray[np.float64]:
         """Attended values [B, W, G, shared, D]; the case's keys and values have the rows in them."""
@@ -156,6 +155,30 @@ def test_a_row_does_not_depend_on_rows_streams_slots_and_threads_beside_it(seed:
             {name: array[one].copy() if array.ndim == 3 else array for name, array in case.further.items()},
         )
         np.testing.assert_array_equal(alone.attended()[0, 0], every[stream, row])
+
+
+@pytest.mark.parametrize("columns", [1, 5, 8, 16, 40, 513])
+def test_gates_have_the_same_bits_beside_any_others(columns: int) -> None:
+    kernels = host_build()
+    assert kernels is not None, "no C++ compiler built the package"
+    random = np.random.default_rng(columns)
+    gates, ups = (random.standard_normal((2, columns)) * 8).astype(np.float32)
+    gates[0], ups[-1] = np.nan if columns > 1 else -200, 3
+
+    def gated(first: int, last: int) -> Array:
+        out = np.full(last - first + 1, np.pi, np.float32)
+        parts = [array[first:last].copy() for array in (gates, ups)]
+        pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (*parts, out)]
+        kernels.diagd_gate(*pointers[:2], ctypes.c_int64(last - first), pointers[2])
+        assert out[-1] == np.float32(np.pi)  # nothing is written behind
+        return out[:-1]
+
+    every = gated(0, columns)
+    with np.errstate(over="ignore"):
+        expected = gates.astype(np.float64) / (1 + np.exp(-gates.astype(np.float64))) * ups
+    np.testing.assert_allclose(every, expected, rtol=4e-6, atol=1e-30)
+    for column in range(columns):
+        np.testing.assert_array_equal(gated(column, columns), every[column:])
 
 
 def test_what_is_not_a_number_is_not_hidden() -> None:
