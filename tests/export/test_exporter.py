@@ -38,26 +38,22 @@ from tests.export.test_exporter import LAYOUT
 from dataclasses import replace
 
 family = small_family(small_model(LAYOUT, layers=1))
-inner = int(sys.argv[2])
-config = replace(family.transformer, hidden=2048, feed_forward=inner)
-family = replace(family, transformer=config, rules=identity_rules(config))
-sources = Sources(RandomCheckpoint(family.expected, seed=0))
-result = export(family, GraphOptions(), sources, Path(sys.argv[1]))
-print(result.size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+for path, inner in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
+    config = replace(family.transformer, hidden=2048, feed_forward=inner)
+    made = replace(family, transformer=config, rules=identity_rules(config))
+    sources = Sources(RandomCheckpoint(made.expected, seed=0))
+    result = export(made, GraphOptions(), sources, Path(path))
+    print(result.size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-def measured(path: Path, inner: int) -> tuple[int, int]:
-    command = [sys.executable, "-c", MEASURE, str(path), str(inner)]
-    unknown = {**os.environ, "DIAGD_CACHE": str(path.with_suffix(".cache"))}  # the graph is traced
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=unknown)
-    size, peak = done.stdout.split()[-2:]
-    return int(size), int(peak)
-
-
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    small, small_peak = measured(tmp_path / "small.diagd", 64)
-    large, large_peak = measured(tmp_path / "large.diagd", 20_480)
+    """One process exports a small model, then a large one: its peak so far after each."""
+    models = [str(tmp_path / "small.diagd"), "64", str(tmp_path / "large.diagd"), "20480"]
+    unknown = {**os.environ, "DIAGD_CACHE": str(tmp_path / "cache")}  # the graphs are traced
+    command = [sys.executable, "-c", MEASURE, *models]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=unknown)
+    small, small_peak, large, large_peak = map(int, done.stdout.split()[-4:])
     shutil.rmtree(tmp_path / "large.diagd")
     assert large - small > 470 << 20
     assert large_peak - small_peak < 320 << 20  # two matrices of 160 MB are transposed, the third is read
