@@ -293,6 +293,19 @@ def test_a_browser_that_lets_nothing_be_kept_plays(tab: Tab, serve: Serve) -> No
         tab.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
 
 
+def test_a_proxy_that_passes_pages_alone_is_explained(tab: Tab, serve: Serve) -> None:
+    source = "window.WebSocket = class extends WebSocket { constructor(url) { super(`${url}s`); } }"
+    script = tab.call("Page.addScriptToEvaluateOnNewDocument", source=source)["identifier"]
+    try:
+        with serve() as (url, _):
+            tab.open(url)
+            tab.until(
+                "document.getElementById('cover').textContent.includes('pass upgrades to WebSocket on')"
+            )
+    finally:
+        tab.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+
+
 def test_a_wrong_token_is_explained(tab: Tab, serve: Serve) -> None:
     with serve() as (url, _):
         tab.open(url.partition("#")[0] + "#wrong")

@@ -6,6 +6,8 @@ const FINAL = { 4008: "This game is over. Load the page again to play another on
 
 const kept = (() => { try { return localStorage; } catch { return {}; } })(); // a browser may forbid to keep anything
 
+const BLOCKED = "There is no connection: a proxy that leads here has to pass upgrades to WebSocket on. Trying again…";
+
 export class Link extends EventTarget {
   constructor() {
     super();
@@ -21,6 +23,7 @@ export class Link extends EventTarget {
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       this.tries = 0;
+      this.opened = true;
       this.send({ type: "hello", version: VERSION, token: this.token, ticket: this.ticket ?? "" });
     };
     socket.onmessage = ({ data }) => {
@@ -28,7 +31,7 @@ export class Link extends EventTarget {
       else this.binary(data);
     };
     socket.onclose = ({ code }) => {
-      this.emit("lost", { reason: FINAL[code], again: !FINAL[code] });
+      this.emit("lost", { reason: FINAL[code] ?? (this.opened ? undefined : BLOCKED), again: !FINAL[code] });
       if (!FINAL[code]) setTimeout(() => this.open(), Math.min(4000, 250 * 2 ** this.tries++));
     };
   }
