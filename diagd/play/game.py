@@ -243,6 +243,7 @@ class Game:
             )
         finally:
             self.session.stream = here
+        self.record.add(record.Audited(audit=count))
         return count, float(shares.mean())
 
     def advance(self, act: Act, newer: Act = lambda: None) -> Shown | None:

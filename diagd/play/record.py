@@ -2,7 +2,7 @@
 
 The first line says which bundle was played. Then, in the order in which they happened: ``start`` (prompt
 tokens and their actions), ``settings``, ``frame`` (its number, its action's ids, a digest of its tokens),
-``ahead`` (actions of frames that had begun when the run ended), ``rewind``, ``branch`` and ``visit``.
+``ahead`` (actions of frames that had begun when the run ended), ``rewind``, ``branch``, ``visit``, ``audit``.
 """
 
 from __future__ import annotations
@@ -134,7 +134,13 @@ class Visit(Frozen):
     visit: int
 
 
-Line = Start | Settings | Played | Ahead | Rewind | Branch | Visit
+class Audited(Frozen):
+    """Frames were compared with next-token prediction: rows behind them were built again, and round anew."""
+
+    audit: Annotated[int, Field(ge=1)]
+
+
+Line = Start | Settings | Played | Ahead | Rewind | Branch | Visit | Audited
 _LINE: Final[TypeAdapter[Line]] = TypeAdapter(Line)
 
 
@@ -334,3 +340,5 @@ def _replay_command(game: Game, line: Line) -> None:
         game.branch()
     elif isinstance(line, Visit):
         game.visit(line.visit)
+    elif isinstance(line, Audited):
+        game.audit(line.audit)

@@ -83,6 +83,21 @@ def test_what_came_since_is_played_again(game: Game, order: str) -> None:
         kept.restore(other)
 
 
+def test_rows_that_a_comparison_had_built_again_are_built_again_elsewhere(game: Game) -> None:
+    """They round otherwise, which int8 makes other tokens of."""
+    kept = SavedGame()
+    game.record.heard = kept.add
+    game.reset(game.prompts[0])
+    play(game, *WALK[:6])
+    game.audit(4)
+    with elsewhere(game) as other:
+        kept.restore(other)
+        built = [one.session.timing.refill_steps for one in (game, other)]
+        assert equal(play(other, "up"), play(game, "up"))
+        after = [one.session.timing.refill_steps for one in (game, other)]
+    assert after[0] - built[0] == after[1] - built[1] > 0
+
+
 @pytest.mark.parametrize("order", ORDERS[:3])
 def test_a_game_goes_on_elsewhere_twice(game: Game, order: str) -> None:
     kept = SavedGame()
