@@ -332,20 +332,40 @@ Status run_prefix_attention(Call& call) {
   return call.in_parts(tasks.count(), run);
 }
 
+// Each of so many rows, on ONNX Runtime's threads.
+template <typename Work>
+Status in_rows(const Call& call, int64_t rows, const Work& work) {
+  const int64_t parts = std::min<int64_t>(rows, call.kernel.op->given.gpu.count);
+  const auto run = [&](int64_t part) {
+    for (int64_t row = part * rows / parts; row < (part + 1) * rows / parts; ++row) work(row);
+  };
+  return call.in_parts(parts, run);
+}
+
 // Gate and up [rows, 2 * inner] -> [rows, inner].
 Status run_gate(Call& call) {
   const Shaped& x = call.inputs[0];
-  const int64_t rows = x.rows(), inner = x.columns() / 2;
-  const int64_t parts = std::min<int64_t>(rows, call.kernel.op->given.gpu.count);
+  const int64_t inner = x.columns() / 2;
   float* out = nullptr;
   if (Status status = call.output(0, x, inner, out)) return status;
-  const auto run = [&](int64_t part) {
-    for (int64_t row = part * rows / parts; row < (part + 1) * rows / parts; ++row) {
-      const float* gate = x.floats() + row * 2 * inner;
-      diagd::gate(gate, gate + inner, inner, out + row * inner);
-    }
-  };
-  return call.in_parts(parts, run);
+  return in_rows(call, x.rows(), [&](int64_t row) {
+    const float* gate = x.floats() + row * 2 * inner;
+    diagd::gate(gate, gate + inner, inner, out + row * inner);
+  });
+}
+
+// x, what is added to it, the norm's weight -> their sum, and that normalised.
+Status run_rms_norm(Call& call) {
+  const Shaped& x = call.inputs[0];
+  const int64_t columns = x.columns();
+  float *sum = nullptr, *out = nullptr;
+  if (Status status = call.output(0, x, columns, sum)) return status;
+  if (Status status = call.output(1, x, columns, out)) return status;
+  return in_rows(call, x.rows(), [&](int64_t row) {
+    const int64_t at = row * columns;
+    diagd::normalise({x.floats() + at, call.inputs[1].floats() + at, call.inputs[2].floats(), sum + at, out + at,
+                      columns, call.kernel.real});
+  });
 }
 
 // Queries [rows, heads * D], their norm's weight, K and V of a text -> as queries.
@@ -527,9 +547,13 @@ Status add_others(const void* const* api, void* domain) {
 Status add_host(const void* const* api, void* domain) {
   Operator attention = described(6, 6, 3, run_prefix_attention, "BoundAttention");
   Operator gate = described(1, 1, 1, run_gate, "BoundSwiGLU");
-  for (Operator* op : {&attention, &gate}) op->floating = kFloat32, op->provider_name = "CPUExecutionProvider";
+  Operator norm = described(3, 3, 2, run_rms_norm, "BoundRMSNormAdd");
+  norm.real = "epsilon";
+  for (Operator* op : {&attention, &gate, &norm})
+    op->floating = kFloat32, op->provider_name = "CPUExecutionProvider";
   if (Status status = add_attentions(api, domain, attention)) return status;
-  return add(api, domain, gate);
+  if (Status status = add(api, domain, gate)) return status;
+  return add(api, domain, norm);
 }
 
 }  // namespace

@@ -79,6 +79,7 @@ struct Kernel {
   void (*write)(const PrefixArguments&);
   void (*attend)(const PrefixArguments&, const PrefixPart&, int32_t rows, std::vector<float>&);
   void (*gate)(const float*, const float*, int64_t, float*);
+  void (*normalise)(const NormRow&);
   int32_t longest;  // vector, in floats
 };
 
@@ -86,10 +87,10 @@ Kernel fastest() {
 #if defined(__x86_64__)
   const bool has_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_fma && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return {avx512::write_rows, avx512::attend_rows, avx512::gate_columns, 16};
-  if (has_fma) return {avx2::write_rows, avx2::attend_rows, avx2::gate_columns, 8};
+    return {avx512::write_rows, avx512::attend_rows, avx512::gate_columns, avx512::normalise_row, 16};
+  if (has_fma) return {avx2::write_rows, avx2::attend_rows, avx2::gate_columns, avx2::normalise_row, 8};
 #endif
-  return {plain::write_rows, plain::attend_rows, plain::gate_columns, 4};
+  return {plain::write_rows, plain::attend_rows, plain::gate_columns, plain::normalise_row, 4};
 }
 
 const Kernel& kernel() {
@@ -109,6 +110,8 @@ PrefixTasks::PrefixTasks(const PrefixArguments& arguments, int32_t threads) : a(
 }
 
 void gate(const float* gate, const float* up, int64_t columns, float* out) { kernel().gate(gate, up, columns, out); }
+
+void normalise(const NormRow& row) { kernel().normalise(row); }
 
 void PrefixTasks::write() const { kernel().write(a); }
 
@@ -132,6 +135,8 @@ extern "C" void diagd_bound_attention(const diagd::PrefixArguments* arguments, i
   tasks.write();
   for (int64_t task = 0; task < tasks.count(); ++task) tasks.run(task);
 }
+
+extern "C" void diagd_normalise(const diagd::NormRow* row) { diagd::normalise(*row); }
 
 extern "C" void diagd_gate(const float* gate, const float* up, int64_t columns, float* out) {
   diagd::gate(gate, up, columns, out);

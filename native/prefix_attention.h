@@ -36,6 +36,16 @@ class PrefixTasks {
   int32_t each;  // parts of a task
 };
 
+// A row of the residual stream with what it is given, and that normalised by its root mean square.
+struct NormRow {
+  const float *x, *added, *weight;
+  float *sum, *out;
+  int64_t columns;
+  float epsilon;
+};
+
+void normalise(const NormRow& row);
+
 // silu(gate) * up of columns of a row.
 void gate(const float* gate, const float* up, int64_t columns, float* out);
 

@@ -60,6 +60,23 @@ inline void gate_columns(const float* gate, const float* up, int64_t columns, fl
   std::memcpy(out + column, &found, bytes);
 }
 
+// x + added to `sum`, and that normalised; its squares are summed in eight lanes, whatever the vectors.
+inline void normalise_row(const NormRow& a) {
+  float squares[8] = {};
+  for (int64_t column = 0; column < a.columns; ++column) {
+    a.sum[column] = a.x[column] + a.added[column];
+  }
+  int64_t column = 0;
+  for (; column + 8 <= a.columns; column += 8) {
+    for (int lane = 0; lane < 8; ++lane) squares[lane] += a.sum[column + lane] * a.sum[column + lane];
+  }
+  for (; column < a.columns; ++column) squares[column % 8] += a.sum[column] * a.sum[column];
+  float total = 0.0f;
+  for (float square : squares) total += square;
+  const float scale = 1.0f / std::sqrt(total / static_cast<float>(a.columns) + a.epsilon);
+  for (column = 0; column < a.columns; ++column) a.out[column] = a.sum[column] * scale * a.weight[column];
+}
+
 // A head of a step's row: with its bias, normalised and turned, where the model does so.
 inline void prepare(const PrefixArguments& a, int64_t row, int head, const float* norm, bool turns, float* to) {
   const float* from = a.fused + row * a.across() + int64_t{head} * a.size;

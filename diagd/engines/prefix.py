@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +13,7 @@ from typing_extensions import override
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.backend import StepOptions, graphs_of
-from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, SamplingState, Steps
+from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Steps
 from diagd.engines.onnxruntime_session import check_values, open_step_session, run_bound
 from diagd.engines.sampler import HostSampler
 from diagd.engines.tensors import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
@@ -80,19 +79,21 @@ class PrefixState(Engine):
 
     @override
     def draw(self) -> None:
-        for rules, group in groupby(self._ran, self._rules):  # streams by the same rules draw together
+        for _, group in groupby(self._ran, self._rules):  # streams by the same rules draw together
             numbers = list(group)
             drawn = [(self._lanes[number].steps, self._lanes[number].drawn) for number in numbers]
             counts = [rows.stop - rows.start for _, rows in drawn]
             first = self._ran[numbers[0]][0]
             cells = np.concatenate([steps.cells[rows] for steps, rows in drawn])
             seeds = np.repeat(np.array([steps.sampling.seed for steps, _ in drawn], np.uint64), counts)
-            ids = self._sampler.draw(self._logits[first : first + len(cells)], cells, rules, seeds)
+            logits, rules = self._logits[first : first + len(cells)], drawn[0][0].sampling
+            ids = self._sampler.draw(logits, cells, rules, seeds)
             places = np.concatenate([steps.sinks[rows] for steps, rows in drawn])
             self.token_buffer[places + np.repeat(np.array(numbers) * self._tokens, counts)] = ids
 
-    def _rules(self, lane: int) -> SamplingState:
-        return replace(self._lanes[lane].steps.sampling, seed=0)
+    def _rules(self, lane: int) -> tuple[float, ...]:
+        sampling = self._lanes[lane].steps.sampling
+        return sampling.temperature, sampling.top_k, sampling.top_p
 
     @override
     def logits(self, lane: int = 0) -> Float:

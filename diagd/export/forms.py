@@ -70,7 +70,7 @@ class PrefixAttention(AttentionForm):
     HIDDEN: Final = -1e30
     """Added to the score of an invisible key: its weight is exactly 0, and a row is never NaN."""
 
-    KERNELS: Final = frozenset({"SwiGLU"})
+    KERNELS: Final = frozenset({"SwiGLU", "RMSNormAdd"})
     """Parts, beside attention, that the processor has a kernel for."""
 
     def __init__(self, bound: Bound) -> None:

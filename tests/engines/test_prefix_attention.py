@@ -181,6 +181,28 @@ def test_gates_have_the_same_bits_beside_any_others(columns: int) -> None:
         np.testing.assert_array_equal(gated(column, columns), every[column:])
 
 
+@pytest.mark.parametrize("columns", [1, 7, 64, 190, 1027])
+def test_a_row_with_what_it_is_given_is_normalised(columns: int) -> None:
+    class Row(ctypes.Structure):
+        _fields_ = (
+            *((name, ctypes.c_void_p) for name in ("x", "added", "weight", "sum", "out")),
+            ("columns", ctypes.c_int64),
+            ("epsilon", ctypes.c_float),
+        )
+
+    kernels = host_build()
+    assert kernels is not None, "no C++ compiler built the package"
+    random = np.random.default_rng(columns)
+    x, added, weight = random.standard_normal((3, columns)).astype(np.float32)
+    total, out = np.full((2, columns + 1), np.pi, np.float32)
+    pointers = (array.ctypes.data for array in (x, added, weight, total, out))
+    kernels.diagd_normalise(ctypes.byref(Row(*pointers, columns, 1e-3)))
+    np.testing.assert_array_equal(total, np.append(x + added, np.float32(np.pi)))
+    wide = total[:-1].astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean() + np.float32(1e-3)) * weight
+    np.testing.assert_allclose(out, np.append(expected, np.float32(np.pi)), rtol=1e-6, atol=1e-7)
+
+
 def test_what_is_not_a_number_is_not_hidden() -> None:
     case = random_case(np.random.default_rng(7))
     case.slot_position[0], case.keys[0] = 0, np.nan
