@@ -234,9 +234,9 @@ struct Rows {
 
   void give(const PrefixPart& part) const {
     for (int row = 0; row < part.rows; ++row) {
-      const float sum = weight[row] > 0.0f ? weight[row] : 1.0f;  // a row that sees nothing is a pad
+      const float share = 1.0f / (weight[row] > 0.0f ? weight[row] : 1.0f);  // a row that sees nothing is a pad
       float* out = a.out + (part.step_row(a, row) * a.groups * a.shared + part.head(a, row)) * a.size;
-      for (int channel = 0; channel < a.size; ++channel) out[channel] = mixed[channel * kRows + row] / sum;
+      for (int channel = 0; channel < a.size; ++channel) out[channel] = mixed[channel * kRows + row] * share;
     }
   }
 };
