@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -35,6 +36,9 @@ MAX_DEATHS: Final = 3
 """Workers that may be killed one after the other without a result in between."""
 
 _HAS_MASKS: Final = hasattr(signal, "pthread_sigmask")
+
+_WAITS_FOR_THE_DEAD: Final = sys.version_info < (3, 11, 5) and sys.platform != "win32"
+"""Whether a pool of dead workers waits for somebody to read what is written to them (CPython gh-94777)."""
 
 
 class Workers(ABC, Generic[Item, Result]):
@@ -95,7 +99,10 @@ class Processes(Workers[Item, Result]):
         self._executor = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self._count, get_context("spawn"), _begin, (self._make,))
+        executor = ProcessPoolExecutor(self._count, get_context("spawn"), _begin, (self._make,))
+        queue: Any = executor._call_queue  # type: ignore[attr-defined]
+        self._unread = os.dup(queue._reader.fileno()) if _WAITS_FOR_THE_DEAD else None
+        return executor
 
     @override
     def map(self, items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
@@ -108,9 +115,9 @@ class Processes(Workers[Item, Result]):
                     yield number, result
             except BrokenProcessPool as error:
                 deaths += 1
+                self._end_broken()
                 if deaths == MAX_DEATHS:
                     raise too_many_deaths(self._count) from error
-                self._executor.shutdown()
                 self._executor = self._start()
 
     def _map(self, items: dict[int, Item]) -> Iterator[tuple[int, Result]]:
@@ -123,9 +130,17 @@ class Processes(Workers[Item, Result]):
             for future in running:
                 future.cancel()
 
+    def _end_broken(self) -> None:
+        while self._unread is not None and os.read(self._unread, 1 << 20):
+            pass  # up to the end, which is there when all that was meant for the dead has been written
+        self.close()
+
     @override
     def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)
+        if self._unread is not None:
+            os.close(self._unread)
+            self._unread = None
 
 
 _own: Worker[Any, Any] | None = None

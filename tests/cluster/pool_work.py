@@ -28,6 +28,18 @@ def square(folder: Path, number: int) -> int:
     return number * number
 
 
+def sizes(folder: Path) -> Callable[[bytes], int]:
+    return partial(size, folder)
+
+
+def size(folder: Path, item: bytes) -> int:
+    """Dies of the first item, and of ones always."""
+    if item.startswith(b"1") or not (folder / "killed").exists():
+        (folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return len(item)
+
+
 class Absent:
     """What is there where it is sent from alone, as a module that a node lacks."""
 

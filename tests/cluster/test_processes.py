@@ -13,7 +13,7 @@ import pytest
 
 from diagd.cluster.workers import Here, Processes
 from diagd.errors import UsageError
-from tests.cluster.pool_work import squares
+from tests.cluster.pool_work import sizes, squares
 
 
 def test_workers_give_what_one_gives_though_one_is_killed(tmp_path: Path) -> None:
@@ -29,6 +29,14 @@ def test_workers_give_what_one_gives_though_one_is_killed(tmp_path: Path) -> Non
         assert dict(workers.map([7])) == {0: 49}
         with pytest.raises(UsageError, match="use fewer than 2 --workers"):
             list(workers.map([13]))
+
+
+def test_a_worker_is_killed_while_much_is_written_to_it(tmp_path: Path) -> None:
+    with Processes(partial(sizes, tmp_path), 2) as workers:
+        assert dict(workers.map([b"0" * (1 << 22)] * 8)) == dict.fromkeys(range(8), 1 << 22)
+        assert (tmp_path / "killed").exists()
+        with pytest.raises(UsageError, match="3 workers were killed"):
+            list(workers.map([b"1" * (1 << 22)] * 8))
 
 
 def test_a_worker_gets_ready_once(tmp_path: Path) -> None:
