@@ -216,6 +216,7 @@ struct Call {
   // Work in so many parts, on ONNX Runtime's threads.
   template <typename Work>
   Status in_parts(int64_t parts, const Work& work) const {
+    if (!parts) return nullptr;
     const auto run = [](void* work, size_t part) { (*static_cast<const Work*>(work))(static_cast<int64_t>(part)); };
     return ask(kKernelContextParallelFor, static_cast<const void*>(context), static_cast<void (*)(void*, size_t)>(run),
                static_cast<size_t>(parts), size_t{0}, const_cast<void*>(static_cast<const void*>(&work)));
@@ -326,6 +327,7 @@ Status run_prefix_attention(Call& call) {
   if (Status status = call.output(0, call.inputs[2], int64_t{a.groups} * a.shared * a.size, a.out)) return status;
   if (Status status = buffer(call, past[0], 1, a.keys)) return status;
   if (Status status = buffer(call, past[1], 2, a.values)) return status;
+  if (!rows) return nullptr;
   diagd::PrefixTasks tasks(a, op.given.gpu.count);
   tasks.write();
   const auto run = [&](int64_t task) { tasks.run(task); };

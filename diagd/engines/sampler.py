@@ -164,7 +164,11 @@ def draw_plain(
 ) -> Int:
     """As ``draw_compiled``, in NumPy."""
     if seeds is not None:
-        return _by_seed(logits, positions, state, low, high, keep_crossing, seeds)
+        ids = np.empty(len(logits), np.int32)
+        for seed in np.unique(seeds):
+            rows, own = seeds == seed, replace(state, seed=int(seed))
+            ids[rows] = draw_plain(logits[rows], positions[rows], own, low[rows], high[rows], keep_crossing)
+        return ids
     logits, first = _restrict(logits, low, high)
     top = logits.max(axis=1)
     if not (finite := np.isfinite(top)).all():
@@ -183,23 +187,6 @@ def draw_plain(
     best = np.maximum.reduceat(scores, row.searchsorted(rows))
     winners = np.flatnonzero(scores == best[row])
     return _ids(column[winners[row[winners].searchsorted(rows)]], first)
-
-
-def _by_seed(
-    logits: Float,
-    positions: NDArray[np.integer[Any]],
-    state: SamplingState,
-    low: Int,
-    high: Int,
-    keep_crossing: bool,
-    seeds: Words,
-) -> Int:
-    ids = np.empty(len(logits), np.int32)
-    for seed in np.unique(seeds):
-        rows = seeds == seed
-        own = replace(state, seed=int(seed))
-        ids[rows] = draw_plain(logits[rows], positions[rows], own, low[rows], high[rows], keep_crossing)
-    return ids
 
 
 def _ids(columns: NDArray[np.intp], first: int) -> Int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,53 @@ class Bound(NamedTuple):
     functions: Functions
 
 
-class PrefixAttention(AttentionForm):
+class FunctionForm(AttentionForm):
+    """A form whose parts are functions of the graph, where there are kernels for them."""
+
+    LABEL: ClassVar = ""
+    """Ahead of the names of functions."""
+
+    KERNELS: ClassVar[frozenset[str] | None] = None
+    """Parts, beside attention, that there are kernels for; None: all."""
+
+    def __init__(self, bound: Bound) -> None:
+        self._inputs, self._write_index = (bound.positions, bound.slot_position), bound.write_index
+        self._past, self._functions = bound.past, bound.functions
+        self._dtype = bound.past[0].dtype
+        self.cache: list[Tensor] = []
+
+    @override
+    def part(
+        self,
+        name: str,
+        body: Part,
+        inputs: Sequence[Tensor],
+        shapes: Sequence[Sequence[int | torch.SymInt]],
+        **attributes: float,
+    ) -> tuple[Tensor, ...]:
+        if self.KERNELS is not None and name not in self.KERNELS:
+            return body(*inputs)
+        outputs = [(self._dtype, shape) for shape in shapes]
+        return self._functions.call(self.LABEL + name, body, inputs, outputs, **attributes)
+
+    def cached(
+        self, layer: int, name: str, body: Part, heads: Heads, fed: Sequence[Tensor], *further: Tensor
+    ) -> Tensor:
+        """Attention as one function: of positions, what ``heads`` takes, K and V, and what else it takes."""
+        past = self._past[2 * layer : 2 * layer + 2]
+        outputs = [(fed[0].shape[0], heads.config.query_width), *(buffer.shape for buffer in past)]
+        attended, *cache = self._functions.call(
+            name,
+            body,
+            (*self._inputs, *fed, *past, *further),
+            [(self._dtype, shape) for shape in outputs],
+            epsilon=heads.config.norm_epsilon,
+        )
+        self.cache += cache
+        return attended
+
+
+class PrefixAttention(FunctionForm):
     """Attention over the bound prefix of buffers [T, B, G, D], a slot of all streams after the other.
 
     The query heads of a KV head are rows of one matrix product, so no KV head is repeated, and K and V are
@@ -70,13 +116,11 @@ class PrefixAttention(AttentionForm):
     HIDDEN: Final = -1e30
     """Added to the score of an invisible key: its weight is exactly 0, and a row is never NaN."""
 
-    KERNELS: Final = frozenset({"SwiGLU", "RMSNormAdd"})
-    """Parts, beside attention, that the processor has a kernel for."""
+    LABEL, KERNELS = "Bound", frozenset({"SwiGLU", "RMSNormAdd"})
 
     def __init__(self, bound: Bound) -> None:
-        self._inputs, self._written = (bound.positions, bound.slot_position), bound.write_index
-        self._past, self._rows, self._functions = bound.past, bound.rows, bound.functions
-        self.cache: list[Tensor] = []
+        super().__init__(bound)
+        self._rows = bound.rows
 
     @override
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -89,50 +133,26 @@ class PrefixAttention(AttentionForm):
         return rotated.reshape(count, heads, size)
 
     @override
-    def part(
-        self,
-        name: str,
-        body: Part,
-        inputs: Sequence[Tensor],
-        shapes: Sequence[Sequence[int | torch.SymInt]],
-        **attributes: float,
-    ) -> tuple[Tensor, ...]:
-        if name not in self.KERNELS:
-            return body(*inputs)
-        outputs = [(self._past[0].dtype, shape) for shape in shapes]
-        return self._functions.call(f"Bound{name}", body, inputs, outputs, **attributes)
-
-    @override
     def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
         """Write the new rows, then attend to the whole bound prefix."""
         if self._rows.change:
             queries, *new = heads(self.rotate, *inputs)
             rounded = map(self._rounded, (f"key_{layer}", f"value_{layer}"), new)
             heads, inputs = heads.bare, [torch.cat([queries, *rounded], dim=-2).flatten(-2)]
-        past = self._past[2 * layer : 2 * layer + 2]
 
         def body(positions: Tensor, slot_position: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             *fed, keys, values, written = inputs
             rows = heads(self.rotate, *fed)
             return _prefix_attention(positions, slot_position, *rows, keys, values, written)
 
-        outputs = [(inputs[0].shape[0], heads.config.query_width), *(buffer.shape for buffer in past)]
-        attended, *cache = self._functions.call(
-            f"Bound{heads.name}",
-            body,
-            (*self._inputs, *inputs, *past, self._written),
-            [(past[0].dtype, shape) for shape in outputs],
-            epsilon=heads.config.norm_epsilon,
-        )
-        self.cache += cache
-        return attended
+        return self.cached(layer, f"{self.LABEL}{heads.name}", body, heads, inputs, self._write_index)
 
     def _rounded(self, name: str, rows: Tensor) -> Tensor:
         """The buffers stay in floating point: rows that are to be rounded are rounded on their way in."""
         return self._rows.scaled(name, self._rows.load(self._rows.store(name, rows)))
 
 
-class ModernAttention(AttentionForm):
+class ModernAttention(FunctionForm):
     """TensorScatter-24 into head-major buffers [B, G, S, D], then Attention-24 with a mask.
 
     TensorRT maps the pair to its in-place KV cache update and fused attention. The query heads of a KV head
@@ -146,33 +166,16 @@ class ModernAttention(AttentionForm):
     """As in ``PortableAttention``."""
 
     def __init__(self, bound: Bound) -> None:
-        # rows stay as they are: TensorScatter takes floating point only
-        self._past, self._write_index, self._functions = bound.past, bound.write_index, bound.functions
+        super().__init__(bound)  # rows stay as they are: TensorScatter takes floating point only
         self._streams, self._shared = len(bound.write_index), bound.shared
-        self._dtype, self._rows = bound.past[0].dtype, self._shared * bound.positions.shape[-1]
+        self._rows = self._shared * bound.positions.shape[-1]
         lead = () if bound.positions.dim() == 1 else (self._streams, 1)
-        shape = (*lead, self._rows, bound.slot_position.shape[-1])
-        inputs = bound.positions, bound.slot_position
-        (self._mask,) = bound.functions.call("CachedMask", self._masked, inputs, [(self._dtype, shape)])
-        self._positions = inputs
-        self.cache: list[Tensor] = []
-
-    @override
-    def part(
-        self,
-        name: str,
-        body: Part,
-        inputs: Sequence[Tensor],
-        shapes: Sequence[Sequence[int | torch.SymInt]],
-        **attributes: float,
-    ) -> tuple[Tensor, ...]:
-        outputs = [(self._dtype, shape) for shape in shapes]
-        return self._functions.call(name, body, inputs, outputs, **attributes)
+        mask = self._dtype, (*lead, self._rows, bound.slot_position.shape[-1])
+        (self._mask,) = bound.functions.call("CachedMask", self._masked, self._inputs, [mask])
 
     @override
     def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
         """Update the cache, then attend to every visible slot."""
-        past = self._past[2 * layer : 2 * layer + 2]
 
         def body(*inputs: Tensor) -> tuple[Tensor, ...]:
             _, _, *fed, keys, values, mask, index = inputs
@@ -180,12 +183,8 @@ class ModernAttention(AttentionForm):
             keys, values = map(partial(_scattered, index), (keys, values), new)
             return self._attended(self._folded(queries), keys, values, mask), keys, values
 
-        shape = (inputs[0].shape[0], heads.config.query_width)
-        inputs = (*self._positions, *inputs, *past, self._mask, self._write_index)
-        shapes, epsilon = (shape, past[0].shape, past[1].shape), heads.config.norm_epsilon
-        attended, *cache = self.part(f"Cached{heads.name}", body, inputs, shapes, epsilon=epsilon)
-        self.cache += cache
-        return attended
+        further = self._mask, self._write_index
+        return self.cached(layer, f"Cached{heads.name}", body, heads, inputs, *further)
 
     @override
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

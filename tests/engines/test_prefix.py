@@ -20,6 +20,7 @@ from diagd.runtime import load
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.session import Session
 from diagd.schedule import Schedule, StreamLayout
+from tests.engines.opening import prefix_engine, run_step
 from tests.models import export_small
 from tests.oracles.models import CODES, small_model
 
@@ -55,6 +56,14 @@ def test_no_step_copies_or_reallocates_keys_and_values(bundle: Path) -> None:
     assert bound
     assert all(pointers == list(addresses.values()) for pointers in bound)
     assert {name: buffer.ctypes.data for name, buffer in engine.buffers.items()} == addresses
+
+
+def test_a_step_without_rows_changes_nothing(bundle: Path) -> None:
+    engine, nothing = prefix_engine(Bundle.open(bundle), 64, 200), np.zeros(0, np.int32)
+    for buffer in engine.buffers.values():
+        buffer[:] = 7
+    assert len(run_step(engine, nothing, nothing, nothing, nothing, 0, 1)) == 0
+    assert all((buffer == 7).all() for buffer in engine.buffers.values())
 
 
 def test_the_bound_prefix_follows_the_slots_in_use(bundle: Path) -> None:
