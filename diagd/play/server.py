@@ -193,7 +193,7 @@ class Server:
         if request.path == SOCKET:
             return None
         status, headers, text = self._status(request.path.partition("?")[0]) or self._site.answer(
-            request.path, str(host)
+            request.path, host
         )
         response = connection.respond(status, text)
         for name, value in headers.items():

@@ -61,7 +61,8 @@ class Site:
     """Serves the page's files from the package to those who came by its own address.
 
     A page of another site can open a socket to this machine, and a name of another site can be made to lead
-    here: the first is told by ``Origin``, the second by ``Host``. Both may also be of one of ``public``.
+    here: the first is told by ``Origin``, the second by ``Host``. Both may also be of one of ``public``. What
+    sends no ``Host`` is no browser: load balancers ask after health so.
     """
 
     def __init__(self, host: str, port: int, public: Sequence[str] = ()) -> None:
@@ -77,6 +78,8 @@ class Site:
 
     def refusal(self, path: str, host: str | None, origin: str | None) -> str | None:
         """Why a request is not answered; None: it is."""
+        if host is None and path != SOCKET:
+            return None
         if not self._is_ours(host) and host not in self._hosts:
             return "the Host of the request is not this server's; --set public=ADDRESS tells it of a proxy"
         if origin not in {None, f"http://{host}", *self._origins}:
@@ -95,9 +98,10 @@ class Site:
             return name in self._names
         return True  # no name that could be made to lead here
 
-    def answer(self, path: str, host: str) -> Answer:
+    def answer(self, path: str, host: str | None) -> Answer:
         """A file of the page, or what there is instead."""
-        sockets = " ".join(f"ws{origin[4:]}" for origin in (f"http://{host}", *sorted(self._origins)))
+        own = [f"http://{host}"] if host else []
+        sockets = " ".join(f"ws{origin[4:]}" for origin in (*own, *sorted(self._origins)))
         policy = (
             f"default-src 'self'; connect-src 'self' {sockets}; frame-ancestors 'none'; base-uri 'none'; "
             "form-action 'none'; object-src 'none'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -25,6 +26,14 @@ def told(url: str, path: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
+def answered(url: str, asked: str) -> str:
+    """Status of a request without headers, as load balancers send it."""
+    host, port = url.removeprefix("http://").partition("/#")[0].split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as plain:
+        plain.sendall(f"{asked}\r\n\r\n".encode())
+        return plain.makefile().readline().split()[1]
+
+
 def test_players_have_worlds_of_their_own_in_the_same_passes(serve: Serve) -> None:
     with serve(sessions=2) as (url, server), player(url) as ann, player(url) as ben:
         ann.say(type="input", t=1.0, keys=["ArrowLeft"])
@@ -41,6 +50,9 @@ def test_players_have_worlds_of_their_own_in_the_same_passes(serve: Serve) -> No
             assert told(url, "/ready")[0] == 503
             assert told(url, "/health")[0] == 200
             assert told(url, "/health?from=probe")[0] == 200
+            for asked in ("OPTIONS / HTTP/1.0", "GET /health HTTP/1.0", "HEAD /health HTTP/1.1"):  # no Host
+                assert answered(url, asked) == "200", asked
+            assert [answered(url, f"GET {path} HTTP/1.0") for path in ("/ready", "/socket")] == ["503", "403"]
             status, figures = told(url, "/metrics")
         assert status == 200
         values = dict(line.split() for line in figures.splitlines() if not line.startswith("#"))
