@@ -354,7 +354,7 @@ class Blocks:
     _before: NDArray[np.uint8] | None = None
 
     def __call__(self, picture: Pictures, rows: int, columns: int) -> bytes:
-        """See `Draw`."""
+        """What a terminal is sent to show uint8 [height, width, 3] in so many character rows and columns."""
         height, width = picture.shape[:2]
         rows, columns = fitted(height, width, rows, columns)
         down = np.arange(2 * rows) * height // (2 * rows)

@@ -155,7 +155,7 @@ class VqganConfig(VqganSizes):
     network = "vqgan_network"
 
     def rename(self, name: str) -> str | None:
-        """See `taming_name`."""
+        """Parameter name of a key of WHAM's checkpoints; tensors of anything else give None."""
         return taming_name(name)
 
 
