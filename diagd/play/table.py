@@ -257,6 +257,12 @@ class Table(ServedTable):
 
     def _reset(self, prompt: Any) -> None:
         self.stage.look(self.game.reset(prompt))
+        self._snapshot()
+
+    def _snapshot(self) -> None:
+        self._since = 0
+        if self.keep is not None and self.ticket:
+            self.keep(self.game.snapshot())
 
     def _renew(self) -> None:
         """Begin as if nobody had played before."""
@@ -322,9 +328,8 @@ class Table(ServedTable):
         if shown is not None:
             header |= self._figures(shown, time.perf_counter() - began)
             self._since += 1
-            if self.keep is not None and self._since >= self._every:
-                self._since = 0
-                self.keep(self.game.snapshot())
+            if self._since >= self._every:
+                self._snapshot()
         self._call(self._show_player, header, parts)
 
     def _figures(self, shown: Shown, encode: float) -> dict[str, Any]:

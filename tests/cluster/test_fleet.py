@@ -121,7 +121,7 @@ def test_an_engine_waits_for_a_node_where_all_are_gone(nodes: Any, world: Path) 
     assert place in {node["NodeID"] for node in there}
 
 
-def test_a_world_that_no_snapshot_was_taken_of_goes_on_to_the_token(nodes: Any, world: Path) -> None:
+def test_a_world_of_which_only_the_beginning_is_kept_goes_on_to_the_token(nodes: Any, world: Path) -> None:
     """Frames that had begun when its engine was killed are part of how it went."""
     import ray
 
@@ -141,9 +141,12 @@ def test_a_world_that_no_snapshot_was_taken_of_goes_on_to_the_token(nodes: Any, 
             until(ann, type="state", mode="pause")
             saved = fleet.tables[0].saved
             saved.stop()
-            lines = list(saved.lines)
+            snapshot, lines = saved.snapshot, list(saved.lines)
     assert [len(line.ahead) for line in lines if isinstance(line, Ahead)] == [2, 2, 2, 2]
+    assert snapshot is not None
     with open_game(world, GameOptions()) as game:
+        game.restore(snapshot)
+        assert game.known == 1
         shown = list(replay(game, list(enumerate(lines, start=1))))
     assert [one.frame.index for one in shown] == list(range(1, len(shown) + 1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
 import time
@@ -143,6 +144,31 @@ def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, t
                 break
             time.sleep(0.05)
         assert not kept[0].exists()
+
+
+def test_a_world_whose_server_dies_at_once_goes_on_from_its_beginning(serve: Serve, tmp_path: Path) -> None:
+    state, died = tmp_path / "state", tmp_path / "died"
+
+    def kept(before: bytes = b"") -> bytes:
+        for _ in range(200):
+            for path in state.glob("world-*-0"):
+                if (content := path.read_bytes()) != before:
+                    return content
+            time.sleep(0.05)
+        raise AssertionError("the world is not kept")
+
+    with serve(limits=LOOSE, state=state) as (url, server):
+        server.tables[0]._every = 1 << 30
+        with player(url) as ann:
+            ticket, begun = ann.until(type="welcome")["ticket"], kept()
+            ann.say(type="reset", prompt=2)
+            kept(begun)
+            shutil.copytree(state, died)
+    with serve(limits=LOOSE, state=died) as (url, server), player(url, ticket) as ann:
+        assert ann.until(type="welcome")["ticket"] == ticket
+        ann.frame()
+        game = server.tables[0].game
+        assert np.array_equal(game.start, game.prompts[2])
 
 
 def test_a_world_that_was_lost_before_it_began_is_nobody_elses(serve: Serve) -> None:
