@@ -33,9 +33,9 @@ from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
 from worlds.folder import World, load_world
 from worlds.rollout import roll_out
 
-VERIFIED = 16
-"""Rows of each stream that a pass verifies. Always as many: windows chosen by what passes take would differ
-from run to run, and with them how sums are rounded."""
+VERIFIED, GUESSED = 16, 31
+"""Cells of each stream that a pass verifies, and where another order guessed them. Always as many: windows
+chosen by what passes take would differ from run to run, and with them how sums are rounded."""
 
 
 class Rollouts(NamedTuple):
@@ -188,7 +188,7 @@ class BundleModel:
             return JacobiDecoder(VERIFIED)
         frames = parts(guesses, self.layout)[0].reshape(len(guesses), -1, self.layout.cells)
         lanes = {session.stream: lane for lane, session in enumerate(self._group.sessions)}
-        return JacobiDecoder(VERIFIED, draft=lambda stream: frames[lanes[stream], stream.begun - 1])
+        return JacobiDecoder(GUESSED, draft=lambda stream: frames[lanes[stream], stream.begun - 1])
 
     @cached_property
     def _group(self) -> Group:
