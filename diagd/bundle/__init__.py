@@ -65,8 +65,7 @@ class Bundle:
             raise UsageError("the path of the bundle is empty (a variable that is not set?); give it")
         path = Path(path)
         bundle = cls(path, read_manifest(path))
-        bundle._check_names()
-        bundle._check_sizes()
+        bundle._check_files()
         return bundle
 
     def at_precision(self, precision: str | None = None) -> Bundle:
@@ -113,8 +112,8 @@ class Bundle:
         """Digest of a step graph and the files its weights lie in."""
         return self.digest_of(graph.file, *graph.weights.files)
 
-    def _check_names(self) -> None:
-        """Every file is inside the bundle, and every file that is referred to is listed."""
+    def _check_files(self) -> None:
+        """Every file is inside the bundle and of its size, and every file that is referred to is listed."""
         manifest = self.manifest
         for name in manifest.files:
             path = PurePosixPath(name)
@@ -123,9 +122,7 @@ class Bundle:
         for name in manifest.named_files:
             if name not in manifest.files:
                 raise BundleError(f"{self.path}: its manifest needs '{name}' and does not list it; {_MEND}")
-
-    def _check_sizes(self) -> None:
-        for name, record in self.manifest.files.items():
+        for name, record in manifest.files.items():
             file = self.path / name
             if not file.is_file():
                 raise BundleError(f"{self.path}: file '{name}' is missing; {_MEND}")

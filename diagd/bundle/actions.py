@@ -187,14 +187,11 @@ class ActionCodec(Record):
         clashes = sorted(name for name, count in meanings.items() if count > 1)
         if clashes:
             raise ValueError(f"inputs {clashes} have two meanings")
-        if self.raw is not None:
-            self._check_raw(self.raw)
-        return self
-
-    def _check_raw(self, raw: RawInput) -> None:
+        if (raw := self.raw) is None:
+            return self
         pairs = [name for pair in raw.cancelling for name in pair]
-        unknown = {*raw.keys.values(), *raw.mouse_buttons, *pairs} - self.buttons
-        if unknown:
+        if unknown := {*raw.keys.values(), *raw.mouse_buttons, *pairs} - self.buttons:
             raise ValueError(f"raw input names buttons {sorted(unknown)} that no slot has")
         if self.fields.get(raw.camera) != 2:
             raise ValueError(f"raw input needs a field '{raw.camera}' of two numbers, pitch and yaw")
+        return self

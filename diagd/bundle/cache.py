@@ -15,20 +15,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diagd.bundle.files import (
-    clear_leftovers,
-    host,
-    is_unfinished,
-    remove,
-    sha256,
-    sync,
-    turn,
-    unfinished_name,
-)
+from diagd.bundle import files
 from diagd.errors import DiagdError
 
 ENTRY_NAME = "entry.json"
@@ -65,10 +57,8 @@ def cache_directory() -> Path | None:
 
 def limit_bytes(root: Path) -> int:
     """Most bytes that are kept in the cache."""
-    try:
+    with suppress(KeyError, ValueError, OverflowError):
         return int(float(os.environ["DIAGD_CACHE_LIMIT"]) * 1e9)
-    except (KeyError, ValueError, OverflowError):
-        pass
     there = next((folder for folder in (root, *root.parents) if folder.is_dir()), Path("/"))
     return min(DEFAULT_LIMIT, shutil.disk_usage(there).total // 4)
 
@@ -97,7 +87,7 @@ def write(kind: str, key: str, body: bytes) -> None:
     partial = None
     try:
         folder = _folder(root, kind)
-        partial = unfinished_name(folder / key)
+        partial = files.unfinished_name(folder / key)
         partial.write_bytes(hashlib.sha256(body).digest() + body)
         partial.replace(folder / key)
         if root not in _swept:
@@ -114,10 +104,10 @@ def digest(file: Path) -> str:
     stamp = _stamp(file)
     if (newest := max(stamp[-2:]) / 1e9 + _TICK_SECONDS - time.time()) > 0:
         time.sleep(min(newest, _TICK_SECONDS))
-    key = hashlib.sha256(json.dumps([host(), *stamp]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([files.host(), *stamp]).encode()).hexdigest()[:32]
     if (known := read("digests", key)) is not None:
         return known.decode()
-    value = sha256(file)
+    value = files.sha256(file)
     if _stamp(file) == stamp:
         write("digests", key, value.encode())
     return value
@@ -184,23 +174,23 @@ def clear() -> Usage:
 def _make(root: Path, path: Path, make: Callable[[Path], None], size: int) -> None:
     folder = _folder(root, path.parent.name)
     _check_room(root, size)
-    with turn(path, wait=False) as mine:
+    with files.turn(path, wait=False) as mine:
         if not mine or _is_whole(path):  # another process is filling it, which nothing is wrong with
             return
         if os.path.lexists(path):
             _warn(root, OSError(f"{path} is damaged or another user's; it is made anew"))
-            retired = unfinished_name(path, "retired")
+            retired = files.unfinished_name(path, "retired")
             path.rename(retired)
             _discard(retired)
-        clear_leftovers(path)
-        partial = unfinished_name(folder / path.name)
+        files.clear_leftovers(path)
+        partial = files.unfinished_name(folder / path.name)
         try:
             partial.mkdir()
             make(partial)
-            files = {file.name: [file.stat().st_size, digest(file)] for file in partial.iterdir()}
-            (partial / ENTRY_NAME).write_text(json.dumps(files), encoding="utf-8")
+            made = {file.name: [file.stat().st_size, digest(file)] for file in partial.iterdir()}
+            (partial / ENTRY_NAME).write_text(json.dumps(made), encoding="utf-8")
             for file in (*partial.iterdir(), partial):
-                sync(file)
+                files.sync(file)
             try:
                 partial.rename(path)
             except OSError:  # where there are no locks, another process was faster
@@ -225,14 +215,14 @@ def _is_whole(path: Path) -> bool:
     try:
         if not (path / ENTRY_NAME).is_file():  # absent, or a pipe, which would be waited for
             return False
-        files = json.loads((path / ENTRY_NAME).read_bytes())
+        made = json.loads((path / ENTRY_NAME).read_bytes())
         found = {file.name: file for file in path.iterdir() if file.name != ENTRY_NAME}
         return (
-            isinstance(files, dict)
-            and files.keys() == found.keys()
+            isinstance(made, dict)
+            and made.keys() == found.keys()
             and _is_ours(path)
             and all(_is_ours(file) and file.is_file() for file in found.values())
-            and all([file.stat().st_size, digest(file)] == files[name] for name, file in found.items())
+            and all([file.stat().st_size, digest(file)] == made[name] for name, file in found.items())
         )
     except (OSError, ValueError, RecursionError):
         return False
@@ -280,14 +270,11 @@ def _warn(root: Path, error: Exception) -> None:
 
 
 def _entries(root: Path, *, unfinished: bool = False) -> Iterator[Path]:
-    try:
-        kinds = [folder for folder in root.iterdir() if folder.is_dir() and not folder.is_symlink()]
-        for kind in kinds:
+    with suppress(OSError):
+        for kind in [folder for folder in root.iterdir() if folder.is_dir() and not folder.is_symlink()]:
             for path in kind.iterdir():
                 if unfinished or not path.name.startswith("."):
                     yield path
-    except OSError:
-        return
 
 
 def _evict(root: Path, newest: Path | None = None) -> None:
@@ -300,7 +287,7 @@ def _evict(root: Path, newest: Path | None = None) -> None:
         except OSError:
             continue
         if path.name.startswith("."):
-            if is_unfinished(path.name) and idle > _ABANDONED_SECONDS:
+            if files.is_unfinished(path.name) and idle > _ABANDONED_SECONDS:
                 _discard(path)
             continue
         found.append((idle, size, path))
@@ -318,8 +305,8 @@ def _evict(root: Path, newest: Path | None = None) -> None:
 
 def _size(path: Path) -> int:
     try:
-        files = path.iterdir() if path.is_dir() else [path]
-        return sum(file.lstat().st_size for file in files)
+        parts = path.iterdir() if path.is_dir() else [path]
+        return sum(part.lstat().st_size for part in parts)
     except OSError:
         return 0
 
@@ -328,18 +315,16 @@ def _discard(path: Path | None) -> None:
     if path is None:
         return
     try:
-        remove(path)
+        files.remove(path)
     except OSError as error:
         _LOG.debug("cannot remove %s: %s", path, error)
 
 
 def _touch(path: Path) -> None:
     """Note that an entry was used, if that was not noted lately."""
-    try:
+    with suppress(OSError):  # of a cache that can only be read
         if _idle_seconds(path) > _IN_USE_SECONDS / 2:
             os.utime(path)
-    except OSError:
-        pass  # of a cache that can only be read
 
 
 def _idle_seconds(path: Path) -> float:

@@ -68,8 +68,9 @@ def file_target(
         why = "is no directory" if place.parent.exists() else "does not exist; make it first"
         raise UsageError(f"{option} {path}: the directory {place.parent} {why}")
     _check_open(place, path, option)
-    kind = (0, (begins,)) if begins else BEGINNINGS[path.suffix.lower()]
-    if place.exists() and not (place.is_file() and _is_of_kind(place, *kind)):
+    start, beginnings = (0, (begins,)) if begins else BEGINNINGS[path.suffix.lower()]
+    head = _head(place)
+    if place.exists() and not (place.is_file() and (not head or head[start:].startswith(beginnings))):
         raise UsageError(
             f"{option} {path}: what is there is no such file of an earlier run, so it is not replaced; give "
             "another name, or remove it yourself"
@@ -177,11 +178,6 @@ def _is_bundle(folder: Path) -> bool:
     return (
         isinstance(content, dict) and "schema_version" in content and isinstance(content.get("files"), dict)
     )
-
-
-def _is_of_kind(file: Path, start: int, beginnings: tuple[bytes, ...]) -> bool:
-    head = _head(file)
-    return not head or head[start:].startswith(beginnings)
 
 
 def _head(file: Path) -> bytes:

@@ -264,21 +264,18 @@ def most_harmful(layers: Sequence[LayerReport]) -> list[str]:
     The divergence that a layer causes alone is shared among its products by their noise; divergences of
     layers add up nearly, so that every call about halves what is left.
     """
-    harms = _harms([layer for layer in layers if not layer.excluded])
+    quantised = [layer for layer in layers if not layer.excluded]
+    noises = {layer.name: 10 ** (-layer.signal_to_noise / 10) for layer in quantised}
+    sums: dict[str, float] = defaultdict(float)
+    for name, noise in noises.items():
+        sums[part_of(name)] += noise
+    harms = {
+        layer.name: (layer.divergence or 0.0) * noises[layer.name] / max(sums[part_of(layer.name)], 1e-30)
+        for layer in quantised
+    }
     total, chosen = sum(harms.values()), list[str]()
     for name in sorted(harms, key=lambda name: (-harms[name], name)):
         if chosen and sum(harms[other] for other in chosen) >= total / 2:
             break
         chosen.append(name)
     return chosen
-
-
-def _harms(layers: Sequence[LayerReport]) -> dict[str, float]:
-    noises = {layer.name: 10 ** (-layer.signal_to_noise / 10) for layer in layers}
-    sums: dict[str, float] = defaultdict(float)
-    for name, noise in noises.items():
-        sums[part_of(name)] += noise
-    return {
-        layer.name: (layer.divergence or 0.0) * noises[layer.name] / max(sums[part_of(layer.name)], 1e-30)
-        for layer in layers
-    }

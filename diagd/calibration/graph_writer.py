@@ -26,7 +26,7 @@ from diagd.engines.engine import Float
 from diagd.export.exporter import TORCH_TYPES
 from diagd.export.onnx_file import read_onnx
 from diagd.export.step_graph import PLAIN, StepVariant, projections, trace_step
-from diagd.export.tracing import link_weights, save
+from diagd.export.tracing import save
 from diagd.export.weights import StoredWeights, WeightSource, constant, store
 from diagd.progress import Progress
 
@@ -60,7 +60,7 @@ class GraphWriter:
         sources = self._rounded(graphs[0], matrices) | self._floats(model, graphs[0], choices)
         with self._progress.bytes(f"writing {name}", sum(s.bytes for s in sources.values())) as advance:
             tensors = self._stored.tensors() | store(self._bundle.file(weights), sources, advance)
-            save(link_weights(_without_shapes(model), tensors), self._bundle.file(name))
+            save(_without_shapes(model), tensors, self._bundle.file(name))
         return tuple(self._described(graph, name) for graph in graphs)
 
     def parts(
@@ -83,8 +83,8 @@ class GraphWriter:
                 chosen = {name: choice for name, choice in choices.items() if part_of(name) == part}
                 self._bundle.file(SINGLE[1]).unlink(missing_ok=True)  # there may be no floats
                 floats = self._part_floats(traced, graphs[0], choices, chosen)
-                link_weights(traced, tensors | store(self._bundle.file(SINGLE[1]), floats))
-                save(traced, self._bundle.file(SINGLE[0]))
+                linked = tensors | store(self._bundle.file(SINGLE[1]), floats)
+                save(traced, linked, self._bundle.file(SINGLE[0]))
                 yield part, tuple(self._described(graph, SINGLE[0]) for graph in graphs)
         finally:
             for name in SINGLE:

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from diagd.bundle import Bundle, Manifest, atomic_bundle, read_manifest, seal
 from diagd.bundle.files import link
 from diagd.bundle.manifest import MANIFEST_NAME, OwnLikelihood, StepGraph
+from diagd.calibration import trajectory
 from diagd.calibration.evaluate import ATTEMPTS, GATE_SEED, Evaluator, failures, most_harmful, part_of
 from diagd.calibration.graph_writer import GraphWriter, file_names
 from diagd.calibration.options import CalibrationOptions
@@ -33,15 +34,6 @@ from diagd.calibration.search import (
     row_scales,
     save_statistics,
     search,
-)
-from diagd.calibration.trajectory import (
-    FORMS,
-    CalibrationSet,
-    check_memory,
-    find_reference,
-    session_window,
-    trajectories,
-    widest_step,
 )
 from diagd.engines.engine import Float, Int
 from diagd.engines.host import available_bytes
@@ -108,15 +100,16 @@ class RejectedError(QualityError):
 
 def _check(
     bundle: Bundle, options: CalibrationOptions, frames: Int | None
-) -> tuple[tuple[StepGraph, ...], CalibrationSet]:
+) -> tuple[tuple[StepGraph, ...], trajectory.CalibrationSet]:
     """The graphs that others are compared with, and what is decoded."""
     manifest, scheme = bundle.manifest, options.scheme
     check_kv_cache(bundle, options)
     if any(graph.precision == options.name for graph in manifest.graphs):
         raise UsageError(f"{bundle.path} has {options.name} graphs already; export it again to start afresh")
-    reference = find_reference(bundle, FORMS if options.kv_cache is None else CACHE_FORMS)
-    window = session_window(manifest, reference)
-    decoded = trajectories(manifest, window, options.steps, widest_step(reference))
+    forms = trajectory.FORMS if options.kv_cache is None else CACHE_FORMS
+    reference = trajectory.find_reference(bundle, forms)
+    window = trajectory.session_window(manifest, reference)
+    decoded = trajectory.trajectories(manifest, window, options.steps, trajectory.widest_step(reference))
     refusal = options.refusal(reference[0].form)
     if refusal and options.kv_cache is None:
         raise UsageError(
@@ -124,13 +117,13 @@ def _check(
         )
     watches = scheme.scaling == "static" or options.kv_cache is not None
     engines = 2 if options.budget else int(watches)
-    check_memory(bundle, reference[0], engines, available_bytes())
+    trajectory.check_memory(bundle, reference[0], engines, available_bytes())
     if engines and frames is None and manifest.provenance.random_seed is None:
         raise UsageError(
             f"{manifest.name} is a trained model: its ranges and its quality need real frames; "
             "give --data VIDEO or --data TOKENS.npy"
         )
-    return reference, CalibrationSet(decoded, window, options.seed, frames)
+    return reference, trajectory.CalibrationSet(decoded, window, options.seed, frames)
 
 
 class _Calibration:
@@ -141,7 +134,7 @@ class _Calibration:
         bundle: Bundle,
         options: CalibrationOptions,
         reference: Sequence[StepGraph],
-        samples: CalibrationSet,
+        samples: trajectory.CalibrationSet,
         progress: Progress,
     ) -> None:
         self._bundle, self._scheme, self._options = bundle, options.scheme, options

@@ -35,7 +35,7 @@ from diagd.engines.tensors import cache_tensors
 from diagd.errors import EngineError, QualityError, UsageError, unknown
 from diagd.export.exporter import TORCH_TYPES
 from diagd.export.step_graph import WATCHED, Projection, StepVariant, trace_step, watched_values
-from diagd.export.tracing import link_weights, save
+from diagd.export.tracing import save
 from diagd.export.weights import StoredWeights
 from diagd.progress import Progress
 
@@ -87,7 +87,7 @@ def observe(
         capacity=graph.capacity or 0,
         variant=StepVariant(watch=True),
     )
-    save(link_weights(traced, StoredWeights(bundle).tensors()), path)
+    save(traced, StoredWeights(bundle).tensors(), path)
     try:
         with closing(open_graphs(bundle, watched, samples.window, options, watch)) as engine:
             rollouts = Rollouts(bundle, engine, samples)

@@ -15,18 +15,8 @@ from diagd.cli.options import Verb
 from diagd.errors import UsageError, unknown
 from diagd.export.families import find
 from diagd.options import checked, flag, positional, setting
-from diagd.profiling.cost import (
-    DEVICES,
-    GB,
-    THIS,
-    Device,
-    ModelSize,
-    live_tokens,
-    precisions,
-    read_model,
-    size_of,
-    stored_models,
-)
+from diagd.profiling import cost
+from diagd.profiling.cost import Device, ModelSize
 from diagd.profiling.doctor import check_fastest, this_device
 from diagd.profiling.plan import Plan, Planned, drafting, make_plan, most_sessions
 
@@ -48,7 +38,7 @@ class PlanOptions:
     """Which model is planned, and for what."""
 
     model: str = positional("name of a model, or a bundle")
-    device: str = flag(f"{', '.join(DEVICES)} or {THIS} (default)", THIS)
+    device: str = flag(f"{', '.join(cost.DEVICES)} or {cost.THIS} (default)", cost.THIS)
     how: Planned = Planned()
     checkpoint: str | None = flag("file or folder; only its header is read", None)
     json: bool = flag("machine-readable", False)
@@ -65,7 +55,7 @@ def run(options: PlanOptions) -> int:
     stored = _stored(options.model, options.how.clip)
     drafted = None
     if options.drafter is not None:
-        precision = precisions(plan.kv_cache)[plan.precision]
+        precision = cost.precisions(plan.kv_cache)[plan.precision]
         drafted = drafting(model, _model(options.drafter, None), device, precision, options.guess)
     most = None if options.fps is None else most_sessions(plan, options.fps)
     if options.json:
@@ -85,18 +75,18 @@ def run(options: PlanOptions) -> int:
         _print_stored(console, stored)
         if drafted is not None:
             console.print(drafted.verdict, highlight=False, soft_wrap=True)
-        if options.device == THIS and Path(options.model).is_dir():
+        if options.device == cost.THIS and Path(options.model).is_dir():
             fastest = check_fastest(Bundle.open(options.model))
             console.print(f"fastest here: {fastest.found} ({fastest.fix})", highlight=False, soft_wrap=True)
     return 0 if plan.fits else 1
 
 
 def _device(name: str) -> Device:
-    if name == THIS:
+    if name == cost.THIS:
         return this_device()
-    if name not in DEVICES:
-        raise unknown("device", name, [*DEVICES, THIS])
-    return DEVICES[name]
+    if name not in cost.DEVICES:
+        raise unknown("device", name, [*cost.DEVICES, cost.THIS])
+    return cost.DEVICES[name]
 
 
 def _model(name: str, checkpoint: str | None) -> ModelSize:
@@ -104,7 +94,7 @@ def _model(name: str, checkpoint: str | None) -> ModelSize:
     if Path(name).is_dir():
         if checkpoint is not None:
             raise UsageError(f"--checkpoint {checkpoint}: a bundle says itself what it holds; leave it out")
-        return read_model(_bundle(name)).size
+        return cost.read_model(_bundle(name)).size
     if checkpoint is not None and checkpoint.startswith("hf:"):
         raise UsageError(
             f"--checkpoint {checkpoint}: a plan reads files that are here; leave the option out to plan by "
@@ -116,7 +106,7 @@ def _model(name: str, checkpoint: str | None) -> ModelSize:
 
         check(select(open_checkpoint(checkpoint), family.rename), family.expected)
     config, tokenizer = family.transformer, family.tokenizer
-    return size_of(
+    return cost.size_of(
         name,
         config,
         sliding_context(config),
@@ -133,8 +123,8 @@ def _bundle(path: str) -> Bundle:
 def _stored(path: str, clip: int) -> dict[str, dict[str, float]]:
     """Bytes that a pass reads of every step graph that a bundle has; none for a model by name."""
     bytes_read = {}
-    for name, model in stored_models(_bundle(path)).items() if Path(path).is_dir() else ():
-        cache = model.step_bytes(live_tokens(model.size, clip)) - model.streamed_bytes
+    for name, model in cost.stored_models(_bundle(path)).items() if Path(path).is_dir() else ():
+        cache = model.step_bytes(cost.live_tokens(model.size, clip)) - model.streamed_bytes
         bytes_read[name] = {"weights": float(model.streamed_bytes), "cache": cache}
     return bytes_read
 
@@ -152,7 +142,9 @@ def _print(console: Console, plan: Plan) -> None:
     _print_ceilings(console, plan)
     verdict = terminal.styled("fits", "green") if plan.fits else terminal.styled("does not fit", "red")
     console.print(
-        verdict, f"{device.title}: {memory.running / GB:.2f} of {device.usable / GB:.2f} GB", soft_wrap=True
+        verdict,
+        f"{device.title}: {memory.running / cost.GB:.2f} of {device.usable / cost.GB:.2f} GB",
+        soft_wrap=True,
     )
     for line in plan.advice:
         console.print(f"  {line}")

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -128,18 +128,17 @@ class Stream:
 
     def write(self, text: str) -> int:
         """Write, or drop."""
-        if self.lost is None:
-            try:
-                return self._stream.write(text)
-            except OSError as error:
-                self.lost = error
+        self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
         """Flush, or drop."""
+        self._try(self._stream.flush)
+
+    def _try(self, do: Callable[..., object], *given: str) -> None:
         if self.lost is None:
             try:
-                self._stream.flush()
+                do(*given)
             except OSError as error:
                 self.lost = error
 
@@ -180,13 +179,11 @@ def _wrapped(stream: TextIO | None) -> Stream:
 
 def _silence(stream: Stream) -> None:
     """Send what the interpreter flushes when it ends to nowhere, for it would complain."""
-    try:
+    with suppress(OSError, ValueError):
         descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, descriptor)
         os.close(nowhere)
-    except (OSError, ValueError):
-        return
 
 
 def _in_plain_characters(error: UnicodeError) -> tuple[str | bytes, int]:

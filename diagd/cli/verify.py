@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 
 from rich.console import Console
@@ -90,7 +89,7 @@ def run(options: VerifyOptions) -> int:
             raise UsageError(f"--reference {reference.path}: its {name} differs; give the same model in FP32")
     window = options.window or min(bundle.manifest.context.frames, 4)
     for candidate in candidates(bundle, options.engine, window, CpuOptions(options.threads)):
-        with closing(candidate):
+        with candidate.session:
             _examine(options, candidate, reference, found, Progress(console))
     if options.tensors and not found.tensors:
         console.print("nothing to compare by tensor: only modern and portable graphs run on several engines")

@@ -42,7 +42,7 @@ from diagd.export.onnx_file import read_onnx
 from diagd.export.options import GraphOptions
 from diagd.export.step_graph import step_tensors, trace_step, trace_text
 from diagd.export.tokenizers.base import TokenizerGraphs
-from diagd.export.tracing import link_weights, save
+from diagd.export.tracing import save
 from diagd.export.transformer import position_tables
 from diagd.export.weights import WEIGHTS_NAME, Placement, ResumableWeights, WeightSource
 from diagd.progress import Progress
@@ -162,11 +162,11 @@ class Exporter:
         for graph in progress.each(list(files.values()), "tracing step graphs"):
             capacity, streams = graph.capacity or 0, graph.streams
             traced = trace_step(config, graph.form, dtype=dtype, capacity=capacity, streams=streams)
-            save(link_weights(traced, tensors), directory / graph.file)
+            save(traced, tensors, directory / graph.file)
         read = {file: read_onnx(directory / file).weights for file in files}
         if config.text:
             traced = trace_text(config, dtype)
-            save(link_weights(traced, tensors), directory / TEXT_GRAPH)
+            save(traced, tensors, directory / TEXT_GRAPH)
         tokenizer = None
         if self.family.tokenizer and sources.tokenizer is not None:
             tokenizer = write_tokenizer(self.family.tokenizer, sources.tokenizer, directory, progress)
@@ -224,7 +224,10 @@ class Exporter:
         partial.sync()
 
     def _manifest(
-        self, sources: Sources, read: Mapping[str, GraphWeights], tokenizer: Tokenizer | None
+        self,
+        sources: Sources,
+        read: Mapping[str, GraphWeights],
+        tokenizer: Tokenizer | None,
     ) -> Manifest:
         family, config, source = self.family, self.family.transformer, sources.transformer.source
         return Manifest(
@@ -280,10 +283,9 @@ def write_tokenizer(
     sources = {name: weights.copied(source[name]) for name in places}
     with progress.bytes("tokenizer", sum(p.length for p in places.values())) as advance:
         weights.write(directory / TOKENIZER_WEIGHTS, places, sources, advance)
+    tensors = weights.external_tensors(places, TOKENIZER_WEIGHTS, directory)
     for role, module in graphs.modules().items():
-        model = _traced_tokenizer(graphs, role, module)
-        link_weights(model, weights.external_tensors(places, TOKENIZER_WEIGHTS, directory))
-        save(model, directory / TOKENIZER_FILES[role])
+        save(_traced_tokenizer(graphs, role, module), tensors, directory / TOKENIZER_FILES[role])
     return Tokenizer(
         **TOKENIZER_FILES,
         weight_files=(TOKENIZER_WEIGHTS,),

@@ -212,7 +212,9 @@ class ModernAttention(FunctionForm):
         attended = onnx_operator("Attention", inputs, queries.dtype, queries.shape, scale=scale)
         if self._shared > 1:
             attended = attended.reshape(streams, groups * self._shared, -1, size)
-        return _rows_first(attended).flatten(-2)
+        if streams == 1:
+            return attended.squeeze(0).transpose(0, 1).flatten(-2)
+        return attended.transpose(1, 2).flatten(0, 1).flatten(-2)
 
 
 class PortableAttention(FullAttention):
@@ -307,13 +309,6 @@ def _heads_first(rows: Tensor, streams: int) -> Tensor:
         return rows.transpose(0, 1).unsqueeze(0)
     apart: Tensor = rows.unflatten(0, (streams, -1))
     return apart.transpose(1, 2)
-
-
-def _rows_first(attended: Tensor) -> Tensor:
-    """The inverse of ``_heads_first``."""
-    if len(attended) == 1:
-        return attended.squeeze(0).transpose(0, 1)
-    return attended.transpose(1, 2).flatten(0, 1)
 
 
 def _beside_stale(bound: Bound) -> Tensor:

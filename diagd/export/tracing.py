@@ -81,8 +81,7 @@ def trace(
             dynamic_shapes=dynamic_shapes,
             custom_translation_table=_translations(opset),
         )
-        if program is None:
-            raise RuntimeError("torch.onnx.export returned no program")
+        assert program is not None
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if tensor.is_meta and (value := program.model.graph.initializers.get(name)):
                 value.const_value = None
@@ -256,8 +255,8 @@ def _rms_norm(x: Any, shape: Sequence[int], weight: Any, epsilon: float) -> Any:
     return result if dtype == wide else op.Cast(result, to=dtype)
 
 
-def link_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> ir.Model:
-    """Refer the initializers of a traced graph to their data, in place.
+def save(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], path: Path) -> None:
+    """Write a traced graph whose initializers are referred to their data, in place; nothing is copied.
 
     ``tensors``: of every parameter and buffer, by name, most of them external. Their types and shapes are the
     graph's, also where PyTorch has none for them or the graph serves tables of any length.
@@ -268,7 +267,7 @@ def link_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> i
         if name in tensors:  # the others are literals of the module's code and hold their data
             tensor = tensors[name]
             value.const_value, value.dtype, value.shape = tensor, tensor.dtype, ir.Shape(tensor.shape.numpy())
-    return model
+    ir.save(model, path)
 
 
 def _simplify(model: ir.Model) -> ir.Model:
@@ -290,13 +289,6 @@ def _simplify(model: ir.Model) -> ir.Model:
     model.metadata_props.clear()
     model.producer_name = "diagd"
     return model
-
-
-def save(model: ir.Model, path: Path) -> None:
-    """Write a linked graph; its weights are referred to, not copied."""
-    import onnx_ir as ir
-
-    ir.save(model, path)
 
 
 @contextmanager
@@ -415,14 +407,10 @@ def _signature(read: Callable[[Any], Any], schema: Any) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter's notes on packages that diagd does not use."""
-    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
-    levels = {name: logging.getLogger(name).level for name in names}
-    try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -49,7 +50,9 @@ class View:
 
 def picture_encoder(height: int, width: int) -> tuple[str, Callable[[Pictures], bytes]]:
     """MIME type, and what encodes a picture uint8 [height, width, 3]: PNG for small ones, JPEG for others."""
-    return ("image/png", png) if height * width <= SMALL else ("image/jpeg", _jpeg)
+    if height * width <= SMALL:
+        return "image/png", png
+    return "image/jpeg", partial(_saved, format="JPEG", quality=85, subsampling="4:2:0")
 
 
 def png(picture: Pictures, program: str | None = None) -> bytes:
@@ -60,10 +63,6 @@ def png(picture: Pictures, program: str | None = None) -> bytes:
     if program is not None:
         tags.add_text("Software", program)
     return _saved(picture, format="PNG", pnginfo=tags, compress_level=1)
-
-
-def _jpeg(picture: Pictures) -> bytes:
-    return _saved(picture, format="JPEG", quality=85, subsampling="4:2:0")
 
 
 def _saved(picture: Pictures, **options: Any) -> bytes:

@@ -30,14 +30,10 @@ Public = Annotated[tuple[Annotated[str, AfterValidator(_public)], ...], NAMES]
 """Addresses by which a proxy, a tunnel or a container leads to a server."""
 
 
-def in_url(host: str) -> str:
-    """A host as addresses of pages have it."""
-    return f"[{host}]" if ":" in host else host
-
-
 def page_address(host: str, port: int, public: Sequence[str]) -> str:
     """Where a page is found."""
-    return public[0] if public else f"http://{in_url(host)}:{port}"
+    in_url = f"[{host}]" if ":" in host else host
+    return public[0] if public else f"http://{in_url}:{port}"
 
 
 def cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> UsageError:

@@ -168,11 +168,9 @@ def _raw(descriptor: int) -> Iterator[None]:
 def _read(descriptor: int, seconds: float) -> bytes:
     """What was typed meanwhile; KeyboardInterrupt: the terminal is gone, and with it the player."""
     ready, _, _ = select.select([descriptor], [], [], seconds)
-    try:
+    with suppress(OSError):
         if not ready or (typed := os.read(descriptor, 4096)):
             return typed if ready else b""
-    except OSError:
-        pass
     raise KeyboardInterrupt
 
 

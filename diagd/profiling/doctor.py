@@ -240,8 +240,8 @@ def check_bundle(path: Path) -> list[Check]:
         bundle = Bundle.open(path)
     except BundleError as error:
         return [Check(str(path), PROBLEM, str(error), "export the bundle again or copy it afresh")]
-    size = sum(record.bytes for record in bundle.manifest.files.values())
-    found = f"{bundle.manifest.name}, {len(bundle.manifest.files)} files, {size / 1e6:,.1f} MB, digests agree"
+    name, count = bundle.manifest.name, len(bundle.manifest.files)
+    found = f"{name}, {count} files, {bundle.size / 1e6:,.1f} MB, digests agree"
     engines = ", ".join(sorted(entry.name for entry in (path / "engines").glob("*") if entry.is_dir()))
     forms = ", ".join(sorted({graph.form.value for graph in bundle.manifest.graphs}))
     compiled = Check("engines", OK, engines or f"none compiled; {forms} graphs run on ONNX Runtime")

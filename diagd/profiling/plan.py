@@ -14,24 +14,15 @@ from diagd.bundle.precision import KV_CACHES, PRECISIONS, Precision
 from diagd.engines.tensorrt.builder import build_bytes
 from diagd.errors import UsageError, unknown
 from diagd.options import Numbers, checked, flag, setting
-from diagd.profiling.cost import (
-    GB,
-    Device,
-    ModelSize,
-    cache_bytes,
-    live_tokens,
-    precisions,
-    step_bytes,
-    step_operations,
-    step_seconds,
-)
+from diagd.profiling import cost
+from diagd.profiling.cost import Device, ModelSize
 from diagd.profiling.measure import Workload
 from diagd.profiling.report import Skipped
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.session import Session
 from diagd.schedule import RowSeed, Schedule, StreamLayout, default_widths, slots_needed
 
-RUNTIME_BYTES: Final = 0.5 * GB
+RUNTIME_BYTES: Final = 0.5 * cost.GB
 """Of a GPU context with TensorRT, whatever the model; published figures are 0.3 to 1 GB."""
 
 GRAPH_BYTES: Final = 64e6
@@ -59,8 +50,7 @@ class Memory:
     @property
     def running(self) -> float:
         """Everything that is there at once while frames are made."""
-        parts = (self.weights, self.cache, self.workspace, self.runtime, self.graphs, self.tokenizer)
-        return sum(parts)
+        return self.weights + self.cache + self.workspace + self.runtime + self.graphs + self.tokenizer
 
 
 @dataclass(frozen=True)
@@ -150,7 +140,8 @@ def make_plan(model: ModelSize, device: Device, how: Planned | None = None) -> P
     """Plan a model on a device; UsageError: it is planned for what the model has not."""
     how = how or Planned()
     how.check(model)
-    window, table, precision = how.window or model.context_frames, precisions(how.kv_cache), how.precision
+    window, precision = how.window or model.context_frames, how.precision
+    table = cost.precisions(how.kv_cache)
     memory = memory_of(model, table[precision], window, how.sessions)
     # Of precisions that store as many bytes one is shown: the planned one, else the first.
     by_bytes = {entry.weight: entry for entry in (*reversed(table.values()), table[precision])}
@@ -171,7 +162,7 @@ def memory_of(model: ModelSize, precision: Precision, window: int, sessions: int
     states = widest * (4.0 * model.output_vocabulary + 12.0 * model.query_width * precision.activation)
     return Memory(
         weights=weights,
-        cache=sessions * cache_bytes(model, precision, slots),
+        cache=sessions * cost.cache_bytes(model, precision, slots),
         workspace=sessions * (scores + states),
         runtime=RUNTIME_BYTES,
         graphs=GRAPH_BYTES * len(widths),
@@ -187,14 +178,14 @@ def ceilings_of(
 
     A pass reads the weights once, whoever shares it, and the K/V rows of each session.
     """
-    live = live_tokens(model, clip)
-    read = step_bytes(model, precision, sessions * live)
-    again = sessions * _refeeding(model, device, step_bytes(model, precision, live))
+    live = cost.live_tokens(model, clip)
+    read = cost.step_bytes(model, precision, sessions * live)
+    again = sessions * _refeeding(model, device, cost.step_bytes(model, precision, live))
     rows = []
     for order in orders_of(model.layout, ks):
         passes = order.total_steps(clip) / clip if clip > 1 else float(order.d)
-        operations = sessions * step_operations(model, model.layout.cells / passes, live)
-        seconds = step_seconds(read, operations, device.bandwidth, device.peak)
+        operations = sessions * cost.step_operations(model, model.layout.cells / passes, live)
+        seconds = cost.step_seconds(read, operations, device.bandwidth, device.peak)
         bound = "memory" if seconds * device.bandwidth <= read * (1 + 1e-9) else "arithmetic"
         rate = model.pixel_frames / (passes * seconds + again)
         rows.append(Ceiling(precision.name, order.name, read, passes, rate, bound))
@@ -203,7 +194,7 @@ def ceilings_of(
 
 def most_sessions(plan: Plan, rate: float) -> int:
     """Sessions of the planned precision that one engine plays at a rate each, frame by frame; 0: not one."""
-    precision = precisions(plan.kv_cache)[plan.precision]
+    precision = cost.precisions(plan.kv_cache)[plan.precision]
 
     def holds(sessions: int) -> bool:
         if memory_of(plan.model, precision, plan.window, sessions).running > plan.device.usable:
@@ -217,8 +208,8 @@ def most_sessions(plan: Plan, rate: float) -> int:
 
 def _refeeding(model: ModelSize, device: Device, read: float) -> float:
     """Seconds a frame for feeding a sliding context again, in passes of ``PREFILL`` rows."""
-    operations = step_operations(model, PREFILL, live_tokens(model) / 2)
-    return model.refed / PREFILL * step_seconds(read, operations, device.bandwidth, device.peak)
+    operations = cost.step_operations(model, PREFILL, cost.live_tokens(model) / 2)
+    return model.refed / PREFILL * cost.step_seconds(read, operations, device.bandwidth, device.peak)
 
 
 @dataclass(frozen=True)
@@ -270,12 +261,12 @@ def drafting(
             f"{drafter.name} has frames of {mine.rows} x {mine.columns} tokens, {target.name} of "
             f"{other.rows} x {other.columns}; draft with a model of the same layout and tokens"
         )
-    cells, live = other.cells, live_tokens(target)
-    read = step_bytes(target, precision, live)
+    cells, live = other.cells, cost.live_tokens(target)
+    read = cost.step_bytes(target, precision, live)
     rows = np.arange(1, cells + 1)
     passes = cells * (1 - guess) / (1 - guess**rows)
-    operations = [step_operations(target, width, live) for width in rows.tolist()]
-    seconds = [step_seconds(read, needed, device.bandwidth, device.peak) for needed in operations]
+    operations = [cost.step_operations(target, width, live) for width in rows.tolist()]
+    seconds = [cost.step_seconds(read, needed, device.bandwidth, device.peak) for needed in operations]
     frame = passes * seconds
     best = int(frame.argmin())
     quickest = max(row.frames_per_second for row in ceilings_of(drafter, device, precision, (1,), 1))
@@ -285,7 +276,7 @@ def drafting(
 
 def _advice(plan: Plan) -> list[str]:
     """What would make it fit, cheapest first; empty where nothing needs to change."""
-    lines, table = list[str](), precisions(plan.kv_cache)
+    lines, table = list[str](), cost.precisions(plan.kv_cache)
     own = table[plan.precision]
 
     def fits(precision: Precision, window: int = plan.window) -> bool:
@@ -295,24 +286,24 @@ def _advice(plan: Plan) -> list[str]:
         smaller = [name for name, entry in table.items() if entry.weight < own.weight and fits(entry)]
         lines += [f"store the weights in {name}: --precision {name}" for name in smaller[:1]]
         caches = [name for name in KV_CACHES if plan.kv_cache is None]
-        caches = [name for name in caches if fits(precisions(name)[plan.precision])]
+        caches = [name for name in caches if fits(cost.precisions(name)[plan.precision])]
         lines += [f"store keys and values in {name}: --kv-cache {name}" for name in caches]
         if windows := [window for window in range(2, plan.window) if fits(own, window)]:
             lines.append(f"keep {windows[-1]} frames instead of {plan.window}: --set window={windows[-1]}")
         if not lines:
-            need = plan.memory.running / GB
+            need = plan.memory.running / cost.GB
             lines.append(f"no precision or window fits: take a smaller model, or a device with {need:.0f} GB")
     if plan.fits and not plan.builds:
-        need = plan.memory.build_peak / GB
+        need = plan.memory.build_peak / cost.GB
         lines.append(f"build the engine on a machine with {need:.0f} GB and the same GPU architecture")
     return [*lines, _budget(plan)] if plan.sessions > 1 else lines
 
 
 def _budget(plan: Plan) -> str:
     """How many rows a pass has before arithmetic bounds it, which sessions and wide steps divide."""
-    live, device = live_tokens(plan.model), plan.device
-    read = step_bytes(plan.model, precisions(plan.kv_cache)[plan.precision], plan.sessions * live)
-    rows = device.peak * read / device.bandwidth / step_operations(plan.model, 1.0, live)
+    live, device = cost.live_tokens(plan.model), plan.device
+    read = cost.step_bytes(plan.model, cost.precisions(plan.kv_cache)[plan.precision], plan.sessions * live)
+    rows = device.peak * read / device.bandwidth / cost.step_operations(plan.model, 1.0, live)
     return (
         f"{plan.sessions} sessions share a pass: about {rows:.0f} rows are read in the time of one, "
         f"{rows / plan.sessions:.0f} for each session, whether of a diagonal step or of a window of guesses"

@@ -183,10 +183,6 @@ class Candidate:
 
         return compare_tensors(self.name, evaluate, reference, feeds, tolerance_of(self.precision).error)
 
-    def close(self) -> None:
-        """Give the engine's memory back."""
-        self.session.close()
-
 
 def candidates(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions) -> Iterator[Candidate]:
     """Open one engine after the other.

@@ -124,7 +124,7 @@ def test_digests_are_taken_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -
         hashed.append(path.name)
         return sha256(path)
 
-    monkeypatch.setattr("diagd.bundle.cache.sha256", count)
+    monkeypatch.setattr("diagd.bundle.cache.files.sha256", count)
     Bundle.open(bundle)
     assert hashed == []
 

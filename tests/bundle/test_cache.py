@@ -194,7 +194,7 @@ def test_digests_follow_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file = tmp_path / "weights.bin"
     file.write_bytes(CONTENT)
     assert digest(file) == sha256(file)
-    monkeypatch.setattr("diagd.bundle.cache.sha256", lambda _: "taken again")
+    monkeypatch.setattr("diagd.bundle.cache.files.sha256", lambda _: "taken again")
     assert digest(file) == sha256(file)
     status = file.stat()
     file.write_bytes(CONTENT[::-1])

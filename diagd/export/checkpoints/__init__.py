@@ -80,8 +80,14 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
 def _open_file(path: Path) -> Checkpoint:
     with path.open("rb") as file:
         start = file.read(512)
-    if problem := instead(path) or _old_format(path, start):
+    if problem := instead(path):
         raise CheckpointError(f"{path} {problem}")
+    if start.startswith(_PICKLE_STARTS) or start[257:262] == b"ustar":
+        raise CheckpointError(
+            f"{path} is in the format PyTorch wrote before 1.6, which cannot be mapped; convert it with: "
+            f"python -c \"import torch; torch.save(torch.load('{path}', map_location='cpu', "
+            f"weights_only=True), '{path.with_suffix('')}-zip{path.suffix}')\""
+        )
     if is_index(path.name):
         return _open_shards(path)
     if start.startswith(b"PK"):
@@ -118,17 +124,6 @@ def _open_shards(index: Path) -> Checkpoint:
         tensors[name] = shards[shard][name]
     metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
     return Checkpoint(tensors, source=str(index), metadata=metadata)
-
-
-def _old_format(path: Path, start: bytes) -> str | None:
-    """What is to be done with a file that PyTorch cannot map."""
-    if start.startswith(_PICKLE_STARTS) or start[257:262] == b"ustar":
-        return (
-            "is in the format PyTorch wrote before 1.6, which cannot be mapped; convert it with: "
-            f"python -c \"import torch; torch.save(torch.load('{path}', map_location='cpu', "
-            f"weights_only=True), '{path.with_suffix('')}-zip{path.suffix}')\""
-        )
-    return None
 
 
 @dataclass(frozen=True)
@@ -269,8 +264,7 @@ def _abbreviate(entries: Iterable[tuple[str, str]]) -> list[str]:
 def initial_moments(name: str, shape: Shape) -> tuple[float, float]:
     """Mean and standard deviation that keep activations finite and of order one.
 
-    Matrices and convolutions have mean 0 and standard deviation ``1 / sqrt(fan_in)``, vectors named
-    ``bias`` are 0, other vectors and scalars are gains of 1.
+    Matrices and convolutions have ``1 / sqrt(fan_in)`` around 0, biases are 0, other vectors and scalars 1.
     """
     if len(shape) >= 2:
         return 0.0, 1.0 / math.sqrt(max(1, math.prod(shape[1:])))

@@ -19,18 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagd.export.families.cosmos import HAAR_SIDE, CosmosDvConfig
-from diagd.export.tokenizers.vqgan_network import (
-    EPSILON,
-    Layers,
-    codes_of_tokens,
-    constant,
-    decoder_network,
-    encoder_network,
-    pixels_from_images,
-    scaled_images,
-    spatial_attention,
-    tokens_of_latents,
-)
+from diagd.export.tokenizers import vqgan_network as vqgan
 
 COLOURS = 3
 BANDS = COLOURS * HAAR_SIDE**3
@@ -118,14 +107,14 @@ class Upsample(nn.Module):
         return larger
 
 
-LAYERS = Layers(  # norms are over all channels and pixels of each frame
-    norm=lambda channels: nn.Sequential(OrderedDict(norm=nn.GroupNorm(1, channels, eps=EPSILON))),
+LAYERS = vqgan.Layers(  # norms are over all channels and pixels of each frame
+    norm=lambda channels: nn.Sequential(OrderedDict(norm=nn.GroupNorm(1, channels, eps=vqgan.EPSILON))),
     conv=factorised,
     point=lambda inputs, outputs: FrameConv(inputs, outputs, 1),
     down=lambda channels, level: Downsample(channels, time=level == 0),
     up=lambda channels, level: Upsample(channels, time=level == 0),
 )
-MIDDLE = (spatial_attention, temporal_attention)
+MIDDLE = (vqgan.spatial_attention, temporal_attention)
 
 
 class Encoder(nn.Module):
@@ -134,14 +123,14 @@ class Encoder(nn.Module):
     def __init__(self, config: CosmosDvConfig) -> None:
         super().__init__()
         self.levels = config.levels
-        self.encoder = encoder_network(LAYERS, config, BANDS, MIDDLE)
+        self.encoder = vqgan.encoder_network(LAYERS, config, BANDS, MIDDLE)
         self.quant_conv = FrameConv(config.latent_channels, len(config.levels), 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels uint8 ``[1 + 8n, H, W, 3]`` to tokens int32 ``[1 + n, H / 16, W / 16]``."""
-        video = scaled_images(pixels, self.quant_conv.conv3d.weight)
+        video = vqgan.scaled_images(pixels, self.quant_conv.conv3d.weight)
         latents = self.quant_conv(self.encoder(analyse(video)))
-        return tokens_of_latents(latents, self.levels)
+        return vqgan.tokens_of_latents(latents, self.levels)
 
 
 class Decoder(nn.Module):
@@ -151,13 +140,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.levels = config.levels
         self.post_quant_conv = FrameConv(len(config.levels), config.latent_channels, 1)
-        self.decoder = decoder_network(LAYERS, config, BANDS, MIDDLE)
+        self.decoder = vqgan.decoder_network(LAYERS, config, BANDS, MIDDLE)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens int32 ``[1 + n, h, w]`` to pixels uint8 ``[1 + 8n, 16h, 16w, 3]``."""
-        codes = codes_of_tokens(tokens, self.levels, self.post_quant_conv.conv3d.weight.dtype)
+        codes = vqgan.codes_of_tokens(tokens, self.levels, self.post_quant_conv.conv3d.weight.dtype)
         video = synthesise(self.decoder(self.post_quant_conv(codes)))
-        return pixels_from_images((video * 0.5 + 0.5).clamp(0, 1) * 255)
+        return vqgan.pixels_from_images((video * 0.5 + 0.5).clamp(0, 1) * 255)
 
 
 def haar_basis() -> NDArray[np.float64]:
@@ -176,17 +165,17 @@ def haar_basis() -> NDArray[np.float64]:
 def analyse(video: Tensor) -> Tensor:
     """Bands ``[(T + 3) / 4, 192, H / 4, W / 4]`` of ``[T, 3, H, W]``, whose first frame counts four times."""
     padded = torch.cat([video[:1]] * (HAAR_SIDE - 1) + [video])
-    kernel = constant(haar_basis() / HAAR_SIDE**3, video)
+    kernel = vqgan.constant(haar_basis() / HAAR_SIDE**3, video)
     # a missing bias is exported as one that ONNX Runtime rejects unless constants are folded
-    bias = constant(np.zeros(BANDS), video)
+    bias = vqgan.constant(np.zeros(BANDS), video)
     bands = functional.conv3d(padded.transpose(0, 1).unsqueeze(0), kernel, bias, stride=HAAR_SIDE)
     return bands.squeeze(0).transpose(0, 1)
 
 
 def synthesise(bands: Tensor) -> Tensor:
     """The inverse: ``[t, 192, h, w]`` to ``[4t - 3, 3, 4h, 4w]``."""
-    kernel = constant(haar_basis(), bands)
-    bias = constant(np.zeros(COLOURS), bands)
+    kernel = vqgan.constant(haar_basis(), bands)
+    bias = vqgan.constant(np.zeros(COLOURS), bands)
     x, none = bands.transpose(0, 1).unsqueeze(0), (0,) * 3
     video: Tensor = torch.ops.aten.convolution.default(
         x, kernel, bias, (HAAR_SIDE,) * 3, none, (1,) * 3, True, none, 1

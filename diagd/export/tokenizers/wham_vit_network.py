@@ -9,12 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagd.export.families.wham import WhamVitConfig
-from diagd.export.tokenizers.vqgan_network import (
-    constant,
-    images_from_pixels,
-    nearest_code,
-    pixels_from_images,
-)
+from diagd.export.tokenizers import vqgan_network as vqgan
 
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
@@ -91,10 +86,10 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels uint8 ``[T, H, W, 3]`` to tokens int32 ``[T, h, w]``."""
-        images = images_from_pixels(pixels, self.encoder.proj1.weight.dtype) / 255
+        images = vqgan.images_from_pixels(pixels, self.encoder.proj1.weight.dtype) / 255
         images = (images - _colours(MEAN, images)) / _colours(DEVIATION, images)
         latents = functional.normalize(self.encoder(self._patches(images)), dim=-1)
-        tokens = nearest_code(latents, self.vq_vae.codebook)
+        tokens = vqgan.nearest_code(latents, self.vq_vae.codebook)
         return tokens.reshape(-1, *self.config.grid)
 
     def _patches(self, images: Tensor) -> Tensor:
@@ -120,7 +115,7 @@ class Decoder(nn.Module):
         codes = functional.embedding(tokens.flatten(1), self.vq_vae.codebook)
         images = self._images(self.decoder(codes))
         images = images * _colours(DEVIATION, images) + _colours(MEAN, images)
-        return pixels_from_images(images.clamp(0, 1) * 255)
+        return vqgan.pixels_from_images(images.clamp(0, 1) * 255)
 
     def _images(self, patches: Tensor) -> Tensor:
         """Put ``[T, patches, 3 * patch * patch]`` together as ``[T, 3, H, W]``, cropping the padding."""
@@ -131,4 +126,4 @@ class Decoder(nn.Module):
 
 
 def _colours(values: tuple[float, float, float], like: Tensor) -> Tensor:
-    return constant(values, like).reshape(3, 1, 1)
+    return vqgan.constant(values, like).reshape(3, 1, 1)

@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagd.export.families.world import CompactGraphs, PatchGraphs
-from diagd.export.tokenizers.vqgan_network import (
-    LAYERS,
-    ResnetBlock,
-    codes_of_tokens,
-    nearest_code,
-    pixels_from_images,
-    scaled_images,
-    tokens_of_latents,
-)
+from diagd.export.tokenizers import vqgan_network as vqgan
+from diagd.export.tokenizers.vqgan_network import LAYERS, ResnetBlock
 from diagd.export.tracing import cast
 
 
@@ -50,7 +43,8 @@ class CompactEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels uint8 ``[T, H, W, 3]`` to tokens int32 ``[T, h, w]``."""
-        return tokens_of_latents(self.latents(scaled_images(pixels, self.conv_out.weight)), self.levels)
+        latents = self.latents(vqgan.scaled_images(pixels, self.conv_out.weight))
+        return vqgan.tokens_of_latents(latents, self.levels)
 
 
 class CompactDecoder(nn.Module):
@@ -78,8 +72,8 @@ class CompactDecoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens int32 ``[T, h, w]`` to pixels uint8 ``[T, H, W, 3]``, rounded."""
-        images = self.images(codes_of_tokens(tokens, self.levels, self.conv_in.weight.dtype))
-        return pixels_from_images((images.clamp(-1, 1) + 1) * 127.5 + 0.5)
+        images = self.images(vqgan.codes_of_tokens(tokens, self.levels, self.conv_in.weight.dtype))
+        return vqgan.pixels_from_images((images.clamp(-1, 1) + 1) * 127.5 + 0.5)
 
 
 class _Patches(nn.Module):
@@ -106,7 +100,7 @@ class PatchEncoder(_Patches):
         frames, height, width, _ = pixels.shape
         rows, columns = height // side, width // side
         patches = pixels.reshape(frames, rows, side, columns, side, 3).permute(0, 1, 3, 2, 4, 5)
-        return nearest_code(patches.reshape(frames, rows, columns, -1), self.codebook.flatten(1))
+        return vqgan.nearest_code(patches.reshape(frames, rows, columns, -1), self.codebook.flatten(1))
 
 
 class PatchDecoder(_Patches):

@@ -46,7 +46,7 @@ def session(
         opset=opset,
         dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
     )
-    save(graph, path)
+    save(graph, {}, path)
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
