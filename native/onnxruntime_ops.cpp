@@ -150,6 +150,8 @@ struct Shaped {
   float* floats() const { return static_cast<float*>(data); }
   int64_t columns() const { return shape[3]; }
   int64_t rows() const { return shape[0] * shape[1] * shape[2]; }
+  bool is(int64_t of_rows, int64_t of_columns) const { return rows() == of_rows && columns() == of_columns; }
+  bool is_like(const Shaped& other) const { return std::equal(shape, shape + 4, other.shape); }
 };
 
 // One run of an operator.
@@ -245,11 +247,15 @@ Status run_norm(Call& call) {
   a.x = x.halves(), a.weight = call.inputs[weight].halves(), a.hidden = static_cast<int32_t>(x.columns());
   a.centred = centred, a.epsilon = call.kernel.real;
   if (centred && call.count == most) a.shift = call.inputs[most - 1].halves();
-  for (size_t number = 1; number < weight; ++number) {
+  bool fits = x.columns() % diagd::kVector == 0 && x.columns() <= diagd::kMostHidden;
+  for (size_t number = 1; number < call.count; ++number) {
+    const bool is_for_all = number >= weight || call.inputs[number].axes == 1;
+    fits = fits && call.inputs[number].is(is_for_all ? 1 : x.rows(), x.columns());
+    if (number >= weight) continue;
     a.added[number - 1] = call.inputs[number].halves();
-    a.steps[number - 1] = call.inputs[number].axes == 1 ? 0 : x.columns();
+    a.steps[number - 1] = is_for_all ? 0 : x.columns();
   }
-  if (a.hidden % diagd::kVector || a.hidden > diagd::kMostHidden) return call.fail("diagd: a norm of another width");
+  if (!fits) return call.fail("diagd: a norm of another width");
   if (Status status = call.output(0, x, x.columns(), a.sum)) return status;
   if (Status status = call.output(1, x, x.columns(), a.out)) return status;
   return call.launch(diagd::kNormRow, a, x.rows(), 1, 1, diagd::divided(a.hidden, 32 * diagd::kVector) * 32);
@@ -269,31 +275,50 @@ Status launch_attention(const Call& call, diagd::AttendArguments& a, int32_t hea
                      plan.teams * diagd::team_bytes(given.size));
 }
 
-// Positions of rows and of slots, inputs of diagd.export.transformer.Heads, K, V, a mask that is not made, the first
-// slot -> [streams * width, heads * D], K, V.
+// Positions of rows and of slots, and inputs of diagd.export.transformer.Heads; whether they fit so many slots of K and
+// V, and each other.
+template <typename Element, typename Arguments>
+bool take_heads(const Call& call, int64_t streams, int64_t slots, int64_t groups, int64_t size, Arguments& a) {
+  const Shaped &positions = call.inputs[0], &slot_position = call.inputs[1], *next = call.inputs + 2;
+  const int64_t across = next->columns(), width = positions.columns();
+  if (std::min({streams, groups, size}) < 1 || across % (groups * size) || across / groups / size < 3) return false;
+  bool fits = positions.is(streams, width) && slot_position.rows() * slot_position.columns() == slots * streams;
+  const auto take = [&](int64_t rows, int64_t columns, const Element*& place) {
+    fits = fits && next->is(rows, columns);
+    place = static_cast<const Element*>((next++)->data);
+  };
+  take(streams * width, across, a.fused);
+  if (call.kernel.op->has("Bias")) take(1, across, a.bias);
+  if (call.kernel.op->has("Norm")) take(1, size, a.query_norm), take(1, size, a.key_norm);
+  if (call.kernel.op->has("Rotary"))
+    take(streams * width, size / 2, a.cosines), take(streams * width, size / 2, a.sines);
+  a.positions = static_cast<const int32_t*>(positions.data);
+  a.slot_position = static_cast<const int32_t*>(slot_position.data);
+  a.width = static_cast<int32_t>(width), a.groups = static_cast<int32_t>(groups);
+  a.shared = static_cast<int32_t>(across / groups / size) - 2, a.epsilon = call.kernel.real;
+  return fits;
+}
+
+constexpr char kOtherShapes[] = "diagd: an attention of tensors whose shapes do not fit each other";
+
+// What take_heads takes, K, V, a mask that is not made, the first slot -> [streams * width, heads * D], K, V.
 Status run_attention(Call& call) {
-  const Operator& op = *call.kernel.op;
-  const Shaped *next = call.inputs + 2, *past = call.inputs + call.count - 4;
-  const int32_t size = op.given.size, heads = static_cast<int32_t>(past->shape[0] * past->shape[1]);
+  const Shaped* past = call.inputs + call.count - 4;
+  const int32_t size = call.kernel.op->given.size;
+  const int64_t streams = past->shape[0], groups = past->shape[1], slots = past->shape[2];
   diagd::AttendArguments a = {};
-  const int64_t rows = next->rows();
-  a.across = static_cast<int32_t>(next->columns() / size), a.fused = next++->halves();
-  if (op.has("Bias")) a.bias = next++->halves();
-  if (op.has("Norm")) a.query_norm = next++->halves(), a.key_norm = next++->halves();
-  if (op.has("Rotary")) a.cosines = next++->halves(), a.sines = next++->halves();
-  a.positions = static_cast<const int32_t*>(call.inputs[0].data);
-  a.slot_position = static_cast<const int32_t*>(call.inputs[1].data);
-  a.write_index = static_cast<const int64_t*>(past[3].data);
-  a.width = static_cast<int32_t>(rows / past->shape[0]), a.groups = static_cast<int32_t>(past->shape[1]);
-  a.shared = a.across / a.groups - 2, a.slots = static_cast<int32_t>(past->shape[2]);
-  a.epsilon = call.kernel.real;
   if (past->columns() != size) return call.fail("diagd: an attention of another head size");
-  if (Status status = call.output(0, {rows, int64_t{a.groups} * a.shared * size}, a.out)) return status;
+  if (!take_heads<half>(call, streams, slots, groups, size, a) || a.width < 1 || slots < 1 || !past[1].is_like(*past) ||
+      !past[3].is(1, streams))
+    return call.fail(kOtherShapes);
+  a.across = a.groups * (a.shared + 2), a.slots = static_cast<int32_t>(slots);
+  a.write_index = static_cast<const int64_t*>(past[3].data);
+  if (Status status = call.output(0, {streams * a.width, groups * a.shared * size}, a.out)) return status;
   if (Status status = call.output(1, past[0], size, a.keys)) return status;
   if (Status status = call.output(2, past[1], size, a.values)) return status;
   if (a.keys != past[0].data || a.values != past[1].data)
     return call.fail("diagd: K and V are not bound to the same memory as inputs and as outputs");
-  return launch_attention(call, a, heads);
+  return launch_attention(call, a, a.groups * static_cast<int32_t>(streams));
 }
 
 // K or V, which ONNX Runtime is mostly given the same memory of as input and as output.
@@ -303,24 +328,18 @@ Status buffer(const Call& call, const Shaped& past, size_t output, float*& prese
   return nullptr;
 }
 
-// Positions of rows [B, W] and of slots [T, B], inputs of diagd.export.transformer.Heads, K and V [T, B, G, D], slots
-// of the rows [B, W] -> [B * W, H * D], K, V.
+// What take_heads takes, of rows [B, W] and of slots [T, B], K and V [T, B, G, D], slots of the rows [B, W]
+// -> [B * W, H * D], K, V.
 Status run_prefix_attention(Call& call) {
-  const Operator& op = *call.kernel.op;
-  const Shaped *next = call.inputs + 2, *past = call.inputs + call.count - 3;
+  const Shaped* past = call.inputs + call.count - 3;
+  const int64_t streams = past->shape[1], groups = past->shape[2], size = past->columns();
   diagd::PrefixArguments a = {};
-  const int64_t rows = next->rows(), across = next->columns();
-  a.fused = next++->floats();
-  if (op.has("Bias")) a.bias = next++->floats();
-  if (op.has("Norm")) a.query_norm = next++->floats(), a.key_norm = next++->floats();
-  if (op.has("Rotary")) a.cosines = next++->floats(), a.sines = next++->floats();
-  a.positions = static_cast<const int32_t*>(call.inputs[0].data);
-  a.slot_position = static_cast<const int32_t*>(call.inputs[1].data);
+  a.slots = past->shape[0], a.streams = static_cast<int32_t>(streams), a.size = static_cast<int32_t>(size);
+  if (!take_heads<float>(call, streams, a.slots, groups, size, a) || !past[1].is_like(*past) ||
+      !past[2].is(streams, a.width))
+    return call.fail(kOtherShapes);
   a.written = static_cast<const int64_t*>(past[2].data);
-  a.slots = past->shape[0], a.width = static_cast<int32_t>(call.inputs[0].columns());
-  a.streams = static_cast<int32_t>(past->shape[1]), a.groups = static_cast<int32_t>(past->shape[2]);
-  a.size = static_cast<int32_t>(past->columns()), a.shared = static_cast<int32_t>(across / a.size) / a.groups - 2;
-  a.epsilon = call.kernel.real;
+  const int64_t rows = streams * a.width;
   for (int64_t row = 0; row < rows; ++row) {
     if (a.written[row] < 0 || a.written[row] >= a.slots) return call.fail("diagd: a slot that is not bound");
   }
@@ -328,7 +347,7 @@ Status run_prefix_attention(Call& call) {
   if (Status status = buffer(call, past[0], 1, a.keys)) return status;
   if (Status status = buffer(call, past[1], 2, a.values)) return status;
   if (!rows) return nullptr;
-  diagd::PrefixTasks tasks(a, op.given.gpu.count);
+  diagd::PrefixTasks tasks(a, call.kernel.op->given.gpu.count);
   tasks.write();
   const auto run = [&](int64_t task) { tasks.run(task); };
   return call.in_parts(tasks.count(), run);
@@ -349,6 +368,7 @@ Status run_gate(Call& call) {
   const Shaped& x = call.inputs[0];
   const int64_t inner = x.columns() / 2;
   float* out = nullptr;
+  if (x.columns() % 2) return call.fail("diagd: a gate of an odd width");
   if (Status status = call.output(0, x, inner, out)) return status;
   return in_rows(call, x.rows(), [&](int64_t row) {
     const float* gate = x.floats() + row * 2 * inner;
@@ -361,6 +381,8 @@ Status run_rms_norm(Call& call) {
   const Shaped& x = call.inputs[0];
   const int64_t columns = x.columns();
   float *sum = nullptr, *out = nullptr;
+  if (!call.inputs[1].is(x.rows(), columns) || !call.inputs[2].is(1, columns))
+    return call.fail("diagd: a norm of another width");
   if (Status status = call.output(0, x, columns, sum)) return status;
   if (Status status = call.output(1, x, columns, out)) return status;
   return in_rows(call, x.rows(), [&](int64_t row) {
@@ -379,8 +401,11 @@ Status run_text_attention(Call& call) {
   a.keys = static_cast<half*>(keys.data), a.values = static_cast<half*>(call.inputs[3].data);
   a.width = static_cast<int32_t>(queries.rows()), a.across = static_cast<int32_t>(queries.columns() / size);
   a.groups = static_cast<int32_t>(keys.shape[1]), a.slots = static_cast<int32_t>(keys.shape[2]);
-  a.shared = a.across / a.groups;
   if (keys.columns() != size) return call.fail("diagd: an attention of another head size");
+  if (std::min({a.width, a.groups, a.slots, a.across}) < 1 || queries.columns() % (keys.shape[1] * size) ||
+      !call.inputs[1].is(1, size) || keys.shape[0] != 1 || !call.inputs[3].is_like(keys))
+    return call.fail(kOtherShapes);
+  a.shared = a.across / a.groups;
   if (Status status = call.output(0, queries, queries.columns(), a.out)) return status;
   return launch_attention(call, a, a.groups);
 }
@@ -392,7 +417,8 @@ Status run_activation(Call& call) {
   diagd::ActivationArguments a = {};
   a.x = x.halves(), a.bias = call.count > 1 ? call.inputs[1].halves() : nullptr;
   a.inner = static_cast<int32_t>(gated ? x.columns() / 2 : x.columns());
-  if (a.inner % diagd::kVector) return call.fail("diagd: an activation of another width");
+  if (a.inner % diagd::kVector || (gated && x.columns() % 2) || (a.bias && !call.inputs[1].is(1, a.inner)))
+    return call.fail("diagd: an activation of another width");
   if (Status status = call.output(0, x, a.inner, a.out)) return status;
   const diagd::Function function = gated ? diagd::kSwiGLU : diagd::kGELU;
   return call.launch(function, a, diagd::divided(a.inner, 128 * diagd::kVector), x.rows(), 1, 128);
@@ -407,29 +433,34 @@ Status run_mask(Call& call) {
 // Ids, positions and tables -> the first layer's input, and rows of the tables that layers read.
 Status run_embed(Call& call) {
   const Operator& op = *call.kernel.op;
-  const Shaped &ids = call.inputs[0], *next = call.inputs + 3;
-  const int64_t hidden = call.inputs[2].columns();
+  const Shaped &ids = call.inputs[0], *next = call.inputs + 2;
+  const int64_t hidden = next->columns(), rows = ids.columns();
   size_t results = 1;
   diagd::EmbedArguments a = {};
   a.ids = static_cast<const int32_t*>(ids.data), a.positions = static_cast<const int32_t*>(call.inputs[1].data);
-  a.embedding = call.inputs[2].halves(), a.hidden = static_cast<int32_t>(hidden);
   a.prefix = static_cast<int32_t>(call.kernel.wholes[0]), a.frame_length = static_cast<int32_t>(call.kernel.wholes[1]);
-  if (Status status = call.output(0, {ids.columns(), hidden}, a.x)) return status;
-  if (op.has("Slot")) a.slots = next++->halves();
-  if (op.has("Position")) a.places = next++->halves();
+  bool fits = ids.axes == 1 && call.inputs[1].is(1, rows) && a.frame_length > 0;
+  const auto take = [&](int64_t columns, const half*& table) {
+    fits = fits && next->columns() == columns && columns % diagd::kVector == 0;
+    table = next++->halves();
+  };
+  take(hidden, a.embedding), a.hidden = static_cast<int32_t>(hidden);
+  if (op.has("Slot")) fits = fits && next->rows() >= a.frame_length, take(hidden, a.slots);
+  if (op.has("Position")) take(hidden, a.places);
   if (op.has("Rotary")) {
-    a.pairs = static_cast<int32_t>(next->columns()), a.cosines = next++->halves(), a.sines = next++->halves();
-    if (Status status = call.output(results++, {ids.columns(), a.pairs}, a.cosine_rows)) return status;
-    if (Status status = call.output(results++, {ids.columns(), a.pairs}, a.sine_rows)) return status;
+    const int64_t pairs = next->columns();
+    take(pairs, a.cosines), take(pairs, a.sines), a.pairs = static_cast<int32_t>(pairs);
+    if (Status status = call.output(results++, {rows, pairs}, a.cosine_rows)) return status;
+    if (Status status = call.output(results++, {rows, pairs}, a.sine_rows)) return status;
   }
   if (op.has("Added")) {
-    a.added = next->halves();
-    if (Status status = call.output(results, {ids.columns(), hidden}, a.added_rows)) return status;
+    take(hidden, a.added);
+    if (Status status = call.output(results, {rows, hidden}, a.added_rows)) return status;
   }
-  if (hidden % diagd::kVector || a.pairs % diagd::kVector || ids.axes != 1)
-    return call.fail("diagd: rows of tables of another width");
+  if (!fits) return call.fail("diagd: rows of tables of another width");
+  if (Status status = call.output(0, {rows, hidden}, a.x)) return status;
   const int32_t widest = a.hidden > a.pairs ? a.hidden : a.pairs;
-  return call.launch(diagd::kEmbedRow, a, diagd::divided(widest, 128 * diagd::kVector), ids.columns(), 1, 128);
+  return call.launch(diagd::kEmbedRow, a, diagd::divided(widest, 128 * diagd::kVector), rows, 1, 128);
 }
 
 Status compute(void* pointer, void* context) {
@@ -483,6 +514,7 @@ thread_local diagd::Operators next_given = {};
 
 Status add(const void* const* api, void* domain, Operator op) {
   op.given = next_given;  // and lives as long as the process: a session may outlive its options
+  op.given.gpu.count = std::max(op.given.gpu.count, 1);
   return call(api, kCustomOpDomainAdd, domain, static_cast<const CustomOp*>(new Operator(op)));
 }
 

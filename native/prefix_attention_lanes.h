@@ -31,13 +31,14 @@ inline void store(void* at, Vector value) {
 template <int LANES>
 inline Floats<LANES> power_of_two(Floats<LANES> x) {
   const Integers<LANES> there = ~(x < -126.0f);  // NaN too
-  const Floats<LANES> shifted = x + 12582912.0f;  // its last bits are the nearest whole number
-  const Floats<LANES> r = x - (shifted - 12582912.0f);
+  const Floats<LANES> shifted = x + 12583039.0f;  // its last bits are the nearest whole number, and 127
+  const Floats<LANES> r = x - (shifted - 12583039.0f);
   Floats<LANES> p = r * 1.54614447e-4f + 1.34004282e-3f;
-  p = p * r + 9.61805668e-3f, p = p * r + 5.55032723e-2f, p = p * r + 2.40226509e-1f;
-  p = p * r + 6.93147207e-1f, p = p * r + 1.0f;
-  const Integers<LANES> bits = load<Integers<LANES>>(&p) + (load<Integers<LANES>>(&shifted) << 23);
-  const Integers<LANES> chosen = bits & there;
+  p = p * r + 9.61805668e-3f, p = p * r + 5.55032723e-2f, p = p * r + 2.40226509e-1f, p = p * r + 6.93147207e-1f;
+  const Integers<LANES> exponent = load<Integers<LANES>>(&shifted) << 23;
+  const auto power = load<Floats<LANES>>(&exponent);
+  p = p * (r * power) + power;  // what is not a number stays none, whatever its bits are
+  const Integers<LANES> chosen = load<Integers<LANES>>(&p) & there;
   return load<Floats<LANES>>(&chosen);
 }
 

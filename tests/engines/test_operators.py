@@ -139,13 +139,15 @@ def one_node(
     outputs: Mapping[str, int],
     attributes: Mapping[str, Any],
 ) -> Path:
-    """A model of one operator; ``outputs`` have so many axes."""
+    """A model of one operator; ``outputs`` have so many axes, and the type of the inputs' floats."""
     inputs = [
         helper.make_tensor_value_info(key, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
         for key, value in feeds.items()
     ]
+    halves = any(value.dtype == np.float16 for value in feeds.values())
+    kind = TensorProto.FLOAT16 if halves else TensorProto.FLOAT
     results = [
-        helper.make_tensor_value_info(key, TensorProto.FLOAT16, [f"{key}_{axis}" for axis in range(axes)])
+        helper.make_tensor_value_info(key, kind, [f"{key}_{axis}" for axis in range(axes)])
         for key, axes in outputs.items()
     ]
     node = helper.make_node(name, [*feeds], [*outputs], domain="diagd", **attributes)
@@ -293,7 +295,7 @@ def cached_attention(feeds: Mapping[str, Array], shared: int) -> list[Floats]:
     """Attended rows, K and V."""
     streams, groups, _, size = feeds["past_key"].shape
     heads = groups * shared
-    (fused,) = wide(feeds["fused"] + feeds.get("bias", np.zeros(1)))
+    fused = feeds["fused"].astype(np.float64) + feeds.get("bias", np.zeros(1))
     rows = fused.reshape(streams, -1, heads + 2 * groups, size)
     turned = []
     for name, start, end in (("query_norm", 0, heads), ("key_norm", heads, heads + groups)):
@@ -397,6 +399,90 @@ def test_rows_that_see_nothing_are_zero_and_another_size_is_refused(
     np.testing.assert_array_equal(found[:, 0], [0, 1] + [0] * 18)
     with pytest.raises(Exception, match="another head size"):  # ONNX Runtime's own type
         bound(place.open(path, 128, monkeypatch), place.name, feeds)
+
+
+def in_slots(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """What the prefix form has, in float32, of the inputs of an attention of streams."""
+    past = {name: feeds[name].transpose(2, 0, 1, 3) for name in ("past_key", "past_value")}
+    written = feeds["index"][:, None] + np.arange(feeds["positions"].shape[1])
+    given = {**feeds, **past, "slot_position": feeds["slot_position"].T, "index": written}
+    types = {np.dtype(np.float16): np.float32}
+    return {
+        name: np.ascontiguousarray(array, types.get(array.dtype))
+        for name, array in given.items()
+        if name != "mask"
+    }
+
+
+@pytest.mark.parametrize("parts", ["", "Bias", "Norm", "Rotary", "BiasNormRotary"])
+def test_attention_of_the_prefix_form_is_that_of_numpy(
+    library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: str
+) -> None:
+    feeds = example_attention(SMALLEST, parts, 32)
+    given = in_slots(feeds)
+    path = one_node(tmp_path / "a.onnx", f"BoundAttention{parts}", given, ATTENDED, {"epsilon": 1e-5})
+    session = Place(library, None, []).open(path, 32, monkeypatch)
+    attended, *cache = cached_attention(feeds, 2)
+    wanted = [attended, *(past.transpose(2, 0, 1, 3) for past in cache)]
+    for found in (bound(session, "cpu", given), session.run(None, given)):  # in place, and into other memory
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+NORMED = {"sum": 2, "out": 2}
+TABLES = [(7, 8), (5, 8), (12, 8), (12, 16), (12, 16), (12, 8)]
+FITTING: dict[str, tuple[list[tuple[int, ...]], dict[str, int]]] = {
+    "RMSNormAddAdd": ([(3, 8), (3, 8), (3, 8), (8,)], NORMED),
+    "LayerNormAddBias": ([(3, 8), (3, 8), (8,), (8,), (8,)], NORMED),
+    "SwiGLU": ([(3, 32)], {"y": 2}),
+    "BiasGELU": ([(3, 8), (8,)], {"y": 2}),
+    "TextAttention": ([(3, 64), (32,), (1, 2, 5, 32), (1, 2, 5, 32)], {"y": 2}),
+    "EmbedSlotPositionRotaryAdded": (TABLES, dict.fromkeys("xyzw", 2)),
+    "BoundSwiGLU": ([(3, 32)], {"y": 2}),
+    "BoundRMSNormAdd": ([(3, 8), (3, 8), (8,)], NORMED),
+    "CachedAttentionBiasNormRotary": ([], ATTENDED),
+    "BoundAttentionBiasNormRotary": ([], ATTENDED),
+}
+"""Shapes of inputs, behind ids and positions where there are such, and axes of outputs."""
+
+
+def fitting(name: str, shape: Shape = SMALLEST) -> dict[str, Array]:
+    """Inputs of an operator; ``shape`` is an attention's."""
+    if shapes := FITTING[name][0]:
+        ids = dict.fromkeys(("ids", "positions"), np.zeros(5, np.int32)) if name[0] == "E" else {}
+        dtype = np.float32 if name.startswith("Bound") else np.float16
+        return {**ids, **{f"input_{n}": np.ones(shape, dtype) for n, shape in enumerate(shapes)}}
+    feeds = example_attention(shape, name, 32)
+    return in_slots(feeds) if name.startswith("Bound") else feeds
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_tensors_that_do_not_fit_each_other_are_refused(
+    library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def run(feeds: Mapping[str, Array]) -> list[Array]:
+        attributes = {"epsilon": 1e-5, "prefix": 2, "frame_length": 5}
+        path = one_node(tmp_path / "a.onnx", name, feeds, FITTING[name][1], attributes)
+        return bound(Place(library, None, kept).open(path, 32, monkeypatch), "cpu", feeds)
+
+    kept: list[Array] = []
+    run(feeds := fitting(name))
+    wrong = [{**feeds, key: array[..., :-1]} for key, array in feeds.items() if key != "mask"]
+    if "past_key" in feeds:  # no streams, heads of K and V, or heads of queries
+        wrong += [fitting(name, shape) for shape in ((0, 2, 3, 2, 11), (2, 0, 3, 2, 11), (2, 2, 3, 0, 11))]
+    for others in wrong:
+        with pytest.raises(Exception, match=r"diagd: .*(width|shapes|head size)"):  # ONNX Runtime's own type
+            run(others)
+
+
+def test_a_library_that_was_given_nothing_runs_on_one_thread(library: ctypes.CDLL, tmp_path: Path) -> None:
+    feeds = {"x": np.linspace(-4, 4, 96, dtype=np.float32).reshape(3, 32)}
+    settings = onnxruntime.SessionOptions()
+    settings.register_custom_ops_library(library._name)
+    path = one_node(tmp_path / "a.onnx", "BoundSwiGLU", feeds, {"y": 2}, {})
+    gate, up = np.split(feeds["x"], 2, axis=1)
+    (found,) = onnxruntime.InferenceSession(str(path), settings).run(None, feeds)
+    np.testing.assert_allclose(found, gate / (1 + np.exp(-gate)) * up, rtol=1e-5)
 
 
 def test_a_session_is_given_what_its_own_thread_offered(

@@ -203,8 +203,9 @@ def test_a_row_with_what_it_is_given_is_normalised(columns: int) -> None:
     np.testing.assert_allclose(out, np.append(expected, np.float32(np.pi)), rtol=1e-6, atol=1e-7)
 
 
-def test_what_is_not_a_number_is_not_hidden() -> None:
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00155, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_what_is_not_a_number_is_not_hidden(bits: int) -> None:
     case = random_case(np.random.default_rng(7))
-    case.slot_position[0], case.keys[0] = 0, np.nan
+    case.slot_position[0], case.keys[0] = 0, np.uint32(bits).view(np.float32)
     case.written += case.written == 0  # is not written over
     assert np.isnan(case.attended()).all()
