@@ -39,10 +39,10 @@ EXAMPLES = """examples:
   diagd verify mineworld-300m.diagd --engine tensorrt --tensors
 
 Greedy decoding: the reference sees the tokens that the engine chose and says at every cell which one it would
-have taken. Exit code 1 where an engine fails its gate: all tokens for FP32, 98 % for FP16, 90 % for quantised
-weights, which lose more on random prompts than on real ones. --tensors says in which layer a difference
-begins: every output of one step of a modern or portable graph, against the same graph on ONNX Runtime with
-its optimiser off.
+have taken. Exit code 1 where an engine fails its gate: all tokens for FP32, 98 % for FP16, 95 % for bfloat16,
+90 % for quantised weights, which lose more on random prompts than on real ones. --tensors says in which layer
+a difference begins: every output of one step of a modern or portable graph, against the same graph on ONNX
+Runtime with its optimiser off.
 
 The second table is of the bundle's own sampling: the share of each decoder's cells that next-token prediction
 draws with the same seed behind the same tokens. Flips are draws that depend on how wide a pass is; where

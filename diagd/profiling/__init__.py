@@ -1,1 +1,1 @@
-"""Where time goes: runs of a bundle measured stage by stage, checked, drawn and compared."""
+"""What a bundle costs and whether it is right: planned, measured stage by stage, verified and compared."""
