@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from diagd.bundle import Bundle, Manifest, atomic_bundle, read_manifest, seal
 from diagd.bundle.files import link
 from diagd.bundle.manifest import MANIFEST_NAME, OwnLikelihood, StepGraph
-from diagd.calibration import trajectory
+from diagd.calibration import search, trajectory
 from diagd.calibration.evaluate import ATTEMPTS, GATE_SEED, Evaluator, failures, most_harmful, part_of
 from diagd.calibration.graph_writer import GraphWriter, file_names
 from diagd.calibration.options import CalibrationOptions
@@ -23,18 +23,7 @@ from diagd.calibration.report import (
     add_report,
     write_plot,
 )
-from diagd.calibration.search import (
-    CACHE_FORMS,
-    Choice,
-    InputStatistics,
-    check_kv_cache,
-    describe_cache,
-    load_statistics,
-    observe,
-    row_scales,
-    save_statistics,
-    search,
-)
+from diagd.calibration.search import Choice
 from diagd.engines.engine import Float, Int
 from diagd.engines.host import available_bytes
 from diagd.errors import QualityError, UsageError
@@ -103,10 +92,10 @@ def _check(
 ) -> tuple[tuple[StepGraph, ...], trajectory.CalibrationSet]:
     """The graphs that others are compared with, and what is decoded."""
     manifest, scheme = bundle.manifest, options.scheme
-    check_kv_cache(bundle, options)
+    search.check_kv_cache(bundle, options)
     if any(graph.precision == options.name for graph in manifest.graphs):
         raise UsageError(f"{bundle.path} has {options.name} graphs already; export it again to start afresh")
-    forms = trajectory.FORMS if options.kv_cache is None else CACHE_FORMS
+    forms = trajectory.FORMS if options.kv_cache is None else search.CACHE_FORMS
     reference = trajectory.find_reference(bundle, forms)
     window = trajectory.session_window(manifest, reference)
     decoded = trajectory.trajectories(manifest, window, options.steps, trajectory.widest_step(reference))
@@ -153,8 +142,8 @@ class _Calibration:
         statistics, options, manifest = self._statistics(), self._options, self._bundle.manifest
         scales: Mapping[str, Float] = {}
         if options.kv_cache is not None:
-            scales = row_scales(statistics, manifest)
-            self._cache = describe_cache(scales, statistics, manifest, options.kv_cache)
+            scales = search.row_scales(statistics, manifest)
+            self._cache = search.describe_cache(scales, statistics, manifest, options.kv_cache)
         self._choose(statistics)
         writer = GraphWriter(self._bundle, options, scales, self._progress)
         written, attempts = self._judged(writer)
@@ -175,22 +164,23 @@ class _Calibration:
         likelihoods = (*known.likelihoods, *self._likelihoods)
         return known.model_copy(update={"graphs": (*known.graphs, *self._graphs), "likelihoods": likelihoods})
 
-    def _statistics(self) -> Mapping[str, InputStatistics]:
+    def _statistics(self) -> Mapping[str, search.InputStatistics]:
         """Gathered now, or by an earlier run where the scheme can do with those, or none."""
         path = self._bundle.path / STATISTICS
         if self._scheme.scaling != "static" and self._options.kv_cache is None:
-            return load_statistics(path) if path.is_file() else {}
-        seen = observe(self._bundle, self._reference, self._samples, self._progress, self._options.threads)
-        save_statistics(path, seen)
+            return search.load_statistics(path) if path.is_file() else {}
+        threads = self._options.threads
+        seen = search.observe(self._bundle, self._reference, self._samples, self._progress, threads)
+        search.save_statistics(path, seen)
         return seen
 
-    def _choose(self, statistics: Mapping[str, InputStatistics]) -> None:
+    def _choose(self, statistics: Mapping[str, search.InputStatistics]) -> None:
         """What becomes of each product; those below the floor are left out."""
         stored, found = StoredWeights(self._bundle), projections(self._bundle.manifest.transformer)
         floor = self._scheme.floor if self._options.floor is None else self._options.floor
         grouped = self._scheme.scaling is None and self._reference[0].form.traits.host
         for projection in self._progress.each(found, "searching"):
-            choice = search(
+            choice = search.search(
                 projection,
                 stored[projection.name],
                 statistics.get(projection.name),

@@ -14,19 +14,11 @@ from diagd.engines.backend import CHOICES
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.options import SEED, File, Numbers, checked, flag, positional, setting
+from diagd.profiling import verify
 from diagd.profiling.measure import Workload, random_workload
 from diagd.profiling.plan import orders_of, split_orders
 from diagd.profiling.report import Skipped
-from diagd.profiling.verify import (
-    Candidate,
-    Exactness,
-    TensorVerdict,
-    Verdict,
-    candidates,
-    exactness,
-    open_reference,
-    verify,
-)
+from diagd.profiling.verify import Candidate
 from diagd.progress import Progress
 from diagd.runtime.clip import read_prompt, read_tokens
 from diagd.runtime.pixels import PixelCodec
@@ -74,9 +66,9 @@ class VerifyOptions:
 class _Found:
     """What was found of all engines."""
 
-    verdicts: list[Verdict] = field(default_factory=list)
-    exactness: list[Exactness] = field(default_factory=list)
-    tensors: list[TensorVerdict] = field(default_factory=list)
+    verdicts: list[verify.Verdict] = field(default_factory=list)
+    exactness: list[verify.Exactness] = field(default_factory=list)
+    tensors: list[verify.TensorVerdict] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
 
@@ -88,7 +80,7 @@ def run(options: VerifyOptions) -> int:
         if getattr(bundle.manifest, name) != getattr(reference.manifest, name):
             raise UsageError(f"--reference {reference.path}: its {name} differs; give the same model in FP32")
     window = options.window or min(bundle.manifest.context.frames, 4)
-    for candidate in candidates(bundle, options.engine, window, CpuOptions(options.threads)):
+    for candidate in verify.candidates(bundle, options.engine, window, CpuOptions(options.threads)):
         with candidate.session:
             _examine(options, candidate, reference, found, Progress(console))
     if options.tensors and not found.tensors:
@@ -110,13 +102,14 @@ def _examine(
     wanted = orders_of(session.layout, options.k, session.manifest.schedule.row_seed)
     orders, late = split_orders(wanted, session, workload, options.frames)
     found.skipped += [entry.model_copy(update={"order": f"{name}, {entry.order}"}) for entry in late]
-    with open_reference(reference, session) as plain:
+    with verify.open_reference(reference, session) as plain:
         found.verdicts += [
-            verify(session, plain, name, candidate.precision, order, workload, options.frames)
+            verify.verify(session, plain, name, candidate.precision, order, workload, options.frames)
             for order in progress.each(orders, name)
         ]
     with progress.task(f"{name}, auditing"):
-        found.exactness.append(exactness(session, name, orders, workload, options.frames, options.seed))
+        audited = verify.exactness(session, name, orders, workload, options.frames, options.seed)
+        found.exactness.append(audited)
     found.tensors += candidate.tensors() if options.tensors else []
 
 

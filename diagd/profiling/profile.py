@@ -30,15 +30,8 @@ from diagd.profiling.plan import orders_of, split_orders
 from diagd.profiling.report import Machine, Model, Report, Skipped, stages, summarise
 from diagd.profiling.verify import open_reference, verify
 from diagd.progress import Progress
+from diagd.runtime import load
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
-from diagd.runtime.load import (
-    Measurement,
-    Measurements,
-    check_window,
-    keep_measured,
-    open_session,
-    with_threads,
-)
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.session import Session
@@ -135,7 +128,7 @@ def profile(
     began, progress = time.perf_counter(), progress or Progress()
     backend, bundle = backend or _backend(options), bundle.at_precision(options.precision)
     orders = orders_of(bundle.manifest.layout, options.ks, bundle.manifest.schedule.row_seed)
-    options = replace(options, cpu=with_threads(options.cpu, bundle, backend.name))
+    options = replace(options, cpu=load.with_threads(options.cpu, bundle, backend.name))
     device = backend.describe()
     ready = _load(bundle, options, backend, progress)
     with ready.session as session:
@@ -192,7 +185,9 @@ def _load(bundle: Bundle, options: ProfileOptions, backend: Backend, progress: P
         ceilings = backend.ceilings(options.cpu.threads)
     with progress.task("loading"):
         with start.stage("load"):
-            session = open_session(bundle, window=options.window, cpu=options.cpu, backend=backend, form=form)
+            session = load.open_session(
+                bundle, window=options.window, cpu=options.cpu, backend=backend, form=form
+            )
         pixels = _pixels(bundle, options, backend, start)
     workload = random_workload(session, options.prompt or session.window - 1, options.frames)
     return _Ready(session, workload, pixels, read_model(bundle, session.engine.form), ceilings, start)
@@ -302,7 +297,7 @@ RAGGED_FRAMES: Final = 16
 
 def measure_backends(
     bundle: Bundle, options: ProfileOptions, progress: Progress | None = None
-) -> tuple[Measurements, list[Skipped]]:
+) -> tuple[load.Measurements, list[Skipped]]:
     """Decode a few frames by the bundle's decoder by every backend and precision, and keep the times.
 
     One engine is open at a time, for idle threads of two would take each other's cores. The fastest is then
@@ -316,9 +311,9 @@ def measure_backends(
         UsageError: nothing runs here, or passes; the window or prompt does not fit.
     """
     began, progress = time.perf_counter(), progress or Progress()
-    window = check_window(bundle.manifest, options.window)
+    window = load.check_window(bundle.manifest, options.window)
     options = replace(options, window=window)
-    entries, skipped = list[Measurement](), list[Skipped]()
+    entries, skipped = list[load.Measurement](), list[Skipped]()
     precisions = [options.precision] if options.precision else bundle.manifest.precisions
     for backend, one in product(map(find, names()), map(bundle.at_precision, precisions)):
         name = f"{backend.name} {one.manifest.precisions[0]}"
@@ -330,7 +325,7 @@ def measure_backends(
                 entries.append(_measured(backend, one, bundle, options))
         except DiagdError as error:
             skipped.append(Skipped(order=name, reason=str(error)))
-    found = Measurements(
+    found = load.Measurements(
         date=datetime.date.today().isoformat(), order=bundle.manifest.spelling, entries=tuple(entries)
     )
     if (best := found.fastest()) is None:
@@ -339,11 +334,11 @@ def measure_backends(
     if not options.cpu.threads:
         entries += _by_threads(best, bundle, options, progress)
         found = found.model_copy(update={"entries": tuple(entries)})
-    keep_measured(bundle, found)
+    load.keep_measured(bundle, found)
     return found, skipped
 
 
-def _measured(backend: Backend, one: Bundle, bundle: Bundle, options: ProfileOptions) -> Measurement:
+def _measured(backend: Backend, one: Bundle, bundle: Bundle, options: ProfileOptions) -> load.Measurement:
     """Seconds of a frame behind a full window, and whether it passes.
 
     Raises:
@@ -353,11 +348,11 @@ def _measured(backend: Backend, one: Bundle, bundle: Bundle, options: ProfileOpt
     if not set(backend.forms) & set(forms_of(one)):
         raise UsageError(f"it runs {' or '.join(form.value for form in backend.forms)} graphs: export one")
     stored = one.manifest.precisions[0]
-    cpu = with_threads(options.cpu, one, backend.name)
-    with open_session(one, window=options.window, cpu=cpu, backend=backend) as session:
+    cpu = load.with_threads(options.cpu, one, backend.name)
+    with load.open_session(one, window=options.window, cpu=cpu, backend=backend) as session:
         seconds = _frame_seconds(session, options)
         passed = _passes(session, bundle, backend.computes(stored))
-    return Measurement(
+    return load.Measurement(
         backend=backend.name,
         precision=stored,
         computed=backend.computes(stored),
@@ -386,14 +381,14 @@ def _passes(session: Session, bundle: Bundle, precision: str) -> bool | None:
 
 
 def _by_threads(
-    best: Measurement, bundle: Bundle, options: ProfileOptions, progress: Progress
-) -> Iterator[Measurement]:
+    best: load.Measurement, bundle: Bundle, options: ProfileOptions, progress: Progress
+) -> Iterator[load.Measurement]:
     """The fastest with one thread, half of the cores and all of them, where it ran with others."""
     one = bundle.at_precision(best.precision)
     for threads in sorted({1, max(1, cores() // 2), cores()} - {best.threads}):
         with (
             progress.task(f"{best}, {threads} threads"),
-            open_session(
+            load.open_session(
                 one, window=options.window, cpu=CpuOptions(threads), backend=best.backend
             ) as session,
         ):

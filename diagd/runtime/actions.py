@@ -15,16 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.bundle.actions import (
-    ActionCodec,
-    ChoiceSlot,
-    ConstantSlot,
-    EdgesSlot,
-    FirstPressedSlot,
-    MuLawSlot,
-    RawInput,
-    Slot,
-)
+from diagd.bundle import actions as codecs
+from diagd.bundle.actions import ActionCodec
 from diagd.bundle.files import read_text, write_text
 from diagd.errors import UsageError, unknown
 
@@ -133,7 +125,7 @@ def _from_events(codec: ActionCodec, record: Mapping[str, Any]) -> dict[str, obj
     return {**dict.fromkeys(pressed, True), raw.camera: camera}
 
 
-def _events(raw: RawInput, record: Mapping[str, Any]) -> tuple[set[str], list[float]]:
+def _events(raw: codecs.RawInput, record: Mapping[str, Any]) -> tuple[set[str], list[float]]:
     """Pressed buttons, and (pitch, yaw) in degrees."""
     mouse = {"dx": 0.0, "dy": 0.0, "buttons": [], **record.get("mouse", {})}
     keys = record.get("keyboard", {}).get("keys", [])
@@ -173,18 +165,18 @@ def _numbers(name: str, value: object, count: int) -> tuple[float, ...]:
     return floats
 
 
-def _token(slot: Slot, inputs: Mapping[str, Any]) -> int:
-    if isinstance(slot, ConstantSlot):
+def _token(slot: codecs.Slot, inputs: Mapping[str, Any]) -> int:
+    if isinstance(slot, codecs.ConstantSlot):
         return slot.token
-    if isinstance(slot, ChoiceSlot):
+    if isinstance(slot, codecs.ChoiceSlot):
         return slot.first + int(inputs.get(slot.field, 0))
-    if isinstance(slot, MuLawSlot | EdgesSlot):
+    if isinstance(slot, codecs.MuLawSlot | codecs.EdgesSlot):
         number = inputs[slot.field][slot.component] if slot.field in inputs else 0.0
         return slot.first + (
-            _mu_law_bin(slot, number) if isinstance(slot, MuLawSlot) else _edge_bin(slot, number)
+            _mu_law_bin(slot, number) if isinstance(slot, codecs.MuLawSlot) else _edge_bin(slot, number)
         )
     pressed = [button.token for button in slot.buttons if inputs.get(button.name, False)]
-    found = pressed[:1] if isinstance(slot, FirstPressedSlot) or len(pressed) == 1 else []
+    found = pressed[:1] if isinstance(slot, codecs.FirstPressedSlot) or len(pressed) == 1 else []
     return found[0] if found else slot.none
 
 
@@ -192,11 +184,11 @@ def represented(codec: ActionCodec, field: str, ids: NDArray[np.integer[Any]]) -
     """What tokens say of a field: the middles of its bins, float64 [numbers of the field]."""
     numbers = np.zeros(codec.fields[field])
     for slot, token in zip(codec.slots, ids.tolist(), strict=True):
-        if isinstance(slot, MuLawSlot) and slot.field == field:
+        if isinstance(slot, codecs.MuLawSlot) and slot.field == field:
             level = 2 * (token - slot.first) / (slot.bins - 1) - 1
             share = math.copysign(((1 + slot.mu) ** abs(level) - 1) / slot.mu, level)
             numbers[slot.component] = slot.limit * share
-        elif isinstance(slot, EdgesSlot) and slot.field == field:
+        elif isinstance(slot, codecs.EdgesSlot) and slot.field == field:
             numbers[slot.component] = sum(slot.edges[token - slot.first :][:2]) / 2
     return numbers
 
@@ -205,11 +197,11 @@ def describe(codec: ActionCodec, ids: NDArray[np.integer[Any]]) -> dict[str, Any
     """An action as a line of an action file says it: `encode` of it gives the ids again."""
     action: dict[str, Any] = {}
     for slot, token in zip(codec.slots, ids.tolist(), strict=True):
-        if isinstance(slot, ChoiceSlot):
+        if isinstance(slot, codecs.ChoiceSlot):
             action[slot.field] = slot.names[token - slot.first]
-        elif isinstance(slot, MuLawSlot | EdgesSlot):
+        elif isinstance(slot, codecs.MuLawSlot | codecs.EdgesSlot):
             action[slot.field] = represented(codec, slot.field, ids).tolist()
-        elif not isinstance(slot, ConstantSlot):
+        elif not isinstance(slot, codecs.ConstantSlot):
             action |= {button.name: 1 for button in slot.buttons if button.token == token}
     return action
 
@@ -220,13 +212,13 @@ def write_actions(path: Path, codec: ActionCodec, actions: NDArray[np.integer[An
     write_text(path, "".join(lines))
 
 
-def _mu_law_bin(slot: MuLawSlot, number: float) -> int:
+def _mu_law_bin(slot: codecs.MuLawSlot, number: float) -> int:
     share = max(-slot.limit, min(slot.limit, number)) / slot.limit
     level = math.copysign(math.log(1 + slot.mu * abs(share)) / math.log(1 + slot.mu), share)
     return round((slot.limit * level + slot.limit) / (2 * slot.limit / (slot.bins - 1)))
 
 
-def _edge_bin(slot: EdgesSlot, number: float) -> int:
+def _edge_bin(slot: codecs.EdgesSlot, number: float) -> int:
     if not slot.edges[0] <= number < slot.edges[-1]:
         raise UsageError(
             f"component {slot.component} of '{slot.field}' is {number}; expected"

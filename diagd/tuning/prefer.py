@@ -28,20 +28,10 @@ from diagd.progress import Progress
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
+from diagd.tuning import reward
 from diagd.tuning.align import Ranks, TrainingState, beside, filled_text, together
 from diagd.tuning.options import PreferOptions, PreferTraining
 from diagd.tuning.preference import Lesson, tune
-from diagd.tuning.reward import (
-    Choice,
-    Figures,
-    Measures,
-    Probe,
-    RewardModel,
-    Transitions,
-    Verdict,
-    aim_of,
-    measures,
-)
 from diagd.tuning.rollouts import Rolling, Streams, open_roller, parts
 from diagd.tuning.source import read_model, tuned_manifest, write_model
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
@@ -85,8 +75,8 @@ class PreferReport:
     contexts: int
     pairs: int
     scores: tuple[float, float, float]
-    choice: Choice
-    verdicts: dict[str, Verdict]
+    choice: reward.Choice
+    verdicts: dict[str, reward.Verdict]
     chosen: str | None
 
 
@@ -143,7 +133,7 @@ def prefer(
         run = _Run(bundle.at_precision(), material, options, training, decoder, progress, ranks)
         lessons, scores, choice, reference = run.collect()
         before = run.measure(run.bundle, run.model, reference)
-        verdicts, states = dict[str, Verdict](), list[TrainingState]()
+        verdicts, states = dict[str, reward.Verdict](), list[TrainingState]()
         shared = None if options.who.cluster is None else output.resolve().parent  # which other nodes see
         with tempfile.TemporaryDirectory(dir=shared) as folder:
             for name, lesson in lessons.items():
@@ -151,8 +141,8 @@ def prefer(
                 states.append(state)
                 tuned = f"{TUNED[name]}, {training.steps} steps"
                 made = write_model(run.bundle, model, Path(folder) / name, tuned_manifest(run.bundle, tuned))
-                verdicts[name] = Verdict.of(before, run.measure(Bundle.open(made), model, reference))
-            chosen = _best(verdicts, aim_of(before))
+                verdicts[name] = reward.Verdict.of(before, run.measure(Bundle.open(made), model, reference))
+            chosen = _best(verdicts, reward.aim_of(before))
             if chosen is not None and ranks.is_first:
                 with atomic_bundle(output) as directory:
                     shutil.copytree(Path(folder) / chosen, directory, dirs_exist_ok=True)
@@ -176,7 +166,7 @@ TUNED = {
 """Ways to spend the steps, and what is said of the result."""
 
 
-def _best(verdicts: dict[str, Verdict], aim: str) -> str | None:
+def _best(verdicts: dict[str, reward.Verdict], aim: str) -> str | None:
     """What passed the gate and gains most."""
     changes = {name: verdict.changes[aim] for name, verdict in verdicts.items() if not verdict.breaches}
     return max(changes, key=lambda name: changes[name].after - changes[name].before, default=None)
@@ -211,10 +201,10 @@ class _Run:
         self.probes = self._probes()
         self.probe_report = self._check_probe(self.probes[1]) if self.probes else None
         streams, logits, device = material.train, self._logits(self.model), training.device
-        learned = RewardModel.learn(self.model.config, streams, options.prompt, logits, device=device)
+        learned = reward.RewardModel.learn(self.model.config, streams, options.prompt, logits, device=device)
         self.rewards = [replace(learned, probe=probe) for probe in self.probes or (None,)]
 
-    def collect(self) -> tuple[dict[str, Lesson], NDArray[np.float64], Choice, Figures]:
+    def collect(self) -> tuple[dict[str, Lesson], NDArray[np.float64], reward.Choice, reward.Figures]:
         """What to train on, scores [M, R] of all rollouts, what they tell, and figures they refer to."""
         options, count = self.options, self.options.rollouts
         rolled = self._roll_out(self.bundle, self.contexts, count, "rolling out", _UNFILTERED)
@@ -232,7 +222,7 @@ class _Run:
         judge = self.rewards[-1]
         true = judge.reread({}, self.contexts) or judge.figures(self.contexts)
         truth = true["followed"] if "followed" in true else judge.score(true, figures)
-        return lessons, scores, Choice.of(scores, others, aim, float(truth.mean())), figures
+        return lessons, scores, reward.Choice.of(scores, others, aim, float(truth.mean())), figures
 
     def train(self, name: str, lesson: Lesson) -> tuple[Transformer, TrainingState]:
         """A tuned copy of the model, and the state of its training."""
@@ -251,13 +241,13 @@ class _Run:
             )
         return model, state
 
-    def measure(self, bundle: Bundle, model: Transformer, reference: Figures) -> Measures:
+    def measure(self, bundle: Bundle, model: Transformer, reference: reward.Figures) -> reward.Measures:
         """What the gate compares: by the other probe, on contexts that were held out."""
         rolled = self._roll_out(bundle, self.judged, SEEDS, "judging", self.options.sampling)
         raster = Schedule.next_token(self.layout)
         passes = ForcedPasses([raster], self._frames)
         nll = forced_nll(self._logits(model), passes, self.judged, 0, device=self.training.device)
-        return measures(self.rewards[-1], rolled, reference, np.nanmean(nll, axis=1, dtype=np.float64))
+        return reward.measures(self.rewards[-1], rolled, reference, np.nanmean(nll, axis=1, dtype=np.float64))
 
     @property
     def _frames(self) -> int:
@@ -267,23 +257,22 @@ class _Run:
         device = self.training.device
         return partial(model.to(device).eval(), text=filled_text(model, self.material.text, device))
 
-    def _probes(self) -> list[Probe]:
+    def _probes(self) -> list[reward.Probe]:
         """One that rewards and one that judges, which did not learn alike; none where nothing varies."""
-        seen = Transitions.of(self.material.train, self.layout)
+        seen = reward.Transitions.of(self.material.train, self.layout)
         if not seen.vary:
             return []
         steps, seed = self.options.probe_steps, 2 * self.training.seed
         made = []
         for n, title in enumerate(("learning to read actions", "and the gate, likewise")):
             with self.progress.count(title, steps) as advance:
-                vocabulary = self.bundle.manifest.vocabulary
-                made.append(
-                    Probe.fit(seen, vocabulary, steps=steps, seed=seed + n, report=lambda _: advance(1))
-                )
+                ids = self.bundle.manifest.vocabulary
+                fit = reward.Probe.fit(seen, ids, steps=steps, seed=seed + n, report=lambda _: advance(1))
+                made.append(fit)
         return made
 
-    def _check_probe(self, probe: Probe) -> ProbeReport:
-        true = Transitions.of(self.material.held, self.layout)
+    def _check_probe(self, probe: reward.Probe) -> ProbeReport:
+        true = reward.Transitions.of(self.material.held, self.layout)
         likely, right = probe.read(true)
         swapped, _ = probe.read(replace(true, led=np.random.default_rng(0).permutation(true.led)))
         found = ProbeReport(

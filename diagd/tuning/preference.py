@@ -18,16 +18,7 @@ from torch.nn import functional
 
 from diagd.errors import UsageError
 from diagd.export.transformer import Transformer
-from diagd.tuning.align import (
-    Mixture,
-    Ranks,
-    Report,
-    TrainingState,
-    add_low_rank,
-    filled_text,
-    merged,
-    without_low_rank,
-)
+from diagd.tuning import align
 from diagd.tuning.options import PreferTraining
 from diagd.tuning.rollouts import Streams
 from diagd.tuning.teacher_forcing import window_nll
@@ -120,21 +111,21 @@ def tune(
     lesson: Lesson,
     prompt: int,
     options: PreferTraining,
-    report: Report | None = None,
+    report: align.Report | None = None,
     *,
     text: NDArray[np.float32] | None = None,
-    ranks: Ranks | None = None,
-) -> TrainingState:
+    ranks: align.Ranks | None = None,
+) -> align.TrainingState:
     """Train low-rank updates in place and merge them; gives the state of the training, to be removed.
 
     Without rejected windows, a step takes twice as many preferred ones: equal steps are an equal budget. The
     first ``prompt`` frames of each window are known; the text is as in ``align``. ``ranks`` do it together,
     each its share of every batch; None: this process alone.
     """
-    mixture = Mixture(model, lesson.preferred, options, prompt)
+    mixture = align.Mixture(model, lesson.preferred, options, prompt)
     model.to(options.device).train()
-    trained, ranks = add_low_rank(model, options), ranks or Ranks(0, 1, options.device)
-    filled = filled_text(model, text, options.device)
+    trained, ranks = align.add_low_rank(model, options), ranks or align.Ranks(0, 1, options.device)
+    filled = align.filled_text(model, text, options.device)
     nll, base_nll = (partial(window_nll, partial(one, text=filled)) for one in (ranks.wrapped(model), model))
 
     def loss(step: int) -> Tensor:
@@ -147,12 +138,12 @@ def tune(
         found = nll(batch, autocast=options.autocast).view(len(windows), -1)
         if lesson.rejected is None:
             return share * found.mean()
-        with torch.no_grad(), without_low_rank(model):
+        with torch.no_grad(), align.without_low_rank(model):
             reference = base_nll(batch, autocast=options.autocast).view_as(found)
         weights = torch.from_numpy(lesson.weights[picked[mine]]).to(found)
         return share * preference_loss(found, reference, weights, lesson.strength, lesson.anchor)
 
-    state = TrainingState(options, lesson.arrays, trained, ranks)
+    state = align.TrainingState(options, lesson.arrays, trained, ranks)
     state.descend(loss, report)
-    merged(model)
+    align.merged(model)
     return state

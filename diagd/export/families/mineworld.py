@@ -6,16 +6,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final
 
-from diagd.bundle.actions import (
-    ActionCodec,
-    Button,
-    ConstantSlot,
-    FirstPressedSlot,
-    MuLawSlot,
-    OnlyPressedSlot,
-    RawInput,
-    Slot,
-)
+from diagd.bundle import actions
+from diagd.bundle.actions import ActionCodec
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.bundle.transformer import TransformerConfig, linear_rotary
 from diagd.export.families import LLAMA, Family, named_rules
@@ -148,20 +140,20 @@ def mineworld_actions() -> ActionCodec:
     """
     return ActionCodec(
         slots=(
-            ConstantSlot(token=_BEGIN),
+            actions.ConstantSlot(token=_BEGIN),
             _camera(0),
             _camera(1),
-            FirstPressedSlot(buttons=_buttons(*_HOTBAR), none=_NONE),
+            actions.FirstPressedSlot(buttons=_buttons(*_HOTBAR), none=_NONE),
             _either("forward", "back"),
             _either("left", "right"),
             _either("sprint", "sneak"),
             _either("use", "attack"),
             _either("jump"),
             _either("drop", "pickItem"),
-            ConstantSlot(token=_END),
+            actions.ConstantSlot(token=_END),
         ),
         ignored=("swapHands", "inventory", "ESC"),
-        raw=RawInput(
+        raw=actions.RawInput(
             keys={f"key.keyboard.{key}": button for key, button in _KEYS.items()},
             mouse_buttons=("attack", "use", "pickItem"),
             camera="camera",
@@ -178,16 +170,16 @@ def mineworld_actions() -> ActionCodec:
     )
 
 
-def _buttons(*names: str) -> tuple[Button, ...]:
-    return tuple(Button(name=name, token=_TOKENS[name]) for name in names)
+def _buttons(*names: str) -> tuple[actions.Button, ...]:
+    return tuple(actions.Button(name=name, token=_TOKENS[name]) for name in names)
 
 
-def _either(*names: str) -> Slot:
-    return OnlyPressedSlot(buttons=_buttons(*names), none=_NONE)
+def _either(*names: str) -> actions.Slot:
+    return actions.OnlyPressedSlot(buttons=_buttons(*names), none=_NONE)
 
 
-def _camera(component: int) -> Slot:
-    return MuLawSlot(
+def _camera(component: int) -> actions.Slot:
+    return actions.MuLawSlot(
         field="camera",
         component=component,
         limit=90.0,
