@@ -242,15 +242,12 @@ def _root() -> Path | None:
 
 
 def _home() -> Path | None:
-    given = os.environ.get("HOME", "") if sys.platform != "win32" else os.environ.get("USERPROFILE", "")
-    if Path(given).is_absolute():
-        return Path(given)
-    try:
-        import pwd
+    home = Path(os.environ.get("HOME" if sys.platform != "win32" else "USERPROFILE", ""))
+    with suppress(ImportError, AttributeError, KeyError):
+        if not home.is_absolute():
+            import pwd
 
-        home = Path(pwd.getpwuid(os.getuid()).pw_dir)
-    except (ImportError, AttributeError, KeyError):
-        return None
+            home = Path(pwd.getpwuid(os.getuid()).pw_dir)
     return home if home.is_absolute() else None
 
 

@@ -68,7 +68,11 @@ def turn(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield taken
     finally:
         if file is not None:
-            _release(file, name)
+            with suppress(OSError):  # Windows removes no open file; it stays, and is used again
+                if _is_at(file, name):  # while it is locked: whoever opened it before sees that it is gone
+                    name.unlink(missing_ok=True)
+            _unlock(file)
+            file.close()
 
 
 def _acquire(name: Path, path: Path, wait: bool) -> BinaryIO | None:
@@ -90,15 +94,6 @@ def _acquire(name: Path, path: Path, wait: bool) -> BinaryIO | None:
                 holder = file.read(500).decode(errors="replace") or "another diagd"
                 _LOG.warning("waiting for %s, which writes %s", holder, path)
         time.sleep(_POLL_SECONDS)
-
-
-def _release(file: BinaryIO, name: Path) -> None:
-    """Remove the file while it is locked: whoever opened it before sees that it is gone."""
-    with suppress(OSError):  # Windows removes no open file; it stays, and is used again
-        if _is_at(file, name):
-            name.unlink(missing_ok=True)
-    _unlock(file)
-    file.close()
 
 
 def _is_at(file: BinaryIO, name: Path) -> bool:

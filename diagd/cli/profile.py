@@ -17,7 +17,7 @@ from diagd.errors import DependencyError, UsageError
 from diagd.options import File, Flag, checked, flag, positional
 from diagd.profiling.page import page
 from diagd.profiling.profile import ProfileOptions, measure_backends, profile
-from diagd.profiling.report import Comparison, Report, Run, compare, read_report
+from diagd.profiling.report import Report, Run, compare, read_report
 from diagd.progress import Progress
 
 EXAMPLES = """examples:
@@ -119,11 +119,25 @@ def _check_trace(trace: Path, output: Path) -> None:
 
 def _compare(before: Path, after: Path, *, as_json: bool) -> int:
     comparison = compare(read_report(before), read_report(after))
+    code = REGRESSION if comparison.regressions else 0
     if as_json:
         terminal.print_json(asdict(comparison))
-    else:
-        _print_comparison(terminal.console(), comparison)
-    return REGRESSION if comparison.regressions else 0
+        return code
+    console, colours = terminal.console(), {"slower": "red", "faster": "green"}
+    rows: list[tuple[str | Text, ...]] = []
+    shown = [change for change in comparison.changes if change.verdict != "too few"]
+    for change in shown:
+        colour = colours.get(change.verdict)
+        times = f"{1e3 * change.before:.4g}", f"{1e3 * change.after:.4g}", f"{change.ratio:.3f}"
+        verdict = terminal.styled(change.verdict, colour) if colour else change.verdict
+        rows.append((change.order, change.width, *times, f"{change.low:.3f} .. {change.high:.3f}", verdict))
+    heads = ("order", "steps", "before ms", "after ms", "ratio", "99 % interval", "")
+    terminal.print_table(console, heads, rows)
+    if few := len(comparison.changes) - len(shown):
+        console.print(f"{few} more have too few steps to say")
+    for note in comparison.notes:
+        console.print(f"note: {note}")
+    return code
 
 
 def _print(console: Console, report: Report) -> None:
@@ -164,23 +178,6 @@ def _print_stages(console: Console, run: Run) -> None:
         rows.append((stage.name, str(numbers.count), *shown, f"{numbers.total / run.wall:.1%}"))
     heads = ("stage", "count", "p50 ms", "p90", "p99", "max", "of the run")
     terminal.print_table(console, heads, rows, f"stages, {run.order}")
-
-
-def _print_comparison(console: Console, comparison: Comparison) -> None:
-    colours = {"slower": "red", "faster": "green"}
-    rows: list[tuple[str | Text, ...]] = []
-    shown = [change for change in comparison.changes if change.verdict != "too few"]
-    for change in shown:
-        colour = colours.get(change.verdict)
-        times = f"{1e3 * change.before:.4g}", f"{1e3 * change.after:.4g}", f"{change.ratio:.3f}"
-        verdict = terminal.styled(change.verdict, colour) if colour else change.verdict
-        rows.append((change.order, change.width, *times, f"{change.low:.3f} .. {change.high:.3f}", verdict))
-    heads = ("order", "steps", "before ms", "after ms", "ratio", "99 % interval", "")
-    terminal.print_table(console, heads, rows)
-    if few := len(comparison.changes) - len(shown):
-        console.print(f"{few} more have too few steps to say")
-    for note in comparison.notes:
-        console.print(f"note: {note}")
 
 
 VERB = Verb(ProfileVerb, run, EXAMPLES)

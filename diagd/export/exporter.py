@@ -130,7 +130,10 @@ class Exporter:
             until_in_place.enter_context(partial)
             self._write_weights(partial, sources.transformer, progress)
             manifest = self._write_rest(directory, partial, sources, progress)
-            self._write_prompts(directory, place)
+            if self.family.prompts is not None and not (place / PROMPTS_NAME).exists():
+                (directory / PROMPTS_NAME).mkdir()  # the user's from then on
+                for picture in self.family.prompts.iterdir():
+                    shutil.copyfile(picture, directory / PROMPTS_NAME / picture.name)
             return manifest
 
     def check(self, sources: Sources) -> None:
@@ -143,14 +146,6 @@ class Exporter:
                     "tokenizer=FILE, or --set tokenizer=none to leave the pixel graphs out"
                 )
             check(sources.tokenizer, self.family.tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
-
-    def _write_prompts(self, directory: Path, place: Path) -> None:
-        """Pictures that worlds start from, which are the user's from then on."""
-        if self.family.prompts is None or (place / PROMPTS_NAME).exists():
-            return
-        (directory / PROMPTS_NAME).mkdir()
-        for picture in self.family.prompts.iterdir():
-            shutil.copyfile(picture, directory / PROMPTS_NAME / picture.name)
 
     def _write_rest(
         self, directory: Path, partial: ResumableWeights, sources: Sources, progress: Progress

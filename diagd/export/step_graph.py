@@ -312,21 +312,18 @@ def _names(config: TransformerConfig, form: Form, variant: StepVariant) -> tuple
 def _inputs(traits: FormTraits, capacity: int, streams: int) -> dict[str, tuple[Any, Any]]:
     """Examples and dynamic axes of a step's inputs but the cache, by name; None: the form has none."""
     rows, buffer, logits = 5, 17, 3  # pairwise different, so that no two axes are taken for one
-    inputs: dict[str, tuple[Any, Any]] = {"token_buffer": (_empty(buffer), {0: "N"})}
-    if traits.fixed:
-        lead = (streams,) if streams > 1 else ()
-        grid = {len(lead): "W"}
-        inputs |= {name: (_empty(*lead, rows), grid) for name in ("sources", "positions")}
-        inputs["slot_position"] = _empty(*lead, capacity), None
-        return inputs | {
-            "write_index": (_empty(streams, dtype=torch.int64), None),
-            "logit_rows": (None, None),
-        }
-    grid = {0: "B", 1: "W"}
-    inputs |= {name: (_empty(2, rows), grid) for name in ("sources", "positions")}
-    inputs["slot_position"] = _empty(11, 2), {0: "T", 1: "B"}
-    inputs["write_index"] = _empty(2, rows, dtype=torch.int64), grid
-    return inputs | {"logit_rows": (_empty(logits), {0: "R"})}
+    lead = (2,) if not traits.fixed else (streams,) if streams > 1 else ()
+    grid = {len(lead): "W"} if traits.fixed else {0: "B", 1: "W"}
+    index = (streams,) if traits.fixed else (2, rows)
+    slots = (_empty(*lead, capacity), None) if traits.fixed else (_empty(11, 2), {0: "T", 1: "B"})
+    return {
+        "token_buffer": (_empty(buffer), {0: "N"}),
+        "sources": (_empty(*lead, rows), grid),
+        "positions": (_empty(*lead, rows), grid),
+        "slot_position": slots,
+        "write_index": (_empty(*index, dtype=torch.int64), None if traits.fixed else grid),
+        "logit_rows": (None, None) if traits.fixed else (_empty(logits), {0: "R"}),
+    }
 
 
 def trace_text(config: TransformerConfig, dtype: torch.dtype = torch.float32) -> ir.Model:

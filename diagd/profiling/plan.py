@@ -112,12 +112,10 @@ class Planned:
     clip: int = setting("frames made at the end of one context; 1 for a sliding window", 1, ge=1)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("precision", self.precision, PRECISIONS),
-            ("K/V cache", self.kv_cache, KV_CACHES),
-        ):
-            if value is not None and value not in known:
-                raise unknown(name, value, known)
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
+        if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
+            raise unknown("K/V cache", self.kv_cache, KV_CACHES)
 
     def check(self, model: ModelSize) -> None:
         """Refuse what the model has not; UsageError: a row lag, a window, sessions or a clip beyond it."""

@@ -27,20 +27,11 @@ if TYPE_CHECKING:
     from diagd.export.weights import WeightSource
 
 MODULES = {
-    "cosmos-4b": "cosmos",
-    "cosmos-12b": "cosmos",
-    "cosmos-5b-video2world": "cosmos",
-    "cosmos-13b-video2world": "cosmos",
-    "wham-200m": "wham",
-    "wham-1.6b": "wham",
-    "mineworld-300m": "mineworld",
-    "mineworld-700m": "mineworld",
-    "mineworld-700m-32f": "mineworld",
-    "mineworld-1200m": "mineworld",
-    "mineworld-1200m-32f": "mineworld",
-    "crafter-3m": "world",
-    "doom-3m": "world",
-    "world": "world",
+    **dict.fromkeys(("cosmos-4b", "cosmos-12b", "cosmos-5b-video2world", "cosmos-13b-video2world"), "cosmos"),
+    **dict.fromkeys(("wham-200m", "wham-1.6b"), "wham"),
+    **dict.fromkeys(("mineworld-300m", "mineworld-700m", "mineworld-700m-32f"), "mineworld"),
+    **dict.fromkeys(("mineworld-1200m", "mineworld-1200m-32f"), "mineworld"),
+    **dict.fromkeys(("crafter-3m", "doom-3m", "world"), "world"),
 }
 """Module of this package that holds each model, as ``build(name, checkpoint)``."""
 
