@@ -26,8 +26,8 @@ Class = TypeVar("Class")
 
 @dataclass_transform(frozen_default=True)
 def checked(options: type[Class]) -> type[Class]:
-    """Make a class a dataclass of options, whose values pydantic checks, and which takes no others."""
-    made = pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+    """Make a class a dataclass of options, whose finite values pydantic checks, and which takes no others."""
+    made = pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
     return cast(type[Class], made(options))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
 from diagd.cluster import ClusterOptions
 from diagd.engines.backend import CHOICES
 from diagd.errors import UsageError, unknown
@@ -37,7 +39,7 @@ class CollectOptions:
     seed: int = flag(
         "episode n plays in world seed + n: disjoint sets need seeds that many apart (default 0)", 0
     )
-    move_share: float = 0.72
+    move_share: float = Field(0.72, ge=0, le=1)
     who: ClusterOptions = ClusterOptions(workers=2)
 
     def __post_init__(self) -> None:
@@ -92,8 +94,8 @@ class TrainOptions:
     codes: int = setting("ids of the tokenizer", 512, ge=1)
     patch: int = setting("pixels along a side of a cell", 8, ge=1)
     tokenizer_steps: int = setting("optimiser steps of a learned tokenizer", 3000, ge=1)
-    matrix_rate: float = 0.02
-    other_rate: float = 3e-3
+    matrix_rate: float = Field(0.02, gt=0)
+    other_rate: float = Field(3e-3, gt=0)
     seed: int = flag("of tokenizer, weights and batches (default 0)", 0, **SEED)
     device: str = flag("cpu, cuda for every GPU, or cuda:1 for one", "cpu")
     processes: int | None = setting(
@@ -102,7 +104,7 @@ class TrainOptions:
         None,
         le=1024,
     )
-    checkpoint_every: int = 100
+    checkpoint_every: int = Field(100, ge=1)
 
     def __post_init__(self) -> None:
         from diagd.export.families.world import SIZES
@@ -164,7 +166,7 @@ class EvalOptions:
     """
 
     windows: int = setting("windows of the teacher-forced likelihood", 64)
-    window_frames: int = 8
+    window_frames: int = Field(8, ge=2)
     rollouts: int = setting("continuations that are generated", 96)
     prompt: int = setting("known frames of a continuation", 2)
     frames: int = setting("generated frames of a continuation", 4)
@@ -222,9 +224,9 @@ class EvalRun:
     drafts: DraftOptions = DraftOptions()
     threads: int = setting("CPU threads of one process without workers, 0 for one a core", 0, ge=0)
     long_frames: int = setting(
-        "frames of the long continuations that drift is measured on (default 0: none)", 0
+        "frames of the long continuations that drift is measured on (default 0: none)", 0, ge=0
     )
-    long_rollouts: int = 8
+    long_rollouts: int = Field(8, ge=2)
     probe_steps: int = setting("optimiser steps of the probe that reads actions off frames", 600, ge=1)
     networks: tuple[File, ...] = flag("ONNX file of a metric", (), Flag("network", repeated=True))
     geometry: File | None = setting(

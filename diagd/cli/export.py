@@ -12,7 +12,7 @@ from diagd.cli import terminal
 from diagd.cli.options import Verb
 from diagd.errors import UsageError, require
 from diagd.export.options import GraphOptions
-from diagd.options import SIZE, File, checked, flag, setting
+from diagd.options import SEED, SIZE, File, checked, flag, setting
 from diagd.progress import Progress
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ExportOptions:
     model: str = flag("name of the model; `diagd models` lists them")
     checkpoint: str | None = flag("file, folder or hf://org/name[@revision]", None)
     random_weights: bool = flag("no checkpoint: measure latency only", False)
-    seed: int = flag("of random weights (default 0)", 0)
+    seed: int = flag("of random weights (default 0)", 0, **SEED)
     output: File | None = flag("bundle to write (default MODEL.diagd)", None)
     dry_run: bool = flag("print files, sizes and memory; write nothing", False)
     tokenizer: str | None = setting("checkpoint of the video tokenizer, or 'none'", None)

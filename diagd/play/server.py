@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
+from pydantic import Field
 from typing_extensions import override
 
 from diagd.errors import DiagdError, UsageError, require
@@ -48,9 +49,9 @@ class Limits:
     idle: float = setting("of play: seconds a player may press nothing", 300, gt=0)
     game: float = setting("of play: seconds of a game", 900, gt=0)
     drain: float = setting("of play: seconds that players have after SIGTERM", 30, ge=0)
-    hello_seconds: float = 5.0
-    messages_per_second: float = 240.0
-    texts: int = 64
+    hello_seconds: float = Field(5.0, gt=0)
+    messages_per_second: float = Field(240.0, gt=0)
+    texts: int = Field(64, ge=1)
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,7 @@ class ProfileOptions:
 
     ks: Numbers = flag("row lags, each serial and chained", (1, 2), Flag("k"))
     frames: int = flag("of each order, two or more", 4, le=1_000_000)
-    fps: float | None = setting(
-        "count frames that come later than this rate allows", None, gt=0, allow_inf_nan=False
-    )
+    fps: float | None = setting("count frames that come later than this rate allows", None, gt=0)
     backend: str = setting(CHOICES, CPU)
     engine: str | None = setting("form of the step graph on the CPU (default: the fastest)", None)
     precision: str | None = setting("of the step graph (default: the bundle's first)", None)

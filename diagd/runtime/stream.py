@@ -209,7 +209,13 @@ class Stream:
         self.unsent = [(np.arange(self.places.size, dtype=np.int32), np.zeros(self.places.size, np.int32))]
 
     def follow(self, actions: Actions, frames: int | None = None) -> None:
-        """Take the actions of a run and how many frames it has at most; frames in flight are given up."""
+        """Take the actions of a run and how many frames it has at most; frames in flight are given up.
+
+        Raises:
+            UsageError: so many frames cannot be.
+        """
+        if frames is not None and not 0 <= frames < float("inf"):
+            raise UsageError(f"count is {frames}; expected 0 frames or more, or None for all of the actions")
         self.begun, self.rejected, self.acting, self._asked = self.known, None, False, None
         self.newer = self._renewed = None
         self._led = {frame: ids for frame, ids in self._led.items() if frame < self.known}

@@ -19,7 +19,9 @@ class AlignOptions:
     shares: tuple[tuple[float, Schedule], ...] = ()
     steps: int = setting("optimiser steps", 200, ge=1)
     batch: int = flag("windows of a step", 8, ge=1)
-    rate: float = flag("peak learning rate; it falls linearly to 0 after a warm-up of a twentieth", 3e-4)
+    rate: float = flag(
+        "peak learning rate; it falls linearly to 0 after a warm-up of a twentieth", 3e-4, ge=0
+    )
     rank: int = setting(
         "of low-rank updates of every matrix (arXiv 2106.09685); 0 trains all weights", 0, ge=0
     )
@@ -31,17 +33,15 @@ class AlignOptions:
     )
     keep_every: int = setting("steps between two writes of resume", 100, ge=1)
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.rate < float("inf"):
-            raise UsageError(f"learning rate {self.rate}: expected 0 or more, finite, such as 3e-4")
-
 
 @checked
 class PreferTraining(AlignOptions):
     """How low-rank updates are trained on preferences: see ``AlignOptions``."""
 
     batch: int = setting("pairs of a step", 4, ge=1)
-    rate: float = setting("peak learning rate; it falls linearly to 0 after a warm-up of a twentieth", 1e-4)
+    rate: float = setting(
+        "peak learning rate; it falls linearly to 0 after a warm-up of a twentieth", 1e-4, ge=0
+    )
     rank: int = setting("of low-rank updates of every matrix", 8, ge=1)
 
 

@@ -83,6 +83,7 @@ def test_a_dry_run_predicts_the_size(workplace: Workplace, capsys: pytest.Captur
             "--set tokenizer=vae.ckpt and --random-weights: weights come from one of them",
         ),
         (["--model", "world"], "--checkpoint FOLDER"),
+        (["--model", "crafter-3m", "--random-weights", "--seed", "-1"], "--seed -1: Input should be greater"),
         (["--model", "crafter-3m", "--form", "portable", "--set", "window=1"], "window 1 is outside 2..8"),
         (["--model", "crafter-3m", "--form", "portable", "--set", "window=9"], "window 9 is outside 2..8"),
         (["--model", "crafter-3m", "--checkpoint", ""], "empty"),

@@ -105,6 +105,8 @@ def test_help_shows_values_as_they_are_given(capsys: pytest.CaptureFixture[str])
         (("a", "--seed", "abov"), "--seed abov: unknown seed 'abov'; did you mean 'above'?"),
         (("a", "--set", "threads=-1"), "--set threads=-1: Input should be greater than or equal to 0"),
         (("a", "--set", "engine.frames=x"), "--set engine.frames=x: Input should be a valid integer"),
+        (("a", "--set", "share=nan"), "--set share=nan: Input should be a finite number"),
+        (("a", "--set", "share=inf"), "--set share=inf: Input should be a finite number"),
         (("a", "--set", "thread=1"), "did you mean 'threads'?"),
         (("a", "--set", "seed=above"), "unknown option of --set 'seed': it is no setting, give --seed"),
         (("a", "--set", "hidden=0"), "unknown option of --set 'hidden'"),

@@ -192,6 +192,15 @@ def test_a_run_that_was_overtaken_says_so(bundle: Path) -> None:
         next(first)
 
 
+@pytest.mark.parametrize("count", [-1, float("nan"), float("inf")])
+def test_a_count_that_cannot_be_is_refused(bundle: Path, count: int) -> None:
+    session = diagd.load(bundle, threads=1)
+    prompt(session)
+    with pytest.raises(UsageError, match="0 frames or more"):
+        session.frames(None, lambda frame: actions(session.layout, 1)[0], count=count)
+    assert not list(session.frames(None, actions(session.layout, 1), count=0))
+
+
 @pytest.mark.parametrize("steps", [1, 7, 11])
 @pytest.mark.parametrize(("name", "before"), [("k=1 serial", 0), ("k=1 serial", 13), ("k=1 chained", 0)])
 def test_an_abandoned_run_leaves_no_guess_in_sight(bundle: Path, name: str, before: int, steps: int) -> None:
