@@ -8,7 +8,7 @@ if they agree at every cell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,12 +176,9 @@ class Candidate:
         with closing(open_fixed(self.bundle, engine.form, options)) as source:
             plain = session_over(self.bundle, source, window, self.cpu)
             feeds = capture_feeds(plain, source, engine.padded_widths)
-        reference = PlainGraph(self.bundle.file(graphs_of(self.bundle, engine.form)[0].file))
-
-        def evaluate(arrays: Tensors) -> Tensors:
-            return engine.evaluate(arrays, reference.outputs)
-
-        return compare_tensors(self.name, evaluate, reference, feeds, tolerance_of(self.precision).error)
+        expected = plain_outputs(self.bundle.file(graphs_of(self.bundle, engine.form)[0].file), feeds)
+        found = engine.evaluate(feeds, list(expected))
+        return compare_tensors(self.name, found, expected, tolerance_of(self.precision).error)
 
 
 def candidates(bundle: Bundle, name: str | None, window: int, cpu: CpuOptions) -> Iterator[Candidate]:
@@ -267,8 +264,7 @@ def exactness(
 
 
 Tensors = dict[str, NDArray[Any]]
-Evaluate = Callable[[Tensors], Mapping[str, NDArray[Any]]]
-"""Outputs of a step graph by name, from its inputs by name."""
+"""Inputs or outputs of a step graph, by name."""
 
 
 @dataclass(frozen=True)
@@ -281,18 +277,13 @@ class TensorVerdict:
     passed: bool
 
 
-def compare_tensors(
-    engine: str, evaluate: Evaluate, reference: Evaluate, feeds: Tensors, bound: float
-) -> list[TensorVerdict]:
-    """Run a step on an engine, and on ONNX Runtime's CPU provider with its optimiser off.
+def compare_tensors(engine: str, found: Tensors, expected: Tensors, bound: float) -> list[TensorVerdict]:
+    """Compare the outputs of one step on an engine with those of ``plain_outputs``, in the graph's order.
 
     Where an engine fails its gate, its cells say so; these tensors say in which layer it begins. ``bound`` is
     of the greatest difference over the greatest value of the reference, for every tensor.
-
-    Returns:
-        The outputs in the graph's order.
     """
-    expected, found, verdicts = reference(feeds), evaluate(feeds), []
+    verdicts = []
     for name, values in expected.items():
         right, seen = values.astype(np.float32), found[name].astype(np.float32)
         error = float(np.abs(seen - right).max()) / max(float(np.abs(right).max()), 1e-30)
@@ -300,22 +291,15 @@ def compare_tensors(
     return verdicts
 
 
-class PlainGraph:
-    """A step graph on one thread of ONNX Runtime's CPU provider with its optimiser off.
+def plain_outputs(graph: Path, feeds: Tensors) -> Tensors:
+    """All outputs of a step on one thread of ONNX Runtime's CPU provider with its optimiser off.
 
-    Attributes:
-        outputs: names, in the graph's order.
+    Arrays that the graph does not take are left out.
     """
-
-    def __init__(self, graph: Path) -> None:
-        self._session = open_plainly(graph)
-        self._inputs = {value.name for value in self._session.get_inputs()}
-        self.outputs = [value.name for value in self._session.get_outputs()]
-
-    def __call__(self, feeds: Tensors) -> Tensors:
-        """All outputs; arrays that the graph does not take are left out."""
-        arrays = {name: array for name, array in feeds.items() if name in self._inputs}
-        return dict(zip(self.outputs, self._session.run(self.outputs, arrays), strict=True))
+    session = open_plainly(graph)
+    taken = {value.name: feeds[value.name] for value in session.get_inputs()}
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, taken), strict=True))
 
 
 def capture_feeds(session: Session, engine: Executor, pad: Callable[[Int], Int]) -> Tensors:

@@ -10,11 +10,10 @@ import pytest
 
 from diagd.bundle import Bundle, Form, read_manifest, seal
 from diagd.engines.backend import graphs_of
-from diagd.engines.engine import Engine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.processor import open_fixed
 from diagd.export.exporter import GraphOptions
-from diagd.profiling.verify import Evaluate, PlainGraph, Tensors, capture_feeds, compare_tensors, tolerance_of
+from diagd.profiling.verify import Tensors, capture_feeds, compare_tensors, plain_outputs, tolerance_of
 from diagd.runtime.load import session_over, step_options
 from tests.engines.host_device import HostDevice, executor_over, host_kernels
 from tests.models import export_small
@@ -41,10 +40,6 @@ def graph_of(bundle: Bundle, form: Form) -> Path:
 def feeds_of(bundle: Bundle, form: Form) -> Tensors:
     engine = open_fixed(bundle, form, step_options(bundle.manifest, 4, cpu=CPU))
     return capture_feeds(session_over(bundle, engine, 4, CPU), engine, engine.padded_widths)
-
-
-def evaluation(engine: Engine, graph: PlainGraph) -> Evaluate:
-    return lambda feeds: engine.evaluate(feeds, graph.outputs)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +74,10 @@ def test_a_captured_step_is_a_real_one(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_onnxruntime_against_itself(bundle: Bundle, form: Form, capsys: pytest.CaptureFixture[str]) -> None:
-    graph = PlainGraph(graph_of(bundle, form))
+    feeds = feeds_of(bundle, form)
+    plain = plain_outputs(graph_of(bundle, form), feeds)
     engine = open_fixed(bundle, form, step_options(bundle.manifest, 4, cpu=CPU))
-    found = compare_tensors("optimised", evaluation(engine, graph), graph, feeds_of(bundle, form), BOUND)
+    found = compare_tensors("optimised", engine.evaluate(feeds, list(plain)), plain, BOUND)
     assert [verdict.tensor.rsplit("_", 2)[-2:] for verdict in found[1:]] == [
         *(["key", "0"], ["value", "0"], ["key", "1"], ["value", "1"])
     ]
@@ -91,8 +87,9 @@ def test_onnxruntime_against_itself(bundle: Bundle, form: Form, capsys: pytest.C
 
 
 def test_a_planted_difference_is_found_where_it_begins(bundle: Bundle, altered: Bundle) -> None:
-    graph, wrong = (PlainGraph(graph_of(one, Form.MODERN)) for one in (bundle, altered))
-    found = compare_tensors("altered", wrong, graph, feeds_of(bundle, Form.MODERN), BOUND)
+    feeds = feeds_of(bundle, Form.MODERN)
+    right, wrong = (plain_outputs(graph_of(one, Form.MODERN), feeds) for one in (bundle, altered))
+    found = compare_tensors("altered", wrong, right, BOUND)
     verdicts = {verdict.tensor: verdict for verdict in found}
     assert {name for name, verdict in verdicts.items() if verdict.passed} == {
         "present_key_0",
@@ -102,14 +99,9 @@ def test_a_planted_difference_is_found_where_it_begins(bundle: Bundle, altered: 
 
 
 def test_what_is_no_number_fails(bundle: Bundle) -> None:
-    right = PlainGraph(graph_of(bundle, Form.MODERN))
-
-    def broken(feeds: Tensors) -> Tensors:
-        outputs = dict(right(feeds))
-        outputs["logits"] = np.full_like(outputs["logits"], np.nan)
-        return outputs
-
-    found = compare_tensors("broken", broken, right, feeds_of(bundle, Form.MODERN), BOUND)
+    right = plain_outputs(graph_of(bundle, Form.MODERN), feeds_of(bundle, Form.MODERN))
+    broken = right | {"logits": np.full_like(right["logits"], np.nan)}
+    found = compare_tensors("broken", broken, right, BOUND)
     assert [verdict.tensor for verdict in found if not verdict.passed] == ["logits"]
 
 
@@ -119,7 +111,7 @@ def test_an_engine_on_a_device(bundle: Bundle, form: Form) -> None:
     """Its program over its own tensors, where caches are written in place."""
     feeds = feeds_of(bundle, form)
     engine = executor_over(bundle, form, len(feeds["token_buffer"]), HostDevice(host_kernels()))
-    graph = PlainGraph(graph_of(bundle, form))
-    found = compare_tensors("device", evaluation(engine, graph), graph, feeds, BOUND)
+    plain = plain_outputs(graph_of(bundle, form), feeds)
+    found = compare_tensors("device", engine.evaluate(feeds, list(plain)), plain, BOUND)
     assert len(found) == 5
     assert all(verdict.passed and verdict.error < 1e-5 for verdict in found)
