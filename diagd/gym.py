@@ -152,6 +152,7 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         """Begin anew, all or those of ``options["reset_mask"]``; environment n has seed ``seed + n``."""
         options = options or {}
         mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs)), np.bool_)
+        self._check_count(len(mask), "entries of reset_mask")
         seeds = [seed + n for n in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
         if seeds is not None:
             self._check_count(len(seeds), "seeds")
@@ -210,8 +211,8 @@ def _begin(game: Game, random: np.random.Generator, prompt: int | None) -> tuple
     """Begin a world at a prompt, with a seed that is drawn; its pictures, and the prompt's number."""
     drawn = int(random.integers(len(game.prompts)))
     chosen = drawn if prompt is None else prompt
-    if not 0 <= chosen < len(game.prompts):
-        raise UsageError(f"no prompt has the number {chosen}; there are {len(game.prompts)}")
+    if chosen not in range(len(game.prompts)):
+        raise UsageError(f"no prompt has the number {chosen!r}; there are {len(game.prompts)}, from 0 on")
     game.settings = game.settings.model_copy(update={"seed": int(random.integers(1 << 32))})
     return game.reset(game.prompts[chosen]), chosen
 

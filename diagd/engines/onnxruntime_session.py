@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +38,14 @@ MOST_THREADS = 1024
 UNWANTED: Final = {"cpu": ["MatMulAddFusion"], "cuda": ["GatherSliceToSplitFusion"]}
 """The first makes a product and its residual one Gemm, which hides the product from the fusion with Q/DQ; the
 second makes slices one uneven split, whose sizes and addresses the provider copies up: four copies."""
+
+
+_open: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
+_inherited: Final[list[Any]] = []
+"""Sessions that a forked process has of its parent: to free one it would wait for threads that it has not."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _inherited.extend(_open))
 
 
 PACKED = "step.onnx"
@@ -131,9 +141,11 @@ def load_session(
 ) -> onnxruntime.InferenceSession:
     """A session over a graph; `refused` where ONNX Runtime refuses it."""
     try:
-        return runtime.InferenceSession(str(graph), settings, **arguments)
+        session = runtime.InferenceSession(str(graph), settings, **arguments)
     except Exception as error:  # ONNX Runtime raises several unrelated types
         raise refused(f"ONNX Runtime {runtime.__version__}", graph, error) from error
+    _open.add(session)
+    return session
 
 
 def refused(library: str, graph: Path, error: Exception) -> DiagdError:

@@ -118,6 +118,7 @@ class Game:
         self.stop()
         self.record.close()
         self.session.close()
+        self.view.codec.close()
 
     @property
     def known(self) -> int:

@@ -48,6 +48,10 @@ class PixelCodec:
         self._bundle, self._options = bundle, options
         self._graphs: dict[str, Graph] = {}
 
+    def close(self) -> None:
+        """Give the memory of the graphs back; they are loaded again where they are used again."""
+        self._graphs.clear()
+
     def read(
         self, path: Path, *, start: int | None = None, frames: int | None = None, resize: bool = False
     ) -> Pixels:

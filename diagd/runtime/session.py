@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -46,6 +47,7 @@ class Session:
     Attributes:
         timing: of all passes so far.
         decoder: of runs that name none.
+        closed: whether its engine is.
 
     Raises:
         UsageError: ``roll`` does not fit the model or the window.
@@ -77,7 +79,7 @@ class Session:
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text, self._law = text, ActionLaw.of(manifest)
         self._run = self._prepared = 0
-        self._closed = False
+        self.closed, self._process = False, os.getpid()
         self._left: Run[Seen | None] | None = None  # steps that were sent but have not run
         self._result: Result
         self.decoder: Decoder = ScheduledDecoder(manifest.schedule)
@@ -94,7 +96,7 @@ class Session:
         """Give the engine's memory back, or the place in it; the session is dead then."""
         self._run += 1
         if self._owns:
-            self._closed = True
+            self.closed = True
             self.engine.close()
             return
         self._slots.restart(0)
@@ -233,8 +235,13 @@ class Session:
         newer: Callable[[int], Ids | None] | None = None,
     ) -> tuple[Decoder, int]:
         stream = self._stream
-        if self._closed:
+        if self.closed:
             raise UsageError("the session is closed; open another one with diagd.load")
+        if self._process != os.getpid():
+            raise UsageError(
+                "the session was opened before this process was forked, and its threads are not here; open "
+                "it in the process that uses it, or start processes by spawn"
+            )
         if not stream.known:
             raise UsageError("a session needs a prompt; call start(frames, actions) first")
         if self.layout.gap and actions is None:

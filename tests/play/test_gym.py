@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,9 @@ def test_a_seed_gives_the_same_episode_and_a_prompt_can_be_chosen(world: Path) -
     assert all(map(np.array_equal, episodes[0], episodes[1]))
     assert not all(map(np.array_equal, episodes[0], episodes[2]))
     assert not np.array_equal(env.reset(options={"prompt": 0})[0], episodes[0][0])
-    with pytest.raises(UsageError, match="9"):
-        env.reset(options={"prompt": 9})
+    for wrong in (9, -1, "9", 1.5):
+        with pytest.raises(UsageError, match=re.escape(repr(wrong))):
+            env.reset(options={"prompt": wrong})
     for action in (-1, 99, 1.5, "left", None, [1, 2]):
         with pytest.raises(UsageError, match=r"expected one of 0\.\."):
             env.unwrapped.step(action)
@@ -105,11 +107,19 @@ def test_many_worlds_at_once_are_each_as_one_alone(world: Path) -> None:
     seen, _ = many.reset(seed=[8, 8, 8], options={"reset_mask": np.array([False, True, False])})
     np.testing.assert_array_equal(seen[1], alone[1].reset(seed=8)[0])
     np.testing.assert_array_equal(seen[::2], kept[::2])
-    for wrong in (partial(many.step, np.zeros(2, np.int64)), partial(many.reset, seed=[1, 2, 3, 4])):
+    for wrong in (
+        partial(many.step, np.zeros(2, np.int64)),
+        partial(many.reset, seed=[1, 2, 3, 4]),
+        partial(many.reset, options={"reset_mask": np.ones(2, np.bool_)}),
+    ):
         with pytest.raises(UsageError, match="expected 3, one an environment"):
             wrong()
+    codec = many.unwrapped._games[0].view.codec
     for env in (*alone, many):
         env.close()
+    assert not codec._graphs
+    with pytest.raises(UsageError, match="closed"):
+        many.step(np.zeros(3, np.int64))
 
 
 def test_every_action_of_the_large_models_can_be_encoded() -> None:

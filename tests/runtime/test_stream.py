@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import multiprocessing
 import resource
 import subprocess
 import sys
@@ -555,6 +556,23 @@ def test_sessions_give_their_memory_back(bundle: Path) -> None:
         next(run)
     with pytest.raises(UsageError, match="overtaken"):
         next(run)
+
+
+def test_a_fork_of_the_process_refuses_its_session_and_lets_it_go(bundle: Path) -> None:
+    """Threads are not forked with a process: one that waits for them waits for ever."""
+    with diagd.load(bundle, threads=2) as session:
+        prompt(session)
+
+        def child() -> None:
+            with pytest.raises(UsageError, match="before this process was forked"):
+                session.step(actions(session.layout, 1))
+            session.close()
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join(60)
+        process.kill()
+        assert process.exitcode == 0
 
 
 def test_a_window_of_one_token_slides(tmp_path: Path) -> None:
