@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +32,9 @@ class Simulator:
 
     def __init__(self, seed: int) -> None:
         import crafter
+        import crafter.worldgen
 
+        _hasten_noise(crafter.worldgen.opensimplex)
         self._ids = _action_ids(crafter)
         self._env = crafter.Env(
             area=_AREA, view=(COLUMNS, ROWS), size=(COLUMNS * TILE, ROWS * TILE), seed=seed
@@ -57,6 +60,16 @@ class Simulator:
 def _action_ids(crafter: ModuleType) -> list[int]:
     names = list(crafter.constants.actions)
     return [names.index(_CRAFTER_NAMES.get(name, name)) for name in ACTIONS]
+
+
+def _hasten_noise(library: Any) -> None:
+    """Have noise of worlds made of plain numbers: the same bits in a quarter of the time of NumPy's."""
+    with suppress(AttributeError):
+        plain, make = library.internals, library.internals._init
+        compiled = hasattr(plain._noise3, "py_func")  # by Numba, where it is installed
+        if isinstance(plain.GRADIENTS3, np.ndarray) and not compiled:
+            library.api._init = lambda seed: [table.tolist() for table in make(seed)]
+            plain.GRADIENTS3 = plain.GRADIENTS3.tolist()
 
 
 def _make_reproducible(env: Any) -> None:

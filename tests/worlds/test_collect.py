@@ -40,6 +40,17 @@ def test_the_same_seed_records_the_same_episode(recording: CollectOptions) -> No
     assert not np.array_equal(kept.frames[0], other.frames[0])
 
 
+def test_noise_has_the_bits_that_its_library_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    Simulator(0)
+    from opensimplex import api, internals
+
+    tables, points = api._init(5), np.random.default_rng(0).uniform(-50, 50, (200, 3)).tolist()
+    assert type(tables[0]) is list or hasattr(internals._noise3, "py_func")
+    found = [internals._noise3(*point, *tables) for point in points]
+    monkeypatch.setattr(internals, "GRADIENTS3", np.array(internals.GRADIENTS3))
+    assert found == [internals._noise3(*point, *map(np.array, tables)) for point in points]
+
+
 def test_collecting_resumes(recording: CollectOptions) -> None:
     kept = shard_path(recording.output, 0)
     stamp = kept.stat().st_mtime_ns
