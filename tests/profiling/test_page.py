@@ -47,8 +47,12 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_stands_alone(profiled: Profile) -> None:
-    html = page(profiled.report)
+@pytest.fixture(scope="module")
+def html(profiled: Profile) -> str:
+    return page(profiled.report)
+
+
+def test_the_page_stands_alone(profiled: Profile, html: str) -> None:
     outline = Outline()
     outline.feed(html)
     assert outline.open == []
@@ -69,10 +73,10 @@ def test_names_are_escaped() -> None:
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_without_sideways_scrolling(
-    profiled: Profile, tmp_path: Path, tab: Tab, width: int
+    html: str, tmp_path: Path, tab: Tab, width: int
 ) -> None:
     """Of a phone's width, too; its screenshot has the colours of the plots."""
-    write_text(tmp_path / "report.html", page(profiled.report))
+    write_text(tmp_path / "report.html", html)
     tab.resize(width, 2400)
     tab.open((tmp_path / "report.html").as_uri())
     tab.until("document.readyState === 'complete'")
