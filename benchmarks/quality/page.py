@@ -61,7 +61,7 @@ def _how(evaluation: EvalOptions) -> list[str]:
         f"prompt frames and {evaluation.frames} generated ones, temperature {sampling.temperature:g}, top-p "
         f"{sampling.top_p:g}, the same random numbers for every schedule. Every figure is mean +- standard "
         "error. A difference of less than two standard errors is no difference; such gaps are in italics. "
-        "k = w and d = s or kh are next-token prediction, the row NTP."
+        "NTP: next-token prediction, one token a pass."
     )
 
 
