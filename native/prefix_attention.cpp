@@ -103,10 +103,10 @@ const Kernel& kernel() {
 // Parts as few as hold three vectors each, tasks as many as there are threads.
 PrefixTasks::PrefixTasks(const PrefixArguments& arguments, int32_t threads) : a(arguments) {
   const int64_t all = int64_t{a.width} * a.shared, longest = kernel().longest, heads = int64_t{a.streams} * a.groups;
-  const int32_t wanted = divided(std::max(threads, 1), heads), least = divided(all, 3 * longest);
+  const int32_t wanted = divided(threads, heads), least = divided(all, 3 * longest);
   const int32_t most = divided(all, longest), vectors = divided(most, std::min(std::max(least, wanted), most));
   rows = static_cast<int32_t>(std::min(all, vectors * longest)), parts = divided(all, rows);
-  each = divided(heads * parts, std::max(threads, 1));
+  each = divided(heads * parts, threads);
 }
 
 void gate(const float* gate, const float* up, int64_t columns, float* out) { kernel().gate(gate, up, columns, out); }

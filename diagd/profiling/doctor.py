@@ -133,8 +133,8 @@ def check_sampler() -> Check:
     if host_build() is not None:
         return Check("sampler", OK, "compiled")
     found = (
-        "not compiled: NumPy draws the same ids in up to ten times the time, and steps on a GPU have ONNX "
-        "Runtime's attention"
+        "not compiled, or on another system: NumPy draws the same ids in up to ten times the time, and steps "
+        "on a GPU have ONNX Runtime's attention"
     )
     return Check("sampler", ABSENT, found, "install a C++ compiler, then reinstall diagd from its source")
 

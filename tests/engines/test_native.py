@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from diagd.engines.devices.kernels import (
     ADVANCE,
     APPEND,
     HEADER_WORDS,
+    HOST_NAME,
     KERNELS,
     SAMPLE,
     AdvanceArguments,
@@ -27,6 +29,7 @@ from diagd.engines.devices.kernels import (
     SampleArguments,
     compile_kernels,
     fits,
+    host_build,
     kernel_source,
 )
 from diagd.engines.engine import VOID, SamplingState, Steps
@@ -51,6 +54,12 @@ def test_arguments_have_the_layout_of_the_kernels(kernels: ctypes.CDLL) -> None:
     assert kernels.diagd_append_arguments_size() == ctypes.sizeof(AppendArguments)
     assert kernels.diagd_draw_arguments_size() == ctypes.sizeof(DrawArguments)
     assert fits(kernels) and not fits(ctypes.CDLL(None))
+
+
+def test_a_host_build_of_another_system_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / (HOST_NAME + EXTENSION_SUFFIXES[0])).write_bytes(b"\x7fELF of another system")
+    monkeypatch.setattr("diagd.engines.devices.kernels.__file__", str(tmp_path / "kernels.py"))
+    assert host_build.__wrapped__() is None
 
 
 class Outputs:

@@ -76,11 +76,17 @@ class OperatorArguments(ctypes.Structure):
 
 @cache
 def host_build() -> ctypes.CDLL | None:
-    """The host build in the package, put there by an installation with a C++ compiler; None without one."""
+    """The host build in the package, put there by an installation with a C++ compiler.
+
+    None without one, and where another system's, as of a checkout that a container shares, cannot be loaded.
+    """
     for suffix in EXTENSION_SUFFIXES:
         file = Path(__file__).with_name(HOST_NAME + suffix)
         if file.is_file():
-            kernels = ctypes.CDLL(str(file))
+            try:
+                kernels = ctypes.CDLL(str(file))
+            except OSError:
+                return None
             return kernels if fits(kernels) else None
     return None
 
