@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from numpy.typing import NDArray
 
 from diagd.engines.devices.kernels import host_build
 from diagd.engines.engine import VOID
+from diagd.engines.host import instruction_sets
+from tests.engines.host_device import ROOT
 
 Array = NDArray[np.float32]
 
@@ -54,8 +58,8 @@ class Case:
     def groups(self) -> int:
         return self.keys.shape[2]
 
-    def attended(self, threads: int = 1) -> Array:
-        kernels = host_build()
+    def attended(self, threads: int = 1, kernels: ctypes.CDLL | None = None) -> Array:
+        kernels = kernels or host_build()
         assert kernels is not None, "no C++ compiler built the package"
         streams, width, heads, size = self.fused.shape
         queries = heads - 2 * self.groups
@@ -131,6 +135,21 @@ def test_rows_are_what_they_see_weighed_by_its_softmax(seed: int) -> None:
         kept[case.written, stream] = slots[case.written, stream]
         np.testing.assert_array_equal(slots, kept)  # all others are as they were
     np.testing.assert_allclose(attended, case.expected(), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("supported", ['!strstr(set, "avx512")', "0"], ids=["AVX2", "plain"])
+def test_older_processors_attend_alike(tmp_path: Path, supported: str) -> None:
+    if supported != "0" and "avx2" not in instruction_sets():
+        pytest.skip("this processor has no AVX2")
+    file, given = tmp_path / "attention.so", f"-D__builtin_cpu_supports(set)=({supported})"
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", given, "-o", str(file)]
+    subprocess.run(["c++", *options, str(ROOT / "native" / "prefix_attention.cpp")], check=True)
+    kernels = ctypes.CDLL(str(file))
+    for seed in range(40, 60):
+        case = random_case(np.random.default_rng(seed))
+        attended = case.attended(1, kernels)
+        np.testing.assert_allclose(attended, case.expected(), rtol=0, atol=3e-5)
+        np.testing.assert_array_equal(case.attended(3, kernels), attended)
 
 
 @pytest.mark.parametrize("seed", range(20))
