@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 
 from diagd.bundle import Bundle, Manifest, atomic_bundle, read_manifest, seal
 from diagd.bundle.files import link
-from diagd.bundle.manifest import MANIFEST_NAME, OwnLikelihood, StepGraph
+from diagd.bundle.manifest import MANIFEST_NAME, Form, OwnLikelihood, StepGraph
 from diagd.calibration import search, trajectory
 from diagd.calibration.evaluate import ATTEMPTS, GATE_SEED, Evaluator, failures, most_harmful, part_of
 from diagd.calibration.graph_writer import GraphWriter, file_names
@@ -95,8 +95,7 @@ def _check(
     search.check_kv_cache(bundle, options)
     if any(graph.precision == options.name for graph in manifest.graphs):
         raise UsageError(f"{bundle.path} has {options.name} graphs already; export it again to start afresh")
-    forms = trajectory.FORMS if options.kv_cache is None else search.CACHE_FORMS
-    reference = trajectory.find_reference(bundle, forms)
+    reference = trajectory.find_reference(bundle, search.CACHE_FORMS if options.kv_cache else Form)
     window = trajectory.session_window(manifest, reference)
     decoded = trajectory.trajectories(manifest, window, options.steps, trajectory.widest_step(reference))
     refusal = options.refusal(reference[0].form)

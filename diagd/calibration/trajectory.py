@@ -6,7 +6,7 @@ several lags, next-token prediction, overlapping frames, and a window that has s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -28,17 +28,17 @@ from diagd.runtime.load import session_over, step_options
 from diagd.runtime.step import Result
 from diagd.schedule import Schedule, Step, slots_needed
 
-FORMS = tuple(Form)
-"""The prefix form first: it is the quickest on the CPU, and the only one in float32 throughout."""
-
 WINDOW = 4
 """Frames of the sessions: enough for overlapping frames, few enough to slide soon."""
 
 MINIMUM_STEPS = 64
 
 
-def find_reference(bundle: Bundle, forms: Sequence[Form] = FORMS) -> tuple[StepGraph, ...]:
-    """The graphs of a form in floating point, earlier ``forms`` preferred; UsageError where there is none."""
+def find_reference(bundle: Bundle, forms: Iterable[Form]) -> tuple[StepGraph, ...]:
+    """The graphs of a form in floating point, earlier ``forms`` preferred; UsageError where there is none.
+
+    The prefix form is the quickest on the CPU, and the only one in float32 throughout.
+    """
     for form in forms:
         found = tuple(g for g in bundle.manifest.graphs if g.form is form and g.precision in FLOATING)
         if found:

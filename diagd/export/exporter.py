@@ -28,14 +28,7 @@ from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.bundle.targets import bundle_target
 from diagd.errors import CheckpointError, UsageError
 from diagd.export import weights
-from diagd.export.checkpoints import (
-    WEIGHT_DTYPES,
-    Checkpoint,
-    RandomCheckpoint,
-    check,
-    open_checkpoint,
-    select,
-)
+from diagd.export.checkpoints import Checkpoint, RandomCheckpoint, check, open_checkpoint, select
 from diagd.export.families import TOLD, Family
 from diagd.export.known_graphs import traced_once
 from diagd.export.onnx_file import read_onnx
@@ -145,7 +138,7 @@ class Exporter:
                     f"{sources.tokenizer.source} holds no tokenizer of {self.family.name}; give --set "
                     "tokenizer=FILE, or --set tokenizer=none to leave the pixel graphs out"
                 )
-            check(sources.tokenizer, self.family.tokenizer.expected_shapes(), (*WEIGHT_DTYPES, "uint8"))
+            check(sources.tokenizer, self.family.tokenizer.expected_shapes(), also=("uint8",))
 
     def _write_rest(
         self, directory: Path, partial: ResumableWeights, sources: Sources, progress: Progress

@@ -30,6 +30,9 @@ QUIT: Final = "Quit"
 _CTRL: Final = 4  # bit of the modifiers in the protocol, one of which is added
 _ARROWS: Final = {"A": "ArrowUp", "B": "ArrowDown", "C": "ArrowRight", "D": "ArrowLeft"}
 _NAMED: Final = {
+    3: QUIT,
+    4: QUIT,
+    8: "Backspace",
     9: "Tab",
     13: "Enter",
     27: "Escape",
@@ -78,16 +81,10 @@ def _told(numbers: str, final: str) -> Iterator[Press]:
 
 
 def _code(number: int) -> str | None:
-    if number in _NAMED:
-        return _NAMED[number]
-    if number in (3, 4):
-        return QUIT
-    if number == 8:
-        return "Backspace"
     letter = chr(number) if number < 128 else ""
     if letter.isalpha():
         return f"Key{letter.upper()}"
-    return f"Digit{letter}" if letter.isdigit() else None
+    return f"Digit{letter}" if letter.isdigit() else _NAMED.get(number)
 
 
 class Held:

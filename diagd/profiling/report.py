@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -392,15 +392,15 @@ def _changes(before: Run, after: Run) -> list[Change]:
 
 def _change(order: str, width: str, *steps: list[StepSample]) -> Change:
     before, after = ([step.seconds for step in one] for one in steps)
-    ratio = median_ratio(before, after)
+    ratio, low, high = median_ratio(before, after)
     verdict = "same"
     if min(len(before), len(after)) < LEAST_SAMPLES:
         verdict = "too few"
-    elif ratio.low > 1 and ratio.value > 1 + TOLERANCE:
+    elif low > 1 and ratio > 1 + TOLERANCE:
         verdict = "slower"
-    elif ratio.high < 1 and ratio.value < 1 - TOLERANCE:
+    elif high < 1 and ratio < 1 - TOLERANCE:
         verdict = "faster"
-    return Change(order, width, median(before), median(after), *ratio, verdict)
+    return Change(order, width, median(before), median(after), ratio, low, high, verdict)
 
 
 def _notes(before: Report, after: Report) -> list[str]:
@@ -416,16 +416,13 @@ def _notes(before: Report, after: Report) -> list[str]:
     return [f"{name} differs: {a} and {b}" for name, (a, b) in pairs.items() if a != b]
 
 
-class Ratio(NamedTuple):
-    """Ratio of two medians and the interval that holds it with ``CONFIDENCE``."""
+def median_ratio(
+    before: Sequence[float], after: Sequence[float], seed: int = 0
+) -> tuple[float, float, float]:
+    """Ratio median(after) / median(before), and the bootstrap interval that holds it with ``CONFIDENCE``.
 
-    value: float
-    low: float
-    high: float
-
-
-def median_ratio(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Ratio:
-    """Bootstrap interval of median(after) / median(before) (Efron, 1979), the same for the same seed."""
+    The same for the same seed (Efron, 1979).
+    """
     random = np.random.default_rng(seed)
     first, second = (
         np.median(np.asarray(values)[random.integers(0, len(values), (RESAMPLES, len(values)))], axis=1)
@@ -433,4 +430,4 @@ def median_ratio(before: Sequence[float], after: Sequence[float], seed: int = 0)
     )
     edges = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
     low, high = np.percentile(second / first, edges).tolist()
-    return Ratio(median(after) / median(before), low, high)
+    return median(after) / median(before), low, high

@@ -252,7 +252,8 @@ def read_episode(path: Path, codec: ActionCodec | None, name: str) -> tuple[Pixe
     """Pictures uint8 [T, height, width, 3] of an episode, and ids int32 [T, n] of what was done at each.
 
     ``path``: .npz with ``images`` uint8 [T, 3, height, width] and ``actions`` [T, n], one number a slot of
-    the model's ``codec``: buttons as 0 or 1, sticks as bins or as positions in [-1, 1]. Or a ``Dream``.
+    the model's ``codec``: buttons as 0 or 1, sticks as bins or as positions in [-1, 1]. Or a dream's, see
+    `write_dream`.
 
     Raises:
         UsageError: the file is none, or its actions are not of this model.
@@ -289,35 +290,25 @@ def vector_codec(path: Path, codec: ActionCodec | None, name: str) -> ActionCode
     return codec
 
 
-@dataclasses.dataclass(frozen=True)
-class Dream:
-    """What is made from an episode, as the release of WHAM writes it.
+def write_dream(
+    path: Path, codec: ActionCodec, context: Pixels, dreamt: Pixels, actions: Int, reconstructed: Pixels
+) -> None:
+    """Write what is made from an episode as the release of WHAM does; actions as numbers, sticks as bins.
 
-    Attributes:
-        context: uint8 [P, height, width, 3], pictures of the prompt.
-        dreamt: uint8 [F, height, width, 3], those that were made.
-        actions: int32 [P + F, n], ids of what was done at each.
-        reconstructed: uint8 [T, height, width, 3], the pictures of the recording, the prompt's first, through
-            the tokenizer and back.
+    ``context`` uint8 [P, height, width, 3] are pictures of the prompt, ``dreamt`` [F, height, width, 3] those
+    that were made, ``actions`` int32 [P + F, n] what was done at each, ``reconstructed`` uint8 [T, height,
+    width, 3] the pictures of the recording, the prompt's first, through the tokenizer and back.
     """
-
-    context: Pixels
-    dreamt: Pixels
-    actions: Int
-    reconstructed: Pixels
-
-    def write(self, path: Path, codec: ActionCodec) -> None:
-        """Write it under the names of the release; actions as numbers, sticks as bins."""
-        with atomic_file(path) as partial, partial.open("wb") as file:
-            np.savez(
-                file,
-                context_length=len(self.context),
-                steps_to_dream=len(self.dreamt),
-                raw_context=self.context.transpose(0, 3, 1, 2),
-                dreamt_images=self.dreamt.transpose(0, 3, 1, 2),
-                all_actions=decode_vectors(codec, self.actions),
-                encoded_decoded_ground_truth_images=self.reconstructed.transpose(0, 3, 1, 2),
-            )
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        np.savez(
+            file,
+            context_length=len(context),
+            steps_to_dream=len(dreamt),
+            raw_context=context.transpose(0, 3, 1, 2),
+            dreamt_images=dreamt.transpose(0, 3, 1, 2),
+            all_actions=decode_vectors(codec, actions),
+            encoded_decoded_ground_truth_images=reconstructed.transpose(0, 3, 1, 2),
+        )
 
 
 def decode_vectors(codec: ActionCodec, ids: Int) -> NDArray[np.float32]:

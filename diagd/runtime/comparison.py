@@ -18,25 +18,18 @@ from diagd.runtime.stream import Ids, Stream
 from diagd.schedule import NO_SINK, Step
 
 
-class Pair(NamedTuple):
-    """A step of both: ``cells`` are the positions it decodes, which have the leader's tokens now."""
-
-    step: Step
-    cells: Int
-    leader: Result
-    follower: Result
-
-
-def lockstep(leader: Iterator[Seen], follower: Iterator[Seen], stream: Stream) -> Iterator[Pair]:
+def lockstep(
+    leader: Iterator[Seen], follower: Iterator[Seen], stream: Stream
+) -> Iterator[tuple[Step, Int, Result, Result]]:
     """Both runs, step by step, over the leader's tokens: one difference does not spoil what comes after.
 
     The follower runs the same steps, and its predictions are not kept (``ForcedDecoder``); ``stream`` is its
-    own.
+    own. Gives each step, the positions that it decodes, which have the leader's tokens now, and both results.
     """
     for (step, result), (_, other) in zip(leader, follower, strict=True):
         cells = step.sinks[step.sinks != NO_SINK]
         stream.write(cells, result.tokens)
-        yield Pair(step, cells, result, other)
+        yield step, cells, result, other
 
 
 @dataclass

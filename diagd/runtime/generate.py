@@ -21,7 +21,7 @@ from diagd.engines.engine import Int
 from diagd.errors import UsageError
 from diagd.progress import Progress
 from diagd.runtime.actions import write_actions
-from diagd.runtime.clip import CLIPS, EPISODE, Clip, ClipOptions, Dream, read_clip, vector_codec
+from diagd.runtime.clip import CLIPS, EPISODE, Clip, ClipOptions, read_clip, vector_codec, write_dream
 from diagd.runtime.comparison import audit
 from diagd.runtime.decoders import Decoder
 from diagd.runtime.decoders.draft import MEASURED, open_scorer
@@ -401,8 +401,8 @@ class _Future:
         truth = context if clip.truth is None else np.concatenate([context, clip.truth[:count]])
         again = np.stack(list(maker.pixels.decode(maker.pixels.encode(truth))))
         done = np.concatenate([clip.led[1:], self._actions, last])
-        dream = Dream(context, pictures[known:], done, again)
-        dream.write(self._path, vector_codec(self._path, self._manifest.actions, self._manifest.name))
+        codec = vector_codec(self._path, self._manifest.actions, self._manifest.name)
+        write_dream(self._path, codec, context, pictures[known:], done, again)
 
     def _audit(self) -> tuple[float, float]:
         """Share of all tokens that are next-token prediction's, and of the worst frame's."""

@@ -208,18 +208,17 @@ def select(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Check
     return Checkpoint(tensors, source=checkpoint.source, metadata=checkpoint.metadata)
 
 
-def check(
-    checkpoint: Checkpoint, expected: Mapping[str, Shape], dtypes: Sequence[str] = WEIGHT_DTYPES
-) -> None:
+def check(checkpoint: Checkpoint, expected: Mapping[str, Shape], also: Sequence[str] = ()) -> None:
     """Compare names, shapes and dtypes with what a model needs; nothing is read.
 
-    The checkpoint's names are the model's (see `select`).
+    The checkpoint's names are the model's (see `select`). ``also``: dtypes beside those of weights.
 
     Raises:
         CheckpointError: any tensor is missing, extra, wrongly shaped or of an unusable dtype. One error
             lists them all; tensors that differ only in their numbers (layers) share a line with a count.
     """
     held = {name: (checkpoint[name], shape) for name, shape in expected.items() if name in checkpoint}
+    dtypes = (*WEIGHT_DTYPES, *also)
     found = {
         "missing": [(name, f"{list(shape)}") for name, shape in expected.items() if name not in held],
         "extra": [(name, f"{list(tensor.shape)}") for name, tensor in checkpoint.items() if name not in held],
