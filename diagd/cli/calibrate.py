@@ -76,8 +76,8 @@ def run(options: CalibrateOptions) -> int:
     from diagd.calibration.quantise import RejectedError, calibrate
     from diagd.calibration.report import figure_table, layer_table
 
-    bundle_target(options.bundle, "bundle")
     bundle, console, began = Bundle.open(options.bundle), terminal.console(), time.perf_counter()
+    bundle_target(options.bundle, "bundle")
     how = options.calibration
     try:
         report = calibrate(bundle, how, options.tokens(bundle), Progress(console))

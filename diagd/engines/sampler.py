@@ -277,8 +277,8 @@ def refusal(row: int, largest: float) -> EngineError:
 
 def check_seed(seed: int) -> None:
     """Refuse (UsageError) what is no key."""
-    if not 0 <= seed < 1 << 64:
-        raise UsageError(f"seed is {seed}; expected an integer from 0 to 2**64 - 1; choose another seed")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
+        raise UsageError(f"seed is {seed!r}; expected an integer from 0 to 2**64 - 1; choose another seed")
 
 
 def philox(counter: Words, key: int) -> Words:

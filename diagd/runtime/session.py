@@ -193,10 +193,14 @@ class Session:
         sampling: SamplingSettings | None = None,
         seed: int | None = None,
     ) -> Frame:
-        """Decode one frame under one action int32 [n]; ``seed`` None is that of the run before."""
+        """Decode one frame under one action int32 [n]; ``seed`` None is that of the run before.
+
+        Threads that call it take turns.
+        """
         actions = None if action is None else [np.asarray(action)]
-        seed = self._stream.seed if seed is None else seed
-        return next(iter(self.frames(decoder, actions, count=1, sampling=sampling, seed=seed)))
+        with self.passes.turn:
+            seed = self._stream.seed if seed is None else seed
+            return next(iter(self.frames(decoder, actions, count=1, sampling=sampling, seed=seed)))
 
     @property
     def acts(self) -> bool:
@@ -209,20 +213,23 @@ class Session:
         It is the one that leads to the next frame where the model's actions are not replaced; UsageError
         without a prompt, or where the model decodes no actions.
         """
-        seed = self._stream.seed if seed is None else seed
-        decoder, run = self._start_run(ActingDecoder(), [None], count=1, sampling=sampling, seed=seed)
-        self._finish(self._decode(decoder, run, self.timing))
-        assert self._stream.action is not None
-        return self._stream.action
+        with self.passes.turn:
+            seed = self._stream.seed if seed is None else seed
+            decoder, run = self._start_run(ActingDecoder(), [None], count=1, sampling=sampling, seed=seed)
+            self._finish(self._decode(decoder, run, self.timing))
+            assert self._stream.action is not None
+            return self._stream.action
 
     def alone(self, run: Run[T]) -> Iterator[T]:
-        """What a run of this session comes to, its passes for this session alone."""
+        """What a run of this session comes to, its passes for this session alone; threads take turns."""
         passes, lanes = self.passes, (self.lane,)
-        for event in run:
-            if isinstance(event, int):
-                passes.run(lanes)
-            else:
-                yield event
+        while True:
+            with passes.turn:
+                while isinstance(event := next(run, None), int):
+                    passes.run(lanes)
+            if event is None:
+                return
+            yield event
 
     def _start_run(
         self,
@@ -248,15 +255,21 @@ class Session:
             raise UsageError(f"frames need actions of {self.layout.gap} ids each, got none")
         check_seed(seed)
         decoder = decoder or self.decoder
-        stream.padded, stream.seed, stream.law = self._padded(), seed, self._law
-        stream.settings = self.settings(sampling)
-        self._run += 1
-        self._bring_cache()
-        stream.horizon = self._context.horizon
-        stream.follow(actions, count)
-        stream.newer = newer
-        decoder.check(stream)
-        return decoder, self._run
+        if not hasattr(decoder, "blocks"):
+            raise UsageError(
+                f"the decoder is {decoder!r}; expected one such as "
+                "diagd.ScheduledDecoder(diagd.Schedule.chained(session.layout, k=1))"
+            )
+        with self.passes.turn:
+            stream.padded, stream.seed, stream.law = self._padded(), seed, self._law
+            stream.settings = self.settings(sampling)
+            self._run += 1
+            self._bring_cache()
+            stream.horizon = self._context.horizon
+            stream.follow(actions, count)
+            stream.newer = newer
+            decoder.check(stream)
+            return decoder, self._run
 
     def _padded(self) -> Int:
         return self.engine.padded_widths(np.arange(self.engine.max_width + 1, dtype=np.int32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -140,6 +141,7 @@ class Passes:
 
     Attributes:
         entered, left, sampled: when it began, when the engine returned, and when its tokens were drawn.
+        turn: of a thread, which has it from one event of a run to the next.
         stamps: the number of the next time stamp on the engine's clock, which gets one ahead of every pass
             and one behind it while this is not None.
     """
@@ -147,6 +149,7 @@ class Passes:
     def __init__(self, engine: Engine) -> None:
         self.entered = self.left = self.sampled = 0.0
         self.stamps: int | None = None
+        self.turn = threading.RLock()
         self._engine = engine
 
     def run(self, lanes: Sequence[int]) -> None:

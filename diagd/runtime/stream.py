@@ -321,7 +321,8 @@ class Stream:
 
     def rewind(self, frames: int) -> None:
         """Go back by some frames, giving up what is in flight; UsageError where too few are kept for it."""
-        if not 0 <= frames <= (most := self.spare(len(self.past))):
+        most = self.spare(len(self.past))
+        if frames not in range(most + 1):
             raise UsageError(
                 f"cannot go back by {frames} frames: {len(self.past)} of {self.known} are kept, and K/V rows "
                 f"are built again from {len(self.past) - most} of them; expected 0..{most}"
@@ -409,7 +410,7 @@ class Stream:
         count = self.layout.before if frame == 0 else self.layout.gap
         if not count:
             return np.zeros(0, np.int32)
-        if ids is None or np.size(ids) < count:
+        if ids is None or not count <= np.size(ids) <= self.layout.gap:
             raise UsageError(
                 f"frame {frame} needs {count} action tokens, got {0 if ids is None else np.size(ids)}"
             )
@@ -423,6 +424,8 @@ class Stream:
             self._put_actions(frame, ids)
 
     def _check(self, what: str, ids: Ids) -> None:
+        if np.asarray(ids).dtype.kind not in "biuf":
+            whole(ids)
         if np.size(ids) and not 0 <= np.min(ids) <= np.max(ids) < self.vocabulary:
             span = f"{np.min(ids)}..{np.max(ids)}"
             raise UsageError(f"{what} has ids {span}; the model knows 0..{self.vocabulary - 1}")

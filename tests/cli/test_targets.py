@@ -144,6 +144,8 @@ def test_a_bundle_is_not_changed_from_inside(
     options = ["--precision", "int8-weight"] if verb == "calibrate" else []
     assert main([verb, ".", *options]) == 2
     assert "the folder one works in" in capsys.readouterr().err
+    assert main([verb, str(workplace.world), *options]) == 2
+    assert "is no bundle: it has no manifest.json" in capsys.readouterr().err  # not: remove it yourself
 
 
 def test_what_is_read_is_not_written_over(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,17 @@ def test_ids_that_the_model_does_not_know_are_refused(bundle: Path) -> None:
             for given in (1 << 32, 0.5, np.nan, "left"):
                 with pytest.raises(UsageError, match="expected whole numbers"):
                     session.step(np.full(layout.gap, given))
+            with pytest.raises(UsageError, match=f"needs {layout.gap} action tokens, got {layout.gap + 1}"):
+                session.step(np.full(layout.gap + 1, known - 1))
+        for given in (None, "left"):
+            with pytest.raises(UsageError, match="expected whole numbers"):
+                session.start(np.full_like(wrong, given, object), actions(layout, 1))
+        for given in (Schedule.serial(layout, 1), "k=1"):
+            with pytest.raises(UsageError, match=r"the decoder is .*; expected one such as"):
+                session.step(actions(layout, 1)[0], given)
+        for seed in ("1", 1.5):
+            with pytest.raises(UsageError, match=f"seed is {seed!r}; expected an integer"):
+                session.step(actions(layout, 1)[0], seed=seed)
     with pytest.raises(UsageError, match="the session is closed"):
         session.step(actions(layout, 1)[0])
 
@@ -480,8 +492,9 @@ def test_snapshots_of_something_else_are_refused(bundle: Path, tmp_path: Path) -
             session.stream.restore(changed(session.stream.snapshot(), **changes))
             session.step(actions(session.layout, 1)[0])
         prompt(session)
-    with pytest.raises(UsageError, match=r"cannot go back by 2 frames"):
-        session.stream.rewind(2)
+    for frames in (2, -1, 0.5):
+        with pytest.raises(UsageError, match=f"cannot go back by {frames} frames"):
+            session.stream.rewind(frames)
 
 
 @pytest.mark.parametrize("name", ["k=1 serial", "k=1 chained"])
@@ -556,6 +569,19 @@ def test_sessions_give_their_memory_back(bundle: Path) -> None:
         next(run)
     with pytest.raises(UsageError, match="overtaken"):
         next(run)
+
+
+def test_threads_take_turns_at_a_session(bundle: Path) -> None:
+    """As where a server waits no longer for a frame, which its thread decodes all the same."""
+    with diagd.load(bundle, threads=1) as session:
+        prompt(session)
+        action = actions(session.layout, 1)[0]
+        alone = [session.step(action, seed=3).tokens for _ in range(24)]
+        prompt(session)
+        with ThreadPoolExecutor(4) as pool:
+            frames = list(pool.map(lambda _: session.step(action, seed=3), range(24)))
+    for frame, tokens in zip(sorted(frames, key=lambda one: one.index), alone, strict=True):
+        np.testing.assert_array_equal(frame.tokens, tokens)
 
 
 def test_a_fork_of_the_process_refuses_its_session_and_lets_it_go(bundle: Path) -> None:
