@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.backend import StepOptions, graphs_of
+from diagd.engines.devices.kernels import address
 from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Steps
 from diagd.engines.onnxruntime_session import check_values, open_step_session, run_bound
 from diagd.engines.sampler import HostSampler
@@ -88,8 +89,10 @@ class PrefixState(Engine):
             seeds = np.repeat(np.array([steps.sampling.seed for steps, _ in drawn], np.uint64), counts)
             logits, rules = self._logits[first : first + len(cells)], drawn[0][0].sampling
             ids = self._sampler.draw(logits, cells, rules, seeds)
-            places = np.concatenate([steps.sinks[rows] for steps, rows in drawn])
-            self.token_buffer[places + np.repeat(np.array(numbers) * self._tokens, counts)] = ids
+            places = [
+                steps.sinks[rows] + n * self._tokens for n, (steps, rows) in zip(numbers, drawn, strict=True)
+            ]
+            self.token_buffer[np.concatenate(places)] = ids
 
     def _rules(self, lane: int) -> tuple[float, ...]:
         sampling = self._lanes[lane].steps.sampling
@@ -348,7 +351,7 @@ class PrefixEngine(PrefixState):
     ) -> None:
         """Bind the start of a buffer that lives as long as the engine."""
         bind = self._binding.bind_output if output else self._binding.bind_input
-        bind(name, "cpu", 0, buffer.dtype, shape, buffer.ctypes.data)
+        bind(name, "cpu", 0, buffer.dtype, shape, address(buffer))
 
     @property
     def outputs(self) -> list[onnxruntime.OrtValue]:

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Manifest
-from diagd.engines.devices.kernels import DrawArguments, host_build
+from diagd.engines.devices.kernels import DrawArguments, address, host_build
 from diagd.engines.engine import VOID, Float, Int, SamplingState
 from diagd.errors import EngineError, UsageError
 
@@ -145,7 +145,7 @@ def draw_compiled(
     read = (logits, np.float32), (low, np.int32), (high, np.int32), (positions, np.int64), (keys, np.uint64)
     arrays = [np.ascontiguousarray(array, dtype) for array, dtype in read]
     arguments = DrawArguments(
-        *(array.ctypes.data for array in (*arrays, tokens)),
+        *map(address, (*arrays, tokens)),
         *(logits.shape[1], rows, min(state.top_k, VOID), state.temperature, state.top_p, keep_crossing),
     )
     if refused := kernels.diagd_draw(ctypes.byref(arguments)):

@@ -27,6 +27,7 @@ from diagd.engines.devices.kernels import (
     AppendArguments,
     DrawArguments,
     SampleArguments,
+    address,
     compile_kernels,
     fits,
     host_build,
@@ -387,6 +388,13 @@ def test_the_source_is_found_in_a_checkout() -> None:
     assert all(f"void {name}(" in source for name in KERNELS)
     assert "struct AdvanceArguments" in headers["step_kernels.h"]
     assert "draw_row(" in headers["sampling.h"]
+
+
+def test_addresses_are_those_that_numpy_tells() -> None:
+    whole, still = np.zeros((2, 4, 6), np.float32)
+    still.flags.writeable = False
+    for array in (whole, whole[1:], whole[:, 1:], whole[:0], still):
+        assert address(array) == array.ctypes.data
 
 
 def test_nvrtc_compiles_the_kernels_without_a_gpu() -> None:

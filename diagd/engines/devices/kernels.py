@@ -6,9 +6,12 @@ import ctypes
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diagd.errors import DependencyError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ADVANCE, SAMPLE, APPEND = KERNELS = "diagd_advance", "diagd_sample", "diagd_append"
 HEADER_WORDS = 18
@@ -72,6 +75,14 @@ class OperatorArguments(ctypes.Structure):
         ("provider", ctypes.c_char_p),
         *((name, ctypes.c_int32) for name in ("processors", "block_bytes", "size")),
     )
+
+
+def address(array: NDArray[Any]) -> int:
+    """Of an array's first byte; ``array.ctypes`` takes four times as long."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+    except (TypeError, ValueError):  # it is read-only, empty, not in C order or of no type of NumPy's own
+        return array.ctypes.data
 
 
 @cache
