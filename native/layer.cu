@@ -1,19 +1,11 @@
 // Device build: see layer.h. Compiled by NVRTC.
 #include "layer.h"
 
-struct Warp {
-  int lane;
-  __device__ float sum(float x) const {
-    for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
-    return x;
-  }
-};
-
 struct BlockOfWarps {
   int lane;
   float* shared;  // of each warp
   __device__ float sum(float x) const {
-    x = Warp{}.sum(x);
+    for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
     __syncthreads();  // what was shared before has been read
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
     __syncthreads();

@@ -68,12 +68,6 @@ DIAGD_BOTH float root_of(float x) {
 #endif
 }
 
-// The one thread of the host.
-struct Alone {
-  int lane = 0;
-  DIAGD_BOTH float sum(float x) const { return x; }
-};
-
 DIAGD_BOTH void copy_vector(half* target, const half* source, int64_t from, int64_t to) {
   put_vector(target + to, vector_at(source + from));
 }

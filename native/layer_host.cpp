@@ -30,6 +30,12 @@ namespace {
 
 unsigned order = 0;
 
+// The one thread of the host.
+struct Alone {
+  int lane = 0;
+  float sum(float x) const { return x; }
+};
+
 template <void (*kKernel)(diagd::AttendArguments)>
 void attend(const void* arguments) {
   kKernel(*static_cast<const diagd::AttendArguments*>(arguments));
@@ -65,7 +71,7 @@ extern "C" int diagd_launch_on_host(void* function, unsigned across, unsigned do
   switch (code & 255) {
     case 1:
       for (unsigned row = 0; row < across; ++row)
-        diagd::norm_row<diagd::kMostHidden>(diagd::Alone{}, *static_cast<const diagd::NormArguments*>(a), row);
+        diagd::norm_row<diagd::kMostHidden>(Alone{}, *static_cast<const diagd::NormArguments*>(a), row);
       return 0;
     case 2:
       each(*static_cast<const diagd::ActivationArguments*>(a), columns, down, diagd::kVector, diagd::swiglu_vector);

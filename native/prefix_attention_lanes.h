@@ -1,8 +1,9 @@
 // Attention of a step in the prefix form, on the host: a query row is a lane, keys and values are read as they lie.
 //
-// Included once for each set of vector instructions, in a namespace of its own, with REGISTERS of them. A lane never
-// meets another: what a row gets has one order of sums, whatever rows are computed beside it, in vectors of whatever
-// length, and whatever is bound behind what it sees. The softmax is the online one of FlashAttention (arXiv 2205.14135).
+// Included once for each set of vector instructions, in a namespace of its own, with vectors of up to LONGEST floats in
+// REGISTERS. A lane never meets another: what a row gets has one order of sums, whatever rows are computed beside it, in
+// vectors of whatever length, and whatever is bound behind what it sees. The softmax is the online one of
+// FlashAttention (arXiv 2205.14135).
 
 template <int LANES>
 struct Lanes {  // an alias template would lose the attribute (GCC)
