@@ -225,9 +225,8 @@ def write_plot(model: str, report: PrecisionReport, directory: Path) -> None:
         kinds[".".join(layer.name.split(".")[-2:])].append(layer.signal_to_noise)
     for kind, values in sorted(kinds.items()):
         axes.plot(range(len(values)), values, marker="o", label=kind)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("signal to noise of the product, dB")
-    axes.set_title(f"{model}, {report.precision}")
+    title = f"{model}, {report.precision}"
+    axes.set(title=title, xlabel="layer", ylabel="signal to noise of the product, dB")
     axes.legend(fontsize="small")
     with atomic_file(directory / f"{report.precision}.png") as partial:
         figure.savefig(partial, dpi=120, format="png")

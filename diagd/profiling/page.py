@@ -77,29 +77,21 @@ def _inline(svg: str) -> str:
 
 
 def _rates(axes: Axes, report: Report) -> None:
-    axes.set_title("Frames a second by decoding order")
-    axes.set_xticks([])
+    axes.set(title="Frames a second by decoding order", xticks=[], ylabel="frames a second")
     axes.margins(y=0.1)
-    axes.set_ylabel("frames a second")
     for index, run in enumerate(report.runs):
         bars = axes.bar(index, run.frames_per_second, label=run.order)
         axes.bar_label(bars, [f"{run.frames_per_second:.3g}"])
 
 
 def _distribution(axes: Axes, report: Report) -> None:
-    axes.set_title("Step times: share at or below")
-    axes.set_xscale("log")
-    axes.set_xlabel("ms")
-    axes.set_ylabel("share")
+    axes.set(title="Step times: share at or below", xscale="log", xlabel="ms", ylabel="share")
     for run in report.runs:
         axes.ecdf(_milliseconds(run), label=run.order)
 
 
 def _step_times(axes: Axes, report: Report) -> None:
-    axes.set_title("Every step")
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("ms")
+    axes.set(title="Every step", yscale="log", xlabel="step", ylabel="ms")
     for run in report.runs:
         times = _milliseconds(run)
         steps = np.arange(len(times))[:: max(1, len(times) // POINTS)]
@@ -110,9 +102,7 @@ def _roofline(axes: Axes, report: Report) -> None:
     """Operations a second over operations a byte, under the two limits."""
     machine = report.machine
     bandwidth = max(machine.copied, machine.read)
-    axes.set_title("Roofline: every width of every order")
-    axes.set_xlabel("operations a byte")
-    axes.set_ylabel("GFLOP/s")
+    axes.set(title="Roofline: every width of every order", xlabel="operations a byte", ylabel="GFLOP/s")
     ridge, peak = machine.peak / bandwidth, machine.peak / 1e9
     reached = [ridge]
     for run in report.runs:
