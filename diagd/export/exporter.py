@@ -39,7 +39,7 @@ from diagd.export.tracing import save
 from diagd.export.transformer import position_tables
 from diagd.export.weights import WEIGHTS_NAME, Placement, ResumableWeights, WeightSource
 from diagd.progress import Progress
-from diagd.schedule import default_widths, slots_in_sight, slots_needed
+from diagd.schedule import default_widths, fixed_slots
 from diagd.version import __version__
 
 if TYPE_CHECKING:
@@ -171,10 +171,7 @@ class Exporter:
             raise UsageError(f"window {window} is outside 2..{frames}, the context of {self.family.name}")
         widths = sorted(self.options.widths or default_widths(layout))
         streams = self.options.streams
-        # pad rows take slots too: where those in use lie in two parts, as many as a step writes are left
-        slots = max(slots_needed(layout, window, widths[-1]), slots_in_sight(layout, window) + 3 * widths[-1])
-        # lanes that take no part in a pass write behind the slots of their streams
-        capacity = -(-(slots + widths[-1] * (streams > 1)) // 64) * 64
+        capacity = fixed_slots(layout, window, widths[-1], streams)
         unknown = GraphWeights(files=(), streamed=0, looked_up=0)
         return [
             StepGraph(

@@ -20,7 +20,7 @@ from diagd.profiling.measure import Workload
 from diagd.profiling.report import Skipped
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.session import Session
-from diagd.schedule import RowSeed, Schedule, StreamLayout, default_widths, slots_needed
+from diagd.schedule import RowSeed, Schedule, StreamLayout, default_widths, fixed_slots
 
 RUNTIME_BYTES: Final = 0.5 * cost.GB
 """Of a GPU context with TensorRT, whatever the model; published figures are 0.3 to 1 GB."""
@@ -154,7 +154,7 @@ def memory_of(model: ModelSize, precision: Precision, window: int, sessions: int
     """Bytes by use for a window of frames of so many sessions."""
     widths = default_widths(model.layout)
     widest = widths[-1]
-    slots = slots_needed(model.layout, window, widest)
+    slots = fixed_slots(model.layout, window, widest, sessions)
     weights = model.streamed * precision.weight + model.looked_up * min(precision.activation, 2.0)
     scores = widest * model.query_width / model.head_size * slots * precision.activation
     states = widest * (4.0 * model.output_vocabulary + 12.0 * model.query_width * precision.activation)

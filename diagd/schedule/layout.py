@@ -99,3 +99,11 @@ def slots_in_sight(layout: StreamLayout, window: int) -> int:
 def slots_needed(layout: StreamLayout, window: int, max_width: int) -> int:
     """Capacity of KV buffers for a window: what is in sight, a frame of slack, and room to wrap."""
     return slots_in_sight(layout, window + 1) + max_width
+
+
+def fixed_slots(layout: StreamLayout, window: int, max_width: int, streams: int = 1) -> int:
+    """Capacity of each stream's KV buffers where it is part of a graph; a multiple of 64."""
+    # pad rows take slots too: where those in use lie in two parts, as many as a step writes are left
+    slots = max(slots_needed(layout, window, max_width), slots_in_sight(layout, window) + 3 * max_width)
+    # lanes that take no part in a pass write behind the slots of their streams
+    return -(-(slots + max_width * (streams > 1)) // 64) * 64

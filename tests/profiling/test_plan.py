@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diagd.bundle import Bundle, Form
 from diagd.bundle.precision import PRECISIONS
 from diagd.calibration.options import SCHEMES
 from diagd.errors import UsageError
 from diagd.export.exporter import TORCH_TYPES
-from diagd.profiling.cost import DEVICES, ModelSize, cache_bytes, live_tokens, step_bytes, step_operations
+from diagd.export.options import GraphOptions
+from diagd.profiling.cost import (
+    DEVICES,
+    ModelSize,
+    cache_bytes,
+    live_tokens,
+    read_model,
+    step_bytes,
+    step_operations,
+)
 from diagd.profiling.plan import Planned, ceilings_of, drafting, make_plan, memory_of, orders_of
-from diagd.schedule import StreamLayout
+from diagd.schedule import StreamLayout, fixed_slots, slots_needed
+from tests.models import export_small
+from tests.oracles.models import small_model
 from tests.profiling import models
 
 BYTES = [
@@ -189,14 +202,27 @@ def test_cache_memory_follows_the_window() -> None:
     fp16 = PRECISIONS["fp16"]
     four, eight = (memory_of(models.MINEWORLD_300M, fp16, window).cache for window in (4, 8))
     frame = models.MINEWORLD.frame_length + models.MINEWORLD.rows + 1
-    assert eight - four == 4 * frame * 20 * 1024
+    slots = [fixed_slots(models.MINEWORLD, window, 64) for window in (4, 8)]
+    assert (four, eight) == tuple(count * 20 * 1024 for count in slots)
+    assert slots_needed(models.MINEWORLD, 8, 64) - slots_needed(models.MINEWORLD, 4, 64) == 4 * frame
+
+
+@pytest.mark.parametrize("sessions", [1, 2])
+def test_cache_memory_is_that_of_the_graphs_buffers(tmp_path: Path, sessions: int) -> None:
+    options = GraphOptions((Form.MODERN,), streams=sessions)
+    made = Bundle.open(export_small(small_model(StreamLayout(4, 6)), tmp_path / "made.diagd", options))
+    size, (graph, *_) = read_model(made).size, made.manifest.graphs
+    elements = size.cache_elements * graph.streams * (graph.capacity or 0)
+    assert memory_of(size, PRECISIONS["fp32"], size.context_frames, sessions).cache == 4 * elements
 
 
 def test_sessions_share_the_weights_of_a_pass_and_nothing_else() -> None:
     """Next-token prediction of four is bound by memory: weights once, and four caches."""
     device, fp16 = DEVICES["h200"], PRECISIONS["fp16"]
     alone, shared = (make_plan(models.MINEWORLD_300M, device, Planned(sessions=n)) for n in (1, 4))
-    assert shared.memory.cache == 4 * alone.memory.cache
+    for plan in (alone, shared):
+        slots = fixed_slots(models.MINEWORLD, 16, 64, plan.sessions)
+        assert plan.memory.cache == plan.sessions * slots * 20 * 1024
     assert shared.memory.weights == alone.memory.weights
     first, second = (ceilings_of(models.MINEWORLD_300M, device, fp16, (1,), 1, n)[0] for n in (1, 4))
     cache = (second.bytes - first.bytes) / 3
