@@ -46,8 +46,10 @@ _LOG = logging.getLogger("diagd.play")
 class Limits:
     """Bounds of what one connection may do, and how long a seat is anybody's."""
 
-    idle: float = setting("of play: seconds a player may press nothing", 300, gt=0)
-    game: float = setting("of play: seconds of a game", 900, gt=0)
+    idle: float = setting(
+        "of play: seconds a player may press nothing, or inf", 300, gt=0, allow_inf_nan=True
+    )
+    game: float = setting("of play: seconds of a game, or inf", 900, gt=0, allow_inf_nan=True)
     drain: float = setting("of play: seconds that players have after SIGTERM", 30, ge=0)
     hello_seconds: float = Field(5.0, gt=0)
     messages_per_second: float = Field(240.0, gt=0)
