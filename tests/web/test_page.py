@@ -81,7 +81,7 @@ def test_what_is_played_is_played_again_by_python(
     uploaded = [line for _, line in lines if isinstance(line, Start)][-1]
     assert np.ravel(uploaded.start).tolist() == json.loads((page / "world.json").read_text())["prompts"][2][0]
     kinds = {type(line).__name__ for _, line in lines}
-    assert kinds >= {"Start", "Settings", "Played", "Branch", "Rewind", "Visit"}
+    assert kinds >= {"Start", "Settings", "Played", "Branch", "Rewind", "Visit", "Audited"}
 
 
 def wait_for(file: Path) -> Path:
@@ -113,9 +113,23 @@ def test_the_shipped_world_is_small_and_fits_a_phone(
         assert not tab.messages
 
 
-@pytest.mark.parametrize("headers", [True, False], ids=["headers", "service worker"])
-def test_threads_where_the_page_is_isolated(tab: Tab, page: Path, serve: Serve, headers: bool) -> None:
+NO_STORAGE = (
+    "Object.defineProperty(window, 'sessionStorage', { get() { throw new DOMException('denied'); } });"
+)
+NO_WORKER = "ServiceWorkerContainer.prototype.register = async () => { throw new DOMException('denied'); };"
+
+
+@pytest.mark.parametrize(
+    ("headers", "blocked"),
+    [(True, ""), (False, ""), (False, NO_STORAGE), (False, NO_STORAGE + NO_WORKER)],
+    ids=["headers", "service worker", "no storage", "nothing kept"],
+)
+def test_threads_where_the_page_is_isolated(
+    tab: Tab, page: Path, serve: Serve, headers: bool, blocked: str
+) -> None:
+    script = tab.call("Page.addScriptToEvaluateOnNewDocument", source=blocked)["identifier"]
     if headers:
+        tab.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
         with serve(page) as url:
             enter(tab, f"{url}?threads=2")
             assert tab.evaluate("crossOriginIsolated")
@@ -128,9 +142,10 @@ def test_threads_where_the_page_is_isolated(tab: Tab, page: Path, serve: Serve, 
         thread.start()
         try:
             enter(tab, f"http://127.0.0.1:{plain.server_port}/?threads=2")
-            tab.until("crossOriginIsolated")
+            tab.until("!crossOriginIsolated" if NO_WORKER in blocked else "crossOriginIsolated")
             tab.until(f"{KNOWN} >= 3")
         finally:
+            tab.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
             plain.shutdown()
             thread.join()
 

@@ -97,6 +97,7 @@ export class Game {
       session.forced = null;
       session.go(truth, prompt);
     }
+    this.record({ audit: count });
     return { frames: count, share: same / (count * session.layout.cells) };
   }
 

@@ -13,11 +13,14 @@ export class Link extends EventTarget {
 }
 
 // Threads share memory, which browsers allow only in pages that are isolated by headers. Where the host does not send
-// them, a service worker adds them; true once, when the page has to be loaded again for it.
+// them, a service worker adds them; true once, when the page has to be loaded again for it. A browser that lets sites
+// keep nothing may have no storage and refuse the worker: the state of the history outlives loading, and one thread plays.
 async function isolated() {
-  if (!navigator.serviceWorker || sessionStorage.isolated) return false;
-  sessionStorage.isolated = "tried";
-  await navigator.serviceWorker.register(new URL("./isolate.js", import.meta.url));
-  await navigator.serviceWorker.ready;
+  if (!navigator.serviceWorker || history.state === "isolated") return false;
+  history.replaceState("isolated", "");
+  try {
+    await navigator.serviceWorker.register(new URL("./isolate.js", import.meta.url));
+    await navigator.serviceWorker.ready;
+  } catch { return false; }
   return true;
 }
