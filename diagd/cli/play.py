@@ -47,7 +47,9 @@ class PlayOptions:
 
     bundle: File | None = positional("default: crafter-3m, which comes with diagd", None)
     prompt: tuple[File, ...] = flag(
-        "picture, video or .npy tokens to start from (default: those of the bundle)", (), Flag(repeated=True)
+        "picture, video, .npz episode or .npy tokens to start from (default: those of the bundle)",
+        (),
+        Flag(repeated=True),
     )
     fps: float | None = flag("frames a second (default: the model's)", None, ge=0.1, le=240)
     terminal: bool = flag("play in this terminal, not in a browser", False)

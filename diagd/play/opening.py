@@ -17,7 +17,7 @@ from diagd.errors import UsageError
 from diagd.play.game import Game
 from diagd.play.pictures import View
 from diagd.play.record import Line, read_record
-from diagd.runtime.clip import read_prompt, read_tokens
+from diagd.runtime.clip import EPISODE, read_prompt, read_recording, read_tokens
 from diagd.runtime.group import Group
 from diagd.runtime.options import SessionOptions
 from diagd.runtime.pictures import files_in
@@ -137,5 +137,7 @@ def _read(file: Path, bundle: Bundle, codec: PixelCodec) -> Int:
     if file.suffix.lower() == ".npy":
         return read_tokens(file, bundle.manifest)
     if not file.is_file():
-        raise UsageError(f"no such prompt: {file}; give a picture, a video or .npy tokens")
+        raise UsageError(f"no such prompt: {file}; give a picture, a video, an episode or .npy tokens")
+    if file.suffix.lower() == EPISODE:
+        return read_recording(file, bundle.manifest, codec, 1, resize=True).tokens
     return read_prompt(file, codec, frames=1, resize=True)

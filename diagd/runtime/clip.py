@@ -1,6 +1,7 @@
 """Clips: frames that are known, the actions between them, and those that follow.
 
-Episodes are those that the release of WHAM takes and writes: ``.npz`` of ``images`` and ``actions``.
+Episodes are those that the release of WHAM takes and writes, ``.npz`` of ``images`` and ``actions``, and
+those of a world that was recorded.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,9 @@ from diagd.runtime.pictures import read_images, sized
 from diagd.runtime.pixels import PixelCodec, Pixels
 
 EPISODE = ".npz"
+RECORDED = ("frames", "actions")
+"""Arrays of an episode of a recorded world."""
+
 DREAM = ("raw_context", "dreamt_images", "all_actions")
 """Pictures and actions of an episode that was dreamt, under the names of the release."""
 
@@ -253,12 +257,15 @@ def read_episode(path: Path, codec: ActionCodec | None, name: str) -> tuple[Pixe
 
     ``path``: .npz with ``images`` uint8 [T, 3, height, width] and ``actions`` [T, n], one number a slot of
     the model's ``codec``: buttons as 0 or 1, sticks as bins or as positions in [-1, 1]. Or a dream's, see
-    `write_dream`.
+    `write_dream`, or a recorded world's: ``frames`` uint8 [T, height, width, 3] and ``actions`` [T], numbers
+    of the model's choices.
 
     Raises:
         UsageError: the file is none, or its actions are not of this model.
     """
-    found = read_arrays(path, ("images", "actions", *DREAM), "episode")
+    found = read_arrays(path, ("images", *RECORDED, *DREAM), "episode")
+    if all(name in found for name in RECORDED):
+        return _recorded(path, found["frames"], found["actions"], codec, name)
     if all(name in found for name in DREAM):
         context, dreamt, found["actions"] = (found[name] for name in DREAM)
         if context.shape[1:] == dreamt.shape[1:]:
@@ -281,6 +288,24 @@ def read_episode(path: Path, codec: ActionCodec | None, name: str) -> tuple[Pixe
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), actions
+
+
+def _recorded(
+    path: Path, frames: NDArray[Any], numbers: NDArray[Any], codec: ActionCodec | None, name: str
+) -> tuple[Pixels, Int]:
+    if codec is None or codec.buttons or codec.fields or len(codec.choices) != 1:
+        raise UsageError(f"{path} is an episode of a recorded world; {name} takes no numbers of choices")
+    ((field, choices),) = codec.choices.items()
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
+        raise UsageError(
+            f"{path}: frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, height, width, 3]"
+        )
+    if numbers.shape != (len(frames),) or not np.isin(numbers, np.arange(len(choices))).all():
+        raise UsageError(
+            f"{path}: actions are {numbers.dtype} {list(numbers.shape)} {numbers.reshape(-1)[:8].tolist()}; "
+            f"expected [{len(frames)}] numbers of {', '.join(choices)}, from 0 on"
+        )
+    return frames, np.stack([encode(codec, {field: choices[int(number)]}) for number in numbers])
 
 
 def vector_codec(path: Path, codec: ActionCodec | None, name: str) -> ActionCodec:

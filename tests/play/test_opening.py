@@ -74,6 +74,15 @@ def test_a_prompt_longer_than_the_window_is_refused_at_once(world: Path, tmp_pat
     assert not (tmp_path / "record").exists()
 
 
+def test_a_world_begins_where_a_recorded_episode_does(world: Path, tmp_path: Path) -> None:
+    tokenizer = Bundle.open(world).manifest.tokenizer
+    assert tokenizer is not None
+    frames = np.random.default_rng(0).integers(0, 256, (3, *tokenizer.size, 3), dtype=np.uint8)
+    np.savez(tmp_path / "episode-000000.npz", frames=frames, actions=np.array([0, 1, 2], np.uint8))
+    with open_game(world, GameOptions(prompts=(tmp_path / "episode-000000.npz",))) as game:
+        np.testing.assert_array_equal(game.prompts, [game.view.codec.encode(frames[:1])])
+
+
 def test_a_text_that_is_not_needed_is_told_at_once(world: Path) -> None:
     with pytest.raises(UsageError, match="attends to no text"):
         open_game(world, GameOptions(text=np.zeros((2, 10), np.float32)))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diagd.bundle.actions import ActionCodec, ChoiceSlot
 from diagd.errors import UsageError
 from diagd.export.families.mineworld import mineworld_actions
 from diagd.export.families.wham import wham_actions
@@ -87,3 +88,34 @@ def test_files_and_models_that_do_not_fit(tmp_path: Path) -> None:
     arrays = {"images": np.zeros((5, 3, 18, 30), np.uint8), "actions": np.zeros((5, 16))}
     with pytest.raises(UsageError, match="takes no vectors"):
         read_episode(write(tmp_path / "e.npz", **arrays), mineworld_actions(), "mineworld")
+
+
+STEPS = ActionCodec(slots=(ChoiceSlot(field="action", names=("stay", "left", "right"), first=70),))
+
+
+def test_an_episode_of_a_recorded_world_is_read(tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (3, 18, 30, 3), dtype=np.uint8)
+    recorded = {"frames": images, "actions": np.array([0, 2, 1], np.uint8), "source": np.array("")}
+    frames, ids = read_episode(write(tmp_path / "episode-000000.npz", **recorded), STEPS, "steps")
+    np.testing.assert_array_equal(frames, images)
+    np.testing.assert_array_equal(ids, np.array([[70], [72], [71]], np.int32))
+
+
+@pytest.mark.parametrize(
+    ("change", "codec", "message"),
+    [
+        ({}, CODEC, "no numbers of choices"),
+        ({}, None, "no numbers of choices"),
+        ({"frames": np.zeros((3, 3, 18, 30), np.uint8)}, STEPS, r"expected uint8 \[T, height, width, 3\]"),
+        ({"frames": np.zeros((3, 18, 30, 3))}, STEPS, "frames are float64"),
+        ({"actions": np.array([0, 3, 1])}, STEPS, r"\[3\] numbers of stay, left, right, from 0 on"),
+        ({"actions": np.zeros((3, 2), int)}, STEPS, r"actions are int64 \[3, 2\]"),
+        ({"actions": np.full(3, 0.5)}, STEPS, "actions are float64"),
+    ],
+)
+def test_what_is_no_episode_of_a_recorded_world(
+    tmp_path: Path, change: dict[str, object], codec: ActionCodec | None, message: str
+) -> None:
+    arrays = {"frames": np.zeros((3, 18, 30, 3), np.uint8), "actions": np.zeros(3, np.uint8)} | change
+    with pytest.raises(UsageError, match=message):
+        read_episode(write(tmp_path / "e.npz", **arrays), codec, "steps")
