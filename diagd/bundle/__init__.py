@@ -103,6 +103,15 @@ class Bundle:
         """Hex digest of the manifest, and through it of every file."""
         return sha256(self.path / MANIFEST_NAME)
 
+    def check_unchanged(self, *names: str) -> None:
+        """Refuse (BundleError) to read files that a bundle, put in this one's place since, has others of."""
+        now = read_manifest(self.path).files
+        if any(now.get(name) != self.manifest.files[name] for name in names):
+            raise BundleError(
+                f"another bundle took the place of {self.path} while it was in use: what uses it has to open "
+                "it again"
+            )
+
     def digest_of(self, *names: str) -> str:
         """Hex digest of some files, as the manifest has them: of a graph and its weights, say."""
         parts = [self.manifest.files[name].sha256 for name in names]

@@ -123,7 +123,9 @@ class PixelCodec:
 
     def _run(self, graph: str, name: str, array: NDArray[np.generic]) -> NDArray[Any]:
         if graph not in self._graphs:
-            path, digest = self._bundle.file(graph), self._bundle.digest_of(graph, *self.spec.weight_files)
-            self._graphs[graph] = self.backend.open_graph(path, digest, self._options)
+            bundle, names = self._bundle, (graph, *self.spec.weight_files)
+            bundle.check_unchanged(*names)
+            opened = self.backend.open_graph(bundle.file(graph), bundle.digest_of(*names), self._options)
+            self._graphs[graph] = opened
         (result,) = self._graphs[graph]({name: np.ascontiguousarray(array)}).values()
         return result

@@ -24,8 +24,7 @@ class TextReader:
         self, bundle: Bundle, spec: TextConditioning, options: CpuOptions, backend: Backend | None = None
     ) -> None:
         self.spec, self._backend = spec, backend or find("cpu")
-        self._path, self._options = bundle.file(spec.graph), options
-        self._digest = bundle.digest_of(spec.graph, *spec.weight_files)
+        self._bundle, self._options = bundle, options
 
     def rows(self, text: Float) -> dict[str, NDArray[np.generic]]:
         """Keys and values [kv_heads, length, head_size] by graph input, for embeddings that fit.
@@ -35,7 +34,10 @@ class TextReader:
         length, width = self.spec.length, self.spec.width
         filled = np.zeros((length, width), np.float32)
         filled[: len(text)] = text
-        return self._backend.open_graph(self._path, self._digest, self._options)({"text": filled})
+        bundle, names = self._bundle, (self.spec.graph, *self.spec.weight_files)
+        bundle.check_unchanged(*names)
+        graph = self._backend.open_graph(bundle.file(names[0]), bundle.digest_of(*names), self._options)
+        return graph({"text": filled})
 
 
 def check_text(manifest: Manifest, text: Float | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.errors import UsageError
+from diagd.errors import BundleError, UsageError
 from diagd.export.exporter import GraphOptions, export, random_sources
 from diagd.export.families.cosmos import CosmosDvConfig
 from diagd.runtime.pixels import PixelCodec
@@ -114,6 +115,24 @@ def test_counts_that_do_not_fit_name_one_that_does(codec: PixelCodec, frames: in
 def test_other_sizes_are_refused(codec: PixelCodec) -> None:
     with pytest.raises(UsageError, match=r"takes \(16, 32, 3\)"):
         codec.encode(np.zeros((1, 16, 16, 3), np.uint8))
+
+
+def test_graphs_of_a_bundle_that_took_its_place_are_not_read(tmp_path: Path) -> None:
+    """They would be kept in the cache as those of the bundle that was opened."""
+    family = replace(small_family(small_model(StreamLayout(1, 2), layers=1)), tokenizer=TOKENIZER)
+
+    def exported(seed: int) -> Bundle:
+        return Bundle.open(
+            export(family, GraphOptions(), random_sources(family, seed), tmp_path / "a.diagd").path
+        )
+
+    codec, alike = (PixelCodec(exported(0), CpuOptions(1, prepack=False)) for _ in range(2))
+    tokens = codec.encode(video(1))
+    exported(1)
+    np.testing.assert_array_equal(codec.encode(video(1)), tokens)  # it was loaded
+    for stale in (partial(alike.encode, video(1)), partial(list, codec.decode(tokens))):
+        with pytest.raises(BundleError, match="another bundle took the place"):
+            stale()
 
 
 def test_bundles_without_a_tokenizer_say_so(small_bundle: Path) -> None:
