@@ -17,6 +17,7 @@ from diagd.errors import CheckpointError, UsageError
 from diagd.export.exporter import GraphOptions, Sources, export, open_sources
 from diagd.export.families import Family, cosmos
 from diagd.export.transformer import TextShape, Transformer, TransformerConfig
+from diagd.runtime.options import parse_decoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout
 from tests.export.released import arrays_of, logits_of, module_of, random_rows, random_tensors
@@ -173,6 +174,54 @@ def test_what_is_refused_and_what_is_changed_later_leave_a_world_as_it_was(
         given *= -1
     session.start(prompt, text=given)
     assert list(decoded()) == expected[1]
+
+
+ORDERS = ("next token", "k=1 serial", "k=2 serial", "k=1 chained", "jacobi")
+
+
+def drawn(session: diagd.runtime.session.Session, order: str, frames: int, seed: int) -> object:
+    """Tokens of so many frames, or why there are none."""
+    decoder, law = parse_decoder(order, session.manifest), SamplingSettings(1.0, 0, 0.95)
+    try:
+        run = session.frames(decoder, count=frames, sampling=law, seed=seed)
+    except UsageError as error:
+        return str(error)
+    return [frame.tokens.tolist() for frame in run]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.usefixtures("session")
+def test_worlds_that_take_turns_and_other_texts_are_those_of_a_run_alone(case: Case, seed: int) -> None:
+    """Two over one session, moved and told another text at random, each beside a session of its own."""
+    random = np.random.default_rng(seed)
+    texts = [None if case.text is None else random.normal(size=(n, TEXT.width)) for n in (1, 4, 6)]
+    live, *alone = (diagd.load(session_bundle(case), threads=1) for _ in range(3))
+    streams = []
+    for own in alone:
+        prompt, text = random.integers(0, CODES, (1, ROWS, COLUMNS)), texts[random.integers(3)]
+        if streams:
+            live.stream = live.stream.branch()
+        for session in (live, own):
+            session.start(prompt, text=text)
+        streams.append(live.stream)
+    for _ in range(14):
+        world, frames, draw = (int(random.integers(low, high)) for low, high in ((0, 2), (1, 4), (0, 9)))
+        own, order = alone[world], str(random.choice(ORDERS))
+        live.stream, past, text = streams[world], list(own.stream.past), texts[random.integers(3)]
+        kind = random.choice(["play", "play", "back", "move", "text"])
+        if kind == "play":
+            assert drawn(live, order, frames, draw) == drawn(own, order, frames, draw)
+        elif kind == "back":
+            frames = min(frames, *(session.stream.spare(len(past)) for session in (live, own)))
+            for session in (live, own):
+                session.stream.rewind(frames)
+        elif kind == "move":
+            live.stream = live.stream.branch()
+        else:
+            live.stream = live.stream.branch()
+            for session in (live, own):
+                session.start(np.stack([frame.tokens for frame in past[-2:]]), text=text)
+        streams[world] = live.stream
 
 
 def test_a_full_window_slides(case: Case, session: diagd.runtime.session.Session) -> None:
