@@ -78,7 +78,7 @@ class OperatorArguments(ctypes.Structure):
 
 
 def address(array: NDArray[Any]) -> int:
-    """Of an array's first byte; ``array.ctypes`` takes four times as long."""
+    """Of an array's first byte; ``array.ctypes`` takes nearly three times as long."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
     except (TypeError, ValueError):  # it is read-only, empty, not in C order or of no type of NumPy's own
