@@ -311,7 +311,7 @@ def _recorded(
 def vector_codec(path: Path, codec: ActionCodec | None, name: str) -> ActionCodec:
     """The codec of a model whose actions are numbers, one a slot; UsageError of ``path`` for others."""
     if codec is None or not any(isinstance(slot, EdgesSlot) for slot in codec.slots):
-        raise UsageError(f"{path} is an episode of another model; {name} takes no vectors of actions")
+        raise UsageError(f"{path}: such episodes have buttons and sticks; {name} takes no vectors of actions")
     return codec
 
 

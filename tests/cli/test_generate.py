@@ -131,6 +131,9 @@ def test_outputs_that_cannot_be_written(
     workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, tmp_path, generate(workplace, tmp_path / "out.avi"), ".mp4, .gif, .npy or .npz")
+    refused(
+        capsys, tmp_path, generate(workplace, tmp_path / "out.npz"), "such episodes have buttons and sticks"
+    )
     refused(capsys, tmp_path, generate(workplace, tmp_path / "none" / "out.mp4"), "does not exist")
 
 
