@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def verdict_of(bundle: Bundle, backend: str) -> Verdict:
     """Of two frames."""
     (candidate,) = candidates(bundle, backend, 3, CPU)
-    with closing(candidate), open_reference(bundle, candidate.session) as plain:
+    with candidate.session, open_reference(bundle, candidate.session) as plain:
         workload = random_workload(candidate.session, 1, 2)
         return verify(
             *(candidate.session, plain, candidate.name, candidate.precision),
@@ -68,7 +67,7 @@ def test_narrow_steps_have_few_pads() -> None:
 
 def test_tensors_of_a_step_are_compared(bundle: Bundle) -> None:
     (candidate,) = candidates(bundle, "openvino_fp32", 3, CPU)
-    with closing(candidate):
+    with candidate.session:
         found = candidate.tensors()
     assert {"logits", "new_key_0"} <= {verdict.tensor for verdict in found}
     assert all(verdict.passed for verdict in found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,7 +122,7 @@ def test_cells_and_tensors_of_a_device_are_verified(
     """Against the FP32 prefix graph of the same weights; every step gives its logits."""
     plain = Bundle.open(export_small(small_model(LAYOUT, layers=1, context_frames=4), tmp_path / "p.diagd"))
     (candidate,) = of_backend(bundle, workshop, 3, CPU)
-    with closing(candidate), open_reference(plain, candidate.session) as reference:
+    with candidate.session, open_reference(plain, candidate.session) as reference:
         workload = random_workload(candidate.session, 1, 5)
         for order in orders_of(bundle.manifest.layout, (1,)):
             verdict = verify(
