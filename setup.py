@@ -26,7 +26,10 @@ class BuildWithKernels(build_py):
 
 HOST_BUILD = Extension(
     "diagd.engines.devices.step_kernels_host",
-    [f"native/{name}.cpp" for name in ("step_kernels_host", "onnxruntime_ops", "prefix_attention")],
+    [
+        f"native/{name}.cpp"
+        for name in ("step_kernels_host", "onnxruntime_ops", "prefix_attention", "int8_product")
+    ],
     depends=[str(header) for header in Path("native").glob("*.h")],
     include_dirs=["native"],
     libraries=["dl"] if sys.platform == "linux" else [],

@@ -14,9 +14,12 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
 #include <new>
+#include <vector>
 
 #include "attention.h"
+#include "int8_product.h"
 #include "layer.h"
 #include "prefix_attention.h"
 
@@ -43,7 +46,7 @@ struct Operators {
 namespace {
 
 constexpr uint32_t kApiVersion = 17;  // ONNX Runtime 1.17: the first with all that is used
-constexpr int kFloat32 = 1, kFloat16 = 10, kInt32 = 6, kInt64 = 7, kRequired = 0, kOptional = 1, kDeviceMemory = 0;
+constexpr int kFloat32 = 1, kUInt8 = 2, kInt8 = 3, kFloat16 = 10, kInt32 = 6, kInt64 = 7, kRequired = 0, kOptional = 1, kDeviceMemory = 0;
 constexpr size_t kMostInputs = 12;
 
 using Status = void*;  // null: all is well
@@ -65,6 +68,7 @@ enum Place : size_t {
   kKernelContextGetOutput = 91,
   kReleaseTensorTypeAndShapeInfo = 99,
   kKernelContextGetGpuComputeStream = 193,
+  kKernelInfoGetConstantInput = 249,
   kKernelContextParallelFor = 274,
 };
 
@@ -107,13 +111,14 @@ struct CustomOp {
 
 struct Call;
 
-// An operator: its inputs are `floating`, but for the first `integers` and, where it has a place to write, the last.
+// An operator: its inputs are `floating`, but for the first `integers` and, where it has a place to write, the last; of
+// a product of eight bits the second is a weight, and the last a zero point.
 struct Operator : CustomOp {
   char label[32];
   size_t least, most;  // inputs
   size_t results;
   size_t integers;
-  bool writes;
+  bool writes, multiplies;
   int floating;
   const char* provider_name;
   const char* real;  // attributes, null where it has none
@@ -124,6 +129,7 @@ struct Operator : CustomOp {
   bool has(const char* part) const { return std::strstr(label, part) != nullptr; }
   int type(size_t input) const {
     if (writes && input + 1 == most) return kInt64;
+    if (multiplies && (input == 1 || input == 4)) return input == 1 ? kInt8 : kUInt8;
     return input < integers ? kInt32 : floating;
   }
 };
@@ -133,6 +139,7 @@ struct Kernel {
   const void* const* api;
   float real;
   int64_t wholes[2];
+  std::unique_ptr<const diagd::Int8Weight> weight;
 };
 
 diagd::Launch launcher() {
@@ -392,6 +399,39 @@ Status run_rms_norm(Call& call) {
   });
 }
 
+// x [rows, K], a weight of eight bits [K, N], scales of its columns; of x where they are fixed, and its zero point, else
+// each row has that of its largest magnitude -> their product [rows, N].
+Status run_int8_product(Call& call) {
+  constexpr float kSmallest = 1e-12f, kLimit = 127.0f;
+  thread_local std::vector<uint8_t> rounded_rows;
+  thread_local std::vector<float> row_scales;
+  const Shaped& x = call.inputs[0];
+  const diagd::Int8Weight& weight = *call.kernel.weight;
+  const bool fixed = call.count == 5;
+  if (x.columns() != weight.inputs || !call.inputs[2].is(1, weight.outputs) ||
+      (fixed && !(call.inputs[3].is(1, 1) && call.inputs[4].is(1, 1))))
+    return call.fail("diagd: a product of tensors whose shapes do not fit each other");
+  float* out = nullptr;
+  if (Status status = call.output(0, x, weight.outputs, out)) return status;
+  const int64_t rows = x.rows(), across = weight.across(), threads = call.kernel.op->given.gpu.count;
+  if (!rows) return nullptr;
+  rounded_rows.resize(rows * across), row_scales.resize(rows);
+  uint8_t* rounded = rounded_rows.data();
+  float* scales = row_scales.data();
+  const int32_t zero = fixed ? *static_cast<const uint8_t*>(call.inputs[4].data) : 128;
+  const auto round = [&](int64_t row) {
+    const float* from = x.floats() + row * weight.inputs;
+    scales[row] = fixed ? *call.inputs[3].floats() : diagd::reach(from, weight.inputs, kSmallest) * (1 / kLimit);
+    diagd::round_row(from, weight.inputs, scales[row], zero, rounded + row * across);
+  };
+  if (Status status = in_rows(call, rows, round)) return status;
+  const int64_t parts = std::min(weight.panels, threads == 1 ? 1 : 4 * threads);  // a thread may be late
+  return call.in_parts(parts, [&](int64_t part) {
+    const int64_t first = part * weight.panels / parts, last = (part + 1) * weight.panels / parts;
+    weight.multiply({rounded, scales, rows}, zero, call.inputs[2].floats(), first, last, out);
+  });
+}
+
 // Queries [rows, heads * D], their norm's weight, K and V of a text -> as queries.
 Status run_text_attention(Call& call) {
   const Shaped &queries = call.inputs[0], &keys = call.inputs[2];
@@ -469,18 +509,35 @@ Status compute(void* pointer, void* context) {
   return status ? status : call.kernel.op->run(call);
 }
 
-Status create(const CustomOp* base, const void* const* api, const void* info, void** made) {
+// The weight of a product, which is constant.
+Status pack(Kernel& kernel, const void* info) {
+  const Call call = {kernel, nullptr};
+  int is_constant = 0;
+  const void* value = nullptr;
+  Shaped weight;
+  if (Status status = call.ask(kKernelInfoGetConstantInput, info, size_t{1}, &is_constant, &value)) return status;
+  if (!is_constant || !value) return call.fail("diagd: a product with a weight that is not constant");
+  if (Status status = call.described(value, weight)) return status;
+  const auto* from = static_cast<const int8_t*>(weight.data);
+  kernel.weight.reset(new diagd::Int8Weight(from, weight.rows(), weight.columns()));
+  return nullptr;
+}
+
+Status create(const CustomOp* base, const void* const* api, const void* info, void** made) try {
   const auto* op = static_cast<const Operator*>(base);
-  Kernel kernel = {op, api, 0.0f, {}};
+  std::unique_ptr<Kernel> kernel(new Kernel{op, api, 0.0f, {}, nullptr});
   if (op->real) {
-    if (Status status = call(api, kKernelInfoGetAttributeFloat, info, op->real, &kernel.real)) return status;
+    if (Status status = call(api, kKernelInfoGetAttributeFloat, info, op->real, &kernel->real)) return status;
   }
   for (size_t number = 0; number < 2 && op->wholes[number]; ++number) {
-    int64_t* whole = &kernel.wholes[number];
+    int64_t* whole = &kernel->wholes[number];
     if (Status status = call(api, kKernelInfoGetAttributeInteger, info, op->wholes[number], whole)) return status;
   }
-  *made = new (std::nothrow) Kernel(kernel);
-  return *made ? nullptr : failed(api, "diagd: no memory");
+  if (Status status = op->multiplies ? pack(*kernel, info) : nullptr) return status;
+  *made = kernel.release();
+  return nullptr;
+} catch (const std::bad_alloc&) {
+  return failed(api, "diagd: no memory");
 }
 
 const Operator* of(const CustomOp* op) { return static_cast<const Operator*>(op); }
@@ -582,12 +639,17 @@ Status add_host(const void* const* api, void* domain) {
   Operator attention = described(6, 6, 3, run_prefix_attention, "BoundAttention");
   Operator gate = described(1, 1, 1, run_gate, "BoundSwiGLU");
   Operator norm = described(3, 3, 2, run_rms_norm, "BoundRMSNormAdd");
-  norm.real = "epsilon";
-  for (Operator* op : {&attention, &gate, &norm})
+  Operator product = described(5, 5, 1, run_int8_product, "Int8Product");
+  Operator by_row = described(3, 3, 1, run_int8_product, "Int8ProductByRow");
+  norm.real = "epsilon", product.multiplies = by_row.multiplies = true;
+  for (Operator* op : {&attention, &gate, &norm, &product, &by_row})
     op->floating = kFloat32, op->provider_name = "CPUExecutionProvider";
   if (Status status = add_attentions(api, domain, attention)) return status;
-  if (Status status = add(api, domain, gate)) return status;
-  return add(api, domain, norm);
+  for (const Operator* op : {&gate, &norm, &product, &by_row}) {
+    if (op->multiplies && !diagd::has_int8_products()) continue;
+    if (Status status = add(api, domain, *op)) return status;
+  }
+  return nullptr;
 }
 
 }  // namespace

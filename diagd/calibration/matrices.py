@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diagd.bundle import Form
 from diagd.bundle.precision import GROUP, Precision
 from diagd.engines.engine import Float
-from diagd.export.tracing import cast, onnx_operator
+from diagd.export.tracing import FunctionModule, cast, onnx_operator
 from diagd.export.weights import StoredWeights, WeightSource, constant, row_chunks
 
 Array = NDArray[Any]
@@ -164,7 +164,7 @@ def ranges(values: Float) -> list[float]:
     return [float(limit) for limit in np.percentile(np.abs(values), PERCENTILES)]
 
 
-class QuantisedMatrix(nn.Module):
+class QuantisedMatrix(FunctionModule):
     """A module in the place of a matrix [K, N].
 
     ``sources``: data of its buffers, by their names; to be read in order. ``outputs``: N.
@@ -214,51 +214,50 @@ class DequantisedMatrix(QuantisedMatrix):
     """DequantizeLinear of the weight ahead of the product, and of a rounded input where ``x_scale`` is given.
 
     Its ``x_zero`` is then given too. ``axis``: of the scales. ``group``: rows that share one, 0 where a scale
-    is a column's.
+    is a column's. ``kernel``: name of a function that the whole product is.
     """
 
     x_scale: Tensor
     x_zero: Tensor
 
-    def __init__(self, outputs: int, sources: Sources, axis: int = 1, group: int = 0) -> None:
+    def __init__(
+        self, outputs: int, sources: Sources, axis: int = 1, group: int = 0, kernel: str = ""
+    ) -> None:
         super().__init__(outputs, sources)
         self._attributes = {"axis": axis, "block_size": group} if group else {"axis": axis}
+        self._kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] times the matrix."""
-        if "x_scale" in self.sources:
-            x_q = onnx_operator("QuantizeLinear", (x, self.x_scale, self.x_zero), self.x_zero.dtype, x.shape)
-            x = onnx_operator("DequantizeLinear", (x_q, self.x_scale, self.x_zero), x.dtype, x.shape)
-        inputs = (self.q, self.scale)
-        return x @ onnx_operator("DequantizeLinear", inputs, x.dtype, self.q.shape, **self._attributes)
+        rounding = (self.x_scale, self.x_zero) if "x_scale" in self.sources else ()
+        return self.call(self._kernel, self._product, (x, self.q, self.scale, *rounding), self.outputs)
+
+    def _product(self, x: Tensor, q: Tensor, scale: Tensor, *rounding: Tensor) -> Tensor:
+        if rounding:
+            x_q = onnx_operator("QuantizeLinear", (x, *rounding), rounding[1].dtype, x.shape)
+            x = onnx_operator("DequantizeLinear", (x_q, *rounding), x.dtype, x.shape)
+        return x @ onnx_operator("DequantizeLinear", (q, scale), x.dtype, q.shape, **self._attributes)
 
 
 class RowScaledMatrix(QuantisedMatrix):
     """MatMulInteger of rows that are divided by their largest magnitude / 127: none depends on another."""
 
-    one: Tensor
-    zero: Tensor
-    first: Tensor
-
-    def __init__(self, weight: Weight, columns: Sources) -> None:
-        constants = {
-            "one": constant(np.asarray(1, np.float32)),
-            "zero": constant(np.asarray(128, np.uint8)),
-            "first": constant(np.zeros(1, np.int64)),
-        }
-        super().__init__(weight.shape[1], {**columns, **constants})
-
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [W, K] times the matrix."""
+        return self.call("Int8ProductByRow", self._product, (x, self.q, self.scale), self.outputs)
+
+    def _product(self, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
         # ONNX Runtime 1.31 keeps the reduced axis of an array without rows at its full size.
-        reach = onnx_operator("Gather", (largest, self.first), x.dtype, largest.shape, axis=-1)
+        first = torch.zeros(1, dtype=torch.int64, device=x.device)
+        reach = onnx_operator("Gather", (largest, first), x.dtype, largest.shape, axis=-1)
         reach = reach.clamp(min=float(SMALLEST))
         x_scale = reach * (1 / 127)
-        x_q = onnx_operator("QuantizeLinear", (x / x_scale, self.one, self.zero), torch.uint8, x.shape)
-        shape = (*x.shape[:-1], self.outputs)
-        total = onnx_operator("MatMulInteger", (x_q, self.q, self.zero), torch.int32, shape)
-        return cast(total, x.dtype) * (x_scale * self.scale)
+        one = torch.ones((), dtype=x.dtype, device=x.device)
+        zero = torch.full((), 128, dtype=torch.uint8, device=x.device)
+        x_q = onnx_operator("QuantizeLinear", (x / x_scale, one, zero), torch.uint8, x.shape)
+        total = onnx_operator("MatMulInteger", (x_q, q, zero), torch.int32, (*x.shape[:-1], q.shape[1]))
+        return cast(total, x.dtype) * (x_scale * scale)
 
 
 class EitherMatrix(nn.Module):
@@ -295,10 +294,12 @@ def quantised_matrix(weight: Weight, limit: float | None, scheme: Precision, for
         return DequantisedMatrix(outputs, _blocks(weight), axis=0, group=GROUP)
     columns = _columns(weight, scheme)
     if scheme.scaling == "row":
-        return RowScaledMatrix(weight, columns)
+        return RowScaledMatrix(outputs, columns)
     if limit is None:
         return DequantisedMatrix(outputs, columns)
-    return DequantisedMatrix(outputs, {**columns, **_input_scale(limit, weight.dtype, scheme, form)})
+    kernel = "Int8Product" if form.traits.host and scheme.kind == "int8" else ""
+    rounding = _input_scale(limit, weight.dtype, scheme, form)
+    return DequantisedMatrix(outputs, {**columns, **rounding}, kernel=kernel)
 
 
 def _columns(weight: Weight, scheme: Precision) -> Sources:

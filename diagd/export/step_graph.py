@@ -21,7 +21,7 @@ from diagd.engines.tensors import cache_tensors
 from diagd.export.forms import Bound, CacheRows, ModernAttention, PortableAttention, PrefixAttention
 from diagd.export.known_graphs import traced_once
 from diagd.export.layers import mark_ends, models, number_in, numbered, repeat
-from diagd.export.tracing import Functions, cast, onnx_operator
+from diagd.export.tracing import FunctionModule, Functions, cast, onnx_operator
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 
@@ -192,6 +192,9 @@ class Step(nn.Module):
     def replace_matrices(self, matrices: Mapping[str, nn.Module]) -> None:
         """Put modules in the place of matrices, by name in the graph."""
         for name, module in matrices.items():
+            for part in module.modules():
+                if isinstance(part, FunctionModule):
+                    part.functions = self.functions
             parent, _, leaf = name.rpartition(".")
             owner = self.get_submodule(parent)
             delattr(owner, leaf)

@@ -152,6 +152,24 @@ class Functions:
         return model
 
 
+class FunctionModule(nn.Module):
+    """A module that may be a function of the graph that it is traced in.
+
+    Attributes:
+        functions: of that graph; None where it has none.
+    """
+
+    functions: Functions | None = None
+
+    def call(self, name: str, body: Callable[..., Tensor], inputs: Sequence[Tensor], outputs: int) -> Tensor:
+        """``body`` of the inputs, the rows of the first with ``outputs`` columns; as a function of a name."""
+        if not name or self.functions is None:
+            return body(*inputs)
+        shape = (*inputs[0].shape[:-1], outputs)
+        (found,) = self.functions.call(name, lambda *x: (body(*x),), inputs, [(inputs[0].dtype, shape)])
+        return found
+
+
 class _Part(nn.Module):
     """What a function is made of; of its inputs only types and sizes are kept."""
 

@@ -35,7 +35,7 @@ class Matrix(RowScaledMatrix):
         shapes = {"q": (inputs, outputs), "scale": (outputs,)}
         types = {"q": np.dtype(np.int8), "scale": np.dtype(np.float32)}
         sources = {n: WeightSource(shape, lambda: iter(()), types[n]) for n, shape in shapes.items()}
-        super().__init__(np.empty((inputs, outputs)), sources)  # type: ignore[arg-type]
+        super().__init__(outputs, sources)
 
 
 def rounded(*plain: str) -> StepVariant:
