@@ -28,7 +28,7 @@ HOST_BUILD = Extension(
     "diagd.engines.devices.step_kernels_host",
     [
         f"native/{name}.cpp"
-        for name in ("step_kernels_host", "onnxruntime_ops", "prefix_attention", "int8_product")
+        for name in ("step_kernels_host", "onnxruntime_ops", "prefix_attention", "products")
     ],
     depends=[str(header) for header in Path("native").glob("*.h")],
     include_dirs=["native"],

@@ -190,7 +190,7 @@ def bare_products(bundle: Bundle, wall: bool) -> tuple[onnxruntime.InferenceSess
 
     graph = onnx.load(bundle.file("step.onnx"), load_external_data=False).graph
     weights = {t.name: t for t in graph.initializer if len(t.dims) == 2 and t.external_data}
-    products = [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in weights]
+    products = [n for n in graph.node if n.op_type.endswith(("MatMul", "Product")) and n.input[1] in weights]
     inputs = {f"x{weights[n.input[1]].dims[0]}": int(weights[n.input[1]].dims[0]) for n in products}
     nodes = []
     for index, node in enumerate(products):

@@ -19,9 +19,9 @@
 #include <vector>
 
 #include "attention.h"
-#include "int8_product.h"
 #include "layer.h"
 #include "prefix_attention.h"
+#include "products.h"
 
 namespace diagd {
 
@@ -112,13 +112,14 @@ struct CustomOp {
 struct Call;
 
 // An operator: its inputs are `floating`, but for the first `integers` and, where it has a place to write, the last; of
-// a product of eight bits the second is a weight, and the last a zero point.
+// a product of eight bits the weight, and the last, a zero point.
 struct Operator : CustomOp {
   char label[32];
   size_t least, most;  // inputs
   size_t results;
   size_t integers;
-  bool writes, multiplies;
+  bool writes;
+  int weight;  // type of the second input, which is constant; 0: it is not
   int floating;
   const char* provider_name;
   const char* real;  // attributes, null where it has none
@@ -129,7 +130,8 @@ struct Operator : CustomOp {
   bool has(const char* part) const { return std::strstr(label, part) != nullptr; }
   int type(size_t input) const {
     if (writes && input + 1 == most) return kInt64;
-    if (multiplies && (input == 1 || input == 4)) return input == 1 ? kInt8 : kUInt8;
+    if (weight && input == 1) return weight;
+    if (weight == kInt8 && input == 4) return kUInt8;
     return input < integers ? kInt32 : floating;
   }
 };
@@ -139,7 +141,8 @@ struct Kernel {
   const void* const* api;
   float real;
   int64_t wholes[2];
-  std::unique_ptr<const diagd::Int8Weight> weight;
+  std::unique_ptr<const diagd::FloatWeight> floats;
+  std::unique_ptr<const diagd::Int8Weight> bytes;
 };
 
 diagd::Launch launcher() {
@@ -399,6 +402,35 @@ Status run_rms_norm(Call& call) {
   });
 }
 
+// Panels first..last of a weight's, on ONNX Runtime's threads; more parts than those, of which one may be late.
+template <typename Work>
+Status in_panels(const Call& call, const diagd::Weight& weight, const Work& work) {
+  const int64_t threads = call.kernel.op->given.gpu.count;
+  const int64_t parts = std::min<int64_t>(weight.panels, threads == 1 ? 1 : 4 * threads);
+  const auto run = [&](int64_t part) { work(part * weight.panels / parts, (part + 1) * weight.panels / parts); };
+  return call.in_parts(parts, run);
+}
+
+constexpr char kOtherProduct[] = "diagd: a product of tensors whose shapes do not fit each other";
+
+// x [rows, K], a weight [K, N] -> their product [rows, N].
+Status run_product(Call& call) {
+  thread_local std::vector<float> memory;
+  const Shaped& x = call.inputs[0];
+  const diagd::FloatWeight& weight = *call.kernel.floats;
+  const int64_t rows = x.rows(), across = weight.across();
+  float* out = nullptr;
+  if (x.columns() != weight.inputs) return call.fail(kOtherProduct);
+  if (Status status = call.output(0, x, weight.outputs, out)) return status;
+  if (!rows) return nullptr;
+  if (memory.size() < static_cast<size_t>(rows * across)) memory.resize(rows * across);
+  float* apart = memory.data();
+  for (int64_t row = 0; row < rows; ++row)
+    std::memcpy(apart + row * across, x.floats() + row * weight.inputs, sizeof(float) * weight.inputs);
+  return in_panels(call, weight,
+                   [&](int64_t first, int64_t last) { weight.multiply(apart, rows, first, last, out); });
+}
+
 // x [rows, K], a weight of eight bits [K, N], scales of its columns; of x where they are fixed, and its zero point, else
 // each row has that of its largest magnitude -> their product [rows, N].
 Status run_int8_product(Call& call) {
@@ -406,14 +438,14 @@ Status run_int8_product(Call& call) {
   thread_local std::vector<uint8_t> rounded_rows;
   thread_local std::vector<float> row_scales;
   const Shaped& x = call.inputs[0];
-  const diagd::Int8Weight& weight = *call.kernel.weight;
+  const diagd::Int8Weight& weight = *call.kernel.bytes;
   const bool fixed = call.count == 5;
   if (x.columns() != weight.inputs || !call.inputs[2].is(1, weight.outputs) ||
       (fixed && !(call.inputs[3].is(1, 1) && call.inputs[4].is(1, 1))))
-    return call.fail("diagd: a product of tensors whose shapes do not fit each other");
+    return call.fail(kOtherProduct);
   float* out = nullptr;
   if (Status status = call.output(0, x, weight.outputs, out)) return status;
-  const int64_t rows = x.rows(), across = weight.across(), threads = call.kernel.op->given.gpu.count;
+  const int64_t rows = x.rows(), across = weight.across();
   if (!rows) return nullptr;
   rounded_rows.resize(rows * across), row_scales.resize(rows);
   uint8_t* rounded = rounded_rows.data();
@@ -425,9 +457,7 @@ Status run_int8_product(Call& call) {
     diagd::round_row(from, weight.inputs, scales[row], zero, rounded + row * across);
   };
   if (Status status = in_rows(call, rows, round)) return status;
-  const int64_t parts = std::min(weight.panels, threads == 1 ? 1 : 4 * threads);  // a thread may be late
-  return call.in_parts(parts, [&](int64_t part) {
-    const int64_t first = part * weight.panels / parts, last = (part + 1) * weight.panels / parts;
+  return in_panels(call, weight, [&](int64_t first, int64_t last) {
     weight.multiply({rounded, scales, rows}, zero, call.inputs[2].floats(), first, last, out);
   });
 }
@@ -518,14 +548,18 @@ Status pack(Kernel& kernel, const void* info) {
   if (Status status = call.ask(kKernelInfoGetConstantInput, info, size_t{1}, &is_constant, &value)) return status;
   if (!is_constant || !value) return call.fail("diagd: a product with a weight that is not constant");
   if (Status status = call.described(value, weight)) return status;
-  const auto* from = static_cast<const int8_t*>(weight.data);
-  kernel.weight.reset(new diagd::Int8Weight(from, weight.rows(), weight.columns()));
+  const int64_t inputs = weight.rows(), outputs = weight.columns();
+  if (kernel.op->weight == kInt8) {
+    kernel.bytes.reset(new diagd::Int8Weight(static_cast<const int8_t*>(weight.data), inputs, outputs));
+  } else {
+    kernel.floats.reset(new diagd::FloatWeight(weight.floats(), inputs, outputs));
+  }
   return nullptr;
 }
 
 Status create(const CustomOp* base, const void* const* api, const void* info, void** made) try {
   const auto* op = static_cast<const Operator*>(base);
-  std::unique_ptr<Kernel> kernel(new Kernel{op, api, 0.0f, {}, nullptr});
+  std::unique_ptr<Kernel> kernel(new Kernel{op, api, 0.0f, {}, nullptr, nullptr});
   if (op->real) {
     if (Status status = call(api, kKernelInfoGetAttributeFloat, info, op->real, &kernel->real)) return status;
   }
@@ -533,7 +567,7 @@ Status create(const CustomOp* base, const void* const* api, const void* info, vo
     int64_t* whole = &kernel->wholes[number];
     if (Status status = call(api, kKernelInfoGetAttributeInteger, info, op->wholes[number], whole)) return status;
   }
-  if (Status status = op->multiplies ? pack(*kernel, info) : nullptr) return status;
+  if (Status status = op->weight ? pack(*kernel, info) : nullptr) return status;
   *made = kernel.release();
   return nullptr;
 } catch (const std::bad_alloc&) {
@@ -639,15 +673,16 @@ Status add_host(const void* const* api, void* domain) {
   Operator attention = described(6, 6, 3, run_prefix_attention, "BoundAttention");
   Operator gate = described(1, 1, 1, run_gate, "BoundSwiGLU");
   Operator norm = described(3, 3, 2, run_rms_norm, "BoundRMSNormAdd");
-  Operator product = described(5, 5, 1, run_int8_product, "Int8Product");
+  Operator product = described(2, 2, 1, run_product, "BoundProduct");
+  Operator fixed = described(5, 5, 1, run_int8_product, "Int8Product");
   Operator by_row = described(3, 3, 1, run_int8_product, "Int8ProductByRow");
-  norm.real = "epsilon", product.multiplies = by_row.multiplies = true;
-  for (Operator* op : {&attention, &gate, &norm, &product, &by_row})
+  norm.real = "epsilon", product.weight = kFloat32, fixed.weight = by_row.weight = kInt8;
+  for (Operator* op : {&attention, &gate, &norm, &product, &fixed, &by_row})
     op->floating = kFloat32, op->provider_name = "CPUExecutionProvider";
   if (Status status = add_attentions(api, domain, attention)) return status;
-  for (const Operator* op : {&gate, &norm, &product, &by_row}) {
-    if (op->multiplies && !diagd::has_int8_products()) continue;
-    if (Status status = add(api, domain, *op)) return status;
+  for (const Operator* op : {&gate, &norm, &product, &fixed, &by_row}) {
+    const bool runs = !op->weight || (op->weight == kInt8 ? diagd::has_int8_products() : diagd::has_float_products());
+    if (Status status = runs ? add(api, domain, *op) : nullptr) return status;
   }
   return nullptr;
 }

@@ -118,9 +118,23 @@ class PrefixAttention(FunctionForm):
 
     LABEL, KERNELS = "Bound", frozenset({"SwiGLU", "RMSNormAdd"})
 
+    LARGE = 1 << 20
+    """Elements from which on a matrix comes from memory each time: a kernel of ours waits less for it."""
+
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound)
         self._rows = bound.rows
+
+    @override
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        def body(x: Tensor, matrix: Tensor) -> tuple[Tensor]:
+            return (x @ matrix,)
+
+        if matrix.numel() < self.LARGE:
+            return x @ matrix
+        outputs = [(x.dtype, (x.shape[0], matrix.shape[1]))]
+        (found,) = self._functions.call(f"{self.LABEL}Product", body, (x, matrix), outputs)
+        return found
 
     @override
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ class Step(nn.Module):
         states = self.transformer.states(ids, positions.flatten(), attention, text)
         if logit_rows is not None:
             states = states.index_select(0, logit_rows)
-        logits = cast(self.transformer.logits(states), torch.float32)
+        logits = cast(self.transformer.logits(states, attention), torch.float32)
         return logits, *attention.cache, *self.watched.values()
 
 

@@ -29,10 +29,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, form: AttentionForm) -> Addends:
         """What the layer adds for x [..., hidden]."""
-        fused = product(x, self.gate_up)
+        fused = product(x, self.gate_up, form)
         shape = (*fused.shape[:-1], fused.shape[-1] // 2)
         (inner,) = form.part("SwiGLU", self._gated, (fused,), (shape,))
-        return (product(inner, self.down),)
+        return (product(inner, self.down, form),)
 
     @staticmethod
     def _gated(fused: Tensor) -> tuple[Tensor]:
@@ -52,22 +52,22 @@ class GeluFeedForward(nn.Module):
 
     def forward(self, x: Tensor, form: AttentionForm) -> Addends:
         """What the layer adds for x [..., hidden]."""
-        inner = product(x, self.up)
+        inner = product(x, self.up, form)
         name, inputs = ("GELU", (inner,)) if self.up_bias is None else ("BiasGELU", (inner, self.up_bias))
         (inner,) = form.part(name, self._activated, inputs, (inner.shape,))
-        return given(product(inner, self.down), self.down_bias)
+        return given(product(inner, self.down, form), self.down_bias)
 
     @staticmethod
     def _activated(inner: Tensor, *bias: Tensor) -> tuple[Tensor]:
         return (functional.gelu(sum(bias, start=inner), approximate="tanh"),)
 
 
-def product(x: Tensor, matrix: Tensor | nn.Module) -> Tensor:
+def product(x: Tensor, matrix: Tensor | nn.Module, form: AttentionForm) -> Tensor:
     """``x`` [..., in] times a matrix [in, out], or what a module in the matrix's place makes of it."""
     if isinstance(matrix, nn.Module):
         result: Tensor = matrix(x)
         return result
-    return x @ matrix
+    return form.product(x, matrix)
 
 
 def given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -99,6 +99,10 @@ class AttentionForm(ABC):
         A form may make one operator ``name`` of it, whose kernel reads the attributes.
         """
         return body(*inputs)
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """``x`` [..., in] times a matrix [in, out]."""
+        return x @ matrix
 
     @abstractmethod
     def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
@@ -211,10 +215,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rows: PositionRows, form: AttentionForm, layer: int) -> Addends:
         """What attention adds for x [..., W, hidden]."""
         norms = (self.query_norm.weight, self.key_norm.weight) if self.config.qk_norm else ()
-        fused = product(x, self.qkv)
+        fused = product(x, self.qkv, form)
         inputs = given(fused, self.qkv_bias, *norms, *(rows.rotary or ()))
         attended = form.attention(layer, Heads(self.config), inputs)
-        return given(product(attended, self.out), self.out_bias)
+        return given(product(attended, self.out, form), self.out_bias)
 
 
 class CrossAttention(nn.Module):
@@ -237,12 +241,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, form: AttentionForm) -> Tensor:
         """Attention output for x [..., W, hidden]; every text row is seen."""
-        queries, norm = product(x, self.query), self.query_norm
+        queries, norm = product(x, self.query, form), self.query_norm
         inputs = (queries, norm.weight, keys, values)
         (attended,) = form.part(
             "TextAttention", self._attended, inputs, (queries.shape,), epsilon=norm.eps or 0.0
         )
-        return product(attended, self.out)
+        return product(attended, self.out, form)
 
     def _attended(self, queries: Tensor, weight: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor]:
         groups, size = self.config.kv_heads, self.config.head_size
@@ -371,11 +375,11 @@ class Transformer(nn.Module):
             x, addends = block(x, addends, rows, form, layer, text[2 * layer : 2 * layer + 2])
         return added(form, x, addends, self.norm)[1]
 
-    def logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor, form: AttentionForm) -> Tensor:
         """Logits [..., output_vocabulary] of normalised states."""
         if self.config.tied_head:
             return functional.linear(states, self.embedding)
-        return product(states, self.head)
+        return product(states, self.head, form)
 
     def forward(
         self, ids: Tensor, positions: Tensor, visible: Tensor | None = None, text: Tensor | None = None
@@ -392,7 +396,8 @@ class Transformer(nn.Module):
             float [batch, R, output_vocabulary].
         """
         rows = () if text is None else self.text_rows(text)
-        return self.logits(self.states(ids, positions, FullAttention(visible), rows))
+        form = FullAttention(visible)
+        return self.logits(self.states(ids, positions, form, rows), form)
 
 
 def position_tables(config: TransformerConfig, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -99,5 +99,5 @@ class RoundedRecompute(FullRecompute):
         ids = torch.tensor([fed.token for fed in self.fed])
         positions = torch.tensor([fed.position for fed in self.fed])
         form = RoundedAttention(self.visible(), self.scales)
-        logits: Tensor = self.model.logits(self.model.states(ids, positions, form))
+        logits: Tensor = self.model.logits(self.model.states(ids, positions, form), form)
         return logits

@@ -67,7 +67,7 @@ Run = Callable[..., list[Array]]
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     file = tmp_path_factory.mktemp("operators") / "operators.so"
-    names = ("onnxruntime_ops.cpp", "layer_host.cpp", "prefix_attention.cpp", "int8_product.cpp")
+    names = ("onnxruntime_ops.cpp", "layer_host.cpp", "prefix_attention.cpp", "products.cpp")
     sources = [str(ROOT / "native" / name) for name in names]
     compile_line = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", *sources, "-o", str(file), "-ldl"]
     subprocess.run(compile_line, check=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
 import diagd
 from diagd.bundle import Bundle, Form
@@ -16,6 +19,7 @@ from diagd.engines.prefix import GRANULE, PrefixEngine
 from diagd.engines.tensors import aligned_zeros, rotate_pairs
 from diagd.errors import BundleError, EngineError
 from diagd.export.exporter import GraphOptions
+from diagd.export.transformer import Transformer
 from diagd.runtime import load
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.runtime.session import Session
@@ -64,6 +68,21 @@ def test_a_step_without_rows_changes_nothing(bundle: Path) -> None:
         buffer[:] = 7
     assert len(run_step(engine, nothing, nothing, nothing, nothing, 0, 1)) == 0
     assert all((buffer == 7).all() for buffer in engine.buffers.values())
+
+
+def test_products_with_large_matrices_are_a_function(tmp_path: Path) -> None:
+    config = replace(small_model(LAYOUT, layers=1).config, feed_forward=1 << 15)
+    model = Transformer(config).initialise(torch.Generator().manual_seed(0)).eval()
+    bundle = Bundle.open(export_small(model, tmp_path / "large.diagd"))
+    nodes = onnx.load(bundle.file("step.onnx"), load_external_data=False).graph.node
+    assert [node.op_type for node in nodes].count("BoundProduct") == 2  # gate and up in one, and down
+    ids, places = np.arange(9, dtype=np.int32), np.arange(9, dtype=np.int32)
+    engine = prefix_engine(bundle, 64, 9)
+    engine.write_tokens(places, ids)
+    found = run_step(engine, places, places, places, places, 0, 9)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids).long()[None], torch.from_numpy(places).long())[0]
+    np.testing.assert_allclose(found, wanted, atol=2e-4)
 
 
 def test_the_bound_prefix_follows_the_slots_in_use(bundle: Path) -> None:

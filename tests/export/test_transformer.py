@@ -21,7 +21,7 @@ from diagd.bundle.transformer import (
     yarn,
 )
 from diagd.export import families
-from diagd.export.transformer import Transformer, position_tables
+from diagd.export.transformer import FullAttention, Transformer, position_tables
 from diagd.schedule import StreamLayout
 from tests.oracles import numpy_forward
 
@@ -123,7 +123,7 @@ def test_a_tied_head_is_the_embedding() -> None:
     model = Transformer(config_of(tied_head=True)).initialise(torch.Generator().manual_seed(0))
     assert not any(name.startswith("head") for name in model.state_dict())
     states = torch.randn(4, 12)
-    torch.testing.assert_close(model.logits(states), states @ model.embedding.T)
+    torch.testing.assert_close(model.logits(states, FullAttention(None)), states @ model.embedding.T)
 
 
 OPTIONS: list[dict[str, object]] = [

@@ -1,4 +1,4 @@
-"""Products with weights of eight bits on the processor, against whole numbers and their own nodes."""
+"""Products with constant weights on the processor, against NumPy and against their own nodes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def node_of(path: Path, inputs: Mapping[str, Array], constants: Mapping[str, Array]) -> Path:
-    """A model of one product; by row where no scale of the rows is among the constants."""
-    name = "Int8Product" if "x_scale" in constants else "Int8ProductByRow"
+    """A model of one product: of eight bits where it has scales, by row where it has none of the rows."""
+    name = (
+        "Int8Product"
+        if "x_scale" in constants
+        else "Int8ProductByRow"
+        if "scale" in constants
+        else "BoundProduct"
+    )
     given = [
         helper.make_tensor_value_info(
             key, helper.np_dtype_to_tensor_dtype(value.dtype), ["rows", *value.shape[1:]]
@@ -95,6 +101,25 @@ def test_products_are_exact(tmp_path: Path, inputs: int, outputs: int, threads: 
         np.testing.assert_array_equal(found, product(x, weights, scale, 128))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 17), (64, 32), (130, 50), (256, 300)])
+def test_rows_are_multiplied_whatever_is_beside_them(
+    tmp_path: Path, inputs: int, outputs: int, threads: int
+) -> None:
+    random = np.random.default_rng(0)
+    x, weight = (random.normal(0, 1, shape).astype(np.float32) for shape in ((40, inputs), (inputs, outputs)))
+    session = opened(node_of(tmp_path / "a.onnx", {"x": x}, {"weight": weight}), threads)
+    (all_of_them,) = session.run(None, {"x": x})
+    bound = 1e-6 * (np.abs(x).astype(np.float64) @ np.abs(weight) + 1)
+    assert (np.abs(all_of_them - x.astype(np.float64) @ weight) <= bound).all()
+    for rows in (0, 1, 2, 7, 8, 13, 14, 15, 29):
+        np.testing.assert_array_equal(session.run(None, {"x": x[:rows]})[0], all_of_them[:rows])
+    x[3, 0] = np.nan
+    (found,) = session.run(None, {"x": x})
+    assert np.isnan(found[3]).all()
+    np.testing.assert_array_equal(np.delete(found, 3, 0), np.delete(all_of_them, 3, 0))
+
+
 class Product(nn.Module):
     def __init__(self, matrix: QuantisedMatrix) -> None:
         super().__init__()
@@ -147,6 +172,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             Exception, match="diagd: a product of tensors whose shapes"
         ):  # ONNX Runtime's own type
             session.run(None, {"x": x})
+    with pytest.raises(Exception, match="diagd: a product of tensors whose shapes"):
+        opened(node_of(tmp_path / "a.onnx", {"x": x}, {"weight": np.ones((7, 4), np.float32)})).run(
+            None, {"x": x}
+        )
     path = node_of(tmp_path / "fed.onnx", {"x": x, "q": weights["q"]}, {"scale": weights["scale"]})
     with pytest.raises(Exception, match="diagd: a product with a weight that is not constant"):
         opened(path)
