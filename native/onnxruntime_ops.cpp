@@ -689,6 +689,9 @@ Status add_host(const void* const* api, void* domain) {
 
 }  // namespace
 
+// Which products have a kernel that packs their weights itself.
+extern "C" int32_t diagd_packs(int32_t int8) { return int8 ? diagd::has_int8_products() : diagd::has_float_products(); }
+
 // What the next session is given that registers this library on this thread.
 extern "C" void diagd_operators_with(const diagd::Operators* given) { next_given = *given; }
 

@@ -97,14 +97,14 @@ def open_cpu_session(graph: Path, digest: str, options: CpuOptions) -> onnxrunti
     """Load a graph on the CPU.
 
     The first load on a machine writes the weights as this ONNX Runtime packs them for this processor; later
-    loads map that file, which is faster and shares its pages between processes. ``digest`` is that of the
-    graph and its weights, under which they are cached.
+    loads map that file, which is faster and shares its pages between processes. Kernels of ours pack theirs
+    anew each time. ``digest`` is that of the graph and its weights, under which they are cached.
 
     Raises:
         EngineError: ONNX Runtime refuses the graph.
     """
     runtime = require("onnxruntime", extra="export", purpose="run step graphs on the CPU")
-    if options.prepack:
+    if options.prepack and not _packs_itself(graph):
         graph = _prepacked(runtime, graph, digest, options)
     return _load(runtime, graph, _settings(runtime, options))
 
@@ -176,6 +176,15 @@ def _settings(runtime: onnxruntime, options: CpuOptions) -> onnxruntime.SessionO
     settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     register_host(settings, settings.intra_op_num_threads)
     return settings
+
+
+def _packs_itself(graph: Path) -> bool:
+    """Whether products of a graph are run by the host build, which packs weights of its own."""
+    library, text = host_build(), graph.read_bytes()
+    names = {0: b"BoundProduct", 1: b"Int8Product"}
+    return library is not None and any(
+        name in text and library.diagd_packs(kind) for kind, name in names.items()
+    )
 
 
 def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptions) -> Path:

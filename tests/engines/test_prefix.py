@@ -14,6 +14,7 @@ import torch
 import diagd
 from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import MANIFEST_NAME
+from diagd.engines.devices.kernels import host_build
 from diagd.engines.onnxruntime_session import CpuOptions, open_cpu_session
 from diagd.engines.prefix import GRANULE, PrefixEngine
 from diagd.engines.tensors import aligned_zeros, rotate_pairs
@@ -70,19 +71,24 @@ def test_a_step_without_rows_changes_nothing(bundle: Path) -> None:
     assert all((buffer == 7).all() for buffer in engine.buffers.values())
 
 
-def test_products_with_large_matrices_are_a_function(tmp_path: Path) -> None:
+def test_products_with_large_matrices_are_a_function(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
     config = replace(small_model(LAYOUT, layers=1).config, feed_forward=1 << 15)
     model = Transformer(config).initialise(torch.Generator().manual_seed(0)).eval()
     bundle = Bundle.open(export_small(model, tmp_path / "large.diagd"))
     nodes = onnx.load(bundle.file("step.onnx"), load_external_data=False).graph.node
     assert [node.op_type for node in nodes].count("BoundProduct") == 2  # gate and up in one, and down
     ids, places = np.arange(9, dtype=np.int32), np.arange(9, dtype=np.int32)
-    engine = prefix_engine(bundle, 64, 9)
+    engine = prefix_engine(bundle, 64, 9, CpuOptions(threads=1))
     engine.write_tokens(places, ids)
     found = run_step(engine, places, places, places, places, 0, 9)
     with torch.no_grad():
         wanted = model(torch.from_numpy(ids).long()[None], torch.from_numpy(places).long())[0]
     np.testing.assert_allclose(found, wanted, atol=2e-4)
+    kernels = host_build()  # where it multiplies, it packs the weights: nothing is kept
+    assert bool(list(tmp_path.glob("cache/prepacked/*"))) != (
+        kernels is not None and kernels.diagd_packs(0) == 1
+    )
 
 
 def test_the_bound_prefix_follows_the_slots_in_use(bundle: Path) -> None:

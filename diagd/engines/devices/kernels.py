@@ -111,7 +111,7 @@ def fits(kernels: ctypes.CDLL) -> bool:
         "diagd_draw": DrawArguments,
         OPERATORS: OperatorArguments,
     }
-    runs = hasattr(kernels, "RegisterCustomOps") and hasattr(kernels, "diagd_bound_attention")
+    runs = hasattr(kernels, "RegisterCustomOps") and hasattr(kernels, "diagd_packs")
     return runs and all(
         hasattr(kernels, size := f"{name}_arguments_size")
         and getattr(kernels, size)() == ctypes.sizeof(structure)
