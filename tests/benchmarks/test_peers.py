@@ -51,7 +51,7 @@ def test_both_are_timed_on_the_same_steps(
     for name in in_fp32:
         row = next(line for line in printed.splitlines() if name in line)
         numbers = [
-            float(number) for number in re.findall(r"\d\S*\d", row.replace(name, "").replace("x)", ""))
+            float(number) for number in re.findall(r"\d\S*\d|\d", row.replace(name, "").replace("x)", ""))
         ]
         assert len(numbers) == 5
         assert min(numbers[:4]) > 0
