@@ -126,12 +126,12 @@ class PrefixAttention(FunctionForm):
         self._rows = bound.rows
 
     @override
-    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+    def product(self, x: Tensor, matrix: Tensor | nn.Module) -> Tensor:
         def body(x: Tensor, matrix: Tensor) -> tuple[Tensor]:
             return (x @ matrix,)
 
-        if matrix.numel() < self.LARGE:
-            return x @ matrix
+        if isinstance(matrix, nn.Module) or matrix.numel() < self.LARGE:
+            return super().product(x, matrix)
         outputs = [(x.dtype, (x.shape[0], matrix.shape[1]))]
         (found,) = self._functions.call(f"{self.LABEL}Product", body, (x, matrix), outputs)
         return found

@@ -29,10 +29,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, form: AttentionForm) -> Addends:
         """What the layer adds for x [..., hidden]."""
-        fused = product(x, self.gate_up, form)
+        fused = form.product(x, self.gate_up)
         shape = (*fused.shape[:-1], fused.shape[-1] // 2)
         (inner,) = form.part("SwiGLU", self._gated, (fused,), (shape,))
-        return (product(inner, self.down, form),)
+        return (form.product(inner, self.down),)
 
     @staticmethod
     def _gated(fused: Tensor) -> tuple[Tensor]:
@@ -52,22 +52,14 @@ class GeluFeedForward(nn.Module):
 
     def forward(self, x: Tensor, form: AttentionForm) -> Addends:
         """What the layer adds for x [..., hidden]."""
-        inner = product(x, self.up, form)
+        inner = form.product(x, self.up)
         name, inputs = ("GELU", (inner,)) if self.up_bias is None else ("BiasGELU", (inner, self.up_bias))
         (inner,) = form.part(name, self._activated, inputs, (inner.shape,))
-        return given(product(inner, self.down, form), self.down_bias)
+        return given(form.product(inner, self.down), self.down_bias)
 
     @staticmethod
     def _activated(inner: Tensor, *bias: Tensor) -> tuple[Tensor]:
         return (functional.gelu(sum(bias, start=inner), approximate="tanh"),)
-
-
-def product(x: Tensor, matrix: Tensor | nn.Module, form: AttentionForm) -> Tensor:
-    """``x`` [..., in] times a matrix [in, out], or what a module in the matrix's place makes of it."""
-    if isinstance(matrix, nn.Module):
-        result: Tensor = matrix(x)
-        return result
-    return form.product(x, matrix)
 
 
 def given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -100,9 +92,10 @@ class AttentionForm(ABC):
         """
         return body(*inputs)
 
-    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """``x`` [..., in] times a matrix [in, out]."""
-        return x @ matrix
+    def product(self, x: Tensor, matrix: Tensor | nn.Module) -> Tensor:
+        """``x`` [..., in] times a matrix [in, out], or what a module in the matrix's place makes of it."""
+        result: Tensor = matrix(x) if isinstance(matrix, nn.Module) else x @ matrix
+        return result
 
     @abstractmethod
     def attention(self, layer: int, heads: Heads, inputs: Sequence[Tensor]) -> Tensor:
@@ -215,10 +208,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rows: PositionRows, form: AttentionForm, layer: int) -> Addends:
         """What attention adds for x [..., W, hidden]."""
         norms = (self.query_norm.weight, self.key_norm.weight) if self.config.qk_norm else ()
-        fused = product(x, self.qkv, form)
+        fused = form.product(x, self.qkv)
         inputs = given(fused, self.qkv_bias, *norms, *(rows.rotary or ()))
         attended = form.attention(layer, Heads(self.config), inputs)
-        return given(product(attended, self.out, form), self.out_bias)
+        return given(form.product(attended, self.out), self.out_bias)
 
 
 class CrossAttention(nn.Module):
@@ -241,12 +234,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, form: AttentionForm) -> Tensor:
         """Attention output for x [..., W, hidden]; every text row is seen."""
-        queries, norm = product(x, self.query, form), self.query_norm
+        queries, norm = form.product(x, self.query), self.query_norm
         inputs = (queries, norm.weight, keys, values)
         (attended,) = form.part(
             "TextAttention", self._attended, inputs, (queries.shape,), epsilon=norm.eps or 0.0
         )
-        return product(attended, self.out, form)
+        return form.product(attended, self.out)
 
     def _attended(self, queries: Tensor, weight: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor]:
         groups, size = self.config.kv_heads, self.config.head_size
@@ -379,7 +372,7 @@ class Transformer(nn.Module):
         """Logits [..., output_vocabulary] of normalised states."""
         if self.config.tied_head:
             return functional.linear(states, self.embedding)
-        return product(states, self.head, form)
+        return form.product(states, self.head)
 
     def forward(
         self, ids: Tensor, positions: Tensor, visible: Tensor | None = None, text: Tensor | None = None
