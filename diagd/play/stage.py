@@ -239,9 +239,12 @@ class GameLoop(threading.Thread, Engine):
         """The loop; see the class."""
         while not self._closing:
             self._wake.clear()
+            watched = [
+                stage for stage in self.stages if stage.is_watched
+            ]  # what they began with is obeyed now
             for stage in self.stages:
                 stage.obey()
-            delays = {stage: delay for stage in self.stages if (delay := stage.delay()) is not None}
+            delays = {stage: delay for stage in watched if (delay := stage.delay()) is not None}
             delay = min(delays.values(), default=_IDLE_SECONDS)
             if delay:
                 self._wake.wait(min(delay, _IDLE_SECONDS))
