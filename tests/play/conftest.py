@@ -23,8 +23,8 @@ from diagd.schedule import StreamLayout
 from tests.models import small_family
 from tests.oracles.models import small_model
 
-LOOSE = Limits(messages_per_second=1e6)
-"""For tests that say much in little time."""
+LOOSE = Limits(messages_per_second=1e6, hello_seconds=60)
+"""For tests that say much in little time, on machines that are slow at times."""
 
 
 @pytest.fixture(scope="session")
@@ -101,13 +101,13 @@ def running(server: Server) -> Iterator[str]:
     task = loop.create_task(server.run(started))
     thread = threading.Thread(target=run)
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     try:
         yield urls[0]
     finally:
         if thread.is_alive():
             loop.call_soon_threadsafe(task.cancel)
-        thread.join(30)
+        thread.join(120)
 
 
 @contextmanager

@@ -6,9 +6,9 @@ import io
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from diagd.errors import QualityError, UsageError
 from diagd.play.game import Game, SavedGame
 from diagd.play.opening import GameOptions, open_game
 from diagd.play.record import Played
+from diagd.play.server import Server
 from diagd.play.service import SavedGames
 from tests.play.conftest import LOOSE, Serve
 from tests.play.test_game import ORDERS, WALK, equal, play, with_order
@@ -115,6 +116,13 @@ def test_a_game_goes_on_elsewhere_twice(game: Game, order: str) -> None:
         assert equal(play(third, *WALK[6:]), play(other, *WALK[6:]))
 
 
+def written(server: Server) -> None:
+    """Wait until the disk has what was to be kept of the first world so far."""
+    keep = server.tables[0].keep
+    assert isinstance(keep, partial)
+    keep.args[0]._writer.submit(int).result()
+
+
 def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with serve(sessions=2, limits=LOOSE, state=state) as (url, server), player(url) as ann:
@@ -139,30 +147,24 @@ def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, t
             game = server.tables[0].game
             assert np.array_equal(game.marks[0].past[0].tokens, game.prompts[2][0])
         server.room.clear(server.tables[0])
-        for _ in range(100):
-            if not kept[0].exists():
-                break
-            time.sleep(0.05)
+        written(server)
         assert not kept[0].exists()
 
 
 def test_a_world_whose_server_dies_at_once_goes_on_from_its_beginning(serve: Serve, tmp_path: Path) -> None:
     state, died = tmp_path / "state", tmp_path / "died"
 
-    def kept(before: bytes = b"") -> bytes:
-        for _ in range(200):
-            for path in state.glob("world-*-0"):
-                if (content := path.read_bytes()) != before:
-                    return content
-            time.sleep(0.05)
-        raise AssertionError("the world is not kept")
-
     with serve(limits=LOOSE, state=state) as (url, server):
         server.tables[0]._every = 1 << 30
         with player(url) as ann:
-            ticket, begun = ann.until(type="welcome")["ticket"], kept()
+            ticket, _ = ann.until(type="welcome")["ticket"], ann.until(type="state")
+            written(server)
+            (kept,) = state.glob("world-*-0")
+            begun = kept.read_bytes()
             ann.say(type="reset", prompt=2)
-            kept(begun)
+            ann.until(type="state")
+            written(server)
+            assert kept.read_bytes() != begun
             shutil.copytree(state, died)
     with serve(limits=LOOSE, state=died) as (url, server), player(url, ticket) as ann:
         assert ann.until(type="welcome")["ticket"] == ticket
