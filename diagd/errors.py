@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
-from types import ModuleType
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from numbers import Integral, Real
+from types import ModuleType, NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Final, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -80,6 +82,31 @@ def fault(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))
     return f"'{where}': {first['msg']}"
+
+
+_WORDS: Final = {int: "an integer", float: "a number", str: "a string", NoneType: "None"}
+_NUMBERS: Final[dict[Any, type]] = {int: Integral, float: Real}
+"""What counts as one, those of NumPy included."""
+
+
+def expect(of: type | Callable[..., Any], given: Mapping[str, object]) -> None:
+    """Refuse (UsageError) arguments that are not of the types which a function, or a class, names.
+
+    Only what a type is made of is looked at: a callable may take anything, a sequence hold anything.
+    """
+    for name, kinds in _kinds(of).items():
+        if name in given and not isinstance(given[name], tuple(_NUMBERS.get(kind, kind) for kind in kinds)):
+            words = " or ".join(_WORDS.get(kind, f"a {kind.__name__}") for kind in kinds)
+            raise UsageError(f"{name} is {given[name]!r}; expected {words}")
+
+
+@lru_cache(maxsize=64)
+def _kinds(of: type | Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
+    unions = {
+        name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        for name, hint in get_type_hints(of).items()
+    }
+    return {name: tuple(get_origin(kind) or kind for kind in kinds) for name, kinds in unions.items()}
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:

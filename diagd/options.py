@@ -11,12 +11,15 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar, cast
 
 import pydantic.dataclasses
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from typing_extensions import dataclass_transform
+
+from diagd.errors import UsageError, fault
 
 FLAG = "flag"
 """Where a field keeps its `Flag`."""
@@ -27,8 +30,19 @@ Class = TypeVar("Class")
 @dataclass_transform(frozen_default=True)
 def checked(options: type[Class]) -> type[Class]:
     """Make a class a dataclass of options, whose finite values pydantic checks, and which takes no others."""
-    made = pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-    return cast(type[Class], made(options))
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, config=config)(options)
+    init = made.__init__
+
+    @wraps(init)
+    def refuse(self: Any, *values: Any, **named: Any) -> None:
+        try:
+            init(self, *values, **named)
+        except ValidationError as error:
+            raise UsageError(f"{options.__name__}: {fault(error)}") from error
+
+    made.__init__ = refuse
+    return cast(type[Class], made)
 
 
 class Frozen(BaseModel):

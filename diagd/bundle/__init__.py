@@ -27,7 +27,7 @@ from diagd.bundle.manifest import (
 )
 from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.bundle.targets import bundle_target
-from diagd.errors import BundleError, ScheduleError, UsageError, fault
+from diagd.errors import BundleError, ScheduleError, UsageError, expect, fault
 
 __all__ = ["PROMPTS_NAME", "Bundle", "Form", "Manifest", "atomic_bundle", "read_manifest", "seal"]
 
@@ -61,6 +61,7 @@ class Bundle:
     @classmethod
     def seen(cls, path: str | Path) -> Bundle:
         """A bundle whose files are there, of the sizes that its manifest says; none is read. See `open`."""
+        expect(cls.seen, locals())
         if not os.fspath(path):
             raise UsageError("the path of the bundle is empty (a variable that is not set?); give it")
         path = Path(path)

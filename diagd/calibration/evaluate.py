@@ -23,6 +23,7 @@ from diagd.runtime.comparison import Comparison, Sums, likelihood, lockstep, log
 from diagd.runtime.decoders.draft import MEASURED
 from diagd.runtime.load import threads_by_size
 from diagd.runtime.pixels import PixelCodec
+from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.step import Result
 from diagd.schedule import NO_SINK
 
@@ -205,7 +206,7 @@ class Evaluator:
         return OwnLikelihood(
             precision=graphs[0].precision,
             window=window,
-            **asdict(rollouts.session.settings(None)),
+            **asdict(SamplingSettings.of(manifest.sampling)),
             mean=float(np.mean(found)),
             deviation=float(np.std(found)),
         )

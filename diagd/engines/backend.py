@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias, cast
+from typing import Any, Final, Protocol, TypeAlias, cast, runtime_checkable
 
 from numpy.typing import DTypeLike, NDArray
 
@@ -67,6 +67,7 @@ class StepOptions:
     watch: Mapping[str, tuple[int, DTypeLike] | None] | None = None
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Opens graphs on one kind of hardware.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 from diagd.engines.engine import Engine
@@ -67,7 +67,7 @@ class Group:
         Raises:
             UsageError: as ``Session.frames``, or there is no such session.
         """
-        chosen = dict(seeds.items() if isinstance(seeds, Mapping) else enumerate(seeds or ()))
+        chosen = dict(_each(seeds or ()))
         decoder = decoder or self.sessions[0].decoder
         runs = {
             lane: self._session(lane).run(
@@ -94,10 +94,12 @@ class Group:
         return lock_step(self.passes, runs, in_phase=in_phase)
 
     def _session(self, lane: int) -> Session:
-        if not 0 <= lane < len(self.sessions):
+        if lane not in range(len(self.sessions)):
             raise UsageError(f"no session has the number {lane}; this group has {len(self.sessions)}, from 0")
         return self.sessions[lane]
 
 
 def _each(values: Each[T]) -> Iterator[tuple[int, T]]:
+    if not isinstance(values, Iterable):
+        raise UsageError(f"{values!r} is one for no session; expected one for each, by number or in turn")
     return iter(values.items()) if isinstance(values, Mapping) else iter(enumerate(values))

@@ -17,7 +17,7 @@ from diagd.engines.engine import Engine
 from diagd.engines.host import cores, processor_features
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH
-from diagd.errors import UsageError, unknown
+from diagd.errors import UsageError, expect, unknown
 from diagd.runtime.group import Group
 from diagd.runtime.session import Session
 from diagd.runtime.slots import TokenPlaces
@@ -97,7 +97,7 @@ def load(
         EngineError: there is no GPU, or no compiled engine fits it.
         UsageError: the window, ``roll``, ``compat`` or ``precision`` is not possible.
     """
-    bundle, cpu = Bundle.open(path), CpuOptions(threads, prepack)
+    bundle, cpu = Bundle.open(path), CpuOptions(threads=threads, prepack=prepack)
     group = open_group(bundle, 1 if sessions is None else sessions, cpu=cpu, **options)
     return group.sessions[0] if sessions is None else group
 
@@ -120,6 +120,7 @@ def open_group(
     form: Form | None = None,
 ) -> Group:
     """Sessions over one engine; see ``open_session``."""
+    expect(open_group, locals())
     bundle = bundle.at_precision(precision)
     manifest, window = bundle.manifest, check_window(bundle.manifest, window)
     if compat is not None and compat not in COMPAT:
@@ -186,7 +187,7 @@ def check_window(manifest: Manifest, window: int | None) -> int:
     frames = manifest.context.frames
     if window is not None and not 2 <= window <= frames:
         raise UsageError(f"window {window} is outside 2..{frames}, the context of {manifest.name}")
-    return window or frames
+    return int(window or frames)
 
 
 def check_slots(manifest: Manifest, engine: Engine, window: int, zero_rows: int) -> None:

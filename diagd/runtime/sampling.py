@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,18 @@ from diagd.bundle import Manifest
 from diagd.bundle.manifest import SamplingRules
 from diagd.engines.engine import Float, Int, SamplingState
 from diagd.engines.sampler import sample
-from diagd.errors import UsageError
+from diagd.errors import UsageError, expect
 
 SAMPLER: Final = "race"
 """Name of the sampler in what is recorded of a run: seeds mean other tokens to another one."""
 
 _TEMPERATURES: Final = (1e-3, 1e3)
+
+
+class _Numbers(TypedDict):
+    temperature: float
+    top_k: float
+    top_p: float
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,16 @@ class SamplingSettings:
     top_p: float = 1.0
 
     @classmethod
-    def of(cls, rules: SamplingRules) -> SamplingSettings:
-        """Those of a bundle."""
-        return cls(rules.temperature, rules.top_k, rules.top_p)
+    def of(cls, rules: SamplingRules, chosen: SamplingSettings | None = None) -> SamplingSettings:
+        """Those of a bundle, or what was chosen, as its model allows it."""
+        expect(cls.of, locals())
+        settings = chosen or cls(rules.temperature, rules.top_k, rules.top_p)
+        if 0 < settings.temperature < rules.minimum_temperature:
+            return replace(settings, temperature=rules.minimum_temperature)
+        return settings
 
     def __post_init__(self) -> None:
+        expect(_Numbers, vars(self))
         low, high = _TEMPERATURES
         if self.temperature != 0 and not low <= self.temperature <= high:
             raise UsageError(

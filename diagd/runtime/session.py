@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing_extensions import Never, Unpack
 from diagd.bundle import Manifest
 from diagd.engines.engine import Engine, Float, Int, Steps
 from diagd.engines.sampler import check_seed
-from diagd.errors import UsageError
+from diagd.errors import UsageError, expect
 from diagd.runtime.context import Refill, context_policy
 from diagd.runtime.decoders.decoder import ActingDecoder, Decoder
 from diagd.runtime.decoders.jacobi import JacobiDecoder
@@ -79,7 +78,7 @@ class Session:
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text, self._law = text, ActionLaw.of(manifest)
         self._run = self._prepared = 0
-        self.closed, self._process = False, os.getpid()
+        self.closed = False
         self._left: Run[Seen | None] | None = None  # steps that were sent but have not run
         self._result: Result
         self.decoder: Decoder = ScheduledDecoder(manifest.schedule)
@@ -244,15 +243,12 @@ class Session:
         stream = self._stream
         if self.closed:
             raise UsageError("the session is closed; open another one with diagd.load")
-        if self._process != os.getpid():
-            raise UsageError(
-                "the session was opened before this process was forked, and its threads are not here; open "
-                "it in the process that uses it, or start processes by spawn"
-            )
+        self.passes.check_process()
         if not stream.known:
             raise UsageError("a session needs a prompt; call start(frames, actions) first")
         if self.layout.gap and actions is None:
             raise UsageError(f"frames need actions of {self.layout.gap} ids each, got none")
+        expect(RunOptions, {"newer": newer})
         check_seed(seed)
         decoder = decoder or self.decoder
         if not hasattr(decoder, "blocks"):
@@ -262,7 +258,7 @@ class Session:
             )
         with self.passes.turn:
             stream.padded, stream.seed, stream.law = self._padded(), seed, self._law
-            stream.settings = self.settings(sampling)
+            stream.settings = SamplingSettings.of(self.manifest.sampling, sampling)
             self._run += 1
             self._bring_cache()
             stream.horizon = self._context.horizon
@@ -273,14 +269,6 @@ class Session:
 
     def _padded(self) -> Int:
         return self.engine.padded_widths(np.arange(self.engine.max_width + 1, dtype=np.int32))
-
-    def settings(self, chosen: SamplingSettings | None) -> SamplingSettings:
-        """What a run draws with: what was chosen, as the model allows it; None: the manifest's."""
-        rules = self.manifest.sampling
-        settings = chosen or SamplingSettings.of(rules)
-        if 0 < settings.temperature < rules.minimum_temperature:
-            return replace(settings, temperature=rules.minimum_temperature)
-        return settings
 
     def _by_frame(self, decoder: Decoder, run: int) -> Iterator[Run[Seen]]:
         known = -1

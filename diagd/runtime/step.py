@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -12,6 +13,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 from numpy.typing import NDArray
 
 from diagd.engines.engine import Engine, Float, Int
+from diagd.errors import UsageError
 
 RECENT_STEPS: Final = 1 << 13
 
@@ -150,7 +152,15 @@ class Passes:
         self.entered = self.left = self.sampled = 0.0
         self.stamps: int | None = None
         self.turn = threading.RLock()
-        self._engine = engine
+        self._engine, self._process = engine, os.getpid()
+
+    def check_process(self) -> None:
+        """Refuse (UsageError) to run where the engine's threads are not."""
+        if self._process != os.getpid():
+            raise UsageError(
+                "the session was opened before this process was forked, and its threads are not here; open "
+                "it in the process that uses it, or start processes by spawn"
+            )
 
     def run(self, lanes: Sequence[int]) -> None:
         """One pass for some lanes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from itertools import repeat, takewhile
 from typing import Any, TypedDict
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.engines.engine import Float, Int, SamplingState
-from diagd.errors import UsageError
+from diagd.errors import UsageError, expect
 from diagd.runtime.arrays import whole
 from diagd.runtime.sampling import ActionLaw, SamplingSettings
 from diagd.runtime.slots import TokenPlaces
@@ -156,10 +156,9 @@ class Stream:
             UsageError: shape, length or an id does not fit the model.
         """
         self.check_prompt(frames)
-        if actions is not None and len(actions) < len(frames):
-            raise UsageError(
-                f"the prompt has {len(frames)} frames and {len(actions)} actions; give one a frame"
-            )
+        given = len(actions) if isinstance(actions, Sized) else 0
+        if actions is not None and given < len(frames):
+            raise UsageError(f"the prompt has {len(frames)} frames and {given} actions; give one a frame")
         frames = whole(frames)
         led = [self._leading(n, None if actions is None else actions[n]) for n in range(len(frames))]
         is_read = np.array_equal(np.asarray(text), np.asarray(self.text))
@@ -214,8 +213,12 @@ class Stream:
         Raises:
             UsageError: so many frames cannot be.
         """
-        if frames is not None and not 0 <= frames < float("inf"):
-            raise UsageError(f"count is {frames}; expected 0 frames or more, or None for all of the actions")
+        if frames is not None and not (isinstance(frames, int | np.integer) and frames >= 0):
+            raise UsageError(
+                f"count is {frames!r}; expected 0 frames or more, or None for all of the actions"
+            )
+        if not (actions is None or callable(actions) or isinstance(actions, Iterable)):
+            raise UsageError(f"actions are {actions!r}; expected ids int32 [frames, n]; see Session.frames")
         self.begun, self.rejected, self.acting, self._asked = self.known, None, False, None
         self.newer = self._renewed = None
         self._led = {frame: ids for frame, ids in self._led.items() if frame < self.known}
@@ -327,7 +330,7 @@ class Stream:
                 f"cannot go back by {frames} frames: {len(self.past)} of {self.known} are kept, and K/V rows "
                 f"are built again from {len(self.past) - most} of them; expected 0..{most}"
             )
-        self.return_to(self.known - frames, list(self.past)[: len(self.past) - frames])
+        self.return_to(self.known - int(frames), list(self.past)[: len(self.past) - int(frames)])
 
     def spare(self, kept: int) -> int:
         """How many of the last ``kept`` frames may go, so that the world goes on from there to the token."""
@@ -355,7 +358,8 @@ class Stream:
 
     def branch(self, history: int | None = None) -> Stream:
         """A copy that goes its own way; give it to a session to decode it. ``history``: that it keeps."""
-        history = history or self.past.maxlen or 0
+        expect(Stream.branch, locals())
+        history = int(history or self.past.maxlen or 0)
         other = Stream(self.layout, self.window, self.padded, history, self.needed, self.vocabulary)
         other.restore(self.snapshot())
         return other

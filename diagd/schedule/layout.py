@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from diagd.errors import ScheduleError
+from diagd.errors import ScheduleError, expect
 
 
 class RowSeed(str, Enum):
@@ -43,6 +43,7 @@ class StreamLayout:
     prefix_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        expect(StreamLayout, vars(self))
         if self.prefix_tokens and not self.prefix:
             object.__setattr__(self, "prefix", len(self.prefix_tokens))
         if self.rows < 1 or self.columns < 1:

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from diagd.errors import ScheduleError
+from diagd.errors import ScheduleError, expect
 from diagd.schedule.layout import RowSeed, StreamLayout
 from diagd.schedule.table import NO_SINK, Block, Table, shifted
 
@@ -64,6 +64,7 @@ class Schedule:
     keep_seeds: bool = False
 
     def __post_init__(self) -> None:
+        expect(Schedule, vars(self))
         columns, low, high = self.layout.columns, self.layout.chained_lag(self.k), self.steps_per_frame
         if not 1 <= self.k <= columns:
             raise ScheduleError(
@@ -89,16 +90,19 @@ class Schedule:
     @classmethod
     def next_token(cls, layout: StreamLayout) -> Schedule:
         """Raster order, one cell a step."""
+        expect(cls.next_token, locals())
         return cls(layout, k=layout.columns, d=layout.cells)
 
     @classmethod
     def serial(cls, layout: StreamLayout, k: int, row_seed: RowSeed = RowSeed.PREVIOUS_FRAME) -> Schedule:
         """Diagonal inside a frame, frames strictly one after another."""
+        expect(cls.serial, locals())
         return cls(layout, k, layout.steps_per_frame(k), row_seed)
 
     @classmethod
     def chained(cls, layout: StreamLayout, k: int, row_seed: RowSeed = RowSeed.PREVIOUS_FRAME) -> Schedule:
         """Diagonal across frames: the first row of a frame follows the last row of the frame before."""
+        expect(cls.chained, locals())
         return cls(layout, k, layout.chained_lag(k), row_seed)
 
     @classmethod
@@ -113,6 +117,7 @@ class Schedule:
         Raises:
             ScheduleError: it is no spelling, or its lags cannot be decoded.
         """
+        expect(cls.parse, locals())
         words, base = _words(spelling, layout.columns), default or cls.serial(layout, 1)
         k = int(words.get("k", base.k))
         d = words.get("d", "serial" if "k" in words else str(base.d))

@@ -228,3 +228,7 @@ def test_what_cannot_be_shared_is_refused(bundle: Bundle, group: Group) -> None:
         open_group(bundle, 4, form=Form.MODERN)
     with pytest.raises(UsageError, match="no session has the number 3; this group has 3"):
         group.step({3: ACTIONS[0][0]})
+    with pytest.raises(UsageError, match="no session has the number left; this group has 3"):
+        group.step({"left": ACTIONS[0][0]})  # type: ignore[dict-item]
+    with pytest.raises(UsageError, match="3 is one for no session; expected one for each"):
+        group.step(3)  # type: ignore[arg-type]

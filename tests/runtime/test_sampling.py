@@ -59,6 +59,8 @@ def test_every_order_meets_the_noise_of_the_place_in_the_stream(session: Session
         ({"top_k": float("nan")}, "top-k is nan"),
         ({"top_p": 0.0}, "top-p is 0.0"),
         ({"top_p": 1.2}, "at most 1"),
+        ({"temperature": "1"}, "temperature is '1'; expected a number"),
+        ({"top_p": None}, "top_p is None; expected a number"),
     ],
 )
 def test_bad_settings(values: dict[str, float], message: str) -> None:

@@ -134,6 +134,57 @@ def test_missing_actions_and_prompts_are_refused(small_bundle: Path) -> None:
         session.generate(2, actions(1))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": "3"}, "window is '3'; expected an integer or None"),
+        ({"window": 2.5}, "window is 2.5; expected an integer or None"),
+        ({"sessions": 2.5}, "sessions is 2.5; expected an integer"),
+        ({"roll": "1"}, "roll is '1'; expected an integer or None"),
+        ({"precision": 3}, "precision is 3; expected a string or None"),
+        ({"compat": 3}, "compat is 3; expected a string or None"),
+        ({"backend": None}, "backend is None; expected a string or a Backend"),
+        ({"form": "prefix"}, "form is 'prefix'; expected a Form or None"),
+        ({"path": None}, "path is None; expected a string or a Path"),
+        ({"threads": 1.5}, "CpuOptions: 'threads': Input should be a valid integer"),
+        ({"prepack": "maybe"}, "CpuOptions: 'prepack': Input should be a valid boolean"),
+    ],
+)
+def test_options_of_other_types_are_named(
+    small_bundle: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        diagd.load(**{"path": small_bundle, **options})  # type: ignore[call-overload]
+
+
+def test_arguments_of_other_types_are_named(small_bundle: Path) -> None:
+    with started(small_bundle, window=np.int64(3)) as session:
+        for name, given in {"count": "1", "sampling": {"temperature": 1}, "newer": 3}.items():
+            with pytest.raises(
+                UsageError, match=f"{'chosen' if name == 'sampling' else name} is .*; expected"
+            ):
+                session.frames(None, actions(1), **{name: given})
+        with pytest.raises(UsageError, match="actions are 3; expected ids"):
+            session.frames(None, 3)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="1 frames and 0 actions"):
+            session.start(prompt(), 3)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="history is '1'; expected an integer or None"):
+            session.stream.branch("1")  # type: ignore[arg-type]
+        session.stream.rewind(0.0)  # type: ignore[arg-type]
+    for make, name in ((diagd.ScheduledDecoder, "schedule"), (diagd.JacobiDecoder, "window")):
+        with pytest.raises(UsageError, match=f"{name} is 'k=1'; expected a"):
+            make("k=1")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="truth is 3; expected a Iterable or None"):
+        diagd.ForcedDecoder(Schedule.serial(LAYOUT, 1), 3)  # type: ignore[arg-type]
+    for make_order in (Schedule.serial, Schedule.chained):
+        with pytest.raises(UsageError, match=r"k is 1\.5; expected an integer"):
+            make_order(LAYOUT, 1.5)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="row_seed is 'above'; expected a RowSeed"):
+            make_order(LAYOUT, 1, "above")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="spelling is 3; expected a string"):
+        Schedule.parse(3, LAYOUT)  # type: ignore[arg-type]
+
+
 def test_windows_and_lags_that_cannot_be_are_refused(small_bundle: Path) -> None:
     with pytest.raises(UsageError, match=r"outside 2\.\.4"):
         diagd.load(small_bundle, window=5)

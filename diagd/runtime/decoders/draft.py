@@ -83,7 +83,8 @@ class LikelihoodScorer:
     @classmethod
     def recorded(cls, session: Session, sampling: SamplingSettings | None = None) -> LikelihoodScorer | None:
         """As a calibration found it for a session's precision, window and sampling; None: for others only."""
-        manifest, chosen = session.manifest, session.settings(sampling)
+        manifest = session.manifest
+        chosen = SamplingSettings.of(manifest.sampling, sampling)
         asked = manifest.precisions[0], session.window, chosen.temperature, chosen.top_k, chosen.top_p
         for own in manifest.likelihoods:
             if (own.precision, own.window, own.temperature, own.top_k, own.top_p) == asked:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.engines.engine import Int
-from diagd.errors import UsageError
+from diagd.errors import UsageError, expect
 from diagd.runtime.decoders.decoder import Blocks, Decoder, begun, keep
 from diagd.runtime.step import Result
 from diagd.runtime.stream import Stream
@@ -75,6 +75,7 @@ class JacobiDecoder(Decoder):
     def __init__(
         self, window: int | None = None, *, deadline: float | None = None, draft: Draft | None = None
     ) -> None:
+        expect(JacobiDecoder.__init__, locals())
         if window is not None and window < 1:
             raise UsageError(f"a window of {window} rows decides nothing; choose 1 or more, or none for auto")
         if deadline is not None and not deadline > 0:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from diagd.errors import UsageError
+from diagd.errors import UsageError, expect
 from diagd.runtime.decoders.decoder import Blocks, Decoder, begun
 from diagd.runtime.stream import Stream
 from diagd.schedule import Block, Schedule, feed, predicting
@@ -24,6 +24,9 @@ class ScheduledDecoder(Decoder):
     """Runs the steps of a schedule; every prediction is kept."""
 
     schedule: Schedule
+
+    def __post_init__(self) -> None:
+        expect(ScheduledDecoder, vars(self))
 
     @override
     def check(self, stream: Stream) -> None:
@@ -85,6 +88,7 @@ class ForcedDecoder(ScheduledDecoder):
     """
 
     def __init__(self, schedule: Schedule, truth: Frames | None = None) -> None:
+        expect(ForcedDecoder.__init__, locals())
         super().__init__(schedule)
         self._truth: Iterator[NDArray[np.integer[Any]]] | None = None if truth is None else iter(truth)
 
