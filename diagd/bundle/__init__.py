@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shlex
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, ScheduleError, UsageError, expect, fault
 
 __all__ = ["PROMPTS_NAME", "Bundle", "Form", "Manifest", "atomic_bundle", "read_manifest", "seal"]
+
+_LOG = logging.getLogger(__name__)
 
 PROMPTS_NAME = "prompts"
 """Folder of a bundle with pictures or tokens that worlds start from."""
@@ -60,14 +63,21 @@ class Bundle:
 
     @classmethod
     def seen(cls, path: str | Path) -> Bundle:
-        """A bundle whose files are there, of the sizes that its manifest says; none is read. See `open`."""
+        """A bundle whose files are there, of the sizes that its manifest says; none is read. See `open`.
+
+        Files that no part of it names, as reports and prompts, may be gone: its manifest lists them no more.
+        """
         expect(cls.seen, locals())
         if not os.fspath(path):
             raise UsageError("the path of the bundle is empty (a variable that is not set?); give it")
         path = Path(path)
         bundle = cls(path, read_manifest(path))
         bundle._check_files()
-        return bundle
+        files = bundle.manifest.files
+        if gone := [name for name in files if not (path / name).is_file()]:
+            _LOG.warning("%s goes on without '%s', which it was made with", path, "', '".join(gone))
+        there = {name: record for name, record in files.items() if name not in gone}
+        return replace(bundle, manifest=bundle.manifest.model_copy(update={"files": there}))
 
     def at_precision(self, precision: str | None = None) -> Bundle:
         """The bundle with graphs of one precision only, by default its first's; UsageError if it has none."""
@@ -135,8 +145,9 @@ class Bundle:
         for name, record in manifest.files.items():
             file = self.path / name
             if not file.is_file():
-                raise BundleError(f"{self.path}: file '{name}' is missing; {_MEND}")
-            if file.stat().st_size != record.bytes:
+                if name in manifest.named_files:
+                    raise BundleError(f"{self.path}: file '{name}' is missing; {_MEND}")
+            elif file.stat().st_size != record.bytes:
                 wrong = instead(file) or f"is truncated or was altered; {_MEND}"
                 raise BundleError(
                     f"{self.path}: '{name}' has {file.stat().st_size} bytes, its manifest says "

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 
-from diagd.bundle import Bundle, Manifest, atomic_bundle, read_manifest, seal
+from diagd.bundle import Bundle, Manifest, atomic_bundle, seal
 from diagd.bundle.files import link
 from diagd.bundle.manifest import MANIFEST_NAME, Form, OwnLikelihood, StepGraph
 from diagd.calibration import search, trajectory
@@ -67,7 +67,7 @@ def _workspace(bundle: Bundle) -> Iterator[tuple[Bundle, Bundle]]:
     work is done: compiled engines, and whatever the user put there.
     """
     with atomic_bundle(bundle.path, "bundle") as directory:
-        current = Bundle(bundle.path, read_manifest(bundle.path))
+        current = Bundle.seen(bundle.path)
         for name in current.manifest.files:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             link(current.file(name).resolve(), directory / name)

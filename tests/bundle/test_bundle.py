@@ -98,6 +98,21 @@ def test_missing_files_are_refused(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
+def test_what_nothing_names_may_be_missing_but_not_altered(
+    bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    note = bundle / "calibration" / "report.json"
+    note.parent.mkdir()
+    note.write_text("{}")
+    seal(bundle, manifest())
+    note.write_text("[]")
+    with pytest.raises(BundleError, match=r"'calibration/report\.json' was altered"):
+        Bundle.open(bundle)
+    note.unlink()
+    assert set(Bundle.open(bundle).manifest.files) == {"step.onnx", "weights.bin"}
+    assert "goes on without 'calibration/report.json'" in caplog.text
+
+
 def test_truncated_files_are_refused(bundle: Path) -> None:
     os.truncate(bundle / "weights.bin", 4999)
     with pytest.raises(BundleError, match="4999 bytes, its manifest says 5000"):
