@@ -54,6 +54,17 @@ def test_a_dry_run_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_loads_no_compiler(tmp_path: Path) -> None:
+    code = """
+import sys
+from diagd.cli.main import main
+for model in ("mineworld-300m", "wham-200m", "cosmos-4b"):
+    assert main(["export", "--model", model, "--random-weights", "--dry-run"]) == 0
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL, check=True)
+
+
 def test_half_precision_is_for_the_form_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["export", "--model", "mineworld-300m", "--random-weights", "--precision", "fp16", "--dry-run"]
     assert main(command) == 0

@@ -273,12 +273,18 @@ def upsample(channels: int) -> nn.Module:
     return nn.Sequential(OrderedDict(larger=nn.Upsample(scale_factor=2.0), conv=conv))
 
 
+def empty_embedding(codes: int, width: int) -> nn.Embedding:
+    """One to be loaded: random numbers, even of no data, take a second, as they load PyTorch's compiler."""
+    made: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(codes, width), freeze=False)
+    return made
+
+
 class Codebook(nn.Module):
     """The codes of a vector quantiser."""
 
     def __init__(self, codes: int, width: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(codes, width)
+        self.embedding = empty_embedding(codes, width)
 
     def encode(self, latents: Tensor) -> Tensor:
         """Nearest codes of ``[T, D, h, w]``: int32 ``[T, h, w]``."""

@@ -52,7 +52,7 @@ class _Transformer(nn.Module):
     def __init__(self, config: WhamVitConfig, inputs: int, outputs: int) -> None:
         super().__init__()
         self.proj1 = nn.Linear(inputs, config.hidden)
-        self.pos_embeds = nn.Embedding(math.prod(config.grid), config.hidden)
+        self.pos_embeds = vqgan.empty_embedding(math.prod(config.grid), config.hidden)
         self.vit = nn.Sequential(*(_Block(config.hidden, config.head_size) for _ in range(config.layers)))
         self.output_ln = nn.LayerNorm(config.hidden)
         self.output_proj = nn.Linear(config.hidden, outputs)
@@ -68,7 +68,7 @@ class _Quantiser(nn.Module):
 
     def __init__(self, config: WhamVitConfig) -> None:
         super().__init__()
-        self._embedding = nn.Embedding(config.codes, config.code_width)
+        self._embedding = vqgan.empty_embedding(config.codes, config.code_width)
 
     @property
     def codebook(self) -> Tensor:
