@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diagd.bundle import PROMPTS_NAME
 from diagd.bundle.files import write_text
 from diagd.errors import CheckpointError
 from diagd.export.checkpoints import save_tensors
@@ -24,6 +27,7 @@ from diagd.export.families.world import (
     load_tokenizer,
 )
 from diagd.export.transformer import Transformer
+from diagd.play.pictures import png
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,17 @@ def save_world(folder: Path, world: World, training: dict[str, Any]) -> None:
     save_tensors(folder / world.description.tokenizer_file, world.tokenizer)
     description = asdict(world.description) | {"training": training}
     write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+
+
+def save_prompts(folder: Path, frames: Iterable[NDArray[np.uint8]]) -> None:
+    """Write pictures uint8 [height, width, 3] that a world starts from, which its exports take along.
+
+    Where there are some they stay as they are.
+    """
+    if not (prompts := folder / PROMPTS_NAME).exists():
+        prompts.mkdir()
+        for number, frame in enumerate(frames):
+            (prompts / f"{number:02d}.png").write_bytes(png(frame))
 
 
 def load_world(folder: Path) -> World:

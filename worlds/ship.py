@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from diagd.bundle import PROMPTS_NAME, Bundle, Form, Manifest, atomic_bundle, seal
+from diagd.bundle import Bundle, Form, Manifest, atomic_bundle, seal
 from diagd.calibration.options import CalibrationOptions
 from diagd.calibration.quantise import calibrate
 from diagd.cluster import ClusterOptions
@@ -24,11 +24,11 @@ from diagd.export.exporter import export, open_sources
 from diagd.export.families import find
 from diagd.export.families.world import SHIPPED
 from diagd.export.options import GraphOptions
-from diagd.play.pictures import png
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.tuning.recordings import load_episode
 from diagd.web.folder import save_trimmed
 from worlds.collect import collect
+from worlds.folder import save_prompts
 from worlds.options import CollectOptions
 
 PRECISION = "int8-dynamic"
@@ -72,9 +72,7 @@ def ship(name: str, console: Console) -> Path:
         codec = PixelCodec(Bundle.open(made), CpuOptions())
         calibrate(Bundle.open(made), CalibrationOptions(PRECISION), codec.encode(np.concatenate(games)))
         with atomic_bundle(target) as folder:
-            (folder / PROMPTS_NAME).mkdir(exist_ok=True)
-            for number, frames in enumerate(games):
-                (folder / PROMPTS_NAME / f"{number:02d}.png").write_bytes(png(frames[-1]))
+            save_prompts(folder, (frames[-1] for frames in games))
             seal(folder, reduced(Bundle.open(made), folder))
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     if size > MAX_BYTES:

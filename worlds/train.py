@@ -25,9 +25,16 @@ from diagd.export.transformer import Transformer
 from diagd.progress import started
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import Ranks, together
-from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens, episode_paths, episodes
+from diagd.tuning.recordings import (
+    FrameEncoder,
+    TokenDataset,
+    cached_tokens,
+    episode_paths,
+    episodes,
+    load_episode,
+)
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss
-from worlds.folder import World, save_world
+from worlds.folder import World, save_prompts, save_world
 from worlds.options import MIXTURES, TrainOptions
 from worlds.progress import Checkpoint, Progress, Report, learning_rate, log
 from worlds.recordings import recorded_actions
@@ -35,6 +42,9 @@ from worlds.tokenizer import Tensors, fit_tokenizer, reconstruct
 
 CHECKPOINT = "checkpoint.pt"
 """What a training goes on from; it is there until somebody removes it."""
+
+_PROMPTS = 12
+"""Recordings out of whose middle a world starts."""
 
 Share = tuple[float, Schedule]
 """Share of the training windows, and the schedule they are decoded by."""
@@ -207,6 +217,8 @@ class _Trainer:
         description, tokenizer = self.prepared.description, self.prepared.tokenizer
         frames = asdict(reconstruct(description.pixel_graphs(), tokenizer, self.options.data))
         world = World(description, self.model.cpu().eval(), tokenizer)
+        begun = map(load_episode, episode_paths(self.options.data)[-_PROMPTS:])
+        save_prompts(self.options.output, (one.frames[len(one.frames) // 2] for one in begun))
         save_world(self.options.output, world, self.options.recipe() | {"reconstruction": frames})
 
 

@@ -125,7 +125,7 @@ class Exporter:
             manifest = self._write_rest(directory, partial, sources, progress)
             if self.family.prompts is not None and not (place / PROMPTS_NAME).exists():
                 (directory / PROMPTS_NAME).mkdir()  # the user's from then on
-                for picture in self.family.prompts.iterdir():
+                for picture in filter(Path.is_file, self.family.prompts.iterdir()):
                     shutil.copyfile(picture, directory / PROMPTS_NAME / picture.name)
             return manifest
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diagd.bundle import Bundle, Manifest, atomic_bundle, seal
+from diagd.bundle import PROMPTS_NAME, Bundle, Manifest, atomic_bundle, seal
 from diagd.bundle.manifest import MANIFEST_NAME, Provenance
 from diagd.bundle.targets import bundle_target, check_apart, file_target, folder_target
 from diagd.bundle.transformer import TransformerConfig
@@ -235,6 +235,8 @@ class Source:
         write_checkpoint(what, model, output / WEIGHTS)
         for part in (self._tokenizer, self._tokenizer.with_name(DESCRIPTION)):
             shutil.copy(part, output / part.name)
+        if what.prompts is not None:
+            shutil.copytree(what.prompts, output / PROMPTS_NAME, dirs_exist_ok=True)
         return output
 
 

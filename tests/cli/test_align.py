@@ -32,10 +32,14 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_aligned_worlds_are_exported_again(workplace: Workplace, recording: Path, tmp_path: Path) -> None:
     aligned, bundle = tmp_path / "aligned", tmp_path / "aligned.diagd"
     options = ["--data", str(recording), "--set", "steps=3", "--set", "frames=2", "--set", "rank=2"]
-    assert main(["align", str(workplace.world), *options, "--output", str(aligned)]) == 0
+    world = shutil.copytree(workplace.world, tmp_path / "world")
+    (world / "prompts").mkdir()
+    (world / "prompts" / "00.png").write_bytes(b"given")
+    assert main(["align", str(world), *options, "--output", str(aligned)]) == 0
     assert main(["export", "--model", "world", "--checkpoint", str(aligned), "--output", str(bundle)]) == 0
     weights = (aligned / "model.safetensors").read_bytes()
     assert weights != (workplace.world / "model.safetensors").read_bytes()
+    assert (bundle / "prompts" / "00.png").read_bytes() == b"given"
 
 
 def test_aligned_bundles_generate(workplace: Workplace, recording: Path, tmp_path: Path) -> None:

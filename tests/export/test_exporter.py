@@ -60,7 +60,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 
 def test_a_bundle_has_pictures_to_start_from_and_keeps_those_of_the_user(tmp_path: Path) -> None:
-    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "of the user").mkdir(parents=True)
     (tmp_path / "given" / "00.png").write_bytes(b"given")
     family = replace(small_family(small_model(LAYOUT, layers=1)), prompts=tmp_path / "given")
     sources = Sources(RandomCheckpoint(family.expected, seed=0))

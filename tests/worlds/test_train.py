@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diagd.errors import CheckpointError, UsageError
+from diagd.export.families import find
 from diagd.export.families.world import WorldDescription
 from diagd.export.transformer import Transformer
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
@@ -214,6 +215,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 def test_saving_keeps_half_precision(data: Path, tmp_path: Path) -> None:
     train(options(data, tmp_path / "a", steps=1))
+    prompts = find("world", str(tmp_path / "a")).prompts
+    assert prompts is not None and len(list(prompts.glob("*.png"))) == 12
     world = load_world(tmp_path / "a")
     save_world(tmp_path / "b", world, {"note": "copy"})
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (

@@ -242,6 +242,7 @@ def build(name: str, checkpoint: str | None) -> Family:
     folder = weights if weights.is_dir() else weights.parent
     description = load_description(folder)
     config = description.transformer_config()
+    prompts = (folder if checkpoint else shipped / "ready") / PROMPTS_NAME
     actions = ChoiceSlot(field="action", names=description.actions, first=description.codes)
     return Family(
         name=name,
@@ -259,5 +260,5 @@ def build(name: str, checkpoint: str | None) -> Family:
         decoder="order" if checkpoint or name != "crafter-3m" else "jacobi",  # measured: as fast, and exact
         default_checkpoint=str(folder / WEIGHTS if folder is weights else weights),
         default_tokenizer=str(folder / description.tokenizer_file),
-        prompts=None if checkpoint else shipped / "ready" / PROMPTS_NAME,
+        prompts=prompts if prompts.is_dir() else None,
     )
