@@ -10,6 +10,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -82,6 +83,8 @@ Status call(const void* const* api, Place place, Arguments... arguments) {
 }
 
 Status failed(const void* const* api, const char* what) { return call(api, kCreateStatus, int{1}, what); }
+
+constexpr char kNoMemory[] = "diagd: no memory";
 
 struct CustomOp {
   uint32_t version;
@@ -225,13 +228,24 @@ struct Call {
     return output(number, shape + 4 - like.axes, like.axes, data);
   }
 
-  // Work in so many parts, on ONNX Runtime's threads.
+  // Work in so many parts, on ONNX Runtime's threads, which end the process where something is thrown.
   template <typename Work>
   Status in_parts(int64_t parts, const Work& work) const {
     if (!parts) return nullptr;
-    const auto run = [](void* work, size_t part) { (*static_cast<const Work*>(work))(static_cast<int64_t>(part)); };
-    return ask(kKernelContextParallelFor, static_cast<const void*>(context), static_cast<void (*)(void*, size_t)>(run),
-               static_cast<size_t>(parts), size_t{0}, const_cast<void*>(static_cast<const void*>(&work)));
+    std::atomic<bool> done{true};
+    const auto part = [&](int64_t number) noexcept {
+      try {
+        work(number);
+      } catch (const std::bad_alloc&) {
+        done = false;
+      }
+    };
+    using Part = decltype(part);
+    const auto run = [](void* part, size_t number) { (*static_cast<Part*>(part))(static_cast<int64_t>(number)); };
+    const Status status =
+        ask(kKernelContextParallelFor, static_cast<const void*>(context), static_cast<void (*)(void*, size_t)>(run),
+            static_cast<size_t>(parts), size_t{0}, const_cast<void*>(static_cast<const void*>(&part)));
+    return status || done ? status : fail(kNoMemory);
   }
 
   template <typename Arguments>
@@ -533,10 +547,12 @@ Status run_embed(Call& call) {
   return call.launch(diagd::kEmbedRow, a, diagd::divided(widest, 128 * diagd::kVector), rows, 1, 128);
 }
 
-Status compute(void* pointer, void* context) {
+Status compute(void* pointer, void* context) try {
   Call call = {*static_cast<Kernel*>(pointer), context};
   const Status status = call.read();
   return status ? status : call.kernel.op->run(call);
+} catch (const std::bad_alloc&) {
+  return failed(static_cast<Kernel*>(pointer)->api, kNoMemory);
 }
 
 // The weight of a product, which is constant.
@@ -571,7 +587,7 @@ Status create(const CustomOp* base, const void* const* api, const void* info, vo
   *made = kernel.release();
   return nullptr;
 } catch (const std::bad_alloc&) {
-  return failed(api, "diagd: no memory");
+  return failed(api, kNoMemory);
 }
 
 const Operator* of(const CustomOp* op) { return static_cast<const Operator*>(op); }

@@ -64,12 +64,31 @@ Floats = NDArray[np.float64]
 Run = Callable[..., list[Array]]
 
 
+MEMORY = """
+#include <cstdlib>
+#include <new>
+
+extern "C" bool memory_is_full = false;
+
+void* operator new(std::size_t size) {
+  void* const found = memory_is_full ? nullptr : std::malloc(size);
+  return found ? found : throw std::bad_alloc();
+}
+
+void operator delete(void* place) noexcept { std::free(place); }
+void operator delete(void* place, std::size_t) noexcept { std::free(place); }
+"""
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Built with memory of its own, of which there may be no more."""
     file = tmp_path_factory.mktemp("operators") / "operators.so"
+    file.with_name("memory.cpp").write_text(MEMORY)
     names = ("onnxruntime_ops.cpp", "layer_host.cpp", "prefix_attention.cpp", "products.cpp")
-    sources = [str(ROOT / "native" / name) for name in names]
-    compile_line = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", *sources, "-o", str(file), "-ldl"]
+    sources = [str(file.with_name("memory.cpp")), *(str(ROOT / "native" / name) for name in names)]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-Bsymbolic"]
+    compile_line = ["c++", *flags, *sources, "-o", str(file), "-ldl"]
     subprocess.run(compile_line, check=True)
     return ctypes.CDLL(str(file))
 
@@ -427,6 +446,22 @@ def test_attention_of_the_prefix_form_is_that_of_numpy(
     for found in (bound(session, "cpu", given), session.run(None, given)):  # in place, and into other memory
         for one, other in zip(found, wanted, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_without_memory_end_the_run_alone(
+    library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feeds = in_slots(example_attention((2, 2, 40, 3, 4000), "", 64))
+    path = one_node(tmp_path / "a.onnx", "BoundAttention", feeds, ATTENDED, {"epsilon": 1e-5})
+    session = Place(library, None, []).open(path, 64, monkeypatch)
+    is_full = ctypes.c_bool.in_dll(library, "memory_is_full")
+    is_full.value = True
+    try:
+        with pytest.raises(Exception, match="diagd: no memory"):  # ONNX Runtime's own type
+            bound(session, "cpu", feeds)
+    finally:
+        is_full.value = False
+    bound(session, "cpu", feeds)
 
 
 NORMED = {"sum": 2, "out": 2}
