@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 // Unlike the sampler's, products need not be rounded before they are added.
@@ -77,20 +79,19 @@ namespace avx512 {
 
 struct Kernel {
   void (*write)(const PrefixArguments&);
-  void (*attend)(const PrefixArguments&, const PrefixPart&, int32_t rows, std::vector<float>&);
+  void (*attend)(const PrefixArguments&, const PrefixPart&, std::vector<float>&);
   void (*gate)(const float*, const float*, int64_t, float*);
   void (*normalise)(const NormRow&);
-  int32_t longest;  // vector, in floats
 };
 
 Kernel fastest() {
 #if defined(__x86_64__)
   const bool has_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_fma && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return {avx512::write_rows, avx512::attend_rows, avx512::gate_columns, avx512::normalise_row, 16};
-  if (has_fma) return {avx2::write_rows, avx2::attend_rows, avx2::gate_columns, avx2::normalise_row, 8};
+    return {avx512::write_rows, avx512::attend_rows, avx512::gate_columns, avx512::normalise_row};
+  if (has_fma) return {avx2::write_rows, avx2::attend_rows, avx2::gate_columns, avx2::normalise_row};
 #endif
-  return {plain::write_rows, plain::attend_rows, plain::gate_columns, plain::normalise_row, 4};
+  return {plain::write_rows, plain::attend_rows, plain::gate_columns, plain::normalise_row};
 }
 
 const Kernel& kernel() {
@@ -100,13 +101,11 @@ const Kernel& kernel() {
 
 }  // namespace
 
-// Parts as few as hold three vectors each, tasks as many as there are threads.
+// Tasks as many as there are threads; heads are parted where they are fewer.
 PrefixTasks::PrefixTasks(const PrefixArguments& arguments, int32_t threads) : a(arguments) {
-  const int64_t all = int64_t{a.width} * a.shared, longest = kernel().longest, heads = int64_t{a.streams} * a.groups;
-  const int32_t wanted = divided(threads, heads), least = divided(all, 3 * longest);
-  const int32_t most = divided(all, longest), vectors = divided(most, std::min(std::max(least, wanted), most));
-  rows = static_cast<int32_t>(std::min(all, vectors * longest)), parts = divided(all, rows);
-  each = divided(heads * parts, threads);
+  const int64_t all = int64_t{a.width} * a.shared, heads = int64_t{a.streams} * a.groups;
+  rows = divided(all, std::min<int64_t>(all, divided(threads, heads)));
+  parts = divided(all, rows), each = divided(heads * parts, threads);
 }
 
 void gate(const float* gate, const float* up, int64_t columns, float* out) { kernel().gate(gate, up, columns, out); }
@@ -124,7 +123,7 @@ void PrefixTasks::run(int64_t task) const {
     part.group = static_cast<int32_t>(number / parts % a.groups);
     part.first = static_cast<int32_t>(number % parts) * rows;
     part.rows = std::min(a.width * a.shared - part.first, rows);
-    kernel().attend(a, part, rows, memory);
+    kernel().attend(a, part, memory);
   }
 }
 

@@ -1,9 +1,8 @@
-// Attention of a step in the prefix form, on the host: a query row is a lane, keys and values are read as they lie.
+// Attention of a step in the prefix form, on the host: two products a tile of slots, keys turned.
 //
 // Included once for each set of vector instructions, in a namespace of its own, with vectors of up to LONGEST floats in
-// REGISTERS. A lane never meets another: what a row gets has one order of sums, whatever rows are computed beside it, in
-// vectors of whatever length, and whatever is bound behind what it sees. The softmax is the online one of
-// FlashAttention (arXiv 2205.14135).
+// REGISTERS. What a row gets has one order of sums, whatever rows are beside it, in vectors of whatever length, and
+// whatever is bound behind what it sees. The softmax is the online one of FlashAttention (arXiv 2205.14135).
 
 template <int LANES>
 struct Lanes {  // an alias template would lose the attribute (GCC)
@@ -114,156 +113,242 @@ void write_rows(const PrefixArguments& a) {
   }
 }
 
-// Rows that share a head of K and V, side by side, and what was found for them so far.
-template <int LANES, int VECTORS>
-struct Rows {
-  static constexpr int kRows = LANES * VECTORS;
-  static constexpr int kBeside = REGISTERS == 32 || VECTORS == 1 ? 8 : 4;  // slots, channels: sums stay in registers
-  static constexpr int kMixed = REGISTERS == 32 && VECTORS == 1 ? 16 : kBeside;
-  using Floating = Floats<LANES>;
+// What of K or V is fetched next, a slot's two vectors after the other.
+struct Ahead {
+  const float* at;
+  int64_t left, each, skip;  // pairs of this slot and of each, and floats from the end of one to the next
+};
 
-  const PrefixArguments& a;
-  const float *keys, *values;
-  int64_t step;  // floats between two slots
-  float *scores, *queries, *mixed;  // [kTile][kRows], [size][kRows] twice
-  float weight[kRows] = {}, most[kRows] = {};
-  int32_t position[kRows] = {}, last = 0;  // of all
+// Rows of `c` weighed by `scale`, or zeros where that is null, plus `a` times `b`; sums go in the order of `count`.
+struct Factors {
+  const float *a, *b, *scale;
+  float* c;
+  int64_t a_step, b_step, c_step;
+  int count;
+  Ahead* ahead;
+};
 
-  // Scores of COUNT slots, those that a row does not see below all others.
-  template <int COUNT>
-  void score(const float* key, const int32_t* at, float* out) {
-    Floating sums[COUNT][VECTORS] = {};
-    for (int channel = 0; channel < a.size; ++channel) {
-      for (int vector = 0; vector < VECTORS; ++vector) {
-        const Floating query = load<Floating>(queries + channel * kRows + vector * LANES);
-        for (int slot = 0; slot < COUNT; ++slot) sums[slot][vector] += key[slot * step + channel] * query;
-      }
+constexpr int kWide = 2 * LONGEST;  // columns of a product at once
+
+template <int ROWS>
+void multiply_rows(const Factors& of, int first, int column) {
+  using Floating = Floats<LONGEST>;
+  const int64_t a_step = of.a_step, b_step = of.b_step, c_step = of.c_step;
+  Floating sums[ROWS][2] = {};
+  float* const out = of.c + first * c_step + column;
+  if (of.scale) {
+    const float *c = out, *scale = of.scale + first;
+#pragma GCC unroll 12
+    for (int row = 0; row < ROWS; ++row, c += c_step) {
+      sums[row][0] = load<Floating>(c) * scale[row];
+      sums[row][1] = load<Floating>(c + LONGEST) * scale[row];
     }
-    for (int vector = 0; vector < VECTORS; ++vector) {
-      const auto seen_from = load<Integers<LANES>>(position + vector * LANES);
-      Floating highest = load<Floating>(most + vector * LANES);
-      for (int slot = 0; slot < COUNT; ++slot) {
-        const Floating found = at[slot] <= seen_from ? sums[slot][vector] : Floating{} + kUnseen;
-        highest = found > highest ? found : highest;
-        store(out + slot * kRows + vector * LANES, found);
-      }
-      store(most + vector * LANES, highest);
+  }
+  const float *a = of.a + first * a_step, *b = of.b + column;
+  Ahead ahead = *of.ahead;
+  const int64_t on = first ? 0 : kWide;
+  for (int k = of.count; k; --k, ++a, b += b_step) {
+    __builtin_prefetch(ahead.at, 0, 2), __builtin_prefetch(ahead.at + LONGEST, 0, 2);
+    ahead.at += on;
+    if (--ahead.left == 0) ahead.at += ahead.skip, ahead.left = ahead.each;
+    const Floating one = load<Floating>(b), other = load<Floating>(b + LONGEST);
+    const float* factor = a;
+#pragma GCC unroll 12
+    for (int row = 0; row < ROWS; ++row, factor += a_step) {
+      sums[row][0] += *factor * one;
+      sums[row][1] += *factor * other;
+    }
+  }
+  if (first == 0) *of.ahead = ahead;
+  float* c = out;
+#pragma GCC unroll 12
+  for (int row = 0; row < ROWS; ++row, c += c_step) {
+    store(c, sums[row][0]);
+    store(c + LONGEST, sums[row][1]);
+  }
+}
+
+constexpr int kMost = REGISTERS == 32 ? 12 : 6;  // rows whose sums stay in registers
+
+template <int... ROWS>
+inline void multiply_any(int rows, const Factors& of, int first, int column, std::integer_sequence<int, ROWS...>) {
+  static constexpr void (*products[])(const Factors&, int, int) = {multiply_rows<ROWS + 1>...};
+  products[rows - 1](of, first, column);
+}
+
+void multiply(const Factors& of, int rows, int columns) {
+  const int each = divided(rows, divided(rows, kMost));
+  for (int column = 0; column < columns; column += kWide) {
+    for (int row = 0; row < rows; row += each)
+      multiply_any(std::min(each, rows - row), of, row, column, std::make_integer_sequence<int, kMost>());
+  }
+}
+
+// Lanes that are BLOCK apart are swapped between vectors that are as far from each other.
+template <int BLOCK, int... LANES>
+inline void swap_lanes(Floats<LONGEST>* rows, std::integer_sequence<int, LANES...>) {
+  using Floating = Floats<LONGEST>;
+  for (int row = 0; row < LONGEST; ++row) {
+    if (row & BLOCK) continue;
+    const Floating upper = rows[row], lower = rows[row + BLOCK];
+    rows[row] = Floating{(LANES & BLOCK ? lower[(LANES - BLOCK) & (LONGEST - 1)] : upper[LANES])...};
+    rows[row + BLOCK] = Floating{(LANES & BLOCK ? lower[LANES] : upper[(LANES + BLOCK) & (LONGEST - 1)])...};
+  }
+}
+
+// LONGEST slots of as many channels to channels of slots.
+inline void transpose(const float* from, int64_t step, float* to) {
+  using Floating = Floats<LONGEST>;
+  Floating rows[LONGEST];
+  for (int slot = 0; slot < LONGEST; ++slot) rows[slot] = load<Floating>(from + slot * step);
+  constexpr auto lanes = std::make_integer_sequence<int, LONGEST>();
+  swap_lanes<1>(rows, lanes), swap_lanes<2>(rows, lanes);
+  if constexpr (LONGEST > 4) swap_lanes<4>(rows, lanes);
+  if constexpr (LONGEST > 8) swap_lanes<8>(rows, lanes);
+  for (int channel = 0; channel < LONGEST; ++channel) store(to + channel * kTile, rows[channel]);
+}
+
+template <typename Vector>
+inline Vector higher(Vector x, Vector y) {
+  return x > y ? x : y;
+}
+
+// The highest lane and `most`, without branches.
+template <int LANES, int... HALF>
+inline float highest_lane(Floats<LANES> x, float most, std::integer_sequence<int, HALF...>) {
+  if constexpr (LANES == 4) {
+    x = higher(x, Floats<4>{x[2], x[3], x[0], x[1]});
+    return higher(higher(x, Floats<4>{x[1], x[0], x[3], x[2]}), Floats<4>{} + most)[0];
+  } else {
+    constexpr int kHalf = LANES / 2;
+    const Floats<kHalf> low{x[HALF]...}, high{x[kHalf + HALF]...};
+    return highest_lane<kHalf>(higher(low, high), most, std::make_integer_sequence<int, kHalf / 2>());
+  }
+}
+
+// Query rows of a part, what a tile takes, and what was found so far.
+struct Rows {
+  const PrefixArguments& a;
+  const PrefixPart part;
+  const int64_t step;                      // floats between two slots
+  const int columns;                       // of `mixed`, in whole products
+  const float *keys, *values;              // of the part's head
+  float *turned, *padded, *scores;         // [size][kTile], [kTile][kWide], [rows][kTile]
+  float *queries, *mixed, *sums;           // [rows][size], [rows][columns], [rows][kLine]
+  float *most, *before;                    // [rows]
+  int32_t *position, last = INT32_MIN;     // [rows], of all
+
+  Rows(const PrefixArguments& arguments, const PrefixPart& which, std::vector<float>& memory)
+      : a(arguments),
+        part(which),
+        step(int64_t{a.streams} * a.groups * a.size),
+        columns(divided(a.size, kWide) * kWide) {
+    const int64_t head = (int64_t{part.stream} * a.groups + part.group) * a.size, rows = part.rows;
+    keys = a.keys + head, values = a.values + head;
+    memory.resize(rows * (a.size + columns + kTile + kLine + 3) + kTile * (a.size + kWide) + 10 * kLine);
+    float* next = memory.data() + -(reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float)) % kLine;
+    const auto lines = [&next](int64_t floats) { return std::exchange(next, next + divided(floats, kLine) * kLine); };
+    turned = lines(a.size * kTile), padded = lines(kTile * kWide), scores = lines(rows * kTile);
+    queries = lines(rows * a.size), mixed = lines(rows * columns), sums = lines(rows * kLine);
+    most = lines(rows), before = lines(rows), position = reinterpret_cast<int32_t*>(lines(rows));
+  }
+
+  void take() {
+    const float scale = 1.44269504f / std::sqrt(static_cast<float>(a.size));  // weights are powers of two
+    std::fill(mixed, most, 0.0f), std::fill(most, most + part.rows, kLowest);
+    for (int row = 0; row < part.rows; ++row) {
+      position[row] = a.positions[part.step_row(a, row)], last = std::max(last, position[row]);
+      float* query = queries + row * a.size;
+      prepare(a, part.step_row(a, row), part.head(a, row), a.query_norm, true, query);
+      for (int channel = 0; channel < a.size; ++channel) query[channel] *= scale;
     }
   }
 
-  // Scores of a tile to weights; what was mixed of tiles ahead is weighed anew.
-  void weigh(const float* before, int slots) {
-    for (int lane = 0; lane < kRows; lane += LANES) {
-      const Floating highest = load<Floating>(most + lane);
-      const Floating rescale = power_of_two<LANES>(load<Floating>(before + lane) - highest);
-      Floating sum = load<Floating>(weight + lane) * rescale;
-      for (int slot = 0; slot < slots; ++slot) {
-        float* score = scores + slot * kRows + lane;
-        const Floating found = power_of_two<LANES>(load<Floating>(score) - highest);
-        sum += found;
+  void turn(const float* key, int slots) const {
+    for (int slot = 0; slot < slots; slot += LONGEST, key += LONGEST * step) {
+      const int count = std::min(LONGEST, slots - slot);
+      for (int channel = 0; channel < a.size;) {
+        float* to = turned + channel * kTile + slot;
+        if (count == LONGEST && channel + LONGEST <= a.size) {
+          transpose(key + channel, step, to), channel += LONGEST;
+        } else {
+          for (int one = 0; one < count; ++one) to[one] = key[one * step + channel];
+          ++channel;
+        }
+      }
+    }
+  }
+
+  // Scores to weights; those of slots that a row does not see are below all others.
+  void weigh(const int32_t* at, int rows) const {
+    using Floating = Floats<LONGEST>;
+    for (int row = 0; row < rows; ++row) {
+      Floating highest = Floating{} + kUnseen;
+      for (float* score = scores + row * kTile; score < scores + (row + 1) * kTile; score += LONGEST) {
+        const auto is_seen = load<Integers<LONGEST>>(at + (score - scores) % kTile) <= position[row];
+        const Floating found = is_seen ? load<Floating>(score) : Floating{} + kUnseen;
+        highest = higher(found, highest);
         store(score, found);
       }
-      store(weight + lane, sum);
-      for (int channel = 0; channel < a.size; ++channel) {
-        float* sums = mixed + channel * kRows + lane;
-        store(sums, load<Floating>(sums) * rescale);
+      before[row] = most[row];
+      most[row] = highest_lane<LONGEST>(highest, most[row], std::make_integer_sequence<int, LONGEST / 2>());
+    }
+    for (int row = 0; row < rows; row += LONGEST)
+      store(before + row, power_of_two<LONGEST>(load<Floating>(before + row) - load<Floating>(most + row)));
+    for (int row = 0; row < rows; ++row) {
+      for (int lane = 0; lane < kLine; lane += LONGEST) {  // as many sums in vectors of whatever length
+        Floating sum = load<Floating>(sums + row * kLine + lane) * before[row];
+        for (int slot = lane; slot < kTile; slot += kLine) {
+          float* score = scores + row * kTile + slot;
+          const Floating weight = power_of_two<LONGEST>(load<Floating>(score) - most[row]);
+          sum += weight;
+          store(score, weight);
+        }
+        store(sums + row * kLine + lane, sum);
       }
     }
   }
 
-  // Adds COUNT channels of a tile's values.
-  template <int COUNT>
-  void mix(const float* value, int slots, float* out) const {
-    Floating sums[COUNT][VECTORS];
-    for (int channel = 0; channel < COUNT; ++channel) {
-      for (int vector = 0; vector < VECTORS; ++vector)
-        sums[channel][vector] = load<Floating>(out + channel * kRows + vector * LANES);
-    }
-    for (int slot = 0; slot < slots; ++slot) {
-      for (int vector = 0; vector < VECTORS; ++vector) {
-        const Floating weighed = load<Floating>(scores + slot * kRows + vector * LANES);
-        for (int channel = 0; channel < COUNT; ++channel)
-          sums[channel][vector] += value[slot * step + channel] * weighed;
-      }
-    }
-    for (int channel = 0; channel < COUNT; ++channel) {
-      for (int vector = 0; vector < VECTORS; ++vector)
-        store(out + channel * kRows + vector * LANES, sums[channel][vector]);
-    }
-  }
-
-  void tile(int64_t first, const int32_t* at, int slots) {
-    const int bound = slots;
+  void tile(int64_t first, const int32_t* at) const {
+    const int bound = static_cast<int>(std::min<int64_t>(kTile, a.slots - first));
+    int slots = bound;
     while (slots > 0 && at[slots - 1] > last) --slots;  // of longer streams, and not yet written
-    if (slots == 0) return;
-    slots = std::min(bound, divided(slots, kBeside) * kBeside);
-    const float *key = keys + first * step, *value = values + first * step;
-    float before[kRows];
-    std::memcpy(before, most, sizeof before);
-    int slot = 0, channel = 0;
-    for (; slot + kBeside <= slots; slot += kBeside) {
-      fetch(first + kTile + slot);
-      score<kBeside>(key + slot * step, at + slot, scores + slot * kRows);
-    }
-    for (; slot < slots; ++slot) score<1>(key + slot * step, at + slot, scores + slot * kRows);
-    weigh(before, slots);
-    for (; channel + kMixed <= a.size; channel += kMixed) mix<kMixed>(value + channel, slots, mixed + channel * kRows);
-    for (; channel < a.size; ++channel) mix<1>(value + channel, slots, mixed + channel * kRows);
+    int32_t earliest = INT32_MAX, rows = part.rows;
+    for (int slot = 0; slot < slots; ++slot) earliest = std::min(earliest, at[slot]);
+    while (rows > 0 && position[rows - 1] < earliest) --rows;  // pads, beside longer steps
+    if (slots == 0 || rows == 0) return;
+    const int64_t pairs = columns / kWide, skip = step - columns, next = (first + kTile) * step;
+    Ahead ahead_keys = {keys + next, pairs, pairs, skip}, ahead_values = {values + next, pairs, pairs, skip};
+    turn(keys + first * step, std::min(bound, divided(slots, LONGEST) * LONGEST));
+    multiply({queries, turned, nullptr, scores, a.size, kTile, kTile, a.size, &ahead_keys}, rows, kTile);
+    weigh(at, rows);
+    const float* value = values + first * step;
+    const int whole = a.size / kWide * kWide;
+    multiply({scores, value, before, mixed, kTile, step, columns, slots, &ahead_values}, rows, whole);
+    if (whole == a.size) return;
+    for (int slot = 0; slot < slots; ++slot)
+      std::memcpy(padded + slot * kWide, value + slot * step + whole, sizeof(float) * (a.size - whole));
+    multiply({scores, padded, before, mixed + whole, kTile, kWide, columns, slots, &ahead_values}, rows, kWide);
   }
 
-  // Has slots of the next tile on their way. A call of what only does so would be optimised away.
-  __attribute__((always_inline)) void fetch(int64_t slot) const {
-    for (const int64_t end = std::min(slot + kBeside, a.slots); slot < end; ++slot) {
-      for (int channel = 0; channel < a.size; channel += kLine) {
-        __builtin_prefetch(keys + slot * step + channel, 0, 2), __builtin_prefetch(values + slot * step + channel, 0, 2);
-      }
-    }
-  }
-
-  void take(const PrefixPart& part) {
-    const int64_t head = (int64_t{part.stream} * a.groups + part.group) * a.size;
-    const float scale = 1.44269504f / std::sqrt(static_cast<float>(a.size));  // weights are powers of two
-    keys = a.keys + head, values = a.values + head, last = INT32_MIN;
-    std::memset(queries, 0, sizeof(float) * kRows * a.size), std::memset(mixed, 0, sizeof(float) * kRows * a.size);
-    for (int row = 0; row < kRows; ++row) {
-      position[row] = INT32_MIN, weight[row] = 0.0f, most[row] = kLowest;
-      if (row >= part.rows) continue;
-      position[row] = a.positions[part.step_row(a, row)], last = std::max(last, position[row]);
-      prepare(a, part.step_row(a, row), part.head(a, row), a.query_norm, true, scores);
-      for (int channel = 0; channel < a.size; ++channel) queries[channel * kRows + row] = scores[channel] * scale;
-    }
-  }
-
-  void give(const PrefixPart& part) const {
+  void give() const {
     for (int row = 0; row < part.rows; ++row) {
-      const float share = 1.0f / (weight[row] > 0.0f ? weight[row] : 1.0f);  // a row that sees nothing is a pad
+      const float sum = std::accumulate(sums + row * kLine, sums + (row + 1) * kLine, 0.0f);
+      const float share = 1.0f / (sum > 0.0f ? sum : 1.0f);  // a row that sees nothing is a pad
       float* out = a.out + (part.step_row(a, row) * a.groups * a.shared + part.head(a, row)) * a.size;
-      for (int channel = 0; channel < a.size; ++channel) out[channel] = mixed[channel * kRows + row] * share;
+      for (int channel = 0; channel < a.size; ++channel) out[channel] = mixed[row * columns + channel] * share;
     }
   }
 };
 
-template <int LANES, int VECTORS>
-void attend(const PrefixArguments& a, const PrefixPart& part, std::vector<float>& memory) {
-  using Part = Rows<LANES, VECTORS>;
-  const size_t each = size_t{Part::kRows} * a.size, scores = std::max(kTile * Part::kRows, a.size);
-  memory.resize(scores + 2 * each);
-  float* own = memory.data() + scores;
-  Part rows{a, nullptr, nullptr, int64_t{a.streams} * a.groups * a.size, memory.data(), own, own + each};
-  rows.take(part);
+void attend_rows(const PrefixArguments& a, const PrefixPart& part, std::vector<float>& memory) {
+  Rows rows(a, part, memory);
+  rows.take();
   for (int64_t first = 0; first < a.slots; first += kTile) {
     int32_t at[kTile];
-    const int slots = static_cast<int>(std::min<int64_t>(kTile, a.slots - first));
-    for (int slot = 0; slot < slots; ++slot) at[slot] = a.slot_position[(first + slot) * a.streams + part.stream];
-    rows.tile(first, at, slots);
+    for (int64_t slot = first; slot < first + kTile; ++slot)
+      at[slot - first] = slot < a.slots ? a.slot_position[slot * a.streams + part.stream] : INT32_MAX;
+    rows.tile(first, at);
   }
-  rows.give(part);
-}
-
-// In the shortest vectors that hold the rows of a part, of which some may have fewer.
-void attend_rows(const PrefixArguments& a, const PrefixPart& part, int32_t rows, std::vector<float>& memory) {
-  if (rows > 2 * LONGEST) return attend<LONGEST, 3>(a, part, memory);
-  if (rows > LONGEST) return attend<LONGEST, 2>(a, part, memory);
-  if (rows > LONGEST / 2) return attend<LONGEST, 1>(a, part, memory);
-  attend<std::max(4, LONGEST / 2), 1>(a, part, memory);
+  rows.give();
 }

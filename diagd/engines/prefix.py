@@ -64,9 +64,10 @@ class PrefixState(Engine):
         held = capacity if streams == 1 else capacity + GRANULE  # with slots for rows that are nobody's
         self.slot_position: Int = np.full(held * streams, VOID, np.int32)
         self._groups, self._tokens = manifest.cache.kv_heads, tokens
-        shape = (held, streams * self._groups, manifest.cache.head_size)
-        dtype = np.dtype(manifest.cache.dtype)
-        self.buffers = {name: aligned_zeros(shape, dtype) for name in cache_tensors(manifest.cache.layers)}
+        names = cache_tensors(manifest.cache.layers)
+        shape = (len(names), held, streams * self._groups, manifest.cache.head_size)
+        # NumPy asks for pages of 2 MB from 4 MB on, so all lie in one block.
+        self.buffers = dict(zip(names, aligned_zeros(shape, np.dtype(manifest.cache.dtype)), strict=True))
         self._sampler = HostSampler(manifest)
         self._text = text_buffers(manifest)
         self._session: Any = None
