@@ -23,7 +23,7 @@ from diagd.play.messages import Message, Playback, without_paths
 from diagd.play.opening import GameOptions
 from diagd.play.service import Service, opened_tables
 from diagd.play.stage import Figures
-from diagd.play.table import Fleet, LocalFleet, Player, ServedTable, Table
+from diagd.play.table import Fleet, LocalFleet, Player, ServedTable, Table, Update
 
 _PATIENCE: Final = 0.5
 """Seconds that somebody who asks waits for news at most."""
@@ -111,7 +111,10 @@ class PlayActor:
     def tell(self, number: int, kind: str, value: Any) -> None:
         """Add to the news, in the loop; of pictures that nobody fetched the newest are enough."""
         if kind == "show":
-            self._news = [one for one in self._news if one[:2] != (number, kind)]
+            dropped = next((one for one in self._news if one[:2] == (number, kind)), None)
+            if dropped is not None:
+                self._news.remove(dropped)
+                value = value.instead_of(dropped.value)
         self._news.append(Event(number, kind, value))
         self._changed.set()
 
@@ -131,8 +134,8 @@ class _Player(Player):
         self._actor.tell(self._number, "send", message)
 
     @override
-    def show(self, number: int, update: bytes) -> None:
-        self._actor.tell(self._number, "show", (number, update))
+    def show(self, update: Update) -> None:
+        self._actor.tell(self._number, "show", update)
 
 
 _MOVES: Final = {"type": "error", "text": "the machine of this world is gone; it goes on elsewhere"}
@@ -224,7 +227,7 @@ class RemoteTable(ServedTable):
         elif self.player is not None and kind == "send":
             self.player.send(value)
         elif self.player is not None:
-            self.player.show(*value)
+            self.player.show(value)
 
 
 class RemoteEngine:

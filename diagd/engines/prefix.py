@@ -67,7 +67,8 @@ class PrefixState(Engine):
         names = cache_tensors(manifest.cache.layers)
         shape = (len(names), held, streams * self._groups, manifest.cache.head_size)
         # NumPy asks for pages of 2 MB from 4 MB on, so all lie in one block.
-        self.buffers = dict(zip(names, aligned_zeros(shape, np.dtype(manifest.cache.dtype)), strict=True))
+        block = aligned_zeros(shape, np.dtype(manifest.cache.dtype))
+        self.buffers: dict[str, NDArray[np.generic]] = dict(zip(names, block, strict=True))
         self._sampler = HostSampler(manifest)
         self._text = text_buffers(manifest)
         self._session: Any = None

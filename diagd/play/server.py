@@ -24,7 +24,7 @@ from diagd.play import messages
 from diagd.play.messages import Ack, Hello, without_paths
 from diagd.play.room import Room
 from diagd.play.site import SOCKET, Answer, Site, cannot_listen, page_address
-from diagd.play.table import Fleet, Player, ServedTable
+from diagd.play.table import Fleet, Player, ServedTable, Update, packed
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
@@ -77,7 +77,7 @@ class Client(Player):
     def __init__(self, limits: Limits, connection: ServerConnection) -> None:
         self._most, self._connection = limits.messages_per_second, connection
         self._texts: deque[str | bytes] = deque(maxlen=limits.texts)
-        self._newest: tuple[int, bytes] | None = None
+        self._newest: Update | None = None
         self._unseen: deque[int] = deque()
         self._wake = asyncio.Event()
         self._allowance, self._counted = self._most, time.monotonic()
@@ -90,9 +90,9 @@ class Client(Player):
         self._wake.set()
 
     @override
-    def show(self, number: int, update: bytes) -> None:
+    def show(self, update: Update) -> None:
         """Send an update when the page has kept up, unless a newer one comes before."""
-        self._newest = number, update
+        self._newest = update.instead_of(self._newest)
         self._wake.set()
 
     def seen(self, number: int) -> None:
@@ -116,10 +116,9 @@ class Client(Player):
                 while self._texts:
                     await self._connection.send(self._texts.popleft())
                 if self._newest and len(self._unseen) < MAX_UNSEEN:
-                    number, update = self._newest
-                    self._newest = None
-                    self._unseen.append(number)
-                    await self._connection.send(update)
+                    update, self._newest = self._newest, None
+                    self._unseen.append(update.header["id"])
+                    await self._connection.send(packed(*update))
 
     def may_speak(self) -> bool:
         """Count a message; False where there were too many of late."""

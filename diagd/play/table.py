@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from typing_extensions import override
@@ -48,13 +48,27 @@ def packed(header: dict[str, Any], parts: list[bytes]) -> bytes:
     return len(head).to_bytes(4, "big") + head + b"".join(parts)
 
 
+class Update(NamedTuple):
+    """A look at a world: what is told of it, and its pictures."""
+
+    header: dict[str, Any]
+    pictures: list[bytes]
+
+    def instead_of(self, dropped: Update | None) -> Update:
+        """Stand in for one that nobody saw: what was pressed ahead of that is seen here first."""
+        echo = None if dropped is None else dropped.header.get("echo")
+        if echo is None or "echo" not in self.header:
+            return self
+        return Update(self.header | {"echo": echo}, self.pictures)
+
+
 class Player(Protocol):
     """Somebody in front of a table."""
 
     def send(self, message: dict[str, Any] | bytes) -> None:
         """Send a message after those before it."""
 
-    def show(self, number: int, update: bytes) -> None:
+    def show(self, update: Update) -> None:
         """Send an update, unless a newer one comes before."""
 
     def close(self, code: int, reason: str) -> None:
@@ -353,7 +367,7 @@ class Table(ServedTable):
     def _show_player(self, header: dict[str, Any], parts: list[bytes]) -> None:
         self._number += 1
         if self.player is not None:
-            self.player.show(self._number, packed(header | {"id": self._number}, parts))
+            self.player.show(Update(header | {"id": self._number}, parts))
 
     def _send_player(self, message: dict[str, Any] | bytes) -> None:
         if self.player is not None:

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from diagd.play.room import MAX_WAITING, Room
 from diagd.play.stage import GameLoop
-from diagd.play.table import Player, ServedTable
+from diagd.play.table import Player, ServedTable, Update
 
 
 class Clock:
@@ -39,7 +39,7 @@ class Somebody(Player):
         self.told.append(message.get("seated") or message["place"])
 
     @override
-    def show(self, number: int, update: bytes) -> None: ...
+    def show(self, update: Update) -> None: ...
 
     @override
     def close(self, code: int, reason: str) -> None:

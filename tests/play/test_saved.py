@@ -142,6 +142,7 @@ def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, t
         with player(url, ticket) as ann:
             assert ann.until(type="state")["settings"] == seed.model_dump(mode="json")
             assert ann.frame()["known"] > max(last, 5)
+            ann.say(type="pace", mode="pause")  # else a newer frame may be shown in the place of that one
             ann.say(type="reset")
             ann.until(kind="frame", known=1)
             game = server.tables[0].game
