@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from diagd.bundle import Bundle
@@ -12,6 +14,23 @@ from tests.models import export_small
 from tests.oracles.models import small_model
 
 LAYOUT = StreamLayout(4, 6, after=1)
+
+
+class Clock:
+    """What this thread computes, however long others have its core, and what is added to it, in seconds."""
+
+    added = 0.0
+
+    def __call__(self) -> float:
+        return time.thread_time() + self.added
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """In place of the one that is measured by."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from diagd.schedule import Schedule
 from tests.engines.host_device import host_kernels
 from tests.models import export_small
 from tests.oracles.models import small_model
-from tests.profiling.conftest import LAYOUT
+from tests.profiling.conftest import LAYOUT, Clock
 from tests.profiling.workshop import Workshop
 
 WIDTHS = (1, 4, 16)
@@ -45,7 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture
-def workshop() -> Workshop:
+def workshop(clock: Clock) -> Workshop:
     return Workshop(host_kernels())
 
 
@@ -83,18 +82,18 @@ def check_profile(measured: Profile) -> None:
 
 
 @needs_kernels
-def test_the_time_of_a_step_is_the_device_s(bundle: Bundle, workshop: Workshop) -> None:
+def test_the_time_of_a_step_is_the_device_s(bundle: Bundle, workshop: Workshop, clock: Clock) -> None:
     """A program that takes longer is found in the engine's time of its own step and in no other."""
     session = open_session(bundle, cpu=CPU, backend=workshop)
     workload, schedule = random_workload(session, 2, 3), Schedule.serial(LAYOUT, 1)
     left = [20]
 
-    def sleep() -> None:
+    def wait() -> None:
         if left[0] == 0:
-            time.sleep(0.2)
+            clock.added += 0.201
         left[0] -= 1
 
-    workshop.before_step = sleep
+    workshop.before_step = wait
     run = measure(session, ScheduledDecoder(schedule), workload, 3)
     times = [step.engine for step in run.steps]
     assert np.argmax(times) == 20

@@ -31,7 +31,7 @@ from diagd.runtime.load import session_over, step_options
 from diagd.schedule import Schedule
 from tests.models import export_small
 from tests.oracles.models import small_model
-from tests.profiling.conftest import LAYOUT
+from tests.profiling.conftest import LAYOUT, Clock
 
 CPU = CpuOptions(threads=1)
 CEILINGS = Ceilings(copied=1e10, read=1e10, peak=1e11, threads=1)
@@ -83,31 +83,31 @@ def test_an_action_appears_when_its_frame_is_done(profiled: Profile) -> None:
 
 
 class Slowed(PrefixEngine):
-    """Sleeps in one of its steps."""
+    """Takes long for one of its steps."""
 
-    left = -1
+    left, clock = -1, Clock()
 
     def step(self, lanes: Sequence[int] = (0,)) -> None:
         if self.left == 0:
-            time.sleep(0.25)
+            self.clock.added += 0.251
         self.left -= 1
         super().step(lanes)
 
 
-def slowed(bundle: Bundle, step: int, fps: float) -> Run:
+def slowed(bundle: Bundle, clock: Clock, step: int, fps: float) -> Run:
     options, frames = step_options(bundle.manifest, 4, cpu=CPU), 4
     engine = Slowed(bundle, options)
     session = session_over(bundle, engine, 4, CPU)
     workload = random_workload(session, 2, frames)
     schedule = Schedule.serial(LAYOUT, 1)
     measure(session, ScheduledDecoder(schedule), workload, 1)
-    engine.left = step
+    engine.left, engine.clock = step, clock
     run = measure(session, ScheduledDecoder(schedule), workload, frames)
     return summarise(run, 0.0, read_model(bundle), CEILINGS, fps)
 
 
-def test_a_planted_slow_step_is_found(bundle: Bundle) -> None:
-    run = slowed(bundle, step=20, fps=5.0)
+def test_a_planted_slow_step_is_found(bundle: Bundle, clock: Clock) -> None:
+    run = slowed(bundle, clock, step=20, fps=5.0)
     worst = run.slow_steps[0]
     assert worst.step == 20
     assert worst.seconds > 0.25 > 10 * worst.usual
