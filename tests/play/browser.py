@@ -45,7 +45,7 @@ class Tab:
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while True:
-            message = json.loads(self._socket.recv(timeout=60))
+            message = json.loads(self._socket.recv(timeout=300))
             if message.get("id") == number:
                 assert "error" not in message, message
                 return message["result"]
@@ -57,7 +57,7 @@ class Tab:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def until(self, expression: str, seconds: float = 60.0) -> Any:
+    def until(self, expression: str, seconds: float = 300.0) -> Any:
         """Wait until an expression is true; its value."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(f"(() => {{ try {{ return {expression}; }} catch {{}} }})()")):
@@ -89,6 +89,10 @@ class Tab:
             mobile=mobile,
         )
 
+    def settle(self) -> None:
+        """Wait until what was changed is laid out and painted."""
+        self.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
@@ -106,11 +110,11 @@ def browser(folder: Path, *further: str) -> Iterator[Tab]:
         yield from _tab(folder)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)
 
 
 def _tab(folder: Path) -> Iterator[Tab]:
-    port, end = folder / "DevToolsActivePort", time.monotonic() + 60
+    port, end = folder / "DevToolsActivePort", time.monotonic() + 300
     while not (port.is_file() and port.read_text().strip()):
         assert time.monotonic() < end, "Chromium did not start"
         time.sleep(0.1)
@@ -120,5 +124,6 @@ def _tab(folder: Path) -> Iterator[Tab]:
         assert time.monotonic() < end, "Chromium has no page"
         with urllib.request.urlopen(f"http://127.0.0.1:{number}/json/list") as answer:
             pages = [page for page in json.load(answer) if page["type"] == "page"]
-    with connect(pages[0]["webSocketDebuggerUrl"], max_size=None, ping_interval=None) as socket:
+    patient: dict[str, Any] = {"open_timeout": 120, "max_size": None, "ping_interval": None}
+    with connect(pages[0]["webSocketDebuggerUrl"], **patient) as socket:
         yield Tab(socket)

@@ -16,7 +16,7 @@ from diagd.play.opening import SHIPPED, GameOptions, open_replay
 from diagd.play.record import Start, replay
 from diagd.web.folder import write_page
 from tests.play.browser import CHROMIUM, Tab, browser
-from tests.play.test_page import CHANGE, KNOWN, LIVE, PIXELS, TOUCH, click, marked, picture
+from tests.play.test_page import CHANGE, KNOWN, LIVE, PIXELS, THUMBNAILS, TOUCH, click, marked, picture
 from tests.web.conftest import Serve
 
 MAX_BYTES = 8_000_000
@@ -31,7 +31,7 @@ UPLOAD = """(() => {{
 def enter(tab: Tab, url: str) -> None:
     tab.open(url)
     tab.until(LIVE)
-    tab.until(f"{KNOWN} >= 1")
+    tab.until(f"{THUMBNAILS}.length && {KNOWN} >= 1")
 
 
 def test_what_is_played_is_played_again_by_python(
@@ -51,6 +51,7 @@ def test_what_is_played_is_played_again_by_python(
         click(tab, "[value=pause]")
         tab.key("KeyB", down=True)
         back = marked(tab, 1)
+        tab.until(f"{THUMBNAILS}[1].dataset.seen")
         here, known = tab.evaluate(PIXELS), tab.evaluate(KNOWN)
         click(tab, "[data-frames='10']")
         tab.until(f"{KNOWN} === {known - 10}")
@@ -85,7 +86,7 @@ def test_what_is_played_is_played_again_by_python(
 
 
 def wait_for(file: Path) -> Path:
-    for _ in range(300):
+    for _ in range(3000):
         if file.is_file():
             return file
         threading.Event().wait(0.1)

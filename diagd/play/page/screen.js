@@ -2,7 +2,7 @@
 
 export class Screen {
   constructor(canvas, link, drawn) {
-    Object.assign(this, { canvas, link, drawn, pen: canvas.getContext("2d", { alpha: false }), queue: [], last: 0, known: 0 });
+    Object.assign(this, { canvas, link, drawn, pen: canvas.getContext("2d", { alpha: false }), queue: [], last: 0, known: 0, turns: 0, newest: 0 });
     link.addEventListener("frame", ({ detail }) => this.take(detail));
     new ResizeObserver(() => this.fit()).observe(canvas.parentElement);
   }
@@ -23,7 +23,10 @@ export class Screen {
   }
 
   async take(update) {
+    const turn = ++this.turns;
     const pictures = await Promise.all(update.parts.map((part) => createImageBitmap(part)));
+    if (turn < this.newest) return pictures.forEach((picture) => picture.close());
+    this.newest = turn;
     const now = performance.now(), span = Math.min(1000, now - this.last);
     this.last = now;
     for (const { picture } of this.queue) picture.close();
