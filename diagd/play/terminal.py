@@ -228,12 +228,16 @@ class _Player:
         stage, game = self._stage, self._game
         if press.code == "KeyP":
             stage.mode = "live" if stage.mode == "pause" else "pause"
-            stage.post(lambda: self._say(self._figures()))
+            self._post(lambda: self._say(self._figures()))
         elif press.code == "Backspace":
-            stage.post(lambda: stage.look(game.rewind(_BACK)))
+            self._post(lambda: stage.look(game.rewind(_BACK)))
         elif press.code == "KeyR":
-            stage.post(lambda: stage.look(game.reset(game.prompts[0])))
+            self._post(lambda: stage.look(game.reset(game.prompts[0])))
         return press.code in (QUIT, "KeyQ")
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with suppress(UsageError):  # of a key that is held, more wait than frames come between
+            self._stage.post(command)
 
     def _show(self, pictures: Pictures, _: Shown | None) -> None:
         """Draw at once, so that nothing is seen half."""

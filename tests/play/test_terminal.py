@@ -167,12 +167,16 @@ def test_a_world_is_played_and_the_terminal_is_as_before(
     environment = {**os.environ, "TERM": "xterm-256color"}
     for name in ("NO_COLOR", "COLUMNS", "LINES"):
         environment.pop(name, None)
-    record = ["--record", str(tmp_path / "played.ndjson"), "--fps", "30"]
+    record = tmp_path / "played.ndjson"
     process = subprocess.Popen(
-        [*command, *record], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+        [*command, "--record", str(record), "--fps", "60"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
     )
     request.addfinalizer(process.kill)
-    seen, end, pressed, ended = b"", time.monotonic() + 120, False, False
+    seen, end, pressed, paused, ended = b"", time.monotonic() + 300, 0, False, False
     while process.poll() is None or select.select([ours], [], [], 0)[0]:
         assert time.monotonic() < end, seen[-500:]
         if select.select([ours], [], [], 0.05)[0]:
@@ -180,11 +184,14 @@ def test_a_world_is_played_and_the_terminal_is_as_before(
         if b"\x1b[c" in seen and b"\x1b[?1049h" not in seen:
             os.write(ours, b"\x1b[?64;22c")
         elif b"frame 5 " in seen and not pressed:
-            os.write(ours, b"\x1b[A")
             _resize(theirs, 20, 50)
-            pressed = True
-        elif b"frame 9 " in seen and b"paused" not in seen:
-            os.write(ours, b"p")
+            pressed = seen.count(b"frame ")
+        elif pressed and not paused and '"action":[35]' in record.read_text():  # written with frame 32
+            os.write(ours, b"p" * 101)
+            paused = True
+        elif pressed and not paused and seen.count(b"frame ") > pressed:
+            os.write(ours, b"\x1b[A")
+            pressed = seen.count(b"frame ")
         elif b"paused" in seen and not ended:
             ended = True
             if ending == "q":
@@ -197,7 +204,7 @@ def test_a_world_is_played_and_the_terminal_is_as_before(
     assert "\u2580".encode() in seen
     assert b"\x1b[23;1H\x1b[0m\x1b[2KLeft/A left  Right/D right  Up/W up" in seen
     assert seen.count(b"\x1b[2J") > 1 and b"\x1b[20;1H" in seen.split(b"paused")[0]
-    assert '"action":[35]' in (tmp_path / "played.ndjson").read_text()  # 32 codes, then noop, left, right, up
+    assert '"action":[35]' in record.read_text()  # 32 codes, then noop, left, right, up
     os.close(ours)
     os.close(theirs)
 
