@@ -34,6 +34,7 @@ class Player:
 
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
+        self.first: dict[str, Any] | None = None  # message, not looked at yet
         self.echoed: dict[float, dict[str, Any]] = {}  # frames, by the stamp of the input they show first
 
     def say(self, **message: Any) -> None:
@@ -41,6 +42,9 @@ class Player:
 
     def hear(self, seconds: float = 120.0) -> dict[str, Any]:
         """The next message; updates are acknowledged."""
+        if (first := self.first) is not None:
+            self.first = None
+            return first
         data = self.socket.recv(timeout=seconds)
         if isinstance(data, str):
             return json.loads(data)
@@ -90,6 +94,8 @@ def player(url: str, ticket: str = "", **hello: Any) -> Iterator[Player]:
     with connect(socket_url, origin=address, **patient) as socket:  # type: ignore[arg-type]
         one = Player(socket)
         one.say(**{"type": "hello", "version": 1, "token": token, "ticket": ticket, **hello})
+        with suppress(ConnectionClosed):
+            one.first = one.hear()  # so that whoever comes after this one is seated after this one
         yield one
 
 

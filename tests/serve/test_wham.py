@@ -66,7 +66,7 @@ class Client:
 
     def _open(self, request: urllib.request.Request) -> tuple[int, bytes]:
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=120) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -75,7 +75,7 @@ class Client:
         """All that comes of some jobs, with its pictures, until there is enough."""
         found: dict[tuple[str, int], dict[str, Any]] = {}
         asked = "&".join(f"job_ids={job}" for job in jobs)
-        for _ in range(3000):
+        for _ in range(30_000):
             status, content = self.get(f"/get_job_results?{asked}")
             if status == 204:
                 time.sleep(0.01)
@@ -299,5 +299,5 @@ def test_the_verb_names_its_address(small_wham: Bundle) -> None:
         url = line.split(": ")[1].strip()
         status, told = Client(url, None).get("/")  # type: ignore[arg-type]
         process.terminate()
-        assert process.wait(30) in (0, -15, 143)
+        assert process.wait(120) in (0, -15, 143)
     assert (status, json.loads(told)["max_concurrent_jobs"]) == (200, 30)
