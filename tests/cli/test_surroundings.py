@@ -108,6 +108,15 @@ def test_any_surroundings_will_do(workplace: Workplace, surroundings: dict[str, 
     assert output.exists()
 
 
+def test_verbs_have_no_option_that_pydantic_will_refuse() -> None:
+    code = """
+import importlib, pkgutil, diagd.cli
+for module in pkgutil.iter_modules(diagd.cli.__path__, "diagd.cli."):
+    importlib.import_module(module.name)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 def test_figures_do_not_tell_where_their_fonts_are_kept() -> None:
     code = "from diagd.cli.main import main; main(['models']); import matplotlib; matplotlib.get_cachedir()"
     environment = os.environ | {"MPLCONFIGDIR": "/proc/none"}

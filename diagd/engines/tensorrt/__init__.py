@@ -82,7 +82,7 @@ def check_targets(offered: Capabilities, targets: tuple[str, ...]) -> None:
     if not offered.cross_targets:
         raise EngineError(
             f"{offered.name} builds only for the GPU of the machine it runs on; run diagd-build without "
-            "--target there, or install TensorRT-RTX: pip install 'diagd[rtx]'"
+            "--targets there, or install TensorRT-RTX: pip install 'diagd[rtx]'"
         )
     raise EngineError(
         f"{offered.name} has no target {', '.join(wrong)}; it builds for {', '.join(offered.cross_targets)}; "

@@ -166,7 +166,7 @@ class Request:
         "rows of a step, as 16,64 (default: the bundle's)", None
     )
     targets: Annotated[tuple[str, ...], NAMES, BeforeValidator(_said), AfterValidator(_gpus)] = flag(
-        "build for other GPUs, as sm86,sm89 (TensorRT-RTX only)", (), name="target"
+        "build for other GPUs, as sm86,sm89 (TensorRT-RTX only)", ()
     )
     optimization_level: int | None = setting(
         "0 builds fast, 5 runs fast (default: TensorRT's own)", None, ge=0, le=5

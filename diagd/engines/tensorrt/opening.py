@@ -312,7 +312,7 @@ def _described(offered: Capabilities, targets: tuple[str, ...]) -> DeviceDescrip
         return describe_device(open_driver())
     except DiagdError as error:
         remedy = (
-            f"name GPUs to build for with --target (this TensorRT offers {', '.join(offered.cross_targets)})"
+            f"name GPUs to build for with --targets (this TensorRT offers {', '.join(offered.cross_targets)})"
             if offered.cross_targets
             else "run diagd-build on the machine with the GPU"
         )
