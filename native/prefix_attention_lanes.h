@@ -317,7 +317,8 @@ struct Rows {
     for (int slot = 0; slot < slots; ++slot) earliest = std::min(earliest, at[slot]);
     while (rows > 0 && position[rows - 1] < earliest) --rows;  // pads, beside longer steps
     if (slots == 0 || rows == 0) return;
-    const int64_t pairs = columns / kWide, skip = step - columns, next = (first + kTile) * step;
+    const int64_t pairs = columns / kWide, skip = step - columns;
+    const int64_t next = first + kTile < a.slots ? (first + kTile) * step : a.size;  // of the next head
     Ahead ahead_keys = {keys + next, pairs, pairs, skip}, ahead_values = {values + next, pairs, pairs, skip};
     turn(keys + first * step, std::min(bound, divided(slots, LONGEST) * LONGEST));
     multiply({queries, turned, nullptr, scores, a.size, kTile, kTile, a.size, &ahead_keys}, rows, kTile);
