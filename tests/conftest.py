@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from diagd.bundle import Bundle
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 DAY = 86_400.0
 
-settings.register_profile("any machine", deadline=None)
+settings.register_profile(  # any run of the same sources tests the same examples, however long they take
+    "any machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("any machine")
 
 

@@ -536,7 +536,7 @@ def test_a_forced_run_predicts_what_the_run_it_follows_predicts(bundle: Path, na
     np.testing.assert_array_equal(following.stream.past[-1].tokens, truth[-1])
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_walk_of_moves_ends_where_its_log_replayed_ends(bundle: Path, data: st.DataObject) -> None:
     """Steps, rewinds and changes of order; then the tokens again from nothing, by what was kept."""
