@@ -72,12 +72,17 @@ class Player:
             pass
         return message
 
+    def hold(self, stamp: float, *keys: str) -> dict[str, Any]:
+        """Say what is held, as a page does five times a second; what is heard meanwhile, else nothing."""
+        self.say(type="input", t=stamp, keys=keys)
+        with suppress(TimeoutError):
+            return self.hear(0.2)
+        return {}
+
     def press(self, stamp: float, *keys: str) -> dict[str, Any]:
-        """Hold keys, and say so again and again as a page does, until a frame shows them; that one."""
+        """Hold keys until a frame shows them; that one."""
         while stamp not in self.echoed:
-            self.say(type="input", t=stamp, keys=keys)
-            with suppress(TimeoutError):
-                self.hear(0.2)
+            self.hold(stamp, *keys)
         return self.echoed[stamp]
 
 
@@ -282,8 +287,7 @@ def test_in_step_mode_a_tap_is_a_frame(serve: Serve) -> None:
         known = one.until(type="state", mode="step")["known"]
         for count in range(1, 4):
             one.say(type="input", t=float(count), keys=["ArrowUp"])
-            one.say(type="input", t=float(count), keys=[])
-            while one.frame()["known"] < known + count:
+            while one.hold(float(count)).get("known", 0) < known + count:
                 pass
         assert one_state(one)["known"] == known + 3
 
