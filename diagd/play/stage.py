@@ -107,18 +107,17 @@ class Stage:
         self.is_watched, self.frames = False, 0
         self.wake: Callable[[], object] = lambda: None
         self._show, self._fail = show, fail
-        self._commands: queue.Queue[Callable[[], None]] = queue.Queue(MAX_COMMANDS)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
-    def post(self, command: Callable[[], Any]) -> None:
+    def post(self, command: Callable[[], Any], *, always: bool = False) -> None:
         """Have a command run between two frames; it answers for its own errors.
 
         Raises:
-            UsageError: too many wait.
+            UsageError: too many wait, and it is not to be run ``always``.
         """
-        try:
-            self._commands.put_nowait(command)
-        except queue.Full:
-            raise UsageError(f"{MAX_COMMANDS} commands wait already; slow down") from None
+        if not always and self._commands.qsize() >= MAX_COMMANDS:
+            raise UsageError(f"{MAX_COMMANDS} commands wait already; slow down")
+        self._commands.put(command)
         self.wake()
 
     def look(self, pictures: Pictures) -> None:

@@ -33,7 +33,6 @@ AUDITED: Final = 16
 FILMED: Final = 1200
 """Frames of a video that is asked for; the world stands still until it is written."""
 
-
 REST: Final = 20
 """As rates are held for the slowest frame in twenty."""
 
@@ -147,7 +146,7 @@ class Table(ServedTable):
         self.loop: asyncio.AbstractEventLoop | None = None
         self._inputs, self._paced, self._rate = inputs, paced, rate
         self._kind, self._encode = picture_encoder(*self.size)
-        self._number = 0
+        self._number, self._whose = 0, ""
         self._gallery: bytes | None = None
         self._every, self._since, self._rested = every, 0, 0.0
 
@@ -165,7 +164,7 @@ class Table(ServedTable):
             player.send(self._gallery)
         if is_new:
             self.stage.mode, self.stage.pacer.asked = "live", self._rate
-        self._post(self._renew if is_new else self._look)
+        self._post(self._renew if is_new else self._look, ticket)
         self.stage.is_watched = True
         self.stage.wake()
 
@@ -181,9 +180,9 @@ class Table(ServedTable):
         self.stage.mode = "live"
 
         def restore() -> None:
+            self._whose = ticket
             if saved.is_empty:
-                self._renew()
-                return
+                return self._renew()
             try:
                 saved.restore(self.game)
             except DiagdError as error:
@@ -191,7 +190,7 @@ class Table(ServedTable):
                 self._fail(f"the world cannot go on, it begins anew: {error}")
                 self._renew()
 
-        self.stage.post(restore)
+        self.stage.post(restore, always=True)
 
     def _welcome(self) -> dict[str, Any]:
         manifest, layout = self.game.bundle.manifest, self.game.session.layout
@@ -295,10 +294,14 @@ class Table(ServedTable):
         codec = self.game.view.codec
         self._post(lambda: self._reset(codec.encode(np.ascontiguousarray(pixels))))
 
-    def _post(self, command: Callable[[], object]) -> None:
-        """Run a command between two frames; its error goes to the player, and then how things stand."""
+    def _post(self, command: Callable[[], object], seated: str = "") -> None:
+        """Run a command between two frames; its error goes to the player, and then how things stand.
+
+        From the one of the ticket that is ``seated`` on, what the world shows and tells is for that player.
+        """
 
         def run() -> None:
+            self._whose = seated or self._whose
             try:
                 command()
             except DiagdError as error:
@@ -307,7 +310,7 @@ class Table(ServedTable):
                 self._call(self._send_player, self._state())
 
         try:
-            self.stage.post(run)
+            self.stage.post(run, always=bool(seated))
         except UsageError as error:
             self._send_player({"type": "error", "text": str(error)})
 
@@ -379,10 +382,16 @@ class Table(ServedTable):
         self._call(self._send_player, self._state())
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Run in the loop's thread."""
+        """Run in the loop's thread, unless somebody is seated there whose world has not begun."""
+        whose = self._whose
+
+        def run() -> None:
+            if whose in ("", self.ticket):
+                function(*arguments)
+
         assert self.loop is not None
         with suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(function, *arguments)
+            self.loop.call_soon_threadsafe(run)
 
 
 class Fleet(Protocol):

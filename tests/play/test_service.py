@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 
 from diagd.play.room import SETTLED
 from diagd.play.server import Limits
+from diagd.play.stage import MAX_COMMANDS
 from tests.play.conftest import LOOSE, Serve
 from tests.play.test_server import player
 
@@ -169,6 +172,27 @@ def test_what_takes_long_is_done_for_one_player_once_in_a_while(
         assert ann.until(type="audit")["frames"] > 0
         assert "ask again in" in ann.until(type="error")["text"]
         ann.frame()
+
+
+def test_who_is_next_gets_nothing_of_the_world_before_whatever_waits_at_its_table(serve: Serve) -> None:
+    with serve() as (url, server), player(url) as ann:
+        (table,), busy = server.tables, threading.Event()
+        own = ann.until(type="state")
+        ann.say(type="choose", settings={**own["settings"], "seed": 7})
+        ann.until(type="state")
+        table.stage.post(partial(busy.wait, 60))
+        ann.say(type="save")
+        for _ in range(MAX_COMMANDS):
+            ann.say(type="branch")
+        assert "commands wait already" in ann.until(type="error")["text"]
+        server.room.clear(table)
+        with player(url) as ben:
+            assert ben.until(type="welcome")["ticket"] == table.ticket
+            busy.set()
+            while (message := ben.hear()).get("type") != "state":
+                assert message.get("kind") in ("gallery", "frame"), message
+            assert message["settings"] == own["settings"]
+            assert (message["known"], len(message["marks"])) == (1, 1)
 
 
 def test_a_server_that_drains_ends_with_its_last_player(serve: Serve) -> None:
