@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -30,7 +31,16 @@ from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.bundle.targets import bundle_target
 from diagd.errors import BundleError, ScheduleError, UsageError, expect, fault
 
-__all__ = ["PROMPTS_NAME", "Bundle", "Form", "Manifest", "atomic_bundle", "read_manifest", "seal"]
+__all__ = [
+    "PROMPTS_NAME",
+    "Bundle",
+    "Form",
+    "Manifest",
+    "atomic_bundle",
+    "put_prompts",
+    "read_manifest",
+    "seal",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -236,6 +246,17 @@ def _export_line(path: Path, content: dict[str, Any]) -> str:
     for option, value in {**options, "--output": path}.items():
         words += [] if value is None else [option, str(value)]
     return shlex.join(words)
+
+
+def put_prompts(pictures: Path, directory: Path, place: Path) -> None:
+    """Copy a folder of what worlds start from into a sealed ``directory``: its files are the user's.
+
+    Those that are at ``place`` already, which the directory is to take, stay in their stead.
+    """
+    if pictures.is_dir() and not (place / PROMPTS_NAME).exists():
+        (directory / PROMPTS_NAME).mkdir()
+        for picture in filter(Path.is_file, pictures.iterdir()):
+            shutil.copyfile(picture, directory / PROMPTS_NAME / picture.name)
 
 
 def seal(directory: Path, manifest: Manifest) -> Manifest:

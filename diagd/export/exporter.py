@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diagd.bundle import PROMPTS_NAME, Bundle, atomic_bundle, seal
+from diagd.bundle import Bundle, atomic_bundle, put_prompts, seal
 from diagd.bundle.manifest import (
     CacheShape,
     GraphWeights,
@@ -123,10 +123,8 @@ class Exporter:
             until_in_place.enter_context(partial)
             self._write_weights(partial, sources.transformer, progress)
             manifest = self._write_rest(directory, partial, sources, progress)
-            if self.family.prompts is not None and not (place / PROMPTS_NAME).exists():
-                (directory / PROMPTS_NAME).mkdir()  # the user's from then on
-                for picture in filter(Path.is_file, self.family.prompts.iterdir()):
-                    shutil.copyfile(picture, directory / PROMPTS_NAME / picture.name)
+            if self.family.prompts is not None:
+                put_prompts(self.family.prompts, directory, place)
             return manifest
 
     def check(self, sources: Sources) -> None:

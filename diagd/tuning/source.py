@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diagd.bundle import PROMPTS_NAME, Bundle, Manifest, atomic_bundle, seal
+from diagd.bundle import PROMPTS_NAME, Bundle, Manifest, atomic_bundle, put_prompts, seal
 from diagd.bundle.manifest import MANIFEST_NAME, Provenance
 from diagd.bundle.targets import bundle_target, check_apart, file_target, folder_target
 from diagd.bundle.transformer import TransformerConfig
@@ -70,6 +70,7 @@ def write_model(bundle: Bundle, model: Transformer, output: Path, manifest: Mani
         for name, tensor in model.state_dict().items():
             stored.replace(_PREFIX + name, tensor.detach().cpu().numpy())
         seal(directory, manifest)
+        put_prompts(bundle.file(PROMPTS_NAME), directory, output)
     return output
 
 
@@ -236,7 +237,7 @@ class Source:
         for part in (self._tokenizer, self._tokenizer.with_name(DESCRIPTION)):
             shutil.copy(part, output / part.name)
         if what.prompts is not None:
-            shutil.copytree(what.prompts, output / PROMPTS_NAME, dirs_exist_ok=True)
+            put_prompts(what.prompts, output, output)
         return output
 
 

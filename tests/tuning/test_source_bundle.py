@@ -48,6 +48,8 @@ def source(bundle: Bundle) -> Source:
 
 def test_the_bundle_is_that_of_the_aligned_model(model: Transformer, bundle: Bundle, tmp_path: Path) -> None:
     before = bundle.digest
+    (bundle.path / "prompts").mkdir()
+    (bundle.path / "prompts" / "00.png").write_bytes(b"given")
     output = source(bundle).align(WINDOWS, OPTIONS, tmp_path / "aligned.diagd")
     aligned = Bundle.open(output)
     assert Bundle.open(bundle.path).digest == before
@@ -56,6 +58,7 @@ def test_the_bundle_is_that_of_the_aligned_model(model: Transformer, bundle: Bun
     assert aligned.manifest.files["weights.bin"] == exported.manifest.files["weights.bin"]
     assert aligned.manifest.files["weights.bin"] != bundle.manifest.files["weights.bin"]
     assert aligned.manifest.files["step.onnx"] == bundle.manifest.files["step.onnx"]
+    assert (aligned.path / "prompts" / "00.png").read_bytes() == b"given"
 
 
 def test_the_manifest_is_that_of_the_new_weights(bundle: Bundle, tmp_path: Path) -> None:
