@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 import diagd
-from diagd.bundle.files import turn
+from diagd.bundle.lock import turn
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.export.checkpoints import open_checkpoint
 from diagd.export.exporter import GraphOptions, Sources, export

@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from diagd.bundle import cache
-from diagd.bundle.files import atomic_directory, instead, sha256, turn
+from diagd.bundle.files import atomic_directory, instead, sha256
+from diagd.bundle.lock import turn
 from diagd.bundle.manifest import (
     INT8_CACHE,
     MANIFEST_NAME,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from diagd.bundle import files
+from diagd.bundle.lock import turn
 from diagd.errors import DiagdError
 
 ENTRY_NAME = "entry.json"
@@ -174,7 +175,7 @@ def clear() -> Usage:
 def _make(root: Path, path: Path, make: Callable[[Path], None], size: int) -> None:
     folder = _folder(root, path.parent.name)
     _check_room(root, size)
-    with files.turn(path, wait=False) as mine:
+    with turn(path, wait=False) as mine:
         if not mine or _is_whole(path):  # another process is filling it, which nothing is wrong with
             return
         if os.path.lexists(path):

@@ -17,7 +17,8 @@ from typing import Final, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from diagd.bundle import Bundle
-from diagd.bundle.files import atomic_file, turn
+from diagd.bundle.files import atomic_file
+from diagd.bundle.lock import turn
 from diagd.bundle.targets import folder_target
 from diagd.errors import UsageError
 from diagd.options import File, checked, flag, setting

@@ -23,7 +23,8 @@ import numpy as np
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form, Manifest, cache
-from diagd.bundle.files import atomic_directory, turn, usual_rights
+from diagd.bundle.files import atomic_directory, usual_rights
+from diagd.bundle.lock import turn
 from diagd.bundle.targets import folder_target
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import MAX_WIDTH

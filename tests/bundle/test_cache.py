@@ -15,7 +15,8 @@ import pytest
 
 from diagd.bundle import cache
 from diagd.bundle.cache import cache_directory, clear, digest, entry, read, usage, write
-from diagd.bundle.files import sha256, turn
+from diagd.bundle.files import sha256
+from diagd.bundle.lock import turn
 from diagd.errors import UsageError
 
 CONTENT = b"packed" * 1000
@@ -279,7 +280,7 @@ def test_an_entry_in_use_is_never_taken_away(root: Path, monkeypatch: pytest.Mon
             inode.append((root / "packed" / "key").stat().st_ino)
 
     inode: list[int] = []
-    monkeypatch.setattr("diagd.bundle.files._lock", lambda _: True)
+    monkeypatch.setattr("diagd.bundle.lock._lock", lambda _: True)
     path = entry("packed", "key", rival)
     assert path is not None
     assert path.stat().st_ino == inode[0]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from diagd.bundle.files import turn
+from diagd.bundle.lock import turn
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from diagd.bundle.files import turn
+from diagd.bundle.lock import turn
 with turn(Path(sys.argv[1])):
     print("mine", flush=True)
     sys.stdin.readline()
@@ -25,7 +25,7 @@ with turn(Path(sys.argv[1])):
 COUNTER = """
 import sys
 from pathlib import Path
-from diagd.bundle.files import turn
+from diagd.bundle.lock import turn
 file = Path(sys.argv[1])
 for _ in range(20):
     with turn(file):

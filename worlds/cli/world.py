@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from diagd.bundle.files import turn
+from diagd.bundle.lock import turn
 from diagd.bundle.targets import folder_target
 from diagd.cli import terminal
 from diagd.cli.options import Verb

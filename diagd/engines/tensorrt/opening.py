@@ -14,7 +14,8 @@ from pydantic import Field, ValidationError
 
 from diagd.bundle import Bundle, Form, cache
 from diagd.bundle.actions import Record
-from diagd.bundle.files import atomic_directory, sha256, turn
+from diagd.bundle.files import atomic_directory, sha256
+from diagd.bundle.lock import turn
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.backend import StepOptions, graphs_of, widths_of
 from diagd.engines.devices.cuda import CudaDevice, DeviceDescription, describe_device, open_driver
