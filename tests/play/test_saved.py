@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diagd.bundle.files import turn
+from diagd.bundle.lock import turn
 from diagd.errors import QualityError, UsageError
 from diagd.play.game import Game, SavedGame
 from diagd.play.opening import GameOptions, open_game
