@@ -596,7 +596,7 @@ def test_a_fork_of_the_process_refuses_its_session_and_lets_it_go(bundle: Path) 
 
         process = multiprocessing.get_context("fork").Process(target=child)
         process.start()
-        process.join(60)
+        process.join(300)
         process.kill()
         assert process.exitcode == 0
 
