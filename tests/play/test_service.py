@@ -128,7 +128,10 @@ def test_a_seat_that_is_held_for_somebody_who_left_keeps_nobody_from_another(ser
         assert all(table.ticket for table in server.tables)
 
 
-def test_who_came_last_waits_again_where_the_rate_is_lost(serve: Serve) -> None:
+def test_who_came_last_waits_again_where_the_rate_is_lost(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diagd.play.room.TRIAL_SECONDS", 3600.0)
     with serve(sessions=2, kept=0.5) as (url, server), player(url) as ann:
         while server.tables[0].engine.figures.measured < SETTLED:
             ann.frame()
@@ -145,7 +148,10 @@ def test_who_came_last_waits_again_where_the_rate_is_lost(serve: Serve) -> None:
             assert server.tables[1].player is None
 
 
-def test_who_chose_settings_last_waits_again_where_the_rate_is_lost(serve: Serve) -> None:
+def test_who_chose_settings_last_waits_again_where_the_rate_is_lost(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diagd.play.room.TRIAL_SECONDS", 3600.0)
     with serve(sessions=2, kept=0.5) as (url, server), player(url) as ann:
         while server.tables[0].engine.figures.measured < SETTLED:
             ann.frame()
