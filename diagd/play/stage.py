@@ -238,9 +238,7 @@ class GameLoop(threading.Thread, Engine):
         """The loop; see the class."""
         while not self._closing:
             self._wake.clear()
-            watched = [
-                stage for stage in self.stages if stage.is_watched
-            ]  # what they began with is obeyed now
+            watched = [stage for stage in self.stages if stage.is_watched]  # they have begun below
             for stage in self.stages:
                 stage.obey()
             delays = {stage: delay for stage in watched if (delay := stage.delay()) is not None}
