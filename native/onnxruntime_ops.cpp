@@ -47,7 +47,8 @@ struct Operators {
 namespace {
 
 constexpr uint32_t kApiVersion = 17;  // ONNX Runtime 1.17: the first with all that is used
-constexpr int kFloat32 = 1, kUInt8 = 2, kInt8 = 3, kFloat16 = 10, kInt32 = 6, kInt64 = 7, kRequired = 0, kOptional = 1, kDeviceMemory = 0;
+constexpr int kFloat32 = 1, kUInt8 = 2, kInt8 = 3, kFloat16 = 10, kInt32 = 6, kInt64 = 7;
+constexpr int kRequired = 0, kOptional = 1, kDeviceMemory = 0;
 constexpr size_t kMostInputs = 12;
 
 using Status = void*;  // null: all is well

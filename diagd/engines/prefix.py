@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -64,11 +64,14 @@ class PrefixState(Engine):
         held = capacity if streams == 1 else capacity + GRANULE  # with slots for rows that are nobody's
         self.slot_position: Int = np.full(held * streams, VOID, np.int32)
         self._groups, self._tokens = manifest.cache.kv_heads, tokens
-        names = cache_tensors(manifest.cache.layers)
-        shape = (len(names), held, streams * self._groups, manifest.cache.head_size)
-        # NumPy asks for pages of 2 MB from 4 MB on, so all lie in one block.
-        block = aligned_zeros(shape, np.dtype(manifest.cache.dtype))
-        self.buffers: dict[str, NDArray[np.generic]] = dict(zip(names, block, strict=True))
+        layers, dtype = manifest.cache.layers, np.dtype(manifest.cache.dtype)
+        shape = (2, held, streams * self._groups, manifest.cache.head_size)
+        # K and V in one block: from 4 MB on NumPy asks for pages of 2 MB. One of all layers may be more than
+        # a system promises, though what is not in use takes no memory.
+        blocks = (aligned_zeros(shape, dtype) for _ in range(layers))
+        self.buffers: dict[str, NDArray[np.generic]] = dict(
+            zip(cache_tensors(layers), chain.from_iterable(blocks), strict=True)
+        )
         self._sampler = HostSampler(manifest)
         self._text = text_buffers(manifest)
         self._session: Any = None

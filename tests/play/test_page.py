@@ -156,15 +156,20 @@ def test_settings_are_chosen_and_wrong_ones_explained(tab: Tab, serve: Serve) ->
         assert tab.evaluate("document.getElementById('autopilot').disabled")
 
 
+def pause_at_a_mark(tab: Tab, url: str) -> int:
+    """Frames known there, whose thumbnail is drawn."""
+    enter(tab, url)
+    tab.until(f"{KNOWN} > 6")
+    click(tab, "[value=pause]")
+    tab.key("KeyB", down=True)
+    marked(tab, 1)
+    return int(tab.until(f"{THUMBNAILS}[1].dataset.seen"))
+
+
 def test_it_comes_back_to_its_seat(tab: Tab, serve: Serve) -> None:
     with serve() as (url, server):
-        enter(tab, url)
-        tab.until(f"{KNOWN} > 6")
-        click(tab, "[value=pause]")
-        tab.key("KeyB", down=True)
-        marked(tab, 1)
-        seen = tab.until(f"{THUMBNAILS}[1].dataset.seen && {THUMBNAILS}[1].toDataURL()")
-        known = tab.evaluate(KNOWN)
+        known = pause_at_a_mark(tab, url)
+        seen = tab.evaluate(f"{THUMBNAILS}[1].toDataURL()")
         click(tab, "[data-frames='1']")
         tab.until(f"{KNOWN} < {known}")
         tab.open(url)
@@ -197,12 +202,7 @@ def test_it_comes_back_to_its_seat(tab: Tab, serve: Serve) -> None:
 
 def test_an_update_that_a_newer_one_overtook_is_not_drawn(tab: Tab, serve: Serve) -> None:
     with serve() as (url, _):
-        enter(tab, url)
-        tab.until(f"{KNOWN} > 6")
-        click(tab, "[value=pause]")
-        tab.key("KeyB", down=True)
-        marked(tab, 1)
-        known = int(tab.until(f"{THUMBNAILS}[1].dataset.seen"))
+        known = pause_at_a_mark(tab, url)
         tab.evaluate(OVERTAKEN)
         click(tab, "[data-frames='1']")
         tab.until("window.release !== undefined")
