@@ -6,11 +6,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from diagd.cluster.workers import end_with_owner, starting
+from diagd.cluster.workers import Processes, WorkersKilledError
 from diagd.errors import UsageError, unknown
 from diagd.export.families.world import DESCRIPTION, WorldDescription
 from diagd.export.transformer import Transformer
@@ -94,7 +91,7 @@ def train(options: TrainOptions, report: Report | None = None) -> Path:
             _Trainer(options, prepared, ranks).run(report)
         return options.output
     with tempfile.TemporaryDirectory() as folder:
-        worker = partial(_worker, options, prepared, f"file://{folder}/rendezvous", report)
+        worker = partial(partial, _worker, options, prepared, f"file://{folder}/rendezvous", report)
         _run_together(worker, processes)
     return options.output
 
@@ -108,23 +105,18 @@ def _train_together(options: TrainOptions, report: Report | None) -> None:
         _Trainer(options, _prepare(options, None), ranks).run(report if ranks.is_first else None)
 
 
-def _run_together(worker: Callable[[int], None], processes: int) -> None:
+def _run_together(worker: Callable[[], Callable[[int], None]], processes: int) -> None:
     """Run the worker of every rank in a process of its own; all end when one fails or this one is stopped.
 
     Raises:
         UsageError: the system killed one.
     """
-    others = active_children()
-    with ProcessPoolExecutor(processes, get_context("spawn"), end_with_owner) as pool:
+    with Processes(worker, processes, tries=1) as pool:
         try:
-            with starting():
-                results = pool.map(worker, range(processes))
-            list(results)
+            list(pool.map(range(processes)))
         except BaseException as error:
-            for process in active_children():
-                if process not in others:
-                    process.terminate()  # it waits for the others, or trains on
-            if isinstance(error, BrokenProcessPool):
+            pool.terminate()  # they wait for the others, or train on
+            if isinstance(error, WorkersKilledError):
                 raise UsageError(
                     "a training process was killed, mostly for want of memory; use a smaller --batch, or the "
                     "same command again to go on"

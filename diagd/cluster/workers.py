@@ -9,17 +9,16 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import sys
 import threading
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from contextlib import contextmanager, suppress
+from multiprocessing import Pipe, get_context, parent_process
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Final, Generic, TypeVar
+from traceback import format_exc
+from typing import Any, Final, Generic, TypeAlias, TypeVar, cast
 
 from typing_extensions import Self, override
 
@@ -33,12 +32,11 @@ Make = Callable[[], Callable[[Item], Result]]
 """Gets a worker ready, once, and gives what does an item, as a function of that item alone."""
 
 MAX_DEATHS: Final = 3
-"""Workers that may be killed one after the other without a result in between."""
+"""Workers that may be killed at one item."""
 
 _HAS_MASKS: Final = hasattr(signal, "pthread_sigmask")
 
-_WAITS_FOR_THE_DEAD: Final = sys.version_info < (3, 11, 5) and sys.platform != "win32"
-"""Whether a pool of dead workers waits for somebody to read what is written to them (CPython gh-94777)."""
+_End: TypeAlias = "Connection[Any, Any]"
 
 
 class Workers(ABC, Generic[Item, Result]):
@@ -91,77 +89,176 @@ class Here(Workers[Item, Result]):
         """Nothing is held."""
 
 
-class Processes(Workers[Item, Result]):
-    """Workers that are processes of this machine."""
+class _KilledError(Exception):
+    """A worker is gone."""
 
-    def __init__(self, make: Make[Item, Result], count: int) -> None:
-        self._make, self._count = make, count
-        self._executor = self._start()
 
-    def _start(self) -> ProcessPoolExecutor:
-        executor = ProcessPoolExecutor(self._count, get_context("spawn"), _begin, (self._make,))
-        queue: Any = executor._call_queue  # type: ignore[attr-defined]
-        self._unread = os.dup(queue._reader.fileno()) if _WAITS_FOR_THE_DEAD else None
-        return executor
+class _Pool(Workers[Item, Result]):
+    """So many workers elsewhere, at most: each gets ready, is sent an item, answers, and is sent the next.
+
+    A reply is where an answer is to come.
+    """
+
+    def __init__(self, count: int, tries: int = MAX_DEATHS) -> None:
+        self._count, self._tries = count, tries
+        self._idle: list[Any] = []
+        self._starting: dict[Any, Any] = {}
+        self._busy: dict[Any, Any] = {}
+
+    @abstractmethod
+    def _start(self) -> tuple[Any, Any]:
+        """A new worker, and the reply that it is ready."""
+
+    @abstractmethod
+    def _send(self, worker: Any, item: Item) -> Any:
+        """Have a worker do an item; gives the reply."""
+
+    @abstractmethod
+    def _wait(self, replies: Sequence[Any]) -> Any:
+        """One of the replies that has come."""
+
+    @abstractmethod
+    def _read(self, reply: Any) -> Any:
+        """What was answered: raises what was raised there, or `_KilledError`."""
 
     @override
     def map(self, items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-        missing, deaths = dict(enumerate(items)), 0
-        while missing:
+        """One that is being started keeps no item waiting."""
+        waiting, running, deaths = deque(range(len(items))), dict[Any, int](), Counter[int | None]()
+        while waiting or running:
+            while waiting and self._idle:
+                worker, number = self._idle.pop(), waiting.popleft()
+                reply = self._send(worker, items[number])
+                self._busy[reply], running[reply] = worker, number
+            self._add(len(waiting))
+            reply = self._wait([*self._busy, *self._starting])
+            doing = running.pop(reply, None)  # None: it is new, or ends what an earlier call left
+            is_new = reply in self._starting
+            worker = self._starting.pop(reply) if is_new else self._busy.pop(reply)
             try:
-                for number, result in self._map(missing):
-                    del missing[number]
-                    deaths = 0
-                    yield number, result
-            except BrokenProcessPool as error:
-                deaths += 1
-                self._end_broken()
-                if deaths == MAX_DEATHS:
+                result = self._read(reply)
+            except _KilledError as error:
+                deaths[doing] += 1
+                if deaths[doing] == self._tries * (self._count if doing is None else 1):
                     raise too_many_deaths(self._count) from error
-                self._executor = self._start()
+                if doing is not None:
+                    waiting.appendleft(doing)
+                continue
+            except Exception:
+                self._idle.append(worker)
+                if is_new or doing is not None:
+                    raise
+                continue
+            self._idle.append(worker)
+            if is_new:
+                deaths[None] = 0
+            elif doing is not None:
+                yield doing, result
 
-    def _map(self, items: dict[int, Item]) -> Iterator[tuple[int, Result]]:
-        with starting():
-            running = {self._executor.submit(_do, item): number for number, item in items.items()}
+    def _add(self, waiting: int) -> None:
+        """Start workers for items that wait, wherever there is place, now or later."""
+        there = len(self._starting) + len(self._busy)
+        for _ in range(min(waiting - len(self._starting), self._count - there)):
+            worker, reply = self._start()
+            self._starting[reply] = worker
+
+
+class Processes(_Pool[Item, Result]):
+    """Workers that are processes of this machine.
+
+    Each has a pipe of its own: one that is killed, at any time, leaves no lock and no queue to the others in
+    which they wait for ever, as those of concurrent.futures do (CPython gh-94777, gh-109917).
+
+    ``tries``: of an item whose worker is killed.
+    """
+
+    def __init__(self, make: Make[Item, Result], count: int, tries: int = MAX_DEATHS) -> None:
+        super().__init__(count, tries)
+        self._make = make
+        self._processes: dict[_End, BaseProcess] = {}
+
+    @override
+    def _start(self) -> tuple[_End, _End]:
+        here, there = Pipe()
+        process = get_context("spawn").Process(target=_serve, args=(there, self._make))
+        with starting(), there:
+            process.start()
+        self._processes[here] = process
+        return here, here
+
+    @override
+    def _send(self, worker: _End, item: Item) -> _End:
+        with suppress(OSError):  # it is gone, which is read from the reply
+            worker.send(item)
+        return worker
+
+    @override
+    def _wait(self, replies: Sequence[_End]) -> _End:
+        """Ends of processes are waited for too: what one has started may hold its pipe."""
+        ended = {self._processes[reply].sentinel: reply for reply in replies}
+        found = wait([*replies, *ended])[0]
+        return ended[found] if isinstance(found, int) else cast("_End", found)
+
+    @override
+    def _read(self, reply: _End) -> Any:
         try:
-            for future in as_completed(running):
-                yield running[future], future.result()
-        finally:
-            for future in running:
-                future.cancel()
+            answer = reply.recv() if reply.poll() else None
+        except (EOFError, OSError):
+            answer = None
+        if answer is None:
+            self._processes.pop(reply).join()
+            reply.close()
+            raise _KilledError
+        result, error, where = answer
+        if error is not None:
+            raise error from RuntimeError(where)
+        return result
 
-    def _end_broken(self) -> None:
-        while self._unread is not None and os.read(self._unread, 1 << 20):
-            pass  # up to the end, which is there when all that was meant for the dead has been written
-        self.close()
+    def terminate(self) -> None:
+        """End them, whatever they do."""
+        for process in self._processes.values():
+            process.terminate()
 
     @override
     def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
-        if self._unread is not None:
-            os.close(self._unread)
-            self._unread = None
+        """End those that wait, and those that are busy when they are not any more."""
+        for end in self._processes:
+            end.close()
+        for process in self._processes.values():
+            process.join()
 
 
-_own: Worker[Any, Any] | None = None
-"""Of a process of `Processes`."""
-
-
-def _begin(make: Make[Any, Any]) -> None:
-    global _own  # noqa: PLW0603  # all that is left of one call in the next
-    _own = Worker(make)
+def _serve(end: _End, make: Make[Any, Any]) -> None:
+    """Be a process of `Processes`, until its end of the pipe is closed."""
     end_with_owner()
+    worker = Worker(make)
+    with suppress(EOFError, OSError):
+        end.send((None, None, ""))
+        while True:
+            end.send(_answer(worker, end.recv()))
+
+
+def _answer(worker: Worker[Any, Any], item: Any) -> tuple[Any, Exception | None, str]:
+    try:
+        return worker.do(item), None, ""
+    except Exception as error:  # whatever it is, it is the owner's
+        return None, error, f"in a worker:\n{format_exc()}"
 
 
 @contextmanager
 def starting() -> Iterator[None]:
     """Let Ctrl-C wait while processes of a pool start: they inherit that, until they `end_with_owner`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if _HAS_MASKS else set()
+    if not _HAS_MASKS:
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # which lets it through, where the first process starts this one too
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        if _HAS_MASKS:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_owner() -> None:
@@ -183,14 +280,13 @@ def _outlive(owner: BaseProcess) -> None:
     os._exit(1)
 
 
-def _do(item: Any) -> Any:
-    assert _own is not None
-    return _own.do(item)
-
-
-def too_many_deaths(count: int) -> UsageError:
+class WorkersKilledError(UsageError):
     """Workers do not live."""
-    return UsageError(
+
+
+def too_many_deaths(count: int) -> WorkersKilledError:
+    """What is said where workers of so many do not live."""
+    return WorkersKilledError(
         f"{MAX_DEATHS} workers were killed one after the other, mostly for want of memory; use fewer than "
         f"{count} --workers, or the same command again to go on"
     )
@@ -314,7 +410,7 @@ class _Actor(Worker[Any, Any]):
         """Have been started."""
 
 
-class RayWorkers(Workers[Item, Result]):
+class RayWorkers(_Pool[Item, Result]):
     """Workers that are actors of a Ray cluster, each with a core; see `Workers`.
 
     What ``make`` reads has to be in the same place on every node. ``count`` None: one for each core of the
@@ -327,54 +423,37 @@ class RayWorkers(Workers[Item, Result]):
         self._ray = ray = connect(address)
         check_place(ray, 1, gpus)
         has = ray.cluster_resources()
-        self._count = count or max(1, int(has.get("GPU", 0) / gpus if gpus else has.get("CPU", 1)))
-        kind = ray.remote(num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD")(_Actor)
-        shared = ray.put(make)
-        self._start: Callable[[], Any] = lambda: kind.remote(shared)  # the actor gets what was shared
+        super().__init__(count or max(1, int(has.get("GPU", 0) / gpus if gpus else has.get("CPU", 1))))
+        self._kind = ray.remote(num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD")(_Actor)
+        self._make = ray.put(make)
         self._actors: list[Any] = []
-        self._idle: list[Any] = []
-        self._starting: dict[Any, Any] = {}
-        for _ in range(self._count):
-            self._begin()
 
     @override
-    def map(self, items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-        """One that is being started elsewhere keeps no item waiting."""
+    def _start(self) -> tuple[Any, Any]:
+        actor = self._kind.remote(self._make)  # it gets what was shared
+        self._actors.append(actor)
+        return actor, actor.ready.remote()
+
+    @override
+    def _send(self, worker: Any, item: Item) -> Any:
+        return worker.do.remote(item)
+
+    @override
+    def _wait(self, replies: Sequence[Any]) -> Any:
+        return self._ray.wait(replies)[0][0]
+
+    @override
+    def _read(self, reply: Any) -> Any:
         from ray.exceptions import RayActorError, RayTaskError
 
-        waiting, running, deaths = deque(range(len(items))), dict[Any, tuple[Any, int]](), 0
-        while waiting or running:
-            while waiting and self._idle:
-                actor, number = self._idle.pop(), waiting.popleft()
-                running[actor.do.remote(items[number])] = actor, number
-            (done,), _ = self._ray.wait([*running, *self._starting])
-            try:
-                result = self._ray.get(done)
-            except RayActorError as error:
-                if error.actor_init_failed:
-                    raise UsageError(cannot_begin(error)) from error
-                deaths += 1
-                if deaths == MAX_DEATHS * self._count:
-                    raise too_many_deaths(self._count) from error
-                if self._starting.pop(done, None) is None:
-                    waiting.appendleft(running.pop(done)[1])
-                self._begin()
-                continue
-            except RayTaskError as error:
-                raise error.cause from None
-            if done in self._starting:
-                self._idle.append(self._starting.pop(done))
-                continue
-            actor, number = running.pop(done)
-            deaths = 0
-            self._idle.append(actor)
-            yield number, result
-
-    def _begin(self) -> None:
-        """Start one more, wherever there is place, now or later."""
-        actor = self._start()
-        self._actors.append(actor)
-        self._starting[actor.ready.remote()] = actor
+        try:
+            return self._ray.get(reply)
+        except RayActorError as error:
+            if error.actor_init_failed:
+                raise UsageError(cannot_begin(error)) from error
+            raise _KilledError from error
+        except RayTaskError as error:
+            raise error.cause from None
 
     @override
     def close(self) -> None:

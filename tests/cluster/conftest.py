@@ -14,7 +14,7 @@ from diagd.cluster.workers import _SETTINGS
 ROOT_VARIABLES = {**_SETTINGS, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def nodes() -> Iterator[Any]:
     """The cluster; each node has two cores to give."""
     os.environ.update(ROOT_VARIABLES)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import signal
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +42,30 @@ def test_a_worker_is_killed_while_much_is_written_to_it(tmp_path: Path) -> None:
             list(workers.map([b"1" * (1 << 22)] * 8))
 
 
+@pytest.mark.parametrize("after", [0.0, 0.002, 0.01, 0.03, 0.1, 0.2])
+def test_a_worker_is_killed_while_others_start(after: float, tmp_path: Path) -> None:
+    def kill() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.0005)
+        time.sleep(after)
+        for worker in workers:
+            worker.kill()
+
+    with Processes(partial(squares, tmp_path), 4) as workers:
+        killer = threading.Thread(target=kill)
+        killer.start()
+        assert dict(workers.map([4, 5, 6, 7, 8])) == {0: 16, 1: 25, 2: 36, 3: 49, 4: 64}
+        killer.join()
+
+
+def test_one_that_is_busy_with_an_earlier_call_answers_no_later_one(tmp_path: Path) -> None:
+    with Processes(partial(squares, tmp_path), 2) as workers:
+        for results in (workers.map(range(4, 10)), workers.map(range(10, 13))):
+            next(results)
+            results.close()
+        assert dict(workers.map([5, 4, 6])) == {0: 25, 1: 16, 2: 36}
+
+
 def test_a_worker_gets_ready_once(tmp_path: Path) -> None:
     with Processes(partial(squares, tmp_path), 1) as workers:
         for _ in range(3):
@@ -59,6 +86,12 @@ def test_workers_that_are_interrupted_while_they_start_say_nothing(
     with pytest.raises(UsageError, match="3 workers were killed"), Processes(make, 1) as workers:
         list(workers.map([1]))
     assert capfd.readouterr().err == ""
+    anew = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom interrupted import make\n"
+    anew += "from diagd.cluster.workers import Processes\n"
+    anew += "with Processes(make, 1) as workers:\n    list(workers.map([1]))\n"
+    first = subprocess.run([sys.executable, "-c", anew], capture_output=True, text=True, check=False)
+    assert "KeyboardInterrupt" not in first.stderr
+    assert "3 workers were killed" in first.stderr
 
 
 def test_workers_end_with_whoever_began_them(tmp_path: Path) -> None:
