@@ -16,7 +16,8 @@ from typing import Any, Final, NamedTuple
 from typing_extensions import override
 
 from diagd.bundle import Bundle
-from diagd.cluster.workers import EngineOptions, cannot_begin, check_place, connect
+from diagd.cluster.connection import cannot_begin, check_place, connect
+from diagd.cluster.workers import EngineOptions
 from diagd.errors import DiagdError, EngineError, UsageError
 from diagd.play.game import SavedGame
 from diagd.play.messages import Message, Playback, without_paths

@@ -1,13 +1,11 @@
 """Work on many items by several workers: this process, others of this machine, or actors of a Ray cluster.
 
-Their results do not depend on how many there are. A cluster is joined with its token, and without its
-statistics.
+Their results do not depend on how many there are.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import threading
 from abc import ABC, abstractmethod
@@ -22,7 +20,8 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar, cast
 
 from typing_extensions import Self, override
 
-from diagd.errors import UsageError, require
+from diagd.cluster.connection import cannot_begin, check_place, connect
+from diagd.errors import UsageError
 from diagd.options import checked, flag, setting
 
 Item = TypeVar("Item")
@@ -292,49 +291,6 @@ def too_many_deaths(count: int) -> WorkersKilledError:
     )
 
 
-HERE: Final = "local"
-"""In place of an address: a cluster of this machine alone, which ends with this process."""
-
-_SETTINGS: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
-"""Before Ray is imported: an open port of Ray runs whatever it is sent (CVE-2023-48022), and token
-authentication, which it has since 2.52, is off where nothing is said."""
-
-
-_ALONE: Final = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-"""Ray's name for whether nodes are to reach each other. Where they need not, it listens on 127.0.0.1 alone;
-otherwise on all addresses, the machine's own in place of that one (2.60)."""
-
-
-def connect(address: str) -> Any:
-    """Join the cluster at HOST:PORT, ``auto`` for the one that runs here, or `HERE`; gives Ray.
-
-    Raises:
-        DependencyError: Ray is not installed.
-        UsageError: there is no such cluster, or it does not let us in.
-    """
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    if address == HERE:
-        os.environ.setdefault(*_ALONE)
-        if os.environ["RAY_AUTH_MODE"] == "token":
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray = require("ray", extra="cluster", purpose="use several machines")
-    if ray.is_initialized():
-        return ray
-    told = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address == HERE:
-        told["include_dashboard"] = False
-    try:
-        ray.init(address, **told)
-    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and types of its own
-        raise UsageError(
-            f"cannot join a Ray cluster at {address}: {str(error).strip() or type(error).__name__}; start "
-            "one with RAY_AUTH_MODE=token ray start --head --include-dashboard=false, and give each "
-            "machine the token of `ray get-auth-token`"
-        ) from error
-    return ray
-
-
 @checked
 class ClusterOptions:
     """Who does the work."""
@@ -379,15 +335,6 @@ def _need_cluster(cluster: str | None, **told: float | None) -> None:
         raise UsageError(f"--set gpus={gpus:g} is no share of one and no whole number")
 
 
-def check_place(ray: Any, cores: float, gpus: float) -> None:
-    """Refuse (UsageError) to wait for what no node has."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(one.get("CPU", 0) >= cores and one.get("GPU", 0) >= gpus for one in nodes):
-        raise UsageError(
-            f"no node of the cluster has {cores:g} cores and {gpus:g} GPUs; ask for less by --set, or add one"
-        )
-
-
 def open_workers(make: Make[Item, Result], options: ClusterOptions) -> Workers[Item, Result]:
     """Workers of a cluster, else processes of this machine, else this process."""
     if options.cluster is not None:
@@ -395,12 +342,6 @@ def open_workers(make: Make[Item, Result], options: ClusterOptions) -> Workers[I
     if options.workers is None or options.workers == 1:
         return Here(make)
     return Processes(make, options.workers)
-
-
-def cannot_begin(error: Exception) -> str:
-    """What is said of an actor that a node could not make."""
-    reason = str(error).strip().splitlines()[-1]
-    return f"a node cannot start what works there ({reason}); each needs the same Python, Ray and diagd"
 
 
 class _Actor(Worker[Any, Any]):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from diagd.cluster.workers import _SETTINGS
+from diagd.cluster.connection import _SETTINGS
 
 ROOT_VARIABLES = {**_SETTINGS, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 

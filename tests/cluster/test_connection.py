@@ -14,7 +14,7 @@ def test_a_cluster_that_is_not_there_is_named_and_nothing_is_told() -> None:
         pytest.skip("pip install 'diagd[cluster]'")
     code = """
 import os
-from diagd.cluster.workers import connect
+from diagd.cluster.connection import connect
 from diagd.errors import UsageError
 try:
     connect("127.0.0.1:1")
@@ -33,7 +33,7 @@ def test_a_cluster_of_this_machine_listens_on_it_alone() -> None:
         pytest.skip("pip install 'diagd[cluster]'")
     code = """
 from pathlib import Path
-from diagd.cluster.workers import HERE, connect
+from diagd.cluster.connection import HERE, connect
 def listening():
     lines = [*Path("/proc/net/tcp").open(), *Path("/proc/net/tcp6").open()]
     rows = [line.split() for line in lines]
