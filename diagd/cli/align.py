@@ -56,7 +56,7 @@ class AlignVerb:
     training: AlignOptions = AlignOptions()
 
 
-def run(options: AlignVerb) -> int:
+def run(options: AlignVerb) -> None:
     """Align and write the new weights."""
     require("torch", extra="export", purpose="fine-tune a model")
     from diagd.tuning.align import Validation, check_resume
@@ -89,7 +89,6 @@ def run(options: AlignVerb) -> int:
     console.print(f"{training.steps} steps, loss {first:.4f} -> {last:.4f} nats a token: {output}")
     for name, (before, after) in (valid.likelihoods if valid else {}).items():
         console.print(f"{name}: {before:.4f} -> {after:.4f} nats a token of what was held out")
-    return 0
 
 
 VERB = Verb(AlignVerb, run, EXAMPLES)

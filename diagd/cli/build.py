@@ -47,7 +47,7 @@ class BuildOptions:
     engine: Request = Request()
 
 
-def run(options: BuildOptions) -> int:
+def run(options: BuildOptions) -> None:
     """Build, or say what would be built."""
     if is_where_one_works(options.bundle):
         raise UsageError(
@@ -58,7 +58,7 @@ def run(options: BuildOptions) -> int:
     request = replace(options.engine, tokens=TokenPlaces(manifest.layout, manifest.context.frames).size)
     if options.dry_run:
         _print_plan(console, bundle, request, trt)
-        return 0
+        return
     began = time.perf_counter()
     stored, log = compile_engine(bundle, request, trt, progress=Progress(console), force=options.force)
     for line in log:
@@ -69,7 +69,6 @@ def run(options: BuildOptions) -> int:
         f"{','.join(map(str, fingerprint.widths))} for {','.join(fingerprint.targets)} in {seconds:.1f} s: "
         f"{stored.record.bytes / 1e6:,.1f} MB at {stored.plan}"
     )
-    return 0
 
 
 def _print_plan(console: Console, bundle: Bundle, request: Request, trt: ModuleType) -> None:

@@ -70,7 +70,7 @@ class CalibrateOptions:
         return pixels.encode(pixels.read(self.data, frames=self.frames, resize=self.resize))
 
 
-def run(options: CalibrateOptions) -> int:
+def run(options: CalibrateOptions) -> None:
     """Quantise and judge; the bundle changes only on success."""
     require("torch", extra="export", purpose="trace quantised graphs")
     from diagd.calibration.quantise import RejectedError, calibrate
@@ -90,7 +90,6 @@ def run(options: CalibrateOptions) -> int:
         f"{how.name} {verdict} in {time.perf_counter() - began:.1f} s, "
         f"{report.bytes_after / 1e6:,.1f} MB of weights: {options.bundle}"
     )
-    return 0
 
 
 VERB = Verb(CalibrateOptions, run, EXAMPLES)

@@ -13,13 +13,12 @@ EXAMPLES = """examples:
 """
 
 
-def run(options: DecodeOptions) -> int:
+def run(options: DecodeOptions) -> None:
     """Decode, and say how near the video is to another."""
     console = terminal.console()
     done = decode(options, Progress(console))
     near = "" if done.psnr is None else f", PSNR {done.psnr:.2f} dB to {options.against}"
     console.print(f"{done.frames} token frames to {done.pictures} pictures{near}: {options.output}")
-    return 0
 
 
 VERB = Verb(DecodeOptions, run, EXAMPLES)

@@ -16,14 +16,13 @@ models without actions, and decoders of other makers start from them. PSNR tells
 """
 
 
-def run(options: EncodeOptions) -> int:
+def run(options: EncodeOptions) -> None:
     """Encode, and say what it loses."""
     console = terminal.console()
     done = encode(options, Progress(console))
     console.print(
         f"{done.pictures} pictures to {done.frames} token frames, PSNR {done.psnr:.2f} dB: {options.output}"
     )
-    return 0
 
 
 VERB = Verb(EncodeOptions, run, EXAMPLES)

@@ -61,7 +61,7 @@ class ExportOptions:
         return open_sources(family, self.checkpoint, self.tokenizer)
 
 
-def run(options: ExportOptions) -> int:
+def run(options: ExportOptions) -> None:
     """Export, or say what would be written."""
     output = bundle_target(options.output or Path(f"{options.model}.diagd"))
     require("torch", extra="export", purpose="export a model")
@@ -79,7 +79,7 @@ def run(options: ExportOptions) -> int:
         exporter = Exporter(family, options.graphs)
         _check_local(exporter, options)
         _print_plan(console, exporter, output)
-        return 0
+        return
     try:
         began = time.perf_counter()
         made = export(family, options.graphs, options.sources(family), output, Progress(console))
@@ -89,7 +89,6 @@ def run(options: ExportOptions) -> int:
         raise
     seconds = time.perf_counter() - began
     console.print(f"exported {options.model} in {seconds:.1f} s: {made.size / 1e6:,.1f} MB at {made.path}")
-    return 0
 
 
 def _check_local(exporter: Exporter, options: ExportOptions) -> None:

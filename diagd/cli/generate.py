@@ -53,17 +53,16 @@ played again, and the first frame whose tokens differ is named.
 """
 
 
-def run(options: GenerateOptions) -> int:
+def run(options: GenerateOptions) -> None:
     """Generate, and say what it took."""
     console = terminal.console()
     files = (options.clip.actions, options.clip.prompt)
     record = next((file for file in files if file is not None and file.is_file() and is_record(file)), None)
     if record is not None:
         _replay(options, record, console)
-        return 0
+        return
     for made in generate(options, Progress(console), encode_text):
         _report(console, made)
-    return 0
 
 
 def _replay(options: GenerateOptions, record: Path, console: Console) -> None:

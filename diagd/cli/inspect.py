@@ -47,7 +47,7 @@ class InspectOptions:
     json: bool = flag("machine-readable", False)
 
 
-def run(options: InspectOptions) -> int:
+def run(options: InspectOptions) -> None:
     """Print the report; exit code 2 where the path is neither a bundle nor an ONNX file."""
     if options.path.is_file():
         if given := [name for name in ("order", "steps") if getattr(options, name)]:
@@ -57,13 +57,12 @@ def run(options: InspectOptions) -> int:
             terminal.print_json({"graphs": _graphs_content(graphs)})
         else:
             _print_graphs(terminal.console(), graphs, {})
-        return 0
+        return
     manifest = Bundle.seen(options.path).manifest
     files = [graph.file for graph in manifest.graphs]
     if manifest.tokenizer:
         files += [manifest.tokenizer.encoder, manifest.tokenizer.decoder]
     _report(options, manifest, {name: read_onnx(options.path / name) for name in files if find_spec("onnx")})
-    return 0
 
 
 def _report(options: InspectOptions, manifest: Manifest, graphs: dict[str, OnnxFile]) -> None:

@@ -16,19 +16,18 @@ class ModelsOptions:
     json: bool = flag("machine-readable", False)
 
 
-def run(options: ModelsOptions) -> int:
+def run(options: ModelsOptions) -> None:
     """Print the table of models."""
     from diagd.export.families import listing
 
     rows = listing()
     if options.json:
         terminal.print_json(rows)
-        return 0
+        return
     console = terminal.console()
     terminal.print_table(console, COLUMNS, ([_cell(row[name]) for name in COLUMNS] for row in rows), "models")
     for row in rows:
         console.print(f"{row['model']}: weights {row['weights']}; licence: {row['licence']}")
-    return 0
 
 
 def _cell(value: object) -> str:

@@ -22,13 +22,13 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Verb(Generic[Options]):
-    """What the command line runs: what it can be told, what does it and gives the exit code, and examples.
+    """What the command line runs: what it can be told, what does it, giving exit codes but 0, examples.
 
     A task of a verb has a ``summary``; what a verb with ``prints`` prints is its result.
     """
 
     options: type[Options]
-    run: Callable[[Options], int]
+    run: Callable[[Options], int | None]
     examples: str
     summary: str = ""
     prints: bool = False

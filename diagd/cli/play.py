@@ -65,7 +65,7 @@ class PlayOptions:
     condition: TextOptions = TextOptions()
 
 
-def run(options: PlayOptions) -> int:
+def run(options: PlayOptions) -> None:
     """Play until the player has had enough."""
     _check_video(options)
     place = options.bundle or SHIPPED
@@ -92,7 +92,6 @@ def run(options: PlayOptions) -> int:
             _play(console, options, game)
     if options.video is not None:
         console.print(f"video: {options.video}")
-    return 0
 
 
 def _is_in_terminal(options: PlayOptions) -> bool:

@@ -72,7 +72,7 @@ class PreferVerb:
     training: PreferTraining = PreferTraining()
 
 
-def run(options: PreferVerb) -> int:
+def run(options: PreferVerb) -> None:
     """Tune, judge, and write what is better."""
     require("torch", extra="export", purpose="fine-tune a model")
     from diagd.tuning.align import check_resume
@@ -106,7 +106,6 @@ def run(options: PreferVerb) -> int:
         raise
     _print(options, found)
     console.print(f"{found.chosen} gains most: {options.output}")
-    return 0
 
 
 def _print(options: PreferVerb, report: PreferReport) -> None:

@@ -69,12 +69,12 @@ class ServeOptions:
     nodes: EngineOptions = EngineOptions()
 
 
-def run(options: ServeOptions) -> int:
+def run(options: ServeOptions) -> None:
     """Serve until interrupted."""
-    return _play(options) if options.protocol == "play" else _dream(options)
+    (_play if options.protocol == "play" else _dream)(options)
 
 
-def _play(options: ServeOptions) -> int:
+def _play(options: ServeOptions) -> None:
     console, service = terminal.console(), options.service
     address = Address(options.host, options.port, options.public)
     warn(console, address)
@@ -92,7 +92,6 @@ def _play(options: ServeOptions) -> int:
     else:
         bundle = Bundle.open(options.bundle)
         serve(bundle, RayFleet(bundle, games, service, options.nodes), service, address, started)
-    return 0
 
 
 def warn(console: Console, address: Address) -> None:
@@ -101,7 +100,7 @@ def warn(console: Console, address: Address) -> None:
         console.print(f"warning: whoever reaches {address.host} and knows the address below can play; no TLS")
 
 
-def _dream(options: ServeOptions) -> int:
+def _dream(options: ServeOptions) -> None:
     console, bundle = terminal.console(), Bundle.open(options.bundle)
     pixels, session = options.session.pixels(bundle), options.session.open(bundle)
     with closing(Dreamer(session, pixels, options.max_jobs, options.lifespan)) as dreamer:
@@ -117,7 +116,6 @@ def _dream(options: ServeOptions) -> int:
             sys.stdout.flush()
             dreamer.start()
             server.serve_forever()
-    return 0
 
 
 VERB = Verb(ServeOptions, run, EXAMPLES)

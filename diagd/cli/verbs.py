@@ -170,7 +170,7 @@ def _find(verb: str) -> Verb[Any] | Verbs:
 
 def _run(verb: Verb[Any], args: argparse.Namespace) -> int:
     try:
-        return verb.run(read_options(verb.options, args))
+        return verb.run(read_options(verb.options, args)) or 0
     except Exception as error:  # the user gets one line; --debug shows the rest
         if args.debug:
             traceback.print_exc()
@@ -195,13 +195,8 @@ def _explained(error: Exception) -> tuple[str, int]:
         return message, UsageError.exit_code
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return "error: no more threads may be started here; raise the limit (ulimit -u, or of pids)", 2
-    if _is_of_runtime(error):
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if frames and str(frames[-1].f_globals.get("__name__")).startswith("onnxruntime."):  # it has no class
         message = f"error: ONNX Runtime cannot run a graph as the manifest describes it ({error})"
         return f"{message}; they are of different versions: export the bundle again", UsageError.exit_code
     return f"internal error: {type(error).__name__}: {error}; run again with --debug and report it", 1
-
-
-def _is_of_runtime(error: Exception) -> bool:
-    """Whether ONNX Runtime raised it, which has no class of errors of its own."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("onnxruntime.")

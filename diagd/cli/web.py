@@ -37,7 +37,7 @@ class WebOptions:
     window: int | None = setting("frames that a token may see (default: the model's context)", None)
 
 
-def run(options: WebOptions) -> int:
+def run(options: WebOptions) -> None:
     """Write the page, and serve it where that is asked for."""
     console = terminal.console()
     bundle = Bundle.open(options.bundle or SHIPPED)
@@ -58,7 +58,6 @@ def run(options: WebOptions) -> int:
             sys.stdout.write(f"http://127.0.0.1:{serving.server_port}/\nCtrl-C ends it.\n")
             sys.stdout.flush()
             serving.serve_forever()
-    return 0
 
 
 VERB = Verb(WebOptions, run, EXAMPLES)

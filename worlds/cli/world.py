@@ -38,7 +38,7 @@ TRAINED = {
 """Files that folders of the two kinds have, and what stands in each."""
 
 
-def run_collect(options: CollectOptions) -> int:
+def run_collect(options: CollectOptions) -> None:
     """Record episodes."""
     folder_target(options.output, RECORDED, "a recording", "OUTPUT")
     from worlds.collect import collect
@@ -49,10 +49,9 @@ def run_collect(options: CollectOptions) -> int:
             written += 1
             advance(1)
     terminal.console().print(f"{written} new episodes of {options.episodes} in {options.output}")
-    return 0
 
 
-def run_import(options: ImportOptions) -> int:
+def run_import(options: ImportOptions) -> None:
     """Turn videos into episodes."""
     folder_target(options.output, RECORDED, "a recording", "OUTPUT")
     from worlds.collect import import_videos
@@ -60,10 +59,9 @@ def run_import(options: ImportOptions) -> int:
     with terminal.console().status("reading videos"):
         written = sum(1 for _ in import_videos(options))
     terminal.console().print(f"{written} new episodes in {options.output}")
-    return 0
 
 
-def run_train(options: TrainOptions) -> int:
+def run_train(options: TrainOptions) -> None:
     """Train a model."""
     place = folder_target(options.output, TRAINED, "a trained world", "OUTPUT")
     from worlds.train import train
@@ -71,14 +69,13 @@ def run_train(options: TrainOptions) -> int:
     with turn(place) if is_first() else nullcontext():
         folder = train(options, print_step)
     if not is_first():
-        return 0
+        return
     frames = json.loads((folder / "config.json").read_text("utf-8"))["training"]["reconstruction"]
     print(  # noqa: T201
         f"trained {options.size} in {options.steps} steps: {folder}\n"
         f"tokenizer: PSNR {frames['psnr']:.1f} dB, SSIM {frames['ssim']:.3f}, "
         f"{frames['used']} of {frames['codes']} ids in use"
     )
-    return 0
 
 
 def print_step(progress: Progress) -> None:
