@@ -25,21 +25,9 @@ if TYPE_CHECKING:
 # ONNX Runtime tells its maker of every session, and keeps an id of the machine, unless this says otherwise.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_HOMES = {
-    "diagd.errors": ("DiagdError",),
-    "diagd.runtime.decoders": (
-        *("Decoder", "DraftDecoder", "ForcedDecoder", "JacobiDecoder", "ScheduledDecoder"),
-    ),
-    "diagd.runtime.group": ("Group",),
-    "diagd.runtime.load": ("load",),
-    "diagd.runtime.sampling": ("SamplingSettings",),
-    "diagd.runtime.session": ("Session",),
-    "diagd.runtime.step": ("Frame", "Result"),
-    "diagd.runtime.stream": ("Stream",),
-    "diagd.schedule": ("Block", "RowSeed", "Schedule", "Step"),
-    "diagd.version": ("__version__",),
-}
-"""Where names are that are loaded when they are first asked for."""
+_RUNTIME = ("sampling", "step", "stream", "decoders", "session", "group", "load")
+_HOMES = ("errors", "version", "schedule", *(f"runtime.{name}" for name in _RUNTIME))
+"""Modules of names that are loaded when they are first asked for, each behind those that it imports."""
 
 __all__ = [
     "Block",
@@ -64,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(module), name)
+    for module in _HOMES if name in __all__ else ():
+        if hasattr(home := import_module(f"diagd.{module}"), name):
+            return getattr(home, name)
     raise AttributeError(f"module 'diagd' has no attribute '{name}'")
