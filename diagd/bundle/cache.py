@@ -85,12 +85,11 @@ def write(kind: str, key: str, body: bytes) -> None:
     """Keep a few bytes under a key."""
     if (root := _root()) is None:
         return
-    partial = None
+    partial = files.unfinished_name(root / kind / key)
     try:
-        folder = _folder(root, kind)
-        partial = files.unfinished_name(folder / key)
+        _folder(root, kind)
         partial.write_bytes(hashlib.sha256(body).digest() + body)
-        partial.replace(folder / key)
+        partial.replace(root / kind / key)
         if root not in _swept:
             _swept.add(root)
             _evict(root)
@@ -143,25 +142,17 @@ def entry(kind: str, key: str, make: Callable[[Path], None], size: int = 0) -> P
 
 @dataclass(frozen=True)
 class Usage:
-    """What the cache holds: entries and bytes by kind."""
+    """What the cache holds: entries by kind, and bytes of all."""
 
     entries: dict[str, int]
-    bytes: dict[str, int]
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all kinds."""
-        return sum(self.bytes.values())
+    total_bytes: int
 
 
 def usage() -> Usage:
     """Measure the cache."""
-    entries, sizes = Counter[str](), Counter[str]()
     root = cache_directory()
-    for path in _entries(root) if root else ():
-        entries[path.parent.name] += 1
-        sizes[path.parent.name] += _size(path)
-    return Usage(entries, sizes)
+    paths = list(_entries(root)) if root else []
+    return Usage(Counter(path.parent.name for path in paths), sum(map(_size, paths)))
 
 
 def clear() -> Usage:
@@ -173,7 +164,7 @@ def clear() -> Usage:
 
 
 def _make(root: Path, path: Path, make: Callable[[Path], None], size: int) -> None:
-    folder = _folder(root, path.parent.name)
+    _folder(root, path.parent.name)
     _check_room(root, size)
     with turn(path, wait=False) as mine:
         if not mine or _is_whole(path):  # another process is filling it, which nothing is wrong with
@@ -184,7 +175,7 @@ def _make(root: Path, path: Path, make: Callable[[Path], None], size: int) -> No
             path.rename(retired)
             _discard(retired)
         files.clear_leftovers(path)
-        partial = files.unfinished_name(folder / path.name)
+        partial = files.unfinished_name(path)
         try:
             partial.mkdir()
             make(partial)
@@ -252,11 +243,10 @@ def _home() -> Path | None:
     return home if home.is_absolute() else None
 
 
-def _folder(root: Path, kind: str) -> Path:
+def _folder(root: Path, kind: str) -> None:
     if not root.is_dir():
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
     (root / kind).mkdir(exist_ok=True)
-    return root / kind
 
 
 def _warn(root: Path, error: Exception) -> None:
@@ -309,9 +299,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _discard(path: Path | None) -> None:
-    if path is None:
-        return
+def _discard(path: Path) -> None:
     try:
         files.remove(path)
     except OSError as error:
