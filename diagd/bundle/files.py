@@ -16,6 +16,7 @@ import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -306,7 +307,8 @@ def _carry_over(old: Path, new: Path, ours: Collection[str], *, late: bool = Fal
         if os.path.lexists(target):
             if late or file.is_dir():
                 continue
-            target = _free_name(target)
+            names = (new / f"{name}.kept{number or ''}" for number in count())
+            target = next(path for path in names if not os.path.lexists(path))
             _LOG.warning("kept %s as %s: the new files need its name", file, target.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         link(file, target)
@@ -321,11 +323,6 @@ def _files(folder: Path) -> Iterator[Path]:
             yield from _files(entry)
         else:
             yield entry
-
-
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}.kept{number or ''}") for number in range(1_000_000))
-    return next(name for name in names if not os.path.lexists(name))
 
 
 def link(source: Path, target: Path) -> None:

@@ -122,9 +122,13 @@ def _bundle(path: str) -> Bundle:
 
 def _stored(path: str, clip: int) -> dict[str, dict[str, float]]:
     """Bytes that a pass reads of every step graph that a bundle has; none for a model by name."""
-    bytes_read = {}
-    for name, model in cost.stored_models(_bundle(path)).items() if Path(path).is_dir() else ():
+    if not Path(path).is_dir():
+        return {}
+    bytes_read, bundle = {}, _bundle(path)
+    for graph in bundle.manifest.graphs:
+        model = cost.read_model(bundle.at_precision(graph.precision), graph.form)
         cache = model.step_bytes(cost.live_tokens(model.size, clip)) - model.streamed_bytes
+        name = f"{graph.form.value} {graph.precision}"
         bytes_read[name] = {"weights": float(model.streamed_bytes), "cache": cache}
     return bytes_read
 

@@ -79,7 +79,7 @@ def trace(
             input_names=list(input_names),
             output_names=list(output_names),
             dynamic_shapes=dynamic_shapes,
-            custom_translation_table=_translations(opset),
+            custom_translation_table=_TRANSLATIONS | (_OF_NORMS if opset < RMS_NORM_OPSET else {}),
         )
         assert program is not None
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -252,11 +252,6 @@ def _dimensions(shapes: Shapes) -> Shapes:
     return torch.export.Dim.DYNAMIC if isinstance(shapes, str) else shapes
 
 
-def _translations(opset: int) -> dict[Any, Any]:
-    found = {torch.ops.aten.detach_.default: lambda x: x}  # of literals of the code
-    return found | ({torch.ops.aten.rms_norm.default: _rms_norm} if opset < RMS_NORM_OPSET else {})
-
-
 def _rms_norm(x: Any, shape: Sequence[int], weight: Any, epsilon: float) -> Any:
     """RMSNormalization-23 in operators of opset 18, over the last axis, in float32."""
     import onnx_ir as ir
@@ -271,6 +266,12 @@ def _rms_norm(x: Any, shape: Sequence[int], weight: Any, epsilon: float) -> Any:
     scale = op.Reciprocal(op.Sqrt(op.Add(square, op.Constant(value_float=epsilon))))
     result = op.Mul(op.Mul(x, scale), weight)
     return result if dtype == wide else op.Cast(result, to=dtype)
+
+
+_TRANSLATIONS: Final[dict[Any, Any]] = {
+    torch.ops.aten.detach_.default: lambda x: x
+}  # of literals of the code
+_OF_NORMS: Final[dict[Any, Any]] = {torch.ops.aten.rms_norm.default: _rms_norm}
 
 
 def save(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], path: Path) -> None:

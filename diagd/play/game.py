@@ -407,11 +407,6 @@ class SavedGame:
     lines: list[Line] = field(default_factory=list)
     flying: Flying | None = None
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether the game never began."""
-        return self.snapshot is None and not self.lines
-
     def add(self, line: Line, *behind: Flying) -> None:
         """One more; a world that began anew needs nothing of what was before."""
         if isinstance(line, Start):

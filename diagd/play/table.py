@@ -181,7 +181,7 @@ class Table(ServedTable):
 
         def restore() -> None:
             self._whose = ticket
-            if saved.is_empty:
+            if saved.snapshot is None and not saved.lines:  # it never began
                 return self._renew()
             try:
                 saved.restore(self.game)

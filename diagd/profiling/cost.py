@@ -137,15 +137,11 @@ def size_of(
     refed = 0.0  # tokens fed again for each frame of an endless run, in the mean
     if not isinstance(context, RotaryContext):
         refed = (context.frames - context.roll) * config.layout.frame_length / context.roll
+    same = ("layout", "layers", "kv_heads", "head_size", "query_width", "output_vocabulary")
     return ModelSize(
         name=name,
-        layout=config.layout,
+        **{field: getattr(config, field) for field in same},
         context_frames=context.frames,
-        layers=config.layers,
-        kv_heads=config.kv_heads,
-        head_size=config.head_size,
-        query_width=config.query_width,
-        output_vocabulary=config.output_vocabulary,
         streamed=config.parameters - config.looked_up_parameters,
         looked_up=config.looked_up_parameters,
         tokenizer=tokenizer,
@@ -167,12 +163,6 @@ def read_model(bundle: Bundle, form: Form | None = None) -> StoredModel:
         pixel_frames=pixels.temporal_factor if pixels else 1,
     )
     return StoredModel(size, entry.weights.streamed, manifest.cache_dtype(entry).itemsize)
-
-
-def stored_models(bundle: Bundle) -> dict[str, StoredModel]:
-    """Every step graph of a bundle by form and precision, as ``prefix int8``; see ``read_model``."""
-    kinds = dict.fromkeys((graph.form, graph.precision) for graph in bundle.manifest.graphs)
-    return {f"{form.value} {name}": read_model(bundle.at_precision(name), form) for form, name in kinds}
 
 
 def precisions(kv_cache: str | None = None) -> dict[str, Precision]:

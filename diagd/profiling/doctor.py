@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -193,20 +194,14 @@ def check_gpu() -> Check:
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        if _is_loadable("libcuda.so.1"):
+        with suppress(OSError):
+            ctypes.CDLL("libcuda.so.1")
             fix = "check the driver: nvidia-smi should list the device"
             return Check("GPU", PROBLEM, "libcuda without a working nvidia-smi", fix)
         return Check(
             "GPU", ABSENT, "no NVIDIA driver", "bundles run on the CPU; for a GPU install its driver"
         )
     return Check("GPU", OK, "; ".join(answer.strip().splitlines()))
-
-
-def _is_loadable(library: str) -> bool:
-    try:
-        return bool(ctypes.CDLL(library))
-    except OSError:
-        return False
 
 
 def check_provider() -> list[Check]:

@@ -111,7 +111,8 @@ def _from_events(codec: ActionCodec, record: Mapping[str, Any]) -> dict[str, obj
     """The action of one raw recorded line; see ``RawInput``."""
     raw = codec.raw
     if raw is None:
-        raise UsageError(f"this model takes no raw keyboard and mouse events; {_expected(codec)}")
+        named = ", ".join(sorted({*codec.buttons, *codec.fields, *codec.choices}))
+        raise UsageError(f"this model takes no raw keyboard and mouse events; use {named}")
     try:
         pressed, camera = _events(raw, record)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
@@ -171,10 +172,7 @@ def _token(slot: codecs.Slot, inputs: Mapping[str, Any]) -> int:
     if isinstance(slot, codecs.ChoiceSlot):
         return slot.first + int(inputs.get(slot.field, 0))
     if isinstance(slot, codecs.MuLawSlot | codecs.EdgesSlot):
-        number = inputs[slot.field][slot.component] if slot.field in inputs else 0.0
-        return slot.first + (
-            _mu_law_bin(slot, number) if isinstance(slot, codecs.MuLawSlot) else _edge_bin(slot, number)
-        )
+        return slot.first + _bin(slot, inputs[slot.field][slot.component] if slot.field in inputs else 0.0)
     pressed = [button.token for button in slot.buttons if inputs.get(button.name, False)]
     found = pressed[:1] if isinstance(slot, codecs.FirstPressedSlot) or len(pressed) == 1 else []
     return found[0] if found else slot.none
@@ -212,23 +210,17 @@ def write_actions(path: Path, codec: ActionCodec, actions: NDArray[np.integer[An
     write_text(path, "".join(lines))
 
 
-def _mu_law_bin(slot: codecs.MuLawSlot, number: float) -> int:
-    share = max(-slot.limit, min(slot.limit, number)) / slot.limit
-    level = math.copysign(math.log(1 + slot.mu * abs(share)) / math.log(1 + slot.mu), share)
-    return round((slot.limit * level + slot.limit) / (2 * slot.limit / (slot.bins - 1)))
-
-
-def _edge_bin(slot: codecs.EdgesSlot, number: float) -> int:
+def _bin(slot: codecs.MuLawSlot | codecs.EdgesSlot, number: float) -> int:
+    if isinstance(slot, codecs.MuLawSlot):
+        share = max(-slot.limit, min(slot.limit, number)) / slot.limit
+        level = math.copysign(math.log(1 + slot.mu * abs(share)) / math.log(1 + slot.mu), share)
+        return round((slot.limit * level + slot.limit) / (2 * slot.limit / (slot.bins - 1)))
     if not slot.edges[0] <= number < slot.edges[-1]:
         raise UsageError(
             f"component {slot.component} of '{slot.field}' is {number}; expected"
             f" {slot.edges[0]} <= value < {slot.edges[-1]}"
         )
     return bisect_right(slot.edges, number) - 1
-
-
-def _expected(codec: ActionCodec) -> str:
-    return f"use {', '.join(sorted({*codec.buttons, *codec.fields, *codec.choices}))}"
 
 
 def parse_literal(text: str) -> object:
@@ -262,11 +254,7 @@ def _literal_value(node: ast.expr | None) -> object:
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"'{twice[0]}' is given twice")
             return dict(zip(names, map(_literal_value, values), strict=True))
-        case ast.Call(func=ast.Name(id="array"), args=[ast.List() as numbers], keywords=[]):
-            return _literal_value(numbers)
-        case ast.Call(
-            func=ast.Name(id="array"), args=[ast.List() as numbers], keywords=[ast.keyword(arg="dtype")]
-        ):
+        case ast.Call(ast.Name(id="array"), [ast.List() as numbers], [] | [ast.keyword(arg="dtype")]):
             return _literal_value(numbers)
     raise ValueError(
         f"'{ast.unparse(node) if node else '**'}' is neither a dict, a list, a number nor a string"

@@ -49,10 +49,6 @@ class Job:
     outputs: tuple[Path, ...]
     skips: bool = False
 
-    def todo(self) -> list[tuple[int, Path]]:
-        """The futures that are made, by number."""
-        return [(n, path) for n, path in enumerate(self.outputs) if not (self.skips and path.exists())]
-
     def check(self, taken: set[Path]) -> None:
         """Refuse (UsageError) to write over what is read, what is no such file, or what another job writes.
 
@@ -231,9 +227,9 @@ class _Maker:
 
     def make(self, job: Job) -> Iterator[Made]:
         """Write the files of a job that are not there."""
-        todo = job.todo()
-        yield from (Made(path) for path in job.outputs if all(path != other for _, other in todo))
-        if not todo:
+        there = [path for path in job.outputs if job.skips and path.exists()]
+        yield from map(Made, there)
+        if len(there) == len(job.outputs):
             return
         for path in job.outputs:
             if path.suffix.lower() == EPISODE:
@@ -245,7 +241,9 @@ class _Maker:
         clip = read_clip(job.clip, self.manifest, pixels, self.options.session.window)
         count = _frames(self.options, self.manifest, job.clip, clip)
         text = job.condition.embeddings(self.manifest, self._encode_text)
-        for n, path in todo:
+        for n, path in enumerate(job.outputs):
+            if path in there:
+                continue
             self.session.start(clip.tokens, clip.led, text)
             self.decoder = self.decoder or self._draft(clip)
             yield _Future(self, clip, count, self.options.sampling.seed + n, path).make()

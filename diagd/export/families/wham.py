@@ -22,7 +22,7 @@ from diagd.bundle.manifest import ClipRules, IdRange, MediaMark, SamplingRules
 from diagd.bundle.transformer import NormKind, TransformerConfig
 from diagd.errors import CheckpointError, UsageError
 from diagd.export.families import Family, TensorRule, named_rules
-from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, count, infer_vqgan, shape_of, taming_name
+from diagd.export.tokenizers.base import Shapes, TokenizerGraphs, VqganConfig, count, infer_vqgan, shape_of
 from diagd.schedule import StreamLayout
 
 if TYPE_CHECKING:
@@ -323,7 +323,7 @@ def infer_tokenizer(checkpoint: Checkpoint) -> TokenizerGraphs | None:
     if "encoder.proj1.weight" in shapes:
         height, width = setting("image_size_per_y_axis", 180), setting("image_size_per_x_axis", 300)
         return infer_config(shapes, height, width, setting("head_size", 64))
-    shapes = {name: h.shape for name, h in select(checkpoint, taming_name).items()}
+    shapes = {name: h.shape for name, h in select(checkpoint, VqganConfig().rename).items()}
     if "quantize.embedding.weight" in shapes:
         return infer_vqgan(shapes, setting("resolution", 128))
     return None

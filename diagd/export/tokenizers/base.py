@@ -156,7 +156,8 @@ class VqganConfig(VqganSizes):
 
     def rename(self, name: str) -> str | None:
         """Parameter name of a key of WHAM's checkpoints; tensors of anything else give None."""
-        return taming_name(name)
+        parameter = name.removeprefix(WHAM_PREFIX)
+        return parameter if name != parameter and parameter.startswith(VQGAN_PARTS) else None
 
 
 def loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -184,14 +185,8 @@ def count(shapes: Shapes, prefix: str) -> int:
     return next(index for index in range(len(found) + 1) if index not in found)
 
 
-def taming_name(name: str) -> str | None:
-    """Parameter name of a key of WHAM's checkpoints; tensors of anything else give None."""
-    parameter = name.removeprefix(WHAM_PREFIX)
-    return parameter if name != parameter and parameter.startswith(VQGAN_PARTS) else None
-
-
 def infer_vqgan(shapes: Shapes, size: int = 128) -> VqganConfig:
-    """Sizes of a checkpoint from shapes by parameter name (`taming_name`); CheckpointError: one is missing.
+    """Sizes of a checkpoint from shapes by parameter name; CheckpointError: one is missing.
 
     The frame size is its ``ddconfig.resolution`` and not stored in a tensor.
     """
