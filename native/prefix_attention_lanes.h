@@ -282,11 +282,15 @@ struct Rows {
   // Scores to weights; those of slots that a row does not see are below all others.
   void weigh(const int32_t* at, int rows) const {
     using Floating = Floats<LONGEST>;
+    Integers<LONGEST> places[kTile / LONGEST];
+    std::memcpy(places, at, sizeof places);
     for (int row = 0; row < rows; ++row) {
+      const Integers<LONGEST> own = Integers<LONGEST>{} + position[row];
       Floating highest = Floating{} + kUnseen;
-      for (float* score = scores + row * kTile; score < scores + (row + 1) * kTile; score += LONGEST) {
-        const auto is_seen = load<Integers<LONGEST>>(at + (score - scores) % kTile) <= position[row];
-        const Floating found = is_seen ? load<Floating>(score) : Floating{} + kUnseen;
+      float* score = scores + row * kTile;
+#pragma GCC unroll 8
+      for (int vector = 0; vector < kTile / LONGEST; ++vector, score += LONGEST) {
+        const Floating found = places[vector] <= own ? load<Floating>(score) : Floating{} + kUnseen;
         highest = higher(found, highest);
         store(score, found);
       }
