@@ -35,12 +35,25 @@ _POSITIONS: Final = "slot_position"
 
 
 class _Lane:
-    """The steps that a stream was sent, the next of them, and of the last its slots in use and its draws."""
+    """The steps that a stream was sent, and the next of them; ``live``: slots in use after the last one.
+
+    What is read of them in every pass is kept as lists, and places as those in the buffer of all streams.
+    """
 
     def __init__(self) -> None:
-        self.steps: Steps
         self.live = self.next = 0
-        self.drawn = slice(0)
+
+    def take(self, steps: Steps, first_place: int) -> None:
+        """Get the steps."""
+        self.steps, self.next = steps, 0
+        self.sources, self.sinks = steps.sources + np.int32(first_place), steps.sinks + np.int32(first_place)
+        self.offsets: list[int] = steps.offsets.tolist()
+        self.draws: list[int] = steps.decode_offsets.tolist()
+        self.updates: list[int] = steps.update_offsets.tolist()
+        self.starts: list[int] = steps.write_index.tolist()
+        self.lives: list[int] = steps.live.tolist()
+        sampling = steps.sampling
+        self.rules = sampling.temperature, sampling.top_k, sampling.top_p
 
 
 class PrefixState(Engine):
@@ -76,32 +89,34 @@ class PrefixState(Engine):
         self._text = text_buffers(manifest)
         self._session: Any = None
         self._lanes = [_Lane() for _ in range(streams)]
+        rows = streams * max_width
+        self._cells, self._seeds = np.zeros(rows, np.int64), np.zeros(rows, np.uint64)  # of rows that draw
+        self._sinks: Int = np.zeros(rows, np.int32)
         self._ran: dict[int, tuple[int, int]] = {}  # rows of the logits of those in the last pass
         self._logits: Float
 
     @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        self._lanes[lane].steps, self._lanes[lane].next = steps, 0
+        self._lanes[lane].take(steps, lane * self._tokens)
+
+    def _begin_draws(self, number: int, first: int) -> Int:
+        """Have the next step of a stream draw from the logits from ``first`` on; its rows that have any."""
+        lane = self._lanes[number]
+        start, stop = lane.draws[lane.next : lane.next + 2]
+        here = slice(first, first + stop - start)
+        self._cells[here], self._sinks[here] = lane.steps.cells[start:stop], lane.sinks[start:stop]
+        self._seeds[here] = lane.steps.sampling.seed
+        self._ran[number] = first, here.stop
+        return lane.steps.decoded[start:stop]
 
     @override
     def draw(self) -> None:
-        for _, group in groupby(self._ran, self._rules):  # streams by the same rules draw together
-            numbers = list(group)
-            drawn = [(self._lanes[number].steps, self._lanes[number].drawn) for number in numbers]
-            counts = [rows.stop - rows.start for _, rows in drawn]
-            first = self._ran[numbers[0]][0]
-            cells = np.concatenate([steps.cells[rows] for steps, rows in drawn])
-            seeds = np.repeat(np.array([steps.sampling.seed for steps, _ in drawn], np.uint64), counts)
-            logits, rules = self._logits[first : first + len(cells)], drawn[0][0].sampling
-            ids = self._sampler.draw(logits, cells, rules, seeds)
-            places = [
-                steps.sinks[rows] + n * self._tokens for n, (steps, rows) in zip(numbers, drawn, strict=True)
-            ]
-            self.token_buffer[np.concatenate(places)] = ids
-
-    def _rules(self, lane: int) -> tuple[float, ...]:
-        sampling = self._lanes[lane].steps.sampling
-        return sampling.temperature, sampling.top_k, sampling.top_p
+        for _, group in groupby(self._ran, lambda lane: self._lanes[lane].rules):
+            lanes = list(group)  # streams by the same rules draw together
+            rows = slice(self._ran[lanes[0]][0], self._ran[lanes[-1]][1])
+            rules = self._lanes[lanes[0]].steps.sampling
+            ids = self._sampler.draw(self._logits[rows], self._cells[rows], rules, self._seeds[rows])
+            self.token_buffer[self._sinks[rows]] = ids
 
     @override
     def logits(self, lane: int = 0) -> Float:
@@ -152,8 +167,7 @@ class PlainPrefix(PrefixState):
     def step(self, lanes: Sequence[int] = (0,)) -> None:
         (lane,) = self._lanes
         steps, n = lane.steps, lane.next
-        lane.next += 1
-        rows, lane.drawn, changed = steps.parts(n)
+        rows, _, changed = steps.parts(n)
         self.slot_position[steps.update_slots[changed]] = steps.update_positions[changed]
         feeds: dict[str, NDArray[Any]] = {
             "token_buffer": self.token_buffer,
@@ -161,11 +175,11 @@ class PlainPrefix(PrefixState):
             "positions": steps.positions[None, rows],
             "slot_position": self.slot_position[:, None],
             "write_index": steps.write_index[n] + np.arange(rows.stop - rows.start, dtype=np.int64)[None],
-            "logit_rows": steps.decoded[lane.drawn],
+            "logit_rows": self._begin_draws(0, 0),
             **self._text,
         }
-        self._logits = self.forward(feeds, int(steps.live[n]))
-        self._ran[0] = 0, len(self._logits)
+        lane.next = n + 1
+        self._logits = self.forward(feeds, lane.lives[n])
 
     @abstractmethod
     def forward(self, feeds: Mapping[str, NDArray[Any]], live: int) -> Float:
@@ -216,17 +230,18 @@ class PrefixEngine(PrefixState):
         for number in lanes:
             lane, column = self._lanes[number], self._order.index(number)
             steps, n, at = lane.steps, lane.next, column * width
+            first, last = lane.offsets[n : n + 2]
+            here = slice(at, at + last - first)
+            fed["sources"][here] = lane.sources[first:last]
+            fed["positions"][here] = steps.positions[first:last]
+            self._slots[here] = np.arange(lane.starts[n], lane.starts[n] + last - first)
+            decoded = self._begin_draws(number, count)
+            fed["logit_rows"][count : count + len(decoded)] = decoded + np.int32(at)
+            count += len(decoded)
+            first, last = lane.updates[n : n + 2]
+            slots = steps.update_slots[first:last] * len(self._order) + column
+            self.slot_position[slots] = steps.update_positions[first:last]
             lane.next = n + 1
-            rows, lane.drawn, changed = steps.parts(n)
-            here = slice(at, at + rows.stop - rows.start)
-            fed["sources"][here] = steps.sources[rows] + np.int32(number * self._tokens)
-            fed["positions"][here] = steps.positions[rows]
-            self._slots[here] = np.arange(here.stop - at) + steps.write_index[n]
-            first, count = count, count + lane.drawn.stop - lane.drawn.start
-            fed["logit_rows"][first:count] = steps.decoded[lane.drawn] + np.int32(at)
-            self._ran[number] = first, count
-            slots = steps.update_slots[changed] * len(self._order) + column
-            self.slot_position[slots] = steps.update_positions[changed]
         self._bind_frontier(width, count)
         run_bound(self._session, self._binding)
 
@@ -235,8 +250,8 @@ class PrefixEngine(PrefixState):
         width = 0
         for number in lanes:
             lane = self._lanes[number]
-            first, last = lane.steps.offsets[lane.next : lane.next + 2].tolist()
-            lane.live, width = int(lane.steps.live[lane.next]), max(width, last - first)
+            first, last = lane.offsets[lane.next : lane.next + 2]
+            lane.live, width = lane.lives[lane.next], max(width, last - first)
         live = max(self._lanes[number].live for number in self._order)
         if self.streams == 1:
             self._bind_prefix(-(-live // GRANULE) * GRANULE)
