@@ -34,8 +34,9 @@ from worlds.folder import World, load_world
 from worlds.rollout import roll_out
 
 VERIFIED, GUESSED = 16, 31
-"""Cells of each stream that a pass verifies, and where another order guessed them. Always as many: windows
-chosen by what passes take would differ from run to run, and with them how sums are rounded."""
+"""Cells of each stream that a pass verifies at most, and where another order guessed them. A frame's windows
+are of one size, so that few rows are padded for streams that are further; windows chosen by what passes take
+would differ from run to run, and with them how sums are rounded."""
 
 
 class Rollouts(NamedTuple):
@@ -185,10 +186,16 @@ class BundleModel:
         if schedule != Schedule.next_token(self.layout):
             return ScheduledDecoder(schedule)
         if guesses is None:
-            return JacobiDecoder(VERIFIED)
+            return JacobiDecoder(self._window(VERIFIED))
         frames = parts(guesses, self.layout)[0].reshape(len(guesses), -1, self.layout.cells)
         lanes = {session.stream: lane for lane, session in enumerate(self._group.sessions)}
-        return JacobiDecoder(GUESSED, draft=lambda stream: frames[lanes[stream], stream.begun - 1])
+        return JacobiDecoder(
+            self._window(GUESSED), draft=lambda stream: frames[lanes[stream], stream.begun - 1]
+        )
+
+    def _window(self, most: int) -> int:
+        """Cells of each of as few windows of a frame as have at most so many."""
+        return -(-self.layout.cells // -(-self.layout.cells // most))
 
     @cached_property
     def _group(self) -> Group:
