@@ -21,7 +21,6 @@ class Precision:
     """
 
     name: str
-    summary: str
     kind: str
     weight: float
     floor: float = 0.0
@@ -40,15 +39,13 @@ GROUP: Final = 128
 PRECISIONS: Final = {
     precision.name: precision
     for precision in (
-        Precision("fp32", "32-bit floating point", "float32", 4.0, cache=4.0),
-        Precision("fp16", "16-bit floating point", "float16", 2.0),
-        Precision(
-            "int8", "8-bit weights and activations, scales from calibration", "int8", 1.0, 20, "static"
-        ),
-        Precision("int8-dynamic", "8-bit weights, activations scaled row by row", "int8", 1.0, 20, "row"),
-        Precision("int8-weight", "8-bit weights", "int8", 1.0, 30),
-        Precision("int4-weight", f"4-bit weights in groups of {GROUP}", "int4", 0.53, 12),
-        Precision("fp8", "E4M3 weights and activations, for GPUs from sm_89", "fp8", 1.0, 20, "static"),
+        Precision("fp32", "float32", 4.0, cache=4.0),
+        Precision("fp16", "float16", 2.0),
+        Precision("int8", "int8", 1.0, 20, "static"),
+        Precision("int8-dynamic", "int8", 1.0, 20, "row"),
+        Precision("int8-weight", "int8", 1.0, 30),
+        Precision("int4-weight", "int4", 0.53, 12),
+        Precision("fp8", "fp8", 1.0, 20, "static"),  # E4M3, for GPUs from sm_89
     )
 }
 
