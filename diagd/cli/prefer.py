@@ -6,8 +6,6 @@ import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from diagd.bundle import Bundle
 from diagd.bundle.files import write_text
 from diagd.bundle.targets import check_distinct, file_target
@@ -126,19 +124,19 @@ def _print(options: PreferVerb, report: PreferReport) -> None:
         f"rise: rollouts {gained.before:.4f}, the best of each context {gained.after:.4f} "
         f"[{gained.low:+.4f}, {gained.high:+.4f}], true frames {choice.truth:.4f}"
     )
-    console.print(_table(report))
+    names = list(next(iter(report.verdicts.values())).changes)
+    heads = "trained on", *("rise of NLL" if name == "truth" else name for name in names), "gate"
+    rows = (
+        (
+            way,
+            *(_cell(name, verdict.changes[name]) for name in names),
+            "; ".join(verdict.breaches) or "passed",
+        )
+        for way, verdict in report.verdicts.items()
+    )
+    terminal.print_table(console, heads, rows, "before -> after [95 % interval of the difference]")
     if options.report is not None and is_first():
         write_text(options.report, json.dumps(asdict(report), indent=1) + "\n")
-
-
-def _table(report: PreferReport) -> Table:
-    names = list(next(iter(report.verdicts.values())).changes)
-    heads = ("rise of NLL" if name == "truth" else name for name in names)
-    table = Table("trained on", *heads, "gate", title="before -> after [95 % interval of the difference]")
-    for way, verdict in report.verdicts.items():
-        cells = (_cell(name, verdict.changes[name]) for name in names)
-        table.add_row(way, *cells, "; ".join(verdict.breaches) or "passed")
-    return table
 
 
 def _cell(name: str, change: Change) -> str:
