@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,7 +255,7 @@ class StoredWeights:
         return {**found, **{name + PLAIN: tensor for name, tensor in found.items()}}
 
 
-class ResumableWeights:
+class ResumableWeights(AbstractContextManager["ResumableWeights", None]):
     """A weights file in a hidden folder beside the bundle to be, with a journal of what is on the disk.
 
     One with another ``key``, of what is exported, is started anew. As a context it is gone at the end, or
@@ -305,9 +305,6 @@ class ResumableWeights:
         self._journal.unlink(missing_ok=True)
         with suppress(OSError):  # it is not empty
             home.rmdir()
-
-    def __enter__(self) -> ResumableWeights:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or issubclass(kind, Exception):

@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -69,7 +70,7 @@ class Shown:
     pixels: float
 
 
-class Game:
+class Game(AbstractContextManager["Game", None]):
     """One world under the commands of a player; every method is for one thread.
 
     Worlds start from ``prompts``, token frames int32 [P, rows, columns]. The session is closed with the game;
@@ -106,9 +107,6 @@ class Game:
         self._newer: Act = lambda: None
         self._next_mark = 1
         self._chosen = 0  # frames up to there were decoded by other settings, or are not known to be by these
-
-    def __enter__(self) -> Game:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
