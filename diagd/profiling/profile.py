@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -263,15 +263,12 @@ def _run(
 def _machine(ceilings: Ceilings, device: str, cpu: CpuOptions) -> Machine:
     found = {name: version for name in PACKAGES if (version := installed(name))}
     return Machine(
+        **asdict(replace(ceilings, threads=ceilings.threads or cpu.threads or cores())),
         processor=processor_name(),
         cores=cores(),
-        threads=ceilings.threads or cpu.threads or cores(),
         memory=memory_bytes(),
         platform=platform.platform(),
         versions={"python": platform.python_version()} | found,
-        copied=ceilings.copied,
-        read=ceilings.read,
-        peak=ceilings.peak,
         device=device,
     )
 
