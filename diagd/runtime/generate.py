@@ -59,20 +59,15 @@ class Job:
             file_target(output, KINDS)
             check_apart(output, {"--prompt": clip.prompt, "--actions": clip.lines_file, "--set text": text})
             if clip.acts and output.suffix.lower() != EPISODE and not (self.skips and output.exists()):
-                self._check_lines(output)
+                if (lines := output.with_suffix(LINES)).exists():  # which nobody named
+                    raise UsageError(
+                        f"the model's actions would go to {lines}, which is there already; give another "
+                        "--output, or remove it yourself"
+                    )
+                file_target(lines, (LINES,))
             if output in taken:
                 raise UsageError(f"{clip.prompt} and another clip would both be {output}; rename one of them")
             taken.add(output)
-
-    def _check_lines(self, output: Path) -> None:
-        """Refuse to write the actions of an output over a file, which nobody named."""
-        lines = output.with_suffix(LINES)
-        if lines.exists():
-            raise UsageError(
-                f"the model's actions would go to {lines}, which is there already; give another --output, or "
-                "remove it yourself"
-            )
-        file_target(lines, (LINES,))
 
 
 def jobs_of(options: GenerateOptions) -> list[Job]:
