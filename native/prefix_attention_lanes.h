@@ -63,19 +63,31 @@ inline void gate_columns(const float* gate, const float* up, int64_t columns, fl
 
 // x + added to `sum`, and that normalised; its squares are summed in eight lanes, whatever the vectors.
 inline void normalise_row(const NormRow& a) {
-  float squares[8] = {};
-  for (int64_t column = 0; column < a.columns; ++column) {
-    a.sum[column] = a.x[column] + a.added[column];
+  constexpr int kEach = LONGEST < 8 ? LONGEST : 8;
+  using Some = Floats<kEach>;
+  Some squares[8 / kEach] = {};
+  const int64_t whole = a.columns / 8 * 8;
+  for (int64_t column = 0; column < whole; column += 8) {
+#pragma GCC unroll 2
+    for (int part = 0; part < 8 / kEach; ++part) {
+      const int64_t at = column + part * kEach;
+      const Some sum = load<Some>(a.x + at) + load<Some>(a.added + at);
+      store(a.sum + at, sum), squares[part] += sum * sum;
+    }
   }
-  int64_t column = 0;
-  for (; column + 8 <= a.columns; column += 8) {
-    for (int lane = 0; lane < 8; ++lane) squares[lane] += a.sum[column + lane] * a.sum[column + lane];
-  }
-  for (; column < a.columns; ++column) squares[column % 8] += a.sum[column] * a.sum[column];
   float total = 0.0f;
-  for (float square : squares) total += square;
+  for (int lane = 0; lane < 8; ++lane) {
+    const int64_t column = whole + lane;
+    float square = squares[lane / kEach][lane % kEach];
+    if (column < a.columns) a.sum[column] = a.x[column] + a.added[column], square += a.sum[column] * a.sum[column];
+    total += square;
+  }
   const float scale = 1.0f / std::sqrt(total / static_cast<float>(a.columns) + a.epsilon);
-  for (column = 0; column < a.columns; ++column) a.out[column] = a.sum[column] * scale * a.weight[column];
+  using Floating = Floats<LONGEST>;
+  int64_t column = 0;
+  for (; column + LONGEST <= a.columns; column += LONGEST)
+    store(a.out + column, load<Floating>(a.sum + column) * scale * load<Floating>(a.weight + column));
+  for (; column < a.columns; ++column) a.out[column] = a.sum[column] * scale * a.weight[column];
 }
 
 // A head of a step's row: with its bias, normalised and turned, where the model does so.
