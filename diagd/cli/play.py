@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -139,7 +140,8 @@ def _serve(console: Console, options: PlayOptions, table: Table) -> None:
         if options.browser and sys.stdout.isatty():
             import webbrowser
 
-            webbrowser.open(url)
+            opening = threading.Thread(target=webbrowser.open, args=(url,), daemon=True)
+            opening.start()  # some browsers, as those of terminals, run until they are closed
 
     service = Service(1, options.fps, limits=Limits(inf, inf, drain=0))
     serve(table.game.bundle, LocalFleet([table]), service, address, started)

@@ -172,6 +172,8 @@ def _run(verb: Verb[Any], args: argparse.Namespace) -> int:
     try:
         return verb.run(read_options(verb.options, args)) or 0
     except Exception as error:  # the user gets one line; --debug shows the rest
+        if isinstance(error.__cause__, KeyboardInterrupt):  # of a module of C++ that was imported
+            raise error.__cause__ from None
         if args.debug:
             traceback.print_exc()
         message, code = _explained(error)

@@ -143,9 +143,10 @@ class Server:
         self.tables = fleet.tables
         self.room = Room(fleet.tables, rate)
         self._drains: float | None = None  # when the last player has to go
+        self._ended = asyncio.Event()
 
     async def run(self, started: Callable[[str], None]) -> None:
-        """Serve until cancelled.
+        """Serve until it is ended or cancelled.
 
         ``started`` is given the address of the page once it is served.
 
@@ -181,8 +182,9 @@ class Server:
             self.fleet.start(asyncio.get_running_loop())
             started(f"{page_address(self.address.host, port, self.address.public)}/#{self.address.token}")
             try:
-                while self._drains is None or self._playing:
-                    await asyncio.sleep(1)
+                while not self._ended.is_set() and (self._drains is None or self._playing):
+                    with suppress(TimeoutError, asyncio.TimeoutError):
+                        await asyncio.wait_for(self._ended.wait(), 1)
                     self.fleet.check()
                     self._look_around(time.monotonic())
             finally:
@@ -245,6 +247,10 @@ class Server:
         """Seat nobody any more, and end when all have left, or their time is over; asked again, no later."""
         self._drains = self._drains or time.monotonic() + self.limits.drain
         self.room.is_closing = True
+
+    def end(self) -> None:
+        """End at once; asked again, no sooner."""
+        self._ended.set()
 
     def _look_around(self, now: float) -> None:
         """Once a second: whose time is over, and who is next."""

@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Final, Literal
 
 from pydantic import BaseModel, Field, ValidationError
@@ -62,8 +63,13 @@ def serve(
             address = keep_worlds(saves, fleet.tables, address)
         rate = service.fps or bundle.manifest.frames_per_second
         server = Server(fleet, address, service.limits, rate)
-        with suppress(KeyboardInterrupt):
-            asyncio.run(_until_drained(server, lambda url: started(bundle.manifest.name, url)))
+
+        async def run() -> None:
+            listen(server)
+            await server.run(lambda url: started(bundle.manifest.name, url))
+
+        with _told_by_signals() as listen, suppress(KeyboardInterrupt):
+            asyncio.run(run())
 
 
 @contextmanager
@@ -98,10 +104,30 @@ def _keep(saves: SavedGames, number: int, table: ServedTable, snapshot: bytes | 
         saves.put(number, table.ticket, snapshot)
 
 
-async def _until_drained(server: Server, started: Callable[[str], None]) -> None:
-    with suppress(NotImplementedError):  # Windows has no such handlers
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.drain)
-    await server.run(started)
+@contextmanager
+def _told_by_signals() -> Iterator[Callable[[Server], None]]:
+    """Gives what has signals end a server of the running loop; those that are ignored, as by nohup, stay so.
+
+    They raise nothing meanwhile: a second Ctrl-C would hit it amid what it does to end.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGTERM") if hasattr(signal, name)]
+    before = {number: was for number in numbers if (was := signal.getsignal(number)) is not signal.SIG_IGN}
+
+    def listen(server: Server) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tell(number: int, _: FrameType | None) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(server.drain if number == signal.SIGTERM else server.end)
+
+        for number in before:
+            signal.signal(number, tell)
+
+    try:
+        yield listen
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)
 
 
 class _Marked(BaseModel):

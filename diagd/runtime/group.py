@@ -42,9 +42,7 @@ class Group:
         """Give the engine's memory back; all sessions are dead then."""
         for session in self.sessions:
             session.close()
-            session.closed = True
-        if len(self.sessions) > 1:
-            self.engine.close()
+        self.passes.close()
 
     def forget(self) -> None:
         """Have prompts fed that sessions hold the rows of: what they come to is then that of new ones."""

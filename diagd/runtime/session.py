@@ -46,7 +46,6 @@ class Session:
     Attributes:
         timing: of all passes so far.
         decoder: of runs that name none.
-        closed: whether its engine is.
 
     Raises:
         UsageError: ``roll`` does not fit the model or the window.
@@ -78,7 +77,6 @@ class Session:
         self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
         self._text, self._law = text, ActionLaw.of(manifest)
         self._run = self._prepared = 0
-        self.closed = False
         self._left: Run[Seen | None] | None = None  # steps that were sent but have not run
         self._result: Result
         self.decoder: Decoder = ScheduledDecoder(manifest.schedule)
@@ -94,13 +92,17 @@ class Session:
     def close(self) -> None:
         """Give the engine's memory back, or the place in it; the session is dead then."""
         self._run += 1
-        if self._owns:
-            self.closed = True
-            self.engine.close()
+        if self._owns or self.closed:
+            self.passes.close()
             return
         self._slots.restart(0)
         self.engine.write_slots(self._slots.slot_position, self.lane)
         self._cached = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether its engine is."""
+        return self.passes.closed
 
     @property
     def stream(self) -> Stream:
@@ -241,8 +243,7 @@ class Session:
         newer: Callable[[int], Ids | None] | None = None,
     ) -> tuple[Decoder, int]:
         stream = self._stream
-        if self.closed:
-            raise UsageError("the session is closed; open another one with diagd.load")
+        self.passes.check_open()
         self.passes.check_process()
         if not stream.known:
             raise UsageError("a session needs a prompt; call start(frames, actions) first")

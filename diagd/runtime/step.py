@@ -146,12 +146,14 @@ class Passes:
         turn: of a thread, which has it from one event of a run to the next.
         stamps: the number of the next time stamp on the engine's clock, which gets one ahead of every pass
             and one behind it while this is not None.
+        closed: whether the engine is.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.entered = self.left = self.sampled = 0.0
         self.stamps: int | None = None
-        self.turn = threading.RLock()
+        self.turn, self._running = threading.RLock(), threading.RLock()
+        self.closed = False
         self._engine, self._process = engine, os.getpid()
 
     def check_process(self) -> None:
@@ -162,19 +164,33 @@ class Passes:
                 "it in the process that uses it, or start processes by spawn"
             )
 
+    def check_open(self) -> None:
+        """Refuse (UsageError) to run what is closed."""
+        if self.closed:
+            raise UsageError("the session is closed; open another one with diagd.load")
+
     def run(self, lanes: Sequence[int]) -> None:
         """One pass for some lanes."""
         engine, number = self._engine, self.stamps
-        self.entered = time.perf_counter()
-        if number is not None:
-            engine.clock.mark(number)
-        engine.step(lanes)
-        if number is not None:
-            engine.clock.mark(number + 1)
-            self.stamps = number + 2
-        self.left = time.perf_counter()
-        engine.draw()
-        self.sampled = time.perf_counter()
+        with self._running:
+            self.check_open()
+            self.entered = time.perf_counter()
+            if number is not None:
+                engine.clock.mark(number)
+            engine.step(lanes)
+            if number is not None:
+                engine.clock.mark(number + 1)
+                self.stamps = number + 2
+            self.left = time.perf_counter()
+            engine.draw()
+            self.sampled = time.perf_counter()
+
+    def close(self) -> None:
+        """Close the engine, behind the pass that another thread runs: it writes to the engine's memory."""
+        with self._running:
+            if not self.closed:
+                self.closed = True
+                self._engine.close()
 
 
 def lock_step(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from diagd.engines.engine import Int
-from diagd.errors import DiagdError, UsageError
+from diagd.errors import UsageError
 from diagd.runtime.pixels import PixelCodec, Pixels
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
@@ -124,7 +124,7 @@ class Dreamer(threading.Thread):
                 job = self._jobs.popleft()
             try:
                 self._dream(job)
-            except DiagdError as error:
+            except Exception as error:  # whatever it is, the next dream is none the worse for it
                 _LOG.warning("a dream was given up: %s", error)
 
     def _dream(self, job: Job) -> None:

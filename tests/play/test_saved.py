@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,20 @@ from diagd.play.service import SavedGames
 from tests.play.conftest import LOOSE, Serve
 from tests.play.test_game import ORDERS, WALK, equal, play, with_order
 from tests.play.test_server import parts, player
+
+AGAIN = """
+import os, signal, sys
+from diagd.cli.main import main
+from diagd.play.table import LocalFleet
+close = LocalFleet.close
+async def interrupted(self):
+    os.kill(os.getpid(), signal.SIGINT)
+    await close(self)
+    print("closed")
+LocalFleet.close = interrupted
+sys.exit(main(sys.argv[1:]))
+"""
+"""diagd where Ctrl-C comes while worlds are closed."""
 
 
 @contextmanager
@@ -243,6 +258,17 @@ def test_servers_on_one_folder_take_turns(world: Path, tmp_path: Path) -> None:
     assert "http://127.0.0.1:" in second.stdout.readline()
     second.terminate()
     assert second.wait(60) == 0
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGTERM"])
+def test_a_server_that_is_interrupted_again_ends_as_it_began_to(world: Path, name: str) -> None:
+    command = [sys.executable, "-c", AGAIN, "serve", str(world), "--sessions", "1", "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True) as server:  # type: ignore[call-overload]
+        assert "http://127.0.0.1:" in server.stdout.readline()
+        server.send_signal(getattr(signal, name))
+        said = server.communicate(timeout=60)
+    assert (server.returncode, said[0].endswith("closed\n"), said[1]) == (0, True, "")
 
 
 @pytest.mark.parametrize("name", ["token", "world-0"])

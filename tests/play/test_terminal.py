@@ -218,3 +218,28 @@ def test_without_a_terminal_it_says_so(world: Path) -> None:
     )
     assert done.returncode == 2
     assert "needs a terminal" in done.stderr
+
+
+def test_a_browser_that_runs_until_it_is_closed_gets_its_page(world: Path, tmp_path: Path) -> None:
+    """As those of terminals do, on machines that have no others."""
+    browser, page = tmp_path / "browser", tmp_path / "page"
+    code = "import sys, urllib.request as u\npage = u.urlopen(sys.argv[1].partition('#')[0], timeout=60)\n"
+    browser.write_text(f"#!{sys.executable}\n{code}open({str(page)!r}, 'wb').write(page.read())\n")
+    browser.chmod(0o700)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "diagd", "play", str(world), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--record", str(tmp_path / "played.ndjson")],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "BROWSER": str(browser)},
+    )
+    end = time.monotonic() + 100
+    while not (page.exists() and page.read_bytes().endswith(b"</html>\n")) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert b"<html" in page.read_bytes()
+    os.close(ours)
+    os.close(theirs)

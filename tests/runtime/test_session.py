@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import threading
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -193,3 +195,33 @@ def test_windows_and_lags_that_cannot_be_are_refused(small_bundle: Path) -> None
     session = started(small_bundle, window=2)
     with pytest.raises(UsageError, match="larger window"):
         session.generate(2, actions(2), schedule=Schedule.chained(LAYOUT, 1))
+
+
+def test_a_session_is_closed_behind_the_pass_that_another_thread_runs(small_bundle: Path) -> None:
+    session, found = started(small_bundle), list[Exception]()
+    runs, goes_on, step = threading.Event(), threading.Event(), session.engine.step
+
+    def slow(lanes: Sequence[int]) -> None:
+        runs.set()
+        assert goes_on.wait(60)
+        step(lanes)
+
+    def decode() -> None:
+        try:
+            tokens(session, 2)
+        except Exception as error:
+            found.append(error)
+
+    session.engine.step = slow  # type: ignore[method-assign]
+    decodes, closes = threading.Thread(target=decode), threading.Thread(target=session.close)
+    decodes.start()
+    assert runs.wait(60)
+    closes.start()
+    closes.join(0.2)
+    assert not session.closed
+    goes_on.set()
+    for thread in (closes, decodes):
+        thread.join(60)
+    assert session.closed
+    assert [type(error) for error in found] == [UsageError]
+    session.close()

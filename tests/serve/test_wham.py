@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,6 +202,21 @@ def test_jobs_can_be_cancelled_and_are_forgotten(client: Client) -> None:
         time.sleep(0.01)
     client.dreamer.lifespan = -1
     assert client.get(f"/get_job_results?job_ids={told['job_ids'][0]}")[0] == 204
+
+
+def test_a_dream_that_fails_ends_no_other(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    job = {"num_steps_to_predict": 1, "steps": [{"action": action(0), "tokens": [1] * 15}]}
+    engine = client.dreamer._session.engine
+    step = engine.step
+
+    def fail(lanes: Sequence[int]) -> None:
+        engine.step = step  # type: ignore[method-assign]
+        raise RuntimeError("bad allocation")
+
+    engine.step = fail  # type: ignore[method-assign]
+    _, told = client.order(job | {"num_parallel_predictions": 2}, {})
+    assert len(client.results(told["job_ids"][1:], 1)) == 1
+    assert "a dream was given up: bad allocation" in caplog.text
 
 
 @pytest.mark.parametrize(
