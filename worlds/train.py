@@ -111,17 +111,14 @@ def _run_together(worker: Callable[[], Callable[[int], None]], processes: int) -
     Raises:
         UsageError: the system killed one.
     """
-    with Processes(worker, processes, tries=1) as pool:
-        try:
+    try:
+        with Processes(worker, processes, tries=1) as pool:  # where one fails, the others would wait for it
             list(pool.map(range(processes)))
-        except BaseException as error:
-            pool.terminate()  # they wait for the others, or train on
-            if isinstance(error, WorkersKilledError):
-                raise UsageError(
-                    "a training process was killed, mostly for want of memory; use a smaller --batch, or the "
-                    "same command again to go on"
-                ) from error
-            raise
+    except WorkersKilledError as error:
+        raise UsageError(
+            "a training process was killed, mostly for want of memory; use a smaller --batch, or the "
+            "same command again to go on"
+        ) from error
 
 
 def _worker(

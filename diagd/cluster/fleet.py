@@ -143,6 +143,9 @@ _MOVES: Final = {"type": "error", "text": "the machine of this world is gone; it
 _PAUSE: Final = 0.5
 """Seconds until the next try."""
 
+_SILENT: Final = 60.0
+"""Seconds without a word from an engine, which has one every half second, until it is lost."""
+
 _SLOW: Final = 30.0
 """Seconds until somebody is told that an engine has not begun."""
 
@@ -269,13 +272,15 @@ class RemoteEngine:
                 self.is_alive = True
                 self._fleet.settle()
                 await self._live(self.actor)
-            except RayError as error:
+            except (RayError, TimeoutError, asyncio.TimeoutError) as error:
                 if isinstance(error, RayActorError) and error.actor_init_failed and not self.node:
                     raise EngineError(cannot_begin(error)) from error
                 if isinstance(error, RayTaskError) and not self.node:
                     raise EngineError(f"an engine cannot play: {error.cause}") from error
-                reason = str(error).strip().splitlines()[-1]
+                reason = (str(error).strip() or f"nothing was heard of it for {_SILENT:g} s").splitlines()[-1]
                 _LOG.warning("an engine was lost, another one is started: %s", reason)
+                if not isinstance(error, RayError):
+                    self._fleet.kill(self.actor)
                 self.is_alive, self._calls = False, []
                 self._before = self.figures = Figures(self.figures.frames, self.figures.late)
                 self._fleet.lose(self)
@@ -309,7 +314,7 @@ class RemoteEngine:
         talking = asyncio.create_task(self._talk(actor))
         try:
             while not talking.done():
-                events, told = await actor.hear.remote()
+                events, told = await asyncio.wait_for(actor.hear.remote(), _SILENT)
                 frames, late = told.frames + self._before.frames, told.late + self._before.late
                 self.figures = replace(told, frames=frames, late=late)
                 for event in events:

@@ -213,10 +213,12 @@ class Processes(_Pool[Item, Result]):
             raise error from RuntimeError(where)
         return result
 
-    def terminate(self) -> None:
-        """End them, whatever they do."""
-        for process in self._processes.values():
-            process.terminate()
+    @override
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:  # whatever they do, and may do for long, is for nobody
+            for process in self._processes.values():
+                process.kill()
+        self.close()
 
     @override
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -52,3 +53,13 @@ class Absent:
 
 def _absent() -> Absent:
     raise ModuleNotFoundError("No module named 'absent'")
+
+
+def sleeps() -> Callable[[float], float]:
+    """Take so many seconds, and give them."""
+
+    def work(seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+    return work

@@ -120,10 +120,14 @@ def test_an_engine_waits_for_a_node_where_all_are_gone(nodes: Any, world: Path) 
     assert place in {node["NodeID"] for node in there}
 
 
-def test_a_world_of_which_only_the_beginning_is_kept_goes_on_to_the_token(nodes: Any, world: Path) -> None:
-    """Frames that had begun when its engine was killed are part of how it went."""
+def test_a_world_of_which_only_the_beginning_is_kept_goes_on_to_the_token(
+    nodes: Any, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames that had begun when its engine was killed, or stopped for good, are part of how it went."""
     import ray
 
+    monkeypatch.setattr("diagd.cluster.fleet._SILENT", 10.0)
+    ends = iter((signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL))
     with served(world, nodes, every=1 << 30) as (url, fleet):
         wait_for_both(fleet)
         with player(url) as ann:
@@ -132,7 +136,7 @@ def test_a_world_of_which_only_the_beginning_is_kept_goes_on_to_the_token(nodes:
             for key, frames in (("ArrowLeft", 2), ("ArrowUp", 5), ("ArrowDown", 9)):
                 known = plays(ann, key, frames)
                 actor = fleet.tables[0].home.actor
-                os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+                os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), next(ends))
                 assert "goes on elsewhere" in until(ann, type="error")["text"]
                 assert until(ann, kind="frame")["known"] >= known
             plays(ann, "ArrowRight", 3)

@@ -16,7 +16,7 @@ import pytest
 
 from diagd.cluster.workers import Here, Processes
 from diagd.errors import UsageError
-from tests.cluster.pool_work import sizes, squares
+from tests.cluster.pool_work import sizes, sleeps, squares
 
 
 def test_workers_give_what_one_gives_though_one_is_killed(tmp_path: Path) -> None:
@@ -64,6 +64,13 @@ def test_one_that_is_busy_with_an_earlier_call_answers_no_later_one(tmp_path: Pa
             next(results)
             results.close()
         assert dict(workers.map([5, 4, 6])) == {0: 25, 1: 16, 2: 36}
+
+
+def test_what_is_done_for_nobody_keeps_nobody_waiting() -> None:
+    with pytest.raises(KeyboardInterrupt), Processes(sleeps, 2) as workers:
+        assert next(workers.map([10_000, 0, 0])) == (1, 0)
+        raise KeyboardInterrupt
+    assert not multiprocessing.active_children()
 
 
 def test_a_worker_gets_ready_once(tmp_path: Path) -> None:
