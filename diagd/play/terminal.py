@@ -159,7 +159,33 @@ def _raw(descriptor: int) -> Iterator[None]:
         yield
     finally:
         with suppress(termios.error):  # it is gone
-            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+            termios.tcsetattr(descriptor, termios.TCSANOW, before)
+
+
+@contextmanager
+def _never_waiting(descriptor: int) -> Iterator[int]:
+    """The terminal once more, where what it has no room for raises: whoever reads it may have stopped."""
+    try:
+        again = os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:  # it is another container's
+        again = os.dup(descriptor)
+    try:
+        yield again
+    finally:
+        os.close(again)
+
+
+def _leave(target: int, data: bytes) -> None:
+    """Write it ahead of all that nobody has read where that is in the way."""
+    import termios
+
+    with suppress(OSError, termios.error):  # nobody looks any more
+        try:
+            os.write(target, data)
+        except BlockingIOError:
+            termios.tcflow(target, termios.TCOON)
+            termios.tcflush(target, termios.TCOFLUSH)
+            os.write(target, data)
 
 
 def _read(descriptor: int, seconds: float) -> bytes:
@@ -181,15 +207,14 @@ def _ask(source: int, target: int) -> bytes:
 
 def play(game: Game, inputs: Inputs, rate: float) -> None:
     """Play until Ctrl-C or Q in a terminal that `check_terminal` found well; closes the game."""
-    source, target = sys.stdin.fileno(), sys.stdout.fileno()
-    with _raw(source):
-        abilities = Abilities.read(_ask(source, target), os.environ)
+    source, seen = sys.stdin.fileno(), sys.stdout.fileno()
+    with _raw(source), _never_waiting(seen) as target:
+        abilities = Abilities.read(_ask(source, seen), os.environ)
         try:
-            os.write(target, _ENTER + (_TELL_RELEASES if abilities.releases else b""))
+            os.write(seen, _ENTER + (_TELL_RELEASES if abilities.releases else b""))
             _Player(game, inputs, rate, abilities, target).run(source)
         finally:
-            with suppress(OSError):  # nobody looks any more
-                os.write(target, (_AS_BEFORE if abilities.releases else b"") + _LEAVE)
+            _leave(target, (_AS_BEFORE if abilities.releases else b"") + _LEAVE)
 
 
 class _Player:
@@ -198,7 +223,7 @@ class _Player:
     def __init__(self, game: Game, inputs: Inputs, rate: float, abilities: Abilities, target: int) -> None:
         self._abilities = abilities
         self._fit()
-        self._game, self._inputs, self._target = game, inputs, target
+        self._game, self._inputs, self._target, self._is_over = game, inputs, target, False
         self._stage = Stage(game, inputs, self._show, self._say, rate)
         self._stage.is_watched = True
         self._game_loop = GameLoop([self._stage])
@@ -219,6 +244,7 @@ class _Player:
                 if self._inputs.has_changed:
                     self._stage.wake()
         finally:
+            self._is_over = True
             self._game_loop.close()
 
     def _command(self, press: Press) -> bool:
@@ -277,8 +303,9 @@ class _Player:
 
     def _write(self, data: bytes) -> None:
         with suppress(OSError):  # nobody looks any more, which reading keys finds too
-            while data:
-                data = data[os.write(self._target, data) :]
+            while data and not self._is_over:
+                if select.select([], [self._target], [], _POLL_SECONDS)[1]:
+                    data = data[os.write(self._target, data) :]
 
 
 ESC, END = b"\x1b", b"\x1b\\"

@@ -209,6 +209,41 @@ def test_a_world_is_played_and_the_terminal_is_as_before(
     os.close(theirs)
 
 
+@pytest.mark.parametrize("ending", ["q", "SIGHUP"])
+def test_a_terminal_that_nobody_reads_any_more_keeps_no_player(
+    world: Path, tmp_path: Path, ending: str, request: pytest.FixtureRequest
+) -> None:
+    ours, theirs = pty.openpty()
+    _resize(theirs, 60, 200)
+    command = [sys.executable, "-m", "diagd", "play", str(world), "--terminal", "--fps", "60"]
+    process = subprocess.Popen(
+        [*command, "--record", str(tmp_path / "played.ndjson")],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm-256color"},
+    )
+    request.addfinalizer(process.kill)
+    seen = b""
+    while b"frame 5 " not in seen:
+        seen += os.read(ours, 1 << 16)
+    full = 0
+    while full < 20:
+        full = 0 if select.select([], [theirs], [], 0)[1] else full + 1
+        time.sleep(0.01)
+    if ending == "q":
+        os.write(ours, b"q")
+    else:
+        process.send_signal(getattr(signal, ending))
+    assert process.wait(60) == 0
+    left = b""
+    while select.select([ours], [], [], 0)[0]:
+        left += os.read(ours, 1 << 16)
+    assert b"\x1b[?1049l" in left
+    os.close(ours)
+    os.close(theirs)
+
+
 def test_without_a_terminal_it_says_so(world: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "diagd", "play", str(world), "--terminal"],
