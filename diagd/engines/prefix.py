@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import chain, groupby
+from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -43,9 +44,10 @@ class _Lane:
     def __init__(self) -> None:
         self.live = self.next = 0
 
-    def take(self, steps: Steps, first_place: int) -> None:
-        """Get the steps."""
+    def take(self, steps: Steps, first_place: int, ranges: tuple[Int, Int]) -> None:
+        """Get the steps, and the ids that what they predict may be."""
         self.steps, self.next = steps, 0
+        self.low, self.high = ranges
         self.sources, self.sinks = steps.sources + np.int32(first_place), steps.sinks + np.int32(first_place)
         self.offsets: list[int] = steps.offsets.tolist()
         self.draws: list[int] = steps.decode_offsets.tolist()
@@ -85,27 +87,26 @@ class PrefixState(Engine):
         self.buffers: dict[str, NDArray[np.generic]] = dict(
             zip(cache_tensors(layers), chain.from_iterable(blocks), strict=True)
         )
-        self._sampler = HostSampler(manifest)
+        rows = streams * max_width
+        self._sampler, self._sinks = HostSampler(manifest, rows), np.zeros(rows, np.int32)
         self._text = text_buffers(manifest)
         self._session: Any = None
         self._lanes = [_Lane() for _ in range(streams)]
-        rows = streams * max_width
-        self._cells, self._seeds = np.zeros(rows, np.int64), np.zeros(rows, np.uint64)  # of rows that draw
-        self._sinks: Int = np.zeros(rows, np.int32)
         self._ran: dict[int, tuple[int, int]] = {}  # rows of the logits of those in the last pass
         self._logits: Float
 
     @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        self._lanes[lane].take(steps, lane * self._tokens)
+        self._lanes[lane].take(steps, lane * self._tokens, self._sampler.ranges(steps.cells))
 
     def _begin_draws(self, number: int, first: int) -> Int:
         """Have the next step of a stream draw from the logits from ``first`` on; its rows that have any."""
-        lane = self._lanes[number]
+        lane, by = self._lanes[number], self._sampler
         start, stop = lane.draws[lane.next : lane.next + 2]
         here = slice(first, first + stop - start)
-        self._cells[here], self._sinks[here] = lane.steps.cells[start:stop], lane.sinks[start:stop]
-        self._seeds[here] = lane.steps.sampling.seed
+        by.cells[here], by.seeds[here] = lane.steps.cells[start:stop], lane.steps.sampling.seed
+        by.low[here], by.high[here] = lane.low[start:stop], lane.high[start:stop]
+        self._sinks[here] = lane.sinks[start:stop]
         self._ran[number] = first, here.stop
         return lane.steps.decoded[start:stop]
 
@@ -115,8 +116,7 @@ class PrefixState(Engine):
             lanes = list(group)  # streams by the same rules draw together
             rows = slice(self._ran[lanes[0]][0], self._ran[lanes[-1]][1])
             rules = self._lanes[lanes[0]].steps.sampling
-            ids = self._sampler.draw(self._logits[rows], self._cells[rows], rules, self._seeds[rows])
-            self.token_buffer[self._sinks[rows]] = ids
+            self.token_buffer[self._sinks[rows]] = self._sampler.draw(self._logits[rows], rows, rules)
 
     @override
     def logits(self, lane: int = 0) -> Float:
@@ -213,8 +213,11 @@ class PrefixEngine(PrefixState):
         self._binding = self._session.io_binding()
         rows = streams * widest
         self._logits = np.zeros((rows, manifest.output_vocabulary), np.float32)
-        self._fed = {name: np.zeros(rows, np.int32) for name in ("sources", "positions", "logit_rows")}
+        self._sources, self._positions, self._logit_rows = np.zeros((3, rows), np.int32)
         self._slots = np.zeros(rows, np.int64)
+        self._fed: dict[str, NDArray[Any]]
+        self._fed = {"sources": self._sources, "positions": self._positions, "write_index": self._slots}
+        self._values: dict[tuple[str, tuple[int, ...]], onnxruntime.OrtValue] = {}
         self._bound = self._bound_width = self._bound_rows = -1  # nothing yet, not even an empty step
         for name, buffer in {"token_buffer": self.token_buffer, **self._text}.items():
             self._bind_rows(name, buffer, buffer.shape)
@@ -225,18 +228,18 @@ class PrefixEngine(PrefixState):
     def step(self, lanes: Sequence[int] = (0,)) -> None:
         if self.streams > 1:
             self._take_in(lanes)
-        width, count, fed = self._begin(lanes), 0, self._fed
+        width, count = self._begin(lanes), 0
         self._ran.clear()
         for number in lanes:
             lane, column = self._lanes[number], self._order.index(number)
             steps, n, at = lane.steps, lane.next, column * width
             first, last = lane.offsets[n : n + 2]
             here = slice(at, at + last - first)
-            fed["sources"][here] = lane.sources[first:last]
-            fed["positions"][here] = steps.positions[first:last]
+            self._sources[here] = lane.sources[first:last]
+            self._positions[here] = steps.positions[first:last]
             self._slots[here] = np.arange(lane.starts[n], lane.starts[n] + last - first)
             decoded = self._begin_draws(number, count)
-            fed["logit_rows"][count : count + len(decoded)] = decoded + np.int32(at)
+            self._logit_rows[count : count + len(decoded)] = decoded + np.int32(at)
             count += len(decoded)
             first, last = lane.updates[n : n + 2]
             slots = steps.update_slots[first:last] * len(self._order) + column
@@ -258,7 +261,7 @@ class PrefixEngine(PrefixState):
             return width
         self._bind_prefix((live // GRANULE + 1) * GRANULE)
         rows = len(self._order) * width
-        self._fed["sources"][:rows] = self._fed["positions"][:rows] = 0
+        self._sources[:rows] = self._positions[:rows] = 0
         self._slots[:rows] = self._bound - 1
         return width
 
@@ -325,6 +328,7 @@ class PrefixEngine(PrefixState):
     def close(self) -> None:
         super().close()
         self._binding = None
+        self._values.clear()
 
     def _shapes(self, vocabulary: int) -> dict[str, tuple[int, ...]]:
         """Of what a step binds, -1 where it depends on the step."""
@@ -356,15 +360,25 @@ class PrefixEngine(PrefixState):
     def _bind_frontier(self, width: int, rows: int) -> None:
         if width != self._bound_width:
             shape = (len(self._order), width)
-            self._bind_rows("sources", self._fed["sources"], shape)
-            self._bind_rows("positions", self._fed["positions"], shape)
-            self._bind_rows("write_index", self._slots, shape)
+            for name, array in self._fed.items():
+                self._binding.bind_ortvalue_input(name, self._value(name, array, shape))
         if rows != self._bound_rows:
-            self._bind_rows("logit_rows", self._fed["logit_rows"], (rows,))
-            self._bind_rows("logits", self._logits, (rows, self._logits.shape[1]), output=True)
+            wanted = self._value("logit_rows", self._logit_rows, (rows,))
+            self._binding.bind_ortvalue_input("logit_rows", wanted)
+            logits = self._value("logits", self._logits, (rows, self._logits.shape[1]))
+            self._binding.bind_ortvalue_output("logits", logits)
         for name in self._watch:  # their size follows the step's: the memory is ONNX Runtime's
             self._binding.bind_output(name, "cpu")
         self._bound_width, self._bound_rows = width, rows
+
+    def _value(self, name: str, buffer: NDArray[Any], shape: tuple[int, ...]) -> onnxruntime.OrtValue:
+        """The start of a buffer, kept for each shape: binding it anew takes six times as long."""
+        if (name, shape) not in self._values:
+            from onnxruntime import OrtValue
+
+            start = buffer.reshape(-1)[: prod(shape)].reshape(shape)
+            self._values[name, shape] = OrtValue.ortvalue_from_numpy(start)
+        return self._values[name, shape]
 
     def _bind_rows(
         self, name: str, buffer: NDArray[Any], shape: tuple[int, ...], *, output: bool = False

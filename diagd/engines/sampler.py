@@ -69,18 +69,48 @@ _ROOT_BITS: Final = 0x3F3504F3  # of the square root of one half
 
 
 class HostSampler:
-    """Draws the tokens of steps by the rules of a bundle."""
+    """Draws the tokens of up to so many rows of a pass by the rules of a bundle.
 
-    def __init__(self, manifest: Manifest) -> None:
+    Attributes:
+        cells: int64 [R], positions of the cells of rows, counted from the start of the stream.
+        seeds: uint64 [R].
+        low, high: int32 [R], first id that a row may take, and one past the last.
+    """
+
+    def __init__(self, manifest: Manifest, rows: int) -> None:
         self._layout, self._keep_crossing = manifest.layout, manifest.sampling.keep_crossing
         self._ranges = manifest.sampling.range_table(manifest.layout)
+        self.cells, self.seeds = np.zeros(rows, np.int64), np.zeros(rows, np.uint64)
+        self.low, self.high, self._ids = (np.zeros(rows, np.int32) for _ in range(3))
+        # What is the same in every pass is looked up once: behind an engine, nothing of this is in a cache.
+        self._kernels, self._first = host_build(), -1
+        self._arguments = DrawArguments(keep_crossing=self._keep_crossing)
+        arrays = ("low", self.low), ("high", self.high), ("positions", self.cells), ("seeds", self.seeds)
+        self._arrays = [
+            (name, address(array), array.itemsize) for name, array in (*arrays, ("tokens", self._ids))
+        ]
 
-    def draw(self, logits: Float, cells: NDArray[np.int64], state: SamplingState, seeds: Words) -> Int:
-        """Ids int32 [D] of cells [D] from the logits [D, V] of their rows, each with its seed, uint64 [D]."""
-        if not len(cells):
-            return np.empty(0, np.int32)
+    def ranges(self, cells: NDArray[np.int64]) -> tuple[Int, Int]:
+        """Ids that may stand at cells [D]: the first of each, and one past the last."""
         low, high = self._ranges[(cells - self._layout.prefix) % self._layout.frame_length].T
-        return _drawer()(logits, cells, state, low, high, self._keep_crossing, seeds)
+        return low, high
+
+    def draw(self, logits: Float, rows: slice, state: SamplingState) -> Int:
+        """Ids int32 [D] of some rows, valid until the next are drawn, from their logits [D, V]."""
+        low, high = self.low[rows], self.high[rows]
+        if self._kernels is None or not len(low):
+            given = low, high, self._keep_crossing, self.seeds[rows]
+            return draw_plain(logits, self.cells[rows], state, *given) if len(low) else low
+        arguments = self._arguments
+        if rows.start != self._first:
+            self._first = rows.start
+            for name, begin, size in self._arrays:
+                setattr(arguments, name, begin + rows.start * size)
+        arguments.logits, arguments.stride, arguments.rows = address(logits), logits.shape[1], len(low)
+        arguments.top_k, arguments.top_p = min(state.top_k, VOID), state.top_p
+        arguments.temperature = state.temperature
+        _draw(self._kernels, arguments, logits, low, high)
+        return self._ids[rows]
 
 
 def sample(
@@ -148,9 +178,13 @@ def draw_compiled(
         *map(address, (*arrays, tokens)),
         *(logits.shape[1], rows, min(state.top_k, VOID), state.temperature, state.top_p, keep_crossing),
     )
+    _draw(kernels, arguments, logits, low, high)
+    return tokens
+
+
+def _draw(kernels: ctypes.CDLL, arguments: DrawArguments, logits: Float, low: Int, high: Int) -> None:
     if refused := kernels.diagd_draw(ctypes.byref(arguments)):
         raise refusal(refused - 1, float(logits[refused - 1, low[refused - 1] : high[refused - 1]].max()))
-    return tokens
 
 
 def draw_plain(
