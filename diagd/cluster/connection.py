@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 
 from diagd.errors import UsageError, require
@@ -41,7 +45,8 @@ def connect(address: str) -> Any:
     if address == HERE:
         told["include_dashboard"] = False
     try:
-        ray.init(address, **told)
+        with _signals_wait() if address == HERE else nullcontext():
+            ray.init(address, **told)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and types of its own
         raise UsageError(
             f"cannot join a Ray cluster at {address}: {str(error).strip() or type(error).__name__}; start "
@@ -49,6 +54,24 @@ def connect(address: str) -> Any:
             "machine the token of `ray get-auth-token`"
         ) from error
     return ray
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let signals wait that end this process: a cluster that they hit as it starts stays, or crashes it."""
+    came: list[int] = []
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: was for number in numbers if callable(was := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def check_place(ray: Any, cores: float, gpus: float) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -47,3 +48,29 @@ print(*listening() - before)
     hosts = {address.partition(":")[0] for address in found.stdout.split()}
     assert hosts
     assert all(host.endswith("0100007F") for host in hosts), hosts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_cluster_that_is_interrupted_as_it_starts_ends_when_it_has_begun(name: str) -> None:
+    if find_spec("ray") is None:
+        pytest.skip("pip install 'diagd[cluster]'")
+    code = f"""
+import os, signal, sys
+from diagd.cli.main import main
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
+import ray
+begin = ray.init
+def interrupted(*where, **told):
+    os.kill(os.getpid(), signal.{name})
+    begin(*where, **told)
+    print("begun")
+ray.init = interrupted
+sys.exit(main(["world", "collect", "nothing", "--cluster", "local"]))
+"""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=kept, capture_output=True, text=True, check=False
+    )
+    expected = 128 + getattr(signal, name), "begun\n", "interrupted\n"
+    assert (found.returncode, found.stdout, found.stderr) == expected
