@@ -5,6 +5,7 @@ Their results do not depend on how many there are.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -33,6 +34,10 @@ Make = Callable[[], Callable[[Item], Result]]
 MAX_DEATHS: Final = 3
 """Workers that may be killed at one item."""
 
+_SLOW: Final = 30.0
+"""Seconds until somebody is told that no worker of a cluster has begun."""
+
+_LOG = logging.getLogger(__name__)
 _HAS_MASKS: Final = hasattr(signal, "pthread_sigmask")
 
 _End: TypeAlias = "Connection[Any, Any]"
@@ -370,6 +375,7 @@ class RayWorkers(_Pool[Item, Result]):
         self._kind = ray.remote(num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD")(_Actor)
         self._make = ray.put(make)
         self._actors: list[Any] = []
+        self._is_told = False
 
     @override
     def _start(self) -> tuple[Any, Any]:
@@ -383,7 +389,13 @@ class RayWorkers(_Pool[Item, Result]):
 
     @override
     def _wait(self, replies: Sequence[Any]) -> Any:
-        return self._ray.wait(replies)[0][0]
+        come, _ = self._ray.wait(replies, timeout=None if self._busy or self._is_told else _SLOW)
+        if not come:
+            self._is_told = True
+            waits = "no worker has begun after %g seconds: they wait until a node has cores and GPUs to spare"
+            _LOG.warning(waits, _SLOW)
+            return self._wait(replies)
+        return come[0]
 
     @override
     def _read(self, reply: Any) -> Any:

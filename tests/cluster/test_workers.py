@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,21 @@ def test_a_killed_actor_is_replaced(nodes: Any, tmp_path: Path) -> None:
         list(workers.map(range(2)))
     with pytest.raises(UsageError, match="no node of the cluster has 1 cores and 1 GPUs"):
         RayWorkers(partial(squares, tmp_path), nodes.address, 2, gpus=1)
+
+
+def test_workers_that_wait_for_a_node_say_so(
+    nodes: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = RayWorkers(partial(squares, tmp_path), nodes.address, 4)
+    assert dict(held.map(range(4, 12))) == {number: (number + 4) ** 2 for number in range(8)}
+    held._add(4)  # all cores there are
+    monkeypatch.setattr("diagd.cluster.workers._SLOW", 0.5)
+    with RayWorkers(partial(squares, tmp_path), nodes.address, 1) as workers:
+        ends = threading.Timer(3, held.close)
+        ends.start()
+        assert dict(workers.map([5])) == {0: 25}
+        ends.join()
+    assert caplog.text.count("wait until a node has cores") == 1
 
 
 def test_evaluations_do_not_depend_on_who_does_them(nodes: Any, tmp_path: Path) -> None:
