@@ -112,10 +112,8 @@ class Session:
     @stream.setter
     def stream(self, stream: Stream) -> None:
         if (stream.layout, stream.window) != (self.layout, self.window):
-            raise UsageError(
-                f"the stream has a window of {stream.window} frames and {stream.layout}; this session's has "
-                f"{self.window} and {self.layout}"
-            )
+            its, own = (f"{one.window} frames and {one.layout}" for one in (stream, self))
+            raise UsageError(f"the stream has a window of {its}; this session's has {own}")
         self._run += 1
         self._stream = stream
 
