@@ -98,9 +98,11 @@ class HostSampler:
     def draw(self, logits: Float, rows: slice, state: SamplingState) -> Int:
         """Ids int32 [D] of some rows, valid until the next are drawn, from their logits [D, V]."""
         low, high = self.low[rows], self.high[rows]
-        if self._kernels is None or not len(low):
+        if not len(low):
+            return low
+        if self._kernels is None:
             given = low, high, self._keep_crossing, self.seeds[rows]
-            return draw_plain(logits, self.cells[rows], state, *given) if len(low) else low
+            return draw_plain(logits, self.cells[rows], state, *given)
         arguments = self._arguments
         if rows.start != self._first:
             self._first = rows.start

@@ -268,9 +268,8 @@ def _rms_norm(x: Any, shape: Sequence[int], weight: Any, epsilon: float) -> Any:
     return result if dtype == wide else op.Cast(result, to=dtype)
 
 
-_TRANSLATIONS: Final[dict[Any, Any]] = {
-    torch.ops.aten.detach_.default: lambda x: x
-}  # of literals of the code
+_DETACH: Final = torch.ops.aten.detach_.default  # of literals of the code
+_TRANSLATIONS: Final[dict[Any, Any]] = {_DETACH: lambda x: x}
 _OF_NORMS: Final[dict[Any, Any]] = {torch.ops.aten.rms_norm.default: _rms_norm}
 
 

@@ -137,11 +137,15 @@ def size_of(
     refed = 0.0  # tokens fed again for each frame of an endless run, in the mean
     if not isinstance(context, RotaryContext):
         refed = (context.frames - context.roll) * config.layout.frame_length / context.roll
-    same = ("layout", "layers", "kv_heads", "head_size", "query_width", "output_vocabulary")
     return ModelSize(
         name=name,
-        **{field: getattr(config, field) for field in same},
+        layout=config.layout,
         context_frames=context.frames,
+        layers=config.layers,
+        kv_heads=config.kv_heads,
+        head_size=config.head_size,
+        query_width=config.query_width,
+        output_vocabulary=config.output_vocabulary,
         streamed=config.parameters - config.looked_up_parameters,
         looked_up=config.looked_up_parameters,
         tokenizer=tokenizer,
