@@ -79,9 +79,8 @@ class Session:
         self._run = self._prepared = 0
         self._left: Run[Seen | None] | None = None  # steps that were sent but have not run
         self._result: Result
-        self.decoder: Decoder = ScheduledDecoder(manifest.schedule)
-        if manifest.decoder == "jacobi":
-            self.decoder = JacobiDecoder()
+        jacobi = manifest.decoder == "jacobi"
+        self.decoder: Decoder = JacobiDecoder() if jacobi else ScheduledDecoder(manifest.schedule)
 
     def __enter__(self) -> Session:
         return self
@@ -92,12 +91,13 @@ class Session:
     def close(self) -> None:
         """Give the engine's memory back, or the place in it; the session is dead then."""
         self._run += 1
-        if self._owns or self.closed:
-            self.passes.close()
-            return
-        self._slots.restart(0)
-        self.engine.write_slots(self._slots.slot_position, self.lane)
-        self._cached = None
+        with self.passes.held:
+            if self._owns:
+                self.passes.close()
+            elif not self.closed:
+                self._slots.restart(0)
+                self.engine.write_slots(self._slots.slot_position, self.lane)
+                self._cached = None
 
     @property
     def closed(self) -> bool:
@@ -242,7 +242,6 @@ class Session:
     ) -> tuple[Decoder, int]:
         stream = self._stream
         self.passes.check_open()
-        self.passes.check_process()
         if not stream.known:
             raise UsageError("a session needs a prompt; call start(frames, actions) first")
         if self.layout.gap and actions is None:
@@ -255,7 +254,7 @@ class Session:
                 f"the decoder is {decoder!r}; expected one such as "
                 "diagd.ScheduledDecoder(diagd.Schedule.chained(session.layout, k=1))"
             )
-        with self.passes.turn:
+        with self.passes.turn, self.passes:
             stream.padded, stream.seed, stream.law = self._padded(), seed, self._law
             stream.settings = SamplingSettings.of(self.manifest.sampling, sampling)
             self._run += 1
@@ -319,7 +318,8 @@ class Session:
         for frame in range(known, stream.known):
             cells = stream.places.cells(frame)
             places = np.arange(cells.start, cells.stop, dtype=np.int32)
-            stream.settle(frame, self.engine.read_tokens(places, self.lane))
+            with self.passes:
+                stream.settle(frame, self.engine.read_tokens(places, self.lane))
 
     def _check_run(self, run: int) -> None:
         if run != self._run:
@@ -336,17 +336,17 @@ class Session:
             self._slots.rewind(stream.rejected)
             stream.rejected = None
         while self._prepared < stream.begun + (stream.acting and self._context.slides_first):
-            refill = self._context.advance(self._prepared, int(block.positions.min()))
+            with passes:
+                refill = self._context.advance(self._prepared, int(block.positions.min()))
             self._prepared += 1
             if refill is not None:
                 yield from self._refill(refill)
                 began = time.perf_counter()
-        steps = self._pack(block)
-        parts = sorted({block.pause, len(steps)} - {0})
-        engine.send(steps, None if watched or passes.stamps is not None else parts, self.lane)
-        widths, live = block.shape.widths.tolist(), steps.live.tolist()
-        bounds = steps.decode_offsets.tolist()
-        for n, width in enumerate(widths):
+        with passes:
+            steps, each = self._pack(block), watched or passes.stamps is not None
+            engine.send(steps, None if each else sorted({block.pause, len(steps)} - {0}), self.lane)
+        live, bounds = steps.live.tolist(), steps.decode_offsets.tolist()
+        for n, width in enumerate(block.shape.widths.tolist()):
             if stream.unsent:  # written by whoever watched the step before
                 self._send_tokens()
             first, last = bounds[n], bounds[n + 1]
@@ -387,8 +387,9 @@ class Session:
 
     def _send_tokens(self) -> None:
         """Give the engine the tokens that were written since the last step."""
-        for places, ids in self._stream.unsent:
-            self.engine.write_tokens(places, ids, self.lane)
+        with self.passes:
+            for places, ids in self._stream.unsent:
+                self.engine.write_tokens(places, ids, self.lane)
         self._stream.unsent.clear()
 
     def _refill(self, refill: Refill) -> Run[Never]:

@@ -141,9 +141,12 @@ which must have run when it goes on, and what it comes to in between."""
 class Passes:
     """Runs passes of an engine, and tells what the last one took (``time.perf_counter``).
 
+    Whatever else is done with the engine is done in a ``with`` statement over it: the engine stays open.
+
     Attributes:
         entered, left, sampled: when it began, when the engine returned, and when its tokens were drawn.
         turn: of a thread, which has it from one event of a run to the next.
+        held: by the thread that uses the engine, which is not closed meanwhile; never for what callers give.
         stamps: the number of the next time stamp on the engine's clock, which gets one ahead of every pass
             and one behind it while this is not None.
         closed: whether the engine is.
@@ -152,28 +155,35 @@ class Passes:
     def __init__(self, engine: Engine) -> None:
         self.entered = self.left = self.sampled = 0.0
         self.stamps: int | None = None
-        self.turn, self._running = threading.RLock(), threading.RLock()
+        self.turn, self.held = threading.RLock(), threading.RLock()
         self.closed = False
         self._engine, self._process = engine, os.getpid()
 
-    def check_process(self) -> None:
-        """Refuse (UsageError) to run where the engine's threads are not."""
+    def __enter__(self) -> None:
+        self.held.acquire()
+        try:
+            self.check_open()
+        except UsageError:
+            self.held.release()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self.held.release()
+
+    def check_open(self) -> None:
+        """Refuse (UsageError) to use what is closed, or where the engine's threads are not."""
+        if self.closed:
+            raise UsageError("the session is closed; open another one with diagd.load")
         if self._process != os.getpid():
             raise UsageError(
                 "the session was opened before this process was forked, and its threads are not here; open "
                 "it in the process that uses it, or start processes by spawn"
             )
 
-    def check_open(self) -> None:
-        """Refuse (UsageError) to run what is closed."""
-        if self.closed:
-            raise UsageError("the session is closed; open another one with diagd.load")
-
     def run(self, lanes: Sequence[int]) -> None:
         """One pass for some lanes."""
         engine, number = self._engine, self.stamps
-        with self._running:
-            self.check_open()
+        with self:
             self.entered = time.perf_counter()
             if number is not None:
                 engine.clock.mark(number)
@@ -186,8 +196,8 @@ class Passes:
             self.sampled = time.perf_counter()
 
     def close(self) -> None:
-        """Close the engine, behind the pass that another thread runs: it writes to the engine's memory."""
-        with self._running:
+        """Close the engine, behind what another thread does with it: a pass writes to the engine's memory."""
+        with self.held:
             if not self.closed:
                 self.closed = True
                 self._engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -232,3 +233,39 @@ def test_what_cannot_be_shared_is_refused(bundle: Bundle, group: Group) -> None:
         group.step({"left": ACTIONS[0][0]})  # type: ignore[dict-item]
     with pytest.raises(UsageError, match="3 is one for no session; expected one for each"):
         group.step(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("used", ["write_slots", "write_tokens", "send", "step", "read_tokens"])
+@pytest.mark.parametrize("sessions", [None, SESSIONS])
+def test_an_engine_is_closed_behind_what_another_thread_does_with_it(
+    bundle: Bundle, used: str, sessions: int | None
+) -> None:
+    """Its memory was gone under who had just begun a run: a KeyError, or worse on a device."""
+    opened, found = diagd.load(bundle.path, threads=1, sessions=sessions), list[Exception]()
+    engine, first = opened.engine, opened if isinstance(opened, Session) else opened.sessions[0]
+    begins, goes_on, use = threading.Event(), threading.Event(), getattr(engine, used)
+    led = start(first, 0)
+
+    def slow(*given: object) -> object:
+        begins.set()
+        assert goes_on.wait(60)
+        return use(*given)
+
+    def decode() -> None:
+        try:
+            list(first.frames(None, led) if sessions is None else opened.frames({0: led}))  # type: ignore[arg-type]
+        except Exception as error:
+            found.append(error)
+
+    setattr(engine, used, slow)
+    decodes, closes = threading.Thread(target=decode), threading.Thread(target=opened.close)
+    decodes.start()
+    assert begins.wait(60)
+    closes.start()
+    closes.join(0.2)
+    assert not opened.passes.closed
+    goes_on.set()
+    for thread in (closes, decodes):
+        thread.join(60)
+    assert opened.passes.closed
+    assert [type(error) for error in found] == [UsageError]
