@@ -13,15 +13,18 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 
 from benchmarks import CONSOLE, parser
 from diagd.bundle import Bundle
+from diagd.bundle.actions import Slot
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.progress import Progress
 from diagd.runtime.load import open_session
@@ -60,11 +63,9 @@ class Count:
     seconds: float = 0.0
 
 
-def measure(tab: Tab, session: Session, told: dict, decoder: str, frames: int) -> dict[str, Count]:
+def measure(tab: Tab, session: Session, told: dict[str, Any], decoder: str, frames: int) -> dict[str, Count]:
     manifest, counts = session.manifest, {"page": Count(), "Python": Count()}
-    random, (first, *_) = np.random.default_rng(0), told["rest"]
-    names = manifest.actions.slots[0].names if manifest.actions else ()
-    ids = random.integers(first, first + len(names), (frames + WARM + AHEAD, 1)).astype(np.int32)
+    ids = random_actions(manifest.actions.slots if manifest.actions else (), frames + WARM + AHEAD)
     tab.evaluate(f"begin({decoder!r}, {ids.tolist()})")
     prompt = np.array(told["prompts"][0], np.int32).reshape(-1, manifest.layout.rows, manifest.layout.columns)
     session.start(prompt, np.tile(told["rest"], (len(prompt), 1)))
@@ -86,6 +87,12 @@ def measure(tab: Tab, session: Session, told: dict, decoder: str, frames: int) -
             counts[name].tokens += tokens
             counts[name].seconds += seconds if at >= WARM else 0.0
     return counts
+
+
+def random_actions(slots: Sequence[Slot], count: int) -> NDArray[np.int32]:
+    """Tokens [count, slots]."""
+    random = np.random.default_rng(0)
+    return np.stack([random.choice(slot.ids, count) for slot in slots], axis=1).astype(np.int32)
 
 
 def rows(page: Path, bundle: Bundle, frames: int) -> Iterator[tuple[str, ...]]:
