@@ -20,8 +20,10 @@ def parser(description: str | None, bundle: str | None = None) -> argparse.Argum
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if bundle is not None:
-        made.add_argument(bundle, type=Path, **({"required": True} if bundle.startswith("-") else {}))
+    if bundle is not None and bundle.startswith("-"):
+        made.add_argument(bundle, type=Path, required=True)
+    elif bundle is not None:
+        made.add_argument(bundle, type=Path)
     return made
 
 

@@ -54,6 +54,7 @@ class TorchForm(ABC):
         self.embedding, self.norm = self._tensor(weights["embedding"]), self._tensor(weights["norm.weight"])
         self.head = self._matrix(weights["head"])
         self.layers = [self._layer(weights, f"layers.{n}.") for n in range(config.layers)]
+        assert config.rotary is not None
         angles = torch.from_numpy(config.rotary.angles(config.layout, self.positions)).unsqueeze(1)
         self.cosines, self.sines = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
         self.keys, self.values = self._empty_cache()

@@ -385,10 +385,11 @@ def read_message(content: bytes, folder: Path) -> None:
     if isinstance(message, Choose):
         message.settings.open(read_manifest(SHIPPED)).check(game().session.stream)
         message.settings.sampling  # noqa: B018
-    for codec in CODECS if isinstance(message, Input) else ():
-        player = Player(default_controls(codec), codec)
-        player.update(message.keys, (message.dy, message.dx), message.axes, message.t)
-        player.take()
+    if isinstance(message, Input):
+        for codec in CODECS:
+            player = Player(default_controls(codec), codec)
+            player.update(message.keys, (message.dy, message.dx), message.axes, message.t)
+            player.take()
 
 
 @cache

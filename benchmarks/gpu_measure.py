@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,12 @@ from diagd.runtime.session import Session
 from diagd.runtime.slots import TokenPlaces
 from diagd.schedule import Block, Schedule, StreamLayout, Table
 
-FLOAT = "fp16"
+if TYPE_CHECKING:  # PyTorch is loaded where it is asked for
+    from torch import Tensor
+
+    from benchmarks.baselines import PublishedForm
+
+FLOAT: Final = "fp16"
 """Precision of what is measured, where none is named."""
 
 GREEDY = SamplingSettings(temperature=0.0)
@@ -98,7 +103,8 @@ def make_bundle(family: Family, folder: Path, frames: int, precision: str = FLOA
     """The model with random weights in a precision, in the modern form; made where it is missing."""
     from diagd.calibration.options import CalibrationOptions
     from diagd.calibration.quantise import calibrate
-    from diagd.export.exporter import GraphOptions, export, random_sources
+    from diagd.export.exporter import export, random_sources
+    from diagd.export.options import GraphOptions
     from diagd.progress import Progress
 
     path, widths = folder / f"{family.name}.diagd", widths_of(family.transformer.layout, frames)
@@ -138,21 +144,20 @@ class Bench:
         stored = read_model(bundle.at_precision(), Form.MODERN)
         published = "published" in part
         taken = self._published(bundle, family, part) if published else self._engine(bundle, part)
-        return [
-            Row(model=family.name, runtime=part, **best, **self._work(stored, case)) for case, best in taken
-        ]
+        return [self._row(stored, case, model=family.name, runtime=part, **best) for case, best in taken]
 
-    def _work(self, stored: StoredModel, case: Case) -> dict[str, float]:
-        """What a step must read and compute in the mean, and the limits of the device."""
+    def _row(self, stored: StoredModel, case: Case, **told: Any) -> Row:
+        """With what a step must read and compute in the mean, and the limits of the device."""
         layout = case.schedule.layout
         rows = float(case.table.widths.mean()) if case.rows is None else case.rows
         live = layout.frame_start(case.known) + case.frames * layout.frame_length / 2
-        return {
-            "bytes_read": stored.step_bytes(live),
-            "operations": step_operations(stored.size, rows, live),
-            "bandwidth": self.ceilings.bandwidth,
-            "peak": self.ceilings.peak,
-        }
+        return Row(
+            bytes_read=stored.step_bytes(live),
+            operations=step_operations(stored.size, rows, live),
+            bandwidth=self.ceilings.bandwidth,
+            peak=self.ceilings.peak,
+            **told,
+        )
 
     def _engine(self, bundle: Bundle, part: str) -> Timed:
         manifest = bundle.manifest
@@ -237,7 +242,7 @@ def first_steps(table: Table, steps: int = 16) -> Block:
     return table.block(0, min(steps, table.steps))
 
 
-def captured(form: Any) -> Callable[..., Any]:
+def captured(form: PublishedForm) -> Callable[..., Tensor]:
     """The step of a PyTorch form, compiled to one CUDA graph for each width."""
     import torch
 
@@ -245,7 +250,7 @@ def captured(form: Any) -> Callable[..., Any]:
         torch._dynamo.mark_static_address(cache)  # else a graph that writes to it is not captured
     compiled = torch.compile(form._forward, mode="reduce-overhead", dynamic=False, fullgraph=True)
 
-    def step(*tensors: Any) -> Any:
+    def step(*tensors: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         return compiled(*tensors)
 
@@ -254,10 +259,11 @@ def captured(form: Any) -> Callable[..., Any]:
 
 def stored_weights(bundle: Bundle, family: Family) -> Mapping[str, Any]:
     """The transformer's weights, mapped from their file: a graph would lack norms whose gains are equal."""
-    from diagd.export.exporter import Exporter, GraphOptions
+    from diagd.export.exporter import Exporter
+    from diagd.export.options import GraphOptions
     from diagd.export.weights import WEIGHTS_NAME
 
-    placements = Exporter(family, GraphOptions((Form.MODERN,), "fp16"))._placements
+    placements = Exporter(family, GraphOptions((Form.MODERN,), FLOAT))._placements
     return {
         name.removeprefix("transformer."): np.memmap(
             bundle.file(WEIGHTS_NAME), place.dtype, "r", place.offset, place.shape

@@ -33,8 +33,9 @@ from diagd.engines.gpu import step_operators
 from diagd.engines.onnxruntime_session import OnnxRuntimeProgram, open_cuda_session
 from diagd.engines.tensors import StepTensors
 from diagd.errors import DiagdError
-from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.exporter import export, random_sources
 from diagd.export.families import Family, cosmos, find, mineworld, wham
+from diagd.export.options import GraphOptions
 
 PACKAGES = ("onnxruntime-gpu==1.31.1", "nvidia-cuda-runtime>=13,<14", "nvidia-cuda-crt>=13,<14")
 PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"

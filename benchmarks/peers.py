@@ -78,8 +78,9 @@ def main() -> None:
 
 def make_bundle(path: Path, window: int) -> Bundle:
     """The model in both forms and all precisions, its fixed buffers for a window of frames."""
-    from diagd.export.exporter import GraphOptions, export, random_sources
+    from diagd.export.exporter import export, random_sources
     from diagd.export.families import find
+    from diagd.export.options import GraphOptions
 
     if not path.is_dir():
         family = find("mineworld-300m")

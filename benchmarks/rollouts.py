@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -99,7 +99,8 @@ def compare(
     table = Table("order", *names, "gain", "equal tokens", "products, s", "and attention, s")
     for task in TASKS:
         theirs, ours = (float(np.median(spent[task, name][1:])) for name in models)
-        equal = np.equal(*(made[task, name] for name in models)).mean()
+        other, own = (made[task, name] for name in models)
+        equal = np.equal(other, own).mean()
         products, attention = least[task]
         bounds = (f"{bound:.2f} ({theirs / bound:.2f}x)" for bound in (products, products + attention))
         table.add_row(task, f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}x", f"{equal:.1%}", *bounds)
@@ -177,7 +178,7 @@ def bare_attention(config: TransformerConfig) -> onnxruntime.InferenceSession:
     nodes, names = [], ["queries"]
     for layer in range(config.layers):
         keys, values = f"rows_{2 * layer}", f"rows_{2 * layer + 1}"
-        chain = (
+        chain: tuple[tuple[str, list[str], str, dict[str, Any]], ...] = (
             ("Transpose", [keys], f"k{layer}", {"perm": [1, 2, 3, 0]}),
             ("MatMul", ["queries", f"k{layer}"], f"s{layer}", {}),
             ("Softmax", [f"s{layer}"], f"p{layer}", {"axis": -1}),

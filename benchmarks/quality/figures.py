@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from benchmarks.quality.decoders import DecoderFigures
 from diagd.schedule import RowSeed
 from diagd.tuning.prefer import PreferReport
-from worlds.evaluate import Drift, EvalOptions, Scores
+from worlds.evaluate import Drift, Scores
 from worlds.metrics import Estimate
+from worlds.options import EvalOptions
 
 SEEDS = (RowSeed.PREVIOUS_FRAME, RowSeed.ABOVE, RowSeed.DUPLICATE, RowSeed.PROMPT)
 

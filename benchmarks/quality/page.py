@@ -12,8 +12,9 @@ from benchmarks.quality.figures import SEEDS, CompatRow, Figures, GapRow, SizeFi
 from benchmarks.quality.questions import QUESTIONS, World, difference, gap, plain
 from diagd.tuning.prefer import TUNED, PreferReport
 from diagd.tuning.reward import Change
-from worlds.evaluate import Drift, EvalOptions, Judgement, Scores
+from worlds.evaluate import Drift, Judgement, Scores
 from worlds.metrics import Estimate
+from worlds.options import EvalOptions
 
 CONTACT = "truth, next-token prediction and diagonal schedules from the same prompt"
 
@@ -300,8 +301,8 @@ _JUDGED: dict[str, Callable[[Judgement], Estimate | None]] = {
     "NLL under NTP": lambda judgement: judgement.generated_nll,
     "as NTP": lambda judgement: judgement.ntp_match,
     "match, last frame": lambda judgement: judgement.truth.match[-1],
-    "action followed": lambda judgement: judgement.geometry and judgement.geometry.followed,
-    "tiles consistent": lambda judgement: judgement.geometry and judgement.geometry.agreement,
+    "action followed": lambda judgement: judgement.geometry.followed if judgement.geometry else None,
+    "tiles consistent": lambda judgement: judgement.geometry.agreement if judgement.geometry else None,
 }
 
 

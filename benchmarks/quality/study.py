@@ -32,11 +32,12 @@ from diagd.schedule import RowSeed, Schedule, StreamLayout
 from diagd.tuning.prefer import PreferReport
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
 from diagd.tuning.reward import Probe
-from worlds.evaluate import EvalOptions, Evaluation, measure_drift
+from worlds.evaluate import Evaluation, measure_drift
 from worlds.folder import load_world
 from worlds.geometry import Geometry
 from worlds.metrics import Estimate
 from worlds.model import BundleModel, WorldModel, open_model
+from worlds.options import EvalOptions
 from worlds.pareto import plot_points
 from worlds.report import save_contact_sheet
 from worlds.run_eval import fit_probe, pictures, recorded_walks, walk_actions
@@ -235,9 +236,10 @@ class Study:
         """Of the shipped model and of other sizes."""
         return {SHIPPED_SIZE: self._options.model, **self._options.sizes}
 
-    def _evaluation(self, model: WorldModel, **sizes: int) -> Evaluation:
+    def _evaluation(self, model: WorldModel, rollouts: int | None = None) -> Evaluation:
         """In the shipped world."""
-        chosen = replace(self._options.evaluation, **sizes)
+        options = self._options.evaluation
+        chosen = replace(options, rollouts=rollouts or options.rollouts)
         return Evaluation(model, self._recording, self._geometry, chosen)
 
     def _evaluation_of_any(
@@ -360,8 +362,9 @@ def _frames_per_second(session: Session, schedule: Schedule, frames: int) -> flo
 
 
 def export_world(folder: Path, output: Path) -> Path:
-    from diagd.export.exporter import GraphOptions, export, open_sources
+    from diagd.export.exporter import export, open_sources
     from diagd.export.families import find
+    from diagd.export.options import GraphOptions
 
     family = find("world", str(folder))
     return export(family, GraphOptions(), open_sources(family, None, None), output).path
@@ -441,9 +444,10 @@ def _check_there(options: StudyOptions) -> None:
     folders += [path for paths in options.worlds.values() for path in paths]
     missing = [path for path in folders if not path.is_dir()]
     missing += [path for path in options.preferences.values() if not path.is_file()]
-    if missing := dict.fromkeys(map(str, missing)):
+    if missing:
+        names = ", ".join(dict.fromkeys(map(str, missing)))
         raise UsageError(
-            f"no folders or reports {', '.join(missing)}: record and train them, or name others; the "
+            f"no folders or reports {names}: record and train them, or name others; the "
             "commands are in docs/world.md, under The quality page"
         )
 

@@ -20,7 +20,7 @@ from diagd.bundle import Bundle, Form, Manifest
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.backend import Backend, Graph, StepOptions, as_graph, graphs_of, widths_of
 from diagd.engines.ceilings import Ceilings, device_ceilings
-from diagd.engines.devices import Device
+from diagd.engines.devices import Device, KernelDevice
 from diagd.engines.devices.cuda import CudaDevice, describe_device, open_driver
 from diagd.engines.devices.kernels import (
     ATTENTION,
@@ -147,7 +147,7 @@ def open_cuda(bundle: Bundle, device: CudaDevice, options: StepOptions) -> Execu
     return Executor(bundle.manifest, steps[0], widths, options, device, bind)
 
 
-def step_operators(manifest: Manifest, graph: StepGraph, device: CudaDevice) -> Path | None:
+def step_operators(manifest: Manifest, graph: StepGraph, device: KernelDevice) -> Path | None:
     """The library that the next session registers, to run functions of a step on kernels; None: it cannot.
 
     ONNX Runtime's own are 19 launches between the products of a layer, these four, one between two products

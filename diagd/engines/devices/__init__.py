@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,3 +64,18 @@ class Device(Clock, Protocol):
 
     def close(self) -> None:
         """Wait, then free everything; arrays and addresses handed out are dead afterwards."""
+
+
+class KernelDevice(Device, Protocol):
+    """A GPU, or what stands in for one: kernels are loaded on it.
+
+    ``architecture``: compute capability, such as 90; ``processors``: streaming multiprocessors;
+    ``block_bytes``: memory that a block may ask for.
+    """
+
+    architecture: int
+    processors: int
+    block_bytes: int
+
+    def load(self, code: bytes, names: Sequence[str], shared: int = 0) -> Mapping[str, Any]:
+        """Functions of machine code or PTX by name, which may take ``shared`` bytes of a block's memory."""

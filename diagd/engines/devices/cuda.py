@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from diagd.engines.devices import Array, Device
+from diagd.engines.devices import Array, KernelDevice
 from diagd.engines.devices.kernels import CHUNK_BYTES, KERNELS, built_ptx, compile_kernels
 from diagd.errors import EngineError, require
 
@@ -63,7 +63,7 @@ def describe_device(driver: ModuleType) -> DeviceDescription:
     return DeviceDescription(name, f"sm{major}{minor}", f"{version // 1000}.{version % 1000 // 10}")
 
 
-class CudaDevice(Device):
+class CudaDevice(KernelDevice):
     """The first GPU; everything allocated is freed by ``close``."""
 
     kind, ahead, chunk_bytes, threads = "cuda", True, CHUNK_BYTES, 512
@@ -84,30 +84,18 @@ class CudaDevice(Device):
         self._graphs: list[Any] = []
         self._marks: list[Any] = []
         self._modules: list[Any] = []
+        self.architecture = int(self.description.target[2:])
+        self.processors = self._attribute("MULTIPROCESSOR_COUNT")
+        self.block_bytes = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
         ptx = built_ptx()
         self._functions = self.load(ptx + b"\0" if ptx else compile_kernels(self.architecture), KERNELS)
-
-    @property
-    def architecture(self) -> int:
-        """Compute capability, such as 90."""
-        return int(self.description.target[2:])
-
-    @property
-    def processors(self) -> int:
-        """Streaming multiprocessors."""
-        return self._attribute("MULTIPROCESSOR_COUNT")
-
-    @property
-    def block_bytes(self) -> int:
-        """Memory that a block may ask for."""
-        return self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
 
     def _attribute(self, name: str) -> int:
         attribute = getattr(self._cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return int(check(self._cuda.cuDeviceGetAttribute(attribute, self._device)))
 
-    def load(self, code: bytes, names: Sequence[str], shared: int = 0) -> dict[str, Any]:
-        """Functions of machine code or PTX by name, which may take ``shared`` bytes of a block's memory."""
+    @override
+    def load(self, code: bytes, names: Sequence[str], shared: int = 0) -> Mapping[str, Any]:
         module = check(self._cuda.cuModuleLoadData(code))
         self._modules.append(module)
         found = {name: check(self._cuda.cuModuleGetFunction(module, name.encode())) for name in names}

@@ -162,7 +162,7 @@ class Variant:
 
     config: TransformerConfig
     norm_weights: bool
-    tokenizer: TokenizerGraphs
+    tokenizer: TokenizerGraphs | None
 
 
 def build(name: str, checkpoint: str | None = None, tokenizer: str | None = None) -> Family:
