@@ -58,8 +58,9 @@ def small_wham(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
     from diagd.bundle import Bundle
     from diagd.export.checkpoints import open_checkpoint
-    from diagd.export.exporter import GraphOptions, Sources, export, random_sources
+    from diagd.export.exporter import Sources, export, random_sources
     from diagd.export.families import wham
+    from diagd.export.options import GraphOptions
     from tests.export.released import random_tensors
 
     pixels = wham.WhamVitConfig(

@@ -18,8 +18,9 @@ import diagd
 from diagd.bundle.lock import turn
 from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.export.checkpoints import open_checkpoint
-from diagd.export.exporter import GraphOptions, Sources, export
+from diagd.export.exporter import Sources, export
 from diagd.export.families import Family, identity_rules
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from tests.oracles.models import CODES
 

@@ -17,7 +17,7 @@ from diagd.bundle import Bundle, Form
 from diagd.engines.backend import StepOptions, find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import DiagdError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.profiling.measure import random_workload
 from diagd.runtime.load import open_session, step_options
 from diagd.runtime.sampling import SamplingSettings

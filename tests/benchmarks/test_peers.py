@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import peers
 from diagd.bundle import Bundle, Form
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.schedule import Schedule
 from diagd.schedule.table import Block
 from tests.models import export_small

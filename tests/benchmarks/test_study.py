@@ -16,9 +16,9 @@ from diagd.export.families.world import SHIPPED, load_description, load_tokenize
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.benchmarks.test_quality_page import REPORT
-from worlds.collect import CollectOptions, collect
-from worlds.evaluate import EvalOptions
+from worlds.collect import collect
 from worlds.folder import World, save_world
+from worlds.options import CollectOptions, EvalOptions
 
 NAMES = ["k=1 serial", "k=1 chained", "k=2 serial", "k=2 chained", "k=4 serial", "k=4 chained"]
 

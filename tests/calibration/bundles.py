@@ -9,14 +9,14 @@ import onnx
 import torch
 
 from diagd.bundle import Bundle, Form
-from diagd.calibration.options import Budget
-from diagd.calibration.quantise import CalibrationOptions, calibrate
+from diagd.calibration.options import Budget, CalibrationOptions
+from diagd.calibration.quantise import calibrate
 from diagd.calibration.report import PrecisionReport
 from diagd.engines.backend import StepOptions
 from diagd.engines.engine import VOID, Engine
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.engines.opening import run_step

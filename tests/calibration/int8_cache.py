@@ -15,7 +15,7 @@ from diagd.bundle.manifest import StepGraph
 from diagd.bundle.transformer import linear_rotary
 from diagd.calibration.graph_writer import GraphWriter
 from diagd.calibration.options import CalibrationOptions
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import FullAttention, Transformer
 from diagd.progress import Progress
 from diagd.schedule import StreamLayout

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle, Form
-from diagd.calibration.quantise import STATISTICS, CalibrationOptions, calibrate
+from diagd.calibration.options import CalibrationOptions
+from diagd.calibration.quantise import STATISTICS, calibrate
 from diagd.calibration.report import read_calibration
 from diagd.calibration.trajectory import check_memory, open_graphs
 from diagd.engines.backend import StepOptions, find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.runtime.decoders import JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import open_group, open_session
 from diagd.schedule import Schedule

@@ -16,7 +16,7 @@ from diagd.bundle import Bundle, Form
 from diagd.bundle.transformer import linear_rotary
 from diagd.calibration.graph_writer import GraphWriter
 from diagd.calibration.options import CalibrationOptions
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.progress import Progress
 from diagd.schedule import StreamLayout

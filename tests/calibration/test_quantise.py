@@ -22,7 +22,7 @@ from diagd.engines.backend import StepOptions
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.errors import QualityError, UsageError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.step_graph import projections
 from diagd.progress import Progress
 from diagd.runtime.decoders.draft import LikelihoodScorer

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 from diagd.bundle import Bundle, Form
-from diagd.calibration.options import Budget
-from diagd.calibration.quantise import CalibrationOptions, calibrate
+from diagd.calibration.options import Budget, CalibrationOptions
+from diagd.calibration.quantise import calibrate
 from diagd.cluster import ClusterOptions
-from diagd.export.exporter import GraphOptions, export, open_sources
+from diagd.export.exporter import export, open_sources
 from diagd.export.families import find
 from diagd.export.families.world import SHIPPED, load_tokenizer
+from diagd.export.options import GraphOptions
 from diagd.runtime.load import load
 from diagd.runtime.sampling import SamplingSettings
 from diagd.tuning.recordings import FrameEncoder, cached_tokens
-from worlds.collect import CollectOptions, collect
+from worlds.collect import collect
+from worlds.options import CollectOptions
 
 
 @pytest.fixture(scope="module")

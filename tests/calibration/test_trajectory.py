@@ -10,7 +10,7 @@ from diagd.bundle import Bundle, Form
 from diagd.bundle.manifest import AbsoluteContext
 from diagd.calibration.trajectory import trajectories
 from diagd.errors import UsageError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.schedule import Schedule
 from tests.calibration.bundles import ANYTHING, LAYOUT, quantise
 from tests.models import export_small

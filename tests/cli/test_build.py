@@ -16,7 +16,7 @@ from diagd.cli.main import main
 from diagd.engines.devices.cuda import open_driver
 from diagd.engines.tensorrt.opening import ANY, EngineStore
 from diagd.errors import DiagdError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.models import export_small

@@ -13,8 +13,9 @@ import pytest
 from diagd.bundle import Bundle, Form
 from diagd.calibration import quantise
 from diagd.cli.main import main
-from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.exporter import export, random_sources
 from diagd.export.families import Family, wham
+from diagd.export.options import GraphOptions
 from diagd.profiling.cost import read_model
 from diagd.runtime.load import load
 from diagd.runtime.slots import TokenPlaces

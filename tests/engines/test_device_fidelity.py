@@ -21,7 +21,7 @@ from diagd.engines.engine import Engine
 from diagd.engines.executor import Executor
 from diagd.engines.gpu import open_cuda
 from diagd.errors import DiagdError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.profiling.measure import random_workload
 from diagd.profiling.verify import Verdict, open_reference, verify

@@ -24,7 +24,7 @@ from diagd.engines.engine import VOID, SamplingState, Steps
 from diagd.engines.executor import Executor
 from diagd.engines.gpu import closed_on_failure, open_cuda
 from diagd.errors import DiagdError, EngineError, UsageError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.runtime.decoders import JacobiDecoder, ScheduledDecoder
 from diagd.runtime.load import load

@@ -15,7 +15,7 @@ from diagd.bundle import Bundle, Form
 from diagd.engines.engine import Engine, SamplingState
 from diagd.engines.executor import Executor
 from diagd.errors import BundleError, EngineError, UsageError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout

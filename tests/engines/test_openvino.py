@@ -14,7 +14,7 @@ from diagd.engines.backend import StepOptions, find
 from diagd.engines.host import instruction_sets
 from diagd.engines.processor import BFLOAT16_UNITS, OpenVino, widths_upto
 from diagd.errors import BundleError, DependencyError, EngineError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.play.opening import SHIPPED
 from diagd.profiling.measure import random_workload
 from diagd.profiling.verify import Verdict, candidates, open_reference, verify

@@ -38,7 +38,7 @@ from diagd.engines.devices.kernels import (
 from diagd.engines.gpu import HEAD_SIZES, step_operators
 from diagd.engines.onnxruntime_session import open_cuda_session
 from diagd.errors import EngineError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 from tests.engines.host_device import ROOT

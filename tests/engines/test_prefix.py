@@ -19,7 +19,7 @@ from diagd.engines.onnxruntime_session import CpuOptions, open_cpu_session
 from diagd.engines.prefix import GRANULE, PrefixEngine
 from diagd.engines.tensors import aligned_zeros, rotate_pairs
 from diagd.errors import BundleError, EngineError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.runtime import load
 from diagd.runtime.decoders import ScheduledDecoder

@@ -36,7 +36,7 @@ from diagd.engines.tensorrt.builder import (
 )
 from diagd.engines.tensorrt.opening import compile_engine
 from diagd.errors import DependencyError, EngineError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.progress import Progress
 from diagd.schedule import StreamLayout

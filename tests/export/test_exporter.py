@@ -17,8 +17,9 @@ from onnx.inliner import inline_local_functions
 from diagd.bundle import Bundle
 from diagd.errors import CheckpointError, UsageError
 from diagd.export.checkpoints import RandomCheckpoint
-from diagd.export.exporter import Exporter, GraphOptions, Sources, export, open_sources
+from diagd.export.exporter import Exporter, Sources, export, open_sources
 from diagd.export.families.mineworld import build
+from diagd.export.options import GraphOptions
 from diagd.progress import Progress
 from diagd.schedule import StreamLayout
 from tests.models import small_family
@@ -30,7 +31,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from diagd.export.checkpoints import RandomCheckpoint
-from diagd.export.exporter import GraphOptions, Sources, export
+from diagd.export.exporter import Sources, export
+from diagd.export.options import GraphOptions
 from diagd.export.families import identity_rules
 from tests.models import small_family
 from tests.oracles.models import small_model

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import diagd
-from diagd.bundle.transformer import grid_rotary
+from diagd.bundle.transformer import TextShape, TransformerConfig, grid_rotary
 from diagd.errors import CheckpointError, UsageError
-from diagd.export.exporter import GraphOptions, Sources, export, open_sources
+from diagd.export.exporter import Sources, export, open_sources
 from diagd.export.families import Family, cosmos
-from diagd.export.transformer import TextShape, Transformer, TransformerConfig
+from diagd.export.options import GraphOptions
+from diagd.export.transformer import Transformer
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule, StreamLayout

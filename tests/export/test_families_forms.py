@@ -11,8 +11,9 @@ import pytest
 from diagd.bundle import Bundle, Form
 from diagd.engines.engine import Engine
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.export.exporter import GraphOptions, Sources, export, random_sources
+from diagd.export.exporter import Sources, export, random_sources
 from diagd.export.families import Family, cosmos, wham
+from diagd.export.options import GraphOptions
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.slots import TokenPlaces

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diagd.bundle.transformer import linear_rotary
+from diagd.bundle.transformer import TransformerConfig, linear_rotary
 from diagd.export.families import mineworld
-from diagd.export.transformer import TransformerConfig
 from diagd.schedule import StreamLayout
 from tests.export.released import arrays_of, logits_of, module_of, random_rows, random_tensors
 from tests.oracles import numpy_forward

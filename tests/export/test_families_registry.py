@@ -9,7 +9,8 @@ import pytest
 from diagd.bundle import Form
 from diagd.errors import UsageError
 from diagd.export import families
-from diagd.export.exporter import Exporter, GraphOptions, random_sources
+from diagd.export.exporter import Exporter, random_sources
+from diagd.export.options import GraphOptions
 from diagd.export.tokenizers.base import TokenizerGraphs
 from diagd.export.transformer import position_tables
 from diagd.schedule import Schedule

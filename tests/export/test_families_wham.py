@@ -16,8 +16,9 @@ from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import CheckpointError, UsageError
 from diagd.export import families
-from diagd.export.exporter import Exporter, GraphOptions, export, open_sources
+from diagd.export.exporter import Exporter, export, open_sources
 from diagd.export.families import Family, wham
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings

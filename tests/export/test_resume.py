@@ -18,7 +18,8 @@ from diagd.bundle import files
 from diagd.cli.main import main
 from diagd.export import exporter, weights
 from diagd.export.checkpoints import Checkpoint, RandomCheckpoint
-from diagd.export.exporter import GraphOptions, Sources
+from diagd.export.exporter import Sources
+from diagd.export.options import GraphOptions
 from diagd.export.weights import ResumableWeights, WeightSource, export_key, source_digest
 from diagd.schedule import StreamLayout
 from tests.models import small_family

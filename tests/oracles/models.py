@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diagd.bundle.transformer import linear_rotary
-from diagd.export.transformer import Transformer, TransformerConfig
+from diagd.bundle.transformer import TransformerConfig, linear_rotary
+from diagd.export.transformer import Transformer
 from diagd.schedule import StreamLayout
 
 CODES = 24

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.exporter import export, random_sources
 from diagd.export.families.cosmos import CosmosDvConfig
+from diagd.export.options import GraphOptions
 from diagd.play.controls import Inputs, read_controls
 from diagd.play.game import Game
 from diagd.play.opening import GameOptions, open_game, open_games

@@ -11,8 +11,9 @@ import pytest
 
 from diagd.bundle import Bundle
 from diagd.bundle.transformer import TransformerConfig, linear_rotary
-from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.exporter import export, random_sources
 from diagd.export.families import mineworld
+from diagd.export.options import GraphOptions
 from diagd.play.opening import GameOptions, open_replay
 from diagd.play.record import Played, replay
 from diagd.runtime.actions import describe

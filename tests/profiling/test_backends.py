@@ -11,7 +11,7 @@ import pytest
 from diagd.bundle import Bundle, Form
 from diagd.engines.host import cores
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.profiling.doctor import ABSENT, OK, check_fastest
 from diagd.profiling.profile import ProfileOptions, _passes, measure_backends
 from diagd.runtime.load import Measurement, Measurements, keep_measured, measured, open_session, with_threads

@@ -14,7 +14,7 @@ from diagd.bundle.manifest import AbsoluteContext
 from diagd.engines.backend import find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import DiagdError, UsageError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.page import page
 from diagd.profiling.plan import orders_of

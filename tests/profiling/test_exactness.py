@@ -10,7 +10,7 @@ from diagd.bundle import Bundle, Form
 from diagd.engines.backend import find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.profiling.measure import random_workload
 from diagd.profiling.plan import orders_of
 from diagd.profiling.verify import Exactness, exactness

@@ -10,7 +10,8 @@ import pytest
 
 from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
-from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.exporter import export, random_sources
+from diagd.export.options import GraphOptions
 from diagd.profiling.measure import measure, random_workload
 from diagd.profiling.page import page
 from diagd.profiling.profile import ProfileOptions, profile

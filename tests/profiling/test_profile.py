@@ -17,7 +17,7 @@ from diagd.engines.ceilings import Ceilings
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.errors import ScheduleError, UsageError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.profiling import measure as measuring
 from diagd.profiling.cost import read_model
 from diagd.profiling.measure import bucket, measure, random_workload

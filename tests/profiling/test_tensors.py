@@ -12,7 +12,7 @@ from diagd.bundle import Bundle, Form, read_manifest, seal
 from diagd.engines.backend import graphs_of
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.processor import open_fixed
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.profiling.verify import Tensors, capture_feeds, compare_tensors, plain_outputs, tolerance_of
 from diagd.runtime.load import session_over, step_options
 from tests.engines.host_device import HostDevice, executor_over, host_kernels

@@ -15,7 +15,7 @@ from diagd.bundle import Bundle, Form
 from diagd.engines.backend import find
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import BundleError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.profiling.measure import random_workload
 from diagd.profiling.plan import orders_of, split_orders

@@ -19,8 +19,9 @@ from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.processor import open_fixed
 from diagd.errors import UsageError
 from diagd.export.checkpoints import open_checkpoint
-from diagd.export.exporter import GraphOptions, Sources, export
+from diagd.export.exporter import Sources, export
 from diagd.export.families import Family, mineworld, wham
+from diagd.export.options import GraphOptions
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session

@@ -11,9 +11,10 @@ import pytest
 
 from diagd.bundle import Bundle
 from diagd.errors import UsageError
-from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.exporter import export, random_sources
 from diagd.export.families import cosmos
 from diagd.export.families.cosmos import CosmosDvConfig
+from diagd.export.options import GraphOptions
 from diagd.runtime.clip import ClipOptions
 from diagd.runtime.generate import Made, generate
 from diagd.runtime.options import GenerateOptions

@@ -14,8 +14,9 @@ import torch
 from diagd.bundle import Bundle
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import BundleError, UsageError
-from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.exporter import export, random_sources
 from diagd.export.families.cosmos import CosmosDvConfig
+from diagd.export.options import GraphOptions
 from diagd.runtime.pixels import PixelCodec
 from diagd.schedule import StreamLayout
 from tests.models import small_family

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import diagd
 from diagd.bundle import Form
 from diagd.errors import UsageError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session

@@ -10,12 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from diagd.bundle.transformer import linear_rotary
+from diagd.bundle.transformer import TransformerConfig, linear_rotary
 from diagd.errors import UsageError
 from diagd.export.checkpoints import Checkpoint, RandomCheckpoint, open_checkpoint, select
 from diagd.export.families import Family, cosmos, identity_rules, wham
 from diagd.export.families.mineworld import build, family
-from diagd.export.transformer import TransformerConfig
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.align import Report, align
 from diagd.tuning.options import AlignOptions

@@ -16,9 +16,10 @@ from diagd.bundle import Bundle
 from diagd.engines.engine import SamplingState
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.sampler import noise_rows, sample
-from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.exporter import export, random_sources
 from diagd.export.families import find
 from diagd.export.families.cosmos import CosmosDvConfig
+from diagd.export.options import GraphOptions
 from diagd.play.controls import Inputs, default_controls
 from diagd.runtime.decoders.jacobi import LookupDraft, WindowPolicy
 from diagd.runtime.options import parse_decoder

@@ -9,7 +9,8 @@ import pytest
 from diagd.cluster import ClusterOptions
 from diagd.errors import UsageError
 from diagd.tuning.recordings import load_episode
-from worlds.collect import CollectOptions, collect, play_episode
+from worlds.collect import collect, play_episode
+from worlds.options import CollectOptions
 from worlds.recordings import shard_path
 from worlds.simulator import ACTIONS, Simulator
 

@@ -8,8 +8,9 @@ import pytest
 from diagd.cluster import ClusterOptions
 from diagd.errors import UsageError
 from diagd.tuning.recordings import Episode, load_episode
-from worlds.collect import CollectOptions, collect, play_episode
+from worlds.collect import collect, play_episode
 from worlds.doom import ACTIONS, BACK, FORWARD, HEIGHT, LEFT, RIGHT, STAY, USE, WIDTH, View, explore
+from worlds.options import CollectOptions
 from worlds.recordings import recorded_actions
 
 STEPS = 60

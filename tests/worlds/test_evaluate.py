@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.rollouts import Streams
 from tests.worlds.walks import CODES, recording
-from worlds.evaluate import EvalOptions, Evaluation, measure_drift
+from worlds.evaluate import Evaluation, measure_drift
 from worlds.geometry import Geometry
 from worlds.metrics import Estimate
 from worlds.model import Rollouts
+from worlds.options import EvalOptions
 from worlds.report import scores_table, write_figures, write_scores
 from worlds.run_eval import walk_actions
 from worlds.simulator import COLUMNS, ROWS

@@ -11,7 +11,8 @@ from diagd.errors import UsageError
 from diagd.runtime.video import VideoWriter
 from diagd.tuning.recordings import load_episode
 from tests.worlds.recordings import ACTIONS, striped_episode
-from worlds.collect import ImportOptions, import_videos
+from worlds.collect import import_videos
+from worlds.options import ImportOptions
 from worlds.recordings import recorded_actions
 
 

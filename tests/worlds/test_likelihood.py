@@ -11,9 +11,10 @@ import pytest
 
 import diagd
 from diagd.cli.main import main
-from diagd.export.exporter import GraphOptions, export, random_sources
+from diagd.export.exporter import export, random_sources
 from diagd.export.families import cosmos
 from diagd.export.families.cosmos import CosmosDvConfig
+from diagd.export.options import GraphOptions
 from diagd.runtime.clip import Clip
 from diagd.runtime.decoders import ForcedDecoder, RasterDecoder
 from diagd.runtime.video import VideoWriter

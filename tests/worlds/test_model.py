@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from diagd.export.exporter import GraphOptions, export, open_sources
+from diagd.export.exporter import export, open_sources
 from diagd.export.families import find
 from diagd.export.families.world import WorldDescription
+from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import RowSeed, Schedule, StreamLayout

@@ -14,9 +14,10 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule
 from diagd.tuning.recordings import FrameEncoder, TokenDataset, cached_tokens
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_nll
-from worlds.collect import CollectOptions, collect
+from worlds.collect import collect
 from worlds.folder import World, load_world
 from worlds.geometry import Geometry
+from worlds.options import CollectOptions
 from worlds.rollout import roll_out
 
 FOLDER = SHIPPED / "crafter-3m"

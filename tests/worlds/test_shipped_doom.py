@@ -13,9 +13,10 @@ from diagd.runtime.sampling import SamplingSettings
 from diagd.schedule import Schedule
 from diagd.tuning.recordings import TokenDataset, cached_tokens
 from diagd.tuning.rollouts import parts
-from worlds.collect import CollectOptions, collect
+from worlds.collect import collect
 from worlds.doom import LEFT, RIGHT
 from worlds.model import Rollouts, TorchModel, open_model
+from worlds.options import CollectOptions
 
 FOLDER = SHIPPED / "doom-3m"
 LIMIT = 8_000_000

@@ -18,15 +18,8 @@ from diagd.tuning.recordings import FrameEncoder, cached_tokens
 from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss, forced_nll
 from tests.worlds.recordings import ACTIONS, COLUMNS, PATCH, ROWS, record_stripes
 from worlds.folder import load_world, save_world
-from worlds.options import MIXTURES, worker_devices
-from worlds.train import (
-    Optimiser,
-    Progress,
-    TrainOptions,
-    learning_rate,
-    mixture_shares,
-    train,
-)
+from worlds.options import MIXTURES, TrainOptions, worker_devices
+from worlds.train import Optimiser, Progress, learning_rate, mixture_shares, train
 
 
 @pytest.fixture(scope="module")

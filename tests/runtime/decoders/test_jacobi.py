@@ -16,7 +16,7 @@ from diagd.bundle.manifest import IdRange, SamplingRules
 from diagd.engines.engine import VOID
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
-from diagd.export.exporter import GraphOptions
+from diagd.export.options import GraphOptions
 from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.decoders.jacobi import Draft
 from diagd.runtime.load import open_session
