@@ -3,7 +3,8 @@
 import sys
 import types
 from collections import namedtuple
-from pathlib import PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -13,7 +14,7 @@ MODULE = "humanmodelling_absent"
 class _ForeignModule:
     """Makes `MODULE` importable while a checkpoint is written."""
 
-    def __enter__(self):
+    def __enter__(self) -> types.ModuleType:
         module = types.ModuleType(MODULE)
         source = (
             "class CreationArgs:\n"
@@ -25,15 +26,16 @@ class _ForeignModule:
         for value in vars(module).values():
             if isinstance(value, type):
                 value.__module__ = MODULE
-        module.Size = namedtuple("Size", "width height", module=MODULE)
+        Size = namedtuple("Size", "width height", module=MODULE)
+        vars(module)["Size"] = Size
         sys.modules[MODULE] = module
         return module
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         del sys.modules[MODULE]
 
 
-def write_wham(path, weights, **model_spec):
+def write_wham(path: Path, weights: Mapping[str, torch.Tensor], **model_spec: object) -> None:
     """A Lightning checkpoint as WHAM's: foreign instances and classes, optimizer state, tied head."""
     with _ForeignModule() as foreign:
         arguments = foreign.CreationArgs(

@@ -1,21 +1,24 @@
 """Renamed views, and one error for everything that does not fit."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import pytest
 import torch
 
 from diagd.errors import CheckpointError
-from diagd.export.checkpoints import RandomCheckpoint, check, open_checkpoint, select
+from diagd.export.checkpoints import Checkpoint, RandomCheckpoint, Shape, check, open_checkpoint, select
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path: Path) -> Checkpoint:
     names = ("transformer.a", "transformer.b._extra_state", "tokenizer.a")
     torch.save({"state_dict": {name: torch.ones(2) for name in names}, "epoch": 4}, tmp_path / "w.ckpt")
     return open_checkpoint(tmp_path / "w.ckpt")
 
 
-def test_select_renames_and_drops(checkpoint):
-    def rename(name):
+def test_select_renames_and_drops(checkpoint: Checkpoint) -> None:
+    def rename(name: str) -> str | None:
         return name.removeprefix("transformer.") if name == "transformer.a" else None
 
     view = select(checkpoint, rename)
@@ -25,7 +28,7 @@ def test_select_renames_and_drops(checkpoint):
     assert "1 tensors" in repr(view)
 
 
-def test_two_tensors_of_one_name_are_refused(checkpoint):
+def test_two_tensors_of_one_name_are_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(CheckpointError, match=r"'transformer.a' and 'tokenizer.a', which both mean 'a'"):
         select(checkpoint, lambda name: name.rpartition(".")[2])
 
@@ -37,17 +40,17 @@ MODEL = {
 }
 
 
-def report(found, expected=MODEL):
+def report(found: Mapping[str, Shape], expected: Mapping[str, Shape] = MODEL) -> list[str]:
     with pytest.raises(CheckpointError) as caught:
         check(RandomCheckpoint(found, seed=0), expected)
     return str(caught.value).splitlines()
 
 
-def test_exact_fit_passes():
+def test_exact_fit_passes() -> None:
     check(RandomCheckpoint(MODEL, seed=0), MODEL)
 
 
-def test_every_kind_of_problem_is_listed_at_once():
+def test_every_kind_of_problem_is_listed_at_once() -> None:
     found = {name: shape for name, shape in MODEL.items() if ".q." not in name}
     found |= {"embed.weight": (12, 4), "head.weight": (10, 4), "layers.3.k.weight": (8, 4)}
     lines = report(found)
@@ -61,20 +64,20 @@ def test_every_kind_of_problem_is_listed_at_once():
     ]
 
 
-def test_another_family_is_recognised():
+def test_another_family_is_recognised() -> None:
     lines = report({"predictor.gpt_model.wte": (3, 3)})
     assert "42 missing, 1 extra" in lines[0]
     assert "another model family" in lines[-1]
 
 
-def test_long_lists_are_cut_with_a_count():
+def test_long_lists_are_cut_with_a_count() -> None:
     expected = {f"part_{chr(97 + letter)}.weight": (1,) for letter in range(26)}
     lines = report({"part_a.weight": (1,)}, expected)
     assert len(lines) == 1 + 12 + 1 + 1
     assert lines[-2] == "  missing: ... and 13 more tensors"
 
 
-def test_unusable_dtypes_are_refused_together(tmp_path):
+def test_unusable_dtypes_are_refused_together(tmp_path: Path) -> None:
     tensors = {
         "a.0": torch.zeros(2, dtype=torch.float8_e4m3fn),
         "a.1": torch.zeros(2, dtype=torch.float8_e4m3fn),
@@ -93,5 +96,5 @@ def test_unusable_dtypes_are_refused_together(tmp_path):
     check(checkpoint_without(checkpoint, "a.0", "a.1", "b"), {"c": (2,)})
 
 
-def checkpoint_without(checkpoint, *names):
+def checkpoint_without(checkpoint: Checkpoint, *names: str) -> Checkpoint:
     return select(checkpoint, lambda name: None if name in names else name)

@@ -5,25 +5,28 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.torch import save_file
+from torch import Tensor
 
 from diagd.errors import CheckpointError
 from diagd.export.checkpoints import open_checkpoint, torch_file
 from diagd.export.checkpoints.torch_file import MappedTensor
 
 
-def as_float32(array):
+def as_float32(array: NDArray[Any]) -> NDArray[np.float32]:
     return array.astype(np.float32)
 
 
 @st.composite
-def views(draw):
+def views(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     """A strided view of a storage: permuted, sliced, expanded."""
     shape = draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
@@ -39,7 +42,9 @@ def views(draw):
 
 @settings(max_examples=60)
 @given(views(), st.data())
-def test_any_view_of_a_shared_storage_reads_as_in_torch(tmp_path_factory, pair, data):
+def test_any_view_of_a_shared_storage_reads_as_in_torch(
+    tmp_path_factory: pytest.TempPathFactory, pair: tuple[Tensor, Tensor], data: st.DataObject
+) -> None:
     base, view = pair
     path = tmp_path_factory.mktemp("views") / "views.pt"
     torch.save({"base": base, "view": view}, path)
@@ -57,7 +62,7 @@ def test_any_view_of_a_shared_storage_reads_as_in_torch(tmp_path_factory, pair, 
     )
 
 
-def test_scalar_keeps_its_shape(tmp_path):
+def test_scalar_keeps_its_shape(tmp_path: Path) -> None:
     torch.save({"scale": torch.tensor(2.5)}, tmp_path / "scalar.pt")
     handle = open_checkpoint(tmp_path / "scalar.pt")["scale"]
     assert handle.read().shape == () and handle.read() == np.float32(2.5)
@@ -65,7 +70,7 @@ def test_scalar_keeps_its_shape(tmp_path):
         handle.read_rows(0, 0)
 
 
-def test_bfloat16_keeps_its_bits(tmp_path):
+def test_bfloat16_keeps_its_bits(tmp_path: Path) -> None:
     import ml_dtypes
 
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -75,7 +80,7 @@ def test_bfloat16_keeps_its_bits(tmp_path):
     np.testing.assert_array_equal(array.view(np.int16), bits.numpy())
 
 
-def test_misaligned_tensor_is_realigned(tmp_path):
+def test_misaligned_tensor_is_realigned(tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(b"\x00" + np.arange(6, dtype="<f4").tobytes())
     array = MappedTensor((2, 3), "float32", tmp_path / "raw", 1, (3, 1)).read()
     assert array.flags.aligned
@@ -83,13 +88,13 @@ def test_misaligned_tensor_is_realigned(tmp_path):
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 4), (3, 2)])
-def test_rows_outside_are_refused(tmp_path, start, stop):
+def test_rows_outside_are_refused(tmp_path: Path, start: int, stop: int) -> None:
     torch.save({"w": torch.ones(3, 2)}, tmp_path / "w.pt")
     with pytest.raises(IndexError, match="rows"):
         open_checkpoint(tmp_path / "w.pt")["w"].read_rows(start, stop)
 
 
-def test_file_cut_after_opening_is_reported(tmp_path):
+def test_file_cut_after_opening_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file({"w": torch.ones(64, 64)}, path)
     handle = open_checkpoint(path)["w"]
@@ -98,7 +103,7 @@ def test_file_cut_after_opening_is_reported(tmp_path):
         handle.read()
 
 
-def test_unreadable_dtype_says_so(tmp_path):
+def test_unreadable_dtype_says_so(tmp_path: Path) -> None:
     handle = MappedTensor((4,), "float8_e4m3fn", tmp_path / "w.pt", 0, (1,))
     assert handle.size == 4
     with pytest.raises(CheckpointError, match="float8_e4m3fn"):
@@ -108,7 +113,7 @@ def test_unreadable_dtype_says_so(tmp_path):
 
 
 @given(st.lists(st.integers(1, 6), max_size=4).map(tuple))
-def test_contiguous_tensors_span_the_whole_storage(shape):
+def test_contiguous_tensors_span_the_whole_storage(shape: tuple[int, ...]) -> None:
     strides = torch.empty(shape).stride()
     assert torch_file._span(shape, strides) == math.prod(shape)
     assert torch_file._span((0, *shape), (1, *strides)) == 0
@@ -134,7 +139,7 @@ print(total, peak() - before, loaded == ("torch" in sys.modules), loaded)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_reading_64_mb_takes_the_memory_of_one_tensor(tmp_path, suffix):
+def test_reading_64_mb_takes_the_memory_of_one_tensor(tmp_path: Path, suffix: str) -> None:
     tensors = {f"layers.{layer}.weight": torch.full((1024, 2048), 1.0).bfloat16() for layer in range(16)}
     path = tmp_path / f"big.{suffix}"
     (torch.save if suffix == "pt" else save_file)(tensors, path)
@@ -150,7 +155,7 @@ def test_reading_64_mb_takes_the_memory_of_one_tensor(tmp_path, suffix):
     assert torch_loaded == str(suffix == "pt")
 
 
-def test_opening_leaves_no_file_open(tmp_path):
+def test_opening_leaves_no_file_open(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save({"w": torch.ones(3)}, path)
     handle = open_checkpoint(path)["w"]

@@ -9,6 +9,9 @@ import pickletools
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,14 +27,14 @@ from diagd.export.checkpoints.torch_file import plain
 class Calls:
     """Pickles to a call."""
 
-    def __init__(self, function, *arguments):
+    def __init__(self, function: "Callable[..., object] | Calls", *arguments: object) -> None:
         self.reduction = (function, arguments)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return self.reduction
 
 
-def attacks(path):
+def attacks(path: Path) -> dict[str, Calls]:
     command = f"import pathlib; pathlib.Path({str(path)!r}).touch()"
     return {
         "os.system": Calls(os.system, f"touch {path}"),
@@ -44,7 +47,7 @@ def attacks(path):
     }
 
 
-def write_checkpoint(path, hostile):
+def write_checkpoint(path: Path, hostile: bytes) -> None:
     """A torch archive with a pickle PyTorch itself would not write."""
     torch.save({"w": torch.ones(2)}, path)
     with zipfile.ZipFile(path, "a") as archive:
@@ -54,7 +57,7 @@ def write_checkpoint(path, hostile):
         archive.writestr(f"{root}/data/0", bytes(8))
 
 
-def load(pickled, path):
+def load(pickled: bytes, path: Path) -> object:
     """What ``hyper_parameters`` become that a checkpoint pickles as these bytes."""
     weight = b"X\x0a\x00\x00\x00state_dict}X\x01\x00\x00\x00w" + tensor_bytes(0, (2,), (1,)) + b"ss"
     write_checkpoint(path, b"\x80\x02}" + weight + b"X\x10\x00\x00\x00hyper_parameters" + pickled + b"s.")
@@ -63,7 +66,7 @@ def load(pickled, path):
 
 @pytest.mark.parametrize("name", ["os.system", "exec", "eval", "subprocess", "open", "partial"])
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_attack_is_refused_and_does_not_run(tmp_path, name, protocol):
+def test_attack_is_refused_and_does_not_run(tmp_path: Path, name: str, protocol: int) -> None:
     mark = tmp_path / "ran"
     hostile = pickle.dumps({"state_dict": {"w": attacks(mark)[name]}}, protocol=protocol)
     pickle.loads(hostile)
@@ -91,7 +94,7 @@ print([e for e in events if e.split(".")[0] in ("os", "subprocess", "exec", "com
 """
 
 
-def test_no_audited_action_happens(tmp_path):
+def test_no_audited_action_happens(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "evil.pt", pickle.dumps(attacks(tmp_path / "ran")["os.system"], protocol=2))
     program = [sys.executable, "-c", AUDIT_PROGRAM, str(tmp_path / "evil.pt")]
     lines = subprocess.run(program, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -100,14 +103,16 @@ def test_no_audited_action_happens(tmp_path):
 
 
 @pytest.mark.parametrize("function", [getattr, setattr, print, map, type, vars, torch.load, pickletools.dis])
-def test_other_functions_are_only_recorded(tmp_path, function, capsys):
+def test_other_functions_are_only_recorded(
+    tmp_path: Path, function: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
     pickled = pickle.dumps(Calls(function, "argument"), protocol=2)[2:-1]
     name = f"{function.__module__}.{function.__name__}"
     assert load(pickled, tmp_path / "w.ckpt") == {"__class__": name, "__args__": ["argument"]}
     assert capsys.readouterr().out == ""
 
 
-def test_records_do_not_become_attributes_of_other_code(tmp_path):
+def test_records_do_not_become_attributes_of_other_code(tmp_path: Path) -> None:
     """BUILD with a dict alters the object on the stack; PyTorch's must not be alterable."""
     for name in ("torch._utils\n_rebuild_tensor_v2", "torch\nFloatStorage", "collections\nOrderedDict"):
         state = pickle.dumps({"function": 1, "__defaults__": (1,)}, protocol=2)[2:-1]
@@ -118,17 +123,17 @@ def test_records_do_not_become_attributes_of_other_code(tmp_path):
     assert not vars(torch._utils._rebuild_tensor_v2)
 
 
-def test_classes_are_those_of_one_file(tmp_path):
+def test_classes_are_those_of_one_file(tmp_path: Path) -> None:
     before = torch.serialization.get_safe_globals()
     assert load(b"cfoo\nBar\n", tmp_path / "a.ckpt") == "foo.Bar"
     assert set(torch.serialization.get_safe_globals()) == set(before)  # the allowance ends with the reading
 
 
-def test_tensor_subclasses_and_attributes(tmp_path):
+def test_tensor_subclasses_and_attributes(tmp_path: Path) -> None:
     tensor = torch.arange(3.0)
-    tensor.note = "kept by torch, dropped here"
+    vars(tensor)["note"] = "kept by torch, dropped here"
     parameter = torch.nn.Parameter(torch.arange(3.0))
-    parameter.note = "too"
+    vars(parameter)["note"] = "too"
     torch.save({"tensor": tensor, "parameter": parameter}, tmp_path / "notes.pt")
     assert [list(handle.read()) for handle in open_checkpoint(tmp_path / "notes.pt").values()] == [
         [0, 1, 2]
@@ -139,9 +144,9 @@ def test_tensor_subclasses_and_attributes(tmp_path):
     "storage",
     ["not a tuple", ("module", "source"), ("storage", "FloatStorage", "0", "cpu", 1), ("storage", None)],
 )
-def test_unknown_persistent_ids(tmp_path, storage):
+def test_unknown_persistent_ids(tmp_path: Path, storage: object) -> None:
     class Pickler(pickle.Pickler):
-        def persistent_id(self, value):
+        def persistent_id(self, value: object) -> object:
             return storage if value is builtins else None
 
     target = io.BytesIO()
@@ -151,7 +156,7 @@ def test_unknown_persistent_ids(tmp_path, storage):
         open_checkpoint(tmp_path / "w.pt")
 
 
-def tensor_bytes(offset, shape, strides):
+def tensor_bytes(offset: object, shape: object, strides: object) -> bytes:
     """A pickled tensor with the given numbers, on storage 0 of 2 floats."""
     storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x02tQ"
     numbers = b"".join(pickle.dumps(value, protocol=2)[2:-1] for value in (offset, shape, strides))
@@ -174,13 +179,15 @@ def tensor_bytes(offset, shape, strides):
         (0.0, (2,), (1,)),
     ],
 )
-def test_tensors_beyond_their_storage_are_refused(tmp_path, offset, shape, strides):
+def test_tensors_beyond_their_storage_are_refused(
+    tmp_path: Path, offset: object, shape: object, strides: object
+) -> None:
     write_tensor(tmp_path / "w.pt", offset, shape, strides)
     with pytest.raises(CheckpointError, match="damaged"):
         open_checkpoint(tmp_path / "w.pt")
 
 
-def write_tensor(path, offset, shape, strides):
+def write_tensor(path: Path, offset: object, shape: object, strides: object) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(
             "w/data.pkl", b"\x80\x02}X\x01\x00\x00\x00w" + tensor_bytes(offset, shape, strides) + b"s."
@@ -188,14 +195,16 @@ def write_tensor(path, offset, shape, strides):
         archive.writestr("w/data/0", np.array([1, 2], "<f4").tobytes())
 
 
-def test_negative_strides_do_not_lead_out_of_a_storage(tmp_path):
+def test_negative_strides_do_not_lead_out_of_a_storage(tmp_path: Path) -> None:
     write_tensor(tmp_path / "w.pt", 0, (2,), (-1,))  # PyTorch takes the tensor for a contiguous one
     assert list(open_checkpoint(tmp_path / "w.pt")["w"].read()) == [1, 2]
 
 
 @settings(max_examples=300)
 @given(st.binary(max_size=60), st.integers(0, 200))
-def test_any_bytes_load_or_raise_checkpoint_error(tmp_path_factory, garbage, cut):
+def test_any_bytes_load_or_raise_checkpoint_error(
+    tmp_path_factory: pytest.TempPathFactory, garbage: bytes, cut: int
+) -> None:
     good = b"\x80\x02}X\x01\x00\x00\x00w" + tensor_bytes(0, (2,), (1,)) + b"s."
     path = tmp_path_factory.getbasetemp() / "garbage.pt"
     write_checkpoint(path, good[:cut] + garbage)
@@ -205,13 +214,13 @@ def test_any_bytes_load_or_raise_checkpoint_error(tmp_path_factory, garbage, cut
         assert "garbage.pt" in str(error)
 
 
-def test_plain_ends_on_cycles_and_on_shared_towers():
-    cycle = {"x": 1}
+def test_plain_ends_on_cycles_and_on_shared_towers() -> None:
+    cycle: dict[str, Any] = {"x": 1}
     cycle["self"] = cycle
-    copied = plain(cycle)
+    copied: Any = plain(cycle)
     assert copied["self"]["self"]["x"] == 1
     assert "..." in str(copied)
-    tower = ["leaf"]
+    tower: list[Any] = ["leaf"]
     for _ in range(30):
         tower = [tower, tower]
     assert "leaf" in str(plain(tower))

@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -29,12 +31,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("hf://org/name@refs%2Fpr%2F1/", ("org/name", "refs/pr/1", "")),
     ],
 )
-def test_addresses(spec, address):
+def test_addresses(spec: str, address: tuple[str, str | None, str]) -> None:
     assert parse_address(spec) == HubAddress(*address)
 
 
 @pytest.mark.parametrize("spec", ["hf://", "hf:org/name", "hf://name", "hf://org/na me", "hf://org/name@"])
-def test_malformed_addresses(spec):
+def test_malformed_addresses(spec: str) -> None:
     with pytest.raises(CheckpointError, match="expected hf://org/name@revision"):
         parse_address(spec)
 
@@ -45,13 +47,13 @@ class Hub(BaseHTTPRequestHandler):
     repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
     requests: ClassVar[list[str]] = []
 
-    def do_HEAD(self):
+    def do_HEAD(self) -> None:
         self.answer(body=False)
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         self.answer(body=True)
 
-    def answer(self, *, body):
+    def answer(self, *, body: bool) -> None:
         parts = self.path.split("?")[0].strip("/").split("/")
         Hub.requests.append(self.path)
         api = parts[:2] == ["api", "models"]
@@ -76,7 +78,7 @@ class Hub(BaseHTTPRequestHandler):
         etag = f'"{name.replace("/", "-")}-{len(files[name])}"'
         return self.reply(200, files[name], {"ETag": etag, "X-Repo-Commit": COMMIT}, body)
 
-    def reply(self, status, content, headers, body):
+    def reply(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
         self.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(key, value)
@@ -84,7 +86,7 @@ class Hub(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(content)
 
-    def log_message(self, *_):
+    def log_message(self, *_: object) -> None:
         pass
 
 
@@ -92,14 +94,14 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "diagd.export.checkpoints"])  # the Hub's client is not of these
 
 
-def open_all(environment, specs):
+def open_all(environment: dict[str, str], specs: Sequence[str]) -> list[Any]:
     os.environ.clear()
     os.environ.update(environment)
     assert "huggingface_hub" not in sys.modules  # it reads the environment once
     return [opened(spec) for spec in specs]
 
 
-def opened(spec):
+def opened(spec: str) -> list[object] | str:
     try:
         checkpoint = open_checkpoint(spec)
         return [checkpoint.source, {name: float(h.read().sum()) for name, h in checkpoint.items()}]
@@ -107,7 +109,7 @@ def opened(spec):
         return str(error)
 
 
-def open_in_new_process(home, endpoint, *specs, offline=False):
+def open_in_new_process(home: Path, endpoint: str, *specs: str, offline: bool = False) -> list[Any]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
@@ -118,7 +120,7 @@ def open_in_new_process(home, endpoint, *specs, offline=False):
 
 
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory):
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("repositories")
     torch.save({"model": {"model.w": torch.ones(2)}}, folder / "model.pt")
     for shard, name in enumerate("ab"):
@@ -142,7 +144,7 @@ def endpoint(tmp_path_factory):
     server.server_close()
 
 
-def test_download_then_offline(endpoint, tmp_path):
+def test_download_then_offline(endpoint: str, tmp_path: Path) -> None:
     specs = [
         "hf://nvidia/cosmos@main",
         "hf://org/sharded/weights",
@@ -163,7 +165,7 @@ def test_download_then_offline(endpoint, tmp_path):
     assert "hf download org/absent --local-dir" in unreachable[1]
 
 
-def test_cached_copy_outlives_its_repository(endpoint, tmp_path):
+def test_cached_copy_outlives_its_repository(endpoint: str, tmp_path: Path) -> None:
     spec = "hf://nvidia/cosmos@main"
     before = open_in_new_process(tmp_path, endpoint, spec)
     taken_down = Hub.repositories.pop("nvidia/cosmos")
@@ -173,7 +175,7 @@ def test_cached_copy_outlives_its_repository(endpoint, tmp_path):
         Hub.repositories["nvidia/cosmos"] = taken_down
 
 
-def test_refusals_are_explained(endpoint, tmp_path):
+def test_refusals_are_explained(endpoint: str, tmp_path: Path) -> None:
     gated, absent, revision, file, ambiguous = open_in_new_process(
         tmp_path,
         endpoint,

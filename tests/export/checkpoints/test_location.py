@@ -1,11 +1,13 @@
 """Folders and sharded sets."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from diagd.errors import CheckpointError
 from diagd.export.checkpoints import open_checkpoint
@@ -14,9 +16,9 @@ from diagd.export.checkpoints.location import choose_file
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
-def write_sharded(folder):
+def write_sharded(folder: Path) -> tuple[dict[str, Tensor], Path]:
     tensors = {f"layers.{layer}.weight": torch.full((2, 2), float(layer)) for layer in range(4)}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard, layers in zip(SHARDS, ((0, 2), (1, 3)), strict=True):
         chosen = {f"layers.{layer}.weight": tensors[f"layers.{layer}.weight"] for layer in layers}
         save_file(chosen, folder / shard, metadata={"format": "pt"})
@@ -26,7 +28,7 @@ def write_sharded(folder):
     return tensors, index
 
 
-def test_sharded_set_is_one_checkpoint(tmp_path):
+def test_sharded_set_is_one_checkpoint(tmp_path: Path) -> None:
     tensors, index = write_sharded(tmp_path)
     for spec in (tmp_path, index, str(tmp_path) + "/"):
         checkpoint = open_checkpoint(spec)
@@ -36,14 +38,14 @@ def test_sharded_set_is_one_checkpoint(tmp_path):
             np.testing.assert_array_equal(checkpoint[name].read(), tensor.numpy())
 
 
-def test_missing_shards_are_named(tmp_path):
+def test_missing_shards_are_named(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     (tmp_path / SHARDS[1]).unlink()
     with pytest.raises(CheckpointError, match=f"lacks 1 of 2 shards: {SHARDS[1]}"):
         open_checkpoint(tmp_path)
 
 
-def test_shard_of_another_version(tmp_path):
+def test_shard_of_another_version(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     save_file({"layers.3.weight": torch.ones(2, 2)}, tmp_path / SHARDS[1])
     with pytest.raises(CheckpointError, match=r"lacks tensor 'layers\.1\.weight'"):
@@ -51,7 +53,7 @@ def test_shard_of_another_version(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", " ", "[]", "{}", '{"weight_map": 3}'])
-def test_malformed_index(tmp_path, text):
+def test_malformed_index(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match="is not the index" if text else "is empty"):
         open_checkpoint(tmp_path)
@@ -61,13 +63,13 @@ def test_malformed_index(tmp_path, text):
     "shard",
     ["../secret.safetensors", "/etc/passwd", "..\\secret", "..", "", "model.safetensors.index.json"],
 )
-def test_index_cannot_reach_outside_its_folder(tmp_path, shard):
+def test_index_cannot_reach_outside_its_folder(tmp_path: Path, shard: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
     with pytest.raises(CheckpointError, match="beside the index"):
         open_checkpoint(tmp_path)
 
 
-def test_sharded_pytorch_bins(tmp_path):
+def test_sharded_pytorch_bins(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-1.bin")
     torch.save({"b": torch.zeros(2)}, tmp_path / "pytorch_model-2.bin")
     weight_map = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}
@@ -88,11 +90,11 @@ def test_sharded_pytorch_bins(tmp_path):
         (["WHAM_200M.ckpt", "README.md"], "WHAM_200M.ckpt"),
     ],
 )
-def test_choice_of_a_file(names, chosen):
+def test_choice_of_a_file(names: list[str], chosen: str) -> None:
     assert choose_file(names, "folder") == chosen
 
 
-def test_choice_that_is_the_users():
+def test_choice_that_is_the_users() -> None:
     with pytest.raises(CheckpointError, match=r"2 checkpoints \(WHAM_1.6B_v1.ckpt, WHAM_200M.ckpt\)"):
         choose_file(["WHAM_200M.ckpt", "WHAM_1.6B_v1.ckpt"], "folder")
     with pytest.raises(CheckpointError, match=r"no checkpoint: found README.md, expected .*\.safetensors"):
@@ -101,7 +103,7 @@ def test_choice_that_is_the_users():
         choose_file(["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "folder")
 
 
-def test_folder_without_checkpoint(tmp_path):
+def test_folder_without_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint: found no file"):
         open_checkpoint(tmp_path)

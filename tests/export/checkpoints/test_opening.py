@@ -6,43 +6,45 @@ import pickle
 import shlex
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from diagd.errors import CheckpointError
 from diagd.export.checkpoints import open_checkpoint
 
 
-def refused(spec):
+def refused(spec: str | Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(spec)
     return str(caught.value)
 
 
-def test_missing_file_names_its_neighbours(tmp_path):
+def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "300M_16f.ckpt")
     assert f"did you mean '{tmp_path / '300M_16f.ckpt'}'?" in refused(tmp_path / "300M-16f.ckpt")
     assert f"{tmp_path} holds 300M_16f.ckpt" in refused(tmp_path / "x")
 
 
-def test_missing_folder_names_the_part_that_is_missing(tmp_path):
+def test_missing_folder_names_the_part_that_is_missing(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     message = refused(tmp_path / "model" / "cosmos" / "model.pt")
     assert f"'{tmp_path}' has no 'model'; did you mean '{tmp_path / 'models'}'?" in message
 
 
-def test_home_is_expanded(tmp_path, monkeypatch):
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
     assert list(open_checkpoint("~/w.pt")) == ["w"]
 
 
-def test_legacy_pickle_and_the_advice_for_it(tmp_path):
+def test_legacy_pickle_and_the_advice_for_it(tmp_path: Path) -> None:
     tensors = {"w": torch.arange(4.0)}
     torch.save(tensors, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     message = refused(tmp_path / "old.pt")
@@ -69,7 +71,7 @@ def test_legacy_pickle_and_the_advice_for_it(tmp_path):
     ],
 )
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "MODEL.SAFETENSORS"])
-def test_other_files_whatever_their_name(tmp_path, name, content, message):
+def test_other_files_whatever_their_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     printed = refused(tmp_path / name)
     assert message in printed or (name != "model.pt" and "not a safetensors file" in printed)
@@ -84,7 +86,9 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:7\nsize 51655
 @pytest.mark.parametrize(
     ("content", "message"), [(WEB, "web page"), (POINTER, "git lfs pull"), (b"", "is empty")]
 )
-def test_what_stands_in_for_a_file_is_told_before_its_suffix(tmp_path, content, message):
+def test_what_stands_in_for_a_file_is_told_before_its_suffix(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     for name in ("model.safetensors", "model.pt", "weights"):
         (tmp_path / name).write_bytes(content)
         assert message in refused(tmp_path / name)
@@ -107,38 +111,44 @@ def test_what_stands_in_for_a_file_is_told_before_its_suffix(tmp_path, content, 
         ("hf.co/org/a/tree/main", "hf://org/a@main"),
     ],
 )
-def test_repository_of_the_hub_without_its_scheme(tmp_path, monkeypatch, spec, meant):
+def test_repository_of_the_hub_without_its_scheme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, meant: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vid").mkdir()
     assert f"did you mean '{meant}'?" in refused(spec)
 
 
 @pytest.mark.parametrize("spec", ["s3://a/b.pt", "https://a.org/b.ckpt", "file:///b.pt", "HF://org/name"])
-def test_other_addresses_are_not_taken_for_paths(spec):
+def test_other_addresses_are_not_taken_for_paths(spec: str) -> None:
     assert f"'{spec}' is no address that is read, only hf://org/name is" in refused(spec)
 
 
 @pytest.mark.parametrize("spec", ["hf://../..", "hf://org/a--b", "hf://-org/name"])
-def test_names_that_the_hub_does_not_give(spec):
+def test_names_that_the_hub_does_not_give(spec: str) -> None:
     assert f"'{spec}' names no repository" in refused(spec)
 
 
 @pytest.mark.parametrize("spec", ["checkpoints/model.pt", "here/name", "./org/name", "/org/name", "a b/c"])
-def test_paths_are_not_taken_for_repositories(tmp_path, monkeypatch, spec):
+def test_paths_are_not_taken_for_repositories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     assert "hf://" not in refused(spec)
 
 
 @pytest.mark.parametrize("spec", ["", "  "])
-def test_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, spec):
+def test_empty_path_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
     assert "path of the checkpoint is empty" in refused(spec)
     assert list(open_checkpoint(".")) == ["w"]
 
 
-def test_upper_case_and_wrong_suffixes(tmp_path):
+def test_upper_case_and_wrong_suffixes(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "MODEL.SAFETENSORS")
     assert list(open_checkpoint(tmp_path)) == ["w"]
     (tmp_path / "MODEL.SAFETENSORS").rename(tmp_path / "model.pt")
@@ -149,14 +159,14 @@ def test_upper_case_and_wrong_suffixes(tmp_path):
     assert list(open_checkpoint(tmp_path / "x.safetensors")) == ["v"]
 
 
-def test_what_macos_leaves_beside_a_file(tmp_path):
+def test_what_macos_leaves_beside_a_file(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "x.ckpt")
     (tmp_path / "._x.ckpt").write_bytes(b"\x00\x05\x16\x07" + bytes(60))
     assert list(open_checkpoint(tmp_path)) == ["w"]
     assert "pass the file itself, x.ckpt" in refused(tmp_path / "._x.ckpt")
 
 
-def test_linked_weights(tmp_path):
+def test_linked_weights(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     save_file({"w": torch.ones(1)}, tmp_path / "blobs" / "0a1b")
     (tmp_path / "model.safetensors").symlink_to(Path("blobs") / "0a1b")
@@ -168,7 +178,7 @@ def test_linked_weights(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_name_that_is_no_unicode(tmp_path):
+def test_name_that_is_no_unicode(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors"))
     save_file({"w": torch.arange(3.0)}, tmp_path / "w.safetensors")
     (tmp_path / "w.safetensors").rename(path)
@@ -183,7 +193,9 @@ def test_name_that_is_no_unicode(tmp_path):
     "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module."]
 )
 @pytest.mark.parametrize("save", [torch.save, save_file])
-def test_names_that_training_wrapped(tmp_path, prefix, save):
+def test_names_that_training_wrapped(
+    tmp_path: Path, prefix: str, save: Callable[[dict[str, Tensor], Path], None]
+) -> None:
     names = ("model.embed", "model.layers.0.w")
     save({prefix + name: torch.ones(1) for name in names}, tmp_path / "model.pt")
     assert set(open_checkpoint(tmp_path)) == set(names)
@@ -193,7 +205,7 @@ def test_names_that_training_wrapped(tmp_path, prefix, save):
     assert set(open_checkpoint(tmp_path / "b.bin")) == {"model.layers.0.w", "module.w"}
 
 
-def test_zip_that_is_no_torch_file(tmp_path):
+def test_zip_that_is_no_torch_file(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "validation.zip", "w") as archive:
         for name in ("a.mp4", "a.jsonl", "b.mp4", "b.jsonl"):
             archive.writestr(name, b"")
@@ -207,18 +219,18 @@ def test_zip_that_is_no_torch_file(tmp_path):
     assert "it holds nothing" in refused(tmp_path / "empty.zip")
 
 
-def test_neither_file_nor_folder():
+def test_neither_file_nor_folder() -> None:
     if not Path("/dev/null").exists():
         pytest.skip("needs /dev/null")
     assert "neither a file nor a folder" in refused("/dev/null")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind this user")
-def test_unreadable_file(tmp_path):
+def test_unreadable_file(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "w.pt")
     (tmp_path / "w.pt").chmod(0)
     assert "Permission denied" in refused(tmp_path / "w.pt")
 
 
-def test_name_too_long_for_the_system():
+def test_name_too_long_for_the_system() -> None:
     assert "cannot read" in refused("x" * 5000)

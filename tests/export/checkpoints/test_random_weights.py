@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from diagd.export.checkpoints import RandomCheckpoint, initial_moments
 
 SHAPES = {"embed.weight": (301, 17), "conv.weight": (5, 3, 2, 2), "norm.weight": (33,), "norm.bias": (33,)}
 
 
-def test_names_shapes_and_scale():
+def test_names_shapes_and_scale() -> None:
     checkpoint = RandomCheckpoint(SHAPES, seed=1)
     assert {name: handle.shape for name, handle in checkpoint.items()} == SHAPES
     assert {handle.dtype for handle in checkpoint.values()} == {"float32"}
@@ -32,21 +33,21 @@ def test_names_shapes_and_scale():
 
 @settings(max_examples=40)
 @given(st.integers(0, 400), st.integers(0, 400), st.sampled_from([(1, 1), (7,), (3, 5), (16,)]))
-def test_any_rows_are_those_of_the_whole(first, second, rest):
+def test_any_rows_are_those_of_the_whole(first: int, second: int, rest: tuple[int, ...]) -> None:
     start, stop = sorted((first, second))
     checkpoint = RandomCheckpoint({"w": (400, *rest)}, seed=7)
     rows = checkpoint["w"].read_rows(start, stop)
     np.testing.assert_array_equal(rows, checkpoint["w"].read()[start:stop])
 
 
-def test_rows_across_internal_chunks():
+def test_rows_across_internal_chunks() -> None:
     handle = RandomCheckpoint({"w": (1100, 2003)}, seed=3)["w"]
     whole = handle.read()
     for start, stop in ((0, 1100), (523, 524), (500, 1099)):
         np.testing.assert_array_equal(handle.read_rows(start, stop), whole[start:stop])
 
 
-def philox(counter, key):
+def philox(counter: int, key: int) -> list[int]:
     """One block of Philox4x64-10 (Salmon et al., 2011), in Python integers."""
     mask = 2**64 - 1
     x = [counter >> 64 * word & mask for word in range(4)]
@@ -58,7 +59,7 @@ def philox(counter, key):
     return x
 
 
-def test_elements_are_those_of_the_published_generator():
+def test_elements_are_those_of_the_published_generator() -> None:
     """A change of generator, here or in NumPy, would silently change everyone's random models."""
     key = int.from_bytes(hashlib.blake2b(b"42/layers.0.wq.weight", digest_size=16).digest(), "little")
     words = [word for block in range(1, 6) for word in philox(block, key)]
@@ -69,8 +70,8 @@ def test_elements_are_those_of_the_published_generator():
     np.testing.assert_allclose(values.ravel(), expected, rtol=1e-6)
 
 
-def test_seed_and_name_decide():
-    def first(name, seed):
+def test_seed_and_name_decide() -> None:
+    def first(name: str, seed: int) -> NDArray[np.float32]:
         return RandomCheckpoint({name: (4, 64)}, seed=seed)[name].read()
 
     assert (first("a", 0) == first("a", 0)).all()
@@ -78,14 +79,14 @@ def test_seed_and_name_decide():
     assert (first("a", 0) != first("b", 0)).mean() > 0.9
 
 
-def test_order_of_reading_makes_no_difference():
+def test_order_of_reading_makes_no_difference() -> None:
     forward = {name: handle.read() for name, handle in RandomCheckpoint(SHAPES, seed=5).items()}
     backward = RandomCheckpoint(dict(reversed(SHAPES.items())), seed=5)
     for name in reversed(SHAPES):
         np.testing.assert_array_equal(backward[name].read(), forward[name])
 
 
-def test_a_gigabyte_matrix_is_read_in_rows():
+def test_a_gigabyte_matrix_is_read_in_rows() -> None:
     handle = RandomCheckpoint({"head": (64000, 4096)}, seed=0)["head"]
     assert handle.size == 64000 * 4096
     tracemalloc.start()
@@ -109,11 +110,11 @@ def test_a_gigabyte_matrix_is_read_in_rows():
         ("empty", (3, 0), (0, 1)),
     ],
 )
-def test_initial_moments(name, shape, moments):
+def test_initial_moments(name: str, shape: tuple[int, ...], moments: tuple[float, float]) -> None:
     assert initial_moments(name, shape) == moments
 
 
-def test_activations_stay_of_order_one():
+def test_activations_stay_of_order_one() -> None:
     width, layers = 128, 12
     checkpoint = RandomCheckpoint({f"{layer}.weight": (width, width) for layer in range(layers)}, seed=0)
     hidden = np.random.default_rng(0).standard_normal(width).astype(np.float32)
