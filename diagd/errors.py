@@ -89,22 +89,23 @@ _NUMBERS: Final[dict[Any, type]] = {int: Integral, float: Real}
 """What counts as one, those of NumPy included."""
 
 
-def expect(of: type | Callable[..., Any], given: Mapping[str, object]) -> None:
+def expect(of: type | Callable[..., Any], given: Mapping[str, object], **late: type) -> None:
     """Refuse (UsageError) arguments that are not of the types which a function, or a class, names.
 
     Only what a type is made of is looked at: a callable may take anything, a sequence hold anything.
+    ``late``: types that a module has for type checkers only, by name.
     """
-    for name, kinds in _kinds(of).items():
+    for name, kinds in _kinds(of, *late.items()).items():
         if name in given and not isinstance(given[name], tuple(_NUMBERS.get(kind, kind) for kind in kinds)):
             words = " or ".join(_WORDS.get(kind, f"a {kind.__name__}") for kind in kinds)
             raise UsageError(f"{name} is {given[name]!r}; expected {words}")
 
 
 @lru_cache(maxsize=64)
-def _kinds(of: type | Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
+def _kinds(of: type | Callable[..., Any], *late: tuple[str, type]) -> dict[str, tuple[Any, ...]]:
     unions = {
         name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        for name, hint in get_type_hints(of).items()
+        for name, hint in get_type_hints(of, localns=dict(late) or None).items()
     }
     return {name: tuple(get_origin(kind) or kind for kind in kinds) for name, kinds in unions.items()}
 

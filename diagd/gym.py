@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from diagd.bundle.actions import ActionCodec, EdgesSlot, MuLawSlot
 from diagd.engines.engine import Int
-from diagd.errors import UsageError, require
+from diagd.engines.sampler import check_seed
+from diagd.errors import UsageError, expect, require
 from diagd.play.controls import Taken, bounded, default_controls
 from diagd.play.game import Game, Shown
 from diagd.play.opening import SHIPPED, GameOptions, open_game, open_games
@@ -62,7 +63,8 @@ class WorldEnv(gymnasium.Env[Observation, Any]):
         render_mode: str | None = None,
         options: GameOptions | None = None,
     ) -> None:
-        self._game = open_game(Path(bundle) if bundle else SHIPPED, options or GameOptions())
+        expect(WorldEnv.__init__, locals())
+        self._game = open_game(SHIPPED if bundle is None else Path(bundle), options or GameOptions())
         manifest, spec = self._game.bundle.manifest, self._game.view.codec.spec
         self._codec, self.render_mode = manifest.actions, render_mode
         self.metadata = self.metadata | {"render_fps": manifest.frames_per_second}
@@ -74,6 +76,7 @@ class WorldEnv(gymnasium.Env[Observation, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin anew; the seed fixes what is drawn and, without ``options={"prompt": n}``, the prompt."""
+        expect(WorldEnv.reset, {"options": options})
         super().reset(seed=seed)
         pictures, chosen = _begin(self._game, self.np_random, (options or {}).get("prompt"))
         return self._see(pictures), {"prompt": chosen, "tokens": self._game.tokens}
@@ -131,7 +134,12 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         options: GameOptions | None = None,
         render_mode: str | None = None,
     ) -> None:
-        path = Path(bundle) if bundle else SHIPPED
+        expect(WorldVectorEnv.__init__, locals())
+        if max_episode_steps is not None and max_episode_steps < 1:
+            raise UsageError(
+                f"max_episode_steps is {max_episode_steps}; expected 1 or more, or None for no end"
+            )
+        path = SHIPPED if bundle is None else Path(bundle)
         self._group, self._games = open_games(path, options or GameOptions(), num_envs)
         manifest, spec = self._games[0].bundle.manifest, self._games[0].view.codec.spec
         self._codec, self._horizon, self.num_envs = manifest.actions, max_episode_steps, num_envs
@@ -150,14 +158,16 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin anew, all or those of ``options["reset_mask"]``; environment n has seed ``seed + n``."""
+        expect(WorldVectorEnv.reset, {"options": options})
         options = options or {}
-        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs)), np.bool_)
+        mask = np.ravel(np.asarray(options.get("reset_mask", np.ones(self.num_envs)), np.bool_))
         self._check_count(len(mask), "entries of reset_mask")
         seeds = [seed + n for n in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
         if seeds is not None:
-            self._check_count(len(seeds), "seeds")
+            self._check_count(len(seeds) if np.iterable(seeds) else 0, "seeds")
         for number, given in enumerate(seeds or ()):
             if given is not None and mask[number]:
+                check_seed(given)
                 self._randoms[number] = np.random.default_rng(given)
         infos: dict[str, Any] = {}
         for number in np.flatnonzero(mask).tolist():

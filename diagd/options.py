@@ -30,7 +30,7 @@ Class = TypeVar("Class")
 @dataclass_transform(frozen_default=True)
 def checked(options: type[Class]) -> type[Class]:
     """Make a class a dataclass of options, whose finite values pydantic checks, and which takes no others."""
-    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    config = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
     made: Any = pydantic.dataclasses.dataclass(frozen=True, config=config)(options)
     init = made.__init__
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
@@ -14,6 +14,7 @@ from diagd.bundle import PROMPTS_NAME, Bundle
 from diagd.bundle.cache import cache_directory
 from diagd.engines.engine import Float, Int
 from diagd.errors import UsageError
+from diagd.options import File, checked
 from diagd.play.game import Game
 from diagd.play.pictures import View
 from diagd.play.record import Line, read_record
@@ -32,7 +33,7 @@ MAX_PROMPTS: Final = 24
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@checked
 class GameOptions:
     """What a game runs on.
 
@@ -40,10 +41,10 @@ class GameOptions:
     models that attend to one; ``record`` the file of the record, None keeping none.
     """
 
-    prompts: tuple[Path, ...] = ()
+    prompts: tuple[File, ...] = ()
     session: SessionOptions = field(default_factory=SessionOptions)
     text: Float | None = None
-    record: Path | None = None
+    record: File | None = None
 
 
 def open_game(path: Path, options: GameOptions) -> Game:

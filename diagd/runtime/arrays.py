@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sized
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZipFile
@@ -48,12 +48,17 @@ def read_ids(path: Path) -> NDArray[np.integer]:
 
 def whole(ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
     """Ids int32; UsageError where they are no whole numbers, or so large that they would become others."""
-    given = np.asarray(ids)
+    try:
+        given = np.asarray(ids)
+    except ValueError as error:
+        raise UsageError(
+            f"ids are rows of several lengths ({ids!r:.80}); expected an array, int32"
+        ) from error
     if given.dtype == np.int32:
         return np.asarray(given, np.int32)
     try:
         with np.errstate(invalid="ignore"):
-            kept = given.astype(np.int32)
+            kept = given.astype(np.int32) if given.dtype.kind in _NUMBERS + "O" else None
     except (ValueError, TypeError, OverflowError):
         kept = None
     if kept is None or not np.array_equal(kept, given):
@@ -61,6 +66,11 @@ def whole(ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
             f"ids are {given.dtype} {given.reshape(-1)[:8].tolist()}; expected whole numbers, int32"
         )
     return kept
+
+
+def rows_in(rows: object) -> int:
+    """How many rows there are; 0 where it is none of a known number."""
+    return len(rows) if isinstance(rows, Sized) and np.iterable(rows) else 0
 
 
 def read_arrays(path: Path, names: Collection[str], what: str) -> dict[str, NDArray[np.generic]]:

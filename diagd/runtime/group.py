@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
+import numpy as np
+
 from diagd.engines.engine import Engine
-from diagd.errors import UsageError
+from diagd.errors import UsageError, expect
 from diagd.runtime.decoders.decoder import Decoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
@@ -65,15 +67,15 @@ class Group:
         Raises:
             UsageError: as ``Session.frames``, or there is no such session.
         """
-        chosen = dict(_each(seeds or ()))
-        decoder = decoder or self.sessions[0].decoder
+        chosen = dict(_each(() if seeds is None else seeds))
+        decoder = self.sessions[0].decoder if decoder is None else decoder
         runs = {
             lane: self._session(lane).run(
                 decoder, one, count=count, sampling=sampling, seed=chosen.get(lane, lane)
             )
             for lane, one in _each(actions)
         }
-        return self.together(runs, in_phase=not decoder.ragged)
+        return self.together(runs, in_phase=not getattr(decoder, "ragged", True))
 
     def step(
         self,
@@ -89,6 +91,7 @@ class Group:
 
     def together(self, runs: Mapping[int, Run[T]], *, in_phase: bool = True) -> Iterator[tuple[int, T]]:
         """Run what ``Session.run`` or ``watch`` gave, by number of the session; see ``lock_step``."""
+        expect(Group.together, locals())
         return lock_step(self.passes, runs, in_phase=in_phase)
 
     def _session(self, lane: int) -> Session:
@@ -98,6 +101,6 @@ class Group:
 
 
 def _each(values: Each[T]) -> Iterator[tuple[int, T]]:
-    if not isinstance(values, Iterable):
+    if not np.iterable(values):
         raise UsageError(f"{values!r} is one for no session; expected one for each, by number or in turn")
     return iter(values.items()) if isinstance(values, Mapping) else iter(enumerate(values))

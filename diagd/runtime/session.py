@@ -15,6 +15,7 @@ from diagd.bundle import Manifest
 from diagd.engines.engine import Engine, Float, Int, Steps
 from diagd.engines.sampler import check_seed
 from diagd.errors import UsageError, expect
+from diagd.runtime.arrays import rows_in
 from diagd.runtime.context import Refill, context_policy
 from diagd.runtime.decoders.decoder import ActingDecoder, Decoder
 from diagd.runtime.decoders.jacobi import JacobiDecoder
@@ -111,9 +112,7 @@ class Session:
 
     @stream.setter
     def stream(self, stream: Stream) -> None:
-        if (stream.layout, stream.window) != (self.layout, self.window):
-            its, own = (f"{one.window} frames and {one.layout}" for one in (stream, self))
-            raise UsageError(f"the stream has a window of {its}; this session's has {own}")
+        self._stream.check_alike(stream)
         self._run += 1
         self._stream = stream
 
@@ -139,10 +138,10 @@ class Session:
         seed: int = 0,
     ) -> Iterator[Frame]:
         """Frames by a schedule, or the manifest's decoder, under actions [frames, n]; see ``frames``."""
-        if self.layout.gap and (actions is None or len(actions) != frames):
+        if self.layout.gap and (actions is None or rows_in(actions) != frames):
             raise UsageError(
                 f"{frames} frames need actions of shape [{frames}, {self.layout.gap}], "
-                f"got {'none' if actions is None else list(np.shape(actions))}"
+                f"got {'none' if actions is None else f'{rows_in(actions)} rows'}"
             )
         decoder = None if schedule is None else ScheduledDecoder(schedule)
         return self.frames(decoder, actions, count=frames, sampling=sampling, seed=seed)
@@ -196,7 +195,7 @@ class Session:
 
         Threads that call it take turns.
         """
-        actions = None if action is None else [np.asarray(action)]
+        actions = None if action is None else [action]
         with self.passes.turn:
             seed = self._stream.seed if seed is None else seed
             return next(iter(self.frames(decoder, actions, count=1, sampling=sampling, seed=seed)))
@@ -248,8 +247,8 @@ class Session:
             raise UsageError(f"frames need actions of {self.layout.gap} ids each, got none")
         expect(RunOptions, {"newer": newer})
         check_seed(seed)
-        decoder = decoder or self.decoder
-        if not hasattr(decoder, "blocks"):
+        decoder = self.decoder if decoder is None else decoder
+        if isinstance(decoder, type) or not (hasattr(decoder, "blocks") and hasattr(decoder, "check")):
             raise UsageError(
                 f"the decoder is {decoder!r}; expected one such as "
                 "diagd.ScheduledDecoder(diagd.Schedule.chained(session.layout, k=1))"

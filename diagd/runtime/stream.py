@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat, takewhile
 from typing import Any, TypedDict
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from diagd.engines.engine import Float, Int, SamplingState
 from diagd.errors import UsageError, expect
-from diagd.runtime.arrays import whole
+from diagd.runtime.arrays import rows_in, whole
 from diagd.runtime.sampling import ActionLaw, SamplingSettings
 from diagd.runtime.slots import TokenPlaces
 from diagd.runtime.snapshot import Head, read, shape
@@ -117,6 +117,7 @@ class Stream:
         needed: int = 1,
         vocabulary: int = 1 << 31,
     ) -> None:
+        expect(Stream.__init__, locals())
         self.layout, self.window, self.padded = layout, window, padded
         self.needed, self.vocabulary = needed, vocabulary
         self.places = TokenPlaces(layout, window)
@@ -156,10 +157,9 @@ class Stream:
             UsageError: shape, length or an id does not fit the model.
         """
         self.check_prompt(frames)
-        given = len(actions) if isinstance(actions, Sized) else 0
-        if actions is not None and given < len(frames):
-            raise UsageError(f"the prompt has {len(frames)} frames and {given} actions; give one a frame")
         frames = whole(frames)
+        if actions is not None and (given := rows_in(actions)) < len(frames):
+            raise UsageError(f"the prompt has {len(frames)} frames and {given} actions; give one a frame")
         led = [self._leading(n, None if actions is None else actions[n]) for n in range(len(frames))]
         is_read = np.array_equal(np.asarray(text), np.asarray(self.text))
         if alike := self._alike(frames, actions) if is_read else 0:
@@ -186,11 +186,9 @@ class Stream:
 
     def check_prompt(self, frames: Ids) -> None:
         """Refuse (UsageError) token frames that the stream cannot start from."""
-        grid = (self.layout.rows, self.layout.columns)
-        if np.ndim(frames) != 3 or np.shape(frames)[1:] != grid or not len(frames):
-            raise UsageError(
-                f"the prompt has shape {np.shape(frames)}, this model takes [frames, {grid[0]}, {grid[1]}]"
-            )
+        grid, shape = (self.layout.rows, self.layout.columns), whole(frames).shape
+        if len(shape) != 3 or shape[1:] != grid or not shape[0]:
+            raise UsageError(f"the prompt has shape {shape}, this model takes [frames, {grid[0]}, {grid[1]}]")
         if len(frames) >= self.window:
             raise UsageError(
                 f"the prompt has {len(frames)} frames but the window holds {self.window} with the one to "
@@ -214,17 +212,14 @@ class Stream:
             UsageError: so many frames cannot be.
         """
         if frames is not None and not (isinstance(frames, int | np.integer) and frames >= 0):
-            raise UsageError(
-                f"count is {frames!r}; expected 0 frames or more, or None for all of the actions"
-            )
-        if not (actions is None or callable(actions) or isinstance(actions, Iterable)):
+            raise UsageError(f"count is {frames!r}; expected 0 frames or more, or None for all actions")
+        if not (actions is None or callable(actions) or np.iterable(actions)):
             raise UsageError(f"actions are {actions!r}; expected ids int32 [frames, n]; see Session.frames")
         self.begun, self.rejected, self.acting, self._asked = self.known, None, False, None
         self.newer = self._renewed = None
         self._led = {frame: ids for frame, ids in self._led.items() if frame < self.known}
-        count = len(actions) if isinstance(actions, np.ndarray) else None
-        lengths = [length for length in (frames, count) if length is not None]
-        self.limit = self.known + min(lengths) if lengths else None
+        counts = frames, len(actions) if isinstance(actions, np.ndarray) else None
+        self.limit = min((self.known + count for count in counts if count is not None), default=None)
         self._actions = actions if callable(actions) else repeat(None) if actions is None else iter(actions)
 
     @property
@@ -309,13 +304,22 @@ class Stream:
         self.past[frame - self.known].tokens[:] = tokens.reshape(self.layout.rows, -1)
 
     def frame(self, frame: int) -> Int:
-        """Tokens int32 [rows, columns] of a frame of the window."""
-        cells = self.tokens[self.places.cells(frame)].copy()
-        return cells.reshape(self.layout.rows, self.layout.columns)
+        """Tokens int32 [rows, columns] of a frame of the window; UsageError where they are not there."""
+        if frame not in range(max(0, self.begun - self.places.frames), max(1, self.begun)):
+            raise UsageError(f"frame {frame!r} is not there; {self.known} are known, the last few are kept")
+        return self.tokens[self.places.cells(frame)].reshape(self.layout.rows, -1).copy()
+
+    def give(self, frame: int, tokens: Ids | None) -> None:
+        """Set the tokens of a frame; UsageError where they are no such of the model, or not enough."""
+        cells = whole(np.zeros(0, np.int32) if tokens is None else tokens).reshape(-1)
+        if len(cells) != self.layout.cells:
+            raise UsageError(f"frame {frame} has {len(cells)} tokens; give {self.layout.cells} a frame")
+        self._check(f"frame {frame}", cells)
+        self.write(self.layout.first_cell(frame), cells)
 
     def write(self, position: int | Ids, ids: Ids) -> None:
         """Set tokens, neighbours from a position on or at given ones; steps run from now on read them."""
-        values = whole(ids)
+        values = whole(ids).reshape(-1)
         if not isinstance(position, np.ndarray):
             position = np.arange(position, position + len(values))
         places = self.places.of(position)
@@ -331,6 +335,13 @@ class Stream:
                 f"are built again from {len(self.past) - most} of them; expected 0..{most}"
             )
         self.return_to(self.known - int(frames), list(self.past)[: len(self.past) - int(frames)])
+
+    def check_alike(self, stream: Stream) -> None:
+        """Refuse (UsageError) what is no stream, or one of another layout, window or vocabulary."""
+        expect(Stream.check_alike, locals())
+        its, own = (f"{one.window} frames, {one.vocabulary} ids and {one.layout}" for one in (stream, self))
+        if its != own:
+            raise UsageError(f"the stream has a window of {its}; this session's has {own}")
 
     def spare(self, kept: int) -> int:
         """How many of the last ``kept`` frames may go, so that the world goes on from there to the token."""

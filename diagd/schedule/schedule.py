@@ -187,6 +187,7 @@ class Schedule:
             ScheduleError: no frame precedes ``first_frame``, ``fed`` lies beyond the known tokens, or
                 ``max_width`` is below 1.
         """
+        expect(Schedule.table, locals())
         start = self.layout.first_cell(first_frame)
         if first_frame < 1 or frames < 1:
             raise ScheduleError(

@@ -14,9 +14,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import diagd.gym
-from diagd.errors import UsageError
+from diagd.errors import BundleError, UsageError
 from diagd.export.families.mineworld import mineworld_actions
 from diagd.export.families.wham import wham_actions
+from diagd.gym import WorldEnv, WorldVectorEnv
 from diagd.play.controls import bounded
 from diagd.play.opening import SHIPPED
 from diagd.runtime.actions import encode
@@ -120,6 +121,28 @@ def test_many_worlds_at_once_are_each_as_one_alone(world: Path) -> None:
     assert not codec._graphs
     with pytest.raises(UsageError, match="closed"):
         many.step(np.zeros(3, np.int64))
+
+
+def test_what_no_world_can_be_made_of_is_named(world: Path) -> None:
+    for make_one in (WorldEnv, partial(WorldVectorEnv, 1)):
+        with pytest.raises(UsageError, match="bundle is 3; expected a string or a Path or None"):
+            make_one(3)
+        with pytest.raises(BundleError):
+            make_one("")
+        with pytest.raises(UsageError, match=r"options is .*; expected a GameOptions or None"):
+            make_one(world, options={"prompts": ()})
+    for horizon in ("x", 0):
+        with pytest.raises(UsageError, match=f"max_episode_steps is {horizon!r}; expected"):
+            WorldVectorEnv(1, world, horizon)
+    env = make(world)
+    with pytest.raises(UsageError, match="options is 'x'; expected a dict or None"):
+        env.reset(options="x")
+    many = WorldVectorEnv(2, world)
+    for seed, message in ((2.5, "0 seeds; expected 2"), ([-1, 3], "seed is -1; expected an integer")):
+        with pytest.raises(UsageError, match=message):
+            many.reset(seed=seed)
+    many.reset(options={"reset_mask": np.array([[True, False]])})
+    many.close()
 
 
 def test_every_action_of_the_large_models_can_be_encoded() -> None:

@@ -134,3 +134,17 @@ def test_what_is_no_picture_among_the_prompts_is_left_out(world: Path, tmp_path:
     (copy / "prompts" / "more.png").mkdir()
     with open_game(copy, GameOptions()) as game:
         assert len(game.prompts) == 3
+
+
+def test_options_of_other_types_are_named_and_paths_may_be_text(tmp_path: Path) -> None:
+    given: dict[str, object] = {"prompts": "a.png", "session": None, "text": "a text", "record": 3}
+    for name, value in given.items():
+        with pytest.raises(UsageError, match=f"GameOptions: '{name}"):
+            GameOptions(**{name: value})  # type: ignore[arg-type]
+    record = tmp_path / "record.ndjson"
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, np.zeros((1, 9, 12), np.int32))
+    game = open_game(SHIPPED, GameOptions(prompts=[str(tokens)], record=str(record)))  # type: ignore[arg-type]
+    game.reset(game.prompts[0])
+    game.close()
+    assert record.exists()

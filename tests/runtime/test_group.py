@@ -231,8 +231,20 @@ def test_what_cannot_be_shared_is_refused(bundle: Bundle, group: Group) -> None:
         group.step({3: ACTIONS[0][0]})
     with pytest.raises(UsageError, match="no session has the number left; this group has 3"):
         group.step({"left": ACTIONS[0][0]})  # type: ignore[dict-item]
-    with pytest.raises(UsageError, match="3 is one for no session; expected one for each"):
-        group.step(3)  # type: ignore[arg-type]
+    for given in (3, np.array(3)):
+        with pytest.raises(UsageError, match=r"3.* is one for no session; expected one for each"):
+            group.step(given)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="runs is 'x'; expected a Mapping"):
+        list(group.together("x"))  # type: ignore[arg-type]
+
+
+def test_seeds_may_be_an_array(group: Group) -> None:
+    found = []
+    for seeds in ([3, 4, 5], np.arange(3, 6)):
+        led = [start(session, n)[:1] for n, session in enumerate(group.sessions)]
+        made = group.frames(led, DECODERS["serial"], seeds=seeds)
+        found.append(sorted((n, frame.tokens.tolist()) for n, frame in made))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("used", ["write_slots", "write_tokens", "send", "step", "read_tokens"])

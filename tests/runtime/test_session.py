@@ -15,6 +15,7 @@ import diagd
 from diagd.errors import ScheduleError, UsageError
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
+from diagd.runtime.stream import Stream
 from diagd.schedule import Schedule
 from tests.oracles.models import CODES
 from tests.runtime.conftest import LAYOUT
@@ -185,6 +186,36 @@ def test_arguments_of_other_types_are_named(small_bundle: Path) -> None:
             make_order(LAYOUT, 1, "above")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="spelling is 3; expected a string"):
         Schedule.parse(3, LAYOUT)  # type: ignore[arg-type]
+
+
+def test_what_is_given_in_another_form_is_named(small_bundle: Path) -> None:
+    with started(small_bundle) as session:
+        for stream in ("x", None, Stream):
+            with pytest.raises(UsageError, match=r"stream is .*; expected a Stream"):
+                session.stream = stream  # type: ignore[assignment]
+        other = session.stream.branch()
+        other.vocabulary += 1
+        with pytest.raises(UsageError, match=f"a window of 4 frames, {other.vocabulary} ids and"):
+            session.stream = other
+        for given in (diagd.JacobiDecoder, "", 0):
+            with pytest.raises(UsageError, match=r"the decoder is .*; expected one such as"):
+                session.step(actions(1)[0], given)  # type: ignore[arg-type]
+        for of_a_run in (iter(actions(2)), lambda frame: actions(1)[0], 3, [[1, 2], [3], [4]]):
+            with pytest.raises(UsageError, match=r"2 frames need actions of shape \[2, 3\], got [03] rows"):
+                session.generate(2, of_a_run)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="ids are rows of several lengths"):
+            session.step([[7, 8], [9]])  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="ids are rows of several lengths"):
+            session.start([[[1, 2], [3]]])  # type: ignore[arg-type]
+        for given in (np.array(8), np.array("x")):
+            with pytest.raises(UsageError, match=r"actions are .*; expected ids"):
+                session.frames(None, given)
+            with pytest.raises(UsageError, match="1 frames and 0 actions"):
+                session.start(prompt(), given)
+        for frame in (-1, 5, None):
+            with pytest.raises(UsageError, match=f"frame {frame} is not there; 1 are known"):
+                session.stream.frame(frame)  # type: ignore[arg-type]
+        assert session.step(actions(1)[0].tolist()).index == 1  # type: ignore[arg-type]
 
 
 def test_windows_and_lags_that_cannot_be_are_refused(small_bundle: Path) -> None:

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from diagd.engines.engine import Float, Int
 from diagd.engines.onnxruntime_session import CpuOptions, open_cpu_session
-from diagd.errors import UsageError, unknown
+from diagd.errors import UsageError, expect, unknown
 from diagd.runtime.decoders.decoder import Blocks, Decoder, begun, keep
 from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scheduled import RasterDecoder, raster_passes
@@ -257,6 +257,10 @@ class DraftDecoder(Decoder):
         decoder: Decoder | None = None,
         target_first: bool = True,
     ) -> None:
+        from diagd.runtime.session import Session
+
+        given = {"drafter": drafter, "tau": tau, "score": score}
+        expect(DraftDecoder.__init__, given, Session=Session)
         if math.isnan(tau):
             raise UsageError("tau is not a number; give the least score of a frame that is kept, inf or -inf")
         self._drafter, self._tau, self._score = drafter, tau, score
@@ -269,11 +273,13 @@ class DraftDecoder(Decoder):
     @override
     def check(self, stream: Stream) -> None:
         """Drafter and target are two sessions over streams of one layout."""
-        mine, other = self._drafter.layout, stream.layout
-        if mine != other or self._drafter.window != stream.window:
+        mine, other = (
+            f"{one.layout}, {one.vocabulary} ids and a window of {one.window} frames"
+            for one in (self._drafter.stream, stream)
+        )
+        if mine != other:
             raise UsageError(
-                f"the drafter has {mine} and a window of {self._drafter.window}, the target {other} and "
-                f"{stream.window}; draft with the same layout, tokens and window"
+                f"the drafter has {mine}, the target {other}; draft with the same layout, tokens and window"
             )
         if self._drafter.stream is stream:
             raise UsageError("the drafter is the target's own session; open a second session to draft with")

@@ -99,11 +99,12 @@ class JacobiDecoder(Decoder):
             return
         start = stream.layout.first_cell(stream.begun - 1)
         if self._draft:
-            found, draft = None, np.array(self._draft(stream), np.int32)
+            stream.give(stream.begun - 1, self._draft(stream))
+            found, draft = None, stream.frame(stream.begun - 1).reshape(-1)
         else:
             found = self._lookup.find(stream)
             draft = found.tokens.copy()
-        stream.write(start, draft)
+            stream.write(start, draft)
         decided = yield from self.decide(stream, start, draft, began, found=found)
         if decided < len(draft):  # in time for the window that they belong to
             yield feed(np.arange(start + decided - 1, start + len(draft) - 1), stream.max_width)

@@ -108,7 +108,7 @@ class ForcedDecoder(ScheduledDecoder):
         """Give the frames that have begun since their tokens."""
         if self._truth is not None:
             for frame in range(written, stream.begun):
-                stream.write(stream.layout.first_cell(frame), np.reshape(next(self._truth), -1))
+                stream.give(frame, next(self._truth, None))
         return stream.begun
 
 
@@ -139,7 +139,7 @@ class RasterDecoder(Decoder):
         if not (yield from begun(stream)):
             return
         start = stream.layout.first_cell(stream.begun - 1)
-        stream.write(start, np.reshape(next(self._truth), -1))
+        stream.give(stream.begun - 1, next(self._truth, None))
         if self._rows is None:
             yield feed(np.arange(stream.fed, start + stream.layout.cells - 1), stream.max_width)
         else:

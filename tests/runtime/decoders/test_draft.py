@@ -157,6 +157,20 @@ def test_a_frame_whose_context_was_fed_again_is_the_targets(pair: tuple[Session,
     assert any(frame.refill_steps for frame in frames[1:]) == (target.manifest.context.kind == "absolute")
 
 
+def test_what_nothing_can_be_drafted_with_is_named(pair: tuple[Session, Session]) -> None:
+    _, drafter = pair
+    for given, message in (
+        ((None, 0.0, never), "drafter is None; expected a Session"),
+        (("k=1", 0.0, never), "drafter is 'k=1'; expected a Session"),
+        ((drafter, "0.5", never), "tau is '0.5'; expected a number"),
+        ((drafter, None, never), "tau is None; expected a number"),
+        ((drafter, 0.0, "likelihood"), "score is 'likelihood'; expected a Callable"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            DraftDecoder(*given)
+    assert DraftDecoder(drafter, np.float32(0.5), never).kept == []  # type: ignore[arg-type]
+
+
 def test_drafters_that_do_not_fit_are_refused(pair: tuple[Session, Session], tmp_path: Path) -> None:
     target, drafter = pair
     with pytest.raises(UsageError, match="tau is not a number"):

@@ -17,7 +17,13 @@ from diagd.engines.engine import VOID
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import UsageError
 from diagd.export.options import GraphOptions
-from diagd.runtime.decoders import Decoder, JacobiDecoder, ScheduledDecoder
+from diagd.runtime.decoders import (
+    Decoder,
+    ForcedDecoder,
+    JacobiDecoder,
+    RasterDecoder,
+    ScheduledDecoder,
+)
 from diagd.runtime.decoders.jacobi import Draft
 from diagd.runtime.load import open_session
 from diagd.runtime.sampling import SamplingSettings
@@ -283,6 +289,23 @@ def test_a_bundle_may_decode_by_it_where_nothing_else_is_said(session: Session) 
     run = list(other.frames(None, given, count=FRAMES, sampling=SETTINGS["T=1, top-p"], seed=SEED))
     np.testing.assert_array_equal(np.stack([frame.tokens for frame in run]), truth)
     assert all(frame.exact for frame in run)
+
+
+def test_tokens_that_no_frame_has_are_named(small_bundle: Path) -> None:
+    session = diagd.load(small_bundle, threads=1)
+    cells, order = session.layout.cells, Schedule.serial(session.layout, 1)
+    for given, message in (
+        (np.zeros(3, np.int32), f"frame 1 has 3 tokens; give {cells} a frame"),
+        (np.full(cells, 1 << 20), "frame 1 has ids 1048576..1048576; the model knows"),
+        (np.full(cells, 0.5), "expected whole numbers"),
+        (None, f"frame 1 has 0 tokens; give {cells} a frame"),
+    ):
+        truth = [] if given is None else [given]
+        guessing = JacobiDecoder(draft=lambda stream, given=given: given)  # type: ignore[misc]
+        for decoder in (guessing, ForcedDecoder(order, truth), RasterDecoder(truth)):
+            session.start(np.zeros((1, 4, 6), np.int32), np.full((1, 3), CODES))
+            with pytest.raises(UsageError, match=message):
+                session.step(np.full(3, CODES), decoder)
 
 
 def test_windows_and_deadlines_that_decide_nothing_are_refused() -> None:
