@@ -439,7 +439,7 @@ class Stream:
             self._put_actions(frame, ids)
 
     def _check(self, what: str, ids: Ids) -> None:
-        if np.asarray(ids).dtype.kind not in "biuf":
+        if (ids := np.asarray(ids)).dtype.kind not in "biuf":
             whole(ids)
         if np.size(ids) and not 0 <= np.min(ids) <= np.max(ids) < self.vocabulary:
             span = f"{np.min(ids)}..{np.max(ids)}"

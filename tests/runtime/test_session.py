@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import diagd
 from diagd.errors import ScheduleError, UsageError
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.stream import Stream
-from diagd.schedule import Schedule
+from diagd.schedule import Schedule, StreamLayout
 from tests.oracles.models import CODES
 from tests.runtime.conftest import LAYOUT
 
@@ -215,7 +216,11 @@ def test_what_is_given_in_another_form_is_named(small_bundle: Path) -> None:
         for frame in (-1, 5, None):
             with pytest.raises(UsageError, match=f"frame {frame} is not there; 1 are known"):
                 session.stream.frame(frame)  # type: ignore[arg-type]
+        stranger = diagd.ScheduledDecoder(Schedule.serial(StreamLayout(2, 3, after=3), 1))
+        with pytest.raises(UsageError, match=r"the schedule is of .*; make one of session\.layout"):
+            session.step(actions(1)[0], stranger)
         assert session.step(actions(1)[0].tolist()).index == 1  # type: ignore[arg-type]
+        session.start(torch.from_numpy(prompt()), torch.from_numpy(actions(1)))  # type: ignore[arg-type]
 
 
 def test_windows_and_lags_that_cannot_be_are_refused(small_bundle: Path) -> None:

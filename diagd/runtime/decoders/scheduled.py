@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from diagd.errors import UsageError, expect
 from diagd.runtime.decoders.decoder import Blocks, Decoder, begun
+from diagd.runtime.snapshot import shape
 from diagd.runtime.stream import Stream
 from diagd.schedule import Block, Schedule, feed, predicting
 
@@ -30,8 +31,13 @@ class ScheduledDecoder(Decoder):
 
     @override
     def check(self, stream: Stream) -> None:
-        """Frames in flight fit the window, steps fit the engine."""
+        """The stream is the schedule's, frames in flight fit the window, steps fit the engine."""
         schedule, in_flight = self.schedule, self.schedule.frames_in_flight
+        if shape(schedule.layout) != shape(stream.layout):
+            raise UsageError(
+                f"the schedule is of {schedule.layout}, the stream of {stream.layout}; make one of "
+                "session.layout"
+            )
         if stream.window < in_flight:
             raise UsageError(
                 f"k={schedule.k}, d={schedule.d} has {in_flight} frames under way at once, the window holds "
