@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -204,6 +205,18 @@ def reconstruct(pixel_graphs: TokenizerGraphs, tensors: Tensors, data: Path) -> 
         used=len(tokens.unique()),
         codes=pixel_graphs.codes,
     )
+
+
+@overload
+def fit_codebook(
+    videos: Iterable[NDArray[np.uint8]], *, codes: int, side: int, seed: int = 0
+) -> tuple[NDArray[np.uint8], int]: ...
+
+
+@overload
+def fit_codebook(
+    videos: Iterable[NDArray[np.uint8]], *, codes: int, side: int, seed: int = 0, exact: bool
+) -> tuple[NDArray[np.uint8], int] | None: ...
 
 
 def fit_codebook(

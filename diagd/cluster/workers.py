@@ -11,7 +11,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe, get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -126,7 +126,7 @@ class _Pool(Workers[Item, Result]):
         """What was answered: raises what was raised there, or `_KilledError`."""
 
     @override
-    def map(self, items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+    def map(self, items: Sequence[Item]) -> Generator[tuple[int, Result], None, None]:
         """One that is being started keeps no item waiting."""
         waiting, running, deaths = deque(range(len(items))), dict[Any, int](), Counter[int | None]()
         while waiting or running:
