@@ -73,4 +73,5 @@ def logits_of(
             torch.from_numpy(visible),
             None if text is None else torch.from_numpy(text).float(),
         )
-    return logits[0].numpy()
+    made: NDArray[np.float32] = logits[0].numpy()
+    return made

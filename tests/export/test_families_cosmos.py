@@ -20,6 +20,7 @@ from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
 from diagd.runtime.options import parse_decoder
 from diagd.runtime.sampling import SamplingSettings
+from diagd.runtime.stream import Stream
 from diagd.schedule import Schedule, StreamLayout
 from tests.export.released import arrays_of, logits_of, module_of, random_rows, random_tensors
 from tests.oracles import numpy_forward
@@ -195,9 +196,11 @@ def drawn(session: diagd.runtime.session.Session, order: str, frames: int, seed:
 def test_worlds_that_take_turns_and_other_texts_are_those_of_a_run_alone(case: Case, seed: int) -> None:
     """Two over one session, moved and told another text at random, each beside a session of its own."""
     random = np.random.default_rng(seed)
-    texts = [None if case.text is None else random.normal(size=(n, TEXT.width)) for n in (1, 4, 6)]
+    texts: list[np.ndarray | None] = [
+        None if case.text is None else random.normal(size=(n, TEXT.width)) for n in (1, 4, 6)
+    ]
     live, *alone = (diagd.load(session_bundle(case), threads=1) for _ in range(3))
-    streams = []
+    streams: list[Stream] = []
     for own in alone:
         prompt, text = random.integers(0, CODES, (1, ROWS, COLUMNS)), texts[random.integers(3)]
         if streams:

@@ -41,9 +41,9 @@ def test_rows_are_those_of_the_padded_and_masked_text(folder: Path) -> None:
     import transformers
 
     ids = torch.tensor([[3, 4, 5, 1] + [0] * (LENGTH - 4)])
-    model = transformers.T5EncoderModel.from_pretrained(folder).eval()
+    model: torch.nn.Module = transformers.T5EncoderModel.from_pretrained(folder)
     with torch.no_grad():
-        states = model(ids, attention_mask=(ids != 0).long()).last_hidden_state[0, :4]
+        states = model.eval()(ids, attention_mask=(ids != 0).long()).last_hidden_state[0, :4]
     embeddings = encode_text("a robot walks", folder, LENGTH)
     assert embeddings.dtype == np.float32
     np.testing.assert_allclose(embeddings, states.numpy(), atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import diagd
 from diagd.bundle import Bundle
+from diagd.bundle.actions import FirstPressedSlot, OnlyPressedSlot
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.errors import CheckpointError, UsageError
 from diagd.export import families
@@ -23,6 +25,7 @@ from diagd.export.transformer import Transformer
 from diagd.runtime.pixels import PixelCodec
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
+from diagd.runtime.step import Frame
 from diagd.schedule import Schedule
 from tests.export.checkpoints.foreign import write_wham
 from tests.export.released import arrays_of, logits_of, module_of, random_rows, random_tensors
@@ -107,7 +110,9 @@ def test_dimensions_are_read_off_the_checkpoint(case: Case) -> None:
     assert tokenizer.expected_shapes() == VIT.expected_shapes()
     actions = case.family.actions
     assert actions is not None
-    assert actions.slots[0].none == VIT.codes
+    first = actions.slots[0]
+    assert isinstance(first, FirstPressedSlot | OnlyPressedSlot)
+    assert first.none == VIT.codes
 
 
 @dataclass
@@ -124,7 +129,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(case.model, export(case.family, GraphOptions(), sources, directory / "w.diagd").path)
 
 
-def run_both(exported: Exported, k: int, window: int | None, roll: int | None, frames: int) -> list:
+def run_both(exported: Exported, k: int, window: int | None, roll: int | None, frames: int) -> list[Frame]:
     layout = exported.model.config.layout
     random = np.random.default_rng(k)
     stream = random.integers(0, VIT.codes, layout.frame_start(1 + frames))
@@ -175,7 +180,7 @@ def test_a_second_call_continues_the_first(exported: Exported) -> None:
     random = np.random.default_rng(8)
     prompt = random.integers(0, VIT.codes, (1, *GRID)).astype(np.int32)
     actions = random.integers(VIT.codes, VIT.codes + 68, (7, 16)).astype(np.int32)
-    settings = {"schedule": Schedule.serial(layout, 1), "sampling": SamplingSettings(temperature=0.0)}
+    settings: dict[str, Any] = {"schedule": Schedule.serial(layout, 1), "sampling": SamplingSettings(0.0)}
 
     def tokens(session: Session, calls: list[slice]) -> np.ndarray:
         session.start(prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -42,7 +43,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     """A cache with a graph alone, and what was traced."""
     folder, made = tmp_path_factory.mktemp("machine") / "cache", list[bytes]()
 
-    def noted(*arguments: object, **named: object) -> ir.Model:
+    def noted(*arguments: Any, **named: Any) -> ir.Model:
         model: ir.Model = trace(*arguments, **named)
         made.append(content(model))
         return model
@@ -69,7 +70,8 @@ def content(model: ir.Model) -> bytes:
     for value in copy.graph.initializers.values():
         if value.name is not None and value.name.startswith("transformer."):
             value.const_value = None
-    return ir.to_proto(copy).SerializeToString(deterministic=True)
+    made: bytes = ir.to_proto(copy).SerializeToString(deterministic=True)
+    return made
 
 
 def known() -> ir.Model:
@@ -80,7 +82,8 @@ def test_a_known_graph_is_the_traced_one(first: tuple[Path, bytes], place: Path)
     assert cache.usage().entries == {KIND: 1}
     graph = known()
     assert content(graph) == first[1]
-    weights = [v.const_value for v in graph.graph.initializers.values() if v.name.startswith("transformer.")]
+    initializers = graph.graph.initializers.items()
+    weights = [value.const_value for name, value in initializers if name.startswith("transformer.")]
     assert weights == [None] * len(weights)
     assert len(weights) > 5
 
@@ -91,14 +94,15 @@ class _Fixed(torch.nn.Module):
 
 
 def test_an_axis_that_code_fixes_is_no_dynamic_one() -> None:
-    names = {"input_names": ["x"], "output_names": ["y"], "opset": 20}
+    x = (torch.zeros(5, device="meta"),)
     with pytest.raises(ValueError, match=r"static shape of 5 for dimension inputs\['x'\]\.shape\[0\]"):
-        trace(_Fixed(), (torch.zeros(5, device="meta"),), dynamic_shapes=({0: "W"},), **names)
+        trace(_Fixed(), x, input_names=["x"], output_names=["y"], opset=20, dynamic_shapes=({0: "W"},))
 
 
 def test_whatever_a_graph_depends_on_makes_another(place: Path) -> None:
     known()
-    for change in (
+    whole: dict[str, Any] = {"config": CONFIG, "form": Form.MODERN, "capacity": 64}
+    changes: list[dict[str, Any]] = [
         {"config": replace(CONFIG, norm_epsilon=1e-3)},
         {"form": Form.PORTABLE},
         {"dtype": torch.float16},
@@ -108,9 +112,10 @@ def test_whatever_a_graph_depends_on_makes_another(place: Path) -> None:
         {"variant": StepVariant(opset=25)},
         {"variant": StepVariant(integer_cache=True)},
         {"variant": StepVariant({MATRIX: torch.nn.Linear(4, 4, device="meta")})},
-    ):
+    ]
+    for change in changes:
         with pytest.raises(Traced):
-            trace_step(**{"config": CONFIG, "form": Form.MODERN, "capacity": 64, **change})
+            trace_step(**whole | change)
 
 
 def test_frames_of_any_size_share_a_graph_that_does_not_know_them(place: Path) -> None:
@@ -127,7 +132,7 @@ def test_matrices_of_other_data_share_a_graph(
     monkeypatch.setenv("DIAGD_CACHE", str(tmp_path / "cache"))
 
     def quantised(seed: int) -> bytes:
-        stored = {MATRIX: np.random.default_rng(seed).standard_normal((32, 32)).astype(np.float32)}
+        stored: Any = {MATRIX: np.random.default_rng(seed).standard_normal((32, 32)).astype(np.float32)}
         weight = Weight(stored, MATRIX, np.dtype(np.float32))
         matrix = quantised_matrix(weight, 1.0 + seed, SCHEMES[precision], Form.PREFIX)
         return content(trace_step(CONFIG, Form.PREFIX, variant=StepVariant({MATRIX: matrix}, opset=24)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -32,8 +33,8 @@ class Matrix(RowScaledMatrix):
     """Of rounded weights that nobody reads."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        shapes = {"q": (inputs, outputs), "scale": (outputs,)}
-        types = {"q": np.dtype(np.int8), "scale": np.dtype(np.float32)}
+        shapes: dict[str, tuple[int, ...]] = {"q": (inputs, outputs), "scale": (outputs,)}
+        types: dict[str, np.dtype[Any]] = {"q": np.dtype(np.int8), "scale": np.dtype(np.float32)}
         sources = {n: WeightSource(shape, lambda: iter(()), types[n]) for n, shape in shapes.items()}
         super().__init__(outputs, sources)
 

@@ -22,7 +22,7 @@ from diagd.export.onnx_file import read_onnx
 def model(tmp_path: Path) -> onnx.ModelProto:
     table = numpy_helper.from_array(np.ones((7, 4), np.float16), "table")
     weight = numpy_helper.from_array(np.ones((4, 3), np.float16), "weight")
-    scale = numpy_helper.from_array(np.float32(0.5), "scale")
+    scale = numpy_helper.from_array(np.array(0.5, np.float32), "scale")
     tied = numpy_helper.from_array(np.ones((5, 3), np.float16), "tied")
     packed = helper.make_tensor("four", TensorProto.INT4, [3], [1, 2, 3])
     nodes = [

@@ -68,7 +68,7 @@ def test_tensors_never_overlap(shapes: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float64])
-def test_a_number_too_large_for_float16_is_named(tmp_path: Path, dtype: type) -> None:
+def test_a_number_too_large_for_float16_is_named(tmp_path: Path, dtype: type[np.generic]) -> None:
     large = np.array([1.0, 1e6, -3e5], dtype)
     places = weights.plan({"transformer.layers.0.qkv": ((3,), np.dtype(np.float16))})
     sources = {"transformer.layers.0.qkv": weights.constant(large)}
@@ -78,12 +78,13 @@ def test_a_number_too_large_for_float16_is_named(tmp_path: Path, dtype: type) ->
 
 def test_what_is_infinite_already_is_no_overflow(tmp_path: Path) -> None:
     places = weights.plan({"mask": ((2,), np.dtype(np.float16))})
-    weights.write(tmp_path / "weights.bin", places, {"mask": weights.constant(np.float32([-np.inf, 1]))})
+    mask = weights.constant(np.array([-np.inf, 1], np.float32))
+    weights.write(tmp_path / "weights.bin", places, {"mask": mask})
     assert np.fromfile(tmp_path / "weights.bin", np.float16).tolist() == [-np.inf, 1]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_what_is_no_number_is_named(tmp_path: Path, dtype: type) -> None:
+def test_what_is_no_number_is_named(tmp_path: Path, dtype: type[np.generic]) -> None:
     places = weights.plan({"transformer.norm.weight": ((2,), np.dtype(np.float32))})
     broken = {"transformer.norm.weight": weights.constant(np.array([1, np.nan], dtype))}
     with pytest.raises(CheckpointError, match=r"'norm\.weight' holds nan"):

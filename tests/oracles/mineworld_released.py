@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diagd.bundle.transformer import Axis
-from diagd.export.transformer import Block, Transformer
+from diagd.export.transformer import Block, SwiGLU, Transformer
 from diagd.schedule import StreamLayout
 
 Mode = Literal["naive", "image", "video"]
@@ -39,6 +39,7 @@ class StaticCache:
         self.model, self.config = model, model.config
         shape = (self.config.layers, slots, self.config.kv_heads, self.config.head_size)
         self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
+        assert self.config.rotary is not None
         (axis,) = self.config.rotary.axes
         assert axis.axis is Axis.POSITION
         self.frequencies = torch.tensor(axis.frequencies, dtype=torch.float64)
@@ -53,8 +54,10 @@ class StaticCache:
         x = self.model.embedding[torch.tensor(tokens)]
         for layer, block in enumerate(self.weights):
             x = x + self._attention(layer, normalised(x, block.attention_norm), at)
-            gate, up = (normalised(x, block.feed_forward_norm) @ block.feed_forward.gate_up).chunk(2, dim=-1)
-            x = x + (gate * torch.sigmoid(gate) * up) @ block.feed_forward.down
+            forward = block.feed_forward
+            assert isinstance(forward, SwiGLU)
+            gate, up = (normalised(x, block.feed_forward_norm) @ forward.gate_up).chunk(2, dim=-1)
+            x = x + (gate * torch.sigmoid(gate) * up) @ forward.down
         logits: Tensor = normalised(x, self.model.norm) @ self.model.head
         return logits
 
@@ -79,8 +82,9 @@ class StaticCache:
         return torch.cat([a * cosines - b * sines, b * cosines + a * sines], dim=-1)
 
 
-def normalised(x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:
+def normalised(x: Tensor, norm: torch.nn.Module) -> Tensor:
     """RMSNorm by its formula."""
+    assert isinstance(norm, torch.nn.RMSNorm) and norm.eps is not None
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
 
 

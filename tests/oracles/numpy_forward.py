@@ -21,25 +21,31 @@ RMS_EPSILON = LAYER_EPSILON = 1e-5
 
 
 def rms(x: Array, weight: Array) -> Array:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + RMS_EPSILON) * weight
+    made: Array = x / np.sqrt((x * x).mean(-1, keepdims=True) + RMS_EPSILON) * weight
+    return made
 
 
 def layer_norm(x: Array, weight: Array | float, bias: Array | float) -> Array:
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + LAYER_EPSILON) * weight + bias
+    deviation = np.sqrt((centred * centred).mean(-1, keepdims=True) + LAYER_EPSILON)
+    made: Array = centred / deviation * weight + bias
+    return made
 
 
 def softmax(scores: Array) -> Array:
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
+    made: Array = weights / weights.sum(-1, keepdims=True)
+    return made
 
 
 def silu(x: Array) -> Array:
-    return x / (1 + np.exp(-x))
+    made: Array = x / (1 + np.exp(-x))
+    return made
 
 
 def gelu_tanh(x: Array) -> Array:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    made: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return made
 
 
 def heads_of(x: Array, size: int) -> list[Array]:
@@ -59,7 +65,8 @@ def attend(queries: list[Array], keys: list[Array], values: list[Array], visible
 def rotate_half(v: Array, half_angles: Array) -> Array:
     angles = np.concatenate([half_angles, half_angles], axis=1)
     first, second = np.split(v, 2, axis=1)
-    return v * np.cos(angles) + np.concatenate([-second, first], axis=1) * np.sin(angles)
+    made: Array = v * np.cos(angles) + np.concatenate([-second, first], axis=1) * np.sin(angles)
+    return made
 
 
 def layers_in(weights: Weights, prefix: str) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from diagd.schedule import Schedule
 from tests.oracles.full_recompute import Fed, FullRecompute
-from tests.oracles.rows import rows_of
+from tests.oracles.rows import Row, rows_of
 
 
 class SlidingOracle:
@@ -45,7 +45,7 @@ class SlidingOracle:
             self._decode(shifted, stream[base:])
             first = int(end) + 1
 
-    def _decode(self, steps: list[list], tokens: np.ndarray) -> None:
+    def _decode(self, steps: list[list[Row]], tokens: np.ndarray) -> None:
         """As ``FullRecompute.run``, with a rule for the first cell of a frame."""
         for rows in steps:
             for position, logits in self.decoder._step(rows, tokens).items():

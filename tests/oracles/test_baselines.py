@@ -79,8 +79,8 @@ def test_norms_of_queries_and_keys_and_rotary_axes_of_cosmos(k: int, d: int) -> 
     np.testing.assert_array_equal(decoded, tokens)
     live = LAYOUT.first_cell(3) - 1
     table = Schedule(LAYOUT, k, d).table(3, 2, live)
-    forms = [form(weights, config) for form in (PublishedForm, OptimisedForm)]
-    np.testing.assert_array_equal(*(form.run(table, live) for form in forms))
+    published, optimised = (form(weights, config) for form in (PublishedForm, OptimisedForm))
+    np.testing.assert_array_equal(published.run(table, live), optimised.run(table, live))
 
 
 def test_steps_filled_up_to_a_few_widths_decode_the_same_tokens() -> None:
@@ -89,9 +89,9 @@ def test_steps_filled_up_to_a_few_widths_decode_the_same_tokens() -> None:
     form, widths = PublishedForm(WEIGHTS, MODEL.config, positions=len(tokens)), []
     forward = form._forward
 
-    def watched(ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    def watched(ids: torch.Tensor, positions: torch.Tensor, is_seed: torch.Tensor) -> torch.Tensor:
         widths.append(len(ids))
-        return forward(ids, *rest)
+        return forward(ids, positions, is_seed)
 
     expected = form.run(table, 0, tokens)
     form._forward = watched  # type: ignore[method-assign]

@@ -61,7 +61,7 @@ def test_long_prompts_are_fed_in_chunks(case: Case, max_width: int) -> None:
 @given(cases(), st.integers(0, 10**12))
 def test_the_shape_says_what_decodes_and_whose_slots_change(case: Case, by: int) -> None:
     table = case.table()
-    shape, guesses, first = table.shape, [], 0
+    shape, guesses, first = table.shape, list[int](), 0
     changed = np.split(shape.changed, shape.changes[1:-1])
     hides = np.isin(np.arange(len(shape.changed)), shape.hides)
     decoded = np.split(shape.decoded, shape.draws[1:-1])

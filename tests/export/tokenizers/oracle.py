@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,10 +53,12 @@ def convolve(x: Array, w: Weights, stride: tuple[int, ...] = (1, 1)) -> Array:
     weight = w["weight"]
     kernel = weight.shape[2:]
     out = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:], kernel, stride, strict=True)]
-    total = np.zeros((weight.shape[0], *out))
+    total: Array = np.zeros((weight.shape[0], *out))
     for taps in product(*map(range, kernel)):
         window = tuple(slice(t, t + s * (n - 1) + 1, s) for t, s, n in zip(taps, stride, out, strict=True))
-        total += np.tensordot(weight[(slice(None), slice(None), *taps)], x[(slice(None), *window)], axes=1)
+        tap: tuple[Any, ...] = (slice(None), slice(None), *taps)
+        seen: tuple[Any, ...] = (slice(None), *window)
+        total += np.tensordot(weight[tap], x[seen], axes=1)
     return total + w["bias"].reshape(-1, *[1] * len(kernel))
 
 
@@ -69,16 +72,19 @@ def group_norm(x: Array, w: Weights, groups: int) -> Array:
     rows = x.reshape(groups, -1)
     rows = (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-6)
     affine = [w[name].reshape(-1, *[1] * (x.ndim - 1)) for name in ("weight", "bias")]
-    return rows.reshape(x.shape) * affine[0] + affine[1]
+    made: Array = rows.reshape(x.shape) * affine[0] + affine[1]
+    return made
 
 
 def silu(x: Array) -> Array:
-    return x / (1 + np.exp(-x))
+    made: Array = x / (1 + np.exp(-x))
+    return made
 
 
 def softmax(x: Array) -> Array:
     e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+    made: Array = e / e.sum(-1, keepdims=True)
+    return made
 
 
 def repeat2(x: Array) -> Array:
@@ -103,4 +109,5 @@ def attention(x: Array, w: Weights, groups: int = 32) -> Array:
 def nearest(latents: Array, codebook: Array) -> NDArray[np.intp]:
     """Index of the nearest row for each column of [D, H, W]."""
     distances = np.linalg.norm(latents[None] - codebook[:, :, None, None], axis=1)
-    return distances.argmin(0)
+    made: NDArray[np.intp] = distances.argmin(0)
+    return made

@@ -30,7 +30,8 @@ def modules(graphs: TokenizerGraphs, tensors: dict[str, NDArray[np.float32]]) ->
 
 def run(module: nn.Module, values: NDArray[np.generic]) -> NDArray[np.generic]:
     with torch.inference_mode():
-        return module(torch.from_numpy(values)).numpy()
+        made: NDArray[np.generic] = module(torch.from_numpy(values)).numpy()
+        return made
 
 
 def session(

@@ -17,7 +17,8 @@ def level(video: np.ndarray) -> np.ndarray:
             even, odd = (np.take(band, range(start, band.shape[axis], 2), axis=axis) for start in (0, 1))
             split += [(even + odd) / np.sqrt(2), (even - odd) / np.sqrt(2)]
         bands = split
-    return np.concatenate(bands) / (2 * np.sqrt(2))
+    made: np.ndarray = np.concatenate(bands) / (2 * np.sqrt(2))
+    return made
 
 
 def test_bands_equal_two_published_levels() -> None:

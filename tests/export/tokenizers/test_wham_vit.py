@@ -22,7 +22,8 @@ MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225
 
 def layer_norm(x: Array, w: Weights) -> Array:
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    return normed * w["weight"] + w.get("bias", 0)
+    made: Array = normed * w["weight"] + w.get("bias", 0)
+    return made
 
 
 def linear(x: Array, w: Weights) -> Array:
@@ -30,7 +31,8 @@ def linear(x: Array, w: Weights) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    made: Array = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return made
 
 
 def transformer(x: Array, w: Weights) -> Array:
@@ -50,7 +52,8 @@ def transformer(x: Array, w: Weights) -> Array:
 
 
 def unit(x: Array) -> Array:
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+    made: Array = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    return made
 
 
 def reference_tokens(frame: np.ndarray) -> np.ndarray:
@@ -63,7 +66,8 @@ def reference_tokens(frame: np.ndarray) -> np.ndarray:
     ]
     latents = unit(transformer(np.stack(patches), Weights(TENSORS, "encoder.")))
     cosines = latents @ unit(Weights(TENSORS)["vq_vae._embedding.weight"]).T
-    return cosines.argmax(-1).reshape(ROWS, COLUMNS).astype(np.int32)
+    made: np.ndarray = cosines.argmax(-1).reshape(ROWS, COLUMNS).astype(np.int32)
+    return made
 
 
 def reference_pixels(tokens: np.ndarray) -> np.ndarray:
@@ -71,7 +75,8 @@ def reference_pixels(tokens: np.ndarray) -> np.ndarray:
     patches = transformer(codes, Weights(TENSORS, "decoder.")).reshape(ROWS, COLUMNS, 3, 5, 5)
     image = np.block([[[patches[i, j, c] for j in range(COLUMNS)] for i in range(ROWS)] for c in range(3)])
     image = image.reshape(3, ROWS * 5, COLUMNS * 5).transpose(1, 2, 0)[:17, :22]
-    return ((image * DEVIATION + MEAN).clip(0, 1) * 255).astype(np.uint8)
+    made: np.ndarray = ((image * DEVIATION + MEAN).clip(0, 1) * 255).astype(np.uint8)
+    return made
 
 
 def test_modules_equal_the_reference_on_a_padded_size() -> None:
