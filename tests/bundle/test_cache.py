@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -51,6 +52,12 @@ def test_an_entry_is_made_once(root: Path) -> None:
     assert [file.name for file in (root / "packed").iterdir()] == ["key"]
 
 
+def instead(path: Path, put: Callable[[Path], object]) -> None:
+    """Put something else in the place of a file or folder."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    put(path)
+
+
 HARMS: dict[str, Callable[[Path], object]] = {
     "truncated": lambda path: os.truncate(path / "a.bin", 100),
     "empty": lambda path: os.truncate(path / "a.bin", 0),
@@ -60,14 +67,11 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "no list": lambda path: (path / cache.ENTRY_NAME).unlink(),
     "garbage list": lambda path: (path / cache.ENTRY_NAME).write_bytes(os.urandom(100)),
     "deep list": lambda path: (path / cache.ENTRY_NAME).write_text("[" * 100_000),
-    "pipe": lambda path: ((path / "b.bin").unlink(), os.mkfifo(path / "b.bin")),
-    "piped list": lambda path: (
-        (path / cache.ENTRY_NAME).unlink(),
-        os.mkfifo(path / cache.ENTRY_NAME),
-    ),
-    "folder": lambda path: ((path / "b.bin").unlink(), (path / "b.bin").mkdir()),
-    "link": lambda path: ((path / "b.bin").unlink(), (path / "b.bin").symlink_to("/dev/null")),
-    "file": lambda path: ([file.unlink() for file in path.iterdir()], path.rmdir(), path.write_text("?")),
+    "pipe": lambda path: instead(path / "b.bin", os.mkfifo),
+    "piped list": lambda path: instead(path / cache.ENTRY_NAME, os.mkfifo),
+    "folder": lambda path: instead(path / "b.bin", Path.mkdir),
+    "link": lambda path: instead(path / "b.bin", lambda file: file.symlink_to("/dev/null")),
+    "file": lambda path: instead(path, lambda folder: folder.write_text("?")),
 }
 
 

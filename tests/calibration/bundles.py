@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,9 +39,14 @@ def frames(count: int = 12) -> np.ndarray:
     return random.integers(0, CODES, (count, LAYOUT.rows, LAYOUT.columns), dtype=np.int32)
 
 
-def quantise(bundle: Path, precision: str, **options: object) -> PrecisionReport:
-    chosen = {"budget": ANYTHING, "steps": 64, "threads": 1, "floor": -100.0, **options}
+def quantise(bundle: Path, precision: str, **options: Any) -> PrecisionReport:
+    chosen: dict[str, Any] = {"budget": ANYTHING, "steps": 64, "threads": 1, "floor": -100.0, **options}
     return calibrate(Bundle.open(bundle), CalibrationOptions(precision, **chosen), frames())
+
+
+def measured(report: PrecisionReport) -> dict[str, float]:
+    """Its figures, those that there are."""
+    return {name: figure for name, figure in report.figures.items() if figure is not None}
 
 
 def outlier_model() -> Transformer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -56,7 +57,9 @@ def random_scales(model: Transformer, seed: int = 0) -> Scales:
     return scales
 
 
-def export_rounded(model: Transformer, path: Path, scales: Scales, precision: str = "fp32") -> Bundle:
+def export_rounded(
+    model: Transformer, path: Path, scales: Scales, precision: Literal["fp32", "fp16"] = "fp32"
+) -> Bundle:
     """Export and give the graphs a cache with these scales, in place: prefix rounds, portable stores."""
     forms = (Form.PREFIX, Form.PORTABLE) if precision == "fp32" else (Form.PORTABLE,)
     bundle = Bundle.open(export_small(model, path, GraphOptions(forms, precision, widths=WIDTHS)))

@@ -45,6 +45,6 @@ def test_a_verdict_needs_a_standard_error_of_room_and_stands_with_two() -> None:
 def test_equal_logits_pass_any_budget() -> None:
     comparison = Comparison(np.array([[0, 5]]))
     logits = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32)
-    comparison.add(4, np.arange(4), logits, logits)
+    comparison.add(4, np.arange(4, dtype=np.int32), logits, logits)
     figures = {**comparison.figures(), "psnr": None}
     assert failures(figures, Budget(agreement=1, nll=1e-12, psnr=99)) == []

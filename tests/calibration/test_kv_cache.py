@@ -81,6 +81,7 @@ def test_every_head_may_have_rows_of_its_own(tmp_path: Path) -> None:
 
 def test_a_window_slides_over_integers(model: Transformer, bundle: Bundle) -> None:
     """Rows are evicted and written over, and cached keys are turned back as integers."""
+    assert isinstance(bundle.manifest.context, RotaryContext)
     context = bundle.manifest.context.positions
     frames = decode(bundle, portable, SLIDING)
     assert LAYOUT.frame_start(SLIDING.prompt + SLIDING.frames) > context  # positions had to be turned back

@@ -58,7 +58,10 @@ def test_a_bundle_is_calibrated_on_an_episode_or_on_all_of_a_folder(
     small_wham: Bundle, episodes: Path, world: Path, tmp_path: Path
 ) -> None:
     def tokens(bundle: Bundle, data: Path) -> Int:
-        return CalibrateOptions(CalibrationOptions("int8", threads=1), bundle.path, data=data).tokens(bundle)
+        options = CalibrateOptions(CalibrationOptions("int8", threads=1), bundle.path, data=data)
+        found = options.tokens(bundle)
+        assert found is not None
+        return found
 
     codec, found = PixelCodec(small_wham, CpuOptions(1, prepack=False)), []
     for name in ("a", "b", "short"):

@@ -57,7 +57,7 @@ def test_every_cell_behind_the_prompt_is_scored_once(layout: StreamLayout, sched
 @pytest.mark.parametrize(("layout", "schedule"), CASES)
 def test_nothing_is_fed_before_it_is_decoded(layout: StreamLayout, schedule: Schedule) -> None:
     table = schedule.table(1, 2, 0)
-    decoded_at = {}
+    decoded_at: dict[int, int] = {}
     for step, rows in enumerate(rows_of(table)):
         for row in rows:
             is_cell = row.source >= layout.first_cell(1) and (
