@@ -11,6 +11,7 @@ from rich.console import Console
 import benchmarks.cpu as cpu
 from benchmarks.cpu import GREEDY, Bench, host, idle_session
 from diagd.bundle import Bundle
+from diagd.engines.prefix import PrefixEngine
 from diagd.runtime.decoders import ScheduledDecoder
 from diagd.schedule import Schedule, StreamLayout
 from tests.models import export_small
@@ -53,4 +54,5 @@ def test_a_frame_behind_random_rows_is_timed(bundle: Bundle) -> None:
     bench, ticks = Bench(bundle, 128, wall=False), iter(range(1000))
     schedule = Schedule.serial(LAYOUT, 1)
     assert bench.frame(schedule, 40, lambda: next(ticks)) == schedule.total_steps(1)
+    assert isinstance(bench.engine, PrefixEngine)
     assert bench.engine.slot_position[:40].tolist() == list(range(40))

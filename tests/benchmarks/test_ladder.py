@@ -111,7 +111,7 @@ def test_switching_optimisations_off_changes_no_token(
             frames, workload.actions, schedule=Schedule.chained(LAYOUT, 1), sampling=SamplingSettings(0.0)
         )
         tokens.append(np.stack([frame.tokens for frame in run]))
-    np.testing.assert_array_equal(*tokens)
+    np.testing.assert_array_equal(tokens[0], tokens[1])
 
 
 @needs_kernels
@@ -144,9 +144,9 @@ def test_an_engine_is_closed_when_its_rung_fails(both: Bundle, workshop: Worksho
 
 
 def test_every_rung_is_shown(both: Bundle) -> None:
-    rungs, console = list(climb(both).values()), Console(file=io.StringIO(), width=120)
-    show(console, rungs)
-    text = console.file.getvalue()
+    rungs, file = list(climb(both).values()), io.StringIO()
+    show(Console(file=file, width=120), rungs)
+    text = file.getvalue()
     assert all(rung.name in text for rung in rungs)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from benchmarks import peers
 from diagd.bundle import Bundle, Form
@@ -41,7 +42,7 @@ FORMS = (Form.PREFIX, Form.MODERN, Form.PORTABLE)
 def test_both_are_timed_on_the_same_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "CONSOLE", peers.CONSOLE.__class__(width=160))
+    monkeypatch.setattr(peers, "CONSOLE", Console(width=160))
     in_fp32 = {name: way for name, way in peers.RUNTIMES.items() if "fp32" in name}
     monkeypatch.setattr(peers, "RUNTIMES", in_fp32)
     model, path = small_model(LAYOUT, context_frames=4), tmp_path / "small.diagd"

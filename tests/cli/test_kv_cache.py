@@ -13,6 +13,7 @@ import pytest
 from diagd.bundle import Bundle, Form
 from diagd.calibration import quantise
 from diagd.cli.main import main
+from diagd.engines.executor import Executor
 from diagd.export.exporter import export, random_sources
 from diagd.export.families import Family, wham
 from diagd.export.options import GraphOptions
@@ -109,6 +110,7 @@ def test_frames_are_generated_past_the_window(
     assert 0.1 < (frames == exact).mean() < 1  # other weights, other tokens
     session = load(place.bundle, precision="int4-weight-kv8", threads=1)
     places = TokenPlaces(session.layout, FRAMES).size
+    assert isinstance(session.engine, Executor)
     tensors = session.engine.tensors
     assert {tensor.dtype for tensor in tensors.cache.values()} == {np.dtype(np.int8)}
     assert tensors.token_buffer.shape == (places,)

@@ -110,7 +110,8 @@ def test_what_was_fastest_generates_and_says_so(
         given = ["--prompt", str(workplace.prompt), "--actions", str(workplace.actions), "--frames", "2"]
         output = tmp_path / f"{name}.npy"
         assert main(["generate", str(quantised), *given, *options, "--output", str(output)]) == 0
-        return np.load(output)
+        made: np.ndarray = np.load(output)
+        return made
 
     usual = made("usual")
     keep_measured(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,12 +54,10 @@ sys.exit(main(["models"]))
 """diagd where Ctrl-C comes when a module is imported; a further word: one of C++, which calls it an error."""
 
 
-def stop(
-    workplace: Workplace, name: str, output: Path, **options: object
-) -> subprocess.CompletedProcess[str]:
+def stop(workplace: Workplace, name: str, output: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     words = ["generate", workplace.bundle, "--prompt", workplace.prompt, "--actions", workplace.actions]
     command = [sys.executable, "-c", STOPPED, name, *map(str, words), "--output", str(output)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

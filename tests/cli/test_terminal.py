@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.table import Table
@@ -29,16 +30,16 @@ DIAGD = [sys.executable, "-m", "diagd"]
 
 
 def run(
-    *words: str | Path, encoding: str = "utf-8", program: Sequence[str] = DIAGD, **options: object
+    *words: str | Path, encoding: str = "utf-8", program: Sequence[str] = DIAGD, **options: Any
 ) -> subprocess.CompletedProcess[bytes]:
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[2])}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.run([*program, *map(str, words)], check=False, env=environment, **streams)  # type: ignore[call-overload]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run([*program, *map(str, words)], check=False, env=environment, **streams)
 
 
 def generate(workplace: Workplace, output: str) -> list[str | Path]:
-    frames = ["--frames", "1", "--actions", workplace.actions]
-    return ["generate", workplace.bundle, "--prompt", workplace.prompt, *frames, "--output", output]
+    files = ("--prompt", workplace.prompt, "--actions", workplace.actions, "--output", output)
+    return ["generate", workplace.bundle, "--frames", "1", *files]
 
 
 @pytest.mark.parametrize("name", ["walk[final].npy", "a[/b].npy", "[red]x.npy", ":smile:.npy", "{0}.npy"])
@@ -90,7 +91,7 @@ def test_terminals_do_not_obey_bundles_and_names(
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
 def test_an_export_on_a_terminal_of_any_encoding(workplace: Workplace, encoding: str, tmp_path: Path) -> None:
     keeper, terminal = pty.openpty()
-    words = ["export", "--model", "world", "--checkpoint", workplace.world, "--output", tmp_path / "a.diagd"]
+    words = ("export", "--model", "world", "--checkpoint", workplace.world, "--output", tmp_path / "a.diagd")
     reader = threading.Thread(target=_read_all, args=(keeper,))
     reader.start()
     done = run(*words, encoding=encoding, stdout=terminal, stderr=terminal)
@@ -132,14 +133,14 @@ def test_every_table_stands_below_its_title(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("verb", ["inspect", "generate", "help"])
 def test_a_reader_that_goes_away_ends_nothing(workplace: Workplace, verb: str, tmp_path: Path) -> None:
-    words = {
+    words: dict[str, list[str | Path]] = {
         "inspect": ["inspect", workplace.bundle, "--json"],
         "generate": generate(workplace, str(tmp_path / "a.npy")),
         "help": ["--help"],
-    }[verb]
+    }
     reader, writer = os.pipe()
     os.close(reader)
-    done = run(*words, stdout=writer)
+    done = run(*words[verb], stdout=writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
     assert verb != "generate" or (tmp_path / "a.npy").exists()

@@ -21,7 +21,7 @@ def nodes() -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="pip install 'diagd[cluster]'")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     cluster.add_node(num_cpus=2)
     try:
         yield cluster

@@ -67,7 +67,8 @@ def plays(ann: Player, key: str, frames: int) -> int:
     for _ in range(frames):
         while "ms" not in (message := ann.hold(1.0, key)):
             pass
-    return message["known"]
+    known: int = message["known"]
+    return known
 
 
 def test_another_server_goes_on_with_worlds_as_they_were_when_the_one_before_ended(

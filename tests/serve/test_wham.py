@@ -130,7 +130,9 @@ def ids(bundle: Bundle, vector: list[float]) -> np.ndarray:
     return encode(codec, buttons | {"sticks": vector[12:]})
 
 
-def expected(bundle: Bundle, tokens: np.ndarray, vectors: list[list[float]], future: list, seed: int) -> list:
+def expected(
+    bundle: Bundle, tokens: np.ndarray, vectors: list[list[float]], future: list[list[float]], seed: int
+) -> list[tuple[list[int], np.ndarray]]:
     """(tokens, action) of two steps, by a session of its own."""
     actions = [ids(bundle, vector) for vector in vectors]
     noop = ids(bundle, [0.0] * 16)
@@ -209,7 +211,7 @@ def test_a_dream_that_fails_ends_no_other(client: Client, caplog: pytest.LogCapt
     engine = client.dreamer._session.engine
     step = engine.step
 
-    def fail(lanes: Sequence[int]) -> None:
+    def fail(lanes: Sequence[int] = ()) -> None:
         engine.step = step  # type: ignore[method-assign]
         raise RuntimeError("bad allocation")
 
