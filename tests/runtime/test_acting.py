@@ -55,7 +55,8 @@ def wham_case(folder: Path) -> Case:
         """The window is fed again when it slides: all rows count from its start and see no further back."""
         ids = stream[max(0, newest - WINDOW + 1) * length :]
         rows = np.arange(len(ids))
-        return numpy_forward.wham(weights, ids, rows, rows[None] <= rows[:, None], 2)[-1]
+        made: np.ndarray = numpy_forward.wham(weights, ids, rows, rows[None] <= rows[:, None], 2)[-1]
+        return made
 
     return Case(bundle, logits, 0)
 
@@ -85,7 +86,8 @@ def mineworld_case(folder: Path) -> Case:
         with_frame = np.where(with_frame > newest, newest, with_frame)
         oldest = np.maximum(0, with_frame - WINDOW + 1) * length
         visible = (rows[None] <= rows[:, None]) & (rows[None] >= oldest[:, None])
-        return numpy_forward.mineworld(weights, stream, rows, visible, 8)[-1]
+        made: np.ndarray = numpy_forward.mineworld(weights, stream, rows, visible, 8)[-1]
+        return made
 
     return Case(bundle, logits, 1)
 
@@ -140,7 +142,9 @@ def started(case: Case) -> Session:
     return session
 
 
-def made(session: Session, decoder: Decoder | None, temperature: float, actions: object = None) -> tuple:
+def made(
+    session: Session, decoder: Decoder | None, temperature: float, actions: object = None
+) -> tuple[np.ndarray, np.ndarray]:
     frames = list(
         session.frames(
             decoder,

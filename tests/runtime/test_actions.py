@@ -242,6 +242,7 @@ def test_codecs_that_contradict_themselves() -> None:
         "whole_degrees": False,
         "cancelling": [],
     }
+    wrong: dict[str, Any]
     for wrong in (
         {"slots": []},
         {"slots": [jump, ChoiceSlot(field="jump", names=("no", "yes"), first=3)]},

@@ -44,7 +44,7 @@ def test_the_share_is_that_of_next_token_prediction_behind_the_same_tokens(sessi
     given, expected = actions(session.layout, FRAMES), []
     prompt(session)
     for frame, ids in zip(frames, given, strict=True):
-        drawn = []
+        drawn = list[int]()
         for step, result in session.steps(
             RasterDecoder([frame], 1), [ids], count=1, sampling=SETTINGS, seed=SEED
         ):

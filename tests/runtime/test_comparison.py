@@ -13,8 +13,8 @@ def test_figures_are_the_textbook_s() -> None:
     random = np.random.default_rng(0)
     p, q = random.standard_normal((2, 50, 9)).astype(np.float32)
     comparison = Comparison(np.array([[0, 9]]))
-    comparison.add(20, np.arange(20), p[:20], q[:20])
-    comparison.add(30, np.arange(20, 50), p[20:], q[20:])
+    comparison.add(20, np.arange(20, dtype=np.int32), p[:20], q[:20])
+    comparison.add(30, np.arange(20, 50, dtype=np.int32), p[20:], q[20:])
     figures = comparison.figures()
     p_log, q_log = log_softmax(p.astype(float), 1), log_softmax(q.astype(float), 1)
     entropy, crossed = -(np.exp(p_log) * p_log).sum(1), -(np.exp(p_log) * q_log).sum(1)
@@ -41,7 +41,7 @@ def test_only_ids_that_a_place_allows_count() -> None:
 def test_a_near_tie_agrees_and_a_token_of_the_sampler_counts() -> None:
     logits = np.array([[1.0, 1.01, 0.0], [0.0, 0.5, 2.0]], np.float32)
     comparison = Comparison(np.array([[0, 3]]))
-    comparison.add(2, np.arange(2), logits, logits, np.array([0, 0]))
+    comparison.add(2, np.arange(2, dtype=np.int32), logits, logits, np.array([0, 0]))
     assert comparison.error == 0.0
     assert [comparison.agreement(tie) for tie in (0.0, 0.01, 1.0)] == [0.0, 0.5, 1.0]
 
@@ -56,7 +56,7 @@ def test_standard_errors_are_those_of_independent_blocks() -> None:
             comparison.begin()
             p = random.standard_normal((int(random.integers(5, 15)), 9)).astype(np.float32)
             q = p + random.normal(0, 0.3, p.shape).astype(np.float32)
-            comparison.add(len(p), np.arange(len(p)), p, q)
+            comparison.add(len(p), np.arange(len(p), dtype=np.int32), p, q)
         figures = comparison.figures()
         assert len(comparison.blocks) == 20
         rises.append(figures["nll"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ CODEC = wham_actions(64)
 EDGES = [-1.05, -0.95, -0.75, -0.5, -0.25, -0.05, 0.05, 0.25, 0.5, 0.75, 0.95, 1.05]
 
 
-def write(path: Path, **arrays: object) -> Path:
+def write(path: Path, **arrays: Any) -> Path:
     np.savez(path, **arrays)
     return path
 

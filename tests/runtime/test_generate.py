@@ -29,8 +29,8 @@ HEIGHT, WIDTH = 16, 32
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five latent frames of 2 x 4 tokens, as many as the release sees."""
-    sizes = {"context_frames": 5, "vocabulary": 64_000, "output_vocabulary": 64_000}
-    config = replace(small(text=False, yarn=False), layout=StreamLayout(2, 4), **sizes)
+    base, ids = small(text=False, yarn=False), 64_000
+    config = replace(base, layout=StreamLayout(2, 4), context_frames=5, vocabulary=ids, output_vocabulary=ids)
     tokenizer = CosmosDvConfig(
         height=HEIGHT, width=WIDTH, stem_channels=4, channels=(4, 8), res_blocks=1, latent_channels=4
     )

@@ -111,7 +111,7 @@ def test_passes_are_shared(group: Group) -> None:
     for n, session in enumerate(group.sessions):
         start(session, n)
     passes = []
-    run, group.passes.run = group.passes.run, lambda lanes: (passes.append(list(lanes)), run(lanes))[1]  # type: ignore[assignment,method-assign,func-returns-value]
+    run, group.passes.run = group.passes.run, lambda lanes: (passes.append(list(lanes)), run(lanes))[1]  # type: ignore[method-assign,func-returns-value]
     try:
         led = [actions[:3] for actions in ACTIONS]
         decoder = DECODERS["serial"]
@@ -275,7 +275,8 @@ def test_an_engine_is_closed_behind_what_another_thread_does_with_it(
     assert begins.wait(60)
     closes.start()
     closes.join(0.2)
-    assert not opened.passes.closed
+    closed = opened.passes.closed
+    assert not closed
     goes_on.set()
     for thread in (closes, decodes):
         thread.join(60)

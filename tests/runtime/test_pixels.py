@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -131,6 +131,7 @@ def test_graphs_of_a_bundle_that_took_its_place_are_not_read(tmp_path: Path) -> 
     tokens = codec.encode(video(1))
     exported(1)
     np.testing.assert_array_equal(codec.encode(video(1)), tokens)  # it was loaded
+    stale: Callable[[], object]
     for stale in (partial(alike.encode, video(1)), partial(list, codec.decode(tokens))):
         with pytest.raises(BundleError, match="another bundle took the place"):
             stale()

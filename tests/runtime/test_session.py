@@ -7,12 +7,14 @@ import threading
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import diagd
+from diagd.engines.prefix import PrefixEngine
 from diagd.errors import ScheduleError, UsageError
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
@@ -37,8 +39,8 @@ def tokens(session: Session, frames: int, schedule: Schedule | None = None, seed
     return np.stack([frame.tokens for frame in decoded])
 
 
-def started(bundle: Path, frames: int = 1, **options: int) -> Session:
-    session = diagd.load(bundle, threads=1, **options)  # type: ignore[arg-type]
+def started(bundle: Path, frames: int = 1, **options: Any) -> Session:
+    session: Session = diagd.load(bundle, threads=1, **options)
     session.start(prompt(frames), actions(frames, seed=9))
     return session
 
@@ -80,6 +82,7 @@ def test_stopping_between_chained_frames_leaves_no_trace(small_bundle: Path) -> 
     kept = [frame.tokens for frame in islice(frames, 2)]
     frames.close()  # type: ignore[attr-defined]
     resumed = next(iter(interrupted.generate(1, actions(1, 4), schedule=serial, sampling=SETTINGS)))
+    assert isinstance(interrupted.engine, PrefixEngine)
     positions = interrupted.engine.slot_position
     live = positions[positions != np.iinfo(np.int32).max]
     assert len(live) == len(set(live.tolist())) == LAYOUT.first_cell(3) + LAYOUT.cells - 1
@@ -90,6 +93,7 @@ def test_stopping_between_chained_frames_leaves_no_trace(small_bundle: Path) -> 
 def test_generation_never_stops(small_bundle: Path) -> None:
     """Ten contexts: slots in use stay in the ring, memory stays flat, and no step grows."""
     session = started(small_bundle)
+    assert isinstance(session.engine, PrefixEngine)
     capacity = session.engine.capacity
     tokens(session, 8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -163,7 +167,8 @@ def test_options_of_other_types_are_named(
 
 def test_arguments_of_other_types_are_named(small_bundle: Path) -> None:
     with started(small_bundle, window=np.int64(3)) as session:
-        for name, given in {"count": "1", "sampling": {"temperature": 1}, "newer": 3}.items():
+        wrong: dict[str, Any] = {"count": "1", "sampling": {"temperature": 1}, "newer": 3}
+        for name, given in wrong.items():
             with pytest.raises(
                 UsageError, match=f"{'chosen' if name == 'sampling' else name} is .*; expected"
             ):
@@ -237,7 +242,7 @@ def test_a_session_is_closed_behind_the_pass_that_another_thread_runs(small_bund
     session, found = started(small_bundle), list[Exception]()
     runs, goes_on, step = threading.Event(), threading.Event(), session.engine.step
 
-    def slow(lanes: Sequence[int]) -> None:
+    def slow(lanes: Sequence[int] = ()) -> None:
         runs.set()
         assert goes_on.wait(60)
         step(lanes)
@@ -254,7 +259,8 @@ def test_a_session_is_closed_behind_the_pass_that_another_thread_runs(small_bund
     assert runs.wait(60)
     closes.start()
     closes.join(0.2)
-    assert not session.closed
+    closed = session.closed
+    assert not closed
     goes_on.set()
     for thread in (closes, decodes):
         thread.join(60)

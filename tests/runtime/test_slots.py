@@ -40,7 +40,7 @@ def replayed(slots: np.ndarray, updates: SlotUpdates) -> list[np.ndarray]:
 def test_live_rows_are_never_overwritten(widths: list[int], keep: int) -> None:
     """Rows stay visible until they are evicted, wherever the ring wraps."""
     ring = SlotRing(keep + 14)
-    position, live = 0, []
+    position, live = 0, list[int]()
     for width in widths:
         oldest = max(0, position + width - keep)
         ring.evict(0, oldest)

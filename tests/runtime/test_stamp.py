@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 
 from diagd.bundle.manifest import MediaMark
 from diagd.runtime.pictures import read_frames
@@ -42,6 +43,7 @@ def test_a_mark_is_on_every_picture_and_in_the_file(suffix: str, tmp_path: Path)
 def test_a_marked_gif_is_one_that_others_read(tmp_path: Path) -> None:
     written(tmp_path / "a.gif", (90, 160), MARK)
     with Image.open(tmp_path / "a.gif") as image:
+        assert isinstance(image, GifImageFile)
         assert image.n_frames == 3
         image.seek(2)
         image.load()

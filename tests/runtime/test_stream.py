@@ -115,7 +115,8 @@ def test_an_action_given_at_the_last_moment_gives_the_tokens_of_one_given_ahead(
         pulled.append((frame, session.stream.known))
         if frame - 2 >= frames:
             raise StopIteration
-        return given[frame - 2]
+        made: np.ndarray = given[frame - 2]
+        return made
 
     def iterate() -> Iterator[np.ndarray]:
         for frame in range(2, 2 + frames):
@@ -269,6 +270,8 @@ def test_ids_that_the_model_does_not_know_are_refused(bundle: Path) -> None:
     with diagd.load(bundle, threads=1) as session:
         prompt(session)
         known, layout = session.manifest.vocabulary, session.layout
+        given: Any
+        seed: Any
         wrong = np.full((1, layout.rows, layout.columns), known, np.int32)
         for ids in (wrong, wrong - known - 1):
             with pytest.raises(UsageError, match=f"the model knows 0..{known - 1}"):
@@ -492,6 +495,7 @@ def test_snapshots_of_something_else_are_refused(bundle: Path, tmp_path: Path) -
             session.stream.restore(changed(session.stream.snapshot(), **changes))
             session.step(actions(session.layout, 1)[0])
         prompt(session)
+    frames: Any
     for frames in (2, -1, 0.5):
         with pytest.raises(UsageError, match=f"cannot go back by {frames} frames"):
             session.stream.rewind(frames)
@@ -545,7 +549,7 @@ def test_any_walk_of_moves_ends_where_its_log_replayed_ends(bundle: Path, data: 
     prompt(session)
     names = [name for name, order in orders(session.layout).items() if can_slide(session, order)]
     for turn in range(data.draw(st.integers(1, 8))):
-        if log and data.draw(st.booleans()):
+        if len(log) > 0 and data.draw(st.booleans()):
             back = data.draw(st.integers(1, min(len(log), len(session.stream.past) - 2)))
             session.stream.rewind(back)
             del log[len(log) - back :]

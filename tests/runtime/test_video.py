@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_mp4_round_trip(tmp_path: Path) -> None:
     assert inner.mean() < 6
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        assert (stream.average_rate, stream.frames) == (6, 7)
+        assert (stream.average_rate, stream.frames) == (Fraction(6), 7)
         assert stream.codec_context.pix_fmt == "yuv420p"
         assert stream.codec_context.name in ("h264", "mpeg4")
 
@@ -173,6 +174,7 @@ def test_a_picture_damaged_in_the_middle_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "walk.mp4", tiles(60), 30)
     with av.open(str(path)) as container:
         damaged = next(packet for number, packet in enumerate(container.demux()) if number == 20)
+        assert damaged.pos is not None
         first, last = damaged.pos + 10, damaged.pos + damaged.size
     data = bytearray(path.read_bytes())
     data[first:last] = np.random.default_rng(0).bytes(last - first)
@@ -309,7 +311,7 @@ def test_colours_are_right_as_a_player_decodes_them(height: int, tmp_path: Path)
         )
         frame = list(container.decode(video=0))[-1]
     planes = [
-        np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size).astype(float)
+        np.frombuffer(bytes(plane), np.uint8).reshape(plane.height, plane.line_size).astype(float)
         for plane in frame.planes
     ]
     luma = (planes[0][height // 2, 32 : picture.shape[1] : 64] - 16) / 219
@@ -321,7 +323,7 @@ def test_colours_are_right_as_a_player_decodes_them(height: int, tmp_path: Path)
     assert np.abs(read_frames(path)[1, height // 2, 32::64].astype(int) - SATURATED).max() <= 3
 
 
-TURNED = {
+TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
     3: lambda p: p[::-1, ::-1],

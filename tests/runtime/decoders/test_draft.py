@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -136,8 +137,9 @@ def test_the_first_frame_is_the_targets_after_every_start_and_move(pair: tuple[S
         target.stream.rewind(2)
         list(target.frames(JacobiDecoder(), given, count=2, sampling=SETTINGS, seed=SEED + 1))
 
-    begins, moves_back = lambda: prompt(target, 1), lambda: target.stream.rewind(1)
-    for move in (begins, moves_back, begins, goes_elsewhere):
+    begins, moves_back = partial(prompt, target, 1), partial(target.stream.rewind, 1)
+    moves: list[Callable[[], None]] = [begins, moves_back, begins, goes_elsewhere]
+    for move in moves:
         move()
         decoder.kept.clear()
         list(target.frames(decoder, given, count=2, sampling=SETTINGS, seed=SEED))

@@ -249,7 +249,7 @@ def test_schedules_go_on_behind_it_as_behind_next_token_prediction(path: Path) -
         diagonal = ScheduledDecoder(Schedule.serial(session.layout, 1))
         run = session.frames(diagonal, given[FRAMES:], count=FRAMES, sampling=settings, seed=SEED)
         seen.append(np.stack([frame.tokens for frame in run]))
-    np.testing.assert_array_equal(*seen)
+    np.testing.assert_array_equal(seen[0], seen[1])
 
 
 def test_a_frame_that_a_deadline_ends_says_so_and_the_next_one_stands_on_it(path: Path) -> None:
@@ -352,7 +352,8 @@ def test_an_action_that_never_rests_lets_frames_end(session: Session) -> None:
 
     def newer(frame: int) -> np.ndarray:
         asked.append(frame)
-        return given[0]
+        made: np.ndarray = given[0]
+        return made
 
     prompt(session)
     for _ in session.frames(JacobiDecoder(2), given, count=FRAMES, seed=SEED, newer=newer):

@@ -99,7 +99,8 @@ class Written:
 
     def read_tokens(self, places: np.ndarray, lane: int = 0) -> np.ndarray:
         assert lane == 0
-        return self.stream.tokens[places]
+        made: np.ndarray = self.stream.tokens[places]
+        return made
 
 
 def play(world: World, decoder: JacobiDecoder, noise: tuple[Fraction, ...]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ def play(
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Guesses, their kinds and what came, for every frame of a world."""
     random, seen = np.random.default_rng(0), []
-    stream = Stream(LAYOUT, 3, np.arange(30), 8)
+    stream = Stream(LAYOUT, 3, np.arange(30, dtype=np.int32), 8)
     stream.start(random.integers(0, 2, (1, 4, 5)), np.zeros((1, 2), np.int32))
     stream.follow(random.integers(0, 2, (frames, 2)).astype(np.int32))
     while stream.begin():
@@ -76,7 +76,8 @@ def test_rules_of_a_world_are_found_out() -> None:
             beside[:, 1:] = frame[:, :-1]
         else:
             beside[:-1] = frame[1:]
-        return (frame % 2) ^ (beside % 2) ^ action[0]
+        made: np.ndarray = (frame % 2) ^ (beside % 2) ^ action[0]
+        return made
 
     seen = play(LookupDraft(), rule, 300)
     assert all((tokens != came).any() for tokens, _, came in seen[1:5])

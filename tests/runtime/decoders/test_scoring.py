@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -40,7 +41,7 @@ def proposal(token: int = 7) -> Proposal:
 
 def network(path: Path, channels_first: bool, kind: int) -> Path:
     """Mean of a picture."""
-    shape = ["n", 3, "h", "w"] if channels_first else ["n", "h", "w", 3]
+    shape: list[str | int] = ["n", 3, "h", "w"] if channels_first else ["n", "h", "w", 3]
     cast = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
     mean = helper.make_node("ReduceMean", ["y", "axes"], ["score"], keepdims=0)
     axes = helper.make_tensor("axes", TensorProto.INT64, [3], [1, 2, 3])
@@ -88,7 +89,7 @@ def test_what_a_calibration_recorded_is_taken_where_all_is_as_it_was(small_bundl
     prompt(session)
     led, manifest = list(actions(session.layout, 4)), session.manifest
     own = LikelihoodScorer.measured(session, led)
-    own_of = {
+    own_of: dict[str, Any] = {
         "precision": "fp32",
         "window": session.window,
         "temperature": 1.0,
@@ -99,7 +100,7 @@ def test_what_a_calibration_recorded_is_taken_where_all_is_as_it_was(small_bundl
     }
     rules = SamplingSettings()
 
-    def found(sampling: SamplingSettings | None = rules, **changed: object) -> tuple[float, float]:
+    def found(sampling: SamplingSettings | None = rules, **changed: Any) -> tuple[float, float]:
         record = OwnLikelihood(**{**own_of, **changed})
         session.manifest = manifest.model_copy(update={"likelihoods": (record,)})
         scorer = open_scorer("likelihood", session, led, None, sampling)

@@ -38,7 +38,8 @@ def rate(rows: np.ndarray, seconds: Callable[[int], float], right: float, padded
     return np.array([decided[n - 1] / seconds(int(padded[n - 1])) for n in rows])
 
 
-NARROW, BUCKETS = np.arange(1, CELLS + 1), np.where(np.arange(1, CELLS + 1) <= 16, 16, 108)
+NARROW = np.arange(1, CELLS + 1, dtype=np.int32)
+BUCKETS = np.where(NARROW <= 16, 16, 108)
 
 
 @pytest.mark.parametrize("right", [0.6, 0.9, 0.97])
