@@ -58,7 +58,7 @@ def test_a_folder_of_something_else_is_refused_and_a_users_file_stays(world: Pat
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_a_bundle_of_links_is_packed_as_any(
-    link: Callable[[Path, Path], None], world: Path, tmp_path: Path
+    link: Callable[[str, str], None], world: Path, tmp_path: Path
 ) -> None:
     linked = Path(shutil.copytree(world, tmp_path / "linked.diagd", copy_function=link))
     plain, other = (

@@ -167,12 +167,16 @@ def compare(
     settings = {"temperature": temperature, "top_k": 0, "top_p": 0.9, "seed": 11}
     sampling, actions = SamplingSettings(temperature, 0, 0.9), ids if rest else None
     newer = [np.roll(ids, 1)[n] if renewed and n % 3 else None for n in range(FRAMES)]
-    run = {"sampling": sampling, "seed": 11, "newer": lambda frame: newer[frame - len(prompt)]}
+    run: dict[str, Any] = {
+        "sampling": sampling,
+        "seed": 11,
+        "newer": lambda frame: newer[frame - len(prompt)],
+    }
     made = session.frames(parse_decoder(decoder, manifest), actions, count=FRAMES, **run)
     expected = [frame.tokens.reshape(-1).tolist() for frame in made]
     others = json.dumps([None if led is None else led.tolist() for led in newer])
     given = {"ids": ids.tolist(), "settings": json.dumps(settings), "newer": others, "decoder": decoder}
-    found = tab.evaluate(DECODE.format(**given))
+    found: dict[str, Any] = tab.evaluate(DECODE.format(**given))
     assert found["frames"] == expected
     assert len({tuple(frame) for frame in expected}) > FRAMES // 2  # of a world that moves
     assert found["slots"] <= told["capacity"]
@@ -250,7 +254,7 @@ def test_noise_and_draws_are_pythons_to_the_bit(scripts: Tab) -> None:
         row[random.random(ids) < 0.1] = -np.inf
         low, high = int(random.integers(0, 5)), ids - int(random.integers(0, 9))
         row[low] = 0
-        rules = {
+        rules: dict[str, Any] = {
             "temperature": float(random.choice([0, 0.3, 1, 1.7])),
             "topK": int(random.choice([0, 0, 1, 5, 30])),
             "topP": float(random.choice([1, 0.95, 0.5, 0.01])),
@@ -320,7 +324,7 @@ def test_windows_are_pythons(scripts: Tab) -> None:
             if left == cells:
                 kinds = random.integers(0, 2, cells)
             unfed, guesses = 3 if left == cells else 0, kinds[-left:]
-            rows = policy.choose(np.arange(unfed + 1, unfed + left + 1), guesses)
+            rows = policy.choose(np.arange(unfed + 1, unfed + left + 1, dtype=np.int32), guesses)
             certain = right ** (guesses[: rows - 1] + 1)
             wrong = np.flatnonzero(random.random(rows - 1) > certain)
             kept, fed = int(wrong[0]) + 1 if wrong.size else rows, unfed + rows
@@ -340,7 +344,7 @@ def test_windows_are_pythons(scripts: Tab) -> None:
 def test_guesses_are_pythons(scripts: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
     spread(monkeypatch)  # as none share a place there
     random, layout, draft = np.random.default_rng(4), StreamLayout(3, 4, before=2), LookupDraft()
-    stream = Stream(layout, 3, np.arange(30), 8)
+    stream = Stream(layout, 3, np.arange(30, dtype=np.int32), 8)
     stream.start(random.integers(0, 2, (1, 3, 4)), np.zeros((1, 2), np.int32))
     stream.follow(random.integers(0, 2, (150, 2)).astype(np.int32))
     given, expected = [], []

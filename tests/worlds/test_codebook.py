@@ -18,7 +18,8 @@ def coded(video: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     """The nearest codes, in place of the patches."""
     rows, columns = (size // codebook.shape[1] for size in video.shape[1:3])
     tokens = patch_encoder(codebook, rows, columns).encode(video)
-    return codebook.reshape(len(codebook), -1)[tokens.ravel()]
+    made: np.ndarray = codebook.reshape(len(codebook), -1)[tokens.ravel()]
+    return made
 
 
 def test_enumerable_patches_are_kept_exactly() -> None:

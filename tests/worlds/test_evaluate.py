@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from diagd.schedule import Schedule, StreamLayout
 from diagd.tuning.rollouts import Streams
+from tests.worlds.recordings import patch_encoder
 from tests.worlds.walks import CODES, recording
 from worlds.evaluate import Evaluation, measure_drift
 from worlds.geometry import Geometry
@@ -26,7 +27,8 @@ OPTIONS = EvalOptions(windows=4, window_frames=4, rollouts=24, prompt=2, frames=
 class Known:
     """Plays the true frames (they are in the streams it is given) or repeats the last frame of the prompt."""
 
-    layout, codes = LAYOUT, CODES
+    layout, codes, context_frames = LAYOUT, CODES, 9
+    encoder = patch_encoder(np.zeros((CODES, 8, 8, 3), np.uint8), ROWS, COLUMNS)
 
     def __init__(self, *, is_frozen: bool) -> None:
         self.is_frozen = is_frozen
@@ -46,7 +48,7 @@ class Known:
             frames[:, prompt:, 1:] = frames[:, prompt - 1 : prompt, 1:]
         return rolled
 
-    def pixels(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def pixels(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         grey = (tokens * 30).astype(np.uint8)[..., None].repeat(3, -1)
         return grey.repeat(8, 1).repeat(8, 2)
 
@@ -58,6 +60,7 @@ def evaluation(*, is_frozen: bool) -> Evaluation:
 
 def test_an_oracle_scores_one() -> None:
     scores, _ = evaluation(is_frozen=False).score("oracle", Schedule.chained(LAYOUT, 1))
+    assert scores.geometry is not None and scores.truth.dynamics is not None and scores.ntp_match is not None
     assert scores.geometry.followed.mean == 1
     assert scores.geometry.walks_followed.mean == 1
     assert scores.geometry.agreement.mean == 1
@@ -74,6 +77,7 @@ def test_an_oracle_scores_one() -> None:
 
 def test_a_frozen_picture_fails() -> None:
     scores, _ = evaluation(is_frozen=True).score("frozen", Schedule.chained(LAYOUT, 1))
+    assert scores.geometry is not None and scores.truth.dynamics is not None
     assert scores.geometry.walks_followed.mean == 0
     assert scores.geometry.followed.mean < 0.7
     matches = [estimate.mean for estimate in scores.truth.match]
@@ -97,8 +101,10 @@ def test_rollouts_are_compared_with_those_of_next_token_prediction() -> None:
 
     geometry = Geometry.learn(recording(6, 100), CODES)
     judge = Evaluation(Mixed(is_frozen=False), recording(6, 100), geometry, OPTIONS)
-    assert judge.score("ntp", Schedule.next_token(LAYOUT))[0].ntp_match.mean == 1
+    whole, _ = judge.score("ntp", Schedule.next_token(LAYOUT))
     frozen, _ = judge.score("k1", Schedule.chained(LAYOUT, 1))
+    assert whole.ntp_match is not None and frozen.ntp_match is not None
+    assert whole.ntp_match.mean == 1
     matches = [estimate.mean for estimate in frozen.truth.match]
     assert frozen.ntp_match.mean == pytest.approx(np.mean(matches))
     assert frozen.ntp_match.mean < 0.7

@@ -14,7 +14,7 @@ RANDOM = np.random.default_rng(0)
 CLIPS = RANDOM.integers(0, 256, (20, 3, 4, 5, 3), dtype=np.uint8)
 
 
-def write(path: Path, nodes: list[onnx.NodeProto], inputs: dict[str, list[object]], rank: int) -> Path:
+def write(path: Path, nodes: list[onnx.NodeProto], inputs: dict[str, list[str | int]], rank: int) -> Path:
     given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
     out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [None] * rank)
     graph = helper.make_graph(nodes, "metric", given, [out])
@@ -41,7 +41,7 @@ def test_distances_of_pairs(tmp_path: Path) -> None:
         helper.make_node("Abs", ["d"], ["e"]),
         helper.make_node("ReduceMean", ["e"], ["out"], axes=[1, 2, 3], keepdims=1),
     ]
-    shape = ["n", 3, "h", "w"]
+    shape: list[str | int] = ["n", 3, "h", "w"]
     network = MetricNetwork(write(tmp_path / "d.onnx", nodes, {"a": shape, "b": list(shape)}, 4))
     assert network.takes_pairs
     expected = np.abs(CLIPS / 255 - CLIPS[::-1] / 255).mean((2, 3, 4))

@@ -42,7 +42,8 @@ def test_ssim_against_an_independent_filter() -> None:
 
     def blur(image: np.ndarray) -> np.ndarray:
         smooth = scipy.ndimage.gaussian_filter(image, (1.5, 1.5, 0), radius=(5, 5, 0))
-        return smooth[5:-5, 5:-5]
+        made: np.ndarray = smooth[5:-5, 5:-5]
+        return made
 
     x, y = frame.astype(float), truth.astype(float)
     mx, my = blur(x), blur(y)
@@ -73,7 +74,8 @@ def test_frechet_distance_needs_more_samples_than_features() -> None:
 
 def test_tile_features_count_codes() -> None:
     tokens = np.array([[[0, 1], [1, 1]], [[2, 2], [2, 2]]])
-    np.testing.assert_allclose(tile_features(tokens, 4, np.eye(4)), [[1, math.sqrt(3), 0, 0], [0, 0, 2, 0]])
+    expected = np.array([[1, math.sqrt(3), 0, 0], [0, 0, 2, 0]])
+    np.testing.assert_allclose(tile_features(tokens, 4, np.eye(4)), expected)
 
 
 def test_principal_axes_are_the_directions_of_most_variance() -> None:

@@ -26,7 +26,8 @@ LIMIT = 6 << 20
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, float]:
-    return json.loads((FOLDER / "figures.json").read_text())["check"]
+    made: dict[str, float] = json.loads((FOLDER / "figures.json").read_text())["check"]
+    return made
 
 
 @pytest.fixture(scope="module")

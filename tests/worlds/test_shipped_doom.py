@@ -24,7 +24,8 @@ LIMIT = 8_000_000
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, float]:
-    return json.loads((FOLDER / "figures.json").read_text())["check"]
+    made: dict[str, float] = json.loads((FOLDER / "figures.json").read_text())["check"]
+    return made
 
 
 @pytest.fixture(scope="module")

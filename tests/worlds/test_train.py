@@ -19,7 +19,8 @@ from diagd.tuning.teacher_forcing import ForcedPasses, forced_loss, forced_nll
 from tests.worlds.recordings import ACTIONS, COLUMNS, PATCH, ROWS, record_stripes
 from worlds.folder import load_world, save_world
 from worlds.options import MIXTURES, TrainOptions, worker_devices
-from worlds.train import Optimiser, Progress, learning_rate, mixture_shares, train
+from worlds.progress import Progress, learning_rate
+from worlds.train import Optimiser, mixture_shares, train
 
 
 @pytest.fixture(scope="module")

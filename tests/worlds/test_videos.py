@@ -44,7 +44,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return made, truth
 
 
-def network(path: Path, inputs: dict[str, list[object]], axes: list[int]) -> Path:
+def network(path: Path, inputs: dict[str, list[str | int]], axes: list[int]) -> Path:
     """Means of pictures, or of the distance of two."""
     first = "x" if len(inputs) == 1 else "e"
     nodes = [helper.make_node("ReduceMean", [first], ["out"], axes=axes, keepdims=0)]
@@ -54,7 +54,7 @@ def network(path: Path, inputs: dict[str, list[object]], axes: list[int]) -> Pat
 
 
 def save(
-    path: Path, nodes: list[onnx.NodeProto], inputs: dict[str, list[object]], outputs: dict[str, int]
+    path: Path, nodes: list[onnx.NodeProto], inputs: dict[str, list[str | int]], outputs: dict[str, int]
 ) -> Path:
     given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
     made = [

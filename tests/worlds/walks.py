@@ -16,7 +16,7 @@ def walk(steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     world = random.choice([*GROUND, ROCK], (80, 80), p=[0.3, 0.25, 0.25, 0.2])
     y, x = 40, 40
-    frames, actions = [], []
+    frames, actions = list[np.ndarray](), []
     for _ in range(steps):
         action = int(random.integers(0, 6))
         dy, dx = {1: (0, -1), 2: (0, 1), 3: (-1, 0), 4: (1, 0)}.get(action, (0, 0))
