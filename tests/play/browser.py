@@ -48,7 +48,8 @@ class Tab:
             message = json.loads(self._socket.recv(timeout=300))
             if message.get("id") == number:
                 assert "error" not in message, message
-                return message["result"]
+                made: dict[str, Any] = message["result"]
+                return made
             if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
                 self.messages.append(json.dumps(message["params"]))
 

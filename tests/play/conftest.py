@@ -85,6 +85,13 @@ def serve(world: Path) -> Serve:
     return serving
 
 
+def table_of(server: Server, number: int = 0) -> Table:
+    """A table whose world is played in this process."""
+    table = server.tables[number]
+    assert isinstance(table, Table)
+    return table
+
+
 @contextmanager
 def running(server: Server) -> Iterator[str]:
     """A server in a thread of its own; gives the address of its page."""

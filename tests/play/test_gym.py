@@ -7,6 +7,7 @@ import re
 import resource
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -23,7 +24,7 @@ from diagd.play.opening import SHIPPED
 from diagd.runtime.actions import encode
 
 
-def make(bundle: Path, **options: object) -> gymnasium.Env:
+def make(bundle: Path, **options: Any) -> gymnasium.Env:
     return gymnasium.make("diagd/World-v0", bundle=bundle, **options)
 
 
@@ -81,7 +82,7 @@ def test_without_actions_zero_goes_on(temporal: Path) -> None:
 
 def test_many_worlds_at_once_are_each_as_one_alone(world: Path) -> None:
     """Same seeds, same actions: the same pictures, also where one begins anew, alone or at its horizon."""
-    many = gymnasium.make_vec(
+    many: Any = gymnasium.make_vec(
         "diagd/World-v0", num_envs=3, bundle=world, max_episode_steps=3, render_mode="rgb_array"
     )
     seen, info = many.reset(seed=np.int64(5))
@@ -156,6 +157,7 @@ def test_every_action_of_the_large_models_can_be_encoded() -> None:
 
 def test_keys_are_those_of_the_page(world: Path) -> None:
     env = make(world)
+    assert isinstance(env.unwrapped, diagd.gym.WorldEnv)
     keys = env.unwrapped.get_keys_to_action()
     assert keys[("a",)] == keys[(0x40000050,)] == 1  # pygame.K_LEFT
     assert len(keys) == 8

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_a_world_is_played_by_what_was_fastest(
     monkeypatch.setenv("DIAGD_CACHE", str(tmp_path))
     bundle, mine = Bundle.open(world), SessionOptions()
     assert mine.in_time(bundle, 1) == mine
-    measured = {"computed": "int8", "threads": 1, "passed": True}
+    measured: dict[str, Any] = {"computed": "int8", "threads": 1, "passed": True}
     entries = (
         Measurement(backend="cpu", precision="fp32", seconds=0.2, **measured),
         Measurement(backend="cpu", precision="int8", seconds=0.1, **measured),
@@ -119,7 +120,7 @@ def test_a_record_is_replayed_on_its_backend_whatever_was_measured_since(
     record = tmp_path / "played.ndjson"
     with open_game(world, GameOptions(record=record)) as game:
         game.reset(game.prompts[0])
-    fastest = {"backend": "openvino", "precision": "fp32", "computed": "bf16", "threads": 1}
+    fastest: dict[str, Any] = {"backend": "openvino", "precision": "fp32", "computed": "bf16", "threads": 1}
     entry = Measurement(**fastest, seconds=0.1, passed=True)
     keep_measured(Bundle.open(world), Measurements(date="2026-01-01", order="k=1 serial", entries=(entry,)))
     game, _ = open_replay(world, record, GameOptions())

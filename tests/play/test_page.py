@@ -12,8 +12,9 @@ import pytest
 
 from diagd.play.opening import GameOptions
 from diagd.play.record import read_record
+from diagd.play.server import Client
 from tests.play.browser import CHROMIUM, Tab
-from tests.play.conftest import Serve
+from tests.play.conftest import Serve, table_of
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"
@@ -143,16 +144,16 @@ def test_settings_are_chosen_and_wrong_ones_explained(tab: Tab, serve: Serve) ->
             if not known:
                 continue
             field, end = "decoder" if name == "d" else name, time.monotonic() + 300
-            while not str(getattr(server.tables[0].game.settings, field)).startswith(known):
-                assert time.monotonic() < end, server.tables[0].game.settings
+            while not str(getattr(table_of(server).game.settings, field)).startswith(known):
+                assert time.monotonic() < end, table_of(server).game.settings
                 time.sleep(0.05)
             frames = tab.evaluate(KNOWN)
             tab.until(f"{KNOWN} > {frames + 1}")  # which come behind what the page is told of its change
-        settings = server.tables[0].game.settings
+        settings = table_of(server).game.settings
         assert (settings.decoder, settings.seed, settings.temperature) == ("k=1 chained", 5, 0.7)
         tab.evaluate(CHANGE.format("k", "99"))
         tab.until("!document.getElementById('error').hidden")
-        assert server.tables[0].game.settings.decoder == "k=1 chained"
+        assert table_of(server).game.settings.decoder == "k=1 chained"
         assert tab.evaluate("document.getElementById('autopilot').disabled")
 
 
@@ -176,7 +177,7 @@ def test_it_comes_back_to_its_seat(tab: Tab, serve: Serve) -> None:
         tab.until(LIVE)
         tab.until("document.querySelectorAll('#tree button').length === 2")
         tab.until(f"{THUMBNAILS}[1].toDataURL() === {seen!r}")
-        assert server.tables[0].game.known > 5
+        assert table_of(server).game.known > 5
         tab.evaluate(FULL)
         tab.key("KeyB", down=True)
         marked(tab, 2)
@@ -223,16 +224,16 @@ def test_a_slow_browser_gets_fresh_frames(tab: Tab, serve: Serve) -> None:
                 shown = tab.evaluate(KNOWN)
                 assert shown > 0
                 client = server.tables[0].player
-                assert client is not None
+                assert isinstance(client, Client)
                 assert len(client._unseen) <= 2
                 assert not client._texts
         finally:
             tab.call("Emulation.setCPUThrottlingRate", rate=1)
-        tab.until(f"{KNOWN} >= {server.tables[0].game.known}")
+        tab.until(f"{KNOWN} >= {table_of(server).game.known}")
 
 
 def picture(data: bytes) -> np.ndarray:
-    with av.open(io.BytesIO(data)) as file:
+    with av.open(io.BytesIO(data), "r") as file:
         return next(file.decode(video=0)).to_ndarray(format="rgb24")
 
 

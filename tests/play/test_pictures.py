@@ -18,7 +18,7 @@ from diagd.runtime.pixels import PixelCodec
 
 
 def decoded(data: bytes) -> np.ndarray:
-    with av.open(io.BytesIO(data)) as file:
+    with av.open(io.BytesIO(data), "r") as file:
         return next(file.decode(video=0)).to_ndarray(format="rgb24")
 
 
@@ -56,5 +56,6 @@ def test_a_world_without_actions_goes_on_by_itself(temporal: Path) -> None:
     assert game.reset(game.prompts[0]).shape == (1, 16, 32, 3)
     shown = [game.advance(inputs.take) for _ in range(3)]
     assert [one.pictures.shape for one in shown if one] == [(8, 16, 32, 3)] * 3
-    assert np.array_equal(game.rewind(2), shown[0].pictures if shown[0] else None)
+    assert shown[0] is not None
+    assert np.array_equal(game.rewind(2), shown[0].pictures)
     game.close()

@@ -31,7 +31,7 @@ class Place(ServedTable):
 
 class Somebody(Player):
     def __init__(self) -> None:
-        self.told: list[object] = []
+        self.told: list[Any] = []
 
     @override
     def send(self, message: dict[str, Any] | bytes) -> None:
@@ -53,7 +53,7 @@ def test_the_seat_goes_on_in_turn_and_is_held_for_a_minute() -> None:
     ann, ben, cid = Somebody(), Somebody(), Somebody()
     for guest in (ann, ben, cid):
         assert room.enter(guest, "")
-    ((ticket, is_new),) = ann.told  # type: ignore[misc]
+    ((ticket, is_new),) = ann.told
     assert is_new
     assert (ben.told, cid.told) == ([1], [2])
     room.leave(ann)
@@ -66,8 +66,8 @@ def test_the_seat_goes_on_in_turn_and_is_held_for_a_minute() -> None:
     clock.now = 59 + 60
     room.turn()
     assert table.player is ben
-    assert ben.told[-1][1] is True  # type: ignore[index]
-    assert ben.told[-1][0] != ticket  # type: ignore[index]
+    assert ben.told[-1][1] is True
+    assert ben.told[-1][0] != ticket
     assert cid.told == [2, 1]
     late = Somebody()
     assert room.enter(late, ticket)

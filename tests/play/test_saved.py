@@ -22,7 +22,7 @@ from diagd.play.opening import GameOptions, open_game
 from diagd.play.record import Played
 from diagd.play.server import Server
 from diagd.play.service import SavedGames
-from tests.play.conftest import LOOSE, Serve
+from tests.play.conftest import LOOSE, Serve, table_of
 from tests.play.test_game import ORDERS, WALK, equal, play, with_order
 from tests.play.test_server import parts, player
 
@@ -145,11 +145,11 @@ def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, t
         ann.say(type="reset", prompt=2)
         while ann.frame()["known"] < 9 or not (kept := list(state.glob("world-*-0"))):
             pass
-        for table in server.tables:
-            table._every = 1 << 30  # it is kept once more as the server ends
+        for number in range(2):
+            table_of(server, number)._every = 1 << 30  # it is kept once more as the server ends
         for _ in range(5):
             last = ann.frame()["known"]
-        token, seed = parts(url)[1], server.tables[0].game.settings
+        token, seed = parts(url)[1], table_of(server).game.settings
     with serve(sessions=2, limits=LOOSE, state=state) as (url, server):
         assert parts(url)[1] == token
         with player(url) as cid:  # a newcomer has the other seat
@@ -160,7 +160,7 @@ def test_another_server_goes_on_with_the_worlds_of_one_that_died(serve: Serve, t
             ann.say(type="pace", mode="pause")  # else a newer frame may be shown in the place of that one
             ann.say(type="reset")
             ann.until(kind="frame", known=1)
-            game = server.tables[0].game
+            game = table_of(server).game
             assert np.array_equal(game.marks[0].past[0].tokens, game.prompts[2][0])
         server.room.clear(server.tables[0])
         written(server)
@@ -171,7 +171,7 @@ def test_a_world_whose_server_dies_at_once_goes_on_from_its_beginning(serve: Ser
     state, died = tmp_path / "state", tmp_path / "died"
 
     with serve(limits=LOOSE, state=state) as (url, server):
-        server.tables[0]._every = 1 << 30
+        table_of(server)._every = 1 << 30
         with player(url) as ann:
             ticket, _ = ann.until(type="welcome")["ticket"], ann.until(type="state")
             written(server)
@@ -185,7 +185,7 @@ def test_a_world_whose_server_dies_at_once_goes_on_from_its_beginning(serve: Ser
     with serve(limits=LOOSE, state=died) as (url, server), player(url, ticket) as ann:
         assert ann.until(type="welcome")["ticket"] == ticket
         ann.frame()
-        game = server.tables[0].game
+        game = table_of(server).game
         assert np.array_equal(game.start, game.prompts[2])
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Origin
 
 from diagd.bundle import Bundle
 from diagd.cli.main import main
@@ -26,7 +27,7 @@ from diagd.play.record import read_record
 from diagd.play.server import Address, Limits
 from diagd.runtime.actions import describe
 from diagd.runtime.pictures import read_frames
-from tests.play.conftest import Serve
+from tests.play.conftest import Serve, table_of
 
 
 class Player:
@@ -47,9 +48,10 @@ class Player:
             return first
         data = self.socket.recv(timeout=seconds)
         if isinstance(data, str):
-            return json.loads(data)
+            told: dict[str, Any] = json.loads(data)
+            return told
         length = int.from_bytes(data[:4], "big")
-        header = json.loads(data[4 : 4 + length])
+        header: dict[str, Any] = json.loads(data[4 : 4 + length])
         assert len(data) == 4 + length + sum(header["sizes"])
         header["picture"] = data[4 + length :]
         if header["kind"] == "frame":
@@ -96,7 +98,7 @@ def player(url: str, ticket: str = "", **hello: Any) -> Iterator[Player]:
     address, token = parts(url)
     socket_url = address.replace("http", "ws") + "/socket"
     patient: dict[str, Any] = {"open_timeout": 120, "max_size": None, "compression": None}
-    with connect(socket_url, origin=address, **patient) as socket:  # type: ignore[arg-type]
+    with connect(socket_url, origin=Origin(address), **patient) as socket:
         one = Player(socket)
         one.say(**{"type": "hello", "version": 1, "token": token, "ticket": ticket, **hello})
         with suppress(ConnectionClosed):
@@ -158,7 +160,7 @@ def test_a_proxy_a_tunnel_or_a_container_leads_here(serve: Serve) -> None:
             assert "wss://play.example" in headers["Content-Security-Policy"].split(";")[1].split()
             with (
                 socket.create_connection(("127.0.0.1", port)) as plain,
-                connect(f"ws://{host}/socket", sock=plain, origin=origin) as one,  # type: ignore[arg-type]
+                connect(f"ws://{host}/socket", sock=plain, origin=Origin(origin)) as one,
             ):
                 one.send(json.dumps(hello | {"ticket": ""}))
                 assert json.loads(one.recv())["ticket"]
@@ -209,7 +211,7 @@ def test_who_says_nothing_is_let_go(serve: Serve) -> None:
     with serve(limits=Limits(hello_seconds=0.2)) as (url, _):
         address, _ = parts(url)
         socket_url = address.replace("http", "ws") + "/socket"
-        with connect(socket_url, origin=address) as socket, pytest.raises(ConnectionClosed):  # type: ignore[arg-type]
+        with connect(socket_url, origin=Origin(address)) as socket, pytest.raises(ConnectionClosed):
             socket.recv(timeout=120)
 
 
@@ -295,13 +297,13 @@ def test_in_step_mode_a_tap_is_a_frame(serve: Serve) -> None:
 def test_a_slow_page_gets_fresh_frames_and_no_backlog(serve: Serve) -> None:
     with serve(rate=200) as (url, server), player(url) as one:
         one.frame()
-        first = one.socket.recv(timeout=120)  # acknowledges nothing
-        second = one.socket.recv(timeout=120)
+        first = one.socket.recv(timeout=120, decode=False)  # acknowledges nothing
+        second = one.socket.recv(timeout=120, decode=False)
         one.say(type="input", t=3.5, keys=["ArrowLeft"])
         with pytest.raises(TimeoutError):
             one.socket.recv(timeout=0.7)
         seen = [json.loads(data[4 : 4 + int.from_bytes(data[:4], "big")])["id"] for data in (first, second)]
-        while server.tables[0]._number <= seen[1] + 3:
+        while table_of(server)._number <= seen[1] + 3:
             time.sleep(0.01)
         one.say(type="ack", id=seen[1])
         frame = one.until(kind="frame", echo=3.5)  # of a frame that nobody saw, but in one that is seen

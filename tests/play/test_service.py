@@ -14,9 +14,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from diagd.play.room import SETTLED
-from diagd.play.server import Limits
+from diagd.play.server import Limits, Server
 from diagd.play.stage import MAX_COMMANDS
-from tests.play.conftest import LOOSE, Serve
+from tests.play.conftest import LOOSE, Serve, table_of
 from tests.play.test_server import player
 
 
@@ -27,6 +27,13 @@ def told(url: str, path: str) -> tuple[int, str]:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def measured(server: Server) -> int:
+    """Passes of the first world's engine, of those that its figures are of."""
+    engine = server.tables[0].engine
+    assert engine is not None
+    return engine.figures.measured
 
 
 def answered(url: str, asked: str) -> str:
@@ -43,7 +50,7 @@ def test_players_have_worlds_of_their_own_in_the_same_passes(serve: Serve) -> No
         for _ in range(5):
             ann.frame()
             ben.frame()
-        games = [table.game for table in server.tables]
+        games = [table_of(server, number).game for number in range(2)]
         assert games[0].session.engine is games[1].session.engine
         ann.say(type="pace", mode="pause")  # else a newer frame may be shown in the place of that one
         ann.say(type="rewind", frames=10_000)
@@ -110,7 +117,7 @@ def test_who_presses_nothing_gives_up_the_seat(serve: Serve) -> None:
 
 def test_nobody_is_seated_who_would_take_the_rate_from_others(serve: Serve) -> None:
     with serve(sessions=2, kept=1e5) as (url, server), player(url) as ann:
-        while server.tables[0].engine.figures.measured < SETTLED:
+        while measured(server) < SETTLED:
             ann.frame()
         with player(url) as ben:
             assert ben.until(type="waiting")["place"] == 1
@@ -133,7 +140,7 @@ def test_who_came_last_waits_again_where_the_rate_is_lost(
 ) -> None:
     monkeypatch.setattr("diagd.play.room.TRIAL_SECONDS", 3600.0)
     with serve(sessions=2, kept=0.5) as (url, server), player(url) as ann:
-        while server.tables[0].engine.figures.measured < SETTLED:
+        while measured(server) < SETTLED:
             ann.frame()
         with player(url) as ben:
             ben.frame()
@@ -153,11 +160,11 @@ def test_who_chose_settings_last_waits_again_where_the_rate_is_lost(
 ) -> None:
     monkeypatch.setattr("diagd.play.room.TRIAL_SECONDS", 3600.0)
     with serve(sessions=2, kept=0.5) as (url, server), player(url) as ann:
-        while server.tables[0].engine.figures.measured < SETTLED:
+        while measured(server) < SETTLED:
             ann.frame()
         with player(url) as ben:
             ben.frame()
-            own = server.tables[0].game.settings.model_dump(mode="json")
+            own = table_of(server).game.settings.model_dump(mode="json")
             ann.say(type="choose", settings={**own, "seed": 3})
             assert ann.until(type="state")["settings"]["seed"] == 3
             server.room.rate = 1e5
@@ -170,7 +177,7 @@ def test_what_takes_long_is_done_for_one_player_once_in_a_while(
 ) -> None:
     monkeypatch.setattr("diagd.play.table.REST", 1e6)
     with serve(sessions=2) as (url, server), player(url) as ann:
-        server.tables[0]._paced = False
+        table_of(server)._paced = False
         for _ in range(3):
             ann.frame()
         for _ in range(2):
@@ -182,7 +189,7 @@ def test_what_takes_long_is_done_for_one_player_once_in_a_while(
 
 def test_who_is_next_gets_nothing_of_the_world_before_whatever_waits_at_its_table(serve: Serve) -> None:
     with serve() as (url, server), player(url) as ann:
-        (table,), busy = server.tables, threading.Event()
+        table, busy = table_of(server), threading.Event()
         own = ann.until(type="state")
         ann.say(type="choose", settings={**own["settings"], "seed": 7})
         ann.until(type="state")
@@ -222,10 +229,10 @@ def test_a_server_that_drains_ends_with_its_last_player(serve: Serve) -> None:
 def test_one_world_that_fails_leaves_the_others_playing(serve: Serve) -> None:
     with serve(sessions=2) as (url, server), player(url) as ann, player(url) as ben:
         ann.frame()
-        game = server.tables[0].game
+        game = table_of(server).game
         game._past.clear()
-        game.view.show = None  # type: ignore[assignment, method-assign]
+        game.view.show = None  # type: ignore[assignment]
         assert "internal error" in ann.until(type="error")["text"]
         for _ in range(5):
             ben.frame()
-        assert np.isfinite(server.tables[1].stage.pacer.fps)
+        assert np.isfinite(table_of(server, 1).stage.pacer.fps)

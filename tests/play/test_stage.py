@@ -22,7 +22,11 @@ class Seated(Stage):
 def test_who_is_seated_sees_no_frame_of_the_world_before(game: Game) -> None:
     codec, seen = game.bundle.manifest.actions, list[bool]()
     inputs = Inputs(read_controls(game.bundle.path, codec), codec)
-    stage = Seated(game, inputs, lambda _, shown: seen.append(shown is not None), seen.remove, 60)
+
+    def fail(error: str) -> None:
+        raise AssertionError(error)
+
+    stage = Seated(game, inputs, lambda _, shown: seen.append(shown is not None), fail, 60)
     loop = GameLoop([stage])
     loop.start()
     while len(seen) < 2:
