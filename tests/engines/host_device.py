@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -40,7 +41,7 @@ class HostDevice(host.HostDevice):
 
     def __init__(self, kernels: ctypes.CDLL | None) -> None:
         super().__init__(kernels)
-        self.log: list[tuple[object, ...]] = []
+        self.log: list[tuple[Any, ...]] = []
 
     def allocate(self, size: int) -> int:
         self.log.append(("allocate", size))

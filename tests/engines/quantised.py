@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,12 +47,12 @@ def _quantised_product(
     tensor = helper.make_tensor(f"{name}.weight", TYPES[kind], values.shape, integers.reshape(-1).tolist())
     scale = scale if kind == "int4" else scale[0]
     graph.initializer.extend([tensor, numpy_helper.from_array(scale.astype(np.float16), f"{name}.scale")])
-    block = {"block_size": BLOCK, "axis": 0} if kind == "int4" else {"axis": 1}
+    block: dict[str, Any] = {"block_size": BLOCK, "axis": 0} if kind == "int4" else {"axis": 1}
     nodes = [helper.make_node("DequantizeLinear", [f"{name}.weight", f"{name}.scale"], [name], **block)]
     if kind != "int4":
         graph.initializer.extend(
             [
-                numpy_helper.from_array(np.float16(4.0 / LARGEST[kind]), f"{name}.step"),
+                numpy_helper.from_array(np.array(4.0 / LARGEST[kind], np.float16), f"{name}.step"),
                 helper.make_tensor(f"{name}.zero", TYPES[kind], (), [0]),
             ]
         )

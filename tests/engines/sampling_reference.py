@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def draw(probabilities: NDArray[np.float64], noise: NDArray[np.float32]) -> tupl
 def rows(draw_value: st.DrawFn, count: int, ids: int) -> NDArray[np.float32]:
     """float32 [count, ids]: each row smooth, with many ties, peaked, flat, or spread over many binades."""
     random = np.random.default_rng(draw_value(st.integers(0, 2**32 - 1)))
-    shapes = {
+    shapes: dict[str, Callable[[], np.ndarray]] = {
         "smooth": lambda: random.standard_normal(ids) * 3,
         "tied": lambda: np.round(random.standard_normal(ids) * 2),
         "peaked": lambda: np.where(np.arange(ids) == random.integers(ids), 30.0, random.standard_normal(ids)),

@@ -97,7 +97,7 @@ def names_used() -> set[str]:
     found = set()
     for file in Path(package.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            parts, value = [], node
+            parts, value = list[str](), node
             while isinstance(value, ast.Attribute):
                 parts.insert(0, value.attr)
                 value = value.value

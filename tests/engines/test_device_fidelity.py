@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -69,11 +70,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("fidelity")
     model = small_model(LAYOUT, layers=1, context_frames=4)
 
-    def exported(form: Form, precision: str) -> Bundle:
+    def exported(form: Form, precision: Literal["fp32", "fp16"]) -> Bundle:
         options = GraphOptions((form,), precision, widths=WIDTHS)
         return Bundle.open(export_small(model, folder / f"{form.value}-{precision}.diagd", options))
 
-    modern = {precision: exported(Form.MODERN, precision) for precision in ("fp32", "fp16")}
+    modern = {"fp32": exported(Form.MODERN, "fp32"), "fp16": exported(Form.MODERN, "fp16")}
     return Case(exported(Form.PREFIX, "fp32"), modern)
 
 

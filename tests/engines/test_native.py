@@ -149,7 +149,8 @@ def test_advance_spreads_the_record_of_each_step(
             assert record[4] == count
             assert record[[5, 7]].view(np.float32).tolist() == [0.5, np.float32(0.9)]
             assert record[[6, 8, 9]].tolist() == [10 * block, 10 * block, 7]
-            for start, column in zip(record[13:16], (steps.decoded, steps.sinks, steps.cells), strict=True):
+            columns: list[np.ndarray] = [steps.decoded, steps.sinks, steps.cells]
+            for start, column in zip(record[13:16], columns, strict=True):
                 found = whole[start : start + count * column.itemsize // 4].copy().view(column.dtype)
                 np.testing.assert_array_equal(found, column[drawn])
         assert outputs.cursor[0] == (HALF_WORDS if block % 2 == 0 else 0)
@@ -163,6 +164,9 @@ def test_a_block_is_sent_without_the_unused_end_of_its_buffer(kernels: ctypes.CD
     assert device.log[-1] == ("upload", ring.address, 4 * (HEADER_WORDS + 2 + 4 + 2))
 
 
+Kind = type[np.generic]
+
+
 @pytest.mark.parametrize("build", ["host build", "NumPy"])
 @settings(max_examples=25)
 @given(
@@ -173,7 +177,7 @@ def test_a_block_is_sent_without_the_unused_end_of_its_buffer(kernels: ctypes.CD
     threads=st.sampled_from([1, 5, 1024]),
 )
 def test_append_writes_rows(
-    kernels: ctypes.CDLL, build: str, groups: int, width: int, start: int, dtype: type, threads: int
+    kernels: ctypes.CDLL, build: str, groups: int, width: int, start: int, dtype: Kind, threads: int
 ) -> None:
     capacity, size, count = 12, 16, 4
     random = np.random.default_rng(width)

@@ -259,12 +259,12 @@ def test_rows_of_tables(run: Run, parts: str) -> None:
     random = np.random.default_rng(0)
     positions, ids = np.array([0, 2, 3, 9, 11], np.int32), np.array([4, 0, 6, 6, 1], np.int32)
     places, prefix, length = positions.astype(np.int64), 2, 5
-    tables = {"embedding": (halves(random, 7, 1200), ids)}
+    tables: dict[str, tuple[Array, Array]] = {"embedding": (halves(random, 7, 1200), ids)}
     if "Slot" in parts:
         tables["slot"] = halves(random, length, 1200), (places - prefix) % length
     if "Position" in parts:
         tables["position"] = halves(random, 12, 1200), places
-    rows = {}
+    rows: dict[str, Array] = {}
     if "Rotary" in parts:
         rows |= {"cosines": halves(random, 12, 48), "sines": halves(random, 12, 48)}
     if "Added" in parts:
@@ -277,7 +277,8 @@ def test_rows_of_tables(run: Run, parts: str) -> None:
     }
     outputs = dict.fromkeys(["x", *(f"{name}_rows" for name in rows)], 2)
     x, *found = run("Embed" + parts, 64, feeds, outputs, prefix=prefix, frame_length=length)
-    assert_rounded(x, sum(table.astype(np.float64)[at] for table, at in tables.values()))
+    added = (table.astype(np.float64)[at] for table, at in tables.values())
+    assert_rounded(x, sum(added, start=np.zeros(1)))
     for made, table in zip(found, rows.values(), strict=True):
         np.testing.assert_array_equal(made, table[places])
 
@@ -465,7 +466,7 @@ def test_threads_without_memory_end_the_run_alone(
 
 
 NORMED = {"sum": 2, "out": 2}
-TABLES = [(7, 8), (5, 8), (12, 8), (12, 16), (12, 16), (12, 8)]
+TABLES: list[tuple[int, ...]] = [(7, 8), (5, 8), (12, 8), (12, 16), (12, 16), (12, 8)]
 FITTING: dict[str, tuple[list[tuple[int, ...]], dict[str, int]]] = {
     "RMSNormAddAdd": ([(3, 8), (3, 8), (3, 8), (8,)], NORMED),
     "LayerNormAddBias": ([(3, 8), (3, 8), (8,), (8,), (8,)], NORMED),

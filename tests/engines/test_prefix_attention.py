@@ -56,7 +56,8 @@ class Case:
 
     @property
     def groups(self) -> int:
-        return self.keys.shape[2]
+        groups: int = self.keys.shape[2]
+        return groups
 
     def attended(self, threads: int = 1, kernels: ctypes.CDLL | None = None) -> Array:
         kernels = kernels or host_build()
@@ -95,7 +96,8 @@ class Case:
         scores = np.where(seen[:, :, None, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        return np.einsum("bwght,tbgd->bwghd", weights, self.values.astype(np.float64))
+        made: NDArray[np.float64] = np.einsum("bwght,tbgd->bwghd", weights, self.values.astype(np.float64))
+        return made
 
 
 def random_case(random: np.random.Generator) -> Case:
@@ -167,7 +169,8 @@ def test_a_row_does_not_depend_on_rows_streams_slots_and_threads_beside_it(seed:
         one = np.s_[stream : stream + 1, row : row + 1]
         alone = Case(
             case.fused[one].copy(),
-            *(np.concatenate([array[mine], behind]) for array in (case.keys, case.values)),
+            np.concatenate([case.keys[mine], behind]),
+            np.concatenate([case.values[mine], behind]),
             case.positions[one].copy(),
             np.concatenate([case.slot_position[mine], hidden]),
             case.written[one].copy(),

@@ -78,14 +78,15 @@ def product(x: Array, weights: Mapping[str, Array], scale: Array, zero: int) -> 
     """In whole numbers, scaled in float32; ``scale`` [1, 1] or [rows, 1]."""
     rounded = np.clip(np.rint(x / scale) + zero, 0, 255).astype(np.int64) - zero
     total = rounded @ weights["q"].astype(np.int64)
-    return total.astype(np.int32).astype(np.float32) * (scale * weights["scale"])
+    made: Array = total.astype(np.int32).astype(np.float32) * (scale * weights["scale"])
+    return made
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 17), (64, 32), (130, 50), (256, 300)])
 def test_products_are_exact(tmp_path: Path, inputs: int, outputs: int, threads: int) -> None:
     row, weights = example(1, inputs, outputs)
-    fixed = {"x_scale": np.array(SCALE), "x_zero": np.array(ZERO, np.uint8)}
+    fixed: dict[str, Array] = {"x_scale": np.array(SCALE), "x_zero": np.array(ZERO, np.uint8)}
     by_tensor, by_row = (
         opened(node_of(tmp_path / f"{len(more)}.onnx", {"x": row}, weights | more), threads)
         for more in (fixed, {})
@@ -127,7 +128,8 @@ class Product(nn.Module):
         self.functions = matrix.functions = Functions(None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.matrix(x)
+        made: Tensor = self.matrix(x)
+        return made
 
 
 @pytest.mark.parametrize("by_row", [False, True], ids=["fixed ranges", "ranges of rows"])

@@ -99,7 +99,7 @@ def test_a_gpu_without_the_type_is_refused(bundle: Bundle, tmp_path: Path, kind:
         compile_graph(tmp_path / "graph.onnx", target)
 
 
-def attention_graph(path: Path, dtype: int, **attributes: object) -> Path:
+def attention_graph(path: Path, dtype: int, **attributes: Any) -> Path:
     shape = [1, 2, 8, 32]
     names = ("queries", "keys", "values")
     inputs = [helper.make_tensor_value_info(name, dtype, shape) for name in names]

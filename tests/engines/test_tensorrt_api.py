@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -53,11 +53,12 @@ def test_capabilities_are_told_from_names(version: str) -> None:
     assert found == tuple(name in expected for name in ("aliases", "lengths", "timing"))
 
 
-def as_module(names: list[str]) -> SimpleNamespace:
+def as_module(names: list[str]) -> ModuleType:
     """Something that has these dotted names and no others."""
-    module = SimpleNamespace(__name__="tensorrt", __version__="0")
+    module = ModuleType("tensorrt")
+    vars(module)["__version__"] = "0"
     for name in names:
-        value = module
+        value: object = module
         for part in name.split("."):
             if not hasattr(value, part):
                 setattr(value, part, SimpleNamespace())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,10 +33,8 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
 
 
 def entry(backend: str, precision: str, threads: int, seconds: float, passed: bool | None) -> Measurement:
-    return Measurement(
-        **{"backend": backend, "precision": precision, "computed": precision},
-        **{"threads": threads, "seconds": seconds, "passed": passed},
-    )
+    found: dict[str, Any] = {"backend": backend, "precision": precision, "computed": precision}
+    return Measurement(**found, threads=threads, seconds=seconds, passed=passed)
 
 
 def test_every_backend_that_runs_here_is_measured_and_kept(bundle: Bundle) -> None:
@@ -77,8 +76,8 @@ def test_threads_are_those_that_were_fastest(bundle: Bundle) -> None:
     assert with_threads(CpuOptions(), bundle).threads == 1  # so few bytes are no work for two
     jacobi = replace(bundle, manifest=bundle.manifest.model_copy(update={"decoder": "jacobi"}))
     assert with_threads(CpuOptions(), jacobi).threads == min(2, cores())  # a window has some dozens of rows
-    entries = (entry("cpu", "fp32", 1, 0.2, True), entry("cpu", "fp32", 3, 0.1, True))
-    entries += (entry("cpu", "fp32", 4, 0.05, False), entry("openvino", "fp32", 2, 0.01, None))
+    passed = (entry("cpu", "fp32", 1, 0.2, True), entry("cpu", "fp32", 3, 0.1, True))
+    entries = (*passed, entry("cpu", "fp32", 4, 0.05, False), entry("openvino", "fp32", 2, 0.01, None))
     keep_measured(bundle, Measurements(date="2026-01-01", order="k=1 serial", entries=entries))
     assert with_threads(CpuOptions(), bundle).threads == 3
     assert with_threads(CpuOptions(), bundle, "openvino").threads == 2

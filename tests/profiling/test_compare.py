@@ -39,7 +39,7 @@ def test_the_interval_holds_the_true_ratio(factor: float) -> None:
     for draw in range(100):
         before = random.lognormal(0.0, 0.1, 40)
         after = factor * random.lognormal(0.0, 0.1, 40)
-        _, low, high = median_ratio(before, after, seed=draw)
+        _, low, high = median_ratio(before.tolist(), after.tolist(), seed=draw)
         assert low <= high
         held += low <= factor <= high
     assert held >= 95

@@ -6,6 +6,8 @@ import onnx
 import pytest
 
 from diagd.bundle import Bundle, Form
+from diagd.engines.executor import Executor
+from diagd.engines.prefix import PrefixEngine
 from diagd.export.onnx_file import read_onnx
 from diagd.profiling.cost import read_model, step_operations
 from tests.calibration.bundles import FORMS, SCHEMES, every_scheme, quantise
@@ -60,7 +62,8 @@ def check_cache(bundle: Bundle, precision: str, form: Form) -> int:
     model = read_model(chosen, form)
     opener = {Form.PREFIX: prefix, Form.MODERN: modern, Form.PORTABLE: portable}[form]
     engine = opener(chosen, 80)
-    arrays = engine.buffers if form is Form.PREFIX else buffers(engine)
+    assert isinstance(engine, PrefixEngine | Executor)
+    arrays = engine.buffers if isinstance(engine, PrefixEngine) else buffers(engine)
     held = sum(buffer.nbytes for buffer in arrays.values())
     assert model.step_bytes(engine.capacity) - model.step_bytes(0) == held
     return model.cache_bytes

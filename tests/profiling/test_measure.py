@@ -57,12 +57,12 @@ def test_a_frame_is_done_when_its_last_pass_is(bundle: Bundle, window: int) -> N
     assert max(np.diff(ends)) > 1
     assert len(run.steps) == ends[-1] and run.frames == frames
     assert run.first_steps == [0, *ends[:-1]]
-    for frame, end in enumerate(ends):
+    for number, end in enumerate(ends):
         last = run.steps[end - 1]
-        assert last.began + last.seconds <= run.decoded[frame]
-        assert end == len(run.steps) or run.decoded[frame] <= run.steps[end].began
-        first = max(run.first_steps[frame], run.chunks)  # what feeds the prompt comes ahead of its action
-        assert run.taken(frame) == run.steps[first].began
+        assert last.began + last.seconds <= run.decoded[number]
+        assert end == len(run.steps) or run.decoded[number] <= run.steps[end].began
+        first = max(run.first_steps[number], run.chunks)  # what feeds the prompt comes ahead of its action
+        assert run.taken(number) == run.steps[first].began
 
 
 def test_jacobi_is_a_row_of_a_profile(bundle: Bundle) -> None:

@@ -84,11 +84,11 @@ def test_an_action_appears_when_its_frame_is_done(profiled: Profile) -> None:
 class Slowed(PrefixEngine):
     """Takes long for one of its steps."""
 
-    left, clock = -1, Clock()
+    left, watch = -1, Clock()
 
     def step(self, lanes: Sequence[int] = (0,)) -> None:
         if self.left == 0:
-            self.clock.added += 0.251
+            self.watch.added += 0.251
         self.left -= 1
         super().step(lanes)
 
@@ -100,7 +100,7 @@ def slowed(bundle: Bundle, clock: Clock, step: int, fps: float) -> Run:
     workload = random_workload(session, 2, frames)
     schedule = Schedule.serial(LAYOUT, 1)
     measure(session, ScheduledDecoder(schedule), workload, 1)
-    engine.left, engine.clock = step, clock
+    engine.left, engine.watch = step, clock
     run = measure(session, ScheduledDecoder(schedule), workload, frames)
     return summarise(run, 0.0, read_model(bundle), CEILINGS, fps)
 
