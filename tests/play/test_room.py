@@ -81,7 +81,7 @@ def test_a_ticket_used_twice_puts_the_first_out() -> None:
     room = Room([table], clock=Clock())
     ann, again = Somebody(), Somebody()
     room.enter(ann, "")
-    room.enter(again, ann.told[0][0])  # type: ignore[index]
+    room.enter(again, ann.told[0][0])
     assert ann.told[-1] == "out"
     assert table.player is again
     room.leave(ann)
