@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -58,7 +58,7 @@ class Group:
         *,
         count: int | None = None,
         sampling: SamplingSettings | None = None,
-        seeds: Each[int] | None = None,
+        seeds: Each[int] | Ids | None = None,
     ) -> Iterator[tuple[int, Frame]]:
         """Decode frames of several sessions, yielding each, with the session's number, when it is complete.
 
@@ -100,7 +100,7 @@ class Group:
         return self.sessions[lane]
 
 
-def _each(values: Each[T]) -> Iterator[tuple[int, T]]:
+def _each(values: Mapping[int, T] | Iterable[T]) -> Iterator[tuple[int, T]]:
     if not np.iterable(values):
         raise UsageError(f"{values!r} is one for no session; expected one for each, by number or in turn")
     return iter(values.items()) if isinstance(values, Mapping) else iter(enumerate(values))

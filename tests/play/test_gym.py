@@ -125,6 +125,7 @@ def test_many_worlds_at_once_are_each_as_one_alone(world: Path) -> None:
 
 
 def test_what_no_world_can_be_made_of_is_named(world: Path) -> None:
+    make_one: Any
     for make_one in (WorldEnv, partial(WorldVectorEnv, 1)):
         with pytest.raises(UsageError, match="bundle is 3; expected a string or a Path or None"):
             make_one(3)
@@ -132,13 +133,14 @@ def test_what_no_world_can_be_made_of_is_named(world: Path) -> None:
             make_one("")
         with pytest.raises(UsageError, match=r"options is .*; expected a GameOptions or None"):
             make_one(world, options={"prompts": ()})
+    horizon: Any
     for horizon in ("x", 0):
         with pytest.raises(UsageError, match=f"max_episode_steps is {horizon!r}; expected"):
             WorldVectorEnv(1, world, horizon)
     env = make(world)
     with pytest.raises(UsageError, match="options is 'x'; expected a dict or None"):
-        env.reset(options="x")
-    many = WorldVectorEnv(2, world)
+        env.reset(options="x")  # type: ignore[arg-type]
+    many: Any = WorldVectorEnv(2, world)
     for seed, message in ((2.5, "0 seeds; expected 2"), ([-1, 3], "seed is -1; expected an integer")):
         with pytest.raises(UsageError, match=message):
             many.reset(seed=seed)

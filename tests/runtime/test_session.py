@@ -213,18 +213,18 @@ def test_what_is_given_in_another_form_is_named(small_bundle: Path) -> None:
             session.step([[7, 8], [9]])  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="ids are rows of several lengths"):
             session.start([[[1, 2], [3]]])  # type: ignore[arg-type]
-        for given in (np.array(8), np.array("x")):
+        for array in (np.array(8), np.array("x")):
             with pytest.raises(UsageError, match=r"actions are .*; expected ids"):
-                session.frames(None, given)
+                session.frames(None, array)
             with pytest.raises(UsageError, match="1 frames and 0 actions"):
-                session.start(prompt(), given)
+                session.start(prompt(), array)
         for frame in (-1, 5, None):
             with pytest.raises(UsageError, match=f"frame {frame} is not there; 1 are known"):
                 session.stream.frame(frame)  # type: ignore[arg-type]
         stranger = diagd.ScheduledDecoder(Schedule.serial(StreamLayout(2, 3, after=3), 1))
         with pytest.raises(UsageError, match=r"the schedule is of .*; make one of session\.layout"):
             session.step(actions(1)[0], stranger)
-        assert session.step(actions(1)[0].tolist()).index == 1  # type: ignore[arg-type]
+        assert session.step(actions(1)[0].tolist()).index == 1
         session.start(torch.from_numpy(prompt()), torch.from_numpy(actions(1)))  # type: ignore[arg-type]
 
 
