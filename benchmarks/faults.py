@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -37,10 +38,21 @@ from benchmarks import CONSOLE, parser
 from diagd.bundle import Bundle
 from diagd.bundle.files import is_unfinished
 from diagd.cli.main import main as diagd
+from diagd.progress import Progress
 from diagd.runtime.video import VideoWriter
+from diagd.web.folder import runtime_files
 from tests.worlds import random_world
 
-VERBS = ("export", "calibrate", "build", "generate")
+RESULTS = {
+    "export": "out.diagd",
+    "calibrate": "out.diagd",
+    "build": "out.diagd",
+    "generate": "out.mp4",
+    "encode": "out.npy",
+    "decode": "out.mp4",
+    "web": "page",
+}
+"""Of each verb, what it writes."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,11 @@ class Place:
             "build": [bundle, "--target=sm86", "--runtime=tensorrt_rtx", "--widths=16"],
             "generate": [self.bundle, "--prompt", prompt, f"--actions={self.folder / 'walk.jsonl'}"],
         }
-        words["generate"] += ["--output", work / "out.mp4"]
+        words["encode"] = [self.bundle, self.folder / "clip.mp4"]
+        words["decode"] = [self.bundle, self.folder / "clip.npy"]
+        words["web"] = [self.bundle, f"--runtime={self.folder / 'runtime'}"]
+        if verb in ("generate", "encode", "decode", "web"):
+            words[verb] += ["--output", work / RESULTS[verb]]
         return [verb, *map(str, words[verb])]
 
     def prepare(self, verb: str, work: Path) -> None:
@@ -75,12 +91,18 @@ class Place:
 
 def check(verb: str, work: Path) -> str | None:
     """What is wrong with the results in ``work``; None: they are as before, or whole and new."""
-    bundle, video = work / "out.diagd", work / "out.mp4"
+    bundle, video, tokens, page = (work / name for name in ("out.diagd", "out.mp4", "out.npy", "page"))
     try:
         if bundle.exists():
             Bundle.open(bundle)
         if video.exists() and video.read_bytes()[4:8] != b"ftyp":
             return "the video is cut"
+        if tokens.exists():
+            np.load(tokens)
+        if page.exists():
+            sizes = json.loads((page / "world.json").read_bytes())["files"]
+            cut = [name for name, size in sizes.items() if (page / name).stat().st_size != size]
+            return f"{cut} of the page are cut" if cut else None
     except Exception as error:
         return str(error)
     notes = bundle / "NOTES.txt"
@@ -256,16 +278,18 @@ def limits(place: Place, verb: str, steps: int) -> list[str]:
 
 
 PARTS: dict[str, Callable[[Place, argparse.Namespace], Table]] = {
-    "kill": lambda place, args: kill_part(place, args.verb or list(VERBS), args.kills),
+    "kill": lambda place, args: kill_part(place, args.verb or list(RESULTS), args.kills),
     "race": lambda place, args: race_part(place, args.processes, args.rounds),
-    "full": lambda place, args: full_part(place, args.verb or list(VERBS), args.steps),
+    "full": lambda place, args: full_part(place, args.verb or list(RESULTS), args.steps),
 }
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--part", choices=tuple(PARTS), action="append")
-    options.add_argument("--verb", choices=VERBS, action="append", help="of kill and full; default: all")
+    options.add_argument(
+        "--verb", choices=tuple(RESULTS), action="append", help="of kill and full; default: all"
+    )
     options.add_argument("--kills", type=int, default=50, help="of each verb")
     options.add_argument("--processes", type=int, default=20)
     options.add_argument("--rounds", type=int, default=20)
@@ -282,6 +306,19 @@ def main() -> None:
         (place.folder / "walk.jsonl").write_text('{"action": "left", "repeat": 4}\n')
         base = ["--model=world", f"--checkpoint={place.folder / 'trained'}", "--form=prefix,modern"]
         run(["export", *base, f"--output={place.bundle}"])
+        with VideoWriter(place.folder / "clip.mp4", 10, (36, 48)) as video:
+            video.write(np.random.default_rng(0).integers(0, 256, (99, 36, 48, 3), dtype=np.uint8))
+        run(
+            [
+                "encode",
+                str(place.bundle),
+                str(place.folder / "clip.mp4"),
+                f"--output={place.folder / 'clip.npy'}",
+            ]
+        )
+        (place.folder / "runtime").mkdir()
+        for file, content in runtime_files(None, Progress()).items():
+            (place.folder / "runtime" / file).write_bytes(content)
         for part in args.part or PARTS:
             CONSOLE.print(PARTS[part](place, args))
 

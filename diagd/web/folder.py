@@ -118,14 +118,15 @@ def _pack(bundle: Bundle, runtime: dict[str, bytes], folder: Path, progress: Pro
     """Write the runtime, the graphs, and of each graph the tensors that it reads; scripts as they are."""
     tokenizer = bundle.manifest.tokenizer
     assert tokenizer is not None
-    graphs = {"step": bundle.manifest.graph(Form.PREFIX).file}
-    graphs |= {"encoder": tokenizer.encoder, "decoder": tokenizer.decoder}
+    step = bundle.manifest.graph(Form.PREFIX)
+    graphs = {"step": step.file, "encoder": tokenizer.encoder, "decoder": tokenizer.decoder}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         for file, content in runtime.items():
             (folder if file.endswith(".mjs") else work).joinpath(file).write_bytes(content)
         for role, file in graphs.items():
             save_trimmed(bundle.file(file), work / f"{role}.onnx", f"{role}.bin")
+        bundle.check_unchanged(*graphs.values(), *step.weights.files, *tokenizer.weight_files)
         for part in progress.each(sorted(work.iterdir()), "pack"):
             (folder / f"{part.name}{PACKED}").write_bytes(gzip.compress(part.read_bytes(), mtime=0))
 

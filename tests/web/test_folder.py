@@ -18,10 +18,11 @@ import pytest
 from diagd.bundle import Bundle
 from diagd.bundle.manifest import Manifest
 from diagd.cli.main import main
-from diagd.errors import UsageError
+from diagd.errors import BundleError, UsageError
 from diagd.progress import Progress
 from diagd.web.folder import DIGESTS, VERSION, runtime_files, write_page
 from tests.web.conftest import Serve
+from tests.worlds import random_world
 
 
 def some() -> dict[str, bytes]:
@@ -69,6 +70,22 @@ def test_a_bundle_of_links_is_packed_as_any(
         for bundle, name in ((linked, "page"), (Path(shutil.copytree(world, tmp_path / "a.diagd")), "other"))
     )
     assert plain == other
+
+
+def test_a_bundle_that_another_replaces_meanwhile_is_not_mixed_with_it(world: Path, tmp_path: Path) -> None:
+    """As by an export while the runtime is fetched: the page had the one's world and the other's weights."""
+    path = Path(shutil.copytree(world, tmp_path / "world.diagd"))
+    output = tmp_path / "page"
+
+    def slow() -> dict[str, bytes]:
+        trained = random_world(tmp_path / "trained", size="0.7m")
+        source = ("--model", "world", "--checkpoint", str(trained), "--output", str(path))
+        assert main(["export", *source]) == 0
+        return some()
+
+    with pytest.raises(BundleError, match="another bundle took the place of"):
+        write_page(Bundle.open(path), output, slow)
+    assert not output.exists()
 
 
 def test_a_page_has_the_window_and_precision_asked_for(page: Path, world: Path, tmp_path: Path) -> None:
