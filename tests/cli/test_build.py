@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +16,13 @@ from diagd.bundle import Bundle, Form
 from diagd.bundle.transformer import linear_rotary
 from diagd.cli.main import main
 from diagd.engines.devices.cuda import open_driver
-from diagd.engines.tensorrt.opening import ANY, EngineStore
-from diagd.errors import DiagdError
+from diagd.engines.tensorrt import import_tensorrt
+from diagd.engines.tensorrt.builder import Request
+from diagd.engines.tensorrt.opening import ANY, EngineStore, compile_engine
+from diagd.errors import BundleError, DiagdError
 from diagd.export.options import GraphOptions
 from diagd.export.transformer import Transformer
+from diagd.progress import Progress
 from diagd.schedule import StreamLayout
 from tests.models import export_small
 from tests.oracles.models import small_model
@@ -61,6 +66,34 @@ def test_engines_outlive_a_calibration(bundle: Path, tmp_path: Path) -> None:
     store = EngineStore(Bundle.open(copy))
     assert store.find(built.record.fingerprint) == built
     assert not any(name.startswith("engines") for name in store.bundle.manifest.files)
+
+
+class Removing(Progress):
+    """Removes a bundle while it is built."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @contextmanager
+    def count(self, *told: object) -> Iterator[Callable[[int], None]]:
+        shutil.rmtree(self.path, ignore_errors=True)
+        yield lambda _: None
+
+
+def test_where_no_engine_can_be_kept_none_is_built(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told ahead of minutes of work; and none is put where the bundle was, which nothing could replace."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "small.diagd", ignore=shutil.ignore_patterns("engines")))
+    (copy / "engines").write_text("mine")
+    assert main(["build", str(copy), "--target", "sm89", "--widths", "4", *RTX]) == 2
+    assert "engines is no directory that can be written to" in " ".join(capsys.readouterr().err.split())
+    (copy / "engines").unlink()
+    request = Request(40, Form.MODERN, (4,), ("sm89",))
+    with pytest.raises(BundleError):
+        compile_engine(Bundle.open(copy), request, import_tensorrt("tensorrt_rtx"), progress=Removing(copy))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_path_is_printed_as_it_is(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

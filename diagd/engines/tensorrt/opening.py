@@ -17,6 +17,7 @@ from diagd.bundle.actions import Record
 from diagd.bundle.files import atomic_directory, sha256
 from diagd.bundle.lock import turn
 from diagd.bundle.manifest import StepGraph
+from diagd.bundle.targets import folder_target
 from diagd.engines.backend import StepOptions, graphs_of, widths_of
 from diagd.engines.devices.cuda import CudaDevice, DeviceDescription, describe_device, open_driver
 from diagd.engines.executor import Executor
@@ -259,16 +260,20 @@ def compile_engine(
     Gives the engine on disk, read back, and what TensorRT warned of. Ctrl-C leaves nothing behind.
 
     Raises:
+        BundleError: another bundle took the place of this one meanwhile, or none is there any more.
         EngineError: TensorRT refuses, memory does not suffice, or what is on disk is not what was built.
+        UsageError: the bundle's folder cannot be written to.
     """
-    offered = capabilities(trt)
+    offered, store = capabilities(trt), EngineStore(bundle)
     chosen, graph = resolve(bundle, request, offered)
+    folder_target(store.root / chosen.key, {PLAN_NAME: b""}, "an engine", "bundle")
     if not force:
         check_memory(estimate(bundle, graph, chosen.widths), available_bytes())
     known = (cache.read("timing", timing_key(chosen)) or b"") if offered.timing_cache else None
     asked = replace(request, widths=chosen.widths)
     build = Builder(trt, progress or Progress()).build(bundle.file(graph.file), asked, known)
-    stored = EngineStore(bundle).write(chosen, build.plan)
+    bundle.check_unchanged(graph.file, *graph.weights.files)
+    stored = store.write(chosen, build.plan)
     if build.timing_cache is not None:
         cache.write("timing", timing_key(chosen), build.timing_cache)
     return stored, build.log
