@@ -35,6 +35,7 @@ from diagd.cluster.workers import Processes
 from diagd.engines.prefix import PrefixEngine
 from diagd.progress import Progress
 from diagd.runtime.group import Group
+from diagd.runtime.step import PassTime
 from diagd.schedule import Schedule
 from diagd.tuning.recordings import cached_tokens
 from diagd.tuning.rollouts import TOGETHER, Streams
@@ -149,10 +150,11 @@ def shapes_of(group: Group, work: Callable[[], object]) -> Counter[Shape]:
     engine, run, shapes = group.engine, group.passes.run, Counter[Shape]()
     assert isinstance(engine, PrefixEngine)
 
-    def watched(lanes: Sequence[int]) -> None:
-        run(lanes)
+    def watched(lanes: Sequence[int]) -> PassTime:
+        spent = run(lanes)
         slots, streams = engine.outputs[1].shape()[:2]
         shapes[Shape(streams, engine._bound_width, slots)] += 1
+        return spent
 
     group.passes.run = watched  # type: ignore[method-assign]
     try:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import chain, groupby
 from math import prod
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,27 +35,73 @@ LEAST_WIDTH = 80
 _POSITIONS: Final = "slot_position"
 
 
-class _Lane:
-    """The steps that a stream was sent, and the next of them; ``live``: slots in use after the last one.
+Bounds: TypeAlias = tuple[int, int, int, int, int, int, int]
+"""A step's number; the first and last of its rows, of those that decode and of its slot changes."""
 
-    What is read of them in every pass is kept as lists, and places as those in the buffer of all streams.
+
+class _Sent:
+    """The steps that streams were sent, and the next of each.
+
+    What they say stands stream beside stream: of those in step, all of a pass is copied at once.
+
+    Attributes:
+        rows: int32 [2, B, n], places of their ids in the buffer of all streams, and positions.
+        drawn: int32 [4, B, n], of those that decode: numbers in their steps, the places that they fill, and
+            the lowest ids they may be and one past the highest.
+        keys: uint64 [2, B, n], cells and seeds of those that decode.
+        changes: int32 [2, B, n], slots that change, and their positions.
+        write_index: int64 [1, B, n], first slot of each step.
+        steps: of each stream.
+        rules: temperature, top-k and top-p of each stream.
+        live: of each stream, slots in use after the last step that was taken.
     """
 
-    def __init__(self) -> None:
-        self.live = self.next = 0
+    def __init__(self, streams: int) -> None:
+        self.rows, self.drawn, self.changes = (np.zeros((n, streams, 0), np.int32) for n in (2, 4, 2))
+        self.keys = np.zeros((2, streams, 0), np.uint64)
+        self.write_index = np.zeros((1, streams, 0), np.int64)
+        self.steps: dict[int, Steps] = {}
+        self.rules: dict[int, tuple[float, int, float]] = {}
+        self.live, self._next = [0] * streams, [0] * streams
+        self._bounds: dict[int, list[Bounds]] = {}
+        self._lives: dict[int, list[int]] = {}
 
-    def take(self, steps: Steps, first_place: int, ranges: tuple[Int, Int]) -> None:
-        """Get the steps, and the ids that what they predict may be."""
-        self.steps, self.next = steps, 0
-        self.low, self.high = ranges
-        self.sources, self.sinks = steps.sources + np.int32(first_place), steps.sinks + np.int32(first_place)
-        self.offsets: list[int] = steps.offsets.tolist()
-        self.draws: list[int] = steps.decode_offsets.tolist()
-        self.updates: list[int] = steps.update_offsets.tolist()
-        self.starts: list[int] = steps.write_index.tolist()
-        self.lives: list[int] = steps.live.tolist()
-        sampling = steps.sampling
-        self.rules = sampling.temperature, sampling.top_k, sampling.top_p
+    def add(self, lane: int, steps: Steps, first_place: int, ranges: Int) -> None:
+        """Get the steps of a stream whose tokens begin at a place, and the ids [2, D] that cells may be."""
+        count, of_draws, by = len(steps.positions), len(steps.sinks), steps.sampling
+        of_changes = len(steps.update_slots)
+        if (most := max(len(steps), count, of_changes)) > self.rows.shape[2]:
+            self._widen(most)
+        self.write_index[0, lane, : len(steps)] = steps.write_index
+        rows, changes = self.rows[:, lane, :count], self.changes[:, lane, :of_changes]
+        rows[0], rows[1] = steps.sources + first_place, steps.positions
+        changes[0], changes[1] = steps.update_slots, steps.update_positions
+        drawn, keys = self.drawn[:, lane, :of_draws], self.keys[:, lane, :of_draws]
+        drawn[0], drawn[1], drawn[2:] = steps.decoded, steps.sinks + first_place, ranges
+        keys[0], keys[1] = steps.cells, by.seed
+        ends = steps.offsets.tolist(), steps.decode_offsets.tolist(), steps.update_offsets.tolist()
+        sides = (side for end in ends for side in (end, end[1:]))
+        self._bounds[lane] = list(zip(range(len(steps)), *sides, strict=False))
+        self._lives[lane], self._next[lane], self.steps[lane] = steps.live.tolist(), 0, steps
+        self.rules[lane] = by.temperature, by.top_k, by.top_p
+
+    def _widen(self, places: int) -> None:
+        for name in ("rows", "drawn", "keys", "changes", "write_index"):
+            table = getattr(self, name)
+            setattr(self, name, np.pad(table, ((0, 0), (0, 0), (0, places - table.shape[2]))))
+
+    def take(self, lanes: Sequence[int]) -> list[tuple[slice, Bounds]]:
+        """The next step of each of some lanes, in order: neighbours in step, and where theirs are."""
+        taken: list[tuple[slice, Bounds]] = []
+        for lane in lanes:
+            step = self._next[lane]
+            bounds, self.live[lane] = self._bounds[lane][step], self._lives[lane][step]
+            self._next[lane] = step + 1
+            if taken and (taken[-1][0].stop, taken[-1][1]) == (lane, bounds):
+                taken[-1] = slice(taken[-1][0].start, lane + 1), bounds
+            else:
+                taken.append((slice(lane, lane + 1), bounds))
+        return taken
 
 
 class PrefixState(Engine):
@@ -88,34 +134,36 @@ class PrefixState(Engine):
             zip(cache_tensors(layers), chain.from_iterable(blocks), strict=True)
         )
         rows = streams * max_width
-        self._sampler, self._sinks = HostSampler(manifest, rows), np.zeros(rows, np.int32)
+        self._sampler = HostSampler(manifest, rows)
+        self._logit_rows, self._sinks, *_ = self._sampler.drawn
         self._text = text_buffers(manifest)
         self._session: Any = None
-        self._lanes = [_Lane() for _ in range(streams)]
+        self._sent = _Sent(streams)
         self._ran: dict[int, tuple[int, int]] = {}  # rows of the logits of those in the last pass
         self._logits: Float
 
     @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
-        self._lanes[lane].take(steps, lane * self._tokens, self._sampler.ranges(steps.cells))
+        self._sent.add(lane, steps, lane * self._tokens, self._sampler.ranges_of(steps.cells))
 
-    def _begin_draws(self, number: int, first: int) -> Int:
-        """Have the next step of a stream draw from the logits from ``first`` on; its rows that have any."""
-        lane, by = self._lanes[number], self._sampler
-        start, stop = lane.draws[lane.next : lane.next + 2]
-        here = slice(first, first + stop - start)
-        by.cells[here], by.seeds[here] = lane.steps.cells[start:stop], lane.steps.sampling.seed
-        by.low[here], by.high[here] = lane.low[start:stop], lane.high[start:stop]
-        self._sinks[here] = lane.sinks[start:stop]
-        self._ran[number] = first, here.stop
-        return lane.steps.decoded[start:stop]
+    def _begin_draws(self, lanes: slice, first: int, last: int, at: int) -> int:
+        """Have rows of lanes draw from the logits from ``at`` on; how many these are."""
+        sent, by = self._sent, self._sampler
+        own, count = range(lanes.start, lanes.stop), last - first
+        here = slice(at, at + len(own) * count)
+        by.drawn[:, here].reshape(4, len(own), count)[:] = sent.drawn[:, lanes, first:last]
+        by.keys[:, here].reshape(2, len(own), count)[:] = sent.keys[:, lanes, first:last]
+        for lane in own:
+            self._ran[lane] = at, at + count
+            at += count
+        return len(own) * count
 
     @override
     def draw(self) -> None:
-        for _, group in groupby(self._ran, lambda lane: self._lanes[lane].rules):
+        for _, group in groupby(self._ran, self._sent.rules.__getitem__):
             lanes = list(group)  # streams by the same rules draw together
             rows = slice(self._ran[lanes[0]][0], self._ran[lanes[-1]][1])
-            rules = self._lanes[lanes[0]].steps.sampling
+            rules = self._sent.steps[lanes[0]].sampling
             self.token_buffer[self._sinks[rows]] = self._sampler.draw(self._logits[rows], rows, rules)
 
     @override
@@ -165,21 +213,21 @@ class PlainPrefix(PrefixState):
 
     @override
     def step(self, lanes: Sequence[int] = (0,)) -> None:
-        (lane,) = self._lanes
-        steps, n = lane.steps, lane.next
-        rows, _, changed = steps.parts(n)
-        self.slot_position[steps.update_slots[changed]] = steps.update_positions[changed]
+        sent = self._sent
+        ((lane, (n, first, last, drawn, drawn_last, changed, changed_last)),) = sent.take(lanes)
+        (sources,), (positions,) = sent.rows[:, lane, first:last]
+        slots, to = sent.changes[:, 0, changed:changed_last]
+        self.slot_position[slots] = to
         feeds: dict[str, NDArray[Any]] = {
             "token_buffer": self.token_buffer,
-            "sources": steps.sources[None, rows],
-            "positions": steps.positions[None, rows],
+            "sources": sources[None],
+            "positions": positions[None],
             "slot_position": self.slot_position[:, None],
-            "write_index": steps.write_index[n] + np.arange(rows.stop - rows.start, dtype=np.int64)[None],
-            "logit_rows": self._begin_draws(0, 0),
+            "write_index": sent.write_index[0, lane, n] + np.arange(last - first)[None],
+            "logit_rows": self._logit_rows[: self._begin_draws(lane, drawn, drawn_last, 0)],
             **self._text,
         }
-        lane.next = n + 1
-        self._logits = self.forward(feeds, lane.lives[n])
+        self._logits = self.forward(feeds, sent.live[0])
 
     @abstractmethod
     def forward(self, feeds: Mapping[str, NDArray[Any]], live: int) -> Float:
@@ -213,10 +261,11 @@ class PrefixEngine(PrefixState):
         self._binding = self._session.io_binding()
         rows = streams * widest
         self._logits = np.zeros((rows, manifest.output_vocabulary), np.float32)
-        self._sources, self._positions, self._logit_rows = np.zeros((3, rows), np.int32)
-        self._slots = np.zeros(rows, np.int64)
+        self._rows, self._slots = np.zeros((2, rows), np.int32), np.zeros((1, rows), np.int64)
+        self._frontier: list[NDArray[Any]]  # of them what is bound, [2, B, W] and [1, B, W]
+        self._range, self._columns = np.arange(widest), np.arange(streams)[:, None]
         self._fed: dict[str, NDArray[Any]]
-        self._fed = {"sources": self._sources, "positions": self._positions, "write_index": self._slots}
+        self._fed = {"sources": self._rows[0], "positions": self._rows[1], "write_index": self._slots[0]}
         self._values: dict[tuple[str, tuple[int, ...]], onnxruntime.OrtValue] = {}
         self._bound = self._bound_width = self._bound_rows = -1  # nothing yet, not even an empty step
         for name, buffer in {"token_buffer": self.token_buffer, **self._text}.items():
@@ -228,47 +277,44 @@ class PrefixEngine(PrefixState):
     def step(self, lanes: Sequence[int] = (0,)) -> None:
         if self.streams > 1:
             self._take_in(lanes)
-        width, count = self._begin(lanes), 0
+        taken = self._sent.take(sorted(lanes))
+        width, count = max(last - first for _, (_, first, last, *_) in taken), 0
+        self._bind_frontier(width)
+        self._begin()
         self._ran.clear()
-        for number in lanes:
-            lane, column = self._lanes[number], self._order.index(number)
-            steps, n, at = lane.steps, lane.next, column * width
-            first, last = lane.offsets[n : n + 2]
-            here = slice(at, at + last - first)
-            self._sources[here] = lane.sources[first:last]
-            self._positions[here] = steps.positions[first:last]
-            self._slots[here] = np.arange(lane.starts[n], lane.starts[n] + last - first)
-            decoded = self._begin_draws(number, count)
-            self._logit_rows[count : count + len(decoded)] = decoded + np.int32(at)
-            count += len(decoded)
-            first, last = lane.updates[n : n + 2]
-            slots = steps.update_slots[first:last] * len(self._order) + column
-            self.slot_position[slots] = steps.update_positions[first:last]
-            lane.next = n + 1
-        self._bind_frontier(width, count)
+        for part, bounds in taken:
+            count += self._copy(part, bounds, width, count)
+        self._bind_logits(count)
         run_bound(self._session, self._binding)
 
-    def _begin(self, lanes: Sequence[int]) -> int:
-        """Bind the prefix of the longest stream, and have every row be a pad; the width of the pass."""
-        width = 0
-        for number in lanes:
-            lane = self._lanes[number]
-            first, last = lane.offsets[lane.next : lane.next + 2]
-            lane.live, width = lane.lives[lane.next], max(width, last - first)
-        live = max(self._lanes[number].live for number in self._order)
+    def _begin(self) -> None:
+        """Bind the prefix of the longest stream, and have every row be a pad."""
+        live = max(self._sent.live[number] for number in self._order)
         if self.streams == 1:
-            self._bind_prefix(-(-live // GRANULE) * GRANULE)
-            return width
+            return self._bind_prefix(-(-live // GRANULE) * GRANULE)
         self._bind_prefix((live // GRANULE + 1) * GRANULE)
-        rows = len(self._order) * width
-        self._sources[:rows] = self._positions[:rows] = 0
-        self._slots[:rows] = self._bound - 1
-        return width
+        self._frontier[0][:], self._frontier[1][:] = 0, self._bound - 1
+        return None
+
+    def _copy(self, lanes: slice, bounds: Bounds, width: int, at: int) -> int:
+        """Have the pass be of a step of lanes; how many rows of it have logits, those from ``at`` on."""
+        n, first, last, drawn, drawn_last, changed, changed_last = bounds
+        sent, column = self._sent, self._order.index(lanes.start)
+        columns = slice(column, column + lanes.stop - lanes.start)
+        own, (rows, slots) = self._columns[columns], self._frontier
+        rows[:, columns, : last - first] = sent.rows[:, lanes, first:last]
+        slots[:, columns, : last - first] = sent.write_index[:, lanes, n, None] + self._range[: last - first]
+        count = self._begin_draws(lanes, drawn, drawn_last, at)
+        if column or len(own) > 1:
+            self._logit_rows[at : at + count].reshape(len(own), -1)[:] += own * np.int32(width)
+        changes, positions = sent.changes[:, lanes, changed:changed_last]
+        self.slot_position[changes * len(self._order) + own] = positions
+        return count
 
     @override
     def write_slots(self, slot_position: Int, lane: int = 0) -> None:
         used = np.flatnonzero(slot_position != VOID)
-        self._lanes[lane].live = live = int(used[-1]) + 1 if used.size else 0
+        self._sent.live[lane] = live = int(used[-1]) + 1 if used.size else 0
         if lane in self._order:
             self._column(_POSITIONS, lane)[: self.capacity, 0] = slot_position
         else:
@@ -293,7 +339,7 @@ class PrefixEngine(PrefixState):
         before, self._idle = self._order, 0
         if order == before:
             return
-        live = max(self._lanes[lane].live for lane in {*before, *order})
+        live = max(self._sent.live[lane] for lane in {*before, *order})
         for name in (*self.buffers, _POSITIONS):
             nothing = VOID if name == _POSITIONS else 0
             for lane in before:
@@ -357,11 +403,17 @@ class PrefixEngine(PrefixState):
         self._bind_rows("slot_position", self.slot_position, shape)
         self._bound, self._bound_most = length, max(self._bound_most, length)
 
-    def _bind_frontier(self, width: int, rows: int) -> None:
-        if width != self._bound_width:
-            shape = (len(self._order), width)
-            for name, array in self._fed.items():
-                self._binding.bind_ortvalue_input(name, self._value(name, array, shape))
+    def _bind_frontier(self, width: int) -> None:
+        if width == self._bound_width:
+            return
+        shape = (len(self._order), width)
+        for name, array in self._fed.items():
+            self._binding.bind_ortvalue_input(name, self._value(name, array, shape))
+        arrays, rows = (self._rows, self._slots), prod(shape)
+        self._frontier = [array[:, :rows].reshape(len(array), *shape) for array in arrays]
+        self._bound_width = width
+
+    def _bind_logits(self, rows: int) -> None:
         if rows != self._bound_rows:
             wanted = self._value("logit_rows", self._logit_rows, (rows,))
             self._binding.bind_ortvalue_input("logit_rows", wanted)
@@ -369,7 +421,7 @@ class PrefixEngine(PrefixState):
             self._binding.bind_ortvalue_output("logits", logits)
         for name in self._watch:  # their size follows the step's: the memory is ONNX Runtime's
             self._binding.bind_output(name, "cpu")
-        self._bound_width, self._bound_rows = width, rows
+        self._bound_rows = rows
 
     def _value(self, name: str, buffer: NDArray[Any], shape: tuple[int, ...]) -> onnxruntime.OrtValue:
         """The start of a buffer, kept for each shape: binding it anew takes six times as long."""

@@ -72,37 +72,37 @@ class HostSampler:
     """Draws the tokens of up to so many rows of a pass by the rules of a bundle.
 
     Attributes:
-        cells: int64 [R], positions of the cells of rows, counted from the start of the stream.
-        seeds: uint64 [R].
-        low, high: int32 [R], first id that a row may take, and one past the last.
+        keys: uint64 [2, R], positions of the cells of rows, counted from the start of the stream, and seeds.
+        drawn: int32 [4, R], numbers of the rows in a pass, places that their tokens go to, the first id that
+            each may take, and one past the last.
     """
 
     def __init__(self, manifest: Manifest, rows: int) -> None:
         self._layout, self._keep_crossing = manifest.layout, manifest.sampling.keep_crossing
-        self._ranges = manifest.sampling.range_table(manifest.layout)
-        self.cells, self.seeds = np.zeros(rows, np.int64), np.zeros(rows, np.uint64)
-        self.low, self.high, self._ids = (np.zeros(rows, np.int32) for _ in range(3))
+        self._ranges: Int = manifest.sampling.range_table(manifest.layout).T
+        self.keys, self.drawn = np.zeros((2, rows), np.uint64), np.zeros((4, rows), np.int32)
+        self._ids = np.zeros(rows, np.int32)
         # What is the same in every pass is looked up once: behind an engine, nothing of this is in a cache.
         self._kernels, self._first = host_build(), -1
         self._arguments = DrawArguments(keep_crossing=self._keep_crossing)
-        arrays = ("low", self.low), ("high", self.high), ("positions", self.cells), ("seeds", self.seeds)
+        names = "low", "high", "positions", "seeds", "tokens"
+        arrays: list[NDArray[Any]] = [*self.drawn[2:], *self.keys, self._ids]
         self._arrays = [
-            (name, address(array), array.itemsize) for name, array in (*arrays, ("tokens", self._ids))
+            (name, address(array), array.itemsize) for name, array in zip(names, arrays, strict=True)
         ]
 
-    def ranges(self, cells: NDArray[np.int64]) -> tuple[Int, Int]:
-        """Ids that may stand at cells [D]: the first of each, and one past the last."""
-        low, high = self._ranges[(cells - self._layout.prefix) % self._layout.frame_length].T
-        return low, high
+    def ranges_of(self, cells: NDArray[np.int64]) -> Int:
+        """Ids [2, D] that may stand at cells [D]: the first of each, and one past the last."""
+        return np.take(self._ranges, (cells - self._layout.prefix) % self._layout.frame_length, axis=1)
 
     def draw(self, logits: Float, rows: slice, state: SamplingState) -> Int:
         """Ids int32 [D] of some rows, valid until the next are drawn, from their logits [D, V]."""
-        low, high = self.low[rows], self.high[rows]
+        low, high = self.drawn[2, rows], self.drawn[3, rows]
         if not len(low):
             return low
         if self._kernels is None:
-            given = low, high, self._keep_crossing, self.seeds[rows]
-            return draw_plain(logits, self.cells[rows], state, *given)
+            cells, seeds = self.keys[:, rows]
+            return draw_plain(logits, cells.view(np.int64), state, low, high, self._keep_crossing, seeds)
         arguments = self._arguments
         if rows.start != self._first:
             self._first = rows.start

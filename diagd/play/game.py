@@ -25,7 +25,7 @@ from diagd.runtime.actions import encode
 from diagd.runtime.clip import check_tokens
 from diagd.runtime.comparison import audit
 from diagd.runtime.session import Session
-from diagd.runtime.step import Frame, Run
+from diagd.runtime.step import Due, Frame, Run
 from diagd.runtime.stream import Past
 from diagd.runtime.video import VideoWriter
 
@@ -268,7 +268,7 @@ class Game(AbstractContextManager["Game", None]):
         frame = None
         try:
             for event in self._run:
-                if not isinstance(event, int):
+                if not isinstance(event, Due):
                     frame = event
                     break
                 yield event

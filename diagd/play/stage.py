@@ -17,7 +17,7 @@ from diagd.errors import DiagdError, UsageError
 from diagd.play.controls import Inputs
 from diagd.play.game import Game, Shown
 from diagd.play.pictures import Pictures
-from diagd.runtime.step import Run, lock_step
+from diagd.runtime.step import Due, Run, lock_step
 
 KEPT: Final = 120
 """Frames that figures are of."""
@@ -149,7 +149,7 @@ class Stage:
         self.pacer.tick()
         try:
             for event in self.game.play(self.inputs.take, self.inputs.newer):
-                if isinstance(event, int):
+                if isinstance(event, Due):
                     yield event
                 else:
                     self.frames += 1

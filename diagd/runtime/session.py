@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain, groupby
 from typing import Any, TypeAlias, TypeVar
 
@@ -22,7 +23,7 @@ from diagd.runtime.decoders.jacobi import JacobiDecoder
 from diagd.runtime.decoders.scheduled import ForcedDecoder, RasterDecoder, ScheduledDecoder
 from diagd.runtime.sampling import ActionLaw, SamplingSettings
 from diagd.runtime.slots import SlotRing
-from diagd.runtime.step import Frame, Passes, Result, Run, StepTime, Timing
+from diagd.runtime.step import Due, Frame, Passes, Result, Run, Timing
 from diagd.runtime.stream import Actions, Ids, Past, RunOptions, Stream
 from diagd.runtime.text import TextReader, check_text
 from diagd.schedule import Block, Schedule, Step, StreamLayout, feed, slots_in_sight
@@ -223,8 +224,9 @@ class Session:
         passes, lanes = self.passes, (self.lane,)
         while True:
             with passes.turn:
-                while isinstance(event := next(run, None), int):
-                    passes.run(lanes)
+                while isinstance(event := next(run, None), Due):
+                    for _ in event.draws:
+                        event.times.append(passes.run(lanes))
             if event is None:
                 return
             yield event
@@ -343,25 +345,24 @@ class Session:
                 began = time.perf_counter()
         with passes:
             steps, each = self._pack(block), watched or passes.stamps is not None
-            engine.send(steps, None if each else sorted({block.pause, len(steps)} - {0}), self.lane)
-        live, bounds = steps.live.tolist(), steps.decode_offsets.tolist()
-        for n, width in enumerate(block.shape.widths.tolist()):
+            ends = sorted({block.pause, len(steps)} - {0})
+            engine.send(steps, None if each else ends, self.lane)
+        first, bounds, draws = 0, steps.decode_offsets, np.diff(steps.decode_offsets).tolist()
+        sizes = list(zip(block.shape.widths.tolist(), draws, steps.live.tolist(), strict=True))
+        for end in range(1, len(steps) + 1) if watched else ends:
             if stream.unsent:  # written by whoever watched the step before
                 self._send_tokens()
-            first, last = bounds[n], bounds[n + 1]
-            yield last - first
+            yield (due := Due(draws[first:end], partial(self._check_run, run)))
             self._check_run(run)
-            entered, left, sampled = passes.entered, passes.left, passes.sampled
-            size = width, last - first, live[n]
-            timing.add(spent := StepTime(began, *size, left - entered, sampled - left, entered - began))
-            self._result = Result(engine, steps.sinks[first:last], spent, self.lane)
+            spent = timing.add(began, sizes[first:end], due.times)
+            self._result = Result(engine, steps.sinks[bounds[end - 1] : bounds[end]], spent, self.lane)
             if watched:
-                yield block.step(n), self._result
+                yield block.step(end - 1), self._result
                 self._check_run(run)
-            if n + 1 == block.pause:
+            if end == block.pause:
                 yield None
                 self._check_run(run)
-            began = time.perf_counter()
+            began, first = time.perf_counter(), end
 
     def _pack(self, block: Block) -> Steps:
         """The steps of a block as the engine takes them."""

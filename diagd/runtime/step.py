@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
@@ -41,6 +41,14 @@ class StepTime(NamedTuple):
         return self.engine + self.sampling + self.host
 
 
+class PassTime(NamedTuple):
+    """When a pass began, when the engine returned, and when its tokens were drawn (``time.perf_counter``)."""
+
+    entered: float
+    left: float
+    sampled: float
+
+
 @dataclass
 class Timing:
     """Seconds inside and outside the engine over all steps, and the last steps one by one.
@@ -56,12 +64,15 @@ class Timing:
     refill_seconds: float = 0.0
     recent: deque[StepTime] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
-    def add(self, step: StepTime) -> None:
-        """Count a step."""
-        self.steps += 1
-        self.engine += step.engine
-        self.host += step.host + step.sampling
-        self.recent.append(step)
+    def add(self, began: float, sizes: Sequence[tuple[int, int, int]], times: Sequence[PassTime]) -> StepTime:
+        """Count steps that ran one after another, and give the last; ``sizes``: rows, decoded, live."""
+        for size, (entered, left, sampled) in zip(sizes, times, strict=True):
+            step = StepTime(began, *size, left - entered, sampled - left, entered - began)
+            self.engine, self.host = self.engine + step.engine, self.host + step.host + step.sampling
+            self.recent.append(step)
+            began = sampled
+        self.steps += len(times)
+        return self.recent[-1]
 
     def add_refill(self, steps: int, seconds: float) -> None:
         """Count passes that fed a context again."""
@@ -131,20 +142,45 @@ class Result:
         return self._engine.watched()
 
 
+class Due:
+    """The passes that a run waits for, one after another.
+
+    Attributes:
+        draws: rows that decode in each.
+        times: of those that have run.
+        check: refuses (UsageError) to run more where the run was overtaken.
+    """
+
+    __slots__ = ("check", "draws", "times")
+
+    def __init__(self, draws: Sequence[int], check: Callable[[], None]) -> None:
+        self.draws, self.check = draws, check
+        self.times: list[PassTime] = []
+
+    @property
+    def feeds(self) -> bool:
+        """Whether the next pass decodes nothing."""
+        return not self.draws[len(self.times)]
+
+    @property
+    def is_over(self) -> bool:
+        """All have run."""
+        return len(self.times) == len(self.draws)
+
+
 T = TypeVar("T")
 
-Run: TypeAlias = Iterator[int | T]
-"""A run that somebody else runs the passes of: it gives how many rows decode in the pass that it waits for,
-which must have run when it goes on, and what it comes to in between."""
+Run: TypeAlias = Iterator[Due | T]
+"""A run that somebody else runs the passes of: it gives those that must have run when it goes on, and what it
+comes to in between."""
 
 
 class Passes:
-    """Runs passes of an engine, and tells what the last one took (``time.perf_counter``).
+    """Runs passes of an engine.
 
     Whatever else is done with the engine is done in a ``with`` statement over it: the engine stays open.
 
     Attributes:
-        entered, left, sampled: when it began, when the engine returned, and when its tokens were drawn.
         turn: of a thread, which has it from one event of a run to the next.
         held: by the thread that uses the engine, which is not closed meanwhile; never for what callers give.
         stamps: the number of the next time stamp on the engine's clock, which gets one ahead of every pass
@@ -153,7 +189,6 @@ class Passes:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.entered = self.left = self.sampled = 0.0
         self.stamps: int | None = None
         self.turn, self.held = threading.RLock(), threading.RLock()
         self.closed = False
@@ -180,20 +215,20 @@ class Passes:
                 "it in the process that uses it, or start processes by spawn"
             )
 
-    def run(self, lanes: Sequence[int]) -> None:
+    def run(self, lanes: Sequence[int]) -> PassTime:
         """One pass for some lanes."""
         engine, number = self._engine, self.stamps
         with self:
-            self.entered = time.perf_counter()
+            entered = time.perf_counter()
             if number is not None:
                 engine.clock.mark(number)
             engine.step(lanes)
             if number is not None:
                 engine.clock.mark(number + 1)
                 self.stamps = number + 2
-            self.left = time.perf_counter()
+            left = time.perf_counter()
             engine.draw()
-            self.sampled = time.perf_counter()
+            return PassTime(entered, left, time.perf_counter())
 
     def close(self) -> None:
         """Close the engine, behind what another thread does with it: a pass writes to the engine's memory."""
@@ -212,23 +247,28 @@ def lock_step(
     known tokens do so first: runs of one schedule then have steps of the same width. Else it goes on at once,
     which is best where runs need different numbers of passes.
     """
-    waiting: dict[int, int] = {}
+    waiting: dict[int, Due] = {}
     resting: list[int] = []
     moving: Sequence[int] = list(runs)
     while True:
         for lane in moving:
             event = next(runs[lane], None)
-            if type(event) is int:
+            if isinstance(event, Due):
                 waiting[lane] = event
             elif event is not None:
                 resting.append(lane)
-                yield lane, event  # type: ignore[misc]
+                yield lane, event
+                for due in waiting.values():
+                    due.check()
         if resting and not (in_phase and waiting):
             moving, resting = resting, []
         elif waiting:
-            feeding = [lane for lane, rows in waiting.items() if not rows]
-            moving = feeding if in_phase and feeding else list(waiting)
-            passes.run(moving)
+            feeding = [lane for lane, due in waiting.items() if due.feeds] if in_phase else []
+            lanes = feeding or list(waiting)
+            spent = passes.run(lanes)
+            for lane in lanes:
+                waiting[lane].times.append(spent)
+            moving = [lane for lane in lanes if waiting[lane].is_over]
             for lane in moving:
                 del waiting[lane]
         else:

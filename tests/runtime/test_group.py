@@ -177,13 +177,25 @@ def test_a_session_of_a_group_may_be_run_alone(any_group: Group, alone: Session)
         assert by_itself(session, n, decoder, n) == by_itself(alone, n, decoder, n)
 
 
+@pytest.mark.parametrize("name", ["serial", "jacobi"])
+def test_a_run_that_waits_for_passes_of_a_session_run_otherwise_is_overtaken(group: Group, name: str) -> None:
+    for n, session in enumerate(group.sessions):
+        start(session, n)
+    run = group.frames([ACTIONS[n][1 + n :][:3] for n in range(SESSIONS)], DECODERS[name])
+    first, _ = next(run)
+    frames = [group.sessions[n].step(ACTIONS[n][1 + n]) for n in range(SESSIONS) if n != first]
+    assert [frame.index for frame in frames] == [1 + n for n in range(SESSIONS) if n != first]
+    with pytest.raises(UsageError, match="this run was overtaken"):
+        list(run)
+
+
 def test_rows_of_nobody_go_where_nothing_is_seen(group: Group) -> None:
     engine = group.engine
     assert isinstance(engine, PrefixEngine)
     for n, session in enumerate(group.sessions):
         start(session, n)
     list(group.frames([ACTIONS[n][1 + n :][:1] for n in range(SESSIONS)], DECODERS["serial"]))
-    live = engine._lanes[1].live
+    live = engine._sent.live[1]
     kept = engine.rows("key_0", 1)[:live].copy()
     assert kept.any()
     list(group.sessions[0].frames(DECODERS["serial"], ACTIONS[0][2:3]))
