@@ -291,10 +291,10 @@ class PrefixEngine(PrefixState):
         """Bind the prefix of the longest stream, and have every row be a pad."""
         live = max(self._sent.live[number] for number in self._order)
         if self.streams == 1:
-            return self._bind_prefix(-(-live // GRANULE) * GRANULE)
-        self._bind_prefix((live // GRANULE + 1) * GRANULE)
-        self._frontier[0][:], self._frontier[1][:] = 0, self._bound - 1
-        return None
+            self._bind_prefix(-(-live // GRANULE) * GRANULE)
+        else:
+            self._bind_prefix((live // GRANULE + 1) * GRANULE)
+            self._frontier[0][:], self._frontier[1][:] = 0, self._bound - 1
 
     def _copy(self, lanes: slice, bounds: Bounds, width: int, at: int) -> int:
         """Have the pass be of a step of lanes; how many rows of it have logits, those from ``at`` on."""
