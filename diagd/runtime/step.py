@@ -258,13 +258,13 @@ def lock_step(
             elif event is not None:
                 resting.append(lane)
                 yield lane, event
-                for due in waiting.values():
-                    due.check()
         if resting and not (in_phase and waiting):
             moving, resting = resting, []
         elif waiting:
             feeding = [lane for lane, due in waiting.items() if due.feeds] if in_phase else []
             lanes = feeding or list(waiting)
+            for lane in lanes:
+                waiting[lane].check()
             spent = passes.run(lanes)
             for lane in lanes:
                 waiting[lane].times.append(spent)
