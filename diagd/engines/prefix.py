@@ -352,6 +352,7 @@ class PrefixEngine(PrefixState):
                     interleaved[: len(kept), column] = kept
         self._order, self._bound_most = order, live
         self._bound = self._bound_width = self._bound_rows = -1
+        self._values.clear()  # a kilobyte each: those of all numbers of streams would be many
 
     def _interleaved(self, name: str, lanes: int) -> NDArray[Any]:
         """A buffer, or the positions of slots, as [S, lanes, ...]."""
@@ -397,10 +398,11 @@ class PrefixEngine(PrefixState):
             return
         shape = (length, len(self._order))
         for name, buffer in self.buffers.items():
-            rows = (*shape, self._groups, buffer.shape[2])
-            self._bind_rows(f"past_{name}", buffer, rows)
-            self._bind_rows(f"present_{name}", buffer, rows, output=True)
-        self._bind_rows("slot_position", self.slot_position, shape)
+            value = self._value(name, buffer, (*shape, self._groups, buffer.shape[2]))
+            self._binding.bind_ortvalue_input(f"past_{name}", value)
+            self._binding.bind_ortvalue_output(f"present_{name}", value)
+        positions = self._value(_POSITIONS, self.slot_position, shape)
+        self._binding.bind_ortvalue_input(_POSITIONS, positions)
         self._bound, self._bound_most = length, max(self._bound_most, length)
 
     def _bind_frontier(self, width: int) -> None:
@@ -424,7 +426,7 @@ class PrefixEngine(PrefixState):
         self._bound_rows = rows
 
     def _value(self, name: str, buffer: NDArray[Any], shape: tuple[int, ...]) -> onnxruntime.OrtValue:
-        """The start of a buffer, kept for each shape: binding it anew takes six times as long."""
+        """The start of a buffer, kept for each shape: binding it anew takes three to six times as long."""
         if (name, shape) not in self._values:
             from onnxruntime import OrtValue
 
