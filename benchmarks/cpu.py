@@ -39,6 +39,7 @@ from diagd.runtime.load import open_group, open_session
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
 from diagd.runtime.slots import TokenPlaces
+from diagd.runtime.step import Due, Frame, Run
 from diagd.schedule import Schedule, StreamLayout, default_widths, slots_needed
 from diagd.schedule.table import Table as StepTable
 
@@ -393,15 +394,24 @@ def _lock_step(group: Group, order: Schedule, now: Clock) -> float:
     """Seconds of one of the passes that all sessions share, behind a first one."""
     decoder, lanes = ScheduledDecoder(order), range(len(group.sessions))
     runs = [_prompted(session).run(decoder, _actions(session, 1)) for session in group.sessions]
-    while not all(tuple(map(next, runs))):  # the prompt, of all of them
-        group.passes.run(lanes)
+    dues = list(map(_due, runs))
+    while dues[0].feeds:  # the prompt, of all of them
+        spent = group.passes.run(lanes)
+        for due in dues:
+            due.times.append(spent)
+        if dues[0].is_over:
+            dues = list(map(_due, runs))
     group.passes.run(lanes)
     count, began = min(48, order.steps_per_frame - 2), now()
     for _ in range(count):
-        for run in runs:
-            next(run)
         group.passes.run(lanes)
     return (now() - began) / count
+
+
+def _due(run: Run[Frame]) -> Due:
+    due = next(run)
+    assert isinstance(due, Due)
+    return due
 
 
 def by_rule(session: Session, repeats: int) -> None:
