@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import benchmarks.cpu as cpu
-from benchmarks.cpu import GREEDY, Bench, host, idle_session
+from benchmarks.cpu import GREEDY, Bench, host, idle_session, streams
 from diagd.bundle import Bundle
 from diagd.engines.prefix import PrefixEngine
 from diagd.runtime.decoders import ScheduledDecoder
@@ -38,6 +38,18 @@ def test_the_host_is_timed_over_nothing_and_over_the_engine(
         assert nothing > 0 and engine > 0 and budget == 30
     for rule in ("greedy", "temperature 1", "top-k 50", "top-p 0.8"):
         assert f"host, {rule}: " in printed
+
+
+def test_sessions_are_timed_in_the_same_passes(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "CONSOLE", Console(width=120))
+    streams(bundle, wall=False, repeats=1)
+    printed = capsys.readouterr().out.splitlines()
+    for decoding in ("k=1 serial", "NTP"):
+        row = next(line for line in printed if decoding in line)
+        milliseconds = [float(text) for text in re.findall(r"([\d.]+) \(", row)]
+        assert len(milliseconds) == 4 and min(milliseconds) > 0
 
 
 def test_nothing_runs_behind_the_idle_executor(bundle: Bundle) -> None:
