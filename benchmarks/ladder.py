@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
@@ -72,6 +72,7 @@ class SwitchedEngine(PrefixEngine):
         self._others = (
             {} if in_place else {n: aligned_zeros(b.shape, b.dtype) for n, b in self.buffers.items()}
         )
+        self._other_values: dict[tuple[str, tuple[int, ...]], Any] = {}  # of the others
 
     @override
     def send(self, steps: Steps, parts: Sequence[int] | None = None, lane: int = 0) -> None:
@@ -83,6 +84,7 @@ class SwitchedEngine(PrefixEngine):
         super().step(lanes)
         if not self._in_place:
             self.buffers, self._others = self._others, self.buffers
+            self._values, self._other_values = self._other_values, self._values
             self._bound = 0
 
     def _bind_prefix(self, length: int) -> None:
