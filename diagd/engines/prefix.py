@@ -15,7 +15,7 @@ from typing_extensions import override
 from diagd.bundle import Bundle, Form, Manifest
 from diagd.engines.backend import StepOptions, graphs_of
 from diagd.engines.devices.kernels import address
-from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, Steps
+from diagd.engines.engine import VOID, Clock, Engine, Float, HostClock, Int, SamplingState, Steps
 from diagd.engines.onnxruntime_session import check_values, open_step_session, run_bound
 from diagd.engines.sampler import HostSampler
 from diagd.engines.tensors import aligned_zeros, cache_tensors, rotate_pairs, text_buffers
@@ -51,8 +51,8 @@ class _Sent:
         keys: uint64 [2, B, n], cells and seeds of those that decode.
         changes: int32 [2, B, n], slots that change, and their positions.
         write_index: int64 [1, B, n], first slot of each step.
-        steps: of each stream.
-        rules: temperature, top-k and top-p of each stream.
+        sampling: of each stream.
+        rules: temperature, top-k and top-p of each stream; those by the same ones draw together.
         live: of each stream, slots in use after the last step that was taken.
     """
 
@@ -60,7 +60,7 @@ class _Sent:
         self.rows, self.drawn, self.changes = (np.zeros((n, streams, 0), np.int32) for n in (2, 4, 2))
         self.keys = np.zeros((2, streams, 0), np.uint64)
         self.write_index = np.zeros((1, streams, 0), np.int64)
-        self.steps: dict[int, Steps] = {}
+        self.sampling: dict[int, SamplingState] = {}
         self.rules: dict[int, tuple[float, int, float]] = {}
         self.live, self._next = [0] * streams, [0] * streams
         self._bounds: dict[int, list[Bounds]] = {}
@@ -82,7 +82,7 @@ class _Sent:
         ends = steps.offsets.tolist(), steps.decode_offsets.tolist(), steps.update_offsets.tolist()
         sides = (side for end in ends for side in (end, end[1:]))
         self._bounds[lane] = list(zip(range(len(steps)), *sides, strict=False))
-        self._lives[lane], self._next[lane], self.steps[lane] = steps.live.tolist(), 0, steps
+        self._lives[lane], self._next[lane], self.sampling[lane] = steps.live.tolist(), 0, by
         self.rules[lane] = by.temperature, by.top_k, by.top_p
 
     def _widen(self, places: int) -> None:
@@ -161,10 +161,10 @@ class PrefixState(Engine):
     @override
     def draw(self) -> None:
         for _, group in groupby(self._ran, self._sent.rules.__getitem__):
-            lanes = list(group)  # streams by the same rules draw together
+            lanes = list(group)
             rows = slice(self._ran[lanes[0]][0], self._ran[lanes[-1]][1])
-            rules = self._sent.steps[lanes[0]].sampling
-            self.token_buffer[self._sinks[rows]] = self._sampler.draw(self._logits[rows], rows, rules)
+            by = self._sent.sampling[lanes[0]]
+            self.token_buffer[self._sinks[rows]] = self._sampler.draw(self._logits[rows], rows, by)
 
     @override
     def logits(self, lane: int = 0) -> Float:

@@ -118,3 +118,9 @@ def test_the_listing_names_every_model_with_its_licence_and_origin() -> None:
 def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'cosmos-4b'"):
         families.find("cosmos-4")
+
+
+@pytest.mark.parametrize("path", ["/worlds/mine", "./mine", "crafter-3m/"])
+def test_a_path_for_a_name_is_sent_to_the_checkpoint(path: str) -> None:
+    with pytest.raises(UsageError, match=f"unknown model '{path}'.*give it as --checkpoint"):
+        families.find(path)

@@ -203,7 +203,10 @@ def find(
         UsageError: there is none; the nearest name and all names are listed. Or the checkpoint is empty.
     """
     if name not in MODULES:
-        raise unknown("model", name, MODULES)
+        error = unknown("model", name, MODULES)
+        if Path(name).name != name:
+            raise UsageError(f"{error}; {name} is a path: give it as --checkpoint, and --model a name")
+        raise error
     if checkpoint is not None and not checkpoint.strip():
         raise UsageError(f"the checkpoint of {name} is an empty path; is a variable of the shell not set?")
     module = importlib.import_module(f"diagd.export.families.{MODULES[name]}")
