@@ -29,6 +29,8 @@ KEYS = {
     "KeyB": ("b", 66),
     "Backspace": ("Backspace", 8),
     "Tab": ("Tab", 9),
+    "ControlLeft": ("Control", 17),
+    "MetaLeft": ("Meta", 91),
 }
 
 
@@ -66,10 +68,11 @@ class Tab:
             time.sleep(0.05)
         return value
 
-    def key(self, code: str, *, down: bool) -> None:
+    def key(self, code: str, *, down: bool, **further: Any) -> None:
         key, number = KEYS.get(code, (code[-1].lower(), ord(code[-1])))
         kind = "keyDown" if down else "keyUp"
-        self.call("Input.dispatchKeyEvent", type=kind, code=code, key=key, windowsVirtualKeyCode=number)
+        told = {"type": kind, "code": code, "key": key, "windowsVirtualKeyCode": number}
+        self.call("Input.dispatchKeyEvent", **told, **further)
 
     def mouse(self, kind: str, x: float, y: float, *, held: bool = True) -> None:
         """One of ``mousePressed``, ``mouseMoved`` and ``mouseReleased``."""

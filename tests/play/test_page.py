@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import time
 from pathlib import Path
 
@@ -73,6 +75,8 @@ CONTRAST = """(() => {
   ];
 })()"""
 THUMBNAILS = "document.querySelectorAll('#tree canvas')"
+HELD = "[...document.querySelectorAll('kbd.held')].map((key) => key.dataset.code).join()"
+ALT, CTRL, META = 1, 2, 4  # as the protocol of the browser numbers them
 COVER = "document.getElementById('cover').hidden"
 
 
@@ -129,6 +133,76 @@ def test_a_held_key_moves_the_world_and_time_can_be_gone_back_in(
         assert not tab.messages
     kinds = {type(line).__name__ for _, line in read_record(record)[1]}
     assert kinds == {"Start", "Settings", "Played", "Branch", "Rewind", "Visit"}
+
+
+def test_no_key_stays_held_that_was_let_go_of_beside_another(tab: Tab, serve: Serve) -> None:
+    """Keys beside Ctrl, Alt and Meta are the browser's; beside Meta macOS tells of no release."""
+    with serve() as (url, _):
+        enter(tab, url, "step")
+        tab.until("document.activeElement.id === 'screen'")
+        tab.key("ArrowLeft", down=True)
+        tab.until(f"{HELD} === 'ArrowLeft'")
+        tab.key("ControlLeft", down=True, modifiers=CTRL)
+        tab.key("ArrowLeft", down=False, modifiers=CTRL)
+        tab.until(f"{HELD} === ''")
+        for beside in (ALT, CTRL, META):
+            tab.key("ArrowDown", down=True, modifiers=beside)
+        tab.key("ControlLeft", down=False)
+        tab.key("ArrowLeft", down=True)
+        tab.until(f"{HELD} === 'ArrowLeft'")
+        tab.key("MetaLeft", down=True, modifiers=META)
+        tab.until(f"{HELD} === ''")
+        tab.key("MetaLeft", down=False)
+        tab.key("ArrowLeft", down=True, autoRepeat=True)
+        tab.until(f"{HELD} === 'ArrowLeft'")
+
+
+@pytest.fixture
+def mouse_world(world: Path, tmp_path: Path) -> Path:
+    """A world of Ctrl, of buttons of the mouse and of no motion."""
+    path = tmp_path / "mouse.diagd"
+    shutil.copytree(world, path)
+    names = {"ControlLeft": "left", "KeyW": "right", "Mouse0": "up", "Mouse2": "down"}
+    keys = {code: {"action": name} for code, name in names.items()}
+    (path / "controls.json").write_text(json.dumps({"keys": keys}))
+    return path
+
+
+def test_every_button_of_a_mouse_counts_beside_others(tab: Tab, serve: Serve, mouse_world: Path) -> None:
+    with serve(bundle=mouse_world) as (url, _):
+        enter(tab, url, "step")
+        x, y = tab.evaluate(
+            "(({x, y}) => [x + 20, y + 20])(document.getElementById('screen').getBoundingClientRect())"
+        )
+
+        def told(kind: str, button: str, buttons: int, x: float = x) -> None:
+            place = {"x": x, "y": y, "button": button, "buttons": buttons}
+            tab.call("Input.dispatchMouseEvent", type=kind, clickCount=1, **place)
+
+        told("mousePressed", "left", 1)
+        tab.until(f"{HELD} === 'Mouse0'")
+        told("mousePressed", "right", 3)
+        tab.until(f"{HELD} === 'Mouse0,Mouse2'")
+        told("mouseReleased", "left", 2)
+        tab.until(f"{HELD} === 'Mouse2'")
+        told("mouseReleased", "right", 0, x=2)  # beside the picture
+        tab.until(f"{HELD} === ''")
+        tab.key("ControlLeft", down=True, modifiers=CTRL)
+        tab.key("KeyW", down=True, modifiers=CTRL)
+        tab.until(f"{HELD} === 'ControlLeft,KeyW'")
+
+
+def test_a_page_whose_frame_forbids_gamepads_plays(tab: Tab, serve: Serve) -> None:
+    count = "window.asked = (window.asked ?? 0) + 1"
+    deny = f"{{ value() {{ {count}; throw new DOMException('no', 'SecurityError'); }} }}"
+    source = f"Object.defineProperty(navigator, 'getGamepads', {deny})"
+    script = tab.call("Page.addScriptToEvaluateOnNewDocument", source=source)["identifier"]
+    try:
+        with serve() as (url, _):
+            enter(tab, url, "step")
+            tab.until("window.asked > 2")
+    finally:
+        tab.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
 
 
 def test_settings_are_chosen_and_wrong_ones_explained(tab: Tab, serve: Serve) -> None:

@@ -1,7 +1,12 @@
 // What is held: keyboard by code, mouse, gamepad and touch, sent whole on every change and five times a second.
 
 const DEAD = 0.15, PUSHED = 0.5, EVERY = 200, GAP = 16;
+const BITS = [1, 4, 2, 8, 16]; // of `buttons`, by `button`
 const PAD = { left: ["ArrowLeft", "KeyA"], right: ["ArrowRight", "KeyD"], up: ["ArrowUp", "KeyW"], down: ["ArrowDown", "KeyS"] };
+
+function gamepads() {
+  try { return [...navigator.getGamepads()]; } catch { return []; } // a browser has none, or whoever frames the page forbids it
+}
 
 export class Keys extends EventTarget {
   constructor(canvas, link) {
@@ -9,8 +14,8 @@ export class Keys extends EventTarget {
     Object.assign(this, { canvas, link, controls: { keys: {}, sticks: [], mouse: null }, held: new Map(), dx: 0, dy: 0, axes: [], sent: 0 });
     canvas.addEventListener("keydown", (event) => this.key(event, true));
     canvas.addEventListener("keyup", (event) => this.key(event, false));
-    canvas.addEventListener("pointerdown", (event) => this.mouse(event, true));
-    canvas.addEventListener("pointerup", (event) => this.mouse(event, false));
+    for (const name of ["pointerdown", "pointermove", "pointerup"]) canvas.addEventListener(name, (event) => this.mouse(event));
+    canvas.addEventListener("lostpointercapture", () => this.release((source) => source === "mouse"));
     canvas.addEventListener("contextmenu", (event) => event.preventDefault());
     document.addEventListener("pointermove", (event) => this.move(event));
     for (const name of ["visibilitychange", "pointerlockchange"]) document.addEventListener(name, () => this.release());
@@ -55,23 +60,29 @@ export class Keys extends EventTarget {
     this.link.send({ type: "input", t: this.sent, keys: [...this.held.keys()].slice(0, 32), dx, dy, axes });
   }
 
+  // Beside Ctrl and Alt, unless the world uses them, and Meta a key is the browser's. Of one that is held then macOS tells
+  // no release; one that was let go of here by something else, and is held, says so by repeating.
   key(event, down) {
-    if (event.ctrlKey && event.code !== "ControlLeft") return;
-    if (this.mapped(event.code)) {
+    const used = (name) => this.mapped(`${name}Left`) || this.mapped(`${name}Right`);
+    const foreign = event.metaKey || ["Control", "Alt"].some((name) => event.getModifierState(name) && !used(name));
+    if (event.key === "Meta") this.release((source) => source === "key");
+    else if (this.mapped(event.code) && !(down && foreign)) {
       event.preventDefault();
-      if (!event.repeat) this[down ? "hold" : "drop"](event.code);
-    } else if (down && !event.repeat) {
+      this[down ? "hold" : "drop"](event.code);
+    } else if (down && !event.repeat && !foreign && !event.ctrlKey) {
       this.dispatchEvent(new CustomEvent("shortcut", { detail: event }));
     }
   }
 
-  mouse(event, down) {
-    this.canvas.focus();
-    const code = `Mouse${event.button}`;
+  // Only the first button that goes down and the last one that comes up have events of their own, others are moves.
+  mouse(event) {
+    const { type, button, buttons, pointerId, pointerType } = event, code = `Mouse${button}`, down = buttons & BITS[button];
+    if (type === "pointerdown") this.canvas.focus();
     if (!this.mapped(code)) return;
     event.preventDefault();
-    if (this.controls.mouse && down && !document.pointerLockElement && event.pointerType === "mouse") this.lock();
-    else this[down ? "hold" : "drop"](code, "mouse");
+    if (this.controls.mouse && down && !document.pointerLockElement && pointerType === "mouse") return this.lock();
+    if (type === "pointerdown" && !document.pointerLockElement) this.canvas.setPointerCapture(pointerId);
+    this[down ? "hold" : "drop"](code, "mouse");
   }
 
   lock() { this.canvas.requestPointerLock?.({ unadjustedMovement: true })?.catch?.(() => this.canvas.requestPointerLock()); }
@@ -83,7 +94,7 @@ export class Keys extends EventTarget {
   }
 
   gamepad() {
-    const pad = [...(navigator.getGamepads?.() ?? [])].find((one) => one?.mapping === "standard");
+    const pad = gamepads().find((one) => one?.mapping === "standard");
     const axes = (pad?.axes ?? []).slice(0, 4).map((value) => (Math.abs(value) < DEAD ? 0 : Math.round(value * 50) / 50));
     pad?.buttons.forEach((button, n) => this.toggle(`Pad${n}`, button.pressed));
     axes.forEach((value, n) => {
