@@ -19,11 +19,14 @@ from diagd.options import NAMES
 KINDS: Final = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 SOCKET: Final = "/socket"
 
+_ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+"""All addresses of a machine, by which browsers find no page, and one of them."""
+
 
 def _public(address: str) -> str:
     if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", address):
         raise ValueError(f"expected addresses such as https://play.example.com/worlds, got '{address}'")
-    return address.rstrip("/")
+    return re.sub(r"^(http://[^/]*):80(?=/|$)|^(https://[^/]*):443(?=/|$)", r"\1\2", address).rstrip("/")
 
 
 Public = Annotated[tuple[Annotated[str, AfterValidator(_public)], ...], NAMES]
@@ -31,8 +34,9 @@ Public = Annotated[tuple[Annotated[str, AfterValidator(_public)], ...], NAMES]
 
 
 def page_address(host: str, port: int, public: Sequence[str]) -> str:
-    """Where a page is found."""
-    in_url = f"[{host}]" if ":" in host else host
+    """Where a page is found; a server at all addresses is, where nothing else is told, on this machine."""
+    named = _ANYWHERE.get(host, host)
+    in_url = f"[{named}]" if ":" in named else named
     return public[0] if public else f"http://{in_url}:{port}"
 
 
@@ -85,11 +89,12 @@ class Site:
         return None
 
     def _is_ours(self, host: str | None) -> bool:
-        name, colon, port = (host or "").lower().rpartition(":")
-        if not colon or port != str(self._port):
+        match = re.fullmatch(r"(\[[^]]*\]|[^:]*)(?::([0-9]+))?", (host or "").lower())
+        if match is None or (match[2] or "80") != str(self._port):  # browsers leave the 80 of HTTP out
             return False
+        name = match[1].strip("[]")
         try:
-            ipaddress.ip_address(name.strip("[]"))
+            ipaddress.ip_address(name)
         except ValueError:
             return name in self._names
         return True  # no name that could be made to lead here

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
@@ -25,6 +26,7 @@ from diagd.play.messages import without_paths
 from diagd.play.opening import GameOptions
 from diagd.play.record import read_record
 from diagd.play.server import Address, Limits
+from diagd.play.site import SOCKET, Public, Site
 from diagd.runtime.actions import describe
 from diagd.runtime.pictures import read_frames
 from tests.play.conftest import Serve, table_of
@@ -169,6 +171,31 @@ def test_a_proxy_a_tunnel_or_a_container_leads_here(serve: Serve) -> None:
             ("evil.example", "https://play.example"),
         ):
             assert fetch(f"http://{here}/", Host=host, Origin=origin)[0] == 403
+
+
+def test_ports_that_browsers_leave_out_are_known() -> None:
+    site = Site("::", 80)
+    for host in ("localhost", "localhost:80", "192.0.2.1", "[::1]", "[::1]:80", socket.gethostname()):
+        assert site.refusal(SOCKET, host, f"http://{host}") is None, host
+    for wrong in ("evil.example", "localhost:8080", "[::1]:443", "", "localhost:80:80", "[::1", None):
+        assert site.refusal(SOCKET, wrong, f"http://{wrong}") is not None, wrong
+    assert Site("::", 8765).refusal("/", "localhost", None) is not None
+    told: TypeAdapter[tuple[str, ...]] = TypeAdapter(Public)
+    given = ("https://a.example:443/x/", "http://b.example:80", "https://c.example:80", "http://d:8080/:80")
+    assert told.validate_python(given) == (
+        "https://a.example/x",
+        "http://b.example",
+        "https://c.example:80",
+        "http://d:8080/:80",
+    )
+
+
+@pytest.mark.parametrize(("host", "own"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]")])
+def test_a_page_that_is_served_everywhere_is_found_here(serve: Serve, host: str, own: str) -> None:
+    with serve(address=Address(host, 0)) as (url, _):
+        address, _ = parts(url)
+        assert address.rpartition(":")[0] == f"http://{own}"
+        assert fetch(address + "/")[0] == 200
 
 
 @pytest.mark.parametrize("address", ["play.example", "ftp://a", "https://a@b", "https://", "https://a/?x"])
