@@ -107,14 +107,17 @@ def encode_columns(weight: Array, scale: Float, kind: str) -> Array:
     return np.clip(np.rint(scaled), -127, 127).astype(np.int8)
 
 
-def encode_groups(weight: Array, bits: int) -> tuple[NDArray[np.int8], Float]:
+def encode_groups(
+    weight: Array, bits: int, smallest: np.float32 = SMALLEST
+) -> tuple[NDArray[np.int8], Float]:
     """Symmetric integers [g, GROUP, N] and scales [g, N] of rows [g * GROUP, N].
 
-    The range of each 4-bit group is the share of its largest weight that costs the least squared error.
+    The range of each 4-bit group is the share of its largest weight that costs the least squared error, and
+    reaches as far as ``smallest``.
     """
     groups = weight.reshape(-1, GROUP, weight.shape[1])
     top = 2 ** (bits - 1) - 1
-    largest = np.maximum(np.abs(groups).max(axis=1), SMALLEST)
+    largest = np.maximum(np.abs(groups).max(axis=1), smallest)
     best = np.full(largest.shape, np.inf, np.float32)
     scales = largest / top
     for clip in CLIPS if bits == 4 else (1.0,):
@@ -150,7 +153,7 @@ def rounded_rows(rows: Float, limit: float | None, scheme: Precision) -> Float:
     if scheme.scaling == "row":
         scale: Any = np.maximum(np.abs(rows).max(axis=1, keepdims=True), SMALLEST) / np.float32(127)
     else:
-        scale = np.float32((limit or 0.0) / column_limit(scheme.kind))
+        scale = np.maximum(np.float32(limit or 0.0), SMALLEST) / np.float32(column_limit(scheme.kind))
     rounded: Float
     if scheme.kind == "fp8":
         rounded = fp8(rows / scale).astype(np.float32) * scale
@@ -329,11 +332,12 @@ def _blocks(weight: Weight) -> Sources:
     """int4 [K, N] and a scale for each ``GROUP`` rows and column."""
     inputs, outputs = weight.shape
     scales: Float = np.empty((-(-inputs // GROUP), outputs), np.float32)
+    smallest = np.float32(8 * np.finfo(weight.dtype).smallest_subnormal)  # no scale may become 0
 
     def encoded() -> Iterator[Array]:
         for rows in row_chunks(weight.shape, GROUP):
             block = weight.block(rows)
-            integers, scale = encode_groups(pad_groups(block), bits=4)
+            integers, scale = encode_groups(pad_groups(block), 4, np.maximum(smallest, SMALLEST))
             scales[rows.start // GROUP : rows.start // GROUP + len(scale)] = scale
             yield integers.reshape(-1, outputs)[: len(block)].astype(INT4)
 

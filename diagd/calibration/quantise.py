@@ -21,6 +21,7 @@ from diagd.calibration.report import (
     TrajectoryReport,
     WidthReport,
     add_report,
+    read_calibration,
     write_plot,
 )
 from diagd.calibration.search import Choice
@@ -92,6 +93,7 @@ def _check(
 ) -> tuple[tuple[StepGraph, ...], trajectory.CalibrationSet]:
     """The graphs that others are compared with, and what is decoded."""
     manifest, scheme = bundle.manifest, options.scheme
+    read_calibration(bundle.file(DIRECTORY))  # ahead of all work, as a new report is added to it
     search.check_kv_cache(bundle, options)
     if any(graph.precision == options.name for graph in manifest.graphs):
         raise UsageError(f"{bundle.path} has {options.name} graphs already; export it again to start afresh")

@@ -85,6 +85,13 @@ def test_static_activations_saturate_at_the_range() -> None:
     assert np.allclose(rounded, [[1.27, -1.28, 0.5]], atol=0.005)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_static_activations_that_are_always_zero_stay_zero(scheme: str) -> None:
+    zeros = np.zeros((2, 5), np.float32)
+    with np.errstate(all="raise"):
+        assert not rounded_rows(zeros, max(ranges(zeros)), SCHEMES[scheme]).any()
+
+
 @given(st.integers(1, 300), st.integers(1, 3000), st.sampled_from([1, GROUP]))
 def test_chunks_cover_every_row_once(rows: int, columns: int, multiple: int) -> None:
     covered = [

@@ -21,7 +21,7 @@ from diagd.calibration.search import Choice
 from diagd.engines.backend import StepOptions
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
-from diagd.errors import QualityError, UsageError
+from diagd.errors import BundleError, QualityError, UsageError
 from diagd.export.options import GraphOptions
 from diagd.export.step_graph import projections
 from diagd.progress import Progress
@@ -272,6 +272,29 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     bundle = export_small(model, tmp_path / "broken.diagd")
     with pytest.raises(QualityError, match="no finite numbers"):
         quantise(bundle, "int8")
+
+
+def test_a_layer_that_is_always_zero_is_calibrated_like_others(tmp_path: Path) -> None:
+    """As that of a pruned head, or of one that training has not reached: other schemes follow."""
+    model = small_model(LAYOUT, layers=1, context_frames=6)
+    with torch.no_grad():
+        model.get_parameter("layers.0.feed_forward.gate_up").zero_()
+    bundle = export_small(model, tmp_path / "a.diagd", GraphOptions((Form.PREFIX, Form.MODERN), widths=(8,)))
+    for precision in ("int8", "fp8", "int4-weight"):
+        layers = quantise(bundle, precision).layers
+        assert np.isfinite([layer.signal_to_noise for layer in layers]).all()
+        graph = onnx.load(str(bundle / f"step.modern.{precision}.onnx"))
+        scales = [tensor for tensor in graph.graph.initializer if tensor.name.endswith("scale")]
+        assert scales
+        assert all((onnx.numpy_helper.to_array(scale) > 0).all() for scale in scales)
+
+
+def test_a_report_that_cannot_be_added_to_is_found_ahead_of_the_work(plain: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(plain, tmp_path / "a.diagd")
+    (target / "calibration").mkdir()
+    (target / "calibration" / "report.json").write_text('{"schema_version": 9}')
+    with pytest.raises(BundleError, match=r"a\.diagd/calibration/report\.json: field 'schema_version'"):
+        quantise(target, "int8")
 
 
 def test_each_layer_is_measured_by_itself(plain: Path, tmp_path: Path) -> None:
