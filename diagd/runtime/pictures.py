@@ -31,7 +31,9 @@ _TALL: Final = 720
 
 _MOST_PIXELS: Final = 1 << 27
 """Of a picture that is read: more than any camera takes, and half a gigabyte; a header may say anything."""
-_IMAGES: Final = ("image2", "gif", "apng")
+_ANIMATED: Final = 2
+"""Bit of the flags of a WebP file (RFC 9649, 2.7.1)."""
+_IMAGES: Final = ("image2", "apng")
 """Containers whose pixels are taken to be square, whatever they say: so browsers show them."""
 
 _MICROSECONDS: Final = 1_000_000
@@ -82,8 +84,10 @@ def read_frames(
         UsageError: the file is missing, damaged or holds no picture, or its frames have another size.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise UsageError(f"no such video or image: {path}; check the path")
+    if not path.is_file():
+        raise UsageError(f"{path} is a pipe or device, and is read more than once; write it to a file first")
     av = load_av()
     remedy = f"it is damaged, incomplete, or no video or image of at most {_MOST_PIXELS >> 20} megapixels"
     if path.stat().st_size and (what := instead(path)):
@@ -91,7 +95,7 @@ def read_frames(
     with reporting(av, f"cannot read {path}", remedy):
         exif = _orientation(path)
         reader = _Reader(path, size, resize, cover, exif)
-        decoded = _decode(av, path)
+        decoded = _animation(av, path) if _is_animation(path) else _decode(av, path)
         if start is not None:
             decoded = islice(decoded, start, None if frames is None else start + frames)
         kept = deque((reader.picture(*shown) for shown in decoded), maxlen=frames)
@@ -244,6 +248,34 @@ def _orientation(path: Path) -> int:
 def _across(size: tuple[int, int], quarters: int) -> tuple[int, int]:
     """(height, width) after quarter turns."""
     return (size[1], size[0]) if quarters % 2 else size
+
+
+def _is_animation(path: Path) -> bool:
+    """Whether FFmpeg may not see all: it reads one picture of a GIF without delays, and no animated WebP."""
+    with path.open("rb") as file:
+        head = file.read(21)
+    webp = head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X"
+    return head[:4] == b"GIF8" or (webp and bool(head[20:] and head[20] & _ANIMATED))
+
+
+def _animation(av: ModuleType, path: Path) -> Iterator[tuple[Any, Fraction]]:
+    """The same of a GIF, and of a WebP that is animated."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("GIF", "WEBP")) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise OSError("the pictures are too large")
+            for number in range(getattr(image, "n_frames", 1)):
+                image.seek(number)
+                yield (
+                    av.VideoFrame.from_ndarray(np.asarray(image.convert("RGBA")), format="rgba"),
+                    Fraction(1),
+                )
+    except OSError:
+        raise
+    except Exception as error:  # Pillow raises many types for bytes that are something else
+        raise OSError(f"its bytes are those of no such file ({type(error).__name__})") from error
 
 
 def _decode(av: ModuleType, path: Path) -> Iterator[tuple[Any, Fraction]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -224,6 +226,33 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "none.mp4", tmp_path):
         with pytest.raises(UsageError, match="no such video or image"):
             read_frames(path)
+
+
+def test_a_pipe_is_no_file_that_is_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "walk.mp4")
+    with pytest.raises(UsageError, match=r"walk.mp4 is a pipe .*; write it to a file first"):
+        read_frames(tmp_path / "walk.mp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plain.gif", {}),  # without delays, as Pillow writes it where none are given
+        ("slow.gif", {"duration": 100, "disposal": 2}),
+        ("walk.webp", {"lossless": True, "minimize_size": True}),
+    ],
+)
+def test_every_picture_of_an_animation_is_read(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    path, frames = tmp_path / name, tiles(9)
+    first, *others = map(Image.fromarray, frames)
+    first.save(path, save_all=True, append_images=others, **options)
+    seen = read_frames(path, SIZE)
+    assert seen.shape == frames.shape
+    assert np.abs(seen.astype(int) - frames).max() <= 4
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"cannot read .* damaged"):
+        read_frames(path)
 
 
 def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
