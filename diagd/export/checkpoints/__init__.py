@@ -7,12 +7,14 @@ file, or random ones for latency work; ``torch_file`` has those of PyTorch.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,15 @@ from numpy.typing import NDArray
 
 from diagd.bundle.files import atomic_file, instead, usual_rights
 from diagd.errors import CheckpointError, UsageError, require
-from diagd.export.checkpoints.location import fetch, is_index, local_file, shard_names
+from diagd.export.checkpoints.location import (
+    DISTRIBUTED,
+    distributed,
+    fetch,
+    is_index,
+    is_shard,
+    local_file,
+    shard_names,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,13 +54,15 @@ for _code, _kind in {"F": "float", "I": "int", "U": "uint"}.items():
 _PICKLE_STARTS = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _DISTRIBUTED = "module."
+_COUNTERS = ("n_averaged",)
+"""What `torch.optim.swa_utils.AveragedModel` keeps beside the model."""
 
 
 def open_checkpoint(spec: str | Path) -> Checkpoint:
     """Open a checkpoint without reading a tensor.
 
-    Names are those of the model itself: what `torch.compile`, `DistributedDataParallel` and FSDP add to
-    them is taken off.
+    Names are those of the model itself: what `torch.compile`, `DistributedDataParallel`, FSDP and
+    `AveragedModel` add to them is taken off.
 
     Args:
         spec: a file (safetensors, `torch.save`, Lightning, TorchScript; told by content), the index of a
@@ -70,9 +82,9 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}; check its permissions"
         ) from error
-    names = [_WRAPPERS.sub("", name) for name in found]
+    names = [_WRAPPERS.sub("", name) for name in found if name not in _COUNTERS]
     skipped = len(_DISTRIBUTED) if names and all(name.startswith(_DISTRIBUTED) for name in names) else 0
-    opened = select(found, lambda name: _WRAPPERS.sub("", name)[skipped:])
+    opened = select(found, lambda name: None if name in _COUNTERS else _WRAPPERS.sub("", name)[skipped:])
     opened.source = source or opened.source
     return opened
 
@@ -88,6 +100,8 @@ def _open_file(path: Path) -> Checkpoint:
             f"python -c \"import torch; torch.save(torch.load('{path}', map_location='cpu', "
             f"weights_only=True), '{path.with_suffix('')}-zip{path.suffix}')\""
         )
+    if path.suffix == DISTRIBUTED:
+        raise CheckpointError(f"{path} is a part of {path.parent}, which {distributed(str(path.parent))}")
     if is_index(path.name):
         return _open_shards(path)
     if start.startswith(b"PK"):
@@ -124,6 +138,34 @@ def _open_shards(index: Path) -> Checkpoint:
         tensors[name] = shards[shard][name]
     metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
     return Checkpoint(tensors, source=str(index), metadata=metadata)
+
+
+Stamp = tuple[int, int]
+
+
+def stamp(file: Path) -> Stamp:
+    """What tells that a file is still the one that was opened: its size, and when it was written."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def unchanged(file: Path, before: Stamp | None, what: str) -> Iterator[None]:
+    """Read ``what`` of a file; CheckpointError where it cannot be, or is of another file than was opened."""
+    problem: Exception | None = None
+    try:
+        yield
+        if before is None or stamp(file) == before:
+            return
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise MemoryError(str(error)) from error
+        problem = error
+    raise CheckpointError(
+        f"{file} changed since it was opened, so {what} cannot be read"
+        + (f" ({problem})" if problem else "")
+        + "; if something still writes it, as training or a download does, wait for it or pass a copy"
+    ) from problem
 
 
 @dataclass(frozen=True)
@@ -240,11 +282,24 @@ def check(checkpoint: Checkpoint, expected: Mapping[str, Shape], also: Sequence[
         for kind, entries in problems.items():
             lines += [f"  {kind}: {line}" for line in _abbreviate(entries)]
         remedy = "Check that the model name and size are those of the checkpoint."
-        if not held:
+        if is_shard(checkpoint.source):
+            remedy = "The file is one part of a set: give their folder, or the index, NAME.index.json."
+        elif prefix := _prefix(checkpoint, expected):
+            remedy = (
+                f"Its names begin with '{prefix}', as those of a module around the model: save them without."
+            )
+        elif not held:
             remedy = "No expected name is there: this is another model family or another part of the model."
         elif problems.keys() == {"unusable dtype"}:
             remedy = "Use the original checkpoint, or convert these tensors to bfloat16, float16 or float32."
         raise CheckpointError("\n".join([*lines, remedy]))
+
+
+def _prefix(checkpoint: Checkpoint, expected: Mapping[str, Shape]) -> str:
+    """What stands ahead of every expected name in a checkpoint; nothing where names are others."""
+    first = next(iter(expected), "")
+    ahead = [name.removesuffix(first) for name in checkpoint if name.endswith("." + first)]
+    return next((prefix for prefix in ahead if all(prefix + name in checkpoint for name in expected)), "")
 
 
 def _abbreviate(entries: Iterable[tuple[str, str]]) -> list[str]:
@@ -319,22 +374,23 @@ class SafeTensor(TensorHandle):
 
     file: Path
     name: str
+    stamp: Stamp | None = None
 
     def _rows(self, start: int, stop: int) -> NDArray[Any]:
         if not self.size:
             return np.empty((stop - start, *self.shape[1:]), self.dtype)
         from safetensors import SafetensorError, safe_open
 
-        try:
-            with safe_open(self.file, framework="np") as tensors:
-                whole = stop - start == (self.shape or (1,))[0]
-                rows = tensors.get_tensor(self.name) if whole else tensors.get_slice(self.name)[start:stop]
-                return np.asarray(rows)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{self.file} changed since it was opened: '{self.name}' cannot be read ({error}); run again "
-                "once the file is complete"
-            ) from error
+        with unchanged(self.file, self.stamp, f"'{self.name}'"):
+            try:
+                with safe_open(self.file, framework="np") as tensors:
+                    whole = stop - start == (self.shape or (1,))[0]
+                    rows = (
+                        tensors.get_tensor(self.name) if whole else tensors.get_slice(self.name)[start:stop]
+                    )
+            except SafetensorError as error:
+                raise ValueError(str(error)) from error
+        return np.asarray(rows)
 
 
 def read_safetensors(path: Path) -> Checkpoint:
@@ -344,6 +400,7 @@ def read_safetensors(path: Path) -> Checkpoint:
         CheckpointError: the file is cut short, or its header is malformed or lies.
     """
     safetensors = require("safetensors", extra="export", purpose="read safetensors checkpoints")
+    seen = stamp(path)
     try:
         with safetensors.safe_open(path, framework="np") as file:
             parts = {name: file.get_slice(name) for name in sorted(file.keys())}
@@ -354,7 +411,9 @@ def read_safetensors(path: Path) -> Checkpoint:
             f"its header ({error}); download it again"
         ) from error
     tensors = {
-        name: SafeTensor(tuple(part.get_shape()), _DTYPES.get(code := part.get_dtype(), code), path, name)
+        name: SafeTensor(
+            tuple(part.get_shape()), _DTYPES.get(code := part.get_dtype(), code), path, name, seen
+        )
         for name, part in parts.items()
     }
     return Checkpoint(tensors, source=str(path), metadata=metadata)

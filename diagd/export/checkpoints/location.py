@@ -6,6 +6,7 @@ import difflib
 import glob
 import json
 import re
+import shlex
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -23,6 +24,9 @@ _PREFERRED = (
     "pytorch_model.bin",
     "autoencoder.jit",  # holds what encoder.jit and decoder.jit hold
 )
+DISTRIBUTED = ".distcp"
+"""How names of files end that `torch.distributed.checkpoint` writes."""
+
 _SHARD = re.compile(r"-[0-9]+-of-[0-9]+\.")
 _FORM = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<subpath>.*?))?/?")
 _PAGE = re.compile(
@@ -37,6 +41,11 @@ def is_index(name: str) -> bool:
     return name.lower().endswith(_INDEX_SUFFIXES)
 
 
+def is_shard(source: str) -> bool:
+    """Whether a path is that of one file of a sharded set."""
+    return _SHARD.search(source.rpartition("/")[2]) is not None
+
+
 def _is_checkpoint_name(name: str) -> bool:
     return name.lower().endswith((*_SUFFIXES, *_INDEX_SUFFIXES))
 
@@ -49,13 +58,15 @@ def choose_file(names: Collection[str], source: str) -> str:
     shown = sorted(name for name in names if not name.startswith("."))
     usual = [name for preferred in _PREFERRED for name in shown if name.lower() == preferred]
     found = usual[:1] or list(filter(is_index, shown)) or list(filter(_is_checkpoint_name, shown))
+    if not found and any(name.endswith(DISTRIBUTED) for name in shown):
+        raise CheckpointError(f"{source} {distributed(source)}")
     if not found:
         raise CheckpointError(
             f"{source} holds no checkpoint: found {_some(shown) or 'no file'}, expected a file ending in "
             f"{', '.join(_SUFFIXES)}"
         )
     if len(found) > 1:
-        alone = all(_SHARD.search(name) for name in found)
+        alone = all(map(is_shard, found))
         advice = (
             "shards without their index, NAME.index.json: download it too"
             if alone
@@ -65,6 +76,14 @@ def choose_file(names: Collection[str], source: str) -> str:
     return found[0]
 
 
+def distributed(folder: str) -> str:
+    """What to say of a folder that `torch.distributed.checkpoint` wrote."""
+    return (
+        "is a distributed checkpoint; make one file of it with: python -m "
+        f"torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(folder)} model.pt"
+    )
+
+
 def shard_names(index: Path) -> dict[str, str]:
     """File of each tensor of a sharded set, from its index (``weight_map``).
 
@@ -72,7 +91,7 @@ def shard_names(index: Path) -> dict[str, str]:
         CheckpointError: the index is malformed or names something other than files beside it.
     """
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         shards = {str(tensor): str(shard) for tensor, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(

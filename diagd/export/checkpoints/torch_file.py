@@ -25,10 +25,14 @@ from torch._weights_only_unpickler import Unpickler, get_globals_in_pkl
 from torch.serialization import safe_globals
 
 from diagd.errors import CheckpointError
-from diagd.export.checkpoints import Checkpoint, Shape, TensorHandle
+from diagd.export.checkpoints import Checkpoint, Shape, Stamp, TensorHandle, stamp, unchanged
 
-_STATE_KEYS = ("state_dict", "model")  # Lightning (MineWorld, WHAM); Cosmos
+_STATE_KEYS = ("state_dict", "model", "model_state_dict", "module")
+"""Of Lightning (MineWorld, WHAM), Cosmos, PyTorch's tutorials, DeepSpeed."""
 _ADVICE = "run torch.save(model.state_dict(), 'model.pt')"
+_LATER_PROTOCOLS = (b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How pickles begin that `torch.save` writes where told to, and that no weights-only unpickler reads."""
+
 _MODULE_LIMIT = 10_000
 _METADATA_LIMIT = 100_000  # values
 _METADATA_DEPTH = 32
@@ -51,6 +55,7 @@ class MappedTensor(TensorHandle):
     file: Path
     offset: int
     strides: Shape
+    stamp: Stamp | None = None
 
     def _rows(self, start: int, stop: int) -> NDArray[Any]:
         dtype = np.dtype(self.dtype)
@@ -58,13 +63,8 @@ class MappedTensor(TensorHandle):
         if not (span := _span(shape, strides)):
             return np.empty(shape, dtype)
         first, size = self.offset + start * strides[0] * dtype.itemsize, span * dtype.itemsize
-        try:
+        with unchanged(self.file, self.stamp, f"{size} bytes at {first}"):
             stored = np.memmap(self.file, np.uint8, "r", first, (size,))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.file} changed since it was opened: {size} bytes at {first} cannot be read ({error}); "
-                "run again once the file is complete"
-            ) from error
         steps = [step * dtype.itemsize for step in strides]
         return np.require(np.ndarray(shape, dtype, stored, strides=steps), None, ["C", "A"])
 
@@ -91,9 +91,10 @@ class Foreign(dict[object, object]):
 def read_torch(path: Path) -> Checkpoint:
     """Open a zip that PyTorch wrote: `torch.save` or TorchScript.
 
-    Tensors are those under ``state_dict`` or ``model`` where the pickle has such an entry, else those of
-    the pickled dict itself, or the parameters and buffers of a TorchScript module. ``metadata`` holds
-    ``hyper_parameters`` and the scalars beside ``state_dict`` (epoch, version) as plain data.
+    Tensors are those under ``state_dict``, ``model``, ``model_state_dict`` or ``module`` where the pickle has
+    such an entry, else those of the pickled dict itself, or the parameters and buffers of a TorchScript
+    module. ``metadata`` holds ``hyper_parameters`` and the scalars beside ``state_dict`` (epoch, version) as
+    plain data.
 
     Raises:
         CheckpointError: the file is damaged, compressed, hostile, or holds no dict of tensors.
@@ -120,7 +121,7 @@ class _Reader(Unpickler):
     """The weights-only unpickler over one archive; a tensor's storage knows its byte of the file."""
 
     def __init__(self, path: Path, archive: ZipFile) -> None:
-        self._path, self._archive = path, archive
+        self._path, self._archive, self._stamp = path, archive, stamp(path)
         names = archive.namelist()
         roots = [name.removesuffix("data.pkl") for name in names if f"/{name}".endswith("/data.pkl")]
         if not roots:
@@ -159,10 +160,13 @@ class _Reader(Unpickler):
             raise
         except Exception as error:
             # Whatever a hostile or damaged pickle provokes in the unpickler is one and the same finding.
+            advice = _ADVICE
+            if self._content("data.pkl")[:2] in _LATER_PROTOCOLS:
+                advice = "save it without pickle_protocol: PyTorch loads protocol 2 alone as data"
             raise CheckpointError(
                 f"{self._path} holds a damaged pickle or one that PyTorch does not load as data alone "
                 f"({type(error).__name__}: {str(error)[:200]}), so it may be malicious. Nothing was run; "
-                f"download it again, or where its code is installed {_ADVICE}"
+                f"download it again, or where its code is installed {advice}"
             ) from error
 
     def persistent_load(self, pid: Any) -> torch.storage.TypedStorage:
@@ -193,7 +197,8 @@ class _Reader(Unpickler):
         dtype = _name(tensor.dtype)
         # A view that is still to be negated or conjugated must not be taken for its stored values.
         dtype += " (negated view)" * tensor.is_neg() + " (conjugated view)" * tensor.is_conj()
-        return MappedTensor(tuple(tensor.shape), dtype, self._path, start + first, tensor.stride())
+        place = self._path, start + first, tensor.stride(), self._stamp
+        return MappedTensor(tuple(tensor.shape), dtype, *place)
 
     def _locate(self, name: str) -> tuple[int, int]:
         """Byte of the file at which a stored part begins, and its size."""
@@ -247,9 +252,11 @@ def _state_dict(root: object, path: Path) -> dict[str, Tensor]:
     if found := _tensors(root):
         return found
     keys = ", ".join(str(key)[:40] for key in list(root)[:8])
+    inside = [key for key, value in root.items() if isinstance(value, dict) and _tensors(value)]
+    advice = f"; tensors are under '{inside[0]}': save that alone" if inside else ""
     raise CheckpointError(
         f"{path} holds no tensors at its top level nor under {' or '.join(_STATE_KEYS)}; "
-        f"it has: {keys or 'nothing'}"
+        f"it has: {keys or 'nothing'}{advice}"
     )
 
 

@@ -70,6 +70,13 @@ def test_another_family_is_recognised() -> None:
     assert "another model family" in lines[-1]
 
 
+def test_names_behind_those_of_a_module_around_the_model_are_recognised() -> None:
+    lines = report({"net.model." + name: shape for name, shape in MODEL.items()})
+    assert lines[-1] == (
+        "Its names begin with 'net.model.', as those of a module around the model: save them without."
+    )
+
+
 def test_long_lists_are_cut_with_a_count() -> None:
     expected = {f"part_{chr(97 + letter)}.weight": (1,) for letter in range(26)}
     lines = report({"part_a.weight": (1,)}, expected)

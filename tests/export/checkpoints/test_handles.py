@@ -1,6 +1,7 @@
 """Handles against PyTorch's own view of the same bytes, and the memory reading takes."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -101,6 +102,40 @@ def test_file_cut_after_opening_is_reported(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="changed since it was opened"):
         handle.read()
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_file_replaced_after_opening_is_reported(tmp_path: Path, name: str) -> None:
+    """As training does, that goes on while its last checkpoint is exported."""
+    path, later = tmp_path / name, tmp_path / f"later-{name}"
+    for number, file in enumerate((path, later)):
+        tensors = {"w": torch.full((64, 64), float(number))}
+        (save_file if name.endswith(".safetensors") else torch.save)(tensors, file)
+    os.utime(later, ns=(1, 1))
+    handle = open_checkpoint(path)["w"]
+    assert not handle.read_rows(0, 1).any()
+    later.replace(path)
+    with pytest.raises(CheckpointError, match=r"changed since it was opened.*pass a copy"):
+        handle.read_rows(1, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_tensor_without_memory_to_map_it_is_no_changed_file(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"w": torch.ones(1 << 25)}, path)
+    code = """
+import resource, sys
+from diagd.export.checkpoints import open_checkpoint
+handle = open_checkpoint(sys.argv[1])["w"]
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20), -1))
+try:
+    handle.read()
+except MemoryError:
+    print("no memory")
+"""
+    command = [sys.executable, "-c", code, str(path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stdout == "no memory\n"
 
 
 def test_unreadable_dtype_says_so(tmp_path: Path) -> None:

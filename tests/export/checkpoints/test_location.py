@@ -1,6 +1,7 @@
 """Folders and sharded sets."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint import format_utils, state_dict_saver
 
 from diagd.errors import CheckpointError
-from diagd.export.checkpoints import open_checkpoint
+from diagd.export.checkpoints import check, open_checkpoint
 from diagd.export.checkpoints.location import choose_file
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -101,6 +103,30 @@ def test_choice_that_is_the_users() -> None:
         choose_file(["README.md"], "folder")
     with pytest.raises(CheckpointError, match="shards without their index"):
         choose_file(["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "folder")
+
+
+def test_index_that_an_editor_marked_as_unicode(tmp_path: Path) -> None:
+    tensors, index = write_sharded(tmp_path)
+    index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes())
+    assert set(open_checkpoint(tmp_path)) == set(tensors)
+
+
+def test_part_of_a_set_is_told_as_one(tmp_path: Path) -> None:
+    tensors, _ = write_sharded(tmp_path)
+    with pytest.raises(CheckpointError, match=r"one part of a set: .*NAME\.index\.json"):
+        check(open_checkpoint(tmp_path / SHARDS[0]), {name: tuple(t.shape) for name, t in tensors.items()})
+
+
+def test_distributed_checkpoint_is_told_with_the_line_that_converts_it(tmp_path: Path) -> None:
+    folder = tmp_path / "step 1"
+    state_dict_saver.save({"model": {"w": torch.ones(2)}}, checkpoint_id=folder, no_dist=True)
+    for spec in (folder, folder / "__0_0.distcp"):
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(spec)
+        command = shlex.split(str(caught.value).partition("with: ")[2])
+        assert command[:3] == ["python", "-m", "torch.distributed.checkpoint.format_utils"]
+    format_utils.dcp_to_torch_save(command[4], tmp_path / command[5])
+    assert list(open_checkpoint(tmp_path / command[5])) == ["w"]
 
 
 def test_folder_without_checkpoint(tmp_path: Path) -> None:

@@ -205,6 +205,12 @@ def test_names_that_training_wrapped(
     assert set(open_checkpoint(tmp_path / "b.bin")) == {"model.layers.0.w", "module.w"}
 
 
+def test_names_that_averaging_wrapped(tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 2))
+    torch.save(averaged.state_dict(), tmp_path / "model.pt")
+    assert set(open_checkpoint(tmp_path)) == {"weight", "bias"}
+
+
 def test_zip_that_is_no_torch_file(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "validation.zip", "w") as archive:
         for name in ("a.mp4", "a.jsonl", "b.mp4", "b.jsonl"):

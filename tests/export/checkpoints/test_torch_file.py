@@ -124,6 +124,21 @@ def test_negative_view_is_not_taken_for_its_stored_values(tmp_path: Path) -> Non
         open_checkpoint(tmp_path / "negative.pt")["w"].read()
 
 
+@pytest.mark.parametrize("key", ["model_state_dict", "module"])
+def test_entry_of_the_weights_beside_other_tensors(tmp_path: Path, key: str) -> None:
+    """As PyTorch's tutorials, which keep the loss, and DeepSpeed name it."""
+    weights = random_weights(["a.weight"])
+    optimiser = {"state": {0: {"step": torch.tensor(1.0)}}}
+    torch.save({"epoch": 1, key: weights, "optimizer": optimiser, "loss": torch.ones(())}, tmp_path / "a.pt")
+    assert_same(open_checkpoint(tmp_path / "a.pt"), weights)
+
+
+def test_pickle_of_a_later_protocol(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pt", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match="save it without pickle_protocol"):
+        open_checkpoint(tmp_path / "w.pt")
+
+
 class PickledModel:
     pass
 
@@ -134,6 +149,7 @@ class PickledModel:
         (PickledModel(), r"pickled tests\..*PickledModel.*state_dict"),
         ([torch.ones(2)], "pickled list"),
         ({"weights": {"w": torch.ones(2)}, "step": 3}, "no tensors .* it has: weights, step"),
+        ({"step": 3, "weights": {"w": torch.ones(2)}}, "tensors are under 'weights': save that alone"),
         ({}, "it has: nothing"),
         ({"state_dict": {}}, "no named tensors"),
     ],
