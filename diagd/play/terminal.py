@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import re
 import select
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from functools import partial
+from types import FrameType
+from typing import Any, Final, Literal, NamedTuple
 
 from diagd.errors import UsageError
 from diagd.play.controls import Inputs
+from diagd.play.drawing import Blocks, Draw, kitty, sixel
 from diagd.play.game import Game, Shown
 from diagd.play.pictures import Pictures
 from diagd.play.stage import GameLoop, Stage
@@ -27,6 +28,7 @@ HELD_SECONDS: Final = 0.25
 """A key of a terminal that tells no releases is held for so long after it was last repeated."""
 
 QUIT: Final = "Quit"
+STOP: Final = "Stop"
 _CTRL: Final = 4  # bit of the modifiers in the protocol, one of which is added
 _ARROWS: Final = {"A": "ArrowUp", "B": "ArrowDown", "C": "ArrowRight", "D": "ArrowLeft"}
 _NAMED: Final = {
@@ -42,6 +44,7 @@ _NAMED: Final = {
     57442: "ControlLeft",
 }
 _SEQUENCE: Final = re.compile(rb"\x1b\[([0-?]*)[ -/]*([@-~])|\x1bO([A-D])|([\x00-\x7f])|[\x80-\xff]")
+_BEGUN: Final = re.compile(rb"\x1b(?:\[[0-?]{0,64}[ -/]*|O)?\Z")
 _TOLD: Final = re.compile(r"([0-9]{0,7})(?::[0-9:]*)?(?:;([0-9]{0,7})(?::([0-9]*))?(?:;.*)?)?")
 
 
@@ -72,8 +75,8 @@ def _told(numbers: str, final: str) -> Iterator[Press]:
         return
     key, modifiers, event = (part or "" for part in match.groups())
     code = _ARROWS.get(final) or _code(int(key or 0))
-    if code == "KeyC" and (int(modifiers or 1) - 1) & _CTRL:
-        code = QUIT
+    if (int(modifiers or 1) - 1) & _CTRL:
+        code = {"KeyC": QUIT, "KeyZ": STOP}.get(code or "", code)
     if code and event:
         yield Press(code, "up" if event == "3" else "down")
     elif code:
@@ -148,15 +151,15 @@ def check_terminal(environment: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def _raw(descriptor: int) -> Iterator[None]:
-    """Keys as they are pressed; the terminal is as it was however this ends."""
+def _raw(descriptor: int) -> Iterator[Any]:
+    """Keys as they are pressed; the terminal is as it was, which is given, however this ends."""
     import termios
     import tty
 
     before = termios.tcgetattr(descriptor)
     try:
         tty.setcbreak(descriptor)
-        yield
+        yield before
     finally:
         with suppress(termios.error):  # it is gone
             termios.tcsetattr(descriptor, termios.TCSANOW, before)
@@ -197,6 +200,38 @@ def _read(descriptor: int, seconds: float) -> bytes:
     raise KeyboardInterrupt
 
 
+@contextmanager
+def _stopping(
+    descriptor: int, before: Any, give: Callable[[], None], take: Callable[[], None]
+) -> Iterator[None]:
+    """Has a job that is stopped ``give`` the terminal back as it was ``before``, and ``take`` it to go on."""
+    import termios
+    import tty
+
+    def go_on(*_: object) -> None:
+        with suppress(termios.error):  # in the background this stops it, and it goes on once more
+            tty.setcbreak(descriptor)
+            take()
+
+    def stop(number: int, _: FrameType | None) -> None:
+        give()
+        termios.tcsetattr(descriptor, termios.TCSANOW, before)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)  # which does nothing where nobody would have it go on
+        signal.signal(number, stop)
+        go_on()
+
+    was = {number: signal.getsignal(number) for number in (signal.SIGTSTP, signal.SIGCONT)}
+    if was[signal.SIGTSTP] is not signal.SIG_IGN:
+        signal.signal(signal.SIGTSTP, stop)
+        signal.signal(signal.SIGCONT, go_on)
+    try:
+        yield
+    finally:
+        for number, handler in was.items():
+            signal.signal(number, handler)
+
+
 def _ask(source: int, target: int) -> bytes:
     os.write(target, _ASK)
     answer, end = b"", time.monotonic() + _ANSWER_SECONDS
@@ -208,13 +243,15 @@ def _ask(source: int, target: int) -> bytes:
 def play(game: Game, inputs: Inputs, rate: float) -> None:
     """Play until Ctrl-C or Q in a terminal that `check_terminal` found well; closes the game."""
     source, seen = sys.stdin.fileno(), sys.stdout.fileno()
-    with _raw(source), _never_waiting(seen) as target:
+    with _raw(source) as before, _never_waiting(seen) as target:
         abilities = Abilities.read(_ask(source, seen), os.environ)
+        player = _Player(game, inputs, rate, abilities, target)
         try:
-            os.write(seen, _ENTER + (_TELL_RELEASES if abilities.releases else b""))
-            _Player(game, inputs, rate, abilities, target).run(source)
+            player.take(seen)
+            with _stopping(source, before, player.give, partial(player.take, seen)):
+                player.run(source)
         finally:
-            _leave(target, (_AS_BEFORE if abilities.releases else b"") + _LEAVE)
+            player.give()
 
 
 class _Player:
@@ -223,34 +260,59 @@ class _Player:
     def __init__(self, game: Game, inputs: Inputs, rate: float, abilities: Abilities, target: int) -> None:
         self._abilities = abilities
         self._fit()
-        self._game, self._inputs, self._target, self._is_over = game, inputs, target, False
+        self._game, self._inputs, self._target = game, inputs, target
+        self._is_seen, self._writing, self._held = False, threading.Lock(), Held()
         self._stage = Stage(game, inputs, self._show, self._say, rate)
         self._stage.is_watched = True
         self._game_loop = GameLoop([self._stage])
 
     def run(self, source: int) -> None:
         """Until the player has had enough."""
-        held = Held()
+        begun = b""
         self._stage.post(lambda: self._stage.look(self._game.reset(self._game.prompts[0])))
         self._game_loop.start()
         try:
             while True:
-                now = time.monotonic()
-                for press in presses(_read(source, _POLL_SECONDS)):
-                    held.take(press, now)
+                now, typed = time.monotonic(), _read(source, _POLL_SECONDS)
+                is_escape = not typed and begun == b"\x1b"  # the key: of a sequence the rest would be here
+                end = None if is_escape else _BEGUN.search(begun + typed)
+                typed, begun = begun + typed, end[0] if end else b""
+                for press in presses(typed.removesuffix(begun)):
+                    self._held.take(press, now)
                     if self._command(press):
                         return
-                self._inputs.update(held.at(now), stamp=now)
+                self._inputs.update(self._held.at(now), stamp=now)
                 if self._inputs.has_changed:
                     self._stage.wake()
         finally:
-            self._is_over = True
+            self._is_seen = False
             self._game_loop.close()
+
+    def take(self, seen: int) -> None:
+        """Draw from here on, all of it anew, on the terminal that is ``seen``."""
+        before = _AS_BEFORE if self._is_seen else b""
+        with self._writing:
+            os.write(seen, _ENTER + (before + _TELL_RELEASES if self._abilities.releases else b""))
+            self._fit()
+        self._is_seen, self._held = True, Held()  # whoever let go of a key meanwhile told somebody else
+        self._post(self._look)
+
+    def give(self) -> None:
+        """Draw no more; the terminal is as it was."""
+        self._is_seen = False
+        with self._writing:
+            _leave(self._target, (_AS_BEFORE if self._abilities.releases else b"") + _LEAVE)
+
+    def _look(self) -> None:
+        if self._game.known:
+            self._stage.look(self._game.look())
 
     def _command(self, press: Press) -> bool:
         """Do what keys mean that the world has no use for; True: the player leaves."""
         if press.code in self._inputs.controls.keys or press.kind == "up":
             return False
+        if press.code == STOP:
+            signal.raise_signal(signal.SIGTSTP)
         stage, game = self._stage, self._game
         if press.code == "KeyP":
             stage.mode = "live" if stage.mode == "pause" else "pause"
@@ -302,103 +364,7 @@ class _Player:
         return b"\x1b[%d;1H\x1b[0m\x1b[2K" % row + text[: self._size.columns].encode()
 
     def _write(self, data: bytes) -> None:
-        with suppress(OSError):  # nobody looks any more, which reading keys finds too
-            while data and not self._is_over:
+        with self._writing, suppress(OSError):  # nobody looks any more, which reading keys finds too
+            while data and self._is_seen:
                 if select.select([], [self._target], [], _POLL_SECONDS)[1]:
                     data = data[os.write(self._target, data) :]
-
-
-ESC, END = b"\x1b", b"\x1b\\"
-_CHUNK: Final = 4096
-"""Most bytes of a piece of kitty graphics, in base64."""
-
-_LEVELS: Final = 6  # of each colour in sixel, which has 256 registers
-_BAND: Final = 6  # rows of pixels of one sixel
-_CELL: Final = 2.0  # height of a character over its width, about
-
-
-Draw = Callable[[Pictures, int, int], bytes]
-"""Gives what draws a picture uint8 [height, width, 3] at the top left of so many rows and columns."""
-
-
-def fitted(height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
-    """Characters (rows, columns) that a picture fills in its proportions."""
-    across = min(columns, int(rows * _CELL * width / height))
-    return max(1, round(across * height / width / _CELL)), max(1, across)
-
-
-def kitty(picture: Pictures, rows: int, columns: int) -> bytes:
-    """The graphics protocol of kitty, which scales by itself; the picture before is replaced."""
-    height, width = picture.shape[:2]
-    rows, columns = fitted(height, width, rows, columns)
-    data = base64.b64encode(np.ascontiguousarray(picture).tobytes())
-    pieces = [data[at : at + _CHUNK] for at in range(0, len(data), _CHUNK)]
-    head = b"a=T,f=24,s=%d,v=%d,i=1,p=1,q=2,C=1,c=%d,r=%d," % (width, height, columns, rows)
-    parts = [ESC + b"[H"]
-    for number, piece in enumerate(pieces):
-        more = b"m=%d;" % (number + 1 < len(pieces))
-        parts.append(ESC + b"_G" + (head if not number else b"") + more + piece + END)
-    return b"".join(parts)
-
-
-def sixel(picture: Pictures, rows: int, columns: int) -> bytes:
-    """DEC's graphics: colours are rounded to a cube of 216."""
-    scale = max(1, min(columns * 8 // picture.shape[1], rows * 16 // picture.shape[0]))
-    big = picture.repeat(scale, axis=0).repeat(scale, axis=1)
-    steps = (big.astype(np.uint16) * (_LEVELS - 1) + 127) // 255
-    ids = (steps[..., 0] * _LEVELS + steps[..., 1]) * _LEVELS + steps[..., 2]
-    height, width = ids.shape
-    used = np.unique(ids)
-    parts = [ESC + b"[H" + ESC + b'Pq"1;1;%d;%d' % (width, height)]
-    for color in used.tolist():
-        red, green, blue = (100 * (color // _LEVELS**place % _LEVELS) // (_LEVELS - 1) for place in (2, 1, 0))
-        parts.append(b"#%d;2;%d;%d;%d" % (color, red, green, blue))
-    weights = 1 << np.arange(_BAND, dtype=np.uint8)
-    for top in range(0, height, _BAND):
-        band = ids[top : top + _BAND]
-        for color in np.unique(band).tolist():
-            bits = ((band == color) * weights[: len(band), None]).sum(0, dtype=np.uint8)
-            parts.append(b"#%d" % color + _runs(bits) + b"$")
-        parts.append(b"-")
-    return b"".join([*parts, END])
-
-
-def _runs(bits: NDArray[np.uint8]) -> bytes:
-    """Sixels of one colour, equal neighbours told by their number."""
-    starts = np.flatnonzero(np.diff(bits, prepend=bits[0] ^ 1))
-    counts = np.diff(starts, append=len(bits)).tolist()
-    signs = (bits[starts] + 63).tolist()
-    return b"".join(
-        b"!%d%c" % pair if pair[0] > 3 else bytes([pair[1]]) * pair[0]
-        for pair in zip(counts, signs, strict=True)
-    )
-
-
-class Blocks:
-    """Draws two pixels a character; characters that did not change are not drawn again."""
-
-    _before: NDArray[np.uint8] | None = None
-
-    def __call__(self, picture: Pictures, rows: int, columns: int) -> bytes:
-        """What a terminal is sent to show uint8 [height, width, 3] in so many character rows and columns."""
-        height, width = picture.shape[:2]
-        rows, columns = fitted(height, width, rows, columns)
-        down = np.arange(2 * rows) * height // (2 * rows)
-        across = np.arange(columns) * width // columns
-        cells = picture[down][:, across].reshape(rows, 2, columns, 3).swapaxes(1, 2).reshape(rows, columns, 6)
-        before = self._before
-        changed = np.ones((rows, columns), bool)
-        if before is not None and before.shape == cells.shape:
-            changed = (cells != before).any(-1)
-        self._before = cells
-        parts = []
-        for row in np.flatnonzero(changed.any(1)).tolist():
-            last = -2
-            for column in np.flatnonzero(changed[row]).tolist():
-                if column != last + 1:
-                    parts.append(b"\x1b[%d;%dH" % (row + 1, column + 1))
-                parts.append(
-                    b"\x1b[38;2;%d;%d;%d;48;2;%d;%d;%dm\xe2\x96\x80" % tuple(cells[row, column].tolist())
-                )
-                last = column
-        return b"".join([*parts, b"\x1b[0m"])

@@ -19,19 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diagd.play.terminal import (
-    QUIT,
-    Abilities,
-    Blocks,
-    Held,
-    Press,
-    _raw,
-    _read,
-    fitted,
-    kitty,
-    presses,
-    sixel,
-)
+from diagd.play.drawing import Blocks, fitted, kitty, sixel
+from diagd.play.terminal import QUIT, STOP, Abilities, Held, Press, _raw, _read, presses
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (72, 96, 3), dtype=np.uint8)
 
@@ -105,6 +94,7 @@ def test_pictures_keep_their_proportions() -> None:
         (b"\x1b[97;1:1u\x1b[97;1:2u\x1b[97;1:3u", [("KeyA", "down"), ("KeyA", "down"), ("KeyA", "up")]),
         (b"\x1b[1;1:3A\x1b[32u", [("ArrowUp", "up"), ("Space", "down")]),
         (b"\x03\x1b[99;5u\x1b[99;5:1u", [(QUIT, "tap"), (QUIT, "down"), (QUIT, "down")]),
+        (b"\x1b[122;5:1u\x1b[122;1:1u", [(STOP, "down"), ("KeyZ", "down")]),
         (b"\x7f\x1b[?0u\xff", [("Backspace", "tap")]),
         (b"\x1b[0?u\x1b[>1;2c\x1b[?1;2$yA", [("KeyA", "tap")]),
         (b"\x1b[" + b"9" * 5000 + b"u\x1b[97;" + b"1" * 5000 + b":1u", []),
@@ -190,7 +180,9 @@ def test_a_world_is_played_and_the_terminal_is_as_before(
             os.write(ours, b"p" * 101)
             paused = True
         elif pressed and not paused and seen.count(b"frame ") > pressed:
-            os.write(ours, b"\x1b[A")
+            os.write(ours, b"\x1b[")
+            time.sleep(0.1)  # a slow line brings the rest later
+            os.write(ours, b"A")
             pressed = seen.count(b"frame ")
         elif b"paused" in seen and not ended:
             ended = True
@@ -205,6 +197,71 @@ def test_a_world_is_played_and_the_terminal_is_as_before(
     assert b"\x1b[23;1H\x1b[0m\x1b[2KLeft/A left  Right/D right  Up/W up" in seen
     assert seen.count(b"\x1b[2J") > 1 and b"\x1b[20;1H" in seen.split(b"paused")[0]
     assert '"action":[35]' in record.read_text()  # 32 codes, then noop, left, right, up
+    os.close(ours)
+    os.close(theirs)
+
+
+SHELL = """import fcntl, os, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execvp("sh", ["sh", "-i"])
+"""
+
+
+def test_a_job_that_is_stopped_gives_the_terminal_back_and_goes_on(
+    world: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """By Ctrl-Z, also while its world stands still."""
+    ours, theirs = pty.openpty()
+    _resize(theirs, 24, 60)
+    environment = {**os.environ, "TERM": "xterm-256color", "PS1": "shell> ", "ENV": ""}
+    environment.pop("NO_COLOR", None)
+    shell = subprocess.Popen(
+        [sys.executable, "-c", SHELL], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
+    request.addfinalizer(shell.kill)
+    seen = b""
+
+    def until(text: bytes) -> bytes:
+        nonlocal seen
+        end = time.monotonic() + 120
+        while text not in seen:
+            assert time.monotonic() < end, seen[-500:]
+            if select.select([ours], [], [], 0.05)[0]:
+                seen += os.read(ours, 1 << 16)
+        before, _, seen = seen.partition(text)
+        return before
+
+    def is_cooked() -> bool:
+        return bool(termios.tcgetattr(theirs)[3] & termios.ICANON)
+
+    command = f"{sys.executable} -m diagd play {world} --terminal --record {tmp_path / 'played.ndjson'}"
+    until(b"shell> ")
+    os.write(ours, command.encode() + b"\n")
+    until(b"\x1b[c")
+    os.write(ours, b"\x1b[?64;22c")
+    until(b"frame 5 ")
+    assert not is_cooked()
+    os.write(ours, b"\x1a")
+    until(b"\x1b[?1049l")
+    assert b"frame" not in until(b"shell> ")
+    assert is_cooked()
+    os.write(ours, b"fg\n")
+    until(b"\x1b[?1049h")
+    until(b"frame ")
+    os.write(ours, b"p")  # which a terminal that waits for lines would keep
+    until(b"paused")
+    os.write(ours, b"\x1a")
+    until(b"shell> ")
+    os.write(ours, b"fg\n")
+    until(b"\x1b[?1049h")
+    assert "\u2580".encode() in until(b"paused")
+    os.write(ours, b"q")
+    until(b"recorded: ")
+    until(b"shell> ")
+    assert is_cooked()
+    os.write(ours, b"exit\n")
+    assert shell.wait(60) == 0
     os.close(ours)
     os.close(theirs)
 
