@@ -82,6 +82,12 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}; check its permissions"
         ) from error
+    except CheckpointError as error:
+        if source is None or not str(error).endswith("download it again"):
+            raise
+        raise CheckpointError(
+            f"{error}: first remove {path.resolve()}, the copy that is kept of it"
+        ) from error
     names = [_WRAPPERS.sub("", name) for name in found if name not in _COUNTERS]
     skipped = len(_DISTRIBUTED) if names and all(name.startswith(_DISTRIBUTED) for name in names) else 0
     opened = select(found, lambda name: None if name in _COUNTERS else _WRAPPERS.sub("", name)[skipped:])

@@ -8,10 +8,12 @@ import json
 import re
 import shlex
 from collections.abc import Collection
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from diagd.bundle.files import FULL
 from diagd.errors import CheckpointError, require
 
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
@@ -208,12 +210,9 @@ def fetch(spec: str) -> tuple[Path, str]:
         raise CheckpointError(f"'{spec}' names no repository of the Hugging Face Hub: {error}") from error
     except Exception as error:
         # Which class a failed connection raises depends on the HTTP library of the installed version.
-        cached = _cached(address)
-        if cached is None:
+        if (cached := _cached(address)) is None:
             raise CheckpointError(_unavailable(address, error)) from error
-        snapshot = cached
-        held = (path.relative_to(snapshot) for path in snapshot.rglob("*") if path.is_file())
-        main = _main_file(address, {path.as_posix() for path in held})
+        snapshot, main = cached
     return snapshot / main, str(HubAddress(address.repo, snapshot.name, main))
 
 
@@ -245,8 +244,8 @@ def _main_file(address: HubAddress, names: set[str]) -> str:
     return prefix + choose_file([name for name in inside if "/" not in name], where)
 
 
-def _cached(address: HubAddress) -> Path | None:
-    """The cached snapshot of an address's revision, if it holds what is asked for."""
+def _cached(address: HubAddress) -> tuple[Path, str] | None:
+    """The cached snapshot of an address's revision, and its checkpoint, if that is there with all shards."""
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -254,11 +253,17 @@ def _cached(address: HubAddress) -> Path | None:
     except errors.LocalEntryNotFoundError as absent:
         # A snapshot known to be incomplete is fine: only the checkpoint has to be there.
         snapshot = getattr(absent, "snapshot_path", None) or ""
-    return Path(snapshot) if snapshot and (Path(snapshot) / address.subpath).exists() else None
+    home = Path(snapshot) / address.subpath
+    if not snapshot or not (home.is_file() or any(_is_checkpoint_name(file.name) for file in home.glob("*"))):
+        return None
+    held = {file.relative_to(snapshot).as_posix() for file in Path(snapshot).rglob("*") if file.is_file()}
+    main = Path(snapshot) / (name := _main_file(address, held))
+    shards = shard_names(main).values() if is_index(name) else ()
+    return (Path(snapshot), name) if all(main.with_name(shard).is_file() for shard in shards) else None
 
 
 def _unavailable(address: HubAddress, error: Exception) -> str:
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     page = f"https://huggingface.co/{address.repo}"
     if isinstance(error, errors.GatedRepoError):
@@ -276,9 +281,23 @@ def _unavailable(address: HubAddress, error: Exception) -> str:
             f"there is no repository {address.repo} on the Hugging Face Hub that you may see: check the "
             "spelling, sign in with 'hf auth login' if it is private, or pass the path of your own copy"
         )
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        return (
+            f"{address} cannot be kept in {constants.HF_HUB_CACHE}: {error.strerror}; free some space there, "
+            "or set HF_HOME to a folder that can be written to"
+        )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == HTTPStatus.UNAUTHORIZED:
+        return (
+            f"the Hugging Face Hub does not know the token that asks for {address}: sign in again with "
+            "'hf auth login', or mend or unset HF_TOKEN"
+        )
+    wrong, remedy = "cannot reach the Hugging Face Hub for", "go online and unset HF_HUB_OFFLINE"
+    if status is not None:
+        wrong, remedy = "the Hugging Face Hub does not give", "try again later"
     reason = (str(error).strip().splitlines() or [""])[0][:200]
     return (
-        f"cannot reach the Hugging Face Hub for {address} and it is not in the local cache "
-        f"({type(error).__name__}: {reason}); go online and unset HF_HUB_OFFLINE, or on another "
-        f"machine run 'hf download {address.repo} --local-dir FOLDER', copy FOLDER here and pass its path"
+        f"{wrong} {address} and it is not in the local cache ({type(error).__name__}: {reason}); {remedy}, "
+        f"or on another machine run 'hf download {address.repo} --local-dir FOLDER', copy FOLDER here and "
+        "pass its path"
     )

@@ -3,9 +3,10 @@
 import json
 import multiprocessing
 import os
+import resource
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,10 @@ from diagd.export.checkpoints import open_checkpoint
 from diagd.export.checkpoints.location import HubAddress, parse_address
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LITTLE = 1 << 16
+"""Bytes of the largest file that a full disk holds."""
+
+Opening = Callable[[dict[str, str], Sequence[str]], list[Any]]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +65,8 @@ class Hub(BaseHTTPRequestHandler):
         repo = "/".join(parts[2:4] if api else parts[:2])
         if repo == "nvidia/gated":
             return self.reply(403, b"", {"X-Error-Code": "GatedRepo"}, body)
+        if repo.startswith("status/"):
+            return self.reply(int(repo.removeprefix("status/")), b"", {}, body)
         if repo not in self.repositories:
             return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
         files = self.repositories[repo]
@@ -109,14 +116,21 @@ def opened(spec: str) -> list[object] | str:
         return str(error)
 
 
-def open_in_new_process(home: Path, endpoint: str, *specs: str, offline: bool = False) -> list[Any]:
+def open_where_little_fits(environment: dict[str, str], specs: Sequence[str]) -> list[Any]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LITTLE, LITTLE))
+    return open_all(environment, specs)
+
+
+def open_in_new_process(
+    home: Path, endpoint: str, *specs: str, offline: bool = False, opening: Opening = open_all
+) -> list[Any]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
     with PROCESSES.Pool(1) as pool:
-        return pool.apply(open_all, (environment, specs))
+        return pool.apply(opening, (environment, specs))
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +145,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     Hub.repositories = {
         "nvidia/cosmos": {"model.pt": files["model.pt"], "big.txt": b"x"},
         "org/sharded": {f"weights/{name}": text for name, text in files.items() if name != "model.pt"},
+        "org/large": {f"{name}.pt": files["model.pt"] + bytes(LITTLE) for name in "ab"},
+        "org/half": {**files, "b.safetensors": files["b.safetensors"] + bytes(LITTLE)},
         "microsoft/wham": {
             f"models/{name}.ckpt": files["model.pt"] for name in ("WHAM_200M", "WHAM_1.6B_v1")
         },
@@ -173,6 +189,32 @@ def test_cached_copy_outlives_its_repository(endpoint: str, tmp_path: Path) -> N
         assert open_in_new_process(tmp_path, endpoint, spec) == before
     finally:
         Hub.repositories["nvidia/cosmos"] = taken_down
+
+
+def test_a_disk_that_holds_no_more_is_told_as_such(endpoint: str, tmp_path: Path) -> None:
+    """Also of what is half there, and then by the Hub that cannot be asked."""
+    specs = "hf://org/large/a.pt", "hf://org/half/model.safetensors.index.json"
+    for found in open_in_new_process(tmp_path, endpoint, *specs, opening=open_where_little_fits):
+        assert f"cannot be kept in {tmp_path / 'hub'}: File too large; free some space" in found
+    for found in open_in_new_process(tmp_path, endpoint, *specs, offline=True):
+        assert "it is not in the local cache" in found
+
+
+def test_a_damaged_copy_is_named_that_has_to_go_first(endpoint: str, tmp_path: Path) -> None:
+    spec = "hf://nvidia/cosmos@main"
+    open_in_new_process(tmp_path, endpoint, spec)
+    (blob,) = (file for file in tmp_path.rglob("blobs/*") if file.stat().st_size > 100)
+    os.truncate(blob, 100)
+    (found,) = open_in_new_process(tmp_path, endpoint, spec)
+    assert found.endswith(f"download it again: first remove {blob}, the copy that is kept of it")
+    blob.unlink()
+    assert open_in_new_process(tmp_path, endpoint, spec)[0][1] == {"model.w": 2.0}
+
+
+def test_refusals_of_the_server_are_no_failed_connection(endpoint: str, tmp_path: Path) -> None:
+    token, failed = open_in_new_process(tmp_path, endpoint, "hf://status/401", "hf://status/500")
+    assert "does not know the token that asks for hf://status/401" in token
+    assert "does not give hf://status/500" in failed and "try again later" in failed
 
 
 def test_refusals_are_explained(endpoint: str, tmp_path: Path) -> None:
