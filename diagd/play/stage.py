@@ -52,8 +52,8 @@ class Pacer:
         return (len(shown) - 1) / (shown[-1] - shown[0]) if len(shown) > 1 and shown[-1] > shown[0] else 0.0
 
     def percentile(self, share: float) -> float:
-        """Seconds of work that ``share`` per cent of the last frames took less than."""
-        return float(np.percentile(self._work, share)) if self._work else 0.0
+        """Seconds of work that ``share`` per cent of the last frames took, or less; one of few apart."""
+        return float(np.percentile(self._work, share, method="lower")) if self._work else 0.0
 
     def delay(self) -> float:
         """Seconds until the next frame is due."""
@@ -218,7 +218,7 @@ class GameLoop(threading.Thread, Engine):
     def figures(self) -> Figures:
         frames = sum(stage.frames for stage in self.stages)
         late = sum(stage.pacer.late for stage in self.stages)
-        p50, p95 = np.percentile(self._spent or (0.0,), (50, 95)).tolist()
+        p50, p95 = np.percentile(self._spent or (0.0,), (50, 95), method="lower").tolist()
         return Figures(frames, late, p50, p95, len(self._spent))
 
     @override

@@ -50,6 +50,19 @@ def test_the_rate_is_one_that_can_be_kept() -> None:
     assert pacer.percentile(50) == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("before", [1, 8, 30])
+def test_a_machine_that_slept_amid_a_frame_is_no_slow_one(before: int) -> None:
+    clock = Clock()
+    pacer = Pacer(10, clock)
+    for seconds in [0.03] * before + [3600.0] + [0.03] * 5:
+        pacer.tick()
+        clock.now += seconds
+        pacer.add(seconds)
+        assert pacer.delay() <= 0.1
+    assert pacer.rate == 10
+    assert pacer.percentile(95) == pytest.approx(0.03)
+
+
 def test_a_rest_is_no_lateness() -> None:
     clock = Clock()
     pacer = Pacer(10, clock)
