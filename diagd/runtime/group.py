@@ -31,7 +31,7 @@ class Group:
     """
 
     def __init__(self, engine: Engine, sessions: Sequence[Session]) -> None:
-        self.engine, self.sessions = engine, tuple(sessions)
+        self.sessions, self.engine = tuple(sessions), engine
         self.passes = self.sessions[0].passes
 
     def __enter__(self) -> Group:

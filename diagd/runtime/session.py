@@ -64,10 +64,10 @@ class Session:
         passes: Passes | None = None,
         lane: int = 0,
     ) -> None:
+        self.passes, self._owns = passes or Passes(engine), passes is None  # first: it says why copies fail
         self.manifest, self.engine, self.window, self.lane = manifest, engine, window, lane
         self.layout: StreamLayout = manifest.layout
         self.timing = Timing()
-        self.passes, self._owns = passes or Passes(engine), passes is None
         zero_rows = (self.layout.frame_start(0), self.layout.frame_start(window)) if zero_slots else (0, 0)
         self._slots = SlotRing(engine.capacity, zero_rows, slots_in_sight(self.layout, window))
         self._context = context_policy(

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from numpy.typing import NDArray
 
@@ -204,6 +204,12 @@ class Passes:
 
     def __exit__(self, *error: object) -> None:
         self.held.release()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "a session cannot be copied or sent to another process: open one there with diagd.load, and "
+            "send session.stream.snapshot(), which another session's stream.restore() goes on with"
+        )
 
     def check_open(self) -> None:
         """Refuse (UsageError) to use what is closed, or where the engine's threads are not."""

@@ -425,10 +425,9 @@ class Stream:
         count = self.layout.before if frame == 0 else self.layout.gap
         if not count:
             return np.zeros(0, np.int32)
-        if ids is None or not count <= np.size(ids) <= self.layout.gap:
-            raise UsageError(
-                f"frame {frame} needs {count} action tokens, got {0 if ids is None else np.size(ids)}"
-            )
+        size = 0 if ids is None else np.asarray(ids).size  # NumPy's function takes PyTorch's method for it
+        if ids is None or not count <= size <= self.layout.gap:
+            raise UsageError(f"frame {frame} needs {count} action tokens, got {size}")
         self._check(f"the action of frame {frame}", ids)
         return whole(ids).reshape(-1)[-count:].copy()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import json
 import multiprocessing
+import pickle
 import resource
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -603,6 +606,26 @@ def test_a_fork_of_the_process_refuses_its_session_and_lets_it_go(bundle: Path) 
         process.join(300)
         process.kill()
         assert process.exitcode == 0
+
+
+def test_what_cannot_be_copied_says_what_can(bundle: Path) -> None:
+    with diagd.load(bundle) as session, diagd.load(bundle, sessions=2) as group:
+        for opened in (session, group, group.sessions[1], [session]):
+            for copied in (copy.deepcopy, pickle.dumps):
+                with pytest.raises(UsageError, match=r"open one there .*session.stream.snapshot\(\)"):
+                    copied(opened)
+
+
+def test_tensors_of_pytorch_are_ids(bundle: Path) -> None:
+    with diagd.load(bundle) as session, diagd.load(bundle) as other:
+        layout = session.layout
+        frames, led = np.zeros((1, layout.rows, layout.columns), np.int32), actions(layout, 3)
+        session.start(frames, led[:1])
+        tensor: Callable[[np.ndarray], Any] = torch.from_numpy
+        other.start(tensor(frames), tensor(led[:1]))
+        expected = [session.step(ids).tokens for ids in led]
+        found = [other.step(ids).tokens for ids in tensor(led)]
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_window_of_one_token_slides(tmp_path: Path) -> None:
