@@ -11,6 +11,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import sys
 import threading
 from collections.abc import Collection, Iterator
@@ -27,6 +28,8 @@ FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 """Errors of a disk, or a share of it, that holds no more."""
 _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 """Errors of file systems that flush nothing, as some of other machines and in user space."""
+_NO_RIGHTS = (*_UNABLE, errno.EPERM)
+"""Errors of file systems that keep no rights of files: those of Windows, of other machines, of clouds."""
 
 CHUNK_BYTES = 8 << 20
 
@@ -193,7 +196,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         if path.exists():
-            shutil.copymode(path, partial)
+            allow(partial, path.stat().st_mode)
         sync(partial)
         partial.replace(path)
     except OSError as error:
@@ -221,7 +224,17 @@ def usual_rights(path: Path) -> Iterator[None]:
     path.touch()
     rights = path.stat().st_mode
     yield
-    path.chmod(rights)
+    allow(path, rights)
+
+
+def allow(path: Path, rights: int) -> None:
+    """Give a file or folder rights, where its file system keeps any."""
+    try:
+        path.chmod(stat.S_IMODE(rights))
+    except OSError as error:
+        if error.errno not in _NO_RIGHTS:
+            raise
+        _LOG.debug("no rights for %s: %s", path, error)
 
 
 @contextmanager
@@ -240,8 +253,8 @@ def atomic_directory(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
     try:
         yield partial
         if path.exists():
-            shutil.copymode(path, partial)
-            _carry_over(path, partial, ours)
+            allow(partial, path.stat().st_mode)
+            carry_over(path, partial, ours)
         for file in sorted(partial.rglob("*")):
             if file.is_file() or file.is_dir():
                 sync(file)
@@ -250,7 +263,7 @@ def atomic_directory(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
         sync(path.parent)
         for old in (partial, retired):
             if old.exists():
-                _carry_over(old, path, ours, late=True)
+                carry_over(old, path, ours, late=True)
                 shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         _name(error, path)
@@ -294,7 +307,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(rename(at_working_directory, first, at_working_directory, second, exchange) == 0)
 
 
-def _carry_over(old: Path, new: Path, ours: Collection[str], *, late: bool = False) -> None:
+def carry_over(old: Path, new: Path, ours: Collection[str] = (), *, late: bool = False) -> None:
     """Link what ``old`` holds beside ``ours`` into ``new``; a name that ``new`` needs itself gets another.
 
     ``late``: only what is not there yet.
@@ -333,4 +346,6 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except (OSError, NotImplementedError):  # another file system, or one without hard links
-        shutil.copy2(source, target, follow_symlinks=False)
+        shutil.copyfile(source, target, follow_symlinks=False)
+        with suppress(OSError):  # one without rights or times
+            shutil.copystat(source, target, follow_symlinks=False)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, cache
+from diagd.bundle.files import sync
 from diagd.errors import BundleError, CheckpointError
 from diagd.export.checkpoints import Checkpoint, TensorHandle
 from diagd.export.checkpoints.location import is_index, shard_names
@@ -282,8 +283,7 @@ class ResumableWeights(AbstractContextManager["ResumableWeights", None]):
         """Have all that is finished on the disk, and noted."""
         if self._finished == self._noted:
             return
-        with self.path.open("r+b") as file:
-            os.fsync(file.fileno())
+        sync(self.path)
         with self._journal.open("a", encoding="utf-8") as journal:
             journal.write(f"{self._finished}\n")
         self._noted = self._finished

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagd.bundle import Bundle, atomic_bundle, cache
+from diagd.bundle.files import carry_over
 from diagd.cluster import open_workers
 from diagd.engines.engine import Float
 from diagd.engines.onnxruntime_session import CpuOptions
@@ -145,7 +145,7 @@ def prefer(
             chosen = _best(verdicts, reward.aim_of(before))
             if chosen is not None and ranks.is_first:
                 with atomic_bundle(output) as directory:
-                    shutil.copytree(Path(folder) / chosen, directory, dirs_exist_ok=True)
+                    carry_over(Path(folder) / chosen, directory)
     for state in states:
         state.remove()
     best, mean, worst = (float(part.mean()) for part in (scores.max(1), scores, scores.min(1)))

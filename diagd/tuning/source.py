@@ -235,7 +235,7 @@ class Source:
             return write_checkpoint(what, model, output)
         write_checkpoint(what, model, output / WEIGHTS)
         for part in (self._tokenizer, self._tokenizer.with_name(DESCRIPTION)):
-            shutil.copy(part, output / part.name)
+            shutil.copyfile(part, output / part.name)
         if what.prompts is not None:
             put_prompts(what.prompts, output, output)
         return output

@@ -22,6 +22,7 @@ from diagd.bundle.files import (
     host,
     open_file,
     read_text,
+    usual_rights,
     write_text,
 )
 from diagd.errors import UsageError
@@ -176,6 +177,37 @@ def test_a_disk_that_flushes_nothing_is_written_all_the_same(
     with nullcontext() if number == errno.EINVAL else pytest.raises(OSError, match="error"):
         write_text(tmp_path / "a", "text")
     assert (tmp_path / "a").exists() == (number == errno.EINVAL)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EIO])
+def test_a_disk_without_rights_is_written_all_the_same(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As network disks, those of Windows and of clouds are mounted."""
+
+    def chmod(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def no_link(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    file, folder, new = tmp_path / "file", tmp_path / "folder", tmp_path / "new"
+    file.write_text("old")
+    folder.mkdir()
+    (folder / "mine").write_text("kept")
+    monkeypatch.setattr(os, "chmod", chmod)
+    monkeypatch.setattr(os, "link", no_link)
+    refusal = pytest.raises(OSError, match="error") if number == errno.EIO else nullcontext()
+    with refusal:
+        write_text(file, "new")
+    with refusal, atomic_directory(folder) as partial:
+        (partial / "ours").write_text("new")
+    with refusal, usual_rights(new):
+        pass
+    written = number != errno.EIO
+    assert file.read_text() == ("new" if written else "old")
+    assert sorted(path.name for path in folder.iterdir()) == (["mine", "ours"] if written else ["mine"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "new"]
 
 
 def test_what_is_read_has_an_end(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -73,6 +74,16 @@ def test_the_same_export_goes_on(tmp_path: Path) -> None:
         stored = np.frombuffer(content, np.float32, 15, place.offset).reshape(SHAPE)
         np.testing.assert_array_equal(stored, checkpoint[name].read())
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_disk_that_flushes_nothing_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(handle: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert write(tmp_path / "weights.bin", random_checkpoint(), None, KeyboardInterrupt()) == NAMES
 
 
 def test_what_somebody_put_beside_the_weights_stays(tmp_path: Path) -> None:
