@@ -21,7 +21,7 @@ from diagd.export.families.world import DESCRIPTION, WorldDescription
 from diagd.export.transformer import Transformer
 from diagd.progress import started
 from diagd.schedule import Schedule, StreamLayout
-from diagd.tuning.align import Ranks, together
+from diagd.tuning.align import Ranks, check_converges, together
 from diagd.tuning.recordings import (
     FrameEncoder,
     TokenDataset,
@@ -193,6 +193,7 @@ class _Trainer:
             loss.backward()
             self.optimiser.step(learning_rate(step + 1, options.steps))
             mean = ranks.mean(loss)
+            check_converges(mean, step + 1)
             if ranks.is_first:
                 seconds = time.monotonic() - began
                 progress = Progress(step + 1, options.steps, mean, seconds, self.first_step)

@@ -7,6 +7,7 @@ several schedules mixed in each batch, so that one model serves them all.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from diagd.bundle.files import atomic_file
 from diagd.bundle.targets import file_target
-from diagd.errors import UsageError
+from diagd.errors import QualityError, UsageError
 from diagd.export.transformer import Transformer
 from diagd.progress import started
 from diagd.tuning.options import AlignOptions, check_device
@@ -133,6 +134,15 @@ def beside(path: Path, name: str) -> Path:
     return path.with_name(f"{path.name}.{name}") if name else path
 
 
+def check_converges(loss: float, step: int) -> None:
+    """Refuse (QualityError) to go on where the loss of a step is no finite number: no later one will be."""
+    if not math.isfinite(loss):
+        raise QualityError(
+            f"the loss of step {step} is {loss}: training diverged, and its weights are not written; lower "
+            "the learning rate (--rate, or what it is called there), or start from other weights"
+        )
+
+
 class TrainingState:
     """What is trained on data and its optimiser, kept in the file ``options.resume`` if that is named.
 
@@ -163,6 +173,7 @@ class TrainingState:
 
         Raises:
             UsageError: the file is of another training.
+            QualityError: training diverges.
         """
         options = self._options
         for step in range(self._resumed(), options.steps):
@@ -172,9 +183,11 @@ class TrainingState:
             ramp = min(20 * progress, (1 - progress) / 0.95)
             self._optimiser.param_groups[0]["lr"] = options.rate * ramp
             self._optimiser.step()
+            mean = self._ranks.mean(value)
+            check_converges(mean, step + 1)
             self._write(step + 1)
             if report is not None:
-                report(step + 1, self._ranks.mean(value))
+                report(step + 1, mean)
 
     def _resumed(self) -> int:
         """Be as when the file was written; gives the steps that were done."""
@@ -272,6 +285,7 @@ def align(
 
     Raises:
         UsageError: the text does not fit the model, or there is no such device; see also ``Mixture``.
+        QualityError: training diverges.
     """
     mixture = Mixture(model, streams, options)
     check_device(options.device)

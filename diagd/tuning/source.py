@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -289,8 +290,14 @@ def read_windows(path: Path, config: TransformerConfig, frames: int) -> NDArray[
     Raises:
         UsageError: the file is no such stream, or is shorter than a window.
     """
-    layout = config.layout
-    stream = read_ids(path).reshape(-1).astype(np.int64)
+    layout, ids = config.layout, read_ids(path)
+    if math.prod(ids.shape[1:]) not in (1, layout.frame_length):
+        raise UsageError(
+            f"{path} has shape {list(ids.shape)}; expected a stream, [tokens] or [frames, "
+            f"{layout.frame_length}]: of each frame the {layout.gap} known tokens, its action, and the "
+            f"{layout.cells} cells"
+        )
+    stream = ids.reshape(-1).astype(np.int64)
     length = frames * layout.frame_length
     if len(stream) < length or stream.min() < 0 or stream.max() >= config.vocabulary:
         raise UsageError(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagd.errors import UsageError
+from diagd.errors import QualityError, UsageError
 from diagd.schedule import RowSeed, Schedule, StreamLayout
 from diagd.tuning.align import Validation, align
 from diagd.tuning.options import AlignOptions
@@ -88,6 +88,15 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_weights(rank: int, 
         (tmp_path / "kept").write_bytes(content)
         with pytest.raises(UsageError, match=f"no training that was kept: {reason}"):
             align(small_model(LAYOUT), streams(8), kept)
+
+
+def test_a_training_that_diverges_ends_at_once(tmp_path: Path) -> None:
+    """The weights kept of it are those ahead of the first loss that is no number."""
+    steps: list[int] = []
+    options = AlignOptions(((1.0, CHAINED),), steps=30, rate=1e30, resume=tmp_path / "kept", keep_every=1)
+    with pytest.raises(QualityError, match=r"the loss of step \d+ is nan: training diverged.*--rate"):
+        align(small_model(LAYOUT), streams(8), options, lambda step, _: steps.append(step))
+    assert len(steps) < 5
 
 
 def test_what_is_held_out_is_measured_before_and_after() -> None:

@@ -152,6 +152,11 @@ def test_streams_that_do_not_fit_are_refused(small: Family, tmp_path: Path) -> N
         np.save(path, tokens)
         with pytest.raises(UsageError, match=r"42 or more \(3 frames of 14\) in 0\.\.29"):
             read_windows(path, small.transformer, 3)
+    np.save(path, np.zeros((9, LAYOUT.rows, LAYOUT.columns), int))  # frames as `encode` writes them
+    with pytest.raises(
+        UsageError, match=r"has shape \[9, 3, 4\]; expected .*\[frames, 14\]: of each frame the 2 known"
+    ):
+        read_windows(path, small.transformer, 3)
     path.write_text("no array")
     with pytest.raises(UsageError, match=r"no \.npy array"):
         read_windows(path, small.transformer, 3)
