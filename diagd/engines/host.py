@@ -42,6 +42,16 @@ def instruction_sets() -> frozenset[str]:
     return frozenset((found.get("flags") or found.get("Features") or "").split())
 
 
+def sums_eight_bits() -> bool:
+    """Whether libraries sum products of eight bits in 32; on x86 without VNNI they do in 16, which overflow.
+
+    True where the system does not say.
+    """
+    found = instruction_sets()
+    x86 = platform.machine() in ("x86_64", "AMD64") and bool(found)
+    return not x86 or bool({"avx512_vnni", "avx_vnni", "amx_int8"} & found)
+
+
 def processor_features() -> str:
     """What decides how weights are packed: architecture and instruction sets."""
     return f"{platform.machine()} {' '.join(sorted(instruction_sets())) or platform.processor()}"

@@ -40,6 +40,10 @@ UNWANTED: Final = {"cpu": ["MatMulAddFusion"], "cuda": ["GatherSliceToSplitFusio
 second makes slices one uneven split, whose sizes and addresses the provider copies up: four copies."""
 
 
+EXACT: Final = ("session.x64quantprecision", "1")
+"""On x86 without VNNI products of eight bits are summed in sixteen, which overflow (a fifth off where all
+numbers are large), unless this is set; elsewhere it changes nothing."""
+
 _open: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 _inherited: Final[list[Any]] = []
 """Sessions that a forked process has of its parent: to free one it would wait for threads that it has not."""
@@ -173,6 +177,7 @@ def _settings(runtime: onnxruntime, options: CpuOptions) -> onnxruntime.SessionO
     settings.log_severity_level = 3
     if not options.fuse:
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    settings.add_session_config_entry(*EXACT)
     settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     register_host(settings, settings.intra_op_num_threads)
     return settings
@@ -204,7 +209,8 @@ def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptio
 
     library = host_build()
     own = sha256(Path(library._name)) if library else ""  # a packed graph has its operators
-    parts = [digest, runtime.__version__, processor_features(), str(options.fuse), own, *UNWANTED["cpu"]]
+    machine = [runtime.__version__, processor_features(), own]
+    parts = [digest, *machine, str(options.fuse), *EXACT, *UNWANTED["cpu"]]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     size = sum(file.stat().st_size for file in graph.parent.glob("*.bin"))  # at most, for others use them too
     found = cache.entry("prepacked", key, pack, size)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from diagd.bundle import Bundle, Form
-from diagd.bundle.precision import FLOATING
+from diagd.bundle.manifest import INT8_CACHE
+from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.engines.backend import (
     Arrays,
     Backend,
@@ -36,7 +37,7 @@ from diagd.engines.ceilings import (
 from diagd.engines.devices.host import HostDevice
 from diagd.engines.engine import Engine, Float
 from diagd.engines.executor import Executor
-from diagd.engines.host import cores, instruction_sets
+from diagd.engines.host import cores, instruction_sets, sums_eight_bits
 from diagd.engines.onnxruntime_session import (
     CpuOptions,
     OnnxRuntimeProgram,
@@ -140,6 +141,11 @@ class OpenVino(Backend):
     @override
     def open_steps(self, bundle: Bundle, options: StepOptions) -> Engine:
         graphs = graphs_of(bundle, Form.PORTABLE)
+        if PRECISIONS[graphs[0].precision.removesuffix(INT8_CACHE)].scaling and not sums_eight_bits():
+            raise EngineError(
+                f"{self.name} sums products of {graphs[0].precision} in 16 bits on a processor without VNNI, "
+                "and they overflow; take --set backend=cpu, whose sums are exact, or another precision"
+            )
         compiled = _compile(bundle.file(graphs[0].file), options.cpu.threads, self.floats)
         widths = widths_upto(int(graphs[-1].width or 0))
         bind = partial(OpenVinoProgram, compiled, widths=widths)

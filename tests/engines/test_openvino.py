@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from diagd.bundle import Bundle, Form
+from diagd.engines import host
 from diagd.engines.backend import StepOptions, find
 from diagd.engines.host import instruction_sets
 from diagd.engines.processor import BFLOAT16_UNITS, OpenVino, widths_upto
@@ -20,6 +22,7 @@ from diagd.profiling.measure import random_workload
 from diagd.profiling.verify import Verdict, candidates, open_reference, verify
 from diagd.runtime.pixels import PixelCodec
 from diagd.schedule import Schedule
+from tests.calibration.bundles import quantise
 from tests.engines.opening import CPU
 from tests.models import export_small
 from tests.oracles.models import CODES, small_model
@@ -86,6 +89,23 @@ def test_limits_are_those_of_its_own_product() -> None:
     ceilings = find("openvino").ceilings(1)
     assert ceilings.threads == 1
     assert min(ceilings.copied, ceilings.read, ceilings.peak) > 1e8
+
+
+@pytest.mark.parametrize("backend", ["openvino", "openvino_fp32"])
+def test_products_that_would_overflow_are_refused(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    copy = Path(shutil.copytree(bundle.path, tmp_path / "rounded.diagd"))
+    quantise(copy, "int8", budget=None)
+    rounded, options = Bundle.open(copy).at_precision("int8"), StepOptions(0, 80, CPU)
+    for flags in ({"avx2", "avx512f"}, {"avx2", "avx_vnni"}, {"avx512_vnni"}, set()):
+        monkeypatch.setattr(host, "instruction_sets", partial(frozenset, flags))
+        if not flags or {"avx_vnni", "avx512_vnni"} & flags:
+            find(backend).open_steps(rounded, options).close()
+            continue
+        with pytest.raises(EngineError, match=r"int8 in 16 bits .* without VNNI.*backend=cpu"):
+            find(backend).open_steps(rounded, options)
+        find(backend).open_steps(bundle.at_precision("fp32"), options).close()
 
 
 def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
