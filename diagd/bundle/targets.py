@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -132,7 +133,7 @@ def _folder(path: Path, option: str, what: str, is_one: Callable[[Path], bool]) 
             f"{option} {path}: {there} is no directory that can be written to, and {what} is one; "
             "give another place"
         )
-    if os.path.ismount(place):
+    if _is_mount(place):
         raise UsageError(
             f"{option} {path}: it is a mount point, which cannot be replaced; name a folder in it"
         )
@@ -146,6 +147,19 @@ def _folder(path: Path, option: str, what: str, is_one: Callable[[Path], bool]) 
             "nothing is replaced: name one that is not there yet, or remove it yourself"
         )
     return place
+
+
+def _is_mount(place: Path) -> bool:
+    """Whether something is mounted at a place; a folder of the same file system is, for Linux alone."""
+    if os.path.ismount(place):
+        return True
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    octal = re.compile(rb"\\([0-7]{3})")  # of blanks and the like
+    points = (octal.sub(lambda code: bytes([int(code[1], 8)]), line.split(b" ")[4]) for line in mounts)
+    return os.fsencode(place) in points
 
 
 def _check_open(place: Path, path: Path, option: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +94,33 @@ def test_what_cannot_be_swapped_is_found_before_any_work() -> None:
     for path in (Path("/sys/kernel/a.diagd"), Path("/sys/kernel/a/b.diagd")):
         with pytest.raises(UsageError, match="cannot be written to"):
             bundle_target(path)
+
+
+BOUND = """
+cd {0}; mkdir -p kept "my bundle"; mount --bind kept "my bundle" || exit 77
+exec {1} -c '
+from pathlib import Path
+from diagd.bundle.targets import bundle_target
+from diagd.errors import UsageError
+try:
+    bundle_target(Path("my bundle"))
+except UsageError as error:
+    print(error)
+bundle_target(Path("kept"))
+'
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_a_folder_bound_to_another_name_cannot_be_swapped(tmp_path: Path) -> None:
+    """As containers are given them: it is of the same file system, and as good as a mounted disk."""
+    script = BOUND.format(tmp_path, sys.executable)
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode in (1, 77) and "Error" not in done.stderr:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()[:100]}")
+    assert done.returncode == 0, done.stderr
+    assert "--output my bundle: it is a mount point" in done.stdout
 
 
 def test_an_output_is_no_input(tmp_path: Path) -> None:
