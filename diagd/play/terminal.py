@@ -38,6 +38,7 @@ _NAMED: Final = {
     9: "Tab",
     13: "Enter",
     27: "Escape",
+    28: QUIT,
     32: "Space",
     127: "Backspace",
     57441: "ShiftLeft",
@@ -150,15 +151,25 @@ def check_terminal(environment: Mapping[str, str]) -> None:
         raise UsageError("this terminal shows no colours (TERM, NO_COLOR); play in the browser instead")
 
 
+def _set_raw(descriptor: int) -> None:
+    """Give keys as they are pressed, that which sends SIGQUIT too: it would leave the terminal so."""
+    import termios
+    import tty
+
+    tty.setcbreak(descriptor)
+    modes = termios.tcgetattr(descriptor)
+    modes[6][termios.VQUIT] = os.fpathconf(descriptor, "PC_VDISABLE").to_bytes(1, "big")
+    termios.tcsetattr(descriptor, termios.TCSANOW, modes)
+
+
 @contextmanager
 def _raw(descriptor: int) -> Iterator[Any]:
     """Keys as they are pressed; the terminal is as it was, which is given, however this ends."""
     import termios
-    import tty
 
     before = termios.tcgetattr(descriptor)
     try:
-        tty.setcbreak(descriptor)
+        _set_raw(descriptor)
         yield before
     finally:
         with suppress(termios.error):  # it is gone
@@ -206,11 +217,10 @@ def _stopping(
 ) -> Iterator[None]:
     """Has a job that is stopped ``give`` the terminal back as it was ``before``, and ``take`` it to go on."""
     import termios
-    import tty
 
     def go_on(*_: object) -> None:
         with suppress(termios.error):  # in the background this stops it, and it goes on once more
-            tty.setcbreak(descriptor)
+            _set_raw(descriptor)
             take()
 
     def stop(number: int, _: FrameType | None) -> None:

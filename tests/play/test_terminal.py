@@ -251,12 +251,15 @@ def test_a_job_that_is_stopped_gives_the_terminal_back_and_goes_on(
     until(b"frame ")
     os.write(ours, b"p")  # which a terminal that waits for lines would keep
     until(b"paused")
+    before = termios.tcgetattr(theirs)
     os.write(ours, b"\x1a")
     until(b"shell> ")
     os.write(ours, b"fg\n")
     until(b"\x1b[?1049h")
     assert "\u2580".encode() in until(b"paused")
-    os.write(ours, b"q")
+    assert termios.tcgetattr(theirs) == before
+    os.write(ours, b"\x1c")  # which ends others as they are
+    until(b"\x1b[?1049l")
     until(b"recorded: ")
     until(b"shell> ")
     assert is_cooked()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typing_extensions import override
 
 from diagd.bundle import Bundle
 from diagd.play.opening import SHIPPED, GameOptions, open_replay
@@ -83,6 +87,37 @@ def test_what_is_played_is_played_again_by_python(
     assert np.ravel(uploaded.start).tolist() == json.loads((page / "world.json").read_text())["prompts"][2][0]
     kinds = {type(line).__name__ for _, line in lines}
     assert kinds >= {"Start", "Settings", "Played", "Branch", "Rewind", "Visit", "Audited"}
+
+
+def test_from_the_disk_it_says_what_it_takes(tab: Tab, page: Path) -> None:
+    tab.open(page.joinpath("index.html").as_uri())
+    tab.until("document.getElementById('cover').textContent.includes('Serve its folder')")
+    assert tab.evaluate("document.getElementById('cover').hidden") is False
+
+
+class Keeping(SimpleHTTPRequestHandler):
+    """A host that lets browsers keep all for an hour."""
+
+    @override
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
+
+
+def test_a_world_that_took_the_place_of_another_is_played(tab: Tab, page: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "page"
+    shutil.copytree(page, folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Keeping, directory=str(folder))) as host:
+        threading.Thread(target=host.serve_forever).start()
+        try:
+            enter(tab, f"http://127.0.0.1:{host.server_port}/")
+            spec = folder / "world.json"
+            spec.write_text(json.dumps(json.loads(spec.read_text()) | {"name": "another"}))
+            os.utime(spec, (time.time() + 60,) * 2)
+            enter(tab, f"http://127.0.0.1:{host.server_port}/")
+            assert tab.evaluate("document.getElementById('name').textContent") == "another"
+        finally:
+            host.shutdown()
 
 
 def wait_for(file: Path) -> Path:

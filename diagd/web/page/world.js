@@ -6,9 +6,12 @@ import { LookupDraft, WindowPolicy, jacobi } from "./jacobi.js";
 import { Schedule } from "./schedule.js";
 import { Session, scheduled } from "./session.js";
 
+// What was kept of a page before may be of another world: the host is asked whether it still holds.
+const FRESH = { cache: "no-cache" };
+
 // A file of the folder, compressed so that any host sends it small; `advance` is told of bytes that came.
 async function unpacked(base, name, advance) {
-  const answer = await fetch(new URL(`${name}.packed`, base));
+  const answer = await fetch(new URL(`${name}.packed`, base), FRESH);
   if (!answer.ok) throw new Error(`${name} cannot be had: ${answer.status} ${answer.statusText}`);
   const counted = new TransformStream({
     transform(chunk, controller) {
@@ -23,7 +26,7 @@ async function unpacked(base, name, advance) {
 export class World {
   // Load what lies beside `base`; `progress(done, total)` is in bytes.
   static async open(base, { threads = 1, progress = () => {} } = {}) {
-    const spec = await (await fetch(new URL("world.json", base))).json(), { files } = spec, address = (name) => new URL(name, base).href;
+    const spec = await (await fetch(new URL("world.json", base), FRESH)).json(), { files } = spec, address = (name) => new URL(name, base).href;
     const gpu = spec.gpu && (await GpuRuntime.isHere());
     const names = [`ort-wasm-simd-threaded.${gpu ? "jspi." : ""}wasm`, "step.onnx", "step.bin", "decoder.onnx", "decoder.bin"];
     const total = names.reduce((sum, name) => sum + files[`${name}.packed`], 0);
