@@ -107,7 +107,13 @@ def _kinds(of: type | Callable[..., Any], *late: tuple[str, type]) -> dict[str, 
         name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         for name, hint in get_type_hints(of, localns=dict(late) or None).items()
     }
-    return {name: tuple(get_origin(kind) or kind for kind in kinds) for name, kinds in unions.items()}
+    return {name: tuple(map(_class, kinds)) for name, kinds in unions.items()}
+
+
+def _class(kind: Any) -> Any:
+    """What an instance of a type is of; NumPy 2.5 has its arrays' behind an alias."""
+    plain = getattr(kind, "__value__", kind)
+    return get_origin(plain) or plain
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
