@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from diagd.engines.host import UNKNOWN_MEMORY, cores, memory_bytes, peak_memory
+from diagd.engines.host import UNKNOWN_MEMORY, cores, cpu_quota, memory_bytes, peak_memory
 
 BARE = """
 import os, signal, sys
@@ -27,6 +28,34 @@ def test_this_system_tells() -> None:
     assert 1 <= cores() <= (os.cpu_count() or 1)
     assert memory_bytes() > 1 << 28
     assert peak_memory() > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "quota"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),  # in a container
+        ("0::/system.slice/diagd.service", {"system.slice/diagd.service/cpu.max": "200000 100000"}, 2),
+        ("0::/a/b", {"a/cpu.max": "50000 100000", "a/b/cpu.max": "max 100000"}, 0.5),
+        ("0::/a/b", {"cpu.max": "max 100000"}, None),
+        (
+            "4:cpu,cpuacct:/docker/1\n1:memory:/\n0::/",  # as it is named outside
+            {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"},
+            4,
+        ),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("3:cpuset:/\n2:cpuacct:/", {}, None),
+    ],
+)
+def test_the_time_of_a_control_group_is_known(
+    tmp_path: Path, group: str, files: dict[str, str], quota: float | None
+) -> None:
+    for name, told in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{told}\n")
+    (tmp_path / "own").write_text(f"{group}\n")
+    found = cpu_quota(tmp_path, tmp_path / "own")
+    assert found == quota if quota else found > 1e6
+    assert cpu_quota(tmp_path, tmp_path / "none") > 1e6
 
 
 def test_without_the_calls_of_one_system(monkeypatch: pytest.MonkeyPatch) -> None:

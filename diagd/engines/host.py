@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -17,10 +18,29 @@ UNKNOWN_MEMORY = 8 << 30
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Cores this process may use: those it may run on, or as many as its control group has the time of."""
     if hasattr(os, "sched_getaffinity"):  # Linux only
-        return len(os.sched_getaffinity(0))
+        return min(len(os.sched_getaffinity(0)), max(1, math.ceil(cpu_quota())))
     return getattr(os, "process_cpu_count", os.cpu_count)() or 1
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Cores whose time control groups leave this process, by ``docker --cpus`` or ``CPUQuota=``, or many."""
+    lines = own.read_text(encoding="utf-8").splitlines() if own.is_file() else []
+    quota = 1e9
+    for _, kinds, group in (line.split(":", 2) for line in lines):
+        if kinds and "cpu" not in kinds.split(","):
+            continue
+        base = root / "cpu" if kinds else root
+        inner = base / group.lstrip("/")
+        for folder in (inner, *inner.parents):  # in a container the group may be that of outside
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if kinds else ("cpu.max",)
+            files = [folder / name for name in names]
+            if folder.is_relative_to(base) and all(file.is_file() for file in files):
+                told = " ".join(file.read_text(encoding="utf-8") for file in files).split()
+                if told[0].isdigit():  # else "max" or -1
+                    quota = min(quota, int(told[0]) / int(told[1]))
+    return quota
 
 
 @cache

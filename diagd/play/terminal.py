@@ -151,12 +151,12 @@ def check_terminal(environment: Mapping[str, str]) -> None:
         raise UsageError("this terminal shows no colours (TERM, NO_COLOR); play in the browser instead")
 
 
-def _set_raw(descriptor: int) -> None:
+def _set_raw(descriptor: int, when: int) -> None:
     """Give keys as they are pressed, that which sends SIGQUIT too: it would leave the terminal so."""
     import termios
     import tty
 
-    tty.setcbreak(descriptor)
+    tty.setcbreak(descriptor, when)
     modes = termios.tcgetattr(descriptor)
     modes[6][termios.VQUIT] = os.fpathconf(descriptor, "PC_VDISABLE").to_bytes(1, "big")
     termios.tcsetattr(descriptor, termios.TCSANOW, modes)
@@ -169,7 +169,7 @@ def _raw(descriptor: int) -> Iterator[Any]:
 
     before = termios.tcgetattr(descriptor)
     try:
-        _set_raw(descriptor)
+        _set_raw(descriptor, termios.TCSAFLUSH)
         yield before
     finally:
         with suppress(termios.error):  # it is gone
@@ -220,7 +220,7 @@ def _stopping(
 
     def go_on(*_: object) -> None:
         with suppress(termios.error):  # in the background this stops it, and it goes on once more
-            _set_raw(descriptor)
+            _set_raw(descriptor, termios.TCSANOW)
             take()
 
     def stop(number: int, _: FrameType | None) -> None:
