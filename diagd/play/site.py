@@ -67,7 +67,8 @@ class Site:
 
     def __init__(self, host: str, port: int, public: Sequence[str] = ()) -> None:
         urls = [urlsplit(address.lower()) for address in public]
-        self._port, self._hosts = port, {url.netloc for url in urls}
+        ports = (f"{url.netloc}:{443 if url.scheme == 'https' else 80}" for url in urls if url.port is None)
+        self._port, self._hosts = port, {url.netloc for url in urls} | {*ports}  # as some proxies say it
         self._origins = {f"{url.scheme}://{url.netloc}" for url in urls}
         name = socket.gethostname().lower()
         self._names = {"localhost", host.lower(), name, f"{name}.local"}  # as multicast DNS has it
@@ -80,7 +81,7 @@ class Site:
         """Why a request is not answered; None: it is."""
         if host is None and path != SOCKET:
             return None
-        if not self._is_ours(host) and host not in self._hosts:
+        if not self._is_ours(host) and (host or "").lower() not in self._hosts:
             return "the Host of the request is not this server's; --set public=ADDRESS tells it of a proxy"
         if origin not in {None, f"http://{host}", *self._origins}:
             return "the Origin of the request is another site"

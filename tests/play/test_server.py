@@ -154,6 +154,7 @@ def test_a_proxy_a_tunnel_or_a_container_leads_here(serve: Serve) -> None:
         here, hello = f"127.0.0.1:{port}", {"type": "hello", "version": 1, "token": server.address.token}
         for host, origin in (
             ("play.example", "https://play.example"),
+            ("Play.example:443", "https://play.example"),
             ("localhost:9000", "http://localhost:9000"),
             (here, "https://play.example"),
         ):
