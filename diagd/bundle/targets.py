@@ -110,7 +110,10 @@ def is_where_one_works(path: Path) -> bool:
 def _resolved(path: Path, option: str) -> Path:
     try:
         if not is_where_one_works(path):
-            return path.resolve()
+            place = path.resolve()
+            if place.is_symlink():  # from Python 3.13 on that is no error
+                raise RuntimeError("its links go round in circles")
+            return place
     except (OSError, RuntimeError) as error:  # links that go round in circles
         raise UsageError(f"{option} {path}: {error}; check the path") from error
     raise UsageError(
