@@ -20,7 +20,7 @@ from diagd.bundle import Bundle, cache
 from diagd.bundle.files import sha256
 from diagd.bundle.manifest import StepGraph
 from diagd.engines.devices.kernels import host_build, register_host
-from diagd.engines.host import cores, installed, processor_features
+from diagd.engines.host import cores, installed, processor_features, sums_eight_bits
 from diagd.engines.tensors import ALIGNMENT, Tensor, check_shapes
 from diagd.errors import BundleError, DiagdError, EngineError, UsageError, require
 from diagd.options import checked, setting
@@ -40,9 +40,12 @@ UNWANTED: Final = {"cpu": ["MatMulAddFusion"], "cuda": ["GatherSliceToSplitFusio
 second makes slices one uneven split, whose sizes and addresses the provider copies up: four copies."""
 
 
-EXACT: Final = ("session.x64quantprecision", "1")
-"""On x86 without VNNI products of eight bits are summed in sixteen, which overflow (a fifth off where all
-numbers are large), unless this is set; elsewhere it changes nothing."""
+EXACT: Final = "session.x64quantprecision"
+"""Has products of eight bits summed in 32; x86 without VNNI sums them in sixteen, which overflow (a fifth off
+where all numbers are large). It fails on weights by column without zero points, those of graphs for GPUs."""
+
+INT8_PRODUCT: Final = b"Int8Product"
+"""How names of functions begin that graphs of processors have for products of eight bits."""
 
 _open: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 _inherited: Final[list[Any]] = []
@@ -108,9 +111,10 @@ def open_cpu_session(graph: Path, digest: str, options: CpuOptions) -> onnxrunti
         EngineError: ONNX Runtime refuses the graph.
     """
     runtime = require("onnxruntime", extra="export", purpose="run step graphs on the CPU")
+    settings = _settings(runtime, graph, options)
     if options.prepack and not _packs_itself(graph):
         graph = _prepacked(runtime, graph, digest, options)
-    return _load(runtime, graph, _settings(runtime, options))
+    return _load(runtime, graph, settings)
 
 
 def open_plainly(graph: Path) -> onnxruntime.InferenceSession:
@@ -159,7 +163,10 @@ def refused(library: str, graph: Path, error: Exception) -> DiagdError:
             f"{library} refuses {graph}, where files of {graph.parent} are links, which lead out of it: copy "
             f"the bundle with what they lead to (cp -rL), or link it as a whole ({error})"
         )
-    return EngineError(f"{library} refuses {graph}: {error}")
+    newer = "; later ones may have it, for Python 3.11 or later: pip install --upgrade onnxruntime"
+    return EngineError(
+        f"{library} refuses {graph}: {error}{newer if 'NOT_IMPLEMENTED' in str(error) else ''}"
+    )
 
 
 def _load(
@@ -170,14 +177,16 @@ def _load(
     )
 
 
-def _settings(runtime: onnxruntime, options: CpuOptions) -> onnxruntime.SessionOptions:
+def _settings(runtime: onnxruntime, graph: Path, options: CpuOptions) -> onnxruntime.SessionOptions:
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = options.threads or cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
-    if not options.fuse:
+    exact = options.fuse and not sums_eight_bits()
+    if exact and INT8_PRODUCT in graph.read_bytes():
+        settings.add_session_config_entry(EXACT, "1")
+    elif exact or not options.fuse:  # products in floating point, which are exact too
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
-    settings.add_session_config_entry(*EXACT)
     settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     register_host(settings, settings.intra_op_num_threads)
     return settings
@@ -186,7 +195,7 @@ def _settings(runtime: onnxruntime, options: CpuOptions) -> onnxruntime.SessionO
 def _packs_itself(graph: Path) -> bool:
     """Whether products of a graph are run by the host build, which packs weights of its own."""
     library, text = host_build(), graph.read_bytes()
-    names = {0: b"BoundProduct", 1: b"Int8Product"}
+    names = {0: b"BoundProduct", 1: INT8_PRODUCT}
     return library is not None and any(
         name in text and library.diagd_packs(kind) for kind, name in names.items()
     )
@@ -196,7 +205,7 @@ def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptio
     """The graph with its weights as this machine packs them, from the cache; without one, itself."""
 
     def pack(folder: Path) -> None:
-        settings, packed = _settings(runtime, options), folder / PACKED
+        settings, packed = _settings(runtime, graph, options), folder / PACKED
         settings.optimized_model_filepath = str(packed)
         settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
         settings.add_session_config_entry(
@@ -210,7 +219,7 @@ def _prepacked(runtime: onnxruntime, graph: Path, digest: str, options: CpuOptio
     library = host_build()
     own = sha256(Path(library._name)) if library else ""  # a packed graph has its operators
     machine = [runtime.__version__, processor_features(), own]
-    parts = [digest, *machine, str(options.fuse), *EXACT, *UNWANTED["cpu"]]
+    parts = [digest, *machine, str(options.fuse), EXACT, *UNWANTED["cpu"]]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     size = sum(file.stat().st_size for file in graph.parent.glob("*.bin"))  # at most, for others use them too
     found = cache.entry("prepacked", key, pack, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from diagd.calibration.options import Budget, CalibrationOptions
 from diagd.calibration.quantise import RejectedError, calibrate
 from diagd.calibration.report import read_calibration
 from diagd.calibration.search import Choice
-from diagd.engines.backend import StepOptions
+from diagd.engines.backend import StepOptions, find
+from diagd.engines.engine import VOID
 from diagd.engines.onnxruntime_session import CpuOptions
 from diagd.engines.prefix import PrefixEngine
 from diagd.errors import BundleError, QualityError, UsageError
@@ -38,6 +40,7 @@ from tests.calibration.bundles import (
     measured,
     quantise,
 )
+from tests.engines.opening import run_step
 from tests.models import export_small
 from tests.oracles.models import CODES, small_model
 
@@ -105,6 +108,33 @@ def test_a_models_own_likelihood_is_recorded_for_each_precision(quantised: Path)
             now = LikelihoodScorer.measured(session, led, 8)
             assert now.mean == pytest.approx(own.mean, abs=3 * own.deviation)
             assert LikelihoodScorer.recorded(session, SamplingSettings(0.5)) is None
+
+
+@pytest.mark.parametrize("form", [Form.PREFIX, Form.MODERN])
+@pytest.mark.parametrize(
+    ("precision", "bound"),
+    [
+        ("int8", 1e-3),
+        ("int8-dynamic", 1e-3),
+        ("int8-weight", 0.03),
+    ],  # the last ones round activations as well
+)
+def test_processors_without_vnni_compute_the_same(
+    quantised: Path, precision: str, bound: float, form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where libraries are told to sum exactly, which they refuse for some graphs."""
+    bundle, ids = Bundle.open(quantised).at_precision(precision), np.arange(8, dtype=np.int32)
+    if not any(graph.form is form for graph in bundle.manifest.graphs):
+        pytest.skip("TensorRT has no such product")
+    found = []
+    for vnni in (True, False):
+        monkeypatch.setattr("diagd.engines.onnxruntime_session.sums_eight_bits", lambda vnni=vnni: vnni)
+        options = StepOptions(96, 64, CpuOptions(1, prepack=False), form)
+        with contextlib.closing(find("cpu").open_steps(bundle, options)) as engine:
+            engine.write_slots(np.full(engine.capacity, VOID, np.int32))
+            engine.write_tokens(ids, ids)
+            found.append(run_step(engine, ids, ids, ids, ids, 0, 8).copy())
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=bound * np.abs(found[0]).max())
 
 
 def test_static_int8_does_not_depend_on_the_batch(quantised: Path) -> None:

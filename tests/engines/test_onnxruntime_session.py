@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import onnxruntime
 import pytest
 
-from diagd.engines import onnxruntime_session
-from diagd.engines.onnxruntime_session import CUDA, INSTALL, CpuOptions, open_cuda_session, provider_problem
+from diagd.engines.onnxruntime_session import CUDA, INSTALL, open_cuda_session, provider_problem
 from diagd.errors import EngineError
 
 
@@ -61,8 +59,3 @@ def test_the_error_names_the_line_that_mends_it(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no CUDA provider") as caught:
         open_cuda_session(tmp_path / "step.onnx")
     assert INSTALL in str(caught.value)
-
-
-def test_products_of_eight_bits_are_exact_on_every_processor() -> None:
-    settings = onnxruntime_session._settings(onnxruntime, CpuOptions())
-    assert settings.get_session_config_entry("session.x64quantprecision") == "1"
