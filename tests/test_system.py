@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diagd.engines.host import UNKNOWN_MEMORY, cores, cpu_quota, memory_bytes, peak_memory
+from diagd.engines.host import UNKNOWN_MEMORY, cores, cpu_quota, memory_bytes, memory_limit, peak_memory
 
 BARE = """
 import os, signal, sys
@@ -49,13 +49,44 @@ def test_this_system_tells() -> None:
 def test_the_time_of_a_control_group_is_known(
     tmp_path: Path, group: str, files: dict[str, str], quota: float | None
 ) -> None:
-    for name, told in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"{told}\n")
-    (tmp_path / "own").write_text(f"{group}\n")
-    found = cpu_quota(tmp_path, tmp_path / "own")
+    found = cpu_quota(groups(tmp_path, group, files))
     assert found == quota if quota else found > 1e6
-    assert cpu_quota(tmp_path, tmp_path / "none") > 1e6
+    assert cpu_quota((tmp_path, tmp_path / "none")) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("group", "base", "limit", "free"),
+    [
+        ("0::/", "", 2 << 30, 1 << 30),
+        ("0::/user.slice/run-1.scope", "user.slice/run-1.scope/", 2 << 30, 1 << 30),
+        ("0::/a/b", "a/", 2 << 30, 1 << 30),
+        ("4:memory:/docker/1\n1:cpu:/\n0::/", "memory/", 2 << 30, 1 << 30),
+        ("4:memory:/a", "memory/a/", 2 << 30, 1 << 30),
+        ("0::/a", "b/", 1 << 62, 1 << 62),
+        ("3:cpu:/", "", 1 << 62, 1 << 62),
+    ],
+)
+def test_the_memory_of_a_control_group_is_known(
+    tmp_path: Path, group: str, base: str, limit: int, free: int
+) -> None:
+    first = "memory:" in group
+    names = ("limit_in_bytes", "usage_in_bytes") if first else ("max", "current")
+    cached = f"anon 1\n{'total_' * first}inactive_file {1 << 29}\nfile 7"
+    told = (str(2 << 30), str(3 << 29), cached)
+    files = {f"{base}memory.{name}": text for name, text in zip((*names, "stat"), told, strict=True)}
+    places = groups(tmp_path, group, files)
+    assert memory_limit(places) == (limit, free)
+    (tmp_path / f"{base}memory.{names[0]}").write_text(f"{9 << 60 if first else 'max'}\n")
+    assert memory_limit(places)[1] >= 1 << 62
+
+
+def groups(root: Path, group: str, files: dict[str, str]) -> tuple[Path, Path]:
+    """Control groups as Linux tells of them, and which a process is in."""
+    for name, told in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{told}\n")
+    (root / "own").write_text(f"{group}\n")
+    return root, root / "own"
 
 
 def test_without_the_calls_of_one_system(monkeypatch: pytest.MonkeyPatch) -> None:

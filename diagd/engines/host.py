@@ -8,8 +8,10 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Final
 
 from diagd.errors import DiagdError, UsageError
 
@@ -24,23 +26,54 @@ def cores() -> int:
     return getattr(os, "process_cpu_count", os.cpu_count)() or 1
 
 
-def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Cores whose time control groups leave this process, by ``docker --cpus`` or ``CPUQuota=``, or many."""
+GROUPS: Final = (Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+"""Where Linux tells of control groups, and which this process is in."""
+
+
+def _groups(kind: str, places: tuple[Path, Path]) -> Iterator[tuple[Path, bool]]:
+    """Folders of the groups that limit this process, inner ones first; True: of the first version."""
+    root, own = places
     lines = own.read_text(encoding="utf-8").splitlines() if own.is_file() else []
-    quota = 1e9
     for _, kinds, group in (line.split(":", 2) for line in lines):
-        if kinds and "cpu" not in kinds.split(","):
-            continue
-        base = root / "cpu" if kinds else root
-        inner = base / group.lstrip("/")
-        for folder in (inner, *inner.parents):  # in a container the group may be that of outside
-            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if kinds else ("cpu.max",)
-            files = [folder / name for name in names]
-            if folder.is_relative_to(base) and all(file.is_file() for file in files):
-                told = " ".join(file.read_text(encoding="utf-8") for file in files).split()
-                if told[0].isdigit():  # else "max" or -1
-                    quota = min(quota, int(told[0]) / int(told[1]))
+        if not kinds or kind in kinds.split(","):
+            base = root / kind if kinds else root
+            inner = base / group.lstrip("/")  # in a container the group may be that of outside
+            folders = (folder for folder in (inner, *inner.parents) if folder.is_relative_to(base))
+            yield from ((folder, bool(kinds)) for folder in folders)
+
+
+def _told(folder: Path, *names: str) -> list[str]:
+    """Words of files of a group; none where it has not all of them."""
+    files = [folder / name for name in names]
+    there = all(file.is_file() for file in files)
+    return " ".join(file.read_text(encoding="utf-8") for file in files).split() if there else []
+
+
+def cpu_quota(places: tuple[Path, Path] = GROUPS) -> float:
+    """Cores whose time control groups leave this process, by ``docker --cpus`` or ``CPUQuota=``, or many."""
+    quota = 1e9
+    for folder, first in _groups("cpu", places):
+        told = _told(folder, *(("cpu.cfs_quota_us", "cpu.cfs_period_us") if first else ("cpu.max",)))
+        if told and told[0].isdigit():  # else "max" or -1
+            quota = min(quota, int(told[0]) / int(told[1]))
     return quota
+
+
+def memory_limit(places: tuple[Path, Path] = GROUPS) -> tuple[int, int]:
+    """Bytes that control groups let this process have, by ``docker -m`` or ``MemoryMax=``, and those free.
+
+    Many where there is no limit. What is kept of files that were read is free: the system takes it back.
+    """
+    limit = free = 1 << 62
+    for folder, first in _groups("memory", places):
+        names = ("limit_in_bytes", "usage_in_bytes", "stat") if first else ("max", "current", "stat")
+        told = _told(folder, *(f"memory.{name}" for name in names))
+        if told and told[0].isdigit():  # else "max"
+            most, used = int(told[0]), int(told[1])
+            kept = dict(zip(told[2::2], told[3::2], strict=True))
+            unused = int(kept.get("total_inactive_file" if first else "inactive_file", 0))
+            limit, free = min(limit, most), min(free, max(0, most - used + unused))
+    return limit, free
 
 
 @cache
@@ -88,11 +121,7 @@ def installed(package: str) -> str | None:
 def memory_bytes() -> int:
     """Memory this process may use: the machine's, or the limit of its control group."""
     total = _configured("SC_PHYS_PAGES") or _windows_memory() or UNKNOWN_MEMORY
-    limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-    for limit in limits:
-        if limit.is_file() and (content := limit.read_text(encoding="utf-8").strip()).isdigit():
-            return min(total, int(content))
-    return total
+    return min(total, memory_limit()[0])
 
 
 def available_bytes() -> int | None:
@@ -101,7 +130,7 @@ def available_bytes() -> int | None:
     if meminfo.is_file():
         for line in meminfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return min(int(line.split()[1]) * 1024, memory_limit()[1])
     return _configured("SC_AVPHYS_PAGES")
 
 
