@@ -43,10 +43,11 @@ def _groups(kind: str, places: tuple[Path, Path]) -> Iterator[tuple[Path, bool]]
 
 
 def _told(folder: Path, *names: str) -> list[str]:
-    """Words of files of a group; none where it has not all of them."""
-    files = [folder / name for name in names]
-    there = all(file.is_file() for file in files)
-    return " ".join(file.read_text(encoding="utf-8") for file in files).split() if there else []
+    """Words of files of a group; none where they cannot all be read."""
+    try:
+        return " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
+    except OSError:
+        return []
 
 
 def cpu_quota(places: tuple[Path, Path] = GROUPS) -> float:
@@ -70,7 +71,7 @@ def memory_limit(places: tuple[Path, Path] = GROUPS) -> tuple[int, int]:
         told = _told(folder, *(f"memory.{name}" for name in names))
         if told and told[0].isdigit():  # else "max"
             most, used = int(told[0]), int(told[1])
-            kept = dict(zip(told[2::2], told[3::2], strict=True))
+            kept = dict(zip(told[2::2], told[3::2], strict=False))
             unused = int(kept.get("total_inactive_file" if first else "inactive_file", 0))
             limit, free = min(limit, most), min(free, max(0, most - used + unused))
     return limit, free

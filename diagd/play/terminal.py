@@ -271,7 +271,8 @@ class _Player:
         self._abilities = abilities
         self._fit()
         self._game, self._inputs, self._target = game, inputs, target
-        self._is_seen, self._writing, self._held = False, threading.Lock(), Held()
+        self._is_seen, self._held = False, Held()
+        self._writing = threading.RLock()  # a signal may come while it is held
         self._stage = Stage(game, inputs, self._show, self._say, rate)
         self._stage.is_watched = True
         self._game_loop = GameLoop([self._stage])
