@@ -1,15 +1,21 @@
 """Puts the kernels of ``native/`` into the package.
 
 Their sources, which a GPU's compiler takes when they first run, and their host build where there is a C++
-compiler; without one NumPy draws the same ids.
+compiler; without one NumPy draws the same ids. On Windows the compiler is Zig's, which comes from PyPI: they
+are written for GCC and Clang, and GCC does not align what AVX keeps on the stack there.
 """
 
+import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 
 class BuildWithKernels(build_py):
@@ -22,6 +28,28 @@ class BuildWithKernels(build_py):
             target = Path(self.build_lib) / "diagd" / "engines" / "devices"
             for source in (*Path("native").glob("*.cu"), *Path("native").glob("*.h")):
                 shutil.copy(source, target)
+
+
+class BuildHostKernels(build_ext):
+    """Builds what is no module but a library, without a module's entry."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile; CompileError: it cannot be, which ends no installation."""
+        if sys.platform != "win32":
+            super().build_extension(ext)
+            return
+        processor = {"AMD64": "x86_64", "ARM64": "aarch64"}.get(platform.machine(), platform.machine())
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            library = Path(folder) / target.name  # debug symbols and more are written beside it
+            words = [sys.executable, "-m", "ziglang", "c++", "-target", f"{processor}-windows-gnu", "-shared"]
+            words += [*ext.extra_compile_args, *(f"-I{place}" for place in ext.include_dirs)]
+            try:
+                subprocess.run([*words, "-o", str(library), *ext.sources], check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise CompileError(str(error)) from error
+            shutil.copyfile(library, target)
 
 
 HOST_BUILD = Extension(
@@ -40,6 +68,6 @@ HOST_BUILD = Extension(
 )
 
 setup(
-    cmdclass={"build_py": BuildWithKernels},
-    ext_modules=[] if sys.platform == "win32" else [HOST_BUILD],  # a library without a module's entry
+    cmdclass={"build_py": BuildWithKernels, "build_ext": BuildHostKernels},
+    ext_modules=[HOST_BUILD],
 )

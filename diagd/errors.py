@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from numbers import Integral, Real
@@ -60,6 +63,20 @@ class QualityError(DiagdError):
     exit_code = 1
 
 
+def command_line(*words: str) -> str:
+    """A command as the shells of this system take it; in single quotes, those of Windows do not."""
+    if sys.platform == "win32":
+        return " ".join(
+            word if re.fullmatch(r"[\w\-.,:/\\=@+~\[\]]+", word) else f'"{word}"' for word in words
+        )
+    return shlex.join(words)
+
+
+def pip_line(extra: str) -> str:
+    """The command that installs what an extra brings."""
+    return command_line("pip", "install", f"diagd[{extra}]")
+
+
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional module of an ``extra``, or raise the `pip` line; it "is needed to ``purpose``".
 
@@ -73,7 +90,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             raise
         package = module.split(".", maxsplit=1)[0]
         raise DependencyError(
-            f"{package} is needed to {purpose} and is not installed; run: pip install 'diagd[{extra}]'"
+            f"{package} is needed to {purpose} and is not installed; run: {pip_line(extra)}"
         ) from error
 
 

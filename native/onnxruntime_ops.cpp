@@ -5,9 +5,11 @@
 // runs that, others put the function's nodes in its place. A name stays what it was: older graphs had "Heads..",
 // "Attend" and "Mask" with other inputs, which none may have again. Declared here is what is used of ONNX Runtime's C
 // interface, whose structures only grow at their ends (include/onnxruntime/core/session/onnxruntime_c_api.h).
-#if !defined(_WIN32)
-
+#if defined(_WIN32)
+#include <windows.h>
+#else
 #include <dlfcn.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -149,10 +151,16 @@ struct Kernel {
   std::unique_ptr<const diagd::Int8Weight> bytes;
 };
 
+// cuLaunchKernel of the driver, where there is one.
 diagd::Launch launcher() {
+#if defined(_WIN32)
+  static const HMODULE driver = LoadLibraryA("nvcuda.dll");
+  static void* const found = driver ? reinterpret_cast<void*>(GetProcAddress(driver, "cuLaunchKernel")) : nullptr;
+#else
   static void* const driver = dlopen("libcuda.so.1", RTLD_NOW);
-  static const auto launch = driver ? reinterpret_cast<diagd::Launch>(dlsym(driver, "cuLaunchKernel")) : nullptr;
-  return launch;
+  static void* const found = driver ? dlsym(driver, "cuLaunchKernel") : nullptr;
+#endif
+  return reinterpret_cast<diagd::Launch>(found);
 }
 
 struct Shaped {
@@ -744,5 +752,3 @@ extern "C" Status RegisterCustomOps(void* options, const ApiBase* base) {
   next_given = {};
   return call(api, kAddCustomOpDomain, options, domain);
 }
-
-#endif

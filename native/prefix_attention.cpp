@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "processor.h"
+
 // Unlike the sampler's, products need not be rounded before they are added.
 #if defined(__clang__)
 #pragma clang fp contract(fast)
@@ -86,8 +88,8 @@ struct Kernel {
 
 Kernel fastest() {
 #if defined(__x86_64__)
-  const bool has_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_fma && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+  const bool has_fma = processor().avx2 && processor().fma;
+  if (has_fma && processor().avx512vl && processor().avx512dq)
     return {avx512::write_rows, avx512::attend_rows, avx512::gate_columns, avx512::normalise_row};
   if (has_fma) return {avx2::write_rows, avx2::attend_rows, avx2::gate_columns, avx2::normalise_row};
 #endif

@@ -9,8 +9,14 @@
 #include <cstring>
 #include <new>
 
+#include "processor.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(_WIN32)
+#include <malloc.h>
+#else
 #include <sys/mman.h>
 #endif
 
@@ -23,7 +29,11 @@ int64_t divided(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
 }  // namespace
 
+#if defined(_WIN32)
+void FreeMemory::operator()(void* memory) const { _aligned_free(memory); }
+#else
 void FreeMemory::operator()(void* memory) const { std::free(memory); }
+#endif
 
 Weight::Weight(int64_t inputs, int64_t outputs) : inputs(inputs), outputs(outputs), panels(divided(outputs, kPanel)) {}
 
@@ -42,7 +52,12 @@ Memory<Element> memory_of(int64_t count) {
   void* found = nullptr;
   const size_t size = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(Element);
   const bool large = size >= kLargePage;
+#if defined(_WIN32)
+  found = _aligned_malloc(size, kLine);
+  if (!found) throw std::bad_alloc();
+#else
   if (posix_memalign(&found, large ? kLargePage : kLine, size)) throw std::bad_alloc();
+#endif
 #if defined(MADV_HUGEPAGE)
   if (large) madvise(found, size, MADV_HUGEPAGE);
 #endif
@@ -237,9 +252,9 @@ void round_row(const float* x, int64_t count, float scale, int32_t zero, uint8_t
 #pragma GCC pop_options
 #endif
 
-bool has_float_products() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"); }
+bool has_float_products() { return processor().avx512f && processor().avx512vl; }
 
-bool has_int8_products() { return has_float_products() && __builtin_cpu_supports("avx512vnni"); }
+bool has_int8_products() { return has_float_products() && processor().avx512vnni; }
 
 FloatWeight::FloatWeight(const float* weight, int64_t inputs, int64_t outputs)
     : Weight(inputs, outputs), packed(memory_of<float>(panels * inputs * kPanel)) {

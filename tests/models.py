@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from tests.oracles.models import CODES
 
 PREFIX_TOKEN = CODES + 1
 
-KEPT = Path(tempfile.gettempdir()) / f"diagd-tests-{os.getuid()}"
+KEPT = Path(tempfile.gettempdir()) / f"diagd-tests-{getpass.getuser()}"
 """What runs of the tests on this machine share."""
 
 

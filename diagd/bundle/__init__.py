@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +29,7 @@ from diagd.bundle.manifest import (
 )
 from diagd.bundle.precision import FLOATING, PRECISIONS
 from diagd.bundle.targets import bundle_target
-from diagd.errors import BundleError, ScheduleError, UsageError, expect, fault
+from diagd.errors import BundleError, ScheduleError, UsageError, command_line, expect, fault
 
 __all__ = [
     "PROMPTS_NAME",
@@ -246,7 +245,7 @@ def _export_line(path: Path, content: dict[str, Any]) -> str:
     words = ["diagd-export"] if options.get("--seed") is None else ["diagd-export", "--random-weights"]
     for option, value in {**options, "--output": path}.items():
         words += [] if value is None else [option, str(value)]
-    return shlex.join(words)
+    return command_line(*words)
 
 
 def put_prompts(pictures: Path, directory: Path, place: Path) -> None:

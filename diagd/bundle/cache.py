@@ -234,12 +234,15 @@ def _root() -> Path | None:
 
 
 def _home() -> Path | None:
-    home = Path(os.environ.get("HOME" if sys.platform != "win32" else "USERPROFILE", ""))
-    with suppress(ImportError, AttributeError, KeyError):
-        if not home.is_absolute():
-            import pwd
+    if sys.platform == "win32":
+        home = Path(os.environ.get("USERPROFILE", ""))
+    else:
+        home = Path(os.environ.get("HOME", ""))
+        with suppress(ImportError, AttributeError, KeyError):
+            if not home.is_absolute():
+                import pwd
 
-            home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+                home = Path(pwd.getpwuid(os.getuid()).pw_dir)
     return home if home.is_absolute() else None
 
 

@@ -31,6 +31,9 @@ _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _NO_RIGHTS = (*_UNABLE, errno.EPERM)
 """Errors of file systems that keep no rights of files: those of Windows, of other machines, of clouds."""
 
+_SYNCHRONIZE, _NO_SUCH_PROCESS, _STILL_WAITING = 0x100000, 87, 258
+"""Of Windows: a right to wait, ERROR_INVALID_PARAMETER and WAIT_TIMEOUT."""
+
 CHUNK_BYTES = 8 << 20
 
 _MOST_TEXT = 1 << 29
@@ -106,7 +109,8 @@ def sync(path: Path) -> None:
     """Flush a file or directory to disk, where the system can."""
     if path.is_dir() and sys.platform == "win32":
         return
-    handle = os.open(path, os.O_RDONLY)
+    # Windows flushes no file that is open to be read alone
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
@@ -168,8 +172,16 @@ def remove(path: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    if sys.platform == "win32":
-        return True  # there, signal 0 is Ctrl-C
+    if sys.platform == "win32":  # where signal 0 is Ctrl-C
+        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        kernel.OpenProcess.restype = ctypes.c_void_p
+        handle = kernel.OpenProcess(_SYNCHRONIZE, False, ctypes.c_uint32(process))
+        if not handle:
+            return bool(ctypes.get_last_error() != _NO_SUCH_PROCESS)
+        handle = ctypes.c_void_p(handle)
+        is_running = bool(kernel.WaitForSingleObject(handle, 0) == _STILL_WAITING)
+        kernel.CloseHandle(handle)
+        return is_running
     try:
         os.kill(process, 0)
     except (OSError, OverflowError) as error:

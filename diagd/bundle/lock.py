@@ -42,11 +42,13 @@ def turn(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield taken
     finally:
         if file is not None:
-            with suppress(OSError):  # Windows removes no open file; it stays, and is used again
-                if _is_at(file, name):  # while it is locked: whoever opened it before sees that it is gone
-                    name.unlink(missing_ok=True)
-            _unlock(file)
-            file.close()
+            with file, suppress(OSError):
+                if sys.platform != "win32" and _is_at(file, name):
+                    name.unlink(missing_ok=True)  # locked: whoever opened it before sees that it is gone
+                _unlock(file)
+            if sys.platform == "win32":
+                with suppress(OSError):  # it removes no file that somebody has open, who waits for it
+                    name.unlink()
 
 
 def _acquire(name: Path, path: Path, wait: bool) -> BinaryIO | None:

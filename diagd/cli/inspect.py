@@ -14,7 +14,7 @@ from rich.table import Table
 from diagd.bundle import Bundle, Manifest
 from diagd.cli import terminal
 from diagd.cli.options import Verb
-from diagd.errors import UsageError
+from diagd.errors import UsageError, pip_line
 from diagd.export.onnx_file import OnnxFile, read_onnx
 from diagd.options import File, checked, flag, positional
 from diagd.schedule import NO_SINK, Block, Schedule, StreamLayout
@@ -168,7 +168,7 @@ def _print_graphs(console: Console, graphs: dict[str, OnnxFile], uses: dict[str,
             f"{title}\nopset {graph.opset}", "\n".join(shown), f"{graph.operators.total()}: {operators}{more}"
         )
     for name in uses.keys() - graphs.keys():
-        table.add_row(f"{name}\n{uses[name]}", "", "pip install 'diagd[export]' to see them")
+        table.add_row(f"{name}\n{uses[name]}", "", f"{pip_line('export')} to see them")
     console.print(table)
     for name, graph in graphs.items():
         for kind, values in (("in ", graph.inputs), ("out", graph.outputs)):

@@ -18,8 +18,8 @@ from diagd.cli import terminal
 from diagd.cli.generate import encode_text
 from diagd.cli.options import Verb
 from diagd.cli.serve import warn
+from diagd.errors import UsageError
 from diagd.options import File, Flag, checked, flag, positional, setting
-from diagd.play import terminal as in_terminal
 from diagd.play.controls import Inputs, read_controls
 from diagd.play.game import Game
 from diagd.play.opening import SHIPPED, GameOptions, new_record, open_game, open_replay
@@ -86,7 +86,7 @@ def run(options: PlayOptions) -> None:
             console.print(f"{frames} frames, all equal to the record to the token")
         else:
             if _is_in_terminal(options):
-                in_terminal.check_terminal(os.environ)
+                _check_terminal()
             record = options.record or new_record(manifest.name)
             game = stack.enter_context(open_game(place, replace(game_options, record=record)))
             _video(stack, options, game)
@@ -96,7 +96,17 @@ def run(options: PlayOptions) -> None:
 
 
 def _is_in_terminal(options: PlayOptions) -> bool:
-    return options.terminal or (find_spec("websockets") is None and sys.stdout.isatty())
+    has_page = sys.platform == "win32" or find_spec("websockets") is not None
+    return options.terminal or (not has_page and sys.stdout.isatty())
+
+
+def _check_terminal() -> None:
+    if sys.platform != "win32":
+        from diagd.play.terminal import check_terminal
+
+        check_terminal(os.environ)
+    else:
+        raise UsageError("--terminal needs a terminal of Linux, macOS or WSL; play in the browser instead")
 
 
 def _check_video(options: PlayOptions) -> None:
@@ -121,9 +131,11 @@ def _play(console: Console, options: PlayOptions, game: Game) -> None:
     codec = game.bundle.manifest.actions
     inputs = Inputs(read_controls(game.bundle.path, codec, options.controls), codec)
     rate = options.fps or game.bundle.manifest.frames_per_second
-    if _is_in_terminal(options):
+    if sys.platform != "win32" and _is_in_terminal(options):
+        from diagd.play.terminal import play
+
         with suppress(KeyboardInterrupt):  # how a player leaves
-            in_terminal.play(game, inputs, rate)
+            play(game, inputs, rate)
     else:
         _serve(console, options, Table(game, inputs, rate))
     if game.record.path is not None:

@@ -172,8 +172,9 @@ def _wrapped(stream: TextIO | None) -> Stream:
         return Stream(open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="plain")
-    with suppress(OSError, ValueError, AttributeError):  # no descriptor, or Windows with Python 3.11
-        os.set_blocking(stream.fileno(), True)  # what a full pipe does not take is lost otherwise
+    if hasattr(os, "set_blocking"):  # Windows has it since Python 3.12
+        with suppress(OSError, ValueError):  # no descriptor
+            os.set_blocking(stream.fileno(), True)  # what a full pipe does not take is lost otherwise
     return Stream(stream)
 
 

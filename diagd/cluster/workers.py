@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -38,9 +39,13 @@ _SLOW: Final = 30.0
 """Seconds until somebody is told that no worker of a cluster has begun."""
 
 _LOG = logging.getLogger(__name__)
-_HAS_MASKS: Final = hasattr(signal, "pthread_sigmask")
 
-_End: TypeAlias = "Connection[Any, Any]"
+if sys.platform == "win32":
+    from multiprocessing.connection import PipeConnection
+
+    _End: TypeAlias = "PipeConnection[Any, Any]"
+else:
+    _End: TypeAlias = "Connection[Any, Any]"
 
 
 class Workers(ABC, Generic[Item, Result]):
@@ -254,7 +259,7 @@ def _answer(worker: Worker[Any, Any], item: Any) -> tuple[Any, Exception | None,
 @contextmanager
 def starting() -> Iterator[None]:
     """Let Ctrl-C wait while processes of a pool start: they inherit that, until they `end_with_owner`."""
-    if not _HAS_MASKS:
+    if sys.platform == "win32":
         yield
         return
     from multiprocessing import resource_tracker
@@ -276,7 +281,7 @@ def end_with_owner() -> None:
     assert owner is not None
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if _HAS_MASKS:
+    if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_outlive, args=(owner,), daemon=True).start()
 

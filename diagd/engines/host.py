@@ -9,9 +9,13 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from diagd.errors import DiagdError, UsageError
 
@@ -91,19 +95,23 @@ def processor_name() -> str:
 
 
 def instruction_sets() -> frozenset[str]:
-    """Instruction sets of the processor by the names of /proc/cpuinfo; empty where there is none."""
+    """Instruction sets of the processor by the names of /proc/cpuinfo; without one, those NumPy knows."""
     found = _processor()
-    return frozenset((found.get("flags") or found.get("Features") or "").split())
+    told = found.get("flags") or found.get("Features")
+    return frozenset(told.split()) if told else _known_to_numpy()
+
+
+def _known_to_numpy() -> frozenset[str]:
+    core = import_module("numpy._core" if np.__version__ >= "2" else "numpy.core")
+    known: dict[str, bool] = core._multiarray_umath.__cpu_features__
+    names = {"AVX512VNNI": "avx512_vnni"}
+    return frozenset(names.get(name, name.lower()) for name, here in known.items() if here)
 
 
 def sums_eight_bits() -> bool:
-    """Whether libraries sum products of eight bits in 32; on x86 without VNNI they do in 16, which overflow.
-
-    True where the system does not say.
-    """
-    found = instruction_sets()
-    x86 = platform.machine() in ("x86_64", "AMD64") and bool(found)
-    return not x86 or bool({"avx512_vnni", "avx_vnni", "amx_int8"} & found)
+    """Whether libraries sum products of eight bits in 32; on x86 without VNNI in 16, which overflow."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return not x86 or bool({"avx512_vnni", "avx_vnni", "amx_int8"} & instruction_sets())
 
 
 def processor_features() -> str:
@@ -121,46 +129,66 @@ def installed(package: str) -> str | None:
 
 def memory_bytes() -> int:
     """Memory this process may use: the machine's, or the limit of its control group."""
-    total = _configured("SC_PHYS_PAGES") or _windows_memory() or UNKNOWN_MEMORY
-    return min(total, memory_limit()[0])
+    return min(_memory()[0] or UNKNOWN_MEMORY, memory_limit()[0])
 
 
 def available_bytes() -> int | None:
     """Memory that can be had without swapping; None where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return min(int(line.split()[1]) * 1024, memory_limit()[1])
-    return _configured("SC_AVPHYS_PAGES")
+    free = _memory()[1]
+    return min(free, memory_limit()[1]) if free else None
 
 
-def peak_memory() -> int:
-    """Most bytes this process has had in memory; 0 where the system does not say."""
-    try:
+if sys.platform == "win32":
+
+    def _memory() -> tuple[int, int]:
+        """Bytes of the machine, and those free: ``ullTotalPhys`` and ``ullAvailPhys``."""
+        status = (ctypes.c_uint64 * 8)()
+        ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+        return status[1], status[2]
+
+    def peak_memory() -> int:
+        """Most bytes this process has had in memory: ``PeakWorkingSetSize``."""
+        counters = (ctypes.c_uint64 * 9)()
+        ctypes.cast(counters, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(counters)
+        kernel = ctypes.windll.kernel32
+        kernel.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, ctypes.sizeof(counters))
+        return counters[1]
+
+else:
+
+    def _memory() -> tuple[int, int]:
+        """Bytes of the machine, and those that can be had without swapping; 0: the system does not say."""
+        meminfo = Path("/proc/meminfo")
+        lines = meminfo.read_text(encoding="utf-8").splitlines() if meminfo.is_file() else []
+        told = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        return _configured("SC_PHYS_PAGES"), told[0] if told else _configured("SC_AVPHYS_PAGES")
+
+    def _configured(pages: str) -> int:
+        """Bytes of a number of pages that ``sysconf`` tells, or 0."""
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
+        except (AttributeError, ValueError, OSError):
+            return 0
+
+    def peak_memory() -> int:
+        """Most bytes this process has had in memory."""
         import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _configured(pages: str) -> int | None:
-    """Bytes of a number of pages that ``sysconf`` tells, where there is one."""
+@contextmanager
+def exact_waits() -> Iterator[None]:
+    """Have waits end when they are over: those of Windows last up to 16 ms longer, unless it is asked for."""
+    if sys.platform == "win32":
+        ctypes.windll.winmm.timeBeginPeriod(1)
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _windows_memory() -> int | None:
-    """``ullTotalPhys`` of ``GlobalMemoryStatusEx``."""
-    libraries = getattr(ctypes, "windll", None)
-    if libraries is None:
-        return None
-    status = (ctypes.c_uint64 * 8)()
-    ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
-    return int(status[1]) if libraries.kernel32.GlobalMemoryStatusEx(status) else None
+        yield
+    finally:
+        if sys.platform == "win32":
+            ctypes.windll.winmm.timeEndPeriod(1)
 
 
 def check_memory(

@@ -251,7 +251,7 @@ class Inputs:
     """
 
     def __init__(
-        self, controls: Controls, codec: ActionCodec | None, clock: Callable[[], float] = time.monotonic
+        self, controls: Controls, codec: ActionCodec | None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.controls, self._codec, self._clock = controls, codec, clock
         self._lock = threading.Lock()

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 from typing_extensions import override
 
+from diagd.engines.host import exact_waits
 from diagd.errors import DiagdError, UsageError
 from diagd.play.controls import Inputs
 from diagd.play.game import Game, Shown
@@ -32,7 +33,7 @@ class Pacer:
     What is missed is not made up for; ``late`` counts it.
     """
 
-    def __init__(self, asked: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, asked: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self.asked, self.late = asked, 0
         self._clock = clock
         self._work: deque[float] = deque(maxlen=KEPT)
@@ -236,6 +237,10 @@ class GameLoop(threading.Thread, Engine):
 
     def run(self) -> None:
         """The loop; see the class."""
+        with exact_waits():
+            self._loop()
+
+    def _loop(self) -> None:
         while not self._closing:
             self._wake.clear()
             watched = [stage for stage in self.stages if stage.is_watched]  # they have begun below

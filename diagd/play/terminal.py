@@ -24,6 +24,8 @@ from diagd.play.game import Game, Shown
 from diagd.play.pictures import Pictures
 from diagd.play.stage import GameLoop, Stage
 
+assert sys.platform != "win32", "its terminals tell keys otherwise"
+
 HELD_SECONDS: Final = 0.25
 """A key of a terminal that tells no releases is held for so long after it was last repeated."""
 

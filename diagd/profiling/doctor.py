@@ -6,7 +6,6 @@ import ctypes
 import importlib.metadata
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,7 +24,7 @@ from diagd.engines.devices.kernels import host_build
 from diagd.engines.host import cores, installed, instruction_sets, memory_bytes
 from diagd.engines.onnxruntime_session import INSTALL, provider_problem
 from diagd.engines.tensorrt import RUNTIMES
-from diagd.errors import BundleError
+from diagd.errors import BundleError, command_line, pip_line
 from diagd.profiling.cost import GB, THIS, Device
 from diagd.runtime.load import measured
 
@@ -96,7 +95,7 @@ def check_packages() -> list[Check]:
     checks = []
     for name, (specifier, extra) in declared_packages().items():
         version = installed(name) or installed(SUBSTITUTES.get(name, name))
-        fix = f"pip install 'diagd[{extra}]'" if extra else f"pip install '{name}{specifier}'"
+        fix = pip_line(extra) if extra else command_line("pip", "install", f"{name}{specifier}")
         if version is None:
             checks.append(Check(name, ABSENT if extra else PROBLEM, "not installed", fix))
         else:
@@ -221,7 +220,7 @@ def check_tensorrt() -> list[Check]:
     for package, extra in RUNTIMES.items():
         version = installed(package) or installed(package.replace("_", "-"))
         if version is None:
-            checks.append(Check(package, ABSENT, "not installed", f"on a GPU: pip install 'diagd[{extra}]'"))
+            checks.append(Check(package, ABSENT, "not installed", f"on a GPU: {pip_line(extra)}"))
             continue
         modern = extra == "rtx" or Version(version) >= Version("10.15")
         form = "modern form (in-place K/V)" if modern else "portable form only: K/V update needs 10.15"
@@ -248,7 +247,7 @@ def check_fastest(bundle: Bundle) -> Check:
     found = measured(bundle)
     best = found.fastest() if found else None
     if found is None or best is None:
-        line = f"diagd profile {shlex.quote(str(bundle.path))} --backends"
+        line = command_line("diagd", "profile", str(bundle.path), "--backends")
         return Check("fastest", ABSENT, "not measured on this machine", line)
     rate = (
         f"{1 / best.seconds:.4g} frames/s with {best.threads} threads, {found.order}, measured {found.date}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from diagd.bundle import Form
-from diagd.errors import DependencyError, EngineError, require
+from diagd.errors import DependencyError, EngineError, pip_line, require
 
 RUNTIMES = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 """Modules with one and the same API, the preferred one first, and the extra of diagd that brings each."""
@@ -53,8 +53,8 @@ def import_tensorrt(runtime: str | None = None) -> ModuleType:
         runtime = next((name for name in RUNTIMES if importlib.util.find_spec(name)), None)
     if runtime is None:
         raise DependencyError(
-            "no TensorRT is installed; for an NVIDIA desktop GPU run: pip install 'diagd[tensorrt]' or "
-            "'diagd[rtx]'; on a Jetson use the one JetPack brings (docs/jetson.md)"
+            f"no TensorRT is installed; for an NVIDIA desktop GPU run: {pip_line('tensorrt')}, or "
+            f"{pip_line('rtx')}; on a Jetson use the one JetPack brings (docs/jetson.md)"
         )
     return require(runtime, extra=RUNTIMES[runtime], purpose="compile step graphs for a GPU")
 
@@ -82,7 +82,7 @@ def check_targets(offered: Capabilities, targets: tuple[str, ...]) -> None:
     if not offered.cross_targets:
         raise EngineError(
             f"{offered.name} builds only for the GPU of the machine it runs on; run diagd-build without "
-            "--targets there, or install TensorRT-RTX: pip install 'diagd[rtx]'"
+            f"--targets there, or install TensorRT-RTX: {pip_line('rtx')}"
         )
     raise EngineError(
         f"{offered.name} has no target {', '.join(wrong)}; it builds for {', '.join(offered.cross_targets)}; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from diagd.engines.tensorrt.builder import (
     make_logger,
 )
 from diagd.engines.tensors import Tensor, check_shapes
-from diagd.errors import DiagdError, EngineError
+from diagd.errors import DiagdError, EngineError, command_line
 from diagd.progress import Progress
 from diagd.version import __version__
 
@@ -168,7 +167,7 @@ class EngineStore:
 
     def build_line(self, here: Fingerprint) -> str:
         """The command that builds the engine which would fit."""
-        line = f"diagd-build {shlex.quote(str(self.bundle.path))} --precision {here.precision}"
+        line = command_line("diagd-build", str(self.bundle.path), "--precision", here.precision)
         line += f" --form {here.form.value} --runtime {here.runtime.split()[0]}"
         if here.widths:
             line += f" --widths {','.join(map(str, here.widths))}"

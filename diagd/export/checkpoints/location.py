@@ -6,7 +6,6 @@ import difflib
 import glob
 import json
 import re
-import shlex
 from collections.abc import Collection
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
@@ -14,7 +13,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from diagd.bundle.files import FULL
-from diagd.errors import CheckpointError, require
+from diagd.errors import CheckpointError, command_line, require
 
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".jit")
@@ -82,7 +81,7 @@ def distributed(folder: str) -> str:
     """What to say of a folder that `torch.distributed.checkpoint` wrote."""
     return (
         "is a distributed checkpoint; make one file of it with: python -m "
-        f"torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(folder)} model.pt"
+        "torch.distributed.checkpoint.format_utils dcp_to_torch " + command_line(folder, "model.pt")
     )
 
 
