@@ -40,7 +40,7 @@ Report = Callable[[Progress], None]
 
 def log(path: Path, progress: Progress, report: Report | None) -> None:
     """Add a line to the log at ``path`` and report it."""
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(asdict(progress)) + "\n")
     if report is not None:
         report(progress)

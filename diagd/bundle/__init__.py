@@ -267,5 +267,7 @@ def seal(directory: Path, manifest: Manifest) -> Manifest:
         if file.is_file() and file.name != MANIFEST_NAME
     }
     sealed = manifest.model_copy(update={"files": files})
-    (directory / MANIFEST_NAME).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (directory / MANIFEST_NAME).write_text(
+        sealed.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n"
+    )
     return sealed

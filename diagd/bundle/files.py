@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import hashlib
 import logging
 import os
@@ -227,7 +228,7 @@ def _name(error: OSError, path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file of text (UTF-8), whole or not at all."""
     with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -271,6 +272,8 @@ def atomic_directory(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
             if file.is_file() or file.is_dir():
                 sync(file)
         sync(partial)
+        if sys.platform == "win32":
+            gc.collect()  # it moves no folder with a file that is mapped, as by arrays nobody holds any more
         _swap(partial, path, retired)
         sync(path.parent)
         for old in (partial, retired):
@@ -356,7 +359,8 @@ def link(source: Path, target: Path) -> None:
         target.mkdir(exist_ok=True)
         return
     try:
-        os.link(source, target, follow_symlinks=False)
+        # Windows, which knows no such choice, makes a second name of the link itself too
+        os.link(source, target, follow_symlinks=os.link not in os.supports_follow_symlinks)
     except (OSError, NotImplementedError):  # another file system, or one without hard links
         shutil.copyfile(source, target, follow_symlinks=False)
         with suppress(OSError):  # one without rights or times

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -168,7 +169,8 @@ def _is_mount(place: Path) -> bool:
 def _check_open(place: Path, path: Path, option: str) -> None:
     """Refuse to replace what nobody may write: a new file takes its name whatever its own rights are."""
     if place.exists() and not place.stat().st_mode & 0o222:
-        raise UsageError(f"{option} {path}: it is write-protected; give another name, or allow it: chmod u+w")
+        allow = "attrib -r" if sys.platform == "win32" else "chmod u+w"
+        raise UsageError(f"{option} {path}: it is write-protected; give another name, or allow it: {allow}")
 
 
 def _try(place: Path, option: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from diagd.bundle.files import FULL
 from diagd.cli.options import Verb, add_options, explain_stray, read_options
@@ -181,6 +181,10 @@ def _run(verb: Verb[Any], args: argparse.Namespace) -> int:
         return code
 
 
+_HELD: Final = (5, 32, 33)
+"""Errors of Windows for what somebody has open: ERROR_ACCESS_DENIED, _SHARING_VIOLATION, _LOCK_VIOLATION."""
+
+
 def _explained(error: Exception) -> tuple[str, int]:
     """One line for an error, and the exit code."""
     if isinstance(error, DiagdError):
@@ -189,6 +193,8 @@ def _explained(error: Exception) -> tuple[str, int]:
         full = error.errno in FULL
         where = f"{error.filename}: " if error.filename else "a file cannot be written: " if full else ""
         remedy = "free some space or choose another place" if full else "check the path and its rights"
+        if getattr(error, "winerror", None) in _HELD:
+            remedy += ", and that no other program has it open"
         if "temporary directory" in str(error):
             remedy = "set TMPDIR to a folder that can be written"
         return f"error: {where}{error.strerror or error}; {remedy}", UsageError.exit_code

@@ -275,7 +275,9 @@ def _adapter() -> Any:
     _load_provider()
     found = [device for device in _runtime().get_ep_devices() if device.ep_name == PROVIDER]
     if not found:
-        raise EngineError("ONNX Runtime's WebGPU provider finds no GPU here; install its Vulkan driver")
+        raise EngineError(
+            "ONNX Runtime's WebGPU provider finds no GPU here; install its driver (Linux: Vulkan)"
+        )
     return found[0]
 
 
@@ -287,5 +289,5 @@ def _load_provider() -> None:
         _runtime().register_execution_provider_library(DEVICE, provider.get_library_path())
     except Exception as error:  # ONNX Runtime raises several unrelated types
         raise EngineError(
-            f"ONNX Runtime's WebGPU provider cannot be loaded, it needs libvulkan.so.1: {error}"
+            f"ONNX Runtime's WebGPU provider cannot be loaded, on Linux it needs libvulkan.so.1: {error}"
         ) from error

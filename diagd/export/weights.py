@@ -284,7 +284,7 @@ class ResumableWeights(AbstractContextManager["ResumableWeights", None]):
         if self._finished == self._noted:
             return
         sync(self.path)
-        with self._journal.open("a", encoding="utf-8") as journal:
+        with self._journal.open("a", encoding="utf-8", newline="\n") as journal:
             journal.write(f"{self._finished}\n")
         self._noted = self._finished
 
@@ -320,7 +320,7 @@ class ResumableWeights(AbstractContextManager["ResumableWeights", None]):
                 return int(ends[-1])
         self.discard()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal.write_text(key + "\n", encoding="utf-8")
+        self._journal.write_text(key + "\n", encoding="utf-8", newline="\n")
         return 0
 
 

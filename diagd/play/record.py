@@ -179,7 +179,7 @@ class Record:
         self._bytes = self._told = 0
         if path is not None:
             try:
-                self._file = path.open("x", encoding="utf-8")
+                self._file = path.open("x", encoding="utf-8", newline="\n")
             except FileExistsError:
                 raise UsageError(
                     f"{path} is there already and records are not written over; give --record another name"

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -194,9 +195,9 @@ def check_gpu() -> Check:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         with suppress(OSError):
-            ctypes.CDLL("libcuda.so.1")
+            ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
             fix = "check the driver: nvidia-smi should list the device"
-            return Check("GPU", PROBLEM, "libcuda without a working nvidia-smi", fix)
+            return Check("GPU", PROBLEM, "the driver's library without a working nvidia-smi", fix)
         return Check(
             "GPU", ABSENT, "no NVIDIA driver", "bundles run on the CPU; for a GPU install its driver"
         )

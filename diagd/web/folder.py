@@ -100,7 +100,7 @@ def write_page(
             _pack(bundle, chosen, folder, progress or Progress())
             sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
             text = json.dumps(world | {"files": sizes}, separators=(",", ":"))
-            (folder / WORLD).write_text(text, encoding="utf-8")
+            (folder / WORLD).write_text(text, encoding="utf-8", newline="\n")
     return Page(output, world["record"]["precision"], sizes | {WORLD: len(text)})
 
 

@@ -25,6 +25,17 @@ def test_the_processor_is_that_of_the_system() -> None:
     assert host.processor_features().startswith(platform.machine())
 
 
+def test_without_a_list_of_the_processor_numpy_tells_what_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = host.instruction_sets()
+    monkeypatch.setattr(host, "_processor", dict)
+    known = host.instruction_sets()
+    named = {"avx2", "avx512f", "avx512_vnni"}
+    assert known & named == told & named
+    assert platform.machine() != "x86_64" or "avx" in known
+
+
 def test_available_memory_is_some_of_the_machines() -> None:
     available = host.available_bytes()
     assert available is not None

@@ -130,7 +130,9 @@ class EngineStore:
             atomic_directory(directory, (PLAN_NAME, RECORD_NAME)) as partial,
         ):
             (partial / PLAN_NAME).write_bytes(plan)
-            (partial / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (partial / RECORD_NAME).write_text(
+                record.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n"
+            )
         stored = StoredEngine(directory, record)
         check_plan(stored)
         return stored

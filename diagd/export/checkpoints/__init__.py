@@ -103,8 +103,8 @@ def _open_file(path: Path) -> Checkpoint:
     if start.startswith(_PICKLE_STARTS) or start[257:262] == b"ustar":
         raise CheckpointError(
             f"{path} is in the format PyTorch wrote before 1.6, which cannot be mapped; convert it with: "
-            f"python -c \"import torch; torch.save(torch.load('{path}', map_location='cpu', "
-            f"weights_only=True), '{path.with_suffix('')}-zip{path.suffix}')\""
+            f"python -c \"import torch; torch.save(torch.load('{path.as_posix()}', map_location='cpu', "
+            f"weights_only=True), '{path.with_suffix('').as_posix()}-zip{path.suffix}')\""
         )
     if path.suffix == DISTRIBUTED:
         raise CheckpointError(f"{path} is a part of {path.parent}, which {distributed(str(path.parent))}")

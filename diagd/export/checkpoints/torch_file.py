@@ -188,8 +188,10 @@ class _Reader(Unpickler):
         """Handle of a tensor; CheckpointError where it does not lie within its storage."""
         start, width = tensor.untyped_storage()._checkpoint_offset or 0, tensor.itemsize
         first = int(tensor.storage_offset()) * width
-        end, size = first + _span(tensor.shape, tensor.stride()) * width, self._bytes[start]
-        if tensor.numel() and end > size:
+        span, size = _span(tensor.shape, tensor.stride()), self._bytes[start]
+        end = first + span * width
+        # of a damaged shape numel() overflows, which PyTorch for Windows does not refuse
+        if min(tensor.shape, default=0) < 0 or (span and end > size):
             raise CheckpointError(
                 f"{self._path} describes tensor '{name}' up to byte {end} of a storage of {size} bytes: the "
                 "file is damaged; download it again"
