@@ -100,7 +100,7 @@ def test_products_that_would_overflow_are_refused(
     rounded, options = Bundle.open(copy).at_precision("int8"), StepOptions(0, 80, CPU)
     for flags in ({"avx2", "avx512f"}, {"avx2", "avx_vnni"}, {"avx512_vnni"}, set()):
         monkeypatch.setattr(host, "instruction_sets", partial(frozenset, flags))
-        if not flags or {"avx_vnni", "avx512_vnni"} & flags:
+        if {"avx_vnni", "avx512_vnni"} & flags:
             find(backend).open_steps(rounded, options).close()
             continue
         with pytest.raises(EngineError, match=r"int8 in 16 bits .* without VNNI.*backend=cpu"):

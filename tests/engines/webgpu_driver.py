@@ -47,6 +47,10 @@ for candidate in candidates(bundle.at_precision(precision), "webgpu", 3, CpuOpti
     with open_reference(bundle, session) as plain:
         workload = random_workload(session, 1, 1)
         verdict = verify(session, plain, candidate.name, candidate.precision, order, workload, 1)
+    found = asdict(verdict)
+    if sys.argv[3:]:
+        with open_session(bundle, window=3, cpu=CpuOptions(1)) as here:
+            found |= {"frames": played(session), "here": played(here)}
     values = session.engine._values
     before = {name: value.numpy() for name, value in values.items()}
     angles, live = np.linspace(0.1, 0.9, before["key_0"].shape[-1] // 2), 30
@@ -54,11 +58,7 @@ for candidate in candidates(bundle.at_precision(precision), "webgpu", 3, CpuOpti
     for name in filter(lambda name: name.startswith("key"), before):
         rotate_pairs(before[name][:live], angles)
     turned = max(float(np.abs(before[name] - value.numpy()).max()) for name, value in values.items())
-    found = asdict(verdict) | {"turned": turned}
-    if sys.argv[3:]:
-        with open_session(bundle, window=3, cpu=CpuOptions(1)) as here:
-            found |= {"frames": played(session), "here": played(here)}
-    print(json.dumps(found))
+    print(json.dumps(found | {"turned": turned}))
 """
 
 
