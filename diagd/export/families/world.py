@@ -216,7 +216,8 @@ def read_tokenizer(path: Path, graphs: TokenizerGraphs) -> Mapping[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        # not mapped: training writes the file again, and Windows replaces none that is
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} holds no tokenizer: {error}; copy the folder of the world again"
