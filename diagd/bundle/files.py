@@ -15,6 +15,7 @@ import shutil
 import stat
 import sys
 import threading
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -39,6 +40,7 @@ CHUNK_BYTES = 8 << 20
 
 _MOST_TEXT = 1 << 29
 _PATIENCE_SECONDS = 2.0
+_POLL_SECONDS = 0.05
 
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 
@@ -108,7 +110,7 @@ def instead(path: Path) -> str | None:
 
 def sync(path: Path) -> None:
     """Flush a file or directory to disk, where the system can."""
-    if path.is_dir() and sys.platform == "win32":
+    if sys.platform == "win32" and (path.is_dir() or not os.access(path, os.W_OK)):
         return
     # Windows flushes no file that is open to be read alone
     handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
@@ -211,12 +213,25 @@ def atomic_file(path: Path) -> Iterator[Path]:
         if path.exists():
             allow(partial, path.stat().st_mode)
         sync(partial)
-        partial.replace(path)
+        move(partial, path)
     except OSError as error:
         _name(error, path)
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def move(path: Path, target: Path) -> None:
+    """Rename, in place of a file that is there; on Windows until scanners of new files let go of it."""
+    end = time.monotonic() + (_PATIENCE_SECONDS if sys.platform == "win32" else 0.0)
+    while True:
+        try:
+            path.replace(target)
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(_POLL_SECONDS)
 
 
 def _name(error: OSError, path: Path) -> None:
@@ -293,12 +308,12 @@ def _swap(new: Path, path: Path, retired: Path) -> None:
         if _exchange(new, path):
             return
         try:
-            path.replace(retired)
+            move(path, retired)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
             _copy_away(path, retired)  # a folder of a container's image cannot be renamed
-    new.replace(path)
+    move(new, path)
 
 
 def _copy_away(path: Path, retired: Path) -> None:

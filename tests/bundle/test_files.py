@@ -20,6 +20,7 @@ from diagd.bundle.files import (
     atomic_file,
     clear_leftovers,
     host,
+    move,
     open_file,
     read_text,
     usual_rights,
@@ -306,3 +307,28 @@ def test_a_directory_of_a_container_image_is_replaced(tmp_path: Path) -> None:
         pytest.skip(f"no overlays here: {done.stderr.strip()[:100]}")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "['new.bin', 'notes.txt'] 1\n"
+
+
+def test_files_that_are_held_for_a_moment_are_moved_on_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, replace = [3], Path.replace
+
+    def refuse(path: Path, target: Path) -> Path:
+        held[0] -= 1
+        if held[0] >= 0:
+            raise PermissionError(13, "held")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    (tmp_path / "new").write_bytes(b"new")
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(PermissionError):
+        move(tmp_path / "new", tmp_path / "old")
+    monkeypatch.setattr("sys.platform", "win32")
+    move(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old").read_bytes() == b"new"
+    monkeypatch.setattr("diagd.bundle.files._PATIENCE_SECONDS", 0.0)
+    held[0] = 1000
+    with pytest.raises(PermissionError):
+        move(tmp_path / "old", tmp_path / "new")
