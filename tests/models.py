@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import hashlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from safetensors.torch import save
 
 import diagd
@@ -25,6 +27,10 @@ from diagd.export.transformer import Transformer
 from tests.oracles.models import CODES
 
 PREFIX_TOKEN = CODES + 1
+
+LATER_RUNTIME = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="ONNX Runtime 1.23, the last for Python 3.10, has no such graphs"
+)
 
 KEPT = Path(tempfile.gettempdir()) / f"diagd-tests-{getpass.getuser()}"
 """What runs of the tests on this machine share."""

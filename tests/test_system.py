@@ -90,8 +90,8 @@ def groups(root: Path, group: str, files: dict[str, str]) -> tuple[Path, Path]:
 
 
 def test_without_the_calls_of_one_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.delattr(os, "sysconf", raising=False)
+    for name in ("sched_getaffinity", "process_cpu_count", "sysconf"):
+        monkeypatch.delattr(os, name, raising=False)
     assert cores() == os.cpu_count()
     assert memory_bytes() <= UNKNOWN_MEMORY
 

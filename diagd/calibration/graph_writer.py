@@ -160,8 +160,11 @@ class GraphWriter:
         """What differs between graphs of which some products are quantised: switches and divided tensors."""
         found = self._floats(model, graph, chosen)
         for name in choices:
-            on = np.asarray(name in chosen, self._dtype(graph))
-            found |= {f"{name}.on": constant(on), f"{name}.off": constant(1 - on)}
+            switches = {"on": name in chosen, "off": name not in chosen}
+            found |= {
+                f"{name}.{key}": constant(np.asarray(value, self._dtype(graph)))
+                for key, value in switches.items()
+            }
         return found
 
     def _floats(self, model: ir.Model, graph: StepGraph, choices: Choices) -> dict[str, WeightSource]:

@@ -12,7 +12,7 @@ what a query sees does not depend on how rows were batched into steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +38,8 @@ from diagd.export.step_graph import WATCHED, Projection, StepVariant, trace_step
 from diagd.export.tracing import save
 from diagd.export.weights import StoredWeights
 from diagd.progress import Progress
+from diagd.runtime.step import Result
+from diagd.schedule import Step
 
 GRAPH_NAME = "observed.onnx"
 
@@ -92,14 +94,19 @@ def observe(
         with closing(open_graphs(bundle, watched, samples.window, options, watch)) as engine:
             rollouts = Rollouts(bundle, engine, samples)
             for number, trajectory in enumerate(progress.each(samples.trajectories, "calibration")):
-                for _, result in rollouts.steps(trajectory, number):
-                    for name, found in map(_named, result.watched.items()):
-                        seen[name].add(name, found, samples.seed)
-    except EngineError as error:  # of the sampler, ahead of whoever watches
-        raise QualityError(f"activations are no finite numbers: {error}") from error
+                _add_seen(seen, rollouts.steps(trajectory, number), samples.seed)
     finally:
         path.unlink(missing_ok=True)
     return seen
+
+
+def _add_seen(seen: Mapping[str, InputStatistics], steps: Iterable[tuple[Step, Result]], seed: int) -> None:
+    try:
+        for _, result in steps:
+            for name, found in map(_named, result.watched.items()):
+                seen[name].add(name, found, seed)
+    except EngineError as error:  # of the sampler, ahead of whoever watches
+        raise QualityError(f"activations are no finite numbers: {error}") from error
 
 
 def _named(watched: tuple[str, NDArray[Any]]) -> tuple[str, Float]:

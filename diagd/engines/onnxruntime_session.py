@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from diagd.bundle import Bundle, cache
 from diagd.bundle.files import sha256
 from diagd.bundle.manifest import StepGraph
@@ -67,6 +69,15 @@ LEAST: Final = (1, 31)
 """ONNX Runtime from which every node of our graphs has a CUDA kernel (1.27) and a replayed graph no longer
 reads a pinned buffer that was freed after its capture (1.31)."""
 
+LEAST_INTEGER_ROWS: Final = (1, 27)
+"""ONNX Runtime from which K/V rows of 8 bits stay what they are where it moves their nodes (1.23 to 1.26 read
+them as without a sign, untold)."""
+
+LATER: Final = ("NOT_IMPLEMENTED", "is under development")
+"""How it says that an operator or an opset is of a later one."""
+
+NEWER: Final = "later ones do, for Python 3.11 or later: pip install --upgrade onnxruntime"
+
 INSTALL: Final = (
     "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31' "
     "(its libraries are of CUDA 13: the driver must be 580 or later)"
@@ -95,6 +106,8 @@ class CpuOptions:
 
 def open_step_session(bundle: Bundle, graph: StepGraph, options: CpuOptions) -> onnxruntime.InferenceSession:
     """Load a step graph on the CPU; products of FP8 cannot be fused."""
+    if bundle.manifest.cache_dtype(graph) == np.int8:
+        check_integer_rows(require("onnxruntime", extra="export", purpose="run step graphs").__version__)
     digest = bundle.graph_digest(graph) if options.prepack else ""
     fuse = options.fuse and not graph.precision.startswith("fp8")
     return open_cpu_session(bundle.file(graph.file), digest, replace(options, fuse=fuse))
@@ -163,10 +176,20 @@ def refused(library: str, graph: Path, error: Exception) -> DiagdError:
             f"{library} refuses {graph}, where files of {graph.parent} are links, which lead out of it: copy "
             f"the bundle with what they lead to (cp -rL), or link it as a whole ({error})"
         )
-    newer = "; later ones may have it, for Python 3.11 or later: pip install --upgrade onnxruntime"
-    return EngineError(
-        f"{library} refuses {graph}: {error}{newer if 'NOT_IMPLEMENTED' in str(error) else ''}"
-    )
+    text = str(error)
+    if any(told in text for told in LATER):
+        return EngineError(f"{library} has not all that {graph} needs, {NEWER} ({text})")
+    return EngineError(f"{library} refuses {graph}: {text}")
+
+
+def check_integer_rows(version: str) -> None:
+    """Refuse (EngineError) an ONNX Runtime of a version that gives other tokens where K/V rows are int8."""
+    if _numbers(version) < LEAST_INTEGER_ROWS:
+        raise EngineError(f"ONNX Runtime {version} does not keep K/V rows of 8 bits as they are, {NEWER}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _load(
@@ -301,7 +324,7 @@ def provider_problem(version: str, providers: list[str]) -> str | None:
             f"onnxruntime {host} and onnxruntime-gpu {gpu} are both installed, in one folder; what is there "
             f"says {version} {'with' if CUDA in providers else 'without'} a CUDA provider"
         )
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < LEAST:
+    if _numbers(version) < LEAST:
         least = ".".join(map(str, LEAST))
         return f"ONNX Runtime {version} is too old for step graphs on CUDA, {least} or later is needed"
     return None if CUDA in providers else f"onnxruntime-gpu {gpu} offers no CUDA provider on this machine"

@@ -28,6 +28,8 @@ def test_budgets_are_read_by_name() -> None:
     for wrong in ("nll=much", "nll", "nll=nan"):
         with pytest.raises(UsageError, match="NAME=NUMBER"):
             parse_budget(wrong)
+    with pytest.raises(UsageError, match="agreement=97: expected a share, 0 to 1"):
+        parse_budget("agreement=97")
 
 
 def test_a_verdict_needs_a_standard_error_of_room_and_stands_with_two() -> None:

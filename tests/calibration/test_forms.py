@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,8 @@ def relative(near: np.ndarray, exact: np.ndarray) -> float:
 @pytest.mark.parametrize(("precision", "bound"), DIFFERENCES.items())
 @pytest.mark.parametrize("form", [Form.MODERN, Form.PORTABLE])
 def test_forms_compute_the_same(bundle: Path, form: Form, precision: str, bound: float) -> None:
+    if sys.version_info < (3, 11) and precision == "int8":
+        bound = 0.03  # its ONNX Runtime rounds to integers otherwise in float16
     exact = logits(bundle, Form.PREFIX, "fp32")
     seen, reference = logits(bundle, form, precision), logits(bundle, Form.PREFIX, precision)
     assert relative(seen, reference) < bound

@@ -20,7 +20,9 @@ from diagd.export.options import GraphOptions
 from diagd.profiling.cost import read_model
 from diagd.runtime.load import load
 from diagd.runtime.slots import TokenPlaces
+from tests.models import LATER_RUNTIME
 
+pytestmark = LATER_RUNTIME
 CODES, FRAMES, LAYERS = 64, 4, 2
 BUDGET = ("--budget", "agreement=0,nll=0.05,psnr=0")
 """Random weights: logits are too even for the most probable token to mean much."""

@@ -13,7 +13,9 @@ from diagd.bundle import Bundle, read_manifest
 from diagd.cli.main import main
 from diagd.runtime.load import Measurement, Measurements, keep_measured
 from tests.cli.conftest import Workplace
+from tests.models import LATER_RUNTIME
 
+pytestmark = LATER_RUNTIME
 PRECISIONS = ("fp8", "int4-weight-kv8")
 
 

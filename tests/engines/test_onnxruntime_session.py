@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
-from diagd.engines.onnxruntime_session import CUDA, INSTALL, open_cuda_session, provider_problem
+from diagd.engines.onnxruntime_session import (
+    CUDA,
+    INSTALL,
+    check_integer_rows,
+    open_cuda_session,
+    open_plainly,
+    provider_problem,
+)
 from diagd.errors import EngineError
 
 
@@ -59,3 +67,22 @@ def test_the_error_names_the_line_that_mends_it(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no CUDA provider") as caught:
         open_cuda_session(tmp_path / "step.onnx")
     assert INSTALL in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["1.23.2", "1.26.0"])
+def test_versions_that_change_rows_of_integers_are_refused(version: str) -> None:
+    with pytest.raises(EngineError, match=rf"ONNX Runtime {version} .* pip install --upgrade onnxruntime"):
+        check_integer_rows(version)
+    for good in ("1.27.0", "1.31.1", "2.0.0"):
+        check_integer_rows(good)
+
+
+def test_graphs_of_later_versions_are_told_as_such(tmp_path: Path) -> None:
+    """An opset that this ONNX Runtime does not know yet."""
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "later", [], [])
+    for inputs, name in ((graph.input, "x"), (graph.output, "y")):
+        inputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]))
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 99)], ir_version=10)
+    (tmp_path / "later.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match=r"has not all that .*later\.onnx needs, later ones do"):
+        open_plainly(tmp_path / "later.onnx")

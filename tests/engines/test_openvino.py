@@ -24,7 +24,7 @@ from diagd.runtime.pixels import PixelCodec
 from diagd.schedule import Schedule
 from tests.calibration.bundles import quantise
 from tests.engines.opening import CPU
-from tests.models import export_small
+from tests.models import LATER_RUNTIME, export_small
 from tests.oracles.models import CODES, small_model
 from tests.profiling.conftest import LAYOUT
 
@@ -115,7 +115,7 @@ def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
         OpenVino().open_graph(graph, "", CPU)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "openvino"])
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=LATER_RUNTIME), "openvino"])
 def test_weights_that_are_elsewhere_are_told(bundle: Bundle, tmp_path: Path, backend: str) -> None:
     linked = Path(shutil.copytree(bundle.path, tmp_path / "linked.diagd"))
     (linked / "weights.bin").rename(tmp_path / "moved.bin")

@@ -8,9 +8,11 @@ import time
 import urllib.error
 import urllib.request
 from functools import partial
+from importlib.metadata import version
 
 import numpy as np
 import pytest
+from packaging.version import Version
 from websockets.exceptions import ConnectionClosed
 
 from diagd.play.room import SETTLED
@@ -63,9 +65,11 @@ def test_players_have_worlds_of_their_own_in_the_same_passes(serve: Serve) -> No
             assert told(url, "/ready")[0] == 503
             assert told(url, "/health")[0] == 200
             assert told(url, "/health?from=probe")[0] == 200
-            for asked in ("OPTIONS / HTTP/1.0", "GET /health HTTP/1.0", "HEAD /health HTTP/1.1"):  # no Host
-                assert answered(url, asked) == "200", asked
-            assert [answered(url, f"GET {path} HTTP/1.0") for path in ("/ready", "/socket")] == ["503", "403"]
+            asked = ("OPTIONS / HTTP/1.0", "GET /health HTTP/1.0", "HEAD /health HTTP/1.1")  # without Host
+            if Version(version("websockets")) >= Version("17"):  # others know GET of HTTP/1.1 alone
+                assert [answered(url, one) for one in asked] == ["200"] * 3
+                answers = [answered(url, f"GET {path} HTTP/1.0") for path in ("/ready", "/socket")]
+                assert answers == ["503", "403"]
             status, figures = told(url, "/metrics")
         assert status == 200
         values = dict(line.split() for line in figures.splitlines() if not line.startswith("#"))

@@ -23,7 +23,7 @@ def test_figures_are_the_textbook_s() -> None:
     assert figures["divergence"] == pytest.approx((crossed - entropy).mean())
     assert comparison.agreement() == pytest.approx(figures["agreement"])
     assert comparison.error == pytest.approx(np.linalg.norm(p - q) / np.linalg.norm(p))
-    assert comparison.worst == np.abs(p - q).max() / np.abs(p).max()
+    assert comparison.worst == float(np.abs(p - q).max()) / float(np.abs(p).max())
     assert comparison.widths[30].predictions == 30
 
 
