@@ -232,8 +232,8 @@ class Builder:
             config.set_timing_cache(config.create_timing_cache(timing_cache), ignore_mismatch=False)
         plan = self._run(builder, network, config, lines, graph)
         check_log(lines)
-        measured = None if timing_cache is None else bytes(config.get_timing_cache().serialize())
-        return Build(plan, layers, tuple(lines), measured)
+        kept = None if timing_cache is None else config.get_timing_cache()
+        return Build(plan, layers, tuple(lines), None if kept is None else bytes(kept.serialize()))
 
     def _prepare_attention(self, network: Any) -> Counter[str]:
         """Attach the live length to every attention layer; count layers by type.
