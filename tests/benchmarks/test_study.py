@@ -20,6 +20,7 @@ from worlds.collect import collect
 from worlds.folder import World, save_world
 from worlds.options import CollectOptions, EvalOptions
 
+pytestmark = pytest.mark.slow
 NAMES = ["k=1 serial", "k=1 chained", "k=2 serial", "k=2 chained", "k=4 serial", "k=4 chained"]
 
 
