@@ -356,7 +356,8 @@ def _hastened() -> Iterator[None]:
             stack.callback(decomposition_table.__setitem__, norm, decomposition_table[norm])
             decomposition_table[norm] = lambda x, *_: (torch.empty_like(x), torch.empty_like(x))
             table = _registration.ONNXRegistry
-            stack.enter_context(_replaced(table, "from_torchlib", partial(_operators, table.from_torchlib)))
+            made = staticmethod(partial(_operators, table.from_torchlib))
+            stack.enter_context(_replaced(table, "from_torchlib", made))
             stack.enter_context(_replaced(_fx_passes, "decompose_with_registry", lambda p, _: p))
             stack.enter_context(_replaced(_fx_passes, "insert_type_promotion_nodes", lambda _: None))
             read = staticmethod(partial(_signature, OpSignature.from_op_schema))
