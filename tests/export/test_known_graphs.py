@@ -95,7 +95,7 @@ class _Fixed(torch.nn.Module):
 
 def test_an_axis_that_code_fixes_is_no_dynamic_one() -> None:
     x = (torch.zeros(5, device="meta"),)
-    with pytest.raises(ValueError, match=r"static shape of 5 for dimension inputs\['x'\]\.shape\[0\]"):
+    with pytest.raises(ValueError, match=r"static shape of 5 for dimension inputs\S+\.shape\[0\]"):
         trace(_Fixed(), x, input_names=["x"], output_names=["y"], opset=20, dynamic_shapes=({0: "W"},))
 
 
