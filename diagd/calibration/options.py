@@ -47,8 +47,8 @@ def parse_budget(text: object) -> object:
             values[name] = math.nan
         if not math.isfinite(values[name]):
             raise UsageError(f"--budget {pair}: expected NAME=NUMBER")
-        if name == "agreement" and not 0 <= values[name] <= 1:
-            raise UsageError(f"--budget {pair}: expected a share, 0 to 1, such as agreement=0.97")
+        if name == "agreement" and values[name] >= 2:
+            raise UsageError(f"--budget {pair}: expected a share such as agreement=0.97, not per cent")
     return Budget(**values)
 
 

@@ -178,7 +178,7 @@ def refused(library: str, graph: Path, error: Exception) -> DiagdError:
         )
     text = str(error)
     if any(told in text for told in LATER):
-        return EngineError(f"{library} has not all that {graph} needs, {NEWER} ({text})")
+        return EngineError(f"{library} does not have all that {graph} needs, {NEWER} ({text})")
     return EngineError(f"{library} refuses {graph}: {text}")
 
 

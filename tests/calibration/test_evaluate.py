@@ -28,7 +28,7 @@ def test_budgets_are_read_by_name() -> None:
     for wrong in ("nll=much", "nll", "nll=nan"):
         with pytest.raises(UsageError, match="NAME=NUMBER"):
             parse_budget(wrong)
-    with pytest.raises(UsageError, match="agreement=97: expected a share, 0 to 1"):
+    with pytest.raises(UsageError, match=r"agreement=97: expected a share such as .*, not per cent"):
         parse_budget("agreement=97")
 
 

@@ -22,8 +22,6 @@ from tests.calibration.bundles import measured
 from worlds.collect import collect
 from worlds.options import CollectOptions
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
@@ -42,7 +40,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(family, GraphOptions(), open_sources(family, None, None), path).path
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-weight", "int8-dynamic", "int4-weight", "fp8"])
+OTHERS = ("int8-weight", "int8-dynamic", "int4-weight", "fp8")
+
+
+@pytest.mark.parametrize("precision", ["int8", *(pytest.param(p, marks=pytest.mark.slow) for p in OTHERS)])
 def test_every_scheme_passes_the_gate(bundle: Path, recording: np.ndarray, precision: str) -> None:
     # of seed 0 the prompts of int4-weight are too few for a figure inside the budget's error
     seed = int(precision == "int4-weight")
@@ -57,6 +58,7 @@ def test_every_scheme_passes_the_gate(bundle: Path, recording: np.ndarray, preci
     assert len(report.excluded) < len(report.layers) / 2
 
 
+@pytest.mark.slow
 def test_an_int8_cache_passes_the_gate(recording: np.ndarray, tmp_path: Path) -> None:
     """And the graph that holds it, not only the one that was judged, decodes nearly the same frames."""
     family, options = find("crafter-3m"), GraphOptions((Form.PREFIX, Form.PORTABLE), widths=(16,))

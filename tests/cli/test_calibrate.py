@@ -89,7 +89,7 @@ def test_a_breach_prints_the_figures_and_exits_with_one(
 ) -> None:
     monkeypatch.setattr(quantise, "ATTEMPTS", 1)  # what more there are is tested where they are
     before = (place.bundle / "manifest.json").read_bytes()
-    budget = "agreement=1,nll=1000,psnr=0"
+    budget = "agreement=1.5,nll=1000,psnr=0"
     assert calibrate(place, "--precision", "int4-weight", "--budget", budget, "--set", "steps=64") == 1
     printed = capsys.readouterr()
     assert "divergence" in printed.out

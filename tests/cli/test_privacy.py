@@ -21,7 +21,6 @@ from diagd.tuning.recordings import Episode
 from tests.worlds import ACTIONS, random_world
 from worlds.recordings import check_recipe, save_episode, shard_path
 
-pytestmark = pytest.mark.slow
 USER, MACHINE = "zaphod-the-user", "zaphods-machine"
 
 LINES = """

@@ -173,7 +173,6 @@ def test_an_export_over_a_bundle_keeps_the_files_of_the_user(workplace: Workplac
     assert {file.name for file in tmp_path.iterdir()} == {"real.diagd", "link.diagd"}
 
 
-@pytest.mark.slow
 def test_two_calibrations_of_one_bundle_take_turns(workplace: Workplace, tmp_path: Path) -> None:
     bundle, link = tmp_path / "real.diagd", tmp_path / "link.diagd"
     shutil.copytree(workplace.bundle, bundle)

@@ -84,5 +84,5 @@ def test_graphs_of_later_versions_are_told_as_such(tmp_path: Path) -> None:
         inputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]))
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 99)], ir_version=10)
     (tmp_path / "later.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(EngineError, match=r"has not all that .*later\.onnx needs, later ones do"):
+    with pytest.raises(EngineError, match=r"does not have all that .*later\.onnx needs, later ones do"):
         open_plainly(tmp_path / "later.onnx")

@@ -49,7 +49,6 @@ for path, inner in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
 """
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """One process exports a small model, then a large one: its peak so far after each."""
     models = [str(tmp_path / "small.diagd"), "64", str(tmp_path / "large.diagd"), "20480"]
