@@ -237,8 +237,8 @@ class RemoteTable(ServedTable):
 class RemoteEngine:
     """An engine on some node, which is started anew, there or elsewhere, when it is lost.
 
-    ``place`` is the node that it is to be started on, ``node`` where it was started last, as Ray names them;
-    ``figures`` are those that it told last, with the frames of those before it.
+    ``node`` is where it was started last, as Ray names it, and ``place`` that, or where it is to be started
+    next; ``figures`` are those that it told last, with the frames of those before it.
     """
 
     def __init__(self, fleet: RayFleet) -> None:
@@ -268,7 +268,7 @@ class RemoteEngine:
 
         while True:
             try:
-                self.node = await self._begun()
+                self.place = self.node = await self._begun()
                 self.is_alive = True
                 self._fleet.settle()
                 await self._live(self.actor)
@@ -279,7 +279,7 @@ class RemoteEngine:
                     raise EngineError(f"an engine cannot play: {error.cause}") from error
                 reason = (str(error).strip() or f"nothing was heard of it for {_SILENT:g} s").splitlines()[-1]
                 _LOG.warning("an engine was lost, another one is started: %s", reason)
-                if not isinstance(error, RayError):
+                if self.actor is not None:  # one that only failed to begin holds its cores
                     self._fleet.kill(self.actor)
                 self.is_alive, self._calls = False, []
                 self._before = self.figures = Figures(self.figures.frames, self.figures.late)
