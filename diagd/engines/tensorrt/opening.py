@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field, ValidationError
 
 from diagd.bundle import Bundle, Form, cache
@@ -340,7 +341,8 @@ class TensorRTProgram:
         self._lines: list[LogLine] = []
         self._logger = make_logger(trt, self._lines)
         self._runtime = trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        # mapped: the device's memory is the host's on a Jetson, where a copy would take it twice
+        self._engine = self._runtime.deserialize_cuda_engine(np.memmap(plan, mode="r"))
         if self._engine is None:
             raise EngineError(f"{plan} cannot be loaded: {errors_of(self._lines)}; run diagd-build again")
         self._trt, self._stream = trt, stream
